@@ -1,0 +1,85 @@
+# What is done with the project from a shell. `make help` lists it.
+#
+# demo, test and bench first install what they need of Debian's packages (tests/setup.sh), which takes root the first
+# time; they run buses, polkit and virtual machines of their own and touch nothing of the machine's.
+
+# The QEMU to test with; without it, the one in PATH.
+QEMU =
+# Tests wait for QEMU and for each other's buses more than they compute: more of them at a time than a small machine has
+# processors.
+TEST_THREADS = 4
+# Further arguments for the tests, such as a part of a test's name.
+TEST_ARGS =
+
+# Where to install to. The bus and polkit read their policies below /usr only, so there is no /usr/local by default.
+DESTDIR =
+PREFIX = /usr
+bindir = $(PREFIX)/bin
+libexecdir = $(PREFIX)/libexec
+datadir = $(PREFIX)/share
+unitdir = $(PREFIX)/lib/systemd/system
+
+CARGO = cargo
+CARGO_TARGET_DIR ?= target
+# The directory with the programs to install.
+BUILT = $(CARGO_TARGET_DIR)/release
+
+# Tests mount things; in a mount namespace of their own, which only root can make, nothing stays if they are killed.
+PRIVATELY = $(shell [ "$$(id -u)" = 0 ] && echo unshare --mount --)
+
+.PHONY: help setup build test demo bench install clean
+
+help:
+	@echo "make demo       a real backup of a real virtual machine, from nothing"
+	@echo "make test       all tests; QEMU=/path/to/qemu-system-x86_64 chooses the QEMU"
+	@echo "make bench      how fast it is, and how fast others are"
+	@echo "make build      both programs, optimised"
+	@echo "make install    DESTDIR= PREFIX=/usr"
+	@echo "make clean      removes what was built"
+
+setup:
+	@tests/setup.sh
+
+build:
+	$(CARGO) build --release --locked
+
+test bench: export BACKUPD_TEST_QEMU = $(QEMU)
+# Root's shell does not always have the system's directories in PATH.
+test bench: export PATH := $(PATH):/usr/sbin:/sbin
+
+test: setup
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(PRIVATELY) $(CARGO) test --locked --no-fail-fast -- --test-threads=$(TEST_THREADS) $(TEST_ARGS)
+
+demo:
+	@QEMU='$(QEMU)' CARGO='$(CARGO)' tests/demo.sh
+
+bench: setup
+	$(PRIVATELY) $(CARGO) bench --locked
+
+# A packager builds first and installs into a DESTDIR; root may have no cargo. So this builds only what isn't there.
+$(BUILT)/backupd $(BUILT)/backupctl:
+	$(CARGO) build --release --locked
+
+fill = sed -e 's|@libexecdir@|$(libexecdir)|g'
+
+install: $(BUILT)/backupd $(BUILT)/backupctl
+	install -D -m 755 $(BUILT)/backupd '$(DESTDIR)$(libexecdir)/backupd'
+	install -D -m 755 $(BUILT)/backupctl '$(DESTDIR)$(bindir)/backupctl'
+	install -D -m 644 -t '$(DESTDIR)$(datadir)/dbus-1/system.d' dbus/org.example.Backup1.conf
+	install -D -m 644 -t '$(DESTDIR)$(datadir)/dbus-1/interfaces' dbus/*.xml
+	install -D -m 644 -t '$(DESTDIR)$(datadir)/polkit-1/actions' polkit/org.example.backup1.policy
+	install -d '$(DESTDIR)$(datadir)/dbus-1/system-services' '$(DESTDIR)$(unitdir)'
+	$(fill) dbus/org.example.Backup1.service \
+	    > '$(DESTDIR)$(datadir)/dbus-1/system-services/org.example.Backup1.service'
+	$(fill) systemd/backupd.service > '$(DESTDIR)$(unitdir)/backupd.service'
+	install -d '$(DESTDIR)$(datadir)/man/man1' '$(DESTDIR)$(datadir)/bash-completion/completions' \
+	    '$(DESTDIR)$(datadir)/zsh/vendor-completions' '$(DESTDIR)$(datadir)/fish/vendor_completions.d'
+	$(BUILT)/backupctl man '$(DESTDIR)$(datadir)/man/man1'
+	$(BUILT)/backupctl completions bash > '$(DESTDIR)$(datadir)/bash-completion/completions/backupctl'
+	$(BUILT)/backupctl completions zsh > '$(DESTDIR)$(datadir)/zsh/vendor-completions/_backupctl'
+	$(BUILT)/backupctl completions fish > '$(DESTDIR)$(datadir)/fish/vendor_completions.d/backupctl.fish'
+
+clean:
+	$(CARGO) clean

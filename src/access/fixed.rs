@@ -1,0 +1,36 @@
+//! An authority with a fixed answer for each action, for tests of what asks it.
+
+use std::collections::HashMap;
+
+use futures_util::future::BoxFuture;
+
+use super::{Authority, Caller, Decision, Details};
+
+/// Answers by action; denies what it has no answer for.
+#[derive(Debug, Default)]
+pub struct Fixed {
+    answers: HashMap<&'static str, Decision>,
+    other: Option<Decision>,
+}
+
+impl Fixed {
+    /// The same answer to everything.
+    pub fn always(decision: Decision) -> Self {
+        Self {
+            answers: HashMap::new(),
+            other: Some(decision),
+        }
+    }
+
+    pub fn with(mut self, action: &'static str, decision: Decision) -> Self {
+        self.answers.insert(action, decision);
+        self
+    }
+}
+
+impl Authority for Fixed {
+    fn check<'a>(&'a self, _: &'a Caller, action: &'static str, _: &'a Details) -> BoxFuture<'a, Decision> {
+        let answer = self.answers.get(action).or(self.other.as_ref());
+        Box::pin(std::future::ready(answer.cloned().unwrap_or(Decision::Denied)))
+    }
+}

@@ -1,0 +1,346 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+use crate::units;
+
+/// Backs up running QEMU virtual machines through the backup service.
+#[derive(Debug, Parser)]
+#[command(name = "backupctl", version, max_term_width = 100)]
+pub struct Cli {
+    /// Write JSON instead of text
+    #[arg(long, global = true, display_order = 900)]
+    pub json: bool,
+    /// Fail instead of asking for a password
+    #[arg(long, global = true, display_order = 900)]
+    pub no_ask_password: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List the virtual machines that you may see
+    Domains {
+        /// List their disks too
+        #[arg(long)]
+        disks: bool,
+    },
+    /// Back up a virtual machine
+    ///
+    /// Without further options, every writable disk is copied in full to the default store, as it is at
+    /// the instant at which the backup starts.
+    Create(Box<Create>),
+    /// List the backups that are running or ended a short while ago
+    Jobs,
+    /// Show one backup
+    Show {
+        /// The backup's number
+        job: u32,
+    },
+    /// Follow a backup until it ends, or all backups until interrupted
+    ///
+    /// With a backup's number, the exit status is the backup's result.
+    Watch {
+        /// The backup's number
+        job: Option<u32>,
+    },
+    /// Cancel a backup
+    Cancel {
+        /// The backup's number
+        job: u32,
+        /// Cancel by this disk: as the disks stand or fall together, this cancels the whole backup
+        #[arg(long)]
+        disk: Option<String>,
+    },
+    /// Change the speed limit of a running backup
+    Speed {
+        /// The backup's number
+        job: u32,
+        /// Bytes a second for all disks together, such as 50M; 0 for no limit
+        #[arg(value_parser = units::parse_size)]
+        limit: u64,
+    },
+    /// Print the document of a backup, with all defaults filled in
+    Dump {
+        /// The backup's number
+        job: u32,
+    },
+    /// Print the completions for a shell
+    #[command(hide = true)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory
+        dir: PathBuf,
+    },
+}
+
+/// The options of `create`.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("place").args(["store", "to", "disk", "definition"])))]
+#[command(group(ArgGroup::new("named_files").args(["to", "disk"])))]
+pub struct Create {
+    /// The virtual machine's name or UUID
+    pub domain: String,
+    /// Let the service choose the files, in this store
+    #[arg(long, value_name = "STORE")]
+    pub store: Option<String>,
+    /// Write one image a disk into this directory, as DIR/DISK.FORMAT
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub to: Option<PathBuf>,
+    /// Copy only this disk, into this file or block device; can be given once for each disk
+    #[arg(long, value_name = "DISK=FILE", value_parser = parse_disk, value_hint = ValueHint::FilePath)]
+    pub disk: Vec<DiskFile>,
+    /// Send this <domainbackup> document as it is; - reads standard input
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
+        conflicts_with_all = ["format", "compress", "own_files"])]
+    pub definition: Option<PathBuf>,
+    /// The format of the images [default: qcow2]
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
+    /// Compress the images, which have to be qcow2
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub compress: Option<Compress>,
+    /// Write at most so many bytes a second, all disks together, such as 50M
+    #[arg(long, value_name = "N", value_parser = units::parse_size)]
+    pub bandwidth: Option<u64>,
+    /// Write into targets that exist instead of making new ones
+    #[arg(long)]
+    pub reuse_external: bool,
+    /// Have the guest's agent flush and freeze its file systems: try it, or fail without it
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub quiesce: Option<Quiesce>,
+    /// Open the target files with your own rights, so that they belong to you
+    #[arg(long, requires = "named_files")]
+    pub own_files: bool,
+    /// Don't wait until the backup has ended
+    #[arg(long)]
+    pub detach: bool,
+}
+
+/// One `--disk NAME=FILE`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskFile {
+    /// The disk's name.
+    pub disk: String,
+    /// Where its data goes.
+    pub file: PathBuf,
+}
+
+/// A file can have `=` in its name, a disk can't here.
+fn parse_disk(text: &str) -> Result<DiskFile, String> {
+    match text.split_once('=') {
+        Some((disk, file)) if !disk.is_empty() && !file.is_empty() => Ok(DiskFile {
+            disk: disk.to_owned(),
+            file: file.into(),
+        }),
+        _ => Err("expected the disk's name, \"=\" and a file, as in vda=/backup/vda.qcow2".to_owned()),
+    }
+}
+
+/// An image format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// QEMU's own format
+    Qcow2,
+    /// A plain copy of the disk
+    Raw,
+}
+
+impl Format {
+    /// The word in documents and file names.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+/// A way to compress qcow2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Compress {
+    /// Fast and good
+    Zstd,
+    /// For readers older than QEMU 5.1
+    Zlib,
+}
+
+impl Compress {
+    /// The word in documents.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Zstd => "zstd",
+            Self::Zlib => "zlib",
+        }
+    }
+}
+
+/// How much freezing the guest's file systems matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Quiesce {
+    /// Go on without if the guest can't
+    Try,
+    /// Fail if the guest can't
+    Require,
+}
+
+impl Quiesce {
+    /// The word in the call's options.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Try => "try",
+            Self::Require => "require",
+        }
+    }
+}
+
+impl Cli {
+    /// Parses the program's arguments, and checks what clap's own rules can't say.
+    pub fn parse_checked(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Self, clap::Error> {
+        let cli = Self::try_parse_from(args)?;
+        if let Command::Create(create) = &cli.command {
+            create.check()?;
+        }
+        Ok(cli)
+    }
+}
+
+impl Create {
+    fn check(&self) -> Result<(), clap::Error> {
+        use clap::CommandFactory;
+        let fail = |kind, message: String| {
+            let mut command = Cli::command();
+            command.build();
+            let create = command
+                .find_subcommand_mut("create")
+                .map(|create| create.error(kind, &message));
+            Err(create.unwrap_or_else(|| clap::Error::raw(kind, message)))
+        };
+        if self.compress.is_some() && self.format == Some(Format::Raw) {
+            return fail(
+                clap::error::ErrorKind::ArgumentConflict,
+                "raw images can't be compressed: --compress goes with --format qcow2 only".to_owned(),
+            );
+        }
+        for (index, disk) in self.disk.iter().enumerate() {
+            if self.disk[..index].iter().any(|earlier| earlier.disk == disk.disk) {
+                return fail(
+                    clap::error::ErrorKind::ArgumentConflict,
+                    format!("disk {:?} is given twice", disk.disk),
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::parse_checked(line.split(' ').map(Into::into))
+    }
+
+    fn create(line: &str) -> Create {
+        match parse(line).unwrap().command {
+            Command::Create(create) => *create,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_of_the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_that_exclude_each_other_are_usage_errors() {
+        let conflicts = [
+            "--store s --to d",
+            "--store s --disk a=b",
+            "--to d --disk a=b",
+            "--definition f --store s",
+            "--definition f --to d",
+            "--definition f --disk a=b",
+            "--definition f --format raw",
+            "--definition f --compress zstd",
+            "--definition f --own-files",
+            "--to d --format raw --compress zstd",
+            "--disk a=b --disk a=c",
+        ];
+        for options in conflicts {
+            let error = parse(&format!("backupctl create web {options}")).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ArgumentConflict, "{options}");
+            assert_eq!(error.exit_code(), 2, "{options}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_malformed_is_a_usage_error() {
+        let lines = [
+            "backupctl",
+            "backupctl create",
+            "backupctl create web --own-files",
+            "backupctl create web --store s --own-files",
+            "backupctl create web --disk vda",
+            "backupctl create web --disk =x",
+            "backupctl create web --disk a=",
+            "backupctl create web --bandwidth fast",
+            "backupctl create web --format vmdk",
+            "backupctl create web --quiesce maybe",
+            "backupctl show",
+            "backupctl show web",
+            "backupctl speed 1",
+            "backupctl show 4294967296",
+        ];
+        for line in lines {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn every_option_of_create_is_read() {
+        let create = create(
+            "backupctl create web --disk a=x=y --disk b=z --format qcow2 --compress zlib --bandwidth 1.5M \
+             --reuse-external --quiesce require --own-files --detach --json",
+        );
+        assert_eq!(create.disk[0].disk, "a");
+        assert_eq!(create.disk[0].file, PathBuf::from("x=y"));
+        assert_eq!(create.disk.len(), 2);
+        assert_eq!(create.bandwidth, Some(3 << 19));
+        assert_eq!(create.compress.map(Compress::word), Some("zlib"));
+        assert_eq!(create.quiesce.map(Quiesce::word), Some("require"));
+        assert!(create.own_files && create.detach && create.reuse_external);
+    }
+
+    #[test]
+    fn what_applies_to_all_commands_can_stand_anywhere() {
+        assert!(parse("backupctl --json jobs").unwrap().json);
+        assert!(parse("backupctl jobs --json").unwrap().json);
+        assert!(
+            parse("backupctl show 3 --no-ask-password")
+                .unwrap()
+                .no_ask_password
+        );
+    }
+
+    #[test]
+    fn a_definition_goes_with_what_is_not_in_it() {
+        let create =
+            create("backupctl create web --definition - --bandwidth 5M --quiesce try --reuse-external");
+        assert_eq!(create.definition, Some(PathBuf::from("-")));
+    }
+}

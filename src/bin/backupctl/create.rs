@@ -1,0 +1,364 @@
+//! `backupctl create`: makes the request, starts the backup, and waits for it.
+
+use std::collections::HashMap;
+use std::io::{self, IsTerminal};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use zbus::Variant;
+
+use crate::agent::Agent;
+use crate::args::{Compress, Create, Format};
+use crate::document::{self, Disk, Request, Target};
+use crate::error::{Error, Result, Status};
+use crate::files::OwnFiles;
+use crate::follow::{Ending, Follow, OnInterrupt};
+use crate::interrupt::{Interrupt, Interrupts};
+use crate::output;
+use crate::proxy::{DomainDisk, Job, Service};
+use crate::summary::Summary;
+use crate::view::{self, View};
+
+/// After a signal, how long an answer that may be on its way is waited for.
+const LAST_ANSWER: Duration = Duration::from_secs(2);
+
+/// Runs the command.
+pub async fn run(service: &Service, args: &Create, json: bool, ask_password: bool) -> Result<Status> {
+    let prepared = Prepared::new(service, args).await?;
+    let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
+    let files = match args.own_files {
+        true => OwnFiles::open(
+            prepared.files.iter().map(|(_, path)| path.as_path()),
+            args.reuse_external,
+        )?,
+        false => OwnFiles::default(),
+    };
+    let agent = Agent::start(ask_password).await;
+    let (job, interrupted) = start(service, args, &prepared.document, &files, &mut interrupts).await?;
+    // Not earlier: the user may have taken some time to type a password.
+    let begun = Instant::now();
+    // From here on the terminal belongs to the progress; the starter may cancel without a password.
+    drop(agent);
+    if json {
+        view::event(json!({ "event": "started", "id": job.id, "path": job.path }));
+    }
+    if args.detach {
+        files.keep();
+        if !json {
+            output::print(&format!("Backup {} started: {}\n", job.id, job.path))?;
+        }
+        return Ok(Status::Completed);
+    }
+    let mut view = view::choose(json, io::stderr().is_terminal());
+    if !json {
+        let domain = output::escape(&args.domain);
+        view.note(&format!("Backup {} of {domain} started", job.id));
+    }
+    let ending = match interrupted {
+        Some(Interrupt::Terminate) => Ok((Ending::Left, None)),
+        _ => follow(service, &job, view.as_mut(), interrupted, &mut interrupts).await,
+    };
+    let ending = match ending {
+        Ok(ending) => ending,
+        Err(error) => {
+            // Nobody knows how it goes on, so nothing that it may be writing into is taken away.
+            files.keep();
+            return Err(error);
+        }
+    };
+    match ending {
+        (Ending::Ended(outcome), snapshot) => {
+            if outcome.result == "completed" {
+                files.keep();
+            }
+            let summary = Summary {
+                snapshot: &snapshot.unwrap_or_default(),
+                outcome: &outcome,
+                took: Some(begun.elapsed()),
+                own_targets: &prepared.own_targets(args),
+            };
+            summary.tell(json)
+        }
+        (Ending::Left, _) => {
+            files.keep();
+            left(job.id, json);
+            Ok(Status::Failed)
+        }
+    }
+}
+
+/// Says that the backup goes on without the client.
+pub fn left(id: u32, json: bool) {
+    if json {
+        view::event(json!({ "event": "detached", "id": id }));
+    } else {
+        output::complain(&format!(
+            "Backup {id} goes on. `backupctl watch {id}` follows it, `backupctl cancel {id}` cancels it."
+        ));
+    }
+}
+
+async fn follow(
+    service: &Service,
+    job: &Job,
+    view: &mut dyn View,
+    interrupted: Option<Interrupt>,
+    interrupts: &mut Interrupts,
+) -> Result<(Ending, Option<crate::job::Snapshot>)> {
+    let mut follow = Follow::new(job, view, OnInterrupt::Backup).await?;
+    if let Some(interrupt) = interrupted {
+        follow.interrupt(interrupt);
+    }
+    let ending = follow.run(service, interrupts).await?;
+    Ok((ending, Some(follow.snapshot)))
+}
+
+/// Starts the backup. A signal that comes meanwhile is handed on with the job if the answer still arrives: going away
+/// at once could leave a backup running that nobody knows of.
+async fn start(
+    service: &Service,
+    args: &Create,
+    document: &str,
+    files: &OwnFiles,
+    interrupts: &mut Interrupts,
+) -> Result<(Job, Option<Interrupt>)> {
+    let call = service.create_backup(&args.domain, document, files.descriptors(), options(args));
+    tokio::pin!(call);
+    let interrupt = tokio::select! {
+        job = &mut call => return Ok((job?, None)),
+        interrupt = interrupts.next() => interrupt,
+    };
+    match tokio::time::timeout(LAST_ANSWER, call).await {
+        Ok(job) => Ok((job?, Some(interrupt))),
+        Err(_) => Err(Error::Interrupted),
+    }
+}
+
+fn options(args: &Create) -> HashMap<&'static str, Variant<'static>> {
+    let mut options = HashMap::new();
+    if args.reuse_external {
+        options.insert("reuse-external", Variant::from(true));
+    }
+    if let Some(bandwidth) = args.bandwidth {
+        options.insert("bandwidth", Variant::from(bandwidth));
+    }
+    if let Some(quiesce) = args.quiesce {
+        options.insert("quiesce", Variant::from(quiesce.word()));
+    }
+    options
+}
+
+/// What is sent, and the files that it names with the disk of each.
+struct Prepared {
+    document: String,
+    files: Vec<(String, PathBuf)>,
+}
+
+impl Prepared {
+    async fn new(service: &Service, args: &Create) -> Result<Self> {
+        if let Some(path) = &args.definition {
+            return Ok(Self {
+                document: document::read(path)?,
+                files: Vec::new(),
+            });
+        }
+        // The service knows the disks. They only matter here if each of them has to be named.
+        let named =
+            args.to.is_some() || args.disk.is_empty() && (args.format.is_some() || args.compress.is_some());
+        let disks = match named {
+            true => service.disks(&service.domain(&args.domain).await?).await?,
+            false => Vec::new(),
+        };
+        Self::make(args, &disks)
+    }
+
+    fn make(args: &Create, disks: &[DomainDisk]) -> Result<Self> {
+        let format = args.format.map(Format::word);
+        let copied = disks.iter().filter(|disk| disk.writable && !disk.node.is_empty());
+        let mut files: Vec<(String, PathBuf)> = Vec::new();
+        if let Some(dir) = &args.to {
+            for disk in copied.clone() {
+                let file = file_name(&disk.name, format.unwrap_or("qcow2"))?;
+                files.push((disk.name.clone(), absolute(&dir.join(file))?));
+            }
+            if files.is_empty() {
+                return Err(Error::Usage(format!(
+                    "{} has no writable disk with a medium",
+                    args.domain
+                )));
+            }
+        }
+        for disk in &args.disk {
+            files.push((disk.disk.clone(), absolute(&disk.file)?));
+        }
+        let mut request = Request {
+            store: args.store.clone(),
+            format,
+            compress: args.compress.map(Compress::word),
+            disks: Vec::new(),
+        };
+        for (index, (name, path)) in files.iter().enumerate() {
+            request.disks.push(Disk {
+                name: name.clone(),
+                target: match args.own_files {
+                    true => Target::Fd(index),
+                    false => target(path)?,
+                },
+            });
+        }
+        if files.is_empty() {
+            request.disks = copied
+                .map(|disk| Disk {
+                    name: disk.name.clone(),
+                    target: Target::Store,
+                })
+                .collect();
+        }
+        Ok(Self {
+            document: request.document()?,
+            files,
+        })
+    }
+
+    fn own_targets(&self, args: &Create) -> Vec<(String, String)> {
+        let files = self.files.iter().filter(|_| args.own_files);
+        files
+            .map(|(disk, path)| (disk.clone(), path.display().to_string()))
+            .collect()
+    }
+}
+
+/// The file for a disk. Its name comes from QEMU: it must not lead out of the directory.
+fn file_name(disk: &str, format: &str) -> Result<String> {
+    if disk.is_empty() || disk.starts_with('.') || disk.contains(['/', '\0']) {
+        return Err(Error::Usage(format!(
+            "disk \"{disk}\" has a name that can't be a file's name: use --disk to name its file"
+        )));
+    }
+    Ok(format!("{disk}.{format}"))
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| Error::Usage(format!("{}: {error}", path.display())))
+}
+
+/// The service opens it by this path, which has to be text to be in a document.
+fn target(path: &Path) -> Result<Target> {
+    let Some(text) = path.to_str() else {
+        return Err(Error::Usage(format!(
+            "{} is not valid UTF-8: with --own-files it can be used",
+            path.display()
+        )));
+    };
+    // What can't be looked at from here is taken for a file; the service looks for itself.
+    let block = path
+        .metadata()
+        .is_ok_and(|metadata| metadata.file_type().is_block_device());
+    Ok(match block {
+        true => Target::Block(text.to_owned()),
+        false => Target::File(text.to_owned()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn create(options: &str) -> Create {
+        let line = format!("backupctl create web {options}");
+        match Cli::parse_checked(line.split_whitespace().map(Into::into))
+            .unwrap()
+            .command
+        {
+            Command::Create(create) => *create,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn disk(name: &str, node: &str, writable: bool) -> DomainDisk {
+        DomainDisk {
+            name: name.into(),
+            node: node.into(),
+            size: 1,
+            format: "raw".into(),
+            writable,
+        }
+    }
+
+    fn document(options: &str) -> String {
+        let disks = [
+            disk("vda", "n0", true),
+            disk("vdb", "n1", false),
+            disk("cd", "", true),
+        ];
+        Prepared::make(&create(options), &disks).unwrap().document
+    }
+
+    #[test]
+    fn a_directory_gets_each_writable_disk_with_a_medium() {
+        let text = document("--to /backup --format raw");
+        assert!(
+            text.contains(
+                "<disk name='vda' type='file'><driver type='raw'/><target file='/backup/vda.raw'/>"
+            )
+        );
+        assert_eq!(text.matches("<disk ").count(), 1);
+    }
+
+    #[test]
+    fn a_relative_path_is_made_absolute() {
+        let text = document("--disk vdb=x.qcow2");
+        let here = std::env::current_dir().unwrap();
+        assert!(
+            text.contains(&format!("file='{}/x.qcow2'", here.display())),
+            "{text}"
+        );
+        assert!(!text.contains("vda"));
+    }
+
+    #[test]
+    fn a_format_alone_names_the_disks_and_leaves_the_files_to_the_store() {
+        assert!(document("--store s --format raw").contains("<disk name='vda'><driver type='raw'/></disk>"));
+    }
+
+    #[test]
+    fn own_files_are_passed_by_index_in_order() {
+        let request = Prepared::make(&create("--own-files --disk a=/x/a --disk b=/x/b"), &[]).unwrap();
+        assert!(
+            request
+                .document
+                .contains("<disk name='a' type='fd'><target fd='0'/>")
+        );
+        assert!(
+            request
+                .document
+                .contains("<disk name='b' type='fd'><target fd='1'/>")
+        );
+        assert_eq!(request.files[1].1, Path::new("/x/b"));
+    }
+
+    #[test]
+    fn a_disks_name_does_not_lead_out_of_the_directory() {
+        for name in ["../evil", "a/b", "..", ""] {
+            let result = Prepared::make(&create("--to /backup"), &[disk(name, "n", true)]);
+            assert!(matches!(result, Err(Error::Usage(_))), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_directory_for_no_disk_is_an_error_and_not_a_backup_of_everything() {
+        let result = Prepared::make(&create("--to /backup"), &[disk("cd", "", true)]);
+        assert!(matches!(result, Err(Error::Usage(_))));
+    }
+
+    #[test]
+    fn options_have_the_types_of_the_interface() {
+        let options = options(&create("--bandwidth 5M --reuse-external --quiesce try"));
+        assert_eq!(options["bandwidth"], Variant::U64(5 << 20));
+        assert_eq!(options["reuse-external"], Variant::Bool(true));
+        assert_eq!(options["quiesce"], Variant::from("try"));
+    }
+}

@@ -1,0 +1,102 @@
+//! Ctrl-C and SIGTERM while a backup is followed, and the question that Ctrl-C asks.
+
+use std::io::{self, IsTerminal, Write};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
+
+/// A signal that wants the program to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interrupt {
+    /// Ctrl-C.
+    User,
+    /// SIGTERM.
+    Terminate,
+}
+
+/// Catches both signals from the time it is made.
+#[derive(Debug)]
+pub struct Interrupts {
+    user: Signal,
+    terminate: Signal,
+}
+
+impl Interrupts {
+    /// From now on the signals don't end the program by themselves.
+    pub fn catch() -> io::Result<Self> {
+        Ok(Self {
+            user: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    /// The next signal. No signal is lost when this is dropped before it is ready.
+    pub async fn next(&mut self) -> Interrupt {
+        tokio::select! {
+            _ = self.user.recv() => Interrupt::User,
+            _ = self.terminate.recv() => Interrupt::Terminate,
+        }
+    }
+}
+
+/// What the user wants to become of the backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Cancel it.
+    Cancel,
+    /// Leave it running, and end the program.
+    Detach,
+    /// Go on waiting.
+    Continue,
+}
+
+impl Answer {
+    /// What isn't clearly one of the others is the one that changes nothing.
+    fn read(line: &str) -> Self {
+        match line.trim().to_lowercase().as_str() {
+            "c" | "cancel" => Self::Cancel,
+            "d" | "detach" => Self::Detach,
+            _ => Self::Continue,
+        }
+    }
+}
+
+/// Whether there is somebody to ask.
+pub fn can_ask() -> bool {
+    io::stdin().is_terminal() && io::stderr().is_terminal()
+}
+
+/// Asks what shall become of the backup.
+pub async fn ask() -> Answer {
+    let mut err = io::stderr();
+    // Where the question can't be shown there will be no answer either.
+    let _ = write!(err, "\nCancel the backup, detach, or continue? [c/d/N] ");
+    let _ = err.flush();
+    let (sender, receiver) = oneshot::channel();
+    // A thread of its own: a read from a terminal can't be interrupted, and it must not hold up the program's end.
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        let answer = match io::stdin().read_line(&mut line) {
+            Ok(_) => Answer::read(&line),
+            Err(_) => Answer::Continue,
+        };
+        // Nobody listens any more if the backup has ended meanwhile.
+        let _ = sender.send(answer);
+    });
+    receiver.await.unwrap_or(Answer::Continue)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_clear_answer_changes_something() {
+        assert_eq!(Answer::read("c\n"), Answer::Cancel);
+        assert_eq!(Answer::read(" Cancel \n"), Answer::Cancel);
+        assert_eq!(Answer::read("D\n"), Answer::Detach);
+        for line in ["", "\n", "n\n", "y\n", "cd\n"] {
+            assert_eq!(Answer::read(line), Answer::Continue, "{line:?}");
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! What a backup job says about itself, as it is shown.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+use zbus::{DeserializeDict, OwnedObjectPath, Type};
+
+use crate::output::{Table, escape};
+use crate::units;
+
+/// A job's properties, or those of them that changed.
+#[derive(Debug, Default, DeserializeDict, Type)]
+#[zbus(signature = "dict", rename_all = "PascalCase")]
+pub struct Properties {
+    id: Option<u32>,
+    domain: Option<OwnedObjectPath>,
+    mode: Option<String>,
+    #[zbus(rename = "StartedByUID")]
+    started_by_uid: Option<u32>,
+    start_time: Option<u64>,
+    state: Option<String>,
+    progress: Option<f64>,
+    bytes: Option<u64>,
+    bytes_done: Option<u64>,
+    rate: Option<u64>,
+    expected_end_time: Option<u64>,
+    disks: Option<Vec<DiskTuple>>,
+    error_name: Option<String>,
+    error_message: Option<String>,
+}
+
+/// A disk as `Disks` has it: name, state, bytes, bytes done, target, error.
+type DiskTuple = (String, String, u64, u64, String, String);
+
+/// One disk of a job.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Disk {
+    /// Its name.
+    pub name: String,
+    /// `preparing`, `running`, `waiting`, `finishing`, `completed`, `failed` or `cancelled`.
+    pub state: String,
+    /// Bytes to copy.
+    pub bytes: u64,
+    /// Bytes copied.
+    pub done: u64,
+    /// Where they go.
+    pub target: String,
+    /// What went wrong.
+    pub error: String,
+}
+
+/// Everything that is known of a job.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Snapshot {
+    /// The job's number.
+    pub id: u32,
+    /// Its object.
+    pub path: String,
+    /// The object of its domain.
+    pub domain_path: String,
+    /// The name of its domain, where it can be read.
+    pub domain: Option<String>,
+    /// `push` or `pull`.
+    pub mode: String,
+    /// Who started it.
+    pub started_by: u32,
+    /// When, in µs since the epoch.
+    pub start_time: u64,
+    /// `preparing`, `running`, `finishing`, `completed`, `failed` or `cancelled`.
+    pub state: String,
+    /// 0 to 1.
+    pub progress: f64,
+    /// Bytes to copy.
+    pub bytes: u64,
+    /// Bytes copied.
+    pub bytes_done: u64,
+    /// Bytes a second.
+    pub rate: u64,
+    /// When it will have ended, in µs since the epoch; 0 where that isn't known.
+    pub expected_end: u64,
+    /// Its disks.
+    pub disks: Vec<Disk>,
+    /// The D-Bus name of what went wrong.
+    pub error_name: String,
+    /// What went wrong.
+    pub error_message: String,
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// `completed`, `failed` or `cancelled`.
+    pub result: String,
+    /// The D-Bus name of what went wrong, or nothing.
+    pub error_name: String,
+    /// What went wrong, or nothing.
+    pub message: String,
+}
+
+/// Whether a job in this state will change no more.
+pub fn has_ended(state: &str) -> bool {
+    matches!(state, "completed" | "failed" | "cancelled")
+}
+
+fn set<T>(to: &mut T, from: Option<T>) {
+    if let Some(value) = from {
+        *to = value;
+    }
+}
+
+impl Snapshot {
+    /// Takes over what changed.
+    pub fn apply(&mut self, changed: Properties) {
+        set(&mut self.id, changed.id);
+        set(&mut self.domain_path, changed.domain.map(|path| path.to_string()));
+        set(&mut self.mode, changed.mode);
+        set(&mut self.started_by, changed.started_by_uid);
+        set(&mut self.start_time, changed.start_time);
+        set(&mut self.state, changed.state);
+        set(&mut self.bytes, changed.bytes);
+        set(&mut self.bytes_done, changed.bytes_done);
+        // It follows from the other two, and need not be told again with them.
+        if self.bytes > 0 {
+            self.progress = self.bytes_done as f64 / self.bytes as f64;
+        }
+        set(&mut self.progress, changed.progress);
+        set(&mut self.rate, changed.rate);
+        set(&mut self.expected_end, changed.expected_end_time);
+        set(&mut self.error_name, changed.error_name);
+        set(&mut self.error_message, changed.error_message);
+        if let Some(disks) = changed.disks {
+            self.disks = disks
+                .into_iter()
+                .map(|(name, state, bytes, done, target, error)| Disk {
+                    name,
+                    state,
+                    bytes,
+                    done,
+                    target,
+                    error,
+                })
+                .collect();
+        }
+    }
+
+    /// The domain's name, or its object's path. Not escaped.
+    pub fn domain_label(&self) -> &str {
+        self.domain.as_deref().unwrap_or(&self.domain_path)
+    }
+
+    /// How the job ended, if its properties say so.
+    pub fn outcome(&self) -> Option<Outcome> {
+        has_ended(&self.state).then(|| Outcome {
+            result: self.state.clone(),
+            error_name: self.error_name.clone(),
+            message: self.error_message.clone(),
+        })
+    }
+
+    /// How long the job has been going on, by this machine's clock.
+    pub fn age(&self) -> Option<Duration> {
+        let started = UNIX_EPOCH.checked_add(Duration::from_micros(self.start_time))?;
+        SystemTime::now()
+            .duration_since(started)
+            .ok()
+            .filter(|_| self.start_time > 0)
+    }
+
+    /// How much longer it will take, if the service knows.
+    pub fn remaining(&self) -> Option<Duration> {
+        let end = UNIX_EPOCH.checked_add(Duration::from_micros(self.expected_end))?;
+        end.duration_since(SystemTime::now()).ok()
+    }
+
+    /// `34 % (1.3 GiB of 4.0 GiB), 512 MiB/s, 8 s left`.
+    pub fn progress_text(&self) -> String {
+        let mut text = format!(
+            "{} % ({} of {}), {}",
+            units::percent(self.bytes_done, self.bytes),
+            units::size(self.bytes_done),
+            units::size(self.bytes),
+            units::rate(self.rate)
+        );
+        if let Some(left) = self.remaining() {
+            text.push_str(&format!(", {} left", units::remaining(left)));
+        }
+        text
+    }
+
+    /// The stable keys of `--json`.
+    pub fn json(&self) -> Value {
+        let disks: Vec<Value> = self
+            .disks
+            .iter()
+            .map(|disk| {
+                json!({
+                    "disk": disk.name, "state": disk.state, "bytes": disk.bytes, "bytes_done": disk.done,
+                    "target": disk.target, "error": nothing_if_empty(&disk.error),
+                })
+            })
+            .collect();
+        json!({
+            "id": self.id,
+            "path": self.path,
+            "domain": self.domain,
+            "domain_path": self.domain_path,
+            "mode": self.mode,
+            "started_by_uid": self.started_by,
+            "start_time": self.start_time,
+            "state": self.state,
+            "progress": self.progress,
+            "bytes": self.bytes,
+            "bytes_done": self.bytes_done,
+            "rate": self.rate,
+            "expected_end_time": self.expected_end,
+            "disks": disks,
+            "error": nothing_if_empty(&self.error_name),
+            "message": nothing_if_empty(&self.error_message),
+        })
+    }
+
+    /// All of it for people.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        let mut field = |name: &str, value: String| {
+            text.push_str(&format!("{name:<11}{}\n", escape(&value)));
+        };
+        field("Backup", self.id.to_string());
+        field("Domain", self.domain_label().to_owned());
+        field("State", self.state.clone());
+        field("Mode", self.mode.clone());
+        field(
+            "Started",
+            format!("{} by uid {}", units::timestamp(self.start_time), self.started_by),
+        );
+        if has_ended(&self.state) {
+            field(
+                "Data",
+                format!("{} of {}", units::size(self.bytes_done), units::size(self.bytes)),
+            );
+        } else {
+            field("Progress", self.progress_text());
+        }
+        if !self.error_name.is_empty() || !self.error_message.is_empty() {
+            field("Error", self.error_message.clone());
+            field("Error name", self.error_name.clone());
+        }
+        let mut table = Table::new(&["DISK", "STATE", "DONE", "SIZE", "TARGET"]).right(&[2, 3]);
+        for disk in &self.disks {
+            let (done, size) = (units::size(disk.done), units::size(disk.bytes));
+            table.row([&disk.name, &disk.state, &done, &size, &disk.target]);
+        }
+        text.push_str(&format!("\n{table}"));
+        for disk in self.disks.iter().filter(|disk| !disk.error.is_empty()) {
+            text.push_str(&format!("{}: {}\n", escape(&disk.name), escape(&disk.error)));
+        }
+        text
+    }
+}
+
+/// An empty text is `null` in JSON: there is no such thing.
+pub fn nothing_if_empty(text: &str) -> Option<&str> {
+    (!text.is_empty()).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_leaves_the_rest_as_it_was() {
+        let mut snapshot = Snapshot {
+            id: 7,
+            state: "running".into(),
+            bytes: 100,
+            ..Snapshot::default()
+        };
+        snapshot.apply(Properties {
+            bytes_done: Some(50),
+            disks: Some(vec![(
+                "vda".into(),
+                "running".into(),
+                100,
+                50,
+                "/t".into(),
+                "".into(),
+            )]),
+            ..Properties::default()
+        });
+        assert_eq!((snapshot.id, snapshot.bytes, snapshot.bytes_done), (7, 100, 50));
+        assert_eq!(snapshot.progress, 0.5);
+        assert_eq!(snapshot.disks[0].done, 50);
+        assert_eq!(snapshot.outcome(), None);
+        snapshot.apply(Properties {
+            state: Some("cancelled".into()),
+            ..Properties::default()
+        });
+        assert_eq!(snapshot.outcome().unwrap().result, "cancelled");
+    }
+
+    #[test]
+    fn the_keys_of_json_stay() {
+        let value = Snapshot::default().json();
+        let mut keys: Vec<_> = value.as_object().unwrap().keys().map(String::as_str).collect();
+        keys.sort_unstable();
+        assert_eq!(
+            keys,
+            [
+                "bytes",
+                "bytes_done",
+                "disks",
+                "domain",
+                "domain_path",
+                "error",
+                "expected_end_time",
+                "id",
+                "message",
+                "mode",
+                "path",
+                "progress",
+                "rate",
+                "start_time",
+                "started_by_uid",
+                "state",
+            ]
+        );
+    }
+}

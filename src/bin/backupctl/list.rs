@@ -1,0 +1,132 @@
+//! The commands that ask one thing and print the answer.
+
+use std::io::{self, IsTerminal};
+
+use serde_json::{Value, json};
+
+use crate::error::{Result, Status};
+use crate::output::{self, Table, escape_lines};
+use crate::proxy::{DomainDisk, Service};
+use crate::units;
+
+fn print(json: bool, value: impl FnOnce() -> Value, text: impl FnOnce() -> String) -> Result<Status> {
+    if json {
+        output::print_json(&value())?;
+    } else {
+        output::print(&text())?;
+    }
+    Ok(Status::Completed)
+}
+
+/// `domains`
+pub async fn domains(service: &Service, with_disks: bool, json: bool) -> Result<Status> {
+    let domains = service.domains().await?;
+    let mut table = Table::new(&["NAME", "STATE", "UUID"]);
+    let mut disk_table = Table::new(&["DOMAIN", "DISK", "SIZE", "FORMAT", "WRITABLE", "NODE"]).right(&[2]);
+    let mut values = Vec::new();
+    for domain in &domains {
+        table.row([&domain.name, &domain.state, &domain.uuid]);
+        let mut value = json!({
+            "path": domain.path, "name": domain.name, "uuid": domain.uuid, "state": domain.state,
+        });
+        if with_disks {
+            let disks = service.disks(&domain.path).await?;
+            for disk in &disks {
+                let size = units::size(disk.size);
+                let writable = if disk.writable { "yes" } else { "no" };
+                disk_table.row([
+                    &domain.name,
+                    &disk.name,
+                    &size,
+                    &disk.format,
+                    writable,
+                    &disk.node,
+                ]);
+            }
+            value["disks"] = disks.iter().map(disk_json).collect();
+        }
+        values.push(value);
+    }
+    print(
+        json,
+        || values.into(),
+        || match with_disks {
+            true => format!("{table}\n{disk_table}"),
+            false => table.to_string(),
+        },
+    )
+}
+
+fn disk_json(disk: &DomainDisk) -> Value {
+    json!({
+        "disk": disk.name, "node": disk.node, "bytes": disk.size, "format": disk.format, "writable": disk.writable,
+    })
+}
+
+/// `jobs`
+pub async fn jobs(service: &Service, json: bool) -> Result<Status> {
+    let jobs = service.jobs().await?;
+    let values = || {
+        jobs.iter()
+            .map(|job| json!({ "id": job.id, "path": job.path, "domain": job.domain, "state": job.state }))
+            .collect()
+    };
+    let text = || {
+        let mut table = Table::new(&["JOB", "DOMAIN", "STATE"]).right(&[0]);
+        for job in &jobs {
+            table.row([&job.id.to_string(), &job.domain, &job.state]);
+        }
+        table.to_string()
+    };
+    print(json, values, text)
+}
+
+/// `show`
+pub async fn show(service: &Service, id: u32, json: bool) -> Result<Status> {
+    let snapshot = service.job(id).await?.snapshot().await?;
+    print(json, || snapshot.json(), || snapshot.text())
+}
+
+/// `cancel`
+pub async fn cancel(service: &Service, id: u32, disk: Option<&str>, json: bool) -> Result<Status> {
+    let job = service.job(id).await?;
+    match disk {
+        Some(disk) => job.cancel_disk(disk).await?,
+        None => job.cancel().await?,
+    }
+    print(
+        json,
+        || json!({ "id": id, "disk": disk }),
+        || format!("Backup {id} is being cancelled\n"),
+    )
+}
+
+/// `speed`
+pub async fn speed(service: &Service, id: u32, limit: u64, json: bool) -> Result<Status> {
+    service.job(id).await?.set_speed(limit).await?;
+    print(
+        json,
+        || json!({ "id": id, "bandwidth": limit }),
+        || match limit {
+            0 => format!("Backup {id} has no speed limit\n"),
+            limit => format!("Backup {id} is limited to {}\n", units::rate(limit)),
+        },
+    )
+}
+
+/// `dump`
+pub async fn dump(service: &Service, id: u32, json: bool) -> Result<Status> {
+    let mut document = service.job(id).await?.definition().await?;
+    if !json && !document.ends_with('\n') {
+        document.push('\n');
+    }
+    print(
+        json,
+        || json!({ "id": id, "definition": document }),
+        || match io::stdout().is_terminal() {
+            true => escape_lines(&document),
+            // Into a file it goes as it is: it may be given to --definition again.
+            false => document.clone(),
+        },
+    )
+}

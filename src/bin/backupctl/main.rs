@@ -1,0 +1,90 @@
+//! backupctl: the backup service on the command line.
+//!
+//! `args` is the command line; `create`, `watch` and `list` hold the commands; `follow` waits for a job, `view` and
+//! `bars` show it, `summary` says how it ended. `proxy` is the only file that knows the service's calls and signals.
+
+mod agent;
+mod args;
+mod bars;
+mod create;
+mod document;
+mod error;
+mod files;
+mod follow;
+mod interrupt;
+mod job;
+mod list;
+mod manual;
+mod output;
+mod proxy;
+mod summary;
+mod units;
+mod view;
+mod watch;
+
+use std::process::ExitCode;
+
+use agent::Agent;
+use args::{Cli, Command};
+use error::{Error, Result, Status};
+use proxy::Service;
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let json = arguments.iter().any(|argument| argument == "--json");
+    let cli = match Cli::parse_checked(arguments) {
+        Ok(cli) => cli,
+        // Help and the version come as "errors" that go to standard output.
+        Err(error) if json && error.use_stderr() => {
+            let text = error.render().to_string();
+            let text = text.trim().trim_start_matches("error: ");
+            Error::Usage(text.to_owned()).report(true);
+            return ExitCode::from(Status::Usage as u8);
+        }
+        Err(error) => error.exit(),
+    };
+    let result = match &cli.command {
+        Command::Completions { shell } => manual::completions(*shell).map(|()| Status::Completed),
+        Command::Man { dir } => manual::pages(dir).map(|()| Status::Completed),
+        _ => run_on_bus(&cli),
+    };
+    let status = result.unwrap_or_else(|error| {
+        error.report(cli.json);
+        error.status()
+    });
+    ExitCode::from(status as u8)
+}
+
+fn run_on_bus(cli: &Cli) -> Result<Status> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Setup)?;
+    runtime.block_on(run(cli))
+}
+
+async fn run(cli: &Cli) -> Result<Status> {
+    let json = cli.json;
+    let ask_password = !cli.no_ask_password;
+    let service = Service::connect(ask_password).await?;
+    // For as long as the call takes. `create` and `watch` keep their own, for the terminal is theirs later on.
+    let _agent = match cli.command {
+        Command::Show { .. } | Command::Cancel { .. } | Command::Speed { .. } | Command::Dump { .. } => {
+            Agent::start(ask_password).await
+        }
+        _ => None,
+    };
+    match &cli.command {
+        Command::Domains { disks } => list::domains(&service, *disks, json).await,
+        Command::Create(create) => create::run(&service, create, json, ask_password).await,
+        Command::Jobs => list::jobs(&service, json).await,
+        Command::Show { job } => list::show(&service, *job, json).await,
+        Command::Watch { job: Some(job) } => watch::one(&service, *job, json, ask_password).await,
+        Command::Watch { job: None } => watch::all(&service, json).await,
+        Command::Cancel { job, disk } => list::cancel(&service, *job, disk.as_deref(), json).await,
+        Command::Speed { job, limit } => list::speed(&service, *job, *limit, json).await,
+        Command::Dump { job } => list::dump(&service, *job, json).await,
+        // These need no bus and are done by now.
+        Command::Completions { .. } | Command::Man { .. } => Ok(Status::Completed),
+    }
+}

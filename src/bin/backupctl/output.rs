@@ -1,0 +1,174 @@
+//! What goes to the standard streams: escaped for a terminal, in aligned tables, or as JSON lines.
+//!
+//! Names, paths and messages come from the service, and from QEMU behind it. None of them may move the cursor,
+//! change the window's title or reorder what is read.
+
+use std::io::{self, Write};
+
+use serde_json::Value;
+
+/// Whether `c` would do something to a terminal, or to the order in which a line is read.
+fn is_unsafe(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{2028}' | '\u{2029}'
+            | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+}
+
+/// `text` with everything that isn't plain text written out, as in `\n` or `\u{1b}`.
+pub fn escape(text: &str) -> String {
+    escape_except(text, |_| false)
+}
+
+/// Like [`escape`], but for a text of several lines: line ends and tabs stay.
+pub fn escape_lines(text: &str) -> String {
+    escape_except(text, |c| c == '\n' || c == '\t')
+}
+
+fn escape_except(text: &str, keep: impl Fn(char) -> bool) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            c if !is_unsafe(c) || keep(c) => escaped.push(c),
+            '\n' | '\r' | '\t' => escaped.extend(c.escape_default()),
+            c => escaped.extend(c.escape_unicode()),
+        }
+    }
+    escaped
+}
+
+/// One line of JSON. What [`escape`] would escape is written as `\uXXXX`, which means the same to a reader.
+pub fn json(value: &Value) -> String {
+    let plain = value.to_string();
+    let mut line = String::with_capacity(plain.len());
+    for c in plain.chars() {
+        // All of these are in the basic plane and can only be inside of a string.
+        if is_unsafe(c) {
+            line.push_str(&format!("\\u{:04x}", c as u32));
+        } else {
+            line.push(c);
+        }
+    }
+    line
+}
+
+/// Rows of text under a heading, each column as wide as its widest cell.
+pub struct Table {
+    rows: Vec<Vec<String>>,
+    right: Vec<usize>,
+}
+
+impl Table {
+    /// A table with these headings.
+    pub fn new(headings: &[&str]) -> Self {
+        let headings = headings.iter().map(|&heading| heading.to_owned()).collect();
+        Self {
+            rows: vec![headings],
+            right: Vec::new(),
+        }
+    }
+
+    /// Aligns these columns, counted from 0, to the right.
+    pub fn right(mut self, columns: &[usize]) -> Self {
+        self.right = columns.to_vec();
+        self
+    }
+
+    /// Adds a row. Its cells are escaped here; an empty one is shown as `-`.
+    pub fn row<const N: usize>(&mut self, cells: [&str; N]) {
+        let cells = cells.iter().map(|cell| match *cell {
+            "" => "-".to_owned(),
+            cell => escape(cell),
+        });
+        self.rows.push(cells.collect());
+    }
+}
+
+impl std::fmt::Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut widths: Vec<usize> = Vec::new();
+        for row in &self.rows {
+            for (column, cell) in row.iter().enumerate() {
+                let width = cell.chars().count();
+                match widths.get_mut(column) {
+                    Some(widest) => *widest = width.max(*widest),
+                    None => widths.push(width),
+                }
+            }
+        }
+        for row in &self.rows {
+            let mut line = String::new();
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                if column > 0 {
+                    line.push_str("  ");
+                }
+                if self.right.contains(&column) {
+                    line.push_str(&format!("{cell:>width$}"));
+                } else {
+                    line.push_str(&format!("{cell:<width$}"));
+                }
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes to standard output. A reader that has gone, such as `head`, is no failure.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+/// Writes a line of JSON to standard output.
+pub fn print_json(value: &Value) -> io::Result<()> {
+    print(&format!("{}\n", json(value)))
+}
+
+/// Writes a line to standard error.
+pub fn complain(line: &str) {
+    // There is nowhere left to report a failure to.
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_gets_no_control_characters() {
+        assert_eq!(escape("plain é 漢"), "plain é 漢");
+        assert_eq!(escape("a\x1b[31mb\n"), "a\\u{1b}[31mb\\n");
+        assert_eq!(escape("\u{9b}2J\u{7f}"), "\\u{9b}2J\\u{7f}");
+        assert_eq!(escape("gpj\u{202e}exe"), "gpj\\u{202e}exe");
+        assert_eq!(escape_lines("a\n\tb\r"), "a\n\tb\\r");
+    }
+
+    #[test]
+    fn json_is_escaped_and_means_the_same() {
+        let value = serde_json::json!({ "name": "a\x1b\u{9b}\u{202e}\n\"" });
+        let line = json(&value);
+        assert!(!line.chars().any(is_unsafe), "{line}");
+        assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), value);
+    }
+
+    #[test]
+    fn columns_are_aligned() {
+        let mut table = Table::new(&["NAME", "SIZE", "STATE"]).right(&[1]);
+        table.row(["web", "1.0 GiB", "running"]);
+        table.row(["database", "5 B", ""]);
+        assert_eq!(
+            table.to_string(),
+            "NAME         SIZE  STATE\nweb       1.0 GiB  running\ndatabase      5 B  -\n"
+        );
+    }
+
+    #[test]
+    fn cells_are_escaped() {
+        let mut table = Table::new(&["NAME"]);
+        table.row(["a\nb"]);
+        assert_eq!(table.to_string(), "NAME\na\\nb\n");
+    }
+}

@@ -1,0 +1,368 @@
+//! The service's objects as seen from here: calls that may ask for a password and never time out, and signals.
+
+use std::collections::HashMap;
+
+use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use futures_util::{Stream, StreamExt};
+use tokio::sync::mpsc;
+use zbus::message::{Message, Type as MessageType};
+use zbus::names::UniqueName;
+use zbus::proxy::MethodFlags;
+use zbus::{Connection, DeserializeDict, MatchRule, MessageStream, OwnedObjectPath, Type, Variant};
+
+use crate::error::{Error, Result};
+use crate::job::{Outcome, Properties, Snapshot};
+
+const PROPERTIES_INTERFACE: &str = "org.freedesktop.DBus.Properties";
+
+/// The backup service on the system bus.
+#[derive(Debug, Clone)]
+pub struct Service {
+    connection: Connection,
+    flags: MethodFlags,
+}
+
+/// One line of `ListDomains`.
+#[derive(Debug)]
+pub struct DomainLine {
+    /// The object.
+    pub path: String,
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// `running`, `paused`, `shut off`, …
+    pub state: String,
+}
+
+/// One line of `ListJobs`.
+#[derive(Debug)]
+pub struct JobLine {
+    /// The job's number.
+    pub id: u32,
+    /// The object.
+    pub path: String,
+    /// The name of the domain.
+    pub domain: String,
+    /// The job's state.
+    pub state: String,
+}
+
+/// A disk of a domain.
+#[derive(Debug, Clone)]
+pub struct DomainDisk {
+    /// Its name in documents.
+    pub name: String,
+    /// QEMU's node; nothing where there is no medium.
+    pub node: String,
+    /// Bytes that the guest sees.
+    pub size: u64,
+    /// The source's format.
+    pub format: String,
+    /// Whether the guest can write to it.
+    pub writable: bool,
+}
+
+/// A disk as `Disks` has it: name, node, size, format, writable.
+type DiskTuple = (String, String, u64, String, bool);
+
+#[derive(Debug, Default, DeserializeDict, Type)]
+#[zbus(signature = "dict", rename_all = "PascalCase")]
+struct DomainProperties {
+    name: Option<String>,
+    disks: Option<Vec<DiskTuple>>,
+}
+
+/// A signal of the service.
+#[derive(Debug)]
+pub enum Signal {
+    /// Properties of the job at this path changed.
+    Changed(String, Box<Properties>),
+    /// A job began.
+    Started(u32, String),
+    /// A job ended with this result.
+    Ended(u32, String, String),
+    /// The service has left the bus.
+    Gone,
+}
+
+impl Service {
+    /// Connects to the system bus, or to the one that `DBUS_SYSTEM_BUS_ADDRESS` names.
+    pub async fn connect(ask_password: bool) -> Result<Self> {
+        // No method timeout: a password dialog takes as long as the user does, `Wait` as long as the backup.
+        let connection = Connection::system().await.map_err(Error::NoBus)?;
+        let flags = if ask_password {
+            MethodFlags::ALLOW_INTERACTIVE_AUTH
+        } else {
+            MethodFlags::default()
+        };
+        Ok(Self { connection, flags })
+    }
+
+    /// The same service, for calls that must not open a password dialog.
+    pub fn without_asking(&self) -> Self {
+        Self {
+            connection: self.connection.clone(),
+            flags: MethodFlags::default(),
+        }
+    }
+
+    async fn call<B, R>(
+        &self,
+        path: &str,
+        interface: &'static str,
+        method: &'static str,
+        body: &B,
+    ) -> Result<R>
+    where
+        B: serde::Serialize + zbus::DynamicType,
+        R: for<'d> zbus::wire::DynamicDeserialize<'d>,
+    {
+        let proxy = zbus::Proxy::new(&self.connection, BUS_NAME, path, interface).await?;
+        let reply = proxy.call_with_flags(method, self.flags, body).await?;
+        // Only a call that wants no reply has none.
+        reply.ok_or(Error::Protocol(zbus::Error::InvalidReply))
+    }
+
+    /// The domains that the caller may see.
+    pub async fn domains(&self) -> Result<Vec<DomainLine>> {
+        let lines: Vec<(OwnedObjectPath, String, String, String)> = self
+            .call(ROOT_PATH, MANAGER_INTERFACE, "ListDomains", &())
+            .await?;
+        let lines = lines.into_iter().map(|(path, name, uuid, state)| DomainLine {
+            path: path.to_string(),
+            name,
+            uuid,
+            state,
+        });
+        Ok(lines.collect())
+    }
+
+    /// The object of a domain, by name or UUID.
+    pub async fn domain(&self, name: &str) -> Result<String> {
+        let path: OwnedObjectPath = self
+            .call(ROOT_PATH, MANAGER_INTERFACE, "GetDomain", &(name,))
+            .await?;
+        Ok(path.to_string())
+    }
+
+    async fn domain_properties(&self, path: &str) -> Result<DomainProperties> {
+        self.call(path, PROPERTIES_INTERFACE, "GetAll", &(DOMAIN_INTERFACE,))
+            .await
+    }
+
+    /// The disks of the domain at this path.
+    pub async fn disks(&self, path: &str) -> Result<Vec<DomainDisk>> {
+        let disks = self.domain_properties(path).await?.disks.unwrap_or_default();
+        let disks = disks
+            .into_iter()
+            .map(|(name, node, size, format, writable)| DomainDisk {
+                name,
+                node,
+                size,
+                format,
+                writable,
+            });
+        Ok(disks.collect())
+    }
+
+    /// The jobs that the caller may see.
+    pub async fn jobs(&self) -> Result<Vec<JobLine>> {
+        let lines: Vec<(u32, OwnedObjectPath, String, String)> =
+            self.call(ROOT_PATH, MANAGER_INTERFACE, "ListJobs", &()).await?;
+        let lines = lines.into_iter().map(|(id, path, domain, state)| JobLine {
+            id,
+            path: path.to_string(),
+            domain,
+            state,
+        });
+        Ok(lines.collect())
+    }
+
+    /// The job with this number.
+    pub async fn job(&self, id: u32) -> Result<Job> {
+        let path: OwnedObjectPath = self.call(ROOT_PATH, MANAGER_INTERFACE, "GetJob", &(id,)).await?;
+        Ok(self.job_at(id, path.to_string()))
+    }
+
+    /// The job with this number at this path.
+    pub fn job_at(&self, id: u32, path: String) -> Job {
+        Job {
+            service: self.clone(),
+            id,
+            path,
+        }
+    }
+
+    /// Starts a backup.
+    pub async fn create_backup(
+        &self,
+        domain: &str,
+        definition: &str,
+        files: Vec<zbus::Fd<'_>>,
+        options: HashMap<&str, Variant<'_>>,
+    ) -> Result<Job> {
+        let body = (domain, definition, files, options);
+        let (id, path): (u32, OwnedObjectPath) = self
+            .call(ROOT_PATH, MANAGER_INTERFACE, "CreateBackup", &body)
+            .await?;
+        Ok(self.job_at(id, path.to_string()))
+    }
+
+    /// Asks for the detailed signals of the domains that the caller may read.
+    pub async fn subscribe(&self) -> Result<()> {
+        self.call(ROOT_PATH, MANAGER_INTERFACE, "Subscribe", &()).await
+    }
+
+    /// The service's signals from now on. The service has to be running.
+    pub async fn signals(&self) -> Result<mpsc::UnboundedReceiver<Signal>> {
+        let bus = zbus::fdo::DBusProxy::new(&self.connection).await?;
+        let mut owners = bus.receive_name_owner_changed_with_args(&[(0, BUS_NAME)]).await?;
+        let owner = bus
+            .get_name_owner(zbus::names::BusName::try_from(BUS_NAME)?)
+            .await
+            .map_err(zbus::Error::from)?;
+        let mut signals = self.signals_of(owner.inner()).await?;
+        // zbus stops reading from the bus, replies included, when nobody takes signals off a stream. This task
+        // always does, so that its user may await a call meanwhile. What piles up is small: a few changes a second.
+        let (sender, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            loop {
+                let signal = tokio::select! {
+                    message = signals.next() => match message {
+                        Some(Ok(message)) => match read_signal(&message) {
+                            Some(signal) => signal,
+                            None => continue,
+                        },
+                        Some(Err(_)) | None => Signal::Gone,
+                    },
+                    _ = owners.next() => Signal::Gone,
+                };
+                let gone = matches!(signal, Signal::Gone);
+                if sender.send(signal).is_err() || gone {
+                    return;
+                }
+            }
+        });
+        Ok(receiver)
+    }
+
+    /// Only what this very connection sends: anybody can send a signal that looks the same.
+    async fn signals_of(
+        &self,
+        owner: &UniqueName<'_>,
+    ) -> Result<impl Stream<Item = zbus::Result<Message>> + Unpin + Send + use<>> {
+        let rule = MatchRule::builder()
+            .msg_type(MessageType::Signal)
+            .sender(owner.to_owned())
+            .build()?
+            .to_owned();
+        Ok(MessageStream::for_match_rule(rule, &self.connection, None).await?)
+    }
+}
+
+fn read_signal(message: &Message) -> Option<Signal> {
+    let header = message.header();
+    let path = header.path()?.to_string();
+    let body = message.body();
+    match (header.interface()?.as_str(), header.member()?.as_str()) {
+        (PROPERTIES_INTERFACE, "PropertiesChanged") => {
+            let (interface, _, _): (&str, HashMap<&str, Variant<'_>>, Vec<&str>) = body.deserialize().ok()?;
+            if interface != JOB_INTERFACE {
+                return None;
+            }
+            let (_, changed, _): (&str, Properties, Vec<&str>) = body.deserialize().ok()?;
+            Some(Signal::Changed(path, Box::new(changed)))
+        }
+        (MANAGER_INTERFACE, "JobStarted") => {
+            let (id, job): (u32, OwnedObjectPath) = body.deserialize().ok()?;
+            Some(Signal::Started(id, job.to_string()))
+        }
+        (MANAGER_INTERFACE, "JobEnded") => {
+            let (id, job, result): (u32, OwnedObjectPath, String) = body.deserialize().ok()?;
+            Some(Signal::Ended(id, job.to_string(), result))
+        }
+        _ => None,
+    }
+}
+
+/// One job of the service.
+#[derive(Debug, Clone)]
+pub struct Job {
+    service: Service,
+    /// Its number.
+    pub id: u32,
+    /// Its object.
+    pub path: String,
+}
+
+impl Job {
+    async fn call<B, R>(&self, method: &'static str, body: &B) -> Result<R>
+    where
+        B: serde::Serialize + zbus::DynamicType,
+        R: for<'d> zbus::wire::DynamicDeserialize<'d>,
+    {
+        self.service.call(&self.path, JOB_INTERFACE, method, body).await
+    }
+
+    /// All its properties.
+    pub async fn properties(&self) -> Result<Properties> {
+        self.service
+            .call(&self.path, PROPERTIES_INTERFACE, "GetAll", &(JOB_INTERFACE,))
+            .await
+    }
+
+    /// All its properties, if they can be had without asking the user.
+    pub async fn properties_without_asking(&self) -> Result<Properties> {
+        self.service
+            .without_asking()
+            .job_at(self.id, self.path.clone())
+            .properties()
+            .await
+    }
+
+    /// All that is known of it, with its domain's name where the caller may read that.
+    pub async fn snapshot(&self) -> Result<Snapshot> {
+        let mut snapshot = Snapshot {
+            id: self.id,
+            path: self.path.clone(),
+            ..Snapshot::default()
+        };
+        snapshot.apply(self.properties().await?);
+        let quiet = self.service.without_asking();
+        if let Ok(domain) = quiet.domain_properties(&snapshot.domain_path).await {
+            snapshot.domain = domain.name;
+        }
+        Ok(snapshot)
+    }
+
+    /// Waits until it has ended.
+    pub async fn wait(&self) -> Result<Outcome> {
+        let (result, error_name, message): (String, String, String) = self.call("Wait", &()).await?;
+        Ok(Outcome {
+            result,
+            error_name,
+            message,
+        })
+    }
+
+    /// Cancels it.
+    pub async fn cancel(&self) -> Result<()> {
+        self.call("Cancel", &()).await
+    }
+
+    /// Cancels it by way of one disk.
+    pub async fn cancel_disk(&self, disk: &str) -> Result<()> {
+        self.call("CancelDisk", &(disk,)).await
+    }
+
+    /// Limits its speed to so many bytes a second.
+    pub async fn set_speed(&self, bytes_per_second: u64) -> Result<()> {
+        self.call("SetSpeed", &(bytes_per_second,)).await
+    }
+
+    /// Its document with all defaults filled in.
+    pub async fn definition(&self) -> Result<String> {
+        self.call("GetDefinition", &()).await
+    }
+}

@@ -1,0 +1,173 @@
+//! What is said at the end of a backup that was followed.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::error::{self, Result, Status};
+use crate::job::{Outcome, Snapshot, nothing_if_empty};
+use crate::output::{self, escape};
+use crate::units;
+
+/// How a backup ended, and what there is of it.
+pub struct Summary<'a> {
+    /// The last that was seen of the job.
+    pub snapshot: &'a Snapshot,
+    /// How it ended.
+    pub outcome: &'a Outcome,
+    /// How long it took, where that is known.
+    pub took: Option<Duration>,
+    /// Where each disk's data is, for those that the client opened itself.
+    pub own_targets: &'a [(String, String)],
+}
+
+impl Summary<'_> {
+    /// Tells the user, and says with which status to exit.
+    pub fn tell(&self, json: bool) -> Result<Status> {
+        if json {
+            output::print_json(&self.json())?;
+        } else if self.outcome.result == "completed" {
+            output::print(&self.text())?;
+        } else {
+            output::complain(self.text().trim_end());
+        }
+        Ok(Status::of_result(&self.outcome.result))
+    }
+
+    fn target<'b>(&'b self, disk: &'b crate::job::Disk) -> &'b str {
+        let own = self.own_targets.iter().find(|(name, _)| *name == disk.name);
+        own.map_or(&disk.target, |(_, path)| path)
+    }
+
+    fn rate(&self) -> Option<u64> {
+        let seconds = self.took?.as_secs_f64();
+        // What took no time to speak of has no rate to speak of.
+        (seconds >= 0.1).then(|| (self.snapshot.bytes_done as f64 / seconds) as u64)
+    }
+
+    fn json(&self) -> Value {
+        let mut value = self.snapshot.json();
+        value["event"] = "result".into();
+        value["result"] = self.outcome.result.clone().into();
+        value["error"] = json!(nothing_if_empty(&self.outcome.error_name));
+        value["message"] = json!(nothing_if_empty(&self.outcome.message));
+        value["seconds"] = json!(self.took.map(|took| took.as_secs_f64()));
+        value["average_rate"] = json!(self.rate());
+        for (index, disk) in self.snapshot.disks.iter().enumerate() {
+            value["disks"][index]["target"] = self.target(disk).into();
+        }
+        value
+    }
+
+    fn text(&self) -> String {
+        let (snapshot, outcome) = (self.snapshot, self.outcome);
+        let domain = escape(snapshot.domain_label());
+        let mut text = match outcome.result.as_str() {
+            result @ ("completed" | "cancelled") => format!("Backup {} of {domain} {result}", snapshot.id),
+            _ => format!("backupctl: backup {} of {domain} failed", snapshot.id),
+        };
+        if !outcome.message.is_empty() {
+            text.push_str(&format!(": {}", escape(&outcome.message)));
+        }
+        text.push('\n');
+        if let Some(hint) = error::hint_for(&outcome.error_name) {
+            text.push_str(&format!("hint: {hint}\n"));
+        }
+        let mut data = units::size(snapshot.bytes_done);
+        if let Some(took) = self.took {
+            data.push_str(&format!(" in {}", units::duration(took)));
+        }
+        if let Some(rate) = self.rate().filter(|&rate| rate > 0) {
+            data.push_str(&format!(" ({})", units::rate(rate)));
+        }
+        let mut lines = vec![("copied".to_owned(), data)];
+        for disk in &snapshot.disks {
+            let what = match (outcome.result.as_str(), disk.error.as_str()) {
+                ("completed", _) => escape(self.target(disk)),
+                (_, "") => escape(&disk.state),
+                (_, error) => format!("{}: {}", escape(&disk.state), escape(error)),
+            };
+            lines.push((escape(&disk.name), what));
+        }
+        let width = lines.iter().map(|(name, _)| name.chars().count()).max();
+        for (name, what) in &lines {
+            text.push_str(&format!("  {name:<width$}  {what}\n", width = width.unwrap_or(0)));
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::Disk;
+
+    fn snapshot() -> Snapshot {
+        Snapshot {
+            id: 7,
+            domain: Some("web".into()),
+            bytes_done: 2 << 30,
+            disks: vec![Disk {
+                name: "vda".into(),
+                state: "completed".into(),
+                target: "/store/vda.qcow2".into(),
+                ..Disk::default()
+            }],
+            ..Snapshot::default()
+        }
+    }
+
+    fn outcome(result: &str, error_name: &str, message: &str) -> Outcome {
+        Outcome {
+            result: result.into(),
+            error_name: error_name.into(),
+            message: message.into(),
+        }
+    }
+
+    #[test]
+    fn a_completed_backup_says_where_its_images_are() {
+        let summary = Summary {
+            snapshot: &snapshot(),
+            outcome: &outcome("completed", "", ""),
+            took: Some(Duration::from_secs(16)),
+            own_targets: &[],
+        };
+        assert_eq!(
+            summary.text(),
+            "Backup 7 of web completed\n  copied  2.0 GiB in 16 s (128 MiB/s)\n  vda     /store/vda.qcow2\n"
+        );
+        assert_eq!(summary.json()["average_rate"], 128 << 20);
+    }
+
+    #[test]
+    fn a_failed_backup_says_why_and_names_no_image() {
+        let mut snapshot = snapshot();
+        snapshot.disks[0].state = "failed".into();
+        snapshot.disks[0].error = "No space\nleft".into();
+        let summary = Summary {
+            snapshot: &snapshot,
+            outcome: &outcome("failed", "org.example.Backup1.Error.NoSpace", "disk vda: full"),
+            took: None,
+            own_targets: &[],
+        };
+        assert_eq!(
+            summary.text(),
+            "backupctl: backup 7 of web failed: disk vda: full\n  copied  2.0 GiB\n  vda     failed: No space\\nleft\n"
+        );
+        assert_eq!(summary.json()["error"], "org.example.Backup1.Error.NoSpace");
+    }
+
+    #[test]
+    fn the_callers_own_files_are_named_by_their_paths() {
+        let own = [("vda".to_owned(), "/home/me/vda.qcow2".to_owned())];
+        let summary = Summary {
+            snapshot: &snapshot(),
+            outcome: &outcome("completed", "", ""),
+            took: None,
+            own_targets: &own,
+        };
+        assert!(summary.text().contains("/home/me/vda.qcow2"));
+        assert_eq!(summary.json()["disks"][0]["target"], "/home/me/vda.qcow2");
+    }
+}

@@ -1,0 +1,217 @@
+//! Sizes, rates and times: read from the command line and written for people.
+
+use std::time::Duration;
+
+/// Why a text is not a size.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SizeError {
+    /// There is no number at the start.
+    #[error("a size is a number with an optional suffix, such as 50M, 1.5GiB or 800KB")]
+    NoNumber,
+    /// What follows the number is no unit.
+    #[error(
+        "unknown unit \"{0}\": use B, K, M, G, T (or KiB, MiB, …: powers of 1024) or KB, MB, … (powers of 1000)"
+    )]
+    Unit(String),
+    /// The number of bytes doesn't fit.
+    #[error("the size is too large")]
+    TooLarge,
+}
+
+/// Reads a number of bytes such as `50M`, `1.5 GiB` or `800kB`. `K` and `KiB` are 1024, `KB` is 1000.
+pub fn parse_size(text: &str) -> Result<u64, SizeError> {
+    let text = text.trim();
+    let end = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let unit = unit.trim_start();
+    let factor = factor(unit).ok_or_else(|| SizeError::Unit(unit.to_owned()))?;
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if whole.is_empty() || fraction.contains('.') || (fraction.is_empty() && number.contains('.')) {
+        return Err(SizeError::NoNumber);
+    }
+    let whole: u64 = whole.parse().map_err(|_| SizeError::TooLarge)?;
+    // Integers all the way: a float would round sizes above 2^53. Eighteen places are less than a byte of any unit.
+    let fraction = &fraction[..fraction.len().min(18)];
+    let places = 10u128.pow(fraction.len() as u32);
+    let part: u128 = fraction.parse().unwrap_or(0);
+    let factor = u128::from(factor);
+    let bytes = u128::from(whole) * factor + part * factor / places;
+    u64::try_from(bytes).map_err(|_| SizeError::TooLarge)
+}
+
+fn factor(unit: &str) -> Option<u64> {
+    let unit = unit.to_ascii_lowercase();
+    let power = match unit.chars().next() {
+        None => return Some(1),
+        Some('b') => return (unit == "b").then_some(1),
+        Some('k') => 1,
+        Some('m') => 2,
+        Some('g') => 3,
+        Some('t') => 4,
+        Some(_) => return None,
+    };
+    match &unit[1..] {
+        "" | "ib" => Some(1024u64.pow(power)),
+        "b" => Some(1000u64.pow(power)),
+        _ => None,
+    }
+}
+
+/// Bytes in IEC units: `0 B`, `1.5 KiB`, `20 GiB`.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    // 1023.95 would be written "1024.0": the next unit is the better one from there.
+    while value >= 1023.95 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 || value >= 99.95 {
+        format!("{value:.0} {}", UNITS[unit])
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+/// Bytes a second.
+pub fn rate(bytes_per_second: u64) -> String {
+    format!("{}/s", size(bytes_per_second))
+}
+
+/// A duration to about two figures: `0.4 s`, `12 s`, `2 min 05 s`, `1 h 03 min`.
+pub fn duration(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0..=9 => format!("{:.1} s", time.as_secs_f64()),
+        10..=59 => format!("{seconds} s"),
+        60..=3599 => format!("{} min {:02} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {:02} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+/// A time that is still to go, where tenths of a second mean nothing.
+pub fn remaining(time: Duration) -> String {
+    duration(Duration::from_secs(time.as_secs_f64().ceil() as u64)).replace(".0 s", " s")
+}
+
+/// A time that is still to go, in little room: `0:08`, `12:34`, `1:02:03`.
+pub fn countdown(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let (hours, minutes, seconds) = (seconds / 3600, seconds % 3600 / 60, seconds % 60);
+    match hours {
+        0 => format!("{minutes}:{seconds:02}"),
+        1..=99 => format!("{hours}:{minutes:02}:{seconds:02}"),
+        _ => format!("{} days", hours / 24),
+    }
+}
+
+/// A time in µs since the epoch, in the user's time zone; `-` for 0, which means "not known".
+pub fn timestamp(microseconds: u64) -> String {
+    let time = i64::try_from(microseconds)
+        .ok()
+        .filter(|&time| time > 0)
+        .and_then(|time| jiff::Timestamp::from_microsecond(time).ok());
+    match time {
+        Some(time) => time
+            .to_zoned(jiff::tz::TimeZone::system())
+            .strftime("%Y-%m-%d %H:%M:%S %z")
+            .to_string(),
+        None => "-".to_owned(),
+    }
+}
+
+/// The time of day, in the user's time zone.
+pub fn clock() -> String {
+    jiff::Zoned::now().strftime("%H:%M:%S").to_string()
+}
+
+/// How much of `total` is done, in whole percent; never 100 before it is all.
+pub fn percent(done: u64, total: u64) -> u64 {
+    if total == 0 {
+        return 0;
+    }
+    let percent = u128::from(done.min(total)) * 100 / u128::from(total);
+    percent as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_and_without_units() {
+        let cases = [
+            ("0", 0),
+            ("1", 1),
+            ("512B", 512),
+            ("4k", 4096),
+            ("50M", 50 << 20),
+            ("50MiB", 50 << 20),
+            ("50 MiB", 50 << 20),
+            ("50mb", 50_000_000),
+            ("1.5G", 3 << 29),
+            ("0.5K", 512),
+            ("0.001KB", 1),
+            ("0.9999999999999999999999K", 1023),
+            ("2T", 2 << 40),
+            ("18446744073709551615", u64::MAX),
+        ];
+        for (text, bytes) in cases {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_size_is_refused() {
+        for text in ["", "M", ".5M", "1.", "1.2.3", "-1"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+        assert_eq!(parse_size("5X"), Err(SizeError::Unit("X".into())));
+        assert_eq!(parse_size("5KiBs"), Err(SizeError::Unit("KiBs".into())));
+        assert_eq!(parse_size("5é"), Err(SizeError::Unit("é".into())));
+        assert_eq!(parse_size("5Ké"), Err(SizeError::Unit("Ké".into())));
+        assert_eq!(parse_size("18446744073709551616"), Err(SizeError::TooLarge));
+        assert_eq!(parse_size("99999999999T"), Err(SizeError::TooLarge));
+    }
+
+    #[test]
+    fn sizes_are_written_in_iec_units() {
+        let cases = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (1024 * 1024 - 1, "1.0 MiB"),
+            (200 << 20, "200 MiB"),
+            (20 << 30, "20.0 GiB"),
+            (u64::MAX, "16.0 EiB"),
+        ];
+        for (bytes, text) in cases {
+            assert_eq!(size(bytes), text);
+        }
+    }
+
+    #[test]
+    fn durations_have_two_figures() {
+        assert_eq!(duration(Duration::from_millis(430)), "0.4 s");
+        assert_eq!(duration(Duration::from_secs(12)), "12 s");
+        assert_eq!(duration(Duration::from_secs(125)), "2 min 05 s");
+        assert_eq!(duration(Duration::from_secs(3790)), "1 h 03 min");
+        assert_eq!(remaining(Duration::from_millis(1200)), "2 s");
+        assert_eq!(countdown(Duration::from_secs(8)), "0:08");
+        assert_eq!(countdown(Duration::from_secs(3723)), "1:02:03");
+        assert_eq!(countdown(Duration::from_secs(u64::MAX)), "213503982334601 days");
+    }
+
+    #[test]
+    fn hundred_percent_is_only_all_of_it() {
+        assert_eq!(percent(0, 0), 0);
+        assert_eq!(percent(999, 1000), 99);
+        assert_eq!(percent(1000, 1000), 100);
+        assert_eq!(percent(2000, 1000), 100);
+        assert_eq!(percent(u64::MAX - 1, u64::MAX), 99);
+    }
+}

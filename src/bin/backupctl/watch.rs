@@ -1,0 +1,252 @@
+//! `backupctl watch`: one job until it ends, or all jobs until the user has seen enough.
+
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal};
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::agent::Agent;
+use crate::bars::{Bars, Row};
+use crate::create::left;
+use crate::error::{Error, Result, Status};
+use crate::follow::{Ending, Follow, OnInterrupt, QUIET};
+use crate::interrupt::Interrupts;
+use crate::job::{Snapshot, has_ended, nothing_if_empty};
+use crate::output::{self, escape};
+use crate::proxy::{Job, Service, Signal};
+use crate::summary::Summary;
+use crate::units;
+use crate::view::{self, PROGRESS_LINES};
+
+/// Follows one job.
+pub async fn one(service: &Service, id: u32, json: bool, ask_password: bool) -> Result<Status> {
+    let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
+    let mut view = view::choose(json, io::stderr().is_terminal());
+    let agent = Agent::start(ask_password).await;
+    let prepare = async {
+        let job = service.job(id).await?;
+        // Somebody else may have started it. Without its signals its properties are read now and then.
+        let _ = service.subscribe().await;
+        Ok::<_, Error>(job)
+    };
+    let job = tokio::select! {
+        job = prepare => job?,
+        _ = interrupts.next() => return Err(Error::Interrupted),
+    };
+    let mut follow = Follow::new(&job, view.as_mut(), OnInterrupt::Leave).await?;
+    drop(agent);
+    let was_running = !has_ended(&follow.snapshot.state);
+    match follow.run(service, &mut interrupts).await? {
+        Ending::Ended(outcome) => {
+            let summary = Summary {
+                snapshot: &follow.snapshot,
+                outcome: &outcome,
+                // When a job ended is not among its properties.
+                took: follow.snapshot.age().filter(|_| was_running),
+                own_targets: &[],
+            };
+            summary.tell(json)
+        }
+        Ending::Left => {
+            left(id, json);
+            Ok(Status::Failed)
+        }
+    }
+}
+
+/// Follows all jobs. Being interrupted is how this ends.
+pub async fn all(service: &Service, json: bool) -> Result<Status> {
+    // A job of somebody else that begins must not open a password dialog.
+    let service = service.without_asking();
+    let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
+    let terminal = io::stderr().is_terminal() && io::stdout().is_terminal();
+    let mut watch = Watch {
+        jobs: BTreeMap::new(),
+        out: match (json, terminal) {
+            (true, _) => Out::Json,
+            (false, true) => Out::Terminal(Bars::default()),
+            (false, false) => Out::Lines,
+        },
+    };
+    let result = tokio::select! {
+        result = watch.run(&service) => result,
+        _ = interrupts.next() => Ok(Status::Completed),
+    };
+    if let Out::Terminal(bars) = &mut watch.out {
+        bars.finish();
+    }
+    result
+}
+
+struct Watch {
+    jobs: BTreeMap<u32, Watched>,
+    out: Out,
+}
+
+struct Watched {
+    job: Job,
+    snapshot: Snapshot,
+    news: Instant,
+    printed: Option<Instant>,
+}
+
+enum Out {
+    Json,
+    Terminal(Bars),
+    Lines,
+}
+
+impl Watch {
+    async fn run(&mut self, service: &Service) -> Result<Status> {
+        service.subscribe().await?;
+        let mut signals = service.signals().await?;
+        for line in service.jobs().await? {
+            if !has_ended(&line.state) {
+                self.begin(service.job_at(line.id, line.path), false).await?;
+            }
+        }
+        let mut tick = tokio::time::interval(QUIET / 2);
+        loop {
+            tokio::select! {
+                signal = signals.recv() => self.signal(service, signal.unwrap_or(Signal::Gone)).await?,
+                _ = tick.tick() => self.look().await?,
+            }
+        }
+    }
+
+    async fn signal(&mut self, service: &Service, signal: Signal) -> Result<()> {
+        match signal {
+            Signal::Started(id, path) => self.begin(service.job_at(id, path), true).await,
+            Signal::Changed(path, changed) => {
+                let Some(job) = self.jobs.values_mut().find(|job| job.snapshot.path == path) else {
+                    return Ok(());
+                };
+                job.snapshot.apply(*changed);
+                job.news = Instant::now();
+                self.out.progress(job)
+            }
+            Signal::Ended(id, path, result) => self.end(service.job_at(id, path), &result).await,
+            Signal::Gone => Err(Error::LostService),
+        }
+    }
+
+    /// Reads the jobs of which no signal told anything for a while.
+    async fn look(&mut self) -> Result<()> {
+        for job in self.jobs.values_mut().filter(|job| job.news.elapsed() >= QUIET) {
+            job.news = Instant::now();
+            // Where this fails, `JobEnded` or the service's end will tell.
+            if let Ok(properties) = job.job.properties().await {
+                job.snapshot.apply(properties);
+                self.out.progress(job)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn begin(&mut self, job: Job, new: bool) -> Result<()> {
+        // It may be in the list already, which was asked for after the signals.
+        if self.jobs.contains_key(&job.id) {
+            return Ok(());
+        }
+        let what = if new { "started" } else { "is running" };
+        // The signal goes to everybody; what it is about may not be for this user's eyes.
+        let Ok(snapshot) = job.snapshot().await else {
+            return self.out.started(job.id, &job.path, None, what);
+        };
+        self.out.started(job.id, &job.path, Some(&snapshot), what)?;
+        let watched = Watched {
+            job: job.clone(),
+            snapshot,
+            news: Instant::now(),
+            printed: None,
+        };
+        let watched = self.jobs.entry(job.id).or_insert(watched);
+        self.out.progress(watched)
+    }
+
+    async fn end(&mut self, job: Job, result: &str) -> Result<()> {
+        let seen = self.jobs.remove(&job.id).map(|job| job.snapshot);
+        let snapshot = job.snapshot().await.ok().or(seen);
+        self.out.ended(job.id, &job.path, snapshot.as_ref(), result)
+    }
+}
+
+/// What tells a job's bar from the others.
+fn label(snapshot: &Snapshot) -> String {
+    format!("{} {}", snapshot.id, snapshot.domain_label())
+}
+
+fn of_domain(snapshot: Option<&Snapshot>) -> String {
+    snapshot.map_or_else(String::new, |snapshot| {
+        format!(" of {}", escape(snapshot.domain_label()))
+    })
+}
+
+impl Out {
+    fn line(&mut self, line: &str) -> Result<()> {
+        let line = format!("{} {line}", units::clock());
+        match self {
+            Self::Terminal(bars) => bars.println(&line),
+            _ => output::print(&format!("{line}\n"))?,
+        }
+        Ok(())
+    }
+
+    fn started(&mut self, id: u32, path: &str, snapshot: Option<&Snapshot>, what: &str) -> Result<()> {
+        if let Self::Json = self {
+            let domain = snapshot.and_then(|snapshot| snapshot.domain.as_ref());
+            let event = json!({ "event": "job-started", "id": id, "path": path, "domain": domain });
+            return Ok(output::print_json(&event)?);
+        }
+        self.line(&format!("Backup {id}{} {what}", of_domain(snapshot)))
+    }
+
+    fn progress(&mut self, job: &mut Watched) -> Result<()> {
+        let snapshot = &job.snapshot;
+        match self {
+            Self::Json => output::print_json(&view::progress(snapshot.json()))?,
+            Self::Terminal(bars) => bars.set(Row {
+                label: label(snapshot),
+                done: snapshot.bytes_done,
+                total: snapshot.bytes,
+                state: snapshot.state.clone(),
+                rate: Some(snapshot.rate),
+            }),
+            Self::Lines => {
+                let due = job.printed.is_none_or(|last| last.elapsed() >= PROGRESS_LINES);
+                if due && snapshot.state == "running" {
+                    job.printed = Some(Instant::now());
+                    self.line(&format!("Backup {}: {}", snapshot.id, snapshot.progress_text()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ended(&mut self, id: u32, path: &str, snapshot: Option<&Snapshot>, result: &str) -> Result<()> {
+        let message = snapshot.map_or("", |snapshot| &snapshot.error_message);
+        match self {
+            Self::Json => {
+                let name = snapshot.map_or("", |snapshot| &snapshot.error_name);
+                let event = json!({
+                    "event": "job-ended", "id": id, "path": path, "result": result,
+                    "domain": snapshot.and_then(|snapshot| snapshot.domain.as_ref()),
+                    "error": nothing_if_empty(name), "message": nothing_if_empty(message),
+                });
+                return Ok(output::print_json(&event)?);
+            }
+            Self::Terminal(bars) => {
+                if let Some(snapshot) = snapshot {
+                    bars.remove(&label(snapshot));
+                }
+            }
+            Self::Lines => {}
+        }
+        let mut line = format!("Backup {id}{} {}", of_domain(snapshot), escape(result));
+        if !message.is_empty() {
+            line.push_str(&format!(": {}", escape(message)));
+        }
+        self.line(&line)
+    }
+}

@@ -1,0 +1,115 @@
+//! The service: reads its configuration, goes on the system bus, and stops when it is told to or the bus is gone.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backupd::access::{Access, Polkit};
+use backupd::bus;
+use backupd::config::{self, Config, DEFAULT_STORE};
+use backupd::domain::{Directories, Registry};
+use backupd::job::Jobs;
+use backupd::service::Service;
+use backupd::target;
+use clap::Parser;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// How long the first look at the configured domains may delay the start: who calls the service into being wants to
+/// find them, but not to wait for one that hangs.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
+
+/// Backs up running QEMU virtual machines for callers on the system bus.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration file [default: /etc/backupd/backupd.toml]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Fatal {
+    #[error("{0}")]
+    Config(#[from] config::Error),
+    #[error("the default store cannot be used: {0}")]
+    Store(#[from] target::Error),
+    #[error("the domain directories cannot be watched: {0}")]
+    Domains(std::io::Error),
+    #[error("{0}")]
+    System(#[from] std::io::Error),
+    #[error("cannot serve on the bus: {0}")]
+    Bus(#[from] zbus::Error),
+    #[error("the bus closed the connection")]
+    BusLost,
+}
+
+#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    start_log();
+    match run(arguments).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> Result<(), Fatal> {
+    // Before anything that could take a while, so that no request to stop is missed.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let config = Config::load(arguments.config.as_deref())?;
+    if let Some(store) = config.stores.get(DEFAULT_STORE) {
+        std::fs::create_dir_all(&config.state_directory)?;
+        target::ensure_store(&store.path)?;
+    }
+    let domains = Registry::open(Directories::new(config.domain_directories)).map_err(Fatal::Domains)?;
+    for domain in domains.list() {
+        let settled = domain.settled(FIRST_LOOK);
+        settled.await;
+    }
+    let access = Access::new(Arc::new(Polkit::start()?));
+    let service = Arc::new(Service::new(domains, Jobs::new(), access, config.stores));
+    let connection = zbus::connection::Builder::system().build().await?;
+    let mut published = bus::publish(connection, service.clone()).await?;
+    tell_manager(&[NotifyState::Ready]);
+    tracing::info!("ready");
+    let ended = tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        () = published.lost() => Err(Fatal::BusLost),
+    };
+    tell_manager(&[NotifyState::Stopping]);
+    tracing::info!("stopping");
+    published.retire().await;
+    service.shut_down().await;
+    published.close().await;
+    ended
+}
+
+/// To the journal where there is one, else to standard error.
+fn start_log() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let registry = tracing_subscriber::registry().with(filter);
+    let journal = std::env::var_os("JOURNAL_STREAM").and_then(|_| tracing_journald::layer().ok());
+    match journal {
+        Some(journal) => registry.with(journal).init(),
+        None => registry
+            .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr))
+            .init(),
+    }
+}
+
+/// Tells systemd how the service does; without systemd nobody is told.
+fn tell_manager(states: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::warn!(%error, "the service manager could not be told");
+    }
+}

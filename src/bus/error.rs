@@ -1,0 +1,68 @@
+//! The one table from kinds of failure to D-Bus error names, and the value that interface methods fail with.
+
+use zbus::message::Header;
+use zbus::names::ErrorName;
+use zbus::{DBusError, Message};
+
+use crate::error::{Error, Kind};
+
+/// The D-Bus error name of a kind.
+pub const fn name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::NoSuchDomain => "org.example.Backup1.Error.NoSuchDomain",
+        Kind::NoSuchDisk => "org.example.Backup1.Error.NoSuchDisk",
+        Kind::NoSuchJob => "org.example.Backup1.Error.NoSuchJob",
+        Kind::NoSuchStore => "org.example.Backup1.Error.NoSuchStore",
+        Kind::InvalidDefinition => "org.example.Backup1.Error.InvalidDefinition",
+        Kind::Unsupported => "org.example.Backup1.Error.Unsupported",
+        Kind::TargetExists => "org.example.Backup1.Error.TargetExists",
+        Kind::TargetInvalid => "org.example.Backup1.Error.TargetInvalid",
+        Kind::NoSpace => "org.example.Backup1.Error.NoSpace",
+        Kind::Busy => "org.example.Backup1.Error.Busy",
+        Kind::DomainUnreachable => "org.example.Backup1.Error.DomainUnreachable",
+        Kind::QemuError => "org.example.Backup1.Error.QemuError",
+        Kind::Cancelled => "org.example.Backup1.Error.Cancelled",
+        Kind::Internal => "org.example.Backup1.Error.Internal",
+        Kind::AccessDenied => "org.freedesktop.DBus.Error.AccessDenied",
+        Kind::InteractiveAuthorizationRequired => {
+            "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"
+        }
+        Kind::InvalidArgs => "org.freedesktop.DBus.Error.InvalidArgs",
+        Kind::LimitsExceeded => "org.freedesktop.DBus.Error.LimitsExceeded",
+        Kind::UnknownObject => "org.freedesktop.DBus.Error.UnknownObject",
+    }
+}
+
+/// A failure as it goes out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BusError(Error);
+
+impl<E: Into<Error>> From<E> for BusError {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+impl BusError {
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self(Error::new(kind, message))
+    }
+}
+
+impl DBusError for BusError {
+    fn create_reply(&self, call: &Header<'_>) -> zbus::Result<Message> {
+        // A string on the bus holds no NUL.
+        let text = self.0.message.replace('\0', "\u{fffd}");
+        Message::error(call, self.name()).build(&(text,))
+    }
+
+    fn name(&self) -> ErrorName<'_> {
+        ErrorName::from_static_str_unchecked(name(self.0.kind))
+    }
+
+    fn description(&self) -> Option<&str> {
+        Some(&self.0.message)
+    }
+}
+
+pub type Result<T> = std::result::Result<T, BusError>;

@@ -1,0 +1,303 @@
+//! Who is told what, when it happens.
+//!
+//! Detailed signals go to the connection that started a job and to subscribers that may read the domain at that moment,
+//! each by itself; what everybody hears carries a number and a path.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+use zbus::Connection;
+use zbus::names::BusName;
+use zbus::wire::{OwnedObjectPath, Type, Variant};
+
+use super::job::{View, result};
+use super::peers::Peers;
+use super::{domain, domain_path, job_path};
+use crate::domain::{Domain, Snapshot};
+use crate::job::{DiskState, Job, Status};
+use crate::names::{DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use crate::service::Service;
+
+/// The least time between two `PropertiesChanged` of an object.
+const PACE: Duration = Duration::from_millis(500);
+const PROPERTIES_INTERFACE: &str = "org.freedesktop.DBus.Properties";
+
+type Changed = HashMap<&'static str, Variant<'static>>;
+
+/// Those who listen.
+#[derive(Clone)]
+pub struct Audience {
+    service: Arc<Service>,
+    peers: Arc<Peers>,
+    connection: Connection,
+}
+
+impl Audience {
+    pub fn new(service: Arc<Service>, peers: Arc<Peers>, connection: Connection) -> Self {
+        Self {
+            service,
+            peers,
+            connection,
+        }
+    }
+
+    /// Subscribers that may read `domain` now.
+    async fn readers(&self, domain: &Domain) -> HashSet<String> {
+        let mut readers = HashSet::new();
+        for subscriber in self.peers.subscribers() {
+            if self.service.reads(&subscriber, domain).await {
+                readers.insert(subscriber.name);
+            }
+        }
+        readers
+    }
+
+    /// Subscribers that may know of `domain` now.
+    async fn seers(&self, domain: &Domain) -> HashSet<String> {
+        let mut seers = HashSet::new();
+        for subscriber in self.peers.subscribers() {
+            if self.service.sees(&subscriber, domain).await {
+                seers.insert(subscriber.name);
+            }
+        }
+        seers
+    }
+
+    async fn tell<B>(
+        &self,
+        to: &HashSet<String>,
+        path: &OwnedObjectPath,
+        interface: &str,
+        name: &str,
+        body: &B,
+    ) where
+        B: Serialize + Type,
+    {
+        for destination in to {
+            self.send(Some(destination), path, interface, name, body).await;
+        }
+    }
+
+    async fn tell_all<B: Serialize + Type>(&self, name: &str, body: &B) {
+        self.send(None, &root(), MANAGER_INTERFACE, name, body).await;
+    }
+
+    async fn send<B>(
+        &self,
+        to: Option<&String>,
+        path: &OwnedObjectPath,
+        interface: &str,
+        name: &str,
+        body: &B,
+    ) where
+        B: Serialize + Type,
+    {
+        let to = to.and_then(|name| BusName::try_from(name.as_str()).ok());
+        if let Err(error) = self.connection.emit_signal(to, path, interface, name, body).await {
+            tracing::warn!(%error, signal = name, "a signal could not be sent");
+        }
+    }
+
+    async fn tell_changed(
+        &self,
+        to: &HashSet<String>,
+        path: &OwnedObjectPath,
+        interface: &str,
+        changed: &Changed,
+    ) {
+        let invalidated: &[&str] = &[];
+        self.tell(
+            to,
+            path,
+            PROPERTIES_INTERFACE,
+            "PropertiesChanged",
+            &(interface, changed, invalidated),
+        )
+        .await;
+    }
+}
+
+/// What the root object tells.
+impl Audience {
+    /// To everybody: nothing but number and path.
+    pub async fn job_started(&self, job: &Job) {
+        self.tell_all("JobStarted", &(job.id, job_path(job.id))).await;
+    }
+
+    async fn job_ended(&self, job: &Job, word: &str) {
+        self.tell_all("JobEnded", &(job.id, job_path(job.id), word)).await;
+    }
+
+    pub async fn domain_added(&self, domain: &Domain) {
+        let seers = self.seers(domain).await;
+        self.tell(
+            &seers,
+            &root(),
+            MANAGER_INTERFACE,
+            "DomainAdded",
+            &(domain_path(domain.id),),
+        )
+        .await;
+    }
+
+    pub async fn domain_removed(&self, domain: &Domain) {
+        let seers = self.seers(domain).await;
+        self.tell(
+            &seers,
+            &root(),
+            MANAGER_INTERFACE,
+            "DomainRemoved",
+            &(domain_path(domain.id),),
+        )
+        .await;
+    }
+}
+
+/// `PropertiesChanged` of one domain, for as long as this runs.
+pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
+    let mut snapshots = domain.snapshots();
+    let path = domain_path(domain.id);
+    let mut told = domain_view(&snapshots.borrow_and_update());
+    // The sender is the domain's own.
+    while snapshots.changed().await.is_ok() {
+        let view = domain_view(&snapshots.borrow_and_update());
+        let changed = changes([
+            ("UUID", view.0 != told.0, Variant::from(view.0.clone())),
+            ("State", view.1 != told.1, Variant::from(view.1)),
+            ("Disks", view.2 != told.2, Variant::from(view.2.clone())),
+        ]);
+        if !changed.is_empty() {
+            let readers = audience.readers(&domain).await;
+            audience
+                .tell_changed(&readers, &path, DOMAIN_INTERFACE, &changed)
+                .await;
+            told = view;
+            tokio::time::sleep(PACE).await;
+        }
+    }
+}
+
+type DomainView = (String, &'static str, Vec<domain::DiskTuple>);
+
+fn domain_view(snapshot: &Snapshot) -> DomainView {
+    (
+        domain::uuid(snapshot),
+        snapshot.state.as_str(),
+        domain::disks(snapshot),
+    )
+}
+
+/// Signals of one job, to its end: `PropertiesChanged` while it goes on; then each disk's signal, `Completed`, and
+/// `JobEnded`, in that order.
+pub async fn follow_job(job: Arc<Job>, starter: String, audience: Audience) {
+    let mut statuses = job.statuses();
+    let path = job_path(job.id);
+    let mut told = View::of(&statuses.borrow_and_update());
+    loop {
+        let status = statuses.borrow_and_update().clone();
+        let view = View::of(&status);
+        let mut to = audience.readers(&job.domain).await;
+        to.insert(starter.clone());
+        let changed = job_changes(&told, &view);
+        if !changed.is_empty() {
+            audience.tell_changed(&to, &path, JOB_INTERFACE, &changed).await;
+            told = view;
+        }
+        if let Some(outcome) = &status.outcome {
+            end_disks(&status, &to, &path, &audience).await;
+            audience
+                .tell(&to, &path, JOB_INTERFACE, "Completed", &result(outcome))
+                .await;
+            audience.job_ended(&job, outcome.as_str()).await;
+            return;
+        }
+        if changed.is_empty() {
+            if statuses.changed().await.is_err() {
+                return;
+            }
+        } else {
+            // The next change waits for its turn; the end does not.
+            let end = statuses.wait_for(|status| status.outcome.is_some());
+            // Either way the loop looks at what there is.
+            let _ = tokio::time::timeout(PACE, end).await;
+        }
+    }
+}
+
+async fn end_disks(status: &Status, to: &HashSet<String>, path: &OwnedObjectPath, audience: &Audience) {
+    for disk in &status.disks {
+        let name = &disk.name;
+        match &disk.state {
+            DiskState::Completed => {
+                audience
+                    .tell(to, path, JOB_INTERFACE, "BlockJobCompleted", &(name, disk.done))
+                    .await;
+            }
+            DiskState::Failed { operation, message } => {
+                audience
+                    .tell(
+                        to,
+                        path,
+                        JOB_INTERFACE,
+                        "BlockJobError",
+                        &(name, operation, message),
+                    )
+                    .await;
+            }
+            _ => {
+                audience
+                    .tell(to, path, JOB_INTERFACE, "BlockJobCancelled", &(name,))
+                    .await
+            }
+        }
+    }
+}
+
+fn job_changes(told: &View, view: &View) -> Changed {
+    changes([
+        ("State", view.state != told.state, Variant::from(view.state)),
+        (
+            "Progress",
+            view.progress != told.progress,
+            Variant::from(view.progress),
+        ),
+        ("Bytes", view.bytes != told.bytes, Variant::from(view.bytes)),
+        (
+            "BytesDone",
+            view.bytes_done != told.bytes_done,
+            Variant::from(view.bytes_done),
+        ),
+        ("Rate", view.rate != told.rate, Variant::from(view.rate)),
+        (
+            "ExpectedEndTime",
+            view.expected_end_time != told.expected_end_time,
+            Variant::from(view.expected_end_time),
+        ),
+        (
+            "Disks",
+            view.disks != told.disks,
+            Variant::from(view.disks.clone()),
+        ),
+        (
+            "ErrorName",
+            view.error_name != told.error_name,
+            Variant::from(view.error_name),
+        ),
+        (
+            "ErrorMessage",
+            view.error_message != told.error_message,
+            Variant::from(view.error_message.clone()),
+        ),
+    ])
+}
+
+fn changes<const N: usize>(properties: [(&'static str, bool, Variant<'static>); N]) -> Changed {
+    let changed = properties.into_iter().filter(|(_, changed, _)| *changed);
+    changed.map(|(name, _, value)| (name, value)).collect()
+}
+
+fn root() -> OwnedObjectPath {
+    super::path(ROOT_PATH.to_owned())
+}

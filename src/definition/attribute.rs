@@ -1,0 +1,164 @@
+//! The attributes of a tag, and the XML declaration, which looks like one. As [`super::xml`], it knows XML and
+//! none of the language's words.
+
+use std::borrow::Cow;
+
+use quick_xml::events::attributes::{AttrError, Attributes};
+
+use super::Error;
+use super::xml::{Tag, Xml, is_space};
+
+/// An attribute with its value as the document means it: references resolved, white space normalised.
+pub(super) struct Attribute<'a> {
+    pub name: &'static str,
+    pub value: Cow<'a, str>,
+    pub offset: usize,
+}
+
+impl<'a> Xml<'a> {
+    /// The attributes of a tag in the order of `known`.
+    pub fn attributes<const N: usize>(
+        &self,
+        tag: &Tag<'a>,
+        known: &'static [&'static str; N],
+    ) -> Result<[Option<Attribute<'a>>; N], Error> {
+        let mut found = [const { None }; N];
+        for attribute in Attributes::new(tag.content, tag.name.len()) {
+            let attribute = attribute.map_err(|error| self.bad_attribute(tag, &error))?;
+            let key = attribute.key.into_inner();
+            let offset = self.offset_of(key);
+            if !self.text[..offset].ends_with(is_space) {
+                return Err(self.malformed(offset, "white space is missing before an attribute"));
+            }
+            let Some(index) = known.iter().position(|name| *name == key) else {
+                return Err(self.unknown_attribute(offset, key, tag, known));
+            };
+            // Always: the iterator gives out pieces of what it got.
+            let Cow::Borrowed(raw) = attribute.value else {
+                return Err(self.malformed(offset, "unreadable attribute"));
+            };
+            found[index] = Some(Attribute {
+                name: known[index],
+                value: self.value(raw)?,
+                offset,
+            });
+        }
+        Ok(found)
+    }
+
+    /// Checks `<?xml …?>`.
+    pub fn declaration(&self, tag: &Tag<'a>) -> Result<(), Error> {
+        if tag.offset != self.base {
+            return Err(self.malformed(
+                tag.offset,
+                "an XML declaration that is not at the document's beginning",
+            ));
+        }
+        let [version, encoding, standalone] = self.attributes(tag, &["version", "encoding", "standalone"])?;
+        let Some(version) = version else {
+            return Err(self.malformed(tag.offset, "the XML declaration lacks version='1.0'"));
+        };
+        if version.value != "1.0" {
+            return Err(Error::Version {
+                at: self.at(version.offset),
+                version: version.value.into_owned(),
+            });
+        }
+        if let Some(encoding) = encoding
+            && !encoding.value.eq_ignore_ascii_case("UTF-8")
+        {
+            return Err(Error::Encoding {
+                at: self.at(encoding.offset),
+                encoding: encoding.value.into_owned(),
+            });
+        }
+        match standalone {
+            Some(standalone) if !matches!(&*standalone.value, "yes" | "no") => Err(self.malformed(
+                standalone.offset,
+                "'standalone' of the XML declaration is 'yes' or 'no'",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn unknown_attribute(
+        &self,
+        offset: usize,
+        key: &str,
+        tag: &Tag<'_>,
+        known: &'static [&'static str],
+    ) -> Error {
+        let at = self.at(offset);
+        let name = key.to_owned();
+        if name == "xmlns" || name.contains(':') {
+            return Error::Namespaced { at, name };
+        }
+        let element = tag.name.to_owned();
+        Error::UnknownAttribute {
+            at,
+            name,
+            element,
+            known,
+        }
+    }
+
+    /// An attribute's value (XML 1.0, 3.3.3). Not quick-xml's `normalized_value`, which can't say where a bad
+    /// reference is and lets characters through that XML does not allow.
+    fn value(&self, raw: &'a str) -> Result<Cow<'a, str>, Error> {
+        if !raw.contains(['&', '<', '\t', '\r', '\n']) {
+            return Ok(Cow::Borrowed(raw));
+        }
+        let offset = self.offset_of(raw);
+        let mut value = String::with_capacity(raw.len());
+        let mut characters = raw.char_indices();
+        while let Some((index, character)) = characters.next() {
+            match character {
+                '<' => {
+                    return Err(self.malformed(
+                        offset + index,
+                        "'<' in the value of an attribute; it is written &lt;, or a quote is missing before it",
+                    ));
+                }
+                '&' => {
+                    let rest = characters.as_str();
+                    let Some(end) = rest.find(';') else {
+                        return Err(self.lone_ampersand(offset + index));
+                    };
+                    value.push(self.resolve(&rest[..end], offset + index)?);
+                    characters.nth(rest[..end].chars().count());
+                }
+                // A line break is one character, however it is written.
+                '\r' if characters.as_str().starts_with('\n') => {}
+                '\t' | '\r' | '\n' => value.push(' '),
+                character => value.push(character),
+            }
+        }
+        Ok(Cow::Owned(value))
+    }
+
+    fn bad_attribute(&self, tag: &Tag<'_>, error: &AttrError) -> Error {
+        let base = self.offset_of(tag.content);
+        let (end, what) = match *error {
+            AttrError::Duplicated(second, first) => {
+                let name = tag.content.get(second..).unwrap_or_default();
+                let name = name.split(|c| is_space(c) || c == '=').next().unwrap_or(name);
+                return Error::DuplicateAttribute {
+                    first: self.at(base + first),
+                    at: self.at(base + second),
+                    name: name.to_owned(),
+                    element: tag.name.to_owned(),
+                };
+            }
+            AttrError::ExpectedEq(end) | AttrError::ExpectedValue(end) => {
+                (end, "an attribute without a value; it is written name='value'")
+            }
+            AttrError::UnquotedValue(end) => (end, "an attribute's value without quotes around it"),
+            AttrError::ExpectedQuote(end, _) => (end, "an attribute's value without its closing quote"),
+        };
+        // What quick-xml counts is where it missed something; the attribute's name stands before that.
+        let before = tag.content.get(..end).unwrap_or_default();
+        let before = before.trim_end_matches(|c| is_space(c) || c == '=');
+        let start = before.rfind(is_space).map_or(0, |space| space + 1);
+        self.malformed(base + start, what)
+    }
+}

@@ -1,0 +1,313 @@
+//! What can be wrong with a document, with the facts in fields, and the texts that say so.
+//!
+//! Each text begins with the place, names the offending word, and says what would be right where that is known.
+//! Callers' words are quoted through [`Quoted`], so that no text grows without bound or breaks a log line.
+
+use std::fmt;
+
+use super::{MAX_BYTES, MAX_DISKS, MAX_NAME_BYTES, Position};
+use crate::error::Kind;
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("the document has {bytes} bytes; at most {MAX_BYTES} are allowed")]
+    TooLarge { bytes: usize },
+    #[error("the document is empty")]
+    Empty,
+    #[error("{at}: the document has no root element; it needs a <domainbackup>")]
+    NoRoot { at: Position },
+    #[error("{at}: the root element is <{}>; it has to be <domainbackup>", Quoted(.name))]
+    WrongRoot { at: Position, name: String },
+
+    // XML itself
+    #[error("{at}: {what}")]
+    Malformed { at: Position, what: String },
+    #[error("{at}: the character U+{:04X} is not allowed in XML", u32::from(*.character))]
+    IllegalCharacter { at: Position, character: char },
+    #[error("{at}: the encoding '{}' is not accepted; the document has to be UTF-8", Quoted(.encoding))]
+    Encoding { at: Position, encoding: String },
+    #[error("{at}: XML version '{}' is not accepted; it has to be '1.0'", Quoted(.version))]
+    Version { at: Position, version: String },
+    #[error("{at}: a document type declaration (<!DOCTYPE>) is not accepted; remove it")]
+    Doctype { at: Position },
+    #[error(
+        "{at}: unknown entity '&{};'; there are &amp; &lt; &gt; &apos; &quot; and numbers like &#38; \
+         (a plain '&' is written &amp;)", Quoted(.name)
+    )]
+    UnknownEntity { at: Position, name: String },
+    #[error("{at}: '&{};' refers to no character that XML allows", Quoted(.reference))]
+    BadReference { at: Position, reference: String },
+    #[error("{at}: <{name}> is not closed before the document ends")]
+    UnclosedElement { at: Position, name: String },
+    #[error("{at}: </{}> found where </{expected}> was expected", Quoted(.found))]
+    MismatchedEnd {
+        at: Position,
+        expected: String,
+        found: String,
+    },
+    #[error("{at}: </{}> closes nothing", Quoted(.name))]
+    UnmatchedEnd { at: Position, name: String },
+
+    // What stands where
+    #[error("{at}: '{}' has to go: there are no namespaces in this language", Quoted(.name))]
+    Namespaced { at: Position, name: String },
+    #[error("{at}: unknown element <{}> in <{parent}>, which takes {}", Quoted(.name), Elements(.known))]
+    UnknownElement {
+        at: Position,
+        name: String,
+        parent: String,
+        known: &'static [&'static str],
+    },
+    #[error(
+        "{at}: unknown attribute '{}' of <{element}>, which takes {}",
+        Quoted(.name), Words(.known, "and")
+    )]
+    UnknownAttribute {
+        at: Position,
+        name: String,
+        element: String,
+        known: &'static [&'static str],
+    },
+    #[error("{at}: a second <{name}> in <{parent}>; the first is at {first}")]
+    DuplicateElement {
+        at: Position,
+        name: &'static str,
+        parent: &'static str,
+        first: Position,
+    },
+    #[error("{at}: attribute '{}' of <{element}> a second time; the first is at {first}", Quoted(.name))]
+    DuplicateAttribute {
+        at: Position,
+        name: String,
+        element: String,
+        first: Position,
+    },
+    #[error("{at}: <{element}> lacks its attribute '{attribute}'")]
+    MissingAttribute {
+        at: Position,
+        element: &'static str,
+        attribute: &'static str,
+    },
+    #[error("{at}: text '{}' directly in <{parent}>, which takes no text", Quoted(.text))]
+    StrayText {
+        at: Position,
+        text: String,
+        parent: String,
+    },
+    #[error("{at}: text '{}' outside the root element", Quoted(.text))]
+    TextOutside { at: Position, text: String },
+    #[error("{at}: a second root element <{}>; a document has one", Quoted(.name))]
+    SecondRoot { at: Position, name: String },
+
+    // Values
+    #[error(
+        "{at}: '{}' is not a value for '{attribute}' of <{element}>; use {}",
+        Quoted(.word), Words(.known, "or")
+    )]
+    UnknownWord {
+        at: Position,
+        element: &'static str,
+        attribute: &'static str,
+        word: String,
+        known: &'static [&'static str],
+    },
+    #[error(
+        "{at}: '{}' is not a value for '{attribute}' of <{element}>; it has to be a number from 0 to {}",
+        Quoted(.value), u32::MAX
+    )]
+    NotANumber {
+        at: Position,
+        element: &'static str,
+        attribute: &'static str,
+        value: String,
+    },
+    #[error(
+        "{at}: '{}' is not a valid name for {what}; use letters, digits, '_', '-' and, not at the beginning, '.', \
+         1 to {MAX_NAME_BYTES} characters", Quoted(.name)
+    )]
+    InvalidName {
+        at: Position,
+        what: &'static str,
+        name: String,
+    },
+    #[error("{at}: {what} has {bytes} bytes; at most {limit} are allowed")]
+    TooLong {
+        at: Position,
+        what: &'static str,
+        bytes: usize,
+        limit: usize,
+    },
+    #[error("{at}: the bandwidth '{}' is not a whole number greater than 0", Quoted(.value))]
+    Bandwidth { at: Position, value: String },
+    #[error(
+        "{at}: the bandwidth '{}' with unit '{}' is more than {} bytes a second",
+        Quoted(.value), Quoted(.unit), u64::MAX
+    )]
+    BandwidthOverflow {
+        at: Position,
+        value: String,
+        unit: String,
+    },
+    #[error("{at}: the name of a disk is empty")]
+    EmptyDiskName { at: Position },
+    #[error("{at}: the name of disk '{}' has a control character", Quoted(.name))]
+    DiskNameControl { at: Position, name: String },
+    #[error("{at}: the path '{}' {problem}", Quoted(.path))]
+    Path {
+        at: Position,
+        path: String,
+        problem: PathProblem,
+    },
+
+    // What does not go together
+    #[error("{at}: {what} belongs to pull mode; this backup is a push")]
+    PullOnly { at: Position, what: &'static str },
+    #[error("{at}: 'incremental' contradicts backupmode='full'; remove one of the two")]
+    IncrementalFull { at: Position },
+    #[error("{at}: a raw image can't be compressed; use type='qcow2' or remove 'compress'")]
+    CompressedRaw { at: Position },
+    #[error("{at}: '{found}' is not for the target of a disk of type '{kind}', which takes '{wanted}'")]
+    TargetAttribute {
+        at: Position,
+        found: &'static str,
+        wanted: &'static str,
+        kind: &'static str,
+    },
+    #[error("{at}: disk '{}' is of type '{kind}' and needs a <target {wanted}='…'/>", Quoted(.disk))]
+    MissingTarget {
+        at: Position,
+        disk: String,
+        kind: &'static str,
+        wanted: &'static str,
+    },
+    #[error("{at}: disk '{}' a second time; the first is at {first}", Quoted(.disk))]
+    DiskTwice {
+        at: Position,
+        disk: String,
+        first: Position,
+    },
+    #[error("{at}: the target '{}' is already that of disk '{}' ({first})", Quoted(.target), Quoted(.disk))]
+    TargetTwice {
+        at: Position,
+        target: String,
+        disk: String,
+        first: Position,
+    },
+    #[error("{at}: more than {MAX_DISKS} disks")]
+    TooManyDisks { at: Position },
+    #[error(
+        "{at}: no disk selected: none is listed without backup='no'; without <disks> every writable disk is"
+    )]
+    NoDiskSelected { at: Position },
+    #[error("{at}: a target beside <store> ({store}); the service chooses the files in a store: remove one")]
+    StoreAndTarget { at: Position, store: Position },
+    #[error(
+        "{at}: disk '{}' has no target but disk '{}' has ({other_at}); name one for each disk or for none",
+        Quoted(.disk), Quoted(.other)
+    )]
+    MixedTargets {
+        at: Position,
+        disk: String,
+        other: String,
+        other_at: Position,
+    },
+
+    #[error("{at}: {feature}")]
+    Unsupported { at: Position, feature: Feature },
+}
+
+/// What the language knows and the service does not do yet.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Feature {
+    #[error("mode='pull' is not supported; use mode='push'")]
+    Pull,
+    #[error("an incremental backup (<incremental>) is not supported; remove it for a full backup")]
+    Incremental,
+    #[error("an incremental backup ({0}) is not supported; remove it for a full backup")]
+    IncrementalDisk(&'static str),
+    #[error("a network target is not supported; use type='file', 'block' or 'fd'")]
+    NetworkTarget,
+    #[error("<seclabel> is not supported; remove it: QEMU gets an open file and needs no right to its path")]
+    SecurityLabel,
+    #[error("an encrypted target (<encryption>) is not supported")]
+    Encryption,
+    #[error("driver type '{}' is not supported; use 'qcow2' or 'raw'", Quoted(.0))]
+    DriverType(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PathProblem {
+    #[error("is not absolute; it has to begin with '/'")]
+    Relative,
+    #[error("has a control character")]
+    ControlCharacter,
+    #[error("ends in '/'; it has to name a file")]
+    TrailingSlash,
+    #[error("has a '.' or '..' component; write the path without")]
+    Dots,
+}
+
+impl Error {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Error::Unsupported { .. } => Kind::Unsupported,
+            _ => Kind::InvalidDefinition,
+        }
+    }
+}
+
+impl From<Error> for crate::error::Error {
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error.to_string())
+    }
+}
+
+/// A caller's word as it may stand in a message: its first 64 characters, unprintable ones escaped.
+struct Quoted<'a>(&'a str);
+
+const QUOTED_CHARACTERS: usize = 64;
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut characters = self.0.chars();
+        for character in characters.by_ref().take(QUOTED_CHARACTERS) {
+            match character {
+                '\'' | '"' => write!(f, "{character}")?,
+                _ => write!(f, "{}", character.escape_debug())?,
+            }
+        }
+        match characters.next() {
+            Some(_) => f.write_str("…"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// `'a', 'b' and 'c'`.
+struct Words<'a>(&'a [&'a str], &'a str);
+
+impl fmt::Display for Words<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => f.write_str("none"),
+            [word] => write!(f, "'{word}'"),
+            [first @ .., last] => {
+                let first: Vec<String> = first.iter().map(|word| format!("'{word}'")).collect();
+                write!(f, "{} {} '{last}'", first.join(", "), self.1)
+            }
+        }
+    }
+}
+
+/// `<a>, <b>`.
+struct Elements<'a>(&'a [&'a str]);
+
+impl fmt::Display for Elements<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("none");
+        }
+        let elements: Vec<String> = self.0.iter().map(|name| format!("<{name}>")).collect();
+        f.write_str(&elements.join(", "))
+    }
+}

@@ -1,0 +1,243 @@
+//! The root of the document and its children, except `<disks>`. Knows the words of the language and the rules
+//! between its parts; what is XML is [`super::xml`]'s.
+
+use super::attribute::Attribute;
+use super::disk;
+use super::xml::{Tag, Xml, trim};
+use super::{Definition, Error, Feature, MAX_BYTES, MAX_DESCRIPTION_BYTES, Quiesce, StoreRef, is_valid_name};
+
+const ROOT: &str = "domainbackup";
+const CHILDREN: &[&str] = &["name", "description", "store", "bandwidth", "quiesce", "disks"];
+const MODES: &[&str] = &["push"];
+const UNITS: &[&str] = &["bytes", "KB", "KiB", "MB", "MiB", "GB", "GiB", "TB", "TiB"];
+
+/// Reads a document. An empty one is an error here: what nothing means is the caller's to say.
+pub fn parse(text: &str) -> Result<Definition, Error> {
+    if text.len() > MAX_BYTES {
+        return Err(Error::TooLarge { bytes: text.len() });
+    }
+    let mut xml = Xml::new(text)?;
+    let root = xml.root()?;
+    let definition = domainbackup(&mut xml, &root)?;
+    xml.finish()?;
+    Ok(definition)
+}
+
+fn domainbackup<'a>(xml: &mut Xml<'a>, root: &Tag<'a>) -> Result<Definition, Error> {
+    if root.name != ROOT {
+        return Err(match xml.unknown_element(root, root, &[]) {
+            Error::UnknownElement { at, name, .. } => Error::WrongRoot { at, name },
+            malformed => malformed,
+        });
+    }
+    let [mode] = xml.attributes(root, &["mode"])?;
+    if let Some(mode) = mode {
+        match &*mode.value {
+            "push" => {}
+            "pull" => return Err(unsupported(xml, mode.offset, Feature::Pull)),
+            _ => return Err(unknown_word(xml, ROOT, &mode, MODES)),
+        }
+    }
+
+    let mut definition = Definition::default();
+    let mut seen = Seen::default();
+    let mut target = None;
+    while let Some(tag) = xml.child(root)? {
+        seen.once(xml, ROOT, CHILDREN, &tag)?;
+        match tag.name {
+            "name" => definition.name = Some(name(xml, &tag)?),
+            "description" => definition.description = Some(description(xml, &tag)?),
+            "store" => definition.store = Some(store(xml, &tag)?),
+            "bandwidth" => definition.bandwidth = Some(bandwidth(xml, &tag)?),
+            "quiesce" => definition.quiesce = Some(quiesce(xml, &tag)?),
+            "disks" => {
+                let disks = disk::disks(xml, &tag)?;
+                definition.disks = Some(disks.list);
+                target = disks.first_target;
+            }
+            "incremental" => return Err(unsupported(xml, tag.offset, Feature::Incremental)),
+            "server" => {
+                return Err(Error::PullOnly {
+                    at: xml.at(tag.offset),
+                    what: "<server>",
+                });
+            }
+            _ => return Err(xml.unknown_element(&tag, root, CHILDREN)),
+        }
+    }
+    if let (Some(store), Some(at)) = (&definition.store, target) {
+        return Err(Error::StoreAndTarget { at, store: store.at });
+    }
+    Ok(definition)
+}
+
+fn name<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
+    let [] = xml.attributes(tag, &[])?;
+    let name = xml.content(tag)?;
+    if !is_valid_name(&name) {
+        return Err(Error::InvalidName {
+            at: xml.at(tag.offset),
+            what: "the backup",
+            name,
+        });
+    }
+    Ok(name)
+}
+
+fn description<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
+    let [] = xml.attributes(tag, &[])?;
+    let description = xml.content(tag)?;
+    if description.len() > MAX_DESCRIPTION_BYTES {
+        return Err(Error::TooLong {
+            at: xml.at(tag.offset),
+            what: "the description",
+            bytes: description.len(),
+            limit: MAX_DESCRIPTION_BYTES,
+        });
+    }
+    Ok(description)
+}
+
+fn store<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<StoreRef, Error> {
+    let [name] = xml.attributes(tag, &["name"])?;
+    let name = require(xml, name, tag, "store", "name")?;
+    if !is_valid_name(&name.value) {
+        return Err(Error::InvalidName {
+            at: xml.at(name.offset),
+            what: "a store",
+            name: name.value.into_owned(),
+        });
+    }
+    xml.no_content(tag)?;
+    Ok(StoreRef {
+        name: name.value.into_owned(),
+        at: xml.at(tag.offset),
+    })
+}
+
+fn quiesce<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<Quiesce, Error> {
+    let [mode] = xml.attributes(tag, &["mode"])?;
+    let mode = require(xml, mode, tag, "quiesce", "mode")?;
+    let Some(quiesce) = Quiesce::from_word(&mode.value) else {
+        return Err(unknown_word(xml, "quiesce", &mode, Quiesce::WORDS));
+    };
+    xml.no_content(tag)?;
+    Ok(quiesce)
+}
+
+fn bandwidth<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<u64, Error> {
+    let [unit] = xml.attributes(tag, &["unit"])?;
+    let scale = match &unit {
+        None => 1,
+        Some(unit) => match scale(&unit.value) {
+            Some(scale) => scale,
+            None => return Err(unknown_word(xml, "bandwidth", unit, UNITS)),
+        },
+    };
+    let content = xml.content(tag)?;
+    let at = xml.at(tag.offset);
+    let value = trim(&content).to_owned();
+    if !value.bytes().all(|byte| byte.is_ascii_digit()) || value.bytes().all(|byte| byte == b'0') {
+        return Err(Error::Bandwidth { at, value });
+    }
+    // All digits: what can't be parsed is too large.
+    let bytes = value.parse().ok().and_then(|value: u64| value.checked_mul(scale));
+    bytes.ok_or_else(|| Error::BandwidthOverflow {
+        at,
+        value,
+        unit: unit.map_or_else(|| "bytes".to_owned(), |unit| unit.value.into_owned()),
+    })
+}
+
+/// libvirt's words for units (its `virScaleInteger`): in any case, a letter alone means the binary one.
+fn scale(unit: &str) -> Option<u64> {
+    let unit = unit.to_ascii_lowercase();
+    if matches!(&*unit, "b" | "byte" | "bytes") {
+        return Some(1);
+    }
+    let power = "kmgtpe".find(unit.chars().next()?)? as u32 + 1;
+    match &unit[1..] {
+        "" | "ib" => Some(1024_u64.pow(power)),
+        "b" => Some(1000_u64.pow(power)),
+        _ => None,
+    }
+}
+
+/// Which of an element's children were there already, and where.
+#[derive(Default)]
+pub(super) struct Seen(Vec<(&'static str, usize)>);
+
+impl Seen {
+    /// Holds a child with one of the `names` to being the first of its name.
+    pub fn once(
+        &mut self,
+        xml: &Xml<'_>,
+        parent: &'static str,
+        names: &'static [&'static str],
+        tag: &Tag<'_>,
+    ) -> Result<(), Error> {
+        let Some(name) = names.iter().find(|name| **name == tag.name).copied() else {
+            return Ok(());
+        };
+        if let Some((_, first)) = self.0.iter().find(|(word, _)| *word == name) {
+            return Err(Error::DuplicateElement {
+                first: xml.at(*first),
+                at: xml.at(tag.offset),
+                name,
+                parent,
+            });
+        }
+        self.0.push((name, tag.offset));
+        Ok(())
+    }
+}
+
+pub(super) fn unsupported(xml: &Xml<'_>, offset: usize, feature: Feature) -> Error {
+    Error::Unsupported {
+        at: xml.at(offset),
+        feature,
+    }
+}
+
+pub(super) fn unknown_word(
+    xml: &Xml<'_>,
+    element: &'static str,
+    attribute: &Attribute<'_>,
+    known: &'static [&'static str],
+) -> Error {
+    Error::UnknownWord {
+        at: xml.at(attribute.offset),
+        element,
+        attribute: attribute.name,
+        word: attribute.value.clone().into_owned(),
+        known,
+    }
+}
+
+pub(super) fn require<'a>(
+    xml: &Xml<'_>,
+    attribute: Option<Attribute<'a>>,
+    tag: &Tag<'_>,
+    element: &'static str,
+    name: &'static str,
+) -> Result<Attribute<'a>, Error> {
+    attribute.ok_or_else(|| Error::MissingAttribute {
+        at: xml.at(tag.offset),
+        element,
+        attribute: name,
+    })
+}
+
+/// Digits alone: `u32`'s own parser would take a sign, too.
+pub(super) fn number(xml: &Xml<'_>, element: &'static str, attribute: &Attribute<'_>) -> Result<u32, Error> {
+    let digits = attribute.value.bytes().all(|byte| byte.is_ascii_digit());
+    match attribute.value.parse() {
+        Ok(number) if digits => Ok(number),
+        _ => Err(Error::NotANumber {
+            at: xml.at(attribute.offset),
+            element,
+            attribute: attribute.name,
+            value: attribute.value.clone().into_owned(),
+        }),
+    }
+}

@@ -1,0 +1,285 @@
+//! The domain directories: one TOML file a domain, read at the start and whenever something in them changes.
+//!
+//! Knows files; the registry decides what a file that came or went means.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use futures_util::{FutureExt, StreamExt};
+use inotify::{EventMask, Inotify, WatchMask};
+use serde::Deserialize;
+
+use super::is_domain_name;
+
+/// A domain's file is a few lines; more is a mistake.
+const MAX_BYTES: u64 = 64 << 10;
+
+/// What one file says, and whose it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct DomainFile {
+    pub owner: u32,
+    pub monitor: PathBuf,
+    pub agent: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Content {
+    monitor: PathBuf,
+    agent: Option<PathBuf>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum FileError {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("{}", .0.to_string().trim_end())]
+    Syntax(#[from] toml::de::Error),
+    #[error("key '{key}': '{}' is not an absolute path", .value.display())]
+    RelativePath { key: &'static str, value: PathBuf },
+    #[error("the file's name is no domain's name")]
+    Name,
+    #[error("it can be written by others than root and user {owner}: not trusted")]
+    Writable { owner: u32 },
+    #[error("it belongs to user {0}: not trusted")]
+    Owner(u32),
+    #[error("it is no regular file of at most {MAX_BYTES} bytes")]
+    NotAFile,
+    #[error("it is empty")]
+    Empty,
+}
+
+/// The directories, and what is wrong in them that was logged already.
+#[derive(Debug)]
+pub struct Directories {
+    paths: Vec<PathBuf>,
+    reported: HashMap<PathBuf, String>,
+}
+
+impl Directories {
+    /// Where two directories hold a file of the same name, the earlier one counts.
+    pub fn new(paths: Vec<PathBuf>) -> Self {
+        Self {
+            paths,
+            reported: HashMap::new(),
+        }
+    }
+
+    /// Reads all files. A bad one is logged once, with its line, and left out; the others count.
+    pub(super) fn read(&mut self) -> BTreeMap<String, DomainFile> {
+        let mut domains = BTreeMap::new();
+        let mut wrong = HashMap::new();
+        for path in self.paths.iter().flat_map(|directory| files_in(directory)) {
+            match read_file(&path) {
+                Ok((name, file)) => drop(domains.entry(name).or_insert(file)),
+                // It was made this moment and is still to be written: closing it is another event.
+                Err(FileError::Empty) => tracing::debug!("{}: it is empty", path.display()),
+                Err(error) => drop(wrong.insert(path, error.to_string())),
+            }
+        }
+        for (path, error) in &wrong {
+            if self.reported.get(path) != Some(error) {
+                tracing::error!("{}: {error}: the file is left out", path.display());
+            }
+        }
+        self.reported = wrong;
+        domains
+    }
+
+    /// Starts to watch. What happens afterwards is seen by [`Watch::changed`]; read after this, not before.
+    pub(super) fn watch(&self) -> io::Result<Watch> {
+        let inotify = Inotify::init()?;
+        let watches = inotify.watches();
+        let stream = inotify.into_event_stream(vec![0; 4096])?;
+        let mut watch = Watch {
+            paths: self.paths.clone(),
+            watches,
+            stream,
+        };
+        watch.arm();
+        Ok(watch)
+    }
+}
+
+/// Tells when to read again.
+pub(super) struct Watch {
+    paths: Vec<PathBuf>,
+    watches: inotify::Watches,
+    stream: inotify::EventStream<Vec<u8>>,
+}
+
+impl Watch {
+    /// Waits for a change in a directory, or for a directory to appear or to go.
+    pub async fn changed(&mut self) -> io::Result<()> {
+        loop {
+            let first = self.stream.next().await.ok_or(io::ErrorKind::UnexpectedEof)??;
+            // A watch that ended is no news; the event that ended it was.
+            let mut news = !first.mask.contains(EventMask::IGNORED);
+            while let Some(Some(event)) = self.stream.next().now_or_never() {
+                news |= !event?.mask.contains(EventMask::IGNORED);
+            }
+            self.arm();
+            if news {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Watches each directory, and where it does not exist the nearest one above it that does. Adding a watch that
+    /// is there already changes nothing.
+    fn arm(&mut self) {
+        let content = WatchMask::CLOSE_WRITE
+            | WatchMask::CREATE
+            | WatchMask::MOVE
+            | WatchMask::DELETE
+            | WatchMask::DELETE_SELF
+            | WatchMask::MOVE_SELF
+            | WatchMask::MASK_ADD;
+        let appearance = WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::ONLYDIR | WatchMask::MASK_ADD;
+        for path in &self.paths {
+            let found = path.ancestors().find(|path| path.is_dir());
+            for (ancestor, mask) in found
+                .into_iter()
+                .map(|found| (found, if found == path { content } else { appearance }))
+            {
+                if let Err(error) = self.watches.add(ancestor, mask) {
+                    tracing::error!(
+                        "{}: cannot be watched: {error}: changes need a restart",
+                        ancestor.display()
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn files_in(directory: &Path) -> Vec<PathBuf> {
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
+        Err(error) => {
+            tracing::error!("{}: {error}: the directory is left out", directory.display());
+            return Vec::new();
+        }
+    };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut paths: Vec<PathBuf> = paths
+        .filter(|path| path.extension().is_some_and(|extension| extension == "toml"))
+        .collect();
+    paths.sort();
+    paths
+}
+
+fn read_file(path: &Path) -> Result<(String, DomainFile), FileError> {
+    let stem = path.file_stem().and_then(|stem| stem.to_str());
+    let name = stem.filter(|name| is_domain_name(name)).ok_or(FileError::Name)?;
+    let file = std::fs::File::open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.len() > MAX_BYTES {
+        return Err(FileError::NotAFile);
+    }
+    if metadata.len() == 0 {
+        return Err(FileError::Empty);
+    }
+    let owner = metadata.uid();
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        return Err(FileError::Owner(owner));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        return Err(FileError::Writable { owner });
+    }
+    let mut text = String::new();
+    file.take(MAX_BYTES).read_to_string(&mut text)?;
+    let content: Content = toml::from_str(&text)?;
+    let paths = [
+        ("monitor", Some(&content.monitor)),
+        ("agent", content.agent.as_ref()),
+    ];
+    for (key, value) in paths.into_iter().filter_map(|(key, value)| Some((key, value?))) {
+        if !value.is_absolute() {
+            return Err(FileError::RelativePath {
+                key,
+                value: value.clone(),
+            });
+        }
+    }
+    let file = DomainFile {
+        owner,
+        monitor: content.monitor,
+        agent: content.agent,
+    };
+    Ok((name.to_owned(), file))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directory(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(directory.path().join(name), text).unwrap();
+        }
+        directory
+    }
+
+    #[test]
+    fn a_bad_file_is_reported_with_its_line_and_the_others_load() {
+        let directory = directory(&[
+            ("a.toml", "monitor = '/run/a.qmp'\n"),
+            ("b.toml", "monitor = '/run/b.qmp'\nmonitro = 'x'\n"),
+            ("c.toml", "monitor = 'relative'\n"),
+            ("d.txt", "not a domain"),
+            (".e.toml", "monitor = '/run/e.qmp'\n"),
+        ]);
+        let mut directories = Directories::new(vec![directory.path().into()]);
+        let domains = directories.read();
+        assert_eq!(domains.keys().collect::<Vec<_>>(), ["a"]);
+        let reported = |name: &str| directories.reported[&directory.path().join(name)].clone();
+        assert!(reported("b.toml").contains("line 2") && reported("b.toml").contains("monitro"));
+        assert!(reported("c.toml").contains("'monitor'") && reported("c.toml").contains("'relative'"));
+        assert!(reported(".e.toml").contains("name"));
+    }
+
+    #[test]
+    fn the_earlier_directory_counts() {
+        let first = directory(&[("a.toml", "monitor = '/first'\n")]);
+        let second = directory(&[
+            ("a.toml", "monitor = '/second'\n"),
+            ("b.toml", "monitor = '/second'\n"),
+        ]);
+        let domains = Directories::new(vec![first.path().into(), second.path().into()]).read();
+        assert_eq!(domains["a"].monitor, Path::new("/first"));
+        assert_eq!(domains["b"].monitor, Path::new("/second"));
+    }
+
+    #[test]
+    fn a_file_that_others_may_write_is_not_trusted() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = directory(&[("a.toml", "monitor = '/first'\n")]);
+        let path = directory.path().join("a.toml");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+        assert!(Directories::new(vec![directory.path().into()]).read().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_appears_later_is_noticed_with_its_files() {
+        let above = tempfile::tempdir().unwrap();
+        let path = above.path().join("backupd/domains.d");
+        let mut directories = Directories::new(vec![path.clone()]);
+        let mut watch = directories.watch().unwrap();
+        assert!(directories.read().is_empty());
+        std::fs::create_dir_all(&path).unwrap();
+        std::fs::write(path.join("a.toml"), "monitor = '/a'\n").unwrap();
+        let appeared = async {
+            while directories.read().is_empty() {
+                watch.changed().await.unwrap();
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), appeared)
+            .await
+            .unwrap();
+    }
+}

@@ -1,0 +1,289 @@
+//! A domain's disks, from QEMU's block layer: the names that callers use, the node to read, and what is known
+//! of its data.
+//!
+//! The name of a disk is the id of its device, else its drive's id, else its node's name.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+/// One drive of the guest. A drive without a medium has an empty `node`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    pub name: String,
+    /// The node to read: the drive's root node without filters such as `throttle`, so that the guest's own limits
+    /// do not slow a backup down. Empty without a medium.
+    pub node: String,
+    /// What the guest sees, in bytes.
+    pub virtual_size: u64,
+    /// What the image and its backing chain take on the host, in bytes; at most `virtual_size`. An estimate.
+    pub allocated: u64,
+    /// QEMU's name of the image format.
+    pub format: String,
+    pub writable: bool,
+    /// Whether data may lie in a backing file below the image.
+    pub has_backing: bool,
+    /// The other names by which it is found where they are unambiguous.
+    aliases: Vec<String>,
+}
+
+impl Disk {
+    pub fn has_medium(&self) -> bool {
+        !self.node.is_empty()
+    }
+
+    /// A disk as pure rules see it.
+    #[cfg(test)]
+    pub fn for_test(name: &str, alias: &str, writable: bool, medium: bool) -> Self {
+        Self {
+            name: name.into(),
+            node: if medium {
+                format!("node-{name}")
+            } else {
+                String::new()
+            },
+            virtual_size: 1 << 20,
+            allocated: 1 << 16,
+            format: "qcow2".into(),
+            writable,
+            has_backing: false,
+            aliases: vec![alias.into()],
+        }
+    }
+}
+
+/// Whom a name means.
+#[derive(Debug, PartialEq, Eq)]
+pub enum DiskLookup<'a> {
+    Found(&'a Disk),
+    Missing,
+    /// Several disks answer to it.
+    Ambiguous,
+}
+
+/// Finds a disk by its name, or by its device's id, drive's id or node's name where that is unambiguous.
+pub fn find_disk<'a>(disks: &'a [Disk], name: &str) -> DiskLookup<'a> {
+    if let Some(disk) = disks.iter().find(|disk| disk.name == name) {
+        return DiskLookup::Found(disk);
+    }
+    let mut matches = disks
+        .iter()
+        .filter(|disk| disk.aliases.iter().any(|alias| alias == name));
+    match (matches.next(), matches.next()) {
+        (Some(disk), None) => DiskLookup::Found(disk),
+        (Some(_), Some(_)) => DiskLookup::Ambiguous,
+        (None, _) => DiskLookup::Missing,
+    }
+}
+
+/// An entry of `query-block`.
+#[derive(Debug, Deserialize)]
+pub(super) struct BlockInfo {
+    device: String,
+    #[serde(default)]
+    qdev: Option<String>,
+    #[serde(default)]
+    inserted: Option<Inserted>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Inserted {
+    #[serde(rename = "node-name")]
+    node_name: String,
+    ro: bool,
+}
+
+/// An entry of `query-named-block-nodes`.
+#[derive(Debug, Deserialize)]
+pub(super) struct Node {
+    #[serde(rename = "node-name", default)]
+    name: String,
+    drv: String,
+    file: String,
+    image: Image,
+}
+
+#[derive(Debug, Deserialize)]
+struct Image {
+    #[serde(rename = "virtual-size")]
+    virtual_size: u64,
+    #[serde(rename = "actual-size", default)]
+    actual_size: u64,
+    #[serde(rename = "backing-image", default)]
+    backing: Option<Box<Image>>,
+}
+
+/// The reply of `x-debug-query-block-graph`: the only command in all supported versions that tells the children
+/// of a node. Unstable by name, so its absence is survived.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Graph {
+    nodes: Vec<GraphNode>,
+    edges: Vec<GraphEdge>,
+}
+
+#[derive(Debug, Deserialize)]
+struct GraphNode {
+    id: u64,
+    name: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct GraphEdge {
+    parent: u64,
+    child: u64,
+    name: String,
+}
+
+impl Graph {
+    /// The name of the node below a filter.
+    fn below(&self, filter: &str) -> Option<&str> {
+        let parent = self.nodes.iter().find(|node| node.name == filter)?.id;
+        let mut edges = self.edges.iter().filter(|edge| edge.parent == parent);
+        let child = edges.find(|edge| edge.name == "file")?.child;
+        self.nodes
+            .iter()
+            .find(|node| node.id == child)
+            .map(|node| node.name.as_str())
+    }
+}
+
+/// Filters that pass the guest's data through unchanged, so that the node below has the same content.
+const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "copy-before-write"];
+
+pub(super) fn disks(drives: Vec<BlockInfo>, nodes: &[Node], graph: &Graph) -> Vec<Disk> {
+    let nodes: HashMap<&str, &Node> = nodes.iter().map(|node| (node.name.as_str(), node)).collect();
+    drives
+        .into_iter()
+        .filter_map(|drive| disk(drive, &nodes, graph))
+        .collect()
+}
+
+fn disk(drive: BlockInfo, nodes: &HashMap<&str, &Node>, graph: &Graph) -> Option<Disk> {
+    let device = drive.qdev.as_deref().and_then(device_id).map(str::to_owned);
+    // A drive that no device uses is no disk of the guest.
+    drive.qdev.as_ref()?;
+    let drive_id = Some(drive.device).filter(|id| !id.is_empty());
+    let root = drive
+        .inserted
+        .as_ref()
+        .map(|inserted| inserted.node_name.as_str());
+    let source = root.map(|root| unfiltered(root, nodes, graph));
+    let node = source.and_then(|name| nodes.get(name));
+    let mut names: Vec<String> = [
+        device,
+        drive_id,
+        source.map(str::to_owned),
+        root.map(str::to_owned),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    names.dedup();
+    if names.is_empty() {
+        return None;
+    }
+    let name = names.remove(0);
+    let virtual_size = node.map_or(0, |node| node.image.virtual_size);
+    Some(Disk {
+        name,
+        node: source.unwrap_or_default().to_owned(),
+        virtual_size,
+        allocated: node.map_or(0, |node| allocated(&node.image)).min(virtual_size),
+        format: node.map(|node| node.drv.clone()).unwrap_or_default(),
+        writable: drive.inserted.is_some_and(|inserted| !inserted.ro),
+        has_backing: node.is_some_and(|node| node.image.backing.is_some()),
+        aliases: names,
+    })
+}
+
+/// `qdev` is an id, or a QOM path that has one in it only under `/machine/peripheral/`.
+fn device_id(qdev: &str) -> Option<&str> {
+    match qdev.strip_prefix('/') {
+        None => Some(qdev),
+        Some(path) => path.strip_prefix("machine/peripheral/")?.split('/').next(),
+    }
+}
+
+fn unfiltered<'a>(root: &'a str, nodes: &HashMap<&'a str, &'a Node>, graph: &'a Graph) -> &'a str {
+    let mut name = root;
+    // Bounded by the number of nodes: a peer's graph could have a circle.
+    for _ in 0..nodes.len() {
+        let filter = nodes
+            .get(name)
+            .is_some_and(|node| FILTERS.contains(&node.drv.as_str()));
+        match graph
+            .below(name)
+            .filter(|below| filter && nodes.contains_key(below))
+        {
+            Some(below) => name = below,
+            None => break,
+        }
+    }
+    name
+}
+
+fn allocated(image: &Image) -> u64 {
+    let chain = std::iter::successors(Some(image), |image| image.backing.as_deref());
+    chain.fold(0, |sum, image| sum.saturating_add(image.actual_size))
+}
+
+/// Paths of the host's files and devices below the nodes, as QEMU was given them.
+pub(super) fn host_files(nodes: &[Node]) -> Vec<PathBuf> {
+    let protocol = |node: &&Node| matches!(node.drv.as_str(), "file" | "host_device" | "host_cdrom");
+    let mut files: Vec<PathBuf> = nodes
+        .iter()
+        .filter(protocol)
+        .map(|node| node.file.as_str().into())
+        .collect();
+    files.sort();
+    files.dedup();
+    files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_wins_over_an_alias_and_a_shared_alias_is_ambiguous() {
+        let disk = |name, alias| Disk::for_test(name, alias, true, true);
+        let disks = [disk("vda", "drive0"), disk("drive0", "n"), disk("vdc", "n")];
+        assert_eq!(find_disk(&disks, "drive0"), DiskLookup::Found(&disks[1]));
+        assert_eq!(find_disk(&disks, "n"), DiskLookup::Ambiguous);
+        assert_eq!(find_disk(&disks, "vdx"), DiskLookup::Missing);
+    }
+
+    #[test]
+    fn only_a_peripheral_path_holds_a_device_id() {
+        assert_eq!(device_id("vda"), Some("vda"));
+        assert_eq!(device_id("/machine/peripheral/vda/virtio-backend"), Some("vda"));
+        assert_eq!(
+            device_id("/machine/peripheral-anon/device[0]/virtio-backend"),
+            None
+        );
+        assert_eq!(device_id("/machine/unattached/device[16]"), None);
+    }
+
+    #[test]
+    fn a_circle_of_filters_ends() {
+        let node = |name: &str| Node {
+            name: name.into(),
+            drv: "throttle".into(),
+            file: String::new(),
+            image: Image {
+                virtual_size: 0,
+                actual_size: 0,
+                backing: None,
+            },
+        };
+        let nodes = [node("a"), node("b")];
+        let graph: Graph = serde_json::from_value(serde_json::json!({
+            "nodes": [{ "id": 1, "name": "a" }, { "id": 2, "name": "b" }],
+            "edges": [{ "parent": 1, "child": 2, "name": "file" }, { "parent": 2, "child": 1, "name": "file" }],
+        }))
+        .unwrap();
+        let by_name = nodes.iter().map(|node| (node.name.as_str(), node)).collect();
+        assert_eq!(unfiltered("a", &by_name, &graph), "a");
+    }
+}

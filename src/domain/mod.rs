@@ -1,0 +1,246 @@
+//! Which virtual machines there are, what their QEMU says of them, and a supervised monitor for each.
+//!
+//! Knows domain files, monitors and disks. Does not know what a backup is, who may ask for one, or D-Bus.
+
+mod directory;
+mod disks;
+mod monitor;
+mod registry;
+
+pub use directory::Directories;
+pub use disks::{Disk, DiskLookup, find_disk};
+pub use monitor::{Link, Phase};
+pub use registry::{Change, MAX_REGISTERED, MAX_REGISTERED_PER_OWNER, Registry};
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::error::Kind;
+use crate::qmp;
+
+/// How long a monitor may take to greet, and a query to be answered, while nothing but looking is done.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    #[error("no domain '{0}'")]
+    NoSuchDomain(String),
+    #[error("domain '{name}' cannot be reached: {why}")]
+    Unreachable { name: String, why: String },
+    #[error(
+        "'{0}' cannot be a domain's name: it must have 1 to 128 bytes, no '/' and no control characters, and not \
+         start with '.'"
+    )]
+    InvalidName(String),
+    #[error("a domain named '{0}' exists already")]
+    NameTaken(String),
+    #[error("at most {limit} domains may be registered {scope}")]
+    TooManyRegistered { limit: usize, scope: &'static str },
+    #[error("domain '{name}': {source}")]
+    Monitor { name: String, source: qmp::Error },
+    #[error("the monitor of '{name}' is not a connected UNIX stream socket: {why}")]
+    NotASocket { name: String, why: String },
+}
+
+impl Error {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::NoSuchDomain(_) => Kind::NoSuchDomain,
+            Self::Unreachable { .. } => Kind::DomainUnreachable,
+            Self::InvalidName(_) | Self::NameTaken(_) | Self::NotASocket { .. } => Kind::InvalidArgs,
+            Self::TooManyRegistered { .. } => Kind::LimitsExceeded,
+            Self::Monitor { source, .. } if source.is_refusal() => Kind::QemuError,
+            Self::Monitor { .. } => Kind::DomainUnreachable,
+        }
+    }
+}
+
+impl From<Error> for crate::error::Error {
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error.to_string())
+    }
+}
+
+/// Where a domain became known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// A file in one of the domain directories.
+    Configured,
+    /// A caller handed over its monitor's socket.
+    Registered,
+}
+
+impl Origin {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Configured => "configured",
+            Self::Registered => "registered",
+        }
+    }
+}
+
+/// What a domain is doing, in libvirt's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Running,
+    Paused,
+    Suspended,
+    Crashed,
+    ShutOff,
+    Unreachable,
+}
+
+impl State {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Suspended => "suspended",
+            Self::Crashed => "crashed",
+            Self::ShutOff => "shut off",
+            Self::Unreachable => "unreachable",
+        }
+    }
+
+    /// From QEMU's `RunState` word (`qapi/run-state.json`). Whatever is not running and has no word of its own
+    /// here has its CPUs stopped.
+    fn from_run_state(word: &str) -> Self {
+        match word {
+            "running" => Self::Running,
+            "suspended" => Self::Suspended,
+            "guest-panicked" | "internal-error" => Self::Crashed,
+            "shutdown" => Self::ShutOff,
+            _ => Self::Paused,
+        }
+    }
+}
+
+/// What QEMU said when it was asked last.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    pub uuid: Option<Uuid>,
+    pub state: State,
+    pub disks: Arc<[Disk]>,
+    /// Paths, as QEMU sees them, of every file and device that its block nodes have open.
+    pub files: Arc<[PathBuf]>,
+}
+
+impl Snapshot {
+    fn unknown() -> Self {
+        Self {
+            uuid: None,
+            state: State::Unreachable,
+            disks: Arc::from([]),
+            files: Arc::from([]),
+        }
+    }
+}
+
+/// One virtual machine that is known here.
+#[derive(Debug)]
+pub struct Domain {
+    /// Unique for the life of the service; never used again after the domain has gone.
+    pub id: u64,
+    pub name: String,
+    pub origin: Origin,
+    /// The user that made it known.
+    pub owner: u32,
+    /// UNIX socket of the guest agent, if there is one.
+    pub agent: Option<PathBuf>,
+    snapshot: watch::Sender<Snapshot>,
+    phase: watch::Sender<Phase>,
+}
+
+impl Domain {
+    /// What was known last; answers at once.
+    pub fn snapshot(&self) -> Snapshot {
+        self.snapshot.borrow().clone()
+    }
+
+    /// Tells of every new snapshot.
+    pub fn snapshots(&self) -> watch::Receiver<Snapshot> {
+        self.snapshot.subscribe()
+    }
+
+    /// The monitor, once the first try to connect has ended.
+    pub async fn link(&self) -> Result<Arc<Link>, Error> {
+        let mut phase = self.phase.subscribe();
+        let settled = phase.wait_for(|phase| !matches!(phase, Phase::Connecting)).await;
+        match settled.as_deref() {
+            Ok(Phase::Up(link)) => Ok(link.clone()),
+            Ok(Phase::Down(why)) => Err(self.unreachable(why)),
+            Ok(Phase::Connecting) | Err(_) => Err(self.unreachable("the domain is being removed")),
+        }
+    }
+
+    /// The process behind the monitor's socket, while it is connected.
+    pub fn process(&self) -> Option<u32> {
+        match &*self.phase.borrow() {
+            Phase::Up(link) => link.peer,
+            Phase::Connecting | Phase::Down(_) => None,
+        }
+    }
+
+    /// The monitor's next connection after `lost`; nothing if there is none within `patience`.
+    pub async fn next_link(&self, lost: &Arc<Link>, patience: Duration) -> Option<Arc<Link>> {
+        if self.origin == Origin::Registered {
+            // Its socket was handed over; nobody can connect to it again.
+            return None;
+        }
+        let mut phase = self.phase.subscribe();
+        let next = phase.wait_for(|phase| matches!(phase, Phase::Up(link) if !Arc::ptr_eq(link, lost)));
+        match tokio::time::timeout(patience, next).await.ok()?.ok().as_deref() {
+            Some(Phase::Up(link)) => Some(link.clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits until the monitor is connected or the last try has failed, for at most `patience`.
+    pub async fn settled(&self, patience: Duration) {
+        // Whatever the outcome: the phase tells it to those who ask.
+        let _ = tokio::time::timeout(patience, self.link()).await;
+    }
+
+    /// Asks QEMU for its state and disks now, and keeps the answer.
+    pub async fn refresh(&self) -> Result<Snapshot, Error> {
+        let link = self.link().await?;
+        let fresh = monitor::inspect(&link).await.map_err(|source| Error::Monitor {
+            name: self.name.clone(),
+            source,
+        })?;
+        self.snapshot.send_replace(fresh.clone());
+        Ok(fresh)
+    }
+
+    fn unreachable(&self, why: &str) -> Error {
+        Error::Unreachable {
+            name: self.name.clone(),
+            why: why.to_owned(),
+        }
+    }
+}
+
+/// Whether `name` may be a domain's: it becomes a directory's name in every store.
+pub fn is_domain_name(name: &str) -> bool {
+    let bad = |c: char| c == '/' || c.is_control();
+    (1..=128).contains(&name.len()) && !name.starts_with('.') && !name.contains(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_cannot_be_a_directory_is_refused() {
+        for name in ["", ".", "..", ".hidden", "a/b", "a\nb", "a\0b", &"x".repeat(129)] {
+            assert!(!is_domain_name(name), "{name:?}");
+        }
+        for name in ["web", "a&b", "Fedora 40", "vm-1.2_3", "ü", &"x".repeat(128)] {
+            assert!(is_domain_name(name), "{name:?}");
+        }
+    }
+}

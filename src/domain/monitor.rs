@@ -1,0 +1,204 @@
+//! The supervised monitor of one domain: connect, ask, listen, and connect again with backoff.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::json;
+use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::disks::{self, BlockInfo, Graph, Node};
+use super::{Domain, PATIENCE, Snapshot, State};
+use crate::qmp::{self, Client, Driver, EventsError, Schema};
+
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const LAST_BACKOFF: Duration = Duration::from_secs(5);
+
+/// A connected monitor.
+#[derive(Debug)]
+pub struct Link {
+    pub client: Client,
+    pub schema: Schema,
+    /// The process that listens on the socket: QEMU, or who opened the socket for it.
+    pub peer: Option<u32>,
+}
+
+/// How far the connection is.
+#[derive(Debug, Clone)]
+pub enum Phase {
+    /// The first try has not ended yet.
+    Connecting,
+    Up(Arc<Link>),
+    /// The last try failed, or the connection ended, with this reason. It is tried again.
+    Down(Arc<str>),
+}
+
+/// Connects, and connects again, until `stop`: the life of a configured domain.
+pub(super) async fn supervise(domain: Arc<Domain>, monitor: PathBuf, stop: CancellationToken) {
+    let mut backoff = FIRST_BACKOFF;
+    loop {
+        let attempt = stop.run_until_cancelled(async {
+            let (link, driver) = connect(&monitor).await?;
+            backoff = FIRST_BACKOFF;
+            Ok(serve(&domain, link, driver).await)
+        });
+        let why: Arc<str> = match attempt.await {
+            None => return domain.down("the service is letting it go"),
+            Some(Ok(reason)) => reason,
+            Some(Err(ConnectError(reason))) => reason.into(),
+        };
+        tracing::debug!(domain = domain.name, why = %why, "monitor is down");
+        domain.down(&why);
+        if stop
+            .run_until_cancelled(tokio::time::sleep(backoff))
+            .await
+            .is_none()
+        {
+            return;
+        }
+        backoff = (backoff * 2).min(LAST_BACKOFF);
+    }
+}
+
+/// Serves a connection that was handed over, until it ends or `stop`: the life of a registered domain.
+pub(super) async fn serve_once(domain: Arc<Domain>, link: Link, driver: Driver, stop: CancellationToken) {
+    let ended = stop.run_until_cancelled(serve(&domain, link, driver)).await;
+    domain.down(ended.as_deref().unwrap_or("the service is letting it go"));
+}
+
+struct ConnectError(String);
+
+impl From<qmp::Error> for ConnectError {
+    fn from(error: qmp::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+async fn connect(path: &Path) -> Result<(Link, Driver), ConnectError> {
+    let refused = |error| ConnectError(format!("{}: {error}", path.display()));
+    let stream = tokio::time::timeout(PATIENCE, UnixStream::connect(path));
+    let stream = stream
+        .await
+        .unwrap_or(Err(std::io::ErrorKind::TimedOut.into()))
+        .map_err(refused)?;
+    let peer = peer(&stream);
+    let (client, driver) = Client::open(stream, PATIENCE).await?;
+    Ok((Link::new(client, peer), driver))
+}
+
+pub(super) fn peer(stream: &UnixStream) -> Option<u32> {
+    let pid = stream.peer_cred().ok()?.pid()?;
+    u32::try_from(pid).ok().filter(|pid| *pid != 0)
+}
+
+impl Link {
+    pub(super) fn new(client: Client, peer: Option<u32>) -> Self {
+        Self {
+            client,
+            schema: Schema::default(),
+            peer,
+        }
+    }
+}
+
+/// Runs the connection: asks first, then follows QEMU's events. Gives the reason of its end.
+async fn serve(domain: &Domain, mut link: Link, driver: Driver) -> Arc<str> {
+    let work = async {
+        let mut events = link.client.events();
+        link.schema = tokio::time::timeout(PATIENCE, link.client.schema())
+            .await
+            .map_err(|_| "it did not describe itself in time".to_owned())?
+            .map_err(|error| error.to_string())?;
+        let first = inspect(&link).await.map_err(|error| error.to_string())?;
+        domain.snapshot.send_replace(first);
+        let link = Arc::new(link);
+        tracing::info!(domain = domain.name, "monitor is up");
+        domain.phase.send_replace(Phase::Up(link.clone()));
+        loop {
+            match events.next().await {
+                Ok(event) if !changes_something(&event.name) => {}
+                Ok(_) | Err(EventsError::Missed) => match inspect(&link).await {
+                    Ok(fresh) => drop(domain.snapshot.send_replace(fresh)),
+                    Err(error) => {
+                        tracing::warn!(domain = domain.name, %error, "the domain's state is unknown")
+                    }
+                },
+                Err(EventsError::Closed) => return Err::<std::convert::Infallible, String>("closed".into()),
+            }
+        }
+    };
+    tokio::select! {
+        // The driver knows why the connection ended; the work only notices.
+        biased;
+        reason = driver.run() => reason,
+        Err(reason) = work => reason.into(),
+    }
+}
+
+/// Events after which the state or the disks may be others (`qapi/run-state.json`, `qapi/qdev.json`, …).
+fn changes_something(event: &str) -> bool {
+    matches!(
+        event,
+        "STOP"
+            | "RESUME"
+            | "SHUTDOWN"
+            | "POWERDOWN"
+            | "RESET"
+            | "SUSPEND"
+            | "WAKEUP"
+            | "GUEST_PANICKED"
+            | "DEVICE_DELETED"
+            | "DEVICE_TRAY_MOVED"
+            | "BLOCK_JOB_COMPLETED"
+            | "BLOCK_JOB_CANCELLED"
+    )
+}
+
+#[derive(Deserialize)]
+struct UuidReply {
+    #[serde(rename = "UUID")]
+    uuid: Uuid,
+}
+
+#[derive(Deserialize)]
+struct StatusReply {
+    status: String,
+}
+
+/// Asks QEMU for all that a snapshot holds.
+pub(super) async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
+    let client = &link.client;
+    let graph = async {
+        if !link.schema.has_command("x-debug-query-block-graph") {
+            return Ok(Graph::default());
+        }
+        client
+            .query_within::<Graph>(PATIENCE, "x-debug-query-block-graph", json!({}))
+            .await
+    };
+    let (uuid, status, drives, nodes, graph) = tokio::try_join!(
+        client.query_within::<UuidReply>(PATIENCE, "query-uuid", json!({})),
+        client.query_within::<StatusReply>(PATIENCE, "query-status", json!({})),
+        client.query_within::<Vec<BlockInfo>>(PATIENCE, "query-block", json!({})),
+        client.query_within::<Vec<Node>>(PATIENCE, "query-named-block-nodes", json!({ "flat": false })),
+        graph,
+    )?;
+    Ok(Snapshot {
+        // QEMU answers the nil UUID where none was given.
+        uuid: Some(uuid.uuid).filter(|uuid| !uuid.is_nil()),
+        state: State::from_run_state(&status.status),
+        disks: disks::disks(drives, &nodes, &graph).into(),
+        files: disks::host_files(&nodes).into(),
+    })
+}
+
+impl Domain {
+    fn down(&self, why: &str) {
+        self.phase.send_replace(Phase::Down(why.into()));
+        self.snapshot
+            .send_modify(|snapshot| snapshot.state = State::Unreachable);
+    }
+}

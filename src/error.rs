@@ -1,0 +1,56 @@
+//! What kinds of failure a caller can meet, and the one value that carries a failure to it.
+//!
+//! Every module has its own error enum with the facts in its fields and says which [`Kind`] each variant is;
+//! `bus::error` holds the one table from kinds to D-Bus error names. This module knows neither.
+
+use std::fmt;
+
+/// What a failure means to the caller. One kind is one D-Bus error name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    NoSuchDomain,
+    NoSuchDisk,
+    NoSuchJob,
+    NoSuchStore,
+    InvalidDefinition,
+    Unsupported,
+    TargetExists,
+    TargetInvalid,
+    NoSpace,
+    Busy,
+    DomainUnreachable,
+    QemuError,
+    Cancelled,
+    Internal,
+    AccessDenied,
+    InteractiveAuthorizationRequired,
+    InvalidArgs,
+    LimitsExceeded,
+    UnknownObject,
+}
+
+/// A failure on its way to a caller: what it means, and a text that says what was wrong, where, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    pub kind: Kind,
+    pub message: String,
+}
+
+impl Error {
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+pub type Result<T> = std::result::Result<T, Error>;

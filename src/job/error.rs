@@ -1,0 +1,88 @@
+//! Why a backup could not start or did not complete.
+
+use crate::error::Kind;
+use crate::{qmp, target};
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    #[error("a backup of domain '{domain}' is under way: wait for its end, or cancel it")]
+    Busy { domain: String },
+    #[error("job {id} has ended already: {outcome}")]
+    Ended { id: u32, outcome: &'static str },
+    #[error("the backup of job {id} is complete and is being published: it can no longer be cancelled")]
+    TooLate { id: u32 },
+    #[error("job {id} does not back up a disk '{disk}'")]
+    NoSuchDisk { id: u32, disk: String },
+    #[error("the service is stopping")]
+    Stopping,
+    #[error("the domain's QEMU cannot do grouped backups of its disks: version 4.2 or later is needed")]
+    TooOld,
+    #[error("disk '{disk}': {source}")]
+    Prepare { disk: String, source: qmp::Error },
+    #[error("disk '{disk}': cannot hand its target to QEMU: {why}")]
+    Descriptor { disk: String, why: String },
+    #[error("disk '{disk}': QEMU cannot format its target: {message}")]
+    Format { disk: String, message: String },
+    #[error("QEMU cannot start the backup: {0}")]
+    Transaction(qmp::Error),
+    #[error("disk '{disk}': {message}")]
+    Copy { disk: String, message: String },
+    #[error("the connection to QEMU was lost during the backup: {0}")]
+    Lost(qmp::Error),
+    #[error("QEMU did not let go of the targets: {0}")]
+    Release(String),
+    #[error("the guest's file systems cannot be frozen: {0}")]
+    Quiesce(String),
+    #[error("{0}")]
+    Target(#[from] target::Error),
+    #[error("the record of the backup cannot be written: {0}")]
+    Record(String),
+}
+
+impl Error {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Busy { .. } => Kind::Busy,
+            Self::Ended { .. } | Self::TooLate { .. } => Kind::NoSuchJob,
+            Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
+            Self::Stopping => Kind::Cancelled,
+            Self::TooOld => Kind::Unsupported,
+            Self::Prepare { source, .. } | Self::Transaction(source) if !source.is_refusal() => {
+                Kind::DomainUnreachable
+            }
+            Self::Format { message, .. } | Self::Copy { message, .. } if message.contains(NO_SPACE) => {
+                Kind::NoSpace
+            }
+            Self::Prepare { .. }
+            | Self::Descriptor { .. }
+            | Self::Format { .. }
+            | Self::Transaction(_)
+            | Self::Copy { .. }
+            | Self::Release(_)
+            | Self::Quiesce(_) => Kind::QemuError,
+            Self::Lost(_) => Kind::DomainUnreachable,
+            Self::Target(error) => error.kind(),
+            Self::Record(_) => Kind::Internal,
+        }
+    }
+
+    /// The disk that it is about, where it is about one.
+    pub(super) fn disk(&self) -> Option<&str> {
+        match self {
+            Self::Prepare { disk, .. }
+            | Self::Descriptor { disk, .. }
+            | Self::Format { disk, .. }
+            | Self::Copy { disk, .. } => Some(disk),
+            _ => None,
+        }
+    }
+}
+
+/// How the C library, and so QEMU, words ENOSPC. QEMU's job errors carry no number.
+const NO_SPACE: &str = "No space left on device";
+
+impl From<Error> for crate::error::Error {
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error.to_string())
+    }
+}

@@ -1,0 +1,208 @@
+//! The jobs of the service: those that run, one a domain, and those that ended lately.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::{Decision, DiskState, DiskStatus, Error, Job, State, Status, run};
+use crate::domain::{Domain, Link};
+use crate::plan::Plan;
+use crate::target::Targets;
+
+/// How long an ended job can still be asked about, and how many at most.
+const KEEP: Duration = Duration::from_secs(600);
+const KEEP_AT_MOST: usize = 100;
+const REMOVALS: usize = 1024;
+
+#[derive(Default)]
+struct Table {
+    /// Ids of domains that have a backup under way or about to start.
+    busy: HashSet<u64>,
+    jobs: BTreeMap<u32, Arc<Job>>,
+    last_id: u32,
+}
+
+/// All jobs.
+pub struct Jobs {
+    table: Mutex<Table>,
+    removals: broadcast::Sender<Arc<Job>>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// The right to run the only backup of a domain; given back when it is dropped.
+#[must_use]
+pub struct Reservation {
+    jobs: Arc<Jobs>,
+    domain: u64,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.jobs.lock().busy.remove(&self.domain);
+    }
+}
+
+/// All that a job needs to start.
+pub struct Start {
+    pub reservation: Reservation,
+    pub domain: Arc<Domain>,
+    pub link: Arc<Link>,
+    pub plan: Plan,
+    pub targets: Targets,
+    pub started_by: u32,
+    /// The names of this backup: see [`Jobs::new_backup_id`].
+    pub backup_id: String,
+    pub start_time: Timestamp,
+}
+
+impl Jobs {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            table: Mutex::default(),
+            removals: broadcast::Sender::new(REMOVALS),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// A name for a backup that sorts by time and that no other backup has.
+    pub fn new_backup_id(now: Timestamp) -> String {
+        let unique = uuid::Uuid::new_v4().simple().to_string();
+        format!("{}-{}", now.strftime("%Y%m%dT%H%M%SZ"), &unique[..8])
+    }
+
+    /// Takes the domain's only place; says at once if it is taken.
+    pub fn reserve(self: &Arc<Self>, domain: &Domain) -> Result<Reservation, Error> {
+        if self.stop.is_cancelled() {
+            return Err(Error::Stopping);
+        }
+        if !self.lock().busy.insert(domain.id) {
+            return Err(Error::Busy {
+                domain: domain.name.clone(),
+            });
+        }
+        Ok(Reservation {
+            jobs: self.clone(),
+            domain: domain.id,
+        })
+    }
+
+    /// Starts the job and returns at once.
+    pub fn start(self: &Arc<Self>, start: Start) -> Arc<Job> {
+        let Start {
+            reservation,
+            domain,
+            link,
+            plan,
+            targets,
+            started_by,
+            backup_id,
+            start_time,
+        } = start;
+        let mut table = self.lock();
+        table.last_id += 1;
+        let job = Arc::new(Job {
+            id: table.last_id,
+            backup_id,
+            domain,
+            started_by,
+            start_time,
+            status: watch::Sender::new(first_status(&plan, &targets)),
+            decision: Mutex::new(Decision::Open),
+            cancel: CancellationToken::new(),
+            speed: watch::Sender::new(plan.bandwidth),
+            plan,
+        });
+        table.jobs.insert(job.id, job.clone());
+        drop(table);
+        let (jobs, running) = (self.clone(), job.clone());
+        self.tasks.spawn(async move {
+            run::run(&running, link, targets).await;
+            drop(reservation);
+            jobs.forget_oldest();
+            // An ended job is kept while somebody may ask for it, but it does not keep the service from stopping.
+            let kept = jobs.stop.run_until_cancelled(tokio::time::sleep(KEEP)).await;
+            if kept.is_some() {
+                jobs.forget(running.id);
+            }
+        });
+        job
+    }
+
+    /// Jobs that the set forgets from now on.
+    pub fn removals(&self) -> broadcast::Receiver<Arc<Job>> {
+        self.removals.subscribe()
+    }
+
+    pub fn get(&self, id: u32) -> Option<Arc<Job>> {
+        self.lock().jobs.get(&id).cloned()
+    }
+
+    /// All jobs, by number.
+    pub fn list(&self) -> Vec<Arc<Job>> {
+        self.lock().jobs.values().cloned().collect()
+    }
+
+    /// Cancels what runs and waits until it has ended.
+    pub async fn shut_down(&self) {
+        self.stop.cancel();
+        for job in self.list() {
+            // One that cannot be cancelled any more is about to end.
+            let _ = job.cancel();
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn forget_oldest(&self) {
+        let ended: Vec<u32> = {
+            let table = self.lock();
+            let ended = table
+                .jobs
+                .values()
+                .filter(|job| job.status.borrow().outcome.is_some());
+            ended.map(|job| job.id).collect()
+        };
+        let surplus = ended.len().saturating_sub(KEEP_AT_MOST);
+        ended.into_iter().take(surplus).for_each(|id| self.forget(id));
+    }
+
+    fn forget(&self, id: u32) {
+        let job = self.lock().jobs.remove(&id);
+        if let Some(job) = job {
+            // Nobody listens: nobody has to forget it.
+            let _ = self.removals.send(job);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn first_status(plan: &Plan, targets: &Targets) -> Status {
+    let disks = plan
+        .disks
+        .iter()
+        .zip(targets.iter())
+        .map(|(disk, target)| DiskStatus {
+            name: disk.name.clone(),
+            state: DiskState::Preparing,
+            total: disk.virtual_size,
+            done: 0,
+            target: target.label.clone(),
+        });
+    Status {
+        state: State::Preparing,
+        disks: disks.collect(),
+        rate: 0,
+        expected_end: None,
+        outcome: None,
+    }
+}

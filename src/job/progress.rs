@@ -1,0 +1,95 @@
+//! Rate and expected end of a job, smoothed over its last seconds.
+
+use std::time::{Duration, Instant};
+
+use jiff::{SignedDuration, Timestamp};
+
+/// How much of the past the rate remembers.
+const MEMORY: Duration = Duration::from_secs(5);
+
+/// Follows how many bytes were done when.
+#[derive(Debug)]
+pub struct Meter {
+    last: Option<(Instant, u64)>,
+    rate: Option<f64>,
+}
+
+impl Meter {
+    pub fn new() -> Self {
+        Self {
+            last: None,
+            rate: None,
+        }
+    }
+
+    /// Takes a measurement in; gives the rate in bytes a second.
+    pub fn measure(&mut self, now: Instant, done: u64) -> u64 {
+        if let Some((then, before)) = self.last {
+            let seconds = now.duration_since(then).as_secs_f64();
+            if seconds <= 0.0 {
+                return self.rate();
+            }
+            let current = done.saturating_sub(before) as f64 / seconds;
+            let weight = 1.0 - (-seconds / MEMORY.as_secs_f64()).exp();
+            self.rate = Some(self.rate.map_or(current, |rate| rate + weight * (current - rate)));
+        }
+        self.last = Some((now, done));
+        self.rate()
+    }
+
+    /// When `remaining` bytes will be done at this rate; nothing while it stands still.
+    pub fn expected_end(&self, now: Timestamp, remaining: u64) -> Option<Timestamp> {
+        let rate = self.rate.filter(|rate| *rate >= 1.0)?;
+        let left = SignedDuration::try_from_secs_f64(remaining as f64 / rate).ok()?;
+        now.checked_add(left).ok()
+    }
+
+    fn rate(&self) -> u64 {
+        self.rate.unwrap_or(0.0).round() as u64
+    }
+}
+
+/// One limit for all disks, as a limit for each that still runs. 0 stays unlimited, and a limit stays one.
+pub fn share(bytes_per_second: u64, running: usize) -> u64 {
+    match bytes_per_second {
+        0 => 0,
+        limit => (limit / running.max(1) as u64).max(1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_settles_and_the_end_follows_from_it() {
+        let mut meter = Meter::new();
+        let start = Instant::now();
+        for second in 0..20 {
+            meter.measure(start + Duration::from_secs(second), second * 1000);
+        }
+        assert_eq!(meter.rate(), 1000);
+        let now = Timestamp::from_second(1_000_000).unwrap();
+        assert_eq!(
+            meter.expected_end(now, 5000),
+            Some(Timestamp::from_second(1_000_005).unwrap())
+        );
+    }
+
+    #[test]
+    fn no_end_is_expected_while_nothing_moves() {
+        let mut meter = Meter::new();
+        let start = Instant::now();
+        meter.measure(start, 0);
+        meter.measure(start + Duration::from_secs(1), 0);
+        assert_eq!(meter.expected_end(Timestamp::UNIX_EPOCH, 5000), None);
+    }
+
+    #[test]
+    fn a_small_limit_never_becomes_none() {
+        assert_eq!(share(0, 3), 0);
+        assert_eq!(share(9, 3), 3);
+        assert_eq!(share(2, 3), 1);
+        assert_eq!(share(5, 0), 5);
+    }
+}

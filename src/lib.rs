@@ -1,0 +1,19 @@
+//! backupd: backs up running QEMU virtual machines for callers on the system bus.
+//!
+//! One library, two binaries: `backupd` (the service) and `backupctl` (its command line). A request goes
+//! `bus` → `service` → `definition` → `access` → `plan` → `job` → `target` → `qmp`, with `domain` telling which
+//! virtual machines there are. A module may use those after it on that way and never those before it.
+
+pub mod access;
+pub mod bus;
+pub mod catalog;
+pub mod config;
+pub mod definition;
+pub mod domain;
+pub mod error;
+pub mod job;
+pub mod names;
+pub mod plan;
+pub mod qmp;
+pub mod service;
+pub mod target;

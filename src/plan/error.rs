@@ -1,0 +1,67 @@
+//! What a request can ask for that this domain, these stores or these options do not have.
+
+use std::fmt;
+
+use crate::definition::Position;
+use crate::error::Kind;
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("{}the domain has no disk '{name}'", At(*at))]
+    NoSuchDisk { name: String, at: Position },
+    #[error("{}several disks answer to '{name}': use the id of the disk's device", At(*at))]
+    AmbiguousDisk { name: String, at: Position },
+    #[error("{}'{name}' is the same disk as '{first}': list each disk once", At(*at))]
+    SameDisk {
+        first: String,
+        name: String,
+        at: Position,
+    },
+    #[error("{}disk '{name}' has no medium: leave it out", At(*at))]
+    NoMedium { name: String, at: Position },
+    #[error("the domain has no writable disk with a medium: name the disks in the document")]
+    NothingToBackUp,
+    #[error("{}no store '{name}' is configured", At(*at))]
+    NoSuchStore { name: String, at: Position },
+    #[error("'reuse-external' is for targets that the caller names: a store's files are always new")]
+    ReuseInStore,
+    #[error("{}target fd='{index}': the call came with {count} descriptors, counted from 0", At(*at))]
+    NoSuchFile { index: u32, count: usize, at: Position },
+    #[error("descriptor {index} of the call is used by no disk: leave it out")]
+    UnusedFile { index: usize },
+    #[error("the document and the option '{what}' say different things")]
+    Disagreement { what: &'static str },
+}
+
+impl Error {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
+            Self::NoSuchStore { .. } => Kind::NoSuchStore,
+            Self::AmbiguousDisk { .. }
+            | Self::SameDisk { .. }
+            | Self::NoMedium { .. }
+            | Self::NothingToBackUp
+            | Self::NoSuchFile { .. } => Kind::InvalidDefinition,
+            Self::ReuseInStore | Self::UnusedFile { .. } | Self::Disagreement { .. } => Kind::InvalidArgs,
+        }
+    }
+}
+
+impl From<Error> for crate::error::Error {
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error.to_string())
+    }
+}
+
+/// The place in the document in front of a text; nothing where the document did not say it.
+struct At(Position);
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 == Position::default() {
+            return Ok(());
+        }
+        write!(f, "{}: ", self.0)
+    }
+}

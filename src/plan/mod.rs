@@ -1,0 +1,336 @@
+//! From what a caller asked for to what will be done, with every default made explicit.
+//!
+//! Pure: it combines a document, the options of a call, the domain's disks and the configured stores, and touches
+//! nothing. A [`Plan`] that exists names only disks that exist and have a medium, and one place for each.
+
+mod error;
+#[cfg(test)]
+mod tests;
+
+pub use error::Error;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::config::{DEFAULT_STORE, Store};
+use crate::definition::{
+    Compression, Definition, DiskDefinition, Format, Position, Quiesce, StoreRef, Target,
+};
+use crate::domain::{Disk, DiskLookup, find_disk};
+
+/// What a call says beside its document.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Targets exist and are written into.
+    pub reuse_external: bool,
+    /// Bytes a second, all disks together.
+    pub bandwidth: Option<u64>,
+    pub quiesce: Option<Quiesce>,
+}
+
+/// What will be done, whole. Immutable once it is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    pub name: Option<String>,
+    pub description: Option<String>,
+    pub destination: Destination,
+    pub reuse_external: bool,
+    /// Bytes a second, all disks together; 0 is unlimited.
+    pub bandwidth: u64,
+    pub quiesce: Option<Quiesce>,
+    /// At least one.
+    pub disks: Vec<DiskPlan>,
+    /// Disks of the domain that are left out.
+    pub excluded: Vec<String>,
+}
+
+/// Who chooses the places.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Destination {
+    /// The service does, inside a store.
+    Store { name: String, path: PathBuf },
+    /// The caller named one for each disk.
+    Caller,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskPlan {
+    pub name: String,
+    /// QEMU's node to read.
+    pub node: String,
+    /// What the guest sees, in bytes; the target gets exactly that.
+    pub virtual_size: u64,
+    /// What the data takes at most, as far as is known, in bytes.
+    pub estimate: u64,
+    /// Whether data may lie in a backing file below the disk's image.
+    pub has_backing: bool,
+    pub format: Format,
+    pub compress: Option<Compression>,
+    pub place: Place,
+}
+
+/// Where one disk's data goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A file of this name in the backup's own directory of a store.
+    InStore {
+        file_name: String,
+    },
+    File(PathBuf),
+    Block(PathBuf),
+    /// The caller's descriptor at this index.
+    Descriptor(u32),
+}
+
+/// A kind of place and which one, as it is put to the authority: a fact of the request, known before any file or
+/// QEMU was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Requested {
+    /// `store`, `file`, `block` or `fd`.
+    pub kind: &'static str,
+    /// The store's name or the path; empty for the caller's own descriptors.
+    pub target: String,
+}
+
+/// The distinct places that a request names, at least one.
+pub fn requested(definition: &Definition) -> Vec<Requested> {
+    let targets = selected(definition).filter_map(|disk| disk.target.as_ref());
+    let mut requested: Vec<Requested> = targets
+        .map(|target| match target {
+            Target::File(path) => Requested::new("file", path),
+            Target::Block(path) => Requested::new("block", path),
+            Target::Fd(_) => Requested::new("fd", Path::new("")),
+        })
+        .collect();
+    if requested.is_empty() {
+        requested.push(Requested::new("store", Path::new(store_name(definition).0)));
+    }
+    requested.sort();
+    requested.dedup();
+    requested
+}
+
+impl Requested {
+    fn new(kind: &'static str, target: &Path) -> Self {
+        Self {
+            kind,
+            target: target.to_string_lossy().into_owned(),
+        }
+    }
+}
+
+/// Makes the plan.
+///
+/// `disks` are the domain's now; `stores` are the configured ones; `files` counts the descriptors that came with
+/// the call.
+pub fn resolve(
+    definition: &Definition,
+    options: &Options,
+    disks: &[Disk],
+    stores: &BTreeMap<String, Store>,
+    files: usize,
+) -> Result<Plan, Error> {
+    let chosen = choose(definition, disks)?;
+    let to_caller = selected(definition).any(|disk| disk.target.is_some());
+    let destination = if to_caller {
+        Destination::Caller
+    } else {
+        if options.reuse_external {
+            return Err(Error::ReuseInStore);
+        }
+        let (name, at) = store_name(definition);
+        let store = stores.get(name).ok_or_else(|| Error::NoSuchStore {
+            name: name.to_owned(),
+            at,
+        })?;
+        Destination::Store {
+            name: name.to_owned(),
+            path: store.path.clone(),
+        }
+    };
+    check_files(definition, files)?;
+    let excluded = disks
+        .iter()
+        .filter(|disk| !chosen.iter().any(|(chosen, _)| chosen.name == disk.name));
+    Ok(Plan {
+        name: definition.name.clone(),
+        description: definition.description.clone(),
+        destination,
+        reuse_external: options.reuse_external,
+        bandwidth: agreed("bandwidth", definition.bandwidth, options.bandwidth)?.unwrap_or(0),
+        quiesce: agreed("quiesce", definition.quiesce, options.quiesce)?,
+        excluded: excluded.map(|disk| disk.name.clone()).collect(),
+        disks: chosen
+            .into_iter()
+            .map(|(disk, asked)| disk_plan(disk, asked))
+            .collect(),
+    })
+}
+
+impl Plan {
+    /// The document with every default filled in; every disk of the domain is in it.
+    pub fn definition(&self) -> Definition {
+        let included = self.disks.iter().map(|disk| DiskDefinition {
+            name: disk.name.clone(),
+            at: Position::default(),
+            backup: true,
+            format: Some(disk.format),
+            compress: disk.compress,
+            target: match &disk.place {
+                Place::InStore { .. } => None,
+                Place::File(path) => Some(Target::File(path.clone())),
+                Place::Block(path) => Some(Target::Block(path.clone())),
+                Place::Descriptor(index) => Some(Target::Fd(*index)),
+            },
+        });
+        let excluded = self.excluded.iter().map(|name| DiskDefinition {
+            name: name.clone(),
+            at: Position::default(),
+            backup: false,
+            format: None,
+            compress: None,
+            target: None,
+        });
+        Definition {
+            name: self.name.clone(),
+            description: self.description.clone(),
+            store: match &self.destination {
+                Destination::Store { name, .. } => Some(StoreRef {
+                    name: name.clone(),
+                    at: Position::default(),
+                }),
+                Destination::Caller => None,
+            },
+            bandwidth: Some(self.bandwidth).filter(|bandwidth| *bandwidth != 0),
+            quiesce: self.quiesce,
+            disks: Some(included.chain(excluded).collect()),
+        }
+    }
+}
+
+fn selected(definition: &Definition) -> impl Iterator<Item = &DiskDefinition> {
+    definition.disks.iter().flatten().filter(|disk| disk.backup)
+}
+
+fn store_name(definition: &Definition) -> (&str, Position) {
+    let named = definition
+        .store
+        .as_ref()
+        .map(|store| (store.name.as_str(), store.at));
+    named.unwrap_or((DEFAULT_STORE, Position::default()))
+}
+
+type Chosen<'a> = Vec<(&'a Disk, Option<&'a DiskDefinition>)>;
+
+/// The disks to back up, with what the document says of each.
+fn choose<'a>(definition: &'a Definition, disks: &'a [Disk]) -> Result<Chosen<'a>, Error> {
+    let Some(listed) = &definition.disks else {
+        let all: Chosen = disks
+            .iter()
+            .filter(|disk| disk.writable && disk.has_medium())
+            .map(|disk| (disk, None))
+            .collect();
+        return if all.is_empty() {
+            Err(Error::NothingToBackUp)
+        } else {
+            Ok(all)
+        };
+    };
+    let mut seen: BTreeMap<&str, &DiskDefinition> = BTreeMap::new();
+    let mut chosen = Chosen::new();
+    for asked in listed {
+        let (name, at) = (asked.name.clone(), asked.at);
+        let disk = match find_disk(disks, &asked.name) {
+            DiskLookup::Found(disk) => disk,
+            DiskLookup::Missing => return Err(Error::NoSuchDisk { name, at }),
+            DiskLookup::Ambiguous => return Err(Error::AmbiguousDisk { name, at }),
+        };
+        if let Some(first) = seen.insert(&disk.name, asked) {
+            return Err(Error::SameDisk {
+                first: first.name.clone(),
+                name,
+                at,
+            });
+        }
+        if !asked.backup {
+            continue;
+        }
+        if !disk.has_medium() {
+            return Err(Error::NoMedium { name, at });
+        }
+        chosen.push((disk, Some(asked)));
+    }
+    if chosen.is_empty() {
+        Err(Error::NothingToBackUp)
+    } else {
+        Ok(chosen)
+    }
+}
+
+fn check_files(definition: &Definition, count: usize) -> Result<(), Error> {
+    let mut used = vec![false; count];
+    for disk in selected(definition) {
+        if let Some(Target::Fd(index)) = disk.target {
+            let slot = usize::try_from(index).ok().and_then(|index| used.get_mut(index));
+            *slot.ok_or(Error::NoSuchFile {
+                index,
+                count,
+                at: disk.at,
+            })? = true;
+        }
+    }
+    match used.iter().position(|used| !used) {
+        Some(index) => Err(Error::UnusedFile { index }),
+        None => Ok(()),
+    }
+}
+
+/// What the document says and an option says too must agree.
+fn agreed<T: PartialEq>(
+    what: &'static str,
+    document: Option<T>,
+    option: Option<T>,
+) -> Result<Option<T>, Error> {
+    match (document, option) {
+        (Some(document), Some(option)) if document != option => Err(Error::Disagreement { what }),
+        (document, option) => Ok(document.or(option)),
+    }
+}
+
+fn disk_plan(disk: &Disk, asked: Option<&DiskDefinition>) -> DiskPlan {
+    let format = asked.and_then(|asked| asked.format).unwrap_or(Format::Qcow2);
+    let place = match asked.and_then(|asked| asked.target.as_ref()) {
+        None => Place::InStore {
+            file_name: format!("{}.{}", file_stem(&disk.name), format.as_str()),
+        },
+        Some(Target::File(path)) => Place::File(path.clone()),
+        Some(Target::Block(path)) => Place::Block(path.clone()),
+        Some(Target::Fd(index)) => Place::Descriptor(*index),
+    };
+    DiskPlan {
+        name: disk.name.clone(),
+        node: disk.node.clone(),
+        virtual_size: disk.virtual_size,
+        estimate: disk.allocated,
+        has_backing: disk.has_backing,
+        format,
+        compress: asked.and_then(|asked| asked.compress),
+        place,
+    }
+}
+
+/// A disk's name as a file's: what could mean something to a shell or a path is written as `%XX`, so that two
+/// disks never share a name.
+fn file_stem(disk: &str) -> String {
+    let mut stem = String::with_capacity(disk.len());
+    for (index, byte) in disk.bytes().enumerate() {
+        let plain =
+            byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-') || (byte == b'.' && index > 0);
+        if plain {
+            stem.push(char::from(byte));
+        } else {
+            stem.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    stem
+}

@@ -1,0 +1,241 @@
+//! The rules of [`resolve`], one a test.
+
+use super::*;
+use crate::definition;
+use crate::error::Kind;
+
+fn disks() -> Vec<Disk> {
+    vec![
+        Disk::for_test("vda", "drive-a", true, true),
+        Disk::for_test("vdb", "drive-b", true, true),
+        Disk::for_test("cd0", "drive-c", false, true),
+        Disk::for_test("cd1", "drive-d", false, false),
+    ]
+}
+
+fn stores() -> BTreeMap<String, Store> {
+    let store = |path: &str| Store { path: path.into() };
+    BTreeMap::from([("default".into(), store("/d")), ("nightly".into(), store("/n"))])
+}
+
+fn plan_with(document: &str, options: &Options, files: usize) -> Result<Plan, Error> {
+    let definition = match document {
+        "" => Definition::default(),
+        text => definition::parse(text).unwrap(),
+    };
+    resolve(&definition, options, &disks(), &stores(), files)
+}
+
+fn plan(document: &str) -> Result<Plan, Error> {
+    plan_with(document, &Options::default(), 0)
+}
+
+fn refused(document: &str) -> (Kind, String) {
+    let error = plan(document).unwrap_err();
+    (error.kind(), error.to_string())
+}
+
+fn in_disks(disks: &str) -> String {
+    format!("<domainbackup>\n  <disks>\n    {disks}\n  </disks>\n</domainbackup>")
+}
+
+#[test]
+fn nothing_said_means_every_writable_disk_with_a_medium_into_the_default_store() {
+    let plan = plan("").unwrap();
+    let names: Vec<_> = plan.disks.iter().map(|disk| disk.name.as_str()).collect();
+    assert_eq!(names, ["vda", "vdb"]);
+    assert_eq!(plan.excluded, ["cd0", "cd1"]);
+    assert_eq!(
+        plan.destination,
+        Destination::Store {
+            name: "default".into(),
+            path: "/d".into()
+        }
+    );
+    assert_eq!(
+        plan.disks[0].place,
+        Place::InStore {
+            file_name: "vda.qcow2".into()
+        }
+    );
+}
+
+#[test]
+fn a_list_of_disks_means_only_those() {
+    let plan = plan(&in_disks("<disk name='vdb'><driver type='raw'/></disk>")).unwrap();
+    assert_eq!(plan.disks.len(), 1);
+    assert_eq!(
+        plan.disks[0].place,
+        Place::InStore {
+            file_name: "vdb.raw".into()
+        }
+    );
+    assert_eq!(plan.excluded, ["vda", "cd0", "cd1"]);
+}
+
+#[test]
+fn a_read_only_disk_is_backed_up_where_it_is_listed() {
+    assert_eq!(
+        plan(&in_disks("<disk name='cd0'/>")).unwrap().disks[0].name,
+        "cd0"
+    );
+}
+
+#[test]
+fn a_disk_is_found_by_its_drive_too_and_only_once() {
+    assert_eq!(
+        plan(&in_disks("<disk name='drive-a'/>")).unwrap().disks[0].name,
+        "vda"
+    );
+    let (kind, text) = refused(&in_disks("<disk name='vda'/>\n    <disk name='drive-a'/>"));
+    assert_eq!(kind, Kind::InvalidDefinition);
+    assert!(
+        text.starts_with("line 4, column 5: 'drive-a' is the same disk as 'vda'"),
+        "{text}"
+    );
+}
+
+#[test]
+fn an_unknown_disk_is_named_with_its_place_even_if_it_is_left_out() {
+    for attribute in ["", " backup='no'"] {
+        let (kind, text) = refused(&in_disks(&format!(
+            "<disk name='vdx'{attribute}/><disk name='vda'/>"
+        )));
+        assert_eq!(kind, Kind::NoSuchDisk);
+        assert_eq!(text, "line 3, column 5: the domain has no disk 'vdx'");
+    }
+}
+
+#[test]
+fn a_disk_without_a_medium_is_refused_where_it_is_listed() {
+    let (kind, text) = refused(&in_disks("<disk name='cd1'/>"));
+    assert_eq!(kind, Kind::InvalidDefinition);
+    assert!(text.contains("'cd1' has no medium"), "{text}");
+}
+
+#[test]
+fn a_domain_without_writable_disks_is_refused_by_default() {
+    let error = resolve(
+        &Definition::default(),
+        &Options::default(),
+        &disks()[2..],
+        &stores(),
+        0,
+    );
+    assert_eq!(error.unwrap_err(), Error::NothingToBackUp);
+}
+
+#[test]
+fn an_unknown_store_is_refused_by_name() {
+    let (kind, text) = refused("<domainbackup><store name='weekly'/></domainbackup>");
+    assert_eq!(
+        (kind, text.as_str()),
+        (
+            Kind::NoSuchStore,
+            "line 1, column 15: no store 'weekly' is configured"
+        )
+    );
+}
+
+#[test]
+fn descriptors_are_counted_and_all_used() {
+    let document = in_disks("<disk name='vda' type='fd'><target fd='1'/></disk>");
+    let error = plan_with(&document, &Options::default(), 1).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::NoSuchFile {
+                index: 1,
+                count: 1,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    let error = plan_with(&document, &Options::default(), 2).unwrap_err();
+    assert_eq!(
+        (error.kind(), &error),
+        (Kind::InvalidArgs, &Error::UnusedFile { index: 0 })
+    );
+    let error = plan_with("", &Options::default(), 1).unwrap_err();
+    assert_eq!(error, Error::UnusedFile { index: 0 });
+}
+
+#[test]
+fn what_is_said_twice_must_agree() {
+    let document = "<domainbackup><bandwidth>100</bandwidth></domainbackup>";
+    let option = |bandwidth| Options {
+        bandwidth: Some(bandwidth),
+        ..Options::default()
+    };
+    assert_eq!(plan_with(document, &option(100), 0).unwrap().bandwidth, 100);
+    assert_eq!(plan_with("", &option(7), 0).unwrap().bandwidth, 7);
+    let error = plan_with(document, &option(99), 0).unwrap_err();
+    assert_eq!(
+        (error.kind(), &error),
+        (Kind::InvalidArgs, &Error::Disagreement { what: "bandwidth" })
+    );
+}
+
+#[test]
+fn existing_targets_are_not_for_stores() {
+    let options = Options {
+        reuse_external: true,
+        ..Options::default()
+    };
+    assert_eq!(plan_with("", &options, 0).unwrap_err(), Error::ReuseInStore);
+}
+
+#[test]
+fn the_resolved_document_means_the_same_plan() {
+    let documents = [
+        String::new(),
+        in_disks("<disk name='vdb' type='file'><driver type='raw'/><target file='/x/b'/></disk>"),
+        "<domainbackup><name>n</name><store name='nightly'/><quiesce mode='try'/></domainbackup>".into(),
+    ];
+    for document in documents {
+        let first = plan(&document).unwrap();
+        let again = plan(&first.definition().to_xml()).unwrap();
+        assert_eq!(first, again);
+    }
+}
+
+#[test]
+fn the_requested_places_are_distinct_and_known_without_the_domain() {
+    let of = |document: &str| {
+        let definition = if document.is_empty() {
+            Definition::default()
+        } else {
+            definition::parse(document).unwrap()
+        };
+        requested(&definition)
+            .into_iter()
+            .map(|place| (place.kind, place.target))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(of(""), [("store", "default".to_owned())]);
+    assert_eq!(
+        of("<domainbackup><store name='n'/></domainbackup>"),
+        [("store", "n".to_owned())]
+    );
+    let mixed = in_disks(
+        "<disk name='a' type='fd'><target fd='0'/></disk><disk name='b' type='fd'><target fd='1'/></disk>
+         <disk name='c' type='block'><target dev='/dev/x'/></disk><disk name='d'><target file='/y'/></disk>",
+    );
+    assert_eq!(
+        of(&mixed),
+        [
+            ("block", "/dev/x".to_owned()),
+            ("fd", String::new()),
+            ("file", "/y".to_owned())
+        ]
+    );
+}
+
+#[test]
+fn file_names_are_plain_and_differ_where_disks_differ() {
+    assert_eq!(file_stem("vda"), "vda");
+    assert_eq!(file_stem("#block123"), "%23block123");
+    assert_eq!(file_stem("../x"), "%2E.%2Fx");
+    assert_eq!(file_stem("a%2Fb"), "a%252Fb");
+}

@@ -1,0 +1,346 @@
+//! Commands, replies and events over one connection.
+//!
+//! One driver owns the socket; clients send it whole commands over a channel, so a dropped future leaves
+//! neither half a line on the wire nor a reply that another command could take for its own.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::net::UnixStream;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::wire::{Wire, WireError};
+use super::{Error, Result, Schema};
+
+/// Commands that wait for their turn, in all clients of a connection. More make the next caller wait.
+const QUEUE: usize = 64;
+/// Events that a reader may lag behind before it is told that it missed some.
+const EVENTS: usize = 1024;
+const CLOSED: &str = "it was shut down";
+
+/// An asynchronous message of QEMU's. Unknown names are kept: a newer QEMU has more of them.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Event {
+    #[serde(rename = "event")]
+    pub name: String,
+    #[serde(default)]
+    pub data: Value,
+}
+
+/// What a connection said since [`Client::events`] was called.
+pub struct Events(broadcast::Receiver<Arc<Event>>);
+
+/// Why there is no next event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EventsError {
+    /// Some were missed: ask QEMU how things stand, then go on.
+    Missed,
+    /// The connection is closed.
+    Closed,
+}
+
+impl Events {
+    /// Waits for the next event. Cancel-safe.
+    pub async fn next(&mut self) -> std::result::Result<Arc<Event>, EventsError> {
+        self.0.recv().await.map_err(|error| match error {
+            broadcast::error::RecvError::Lagged(_) => EventsError::Missed,
+            broadcast::error::RecvError::Closed => EventsError::Closed,
+        })
+    }
+}
+
+#[derive(Debug)]
+struct Request {
+    id: u64,
+    line: Vec<u8>,
+    descriptor: Option<OwnedFd>,
+    reply: oneshot::Sender<std::result::Result<Value, Failure>>,
+}
+
+#[derive(Debug)]
+enum Failure {
+    Refused { class: String, description: String },
+    Closed(Arc<str>),
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Message {
+    Return {
+        #[serde(rename = "return")]
+        value: Value,
+        id: Value,
+    },
+    Refusal {
+        error: Refusal,
+        #[serde(default)]
+        id: Value,
+    },
+    Event(Event),
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    class: String,
+    desc: String,
+}
+
+/// A handle on a connection. Cloning is cheap; the connection closes when the last one is dropped.
+#[derive(Debug, Clone)]
+pub struct Client {
+    requests: mpsc::Sender<Request>,
+    events: broadcast::WeakSender<Arc<Event>>,
+    next_id: Arc<AtomicU64>,
+}
+
+impl Client {
+    /// Waits for the greeting, negotiates no capability (none is needed), and gives the two halves.
+    ///
+    /// `patience` bounds the greeting and the negotiation together.
+    pub async fn open(stream: UnixStream, patience: Duration) -> Result<(Client, Driver)> {
+        let mut wire = Wire::new(stream);
+        tokio::time::timeout(patience, greet(&mut wire))
+            .await
+            .map_err(|_| Error::NoGreeting(patience))??;
+        let (requests, receiver) = mpsc::channel(QUEUE);
+        let (events, _) = broadcast::channel(EVENTS);
+        let client = Client {
+            requests,
+            events: events.downgrade(),
+            next_id: Arc::new(AtomicU64::new(1)),
+        };
+        let driver = Driver {
+            wire,
+            requests: receiver,
+            events,
+            pending: HashMap::new(),
+            descriptor_in_flight: None,
+            waiting_for_descriptor: VecDeque::new(),
+        };
+        Ok((client, driver))
+    }
+
+    /// Events from now on. To miss none that a command causes, call this before the command.
+    pub fn events(&self) -> Events {
+        match self.events.upgrade() {
+            Some(events) => Events(events.subscribe()),
+            None => Events(broadcast::channel(1).1),
+        }
+    }
+
+    /// Sends a command and waits for its reply. Cancel-safe: dropped, the command was either sent whole or not at all.
+    pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+        self.send(command, arguments, None).await
+    }
+
+    /// Sends a command with a descriptor in the same message, as `add-fd` and `getfd` want it.
+    pub async fn execute_with_descriptor(
+        &self,
+        command: &str,
+        arguments: Value,
+        descriptor: OwnedFd,
+    ) -> Result<Value> {
+        self.send(command, arguments, Some(descriptor)).await
+    }
+
+    /// Sends a command and reads its reply as `T`.
+    pub async fn query<T: DeserializeOwned>(&self, command: &str, arguments: Value) -> Result<T> {
+        let value = self.execute(command, arguments).await?;
+        serde_json::from_value(value).map_err(|error| Error::UnexpectedReply {
+            command: command.to_owned(),
+            detail: error.to_string(),
+        })
+    }
+
+    /// [`Client::query`] with an end to its patience.
+    pub async fn query_within<T: DeserializeOwned>(
+        &self,
+        after: Duration,
+        command: &str,
+        arguments: Value,
+    ) -> Result<T> {
+        let reply = tokio::time::timeout(after, self.query(command, arguments)).await;
+        reply.unwrap_or_else(|_| {
+            Err(Error::TimedOut {
+                command: command.to_owned(),
+                after,
+            })
+        })
+    }
+
+    /// What this QEMU can do, from `query-qmp-schema`.
+    pub async fn schema(&self) -> Result<Schema> {
+        self.query("query-qmp-schema", json!({})).await.map(Schema::new)
+    }
+
+    async fn send(&self, command: &str, arguments: Value, descriptor: Option<OwnedFd>) -> Result<Value> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let mut line = json!({ "execute": command, "arguments": arguments, "id": id })
+            .to_string()
+            .into_bytes();
+        line.push(b'\n');
+        let (reply, answer) = oneshot::channel();
+        let request = Request {
+            id,
+            line,
+            descriptor,
+            reply,
+        };
+        let closed = || Error::Closed(CLOSED.into());
+        self.requests.send(request).await.map_err(|_| closed())?;
+        answer
+            .await
+            .map_err(|_| closed())?
+            .map_err(|failure| match failure {
+                Failure::Refused { class, description } => Error::Refused {
+                    command: command.to_owned(),
+                    class,
+                    description,
+                },
+                Failure::Closed(reason) => Error::Closed(reason),
+            })
+    }
+}
+
+async fn greet(wire: &mut Wire) -> Result<()> {
+    let greeting = read_line(wire).await?;
+    let greeting: Value = parse(&greeting)?;
+    if greeting.get("QMP").is_none() {
+        return Err(Error::NotQmp("its first line is no QMP greeting".into()));
+    }
+    wire.queue(b"{\"execute\":\"qmp_capabilities\",\"id\":0}\n".to_vec(), None);
+    loop {
+        match parse(&read_line(wire).await?)? {
+            Message::Return { id, .. } if id == json!(0) => return Ok(()),
+            Message::Refusal { error, .. } => {
+                return Err(Error::NotQmp(format!(
+                    "it refused qmp_capabilities: {}",
+                    error.desc
+                )));
+            }
+            Message::Return { .. } | Message::Event(_) => {}
+        }
+    }
+}
+
+pub(super) async fn read_line(wire: &mut Wire) -> Result<Vec<u8>> {
+    loop {
+        if let Some(line) = wire.next_line().map_err(closed)? {
+            return Ok(line);
+        }
+        wire.ready().await.map_err(|error| closed(error.into()))?;
+        wire.turn().map_err(closed)?;
+    }
+}
+
+pub(super) fn closed(error: WireError) -> Error {
+    Error::Closed(error.to_string().into())
+}
+
+pub(super) fn parse<T: DeserializeOwned>(line: &[u8]) -> Result<T> {
+    serde_json::from_slice(line).map_err(|error| Error::NotQmp(format!("a line is no message: {error}")))
+}
+
+/// The half that owns the socket.
+pub struct Driver {
+    wire: Wire,
+    requests: mpsc::Receiver<Request>,
+    events: broadcast::Sender<Arc<Event>>,
+    pending: HashMap<u64, oneshot::Sender<std::result::Result<Value, Failure>>>,
+    /// QEMU keeps the descriptors of the last message only, until the command takes them: a second command
+    /// with a descriptor must wait for the reply to the first.
+    descriptor_in_flight: Option<u64>,
+    waiting_for_descriptor: VecDeque<Request>,
+}
+
+impl Driver {
+    /// Runs the connection to its end and says why it ended. Everything that waits is failed with that.
+    pub async fn run(mut self) -> Arc<str> {
+        let reason: Arc<str> = match self.pump().await {
+            Ok(()) => CLOSED.into(),
+            Err(error) => error.to_string().into(),
+        };
+        self.requests.close();
+        let queued = std::iter::from_fn(|| self.requests.try_recv().ok());
+        let unsent = self
+            .waiting_for_descriptor
+            .drain(..)
+            .chain(queued)
+            .map(|request| request.reply);
+        for reply in self.pending.drain().map(|(_, reply)| reply).chain(unsent) {
+            // A receiver that is gone has stopped waiting.
+            let _ = reply.send(Err(Failure::Closed(reason.clone())));
+        }
+        reason
+    }
+
+    async fn pump(&mut self) -> std::result::Result<(), WireError> {
+        loop {
+            tokio::select! {
+                request = self.requests.recv() => match request {
+                    Some(request) => self.accept(request),
+                    None => return Ok(()),
+                },
+                ready = self.wire.ready() => ready?,
+            }
+            let turned = self.wire.turn();
+            while let Some(line) = self.wire.next_line()? {
+                self.dispatch(&line)?;
+            }
+            turned?;
+        }
+    }
+
+    fn accept(&mut self, request: Request) {
+        if request.descriptor.is_some() {
+            if self.descriptor_in_flight.is_some() {
+                self.waiting_for_descriptor.push_back(request);
+                return;
+            }
+            self.descriptor_in_flight = Some(request.id);
+        }
+        self.pending.insert(request.id, request.reply);
+        self.wire.queue(request.line, request.descriptor);
+    }
+
+    fn dispatch(&mut self, line: &[u8]) -> std::result::Result<(), WireError> {
+        let message = parse(line).map_err(|error| WireError::Io(std::io::Error::other(error)))?;
+        match message {
+            Message::Event(event) => {
+                tracing::trace!(event = event.name, data = %event.data, "QMP event");
+                // Nobody listens: nobody needs it.
+                let _ = self.events.send(Arc::new(event));
+            }
+            Message::Return { value, id } => self.settle(&id, Ok(value)),
+            Message::Refusal { error, id } => self.settle(
+                &id,
+                Err(Failure::Refused {
+                    class: error.class,
+                    description: error.desc,
+                }),
+            ),
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, id: &Value, result: std::result::Result<Value, Failure>) {
+        let Some((id, reply)) = id.as_u64().and_then(|id| self.pending.remove_entry(&id)) else {
+            tracing::warn!(%id, "a reply to no command of ours was ignored");
+            return;
+        };
+        // A receiver that is gone has stopped waiting.
+        let _ = reply.send(result);
+        if self.descriptor_in_flight == Some(id) {
+            self.descriptor_in_flight = None;
+            if let Some(next) = self.waiting_for_descriptor.pop_front() {
+                self.accept(next);
+            }
+        }
+    }
+}

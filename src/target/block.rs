@@ -1,0 +1,53 @@
+//! Block devices that the caller names by an absolute path.
+
+use std::path::Path;
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::path::{Trust, open_directory};
+use super::{Error, Media, Publication, Target};
+
+/// Opens a device for this backup alone: the kernel refuses one that is mounted or otherwise in use.
+///
+/// The device's own name may be a symbolic link, as most names below `/dev` are; it is resolved once, and what it
+/// leads to is opened without following another.
+pub fn open(disk: &str, path: &Path) -> Result<Target, Error> {
+    let label = path.display().to_string();
+    let missing = |errno: Errno| match errno {
+        Errno::NOENT => Error::Missing {
+            disk: disk.to_owned(),
+            target: label.clone(),
+        },
+        errno => Error::io("open", &label, errno),
+    };
+    let resolved = std::fs::canonicalize(path)
+        .map_err(|error| missing(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+    let wrong_type = || Error::WrongType {
+        disk: disk.to_owned(),
+        target: label.clone(),
+        wanted: "a block device",
+    };
+    let (Some(parent), Some(name)) = (resolved.parent(), resolved.file_name()) else {
+        return Err(wrong_type());
+    };
+    let directory = open_directory(parent, Trust::Named)?;
+    let stat =
+        rustix::fs::statat(&directory, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).map_err(missing)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::BlockDevice {
+        return Err(wrong_type());
+    }
+    let flags = OFlags::RDWR | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(&directory, name, flags, Mode::empty()).map_err(|errno| match errno {
+        Errno::BUSY => Error::DeviceInUse {
+            disk: disk.to_owned(),
+            target: label.clone(),
+        },
+        errno => missing(errno),
+    })?;
+    let target = Target::new(disk, label.clone(), file, Publication::InPlace)?;
+    match target.media {
+        Media::Block => Ok(target),
+        Media::Regular => Err(wrong_type()),
+    }
+}

@@ -1,0 +1,136 @@
+//! What must be true of a place before its first byte is changed.
+
+use std::collections::HashMap;
+
+use super::{Error, Media, Publication, Sources, Target};
+use crate::definition::Format;
+use crate::plan::DiskPlan;
+
+/// qcow2's magic and where its header has the version and the virtual size, big-endian
+/// (QEMU's `docs/interop/qcow2.txt`).
+const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
+const QCOW2_SIZE_OFFSET: usize = 24;
+
+pub fn source(target: &Target, sources: &Sources) -> Result<(), Error> {
+    if sources.contains(target.id) {
+        return Err(Error::IsSource {
+            disk: target.disk.clone(),
+            target: target.label.clone(),
+        });
+    }
+    Ok(())
+}
+
+pub fn twice(target: &Target, all: &[Target]) -> Result<(), Error> {
+    match all
+        .iter()
+        .find(|other| other.id == target.id && other.disk != target.disk)
+    {
+        Some(other) => Err(Error::SameTarget {
+            first: target.disk.clone(),
+            second: other.disk.clone(),
+            target: target.label.clone(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Content that is there is replaced only if the caller said so and it is what the caller thinks it is.
+pub fn content(target: &Target, disk: &DiskPlan, reuse: bool) -> Result<(), Error> {
+    let size = size(target)?;
+    match target.media {
+        Media::Block => block(target, disk, size),
+        Media::Regular if !matches!(target.publication, Publication::InPlace) || size == 0 => Ok(()),
+        Media::Regular if !reuse => Err(Error::Exists {
+            disk: target.disk.clone(),
+            target: target.label.clone(),
+        }),
+        Media::Regular => existing(target, disk, size),
+    }
+}
+
+fn block(target: &Target, disk: &DiskPlan, size: u64) -> Result<(), Error> {
+    if disk.format == Format::Raw && size < disk.virtual_size {
+        return Err(wrong_size(target, disk, size));
+    }
+    if disk.format == Format::Qcow2 && disk.compress.is_none() && size < disk.estimate {
+        return Err(Error::NoSpace {
+            target: target.label.clone(),
+            needed: disk.estimate,
+            free: size,
+        });
+    }
+    Ok(())
+}
+
+fn existing(target: &Target, disk: &DiskPlan, size: u64) -> Result<(), Error> {
+    let size = match disk.format {
+        Format::Raw => size,
+        Format::Qcow2 => qcow2_virtual_size(target)?,
+    };
+    if size == disk.virtual_size {
+        Ok(())
+    } else {
+        Err(wrong_size(target, disk, size))
+    }
+}
+
+fn wrong_size(target: &Target, disk: &DiskPlan, size: u64) -> Error {
+    Error::WrongSize {
+        disk: target.disk.clone(),
+        target: target.label.clone(),
+        size,
+        wanted: disk.virtual_size,
+    }
+}
+
+fn qcow2_virtual_size(target: &Target) -> Result<u64, Error> {
+    let mut header = [0; QCOW2_SIZE_OFFSET + 8];
+    let count = rustix::io::pread(&target.file, &mut header, 0)
+        .map_err(|errno| Error::io("read", &target.label, errno))?;
+    if count < header.len() || !header.starts_with(QCOW2_MAGIC) {
+        return Err(Error::NotQcow2 {
+            disk: target.disk.clone(),
+            target: target.label.clone(),
+        });
+    }
+    let size = header[QCOW2_SIZE_OFFSET..]
+        .iter()
+        .fold(0, |size, byte| size << 8 | u64::from(*byte));
+    Ok(size)
+}
+
+/// Size of what a target's descriptor is open on, in bytes; a device's too.
+fn size(target: &Target) -> Result<u64, Error> {
+    rustix::fs::seek(&target.file, rustix::fs::SeekFrom::End(0))
+        .map_err(|errno| Error::io("find the size of", &target.label, errno))
+}
+
+/// Compares, for each file system, its free space with what all disks that go there may take. A compressed image
+/// takes less by an unknown amount: it is left out.
+pub fn space(targets: &[Target], disks: &[DiskPlan]) -> Result<(), Error> {
+    let mut needed: HashMap<u64, (u64, &Target)> = HashMap::new();
+    for (target, disk) in targets.iter().zip(disks) {
+        if target.media == Media::Block || disk.compress.is_some() {
+            continue;
+        }
+        let stat =
+            rustix::fs::fstat(&target.file).map_err(|errno| Error::io("stat", &target.label, errno))?;
+        let freed = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+        let (sum, _) = needed.entry(stat.st_dev).or_insert((0, target));
+        *sum = sum.saturating_add(disk.estimate.saturating_sub(freed));
+    }
+    for (needed, target) in needed.into_values() {
+        let system = rustix::fs::fstatvfs(&target.file)
+            .map_err(|errno| Error::io("find the free space of", &target.label, errno))?;
+        let free = system.f_bavail.saturating_mul(system.f_frsize);
+        if free < needed {
+            return Err(Error::NoSpace {
+                target: target.label.clone(),
+                needed,
+                free,
+            });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! Why a place cannot take a backup's data.
+
+use rustix::io::Errno;
+
+use crate::error::Kind;
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "disk '{disk}': {target} exists already: choose another name, remove it, or say 'reuse-external'"
+    )]
+    Exists { disk: String, target: String },
+    #[error("disk '{disk}': {target} does not exist: with 'reuse-external' the target must be there")]
+    Missing { disk: String, target: String },
+    #[error("{path}: the directory does not exist: create it first")]
+    NoDirectory { path: String },
+    #[error("{path}: is no directory")]
+    NotADirectory { path: String },
+    #[error("{path}: is a symbolic link: name the directory that it points to")]
+    SymbolicLink { path: String },
+    #[error("{path}: {why}: others than root could exchange what lies below it")]
+    Untrusted { path: String, why: String },
+    #[error("disk '{disk}': {target} is not {wanted}")]
+    WrongType {
+        disk: String,
+        target: String,
+        wanted: &'static str,
+    },
+    #[error("disk '{disk}': {target} has {size} bytes where the disk has {wanted}")]
+    WrongSize {
+        disk: String,
+        target: String,
+        size: u64,
+        wanted: u64,
+    },
+    #[error("disk '{disk}': {target} holds no qcow2 image: empty it, or make it one of the disk's size")]
+    NotQcow2 { disk: String, target: String },
+    #[error("disk '{disk}': {target} is a disk of a running domain")]
+    IsSource { disk: String, target: String },
+    #[error("disks '{first}' and '{second}' have the same target, {target}")]
+    SameTarget {
+        first: String,
+        second: String,
+        target: String,
+    },
+    #[error("disk '{disk}': {target} is open {mode}: open it for reading and writing")]
+    AccessMode {
+        disk: String,
+        target: String,
+        mode: &'static str,
+    },
+    #[error("disk '{disk}': {target} is in use by the system, as a file system or otherwise")]
+    DeviceInUse { disk: String, target: String },
+    #[error("{target} has {free} bytes of free space where the backup takes up to {needed}")]
+    NoSpace { target: String, needed: u64, free: u64 },
+    #[error("the plan has no store")]
+    NoStore,
+    #[error("cannot {action} {target}: {errno}")]
+    Io {
+        action: &'static str,
+        target: String,
+        errno: Errno,
+    },
+}
+
+impl Error {
+    pub(super) fn io(action: &'static str, target: &str, errno: Errno) -> Self {
+        Self::Io {
+            action,
+            target: target.to_owned(),
+            errno,
+        }
+    }
+
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Exists { .. } => Kind::TargetExists,
+            Self::NoSpace { .. } => Kind::NoSpace,
+            Self::Io { errno, .. } if matches!(*errno, Errno::NOSPC | Errno::DQUOT) => Kind::NoSpace,
+            Self::NoStore => Kind::Internal,
+            Self::Missing { .. }
+            | Self::NoDirectory { .. }
+            | Self::NotADirectory { .. }
+            | Self::SymbolicLink { .. }
+            | Self::Untrusted { .. }
+            | Self::WrongType { .. }
+            | Self::WrongSize { .. }
+            | Self::NotQcow2 { .. }
+            | Self::IsSource { .. }
+            | Self::SameTarget { .. }
+            | Self::AccessMode { .. }
+            | Self::DeviceInUse { .. }
+            | Self::Io { .. } => Kind::TargetInvalid,
+        }
+    }
+}
+
+impl From<Error> for crate::error::Error {
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error.to_string())
+    }
+}

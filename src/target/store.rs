@@ -1,0 +1,190 @@
+//! A store: a directory of the administrator's in which the service chooses the files.
+//!
+//! `<store>/<domain>/<backup id>/` has the images, `manifest.json` and the resolved document. Until the backup is
+//! good the directory has a partial name, so that whatever has a backup's name is a whole backup.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+use super::path::{Trust, check_trust, open_directory};
+use super::{BackupName, Error, Publication, Target};
+
+const DIRECTORY_MODE: Mode = Mode::RWXU;
+
+/// The directory of a backup that is not good yet.
+#[derive(Debug)]
+pub struct Partial {
+    /// Where the backup will be.
+    path: PathBuf,
+    store: OwnedFd,
+    domain: OwnedFd,
+    domain_name: String,
+    domain_created: bool,
+    directory: OwnedFd,
+    partial: String,
+    name: String,
+    records: Vec<String>,
+    renamed: bool,
+}
+
+/// Creates the directory of the default store, at the start of the service: the administrator made the one above it.
+pub fn ensure(path: &Path) -> Result<(), Error> {
+    let shown = path.display().to_string();
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Error::NoDirectory { path: shown });
+    };
+    let parent = open_directory(parent, Trust::Administrator)?;
+    make_directory(&parent, name).map_err(|errno| Error::io("create", &shown, errno))?;
+    Ok(())
+}
+
+/// Whether it was made now.
+fn make_directory<P: rustix::path::Arg>(parent: &OwnedFd, name: P) -> Result<bool, Errno> {
+    match rustix::fs::mkdirat(parent, name, DIRECTORY_MODE) {
+        Ok(()) => Ok(true),
+        Err(Errno::EXIST) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn open_child(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(parent, name, flags, Mode::empty())
+}
+
+impl Partial {
+    pub fn create(store_path: &Path, backup: BackupName) -> Result<Self, Error> {
+        let store = open_directory(store_path, Trust::Administrator)?;
+        let domain_path = store_path.join(backup.domain);
+        let shown = domain_path.display().to_string();
+        let domain_created =
+            make_directory(&store, backup.domain).map_err(|errno| Error::io("create", &shown, errno))?;
+        let made = Self::create_in(&store, domain_path, backup);
+        match made {
+            Ok((domain, directory, partial, path)) => Ok(Self {
+                path,
+                store,
+                domain,
+                domain_name: backup.domain.to_owned(),
+                domain_created,
+                directory,
+                partial,
+                name: backup.id.to_owned(),
+                records: Vec::new(),
+                renamed: false,
+            }),
+            Err(error) => {
+                if domain_created {
+                    // Ours and empty, or no longer ours: then it stays.
+                    let _ = rustix::fs::unlinkat(&store, backup.domain, AtFlags::REMOVEDIR);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn create_in(
+        store: &OwnedFd,
+        domain_path: PathBuf,
+        backup: BackupName,
+    ) -> Result<(OwnedFd, OwnedFd, String, PathBuf), Error> {
+        let shown = domain_path.display().to_string();
+        let domain = open_child(store, backup.domain).map_err(|errno| match errno {
+            Errno::LOOP | Errno::NOTDIR => Error::NotADirectory { path: shown.clone() },
+            errno => Error::io("open", &shown, errno),
+        })?;
+        let stat = rustix::fs::fstat(&domain).map_err(|errno| Error::io("stat", &shown, errno))?;
+        check_trust(&stat, true).map_err(|why| Error::Untrusted {
+            path: shown.clone(),
+            why,
+        })?;
+        let partial = format!(".{}.partial", backup.id);
+        let path = domain_path.join(backup.id);
+        let shown = path.display().to_string();
+        rustix::fs::mkdirat(&domain, &partial, DIRECTORY_MODE)
+            .map_err(|errno| Error::io("create", &shown, errno))?;
+        let directory = open_child(&domain, &partial).map_err(|errno| {
+            // Empty and ours: if it can't even be removed, the error that is told is the cause.
+            let _ = rustix::fs::unlinkat(&domain, &partial, AtFlags::REMOVEDIR);
+            Error::io("open", &shown, errno)
+        })?;
+        Ok((domain, directory, partial, path))
+    }
+
+    pub fn create_file(&self, disk: &str, file_name: &str) -> Result<Target, Error> {
+        let label = self.path.join(file_name).display().to_string();
+        let file = self.new_file(file_name, &label)?;
+        let publication = Publication::InStore {
+            file_name: file_name.to_owned(),
+        };
+        Target::new(disk, label, file, publication)
+    }
+
+    pub fn remove_file(&self, file_name: &str) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(
+            &self.directory,
+            file_name,
+            AtFlags::empty(),
+        )?)
+    }
+
+    /// Writes the records, gives the directory its name, and makes all of that durable.
+    pub fn publish(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
+        for (name, content) in records {
+            let label = self.path.join(name).display().to_string();
+            let file = self.new_file(name, &label)?;
+            self.records.push((*name).to_owned());
+            let mut file = std::fs::File::from(file);
+            io::Write::write_all(&mut file, content)
+                .and_then(|()| file.sync_all())
+                .map_err(|error| {
+                    Error::io("write", &label, Errno::from_io_error(&error).unwrap_or(Errno::IO))
+                })?;
+        }
+        let shown = self.path.display().to_string();
+        let sync = |directory: &OwnedFd| {
+            rustix::fs::fsync(directory).map_err(|errno| Error::io("fsync the directory of", &shown, errno))
+        };
+        sync(&self.directory)?;
+        let flags = RenameFlags::NOREPLACE;
+        match rustix::fs::renameat_with(&self.domain, &self.partial, &self.domain, &self.name, flags) {
+            // A file system without that flag still does not replace a directory that has something in it.
+            Err(Errno::INVAL) => rustix::fs::renameat(&self.domain, &self.partial, &self.domain, &self.name),
+            result => result,
+        }
+        .map_err(|errno| Error::io("give its name to", &shown, errno))?;
+        self.renamed = true;
+        sync(&self.domain)?;
+        if self.domain_created {
+            sync(&self.store)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the directory; its images are gone already.
+    pub fn discard(&self) -> io::Result<()> {
+        for record in &self.records {
+            self.remove_file(record)?;
+        }
+        let name = if self.renamed { &self.name } else { &self.partial };
+        rustix::fs::unlinkat(&self.domain, name, AtFlags::REMOVEDIR)?;
+        if self.domain_created {
+            match rustix::fs::unlinkat(&self.store, &self.domain_name, AtFlags::REMOVEDIR) {
+                // Another backup of the same domain has come meanwhile.
+                Ok(()) | Err(Errno::NOTEMPTY | Errno::EXIST) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn new_file(&self, name: &str, label: &str) -> Result<OwnedFd, Error> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.directory, name, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|errno| Error::io("create", label, errno))
+    }
+}

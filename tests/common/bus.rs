@@ -1,0 +1,105 @@
+//! A private system bus: a real dbus-daemon of type "system", with the stock defaults of a system bus, the policy file
+//! that the project ships, and polkit's own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::process::{self, Process};
+use super::wait;
+
+pub struct Bus {
+    process: Process,
+    address: String,
+}
+
+impl Bus {
+    /// Starts a bus with its socket in `dir`, which ordinary users must be able to enter.
+    #[track_caller]
+    pub fn start(dir: &Path) -> Self {
+        let socket = dir.join("bus");
+        let config = dir.join("bus.conf");
+        std::fs::write(&config, configuration(&socket)).expect("the bus's configuration is written");
+        let mut command = process::bound("dbus-daemon");
+        command.args(["--nofork", "--nopidfile", "--nosyslog", "--print-address"]);
+        command.arg(format!("--config-file={}", config.display()));
+        let mut process = Process::start("dbus-daemon", dir, command);
+        // The address is printed when the bus listens.
+        let address = wait::until("the bus to print its address", || {
+            process.assert_running();
+            process.stdout().split_once('\n').map(|(line, _)| line.to_owned())
+        });
+        Self { process, address }
+    }
+
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The process that owns a name on the bus now.
+    pub fn name_owner(&self, name: &str) -> Option<u32> {
+        let output = process::run(self.busctl(&[
+            "call",
+            "org.freedesktop.DBus",
+            "/org/freedesktop/DBus",
+            "org.freedesktop.DBus",
+            "GetConnectionUnixProcessID",
+            "s",
+            name,
+        ]));
+        output.stdout.trim().strip_prefix("u ")?.parse().ok()
+    }
+
+    /// Waits until `process` owns the name, and fails at once when it ends instead.
+    #[track_caller]
+    pub fn wait_for_owner(&self, name: &str, process: &mut Process) {
+        wait::until(&format!("{name} to be owned"), || {
+            process.assert_running();
+            (self.name_owner(name) == Some(process.pid())).then_some(())
+        });
+    }
+
+    /// Waits until nobody owns the name: the bus learns of an ended process a moment after its parent does.
+    #[track_caller]
+    pub fn wait_for_no_owner(&self, name: &str) {
+        wait::until(&format!("{name} to be free"), || {
+            self.name_owner(name).is_none().then_some(())
+        });
+    }
+
+    /// `busctl` on this bus, as root.
+    pub fn busctl(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("busctl");
+        command.arg(format!("--address={}", self.address)).args(arguments);
+        command
+    }
+
+    /// A connection of this process, which is root's.
+    pub async fn connect(&self) -> zbus::Connection {
+        zbus::connection::Builder::address(self.address.as_str())
+            .build()
+            .await
+            .expect("the private bus can be connected to")
+    }
+
+    /// Takes the bus away under everybody's feet.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+}
+
+/// A file of the project, by its path in the tree.
+pub fn project_file(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// `system-bus.conf` with its paths filled in.
+fn configuration(socket: &Path) -> String {
+    include_str!("system-bus.conf")
+        .replace("@socket@", &socket.display().to_string())
+        .replace(
+            "@policy@",
+            &project_file("dbus/org.example.Backup1.conf")
+                .display()
+                .to_string(),
+        )
+}

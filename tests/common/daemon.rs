@@ -1,0 +1,73 @@
+//! The service itself, as a process on the private bus.
+
+use std::path::{Path, PathBuf};
+
+use backupd::names::BUS_NAME;
+use rustix::process::Signal;
+
+use super::bus::Bus;
+use super::process::{self, Process};
+
+pub struct Daemon {
+    process: Process,
+    config: PathBuf,
+}
+
+impl Daemon {
+    /// Starts backupd with the configuration file `config`; ready when it owns its name. Its log is `backupd.log` in
+    /// `dir`, printed when the test fails.
+    #[track_caller]
+    pub fn start(bus: &Bus, dir: &Path, config: &Path) -> Self {
+        let mut daemon = Self::start_unready(bus, dir, config);
+        bus.wait_for_owner(BUS_NAME, &mut daemon.process);
+        daemon
+    }
+
+    /// Starts it and does not wait: for configurations that it refuses.
+    #[track_caller]
+    pub fn start_unready(bus: &Bus, dir: &Path, config: &Path) -> Self {
+        let mut command = process::bound(env!("CARGO_BIN_EXE_backupd"));
+        command.arg("--config").arg(config);
+        command.env("DBUS_SYSTEM_BUS_ADDRESS", bus.address());
+        command.env(
+            "RUST_LOG",
+            std::env::var("RUST_LOG").unwrap_or_else(|_| "backupd=debug,info".to_owned()),
+        );
+        command.env("RUST_BACKTRACE", "1");
+        // What the test process was given by a service manager is not for this one.
+        command.env_remove("NOTIFY_SOCKET").env_remove("JOURNAL_STREAM");
+        Self {
+            process: Process::start("backupd", dir, command),
+            config: config.to_owned(),
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// All that this one and its predecessors in the same system logged.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// Asks it to end (SIGTERM) and returns its exit status once it has.
+    #[track_caller]
+    pub fn stop(&mut self) -> i32 {
+        self.process.signal(Signal::TERM);
+        self.process.wait()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+}

@@ -1,0 +1,232 @@
+//! The disks of a test's virtual machine: what QEMU is told for each kind and style, and how their images are made.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::process;
+
+/// The device that the guest would see. Each kind has its own way to the block layer, and so its own names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Virtio,
+    Scsi,
+    Ide,
+    /// An IDE drive without a medium; everything else that a disk says is ignored.
+    EmptyCdrom,
+}
+
+/// How the disk is given to QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// Named nodes: `ID-file` under `ID-format` (under `ID-throttle`).
+    Blockdev,
+    /// `-drive if=none,id=drive-ID`, as scripts do; the nodes have names that QEMU made up.
+    Drive,
+}
+
+/// One disk of a machine to be.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    pub(super) id: String,
+    size: u64,
+    pub(super) kind: Kind,
+    pub(super) format: &'static str,
+    read_only: bool,
+    style: Style,
+    throttle_filter: bool,
+    slow: Option<u64>,
+    pub(super) path: Option<PathBuf>,
+    fills: Vec<(u64, u64, u8)>,
+}
+
+impl Disk {
+    /// A writable virtio disk, qcow2, empty, `-blockdev` style. `size` in bytes; `id` is the device's.
+    pub fn new(id: &str, size: u64) -> Self {
+        Self {
+            id: id.to_owned(),
+            size,
+            kind: Kind::Virtio,
+            format: "qcow2",
+            read_only: false,
+            style: Style::Blockdev,
+            throttle_filter: false,
+            slow: None,
+            path: None,
+            fills: Vec::new(),
+        }
+    }
+
+    pub fn empty_cdrom(id: &str) -> Self {
+        Self::new(id, 0).kind(Kind::EmptyCdrom)
+    }
+
+    pub fn kind(mut self, kind: Kind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    pub fn raw(mut self) -> Self {
+        self.format = "raw";
+        self
+    }
+
+    pub fn read_only(mut self) -> Self {
+        self.read_only = true;
+        self
+    }
+
+    pub fn drive_style(mut self) -> Self {
+        self.style = Style::Drive;
+        self
+    }
+
+    /// Puts a throttle filter between device and format, as managers do; it limits nothing. `-blockdev` style only.
+    pub fn throttle_filter(mut self) -> Self {
+        self.throttle_filter = true;
+        self
+    }
+
+    /// Makes reading and writing the file slow, whatever the service asks for: a backup is sure to be in its middle for
+    /// a while. Bytes a second; `-blockdev` style only.
+    pub fn slow(mut self, bytes_per_second: u64) -> Self {
+        self.slow = Some(bytes_per_second);
+        self
+    }
+
+    /// Puts the image here (a file that exists is used as it is, so is a block device) instead of beside the sockets.
+    pub fn at(mut self, path: &Path) -> Self {
+        self.path = Some(path.to_owned());
+        self
+    }
+
+    /// Writes a pattern before QEMU starts. Bytes, multiples of 512.
+    pub fn fill(mut self, offset: u64, length: u64, pattern: u8) -> Self {
+        self.fills.push((offset, length, pattern));
+        self
+    }
+
+    /// The path by which `qemu-io` in the monitor finds the device: an id alone is not found for virtio.
+    pub(super) fn qom_path(&self) -> String {
+        match self.kind {
+            Kind::Virtio => format!("/machine/peripheral/{}/virtio-backend", self.id),
+            _ => format!("/machine/peripheral/{}", self.id),
+        }
+    }
+
+    /// Makes the image, with its fills.
+    pub(super) fn create(&self, path: &Path) {
+        if !path.exists() {
+            let mut create = Command::new("qemu-img");
+            create
+                .args(["create", "-q", "-f", self.format])
+                .arg(path)
+                .arg(self.size.to_string());
+            process::run(create).expect_success();
+        }
+        if !self.fills.is_empty() {
+            let mut write = Command::new("qemu-io");
+            write.args(["-f", self.format]);
+            for (offset, length, pattern) in &self.fills {
+                write.args(["-c", &format!("write -q -P {pattern} {offset} {length}")]);
+            }
+            process::run({
+                write.arg(path);
+                write
+            })
+            .expect_success();
+        }
+    }
+
+    /// QEMU's arguments for the block nodes and the device; `path` is absolute. `ide` counts IDE ports.
+    pub(super) fn arguments(&self, path: &Path, ide: &mut u32) -> Vec<String> {
+        let id = &self.id;
+        let mut port = || {
+            *ide += 1;
+            format!("bus=ide.{}", *ide - 1)
+        };
+        if self.kind == Kind::EmptyCdrom {
+            return vec!["-device".into(), format!("ide-cd,id={id},{}", port())];
+        }
+        let (mut arguments, drive) = match self.style {
+            Style::Drive => self.drive_arguments(path),
+            Style::Blockdev => self.blockdev_arguments(path),
+        };
+        let device = match self.kind {
+            Kind::Virtio => format!("virtio-blk-pci,id={id},drive={drive}"),
+            Kind::Scsi => format!("scsi-hd,id={id},drive={drive},bus=scsi.0"),
+            Kind::Ide | Kind::EmptyCdrom => format!("ide-hd,id={id},drive={drive},{}", port()),
+        };
+        arguments.extend(["-device".into(), device]);
+        arguments
+    }
+
+    fn drive_arguments(&self, path: &Path) -> (Vec<String>, String) {
+        let drive = format!("drive-{}", self.id);
+        let mut option = format!(
+            "if=none,id={drive},format={},file={}",
+            self.format,
+            path.display()
+        );
+        if self.read_only {
+            option.push_str(",readonly=on");
+        }
+        (vec!["-drive".into(), option], drive)
+    }
+
+    fn blockdev_arguments(&self, path: &Path) -> (Vec<String>, String) {
+        let id = &self.id;
+        let mut arguments = Vec::new();
+        let mut blockdev = |node: Value| arguments.extend(["-blockdev".to_owned(), node.to_string()]);
+        let driver = if is_block_device(path) {
+            "host_device"
+        } else {
+            "file"
+        };
+        blockdev(json!({
+            "driver": driver, "node-name": format!("{id}-file"), "filename": path,
+            "read-only": self.read_only, "discard": "unmap",
+        }));
+        let mut below = format!("{id}-file");
+        if self.slow.is_some() {
+            let node = format!("{id}-slow");
+            blockdev(json!({
+                "driver": "throttle", "node-name": node, "throttle-group": format!("{id}-limit"),
+                "file": below, "read-only": self.read_only,
+            }));
+            below = node;
+        }
+        let mut top = format!("{id}-format");
+        blockdev(json!({
+            "driver": self.format, "node-name": top, "file": below, "read-only": self.read_only,
+        }));
+        if self.throttle_filter {
+            let node = format!("{id}-throttle");
+            blockdev(json!({
+                "driver": "throttle", "node-name": node, "throttle-group": format!("{id}-group"),
+                "file": top, "read-only": self.read_only,
+            }));
+            top = node;
+        }
+        // The groups must be there before the nodes that name them.
+        let mut groups = Vec::new();
+        let mut group = |name: String, limits: Value| {
+            let object = json!({ "qom-type": "throttle-group", "id": name, "limits": limits });
+            groups.extend(["-object".to_owned(), object.to_string()]);
+        };
+        if let Some(rate) = self.slow {
+            group(format!("{id}-limit"), json!({ "bps-total": rate }));
+        }
+        if self.throttle_filter {
+            group(format!("{id}-group"), json!({}));
+        }
+        groups.append(&mut arguments);
+        (groups, top)
+    }
+}
+
+fn is_block_device(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}

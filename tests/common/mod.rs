@@ -1,0 +1,290 @@
+//! The fixture of the integration tests: a private system bus, polkit on it, the service, and virtual machines, all of
+//! them real and each test's own, so that tests run side by side. [`System`] puts the parts together.
+//!
+//! Waits are for conditions, with a deadline (`wait`); nothing outlives its test (`process`). The tests need root:
+//! polkitd and ordinary callers are started from it.
+
+// Every test file compiles this module for itself and uses its own part of it.
+#![allow(dead_code)]
+
+pub mod bus;
+pub mod clients;
+pub mod daemon;
+pub mod disk;
+pub mod observer;
+pub mod polkit;
+pub mod process;
+pub mod proxies;
+pub mod storage;
+pub mod vm;
+pub mod wait;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+
+use bus::Bus;
+use clients::{Clients, ROOT};
+use daemon::Daemon;
+use polkit::Polkit;
+use vm::Vm;
+
+/// A directory for one test, which ordinary users can enter; removed on drop.
+#[track_caller]
+pub fn test_directory() -> tempfile::TempDir {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "these tests need root: they run polkitd and ordinary users"
+    );
+    // Short, since paths of sockets are bounded to 107 bytes.
+    let dir = tempfile::Builder::new()
+        .prefix("bkp-")
+        .tempdir()
+        .expect("a temporary directory is made");
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("its mode is set");
+    dir
+}
+
+/// What a [`System`] is made from.
+#[derive(Default)]
+pub struct Setup {
+    rules: String,
+    stores: Vec<(String, PathBuf)>,
+    config: String,
+    no_polkit: bool,
+    no_daemon: bool,
+}
+
+impl Setup {
+    /// Rules for polkit (see [`polkit::allow`]), added to those already given.
+    pub fn rules(mut self, rules: &str) -> Self {
+        self.rules.push_str(rules);
+        self
+    }
+
+    /// A store beside the default one.
+    pub fn store(mut self, name: &str, path: &Path) -> Self {
+        self.stores.push((name.to_owned(), path.to_owned()));
+        self
+    }
+
+    /// Further lines for the configuration file: top-level keys, put before the tables.
+    pub fn config(mut self, lines: &str) -> Self {
+        self.config.push_str(lines);
+        self.config.push('\n');
+        self
+    }
+
+    /// A system whose polkit is not there.
+    pub fn without_polkit(mut self) -> Self {
+        self.no_polkit = true;
+        self
+    }
+
+    /// A system whose service is not started yet: see [`System::start_daemon`].
+    pub fn without_daemon(mut self) -> Self {
+        self.no_daemon = true;
+        self
+    }
+
+    #[track_caller]
+    pub fn start(self) -> System {
+        let dir = test_directory();
+        for part in ["etc/domains.d", "run/domains.d"] {
+            fs::create_dir_all(dir.path().join(part)).expect("the configuration's directories are made");
+        }
+        let bus = Bus::start(dir.path());
+        let polkit = (!self.no_polkit).then(|| Polkit::start(&bus, dir.path(), &self.rules));
+        let mut system = System {
+            daemon: None,
+            polkit,
+            clients: Clients::new(&bus, dir.path()),
+            bus,
+            dir,
+        };
+        fs::write(system.config_path(), self.configuration(system.dir()))
+            .expect("the configuration is written");
+        if !self.no_daemon {
+            system.start_daemon();
+        }
+        system
+    }
+
+    fn configuration(&self, dir: &Path) -> String {
+        let dir = dir.display();
+        let mut text = format!(
+            "state-directory = \"{dir}/state\"\n\
+             domain-directories = [\"{dir}/etc/domains.d\", \"{dir}/run/domains.d\"]\n\
+             {}\
+             [store.default]\npath = \"{dir}/backups\"\n",
+            self.config
+        );
+        for (name, path) in &self.stores {
+            text.push_str(&format!("[store.{name}]\npath = \"{}\"\n", path.display()));
+        }
+        text
+    }
+}
+
+/// A bus with polkit and the service on it. The parts end in the order of the fields: those that depend first.
+pub struct System {
+    daemon: Option<Daemon>,
+    polkit: Option<Polkit>,
+    clients: Clients,
+    bus: Bus,
+    dir: tempfile::TempDir,
+}
+
+impl System {
+    /// With everything at its default: no rules of the administrator's, one store.
+    #[track_caller]
+    pub fn start() -> Self {
+        Self::setup().start()
+    }
+
+    pub fn setup() -> Setup {
+        Setup::default()
+    }
+
+    /// The test's directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The default store's path.
+    pub fn store(&self) -> PathBuf {
+        self.dir().join("backups")
+    }
+
+    pub fn config_path(&self) -> PathBuf {
+        self.dir().join("backupd.toml")
+    }
+
+    pub fn bus(&self) -> &Bus {
+        &self.bus
+    }
+
+    pub fn bus_mut(&mut self) -> &mut Bus {
+        &mut self.bus
+    }
+
+    pub fn clients(&self) -> &Clients {
+        &self.clients
+    }
+
+    #[track_caller]
+    pub fn daemon(&mut self) -> &mut Daemon {
+        self.daemon.as_mut().expect("the service was started")
+    }
+
+    /// Starts the service; again after [`System::stop_daemon`] or a kill.
+    #[track_caller]
+    pub fn start_daemon(&mut self) {
+        self.stop_daemon();
+        self.daemon = Some(Daemon::start(&self.bus, self.dir.path(), &self.config_path()));
+    }
+
+    /// Ends the service in order, if it runs, and returns its exit status once its name is free.
+    #[track_caller]
+    pub fn stop_daemon(&mut self) -> Option<i32> {
+        let status = self.daemon.take().map(|mut daemon| daemon.stop());
+        self.bus.wait_for_no_owner(BUS_NAME);
+        status
+    }
+
+    /// Ends the service as a crash would (SIGKILL).
+    #[track_caller]
+    pub fn kill_daemon(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.kill();
+        }
+        self.bus.wait_for_no_owner(BUS_NAME);
+    }
+
+    /// polkitd with other rules, from now on.
+    #[track_caller]
+    pub fn set_rules(&mut self, rules: &str) {
+        match &mut self.polkit {
+            Some(polkit) => polkit.restart(&self.bus, rules),
+            None => self.polkit = Some(Polkit::start(&self.bus, self.dir.path(), rules)),
+        }
+    }
+
+    #[track_caller]
+    pub fn stop_polkit(&mut self) {
+        if let Some(polkit) = &mut self.polkit {
+            polkit.stop(&self.bus);
+        }
+    }
+
+    /// A connection of this process, root's, to the bus.
+    pub async fn connect(&self) -> zbus::Connection {
+        self.bus.connect().await
+    }
+
+    /// A machine to be, in the test's directory. The service does not know it yet.
+    pub fn vm(&self, name: &str) -> vm::Builder {
+        vm::Builder::new(self.dir(), name)
+    }
+
+    /// Makes a machine known to the service as `name`: writes its file in `domains.d` all at once, as managers should.
+    /// Returns the file's path.
+    #[track_caller]
+    pub fn domain_file(&self, name: &str, vm: &Vm) -> PathBuf {
+        self.write_domain_file(name, &format!("monitor = \"{}\"\n", vm.monitor_path().display()))
+    }
+
+    /// The same with any text.
+    #[track_caller]
+    pub fn write_domain_file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.dir().join("etc/domains.d").join(format!("{name}.toml"));
+        let new = self.dir().join("etc").join(format!("{name}.new"));
+        fs::write(&new, text).expect("the domain's file is written");
+        fs::rename(&new, &path).expect("the domain's file gets its name");
+        path
+    }
+
+    /// Waits until the service knows the domain and is connected to its QEMU; returns its object path.
+    #[track_caller]
+    pub fn wait_for_domain(&self, name: &str) -> String {
+        wait::until(&format!("the domain {name}"), || {
+            let path = self.domain_path(name)?;
+            let state = ["get-property", BUS_NAME, &path, DOMAIN_INTERFACE, "State"];
+            let state = self.clients.busctl(ROOT, &state).stdout;
+            ["s \"running\"", "s \"paused\""]
+                .contains(&state.trim())
+                .then_some(path)
+        })
+    }
+
+    /// Waits until the service does not know the domain.
+    #[track_caller]
+    pub fn wait_for_no_domain(&self, name: &str) {
+        wait::until(&format!("the domain {name} to go"), || {
+            self.domain_path(name).is_none().then_some(())
+        });
+    }
+
+    /// The domain's object path, if root may see it now.
+    pub fn domain_path(&self, name: &str) -> Option<String> {
+        let call = [
+            "call",
+            BUS_NAME,
+            ROOT_PATH,
+            MANAGER_INTERFACE,
+            "GetDomain",
+            "s",
+            name,
+        ];
+        let answer = self.clients.busctl(ROOT, &call).stdout;
+        Some(
+            answer
+                .trim()
+                .strip_prefix("o \"")?
+                .trim_end_matches('"')
+                .to_owned(),
+        )
+    }
+}

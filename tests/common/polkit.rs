@@ -1,0 +1,114 @@
+//! A real polkitd on a private bus, with the project's actions and the rules of the test.
+//!
+//! polkitd reads fixed directories, so it runs in a mount namespace of its own where others lie over them. It changes
+//! its user, which clears the parent-death signal; what takes it along when the test process is killed is the bus,
+//! which dies then: polkitd ends when it loses its connection.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::bus::{Bus, project_file};
+use super::process::{self, Process};
+
+pub const POLKIT_NAME: &str = "org.freedesktop.PolicyKit1";
+
+pub struct Polkit {
+    process: Option<Process>,
+    dir: PathBuf,
+    address: String,
+}
+
+impl Polkit {
+    /// Starts polkitd with one rules file of this text (JavaScript; "" for none). Ready when it owns its name.
+    #[track_caller]
+    pub fn start(bus: &Bus, dir: &Path, rules: &str) -> Self {
+        let dir = dir.join("polkit");
+        for part in ["actions", "rules", "empty"] {
+            fs::create_dir_all(dir.join(part)).expect("polkit's directories are made");
+        }
+        let action_files = [
+            project_file("polkit/org.example.backup1.policy"),
+            PathBuf::from("/usr/share/polkit-1/actions/org.freedesktop.policykit.policy"),
+        ];
+        for file in action_files {
+            let copy = dir
+                .join("actions")
+                .join(file.file_name().expect("a file has a name"));
+            fs::copy(&file, copy).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+        }
+        let mut polkit = Self {
+            process: None,
+            dir,
+            address: bus.address().to_owned(),
+        };
+        polkit.restart(bus, rules);
+        polkit
+    }
+
+    /// Ends polkitd, if it runs, and starts it with these rules.
+    #[track_caller]
+    pub fn restart(&mut self, bus: &Bus, rules: &str) {
+        self.stop(bus);
+        fs::write(self.dir.join("rules/50-test.rules"), rules).expect("the rules are written");
+        let mut command = process::bound("unshare");
+        command
+            .args(["--mount", "--", "sh"])
+            .arg(project_file("tests/common/polkitd.sh"));
+        command.args(["actions", "rules", "empty"].map(|part| self.dir.join(part)));
+        command.env("DBUS_SYSTEM_BUS_ADDRESS", &self.address);
+        let mut process = Process::start("polkitd", &self.dir, command);
+        bus.wait_for_owner(POLKIT_NAME, &mut process);
+        self.process = Some(process);
+    }
+
+    /// Ends polkitd; returns when its name is free.
+    #[track_caller]
+    pub fn stop(&mut self, bus: &Bus) {
+        if let Some(mut process) = self.process.take() {
+            process.kill();
+            bus.wait_for_no_owner(POLKIT_NAME);
+        }
+    }
+
+    /// polkitd itself, while it runs.
+    pub fn process(&mut self) -> Option<&mut Process> {
+        self.process.as_mut()
+    }
+}
+
+/// A rules file that lets one user do some of the project's actions, named without their common prefix: `domain.backup`.
+pub fn allow(uid: u32, actions: &[&str]) -> String {
+    answer(uid, actions, "YES")
+}
+
+/// A rules file that forbids them.
+pub fn deny(uid: u32, actions: &[&str]) -> String {
+    answer(uid, actions, "NO")
+}
+
+/// A user of a rule is a name, and an ordinary uid of a test has none, so it must be one of passwd(5) here.
+fn answer(uid: u32, actions: &[&str], answer: &str) -> String {
+    let user = user_name(uid);
+    let ids: Vec<String> = actions
+        .iter()
+        .map(|action| format!("\"org.example.backup1.{action}\""))
+        .collect();
+    format!(
+        "polkit.addRule(function(action, subject) {{\n\
+         \x20   if (subject.user == \"{user}\" && [{}].indexOf(action.id) >= 0) return polkit.Result.{answer};\n\
+         }});\n",
+        ids.join(", ")
+    )
+}
+
+/// The name of a uid in /etc/passwd.
+#[track_caller]
+pub fn user_name(uid: u32) -> String {
+    let passwd = fs::read_to_string("/etc/passwd").expect("/etc/passwd is readable");
+    passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.get(2) == Some(&uid.to_string().as_str()))
+        .map(|fields| fields[0].to_owned())
+        .unwrap_or_else(|| panic!("no user has the uid {uid}: polkit's rules go by name"))
+}

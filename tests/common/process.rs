@@ -1,0 +1,227 @@
+//! Programs that a test starts: none outlives the test, however the test ends.
+//!
+//! Drop kills. For a test process that is itself killed, the kernel does: every program is started through
+//! `setpriv --pdeathsig KILL`. That signal comes when the *thread* that started the program ends, not the process
+//! (prctl(2), PR_SET_PDEATHSIG), so all of them are started by one thread that never ends: otherwise a program would
+//! be killed with the test's thread, or with some idle worker of a runtime.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{OnceLock, mpsc};
+use std::time::Instant;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::wait::{self, DEADLINE};
+
+/// A command that runs `program` bound to this process's life.
+pub fn bound(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
+}
+
+/// A command that runs `program` as an ordinary user in no group of the machine, bound to this process's life.
+pub fn bound_as(uid: u32, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = Command::new("setpriv");
+    command
+        .args([format!("--reuid={uid}"), format!("--regid={uid}")])
+        .args(["--clear-groups", "--pdeathsig", "KILL", "--"])
+        .arg(program);
+    command
+}
+
+type Request = (Command, mpsc::Sender<(Command, io::Result<Child>)>);
+
+/// Starts a command from the thread that never ends.
+fn spawn(command: Command) -> io::Result<Child> {
+    static SPAWNER: OnceLock<mpsc::Sender<Request>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (sender, requests) = mpsc::channel::<Request>();
+        std::thread::spawn(move || {
+            for (mut command, answer) in requests {
+                let child = command.spawn();
+                // The command goes back too: the descriptors that it holds are closed by its owner, not some time later.
+                let _ = answer.send((command, child));
+            }
+        });
+        sender
+    });
+    let (sender, answer) = mpsc::channel();
+    spawner
+        .send((command, sender))
+        .expect("the spawner thread never ends");
+    answer.recv().expect("the spawner thread answers").1
+}
+
+/// What a finished program left.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// The exit status; 128 + N when signal N ended it.
+    pub status: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Output {
+    pub fn success(&self) -> bool {
+        self.status == 0
+    }
+
+    /// Its standard output, when it succeeded; else the test fails with what it said.
+    #[track_caller]
+    pub fn expect_success(self) -> String {
+        assert!(
+            self.success(),
+            "status {}: {}{}",
+            self.status,
+            self.stdout,
+            self.stderr
+        );
+        self.stdout
+    }
+}
+
+/// Runs a command to its end and returns what it said. A command that is not bound is fine here: it is waited for.
+#[track_caller]
+pub fn run(mut command: Command) -> Output {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let what = format!("{command:?}");
+    let child = spawn(command).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let output = child.wait_with_output().unwrap_or_else(|e| panic!("{what}: {e}"));
+    Output {
+        status: status_number(output.status),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+fn status_number(status: ExitStatus) -> i32 {
+    use std::os::unix::process::ExitStatusExt;
+    status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
+
+/// A program that runs beside the test. Its standard output and error go to files.
+pub struct Process {
+    child: Child,
+    name: String,
+    log: PathBuf,
+    out: PathBuf,
+    ended: Option<i32>,
+}
+
+impl Process {
+    /// Starts `command`, which should come from [`bound`]; its output goes to `NAME.out` and `NAME.log` in `dir`, after
+    /// what an earlier process of that name wrote there.
+    #[track_caller]
+    pub fn start(name: &str, dir: &Path, mut command: Command) -> Self {
+        let log = dir.join(format!("{name}.log"));
+        let out = dir.join(format!("{name}.out"));
+        let append = |path: &Path| {
+            File::options()
+                .create(true)
+                .append(true)
+                .open(path)
+                .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+        };
+        command
+            .stdin(Stdio::null())
+            .stdout(append(&out))
+            .stderr(append(&log));
+        let child = spawn(command).unwrap_or_else(|e| panic!("{name} does not start: {e}"));
+        Self {
+            child,
+            name: name.to_owned(),
+            log,
+            out,
+            ended: None,
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All that it wrote to standard error until now.
+    pub fn log(&self) -> String {
+        read(&self.log)
+    }
+
+    /// All that it wrote to standard output until now.
+    pub fn stdout(&self) -> String {
+        read(&self.out)
+    }
+
+    /// Its exit status when it has ended, as in [`Output::status`].
+    pub fn ended(&mut self) -> Option<i32> {
+        if self.ended.is_none() {
+            self.ended = self
+                .child
+                .try_wait()
+                .expect("a child can be waited for")
+                .map(status_number);
+        }
+        self.ended
+    }
+
+    /// Fails the test with the program's last words when it has ended.
+    #[track_caller]
+    pub fn assert_running(&mut self) {
+        if let Some(status) = self.ended() {
+            panic!(
+                "{} ended with status {status}:\n{}{}",
+                self.name,
+                self.stdout(),
+                self.log()
+            );
+        }
+    }
+
+    /// Waits for its end and returns the exit status.
+    #[track_caller]
+    pub fn wait(&mut self) -> i32 {
+        let what = format!("{} to end", self.name);
+        wait::until(&what, || self.ended())
+    }
+
+    /// Sends a signal, if it still runs.
+    pub fn signal(&mut self, signal: Signal) {
+        if self.ended().is_none() {
+            let pid = Pid::from_raw(self.child.id() as i32).expect("a child has a pid");
+            kill_process(pid, signal).unwrap_or_else(|e| panic!("{}: kill: {e}", self.name));
+        }
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        self.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Not `kill()`: a panic while a failed test unwinds would abort the whole test process.
+        let _ = self.child.kill();
+        let began = Instant::now();
+        while began.elapsed() < DEADLINE && matches!(self.child.try_wait(), Ok(None)) {
+            std::thread::sleep(wait::STEP);
+        }
+        if std::thread::panicking() {
+            eprintln!("---- {}: {}\n{}", self.name, self.log.display(), read(&self.log));
+        }
+    }
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read(path)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default()
+}

@@ -1,0 +1,134 @@
+//! The service's interfaces as a client in this process sees them. Written by hand from `dbus/*.xml` and used by no
+//! code of the service's, so that a mistake in its own client is not repeated here.
+
+use std::collections::HashMap;
+
+use zbus::wire::{ObjectPath, OwnedObjectPath, Variant};
+
+pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
+
+#[zbus::proxy(
+    interface = "org.example.Backup1",
+    default_service = "org.example.Backup1",
+    default_path = "/org/example/Backup1"
+)]
+pub trait Manager {
+    fn create_backup(
+        &self,
+        domain: &str,
+        definition: &str,
+        files: Vec<zbus::Fd<'_>>,
+        options: Options<'_>,
+    ) -> zbus::Result<(u32, OwnedObjectPath)>;
+    fn list_domains(&self) -> zbus::Result<Vec<(OwnedObjectPath, String, String, String)>>;
+    fn get_domain(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+    fn register_domain(
+        &self,
+        name: &str,
+        monitor: zbus::Fd<'_>,
+        options: Options<'_>,
+    ) -> zbus::Result<OwnedObjectPath>;
+    fn list_jobs(&self) -> zbus::Result<Vec<(u32, OwnedObjectPath, String, String)>>;
+    fn get_job(&self, id: u32) -> zbus::Result<OwnedObjectPath>;
+    fn subscribe(&self) -> zbus::Result<()>;
+    fn unsubscribe(&self) -> zbus::Result<()>;
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn version(&self) -> zbus::Result<String>;
+
+    #[zbus(signal)]
+    fn job_started(&self, id: u32, job: ObjectPath<'_>) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn job_ended(&self, id: u32, job: ObjectPath<'_>, result: &str) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn domain_added(&self, domain: ObjectPath<'_>) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn domain_removed(&self, domain: ObjectPath<'_>) -> zbus::Result<()>;
+}
+
+/// Properties are never cached: a test that reads one asks the service.
+#[zbus::proxy(
+    interface = "org.example.Backup1.Domain",
+    default_service = "org.example.Backup1"
+)]
+pub trait Domain {
+    fn create_backup(
+        &self,
+        definition: &str,
+        files: Vec<zbus::Fd<'_>>,
+        options: Options<'_>,
+    ) -> zbus::Result<(u32, OwnedObjectPath)>;
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"), name = "UUID")]
+    fn uuid(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn owner(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn source(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn disks(&self) -> zbus::Result<Vec<(String, String, u64, String, bool)>>;
+}
+
+/// Properties are never cached: a test that reads one asks the service.
+#[zbus::proxy(
+    interface = "org.example.Backup1.Job",
+    default_service = "org.example.Backup1"
+)]
+pub trait Job {
+    fn cancel(&self) -> zbus::Result<()>;
+    fn cancel_disk(&self, disk: &str) -> zbus::Result<()>;
+    fn wait(&self) -> zbus::Result<(String, String, String)>;
+    fn set_speed(&self, bytes_per_second: u64) -> zbus::Result<()>;
+    fn get_definition(&self) -> zbus::Result<String>;
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn id(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn domain(&self) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn mode(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"), name = "StartedByUID")]
+    fn started_by_uid(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn start_time(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn progress(&self) -> zbus::Result<f64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn bytes(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn bytes_done(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn rate(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn expected_end_time(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn disks(&self) -> zbus::Result<Vec<(String, String, u64, u64, String, String)>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn error_name(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn error_message(&self) -> zbus::Result<String>;
+
+    #[zbus(signal)]
+    fn block_job_completed(&self, disk: &str, bytes: u64) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn block_job_error(&self, disk: &str, operation: &str, message: &str) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn block_job_cancelled(&self, disk: &str) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn completed(&self, result: &str, error_name: &str, message: &str) -> zbus::Result<()>;
+}
+
+/// The D-Bus error name of a refused call.
+#[track_caller]
+pub fn error_name(error: &zbus::Error) -> &str {
+    match error {
+        zbus::Error::MethodError(name, _, _) => name.as_str(),
+        other => panic!("not an error that the service answered: {other}"),
+    }
+}

@@ -1,0 +1,143 @@
+//! Places that a test writes to: small file systems, block devices, and what is in an image.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::process;
+
+/// A tmpfs of a fixed size, for running out of space; unmounted on drop. The service sees it, so it can't be in a mount
+/// namespace of the test's own; it is mounted inside the test's directory, and `make test` runs all tests in one mount
+/// namespace, which takes it along even if the test process is killed.
+pub struct Tmpfs {
+    path: PathBuf,
+}
+
+impl Tmpfs {
+    /// Mounts it on `path`, which is made. `size` in bytes, a multiple of the page size.
+    #[track_caller]
+    pub fn mount(path: &Path, size: u64) -> Self {
+        std::fs::create_dir_all(path).expect("the mount point is made");
+        let mut command = Command::new("mount");
+        command
+            .args(["-t", "tmpfs", "-o", &format!("size={size},mode=0755"), "tmpfs"])
+            .arg(path);
+        process::run(command).expect_success();
+        Self {
+            path: path.to_owned(),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // Lazily: a service that a failed test left running may still have a file open in it.
+        let mut command = Command::new("umount");
+        command.arg("--lazy").arg(&self.path);
+        let output = process::run(command);
+        if !output.success() {
+            eprintln!("{}: {}", self.path.display(), output.stderr);
+        }
+    }
+}
+
+/// A block device over a file; detached on drop.
+pub struct LoopDevice {
+    device: PathBuf,
+}
+
+impl LoopDevice {
+    /// Attaches `file`, which is made with this size in bytes (sparse) when it isn't there.
+    #[track_caller]
+    pub fn attach(file: &Path, size: u64) -> Self {
+        if !file.exists() {
+            let made = std::fs::File::create(file).expect("the device's file is made");
+            made.set_len(size).expect("the device's file has its size");
+        }
+        let mut command = Command::new("losetup");
+        command.args(["--find", "--show"]).arg(file);
+        let device = PathBuf::from(process::run(command).expect_success().trim());
+        Self { device }
+    }
+
+    pub fn device(&self) -> &Path {
+        &self.device
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // A device that is still open goes when it is closed.
+        let mut command = Command::new("losetup");
+        command.arg("--detach").arg(&self.device);
+        let output = process::run(command);
+        if !output.success() {
+            eprintln!("{}: {}", self.device.display(), output.stderr);
+        }
+    }
+}
+
+/// Whether two images hold the same data, as `qemu-img compare` sees it: guest-visible content, and the same virtual
+/// size up to zeroes. Both must be closed by QEMU. Formats as in `qemu-img -f`.
+#[track_caller]
+pub fn identical(one: &Path, one_format: &str, other: &Path, other_format: &str) -> bool {
+    let mut command = Command::new("qemu-img");
+    command
+        .args(["compare", "-f", one_format, "-F", other_format])
+        .arg(one)
+        .arg(other);
+    let output = process::run(command);
+    match output.status {
+        0 => true,
+        1 => false,
+        _ => panic!("qemu-img compare: {}{}", output.stdout, output.stderr),
+    }
+}
+
+/// Whether `length` bytes at `offset` of an image are all `pattern`. The image must be closed by QEMU.
+#[track_caller]
+pub fn holds(image: &Path, format: &str, offset: u64, length: u64, pattern: u8) -> bool {
+    let mut command = Command::new("qemu-io");
+    command
+        .args([
+            "-r",
+            "-f",
+            format,
+            "-c",
+            &format!("read -q -P {pattern} {offset} {length}"),
+        ])
+        .arg(image);
+    let output = process::run(command);
+    let said = format!("{}{}", output.stdout, output.stderr);
+    if said.contains("Pattern verification failed") {
+        return false;
+    }
+    assert!(output.success(), "qemu-io: {said}");
+    true
+}
+
+/// Every file below a directory, as sorted paths relative to it: what a backup left. Empty when it isn't there.
+pub fn files_below(dir: &Path) -> Vec<String> {
+    fn walk(dir: &Path, base: &Path, found: &mut Vec<String>) {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                walk(&path, base, found);
+            } else {
+                found.push(
+                    path.strip_prefix(base)
+                        .expect("it is below")
+                        .display()
+                        .to_string(),
+                );
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(dir, dir, &mut found);
+    found.sort();
+    found
+}

@@ -1,0 +1,317 @@
+//! Virtual machines for tests: a real QEMU without a guest, stopped before its first instruction (`-S`), software
+//! emulation only. What a guest would write, the test writes with [`Vm::write`], through the same devices.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use super::disk::{Disk, Kind};
+use super::observer::Observer;
+use super::process::{self, Process};
+use super::wait;
+
+/// A machine to be; from [`super::System::vm`] or [`Builder::new`].
+pub struct Builder {
+    name: String,
+    uuid: String,
+    dir: PathBuf,
+    disks: Vec<Disk>,
+    extra: Vec<String>,
+    running: bool,
+}
+
+impl Builder {
+    /// A machine whose images, sockets and logs are in a new directory NAME in `dir` (absolute).
+    pub fn new(dir: &Path, name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            uuid: uuid::Uuid::new_v4().to_string(),
+            dir: dir.join(name),
+            disks: Vec::new(),
+            extra: Vec::new(),
+            running: false,
+        }
+    }
+
+    pub fn uuid(mut self, uuid: &str) -> Self {
+        self.uuid = uuid.to_owned();
+        self
+    }
+
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// Further arguments for QEMU, after all others.
+    pub fn extra(mut self, arguments: &[&str]) -> Self {
+        self.extra
+            .extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self
+    }
+
+    /// Lets the processor run (there is nothing to boot: the firmware says so and waits). Otherwise the machine is
+    /// stopped, and nothing writes but the test.
+    pub fn running(mut self) -> Self {
+        self.running = true;
+        self
+    }
+
+    /// Makes the images and starts QEMU; ready when its monitor answers.
+    #[track_caller]
+    pub fn start(self) -> Vm {
+        std::fs::create_dir_all(&self.dir).expect("the machine's directory is made");
+        let mut command = process::bound(qemu());
+        command.args(["-name", &self.name, "-uuid", &self.uuid]);
+        command.args(["-machine", "q35", "-accel", "tcg", "-m", "64"]);
+        command.args(["-display", "none", "-nodefaults", "-no-user-config"]);
+        if !self.running {
+            command.arg("-S");
+        }
+        for socket in ["service", "observer"] {
+            let path = self.dir.join(socket);
+            command.args([
+                "-qmp".to_owned(),
+                format!("unix:{},server=on,wait=off", path.display()),
+            ]);
+        }
+        if self.disks.iter().any(|disk| disk.kind == Kind::Scsi) {
+            command.args(["-device", "virtio-scsi-pci,id=scsi"]);
+        }
+        let mut paths = Vec::new();
+        let mut ide = 0;
+        for disk in &self.disks {
+            let path = disk
+                .path
+                .clone()
+                .unwrap_or_else(|| self.dir.join(format!("{}.{}", disk.id, disk.format)));
+            if disk.kind != Kind::EmptyCdrom {
+                disk.create(&path);
+            }
+            command.args(disk.arguments(&path, &mut ide));
+            paths.push(path);
+        }
+        command.args(&self.extra);
+        let mut process = Process::start("qemu", &self.dir, command);
+        let observer = wait::until("QEMU's monitor", || {
+            process.assert_running();
+            Observer::connect(&self.dir.join("observer"))
+        });
+        Vm {
+            name: self.name,
+            uuid: self.uuid,
+            dir: self.dir,
+            disks: self.disks.into_iter().zip(paths).collect(),
+            observer: Mutex::new(observer),
+            process,
+        }
+    }
+}
+
+/// The QEMU to test with. A machine without one fails its tests: a test that is skipped proves nothing.
+#[track_caller]
+fn qemu() -> PathBuf {
+    if let Some(chosen) = std::env::var_os("BACKUPD_TEST_QEMU").filter(|value| !value.is_empty()) {
+        let chosen = PathBuf::from(chosen);
+        assert!(
+            chosen.is_file(),
+            "BACKUPD_TEST_QEMU: there is no {}",
+            chosen.display()
+        );
+        return chosen;
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|dir| dir.join("qemu-system-x86_64"))
+        .find(|candidate| candidate.is_file())
+        .expect(
+            "these tests need QEMU and there is no qemu-system-x86_64 in PATH: run tests/setup.sh as root, \
+             or `make test QEMU=/path/to/qemu-system-x86_64`",
+        )
+}
+
+/// A machine that runs; killed on drop.
+pub struct Vm {
+    name: String,
+    uuid: String,
+    dir: PathBuf,
+    disks: Vec<(Disk, PathBuf)>,
+    observer: Mutex<Observer>,
+    process: Process,
+}
+
+/// What a backup could leave behind in QEMU. Two of these are equal when nothing was left, or taken away.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Residue {
+    pub jobs: Vec<String>,
+    pub nodes: Vec<String>,
+    /// As `NODE/NAME`; a bitmap without a name ends with the slash.
+    pub bitmaps: Vec<String>,
+    pub fdsets: Vec<i64>,
+}
+
+impl Vm {
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// The monitor socket that is the service's: QEMU takes one connection at a time on it.
+    pub fn monitor_path(&self) -> PathBuf {
+        self.dir.join("service")
+    }
+
+    /// A connection to the service's monitor that nobody has read from, to be handed over with `RegisterDomain`.
+    pub fn monitor_stream(&self) -> UnixStream {
+        UnixStream::connect(self.monitor_path()).expect("QEMU's monitor accepts a connection")
+    }
+
+    /// The image of a disk. Look into it only when QEMU has ended.
+    #[track_caller]
+    pub fn source_path(&self, disk: &str) -> &Path {
+        &self.disk(disk).1
+    }
+
+    /// The image's format, as `qemu-img -f` wants it.
+    #[track_caller]
+    pub fn source_format(&self, disk: &str) -> &'static str {
+        self.disk(disk).0.format
+    }
+
+    #[track_caller]
+    fn disk(&self, id: &str) -> &(Disk, PathBuf) {
+        let found = self.disks.iter().find(|(disk, _)| disk.id == id);
+        found.unwrap_or_else(|| panic!("{} has no disk {id}", self.name))
+    }
+
+    /// Writes as the guest would. Bytes, multiples of 512.
+    #[track_caller]
+    pub fn write(&self, disk: &str, offset: u64, length: u64, pattern: u8) {
+        self.qemu_io(disk, &format!("write -P {pattern} {offset} {length}"));
+    }
+
+    /// Flushes as the guest would: after it, and while nothing is written, a copy of the image's file is whole.
+    #[track_caller]
+    pub fn flush(&self, disk: &str) {
+        self.qemu_io(disk, "flush");
+    }
+
+    #[track_caller]
+    fn qemu_io(&self, disk: &str, what: &str) {
+        let line = format!("qemu-io -d {} \"{what}\"", self.disk(disk).0.qom_path());
+        let said = self.qmp("human-monitor-command", json!({ "command-line": line }));
+        // The monitor's answer is empty on success; "wrote …" goes to QEMU's standard output.
+        assert_eq!(said, "", "{line}");
+    }
+
+    /// Runs a QMP command on the test's own connection, which must succeed.
+    #[track_caller]
+    pub fn qmp(&self, command: &str, arguments: Value) -> Value {
+        self.try_qmp(command, arguments)
+            .unwrap_or_else(|error| panic!("{command}: {error}"))
+    }
+
+    /// The same, with QEMU's refusal as the `Err`.
+    #[track_caller]
+    pub fn try_qmp(&self, command: &str, arguments: Value) -> Result<Value, Value> {
+        self.observer
+            .lock()
+            .expect("no test panics inside")
+            .execute(command, arguments)
+    }
+
+    /// Waits for an event that fits, from those that came since the start and were not taken yet; takes and returns it.
+    /// Other threads can use the machine meanwhile.
+    #[track_caller]
+    pub fn wait_event(&self, name: &str, mut fits: impl FnMut(&Value) -> bool) -> Value {
+        wait::until(&format!("QEMU's {name}"), || {
+            let mut observer = self.observer.lock().expect("no test panics inside");
+            observer.take_event(|event| event["event"] == name && fits(&event["data"]))
+        })
+    }
+
+    /// The events that came and were not taken, in order.
+    pub fn events(&self) -> Vec<Value> {
+        self.observer
+            .lock()
+            .expect("no test panics inside")
+            .events()
+            .to_vec()
+    }
+
+    /// What is in QEMU now of all that a backup makes.
+    #[track_caller]
+    pub fn residue(&self) -> Residue {
+        let list = |command| match self.qmp(command, json!({})) {
+            Value::Array(list) => list,
+            other => panic!("{command}: {other}"),
+        };
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let mut residue = Residue {
+            jobs: list("query-jobs").iter().map(|job| text(&job["id"])).collect(),
+            nodes: Vec::new(),
+            bitmaps: Vec::new(),
+            fdsets: list("query-fdsets")
+                .iter()
+                .filter_map(|set| set["fdset-id"].as_i64())
+                .collect(),
+        };
+        for node in list("query-named-block-nodes") {
+            let name = text(&node["node-name"]);
+            for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
+                residue.bitmaps.push(format!("{name}/{}", text(&bitmap["name"])));
+            }
+            residue.nodes.push(name);
+        }
+        residue.jobs.sort();
+        residue.nodes.sort();
+        residue.bitmaps.sort();
+        residue.fdsets.sort();
+        residue
+    }
+
+    /// Lets the processor run, or go on.
+    #[track_caller]
+    pub fn cont(&self) {
+        self.qmp("cont", json!({}));
+    }
+
+    /// Stops the processor; the block layer, and so a backup, goes on.
+    #[track_caller]
+    pub fn stop(&self) {
+        self.qmp("stop", json!({}));
+    }
+
+    /// Freezes the whole QEMU (SIGSTOP): its monitors stay connected and say nothing.
+    pub fn freeze(&mut self) {
+        self.process.signal(Signal::STOP);
+    }
+
+    /// Ends [`Vm::freeze`].
+    pub fn thaw(&mut self) {
+        self.process.signal(Signal::CONT);
+    }
+
+    /// SIGKILL, as a crash would be.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Ends QEMU in order, so that its images are closed and can be compared.
+    #[track_caller]
+    pub fn quit(&mut self) {
+        self.qmp("quit", json!({}));
+        let status = self.process.wait();
+        assert_eq!(status, 0, "QEMU ends in order: {}", self.process.log());
+    }
+}

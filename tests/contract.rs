@@ -1,0 +1,284 @@
+//! The files of the system agree with each other and with the running service: the interface descriptions in `dbus/`
+//! are the contract, and what is missing from one of the other files would show only on somebody's machine.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use common::bus::project_file;
+use common::clients::ROOT;
+use common::disk::Disk;
+use common::proxies::{ManagerProxy, Options};
+use common::{System, process, test_directory};
+use zbus_xml::{ArgDirection, Interface, Node};
+
+/// Interfaces of the bus's own that callers may use, with the members the policy lets through.
+const STANDARD_MEMBERS: [&str; 5] = [
+    "org.freedesktop.DBus.Introspectable.Introspect",
+    "org.freedesktop.DBus.Peer.GetMachineId",
+    "org.freedesktop.DBus.Peer.Ping",
+    "org.freedesktop.DBus.Properties.Get",
+    "org.freedesktop.DBus.Properties.GetAll",
+];
+
+fn read(path: &str) -> String {
+    fs::read_to_string(project_file(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// The shipped description of one interface.
+fn described(interface: &str) -> Interface<'static> {
+    let path = format!("dbus/{interface}.xml");
+    let node = Node::from_reader(read(&path).as_bytes()).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let [only] = node.interfaces() else {
+        panic!("{path} describes one interface");
+    };
+    assert_eq!(only.name(), interface, "{path}");
+    only.to_owned()
+}
+
+/// Every interface that has a file in `dbus/`.
+fn all_described() -> Vec<Interface<'static>> {
+    let mut found: Vec<_> = fs::read_dir(project_file("dbus"))
+        .unwrap()
+        .filter_map(|entry| {
+            entry
+                .unwrap()
+                .file_name()
+                .to_str()?
+                .strip_suffix(".xml")
+                .map(described)
+        })
+        .collect();
+    found.sort_by_key(|interface| interface.name().to_string());
+    found
+}
+
+/// An attribute's value in each element of that name.
+fn attributes(text: &str, element: &str, attribute: &str) -> Vec<String> {
+    let mut reader = quick_xml::Reader::from_str(text);
+    let mut found = Vec::new();
+    loop {
+        match reader.read_event().expect("well-formed XML") {
+            quick_xml::events::Event::Eof => return found,
+            quick_xml::events::Event::Start(start) | quick_xml::events::Event::Empty(start)
+                if start.name().as_ref() == element =>
+            {
+                let value = start
+                    .try_get_attribute(attribute)
+                    .expect("well-formed attributes");
+                let value = value.map(|value| value.value.into_owned());
+                found.push(value.unwrap_or_default());
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The value of `KEY=` in a file of systemd's kind.
+#[track_caller]
+fn setting(text: &str, key: &str) -> String {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    line.unwrap_or_else(|| panic!("{key}= is there")).to_owned()
+}
+
+#[test]
+fn the_bus_policy_lets_through_every_method_and_nothing_else() {
+    let policy = read("dbus/org.example.Backup1.conf");
+    let interfaces = attributes(&policy, "allow", "send_interface");
+    let members = attributes(&policy, "allow", "send_member");
+    let destinations = attributes(&policy, "allow", "send_destination");
+    let mut allowed = BTreeSet::new();
+    for ((interface, member), destination) in interfaces.iter().zip(&members).zip(&destinations) {
+        // The line that lets root own the name is the only one without these.
+        if !interface.is_empty() {
+            assert_eq!(destination, BUS_NAME, "{interface}.{member}");
+            assert!(
+                allowed.insert(format!("{interface}.{member}")),
+                "{interface}.{member} is there twice"
+            );
+        }
+    }
+    let mut expected: BTreeSet<String> = STANDARD_MEMBERS.map(str::to_owned).into();
+    for interface in all_described() {
+        expected.extend(
+            interface
+                .methods()
+                .map(|method| format!("{}.{}", interface.name(), method.name())),
+        );
+    }
+    assert_eq!(allowed, expected);
+}
+
+#[test]
+fn no_property_is_writable_and_each_says_how_its_changes_are_told() {
+    for interface in all_described() {
+        for property in interface.properties() {
+            let what = format!("{}.{}", interface.name(), property.name());
+            assert!(
+                !property.access().write(),
+                "{what}: the bus policy lets no Set through"
+            );
+            let names: Vec<_> = property
+                .annotations()
+                .iter()
+                .map(|annotation| annotation.name())
+                .collect();
+            assert_eq!(
+                names,
+                ["org.freedesktop.DBus.Property.EmitsChangedSignal"],
+                "{what}"
+            );
+        }
+    }
+}
+
+#[test]
+fn names_agree_across_the_files_of_the_system() {
+    let policy = read("dbus/org.example.Backup1.conf");
+    let activation = read("dbus/org.example.Backup1.service");
+    let unit = read("systemd/backupd.service");
+    let owned: Vec<_> = attributes(&policy, "allow", "own")
+        .into_iter()
+        .filter(|name| !name.is_empty())
+        .collect();
+    assert_eq!(owned, [BUS_NAME]);
+    assert_eq!(setting(&activation, "Name"), BUS_NAME);
+    assert_eq!(setting(&activation, "SystemdService"), "backupd.service");
+    assert_eq!(setting(&unit, "BusName"), BUS_NAME);
+    // What the unit starts and what a bus without systemd would start is the same.
+    assert_eq!(setting(&activation, "Exec"), setting(&unit, "ExecStart"));
+    let described: Vec<_> = all_described()
+        .iter()
+        .map(|interface| interface.name().to_string())
+        .collect();
+    assert_eq!(described, [MANAGER_INTERFACE, DOMAIN_INTERFACE, JOB_INTERFACE]);
+}
+
+#[test]
+fn systemd_has_nothing_to_say_about_the_unit() {
+    let dir = test_directory();
+    let built = project_file(env!("CARGO_BIN_EXE_backupd"));
+    let libexecdir = built.parent().unwrap().to_str().unwrap();
+    let unit = dir.path().join("backupd.service");
+    fs::write(
+        &unit,
+        read("systemd/backupd.service").replace("@libexecdir@", libexecdir),
+    )
+    .unwrap();
+    let mut command = process::bound("systemd-analyze");
+    command.arg("verify").arg(&unit);
+    let output = process::run(command);
+    // Its exit status is 0 even for keys that it does not know.
+    assert_eq!(
+        (output.status, output.stdout.as_str(), output.stderr.as_str()),
+        (0, "", "")
+    );
+}
+
+/// An interface as lines to compare. Left out is what means nothing on the wire: order of members, comments, and what
+/// is said by default (a signal's arguments go out; changes are told unless an annotation says otherwise).
+fn lines(interface: &Interface<'_>) -> BTreeSet<String> {
+    const CHANGES: &str = "org.freedesktop.DBus.Property.EmitsChangedSignal";
+    let arguments = |arguments: &[zbus_xml::Arg<'_>], default: ArgDirection| -> String {
+        let argument = |arg: &zbus_xml::Arg<'_>| {
+            let direction = match arg.direction().unwrap_or(default) {
+                ArgDirection::In => "in",
+                ArgDirection::Out => "out",
+            };
+            format!("{direction} {} {}", arg.ty(), arg.name().unwrap_or("(no name)"))
+        };
+        arguments.iter().map(argument).collect::<Vec<_>>().join(", ")
+    };
+    let notes = |annotations: &[zbus_xml::Annotation<'_>]| -> BTreeSet<String> {
+        annotations
+            .iter()
+            .map(|note| format!("{}={}", note.name(), note.value()))
+            .collect()
+    };
+    let mut lines = BTreeSet::new();
+    for method in interface.methods() {
+        let arguments = arguments(method.args(), ArgDirection::In);
+        lines.insert(format!(
+            "method {}({arguments}) {:?}",
+            method.name(),
+            notes(method.annotations())
+        ));
+    }
+    for signal in interface.signals() {
+        let arguments = arguments(signal.args(), ArgDirection::Out);
+        lines.insert(format!(
+            "signal {}({arguments}) {:?}",
+            signal.name(),
+            notes(signal.annotations())
+        ));
+    }
+    for property in interface.properties() {
+        let mut notes = notes(property.annotations());
+        if !notes.iter().any(|note| note.starts_with(CHANGES)) {
+            notes.insert(format!("{CHANGES}=true"));
+        }
+        let (name, ty, access) = (property.name(), property.ty(), property.access());
+        lines.insert(format!("property {name}: {ty}, {access:?} {notes:?}"));
+    }
+    lines
+}
+
+/// Holds an object of the running service against the description of its interface.
+#[track_caller]
+fn assert_as_described(system: &System, object: &str, interface: &str) {
+    let call = [
+        "call",
+        BUS_NAME,
+        object,
+        "org.freedesktop.DBus.Introspectable",
+        "Introspect",
+    ];
+    let json = system
+        .clients()
+        .busctl(ROOT, &[&["--json=short"], &call[..]].concat())
+        .expect_success();
+    let answer: serde_json::Value = serde_json::from_str(&json).expect("busctl prints JSON");
+    let text = answer["data"][0].as_str().expect("Introspect returns a string");
+    let node = Node::from_reader(text.as_bytes()).unwrap_or_else(|e| panic!("{e}: {text}"));
+    let own = |found: &&Interface<'_>| !found.name().starts_with("org.freedesktop.DBus.");
+    let found: Vec<_> = node.interfaces().iter().filter(own).collect();
+    let names: Vec<_> = found.iter().map(|found| found.name().to_string()).collect();
+    assert_eq!(names, [interface], "{object}");
+
+    let (live, file) = (lines(found[0]), lines(&described(interface)));
+    let only = |these: &BTreeSet<String>, those: &BTreeSet<String>| -> String {
+        these
+            .difference(those)
+            .map(|line| format!("    {line}\n"))
+            .collect()
+    };
+    assert!(
+        live == file,
+        "{interface}\n  only in the service:\n{}  only in dbus/{interface}.xml:\n{}",
+        only(&live, &file),
+        only(&file, &live)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_running_service_is_as_described() {
+    let system = System::start();
+    assert_as_described(&system, ROOT_PATH, MANAGER_INTERFACE);
+
+    let vm = system.vm("web").disk(Disk::new("vda", 1 << 20)).start();
+    system.domain_file("web", &vm);
+    let domain = system.wait_for_domain("web");
+    assert_as_described(&system, &domain, DOMAIN_INTERFACE);
+
+    let connection = system.connect().await;
+    let manager = ManagerProxy::new(&connection).await.unwrap();
+    let (_, job) = manager
+        .create_backup("web", "", Vec::new(), Options::new())
+        .await
+        .unwrap();
+    assert_as_described(&system, &job, JOB_INTERFACE);
+}

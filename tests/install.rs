@@ -1,0 +1,82 @@
+//! `make install` puts every file where the system looks for it, with its paths filled in, and needs no bus to do so.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use common::bus::project_file;
+use common::{process, storage, test_directory};
+
+#[test]
+fn install_fills_a_directory() {
+    let dir = test_directory();
+    let built = Path::new(env!("CARGO_BIN_EXE_backupd")).parent().unwrap();
+    let mut command = Command::new("make");
+    command.args(["--no-print-directory", "install", "PREFIX=/usr"]);
+    command
+        .arg(format!("DESTDIR={}", dir.path().display()))
+        .arg(format!("BUILT={}", built.display()));
+    command.current_dir(project_file(""));
+    // Nobody listens there; and a make that runs this test must not hand its own settings on.
+    command
+        .env("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nowhere")
+        .env_remove("MAKEFLAGS");
+    process::run(command).expect_success();
+
+    // The client says how many manual pages it has.
+    let (pages, files): (Vec<_>, Vec<_>) = storage::files_below(dir.path())
+        .into_iter()
+        .partition(|file| file.contains("/man/"));
+    assert!(
+        pages.contains(&"usr/share/man/man1/backupctl.1".to_owned()),
+        "{pages:?}"
+    );
+    assert!(
+        pages
+            .iter()
+            .all(|page| page.starts_with("usr/share/man/man1/backupctl")),
+        "{pages:?}"
+    );
+    assert_eq!(
+        files,
+        [
+            "usr/bin/backupctl",
+            "usr/lib/systemd/system/backupd.service",
+            "usr/libexec/backupd",
+            "usr/share/bash-completion/completions/backupctl",
+            "usr/share/dbus-1/interfaces/org.example.Backup1.Domain.xml",
+            "usr/share/dbus-1/interfaces/org.example.Backup1.Job.xml",
+            "usr/share/dbus-1/interfaces/org.example.Backup1.xml",
+            "usr/share/dbus-1/system-services/org.example.Backup1.service",
+            "usr/share/dbus-1/system.d/org.example.Backup1.conf",
+            "usr/share/fish/vendor_completions.d/backupctl.fish",
+            "usr/share/polkit-1/actions/org.example.backup1.policy",
+            "usr/share/zsh/vendor-completions/_backupctl",
+        ]
+    );
+    let installed = |path: &str| dir.path().join("usr").join(path);
+    for program in ["bin/backupctl", "libexec/backupd"] {
+        assert_eq!(
+            fs::metadata(installed(program)).unwrap().permissions().mode() & 0o777,
+            0o755,
+            "{program}"
+        );
+    }
+    for (file, line) in [
+        (
+            "lib/systemd/system/backupd.service",
+            "ExecStart=/usr/libexec/backupd",
+        ),
+        (
+            "share/dbus-1/system-services/org.example.Backup1.service",
+            "Exec=/usr/libexec/backupd",
+        ),
+    ] {
+        let text = fs::read_to_string(installed(file)).unwrap();
+        assert!(text.lines().any(|found| found == line), "{file}: {text}");
+        assert!(!text.contains("@libexecdir@"), "{file}: {text}");
+    }
+}

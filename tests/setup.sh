@@ -1,0 +1,93 @@
+#!/bin/sh
+# Makes sure that everything is there that the project is built and tested with, on Debian 12 or 13: installs what is
+# missing, when root, and says what it does. Quick and silent when nothing is missing.
+#
+# What is looked for is programs and files, not packages, so other systems pass that have them by other names.
+set -eu
+
+missing=
+need() { # PACKAGE DESCRIPTION: something of this package is missing
+    case " $missing " in
+    *" $1 "*) ;;
+    *) missing="$missing $1" ;;
+    esac
+    echo "missing: $2 ($1)"
+}
+program() { # PROGRAM PACKAGE; the system's directories count even where an ordinary user's PATH lacks them
+    PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null 2>&1 || need "$2" "$1"
+}
+
+look() {
+    missing=
+    program cc gcc
+    [ -e /usr/include/stdlib.h ] || need libc6-dev "the C library's headers"
+    program pkg-config pkg-config
+    if command -v pkg-config >/dev/null 2>&1; then
+        pkg-config --exists polkit-gobject-1 || need libpolkit-gobject-1-dev "polkit's client library"
+    else
+        need libpolkit-gobject-1-dev "polkit's client library"
+    fi
+    [ -n "${QEMU:-}" ] || program qemu-system-x86_64 qemu-system-x86
+    program qemu-img qemu-utils
+    program qemu-io qemu-utils
+    program dbus-daemon dbus
+    program dbus-monitor dbus-bin
+    program busctl systemd
+    program systemd-analyze systemd
+    program gdbus libglib2.0-bin
+    program setpriv util-linux
+    program unshare util-linux
+    program losetup mount
+    [ -x /usr/lib/polkit-1/polkitd ] || need polkitd polkitd
+}
+
+look
+if ! command -v "${CARGO:-cargo}" >/dev/null 2>&1; then
+    echo "There is no cargo in PATH. The project needs a stable Rust toolchain, 1.89 or newer, with rustfmt and clippy." >&2
+    exit 1
+fi
+[ -n "$missing" ] || exit 0
+
+if ! command -v apt-get >/dev/null 2>&1; then
+    echo "Install these with your system's own tools: the names above are Debian's." >&2
+    exit 1
+fi
+if [ "$(id -u)" != 0 ]; then
+    echo "Run tests/setup.sh as root once, or install them yourself:" >&2
+    echo "    apt-get install$missing" >&2
+    exit 1
+fi
+
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C
+apt() { apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"; }
+
+echo "installing:$missing"
+apt update || echo "apt-get update failed; trying with the lists that are here" >&2
+
+# qemu-utils and qemu-system-x86 share files of one version: apt refuses a pair of different ones, or one replaces the
+# other. A machine may have a newer qemu-utils, from backports; so both are asked for by the version that the machine's
+# suite has of the emulator, and a newer one is put back to it.
+case " $missing " in
+*" qemu-system-x86 "*)
+    version=$(apt-cache policy qemu-system-x86 | sed -n 's/^ *Candidate: //p')
+    if [ -n "$version" ] && [ "$version" != "(none)" ]; then
+        echo "QEMU $version: the emulator and its tools, from one suite"
+        missing="$(echo " $missing " | sed 's/ qemu-system-x86 / /; s/ qemu-utils / /')"
+        missing="$missing qemu-system-x86=$version qemu-utils=$version"
+    fi
+    ;;
+*" qemu-utils "*)
+    # The other way round: tools of the version of the emulator that is installed.
+    version=$(dpkg-query -W -f '${Version}' qemu-system-x86 2>/dev/null || true)
+    [ -z "$version" ] || missing="$(echo " $missing " | sed "s/ qemu-utils / qemu-utils=$version /")"
+    ;;
+esac
+
+# shellcheck disable=SC2086  # a list of packages
+if ! apt install --no-install-recommends --allow-downgrades $missing; then
+    echo "apt-get could not install:$missing" >&2
+    exit 1
+fi
+
+look
+[ -z "$missing" ] || exit 1

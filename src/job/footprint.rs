@@ -26,6 +26,9 @@ const RECONNECT: Duration = Duration::from_secs(2);
 /// How long QEMU may take to end a cancelled job when it is only looked at, not listened to.
 const POLL: Duration = Duration::from_millis(100);
 
+/// How everything of the service's begins in QEMU.
+const PREFIX: &str = "backupd-";
+
 /// The names of one job's things in QEMU. Node names have at most 31 bytes.
 #[derive(Debug, Clone)]
 pub struct Names(String);
@@ -33,7 +36,7 @@ pub struct Names(String);
 impl Names {
     /// `tag` is 8 characters that no other backup has.
     pub fn new(tag: &str) -> Self {
-        Self(format!("backupd-{tag}"))
+        Self(format!("{PREFIX}{tag}"))
     }
 
     pub fn block_job(&self, disk: usize) -> String {
@@ -238,8 +241,14 @@ impl Footprint {
                 .execute("blockdev-del", json!({ "node-name": node }))
                 .await?;
         }
+        // Up to version 8 QEMU keeps a removed set while the machine is stopped; what an earlier backup had to leave
+        // goes now, if it can. No other backup of this domain runs.
         for set in client.query::<Vec<FdsetInfo>>("query-fdsets", json!({})).await? {
-            let own = |fd: &FdInfo| fd.opaque.as_deref().is_some_and(|opaque| self.names.own(opaque));
+            let own = |fd: &FdInfo| {
+                fd.opaque
+                    .as_deref()
+                    .is_some_and(|opaque| opaque.starts_with(PREFIX))
+            };
             if set.fds.iter().any(own) {
                 client
                     .execute("remove-fd", json!({ "fdset-id": set.fdset_id }))

@@ -311,7 +311,11 @@ fn disk_plan(disk: &Disk, asked: Option<&DiskDefinition>) -> DiskPlan {
         name: disk.name.clone(),
         node: disk.node.clone(),
         virtual_size: disk.virtual_size,
-        estimate: disk.allocated,
+        // Into a raw target QEMU reserves space for zeroes too, unless it copies nothing but what a qcow2 image holds.
+        estimate: match format {
+            Format::Raw if disk.format != "qcow2" || disk.has_backing => disk.virtual_size,
+            _ => disk.allocated,
+        },
         has_backing: disk.has_backing,
         format,
         compress: asked.and_then(|asked| asked.compress),

@@ -10,6 +10,7 @@ mod error;
 mod file;
 mod identity;
 mod path;
+mod sparse;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -70,6 +71,8 @@ pub struct Target {
     publication: Publication,
     /// Content that was there before may have been changed.
     touched: bool,
+    /// What reads as zeroes is to take no space.
+    sparse: bool,
 }
 
 impl Target {
@@ -130,11 +133,9 @@ impl Targets {
         self.store.is_some()
     }
 
-    /// Makes the data durable. Nothing has its final name yet.
+    /// Makes the data durable. Nothing has its final name yet. QEMU has let go of the targets.
     pub fn sync(&self) -> Result<(), Error> {
-        self.targets.iter().try_for_each(|target| {
-            rustix::fs::fsync(&target.file).map_err(|errno| Error::io("fsync", &target.label, errno))
-        })
+        self.targets.iter().try_for_each(Target::sync)
     }
 
     /// Gives everything its final name, durably. `records` are names and contents of the files that go beside a
@@ -217,6 +218,7 @@ impl Target {
             file,
             publication,
             touched: false,
+            sparse: false,
         })
     }
 
@@ -233,8 +235,20 @@ impl Target {
         self.touched = true;
         self.blank = true;
         if disk.format == Format::Raw {
+            self.sparse = true;
             rustix::fs::ftruncate(&self.file, disk.virtual_size)
                 .map_err(|errno| Error::io("make as large as the disk", &self.label, errno))?;
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        let fsync = || rustix::fs::fsync(&self.file).map_err(|errno| Error::io("fsync", &self.label, errno));
+        fsync()?;
+        if self.sparse {
+            // After the data is durable, or what is still on its way could be taken for a hole.
+            sparse::dig(&self.file).map_err(|errno| Error::io("make sparse", &self.label, errno))?;
+            fsync()?;
         }
         Ok(())
     }

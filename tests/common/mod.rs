@@ -8,6 +8,7 @@
 #![allow(dead_code)]
 
 pub mod bus;
+pub mod caller;
 pub mod clients;
 pub mod daemon;
 pub mod disk;

@@ -44,8 +44,12 @@ impl Observer {
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         self.next_id += 1;
         let id = self.next_id;
-        let line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
-        writeln!(self.stream, "{line}").unwrap_or_else(|e| panic!("{command} to QEMU: {e}"));
+        let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
+        line.push('\n');
+        // In one piece: QEMU acts when the object is whole, and after `quit` nobody reads a newline that is late.
+        self.stream
+            .write_all(line.as_bytes())
+            .unwrap_or_else(|e| panic!("{command} to QEMU: {e}"));
         loop {
             let mut message = self.next_message();
             if message.get("event").is_some() {

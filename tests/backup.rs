@@ -1,0 +1,491 @@
+//! Backups that are good: what is in the images, where they are, and what is told of them.
+
+mod common;
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use common::System;
+use common::caller::{Caller, assert_completed, brief};
+use common::disk::Disk;
+use common::proxies::Options;
+use common::storage::{LoopDevice, files_below, holds, identical};
+use common::vm::Vm;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+
+/// A system with one machine `web` that has two disks with data.
+fn web(system: &System) -> Vm {
+    let vm = system
+        .vm("web")
+        .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
+        .disk(Disk::new("vdb", 32 * MIB).raw().fill(8 * MIB, 4 * MIB, 0x22))
+        // Up to version 8 QEMU keeps passed descriptors while the machine is stopped.
+        .running()
+        .start();
+    system.domain_file("web", &vm);
+    system.wait_for_domain("web");
+    vm
+}
+
+/// The directory of the only backup of `domain` in a store.
+fn only_backup(store: &Path, domain: &str) -> PathBuf {
+    let mut entries = fs::read_dir(store.join(domain)).expect("the domain has backups");
+    let path = entries.next().expect("there is a backup").unwrap().path();
+    assert!(entries.next().is_none(), "there is one backup only");
+    path
+}
+
+fn document(disks: &str) -> String {
+    format!("<domainbackup><disks>{disks}</disks></domainbackup>")
+}
+
+fn open(path: &Path) -> OwnedFd {
+    fs::File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .unwrap()
+        .into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_disks_of_a_running_machine_are_copied_into_the_default_store() {
+    let system = System::start();
+    let mut vm = web(&system);
+    let before = vm.residue();
+    let mut caller = Caller::new(&system).await;
+
+    let job = caller.start("web", "").await;
+    let signals = caller.signals_until("JobEnded").await;
+    let path = job.inner().path().as_str();
+    assert_eq!(
+        brief(&signals),
+        [
+            format!("JobStarted 1 {path}"),
+            format!("BlockJobCompleted vda {}", 64 * MIB),
+            format!("BlockJobCompleted vdb {}", 32 * MIB),
+            "Completed completed".to_owned(),
+            format!("JobEnded 1 {path} completed"),
+        ]
+    );
+    assert_eq!(vm.residue(), before, "nothing of the service's stays in QEMU");
+
+    let backup = only_backup(&system.store(), "web");
+    assert_eq!(
+        files_below(&backup),
+        ["backup.xml", "manifest.json", "vda.qcow2", "vdb.qcow2"]
+    );
+    let id = backup.file_name().unwrap().to_str().unwrap();
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(backup.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest["id"], id);
+    assert_eq!(manifest["domain"]["name"], "web");
+    assert_eq!(manifest["domain"]["uuid"], vm.uuid());
+    assert_eq!(manifest["disks"][1]["file"], "vdb.qcow2");
+    assert_eq!(manifest["disks"][1]["virtual-size"], 32 * MIB);
+    let resolved = fs::read_to_string(backup.join("backup.xml")).unwrap();
+    assert_eq!(resolved, job.get_definition().await.unwrap());
+    assert!(resolved.contains("<store name='default'/>"), "{resolved}");
+
+    vm.quit();
+    for disk in ["vda", "vdb"] {
+        let image = backup.join(format!("{disk}.qcow2"));
+        assert!(
+            identical(&image, "qcow2", vm.source_path(disk), vm.source_format(disk)),
+            "{disk}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_after_the_instant_is_not_in_the_images() {
+    let system = System::start();
+    let mut vm = web(&system);
+    for disk in ["vda", "vdb"] {
+        vm.flush(disk);
+        let copy = system.dir().join(format!("{disk}.then"));
+        fs::copy(vm.source_path(disk), copy).unwrap();
+    }
+    let caller = Caller::new(&system).await;
+    let options = Options::from([("bandwidth", Variant::from(8 * MIB))]);
+    let job = caller.start_with("web", "", &[], options).await;
+    // QEMU runs the jobs: the instant has passed.
+    for _ in 0..2 {
+        vm.wait_event("JOB_STATUS_CHANGE", |data| {
+            data["status"] == "running" && !data["id"].as_str().unwrap().ends_with("create")
+        });
+    }
+    for round in 0..16 {
+        vm.write("vda", round * 4 * MIB, MIB, 0xaa);
+        vm.write("vdb", round * 2 * MIB, MIB, 0xbb);
+    }
+    assert_eq!(
+        job.state().await.unwrap(),
+        "running",
+        "the writes came during the backup"
+    );
+    job.set_speed(0).await.unwrap();
+    assert_completed(&job).await;
+    vm.quit();
+    let backup = only_backup(&system.store(), "web");
+    for disk in ["vda", "vdb"] {
+        let (image, format) = (backup.join(format!("{disk}.qcow2")), vm.source_format(disk));
+        let then = system.dir().join(format!("{disk}.then"));
+        assert!(identical(&image, "qcow2", &then, format), "{disk} is as it was");
+        assert!(
+            !identical(&image, "qcow2", vm.source_path(disk), format),
+            "{disk} has changed since"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_listed_disks_are_copied_and_the_store_is_the_named_one() {
+    let nightly = tempfile::tempdir().unwrap();
+    let system = System::setup().store("nightly", nightly.path()).start();
+    let mut vm = web(&system);
+    let caller = Caller::new(&system).await;
+    let text = "<domainbackup><name>before-upgrade</name><store name='nightly'/>
+        <disks><disk name='vdb'><driver type='raw'/></disk><disk name='vda' backup='no'/></disks></domainbackup>";
+    let job = caller.complete("web", text).await;
+    let disks = job.disks().await.unwrap();
+    assert_eq!(disks.len(), 1);
+    let backup = only_backup(nightly.path(), "web");
+    assert_eq!(files_below(&backup), ["backup.xml", "manifest.json", "vdb.raw"]);
+    assert_eq!(Path::new(&disks[0].4), backup.join("vdb.raw"));
+    let manifest = fs::read_to_string(backup.join("manifest.json")).unwrap();
+    assert!(manifest.contains("\"name\": \"before-upgrade\""), "{manifest}");
+    let definition = job.get_definition().await.unwrap();
+    assert!(
+        definition.contains("<disk name='vda' backup='no'/>"),
+        "{definition}"
+    );
+    vm.quit();
+    assert!(identical(
+        &backup.join("vdb.raw"),
+        "raw",
+        vm.source_path("vdb"),
+        "raw"
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raw_image_keeps_the_holes_of_its_source() {
+    let system = System::start();
+    let mut vm = system
+        .vm("web")
+        .disk(Disk::new("vda", 512 * MIB).fill(100 * MIB, MIB, 0x33))
+        .disk(Disk::new("vdb", 512 * MIB).raw().fill(200 * MIB, MIB, 0x44))
+        .start();
+    system.domain_file("web", &vm);
+    system.wait_for_domain("web");
+    let caller = Caller::new(&system).await;
+    let text =
+        document("<disk name='vda'><driver type='raw'/></disk><disk name='vdb'><driver type='raw'/></disk>");
+    caller.complete("web", &text).await;
+    let backup = only_backup(&system.store(), "web");
+    vm.quit();
+    for disk in ["vda", "vdb"] {
+        let image = backup.join(format!("{disk}.raw"));
+        let metadata = fs::metadata(&image).unwrap();
+        assert_eq!(metadata.len(), 512 * MIB);
+        assert!(
+            metadata.blocks() * 512 < 8 * MIB,
+            "{disk}: {} blocks",
+            metadata.blocks()
+        );
+        assert_eq!(metadata.mode() & 0o777, 0o600);
+        assert!(identical(
+            &image,
+            "raw",
+            vm.source_path(disk),
+            vm.source_format(disk)
+        ));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_below_an_overlay_is_copied_too() {
+    let system = System::start();
+    let dir = system.dir().join("chain");
+    fs::create_dir(&dir).unwrap();
+    let qemu_img = |arguments: &[&str]| {
+        common::process::run({
+            let mut command = common::process::bound("qemu-img");
+            command.args(arguments);
+            command
+        })
+        .expect_success()
+    };
+    let (base, top) = (dir.join("base.qcow2"), dir.join("top.qcow2"));
+    let (base, top) = (base.to_str().unwrap(), top.to_str().unwrap());
+    qemu_img(&["create", "-q", "-f", "qcow2", base, "16M"]);
+    let mut command = common::process::bound("qemu-io");
+    command.args(["-f", "qcow2", "-c", "write -P 0x55 0 4M", base]);
+    common::process::run(command).expect_success();
+    qemu_img(&["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top]);
+    let mut vm = system
+        .vm("web")
+        .disk(Disk::new("vda", 16 * MIB).at(Path::new(top)))
+        .start();
+    vm.write("vda", 8 * MIB, MIB, 0x66);
+    system.domain_file("web", &vm);
+    system.wait_for_domain("web");
+    let caller = Caller::new(&system).await;
+    for format in ["qcow2", "raw"] {
+        let text = document(&format!("<disk name='vda'><driver type='{format}'/></disk>"));
+        let job = caller.complete("web", &text).await;
+        let image = PathBuf::from(&job.disks().await.unwrap()[0].4);
+        assert!(holds(&image, format, 0, 4 * MIB, 0x55), "{format}");
+        assert!(holds(&image, format, 8 * MIB, MIB, 0x66), "{format}");
+    }
+    vm.quit();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compressed_images_hold_the_same_in_less() {
+    let system = System::start();
+    let mut vm = web(&system);
+    let caller = Caller::new(&system).await;
+    for compression in ["zstd", "zlib"] {
+        let text = document(&format!(
+            "<disk name='vda'><driver type='qcow2' compress='{compression}'/></disk>"
+        ));
+        let job = caller.complete("web", &text).await;
+        let image = PathBuf::from(&job.disks().await.unwrap()[0].4);
+        let taken = fs::metadata(&image).unwrap().blocks() * 512;
+        assert!(taken < 8 * MIB, "16 MiB of one byte take less than {taken}");
+        assert!(holds(&image, "qcow2", 0, 16 * MIB, 0x11));
+        assert!(
+            job.get_definition()
+                .await
+                .unwrap()
+                .contains(&format!("compress='{compression}'"))
+        );
+    }
+    vm.quit();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_the_caller_names_appear_when_they_are_good() {
+    let system = System::start();
+    let mut vm = web(&system);
+    let before = vm.residue();
+    let caller = Caller::new(&system).await;
+    let dir = system.dir().join("mine");
+    fs::create_dir(&dir).unwrap();
+    let text = document(&format!(
+        "<disk name='vda' type='file'><target file='{0}/a.qcow2'/></disk>
+         <disk name='vdb' type='file'><driver type='raw'/><target file='{0}/b.raw'/></disk>",
+        dir.display()
+    ));
+    let job = caller.complete("web", &text).await;
+    assert_eq!(files_below(&dir), ["a.qcow2", "b.raw"]);
+    assert_eq!(files_below(&system.store()), [""; 0]);
+    assert_eq!(
+        job.disks().await.unwrap()[0].4,
+        format!("{}/a.qcow2", dir.display())
+    );
+    assert_eq!(vm.residue(), before);
+    vm.quit();
+    assert!(identical(
+        &dir.join("a.qcow2"),
+        "qcow2",
+        vm.source_path("vda"),
+        "qcow2"
+    ));
+    assert!(identical(&dir.join("b.raw"), "raw", vm.source_path("vdb"), "raw"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn existing_files_are_written_into_where_the_caller_says_so() {
+    let system = System::start();
+    let mut vm = web(&system);
+    let caller = Caller::new(&system).await;
+    let (a, b) = (system.dir().join("a.qcow2"), system.dir().join("b.raw"));
+    let mut command = common::process::bound("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2", a.to_str().unwrap(), "64M"]);
+    common::process::run(command).expect_success();
+    fs::write(&b, vec![0xff; 32 << 20]).unwrap();
+    let text = document(&format!(
+        "<disk name='vda'><target file='{}'/></disk>
+         <disk name='vdb'><driver type='raw'/><target file='{}'/></disk>",
+        a.display(),
+        b.display()
+    ));
+    let options = || Options::from([("reuse-external", Variant::from(true))]);
+    let job = caller.start_with("web", &text, &[], options()).await;
+    assert_completed(&job).await;
+    // Once more into what is there now.
+    let job = caller.start_with("web", &text, &[], options()).await;
+    assert_completed(&job).await;
+    vm.quit();
+    assert!(identical(&a, "qcow2", vm.source_path("vda"), "qcow2"));
+    assert!(identical(&b, "raw", vm.source_path("vdb"), "raw"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_callers_own_descriptors_are_written() {
+    let system = System::start();
+    let mut vm = web(&system);
+    let before = vm.residue();
+    let caller = Caller::new(&system).await;
+    let (a, b) = (system.dir().join("own-a"), system.dir().join("own-b"));
+    let text = document(
+        "<disk name='vda' type='fd'><target fd='1'/></disk>
+         <disk name='vdb' type='fd'><driver type='raw'/><target fd='0'/></disk>",
+    );
+    let job = caller
+        .start_with("web", &text, &[open(&b), open(&a)], Options::new())
+        .await;
+    assert_completed(&job).await;
+    assert_eq!(job.disks().await.unwrap()[0].4, "fd:1");
+    assert_eq!(vm.residue(), before);
+    vm.quit();
+    assert!(identical(&a, "qcow2", vm.source_path("vda"), "qcow2"));
+    assert!(identical(&b, "raw", vm.source_path("vdb"), "raw"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn block_devices_are_written_and_may_be_larger_than_the_disk() {
+    let system = System::start();
+    let mut vm = web(&system);
+    let before = vm.residue();
+    let caller = Caller::new(&system).await;
+    let one = LoopDevice::attach(&system.dir().join("one.img"), 80 * MIB);
+    let other = LoopDevice::attach(&system.dir().join("other.img"), 48 * MIB);
+    let text = document(&format!(
+        "<disk name='vda' type='block'><target dev='{}'/></disk>
+         <disk name='vdb' type='block'><driver type='raw'/><target dev='{}'/></disk>",
+        one.device().display(),
+        other.device().display()
+    ));
+    caller.complete("web", &text).await;
+    assert_eq!(vm.residue(), before);
+    // And as the caller's own descriptors.
+    let text = document(
+        "<disk name='vda' type='fd'><target fd='0'/></disk>
+         <disk name='vdb' type='fd'><driver type='raw'/><target fd='1'/></disk>",
+    );
+    let files = [open(one.device()), open(other.device())];
+    let job = caller.start_with("web", &text, &files, Options::new()).await;
+    assert_completed(&job).await;
+    vm.quit();
+    assert!(identical(one.device(), "qcow2", vm.source_path("vda"), "qcow2"));
+    let half = fs::File::open(other.device()).unwrap();
+    let copy = system.dir().join("other.cut");
+    let mut head = std::io::Read::take(half, 32 * MIB);
+    std::io::copy(&mut head, &mut fs::File::create(&copy).unwrap()).unwrap();
+    assert!(identical(&copy, "raw", vm.source_path("vdb"), "raw"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_machines_are_backed_up_at_the_same_time() {
+    let system = System::start();
+    let mut machines: Vec<Vm> = ["one", "two"]
+        .into_iter()
+        .map(|name| {
+            let disk = Disk::new("vda", 32 * MIB).fill(0, 8 * MIB, 0x77);
+            let vm = system.vm(name).disk(disk).start();
+            system.domain_file(name, &vm);
+            system.wait_for_domain(name);
+            vm
+        })
+        .collect();
+    let caller = Caller::new(&system).await;
+    let options = || Options::from([("bandwidth", Variant::from(MIB))]);
+    let first = caller.start_with("one", "", &[], options()).await;
+    let second = caller.start_with("two", "", &[], options()).await;
+    for job in [&first, &second] {
+        common::wait::until_async("both to run", || async {
+            (job.state().await.unwrap() == "running").then_some(())
+        })
+        .await;
+    }
+    assert_eq!(first.state().await.unwrap(), "running");
+    for job in [&first, &second] {
+        job.set_speed(0).await.unwrap();
+    }
+    assert_completed(&first).await;
+    assert_completed(&second).await;
+    for vm in &mut machines {
+        vm.quit();
+        let image = only_backup(&system.store(), vm.name()).join("vda.qcow2");
+        assert!(identical(&image, "qcow2", vm.source_path("vda"), "qcow2"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_backup_of_a_caller_that_leaves_at_once_is_made() {
+    let system = System::start();
+    let mut vm = web(&system);
+    let caller = Caller::new(&system).await;
+    let job = caller.start("web", "").await;
+    let path = job.inner().path().to_owned();
+    drop(job);
+    caller.connection.close().await.unwrap();
+    let late = Caller::new(&system).await;
+    assert_completed(&late.job(path.into()).await).await;
+    vm.quit();
+    let image = only_backup(&system.store(), "web").join("vda.qcow2");
+    assert!(identical(&image, "qcow2", vm.source_path("vda"), "qcow2"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn progress_rate_and_end_are_told_while_it_runs() {
+    let system = System::start();
+    let vm = web(&system);
+    let caller = Caller::new(&system).await;
+    let options = Options::from([("bandwidth", Variant::from(4 * MIB))]);
+    let job = caller.start_with("web", "", &[], options).await;
+    common::wait::until_async("some progress", || async {
+        let (rate, end) = (job.rate().await.unwrap(), job.expected_end_time().await.unwrap());
+        (job.progress().await.unwrap() > 0.0 && rate > 0 && end > 0).then_some(())
+    })
+    .await;
+    assert_eq!(job.bytes().await.unwrap(), 96 * MIB);
+    assert!(job.bytes_done().await.unwrap() < 96 * MIB);
+    let jobs = caller.manager.list_jobs().await.unwrap();
+    assert_eq!(
+        (jobs[0].0, jobs[0].2.as_str(), jobs[0].3.as_str()),
+        (1, "web", "running")
+    );
+    // The limit is one for all disks together.
+    let speeds: Vec<u64> = vm
+        .qmp("query-block-jobs", serde_json::json!({}))
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|job| job["speed"].as_u64().unwrap())
+        .collect();
+    assert_eq!(speeds, [2 * MIB, 2 * MIB]);
+    job.set_speed(0).await.unwrap();
+    assert_completed(&job).await;
+    assert_eq!(job.progress().await.unwrap(), 1.0);
+    assert_eq!(job.rate().await.unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn descriptors_that_a_stopped_machine_keeps_go_with_the_next_backup() {
+    let system = System::start();
+    let vm = system.vm("web").disk(Disk::new("vda", 16 * MIB)).start();
+    system.domain_file("web", &vm);
+    system.wait_for_domain("web");
+    let before = vm.residue();
+    let caller = Caller::new(&system).await;
+    caller.complete("web", "").await;
+    let stopped = vm.residue();
+    assert_eq!(
+        (&stopped.jobs, &stopped.nodes, &stopped.bitmaps),
+        (&before.jobs, &before.nodes, &before.bitmaps)
+    );
+    vm.cont();
+    caller.complete("web", "").await;
+    assert_eq!(vm.residue(), before);
+}

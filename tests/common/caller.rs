@@ -1,0 +1,159 @@
+//! A caller of the service in this process: root's, with proxies, and with every signal of the service that reaches it
+//! in the order in which it came.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+use futures_util::StreamExt;
+use zbus::wire::{OwnedObjectPath, OwnedVariant, Variant};
+use zbus::{Connection, MatchRule, MessageStream};
+
+use super::System;
+use super::proxies::{JobProxy, ManagerProxy, Options};
+use super::wait;
+
+pub struct Caller {
+    pub connection: Connection,
+    pub manager: ManagerProxy<'static>,
+    signals: MessageStream,
+}
+
+/// A signal as it came: its name and, as text, its arguments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signal {
+    pub path: String,
+    pub name: String,
+    pub arguments: Vec<String>,
+}
+
+impl Caller {
+    pub async fn new(system: &System) -> Self {
+        let connection = system.connect().await;
+        let rule = MatchRule::builder()
+            .msg_type(zbus::message::Type::Signal)
+            .sender("org.example.Backup1")
+            .build()
+            .expect("a rule is made");
+        let signals = MessageStream::for_match_rule(rule, &connection, std::num::NonZeroUsize::new(4096))
+            .await
+            .expect("signals are matched");
+        let manager = ManagerProxy::new(&connection).await.expect("a proxy is made");
+        Self {
+            connection,
+            manager,
+            signals,
+        }
+    }
+
+    pub async fn job(&self, path: OwnedObjectPath) -> JobProxy<'static> {
+        JobProxy::new(&self.connection, path)
+            .await
+            .expect("a proxy is made")
+    }
+
+    /// Starts a backup, which must be accepted.
+    pub async fn start(&self, domain: &str, document: &str) -> JobProxy<'static> {
+        self.start_with(domain, document, &[], Options::new()).await
+    }
+
+    pub async fn start_with(
+        &self,
+        domain: &str,
+        document: &str,
+        files: &[OwnedFd],
+        options: Options<'_>,
+    ) -> JobProxy<'static> {
+        let started = self.try_start(domain, document, files, options).await;
+        self.job(started.expect("the backup is accepted")).await
+    }
+
+    pub async fn try_start(
+        &self,
+        domain: &str,
+        document: &str,
+        files: &[OwnedFd],
+        options: Options<'_>,
+    ) -> zbus::Result<OwnedObjectPath> {
+        let files = files.iter().map(zbus::Fd::from).collect();
+        let started = self.manager.create_backup(domain, document, files, options).await;
+        started.map(|(_, path)| path)
+    }
+
+    /// Runs a backup to its end, which must be good.
+    pub async fn complete(&self, domain: &str, document: &str) -> JobProxy<'static> {
+        let job = self.start(domain, document).await;
+        assert_completed(&job).await;
+        job
+    }
+
+    /// Every signal but `PropertiesChanged` that comes up to and with this one.
+    pub async fn signals_until(&mut self, name: &str) -> Vec<Signal> {
+        let mut seen = Vec::new();
+        loop {
+            let message = wait::within(&format!("the signal {name}"), self.signals.next()).await;
+            let message = message.expect("the bus is there").expect("a signal is read");
+            let header = message.header();
+            let member = header.member().expect("a signal has a name").to_string();
+            if member == "PropertiesChanged" {
+                continue;
+            }
+            let body = message.body();
+            let structure: zbus::wire::Structure<'_> = body.deserialize().expect("a signal has arguments");
+            let arguments = structure.fields().iter().map(text).collect();
+            seen.push(Signal {
+                path: header.path().expect("a signal has a path").to_string(),
+                name: member.clone(),
+                arguments,
+            });
+            if member == name {
+                return seen;
+            }
+        }
+    }
+
+    /// All properties of an object's interface, as text.
+    pub async fn properties(&self, path: &str, interface: &str) -> HashMap<String, OwnedVariant> {
+        let message = self
+            .connection
+            .call_method(
+                Some("org.example.Backup1"),
+                path,
+                Some("org.freedesktop.DBus.Properties"),
+                "GetAll",
+                &(interface,),
+            )
+            .await
+            .expect("properties are read");
+        message.body().deserialize().expect("properties are a dictionary")
+    }
+}
+
+/// Waits for the end of a job, which must be good.
+pub async fn assert_completed(job: &JobProxy<'_>) {
+    let ended = wait::within("the end of the backup", job.wait())
+        .await
+        .expect("Wait answers");
+    assert_eq!(ended, ("completed".to_owned(), String::new(), String::new()));
+}
+
+/// Names and arguments, in order.
+pub fn brief(signals: &[Signal]) -> Vec<String> {
+    signals
+        .iter()
+        .map(|signal| {
+            format!("{} {}", signal.name, signal.arguments.join(" "))
+                .trim_end()
+                .to_owned()
+        })
+        .collect()
+}
+
+fn text(value: &Variant<'_>) -> String {
+    match value {
+        Variant::Str(text) => text.to_string(),
+        Variant::ObjectPath(path) => path.to_string(),
+        Variant::U32(number) => number.to_string(),
+        Variant::U64(number) => number.to_string(),
+        other => format!("{other:?}"),
+    }
+}

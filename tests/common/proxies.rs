@@ -126,9 +126,10 @@ pub trait Job {
 
 /// The D-Bus error name of a refused call.
 #[track_caller]
-pub fn error_name(error: &zbus::Error) -> &str {
+pub fn error_name(error: &zbus::Error) -> String {
     match error {
-        zbus::Error::MethodError(name, _, _) => name.as_str(),
+        zbus::Error::MethodError(name, _, _) => name.to_string(),
+        zbus::Error::FDO(error) => zbus::DBusError::name(&**error).to_string(),
         other => panic!("not an error that the service answered: {other}"),
     }
 }

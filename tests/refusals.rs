@@ -1,0 +1,619 @@
+//! Bad input: each has its error, says what and where, and nothing is touched: no file, no node, no job.
+
+mod common;
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use common::System;
+use common::caller::{Caller, assert_completed};
+use common::disk::Disk;
+use common::proxies::{Options, error_name};
+use common::storage::{LoopDevice, Tmpfs, files_below};
+use common::vm::{Residue, Vm};
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const OURS: &str = "org.example.Backup1.Error.";
+const STANDARD: &str = "org.freedesktop.DBus.Error.";
+
+/// A system with a machine `web`: two disks with data, one read-only, one drive that is empty.
+struct Scene {
+    system: System,
+    vm: Vm,
+    caller: Caller,
+    before: Residue,
+    /// A directory for targets.
+    targets: PathBuf,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        Self::of(System::start()).await
+    }
+
+    async fn of(system: System) -> Self {
+        let vm = system
+            .vm("web")
+            .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
+            .disk(Disk::new("vdb", 32 * MIB).raw())
+            .disk(Disk::empty_cdrom("cd"))
+            .running()
+            .start();
+        system.domain_file("web", &vm);
+        system.wait_for_domain("web");
+        let caller = Caller::new(&system).await;
+        let targets = system.dir().join("targets");
+        fs::create_dir(&targets).unwrap();
+        Self {
+            before: vm.residue(),
+            system,
+            vm,
+            caller,
+            targets,
+        }
+    }
+
+    fn target(&self, name: &str) -> PathBuf {
+        self.targets.join(name)
+    }
+
+    /// The call fails with this error, whose text has all these words in it, and leaves everything as it was.
+    async fn refuses(
+        &self,
+        document: &str,
+        files: &[OwnedFd],
+        options: Options<'_>,
+        error: &str,
+        words: &[&str],
+    ) {
+        let files_before = self.files();
+        let refused = self.caller.try_start("web", document, files, options).await;
+        let refused = refused.expect_err("the call is refused");
+        let text = refused.to_string();
+        assert_eq!(error_name(&refused), error, "{text}");
+        for word in words {
+            assert!(text.contains(word), "{text:?} has {word:?}");
+        }
+        assert_eq!(self.files(), files_before, "no file was touched: {text}");
+        assert_eq!(self.vm.residue(), self.before, "QEMU was not touched: {text}");
+        assert_eq!(
+            self.caller.manager.list_jobs().await.unwrap(),
+            [],
+            "no job: {text}"
+        );
+    }
+
+    async fn refuses_document(&self, document: &str, error: &str, words: &[&str]) {
+        self.refuses(document, &[], Options::new(), &format!("{OURS}{error}"), words)
+            .await;
+    }
+
+    async fn refuses_target(&self, target: &Path, error: &str, words: &[&str]) {
+        self.refuses_document(&file(target), error, words).await;
+    }
+
+    async fn refuses_reuse(&self, document: &str, error: &str, words: &[&str]) {
+        let options = Options::from([("reuse-external", Variant::from(true))]);
+        self.refuses(document, &[], options, &format!("{OURS}{error}"), words)
+            .await;
+    }
+
+    /// Names and contents of everything that a backup could have touched.
+    fn files(&self) -> Vec<(String, Vec<u8>)> {
+        let mut all = Vec::new();
+        for dir in [&self.targets, &self.system.store()] {
+            for name in files_below(dir) {
+                let path = dir.join(&name);
+                let content = if path.is_file() {
+                    fs::read(&path).unwrap()
+                } else {
+                    Vec::new()
+                };
+                all.push((name, content));
+            }
+        }
+        all
+    }
+}
+
+fn file(target: &Path) -> String {
+    disk(&format!("<target file='{}'/>", target.display()))
+}
+
+fn disk(inner: &str) -> String {
+    format!("<domainbackup>\n <disks>\n  <disk name='vda'>{inner}</disk>\n </disks>\n</domainbackup>")
+}
+
+fn open(path: &Path, read: bool, write: bool) -> OwnedFd {
+    fs::File::options()
+        .read(read)
+        .write(write)
+        .open(path)
+        .unwrap()
+        .into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_mean_nothing() {
+    let scene = Scene::new().await;
+    let error = scene
+        .caller
+        .try_start("ghost", "", &[], Options::new())
+        .await
+        .unwrap_err();
+    assert_eq!(error_name(&error), format!("{OURS}NoSuchDomain"));
+    assert!(error.to_string().contains("no domain 'ghost'"), "{error}");
+    let error = scene.caller.manager.get_job(77).await.unwrap_err();
+    assert_eq!(error_name(&error), format!("{OURS}NoSuchJob"));
+    let other = "<domainbackup>\n <disks>\n  <disk name='vdz'/>\n </disks>\n</domainbackup>";
+    scene
+        .refuses_document(other, "NoSuchDisk", &["line 3, column 3", "'vdz'"])
+        .await;
+    let weekly = "<domainbackup>\n <store name='weekly'/>\n</domainbackup>";
+    scene
+        .refuses_document(weekly, "NoSuchStore", &["line 2, column 2", "'weekly'"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn documents_that_cannot_be_read_or_are_not_supported() {
+    let scene = Scene::new().await;
+    scene
+        .refuses_document("<domainbackup>\n <disks>", "InvalidDefinition", &["line 2"])
+        .await;
+    scene
+        .refuses_document(
+            "<domain/>",
+            "InvalidDefinition",
+            &["line 1, column 1", "domainbackup"],
+        )
+        .await;
+    scene
+        .refuses_document("<domainbackup mode='pull'/>", "Unsupported", &["pull"])
+        .await;
+    let incremental = "<domainbackup><incremental>monday</incremental></domainbackup>";
+    scene
+        .refuses_document(incremental, "Unsupported", &["incremental"])
+        .await;
+    let network = "<domainbackup><disks><disk name='vda' type='network'/></disks></domainbackup>";
+    scene.refuses_document(network, "Unsupported", &["network"]).await;
+    let encrypted = "<target file='/x'><encryption format='luks'/></target>";
+    scene
+        .refuses_document(&disk(encrypted), "Unsupported", &["encryption"])
+        .await;
+    let large = format!("<domainbackup>{}</domainbackup>", " ".repeat(1 << 20));
+    scene
+        .refuses_document(&large, "InvalidDefinition", &["1048576"])
+        .await;
+    let empty = "<domainbackup>\n <disks>\n  <disk name='cd'/>\n </disks>\n</domainbackup>";
+    scene
+        .refuses_document(
+            empty,
+            "InvalidDefinition",
+            &["line 3, column 3", "'cd'", "no medium"],
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn options_that_are_unknown_of_another_type_or_contradict() {
+    let scene = Scene::new().await;
+    let invalid = format!("{STANDARD}InvalidArgs");
+    let options = Options::from([("bandwith", Variant::from(1u64))]);
+    scene.refuses("", &[], options, &invalid, &["'bandwith'"]).await;
+    let options = Options::from([("bandwidth", Variant::from("fast"))]);
+    scene
+        .refuses("", &[], options, &invalid, &["'bandwidth'", "'s'", "'t'"])
+        .await;
+    let options = Options::from([("bandwidth", Variant::from(1u64))]);
+    let document = "<domainbackup><bandwidth>2</bandwidth></domainbackup>";
+    scene
+        .refuses(document, &[], options, &invalid, &["bandwidth"])
+        .await;
+    let options = Options::from([("reuse-external", Variant::from(true))]);
+    scene
+        .refuses("", &[], options, &invalid, &["reuse-external", "store"])
+        .await;
+    let options = Options::from([("incremental", Variant::from("monday"))]);
+    scene
+        .refuses("", &[], options, &format!("{OURS}Unsupported"), &["incremental"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_there_or_has_no_directory() {
+    let scene = Scene::new().await;
+    let there = scene.target("there");
+    fs::write(&there, "precious").unwrap();
+    scene
+        .refuses_target(
+            &there,
+            "TargetExists",
+            &["'vda'", "there exists", "reuse-external"],
+        )
+        .await;
+    scene
+        .refuses_target(
+            &scene.target("no/where"),
+            "TargetInvalid",
+            &["targets/no", "does not exist"],
+        )
+        .await;
+    scene
+        .refuses_target(&there.join("below"), "TargetInvalid", &["there", "no directory"])
+        .await;
+    // A link that leads nowhere is there too.
+    symlink("nowhere", scene.target("link")).unwrap();
+    scene
+        .refuses_target(&scene.target("link"), "TargetExists", &["link"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_behind_a_symbolic_link() {
+    let scene = Scene::new().await;
+    fs::create_dir(scene.target("real")).unwrap();
+    symlink("real", scene.target("link")).unwrap();
+    let through = scene.target("link/a.qcow2");
+    scene
+        .refuses_target(&through, "TargetInvalid", &["targets/link", "symbolic link"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn existing_targets_that_are_missing_or_of_the_wrong_kind_or_size() {
+    let scene = Scene::new().await;
+    scene
+        .refuses_reuse(&file(&scene.target("none")), "TargetInvalid", &["does not exist"])
+        .await;
+    let text = scene.target("text");
+    fs::write(&text, "precious").unwrap();
+    scene
+        .refuses_reuse(&file(&text), "TargetInvalid", &["no qcow2 image"])
+        .await;
+    let raw = disk(&format!(
+        "<driver type='raw'/><target file='{}'/>",
+        text.display()
+    ));
+    scene
+        .refuses_reuse(&raw, "TargetInvalid", &["8 bytes", "67108864"])
+        .await;
+    let small = scene.target("small");
+    let mut command = common::process::bound("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2", small.to_str().unwrap(), "32M"]);
+    common::process::run(command).expect_success();
+    scene
+        .refuses_reuse(&file(&small), "TargetInvalid", &["33554432 bytes", "67108864"])
+        .await;
+    scene
+        .refuses_reuse(&file(&scene.targets), "TargetInvalid", &["not a regular file"])
+        .await;
+    let fifo = scene.target("fifo");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    scene
+        .refuses_reuse(&file(&fifo), "TargetInvalid", &["not a regular file"])
+        .await;
+    symlink("small", scene.target("link")).unwrap();
+    scene
+        .refuses_reuse(
+            &file(&scene.target("link")),
+            "TargetInvalid",
+            &["not a regular file"],
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_of_a_machine_whatever_it_is_called() {
+    let scene = Scene::new().await;
+    let other = scene
+        .system
+        .vm("other")
+        .disk(Disk::new("vda", 64 * MIB))
+        .disk(Disk::new("vdb", 64 * MIB).raw())
+        .start();
+    scene.system.domain_file("other", &other);
+    scene.system.wait_for_domain("other");
+    let hard = scene.target("hard");
+    fs::hard_link(other.source_path("vda"), &hard).unwrap();
+    scene
+        .refuses_reuse(
+            &file(&hard),
+            "TargetInvalid",
+            &["hard", "a disk of a running domain"],
+        )
+        .await;
+    let own = file(scene.vm.source_path("vda"));
+    scene
+        .refuses_reuse(&own, "TargetInvalid", &["a disk of a running domain"])
+        .await;
+    // As a descriptor there is no name at all.
+    let document =
+        "<domainbackup><disks><disk name='vda' type='fd'><target fd='0'/></disk></disks></domainbackup>";
+    let files = [open(other.source_path("vda"), true, true)];
+    let options = Options::from([("reuse-external", Variant::from(true))]);
+    let error = format!("{OURS}TargetInvalid");
+    scene
+        .refuses(
+            document,
+            &files,
+            options,
+            &error,
+            &["fd:0", "a disk of a running domain"],
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_file_for_two_disks() {
+    let scene = Scene::new().await;
+    let (a, b) = (scene.target("a"), scene.target("b"));
+    fs::write(&a, "").unwrap();
+    fs::hard_link(&a, &b).unwrap();
+    let both = |first: &Path, second: &Path| {
+        format!(
+            "<domainbackup>\n<disks>\n<disk name='vda'><target file='{}'/></disk>\n\
+             <disk name='vdb'><target file='{}'/></disk></disks></domainbackup>",
+            first.display(),
+            second.display()
+        )
+    };
+    scene
+        .refuses_document(&both(&a, &a), "InvalidDefinition", &["line 4"])
+        .await;
+    scene
+        .refuses_reuse(
+            &both(&a, &b),
+            "TargetInvalid",
+            &["'vda' and 'vdb'", "same target"],
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn block_devices_that_are_none_in_use_or_too_small() {
+    let scene = Scene::new().await;
+    let block = |path: &Path, format: &str| {
+        format!(
+            "<domainbackup><disks><disk name='vda' type='block'><driver type='{format}'/>\
+             <target dev='{}'/></disk></disks></domainbackup>",
+            path.display()
+        )
+    };
+    let text = scene.target("text");
+    fs::write(&text, "precious").unwrap();
+    scene
+        .refuses_document(&block(&text, "qcow2"), "TargetInvalid", &["not a block device"])
+        .await;
+    scene
+        .refuses_document(
+            &block(&scene.target("none"), "raw"),
+            "TargetInvalid",
+            &["does not exist"],
+        )
+        .await;
+    scene
+        .refuses_document(
+            &block(Path::new("/dev/null"), "raw"),
+            "TargetInvalid",
+            &["not a block device"],
+        )
+        .await;
+    let small = LoopDevice::attach(&scene.system.dir().join("small.img"), 8 * MIB);
+    let raw = block(small.device(), "raw");
+    scene
+        .refuses_document(&raw, "TargetInvalid", &["8388608 bytes", "67108864"])
+        .await;
+    scene
+        .refuses_document(&block(small.device(), "qcow2"), "NoSpace", &["8388608 bytes"])
+        .await;
+    let used = LoopDevice::attach(&scene.system.dir().join("used.img"), 128 * MIB);
+    let _exclusive: OwnedFd = rustix::fs::open(
+        used.device(),
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::EXCL,
+        rustix::fs::Mode::empty(),
+    )
+    .unwrap();
+    scene
+        .refuses_document(&block(used.device(), "raw"), "TargetInvalid", &["in use"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn descriptors_that_cannot_be_written_or_do_not_fit() {
+    let scene = Scene::new().await;
+    let error = format!("{OURS}TargetInvalid");
+    let document =
+        "<domainbackup>\n<disks>\n<disk name='vda' type='fd'><target fd='0'/></disk></disks></domainbackup>";
+    let path = scene.target("own");
+    fs::write(&path, "").unwrap();
+    let files = [open(&path, true, false)];
+    scene
+        .refuses(
+            document,
+            &files,
+            Options::new(),
+            &error,
+            &["fd:0", "reading only"],
+        )
+        .await;
+    let files = [open(&path, false, true)];
+    scene
+        .refuses(
+            document,
+            &files,
+            Options::new(),
+            &error,
+            &["fd:0", "writing only"],
+        )
+        .await;
+    let append = fs::File::options().read(true).append(true).open(&path).unwrap();
+    scene
+        .refuses(document, &[append.into()], Options::new(), &error, &["O_APPEND"])
+        .await;
+    let by_path = rustix::fs::open(&path, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+    scene
+        .refuses(document, &[by_path], Options::new(), &error, &["O_PATH"])
+        .await;
+    let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+    scene
+        .refuses(
+            document,
+            &[socket.into()],
+            Options::new(),
+            &error,
+            &["not a regular file"],
+        )
+        .await;
+    fs::write(&path, "precious").unwrap();
+    let files = [open(&path, true, true)];
+    let exists = format!("{OURS}TargetExists");
+    scene
+        .refuses(document, &files, Options::new(), &exists, &["fd:0"])
+        .await;
+    let missing = format!("{OURS}InvalidDefinition");
+    scene
+        .refuses(
+            document,
+            &[],
+            Options::new(),
+            &missing,
+            &["line 3, column 1", "fd='0'", "0 descriptors"],
+        )
+        .await;
+    let files = [open(&path, true, true)];
+    scene
+        .refuses(
+            "",
+            &files,
+            Options::new(),
+            &format!("{STANDARD}InvalidArgs"),
+            &["descriptor 0"],
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_little_space_for_what_the_disk_holds() {
+    let scene = Scene::new().await;
+    let small = Tmpfs::mount(&scene.target("small"), 8 * MIB);
+    let target = small.path().join("a.qcow2");
+    scene
+        .refuses_target(&target, "NoSpace", &["bytes of free space"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stores_that_somebody_else_could_swap() {
+    let outside = common::test_directory();
+    let path = |name: &str| outside.path().join(name);
+    for name in ["writable", "foreign", "real"] {
+        fs::create_dir(path(name)).unwrap();
+        fs::create_dir(path(name).join("store")).unwrap();
+    }
+    fs::set_permissions(path("writable"), fs::Permissions::from_mode(0o777)).unwrap();
+    std::os::unix::fs::chown(path("foreign"), Some(65534), None).unwrap();
+    symlink("real", path("link")).unwrap();
+    symlink("store", path("real/linked")).unwrap();
+    fs::create_dir(path("real/open")).unwrap();
+    fs::set_permissions(path("real/open"), fs::Permissions::from_mode(0o1777)).unwrap();
+    let system = System::setup()
+        .store("writable", &path("writable/store"))
+        .store("foreign", &path("foreign/store"))
+        .store("link", &path("link/store"))
+        .store("linked", &path("real/linked"))
+        .store("open", &path("real/open"))
+        .store("missing", &path("real/missing"))
+        .store("good", &path("real/store"))
+        .start();
+    let scene = Scene::of(system).await;
+    let store = |name: &str| format!("<domainbackup><store name='{name}'/></domainbackup>");
+    for (name, words) in [
+        ("writable", ["/writable:", "can be written"]),
+        ("foreign", ["/foreign:", "belongs to user 65534"]),
+        ("link", ["/link:", "symbolic link"]),
+        ("linked", ["/linked:", "symbolic link"]),
+        ("open", ["/open:", "can be written"]),
+        ("missing", ["/missing:", "does not exist"]),
+    ] {
+        scene
+            .refuses_document(&store(name), "TargetInvalid", &words)
+            .await;
+    }
+    assert_completed(&scene.caller.start("web", &store("good")).await).await;
+    // The domain's own directory counts too.
+    fs::remove_dir_all(path("real/store/web")).unwrap();
+    symlink(outside.path(), path("real/store/web")).unwrap();
+    let error = scene
+        .caller
+        .try_start("web", &store("good"), &[], Options::new())
+        .await
+        .unwrap_err();
+    assert_eq!(error_name(&error), format!("{OURS}TargetInvalid"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_cannot_be_reached() {
+    let scene = Scene::new().await;
+    let gone = scene.target("gone.qmp");
+    scene
+        .system
+        .write_domain_file("gone", &format!("monitor = \"{}\"\n", gone.display()));
+    common::wait::until_async("the domain gone", || async {
+        scene.caller.manager.get_domain("gone").await.ok()
+    })
+    .await;
+    let error = scene
+        .caller
+        .try_start("gone", "", &[], Options::new())
+        .await
+        .unwrap_err();
+    assert_eq!(error_name(&error), format!("{OURS}DomainUnreachable"));
+    assert!(error.to_string().contains("gone.qmp"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_backup_of_the_same_machine() {
+    let scene = Scene::new().await;
+    let options = Options::from([("bandwidth", Variant::from(MIB))]);
+    let job = scene.caller.start_with("web", "", &[], options).await;
+    let error = scene
+        .caller
+        .try_start("web", "", &[], Options::new())
+        .await
+        .unwrap_err();
+    assert_eq!(error_name(&error), format!("{OURS}Busy"));
+    assert!(error.to_string().contains("'web'"), "{error}");
+    job.set_speed(0).await.unwrap();
+    assert_completed(&job).await;
+    assert_completed(&scene.caller.start("web", "").await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_wants_no_reply_does_nothing() {
+    let scene = Scene::new().await;
+    let files: Vec<zbus::Fd<'_>> = Vec::new();
+    let message = zbus::Message::method_call("/org/example/Backup1", "CreateBackup")
+        .destination("org.example.Backup1")
+        .interface("org.example.Backup1")
+        .with_flags(zbus::message::Flags::NO_REPLY_EXPECTED)
+        .build(&("web", "", files, Options::new()))
+        .unwrap();
+    scene.caller.connection.send(&message).await.unwrap();
+    // Calls are taken up in their order: when these are answered, that one is done with.
+    for _ in 0..3 {
+        scene.caller.manager.list_domains().await.unwrap();
+    }
+    assert_eq!(scene.caller.manager.list_jobs().await.unwrap(), []);
+    assert_eq!(scene.files(), []);
+}

@@ -162,6 +162,16 @@ impl Access {
                 tracing::debug!(?caller, action = permission.action(), ?details, "granted");
                 Ok(())
             }
+            // It could be asked, and there was nobody to ask: calling again would not help.
+            Decision::Challenge if caller.interactive => {
+                tracing::info!(
+                    ?caller,
+                    action = permission.action(),
+                    ?details,
+                    "denied: nobody to ask"
+                );
+                Err(Error::Denied(permission))
+            }
             Decision::Challenge => {
                 tracing::info!(
                     ?caller,

@@ -88,7 +88,6 @@ async fn run(arguments: Arguments) -> Result<(), Fatal> {
     };
     tell_manager(&[NotifyState::Stopping]);
     tracing::info!("stopping");
-    published.retire().await;
     service.shut_down().await;
     published.close().await;
     ended

@@ -83,17 +83,14 @@ impl Published {
         let _ = (&mut self.watching).await;
     }
 
-    /// Takes no more calls. Jobs that end from now on are still announced.
-    pub async fn retire(&self) {
-        // Where the bus is gone, so is the name.
-        let _ = self.connection.release_name(BUS_NAME).await;
-    }
-
-    /// Announces what has ended and leaves the bus.
+    /// Announces what has ended, as the owner of the name by which listeners know the service, and leaves the bus.
     pub async fn close(self) {
         self.publisher.finish();
+        // It ends by itself, or by a panic, which aborts.
         let _ = self.publishing.await;
         self.watching.abort();
+        // Where the bus is gone, so are name and connection.
+        let _ = self.connection.release_name(BUS_NAME).await;
         let _ = self.connection.close().await;
     }
 }

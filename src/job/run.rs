@@ -20,7 +20,7 @@ use crate::definition::Format;
 use crate::domain::Link;
 use crate::error;
 use crate::plan::{DiskPlan, Place};
-use crate::qmp::EventsError;
+use crate::qmp::{Events, EventsError};
 use crate::target::{Media, Target, Targets};
 
 /// How often the progress is asked for while the job runs.
@@ -204,7 +204,7 @@ impl<'a> Watch<'a> {
     }
 
     /// Follows the jobs until QEMU has concluded all of them.
-    async fn run(&mut self, mut events: crate::qmp::Events) -> crate::qmp::Result<()> {
+    async fn run(&mut self, mut events: Events) -> crate::qmp::Result<()> {
         let mut speeds = self.job.speed.subscribe();
         let mut progress = tokio::time::interval(PROGRESS);
         progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -219,9 +219,9 @@ impl<'a> Watch<'a> {
                         self.show();
                     }
                     // Of a closed connection this says why it was closed.
-                    Err(EventsError::Missed | EventsError::Closed) => self.ask().await?,
+                    Err(EventsError::Missed | EventsError::Closed) => self.ask(&mut events).await?,
                 },
-                _ = progress.tick() => self.ask().await?,
+                _ = progress.tick() => self.ask(&mut events).await?,
                 () = self.job.cancel.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.cancel().await?;
@@ -235,8 +235,12 @@ impl<'a> Watch<'a> {
         Ok(())
     }
 
-    async fn ask(&mut self) -> crate::qmp::Result<()> {
+    async fn ask(&mut self, events: &mut Events) -> crate::qmp::Result<()> {
         let infos = self.footprint.query_jobs().await?;
+        // What QEMU said before it answered says more than the answer.
+        while let Some(event) = events.next_now() {
+            self.tracker.event(&event);
+        }
         self.tracker.query(&infos);
         let done = self.tracker.jobs().iter().map(|job| job.done).sum();
         let rate = self.meter.measure(Instant::now(), done);

@@ -46,6 +46,17 @@ pub enum EventsError {
 }
 
 impl Events {
+    /// The next event that is there already: after a reply, all that QEMU said before it.
+    pub fn next_now(&mut self) -> Option<Arc<Event>> {
+        loop {
+            match self.0.try_recv() {
+                Ok(event) => return Some(event),
+                Err(broadcast::error::TryRecvError::Lagged(_)) => {}
+                Err(_) => return None,
+            }
+        }
+    }
+
     /// Waits for the next event. Cancel-safe.
     pub async fn next(&mut self) -> std::result::Result<Arc<Event>, EventsError> {
         self.0.recv().await.map_err(|error| match error {

@@ -193,7 +193,7 @@ step "The user nobody, whom polkit's rule allows, backs it up, while the machine
 start signals dbus-monitor --address "$DBUS_SYSTEM_BUS_ADDRESS" \
     "type='signal',path_namespace='/org/example/Backup1'"
 signals=${pids[-1]}
-listens() { grep -q 'member=NameLost' "$dir/signals.out"; }
+listens() { grep -qs 'member=NameLost' "$dir/signals.out"; }
 until_true "the bus's monitor" listens
 
 copies() {

@@ -1,0 +1,256 @@
+//! The command-line client against the real service: what it prints, what it makes, and how it exits.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use common::System;
+use common::clients::{OTHER_USER, ROOT, USER};
+use common::disk::Disk;
+use common::polkit;
+use common::process::Output;
+use common::storage::{files_below, identical};
+use common::vm::Vm;
+use common::wait;
+use rustix::process::Signal;
+use serde_json::Value;
+
+const MIB: u64 = 1 << 20;
+
+fn machine(system: &System) -> Vm {
+    let vm = system
+        .vm("web")
+        .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
+        .disk(Disk::new("vdb", 32 * MIB).raw().fill(0, 4 * MIB, 0x22))
+        .disk(Disk::empty_cdrom("cd"))
+        .running()
+        .start();
+    system.domain_file("web", &vm);
+    system.wait_for_domain("web");
+    vm
+}
+
+fn root(system: &System, arguments: &[&str]) -> Output {
+    system.clients().backupctl(ROOT, arguments)
+}
+
+fn json(output: &Output) -> Vec<Value> {
+    let lines = output.stdout.lines();
+    lines
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+#[test]
+fn create_waits_says_where_the_images_are_and_exits_with_0() {
+    let system = System::start();
+    let mut vm = machine(&system);
+    let output = root(&system, &["create", "web"]);
+    assert_eq!(output.status, 0, "{}", output.stderr);
+    assert!(
+        output.stdout.contains("Backup 1 of web completed"),
+        "{}",
+        output.stdout
+    );
+    let files = files_below(&system.store().join("web"));
+    let image = files.iter().find(|file| file.ends_with("vda.qcow2")).unwrap();
+    let image = system.store().join("web").join(image);
+    assert!(
+        output.stdout.contains(image.to_str().unwrap()),
+        "{}",
+        output.stdout
+    );
+    vm.quit();
+    assert!(identical(&image, "qcow2", vm.source_path("vda"), "qcow2"));
+}
+
+#[test]
+fn images_go_to_a_directory_or_to_files_in_the_format_that_is_asked_for() {
+    let system = System::start();
+    let mut vm = machine(&system);
+    let dir = system.dir().join("images");
+    fs::create_dir(&dir).unwrap();
+    let output = root(
+        &system,
+        &["create", "web", "--to", dir.to_str().unwrap(), "--format", "raw"],
+    );
+    assert_eq!(output.status, 0, "{}", output.stderr);
+    assert_eq!(files_below(&dir), ["vda.raw", "vdb.raw"]);
+    let file = format!("vdb={}/only & one.qcow2", dir.display());
+    let output = root(&system, &["create", "web", "--disk", &file, "--compress", "zstd"]);
+    assert_eq!(output.status, 0, "{}", output.stderr);
+    let output = root(&system, &["create", "web", "--disk", &file]);
+    assert_eq!(output.status, 1);
+    assert!(output.stderr.contains("exists already"), "{}", output.stderr);
+    vm.quit();
+    for disk in ["vda", "vdb"] {
+        let image = dir.join(format!("{disk}.raw"));
+        assert!(
+            identical(&image, "raw", vm.source_path(disk), vm.source_format(disk)),
+            "{disk}"
+        );
+    }
+    assert!(identical(
+        &dir.join("only & one.qcow2"),
+        "qcow2",
+        vm.source_path("vdb"),
+        "raw"
+    ));
+}
+
+#[test]
+fn an_ordinary_user_gets_images_of_its_own() {
+    let system = System::setup()
+        .rules(&polkit::allow(USER, &["domain.backup"]))
+        .start();
+    let mut vm = machine(&system);
+    let dir = system.dir().join("mine");
+    fs::create_dir(&dir).unwrap();
+    std::os::unix::fs::chown(&dir, Some(USER), Some(USER)).unwrap();
+    let arguments = ["create", "web", "--to", dir.to_str().unwrap(), "--own-files"];
+    let output = system.clients().backupctl(USER, &arguments);
+    assert_eq!(output.status, 0, "{}", output.stderr);
+    assert_eq!(fs::metadata(dir.join("vda.qcow2")).unwrap().uid(), USER);
+    let other = system
+        .clients()
+        .backupctl(OTHER_USER, &["create", "web", "--no-ask-password"]);
+    assert_eq!(other.status, 4, "{}", other.stderr);
+    vm.quit();
+    assert!(identical(
+        &dir.join("vda.qcow2"),
+        "qcow2",
+        vm.source_path("vda"),
+        "qcow2"
+    ));
+}
+
+#[test]
+fn a_definition_is_passed_as_it_is_and_dumped_as_it_was_resolved() {
+    let system = System::start();
+    let _vm = machine(&system);
+    let definition = system.dir().join("nightly.xml");
+    let text = "<domainbackup><name>nightly</name><disks><disk name='vdb'/></disks></domainbackup>";
+    fs::write(&definition, text).unwrap();
+    let output = root(
+        &system,
+        &["create", "web", "--definition", definition.to_str().unwrap()],
+    );
+    assert_eq!(output.status, 0, "{}", output.stderr);
+    let dumped = root(&system, &["dump", "1"]).expect_success();
+    for words in [
+        "<name>nightly</name>",
+        "<store name='default'/>",
+        "<disk name='vda' backup='no'/>",
+    ] {
+        assert!(dumped.contains(words), "{dumped}");
+    }
+    fs::write(&definition, "<domainbackup>\n<disk/>\n</domainbackup>").unwrap();
+    let output = root(
+        &system,
+        &["create", "web", "--definition", definition.to_str().unwrap()],
+    );
+    assert_eq!(output.status, 1);
+    assert!(output.stderr.contains("line 2, column 1"), "{}", output.stderr);
+}
+
+#[test]
+fn what_there_is_is_listed_as_text_and_as_json() {
+    let system = System::start();
+    let vm = machine(&system);
+    let domains = root(&system, &["domains"]).expect_success();
+    assert!(
+        domains.contains("web") && domains.contains(vm.uuid()),
+        "{domains}"
+    );
+    root(&system, &["create", "web"]).expect_success();
+    let jobs = root(&system, &["jobs"]).expect_success();
+    assert!(jobs.contains("web") && jobs.contains("completed"), "{jobs}");
+    let shown = root(&system, &["show", "1"]).expect_success();
+    assert!(shown.contains("vda") && shown.contains("completed"), "{shown}");
+    for arguments in [
+        &["--json", "domains"][..],
+        &["--json", "jobs"],
+        &["--json", "show", "1"],
+    ] {
+        let output = root(&system, arguments);
+        assert_eq!(output.status, 0, "{}", output.stderr);
+        assert!(output.stdout.contains("\"web\""), "{}", output.stdout);
+        serde_json::from_str::<Value>(&output.stdout).unwrap();
+    }
+    let events = json(&root(&system, &["--json", "create", "web"]));
+    assert_eq!(events.first().unwrap()["event"], "started");
+    assert_eq!(events.last().unwrap()["event"], "result");
+    assert_eq!(events.last().unwrap()["result"], "completed");
+}
+
+#[test]
+fn errors_have_their_exit_status_and_a_hint() {
+    let system = System::start();
+    let _vm = machine(&system);
+    let unknown = root(&system, &["create", "ghost"]);
+    assert_eq!(unknown.status, 1);
+    assert!(
+        unknown.stderr.contains("no domain") && unknown.stderr.contains("backupctl domains"),
+        "{}",
+        unknown.stderr
+    );
+    assert_eq!(root(&system, &["create"]).status, 2);
+    assert_eq!(
+        root(&system, &["create", "web", "--store", "a", "--to", "/b"]).status,
+        2
+    );
+    assert_eq!(root(&system, &["show", "99"]).status, 1);
+    let denied = system
+        .clients()
+        .backupctl(USER, &["--json", "create", "web", "--no-ask-password"]);
+    assert_eq!(denied.status, 4);
+    let error: Value = serde_json::from_str(denied.stderr.lines().next().unwrap()).unwrap();
+    assert_eq!(
+        error["error"],
+        "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"
+    );
+}
+
+#[test]
+fn a_detached_backup_is_watched_and_cancelled_from_elsewhere() {
+    let system = System::start();
+    let vm = machine(&system);
+    let before = vm.residue();
+    let detached = root(&system, &["create", "web", "--bandwidth", "1M", "--detach"]);
+    assert_eq!(detached.status, 0, "{}", detached.stderr);
+    assert!(detached.stdout.contains('1'), "{}", detached.stdout);
+    let mut watch = system.clients().start_backupctl("watch", ROOT, &["watch", "1"]);
+    wait::until("the watcher to see it run", || {
+        let running = watch.log().contains("running") || watch.stdout().contains("running");
+        running.then_some(())
+    });
+    assert_eq!(root(&system, &["speed", "1", "2M"]).status, 0);
+    let cancelled = root(&system, &["cancel", "1"]);
+    assert_eq!(cancelled.status, 0, "{}", cancelled.stderr);
+    assert_eq!(watch.wait(), 3, "{}", watch.log());
+    assert_eq!(vm.residue(), before);
+    assert_eq!(files_below(&system.store()), [""; 0]);
+}
+
+#[test]
+fn an_interrupt_without_a_terminal_cancels_and_a_request_to_end_detaches() {
+    let system = System::start();
+    let _vm = machine(&system);
+    for (number, signal, status, state) in [(1, Signal::INT, 3, "cancelled"), (2, Signal::TERM, 1, "running")]
+    {
+        let name = format!("create-{number}");
+        let mut create =
+            system
+                .clients()
+                .start_backupctl(&name, ROOT, &["create", "web", "--bandwidth", "1M"]);
+        wait::until("it to run", || {
+            (create.log().contains("running") || create.stdout().contains("running")).then_some(())
+        });
+        create.signal(signal);
+        assert_eq!(create.wait(), status, "{}", create.log());
+        let shown = root(&system, &["show", &number.to_string()]).expect_success();
+        assert!(shown.contains(state), "{shown}");
+    }
+    root(&system, &["cancel", "2"]).expect_success();
+}

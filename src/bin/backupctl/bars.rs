@@ -73,7 +73,8 @@ impl Bars {
     fn add(&mut self, label: &str) {
         let shown = escape(label);
         self.width = self.width.max(shown.chars().count());
-        let bar = self.all.add(ProgressBar::new(0));
+        // Not 0: a bar of nothing is full before it is first set.
+        let bar = self.all.add(ProgressBar::new(1));
         // The template is a constant, so this can't fail; a bar with the default style would do as well.
         if let Ok(style) = ProgressStyle::with_template("{prefix} [{wide_bar}] {percent:>3}% {msg}") {
             bar.set_style(style.progress_chars("=> "));

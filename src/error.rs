@@ -40,7 +40,8 @@ impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self {
             kind,
-            message: message.into(),
+            // A string on the bus holds no NUL, and some of the text is QEMU's.
+            message: message.into().replace('\0', "\u{fffd}"),
         }
     }
 }

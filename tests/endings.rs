@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 
 use common::System;
-use common::caller::{Caller, Signal, assert_completed, brief};
+use common::caller::{Caller, Signal, brief};
 use common::disk::Disk;
 use common::proxies::{JobProxy, Options, error_name};
 use common::storage::{Tmpfs, files_below};

@@ -61,7 +61,9 @@ pub const ACTIONS: &[&str] = &[
     Permission::DomainSetSpeed.action(),
 ];
 
-/// How long an answer may take that needs nobody's password, and one that does.
+/// How long an answer may take: to a glance, for which others wait; to a question that needs nobody's password; and to
+/// one that does.
+const GLANCE: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(10);
 const INTERACTIVE_PATIENCE: Duration = Duration::from_secs(600);
 
@@ -155,8 +157,18 @@ impl Access {
         } else {
             PATIENCE
         };
-        let decision =
-            tokio::time::timeout(patience, self.0.check(caller, permission.action(), details)).await;
+        self.decide(caller, permission, details, patience).await
+    }
+
+    async fn decide(
+        &self,
+        caller: &Caller,
+        permission: Permission,
+        details: &Details,
+        patience: Duration,
+    ) -> Result<(), Error> {
+        let question = self.0.check(caller, permission.action(), details);
+        let decision = tokio::time::timeout(patience, question).await;
         match decision.unwrap_or_else(|_| Decision::Failed(format!("no answer within {patience:?}"))) {
             Decision::Granted => {
                 tracing::debug!(?caller, action = permission.action(), ?details, "granted");
@@ -204,7 +216,8 @@ impl Access {
             interactive: false,
             ..caller.clone()
         };
-        self.require(&silent, permission, details).await.is_ok()
+        let decision = self.decide(&silent, permission, details, GLANCE).await;
+        decision.is_ok()
     }
 }
 

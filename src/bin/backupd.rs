@@ -52,6 +52,7 @@ enum Fatal {
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start_log();
+    die_of_panics();
     match run(arguments).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -71,10 +72,9 @@ async fn run(arguments: Arguments) -> Result<(), Fatal> {
         target::ensure_store(&store.path)?;
     }
     let domains = Registry::open(Directories::new(config.domain_directories)).map_err(Fatal::Domains)?;
-    for domain in domains.list() {
-        let settled = domain.settled(FIRST_LOOK);
-        settled.await;
-    }
+    let known = domains.list();
+    let settled = known.iter().map(|domain| domain.settled(FIRST_LOOK));
+    futures_util::future::join_all(settled).await;
     let access = Access::new(Arc::new(Polkit::start()?));
     let service = Arc::new(Service::new(domains, Jobs::new(), access, config.stores));
     let connection = zbus::connection::Builder::system().build().await?;
@@ -91,6 +91,16 @@ async fn run(arguments: Arguments) -> Result<(), Fatal> {
     service.shut_down().await;
     published.close().await;
     ended
+}
+
+/// A panic is the end of the service, not of one task: who waits for that task would wait for ever.
+fn die_of_panics() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        report(info);
+        tracing::error!("{info}");
+        std::process::abort();
+    }));
 }
 
 /// To the journal where there is one, else to standard error.

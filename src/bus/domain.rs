@@ -8,6 +8,7 @@ use zbus::{Connection, interface};
 
 use super::Context;
 use super::error::{BusError, Result};
+use super::manager::Wanted;
 use super::options::Dictionary;
 use crate::domain::{Domain, Snapshot};
 use crate::error::Kind;
@@ -27,10 +28,11 @@ impl DomainObject {
 
     /// Goes on only for a reader that may know of this domain; `whole` if it wants more than its name and state.
     async fn check(&self, header: Option<Header<'_>>, connection: &Connection, whole: bool) -> Result<()> {
-        let visit = self.context.reader(header, connection).await?;
+        let header = header.ok_or_else(BusError::no_sender)?;
+        let visit = self.context.look(&header, connection).await?;
         let service = &self.context.service;
         if !service.sees(&visit.caller, &self.domain).await {
-            return Err(BusError::new(Kind::UnknownObject, "no such object"));
+            return Err(BusError::no_object(&header));
         }
         if whole && !service.reads(&visit.caller, &self.domain).await {
             return Err(BusError::new(
@@ -74,8 +76,12 @@ impl DomainObject {
         options: Dictionary,
     ) -> Result<(u32, OwnedObjectPath)> {
         let visit = self.context.act(&header, connection).await?;
+        if !self.context.service.sees(&visit.caller, &self.domain).await {
+            return Err(BusError::no_object(&header));
+        }
+        let domain = Wanted::This(self.domain.clone());
         self.context
-            .create_backup(visit, &self.domain.name, definition, files, options)
+            .create_backup(visit, domain, definition, files, options)
             .await
     }
 

@@ -47,13 +47,22 @@ impl BusError {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self(Error::new(kind, message))
     }
+
+    /// What the object server says of a path that has no object: a hidden object answers no other way.
+    pub fn no_object(call: &Header<'_>) -> Self {
+        let path = call.path().map(|path| path.as_str()).unwrap_or_default();
+        Self::new(Kind::UnknownObject, format!("Unknown object '{path}'"))
+    }
+
+    /// A message that nobody sent gives nobody a right.
+    pub fn no_sender() -> Self {
+        Self::new(Kind::AccessDenied, "the message has no sender")
+    }
 }
 
 impl DBusError for BusError {
     fn create_reply(&self, call: &Header<'_>) -> zbus::Result<Message> {
-        // A string on the bus holds no NUL.
-        let text = self.0.message.replace('\0', "\u{fffd}");
-        Message::error(call, self.name()).build(&(text,))
+        Message::error(call, self.name()).build(&(self.0.message.as_str(),))
     }
 
     fn name(&self) -> ErrorName<'_> {

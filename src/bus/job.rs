@@ -87,16 +87,17 @@ impl JobObject {
     }
 
     /// Goes on only for a caller that may know of this job: to others it is not there.
-    async fn known(&self, visit: &Visit) -> Result<()> {
+    async fn known(&self, visit: &Visit, header: &Header<'_>) -> Result<()> {
         if self.context.service.knows(&visit.caller, &self.job).await {
             return Ok(());
         }
-        Err(BusError::new(Kind::UnknownObject, "no such object"))
+        Err(BusError::no_object(header))
     }
 
     async fn check(&self, header: Option<Header<'_>>, connection: &Connection) -> Result<()> {
-        let visit = self.context.reader(header, connection).await?;
-        self.known(&visit).await
+        let header = header.ok_or_else(BusError::no_sender)?;
+        let visit = self.context.look(&header, connection).await?;
+        self.known(&visit, &header).await
     }
 
     async fn view(&self, header: Option<Header<'_>>, connection: &Connection) -> Result<View> {
@@ -106,7 +107,7 @@ impl JobObject {
 
     async fn cancel(&self, header: &Header<'_>, connection: &Connection, disk: Option<&str>) -> Result<()> {
         let mut visit = self.context.act(header, connection).await?;
-        self.known(&visit).await?;
+        self.known(&visit, header).await?;
         let caller = visit.caller.clone();
         let cancel = async { Ok(self.context.service.cancel(&caller, &self.job, disk).await?) };
         visit.while_present(cancel).await
@@ -140,7 +141,7 @@ impl JobObject {
         #[zbus(connection)] connection: &Connection,
     ) -> Result<(String, String, String)> {
         let mut visit = self.context.act(&header, connection).await?;
-        self.known(&visit).await?;
+        self.known(&visit, &header).await?;
         let outcome = visit.while_present(async { Ok(self.job.wait().await) }).await?;
         let (word, name, message) = result(&outcome);
         Ok((word.to_owned(), name.to_owned(), message))
@@ -153,7 +154,7 @@ impl JobObject {
         bytes_per_second: u64,
     ) -> Result<()> {
         let mut visit = self.context.act(&header, connection).await?;
-        self.known(&visit).await?;
+        self.known(&visit, &header).await?;
         let caller = visit.caller.clone();
         let set = async {
             Ok(self

@@ -1,6 +1,7 @@
 //! `org.example.Backup1`: the root object.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
@@ -11,6 +12,7 @@ use super::error::Result;
 use super::options::{self, Dictionary};
 use super::visit::Visit;
 use super::{Context, domain_path, job_path};
+use crate::domain::Domain;
 use crate::service::Request;
 
 pub struct Manager(Context);
@@ -21,12 +23,19 @@ impl Manager {
     }
 }
 
+/// The domain that a call is about.
+pub enum Wanted<'a> {
+    Named(&'a str),
+    /// The one whose object was called, whatever has its name by now.
+    This(Arc<Domain>),
+}
+
 impl Context {
     /// What `CreateBackup` of the root and of a domain have in common.
     pub async fn create_backup(
         &self,
         mut visit: Visit,
-        domain: &str,
+        domain: Wanted<'_>,
         definition: &str,
         files: Vec<zbus::OwnedFd>,
         options: Dictionary,
@@ -36,7 +45,10 @@ impl Context {
         let caller = visit.caller.clone();
         let authorised = visit
             .while_present(async {
-                let domain = self.service.domain(&caller, domain).await?;
+                let domain = match domain {
+                    Wanted::Named(name) => self.service.domain(&caller, name).await?,
+                    Wanted::This(domain) => domain,
+                };
                 Ok(self.service.authorise(&caller, domain, request).await?)
             })
             .await?;
@@ -62,7 +74,7 @@ impl Manager {
     ) -> Result<(u32, OwnedObjectPath)> {
         let visit = self.0.act(&header, connection).await?;
         self.0
-            .create_backup(visit, domain, definition, files, options)
+            .create_backup(visit, Wanted::Named(domain), definition, files, options)
             .await
     }
 

@@ -165,7 +165,10 @@ impl Work {
                 .unwrap_or_else(PoisonError::into_inner)
                 .remove(&domain.id);
             removed(server.remove::<DomainObject, _>(domain_path(domain.id)).await);
-            self.audience.domain_removed(&domain).await;
+            let audience = self.audience.clone();
+            domains
+                .signals
+                .spawn(async move { audience.domain_removed(&domain).await });
         }
         for (id, domain) in now {
             if domains.present.contains_key(&id) {
@@ -183,7 +186,6 @@ impl Work {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .insert(id);
-            self.audience.domain_added(&domain).await;
             let signals = domains
                 .signals
                 .spawn(follow_domain(domain.clone(), self.audience.clone()));

@@ -130,7 +130,7 @@ impl Audience {
         self.tell_all("JobEnded", &(job.id, job_path(job.id), word)).await;
     }
 
-    pub async fn domain_added(&self, domain: &Domain) {
+    async fn domain_added(&self, domain: &Domain) {
         let seers = self.seers(domain).await;
         self.tell(
             &seers,
@@ -155,8 +155,9 @@ impl Audience {
     }
 }
 
-/// `PropertiesChanged` of one domain, for as long as this runs.
+/// `DomainAdded`, and then `PropertiesChanged` of the domain for as long as this runs.
 pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
+    audience.domain_added(&domain).await;
     let mut snapshots = domain.snapshots();
     let path = domain_path(domain.id);
     let mut told = domain_view(&snapshots.borrow_and_update());

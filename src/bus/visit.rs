@@ -81,9 +81,7 @@ impl Visit {
 impl Context {
     /// Lets a call in that only looks.
     pub async fn look(&self, header: &Header<'_>, connection: &Connection) -> Result<Visit> {
-        let sender = header
-            .sender()
-            .ok_or_else(|| BusError::new(Kind::AccessDenied, "the message has no sender"))?;
+        let sender = header.sender().ok_or_else(BusError::no_sender)?;
         let place = self.gate.enter(sender.as_str())?;
         // Before the question for its user: then no leaving is missed.
         let departure = self.peers.departure(sender.as_str());
@@ -109,12 +107,6 @@ impl Context {
             ));
         }
         self.look(header, connection).await
-    }
-
-    /// Who reads a property. Where zbus itself would read, there is nobody to be authorised.
-    pub async fn reader(&self, header: Option<Header<'_>>, connection: &Connection) -> Result<Visit> {
-        let header = header.ok_or_else(|| BusError::new(Kind::AccessDenied, "the message has no sender"))?;
-        self.look(&header, connection).await
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use futures_util::{FutureExt, StreamExt};
 use inotify::{EventMask, Inotify, WatchMask};
+use rustix::fs::{Mode, OFlags};
 use serde::Deserialize;
 
 use super::is_domain_name;
@@ -175,7 +176,9 @@ fn files_in(directory: &Path) -> Vec<PathBuf> {
 fn read_file(path: &Path) -> Result<(String, DomainFile), FileError> {
     let stem = path.file_stem().and_then(|stem| stem.to_str());
     let name = stem.filter(|name| is_domain_name(name)).ok_or(FileError::Name)?;
-    let file = std::fs::File::open(path)?;
+    // Whatever it is, opening it waits for nobody.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = std::fs::File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(io::Error::from)?);
     let metadata = file.metadata()?;
     if !metadata.is_file() || metadata.len() > MAX_BYTES {
         return Err(FileError::NotAFile);

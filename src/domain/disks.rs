@@ -151,12 +151,33 @@ impl Graph {
 /// Filters that pass the guest's data through unchanged, so that the node below has the same content.
 const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "copy-before-write"];
 
-pub(super) fn disks(drives: Vec<BlockInfo>, nodes: &[Node], graph: &Graph) -> Vec<Disk> {
+/// More disks, and longer names, than any machine has: a peer that says so is not QEMU.
+const MAX_DISKS: usize = 256;
+const MAX_NAME: usize = 255;
+
+/// The disks of all drives; none if the peer claims what no QEMU does.
+pub(super) fn disks(drives: Vec<BlockInfo>, nodes: &[Node], graph: &Graph) -> Option<Vec<Disk>> {
+    if drives.len() > MAX_DISKS {
+        return None;
+    }
     let nodes: HashMap<&str, &Node> = nodes.iter().map(|node| (node.name.as_str(), node)).collect();
-    drives
-        .into_iter()
-        .filter_map(|drive| disk(drive, &nodes, graph))
-        .collect()
+    let mut disks: Vec<Disk> = Vec::new();
+    for drive in drives {
+        let Some(mut disk) = disk(drive, &nodes, graph) else {
+            continue;
+        };
+        // The id of one disk's device can be that of another's drive.
+        while disks.iter().any(|other| other.name == disk.name) && !disk.aliases.is_empty() {
+            disk.name = disk.aliases.remove(0);
+        }
+        disks.push(disk);
+    }
+    let good = |name: &String| name.len() <= MAX_NAME && !name.contains(char::is_control);
+    let named = |disk: &Disk| {
+        let own = [&disk.name, &disk.node, &disk.format];
+        own.into_iter().chain(&disk.aliases).all(good)
+    };
+    disks.iter().all(named).then_some(disks)
 }
 
 fn disk(drive: BlockInfo, nodes: &HashMap<&str, &Node>, graph: &Graph) -> Option<Disk> {

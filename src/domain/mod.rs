@@ -153,9 +153,32 @@ pub struct Domain {
     pub agent: Option<PathBuf>,
     snapshot: watch::Sender<Snapshot>,
     phase: watch::Sender<Phase>,
+    /// How many need the monitor to stay connected, even if the domain is not known any more.
+    holds: watch::Sender<usize>,
+}
+
+/// Keeps a domain's monitor connected while a backup runs, whatever becomes of the domain's file meanwhile.
+#[derive(Debug)]
+pub struct Hold(Arc<Domain>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.holds.send_modify(|holds| *holds -= 1);
+    }
 }
 
 impl Domain {
+    pub fn hold(self: &Arc<Self>) -> Hold {
+        self.holds.send_modify(|holds| *holds += 1);
+        Hold(self.clone())
+    }
+
+    /// Waits until nobody holds it.
+    async fn released(&self) {
+        // The sender is its own.
+        let _ = self.holds.subscribe().wait_for(|holds| *holds == 0).await;
+    }
+
     /// What was known last; answers at once.
     pub fn snapshot(&self) -> Snapshot {
         self.snapshot.borrow().clone()
@@ -208,7 +231,7 @@ impl Domain {
     /// Asks QEMU for its state and disks now, and keeps the answer.
     pub async fn refresh(&self) -> Result<Snapshot, Error> {
         let link = self.link().await?;
-        let fresh = monitor::inspect(&link).await.map_err(|source| Error::Monitor {
+        let fresh = link.inspect().await.map_err(|source| Error::Monitor {
             name: self.name.clone(),
             source,
         })?;

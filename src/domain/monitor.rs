@@ -1,7 +1,8 @@
 //! The supervised monitor of one domain: connect, ask, listen, and connect again with backoff.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -24,6 +25,8 @@ pub struct Link {
     pub schema: Schema,
     /// The process that listens on the socket: QEMU, or who opened the socket for it.
     pub peer: Option<u32>,
+    /// Descriptor sets that QEMU kept although they were removed (it does, up to version 8, of a stopped machine).
+    pub kept_descriptors: Mutex<BTreeSet<u64>>,
 }
 
 /// How far the connection is.
@@ -95,11 +98,17 @@ pub(super) fn peer(stream: &UnixStream) -> Option<u32> {
 }
 
 impl Link {
+    /// Asks QEMU for all that a snapshot holds.
+    pub async fn inspect(&self) -> qmp::Result<Snapshot> {
+        inspect(self).await
+    }
+
     pub(super) fn new(client: Client, peer: Option<u32>) -> Self {
         Self {
             client,
             schema: Schema::default(),
             peer,
+            kept_descriptors: Mutex::default(),
         }
     }
 }
@@ -168,8 +177,7 @@ struct StatusReply {
     status: String,
 }
 
-/// Asks QEMU for all that a snapshot holds.
-pub(super) async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
+async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
     let client = &link.client;
     let graph = async {
         if !link.schema.has_command("x-debug-query-block-graph") {
@@ -186,11 +194,13 @@ pub(super) async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
         client.query_within::<Vec<Node>>(PATIENCE, "query-named-block-nodes", json!({ "flat": false })),
         graph,
     )?;
+    let disks = disks::disks(drives, &nodes, &graph)
+        .ok_or_else(|| qmp::Error::NotQmp("it claims disks that no QEMU has".into()))?;
     Ok(Snapshot {
         // QEMU answers the nil UUID where none was given.
         uuid: Some(uuid.uuid).filter(|uuid| !uuid.is_nil()),
         state: State::from_run_state(&status.status),
-        disks: disks::disks(drives, &nodes, &graph).into(),
+        disks: disks.into(),
         files: disks::host_files(&nodes).into(),
     })
 }

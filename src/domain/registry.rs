@@ -81,41 +81,33 @@ impl Registry {
             .collect()
     }
 
-    /// Finds a domain by its name, or by its UUID where only one, or one configured one, has it.
-    pub fn find(&self, name_or_uuid: &str) -> Option<Arc<Domain>> {
+    /// Finds a domain by its name, or by its UUID where only one has it.
+    ///
+    /// What a registered domain says of itself is its owner's word: only `uid`'s own are found by their UUID, and none
+    /// that a configured domain has.
+    pub fn find(&self, name_or_uuid: &str, uid: u32) -> Option<Arc<Domain>> {
         let domains = self.lock();
         if let Some(entry) = domains.by_name.get(name_or_uuid) {
             return Some(entry.domain.clone());
         }
         let uuid = Uuid::try_parse(name_or_uuid).ok()?;
-        let with_uuid = |origin| {
-            let entries = domains.by_name.values();
-            let mut found = entries
-                .map(|entry| &entry.domain)
-                .filter(move |domain| domain.origin == origin && domain.snapshot.borrow().uuid == Some(uuid));
-            (found.next().cloned(), found.next().is_some())
+        let named = domains
+            .by_name
+            .values()
+            .map(|entry| &entry.domain)
+            .filter(|domain| domain.snapshot.borrow().uuid == Some(uuid));
+        let (configured, registered): (Vec<_>, Vec<_>) =
+            named.partition(|domain| domain.origin == Origin::Configured);
+        let own = registered.into_iter().filter(|domain| domain.owner == uid);
+        let candidates = if configured.is_empty() {
+            own.collect()
+        } else {
+            configured
         };
-        match with_uuid(Origin::Configured) {
-            (Some(domain), false) => Some(domain),
-            (Some(_), true) => None,
-            (None, _) => match with_uuid(Origin::Registered) {
-                (domain, false) => domain,
-                (_, true) => None,
-            },
+        match candidates.as_slice() {
+            [one] => Some(Arc::clone(one)),
+            _ => None,
         }
-    }
-
-    pub fn by_id(&self, id: u64) -> Option<Arc<Domain>> {
-        let domains = self.lock();
-        let mut entries = domains.by_name.values();
-        entries
-            .find(|entry| entry.domain.id == id)
-            .map(|entry| entry.domain.clone())
-    }
-
-    /// Whether a configured or registered domain has this name.
-    pub fn has_name(&self, name: &str) -> bool {
-        self.lock().by_name.contains_key(name)
     }
 
     /// Takes over the monitor of a caller's own QEMU: `socket` must be connected, and nobody may have read from it.
@@ -125,7 +117,8 @@ impl Registry {
         socket: OwnedFd,
         owner: u32,
     ) -> Result<Arc<Domain>, Error> {
-        if !is_domain_name(name) {
+        // A name that is a UUID could be taken for another domain's.
+        if !is_domain_name(name) || Uuid::try_parse(name).is_ok() {
             return Err(Error::InvalidName(name.escape_debug().to_string()));
         }
         self.check_room(name, owner)?;
@@ -146,13 +139,6 @@ impl Registry {
         // The caller gets a domain that answers, or the reason why it does not.
         domain.link().await?;
         Ok(domain)
-    }
-
-    /// Removes a registered domain, for its owner has gone.
-    pub fn forget(&self, domain: &Arc<Domain>) {
-        if domain.origin == Origin::Registered {
-            self.remove(domain);
-        }
     }
 
     /// Ends all supervisors and waits for them.
@@ -218,8 +204,7 @@ impl Registry {
             if keep {
                 files.remove(name);
             } else {
-                entry.stop.cancel();
-                gone.push(entry.domain.clone());
+                gone.push((entry.domain.clone(), entry.stop.clone()));
             }
             keep
         });
@@ -232,10 +217,24 @@ impl Registry {
             come.push(domain);
         }
         drop(domains);
-        gone.into_iter()
-            .for_each(|domain| self.announce(Change::Removed(domain)));
+        for (domain, stop) in gone {
+            self.retire(domain.clone(), stop);
+            self.announce(Change::Removed(domain));
+        }
         come.into_iter()
             .for_each(|domain| self.announce(Change::Added(domain)));
+    }
+
+    /// Disconnects a domain that is not known any more, once no backup of it needs its monitor. A domain that comes in
+    /// its place on the same monitor is connected after that: QEMU serves one client at a time.
+    fn retire(&self, domain: Arc<Domain>, stop: CancellationToken) {
+        let all = self.stop.clone();
+        self.tasks.spawn(async move {
+            // When all stop, this one does without being told.
+            if all.run_until_cancelled(domain.released()).await.is_some() {
+                stop.cancel();
+            }
+        });
     }
 
     fn announce(&self, change: Change) {
@@ -267,6 +266,7 @@ impl Domains {
             agent,
             snapshot: watch::Sender::new(Snapshot::unknown()),
             phase: watch::Sender::new(Phase::Connecting),
+            holds: watch::Sender::new(0),
         });
         let entry = Entry {
             domain: domain.clone(),

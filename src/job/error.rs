@@ -33,6 +33,8 @@ pub enum Error {
     Release(String),
     #[error("the guest's file systems cannot be frozen: {0}")]
     Quiesce(String),
+    #[error("disk '{disk}' was given another image while its backup was being prepared: try again")]
+    Changed { disk: String },
     #[error("{0}")]
     Target(#[from] target::Error),
     #[error("the record of the backup cannot be written: {0}")]
@@ -42,10 +44,10 @@ pub enum Error {
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Busy { .. } => Kind::Busy,
-            Self::Ended { .. } | Self::TooLate { .. } => Kind::NoSuchJob,
+            Self::Busy { .. } | Self::TooLate { .. } | Self::Stopping => Kind::Busy,
+            // There is no running job of that number.
+            Self::Ended { .. } => Kind::NoSuchJob,
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
-            Self::Stopping => Kind::Cancelled,
             Self::TooOld => Kind::Unsupported,
             Self::Prepare { source, .. } | Self::Transaction(source) if !source.is_refusal() => {
                 Kind::DomainUnreachable
@@ -59,6 +61,7 @@ impl Error {
             | Self::Transaction(_)
             | Self::Copy { .. }
             | Self::Release(_)
+            | Self::Changed { .. }
             | Self::Quiesce(_) => Kind::QemuError,
             Self::Lost(_) => Kind::DomainUnreachable,
             Self::Target(error) => error.kind(),
@@ -66,13 +69,15 @@ impl Error {
         }
     }
 
-    /// The disk that it is about, where it is about one.
-    pub(super) fn disk(&self) -> Option<&str> {
+    /// The disk that it is about, where it is about one, and what was being done.
+    pub(super) fn disk(&self) -> Option<(&str, &'static str)> {
         match self {
             Self::Prepare { disk, .. }
             | Self::Descriptor { disk, .. }
-            | Self::Format { disk, .. }
-            | Self::Copy { disk, .. } => Some(disk),
+            | Self::Changed { disk }
+            | Self::Format { disk, .. } => Some((disk, "prepare")),
+            Self::Copy { disk, .. } => Some((disk, "copy")),
+            Self::Target(error) => error.disk().map(|disk| (disk, "publish")),
             _ => None,
         }
     }

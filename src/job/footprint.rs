@@ -5,7 +5,7 @@
 //! connection then makes no difference.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -14,20 +14,17 @@ use serde_json::{Value, json};
 use super::Error;
 use super::track::JobInfo;
 use crate::definition::{Compression, Format};
-use crate::domain::{Domain, Link};
+use crate::domain::{Domain, Link, Snapshot};
 use crate::plan::DiskPlan;
 use crate::qmp::{self, Client, Events, EventsError};
 use crate::target::{Media, Target};
 
 /// Large clusters keep metadata small, and a full backup writes whole ones; in bytes.
 const CLUSTER_SIZE: u32 = 1 << 20;
-/// How long a lost monitor may take to come back before QEMU is taken for gone.
+/// How long a lost monitor may take to come back, to be rid of what is left in a QEMU that lives.
 const RECONNECT: Duration = Duration::from_secs(2);
 /// How long QEMU may take to end a cancelled job when it is only looked at, not listened to.
 const POLL: Duration = Duration::from_millis(100);
-
-/// How everything of the service's begins in QEMU.
-const PREFIX: &str = "backupd-";
 
 /// The names of one job's things in QEMU. Node names have at most 31 bytes.
 #[derive(Debug, Clone)]
@@ -36,7 +33,7 @@ pub struct Names(String);
 impl Names {
     /// `tag` is 8 characters that no other backup has.
     pub fn new(tag: &str) -> Self {
-        Self(format!("{PREFIX}{tag}"))
+        Self(format!("backupd-{tag}"))
     }
 
     pub fn block_job(&self, disk: usize) -> String {
@@ -117,7 +114,12 @@ impl Footprint {
             .execute_with_descriptor("add-fd", arguments, descriptor)
             .await
             .map_err(prepare)?;
-        let set = added.get("fdset-id").and_then(Value::as_u64).unwrap_or_default();
+        let set = added.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| {
+            prepare(qmp::Error::UnexpectedReply {
+                command: "add-fd".into(),
+                detail: "no fdset-id".into(),
+            })
+        })?;
         let driver = match target.media {
             Media::Regular => "file",
             Media::Block => "host_device",
@@ -136,6 +138,7 @@ impl Footprint {
         });
         match disk.format {
             Format::Qcow2 => {
+                target.mark_written();
                 self.format(index, disk, &file).await?;
                 // Null, or QEMU would open what a header names.
                 node["backing"] = Value::Null;
@@ -204,24 +207,33 @@ impl Footprint {
         }
     }
 
+    /// What the domain's QEMU says of itself now.
+    pub async fn inspect(&self) -> qmp::Result<Snapshot> {
+        self.link.inspect().await
+    }
+
     pub async fn query_jobs(&self) -> qmp::Result<Vec<JobInfo>> {
         self.client().query("query-jobs", json!({})).await
     }
 
-    /// Removes everything of this job from QEMU. If the connection is lost and comes back, so does this.
+    /// Removes everything of this job from QEMU.
+    ///
+    /// An image is whole when QEMU has closed it, so a connection that is lost on the way is a failure, even if it comes
+    /// back and all is removed over the new one: what is there then may be another QEMU.
     pub async fn release(&mut self) -> Result<(), Error> {
-        let released = match self.try_release().await {
-            Err(qmp::Error::Closed(_)) => match self.domain.next_link(&self.link, RECONNECT).await {
-                Some(link) => {
+        match self.try_release().await {
+            Ok(()) => Ok(()),
+            Err(lost @ qmp::Error::Closed(_)) => {
+                if let Some(link) = self.domain.next_link(&self.link, RECONNECT).await {
                     self.link = link;
-                    self.try_release().await
+                    self.try_release()
+                        .await
+                        .map_err(|error| Error::Release(error.to_string()))?;
                 }
-                // Gone with all that was in it.
-                None => return Ok(()),
-            },
-            result => result,
-        };
-        released.map_err(|error| Error::Release(error.to_string()))
+                Err(Error::Lost(lost))
+            }
+            Err(error) => Err(Error::Release(error.to_string())),
+        }
     }
 
     async fn try_release(&self) -> qmp::Result<()> {
@@ -241,21 +253,32 @@ impl Footprint {
                 .execute("blockdev-del", json!({ "node-name": node }))
                 .await?;
         }
-        // Up to version 8 QEMU keeps a removed set while the machine is stopped; what an earlier backup had to leave
-        // goes now, if it can. No other backup of this domain runs.
-        for set in client.query::<Vec<FdsetInfo>>("query-fdsets", json!({})).await? {
-            let own = |fd: &FdInfo| {
-                fd.opaque
-                    .as_deref()
-                    .is_some_and(|opaque| opaque.starts_with(PREFIX))
-            };
-            if set.fds.iter().any(own) {
-                client
-                    .execute("remove-fd", json!({ "fdset-id": set.fdset_id }))
-                    .await?;
-            }
+        self.remove_descriptors().await
+    }
+
+    /// Removes our descriptor sets, and those that earlier backups had to leave over this connection.
+    async fn remove_descriptors(&self) -> qmp::Result<()> {
+        let kept = || {
+            let kept = self.link.kept_descriptors.lock();
+            kept.unwrap_or_else(PoisonError::into_inner)
+        };
+        let earlier = kept().clone();
+        let ours = |set: &FdsetInfo| {
+            let own = |fd: &FdInfo| fd.opaque.as_deref().is_some_and(|opaque| self.names.own(opaque));
+            earlier.contains(&set.fdset_id) || set.fds.iter().any(own)
+        };
+        for set in self.query_descriptors().await?.iter().filter(|set| ours(set)) {
+            let arguments = json!({ "fdset-id": set.fdset_id });
+            self.client().execute("remove-fd", arguments).await?;
         }
+        let left = self.query_descriptors().await?;
+        let left = left.iter().filter(|set| ours(set)).map(|set| set.fdset_id);
+        *kept() = left.collect();
         Ok(())
+    }
+
+    async fn query_descriptors(&self) -> qmp::Result<Vec<FdsetInfo>> {
+        self.client().query("query-fdsets", json!({})).await
     }
 
     /// Dismisses our jobs; cancels and waits for those that still run, which none does but after a lost connection.

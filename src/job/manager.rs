@@ -8,9 +8,10 @@ use jiff::Timestamp;
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{Decision, DiskState, DiskStatus, Error, Job, State, Status, run};
-use crate::domain::{Domain, Link};
+use crate::domain::{Domain, Hold, Link};
 use crate::plan::Plan;
 use crate::target::Targets;
 
@@ -21,8 +22,9 @@ const REMOVALS: usize = 1024;
 
 #[derive(Default)]
 struct Table {
-    /// Ids of domains that have a backup under way or about to start.
-    busy: HashSet<u64>,
+    /// Names of domains that have a backup under way or about to start. A domain that comes in place of another has its
+    /// name, and may be the same machine.
+    busy: HashSet<String>,
     jobs: BTreeMap<u32, Arc<Job>>,
     last_id: u32,
 }
@@ -39,7 +41,10 @@ pub struct Jobs {
 #[must_use]
 pub struct Reservation {
     jobs: Arc<Jobs>,
-    domain: u64,
+    domain: String,
+    _hold: Hold,
+    /// The service does not stop before it is given back.
+    _token: TaskTrackerToken,
 }
 
 impl Drop for Reservation {
@@ -78,18 +83,20 @@ impl Jobs {
     }
 
     /// Takes the domain's only place; says at once if it is taken.
-    pub fn reserve(self: &Arc<Self>, domain: &Domain) -> Result<Reservation, Error> {
+    pub fn reserve(self: &Arc<Self>, domain: &Arc<Domain>) -> Result<Reservation, Error> {
         if self.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
-        if !self.lock().busy.insert(domain.id) {
+        if !self.lock().busy.insert(domain.name.clone()) {
             return Err(Error::Busy {
                 domain: domain.name.clone(),
             });
         }
         Ok(Reservation {
             jobs: self.clone(),
-            domain: domain.id,
+            domain: domain.name.clone(),
+            _hold: domain.hold(),
+            _token: self.tasks.token(),
         })
     }
 
@@ -121,10 +128,13 @@ impl Jobs {
         });
         table.jobs.insert(job.id, job.clone());
         drop(table);
+        if self.stop.is_cancelled() {
+            // It was on its way when the others were cancelled.
+            let _ = job.cancel();
+        }
         let (jobs, running) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
-            run::run(&running, link, targets).await;
-            drop(reservation);
+            run::run(&running, link, targets, reservation).await;
             jobs.forget_oldest();
             // An ended job is kept while somebody may ask for it, but it does not keep the service from stopping.
             let kept = jobs.stop.run_until_cancelled(tokio::time::sleep(KEEP)).await;

@@ -53,7 +53,8 @@ impl Meter {
 pub fn share(bytes_per_second: u64, running: usize) -> u64 {
     match bytes_per_second {
         0 => 0,
-        limit => (limit / running.max(1) as u64).max(1),
+        // QEMU's number has a sign.
+        limit => (limit / running.max(1) as u64).clamp(1, i64::MAX.unsigned_abs()),
     }
 }
 
@@ -91,5 +92,6 @@ mod tests {
         assert_eq!(share(9, 3), 3);
         assert_eq!(share(2, 3), 1);
         assert_eq!(share(5, 0), 5);
+        assert_eq!(share(u64::MAX, 1), i64::MAX.unsigned_abs());
     }
 }

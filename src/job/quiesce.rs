@@ -33,43 +33,61 @@ impl Frozen {
         }
     }
 
-    pub fn is_frozen(&self) -> bool {
-        self.0.is_some()
-    }
-
-    /// Thaws. The backup's instant has passed or will not come: a failure is logged, for the guest's sake.
-    pub async fn thaw(self, domain: &Domain) {
-        let Some(mut agent) = self.0 else { return };
-        if let Err(error) = agent.thaw().await {
-            tracing::error!(domain = domain.name, %error, "the guest's file systems may still be frozen");
+    /// Thaws, after the backup's instant, and says whether they were frozen until now. A failure is logged, for the
+    /// guest's sake.
+    pub async fn thaw(self, domain: &Domain, wanted: Option<Quiesce>) -> Result<bool, Error> {
+        let Some(mut agent) = self.0 else {
+            return Ok(false);
+        };
+        let why = match agent.thaw().await {
+            Ok(0) => "they had thawed before the instant of the backup".to_owned(),
+            Ok(_) => return Ok(true),
+            Err(error) => {
+                tracing::error!(domain = domain.name, %error, "the guest's file systems may still be frozen");
+                error.to_string()
+            }
+        };
+        match wanted {
+            Some(Quiesce::Require) => Err(Error::Quiesce(why)),
+            Some(Quiesce::Try) | None => Ok(false),
         }
     }
 }
 
-async fn freeze(domain: &Domain) -> Result<Agent, String> {
+/// Whether the guest's agent answers, where the backup is not made without it: asked before any target is changed.
+pub async fn check(domain: &Domain, wanted: Option<Quiesce>) -> Result<(), Error> {
+    match wanted {
+        Some(Quiesce::Require) => connect(domain).await.map(drop).map_err(Error::Quiesce),
+        Some(Quiesce::Try) | None => Ok(()),
+    }
+}
+
+async fn connect(domain: &Domain) -> Result<Agent, String> {
     let path = domain
         .agent
         .as_deref()
         .ok_or("no guest agent is configured for the domain")?;
     let state = domain.snapshot().state;
     if state != State::Running {
-        return Err(format!(
-            "the domain is {}: its agent cannot answer",
-            state.as_str()
-        ));
+        let state = state.as_str();
+        return Err(format!("the domain is {state}: its agent cannot answer"));
     }
-    let mut agent = Agent::connect(path, PATIENCE)
+    Agent::connect(path, PATIENCE)
         .await
-        .map_err(|error| error.to_string())?;
-    match agent.freeze().await {
+        .map_err(|error| error.to_string())
+}
+
+async fn freeze(domain: &Domain) -> Result<Agent, String> {
+    let mut agent = connect(domain).await?;
+    let why = match agent.freeze().await {
+        Ok(0) => "the agent froze none".to_owned(),
         Ok(count) => {
             tracing::info!(domain = domain.name, count, "file systems are frozen");
-            Ok(agent)
+            return Ok(agent);
         }
-        Err(error) => {
-            // It may have frozen some, or all and only the answer is missing. Thawed ones stay thawed.
-            let _ = agent.thaw().await;
-            Err(error.to_string())
-        }
-    }
+        Err(error) => error.to_string(),
+    };
+    // It may have frozen some, or all and only the answer is missing. Thawed ones stay thawed.
+    let _ = agent.thaw().await;
+    Err(why)
 }

@@ -12,11 +12,10 @@ use tokio::time::MissedTickBehavior;
 
 use super::footprint::{Footprint, Names};
 use super::progress::{Meter, share};
-use super::quiesce::Frozen;
+use super::quiesce::{self, Frozen};
 use super::track::{Phase, Tracker, Verdict};
-use super::{DiskState, Error, Job, Outcome, State};
+use super::{DiskState, Error, Job, Outcome, Reservation, State};
 use crate::catalog;
-use crate::definition::Format;
 use crate::domain::Link;
 use crate::error;
 use crate::plan::{DiskPlan, Place};
@@ -45,10 +44,14 @@ impl From<Error> for Stopped {
 }
 
 /// Runs `job` to its end. Every place in `targets` is published or gone when this returns.
-pub(super) async fn run(job: &Arc<Job>, link: Arc<Link>, targets: Targets) {
+pub(super) async fn run(job: &Arc<Job>, link: Arc<Link>, targets: Targets, reservation: Reservation) {
     let names = Names::new(tag(&job.backup_id));
     let mut footprint = Footprint::new(job.domain.clone(), link, names);
-    let copied = copy(job, &footprint, &targets).await;
+    let (targets, begun) = begin(job, targets).await;
+    let copied = match begun {
+        Ok(()) => copy(job, &footprint, &targets).await,
+        Err(stopped) => Err(stopped),
+    };
     job.update(|status| {
         status.state = State::Finishing;
         status.rate = 0;
@@ -82,6 +85,8 @@ pub(super) async fn run(job: &Arc<Job>, link: Arc<Link>, targets: Targets) {
         }
     };
     tracing::info!(job = job.id, domain = job.domain.name, outcome = ?outcome, "backup ended");
+    // Before anybody hears of the end: who waits for it may start the next one at once.
+    drop(reservation);
     job.update(|status| {
         for disk in &mut status.disks {
             match (&outcome, &disk.state) {
@@ -101,27 +106,45 @@ fn tag(backup_id: &str) -> &str {
 
 /// Marks the disk that an error is about, unless QEMU's verdict did so before.
 fn blame(job: &Job, error: &Error) {
+    let Some((name, operation)) = error.disk() else {
+        return;
+    };
     job.update(|status| {
-        let guilty = status
-            .disks
-            .iter_mut()
-            .find(|disk| Some(disk.name.as_str()) == error.disk());
+        let guilty = status.disks.iter_mut().find(|disk| disk.name == name);
         if let Some(disk) = guilty.filter(|disk| !matches!(disk.state, DiskState::Failed { .. })) {
             disk.state = DiskState::Failed {
-                operation: "prepare".into(),
+                operation: operation.into(),
                 message: error.to_string(),
             };
         }
     });
 }
 
+/// Empties existing targets, when all that can be known before says that the backup will be made.
+async fn begin(job: &Arc<Job>, mut targets: Targets) -> (Targets, Result<(), Stopped>) {
+    if let Err(error) = quiesce::check(&job.domain, job.plan.quiesce).await {
+        return (targets, Err(error.into()));
+    }
+    let job = job.clone();
+    blocking(move || {
+        let begun = targets.begin(&job.plan).map_err(Error::Target);
+        (targets, begun.map_err(Stopped::Failed))
+    })
+    .await
+}
+
 /// Prepares QEMU, starts the transaction and waits for its end.
 async fn copy(job: &Job, footprint: &Footprint, targets: &Targets) -> Result<Copied, Stopped> {
-    for (index, (target, disk)) in targets.iter().zip(&job.plan.disks).enumerate() {
-        if job.cancel.is_cancelled() {
-            return Err(Stopped::Cancelled);
+    let prepare = async {
+        for (index, (target, disk)) in targets.iter().zip(&job.plan.disks).enumerate() {
+            footprint.open_target(index, target, disk).await?;
         }
-        footprint.open_target(index, target, disk).await?;
+        Ok::<_, Error>(())
+    };
+    // What was half made is removed by its name.
+    match job.cancel.run_until_cancelled(prepare).await {
+        Some(prepared) => prepared?,
+        None => return Err(Stopped::Cancelled),
     }
     let speed = *job.speed.borrow();
     let running = job.plan.disks.len();
@@ -138,11 +161,13 @@ async fn copy(job: &Job, footprint: &Footprint, targets: &Targets) -> Result<Cop
     // From before the transaction: its jobs can end before its reply is read.
     let events = footprint.client().events();
     let frozen = Frozen::freeze(&job.domain, job.plan.quiesce).await?;
-    let quiesced = frozen.is_frozen();
+    targets.iter().for_each(Target::mark_written);
     let started = footprint.client().execute("transaction", transaction).await;
     let instant = Timestamp::now();
-    frozen.thaw(&job.domain).await;
+    let thawed = frozen.thaw(&job.domain, job.plan.quiesce).await;
     started.map_err(Error::Transaction)?;
+    let quiesced = thawed?;
+    check_sources(job, footprint).await?;
     job.update(|status| {
         status.state = State::Running;
         status
@@ -157,17 +182,30 @@ async fn copy(job: &Job, footprint: &Footprint, targets: &Targets) -> Result<Cop
     Ok(Copied { instant, quiesced })
 }
 
+/// Whether what is being copied is what the guest writes to: a snapshot that another client made while the targets were
+/// prepared has put a new image above it.
+async fn check_sources(job: &Job, footprint: &Footprint) -> Result<(), Error> {
+    let now = footprint.inspect().await.map_err(Error::Lost)?;
+    for (index, planned) in job.plan.disks.iter().enumerate() {
+        let disk = now.disks.iter().find(|disk| disk.name == planned.name);
+        let own = |node: &str| node == planned.node || node == footprint.names.filter_node(index);
+        if !disk.is_some_and(|disk| own(&disk.node)) {
+            return Err(Error::Changed {
+                disk: planned.name.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
 fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> Value {
-    // Into a blank raw file only what the image holds is copied, which keeps its holes; the rest reads as zeroes in
-    // both. With a backing file below the image that would not be all.
-    let holes =
-        disk.format == Format::Raw && target.blank && !disk.has_backing && target.media == Media::Regular;
+    let top = disk.only_allocated && target.media == Media::Regular;
     let mut data = json!({
         "job-id": names.block_job(index),
         "device": disk.node,
         "target": names.target_node(index),
         "filter-node-name": names.filter_node(index),
-        "sync": if holes { "top" } else { "full" },
+        "sync": if top { "top" } else { "full" },
         "speed": speed,
         "auto-dismiss": false,
         // Anything else than an error would stop the job, or let the guest's writes fail, or retry for ever.
@@ -368,18 +406,17 @@ async fn finish(job: &Arc<Job>, targets: Targets, copied: Copied) -> Result<(), 
 }
 
 async fn discard(targets: Targets, stopped: Stopped) -> Result<(), Stopped> {
-    blocking(move || {
-        targets.discard();
-        Err(stopped)
-    })
-    .await
+    blocking(move || targets.discard()).await;
+    Err(stopped)
 }
 
 /// Runs what waits for a disk where it keeps nobody else waiting.
-async fn blocking(work: impl FnOnce() -> Result<(), Stopped> + Send + 'static) -> Result<(), Stopped> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| Err(Error::Record(error.to_string()).into()))
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        // Nobody cancels it, and the runtime outlives every job: it panicked.
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
 }
 
 fn manifest(job: &Job, copied: &Copied) -> Result<Vec<u8>, Error> {

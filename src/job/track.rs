@@ -115,6 +115,8 @@ impl Tracker {
     pub fn query(&mut self, infos: &[JobInfo]) {
         for job in &mut self.0 {
             let Some(info) = infos.iter().find(|info| info.id == job.job) else {
+                // Somebody else dismissed it. What nobody tells is no success.
+                job.phase = Phase::Concluded;
                 continue;
             };
             if info.total_progress > 0 {
@@ -151,7 +153,7 @@ impl Tracked {
     fn failed(&self, message: &str) -> Verdict {
         Verdict::Failed {
             operation: self.operation.clone().unwrap_or_else(|| "copy".into()),
-            message: message.to_owned(),
+            message: message.replace('\0', "\u{fffd}"),
         }
     }
 

@@ -62,8 +62,9 @@ pub struct DiskPlan {
     pub virtual_size: u64,
     /// What the data takes at most, as far as is known, in bytes.
     pub estimate: u64,
-    /// Whether data may lie in a backing file below the disk's image.
-    pub has_backing: bool,
+    /// Only what the disk's image holds is copied, which keeps the holes of a raw target that begins empty. Right only
+    /// for an image that has no other below it.
+    pub only_allocated: bool,
     pub format: Format,
     pub compress: Option<Compression>,
     pub place: Place,
@@ -112,6 +113,8 @@ pub fn requested(definition: &Definition) -> Vec<Requested> {
 
 impl Requested {
     fn new(kind: &'static str, target: &Path) -> Self {
+        // As rules compare it: `//a` is `/a`.
+        let target: PathBuf = target.components().collect();
         Self {
             kind,
             target: target.to_string_lossy().into_owned(),
@@ -299,6 +302,7 @@ fn agreed<T: PartialEq>(
 
 fn disk_plan(disk: &Disk, asked: Option<&DiskDefinition>) -> DiskPlan {
     let format = asked.and_then(|asked| asked.format).unwrap_or(Format::Qcow2);
+    let only_allocated = format == Format::Raw && disk.format == "qcow2" && !disk.has_backing;
     let place = match asked.and_then(|asked| asked.target.as_ref()) {
         None => Place::InStore {
             file_name: format!("{}.{}", file_stem(&disk.name), format.as_str()),
@@ -311,12 +315,13 @@ fn disk_plan(disk: &Disk, asked: Option<&DiskDefinition>) -> DiskPlan {
         name: disk.name.clone(),
         node: disk.node.clone(),
         virtual_size: disk.virtual_size,
-        // Into a raw target QEMU reserves space for zeroes too, unless it copies nothing but what a qcow2 image holds.
-        estimate: match format {
-            Format::Raw if disk.format != "qcow2" || disk.has_backing => disk.virtual_size,
-            _ => disk.allocated,
+        // Otherwise QEMU reserves space in a raw target for zeroes too.
+        estimate: if format == Format::Raw && !only_allocated {
+            disk.virtual_size
+        } else {
+            disk.allocated
         },
-        has_backing: disk.has_backing,
+        only_allocated,
         format,
         compress: asked.and_then(|asked| asked.compress),
         place,

@@ -22,6 +22,8 @@ use super::{Error, Result, Schema};
 const QUEUE: usize = 64;
 /// Events that a reader may lag behind before it is told that it missed some.
 const EVENTS: usize = 1024;
+/// The longest event, in bytes: so many are kept for each reader that lags behind. QEMU's own take a few hundred.
+const MAX_EVENT: usize = 64 << 10;
 const CLOSED: &str = "it was shut down";
 
 /// An asynchronous message of QEMU's. Unknown names are kept: a newer QEMU has more of them.
@@ -323,6 +325,10 @@ impl Driver {
     fn dispatch(&mut self, line: &[u8]) -> std::result::Result<(), WireError> {
         let message = parse(line).map_err(|error| WireError::Io(std::io::Error::other(error)))?;
         match message {
+            Message::Event(event) if line.len() > MAX_EVENT => {
+                let why = format!("the event {:.64} has {} bytes", event.name, line.len());
+                return Err(WireError::Io(std::io::Error::other(why)));
+            }
             Message::Event(event) => {
                 tracing::trace!(event = event.name, data = %event.data, "QMP event");
                 // Nobody listens: nobody needs it.

@@ -40,7 +40,8 @@ struct Outgoing {
 pub struct Wire {
     stream: UnixStream,
     incoming: Vec<u8>,
-    /// How much of `incoming` was searched for a newline already.
+    /// Where in `incoming` the next line begins, and how far it was searched for its end already.
+    start: usize,
     searched: usize,
     outgoing: VecDeque<Outgoing>,
 }
@@ -50,6 +51,7 @@ impl Wire {
         Self {
             stream,
             incoming: Vec::new(),
+            start: 0,
             searched: 0,
             outgoing: VecDeque::new(),
         }
@@ -77,6 +79,7 @@ impl Wire {
     /// Sends what can be sent and reads what is there, without waiting.
     pub fn turn(&mut self) -> Result<(), WireError> {
         self.send()?;
+        self.forget_taken_lines();
         let mut chunk = [0u8; READ_CHUNK];
         loop {
             match self.stream.try_read(&mut chunk) {
@@ -98,26 +101,27 @@ impl Wire {
         let newline = self.incoming[self.searched..]
             .iter()
             .position(|byte| *byte == b'\n');
-        let Some(offset) = newline else {
-            self.searched = self.incoming.len();
-            return if self.incoming.len() > MAX_LINE {
-                Err(WireError::LineTooLong)
-            } else {
-                Ok(None)
-            };
-        };
-        let end = self.searched + offset;
-        let rest = self.incoming.split_off(end + 1);
-        let mut line = std::mem::replace(&mut self.incoming, rest);
-        self.searched = 0;
+        let end = newline.map_or(self.incoming.len(), |offset| self.searched + offset);
+        if end - self.start > MAX_LINE {
+            return Err(WireError::LineTooLong);
+        }
+        self.searched = end;
+        if newline.is_none() {
+            return Ok(None);
+        }
+        let line = self.incoming[self.start..end].to_vec();
+        self.start = end + 1;
+        self.searched = self.start;
+        Ok(Some(line))
+    }
+
+    /// Once a turn, not once a line: many short lines would each move all that follows them.
+    fn forget_taken_lines(&mut self) {
+        self.incoming.drain(..self.start);
+        self.searched -= self.start;
+        self.start = 0;
         if self.incoming.is_empty() && self.incoming.capacity() > KEEP_CAPACITY {
             self.incoming = Vec::new();
-        }
-        line.pop();
-        if line.len() > MAX_LINE {
-            Err(WireError::LineTooLong)
-        } else {
-            Ok(Some(line))
         }
     }
 

@@ -8,6 +8,7 @@ mod sight;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 
@@ -20,6 +21,9 @@ use crate::job::{self, Job, Jobs, Start};
 use crate::plan::{self, Options, Plan};
 use crate::target::{BackupName, Holder, Sources, Targets};
 use sight::Sight;
+
+/// How long a backup of one domain waits for news of the others.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// All that the service is, apart from the bus.
 pub struct Service {
@@ -80,7 +84,7 @@ impl Service {
 
     /// The domain of that name or UUID, if `caller` may know of it.
     pub async fn domain(&self, caller: &Caller, name: &str) -> Result<Arc<Domain>> {
-        if let Some(domain) = self.domains.find(name)
+        if let Some(domain) = self.domains.find(name, caller.uid)
             && self.sees(caller, &domain).await
         {
             return Ok(domain);
@@ -208,6 +212,7 @@ impl Service {
         backup_id: &str,
         files: Vec<OwnedFd>,
     ) -> Result<(Plan, Targets)> {
+        self.refresh_others(domain).await;
         let holders: Vec<Holder> = self
             .domains
             .list()
@@ -226,6 +231,17 @@ impl Service {
         prepared
             .await
             .map_err(|error| Error::new(Kind::Internal, error.to_string()))?
+    }
+
+    /// Asks the other domains what they have open, for a disk that was added is no event. One that does not answer in
+    /// time is known as it was.
+    async fn refresh_others(&self, domain: &Domain) {
+        let others = self.domains.list();
+        let others = others
+            .iter()
+            .filter(|other| other.id != domain.id && other.process().is_some());
+        let refreshes = others.map(|other| tokio::time::timeout(LOOK, other.refresh()));
+        futures_util::future::join_all(refreshes).await;
     }
 
     /// The job of that number, if `caller` started it or may read its domain.

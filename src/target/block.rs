@@ -10,8 +10,8 @@ use super::{Error, Media, Publication, Target};
 
 /// Opens a device for this backup alone: the kernel refuses one that is mounted or otherwise in use.
 ///
-/// The device's own name may be a symbolic link, as most names below `/dev` are; it is resolved once, and what it
-/// leads to is opened without following another.
+/// The device's own name may be a symbolic link, as most names below `/dev` are. It is followed only where nobody but
+/// root can have made it: the link and the device lie in directories that nobody else can write.
 pub fn open(disk: &str, path: &Path) -> Result<Target, Error> {
     let label = path.display().to_string();
     let missing = |errno: Errno| match errno {
@@ -21,17 +21,18 @@ pub fn open(disk: &str, path: &Path) -> Result<Target, Error> {
         },
         errno => Error::io("open", &label, errno),
     };
-    let resolved = std::fs::canonicalize(path)
-        .map_err(|error| missing(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
     let wrong_type = || Error::WrongType {
         disk: disk.to_owned(),
         target: label.clone(),
         wanted: "a block device",
     };
+    open_directory(path.parent().ok_or_else(wrong_type)?, Trust::Administrator)?;
+    let resolved = std::fs::canonicalize(path)
+        .map_err(|error| missing(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
     let (Some(parent), Some(name)) = (resolved.parent(), resolved.file_name()) else {
         return Err(wrong_type());
     };
-    let directory = open_directory(parent, Trust::Named)?;
+    let directory = open_directory(parent, Trust::Administrator)?;
     let stat =
         rustix::fs::statat(&directory, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).map_err(missing)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::BlockDevice {

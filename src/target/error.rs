@@ -1,5 +1,7 @@
 //! Why a place cannot take a backup's data.
 
+use std::fmt;
+
 use rustix::io::Errno;
 
 use crate::error::Kind;
@@ -55,8 +57,9 @@ pub enum Error {
     NoSpace { target: String, needed: u64, free: u64 },
     #[error("the plan has no store")]
     NoStore,
-    #[error("cannot {action} {target}: {errno}")]
+    #[error("{}cannot {action} {target}: {errno}", OfDisk(disk.as_deref()))]
     Io {
+        disk: Option<String>,
         action: &'static str,
         target: String,
         errno: Errno,
@@ -66,9 +69,34 @@ pub enum Error {
 impl Error {
     pub(super) fn io(action: &'static str, target: &str, errno: Errno) -> Self {
         Self::Io {
+            disk: None,
             action,
             target: target.to_owned(),
             errno,
+        }
+    }
+
+    /// Says whose target an error of the system is about.
+    pub(super) fn of(mut self, name: &str) -> Self {
+        if let Self::Io { disk, .. } = &mut self {
+            *disk = Some(name.to_owned());
+        }
+        self
+    }
+
+    /// The disk that it is about, where it is about one.
+    pub fn disk(&self) -> Option<&str> {
+        match self {
+            Self::Exists { disk, .. }
+            | Self::Missing { disk, .. }
+            | Self::WrongType { disk, .. }
+            | Self::WrongSize { disk, .. }
+            | Self::NotQcow2 { disk, .. }
+            | Self::IsSource { disk, .. }
+            | Self::AccessMode { disk, .. }
+            | Self::DeviceInUse { disk, .. } => Some(disk),
+            Self::Io { disk, .. } => disk.as_deref(),
+            _ => None,
         }
     }
 
@@ -76,7 +104,12 @@ impl Error {
         match self {
             Self::Exists { .. } => Kind::TargetExists,
             Self::NoSpace { .. } => Kind::NoSpace,
-            Self::Io { errno, .. } if matches!(*errno, Errno::NOSPC | Errno::DQUOT) => Kind::NoSpace,
+            Self::Io { errno, .. } => match *errno {
+                Errno::NOSPC | Errno::DQUOT => Kind::NoSpace,
+                // The storage is at fault, not what the caller named.
+                Errno::IO | Errno::NOMEM | Errno::MFILE | Errno::NFILE => Kind::Internal,
+                _ => Kind::TargetInvalid,
+            },
             Self::NoStore => Kind::Internal,
             Self::Missing { .. }
             | Self::NoDirectory { .. }
@@ -89,8 +122,19 @@ impl Error {
             | Self::IsSource { .. }
             | Self::SameTarget { .. }
             | Self::AccessMode { .. }
-            | Self::DeviceInUse { .. }
-            | Self::Io { .. } => Kind::TargetInvalid,
+            | Self::DeviceInUse { .. } => Kind::TargetInvalid,
+        }
+    }
+}
+
+/// The disk in front of a text, where it is known.
+struct OfDisk<'a>(Option<&'a str>);
+
+impl fmt::Display for OfDisk<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(disk) => write!(f, "disk '{disk}': "),
+            None => Ok(()),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Files that the caller names by an absolute path.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -8,6 +8,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
+use super::identity::FileId;
 use super::path::{Trust, open_directory};
 use super::{Error, Publication, Target};
 
@@ -100,11 +101,16 @@ impl Partial {
         rustix::fs::fsync(&self.directory).map_err(|errno| Error::io("fsync the directory of", label, errno))
     }
 
-    pub fn discard(&mut self) -> io::Result<()> {
-        if self.renamed {
-            rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty())?;
+    /// Removes the file, under the name that it has; what somebody put in its place stays.
+    pub fn discard(&self, id: FileId) -> io::Result<()> {
+        let name = if self.renamed {
+            self.name.as_os_str()
         } else {
-            rustix::fs::unlinkat(&self.directory, &self.partial, AtFlags::empty())?;
+            OsStr::new(&self.partial)
+        };
+        let there = rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        if FileId::of(&there) == id {
+            rustix::fs::unlinkat(&self.directory, name, AtFlags::empty())?;
         }
         Ok(rustix::fs::fsync(&self.directory)?)
     }
@@ -116,7 +122,9 @@ fn rename_new(directory: &OwnedFd, old: &str, new: &OsString) -> Result<(), Errn
         // File systems without that flag (NFS) can still link without replacing.
         Err(Errno::INVAL) => {
             rustix::fs::linkat(directory, old, directory, new, AtFlags::empty())?;
-            rustix::fs::unlinkat(directory, old, AtFlags::empty())
+            // Under both names it is published all the same.
+            let _ = rustix::fs::unlinkat(directory, old, AtFlags::empty());
+            Ok(())
         }
         result => result,
     }

@@ -51,35 +51,88 @@ pub struct Sources(HashSet<FileId>);
 impl Sources {
     /// Looks at what `holders` have open now.
     ///
-    /// A path that means nothing here (a relative one, a passed descriptor, one of another mount namespace) is
-    /// looked up among the process's open files instead.
+    /// A path means something here only if the process has that file open. One that does not (a relative one, a passed
+    /// descriptor, one of another mount namespace, one whose file was replaced) is answered by all its open files.
     pub fn of<'a>(holders: impl IntoIterator<Item = &'a Holder>) -> Self {
         let mut ids = HashSet::new();
         for holder in holders {
+            let open: HashSet<FileId> = holder.process.map(open_files).unwrap_or_default();
             let mut unknown = false;
             for file in &holder.files {
-                match FileId::at(file).filter(|_| file.is_absolute() && !file.starts_with("/dev/fdset")) {
-                    Some(id) => drop(ids.insert(id)),
+                match FileId::at(file).filter(|_| file.is_absolute()) {
+                    Some(id) => {
+                        ids.insert(id);
+                        unknown |= !open.contains(&id);
+                    }
                     None => unknown = true,
                 }
             }
-            if let Some(process) = holder.process.filter(|_| unknown) {
-                ids.extend(open_files(process));
+            if unknown {
+                ids.extend(open);
             }
         }
         Self(ids)
     }
 
+    /// Whether writing to `id` writes to one of them: it is one, or a disk with one as its partition, or a partition of
+    /// one, or a device made of one or of which one is made.
     pub(super) fn contains(&self, id: FileId) -> bool {
-        self.0.contains(&id)
+        related(id).iter().any(|id| self.0.contains(id))
     }
 }
 
-fn open_files(process: u32) -> Vec<FileId> {
-    let entries = std::fs::read_dir(format!("/proc/{process}/fd"))
-        .into_iter()
-        .flatten();
+fn open_files(process: u32) -> HashSet<FileId> {
+    let entries = std::fs::read_dir(format!("/proc/{process}/fd"));
+    let entries = entries.into_iter().flatten();
     entries
         .filter_map(|entry| FileId::at(&entry.ok()?.path()))
         .collect()
+}
+
+/// A file or device, and the devices that share their bytes with it, from `/sys/dev/block`.
+fn related(id: FileId) -> Vec<FileId> {
+    let mut found = vec![id];
+    let mut next = 0;
+    while let Some(id) = found.get(next).copied() {
+        next += 1;
+        let FileId::Device(device) = id else { continue };
+        let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        let Ok(directory) = std::fs::canonicalize(Path::new("/sys/dev/block").join(number)) else {
+            continue;
+        };
+        let mut others = below(&directory.join("slaves"));
+        others.extend(below(&directory.join("holders")));
+        // Of two partitions neither has the other's bytes: the way goes up from a partition, and down only from the
+        // device that was asked for.
+        if directory.join("partition").exists() {
+            others.extend(directory.parent().and_then(device_at));
+        } else if next == 1 {
+            others.extend(below(&directory));
+        }
+        if let Ok(file) = std::fs::read_to_string(directory.join("loop/backing_file")) {
+            others.extend(FileId::at(Path::new(file.trim_end())));
+        }
+        for other in others {
+            if !found.contains(&other) {
+                found.push(other);
+            }
+        }
+    }
+    found
+}
+
+/// The devices whose directories lie in this one.
+fn below(directory: &Path) -> Vec<FileId> {
+    let entries = std::fs::read_dir(directory);
+    let entries = entries.into_iter().flatten();
+    entries
+        .filter_map(|entry| device_at(&entry.ok()?.path()))
+        .collect()
+}
+
+fn device_at(directory: &Path) -> Option<FileId> {
+    let text = std::fs::read_to_string(directory.join("dev")).ok()?;
+    let (major, minor) = text.trim_end().split_once(':')?;
+    let device = rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?);
+    Some(FileId::Device(device))
 }

@@ -12,8 +12,6 @@ mod identity;
 mod path;
 mod sparse;
 mod store;
-#[cfg(test)]
-mod tests;
 
 pub use error::Error;
 pub use identity::{Holder, Sources};
@@ -21,6 +19,7 @@ pub use store::ensure as ensure_store;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FileType;
 
@@ -64,13 +63,11 @@ pub struct Target {
     /// Where the data will be, for people.
     pub label: String,
     pub media: Media,
-    /// It reads as zeroes wherever nothing was written.
-    pub blank: bool,
     file: OwnedFd,
     id: FileId,
     publication: Publication,
     /// Content that was there before may have been changed.
-    touched: bool,
+    written: AtomicBool,
     /// What reads as zeroes is to take no space.
     sparse: bool,
 }
@@ -91,7 +88,7 @@ pub struct Targets {
 }
 
 impl Targets {
-    /// Opens or creates every place of `plan` and checks it, all before the first existing byte is changed.
+    /// Opens or creates every place of `plan` and checks it. No byte that was there before is changed.
     ///
     /// `files` are the descriptors of the call; `sources` is what the domains have open.
     pub fn prepare(
@@ -109,19 +106,24 @@ impl Targets {
             targets.store = Some(store::Partial::create(path, name)?);
         }
         for (index, disk) in plan.disks.iter().enumerate() {
-            let target = targets.open(plan, disk, index, name, files)?;
-            targets.targets.push(target);
+            let target = targets.open(plan, disk, index, name, files);
+            targets
+                .targets
+                .push(target.map_err(|error| error.of(&disk.name))?);
         }
         for (target, disk) in targets.targets.iter().zip(&plan.disks) {
             check::source(target, sources)?;
             check::twice(target, &targets.targets)?;
-            check::content(target, disk, plan.reuse_external)?;
+            check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         check::space(&targets.targets, &plan.disks)?;
-        for (target, disk) in targets.targets.iter_mut().zip(&plan.disks) {
-            target.make_blank(disk)?;
-        }
         Ok(targets)
+    }
+
+    /// Empties what was there before and gives raw images their size: the point of no return for existing files.
+    pub fn begin(&mut self, plan: &Plan) -> Result<(), Error> {
+        let mut targets = self.targets.iter_mut().zip(&plan.disks);
+        targets.try_for_each(|(target, disk)| target.begin(disk).map_err(|error| error.of(&disk.name)))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Target> {
@@ -146,7 +148,8 @@ impl Targets {
         }
         for target in &mut self.targets {
             if let Publication::Rename(partial) = &mut target.publication {
-                partial.publish(&target.disk, &target.label)?;
+                let published = partial.publish(&target.disk, &target.label);
+                published.map_err(|error| error.of(&target.disk))?;
             }
         }
         self.published = true;
@@ -182,7 +185,13 @@ impl Drop for Targets {
         if self.published {
             return;
         }
-        for target in &mut self.targets {
+        // What has a backup's name is a whole backup, at any moment: the name goes first.
+        if let Some(store) = &mut self.store
+            && let Err(error) = store.retract()
+        {
+            tracing::error!(%error, "a backup that failed could not be taken back: do not use it");
+        }
+        for target in &self.targets {
             if let Err(error) = target.discard(self.store.as_ref()) {
                 tracing::error!(target = target.label, %error, "a partial image could not be removed");
             }
@@ -213,60 +222,64 @@ impl Target {
             disk: disk.to_owned(),
             label,
             media,
-            blank: false,
             id: FileId::of(&stat),
             file,
             publication,
-            touched: false,
+            written: AtomicBool::new(false),
             sparse: false,
         })
     }
 
-    /// Brings the place into the state in which QEMU takes it over: nothing in it, and a raw image's size.
-    fn make_blank(&mut self, disk: &DiskPlan) -> Result<(), Error> {
+    /// From here on QEMU may write into it.
+    pub fn mark_written(&self) {
+        self.written.store(true, Ordering::Relaxed);
+    }
+
+    fn begin(&mut self, disk: &DiskPlan) -> Result<(), Error> {
         if self.media == Media::Block {
-            self.touched = true;
             return Ok(());
         }
         let truncate = |size| {
-            rustix::fs::ftruncate(&self.file, size).map_err(|errno| Error::io("truncate", &self.label, errno))
+            rustix::fs::ftruncate(&self.file, size)
+                .map_err(|errno| Error::io("set the size of", &self.label, errno))
         };
+        self.mark_written();
         truncate(0)?;
-        self.touched = true;
-        self.blank = true;
         if disk.format == Format::Raw {
+            truncate(disk.virtual_size)?;
             self.sparse = true;
-            rustix::fs::ftruncate(&self.file, disk.virtual_size)
-                .map_err(|errno| Error::io("make as large as the disk", &self.label, errno))?;
         }
         Ok(())
     }
 
     fn sync(&self) -> Result<(), Error> {
-        let fsync = || rustix::fs::fsync(&self.file).map_err(|errno| Error::io("fsync", &self.label, errno));
-        fsync()?;
+        let failed = |action| move |errno| Error::io(action, &self.label, errno).of(&self.disk);
+        rustix::fs::fsync(&self.file).map_err(failed("fsync"))?;
         if self.sparse {
             // After the data is durable, or what is still on its way could be taken for a hole.
-            sparse::dig(&self.file).map_err(|errno| Error::io("make sparse", &self.label, errno))?;
-            fsync()?;
+            sparse::dig(&self.file).map_err(failed("make sparse"))?;
+            rustix::fs::fsync(&self.file).map_err(failed("fsync"))?;
         }
         Ok(())
     }
 
-    fn discard(&mut self, store: Option<&store::Partial>) -> io::Result<()> {
-        match self.media {
-            // A descriptor that QEMU still holds would keep the space of a file that is only unlinked.
-            Media::Regular if self.touched => rustix::fs::ftruncate(&self.file, 0)?,
-            Media::Block if self.touched => {
-                rustix::io::pwrite(&self.file, &vec![0; WIPED_HEAD], 0)?;
-                rustix::fs::fsync(&self.file)?;
-            }
-            Media::Regular | Media::Block => {}
-        }
-        match &mut self.publication {
+    /// Removes the name, then the content: a descriptor that QEMU still holds would keep the space of a file that is
+    /// only unlinked, and a block device has no name to be removed.
+    fn discard(&self, store: Option<&store::Partial>) -> io::Result<()> {
+        let removed = match &self.publication {
             Publication::InStore { file_name } => store.map_or(Ok(()), |store| store.remove_file(file_name)),
-            Publication::Rename(partial) => partial.discard(),
+            Publication::Rename(partial) => partial.discard(self.id),
             Publication::InPlace => Ok(()),
+        };
+        if self.written.load(Ordering::Relaxed) {
+            match self.media {
+                Media::Regular => rustix::fs::ftruncate(&self.file, 0)?,
+                Media::Block => {
+                    rustix::io::pwrite(&self.file, &vec![0; WIPED_HEAD], 0)?;
+                    rustix::fs::fsync(&self.file)?;
+                }
+            }
         }
+        removed
     }
 }

@@ -159,8 +159,16 @@ impl Partial {
         .map_err(|errno| Error::io("give its name to", &shown, errno))?;
         self.renamed = true;
         sync(&self.domain)?;
-        if self.domain_created {
-            sync(&self.store)?;
+        // Whoever made the domain's directory may not have come as far as this.
+        sync(&self.store)
+    }
+
+    /// Takes the name back, if it was given.
+    pub fn retract(&mut self) -> io::Result<()> {
+        if self.renamed {
+            rustix::fs::renameat(&self.domain, &self.name, &self.domain, &self.partial)?;
+            self.renamed = false;
+            rustix::fs::fsync(&self.domain)?;
         }
         Ok(())
     }

@@ -126,6 +126,9 @@ pub(super) struct Graph {
 struct GraphNode {
     id: u64,
     name: String,
+    /// Back ends and jobs are in the graph too, and may be called like a node.
+    #[serde(rename = "type")]
+    kind: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -138,13 +141,12 @@ struct GraphEdge {
 impl Graph {
     /// The name of the node below a filter.
     fn below(&self, filter: &str) -> Option<&str> {
-        let parent = self.nodes.iter().find(|node| node.name == filter)?.id;
+        let mut nodes = self.nodes.iter().filter(|node| node.kind == "block-driver");
+        let parent = nodes.find(|node| node.name == filter)?.id;
         let mut edges = self.edges.iter().filter(|edge| edge.parent == parent);
         let child = edges.find(|edge| edge.name == "file")?.child;
-        self.nodes
-            .iter()
-            .find(|node| node.id == child)
-            .map(|node| node.name.as_str())
+        let child = self.nodes.iter().find(|node| node.id == child);
+        child.map(|node| node.name.as_str())
     }
 }
 
@@ -300,7 +302,10 @@ mod tests {
         };
         let nodes = [node("a"), node("b")];
         let graph: Graph = serde_json::from_value(serde_json::json!({
-            "nodes": [{ "id": 1, "name": "a" }, { "id": 2, "name": "b" }],
+            "nodes": [
+                { "id": 1, "name": "a", "type": "block-driver" },
+                { "id": 2, "name": "b", "type": "block-driver" },
+            ],
             "edges": [{ "parent": 1, "child": 2, "name": "file" }, { "parent": 2, "child": 1, "name": "file" }],
         }))
         .unwrap();

@@ -5,8 +5,8 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -110,6 +110,8 @@ pub struct Client {
     requests: mpsc::Sender<Request>,
     events: broadcast::WeakSender<Arc<Event>>,
     next_id: Arc<AtomicU64>,
+    /// Why the connection ended, once it has.
+    ended: Arc<OnceLock<Arc<str>>>,
 }
 
 impl Client {
@@ -123,15 +125,18 @@ impl Client {
             .map_err(|_| Error::NoGreeting(patience))??;
         let (requests, receiver) = mpsc::channel(QUEUE);
         let (events, _) = broadcast::channel(EVENTS);
+        let ended = Arc::<OnceLock<Arc<str>>>::default();
         let client = Client {
             requests,
             events: events.downgrade(),
             next_id: Arc::new(AtomicU64::new(1)),
+            ended: ended.clone(),
         };
         let driver = Driver {
             wire,
             requests: receiver,
             events,
+            ended,
             pending: HashMap::new(),
             descriptor_in_flight: None,
             waiting_for_descriptor: VecDeque::new(),
@@ -205,7 +210,7 @@ impl Client {
             descriptor,
             reply,
         };
-        let closed = || Error::Closed(CLOSED.into());
+        let closed = || Error::Closed(self.ended.get().cloned().unwrap_or_else(|| CLOSED.into()));
         self.requests.send(request).await.map_err(|_| closed())?;
         answer
             .await
@@ -243,12 +248,14 @@ async fn greet(wire: &mut Wire) -> Result<()> {
 }
 
 pub(super) async fn read_line(wire: &mut Wire) -> Result<Vec<u8>> {
+    let mut turned = Ok(());
     loop {
         if let Some(line) = wire.next_line().map_err(closed)? {
             return Ok(line);
         }
+        turned.map_err(closed)?;
         wire.ready().await.map_err(|error| closed(error.into()))?;
-        wire.turn().map_err(closed)?;
+        turned = wire.turn();
     }
 }
 
@@ -265,6 +272,7 @@ pub struct Driver {
     wire: Wire,
     requests: mpsc::Receiver<Request>,
     events: broadcast::Sender<Arc<Event>>,
+    ended: Arc<OnceLock<Arc<str>>>,
     pending: HashMap<u64, oneshot::Sender<std::result::Result<Value, Failure>>>,
     /// QEMU keeps the descriptors of the last message only, until the command takes them: a second command
     /// with a descriptor must wait for the reply to the first.
@@ -279,6 +287,8 @@ impl Driver {
             Ok(()) => CLOSED.into(),
             Err(error) => error.to_string().into(),
         };
+        // Set only here, and this runs once.
+        let _ = self.ended.set(reason.clone());
         self.requests.close();
         let queued = std::iter::from_fn(|| self.requests.try_recv().ok());
         let unsent = self
@@ -355,8 +365,12 @@ impl Driver {
         let _ = reply.send(result);
         if self.descriptor_in_flight == Some(id) {
             self.descriptor_in_flight = None;
-            if let Some(next) = self.waiting_for_descriptor.pop_front() {
-                self.accept(next);
+            // One that nobody waits for any more is not sent: nobody would know of its descriptor set.
+            while let Some(next) = self.waiting_for_descriptor.pop_front() {
+                if !next.reply.is_closed() {
+                    self.accept(next);
+                    break;
+                }
             }
         }
     }

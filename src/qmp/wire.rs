@@ -8,7 +8,7 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -76,21 +76,37 @@ impl Wire {
         self.stream.ready(interest).await.map(drop)
     }
 
-    /// Sends what can be sent and reads what is there, without waiting.
+    /// Sends what can be sent and reads what is there, without waiting. Lines can have come also where this fails.
     pub fn turn(&mut self) -> Result<(), WireError> {
-        self.send()?;
         self.forget_taken_lines();
+        match self.send() {
+            // A peer that sends without end gets its lines handled, and its bound checked, between the chunks.
+            Ok(()) => self.receive(READ_CHUNK, |stream, chunk| stream.try_read(chunk)),
+            // Who hung up may have said something before, which tokio need not know of yet.
+            Err(error) => self
+                .receive(MAX_LINE, |stream, chunk| {
+                    Ok(recv(stream, chunk, RecvFlags::DONTWAIT)?.0)
+                })
+                .and(Err(error)),
+        }
+    }
+
+    /// Reads until nothing is there, or `enough` bytes are.
+    fn receive(
+        &mut self,
+        enough: usize,
+        read: impl Fn(&UnixStream, &mut [u8]) -> io::Result<usize>,
+    ) -> Result<(), WireError> {
         let mut chunk = [0u8; READ_CHUNK];
         loop {
-            match self.stream.try_read(&mut chunk) {
+            match read(&self.stream, &mut chunk) {
                 Ok(0) => return Err(WireError::EndOfFile),
                 Ok(count) => self.incoming.extend_from_slice(&chunk[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
-            // A peer that sends without end gets its lines handled, and its bound checked, between the chunks.
-            if self.incoming.len() >= READ_CHUNK {
+            if self.incoming.len() >= enough {
                 return Ok(());
             }
         }

@@ -7,12 +7,14 @@
 // Every test file compiles this module for itself and uses its own part of it.
 #![allow(dead_code)]
 
+pub mod agent;
 pub mod bus;
 pub mod caller;
 pub mod clients;
 pub mod daemon;
 pub mod disk;
 pub mod observer;
+pub mod peer;
 pub mod polkit;
 pub mod process;
 pub mod proxies;

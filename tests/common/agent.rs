@@ -1,0 +1,120 @@
+//! A guest agent, played by the test on a UNIX socket as QEMU's character device would offer it: one client at a time,
+//! JSON lines, and the byte 0xFF that puts the two ends in step.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+
+/// What the agent does about one command.
+pub enum Answer {
+    /// What a good agent says.
+    Proper,
+    /// This refusal.
+    Refusal(&'static str),
+    /// These bytes.
+    Raw(Vec<u8>),
+    /// These bytes, then what a good agent says.
+    After(Vec<u8>),
+    /// Nothing; the connection stays.
+    Silence,
+    /// It hangs up.
+    HangUp,
+}
+
+/// The agent's side of the socket. Its threads end with their connections, and with the test's process.
+pub struct Agent {
+    path: PathBuf,
+    seen: Arc<Mutex<Vec<String>>>,
+}
+
+impl Agent {
+    /// Listens on `path`. `behave` is asked about each command, by its name, before it is answered.
+    pub fn start(path: &Path, mut behave: impl FnMut(&str) -> Answer + Send + 'static) -> Self {
+        let listener = UnixListener::bind(path).expect("the agent's socket is made");
+        let seen = Arc::<Mutex<Vec<String>>>::default();
+        let record = seen.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let stream = stream.expect("a connection is accepted");
+                // A connection that is lost is the client's affair.
+                let _ = serve(stream, &mut behave, &record);
+            }
+        });
+        Self {
+            path: path.to_owned(),
+            seen,
+        }
+    }
+
+    /// An agent that does all that it is asked.
+    pub fn good(path: &Path) -> Self {
+        Self::start(path, |_| Answer::Proper)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The commands that came, in order, without those that only put the ends in step.
+    pub fn seen(&self) -> Vec<String> {
+        let seen = self.seen.lock().expect("no test panics inside");
+        let commands = seen.iter().filter(|name| *name != "guest-sync-delimited");
+        commands.cloned().collect()
+    }
+
+    /// All commands that came.
+    pub fn seen_all(&self) -> Vec<String> {
+        self.seen.lock().expect("no test panics inside").clone()
+    }
+}
+
+fn serve(
+    stream: UnixStream,
+    behave: &mut impl FnMut(&str) -> Answer,
+    seen: &Mutex<Vec<String>>,
+) -> std::io::Result<()> {
+    let mut output = stream.try_clone()?;
+    let mut input = BufReader::new(stream);
+    let mut line = Vec::new();
+    while input.read_until(b'\n', &mut line)? > 0 {
+        // The byte makes the agent forget what came before it.
+        let start = line.iter().rposition(|byte| *byte == 0xff);
+        let command: Value = serde_json::from_slice(&line[start.map_or(0, |at| at + 1)..])?;
+        let name = command["execute"].as_str().unwrap_or_default().to_owned();
+        seen.lock().expect("no test panics inside").push(name.clone());
+        let proper = || match name.as_str() {
+            "guest-sync-delimited" if start.is_some() => {
+                let mut bytes = vec![0xff];
+                bytes.extend_from_slice(&text(json!({ "return": command["arguments"]["id"] })));
+                bytes
+            }
+            "guest-fsfreeze-freeze" | "guest-fsfreeze-thaw" => text(json!({ "return": 2 })),
+            _ => text(refusal("the command has not been found")),
+        };
+        let bytes = match behave(&name) {
+            Answer::Proper => proper(),
+            Answer::Refusal(description) => text(refusal(description)),
+            Answer::Raw(bytes) => bytes,
+            Answer::After(mut bytes) => {
+                bytes.extend(proper());
+                bytes
+            }
+            Answer::Silence => Vec::new(),
+            Answer::HangUp => return Ok(()),
+        };
+        output.write_all(&bytes)?;
+        line.clear();
+    }
+    Ok(())
+}
+
+fn refusal(description: &str) -> Value {
+    json!({ "error": { "class": "GenericError", "desc": description } })
+}
+
+fn text(value: Value) -> Vec<u8> {
+    format!("{value}\n").into_bytes()
+}

@@ -330,10 +330,10 @@ async fn a_thaw_that_is_refused_or_late_is_logged_and_leaves_the_backup_unquiesc
         THAW => Answer::Refusal("thaw refused"),
         _ => Answer::Proper,
     });
-    // What is only tried is good without; what is required is not there.
+    // What is required is not there; what is only tried is good without.
+    scene.fails("require", QEMU_ERROR, "thaw refused").await;
     let (_, quiesced) = scene.complete("try").await;
     assert!(!quiesced, "nobody knows whether they were frozen at the instant");
-    scene.fails("require", QEMU_ERROR, "thaw refused").await;
     assert_eq!(agent.seen(), [FREEZE, THAW, FREEZE, THAW]);
     let log = scene.system.daemon().log();
     assert!(

@@ -80,7 +80,7 @@ impl Summary<'_> {
         if let Some(rate) = self.rate().filter(|&rate| rate > 0) {
             data.push_str(&format!(" ({})", units::rate(rate)));
         }
-        let mut lines = vec![("copied".to_owned(), data)];
+        let mut lines = vec![("covered".to_owned(), data)];
         for disk in &snapshot.disks {
             let what = match (outcome.result.as_str(), disk.error.as_str()) {
                 ("completed", _) => escape(self.target(disk)),
@@ -135,7 +135,7 @@ mod tests {
         };
         assert_eq!(
             summary.text(),
-            "Backup 7 of web completed\n  copied  2.0 GiB in 16 s (128 MiB/s)\n  vda     /store/vda.qcow2\n"
+            "Backup 7 of web completed\n  covered  2.0 GiB in 16 s (128 MiB/s)\n  vda      /store/vda.qcow2\n"
         );
         assert_eq!(summary.json()["average_rate"], 128 << 20);
     }
@@ -153,7 +153,7 @@ mod tests {
         };
         assert_eq!(
             summary.text(),
-            "backupctl: backup 7 of web failed: disk vda: full\n  copied  2.0 GiB\n  vda     failed: No space\\nleft\n"
+            "backupctl: backup 7 of web failed: disk vda: full\n  covered  2.0 GiB\n  vda      failed: No space\\nleft\n"
         );
         assert_eq!(summary.json()["error"], "org.example.Backup1.Error.NoSpace");
     }

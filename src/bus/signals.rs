@@ -54,15 +54,15 @@ impl Audience {
         readers
     }
 
-    /// Subscribers that may know of `domain` now.
-    async fn seers(&self, domain: &Domain) -> HashSet<String> {
-        let mut seers = HashSet::new();
+    /// Tells subscribers that may know of `domain` now.
+    async fn tell_seers(&self, domain: &Domain, name: &str) {
+        let path = domain_path(domain.id);
         for subscriber in self.peers.subscribers() {
             if self.service.sees(&subscriber, domain).await {
-                seers.insert(subscriber.name);
+                let to = Some(&subscriber.name);
+                self.send(to, &root(), MANAGER_INTERFACE, name, &(&path,)).await;
             }
         }
-        seers
     }
 
     async fn tell<B>(
@@ -130,34 +130,14 @@ impl Audience {
         self.tell_all("JobEnded", &(job.id, job_path(job.id), word)).await;
     }
 
-    async fn domain_added(&self, domain: &Domain) {
-        let seers = self.seers(domain).await;
-        self.tell(
-            &seers,
-            &root(),
-            MANAGER_INTERFACE,
-            "DomainAdded",
-            &(domain_path(domain.id),),
-        )
-        .await;
-    }
-
     pub async fn domain_removed(&self, domain: &Domain) {
-        let seers = self.seers(domain).await;
-        self.tell(
-            &seers,
-            &root(),
-            MANAGER_INTERFACE,
-            "DomainRemoved",
-            &(domain_path(domain.id),),
-        )
-        .await;
+        self.tell_seers(domain, "DomainRemoved").await;
     }
 }
 
 /// `DomainAdded`, and then `PropertiesChanged` of the domain for as long as this runs.
 pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
-    audience.domain_added(&domain).await;
+    audience.tell_seers(&domain, "DomainAdded").await;
     let mut snapshots = domain.snapshots();
     let path = domain_path(domain.id);
     let mut told = domain_view(&snapshots.borrow_and_update());

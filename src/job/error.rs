@@ -83,6 +83,18 @@ impl Error {
     }
 }
 
+/// Why a backup that began has no images.
+pub(super) enum Stopped {
+    Failed(Error),
+    Cancelled,
+}
+
+impl From<Error> for Stopped {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
 /// How the C library, and so QEMU, words ENOSPC. QEMU's job errors carry no number.
 const NO_SPACE: &str = "No space left on device";
 

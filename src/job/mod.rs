@@ -8,6 +8,7 @@ mod manager;
 mod progress;
 mod quiesce;
 mod run;
+mod running;
 mod status;
 mod track;
 

@@ -18,6 +18,7 @@ use crate::catalog;
 use crate::domain::Link;
 use crate::error;
 use crate::plan::{DiskPlan, Place};
+use crate::qmp;
 use crate::target::{Media, Target, Targets};
 
 /// What was copied, and of when.
@@ -167,15 +168,26 @@ async fn copy(job: &Job, footprint: &Footprint, targets: &Targets) -> Result<Cop
 
 /// Whether what is being copied is what the guest writes to: a snapshot that another client made while the targets were
 /// prepared has put a new image above it.
-async fn check_sources(job: &Job, footprint: &Footprint) -> Result<(), Error> {
-    let now = footprint.inspect().await.map_err(Error::Lost)?;
+async fn check_sources(job: &Job, footprint: &Footprint) -> Result<(), Stopped> {
+    let look = async {
+        loop {
+            match footprint.inspect().await {
+                // It has much to write before it gets to answers. The copying goes on meanwhile.
+                Err(qmp::Error::TimedOut { .. }) => {}
+                result => return result.map_err(Error::Lost),
+            }
+        }
+    };
+    let Some(now) = job.cancel.run_until_cancelled(look).await else {
+        return Err(Stopped::Cancelled);
+    };
+    let now = now?;
     for (index, planned) in job.plan.disks.iter().enumerate() {
         let disk = now.disks.iter().find(|disk| disk.name == planned.name);
         let own = |node: &str| node == planned.node || node == footprint.names.filter_node(index);
         if !disk.is_some_and(|disk| own(&disk.node)) {
-            return Err(Error::Changed {
-                disk: planned.name.clone(),
-            });
+            let disk = planned.name.clone();
+            return Err(Error::Changed { disk }.into());
         }
     }
     Ok(())

@@ -11,7 +11,7 @@ use zbus::Connection;
 use super::domain::DomainObject;
 use super::job::JobObject;
 use super::peers::Peers;
-use super::signals::{Audience, follow_domain, follow_job};
+use super::signals::{Announcement, Audience, announce, follow_domain, follow_job};
 use super::{Context, domain_path, job_path};
 use crate::domain::Domain;
 use crate::job::Job;
@@ -102,7 +102,7 @@ impl Work {
     pub async fn run(mut self, context: Context) {
         let mut changes = self.service.domains.changes();
         let mut removals = self.service.jobs.removals();
-        let mut domains = Domains::default();
+        let mut domains = Domains::new(self.audience.clone());
         let mut job_signals = JoinSet::new();
         self.synchronise(&context, &mut domains).await;
         loop {
@@ -158,17 +158,17 @@ impl Work {
             .filter(|id| !now.contains_key(id))
             .copied()
             .collect();
-        for (domain, signals) in gone.iter().filter_map(|id| domains.present.remove(id)) {
+        for id in gone {
+            let Some((domain, signals)) = domains.present.remove(&id) else {
+                continue;
+            };
             signals.abort();
             self.present
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .remove(&domain.id);
             removed(server.remove::<DomainObject, _>(domain_path(domain.id)).await);
-            let audience = self.audience.clone();
-            domains
-                .signals
-                .spawn(async move { audience.domain_removed(&domain).await });
+            domains.announce(Announcement::Removed(domain));
         }
         for (id, domain) in now {
             if domains.present.contains_key(&id) {
@@ -186,6 +186,7 @@ impl Work {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .insert(id);
+            domains.announce(Announcement::Added(domain.clone()));
             let signals = domains
                 .signals
                 .spawn(follow_domain(domain.clone(), self.audience.clone()));
@@ -194,11 +195,30 @@ impl Work {
     }
 }
 
-/// The domains that have an object, with the task that tells of their changes.
-#[derive(Default)]
+/// The domains that have an object, with the tasks that tell of their changes.
 struct Domains {
     present: HashMap<u64, (Arc<Domain>, AbortHandle)>,
+    /// A task of its own tells who came and went: it asks for each listener, and nobody waits for that.
+    announcements: mpsc::UnboundedSender<Announcement>,
     signals: JoinSet<()>,
+}
+
+impl Domains {
+    fn new(audience: Audience) -> Self {
+        let (announcements, received) = mpsc::unbounded_channel();
+        let mut signals = JoinSet::new();
+        signals.spawn(announce(received, audience));
+        Self {
+            present: HashMap::new(),
+            announcements,
+            signals,
+        }
+    }
+
+    fn announce(&self, announcement: Announcement) {
+        // Its task ends after this is dropped.
+        let _ = self.announcements.send(announcement);
+    }
 }
 
 fn added<I>(added: zbus::Result<Option<I>>) {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::mpsc;
 use zbus::Connection;
 use zbus::names::BusName;
 use zbus::wire::{OwnedObjectPath, Type, Variant};
@@ -129,15 +130,26 @@ impl Audience {
     async fn job_ended(&self, job: &Job, word: &str) {
         self.tell_all("JobEnded", &(job.id, job_path(job.id), word)).await;
     }
+}
 
-    pub async fn domain_removed(&self, domain: &Domain) {
-        self.tell_seers(domain, "DomainRemoved").await;
+/// What is told of domains as such.
+pub enum Announcement {
+    Added(Arc<Domain>),
+    Removed(Arc<Domain>),
+}
+
+/// Tells of domains that come and go, in the order in which they do, until nothing more can come.
+pub async fn announce(mut announcements: mpsc::UnboundedReceiver<Announcement>, audience: Audience) {
+    while let Some(announcement) = announcements.recv().await {
+        match announcement {
+            Announcement::Added(domain) => audience.tell_seers(&domain, "DomainAdded").await,
+            Announcement::Removed(domain) => audience.tell_seers(&domain, "DomainRemoved").await,
+        }
     }
 }
 
-/// `DomainAdded`, and then `PropertiesChanged` of the domain for as long as this runs.
+/// `PropertiesChanged` of one domain, for as long as this runs.
 pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
-    audience.tell_seers(&domain, "DomainAdded").await;
     let mut snapshots = domain.snapshots();
     let path = domain_path(domain.id);
     let mut told = domain_view(&snapshots.borrow_and_update());

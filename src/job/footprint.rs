@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -267,10 +268,13 @@ impl Footprint {
             let own = |fd: &FdInfo| fd.opaque.as_deref().is_some_and(|opaque| self.names.own(opaque));
             earlier.contains(&set.fdset_id) || set.fds.iter().any(own)
         };
-        for set in self.query_descriptors().await?.iter().filter(|set| ours(set)) {
+        let sets = self.query_descriptors().await?;
+        let removals = sets.iter().filter(|set| ours(set)).map(|set| {
             let arguments = json!({ "fdset-id": set.fdset_id });
-            self.client().execute("remove-fd", arguments).await?;
-        }
+            self.client().execute("remove-fd", arguments)
+        });
+        // All at once: what had to be left can be as many as there were backups.
+        try_join_all(removals).await?;
         let left = self.query_descriptors().await?;
         let left = left.iter().filter(|set| ours(set)).map(|set| set.fdset_id);
         *kept() = left.collect();

@@ -11,6 +11,7 @@ mod run;
 mod running;
 mod status;
 mod track;
+mod writeback;
 
 pub use error::Error;
 pub use manager::{Jobs, Reservation, Start};

@@ -13,6 +13,7 @@ use super::footprint::{Footprint, Names};
 use super::progress::share;
 use super::quiesce::{self, Frozen};
 use super::running::Running;
+use super::writeback::write_back;
 use super::{DiskState, Error, Job, Outcome, Reservation, State};
 use crate::catalog;
 use crate::domain::Link;
@@ -161,7 +162,10 @@ async fn copy(job: &Job, footprint: &Footprint, targets: &Targets) -> Result<Cop
     });
     tracing::info!(job = job.id, domain = job.domain.name, "backup started");
     let mut running = Running::new(job, footprint, speed);
-    running.run(events).await.map_err(Error::Lost)?;
+    tokio::select! {
+        ended = running.run(events) => ended.map_err(Error::Lost)?,
+        never = write_back(targets) => match never {},
+    }
     running.judge()?;
     Ok(Copied { instant, quiesced })
 }
@@ -183,9 +187,10 @@ async fn check_sources(job: &Job, footprint: &Footprint) -> Result<(), Stopped> 
     };
     let now = now?;
     for (index, planned) in job.plan.disks.iter().enumerate() {
-        let disk = now.disks.iter().find(|disk| disk.name == planned.name);
-        let own = |node: &str| node == planned.node || node == footprint.names.filter_node(index);
-        if !disk.is_some_and(|disk| own(&disk.node)) {
+        // By its node: a disk without an id of its own is called like its node, which is our filter just now.
+        let filter = footprint.names.filter_node(index);
+        let mut disks = now.disks.iter();
+        if !disks.any(|disk| disk.node == planned.node || disk.node == filter) {
             let disk = planned.name.clone();
             return Err(Error::Changed { disk }.into());
         }

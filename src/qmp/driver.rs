@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -73,8 +74,11 @@ struct Request {
     id: u64,
     line: Vec<u8>,
     descriptor: Option<OwnedFd>,
-    reply: oneshot::Sender<std::result::Result<Value, Failure>>,
+    reply: oneshot::Sender<Answer>,
 }
+
+/// A reply as it came: who asked knows what to read it as, and some are large.
+type Answer = std::result::Result<Box<RawValue>, Failure>;
 
 #[derive(Debug)]
 enum Failure {
@@ -82,20 +86,17 @@ enum Failure {
     Closed(Arc<str>),
 }
 
+/// Any line of QEMU's. One of the first three is there.
 #[derive(Deserialize)]
-#[serde(untagged)]
-enum Message {
-    Return {
-        #[serde(rename = "return")]
-        value: Value,
-        id: Value,
-    },
-    Refusal {
-        error: Refusal,
-        #[serde(default)]
-        id: Value,
-    },
-    Event(Event),
+struct Message<'a> {
+    #[serde(rename = "return", borrow)]
+    value: Option<&'a RawValue>,
+    error: Option<Refusal>,
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+    #[serde(default)]
+    id: Value,
 }
 
 #[derive(Deserialize)]
@@ -154,7 +155,7 @@ impl Client {
 
     /// Sends a command and waits for its reply. Cancel-safe: dropped, the command was either sent whole or not at all.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
-        self.send(command, arguments, None).await
+        self.query(command, arguments).await
     }
 
     /// Sends a command with a descriptor in the same message, as `add-fd` and `getfd` want it.
@@ -164,16 +165,14 @@ impl Client {
         arguments: Value,
         descriptor: OwnedFd,
     ) -> Result<Value> {
-        self.send(command, arguments, Some(descriptor)).await
+        let reply = self.send(command, arguments, Some(descriptor)).await?;
+        read(command, &reply)
     }
 
     /// Sends a command and reads its reply as `T`.
     pub async fn query<T: DeserializeOwned>(&self, command: &str, arguments: Value) -> Result<T> {
-        let value = self.execute(command, arguments).await?;
-        serde_json::from_value(value).map_err(|error| Error::UnexpectedReply {
-            command: command.to_owned(),
-            detail: error.to_string(),
-        })
+        let reply = self.send(command, arguments, None).await?;
+        read(command, &reply)
     }
 
     /// [`Client::query`] with an end to its patience.
@@ -197,7 +196,12 @@ impl Client {
         self.query("query-qmp-schema", json!({})).await.map(Schema::new)
     }
 
-    async fn send(&self, command: &str, arguments: Value, descriptor: Option<OwnedFd>) -> Result<Value> {
+    async fn send(
+        &self,
+        command: &str,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Box<RawValue>> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let mut line = json!({ "execute": command, "arguments": arguments, "id": id })
             .to_string()
@@ -226,6 +230,14 @@ impl Client {
     }
 }
 
+/// Reads a reply as what the command is known to return.
+fn read<T: DeserializeOwned>(command: &str, reply: &RawValue) -> Result<T> {
+    serde_json::from_str(reply.get()).map_err(|error| Error::UnexpectedReply {
+        command: command.to_owned(),
+        detail: error.to_string(),
+    })
+}
+
 async fn greet(wire: &mut Wire) -> Result<()> {
     let greeting = read_line(wire).await?;
     let greeting: Value = parse(&greeting)?;
@@ -234,15 +246,16 @@ async fn greet(wire: &mut Wire) -> Result<()> {
     }
     wire.queue(b"{\"execute\":\"qmp_capabilities\",\"id\":0}\n".to_vec(), None);
     loop {
-        match parse(&read_line(wire).await?)? {
-            Message::Return { id, .. } if id == json!(0) => return Ok(()),
-            Message::Refusal { error, .. } => {
-                return Err(Error::NotQmp(format!(
-                    "it refused qmp_capabilities: {}",
-                    error.desc
-                )));
-            }
-            Message::Return { .. } | Message::Event(_) => {}
+        let line = read_line(wire).await?;
+        let message: Message = parse(&line)?;
+        if let Some(error) = message.error {
+            return Err(Error::NotQmp(format!(
+                "it refused qmp_capabilities: {}",
+                error.desc
+            )));
+        }
+        if message.value.is_some() && message.id == json!(0) {
+            return Ok(());
         }
     }
 }
@@ -263,7 +276,7 @@ pub(super) fn closed(error: WireError) -> Error {
     Error::Closed(error.to_string().into())
 }
 
-pub(super) fn parse<T: DeserializeOwned>(line: &[u8]) -> Result<T> {
+pub(super) fn parse<'a, T: Deserialize<'a>>(line: &'a [u8]) -> Result<T> {
     serde_json::from_slice(line).map_err(|error| Error::NotQmp(format!("a line is no message: {error}")))
 }
 
@@ -273,7 +286,7 @@ pub struct Driver {
     requests: mpsc::Receiver<Request>,
     events: broadcast::Sender<Arc<Event>>,
     ended: Arc<OnceLock<Arc<str>>>,
-    pending: HashMap<u64, oneshot::Sender<std::result::Result<Value, Failure>>>,
+    pending: HashMap<u64, oneshot::Sender<Answer>>,
     /// QEMU keeps the descriptors of the last message only, until the command takes them: a second command
     /// with a descriptor must wait for the reply to the first.
     descriptor_in_flight: Option<u64>,
@@ -333,30 +346,35 @@ impl Driver {
     }
 
     fn dispatch(&mut self, line: &[u8]) -> std::result::Result<(), WireError> {
-        let message = parse(line).map_err(|error| WireError::Io(std::io::Error::other(error)))?;
-        match message {
-            Message::Event(event) if line.len() > MAX_EVENT => {
-                let why = format!("the event {:.64} has {} bytes", event.name, line.len());
+        let broken = |error| WireError::Io(std::io::Error::other(error));
+        let message: Message = parse(line).map_err(broken)?;
+        if let Some(name) = message.event {
+            if line.len() > MAX_EVENT {
+                let why = format!("the event {name:.64} has {} bytes", line.len());
                 return Err(WireError::Io(std::io::Error::other(why)));
             }
-            Message::Event(event) => {
-                tracing::trace!(event = event.name, data = %event.data, "QMP event");
-                // Nobody listens: nobody needs it.
-                let _ = self.events.send(Arc::new(event));
-            }
-            Message::Return { value, id } => self.settle(&id, Ok(value)),
-            Message::Refusal { error, id } => self.settle(
-                &id,
-                Err(Failure::Refused {
-                    class: error.class,
-                    description: error.desc,
-                }),
-            ),
+            let event = Event {
+                name,
+                data: message.data,
+            };
+            tracing::trace!(event = event.name, data = %event.data, "QMP event");
+            // Nobody listens: nobody needs it.
+            let _ = self.events.send(Arc::new(event));
+        } else if let Some(error) = message.error {
+            let failure = Failure::Refused {
+                class: error.class,
+                description: error.desc,
+            };
+            self.settle(&message.id, Err(failure));
+        } else if let Some(value) = message.value {
+            self.settle(&message.id, Ok(value.to_owned()));
+        } else {
+            return Err(broken(Error::NotQmp("a line is neither reply nor event".into())));
         }
         Ok(())
     }
 
-    fn settle(&mut self, id: &Value, result: std::result::Result<Value, Failure>) {
+    fn settle(&mut self, id: &Value, result: Answer) {
         let Some((id, reply)) = id.as_u64().and_then(|id| self.pending.remove_entry(&id)) else {
             tracing::warn!(%id, "a reply to no command of ours was ignored");
             return;

@@ -12,10 +12,12 @@ mod identity;
 mod path;
 mod sparse;
 mod store;
+mod writeback;
 
 pub use error::Error;
 pub use identity::{Holder, Sources};
 pub use store::ensure as ensure_store;
+pub use writeback::Writeback;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -133,6 +135,11 @@ impl Targets {
     /// Whether the places are in a store, where a manifest belongs beside the images.
     pub fn in_store(&self) -> bool {
         self.store.is_some()
+    }
+
+    /// For sending the data on its way while it is still coming.
+    pub fn writeback(&self) -> io::Result<Writeback> {
+        self.targets.iter().map(Target::descriptor).collect()
     }
 
     /// Makes the data durable. Nothing has its final name yet. QEMU has let go of the targets.

@@ -1,0 +1,116 @@
+//! How fast a backup is, beside what else could have made it; `make bench` runs it and prints one table.
+//!
+//! Every method copies the same 1 GiB of data in the same run, and the rounds go through all methods in turn: on a
+//! device that others use too, only numbers of the same minutes can be compared. It is a report: it ends well whether
+//! the targets are met or not.
+//!
+//! `BACKUPD_BENCH_DIR` is where the images go (10 GiB, removed at the end), `BACKUPD_BENCH_ROUNDS` how many rounds.
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+mod hand;
+mod latency;
+mod memory;
+mod methods;
+mod qmp;
+mod report;
+mod workspace;
+
+use common::System;
+use common::caller::Caller;
+use common::disk::Disk;
+use common::storage::Tmpfs;
+use methods::{Method, Sample};
+use qmp::Monitor;
+use workspace::Workspace;
+
+/// The machines' names in the service.
+const LARGE: &str = "large";
+const SMALL: &str = "small";
+/// The stores' names: one on the device that is measured, one in memory.
+const ON_DEVICE: &str = "device";
+const IN_MEMORY: &str = "memory";
+/// The disk of each machine.
+const DISK: &str = "vda";
+
+const SMALL_DISK: u64 = 64 << 20;
+const MEMORY_STORE: u64 = 128 << 20;
+
+fn rounds() -> usize {
+    std::env::var("BACKUPD_BENCH_ROUNDS").map_or(5, |rounds| {
+        rounds
+            .parse()
+            .ok()
+            .filter(|rounds| *rounds > 0)
+            .expect("BACKUPD_BENCH_ROUNDS is a number, 1 at least")
+    })
+}
+
+fn main() {
+    let rounds = rounds();
+    let workspace = Workspace::create();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime is made");
+    let memory_store = Tmpfs::mount(&workspace.path().join("memory"), MEMORY_STORE);
+    let mut system = System::setup()
+        .store(ON_DEVICE, &workspace.store())
+        .store(IN_MEMORY, memory_store.path())
+        .start();
+    let hand_socket = system.dir().join("hand");
+    let hand_server = format!("unix:{},server=on,wait=off", hand_socket.display());
+    let large = system
+        .vm(LARGE)
+        .disk(Disk::new(DISK, workspace::IMAGE_SIZE).at(&workspace.source()))
+        .extra(&["-qmp", &hand_server])
+        .start();
+    let small = system
+        .vm(SMALL)
+        .disk(Disk::new(DISK, SMALL_DISK).fill(0, 1 << 20, 0x5a))
+        // An older QEMU keeps every descriptor of a stopped machine: each backup would have more to put in order.
+        .running()
+        .start();
+    for vm in [&large, &small] {
+        system.domain_file(vm.name(), vm);
+        system.wait_for_domain(vm.name());
+    }
+    let service = system.daemon().pid();
+    let mut caller = runtime.block_on(Caller::new(&system));
+    let mut monitor = Monitor::connect(&hand_socket);
+    let idle = memory::settled(service);
+
+    // The round that is not counted has the caches warm, the memory watched, and what was copied compared.
+    let watched = memory::Watch::start(service);
+    let mut measure = |method: Method, checked: bool| -> Sample {
+        workspace.settle();
+        let sample = match method {
+            Method::Service => runtime.block_on(methods::service(&mut caller, &large)),
+            Method::ByHand => hand::back_up(&mut monitor, &workspace),
+            Method::Convert => methods::convert(&workspace),
+            Method::Dd => methods::dd(&workspace),
+        };
+        if checked && method != Method::Dd {
+            workspace.compare();
+        }
+        workspace.remove_targets();
+        sample
+    };
+    measure(Method::Service, true);
+    let busy = watched.most();
+    for method in [Method::ByHand, Method::Convert, Method::Dd] {
+        measure(method, true);
+    }
+    let mut samples = Vec::new();
+    for round in 0..rounds {
+        eprintln!("round {} of {rounds}", round + 1);
+        let mut order = Method::ALL;
+        // So that none always comes after the same other one.
+        order.rotate_left(round % Method::ALL.len());
+        samples.extend(order.map(|method| (method, measure(method, false))));
+    }
+    let latency = runtime.block_on(latency::measure(&system, &mut caller, &small));
+    report::print(rounds, &samples, &latency, &[("idle", idle), ("busy", busy)]);
+}

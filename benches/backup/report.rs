@@ -1,0 +1,148 @@
+//! The table, and what it means for the targets.
+
+use crate::latency::Latency;
+use crate::memory::Memory;
+use crate::methods::{Method, Sample};
+
+/// The targets, all with fsync.
+const MOST_TIMES_DD: f64 = 1.25;
+const LEAST_TIMES_DEFAULTS: f64 = 1.5;
+const MOST_TO_START: f64 = 0.030;
+const MOST_RSS: u64 = 20 << 10;
+
+/// The middle one, or the mean of the two in the middle.
+fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        count if count % 2 == 1 => values[middle],
+        _ => f64::midpoint(values[middle - 1], values[middle]),
+    }
+}
+
+/// One method's column of numbers.
+struct Row {
+    copied: Option<f64>,
+    durable: f64,
+    least: f64,
+    most: f64,
+}
+
+impl Row {
+    fn of(samples: &[(Method, Sample)], method: Method) -> Self {
+        let own = || {
+            samples
+                .iter()
+                .filter(move |(other, _)| *other == method)
+                .map(|(_, sample)| sample)
+        };
+        let copied = own().filter_map(|sample| sample.copied).collect::<Vec<_>>();
+        let durable = || own().map(|sample| sample.durable);
+        Self {
+            copied: (!copied.is_empty()).then(|| median(copied)),
+            durable: median(durable()),
+            least: durable().fold(f64::INFINITY, f64::min),
+            most: durable().fold(0.0, f64::max),
+        }
+    }
+}
+
+fn name(method: Method) -> &'static str {
+    match method {
+        Method::Dd => "dd bs=1M conv=fsync",
+        Method::Service => "backupd, push to a store",
+        Method::Convert => "qemu-img convert -W -m 8",
+        Method::ByHand => "QMP by hand, QEMU's defaults",
+    }
+}
+
+pub fn print(rounds: usize, samples: &[(Method, Sample)], latency: &Latency, memory: &[(&str, Memory)]) {
+    let row = |method| Row::of(samples, method);
+    let [dd, service, convert, by_hand] = Method::ALL.map(row);
+    println!("1 GiB of data in a 4 GiB qcow2 image, rounds: {rounds}, medians in seconds\n");
+    println!(
+        "{:<29} {:>9} {:>9} {:>15} {:>6} {:>9}",
+        "", "no fsync", "fsync", "(from to)", "/ dd", "/ convert"
+    );
+    for (method, row) in Method::ALL.into_iter().zip([&dd, &service, &convert, &by_hand]) {
+        println!(
+            "{:<29} {:>9} {:>9.3} {:>15} {:>6.2} {:>9.2}",
+            name(method),
+            row.copied
+                .map_or_else(|| "-".to_owned(), |copied| format!("{copied:.3}")),
+            row.durable,
+            format!("({:.2} {:.2})", row.least, row.most),
+            row.durable / dd.durable,
+            row.durable / convert.durable,
+        );
+    }
+
+    let milliseconds = |seconds: f64| format!("{:.1} ms", seconds * 1000.0);
+    let (start, polkit) = (
+        median(latency.start.iter().copied()),
+        median(latency.polkit.iter().copied()),
+    );
+    let own = latency
+        .start
+        .iter()
+        .zip(&latency.polkit)
+        .map(|(start, polkit)| start - polkit);
+    let own = median(own);
+    println!("\nsmall disk, {} backups, medians", latency.start.len());
+    let line = |what: &str, value: String| println!("{what:<62} {value:>9}");
+    line("CreateBackup to QEMU's transaction", milliseconds(start));
+    line("  of that polkit", milliseconds(polkit));
+    line("  without polkit", milliseconds(own));
+    line(
+        "QEMU's BLOCK_JOB_COMPLETED to Completed, store in memory",
+        milliseconds(median(latency.signal.iter().copied())),
+    );
+    line(
+        "the same, store on the device (5 fsyncs)",
+        milliseconds(median(latency.signal_on_device.iter().copied())),
+    );
+
+    let mib = |kib: u64| kib as f64 / 1024.0;
+    println!();
+    for (when, memory) in memory {
+        println!(
+            "the service's memory, {when}: RSS {:.1} MiB (its own {:.1}, proportional {:.1})",
+            mib(memory.rss),
+            mib(memory.private),
+            mib(memory.pss)
+        );
+    }
+
+    println!("\ntargets, with fsync");
+    let rss = memory
+        .iter()
+        .map(|(_, memory)| memory.rss)
+        .max()
+        .unwrap_or_default();
+    let target = |what: &str, met: bool, value: String| {
+        println!("{what:<62} {value:>9}  {}", if met { "met" } else { "missed" });
+    };
+    target(
+        "at least as fast as qemu-img convert: time / convert <= 1",
+        service.durable <= convert.durable,
+        format!("{:.2}", service.durable / convert.durable),
+    );
+    target(
+        &format!("within {MOST_TIMES_DD} of dd"),
+        service.durable <= dd.durable * MOST_TIMES_DD,
+        format!("{:.2}", service.durable / dd.durable),
+    );
+    target(
+        &format!("at least {LEAST_TIMES_DEFAULTS} times as fast as QEMU's defaults"),
+        by_hand.durable >= service.durable * LEAST_TIMES_DEFAULTS,
+        format!("{:.2}", by_hand.durable / service.durable),
+    );
+    target(
+        "call to transaction under 30 ms without polkit",
+        own < MOST_TO_START,
+        milliseconds(own),
+    );
+    target("RSS under 20 MiB", rss < MOST_RSS, format!("{:.1} MiB", mib(rss)));
+}

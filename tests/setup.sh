@@ -38,6 +38,7 @@ look() {
     program setpriv util-linux
     program unshare util-linux
     program losetup mount
+    program chattr e2fsprogs
     [ -x /usr/lib/polkit-1/polkitd ] || need polkitd polkitd
 }
 

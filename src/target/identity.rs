@@ -71,11 +71,15 @@ impl Sources {
                 ids.extend(open);
             }
         }
+        // Files only: of two partitions of one disk, either is free while the other is a source.
+        let made_of = ids.iter().flat_map(|id| related(*id));
+        let files: Vec<_> = made_of.filter(|id| matches!(id, FileId::File { .. })).collect();
+        ids.extend(files);
         Self(ids)
     }
 
     /// Whether writing to `id` writes to one of them: it is one, or a disk with one as its partition, or a partition of
-    /// one, or a device made of one or of which one is made.
+    /// one, or a device made of one, or a device or file of which one is made.
     pub(super) fn contains(&self, id: FileId) -> bool {
         related(id).iter().any(|id| self.0.contains(id))
     }

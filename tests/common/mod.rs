@@ -18,6 +18,7 @@ pub mod peer;
 pub mod polkit;
 pub mod process;
 pub mod proxies;
+pub mod proxy;
 pub mod storage;
 pub mod vm;
 pub mod wait;

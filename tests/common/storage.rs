@@ -141,3 +141,31 @@ pub fn files_below(dir: &Path) -> Vec<String> {
     found.sort();
     found
 }
+
+/// A directory in which nothing can be made, renamed or removed, not even by root; as before on drop.
+pub struct Immutable {
+    path: PathBuf,
+}
+
+impl Immutable {
+    #[track_caller]
+    pub fn make(path: &Path) -> Self {
+        let mut command = Command::new("chattr");
+        command.arg("+i").arg(path);
+        process::run(command).expect_success();
+        Self {
+            path: path.to_owned(),
+        }
+    }
+}
+
+impl Drop for Immutable {
+    fn drop(&mut self) {
+        let mut command = Command::new("chattr");
+        command.arg("-i").arg(&self.path);
+        let output = process::run(command);
+        if !output.success() {
+            eprintln!("{}: {}", self.path.display(), output.stderr);
+        }
+    }
+}

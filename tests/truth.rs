@@ -1,0 +1,767 @@
+//! What a backup says of itself is true also when QEMU, its monitor, its disks, the storage or the service change under
+//! it at the worst moment.
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use common::System;
+use common::agent::{Agent, Answer};
+use common::caller::{Caller, assert_completed, brief};
+use common::clients::USER;
+use common::disk::Disk;
+use common::proxies::{DomainProxy, JobProxy, Options, error_name};
+use common::proxy::{Hold, Proxy};
+use common::storage::{Immutable, LoopDevice, Tmpfs, files_below, holds, identical};
+use common::vm::{Builder, Residue, Vm};
+use common::wait::{self, until_async, within};
+use rustix::process::Signal;
+use serde_json::json;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const OURS: &str = "org.example.Backup1.Error.";
+
+/// A system with a machine `web` that the service reaches through a go-between.
+struct Scene {
+    system: System,
+    vm: Vm,
+    proxy: Proxy,
+    caller: Caller,
+    before: Residue,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        Self::of(System::start()).await
+    }
+
+    async fn of(system: System) -> Self {
+        let vm = system
+            .vm("web")
+            .disk(Disk::new("vda", 16 * MIB).fill(0, 8 * MIB, 0x11))
+            .disk(Disk::new("vdb", 8 * MIB).fill(0, 4 * MIB, 0x22))
+            .running()
+            .start();
+        let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
+        system.write_domain_file("web", &format!("monitor = \"{}\"\n", proxy.path().display()));
+        system.wait_for_domain("web");
+        let caller = Caller::new(&system).await;
+        Self {
+            before: vm.residue(),
+            system,
+            vm,
+            proxy,
+            caller,
+        }
+    }
+
+    /// Keeps the first of these commands that is about the backup itself: its jobs have concluded by then, and QEMU
+    /// still has the images open.
+    fn hold_end(&self, command: &str) -> Hold {
+        self.proxy.hold(command, |arguments| {
+            !arguments["id"].as_str().is_some_and(|id| id.ends_with("-create"))
+        })
+    }
+
+    /// The job fails since its QEMU was lost, says nothing else to anybody, and no file is left.
+    async fn assert_lost(&mut self, job: &JobProxy<'_>) {
+        assert_failed(job, "DomainUnreachable", "connection to QEMU was lost").await;
+        let signals = brief(&self.caller.signals_until("JobEnded").await);
+        let completed = signals.iter().filter(|signal| signal.starts_with("Completed"));
+        let completed: Vec<_> = completed.collect();
+        assert!(
+            completed.len() == 1 && completed[0].starts_with("Completed failed"),
+            "{signals:?}"
+        );
+        assert!(
+            !signals
+                .iter()
+                .any(|signal| signal.starts_with("BlockJobCompleted")),
+            "{signals:?}"
+        );
+        assert!(signals.last().unwrap().ends_with(" failed"), "{signals:?}");
+        assert_eq!(job.state().await.unwrap(), "failed");
+        for disk in job.disks().await.unwrap() {
+            assert!(["cancelled", "failed"].contains(&disk.1.as_str()), "{disk:?}");
+        }
+        assert_eq!(files_below(&self.system.store()), [""; 0]);
+    }
+}
+
+/// The end of a job, which must be this error with the word in its text.
+async fn assert_failed(job: &JobProxy<'_>, error: &str, word: &str) {
+    let (result, name, message) = within("the end of the backup", job.wait()).await.unwrap();
+    assert_eq!(
+        (result.as_str(), name),
+        ("failed", format!("{OURS}{error}")),
+        "{message}"
+    );
+    assert!(message.contains(word), "{word:?} in {message:?}");
+}
+
+/// A system with a machine that the service knows, and a caller.
+async fn known(system: System, vm: impl FnOnce(Builder) -> Builder) -> (System, Vm, Caller) {
+    let vm = vm(system.vm("web")).running().start();
+    system.domain_file("web", &vm);
+    system.wait_for_domain("web");
+    let caller = Caller::new(&system).await;
+    (system, vm, caller)
+}
+
+async fn reaches(job: &JobProxy<'_>, state: &str) {
+    until_async(&format!("the backup to be {state}"), || async {
+        (job.state().await.unwrap() == state).then_some(())
+    })
+    .await;
+}
+
+fn bandwidth(bytes_per_second: u64) -> Options<'static> {
+    Options::from([("bandwidth", Variant::from(bytes_per_second))])
+}
+
+fn reuse() -> Options<'static> {
+    Options::from([("reuse-external", Variant::from(true))])
+}
+
+fn document(disks: &str) -> String {
+    format!("<domainbackup><disks>{disks}</disks></domainbackup>")
+}
+
+/// Refused as the disk of a machine.
+async fn refuses_source(caller: &Caller, document: &str, files: &[OwnedFd]) {
+    let refused = caller.try_start("web", document, files, reuse()).await;
+    let refused = refused.expect_err("the backup is refused");
+    assert_eq!(error_name(&refused), format!("{OURS}TargetInvalid"), "{refused}");
+    assert!(
+        refused.to_string().contains("a disk of a running domain"),
+        "{refused}"
+    );
+}
+
+async fn image(job: &JobProxy<'_>, disk: usize) -> PathBuf {
+    PathBuf::from(&job.disks().await.unwrap()[disk].4)
+}
+
+// The monitor's connection is lost when QEMU has said that all is well, but has not closed the images yet.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_killed_before_it_closed_the_images_fails_the_backup() {
+    for command in ["job-dismiss", "blockdev-del"] {
+        let mut scene = Scene::new().await;
+        let hold = scene.hold_end(command);
+        let job = scene.caller.start("web", "").await;
+        hold.reached();
+        assert_eq!(
+            files_below(&scene.system.store()).len(),
+            2,
+            "they are being written"
+        );
+        scene.vm.kill();
+        hold.cut();
+        scene.assert_lost(&job).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_lost_for_good_before_the_images_were_closed_fails_the_backup() {
+    for command in ["job-dismiss", "blockdev-del"] {
+        let mut scene = Scene::new().await;
+        let hold = scene.hold_end(command);
+        let job = scene.caller.start("web", "").await;
+        hold.reached();
+        hold.cut_for_good();
+        scene.assert_lost(&job).await;
+        // The machine itself goes on.
+        assert_eq!(scene.vm.qmp("query-status", json!({}))["status"], "running");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_that_comes_back_before_the_images_were_closed_leaves_nothing_in_qemu_and_no_backup() {
+    for command in ["job-dismiss", "blockdev-del"] {
+        let mut scene = Scene::new().await;
+        let hold = scene.hold_end(command);
+        let job = scene.caller.start("web", "").await;
+        hold.reached();
+        assert_ne!(scene.vm.residue(), scene.before);
+        hold.cut();
+        scene.assert_lost(&job).await;
+        assert_eq!(scene.vm.residue(), scene.before, "{command}");
+        // And the next one is good.
+        scene.system.wait_for_domain("web");
+        let job = scene.caller.complete("web", "").await;
+        let image = image(&job, 0).await;
+        scene.vm.quit();
+        assert!(identical(&image, "qcow2", scene.vm.source_path("vda"), "qcow2"));
+    }
+}
+
+// The domain's file and its disks change.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_a_domain_that_changed_is_backed_up_no_other_of_its_name_is_and_then_it_is_again() {
+    let vda = |vm: Builder| vm.disk(Disk::new("vda", 16 * MIB).fill(0, 8 * MIB, 0x11));
+    let (system, mut vm, caller) = known(System::start(), vda).await;
+    let before = vm.residue();
+    let monitor = format!("monitor = \"{}\"\n", vm.monitor_path().display());
+    let mut images = Vec::new();
+    // It says something else, or it goes and comes.
+    for (goes, text) in [
+        (false, format!("{monitor}agent = \"/nowhere\"\n")),
+        (true, monitor),
+    ] {
+        let path = caller.manager.get_domain("web").await.unwrap();
+        let web = DomainProxy::new(&caller.connection, path).await.unwrap();
+        let job = caller.start_with("web", "", &[], bandwidth(65536)).await;
+        reaches(&job, "running").await;
+        if goes {
+            fs::remove_file(system.dir().join("etc/domains.d/web.toml")).unwrap();
+            until_async("the domain to go", || async { web.state().await.err() }).await;
+            let refused = caller.try_start("web", "", &[], Options::new()).await;
+            assert_eq!(error_name(&refused.unwrap_err()), format!("{OURS}NoSuchDomain"));
+        }
+        system.write_domain_file("web", &text);
+        until_async("the old domain to go", || async { web.state().await.err() }).await;
+        until_async("the new domain to come", || async {
+            caller.manager.get_domain("web").await.ok()
+        })
+        .await;
+        let refused = caller.try_start("web", "", &[], Options::new()).await;
+        let refused = refused.expect_err("there is a backup of that name");
+        let name = error_name(&refused);
+        assert!(
+            ["Busy", "DomainUnreachable"].contains(&name.trim_start_matches(OURS)),
+            "{refused}"
+        );
+        job.set_speed(0).await.unwrap();
+        assert_completed(&job).await;
+        assert_eq!(vm.residue(), before);
+        images.push(image(&job, 0).await);
+        // Its monitor is free now for the domain that came in its place.
+        system.wait_for_domain("web");
+        let job = caller.complete("web", "").await;
+        images.push(image(&job, 0).await);
+        assert_eq!(vm.residue(), before);
+    }
+    vm.quit();
+    for image in images {
+        assert!(
+            identical(&image, "qcow2", vm.source_path("vda"), "qcow2"),
+            "{}",
+            image.display()
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_made_by_another_client_just_before_the_instant_fails_the_backup() {
+    let scene = Scene::new().await;
+    let hold = scene.proxy.hold("transaction", |_| true);
+    let job = scene.caller.start("web", "").await;
+    hold.reached();
+    scene.vm.qmp(
+        "blockdev-snapshot-sync",
+        json!({
+            "node-name": "vda-format", "snapshot-node-name": "over", "format": "qcow2",
+            "snapshot-file": scene.system.dir().join("over.qcow2"),
+        }),
+    );
+    let mut without_ours = scene.vm.residue();
+    without_ours.nodes.retain(|name| !name.starts_with("backupd-"));
+    without_ours.fdsets.clone_from(&scene.before.fdsets);
+    assert!(without_ours.nodes.contains(&"over".to_owned()));
+    scene.vm.write("vda", 10 * MIB, MIB, 0x77);
+    hold.pass();
+    assert_failed(&job, "QemuError", "another image").await;
+    let disks = job.disks().await.unwrap();
+    assert_eq!(
+        disks.iter().map(|disk| disk.1.as_str()).collect::<Vec<_>>(),
+        ["failed", "cancelled"]
+    );
+    assert_eq!(files_below(&scene.system.store()), [""; 0]);
+    assert_eq!(scene.vm.residue(), without_ours);
+    // Tried again, it holds what the guest wrote.
+    let job = scene.caller.complete("web", "").await;
+    let image = image(&job, 0).await;
+    assert!(holds(&image, "qcow2", 10 * MIB, MIB, 0x77));
+    assert!(holds(&image, "qcow2", 0, 8 * MIB, 0x11));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_overlay_below_a_raw_node_is_copied_with_what_lies_below_it() {
+    let system = System::start();
+    let [base, top] = ["base.qcow2", "top.qcow2"].map(|name| system.dir().join(name));
+    let run = |program: &str, arguments: &[&str]| {
+        let mut command = common::process::bound(program);
+        command.args(arguments);
+        common::process::run(command).expect_success()
+    };
+    let (base, top) = (base.to_str().unwrap(), top.to_str().unwrap());
+    run("qemu-img", &["create", "-q", "-f", "qcow2", base, "16M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -q -P 0x55 0 4M", base]);
+    run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top],
+    );
+    run("qemu-io", &["-f", "qcow2", "-c", "write -q -P 0x66 8M 1M", top]);
+    let node = format!("raw,node-name=d,file.driver=qcow2,file.file.driver=file,file.file.filename={top}");
+    let extra = ["-blockdev", &node, "-device", "virtio-blk-pci,drive=d,id=vda"];
+    let (_system, mut vm, caller) = known(system, |vm| vm.extra(&extra)).await;
+    let mut images = Vec::new();
+    for format in ["raw", "qcow2"] {
+        let text = document(&format!("<disk name='vda'><driver type='{format}'/></disk>"));
+        let image = image(&caller.complete("web", &text).await, 0).await;
+        assert!(holds(&image, format, 0, 4 * MIB, 0x55), "{format}");
+        assert!(holds(&image, format, 8 * MIB, MIB, 0x66), "{format}");
+        images.push((image, format));
+    }
+    vm.quit();
+    for (image, format) in images {
+        assert!(identical(&image, format, Path::new(top), "qcow2"), "{format}");
+    }
+}
+
+// Existing content.
+
+/// A device of 24 MiB that is full of something.
+fn full_device(system: &System) -> LoopDevice {
+    let file = system.dir().join("device.img");
+    fs::write(&file, vec![0xa5; 24 << 20]).unwrap();
+    LoopDevice::attach(&file, 24 * MIB)
+}
+
+fn to_block(device: &Path, format: &str, quiesce: &str) -> String {
+    format!(
+        "<domainbackup>{quiesce}<disks><disk name='vda' type='block'><driver type='{format}'/>\
+         <target dev='{}'/></disk></disks></domainbackup>",
+        device.display()
+    )
+}
+
+fn assert_untouched(device: &Path) {
+    let content = fs::read(device).unwrap();
+    assert_eq!(content.len(), 24 << 20);
+    let changed = content.iter().position(|byte| *byte != 0xa5);
+    assert_eq!(changed, None, "where {} has changed", device.display());
+}
+
+fn vda(vm: Builder) -> Builder {
+    vm.disk(Disk::new("vda", 16 * MIB).fill(0, 16 * MIB, 0x11))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_is_untouched_by_a_backup_whose_guest_cannot_be_frozen() {
+    let (system, vm, mut caller) = known(System::start(), vda).await;
+    let before = vm.residue();
+    let device = full_device(&system);
+    let require = "<quiesce mode='require'/>";
+    for format in ["raw", "qcow2"] {
+        let text = to_block(device.device(), format, require);
+        let job = caller.start("web", &text).await;
+        assert_failed(&job, "QemuError", "no guest agent is configured").await;
+        caller.signals_until("JobEnded").await;
+        assert_untouched(device.device());
+        assert_eq!(vm.residue(), before);
+    }
+    // With an agent that answers and refuses, QEMU has a raw target open already, and has written nothing to it.
+    let path = system.dir().join("qga");
+    let _agent = Agent::start(&path, |command| match command {
+        "guest-fsfreeze-freeze" => Answer::Refusal("not now"),
+        _ => Answer::Proper,
+    });
+    let (monitor, agent) = (vm.monitor_path(), path.display());
+    let old = caller.manager.get_domain("web").await.unwrap();
+    let text = format!("monitor = \"{}\"\nagent = \"{agent}\"\n", monitor.display());
+    system.write_domain_file("web", &text);
+    until_async("the domain with an agent", || async {
+        let now = caller.manager.get_domain("web").await.ok()?;
+        (now != old).then_some(())
+    })
+    .await;
+    system.wait_for_domain("web");
+    let job = caller
+        .start("web", &to_block(device.device(), "raw", require))
+        .await;
+    assert_failed(&job, "QemuError", "not now").await;
+    assert_untouched(device.device());
+    assert_eq!(vm.residue(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_a_cancelled_backup_wrote_to_has_no_head_that_looks_good() {
+    for format in ["raw", "qcow2"] {
+        let (system, vm, caller) = known(System::start(), vda).await;
+        let before = vm.residue();
+        let device = full_device(&system);
+        let text = to_block(device.device(), format, "");
+        let job = caller.start_with("web", &text, &[], bandwidth(MIB)).await;
+        until_async("some of it to be written", || async {
+            (job.bytes_done().await.unwrap() > 0).then_some(())
+        })
+        .await;
+        job.cancel().await.unwrap();
+        let (result, _, _) = within("the end", job.wait()).await.unwrap();
+        assert_eq!(result, "cancelled");
+        assert_eq!(vm.residue(), before);
+        let mut head = vec![1; 1 << 20];
+        let opened = File::open(device.device()).unwrap();
+        opened.read_exact_at(&mut head, 0).unwrap();
+        assert!(head.iter().all(|byte| *byte == 0), "{format}");
+        // The wiping ends there.
+        let mut last = vec![0; 1 << 20];
+        opened.read_exact_at(&mut last, 23 * MIB).unwrap();
+        assert!(last.iter().all(|byte| *byte == 0xa5), "{format}");
+    }
+}
+
+// What a machine has open is no target, whatever it is called and however it came there.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_was_added_to_another_machine_just_now_is_no_target() {
+    let (system, _vm, caller) = known(System::start(), vda).await;
+    let other = system.vm("other").start();
+    system.domain_file("other", &other);
+    system.wait_for_domain("other");
+    let added = system.dir().join("added.raw");
+    fs::write(&added, vec![0x33; 16 << 20]).unwrap();
+    other.qmp(
+        "blockdev-add",
+        json!({ "driver": "file", "node-name": "added", "filename": added }),
+    );
+    let text = |format: &str| {
+        document(&format!(
+            "<disk name='vda'><driver type='{format}'/><target file='{}'/></disk>",
+            added.display()
+        ))
+    };
+    for format in ["raw", "qcow2"] {
+        refuses_source(&caller, &text(format), &[]).await;
+    }
+    assert_eq!(fs::read(&added).unwrap(), vec![0x33; 16 << 20]);
+    // It is one again when it is a source no more.
+    other.qmp("blockdev-del", json!({ "node-name": "added" }));
+    let job = caller.start_with("web", &text("raw"), &[], reuse()).await;
+    assert_completed(&job).await;
+    assert!(holds(&added, "raw", 0, 16 * MIB, 0x11));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_made_of_a_machines_image_is_no_target_nor_is_the_file_of_a_machines_device() {
+    let (system, vm, caller) = known(System::start(), vda).await;
+    let backing = system.dir().join("backing.img");
+    let below = LoopDevice::attach(&backing, 16 * MIB);
+    let other = system
+        .vm("other")
+        .disk(Disk::new("vda", 16 * MIB).raw())
+        .disk(Disk::new("vdb", 16 * MIB).raw().at(below.device()))
+        .start();
+    system.domain_file("other", &other);
+    system.wait_for_domain("other");
+    for source in [vm.source_path("vda"), other.source_path("vda")] {
+        let above = LoopDevice::attach(source, 0);
+        refuses_source(&caller, &to_block(above.device(), "raw", ""), &[]).await;
+        let opened = File::options().read(true).write(true).open(above.device());
+        let text = document("<disk name='vda' type='fd'><target fd='0'/></disk>");
+        refuses_source(&caller, &text, &[opened.unwrap().into()]).await;
+    }
+    let text = format!("<target file='{}'/>", backing.display());
+    let text = document(&format!("<disk name='vda'><driver type='raw'/>{text}</disk>"));
+    refuses_source(&caller, &text, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_lost_its_name_to_another_is_still_no_target() {
+    let (system, _vm, caller) = known(System::start(), vda).await;
+    let other = system
+        .vm("other")
+        .disk(Disk::new("vda", 16 * MIB).raw().fill(0, MIB, 0x44))
+        .start();
+    system.domain_file("other", &other);
+    system.wait_for_domain("other");
+    let source = other.source_path("vda");
+    let old = File::options().read(true).write(true).open(source).unwrap();
+    let new = system.dir().join("new.raw");
+    fs::write(&new, vec![0x55; 16 << 20]).unwrap();
+    fs::rename(&new, source).unwrap();
+    let text = document("<disk name='vda' type='fd'><driver type='raw'/><target fd='0'/></disk>");
+    refuses_source(&caller, &text, &[old.try_clone().unwrap().into()]).await;
+    let mut head = vec![0; 1 << 20];
+    old.read_exact_at(&mut head, 0).unwrap();
+    assert!(head.iter().all(|byte| *byte == 0x44));
+}
+
+// Limits and places in the queue.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_largest_speed_is_none_in_effect() {
+    let mut scene = Scene::new().await;
+    let speeds = |vm: &Vm| {
+        let jobs = vm.qmp("query-block-jobs", json!({}));
+        let jobs = jobs.as_array().unwrap().iter();
+        jobs.map(|job| job["speed"].as_i64().unwrap()).collect::<Vec<_>>()
+    };
+    let mut images = Vec::new();
+    // One disk has the whole limit; two share it.
+    for disks in [vec!["vda"], vec!["vda", "vdb"]] {
+        let list: String = disks
+            .iter()
+            .map(|disk| format!("<disk name='{disk}'/>"))
+            .collect();
+        let text = document(&list);
+        let unlimited = |vm: &Vm| {
+            let speeds = speeds(vm);
+            let none = |speed: &i64| [0, i64::MAX].contains(speed);
+            assert!(
+                speeds.len() == disks.len() && speeds.iter().all(none),
+                "{speeds:?}"
+            );
+        };
+        // QEMU keeps the jobs until they are dismissed.
+        let hold = scene.hold_end("job-dismiss");
+        let at_once = scene
+            .caller
+            .start_with("web", &text, &[], bandwidth(u64::MAX))
+            .await;
+        hold.reached();
+        unlimited(&scene.vm);
+        hold.pass();
+        assert_completed(&at_once).await;
+
+        let hold = scene.hold_end("job-dismiss");
+        let later = scene.caller.start_with("web", &text, &[], bandwidth(65536)).await;
+        reaches(&later, "running").await;
+        assert_eq!(speeds(&scene.vm).iter().sum::<i64>(), 65536);
+        later.set_speed(u64::MAX).await.unwrap();
+        hold.reached();
+        unlimited(&scene.vm);
+        hold.pass();
+        assert_completed(&later).await;
+        for job in [at_once, later] {
+            for (index, disk) in disks.iter().enumerate() {
+                images.push((*disk, image(&job, index).await));
+            }
+        }
+    }
+    scene.vm.quit();
+    for (disk, image) in images {
+        assert!(identical(&image, "qcow2", scene.vm.source_path(disk), "qcow2"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waited_for_the_end_can_start_the_next_one_at_once() {
+    let small = |vm: Builder| vm.disk(Disk::new("vda", MIB));
+    let (_system, vm, caller) = known(System::start(), small).await;
+    let before = vm.residue();
+    for _ in 0..20 {
+        let job = caller.start("web", "").await;
+        assert_completed(&job).await;
+    }
+    assert_eq!(vm.residue(), before);
+}
+
+// The storage fails when all the data is there.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_full_when_the_backup_is_recorded_fails_it() {
+    let dir = common::test_directory();
+    let store = Tmpfs::mount(&dir.path().join("store"), 64 * MIB);
+    let mut scene = Scene::of(System::setup().store("small", store.path()).start()).await;
+    // The last that is asked of QEMU; it has closed the images.
+    let hold = scene.proxy.hold("query-fdsets", |_| true);
+    let text = "<domainbackup><store name='small'/></domainbackup>";
+    let job = scene.caller.start("web", text).await;
+    hold.reached();
+    let filler = store.path().join("filler");
+    let full = fs::write(&filler, vec![1; 64 << 20]).unwrap_err();
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    hold.pass();
+    assert_failed(&job, "NoSpace", "manifest.json: No space left on device").await;
+    assert_told_as_failed(&mut scene.caller, &job).await;
+    fs::remove_file(&filler).unwrap();
+    assert_eq!(files_below(store.path()), [""; 0]);
+    assert_eq!(scene.vm.residue(), scene.before);
+    scene.caller.complete("web", text).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_cannot_be_given_its_name_failed() {
+    let mut scene = Scene::new().await;
+    let hold = scene.proxy.hold("query-fdsets", |_| true);
+    let job = scene.caller.start("web", "").await;
+    hold.reached();
+    let domain = scene.system.store().join("web");
+    let immutable = Immutable::make(&domain);
+    hold.pass();
+    assert_failed(&job, "TargetInvalid", "give its name to").await;
+    assert_told_as_failed(&mut scene.caller, &job).await;
+    // Not even a directory has a backup's name, and what is left has no content.
+    let names = fs::read_dir(&domain).unwrap();
+    let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let named: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
+    assert_eq!(named, [""; 0]);
+    assert_eq!(files_below(&domain), [""; 0]);
+    assert_eq!(scene.vm.residue(), scene.before);
+    drop(immutable);
+    scene.caller.complete("web", "").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_of_which_one_cannot_be_given_its_name_are_all_taken_back() {
+    let mut scene = Scene::new().await;
+    let [one, other] = ["one", "other"].map(|name| scene.system.dir().join(name));
+    for dir in [&one, &other] {
+        fs::create_dir(dir).unwrap();
+    }
+    let text = document(&format!(
+        "<disk name='vda'><target file='{}/a.qcow2'/></disk><disk name='vdb'><target file='{}/b.qcow2'/></disk>",
+        one.display(),
+        other.display()
+    ));
+    let hold = scene.proxy.hold("query-fdsets", |_| true);
+    let job = scene.caller.start("web", &text).await;
+    hold.reached();
+    let immutable = Immutable::make(&other);
+    hold.pass();
+    assert_failed(&job, "TargetInvalid", "disk 'vdb'").await;
+    let signals = brief(&scene.caller.signals_until("JobEnded").await);
+    assert!(
+        signals.contains(&"BlockJobCancelled vda".to_owned()),
+        "{signals:?}"
+    );
+    assert!(
+        signals
+            .iter()
+            .any(|signal| signal.starts_with("BlockJobError vdb publish ")),
+        "{signals:?}"
+    );
+    let disks = job.disks().await.unwrap();
+    assert_eq!((disks[0].1.as_str(), disks[0].5.as_str()), ("cancelled", ""));
+    assert_eq!(disks[1].1, "failed");
+    assert_eq!(files_below(&one), [""; 0]);
+    // What could not be removed has no backup's name, and nothing in it.
+    for name in files_below(&other) {
+        assert_ne!(name, "b.qcow2");
+        assert_eq!(fs::metadata(other.join(&name)).unwrap().len(), 0, "{name}");
+    }
+    assert_eq!(scene.vm.residue(), scene.before);
+    drop(immutable);
+}
+
+/// No disk is told as completed, and the job as failed.
+async fn assert_told_as_failed(caller: &mut Caller, job: &JobProxy<'_>) {
+    let signals = brief(&caller.signals_until("JobEnded").await);
+    for disk in ["vda", "vdb"] {
+        let told = [
+            format!("BlockJobCancelled {disk}"),
+            format!("BlockJobError {disk}"),
+        ];
+        assert!(
+            signals
+                .iter()
+                .any(|signal| told.iter().any(|told| signal.starts_with(told))),
+            "{signals:?}"
+        );
+        assert!(
+            !signals
+                .iter()
+                .any(|signal| signal.starts_with(&format!("BlockJobCompleted {disk}"))),
+            "{signals:?}"
+        );
+    }
+    assert!(signals.last().unwrap().ends_with(" failed"), "{signals:?}");
+    assert_eq!(job.state().await.unwrap(), "failed");
+    for disk in job.disks().await.unwrap() {
+        assert!(["cancelled", "failed"].contains(&disk.1.as_str()), "{disk:?}");
+    }
+}
+
+// Who may not know of a machine.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_object_of_a_hidden_machine_answers_like_a_path_that_never_was() {
+    let rules = "polkit.addRule(function(action, subject) {
+        if (action.lookup('domain_name') == 'secret' && subject.user != 'root') return polkit.Result.NO;
+    });";
+    let system = System::setup().rules(rules).start();
+    let vm = system.vm("secret").disk(Disk::new("vda", MIB)).start();
+    system.domain_file("secret", &vm);
+    let there = system.wait_for_domain("secret");
+    let (parent, _) = there.rsplit_once('/').unwrap();
+    let never = format!("{parent}/99999");
+    let domain = "org.example.Backup1.Domain";
+    let properties = "org.freedesktop.DBus.Properties";
+    let ask = |path: &str, method: &str, arguments: &[&str]| {
+        let said = system
+            .clients()
+            .gdbus_call(USER, "org.example.Backup1", path, method, arguments);
+        assert!(!said.success(), "{method}: {}", said.stdout);
+        assert!(said.stderr.contains(path), "{}", said.stderr);
+        said.stderr.replace(path, "PATH")
+    };
+    let get = format!("{properties}.Get");
+    let create = format!("{domain}.CreateBackup");
+    let calls: [(&str, &[&str]); 6] = [
+        (&create, &["", "@ah []", "@a{sv} {}"]),
+        (&create, &["<no", "@ah []", "@a{sv} {}"]),
+        (&create, &["", "@ah []", "{'unknown': <1>}"]),
+        (&get, &[domain, "Name"]),
+        (&get, &[domain, "State"]),
+        (&get, &[domain, "Disks"]),
+    ];
+    for (method, arguments) in calls {
+        let hidden = ask(&there, method, arguments);
+        assert!(
+            hidden.contains("org.freedesktop.DBus.Error.UnknownObject"),
+            "{hidden}"
+        );
+        assert_eq!(hidden, ask(&never, method, arguments), "{method} {arguments:?}");
+    }
+}
+
+// The service is told to stop.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_stops_while_a_backup_is_being_prepared_leaves_nothing() {
+    // While QEMU is asked for its disks, which it tells or not, and when the files are there already.
+    for (command, answers) in [("query-block", true), ("query-block", false), ("add-fd", true)] {
+        let mut scene = Scene::new().await;
+        let hold = scene.proxy.hold(command, |_| true);
+        let manager = scene.caller.manager.clone();
+        let calling =
+            tokio::spawn(async move { manager.create_backup("web", "", Vec::new(), Options::new()).await });
+        hold.reached();
+        let daemon = scene.system.daemon();
+        daemon.process().signal(Signal::TERM);
+        wait::until("the service to hear that it is to stop", || {
+            daemon.log().contains("stopping").then_some(())
+        });
+        // QEMU goes on now, or never: that does not keep the service for ever.
+        let kept = match answers {
+            true => {
+                hold.pass();
+                None
+            }
+            false => Some(hold),
+        };
+        assert_eq!(daemon.process().wait(), 0, "{command}");
+        // Whether it was refused, or began and was cancelled: it has an end for the caller too.
+        let _ = within("the call to end", calling).await.unwrap();
+        assert_eq!(
+            fs::read_dir(scene.system.store()).unwrap().count(),
+            0,
+            "{command}"
+        );
+        drop(kept);
+        assert_eq!(scene.vm.residue(), scene.before);
+        let log = scene.system.daemon().log();
+        assert!(!log.contains("panicked"), "{log}");
+        scene.system.start_daemon();
+        scene.system.wait_for_domain("web");
+        Caller::new(&scene.system).await.complete("web", "").await;
+    }
+}

@@ -102,8 +102,8 @@ impl Question {
         // A receiver that is gone has withdrawn the question.
         let reply = move |decision| drop(answer.send(decision));
         // The library panics on a name that is none.
-        if let Err(error) = zbus::names::UniqueName::try_from(self.caller.name.as_str()) {
-            return reply(Decision::Failed(error.to_string()));
+        if !gio::dbus_is_unique_name(&self.caller.name) {
+            return reply(Decision::Failed("the caller's name is no unique name".into()));
         }
         let authority = match polkit_rs::Authority::sync(gio::Cancellable::NONE) {
             Ok(authority) => authority,

@@ -10,6 +10,7 @@ const MEMORY: Duration = Duration::from_secs(5);
 /// Follows how many bytes were done when.
 #[derive(Debug)]
 pub struct Meter {
+    first: Option<Instant>,
     last: Option<(Instant, u64)>,
     rate: Option<f64>,
 }
@@ -17,6 +18,7 @@ pub struct Meter {
 impl Meter {
     pub fn new() -> Self {
         Self {
+            first: None,
             last: None,
             rate: None,
         }
@@ -30,7 +32,9 @@ impl Meter {
                 return self.rate();
             }
             let current = done.saturating_sub(before) as f64 / seconds;
-            let weight = 1.0 - (-seconds / MEMORY.as_secs_f64()).exp();
+            // Until there is so much of a past, its plain average.
+            let past = now.duration_since(*self.first.get_or_insert(then)).as_secs_f64();
+            let weight = (1.0 - (-seconds / MEMORY.as_secs_f64()).exp()).max(seconds / past);
             self.rate = Some(self.rate.map_or(current, |rate| rate + weight * (current - rate)));
         }
         self.last = Some((now, done));
@@ -75,6 +79,16 @@ mod tests {
             meter.expected_end(now, 5000),
             Some(Timestamp::from_second(1_000_005).unwrap())
         );
+    }
+
+    #[test]
+    fn a_slow_first_moment_does_not_count_for_long() {
+        let mut meter = Meter::new();
+        let start = Instant::now();
+        meter.measure(start, 0);
+        meter.measure(start + Duration::from_millis(500), 0);
+        meter.measure(start + Duration::from_millis(1500), 1500);
+        assert_eq!(meter.rate(), 1000);
     }
 
     #[test]

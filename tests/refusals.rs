@@ -86,6 +86,12 @@ impl Scene {
         );
     }
 
+    /// The error of a call that must fail.
+    async fn refused(&self, domain: &str, document: &str) -> zbus::Error {
+        let refused = self.caller.try_start(domain, document, &[], Options::new());
+        refused.await.expect_err("the call is refused")
+    }
+
     async fn refuses_document(&self, document: &str, error: &str, words: &[&str]) {
         self.refuses(document, &[], Options::new(), &format!("{OURS}{error}"), words)
             .await;
@@ -139,11 +145,7 @@ fn open(path: &Path, read: bool, write: bool) -> OwnedFd {
 #[tokio::test(flavor = "multi_thread")]
 async fn names_that_mean_nothing() {
     let scene = Scene::new().await;
-    let error = scene
-        .caller
-        .try_start("ghost", "", &[], Options::new())
-        .await
-        .unwrap_err();
+    let error = scene.refused("ghost", "").await;
     assert_eq!(error_name(&error), format!("{OURS}NoSuchDomain"));
     assert!(error.to_string().contains("no domain 'ghost'"), "{error}");
     let error = scene.caller.manager.get_job(77).await.unwrap_err();
@@ -554,11 +556,7 @@ async fn stores_that_somebody_else_could_swap() {
     // The domain's own directory counts too.
     fs::remove_dir_all(path("real/store/web")).unwrap();
     symlink(outside.path(), path("real/store/web")).unwrap();
-    let error = scene
-        .caller
-        .try_start("web", &store("good"), &[], Options::new())
-        .await
-        .unwrap_err();
+    let error = scene.refused("web", &store("good")).await;
     assert_eq!(error_name(&error), format!("{OURS}TargetInvalid"), "{error}");
 }
 
@@ -573,11 +571,7 @@ async fn a_machine_that_cannot_be_reached() {
         scene.caller.manager.get_domain("gone").await.ok()
     })
     .await;
-    let error = scene
-        .caller
-        .try_start("gone", "", &[], Options::new())
-        .await
-        .unwrap_err();
+    let error = scene.refused("gone", "").await;
     assert_eq!(error_name(&error), format!("{OURS}DomainUnreachable"));
     assert!(error.to_string().contains("gone.qmp"), "{error}");
 }
@@ -587,11 +581,7 @@ async fn a_second_backup_of_the_same_machine() {
     let scene = Scene::new().await;
     let options = Options::from([("bandwidth", Variant::from(MIB))]);
     let job = scene.caller.start_with("web", "", &[], options).await;
-    let error = scene
-        .caller
-        .try_start("web", "", &[], Options::new())
-        .await
-        .unwrap_err();
+    let error = scene.refused("web", "").await;
     assert_eq!(error_name(&error), format!("{OURS}Busy"));
     assert!(error.to_string().contains("'web'"), "{error}");
     job.set_speed(0).await.unwrap();

@@ -10,18 +10,9 @@ use super::{Authority, Caller, Decision, Details};
 #[derive(Debug, Default)]
 pub struct Fixed {
     answers: HashMap<&'static str, Decision>,
-    other: Option<Decision>,
 }
 
 impl Fixed {
-    /// The same answer to everything.
-    pub fn always(decision: Decision) -> Self {
-        Self {
-            answers: HashMap::new(),
-            other: Some(decision),
-        }
-    }
-
     pub fn with(mut self, action: &'static str, decision: Decision) -> Self {
         self.answers.insert(action, decision);
         self
@@ -30,7 +21,7 @@ impl Fixed {
 
 impl Authority for Fixed {
     fn check<'a>(&'a self, _: &'a Caller, action: &'static str, _: &'a Details) -> BoxFuture<'a, Decision> {
-        let answer = self.answers.get(action).or(self.other.as_ref());
-        Box::pin(std::future::ready(answer.cloned().unwrap_or(Decision::Denied)))
+        let answer = self.answers.get(action).cloned();
+        Box::pin(std::future::ready(answer.unwrap_or(Decision::Denied)))
     }
 }

@@ -234,10 +234,22 @@ mod tests {
     }
 
     async fn ask(decision: Decision) -> Result<(), Error> {
-        let access = Access::new(Arc::new(Fixed::always(decision)));
+        let access = Access::new(Arc::new(
+            Fixed::default().with(Permission::DomainBackup.action(), decision),
+        ));
         access
             .require(&caller(), Permission::DomainBackup, &Details::default())
             .await
+    }
+
+    #[tokio::test]
+    async fn what_nothing_is_known_of_is_a_no() {
+        let granted = Fixed::default().with(Permission::DomainAbort.action(), Decision::Granted);
+        let access = Access::new(Arc::new(granted));
+        let answer = access
+            .require(&caller(), Permission::DomainBackup, &Details::default())
+            .await;
+        assert_eq!(answer, Err(Error::Denied(Permission::DomainBackup)));
     }
 
     #[tokio::test]

@@ -13,8 +13,6 @@ mod publisher;
 mod signals;
 mod visit;
 
-pub use error::name as error_name;
-
 use std::sync::Arc;
 
 use tokio::sync::oneshot;

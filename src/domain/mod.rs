@@ -32,8 +32,8 @@ pub enum Error {
     #[error("domain '{name}' cannot be reached: {why}")]
     Unreachable { name: String, why: String },
     #[error(
-        "'{0}' cannot be a domain's name: it must have 1 to 128 bytes, no '/' and no control characters, and not \
-         start with '.'"
+        "'{0}' cannot be a domain's name: it must have 1 to 128 bytes, no '/' and no control characters, not start \
+         with '.', and be no UUID"
     )]
     InvalidName(String),
     #[error("a domain named '{0}' exists already")]
@@ -47,6 +47,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// No domain has this name or UUID, as far as whoever named it may know.
+    pub fn no_such_domain(name: &str) -> Self {
+        Self::NoSuchDomain(shown(name))
+    }
+
     pub fn kind(&self) -> Kind {
         match self {
             Self::NoSuchDomain(_) => Kind::NoSuchDomain,
@@ -253,9 +258,30 @@ pub fn is_domain_name(name: &str) -> bool {
     (1..=128).contains(&name.len()) && !name.starts_with('.') && !name.contains(bad)
 }
 
+/// Whether a caller may give a domain of its own this name. A UUID could be taken for another domain's.
+pub fn check_new_name(name: &str) -> Result<(), Error> {
+    if is_domain_name(name) && Uuid::try_parse(name).is_err() {
+        return Ok(());
+    }
+    Err(Error::InvalidName(shown(name)))
+}
+
+/// What somebody typed, as a part of a text: bounded, and without control characters.
+fn shown(name: &str) -> String {
+    let head: String = name.chars().take(128).collect();
+    head.escape_debug().to_string()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_uuid_is_no_new_name_but_may_be_a_files() {
+        let uuid = "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10";
+        assert!(is_domain_name(uuid));
+        assert!(check_new_name(uuid).is_err() && check_new_name("web").is_ok());
+    }
 
     #[test]
     fn a_name_that_cannot_be_a_directory_is_refused() {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::directory::{DomainFile, Watch};
 use super::monitor::{self, Link};
-use super::{Directories, Domain, Error, Origin, PATIENCE, Phase, Snapshot, is_domain_name};
+use super::{Directories, Domain, Error, Origin, PATIENCE, Phase, Snapshot, check_new_name};
 use crate::qmp::Client;
 
 /// Registered domains at a time, of all users together and of one user.
@@ -117,10 +117,7 @@ impl Registry {
         socket: OwnedFd,
         owner: u32,
     ) -> Result<Arc<Domain>, Error> {
-        // A name that is a UUID could be taken for another domain's.
-        if !is_domain_name(name) || Uuid::try_parse(name).is_ok() {
-            return Err(Error::InvalidName(name.escape_debug().to_string()));
-        }
+        check_new_name(name)?;
         self.check_room(name, owner)?;
         let stream = stream(name, socket)?;
         let peer = monitor::peer(&stream);

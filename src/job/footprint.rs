@@ -285,7 +285,8 @@ impl Footprint {
         self.client().query("query-fdsets", json!({})).await
     }
 
-    /// Dismisses our jobs; cancels and waits for those that still run, which none does but after a lost connection.
+    /// Dismisses our jobs; cancels and waits for those that still run, which they do only if the backup was given up after
+    /// its transaction without anybody listening to them: the connection was lost, or a disk has another image.
     async fn end_jobs(&self) -> qmp::Result<()> {
         loop {
             let infos = self.query_jobs().await?;

@@ -90,14 +90,7 @@ impl Service {
             return Ok(domain);
         }
         // The same for a domain that is hidden as for one that was never there.
-        Err(domain::Error::NoSuchDomain(
-            name.chars()
-                .take(128)
-                .collect::<String>()
-                .escape_debug()
-                .to_string(),
-        )
-        .into())
+        Err(domain::Error::no_such_domain(name).into())
     }
 
     /// The domains that `caller` may know of, by name.
@@ -136,16 +129,7 @@ impl Service {
         name: &str,
         monitor: OwnedFd,
     ) -> Result<Arc<Domain>> {
-        if !domain::is_domain_name(name) {
-            return Err(domain::Error::InvalidName(
-                name.chars()
-                    .take(128)
-                    .collect::<String>()
-                    .escape_debug()
-                    .to_string(),
-            )
-            .into());
-        }
+        domain::check_new_name(name)?;
         let details = Details::default().with("domain_name", name);
         self.access
             .require(caller, Permission::ServiceRegisterDomain, &details)

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::definition;
+use crate::quota::{self, Quota};
+
 pub const DEFAULT_PATH: &str = "/etc/backupd/backupd.toml";
 /// The store that a backup goes to when its document names none.
 pub const DEFAULT_STORE: &str = "default";
@@ -32,6 +35,12 @@ pub enum Error {
         path = path.display()
     )]
     StoreName { path: PathBuf, name: String },
+    #[error("{path}: limits.document-bytes: {value} is more than {most}", path = path.display())]
+    DocumentBytes {
+        path: PathBuf,
+        value: usize,
+        most: usize,
+    },
 }
 
 /// One place on this host that holds backups.
@@ -46,8 +55,110 @@ pub struct Store {
 pub struct Config {
     pub state_directory: PathBuf,
     pub domain_directories: Vec<PathBuf>,
+    pub bus: Bus,
+    pub limits: Limits,
     #[serde(rename = "store")]
     pub stores: BTreeMap<String, Store>,
+}
+
+/// Who hears the detailed signals.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Signals {
+    /// Who started the job, and subscribers that may read the domain.
+    #[default]
+    Private,
+    /// Everybody on the bus: for a machine of one user.
+    Broadcast,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Bus {
+    pub signals: Signals,
+}
+
+/// How much callers may make grow. What is counted `per-user` does not bind root.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Limits {
+    /// Calls that have not been answered. Waiting for a job's end is one.
+    pub calls_per_user: usize,
+    pub calls: usize,
+    /// Backups under way.
+    pub jobs_per_user: usize,
+    pub jobs: usize,
+    pub registered_domains_per_user: usize,
+    pub registered_domains: usize,
+    /// Connections that hear signals of backups that others started.
+    pub subscriptions_per_user: usize,
+    pub subscriptions: usize,
+    /// Questions for a password that wait for their answer.
+    pub password_dialogs_per_user: usize,
+    pub password_dialogs: usize,
+    /// Descriptors that came with calls and are held: targets, and monitors of registered domains.
+    pub descriptors_per_user: usize,
+    pub descriptors: usize,
+    /// Size of a backup document, in bytes; can only be lowered.
+    pub document_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            calls_per_user: 64,
+            calls: 1024,
+            jobs_per_user: 16,
+            jobs: 128,
+            registered_domains_per_user: 32,
+            registered_domains: 256,
+            subscriptions_per_user: 16,
+            subscriptions: 256,
+            password_dialogs_per_user: 2,
+            password_dialogs: 16,
+            descriptors_per_user: 128,
+            descriptors: 4096,
+            document_bytes: definition::MAX_BYTES,
+        }
+    }
+}
+
+impl Limits {
+    pub fn of_calls(&self) -> Quota {
+        quota("calls", self.calls_per_user, self.calls)
+    }
+
+    pub fn of_jobs(&self) -> Quota {
+        quota("jobs", self.jobs_per_user, self.jobs)
+    }
+
+    pub fn of_registered_domains(&self) -> Quota {
+        quota(
+            "registered-domains",
+            self.registered_domains_per_user,
+            self.registered_domains,
+        )
+    }
+
+    pub fn of_subscriptions(&self) -> Quota {
+        quota("subscriptions", self.subscriptions_per_user, self.subscriptions)
+    }
+
+    pub fn of_password_dialogs(&self) -> Quota {
+        quota(
+            "password-dialogs",
+            self.password_dialogs_per_user,
+            self.password_dialogs,
+        )
+    }
+
+    pub fn of_descriptors(&self) -> Quota {
+        quota("descriptors", self.descriptors_per_user, self.descriptors)
+    }
+}
+
+fn quota(key: &'static str, per_user: usize, in_all: usize) -> Quota {
+    Quota::new(key, quota::Limits { per_user, in_all })
 }
 
 impl Default for Config {
@@ -55,6 +166,8 @@ impl Default for Config {
         Self {
             state_directory: "/var/lib/backupd".into(),
             domain_directories: vec!["/etc/backupd/domains.d".into(), "/run/backupd/domains.d".into()],
+            bus: Bus::default(),
+            limits: Limits::default(),
             stores: BTreeMap::new(),
         }
     }
@@ -102,6 +215,13 @@ impl Config {
         }
         if let Some(directory) = self.domain_directories.iter().find(|path| !path.is_absolute()) {
             return Err(relative("domain-directories".into(), directory));
+        }
+        if self.limits.document_bytes > definition::MAX_BYTES {
+            return Err(Error::DocumentBytes {
+                path: path.to_owned(),
+                value: self.limits.document_bytes,
+                most: definition::MAX_BYTES,
+            });
         }
         for (name, store) in &self.stores {
             if !is_store_name(name) {
@@ -156,5 +276,26 @@ mod tests {
         );
         let text = parse("[store.'../up']\npath = '/x'").unwrap_err().to_string();
         assert!(text.contains("'../up'"), "{text}");
+    }
+
+    #[test]
+    fn signals_are_private_unless_the_administrator_says_otherwise() {
+        assert_eq!(parse("").unwrap().bus.signals, Signals::Private);
+        let broadcast = parse("[bus]\nsignals = 'broadcast'").unwrap();
+        assert_eq!(broadcast.bus.signals, Signals::Broadcast);
+        let text = parse("[bus]\nsignals = 'loud'").unwrap_err().to_string();
+        assert!(text.contains("loud") && text.contains("line 2"), "{text}");
+    }
+
+    #[test]
+    fn a_limit_that_is_not_set_keeps_its_default() {
+        let limits = parse("[limits]\njobs-per-user = 3").unwrap().limits;
+        let expected = Limits {
+            jobs_per_user: 3,
+            ..Limits::default()
+        };
+        assert_eq!(limits, expected);
+        let text = parse("[limits]\nbackups = 3").unwrap_err().to_string();
+        assert!(text.contains("backups"), "{text}");
     }
 }

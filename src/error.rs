@@ -27,6 +27,10 @@ pub enum Kind {
     InvalidArgs,
     LimitsExceeded,
     UnknownObject,
+    UnknownInterface,
+    UnknownMethod,
+    UnknownProperty,
+    PropertyReadOnly,
 }
 
 /// A failure on its way to a caller: what it means, and a text that says what was wrong, where, and what to do.

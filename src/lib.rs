@@ -15,5 +15,6 @@ pub mod job;
 pub mod names;
 pub mod plan;
 pub mod qmp;
+pub mod quota;
 pub mod service;
 pub mod target;

@@ -140,7 +140,7 @@ fn each_place_of_a_request_is_asked_about() {
     let system = System::setup()
         .rules(
             "polkit.addRule(function(action, subject) {
-                if (action.id == 'org.example.backup1.domain.backup' && action.lookup('target') == '/tmp/allowed')
+                if (action.id == 'org.example.backup1.domain.export' && action.lookup('target') == '/tmp/allowed')
                     return polkit.Result.YES;
             });",
         )

@@ -102,7 +102,7 @@ fn images_go_to_a_directory_or_to_files_in_the_format_that_is_asked_for() {
 #[test]
 fn an_ordinary_user_gets_images_of_its_own() {
     let system = System::setup()
-        .rules(&polkit::allow(USER, &["domain.backup"]))
+        .rules(&polkit::allow(USER, &["domain.export"]))
         .start();
     let mut vm = machine(&system);
     let dir = system.dir().join("mine");

@@ -1,32 +1,95 @@
-//! The actions that the service asks polkit about are those that its policy file declares: polkit answers a question
-//! about any other with an error, which is a no to everybody.
+//! The table of permissions, the policy file and the interface descriptions say the same: polkit answers a question about
+//! an action that it does not know with an error, which is a no to everybody, and a member that the table does not have
+//! would be there for all.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-#[test]
-fn every_action_that_is_asked_about_is_declared_and_the_other_way_round() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("polkit/org.example.backup1.policy");
-    let text = std::fs::read_to_string(path).unwrap();
+use backupd::access::{FREE, TABLE};
+use quick_xml::events::Event;
+use zbus_xml::Node;
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+}
+
+/// The actions of the policy file, by id, with the text of each of their elements.
+fn declared() -> BTreeMap<String, BTreeMap<String, String>> {
+    let text = read("polkit/org.example.backup1.policy");
     let mut reader = quick_xml::Reader::from_str(&text);
-    let mut declared = BTreeSet::new();
+    let mut declared = BTreeMap::new();
+    let mut action = None;
+    let mut element = String::new();
     loop {
         match reader.read_event().expect("the policy is well-formed") {
-            quick_xml::events::Event::Eof => break,
-            quick_xml::events::Event::Start(start) if start.name().as_ref() == "action" => {
-                let id = start
-                    .try_get_attribute("id")
-                    .unwrap()
-                    .expect("an action has an id");
-                let id = id.value.into_owned();
-                assert!(declared.insert(id.clone()), "{id} is declared twice");
+            Event::Eof => return declared,
+            Event::Start(start) if start.name().as_ref() == "action" => {
+                let id = start.try_get_attribute("id").unwrap();
+                let id = id.expect("an action has an id").value.into_owned();
+                let before = declared.insert(id.clone(), BTreeMap::new());
+                assert!(before.is_none(), "{id} is declared twice");
+                action = Some(id);
+            }
+            Event::Start(start) => element = start.name().as_ref().to_owned(),
+            Event::End(end) if end.name().as_ref() == "action" => action = None,
+            Event::End(_) => element.clear(),
+            Event::Text(text) => {
+                if let Some(action) = &action
+                    && !text.trim().is_empty()
+                {
+                    let texts = declared.get_mut(action).expect("it was inserted");
+                    let known = texts.entry(element.clone()).or_insert_with(String::new);
+                    known.push_str(&text);
+                }
             }
             _ => {}
         }
     }
-    let asked: BTreeSet<String> = backupd::access::ACTIONS
+}
+
+#[test]
+fn every_action_is_declared_as_the_table_says_and_no_other() {
+    let expected: BTreeMap<String, BTreeMap<String, String>> = TABLE
         .iter()
-        .map(|action| (*action).to_owned())
+        .map(|entry| {
+            let [any, inactive, active] = entry.implicit.words();
+            let texts = [
+                ("description", entry.description),
+                ("message", entry.message),
+                ("allow_any", any),
+                ("allow_inactive", inactive),
+                ("allow_active", active),
+            ];
+            let texts = texts.map(|(element, text)| (element.to_owned(), text.to_owned()));
+            (entry.action.to_owned(), texts.into())
+        })
         .collect();
-    assert_eq!(asked, declared);
+    assert_eq!(declared(), expected);
+}
+
+#[test]
+fn every_member_of_the_interfaces_is_in_the_table_and_no_other() {
+    let mut described = BTreeSet::new();
+    for name in ["", ".Domain", ".Job"] {
+        let text = read(&format!("dbus/org.example.Backup1{name}.xml"));
+        let node = Node::from_reader(text.as_bytes()).unwrap();
+        let interface = &node.interfaces()[0];
+        let prefix = name
+            .strip_prefix('.')
+            .map(|name| format!("{name}."))
+            .unwrap_or_default();
+        let methods = interface.methods().map(|method| method.name().to_string());
+        let properties = interface.properties().map(|property| property.name().to_string());
+        described.extend(
+            methods
+                .chain(properties)
+                .map(|member| format!("{prefix}{member}")),
+        );
+    }
+    let of_table = TABLE.iter().flat_map(|entry| entry.members);
+    let known: BTreeSet<String> = of_table.chain(&FREE).map(|member| (*member).to_owned()).collect();
+    assert_eq!(described, known);
+    for free in FREE {
+        assert!(!TABLE.iter().any(|entry| entry.members.contains(&free)), "{free}");
+    }
 }

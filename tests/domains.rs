@@ -895,7 +895,7 @@ async fn a_name_that_is_taken_or_no_name_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_configured_domain_takes_its_name_from_a_registered_one() {
+async fn a_configured_domain_has_its_name_before_a_registered_one() {
     let system = System::start();
     let (registered, configured) = (machine(&system, "one", 0x11), machine(&system, "two", 0x22));
     let mut caller = Caller::new(&system).await;
@@ -905,15 +905,8 @@ async fn a_configured_domain_takes_its_name_from_a_registered_one() {
         .unwrap();
     caller.signals_until("DomainAdded").await;
     system.domain_file("web", &configured);
-    let signals = caller.signals_until("DomainAdded").await;
+    caller.signals_until("DomainAdded").await;
     let web = wait_for_machine(&caller, "web", &configured).await;
-    assert_eq!(
-        brief(&signals),
-        [
-            format!("DomainRemoved {path}"),
-            format!("DomainAdded {}", web.inner().path())
-        ]
-    );
     assert_eq!(web.source().await.unwrap(), "configured");
     assert!(holds(
         &back_up(&caller, "web").await["vda"],
@@ -922,19 +915,44 @@ async fn a_configured_domain_takes_its_name_from_a_registered_one() {
         MIB,
         0x22
     ));
-    // The registered one was let go: its QEMU takes another client, under another name.
-    let error = caller.manager.get_domain(registered.uuid()).await.unwrap_err();
-    assert_eq!(error_name(&error), NO_SUCH_DOMAIN);
-    register(&caller, "other", registered.monitor_stream())
-        .await
-        .unwrap();
+    // The registered one stays what it is, to whoever means it.
+    assert_eq!(caller.manager.get_domain(registered.uuid()).await.unwrap(), path);
     assert!(holds(
-        &back_up(&caller, "other").await["vda"],
+        &back_up(&caller, registered.uuid()).await["vda"],
         "qcow2",
         0,
         MIB,
         0x11
     ));
+    let stores: Vec<String> = std::fs::read_dir(system.store())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(
+        stores.contains(&"web".to_owned()) && stores.contains(&"0:web".to_owned()),
+        "{stores:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registered_domain_goes_with_the_connection_that_registered_it() {
+    let system = System::start();
+    let vm = machine(&system, "mine", 0x11);
+    let mut watcher = Caller::new(&system).await;
+    watcher.manager.subscribe().await.unwrap();
+    let owner = Caller::new(&system).await;
+    let path = register(&owner, "mine", vm.monitor_stream()).await.unwrap();
+    watcher.signals_until("DomainAdded").await;
+    // A backup that runs is brought to its end first.
+    let options = Options::from([("bandwidth", zbus::wire::Variant::from(16 * MIB))]);
+    let job = watcher.start_with("mine", "", &[], options).await;
+    owner.connection.close().await.unwrap();
+    let gone = watcher.signals_until("DomainRemoved").await;
+    assert!(brief(&gone).contains(&format!("DomainRemoved {path}")));
+    common::caller::assert_completed(&job).await;
+    wait_for_no_domain(&watcher, "mine").await;
+    // Its QEMU takes another client.
+    register(&watcher, "mine", vm.monitor_stream()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -188,7 +188,13 @@ async fn documents_that_cannot_be_read_or_are_not_supported() {
         .await;
     let large = format!("<domainbackup>{}</domainbackup>", " ".repeat(1 << 20));
     scene
-        .refuses_document(&large, "InvalidDefinition", &["1048576"])
+        .refuses(
+            &large,
+            &[],
+            Options::new(),
+            "org.freedesktop.DBus.Error.LimitsExceeded",
+            &["'document-bytes'", "1048576"],
+        )
         .await;
     let empty = "<domainbackup>\n <disks>\n  <disk name='cd'/>\n </disks>\n</domainbackup>";
     scene

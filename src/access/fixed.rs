@@ -24,4 +24,8 @@ impl Authority for Fixed {
         let answer = self.answers.get(action).cloned();
         Box::pin(std::future::ready(answer.unwrap_or(Decision::Denied)))
     }
+
+    fn generation(&self) -> u64 {
+        0
+    }
 }

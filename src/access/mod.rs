@@ -1,13 +1,23 @@
 //! Who may do what to which object.
 //!
-//! One table of permissions, one question ([`Access::require`]), and an [`Authority`] that answers it. Nothing else in
-//! the service knows polkit. Every error is a no; the reason goes to the log, not to the caller.
+//! One table of permissions, one question ([`Access::require`] where something is to change, [`Access::allows`] where
+//! somebody only looks), and an [`Authority`] that answers it. Nothing else in the service knows polkit. Every error is a
+//! no; the reason goes to the log, not to the caller.
 
+mod audit;
+mod cache;
 mod fixed;
 mod polkit;
+mod table;
+#[cfg(test)]
+mod tests;
+mod turns;
 
+pub use audit::{Basis, DIRECTIVE as AUDIT_DIRECTIVE, Grant};
+pub use cache::Object;
 pub use fixed::Fixed;
 pub use polkit::Polkit;
+pub use table::{Entry, FREE, Implicit, Permission, TABLE};
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,51 +25,9 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 
 use crate::error::Kind;
-
-/// What there is to be allowed, on which kind of object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Permission {
-    /// Look at the list of domains at all.
-    ServiceSearchDomains,
-    /// Make a domain known by passing its monitor.
-    ServiceRegisterDomain,
-    /// Know that a domain exists, its name, UUID and state.
-    DomainGetattr,
-    /// Know its disks and its jobs.
-    DomainRead,
-    /// Back it up.
-    DomainBackup,
-    /// Cancel somebody else's backup of it.
-    DomainAbort,
-    /// Change the speed of somebody else's backup of it.
-    DomainSetSpeed,
-}
-
-impl Permission {
-    /// The polkit action.
-    pub const fn action(self) -> &'static str {
-        match self {
-            Self::ServiceSearchDomains => "org.example.backup1.service.search-domains",
-            Self::ServiceRegisterDomain => "org.example.backup1.service.register-domain",
-            Self::DomainGetattr => "org.example.backup1.domain.getattr",
-            Self::DomainRead => "org.example.backup1.domain.read",
-            Self::DomainBackup => "org.example.backup1.domain.backup",
-            Self::DomainAbort => "org.example.backup1.domain.abort",
-            Self::DomainSetSpeed => "org.example.backup1.domain.set-speed",
-        }
-    }
-}
-
-/// Every action that is ever asked for; the shipped `.policy` file has these and no others.
-pub const ACTIONS: &[&str] = &[
-    Permission::ServiceSearchDomains.action(),
-    Permission::ServiceRegisterDomain.action(),
-    Permission::DomainGetattr.action(),
-    Permission::DomainRead.action(),
-    Permission::DomainBackup.action(),
-    Permission::DomainAbort.action(),
-    Permission::DomainSetSpeed.action(),
-];
+use crate::quota::{Exceeded, Quota};
+use cache::Cache;
+use turns::Turns;
 
 /// How long an answer may take: to a glance, for which others wait; to a question that needs nobody's password; and to
 /// one that does.
@@ -90,12 +58,20 @@ impl Details {
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, &str)> {
         self.0.iter().map(|(key, value)| (*key, value.as_str()))
     }
+
+    fn get(&self, key: &str) -> Option<&str> {
+        self.iter()
+            .find(|(found, _)| *found == key)
+            .map(|(_, value)| value)
+    }
 }
 
 /// What an authority says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
     Granted,
+    /// Yes, because of a password that somebody gave not long ago.
+    GrantedForAWhile,
     /// It would have to ask the user, and was not allowed to.
     Challenge,
     Denied,
@@ -111,21 +87,28 @@ pub trait Authority: Send + Sync {
         action: &'static str,
         details: &'a Details,
     ) -> BoxFuture<'a, Decision>;
+
+    /// Another number whenever earlier answers no longer count.
+    fn generation(&self) -> u64;
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error("not authorised for {}", .0.action())]
     Denied(Permission),
     #[error("{} needs a password: call again and allow interactive authorisation", .0.action())]
     NeedsInteraction(Permission),
+    /// Too many wait for a password.
+    #[error("{0}")]
+    Dialogs(#[from] Exceeded),
 }
 
 impl Error {
-    pub fn kind(self) -> Kind {
+    pub fn kind(&self) -> Kind {
         match self {
             Self::Denied(_) => Kind::AccessDenied,
             Self::NeedsInteraction(_) => Kind::InteractiveAuthorizationRequired,
+            Self::Dialogs(_) => Kind::LimitsExceeded,
         }
     }
 }
@@ -137,163 +120,132 @@ impl From<Error> for crate::error::Error {
 }
 
 /// The one place where permissions are asked for.
-#[derive(Clone)]
-pub struct Access(Arc<dyn Authority>);
+pub struct Access {
+    authority: Arc<dyn Authority>,
+    cache: Cache,
+    turns: Turns,
+    dialogs: Quota,
+}
 
 impl Access {
-    pub fn new(authority: Arc<dyn Authority>) -> Self {
-        Self(authority)
+    /// `dialogs` counts the questions that wait for somebody's password.
+    pub fn new(authority: Arc<dyn Authority>, dialogs: Quota) -> Self {
+        Self {
+            authority,
+            cache: Cache::default(),
+            turns: Turns::default(),
+            dialogs,
+        }
     }
 
-    /// Goes on only if `caller` has `permission`; may ask the caller's user if the caller allows that.
+    /// Goes on only if `caller` has `permission` for something that changes something; may ask the caller's user if the
+    /// caller allows that. `job` is the one that it is about, if there is one already. Records the decision.
     pub async fn require(
         &self,
         caller: &Caller,
         permission: Permission,
         details: &Details,
-    ) -> Result<(), Error> {
-        let patience = if caller.interactive {
-            INTERACTIVE_PATIENCE
-        } else {
-            PATIENCE
+        job: Option<u32>,
+    ) -> Result<Grant, Error> {
+        let (error, outcome) = match self.ask(caller, permission, details).await {
+            Ok(Decision::Granted | Decision::GrantedForAWhile) => {
+                return Ok(Grant::new(caller, permission, details, Basis::Polkit));
+            }
+            // It could be asked, and there was nobody to ask: calling again would not help.
+            Ok(Decision::Challenge) if !caller.interactive => {
+                (Error::NeedsInteraction(permission), "challenge")
+            }
+            Ok(Decision::Challenge | Decision::Denied) => (Error::Denied(permission), "denied"),
+            Ok(Decision::Failed(reason)) => {
+                tracing::error!(reason, "the authority failed: {} is denied", permission.action());
+                (Error::Denied(permission), "failed")
+            }
+            Err(exceeded) => (exceeded.into(), "denied"),
         };
-        self.decide(caller, permission, details, patience).await
+        audit::refused(caller, permission, details, outcome, job);
+        Err(error)
     }
 
-    async fn decide(
+    /// What follows from the caller's own part in the object, without asking the authority.
+    pub fn implied(&self, caller: &Caller, permission: Permission, details: &Details, basis: Basis) -> Grant {
+        Grant::new(caller, permission, details, basis)
+    }
+
+    /// Whether `caller` has `permission` as things stand, of an object whose id is never another's; nobody is asked for a
+    /// password.
+    pub async fn allows(
+        &self,
+        caller: &Caller,
+        permission: Permission,
+        object: Object,
+        details: &Details,
+    ) -> bool {
+        let generation = self.authority.generation();
+        if let Some(allowed) = self.cache.get(&caller.name, permission, object, generation) {
+            return allowed;
+        }
+        let decision = self.ask_silently(caller, permission, details, GLANCE).await;
+        let allowed = match &decision {
+            Decision::Granted | Decision::GrantedForAWhile => true,
+            Decision::Challenge | Decision::Denied => false,
+            Decision::Failed(reason) => {
+                tracing::warn!(reason, "the authority failed: {} is denied", permission.action());
+                false
+            }
+        };
+        if matches!(
+            decision,
+            Decision::Granted | Decision::Challenge | Decision::Denied
+        ) {
+            self.cache
+                .put(&caller.name, permission, object, generation, allowed);
+        }
+        allowed
+    }
+
+    /// Forgets what was decided for a connection that has gone.
+    pub fn forget(&self, caller: &str) {
+        self.cache.forget(caller);
+    }
+
+    /// Asks without a dialog first: most questions need none, and those that do are counted.
+    async fn ask(
+        &self,
+        caller: &Caller,
+        permission: Permission,
+        details: &Details,
+    ) -> Result<Decision, Exceeded> {
+        let decision = self.ask_silently(caller, permission, details, PATIENCE).await;
+        if decision != Decision::Challenge || !caller.interactive {
+            return Ok(decision);
+        }
+        let _dialog = self.dialogs.take(caller.uid, 1)?;
+        let question = self.authority.check(caller, permission.action(), details);
+        Ok(within(INTERACTIVE_PATIENCE, question).await)
+    }
+
+    async fn ask_silently(
         &self,
         caller: &Caller,
         permission: Permission,
         details: &Details,
         patience: Duration,
-    ) -> Result<(), Error> {
-        let question = self.0.check(caller, permission.action(), details);
-        let decision = tokio::time::timeout(patience, question).await;
-        match decision.unwrap_or_else(|_| Decision::Failed(format!("no answer within {patience:?}"))) {
-            Decision::Granted => {
-                tracing::debug!(?caller, action = permission.action(), ?details, "granted");
-                Ok(())
-            }
-            // It could be asked, and there was nobody to ask: calling again would not help.
-            Decision::Challenge if caller.interactive => {
-                tracing::info!(
-                    ?caller,
-                    action = permission.action(),
-                    ?details,
-                    "denied: nobody to ask"
-                );
-                Err(Error::Denied(permission))
-            }
-            Decision::Challenge => {
-                tracing::info!(
-                    ?caller,
-                    action = permission.action(),
-                    ?details,
-                    "needs a password"
-                );
-                Err(Error::NeedsInteraction(permission))
-            }
-            Decision::Denied => {
-                tracing::info!(?caller, action = permission.action(), ?details, "denied");
-                Err(Error::Denied(permission))
-            }
-            Decision::Failed(reason) => {
-                tracing::error!(
-                    ?caller,
-                    action = permission.action(),
-                    ?details,
-                    reason,
-                    "denied: the authority failed"
-                );
-                Err(Error::Denied(permission))
-            }
-        }
-    }
-
-    /// Whether `caller` has `permission` as things stand; nobody is asked for a password.
-    pub async fn allows(&self, caller: &Caller, permission: Permission, details: &Details) -> bool {
+    ) -> Decision {
         let silent = Caller {
             interactive: false,
             ..caller.clone()
         };
-        let decision = self.decide(&silent, permission, details, GLANCE).await;
-        decision.is_ok()
+        let question = async {
+            let Some(_turn) = self.turns.take(caller.uid).await else {
+                return Decision::Failed("there are no more questions".into());
+            };
+            self.authority.check(&silent, permission.action(), details).await
+        };
+        within(patience, question).await
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn caller() -> Caller {
-        Caller {
-            name: ":1.7".into(),
-            uid: 1000,
-            interactive: false,
-        }
-    }
-
-    async fn ask(decision: Decision) -> Result<(), Error> {
-        let access = Access::new(Arc::new(
-            Fixed::default().with(Permission::DomainBackup.action(), decision),
-        ));
-        access
-            .require(&caller(), Permission::DomainBackup, &Details::default())
-            .await
-    }
-
-    #[tokio::test]
-    async fn what_nothing_is_known_of_is_a_no() {
-        let granted = Fixed::default().with(Permission::DomainAbort.action(), Decision::Granted);
-        let access = Access::new(Arc::new(granted));
-        let answer = access
-            .require(&caller(), Permission::DomainBackup, &Details::default())
-            .await;
-        assert_eq!(answer, Err(Error::Denied(Permission::DomainBackup)));
-    }
-
-    #[tokio::test]
-    async fn every_answer_but_granted_is_a_no() {
-        assert_eq!(ask(Decision::Granted).await, Ok(()));
-        assert_eq!(
-            ask(Decision::Denied).await,
-            Err(Error::Denied(Permission::DomainBackup))
-        );
-        assert_eq!(
-            ask(Decision::Failed("down".into())).await,
-            Err(Error::Denied(Permission::DomainBackup))
-        );
-        assert_eq!(
-            ask(Decision::Challenge).await,
-            Err(Error::NeedsInteraction(Permission::DomainBackup))
-        );
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_authority_that_never_answers_is_a_no() {
-        struct Silent;
-        impl Authority for Silent {
-            fn check<'a>(
-                &'a self,
-                _: &'a Caller,
-                _: &'static str,
-                _: &'a Details,
-            ) -> BoxFuture<'a, Decision> {
-                Box::pin(std::future::pending())
-            }
-        }
-        let access = Access::new(Arc::new(Silent));
-        let answer = access
-            .require(&caller(), Permission::DomainBackup, &Details::default())
-            .await;
-        assert_eq!(answer, Err(Error::Denied(Permission::DomainBackup)));
-    }
-
-    #[test]
-    fn every_permission_has_an_action_of_its_own() {
-        let mut actions = ACTIONS.to_vec();
-        actions.sort_unstable();
-        actions.dedup();
-        assert_eq!(actions.len(), ACTIONS.len());
-    }
+async fn within(patience: Duration, question: impl Future<Output = Decision>) -> Decision {
+    let answer = tokio::time::timeout(patience, question).await;
+    answer.unwrap_or_else(|_| Decision::Failed(format!("no answer within {patience:?}")))
 }

@@ -4,11 +4,16 @@
 //! are sent to it and answers come back over a channel. The subject of a question is the sender's unique bus name,
 //! which, unlike a process id, is never used again.
 
+use std::cell::OnceCell;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use futures_util::future::BoxFuture;
 use gio::prelude::CancellableExt;
+use glib::subclass::SignalId;
+use glib::types::StaticType;
 use glib::{MainContext, MainLoop};
 use polkit_rs::{AuthorizationResult, CheckAuthorizationFlags, SystemBusName};
 use tokio::sync::oneshot;
@@ -20,6 +25,12 @@ pub struct Polkit {
     context: MainContext,
     main_loop: MainLoop,
     thread: Option<JoinHandle<()>>,
+    generation: Arc<AtomicU64>,
+}
+
+thread_local! {
+    /// The library's proxy of polkit, on the thread that runs the context: it has to stay to be told of changes.
+    static AUTHORITY: OnceCell<polkit_rs::Authority> = const { OnceCell::new() };
 }
 
 impl Polkit {
@@ -39,6 +50,7 @@ impl Polkit {
             context,
             main_loop,
             thread: Some(thread),
+            generation: Arc::default(),
         })
     }
 }
@@ -79,6 +91,7 @@ impl Authority for Polkit {
                 action,
                 details: details.clone(),
                 cancellable: cancellable.clone(),
+                generation: self.generation.clone(),
             };
             self.context.invoke(move || question.ask(answer));
             let withdraw = Withdraw(cancellable);
@@ -87,6 +100,10 @@ impl Authority for Polkit {
             decision.unwrap_or_else(|_| Decision::Failed("the question was dropped".into()))
         })
     }
+
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
 }
 
 struct Question {
@@ -94,6 +111,7 @@ struct Question {
     action: &'static str,
     details: Details,
     cancellable: gio::Cancellable,
+    generation: Arc<AtomicU64>,
 }
 
 impl Question {
@@ -105,7 +123,7 @@ impl Question {
         if !gio::dbus_is_unique_name(&self.caller.name) {
             return reply(Decision::Failed("the caller's name is no unique name".into()));
         }
-        let authority = match polkit_rs::Authority::sync(gio::Cancellable::NONE) {
+        let authority = match authority(&self.generation) {
             Ok(authority) => authority,
             Err(error) => return reply(Decision::Failed(error.to_string())),
         };
@@ -130,11 +148,61 @@ impl Question {
     }
 }
 
+/// The proxy, made with the first question that finds polkit there.
+fn authority(generation: &Arc<AtomicU64>) -> Result<polkit_rs::Authority, glib::Error> {
+    AUTHORITY.with(|kept| {
+        if let Some(authority) = kept.get() {
+            return Ok(authority.clone());
+        }
+        let authority = polkit_rs::Authority::sync(gio::Cancellable::NONE)?;
+        // Rules or actions changed, somebody came or left, a password was given or its time is over; polkit was
+        // restarted, perhaps with other rules.
+        let next = |generation: &Arc<AtomicU64>| {
+            let generation = generation.clone();
+            move |_: &polkit_rs::Authority| {
+                generation.fetch_add(1, Ordering::AcqRel);
+            }
+        };
+        authority.connect_changed(next(generation));
+        // Older versions tell of sessions with the other changes, and have no signal of this name.
+        if SignalId::lookup("sessions-changed", polkit_rs::Authority::static_type()).is_some() {
+            authority.connect_sessions_changed(next(generation));
+        }
+        authority.connect_owner_notify(next(generation));
+        Ok(kept.get_or_init(|| authority).clone())
+    })
+}
+
 fn decision(result: Result<AuthorizationResult, glib::Error>) -> Decision {
     match result {
-        Ok(result) if result.is_authorized() => Decision::Granted,
+        Ok(result) if result.is_authorized() => match result.temporary_authorization_id() {
+            Some(_) => Decision::GrantedForAWhile,
+            None => Decision::Granted,
+        },
         Ok(result) if result.is_challenge() => Decision::Challenge,
         Ok(_) => Decision::Denied,
         Err(error) => Decision::Failed(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_caller_without_a_unique_name_is_refused_before_polkit_is_asked() {
+        let polkit = Polkit::start().unwrap();
+        for name in ["", "org.example.Backup1", ":", "1.7", ":1.7\nx", ":1.7 "] {
+            let caller = Caller {
+                name: name.into(),
+                uid: 0,
+                interactive: false,
+            };
+            let answer = polkit
+                .check(&caller, "org.example.backup1.domain.read", &Details::default())
+                .await;
+            let expected = Decision::Failed("the caller's name is no unique name".into());
+            assert_eq!(answer, expected, "{name:?}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use backupd::access::{Access, Polkit};
+use backupd::access::{AUDIT_DIRECTIVE, Access, Polkit};
 use backupd::bus;
 use backupd::config::{self, Config, DEFAULT_STORE};
 use backupd::domain::{Directories, Registry};
@@ -71,14 +71,17 @@ async fn run(arguments: Arguments) -> Result<(), Fatal> {
         std::fs::create_dir_all(&config.state_directory)?;
         target::ensure_store(&store.path)?;
     }
-    let domains = Registry::open(Directories::new(config.domain_directories)).map_err(Fatal::Domains)?;
+    let limits = &config.limits;
+    let directories = Directories::new(config.domain_directories.clone());
+    let domains = Registry::open(directories, limits.of_registered_domains()).map_err(Fatal::Domains)?;
     let known = domains.list();
     let settled = known.iter().map(|domain| domain.settled(FIRST_LOOK));
     futures_util::future::join_all(settled).await;
-    let access = Access::new(Arc::new(Polkit::start()?));
-    let service = Arc::new(Service::new(domains, Jobs::new(), access, config.stores));
+    let access = Access::new(Arc::new(Polkit::start()?), limits.of_password_dialogs());
+    let jobs = Jobs::new(limits.of_jobs());
+    let service = Arc::new(Service::new(domains, jobs, access, &config));
     let connection = zbus::connection::Builder::system().build().await?;
-    let mut published = bus::publish(connection, service.clone()).await?;
+    let mut published = bus::publish(connection, service.clone(), &config).await?;
     tell_manager(&[NotifyState::Ready]);
     tracing::info!("ready");
     let ended = tokio::select! {
@@ -106,10 +109,19 @@ fn die_of_panics() {
 /// To the journal where there is one, else to standard error.
 fn start_log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // The records of who was allowed what are never filtered out.
+    let filter = match AUDIT_DIRECTIVE.parse() {
+        Ok(audit) => filter.add_directive(audit),
+        // It is always one.
+        Err(_) => filter,
+    };
     let registry = tracing_subscriber::registry().with(filter);
     let journal = std::env::var_os("JOURNAL_STREAM").and_then(|_| tracing_journald::layer().ok());
     match journal {
-        Some(journal) => registry.with(journal).init(),
+        // Fields are `BACKUPD_…=` there.
+        Some(journal) => registry
+            .with(journal.with_field_prefix(Some("BACKUPD".into())))
+            .init(),
         None => registry
             .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr))
             .init(),

@@ -2,46 +2,43 @@
 
 use std::sync::Arc;
 
-use zbus::message::Header;
-use zbus::wire::OwnedObjectPath;
-use zbus::{Connection, interface};
+use zbus::wire::Variant;
 
 use super::Context;
-use super::error::{BusError, Result};
-use super::manager::Wanted;
-use super::options::Dictionary;
+use super::call::{Answer, Call};
+use super::error::Result;
+use super::manager::{BackupArguments, Wanted, create_backup};
+use super::object::Properties;
+use crate::access::{self, Permission};
 use crate::domain::{Domain, Snapshot};
-use crate::error::Kind;
 
 /// A disk as it is told: name, node, virtual size, format, writable.
 pub type DiskTuple = (String, String, u64, String, bool);
 
-pub struct DomainObject {
-    context: Context,
-    domain: Arc<Domain>,
+pub async fn call(context: &Context, call: &Call, domain: &Arc<Domain>) -> Answer {
+    match call.member.as_str() {
+        "CreateBackup" => {
+            let arguments: BackupArguments = call.arguments()?;
+            create_backup(context, call, Wanted::This(domain.clone()), arguments).await
+        }
+        _ => Err(call.unknown_method()),
+    }
 }
 
-impl DomainObject {
-    pub fn new(context: Context, domain: Arc<Domain>) -> Self {
-        Self { context, domain }
+/// To know that a domain is there is not to know what it has and does.
+pub async fn properties(context: &Context, call: &Call, domain: &Domain) -> Result<Properties> {
+    if !context.service.reads(&call.caller, domain).await {
+        return Err(access::Error::Denied(Permission::DomainRead).into());
     }
-
-    /// Goes on only for a reader that may know of this domain; `whole` if it wants more than its name and state.
-    async fn check(&self, header: Option<Header<'_>>, connection: &Connection, whole: bool) -> Result<()> {
-        let header = header.ok_or_else(BusError::no_sender)?;
-        let visit = self.context.look(&header, connection).await?;
-        let service = &self.context.service;
-        if !service.sees(&visit.caller, &self.domain).await {
-            return Err(BusError::no_object(&header));
-        }
-        if whole && !service.reads(&visit.caller, &self.domain).await {
-            return Err(BusError::new(
-                Kind::AccessDenied,
-                "not authorised to read this domain",
-            ));
-        }
-        Ok(())
-    }
+    let snapshot = domain.snapshot();
+    Ok(vec![
+        ("Name", Variant::from(domain.name.clone())),
+        ("UUID", Variant::from(uuid(&snapshot))),
+        ("State", Variant::from(snapshot.state.as_str())),
+        ("Owner", Variant::from(domain.owner)),
+        ("Source", Variant::from(domain.origin.as_str())),
+        ("Disks", Variant::from(disks(&snapshot))),
+    ])
 }
 
 /// The changing properties, as they are told.
@@ -62,86 +59,4 @@ pub fn disks(snapshot: &Snapshot) -> Vec<DiskTuple> {
             )
         })
         .collect()
-}
-
-#[interface(name = "org.example.Backup1.Domain")]
-impl DomainObject {
-    #[zbus(out_args("id", "job"))]
-    async fn create_backup(
-        &self,
-        #[zbus(header)] header: Header<'_>,
-        #[zbus(connection)] connection: &Connection,
-        definition: &str,
-        files: Vec<zbus::OwnedFd>,
-        options: Dictionary,
-    ) -> Result<(u32, OwnedObjectPath)> {
-        let visit = self.context.act(&header, connection).await?;
-        if !self.context.service.sees(&visit.caller, &self.domain).await {
-            return Err(BusError::no_object(&header));
-        }
-        let domain = Wanted::This(self.domain.clone());
-        self.context
-            .create_backup(visit, domain, definition, files, options)
-            .await
-    }
-
-    #[zbus(property(emits_changed_signal = "const"))]
-    async fn name(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<String> {
-        self.check(header, connection, false).await?;
-        Ok(self.domain.name.clone())
-    }
-
-    #[zbus(property, name = "UUID")]
-    async fn uuid(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<String> {
-        self.check(header, connection, false).await?;
-        Ok(uuid(&self.domain.snapshot()))
-    }
-
-    #[zbus(property)]
-    async fn state(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<String> {
-        self.check(header, connection, false).await?;
-        Ok(self.domain.snapshot().state.as_str().to_owned())
-    }
-
-    #[zbus(property(emits_changed_signal = "const"))]
-    async fn owner(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<u32> {
-        self.check(header, connection, false).await?;
-        Ok(self.domain.owner)
-    }
-
-    #[zbus(property(emits_changed_signal = "const"))]
-    async fn source(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<String> {
-        self.check(header, connection, false).await?;
-        Ok(self.domain.origin.as_str().to_owned())
-    }
-
-    #[zbus(property)]
-    async fn disks(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<Vec<DiskTuple>> {
-        self.check(header, connection, true).await?;
-        Ok(disks(&self.domain.snapshot()))
-    }
 }

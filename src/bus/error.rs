@@ -30,6 +30,10 @@ pub const fn name(kind: Kind) -> &'static str {
         Kind::InvalidArgs => "org.freedesktop.DBus.Error.InvalidArgs",
         Kind::LimitsExceeded => "org.freedesktop.DBus.Error.LimitsExceeded",
         Kind::UnknownObject => "org.freedesktop.DBus.Error.UnknownObject",
+        Kind::UnknownInterface => "org.freedesktop.DBus.Error.UnknownInterface",
+        Kind::UnknownMethod => "org.freedesktop.DBus.Error.UnknownMethod",
+        Kind::UnknownProperty => "org.freedesktop.DBus.Error.UnknownProperty",
+        Kind::PropertyReadOnly => "org.freedesktop.DBus.Error.PropertyReadOnly",
     }
 }
 
@@ -46,12 +50,6 @@ impl<E: Into<Error>> From<E> for BusError {
 impl BusError {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self(Error::new(kind, message))
-    }
-
-    /// What the object server says of a path that has no object: a hidden object answers no other way.
-    pub fn no_object(call: &Header<'_>) -> Self {
-        let path = call.path().map(|path| path.as_str()).unwrap_or_default();
-        Self::new(Kind::UnknownObject, format!("Unknown object '{path}'"))
     }
 
     /// A message that nobody sent gives nobody a right.

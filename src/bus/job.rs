@@ -2,24 +2,17 @@
 
 use std::sync::Arc;
 
-use zbus::message::Header;
-use zbus::object_server::SignalEmitter;
-use zbus::wire::OwnedObjectPath;
-use zbus::{Connection, interface};
+use zbus::wire::Variant;
 
-use super::error::{BusError, Result, name};
-use super::visit::Visit;
+use super::call::{Answer, Call};
+use super::error::name;
+use super::object::Properties;
 use super::{Context, domain_path};
 use crate::error::Kind;
 use crate::job::{DiskState, DiskStatus, Job, Outcome, Status};
 
 /// A disk as it is told: name, state, bytes in all, bytes done, target, error.
 pub type DiskTuple = (String, String, u64, u64, String, String);
-
-pub struct JobObject {
-    context: Context,
-    job: Arc<Job>,
-}
 
 /// The changing properties, as they are told.
 #[derive(Debug, Clone, PartialEq)]
@@ -81,252 +74,62 @@ pub fn result(outcome: &Outcome) -> (&'static str, &'static str, String) {
     }
 }
 
-impl JobObject {
-    pub fn new(context: Context, job: Arc<Job>) -> Self {
-        Self { context, job }
-    }
-
-    /// Goes on only for a caller that may know of this job: to others it is not there.
-    async fn known(&self, visit: &Visit, header: &Header<'_>) -> Result<()> {
-        if self.context.service.knows(&visit.caller, &self.job).await {
-            return Ok(());
+pub async fn call(context: &Context, call: &Call, job: &Arc<Job>) -> Answer {
+    match call.member.as_str() {
+        "Cancel" => {
+            call.no_arguments()?;
+            cancel(context, call, job, None).await
         }
-        Err(BusError::no_object(header))
-    }
-
-    async fn check(&self, header: Option<Header<'_>>, connection: &Connection) -> Result<()> {
-        let header = header.ok_or_else(BusError::no_sender)?;
-        let visit = self.context.look(&header, connection).await?;
-        self.known(&visit, &header).await
-    }
-
-    async fn view(&self, header: Option<Header<'_>>, connection: &Connection) -> Result<View> {
-        self.check(header, connection).await?;
-        Ok(View::of(&self.job.status()))
-    }
-
-    async fn cancel(&self, header: &Header<'_>, connection: &Connection, disk: Option<&str>) -> Result<()> {
-        let mut visit = self.context.act(header, connection).await?;
-        self.known(&visit, header).await?;
-        let caller = visit.caller.clone();
-        let cancel = async { Ok(self.context.service.cancel(&caller, &self.job, disk).await?) };
-        visit.while_present(cancel).await
+        "CancelDisk" => {
+            let disk: String = call.arguments()?;
+            cancel(context, call, job, Some(&disk)).await
+        }
+        "Wait" => {
+            call.no_arguments()?;
+            let outcome = call.while_present(async { Ok(job.wait().await) }).await?;
+            call.reply(&result(&outcome))
+        }
+        "SetSpeed" => {
+            let bytes_per_second: u64 = call.arguments()?;
+            let set = async {
+                let service = &context.service;
+                Ok(service.set_speed(&call.caller, job, bytes_per_second).await?)
+            };
+            call.while_present(set).await?;
+            call.reply(&())
+        }
+        "GetDefinition" => {
+            call.no_arguments()?;
+            call.reply(&job.definition())
+        }
+        _ => Err(call.unknown_method()),
     }
 }
 
-#[interface(name = "org.example.Backup1.Job")]
-impl JobObject {
-    #[zbus(name = "Cancel")]
-    async fn cancel_all(
-        &self,
-        #[zbus(header)] header: Header<'_>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<()> {
-        self.cancel(&header, connection, None).await
-    }
+async fn cancel(context: &Context, call: &Call, job: &Job, disk: Option<&str>) -> Answer {
+    let cancel = async { Ok(context.service.cancel(&call.caller, job, disk).await?) };
+    call.while_present(cancel).await?;
+    call.reply(&())
+}
 
-    async fn cancel_disk(
-        &self,
-        #[zbus(header)] header: Header<'_>,
-        #[zbus(connection)] connection: &Connection,
-        disk: &str,
-    ) -> Result<()> {
-        self.cancel(&header, connection, Some(disk)).await
-    }
-
-    #[zbus(out_args("result", "error_name", "message"))]
-    async fn wait(
-        &self,
-        #[zbus(header)] header: Header<'_>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<(String, String, String)> {
-        let mut visit = self.context.act(&header, connection).await?;
-        self.known(&visit, &header).await?;
-        let outcome = visit.while_present(async { Ok(self.job.wait().await) }).await?;
-        let (word, name, message) = result(&outcome);
-        Ok((word.to_owned(), name.to_owned(), message))
-    }
-
-    async fn set_speed(
-        &self,
-        #[zbus(header)] header: Header<'_>,
-        #[zbus(connection)] connection: &Connection,
-        bytes_per_second: u64,
-    ) -> Result<()> {
-        let mut visit = self.context.act(&header, connection).await?;
-        self.known(&visit, &header).await?;
-        let caller = visit.caller.clone();
-        let set = async {
-            Ok(self
-                .context
-                .service
-                .set_speed(&caller, &self.job, bytes_per_second)
-                .await?)
-        };
-        visit.while_present(set).await
-    }
-
-    #[zbus(out_args("definition"))]
-    async fn get_definition(
-        &self,
-        #[zbus(header)] header: Header<'_>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<String> {
-        self.check(Some(header), connection).await?;
-        Ok(self.job.definition())
-    }
-
-    #[zbus(property(emits_changed_signal = "const"))]
-    async fn id(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<u32> {
-        self.check(header, connection).await?;
-        Ok(self.job.id)
-    }
-
-    #[zbus(property(emits_changed_signal = "const"))]
-    async fn domain(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<OwnedObjectPath> {
-        self.check(header, connection).await?;
-        Ok(domain_path(self.job.domain.id))
-    }
-
-    #[zbus(property(emits_changed_signal = "const"))]
-    async fn mode(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<String> {
-        self.check(header, connection).await?;
-        Ok("push".into())
-    }
-
-    #[zbus(property(emits_changed_signal = "const"), name = "StartedByUID")]
-    async fn started_by_uid(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<u32> {
-        self.check(header, connection).await?;
-        Ok(self.job.started_by)
-    }
-
-    #[zbus(property(emits_changed_signal = "const"))]
-    async fn start_time(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<u64> {
-        self.check(header, connection).await?;
-        // Before 1970 on a machine without a clock.
-        Ok(u64::try_from(self.job.start_time.as_microsecond()).unwrap_or(0))
-    }
-
-    #[zbus(property)]
-    async fn state(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<String> {
-        Ok(self.view(header, connection).await?.state.to_owned())
-    }
-
-    #[zbus(property)]
-    async fn progress(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<f64> {
-        Ok(self.view(header, connection).await?.progress)
-    }
-
-    #[zbus(property)]
-    async fn bytes(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<u64> {
-        Ok(self.view(header, connection).await?.bytes)
-    }
-
-    #[zbus(property)]
-    async fn bytes_done(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<u64> {
-        Ok(self.view(header, connection).await?.bytes_done)
-    }
-
-    #[zbus(property)]
-    async fn rate(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<u64> {
-        Ok(self.view(header, connection).await?.rate)
-    }
-
-    #[zbus(property)]
-    async fn expected_end_time(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<u64> {
-        Ok(self.view(header, connection).await?.expected_end_time)
-    }
-
-    #[zbus(property)]
-    async fn disks(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<Vec<DiskTuple>> {
-        Ok(self.view(header, connection).await?.disks)
-    }
-
-    #[zbus(property)]
-    async fn error_name(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<String> {
-        Ok(self.view(header, connection).await?.error_name.to_owned())
-    }
-
-    #[zbus(property)]
-    async fn error_message(
-        &self,
-        #[zbus(header)] header: Option<Header<'_>>,
-        #[zbus(connection)] connection: &Connection,
-    ) -> Result<String> {
-        Ok(self.view(header, connection).await?.error_message)
-    }
-
-    #[zbus(signal)]
-    async fn block_job_completed(emitter: &SignalEmitter<'_>, disk: &str, bytes: u64) -> zbus::Result<()>;
-
-    #[zbus(signal)]
-    async fn block_job_error(
-        emitter: &SignalEmitter<'_>,
-        disk: &str,
-        operation: &str,
-        message: &str,
-    ) -> zbus::Result<()>;
-
-    #[zbus(signal)]
-    async fn block_job_cancelled(emitter: &SignalEmitter<'_>, disk: &str) -> zbus::Result<()>;
-
-    #[zbus(signal)]
-    async fn completed(
-        emitter: &SignalEmitter<'_>,
-        result: &str,
-        error_name: &str,
-        message: &str,
-    ) -> zbus::Result<()>;
+pub fn properties(job: &Job) -> Properties {
+    let view = View::of(&job.status());
+    // Before 1970 on a machine without a clock.
+    let start_time = u64::try_from(job.start_time.as_microsecond()).unwrap_or(0);
+    vec![
+        ("Id", Variant::from(job.id)),
+        ("Domain", Variant::from(domain_path(job.domain.id))),
+        ("Mode", Variant::from("push")),
+        ("StartedByUID", Variant::from(job.started_by)),
+        ("StartTime", Variant::from(start_time)),
+        ("State", Variant::from(view.state)),
+        ("Progress", Variant::from(view.progress)),
+        ("Bytes", Variant::from(view.bytes)),
+        ("BytesDone", Variant::from(view.bytes_done)),
+        ("Rate", Variant::from(view.rate)),
+        ("ExpectedEndTime", Variant::from(view.expected_end_time)),
+        ("Disks", Variant::from(view.disks)),
+        ("ErrorName", Variant::from(view.error_name)),
+        ("ErrorMessage", Variant::from(view.error_message)),
+    ]
 }

@@ -1,75 +1,99 @@
 //! The service on the bus: messages into calls, results into replies, changes into signals.
 //!
-//! The only place that knows D-Bus, and no place for decisions. Every method is `&self`; no getter waits for more than
-//! one bounded question; objects come and go through the [`publisher`] only, never from a method.
+//! The only place that knows D-Bus, and no place for decisions. A call comes in at the [`door`], its path is looked up for
+//! its caller ([`object`]), and a module for each interface turns its arguments into a call of the service.
 
+mod call;
 mod domain;
+mod door;
 mod error;
+mod follower;
 mod job;
 mod manager;
+mod object;
 mod options;
 mod peers;
-mod publisher;
 mod signals;
-mod visit;
+mod standard;
 
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use zbus::Connection;
+use zbus::message::Type;
 use zbus::wire::{ObjectPath, OwnedObjectPath};
+use zbus::{Connection, MatchRule, MessageStream};
 
+use crate::config::Config;
 use crate::names::{BUS_NAME, ROOT_PATH};
 use crate::service::Service;
-use manager::Manager;
+use door::Door;
+use follower::Follower;
 use peers::Peers;
-use publisher::Publisher;
-use visit::Gate;
+use signals::Audience;
 
-/// What every object of the interface works with.
+/// What every call works with.
 #[derive(Clone)]
 struct Context {
+    connection: Connection,
     service: Arc<Service>,
     peers: Arc<Peers>,
-    gate: Arc<Gate>,
-    publisher: Publisher,
+    follower: Follower,
 }
 
 /// The service while it is on the bus.
 pub struct Published {
     connection: Connection,
-    publisher: Publisher,
-    publishing: JoinHandle<()>,
+    door: Door,
+    receiving: JoinHandle<()>,
+    follower: Follower,
+    following: JoinHandle<()>,
     watching: JoinHandle<()>,
 }
 
 /// Puts `service` on the bus of `connection` and takes the name when everything is there.
-pub async fn publish(connection: Connection, service: Arc<Service>) -> zbus::Result<Published> {
-    let peers = Arc::new(Peers::default());
-    let (publisher, work) = publisher::new(service.clone(), peers.clone(), connection.clone());
-    let context = Context {
-        service: service.clone(),
-        peers: peers.clone(),
-        gate: Arc::new(Gate::default()),
-        publisher: publisher.clone(),
-    };
+pub async fn publish(
+    connection: Connection,
+    service: Arc<Service>,
+    config: &Config,
+) -> zbus::Result<Published> {
+    let limits = &config.limits;
+    let peers = Arc::new(Peers::new(limits.of_calls(), limits.of_subscriptions()));
+    let audience = Audience::new(
+        service.clone(),
+        peers.clone(),
+        connection.clone(),
+        config.bus.signals,
+    );
+    let (follower, work) = follower::new(service.clone(), audience);
     let (ready, watches) = oneshot::channel();
-    let watching = tokio::spawn(peers::watch(connection.clone(), peers, service, ready));
+    let watching = tokio::spawn(peers::watch(
+        connection.clone(),
+        peers.clone(),
+        service.clone(),
+        ready,
+    ));
     // Without it callers that leave would be missed.
     watches
         .await
         .map_err(|_| zbus::Error::Failure("the bus does not tell who leaves".into()))?;
-    connection
-        .object_server()
-        .at(ROOT_PATH, Manager::new(context.clone()))
-        .await?;
-    let publishing = tokio::spawn(work.run(context));
+    let rule = MatchRule::builder().msg_type(Type::MethodCall).build()?;
+    let calls = MessageStream::for_match_rule(rule, &connection, None).await?;
+    let door = Door::new(Context {
+        connection: connection.clone(),
+        service,
+        peers,
+        follower: follower.clone(),
+    });
+    let receiving = tokio::spawn(door.clone().receive(calls));
+    let following = tokio::spawn(work.run());
     connection.request_name(BUS_NAME).await?;
     Ok(Published {
         connection,
-        publisher,
-        publishing,
+        door,
+        receiving,
+        follower,
+        following,
         watching,
     })
 }
@@ -81,11 +105,14 @@ impl Published {
         let _ = (&mut self.watching).await;
     }
 
-    /// Announces what has ended, as the owner of the name by which listeners know the service, and leaves the bus.
+    /// Announces what has ended, as the owner of the name by which listeners know the service, answers what is still to be
+    /// answered, and leaves the bus. All jobs have ended.
     pub async fn close(self) {
-        self.publisher.finish();
-        // It ends by itself, or by a panic, which aborts.
-        let _ = self.publishing.await;
+        self.follower.finish();
+        // These end by themselves, or by a panic, which aborts.
+        let _ = self.following.await;
+        self.door.close().await;
+        let _ = self.receiving.await;
         self.watching.abort();
         // Where the bus is gone, so are name and connection.
         let _ = self.connection.release_name(BUS_NAME).await;
@@ -93,8 +120,9 @@ impl Published {
     }
 }
 
+/// Says nothing about the domain: an id is a random number.
 fn domain_path(id: u64) -> OwnedObjectPath {
-    path(format!("{ROOT_PATH}/domain/{id}"))
+    path(format!("{ROOT_PATH}/domain/{id:016x}"))
 }
 
 fn job_path(id: u32) -> OwnedObjectPath {

@@ -1,126 +1,189 @@
-//! The connections on the bus that the service deals with: whose they are, who subscribed, and who left.
+//! The connections on the bus that the service deals with: whose they are, what they hold, and who left.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::StreamExt;
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::{OnceCell, oneshot};
+use tokio_util::sync::CancellationToken;
 use zbus::Connection;
 use zbus::fdo::DBusProxy;
 use zbus::names::{BusName, UniqueName};
 
+use super::error::{BusError, Result};
 use crate::access::Caller;
 use crate::error::Kind;
+use crate::quota::{Exceeded, Quota, Share};
 use crate::service::Service;
 
-use super::error::{BusError, Result};
+/// Connections that are known at a time; more than a bus has by default.
+const MOST_PEERS: usize = 8192;
+/// Calls in flight of a connection whose user is not known yet: what a bus lets through.
+const MOST_UNKNOWN: usize = 128;
 
-/// Subscribers at a time.
-const MAX_SUBSCRIBERS: usize = 256;
-/// Users that are remembered; beyond that they are asked for again.
-const MAX_USERS: usize = 1024;
-const DEPARTURES: usize = 1024;
-
-struct Known {
-    users: HashMap<String, u32>,
-    subscribers: HashMap<String, Caller>,
-}
-
-/// What is known of other connections.
-pub struct Peers {
-    known: Mutex<Known>,
-    departures: broadcast::Sender<String>,
-}
-
-impl Default for Peers {
-    fn default() -> Self {
-        Self {
-            known: Mutex::new(Known {
-                users: HashMap::new(),
-                subscribers: HashMap::new(),
-            }),
-            departures: broadcast::Sender::new(DEPARTURES),
-        }
-    }
-}
-
-/// Tells when one connection has left.
-pub struct Departure {
+/// Another connection.
+#[derive(Debug)]
+pub struct Peer {
     name: String,
-    departures: broadcast::Receiver<String>,
+    uid: OnceCell<u32>,
+    calls: AtomicUsize,
+    subscription: Mutex<Option<Share>>,
+    left: CancellationToken,
 }
 
-impl Departure {
-    /// Waits until it has.
-    pub async fn wait(&mut self) {
-        loop {
-            match self.departures.recv().await {
-                Ok(name) if name != self.name => {}
-                // So many have left that one more may be among them: whoever is still there can ask again.
-                Ok(_) | Err(_) => return,
-            }
+impl Peer {
+    fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            uid: OnceCell::new(),
+            calls: AtomicUsize::new(0),
+            subscription: Mutex::new(None),
+            left: CancellationToken::new(),
         }
     }
+
+    /// Ends when the connection has left the bus.
+    pub async fn left(&self) {
+        self.left.cancelled().await;
+    }
+
+    pub fn has_left(&self) -> bool {
+        self.left.is_cancelled()
+    }
+
+    fn subscription(&self) -> MutexGuard<'_, Option<Share>> {
+        self.subscription.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn unsubscribe(&self) {
+        self.subscription().take();
+    }
+}
+
+/// A call that was let in, while it is in flight.
+#[derive(Debug)]
+pub struct Visit {
+    pub peer: Arc<Peer>,
+    share: Option<Share>,
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        self.peer.calls.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// All that are known.
+pub struct Peers {
+    known: Mutex<HashMap<String, Arc<Peer>>>,
+    calls: Quota,
+    subscriptions: Quota,
 }
 
 impl Peers {
-    /// Watches for `name` to leave, from now on.
-    pub fn departure(&self, name: &str) -> Departure {
-        Departure {
-            name: name.to_owned(),
-            departures: self.departures.subscribe(),
+    pub fn new(calls: Quota, subscriptions: Quota) -> Self {
+        Self {
+            known: Mutex::default(),
+            calls,
+            subscriptions,
         }
     }
 
-    /// The user that a connection authenticated as, from the bus.
-    pub async fn uid(&self, connection: &Connection, name: &UniqueName<'_>) -> Result<u32> {
-        if let Some(uid) = self.lock().users.get(name.as_str()) {
-            return Ok(*uid);
-        }
-        let denied = |error: zbus::Error| BusError::new(Kind::AccessDenied, format!("who are you? {error}"));
-        let bus = DBusProxy::new(connection).await.map_err(denied)?;
-        let asked = bus.get_connection_unix_user(BusName::from(name.clone())).await;
-        let uid = asked.map_err(|error| denied(error.into()))?;
-        let mut known = self.lock();
-        if known.users.len() < MAX_USERS {
-            known.users.insert(name.to_string(), uid);
+    /// Lets a call of this connection in, if there is room. Asks nobody: the connection's user may not be known yet.
+    pub fn enter(&self, name: &str) -> Result<Visit> {
+        let peer = self.meet(name)?;
+        let share = match peer.uid.get() {
+            Some(uid) => Some(self.calls.take(*uid, 1)?),
+            None if peer.calls.load(Ordering::Relaxed) >= MOST_UNKNOWN => {
+                let key = "calls-per-user".to_owned();
+                return Err(Exceeded {
+                    key,
+                    limit: MOST_UNKNOWN,
+                }
+                .into());
+            }
+            None => None,
+        };
+        peer.calls.fetch_add(1, Ordering::Relaxed);
+        Ok(Visit { peer, share })
+    }
+
+    /// The user that the visitor's connection authenticated as, from the bus, which is asked once.
+    pub async fn uid(&self, connection: &Connection, visit: &mut Visit) -> Result<u32> {
+        let peer = visit.peer.clone();
+        let uid = peer.uid.get_or_try_init(async || {
+            let name = UniqueName::try_from(peer.name.as_str())?;
+            let bus = DBusProxy::new(connection).await?;
+            Ok(bus.get_connection_unix_user(BusName::from(name)).await?)
+        });
+        let uid = *uid.await.map_err(|error: zbus::Error| {
+            // It has left before anything was known of it, and its leaving may have been told already.
+            self.forget(&peer);
+            BusError::new(Kind::AccessDenied, format!("who are you? {error}"))
+        })?;
+        if visit.share.is_none() {
+            visit.share = Some(self.calls.take(uid, 1)?);
         }
         Ok(uid)
     }
 
-    pub fn subscribe(&self, caller: &Caller) -> Result<()> {
-        let mut known = self.lock();
-        if known.subscribers.len() >= MAX_SUBSCRIBERS && !known.subscribers.contains_key(&caller.name) {
-            let text = format!("at most {MAX_SUBSCRIBERS} connections may be subscribed");
-            return Err(BusError::new(Kind::LimitsExceeded, text));
+    pub fn subscribe(&self, peer: &Peer, uid: u32) -> Result<()> {
+        let mut subscription = peer.subscription();
+        if subscription.is_none() {
+            *subscription = Some(self.subscriptions.take(uid, 1)?);
         }
-        // Signals ask nobody for a password.
-        let caller = Caller {
-            interactive: false,
-            ..caller.clone()
-        };
-        known.subscribers.insert(caller.name.clone(), caller);
         Ok(())
     }
 
-    pub fn unsubscribe(&self, caller: &Caller) {
-        self.lock().subscribers.remove(&caller.name);
-    }
-
+    /// Those that want the detailed signals.
     pub fn subscribers(&self) -> Vec<Caller> {
-        self.lock().subscribers.values().cloned().collect()
+        let known = self.lock();
+        let subscribed = known.values().filter(|peer| peer.subscription().is_some());
+        let callers = subscribed.filter_map(|peer| {
+            Some(Caller {
+                name: peer.name.clone(),
+                uid: *peer.uid.get()?,
+                // Signals ask nobody for a password.
+                interactive: false,
+            })
+        });
+        callers.collect()
     }
 
-    fn forget(&self, name: &str) {
+    fn meet(&self, name: &str) -> Result<Arc<Peer>> {
         let mut known = self.lock();
-        known.users.remove(name);
-        known.subscribers.remove(name);
-        drop(known);
-        // Nobody waits for anybody's leaving.
-        let _ = self.departures.send(name.to_owned());
+        if let Some(peer) = known.get(name) {
+            return Ok(peer.clone());
+        }
+        if known.len() >= MOST_PEERS {
+            let text = format!("{MOST_PEERS} connections call: try again later");
+            return Err(BusError::new(Kind::LimitsExceeded, text));
+        }
+        let peer = Arc::new(Peer::new(name));
+        known.insert(name.to_owned(), peer.clone());
+        Ok(peer)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn forget(&self, peer: &Arc<Peer>) {
+        let mut known = self.lock();
+        if known.get(&peer.name).is_some_and(|same| Arc::ptr_eq(same, peer)) {
+            known.remove(&peer.name);
+        }
+        drop(known);
+        peer.left.cancel();
+    }
+
+    /// What is to be done when a connection has left.
+    fn leave(&self, name: &str, service: &Service) {
+        let peer = self.lock().get(name).cloned();
+        if let Some(peer) = peer {
+            self.forget(&peer);
+            service.forget_caller(name);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Peer>>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -150,8 +213,58 @@ pub async fn watch(
         if let Ok(args) = departure.args()
             && let BusName::Unique(name) = args.name()
         {
-            peers.forget(name.as_str());
-            service.forget_caller(name.as_str());
+            peers.leave(name.as_str(), &service);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quota::Limits;
+
+    fn peers(per_user: usize) -> Peers {
+        let limits = Limits {
+            per_user,
+            in_all: 1000,
+        };
+        Peers::new(Quota::new("calls", limits), Quota::new("subscriptions", limits))
+    }
+
+    #[test]
+    fn a_connection_of_an_unknown_user_has_so_many_places_and_gets_them_back() {
+        let peers = peers(1);
+        let visits: Vec<_> = (0..MOST_UNKNOWN).map(|_| peers.enter(":1.1").unwrap()).collect();
+        assert!(peers.enter(":1.1").is_err());
+        assert!(peers.enter(":1.2").is_ok(), "others are not kept out");
+        drop(visits);
+        assert!(peers.enter(":1.1").is_ok());
+    }
+
+    #[test]
+    fn all_connections_of_a_user_share_the_users_places() {
+        let peers = peers(2);
+        for name in [":1.1", ":1.2", ":1.3"] {
+            peers.meet(name).unwrap().uid.set(1000).unwrap();
+        }
+        let _first = peers.enter(":1.1").unwrap();
+        let second = peers.enter(":1.2").unwrap();
+        assert!(peers.enter(":1.3").is_err());
+        drop(second);
+        assert!(peers.enter(":1.3").is_ok());
+    }
+
+    #[test]
+    fn who_is_forgotten_has_left_and_holds_nothing() {
+        let peers = peers(1);
+        let visit = peers.enter(":1.1").unwrap();
+        let peer = visit.peer.clone();
+        peer.uid.set(1000).unwrap();
+        peers.subscribe(&peer, 1000).unwrap();
+        assert_eq!(peers.subscribers().len(), 1);
+        peers.forget(&peer);
+        assert!(peer.has_left() && peers.subscribers().is_empty() && peers.lock().is_empty());
+        drop((visit, peer));
+        let _share = peers.subscriptions.take(1000, 1).unwrap();
     }
 }

@@ -1,12 +1,14 @@
 //! Who is told what, when it happens.
 //!
 //! Detailed signals go to the connection that started a job and to subscribers that may read the domain at that moment,
-//! each by itself; what everybody hears carries a number and a path.
+//! each by itself; what everybody hears carries a number and a path. On a machine of one user the administrator can have
+//! everybody hear everything.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use zbus::Connection;
@@ -16,6 +18,8 @@ use zbus::wire::{OwnedObjectPath, Type, Variant};
 use super::job::{View, result};
 use super::peers::Peers;
 use super::{domain, domain_path, job_path};
+use crate::access::Caller;
+use crate::config::Signals;
 use crate::domain::{Domain, Snapshot};
 use crate::job::{DiskState, Job, Status};
 use crate::names::{DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
@@ -33,51 +37,64 @@ pub struct Audience {
     service: Arc<Service>,
     peers: Arc<Peers>,
     connection: Connection,
+    signals: Signals,
+}
+
+/// Whom a detailed signal goes to.
+enum Listeners {
+    All,
+    /// By their unique names.
+    Each(HashSet<String>),
 }
 
 impl Audience {
-    pub fn new(service: Arc<Service>, peers: Arc<Peers>, connection: Connection) -> Self {
+    pub fn new(service: Arc<Service>, peers: Arc<Peers>, connection: Connection, signals: Signals) -> Self {
         Self {
             service,
             peers,
             connection,
+            signals,
         }
     }
 
-    /// Subscribers that may read `domain` now.
-    async fn readers(&self, domain: &Domain) -> HashSet<String> {
-        let mut readers = HashSet::new();
-        for subscriber in self.peers.subscribers() {
-            if self.service.reads(&subscriber, domain).await {
-                readers.insert(subscriber.name);
-            }
+    /// Subscribers that may read `domain` now, and `starter`.
+    async fn readers(&self, domain: &Domain, starter: Option<&String>) -> Listeners {
+        if self.signals == Signals::Broadcast {
+            return Listeners::All;
         }
-        readers
+        let subscribers = self.peers.subscribers();
+        let reads = join_all(subscribers.iter().map(|it| self.service.reads(it, domain))).await;
+        let readers = allowed(&subscribers, &reads);
+        Listeners::Each(readers.chain(starter.cloned()).collect())
     }
 
-    /// Tells subscribers that may know of `domain` now.
+    /// Subscribers that may know of `domain` now.
+    async fn seers(&self, domain: &Domain) -> Listeners {
+        if self.signals == Signals::Broadcast {
+            return Listeners::All;
+        }
+        let subscribers = self.peers.subscribers();
+        let sees = join_all(subscribers.iter().map(|it| self.service.sees(it, domain))).await;
+        Listeners::Each(allowed(&subscribers, &sees).collect())
+    }
+
     async fn tell_seers(&self, domain: &Domain, name: &str) {
-        let path = domain_path(domain.id);
-        for subscriber in self.peers.subscribers() {
-            if self.service.sees(&subscriber, domain).await {
-                let to = Some(&subscriber.name);
-                self.send(to, &root(), MANAGER_INTERFACE, name, &(&path,)).await;
-            }
-        }
+        let (seers, path) = (self.seers(domain).await, domain_path(domain.id));
+        self.tell(&seers, &root(), MANAGER_INTERFACE, name, &(&path,))
+            .await;
     }
 
-    async fn tell<B>(
-        &self,
-        to: &HashSet<String>,
-        path: &OwnedObjectPath,
-        interface: &str,
-        name: &str,
-        body: &B,
-    ) where
+    async fn tell<B>(&self, to: &Listeners, path: &OwnedObjectPath, interface: &str, name: &str, body: &B)
+    where
         B: Serialize + Type,
     {
-        for destination in to {
-            self.send(Some(destination), path, interface, name, body).await;
+        match to {
+            Listeners::All => self.send(None, path, interface, name, body).await,
+            Listeners::Each(names) => {
+                for name_of in names {
+                    self.send(Some(name_of), path, interface, name, body).await;
+                }
+            }
         }
     }
 
@@ -101,13 +118,7 @@ impl Audience {
         }
     }
 
-    async fn tell_changed(
-        &self,
-        to: &HashSet<String>,
-        path: &OwnedObjectPath,
-        interface: &str,
-        changed: &Changed,
-    ) {
+    async fn tell_changed(&self, to: &Listeners, path: &OwnedObjectPath, interface: &str, changed: &Changed) {
         let invalidated: &[&str] = &[];
         self.tell(
             to,
@@ -118,6 +129,12 @@ impl Audience {
         )
         .await;
     }
+}
+
+fn allowed(subscribers: &[Caller], answers: &[bool]) -> impl Iterator<Item = String> {
+    let answered = subscribers.iter().zip(answers);
+    let allowed = answered.filter(|(_, allowed)| **allowed);
+    allowed.map(|(subscriber, _)| subscriber.name.clone())
 }
 
 /// What the root object tells.
@@ -162,7 +179,7 @@ pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
             ("Disks", view.2 != told.2, Variant::from(view.2.clone())),
         ]);
         if !changed.is_empty() {
-            let readers = audience.readers(&domain).await;
+            let readers = audience.readers(&domain, None).await;
             audience
                 .tell_changed(&readers, &path, DOMAIN_INTERFACE, &changed)
                 .await;
@@ -191,8 +208,7 @@ pub async fn follow_job(job: Arc<Job>, starter: String, audience: Audience) {
     loop {
         let status = statuses.borrow_and_update().clone();
         let view = View::of(&status);
-        let mut to = audience.readers(&job.domain).await;
-        to.insert(starter.clone());
+        let to = audience.readers(&job.domain, Some(&starter)).await;
         let changed = job_changes(&told, &view);
         if !changed.is_empty() {
             audience.tell_changed(&to, &path, JOB_INTERFACE, &changed).await;
@@ -219,7 +235,7 @@ pub async fn follow_job(job: Arc<Job>, starter: String, audience: Audience) {
     }
 }
 
-async fn end_disks(status: &Status, to: &HashSet<String>, path: &OwnedObjectPath, audience: &Audience) {
+async fn end_disks(status: &Status, to: &Listeners, path: &OwnedObjectPath, audience: &Audience) {
     for disk in &status.disks {
         let name = &disk.name;
         match &disk.state {

@@ -21,6 +21,7 @@ const MAX_BYTES: u64 = 64 << 10;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct DomainFile {
     pub owner: u32,
+    pub owner_name: String,
     pub monitor: PathBuf,
     pub agent: Option<PathBuf>,
 }
@@ -210,6 +211,7 @@ fn read_file(path: &Path) -> Result<(String, DomainFile), FileError> {
     }
     let file = DomainFile {
         owner,
+        owner_name: super::owner::name(owner),
         monitor: content.monitor,
         agent: content.agent,
     };

@@ -5,12 +5,13 @@
 mod directory;
 mod disks;
 mod monitor;
+mod owner;
 mod registry;
 
 pub use directory::Directories;
 pub use disks::{Disk, DiskLookup, find_disk};
 pub use monitor::{Link, Phase};
-pub use registry::{Change, MAX_REGISTERED, MAX_REGISTERED_PER_OWNER, Registry};
+pub use registry::{Change, Registration, Registry};
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::error::Kind;
-use crate::qmp;
+use crate::{qmp, quota};
 
 /// How long a monitor may take to greet, and a query to be answered, while nothing but looking is done.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -33,13 +34,13 @@ pub enum Error {
     Unreachable { name: String, why: String },
     #[error(
         "'{0}' cannot be a domain's name: it must have 1 to 128 bytes, no '/' and no control characters, not start \
-         with '.', and be no UUID"
+         with '.' or with a number and ':', and be no UUID"
     )]
     InvalidName(String),
     #[error("a domain named '{0}' exists already")]
     NameTaken(String),
-    #[error("at most {limit} domains may be registered {scope}")]
-    TooManyRegistered { limit: usize, scope: &'static str },
+    #[error("{0}")]
+    TooManyRegistered(#[from] quota::Exceeded),
     #[error("domain '{name}': {source}")]
     Monitor { name: String, source: qmp::Error },
     #[error("the monitor of '{name}' is not a connected UNIX stream socket: {why}")]
@@ -57,7 +58,7 @@ impl Error {
             Self::NoSuchDomain(_) => Kind::NoSuchDomain,
             Self::Unreachable { .. } => Kind::DomainUnreachable,
             Self::InvalidName(_) | Self::NameTaken(_) | Self::NotASocket { .. } => Kind::InvalidArgs,
-            Self::TooManyRegistered { .. } => Kind::LimitsExceeded,
+            Self::TooManyRegistered(_) => Kind::LimitsExceeded,
             Self::Monitor { source, .. } if source.is_refusal() => Kind::QemuError,
             Self::Monitor { .. } => Kind::DomainUnreachable,
         }
@@ -71,7 +72,7 @@ impl From<Error> for crate::error::Error {
 }
 
 /// Where a domain became known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
     /// A file in one of the domain directories.
     Configured,
@@ -148,12 +149,14 @@ impl Snapshot {
 /// One virtual machine that is known here.
 #[derive(Debug)]
 pub struct Domain {
-    /// Unique for the life of the service; never used again after the domain has gone.
+    /// Never another's; says nothing about the domain, nor how many there are.
     pub id: u64,
     pub name: String,
     pub origin: Origin,
     /// The user that made it known.
     pub owner: u32,
+    /// What polkit calls that user in its rules: the name, or the number where there is none.
+    pub owner_name: String,
     /// UNIX socket of the guest agent, if there is one.
     pub agent: Option<PathBuf>,
     snapshot: watch::Sender<Snapshot>,
@@ -173,6 +176,25 @@ impl Drop for Hold {
 }
 
 impl Domain {
+    /// A name that no other domain has at the same time, fit for a directory: what users register cannot take the name of
+    /// what the administrator configured, nor of what another user registered.
+    pub fn unique_name(&self) -> String {
+        match self.origin {
+            Origin::Configured => self.name.clone(),
+            Origin::Registered => format!("{}{SEPARATOR}{}", self.owner, self.name),
+        }
+    }
+
+    /// Whether it is another user's own.
+    pub fn is_foreign(&self, uid: u32) -> bool {
+        self.origin == Origin::Registered && self.owner != uid
+    }
+
+    /// Whether that user registered it.
+    pub fn is_own(&self, uid: u32) -> bool {
+        self.origin == Origin::Registered && self.owner == uid
+    }
+
     pub fn hold(self: &Arc<Self>) -> Hold {
         self.holds.send_modify(|holds| *holds += 1);
         Hold(self.clone())
@@ -252,10 +274,18 @@ impl Domain {
     }
 }
 
-/// Whether `name` may be a domain's: it becomes a directory's name in every store.
+/// Stands between a user's number and a name in [`Domain::unique_name`].
+const SEPARATOR: char = ':';
+
+/// Whether `name` may be a domain's: it becomes a directory's name in every store. One that looks like the directory of a
+/// registered domain is not.
 pub fn is_domain_name(name: &str) -> bool {
     let bad = |c: char| c == '/' || c.is_control();
-    (1..=128).contains(&name.len()) && !name.starts_with('.') && !name.contains(bad)
+    let number = |text: &str| text.chars().all(|c| c.is_ascii_digit());
+    (1..=128).contains(&name.len())
+        && !name.starts_with('.')
+        && !name.contains(bad)
+        && !name.split_once(SEPARATOR).is_some_and(|(head, _)| number(head))
 }
 
 /// Whether a caller may give a domain of its own this name. A UUID could be taken for another domain's.
@@ -285,10 +315,29 @@ mod tests {
 
     #[test]
     fn a_name_that_cannot_be_a_directory_is_refused() {
-        for name in ["", ".", "..", ".hidden", "a/b", "a\nb", "a\0b", &"x".repeat(129)] {
+        for name in [
+            "",
+            ".",
+            "1000:web",
+            ":web",
+            "..",
+            ".hidden",
+            "a/b",
+            "a\nb",
+            "a\0b",
+            &"x".repeat(129),
+        ] {
             assert!(!is_domain_name(name), "{name:?}");
         }
-        for name in ["web", "a&b", "Fedora 40", "vm-1.2_3", "ü", &"x".repeat(128)] {
+        for name in [
+            "web",
+            "a:b",
+            "a&b",
+            "Fedora 40",
+            "vm-1.2_3",
+            "ü",
+            &"x".repeat(128),
+        ] {
             assert!(is_domain_name(name), "{name:?}");
         }
     }

@@ -1,13 +1,13 @@
 //! The set of domains: those that files configure and those that callers register, each with its supervisor.
 //!
-//! A configured domain is what the administrator said; a registered one can neither take its name nor stay in
-//! its way.
+//! What the administrator configured and what each user registered have names of their own: nobody can take, or find out
+//! about, the name of a domain that it may not see.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
@@ -16,12 +16,12 @@ use uuid::Uuid;
 
 use super::directory::{DomainFile, Watch};
 use super::monitor::{self, Link};
-use super::{Directories, Domain, Error, Origin, PATIENCE, Phase, Snapshot, check_new_name};
+use super::{Directories, Domain, Error, Origin, Phase, Snapshot, check_new_name, owner};
 use crate::qmp::Client;
+use crate::quota::{Quota, Share};
 
-/// Registered domains at a time, of all users together and of one user.
-pub const MAX_REGISTERED: usize = 256;
-pub const MAX_REGISTERED_PER_OWNER: usize = 32;
+/// How long a monitor that a caller passes may take to greet.
+const GREETING: Duration = Duration::from_secs(1);
 /// Changes that a listener may lag behind.
 const CHANGES: usize = 1024;
 
@@ -32,30 +32,52 @@ pub enum Change {
     Removed(Arc<Domain>),
 }
 
-struct Entry {
-    domain: Arc<Domain>,
-    file: Option<DomainFile>,
-    stop: CancellationToken,
+/// What a caller says of a domain of its own.
+#[derive(Debug)]
+pub struct Registration<'a> {
+    pub name: &'a str,
+    pub owner: u32,
+    /// The connection on whose presence the domain depends.
+    pub sender: &'a str,
+    /// Of its descriptors; held as long as the domain is there.
+    pub descriptor: Share,
 }
 
-#[derive(Default)]
-struct Domains {
-    by_name: BTreeMap<String, Entry>,
-    next_id: u64,
+/// Names are distinct among the configured domains, and among those of a user.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Key {
+    Configured(String),
+    Registered(u32, String),
 }
+
+struct Entry {
+    domain: Arc<Domain>,
+    stop: CancellationToken,
+    kind: EntryKind,
+}
+
+enum EntryKind {
+    Configured(DomainFile),
+    Registered { sender: String, _shares: [Share; 2] },
+}
+
+type Domains = BTreeMap<Key, Entry>;
 
 /// All domains that are known now.
 pub struct Registry {
     domains: Mutex<Domains>,
     changes: broadcast::Sender<Change>,
+    quota: Quota,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
 
 impl Registry {
-    /// Reads the directories and follows them from now on, until [`Registry::shut_down`].
-    pub fn open(mut directories: Directories) -> io::Result<Arc<Self>> {
+    /// Reads the directories and follows them from now on, until [`Registry::shut_down`]. `quota` counts the domains that
+    /// callers register.
+    pub fn open(mut directories: Directories, quota: Quota) -> io::Result<Arc<Self>> {
         let registry = Arc::new(Self {
+            quota,
             domains: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES),
             stop: CancellationToken::new(),
@@ -74,68 +96,87 @@ impl Registry {
 
     /// All domains, by name.
     pub fn list(&self) -> Vec<Arc<Domain>> {
-        self.lock()
-            .by_name
-            .values()
-            .map(|entry| entry.domain.clone())
-            .collect()
+        let domains = self.lock();
+        let mut list: Vec<_> = domains.values().map(|entry| entry.domain.clone()).collect();
+        drop(domains);
+        list.sort_by(|a, b| {
+            a.name
+                .cmp(&b.name)
+                .then(a.origin.cmp(&b.origin))
+                .then(a.id.cmp(&b.id))
+        });
+        list
     }
 
-    /// Finds a domain by its name, or by its UUID where only one has it.
-    ///
-    /// What a registered domain says of itself is its owner's word: only `uid`'s own are found by their UUID, and none
-    /// that a configured domain has.
-    pub fn find(&self, name_or_uuid: &str, uid: u32) -> Option<Arc<Domain>> {
+    pub fn get(&self, id: u64) -> Option<Arc<Domain>> {
         let domains = self.lock();
-        if let Some(entry) = domains.by_name.get(name_or_uuid) {
-            return Some(entry.domain.clone());
+        let entry = domains.values().find(|entry| entry.domain.id == id)?;
+        Some(entry.domain.clone())
+    }
+
+    /// Every domain that has this name or UUID, in groups: those of an earlier group come before those of a later one, and
+    /// several in a group cannot be told apart. By name before by UUID; configured ones, `uid`'s own, those of others.
+    pub fn find(&self, name_or_uuid: &str, uid: u32) -> Vec<Vec<Arc<Domain>>> {
+        let uuid = Uuid::try_parse(name_or_uuid).ok();
+        let mut groups: BTreeMap<(bool, u8), Vec<Arc<Domain>>> = BTreeMap::new();
+        for Entry { domain, .. } in self.lock().values() {
+            let named = domain.name == name_or_uuid;
+            if !named && (uuid.is_none() || domain.snapshot.borrow().uuid != uuid) {
+                continue;
+            }
+            let whose = match domain.origin {
+                Origin::Configured => 0,
+                Origin::Registered if domain.is_own(uid) => 1,
+                Origin::Registered => 2,
+            };
+            groups.entry((!named, whose)).or_default().push(domain.clone());
         }
-        let uuid = Uuid::try_parse(name_or_uuid).ok()?;
-        let named = domains
-            .by_name
-            .values()
-            .map(|entry| &entry.domain)
-            .filter(|domain| domain.snapshot.borrow().uuid == Some(uuid));
-        let (configured, registered): (Vec<_>, Vec<_>) =
-            named.partition(|domain| domain.origin == Origin::Configured);
-        let own = registered.into_iter().filter(|domain| domain.owner == uid);
-        let candidates = if configured.is_empty() {
-            own.collect()
-        } else {
-            configured
-        };
-        match candidates.as_slice() {
-            [one] => Some(Arc::clone(one)),
-            _ => None,
-        }
+        groups.into_values().collect()
     }
 
     /// Takes over the monitor of a caller's own QEMU: `socket` must be connected, and nobody may have read from it.
     pub async fn register(
         self: &Arc<Self>,
-        name: &str,
+        registration: Registration<'_>,
         socket: OwnedFd,
-        owner: u32,
     ) -> Result<Arc<Domain>, Error> {
+        let (name, uid) = (registration.name, registration.owner);
         check_new_name(name)?;
-        self.check_room(name, owner)?;
+        check_name(&self.lock(), name, uid)?;
+        let share = self.quota.take(uid, 1)?;
         let stream = stream(name, socket)?;
         let peer = monitor::peer(&stream);
-        let opened = Client::open(stream, PATIENCE).await;
+        let opened = Client::open(stream, GREETING).await;
         let (client, driver) = opened.map_err(|source| Error::Monitor {
             name: name.to_owned(),
             source,
         })?;
-        let (domain, stop) = self.insert(name, owner)?;
+        let owner_name = owner::look_up(uid).await;
+        let kind = EntryKind::Registered {
+            sender: registration.sender.to_owned(),
+            _shares: [share, registration.descriptor],
+        };
+        let (domain, stop) = {
+            let mut domains = self.lock();
+            // Once more: another may have come while the peer was greeting.
+            check_name(&domains, name, uid)?;
+            self.add(&mut domains, name, (uid, owner_name), kind)
+        };
+        self.announce(Change::Added(domain.clone()));
         let registry = self.clone();
         let served = domain.clone();
         self.tasks.spawn(async move {
             monitor::serve_once(served.clone(), Link::new(client, peer), driver, stop).await;
-            registry.remove(&served);
+            registry.remove(|entry| entry.domain.id == served.id);
         });
         // The caller gets a domain that answers, or the reason why it does not.
         domain.link().await?;
         Ok(domain)
+    }
+
+    /// Lets go of what a connection registered, which has left; a backup that runs is brought to its end first.
+    pub fn release(self: &Arc<Self>, sender: &str) {
+        self.remove(|entry| matches!(&entry.kind, EntryKind::Registered { sender: of, .. } if of == sender));
     }
 
     /// Ends all supervisors and waits for them.
@@ -150,74 +191,78 @@ impl Registry {
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn check_room(&self, name: &str, owner: u32) -> Result<(), Error> {
-        check_room(&self.lock(), name, owner)
-    }
-
-    fn insert(&self, name: &str, owner: u32) -> Result<(Arc<Domain>, CancellationToken), Error> {
-        let mut domains = self.lock();
-        // Once more: others may have come while the peer was greeting.
-        check_room(&domains, name, owner)?;
-        let stop = self.stop.child_token();
-        let domain = domains.add(name, Origin::Registered, owner, None, None, stop.clone());
-        drop(domains);
-        self.announce(Change::Added(domain.clone()));
-        Ok((domain, stop))
-    }
-
-    fn remove(&self, domain: &Arc<Domain>) {
-        let mut domains = self.lock();
-        let same = domains
-            .by_name
-            .get(&domain.name)
-            .is_some_and(|entry| entry.domain.id == domain.id);
-        let entry = if same {
-            domains.by_name.remove(&domain.name)
-        } else {
-            None
+    fn add(
+        &self,
+        domains: &mut Domains,
+        name: &str,
+        (owner, owner_name): (u32, String),
+        kind: EntryKind,
+    ) -> (Arc<Domain>, CancellationToken) {
+        let (key, origin, agent) = match &kind {
+            EntryKind::Configured(file) => (
+                Key::Configured(name.to_owned()),
+                Origin::Configured,
+                file.agent.clone(),
+            ),
+            EntryKind::Registered { .. } => {
+                (Key::Registered(owner, name.to_owned()), Origin::Registered, None)
+            }
         };
-        drop(domains);
-        if let Some(entry) = entry {
-            entry.stop.cancel();
-            self.announce(Change::Removed(entry.domain));
+        let domain = Arc::new(Domain {
+            // Nobody can tell from the numbers that it sees how many it does not see.
+            id: Uuid::new_v4().as_u64_pair().1,
+            name: name.to_owned(),
+            origin,
+            owner,
+            owner_name,
+            agent,
+            snapshot: watch::Sender::new(Snapshot::unknown()),
+            phase: watch::Sender::new(Phase::Connecting),
+            holds: watch::Sender::new(0),
+        });
+        let stop = self.stop.child_token();
+        let entry = Entry {
+            domain: domain.clone(),
+            stop: stop.clone(),
+            kind,
+        };
+        domains.insert(key, entry);
+        (domain, stop)
+    }
+
+    /// Lets go of domains that are not known any more.
+    fn remove(self: &Arc<Self>, gone: impl Fn(&Entry) -> bool) {
+        let mut removed = Vec::new();
+        self.lock().retain(|_, entry| {
+            let gone = gone(entry);
+            if gone {
+                removed.push((entry.domain.clone(), entry.stop.clone()));
+            }
+            !gone
+        });
+        for (domain, stop) in removed {
+            self.retire(domain.clone(), stop);
+            self.announce(Change::Removed(domain));
         }
     }
 
     /// Makes the configured domains those that `files` say. One whose file did not change goes on undisturbed.
     fn apply(self: &Arc<Self>, mut files: BTreeMap<String, DomainFile>) {
-        let mut gone = Vec::new();
+        self.remove(|entry| match &entry.kind {
+            EntryKind::Configured(file) => files.get(&entry.domain.name) != Some(file),
+            EntryKind::Registered { .. } => false,
+        });
         let mut come = Vec::new();
         let mut domains = self.lock();
-        domains.by_name.retain(|name, entry| {
-            let keep = match (&entry.file, files.get(name)) {
-                (Some(old), Some(new)) => old == new,
-                (None, Some(_)) => {
-                    tracing::warn!(domain = name, "a registered domain gives way to a configured one");
-                    false
-                }
-                (Some(_), None) => false,
-                (None, None) => true,
-            };
-            if keep {
-                files.remove(name);
-            } else {
-                gone.push((entry.domain.clone(), entry.stop.clone()));
-            }
-            keep
-        });
+        files.retain(|name, _| !domains.contains_key(&Key::Configured(name.clone())));
         for (name, file) in files {
-            let stop = self.stop.child_token();
-            let (owner, agent, monitor) = (file.owner, file.agent.clone(), file.monitor.clone());
-            let domain = domains.add(&name, Origin::Configured, owner, agent, Some(file), stop.clone());
+            let (owner, monitor) = ((file.owner, file.owner_name.clone()), file.monitor.clone());
+            let (domain, stop) = self.add(&mut domains, &name, owner, EntryKind::Configured(file));
             self.tasks
                 .spawn(monitor::supervise(domain.clone(), monitor, stop));
             come.push(domain);
         }
         drop(domains);
-        for (domain, stop) in gone {
-            self.retire(domain.clone(), stop);
-            self.announce(Change::Removed(domain));
-        }
         come.into_iter()
             .for_each(|domain| self.announce(Change::Added(domain)));
     }
@@ -244,61 +289,11 @@ impl Registry {
     }
 }
 
-impl Domains {
-    fn add(
-        &mut self,
-        name: &str,
-        origin: Origin,
-        owner: u32,
-        agent: Option<PathBuf>,
-        file: Option<DomainFile>,
-        stop: CancellationToken,
-    ) -> Arc<Domain> {
-        self.next_id += 1;
-        let domain = Arc::new(Domain {
-            id: self.next_id,
-            name: name.to_owned(),
-            origin,
-            owner,
-            agent,
-            snapshot: watch::Sender::new(Snapshot::unknown()),
-            phase: watch::Sender::new(Phase::Connecting),
-            holds: watch::Sender::new(0),
-        });
-        let entry = Entry {
-            domain: domain.clone(),
-            file,
-            stop,
-        };
-        self.by_name.insert(name.to_owned(), entry);
-        domain
+fn check_name(domains: &Domains, name: &str, owner: u32) -> Result<(), Error> {
+    match domains.contains_key(&Key::Registered(owner, name.to_owned())) {
+        true => Err(Error::NameTaken(name.to_owned())),
+        false => Ok(()),
     }
-}
-
-fn check_room(domains: &Domains, name: &str, owner: u32) -> Result<(), Error> {
-    if domains.by_name.contains_key(name) {
-        return Err(Error::NameTaken(name.to_owned()));
-    }
-    let mut owners: HashMap<u32, usize> = HashMap::new();
-    for entry in domains.by_name.values().filter(|entry| entry.file.is_none()) {
-        *owners.entry(entry.domain.owner).or_default() += 1;
-    }
-    if owners
-        .get(&owner)
-        .is_some_and(|count| *count >= MAX_REGISTERED_PER_OWNER)
-    {
-        return Err(Error::TooManyRegistered {
-            limit: MAX_REGISTERED_PER_OWNER,
-            scope: "by one user",
-        });
-    }
-    if owners.values().sum::<usize>() >= MAX_REGISTERED {
-        return Err(Error::TooManyRegistered {
-            limit: MAX_REGISTERED,
-            scope: "in all",
-        });
-    }
-    Ok(())
 }
 
 fn stream(name: &str, socket: OwnedFd) -> Result<tokio::net::UnixStream, Error> {

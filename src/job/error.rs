@@ -1,7 +1,7 @@
 //! Why a backup could not start or did not complete.
 
 use crate::error::Kind;
-use crate::{qmp, target};
+use crate::{qmp, quota, target};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
@@ -15,6 +15,8 @@ pub enum Error {
     NoSuchDisk { id: u32, disk: String },
     #[error("the service is stopping")]
     Stopping,
+    #[error("{0}")]
+    TooMany(#[from] quota::Exceeded),
     #[error("the domain's QEMU cannot do grouped backups of its disks: version 4.2 or later is needed")]
     TooOld,
     #[error("disk '{disk}': {source}")]
@@ -35,6 +37,8 @@ pub enum Error {
     Quiesce(String),
     #[error("disk '{disk}' was given another image while its backup was being prepared: try again")]
     Changed { disk: String },
+    #[error("the domain's disks keep changing: try again")]
+    Unsettled,
     #[error("{0}")]
     Target(#[from] target::Error),
     #[error("the record of the backup cannot be written: {0}")]
@@ -44,10 +48,11 @@ pub enum Error {
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Busy { .. } | Self::TooLate { .. } | Self::Stopping => Kind::Busy,
+            Self::Busy { .. } | Self::TooLate { .. } | Self::Stopping | Self::Unsettled => Kind::Busy,
             // There is no running job of that number.
             Self::Ended { .. } => Kind::NoSuchJob,
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
+            Self::TooMany(_) => Kind::LimitsExceeded,
             Self::TooOld => Kind::Unsupported,
             Self::Prepare { source, .. } | Self::Transaction(source) if !source.is_refusal() => {
                 Kind::DomainUnreachable

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -13,17 +13,17 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use super::{Decision, DiskState, DiskStatus, Error, Job, State, Status, run};
 use crate::domain::{Domain, Hold, Link};
 use crate::plan::Plan;
+use crate::quota::{Quota, Share};
 use crate::target::Targets;
 
 /// How long an ended job can still be asked about, and how many at most.
 const KEEP: Duration = Duration::from_secs(600);
 const KEEP_AT_MOST: usize = 100;
-const REMOVALS: usize = 1024;
 
 #[derive(Default)]
 struct Table {
-    /// Names of domains that have a backup under way or about to start. A domain that comes in place of another has its
-    /// name, and may be the same machine.
+    /// Unique names of domains that have a backup under way or about to start. A domain that comes in place of another has
+    /// its name, and may be the same machine.
     busy: HashSet<String>,
     jobs: BTreeMap<u32, Arc<Job>>,
     last_id: u32,
@@ -32,7 +32,7 @@ struct Table {
 /// All jobs.
 pub struct Jobs {
     table: Mutex<Table>,
-    removals: broadcast::Sender<Arc<Job>>,
+    quota: Quota,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -43,6 +43,9 @@ pub struct Reservation {
     jobs: Arc<Jobs>,
     domain: String,
     _hold: Hold,
+    _share: Share,
+    /// The descriptors that the backup writes to are the caller's.
+    _descriptors: Share,
     /// The service does not stop before it is given back.
     _token: TaskTrackerToken,
 }
@@ -67,10 +70,11 @@ pub struct Start {
 }
 
 impl Jobs {
-    pub fn new() -> Arc<Self> {
+    /// `quota` counts the backups under way.
+    pub fn new(quota: Quota) -> Arc<Self> {
         Arc::new(Self {
+            quota,
             table: Mutex::default(),
-            removals: broadcast::Sender::new(REMOVALS),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         })
@@ -82,20 +86,28 @@ impl Jobs {
         format!("{}-{}", now.strftime("%Y%m%dT%H%M%SZ"), &unique[..8])
     }
 
-    /// Takes the domain's only place; says at once if it is taken.
-    pub fn reserve(self: &Arc<Self>, domain: &Arc<Domain>) -> Result<Reservation, Error> {
+    /// Takes the domain's only place, for a user and with the descriptors that it passed; says at once if it is taken.
+    pub fn reserve(
+        self: &Arc<Self>,
+        domain: &Arc<Domain>,
+        uid: u32,
+        descriptors: Share,
+    ) -> Result<Reservation, Error> {
         if self.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
-        if !self.lock().busy.insert(domain.name.clone()) {
+        let share = self.quota.take(uid, 1)?;
+        if !self.lock().busy.insert(domain.unique_name()) {
             return Err(Error::Busy {
                 domain: domain.name.clone(),
             });
         }
         Ok(Reservation {
             jobs: self.clone(),
-            domain: domain.name.clone(),
+            domain: domain.unique_name(),
             _hold: domain.hold(),
+            _share: share,
+            _descriptors: descriptors,
             _token: self.tasks.token(),
         })
     }
@@ -145,11 +157,6 @@ impl Jobs {
         job
     }
 
-    /// Jobs that the set forgets from now on.
-    pub fn removals(&self) -> broadcast::Receiver<Arc<Job>> {
-        self.removals.subscribe()
-    }
-
     pub fn get(&self, id: u32) -> Option<Arc<Job>> {
         self.lock().jobs.get(&id).cloned()
     }
@@ -184,11 +191,7 @@ impl Jobs {
     }
 
     fn forget(&self, id: u32) {
-        let job = self.lock().jobs.remove(&id);
-        if let Some(job) = job {
-            // Nobody listens: nobody has to forget it.
-            let _ = self.removals.send(job);
-        }
+        self.lock().jobs.remove(&id);
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {

@@ -11,6 +11,7 @@ pub use error::Error;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::ptr;
 
 use crate::config::{DEFAULT_STORE, Store};
 use crate::definition::{
@@ -83,43 +84,72 @@ pub enum Place {
     Descriptor(u32),
 }
 
-/// A kind of place and which one, as it is put to the authority: a fact of the request, known before any file or
-/// QEMU was looked at.
+/// A place that a request names and the disks that go there, as it is put to the authority.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Requested {
-    /// `store`, `file`, `block` or `fd`.
-    pub kind: &'static str,
+    pub kind: PlaceKind,
     /// The store's name or the path; empty for the caller's own descriptors.
     pub target: String,
+    /// Names of the domain's disks; none where the document does not fit the disks that are known.
+    pub disks: Vec<String>,
 }
 
-/// The distinct places that a request names, at least one.
-pub fn requested(definition: &Definition) -> Vec<Requested> {
-    let targets = selected(definition).filter_map(|disk| disk.target.as_ref());
-    let mut requested: Vec<Requested> = targets
-        .map(|target| match target {
-            Target::File(path) => Requested::new("file", path),
-            Target::Block(path) => Requested::new("block", path),
-            Target::Fd(_) => Requested::new("fd", Path::new("")),
-        })
-        .collect();
-    if requested.is_empty() {
-        requested.push(Requested::new("store", Path::new(store_name(definition).0)));
-    }
-    requested.sort();
-    requested.dedup();
-    requested
+/// Whose place it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PlaceKind {
+    /// The administrator's: a store.
+    Store,
+    /// A new or existing file by its path.
+    File,
+    /// A device by its path.
+    Block,
+    /// The caller's open files, all of a request together.
+    Fd,
 }
 
-impl Requested {
-    fn new(kind: &'static str, target: &Path) -> Self {
-        // As rules compare it: `//a` is `/a`.
-        let target: PathBuf = target.components().collect();
-        Self {
-            kind,
-            target: target.to_string_lossy().into_owned(),
+impl PlaceKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Store => "store",
+            Self::File => "file",
+            Self::Block => "block",
+            Self::Fd => "fd",
         }
     }
+}
+
+/// The distinct places that a request names, at least one; `disks` are the domain's as far as they are known.
+pub fn requested(definition: &Definition, disks: &[Disk]) -> Vec<Requested> {
+    let chosen = choose(definition, disks).unwrap_or_default();
+    let name_of = |asked: &DiskDefinition| {
+        let of =
+            |(_, chosen): &&(&Disk, Option<&DiskDefinition>)| chosen.is_some_and(|it| ptr::eq(it, asked));
+        chosen.iter().find(of).map(|(disk, _)| disk.name.clone())
+    };
+    let mut places: BTreeMap<(PlaceKind, String), Vec<String>> = BTreeMap::new();
+    for asked in selected(definition) {
+        let Some(target) = &asked.target else { continue };
+        let place = match target {
+            Target::File(path) => (PlaceKind::File, normal(path)),
+            Target::Block(path) => (PlaceKind::Block, normal(path)),
+            Target::Fd(_) => (PlaceKind::Fd, String::new()),
+        };
+        places.entry(place).or_default().extend(name_of(asked));
+    }
+    if places.is_empty() {
+        let all = chosen.iter().map(|(disk, _)| disk.name.clone()).collect();
+        places.insert((PlaceKind::Store, store_name(definition).0.to_owned()), all);
+    }
+    let places = places.into_iter();
+    places
+        .map(|((kind, target), disks)| Requested { kind, target, disks })
+        .collect()
+}
+
+/// A path as rules compare it: `//a` is `/a`. Documents have no `.` and `..` in their paths.
+fn normal(path: &Path) -> String {
+    let path: PathBuf = path.components().collect();
+    path.to_string_lossy().into_owned()
 }
 
 /// Makes the plan.

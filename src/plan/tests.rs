@@ -200,36 +200,48 @@ fn the_resolved_document_means_the_same_plan() {
     }
 }
 
-#[test]
-fn the_requested_places_are_distinct_and_known_without_the_domain() {
-    let of = |document: &str| {
-        let definition = if document.is_empty() {
-            Definition::default()
-        } else {
-            definition::parse(document).unwrap()
-        };
-        requested(&definition)
-            .into_iter()
-            .map(|place| (place.kind, place.target))
-            .collect::<Vec<_>>()
+/// Kind, target and disks of the places that a document names.
+fn places(document: &str, disks: &[Disk]) -> Vec<String> {
+    let definition = match document {
+        "" => Definition::default(),
+        text => definition::parse(text).unwrap(),
     };
-    assert_eq!(of(""), [("store", "default".to_owned())]);
-    assert_eq!(
-        of("<domainbackup><store name='n'/></domainbackup>"),
-        [("store", "n".to_owned())]
-    );
+    let places = requested(&definition, disks);
+    places
+        .iter()
+        .map(|place| {
+            format!(
+                "{} {} {}",
+                place.kind.as_str(),
+                place.target,
+                place.disks.join(",")
+            )
+        })
+        .collect()
+}
+
+#[test]
+fn a_store_is_asked_about_once_with_all_disks_that_go_there() {
+    assert_eq!(places("", &disks()), ["store default vda,vdb"]);
+    let named = "<domainbackup><store name='n'/><disks><disk name='drive-b'/></disks></domainbackup>";
+    assert_eq!(places(named, &disks()), ["store n vdb"]);
+}
+
+#[test]
+fn each_place_of_the_callers_is_asked_about_once_with_the_disks_that_go_there() {
     let mixed = in_disks(
-        "<disk name='a' type='fd'><target fd='0'/></disk><disk name='b' type='fd'><target fd='1'/></disk>
-         <disk name='c' type='block'><target dev='/dev/x'/></disk><disk name='d'><target file='/y'/></disk>",
+        "<disk name='vdb' type='fd'><target fd='0'/></disk><disk name='vda' type='fd'><target fd='1'/></disk>
+         <disk name='cd0' type='block'><target dev='/dev//x'/></disk>",
     );
-    assert_eq!(
-        of(&mixed),
-        [
-            ("block", "/dev/x".to_owned()),
-            ("fd", String::new()),
-            ("file", "/y".to_owned())
-        ]
-    );
+    assert_eq!(places(&mixed, &disks()), ["block /dev/x cd0", "fd  vdb,vda"]);
+}
+
+#[test]
+fn where_a_document_does_not_fit_the_disks_no_disk_is_claimed() {
+    let unknown =
+        in_disks("<disk name='vdx'><target file='/x'/></disk><disk name='vda'><target file='/y'/></disk>");
+    assert_eq!(places(&unknown, &disks()), ["file /x ", "file /y "]);
+    assert_eq!(places("", &[]), ["store default "]);
 }
 
 #[test]

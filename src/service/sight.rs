@@ -1,60 +1,101 @@
-//! What a caller may see, remembered for a moment.
+//! Who may know of what.
 //!
-//! One call can ask the same a dozen times (a property each), and progress is told twice a second. Only answers that
-//! needed nobody's password are kept, a yes as a no, and for so short that a changed rule is not noticed late.
+//! To see a domain is to know that it exists; to read it is to know what it has and does, and nobody reads what it does
+//! not see. What a user registered is seen by that user and root, and by others only where a rule says so.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
-use super::details;
-use crate::access::{Access, Caller, Permission};
-use crate::domain::Domain;
+use futures_util::future::join_all;
 
-const KEEP: Duration = Duration::from_secs(1);
-/// Answers that are kept at most; beyond that old ones go first.
-const KEEP_AT_MOST: usize = 4096;
+use super::{Service, details};
+use crate::access::{self, Caller, Details, Permission};
+use crate::domain::{self, Domain};
+use crate::error::{Error, Kind, Result};
+use crate::job::Job;
 
-type Question = (String, Permission, u64);
+impl Service {
+    /// The domain of that name or UUID, if `caller` may know of it.
+    pub async fn domain(&self, caller: &Caller, name: &str) -> Result<Arc<Domain>> {
+        for group in self.domains.find(name, caller.uid) {
+            match self.visible(caller, group).await.as_slice() {
+                [] => {}
+                [one] => return Ok(one.clone()),
+                // Several users' own, to one who sees them all.
+                _ => break,
+            }
+        }
+        // The same for a domain that is hidden as for one that was never there.
+        Err(domain::Error::no_such_domain(name).into())
+    }
 
-pub(super) struct Sight {
-    access: Access,
-    answers: Mutex<HashMap<Question, (Instant, bool)>>,
+    /// The domains that `caller` may know of, by name.
+    pub async fn list_domains(&self, caller: &Caller) -> Result<Vec<Arc<Domain>>> {
+        let details = service_details();
+        if !self
+            .access
+            .allows(caller, Permission::ServiceSearchDomains, None, &details)
+            .await
+        {
+            return Err(access::Error::Denied(Permission::ServiceSearchDomains).into());
+        }
+        Ok(self.visible_domains(caller).await)
+    }
+
+    /// The same, for a caller that did not ask for a list.
+    pub async fn visible_domains(&self, caller: &Caller) -> Vec<Arc<Domain>> {
+        self.visible(caller, self.domains.list()).await
+    }
+
+    async fn visible(&self, caller: &Caller, domains: Vec<Arc<Domain>>) -> Vec<Arc<Domain>> {
+        let seen = join_all(domains.iter().map(|domain| self.sees(caller, domain))).await;
+        let seen = domains.into_iter().zip(seen);
+        seen.filter_map(|(domain, seen)| seen.then_some(domain)).collect()
+    }
+
+    /// Whether `caller` may know that `domain` exists.
+    pub async fn sees(&self, caller: &Caller, domain: &Domain) -> bool {
+        let may = async |permission| self.may(caller, permission, domain).await;
+        (!domain.is_foreign(caller.uid) || may(Permission::DomainSeeForeign).await)
+            && may(Permission::DomainGetattr).await
+    }
+
+    /// Whether `caller` may know what `domain` has and does.
+    pub async fn reads(&self, caller: &Caller, domain: &Domain) -> bool {
+        self.sees(caller, domain).await && self.may(caller, Permission::DomainRead, domain).await
+    }
+
+    async fn may(&self, caller: &Caller, permission: Permission, domain: &Domain) -> bool {
+        let details = details(domain);
+        self.access
+            .allows(caller, permission, Some(domain.id), &details)
+            .await
+    }
+
+    /// The job of that number, if `caller` started it or may read its domain.
+    pub async fn job(&self, caller: &Caller, id: u32) -> Result<Arc<Job>> {
+        if let Some(job) = self.jobs.get(id)
+            && self.knows(caller, &job).await
+        {
+            return Ok(job);
+        }
+        Err(Error::new(Kind::NoSuchJob, format!("no job {id}")))
+    }
+
+    /// Jobs that `caller` started or whose domain it may read, by number.
+    pub async fn list_jobs(&self, caller: &Caller) -> Vec<Arc<Job>> {
+        let jobs = self.jobs.list();
+        let known = join_all(jobs.iter().map(|job| self.knows(caller, job))).await;
+        let known = jobs.into_iter().zip(known);
+        known.filter_map(|(job, known)| known.then_some(job)).collect()
+    }
+
+    /// Whether `caller` may know of `job`.
+    pub async fn knows(&self, caller: &Caller, job: &Job) -> bool {
+        job.started_by == caller.uid || self.reads(caller, &job.domain).await
+    }
 }
 
-impl Sight {
-    pub fn new(access: Access) -> Self {
-        Self {
-            access,
-            answers: Mutex::default(),
-        }
-    }
-
-    pub async fn allows(&self, caller: &Caller, permission: Permission, domain: &Domain) -> bool {
-        let question = (caller.name.clone(), permission, domain.id);
-        if let Some(answer) = self.remembered(&question) {
-            return answer;
-        }
-        let answer = self.access.allows(caller, permission, &details(domain)).await;
-        let now = Instant::now();
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        if answers.len() >= KEEP_AT_MOST {
-            answers.retain(|_, (since, _)| now.duration_since(*since) < KEEP);
-        }
-        if answers.len() < KEEP_AT_MOST {
-            answers.insert(question, (now, answer));
-        }
-        answer
-    }
-
-    pub fn forget(&self, caller: &str) {
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        answers.retain(|(name, _, _), _| name != caller);
-    }
-
-    fn remembered(&self, question: &Question) -> Option<bool> {
-        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        let (since, answer) = answers.get(question)?;
-        (since.elapsed() < KEEP).then_some(*answer)
-    }
+/// What an authority is told where there is no domain.
+pub(super) fn service_details() -> Details {
+    Details::default().with("driver", super::DRIVER)
 }

@@ -1,6 +1,6 @@
 //! Block devices that the caller names by an absolute path.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -8,10 +8,15 @@ use rustix::io::Errno;
 use super::path::{Trust, open_directory};
 use super::{Error, Media, Publication, Target};
 
-/// Opens a device for this backup alone: the kernel refuses one that is mounted or otherwise in use.
-///
-/// The device's own name may be a symbolic link, as most names below `/dev` are. It is followed only where nobody but
-/// root can have made it: the link and the device lie in directories that nobody else can write.
+/// The device's own path where `path` is a symbolic link, as most names below `/dev` are. It is followed only where nobody
+/// but root can have made it: it lies in directories that nobody else can write. Nothing where it leads nowhere.
+pub fn device_path(path: &Path) -> Option<PathBuf> {
+    open_directory(path.parent()?, Trust::Administrator).ok()?;
+    std::fs::canonicalize(path).ok()
+}
+
+/// Opens a device for this backup alone: the kernel refuses one that is mounted or otherwise in use. No link is followed:
+/// the caller was authorised for this path.
 pub fn open(disk: &str, path: &Path) -> Result<Target, Error> {
     let label = path.display().to_string();
     let missing = |errno: Errno| match errno {
@@ -26,10 +31,7 @@ pub fn open(disk: &str, path: &Path) -> Result<Target, Error> {
         target: label.clone(),
         wanted: "a block device",
     };
-    open_directory(path.parent().ok_or_else(wrong_type)?, Trust::Administrator)?;
-    let resolved = std::fs::canonicalize(path)
-        .map_err(|error| missing(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
-    let (Some(parent), Some(name)) = (resolved.parent(), resolved.file_name()) else {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(wrong_type());
     };
     let directory = open_directory(parent, Trust::Administrator)?;

@@ -21,6 +21,18 @@ pub fn source(target: &Target, sources: &Sources) -> Result<(), Error> {
     Ok(())
 }
 
+/// A file that was opened by O_TMPFILE, or removed since, is gone with its last descriptor, and the backup with it.
+pub fn named(target: &Target) -> Result<(), Error> {
+    let stat = rustix::fs::fstat(&target.file).map_err(|errno| Error::io("stat", &target.label, errno))?;
+    if target.media == Media::Regular && stat.st_nlink == 0 {
+        return Err(Error::Nameless {
+            disk: target.disk.clone(),
+            target: target.label.clone(),
+        });
+    }
+    Ok(())
+}
+
 pub fn twice(target: &Target, all: &[Target]) -> Result<(), Error> {
     match all
         .iter()

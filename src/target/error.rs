@@ -51,6 +51,10 @@ pub enum Error {
         target: String,
         mode: &'static str,
     },
+    #[error(
+        "disk '{disk}': {target} is a file without a name, and would be gone when it is closed: give it one"
+    )]
+    Nameless { disk: String, target: String },
     #[error("disk '{disk}': {target} is in use by the system, as a file system or otherwise")]
     DeviceInUse { disk: String, target: String },
     #[error("{target} has {free} bytes of free space where the backup takes up to {needed}")]
@@ -94,6 +98,7 @@ impl Error {
             | Self::NotQcow2 { disk, .. }
             | Self::IsSource { disk, .. }
             | Self::AccessMode { disk, .. }
+            | Self::Nameless { disk, .. }
             | Self::DeviceInUse { disk, .. } => Some(disk),
             Self::Io { disk, .. } => disk.as_deref(),
             _ => None,
@@ -122,6 +127,7 @@ impl Error {
             | Self::IsSource { .. }
             | Self::SameTarget { .. }
             | Self::AccessMode { .. }
+            | Self::Nameless { .. }
             | Self::DeviceInUse { .. } => Kind::TargetInvalid,
         }
     }

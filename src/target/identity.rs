@@ -25,15 +25,20 @@ impl FileId {
     }
 
     fn at(path: &Path) -> Option<Self> {
+        Self::and_owner_at(path).map(|(id, _)| id)
+    }
+
+    fn and_owner_at(path: &Path) -> Option<(Self, u32)> {
         let metadata = std::fs::metadata(path).ok()?;
-        Some(if metadata.file_type().is_block_device() {
+        let id = if metadata.file_type().is_block_device() {
             Self::Device(metadata.rdev())
         } else {
             Self::File {
                 device: metadata.dev(),
                 inode: metadata.ino(),
             }
-        })
+        };
+        Some((id, metadata.uid()))
     }
 }
 
@@ -42,6 +47,9 @@ impl FileId {
 pub struct Holder {
     pub process: Option<u32>,
     pub files: Vec<PathBuf>,
+    /// The user whose word it is, where that counts for no more than the user's own files and what the process can be seen
+    /// to have open: otherwise anybody could keep backups from any place by claiming it.
+    pub owner: Option<u32>,
 }
 
 /// Files and devices that no backup may write into.
@@ -59,10 +67,12 @@ impl Sources {
             let open: HashSet<FileId> = holder.process.map(open_files).unwrap_or_default();
             let mut unknown = false;
             for file in &holder.files {
-                match FileId::at(file).filter(|_| file.is_absolute()) {
-                    Some(id) => {
-                        ids.insert(id);
+                match FileId::and_owner_at(file).filter(|_| file.is_absolute()) {
+                    Some((id, owner)) => {
                         unknown |= !open.contains(&id);
+                        if open.contains(&id) || holder.owner.is_none_or(|holder| holder == owner) {
+                            ids.insert(id);
+                        }
                     }
                     None => unknown = true,
                 }

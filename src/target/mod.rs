@@ -14,6 +14,7 @@ mod sparse;
 mod store;
 mod writeback;
 
+pub use block::device_path;
 pub use error::Error;
 pub use identity::{Holder, Sources};
 pub use store::ensure as ensure_store;
@@ -116,6 +117,7 @@ impl Targets {
         for (target, disk) in targets.targets.iter().zip(&plan.disks) {
             check::source(target, sources)?;
             check::twice(target, &targets.targets)?;
+            check::named(target)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         check::space(&targets.targets, &plan.disks)?;

@@ -26,9 +26,42 @@ pub struct Signal {
     pub arguments: Vec<String>,
 }
 
+/// A connection of an ordinary user's, from this process. A thread has its own user as far as the kernel is concerned, and
+/// what the kernel says of the thread that connects is what the bus goes by (unix(7), SO_PEERCRED).
+pub async fn connect_as(system: &System, uid: u32) -> Connection {
+    let address = system.bus().address().to_owned();
+    let connect = move || {
+        let user = rustix::process::Uid::from_raw(uid);
+        rustix::thread::set_thread_groups(&[]).expect("groups are dropped");
+        rustix::thread::set_thread_res_uid(user, user, user).expect("the user is changed");
+        let builder = zbus::connection::Builder::address(address.as_str());
+        tokio::runtime::Handle::current().block_on(builder.build())
+    };
+    // A thread of its own, not one of the runtime's: it never changes back.
+    let runtime = tokio::runtime::Handle::current();
+    let thread = std::thread::spawn(move || {
+        let _inside = runtime.enter();
+        connect()
+    });
+    let connected = tokio::task::spawn_blocking(|| thread.join()).await;
+    let connected = connected
+        .expect("it is waited for")
+        .expect("the thread ends well");
+    connected.expect("the private bus can be connected to")
+}
+
 impl Caller {
+    /// A caller that is root.
     pub async fn new(system: &System) -> Self {
-        let connection = system.connect().await;
+        Self::on(system.connect().await).await
+    }
+
+    /// A caller that is an ordinary user.
+    pub async fn of_user(system: &System, uid: u32) -> Self {
+        Self::on(connect_as(system, uid).await).await
+    }
+
+    async fn on(connection: Connection) -> Self {
         let rule = MatchRule::builder()
             .msg_type(zbus::message::Type::Signal)
             .sender("org.example.Backup1")

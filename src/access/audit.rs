@@ -1,0 +1,133 @@
+//! One record in the log for each decision on a call that changes something.
+//!
+//! In the journal each fact is a field of its own (`BACKUPD_ACTION=`, `BACKUPD_UID=`, …), so that an administrator can ask
+//! for them. Whatever a caller could have chosen is escaped: no text of a caller's can pass for a record or a part of one.
+
+use super::{Caller, Details, Permission};
+
+/// The target of the records' events.
+const TARGET: &str = "backupd::audit";
+/// Keeps a log filter from leaving them out.
+pub const DIRECTIVE: &str = "backupd::audit=info";
+
+/// On what grounds a decision was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Basis {
+    /// The authority was asked.
+    Polkit,
+    /// The caller started the job.
+    Starter,
+    /// The domain is the caller's own, and so is the place.
+    Owner,
+}
+
+impl Basis {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Polkit => "polkit",
+            Self::Starter => "starter",
+            Self::Owner => "owner",
+        }
+    }
+}
+
+/// A decision that is to be recorded.
+#[derive(Debug)]
+struct Record {
+    caller: Caller,
+    permission: Permission,
+    details: Details,
+    basis: Basis,
+}
+
+impl Record {
+    fn write(&self, outcome: &'static str, job: Option<u32>) {
+        let action = self.permission.action();
+        let (uid, sender) = (self.caller.uid, escaped(&self.caller.name));
+        let basis = self.basis.as_str();
+        let detail = |key| self.details.get(key).map(escaped);
+        let name = detail("domain_name");
+        tracing::info!(
+            target: TARGET,
+            action,
+            outcome,
+            basis,
+            uid,
+            sender,
+            job,
+            driver = detail("driver"),
+            domain_name = name,
+            domain_uuid = detail("domain_uuid"),
+            domain_owner = detail("domain_owner"),
+            mode = detail("mode"),
+            target_kind = detail("target_kind"),
+            target_name = detail("target"),
+            disks = detail("disks"),
+            "{outcome}: user {uid} ({sender}), {action}, domain '{}'",
+            name.as_deref().unwrap_or_default(),
+        );
+    }
+}
+
+/// A yes. It is recorded with the job that came of it, or, when it is dropped, without one.
+#[derive(Debug)]
+#[must_use = "it is recorded when it is dropped"]
+pub struct Grant(Option<Record>);
+
+impl Grant {
+    pub(super) fn new(caller: &Caller, permission: Permission, details: &Details, basis: Basis) -> Self {
+        Self(Some(Record {
+            caller: caller.clone(),
+            permission,
+            details: details.clone(),
+            basis,
+        }))
+    }
+
+    /// Records that `job` came of it, or is what it is about.
+    pub fn record(mut self, job: u32) {
+        if let Some(record) = self.0.take() {
+            record.write("granted", Some(job));
+        }
+    }
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        if let Some(record) = self.0.take() {
+            record.write("granted", None);
+        }
+    }
+}
+
+/// Records a no: `denied`, `challenge` (a password would help) or `failed` (the authority could not say).
+pub(super) fn refused(
+    caller: &Caller,
+    permission: Permission,
+    details: &Details,
+    outcome: &'static str,
+    job: Option<u32>,
+) {
+    let record = Record {
+        caller: caller.clone(),
+        permission,
+        details: details.clone(),
+        basis: Basis::Polkit,
+    };
+    record.write(outcome, job);
+}
+
+fn escaped(text: &str) -> String {
+    text.escape_debug().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_a_caller_chose_can_end_a_line() {
+        let text = escaped("web\nBACKUPD_OUTCOME=granted\u{1b}[2J\u{2028}\u{202e}");
+        assert_eq!(text, "web\\nBACKUPD_OUTCOME=granted\\u{1b}[2J\\u{2028}\\u{202e}");
+    }
+}

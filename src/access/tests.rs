@@ -1,0 +1,176 @@
+//! What becomes of an authority's answers.
+
+use super::*;
+use crate::quota::Limits;
+
+const BACKUP: Permission = Permission::DomainBackup;
+const READ: Permission = Permission::DomainRead;
+
+fn caller() -> Caller {
+    Caller {
+        name: ":1.7".into(),
+        uid: 1000,
+        interactive: false,
+    }
+}
+
+fn access(authority: impl Authority + 'static) -> Access {
+    let limits = Limits {
+        per_user: 1,
+        in_all: 1,
+    };
+    Access::new(Arc::new(authority), Quota::new("password-dialogs", limits))
+}
+
+async fn require(access: &Access, caller: &Caller) -> Result<(), Error> {
+    let grant = access.require(caller, BACKUP, &Details::default(), None).await?;
+    drop(grant);
+    Ok(())
+}
+
+async fn ask(decision: Decision) -> Result<(), Error> {
+    let access = access(Fixed::default().with(BACKUP.action(), decision));
+    require(&access, &caller()).await
+}
+
+#[tokio::test]
+async fn what_nothing_is_known_of_is_a_no() {
+    let access = access(Fixed::default().with(Permission::DomainAbort.action(), Decision::Granted));
+    assert_eq!(require(&access, &caller()).await, Err(Error::Denied(BACKUP)));
+    assert!(!access.allows(&caller(), READ, Some(1), &Details::default()).await);
+}
+
+#[tokio::test]
+async fn every_answer_but_granted_is_a_no() {
+    assert_eq!(ask(Decision::Granted).await, Ok(()));
+    assert_eq!(ask(Decision::GrantedForAWhile).await, Ok(()));
+    assert_eq!(ask(Decision::Denied).await, Err(Error::Denied(BACKUP)));
+    assert_eq!(
+        ask(Decision::Failed("down".into())).await,
+        Err(Error::Denied(BACKUP))
+    );
+    assert_eq!(
+        ask(Decision::Challenge).await,
+        Err(Error::NeedsInteraction(BACKUP))
+    );
+}
+
+/// Never answers who may be asked for a password; refers everybody else to that.
+struct Silent;
+
+impl Authority for Silent {
+    fn check<'a>(&'a self, caller: &'a Caller, _: &'static str, _: &'a Details) -> BoxFuture<'a, Decision> {
+        if caller.interactive || caller.uid == 7 {
+            return Box::pin(std::future::pending());
+        }
+        Box::pin(std::future::ready(Decision::Challenge))
+    }
+
+    fn generation(&self) -> u64 {
+        0
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_never_answers_is_a_no() {
+    let access = access(Silent);
+    let silent = Caller { uid: 7, ..caller() };
+    assert_eq!(require(&access, &silent).await, Err(Error::Denied(BACKUP)));
+    assert!(!access.allows(&silent, READ, Some(1), &Details::default()).await);
+    let interactive = Caller {
+        interactive: true,
+        ..caller()
+    };
+    assert_eq!(require(&access, &interactive).await, Err(Error::Denied(BACKUP)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn dialogs_are_counted_and_one_that_is_withdrawn_gives_its_place_back() {
+    let access = access(Silent);
+    let interactive = Caller {
+        interactive: true,
+        ..caller()
+    };
+    let first = require(&access, &interactive);
+    let second = async {
+        tokio::task::yield_now().await;
+        require(&access, &interactive).await
+    };
+    tokio::select! {
+        biased;
+        _ = first => panic!("nobody answers"),
+        refused = second => assert_eq!(refused.unwrap_err().kind(), Kind::LimitsExceeded),
+    }
+    // The first was dropped.
+    assert_eq!(require(&access, &interactive).await, Err(Error::Denied(BACKUP)));
+}
+
+/// Counts what it is asked.
+#[derive(Default)]
+struct Counting {
+    asked: std::sync::atomic::AtomicU64,
+    generation: std::sync::atomic::AtomicU64,
+    answers: Vec<Decision>,
+}
+
+impl Authority for Arc<Counting> {
+    fn check<'a>(&'a self, _: &'a Caller, _: &'static str, _: &'a Details) -> BoxFuture<'a, Decision> {
+        let asked = self.asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let answer = self.answers[asked as usize % self.answers.len()].clone();
+        Box::pin(std::future::ready(answer))
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
+async fn asked_for_two_looks(answer: Decision, between: impl AsyncFn(&Counting, &Access)) -> u64 {
+    let counting = Arc::new(Counting {
+        answers: vec![answer],
+        ..Counting::default()
+    });
+    let access = access(counting.clone());
+    access.allows(&caller(), READ, Some(1), &Details::default()).await;
+    between(&counting, &access).await;
+    access.allows(&caller(), READ, Some(1), &Details::default()).await;
+    counting.asked.load(std::sync::atomic::Ordering::SeqCst)
+}
+
+#[tokio::test]
+async fn a_silent_answer_is_kept_until_the_authority_or_the_caller_changes() {
+    for answer in [Decision::Granted, Decision::Denied, Decision::Challenge] {
+        assert_eq!(asked_for_two_looks(answer, async |_, _| ()).await, 1);
+    }
+    let changed = async |authority: &Counting, _: &Access| {
+        authority
+            .generation
+            .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+    };
+    assert_eq!(asked_for_two_looks(Decision::Granted, changed).await, 2);
+    let left = async |_: &Counting, access: &Access| access.forget(&caller().name);
+    assert_eq!(asked_for_two_looks(Decision::Granted, left).await, 2);
+}
+
+#[tokio::test]
+async fn what_a_password_brought_and_what_failed_is_not_kept() {
+    assert_eq!(
+        asked_for_two_looks(Decision::GrantedForAWhile, async |_, _| ()).await,
+        2
+    );
+    assert_eq!(
+        asked_for_two_looks(Decision::Failed("down".into()), async |_, _| ()).await,
+        2
+    );
+}
+
+#[tokio::test]
+async fn what_changes_something_is_asked_each_time() {
+    let counting = Arc::new(Counting {
+        answers: vec![Decision::Granted, Decision::Denied],
+        ..Counting::default()
+    });
+    let access = access(counting);
+    assert_eq!(require(&access, &caller()).await, Ok(()));
+    assert_eq!(require(&access, &caller()).await, Err(Error::Denied(BACKUP)));
+}

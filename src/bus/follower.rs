@@ -1,0 +1,138 @@
+//! Follows domains and jobs and has their changes told: one task that starts one for each of them.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::signals::{Announcement, Audience, announce, follow_domain, follow_job};
+use crate::domain::Domain;
+use crate::job::Job;
+use crate::service::Service;
+
+enum Command {
+    AddJob {
+        job: Arc<Job>,
+        starter: String,
+        done: oneshot::Sender<()>,
+    },
+    Finish,
+}
+
+/// The way to the task.
+#[derive(Clone)]
+pub struct Follower(mpsc::UnboundedSender<Command>);
+
+impl Follower {
+    /// Returns when the job's start was announced. `starter` is the connection that hears of all that it does.
+    pub async fn add_job(&self, job: Arc<Job>, starter: String) {
+        let (done, announced) = oneshot::channel();
+        // Bounded by the calls in flight; and where the task is gone, the service is leaving the bus.
+        if self.0.send(Command::AddJob { job, starter, done }).is_ok() {
+            let _ = announced.await;
+        }
+    }
+
+    /// Ends the task when everything that has ended is announced.
+    pub fn finish(&self) {
+        // It has ended already.
+        let _ = self.0.send(Command::Finish);
+    }
+}
+
+/// The task's side.
+pub struct Work {
+    commands: mpsc::UnboundedReceiver<Command>,
+    service: Arc<Service>,
+    audience: Audience,
+}
+
+pub fn new(service: Arc<Service>, audience: Audience) -> (Follower, Work) {
+    let (sender, commands) = mpsc::unbounded_channel();
+    let work = Work {
+        commands,
+        service,
+        audience,
+    };
+    (Follower(sender), work)
+}
+
+impl Work {
+    /// Follows domains and jobs until [`Follower::finish`].
+    pub async fn run(mut self) {
+        let mut changes = self.service.domains.changes();
+        let mut domains = Domains::new(self.audience.clone());
+        let mut jobs = JoinSet::new();
+        domains.synchronise(&self.service, &self.audience);
+        loop {
+            tokio::select! {
+                command = self.commands.recv() => match command {
+                    Some(Command::AddJob { job, starter, done }) => {
+                        self.audience.job_started(&job).await;
+                        jobs.spawn(follow_job(job, starter, self.audience.clone()));
+                        // Who asked may have gone.
+                        let _ = done.send(());
+                    }
+                    Some(Command::Finish) | None => break,
+                },
+                // Whatever came, went or was missed: what counts is what there is now.
+                change = changes.recv() => match change {
+                    Err(broadcast::error::RecvError::Closed) => break,
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {
+                        domains.synchronise(&self.service, &self.audience);
+                    }
+                },
+                Some(_) = domains.tasks.join_next() => {}
+                Some(_) = jobs.join_next() => {}
+            }
+        }
+        // All jobs have ended by now: their last signals are on their way.
+        while jobs.join_next().await.is_some() {}
+        domains.tasks.shutdown().await;
+    }
+}
+
+/// The domains that are followed, with the tasks that tell of their changes.
+struct Domains {
+    followed: HashMap<u64, (Arc<Domain>, AbortHandle)>,
+    /// A task of its own tells who came and went: it asks for each listener, and nobody waits for that.
+    announcements: mpsc::UnboundedSender<Announcement>,
+    tasks: JoinSet<()>,
+}
+
+impl Domains {
+    fn new(audience: Audience) -> Self {
+        let (announcements, received) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(announce(received, audience));
+        Self {
+            followed: HashMap::new(),
+            announcements,
+            tasks,
+        }
+    }
+
+    /// Follows the domains that there are, and announces which came and went.
+    fn synchronise(&mut self, service: &Service, audience: &Audience) {
+        let now = service.domains.list();
+        let ids: HashSet<u64> = now.iter().map(|domain| domain.id).collect();
+        let gone: Vec<_> = self.followed.extract_if(|id, _| !ids.contains(id)).collect();
+        for (_, (domain, changes)) in gone {
+            changes.abort();
+            self.announce(Announcement::Removed(domain));
+        }
+        for domain in now {
+            if !self.followed.contains_key(&domain.id) {
+                self.announce(Announcement::Added(domain.clone()));
+                let changes = self.tasks.spawn(follow_domain(domain.clone(), audience.clone()));
+                self.followed.insert(domain.id, (domain, changes));
+            }
+        }
+    }
+
+    fn announce(&self, announcement: Announcement) {
+        // Its task ends after this is dropped.
+        let _ = self.announcements.send(announcement);
+    }
+}

@@ -1,0 +1,121 @@
+//! Which objects there are, for this caller: the rest does not exist.
+//!
+//! Nothing is kept for an object. A path is looked up where domains and jobs are known, and what the caller may not know of
+//! is not found, whatever it calls: the answer is the same, byte for byte, as for a path that never was.
+
+use std::sync::Arc;
+
+use zbus::wire::Variant;
+
+use super::call::{Answer, Call};
+use super::error::Result;
+use super::{Context, domain, domain_path, job, job_path, manager, standard};
+use crate::domain::Domain;
+use crate::job::Job;
+use crate::names::{DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+
+/// The properties of an object, by their names.
+pub type Properties = Vec<(&'static str, Variant<'static>)>;
+
+/// An object that the caller may know of.
+pub enum Object {
+    Root,
+    Domain(Arc<Domain>),
+    Job(Arc<Job>),
+    /// A path that leads to the root object, by its next part.
+    Above(&'static str),
+    /// The paths above all domains and all jobs.
+    Domains,
+    Jobs,
+}
+
+impl Object {
+    /// The interface of its own, beside the standard ones.
+    pub fn interface(&self) -> Option<&'static str> {
+        match self {
+            Self::Root => Some(MANAGER_INTERFACE),
+            Self::Domain(_) => Some(DOMAIN_INTERFACE),
+            Self::Job(_) => Some(JOB_INTERFACE),
+            Self::Above(_) | Self::Domains | Self::Jobs => None,
+        }
+    }
+}
+
+impl Context {
+    pub async fn answer(&self, call: &Call) -> Answer {
+        if call.interface == standard::PEER {
+            // It is there at every path (D-Bus specification, "org.freedesktop.DBus.Peer").
+            return standard::peer(call).await;
+        }
+        let object = self.object(call).await.ok_or_else(|| call.no_object())?;
+        match call.interface.as_str() {
+            standard::INTROSPECTABLE => standard::introspectable(self, call, &object).await,
+            standard::PROPERTIES => standard::properties(self, call, &object).await,
+            name if object.interface() == Some(name) => match &object {
+                Object::Root => manager::call(self, call).await,
+                Object::Domain(domain) => domain::call(self, call, domain).await,
+                Object::Job(job) => job::call(self, call, job).await,
+                Object::Above(_) | Object::Domains | Object::Jobs => Err(call.unknown_interface(name)),
+            },
+            name => Err(call.unknown_interface(name)),
+        }
+    }
+
+    async fn object(&self, call: &Call) -> Option<Object> {
+        let path = call.path.as_str();
+        let Some(below) = path.strip_prefix(ROOT_PATH) else {
+            return above(path).map(Object::Above);
+        };
+        match below.split('/').collect::<Vec<_>>().as_slice() {
+            [""] => Some(Object::Root),
+            ["", "domain"] => Some(Object::Domains),
+            ["", "job"] => Some(Object::Jobs),
+            ["", "domain", id] => {
+                let domain = self.service.domains.get(u64::from_str_radix(id, 16).ok()?)?;
+                let is_it = domain_path(domain.id).as_str() == path;
+                (is_it && self.service.sees(&call.caller, &domain).await).then_some(Object::Domain(domain))
+            }
+            ["", "job", id] => {
+                let job = self.service.jobs.get(id.parse().ok()?)?;
+                let is_it = job_path(job.id).as_str() == path;
+                (is_it && self.service.knows(&call.caller, &job).await).then_some(Object::Job(job))
+            }
+            _ => None,
+        }
+    }
+
+    /// What the caller may read of an object.
+    pub async fn properties(&self, call: &Call, object: &Object) -> Result<Properties> {
+        match object {
+            Object::Root => Ok(manager::properties()),
+            Object::Domain(domain) => domain::properties(self, call, domain).await,
+            Object::Job(job) => Ok(job::properties(job)),
+            Object::Above(_) | Object::Domains | Object::Jobs => Ok(Properties::new()),
+        }
+    }
+}
+
+/// The part of the root's path that comes after `path`.
+fn above(path: &str) -> Option<&'static str> {
+    let rest = match path {
+        "" => None,
+        "/" => ROOT_PATH.strip_prefix('/'),
+        path => ROOT_PATH.strip_prefix(path)?.strip_prefix('/'),
+    };
+    rest?.split('/').next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_paths_above_the_root_lead_to_it() {
+        assert_eq!(above("/"), Some("org"));
+        assert_eq!(above("/org"), Some("example"));
+        assert_eq!(above("/org/example"), Some("Backup1"));
+        for path in ["", "/or", "/org/", "/org/exampl", "/com"] {
+            assert_eq!(above(path), None, "{path:?}");
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The standard interfaces of every object: `Introspectable`, `Properties`, `Peer`
+//! (D-Bus specification, "Standard Interfaces").
+
+use std::collections::HashMap;
+use std::fmt::Write;
+
+use zbus::wire::{OwnedVariant, Variant};
+
+use super::call::{Answer, Call};
+use super::error::BusError;
+use super::object::Object;
+use super::{Context, domain_path, job_path};
+use crate::error::Kind;
+
+pub const INTROSPECTABLE: &str = "org.freedesktop.DBus.Introspectable";
+pub const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
+pub const PEER: &str = "org.freedesktop.DBus.Peer";
+
+const STANDARD: [&str; 3] = [INTROSPECTABLE, PROPERTIES, PEER];
+
+/// The contract, as it is shipped, and the interfaces that every object has.
+const MANAGER_XML: &str = include_str!("../../dbus/org.example.Backup1.xml");
+const DOMAIN_XML: &str = include_str!("../../dbus/org.example.Backup1.Domain.xml");
+const JOB_XML: &str = include_str!("../../dbus/org.example.Backup1.Job.xml");
+const STANDARD_XML: &str = include_str!("standard.xml");
+
+const DOCTYPE: &str = r#"<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">
+"#;
+
+pub async fn peer(call: &Call) -> Answer {
+    match call.member.as_str() {
+        "Ping" => {
+            call.no_arguments()?;
+            call.reply(&())
+        }
+        "GetMachineId" => {
+            call.no_arguments()?;
+            call.reply(&machine_id().await?)
+        }
+        _ => Err(call.unknown_method()),
+    }
+}
+
+async fn machine_id() -> Result<String, BusError> {
+    let read = tokio::task::spawn_blocking(|| std::fs::read_to_string("/etc/machine-id")).await;
+    match read {
+        Ok(Ok(id)) => Ok(id.trim_end().to_owned()),
+        _ => Err(BusError::new(Kind::Internal, "the machine has no id")),
+    }
+}
+
+/// Tells of the objects below only those that the caller may know of.
+pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> Answer {
+    if call.member != "Introspect" {
+        return Err(call.unknown_method());
+    }
+    call.no_arguments()?;
+    let below = match object {
+        Object::Root => vec!["domain".to_owned(), "job".to_owned()],
+        Object::Above(part) => vec![(*part).to_owned()],
+        Object::Domains => {
+            let domains = context.service.visible_domains(&call.caller).await;
+            domains
+                .iter()
+                .map(|domain| last(domain_path(domain.id).as_str()))
+                .collect()
+        }
+        Object::Jobs => {
+            let jobs = context.service.list_jobs(&call.caller).await;
+            jobs.iter().map(|job| last(job_path(job.id).as_str())).collect()
+        }
+        Object::Domain(_) | Object::Job(_) => Vec::new(),
+    };
+    let own = match object {
+        Object::Root => interface_of(MANAGER_XML),
+        Object::Domain(_) => interface_of(DOMAIN_XML),
+        Object::Job(_) => interface_of(JOB_XML),
+        Object::Above(_) | Object::Domains | Object::Jobs => "",
+    };
+    let mut xml = format!("{DOCTYPE}<node>\n{own}{STANDARD_XML}");
+    for name in below {
+        // Parts of paths need no escaping.
+        let _ = writeln!(xml, "  <node name=\"{name}\"/>");
+    }
+    xml.push_str("</node>\n");
+    call.reply(&xml)
+}
+
+fn last(path: &str) -> String {
+    path.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+/// The part of a description that is the interface itself.
+fn interface_of(description: &'static str) -> &'static str {
+    let start = description.find("  <interface");
+    let end = description.rfind("</node>");
+    match (start, end) {
+        (Some(start), Some(end)) => description.get(start..end).unwrap_or_default(),
+        _ => "",
+    }
+}
+
+/// There is no property that could be set.
+pub async fn properties(context: &Context, call: &Call, object: &Object) -> Answer {
+    match call.member.as_str() {
+        "Get" => {
+            let (interface, name): (String, String) = call.arguments()?;
+            let value = of_interface(context, call, object, &interface)
+                .await?
+                .remove(name.as_str());
+            call.reply(&value.ok_or_else(|| unknown_property(&name))?)
+        }
+        "GetAll" => {
+            let interface: String = call.arguments()?;
+            call.reply(&of_interface(context, call, object, &interface).await?)
+        }
+        "Set" => {
+            let (interface, name, _): (String, String, OwnedVariant) = call.arguments()?;
+            let properties = of_interface(context, call, object, &interface).await?;
+            if !properties.contains_key(name.as_str()) {
+                return Err(unknown_property(&name));
+            }
+            let text = format!("Property '{name}' cannot be set");
+            Err(BusError::new(Kind::PropertyReadOnly, text))
+        }
+        _ => Err(call.unknown_method()),
+    }
+}
+
+async fn of_interface(
+    context: &Context,
+    call: &Call,
+    object: &Object,
+    interface: &str,
+) -> Result<HashMap<&'static str, Variant<'static>>, BusError> {
+    if STANDARD.contains(&interface) {
+        return Ok(HashMap::new());
+    }
+    if object.interface() != Some(interface) {
+        return Err(call.unknown_interface(interface));
+    }
+    Ok(context.properties(call, object).await?.into_iter().collect())
+}
+
+fn unknown_property(name: &str) -> BusError {
+    BusError::new(Kind::UnknownProperty, format!("Unknown property '{name}'"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_descriptions_hold_an_interface_each() {
+        for description in [MANAGER_XML, DOMAIN_XML, JOB_XML] {
+            let interface = interface_of(description);
+            assert!(interface.trim_end().ends_with("</interface>"), "{interface}");
+            assert!(!interface.contains("<node"), "{interface}");
+        }
+    }
+}

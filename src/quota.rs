@@ -1,0 +1,152 @@
+//! How much of a thing one user may hold at a time, and all users together.
+//!
+//! Whoever lets a caller make something grow takes a share first and keeps it with what has grown. The administrator
+//! sets the limits; root, who could take anything by other ways, is bound only by those for all.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::Kind;
+
+/// Limits of one thing, by the names that they have in the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    pub per_user: usize,
+    pub in_all: usize,
+}
+
+/// The limit that was reached, by its name in the configuration's `[limits]`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the limit '{key}' ({limit}) is reached: try again when less is under way, or have the administrator raise it"
+)]
+pub struct Exceeded {
+    pub key: String,
+    pub limit: usize,
+}
+
+impl From<Exceeded> for crate::error::Error {
+    fn from(error: Exceeded) -> Self {
+        Self::new(Kind::LimitsExceeded, error.to_string())
+    }
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    by_user: HashMap<u32, usize>,
+    in_all: usize,
+}
+
+/// The count of one thing.
+#[derive(Debug, Clone)]
+pub struct Quota {
+    key: &'static str,
+    limits: Limits,
+    held: Arc<Mutex<Held>>,
+}
+
+/// What somebody holds; given back when it is dropped.
+#[derive(Debug)]
+#[must_use = "it is given back when it is dropped"]
+pub struct Share {
+    quota: Quota,
+    uid: u32,
+    count: usize,
+}
+
+impl Quota {
+    /// `key` is the name of the limit in all; with `-per-user` it is that for each user.
+    pub fn new(key: &'static str, limits: Limits) -> Self {
+        Self {
+            key,
+            limits,
+            held: Arc::default(),
+        }
+    }
+
+    /// Takes `count` for a user, all or nothing.
+    pub fn take(&self, uid: u32, count: usize) -> Result<Share, Exceeded> {
+        let mut held = self.lock();
+        let own = held.by_user.get(&uid).copied().unwrap_or(0);
+        if uid != 0 && own + count > self.limits.per_user {
+            return Err(Exceeded {
+                key: format!("{}-per-user", self.key),
+                limit: self.limits.per_user,
+            });
+        }
+        if held.in_all + count > self.limits.in_all {
+            return Err(Exceeded {
+                key: self.key.to_owned(),
+                limit: self.limits.in_all,
+            });
+        }
+        held.in_all += count;
+        if count > 0 {
+            *held.by_user.entry(uid).or_default() += count;
+        }
+        drop(held);
+        Ok(Share {
+            quota: self.clone(),
+            uid,
+            count,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut held = self.quota.lock();
+        held.in_all -= self.count;
+        if let Some(own) = held.by_user.get_mut(&self.uid) {
+            *own -= self.count;
+            if *own == 0 {
+                held.by_user.remove(&self.uid);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn quota() -> Quota {
+        let limits = Limits {
+            per_user: 2,
+            in_all: 3,
+        };
+        Quota::new("calls", limits)
+    }
+
+    #[test]
+    fn a_user_gets_so_much_and_no_more_until_it_gives_back() {
+        let quota = quota();
+        let first = quota.take(1000, 1).unwrap();
+        let _second = quota.take(1000, 1).unwrap();
+        assert_eq!(quota.take(1000, 1).unwrap_err().key, "calls-per-user");
+        drop(first);
+        let _third = quota.take(1000, 1).unwrap();
+    }
+
+    #[test]
+    fn all_together_get_so_much_root_included() {
+        let quota = quota();
+        let shares = quota.take(0, 3).unwrap();
+        let error = quota.take(1000, 1).unwrap_err();
+        assert_eq!((error.key.as_str(), error.limit), ("calls", 3));
+        drop(shares);
+        let _share = quota.take(1000, 1).unwrap();
+    }
+
+    #[test]
+    fn what_is_too_much_takes_nothing_and_nobody_is_remembered() {
+        let quota = quota();
+        quota.take(1000, 3).unwrap_err();
+        drop(quota.take(1000, 2).unwrap());
+        assert!(quota.lock().by_user.is_empty() && quota.lock().in_all == 0);
+    }
+}

@@ -1,0 +1,242 @@
+//! A request for a backup: read, authorised, and started as it was authorised.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use super::{Service, details};
+use crate::access::{Basis, Caller, Grant, Permission};
+use crate::definition::{self, Definition, Target};
+use crate::domain::{Domain, Link, Snapshot};
+use crate::error::{Error, Kind, Result};
+use crate::job::{self, Job, Jobs, Start};
+use crate::plan::{self, Options, PlaceKind, Plan, Requested};
+use crate::quota::Share;
+use crate::target::{self, BackupName, Holder, Sources, Targets};
+
+/// How long a backup of one domain waits for news of the others.
+const LOOK: Duration = Duration::from_millis(500);
+/// How often a request is put to the authority again because the domain has other disks now.
+const ATTEMPTS: usize = 3;
+
+/// A request as it came, in types.
+#[derive(Debug)]
+pub struct Request {
+    definition: Definition,
+    options: Options,
+    files: Vec<OwnedFd>,
+    descriptors: Share,
+}
+
+/// A request that its caller may make, on the domain that it may be made on, and on the disks that it was then found to
+/// be about. Only [`Service::authorise`] makes one, and it is what is executed: nothing in it changes in between.
+#[derive(Debug)]
+pub struct Authorised {
+    request: Request,
+    domain: Arc<Domain>,
+    link: Arc<Link>,
+    snapshot: Snapshot,
+    grants: Vec<Grant>,
+    uid: u32,
+}
+
+impl Service {
+    /// Reads a request; an empty document means every default.
+    pub fn request(
+        &self,
+        caller: &Caller,
+        document: &str,
+        options: Options,
+        files: Vec<OwnedFd>,
+    ) -> Result<Request> {
+        if document.len() > self.document_bytes {
+            let text = format!(
+                "the document has {} bytes, and the limit 'document-bytes' is {}",
+                document.len(),
+                self.document_bytes
+            );
+            return Err(Error::new(Kind::LimitsExceeded, text));
+        }
+        let descriptors = self.descriptors.take(caller.uid, files.len())?;
+        let definition = match document.trim().is_empty() {
+            true => Definition::default(),
+            false => definition::parse(document)?,
+        };
+        Ok(Request {
+            definition,
+            options,
+            files,
+            descriptors,
+        })
+    }
+
+    /// Asks whether `caller` may have that backup. Nothing is touched; dropping this withdraws the question.
+    ///
+    /// The question is about disks and devices as they are. If they are found to be others when QEMU is asked, which is
+    /// not done for callers that may not have a backup, the question is put again.
+    pub async fn authorise(
+        &self,
+        caller: &Caller,
+        domain: Arc<Domain>,
+        request: Request,
+    ) -> Result<Authorised> {
+        let request = settle_devices(request).await?;
+        let mut disks = domain.snapshot().disks;
+        for _ in 0..ATTEMPTS {
+            let places = plan::requested(&request.definition, &disks);
+            let mut grants = Vec::new();
+            for place in &places {
+                grants.push(self.ask(caller, &domain, place).await?);
+            }
+            let link = domain.link().await?;
+            check_features(&link)?;
+            let snapshot = domain.refresh().await?;
+            if plan::requested(&request.definition, &snapshot.disks) == places {
+                return Ok(Authorised {
+                    request,
+                    domain,
+                    link,
+                    snapshot,
+                    grants,
+                    uid: caller.uid,
+                });
+            }
+            disks = snapshot.disks;
+        }
+        Err(job::Error::Unsettled.into())
+    }
+
+    async fn ask(&self, caller: &Caller, domain: &Domain, place: &Requested) -> Result<Grant> {
+        let details = details(domain)
+            .with("mode", "push")
+            .with("target_kind", place.kind.as_str())
+            .with("target", &place.target)
+            .with("disks", disk_list(&place.disks));
+        let permission = match place.kind {
+            PlaceKind::Store => Permission::DomainBackup,
+            PlaceKind::File | PlaceKind::Block | PlaceKind::Fd => Permission::DomainExport,
+        };
+        // Whoever passed its monitor can read all its data without the service.
+        if place.kind == PlaceKind::Fd && domain.is_own(caller.uid) {
+            return Ok(self.access.implied(caller, permission, &details, Basis::Owner));
+        }
+        Ok(self.access.require(caller, permission, &details, None).await?)
+    }
+
+    /// Checks and prepares everything, then starts the job. Its course and end are told by the job.
+    pub async fn start(&self, authorised: Authorised) -> Result<Arc<Job>> {
+        let Authorised {
+            request,
+            domain,
+            link,
+            snapshot,
+            grants,
+            uid,
+        } = authorised;
+        let start_time = Timestamp::now();
+        let reservation = self.jobs.reserve(&domain, uid, request.descriptors)?;
+        let plan = plan::resolve(
+            &request.definition,
+            &request.options,
+            &snapshot.disks,
+            &self.stores,
+            request.files.len(),
+        )?;
+        let backup_id = Jobs::new_backup_id(start_time);
+        let (plan, targets) = self.prepare(plan, &domain, &backup_id, request.files).await?;
+        let job = self.jobs.start(Start {
+            reservation,
+            domain,
+            link,
+            plan,
+            targets,
+            started_by: uid,
+            backup_id,
+            start_time,
+        });
+        for grant in grants {
+            grant.record(job.id);
+        }
+        Ok(job)
+    }
+
+    async fn prepare(
+        &self,
+        plan: Plan,
+        domain: &Domain,
+        backup_id: &str,
+        files: Vec<OwnedFd>,
+    ) -> Result<(Plan, Targets)> {
+        self.refresh_others(domain).await;
+        let holders: Vec<Holder> = self
+            .domains
+            .list()
+            .iter()
+            .map(|other| Holder {
+                process: other.process(),
+                files: other.snapshot().files.to_vec(),
+                // What another user's own QEMU says counts only as far as it can be seen.
+                owner: other.is_foreign(domain.owner).then_some(other.owner),
+            })
+            .collect();
+        let (domain, id) = (domain.unique_name(), backup_id.to_owned());
+        let prepared = tokio::task::spawn_blocking(move || {
+            let name = BackupName {
+                domain: &domain,
+                id: &id,
+            };
+            let targets = Targets::prepare(&plan, name, &files, &Sources::of(&holders))?;
+            Ok((plan, targets))
+        });
+        prepared
+            .await
+            .map_err(|error| Error::new(Kind::Internal, error.to_string()))?
+    }
+
+    /// Asks the other domains what they have open, for a disk that was added is no event. One that does not answer in
+    /// time is known as it was.
+    async fn refresh_others(&self, domain: &Domain) {
+        let others = self.domains.list();
+        let others = others
+            .iter()
+            .filter(|other| other.id != domain.id && other.process().is_some());
+        let refreshes = others.map(|other| tokio::time::timeout(LOOK, other.refresh()));
+        futures_util::future::join_all(refreshes).await;
+    }
+}
+
+/// Gives every device that the document names its own name, so that the one that is asked about is the one that is
+/// opened. What cannot be found keeps its name, and is refused by it after the question.
+async fn settle_devices(mut request: Request) -> Result<Request> {
+    let settled = tokio::task::spawn_blocking(move || {
+        for disk in request.definition.disks.iter_mut().flatten() {
+            if let Some(Target::Block(path)) = &mut disk.target
+                && let Some(device) = target::device_path(path)
+            {
+                *path = device;
+            }
+        }
+        request
+    });
+    settled
+        .await
+        .map_err(|error| Error::new(Kind::Internal, error.to_string()))
+}
+
+/// Names of disks, for rules. QEMU's own have no commas in them.
+fn disk_list(disks: &[String]) -> String {
+    let disks: Vec<String> = disks.iter().map(|disk| disk.replace(',', "%2C")).collect();
+    disks.join(",")
+}
+
+/// What every backup needs of QEMU.
+fn check_features(link: &Link) -> Result<()> {
+    let schema = &link.schema;
+    let grouped = schema.command_takes("transaction", "properties");
+    if grouped && schema.has_command("blockdev-backup") && schema.has_command("blockdev-create") {
+        return Ok(());
+    }
+    Err(job::Error::TooOld.into())
+}

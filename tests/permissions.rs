@@ -1,0 +1,426 @@
+//! Every member of every interface, called by every sort of user on every sort of domain, held against the table of
+//! permissions.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, OwnedFd};
+
+use backupd::access::{FREE, Permission, TABLE};
+use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use common::System;
+use common::caller::Caller;
+use common::clients::{OTHER_USER, ROOT, USER};
+use common::disk::Disk;
+use common::polkit;
+use common::proxies::{Options, error_name};
+use common::vm::Vm;
+use common::wait;
+use zbus::wire::{OwnedObjectPath, Variant};
+
+const MIB: u64 = 1 << 20;
+/// Debian's `bin` and `sys`, nobody special either.
+const OWNER: u32 = 2;
+const READER: u32 = 3;
+
+const EVERYTHING: [&str; 9] = [
+    "service.search-domains",
+    "service.register-domain",
+    "domain.getattr",
+    "domain.see-foreign",
+    "domain.read",
+    "domain.backup",
+    "domain.export",
+    "domain.abort",
+    "domain.set-speed",
+];
+
+/// A caller and what the rules below let it do.
+struct Person {
+    who: &'static str,
+    uid: u32,
+    caller: Caller,
+}
+
+impl Person {
+    /// What polkit answers, by the rules below.
+    fn has(&self, permission: Permission, domain: &Known) -> bool {
+        match permission {
+            _ if self.who == "root" => true,
+            Permission::ServiceSearchDomains => true,
+            Permission::ServiceRegisterDomain => ["allowed", "owner"].contains(&self.who),
+            Permission::DomainSeeForeign => false,
+            Permission::DomainGetattr => !domain.hidden,
+            Permission::DomainRead => self.who != "denied",
+            Permission::DomainBackup
+            | Permission::DomainExport
+            | Permission::DomainAbort
+            | Permission::DomainSetSpeed => self.who == "allowed",
+        }
+    }
+
+    fn sees(&self, domain: &Known) -> bool {
+        let own = !domain.registered || self.uid == OWNER || self.uid == ROOT;
+        (!domain.hidden || self.uid == ROOT) && own
+    }
+
+    fn reads(&self, domain: &Known) -> bool {
+        self.sees(domain) && self.has(Permission::DomainRead, domain)
+    }
+}
+
+struct Known {
+    name: &'static str,
+    path: OwnedObjectPath,
+    job: OwnedObjectPath,
+    hidden: bool,
+    registered: bool,
+}
+
+fn rules() -> String {
+    let hide = "polkit.addRule(function(action, subject) {
+        if (action.id == 'org.example.backup1.domain.getattr' && action.lookup('domain_name') == 'secret'
+            && subject.user != 'root') return polkit.Result.NO;
+    });\n";
+    let but_foreign: Vec<&str> = EVERYTHING
+        .into_iter()
+        .filter(|it| !it.ends_with("foreign"))
+        .collect();
+    let denied: Vec<&str> = but_foreign
+        .iter()
+        .copied()
+        .filter(|it| !it.ends_with("getattr") && !it.ends_with("search-domains"))
+        .collect();
+    [
+        hide,
+        &polkit::allow(USER, &but_foreign),
+        &polkit::deny(OTHER_USER, &denied),
+        &polkit::allow(OWNER, &["service.register-domain"]),
+    ]
+    .concat()
+}
+
+fn slow_machine(system: &System, name: &str) -> Vm {
+    // A backup of it lasts as long as the test.
+    let disk = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11).slow(MIB);
+    system.vm(name).disk(disk).start()
+}
+
+/// A domain as root's caller sees it, with a backup of it under way that root started.
+async fn known(root: &Caller, path: OwnedObjectPath, name: &'static str) -> Known {
+    let arguments = ("", Vec::<zbus::Fd<'_>>::new(), Options::new());
+    let connection = &root.connection;
+    let job = connection.call_method(
+        Some(BUS_NAME),
+        &path,
+        Some(DOMAIN_INTERFACE),
+        "CreateBackup",
+        &arguments,
+    );
+    let (_, job): (u32, OwnedObjectPath) = job.await.unwrap().body().deserialize().unwrap();
+    Known {
+        name,
+        path,
+        job,
+        hidden: name == "secret",
+        registered: name == "mine",
+    }
+}
+
+/// What became of a call: `ok`, or the error's name, without its prefix, and text.
+type Outcome = Result<(), (String, String)>;
+
+async fn call<B>(caller: &Caller, path: &str, interface: &str, member: &str, body: &B) -> Outcome
+where
+    B: serde::Serialize + zbus::wire::DynamicType,
+{
+    let call = caller
+        .connection
+        .call_method(Some(BUS_NAME), path, Some(interface), member, body);
+    match wait::within(member, call).await {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let name = error_name(&error);
+            Err((
+                name.rsplit('.').next().unwrap_or_default().to_owned(),
+                error.to_string(),
+            ))
+        }
+    }
+}
+
+async fn get(caller: &Caller, path: &str, interface: &str, property: &str) -> Outcome {
+    let arguments = (interface, property);
+    call(caller, path, "org.freedesktop.DBus.Properties", "Get", &arguments).await
+}
+
+/// Calls a member of the table about a domain with arguments that fit.
+async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
+    let caller = &person.caller;
+    let (path, job) = (domain.path.as_str(), domain.job.as_str());
+    let no_files = Vec::<zbus::Fd<'_>>::new;
+    let store = "<domainbackup><store name='default'/></domainbackup>";
+    match member {
+        "Version" => get(caller, ROOT_PATH, MANAGER_INTERFACE, member).await,
+        "CreateBackup" => {
+            let body = (domain.name, store, no_files(), Options::new());
+            call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &body).await
+        }
+        "GetDomain" => call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &domain.name).await,
+        "GetJob" => {
+            let id: u32 = job.rsplit('/').next().unwrap().parse().unwrap();
+            call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &id).await
+        }
+        "RegisterDomain" => {
+            let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+            let socket = OwnedFd::from(socket);
+            let body = ("new", zbus::Fd::from(socket.as_fd()), Options::new());
+            call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &body).await
+        }
+        "ListDomains" | "ListJobs" | "Subscribe" | "Unsubscribe" => {
+            call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &()).await
+        }
+        "Domain.CreateBackup" => {
+            let body = (store, no_files(), Options::new());
+            call(caller, path, DOMAIN_INTERFACE, "CreateBackup", &body).await
+        }
+        "Job.Cancel" | "Job.GetDefinition" => call(caller, job, JOB_INTERFACE, &member[4..], &()).await,
+        "Job.CancelDisk" => call(caller, job, JOB_INTERFACE, "CancelDisk", &"no-such-disk").await,
+        "Job.SetSpeed" => call(caller, job, JOB_INTERFACE, "SetSpeed", &(64 * MIB)).await,
+        // It lasts until the job's end: that it is let in is seen by what is not answered.
+        "Job.Wait" => {
+            let wait = call(caller, job, JOB_INTERFACE, "Wait", &());
+            match tokio::time::timeout(std::time::Duration::from_millis(300), wait).await {
+                Ok(outcome) => outcome,
+                Err(_) => Ok(()),
+            }
+        }
+        member => match member.split_once('.') {
+            Some(("Domain", property)) => get(caller, path, DOMAIN_INTERFACE, property).await,
+            Some(("Job", property)) => get(caller, job, JOB_INTERFACE, property).await,
+            _ => panic!("{member} is called by nobody"),
+        },
+    }
+}
+
+/// What the table says that becomes of it.
+fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
+    let needs = |permission| {
+        TABLE
+            .iter()
+            .any(|entry| entry.permission == permission && entry.members.contains(&member))
+    };
+    let lacks = |permission| needs(permission) && !person.has(permission, domain);
+    if FREE.contains(&member) {
+        return "ok";
+    }
+    // What a caller may not know of is not there.
+    let about_job = member.starts_with("Job.");
+    let about_domain = member.starts_with("Domain.");
+    if about_job && !person.reads(domain) || about_domain && !person.sees(domain) {
+        return "UnknownObject";
+    }
+    match member {
+        "GetJob" if !person.reads(domain) => return "NoSuchJob",
+        "GetDomain" | "CreateBackup" if !person.sees(domain) => return "NoSuchDomain",
+        // Filtered, not refused.
+        "ListJobs" => return "ok",
+        "ListDomains" if !lacks(Permission::ServiceSearchDomains) => return "ok",
+        _ => {}
+    }
+    let challenged = |permission| {
+        let forbidden = person.who == "denied";
+        if forbidden || permission == Permission::DomainRead {
+            "AccessDenied"
+        } else {
+            "InteractiveAuthorizationRequired"
+        }
+    };
+    for permission in [
+        Permission::ServiceSearchDomains,
+        Permission::DomainRead,
+        Permission::DomainAbort,
+        Permission::DomainSetSpeed,
+    ] {
+        if lacks(permission) {
+            return challenged(permission);
+        }
+    }
+    // Which of the two is needed is the document's to say: here, a store.
+    if needs(Permission::DomainBackup) {
+        return if lacks(Permission::DomainBackup) {
+            challenged(Permission::DomainBackup)
+        } else {
+            // There is one already.
+            "Busy"
+        };
+    }
+    match member {
+        "RegisterDomain" if lacks(Permission::ServiceRegisterDomain) => {
+            challenged(Permission::ServiceRegisterDomain)
+        }
+        // Nobody greets at the other end of what was passed.
+        "RegisterDomain" => "DomainUnreachable",
+        "Job.CancelDisk" => "NoSuchDisk",
+        _ => "ok",
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_member_does_for_everybody_what_the_table_says() {
+    let system = System::setup().rules(&rules()).start();
+    let (web, secret, mine) = (
+        slow_machine(&system, "web"),
+        slow_machine(&system, "secret"),
+        slow_machine(&system, "mine"),
+    );
+    for (name, vm) in [("web", &web), ("secret", &secret)] {
+        system.domain_file(name, vm);
+        system.wait_for_domain(name);
+    }
+    let mut people = Vec::new();
+    for (who, uid) in [
+        ("root", ROOT),
+        ("allowed", USER),
+        ("denied", OTHER_USER),
+        ("owner", OWNER),
+        ("reader", READER),
+    ] {
+        let caller = match uid {
+            ROOT => Caller::new(&system).await,
+            uid => Caller::of_user(&system, uid).await,
+        };
+        people.push(Person { who, uid, caller });
+    }
+    let root = &people[0].caller;
+    let owner = &people[3].caller;
+    let socket = OwnedFd::from(mine.monitor_stream());
+    let registered = owner
+        .manager
+        .register_domain("mine", socket.as_fd().into(), Options::new())
+        .await
+        .unwrap();
+    let domains = [
+        known(root, root.manager.get_domain("web").await.unwrap(), "web").await,
+        known(root, root.manager.get_domain("secret").await.unwrap(), "secret").await,
+        known(root, registered, "mine").await,
+    ];
+    let members: BTreeSet<&str> = TABLE
+        .iter()
+        .flat_map(|entry| entry.members)
+        .chain(&FREE)
+        .copied()
+        // The job that all others are tried on is gone after this one: it comes last.
+        .filter(|member| *member != "Job.Cancel")
+        .collect();
+    let mut wrong = Vec::new();
+    let mut tried = 0;
+    for member in members.into_iter().chain(["Job.Cancel"]) {
+        for domain in &domains {
+            // Root last: it may do everything.
+            for person in people.iter().rev() {
+                let outcome = use_member(person, member, domain).await;
+                let (found, text) = outcome.err().unwrap_or_else(|| ("ok".into(), String::new()));
+                let mut expected = expected(person, member, domain);
+                if member == "Job.Cancel" && expected == "ok" && person.who == "root" && found == "NoSuchJob"
+                {
+                    // The allowed user was there before.
+                    expected = "NoSuchJob";
+                }
+                tried += 1;
+                if found != expected {
+                    let (who, name) = (person.who, domain.name);
+                    wrong.push(format!(
+                        "{who} {member} {name}: {expected} expected, {found} found: {text}"
+                    ));
+                }
+                if !person.sees(domain) && domain.name != "mine" {
+                    assert!(
+                        !text.contains("secret") || member.contains("Domain") || member == "CreateBackup",
+                        "{text}"
+                    );
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "of {tried}:\n{}", wrong.join("\n"));
+    drop((web, secret, mine));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_hidden_answers_like_what_never_was_whatever_is_called() {
+    let system = System::setup().rules(&rules()).start();
+    let secret = slow_machine(&system, "secret");
+    system.domain_file("secret", &secret);
+    system.wait_for_domain("secret");
+    let root = Caller::new(&system).await;
+    let hidden = known(&root, root.manager.get_domain("secret").await.unwrap(), "secret").await;
+    let user = Caller::of_user(&system, USER).await;
+    let error = async |path: &str, interface: &str, member: &str, body: Variant<'static>| {
+        let arguments = zbus::wire::StructureBuilder::new()
+            .append_field(body)
+            .build()
+            .unwrap();
+        let connection = &user.connection;
+        let refused = connection.call_method(Some(BUS_NAME), path, Some(interface), member, &arguments);
+        // The name and the text are all that an error has.
+        refused.await.unwrap_err().to_string().replace(path, "PATH")
+    };
+    let calls = [
+        ("org.freedesktop.DBus.Introspectable", "Introspect"),
+        ("org.freedesktop.DBus.Properties", "Get"),
+        ("org.freedesktop.DBus.Properties", "GetAll"),
+        (DOMAIN_INTERFACE, "CreateBackup"),
+        (JOB_INTERFACE, "Cancel"),
+        (JOB_INTERFACE, "SetSpeed"),
+        (JOB_INTERFACE, "Wait"),
+        (MANAGER_INTERFACE, "ListDomains"),
+    ];
+    for (there, never) in [
+        (
+            hidden.path.as_str(),
+            "/org/example/Backup1/domain/0123456789abcdef",
+        ),
+        (hidden.job.as_str(), "/org/example/Backup1/job/4000000000"),
+    ] {
+        for (interface, member) in calls {
+            // Arguments of no method: what is wrong with a call does not tell what is there either.
+            for body in [
+                Variant::from(7u8),
+                Variant::from("x"),
+                Variant::from(DOMAIN_INTERFACE),
+            ] {
+                let (found, expected) = (
+                    error(there, interface, member, body.try_clone().unwrap()).await,
+                    error(never, interface, member, body).await,
+                );
+                assert_eq!(found, expected, "{interface}.{member}");
+                assert!(found.contains("UnknownObject"), "{found}");
+            }
+        }
+    }
+    // Nor is it found by going down from the root.
+    for path in [
+        "/",
+        "/org",
+        ROOT_PATH,
+        "/org/example/Backup1/domain",
+        "/org/example/Backup1/job",
+    ] {
+        let introspect = user.connection.call_method(
+            Some(BUS_NAME),
+            path,
+            Some("org.freedesktop.DBus.Introspectable"),
+            "Introspect",
+            &(),
+        );
+        let text: String = introspect.await.unwrap().body().deserialize().unwrap();
+        let last = |path: &str| format!("\"{}\"", path.rsplit('/').next().unwrap());
+        assert!(!text.contains("secret"), "{text}");
+        assert!(
+            !text.contains(&last(&hidden.path)) && !text.contains(&last(&hidden.job)),
+            "{text}"
+        );
+    }
+    drop(secret);
+}

@@ -1,11 +1,13 @@
 //! The service itself, as a process on the private bus.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use backupd::names::BUS_NAME;
 use rustix::process::Signal;
 
-use super::bus::Bus;
+use super::bus::{Bus, project_file};
+use super::journal::Journal;
 use super::process::{self, Process};
 
 pub struct Daemon {
@@ -23,10 +25,31 @@ impl Daemon {
         daemon
     }
 
+    /// The same, logging to this journal. It runs in a mount namespace of its own, where the test's socket is journald's.
+    #[track_caller]
+    pub fn start_journaled(bus: &Bus, dir: &Path, config: &Path, journal: &Journal) -> Self {
+        let mut command = process::bound("unshare");
+        command
+            .args(["--mount", "--", "sh"])
+            .arg(project_file("tests/common/journal.sh"))
+            .arg(journal.dir())
+            .arg(env!("CARGO_BIN_EXE_backupd"));
+        // What it holds does not matter: a service manager would name its stream, and the service asks only whether
+        // there is one.
+        let mut daemon = Self::launch(bus, dir, config, command, Some("0:0"));
+        bus.wait_for_owner(BUS_NAME, &mut daemon.process);
+        daemon
+    }
+
     /// Starts it and does not wait: for configurations that it refuses.
     #[track_caller]
     pub fn start_unready(bus: &Bus, dir: &Path, config: &Path) -> Self {
-        let mut command = process::bound(env!("CARGO_BIN_EXE_backupd"));
+        let command = process::bound(env!("CARGO_BIN_EXE_backupd"));
+        Self::launch(bus, dir, config, command, None)
+    }
+
+    #[track_caller]
+    fn launch(bus: &Bus, dir: &Path, config: &Path, mut command: Command, journal: Option<&str>) -> Self {
         command.arg("--config").arg(config);
         command.env("DBUS_SYSTEM_BUS_ADDRESS", bus.address());
         command.env(
@@ -36,6 +59,9 @@ impl Daemon {
         command.env("RUST_BACKTRACE", "1");
         // What the test process was given by a service manager is not for this one.
         command.env_remove("NOTIFY_SOCKET").env_remove("JOURNAL_STREAM");
+        if let Some(stream) = journal {
+            command.env("JOURNAL_STREAM", stream);
+        }
         Self {
             process: Process::start("backupd", dir, command),
             config: config.to_owned(),

@@ -8,11 +8,16 @@
 #![allow(dead_code)]
 
 pub mod agent;
+pub mod authority;
 pub mod bus;
 pub mod caller;
+pub mod calls;
 pub mod clients;
 pub mod daemon;
+pub mod dialog;
 pub mod disk;
+pub mod eavesdropper;
+pub mod journal;
 pub mod observer;
 pub mod peer;
 pub mod polkit;
@@ -28,10 +33,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use rustix::process::Signal;
 
 use bus::Bus;
 use clients::{Clients, ROOT};
 use daemon::Daemon;
+use journal::Journal;
 use polkit::Polkit;
 use vm::Vm;
 
@@ -57,6 +64,8 @@ pub struct Setup {
     rules: String,
     stores: Vec<(String, PathBuf)>,
     config: String,
+    tables: String,
+    journal: bool,
     no_polkit: bool,
     no_daemon: bool,
 }
@@ -81,6 +90,19 @@ impl Setup {
         self
     }
 
+    /// A table for the configuration file, with its header: `"[limits]\nkey = 1"`.
+    pub fn table(mut self, lines: &str) -> Self {
+        self.tables.push_str(lines);
+        self.tables.push('\n');
+        self
+    }
+
+    /// A system whose service logs to a journal of the test's own: see [`System::journal`].
+    pub fn journal(mut self) -> Self {
+        self.journal = true;
+        self
+    }
+
     /// A system whose polkit is not there.
     pub fn without_polkit(mut self) -> Self {
         self.no_polkit = true;
@@ -101,8 +123,10 @@ impl Setup {
         }
         let bus = Bus::start(dir.path());
         let polkit = (!self.no_polkit).then(|| Polkit::start(&bus, dir.path(), &self.rules));
+        let journal = self.journal.then(|| Journal::start(dir.path()));
         let mut system = System {
             daemon: None,
+            journal,
             polkit,
             clients: Clients::new(&bus, dir.path()),
             bus,
@@ -128,6 +152,7 @@ impl Setup {
         for (name, path) in &self.stores {
             text.push_str(&format!("[store.{name}]\npath = \"{}\"\n", path.display()));
         }
+        text.push_str(&self.tables);
         text
     }
 }
@@ -135,6 +160,7 @@ impl Setup {
 /// A bus with polkit and the service on it. The parts end in the order of the fields: those that depend first.
 pub struct System {
     daemon: Option<Daemon>,
+    journal: Option<Journal>,
     polkit: Option<Polkit>,
     clients: Clients,
     bus: Bus,
@@ -178,6 +204,14 @@ impl System {
         &self.clients
     }
 
+    /// The journal that the service logs to, of a system set up with [`Setup::journal`].
+    #[track_caller]
+    pub fn journal(&self) -> &Journal {
+        self.journal
+            .as_ref()
+            .expect("the system was set up with a journal")
+    }
+
     #[track_caller]
     pub fn daemon(&mut self) -> &mut Daemon {
         self.daemon.as_mut().expect("the service was started")
@@ -187,7 +221,11 @@ impl System {
     #[track_caller]
     pub fn start_daemon(&mut self) {
         self.stop_daemon();
-        self.daemon = Some(Daemon::start(&self.bus, self.dir.path(), &self.config_path()));
+        let (bus, dir, config) = (&self.bus, self.dir.path(), self.config_path());
+        self.daemon = Some(match &self.journal {
+            Some(journal) => Daemon::start_journaled(bus, dir, &config, journal),
+            None => Daemon::start(bus, dir, &config),
+        });
     }
 
     /// Ends the service in order, if it runs, and returns its exit status once its name is free.
@@ -216,6 +254,21 @@ impl System {
         }
     }
 
+    /// polkitd that does not know the project's actions, as after a bad installation, until [`System::set_rules`].
+    #[track_caller]
+    pub fn unregister_actions(&mut self) {
+        let polkit = self.polkit.as_mut().expect("polkit was started");
+        polkit.restart_without_actions(&self.bus);
+    }
+
+    /// polkitd that says nothing more (SIGSTOP); the bus goes on delivering to it.
+    #[track_caller]
+    pub fn freeze_polkit(&mut self) {
+        let process = self.polkit.as_mut().and_then(Polkit::process);
+        process.expect("polkit runs").signal(Signal::STOP);
+    }
+
+    /// Ends polkitd as a crash would (SIGKILL), frozen or not.
     #[track_caller]
     pub fn stop_polkit(&mut self) {
         if let Some(polkit) = &mut self.polkit {

@@ -11,6 +11,8 @@ use super::bus::{Bus, project_file};
 use super::process::{self, Process};
 
 pub const POLKIT_NAME: &str = "org.freedesktop.PolicyKit1";
+/// The project's actions, by their path in the tree.
+const ACTIONS: &str = "polkit/org.example.backup1.policy";
 
 pub struct Polkit {
     process: Option<Process>,
@@ -26,16 +28,6 @@ impl Polkit {
         for part in ["actions", "rules", "empty"] {
             fs::create_dir_all(dir.join(part)).expect("polkit's directories are made");
         }
-        let action_files = [
-            project_file("polkit/org.example.backup1.policy"),
-            PathBuf::from("/usr/share/polkit-1/actions/org.freedesktop.policykit.policy"),
-        ];
-        for file in action_files {
-            let copy = dir
-                .join("actions")
-                .join(file.file_name().expect("a file has a name"));
-            fs::copy(&file, copy).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
-        }
         let mut polkit = Self {
             process: None,
             dir,
@@ -45,10 +37,36 @@ impl Polkit {
         polkit
     }
 
-    /// Ends polkitd, if it runs, and starts it with these rules.
+    /// Ends polkitd, if it runs, and starts it with these rules and the project's actions.
     #[track_caller]
     pub fn restart(&mut self, bus: &Bus, rules: &str) {
         self.stop(bus);
+        let actions = [
+            project_file(ACTIONS),
+            PathBuf::from("/usr/share/polkit-1/actions/org.freedesktop.policykit.policy"),
+        ];
+        for file in actions {
+            fs::copy(&file, self.action_file(&file)).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+        }
+        self.launch(bus, rules);
+    }
+
+    /// The same without rules and without the project's actions, which the next [`Polkit::restart`] brings back.
+    #[track_caller]
+    pub fn restart_without_actions(&mut self, bus: &Bus) {
+        self.stop(bus);
+        fs::remove_file(self.action_file(Path::new(ACTIONS))).expect("the actions were registered");
+        self.launch(bus, "");
+    }
+
+    /// Where polkitd finds a copy of this file.
+    fn action_file(&self, file: &Path) -> PathBuf {
+        let name = file.file_name().expect("a file has a name");
+        self.dir.join("actions").join(name)
+    }
+
+    #[track_caller]
+    fn launch(&mut self, bus: &Bus, rules: &str) {
         fs::write(self.dir.join("rules/50-test.rules"), rules).expect("the rules are written");
         let mut command = process::bound("unshare");
         command

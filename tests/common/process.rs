@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{OnceLock, mpsc};
 use std::time::Instant;
 
@@ -121,7 +121,20 @@ impl Process {
     /// Starts `command`, which should come from [`bound`]; its output goes to `NAME.out` and `NAME.log` in `dir`, after
     /// what an earlier process of that name wrote there.
     #[track_caller]
-    pub fn start(name: &str, dir: &Path, mut command: Command) -> Self {
+    pub fn start(name: &str, dir: &Path, command: Command) -> Self {
+        Self::launch(name, dir, command, Stdio::null())
+    }
+
+    /// The same with a pipe to its standard input, which is closed when the returned end of it is dropped.
+    #[track_caller]
+    pub fn start_with_input(name: &str, dir: &Path, command: Command) -> (Self, ChildStdin) {
+        let mut process = Self::launch(name, dir, command, Stdio::piped());
+        let input = process.child.stdin.take();
+        (process, input.expect("its standard input is a pipe"))
+    }
+
+    #[track_caller]
+    fn launch(name: &str, dir: &Path, mut command: Command, stdin: Stdio) -> Self {
         let log = dir.join(format!("{name}.log"));
         let out = dir.join(format!("{name}.out"));
         let append = |path: &Path| {
@@ -131,10 +144,7 @@ impl Process {
                 .open(path)
                 .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
         };
-        command
-            .stdin(Stdio::null())
-            .stdout(append(&out))
-            .stderr(append(&log));
+        command.stdin(stdin).stdout(append(&out)).stderr(append(&log));
         let child = spawn(command).unwrap_or_else(|e| panic!("{name} does not start: {e}"));
         Self {
             child,

@@ -1,0 +1,184 @@
+//! Password dialogs: what an ordinary user is asked, and what becomes of the call however the dialog ends.
+
+mod common;
+
+use common::System;
+use common::calls::{self, create_asking, end_of};
+use common::clients::{OTHER_USER, ROOT, USER};
+use common::dialog::{Agent, Dialog};
+use common::disk::Disk;
+use common::storage::files_below;
+use common::vm::{Residue, Vm};
+use common::wait;
+
+const MIB: u64 = 1 << 20;
+const BACKUP: &str = "org.example.backup1.domain.backup";
+const DENIED: &str = "org.freedesktop.DBus.Error.AccessDenied";
+
+/// A machine `web`, and an agent for its users.
+struct Scene {
+    system: System,
+    vm: Vm,
+    before: Residue,
+    agent: Agent,
+}
+
+impl Scene {
+    async fn new(setup: common::Setup) -> Self {
+        let system = setup.start();
+        let disk = Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11);
+        let vm = system.vm("web").disk(disk).start();
+        system.domain_file("web", &vm);
+        system.wait_for_domain("web");
+        Self {
+            before: vm.residue(),
+            agent: Agent::start(&system).await,
+            system,
+            vm,
+        }
+    }
+
+    /// A user's `CreateBackup` that waits for its dialog.
+    async fn ask(&mut self, name: &str, uid: u32) -> (common::process::Process, Dialog) {
+        let call = create_asking(&self.system, &self.agent, name, uid, "web").await;
+        let dialog = self.agent.opened().await;
+        assert_eq!(dialog.action, BACKUP);
+        (call, dialog)
+    }
+
+    #[track_caller]
+    fn assert_nothing_happened(&self) {
+        assert_eq!(files_below(&self.system.store()), [""; 0]);
+        assert_eq!(self.vm.residue(), self.before);
+        let jobs = calls::call(self.system.clients(), ROOT, "ListJobs", &[]);
+        assert_eq!(jobs.as_deref(), Ok("(@a(uoss) [],)"));
+    }
+
+    #[track_caller]
+    fn wait_for_backup(&self) {
+        wait::until("the backup", || {
+            let files = files_below(&self.system.store().join("web"));
+            files
+                .iter()
+                .any(|file| !file.starts_with('.') && file.ends_with("/manifest.json"))
+                .then_some(())
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_administrator_who_is_told_what_it_is_about_lets_the_backup_run() {
+    let mut scene = Scene::new(System::setup()).await;
+    let (mut call, dialog) = scene.ask("call", USER).await;
+    assert!(dialog.message.contains("web"), "{}", dialog.message);
+    let subject = dialog.details.get("polkit.subject-pid").map(String::as_str);
+    assert_eq!(
+        subject,
+        Some(call.pid().to_string().as_str()),
+        "it is the caller's user who is asked"
+    );
+    // Nothing is made for somebody who may not get it.
+    scene.assert_nothing_happened();
+    dialog.answer_as_administrator().await;
+    let answer = end_of(&mut call).unwrap();
+    assert!(answer.contains("/org/example/Backup1/job/1"), "{answer}");
+    scene.wait_for_backup();
+    assert_eq!(scene.agent.count(), 1, "one place, one question");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dialog_that_is_dismissed_or_failed_denies_the_backup_and_leaves_nothing() {
+    let mut scene = Scene::new(System::setup()).await;
+    let (mut call, dialog) = scene.ask("dismissed", USER).await;
+    dialog.dismiss();
+    assert_eq!(end_of(&mut call).unwrap_err().name, DENIED);
+    scene.assert_nothing_happened();
+
+    let (mut call, dialog) = scene.ask("wrong", USER).await;
+    drop(dialog);
+    assert_eq!(end_of(&mut call).unwrap_err().name, DENIED);
+    scene.assert_nothing_happened();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_leaves_takes_its_dialog_along_and_nothing_starts() {
+    let mut scene = Scene::new(System::setup()).await;
+    let (mut call, dialog) = scene.ask("gone", USER).await;
+    call.kill();
+    dialog.cancelled().await;
+    let late = dialog.try_answer().await;
+    assert!(late.is_err(), "polkit has forgotten the question");
+    scene.assert_nothing_happened();
+
+    // Its user can ask again, and it is another question.
+    let (mut call, dialog) = scene.ask("again", USER).await;
+    scene.assert_nothing_happened();
+    dialog.answer_as_administrator().await;
+    end_of(&mut call).unwrap();
+    scene.wait_for_backup();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_does_not_let_its_user_be_asked_opens_no_dialog() {
+    let scene = Scene::new(System::setup()).await;
+    // Through the agent, so that it would be asked if anybody were.
+    let arguments = [
+        "call",
+        "--system",
+        "--dest",
+        "org.example.Backup1",
+        "--object-path",
+        "/org/example/Backup1",
+        "--method",
+        "org.example.Backup1.CreateBackup",
+        "'web'",
+        "''",
+        "@ah []",
+        "@a{sv} {}",
+    ];
+    let mut call = scene
+        .agent
+        .run(&scene.system, "silent", USER, "gdbus", &arguments)
+        .await;
+    let refusal = end_of(&mut call).unwrap_err();
+    assert_eq!(
+        refusal.name,
+        "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"
+    );
+    assert_eq!(scene.agent.count(), 0);
+    scene.assert_nothing_happened();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_has_as_many_dialogs_at_a_time_as_the_configuration_says() {
+    let setup = System::setup().table("[limits]\npassword-dialogs-per-user = 1");
+    let mut scene = Scene::new(setup).await;
+    let (mut first, open) = scene.ask("first", USER).await;
+
+    let mut second = create_asking(&scene.system, &scene.agent, "second", USER, "web").await;
+    let refusal = end_of(&mut second).unwrap_err();
+    assert_eq!(refusal.name, "org.freedesktop.DBus.Error.LimitsExceeded");
+    assert!(
+        refusal.text.contains("password-dialogs-per-user"),
+        "{}",
+        refusal.text
+    );
+    assert_eq!(scene.agent.count(), 1);
+
+    // Other users have their own.
+    let (mut other, theirs) = scene.ask("other", OTHER_USER).await;
+    theirs.dismiss();
+    assert_eq!(end_of(&mut other).unwrap_err().name, DENIED);
+
+    // One that is closed makes room, however it ended.
+    open.dismiss();
+    assert_eq!(end_of(&mut first).unwrap_err().name, DENIED);
+    let (mut left, dialog) = scene.ask("left", USER).await;
+    left.kill();
+    dialog.cancelled().await;
+    let (mut third, dialog) = scene.ask("third", USER).await;
+    scene.assert_nothing_happened();
+    dialog.answer_as_administrator().await;
+    end_of(&mut third).unwrap();
+    scene.wait_for_backup();
+}

@@ -1,0 +1,356 @@
+//! The audit trail: one record in the journal for each decision on a call that changes something, which nobody's words
+//! can forge.
+
+mod common;
+
+use std::io::{IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
+
+use common::System;
+use common::authority::{Answer, Authority};
+use common::caller::{Caller, assert_completed};
+use common::calls;
+use common::clients::{OTHER_USER, ROOT, USER};
+use common::disk::Disk;
+use common::journal::{self, Journal, Record};
+use common::polkit;
+use common::proxies::{DomainProxy, Options, error_name};
+use common::storage::files_below;
+use common::test_directory;
+use common::vm::Vm;
+use common::wait;
+use rustix::fs::MemfdFlags;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+const MIB: u64 = 1 << 20;
+const BACKUP: &str = "org.example.backup1.domain.backup";
+const ABORT: &str = "org.example.backup1.domain.abort";
+const SET_SPEED: &str = "org.example.backup1.domain.set-speed";
+const REGISTER: &str = "org.example.backup1.service.register-domain";
+const JOB: &str = "org.example.Backup1.Job";
+
+fn machine(system: &System, name: &str, disk: Disk) -> Vm {
+    let vm = system.vm(name).disk(disk).start();
+    system.domain_file(name, &vm);
+    system.wait_for_domain(name);
+    vm
+}
+
+fn disk() -> Disk {
+    Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11)
+}
+
+/// The audit's records until now, which is the end: the service is stopped, so that none is on its way. Each of them
+/// says everything exactly once and on one line.
+#[track_caller]
+fn audited(system: &mut System) -> Vec<Record> {
+    assert_eq!(system.stop_daemon(), Some(0));
+    let mut records = system.journal().records();
+    let is_audit = |name: &str| name.starts_with("BACKUPD_AUDIT_");
+    records.retain(|record| record.0.iter().any(|(name, _)| is_audit(name)));
+    for record in &records {
+        let mut names: Vec<&str> = record
+            .0
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .filter(|name| is_audit(name))
+            .collect();
+        names.sort_unstable();
+        let parts = ["ACTION", "BASIS", "DETAILS", "JOB", "OUTCOME", "SENDER", "UID"];
+        assert_eq!(names, parts.map(|part| format!("BACKUPD_AUDIT_{part}")));
+        for name in names {
+            let value = record.one(name);
+            assert!(!value.contains(char::is_control), "{name}: {value:?}");
+        }
+        assert!(part(record, "SENDER").starts_with(':'), "{record:?}");
+    }
+    records
+}
+
+#[track_caller]
+fn part(record: &Record, name: &str) -> String {
+    record.one(&format!("BACKUPD_AUDIT_{name}"))
+}
+
+/// Action, user, outcome, basis and job.
+#[track_caller]
+fn brief(records: &[Record]) -> Vec<[String; 5]> {
+    let parts = ["ACTION", "UID", "OUTCOME", "BASIS", "JOB"];
+    records
+        .iter()
+        .map(|record| parts.map(|name| part(record, name)))
+        .collect()
+}
+
+fn entry(action: &str, uid: u32, outcome: &str, basis: &str, job: &str) -> [String; 5] {
+    [action, &uid.to_string(), outcome, basis, job].map(str::to_owned)
+}
+
+#[test]
+fn the_journal_of_a_test_has_what_the_service_logs() {
+    let mut system = System::setup().journal().start();
+    assert_eq!(system.stop_daemon(), Some(0));
+    let records = system.journal().records();
+    let at = |message: &str| {
+        let at = records
+            .iter()
+            .position(|record| record.all("MESSAGE") == [message]);
+        at.unwrap_or_else(|| panic!("no {message:?} in {records:?}"))
+    };
+    assert!(at("ready") < at("stopping"));
+    for record in &records {
+        assert_eq!(record.one("SYSLOG_IDENTIFIER"), "backupd");
+    }
+    // It starts again with the same journal.
+    system.start_daemon();
+    assert!(system.journal().records().len() > records.len());
+}
+
+#[test]
+fn the_journal_of_a_test_reads_both_kinds_of_fields_and_records_that_come_as_files() {
+    let record = journal::parse(b"A=1=2\nB\n\x03\0\0\0\0\0\0\0x\ny\nA=\n").unwrap();
+    assert_eq!(record.one("B"), "x\ny");
+    assert_eq!(record.all("A"), ["1=2", ""]);
+    for cut in [
+        "A=1",
+        "A\n",
+        "A\n\x03\0\0\0\0\0\0\0xy\n",
+        "A\n\x01\0\0\0\0\0\0\0xy\n",
+        "a=1\n",
+        "=\n",
+    ] {
+        assert!(journal::parse(cut.as_bytes()).is_err(), "{cut:?}");
+    }
+
+    let dir = test_directory();
+    let journal = Journal::start(dir.path());
+    let file = rustix::fs::memfd_create("record", MemfdFlags::CLOEXEC).unwrap();
+    let mut file = std::fs::File::from(file);
+    let long = "x".repeat(2 << 20);
+    file.write_all(format!("LONG={long}\n").as_bytes()).unwrap();
+    let writer = UnixDatagram::unbound().unwrap();
+    writer.connect(journal.socket()).unwrap();
+    let descriptors = [file.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    rustix::net::sendmsg(&writer, &[IoSlice::new(&[])], &mut control, SendFlags::NOSIGNAL).unwrap();
+    writer.send(b"").unwrap();
+    let records = journal.records();
+    assert_eq!(records.len(), 1);
+    assert_eq!(records[0].one("LONG"), long);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_granted_backup_has_one_record_with_its_job() {
+    let mut system = System::setup().journal().start();
+    let vm = machine(&system, "web", disk());
+    let caller = Caller::new(&system).await;
+    caller.complete("web", "").await;
+    // The same through the domain's own object.
+    let path = caller.manager.get_domain("web").await.unwrap();
+    let domain = DomainProxy::new(&caller.connection, path).await.unwrap();
+    let (_, path) = domain
+        .create_backup("", Vec::new(), Options::new())
+        .await
+        .unwrap();
+    assert_completed(&caller.job(path).await).await;
+
+    let records = audited(&mut system);
+    let expected = ["1", "2"].map(|job| entry(BACKUP, ROOT, "granted", "polkit", job));
+    assert_eq!(brief(&records), expected);
+    let sender = caller.connection.unique_name().unwrap().to_string();
+    for record in &records {
+        assert_eq!(part(record, "SENDER"), sender);
+        let details = part(record, "DETAILS");
+        let uuid = vm.uuid();
+        for detail in [
+            "domain_name=\"web\"",
+            &format!("domain_uuid=\"{uuid}\""),
+            "mode=\"push\"",
+            "target_kind=\"store\"",
+            "target=\"default\"",
+        ] {
+            assert!(details.contains(detail), "{details}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_backup_has_one_record_and_no_job() {
+    let rules = polkit::deny(OTHER_USER, &["domain.backup"]);
+    let mut system = System::setup().rules(&rules).journal().start();
+    let _vm = machine(&system, "web", disk());
+    for uid in [OTHER_USER, USER] {
+        calls::create(system.clients(), uid, "web", "").unwrap_err();
+    }
+    let expected = [
+        entry(BACKUP, OTHER_USER, "denied", "polkit", ""),
+        entry(BACKUP, USER, "challenge", "polkit", ""),
+    ];
+    assert_eq!(brief(&audited(&mut system)), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decision_that_could_not_be_had_has_one_record() {
+    let mut system = System::setup().without_polkit().journal().start();
+    let authority = Authority::start(&system, |action| match action {
+        BACKUP => Answer::Error,
+        _ => Answer::Yes,
+    })
+    .await;
+    let _vm = machine(&system, "web", disk());
+    calls::create(system.clients(), ROOT, "web", "").unwrap_err();
+    let expected = [entry(BACKUP, ROOT, "failed", "polkit", "")];
+    assert_eq!(brief(&audited(&mut system)), expected);
+    authority.stop(&system).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn looking_leaves_no_record() {
+    let mut system = System::setup().journal().start();
+    let _vm = machine(&system, "web", disk());
+    for uid in [ROOT, USER] {
+        for (method, arguments) in [
+            ("ListDomains", vec![]),
+            ("GetDomain", vec!["web"]),
+            ("ListJobs", vec![]),
+        ] {
+            calls::call(system.clients(), uid, method, &arguments).unwrap();
+        }
+    }
+    assert_eq!(audited(&mut system), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_starter_is_on_record_as_such_and_others_by_what_polkit_said() {
+    let rules = polkit::allow(USER, &["domain.backup"]);
+    let mut system = System::setup().rules(&rules).journal().start();
+    let slow = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11).slow(16 * MIB);
+    let _vm = machine(&system, "web", slow);
+    let root = Caller::new(&system).await;
+
+    let path = start(&system, &root).await;
+    let control = |uid, method: &str, arguments: &[&str]| {
+        let method = format!("{JOB}.{method}");
+        calls::call_on(system.clients(), uid, &path, &method, arguments)
+    };
+    control(USER, "SetSpeed", &["1048576"]).unwrap();
+    control(OTHER_USER, "SetSpeed", &["0"]).unwrap_err();
+    control(OTHER_USER, "Cancel", &[]).unwrap_err();
+    control(USER, "CancelDisk", &["vda"]).unwrap();
+    cancelled(&root, &path).await;
+
+    let second = start(&system, &root).await;
+    calls::call_on(system.clients(), USER, &second, &format!("{JOB}.Cancel"), &[]).unwrap();
+    cancelled(&root, &second).await;
+
+    let third = start(&system, &root).await;
+    calls::call_on(system.clients(), ROOT, &third, &format!("{JOB}.Cancel"), &[]).unwrap();
+    cancelled(&root, &third).await;
+
+    let expected = [
+        entry(BACKUP, USER, "granted", "polkit", "1"),
+        entry(SET_SPEED, USER, "granted", "starter", "1"),
+        entry(SET_SPEED, OTHER_USER, "challenge", "polkit", ""),
+        entry(ABORT, OTHER_USER, "challenge", "polkit", ""),
+        entry(ABORT, USER, "granted", "starter", "1"),
+        entry(BACKUP, USER, "granted", "polkit", "2"),
+        entry(ABORT, USER, "granted", "starter", "2"),
+        entry(BACKUP, USER, "granted", "polkit", "3"),
+        entry(ABORT, ROOT, "granted", "polkit", "3"),
+    ];
+    let mut told = brief(&audited(&mut system));
+    for [_, _, outcome, _, job] in &mut told {
+        // A refusal may say which job it was about.
+        if outcome != "granted" && job == "1" {
+            job.clear();
+        }
+    }
+    assert_eq!(told, expected);
+}
+
+/// A backup that the ordinary user starts; its object's path.
+async fn start(system: &System, root: &Caller) -> String {
+    calls::create(system.clients(), USER, "web", "").unwrap();
+    let jobs = root.manager.list_jobs().await.unwrap();
+    let newest = jobs.into_iter().max_by_key(|(id, ..)| *id);
+    newest.expect("the backup was started").1.to_string()
+}
+
+async fn cancelled(root: &Caller, path: &str) {
+    let job = root.job(path.try_into().expect("it is a path")).await;
+    let (result, _, _) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!(result, "cancelled");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_target_is_called_forges_nothing() {
+    let mut system = System::setup().journal().start();
+    let _vm = machine(&system, "web", disk());
+    let document = |path: &str| {
+        let path = path.replace('"', "&quot;").replace('\n', "&#10;");
+        format!(
+            "<domainbackup><disks><disk name='vda'><target file=\"{path}\"/></disk></disks></domainbackup>"
+        )
+    };
+    // A line of its own, which no path may have.
+    let forged = "/tmp/x\nBACKUPD_AUDIT_OUTCOME=granted";
+    let refusal = calls::create(system.clients(), USER, "web", &document(forged)).unwrap_err();
+    assert_eq!(refusal.name, "org.example.Backup1.Error.InvalidDefinition");
+    // A detail of its own, a backslash at the end of a value, and a line separator that is no control character.
+    let paths = [
+        "/tmp/x\" target_kind=\"store\" target=\"default",
+        "/tmp/x\\",
+        "/tmp/x\u{2028}BACKUPD_AUDIT_OUTCOME=granted",
+    ];
+    for path in paths {
+        calls::create(system.clients(), USER, "web", &document(path)).unwrap_err();
+    }
+    assert_eq!(files_below(&system.store()), [""; 0]);
+
+    let records = audited(&mut system);
+    let expected = paths.map(|_| entry(BACKUP, USER, "challenge", "polkit", ""));
+    assert_eq!(brief(&records), expected);
+    for (record, path) in records.iter().zip(paths) {
+        let details = part(record, "DETAILS");
+        let expected = format!("target=\"{}\"", path.escape_debug());
+        assert!(details.contains(&expected), "{details} has no {expected}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_new_domain_is_called_forges_nothing() {
+    let mut system = System::setup().journal().start();
+    let vm = system.vm("mine").disk(disk()).start();
+    let root = Caller::new(&system).await;
+    let register = async |name: &str| {
+        let monitor = vm.monitor_stream();
+        let registering = root
+            .manager
+            .register_domain(name, monitor.as_fd().into(), Options::new());
+        wait::within("RegisterDomain", registering).await
+    };
+    let forged = "mine\nBACKUPD_AUDIT_OUTCOME=granted";
+    let refusal = register(forged).await.unwrap_err();
+    assert_eq!(error_name(&refusal), "org.freedesktop.DBus.Error.InvalidArgs");
+    let strange = "mine\" domain_name=\"web";
+    register(strange).await.unwrap();
+
+    // A name that none can have is refused before anybody is asked; if that is on record, then as one line.
+    let mut records = audited(&mut system);
+    let expected = |name: &str| format!("domain_name=\"{}\"", name.escape_debug());
+    if records.len() == 2 {
+        let refused = records.remove(0);
+        assert_ne!(part(&refused, "OUTCOME"), "granted");
+        assert!(
+            part(&refused, "DETAILS").contains(&expected(forged)),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(brief(&records), [entry(REGISTER, ROOT, "granted", "polkit", "")]);
+    let details = part(&records[0], "DETAILS");
+    assert!(details.contains(&expected(strange)), "{details}");
+}

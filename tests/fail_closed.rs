@@ -220,7 +220,19 @@ async fn an_authority_that_fails_allows_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_of_the_wrong_type_allows_nothing() {
-    refuses(Answer::Garbage).await;
+    let (mut scene, authority) = Scene::with_authority().await;
+    authority.decide(all_but_backup(Answer::Garbage)).await;
+    let caller = Caller::new(&scene.system).await;
+    let answer = caller.try_start("web", "", &[], Options::new()).await;
+    answer.expect_err("nobody has allowed it");
+    scene.assert_nothing_happened();
+    authority.stop(&scene.system).await;
+    // polkit's own library may not survive it, and takes the service along: which is a no as well. Only who owns polkit's
+    // name can answer so.
+    scene.system.kill_daemon();
+    scene.system.start_daemon();
+    scene.pid = scene.system.daemon().pid();
+    scene.recovers().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,12 +9,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use gio::prelude::CancellableExt;
 use glib::subclass::SignalId;
 use glib::types::StaticType;
-use glib::{MainContext, MainLoop};
+use glib::{ControlFlow, MainContext, MainLoop, Priority};
 use polkit_rs::{AuthorizationResult, CheckAuthorizationFlags, SystemBusName};
 use tokio::sync::oneshot;
 
@@ -67,12 +68,31 @@ impl Drop for Polkit {
     }
 }
 
+/// How long polkit has to give up a question by itself, of a caller that has left.
+const GRACE: Duration = Duration::from_secs(1);
+
 /// Withdraws the question, and closes its password dialog, when nobody waits for the answer any more.
-struct Withdraw(gio::Cancellable);
+///
+/// Not at once: polkit withdraws by itself what was asked for a caller that has left, and version 122 locks up for good
+/// when it is told the same at that moment and the dialog answers too. After an answer, this does nothing.
+struct Withdraw {
+    cancellable: gio::Cancellable,
+    context: MainContext,
+    answered: bool,
+}
 
 impl Drop for Withdraw {
     fn drop(&mut self) {
-        self.0.cancel();
+        if self.answered {
+            return;
+        }
+        let cancellable = self.cancellable.clone();
+        let withdraw = move || {
+            cancellable.cancel();
+            ControlFlow::Break
+        };
+        let later = glib::timeout_source_new(GRACE, None, Priority::DEFAULT, withdraw);
+        later.attach(Some(&self.context));
     }
 }
 
@@ -94,9 +114,13 @@ impl Authority for Polkit {
                 generation: self.generation.clone(),
             };
             self.context.invoke(move || question.ask(answer));
-            let withdraw = Withdraw(cancellable);
+            let mut withdraw = Withdraw {
+                cancellable,
+                context: self.context.clone(),
+                answered: false,
+            };
             let decision = answered.await;
-            drop(withdraw);
+            withdraw.answered = true;
             decision.unwrap_or_else(|_| Decision::Failed("the question was dropped".into()))
         })
     }

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Silent questions at a time; with the password dialogs, fewer than the bus allows.
-const TURNS: usize = 64;
-const TURNS_OF_A_USER: usize = 24;
+const TURNS: usize = 96;
+const TURNS_OF_A_USER: usize = 48;
 
 #[derive(Debug)]
 pub struct Turns {

@@ -1,0 +1,162 @@
+//! What one caller can do to the service and to the others. These measure: the figures are what is promised, with nothing
+//! else running beside them.
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use backupd::names::{BUS_NAME, MANAGER_INTERFACE, ROOT_PATH};
+use common::System;
+use common::caller::{Caller, connect_as};
+use common::clients::{OTHER_USER, USER};
+use common::polkit::POLKIT_NAME;
+use common::wait;
+use futures_util::stream::{self, StreamExt};
+use zbus::message::Flags;
+use zbus::wire::Variant;
+use zbus::{Connection, Message};
+
+const CALLS: usize = 50_000;
+const MOST_GROWTH_KIB: u64 = 10 << 10;
+const MOST_DELAY: Duration = Duration::from_millis(100);
+const DOMAINS: usize = 500;
+
+/// A field of `/proc/PID/status`, in KiB.
+fn status(pid: u32, field: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.unwrap().split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// Lets the kernel forget the most that a process ever had (proc(5), clear_refs).
+fn forget_peak(pid: u32) {
+    fs::write(format!("/proc/{pid}/clear_refs"), "5").unwrap();
+}
+
+async fn flood(connection: Connection, member: &'static str, no_reply: bool) {
+    for _ in 0..CALLS {
+        let call = Message::method_call(ROOT_PATH, member)
+            .destination(BUS_NAME)
+            .interface(MANAGER_INTERFACE);
+        let call = if no_reply {
+            call.with_flags(Flags::NO_REPLY_EXPECTED)
+        } else {
+            call
+        };
+        connection.send(&call.build(&()).unwrap()).await.unwrap();
+    }
+    // Answered after all that came before.
+    let connected = connection.call_method(
+        Some(BUS_NAME),
+        ROOT_PATH,
+        Some("org.freedesktop.DBus.Peer"),
+        "Ping",
+        &(),
+    );
+    let _ = wait::within("the flood to end", connected).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_calls_neither_grows_the_service_nor_keeps_others_waiting() {
+    let mut system = System::start();
+    for name in ["one", "two"] {
+        system.write_domain_file(
+            name,
+            &format!("monitor = \"{}/{name}.qmp\"\n", system.dir().display()),
+        );
+    }
+    let pid = system.daemon().pid();
+    let other = Caller::of_user(&system, OTHER_USER).await;
+    other.manager.list_domains().await.unwrap();
+    for (member, no_reply) in [("ListDomains", true), ("Subscribe", true), ("ListDomains", false)] {
+        forget_peak(pid);
+        let before = status(pid, "VmHWM");
+        let connection = connect_as(&system, USER).await;
+        let mut flooding = tokio::spawn(flood(connection, member, no_reply));
+        let mut slowest = Duration::ZERO;
+        let mut answered = 0;
+        let began = Instant::now();
+        while !flooding.is_finished() {
+            let asked = Instant::now();
+            other.manager.list_domains().await.unwrap();
+            slowest = slowest.max(asked.elapsed());
+            answered += 1;
+        }
+        (&mut flooding).await.unwrap();
+        let growth = status(pid, "VmHWM") - before;
+        let lasted = began.elapsed();
+        println!(
+            "{member}, no reply: {no_reply}: {lasted:?}, {answered} others' calls, slowest {slowest:?}, grown {growth} KiB"
+        );
+        assert!(growth <= MOST_GROWTH_KIB, "grown by {growth} KiB");
+        assert!(slowest <= MOST_DELAY, "another caller waited {slowest:?}");
+    }
+}
+
+/// How long polkit itself takes for as many questions about a connection, many at a time.
+async fn polkit_alone(system: &System, subject: &Caller) -> Duration {
+    let root = system.connect().await;
+    let name = subject.connection.unique_name().unwrap().to_string();
+    let ask = async |index: usize| {
+        let subject = (
+            "system-bus-name",
+            HashMap::from([("name", Variant::from(name.as_str()))]),
+        );
+        let domain = format!("domain-{index}");
+        let details = HashMap::from([("domain_name", domain.as_str()), ("driver", "QEMU")]);
+        let arguments = (subject, "org.example.backup1.domain.getattr", details, 0_u32, "");
+        let path = "/org/freedesktop/PolicyKit1/Authority";
+        let interface = "org.freedesktop.PolicyKit1.Authority";
+        let answer = root.call_method(
+            Some(POLKIT_NAME),
+            path,
+            Some(interface),
+            "CheckAuthorization",
+            &arguments,
+        );
+        answer.await.unwrap();
+    };
+    let asked = Instant::now();
+    stream::iter(0..DOMAINS)
+        .map(ask)
+        .buffer_unordered(48)
+        .collect::<Vec<_>>()
+        .await;
+    asked.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_domains_are_listed_as_fast_as_polkit_answers_and_faster_from_memory() {
+    let system = System::start();
+    for index in 0..DOMAINS {
+        let name = format!("domain-{index}");
+        system.write_domain_file(
+            &name,
+            &format!("monitor = \"{}/{name}.qmp\"\n", system.dir().display()),
+        );
+    }
+    let root = Caller::new(&system).await;
+    wait::until_async("all domains", async || {
+        (root.manager.list_domains().await.unwrap().len() == DOMAINS).then_some(())
+    })
+    .await;
+    let user = Caller::of_user(&system, USER).await;
+    let alone = polkit_alone(&system, &user).await;
+    let mut took = Vec::new();
+    for _ in 0..6 {
+        let asked = Instant::now();
+        assert_eq!(user.manager.list_domains().await.unwrap().len(), DOMAINS);
+        took.push(asked.elapsed());
+    }
+    let fastest = took[1..].iter().min().unwrap();
+    println!(
+        "{DOMAINS} domains: polkit alone {alone:?}, listed {:?}, from memory {fastest:?}",
+        took[0]
+    );
+    assert!(took[0] <= alone * 3 / 2, "{took:?}, polkit alone {alone:?}");
+    assert!(*fastest <= Duration::from_millis(10), "{took:?}");
+}

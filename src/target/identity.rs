@@ -150,3 +150,31 @@ fn device_at(directory: &Path) -> Option<FileId> {
     let device = rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?);
     Some(FileId::Device(device))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether a file counts that a domain says it has open.
+    fn counts(path: &Path, process: Option<u32>, owner: Option<u32>) -> bool {
+        let holder = Holder {
+            process,
+            files: vec![path.to_owned()],
+            owner,
+        };
+        let id = FileId::at(path).unwrap();
+        Sources::of(&[holder]).contains(id)
+    }
+
+    #[test]
+    fn a_users_word_counts_for_its_own_files_and_for_what_its_process_has_open() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let own = std::fs::metadata(file.path()).unwrap().uid();
+        let another = own + 1;
+        assert!(counts(file.path(), None, None), "the administrator's domain");
+        assert!(counts(file.path(), None, Some(own)));
+        assert!(!counts(file.path(), None, Some(another)));
+        assert!(!counts(file.path(), Some(1), Some(another)));
+        assert!(counts(file.path(), Some(std::process::id()), Some(another)));
+    }
+}

@@ -1,0 +1,210 @@
+//! What polkit's rules are told of a request is true, and is what is executed.
+
+mod common;
+
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use common::System;
+use common::caller::{Caller, assert_completed};
+use common::clients::USER;
+use common::disk::Disk;
+use common::polkit;
+use common::proxies::{Options, error_name};
+use common::storage::{LoopDevice, files_below};
+use common::vm::Vm;
+use serde_json::json;
+
+const MIB: u64 = 1 << 20;
+const NEEDS_PASSWORD: &str = "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired";
+
+/// A rule that lets the ordinary user do what has these details.
+fn rule(action: &str, details: &[(&str, &str)]) -> String {
+    let user = polkit::user_name(USER);
+    let details: String = details
+        .iter()
+        .map(|(key, value)| format!(" && action.lookup('{key}') == '{value}'"))
+        .collect();
+    format!(
+        "polkit.addRule(function(action, subject) {{
+            if (action.id == 'org.example.backup1.domain.{action}' && subject.user == '{user}'{details})
+                return polkit.Result.YES;
+        }});\n"
+    )
+}
+
+async fn known(rules: &str) -> (System, Vm, Caller) {
+    let system = System::setup().rules(rules).start();
+    let disks = ["vda", "vdb"].map(|id| Disk::new(id, 16 * MIB).fill(0, MIB, 0x11));
+    let [vda, vdb] = disks;
+    let vm = system
+        .vm("web")
+        .disk(vda)
+        .disk(vdb)
+        .extra(&["-device", "virtio-scsi-pci,id=scsi"])
+        .start();
+    system.domain_file("web", &vm);
+    system.wait_for_domain("web");
+    let caller = Caller::of_user(&system, USER).await;
+    (system, vm, caller)
+}
+
+async fn refused(caller: &Caller, document: &str) {
+    let refused = caller
+        .try_start("web", document, &[], Options::new())
+        .await
+        .unwrap_err();
+    assert_eq!(error_name(&refused), NEEDS_PASSWORD, "{refused}");
+}
+
+fn document(disks: &str) -> String {
+    format!("<domainbackup><disks>{disks}</disks></domainbackup>")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_detail_of_a_backup_into_a_store_is_told() {
+    let uuid = "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10";
+    let rules = rule(
+        "backup",
+        &[
+            ("driver", "QEMU"),
+            ("domain_name", "web"),
+            ("domain_uuid", uuid),
+            ("domain_owner", "root"),
+            ("mode", "push"),
+            ("target_kind", "store"),
+            ("target", "default"),
+            ("disks", "vda"),
+        ],
+    );
+    let system = System::setup().rules(&rules).start();
+    let vm = system.vm("web").uuid(uuid).disk(Disk::new("vda", MIB)).start();
+    system.domain_file("web", &vm);
+    system.wait_for_domain("web");
+    Caller::of_user(&system, USER).await.complete("web", "").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_about_disks_binds_by_whatever_name_they_are_called() {
+    let (_system, vm, caller) = known(&rule("backup", &[("disks", "vda")])).await;
+    refused(&caller, "").await;
+    refused(&caller, &document("<disk name='vdb'/>")).await;
+    refused(&caller, &document("<disk name='vda'/><disk name='vdb'/>")).await;
+    caller
+        .complete(
+            "web",
+            &document("<disk name='vda'/><disk name='vdb' backup='no'/>"),
+        )
+        .await;
+    // By its node's name it is the same disk, and the rule is told which.
+    let nodes = vm.qmp("query-block", json!({}));
+    let node = |disk: &str| {
+        let entry = nodes
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|entry| entry["qdev"].as_str().unwrap().contains(disk));
+        entry.unwrap()["inserted"]["node-name"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    caller
+        .complete("web", &document(&format!("<disk name='{}'/>", node("vda"))))
+        .await;
+    refused(&caller, &document(&format!("<disk name='{}'/>", node("vdb")))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_was_added_unnoticed_is_not_backed_up_by_a_yes_for_the_others() {
+    let (system, vm, caller) = known(&rule("backup", &[("disks", "vda,vdb")])).await;
+    caller.complete("web", "").await;
+    let before = files_below(&system.store());
+    // Adding a device is no event of QEMU's.
+    let node = json!({ "driver": "null-co", "node-name": "secret", "size": MIB, "read-zeroes": true });
+    vm.qmp("blockdev-add", node);
+    let device = json!({ "driver": "scsi-hd", "drive": "secret", "id": "vdc", "bus": "scsi.0" });
+    vm.qmp("device_add", device);
+    refused(&caller, "").await;
+    assert_eq!(files_below(&system.store()), before);
+    caller
+        .complete("web", &document("<disk name='vda'/><disk name='vdb'/>"))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn to_have_a_backup_made_is_not_to_have_the_data_and_the_other_way_round() {
+    let rules = rule("backup", &[]);
+    let (system, _vm, caller) = known(&rules).await;
+    let target = system.dir().join("out.qcow2");
+    let out = document(&format!(
+        "<disk name='vda'><target file='{}'/></disk>",
+        target.display()
+    ));
+    refused(&caller, &out).await;
+    let own = document("<disk name='vda' type='fd'><target fd='0'/></disk>");
+    let file = tempfile::NamedTempFile::new_in(system.dir()).unwrap();
+    let files = [file.reopen().unwrap().into()];
+    let refusal = caller
+        .try_start("web", &own, &files, Options::new())
+        .await
+        .unwrap_err();
+    assert_eq!(error_name(&refusal), NEEDS_PASSWORD, "{refusal}");
+    caller.complete("web", "").await;
+
+    let mut system = system;
+    system.set_rules(&rule(
+        "export",
+        &[("target_kind", "file"), ("target", target.to_str().unwrap())],
+    ));
+    let caller = Caller::of_user(&system, USER).await;
+    refused(&caller, "").await;
+    refused(
+        &caller,
+        &document("<disk name='vda'><target file='/tmp/elsewhere.qcow2'/></disk>"),
+    )
+    .await;
+    // A way of writing the path that is no other path.
+    let doubled = format!("/{}", target.display());
+    let out = document(&format!("<disk name='vda'><target file='{doubled}'/></disk>"));
+    caller.complete("web", &out).await;
+    assert!(target.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_about_a_device_binds_by_whatever_name_it_is_called() {
+    let backing = tempfile::tempdir().unwrap();
+    let (good, bad) = (
+        LoopDevice::attach(&backing.path().join("good"), 32 * MIB),
+        LoopDevice::attach(&backing.path().join("bad"), 32 * MIB),
+    );
+    let allowed = good.device().to_str().unwrap();
+    let (system, _vm, caller) =
+        known(&rule("export", &[("target_kind", "block"), ("target", allowed)])).await;
+    let to = |device: &Path| {
+        let device = device.display();
+        document(&format!(
+            "<disk name='vda' type='block'><target dev='{device}'/></disk>"
+        ))
+    };
+    refused(&caller, &to(bad.device())).await;
+    // A link among the devices is asked about as the device that it leads to, and so is what is written.
+    let link = Path::new("/dev").join(format!("backupd-test-{}", std::process::id()));
+    for (device, may) in [(&bad, false), (&good, true)] {
+        symlink(device.device(), &link).unwrap();
+        let outcome = caller.try_start("web", &to(&link), &[], Options::new()).await;
+        std::fs::remove_file(&link).unwrap();
+        match outcome {
+            Ok(job) if may => assert_completed(&caller.job(job).await).await,
+            Err(error) if !may => assert_eq!(error_name(&error), NEEDS_PASSWORD, "{error}"),
+            outcome => panic!("{outcome:?}"),
+        }
+    }
+    // A link where others than root could have made it leads nowhere.
+    let directory = system.dir().join("of-a-user");
+    std::fs::create_dir(&directory).unwrap();
+    std::os::unix::fs::chown(&directory, Some(USER), None).unwrap();
+    let link = directory.join("link");
+    symlink(good.device(), &link).unwrap();
+    refused(&caller, &to(&link)).await;
+}

@@ -1,0 +1,200 @@
+//! Domains that users register: whose they are, who sees them, and what they are called.
+
+mod common;
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+
+use common::System;
+use common::caller::{Caller, assert_completed, brief};
+use common::clients::{OTHER_USER, USER};
+use common::disk::Disk;
+use common::polkit;
+use common::proxies::{Options, error_name};
+use common::storage::{files_below, holds};
+use common::vm::Vm;
+use common::wait;
+use zbus::wire::OwnedObjectPath;
+
+const MIB: u64 = 1 << 20;
+const NO_SUCH_DOMAIN: &str = "org.example.Backup1.Error.NoSuchDomain";
+const INVALID_ARGS: &str = "org.freedesktop.DBus.Error.InvalidArgs";
+const NEEDS_PASSWORD: &str = "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired";
+const TO_DESCRIPTOR: &str =
+    "<domainbackup><disks><disk name='vda' type='fd'><target fd='0'/></disk></disks></domainbackup>";
+
+fn machine(system: &System, name: &str, pattern: u8) -> Vm {
+    let disk = Disk::new("vda", 16 * MIB).fill(0, MIB, pattern);
+    system.vm(name).disk(disk).start()
+}
+
+/// Ordinary users that may register domains.
+fn system(further_rules: &str) -> System {
+    let rules = [USER, OTHER_USER].map(|uid| polkit::allow(uid, &["service.register-domain"]));
+    System::setup()
+        .rules(further_rules)
+        .rules(&rules.concat())
+        .start()
+}
+
+async fn register(caller: &Caller, name: &str, vm: &Vm) -> zbus::Result<OwnedObjectPath> {
+    let socket = OwnedFd::from(vm.monitor_stream());
+    let registering = caller
+        .manager
+        .register_domain(name, socket.as_fd().into(), Options::new());
+    wait::within("RegisterDomain", registering).await
+}
+
+async fn names(caller: &Caller) -> Vec<String> {
+    let domains = caller.manager.list_domains().await.unwrap();
+    domains.into_iter().map(|(_, name, ..)| name).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registered_domain_is_seen_by_its_owner_and_root_only() {
+    let system = system("");
+    let vm = machine(&system, "mine", 0x11);
+    let root = Caller::new(&system).await;
+    let owner = Caller::of_user(&system, USER).await;
+    let mut other = Caller::of_user(&system, OTHER_USER).await;
+    other.manager.subscribe().await.unwrap();
+    let path = register(&owner, "mine", &vm).await.unwrap();
+    for caller in [&owner, &root] {
+        assert_eq!(names(caller).await, ["mine"]);
+        assert_eq!(caller.manager.get_domain("mine").await.unwrap(), path);
+    }
+    assert_eq!(names(&other).await, [""; 0]);
+    for name in ["mine", vm.uuid()] {
+        let refused = other.manager.get_domain(name).await.unwrap_err();
+        assert_eq!(error_name(&refused), NO_SUCH_DOMAIN);
+        let refused = other.try_start(name, "", &[], Options::new()).await.unwrap_err();
+        assert_eq!(error_name(&refused), NO_SUCH_DOMAIN);
+    }
+    // Another connection of the owner's is the owner too.
+    let again = Caller::of_user(&system, USER).await;
+    assert_eq!(names(&again).await, ["mine"]);
+    // What the other subscriber heard up to a backup's end says nothing of it.
+    let job = root.complete("mine", "").await;
+    let heard = brief(&other.signals_until("JobEnded").await);
+    let job = job.inner().path();
+    assert_eq!(
+        heard,
+        [
+            format!("JobStarted 1 {job}"),
+            format!("JobEnded 1 {job} completed")
+        ]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_can_show_a_users_domains_to_another() {
+    let show = format!(
+        "polkit.addRule(function(action, subject) {{
+            if (action.id == 'org.example.backup1.domain.see-foreign' && subject.user == '{}'
+                && action.lookup('domain_owner') == '{}') return polkit.Result.YES;
+        }});\n",
+        polkit::user_name(OTHER_USER),
+        polkit::user_name(USER)
+    );
+    let system = system(&show);
+    let vm = machine(&system, "mine", 0x11);
+    let owner = Caller::of_user(&system, USER).await;
+    register(&owner, "mine", &vm).await.unwrap();
+    let other = Caller::of_user(&system, OTHER_USER).await;
+    assert_eq!(names(&other).await, ["mine"]);
+    // To see is not to have a backup made.
+    let refused = other
+        .try_start("mine", "", &[], Options::new())
+        .await
+        .unwrap_err();
+    assert_eq!(error_name(&refused), NEEDS_PASSWORD);
+    let third = Caller::of_user(&system, 2).await;
+    assert_eq!(names(&third).await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_exports_to_its_own_files_without_a_password_and_nothing_else() {
+    let system = system("");
+    let vm = machine(&system, "mine", 0x33);
+    let owner = Caller::of_user(&system, USER).await;
+    register(&owner, "mine", &vm).await.unwrap();
+    let target = system.dir().join("mine.qcow2");
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&target)
+        .unwrap();
+    let job = owner
+        .start_with("mine", TO_DESCRIPTOR, &[file.into()], Options::new())
+        .await;
+    assert_completed(&job).await;
+    assert!(holds(&target, "qcow2", 0, MIB, 0x33));
+    // What the service would write as root, or into the administrator's space, is the administrator's to allow.
+    let file =
+        "<domainbackup><disks><disk name='vda'><target file='/tmp/x.qcow2'/></disk></disks></domainbackup>";
+    for document in ["", file] {
+        let refused = owner
+            .try_start("mine", document, &[], Options::new())
+            .await
+            .unwrap_err();
+        assert_eq!(error_name(&refused), NEEDS_PASSWORD);
+    }
+    assert_eq!(files_below(&system.store()), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_name_of_a_hidden_domain_can_be_taken_and_shadows_nothing() {
+    let hide = "polkit.addRule(function(action, subject) {
+        if (action.id == 'org.example.backup1.domain.getattr' && action.lookup('domain_owner') == 'root'
+            && subject.user != 'root') return polkit.Result.NO;
+    });\n";
+    let system = system(&format!("{hide}{}", polkit::allow(USER, &["domain.backup"])));
+    let (configured, mine, others) = (
+        machine(&system, "secret", 0x11),
+        machine(&system, "mine", 0x22),
+        machine(&system, "others", 0x33),
+    );
+    system.domain_file("secret", &configured);
+    system.wait_for_domain("secret");
+    let root = Caller::new(&system).await;
+    let owner = Caller::of_user(&system, USER).await;
+    let other = Caller::of_user(&system, OTHER_USER).await;
+    // A free name and a taken one that the caller may not see are answered alike.
+    let own = register(&owner, "secret", &mine).await.unwrap();
+    let theirs = register(&other, "secret", &others).await.unwrap();
+    assert_eq!(owner.manager.get_domain("secret").await.unwrap(), own);
+    assert_eq!(other.manager.get_domain("secret").await.unwrap(), theirs);
+    let real = root.manager.get_domain("secret").await.unwrap();
+    assert!(real != own && real != theirs);
+    // One's own name is taken, though.
+    let refused = register(&owner, "secret", &mine).await.unwrap_err();
+    assert_eq!(error_name(&refused), INVALID_ARGS);
+
+    // Nobody's backups can be taken for those of the real one.
+    owner.complete("secret", "").await;
+    root.complete("secret", "").await;
+    let pattern = |directory: &str| {
+        let files = files_below(&system.store().join(directory));
+        let image = files.iter().find(|file| file.ends_with("vda.qcow2")).unwrap();
+        let image = system.store().join(directory).join(image);
+        [0x11, 0x22]
+            .into_iter()
+            .find(|pattern| holds(&image, "qcow2", 0, MIB, *pattern))
+    };
+    assert_eq!(pattern("secret"), Some(0x11));
+    assert_eq!(pattern(&format!("{USER}:secret")), Some(0x22));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_the_caller_sees_is_taken() {
+    let system = system("");
+    let (configured, mine) = (machine(&system, "web", 0x11), machine(&system, "mine", 0x22));
+    system.domain_file("web", &configured);
+    system.wait_for_domain("web");
+    let owner = Caller::of_user(&system, USER).await;
+    let refused = register(&owner, "web", &mine).await.unwrap_err();
+    assert_eq!(error_name(&refused), INVALID_ARGS);
+    assert!(refused.to_string().contains("exists already"), "{refused}");
+    assert_eq!(names(&owner).await, ["web"]);
+}

@@ -22,6 +22,10 @@ const CALLS: usize = 50_000;
 const MOST_GROWTH_KIB: u64 = 10 << 10;
 const MOST_DELAY: Duration = Duration::from_millis(100);
 const DOMAINS: usize = 500;
+/// One measurement at a time.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+/// How often something is measured before it counts as too slow.
+const ROUNDS: usize = 3;
 
 /// A field of `/proc/PID/status`, in KiB.
 fn status(pid: u32, field: &str) -> u64 {
@@ -62,6 +66,7 @@ async fn flood(connection: Connection, member: &'static str, no_reply: bool) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_of_calls_neither_grows_the_service_nor_keeps_others_waiting() {
+    let _alone = ALONE.lock().await;
     let mut system = System::start();
     for name in ["one", "two"] {
         system.write_domain_file(
@@ -73,27 +78,28 @@ async fn a_flood_of_calls_neither_grows_the_service_nor_keeps_others_waiting() {
     let other = Caller::of_user(&system, OTHER_USER).await;
     other.manager.list_domains().await.unwrap();
     for (member, no_reply) in [("ListDomains", true), ("Subscribe", true), ("ListDomains", false)] {
-        forget_peak(pid);
-        let before = status(pid, "VmHWM");
-        let connection = connect_as(&system, USER).await;
-        let mut flooding = tokio::spawn(flood(connection, member, no_reply));
-        let mut slowest = Duration::ZERO;
-        let mut answered = 0;
-        let began = Instant::now();
-        while !flooding.is_finished() {
-            let asked = Instant::now();
-            other.manager.list_domains().await.unwrap();
-            slowest = slowest.max(asked.elapsed());
-            answered += 1;
+        let mut delays = Vec::new();
+        while delays.last().is_none_or(|delay| *delay > MOST_DELAY) {
+            // What the service is to blame for happens each time; what else the machine does, does not.
+            assert!(delays.len() < ROUNDS, "another caller waited {delays:?}");
+            forget_peak(pid);
+            let before = status(pid, "VmHWM");
+            let connection = connect_as(&system, USER).await;
+            let flooding = tokio::spawn(flood(connection, member, no_reply));
+            let mut slowest = Duration::ZERO;
+            while !flooding.is_finished() {
+                let asked = Instant::now();
+                other.manager.list_domains().await.unwrap();
+                slowest = slowest.max(asked.elapsed());
+            }
+            flooding.await.unwrap();
+            let growth = status(pid, "VmHWM") - before;
+            println!(
+                "{CALLS} {member}, no reply: {no_reply}: others wait {slowest:?}, grown by {growth} KiB"
+            );
+            assert!(growth <= MOST_GROWTH_KIB, "grown by {growth} KiB");
+            delays.push(slowest);
         }
-        (&mut flooding).await.unwrap();
-        let growth = status(pid, "VmHWM") - before;
-        let lasted = began.elapsed();
-        println!(
-            "{member}, no reply: {no_reply}: {lasted:?}, {answered} others' calls, slowest {slowest:?}, grown {growth} KiB"
-        );
-        assert!(growth <= MOST_GROWTH_KIB, "grown by {growth} KiB");
-        assert!(slowest <= MOST_DELAY, "another caller waited {slowest:?}");
     }
 }
 
@@ -131,6 +137,7 @@ async fn polkit_alone(system: &System, subject: &Caller) -> Duration {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_domains_are_listed_as_fast_as_polkit_answers_and_faster_from_memory() {
+    let _alone = ALONE.lock().await;
     let system = System::start();
     for index in 0..DOMAINS {
         let name = format!("domain-{index}");
@@ -144,19 +151,28 @@ async fn many_domains_are_listed_as_fast_as_polkit_answers_and_faster_from_memor
         (root.manager.list_domains().await.unwrap().len() == DOMAINS).then_some(())
     })
     .await;
-    let user = Caller::of_user(&system, USER).await;
-    let alone = polkit_alone(&system, &user).await;
-    let mut took = Vec::new();
-    for _ in 0..6 {
-        let asked = Instant::now();
-        assert_eq!(user.manager.list_domains().await.unwrap().len(), DOMAINS);
-        took.push(asked.elapsed());
+    let mut tries = Vec::new();
+    let good = |(alone, first, again): &(Duration, Duration, Duration)| {
+        *first <= *alone * 3 / 2 && *again <= Duration::from_millis(10)
+    };
+    while !tries.last().is_some_and(good) {
+        assert!(
+            tries.len() < ROUNDS,
+            "polkit alone, first list, list from memory: {tries:?}"
+        );
+        let user = Caller::of_user(&system, USER).await;
+        let alone = polkit_alone(&system, &user).await;
+        let mut took = Vec::new();
+        for _ in 0..6 {
+            let asked = Instant::now();
+            assert_eq!(user.manager.list_domains().await.unwrap().len(), DOMAINS);
+            took.push(asked.elapsed());
+        }
+        let again = took[1..].iter().min().unwrap();
+        println!(
+            "{DOMAINS} domains: polkit alone {alone:?}, listed {:?}, from memory {again:?}",
+            took[0]
+        );
+        tries.push((alone, took[0], *again));
     }
-    let fastest = took[1..].iter().min().unwrap();
-    println!(
-        "{DOMAINS} domains: polkit alone {alone:?}, listed {:?}, from memory {fastest:?}",
-        took[0]
-    );
-    assert!(took[0] <= alone * 3 / 2, "{took:?}, polkit alone {alone:?}");
-    assert!(*fastest <= Duration::from_millis(10), "{took:?}");
 }

@@ -1,6 +1,6 @@
 //! Who may do what to which object.
 //!
-//! One table of permissions, one question ([`Access::require`] where something is to change, [`Access::allows`] where
+//! One table of permissions, one question ([`Access::require`] where something is to change, [`Access::look`] where
 //! somebody only looks), and an [`Authority`] that answers it. Nothing else in the service knows polkit. Every error is a
 //! no; the reason goes to the log, not to the caller.
 
@@ -29,10 +29,13 @@ use crate::quota::{Exceeded, Quota};
 use cache::Cache;
 use turns::Turns;
 
-/// How long an answer may take: to a glance, for which others wait; to a question that needs nobody's password; and to
-/// one that does.
+/// How long the authority may take for an answer once it is asked: to a glance, for which others wait, and to a question
+/// that needs nobody's password.
 const GLANCE: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an answer may take in all, with the wait for a turn.
+const WHOLE_PATIENCE: Duration = Duration::from_secs(20);
+/// And one that needs a password.
 const INTERACTIVE_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Who asks.
@@ -79,6 +82,15 @@ pub enum Decision {
     Failed(String),
 }
 
+/// What comes of a glance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    Allowed,
+    Refused,
+    /// The authority could not say. That is a no, but nothing to make a list of.
+    Unknown,
+}
+
 /// Answers questions about callers. Dropping the answer withdraws the question.
 pub trait Authority: Send + Sync {
     fn check<'a>(
@@ -101,12 +113,15 @@ pub enum Error {
     /// Too many wait for a password.
     #[error("{0}")]
     Dialogs(#[from] Exceeded),
+    /// What may be seen is not known, so no list of it can be whole.
+    #[error("polkit could not be asked what may be seen: try again")]
+    Unknown,
 }
 
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Denied(_) => Kind::AccessDenied,
+            Self::Denied(_) | Self::Unknown => Kind::AccessDenied,
             Self::NeedsInteraction(_) => Kind::InteractiveAuthorizationRequired,
             Self::Dialogs(_) => Kind::LimitsExceeded,
         }
@@ -173,34 +188,34 @@ impl Access {
 
     /// Whether `caller` has `permission` as things stand, of an object whose id is never another's; nobody is asked for a
     /// password.
-    pub async fn allows(
+    pub async fn look(
         &self,
         caller: &Caller,
         permission: Permission,
         object: Object,
         details: &Details,
-    ) -> bool {
+    ) -> Look {
         let generation = self.authority.generation();
-        if let Some(allowed) = self.cache.get(&caller.name, permission, object, generation) {
-            return allowed;
+        match self.cache.get(&caller.name, permission, object, generation) {
+            Some(true) => return Look::Allowed,
+            Some(false) => return Look::Refused,
+            None => {}
         }
         let decision = self.ask_silently(caller, permission, details, GLANCE).await;
-        let allowed = match &decision {
-            Decision::Granted | Decision::GrantedForAWhile => true,
-            Decision::Challenge | Decision::Denied => false,
+        let look = match &decision {
+            Decision::Granted | Decision::GrantedForAWhile => Look::Allowed,
+            Decision::Challenge | Decision::Denied => Look::Refused,
             Decision::Failed(reason) => {
                 tracing::warn!(reason, "the authority failed: {} is denied", permission.action());
-                false
+                Look::Unknown
             }
         };
-        if matches!(
-            decision,
-            Decision::Granted | Decision::Challenge | Decision::Denied
-        ) {
+        if look != Look::Unknown && decision != Decision::GrantedForAWhile {
+            let allowed = look == Look::Allowed;
             self.cache
                 .put(&caller.name, permission, object, generation, allowed);
         }
-        allowed
+        look
     }
 
     /// Forgets what was decided for a connection that has gone.
@@ -235,13 +250,18 @@ impl Access {
             interactive: false,
             ..caller.clone()
         };
+        // The clock of the question itself starts with its turn: whoever asks much waits, and gets its answers.
         let question = async {
             let Some(_turn) = self.turns.take(caller.uid).await else {
                 return Decision::Failed("there are no more questions".into());
             };
-            self.authority.check(&silent, permission.action(), details).await
+            within(
+                patience,
+                self.authority.check(&silent, permission.action(), details),
+            )
+            .await
         };
-        within(patience, question).await
+        within(WHOLE_PATIENCE, question).await
     }
 }
 

@@ -37,7 +37,7 @@ async fn ask(decision: Decision) -> Result<(), Error> {
 async fn what_nothing_is_known_of_is_a_no() {
     let access = access(Fixed::default().with(Permission::DomainAbort.action(), Decision::Granted));
     assert_eq!(require(&access, &caller()).await, Err(Error::Denied(BACKUP)));
-    assert!(!access.allows(&caller(), READ, Some(1), &Details::default()).await);
+    assert!(access.look(&caller(), READ, Some(1), &Details::default()).await != Look::Allowed);
 }
 
 #[tokio::test]
@@ -76,7 +76,7 @@ async fn an_authority_that_never_answers_is_a_no() {
     let access = access(Silent);
     let silent = Caller { uid: 7, ..caller() };
     assert_eq!(require(&access, &silent).await, Err(Error::Denied(BACKUP)));
-    assert!(!access.allows(&silent, READ, Some(1), &Details::default()).await);
+    assert!(access.look(&silent, READ, Some(1), &Details::default()).await != Look::Allowed);
     let interactive = Caller {
         interactive: true,
         ..caller()
@@ -131,9 +131,9 @@ async fn asked_for_two_looks(answer: Decision, between: impl AsyncFn(&Counting, 
         ..Counting::default()
     });
     let access = access(counting.clone());
-    access.allows(&caller(), READ, Some(1), &Details::default()).await;
+    access.look(&caller(), READ, Some(1), &Details::default()).await;
     between(&counting, &access).await;
-    access.allows(&caller(), READ, Some(1), &Details::default()).await;
+    access.look(&caller(), READ, Some(1), &Details::default()).await;
     counting.asked.load(std::sync::atomic::Ordering::SeqCst)
 }
 
@@ -173,4 +173,29 @@ async fn what_changes_something_is_asked_each_time() {
     let access = access(counting);
     assert_eq!(require(&access, &caller()).await, Ok(()));
     assert_eq!(require(&access, &caller()).await, Err(Error::Denied(BACKUP)));
+}
+
+/// Takes its time for every answer.
+struct Slow;
+
+impl Authority for Slow {
+    fn check<'a>(&'a self, _: &'a Caller, _: &'static str, _: &'a Details) -> BoxFuture<'a, Decision> {
+        Box::pin(async {
+            tokio::time::sleep(GLANCE / 4).await;
+            Decision::Granted
+        })
+    }
+
+    fn generation(&self) -> u64 {
+        0
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_much_waits_for_its_turns_and_gets_every_answer() {
+    let access = access(Slow);
+    let (caller, details) = (caller(), Details::default());
+    let looks = (0..500).map(|object| access.look(&caller, READ, Some(object), &details));
+    let looks = futures_util::future::join_all(looks).await;
+    assert!(looks.iter().all(|look| *look == Look::Allowed));
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use zbus::wire::Variant;
 
 use super::Context;
+use super::backup::{BackupArguments, Wanted, create_backup};
 use super::call::{Answer, Call};
 use super::error::Result;
-use super::manager::{BackupArguments, Wanted, create_backup};
 use super::object::Properties;
 use crate::access::{self, Permission};
 use crate::domain::{Domain, Snapshot};

@@ -1,15 +1,12 @@
 //! `org.example.Backup1`: the root object.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-
 use zbus::wire::Variant;
 
+use super::backup::{Wanted, create_backup};
 use super::call::{Answer, Call};
 use super::object::Properties;
 use super::options::{self, Dictionary};
 use super::{Context, domain_path, job_path};
-use crate::domain::Domain;
 
 pub fn properties() -> Properties {
     vec![("Version", Variant::from(env!("CARGO_PKG_VERSION")))]
@@ -54,42 +51,6 @@ pub async fn call(context: &Context, call: &Call) -> Answer {
     }
 }
 
-/// The domain that a call is about.
-pub enum Wanted<'a> {
-    Named(&'a str),
-    /// The one whose object was called, whatever has its name by now.
-    This(Arc<Domain>),
-}
-
-/// The arguments that `CreateBackup` of the root and of a domain have in common: definition, files, options.
-pub type BackupArguments = (String, Vec<zbus::OwnedFd>, Dictionary);
-
-/// Starts a backup.
-pub async fn create_backup(
-    context: &Context,
-    call: &Call,
-    domain: Wanted<'_>,
-    (definition, files, options): BackupArguments,
-) -> Answer {
-    let (service, caller) = (&context.service, &call.caller);
-    let files = files.into_iter().map(OwnedFd::from).collect();
-    let request = service.request(caller, &definition, options::backup(options)?, files)?;
-    let authorised = call
-        .while_present(async {
-            let domain = match domain {
-                Wanted::Named(name) => service.domain(caller, name).await?,
-                Wanted::This(domain) => domain,
-            };
-            Ok(service.authorise(caller, domain, request).await?)
-        })
-        .await?;
-    // From here on the caller may leave: its backup is made.
-    let job = service.start(authorised).await?;
-    let id = job.id;
-    context.follower.add_job(job, caller.name.clone()).await;
-    call.reply(&(id, job_path(id)))
-}
-
 async fn list_domains(context: &Context, call: &Call) -> Answer {
     call.no_arguments()?;
     let domains = context.service.list_domains(&call.caller).await?;
@@ -126,7 +87,7 @@ async fn register_domain(context: &Context, call: &Call) -> Answer {
 
 async fn list_jobs(context: &Context, call: &Call) -> Answer {
     call.no_arguments()?;
-    let jobs = context.service.list_jobs(&call.caller).await;
+    let jobs = context.service.list_jobs(&call.caller).await?;
     let listed = jobs.iter().map(|job| {
         let state = job.status().state_word();
         (job.id, job_path(job.id), &job.domain.name, state)

@@ -1,8 +1,10 @@
 //! The service on the bus: messages into calls, results into replies, changes into signals.
 //!
-//! The only place that knows D-Bus, and no place for decisions. A call comes in at the [`door`], its path is looked up for
-//! its caller ([`object`]), and a module for each interface turns its arguments into a call of the service.
+//! The only place that knows D-Bus, and no place for decisions. A call comes in at the [`door`]; its path is looked up for
+//! its caller ([`object`]); the [`router`] finds the module of its interface, which turns the arguments into a call of the
+//! service.
 
+mod backup;
 mod call;
 mod domain;
 mod door;
@@ -13,6 +15,7 @@ mod manager;
 mod object;
 mod options;
 mod peers;
+mod router;
 mod signals;
 mod standard;
 

@@ -7,9 +7,8 @@ use std::sync::Arc;
 
 use zbus::wire::Variant;
 
-use super::call::{Answer, Call};
-use super::error::Result;
-use super::{Context, domain, domain_path, job, job_path, manager, standard};
+use super::call::Call;
+use super::{Context, domain_path, job_path};
 use crate::domain::Domain;
 use crate::job::Job;
 use crate::names::{DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
@@ -42,26 +41,8 @@ impl Object {
 }
 
 impl Context {
-    pub async fn answer(&self, call: &Call) -> Answer {
-        if call.interface == standard::PEER {
-            // It is there at every path (D-Bus specification, "org.freedesktop.DBus.Peer").
-            return standard::peer(call).await;
-        }
-        let object = self.object(call).await.ok_or_else(|| call.no_object())?;
-        match call.interface.as_str() {
-            standard::INTROSPECTABLE => standard::introspectable(self, call, &object).await,
-            standard::PROPERTIES => standard::properties(self, call, &object).await,
-            name if object.interface() == Some(name) => match &object {
-                Object::Root => manager::call(self, call).await,
-                Object::Domain(domain) => domain::call(self, call, domain).await,
-                Object::Job(job) => job::call(self, call, job).await,
-                Object::Above(_) | Object::Domains | Object::Jobs => Err(call.unknown_interface(name)),
-            },
-            name => Err(call.unknown_interface(name)),
-        }
-    }
-
-    async fn object(&self, call: &Call) -> Option<Object> {
+    /// The object at the call's path.
+    pub async fn object(&self, call: &Call) -> Option<Object> {
         let path = call.path.as_str();
         let Some(below) = path.strip_prefix(ROOT_PATH) else {
             return above(path).map(Object::Above);
@@ -81,16 +62,6 @@ impl Context {
                 (is_it && self.service.knows(&call.caller, &job).await).then_some(Object::Job(job))
             }
             _ => None,
-        }
-    }
-
-    /// What the caller may read of an object.
-    pub async fn properties(&self, call: &Call, object: &Object) -> Result<Properties> {
-        match object {
-            Object::Root => Ok(manager::properties()),
-            Object::Domain(domain) => domain::properties(self, call, domain).await,
-            Object::Job(job) => Ok(job::properties(job)),
-            Object::Above(_) | Object::Domains | Object::Jobs => Ok(Properties::new()),
         }
     }
 }

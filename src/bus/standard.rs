@@ -9,7 +9,7 @@ use zbus::wire::{OwnedVariant, Variant};
 use super::call::{Answer, Call};
 use super::error::BusError;
 use super::object::Object;
-use super::{Context, domain_path, job_path};
+use super::{Context, domain, domain_path, job, job_path, manager};
 use crate::error::Kind;
 
 pub const INTROSPECTABLE: &str = "org.freedesktop.DBus.Introspectable";
@@ -60,14 +60,15 @@ pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> 
         Object::Root => vec!["domain".to_owned(), "job".to_owned()],
         Object::Above(part) => vec![(*part).to_owned()],
         Object::Domains => {
-            let domains = context.service.visible_domains(&call.caller).await;
+            let domains = context.service.domains.list();
+            let domains = context.service.visible(&call.caller, domains).await;
             domains
                 .iter()
                 .map(|domain| last(domain_path(domain.id).as_str()))
                 .collect()
         }
         Object::Jobs => {
-            let jobs = context.service.list_jobs(&call.caller).await;
+            let jobs = context.service.list_jobs(&call.caller).await?;
             jobs.iter().map(|job| last(job_path(job.id).as_str())).collect()
         }
         Object::Domain(_) | Object::Job(_) => Vec::new(),
@@ -140,7 +141,13 @@ async fn of_interface(
     if object.interface() != Some(interface) {
         return Err(call.unknown_interface(interface));
     }
-    Ok(context.properties(call, object).await?.into_iter().collect())
+    let properties = match object {
+        Object::Root => manager::properties(),
+        Object::Domain(domain) => domain::properties(context, call, domain).await?,
+        Object::Job(job) => job::properties(job),
+        Object::Above(_) | Object::Domains | Object::Jobs => Vec::new(),
+    };
+    Ok(properties.into_iter().collect())
 }
 
 fn unknown_property(name: &str) -> BusError {

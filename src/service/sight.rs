@@ -8,7 +8,7 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 
 use super::{Service, details};
-use crate::access::{self, Caller, Details, Permission};
+use crate::access::{self, Caller, Details, Look, Permission};
 use crate::domain::{self, Domain};
 use crate::error::{Error, Kind, Result};
 use crate::job::Job;
@@ -30,23 +30,19 @@ impl Service {
 
     /// The domains that `caller` may know of, by name.
     pub async fn list_domains(&self, caller: &Caller) -> Result<Vec<Arc<Domain>>> {
+        let permission = Permission::ServiceSearchDomains;
         let details = service_details();
-        if !self
-            .access
-            .allows(caller, Permission::ServiceSearchDomains, None, &details)
-            .await
-        {
-            return Err(access::Error::Denied(Permission::ServiceSearchDomains).into());
+        match self.access.look(caller, permission, None, &details).await {
+            Look::Allowed => {}
+            Look::Refused | Look::Unknown => return Err(access::Error::Denied(permission).into()),
         }
-        Ok(self.visible_domains(caller).await)
+        let domains = self.domains.list();
+        let looks = join_all(domains.iter().map(|domain| self.view(caller, domain, false))).await;
+        Ok(whole(domains, looks)?)
     }
 
-    /// The same, for a caller that did not ask for a list.
-    pub async fn visible_domains(&self, caller: &Caller) -> Vec<Arc<Domain>> {
-        self.visible(caller, self.domains.list()).await
-    }
-
-    async fn visible(&self, caller: &Caller, domains: Vec<Arc<Domain>>) -> Vec<Arc<Domain>> {
+    /// The same for who did not ask for a list, and is told what is known.
+    pub async fn visible(&self, caller: &Caller, domains: Vec<Arc<Domain>>) -> Vec<Arc<Domain>> {
         let seen = join_all(domains.iter().map(|domain| self.sees(caller, domain))).await;
         let seen = domains.into_iter().zip(seen);
         seen.filter_map(|(domain, seen)| seen.then_some(domain)).collect()
@@ -54,21 +50,35 @@ impl Service {
 
     /// Whether `caller` may know that `domain` exists.
     pub async fn sees(&self, caller: &Caller, domain: &Domain) -> bool {
-        let may = async |permission| self.may(caller, permission, domain).await;
-        (!domain.is_foreign(caller.uid) || may(Permission::DomainSeeForeign).await)
-            && may(Permission::DomainGetattr).await
+        self.view(caller, domain, false).await == Look::Allowed
     }
 
     /// Whether `caller` may know what `domain` has and does.
     pub async fn reads(&self, caller: &Caller, domain: &Domain) -> bool {
-        self.sees(caller, domain).await && self.may(caller, Permission::DomainRead, domain).await
+        self.view(caller, domain, true).await == Look::Allowed
     }
 
-    async fn may(&self, caller: &Caller, permission: Permission, domain: &Domain) -> bool {
+    /// What `caller` may know of `domain`: all of it, or that it exists.
+    async fn view(&self, caller: &Caller, domain: &Domain, all: bool) -> Look {
+        let foreign = domain.is_foreign(caller.uid);
+        let permissions = [
+            (Permission::DomainSeeForeign, foreign),
+            (Permission::DomainGetattr, true),
+            (Permission::DomainRead, all),
+        ];
         let details = details(domain);
-        self.access
-            .allows(caller, permission, Some(domain.id), &details)
-            .await
+        for (permission, needed) in permissions {
+            if needed {
+                let look = self
+                    .access
+                    .look(caller, permission, Some(domain.id), &details)
+                    .await;
+                if look != Look::Allowed {
+                    return look;
+                }
+            }
+        }
+        Look::Allowed
     }
 
     /// The job of that number, if `caller` started it or may read its domain.
@@ -82,17 +92,34 @@ impl Service {
     }
 
     /// Jobs that `caller` started or whose domain it may read, by number.
-    pub async fn list_jobs(&self, caller: &Caller) -> Vec<Arc<Job>> {
+    pub async fn list_jobs(&self, caller: &Caller) -> Result<Vec<Arc<Job>>> {
         let jobs = self.jobs.list();
-        let known = join_all(jobs.iter().map(|job| self.knows(caller, job))).await;
-        let known = jobs.into_iter().zip(known);
-        known.filter_map(|(job, known)| known.then_some(job)).collect()
+        let looks = join_all(jobs.iter().map(|job| self.view_job(caller, job))).await;
+        Ok(whole(jobs, looks)?)
     }
 
     /// Whether `caller` may know of `job`.
     pub async fn knows(&self, caller: &Caller, job: &Job) -> bool {
-        job.started_by == caller.uid || self.reads(caller, &job.domain).await
+        self.view_job(caller, job).await == Look::Allowed
     }
+
+    async fn view_job(&self, caller: &Caller, job: &Job) -> Look {
+        if job.started_by == caller.uid {
+            return Look::Allowed;
+        }
+        self.view(caller, &job.domain, true).await
+    }
+}
+
+/// A list without what is refused. One that may lack something for another reason would be taken for all that there is.
+fn whole<T>(objects: Vec<T>, looks: Vec<Look>) -> std::result::Result<Vec<T>, access::Error> {
+    if looks.contains(&Look::Unknown) {
+        return Err(access::Error::Unknown);
+    }
+    let seen = objects.into_iter().zip(looks);
+    Ok(seen
+        .filter_map(|(object, look)| (look == Look::Allowed).then_some(object))
+        .collect())
 }
 
 /// What an authority is told where there is no domain.

@@ -1,0 +1,45 @@
+//! What `CreateBackup` of the root object and of a domain have in common.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::call::{Answer, Call};
+use super::options::{self, Dictionary};
+use super::{Context, job_path};
+use crate::domain::Domain;
+
+/// The domain that a call is about.
+pub enum Wanted<'a> {
+    Named(&'a str),
+    /// The one whose object was called, whatever has its name by now.
+    This(Arc<Domain>),
+}
+
+/// Definition, files, options.
+pub type BackupArguments = (String, Vec<zbus::OwnedFd>, Dictionary);
+
+/// Starts a backup.
+pub async fn create_backup(
+    context: &Context,
+    call: &Call,
+    domain: Wanted<'_>,
+    (definition, files, options): BackupArguments,
+) -> Answer {
+    let (service, caller) = (&context.service, &call.caller);
+    let files = files.into_iter().map(OwnedFd::from).collect();
+    let request = service.request(caller, &definition, options::backup(options)?, files)?;
+    let authorised = call
+        .while_present(async {
+            let domain = match domain {
+                Wanted::Named(name) => service.domain(caller, name).await?,
+                Wanted::This(domain) => domain,
+            };
+            Ok(service.authorise(caller, domain, request).await?)
+        })
+        .await?;
+    // From here on the caller may leave: its backup is made.
+    let job = service.start(authorised).await?;
+    let id = job.id;
+    context.follower.add_job(job, caller.name.clone()).await;
+    call.reply(&(id, job_path(id)))
+}

@@ -1,0 +1,26 @@
+//! From an object and an interface to the module that answers.
+
+use super::call::{Answer, Call};
+use super::object::Object;
+use super::{Context, domain, job, manager, standard};
+
+impl Context {
+    pub async fn answer(&self, call: &Call) -> Answer {
+        if call.interface == standard::PEER {
+            // It is there at every path (D-Bus specification, "org.freedesktop.DBus.Peer").
+            return standard::peer(call).await;
+        }
+        let object = self.object(call).await.ok_or_else(|| call.no_object())?;
+        match call.interface.as_str() {
+            standard::INTROSPECTABLE => standard::introspectable(self, call, &object).await,
+            standard::PROPERTIES => standard::properties(self, call, &object).await,
+            name if object.interface() == Some(name) => match &object {
+                Object::Root => manager::call(self, call).await,
+                Object::Domain(domain) => domain::call(self, call, domain).await,
+                Object::Job(job) => job::call(self, call, job).await,
+                Object::Above(_) | Object::Domains | Object::Jobs => Err(call.unknown_interface(name)),
+            },
+            name => Err(call.unknown_interface(name)),
+        }
+    }
+}

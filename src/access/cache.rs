@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::Permission;
 
@@ -17,8 +18,9 @@ const KEEP: Duration = Duration::from_secs(30);
 const MOST_OF_A_CALLER: usize = 4096;
 const MOST: usize = 65536;
 
-/// The object of a question: a domain's id, or nothing for the service itself.
-pub type Object = Option<u64>;
+/// The object of a question: a domain, by its id and the UUID that is known of it, or nothing for the service itself. What
+/// was answered of a domain whose UUID was not known yet says nothing of it afterwards.
+pub type Object = Option<(u64, Option<Uuid>)>;
 
 #[derive(Debug, Clone, Copy)]
 struct Answer {
@@ -105,24 +107,28 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_answer_counts_for_half_a_minute() {
         let cache = Cache::default();
-        cache.put(":1.1", READ, Some(1), 0, true);
+        cache.put(":1.1", READ, Some((1, None)), 0, true);
         tokio::time::advance(KEEP - Duration::from_secs(1)).await;
-        assert_eq!(cache.get(":1.1", READ, Some(1), 0), Some(true));
+        assert_eq!(cache.get(":1.1", READ, Some((1, None)), 0), Some(true));
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(cache.get(":1.1", READ, Some(1), 0), None);
+        assert_eq!(cache.get(":1.1", READ, Some((1, None)), 0), None);
     }
 
     #[tokio::test]
     async fn an_answer_is_for_one_caller_permission_object_and_generation() {
         let cache = Cache::default();
-        cache.put(":1.1", READ, Some(1), 7, false);
-        assert_eq!(cache.get(":1.1", READ, Some(1), 7), Some(false));
-        assert_eq!(cache.get(":1.2", READ, Some(1), 7), None);
-        assert_eq!(cache.get(":1.1", Permission::DomainGetattr, Some(1), 7), None);
-        assert_eq!(cache.get(":1.1", READ, Some(2), 7), None);
-        assert_eq!(cache.get(":1.1", READ, Some(1), 8), None);
+        cache.put(":1.1", READ, Some((1, None)), 7, false);
+        assert_eq!(cache.get(":1.1", READ, Some((1, None)), 7), Some(false));
+        assert_eq!(cache.get(":1.2", READ, Some((1, None)), 7), None);
+        assert_eq!(
+            cache.get(":1.1", Permission::DomainGetattr, Some((1, None)), 7),
+            None
+        );
+        assert_eq!(cache.get(":1.1", READ, Some((2, None)), 7), None);
+        assert_eq!(cache.get(":1.1", READ, Some((1, None)), 8), None);
+        assert_eq!(cache.get(":1.1", READ, Some((1, Some(Uuid::nil()))), 7), None);
         cache.forget(":1.1");
-        assert_eq!(cache.get(":1.1", READ, Some(1), 7), None);
+        assert_eq!(cache.get(":1.1", READ, Some((1, None)), 7), None);
         assert_eq!(cache.lock().count, 0);
     }
 
@@ -131,15 +137,15 @@ mod tests {
         let cache = Cache::default();
         for caller in 0..MOST / MOST_OF_A_CALLER {
             for object in 0..=MOST_OF_A_CALLER as u64 {
-                cache.put(&format!(":1.{caller}"), READ, Some(object), 0, true);
+                cache.put(&format!(":1.{caller}"), READ, Some((object, None)), 0, true);
             }
         }
         assert_eq!(cache.lock().count, MOST);
-        cache.put(":2.1", READ, Some(1), 0, true);
-        assert_eq!(cache.get(":2.1", READ, Some(1), 0), None);
+        cache.put(":2.1", READ, Some((1, None)), 0, true);
+        assert_eq!(cache.get(":2.1", READ, Some((1, None)), 0), None);
         tokio::time::advance(KEEP).await;
-        cache.put(":2.1", READ, Some(1), 0, true);
-        assert_eq!(cache.get(":2.1", READ, Some(1), 0), Some(true));
+        cache.put(":2.1", READ, Some((1, None)), 0, true);
+        assert_eq!(cache.get(":2.1", READ, Some((1, None)), 0), Some(true));
         assert_eq!(cache.lock().count, 1);
     }
 }

@@ -37,7 +37,12 @@ async fn ask(decision: Decision) -> Result<(), Error> {
 async fn what_nothing_is_known_of_is_a_no() {
     let access = access(Fixed::default().with(Permission::DomainAbort.action(), Decision::Granted));
     assert_eq!(require(&access, &caller()).await, Err(Error::Denied(BACKUP)));
-    assert!(access.look(&caller(), READ, Some(1), &Details::default()).await != Look::Allowed);
+    assert!(
+        access
+            .look(&caller(), READ, Some((1, None)), &Details::default())
+            .await
+            != Look::Allowed
+    );
 }
 
 #[tokio::test]
@@ -76,7 +81,12 @@ async fn an_authority_that_never_answers_is_a_no() {
     let access = access(Silent);
     let silent = Caller { uid: 7, ..caller() };
     assert_eq!(require(&access, &silent).await, Err(Error::Denied(BACKUP)));
-    assert!(access.look(&silent, READ, Some(1), &Details::default()).await != Look::Allowed);
+    assert!(
+        access
+            .look(&silent, READ, Some((1, None)), &Details::default())
+            .await
+            != Look::Allowed
+    );
     let interactive = Caller {
         interactive: true,
         ..caller()
@@ -131,9 +141,13 @@ async fn asked_for_two_looks(answer: Decision, between: impl AsyncFn(&Counting, 
         ..Counting::default()
     });
     let access = access(counting.clone());
-    access.look(&caller(), READ, Some(1), &Details::default()).await;
+    access
+        .look(&caller(), READ, Some((1, None)), &Details::default())
+        .await;
     between(&counting, &access).await;
-    access.look(&caller(), READ, Some(1), &Details::default()).await;
+    access
+        .look(&caller(), READ, Some((1, None)), &Details::default())
+        .await;
     counting.asked.load(std::sync::atomic::Ordering::SeqCst)
 }
 
@@ -195,7 +209,7 @@ impl Authority for Slow {
 async fn who_asks_much_waits_for_its_turns_and_gets_every_answer() {
     let access = access(Slow);
     let (caller, details) = (caller(), Details::default());
-    let looks = (0..500).map(|object| access.look(&caller, READ, Some(object), &details));
+    let looks = (0..500).map(|object| access.look(&caller, READ, Some((object, None)), &details));
     let looks = futures_util::future::join_all(looks).await;
     assert!(looks.iter().all(|look| *look == Look::Allowed));
 }

@@ -67,12 +67,10 @@ impl Service {
             (Permission::DomainRead, all),
         ];
         let details = details(domain);
+        let object = Some((domain.id, domain.snapshot().uuid));
         for (permission, needed) in permissions {
             if needed {
-                let look = self
-                    .access
-                    .look(caller, permission, Some(domain.id), &details)
-                    .await;
+                let look = self.access.look(caller, permission, object, &details).await;
                 if look != Look::Allowed {
                     return look;
                 }

@@ -8,9 +8,12 @@ use rustix::io::Errno;
 use super::path::{Trust, open_directory};
 use super::{Error, Media, Publication, Target};
 
-/// The device's own path where `path` is a symbolic link, as most names below `/dev` are. It is followed only where nobody
-/// but root can have made it: it lies in directories that nobody else can write. Nothing where it leads nowhere.
+/// The device's own path where `path` is a symbolic link, as most names below `/dev` are. It is followed only there, where
+/// looking never hangs and nobody but root can have made it. Nothing where it leads nowhere.
 pub fn device_path(path: &Path) -> Option<PathBuf> {
+    if !path.starts_with("/dev") {
+        return None;
+    }
     open_directory(path.parent()?, Trust::Administrator).ok()?;
     std::fs::canonicalize(path).ok()
 }

@@ -458,17 +458,27 @@ async fn one_user_exports_one_machine_into_files_of_her_own() {
     let rules = example(
         "50-backupd-anna-export-own-files.rules",
         &[("subject.user == \"anna\"", "subject.user == \"nobody\"")],
-    );
+    ) + &BERT.allowed("service.register-domain")
+        + &ANNA.allowed("domain.see-foreign");
     let system = System::setup().rules(&rules).start();
-    let _web = configured(&system, "web");
+    let (anna, bert) = (User::new(&system, ANNA).await, User::new(&system, BERT).await);
+    let berts = machine(&system, "berts");
+    let berts = bert.register("web", &berts).await.unwrap();
+    let _web = configured_after(&system, "web", &berts);
     configured_in_name_only(&system, "mail");
     let file = open_file(&system, "web.qcow2");
-    let (anna, bert) = (User::new(&system, ANNA).await, User::new(&system, BERT).await);
     assert_eq!(bert.copy_into("web", &file).await, no(PASSWORD));
     assert_eq!(anna.copy_into("mail", &file).await, no(PASSWORD));
     let path = into_file(system.dir().join("other.qcow2"));
     assert_eq!(anna.back_up("web", &path).await, no(PASSWORD));
     assert_eq!(anna.back_up("web", "").await, no(PASSWORD));
+    // Another user's of that name, which she sees.
+    let path = berts.inner().path().to_owned();
+    let seen = DomainProxy::new(&anna.connection, path).await.unwrap();
+    assert_eq!(seen.owner().await.unwrap(), BERT.uid);
+    let files = vec![(&file).into()];
+    let refused = seen.create_backup(OPEN_FILE, files, Options::new()).await;
+    assert_eq!(error_name(&refused.unwrap_err()), PASSWORD);
     assert_eq!(anna.copy_into("web", &file).await, Ok(()));
 }
 

@@ -5,6 +5,8 @@ mod common;
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use backupd::names::{BUS_NAME, MANAGER_INTERFACE, ROOT_PATH};
@@ -12,6 +14,7 @@ use common::System;
 use common::caller::{Caller, connect_as};
 use common::clients::{OTHER_USER, USER};
 use common::polkit::POLKIT_NAME;
+use common::proxies::Options;
 use common::wait;
 use futures_util::stream::{self, StreamExt};
 use zbus::message::Flags;
@@ -174,5 +177,57 @@ async fn many_domains_are_listed_as_fast_as_polkit_answers_and_faster_from_memor
             took[0]
         );
         tries.push((alone, took[0], *again));
+    }
+}
+
+/// A connected socket whose last close waits for a minute: it lingers, and what was sent does not leave (socket(7)).
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (receiver, _) = listener.accept().unwrap();
+    rustix::net::sockopt::set_socket_linger(&sender, Some(2 * wait::DEADLINE)).unwrap();
+    sender.set_nonblocking(true).unwrap();
+    while sender.write(&[0; 65536]).is_ok() {}
+    (sender, receiver)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_takes_its_time_to_close_keeps_nobody_waiting() {
+    let _alone = ALONE.lock().await;
+    let system = System::start();
+    let caller = connect_as(&system, USER).await;
+    let mut receivers = Vec::new();
+    for round in 0..4 {
+        for (member, no_reply) in [
+            ("CreateBackup", false),
+            ("CreateBackup", true),
+            ("RegisterDomain", false),
+        ] {
+            let (sender, receiver) = lingering();
+            receivers.push(receiver);
+            let call = Message::method_call(ROOT_PATH, member)
+                .destination(BUS_NAME)
+                .interface(MANAGER_INTERFACE);
+            let call = if no_reply {
+                call.with_flags(Flags::NO_REPLY_EXPECTED)
+            } else {
+                call
+            };
+            let options = Options::new();
+            let call = match member {
+                "CreateBackup" => call.build(&("nowhere", "", vec![zbus::Fd::from(&sender)], options)),
+                _ => call.build(&(format!("vm{round}"), zbus::Fd::from(&sender), options)),
+            };
+            let call = call.unwrap();
+            caller.send(&call).await.unwrap();
+            // The service's is the last.
+            drop((call, sender));
+        }
+    }
+    // The deadline of this is half of what the sockets would take.
+    let other = Caller::new(&system).await;
+    for _ in 0..20 {
+        let answer = wait::within("another caller's answer", other.manager.get_domain("web")).await;
+        assert!(answer.is_err());
     }
 }

@@ -363,6 +363,21 @@ async fn a_disk_of_a_machine_whatever_it_is_called() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_existing_file_that_has_another_name_too() {
+    let scene = Scene::new().await;
+    let (named, other) = (scene.target("named"), scene.target("other"));
+    fs::write(&other, "").unwrap();
+    fs::hard_link(&other, &named).unwrap();
+    let document = format!(
+        "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+        named.display()
+    );
+    scene
+        .refuses_reuse(&document, "TargetInvalid", &["named", "other names"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_file_for_two_disks() {
     let scene = Scene::new().await;
     let (a, b) = (scene.target("a"), scene.target("b"));

@@ -48,7 +48,8 @@ pub struct Caller {
     pub interactive: bool,
 }
 
-/// Facts about the object and the request, for the administrator's rules. Only what the service itself verified.
+/// Facts about the object and the request, for the administrator's rules: what the service itself verified, and of a domain's
+/// UUID and disks what its QEMU says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Details(Vec<(&'static str, String)>);
 

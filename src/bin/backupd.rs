@@ -23,6 +23,9 @@ use tracing_subscriber::util::SubscriberInitExt;
 /// find them, but not to wait for one that hangs.
 const FIRST_LOOK: Duration = Duration::from_secs(2);
 
+/// How long the end waits for what blocks.
+const LAST_WORK: Duration = Duration::from_secs(1);
+
 /// Backs up running QEMU virtual machines for callers on the system bus.
 #[derive(Parser)]
 #[command(version)]
@@ -48,18 +51,28 @@ enum Fatal {
     BusLost,
 }
 
-#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start_log();
     die_of_panics();
-    match run(arguments).await {
+    match start(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn start(arguments: Arguments) -> Result<(), Fatal> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let ended = runtime.block_on(run(arguments));
+    // All that matters is done: what still blocks is the closing of something that a caller passed.
+    runtime.shutdown_timeout(LAST_WORK);
+    ended
 }
 
 async fn run(arguments: Arguments) -> Result<(), Fatal> {

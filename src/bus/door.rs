@@ -12,6 +12,7 @@ use zbus::{DBusError, Message, MessageStream};
 
 use super::Context;
 use super::call::Call;
+use super::closer::{Closer, Held};
 use super::error::{BusError, Result};
 use super::peers::Visit;
 use crate::error::Kind;
@@ -20,14 +21,16 @@ use crate::error::Kind;
 #[derive(Clone)]
 pub struct Door {
     context: Context,
+    closer: Closer,
     closing: CancellationToken,
     tasks: TaskTracker,
 }
 
 impl Door {
-    pub fn new(context: Context) -> Self {
+    pub fn new(context: Context, closer: Closer) -> Self {
         Self {
             context,
+            closer,
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }
@@ -52,12 +55,14 @@ impl Door {
     }
 
     async fn admit(&self, message: Message) {
+        let held = Held::of(&message);
         let header = message.header();
         // Who wants no reply would not hear what became of the call, and evades the bus's own limit on calls in flight.
         // There is no method that would be of use to such a caller.
         if header.primary().flags().contains(Flags::NO_REPLY_EXPECTED) {
             tracing::trace!(sender = ?header.sender(), "a call without a reply is left out");
-            return;
+            drop(message);
+            return self.closer.close(held);
         }
         let visit = match header.sender() {
             Some(sender) => self.context.peers.enter(sender.as_str()),
@@ -66,9 +71,16 @@ impl Door {
         match visit {
             Ok(visit) => {
                 let door = self.clone();
-                self.tasks.spawn(async move { door.serve(message, visit).await });
+                self.tasks.spawn(async move {
+                    door.serve(message, visit).await;
+                    door.closer.close(held);
+                });
             }
-            Err(error) => self.context.send(error.create_reply(&header)).await,
+            Err(error) => {
+                self.context.send(error.create_reply(&header)).await;
+                drop(message);
+                self.closer.close(held);
+            }
         }
     }
 

@@ -6,6 +6,7 @@
 
 mod backup;
 mod call;
+mod closer;
 mod domain;
 mod door;
 mod error;
@@ -51,6 +52,7 @@ pub struct Published {
     receiving: JoinHandle<()>,
     follower: Follower,
     following: JoinHandle<()>,
+    closing: JoinHandle<()>,
     watching: JoinHandle<()>,
 }
 
@@ -82,14 +84,17 @@ pub async fn publish(
         .map_err(|_| zbus::Error::Failure("the bus does not tell who leaves".into()))?;
     let rule = MatchRule::builder().msg_type(Type::MethodCall).build()?;
     let calls = MessageStream::for_match_rule(rule, &connection, None).await?;
-    let door = Door::new(Context {
+    let (closer, closing) = closer::new(connection.clone());
+    let context = Context {
         connection: connection.clone(),
         service,
         peers,
         follower: follower.clone(),
-    });
+    };
+    let door = Door::new(context, closer);
     let receiving = tokio::spawn(door.clone().receive(calls));
     let following = tokio::spawn(work.run());
+    let closing = tokio::spawn(closing.run());
     connection.request_name(BUS_NAME).await?;
     Ok(Published {
         connection,
@@ -97,6 +102,7 @@ pub async fn publish(
         receiving,
         follower,
         following,
+        closing,
         watching,
     })
 }
@@ -117,6 +123,7 @@ impl Published {
         self.door.close().await;
         let _ = self.receiving.await;
         self.watching.abort();
+        self.closing.abort();
         // Where the bus is gone, so are name and connection.
         let _ = self.connection.release_name(BUS_NAME).await;
         let _ = self.connection.close().await;

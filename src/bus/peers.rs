@@ -14,7 +14,7 @@ use zbus::names::{BusName, UniqueName};
 use super::error::{BusError, Result};
 use crate::access::Caller;
 use crate::error::Kind;
-use crate::quota::{Exceeded, Quota, Share};
+use crate::quota::{Quota, Share};
 use crate::service::Service;
 
 /// Connections that are known at a time; more than a bus has by default.
@@ -96,12 +96,8 @@ impl Peers {
         let share = match peer.uid.get() {
             Some(uid) => Some(self.calls.take(*uid, 1)?),
             None if peer.calls.load(Ordering::Relaxed) >= MOST_UNKNOWN => {
-                let key = "calls-per-user".to_owned();
-                return Err(Exceeded {
-                    key,
-                    limit: MOST_UNKNOWN,
-                }
-                .into());
+                let text = format!("{MOST_UNKNOWN} calls came before the bus said whose they are: try again");
+                return Err(BusError::new(Kind::LimitsExceeded, text));
             }
             None => None,
         };

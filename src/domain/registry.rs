@@ -144,6 +144,10 @@ impl Registry {
         check_new_name(name)?;
         check_name(&self.lock(), name, uid)?;
         let share = self.quota.take(uid, 1)?;
+        // Closed last, on a thread that may block: a socket can have things in its queue whose end takes time.
+        let last = socket
+            .try_clone()
+            .map_err(|error| not_a_socket(name, error.to_string()))?;
         let stream = stream(name, socket)?;
         let peer = monitor::peer(&stream);
         let opened = Client::open(stream, GREETING).await;
@@ -168,6 +172,7 @@ impl Registry {
         self.tasks.spawn(async move {
             monitor::serve_once(served.clone(), Link::new(client, peer), driver, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
+            tokio::task::spawn_blocking(move || drop(last));
         });
         // The caller gets a domain that answers, or the reason why it does not.
         domain.link().await?;
@@ -296,11 +301,15 @@ fn check_name(domains: &Domains, name: &str, owner: u32) -> Result<(), Error> {
     }
 }
 
-fn stream(name: &str, socket: OwnedFd) -> Result<tokio::net::UnixStream, Error> {
-    let not = |why: String| Error::NotASocket {
+fn not_a_socket(name: &str, why: String) -> Error {
+    Error::NotASocket {
         name: name.to_owned(),
         why,
-    };
+    }
+}
+
+fn stream(name: &str, socket: OwnedFd) -> Result<tokio::net::UnixStream, Error> {
+    let not = |why: String| not_a_socket(name, why);
     let domain = rustix::net::sockopt::socket_domain(&socket).map_err(|error| not(error.to_string()))?;
     let kind = rustix::net::sockopt::socket_type(&socket).map_err(|error| not(error.to_string()))?;
     if domain != rustix::net::AddressFamily::UNIX || kind != rustix::net::SocketType::STREAM {

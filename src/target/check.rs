@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::{Error, Media, Publication, Sources, Target};
 use crate::definition::Format;
-use crate::plan::DiskPlan;
+use crate::plan::{DiskPlan, Place};
 
 /// qcow2's magic and where its header has the version and the virtual size, big-endian
 /// (QEMU's `docs/interop/qcow2.txt`).
@@ -21,16 +21,20 @@ pub fn source(target: &Target, sources: &Sources) -> Result<(), Error> {
     Ok(())
 }
 
-/// A file that was opened by O_TMPFILE, or removed since, is gone with its last descriptor, and the backup with it.
-pub fn named(target: &Target) -> Result<(), Error> {
-    let stat = rustix::fs::fstat(&target.file).map_err(|errno| Error::io("stat", &target.label, errno))?;
-    if target.media == Media::Regular && stat.st_nlink == 0 {
-        return Err(Error::Nameless {
-            disk: target.disk.clone(),
-            target: target.label.clone(),
-        });
+/// A file has one name. One that was opened by O_TMPFILE, or removed since, is gone with its last descriptor, and the backup
+/// with it. One that the caller was authorised for by its path may be another's under another name; what the caller opened
+/// itself, it was let write to.
+pub fn names(target: &Target, place: &Place) -> Result<(), Error> {
+    if target.media == Media::Block {
+        return Ok(());
     }
-    Ok(())
+    let (disk, label) = (target.disk.clone(), target.label.clone());
+    let stat = rustix::fs::fstat(&target.file).map_err(|errno| Error::io("stat", &label, errno))?;
+    match (stat.st_nlink, place) {
+        (0, _) => Err(Error::Nameless { disk, target: label }),
+        (2.., Place::File(_)) => Err(Error::Linked { disk, target: label }),
+        _ => Ok(()),
+    }
 }
 
 pub fn twice(target: &Target, all: &[Target]) -> Result<(), Error> {

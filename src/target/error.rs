@@ -55,6 +55,8 @@ pub enum Error {
         "disk '{disk}': {target} is a file without a name, and would be gone when it is closed: give it one"
     )]
     Nameless { disk: String, target: String },
+    #[error("disk '{disk}': {target} has other names beside this one (hard links): use a file of its own")]
+    Linked { disk: String, target: String },
     #[error("disk '{disk}': {target} is in use by the system, as a file system or otherwise")]
     DeviceInUse { disk: String, target: String },
     #[error("{target} has {free} bytes of free space where the backup takes up to {needed}")]
@@ -99,6 +101,7 @@ impl Error {
             | Self::IsSource { disk, .. }
             | Self::AccessMode { disk, .. }
             | Self::Nameless { disk, .. }
+            | Self::Linked { disk, .. }
             | Self::DeviceInUse { disk, .. } => Some(disk),
             Self::Io { disk, .. } => disk.as_deref(),
             _ => None,
@@ -128,6 +131,7 @@ impl Error {
             | Self::SameTarget { .. }
             | Self::AccessMode { .. }
             | Self::Nameless { .. }
+            | Self::Linked { .. }
             | Self::DeviceInUse { .. } => Kind::TargetInvalid,
         }
     }

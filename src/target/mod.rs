@@ -117,7 +117,7 @@ impl Targets {
         for (target, disk) in targets.targets.iter().zip(&plan.disks) {
             check::source(target, sources)?;
             check::twice(target, &targets.targets)?;
-            check::named(target)?;
+            check::names(target, &disk.place)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         check::space(&targets.targets, &plan.disks)?;

@@ -15,14 +15,12 @@ use std::process::Command;
 use backupd::access::{Implicit, TABLE};
 use backupd::config::Limits;
 use common::bus::project_file;
-use common::caller::Caller;
+use common::caller::{Caller, connect_as};
 use common::disk::Disk;
 use common::polkit;
 use common::proxies::{DomainProxy, JobProxy, ManagerProxy, Options, error_name};
 use common::vm::Vm;
 use common::{System, process, storage, test_directory, wait};
-use rustix::process::{Gid, Uid};
-use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use zbus::wire::{OwnedObjectPath, Variant};
 
 /// Everything in `docs/polkit-rules`.
@@ -71,18 +69,17 @@ fn example(name: &str, substitutes: &[(&str, &str)]) -> String {
 struct Account {
     name: &'static str,
     uid: u32,
-    gid: u32,
 }
 
-const ANNA: Account = account("nobody", 65534, 65534);
-const BERT: Account = account("daemon", 1, 1);
+const ANNA: Account = account("nobody", 65534);
+const BERT: Account = account("daemon", 1);
 /// In the group `backup`.
-const MEMBER: Account = account("backup", 34, 34);
+const MEMBER: Account = account("backup", 34);
 /// In the group `games`.
-const OPERATOR: Account = account("games", 5, 60);
+const OPERATOR: Account = account("games", 5);
 
-const fn account(name: &'static str, uid: u32, gid: u32) -> Account {
-    Account { name, uid, gid }
+const fn account(name: &'static str, uid: u32) -> Account {
+    Account { name, uid }
 }
 
 impl Account {
@@ -101,21 +98,7 @@ struct User {
 impl User {
     async fn new(system: &System, account: Account) -> Self {
         assert_eq!(polkit::user_name(account.uid), account.name);
-        let socket = system.dir().join("bus");
-        // The bus takes the user of the thread that connects for the connection's. The thread ends with that.
-        let connecting = std::thread::spawn(move || {
-            let (uid, gid) = (Uid::from_raw(account.uid), Gid::from_raw(account.gid));
-            set_thread_groups(&[gid]).expect("the groups are set");
-            set_thread_res_gid(gid, gid, gid).expect("the group is set");
-            set_thread_res_uid(uid, uid, uid).expect("the user is set");
-            std::os::unix::net::UnixStream::connect(socket).expect("the bus accepts a connection")
-        });
-        let stream = connecting.join().expect("the thread connects");
-        let connection = zbus::connection::Builder::unix_stream(stream)
-            .user_id(account.uid)
-            .build()
-            .await
-            .expect("the bus takes the user");
+        let connection = connect_as(system, account.uid).await;
         let manager = ManagerProxy::new(&connection).await.expect("a proxy is made");
         Self { connection, manager }
     }

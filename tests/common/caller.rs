@@ -5,10 +5,13 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
 use futures_util::StreamExt;
+use rustix::process::{Gid, Uid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use zbus::wire::{OwnedObjectPath, OwnedVariant, Variant};
 use zbus::{Connection, MatchRule, MessageStream};
 
 use super::System;
+use super::polkit;
 use super::proxies::{JobProxy, ManagerProxy, Options};
 use super::wait;
 
@@ -26,28 +29,24 @@ pub struct Signal {
     pub arguments: Vec<String>,
 }
 
-/// A connection of an ordinary user's, from this process. A thread has its own user as far as the kernel is concerned, and
-/// what the kernel says of the thread that connects is what the bus goes by (unix(7), SO_PEERCRED).
+/// A connection of an ordinary user's, in its own group and no other, from this process. A thread has its own user as far
+/// as the kernel is concerned, and what the kernel says of the thread that connects is what the bus goes by (unix(7),
+/// SO_PEERCRED).
 pub async fn connect_as(system: &System, uid: u32) -> Connection {
-    let address = system.bus().address().to_owned();
-    let connect = move || {
-        let user = rustix::process::Uid::from_raw(uid);
-        rustix::thread::set_thread_groups(&[]).expect("groups are dropped");
-        rustix::thread::set_thread_res_uid(user, user, user).expect("the user is changed");
-        let builder = zbus::connection::Builder::address(address.as_str());
-        tokio::runtime::Handle::current().block_on(builder.build())
-    };
-    // A thread of its own, not one of the runtime's: it never changes back.
-    let runtime = tokio::runtime::Handle::current();
-    let thread = std::thread::spawn(move || {
-        let _inside = runtime.enter();
-        connect()
+    let socket = system.dir().join("bus");
+    // A thread of its own, which ends with that: it never changes back.
+    let connecting = std::thread::spawn(move || {
+        let (user, group) = (Uid::from_raw(uid), Gid::from_raw(polkit::group(uid)));
+        set_thread_groups(&[group]).expect("the groups are set");
+        set_thread_res_gid(group, group, group).expect("the group is set");
+        set_thread_res_uid(user, user, user).expect("the user is set");
+        std::os::unix::net::UnixStream::connect(socket).expect("the bus accepts a connection")
     });
-    let connected = tokio::task::spawn_blocking(|| thread.join()).await;
-    let connected = connected
-        .expect("it is waited for")
-        .expect("the thread ends well");
-    connected.expect("the private bus can be connected to")
+    let stream = connecting.join().expect("the thread connects");
+    let connected = zbus::connection::Builder::unix_stream(stream)
+        .user_id(uid)
+        .build();
+    connected.await.expect("the bus takes the user")
 }
 
 impl Caller {

@@ -122,11 +122,22 @@ fn answer(uid: u32, actions: &[&str], answer: &str) -> String {
 /// The name of a uid in /etc/passwd.
 #[track_caller]
 pub fn user_name(uid: u32) -> String {
+    entry(uid).swap_remove(0)
+}
+
+/// The primary group of a uid.
+#[track_caller]
+pub fn group(uid: u32) -> u32 {
+    entry(uid)[3].parse().expect("a group is a number")
+}
+
+/// Its line in passwd(5), by fields.
+#[track_caller]
+fn entry(uid: u32) -> Vec<String> {
     let passwd = fs::read_to_string("/etc/passwd").expect("/etc/passwd is readable");
-    passwd
+    let mut entries = passwd
         .lines()
-        .map(|line| line.split(':').collect::<Vec<_>>())
-        .find(|fields| fields.get(2) == Some(&uid.to_string().as_str()))
-        .map(|fields| fields[0].to_owned())
-        .unwrap_or_else(|| panic!("no user has the uid {uid}: polkit's rules go by name"))
+        .map(|line| line.split(':').map(str::to_owned).collect::<Vec<_>>());
+    let entry = entries.find(|fields| fields.get(2) == Some(&uid.to_string()));
+    entry.unwrap_or_else(|| panic!("no user has the uid {uid}: polkit's rules go by name"))
 }

@@ -2,9 +2,9 @@
 //! in the order in which it came.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use zbus::wire::{OwnedObjectPath, OwnedVariant, Variant};
@@ -118,29 +118,50 @@ impl Caller {
         job
     }
 
+    /// Hands over a monitor: a connected socket.
+    pub async fn register(&self, name: &str, socket: OwnedFd) -> zbus::Result<OwnedObjectPath> {
+        let registering = self
+            .manager
+            .register_domain(name, socket.as_fd().into(), Options::new());
+        wait::within("RegisterDomain", registering).await
+    }
+
     /// Every signal but `PropertiesChanged` that comes up to and with this one.
     pub async fn signals_until(&mut self, name: &str) -> Vec<Signal> {
+        let mut seen = self.all_signals_until(name).await;
+        seen.retain(|signal| signal.name != "PropertiesChanged");
+        seen
+    }
+
+    /// Every signal that comes up to and with this one.
+    pub async fn all_signals_until(&mut self, name: &str) -> Vec<Signal> {
         let mut seen = Vec::new();
         loop {
             let message = wait::within(&format!("the signal {name}"), self.signals.next()).await;
-            let message = message.expect("the bus is there").expect("a signal is read");
-            let header = message.header();
-            let member = header.member().expect("a signal has a name").to_string();
-            if member == "PropertiesChanged" {
-                continue;
-            }
-            let body = message.body();
-            let structure: zbus::wire::Structure<'_> = body.deserialize().expect("a signal has arguments");
-            let arguments = structure.fields().iter().map(text).collect();
-            seen.push(Signal {
-                path: header.path().expect("a signal has a path").to_string(),
-                name: member.clone(),
-                arguments,
-            });
-            if member == name {
+            seen.push(read(
+                &message.expect("the bus is there").expect("a signal is read"),
+            ));
+            if seen.last().is_some_and(|signal| signal.name == name) {
                 return seen;
             }
         }
+    }
+
+    /// Every signal that the service has sent by now and that was not taken yet.
+    pub async fn signals_so_far(&mut self) -> Vec<Signal> {
+        // Its answer comes after all that it sent before; any answer does.
+        let peer = Some("org.freedesktop.DBus.Peer");
+        let ping = self
+            .connection
+            .call_method(Some("org.example.Backup1"), "/", peer, "Ping", &());
+        let _ = wait::within("an answer", ping).await;
+        let mut seen = Vec::new();
+        while let Some(message) = self.signals.next().now_or_never() {
+            seen.push(read(
+                &message.expect("the bus is there").expect("a signal is read"),
+            ));
+        }
+        seen
     }
 
     /// All properties of an object's interface, as text.
@@ -168,6 +189,15 @@ pub async fn assert_completed(job: &JobProxy<'_>) {
     assert_eq!(ended, ("completed".to_owned(), String::new(), String::new()));
 }
 
+/// Cancels a job that has begun, and waits for its end.
+pub async fn cancel(job: &JobProxy<'_>) {
+    job.cancel().await.expect("the job can be cancelled");
+    let (result, _, _) = wait::within("the end of the backup", job.wait())
+        .await
+        .expect("Wait answers");
+    assert_eq!(result, "cancelled");
+}
+
 /// Names and arguments, in order.
 pub fn brief(signals: &[Signal]) -> Vec<String> {
     signals
@@ -178,6 +208,16 @@ pub fn brief(signals: &[Signal]) -> Vec<String> {
                 .to_owned()
         })
         .collect()
+}
+
+fn read(message: &zbus::Message) -> Signal {
+    let (header, body) = (message.header(), message.body());
+    let structure: zbus::wire::Structure<'_> = body.deserialize().expect("a signal has arguments");
+    Signal {
+        path: header.path().expect("a signal has a path").to_string(),
+        name: header.member().expect("a signal has a name").to_string(),
+        arguments: structure.fields().iter().map(text).collect(),
+    }
 }
 
 fn text(value: &Variant<'_>) -> String {

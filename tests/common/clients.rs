@@ -11,6 +11,8 @@ pub const ROOT: u32 = 0;
 pub const USER: u32 = 65534;
 /// Another one: `daemon`, who on Debian is nobody special.
 pub const OTHER_USER: u32 = 1;
+/// And another: `bin`.
+pub const THIRD_USER: u32 = 2;
 
 /// The caller's side of one bus.
 pub struct Clients {

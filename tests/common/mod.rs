@@ -254,6 +254,13 @@ impl System {
         }
     }
 
+    /// Rules that come before the others, or none any more, while polkitd runs on: it takes notice a moment later.
+    #[track_caller]
+    pub fn write_further_rules(&self, rules: Option<&str>) {
+        let polkit = self.polkit.as_ref().expect("polkit was started");
+        polkit.write_further_rules(rules);
+    }
+
     /// polkitd that does not know the project's actions, as after a bad installation, until [`System::set_rules`].
     #[track_caller]
     pub fn unregister_actions(&mut self) {

@@ -28,6 +28,24 @@ impl Received {
     }
 }
 
+/// What the test plays in place of a QEMU that a caller registers; gone when this is dropped.
+pub struct StandIn(tokio::task::JoinHandle<()>);
+
+impl StandIn {
+    /// Returns the end for `RegisterDomain` too.
+    pub fn start() -> (OwnedFd, Self) {
+        let (ours, theirs) = Peer::pair();
+        let ours = ours.into_std().expect("a socket can be handed over");
+        (ours.into(), Self(tokio::spawn(theirs.play_qemu())))
+    }
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 pub struct Peer {
     stream: UnixStream,
     /// Lines that were looked at and put back.
@@ -89,6 +107,19 @@ impl Peer {
             .await;
     }
 
+    /// Answers as a QEMU without disks does, until the other end closes.
+    pub async fn play_qemu(mut self) {
+        self.greet().await;
+        while let Some(command) = self.try_receive_at_any_time().await {
+            let answer = match command.name() {
+                "query-uuid" => json!({ "UUID": uuid::Uuid::new_v4() }),
+                "query-status" => json!({ "status": "running", "running": true }),
+                _ => json!([]),
+            };
+            self.answer(&command, answer).await;
+        }
+    }
+
     /// The next command; one must come.
     pub async fn receive(&mut self) -> Received {
         self.try_receive().await.expect("the other end stays")
@@ -123,6 +154,12 @@ impl Peer {
         received.command = serde_json::from_slice(&line)
             .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&line)));
         Some(received)
+    }
+
+    /// The same, however long the other end has nothing to say.
+    async fn try_receive_at_any_time(&mut self) -> Option<Received> {
+        self.stream.readable().await.expect("a socket can be waited for");
+        self.try_receive().await
     }
 
     /// One byte, with the descriptors that lie exactly there; a larger buffer would not tell where.

@@ -79,6 +79,17 @@ impl Polkit {
         self.process = Some(process);
     }
 
+    /// A second file of rules, or none, which polkitd finds by itself a moment later and goes on.
+    #[track_caller]
+    pub fn write_further_rules(&self, rules: Option<&str>) {
+        // Rules of files that come first are asked first.
+        let path = self.dir.join("rules/10-further.rules");
+        match rules {
+            Some(rules) => fs::write(path, rules).expect("the rules are written"),
+            None => fs::remove_file(path).expect("there were further rules"),
+        }
+    }
+
     /// Ends polkitd; returns when its name is free.
     #[track_caller]
     pub fn stop(&mut self, bus: &Bus) {

@@ -133,3 +133,12 @@ pub fn error_name(error: &zbus::Error) -> String {
         other => panic!("not an error that the service answered: {other}"),
     }
 }
+
+/// The call was refused because of the limit of this name.
+#[track_caller]
+pub fn assert_limit<T: std::fmt::Debug>(key: &str, result: zbus::Result<T>) {
+    let error = result.expect_err("the call is refused");
+    let (name, text) = (error_name(&error), error.to_string());
+    assert_eq!(name, "org.freedesktop.DBus.Error.LimitsExceeded", "{text}");
+    assert!(text.contains(&format!("the limit '{key}'")), "{key}: {text}");
+}

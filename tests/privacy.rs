@@ -1,0 +1,371 @@
+//! Who hears what: nobody learns of a machine that it may not see from what goes over the bus, and whoever may not look any
+//! more hears no more.
+
+mod common;
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use backupd::names::{BUS_NAME, JOB_INTERFACE, ROOT_PATH};
+use common::System;
+use common::caller::{Caller, Signal, brief};
+use common::clients::{OTHER_USER, ROOT, USER};
+use common::disk::Disk;
+use common::polkit;
+use common::process::Process;
+use common::proxies::{JobProxy, Options, error_name};
+use common::vm::Vm;
+use common::wait;
+use zbus::Connection;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const NO_SUCH_DOMAIN: &str = "org.example.Backup1.Error.NoSuchDomain";
+const UNKNOWN_OBJECT: &str = "org.freedesktop.DBus.Error.UnknownObject";
+/// Answers are remembered for half a minute, where nothing says that they are others now.
+const AT_ONCE: Duration = Duration::from_secs(15);
+
+/// `dbus-monitor` of a user's. It asks the bus for everything; an ordinary user's, which gets no for an answer, asks for
+/// what is meant for others.
+struct Monitor {
+    process: Process,
+    marker: Connection,
+}
+
+impl Monitor {
+    async fn start(system: &System, name: &str, uid: u32) -> Self {
+        let arguments = ["--address", system.bus().address()];
+        let command = system.clients().command(uid, "dbus-monitor", &arguments);
+        let monitor = Self {
+            process: Process::start(name, system.dir(), command),
+            marker: system.connect().await,
+        };
+        monitor.heard("Ready").await;
+        monitor
+    }
+
+    /// All that it heard before this word, which nobody has said yet.
+    async fn heard(&self, word: &str) -> String {
+        wait::until_async("the monitor to listen", async || {
+            let (to, path) = (None::<&str>, "/marker");
+            let marked = self.marker.emit_signal(to, path, "test.Marker", word, &());
+            marked.await.unwrap();
+            let heard = self.process.stdout();
+            let (before, _) = heard.split_once(&format!("interface=test.Marker; member={word}"))?;
+            Some(before.to_owned())
+        })
+        .await
+    }
+}
+
+fn slowly() -> Options<'static> {
+    Options::from([("bandwidth", Variant::from(MIB))])
+}
+
+async fn end(job: &JobProxy<'_>, expected: &str) {
+    let (result, _, _) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!(result, expected);
+}
+
+/// Three backups of a machine: one is completed, one cancelled, and one fails, because QEMU is killed.
+async fn three_backups(caller: &Caller, domain: &str, mut vm: Vm) {
+    caller.complete(domain, "").await;
+    let job = caller.start_with(domain, "", &[], slowly()).await;
+    job.cancel().await.unwrap();
+    end(&job, "cancelled").await;
+    let job = caller.start_with(domain, "", &[], slowly()).await;
+    wait::until_async("the copying", async || {
+        (job.state().await.unwrap() == "running").then_some(())
+    })
+    .await;
+    vm.kill();
+    end(&job, "failed").await;
+}
+
+/// The names of signals, in order.
+fn names(signals: &[Signal]) -> Vec<&str> {
+    signals.iter().map(|signal| signal.name.as_str()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_listens_to_the_whole_bus_learns_nothing_of_machines_that_it_may_not_see() {
+    let hide = "polkit.addRule(function(action, subject) {
+        if (action.id == 'org.example.backup1.domain.getattr' && action.lookup('domain_name') == 'secret'
+            && subject.user == 'nobody') return polkit.Result.NO;
+    });\n";
+    let owner_may = polkit::allow(OTHER_USER, &["service.register-domain", "domain.backup"]);
+    let system = System::setup().rules(hide).rules(&owner_may).start();
+    let machine = |name: &str, disk: &str| system.vm(name).disk(Disk::new(disk, 64 * MIB)).start();
+    let (secret, heirloom) = (machine("vm1", "treasure"), machine("vm2", "jewel"));
+    let uuids = [secret.uuid().to_owned(), heirloom.uuid().to_owned()];
+
+    let (root, owner) = (
+        Caller::new(&system).await,
+        Caller::of_user(&system, OTHER_USER).await,
+    );
+    let mut nobody = Caller::of_user(&system, USER).await;
+    let mut reader = Caller::new(&system).await;
+    nobody.manager.subscribe().await.unwrap();
+    reader.manager.subscribe().await.unwrap();
+    let nobodys = Monitor::start(&system, "nobodys", USER).await;
+    assert!(
+        nobodys.process.log().contains("eavesdrop"),
+        "{}",
+        nobodys.process.log()
+    );
+    let roots = Monitor::start(&system, "roots", ROOT).await;
+
+    let file = system.domain_file("secret", &secret);
+    let secret_path = system.wait_for_domain("secret");
+    let heirloom_path = owner.register("heirloom", heirloom.monitor_stream().into()).await;
+    three_backups(&root, "secret", secret).await;
+    three_backups(&owner, "heirloom", heirloom).await;
+    fs::remove_file(file).unwrap();
+    let read = reader.all_signals_until("DomainRemoved").await;
+    let read = [read, reader.all_signals_until("DomainRemoved").await].concat();
+
+    let mut everybodys = Vec::new();
+    let (nobodys, roots) = (nobodys.heard("End").await, roots.heard("End").await);
+    for (index, result) in ["completed", "cancelled", "failed"]
+        .iter()
+        .cycle()
+        .take(6)
+        .enumerate()
+    {
+        let id = index + 1;
+        let job = format!("{ROOT_PATH}/job/{id}");
+        everybodys.push(format!("JobStarted {id} {job}"));
+        everybodys.push(format!("JobEnded {id} {job} {result}"));
+        let arguments = format!("   uint32 {id}\n   object path \"{job}\"\n");
+        for signal in [
+            format!("member=JobStarted\n{arguments}"),
+            format!("member=JobEnded\n{arguments}   string \"{result}\"\n"),
+        ] {
+            assert!(nobodys.contains(&signal), "{signal:?} in {nobodys}");
+        }
+    }
+    assert_eq!(brief(&nobody.signals_so_far().await), everybodys);
+    let (store, heirloom_path) = (system.store(), heirloom_path.unwrap());
+    let words = [
+        "secret",
+        "treasure",
+        "heirloom",
+        "jewel",
+        &uuids[0],
+        &uuids[1],
+        store.to_str().unwrap(),
+        &secret_path,
+        heirloom_path.as_str(),
+        "DomainAdded",
+        "DomainRemoved",
+        "PropertiesChanged",
+        "BlockJob",
+        "member=Completed",
+        "CheckAuthorization",
+        "org.example.Backup1.Error.",
+        "the connection to QEMU was lost",
+    ];
+    for word in words {
+        assert!(!nobodys.contains(word), "{word:?} in {nobodys}");
+        // It was said.
+        assert!(roots.contains(word), "{word:?} in {roots}");
+    }
+    // And told to those who may know.
+    let read = format!("{read:?}");
+    for word in [
+        "treasure",
+        "jewel",
+        &secret_path,
+        heirloom_path.as_str(),
+        "was lost",
+    ] {
+        assert!(read.contains(word), "{word:?} in {read}");
+    }
+}
+
+/// A system with a machine `web`, and a user who subscribed.
+async fn with_subscriber() -> (System, Vm, Caller, Caller) {
+    let system = System::start();
+    let vm = system
+        .vm("web")
+        .disk(Disk::new("vda", 64 * MIB))
+        .running()
+        .start();
+    system.domain_file("web", &vm);
+    system.wait_for_domain("web");
+    let user = Caller::of_user(&system, USER).await;
+    user.manager.subscribe().await.unwrap();
+    let root = Caller::new(&system).await;
+    (system, vm, root, user)
+}
+
+/// Waits until the caller sees the domain, or sees it no more.
+async fn wait_for_sight(user: &Caller, seen: bool) {
+    let began = Instant::now();
+    wait::until_async(&format!("the domain to be seen: {seen}"), async || {
+        match user.manager.get_domain("web").await {
+            Ok(_) => seen.then_some(()),
+            Err(error) => {
+                assert_eq!(error_name(&error), NO_SUCH_DOMAIN);
+                (!seen).then_some(())
+            }
+        }
+    })
+    .await;
+    assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_that_change_while_polkit_runs_count_at_once() {
+    let (system, _vm, _root, user) = with_subscriber().await;
+    // Each answer is remembered, and would be for longer than this takes.
+    for _ in 0..2 {
+        wait_for_sight(&user, true).await;
+        assert_eq!(user.manager.list_domains().await.unwrap().len(), 1);
+        system.write_further_rules(Some(&polkit::deny(USER, &["domain.getattr"])));
+        wait_for_sight(&user, false).await;
+        assert_eq!(user.manager.list_domains().await.unwrap(), []);
+        system.write_further_rules(None);
+    }
+    wait_for_sight(&user, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscriber_that_may_read_no_more_hears_no_more_not_even_of_a_backup_under_way() {
+    let (system, _vm, root, mut user) = with_subscriber().await;
+    let job = root.start_with("web", "", &[], slowly()).await;
+    // It hears of it, and may look.
+    user.all_signals_until("PropertiesChanged").await;
+    let looked_at = user.job(job.inner().path().to_owned().into()).await;
+    looked_at.state().await.unwrap();
+    system.write_further_rules(Some(&polkit::deny(USER, &["domain.read"])));
+    wait::until_async("the job to be hidden", async || {
+        let error = looked_at.state().await.err()?;
+        assert_eq!(error_name(&error), UNKNOWN_OBJECT);
+        Some(())
+    })
+    .await;
+    user.signals_so_far().await;
+    job.set_speed(0).await.unwrap();
+    end(&job, "completed").await;
+    assert_eq!(names(&user.all_signals_until("JobEnded").await), ["JobEnded"]);
+    root.complete("web", "").await;
+    let heard = user.all_signals_until("JobEnded").await;
+    assert_eq!(names(&heard), ["JobStarted", "JobEnded"]);
+
+    system.write_further_rules(None);
+    wait::until_async("the job to be seen", async || looked_at.state().await.ok()).await;
+    root.complete("web", "").await;
+    let heard = user.signals_until("JobEnded").await;
+    assert_eq!(
+        names(&heard),
+        ["JobStarted", "BlockJobCompleted", "Completed", "JobEnded"]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscriber_hears_by_the_rules_of_a_polkit_that_was_started_again() {
+    let (mut system, _vm, root, mut user) = with_subscriber().await;
+    wait_for_sight(&user, true).await;
+    system.set_rules(&polkit::deny(USER, &["domain.getattr"]));
+    wait_for_sight(&user, false).await;
+    root.manager.get_domain("web").await.unwrap();
+    user.signals_so_far().await;
+    root.complete("web", "").await;
+    // Nor that it goes.
+    fs::remove_file(system.dir().join("etc/domains.d/web.toml")).unwrap();
+    system.wait_for_no_domain("web");
+    assert_eq!(names(&user.signals_so_far().await), ["JobStarted", "JobEnded"]);
+}
+
+/// What an ordinary user that only listens hears of a machine that comes, is backed up and goes, and what one hears that
+/// subscribed.
+async fn heard_of_a_machine(system: System) -> [Vec<Signal>; 2] {
+    let mut plain = Caller::of_user(&system, USER).await;
+    let mut subscribed = Caller::of_user(&system, USER).await;
+    subscribed.manager.subscribe().await.unwrap();
+    let vm = system.vm("web").disk(Disk::new("vda", 64 * MIB)).start();
+    let file = system.domain_file("web", &vm);
+    // That it is connected now.
+    let mut heard = subscribed.all_signals_until("PropertiesChanged").await;
+    Caller::new(&system).await.complete("web", "").await;
+    heard.extend(subscribed.all_signals_until("JobEnded").await);
+    fs::remove_file(file).unwrap();
+    heard.extend(subscribed.all_signals_until("DomainRemoved").await);
+    heard.extend(subscribed.signals_so_far().await);
+    [plain.signals_so_far().await, heard]
+}
+
+const ALL_OF_A_MACHINE: [&str; 6] = [
+    "DomainAdded",
+    "JobStarted",
+    "BlockJobCompleted",
+    "Completed",
+    "JobEnded",
+    "DomainRemoved",
+];
+
+/// Everything there is to hear, each once.
+#[track_caller]
+fn assert_all_of_a_machine(mut heard: Vec<Signal>) {
+    let changed = heard.extract_if(.., |signal| signal.name == "PropertiesChanged");
+    let changed: Vec<Signal> = changed.collect();
+    assert_eq!(names(&heard), ALL_OF_A_MACHINE);
+    assert!(changed.iter().any(|signal| signal.path == heard[0].arguments[0]));
+    let job = &heard[1].arguments[1];
+    assert!(changed.iter().any(|signal| signal.path == *job));
+    assert!(changed.windows(2).all(|two| two[0] != two[1]), "{changed:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_only_listens_hears_no_more_than_that_a_backup_began_and_ended() {
+    let [plain, subscribed] = heard_of_a_machine(System::start()).await;
+    assert_eq!(names(&plain), ["JobStarted", "JobEnded"]);
+    assert_all_of_a_machine(subscribed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_signals_are_for_everybody_who_only_listens_hears_all_once_and_so_do_subscribers() {
+    let setup = System::setup().table("[bus]\nsignals = \"broadcast\"");
+    let [plain, subscribed] = heard_of_a_machine(setup.start()).await;
+    assert_eq!(plain, subscribed);
+    assert_all_of_a_machine(plain);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tree_of_objects_has_for_each_user_what_it_may_see() {
+    let rules = "polkit.addRule(function(action, subject) {
+        if (action.lookup('domain_name') == 'secret' && subject.user != 'root') return polkit.Result.NO;
+    });";
+    let system = System::setup().rules(rules).start();
+    let root = Caller::new(&system).await;
+    let mut paths = Vec::new();
+    let mut machines = Vec::new();
+    for name in ["web", "secret"] {
+        let vm = system.vm(name).disk(Disk::new("vda", MIB)).start();
+        system.domain_file(name, &vm);
+        machines.push(vm);
+        let domain = system.wait_for_domain(name);
+        let job = root.complete(name, "").await;
+        paths.push([domain, job.inner().path().to_string()]);
+    }
+    let tree = |uid| {
+        let listed = system.clients().busctl(uid, &["--list", "tree", BUS_NAME]);
+        listed.expect_success()
+    };
+    let (users, roots) = (tree(USER), tree(ROOT));
+    let has = |tree: &str, path: &String| tree.lines().any(|line| line == path);
+    let [web, secret] = paths.as_slice() else {
+        panic!("two machines");
+    };
+    for path in web {
+        assert!(has(&users, path) && has(&roots, path), "{path}: {users}{roots}");
+    }
+    for path in secret {
+        assert!(!has(&users, path) && has(&roots, path), "{path}: {users}{roots}");
+    }
+    let introspect = |path| system.clients().busctl(USER, &["introspect", BUS_NAME, path]);
+    assert!(introspect(&web[1]).stdout.contains(JOB_INTERFACE));
+    let hidden = introspect(&secret[1]);
+    assert!(!hidden.success() && hidden.stdout.is_empty(), "{}", hidden.stdout);
+}

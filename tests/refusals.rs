@@ -609,22 +609,3 @@ async fn a_second_backup_of_the_same_machine() {
     assert_completed(&job).await;
     assert_completed(&scene.caller.start("web", "").await).await;
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_wants_no_reply_does_nothing() {
-    let scene = Scene::new().await;
-    let files: Vec<zbus::Fd<'_>> = Vec::new();
-    let message = zbus::Message::method_call("/org/example/Backup1", "CreateBackup")
-        .destination("org.example.Backup1")
-        .interface("org.example.Backup1")
-        .with_flags(zbus::message::Flags::NO_REPLY_EXPECTED)
-        .build(&("web", "", files, Options::new()))
-        .unwrap();
-    scene.caller.connection.send(&message).await.unwrap();
-    // Calls are taken up in their order: when these are answered, that one is done with.
-    for _ in 0..3 {
-        scene.caller.manager.list_domains().await.unwrap();
-    }
-    assert_eq!(scene.caller.manager.list_jobs().await.unwrap(), []);
-    assert_eq!(scene.files(), []);
-}

@@ -1,9 +1,8 @@
 //! What `CreateBackup` of the root object and of a domain have in common.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::call::{Answer, Call};
+use super::call::{Answer, Call, Handle};
 use super::options::{self, Dictionary};
 use super::{Context, job_path};
 use crate::domain::Domain;
@@ -16,7 +15,7 @@ pub enum Wanted<'a> {
 }
 
 /// Definition, files, options.
-pub type BackupArguments = (String, Vec<zbus::OwnedFd>, Dictionary);
+pub type BackupArguments = (String, Vec<Handle>, Dictionary);
 
 /// Starts a backup.
 pub async fn create_backup(
@@ -26,8 +25,8 @@ pub async fn create_backup(
     (definition, files, options): BackupArguments,
 ) -> Answer {
     let (service, caller) = (&context.service, &call.caller);
-    let files = files.into_iter().map(OwnedFd::from).collect();
-    let request = service.request(caller, &definition, options::backup(options)?, files)?;
+    let files = call.descriptors(&files)?;
+    let request = service.request(&definition, options::backup(options)?, files)?;
     let authorised = call
         .while_present(async {
             let domain = match domain {

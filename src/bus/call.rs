@@ -1,25 +1,40 @@
 //! One method call: whose it is, what it is for, what it says, and its reply.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use zbus::Message;
 use zbus::message::Flags;
-use zbus::wire::{DynamicType, Type};
+use zbus::wire::{DynamicType, Signature, Type};
 
 use super::error::{BusError, Result};
 use super::peers::{Peer, Visit};
 use crate::access::Caller;
 use crate::error::Kind;
+use crate::quota::Share;
+use crate::service::Descriptors;
 
 /// The reply of a method that succeeded.
 pub type Answer = Result<Message>;
+
+/// An index into what came with a call (`h`), as the library resolves it: the number of the message's own descriptor. Unlike
+/// the library's owned type it duplicates nothing: a caller can name one descriptor as often as fits into a message.
+#[derive(Debug, Deserialize)]
+#[serde(transparent)]
+pub struct Handle(i32);
+
+impl Type for Handle {
+    const SIGNATURE: &'static Signature = zbus::Fd::SIGNATURE;
+}
 
 /// A call that was let in.
 pub struct Call {
     message: Message,
     visit: Visit,
+    /// Of the descriptors that came with it.
+    share: Arc<Share>,
     pub caller: Caller,
     pub path: String,
     pub interface: String,
@@ -27,8 +42,8 @@ pub struct Call {
 }
 
 impl Call {
-    /// `uid` is the user of the visitor's connection.
-    pub fn new(message: Message, visit: Visit, uid: u32) -> Self {
+    /// `uid` is the user of the visitor's connection; `share` counts what came with the message.
+    pub fn new(message: Message, visit: Visit, uid: u32, share: Share) -> Self {
         let header = message.header();
         let text = |part: Option<&str>| part.unwrap_or_default().to_owned();
         Self {
@@ -41,6 +56,7 @@ impl Call {
             interface: text(header.interface().map(|name| name.as_str())),
             member: text(header.member().map(|name| name.as_str())),
             visit,
+            share: Arc::new(share),
             message,
         }
     }
@@ -58,9 +74,49 @@ impl Call {
             );
             return Err(BusError::new(Kind::InvalidArgs, text));
         }
+        let passed = self.message.data().fds().len();
+        if passed > 0 && !expected.to_string().contains('h') {
+            let text = format!(
+                "{} takes no descriptors, and {passed} came with the call",
+                self.member
+            );
+            return Err(BusError::new(Kind::InvalidArgs, text));
+        }
         let text = |error: zbus::Error| format!("{}: {error}", self.member);
         body.deserialize()
             .map_err(|error| BusError::new(Kind::InvalidArgs, text(error)))
+    }
+
+    /// The descriptors that came with the call, in the order in which its arguments name them: each once.
+    pub fn descriptors(&self, named: &[Handle]) -> Result<Descriptors> {
+        let data = self.message.data();
+        let passed = data.fds();
+        let invalid = |text: String| BusError::new(Kind::InvalidArgs, text);
+        if named.len() != passed.len() {
+            let text = format!(
+                "the call names {} descriptors, and {} came with it",
+                named.len(),
+                passed.len()
+            );
+            return Err(invalid(text));
+        }
+        let mut taken = vec![false; passed.len()];
+        let mut files = Vec::new();
+        for Handle(number) in named {
+            let index = passed.iter().position(|fd| fd.as_raw_fd() == *number);
+            let index = index
+                .ok_or_else(|| invalid("the call names a descriptor that did not come with it".into()))?;
+            if std::mem::replace(&mut taken[index], true) {
+                return Err(invalid("the call names a descriptor twice".into()));
+            }
+            let file = rustix::io::fcntl_dupfd_cloexec(passed[index].as_fd(), 3);
+            files
+                .push(file.map_err(|errno| BusError::new(Kind::Internal, format!("a descriptor: {errno}")))?);
+        }
+        Ok(Descriptors {
+            files,
+            share: self.share.clone(),
+        })
     }
 
     /// Makes sure that there are none.

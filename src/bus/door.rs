@@ -17,6 +17,10 @@ use super::error::{BusError, Result};
 use super::peers::Visit;
 use crate::error::Kind;
 
+/// The longest call, in bytes: a document of the longest length that can be configured, and as much again. The bus itself
+/// lets through 16 times that, and whoever sends it could have 64 at a time.
+const MOST_BYTES: usize = 2 << 20;
+
 /// Calls in flight, each in a task of its own.
 #[derive(Clone)]
 pub struct Door {
@@ -65,6 +69,10 @@ impl Door {
             return self.closer.close(held);
         }
         let visit = match header.sender() {
+            Some(_) if message.data().len() > MOST_BYTES => Err(BusError::new(
+                Kind::LimitsExceeded,
+                format!("a call may have at most {MOST_BYTES} bytes"),
+            )),
             Some(sender) => self.context.peers.enter(sender.as_str()),
             None => Err(BusError::no_sender()),
         };
@@ -99,12 +107,12 @@ impl Door {
     }
 
     async fn answer(&self, message: Message, mut visit: Visit) -> Result<Message> {
-        let uid = self
-            .context
-            .peers
-            .uid(&self.context.connection, &mut visit)
-            .await?;
-        self.context.answer(&Call::new(message, visit, uid)).await
+        let context = &self.context;
+        let uid = context.peers.uid(&context.connection, &mut visit).await?;
+        let share = context
+            .service
+            .hold_descriptors(uid, message.data().fds().len())?;
+        context.answer(&Call::new(message, visit, uid, share)).await
     }
 }
 

@@ -3,7 +3,7 @@
 use zbus::wire::Variant;
 
 use super::backup::{Wanted, create_backup};
-use super::call::{Answer, Call};
+use super::call::{Answer, Call, Handle};
 use super::object::Properties;
 use super::options::{self, Dictionary};
 use super::{Context, domain_path, job_path};
@@ -68,14 +68,13 @@ async fn list_domains(context: &Context, call: &Call) -> Answer {
 }
 
 async fn register_domain(context: &Context, call: &Call) -> Answer {
-    let (name, monitor, options) = call.arguments::<(String, zbus::OwnedFd, Dictionary)>()?;
+    let (name, monitor, options) = call.arguments::<(String, Handle, Dictionary)>()?;
     options::none(&options)?;
+    let monitor = call.descriptors(&[monitor])?;
     let registered = call
         .while_present(async {
             let service = &context.service;
-            Ok(service
-                .register_domain(&call.caller, &name, monitor.into())
-                .await?)
+            Ok(service.register_domain(&call.caller, &name, monitor).await?)
         })
         .await;
     // It may have left at any point of that, and its leaving may have been dealt with before there was a domain.

@@ -1,20 +1,62 @@
 //! The `a{sv}` at the end of a call: every key is known, of its type, and there once, or the call is refused.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::fmt;
 
-use zbus::wire::OwnedVariant;
+use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
+use zbus::wire::{OwnedVariant, Signature, Type, Variant};
 
 use super::error::{BusError, Result};
 use crate::definition::Quiesce;
 use crate::error::Kind;
 use crate::plan;
 
-pub type Dictionary = HashMap<String, OwnedVariant>;
+/// The keys with their values, as they came.
+#[derive(Debug, Default)]
+pub struct Dictionary(BTreeMap<String, OwnedVariant>);
+
+impl Type for Dictionary {
+    const SIGNATURE: &'static Signature = <BTreeMap<String, OwnedVariant> as Type>::SIGNATURE;
+}
+
+impl<'de> Deserialize<'de> for Dictionary {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        deserializer.deserialize_map(Keys)
+    }
+}
+
+struct Keys;
+
+impl<'de> Visitor<'de> for Keys {
+    type Value = Dictionary;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("options")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Dictionary, A::Error> {
+        let mut dictionary = BTreeMap::new();
+        while let Some((key, value)) = map.next_entry::<String, Variant<'de>>()? {
+            // Looked at before it is made our own, which duplicates every descriptor in it.
+            if value.value_signature().to_string().contains('h') {
+                return Err(de::Error::custom("options have no descriptors"));
+            }
+            let value = value.try_into_owned().map_err(de::Error::custom)?;
+            if dictionary.insert(key.clone(), value).is_some() {
+                return Err(de::Error::custom(format!(
+                    "option '{}' is there twice",
+                    shown(&key)
+                )));
+            }
+        }
+        Ok(Dictionary(dictionary))
+    }
+}
 
 /// Options of `CreateBackup`.
 pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
     let mut options = plan::Options::default();
-    for (key, value) in dictionary {
+    for (key, value) in dictionary.0 {
         match key.as_str() {
             "reuse-external" => options.reuse_external = take(&key, "b", value)?,
             "bandwidth" => options.bandwidth = Some(take(&key, "t", value)?),
@@ -40,7 +82,7 @@ pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
 
 /// Options of a method that has none yet.
 pub fn none(dictionary: &Dictionary) -> Result<()> {
-    match dictionary.keys().next() {
+    match dictionary.0.keys().next() {
         Some(key) => Err(unknown(key)),
         None => Ok(()),
     }
@@ -79,7 +121,7 @@ mod tests {
 
     fn parse(key: &str, value: impl Into<Variant<'static>>) -> Result<plan::Options> {
         let value = OwnedVariant::try_from(value.into()).unwrap();
-        backup(Dictionary::from([(key.to_owned(), value)]))
+        backup(Dictionary(BTreeMap::from([(key.to_owned(), value)])))
     }
 
     fn refused(key: &str, value: impl Into<Variant<'static>>) -> (String, String) {

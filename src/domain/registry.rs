@@ -39,8 +39,8 @@ pub struct Registration<'a> {
     pub owner: u32,
     /// The connection on whose presence the domain depends.
     pub sender: &'a str,
-    /// Of its descriptors; held as long as the domain is there.
-    pub descriptor: Share,
+    /// Of its descriptors; held as long as the monitor is.
+    pub descriptor: Arc<Share>,
 }
 
 /// Names are distinct among the configured domains, and among those of a user.
@@ -58,7 +58,7 @@ struct Entry {
 
 enum EntryKind {
     Configured(DomainFile),
-    Registered { sender: String, _shares: [Share; 2] },
+    Registered { sender: String },
 }
 
 type Domains = BTreeMap<Key, Entry>;
@@ -156,9 +156,9 @@ impl Registry {
             source,
         })?;
         let owner_name = owner::look_up(uid).await;
+        let descriptor = registration.descriptor;
         let kind = EntryKind::Registered {
             sender: registration.sender.to_owned(),
-            _shares: [share, registration.descriptor],
         };
         let (domain, stop) = {
             let mut domains = self.lock();
@@ -172,6 +172,8 @@ impl Registry {
         self.tasks.spawn(async move {
             monitor::serve_once(served.clone(), Link::new(client, peer), driver, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
+            // What is held is held until here: a backup may have kept the monitor after the domain had gone.
+            drop((share, descriptor));
             tokio::task::spawn_blocking(move || drop(last));
         });
         // The caller gets a domain that answers, or the reason why it does not.

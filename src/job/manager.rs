@@ -45,7 +45,7 @@ pub struct Reservation {
     _hold: Hold,
     _share: Share,
     /// The descriptors that the backup writes to are the caller's.
-    _descriptors: Share,
+    _descriptors: Arc<Share>,
     /// The service does not stop before it is given back.
     _token: TaskTrackerToken,
 }
@@ -91,7 +91,7 @@ impl Jobs {
         self: &Arc<Self>,
         domain: &Arc<Domain>,
         uid: u32,
-        descriptors: Share,
+        descriptors: Arc<Share>,
     ) -> Result<Reservation, Error> {
         if self.stop.is_cancelled() {
             return Err(Error::Stopping);

@@ -15,9 +15,16 @@ use std::sync::Arc;
 use crate::access::{Access, Basis, Caller, Details, Grant, Permission};
 use crate::config::{Config, Store};
 use crate::domain::{self, Domain, Origin, Registration, Registry};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::job::{Job, Jobs};
-use crate::quota::Quota;
+use crate::quota::{Quota, Share};
+
+/// Open files of a caller's, and the count of them, which is held as long as any of them is.
+#[derive(Debug)]
+pub struct Descriptors {
+    pub files: Vec<OwnedFd>,
+    pub share: Arc<Share>,
+}
 
 /// What drives the domains, as rules are told it.
 const DRIVER: &str = "QEMU";
@@ -45,15 +52,23 @@ impl Service {
         }
     }
 
+    /// Counts descriptors that a user passes, from when they come.
+    pub fn hold_descriptors(&self, uid: u32, count: usize) -> Result<Share> {
+        Ok(self.descriptors.take(uid, count)?)
+    }
+
     /// Takes over a monitor of the caller's own.
     pub async fn register_domain(
         &self,
         caller: &Caller,
         name: &str,
-        monitor: OwnedFd,
+        monitor: Descriptors,
     ) -> Result<Arc<Domain>> {
         domain::check_new_name(name)?;
-        let descriptor = self.descriptors.take(caller.uid, 1)?;
+        let descriptor = monitor.share;
+        let Ok([monitor]) = <[OwnedFd; 1]>::try_from(monitor.files) else {
+            return Err(Error::new(Kind::InvalidArgs, "a domain has one monitor"));
+        };
         let details = sight::service_details().with("domain_name", name);
         let grant = self
             .access

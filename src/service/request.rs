@@ -6,14 +6,13 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::{Service, details};
+use super::{Descriptors, Service, details};
 use crate::access::{Basis, Caller, Grant, Permission};
 use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Snapshot};
 use crate::error::{Error, Kind, Result};
 use crate::job::{self, Job, Jobs, Start};
 use crate::plan::{self, Options, PlaceKind, Plan, Requested};
-use crate::quota::Share;
 use crate::target::{self, BackupName, Holder, Sources, Targets};
 
 /// How long a backup of one domain waits for news of the others.
@@ -26,8 +25,7 @@ const ATTEMPTS: usize = 3;
 pub struct Request {
     definition: Definition,
     options: Options,
-    files: Vec<OwnedFd>,
-    descriptors: Share,
+    files: Descriptors,
 }
 
 /// A request that its caller may make, on the domain that it may be made on, and on the disks that it was then found to
@@ -44,13 +42,7 @@ pub struct Authorised {
 
 impl Service {
     /// Reads a request; an empty document means every default.
-    pub fn request(
-        &self,
-        caller: &Caller,
-        document: &str,
-        options: Options,
-        files: Vec<OwnedFd>,
-    ) -> Result<Request> {
+    pub fn request(&self, document: &str, options: Options, files: Descriptors) -> Result<Request> {
         if document.len() > self.document_bytes {
             let text = format!(
                 "the document has {} bytes, and the limit 'document-bytes' is {}",
@@ -59,7 +51,6 @@ impl Service {
             );
             return Err(Error::new(Kind::LimitsExceeded, text));
         }
-        let descriptors = self.descriptors.take(caller.uid, files.len())?;
         let definition = match document.trim().is_empty() {
             true => Definition::default(),
             false => definition::parse(document)?,
@@ -68,7 +59,6 @@ impl Service {
             definition,
             options,
             files,
-            descriptors,
         })
     }
 
@@ -136,16 +126,18 @@ impl Service {
             uid,
         } = authorised;
         let start_time = Timestamp::now();
-        let reservation = self.jobs.reserve(&domain, uid, request.descriptors)?;
+        let reservation = self.jobs.reserve(&domain, uid, request.files.share)?;
         let plan = plan::resolve(
             &request.definition,
             &request.options,
             &snapshot.disks,
             &self.stores,
-            request.files.len(),
+            request.files.files.len(),
         )?;
         let backup_id = Jobs::new_backup_id(start_time);
-        let (plan, targets) = self.prepare(plan, &domain, &backup_id, request.files).await?;
+        let (plan, targets) = self
+            .prepare(plan, &domain, &backup_id, request.files.files)
+            .await?;
         let job = self.jobs.start(Start {
             reservation,
             domain,

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 use futures_util::{FutureExt, StreamExt};
 use rustix::process::{Gid, Uid};
@@ -29,10 +30,10 @@ pub struct Signal {
     pub arguments: Vec<String>,
 }
 
-/// A connection of an ordinary user's, in its own group and no other, from this process. A thread has its own user as far
-/// as the kernel is concerned, and what the kernel says of the thread that connects is what the bus goes by (unix(7),
+/// A socket to the bus of an ordinary user's, in its own group and no other, from this process. A thread has its own user
+/// as far as the kernel is concerned, and what the kernel says of the thread that connects is what the bus goes by (unix(7),
 /// SO_PEERCRED).
-pub async fn connect_as(system: &System, uid: u32) -> Connection {
+pub fn socket_as(system: &System, uid: u32) -> UnixStream {
     let socket = system.dir().join("bus");
     // A thread of its own, which ends with that: it never changes back.
     let connecting = std::thread::spawn(move || {
@@ -40,10 +41,14 @@ pub async fn connect_as(system: &System, uid: u32) -> Connection {
         set_thread_groups(&[group]).expect("the groups are set");
         set_thread_res_gid(group, group, group).expect("the group is set");
         set_thread_res_uid(user, user, user).expect("the user is set");
-        std::os::unix::net::UnixStream::connect(socket).expect("the bus accepts a connection")
+        UnixStream::connect(socket).expect("the bus accepts a connection")
     });
-    let stream = connecting.join().expect("the thread connects");
-    let connected = zbus::connection::Builder::unix_stream(stream)
+    connecting.join().expect("the thread connects")
+}
+
+/// A connection of an ordinary user's.
+pub async fn connect_as(system: &System, uid: u32) -> Connection {
+    let connected = zbus::connection::Builder::unix_stream(socket_as(system, uid))
         .user_id(uid)
         .build();
     connected.await.expect("the bus takes the user")

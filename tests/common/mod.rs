@@ -24,6 +24,7 @@ pub mod polkit;
 pub mod process;
 pub mod proxies;
 pub mod proxy;
+pub mod raw;
 pub mod storage;
 pub mod vm;
 pub mod wait;

@@ -18,6 +18,7 @@ use zbus::Connection;
 use zbus::wire::{OwnedVariant, Variant};
 
 use super::System;
+use super::clients::{ROOT, USER};
 use super::polkit::POLKIT_NAME;
 use super::process::Process;
 use super::wait;
@@ -136,16 +137,23 @@ impl Dialog {
     /// The same while the dialog stays as it is: for one that may be over.
     pub async fn try_answer(&self) -> zbus::Result<()> {
         let root = ("unix-user", HashMap::from([("uid", Variant::from(0_u32))]));
-        // The first argument is the agent's user.
-        let arguments = (0_u32, &self.cookie, root);
-        let answered = self.connection.call_method(
-            Some(POLKIT_NAME),
-            AUTHORITY_PATH,
-            Some(AUTHORITY),
-            "AuthenticationAgentResponse2",
-            &arguments,
-        );
-        answered.await.map(drop)
+        // The first argument is the agent's user: root, who registered it, or in newer versions the subject's.
+        let mut refused = None;
+        for agent in [ROOT, USER] {
+            let arguments = (agent, &self.cookie, &root);
+            let answered = self.connection.call_method(
+                Some(POLKIT_NAME),
+                AUTHORITY_PATH,
+                Some(AUTHORITY),
+                "AuthenticationAgentResponse2",
+                &arguments,
+            );
+            match answered.await {
+                Ok(_) => return Ok(()),
+                Err(error) => refused = Some(error),
+            }
+        }
+        refused.map_or(Ok(()), Err)
     }
 
     /// The user closes the dialog.

@@ -57,7 +57,7 @@ async fn refused(caller: &Caller, document: &str) {
     assert_eq!(error_name(&refused), NEEDS_PASSWORD, "{refused}");
 }
 
-fn document(disks: &str) -> String {
+fn document_with(disks: &str) -> String {
     format!("<domainbackup><disks>{disks}</disks></domainbackup>")
 }
 
@@ -88,12 +88,12 @@ async fn every_detail_of_a_backup_into_a_store_is_told() {
 async fn a_rule_about_disks_binds_by_whatever_name_they_are_called() {
     let (_system, vm, caller) = known(&rule("backup", &[("disks", "vda")])).await;
     refused(&caller, "").await;
-    refused(&caller, &document("<disk name='vdb'/>")).await;
-    refused(&caller, &document("<disk name='vda'/><disk name='vdb'/>")).await;
+    refused(&caller, &document_with("<disk name='vdb'/>")).await;
+    refused(&caller, &document_with("<disk name='vda'/><disk name='vdb'/>")).await;
     caller
         .complete(
             "web",
-            &document("<disk name='vda'/><disk name='vdb' backup='no'/>"),
+            &document_with("<disk name='vda'/><disk name='vdb' backup='no'/>"),
         )
         .await;
     // By its node's name it is the same disk, and the rule is told which.
@@ -110,9 +110,13 @@ async fn a_rule_about_disks_binds_by_whatever_name_they_are_called() {
             .to_owned()
     };
     caller
-        .complete("web", &document(&format!("<disk name='{}'/>", node("vda"))))
+        .complete("web", &document_with(&format!("<disk name='{}'/>", node("vda"))))
         .await;
-    refused(&caller, &document(&format!("<disk name='{}'/>", node("vdb")))).await;
+    refused(
+        &caller,
+        &document_with(&format!("<disk name='{}'/>", node("vdb"))),
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -128,7 +132,7 @@ async fn a_disk_that_was_added_unnoticed_is_not_backed_up_by_a_yes_for_the_other
     refused(&caller, "").await;
     assert_eq!(files_below(&system.store()), before);
     caller
-        .complete("web", &document("<disk name='vda'/><disk name='vdb'/>"))
+        .complete("web", &document_with("<disk name='vda'/><disk name='vdb'/>"))
         .await;
 }
 
@@ -137,12 +141,12 @@ async fn to_have_a_backup_made_is_not_to_have_the_data_and_the_other_way_round()
     let rules = rule("backup", &[]);
     let (system, _vm, caller) = known(&rules).await;
     let target = system.dir().join("out.qcow2");
-    let out = document(&format!(
+    let out = document_with(&format!(
         "<disk name='vda'><target file='{}'/></disk>",
         target.display()
     ));
     refused(&caller, &out).await;
-    let own = document("<disk name='vda' type='fd'><target fd='0'/></disk>");
+    let own = document_with("<disk name='vda' type='fd'><target fd='0'/></disk>");
     let file = tempfile::NamedTempFile::new_in(system.dir()).unwrap();
     let files = [file.reopen().unwrap().into()];
     let refusal = caller
@@ -161,12 +165,12 @@ async fn to_have_a_backup_made_is_not_to_have_the_data_and_the_other_way_round()
     refused(&caller, "").await;
     refused(
         &caller,
-        &document("<disk name='vda'><target file='/tmp/elsewhere.qcow2'/></disk>"),
+        &document_with("<disk name='vda'><target file='/tmp/elsewhere.qcow2'/></disk>"),
     )
     .await;
     // A way of writing the path that is no other path.
     let doubled = format!("/{}", target.display());
-    let out = document(&format!("<disk name='vda'><target file='{doubled}'/></disk>"));
+    let out = document_with(&format!("<disk name='vda'><target file='{doubled}'/></disk>"));
     caller.complete("web", &out).await;
     assert!(target.exists());
 }
@@ -183,7 +187,7 @@ async fn a_rule_about_a_device_binds_by_whatever_name_it_is_called() {
         known(&rule("export", &[("target_kind", "block"), ("target", allowed)])).await;
     let to = |device: &Path| {
         let device = device.display();
-        document(&format!(
+        document_with(&format!(
             "<disk name='vda' type='block'><target dev='{device}'/></disk>"
         ))
     };
@@ -207,4 +211,33 @@ async fn a_rule_about_a_device_binds_by_whatever_name_it_is_called() {
     let link = directory.join("link");
     symlink(good.device(), &link).unwrap();
     refused(&caller, &to(&link)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_about_cancelling_can_say_which_backup() {
+    let rules =
+        ["abort", "set-speed"].map(|action| rule(action, &[("target_kind", "store"), ("disks", "vda")]));
+    let (system, _vm, caller) = known(&rules.concat()).await;
+    let root = Caller::new(&system).await;
+    let slow = || Options::from([("bandwidth", zbus::wire::Variant::from(MIB))]);
+    for (document, may) in [("<disk name='vda'/>", true), ("<disk name='vdb'/>", false)] {
+        let job = root
+            .start_with("web", &document_with(document), &[], slow())
+            .await;
+        let path = zbus::wire::OwnedObjectPath::from(job.inner().path().to_owned());
+        let mine = caller.job(path).await;
+        for outcome in [mine.set_speed(2 * MIB).await, mine.cancel().await] {
+            match outcome {
+                Ok(()) if may => {}
+                Err(error) if !may => assert_eq!(error_name(&error), NEEDS_PASSWORD, "{error}"),
+                outcome => panic!("{document}: {outcome:?}"),
+            }
+        }
+        // It is root's own, if nobody has cancelled it yet.
+        if !may {
+            job.cancel().await.unwrap();
+        }
+        let (result, _, _) = common::wait::within("the end", job.wait()).await.unwrap();
+        assert_eq!(result, "cancelled");
+    }
 }

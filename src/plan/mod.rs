@@ -126,19 +126,30 @@ pub fn requested(definition: &Definition, disks: &[Disk]) -> Vec<Requested> {
             |(_, chosen): &&(&Disk, Option<&DiskDefinition>)| chosen.is_some_and(|it| ptr::eq(it, asked));
         chosen.iter().find(of).map(|(disk, _)| disk.name.clone())
     };
-    let mut places: BTreeMap<(PlaceKind, String), Vec<String>> = BTreeMap::new();
-    for asked in selected(definition) {
-        let Some(target) = &asked.target else { continue };
-        let place = match target {
+    let named = selected(definition).filter_map(|asked| {
+        let place = match asked.target.as_ref()? {
             Target::File(path) => (PlaceKind::File, normal(path)),
             Target::Block(path) => (PlaceKind::Block, normal(path)),
             Target::Fd(_) => (PlaceKind::Fd, String::new()),
         };
-        places.entry(place).or_default().extend(name_of(asked));
+        Some((place, name_of(asked)))
+    });
+    let places = grouped(named);
+    if !places.is_empty() {
+        return places;
     }
-    if places.is_empty() {
-        let all = chosen.iter().map(|(disk, _)| disk.name.clone()).collect();
-        places.insert((PlaceKind::Store, store_name(definition).0.to_owned()), all);
+    vec![Requested {
+        kind: PlaceKind::Store,
+        target: store_name(definition).0.to_owned(),
+        disks: chosen.iter().map(|(disk, _)| disk.name.clone()).collect(),
+    }]
+}
+
+/// Each place once, with all disks that go there.
+fn grouped(disks: impl Iterator<Item = ((PlaceKind, String), Option<String>)>) -> Vec<Requested> {
+    let mut places: BTreeMap<(PlaceKind, String), Vec<String>> = BTreeMap::new();
+    for (place, disk) in disks {
+        places.entry(place).or_default().extend(disk);
     }
     let places = places.into_iter();
     places
@@ -201,6 +212,23 @@ pub fn resolve(
 }
 
 impl Plan {
+    /// The distinct places with the disks that go there, as they were put to the authority.
+    pub fn places(&self) -> Vec<Requested> {
+        let store = match &self.destination {
+            Destination::Store { name, .. } => name.clone(),
+            Destination::Caller => String::new(),
+        };
+        grouped(self.disks.iter().map(|disk| {
+            let place = match &disk.place {
+                Place::InStore { .. } => (PlaceKind::Store, store.clone()),
+                Place::File(path) => (PlaceKind::File, normal(path)),
+                Place::Block(path) => (PlaceKind::Block, normal(path)),
+                Place::Descriptor(_) => (PlaceKind::Fd, String::new()),
+            };
+            (place, Some(disk.name.clone()))
+        }))
+    }
+
     /// The document with every default filled in; every disk of the domain is in it.
     pub fn definition(&self) -> Definition {
         let included = self.disks.iter().map(|disk| DiskDefinition {

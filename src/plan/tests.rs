@@ -237,6 +237,23 @@ fn each_place_of_the_callers_is_asked_about_once_with_the_disks_that_go_there() 
 }
 
 #[test]
+fn a_plan_goes_to_the_places_that_were_asked_about() {
+    let mixed = in_disks(
+        "<disk name='drive-b' type='fd'><target fd='0'/></disk><disk name='vda' type='fd'><target fd='1'/></disk>
+         <disk name='cd0'><target file='/x//y'/></disk>",
+    );
+    let named = "<domainbackup><store name='nightly'/><disks><disk name='vda'/></disks></domainbackup>";
+    for (document, files) in [("", 0), (named, 0), (mixed.as_str(), 2)] {
+        let definition = match document {
+            "" => Definition::default(),
+            text => definition::parse(text).unwrap(),
+        };
+        let plan = plan_with(document, &Options::default(), files).unwrap();
+        assert_eq!(plan.places(), requested(&definition, &disks()), "{document}");
+    }
+}
+
+#[test]
 fn where_a_document_does_not_fit_the_disks_no_disk_is_claimed() {
     let unknown =
         in_disks("<disk name='vdx'><target file='/x'/></disk><disk name='vda'><target file='/y'/></disk>");

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::access::{Access, Basis, Caller, Details, Grant, Permission};
+use crate::access::{Access, Basis, Caller, Details, Permission};
 use crate::config::{Config, Store};
 use crate::domain::{self, Domain, Origin, Registration, Registry};
 use crate::error::{Error, Kind, Result};
@@ -98,9 +98,7 @@ impl Service {
 
     /// Cancels `job`, or one disk of it and so all of it. Who started it may.
     pub async fn cancel(&self, caller: &Caller, job: &Job, disk: Option<&str>) -> Result<()> {
-        self.control(caller, job, Permission::DomainAbort)
-            .await?
-            .record(job.id);
+        self.control(caller, job, Permission::DomainAbort).await?;
         match disk {
             Some(disk) => job.cancel_disk(disk)?,
             None => job.cancel()?,
@@ -110,21 +108,28 @@ impl Service {
 
     /// Limits `job` to `bytes_per_second`, all disks together; 0 is unlimited. Who started it may.
     pub async fn set_speed(&self, caller: &Caller, job: &Job, bytes_per_second: u64) -> Result<()> {
-        self.control(caller, job, Permission::DomainSetSpeed)
-            .await?
-            .record(job.id);
+        self.control(caller, job, Permission::DomainSetSpeed).await?;
         Ok(job.set_speed(bytes_per_second)?)
     }
 
-    async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<Grant> {
-        let details = details(&job.domain);
-        if job.started_by == caller.uid {
-            return Ok(self.access.implied(caller, permission, &details, Basis::Starter));
+    /// Goes on only for who started `job`, or has `permission` for every place that it goes to.
+    async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<()> {
+        let mut grants = Vec::new();
+        for place in job.plan.places() {
+            let details = request::backup_details(&job.domain, &place);
+            grants.push(match job.started_by == caller.uid {
+                true => self.access.implied(caller, permission, &details, Basis::Starter),
+                false => {
+                    self.access
+                        .require(caller, permission, &details, Some(job.id))
+                        .await?
+                }
+            });
         }
-        Ok(self
-            .access
-            .require(caller, permission, &details, Some(job.id))
-            .await?)
+        for grant in grants {
+            grant.record(job.id);
+        }
+        Ok(())
     }
 
     /// Cancels what runs, and ends everything that works for the service.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::{Descriptors, Service, details};
-use crate::access::{Basis, Caller, Grant, Permission};
+use crate::access::{Basis, Caller, Details, Grant, Permission};
 use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Snapshot};
 use crate::error::{Error, Kind, Result};
@@ -99,11 +99,7 @@ impl Service {
     }
 
     async fn ask(&self, caller: &Caller, domain: &Domain, place: &Requested) -> Result<Grant> {
-        let details = details(domain)
-            .with("mode", "push")
-            .with("target_kind", place.kind.as_str())
-            .with("target", &place.target)
-            .with("disks", disk_list(&place.disks));
+        let details = backup_details(domain, place);
         let permission = match place.kind {
             PlaceKind::Store => Permission::DomainBackup,
             PlaceKind::File | PlaceKind::Block | PlaceKind::Fd => Permission::DomainExport,
@@ -215,6 +211,15 @@ async fn settle_devices(mut request: Request) -> Result<Request> {
     settled
         .await
         .map_err(|error| Error::new(Kind::Internal, error.to_string()))
+}
+
+/// What an authority is told of a backup of `domain`, as far as it goes to this place.
+pub(super) fn backup_details(domain: &Domain, place: &Requested) -> Details {
+    details(domain)
+        .with("mode", "push")
+        .with("target_kind", place.kind.as_str())
+        .with("target", &place.target)
+        .with("disks", disk_list(&place.disks))
 }
 
 /// Names of disks, for rules. QEMU's own have no commas in them.

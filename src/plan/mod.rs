@@ -4,14 +4,15 @@
 //! nothing. A [`Plan`] that exists names only disks that exist and have a medium, and one place for each.
 
 mod error;
+mod requested;
 #[cfg(test)]
 mod tests;
 
 pub use error::Error;
+pub use requested::{PlaceKind, Requested, requested};
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::ptr;
+use std::path::PathBuf;
 
 use crate::config::{DEFAULT_STORE, Store};
 use crate::definition::{
@@ -84,85 +85,6 @@ pub enum Place {
     Descriptor(u32),
 }
 
-/// A place that a request names and the disks that go there, as it is put to the authority.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Requested {
-    pub kind: PlaceKind,
-    /// The store's name or the path; empty for the caller's own descriptors.
-    pub target: String,
-    /// Names of the domain's disks; none where the document does not fit the disks that are known.
-    pub disks: Vec<String>,
-}
-
-/// Whose place it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum PlaceKind {
-    /// The administrator's: a store.
-    Store,
-    /// A new or existing file by its path.
-    File,
-    /// A device by its path.
-    Block,
-    /// The caller's open files, all of a request together.
-    Fd,
-}
-
-impl PlaceKind {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Store => "store",
-            Self::File => "file",
-            Self::Block => "block",
-            Self::Fd => "fd",
-        }
-    }
-}
-
-/// The distinct places that a request names, at least one; `disks` are the domain's as far as they are known.
-pub fn requested(definition: &Definition, disks: &[Disk]) -> Vec<Requested> {
-    let chosen = choose(definition, disks).unwrap_or_default();
-    let name_of = |asked: &DiskDefinition| {
-        let of =
-            |(_, chosen): &&(&Disk, Option<&DiskDefinition>)| chosen.is_some_and(|it| ptr::eq(it, asked));
-        chosen.iter().find(of).map(|(disk, _)| disk.name.clone())
-    };
-    let named = selected(definition).filter_map(|asked| {
-        let place = match asked.target.as_ref()? {
-            Target::File(path) => (PlaceKind::File, normal(path)),
-            Target::Block(path) => (PlaceKind::Block, normal(path)),
-            Target::Fd(_) => (PlaceKind::Fd, String::new()),
-        };
-        Some((place, name_of(asked)))
-    });
-    let places = grouped(named);
-    if !places.is_empty() {
-        return places;
-    }
-    vec![Requested {
-        kind: PlaceKind::Store,
-        target: store_name(definition).0.to_owned(),
-        disks: chosen.iter().map(|(disk, _)| disk.name.clone()).collect(),
-    }]
-}
-
-/// Each place once, with all disks that go there.
-fn grouped(disks: impl Iterator<Item = ((PlaceKind, String), Option<String>)>) -> Vec<Requested> {
-    let mut places: BTreeMap<(PlaceKind, String), Vec<String>> = BTreeMap::new();
-    for (place, disk) in disks {
-        places.entry(place).or_default().extend(disk);
-    }
-    let places = places.into_iter();
-    places
-        .map(|((kind, target), disks)| Requested { kind, target, disks })
-        .collect()
-}
-
-/// A path as rules compare it: `//a` is `/a`. Documents have no `.` and `..` in their paths.
-fn normal(path: &Path) -> String {
-    let path: PathBuf = path.components().collect();
-    path.to_string_lossy().into_owned()
-}
-
 /// Makes the plan.
 ///
 /// `disks` are the domain's now; `stores` are the configured ones; `files` counts the descriptors that came with
@@ -212,23 +134,6 @@ pub fn resolve(
 }
 
 impl Plan {
-    /// The distinct places with the disks that go there, as they were put to the authority.
-    pub fn places(&self) -> Vec<Requested> {
-        let store = match &self.destination {
-            Destination::Store { name, .. } => name.clone(),
-            Destination::Caller => String::new(),
-        };
-        grouped(self.disks.iter().map(|disk| {
-            let place = match &disk.place {
-                Place::InStore { .. } => (PlaceKind::Store, store.clone()),
-                Place::File(path) => (PlaceKind::File, normal(path)),
-                Place::Block(path) => (PlaceKind::Block, normal(path)),
-                Place::Descriptor(_) => (PlaceKind::Fd, String::new()),
-            };
-            (place, Some(disk.name.clone()))
-        }))
-    }
-
     /// The document with every default filled in; every disk of the domain is in it.
     pub fn definition(&self) -> Definition {
         let included = self.disks.iter().map(|disk| DiskDefinition {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::Kind;
 
-/// Limits of one thing, by the names that they have in the configuration.
+/// Limits of one thing: for each user, and for all together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     pub per_user: usize,

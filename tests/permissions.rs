@@ -424,3 +424,27 @@ async fn what_is_hidden_answers_like_what_never_was_whatever_is_called() {
     }
     drop(secret);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_not_list_domains_does_not_find_them_by_introspection() {
+    let system = System::setup()
+        .rules(&polkit::deny(USER, &["service.search-domains"]))
+        .start();
+    let web = slow_machine(&system, "web");
+    system.domain_file("web", &web);
+    system.wait_for_domain("web");
+    let user = Caller::of_user(&system, USER).await;
+    for (interface, member, path) in [
+        (MANAGER_INTERFACE, "ListDomains", ROOT_PATH),
+        (
+            "org.freedesktop.DBus.Introspectable",
+            "Introspect",
+            "/org/example/Backup1/domain",
+        ),
+    ] {
+        let (name, _) = call(&user, path, interface, member, &()).await.unwrap_err();
+        assert_eq!(name, "AccessDenied", "{member}");
+    }
+    // By its name it is there.
+    user.manager.get_domain("web").await.unwrap();
+}

@@ -1,6 +1,6 @@
 //! What callers may see, remembered for a while.
 //!
-//! A desktop asks the same a hundred times a minute. Only silent answers about looking are kept, a yes as a no, and never
+//! A desktop asks the same a hundred times a minute. Only silent answers about looking are kept, a yes as well as a no, and never
 //! one that somebody's password brought. They are dropped when the authority says that it may decide otherwise now, when
 //! the caller leaves, and after half a minute.
 
@@ -62,7 +62,7 @@ impl Cache {
         let room = kept.count < MOST;
         let answers = kept.by_caller.entry(caller.to_owned()).or_default();
         let known = answers.contains_key(&(permission, object));
-        // Beyond that the authority is asked each time.
+        // Where there is no room the authority is asked each time.
         if known || room && answers.len() < MOST_OF_A_CALLER {
             answers.insert((permission, object), answer);
             kept.count += usize::from(!known);

@@ -6,7 +6,6 @@
 
 mod audit;
 mod cache;
-mod fixed;
 mod polkit;
 mod table;
 #[cfg(test)]
@@ -15,7 +14,6 @@ mod turns;
 
 pub use audit::{Basis, DIRECTIVE as AUDIT_DIRECTIVE, Grant};
 pub use cache::Object;
-pub use fixed::Fixed;
 pub use polkit::Polkit;
 pub use table::{Entry, FREE, Implicit, Permission, TABLE};
 
@@ -29,13 +27,13 @@ use crate::quota::{Exceeded, Quota};
 use cache::Cache;
 use turns::Turns;
 
-/// How long the authority may take for an answer once it is asked: to a glance, for which others wait, and to a question
-/// that needs nobody's password.
+/// How long the authority may take for a glance once it is asked: others wait for it.
 const GLANCE: Duration = Duration::from_secs(2);
+/// The same for a question that needs nobody's password.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long an answer may take in all, with the wait for a turn.
+/// The same with the wait for a turn.
 const WHOLE_PATIENCE: Duration = Duration::from_secs(20);
-/// And one that needs a password.
+/// How long a question may take that needs a password.
 const INTERACTIVE_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Who asks.

@@ -1,8 +1,9 @@
 //! The table of objects and permissions: what each is called, what is answered where the administrator has no rule, and
-//! which members of the interface need it.
+//! which members of the interface need it. What needs [`Permission::DomainRead`] needs what it takes to see the domain
+//! too; that is not repeated.
 //!
-//! The shipped `.policy` file says the same in polkit's language, and the bus asks for nothing else; tests hold all three
-//! against each other.
+//! The shipped `.policy` file says the same in polkit's language, and the service asks for nothing else; tests hold table,
+//! policy and interface against each other.
 
 /// What there is to be allowed, on which kind of object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -165,7 +166,7 @@ pub static TABLE: [Entry; 9] = [
     Entry {
         permission: Permission::DomainSetSpeed,
         action: "org.example.backup1.domain.set-speed",
-        description: "Change the speed of a backup of a virtual machine",
+        description: "Change the speed of somebody else's backup of a virtual machine",
         message: "Authentication is required to change the speed of the backup of the virtual machine $(domain_name)",
         implicit: Implicit::AdministratorKept,
         members: &["Job.SetSpeed"],

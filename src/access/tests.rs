@@ -1,7 +1,29 @@
 //! What becomes of an authority's answers.
 
+use std::collections::HashMap;
+
 use super::*;
 use crate::quota::Limits;
+
+/// Answers by action; denies what it has no answer for.
+struct Fixed(HashMap<&'static str, Decision>);
+
+impl Fixed {
+    fn with(action: &'static str, decision: Decision) -> Self {
+        Self(HashMap::from([(action, decision)]))
+    }
+}
+
+impl Authority for Fixed {
+    fn check<'a>(&'a self, _: &'a Caller, action: &'static str, _: &'a Details) -> BoxFuture<'a, Decision> {
+        let answer = self.0.get(action).cloned();
+        Box::pin(std::future::ready(answer.unwrap_or(Decision::Denied)))
+    }
+
+    fn generation(&self) -> u64 {
+        0
+    }
+}
 
 const BACKUP: Permission = Permission::DomainBackup;
 const READ: Permission = Permission::DomainRead;
@@ -29,13 +51,13 @@ async fn require(access: &Access, caller: &Caller) -> Result<(), Error> {
 }
 
 async fn ask(decision: Decision) -> Result<(), Error> {
-    let access = access(Fixed::default().with(BACKUP.action(), decision));
+    let access = access(Fixed::with(BACKUP.action(), decision));
     require(&access, &caller()).await
 }
 
 #[tokio::test]
 async fn what_nothing_is_known_of_is_a_no() {
-    let access = access(Fixed::default().with(Permission::DomainAbort.action(), Decision::Granted));
+    let access = access(Fixed::with(Permission::DomainAbort.action(), Decision::Granted));
     assert_eq!(require(&access, &caller()).await, Err(Error::Denied(BACKUP)));
     assert!(
         access

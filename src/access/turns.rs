@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Silent questions at a time; with the password dialogs, fewer than the bus allows.
+/// Silent questions at a time; with the password dialogs of the default limit, fewer than the bus allows.
 const TURNS: usize = 96;
 const TURNS_OF_A_USER: usize = 48;
 

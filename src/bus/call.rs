@@ -16,7 +16,7 @@ use crate::error::Kind;
 use crate::quota::Share;
 use crate::service::Descriptors;
 
-/// The reply of a method that succeeded.
+/// The reply of a method, or why it has none.
 pub type Answer = Result<Message>;
 
 /// An index into what came with a call (`h`), as the library resolves it: the number of the message's own descriptor. Unlike
@@ -142,15 +142,15 @@ impl Call {
     }
 
     pub fn unknown_method(&self) -> BusError {
-        BusError::new(Kind::UnknownMethod, format!("Unknown method '{}'", self.member))
+        BusError::new(Kind::UnknownMethod, format!("no method '{}'", self.member))
     }
 
     pub fn unknown_interface(&self, name: &str) -> BusError {
-        BusError::new(Kind::UnknownInterface, format!("Unknown interface '{name}'"))
+        BusError::new(Kind::UnknownInterface, format!("no interface '{name}'"))
     }
 
     /// What is said of a path that has no object: a hidden object answers no other way.
     pub fn no_object(&self) -> BusError {
-        BusError::new(Kind::UnknownObject, format!("Unknown object '{}'", self.path))
+        BusError::new(Kind::UnknownObject, format!("no object '{}'", self.path))
     }
 }

@@ -6,7 +6,7 @@ use super::backup::{Wanted, create_backup};
 use super::call::{Answer, Call, Handle};
 use super::object::Properties;
 use super::options::{self, Dictionary};
-use super::{Context, domain_path, job_path};
+use super::{Context, domain, domain_path, job_path};
 
 pub fn properties() -> Properties {
     vec![("Version", Variant::from(env!("CARGO_PKG_VERSION")))]
@@ -54,12 +54,12 @@ pub async fn call(context: &Context, call: &Call) -> Answer {
 async fn list_domains(context: &Context, call: &Call) -> Answer {
     call.no_arguments()?;
     let domains = context.service.list_domains(&call.caller).await?;
-    let listed = domains.iter().map(|domain| {
-        let snapshot = domain.snapshot();
-        let uuid = snapshot.uuid.map(|uuid| uuid.to_string()).unwrap_or_default();
+    let listed = domains.iter().map(|listed| {
+        let snapshot = listed.snapshot();
+        let uuid = domain::uuid(&snapshot);
         (
-            domain_path(domain.id),
-            &domain.name,
+            domain_path(listed.id),
+            &listed.name,
             uuid,
             snapshot.state.as_str(),
         )

@@ -116,7 +116,10 @@ impl Peers {
         let uid = *uid.await.map_err(|error: zbus::Error| {
             // It has left before anything was known of it, and its leaving may have been told already.
             self.forget(&peer);
-            BusError::new(Kind::AccessDenied, format!("who are you? {error}"))
+            BusError::new(
+                Kind::AccessDenied,
+                format!("the bus does not say whose connection this is: {error}"),
+            )
         })?;
         if visit.share.is_none() {
             visit.share = Some(self.calls.take(uid, 1)?);

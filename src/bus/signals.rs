@@ -1,7 +1,7 @@
 //! Who is told what, when it happens.
 //!
 //! Detailed signals go to the connection that started a job and to subscribers that may read the domain at that moment,
-//! each by itself; what everybody hears carries a number and a path. On a machine of one user the administrator can have
+//! each by itself; that a domain came or went, to those that may see it. What everybody hears carries a number and a path. On a machine of one user the administrator can have
 //! everybody hear everything.
 
 use std::collections::{HashMap, HashSet};
@@ -17,6 +17,7 @@ use zbus::wire::{OwnedObjectPath, Type, Variant};
 
 use super::job::{View, result};
 use super::peers::Peers;
+use super::standard::PROPERTIES;
 use super::{domain, domain_path, job_path};
 use crate::access::Caller;
 use crate::config::Signals;
@@ -27,7 +28,6 @@ use crate::service::Service;
 
 /// The least time between two `PropertiesChanged` of an object.
 const PACE: Duration = Duration::from_millis(500);
-const PROPERTIES_INTERFACE: &str = "org.freedesktop.DBus.Properties";
 
 type Changed = HashMap<&'static str, Variant<'static>>;
 
@@ -123,7 +123,7 @@ impl Audience {
         self.tell(
             to,
             path,
-            PROPERTIES_INTERFACE,
+            PROPERTIES,
             "PropertiesChanged",
             &(interface, changed, invalidated),
         )

@@ -60,8 +60,7 @@ pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> 
         Object::Root => vec!["domain".to_owned(), "job".to_owned()],
         Object::Above(part) => vec![(*part).to_owned()],
         Object::Domains => {
-            let domains = context.service.domains.list();
-            let domains = context.service.visible(&call.caller, domains).await;
+            let domains = context.service.list_domains(&call.caller).await?;
             domains
                 .iter()
                 .map(|domain| last(domain_path(domain.id).as_str()))
@@ -102,7 +101,7 @@ fn interface_of(description: &'static str) -> &'static str {
     }
 }
 
-/// There is no property that could be set.
+/// `Get`, `GetAll`, and `Set`, which is refused: no property can be set.
 pub async fn properties(context: &Context, call: &Call, object: &Object) -> Answer {
     match call.member.as_str() {
         "Get" => {
@@ -122,7 +121,7 @@ pub async fn properties(context: &Context, call: &Call, object: &Object) -> Answ
             if !properties.contains_key(name.as_str()) {
                 return Err(unknown_property(&name));
             }
-            let text = format!("Property '{name}' cannot be set");
+            let text = format!("property '{name}' cannot be set");
             Err(BusError::new(Kind::PropertyReadOnly, text))
         }
         _ => Err(call.unknown_method()),
@@ -151,7 +150,7 @@ async fn of_interface(
 }
 
 fn unknown_property(name: &str) -> BusError {
-    BusError::new(Kind::UnknownProperty, format!("Unknown property '{name}'"))
+    BusError::new(Kind::UnknownProperty, format!("no property '{name}'"))
 }
 
 #[cfg(test)]

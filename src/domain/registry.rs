@@ -39,8 +39,8 @@ pub struct Registration<'a> {
     pub owner: u32,
     /// The connection on whose presence the domain depends.
     pub sender: &'a str,
-    /// Of its descriptors; held as long as the monitor is.
-    pub descriptor: Arc<Share>,
+    /// Counts the monitor's descriptor for as long as it is open.
+    pub share: Arc<Share>,
 }
 
 /// Names are distinct among the configured domains, and among those of a user.
@@ -143,7 +143,7 @@ impl Registry {
         let (name, uid) = (registration.name, registration.owner);
         check_new_name(name)?;
         check_name(&self.lock(), name, uid)?;
-        let share = self.quota.take(uid, 1)?;
+        let place = self.quota.take(uid, 1)?;
         // Closed last, on a thread that may block: a socket can have things in its queue whose end takes time.
         let last = socket
             .try_clone()
@@ -156,7 +156,7 @@ impl Registry {
             source,
         })?;
         let owner_name = owner::look_up(uid).await;
-        let descriptor = registration.descriptor;
+        let share = registration.share;
         let kind = EntryKind::Registered {
             sender: registration.sender.to_owned(),
         };
@@ -173,7 +173,7 @@ impl Registry {
             monitor::serve_once(served.clone(), Link::new(client, peer), driver, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
             // What is held is held until here: a backup may have kept the monitor after the domain had gone.
-            drop((share, descriptor));
+            drop((place, share));
             tokio::task::spawn_blocking(move || drop(last));
         });
         // The caller gets a domain that answers, or the reason why it does not.
@@ -183,7 +183,7 @@ impl Registry {
 
     /// Lets go of what a connection registered, which has left; a backup that runs is brought to its end first.
     pub fn release(self: &Arc<Self>, sender: &str) {
-        self.remove(|entry| matches!(&entry.kind, EntryKind::Registered { sender: of, .. } if of == sender));
+        self.remove(|entry| matches!(&entry.kind, EntryKind::Registered { sender: of } if of == sender));
     }
 
     /// Ends all supervisors and waits for them.

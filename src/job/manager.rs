@@ -44,7 +44,7 @@ pub struct Reservation {
     domain: String,
     _hold: Hold,
     _share: Share,
-    /// The descriptors that the backup writes to are the caller's.
+    /// Counts the caller's descriptors that the backup writes to.
     _descriptors: Arc<Share>,
     /// The service does not stop before it is given back.
     _token: TaskTrackerToken,

@@ -65,7 +65,7 @@ impl Service {
         monitor: Descriptors,
     ) -> Result<Arc<Domain>> {
         domain::check_new_name(name)?;
-        let descriptor = monitor.share;
+        let share = monitor.share;
         let Ok([monitor]) = <[OwnedFd; 1]>::try_from(monitor.files) else {
             return Err(Error::new(Kind::InvalidArgs, "a domain has one monitor"));
         };
@@ -85,7 +85,7 @@ impl Service {
             name,
             owner: caller.uid,
             sender: &caller.name,
-            descriptor,
+            share,
         };
         Ok(self.domains.register(registration, monitor).await?)
     }

@@ -41,8 +41,8 @@ impl Service {
         Ok(whole(domains, looks)?)
     }
 
-    /// The same for who did not ask for a list, and is told what is known.
-    pub async fn visible(&self, caller: &Caller, domains: Vec<Arc<Domain>>) -> Vec<Arc<Domain>> {
+    /// Those of `domains` that `caller` may know of. One of which the authority could not say is left out.
+    async fn visible(&self, caller: &Caller, domains: Vec<Arc<Domain>>) -> Vec<Arc<Domain>> {
         let seen = join_all(domains.iter().map(|domain| self.sees(caller, domain))).await;
         let seen = domains.into_iter().zip(seen);
         seen.filter_map(|(domain, seen)| seen.then_some(domain)).collect()

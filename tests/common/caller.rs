@@ -169,7 +169,7 @@ impl Caller {
         seen
     }
 
-    /// All properties of an object's interface, as text.
+    /// All properties of an object's interface.
     pub async fn properties(&self, path: &str, interface: &str) -> HashMap<String, OwnedVariant> {
         let message = self
             .connection

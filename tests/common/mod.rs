@@ -197,10 +197,6 @@ impl System {
         &self.bus
     }
 
-    pub fn bus_mut(&mut self) -> &mut Bus {
-        &mut self.bus
-    }
-
     pub fn clients(&self) -> &Clients {
         &self.clients
     }

@@ -87,14 +87,22 @@ fn options_hold_no_descriptors() {
     let null = File::options().read(true).write(true).open("/dev/null").unwrap();
     let mut client = Client::connect(&system, USER);
     let before = descriptors(&mut system);
-    let option = || Body::default().string("bandwidth").descriptors(10_000);
     let mut most = 0;
-    for _ in 0..50 {
-        client.send(CREATE, "ssaha{sv}", create(&[0], Some(option())), &[null.as_fd()]);
-        most = most.max(descriptors(&mut system));
-    }
-    for _ in 0..50 {
-        client.wait_for("options have no descriptors");
+    for (option, word) in [
+        (
+            Body::descriptors as fn(Body, u32) -> Body,
+            "option 'bandwidth' has type 'ah'",
+        ),
+        (Body::descriptors_in_variants, "option 'bandwidth' has type 'av'"),
+    ] {
+        for _ in 0..50 {
+            let option = option(Body::default().string("bandwidth"), 10_000);
+            client.send(CREATE, "ssaha{sv}", create(&[0], Some(option)), &[null.as_fd()]);
+            most = most.max(descriptors(&mut system));
+        }
+        for _ in 0..50 {
+            client.wait_for(word);
+        }
     }
     assert!(most < before + 150, "{before} before, {most} meanwhile");
 }

@@ -59,14 +59,20 @@ impl Cache {
         if kept.count >= MOST {
             kept.sweep(generation);
         }
-        let room = kept.count < MOST;
-        let answers = kept.by_caller.entry(caller.to_owned()).or_default();
-        let known = answers.contains_key(&(permission, object));
-        // Where there is no room the authority is asked each time.
-        if known || room && answers.len() < MOST_OF_A_CALLER {
-            answers.insert((permission, object), answer);
-            kept.count += usize::from(!known);
+        if kept.count >= MOST {
+            // The authority is asked each time.
+            return;
         }
+        let answers = kept.by_caller.entry(caller.to_owned()).or_default();
+        let before = answers.len();
+        if before >= MOST_OF_A_CALLER {
+            answers.retain(|_, answer| answer.counts(generation));
+        }
+        if answers.len() < MOST_OF_A_CALLER {
+            answers.insert((permission, object), answer);
+        }
+        let after = answers.len();
+        kept.count = kept.count + after - before;
     }
 
     /// Forgets a caller that has left.

@@ -1,40 +1,34 @@
 //! The closing of descriptors that came with calls, where it keeps nobody waiting.
 //!
 //! What a caller passes can be anything, and the last close of some things waits: of a connected socket with `SO_LINGER` (see
-//! socket(7)) for as long as its sender said. So each descriptor is duplicated when it comes, and the duplicate is closed
-//! last, on a thread that may block.
-
-use std::os::fd::{AsFd, OwnedFd};
+//! socket(7)) for as long as its sender said. So a message with descriptors is dropped last on a thread that may block.
 
 use tokio::sync::mpsc;
 use zbus::fdo::PeerProxy;
 use zbus::{Connection, Message};
 
+/// Messages that wait to be dropped; more are dropped at once.
+const MOST_PATIENT: usize = 256;
 const BUS: &str = "org.freedesktop.DBus";
 
-/// Descriptors of a message: as long as they are held, to close the message's own is nothing.
-#[derive(Debug, Default)]
-pub struct Held(Vec<OwnedFd>);
+/// A message with descriptors: as long as it is held, to close what was duplicated of it is nothing.
+#[derive(Debug)]
+pub struct Held(Option<Message>);
 
 impl Held {
     pub fn of(message: &Message) -> Self {
-        let data = message.data();
-        let duplicates = data
-            .fds()
-            .iter()
-            .map(|fd| rustix::io::fcntl_dupfd_cloexec(fd.as_fd(), 3));
-        // One that cannot be duplicated, for want of descriptors, is closed with its message.
-        Self(duplicates.filter_map(Result::ok).collect())
+        let holds = !message.data().fds().is_empty();
+        Self(holds.then(|| message.clone()))
     }
 }
 
 /// The way to the task.
 #[derive(Clone)]
-pub struct Closer(mpsc::UnboundedSender<Held>);
+pub struct Closer(mpsc::UnboundedSender<Message>);
 
 /// The task's side.
 pub struct Work {
-    waiting: mpsc::UnboundedReceiver<Held>,
+    waiting: mpsc::UnboundedReceiver<Message>,
     connection: Connection,
 }
 
@@ -46,9 +40,9 @@ pub fn new(connection: Connection) -> (Closer, Work) {
 impl Closer {
     /// Closes what came with a message that its last user has dropped.
     pub fn close(&self, held: Held) {
-        if !held.0.is_empty() {
+        if let Some(message) = held.0 {
             // Without the task the service is about to end.
-            let _ = self.0.send(held);
+            let _ = self.0.send(message);
         }
     }
 }
@@ -57,13 +51,16 @@ impl Work {
     /// Closes until there is no [`Closer`] any more.
     pub async fn run(mut self) {
         while let Some(first) = self.waiting.recv().await {
-            let mut descriptors = first.0;
+            let mut messages = vec![first];
             while let Ok(more) = self.waiting.try_recv() {
-                descriptors.extend(more.0);
+                messages.push(more);
             }
-            self.let_reader_go_on().await;
+            // Under a flood the answer comes behind it, and descriptors are what there is least of.
+            if messages.len() < MOST_PATIENT {
+                self.let_reader_go_on().await;
+            }
             // Not waited for: what hangs keeps nothing else from being closed.
-            tokio::task::spawn_blocking(move || descriptors.into_iter().for_each(close));
+            tokio::task::spawn_blocking(move || messages.into_iter().for_each(close));
         }
     }
 
@@ -77,8 +74,9 @@ impl Work {
     }
 }
 
-fn close(descriptor: OwnedFd) {
-    // Nobody waits for what the service does not want. On what is no socket it does nothing.
-    let _ = rustix::net::sockopt::set_socket_linger(&descriptor, None);
-    drop(descriptor);
+fn close(message: Message) {
+    for descriptor in message.data().fds() {
+        // Nobody waits for what the service does not want. On what is no socket it does nothing.
+        let _ = rustix::net::sockopt::set_socket_linger(descriptor, None);
+    }
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
-use zbus::wire::{OwnedVariant, Signature, Type, Variant};
+use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use zbus::wire::{OwnedVariant, Signature, Type};
 
 use super::error::{BusError, Result};
 use crate::definition::Quiesce;
@@ -13,7 +13,26 @@ use crate::plan;
 
 /// The keys with their values, as they came.
 #[derive(Debug, Default)]
-pub struct Dictionary(BTreeMap<String, OwnedVariant>);
+pub struct Dictionary(BTreeMap<String, Value>);
+
+/// A value of a type that an option has. Others are not even read: an array of variants could hold as many descriptors or
+/// bytes as a message has room for, each of which costs more here than there.
+#[derive(Debug)]
+enum Value {
+    Bool(bool),
+    U64(u64),
+    Str(String),
+}
+
+impl Value {
+    fn signature(&self) -> &'static str {
+        match self {
+            Self::Bool(_) => "b",
+            Self::U64(_) => "t",
+            Self::Str(_) => "s",
+        }
+    }
+}
 
 impl Type for Dictionary {
     const SIGNATURE: &'static Signature = <BTreeMap<String, OwnedVariant> as Type>::SIGNATURE;
@@ -36,12 +55,8 @@ impl<'de> Visitor<'de> for Keys {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Dictionary, A::Error> {
         let mut dictionary = BTreeMap::new();
-        while let Some((key, value)) = map.next_entry::<String, Variant<'de>>()? {
-            // Looked at before it is made our own, which duplicates every descriptor in it.
-            if value.value_signature().to_string().contains('h') {
-                return Err(de::Error::custom("options have no descriptors"));
-            }
-            let value = value.try_into_owned().map_err(de::Error::custom)?;
+        while let Some(key) = map.next_key::<String>()? {
+            let value = map.next_value_seed(OfKey(&key))?;
             if dictionary.insert(key.clone(), value).is_some() {
                 return Err(de::Error::custom(format!(
                     "option '{}' is there twice",
@@ -53,15 +68,54 @@ impl<'de> Visitor<'de> for Keys {
     }
 }
 
+/// The value of a key: a variant, which comes as its signature and what has it.
+struct OfKey<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for OfKey<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for OfKey<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an option's value")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut variant: A) -> std::result::Result<Value, A::Error> {
+        let nothing = || de::Error::custom("a variant is empty");
+        let signature = variant.next_element::<Signature>()?.ok_or_else(nothing)?;
+        let value = match signature {
+            Signature::Bool => variant.next_element()?.map(Value::Bool),
+            Signature::U64 => variant.next_element()?.map(Value::U64),
+            Signature::Str => variant.next_element()?.map(Value::Str),
+            other => {
+                let text = format!(
+                    "option '{}' has type '{}', where options have 'b', 't' or 's'",
+                    shown(self.0),
+                    shown(&other.to_string())
+                );
+                return Err(de::Error::custom(text));
+            }
+        };
+        value.ok_or_else(nothing)
+    }
+}
+
 /// Options of `CreateBackup`.
 pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
     let mut options = plan::Options::default();
     for (key, value) in dictionary.0 {
-        match key.as_str() {
-            "reuse-external" => options.reuse_external = take(&key, "b", value)?,
-            "bandwidth" => options.bandwidth = Some(take(&key, "t", value)?),
-            "quiesce" => {
-                let word: String = take(&key, "s", value)?;
+        match (key.as_str(), value) {
+            ("reuse-external", Value::Bool(reuse)) => options.reuse_external = reuse,
+            ("reuse-external", value) => return Err(wrong_type(&key, &value, "b")),
+            ("bandwidth", Value::U64(bandwidth)) => options.bandwidth = Some(bandwidth),
+            ("bandwidth", value) => return Err(wrong_type(&key, &value, "t")),
+            ("quiesce", Value::Str(word)) => {
                 let quiesce = Quiesce::from_word(&word);
                 options.quiesce = Some(quiesce.ok_or_else(|| {
                     invalid(format!(
@@ -70,7 +124,8 @@ pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
                     ))
                 })?);
             }
-            "incremental" | "checkpoint" => {
+            ("quiesce", value) => return Err(wrong_type(&key, &value, "s")),
+            ("incremental" | "checkpoint", _) => {
                 let text = format!("option '{key}': checkpoints and incremental backups are not supported");
                 return Err(BusError::new(Kind::Unsupported, text));
             }
@@ -88,13 +143,11 @@ pub fn none(dictionary: &Dictionary) -> Result<()> {
     }
 }
 
-fn take<T: TryFrom<OwnedVariant>>(key: &str, signature: &str, value: OwnedVariant) -> Result<T> {
-    let found = value.value_signature().to_string();
-    value.try_into().map_err(|_| {
-        invalid(format!(
-            "option '{key}' has type '{found}' where '{signature}' is expected"
-        ))
-    })
+fn wrong_type(key: &str, value: &Value, expected: &str) -> BusError {
+    let found = value.signature();
+    invalid(format!(
+        "option '{key}' has type '{found}' where '{expected}' is expected"
+    ))
 }
 
 fn unknown(key: &str) -> BusError {
@@ -116,12 +169,24 @@ fn shown(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashMap;
     use zbus::DBusError;
     use zbus::wire::Variant;
+    use zbus::wire::serialized::Context;
+    use zbus::wire::{LE, to_bytes};
+
+    /// Through a message's bytes, as it comes.
+    fn read(key: &str, value: Variant<'static>) -> std::result::Result<Dictionary, String> {
+        let context = Context::new(LE, 0);
+        let bytes = to_bytes(context, &HashMap::from([(key, value)])).unwrap();
+        let dictionary = bytes.deserialize::<Dictionary>();
+        dictionary
+            .map(|(dictionary, _)| dictionary)
+            .map_err(|error| error.to_string())
+    }
 
     fn parse(key: &str, value: impl Into<Variant<'static>>) -> Result<plan::Options> {
-        let value = OwnedVariant::try_from(value.into()).unwrap();
-        backup(Dictionary(BTreeMap::from([(key.to_owned(), value)])))
+        backup(read(key, value.into()).unwrap())
     }
 
     fn refused(key: &str, value: impl Into<Variant<'static>>) -> (String, String) {
@@ -143,9 +208,9 @@ mod tests {
             name.ends_with("InvalidArgs") && text.contains("'bandwith'"),
             "{name}: {text}"
         );
-        let (name, text) = refused("bandwidth", 7u32);
+        let (name, text) = refused("bandwidth", "fast");
         assert!(
-            name.ends_with("InvalidArgs") && text.contains("'u'") && text.contains("'t'"),
+            name.ends_with("InvalidArgs") && text.contains("'s'") && text.contains("'t'"),
             "{name}: {text}"
         );
         let (name, text) = refused("quiesce", "perhaps");
@@ -155,5 +220,19 @@ mod tests {
         );
         let (name, _) = refused("incremental", "monday");
         assert!(name.ends_with("Unsupported"), "{name}");
+    }
+
+    #[test]
+    fn a_type_that_no_option_has_is_not_read() {
+        let nested = Variant::from(vec![Variant::from(1u8)]);
+        let boxed = Variant::Variant(Box::new(Variant::from(true)));
+        for value in [Variant::from(7u32), Variant::from(vec![0u8; 9]), nested, boxed] {
+            let signature = value.value_signature().to_string();
+            let text = read("bandwidth", value).unwrap_err();
+            assert!(
+                text.contains("'bandwidth'") && text.contains(&format!("'{signature}'")),
+                "{text}"
+            );
+        }
     }
 }

@@ -156,10 +156,14 @@ const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "copy-before-write"];
 /// More disks, and longer names, than any machine has: a peer that says so is not QEMU.
 const MAX_DISKS: usize = 256;
 const MAX_NAME: usize = 255;
+/// The same of nodes: every backup of everybody looks at the files of all of them.
+const MAX_NODES: usize = 16384;
+const MAX_PATH: usize = 4096;
 
 /// The disks of all drives; none if the peer claims what no QEMU does.
 pub(super) fn disks(drives: Vec<BlockInfo>, nodes: &[Node], graph: &Graph) -> Option<Vec<Disk>> {
-    if drives.len() > MAX_DISKS {
+    let too_long = |node: &Node| node.file.len() > MAX_PATH;
+    if drives.len() > MAX_DISKS || nodes.len() > MAX_NODES || nodes.iter().any(too_long) {
         return None;
     }
     let nodes: HashMap<&str, &Node> = nodes.iter().map(|node| (node.name.as_str(), node)).collect();

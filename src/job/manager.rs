@@ -93,6 +93,8 @@ impl Jobs {
         uid: u32,
         descriptors: Arc<Share>,
     ) -> Result<Reservation, Error> {
+        // First, so that a stop that is not seen here waits for it.
+        let token = self.tasks.token();
         if self.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
@@ -108,7 +110,7 @@ impl Jobs {
             _hold: domain.hold(),
             _share: share,
             _descriptors: descriptors,
-            _token: self.tasks.token(),
+            _token: token,
         })
     }
 

@@ -114,19 +114,16 @@ impl Service {
 
     /// Goes on only for who started `job`, or has `permission` for every place that it goes to.
     async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<()> {
-        let mut grants = Vec::new();
         for place in job.plan.places() {
             let details = request::backup_details(&job.domain, &place);
-            grants.push(match job.started_by == caller.uid {
+            let grant = match job.started_by == caller.uid {
                 true => self.access.implied(caller, permission, &details, Basis::Starter),
                 false => {
                     self.access
                         .require(caller, permission, &details, Some(job.id))
                         .await?
                 }
-            });
-        }
-        for grant in grants {
+            };
             grant.record(job.id);
         }
         Ok(())

@@ -17,7 +17,10 @@ impl Service {
     /// The domain of that name or UUID, if `caller` may know of it.
     pub async fn domain(&self, caller: &Caller, name: &str) -> Result<Arc<Domain>> {
         for group in self.domains.find(name, caller.uid) {
-            match self.visible(caller, group).await.as_slice() {
+            let looks = join_all(group.iter().map(|domain| self.view(caller, domain, false))).await;
+            // One that may come first cannot be told from one that is hidden: no other has its name meanwhile.
+            let Ok(seen) = whole(group, looks) else { break };
+            match seen.as_slice() {
                 [] => {}
                 [one] => return Ok(one.clone()),
                 // Several users' own, to one who sees them all.
@@ -39,13 +42,6 @@ impl Service {
         let domains = self.domains.list();
         let looks = join_all(domains.iter().map(|domain| self.view(caller, domain, false))).await;
         Ok(whole(domains, looks)?)
-    }
-
-    /// Those of `domains` that `caller` may know of. One of which the authority could not say is left out.
-    async fn visible(&self, caller: &Caller, domains: Vec<Arc<Domain>>) -> Vec<Arc<Domain>> {
-        let seen = join_all(domains.iter().map(|domain| self.sees(caller, domain))).await;
-        let seen = domains.into_iter().zip(seen);
-        seen.filter_map(|(domain, seen)| seen.then_some(domain)).collect()
     }
 
     /// Whether `caller` may know that `domain` exists.

@@ -44,6 +44,15 @@ impl Body {
         self
     }
 
+    /// The same, each in a variant of its own (`av`).
+    pub fn descriptors_in_variants(mut self, count: u32) -> Self {
+        self = self.signature("av").number(8 * count);
+        for _ in 0..count {
+            self = self.signature("h").number(0);
+        }
+        self
+    }
+
     /// A dictionary (`a{sv}`) with this as its only entry, whose padding counts from its own beginning.
     pub fn dictionary(mut self, entry: Self) -> Self {
         self = self.number(entry.0.len() as u32).align(8);

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use common::System;
+use common::authority::{Answer, Authority, Question};
 use common::caller::{Caller, assert_completed, brief};
 use common::clients::{OTHER_USER, USER};
 use common::disk::Disk;
@@ -197,4 +198,48 @@ async fn a_name_that_the_caller_sees_is_taken() {
     assert_eq!(error_name(&refused), INVALID_ARGS);
     assert!(refused.to_string().contains("exists already"), "{refused}");
     assert_eq!(names(&owner).await, ["web"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_whose_first_bearer_polkit_does_not_answer_about_means_no_other() {
+    let system = System::setup().without_polkit().start();
+    let authority = Authority::start(&system, |_| Answer::Yes).await;
+    let (configured, mine) = (machine(&system, "web", 0x11), machine(&system, "mine", 0x22));
+    let owner = Caller::of_user(&system, USER).await;
+    let own = register(&owner, "web", &mine).await.unwrap();
+    assert_eq!(owner.manager.get_domain("web").await.unwrap(), own);
+    system.domain_file("web", &configured);
+    wait::until_async("the configured one to come first", async || {
+        (owner.manager.get_domain("web").await.ok()? != own).then_some(())
+    })
+    .await;
+    let about_configured = |question: &Question| {
+        let of = |key: &str| question.details.get(key).map(String::as_str);
+        of("domain_name") == Some("web") && of("domain_owner") == Some("root")
+    };
+    authority
+        .decide_by(move |question| match about_configured(question) {
+            true => Answer::Error,
+            false => Answer::Yes,
+        })
+        .await;
+    // Nobody's backup of the one is made of the other.
+    wait::until_async("polkit's change to be noticed", async || {
+        owner.manager.get_domain("web").await.err().map(drop)
+    })
+    .await;
+    let refused = owner.try_start("web", "", &[], Options::new()).await.unwrap_err();
+    assert_eq!(error_name(&refused), NO_SUCH_DOMAIN);
+    // Hidden for certain, it is another matter.
+    authority
+        .decide_by(move |question| match about_configured(question) {
+            true => Answer::No,
+            false => Answer::Yes,
+        })
+        .await;
+    wait::until_async("the own one to be meant", async || {
+        (owner.manager.get_domain("web").await.ok()? == own).then_some(())
+    })
+    .await;
+    authority.stop(&system).await;
 }

@@ -46,7 +46,7 @@ pub struct Question {
     pub interactive: bool,
 }
 
-type Decide = Box<dyn Fn(&str) -> Answer + Send>;
+type Decide = Box<dyn Fn(&Question) -> Answer + Send>;
 
 struct State {
     decide: Mutex<Decide>,
@@ -67,7 +67,7 @@ impl Authority {
         let_root_be_polkit(system);
         let connection = system.connect().await;
         let state = Arc::new(State {
-            decide: Mutex::new(Box::new(decide)),
+            decide: Mutex::new(Box::new(move |question| decide(&question.action))),
             asked: Mutex::default(),
             withdrawn: Mutex::default(),
         });
@@ -87,6 +87,11 @@ impl Authority {
 
     /// Other answers from now on. It says so, as polkit does when its rules change.
     pub async fn decide(&self, decide: impl Fn(&str) -> Answer + Send + 'static) {
+        self.decide_by(move |question| decide(&question.action)).await;
+    }
+
+    /// The same by the whole question.
+    pub async fn decide_by(&self, decide: impl Fn(&Question) -> Answer + Send + 'static) {
         *lock(&self.state.decide) = Box::new(decide);
         self.connection
             .emit_signal(None::<&str>, PATH, INTERFACE, "Changed", &())
@@ -155,13 +160,14 @@ async fn answer(connection: &Connection, message: &Message, state: &State) -> zb
                 Some(Variant::Str(name)) => name.to_string(),
                 _ => String::new(),
             };
-            let said = lock(&state.decide)(&action);
-            lock(&state.asked).push(Question {
+            let question = Question {
                 action,
                 caller,
                 details,
                 interactive: flags & 1 != 0,
-            });
+            };
+            let said = lock(&state.decide)(&question);
+            lock(&state.asked).push(question);
             let result = |authorized, challenge| ((authorized, challenge, HashMap::<String, String>::new()),);
             match said {
                 Answer::Yes => connection.reply(&header, &result(true, false)).await,

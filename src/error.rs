@@ -50,6 +50,12 @@ impl Error {
     }
 }
 
+/// What somebody typed, as a part of a text: bounded, and without control characters.
+pub fn shown(text: &str) -> String {
+    let head: String = text.chars().take(128).collect();
+    head.escape_debug().to_string()
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

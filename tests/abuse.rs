@@ -25,10 +25,7 @@ const CREATE: Target = Target {
 
 fn machine(system: &System) -> Vm {
     let disk = Disk::new("vda", 16 * MIB).fill(0, 16 * MIB, 0x11);
-    let vm = system.vm("web").disk(disk).running().start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
-    vm
+    system.configured(system.vm("web").disk(disk).running())
 }
 
 fn descriptors(system: &mut System) -> usize {

@@ -20,10 +20,7 @@ const ROOT_PATH: &str = "/org/example/Backup1";
 
 fn machine(system: &System, name: &str) -> Vm {
     let disk = Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11);
-    let vm = system.vm(name).disk(disk).start();
-    system.domain_file(name, &vm);
-    system.wait_for_domain(name);
-    vm
+    system.configured(system.vm(name).disk(disk))
 }
 
 /// `CreateBackup` by a user through `busctl`; its standard error if it is refused.
@@ -114,13 +111,7 @@ fn a_rule_can_say_which_machine_goes_where() {
             }});"
         ))
         .start();
-    let web = system
-        .vm("web")
-        .uuid(uuid)
-        .disk(Disk::new("vda", 16 * MIB))
-        .start();
-    system.domain_file("web", &web);
-    system.wait_for_domain("web");
+    let _web = system.configured(system.vm("web").uuid(uuid).disk(Disk::new("vda", 16 * MIB)));
     let _mail = machine(&system, "mail");
     let elsewhere =
         "<domainbackup><disks><disk name='vda'><target file='/tmp/x'/></disk></disks></domainbackup>";
@@ -145,13 +136,12 @@ fn each_place_of_a_request_is_asked_about() {
             });",
         )
         .start();
-    let vm = system
-        .vm("web")
-        .disk(Disk::new("vda", MIB))
-        .disk(Disk::new("vdb", MIB))
-        .start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
+    let _vm = system.configured(
+        system
+            .vm("web")
+            .disk(Disk::new("vda", MIB))
+            .disk(Disk::new("vdb", MIB)),
+    );
     let both = "<domainbackup><disks><disk name='vda'><target file='/tmp/allowed'/></disk>
         <disk name='vdb'><target file='/tmp/forbidden'/></disk></disks></domainbackup>";
     assert!(create(&system, USER, "web", both, &[]).is_err());
@@ -185,9 +175,7 @@ async fn who_started_a_backup_may_cancel_it_and_others_need_permission() {
     let rules = polkit::allow(USER, &["domain.backup"]) + &polkit::allow(2, &["domain.abort"]);
     let system = System::setup().rules(&rules).start();
     let disk = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11).slow(16 * MIB);
-    let vm = system.vm("web").disk(disk).start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
+    let _vm = system.configured(system.vm("web").disk(disk));
     let caller = Caller::new(&system).await;
     for (uid, may) in [(OTHER_USER, false), (USER, true), (2, true)] {
         create(&system, USER, "web", "", &[]).unwrap();

@@ -33,10 +33,7 @@ const REGISTER: &str = "org.example.backup1.service.register-domain";
 const JOB: &str = "org.example.Backup1.Job";
 
 fn machine(system: &System, name: &str, disk: Disk) -> Vm {
-    let vm = system.vm(name).disk(disk).start();
-    system.domain_file(name, &vm);
-    system.wait_for_domain(name);
-    vm
+    system.configured(system.vm(name).disk(disk))
 }
 
 fn disk() -> Disk {

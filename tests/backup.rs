@@ -19,16 +19,14 @@ const MIB: u64 = 1 << 20;
 
 /// A system with one machine `web` that has two disks with data.
 fn web(system: &System) -> Vm {
-    let vm = system
-        .vm("web")
-        .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
-        .disk(Disk::new("vdb", 32 * MIB).raw().fill(8 * MIB, 4 * MIB, 0x22))
-        // Up to version 8 QEMU keeps passed descriptors while the machine is stopped.
-        .running()
-        .start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
-    vm
+    system.configured(
+        system
+            .vm("web")
+            .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
+            .disk(Disk::new("vdb", 32 * MIB).raw().fill(8 * MIB, 4 * MIB, 0x22))
+            // Up to version 8 QEMU keeps passed descriptors while the machine is stopped.
+            .running(),
+    )
 }
 
 /// The directory of the only backup of `domain` in a store.
@@ -392,10 +390,7 @@ async fn two_machines_are_backed_up_at_the_same_time() {
         .into_iter()
         .map(|name| {
             let disk = Disk::new("vda", 32 * MIB).fill(0, 8 * MIB, 0x77);
-            let vm = system.vm(name).disk(disk).start();
-            system.domain_file(name, &vm);
-            system.wait_for_domain(name);
-            vm
+            system.configured(system.vm(name).disk(disk))
         })
         .collect();
     let caller = Caller::new(&system).await;
@@ -474,9 +469,7 @@ async fn progress_rate_and_end_are_told_while_it_runs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn descriptors_that_a_stopped_machine_keeps_go_with_the_next_backup() {
     let system = System::start();
-    let vm = system.vm("web").disk(Disk::new("vda", 16 * MIB)).start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
+    let vm = system.configured(system.vm("web").disk(Disk::new("vda", 16 * MIB)));
     let before = vm.residue();
     let caller = Caller::new(&system).await;
     caller.complete("web", "").await;

@@ -19,16 +19,14 @@ use serde_json::Value;
 const MIB: u64 = 1 << 20;
 
 fn machine(system: &System) -> Vm {
-    let vm = system
-        .vm("web")
-        .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
-        .disk(Disk::new("vdb", 32 * MIB).raw().fill(0, 4 * MIB, 0x22))
-        .disk(Disk::empty_cdrom("cd"))
-        .running()
-        .start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
-    vm
+    system.configured(
+        system
+            .vm("web")
+            .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
+            .disk(Disk::new("vdb", 32 * MIB).raw().fill(0, 4 * MIB, 0x22))
+            .disk(Disk::empty_cdrom("cd"))
+            .running(),
+    )
 }
 
 fn root(system: &System, arguments: &[&str]) -> Output {

@@ -21,10 +21,7 @@ const DOCUMENT: &str =
 
 fn machine(system: &System) -> Vm {
     let disk = Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11);
-    let vm = system.vm("web").disk(disk).running().start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
-    vm
+    system.configured(system.vm("web").disk(disk).running())
 }
 
 /// The descriptor is refused for having no name, with and without `reuse-external`, and nothing happens.

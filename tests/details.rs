@@ -37,14 +37,13 @@ async fn known(rules: &str) -> (System, Vm, Caller) {
     let system = System::setup().rules(rules).start();
     let disks = ["vda", "vdb"].map(|id| Disk::new(id, 16 * MIB).fill(0, MIB, 0x11));
     let [vda, vdb] = disks;
-    let vm = system
-        .vm("web")
-        .disk(vda)
-        .disk(vdb)
-        .extra(&["-device", "virtio-scsi-pci,id=scsi"])
-        .start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
+    let vm = system.configured(
+        system
+            .vm("web")
+            .disk(vda)
+            .disk(vdb)
+            .extra(&["-device", "virtio-scsi-pci,id=scsi"]),
+    );
     let caller = Caller::of_user(&system, USER).await;
     (system, vm, caller)
 }
@@ -78,9 +77,7 @@ async fn every_detail_of_a_backup_into_a_store_is_told() {
         ],
     );
     let system = System::setup().rules(&rules).start();
-    let vm = system.vm("web").uuid(uuid).disk(Disk::new("vda", MIB)).start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
+    let _vm = system.configured(system.vm("web").uuid(uuid).disk(Disk::new("vda", MIB)));
     Caller::of_user(&system, USER).await.complete("web", "").await;
 }
 

@@ -27,9 +27,7 @@ impl Scene {
     async fn new(setup: common::Setup) -> Self {
         let system = setup.start();
         let disk = Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11);
-        let vm = system.vm("web").disk(disk).start();
-        system.domain_file("web", &vm);
-        system.wait_for_domain("web");
+        let vm = system.configured(system.vm("web").disk(disk));
         Self {
             before: vm.residue(),
             agent: Agent::start(&system).await,

@@ -216,13 +216,12 @@ async fn every_kind_of_disk_has_its_name_and_is_backed_up_by_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_is_plugged_in_is_in_the_next_backup_and_one_that_is_pulled_is_not() {
     let system = System::start();
-    let vm = system
-        .vm("web")
-        .disk(Disk::new("vda", 8 * MIB))
-        .disk(Disk::new("sda", 8 * MIB).kind(Kind::Scsi))
-        .start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
+    let vm = system.configured(
+        system
+            .vm("web")
+            .disk(Disk::new("vda", 8 * MIB))
+            .disk(Disk::new("sda", 8 * MIB).kind(Kind::Scsi)),
+    );
     let caller = Caller::new(&system).await;
     let web = domain(&caller, "web").await;
     assert_eq!(

@@ -29,14 +29,13 @@ impl Scene {
     /// `vdb` is read at `slow` bytes a second.
     async fn new(slow: u64) -> Self {
         let system = System::start();
-        let vm = system
-            .vm("web")
-            .disk(Disk::new("vda", 16 * MIB).fill(0, 8 * MIB, 0x11))
-            .disk(Disk::new("vdb", 128 * MIB).fill(0, 128 * MIB, 0x22).slow(slow))
-            .running()
-            .start();
-        system.domain_file("web", &vm);
-        system.wait_for_domain("web");
+        let vm = system.configured(
+            system
+                .vm("web")
+                .disk(Disk::new("vda", 16 * MIB).fill(0, 8 * MIB, 0x11))
+                .disk(Disk::new("vdb", 128 * MIB).fill(0, 128 * MIB, 0x22).slow(slow))
+                .running(),
+        );
         let caller = Caller::new(&system).await;
         Self {
             before: vm.residue(),
@@ -255,19 +254,18 @@ async fn a_source_that_cannot_be_read_fails_the_backup() {
             "inject-error": [{ "event": "none", "iotype": "read", "sector": 4096, "errno": 5, "once": false }],
         },
     });
-    let vm = system
-        .vm("web")
-        .disk(Disk::new("vda", 16 * MIB))
-        .extra(&[
-            "-blockdev",
-            &blockdev.to_string(),
-            "-device",
-            "virtio-blk-pci,drive=broken,id=vdx",
-        ])
-        .running()
-        .start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
+    let vm = system.configured(
+        system
+            .vm("web")
+            .disk(Disk::new("vda", 16 * MIB))
+            .extra(&[
+                "-blockdev",
+                &blockdev.to_string(),
+                "-device",
+                "virtio-blk-pci,drive=broken,id=vdx",
+            ])
+            .running(),
+    );
     let before = vm.residue();
     let mut caller = Caller::new(&system).await;
     let job = caller.start("web", "").await;

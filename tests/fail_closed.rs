@@ -52,9 +52,7 @@ impl Scene {
 
     fn with(mut system: System) -> Self {
         let disk = Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11);
-        let vm = system.vm("web").disk(disk).start();
-        system.domain_file("web", &vm);
-        system.wait_for_domain("web");
+        let vm = system.configured(system.vm("web").disk(disk));
         Self {
             before: vm.residue(),
             pid: system.daemon().pid(),

@@ -23,14 +23,7 @@ const MIB: u64 = 1 << 20;
 
 /// A machine whose backup, at the speed of [`slowly`], takes longer than any test.
 fn machine(system: &System, name: &str) -> Vm {
-    let vm = system
-        .vm(name)
-        .disk(Disk::new("vda", 256 * MIB))
-        .running()
-        .start();
-    system.domain_file(name, &vm);
-    system.wait_for_domain(name);
-    vm
+    system.configured(system.vm(name).disk(Disk::new("vda", 256 * MIB)).running())
 }
 
 fn slowly() -> Options<'static> {

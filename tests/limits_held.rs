@@ -166,10 +166,7 @@ impl Files {
 fn machine(system: &System, name: &str) -> Vm {
     let disks = ["vd0", "vd1", "vd2"].map(|disk| Disk::new(disk, 256 * MIB));
     let vm = disks.into_iter().fold(system.vm(name), |vm, disk| vm.disk(disk));
-    let vm = vm.running().start();
-    system.domain_file(name, &vm);
-    system.wait_for_domain(name);
-    vm
+    system.configured(vm.running())
 }
 
 #[tokio::test(flavor = "multi_thread")]

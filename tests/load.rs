@@ -17,7 +17,7 @@ use common::polkit::POLKIT_NAME;
 use common::proxies::Options;
 use common::wait;
 use futures_util::stream::{self, StreamExt};
-use zbus::message::Flags;
+use zbus::message::{Builder, Flags};
 use zbus::wire::Variant;
 use zbus::{Connection, Message};
 
@@ -44,17 +44,21 @@ fn forget_peak(pid: u32) {
     fs::write(format!("/proc/{pid}/clear_refs"), "5").unwrap();
 }
 
+/// A call of the root object, to be given its arguments.
+fn call(member: &'static str, no_reply: bool) -> Builder<'static> {
+    let call = Message::method_call(ROOT_PATH, member)
+        .destination(BUS_NAME)
+        .interface(MANAGER_INTERFACE);
+    if no_reply {
+        return call.with_flags(Flags::NO_REPLY_EXPECTED);
+    }
+    call
+}
+
 async fn flood(connection: Connection, member: &'static str, no_reply: bool) {
     for _ in 0..CALLS {
-        let call = Message::method_call(ROOT_PATH, member)
-            .destination(BUS_NAME)
-            .interface(MANAGER_INTERFACE);
-        let call = if no_reply {
-            call.with_flags(Flags::NO_REPLY_EXPECTED)
-        } else {
-            call
-        };
-        connection.send(&call.build(&()).unwrap()).await.unwrap();
+        let call = call(member, no_reply).build(&()).unwrap();
+        connection.send(&call).await.unwrap();
     }
     // Answered after all that came before.
     let connected = connection.call_method(
@@ -205,15 +209,7 @@ async fn what_takes_its_time_to_close_keeps_nobody_waiting() {
         ] {
             let (sender, receiver) = lingering();
             receivers.push(receiver);
-            let call = Message::method_call(ROOT_PATH, member)
-                .destination(BUS_NAME)
-                .interface(MANAGER_INTERFACE);
-            let call = if no_reply {
-                call.with_flags(Flags::NO_REPLY_EXPECTED)
-            } else {
-                call
-            };
-            let options = Options::new();
+            let (call, options) = (call(member, no_reply), Options::new());
             let call = match member {
                 "CreateBackup" => call.build(&("nowhere", "", vec![zbus::Fd::from(&sender)], options)),
                 _ => call.build(&(format!("vm{round}"), zbus::Fd::from(&sender), options)),

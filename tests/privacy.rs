@@ -186,13 +186,7 @@ async fn who_listens_to_the_whole_bus_learns_nothing_of_machines_that_it_may_not
 /// A system with a machine `web`, and a user who subscribed.
 async fn with_subscriber() -> (System, Vm, Caller, Caller) {
     let system = System::start();
-    let vm = system
-        .vm("web")
-        .disk(Disk::new("vda", 64 * MIB))
-        .running()
-        .start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
+    let vm = system.configured(system.vm("web").disk(Disk::new("vda", 64 * MIB)).running());
     let user = Caller::of_user(&system, USER).await;
     user.manager.subscribe().await.unwrap();
     let root = Caller::new(&system).await;

@@ -222,9 +222,7 @@ async fn without_an_agent_a_try_goes_on_and_a_requirement_fails() {
 
     // None is configured.
     let system = System::start();
-    let vm = system.vm("web").disk(Disk::new("vda", 8 * MIB)).running().start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
+    let vm = system.configured(system.vm("web").disk(Disk::new("vda", 8 * MIB)).running());
     let caller = Caller::new(&system).await;
     let scene = Scene {
         before: vm.residue(),

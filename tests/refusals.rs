@@ -35,15 +35,14 @@ impl Scene {
     }
 
     async fn of(system: System) -> Self {
-        let vm = system
-            .vm("web")
-            .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
-            .disk(Disk::new("vdb", 32 * MIB).raw())
-            .disk(Disk::empty_cdrom("cd"))
-            .running()
-            .start();
-        system.domain_file("web", &vm);
-        system.wait_for_domain("web");
+        let vm = system.configured(
+            system
+                .vm("web")
+                .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
+                .disk(Disk::new("vdb", 32 * MIB).raw())
+                .disk(Disk::empty_cdrom("cd"))
+                .running(),
+        );
         let caller = Caller::new(&system).await;
         let targets = system.dir().join("targets");
         fs::create_dir(&targets).unwrap();

@@ -285,9 +285,7 @@ async fn operators_cancel_and_slow_down_what_others_started_and_start_nothing() 
         + &OPERATOR.allowed("service.register-domain");
     let system = System::setup().rules(&rules).start();
     let disk = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11).slow(16 * MIB);
-    let web = system.vm("web").disk(disk).start();
-    system.domain_file("web", &web);
-    system.wait_for_domain("web");
+    let _web = system.configured(system.vm("web").disk(disk));
     let (operator, other) = (User::new(&system, OPERATOR).await, User::new(&system, ANNA).await);
     let root = Caller::new(&system).await;
     let job = root.start("web", "").await;

@@ -43,14 +43,7 @@ async fn call<B: Serialize + DynamicType>(
 }
 
 fn machine(system: &System) -> Vm {
-    let vm = system
-        .vm("web")
-        .disk(Disk::new("vda", 256 * MIB))
-        .running()
-        .start();
-    system.domain_file("web", &vm);
-    system.wait_for_domain("web");
-    vm
+    system.configured(system.vm("web").disk(Disk::new("vda", 256 * MIB)).running())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -423,9 +423,7 @@ async fn a_device_that_a_cancelled_backup_wrote_to_has_no_head_that_looks_good()
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_was_added_to_another_machine_just_now_is_no_target() {
     let (system, _vm, caller) = known(System::start(), vda).await;
-    let other = system.vm("other").start();
-    system.domain_file("other", &other);
-    system.wait_for_domain("other");
+    let other = system.configured(system.vm("other"));
     let added = system.dir().join("added.raw");
     fs::write(&added, vec![0x33; 16 << 20]).unwrap();
     other.qmp(
@@ -454,13 +452,12 @@ async fn a_device_made_of_a_machines_image_is_no_target_nor_is_the_file_of_a_mac
     let (system, vm, caller) = known(System::start(), vda).await;
     let backing = system.dir().join("backing.img");
     let below = LoopDevice::attach(&backing, 16 * MIB);
-    let other = system
-        .vm("other")
-        .disk(Disk::new("vda", 16 * MIB).raw())
-        .disk(Disk::new("vdb", 16 * MIB).raw().at(below.device()))
-        .start();
-    system.domain_file("other", &other);
-    system.wait_for_domain("other");
+    let other = system.configured(
+        system
+            .vm("other")
+            .disk(Disk::new("vda", 16 * MIB).raw())
+            .disk(Disk::new("vdb", 16 * MIB).raw().at(below.device())),
+    );
     for source in [vm.source_path("vda"), other.source_path("vda")] {
         let above = LoopDevice::attach(source, 0);
         refuses_source(&caller, &to_block(above.device(), "raw", ""), &[]).await;
@@ -476,12 +473,11 @@ async fn a_device_made_of_a_machines_image_is_no_target_nor_is_the_file_of_a_mac
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_lost_its_name_to_another_is_still_no_target() {
     let (system, _vm, caller) = known(System::start(), vda).await;
-    let other = system
-        .vm("other")
-        .disk(Disk::new("vda", 16 * MIB).raw().fill(0, MIB, 0x44))
-        .start();
-    system.domain_file("other", &other);
-    system.wait_for_domain("other");
+    let other = system.configured(
+        system
+            .vm("other")
+            .disk(Disk::new("vda", 16 * MIB).raw().fill(0, MIB, 0x44)),
+    );
     let source = other.source_path("vda");
     let old = File::options().read(true).write(true).open(source).unwrap();
     let new = system.dir().join("new.raw");

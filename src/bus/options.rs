@@ -8,7 +8,7 @@ use zbus::wire::{OwnedVariant, Signature, Type};
 
 use super::error::{BusError, Result};
 use crate::definition::Quiesce;
-use crate::error::Kind;
+use crate::error::{Kind, shown};
 use crate::plan;
 
 /// The keys with their values, as they came.
@@ -156,14 +156,6 @@ fn unknown(key: &str) -> BusError {
 
 fn invalid(text: String) -> BusError {
     BusError::new(Kind::InvalidArgs, text)
-}
-
-fn shown(text: &str) -> String {
-    text.chars()
-        .take(64)
-        .collect::<String>()
-        .escape_debug()
-        .to_string()
 }
 
 #[cfg(test)]

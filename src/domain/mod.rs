@@ -20,7 +20,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::error::Kind;
+use crate::error::{Kind, shown};
 use crate::{qmp, quota};
 
 /// How long a monitor may take to greet, and a query to be answered, while nothing but looking is done.
@@ -294,12 +294,6 @@ pub fn check_new_name(name: &str) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::InvalidName(shown(name)))
-}
-
-/// What somebody typed, as a part of a text: bounded, and without control characters.
-fn shown(name: &str) -> String {
-    let head: String = name.chars().take(128).collect();
-    head.escape_debug().to_string()
 }
 
 #[cfg(test)]

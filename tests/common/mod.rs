@@ -290,6 +290,15 @@ impl System {
         vm::Builder::new(self.dir(), name)
     }
 
+    /// Starts a machine that the service knows under its own name; returns when the service has reached it.
+    #[track_caller]
+    pub fn configured(&self, machine: vm::Builder) -> Vm {
+        let vm = machine.start();
+        self.domain_file(vm.name(), &vm);
+        self.wait_for_domain(vm.name());
+        vm
+    }
+
     /// Makes a machine known to the service as `name`: writes its file in `domains.d` all at once, as managers should.
     /// Returns the file's path.
     #[track_caller]

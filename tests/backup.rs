@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use backupd::catalog::Manifest;
 use common::System;
 use common::caller::{Caller, assert_completed, brief};
 use common::disk::Disk;
@@ -80,9 +81,13 @@ async fn all_disks_of_a_running_machine_are_copied_into_the_default_store() {
         ["backup.xml", "manifest.json", "vda.qcow2", "vdb.qcow2"]
     );
     let id = backup.file_name().unwrap().to_str().unwrap();
-    let manifest: serde_json::Value =
-        serde_json::from_slice(&fs::read(backup.join("manifest.json")).unwrap()).unwrap();
-    assert_eq!(manifest["id"], id);
+    let written = fs::read(backup.join("manifest.json")).unwrap();
+    let manifest = Manifest::parse(&written).unwrap();
+    assert_eq!(manifest.to_json().unwrap(), written);
+    assert_eq!(manifest.id, id);
+    assert_eq!(manifest.job, 1);
+    assert_eq!(manifest.started_by, rustix::process::getuid().as_raw());
+    let manifest: serde_json::Value = serde_json::from_slice(&written).unwrap();
     assert_eq!(manifest["domain"]["name"], "web");
     assert_eq!(manifest["domain"]["uuid"], vm.uuid());
     assert_eq!(manifest["disks"][1]["file"], "vdb.qcow2");

@@ -19,6 +19,8 @@ mod xml;
 use std::fmt;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 pub use error::{Error, Feature, PathProblem};
 pub use parse::parse;
 
@@ -26,7 +28,7 @@ pub use parse::parse;
 pub const MAX_BYTES: usize = 1 << 20;
 
 const MAX_NAME_BYTES: usize = 128;
-const MAX_DESCRIPTION_BYTES: usize = 4096;
+pub(crate) const MAX_DESCRIPTION_BYTES: usize = 4096;
 const MAX_DISKS: usize = 256;
 const MAX_DISK_NAME_BYTES: usize = 255;
 /// PATH_MAX counts the NUL that ends a path, which is not in the document.
@@ -136,7 +138,8 @@ impl DiskDefinition {
 }
 
 /// The format of what is written into the target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     Qcow2,
     Raw,

@@ -259,13 +259,19 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 
 fn manifest(job: &Job, copied: &Copied) -> Result<Vec<u8>, Error> {
     let domain = catalog::Domain {
-        name: &job.domain.name,
+        name: job.domain.name.clone(),
         uuid: job.domain.snapshot().uuid,
     };
-    let (started, instant) = (job.start_time.to_string(), copied.instant.to_string());
-    let mut manifest = catalog::Manifest::full(&job.backup_id, domain, started, instant);
-    manifest.name = job.plan.name.as_deref();
-    manifest.description = job.plan.description.as_deref();
+    let mut manifest = catalog::Manifest::full(
+        job.backup_id.clone(),
+        job.id,
+        job.started_by,
+        domain,
+        job.start_time,
+        copied.instant,
+    );
+    manifest.name = job.plan.name.clone();
+    manifest.description = job.plan.description.clone();
     manifest.quiesced = copied.quiesced;
     let in_store = job.plan.disks.iter().filter_map(|disk| match &disk.place {
         Place::InStore { file_name } => Some((disk, file_name)),
@@ -273,9 +279,9 @@ fn manifest(job: &Job, copied: &Copied) -> Result<Vec<u8>, Error> {
     });
     manifest.disks = in_store
         .map(|(disk, file)| catalog::Disk {
-            name: &disk.name,
-            file,
-            format: disk.format.as_str(),
+            name: disk.name.clone(),
+            file: file.clone(),
+            format: disk.format,
             virtual_size: disk.virtual_size,
         })
         .collect();

@@ -1,0 +1,426 @@
+//! The manifest, to and from its bytes.
+//!
+//! Who reads one has not written it: a store can be carried from machine to machine. So nothing that [`Manifest::parse`]
+//! gives can lead out of the backup's own directory. Pure: opens no file.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{DEFINITION_NAME, MANIFEST_NAME};
+use crate::definition::{Format, MAX_DESCRIPTION_BYTES, is_valid_name};
+use crate::error::shown;
+
+/// The longest manifest that is looked at. One of the most disks that a domain can have takes a fifth of it.
+pub const MAX_MANIFEST_BYTES: usize = 1 << 20;
+/// Goes up when an older reader would misunderstand a newer manifest.
+const VERSION: u64 = 1;
+/// The longest name that a file, and so a backup, a domain or a disk, can have.
+const MAX_NAME_BYTES: usize = 255;
+
+/// Why some bytes are no manifest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestError {
+    #[error("it has {bytes} bytes, where a manifest has at most {MAX_MANIFEST_BYTES}")]
+    TooLong { bytes: usize },
+    #[error("a newer backupd wrote it: its version is {found}, and this one reads up to {VERSION}")]
+    Newer { found: u64 },
+    #[error("it has version {found}, which no backupd ever wrote")]
+    NoSuchVersion { found: u64 },
+    #[error("{message}")]
+    Syntax { message: String },
+    #[error("'{value}' cannot be {what}")]
+    Text { what: &'static str, value: String },
+    #[error("it lists no disk")]
+    NoDisks,
+    #[error("two disks have the {what} '{value}'")]
+    SameDisk { what: &'static str, value: String },
+}
+
+/// What a backup holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// All that the disks held.
+    Full,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Manifest {
+    version: u64,
+    /// The backup's name in its store.
+    pub id: String,
+    /// The job that made it, by its number in the service that ran it.
+    pub job: u32,
+    /// The user that started it.
+    pub started_by: u32,
+    pub domain: Domain,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    pub kind: Kind,
+    /// When the call came, and the instant that the images show; RFC 3339, UTC.
+    pub started: Timestamp,
+    pub instant: Timestamp,
+    /// Whether the guest's file systems were frozen at that instant.
+    pub quiesced: bool,
+    pub disks: Vec<Disk>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Domain {
+    pub name: String,
+    pub uuid: Option<Uuid>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Disk {
+    pub name: String,
+    /// Relative to the manifest.
+    pub file: String,
+    pub format: Format,
+    /// Bytes that the guest sees.
+    pub virtual_size: u64,
+}
+
+/// What every version of the manifest has.
+#[derive(Deserialize)]
+struct Versioned {
+    version: u64,
+}
+
+impl Manifest {
+    pub fn full(
+        id: String,
+        job: u32,
+        started_by: u32,
+        domain: Domain,
+        started: Timestamp,
+        instant: Timestamp,
+    ) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            job,
+            started_by,
+            domain,
+            name: None,
+            description: None,
+            kind: Kind::Full,
+            started,
+            instant,
+            quiesced: false,
+            disks: Vec::new(),
+        }
+    }
+
+    /// Reads a file's content. Whatever it gives, [`Manifest::to_json`] writes, and reads again as the same.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        if bytes.len() > MAX_MANIFEST_BYTES {
+            return Err(ManifestError::TooLong { bytes: bytes.len() });
+        }
+        // By itself first: a newer manifest has fields, and values of fields, that nobody here knows.
+        let Versioned { version: found } = read(bytes)?;
+        match found {
+            VERSION => {}
+            0 => return Err(ManifestError::NoSuchVersion { found }),
+            _ => return Err(ManifestError::Newer { found }),
+        }
+        let manifest: Self = read(bytes)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// The file's content.
+    pub fn to_json(&self) -> Result<Vec<u8>, serde_json::Error> {
+        let mut json = serde_json::to_vec_pretty(self)?;
+        json.push(b'\n');
+        Ok(json)
+    }
+
+    fn check(&self) -> Result<(), ManifestError> {
+        require(is_file_name(&self.id), "a backup's id", &self.id)?;
+        require(
+            is_file_name(&self.domain.name),
+            "a domain's name",
+            &self.domain.name,
+        )?;
+        if let Some(name) = &self.name {
+            require(is_valid_name(name), "a backup's name", name)?;
+        }
+        if let Some(description) = &self.description {
+            let fits = description.len() <= MAX_DESCRIPTION_BYTES;
+            require(fits && is_text(description), "a description", description)?;
+        }
+        if self.disks.is_empty() {
+            return Err(ManifestError::NoDisks);
+        }
+        let (mut names, mut files) = (BTreeSet::new(), BTreeSet::new());
+        for Disk { name, file, .. } in &self.disks {
+            require(is_disk_name(name), "a disk's name", name)?;
+            let image = is_file_name(file) && ![MANIFEST_NAME, DEFINITION_NAME].contains(&file.as_str());
+            require(image, "an image's file name", file)?;
+            distinct(names.insert(name), "name", name)?;
+            distinct(files.insert(file), "file", file)?;
+        }
+        Ok(())
+    }
+}
+
+fn read<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, ManifestError> {
+    serde_json::from_slice(bytes).map_err(|error| ManifestError::Syntax {
+        message: one_line(&error.to_string()),
+    })
+}
+
+/// A parser's words can hold as much of the file as it likes.
+fn one_line(message: &str) -> String {
+    let printable = message
+        .chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c });
+    printable.take(512).collect()
+}
+
+fn require(good: bool, what: &'static str, value: &str) -> Result<(), ManifestError> {
+    good.then_some(()).ok_or_else(|| ManifestError::Text {
+        what,
+        value: shown(value),
+    })
+}
+
+fn distinct(first: bool, what: &'static str, value: &str) -> Result<(), ManifestError> {
+    first.then_some(()).ok_or_else(|| ManifestError::SameDisk {
+        what,
+        value: shown(value),
+    })
+}
+
+/// Names one file in a directory, neither the directory nor one above it, and none that is hidden.
+fn is_file_name(name: &str) -> bool {
+    is_disk_name(name) && !name.starts_with('.') && !name.contains('/')
+}
+
+/// What QEMU calls a disk can hold a slash.
+fn is_disk_name(name: &str) -> bool {
+    (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.contains(char::is_control)
+}
+
+/// What a document's text can hold.
+fn is_text(text: &str) -> bool {
+    !text.contains(|c: char| c < ' ' && !matches!(c, '\t' | '\n' | '\r'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    const WRITTEN: &str = r#"{
+  "version": 1,
+  "id": "20261123T055937Z-10ebf9b0",
+  "job": 7,
+  "started-by": 1000,
+  "domain": {
+    "name": "web",
+    "uuid": "6f8c2c5e-3d5f-4a55-9a3e-2f1f6d1c9a10"
+  },
+  "name": "before-upgrade",
+  "description": "two lines\nof it",
+  "kind": "full",
+  "started": "2026-11-23T05:59:37.123456789Z",
+  "instant": "2026-11-23T05:59:38Z",
+  "quiesced": true,
+  "disks": [
+    {
+      "name": "vda",
+      "file": "vda.qcow2",
+      "format": "qcow2",
+      "virtual-size": 1073741824
+    },
+    {
+      "name": "/machine/x",
+      "file": "%2Fmachine%2Fx.raw",
+      "format": "raw",
+      "virtual-size": 18446744073709551615
+    }
+  ]
+}
+"#;
+
+    fn manifest() -> Manifest {
+        let domain = Domain {
+            name: "web".into(),
+            uuid: Some("6f8c2c5e-3d5f-4a55-9a3e-2f1f6d1c9a10".parse().unwrap()),
+        };
+        let disk = |name: &str, file: &str, format, virtual_size| Disk {
+            name: name.into(),
+            file: file.into(),
+            format,
+            virtual_size,
+        };
+        let started = "2026-11-23T05:59:37.123456789Z".parse().unwrap();
+        let instant = "2026-11-23T05:59:38Z".parse().unwrap();
+        Manifest {
+            name: Some("before-upgrade".into()),
+            description: Some("two lines\nof it".into()),
+            quiesced: true,
+            disks: vec![
+                disk("vda", "vda.qcow2", Format::Qcow2, 1 << 30),
+                disk("/machine/x", "%2Fmachine%2Fx.raw", Format::Raw, u64::MAX),
+            ],
+            ..Manifest::full(
+                "20261123T055937Z-10ebf9b0".into(),
+                7,
+                1000,
+                domain,
+                started,
+                instant,
+            )
+        }
+    }
+
+    /// What is said of the manifest above with something else at `pointer`.
+    fn refused(pointer: &str, value: Value) -> ManifestError {
+        let mut json: Value = serde_json::from_str(WRITTEN).unwrap();
+        *json.pointer_mut(pointer).unwrap() = value;
+        Manifest::parse(json.to_string().as_bytes()).unwrap_err()
+    }
+
+    #[test]
+    fn the_bytes_are_what_they_always_were_and_are_read_as_what_was_written() {
+        assert_eq!(String::from_utf8(manifest().to_json().unwrap()).unwrap(), WRITTEN);
+        assert_eq!(Manifest::parse(WRITTEN.as_bytes()).unwrap(), manifest());
+    }
+
+    #[test]
+    fn what_need_not_be_said_is_read_as_not_said() {
+        let least = Manifest {
+            name: None,
+            description: None,
+            domain: Domain {
+                name: "web".into(),
+                uuid: None,
+            },
+            ..manifest()
+        };
+        let json = least.to_json().unwrap();
+        assert!(!String::from_utf8_lossy(&json).contains("description"));
+        assert_eq!(Manifest::parse(&json).unwrap(), least);
+    }
+
+    #[test]
+    fn a_newer_manifest_is_told_from_a_broken_one() {
+        let newer = br#"{"version":2,"id":{"store":"x"},"chain":[],"disks":[]}"#;
+        let error = Manifest::parse(newer).unwrap_err();
+        assert_eq!(error, ManifestError::Newer { found: 2 });
+        assert!(error.to_string().contains("newer backupd"), "{error}");
+        assert_eq!(
+            refused("/version", json!(0)),
+            ManifestError::NoSuchVersion { found: 0 }
+        );
+        for broken in ["", "{}", "[]", "null", "{\"version\":\"1\"}", "{\"version\":-1}"] {
+            let error = Manifest::parse(broken.as_bytes()).unwrap_err();
+            assert!(matches!(error, ManifestError::Syntax { .. }), "{broken}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_field_that_is_unknown_or_missing_or_twice_there_is_named() {
+        let unknown = WRITTEN.replace("\"quiesced\"", "\"compressed\": true,\n  \"quiesced\"");
+        let in_disk = WRITTEN.replace("\"format\": \"raw\"", "\"format\": \"raw\", \"backing\": 1");
+        let missing = WRITTEN.replace("  \"job\": 7,\n", "");
+        let twice = WRITTEN.replace("\"job\": 7,", "\"job\": 7,\n  \"job\": 7,");
+        let more = format!("{WRITTEN}{{}}");
+        for (text, word) in [
+            (unknown, "`compressed`"),
+            (in_disk, "`backing`"),
+            (missing, "`job`"),
+            (twice, "`job`"),
+            (more, "trailing"),
+        ] {
+            let error = Manifest::parse(text.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(word) && error.contains("line"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_leads_out_of_the_directory_is_refused() {
+        let long = "x".repeat(256);
+        for bad in [
+            "",
+            ".",
+            "..",
+            "../up",
+            "/etc/passwd",
+            "a/b",
+            ".hidden",
+            "a\nb",
+            "a\0b",
+            &long,
+        ] {
+            for pointer in ["/id", "/domain/name", "/disks/0/file"] {
+                let error = refused(pointer, json!(bad));
+                assert!(matches!(error, ManifestError::Text { .. }), "{pointer}: {error}");
+                assert!(!error.to_string().contains(char::is_control), "{error:?}");
+            }
+        }
+        for record in [MANIFEST_NAME, DEFINITION_NAME] {
+            let error = refused("/disks/0/file", json!(record));
+            assert!(error.to_string().contains(record), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_other_text_is_checked_for_what_it_may_be() {
+        for (pointer, bad) in [
+            ("/name", "a b"),
+            ("/name", ""),
+            ("/description", "a\u{1}b"),
+            ("/description", &"x".repeat(MAX_DESCRIPTION_BYTES + 1)),
+            ("/disks/1/name", ""),
+            ("/disks/1/name", "a\u{7f}"),
+        ] {
+            let error = refused(pointer, json!(bad));
+            assert!(matches!(error, ManifestError::Text { .. }), "{pointer}: {error}");
+        }
+        for pointer in ["/started", "/instant", "/kind", "/domain/uuid", "/disks/0/format"] {
+            let error = refused(pointer, json!("soon"));
+            assert!(
+                matches!(error, ManifestError::Syntax { .. }),
+                "{pointer}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn there_is_a_disk_and_no_two_are_alike() {
+        assert_eq!(refused("/disks", json!([])), ManifestError::NoDisks);
+        for (pointer, value, what) in [
+            ("/disks/1/name", "vda", "name"),
+            ("/disks/1/file", "vda.qcow2", "file"),
+        ] {
+            let value = value.to_owned();
+            assert_eq!(
+                refused(pointer, json!(value)),
+                ManifestError::SameDisk { what, value }
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_too_long_is_not_looked_at() {
+        let bytes = vec![b' '; MAX_MANIFEST_BYTES + 1];
+        assert!(matches!(
+            Manifest::parse(&bytes).unwrap_err(),
+            ManifestError::TooLong { .. }
+        ));
+        let error = Manifest::parse(format!("{{\"{}\":1}}", "x\u{1b}".repeat(4000)).as_bytes()).unwrap_err();
+        assert!(error.to_string().len() < 2048, "{error}");
+    }
+}

@@ -1,11 +1,65 @@
-//! What was backed up, for those who restore: the manifest beside the images of each backup in a store.
+//! What was backed up, durably: the jobs with every step that must survive, their outcomes, and the backups in the stores.
 //!
-//! A store can be read with the manifests alone, on a machine that never ran the service. Pure: the store writes it.
+//! The service's own memory, in one SQLite file in its state directory; and the manifest beside the images of each backup,
+//! from which a store can be read on a machine that never ran the service. Knows files and words; not QEMU, nor plans, nor
+//! callers: what others remember in it is text of theirs.
 
+mod backups;
+mod database;
+mod error;
+mod jobs;
 mod manifest;
 
+pub use backups::BackupRecord;
+pub use error::Error;
+pub use jobs::{DomainRecord, Ended, Instant, JobRecord, Leftover, NewJob, Reached, Step};
 pub use manifest::{Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError};
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rusqlite::{Connection, Statement};
 
 /// Names of the records that lie beside a backup's images.
 pub const MANIFEST_NAME: &str = "manifest.json";
 pub const DEFINITION_NAME: &str = "backup.xml";
+/// The catalog's file name in the state directory.
+pub const FILE_NAME: &str = "catalog.sqlite";
+
+/// The open catalog. Clones are the same one. What is called is done, even if nobody waits for it any more.
+#[derive(Debug, Clone)]
+pub struct Catalog(Arc<Mutex<Connection>>);
+
+impl Catalog {
+    /// Opens the catalog at `path`, and makes one if there is none. Blocks.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        Ok(Self(Arc::new(Mutex::new(database::open(path)?))))
+    }
+
+    /// Runs `work` where it keeps nobody else waiting.
+    async fn run<T, W>(&self, work: W) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        W: FnOnce(&mut Connection) -> Result<T, Error> + Send + 'static,
+    {
+        let catalog = self.0.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            // A transaction that a panic left is rolled back when it is dropped.
+            let mut connection = catalog.lock().unwrap_or_else(PoisonError::into_inner);
+            work(&mut connection)
+        });
+        done.await.map_err(|error| Error::Statement(error.to_string()))?
+    }
+
+    /// Runs one statement that changes something.
+    async fn change<W>(&self, sql: &'static str, work: W) -> Result<(), Error>
+    where
+        W: FnOnce(&mut Statement) -> rusqlite::Result<usize> + Send + 'static,
+    {
+        self.run(move |connection| {
+            work(&mut connection.prepare(sql)?)?;
+            Ok(())
+        })
+        .await
+    }
+}

@@ -1,0 +1,239 @@
+//! The catalog's file: made, checked and brought to the version that this program knows.
+//!
+//! One SQLite database (<https://sqlite.org/wal.html>), in WAL mode with `synchronous=FULL`: what was committed is there
+//! after a crash of the service and of the machine. It is held by one process at a time.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags};
+
+use super::Error;
+
+/// Marks the file as ours: "bkpd" (`PRAGMA application_id`).
+const APPLICATION: i32 = 0x626b_7064;
+/// What brings a catalog from each version to the next; a new file goes through all of them.
+const MIGRATIONS: &[&str] = &[include_str!("schema-1.sql")];
+/// How long a predecessor may take to let go.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Opens the catalog at `path`, and makes one only if there is nothing at all. Blocks.
+pub fn open(path: &Path) -> Result<Connection, Error> {
+    let io = |action| {
+        move |source| Error::Io {
+            path: path.to_owned(),
+            action,
+            source,
+        }
+    };
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.len() == 0 => {
+            return Err(Error::Damaged {
+                path: path.to_owned(),
+                why: "it is empty".into(),
+            });
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let log = beside(path, "-wal");
+            if log.exists() {
+                return Err(Error::Damaged {
+                    path: path.to_owned(),
+                    why: format!("its log {} is there and it is not", log.display()),
+                });
+            }
+            create(path)?;
+        }
+        Err(error) => return Err(io("looked at")(error)),
+    }
+    let opening = |error: rusqlite::Error| Error::opening(path, &error);
+    let mut connection = connect(path, OpenFlags::empty()).map_err(opening)?;
+    check(&connection, path)?;
+    prepare(&mut connection).map_err(opening)?;
+    Ok(connection)
+}
+
+/// A catalog is never half made: it gets its name when it is whole.
+fn create(path: &Path) -> Result<(), Error> {
+    let new = beside(path, ".new");
+    let io = |action| {
+        move |source| Error::Io {
+            path: path.to_owned(),
+            action,
+            source,
+        }
+    };
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(io("made")(error)),
+        _ => {}
+    }
+    let made = || {
+        let mut connection = connect(&new, OpenFlags::SQLITE_OPEN_CREATE)?;
+        connection.pragma_update(None, "application_id", APPLICATION)?;
+        migrate(&mut connection)?;
+        connection.close().map_err(|(_, error)| error)
+    };
+    made().map_err(|error| io("made")(std::io::Error::other(error.to_string())))?;
+    let named = || {
+        std::fs::rename(&new, path)?;
+        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    };
+    named().map_err(io("made"))
+}
+
+fn connect(path: &Path, further: OpenFlags) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX
+        | OpenFlags::SQLITE_OPEN_NOFOLLOW
+        | further;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(PATIENCE)?;
+    Ok(connection)
+}
+
+/// Whether it is a catalog, of a version that is known, and in order.
+fn check(connection: &Connection, path: &Path) -> Result<(), Error> {
+    let opening = |error: rusqlite::Error| Error::opening(path, &error);
+    let number = |pragma| connection.pragma_query_value(None, pragma, |row| row.get::<_, i64>(0));
+    connection
+        .pragma_update(None, "locking_mode", "EXCLUSIVE")
+        .map_err(opening)?;
+    // From here on nobody else has it.
+    connection
+        .execute_batch("BEGIN IMMEDIATE; COMMIT")
+        .map_err(opening)?;
+    if number("application_id").map_err(opening)? != i64::from(APPLICATION) {
+        return Err(Error::Foreign {
+            path: path.to_owned(),
+        });
+    }
+    let (found, known) = (number("user_version").map_err(opening)?, MIGRATIONS.len() as i64);
+    if !(1..=known).contains(&found) {
+        return Err(Error::Newer {
+            path: path.to_owned(),
+            found,
+            known,
+        });
+    }
+    let verdict: String = connection
+        .pragma_query_value(None, "quick_check", |row| row.get(0))
+        .map_err(opening)?;
+    if verdict != "ok" {
+        return Err(Error::Damaged {
+            path: path.to_owned(),
+            why: verdict,
+        });
+    }
+    Ok(())
+}
+
+fn prepare(connection: &mut Connection) -> rusqlite::Result<()> {
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    migrate(connection)
+}
+
+fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
+    let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    for (version, statements) in (1..).zip(MIGRATIONS).filter(|(version, _)| *version > found) {
+        let transaction = connection.transaction()?;
+        transaction.execute_batch(statements)?;
+        transaction.pragma_update(None, "user_version", version)?;
+        transaction.commit()?;
+    }
+    Ok(())
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directory() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("catalog.sqlite");
+        (directory, path)
+    }
+
+    #[test]
+    fn a_new_catalog_is_made_once_and_keeps_its_content() {
+        let (_directory, path) = directory();
+        let connection = open(&path).unwrap();
+        let insert = "INSERT INTO backups (id, store, domain, manifest) VALUES ('a', 'default', 'web', '{}')";
+        connection.execute(insert, []).unwrap();
+        drop(connection);
+        let count = "SELECT count(*) FROM backups";
+        let count: i64 = open(&path)
+            .unwrap()
+            .query_row(count, [], |row| row.get(0))
+            .unwrap();
+        assert_eq!(count, 1);
+    }
+
+    #[test]
+    fn two_do_not_have_it_at_a_time() {
+        let (_directory, path) = directory();
+        let _first = open(&path).unwrap();
+        assert!(matches!(open(&path), Err(Error::InUse { .. })));
+    }
+
+    #[test]
+    fn what_is_no_whole_catalog_is_refused_and_not_replaced() {
+        let (_directory, path) = directory();
+        drop(open(&path).unwrap());
+        let good = std::fs::read(&path).unwrap();
+        let mut scribbled = good.clone();
+        scribbled[4096..8192].fill(0x5a);
+        for (name, content) in [
+            ("empty", &b""[..]),
+            ("garbage", &[0x5a; 8192]),
+            ("cut", &good[..good.len() / 2]),
+            ("scribbled over", &scribbled),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            let text = open(&path).unwrap_err().to_string();
+            assert!(
+                text.contains("damaged") && text.contains("backupctl rescan"),
+                "{name}: {text}"
+            );
+            assert_eq!(std::fs::read(&path).unwrap(), content, "{name}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(beside(&path, "-wal"), "left").unwrap();
+        assert!(matches!(open(&path), Err(Error::Damaged { .. })));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_newer_one_and_a_foreign_one_are_refused_with_what_to_do() {
+        let (_directory, path) = directory();
+        let connection = open(&path).unwrap();
+        connection.pragma_update(None, "user_version", 7).unwrap();
+        drop(connection);
+        let text = open(&path).unwrap_err().to_string();
+        assert!(
+            text.contains("version 7") && text.contains("up to version 1"),
+            "{text}"
+        );
+        let connection = Connection::open(&path).unwrap();
+        connection.pragma_update(None, "application_id", 1).unwrap();
+        drop(connection);
+        assert!(matches!(open(&path), Err(Error::Foreign { .. })));
+    }
+
+    #[test]
+    fn what_a_creation_that_was_cut_short_left_is_no_catalog() {
+        let (_directory, path) = directory();
+        std::fs::write(beside(&path, ".new"), "half").unwrap();
+        drop(open(&path).unwrap());
+        assert!(path.exists() && !beside(&path, ".new").exists());
+    }
+}

@@ -1,0 +1,470 @@
+//! The records of jobs: every step that must survive the service, and the outcome.
+
+use jiff::Timestamp;
+use rusqlite::{Connection, Params, Row, named_params, params};
+use uuid::Uuid;
+
+use super::backups::keep_backup;
+use super::{BackupRecord, Catalog, Error};
+
+/// How far a job is. What a step promises is durable before the next thing is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Step {
+    /// Its places are being made; what was there before is as it was.
+    Preparing,
+    /// It is known which files the targets are, and they may be written to.
+    Writing,
+    /// QEMU may be copying.
+    Starting,
+    /// QEMU copies what the guest had at the instant.
+    Running,
+    /// What became of it in QEMU is known.
+    Judged,
+    /// All is copied, and QEMU has closed the images.
+    Closed,
+    Ended,
+}
+
+impl Step {
+    const ALL: [Self; 7] = [
+        Self::Preparing,
+        Self::Writing,
+        Self::Starting,
+        Self::Running,
+        Self::Judged,
+        Self::Closed,
+        Self::Ended,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Preparing => "preparing",
+            Self::Writing => "writing",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Judged => "judged",
+            Self::Closed => "closed",
+            Self::Ended => "ended",
+        }
+    }
+
+    fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|step| step.as_str() == word)
+    }
+}
+
+/// A domain, as it was when its backup began.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainRecord {
+    pub name: String,
+    /// `configured` or `registered`.
+    pub source: String,
+    pub owner: u32,
+    pub owner_name: String,
+    pub uuid: Option<Uuid>,
+}
+
+/// A job that is about to begin.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    pub backup_id: String,
+    pub domain: DomainRecord,
+    pub started_by: u32,
+    pub start_time: Timestamp,
+    /// JSON; whoever writes it reads it.
+    pub plan: String,
+    pub speed: u64,
+}
+
+/// When the images were taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instant {
+    pub time: Timestamp,
+    pub quiesced: bool,
+}
+
+/// A step that a job has come to, with what is to be remembered of it.
+#[derive(Debug, Clone)]
+pub enum Reached {
+    /// JSON: which files the targets are.
+    Writing {
+        files: String,
+    },
+    /// The instant is not before that time.
+    Starting {
+        not_before: Timestamp,
+        holds_poweroff: bool,
+    },
+    Running(Instant),
+    /// JSON.
+    Judged {
+        verdict: String,
+    },
+    Closed,
+}
+
+/// An outcome, and what may be left.
+#[derive(Debug, Clone)]
+pub struct Ended {
+    pub time: Timestamp,
+    /// `completed`, `failed` or `cancelled`.
+    pub result: String,
+    /// JSON.
+    pub error: Option<String>,
+    pub disks: String,
+    pub left_in_qemu: bool,
+    pub left_on_disk: bool,
+}
+
+/// All that is known of a job.
+#[derive(Debug, Clone)]
+pub struct JobRecord {
+    pub id: u32,
+    pub backup_id: String,
+    pub domain: DomainRecord,
+    pub started_by: u32,
+    pub start_time: Timestamp,
+    pub plan: String,
+    pub speed: u64,
+    pub step: Step,
+    pub cancel_requested: bool,
+    pub holds_poweroff: bool,
+    pub files: Option<String>,
+    pub instant: Option<Instant>,
+    pub verdict: Option<String>,
+    pub end_time: Option<Timestamp>,
+    pub result: Option<String>,
+    pub error: Option<String>,
+    pub disks: Option<String>,
+    pub left_in_qemu: bool,
+    pub left_on_disk: bool,
+}
+
+/// What may be left of an ended job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leftover {
+    InQemu,
+    OnDisk,
+}
+
+impl Catalog {
+    /// Takes a job in, before anything of it exists, and gives it a number that no other job ever has.
+    pub async fn begin(&self, job: NewJob) -> Result<JobRecord, Error> {
+        self.run(move |connection| {
+            let mut insert = connection.prepare(
+                "INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid, \
+                     started_by, start_time, plan, speed, step) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 'preparing')",
+            )?;
+            insert.execute(params![
+                job.backup_id,
+                job.domain.name,
+                job.domain.source,
+                job.domain.owner,
+                job.domain.owner_name,
+                job.domain.uuid.map(|uuid| uuid.to_string()),
+                job.started_by,
+                job.start_time.as_microsecond(),
+                job.plan,
+                job.speed.cast_signed(),
+            ])?;
+            let id = connection.last_insert_rowid();
+            let found = select(connection, "id = ?1", [id])?;
+            let missing = || Error::Statement("a job that was just recorded is missing".into());
+            found.into_iter().next().ok_or_else(missing)
+        })
+        .await
+    }
+
+    /// Forgets a job that never began and of which nothing is left.
+    pub async fn withdraw(&self, id: u32) -> Result<(), Error> {
+        self.change("DELETE FROM jobs WHERE id = ?1", move |statement| {
+            statement.execute([id])
+        })
+        .await
+    }
+
+    /// A step, durably.
+    pub async fn reached(&self, id: u32, reached: Reached) -> Result<(), Error> {
+        match reached {
+            Reached::Writing { files } => {
+                let sql = "UPDATE jobs SET step = 'writing', files = ?2 WHERE id = ?1";
+                self.change(sql, move |update| update.execute(params![id, files]))
+                    .await
+            }
+            Reached::Starting {
+                not_before,
+                holds_poweroff,
+            } => {
+                let sql = "UPDATE jobs SET step = 'starting', instant = ?2, quiesced = 0, holds_poweroff = ?3 \
+                           WHERE id = ?1";
+                let instant = not_before.as_microsecond();
+                self.change(sql, move |update| {
+                    update.execute(params![id, instant, holds_poweroff])
+                })
+                .await
+            }
+            Reached::Running(Instant { time, quiesced }) => {
+                let sql = "UPDATE jobs SET step = 'running', instant = ?2, quiesced = ?3 WHERE id = ?1";
+                let instant = time.as_microsecond();
+                self.change(sql, move |update| update.execute(params![id, instant, quiesced]))
+                    .await
+            }
+            Reached::Judged { verdict } => {
+                let sql = "UPDATE jobs SET step = 'judged', verdict = ?2 WHERE id = ?1";
+                self.change(sql, move |update| update.execute(params![id, verdict]))
+                    .await
+            }
+            Reached::Closed => {
+                let sql = "UPDATE jobs SET step = 'closed' WHERE id = ?1";
+                self.change(sql, move |update| update.execute([id])).await
+            }
+        }
+    }
+
+    /// That somebody was told that the job will not complete.
+    pub async fn cancel_requested(&self, id: u32) -> Result<(), Error> {
+        self.change(
+            "UPDATE jobs SET cancel_requested = 1 WHERE id = ?1",
+            move |update| update.execute([id]),
+        )
+        .await
+    }
+
+    /// The limit that was set while it ran, in bytes a second.
+    pub async fn speed_set(&self, id: u32, speed: u64) -> Result<(), Error> {
+        self.change("UPDATE jobs SET speed = ?2 WHERE id = ?1", move |update| {
+            update.execute(params![id, speed.cast_signed()])
+        })
+        .await
+    }
+
+    /// The outcome, with the backup that it made; and keeps no more than `history` jobs of which nothing is left.
+    pub async fn end(
+        &self,
+        id: u32,
+        ended: Ended,
+        backup: Option<BackupRecord>,
+        history: u32,
+    ) -> Result<(), Error> {
+        self.run(move |connection| {
+            let transaction = connection.transaction()?;
+            transaction.execute(
+                "UPDATE jobs SET step = 'ended', end_time = :time, result = :result, error = :error, disks = :disks, \
+                     left_in_qemu = :qemu, left_on_disk = :disk WHERE id = :id",
+                named_params! {
+                    ":id": id,
+                    ":time": ended.time.as_microsecond(),
+                    ":result": ended.result,
+                    ":error": ended.error,
+                    ":disks": ended.disks,
+                    ":qemu": ended.left_in_qemu,
+                    ":disk": ended.left_on_disk,
+                },
+            )?;
+            if let Some(backup) = &backup {
+                keep_backup(&transaction, backup)?;
+            }
+            transaction.execute(
+                "DELETE FROM jobs WHERE step = 'ended' AND NOT left_in_qemu AND NOT left_on_disk AND id <= \
+                     (SELECT id FROM jobs WHERE step = 'ended' ORDER BY id DESC LIMIT 1 OFFSET ?1)",
+                [history],
+            )?;
+            Ok(transaction.commit()?)
+        })
+        .await
+    }
+
+    /// Nothing of that is left any more.
+    pub async fn cleared(&self, id: u32, what: Leftover) -> Result<(), Error> {
+        let sql = match what {
+            Leftover::InQemu => "UPDATE jobs SET left_in_qemu = 0 WHERE id = ?1",
+            Leftover::OnDisk => "UPDATE jobs SET left_on_disk = 0 WHERE id = ?1",
+        };
+        self.change(sql, move |update| update.execute([id])).await
+    }
+
+    /// Jobs that have not ended, or of which something may be left.
+    pub async fn unsettled(&self) -> Result<Vec<JobRecord>, Error> {
+        self.run(|connection| {
+            let condition = "step <> 'ended' OR left_in_qemu OR left_on_disk ORDER BY id";
+            select(connection, condition, [])
+        })
+        .await
+    }
+
+    /// The last jobs that ended after `since`, at most so many, by number.
+    pub async fn ended_since(&self, since: Timestamp, at_most: u32) -> Result<Vec<JobRecord>, Error> {
+        self.run(move |connection| {
+            let condition = "step = 'ended' AND end_time > ?1 ORDER BY id DESC LIMIT ?2";
+            let mut jobs = select(connection, condition, params![since.as_microsecond(), at_most])?;
+            jobs.reverse();
+            Ok(jobs)
+        })
+        .await
+    }
+
+    /// All jobs that have ended, by number: as many as the history keeps.
+    pub async fn ended(&self) -> Result<Vec<JobRecord>, Error> {
+        self.run(|connection| select(connection, "step = 'ended' ORDER BY id", []))
+            .await
+    }
+
+    /// The job of that number, if it has ended.
+    pub async fn ended_job(&self, id: u32) -> Result<Option<JobRecord>, Error> {
+        self.run(move |connection| {
+            let found = select(connection, "step = 'ended' AND id = ?1", [id])?;
+            Ok(found.into_iter().next())
+        })
+        .await
+    }
+}
+
+fn select(connection: &Connection, condition: &str, values: impl Params) -> Result<Vec<JobRecord>, Error> {
+    let mut statement = connection.prepare(&format!("SELECT * FROM jobs WHERE {condition}"))?;
+    let mut rows = statement.query(values)?;
+    let mut jobs = Vec::new();
+    while let Some(row) = rows.next()? {
+        jobs.push(read(row)?);
+    }
+    Ok(jobs)
+}
+
+fn read(row: &Row) -> Result<JobRecord, Error> {
+    let id = row.get("id")?;
+    let wrong = |what: &str| Error::Record {
+        id,
+        why: format!("its {what}"),
+    };
+    let time = |microseconds| Timestamp::from_microsecond(microseconds).map_err(|_| wrong("times"));
+    let step: String = row.get("step")?;
+    let uuid: Option<String> = row.get("domain_uuid")?;
+    let (instant, quiesced): (Option<i64>, Option<bool>) = (row.get("instant")?, row.get("quiesced")?);
+    let end_time: Option<i64> = row.get("end_time")?;
+    Ok(JobRecord {
+        id,
+        backup_id: row.get("backup_id")?,
+        domain: DomainRecord {
+            name: row.get("domain_name")?,
+            source: row.get("domain_source")?,
+            owner: row.get("domain_owner")?,
+            owner_name: row.get("domain_owner_name")?,
+            uuid: uuid
+                .map(|uuid| uuid.parse())
+                .transpose()
+                .map_err(|_| wrong("UUID"))?,
+        },
+        started_by: row.get("started_by")?,
+        start_time: time(row.get("start_time")?)?,
+        plan: row.get("plan")?,
+        speed: row.get::<_, i64>("speed")?.cast_unsigned(),
+        step: Step::parse(&step).ok_or_else(|| wrong("step"))?,
+        cancel_requested: row.get("cancel_requested")?,
+        holds_poweroff: row.get("holds_poweroff")?,
+        files: row.get("files")?,
+        instant: match (instant, quiesced) {
+            (Some(instant), Some(quiesced)) => Some(Instant {
+                time: time(instant)?,
+                quiesced,
+            }),
+            _ => None,
+        },
+        verdict: row.get("verdict")?,
+        end_time: end_time.map(time).transpose()?,
+        result: row.get("result")?,
+        error: row.get("error")?,
+        disks: row.get("disks")?,
+        left_in_qemu: row.get("left_in_qemu")?,
+        left_on_disk: row.get("left_on_disk")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new_job(number: u32) -> NewJob {
+        NewJob {
+            backup_id: format!("20261123T000000Z-{number:08x}"),
+            domain: DomainRecord {
+                name: "web".into(),
+                source: "configured".into(),
+                owner: 0,
+                owner_name: "root".into(),
+                uuid: Some(Uuid::from_u128(7)),
+            },
+            started_by: 1000,
+            start_time: Timestamp::UNIX_EPOCH,
+            plan: "{}".into(),
+            speed: u64::MAX,
+        }
+    }
+
+    fn ended(seconds: i64, left_on_disk: bool) -> Ended {
+        Ended {
+            time: Timestamp::from_second(seconds).unwrap(),
+            result: "completed".into(),
+            error: None,
+            disks: "[]".into(),
+            left_in_qemu: false,
+            left_on_disk,
+        }
+    }
+
+    async fn catalog() -> (tempfile::TempDir, Catalog) {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&directory.path().join("catalog.sqlite")).unwrap();
+        (directory, catalog)
+    }
+
+    #[tokio::test]
+    async fn every_step_is_there_when_the_catalog_is_opened_again() {
+        let (directory, catalog) = catalog().await;
+        let id = catalog.begin(new_job(1)).await.unwrap().id;
+        let files = Reached::Writing { files: "[1]".into() };
+        catalog.reached(id, files).await.unwrap();
+        let instant = Instant {
+            time: Timestamp::from_second(5).unwrap(),
+            quiesced: true,
+        };
+        catalog.reached(id, Reached::Running(instant)).await.unwrap();
+        catalog.cancel_requested(id).await.unwrap();
+        drop(catalog);
+        let catalog = Catalog::open(&directory.path().join("catalog.sqlite")).unwrap();
+        let found = catalog.unsettled().await.unwrap();
+        let [job] = found.as_slice() else {
+            panic!("{found:?}")
+        };
+        assert_eq!((job.step, job.instant), (Step::Running, Some(instant)));
+        assert_eq!((job.speed, job.cancel_requested), (u64::MAX, true));
+        assert_eq!(job.files.as_deref(), Some("[1]"));
+        assert_eq!(job.domain, new_job(1).domain);
+        assert!(catalog.ended_job(id).await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn the_history_is_bounded_and_what_is_not_settled_stays() {
+        let (_directory, catalog) = catalog().await;
+        for number in 1..=5 {
+            let id = catalog.begin(new_job(number)).await.unwrap().id;
+            assert_eq!(id, number);
+            let outcome = ended(i64::from(number), number == 1);
+            catalog.end(id, outcome, None, 2).await.unwrap();
+        }
+        let left = |jobs: Vec<JobRecord>| jobs.iter().map(|job| job.id).collect::<Vec<_>>();
+        assert_eq!(left(catalog.ended().await.unwrap()), [1, 4, 5]);
+        assert_eq!(left(catalog.unsettled().await.unwrap()), [1]);
+        let since = Timestamp::from_second(4).unwrap();
+        assert_eq!(left(catalog.ended_since(since, 10).await.unwrap()), [5]);
+        catalog.cleared(1, Leftover::OnDisk).await.unwrap();
+        assert!(catalog.unsettled().await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_number_is_never_given_twice() {
+        let (_directory, catalog) = catalog().await;
+        let id = catalog.begin(new_job(1)).await.unwrap().id;
+        catalog.withdraw(id).await.unwrap();
+        assert_eq!(catalog.begin(new_job(2)).await.unwrap().id, id + 1);
+    }
+}

@@ -1,0 +1,49 @@
+-- Times are in µs since 1970. Words are those of the interface where it has them.
+
+CREATE TABLE jobs (
+    id                INTEGER PRIMARY KEY AUTOINCREMENT,
+    -- The backup's name in a store, in file names and in QEMU; never another's.
+    backup_id         TEXT    NOT NULL UNIQUE,
+    domain_name       TEXT    NOT NULL,
+    domain_source     TEXT    NOT NULL,
+    domain_owner      INTEGER NOT NULL,
+    domain_owner_name TEXT    NOT NULL,
+    domain_uuid       TEXT,
+    started_by        INTEGER NOT NULL,
+    start_time        INTEGER NOT NULL,
+    -- What is done, as JSON.
+    plan              TEXT    NOT NULL,
+    -- Bytes a second, all disks together; 0 is unlimited.
+    speed             INTEGER NOT NULL,
+    -- How far it is: preparing, writing, starting, running, judged, closed, ended.
+    step              TEXT    NOT NULL,
+    cancel_requested  INTEGER NOT NULL DEFAULT 0,
+    -- The guest's power-off is held back until the end.
+    holds_poweroff    INTEGER NOT NULL DEFAULT 0,
+    -- From 'writing' on: which files the targets are, as JSON.
+    files             TEXT,
+    -- From 'starting' on: the instant that the images show, and whether the guest was frozen at it.
+    instant           INTEGER,
+    quiesced          INTEGER,
+    -- From 'judged' on: what became of it in QEMU, as JSON.
+    verdict           TEXT,
+    -- From 'ended' on.
+    end_time          INTEGER,
+    result            TEXT,
+    error             TEXT,
+    disks             TEXT,
+    -- Something of it may still be in its QEMU, or at its places.
+    left_in_qemu      INTEGER NOT NULL DEFAULT 1,
+    left_on_disk      INTEGER NOT NULL DEFAULT 1
+) STRICT;
+
+-- The few that a restart has work with.
+CREATE INDEX unsettled_jobs ON jobs (id) WHERE step <> 'ended' OR left_in_qemu OR left_on_disk;
+
+CREATE TABLE backups (
+    id       TEXT PRIMARY KEY,
+    store    TEXT NOT NULL,
+    -- The directory's name in the store.
+    domain   TEXT NOT NULL,
+    manifest TEXT NOT NULL
+) STRICT;

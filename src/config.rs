@@ -3,7 +3,9 @@
 //! Knows TOML and paths; does not open any store or domain.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -57,6 +59,7 @@ pub struct Config {
     pub domain_directories: Vec<PathBuf>,
     pub bus: Bus,
     pub limits: Limits,
+    pub deadlines: Deadlines,
     #[serde(rename = "store")]
     pub stores: BTreeMap<String, Store>,
 }
@@ -99,6 +102,8 @@ pub struct Limits {
     /// Descriptors that came with calls and are held: targets, and monitors of registered domains.
     pub descriptors_per_user: usize,
     pub descriptors: usize,
+    /// Jobs that have ended and are remembered.
+    pub history: u32,
     /// Size of a backup document, in bytes; can only be lowered.
     pub document_bytes: usize,
 }
@@ -118,6 +123,7 @@ impl Default for Limits {
             password_dialogs: 16,
             descriptors_per_user: 128,
             descriptors: 4096,
+            history: 10_000,
             document_bytes: definition::MAX_BYTES,
         }
     }
@@ -157,6 +163,52 @@ impl Limits {
     }
 }
 
+/// How long something that gives no sign of life is waited for, in seconds; at least 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Deadlines {
+    /// While targets are made ready, and while QEMU copies: a target that hangs, or a QEMU that does.
+    pub stall_seconds: NonZeroU32,
+    /// At the end, for everything that was copied to become durable.
+    pub finish_seconds: NonZeroU32,
+    /// For a monitor that was lost during a backup to be there again, and a domain after a restart of the service.
+    pub reconnect_seconds: NonZeroU32,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        const fn seconds(seconds: u32) -> NonZeroU32 {
+            match NonZeroU32::new(seconds) {
+                Some(seconds) => seconds,
+                None => NonZeroU32::MIN,
+            }
+        }
+        Self {
+            stall_seconds: seconds(300),
+            finish_seconds: seconds(3600),
+            reconnect_seconds: seconds(30),
+        }
+    }
+}
+
+impl Deadlines {
+    pub fn stall(&self) -> Duration {
+        duration(self.stall_seconds)
+    }
+
+    pub fn finish(&self) -> Duration {
+        duration(self.finish_seconds)
+    }
+
+    pub fn reconnect(&self) -> Duration {
+        duration(self.reconnect_seconds)
+    }
+}
+
+fn duration(seconds: NonZeroU32) -> Duration {
+    Duration::from_secs(seconds.get().into())
+}
+
 fn quota(key: &'static str, per_user: usize, in_all: usize) -> Quota {
     Quota::new(key, quota::Limits { per_user, in_all })
 }
@@ -168,6 +220,7 @@ impl Default for Config {
             domain_directories: vec!["/etc/backupd/domains.d".into(), "/run/backupd/domains.d".into()],
             bus: Bus::default(),
             limits: Limits::default(),
+            deadlines: Deadlines::default(),
             stores: BTreeMap::new(),
         }
     }
@@ -285,6 +338,15 @@ mod tests {
         assert_eq!(broadcast.bus.signals, Signals::Broadcast);
         let text = parse("[bus]\nsignals = 'loud'").unwrap_err().to_string();
         assert!(text.contains("loud") && text.contains("line 2"), "{text}");
+    }
+
+    #[test]
+    fn a_deadline_is_never_none() {
+        let deadlines = parse("[deadlines]\nstall-seconds = 5").unwrap().deadlines;
+        assert_eq!(deadlines.stall(), Duration::from_secs(5));
+        assert_eq!(deadlines.finish(), Deadlines::default().finish());
+        let text = parse("[deadlines]\nstall-seconds = 0").unwrap_err().to_string();
+        assert!(text.contains("line 2"), "{text}");
     }
 
     #[test]

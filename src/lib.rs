@@ -11,6 +11,7 @@ pub mod config;
 pub mod definition;
 pub mod domain;
 pub mod error;
+pub mod fault;
 pub mod job;
 pub mod names;
 pub mod plan;

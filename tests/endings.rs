@@ -317,27 +317,3 @@ async fn qemu_ends_in_order_in_the_middle() {
     assert_ne!(result, "completed");
     assert_eq!(files_below(&scene.system.store()), [""; 0]);
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_service_stops_in_the_middle() {
-    let mut scene = Scene::new(32 * MIB).await;
-    let job = scene.caller.start("web", "").await;
-    scene.reaches(&job, 1, "running").await;
-    assert_eq!(scene.system.stop_daemon(), Some(0));
-    let signals = brief(&scene.ending().await);
-    assert_eq!(
-        signals.last().unwrap().split(' ').next_back(),
-        Some("cancelled"),
-        "{signals:?}"
-    );
-    scene.assert_nothing_left();
-    scene.system.start_daemon();
-    scene.system.wait_for_domain("web");
-    let caller = Caller::new(&scene.system).await;
-    caller
-        .complete(
-            "web",
-            "<domainbackup><disks><disk name='vda'/></disks></domainbackup>",
-        )
-        .await;
-}

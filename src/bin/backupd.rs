@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use backupd::access::{AUDIT_DIRECTIVE, Access, Polkit};
 use backupd::bus;
+use backupd::catalog::{self, Catalog};
 use backupd::config::{self, Config, DEFAULT_STORE};
 use backupd::domain::{Directories, Registry};
-use backupd::job::Jobs;
+use backupd::job::{self, Jobs};
 use backupd::service::Service;
 use backupd::target;
 use clap::Parser;
@@ -41,6 +42,10 @@ enum Fatal {
     Config(#[from] config::Error),
     #[error("the default store cannot be used: {0}")]
     Store(#[from] target::Error),
+    #[error("{0}")]
+    Catalog(#[from] catalog::Error),
+    #[error("the jobs of before cannot be taken up: {0}")]
+    Jobs(#[from] job::Error),
     #[error("the domain directories cannot be watched: {0}")]
     Domains(std::io::Error),
     #[error("{0}")]
@@ -80,8 +85,9 @@ async fn run(arguments: Arguments) -> Result<(), Fatal> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let config = Config::load(arguments.config.as_deref())?;
+    std::fs::create_dir_all(&config.state_directory)?;
+    let catalog = Catalog::open(&config.state_directory.join(catalog::FILE_NAME))?;
     if let Some(store) = config.stores.get(DEFAULT_STORE) {
-        std::fs::create_dir_all(&config.state_directory)?;
         target::ensure_store(&store.path)?;
     }
     let limits = &config.limits;
@@ -91,10 +97,11 @@ async fn run(arguments: Arguments) -> Result<(), Fatal> {
     let settled = known.iter().map(|domain| domain.settled(FIRST_LOOK));
     futures_util::future::join_all(settled).await;
     let access = Access::new(Arc::new(Polkit::start()?), limits.of_password_dialogs());
-    let jobs = Jobs::new(limits.of_jobs());
+    let jobs = Jobs::new(domains.clone(), catalog, &config);
+    let resumed = jobs.recover().await?;
     let service = Arc::new(Service::new(domains, jobs, access, &config));
     let connection = zbus::connection::Builder::system().build().await?;
-    let mut published = bus::publish(connection, service.clone(), &config).await?;
+    let mut published = bus::publish(connection, service.clone(), &config, resumed).await?;
     tell_manager(&[NotifyState::Ready]);
     tracing::info!("ready");
     let ended = tokio::select! {

@@ -39,6 +39,6 @@ pub async fn create_backup(
     // From here on the caller may leave: its backup is made.
     let job = service.start(authorised).await?;
     let id = job.id;
-    context.follower.add_job(job, caller.name.clone()).await;
+    context.follower.add_job(job, &caller.name).await;
     call.reply(&(id, job_path(id)))
 }

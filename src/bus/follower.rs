@@ -6,7 +6,8 @@ use std::sync::Arc;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::signals::{Announcement, Audience, announce, follow_domain, follow_job};
+use super::signals::{Announcement, Audience, Listening, announce, follow_domain, follow_job};
+use crate::access::Caller;
 use crate::domain::Domain;
 use crate::job::Job;
 use crate::service::Service;
@@ -14,30 +15,48 @@ use crate::service::Service;
 enum Command {
     AddJob {
         job: Arc<Job>,
-        starter: String,
         done: oneshot::Sender<()>,
     },
+    /// One that a former process of the service started, and announced.
+    ResumeJob(Arc<Job>),
     Finish,
 }
 
 /// The way to the task.
 #[derive(Clone)]
-pub struct Follower(mpsc::UnboundedSender<Command>);
+pub struct Follower {
+    commands: mpsc::UnboundedSender<Command>,
+    listening: Listening,
+}
 
 impl Follower {
     /// Returns when the job's start was announced. `starter` is the connection that hears of all that it does.
-    pub async fn add_job(&self, job: Arc<Job>, starter: String) {
+    pub async fn add_job(&self, job: Arc<Job>, starter: &str) {
+        self.listening.add(&job, starter);
         let (done, announced) = oneshot::channel();
         // Bounded by the calls in flight; and where the task is gone, the service is leaving the bus.
-        if self.0.send(Command::AddJob { job, starter, done }).is_ok() {
+        if self.commands.send(Command::AddJob { job, done }).is_ok() {
             let _ = announced.await;
+        }
+    }
+
+    /// Has the rest told of a job that a former process of the service started.
+    pub fn resume_job(&self, job: Arc<Job>) {
+        // Where the task is gone, the service is leaving the bus.
+        let _ = self.commands.send(Command::ResumeJob(job));
+    }
+
+    /// Has a caller that waits for a job of its user's hear of all that it does: the connection that started it may be gone.
+    pub fn listen(&self, job: &Job, caller: &Caller) {
+        if caller.uid == job.started_by {
+            self.listening.add(job, &caller.name);
         }
     }
 
     /// Ends the task when everything that has ended is announced.
     pub fn finish(&self) {
         // It has ended already.
-        let _ = self.0.send(Command::Finish);
+        let _ = self.commands.send(Command::Finish);
     }
 }
 
@@ -50,12 +69,17 @@ pub struct Work {
 
 pub fn new(service: Arc<Service>, audience: Audience) -> (Follower, Work) {
     let (sender, commands) = mpsc::unbounded_channel();
+    let listening = audience.listening().clone();
     let work = Work {
         commands,
         service,
         audience,
     };
-    (Follower(sender), work)
+    let follower = Follower {
+        commands: sender,
+        listening,
+    };
+    (follower, work)
 }
 
 impl Work {
@@ -68,11 +92,14 @@ impl Work {
         loop {
             tokio::select! {
                 command = self.commands.recv() => match command {
-                    Some(Command::AddJob { job, starter, done }) => {
+                    Some(Command::AddJob { job, done }) => {
                         self.audience.job_started(&job).await;
-                        jobs.spawn(follow_job(job, starter, self.audience.clone()));
+                        jobs.spawn(follow_job(job, self.audience.clone()));
                         // Who asked may have gone.
                         let _ = done.send(());
+                    }
+                    Some(Command::ResumeJob(job)) => {
+                        jobs.spawn(follow_job(job, self.audience.clone()));
                     }
                     Some(Command::Finish) | None => break,
                 },
@@ -87,7 +114,8 @@ impl Work {
                 Some(_) = jobs.join_next() => {}
             }
         }
-        // All jobs have ended by now: their last signals are on their way.
+        // The last signals of jobs that have ended are on their way. The others go on without the service.
+        self.audience.leave();
         while jobs.join_next().await.is_some() {}
         domains.tasks.shutdown().await;
     }

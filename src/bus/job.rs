@@ -86,6 +86,7 @@ pub async fn call(context: &Context, call: &Call, job: &Arc<Job>) -> Answer {
         }
         "Wait" => {
             call.no_arguments()?;
+            context.follower.listen(job, &call.caller);
             let outcome = call.while_present(async { Ok(job.wait().await) }).await?;
             call.reply(&result(&outcome))
         }
@@ -112,7 +113,8 @@ async fn cancel(context: &Context, call: &Call, job: &Job, disk: Option<&str>) -
     call.reply(&())
 }
 
-pub fn properties(job: &Job) -> Properties {
+pub async fn properties(job: &Job) -> Properties {
+    job.look().await;
     let view = View::of(&job.status());
     // Before 1970 on a machine without a clock.
     let start_time = u64::try_from(job.start_time.as_microsecond()).unwrap_or(0);

@@ -29,6 +29,7 @@ use zbus::wire::{ObjectPath, OwnedObjectPath};
 use zbus::{Connection, MatchRule, MessageStream};
 
 use crate::config::Config;
+use crate::job::Job;
 use crate::names::{BUS_NAME, ROOT_PATH};
 use crate::service::Service;
 use door::Door;
@@ -56,11 +57,13 @@ pub struct Published {
     watching: JoinHandle<()>,
 }
 
-/// Puts `service` on the bus of `connection` and takes the name when everything is there.
+/// Puts `service` on the bus of `connection` and takes the name when everything is there. `resumed` are jobs of a former
+/// process, whose ends nobody has heard of.
 pub async fn publish(
     connection: Connection,
     service: Arc<Service>,
     config: &Config,
+    resumed: Vec<Arc<Job>>,
 ) -> zbus::Result<Published> {
     let limits = &config.limits;
     let peers = Arc::new(Peers::new(limits.of_calls(), limits.of_subscriptions()));
@@ -96,6 +99,8 @@ pub async fn publish(
     let following = tokio::spawn(work.run());
     let closing = tokio::spawn(closing.run());
     connection.request_name(BUS_NAME).await?;
+    // Under the name by which listeners know the service.
+    resumed.into_iter().for_each(|job| follower.resume_job(job));
     Ok(Published {
         connection,
         door,

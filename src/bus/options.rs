@@ -115,6 +115,8 @@ pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
             ("reuse-external", value) => return Err(wrong_type(&key, &value, "b")),
             ("bandwidth", Value::U64(bandwidth)) => options.bandwidth = Some(bandwidth),
             ("bandwidth", value) => return Err(wrong_type(&key, &value, "t")),
+            ("allow-poweroff", Value::Bool(allow)) => options.allow_poweroff = allow,
+            ("allow-poweroff", value) => return Err(wrong_type(&key, &value, "b")),
             ("quiesce", Value::Str(word)) => {
                 let quiesce = Quiesce::from_word(&word);
                 options.quiesce = Some(quiesce.ok_or_else(|| {

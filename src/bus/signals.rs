@@ -5,12 +5,13 @@
 //! everybody hear everything.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde::Serialize;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use zbus::Connection;
 use zbus::names::BusName;
 use zbus::wire::{OwnedObjectPath, Type, Variant};
@@ -38,6 +39,40 @@ pub struct Audience {
     peers: Arc<Peers>,
     connection: Connection,
     signals: Signals,
+    listeners: Listening,
+    /// The service leaves: what has not ended goes on without it.
+    leaving: CancellationToken,
+}
+
+/// The connections that hear all of a job of their user's, by job: who started it, and who waits for it.
+#[derive(Clone, Default)]
+pub struct Listening(Arc<Mutex<HashMap<u32, HashSet<String>>>>);
+
+/// How many of them.
+const MOST_LISTENERS: usize = 16;
+
+impl Listening {
+    /// Adds a connection, until the job has ended.
+    pub fn add(&self, job: &Job, name: &str) {
+        let mut listening = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever comes after the end has the answer from the call itself.
+        if job.status().outcome.is_none() {
+            let names = listening.entry(job.id).or_default();
+            if names.len() < MOST_LISTENERS {
+                names.insert(name.to_owned());
+            }
+        }
+    }
+
+    fn of(&self, job: u32) -> HashSet<String> {
+        let listening = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        listening.get(&job).cloned().unwrap_or_default()
+    }
+
+    fn end(&self, job: u32) {
+        let mut listening = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        listening.remove(&job);
+    }
 }
 
 /// Whom a detailed signal goes to.
@@ -47,6 +82,15 @@ enum Listeners {
     Each(HashSet<String>),
 }
 
+impl Listeners {
+    fn is_empty(&self) -> bool {
+        match self {
+            Self::All => false,
+            Self::Each(names) => names.is_empty(),
+        }
+    }
+}
+
 impl Audience {
     pub fn new(service: Arc<Service>, peers: Arc<Peers>, connection: Connection, signals: Signals) -> Self {
         Self {
@@ -54,18 +98,30 @@ impl Audience {
             peers,
             connection,
             signals,
+            listeners: Listening::default(),
+            leaving: CancellationToken::new(),
         }
     }
 
-    /// Subscribers that may read `domain` now, and `starter`.
-    async fn readers(&self, domain: &Domain, starter: Option<&String>) -> Listeners {
+    /// Has nothing more told of jobs that have not ended.
+    pub fn leave(&self) {
+        self.leaving.cancel();
+    }
+
+    /// Who hears all of a job of its own.
+    pub fn listening(&self) -> &Listening {
+        &self.listeners
+    }
+
+    /// Subscribers that may read `domain` now, and these others.
+    async fn readers(&self, domain: &Domain, others: HashSet<String>) -> Listeners {
         if self.signals == Signals::Broadcast {
             return Listeners::All;
         }
         let subscribers = self.peers.subscribers();
         let reads = join_all(subscribers.iter().map(|it| self.service.reads(it, domain))).await;
         let readers = allowed(&subscribers, &reads);
-        Listeners::Each(readers.chain(starter.cloned()).collect())
+        Listeners::Each(readers.chain(others).collect())
     }
 
     /// Subscribers that may know of `domain` now.
@@ -179,7 +235,7 @@ pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
             ("Disks", view.2 != told.2, Variant::from(view.2.clone())),
         ]);
         if !changed.is_empty() {
-            let readers = audience.readers(&domain, None).await;
+            let readers = audience.readers(&domain, HashSet::new()).await;
             audience
                 .tell_changed(&readers, &path, DOMAIN_INTERFACE, &changed)
                 .await;
@@ -201,14 +257,17 @@ fn domain_view(snapshot: &Snapshot) -> DomainView {
 
 /// Signals of one job, to its end: `PropertiesChanged` while it goes on; then each disk's signal, `Completed`, and
 /// `JobEnded`, in that order.
-pub async fn follow_job(job: Arc<Job>, starter: String, audience: Audience) {
+pub async fn follow_job(job: Arc<Job>, audience: Audience) {
     let mut statuses = job.statuses();
     let path = job_path(job.id);
     let mut told = View::of(&statuses.borrow_and_update());
     loop {
         let status = statuses.borrow_and_update().clone();
         let view = View::of(&status);
-        let to = audience.readers(&job.domain, Some(&starter)).await;
+        let to = audience.readers(&job.domain, audience.listeners.of(job.id)).await;
+        if !to.is_empty() && status.outcome.is_none() {
+            job.look_on();
+        }
         let changed = job_changes(&told, &view);
         if !changed.is_empty() {
             audience.tell_changed(&to, &path, JOB_INTERFACE, &changed).await;
@@ -220,18 +279,24 @@ pub async fn follow_job(job: Arc<Job>, starter: String, audience: Audience) {
                 .tell(&to, &path, JOB_INTERFACE, "Completed", &result(outcome))
                 .await;
             audience.job_ended(&job, outcome.as_str()).await;
+            audience.listeners.end(job.id);
             return;
         }
-        if changed.is_empty() {
-            if statuses.changed().await.is_err() {
-                return;
-            }
-        } else {
-            // The next change waits for its turn; the end does not.
-            let end = statuses.wait_for(|status| status.outcome.is_some());
-            // Either way the loop looks at what there is.
-            let _ = tokio::time::timeout(PACE, end).await;
+        if audience.leaving.is_cancelled() {
+            return;
         }
+        let next = async {
+            if changed.is_empty() {
+                // The sender is the job's own.
+                let _ = statuses.changed().await;
+            } else {
+                // The next change waits for its turn; the end does not.
+                let end = statuses.wait_for(|status| status.outcome.is_some());
+                let _ = tokio::time::timeout(PACE, end).await;
+            }
+        };
+        // Either way the loop looks at what there is.
+        let _ = audience.leaving.run_until_cancelled(next).await;
     }
 }
 

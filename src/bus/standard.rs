@@ -143,7 +143,7 @@ async fn of_interface(
     let properties = match object {
         Object::Root => manager::properties(),
         Object::Domain(domain) => domain::properties(context, call, domain).await?,
-        Object::Job(job) => job::properties(job),
+        Object::Job(job) => job::properties(job).await,
         Object::Above(_) | Object::Domains | Object::Jobs => Vec::new(),
     };
     Ok(properties.into_iter().collect())

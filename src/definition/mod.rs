@@ -83,7 +83,8 @@ pub struct StoreRef {
 }
 
 /// Whether the guest's file systems are frozen for the instant of the backup.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Quiesce {
     /// If the guest agent can; else the backup is made without.
     Try,
@@ -161,7 +162,8 @@ impl Format {
 }
 
 /// How the clusters of a qcow2 target are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Compression {
     Zstd,
     Zlib,

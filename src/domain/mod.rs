@@ -4,12 +4,15 @@
 
 mod directory;
 mod disks;
+mod identity;
 mod monitor;
 mod owner;
+pub mod poweroff;
 mod registry;
 
 pub use directory::Directories;
 pub use disks::{Disk, DiskLookup, find_disk};
+pub use identity::{Identity, Reach};
 pub use monitor::{Link, Phase};
 pub use registry::{Change, Registration, Registry};
 
@@ -86,6 +89,12 @@ impl Origin {
             Self::Configured => "configured",
             Self::Registered => "registered",
         }
+    }
+
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Configured, Self::Registered]
+            .into_iter()
+            .find(|origin| origin.as_str() == word)
     }
 }
 
@@ -176,13 +185,28 @@ impl Drop for Hold {
 }
 
 impl Domain {
+    fn new(id: u64, identity: Identity, agent: Option<PathBuf>, phase: Phase) -> Self {
+        let snapshot = Snapshot {
+            uuid: identity.uuid,
+            ..Snapshot::unknown()
+        };
+        Self {
+            id,
+            name: identity.name,
+            origin: identity.origin,
+            owner: identity.owner,
+            owner_name: identity.owner_name,
+            agent,
+            snapshot: watch::Sender::new(snapshot),
+            phase: watch::Sender::new(phase),
+            holds: watch::Sender::new(0),
+        }
+    }
+
     /// A name that no other domain has at the same time, fit for a directory: what users register cannot take the name of
     /// what the administrator configured, nor of what another user registered.
     pub fn unique_name(&self) -> String {
-        match self.origin {
-            Origin::Configured => self.name.clone(),
-            Origin::Registered => format!("{}{SEPARATOR}{}", self.owner, self.name),
-        }
+        unique_name(self.origin, self.owner, &self.name)
     }
 
     /// Whether it is another user's own.
@@ -222,7 +246,7 @@ impl Domain {
         let settled = phase.wait_for(|phase| !matches!(phase, Phase::Connecting)).await;
         match settled.as_deref() {
             Ok(Phase::Up(link)) => Ok(link.clone()),
-            Ok(Phase::Down(why)) => Err(self.unreachable(why)),
+            Ok(Phase::Down { why, .. }) => Err(self.unreachable(why)),
             Ok(Phase::Connecting) | Err(_) => Err(self.unreachable("the domain is being removed")),
         }
     }
@@ -231,22 +255,32 @@ impl Domain {
     pub fn process(&self) -> Option<u32> {
         match &*self.phase.borrow() {
             Phase::Up(link) => link.peer,
-            Phase::Connecting | Phase::Down(_) => None,
+            Phase::Connecting | Phase::Down { .. } => None,
         }
     }
 
-    /// The monitor's next connection after `lost`; nothing if there is none within `patience`.
-    pub async fn next_link(&self, lost: &Arc<Link>, patience: Duration) -> Option<Arc<Link>> {
-        if self.origin == Origin::Registered {
+    /// The monitor's next connection, after `lost` if there was one before; nothing if there is none within `patience`, or if
+    /// it turns out that there is no QEMU any more.
+    pub async fn next_link(&self, lost: Option<&Arc<Link>>, patience: Duration) -> Option<Arc<Link>> {
+        if self.origin == Origin::Registered && lost.is_some() {
             // Its socket was handed over; nobody can connect to it again.
             return None;
         }
         let mut phase = self.phase.subscribe();
-        let next = phase.wait_for(|phase| matches!(phase, Phase::Up(link) if !Arc::ptr_eq(link, lost)));
+        let next = phase.wait_for(|phase| match phase {
+            Phase::Up(link) => lost.is_none_or(|lost| !Arc::ptr_eq(link, lost)),
+            Phase::Down { gone, .. } => *gone,
+            Phase::Connecting => false,
+        });
         match tokio::time::timeout(patience, next).await.ok()?.ok().as_deref() {
             Some(Phase::Up(link)) => Some(link.clone()),
             _ => None,
         }
+    }
+
+    /// Whether it is known that its QEMU has ended.
+    pub fn is_gone(&self) -> bool {
+        matches!(&*self.phase.borrow(), Phase::Down { gone: true, .. })
     }
 
     /// Waits until the monitor is connected or the last try has failed, for at most `patience`.
@@ -271,6 +305,13 @@ impl Domain {
             name: self.name.clone(),
             why: why.to_owned(),
         }
+    }
+}
+
+fn unique_name(origin: Origin, owner: u32, name: &str) -> String {
+    match origin {
+        Origin::Configured => name.to_owned(),
+        Origin::Registered => format!("{owner}{SEPARATOR}{name}"),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The supervised monitor of one domain: connect, ask, listen, and connect again with backoff.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -36,7 +37,11 @@ pub enum Phase {
     Connecting,
     Up(Arc<Link>),
     /// The last try failed, or the connection ended, with this reason. It is tried again.
-    Down(Arc<str>),
+    Down {
+        why: Arc<str>,
+        /// Nobody listens at the monitor's socket: the QEMU that did has ended.
+        gone: bool,
+    },
 }
 
 /// Connects, and connects again, until `stop`: the life of a configured domain.
@@ -48,13 +53,13 @@ pub(super) async fn supervise(domain: Arc<Domain>, monitor: PathBuf, stop: Cance
             backoff = FIRST_BACKOFF;
             Ok(serve(&domain, link, driver).await)
         });
-        let why: Arc<str> = match attempt.await {
-            None => return domain.down("the service is letting it go"),
-            Some(Ok(reason)) => reason,
-            Some(Err(ConnectError(reason))) => reason.into(),
+        let (why, gone): (Arc<str>, bool) = match attempt.await {
+            None => return domain.down("the service is letting it go", false),
+            Some(Ok(reason)) => (reason, false),
+            Some(Err(ConnectError { why, gone })) => (why.into(), gone),
         };
         tracing::debug!(domain = domain.name, why = %why, "monitor is down");
-        domain.down(&why);
+        domain.down(&why, gone);
         if stop
             .run_until_cancelled(tokio::time::sleep(backoff))
             .await
@@ -69,19 +74,28 @@ pub(super) async fn supervise(domain: Arc<Domain>, monitor: PathBuf, stop: Cance
 /// Serves a connection that was handed over, until it ends or `stop`: the life of a registered domain.
 pub(super) async fn serve_once(domain: Arc<Domain>, link: Link, driver: Driver, stop: CancellationToken) {
     let ended = stop.run_until_cancelled(serve(&domain, link, driver)).await;
-    domain.down(ended.as_deref().unwrap_or("the service is letting it go"));
+    domain.down(ended.as_deref().unwrap_or("the service is letting it go"), false);
 }
 
-struct ConnectError(String);
+struct ConnectError {
+    why: String,
+    gone: bool,
+}
 
 impl From<qmp::Error> for ConnectError {
     fn from(error: qmp::Error) -> Self {
-        Self(error.to_string())
+        Self {
+            why: error.to_string(),
+            gone: false,
+        }
     }
 }
 
 async fn connect(path: &Path) -> Result<(Link, Driver), ConnectError> {
-    let refused = |error| ConnectError(format!("{}: {error}", path.display()));
+    let refused = |error: std::io::Error| ConnectError {
+        why: format!("{}: {error}", path.display()),
+        gone: matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused),
+    };
     let stream = tokio::time::timeout(PATIENCE, UnixStream::connect(path));
     let stream = stream
         .await
@@ -206,8 +220,9 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
 }
 
 impl Domain {
-    fn down(&self, why: &str) {
-        self.phase.send_replace(Phase::Down(why.into()));
+    fn down(&self, why: &str, gone: bool) {
+        let why = why.into();
+        self.phase.send_replace(Phase::Down { why, gone });
         self.snapshot
             .send_modify(|snapshot| snapshot.state = State::Unreachable);
     }

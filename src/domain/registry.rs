@@ -9,14 +9,14 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{broadcast, watch};
+use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use super::directory::{DomainFile, Watch};
 use super::monitor::{self, Link};
-use super::{Directories, Domain, Error, Origin, Phase, Snapshot, check_new_name, owner};
+use super::{Directories, Domain, Error, Identity, Origin, Phase, check_new_name, owner};
 use crate::qmp::Client;
 use crate::quota::{Quota, Share};
 
@@ -215,18 +215,16 @@ impl Registry {
                 (Key::Registered(owner, name.to_owned()), Origin::Registered, None)
             }
         };
-        let domain = Arc::new(Domain {
-            // Nobody can tell from the numbers that it sees how many it does not see.
-            id: Uuid::new_v4().as_u64_pair().1,
+        // Nobody can tell from the numbers that it sees how many it does not see.
+        let id = Uuid::new_v4().as_u64_pair().1;
+        let identity = Identity {
             name: name.to_owned(),
             origin,
             owner,
             owner_name,
-            agent,
-            snapshot: watch::Sender::new(Snapshot::unknown()),
-            phase: watch::Sender::new(Phase::Connecting),
-            holds: watch::Sender::new(0),
-        });
+            uuid: None,
+        };
+        let domain = Arc::new(Domain::new(id, identity, agent, Phase::Connecting));
         let stop = self.stop.child_token();
         let entry = Entry {
             domain: domain.clone(),

@@ -1,7 +1,9 @@
 //! Why a backup could not start or did not complete.
 
+use std::time::Duration;
+
 use crate::error::Kind;
-use crate::{qmp, quota, target};
+use crate::{catalog, qmp, quota, target};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
@@ -33,6 +35,25 @@ pub enum Error {
     Lost(qmp::Error),
     #[error("QEMU did not let go of the targets: {0}")]
     Release(String),
+    #[error(
+        "the domain's QEMU does not know the backup any more: it was started again, or its block jobs were dismissed"
+    )]
+    Forgotten,
+    #[error("QEMU ended before it had closed the images")]
+    NotClosed,
+    #[error("the service was ended while the backup was being prepared")]
+    Interrupted,
+    #[error("the domain's QEMU could not be reached when the service was started again: {0}")]
+    NotFound(String),
+    #[error(
+        "{what} gave no sign of life for {seconds} seconds ('stall-seconds' or 'finish-seconds' in the configuration)"
+    )]
+    Stalled { what: &'static str, seconds: u64 },
+    #[error("the catalog cannot remember the backup: {0}")]
+    Catalog(String),
+    /// What a former process of the service had found.
+    #[error("{0}")]
+    Former(crate::error::Error),
     #[error("the guest's file systems cannot be frozen: {0}")]
     Quiesce(String),
     #[error("disk '{disk}' was given another image while its backup was being prepared: try again")]
@@ -68,10 +89,23 @@ impl Error {
             | Self::Release(_)
             | Self::Changed { .. }
             | Self::Quiesce(_) => Kind::QemuError,
-            Self::Lost(_) => Kind::DomainUnreachable,
+            Self::Lost(_) | Self::Forgotten | Self::NotClosed | Self::NotFound(_) => Kind::DomainUnreachable,
+            Self::Stalled { .. } => Kind::TargetInvalid,
+            Self::Former(error) => error.kind,
             Self::Target(error) => error.kind(),
-            Self::Record(_) => Kind::Internal,
+            Self::Record(_) | Self::Catalog(_) | Self::Interrupted => Kind::Internal,
         }
+    }
+
+    /// What gave no sign of life for so long.
+    pub fn stalled(what: &'static str, patience: Duration) -> Self {
+        let seconds = patience.as_secs();
+        Self::Stalled { what, seconds }
+    }
+
+    /// Whether QEMU, or what it writes to, hangs: telling it to let go could freeze the guest.
+    pub(super) fn hangs(&self) -> bool {
+        matches!(self, Self::Stalled { .. })
     }
 
     /// The disk that it is about, where it is about one, and what was being done.
@@ -88,10 +122,25 @@ impl Error {
     }
 }
 
-/// Why a backup that began has no images.
+/// Why a backup that began has no images, or none yet.
+#[derive(Debug)]
 pub(super) enum Stopped {
     Failed(Error),
     Cancelled,
+    /// The service stops, and QEMU goes on.
+    Left,
+}
+
+impl From<qmp::Error> for Stopped {
+    fn from(error: qmp::Error) -> Self {
+        Self::Failed(Error::Lost(error))
+    }
+}
+
+impl From<catalog::Error> for Error {
+    fn from(error: catalog::Error) -> Self {
+        Self::Catalog(error.to_string())
+    }
 }
 
 impl From<Error> for Stopped {

@@ -1,31 +1,22 @@
-//! What a job makes in QEMU: descriptor sets, block nodes and jobs, all with names that say whose they are, and
-//! their removal.
-//!
-//! Removal goes by the names and what QEMU says is there, not by what was made: a reply that was lost with a
-//! connection then makes no difference.
+//! What a job makes in QEMU: descriptor sets, block nodes and jobs, all with names that say whose they are.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
-use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Error;
 use super::track::JobInfo;
 use crate::definition::{Compression, Format};
 use crate::domain::{Domain, Link, Snapshot};
+use crate::fault::{self, Point};
 use crate::plan::DiskPlan;
 use crate::qmp::{self, Client, Events, EventsError};
 use crate::target::{Media, Target};
 
 /// Large clusters keep metadata small, and a full backup writes whole ones; in bytes.
 const CLUSTER_SIZE: u32 = 1 << 20;
-/// How long a lost monitor may take to come back, to be rid of what is left in a QEMU that lives.
-const RECONNECT: Duration = Duration::from_secs(2);
-/// How long QEMU may take to end a cancelled job when it is only looked at, not listened to.
-const POLL: Duration = Duration::from_millis(100);
 
 /// The names of one job's things in QEMU. Node names have at most 31 bytes.
 #[derive(Debug, Clone)]
@@ -49,7 +40,7 @@ impl Names {
         format!("{}-{disk}-target", self.0)
     }
 
-    fn file_node(&self, disk: usize) -> String {
+    pub fn file_node(&self, disk: usize) -> String {
         format!("{}-{disk}-file", self.0)
     }
 
@@ -57,46 +48,65 @@ impl Names {
         format!("{}-{disk}-create", self.0)
     }
 
-    fn own(&self, name: &str) -> bool {
+    pub fn own(&self, name: &str) -> bool {
         name.strip_prefix(&self.0)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
     }
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct FdsetInfo {
-    fdset_id: u64,
-    fds: Vec<FdInfo>,
-}
-
-#[derive(Deserialize)]
-struct FdInfo {
-    #[serde(default)]
-    opaque: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct NodeName {
-    #[serde(default)]
-    node_name: String,
-}
-
 /// What one job has in one QEMU.
 pub struct Footprint {
-    domain: Arc<Domain>,
-    link: Arc<Link>,
+    pub(super) domain: Arc<Domain>,
+    /// The monitor's connection; another one after it was lost.
+    link: Mutex<Arc<Link>>,
     pub names: Names,
+    /// How long a lost monitor may take to come back.
+    reconnect: Duration,
+    /// The guest's power-off is held back until all is released.
+    holds_poweroff: AtomicBool,
 }
 
 impl Footprint {
-    pub fn new(domain: Arc<Domain>, link: Arc<Link>, names: Names) -> Self {
-        Self { domain, link, names }
+    pub fn new(domain: Arc<Domain>, link: Arc<Link>, names: Names, reconnect: Duration) -> Self {
+        Self {
+            domain,
+            link: Mutex::new(link),
+            names,
+            reconnect,
+            holds_poweroff: AtomicBool::new(false),
+        }
     }
 
-    pub fn client(&self) -> &Client {
-        &self.link.client
+    /// From here on the guest's power-off is to be let go when all is released.
+    pub fn holds_poweroff(&self) {
+        self.holds_poweroff.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_holding_poweroff(&self) -> bool {
+        self.holds_poweroff.load(Ordering::Relaxed)
+    }
+
+    pub fn poweroff_let_go(&self) {
+        self.holds_poweroff.store(false, Ordering::Relaxed);
+    }
+
+    pub fn link(&self) -> Arc<Link> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn client(&self) -> Client {
+        self.link().client.clone()
+    }
+
+    /// Waits for the monitor's next connection after one that was lost; false if there is none.
+    pub async fn reconnect(&self) -> bool {
+        let lost = self.link();
+        let next = self.domain.next_link(Some(&lost), self.reconnect).await;
+        let found = next.is_some();
+        if let Some(link) = next {
+            *self.link.lock().unwrap_or_else(PoisonError::into_inner) = link;
+        }
+        found
     }
 
     /// Hands a target to QEMU and makes the node that the backup writes to.
@@ -132,7 +142,9 @@ impl Footprint {
             "driver": driver, "node-name": file, "filename": format!("/dev/fdset/{set}"),
             "cache": cache, "discard": "unmap",
         });
+        fault::point(Point::DescriptorPassed);
         client.execute("blockdev-add", node).await.map_err(prepare)?;
+        fault::point(Point::FileNode);
         let mut node = json!({
             "driver": disk.format.as_str(), "node-name": self.names.target_node(index), "file": file,
             "cache": cache, "discard": "unmap", "detect-zeroes": "unmap",
@@ -149,6 +161,7 @@ impl Footprint {
             Format::Raw => {}
         }
         client.execute("blockdev-add", node).await.map_err(prepare)?;
+        fault::point(Point::TargetNode);
         Ok(())
     }
 
@@ -175,6 +188,7 @@ impl Footprint {
             .await
             .map_err(prepare)?;
         let failed = self.concluded(&mut events, &job).await.map_err(prepare)?;
+        fault::point(Point::Formatted);
         self.client()
             .execute("job-dismiss", json!({ "id": job }))
             .await
@@ -210,108 +224,16 @@ impl Footprint {
 
     /// What the domain's QEMU says of itself now.
     pub async fn inspect(&self) -> qmp::Result<Snapshot> {
-        self.link.inspect().await
+        self.link().inspect().await
+    }
+
+    pub async fn query_jobs_within(&self, patience: Duration) -> qmp::Result<Vec<JobInfo>> {
+        let client = self.client();
+        client.query_within(patience, "query-jobs", json!({})).await
     }
 
     pub async fn query_jobs(&self) -> qmp::Result<Vec<JobInfo>> {
         self.client().query("query-jobs", json!({})).await
-    }
-
-    /// Removes everything of this job from QEMU.
-    ///
-    /// An image is whole when QEMU has closed it, so a connection that is lost on the way is a failure, even if it comes
-    /// back and all is removed over the new one: what is there then may be another QEMU.
-    pub async fn release(&mut self) -> Result<(), Error> {
-        match self.try_release().await {
-            Ok(()) => Ok(()),
-            Err(lost @ qmp::Error::Closed(_)) => {
-                if let Some(link) = self.domain.next_link(&self.link, RECONNECT).await {
-                    self.link = link;
-                    self.try_release()
-                        .await
-                        .map_err(|error| Error::Release(error.to_string()))?;
-                }
-                Err(Error::Lost(lost))
-            }
-            Err(error) => Err(Error::Release(error.to_string())),
-        }
-    }
-
-    async fn try_release(&self) -> qmp::Result<()> {
-        let client = self.client();
-        self.end_jobs().await?;
-        let nodes: Vec<NodeName> = client
-            .query("query-named-block-nodes", json!({ "flat": true }))
-            .await?;
-        let nodes: BTreeSet<String> = nodes
-            .into_iter()
-            .map(|node| node.node_name)
-            .filter(|name| self.names.own(name))
-            .collect();
-        // A target goes before the file below it: "…-target" sorts after "…-file".
-        for node in nodes.iter().rev() {
-            client
-                .execute("blockdev-del", json!({ "node-name": node }))
-                .await?;
-        }
-        self.remove_descriptors().await
-    }
-
-    /// Removes our descriptor sets, and those that earlier backups had to leave over this connection.
-    async fn remove_descriptors(&self) -> qmp::Result<()> {
-        let kept = || {
-            let kept = self.link.kept_descriptors.lock();
-            kept.unwrap_or_else(PoisonError::into_inner)
-        };
-        let earlier = kept().clone();
-        let ours = |set: &FdsetInfo| {
-            let own = |fd: &FdInfo| fd.opaque.as_deref().is_some_and(|opaque| self.names.own(opaque));
-            earlier.contains(&set.fdset_id) || set.fds.iter().any(own)
-        };
-        let sets = self.query_descriptors().await?;
-        let removals = sets.iter().filter(|set| ours(set)).map(|set| {
-            let arguments = json!({ "fdset-id": set.fdset_id });
-            self.client().execute("remove-fd", arguments)
-        });
-        // All at once: what had to be left can be as many as there were backups.
-        try_join_all(removals).await?;
-        let left = self.query_descriptors().await?;
-        let left = left.iter().filter(|set| ours(set)).map(|set| set.fdset_id);
-        *kept() = left.collect();
-        Ok(())
-    }
-
-    async fn query_descriptors(&self) -> qmp::Result<Vec<FdsetInfo>> {
-        self.client().query("query-fdsets", json!({})).await
-    }
-
-    /// Dismisses our jobs; cancels and waits for those that still run, which they do only if the backup was given up after
-    /// its transaction without anybody listening to them: the connection was lost, or a disk has another image.
-    async fn end_jobs(&self) -> qmp::Result<()> {
-        loop {
-            let infos = self.query_jobs().await?;
-            let own: Vec<_> = infos
-                .into_iter()
-                .filter(|info| self.names.own(&info.id))
-                .collect();
-            if own.is_empty() {
-                return Ok(());
-            }
-            for info in &own {
-                let (command, arguments) = match info.status.as_str() {
-                    "concluded" => ("job-dismiss", json!({ "id": info.id })),
-                    _ => ("job-cancel", json!({ "id": info.id })),
-                };
-                match self.client().execute(command, arguments).await {
-                    // It went on meanwhile; the next look tells.
-                    Err(error) if error.is_refusal() => {}
-                    result => drop(result?),
-                }
-            }
-            if own.iter().any(|info| info.status != "concluded") {
-                tokio::time::sleep(POLL).await;
-            }
-        }
     }
 }
 

@@ -4,21 +4,44 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
-use tokio::sync::watch;
+use jiff::{SignedDuration, Timestamp};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use super::{Decision, DiskState, DiskStatus, Error, Job, State, Status, run};
-use crate::domain::{Domain, Hold, Link};
+use super::conclude::End;
+use super::error::Stopped;
+use super::record::{self, Left, to_text};
+use super::{Error, Job, recover, run};
+use crate::catalog::{Catalog, JobRecord, NewJob, Step};
+use crate::config::{Config, Deadlines};
+use crate::domain::{Domain, Hold, Identity, Link, Registry};
+use crate::fault::{self, Point};
 use crate::plan::Plan;
 use crate::quota::{Quota, Share};
 use crate::target::Targets;
 
 /// How long an ended job can still be asked about, and how many at most.
 const KEEP: Duration = Duration::from_secs(600);
-const KEEP_AT_MOST: usize = 100;
+const KEEP_AT_MOST: u32 = 100;
+
+/// What every job works with.
+pub(super) struct Setting {
+    pub domains: Arc<Registry>,
+    pub catalog: Catalog,
+    pub deadlines: Deadlines,
+    /// Ended jobs that the catalog keeps.
+    pub history: u32,
+    /// The service stops: what QEMU does goes on without it.
+    pub stop: CancellationToken,
+}
+
+/// How the work on a job ended.
+pub(super) enum Ending {
+    Ended(Left),
+    /// A later process of the service goes on with it.
+    Left,
+}
 
 #[derive(Default)]
 struct Table {
@@ -26,14 +49,13 @@ struct Table {
     /// its name, and may be the same machine.
     busy: HashSet<String>,
     jobs: BTreeMap<u32, Arc<Job>>,
-    last_id: u32,
 }
 
 /// All jobs.
 pub struct Jobs {
     table: Mutex<Table>,
     quota: Quota,
-    stop: CancellationToken,
+    setting: Setting,
     tasks: TaskTracker,
 }
 
@@ -43,9 +65,8 @@ pub struct Reservation {
     jobs: Arc<Jobs>,
     domain: String,
     _hold: Hold,
-    _share: Share,
-    /// Counts the caller's descriptors that the backup writes to.
-    _descriptors: Arc<Share>,
+    /// Of jobs, and of the caller's descriptors that the backup writes to. What a former process began counts for nobody.
+    _shares: Option<(Share, Arc<Share>)>,
     /// The service does not stop before it is given back.
     _token: TaskTrackerToken,
 }
@@ -63,25 +84,124 @@ pub struct Start {
     pub link: Arc<Link>,
     pub plan: Plan,
     pub targets: Targets,
-    pub started_by: u32,
-    /// The names of this backup: see [`Jobs::new_backup_id`].
-    pub backup_id: String,
-    pub start_time: Timestamp,
+    pub record: JobRecord,
 }
 
 impl Jobs {
-    /// `quota` counts the backups under way.
-    pub fn new(quota: Quota) -> Arc<Self> {
+    /// The jobs of `domains`, none of them known yet: see [`Jobs::recover`].
+    pub fn new(domains: Arc<Registry>, catalog: Catalog, config: &Config) -> Arc<Self> {
         Arc::new(Self {
-            quota,
+            quota: config.limits.of_jobs(),
             table: Mutex::default(),
-            stop: CancellationToken::new(),
+            setting: Setting {
+                domains,
+                catalog,
+                deadlines: config.deadlines,
+                history: config.limits.history,
+                stop: CancellationToken::new(),
+            },
             tasks: TaskTracker::new(),
         })
     }
 
+    /// Takes up the jobs that a former process of the service left, which it gives, and those that ended lately.
+    pub async fn recover(self: &Arc<Self>) -> Result<Vec<Arc<Job>>, Error> {
+        let keep = SignedDuration::try_from(KEEP).unwrap_or(SignedDuration::ZERO);
+        let since = Timestamp::now().checked_sub(keep).unwrap_or(Timestamp::MIN);
+        for record in self.setting.catalog.ended_since(since, KEEP_AT_MOST).await? {
+            let identity = record::identity(&record)?;
+            let job = Arc::new(self.ended(&record, identity)?);
+            self.lock().jobs.insert(job.id, job.clone());
+            let jobs = self.clone();
+            self.tasks.spawn(async move { jobs.forget_later(job.id).await });
+        }
+        let mut resumed = Vec::new();
+        for record in self.setting.catalog.unsettled().await? {
+            let identity = record::identity(&record)?;
+            match record.step {
+                Step::Ended => self.sweep(record, identity)?,
+                _ => resumed.push(self.resume(record, identity)?),
+            }
+        }
+        Ok(resumed)
+    }
+
+    fn ended(&self, record: &JobRecord, identity: Identity) -> Result<Job, Error> {
+        let domain = self.setting.domains.identified_or_absent(identity);
+        Job::ended(record, domain, self.setting.catalog.clone())
+    }
+
+    fn sweep(self: &Arc<Self>, record: JobRecord, identity: Identity) -> Result<(), Error> {
+        let job = Arc::new(self.ended(&record, identity.clone())?);
+        let left = Left {
+            in_qemu: record.left_in_qemu,
+            on_disk: record.left_on_disk,
+            holds_poweroff: record.holds_poweroff,
+        };
+        let jobs = self.clone();
+        self.tasks
+            .spawn(async move { recover::sweep(record.id, identity, left, job, &jobs.setting).await });
+        Ok(())
+    }
+
+    fn resume(self: &Arc<Self>, record: JobRecord, identity: Identity) -> Result<Arc<Job>, Error> {
+        let domain = self.setting.domains.identified_or_absent(identity);
+        let plan = record::plan(&record)?;
+        let reservation = Reservation {
+            jobs: self.clone(),
+            domain: domain.unique_name(),
+            _hold: domain.hold(),
+            _shares: None,
+            _token: self.tasks.token(),
+        };
+        let job = Arc::new(Job::new(&record, domain, plan, self.setting.catalog.clone()));
+        let mut table = self.lock();
+        table.busy.insert(reservation.domain.clone());
+        table.jobs.insert(job.id, job.clone());
+        drop(table);
+        let (jobs, resumed) = (self.clone(), job.clone());
+        self.tasks.spawn(async move {
+            let ending = recover::resume(&job, &record, reservation, &jobs.setting).await;
+            jobs.after(&job, ending).await;
+        });
+        Ok(resumed)
+    }
+
+    /// Takes a backup in that is about to be made. Nothing of it exists before.
+    pub async fn begin(
+        &self,
+        domain: &Domain,
+        plan: &Plan,
+        started_by: u32,
+        start_time: Timestamp,
+    ) -> Result<JobRecord, Error> {
+        let new = NewJob {
+            backup_id: Self::new_backup_id(start_time),
+            domain: record::domain_record(domain),
+            started_by,
+            start_time,
+            plan: to_text(plan)?,
+            speed: plan.bandwidth,
+        };
+        let record = self.setting.catalog.begin(new).await?;
+        fault::point(Point::Recorded);
+        Ok(record)
+    }
+
+    /// Forgets a backup that came to nothing while its places were being made.
+    pub async fn withdraw(&self, id: u32) {
+        if let Err(error) = self.setting.catalog.withdraw(id).await {
+            tracing::warn!(job = id, %error, "a job that never began is still on record");
+        }
+    }
+
+    /// How long places may take to be made.
+    pub fn patience(&self) -> Duration {
+        self.setting.deadlines.stall()
+    }
+
     /// A name for a backup that sorts by time and that no other backup has.
-    pub fn new_backup_id(now: Timestamp) -> String {
+    fn new_backup_id(now: Timestamp) -> String {
         let unique = uuid::Uuid::new_v4().simple().to_string();
         format!("{}-{}", now.strftime("%Y%m%dT%H%M%SZ"), &unique[..8])
     }
@@ -95,7 +215,7 @@ impl Jobs {
     ) -> Result<Reservation, Error> {
         // First, so that a stop that is not seen here waits for it.
         let token = self.tasks.token();
-        if self.stop.is_cancelled() {
+        if self.setting.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
         let share = self.quota.take(uid, 1)?;
@@ -108,8 +228,7 @@ impl Jobs {
             jobs: self.clone(),
             domain: domain.unique_name(),
             _hold: domain.hold(),
-            _share: share,
-            _descriptors: descriptors,
+            _shares: Some((share, descriptors)),
             _token: token,
         })
     }
@@ -122,41 +241,77 @@ impl Jobs {
             link,
             plan,
             targets,
-            started_by,
-            backup_id,
-            start_time,
+            record,
         } = start;
-        let mut table = self.lock();
-        table.last_id += 1;
-        let job = Arc::new(Job {
-            id: table.last_id,
-            backup_id,
-            domain,
-            started_by,
-            start_time,
-            status: watch::Sender::new(first_status(&plan, &targets)),
-            decision: Mutex::new(Decision::Open),
-            cancel: CancellationToken::new(),
-            speed: watch::Sender::new(plan.bandwidth),
-            plan,
-        });
-        table.jobs.insert(job.id, job.clone());
-        drop(table);
-        if self.stop.is_cancelled() {
-            // It was on its way when the others were cancelled.
-            let _ = job.cancel();
-        }
+        let job = Arc::new(Job::new(&record, domain, plan, self.setting.catalog.clone()));
+        self.lock().jobs.insert(job.id, job.clone());
         let (jobs, running) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
-            run::run(&running, link, targets, reservation).await;
-            jobs.forget_oldest();
-            // An ended job is kept while somebody may ask for it, but it does not keep the service from stopping.
-            let kept = jobs.stop.run_until_cancelled(tokio::time::sleep(KEEP)).await;
-            if kept.is_some() {
-                jobs.forget(running.id);
-            }
+            let ending = jobs.run(&running, link, targets, reservation).await;
+            jobs.after(&running, ending).await;
         });
         job
+    }
+
+    async fn run(
+        &self,
+        job: &Arc<Job>,
+        link: Arc<Link>,
+        targets: Targets,
+        reservation: Reservation,
+    ) -> Ending {
+        let made = run::make(job, link, targets, &self.setting).await;
+        if let Err(Stopped::Left) = made.judged {
+            if let Some(targets) = made.targets {
+                targets.leave();
+            }
+            return Ending::Left;
+        }
+        let end = End {
+            job,
+            setting: &self.setting,
+            footprint: Some(made.footprint),
+            targets: made.targets,
+            step: Step::Preparing,
+            unknown: false,
+        };
+        Ending::Ended(end.conclude(made.judged, reservation).await)
+    }
+
+    /// What is to be done when the work on a job has ended.
+    async fn after(&self, job: &Arc<Job>, ending: Ending) {
+        let left = match ending {
+            Ending::Ended(left) => left,
+            Ending::Left => {
+                tracing::info!(
+                    job = job.id,
+                    domain = job.domain.name,
+                    "the backup goes on in QEMU"
+                );
+                return;
+            }
+        };
+        self.forget_oldest();
+        let forget = self.forget_later(job.id);
+        // What hangs with who works on it, that one removes.
+        let left = Left {
+            on_disk: false,
+            ..left
+        };
+        let sweep = recover::sweep(job.id, job.domain.identity(), left, job.clone(), &self.setting);
+        tokio::join!(forget, sweep);
+    }
+
+    /// An ended job is kept while somebody may ask for it, but it does not keep the service from stopping.
+    async fn forget_later(&self, id: u32) {
+        let kept = self
+            .setting
+            .stop
+            .run_until_cancelled(tokio::time::sleep(KEEP))
+            .await;
+        if kept.is_some() {
+            self.forget(id);
+        }
     }
 
     pub fn get(&self, id: u32) -> Option<Arc<Job>> {
@@ -168,13 +323,10 @@ impl Jobs {
         self.lock().jobs.values().cloned().collect()
     }
 
-    /// Cancels what runs and waits until it has ended.
+    /// Waits until what cannot be left has ended. What QEMU copies goes on there, and a later process of the service goes on
+    /// with it.
     pub async fn shut_down(&self) {
-        self.stop.cancel();
-        for job in self.list() {
-            // One that cannot be cancelled any more is about to end.
-            let _ = job.cancel();
-        }
+        self.setting.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
     }
@@ -188,7 +340,7 @@ impl Jobs {
                 .filter(|job| job.status.borrow().outcome.is_some());
             ended.map(|job| job.id).collect()
         };
-        let surplus = ended.len().saturating_sub(KEEP_AT_MOST);
+        let surplus = ended.len().saturating_sub(KEEP_AT_MOST as usize);
         ended.into_iter().take(surplus).for_each(|id| self.forget(id));
     }
 
@@ -198,26 +350,5 @@ impl Jobs {
 
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn first_status(plan: &Plan, targets: &Targets) -> Status {
-    let disks = plan
-        .disks
-        .iter()
-        .zip(targets.iter())
-        .map(|(disk, target)| DiskStatus {
-            name: disk.name.clone(),
-            state: DiskState::Preparing,
-            total: disk.virtual_size,
-            done: 0,
-            target: target.label.clone(),
-        });
-    Status {
-        state: State::Preparing,
-        disks: disks.collect(),
-        rate: 0,
-        expected_end: None,
-        outcome: None,
     }
 }

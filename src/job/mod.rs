@@ -1,12 +1,18 @@
 //! The state machine that runs a plan: one job a backup, from the targets' preparation in QEMU to their publication.
 //!
-//! Owns what it makes in QEMU and leaves nothing behind. Does not know who may do what, nor how callers hear of it.
+//! Owns what it makes in QEMU and leaves nothing behind. Every step that must survive is in the catalog before the next one
+//! is done, so that a later process of the service can go on from there. Does not know who may do what, nor how callers hear
+//! of it.
 
+mod conclude;
 mod error;
 mod footprint;
 mod manager;
 mod progress;
 mod quiesce;
+mod record;
+mod recover;
+mod release;
 mod run;
 mod running;
 mod status;
@@ -18,13 +24,22 @@ pub use manager::{Jobs, Reservation, Start};
 pub use status::{DiskState, DiskStatus, Outcome, State, Status};
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::catalog::Catalog;
 use crate::domain::Domain;
+use crate::fault::{self, Point};
 use crate::plan::Plan;
+
+/// How long somebody who looked is taken to be looking.
+const ATTENTION: Duration = Duration::from_secs(5);
+/// How old what is shown may be, and how long what is newer is waited for.
+const FRESH: Duration = Duration::from_secs(1);
+const SOON: Duration = Duration::from_millis(300);
 
 /// How far a job's end is decided. Cancelling is possible up to the point where the images get their names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +47,9 @@ enum Decision {
     Open,
     CancelRequested,
     Publishing,
+    Published,
+    /// It took too long: whatever comes of it is taken back.
+    GivenUp,
 }
 
 /// One backup that is under way or has ended.
@@ -50,6 +68,10 @@ pub struct Job {
     cancel: CancellationToken,
     /// Bytes a second, all disks together; 0 is unlimited.
     speed: watch::Sender<u64>,
+    /// When somebody looked last, and when QEMU was asked last.
+    looks: watch::Sender<Option<Instant>>,
+    asked: watch::Sender<Option<Instant>>,
+    catalog: Catalog,
 }
 
 impl Job {
@@ -68,8 +90,18 @@ impl Job {
         self.plan.definition().to_xml()
     }
 
-    /// Asks for the end of the whole backup and returns at once. What was accepted here never ends as completed.
-    pub fn cancel(&self) -> Result<(), Error> {
+    /// Asks for the end of the whole backup and returns without waiting for it. What was accepted here never ends as
+    /// completed, whatever becomes of the service.
+    pub async fn cancel(&self) -> Result<(), Error> {
+        self.decide_to_cancel()?;
+        if let Err(error) = self.catalog.cancel_requested(self.id).await {
+            tracing::error!(job = self.id, %error, "that the job is cancelled is not on record");
+        }
+        fault::point(Point::CancelRequested);
+        Ok(())
+    }
+
+    fn decide_to_cancel(&self) -> Result<(), Error> {
         let mut decision = self.decision();
         match (&self.status.borrow().outcome, *decision) {
             (Some(Outcome::Cancelled), _) | (None, Decision::CancelRequested) => Ok(()),
@@ -77,7 +109,9 @@ impl Job {
                 id: self.id,
                 outcome: outcome.as_str(),
             }),
-            (None, Decision::Publishing) => Err(Error::TooLate { id: self.id }),
+            (None, Decision::Publishing | Decision::Published | Decision::GivenUp) => {
+                Err(Error::TooLate { id: self.id })
+            }
             (None, Decision::Open) => {
                 *decision = Decision::CancelRequested;
                 self.cancel.cancel();
@@ -87,18 +121,18 @@ impl Job {
     }
 
     /// Asks for the end of one disk's block job, and so of the whole backup: disks stand or fall together.
-    pub fn cancel_disk(&self, disk: &str) -> Result<(), Error> {
+    pub async fn cancel_disk(&self, disk: &str) -> Result<(), Error> {
         if !self.plan.disks.iter().any(|planned| planned.name == disk) {
             return Err(Error::NoSuchDisk {
                 id: self.id,
                 disk: disk.to_owned(),
             });
         }
-        self.cancel()
+        self.cancel().await
     }
 
     /// Changes the limit of the running backup; `bytes_per_second` is for all disks together, 0 is unlimited.
-    pub fn set_speed(&self, bytes_per_second: u64) -> Result<(), Error> {
+    pub async fn set_speed(&self, bytes_per_second: u64) -> Result<(), Error> {
         if let Some(outcome) = &self.status.borrow().outcome {
             return Err(Error::Ended {
                 id: self.id,
@@ -106,7 +140,29 @@ impl Job {
             });
         }
         self.speed.send_replace(bytes_per_second);
+        if let Err(error) = self.catalog.speed_set(self.id, bytes_per_second).await {
+            tracing::warn!(job = self.id, %error, "the job's limit is not on record");
+        }
         Ok(())
+    }
+
+    /// Takes notice of somebody who hears of every change.
+    pub fn look_on(&self) {
+        self.looks.send_replace(Some(Instant::now()));
+    }
+
+    /// Takes notice of somebody who looks, and sees to it that there is something to be seen.
+    pub async fn look(&self) {
+        self.look_on();
+        let fresh = |asked: &Option<Instant>| asked.is_some_and(|asked| asked.elapsed() < FRESH);
+        if self.status.borrow().state == State::Running && self.status.borrow().outcome.is_none() {
+            // A QEMU that is slow to answer does not make who looks wait.
+            let _ = tokio::time::timeout(SOON, self.asked.subscribe().wait_for(fresh)).await;
+        }
+    }
+
+    fn is_looked_at(&self) -> bool {
+        self.looks.borrow().is_some_and(|look| look.elapsed() < ATTENTION)
     }
 
     /// Waits for the end. Cancel-safe.
@@ -130,6 +186,26 @@ impl Job {
         let open = *decision == Decision::Open;
         if open {
             *decision = Decision::Publishing;
+        }
+        open
+    }
+
+    /// The last word of what publishes: false if the job was given up meanwhile, and all is to be taken back.
+    fn published(&self) -> bool {
+        let mut decision = self.decision();
+        let still = *decision == Decision::Publishing;
+        if still {
+            *decision = Decision::Published;
+        }
+        still
+    }
+
+    /// The last word of who waited for it: false if it was published just now.
+    fn give_up(&self) -> bool {
+        let mut decision = self.decision();
+        let open = *decision != Decision::Published;
+        if open && *decision != Decision::CancelRequested {
+            *decision = Decision::GivenUp;
         }
         open
     }

@@ -62,6 +62,15 @@ pub async fn check(domain: &Domain, wanted: Option<Quiesce>) -> Result<(), Error
     }
 }
 
+/// Thaws what a former process of the service may have frozen. What is thawed stays thawed.
+pub async fn thaw_again(domain: &Domain) {
+    if let Ok(mut agent) = connect(domain).await
+        && let Err(error) = agent.thaw().await
+    {
+        tracing::error!(domain = domain.name, %error, "the guest's file systems may still be frozen");
+    }
+}
+
 async fn connect(domain: &Domain) -> Result<Agent, String> {
     let path = domain
         .agent

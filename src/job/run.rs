@@ -1,7 +1,4 @@
-//! One backup from its targets to its outcome.
-//!
-//! The order of the end is fixed: QEMU's verdict, QEMU lets go, the data is durable, it gets its name, the outcome is
-//! told. Nothing is told earlier.
+//! One backup from its targets to QEMU's verdict on it.
 
 use std::sync::Arc;
 
@@ -10,78 +7,47 @@ use serde_json::{Value, json};
 
 use super::error::Stopped;
 use super::footprint::{Footprint, Names};
+use super::manager::Setting;
 use super::progress::share;
 use super::quiesce::{self, Frozen};
+use super::record::to_text;
 use super::running::Running;
 use super::writeback::write_back;
-use super::{DiskState, Error, Job, Outcome, Reservation, State};
-use crate::catalog;
-use crate::domain::Link;
-use crate::error;
-use crate::plan::{DiskPlan, Place};
-use crate::qmp;
+use super::{Error, Job};
+use crate::catalog::{Instant, Reached};
+use crate::domain::{Domain, Link, poweroff};
+use crate::fault::{self, Point};
+use crate::plan::DiskPlan;
+use crate::qmp::{self, Events};
 use crate::target::{Media, Target, Targets};
 
-/// What was copied, and of when.
-struct Copied {
-    instant: Timestamp,
-    quiesced: bool,
+/// What there is of a backup when QEMU has judged it.
+pub(super) struct Made {
+    pub footprint: Footprint,
+    /// Nothing if they hang with who works on them.
+    pub targets: Option<Targets>,
+    pub judged: Result<Instant, Stopped>,
 }
 
-/// Runs `job` to its end. Every place in `targets` is published or gone when this returns.
-pub(super) async fn run(job: &Arc<Job>, link: Arc<Link>, targets: Targets, reservation: Reservation) {
+/// Makes the backup of a job that nothing was done of but its places.
+pub(super) async fn make(job: &Arc<Job>, link: Arc<Link>, targets: Targets, setting: &Setting) -> Made {
+    let footprint = footprint(job, job.domain.clone(), link, setting);
+    let (targets, begun) = begin(job, targets, setting).await;
+    let judged = match (&targets, begun) {
+        (Some(targets), Ok(())) => copy(job, &footprint, targets, setting).await,
+        (_, Err(stopped)) => Err(stopped),
+        (None, Ok(())) => Err(Error::stalled("the targets", setting.deadlines.stall()).into()),
+    };
+    Made {
+        footprint,
+        targets,
+        judged,
+    }
+}
+
+pub(super) fn footprint(job: &Job, domain: Arc<Domain>, link: Arc<Link>, setting: &Setting) -> Footprint {
     let names = Names::new(tag(&job.backup_id));
-    let mut footprint = Footprint::new(job.domain.clone(), link, names);
-    let (targets, begun) = begin(job, targets).await;
-    let copied = match begun {
-        Ok(()) => copy(job, &footprint, &targets).await,
-        Err(stopped) => Err(stopped),
-    };
-    job.update(|status| {
-        status.state = State::Finishing;
-        status.rate = 0;
-        status.expected_end = None;
-        for disk in &mut status.disks {
-            if matches!(
-                disk.state,
-                DiskState::Preparing | DiskState::Running | DiskState::Waiting
-            ) {
-                disk.state = DiskState::Finishing;
-            }
-        }
-    });
-    let released = footprint.release().await;
-    let ended = match (copied, released) {
-        (Ok(copied), Ok(())) => finish(job, targets, copied).await,
-        (Ok(_), Err(error)) => discard(targets, Stopped::Failed(error)).await,
-        (Err(stopped), released) => {
-            if let Err(error) = released {
-                tracing::error!(job = job.id, %error, "something of the backup may be left in QEMU");
-            }
-            discard(targets, stopped).await
-        }
-    };
-    let outcome = match ended {
-        Ok(()) => Outcome::Completed,
-        Err(Stopped::Cancelled) => Outcome::Cancelled,
-        Err(Stopped::Failed(error)) => {
-            blame(job, &error);
-            Outcome::Failed(error::Error::from(error))
-        }
-    };
-    tracing::info!(job = job.id, domain = job.domain.name, outcome = ?outcome, "backup ended");
-    // Before anybody hears of the end: who waits for it may start the next one at once.
-    drop(reservation);
-    job.update(|status| {
-        for disk in &mut status.disks {
-            match (&outcome, &disk.state) {
-                (Outcome::Completed, _) => disk.state = DiskState::Completed,
-                (_, DiskState::Failed { .. }) => {}
-                _ => disk.state = DiskState::Cancelled,
-            }
-        }
-        status.outcome = Some(outcome);
-    });
+    Footprint::new(domain, link, names, setting.deadlines.reconnect())
 }
 
 /// The part of a backup's id that is unique by itself.
@@ -89,49 +55,81 @@ fn tag(backup_id: &str) -> &str {
     backup_id.rsplit('-').next().unwrap_or(backup_id)
 }
 
-/// Marks the disk that an error is about, unless QEMU's verdict did so before.
-fn blame(job: &Job, error: &Error) {
-    let Some((name, operation)) = error.disk() else {
-        return;
+/// Empties existing targets, when all that can be known before says that the backup will be made.
+async fn begin(
+    job: &Arc<Job>,
+    mut targets: Targets,
+    setting: &Setting,
+) -> (Option<Targets>, Result<(), Stopped>) {
+    let ready = async {
+        quiesce::check(&job.domain, job.plan.quiesce).await?;
+        let files = to_text(&targets.files())?;
+        remember(job, setting, Reached::Writing { files }).await
     };
-    job.update(|status| {
-        let guilty = status.disks.iter_mut().find(|disk| disk.name == name);
-        if let Some(disk) = guilty.filter(|disk| !matches!(disk.state, DiskState::Failed { .. })) {
-            disk.state = DiskState::Failed {
-                operation: operation.into(),
-                message: error.to_string(),
-            };
-        }
+    if let Err(error) = ready.await {
+        return (Some(targets), Err(error.into()));
+    }
+    fault::point(Point::Writing);
+    let patience = setting.deadlines.stall();
+    let job = job.clone();
+    // Should it come back after all, what it has is discarded.
+    let emptied = blocking(move || {
+        let begun = targets.begin(&job.plan).map_err(Error::Target);
+        fault::point(Point::Begun);
+        (targets, begun.map_err(Stopped::Failed))
     });
+    match tokio::time::timeout(patience, emptied).await {
+        Ok((targets, begun)) => (Some(targets), begun),
+        Err(_) => (None, Err(Error::stalled("the targets", patience).into())),
+    }
 }
 
-/// Empties existing targets, when all that can be known before says that the backup will be made.
-async fn begin(job: &Arc<Job>, mut targets: Targets) -> (Targets, Result<(), Stopped>) {
-    if let Err(error) = quiesce::check(&job.domain, job.plan.quiesce).await {
-        return (targets, Err(error.into()));
-    }
-    let job = job.clone();
-    blocking(move || {
-        let begun = targets.begin(&job.plan).map_err(Error::Target);
-        (targets, begun.map_err(Stopped::Failed))
-    })
-    .await
+/// A step, before the next thing is done.
+pub(super) async fn remember(job: &Job, setting: &Setting, reached: Reached) -> Result<(), Error> {
+    Ok(setting.catalog.reached(job.id, reached).await?)
 }
 
 /// Prepares QEMU, starts the transaction and waits for its end.
-async fn copy(job: &Job, footprint: &Footprint, targets: &Targets) -> Result<Copied, Stopped> {
+async fn copy(
+    job: &Job,
+    footprint: &Footprint,
+    targets: &Targets,
+    setting: &Setting,
+) -> Result<Instant, Stopped> {
     let prepare = async {
         for (index, (target, disk)) in targets.iter().zip(&job.plan.disks).enumerate() {
             footprint.open_target(index, target, disk).await?;
         }
         Ok::<_, Error>(())
     };
+    let patience = setting.deadlines.stall();
+    let prepare = tokio::time::timeout(patience, prepare);
     // What was half made is removed by its name.
     match job.cancel.run_until_cancelled(prepare).await {
-        Some(prepared) => prepared?,
+        Some(prepared) => {
+            prepared.unwrap_or_else(|_| Err(Error::stalled("the preparation of QEMU", patience)))?
+        }
         None => return Err(Stopped::Cancelled),
     }
     let speed = *job.speed.borrow();
+    // From before the transaction: its jobs can end before its reply is read.
+    let events = footprint.client().events();
+    let instant = start(job, footprint, targets, speed, setting).await?;
+    remember(job, setting, Reached::Running(instant)).await?;
+    fault::point(Point::Running);
+    let mut running = Running::new(job, footprint, Some(speed), patience);
+    follow(&mut running, events, targets, setting).await?;
+    Ok(instant)
+}
+
+/// Has QEMU begin to copy, at an instant.
+async fn start(
+    job: &Job,
+    footprint: &Footprint,
+    targets: &Targets,
+    speed: u64,
+    setting: &Setting,
+) -> Result<Instant, Stopped> {
     let disks = job.plan.disks.len();
     let actions = targets.iter().zip(&job.plan.disks).enumerate();
     let actions = actions
@@ -140,39 +138,61 @@ async fn copy(job: &Job, footprint: &Footprint, targets: &Targets) -> Result<Cop
         "actions": actions.collect::<Vec<_>>(),
         "properties": { "completion-mode": "grouped" },
     });
+    let patience = setting.deadlines.stall();
+    let link = footprint.link();
+    let holds_poweroff = job.plan.hold_poweroff && poweroff::can_hold(&link).await;
+    let starting = Reached::Starting {
+        not_before: Timestamp::now(),
+        holds_poweroff,
+    };
+    remember(job, setting, starting).await?;
+    fault::point(Point::Starting);
     if job.cancel.is_cancelled() {
         return Err(Stopped::Cancelled);
     }
-    // From before the transaction: its jobs can end before its reply is read.
-    let events = footprint.client().events();
+    if holds_poweroff {
+        footprint.holds_poweroff();
+        let held = tokio::time::timeout(patience, poweroff::hold(&link)).await;
+        held.map_err(|_| Error::stalled("QEMU", patience))?
+            .map_err(Error::Lost)?;
+    }
+    fault::point(Point::PowerOffHeld);
     let frozen = Frozen::freeze(&job.domain, job.plan.quiesce).await?;
     targets.iter().for_each(Target::mark_written);
-    let started = footprint.client().execute("transaction", transaction).await;
-    let instant = Timestamp::now();
+    let client = footprint.client();
+    let started = tokio::time::timeout(patience, client.execute("transaction", transaction)).await;
+    let time = Timestamp::now();
     let thawed = frozen.thaw(&job.domain, job.plan.quiesce).await;
-    started.map_err(Error::Transaction)?;
+    match started {
+        Ok(started) => started.map_err(Error::Transaction)?,
+        Err(_) => return Err(Error::stalled("the start in QEMU", patience).into()),
+    };
+    fault::point(Point::Started);
     let quiesced = thawed?;
     check_sources(job, footprint).await?;
-    job.update(|status| {
-        status.state = State::Running;
-        status
-            .disks
-            .iter_mut()
-            .for_each(|disk| disk.state = DiskState::Running);
-    });
     tracing::info!(job = job.id, domain = job.domain.name, "backup started");
-    let mut running = Running::new(job, footprint, speed);
+    Ok(Instant { time, quiesced })
+}
+
+/// Follows jobs that run to QEMU's verdict on them.
+pub(super) async fn follow(
+    running: &mut Running<'_>,
+    events: Events,
+    targets: &Targets,
+    setting: &Setting,
+) -> Result<(), Stopped> {
+    running.show_running();
     tokio::select! {
-        ended = running.run(events) => ended.map_err(Error::Lost)?,
+        ended = running.run(events, &setting.stop) => ended?,
         never = write_back(targets) => match never {},
     }
-    running.judge()?;
-    Ok(Copied { instant, quiesced })
+    fault::point(Point::Concluded);
+    running.judge()
 }
 
 /// Whether what is being copied is what the guest writes to: a snapshot that another client made while the targets were
 /// prepared has put a new image above it.
-async fn check_sources(job: &Job, footprint: &Footprint) -> Result<(), Stopped> {
+pub(super) async fn check_sources(job: &Job, footprint: &Footprint) -> Result<(), Stopped> {
     let look = async {
         loop {
             match footprint.inspect().await {
@@ -218,74 +238,11 @@ fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: 
     json!({ "type": "blockdev-backup", "data": data })
 }
 
-/// Makes the data durable and gives it its name, unless the backup was cancelled up to that point.
-async fn finish(job: &Arc<Job>, targets: Targets, copied: Copied) -> Result<(), Stopped> {
-    let job = job.clone();
-    blocking(move || {
-        let synced = targets.sync();
-        if !job.begin_publishing() {
-            return Err(Stopped::Cancelled);
-        }
-        synced.map_err(Error::Target)?;
-        let manifest = if targets.in_store() {
-            manifest(&job, &copied)?
-        } else {
-            Vec::new()
-        };
-        let document = job.definition();
-        let records = [
-            (catalog::MANIFEST_NAME, manifest.as_slice()),
-            (catalog::DEFINITION_NAME, document.as_bytes()),
-        ];
-        targets.publish(&records).map_err(Error::Target)?;
-        Ok(())
-    })
-    .await
-}
-
-async fn discard(targets: Targets, stopped: Stopped) -> Result<(), Stopped> {
-    blocking(move || targets.discard()).await;
-    Err(stopped)
-}
-
 /// Runs what waits for a disk where it keeps nobody else waiting.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         // Nobody cancels it, and the runtime outlives every job: it panicked.
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
-}
-
-fn manifest(job: &Job, copied: &Copied) -> Result<Vec<u8>, Error> {
-    let domain = catalog::Domain {
-        name: job.domain.name.clone(),
-        uuid: job.domain.snapshot().uuid,
-    };
-    let mut manifest = catalog::Manifest::full(
-        job.backup_id.clone(),
-        job.id,
-        job.started_by,
-        domain,
-        job.start_time,
-        copied.instant,
-    );
-    manifest.name = job.plan.name.clone();
-    manifest.description = job.plan.description.clone();
-    manifest.quiesced = copied.quiesced;
-    let in_store = job.plan.disks.iter().filter_map(|disk| match &disk.place {
-        Place::InStore { file_name } => Some((disk, file_name)),
-        Place::File(_) | Place::Block(_) | Place::Descriptor(_) => None,
-    });
-    manifest.disks = in_store
-        .map(|(disk, file)| catalog::Disk {
-            name: disk.name.clone(),
-            file: file.clone(),
-            format: disk.format,
-            virtual_size: disk.virtual_size,
-        })
-        .collect();
-    manifest
-        .to_json()
-        .map_err(|error| Error::Record(error.to_string()))
 }

@@ -4,17 +4,23 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde_json::json;
-use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
 
 use super::error::Stopped;
 use super::footprint::Footprint;
 use super::progress::{Meter, share};
 use super::track::{Phase, Tracker, Verdict};
-use super::{DiskState, Error, Job};
+use super::{DiskState, Error, Job, State};
+use crate::fault::{self, Point};
 use crate::qmp::{self, Events, EventsError};
 
-/// How often the progress is asked for while the job runs.
+/// How often the progress is asked for while somebody looks, and while nobody does.
 const PROGRESS: Duration = Duration::from_millis(500);
+const UNSEEN: Duration = Duration::from_secs(10);
+/// How long QEMU may take to answer until it counts as silent; what it was told is not lost.
+const ANSWER: Duration = Duration::from_secs(5);
+/// What QEMU copies at a time at most, in bytes: a limit can make that take long.
+const CHUNK: u64 = 64 << 20;
 
 /// The running jobs, and what is to be done while they run.
 pub struct Running<'a> {
@@ -22,12 +28,20 @@ pub struct Running<'a> {
     footprint: &'a Footprint,
     tracker: Tracker,
     meter: Meter,
-    /// Limit and number of running disks that QEMU knows.
-    shared: (u64, usize),
+    /// Limit and number of running disks that QEMU knows; nothing if that is not known.
+    shared: Option<(u64, usize)>,
+    /// When something moved last, or was not meant to.
+    moved: Instant,
+    /// How long nothing may move.
+    stall: Duration,
+    /// Whether it is certain that this QEMU has the jobs.
+    found: bool,
 }
 
 impl<'a> Running<'a> {
-    pub fn new(job: &'a Job, footprint: &'a Footprint, speed: u64) -> Self {
+    /// Jobs that were just started with this limit, in bytes a second, all disks together; or, without one, that QEMU may
+    /// have from before. Nothing may move for `stall` at most.
+    pub fn new(job: &'a Job, footprint: &'a Footprint, speed: Option<u64>, stall: Duration) -> Self {
         let disks = job.plan.disks.iter().enumerate();
         let jobs = disks.map(|(index, disk)| (footprint.names.block_job(index), disk.virtual_size));
         Self {
@@ -35,50 +49,129 @@ impl<'a> Running<'a> {
             footprint,
             tracker: Tracker::new(jobs),
             meter: Meter::new(),
-            shared: (speed, job.plan.disks.len()),
+            shared: speed.map(|speed| (speed, job.plan.disks.len())),
+            moved: Instant::now(),
+            stall,
+            found: speed.is_some(),
         }
     }
 
-    /// Follows the jobs until QEMU has concluded all of them.
-    pub async fn run(&mut self, mut events: Events) -> qmp::Result<()> {
+    /// Follows the jobs until QEMU has concluded all of them, over every connection that it takes.
+    pub async fn run(&mut self, mut events: Events, stop: &CancellationToken) -> Result<(), Stopped> {
+        loop {
+            let followed = stop.run_until_cancelled(self.follow(&mut events)).await;
+            let lost = match followed.ok_or(Stopped::Left)? {
+                Err(Stopped::Failed(Error::Lost(lost @ qmp::Error::Closed(_)))) => lost,
+                result => return result,
+            };
+            tracing::warn!(job = self.job.id, why = %lost, "the monitor was lost during a backup");
+            match stop.run_until_cancelled(self.footprint.reconnect()).await {
+                None => return Err(Stopped::Left),
+                Some(false) => return Err(Stopped::Failed(Error::Lost(lost))),
+                Some(true) => {}
+            }
+            events = self.footprint.client().events();
+            (self.shared, self.found) = (None, false);
+        }
+    }
+
+    /// Whether QEMU has all the jobs: it is the one that they were started in. Takes in how they stand.
+    async fn find(&mut self) -> Result<(), Stopped> {
+        let infos = loop {
+            match self.footprint.query_jobs_within(ANSWER).await {
+                Err(qmp::Error::TimedOut { .. }) => self.check_stall(0)?,
+                infos => break infos?,
+            }
+        };
+        let known = |job: &str| infos.iter().any(|info| info.id == job);
+        if !self.tracker.jobs().iter().all(|tracked| known(&tracked.job)) {
+            return Err(Stopped::Failed(Error::Forgotten));
+        }
+        self.tracker.query(&infos);
+        self.found = true;
+        Ok(())
+    }
+
+    async fn follow(&mut self, events: &mut Events) -> Result<(), Stopped> {
+        if !self.found {
+            self.find().await?;
+        }
         let mut speeds = self.job.speed.subscribe();
-        let mut progress = tokio::time::interval(PROGRESS);
-        progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looks = self.job.looks.subscribe();
         let mut cancelled = false;
+        let mut asked = Instant::now();
+        self.show();
         while !self.tracker.all_concluded() {
+            let speed = *speeds.borrow_and_update();
+            self.share(speed).await?;
+            let pace = match self.job.is_looked_at() {
+                true => PROGRESS,
+                false => UNSEEN.min(self.stall),
+            };
             tokio::select! {
                 event = events.next() => match event {
                     Ok(event) => {
                         if !self.tracker.event(&event) {
                             continue;
                         }
+                        self.moved = Instant::now();
                         self.show();
                     }
                     // Of a closed connection this says why it was closed.
-                    Err(EventsError::Missed | EventsError::Closed) => self.ask(&mut events).await?,
+                    Err(EventsError::Missed | EventsError::Closed) => self.ask(events).await?,
                 },
-                _ = progress.tick() => self.ask(&mut events).await?,
+                () = tokio::time::sleep_until((asked + pace).into()) => {
+                    self.ask(events).await?;
+                    asked = Instant::now();
+                }
                 () = self.job.cancel.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.cancel().await?;
+                    fault::point(Point::CancelSent);
                 }
-                // The sender is the job's own.
+                // The senders are the job's own.
                 Ok(()) = speeds.changed() => {}
+                Ok(()) = looks.changed() => {}
             }
-            let speed = *speeds.borrow_and_update();
-            self.share(speed).await?;
+            self.check_stall(speed)?;
         }
         Ok(())
     }
 
-    async fn ask(&mut self, events: &mut Events) -> qmp::Result<()> {
-        let infos = self.footprint.query_jobs().await?;
+    fn check_stall(&self, speed: u64) -> Result<(), Stopped> {
+        let disks = self.tracker.jobs().len();
+        let chunk = match share(speed, disks) {
+            0 => Duration::ZERO,
+            limit => Duration::from_secs(CHUNK / limit),
+        };
+        let patience = self.stall.max(chunk);
+        if self.moved.elapsed() < patience {
+            return Ok(());
+        }
+        Err(Stopped::Failed(Error::Stalled {
+            what: "the copying",
+            seconds: patience.as_secs(),
+        }))
+    }
+
+    /// Asks how the jobs stand. That QEMU does not answer is nothing new.
+    async fn ask(&mut self, events: &mut Events) -> Result<(), Stopped> {
+        let infos = match self.footprint.query_jobs_within(ANSWER).await {
+            Err(qmp::Error::TimedOut { .. }) => return Ok(()),
+            infos => infos?,
+        };
         // What QEMU said before it answered says more than the answer.
         while let Some(event) = events.next_now() {
             self.tracker.event(&event);
         }
+        let before: u64 = self.tracker.jobs().iter().map(|job| job.done).sum();
         self.tracker.query(&infos);
         let done = self.tracker.jobs().iter().map(|job| job.done).sum();
+        let ours = |id: &str| self.tracker.jobs().iter().any(|job| job.job == id);
+        let paused = infos.iter().any(|info| info.status == "paused" && ours(&info.id));
+        if done != before || paused {
+            self.moved = Instant::now();
+        }
         let rate = self.meter.measure(Instant::now(), done);
         let total: u64 = self.tracker.jobs().iter().map(|job| job.total).sum();
         let end = self
@@ -88,8 +181,19 @@ impl<'a> Running<'a> {
             status.rate = rate;
             status.expected_end = end;
         });
+        self.job.asked.send_replace(Some(Instant::now()));
         self.show();
         Ok(())
+    }
+
+    pub fn show_running(&self) {
+        self.job.update(|status| {
+            status.state = State::Running;
+            status
+                .disks
+                .iter_mut()
+                .for_each(|disk| disk.state = DiskState::Running);
+        });
     }
 
     fn show(&self) {
@@ -108,48 +212,43 @@ impl<'a> Running<'a> {
 
     /// Cancels one block job, and QEMU the others with it. One that has concluded already cannot be cancelled: the
     /// next one is tried.
-    async fn cancel(&self) -> qmp::Result<()> {
+    async fn cancel(&self) -> Result<(), Stopped> {
         for tracked in self.tracker.jobs() {
             let arguments = json!({ "device": tracked.job, "force": true });
-            match self
-                .footprint
-                .client()
-                .execute("block-job-cancel", arguments)
-                .await
-            {
-                Err(error) if error.is_refusal() => {}
-                result => return result.map(drop),
+            if self.tell("block-job-cancel", arguments).await? {
+                break;
             }
         }
         Ok(())
     }
 
     /// Divides the limit among the disks that still run, whenever one of the two changes.
-    async fn share(&mut self, speed: u64) -> qmp::Result<()> {
+    async fn share(&mut self, speed: u64) -> Result<(), Stopped> {
         let running: Vec<_> = self
             .tracker
             .jobs()
             .iter()
             .filter(|job| job.phase == Phase::Running)
             .collect();
-        if self.shared == (speed, running.len()) {
+        if self.shared == Some((speed, running.len())) {
             return Ok(());
         }
-        self.shared = (speed, running.len());
-        for tracked in running {
-            let arguments = json!({ "device": tracked.job, "speed": share(speed, self.shared.1) });
-            match self
-                .footprint
-                .client()
-                .execute("block-job-set-speed", arguments)
-                .await
-            {
-                // It ended just now.
-                Err(error) if error.is_refusal() => {}
-                result => drop(result?),
-            }
+        self.shared = Some((speed, running.len()));
+        for tracked in &running {
+            let arguments = json!({ "device": tracked.job, "speed": share(speed, running.len()) });
+            self.tell("block-job-set-speed", arguments).await?;
         }
         Ok(())
+    }
+
+    /// Has QEMU do something with a job; false if the job ended just now. A QEMU that is silent will do it later.
+    async fn tell(&self, command: &str, arguments: serde_json::Value) -> Result<bool, Stopped> {
+        let client = self.footprint.client();
+        match tokio::time::timeout(ANSWER, client.execute(command, arguments)).await {
+            Err(_silent) => Ok(true),
+            Ok(Err(error)) if error.is_refusal() => Ok(false),
+            Ok(result) => Ok(result.map(|_| true)?),
+        }
     }
 
     /// What QEMU made of the jobs, all together.

@@ -1,6 +1,7 @@
 //! What a job tells of itself.
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
@@ -14,7 +15,8 @@ pub enum State {
 }
 
 /// How a job ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     Completed,
     Failed(Error),
@@ -32,7 +34,8 @@ impl Outcome {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DiskState {
     Preparing,
     Running,
@@ -62,7 +65,7 @@ impl DiskState {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskStatus {
     pub name: String,
     pub state: DiskState,

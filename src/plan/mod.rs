@@ -14,6 +14,8 @@ pub use requested::{PlaceKind, Requested, requested};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::{DEFAULT_STORE, Store};
 use crate::definition::{
     Compression, Definition, DiskDefinition, Format, Position, Quiesce, StoreRef, Target,
@@ -28,10 +30,12 @@ pub struct Options {
     /// Bytes a second, all disks together.
     pub bandwidth: Option<u64>,
     pub quiesce: Option<Quiesce>,
+    /// A guest that powers off takes its QEMU, and so the backup, with it.
+    pub allow_poweroff: bool,
 }
 
-/// What will be done, whole. Immutable once it is made.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What will be done, whole. Immutable once it is made. A later process of the service reads it again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     pub name: Option<String>,
     pub description: Option<String>,
@@ -40,6 +44,8 @@ pub struct Plan {
     /// Bytes a second, all disks together; 0 is unlimited.
     pub bandwidth: u64,
     pub quiesce: Option<Quiesce>,
+    /// A guest that powers off is kept, paused, until the backup has ended.
+    pub hold_poweroff: bool,
     /// At least one.
     pub disks: Vec<DiskPlan>,
     /// Disks of the domain that are left out.
@@ -47,7 +53,7 @@ pub struct Plan {
 }
 
 /// Who chooses the places.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Destination {
     /// The service does, inside a store.
     Store { name: String, path: PathBuf },
@@ -55,7 +61,7 @@ pub enum Destination {
     Caller,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskPlan {
     pub name: String,
     /// QEMU's node to read.
@@ -73,7 +79,7 @@ pub struct DiskPlan {
 }
 
 /// Where one disk's data goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Place {
     /// A file of this name in the backup's own directory of a store.
     InStore {
@@ -125,6 +131,7 @@ pub fn resolve(
         reuse_external: options.reuse_external,
         bandwidth: agreed("bandwidth", definition.bandwidth, options.bandwidth)?.unwrap_or(0),
         quiesce: agreed("quiesce", definition.quiesce, options.quiesce)?,
+        hold_poweroff: !options.allow_poweroff,
         excluded: excluded.map(|disk| disk.name.clone()).collect(),
         disks: chosen
             .into_iter()

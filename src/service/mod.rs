@@ -100,8 +100,8 @@ impl Service {
     pub async fn cancel(&self, caller: &Caller, job: &Job, disk: Option<&str>) -> Result<()> {
         self.control(caller, job, Permission::DomainAbort).await?;
         match disk {
-            Some(disk) => job.cancel_disk(disk)?,
-            None => job.cancel()?,
+            Some(disk) => job.cancel_disk(disk).await?,
+            None => job.cancel().await?,
         }
         Ok(())
     }
@@ -109,7 +109,7 @@ impl Service {
     /// Limits `job` to `bytes_per_second`, all disks together; 0 is unlimited. Who started it may.
     pub async fn set_speed(&self, caller: &Caller, job: &Job, bytes_per_second: u64) -> Result<()> {
         self.control(caller, job, Permission::DomainSetSpeed).await?;
-        Ok(job.set_speed(bytes_per_second)?)
+        Ok(job.set_speed(bytes_per_second).await?)
     }
 
     /// Goes on only for who started `job`, or has `permission` for every place that it goes to.
@@ -129,7 +129,7 @@ impl Service {
         Ok(())
     }
 
-    /// Cancels what runs, and ends everything that works for the service.
+    /// Ends everything that works for the service. Backups that QEMU is making go on there.
     pub async fn shut_down(&self) {
         self.jobs.shut_down().await;
         self.domains.shut_down().await;

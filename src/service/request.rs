@@ -11,7 +11,7 @@ use crate::access::{Basis, Caller, Details, Grant, Permission};
 use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Snapshot};
 use crate::error::{Error, Kind, Result};
-use crate::job::{self, Job, Jobs, Start};
+use crate::job::{self, Job, Start};
 use crate::plan::{self, Options, PlaceKind, Plan, Requested};
 use crate::target::{self, BackupName, Holder, Sources, Targets};
 
@@ -130,19 +130,24 @@ impl Service {
             &self.stores,
             request.files.files.len(),
         )?;
-        let backup_id = Jobs::new_backup_id(start_time);
-        let (plan, targets) = self
-            .prepare(plan, &domain, &backup_id, request.files.files)
-            .await?;
+        let record = self.jobs.begin(&domain, &plan, uid, start_time).await?;
+        let prepared = self.prepare(plan, &domain, &record.backup_id, request.files.files);
+        let (plan, targets) = match tokio::time::timeout(self.jobs.patience(), prepared).await {
+            Ok(Ok(prepared)) => prepared,
+            Ok(Err(error)) => {
+                self.jobs.withdraw(record.id).await;
+                return Err(error);
+            }
+            // Should it come back after all, what it made is discarded; what is left of it then, a restart removes.
+            Err(_) => return Err(job::Error::stalled("the target", self.jobs.patience()).into()),
+        };
         let job = self.jobs.start(Start {
             reservation,
             domain,
             link,
             plan,
             targets,
-            started_by: uid,
-            backup_id,
-            start_time,
+            record,
         });
         for grant in grants {
             grant.record(job.id);

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::identity::FileId;
 use super::path::{Trust, open_directory};
 use super::{Error, Media, Publication, Target};
 
@@ -16,6 +17,25 @@ pub fn device_path(path: &Path) -> Option<PathBuf> {
     }
     open_directory(path.parent()?, Trust::Administrator).ok()?;
     std::fs::canonicalize(path).ok()
+}
+
+/// Finds a device again that a former process had open. QEMU may still hold it for that backup alone.
+pub fn find(disk: &str, path: &Path, id: FileId) -> Result<Option<Target>, Error> {
+    let label = path.display().to_string();
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Ok(None);
+    };
+    let directory = open_directory(parent, Trust::Administrator)?;
+    match rustix::fs::statat(&directory, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice => {}
+        Ok(_) | Err(Errno::NOENT) => return Ok(None),
+        Err(errno) => return Err(Error::io("look up", &label, errno)),
+    }
+    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(&directory, name, flags, Mode::empty())
+        .map_err(|errno| Error::io("open", &label, errno))?;
+    let target = Target::new(disk, label, file, Publication::InPlace)?;
+    Ok((target.id == id).then_some(target))
 }
 
 /// Opens a device for this backup alone: the kernel refuses one that is mounted or otherwise in use. No link is followed:

@@ -61,6 +61,8 @@ pub enum Error {
     DeviceInUse { disk: String, target: String },
     #[error("{target} has {free} bytes of free space where the backup takes up to {needed}")]
     NoSpace { target: String, needed: u64, free: u64 },
+    #[error("disk '{disk}': its target is not there any more since the service was started again")]
+    Gone { disk: String },
     #[error("the plan has no store")]
     NoStore,
     #[error("{}cannot {action} {target}: {errno}", OfDisk(disk.as_deref()))]
@@ -98,6 +100,7 @@ impl Error {
             | Self::WrongType { disk, .. }
             | Self::WrongSize { disk, .. }
             | Self::NotQcow2 { disk, .. }
+            | Self::Gone { disk }
             | Self::IsSource { disk, .. }
             | Self::AccessMode { disk, .. }
             | Self::Nameless { disk, .. }
@@ -127,6 +130,7 @@ impl Error {
             | Self::WrongType { .. }
             | Self::WrongSize { .. }
             | Self::NotQcow2 { .. }
+            | Self::Gone { .. }
             | Self::IsSource { .. }
             | Self::SameTarget { .. }
             | Self::AccessMode { .. }

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::identity::FileId;
 use super::path::{Trust, open_directory};
 use super::{Error, Publication, Target};
+use crate::fault::{self, Point};
 
 /// A file under a name that says it is partial, and the name that it gets.
 #[derive(Debug)]
@@ -35,7 +36,7 @@ pub fn create(disk: &str, path: &Path, backup: &str, index: usize) -> Result<Tar
         }
         Err(errno) => return Err(Error::io("look up", &label, errno)),
     }
-    let partial = format!(".backupd-{backup}-{index}.partial");
+    let partial = partial_name(backup, index);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(&directory, &partial, flags, Mode::RUSR | Mode::WUSR)
         .map_err(|errno| Error::io("create a file for", &label, errno))?;
@@ -46,6 +47,58 @@ pub fn create(disk: &str, path: &Path, backup: &str, index: usize) -> Result<Tar
         renamed: false,
     };
     Target::new(disk, label, file, Publication::Rename(partial))
+}
+
+/// Finds a file again that a former process made, under either of its names; nothing if it is not there. What somebody put
+/// in its place is not it, where it is known which file it was.
+pub fn find(
+    disk: &str,
+    path: &Path,
+    backup: &str,
+    index: usize,
+    id: Option<FileId>,
+) -> Result<Option<Target>, Error> {
+    let (directory, name) = parent(path)?;
+    let partial = partial_name(backup, index);
+    // Its own name was given to it after it was known which file it is. It may have both for a moment.
+    let named = id.is_some().then_some((name.as_os_str(), true));
+    let entries = named.into_iter().chain([(OsStr::new(&partial), false)]);
+    for (entry, renamed) in entries {
+        let label = path.display().to_string();
+        let Some(file) = open_regular(&directory, entry, &label)? else {
+            continue;
+        };
+        let stat = rustix::fs::fstat(&file).map_err(|errno| Error::io("stat", &label, errno))?;
+        if id.is_some_and(|id| FileId::of(&stat) != id) {
+            continue;
+        }
+        let directory = directory
+            .try_clone()
+            .map_err(|_| Error::io("open the directory of", &label, Errno::MFILE))?;
+        let publication = Publication::Rename(Partial {
+            directory,
+            partial: partial.clone(),
+            name: name.clone(),
+            renamed,
+        });
+        return Target::new(disk, label, file, publication).map(Some);
+    }
+    Ok(None)
+}
+
+/// Opens what is a regular file, and never anything else: a FIFO or a device could block or act when it is opened.
+fn open_regular(directory: &OwnedFd, name: &OsStr, label: &str) -> Result<Option<OwnedFd>, Error> {
+    match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => {}
+        Ok(_) | Err(Errno::NOENT) => return Ok(None),
+        Err(errno) => return Err(Error::io("look up", label, errno)),
+    }
+    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    match rustix::fs::openat(directory, name, flags, Mode::empty()) {
+        Ok(file) => Ok(Some(file)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(errno) => Err(Error::io("open", label, errno)),
+    }
 }
 
 /// Opens a file that is there, to be written into.
@@ -79,6 +132,10 @@ pub fn open_existing(disk: &str, path: &Path) -> Result<Target, Error> {
     }
 }
 
+fn partial_name(backup: &str, index: usize) -> String {
+    format!(".backupd-{backup}-{index}.partial")
+}
+
 fn parent(path: &Path) -> Result<(OwnedFd, OsString), Error> {
     let shown = || path.display().to_string();
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
@@ -90,6 +147,17 @@ fn parent(path: &Path) -> Result<(OwnedFd, OsString), Error> {
 impl Partial {
     /// Gives the file its own name, if nobody took it meanwhile, and makes that durable.
     pub fn publish(&mut self, disk: &str, label: &str) -> Result<(), Error> {
+        if self.renamed {
+            // Where renaming is linking and unlinking, a former process may not have come to the latter.
+            let _ = rustix::fs::unlinkat(&self.directory, &self.partial, AtFlags::empty());
+        } else {
+            self.rename(disk, label)?;
+        }
+        rustix::fs::fsync(&self.directory).map_err(|errno| Error::io("fsync the directory of", label, errno))
+    }
+
+    fn rename(&mut self, disk: &str, label: &str) -> Result<(), Error> {
+        fault::point(Point::BeforeRename);
         rename_new(&self.directory, &self.partial, &self.name).map_err(|errno| match errno {
             Errno::EXIST => Error::Exists {
                 disk: disk.to_owned(),
@@ -98,7 +166,8 @@ impl Partial {
             errno => Error::io("give its name to", label, errno),
         })?;
         self.renamed = true;
-        rustix::fs::fsync(&self.directory).map_err(|errno| Error::io("fsync the directory of", label, errno))
+        fault::point(Point::Renamed);
+        Ok(())
     }
 
     /// Removes the file, under the name that it has; what somebody put in its place stays.

@@ -1,13 +1,15 @@
 //! Places for the data: made ready before a backup starts, published when it is good, discarded when it is not.
 //!
 //! One module a kind. Knows files, directories and devices; not QEMU, jobs or callers. All of it blocks: call it
-//! off the runtime. Whatever a [`Targets`] made and did not publish is gone when it is dropped.
+//! off the runtime. Whatever a [`Targets`] made and did not publish is gone when it is dropped, unless it is left to a later
+//! process of the service.
 
 mod block;
 mod check;
 mod descriptor;
 mod error;
 mod file;
+mod find;
 mod identity;
 mod path;
 mod sparse;
@@ -16,7 +18,8 @@ mod writeback;
 
 pub use block::device_path;
 pub use error::Error;
-pub use identity::{Holder, Sources};
+pub use find::Found;
+pub use identity::{FileId, Holder, Sources};
 pub use store::ensure as ensure_store;
 pub use writeback::Writeback;
 
@@ -27,8 +30,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::FileType;
 
 use crate::definition::Format;
+use crate::fault::{self, Point};
 use crate::plan::{Destination, DiskPlan, Place, Plan};
-use identity::FileId;
 
 /// What a failed backup leaves of a block device's beginning: nothing that has a header.
 const WIPED_HEAD: usize = 1 << 20;
@@ -75,6 +78,19 @@ pub struct Target {
     sparse: bool,
 }
 
+/// Where a disk's data of a backup will be, for people.
+pub fn label(plan: &Plan, disk: &DiskPlan, name: BackupName) -> String {
+    match (&disk.place, &plan.destination) {
+        (Place::InStore { file_name }, Destination::Store { path, .. }) => {
+            let file = path.join(name.domain).join(name.id).join(file_name);
+            file.display().to_string()
+        }
+        (Place::InStore { file_name }, Destination::Caller) => file_name.clone(),
+        (Place::File(path) | Place::Block(path), _) => path.display().to_string(),
+        (Place::Descriptor(index), _) => format!("fd:{index}"),
+    }
+}
+
 impl Target {
     /// A descriptor of the same open file, for QEMU.
     pub fn descriptor(&self) -> io::Result<OwnedFd> {
@@ -87,7 +103,8 @@ impl Target {
 pub struct Targets {
     targets: Vec<Target>,
     store: Option<store::Partial>,
-    published: bool,
+    /// Published, discarded, or left to a later process: nothing is to be done when it is dropped.
+    settled: bool,
 }
 
 impl Targets {
@@ -103,7 +120,7 @@ impl Targets {
         let mut targets = Self {
             targets: Vec::new(),
             store: None,
-            published: false,
+            settled: false,
         };
         if let Destination::Store { path, .. } = &plan.destination {
             targets.store = Some(store::Partial::create(path, name)?);
@@ -121,6 +138,7 @@ impl Targets {
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         check::space(&targets.targets, &plan.disks)?;
+        fault::point(Point::Prepared);
         Ok(targets)
     }
 
@@ -139,6 +157,11 @@ impl Targets {
         self.store.is_some()
     }
 
+    /// Which files the targets are, in the plan's order.
+    pub fn files(&self) -> Vec<FileId> {
+        self.targets.iter().map(|target| target.id).collect()
+    }
+
     /// For sending the data on its way while it is still coming.
     pub fn writeback(&self) -> io::Result<Writeback> {
         self.targets.iter().map(Target::descriptor).collect()
@@ -150,8 +173,8 @@ impl Targets {
     }
 
     /// Gives everything its final name, durably. `records` are names and contents of the files that go beside a
-    /// store's images. What fails half-way is taken back.
-    pub fn publish(mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
+    /// store's images. What fails half-way is taken back with the rest when it is discarded.
+    pub fn publish(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
         if let Some(store) = &mut self.store {
             store.publish(records)?;
         }
@@ -161,13 +184,18 @@ impl Targets {
                 published.map_err(|error| error.of(&target.disk))?;
             }
         }
-        self.published = true;
         Ok(())
     }
 
-    /// Removes what was made and makes unreadable what was written into. Dropping does the same.
-    pub fn discard(self) {
-        drop(self);
+    /// Removes what was made and makes unreadable what was written into. Dropping does the same. Says whether nothing is
+    /// left.
+    pub fn discard(mut self) -> bool {
+        self.clear()
+    }
+
+    /// Leaves everything as it is: it is published, or a later process of the service goes on with it.
+    pub fn leave(mut self) {
+        self.settled = true;
     }
 
     fn open(
@@ -189,27 +217,38 @@ impl Targets {
     }
 }
 
-impl Drop for Targets {
-    fn drop(&mut self) {
-        if self.published {
-            return;
+impl Targets {
+    fn clear(&mut self) -> bool {
+        if std::mem::replace(&mut self.settled, true) {
+            return true;
         }
+        let mut clear = true;
         // What has a backup's name is a whole backup, at any moment: the name goes first.
         if let Some(store) = &mut self.store
             && let Err(error) = store.retract()
         {
             tracing::error!(%error, "a backup that failed could not be taken back: do not use it");
+            clear = false;
         }
         for target in &self.targets {
             if let Err(error) = target.discard(self.store.as_ref()) {
                 tracing::error!(target = target.label, %error, "a partial image could not be removed");
+                clear = false;
             }
         }
         if let Some(store) = &self.store
             && let Err(error) = store.discard()
         {
             tracing::error!(%error, "a partial backup's directory could not be removed");
+            clear = false;
         }
+        clear
+    }
+}
+
+impl Drop for Targets {
+    fn drop(&mut self) {
+        self.clear();
     }
 }
 

@@ -7,11 +7,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::path::{Trust, check_trust, open_directory};
 use super::{BackupName, Error, Publication, Target};
+use crate::fault::{self, Point};
 
 const DIRECTORY_MODE: Mode = Mode::RWXU;
 
@@ -54,6 +55,26 @@ fn make_directory<P: rustix::path::Arg>(parent: &OwnedFd, name: P) -> Result<boo
 fn open_child(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(parent, name, flags, Mode::empty())
+}
+
+fn partial_name(id: &str) -> String {
+    format!(".{id}.partial")
+}
+
+/// What a directory holds beside the images.
+fn other_files(directory: &OwnedFd, images: &[&str]) -> Result<Vec<String>, Errno> {
+    let mut others = Vec::new();
+    for entry in Dir::read_from(directory)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name != "." && name != ".." && !images.contains(&name.as_str()) {
+            others.push(name);
+        }
+    }
+    Ok(others)
+}
+
+fn sync(directory: &OwnedFd, shown: &str) -> Result<(), Error> {
+    rustix::fs::fsync(directory).map_err(|errno| Error::io("fsync the directory of", shown, errno))
 }
 
 impl Partial {
@@ -102,7 +123,7 @@ impl Partial {
             path: shown.clone(),
             why,
         })?;
-        let partial = format!(".{}.partial", backup.id);
+        let partial = partial_name(backup.id);
         let path = domain_path.join(backup.id);
         let shown = path.display().to_string();
         rustix::fs::mkdirat(&domain, &partial, DIRECTORY_MODE)
@@ -113,6 +134,61 @@ impl Partial {
             Error::io("open", &shown, errno)
         })?;
         Ok((domain, directory, partial, path))
+    }
+
+    /// Finds the directory of a backup again that a former process made, under either of its names; `images` are the names
+    /// of the files that it holds. Nothing if it is not there.
+    pub fn find(store_path: &Path, backup: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
+        let store = open_directory(store_path, Trust::Administrator)?;
+        let domain_path = store_path.join(backup.domain);
+        let shown = domain_path.display().to_string();
+        let domain = match open_child(&store, backup.domain) {
+            Ok(domain) => domain,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(Errno::LOOP | Errno::NOTDIR) => return Err(Error::NotADirectory { path: shown }),
+            Err(errno) => return Err(Error::io("open", &shown, errno)),
+        };
+        let partial = partial_name(backup.id);
+        let path = domain_path.join(backup.id);
+        for (name, renamed) in [(partial.as_str(), false), (backup.id, true)] {
+            let directory = match open_child(&domain, name) {
+                Ok(directory) => directory,
+                Err(Errno::NOENT) => continue,
+                Err(errno) => return Err(Error::io("open", &path.display().to_string(), errno)),
+            };
+            let records = other_files(&directory, images)
+                .map_err(|errno| Error::io("read", &path.display().to_string(), errno))?;
+            return Ok(Some(Self {
+                path,
+                store,
+                domain,
+                domain_name: backup.domain.to_owned(),
+                // If it is empty, nobody needs it.
+                domain_created: true,
+                directory,
+                partial: partial.clone(),
+                name: backup.id.to_owned(),
+                records,
+                renamed,
+            }));
+        }
+        Ok(None)
+    }
+
+    /// The image of that name, if it is there.
+    pub fn find_file(&self, disk: &str, file_name: &str) -> Result<Option<Target>, Error> {
+        let label = self.path.join(file_name).display().to_string();
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        match rustix::fs::openat(&self.directory, file_name, flags, Mode::empty()) {
+            Ok(file) => {
+                let publication = Publication::InStore {
+                    file_name: file_name.to_owned(),
+                };
+                Target::new(disk, label, file, publication).map(Some)
+            }
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(Error::io("open", &label, errno)),
+        }
     }
 
     pub fn create_file(&self, disk: &str, file_name: &str) -> Result<Target, Error> {
@@ -132,8 +208,36 @@ impl Partial {
         )?)
     }
 
-    /// Writes the records, gives the directory its name, and makes all of that durable.
+    /// Writes the records, gives the directory its name, and makes all of that durable. What has its name already had its
+    /// records before.
     pub fn publish(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
+        let shown = self.path.display().to_string();
+        if !self.renamed {
+            self.write_records(records)?;
+            sync(&self.directory, &shown)?;
+            fault::point(Point::BeforeRename);
+            let flags = RenameFlags::NOREPLACE;
+            match rustix::fs::renameat_with(&self.domain, &self.partial, &self.domain, &self.name, flags) {
+                // A file system without that flag still does not replace a directory that has something in it.
+                Err(Errno::INVAL) => {
+                    rustix::fs::renameat(&self.domain, &self.partial, &self.domain, &self.name)
+                }
+                result => result,
+            }
+            .map_err(|errno| Error::io("give its name to", &shown, errno))?;
+            self.renamed = true;
+            fault::point(Point::Renamed);
+        }
+        sync(&self.domain, &shown)?;
+        // Whoever made the domain's directory may not have come as far as this.
+        sync(&self.store, &shown)
+    }
+
+    fn write_records(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
+        for left in std::mem::take(&mut self.records) {
+            rustix::fs::unlinkat(&self.directory, &left, AtFlags::empty())
+                .map_err(|errno| Error::io("remove", &self.path.join(&left).display().to_string(), errno))?;
+        }
         for (name, content) in records {
             let label = self.path.join(name).display().to_string();
             let file = self.new_file(name, &label)?;
@@ -145,22 +249,7 @@ impl Partial {
                     Error::io("write", &label, Errno::from_io_error(&error).unwrap_or(Errno::IO))
                 })?;
         }
-        let shown = self.path.display().to_string();
-        let sync = |directory: &OwnedFd| {
-            rustix::fs::fsync(directory).map_err(|errno| Error::io("fsync the directory of", &shown, errno))
-        };
-        sync(&self.directory)?;
-        let flags = RenameFlags::NOREPLACE;
-        match rustix::fs::renameat_with(&self.domain, &self.partial, &self.domain, &self.name, flags) {
-            // A file system without that flag still does not replace a directory that has something in it.
-            Err(Errno::INVAL) => rustix::fs::renameat(&self.domain, &self.partial, &self.domain, &self.name),
-            result => result,
-        }
-        .map_err(|errno| Error::io("give its name to", &shown, errno))?;
-        self.renamed = true;
-        sync(&self.domain)?;
-        // Whoever made the domain's directory may not have come as far as this.
-        sync(&self.store)
+        Ok(())
     }
 
     /// Takes the name back, if it was given.

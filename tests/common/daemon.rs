@@ -10,6 +10,9 @@ use super::bus::{Bus, project_file};
 use super::journal::Journal;
 use super::process::{self, Process};
 
+/// Further variables that the service is started with.
+pub type Environment = Vec<(String, String)>;
+
 pub struct Daemon {
     process: Process,
     config: PathBuf,
@@ -19,8 +22,10 @@ impl Daemon {
     /// Starts backupd with the configuration file `config`; ready when it owns its name. Its log is `backupd.log` in
     /// `dir`, printed when the test fails.
     #[track_caller]
-    pub fn start(bus: &Bus, dir: &Path, config: &Path) -> Self {
-        let mut daemon = Self::start_unready(bus, dir, config);
+    pub fn start(bus: &Bus, dir: &Path, config: &Path, environment: &Environment) -> Self {
+        let mut command = process::bound(env!("CARGO_BIN_EXE_backupd"));
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
+        let mut daemon = Self::launch(bus, dir, config, command, None);
         bus.wait_for_owner(BUS_NAME, &mut daemon.process);
         daemon
     }

@@ -33,12 +33,13 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use backupd::fault::{self, Point};
 use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
 use rustix::process::Signal;
 
 use bus::Bus;
 use clients::{Clients, ROOT};
-use daemon::Daemon;
+use daemon::{Daemon, Environment};
 use journal::Journal;
 use polkit::Polkit;
 use vm::Vm;
@@ -127,6 +128,7 @@ impl Setup {
         let journal = self.journal.then(|| Journal::start(dir.path()));
         let mut system = System {
             daemon: None,
+            environment: Environment::new(),
             journal,
             polkit,
             clients: Clients::new(&bus, dir.path()),
@@ -161,6 +163,8 @@ impl Setup {
 /// A bus with polkit and the service on it. The parts end in the order of the fields: those that depend first.
 pub struct System {
     daemon: Option<Daemon>,
+    /// For the next service that is started.
+    environment: Environment,
     journal: Option<Journal>,
     polkit: Option<Polkit>,
     clients: Clients,
@@ -221,8 +225,24 @@ impl System {
         let (bus, dir, config) = (&self.bus, self.dir.path(), self.config_path());
         self.daemon = Some(match &self.journal {
             Some(journal) => Daemon::start_journaled(bus, dir, &config, journal),
-            None => Daemon::start(bus, dir, &config),
+            None => Daemon::start(bus, dir, &config, &self.environment),
         });
+    }
+
+    /// Starts the service so that it will die, as if by SIGKILL, at this point.
+    #[track_caller]
+    pub fn start_dying_daemon(&mut self, point: Point) {
+        self.environment = vec![(fault::VARIABLE.to_owned(), point.name())];
+        self.start_daemon();
+        self.environment.clear();
+    }
+
+    /// Waits until the service has ended by itself, and its name is free.
+    #[track_caller]
+    pub fn wait_for_death(&mut self) {
+        let mut daemon = self.daemon.take().expect("the service was started");
+        daemon.process().wait();
+        self.bus.wait_for_no_owner(BUS_NAME);
     }
 
     /// Ends the service in order, if it runs, and returns its exit status once its name is free.

@@ -119,6 +119,9 @@ pub struct Create {
     /// Have the guest's agent flush and freeze its file systems: try it, or fail without it
     #[arg(long, value_enum, value_name = "MODE")]
     pub quiesce: Option<Quiesce>,
+    /// Let a guest that powers off end its machine, and so the backup, instead of holding it until the backup has ended
+    #[arg(long)]
+    pub allow_poweroff: bool,
     /// Open the target files with your own rights, so that they belong to you
     #[arg(long, requires = "named_files")]
     pub own_files: bool,

@@ -144,6 +144,9 @@ fn options(args: &Create) -> HashMap<&'static str, Variant<'static>> {
     if let Some(bandwidth) = args.bandwidth {
         options.insert("bandwidth", Variant::from(bandwidth));
     }
+    if args.allow_poweroff {
+        options.insert("allow-poweroff", Variant::from(true));
+    }
     if let Some(quiesce) = args.quiesce {
         options.insert("quiesce", Variant::from(quiesce.word()));
     }

@@ -1,0 +1,96 @@
+//! Which domain a domain is, for as long as the service may not know it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::broadcast::error::RecvError;
+use uuid::Uuid;
+
+use super::{Domain, Link, Origin, Phase, Registry, unique_name};
+
+/// What became of waiting for a domain's monitor.
+#[derive(Debug)]
+pub enum Reach {
+    Connected(Arc<Domain>, Arc<Link>),
+    /// The domain is known, and its QEMU has ended.
+    Gone,
+    /// It did not come in time.
+    Late,
+}
+
+/// What stays the same when a domain goes and comes again, or the service does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    pub name: String,
+    pub origin: Origin,
+    pub owner: u32,
+    pub owner_name: String,
+    pub uuid: Option<Uuid>,
+}
+
+impl Identity {
+    pub fn unique_name(&self) -> String {
+        unique_name(self.origin, self.owner, &self.name)
+    }
+}
+
+impl Domain {
+    pub fn identity(&self) -> Identity {
+        Identity {
+            name: self.name.clone(),
+            origin: self.origin,
+            owner: self.owner,
+            owner_name: self.owner_name.clone(),
+            uuid: self.snapshot.borrow().uuid,
+        }
+    }
+
+    /// What stands for a domain that is not known now. It has no monitor.
+    fn absent(identity: Identity) -> Arc<Self> {
+        let why = "the domain is not known any more".into();
+        let id = Uuid::new_v4().as_u64_pair().1;
+        Arc::new(Self::new(id, identity, None, Phase::Down { why, gone: false }))
+    }
+}
+
+impl Registry {
+    /// The domain of that name and owner, if it is known.
+    pub fn identified(&self, identity: &Identity) -> Option<Arc<Domain>> {
+        let name = identity.unique_name();
+        self.list()
+            .into_iter()
+            .find(|domain| domain.unique_name() == name)
+    }
+
+    /// The same, or something that stands for it.
+    pub fn identified_or_absent(&self, identity: Identity) -> Arc<Domain> {
+        self.identified(&identity)
+            .unwrap_or_else(|| Domain::absent(identity))
+    }
+
+    /// Waits until the domain is known and its monitor is connected.
+    pub async fn reach(&self, identity: &Identity, patience: Duration) -> Reach {
+        let connected = async {
+            let domain = self.appears(identity).await?;
+            match domain.next_link(None, Duration::MAX).await {
+                Some(link) => Some(Reach::Connected(domain, link)),
+                None => domain.is_gone().then_some(Reach::Gone),
+            }
+        };
+        let reached = tokio::time::timeout(patience, connected).await;
+        reached.ok().flatten().unwrap_or(Reach::Late)
+    }
+
+    async fn appears(&self, identity: &Identity) -> Option<Arc<Domain>> {
+        let mut changes = self.changes();
+        loop {
+            if let Some(domain) = self.identified(identity) {
+                return Some(domain);
+            }
+            // Whatever changed: what counts is what there is now.
+            if let Err(RecvError::Closed) = changes.recv().await {
+                return None;
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Sudden ends of the service, for tests: named points at which a test can have it die as if by SIGKILL.
+//!
+//! `BACKUPD_TEST_DIE_AT=NAME` chooses the point. Only in builds with debug assertions; in others there is nothing of it.
+
+use std::sync::OnceLock;
+
+/// A place between two steps of a backup where what comes next is not known to come; in the order in which a backup gets
+/// there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Point {
+    /// The job is on record, and nothing else of it exists.
+    Recorded,
+    /// Its places are made.
+    Prepared,
+    /// It is on record which files the targets are.
+    Writing,
+    /// What was in them before is gone.
+    Begun,
+    /// QEMU has a target's descriptor, and no node for it.
+    DescriptorPassed,
+    /// QEMU has a file node, and no image in it.
+    FileNode,
+    /// The image is made; QEMU still has the job that made it.
+    Formatted,
+    /// QEMU has all nodes of a target.
+    TargetNode,
+    /// It is on record that QEMU may be copying, and it is not.
+    Starting,
+    /// The guest's power-off is held back.
+    PowerOffHeld,
+    /// QEMU copies, and it is not on record.
+    Started,
+    /// QEMU copies.
+    Running,
+    /// Somebody will be told that the job is cancelled; QEMU was not told.
+    CancelRequested,
+    /// QEMU was told to cancel.
+    CancelSent,
+    /// QEMU has ended, and it is not on record how.
+    Concluded,
+    /// It is on record how QEMU ended.
+    Judged,
+    /// QEMU has forgotten its jobs.
+    Dismissed,
+    /// QEMU has closed the images, and it is not on record.
+    ImagesClosed,
+    /// It is on record that the images are whole.
+    Closed,
+    /// QEMU has nothing of the backup any more.
+    Released,
+    /// The images are durable.
+    Synced,
+    /// The records lie beside the images, and nothing has its name.
+    BeforeRename,
+    /// Something has its name.
+    Renamed,
+    /// All that was made of a failed backup is gone, and it is not on record.
+    Discarded,
+    /// All has its name, and the outcome is not on record.
+    Published,
+    /// The outcome is on record, and nobody was told.
+    Ended,
+}
+
+impl Point {
+    pub const ALL: [Self; 26] = [
+        Self::Recorded,
+        Self::Prepared,
+        Self::Writing,
+        Self::Begun,
+        Self::DescriptorPassed,
+        Self::FileNode,
+        Self::Formatted,
+        Self::TargetNode,
+        Self::Starting,
+        Self::PowerOffHeld,
+        Self::Started,
+        Self::Running,
+        Self::CancelRequested,
+        Self::CancelSent,
+        Self::Concluded,
+        Self::Judged,
+        Self::Dismissed,
+        Self::ImagesClosed,
+        Self::Closed,
+        Self::Released,
+        Self::Synced,
+        Self::BeforeRename,
+        Self::Renamed,
+        Self::Discarded,
+        Self::Published,
+        Self::Ended,
+    ];
+
+    /// What a test calls it.
+    pub fn name(self) -> String {
+        format!("{self:?}")
+    }
+}
+
+/// What tests set to have the service die.
+pub const VARIABLE: &str = "BACKUPD_TEST_DIE_AT";
+
+/// Dies here, if a test wants it.
+pub fn point(here: Point) {
+    static CHOSEN: OnceLock<Option<String>> = OnceLock::new();
+    if !cfg!(debug_assertions) {
+        return;
+    }
+    let chosen = CHOSEN.get_or_init(|| std::env::var(VARIABLE).ok());
+    if chosen.as_deref() == Some(here.name().as_str()) {
+        // At once, with no chance to clean anything up. It cannot fail on oneself.
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}

@@ -1,0 +1,212 @@
+//! The removal of what a job has in QEMU.
+//!
+//! Goes by the names and what QEMU says is there, not by what was made: a reply that was lost with a connection, or a service
+//! that died, then makes no difference.
+
+use std::collections::BTreeSet;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use futures_util::future::try_join_all;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::Error;
+use super::footprint::Footprint;
+use super::track::JobInfo;
+use crate::domain::poweroff;
+use crate::fault::{self, Point};
+use crate::qmp;
+
+/// How long QEMU may take to end a cancelled job when it is only looked at, not listened to.
+const POLL: Duration = Duration::from_millis(100);
+/// How often a job that hangs is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct FdsetInfo {
+    fdset_id: u64,
+    fds: Vec<FdInfo>,
+}
+
+#[derive(Deserialize)]
+struct FdInfo {
+    #[serde(default)]
+    opaque: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct NodeName {
+    #[serde(default)]
+    node_name: String,
+}
+
+impl Footprint {
+    /// Has QEMU forget the jobs and close the images, of so many disks, that it was done with.
+    ///
+    /// An image is whole when the QEMU that wrote it has closed it, and no other can say so. It is that one as long as the
+    /// node of the file is there, which is why these stay.
+    pub async fn close_images(&self, disks: usize) -> Result<(), Error> {
+        loop {
+            match self.try_close_images(disks).await {
+                Ok(true) => return Ok(()),
+                Ok(false) => return Err(Error::NotClosed),
+                Err(error) => self.survive(error).await?,
+            }
+        }
+    }
+
+    async fn try_close_images(&self, disks: usize) -> qmp::Result<bool> {
+        self.end_jobs().await?;
+        fault::point(Point::Dismissed);
+        let nodes = self.nodes().await?;
+        let whole = (0..disks).all(|disk| nodes.contains(&self.names.file_node(disk)));
+        if whole {
+            let images = (0..disks).map(|disk| self.names.target_node(disk));
+            self.delete(images.filter(|node| nodes.contains(node))).await?;
+        }
+        Ok(whole)
+    }
+
+    /// Removes everything of this job from QEMU. Where there is no QEMU any more there is nothing to be removed.
+    pub async fn release(&self) -> Result<(), Error> {
+        loop {
+            match self.try_release().await {
+                Ok(()) => return Ok(()),
+                Err(error) => match self.survive(error).await {
+                    Err(Error::Lost(_)) if self.domain.is_gone() => return Ok(()),
+                    survived => survived?,
+                },
+            }
+        }
+    }
+
+    /// The same, but no job is told to end before it is seen to move: QEMU would wait, and the guest with it, for a target
+    /// that hangs.
+    pub async fn release_gently(&self) -> Result<(), Error> {
+        let mut before = Vec::new();
+        loop {
+            match self.own_jobs().await {
+                Ok(now) if now.iter().all(|job| moves(job, &before)) => return self.release().await,
+                Ok(now) => {
+                    before = now;
+                    tokio::time::sleep(LOOK).await;
+                }
+                Err(error) => match self.survive(error).await {
+                    Err(Error::Lost(_)) if self.domain.is_gone() => return Ok(()),
+                    survived => survived?,
+                },
+            }
+        }
+    }
+
+    /// After an error: whether to try again, over the next connection.
+    async fn survive(&self, error: qmp::Error) -> Result<(), Error> {
+        match error {
+            qmp::Error::Closed(_) if self.reconnect().await => Ok(()),
+            lost @ qmp::Error::Closed(_) => Err(Error::Lost(lost)),
+            error => Err(Error::Release(error.to_string())),
+        }
+    }
+
+    async fn try_release(&self) -> qmp::Result<()> {
+        self.end_jobs().await?;
+        // A target goes before the file below it: "…-target" sorts after "…-file".
+        self.delete(self.nodes().await?.into_iter().rev()).await?;
+        self.remove_descriptors().await?;
+        if self.is_holding_poweroff() {
+            poweroff::let_go(&self.link()).await?;
+            self.poweroff_let_go();
+        }
+        Ok(())
+    }
+
+    /// Our nodes, by name.
+    async fn nodes(&self) -> qmp::Result<BTreeSet<String>> {
+        let nodes: Vec<NodeName> = self
+            .client()
+            .query("query-named-block-nodes", json!({ "flat": true }))
+            .await?;
+        let names = nodes.into_iter().map(|node| node.node_name);
+        Ok(names.filter(|name| self.names.own(name)).collect())
+    }
+
+    async fn delete(&self, nodes: impl Iterator<Item = String>) -> qmp::Result<()> {
+        for node in nodes {
+            self.client()
+                .execute("blockdev-del", json!({ "node-name": node }))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Removes our descriptor sets, and those that earlier backups had to leave over this connection.
+    async fn remove_descriptors(&self) -> qmp::Result<()> {
+        let link = self.link();
+        let kept = || {
+            let kept = link.kept_descriptors.lock();
+            kept.unwrap_or_else(PoisonError::into_inner)
+        };
+        let earlier = kept().clone();
+        let ours = |set: &FdsetInfo| {
+            let own = |fd: &FdInfo| fd.opaque.as_deref().is_some_and(|opaque| self.names.own(opaque));
+            earlier.contains(&set.fdset_id) || set.fds.iter().any(own)
+        };
+        let sets = self.query_descriptors().await?;
+        let removals = sets.iter().filter(|set| ours(set)).map(|set| {
+            let arguments = json!({ "fdset-id": set.fdset_id });
+            link.client.execute("remove-fd", arguments)
+        });
+        // All at once: what had to be left can be as many as there were backups.
+        try_join_all(removals).await?;
+        let left = self.query_descriptors().await?;
+        let left = left.iter().filter(|set| ours(set)).map(|set| set.fdset_id);
+        *kept() = left.collect();
+        Ok(())
+    }
+
+    async fn query_descriptors(&self) -> qmp::Result<Vec<FdsetInfo>> {
+        self.client().query("query-fdsets", json!({})).await
+    }
+
+    async fn own_jobs(&self) -> qmp::Result<Vec<JobInfo>> {
+        let infos = self.query_jobs().await?;
+        Ok(infos
+            .into_iter()
+            .filter(|info| self.names.own(&info.id))
+            .collect())
+    }
+
+    /// Dismisses our jobs; cancels and waits for those that still run, which they do only if the backup was given up after
+    /// its transaction without anybody listening to them: the connection was lost, or a disk has another image.
+    async fn end_jobs(&self) -> qmp::Result<()> {
+        loop {
+            let own = self.own_jobs().await?;
+            if own.is_empty() {
+                return Ok(());
+            }
+            for info in &own {
+                let (command, arguments) = match info.status.as_str() {
+                    "concluded" => ("job-dismiss", json!({ "id": info.id })),
+                    _ => ("job-cancel", json!({ "id": info.id })),
+                };
+                match self.client().execute(command, arguments).await {
+                    // It went on meanwhile; the next look tells.
+                    Err(error) if error.is_refusal() => {}
+                    result => drop(result?),
+                }
+            }
+            if own.iter().any(|info| info.status != "concluded") {
+                tokio::time::sleep(POLL).await;
+            }
+        }
+    }
+}
+
+/// Whether a job does something that it did not do when it was looked at before, or nothing that could hang.
+fn moves(job: &JobInfo, before: &[JobInfo]) -> bool {
+    let then = before.iter().find(|then| then.id == job.id);
+    job.status != "running" || then.is_some_and(|then| then.current_progress != job.current_progress)
+}

@@ -1,0 +1,103 @@
+//! Finding the places of a backup again that a former process of the service made.
+//!
+//! Its record says which file each of them is, from the moment on at which something of value could be in one. What is not
+//! that file is not touched.
+
+use super::identity::FileId;
+use super::{BackupName, Error, Target, Targets, block, file, store};
+use crate::definition::Format;
+use crate::plan::{Destination, DiskPlan, Place, Plan};
+
+/// What is there of a backup's places.
+#[derive(Debug)]
+pub struct Found {
+    /// Those that are there; discarding them leaves nothing that is known.
+    pub targets: Targets,
+    /// Why it is not all of them: the backup cannot go on.
+    pub lost: Option<Error>,
+    /// Whether some could not even be looked for: something may be left.
+    pub unknown: bool,
+}
+
+impl Targets {
+    /// Looks for the places of `plan`. `files` is what [`Targets::files`] said when they were made; without it nothing was
+    /// written yet, and they are found by names that no other backup has. Blocks.
+    pub fn find(plan: &Plan, name: BackupName, files: Option<&[FileId]>) -> Found {
+        let mut found = Found {
+            targets: Targets {
+                targets: Vec::new(),
+                store: None,
+                settled: false,
+            },
+            lost: None,
+            unknown: false,
+        };
+        if let Destination::Store { path, .. } = &plan.destination {
+            let images = plan.disks.iter().filter_map(|disk| match &disk.place {
+                Place::InStore { file_name } => Some(file_name.as_str()),
+                _ => None,
+            });
+            match store::Partial::find(path, name, &images.collect::<Vec<_>>()) {
+                Ok(partial) => found.targets.store = partial,
+                Err(error) => found.fail(error),
+            }
+        }
+        for (index, disk) in plan.disks.iter().enumerate() {
+            let id = files.and_then(|files| files.get(index).copied());
+            let target = found.targets.find_one(plan, disk, index, name, id);
+            match target.map_err(|error| error.of(&disk.name)) {
+                Ok(Some(mut target)) => {
+                    if id.is_some() {
+                        target.mark_written();
+                        target.sparse = disk.format == Format::Raw && target.media == super::Media::Regular;
+                    }
+                    found.targets.targets.push(target);
+                }
+                Ok(None) => {
+                    found.lost.get_or_insert(Error::Gone {
+                        disk: disk.name.clone(),
+                    });
+                }
+                Err(error) => found.fail(error),
+            }
+        }
+        found
+    }
+
+    fn find_one(
+        &self,
+        plan: &Plan,
+        disk: &DiskPlan,
+        index: usize,
+        name: BackupName,
+        id: Option<FileId>,
+    ) -> Result<Option<Target>, Error> {
+        let found = match (&disk.place, id) {
+            (Place::InStore { file_name }, _) => match &self.store {
+                Some(store) => store.find_file(&disk.name, file_name)?,
+                None => None,
+            },
+            (Place::File(path), Some(_)) if plan.reuse_external => {
+                match file::open_existing(&disk.name, path) {
+                    Err(Error::Missing { .. } | Error::WrongType { .. }) => None,
+                    target => Some(target?),
+                }
+            }
+            // Nothing was written into what was there before.
+            (Place::File(_), None) if plan.reuse_external => None,
+            (Place::File(path), id) => file::find(&disk.name, path, name.id, index, id)?,
+            (Place::Block(path), Some(id)) => block::find(&disk.name, path, id)?,
+            (Place::Block(_), None) => None,
+            // It was the caller's, and went with the process that it was passed to.
+            (Place::Descriptor(_), _) => None,
+        };
+        Ok(found.filter(|target| id.is_none_or(|id| target.id == id)))
+    }
+}
+
+impl Found {
+    fn fail(&mut self, error: Error) {
+        self.lost.get_or_insert(error);
+        self.unknown = true;
+    }
+}

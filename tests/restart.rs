@@ -1,0 +1,472 @@
+//! A service that dies in the middle of a backup, and the next one that goes on from there.
+//!
+//! At every point between two steps of a backup the service is ended as if by SIGKILL. After it has started again the backup
+//! has an outcome, and everything agrees with it: what the job tells, what is in the store, what is left in QEMU.
+
+mod common;
+
+use std::fmt::Write;
+use std::path::Path;
+
+use backupd::fault::Point;
+use common::System;
+use common::caller::{Caller, brief};
+use common::daemon::Daemon;
+use common::disk::Disk;
+use common::proxies::Options;
+use common::storage::{files_below, identical};
+use common::vm::{Residue, Vm};
+use common::wait;
+use serde_json::json;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+
+/// A machine that goes on while one service after the other dies.
+struct Scene {
+    system: System,
+    vm: Vm,
+    before: Residue,
+}
+
+/// What was found after the service had started again.
+struct Row {
+    point: Point,
+    outcome: String,
+    files: usize,
+    signal: &'static str,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let system = System::start();
+        let vm = system.configured(
+            system
+                .vm("web")
+                .disk(Disk::new("vda", 16 * MIB).fill(0, 4 * MIB, 0x11))
+                .disk(Disk::new("vdb", 32 * MIB).raw().fill(0, 32 * MIB, 0x22))
+                .running(),
+        );
+        Self {
+            before: vm.residue(),
+            system,
+            vm,
+        }
+    }
+
+    /// Starts a backup in a service that dies at `point`, cancels it if so wanted, and starts the service again. Gives a
+    /// caller that has listened since before the start.
+    async fn die_and_start_again(&mut self, point: Point, document: &str, cancelled: bool) -> Caller {
+        self.system.stop_daemon();
+        self.system.start_dying_daemon(point);
+        self.system.wait_for_domain("web");
+        let caller = Caller::new(&self.system).await;
+        // Slow enough that a backup that is to be cancelled is not over before.
+        let bandwidth = Variant::from(if cancelled { 4 * MIB } else { 0 });
+        let options = Options::from([("bandwidth", bandwidth)]);
+        let started = caller.try_start("web", document, &[], options).await;
+        if cancelled && let Ok(path) = started {
+            let job = caller.job(path).await;
+            wait::until_async("the copying", || async {
+                (job.state().await.unwrap() == "running").then_some(())
+            })
+            .await;
+            // It may die before it answers.
+            let _ = job.cancel().await;
+        }
+        self.system.wait_for_death();
+        let caller = Caller::new(&self.system).await;
+        self.system.start_daemon();
+        self.system.wait_for_domain("web");
+        caller
+    }
+
+    /// The outcome of the job of that number, and how a caller that asks again hears of it.
+    async fn outcome(&self, mut caller: Caller, point: Point, id: u32) -> (String, &'static str) {
+        let path = caller.manager.get_job(id).await;
+        let job = caller.job(path.expect("the job is known")).await;
+        let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
+        assert_eq!(job.state().await.unwrap(), result);
+        assert_eq!(job.error_message().await.unwrap(), message);
+        if point == Point::Ended {
+            // It had ended before; nothing is announced twice.
+            return (result, "answer");
+        }
+        let signals = caller.signals_until("JobEnded").await;
+        let told = brief(&signals);
+        let last = format!("JobEnded {id} {} {result}", job.inner().path());
+        assert_eq!(told.last(), Some(&last), "after {point:?}");
+        (result, "answer, signal")
+    }
+
+    /// Everything agrees with `outcome`: QEMU has nothing, and the place has the images, or nothing.
+    fn assert_consistent(&self, point: Point, outcome: &str, directory: &Path, names: &[&str]) -> usize {
+        assert_eq!(self.vm.residue(), self.before, "in QEMU, after {point:?}");
+        let files = files_below(directory);
+        let files: Vec<_> = files.iter().filter(|file| !file.is_empty()).collect();
+        match outcome {
+            "completed" => assert_eq!(files.len(), names.len(), "after {point:?}: {files:?}"),
+            _ => assert!(files.is_empty(), "after {point:?}: {files:?}"),
+        }
+        files.len()
+    }
+
+    fn assert_images_hold_the_disks(&mut self, images: &[(&str, &Path)]) {
+        self.vm.quit();
+        for (disk, image) in images {
+            let (source, format) = (self.vm.source_path(disk), self.vm.source_format(disk));
+            assert!(identical(source, format, image, "qcow2"), "{}", image.display());
+        }
+    }
+}
+
+fn table(title: &str, rows: &[Row]) -> String {
+    let mut text = format!(
+        "\n{title}\n{:<18} {:<10} {:>5}  {}\n",
+        "dies at", "outcome", "files", "end is"
+    );
+    for row in rows {
+        let point = row.point.name();
+        writeln!(
+            text,
+            "{point:<18} {:<10} {:>5}  {}",
+            row.outcome, row.files, row.signal
+        )
+        .unwrap();
+    }
+    text
+}
+
+/// What a backup goes through until it is good, in this order.
+const COMPLETING: &[Point] = &[
+    Point::Recorded,
+    Point::Prepared,
+    Point::Writing,
+    Point::Begun,
+    Point::DescriptorPassed,
+    Point::FileNode,
+    Point::Formatted,
+    Point::TargetNode,
+    Point::Starting,
+    Point::PowerOffHeld,
+    Point::Started,
+    Point::Running,
+    Point::Concluded,
+    Point::Judged,
+    Point::Dismissed,
+    Point::ImagesClosed,
+    Point::Closed,
+    Point::Released,
+    Point::Synced,
+    Point::BeforeRename,
+    Point::Renamed,
+    Point::Published,
+    Point::Ended,
+];
+
+/// What a backup goes through when it is cancelled while it runs.
+const CANCELLED: &[Point] = &[
+    Point::CancelRequested,
+    Point::CancelSent,
+    Point::Concluded,
+    Point::Judged,
+    Point::Released,
+    Point::Discarded,
+    Point::Ended,
+];
+
+#[test]
+fn every_point_is_gone_through() {
+    for point in Point::ALL {
+        assert!(
+            COMPLETING.contains(&point) || CANCELLED.contains(&point),
+            "{point:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_into_a_store_survives_a_death_at_every_point() {
+    let mut scene = Scene::new();
+    let mut rows = Vec::new();
+    for (point, id) in COMPLETING.iter().copied().zip(1..) {
+        let caller = scene.die_and_start_again(point, "", false).await;
+        let (outcome, signal) = scene.outcome(caller, point, id).await;
+        // Once QEMU copies, it is not made again.
+        let expected = if point >= Point::Started {
+            "completed"
+        } else {
+            "failed"
+        };
+        assert_eq!(outcome, expected, "after {point:?}");
+        let store = scene.system.store();
+        let files = scene.assert_consistent(
+            point,
+            &outcome,
+            &store,
+            &["backup.xml", "manifest.json", "vda.qcow2", "vdb.qcow2"],
+        );
+        rows.push(Row {
+            point,
+            outcome,
+            files,
+            signal,
+        });
+        for entry in std::fs::read_dir(&store).unwrap() {
+            std::fs::remove_dir_all(entry.unwrap().path()).unwrap();
+        }
+    }
+    println!("{}", table("A backup into a store", &rows));
+    let caller = Caller::new(&scene.system).await;
+    caller.complete("web", "").await;
+    let store = scene.system.store();
+    let images = files_below(&store);
+    let image = |name: &str| store.join(images.iter().find(|path| path.ends_with(name)).unwrap());
+    let (vda, vdb) = (image("vda.qcow2"), image("vdb.qcow2"));
+    scene.assert_images_hold_the_disks(&[("vda", &vda), ("vdb", &vdb)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_found_again_is_whole() {
+    for point in [
+        Point::Started,
+        Point::Running,
+        Point::ImagesClosed,
+        Point::BeforeRename,
+    ] {
+        let mut scene = Scene::new();
+        let caller = scene.die_and_start_again(point, "", false).await;
+        let (outcome, _) = scene.outcome(caller, point, 1).await;
+        assert_eq!(outcome, "completed", "after {point:?}");
+        let store = scene.system.store();
+        let images = files_below(&store);
+        let image = |name: &str| store.join(images.iter().find(|path| path.ends_with(name)).unwrap());
+        let (vda, vdb) = (image("vda.qcow2"), image("vdb.qcow2"));
+        scene.assert_images_hold_the_disks(&[("vda", &vda), ("vdb", &vdb)]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_into_files_survives_a_death_at_every_point() {
+    let mut scene = Scene::new();
+    let directory = scene.system.dir().join("files");
+    std::fs::create_dir(&directory).unwrap();
+    let disk = |name: &str| {
+        let path = directory.join(format!("{name}.qcow2"));
+        format!(
+            "<disk name='{name}' type='file'><target file='{}'/></disk>",
+            path.display()
+        )
+    };
+    let document = format!(
+        "<domainbackup><disks>{}{}</disks></domainbackup>",
+        disk("vda"),
+        disk("vdb")
+    );
+    let mut rows = Vec::new();
+    for (point, id) in COMPLETING.iter().copied().zip(1..) {
+        let caller = scene.die_and_start_again(point, &document, false).await;
+        let (outcome, signal) = scene.outcome(caller, point, id).await;
+        let expected = if point >= Point::Started {
+            "completed"
+        } else {
+            "failed"
+        };
+        assert_eq!(outcome, expected, "after {point:?}");
+        let files = scene.assert_consistent(point, &outcome, &directory, &["vda.qcow2", "vdb.qcow2"]);
+        rows.push(Row {
+            point,
+            outcome,
+            files,
+            signal,
+        });
+        for entry in std::fs::read_dir(&directory).unwrap() {
+            std::fs::remove_file(entry.unwrap().path()).unwrap();
+        }
+    }
+    println!("{}", table("A backup into files of the caller's", &rows));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_backup_stays_cancelled_after_a_death_at_every_point() {
+    let mut scene = Scene::new();
+    let mut rows = Vec::new();
+    for (point, id) in CANCELLED.iter().copied().zip(1..) {
+        let caller = scene.die_and_start_again(point, "", true).await;
+        let (outcome, signal) = scene.outcome(caller, point, id).await;
+        assert_eq!(outcome, "cancelled", "after {point:?}");
+        let store = scene.system.store();
+        let files = scene.assert_consistent(point, &outcome, &store, &[]);
+        rows.push(Row {
+            point,
+            outcome,
+            files,
+            signal,
+        });
+    }
+    println!("{}", table("A backup that is cancelled", &rows));
+}
+
+/// A backup that takes its time, of a machine that is not disturbed.
+async fn slow_backup(scene: &Scene) -> u32 {
+    let caller = Caller::new(&scene.system).await;
+    let options = Options::from([("bandwidth", Variant::from(2 * MIB))]);
+    let job = caller.start_with("web", "", &[], options).await;
+    wait::until_async("some progress", || async {
+        (job.progress().await.unwrap() > 0.0).then_some(())
+    })
+    .await;
+    job.id().await.unwrap()
+}
+
+/// Has the backup that was found again go on at full speed, to its good end.
+async fn ends_well(mut scene: Scene, id: u32) {
+    scene.system.wait_for_domain("web");
+    let caller = Caller::new(&scene.system).await;
+    let job = caller
+        .job(caller.manager.get_job(id).await.expect("the job is known"))
+        .await;
+    assert_eq!(job.state().await.unwrap(), "running");
+    assert!(job.progress().await.unwrap() > 0.0);
+    let again = caller
+        .try_start("web", "", &[], Options::new())
+        .await
+        .unwrap_err();
+    assert!(again.to_string().contains("under way"), "{again}");
+    job.set_speed(0).await.unwrap();
+    let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!((result.as_str(), message.as_str()), ("completed", ""));
+    assert_eq!(scene.vm.residue(), scene.before);
+    let store = scene.system.store();
+    let images = files_below(&store);
+    let image = |name: &str| store.join(images.iter().find(|path| path.ends_with(name)).unwrap());
+    let (vda, vdb) = (image("vda.qcow2"), image("vdb.qcow2"));
+    scene.assert_images_hold_the_disks(&[("vda", &vda), ("vdb", &vdb)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_is_killed_in_the_middle_goes_on_when_it_is_there_again() {
+    let mut scene = Scene::new();
+    let id = slow_backup(&scene).await;
+    scene.system.kill_daemon();
+    scene.system.start_daemon();
+    ends_well(scene, id).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_is_stopped_leaves_its_backup_to_the_next_one() {
+    let mut scene = Scene::new();
+    let id = slow_backup(&scene).await;
+    assert_eq!(scene.system.stop_daemon(), Some(0));
+    assert_eq!(scene.vm.residue().jobs.len(), 2, "QEMU goes on");
+    scene.system.start_daemon();
+    ends_well(scene, id).await;
+}
+
+/// What the next service tells of a job that it was not there for.
+async fn found_out(scene: &mut Scene, id: u32) -> (String, String, String) {
+    scene.system.start_daemon();
+    let caller = Caller::new(&scene.system).await;
+    let job = caller
+        .job(caller.manager.get_job(id).await.expect("the job is known"))
+        .await;
+    wait::within("the end", job.wait()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_ended_while_nobody_was_there_has_its_true_outcome() {
+    for cancelled in [false, true] {
+        let mut scene = Scene::new();
+        let id = slow_backup(&scene).await;
+        scene.system.kill_daemon();
+        for job in scene.vm.residue().jobs {
+            match cancelled {
+                true => scene
+                    .vm
+                    .try_qmp("block-job-cancel", json!({ "device": job, "force": true })),
+                false => scene
+                    .vm
+                    .try_qmp("block-job-set-speed", json!({ "device": job, "speed": 0 })),
+            }
+            .ok();
+        }
+        wait::until("the block jobs to conclude", || {
+            let jobs = scene.vm.qmp("query-jobs", json!({}));
+            let mut jobs = jobs.as_array().unwrap().iter();
+            jobs.all(|job| job["status"] == "concluded").then_some(())
+        });
+        let (result, _, _) = found_out(&mut scene, id).await;
+        assert_eq!(result, if cancelled { "cancelled" } else { "completed" });
+        assert_eq!(scene.vm.residue(), scene.before);
+        let files = if cancelled { 0 } else { 4 };
+        assert_eq!(
+            files_below(&scene.system.store())
+                .iter()
+                .filter(|it| !it.is_empty())
+                .count(),
+            files
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_whose_qemu_ended_meanwhile_has_failed() {
+    let mut scene = Scene::new();
+    let id = slow_backup(&scene).await;
+    scene.system.kill_daemon();
+    scene.vm.kill();
+    let (result, name, message) = found_out(&mut scene, id).await;
+    assert_eq!(
+        (result.as_str(), name.as_str()),
+        ("failed", "org.example.Backup1.Error.DomainUnreachable")
+    );
+    assert!(message.contains("it has ended"), "{message}");
+    assert!(files_below(&scene.system.store()).iter().all(String::is_empty));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_that_ended_lately_answer_after_a_restart_as_before_it() {
+    let mut scene = Scene::new();
+    let caller = Caller::new(&scene.system).await;
+    let job = caller.complete("web", "").await;
+    let (path, disks) = (job.inner().path().to_owned(), job.disks().await.unwrap());
+    let definition = job.get_definition().await.unwrap();
+    scene.system.kill_daemon();
+    scene.system.start_daemon();
+    let caller = Caller::new(&scene.system).await;
+    let again = caller.manager.get_job(1).await.unwrap();
+    assert_eq!(again.as_str(), path.as_str());
+    let job = caller.job(again).await;
+    assert_eq!(job.wait().await.unwrap().0, "completed");
+    assert_eq!(job.disks().await.unwrap(), disks);
+    assert_eq!(job.get_definition().await.unwrap(), definition);
+    assert_eq!(job.progress().await.unwrap(), 1.0);
+    assert_eq!(caller.manager.list_jobs().await.unwrap().len(), 1);
+    // The next one has another number.
+    scene.system.wait_for_domain("web");
+    assert_eq!(caller.complete("web", "").await.id().await.unwrap(), 2);
+}
+
+#[test]
+fn a_catalog_that_cannot_be_read_stops_the_service_which_says_what_to_do() {
+    let mut system = System::start();
+    system.stop_daemon();
+    let catalog = system.dir().join("state/catalog.sqlite");
+    let good = std::fs::read(&catalog).unwrap();
+    std::fs::write(&catalog, vec![0x5a; good.len()]).unwrap();
+    let config = system.config_path();
+    let mut daemon = Daemon::start_unready(system.bus(), system.dir(), &config);
+    assert_ne!(daemon.process().wait(), 0);
+    let log = daemon.log();
+    assert!(
+        log.contains("is damaged") && log.contains("backupctl rescan"),
+        "{log}"
+    );
+    assert_eq!(
+        std::fs::read(&catalog).unwrap(),
+        vec![0x5a; good.len()],
+        "it is not replaced"
+    );
+    std::fs::write(&catalog, good).unwrap();
+    system.start_daemon();
+}

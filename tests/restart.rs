@@ -459,7 +459,7 @@ fn a_catalog_that_cannot_be_read_stops_the_service_which_says_what_to_do() {
     assert_ne!(daemon.process().wait(), 0);
     let log = daemon.log();
     assert!(
-        log.contains("is damaged") && log.contains("backupctl rescan"),
+        log.contains("is damaged") && log.contains("move it away"),
         "{log}"
     );
     assert_eq!(

@@ -201,7 +201,7 @@ mod tests {
             std::fs::write(&path, content).unwrap();
             let text = open(&path).unwrap_err().to_string();
             assert!(
-                text.contains("damaged") && text.contains("backupctl rescan"),
+                text.contains("damaged") && text.contains("move it away"),
                 "{name}: {text}"
             );
             assert_eq!(std::fs::read(&path).unwrap(), content, "{name}");

@@ -119,6 +119,7 @@ async fn copy(
     fault::point(Point::Running);
     let mut running = Running::new(job, footprint, Some(speed), patience);
     follow(&mut running, events, targets, setting).await?;
+    check_scans(job, footprint).await?;
     Ok(instant)
 }
 
@@ -188,6 +189,15 @@ pub(super) async fn follow(
     }
     fault::point(Point::Concluded);
     running.judge()
+}
+
+/// Whether what was copied is what the guest wrote to, to the end, where that matters: QEMU first looks for what an image
+/// holds, and a snapshot that another client makes meanwhile turns its eyes to a new, empty one.
+pub(super) async fn check_scans(job: &Job, footprint: &Footprint) -> Result<(), Stopped> {
+    match job.plan.disks.iter().any(|disk| disk.only_allocated) {
+        true => check_sources(job, footprint).await,
+        false => Ok(()),
+    }
 }
 
 /// Whether what is being copied is what the guest writes to: a snapshot that another client made while the targets were

@@ -299,13 +299,49 @@ async fn json_that_is_nested_without_end_is_an_error_and_no_crash() {
         };
         peer.say(nested(100)).await;
         assert_eq!(within("the event", events.next()).await.unwrap().name, "DEEP");
+        // As a reply it is nothing that anybody reads, and the connection goes on.
         let (reply, ()) = tokio::join!(client.execute("query-status", json!({})), async {
-            peer.receive().await;
-            peer.say(nested(500_000)).await;
+            let command = peer.receive().await;
+            let data = format!("{}0{}", open.repeat(500_000), close.repeat(500_000));
+            peer.say(format!(
+                r#"{{"return": {data}, "id": {}}}"#,
+                command.command["id"]
+            ))
+            .await;
         });
-        assert_closed(&reply.unwrap_err(), "recursion");
+        let error = reply.unwrap_err();
+        assert!(
+            matches!(&error, Error::UnexpectedReply { detail, .. } if detail.contains("recursion")),
+            "{error:?}"
+        );
+        for (depth, word) in [(1_000, "recursion"), (500_000, "DEEP has")] {
+            let (client, driver, mut peer) = connected().await;
+            let (reply, ()) = tokio::join!(client.execute("query-status", json!({})), async {
+                peer.receive().await;
+                peer.say(nested(depth)).await;
+            });
+            assert_closed(&reply.unwrap_err(), word);
+            ended(driver).await;
+        }
+        drop(client);
         ended(driver).await;
     }
+}
+
+#[tokio::test]
+async fn words_of_qemus_are_told_up_to_a_bound() {
+    let (client, _driver, mut peer) = connected().await;
+    let (reply, ()) = tokio::join!(client.execute("query-status", json!({})), async {
+        let command = peer.receive().await;
+        peer.refuse(&command, &"é".repeat(4 * MIB)).await;
+    });
+    let text = reply.unwrap_err().to_string();
+    assert!(text.contains("refused query-status: ééé") && text.len() < 20_000);
+    let (reply, ()) = tokio::join!(client.query::<u64>("query-status", json!({})), async {
+        let command = peer.receive().await;
+        peer.answer(&command, json!("x".repeat(4 * MIB))).await;
+    });
+    assert!(reply.unwrap_err().to_string().len() < 2000);
 }
 
 // Replies.
@@ -717,6 +753,120 @@ async fn a_command_that_is_dropped_halfway_leaves_no_half_line() {
         });
         assert_eq!(reply.unwrap(), round);
     }
+}
+
+// What is not answered.
+
+#[tokio::test]
+async fn a_peer_that_answers_nothing_is_asked_no_more_than_so_much() {
+    let (client, _driver, mut peer) = connected().await;
+    let asked = 1024;
+    let waiting = join_all((0..asked).map(|number| client.execute("echo", json!({ "number": number }))));
+    let (replies, ()) = tokio::join!(waiting, async {
+        let mut received = Vec::new();
+        for _ in 0..asked {
+            received.push(peer.receive().await);
+        }
+        let refused = within("the refusal", client.execute("one-more", json!({}))).await;
+        match refused {
+            Err(Error::Unanswered { command, unanswered }) => {
+                assert_eq!((command.as_str(), unanswered), ("one-more", asked));
+            }
+            other => panic!("{other:?}"),
+        }
+        // Nothing of it was sent, and nothing of what waits is lost by it.
+        for command in &received {
+            peer.answer(command, command.command["arguments"]["number"].clone())
+                .await;
+        }
+    });
+    for (number, reply) in replies.into_iter().enumerate() {
+        assert_eq!(reply.unwrap(), number);
+    }
+    in_step(&client, &mut peer).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_reads_nothing_makes_nothing_grow() {
+    let (ours, peer) = narrow_pair();
+    let (client, driver, peer) = connected_over(ours, peer).await;
+    let text = "x".repeat(MIB);
+    // As of those who wait for a while and then no longer: ten times what is queued at most.
+    for _ in 0..40 {
+        tokio::select! {
+            biased;
+            _ = client.execute("echo", json!({ "text": text })) => panic!("nobody answered, and nothing is full"),
+            () = async { for _ in 0..10 { tokio::task::yield_now().await } } => {}
+        }
+    }
+    let waiting = join_all((0..20).map(|_| client.execute("echo", json!({ "text": text }))));
+    let (replies, ()) = tokio::join!(waiting, async {
+        let refused = within("the refusal", client.execute("one-more", json!({}))).await;
+        assert!(matches!(refused, Err(Error::Unanswered { .. })), "{refused:?}");
+        drop(peer);
+    });
+    let (refused, closed): (Vec<_>, Vec<_>) = replies
+        .into_iter()
+        .partition(|reply| matches!(reply, Err(Error::Unanswered { .. })));
+    assert!(closed.iter().all(is_closed), "{closed:?}");
+    assert!(
+        (2..=5).contains(&closed.len()),
+        "{} were queued, {} refused",
+        closed.len(),
+        refused.len()
+    );
+    ended(driver).await;
+}
+
+#[tokio::test]
+async fn commands_that_nobody_waits_for_leave_room_for_others() {
+    let (client, _driver, mut peer) = connected().await;
+    let mut received = Vec::new();
+    for number in 0..5000 {
+        let abandoned = client.execute("echo", json!({ "number": number }));
+        tokio::select! {
+            _ = abandoned => panic!("nobody answered"),
+            command = peer.receive() => received.push(command),
+        }
+    }
+    // Late replies are no replies to another.
+    let (reply, ()) = tokio::join!(client.execute("last", json!({})), async {
+        let last = peer.receive().await;
+        for command in &received {
+            peer.answer(command, json!("late")).await;
+        }
+        peer.answer(&last, json!("mine")).await;
+    });
+    assert_eq!(reply.unwrap(), "mine");
+}
+
+#[tokio::test]
+async fn a_descriptor_that_nobody_waits_for_still_keeps_the_next_one_waiting() {
+    let (client, _driver, mut peer) = connected().await;
+    let file = || OwnedFd::from(File::open("/dev/null").unwrap());
+    let first = client.execute_with_descriptor("add-fd", json!({ "opaque": "first" }), file());
+    let first = tokio::select! {
+        _ = first => panic!("nobody answered"),
+        command = peer.receive() => command,
+    };
+    // So many that what nobody waits for is forgotten.
+    for _ in 0..1100 {
+        let abandoned = client.execute("echo", json!({}));
+        tokio::select! {
+            _ = abandoned => panic!("nobody answered"),
+            _ = peer.receive() => {}
+        }
+    }
+    let second = client.execute_with_descriptor("add-fd", json!({ "opaque": "second" }), file());
+    let (reply, ()) = tokio::join!(second, async {
+        in_step(&client, &mut peer).await;
+        peer.answer(&first, json!({ "fdset-id": 1 })).await;
+        let second = peer.receive().await;
+        assert_eq!(second.command["arguments"]["opaque"], "second");
+        assert_eq!(second.descriptors.len(), 1);
+        peer.answer(&second, json!({ "fdset-id": 2 })).await;
+    });
+    assert_eq!(reply.unwrap()["fdset-id"], 2);
 }
 
 // Descriptors.

@@ -176,7 +176,10 @@ mod tests {
     }
 
     fn event(name: &str, data: Value) -> Event {
-        serde_json::from_value(json!({ "event": name, "data": data })).unwrap()
+        Event {
+            name: name.into(),
+            data,
+        }
     }
 
     fn conclude(tracker: &mut Tracker) {

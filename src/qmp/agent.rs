@@ -8,7 +8,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
-use super::driver::{parse, read_line};
+use super::client::read_line;
+use super::message::{Refusal, parse};
 use super::wire::Wire;
 use super::{Error, Result};
 
@@ -55,7 +56,7 @@ impl Agent {
                 .as_bytes(),
         );
         line.push(b'\n');
-        self.wire.queue(line, None);
+        self.wire.queue(0, line, None);
         let wire = &mut self.wire;
         bounded("guest-sync-delimited", self.patience, async {
             loop {
@@ -69,16 +70,18 @@ impl Agent {
     }
 
     async fn count(&mut self, command: &'static str) -> Result<u64> {
-        self.wire
-            .queue(format!("{}\n", json!({ "execute": command })).into_bytes(), None);
+        self.wire.queue(
+            0,
+            format!("{}\n", json!({ "execute": command })).into_bytes(),
+            None,
+        );
         let reply = bounded(command, self.patience, answer(&mut self.wire)).await?;
         match (reply.get("return").and_then(Value::as_u64), reply.get("error")) {
             (Some(count), _) => Ok(count),
-            (None, Some(error)) => Err(Error::Refused {
-                command: command.to_owned(),
-                class: error["class"].as_str().unwrap_or_default().to_owned(),
-                description: error["desc"].as_str().unwrap_or_default().to_owned(),
-            }),
+            (None, Some(error)) => {
+                let word = |key| error[key].as_str().unwrap_or_default();
+                Err(Refusal::new(word("class"), word("desc")).of(command))
+            }
             (None, None) => Err(Error::UnexpectedReply {
                 command: command.to_owned(),
                 detail: "no number".into(),

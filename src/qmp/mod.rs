@@ -8,12 +8,18 @@
 //! Source of the rules: QEMU's `docs/interop/qmp-spec` and `qapi/*.json`.
 
 mod agent;
+mod client;
 mod driver;
+mod lines;
+mod message;
 mod schema;
 mod wire;
 
 pub use agent::Agent;
-pub use driver::{Client, Driver, Event, Events, EventsError};
+pub use client::{Client, Events, EventsError};
+pub use driver::Driver;
+pub use lines::{LineTooLong, Lines};
+pub use message::{Event, Message, Refusal};
 pub use schema::Schema;
 pub use wire::MAX_LINE;
 
@@ -39,6 +45,9 @@ pub enum Error {
     /// The connection is gone, so no reply will come. The command may have been executed.
     #[error("the monitor's connection is closed: {0}")]
     Closed(Arc<str>),
+    /// The peer reads or answers nothing while others wait for it already. The command was not sent.
+    #[error("{command} was not sent: the monitor has not answered {unanswered} commands before it")]
+    Unanswered { command: String, unanswered: usize },
     /// No reply in time. The command may still be executed.
     #[error("no answer to {command} within {after:?}")]
     TimedOut { command: String, after: Duration },

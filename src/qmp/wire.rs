@@ -1,4 +1,4 @@
-//! Lines on the socket: a bounded reader, and a writer that puts a descriptor into the same message as the
+//! Lines on the socket: a reader, and a writer that puts a descriptor into the same message as the
 //! first byte of its command.
 //!
 //! Knows bytes, lines and descriptors; not commands and replies.
@@ -12,11 +12,11 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+use super::lines::{LineTooLong, Lines};
+
 /// The longest line that a peer may send, in bytes. QEMU's schema takes 120 kB to 250 kB, a domain with hundreds
 /// of block nodes about 1 MiB.
 pub const MAX_LINE: usize = 16 << 20;
-/// A buffer that grew beyond this for one long line is given back.
-const KEEP_CAPACITY: usize = 64 << 10;
 const READ_CHUNK: usize = 64 << 10;
 
 /// Why the reader stopped.
@@ -31,6 +31,7 @@ pub enum WireError {
 }
 
 struct Outgoing {
+    id: u64,
     bytes: Vec<u8>,
     sent: usize,
     descriptor: Option<OwnedFd>,
@@ -39,31 +40,42 @@ struct Outgoing {
 /// The socket with what was read but is no line yet, and what is queued but not sent yet.
 pub struct Wire {
     stream: UnixStream,
-    incoming: Vec<u8>,
-    /// Where in `incoming` the next line begins, and how far it was searched for its end already.
-    start: usize,
-    searched: usize,
+    incoming: Lines,
     outgoing: VecDeque<Outgoing>,
+    /// Bytes in `outgoing`, sent ones of its first line too.
+    queued: usize,
 }
 
 impl Wire {
     pub fn new(stream: UnixStream) -> Self {
         Self {
             stream,
-            incoming: Vec::new(),
-            start: 0,
-            searched: 0,
+            incoming: Lines::new(MAX_LINE),
             outgoing: VecDeque::new(),
+            queued: 0,
         }
     }
 
-    /// Queues one line; `bytes` ends with a newline. Sent by [`Wire::turn`].
-    pub fn queue(&mut self, bytes: Vec<u8>, descriptor: Option<OwnedFd>) {
+    /// Queues one line; `bytes` ends with a newline. Sent by [`Wire::turn`]. `id` is what [`Wire::unqueue`] calls it.
+    pub fn queue(&mut self, id: u64, bytes: Vec<u8>, descriptor: Option<OwnedFd>) {
+        self.queued += bytes.len();
         self.outgoing.push_back(Outgoing {
+            id,
             bytes,
             sent: 0,
             descriptor,
         });
+    }
+
+    /// Bytes of the lines that are not sent whole.
+    pub fn queued(&self) -> usize {
+        self.queued
+    }
+
+    /// Takes back lines of which no byte was sent.
+    pub fn unqueue(&mut self, unwanted: impl Fn(u64) -> bool) {
+        self.outgoing.retain(|line| line.sent > 0 || !unwanted(line.id));
+        self.queued = self.outgoing.iter().map(|line| line.bytes.len()).sum();
     }
 
     /// Waits until the socket can be read, or written if something is queued. Cancel-safe: moves no byte.
@@ -78,7 +90,7 @@ impl Wire {
 
     /// Sends what can be sent and reads what is there, without waiting. Lines can have come also where this fails.
     pub fn turn(&mut self) -> Result<(), WireError> {
-        self.forget_taken_lines();
+        self.incoming.forget_taken();
         match self.send() {
             // A peer that sends without end gets its lines handled, and its bound checked, between the chunks.
             Ok(()) => self.receive(READ_CHUNK, |stream, chunk| stream.try_read(chunk)),
@@ -101,12 +113,12 @@ impl Wire {
         loop {
             match read(&self.stream, &mut chunk) {
                 Ok(0) => return Err(WireError::EndOfFile),
-                Ok(count) => self.incoming.extend_from_slice(&chunk[..count]),
+                Ok(count) => self.incoming.push(&chunk[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
-            if self.incoming.len() >= enough {
+            if self.incoming.held() >= enough {
                 return Ok(());
             }
         }
@@ -114,31 +126,9 @@ impl Wire {
 
     /// The next whole line without its newline, if one is there.
     pub fn next_line(&mut self) -> Result<Option<Vec<u8>>, WireError> {
-        let newline = self.incoming[self.searched..]
-            .iter()
-            .position(|byte| *byte == b'\n');
-        let end = newline.map_or(self.incoming.len(), |offset| self.searched + offset);
-        if end - self.start > MAX_LINE {
-            return Err(WireError::LineTooLong);
-        }
-        self.searched = end;
-        if newline.is_none() {
-            return Ok(None);
-        }
-        let line = self.incoming[self.start..end].to_vec();
-        self.start = end + 1;
-        self.searched = self.start;
-        Ok(Some(line))
-    }
-
-    /// Once a turn, not once a line: many short lines would each move all that follows them.
-    fn forget_taken_lines(&mut self) {
-        self.incoming.drain(..self.start);
-        self.searched -= self.start;
-        self.start = 0;
-        if self.incoming.is_empty() && self.incoming.capacity() > KEEP_CAPACITY {
-            self.incoming = Vec::new();
-        }
+        self.incoming
+            .next_line()
+            .map_err(|LineTooLong| WireError::LineTooLong)
     }
 
     fn send(&mut self) -> Result<(), WireError> {
@@ -149,6 +139,7 @@ impl Wire {
                     next.descriptor = None;
                     next.sent += count;
                     if next.sent == next.bytes.len() {
+                        self.queued -= next.bytes.len();
                         self.outgoing.pop_front();
                     }
                 }

@@ -1,0 +1,125 @@
+//! One line of QEMU's as what it means. Pure.
+//!
+//! A peer may say anything within a line's length. So only what its kind of message needs is read, and what is kept or
+//! passed on is bounded: a line that JSON's values would take many times over in memory stays the text that it is.
+
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::{Error, Result};
+
+/// The longest event, in bytes: so many are kept for each reader that lags behind. QEMU's own take a few hundred.
+const MAX_EVENT: usize = 16 << 10;
+/// As much of QEMU's words as is told, in characters. They can hold the names of files, which can be JSON by themselves.
+const MAX_WORDS: usize = 8 << 10;
+
+/// An asynchronous message of QEMU's. Unknown names are kept: a newer QEMU has more of them.
+#[derive(Debug, Clone)]
+pub struct Event {
+    pub name: String,
+    pub data: Value,
+}
+
+/// QEMU's no to a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    pub class: String,
+    pub description: String,
+}
+
+/// Any line but the greeting.
+#[derive(Debug)]
+pub enum Message<'a> {
+    Event(Event),
+    Reply {
+        /// That of the command; nothing where it is none that this client gives.
+        id: Option<u64>,
+        /// As it came: who asked knows what to read it as, and some are large.
+        answer: std::result::Result<&'a RawValue, Refusal>,
+    },
+}
+
+/// One of the first three is there.
+#[derive(Deserialize)]
+struct Line<'a> {
+    #[serde(rename = "return", borrow)]
+    value: Option<&'a RawValue>,
+    #[serde(borrow)]
+    error: Option<&'a RawValue>,
+    event: Option<String>,
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Words {
+    class: String,
+    desc: String,
+}
+
+impl<'a> Message<'a> {
+    pub fn parse(line: &'a [u8]) -> Result<Self> {
+        let Line {
+            value,
+            error,
+            event,
+            data,
+            id,
+        } = parse(line)?;
+        if let Some(name) = event {
+            if line.len() > MAX_EVENT {
+                let why = format!("the event {} has {} bytes", head(&name, 64), line.len());
+                return Err(Error::NotQmp(why));
+            }
+            let data = data.map_or(Ok(Value::Null), |data| parse(data.get().as_bytes()))?;
+            return Ok(Self::Event(Event { name, data }));
+        }
+        let answer = match (error, value) {
+            (Some(error), _) => Err(Refusal::parse(error)?),
+            (None, Some(value)) => Ok(value),
+            (None, None) => return Err(Error::NotQmp("a line is neither reply nor event".into())),
+        };
+        let id = id.and_then(|id| serde_json::from_str(id.get()).ok());
+        Ok(Self::Reply { id, answer })
+    }
+}
+
+impl Refusal {
+    pub(super) fn new(class: &str, description: &str) -> Self {
+        Self {
+            class: head(class, MAX_WORDS),
+            description: head(description, MAX_WORDS),
+        }
+    }
+
+    pub(super) fn of(self, command: &str) -> Error {
+        Error::Refused {
+            command: command.to_owned(),
+            class: self.class,
+            description: self.description,
+        }
+    }
+
+    fn parse(error: &RawValue) -> Result<Self> {
+        let Words { class, desc } = parse(error.get().as_bytes())?;
+        Ok(Self::new(&class, &desc))
+    }
+}
+
+pub(super) fn head(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+pub(super) fn parse<'a, T: Deserialize<'a>>(line: &'a [u8]) -> Result<T> {
+    serde_json::from_slice(line).map_err(|error| {
+        // JSON's reader quotes what it did not want, whole.
+        let why = head(&error.to_string(), 512);
+        Error::NotQmp(format!("a line is no message: {why}"))
+    })
+}

@@ -11,6 +11,10 @@ TEST_THREADS = 4
 # Further arguments for the tests, such as a part of a test's name.
 TEST_ARGS =
 
+# How long each parser is fuzzed, and which.
+FUZZ_SECONDS = 600
+FUZZ_TARGETS = qmp document options manifest configuration
+
 # Where to install to. The bus and polkit read their policies below /usr only, so there is no /usr/local by default.
 DESTDIR =
 PREFIX = /usr
@@ -27,12 +31,13 @@ BUILT = $(CARGO_TARGET_DIR)/release
 # Tests mount things; in a mount namespace of their own, which only root can make, nothing stays if they are killed.
 PRIVATELY = $(shell [ "$$(id -u)" = 0 ] && echo unshare --mount --)
 
-.PHONY: help setup build test demo bench install clean
+.PHONY: help setup build test demo bench fuzz install clean
 
 help:
 	@echo "make demo       a real backup of a real virtual machine, from nothing"
 	@echo "make test       all tests; QEMU=/path/to/qemu-system-x86_64 chooses the QEMU"
 	@echo "make bench      how fast it is, and how fast others are"
+	@echo "make fuzz       random input for what reads others' bytes; FUZZ_SECONDS=600 for each, FUZZ_TARGETS='qmp options'"
 	@echo "make build      both programs, optimised"
 	@echo "make install    DESTDIR= PREFIX=/usr"
 	@echo "make clean      removes what was built"
@@ -60,6 +65,19 @@ demo:
 bench: export RUST_LOG = info
 bench: setup
 	$(PRIVATELY) $(CARGO) bench --locked --bench backup
+
+# What is found beyond the committed corpus stays in the build directory; a finding is written to tests/fuzz/artifacts. The
+# sanitizer needs a switch that a stable compiler has only for those who ask so. FUZZ_FLAGS are libFuzzer's.
+FUZZ_FLAGS =
+fuzz: export RUSTC_BOOTSTRAP = 1
+fuzz:
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked --version 0.13.2 cargo-fuzz
+	@set -e; for target in $(FUZZ_TARGETS); do \
+	    found=$(CARGO_TARGET_DIR)/fuzz/corpus/$$target; mkdir -p "$$found"; \
+	    $(CARGO) fuzz run --fuzz-dir tests/fuzz --target-dir $(CARGO_TARGET_DIR)/fuzz "$$target" \
+	        "$$found" tests/fuzz/corpus/$$target -- \
+	        -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 $(FUZZ_FLAGS); \
+	done
 
 # A packager builds first and installs into a DESTDIR; root may have no cargo. So this builds only what isn't there.
 $(BUILT)/backupd $(BUILT)/backupctl:

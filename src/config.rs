@@ -243,7 +243,8 @@ impl Config {
         Self::parse(&text, file)
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Self, Error> {
+    /// Reads the text of a file; `path` is for errors.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, Error> {
         let mut config: Config = toml::from_str(text).map_err(|source| Error::Syntax {
             path: path.to_owned(),
             source: Box::new(source),

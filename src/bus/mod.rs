@@ -14,7 +14,7 @@ mod follower;
 mod job;
 mod manager;
 mod object;
-mod options;
+pub mod options;
 mod peers;
 mod router;
 mod signals;

@@ -26,15 +26,36 @@ pub(super) struct DomainFile {
     pub agent: Option<PathBuf>,
 }
 
-#[derive(Deserialize)]
+/// The text of one file.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct Content {
-    monitor: PathBuf,
-    agent: Option<PathBuf>,
+pub struct Content {
+    pub monitor: PathBuf,
+    pub agent: Option<PathBuf>,
 }
 
+impl Content {
+    pub fn parse(text: &str) -> Result<Self, FileError> {
+        let content: Self = toml::from_str(text)?;
+        let paths = [
+            ("monitor", Some(&content.monitor)),
+            ("agent", content.agent.as_ref()),
+        ];
+        for (key, value) in paths.into_iter().filter_map(|(key, value)| Some((key, value?))) {
+            if !value.is_absolute() {
+                return Err(FileError::RelativePath {
+                    key,
+                    value: value.clone(),
+                });
+            }
+        }
+        Ok(content)
+    }
+}
+
+/// Why a file is left out.
 #[derive(Debug, thiserror::Error)]
-enum FileError {
+pub enum FileError {
     #[error("{0}")]
     Io(#[from] io::Error),
     #[error("{}", .0.to_string().trim_end())]
@@ -196,19 +217,7 @@ fn read_file(path: &Path) -> Result<(String, DomainFile), FileError> {
     }
     let mut text = String::new();
     file.take(MAX_BYTES).read_to_string(&mut text)?;
-    let content: Content = toml::from_str(&text)?;
-    let paths = [
-        ("monitor", Some(&content.monitor)),
-        ("agent", content.agent.as_ref()),
-    ];
-    for (key, value) in paths.into_iter().filter_map(|(key, value)| Some((key, value?))) {
-        if !value.is_absolute() {
-            return Err(FileError::RelativePath {
-                key,
-                value: value.clone(),
-            });
-        }
-    }
+    let content = Content::parse(&text)?;
     let file = DomainFile {
         owner,
         owner_name: super::owner::name(owner),

@@ -10,7 +10,7 @@ mod owner;
 pub mod poweroff;
 mod registry;
 
-pub use directory::Directories;
+pub use directory::{Content, Directories, FileError};
 pub use disks::{Disk, DiskLookup, find_disk};
 pub use identity::{Identity, Reach};
 pub use monitor::{Link, Phase};

@@ -1,0 +1,185 @@
+//! What must hold of each parser of what others wrote, whatever the bytes: it does not panic, what it says of an error is
+//! bounded, and what it took in means the same when it is written out and read again.
+//!
+//! Shared by the fuzz targets and by the test that replays their corpora.
+
+use std::path::Path;
+
+use backupd::bus::options;
+use backupd::catalog::{Manifest, ManifestError};
+use backupd::config::{Config, DEFAULT_STORE};
+use backupd::definition::{self, Definition, Position};
+use backupd::domain::Content;
+use backupd::qmp::{LineTooLong, Lines, Message};
+use zbus::DBusError;
+use zbus::wire::serialized::{Context, Data};
+use zbus::wire::{BE, LE};
+
+/// As long as an error's text may be, in bytes: a caller, or a line of the log, gets it.
+const MAX_TEXT: usize = 4 << 10;
+
+/// QMP: the first byte chooses how long a line may be, the second how much comes at a time.
+pub fn qmp(data: &[u8]) {
+    let [limit, chunk, said @ ..] = data else { return };
+    let (limit, chunk) = ((usize::from(*limit) + 1) * 16, usize::from(*chunk) + 1);
+    let mut lines = Lines::new(limit);
+    let mut got = Vec::new();
+    let mut end = Ok(());
+    'said: for part in said.chunks(chunk) {
+        lines.push(part);
+        loop {
+            match lines.next_line() {
+                Ok(Some(line)) => got.push(line),
+                Ok(None) => break,
+                Err(LineTooLong) => {
+                    end = Err(LineTooLong);
+                    break 'said;
+                }
+            }
+        }
+        lines.forget_taken();
+        assert!(lines.held() <= limit + chunk, "it holds more than a line");
+    }
+    let mut expected: Vec<&[u8]> = said.split(|byte| *byte == b'\n').collect();
+    let too_long = expected.iter().position(|line| line.len() > limit);
+    // What comes after the last newline is no line yet.
+    expected.truncate(too_long.unwrap_or(expected.len().saturating_sub(1)));
+    assert_eq!(got, expected);
+    assert_eq!(end.is_err(), too_long.is_some());
+    got.iter().for_each(|line| message(line));
+}
+
+fn message(line: &[u8]) {
+    let (id, answer) = match Message::parse(line) {
+        Err(error) => return assert_bounded(&error),
+        Ok(Message::Event(event)) => {
+            let again = serde_json::json!({ "event": event.name, "data": event.data }).to_string();
+            let Ok(Message::Event(again)) = Message::parse(again.as_bytes()) else {
+                panic!("an event that is said again is none: {again}");
+            };
+            // Not its data: a number with a point is read as one that may be a little beside it.
+            assert_eq!(again.name, event.name);
+            return;
+        }
+        Ok(Message::Reply { id, answer }) => (id, answer),
+    };
+    let id_written = id.map_or("null".to_owned(), |id| id.to_string());
+    let answer_written = match &answer {
+        Ok(value) => format!("\"return\":{}", value.get()),
+        Err(refusal) => {
+            let error = serde_json::json!({ "class": refusal.class, "desc": refusal.description });
+            format!("\"error\":{error}")
+        }
+    };
+    let written = format!("{{\"id\":{id_written},{answer_written}}}");
+    let Ok(Message::Reply {
+        id: id_again,
+        answer: again,
+    }) = Message::parse(written.as_bytes())
+    else {
+        panic!("a reply that is said again is none: {written}");
+    };
+    assert_eq!(id_again, id);
+    match (again, answer) {
+        (Ok(again), Ok(value)) => assert_eq!(again.get(), value.get()),
+        (Err(again), Err(refusal)) => assert_eq!(again, refusal),
+        (again, answer) => panic!("{again:?} and {answer:?}"),
+    }
+}
+
+/// A `<domainbackup>` document.
+pub fn document(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else {
+        return;
+    };
+    match definition::parse(text) {
+        Err(error) => assert_bounded(&error),
+        Ok(parsed) => {
+            let parsed = without_positions(parsed);
+            let written = parsed.to_xml();
+            match definition::parse(&written) {
+                Ok(again) => assert_eq!(without_positions(again), parsed, "{written}"),
+                Err(error) => panic!("{error}: {written}"),
+            }
+        }
+    }
+}
+
+fn without_positions(mut definition: Definition) -> Definition {
+    if let Some(store) = &mut definition.store {
+        store.at = Position::default();
+    }
+    for disk in definition.disks.iter_mut().flatten() {
+        disk.at = Position::default();
+    }
+    definition
+}
+
+/// The options of a call, out of a message's body: the first byte chooses the order of a number's bytes.
+pub fn options(data: &[u8]) {
+    let [order, body @ ..] = data else { return };
+    let context = Context::new(if order % 2 == 0 { LE } else { BE }, 0);
+    match Data::new(body, context).deserialize::<options::Dictionary>() {
+        Err(error) => assert_bounded(&error),
+        Ok((dictionary, _)) => {
+            let any = options::none(&dictionary);
+            match options::backup(dictionary) {
+                Ok(options) => assert!(any.is_err() || options == Default::default()),
+                Err(error) => {
+                    assert!(any.is_err());
+                    assert_bounded(&error.description().unwrap_or_default());
+                }
+            }
+        }
+    }
+}
+
+/// A backup's manifest.
+pub fn manifest(data: &[u8]) {
+    let manifest = match Manifest::parse(data) {
+        Ok(manifest) => manifest,
+        Err(error) => {
+            assert_bounded(&error);
+            if let ManifestError::Newer { found } = error {
+                assert!(found > 1);
+            }
+            return;
+        }
+    };
+    let directory = Path::new("/store/domain");
+    let images = manifest.disks.iter().map(|disk| &disk.file);
+    for name in images.chain([&manifest.id, &manifest.domain.name]) {
+        assert_eq!(directory.join(name).parent(), Some(directory), "{name}");
+        assert!(!name.contains('\0') && !name.starts_with('.'), "{name}");
+    }
+    let written = manifest.to_json().expect("a manifest is JSON");
+    let again = Manifest::parse(&written).expect("what is written can be read");
+    assert_eq!(again, manifest);
+    assert_eq!(again.to_json().expect("a manifest is JSON"), written);
+}
+
+/// The service's configuration, and a domain's file.
+pub fn configuration(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else {
+        return;
+    };
+    if let Ok(config) = Config::parse(text, Path::new("/etc/backupd/backupd.toml")) {
+        assert!(config.stores.contains_key(DEFAULT_STORE));
+        assert!(config.state_directory.is_absolute());
+        assert!(config.domain_directories.iter().all(|path| path.is_absolute()));
+        assert!(config.stores.values().all(|store| store.path.is_absolute()));
+        for name in config.stores.keys() {
+            assert!(!name.contains('/') && !name.starts_with('.'), "{name}");
+        }
+        assert!(config.limits.document_bytes <= definition::MAX_BYTES);
+    }
+    if let Ok(content) = Content::parse(text) {
+        assert!(content.monitor.is_absolute());
+        assert!(content.agent.is_none_or(|agent| agent.is_absolute()));
+    }
+}
+
+fn assert_bounded(error: &impl std::fmt::Display) {
+    let text = error.to_string();
+    assert!(text.len() <= MAX_TEXT, "{} bytes: {text}", text.len());
+}

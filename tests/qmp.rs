@@ -4,11 +4,12 @@ mod common;
 
 use std::fs::File;
 use std::future::Future;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -755,6 +756,31 @@ async fn a_command_that_is_dropped_halfway_leaves_no_half_line() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_peer_that_never_stops_talking_lets_others_have_their_turn() {
+    for line in ["{\"event\":\"NOISE\"}\n", "{\"return\":{},\"id\":4711}\n"] {
+        let (client, driver, peer) = connected().await;
+        let talking = Arc::new(AtomicBool::new(true));
+        let mut stream = peer.into_stream().into_std().unwrap();
+        stream.set_nonblocking(false).unwrap();
+        let (goes_on, said) = (talking.clone(), line.repeat(4000));
+        // On a thread of its own, so that it talks also while the only worker does something else.
+        let talker = std::thread::spawn(move || {
+            while goes_on.load(Ordering::Relaxed) && stream.write_all(said.as_bytes()).is_ok() {}
+        });
+        let others = tokio::spawn(async {
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+        });
+        within("the others", others).await.unwrap();
+        drop(client);
+        assert_eq!(&*ended(driver).await, "it was shut down");
+        talking.store(false, Ordering::Relaxed);
+        talker.join().unwrap();
+    }
+}
+
 // What is not answered.
 
 #[tokio::test]
@@ -873,7 +899,7 @@ async fn a_descriptor_that_nobody_waits_for_still_keeps_the_next_one_waiting() {
 
 /// A file with this in it.
 fn file_of(text: &str) -> OwnedFd {
-    use std::io::{Seek, Write};
+    use std::io::Seek;
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(text.as_bytes()).unwrap();
     file.rewind().unwrap();

@@ -138,20 +138,38 @@ struct GraphEdge {
     name: String,
 }
 
-impl Graph {
-    /// The name of the node below a filter.
-    fn below(&self, filter: &str) -> Option<&str> {
-        let mut nodes = self.nodes.iter().filter(|node| node.kind == "block-driver");
-        let parent = nodes.find(|node| node.name == filter)?.id;
-        let mut edges = self.edges.iter().filter(|edge| edge.parent == parent);
-        let child = edges.find(|edge| edge.name == "file")?.child;
-        let child = self.nodes.iter().find(|node| node.id == child);
-        child.map(|node| node.name.as_str())
+/// The graph, to be asked often: a peer's can be large.
+#[derive(Default)]
+struct Children<'a> {
+    /// By the name of the parent.
+    file: HashMap<&'a str, &'a str>,
+}
+
+impl<'a> Children<'a> {
+    fn of(graph: &'a Graph) -> Self {
+        let names: HashMap<u64, &str> = graph
+            .nodes
+            .iter()
+            .map(|node| (node.id, node.name.as_str()))
+            .collect();
+        let mut below = HashMap::new();
+        for edge in graph.edges.iter().filter(|edge| edge.name == "file") {
+            below.entry(edge.parent).or_insert(edge.child);
+        }
+        let mut file = HashMap::new();
+        for node in graph.nodes.iter().filter(|node| node.kind == "block-driver") {
+            if let Some(child) = below.get(&node.id).and_then(|child| names.get(child)) {
+                file.entry(node.name.as_str()).or_insert(*child);
+            }
+        }
+        Self { file }
     }
 }
 
 /// Filters that pass the guest's data through unchanged, so that the node below has the same content.
 const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "copy-before-write"];
+/// So many of them are looked through. Whatever node is reached has the same content.
+const MAX_FILTERS: usize = 64;
 
 /// More disks, and longer names, than any machine has: a peer that says so is not QEMU.
 const MAX_DISKS: usize = 256;
@@ -166,10 +184,11 @@ pub(super) fn disks(drives: Vec<BlockInfo>, nodes: &[Node], graph: &Graph) -> Op
     if drives.len() > MAX_DISKS || nodes.len() > MAX_NODES || nodes.iter().any(too_long) {
         return None;
     }
+    let children = Children::of(graph);
     let nodes: HashMap<&str, &Node> = nodes.iter().map(|node| (node.name.as_str(), node)).collect();
     let mut disks: Vec<Disk> = Vec::new();
     for drive in drives {
-        let Some(mut disk) = disk(drive, &nodes, graph) else {
+        let Some(mut disk) = disk(drive, &nodes, &children) else {
             continue;
         };
         // The id of one disk's device can be that of another's drive.
@@ -186,7 +205,7 @@ pub(super) fn disks(drives: Vec<BlockInfo>, nodes: &[Node], graph: &Graph) -> Op
     disks.iter().all(named).then_some(disks)
 }
 
-fn disk(drive: BlockInfo, nodes: &HashMap<&str, &Node>, graph: &Graph) -> Option<Disk> {
+fn disk(drive: BlockInfo, nodes: &HashMap<&str, &Node>, children: &Children) -> Option<Disk> {
     let device = drive.qdev.as_deref().and_then(device_id).map(str::to_owned);
     // A drive that no device uses is no disk of the guest.
     drive.qdev.as_ref()?;
@@ -195,7 +214,7 @@ fn disk(drive: BlockInfo, nodes: &HashMap<&str, &Node>, graph: &Graph) -> Option
         .inserted
         .as_ref()
         .map(|inserted| inserted.node_name.as_str());
-    let source = root.map(|root| unfiltered(root, nodes, graph));
+    let source = root.map(|root| unfiltered(root, nodes, children));
     let node = source.and_then(|name| nodes.get(name));
     let mut names: Vec<String> = [
         device,
@@ -205,6 +224,7 @@ fn disk(drive: BlockInfo, nodes: &HashMap<&str, &Node>, graph: &Graph) -> Option
     ]
     .into_iter()
     .flatten()
+    .filter(|name| !name.is_empty())
     .collect();
     names.dedup();
     if names.is_empty() {
@@ -232,16 +252,17 @@ fn device_id(qdev: &str) -> Option<&str> {
     }
 }
 
-fn unfiltered<'a>(root: &'a str, nodes: &HashMap<&'a str, &'a Node>, graph: &'a Graph) -> &'a str {
+fn unfiltered<'a>(root: &'a str, nodes: &HashMap<&'a str, &'a Node>, children: &Children<'a>) -> &'a str {
     let mut name = root;
-    // Bounded by the number of nodes: a peer's graph could have a circle.
-    for _ in 0..nodes.len() {
+    // A peer's graph could have a circle.
+    for _ in 0..MAX_FILTERS {
         let filter = nodes
             .get(name)
             .is_some_and(|node| FILTERS.contains(&node.drv.as_str()));
-        match graph
-            .below(name)
-            .filter(|below| filter && nodes.contains_key(below))
+        match children
+            .file
+            .get(name)
+            .filter(|below| filter && nodes.contains_key(**below))
         {
             Some(below) => name = below,
             None => break,
@@ -293,6 +314,19 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_is_never_called_nothing() {
+        let drives = |drives| serde_json::from_value(drives).unwrap();
+        let named = drives(serde_json::json!([
+            { "device": "", "qdev": "" },
+            { "device": "", "qdev": "/machine/peripheral/", "inserted": { "node-name": "n", "ro": false } },
+            { "device": "d", "qdev": "" },
+        ]));
+        let disks = disks(named, &[], &Graph::default()).unwrap();
+        let names: Vec<_> = disks.iter().map(|disk| disk.name.as_str()).collect();
+        assert_eq!(names, ["n", "d"]);
+    }
+
+    #[test]
     fn a_circle_of_filters_ends() {
         let node = |name: &str| Node {
             name: name.into(),
@@ -314,6 +348,6 @@ mod tests {
         }))
         .unwrap();
         let by_name = nodes.iter().map(|node| (node.name.as_str(), node)).collect();
-        assert_eq!(unfiltered("a", &by_name, &graph), "a");
+        assert_eq!(unfiltered("a", &by_name, &Children::of(&graph)), "a");
     }
 }

@@ -1,6 +1,6 @@
 //! What a QEMU can do, read from `query-qmp-schema`: features are asked for by name, never by version.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde::Deserialize;
 
@@ -25,37 +25,45 @@ enum Member {
     Other(serde::de::IgnoredAny),
 }
 
+impl Member {
+    fn name(self) -> Option<String> {
+        match self {
+            Self::Named { name } => Some(name),
+            Self::Other(_) => None,
+        }
+    }
+}
+
 /// The reply of `query-qmp-schema`, indexed.
 #[derive(Debug, Default)]
 pub struct Schema {
-    commands: HashMap<String, Vec<String>>,
+    /// Each with the object that its arguments are, if it has some.
+    commands: HashMap<String, Option<String>>,
+    /// Names of members. Kept once, however many commands share them.
+    arguments: HashMap<String, Vec<String>>,
 }
 
 impl Schema {
-    pub(super) fn new(entities: Entities) -> Self {
-        let members: HashMap<&str, &[Member]> = entities
-            .0
-            .iter()
-            .filter(|entity| entity.meta_type == "object")
-            .map(|entity| (entity.name.as_str(), entity.members.as_slice()))
+    pub(super) fn new(Entities(entities): Entities) -> Self {
+        let (commands, others): (Vec<_>, Vec<_>) = entities
+            .into_iter()
+            .partition(|entity| entity.meta_type == "command");
+        let commands: HashMap<_, _> = commands
+            .into_iter()
+            .map(|command| (command.name, command.arg_type))
             .collect();
-        let names = |arguments: &Option<String>| -> Vec<String> {
-            let members = arguments.as_deref().and_then(|name| members.get(name));
-            members
-                .into_iter()
-                .flat_map(|members| members.iter())
-                .filter_map(|member| match member {
-                    Member::Named { name } => Some(name.clone()),
-                    Member::Other(_) => None,
-                })
-                .collect()
-        };
-        let commands = entities.0.iter().filter(|entity| entity.meta_type == "command");
-        Self {
-            commands: commands
-                .map(|entity| (entity.name.clone(), names(&entity.arg_type)))
-                .collect(),
-        }
+        let used: HashSet<&str> = commands.values().flatten().map(String::as_str).collect();
+        let arguments = others
+            .into_iter()
+            .filter(|entity| entity.meta_type == "object" && used.contains(entity.name.as_str()))
+            .map(|entity| {
+                (
+                    entity.name,
+                    entity.members.into_iter().filter_map(Member::name).collect(),
+                )
+            })
+            .collect();
+        Self { commands, arguments }
     }
 
     pub fn has_command(&self, command: &str) -> bool {
@@ -64,11 +72,49 @@ impl Schema {
 
     /// Whether `command` exists and takes `argument` at its top level.
     pub fn command_takes(&self, command: &str, argument: &str) -> bool {
-        let arguments = self.commands.get(command);
-        arguments.is_some_and(|arguments| arguments.iter().any(|name| name == argument))
+        let arguments = self.commands.get(command).and_then(Option::as_ref);
+        let names = arguments.and_then(|object| self.arguments.get(object));
+        names.is_some_and(|names| names.iter().any(|name| name == argument))
     }
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(transparent)]
 pub(super) struct Entities(Vec<Entity>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn schema(entities: Value) -> Schema {
+        Schema::new(serde_json::from_value(entities).unwrap())
+    }
+
+    #[test]
+    fn commands_are_known_with_their_arguments() {
+        let schema = schema(json!([
+            { "name": "transaction", "meta-type": "command", "arg-type": "12", "ret-type": "0" },
+            { "name": "12", "meta-type": "object", "members": [{ "name": "actions", "type": "[5]" }] },
+            { "name": "quit", "meta-type": "command" },
+            { "name": "STOP", "meta-type": "event", "arg-type": "12" },
+            { "name": "13", "meta-type": "alternate", "members": [{ "type": "int" }] },
+        ]));
+        assert!(schema.command_takes("transaction", "actions"));
+        assert!(!schema.command_takes("transaction", "properties"));
+        assert!(schema.has_command("quit") && !schema.command_takes("quit", "actions"));
+        assert!(!schema.has_command("STOP") && !schema.has_command("12"));
+    }
+
+    #[test]
+    fn what_many_commands_share_is_kept_once() {
+        let members: Vec<Value> = (0..2000).map(|_| json!({ "name": "x".repeat(50) })).collect();
+        let mut entities = vec![json!({ "name": "o", "meta-type": "object", "members": members })];
+        entities.extend(
+            (0..10_000).map(|n| json!({ "name": n.to_string(), "meta-type": "command", "arg-type": "o" })),
+        );
+        let schema = schema(Value::Array(entities));
+        assert_eq!(schema.commands.len(), 10_000);
+        assert_eq!(schema.arguments.values().map(Vec::len).sum::<usize>(), 2000);
+    }
+}

@@ -21,7 +21,9 @@ PREFIX = /usr
 bindir = $(PREFIX)/bin
 libexecdir = $(PREFIX)/libexec
 datadir = $(PREFIX)/share
+sysconfdir = /etc
 unitdir = $(PREFIX)/lib/systemd/system
+tmpfilesdir = $(PREFIX)/lib/tmpfiles.d
 
 CARGO = cargo
 CARGO_TARGET_DIR ?= target
@@ -31,7 +33,11 @@ BUILT = $(CARGO_TARGET_DIR)/release
 # Tests mount things; in a mount namespace of their own, which only root can make, nothing stays if they are killed.
 PRIVATELY = $(shell [ "$$(id -u)" = 0 ] && echo unshare --mount --)
 
-.PHONY: help setup build test demo bench fuzz install clean
+# Where the package is made, and its version, if it is to be another than that of its changelog.
+DEB_DIR = $(CARGO_TARGET_DIR)/debian
+DEB_VERSION =
+
+.PHONY: help setup build test demo bench fuzz deb install clean
 
 help:
 	@echo "make demo       a real backup of a real virtual machine, from nothing"
@@ -39,6 +45,7 @@ help:
 	@echo "make bench      how fast it is, and how fast others are"
 	@echo "make fuzz       random input for what reads others' bytes; FUZZ_SECONDS=600 for each, FUZZ_TARGETS='qmp options'"
 	@echo "make build      both programs, optimised"
+	@echo "make deb        a Debian package, in target/debian"
 	@echo "make install    DESTDIR= PREFIX=/usr"
 	@echo "make clean      removes what was built"
 
@@ -95,12 +102,29 @@ install: $(BUILT)/backupd $(BUILT)/backupctl
 	$(fill) dbus/org.example.Backup1.service \
 	    > '$(DESTDIR)$(datadir)/dbus-1/system-services/org.example.Backup1.service'
 	$(fill) systemd/backupd.service > '$(DESTDIR)$(unitdir)/backupd.service'
+	install -D -m 644 systemd/backupd.tmpfiles '$(DESTDIR)$(tmpfilesdir)/backupd.conf'
+	install -d '$(DESTDIR)$(sysconfdir)/backupd/domains.d'
+	[ -e '$(DESTDIR)$(sysconfdir)/backupd/backupd.toml' ] || \
+	    install -m 644 docs/backupd.toml '$(DESTDIR)$(sysconfdir)/backupd/backupd.toml'
+	install -D -m 644 -t '$(DESTDIR)$(datadir)/man/man8' docs/man/backupd.8
+	install -D -m 644 -t '$(DESTDIR)$(datadir)/man/man5' docs/man/backupd.toml.5
 	install -d '$(DESTDIR)$(datadir)/man/man1' '$(DESTDIR)$(datadir)/bash-completion/completions' \
 	    '$(DESTDIR)$(datadir)/zsh/vendor-completions' '$(DESTDIR)$(datadir)/fish/vendor_completions.d'
 	$(BUILT)/backupctl man '$(DESTDIR)$(datadir)/man/man1'
 	$(BUILT)/backupctl completions bash > '$(DESTDIR)$(datadir)/bash-completion/completions/backupctl'
 	$(BUILT)/backupctl completions zsh > '$(DESTDIR)$(datadir)/zsh/vendor-completions/_backupctl'
 	$(BUILT)/backupctl completions fish > '$(DESTDIR)$(datadir)/fish/vendor_completions.d/backupctl.fish'
+
+# Debian's own tools make the package, from a copy of what they want to find beside them. They come as build packages,
+# which tests/setup.sh installs.
+deb: setup $(BUILT)/backupd $(BUILT)/backupctl
+	rm -rf '$(DEB_DIR)/build'
+	mkdir -p '$(DEB_DIR)/build'
+	cp -r systemd/debian README.md docs '$(DEB_DIR)/build/'
+	[ -z '$(DEB_VERSION)' ] || sed -i '1s|(.*)|($(DEB_VERSION))|' '$(DEB_DIR)/build/debian/changelog'
+	cd '$(DEB_DIR)/build' && SOURCE='$(CURDIR)' BUILT='$(abspath $(BUILT))' \
+	    dpkg-buildpackage --build=binary --no-sign --no-pre-clean
+	rm -rf '$(DEB_DIR)/build'
 
 clean:
 	$(CARGO) clean

@@ -17,6 +17,7 @@ pub mod daemon;
 pub mod dialog;
 pub mod disk;
 pub mod eavesdropper;
+pub mod guest;
 pub mod journal;
 pub mod observer;
 pub mod peer;

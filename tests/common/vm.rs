@@ -9,6 +9,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::disk::{Disk, Kind};
+use super::guest::{self, Guest};
 use super::observer::Observer;
 use super::process::{self, Process};
 use super::wait;
@@ -21,6 +22,7 @@ pub struct Builder {
     disks: Vec<Disk>,
     extra: Vec<String>,
     running: bool,
+    guest: bool,
 }
 
 impl Builder {
@@ -33,6 +35,7 @@ impl Builder {
             disks: Vec::new(),
             extra: Vec::new(),
             running: false,
+            guest: false,
         }
     }
 
@@ -60,7 +63,13 @@ impl Builder {
         self
     }
 
-    /// Makes the images and starts QEMU; ready when its monitor answers.
+    /// A guest that runs, and can power off: see [`Vm::guest`].
+    pub fn guest(mut self) -> Self {
+        self.guest = true;
+        self
+    }
+
+    /// Makes the images and starts QEMU; ready when its monitor answers, and its guest has booted, if it has one.
     #[track_caller]
     pub fn start(self) -> Vm {
         std::fs::create_dir_all(&self.dir).expect("the machine's directory is made");
@@ -68,7 +77,7 @@ impl Builder {
         command.args(["-name", &self.name, "-uuid", &self.uuid]);
         command.args(["-machine", "q35", "-accel", "tcg", "-m", "64"]);
         command.args(["-display", "none", "-nodefaults", "-no-user-config"]);
-        if !self.running {
+        if !self.running || self.guest {
             command.arg("-S");
         }
         for socket in ["service", "observer"] {
@@ -94,20 +103,25 @@ impl Builder {
             command.args(disk.arguments(&path, &mut ide));
             paths.push(path);
         }
+        if self.guest {
+            command.args(guest::arguments(&self.dir));
+        }
         command.args(&self.extra);
         let mut process = Process::start("qemu", &self.dir, command);
         let observer = wait::until("QEMU's monitor", || {
             process.assert_running();
             Observer::connect(&self.dir.join("observer"))
         });
-        Vm {
+        let vm = Vm {
+            guest: self.guest.then(|| Guest::connect(&self.dir)),
             name: self.name,
             uuid: self.uuid,
             dir: self.dir,
             disks: self.disks.into_iter().zip(paths).collect(),
             observer: Mutex::new(observer),
             process,
-        }
+        };
+        vm.boot()
     }
 }
 
@@ -140,6 +154,7 @@ pub struct Vm {
     dir: PathBuf,
     disks: Vec<(Disk, PathBuf)>,
     observer: Mutex<Observer>,
+    guest: Option<Guest>,
     process: Process,
 }
 
@@ -154,6 +169,21 @@ pub struct Residue {
 }
 
 impl Vm {
+    #[track_caller]
+    fn boot(mut self) -> Self {
+        if self.guest.is_some() {
+            self.cont();
+            self.guest().wait_for_boot();
+        }
+        self
+    }
+
+    /// The guest of a machine that was made with one.
+    #[track_caller]
+    pub fn guest(&mut self) -> &mut Guest {
+        self.guest.as_mut().expect("the machine has a guest")
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -307,11 +337,17 @@ impl Vm {
         self.process.kill();
     }
 
+    /// Waits until QEMU has ended by itself, in order.
+    #[track_caller]
+    pub fn wait_for_end(&mut self) {
+        let status = self.process.wait();
+        assert_eq!(status, 0, "QEMU ends in order: {}", self.process.log());
+    }
+
     /// Ends QEMU in order, so that its images are closed and can be compared.
     #[track_caller]
     pub fn quit(&mut self) {
         self.qmp("quit", json!({}));
-        let status = self.process.wait();
-        assert_eq!(status, 0, "QEMU ends in order: {}", self.process.log());
+        self.wait_for_end();
     }
 }

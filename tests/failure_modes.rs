@@ -1,0 +1,483 @@
+//! A machine that changes, is changed by others, stands still or ends while a backup of it runs. `docs/failure-modes.md`
+//! tells users what these tests show.
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::System;
+use common::caller::{Caller, assert_completed};
+use common::disk::{Disk, Kind};
+use common::proxies::{JobProxy, Options};
+use common::proxy::Proxy;
+use common::storage::{files_below, holds};
+use common::vm::{Builder, Residue, Vm};
+use common::wait::{until_async, within};
+use serde_json::{Value, json};
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const OURS: &str = "org.example.Backup1.Error.";
+/// The virtual sizes of `vda` and `vdb`, both full of a pattern of their own.
+const VDA: u64 = 16 * MIB;
+const VDB: u64 = 8 * MIB;
+
+/// A system with a machine `web` that runs.
+struct Scene {
+    system: System,
+    vm: Vm,
+    caller: Caller,
+    before: Residue,
+}
+
+fn disks(machine: Builder) -> Builder {
+    machine
+        .disk(Disk::new("vda", VDA).fill(0, VDA, 0x11))
+        .disk(Disk::new("vdb", VDB).kind(Kind::Scsi).fill(0, VDB, 0x22))
+        .running()
+}
+
+impl Scene {
+    async fn new(machine: impl FnOnce(Builder) -> Builder) -> Self {
+        Self::of(System::start(), machine).await
+    }
+
+    async fn of(system: System, machine: impl FnOnce(Builder) -> Builder) -> Self {
+        let vm = system.configured(machine(system.vm("web")));
+        Self {
+            caller: Caller::new(&system).await,
+            before: vm.residue(),
+            system,
+            vm,
+        }
+    }
+
+    /// A backup in its middle, where it stays until it is let go on.
+    async fn begin(&self) -> JobProxy<'static> {
+        self.begin_with(Options::new()).await
+    }
+
+    async fn begin_with(&self, mut options: Options<'_>) -> JobProxy<'static> {
+        options.insert("bandwidth", Variant::from(MIB));
+        let job = self.caller.start_with("web", "", &[], options).await;
+        until_async("some progress", || async {
+            (job.progress().await.unwrap() > 0.0).then_some(())
+        })
+        .await;
+        job
+    }
+
+    /// Lets the backup go on to its end, which must be good: what the disks held when it began.
+    async fn completes(&self, job: &JobProxy<'_>) {
+        job.set_speed(0).await.unwrap();
+        assert_completed(job).await;
+        for (disk, size, pattern) in [("vda", VDA, 0x11), ("vdb", VDB, 0x22)] {
+            let image = image(job, disk).await;
+            assert!(holds(&image, "qcow2", 0, size, pattern), "{disk}");
+        }
+    }
+
+    /// Whatever happened, the machine is as before and can be backed up.
+    async fn assert_as_before(&self) {
+        assert_eq!(self.vm.residue(), self.before);
+        self.caller.complete("web", "").await;
+        assert_eq!(self.vm.residue(), self.before);
+    }
+
+    async fn domain_state(&self, wanted: &str) {
+        until_async(&format!("the machine to be {wanted}"), || async {
+            let domains = self.caller.manager.list_domains().await.unwrap();
+            domains
+                .iter()
+                .any(|domain| domain.1 == "web" && domain.3 == wanted)
+                .then_some(())
+        })
+        .await;
+    }
+
+    /// An empty image beside the machine's, as a node in its QEMU.
+    fn add_node(&self, name: &str, size: u64) {
+        let path = self.system.dir().join(name);
+        let mut create = common::process::bound("qemu-img");
+        create
+            .args(["create", "-q", "-f", "qcow2"])
+            .arg(&path)
+            .arg(size.to_string());
+        common::process::run(create).expect_success();
+        let node = json!({
+            "driver": "qcow2", "node-name": name, "file": { "driver": "file", "filename": path },
+        });
+        self.vm.qmp("blockdev-add", node);
+    }
+}
+
+async fn image(job: &JobProxy<'_>, disk: &str) -> PathBuf {
+    let disks = job.disks().await.unwrap();
+    PathBuf::from(&disks.iter().find(|row| row.0 == disk).unwrap().4)
+}
+
+/// The end of a job, which must be this error with the word in its text.
+async fn assert_failed(job: &JobProxy<'_>, error: &str, word: &str) {
+    let (result, name, message) = within("the end of the backup", job.wait()).await.unwrap();
+    assert_eq!(
+        (result.as_str(), name),
+        ("failed", format!("{OURS}{error}")),
+        "{message}"
+    );
+    assert!(message.contains(word), "{word:?} in {message:?}");
+}
+
+fn refusal(result: Result<Value, Value>) -> String {
+    result.expect_err("QEMU refuses")["desc"].to_string()
+}
+
+fn allow_poweroff() -> Options<'static> {
+    Options::from([("allow-poweroff", Variant::from(true))])
+}
+
+// The guest.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_reset_is_backed_up_all_the_same() {
+    let scene = Scene::new(disks).await;
+    let job = scene.begin().await;
+    scene.vm.qmp("system_reset", json!({}));
+    scene.vm.wait_event("RESET", |_| true);
+    scene.completes(&job).await;
+    scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_paused_is_backed_up_meanwhile_and_goes_on_afterwards() {
+    let scene = Scene::new(disks).await;
+    let job = scene.begin().await;
+    scene.vm.stop();
+    scene.domain_state("paused").await;
+    let done = job.bytes_done().await.unwrap();
+    until_async("the backup to go on", || async {
+        (job.bytes_done().await.unwrap() > done).then_some(())
+    })
+    .await;
+    scene.vm.cont();
+    scene.domain_state("running").await;
+    scene.completes(&job).await;
+    scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_powers_off_waits_for_its_backup_and_is_off_then() {
+    let mut scene = Scene::new(|machine| disks(machine).guest()).await;
+    let job = scene.begin().await;
+    scene.vm.guest().power_off();
+    scene.domain_state("shut off").await;
+    scene.completes(&job).await;
+    scene.vm.wait_for_end();
+    scene.domain_state("unreachable").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_powers_off_during_a_backup_that_is_cancelled_is_off_then() {
+    let mut scene = Scene::new(|machine| disks(machine).guest()).await;
+    let job = scene.begin().await;
+    scene.vm.guest().power_off();
+    scene.domain_state("shut off").await;
+    common::caller::cancel(&job).await;
+    scene.vm.wait_for_end();
+    assert_eq!(files_below(&scene.system.store()), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_panics_waits_for_its_backup_and_ends_then() {
+    let mut scene = Scene::new(|machine| disks(machine).guest()).await;
+    let job = scene.begin().await;
+    scene.vm.guest().panic();
+    scene.domain_state("crashed").await;
+    scene.completes(&job).await;
+    scene.vm.wait_for_end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_may_power_off_ends_its_backup() {
+    let mut scene = Scene::new(|machine| disks(machine).guest()).await;
+    let job = scene.begin_with(allow_poweroff()).await;
+    scene.vm.guest().power_off();
+    scene.vm.wait_for_end();
+    assert_failed(&job, "DomainUnreachable", "QEMU").await;
+    assert_eq!(files_below(&scene.system.store()), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_powers_off_after_its_backup_is_off_at_once() {
+    let mut scene = Scene::new(|machine| disks(machine).guest()).await;
+    scene.assert_as_before().await;
+    scene.vm.guest().power_off();
+    scene.vm.wait_for_end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_stays_when_its_guest_powers_off_stays_after_a_backup_too() {
+    for (extra, panics) in [
+        (&["-no-shutdown"][..], false),
+        (&["-action", "shutdown=pause"], false),
+        (&["-action", "panic=pause"], true),
+    ] {
+        let mut scene = Scene::new(|machine| disks(machine).guest().extra(extra)).await;
+        let job = scene.begin().await;
+        let (word, state) = match panics {
+            false => {
+                scene.vm.guest().power_off();
+                ("shutdown", "shut off")
+            }
+            true => {
+                scene.vm.guest().panic();
+                ("guest-panicked", "crashed")
+            }
+        };
+        scene.domain_state(state).await;
+        scene.completes(&job).await;
+        // After all that the service told it, and much more.
+        scene.caller.complete("web", "").await;
+        assert_eq!(
+            scene.vm.qmp("query-status", json!({}))["status"],
+            word,
+            "{extra:?}"
+        );
+    }
+}
+
+// Disks that change.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_unplugged_is_backed_up_to_its_end() {
+    let scene = Scene::new(disks).await;
+    let job = scene.begin().await;
+    scene.vm.qmp("device_del", json!({ "id": "vdb" }));
+    scene
+        .vm
+        .wait_event("DEVICE_DELETED", |data| data["device"] == "vdb");
+    // What its manager does next has to wait.
+    let node = json!({ "node-name": "vdb-format" });
+    let said = refusal(scene.vm.try_qmp("blockdev-del", node.clone()));
+    assert!(said.contains("in use"), "{said}");
+    scene.completes(&job).await;
+    scene.vm.qmp("blockdev-del", node);
+    let next = scene.caller.complete("web", "").await;
+    let disks = next.disks().await.unwrap();
+    assert_eq!(
+        disks.iter().map(|row| row.0.as_str()).collect::<Vec<_>>(),
+        ["vda"]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drive_that_goes_with_its_device_takes_the_backup_along() {
+    let mut scene = Scene::new(|machine| {
+        machine
+            .disk(Disk::new("vda", VDA).fill(0, VDA, 0x11))
+            .disk(
+                Disk::new("vdb", VDB)
+                    .kind(Kind::Scsi)
+                    .drive_style()
+                    .fill(0, VDB, 0x22),
+            )
+            .running()
+    })
+    .await;
+    let job = scene.begin().await;
+    scene.vm.qmp("device_del", json!({ "id": "vdb" }));
+    let (result, _, _) = within("the end of the backup", job.wait()).await.unwrap();
+    assert_eq!(result, "cancelled");
+    assert_eq!(files_below(&scene.system.store()), [""; 0]);
+    scene.caller.complete("web", "").await;
+    // The drive's own nodes are gone, too.
+    scene.before.nodes.retain(|node| node.starts_with("vda"));
+    assert_eq!(scene.vm.residue(), scene.before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_the_guest_does_not_let_go_is_backed_up() {
+    let scene = Scene::new(|machine| {
+        let port = "pcie-root-port,id=hole,chassis=1";
+        let node = "driver=null-co,node-name=plug,size=1048576,read-zeroes=on";
+        let device = "virtio-blk-pci,id=plugged,drive=plug,bus=hole";
+        disks(machine).extra(&["-device", port, "-blockdev", node, "-device", device])
+    })
+    .await;
+    let job = scene.begin().await;
+    scene.vm.qmp("device_del", json!({ "id": "plugged" }));
+    scene.completes(&job).await;
+    scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_cannot_be_resized_while_it_is_backed_up_and_can_afterwards() {
+    let scene = Scene::new(disks).await;
+    let job = scene.begin().await;
+    for size in [VDA * 2, VDA / 2] {
+        let resize = json!({ "node-name": "vda-format", "size": size });
+        refusal(scene.vm.try_qmp("block_resize", resize));
+    }
+    scene.completes(&job).await;
+    let resize = json!({ "node-name": "vda-format", "size": VDA * 2 });
+    scene.vm.qmp("block_resize", resize);
+    let next = scene.caller.complete("web", "").await;
+    let grown = image(&next, "vda").await;
+    assert!(holds(&grown, "qcow2", VDA, VDA, 0) && holds(&grown, "qcow2", 0, VDA, 0x11));
+}
+
+// Other tools.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_another_tool_mirrors_is_refused_by_its_qemu_and_said_to_be_busy() {
+    let scene = Scene::new(disks).await;
+    scene.add_node("mirror", VDA);
+    let with_node = scene.vm.residue();
+    let mirror = json!({
+        "job-id": "theirs", "device": "vda-format", "target": "mirror", "sync": "full", "speed": MIB,
+    });
+    scene.vm.qmp("blockdev-mirror", mirror);
+    let job = scene.caller.start("web", "").await;
+    assert_failed(&job, "QemuError", "block device is in use by block job: mirror").await;
+    assert_eq!(scene.vm.residue().jobs, ["theirs"], "theirs goes on");
+    assert_eq!(files_below(&scene.system.store()), [""; 0]);
+    scene
+        .vm
+        .qmp("block-job-cancel", json!({ "device": "theirs", "force": true }));
+    scene.vm.wait_event("BLOCK_JOB_CANCELLED", |_| true);
+    assert_eq!(scene.vm.residue(), with_node);
+    scene.caller.complete("web", "").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_backed_up_cannot_be_mirrored_and_is_backed_up_by_others_too() {
+    let scene = Scene::new(disks).await;
+    for name in ["mirror", "other"] {
+        scene.add_node(name, VDA);
+    }
+    let job = scene.begin().await;
+    let mirror = json!({
+        "job-id": "theirs", "device": "vda-format", "target": "mirror", "sync": "full",
+    });
+    refusal(scene.vm.try_qmp("blockdev-mirror", mirror));
+    let backup = json!({
+        "job-id": "theirs", "device": "vda-format", "target": "other", "sync": "full", "speed": MIB,
+    });
+    scene.vm.qmp("blockdev-backup", backup);
+    scene.completes(&job).await;
+    assert_eq!(scene.vm.residue().jobs, ["theirs"], "theirs goes on");
+    scene
+        .vm
+        .qmp("block-job-set-speed", json!({ "device": "theirs", "speed": 0 }));
+    let ended = scene
+        .vm
+        .wait_event("BLOCK_JOB_COMPLETED", |data| data["device"] == "theirs");
+    assert_eq!(ended["data"]["error"], Value::Null, "{ended}");
+    for name in ["mirror", "other"] {
+        scene.vm.qmp("blockdev-del", json!({ "node-name": name }));
+    }
+    scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_made_by_another_tool_changes_nothing_of_the_instant() {
+    let scene = Scene::new(disks).await;
+    let job = scene.begin().await;
+    let snapshot = json!({
+        "node-name": "vda-format", "snapshot-node-name": "overlay", "format": "qcow2",
+        "snapshot-file": scene.system.dir().join("overlay.qcow2"),
+    });
+    scene.vm.qmp("blockdev-snapshot-sync", snapshot);
+    // Into the overlay.
+    scene.vm.write("vda", 0, VDA, 0x77);
+    scene.completes(&job).await;
+    assert!(scene.vm.residue().jobs.is_empty());
+    let next = scene.caller.complete("web", "").await;
+    assert!(holds(&image(&next, "vda").await, "qcow2", 0, VDA, 0x77));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_fails_while_a_backup_runs_and_works_afterwards() {
+    let scene = Scene::new(disks).await;
+    let job = scene.begin().await;
+    let migrate = || {
+        scene.vm.qmp("migrate", json!({ "uri": "exec:cat>/dev/null" }));
+        common::wait::until("the migration's end", || {
+            let status = scene.vm.qmp("query-migrate", json!({}))["status"].clone();
+            [json!("completed"), json!("failed")]
+                .contains(&status)
+                .then_some(status)
+        })
+    };
+    assert_eq!(migrate(), "failed");
+    scene.domain_state("running").await;
+    scene.completes(&job).await;
+    scene.assert_as_before().await;
+    assert_eq!(migrate(), "completed");
+}
+
+// QEMU, and the way to it.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_stands_still_keeps_nobody_else_waiting_and_goes_on() {
+    let mut scene = Scene::new(disks).await;
+    let other = scene.system.configured(disks(scene.system.vm("other")));
+    let job = scene.begin().await;
+    scene.vm.freeze();
+    scene.caller.complete("other", "").await;
+    assert_eq!(job.state().await.unwrap(), "running");
+    assert_eq!(other.residue().jobs, [""; 0]);
+    scene.vm.thaw();
+    scene.completes(&job).await;
+    scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_stands_still_for_too_long_fails_its_backup_and_is_cleaned_up_when_it_goes_on() {
+    let system = System::setup().table("[deadlines]\nstall-seconds = 2").start();
+    let mut scene = Scene::of(system, disks).await;
+    let job = scene.begin().await;
+    scene.vm.freeze();
+    // Copying at the limit that it began with, it might have nothing to tell for longer.
+    job.set_speed(0).await.unwrap();
+    assert_failed(&job, "TargetInvalid", "no sign of life for 2 seconds").await;
+    scene.vm.thaw();
+    until_async("QEMU to be rid of the backup", || async {
+        (scene.vm.residue() == scene.before).then_some(())
+    })
+    .await;
+    assert_eq!(files_below(&scene.system.store()), [""; 0]);
+    until_async("the next backup", || async {
+        let next = scene.caller.try_start("web", "", &[], Options::new()).await;
+        Some(assert_completed(&scene.caller.job(next.ok()?).await).await)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_monitor_that_is_lost_in_the_middle_and_comes_back_makes_no_difference() {
+    let system = System::start();
+    let vm = disks(system.vm("web")).start();
+    let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
+    system.write_domain_file("web", &format!("monitor = \"{}\"\n", proxy.path().display()));
+    system.wait_for_domain("web");
+    let scene = Scene {
+        caller: Caller::new(&system).await,
+        before: vm.residue(),
+        system,
+        vm,
+    };
+    let job = scene.begin().await;
+    for _ in 0..3 {
+        let question = proxy.hold("query-jobs", |_| true);
+        // Who looks has the service ask.
+        job.progress().await.unwrap();
+        tokio::task::spawn_blocking(move || {
+            question.reached();
+            question.cut();
+        })
+        .await
+        .unwrap();
+    }
+    scene.completes(&job).await;
+    scene.assert_as_before().await;
+}

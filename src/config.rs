@@ -342,6 +342,28 @@ mod tests {
     }
 
     #[test]
+    fn the_example_file_and_the_manual_page_say_the_defaults() {
+        let example = include_str!("../docs/backupd.toml");
+        // Text has a space after its mark; settings have none.
+        let set: String = example
+            .lines()
+            .map(|line| {
+                line.strip_prefix('#')
+                    .filter(|rest| !rest.starts_with(' '))
+                    .unwrap_or("")
+            })
+            .map(|line| format!("{line}\n"))
+            .collect();
+        assert_eq!(parse(&set).unwrap(), parse("").unwrap());
+        let page = include_str!("../docs/man/backupd.toml.5").replace("\\-", "-");
+        for key in set.lines().filter_map(|line| line.split_once(" = ")) {
+            assert!(page.contains(key.0), "{}", key.0);
+        }
+        let keys = set.lines().filter(|line| line.contains(" = ")).count();
+        assert!(keys >= 20, "{set}");
+    }
+
+    #[test]
     fn a_deadline_is_never_none() {
         let deadlines = parse("[deadlines]\nstall-seconds = 5").unwrap().deadlines;
         assert_eq!(deadlines.stall(), Duration::from_secs(5));

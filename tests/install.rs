@@ -34,17 +34,24 @@ fn install_fills_a_directory() {
         pages.contains(&"usr/share/man/man1/backupctl.1".to_owned()),
         "{pages:?}"
     );
+    let of_the_service = [
+        "usr/share/man/man5/backupd.toml.5",
+        "usr/share/man/man8/backupd.8",
+    ];
     assert!(
         pages
             .iter()
-            .all(|page| page.starts_with("usr/share/man/man1/backupctl")),
+            .all(|page| page.starts_with("usr/share/man/man1/backupctl")
+                || of_the_service.contains(&page.as_str())),
         "{pages:?}"
     );
     assert_eq!(
         files,
         [
+            "etc/backupd/backupd.toml",
             "usr/bin/backupctl",
             "usr/lib/systemd/system/backupd.service",
+            "usr/lib/tmpfiles.d/backupd.conf",
             "usr/libexec/backupd",
             "usr/share/bash-completion/completions/backupctl",
             "usr/share/dbus-1/interfaces/org.example.Backup1.Domain.xml",

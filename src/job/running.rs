@@ -164,19 +164,18 @@ impl<'a> Running<'a> {
         while let Some(event) = events.next_now() {
             self.tracker.event(&event);
         }
-        let before: u64 = self.tracker.jobs().iter().map(|job| job.done).sum();
+        let before = self.tracker.done();
         self.tracker.query(&infos);
-        let done = self.tracker.jobs().iter().map(|job| job.done).sum();
+        let done = self.tracker.done();
         let ours = |id: &str| self.tracker.jobs().iter().any(|job| job.job == id);
         let paused = infos.iter().any(|info| info.status == "paused" && ours(&info.id));
         if done != before || paused {
             self.moved = Instant::now();
         }
         let rate = self.meter.measure(Instant::now(), done);
-        let total: u64 = self.tracker.jobs().iter().map(|job| job.total).sum();
         let end = self
             .meter
-            .expected_end(Timestamp::now(), total.saturating_sub(done));
+            .expected_end(Timestamp::now(), self.tracker.total().saturating_sub(done));
         self.job.update(|status| {
             status.rate = rate;
             status.expected_end = end;

@@ -6,7 +6,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::qmp::Event;
+use crate::qmp::{self, Event};
 
 /// An entry of `query-jobs`.
 #[derive(Debug, Deserialize)]
@@ -18,7 +18,7 @@ pub struct JobInfo {
     pub current_progress: u64,
     #[serde(default)]
     pub total_progress: u64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "qmp::words")]
     pub error: Option<String>,
 }
 
@@ -68,6 +68,15 @@ impl Tracker {
 
     pub fn jobs(&self) -> &[Tracked] {
         &self.0
+    }
+
+    /// Bytes of all jobs, done and in all. A peer may claim any.
+    pub fn done(&self) -> u64 {
+        self.0.iter().fold(0, |sum, job| sum.saturating_add(job.done))
+    }
+
+    pub fn total(&self) -> u64 {
+        self.0.iter().fold(0, |sum, job| sum.saturating_add(job.total))
     }
 
     pub fn all_concluded(&self) -> bool {
@@ -253,6 +262,23 @@ mod tests {
         assert!(
             matches!(&tracker.verdicts()[1], Verdict::Failed { message, .. } if message == "Input/output error")
         );
+    }
+
+    #[test]
+    fn numbers_and_words_that_no_qemu_says_are_bounded() {
+        let mut tracker = tracker();
+        let infos = ["a", "b"].map(|id| {
+            let info = json!({
+                "id": id, "status": "concluded", "error": "x".repeat(1 << 20),
+                "current-progress": u64::MAX, "total-progress": u64::MAX,
+            });
+            serde_json::from_value(info).unwrap()
+        });
+        tracker.query(&infos);
+        assert_eq!((tracker.done(), tracker.total()), (u64::MAX, u64::MAX));
+        for verdict in tracker.verdicts() {
+            assert!(matches!(verdict, Verdict::Failed { message, .. } if message.len() < 100_000));
+        }
     }
 
     #[test]

@@ -176,7 +176,7 @@ impl Driver {
 
     fn settle(&mut self, id: Option<u64>, result: Answer) {
         let Some((id, reply)) = id.and_then(|id| self.pending.remove_entry(&id)) else {
-            tracing::debug!(id, "a reply to no command that waits was ignored");
+            tracing::trace!(id, "a reply to no command that waits was ignored");
             return;
         };
         // A receiver that is gone has stopped waiting.

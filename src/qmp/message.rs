@@ -3,7 +3,7 @@
 //! A peer may say anything within a line's length. So only what its kind of message needs is read, and what is kept or
 //! passed on is bounded: a line that JSON's values would take many times over in memory stays the text that it is.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -107,6 +107,12 @@ impl Refusal {
         let Words { class, desc } = parse(error.get().as_bytes())?;
         Ok(Self::new(&class, &desc))
     }
+}
+
+/// QEMU's words in a reply, as much of them as is told.
+pub fn words<'de, D: Deserializer<'de>>(words: D) -> std::result::Result<Option<String>, D::Error> {
+    let words = Option::<String>::deserialize(words)?;
+    Ok(words.map(|words| head(&words, MAX_WORDS)))
 }
 
 pub(super) fn head(text: &str, most: usize) -> String {

@@ -19,7 +19,7 @@ pub use agent::Agent;
 pub use client::{Client, Events, EventsError};
 pub use driver::Driver;
 pub use lines::{LineTooLong, Lines};
-pub use message::{Event, Message, Refusal};
+pub use message::{Event, Message, Refusal, words};
 pub use schema::Schema;
 pub use wire::MAX_LINE;
 

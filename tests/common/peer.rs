@@ -5,11 +5,12 @@ use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
 use tokio::io::{AsyncWriteExt, Interest};
-use tokio::net::UnixStream;
+use tokio::net::{UnixListener, UnixStream};
 
 use super::wait;
 
@@ -25,6 +26,31 @@ pub struct Received {
 impl Received {
     pub fn name(&self) -> &str {
         self.command["execute"].as_str().unwrap_or_default()
+    }
+}
+
+/// A monitor's socket with the test behind it, for a domain that a file configures; gone when this is dropped.
+pub struct Imposter(tokio::task::JoinHandle<()>);
+
+impl Imposter {
+    /// Plays each connection, one after another as QEMU would.
+    #[track_caller]
+    pub fn listen<P: Future<Output = ()> + Send>(
+        path: &Path,
+        play: impl Fn(Peer) -> P + Send + 'static,
+    ) -> Self {
+        let listener = UnixListener::bind(path).expect("a socket is made");
+        Self(tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                play(Peer::new(stream)).await;
+            }
+        }))
+    }
+}
+
+impl Drop for Imposter {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
@@ -157,7 +183,7 @@ impl Peer {
     }
 
     /// The same, however long the other end has nothing to say.
-    async fn try_receive_at_any_time(&mut self) -> Option<Received> {
+    pub async fn try_receive_at_any_time(&mut self) -> Option<Received> {
         self.stream.readable().await.expect("a socket can be waited for");
         self.try_receive().await
     }

@@ -1,12 +1,13 @@
 //! A go-between on the way from the service to a real QEMU's monitor: it passes everything on as it came, descriptors
 //! too, but keeps the command that the test waits for until the test has said what becomes of it.
 
-use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -39,6 +40,10 @@ struct Shared {
     points: Mutex<Vec<Point>>,
     /// Both ends of the connection that is served.
     streams: Mutex<Vec<UnixStream>>,
+    /// Of the next connection: how much of what QEMU says is passed on before both ends are hung up.
+    budget: Mutex<Option<usize>>,
+    /// How much of what QEMU said was passed on over the last connection.
+    passed: AtomicUsize,
 }
 
 /// The go-between; it hangs up on both sides when it is dropped.
@@ -62,6 +67,8 @@ impl Proxy {
             listener: UnixListener::bind(path).expect("the proxy's socket is made"),
             points: Mutex::default(),
             streams: Mutex::default(),
+            budget: Mutex::default(),
+            passed: AtomicUsize::default(),
         });
         let (serving, monitor) = (shared.clone(), monitor.to_owned());
         std::thread::spawn(move || serving.run(&monitor));
@@ -73,6 +80,17 @@ impl Proxy {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Hangs up now, and again when QEMU has said so many bytes over the next connection.
+    pub fn cut_after(&self, bytes: usize) {
+        *lock(&self.shared.budget) = Some(bytes);
+        self.shared.hang_up();
+    }
+
+    /// How many bytes of QEMU's were passed on over the connection that is served, or was last.
+    pub fn passed(&self) -> usize {
+        self.shared.passed.load(Ordering::SeqCst)
     }
 
     /// Keeps the next command of that name whose arguments fit.
@@ -127,7 +145,7 @@ impl Hold {
 }
 
 impl Shared {
-    fn run(&self, monitor: &Path) {
+    fn run(self: &Arc<Self>, monitor: &Path) {
         while let Ok((service, _)) = self.listener.accept() {
             // Where QEMU is gone, who connected is let go.
             if let Ok(qemu) = UnixStream::connect(monitor) {
@@ -138,11 +156,14 @@ impl Shared {
         }
     }
 
-    fn serve(&self, service: &UnixStream, qemu: &UnixStream) -> io::Result<()> {
+    fn serve(self: &Arc<Self>, service: &UnixStream, qemu: &UnixStream) -> io::Result<()> {
         *lock(&self.streams) = vec![service.try_clone()?, qemu.try_clone()?];
-        let (mut from, mut to) = (qemu.try_clone()?, service.try_clone()?);
+        let (from, to) = (qemu.try_clone()?, service.try_clone()?);
+        let budget = lock(&self.budget).take().unwrap_or(usize::MAX);
+        self.passed.store(0, Ordering::SeqCst);
+        let shared = self.clone();
         std::thread::spawn(move || {
-            let _ = io::copy(&mut from, &mut to);
+            let _ = shared.pass_on(&from, &to, budget);
             let _ = to.shutdown(Shutdown::Both);
         });
         while let Some((line, descriptors)) = receive(service)? {
@@ -155,6 +176,21 @@ impl Shared {
                     break;
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn pass_on(&self, mut from: &UnixStream, mut to: &UnixStream, budget: usize) -> io::Result<()> {
+        let mut chunk = [0; 4096];
+        let mut passed = 0;
+        while passed < budget {
+            let count = from.read(&mut chunk)?.min(budget - passed);
+            if count == 0 {
+                break;
+            }
+            to.write_all(&chunk[..count])?;
+            passed += count;
+            self.passed.store(passed, Ordering::SeqCst);
         }
         Ok(())
     }

@@ -1,0 +1,343 @@
+//! Peers that no QEMU is: whatever a monitor says, or does not, there is no panic, no hang, no memory without end, and an
+//! error that says what was wrong. `tests/qmp.rs` has the client's own rules; here are whole sessions, and the service.
+
+mod common;
+#[path = "hostile/imposters.rs"]
+mod imposters;
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use backupd::catalog::Manifest;
+use backupd::qmp::{Client, Error, MAX_LINE};
+use common::System;
+use common::caller::Caller;
+use common::disk::Disk;
+use common::peer::{Imposter, Peer};
+use common::proxies::{DomainProxy, Options, error_name};
+use common::proxy::Proxy;
+use common::storage::files_below;
+use common::wait::{DEADLINE, until_async, within};
+use futures_util::future::join_all;
+use imposters::{FAILING, REACHABLE, UNREACHABLE};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+
+const MIB: usize = 1 << 20;
+const DOMAIN_UNREACHABLE: &str = "org.example.Backup1.Error.DomainUnreachable";
+
+// A session that is cut short.
+
+/// What was recorded between a client and QEMU 7.2: the greeting, the schema (shortened to what is used of it), a look at
+/// the disks, and the backup of one. `> ` is before what the client said, `< ` before what QEMU did.
+const SESSION: &str = include_str!("hostile/session");
+
+enum Step {
+    /// A command, and as the line that it is.
+    Hears(Value, &'static str),
+    Says(&'static str),
+}
+
+fn session() -> Vec<Step> {
+    let steps = SESSION.split_inclusive('\n').map(|line| match line.split_at(2) {
+        ("> ", command) => Step::Hears(serde_json::from_str(command).unwrap(), command),
+        ("< ", said) => Step::Says(said),
+        other => panic!("{other:?}"),
+    });
+    steps.collect()
+}
+
+/// Plays QEMU until it has said or heard so many bytes, then hangs up; tells how many it was of each.
+async fn play(peer: Peer, steps: &[Step], says: usize, hears: usize) -> (usize, usize) {
+    let mut stream = BufReader::new(peer.into_stream());
+    let (mut said, mut heard) = (0, 0);
+    for step in steps {
+        match step {
+            Step::Says(line) => {
+                let part = &line.as_bytes()[..line.len().min(says - said)];
+                stream.write_all(part).await.expect("the client reads");
+                said += part.len();
+                if said == says {
+                    break;
+                }
+            }
+            Step::Hears(_, expected) => {
+                let mut line = Vec::new();
+                let mut rest = (&mut stream).take((hears - heard) as u64);
+                heard += rest
+                    .read_until(b'\n', &mut line)
+                    .await
+                    .expect("the client speaks");
+                if heard == hears {
+                    break;
+                }
+                assert_eq!(line, expected.as_bytes());
+            }
+        }
+    }
+    (said, heard)
+}
+
+/// What the client saw of a session.
+#[derive(Debug, Default, PartialEq)]
+struct Seen {
+    replies: usize,
+    events: usize,
+}
+
+async fn follow(ours: tokio::net::UnixStream, steps: &[Step]) -> Seen {
+    let mut seen = Seen::default();
+    let closed = |error: &Error| assert!(matches!(error, Error::Closed(_)), "{error:?}");
+    let (client, driver) = match Client::open(ours, DEADLINE).await {
+        Ok(opened) => opened,
+        Err(error) => {
+            closed(&error);
+            return seen;
+        }
+    };
+    seen.replies += 1;
+    let mut events = client.events();
+    let driver = tokio::spawn(driver.run());
+    let commands = steps.iter().filter_map(|step| match step {
+        Step::Hears(command, _) => Some(command),
+        Step::Says(_) => None,
+    });
+    for command in commands.skip(1) {
+        let (name, arguments) = (command["execute"].as_str().unwrap(), command["arguments"].clone());
+        let result = match name {
+            "query-qmp-schema" => client
+                .schema()
+                .await
+                .map(|schema| assert!(schema.command_takes("transaction", "properties"))),
+            "add-fd" => {
+                let descriptor = OwnedFd::from(File::open("/dev/null").unwrap());
+                let added = client.execute_with_descriptor(name, arguments, descriptor);
+                added.await.map(drop)
+            }
+            _ => client.execute(name, arguments).await.map(drop),
+        };
+        match result {
+            Ok(()) => seen.replies += 1,
+            Err(error) => {
+                closed(&error);
+                // And so is every later one.
+                closed(&client.execute(name, json!({})).await.unwrap_err());
+                break;
+            }
+        }
+    }
+    drop(client);
+    driver.await.expect("the driver does not panic");
+    while events.next().await.is_ok() {
+        seen.events += 1;
+    }
+    seen
+}
+
+async fn cut(steps: &[Step], says: usize, hears: usize) -> (Seen, usize, usize) {
+    let (ours, peer) = Peer::pair();
+    let both = async { tokio::join!(follow(ours, steps), play(peer, steps, says, hears)) };
+    let (seen, (said, heard)) = within("the session", both).await;
+    (seen, said, heard)
+}
+
+#[tokio::test]
+async fn a_session_that_ends_at_any_byte_ends_in_order() {
+    let steps = session();
+    let (whole, all_said, all_heard) = cut(&steps, usize::MAX, usize::MAX).await;
+    assert!(whole.replies > 20 && whole.events > 10, "{whole:?}");
+    assert_eq!(
+        whole.replies,
+        steps
+            .iter()
+            .filter(|step| matches!(step, Step::Hears(..)))
+            .count()
+    );
+
+    let mut lines = Vec::new();
+    let mut end = 0;
+    for step in &steps {
+        if let Step::Says(line) = step {
+            end += line.len();
+            lines.push((end, line.contains("\"return\""), line.contains("\"event\"")));
+        }
+    }
+    for says in 0..all_said {
+        // What came whole counts, and nothing else.
+        let came = || lines.iter().take_while(|(end, ..)| *end <= says);
+        let expected = Seen {
+            replies: came().filter(|(_, reply, _)| *reply).count(),
+            events: came().filter(|(_, _, event)| *event).count(),
+        };
+        let (seen, said, _) = cut(&steps, says, usize::MAX).await;
+        assert_eq!((said, seen), (says, expected));
+    }
+
+    for hears in 0..all_heard {
+        let (seen, _, heard) = cut(&steps, usize::MAX, hears).await;
+        assert_eq!(heard, hears);
+        assert!(
+            seen.replies < whole.replies && seen.events <= whole.events,
+            "{hears}: {seen:?}"
+        );
+    }
+}
+
+// The service.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_an_imposter_spoils_fails_with_its_reason_and_leaves_no_image() {
+    let mut system = System::start();
+    let caller = Caller::new(&system).await;
+    let mut imposters = Vec::new();
+    for (name, play, _) in FAILING {
+        let path = system.dir().join(name);
+        imposters.push(Imposter::listen(&path, play));
+        system.write_domain_file(name, &format!("monitor = \"{}\"\n", path.display()));
+    }
+    let backups = FAILING.map(|(name, _, word)| {
+        let caller = &caller;
+        async move {
+            let job = until_async(&format!("{name} to be reached"), || async {
+                let started = caller.try_start(name, "", &[], Options::new()).await;
+                Some(caller.job(started.ok()?).await)
+            })
+            .await;
+            let ended = within(&format!("the end of the backup of {name}"), job.wait()).await;
+            let (result, _, text) = ended.unwrap();
+            assert_eq!(result, "failed", "{name}");
+            assert!(text.contains(word) && text.len() < 1000, "{name}: {text}");
+        }
+    });
+    join_all(backups).await;
+    let left = files_below(&system.store());
+    assert!(left.is_empty(), "{left:?}");
+    assert!(!system.daemon().log().contains("panicked"));
+    assert_eq!(system.stop_daemon(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_to_qemu_that_is_lost_at_any_point_costs_at_most_the_backup() {
+    let system = System::start();
+    let disk = Disk::new("vda", 8 * MIB as u64).fill(0, MIB as u64, 0x11);
+    let vm = system.vm("web").disk(disk).running().start();
+    let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
+    let monitor = format!("monitor = \"{}\"\n", proxy.path().display());
+    system.write_domain_file("web", &monitor);
+    system.wait_for_domain("web");
+    let caller = Caller::new(&system).await;
+    let before = vm.residue();
+    let looked = proxy.passed();
+    caller.complete("web", "").await;
+    let all = proxy.passed();
+
+    let (mut completed, mut lost) = (1, 0);
+    let looking = (0..4).map(|part| looked * part / 4);
+    let backing_up = (0..24).map(|part| looked + (all - looked) * part / 24);
+    for bytes in looking.chain(backing_up) {
+        proxy.cut_after(bytes);
+        let job = until_async("the backup to be accepted", || async {
+            match caller.try_start("web", "", &[], Options::new()).await {
+                Ok(path) => Some(caller.job(path).await),
+                Err(error) => {
+                    assert_eq!(error_name(&error), DOMAIN_UNREACHABLE, "{error}");
+                    None
+                }
+            }
+        })
+        .await;
+        let (result, name, text) = within("the end of the backup", job.wait()).await.unwrap();
+        match result.as_str() {
+            "completed" => completed += 1,
+            "failed" => {
+                lost += 1;
+                assert_eq!(name, DOMAIN_UNREACHABLE, "{bytes}: {text}");
+                assert!(text.contains("connection"), "{bytes}: {text}");
+            }
+            other => panic!("{bytes}: {other}"),
+        }
+        assert_eq!(vm.residue(), before, "{bytes} bytes of {all}");
+    }
+    assert!(lost > 0, "{completed} completed");
+    let store = fs::read_dir(system.store().join("web")).unwrap();
+    let backups: Vec<_> = store.map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(backups.len(), completed, "{backups:?}");
+    for backup in backups {
+        Manifest::parse(&fs::read(backup.join("manifest.json")).unwrap()).unwrap();
+    }
+}
+
+/// Memory of a process in KiB: what is held now, or the most that ever was (`VmHWM`).
+fn memory(pid: u32, field: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    line.trim_start_matches(':')
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_service_survives_every_imposter_and_goes_on_serving_others() {
+    let mut system = System::start();
+    let pid = system.daemon().pid();
+    let disk = Disk::new("vda", 8 * MIB as u64).fill(0, MIB as u64, 0x11);
+    let _good = system.configured(system.vm("good").disk(disk));
+    let caller = Arc::new(Caller::new(&system).await);
+
+    let plays = UNREACHABLE
+        .map(|(name, play, _)| (name, play))
+        .into_iter()
+        .chain(REACHABLE);
+    let mut imposters = Vec::new();
+    for (name, play) in plays {
+        let path = system.dir().join(name);
+        imposters.push(Imposter::listen(&path, play));
+        system.write_domain_file(name, &format!("monitor = \"{}\"\n", path.display()));
+    }
+
+    let unreachable = UNREACHABLE.map(|(name, _, word)| {
+        let caller = caller.clone();
+        async move {
+            // Until it is known what is wrong with it, it is being connected, or the last connection was only closed.
+            until_async(&format!("{name}: {word}"), || async {
+                let refused = caller.try_start(name, "", &[], Options::new()).await.unwrap_err();
+                let text = refused.to_string();
+                assert!(text.len() < 1000, "{name}: {text}");
+                let known = error_name(&refused) == DOMAIN_UNREACHABLE;
+                (known && text.contains(word)).then_some(())
+            })
+            .await;
+        }
+    });
+    let reachable = REACHABLE.map(|(name, _)| {
+        let caller = caller.clone();
+        async move {
+            until_async(&format!("{name} to be reached"), || async {
+                let path = caller.manager.get_domain(name).await.ok()?;
+                let domain = DomainProxy::new(&caller.connection, path).await.unwrap();
+                (domain.state().await.ok()? == "running").then_some(())
+            })
+            .await;
+        }
+    });
+    tokio::join!(join_all(unreachable), join_all(reachable), async {
+        for _ in 0..5 {
+            caller.complete("good", "").await;
+        }
+    });
+    caller.complete("good", "").await;
+
+    let most = memory(pid, "VmHWM") >> 10;
+    println!("{} imposters: {most} MiB at most", imposters.len());
+    // A line of the greatest length, twice while its buffer grows, and room for the rest.
+    assert!(most < (10 * MAX_LINE / MIB) as u64, "{most} MiB");
+    let log = system.daemon().log();
+    assert!(!log.contains("panicked"), "{log}");
+    assert!(log.len() < MIB, "{} bytes of log", log.len());
+    assert_eq!(system.daemon().pid(), pid);
+    assert_eq!(system.stop_daemon(), Some(0));
+}

@@ -1,0 +1,301 @@
+//! Imposters: what stands on a monitor's socket in place of QEMU, each with what is said of it.
+
+use futures_util::future::BoxFuture;
+use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
+
+use super::common::peer::{GREETING, Peer};
+
+const MIB: usize = 1 << 20;
+
+/// What an imposter does with a connection.
+pub type Play = fn(Peer) -> BoxFuture<'static, ()>;
+
+/// The text of a reply that QEMU without disks would give.
+fn plain(command: &str) -> Value {
+    match command {
+        "query-uuid" => json!({ "UUID": "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10" }),
+        "query-status" => json!({ "status": "running", "running": true }),
+        "x-debug-query-block-graph" => json!({ "nodes": [], "edges": [] }),
+        _ => json!([]),
+    }
+}
+
+fn reply(value: &Value, id: &Value) -> String {
+    format!("{}\r\n", json!({ "return": value, "id": id }))
+}
+
+/// Greets, then answers each command with what `answer` makes of its name and id, until the other end is gone.
+async fn converse(mut peer: Peer, mut answer: impl FnMut(&str, &Value) -> String) {
+    if peer
+        .say_bytes(format!("{GREETING}\r\n").as_bytes())
+        .await
+        .is_err()
+    {
+        return;
+    }
+    while let Some(command) = peer.try_receive_at_any_time().await {
+        let name = command.name();
+        let answer = match name {
+            "qmp_capabilities" => reply(&json!({}), &command.command["id"]),
+            _ => answer(name, &command.command["id"]),
+        };
+        if peer.say_bytes(answer.as_bytes()).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Answers this one command with this, and the others as QEMU would.
+async fn converse_but(peer: Peer, but: &'static str, with: Value) {
+    converse(peer, |name, id| {
+        let value = if name == but { with.clone() } else { plain(name) };
+        reply(&value, id)
+    })
+    .await;
+}
+
+/// Says bytes that are ready, then the same again, until the other end is gone.
+async fn say_again_and_again(mut peer: Peer, bytes: Vec<u8>) {
+    while peer.say_bytes(&bytes).await.is_ok() {}
+}
+
+/// Those that cannot be reached, and what is said of them.
+pub const UNREACHABLE: [(&str, Play, &str); 12] = [
+    (
+        "garbage",
+        |peer| Box::pin(say_again_and_again(peer, b"\x00\xff\xfe!\n".to_vec())),
+        "does not speak QMP",
+    ),
+    (
+        "endless",
+        |peer| Box::pin(say_again_and_again(peer, vec![b' '; 64 << 10])),
+        "without a newline",
+    ),
+    (
+        "early-event",
+        |peer| Box::pin(say_again_and_again(peer, b"{\"event\": \"STOP\"}\r\n".to_vec())),
+        "no QMP greeting",
+    ),
+    ("hangs-up", |peer| Box::pin(async { drop(peer) }), "closed"),
+    (
+        "silent",
+        |peer| Box::pin(async { drop(within_a_while(peer.into_stream()).await) }),
+        "did not greet",
+    ),
+    (
+        "wrong-ids",
+        |peer| {
+            Box::pin(converse(peer, |name, id| {
+                reply(&plain(name), &json!(id.as_u64().unwrap() + 1000))
+            }))
+        },
+        "did not describe itself in time",
+    ),
+    (
+        "no-ids",
+        |peer| {
+            Box::pin(converse(peer, |name, _| {
+                format!("{}\n", json!({ "return": plain(name) }))
+            }))
+        },
+        "did not describe itself in time",
+    ),
+    (
+        "wrong-type",
+        |peer| Box::pin(converse_but(peer, "query-qmp-schema", json!(7))),
+        "unexpected reply to query-qmp-schema",
+    ),
+    (
+        "wrong-type-later",
+        |peer| {
+            Box::pin(converse_but(
+                peer,
+                "query-status",
+                json!({ "status": ["running"] }),
+            ))
+        },
+        "unexpected reply to query-status",
+    ),
+    (
+        "nested",
+        |peer| {
+            let deep = format!("{}0{}", "[".repeat(1000), "]".repeat(1000));
+            Box::pin(converse(peer, move |_, _| {
+                format!("{{\"event\": \"DEEP\", \"data\": {deep}}}\n")
+            }))
+        },
+        "recursion",
+    ),
+    (
+        "neither",
+        |peer| Box::pin(converse(peer, |_, id| format!("{}\n", json!({ "id": id })))),
+        "neither reply nor event",
+    ),
+    (
+        "many-disks",
+        |peer| {
+            Box::pin(converse_but(
+                peer,
+                "query-block",
+                Value::Array(vec![drive("d"); 10_000]),
+            ))
+        },
+        "claims disks that no QEMU has",
+    ),
+];
+
+/// Those that a domain can be made of, however strange: what they say is what is believed of it.
+pub const REACHABLE: [(&str, Play); 5] = [
+    ("twice", |peer| {
+        Box::pin(converse(peer, |name, id| reply(&plain(name), id).repeat(2)))
+    }),
+    ("events-between", |peer| {
+        let noise = "{\"event\": \"NOISE\", \"data\": [[], {\"a\": null}]}\n".repeat(200);
+        Box::pin(converse(peer, move |name, id| {
+            format!("{noise}{}{noise}", reply(&plain(name), id))
+        }))
+    }),
+    // Each asks for another look.
+    ("events-that-matter", |peer| {
+        Box::pin(converse(peer, |name, id| {
+            format!("{}{{\"event\": \"STOP\"}}\n", reply(&plain(name), id))
+        }))
+    }),
+    ("large-schema", |peer| {
+        Box::pin(converse_but(peer, "query-qmp-schema", large_schema()))
+    }),
+    ("large-graph", |peer| {
+        Box::pin(converse(peer, |name, id| {
+            let value = match name {
+                "query-qmp-schema" => {
+                    json!([{ "name": "x-debug-query-block-graph", "meta-type": "command" }])
+                }
+                "query-block" => Value::Array((0..256).map(|n| drive(&n.to_string())).collect()),
+                "query-named-block-nodes" => Value::Array((0..2000).map(filter).collect()),
+                "x-debug-query-block-graph" => circle(),
+                _ => plain(name),
+            };
+            reply(&value, id)
+        }))
+    }),
+];
+
+/// Those that fail a backup on its way, and what is said of it.
+pub const FAILING: [(&str, Play, &str); 8] = [
+    (
+        "no-descriptor-set",
+        |peer| Box::pin(converse_as_machine(peer, "add-fd", json!({ "fd": 3 }))),
+        "unexpected reply to add-fd",
+    ),
+    (
+        "negative-set",
+        |peer| Box::pin(converse_as_machine(peer, "add-fd", json!({ "fdset-id": -1 }))),
+        "unexpected reply to add-fd",
+    ),
+    (
+        "no-job",
+        |peer| Box::pin(converse_as_machine(peer, "", Value::Null)),
+        "the job is gone",
+    ),
+    (
+        "jobs-of-another-type",
+        |peer| Box::pin(converse_as_machine(peer, "query-jobs", json!({ "jobs": [] }))),
+        "unexpected reply to query-jobs",
+    ),
+    (
+        "sets-of-another-type",
+        |peer| Box::pin(converse_as_machine(peer, "query-fdsets", json!("sets"))),
+        "the job is gone",
+    ),
+    (
+        "hangs-up-on-descriptor",
+        |peer| Box::pin(hang_up_on(peer, "add-fd")),
+        "closed",
+    ),
+    (
+        "hangs-up-on-node",
+        |peer| Box::pin(hang_up_on(peer, "blockdev-add")),
+        "closed",
+    ),
+    (
+        "hangs-up-on-format",
+        |peer| Box::pin(hang_up_on(peer, "blockdev-create")),
+        "closed",
+    ),
+];
+
+/// A reply of a QEMU with one disk that can do all that a backup needs.
+fn machine(command: &str) -> Value {
+    let command_entity = |name| json!({ "name": name, "meta-type": "command", "arg-type": "a" });
+    match command {
+        "query-qmp-schema" => json!([
+            command_entity("transaction"),
+            command_entity("blockdev-backup"),
+            command_entity("blockdev-create"),
+            { "name": "a", "meta-type": "object", "members": [{ "name": "properties" }] },
+        ]),
+        "query-block" => json!([drive("vda")]),
+        "query-named-block-nodes" => {
+            let image = json!({ "virtual-size": MIB, "actual-size": MIB });
+            json!([{ "node-name": "0", "drv": "qcow2", "file": "/nowhere/vda", "image": image }])
+        }
+        "add-fd" => json!({ "fdset-id": 0, "fd": 3 }),
+        "blockdev-add" | "blockdev-create" | "blockdev-del" | "job-dismiss" | "transaction" => json!({}),
+        _ => plain(command),
+    }
+}
+
+async fn converse_as_machine(peer: Peer, but: &'static str, with: Value) {
+    converse(peer, |name, id| {
+        let value = if name == but { with.clone() } else { machine(name) };
+        reply(&value, id)
+    })
+    .await;
+}
+
+async fn hang_up_on(mut peer: Peer, command: &'static str) {
+    peer.greet().await;
+    while let Some(received) = peer.try_receive_at_any_time().await {
+        if received.name() == command {
+            return;
+        }
+        peer.answer(&received, machine(received.name())).await;
+    }
+}
+
+/// Until the other end hangs up.
+async fn within_a_while(mut stream: tokio::net::UnixStream) -> tokio::net::UnixStream {
+    let _ = stream.read_u8().await;
+    stream
+}
+
+fn drive(id: &str) -> Value {
+    json!({ "device": id, "qdev": id, "inserted": { "node-name": "0", "ro": false } })
+}
+
+fn filter(number: usize) -> Value {
+    json!({ "node-name": number.to_string(), "drv": "throttle", "file": "", "image": { "virtual-size": 1 } })
+}
+
+/// One list that many commands share.
+fn large_schema() -> Value {
+    let members = vec![json!({ "name": "member" }); 5_000];
+    let mut entities = vec![json!({ "name": "o", "meta-type": "object", "members": members })];
+    entities.extend(
+        (0..20_000)
+            .map(|number| json!({ "name": number.to_string(), "meta-type": "command", "arg-type": "o" })),
+    );
+    Value::Array(entities)
+}
+
+/// Filters above one another without an end, behind many nodes that nobody asks about.
+fn circle() -> Value {
+    let node = |id: usize| json!({ "id": id, "name": id.to_string(), "type": "block-driver" });
+    let edge = |id: usize| json!({ "parent": id, "child": (id + 1) % 2000, "name": "file" });
+    let others = (10_000..40_000).map(|id| json!({ "id": id, "name": "other", "type": "block-driver" }));
+    json!({
+        "nodes": others.chain((0..2000).map(node)).collect::<Vec<_>>(),
+        "edges": (0..2000).map(edge).collect::<Vec<_>>(),
+    })
+}

@@ -78,7 +78,9 @@ impl Error {
             Self::Prepare { source, .. } | Self::Transaction(source) if !source.is_refusal() => {
                 Kind::DomainUnreachable
             }
-            Self::Format { message, .. } | Self::Copy { message, .. } if message.contains(NO_SPACE) => {
+            Self::Format { message, .. } | Self::Copy { message, .. }
+                if NO_SPACE.iter().any(|text| message.contains(text)) =>
+            {
                 Kind::NoSpace
             }
             Self::Prepare { .. }
@@ -149,8 +151,8 @@ impl From<Error> for Stopped {
     }
 }
 
-/// How the C library, and so QEMU, words ENOSPC. QEMU's job errors carry no number.
-const NO_SPACE: &str = "No space left on device";
+/// How the C library, and so QEMU, words ENOSPC and EDQUOT. QEMU's job errors carry no number.
+const NO_SPACE: [&str; 2] = ["No space left on device", "Disk quota exceeded"];
 
 impl From<Error> for crate::error::Error {
     fn from(error: Error) -> Self {

@@ -1,10 +1,9 @@
 //! Which file a file is, whatever it is called; and which files the running domains have open.
 
 use std::collections::HashSet;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, Stat, StatxFlags, makedev};
 use serde::{Deserialize, Serialize};
 
 /// A regular file or a device, independent of links to it.
@@ -30,17 +29,18 @@ impl FileId {
         Self::and_owner_at(path).map(|(id, _)| id)
     }
 
+    /// By what is known of it here: a server that does not answer must not keep those waiting who have nothing there.
     fn and_owner_at(path: &Path) -> Option<(Self, u32)> {
-        let metadata = std::fs::metadata(path).ok()?;
-        let id = if metadata.file_type().is_block_device() {
-            Self::Device(metadata.rdev())
-        } else {
-            Self::File {
-                device: metadata.dev(),
-                inode: metadata.ino(),
-            }
+        let known = AtFlags::STATX_DONT_SYNC;
+        let found = rustix::fs::statx(CWD, path, known, StatxFlags::BASIC_STATS).ok()?;
+        let id = match FileType::from_raw_mode(found.stx_mode.into()) {
+            FileType::BlockDevice => Self::Device(makedev(found.stx_rdev_major, found.stx_rdev_minor)),
+            _ => Self::File {
+                device: makedev(found.stx_dev_major, found.stx_dev_minor),
+                inode: found.stx_ino,
+            },
         };
-        Some((id, metadata.uid()))
+        Some((id, found.stx_uid))
     }
 }
 
@@ -149,12 +149,14 @@ fn below(directory: &Path) -> Vec<FileId> {
 fn device_at(directory: &Path) -> Option<FileId> {
     let text = std::fs::read_to_string(directory.join("dev")).ok()?;
     let (major, minor) = text.trim_end().split_once(':')?;
-    let device = rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?);
+    let device = makedev(major.parse().ok()?, minor.parse().ok()?);
     Some(FileId::Device(device))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     /// Whether a file counts that a domain says it has open.

@@ -18,6 +18,7 @@ pub mod dialog;
 pub mod disk;
 pub mod eavesdropper;
 pub mod guest;
+pub mod hanging;
 pub mod journal;
 pub mod observer;
 pub mod peer;

@@ -1,0 +1,263 @@
+//! Storage that fails, fills up, is taken away or stops answering while a backup goes there. `docs/failure-modes.md` tells
+//! users what these tests show, together with some in `refusals`, `endings` and `truth`.
+
+mod common;
+
+use std::process::Command;
+
+use common::System;
+use common::caller::{Caller, assert_completed};
+use common::disk::Disk;
+use common::hanging::{Hanging, Operation};
+use common::process;
+use common::proxies::{JobProxy, Options, error_name};
+use common::storage::{Tmpfs, files_below};
+use common::vm::{Residue, Vm};
+use common::wait::{until_async, within};
+use fuser::Errno;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const OURS: &str = "org.example.Backup1.Error.";
+const DOCUMENT: &str = "<domainbackup><store name='shaky'/></domainbackup>";
+
+/// A machine `web`, and a store `shaky` whose file system the test has in its hand.
+struct Scene {
+    // Before all others, which cannot be ended while it hangs.
+    storage: Hanging,
+    vm: Vm,
+    caller: Caller,
+    before: Residue,
+    system: System,
+}
+
+impl Scene {
+    /// What hangs may do so for one second.
+    async fn new() -> Self {
+        let place = common::test_directory();
+        let path = place.path().join("shaky");
+        let system = System::setup()
+            .store("shaky", &path)
+            .table("[deadlines]\nstall-seconds = 1\nfinish-seconds = 1")
+            .start();
+        let vm = system.configured(machine(&system, "web"));
+        Self {
+            storage: Hanging::mount_in(place, "shaky"),
+            caller: Caller::new(&system).await,
+            before: vm.residue(),
+            vm,
+            system,
+        }
+    }
+
+    /// A backup in its middle, where it stays until it is let go on.
+    async fn begin(&self) -> JobProxy<'static> {
+        let options = Options::from([("bandwidth", Variant::from(64 * MIB))]);
+        let job = self.caller.start_with("web", DOCUMENT, &[], options).await;
+        until_async("some progress", || async {
+            (job.progress().await.unwrap() > 0.0).then_some(())
+        })
+        .await;
+        job
+    }
+
+    async fn refused(&self) -> (String, String) {
+        let refused = self.caller.try_start("web", DOCUMENT, &[], Options::new()).await;
+        let error = refused.expect_err("the backup is refused");
+        (error_name(&error), error.to_string())
+    }
+
+    /// Nothing is left anywhere, at once or as soon as the storage answers; and the next backup there is good.
+    async fn assert_as_before(&self) {
+        until_async("nothing to be left", || async {
+            let left = files_below(self.storage.path());
+            (left.is_empty() && self.vm.residue() == self.before).then_some(())
+        })
+        .await;
+        self.caller.complete("web", DOCUMENT).await;
+        assert_eq!(self.vm.residue(), self.before);
+        assert_eq!(files_below(self.storage.path()).len(), 3);
+    }
+
+    /// While the storage hangs, others are served.
+    async fn assert_others_are_served(&self) {
+        assert!(self.storage.is_hanging());
+        let other = self.system.configured(machine(&self.system, "other"));
+        self.caller.complete("other", "").await;
+        assert_eq!(other.residue().jobs, [""; 0]);
+        assert_eq!(self.caller.manager.list_domains().await.unwrap().len(), 2);
+        assert!(self.storage.is_hanging());
+    }
+}
+
+fn machine(system: &System, name: &str) -> common::vm::Builder {
+    system
+        .vm(name)
+        .disk(Disk::new("vda", 256 * MIB).fill(0, 128 * MIB, 0x11))
+        .running()
+}
+
+/// The end of a job, which must be this error with this in its text.
+async fn assert_failed(job: &JobProxy<'_>, error: &str, text: &str) {
+    let (result, name, message) = within("the end of the backup", job.wait()).await.unwrap();
+    assert_eq!(
+        (result.as_str(), name),
+        ("failed", format!("{OURS}{error}")),
+        "{message}"
+    );
+    assert!(message.contains(text), "{text:?} in {message:?}");
+}
+
+// Errors.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_storage_says_while_data_comes_is_the_backups_end() {
+    for (errno, error, text) in [
+        (Errno::EIO, "QemuError", "disk 'vda': Input/output error"),
+        (Errno::ENOSPC, "NoSpace", "disk 'vda': No space left on device"),
+        (Errno::EDQUOT, "NoSpace", "disk 'vda': Disk quota exceeded"),
+    ] {
+        let scene = Scene::new().await;
+        let job = scene.begin().await;
+        scene.storage.fail(Operation::Write, errno);
+        assert_failed(&job, error, text).await;
+        scene.storage.heal();
+        scene.assert_as_before().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_that_does_not_become_durable_is_no_backup() {
+    for (errno, error, text) in [
+        (Errno::EIO, "Internal", "cannot fsync"),
+        (Errno::ENOSPC, "NoSpace", "No space left on device"),
+        (Errno::EDQUOT, "NoSpace", "Disk quota exceeded"),
+    ] {
+        let scene = Scene::new().await;
+        scene.storage.fail(Operation::Fsync, errno);
+        let job = scene.caller.start("web", DOCUMENT).await;
+        assert_failed(&job, error, text).await;
+        scene.storage.heal();
+        scene.assert_as_before().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_over_quota_or_read_only_or_out_of_order_is_refused_at_once() {
+    for (errno, error, text) in [
+        (Errno::EDQUOT, "NoSpace", "uota"),
+        (Errno::EROFS, "TargetInvalid", "Read-only file system"),
+        (Errno::EIO, "Internal", "cannot create"),
+    ] {
+        let scene = Scene::new().await;
+        scene.storage.fail(Operation::Create, errno);
+        let (name, message) = scene.refused().await;
+        assert_eq!(name, format!("{OURS}{error}"), "{message}");
+        assert!(message.contains(text), "{message}");
+        scene.storage.heal();
+        scene.assert_as_before().await;
+    }
+}
+
+fn remount(path: &std::path::Path, options: &str) {
+    let mut command = Command::new("mount");
+    command.args(["-o", &format!("remount,{options}")]).arg(path);
+    process::run(command).expect_success();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_read_only_or_has_no_inodes_left_is_refused_at_once() {
+    let place = common::test_directory();
+    let store = Tmpfs::mount(&place.path().join("store"), 512 * MIB);
+    let system = System::setup().store("shaky", store.path()).start();
+    let vm = system.configured(machine(&system, "web"));
+    let (caller, before) = (Caller::new(&system).await, vm.residue());
+    for (options, undone, error, text) in [
+        ("ro", "rw", "TargetInvalid", "Read-only file system"),
+        // The root's inode and those of two directories: none for the image.
+        (
+            "nr_inodes=3",
+            "nr_inodes=100",
+            "NoSpace",
+            "No space left on device",
+        ),
+    ] {
+        remount(store.path(), options);
+        let refused = caller.try_start("web", DOCUMENT, &[], Options::new()).await;
+        let refused = refused.expect_err("the backup is refused");
+        assert_eq!(error_name(&refused), format!("{OURS}{error}"), "{refused}");
+        assert!(refused.to_string().contains(text), "{refused}");
+        remount(store.path(), undone);
+        assert_eq!(std::fs::read_dir(store.path()).unwrap().count(), 0, "{options}");
+    }
+    caller.complete("web", DOCUMENT).await;
+    assert_eq!(vm.residue(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_below_a_mount_point_is_not_there_while_nothing_is_mounted() {
+    let place = common::test_directory();
+    let mount_point = place.path().join("disk");
+    let path = mount_point.join("backups");
+    let system = System::setup().store("shaky", &path).start();
+    let vm = system.configured(machine(&system, "web"));
+    let caller = Caller::new(&system).await;
+    std::fs::create_dir(&mount_point).unwrap();
+    let refused = caller.try_start("web", DOCUMENT, &[], Options::new()).await;
+    let refused = refused.expect_err("the backup is refused");
+    assert_eq!(error_name(&refused), format!("{OURS}TargetInvalid"), "{refused}");
+    assert!(
+        refused.to_string().contains("the directory does not exist"),
+        "{refused}"
+    );
+    assert_eq!(std::fs::read_dir(&mount_point).unwrap().count(), 0);
+    let disk = Tmpfs::mount(&mount_point, 512 * MIB);
+    std::fs::create_dir(&path).unwrap();
+    caller.complete("web", DOCUMENT).await;
+    assert_eq!(files_below(disk.path()).len(), 3);
+    drop(vm);
+}
+
+// Silence.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_that_hangs_while_data_comes_fails_its_backup_in_time_and_keeps_nobody_else_waiting() {
+    let scene = Scene::new().await;
+    let job = scene.begin().await;
+    scene.storage.hang(Operation::Any);
+    scene.storage.affected().await;
+    job.set_speed(0).await.unwrap();
+    assert_failed(&job, "TargetInvalid", "no sign of life").await;
+    scene.assert_others_are_served().await;
+    scene.storage.heal();
+    scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_that_hangs_when_data_is_to_be_durable_fails_its_backup_in_time() {
+    let scene = Scene::new().await;
+    scene.storage.hang(Operation::Fsync);
+    let job = scene.caller.start("web", DOCUMENT).await;
+    assert_failed(&job, "TargetInvalid", "no sign of life").await;
+    scene.assert_others_are_served().await;
+    scene.storage.heal();
+    scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_that_hangs_before_anything_is_copied_refuses_the_backup_in_time() {
+    let scene = Scene::new().await;
+    scene.storage.hang(Operation::Any);
+    let (name, message) = within("an answer", scene.refused()).await;
+    assert_eq!(name, format!("{OURS}TargetInvalid"), "{message}");
+    assert!(message.contains("no sign of life"), "{message}");
+    scene.assert_others_are_served().await;
+    scene.storage.heal();
+    until_async("the machine to be free for the next", || async {
+        let next = scene.caller.try_start("web", DOCUMENT, &[], Options::new()).await;
+        Some(assert_completed(&scene.caller.job(next.ok()?).await).await)
+    })
+    .await;
+    assert_eq!(files_below(scene.storage.path()).len(), 3);
+    assert_eq!(scene.vm.residue(), scene.before);
+}

@@ -396,6 +396,28 @@ async fn a_snapshot_made_by_another_tool_changes_nothing_of_the_instant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_made_while_only_what_an_image_holds_is_copied_fails_the_backup() {
+    // Into a raw image QEMU copies what the disk's image holds, and looks for that in what is on top at the time.
+    let scene = Scene::new(disks).await;
+    let raw = "<domainbackup><disks><disk name='vda'><driver type='raw'/></disk></disks></domainbackup>";
+    let options = Options::from([("bandwidth", Variant::from(MIB))]);
+    let job = scene.caller.start_with("web", raw, &[], options).await;
+    until_async("the backup to run", || async {
+        (job.state().await.unwrap() == "running").then_some(())
+    })
+    .await;
+    let snapshot = json!({
+        "node-name": "vda-format", "snapshot-node-name": "overlay", "format": "qcow2",
+        "snapshot-file": scene.system.dir().join("overlay.qcow2"),
+    });
+    scene.vm.qmp("blockdev-snapshot-sync", snapshot);
+    job.set_speed(0).await.unwrap();
+    assert_failed(&job, "QemuError", "another image").await;
+    assert_eq!(files_below(&scene.system.store()), [""; 0]);
+    scene.caller.complete("web", raw).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_migration_fails_while_a_backup_runs_and_works_afterwards() {
     let scene = Scene::new(disks).await;
     let job = scene.begin().await;

@@ -504,3 +504,32 @@ async fn a_monitor_that_is_lost_in_the_middle_and_comes_back_makes_no_difference
     scene.completes(&job).await;
     scene.assert_as_before().await;
 }
+
+// The page for users.
+
+#[test]
+fn every_test_that_the_page_names_is_there() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/failure-modes.md")).unwrap();
+    let mut named = 0;
+    for row in page.lines().filter(|line| line.starts_with("| ")) {
+        let cell = row.trim_end_matches(" |").rsplit("| ").next().unwrap();
+        let mut file = "";
+        for part in cell.split(", ") {
+            let name = match part.split_once(": `") {
+                Some((of, name)) => {
+                    file = of;
+                    name
+                }
+                None => part.trim_start_matches('`'),
+            };
+            let Some(name) = name.strip_suffix('`') else {
+                continue;
+            };
+            let code = std::fs::read_to_string(root.join(format!("tests/{file}.rs"))).unwrap();
+            assert!(code.contains(&format!("async fn {name}()")), "{file}: {name}");
+            named += 1;
+        }
+    }
+    assert!(named > 30, "{named} tests are found");
+}

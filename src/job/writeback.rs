@@ -13,22 +13,17 @@ const PACE: Duration = Duration::from_millis(20);
 
 /// Goes on until it is dropped. Whatever happens here, the data is made durable, and checked for errors, at the end.
 pub(super) async fn write_back(targets: &Targets) -> Infallible {
-    match targets.writeback() {
-        Ok(writeback) => {
-            let writeback = Arc::new(writeback);
-            let mut pace = tokio::time::interval(PACE);
-            pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                pace.tick().await;
-                let writeback = Arc::clone(&writeback);
-                // A device that cannot keep up makes this wait.
-                let started = tokio::task::spawn_blocking(move || writeback.start()).await;
-                if started.is_err() {
-                    break;
-                }
-            }
+    let writeback = Arc::new(targets.writeback());
+    let mut pace = tokio::time::interval(PACE);
+    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        pace.tick().await;
+        let writeback = Arc::clone(&writeback);
+        // A device that cannot keep up makes this wait.
+        let started = tokio::task::spawn_blocking(move || writeback.start()).await;
+        if started.is_err() {
+            break;
         }
-        Err(error) => tracing::debug!(%error, "what is copied is written at the end only"),
     }
     std::future::pending().await
 }

@@ -25,6 +25,7 @@ pub use writeback::Writeback;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FileType;
@@ -69,7 +70,8 @@ pub struct Target {
     /// Where the data will be, for people.
     pub label: String,
     pub media: Media,
-    file: OwnedFd,
+    /// Closing it waits for its storage, so the last one who has it is somebody who may wait.
+    file: Arc<OwnedFd>,
     id: FileId,
     publication: Publication,
     /// Content that was there before may have been changed.
@@ -163,8 +165,8 @@ impl Targets {
     }
 
     /// For sending the data on its way while it is still coming.
-    pub fn writeback(&self) -> io::Result<Writeback> {
-        self.targets.iter().map(Target::descriptor).collect()
+    pub fn writeback(&self) -> Writeback {
+        self.targets.iter().map(|target| target.file.clone()).collect()
     }
 
     /// Makes the data durable. Nothing has its final name yet. QEMU has let go of the targets.
@@ -271,7 +273,7 @@ impl Target {
             label,
             media,
             id: FileId::of(&stat),
-            file,
+            file: Arc::new(file),
             publication,
             written: AtomicBool::new(false),
             sparse: false,

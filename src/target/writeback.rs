@@ -4,12 +4,13 @@
 //! when the data is made durable. Writing it while more is still being copied takes the two at the same time.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{Advice, fadvise};
 
 /// The places of a backup under way.
 #[derive(Debug)]
-pub struct Writeback(Vec<OwnedFd>);
+pub struct Writeback(Vec<Arc<OwnedFd>>);
 
 impl Writeback {
     /// Starts to write what is in memory, and lets go of what is written: a backup is not read again soon, and the
@@ -25,8 +26,8 @@ impl Writeback {
     }
 }
 
-impl FromIterator<OwnedFd> for Writeback {
-    fn from_iter<I: IntoIterator<Item = OwnedFd>>(files: I) -> Self {
+impl FromIterator<Arc<OwnedFd>> for Writeback {
+    fn from_iter<I: IntoIterator<Item = Arc<OwnedFd>>>(files: I) -> Self {
         Self(files.into_iter().collect())
     }
 }

@@ -32,13 +32,13 @@ struct Scene {
 }
 
 impl Scene {
-    /// What hangs may do so for one second.
+    /// What hangs may do so for a few seconds, more than a loaded machine takes for a sign of life.
     async fn new() -> Self {
         let place = common::test_directory();
         let path = place.path().join("shaky");
         let system = System::setup()
             .store("shaky", &path)
-            .table("[deadlines]\nstall-seconds = 1\nfinish-seconds = 1")
+            .table("[deadlines]\nstall-seconds = 3\nfinish-seconds = 3")
             .start();
         let vm = system.configured(machine(&system, "web"));
         Self {

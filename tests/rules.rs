@@ -651,5 +651,4 @@ fn no_example_is_installed() {
         "{commands}"
     );
     assert!(!commands.contains("rules"), "{commands}");
-    assert!(!commands.contains("docs"), "{commands}");
 }

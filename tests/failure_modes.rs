@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use common::System;
 use common::caller::{Caller, assert_completed};
 use common::disk::{Disk, Kind};
-use common::proxies::{JobProxy, Options};
+use common::proxies::{JobProxy, Options, error_name};
 use common::proxy::Proxy;
 use common::storage::{files_below, holds};
 use common::vm::{Builder, Residue, Vm};
@@ -435,6 +435,26 @@ async fn a_migration_fails_while_a_backup_runs_and_works_afterwards() {
     scene.completes(&job).await;
     scene.assert_as_before().await;
     assert_eq!(migrate(), "completed");
+    // Its disks are another QEMU's now.
+    let refused = scene.caller.try_start("web", "", &[], Options::new()).await;
+    let refused = refused.expect_err("the backup is refused");
+    assert_eq!(
+        error_name(&refused),
+        "org.example.Backup1.Error.DomainUnreachable"
+    );
+    assert!(refused.to_string().contains("migrated away"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_still_to_come_is_not_backed_up() {
+    let system = System::start();
+    let vm = system.configured(disks(system.vm("web")).extra(&["-incoming", "defer"]));
+    let caller = Caller::new(&system).await;
+    let refused = caller.try_start("web", "", &[], Options::new()).await;
+    let refused = refused.expect_err("the backup is refused");
+    assert_eq!(error_name(&refused), "org.example.Backup1.Error.Busy");
+    assert!(refused.to_string().contains("being migrated"), "{refused}");
+    drop(vm);
 }
 
 // QEMU, and the way to it.

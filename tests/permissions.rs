@@ -23,9 +23,10 @@ const MIB: u64 = 1 << 20;
 const OWNER: u32 = 2;
 const READER: u32 = 3;
 
-const EVERYTHING: [&str; 9] = [
+const EVERYTHING: [&str; 10] = [
     "service.search-domains",
     "service.register-domain",
+    "service.rescan",
     "domain.getattr",
     "domain.see-foreign",
     "domain.read",
@@ -55,7 +56,8 @@ impl Person {
             Permission::DomainSeeForeign => false,
             Permission::DomainGetattr => !domain.hidden,
             Permission::DomainRead => self.who != "denied",
-            Permission::DomainBackup
+            Permission::ServiceRescan
+            | Permission::DomainBackup
             | Permission::DomainExport
             | Permission::DomainAbort
             | Permission::DomainSetSpeed => self.who == "allowed",
@@ -187,6 +189,7 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
         "ListDomains" | "ListJobs" | "Subscribe" | "Unsubscribe" => {
             call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &()).await
         }
+        "Rescan" => call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &Options::new()).await,
         "Domain.CreateBackup" => {
             let body = (store, no_files(), Options::new());
             call(caller, path, DOMAIN_INTERFACE, "CreateBackup", &body).await
@@ -238,6 +241,7 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
     };
     for permission in [
         Permission::ServiceSearchDomains,
+        Permission::ServiceRescan,
         Permission::DomainRead,
         Permission::DomainAbort,
         Permission::DomainSetSpeed,

@@ -12,6 +12,8 @@ pub enum Permission {
     ServiceSearchDomains,
     /// Make a domain known by passing its monitor.
     ServiceRegisterDomain,
+    /// Have the records of the backups in the stores made anew.
+    ServiceRescan,
     /// Know that a domain exists, its name, UUID and state.
     DomainGetattr,
     /// The same of a domain that another user registered, beside [`Permission::DomainGetattr`].
@@ -70,7 +72,7 @@ pub struct Entry {
 const CREATE: &[&str] = &["CreateBackup", "Domain.CreateBackup"];
 
 /// Every permission that there is, once.
-pub static TABLE: [Entry; 9] = [
+pub static TABLE: [Entry; 10] = [
     Entry {
         permission: Permission::ServiceSearchDomains,
         action: "org.example.backup1.service.search-domains",
@@ -86,6 +88,14 @@ pub static TABLE: [Entry; 9] = [
         message: "Authentication is required to register the virtual machine $(domain_name) for backups",
         implicit: Implicit::AdministratorKept,
         members: &["RegisterDomain"],
+    },
+    Entry {
+        permission: Permission::ServiceRescan,
+        action: "org.example.backup1.service.rescan",
+        description: "Look through the stores for backups",
+        message: "Authentication is required to look through the stores for backups",
+        implicit: Implicit::AdministratorKept,
+        members: &["Rescan"],
     },
     Entry {
         permission: Permission::DomainGetattr,

@@ -119,6 +119,10 @@ impl Call {
         })
     }
 
+    pub fn has_arguments(&self) -> bool {
+        *self.message.body().signature() != Signature::Unit
+    }
+
     /// Makes sure that there are none.
     pub fn no_arguments(&self) -> Result<()> {
         self.arguments::<()>()

@@ -37,6 +37,12 @@ pub async fn call(context: &Context, call: &Call) -> Answer {
             let job = context.service.job(&call.caller, id).await?;
             call.reply(&job_path(job.id))
         }
+        "Rescan" => {
+            options::none(&call.arguments()?)?;
+            let rescan = async { Ok(context.service.rescan(&call.caller).await?) };
+            let found = call.while_present(rescan).await?;
+            call.reply(&(found.backups, found.problems))
+        }
         "Subscribe" => {
             call.no_arguments()?;
             context.peers.subscribe(call.peer(), call.caller.uid)?;
@@ -85,11 +91,18 @@ async fn register_domain(context: &Context, call: &Call) -> Answer {
 }
 
 async fn list_jobs(context: &Context, call: &Call) -> Answer {
-    call.no_arguments()?;
-    let jobs = context.service.list_jobs(&call.caller).await?;
-    let listed = jobs.iter().map(|job| {
-        let state = job.status().state_word();
-        (job.id, job_path(job.id), &job.domain.name, state)
-    });
+    // The options came later: who does not know of them calls without.
+    let options = match call.has_arguments() {
+        true => call.arguments::<Dictionary>()?,
+        false => {
+            call.no_arguments()?;
+            Dictionary::default()
+        }
+    };
+    let ended = options::list(options)?;
+    let jobs = context.service.list_jobs(&call.caller, ended).await?;
+    let listed = jobs
+        .iter()
+        .map(|job| (job.id, job_path(job.id), &job.domain, &job.state));
     call.reply(&listed.collect::<Vec<_>>())
 }

@@ -57,9 +57,8 @@ impl Context {
                 (is_it && self.service.sees(&call.caller, &domain).await).then_some(Object::Domain(domain))
             }
             ["", "job", id] => {
-                let job = self.service.jobs.get(id.parse().ok()?)?;
-                let is_it = job_path(job.id).as_str() == path;
-                (is_it && self.service.knows(&call.caller, &job).await).then_some(Object::Job(job))
+                let job = self.service.job(&call.caller, id.parse().ok()?).await.ok()?;
+                (job_path(job.id).as_str() == path).then_some(Object::Job(job))
             }
             _ => None,
         }

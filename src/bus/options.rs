@@ -137,6 +137,19 @@ pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
     Ok(options)
 }
 
+/// The option of `ListJobs`: whether those are listed too that ended long ago.
+pub fn list(dictionary: Dictionary) -> Result<bool> {
+    let mut ended = false;
+    for (key, value) in dictionary.0 {
+        match (key.as_str(), value) {
+            ("ended", Value::Bool(also)) => ended = also,
+            ("ended", value) => return Err(wrong_type(&key, &value, "b")),
+            _ => return Err(unknown(&key)),
+        }
+    }
+    Ok(ended)
+}
+
 /// Options of a method that has none yet.
 pub fn none(dictionary: &Dictionary) -> Result<()> {
     match dictionary.0.keys().next() {

@@ -67,7 +67,7 @@ pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> 
                 .collect()
         }
         Object::Jobs => {
-            let jobs = context.service.list_jobs(&call.caller).await?;
+            let jobs = context.service.list_jobs(&call.caller, false).await?;
             jobs.iter().map(|job| last(job_path(job.id).as_str())).collect()
         }
         Object::Domain(_) | Object::Job(_) => Vec::new(),

@@ -7,14 +7,14 @@ use rusqlite::ErrorCode;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "the catalog {path} is damaged ({why}): put back a copy of it, or move it away and start the service with an empty \
-         history; the backups in the stores are whole without it",
+        "the catalog {path} is damaged ({why}): put back a copy of it, or move it away, start the service with an empty \
+         history, and have 'backupctl rescan' find the backups in the stores, which are whole without it",
         path = path.display()
     )]
     Damaged { path: PathBuf, why: String },
     #[error(
         "the catalog {path} is of version {found}, which a newer backupd made; this one knows up to version {known}: \
-         install the newer one again, or move the catalog away and start with an empty history",
+         install the newer one again, or move the catalog away, start with an empty history, and run 'backupctl rescan'",
         path = path.display()
     )]
     Newer { path: PathBuf, found: i64, known: i64 },

@@ -54,7 +54,7 @@ impl Step {
 }
 
 /// A domain, as it was when its backup began.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct DomainRecord {
     pub name: String,
     /// `configured` or `registered`.
@@ -292,35 +292,13 @@ impl Catalog {
         })
         .await
     }
-
-    /// The last jobs that ended after `since`, at most so many, by number.
-    pub async fn ended_since(&self, since: Timestamp, at_most: u32) -> Result<Vec<JobRecord>, Error> {
-        self.run(move |connection| {
-            let condition = "step = 'ended' AND end_time > ?1 ORDER BY id DESC LIMIT ?2";
-            let mut jobs = select(connection, condition, params![since.as_microsecond(), at_most])?;
-            jobs.reverse();
-            Ok(jobs)
-        })
-        .await
-    }
-
-    /// All jobs that have ended, by number: as many as the history keeps.
-    pub async fn ended(&self) -> Result<Vec<JobRecord>, Error> {
-        self.run(|connection| select(connection, "step = 'ended' ORDER BY id", []))
-            .await
-    }
-
-    /// The job of that number, if it has ended.
-    pub async fn ended_job(&self, id: u32) -> Result<Option<JobRecord>, Error> {
-        self.run(move |connection| {
-            let found = select(connection, "step = 'ended' AND id = ?1", [id])?;
-            Ok(found.into_iter().next())
-        })
-        .await
-    }
 }
 
-fn select(connection: &Connection, condition: &str, values: impl Params) -> Result<Vec<JobRecord>, Error> {
+pub(super) fn select(
+    connection: &Connection,
+    condition: &str,
+    values: impl Params,
+) -> Result<Vec<JobRecord>, Error> {
     let mut statement = connection.prepare(&format!("SELECT * FROM jobs WHERE {condition}"))?;
     let mut rows = statement.query(values)?;
     let mut jobs = Vec::new();
@@ -330,30 +308,40 @@ fn select(connection: &Connection, condition: &str, values: impl Params) -> Resu
     Ok(jobs)
 }
 
+/// The columns of a [`DomainRecord`].
+pub(super) const DOMAIN: &str = "domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid";
+
+pub(super) fn domain(row: &Row) -> Result<DomainRecord, Error> {
+    let uuid: Option<String> = row.get("domain_uuid")?;
+    let uuid = uuid.map(|uuid| uuid.parse()).transpose();
+    Ok(DomainRecord {
+        name: row.get("domain_name")?,
+        source: row.get("domain_source")?,
+        owner: row.get("domain_owner")?,
+        owner_name: row.get("domain_owner_name")?,
+        uuid: match uuid {
+            Ok(uuid) => uuid,
+            Err(_) => return Err(wrong(row.get("id")?, "UUID")),
+        },
+    })
+}
+
+fn wrong(id: u32, what: &str) -> Error {
+    let why = format!("its {what}");
+    Error::Record { id, why }
+}
+
 fn read(row: &Row) -> Result<JobRecord, Error> {
     let id = row.get("id")?;
-    let wrong = |what: &str| Error::Record {
-        id,
-        why: format!("its {what}"),
-    };
+    let wrong = |what| wrong(id, what);
     let time = |microseconds| Timestamp::from_microsecond(microseconds).map_err(|_| wrong("times"));
     let step: String = row.get("step")?;
-    let uuid: Option<String> = row.get("domain_uuid")?;
     let (instant, quiesced): (Option<i64>, Option<bool>) = (row.get("instant")?, row.get("quiesced")?);
     let end_time: Option<i64> = row.get("end_time")?;
     Ok(JobRecord {
         id,
         backup_id: row.get("backup_id")?,
-        domain: DomainRecord {
-            name: row.get("domain_name")?,
-            source: row.get("domain_source")?,
-            owner: row.get("domain_owner")?,
-            owner_name: row.get("domain_owner_name")?,
-            uuid: uuid
-                .map(|uuid| uuid.parse())
-                .transpose()
-                .map_err(|_| wrong("UUID"))?,
-        },
+        domain: domain(row)?,
         started_by: row.get("started_by")?,
         start_time: time(row.get("start_time")?)?,
         plan: row.get("plan")?,
@@ -452,7 +440,8 @@ mod tests {
             catalog.end(id, outcome, None, 2).await.unwrap();
         }
         let left = |jobs: Vec<JobRecord>| jobs.iter().map(|job| job.id).collect::<Vec<_>>();
-        assert_eq!(left(catalog.ended().await.unwrap()), [1, 4, 5]);
+        let history = catalog.history().await.unwrap();
+        assert_eq!(history.iter().map(|job| job.id).collect::<Vec<_>>(), [1, 4, 5]);
         assert_eq!(left(catalog.unsettled().await.unwrap()), [1]);
         let since = Timestamp::from_second(4).unwrap();
         assert_eq!(left(catalog.ended_since(since, 10).await.unwrap()), [5]);

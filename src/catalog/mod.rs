@@ -7,13 +7,17 @@
 mod backups;
 mod database;
 mod error;
+mod history;
 mod jobs;
 mod manifest;
+mod rescan;
 
 pub use backups::BackupRecord;
 pub use error::Error;
+pub use history::EndedJob;
 pub use jobs::{DomainRecord, Ended, Instant, JobRecord, Leftover, NewJob, Reached, Step};
 pub use manifest::{Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError};
+pub use rescan::{StoredBackup, Taken};
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -41,9 +41,10 @@ CREATE TABLE jobs (
 CREATE INDEX unsettled_jobs ON jobs (id) WHERE step <> 'ended' OR left_in_qemu OR left_on_disk;
 
 CREATE TABLE backups (
-    id       TEXT PRIMARY KEY,
     store    TEXT NOT NULL,
     -- The directory's name in the store.
     domain   TEXT NOT NULL,
-    manifest TEXT NOT NULL
+    id       TEXT NOT NULL,
+    manifest TEXT NOT NULL,
+    PRIMARY KEY (store, domain, id)
 ) STRICT;

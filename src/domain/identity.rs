@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
-use super::{Domain, Link, Origin, Phase, Registry, unique_name};
+use super::{Domain, Link, Origin, Phase, Registry, SEPARATOR, is_domain_name, owner, unique_name};
 
 /// What became of waiting for a domain's monitor.
 #[derive(Debug)]
@@ -29,6 +29,23 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// Whose [`Identity::unique_name`] that is, if it is one of a domain of that name; of a configured one, as far as can be
+    /// known. Blocks.
+    pub fn of_unique_name(unique_name: &str, name: &str, uuid: Option<Uuid>) -> Option<Self> {
+        let (origin, owner) = match unique_name.strip_suffix(name)? {
+            "" => (Origin::Configured, 0),
+            owner => (Origin::Registered, owner.strip_suffix(SEPARATOR)?.parse().ok()?),
+        };
+        let identity = Self {
+            name: name.to_owned(),
+            origin,
+            owner,
+            owner_name: owner::name(owner),
+            uuid,
+        };
+        (is_domain_name(name) && identity.unique_name() == unique_name).then_some(identity)
+    }
+
     pub fn unique_name(&self) -> String {
         unique_name(self.origin, self.owner, &self.name)
     }

@@ -134,11 +134,33 @@ impl State {
     }
 }
 
+/// Where a migration has got to, as far as it takes the disks from this QEMU (`qapi/run-state.json`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Migration {
+    /// The disks are, or are about to become, those of another QEMU.
+    Leaving,
+    Left,
+    /// They still are those of another QEMU.
+    Coming,
+}
+
+impl Migration {
+    fn from_run_state(word: &str) -> Option<Self> {
+        match word {
+            "finish-migrate" => Some(Self::Leaving),
+            "postmigrate" => Some(Self::Left),
+            "inmigrate" => Some(Self::Coming),
+            _ => None,
+        }
+    }
+}
+
 /// What QEMU said when it was asked last.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     pub uuid: Option<Uuid>,
     pub state: State,
+    pub migration: Option<Migration>,
     pub disks: Arc<[Disk]>,
     /// Paths, as QEMU sees them, of every file and device that its block nodes have open.
     pub files: Arc<[PathBuf]>,
@@ -149,6 +171,7 @@ impl Snapshot {
         Self {
             uuid: None,
             state: State::Unreachable,
+            migration: None,
             disks: Arc::from([]),
             files: Arc::from([]),
         }

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::disks::{self, BlockInfo, Graph, Node};
-use super::{Domain, PATIENCE, Snapshot, State};
+use super::{Domain, Migration, PATIENCE, Snapshot, State};
 use crate::qmp::{self, Client, Driver, EventsError, Schema};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
@@ -214,6 +214,7 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
         // QEMU answers the nil UUID where none was given.
         uuid: Some(uuid.uuid).filter(|uuid| !uuid.is_nil()),
         state: State::from_run_state(&status.status),
+        migration: Migration::from_run_state(&status.status),
         disks: disks.into(),
         files: disks::host_files(&nodes).into(),
     })

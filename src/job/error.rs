@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::domain::Migration;
 use crate::error::Kind;
 use crate::{catalog, qmp, quota, target};
 
@@ -15,12 +16,16 @@ pub enum Error {
     TooLate { id: u32 },
     #[error("job {id} does not back up a disk '{disk}'")]
     NoSuchDisk { id: u32, disk: String },
+    #[error("the stores are being looked through already: try again when that has ended")]
+    Rescanning,
     #[error("the service is stopping")]
     Stopping,
     #[error("{0}")]
     TooMany(#[from] quota::Exceeded),
     #[error("the domain's QEMU cannot do grouped backups of its disks: version 4.2 or later is needed")]
     TooOld,
+    #[error("{}", migration_text(.0))]
+    Migration(Migration),
     #[error("disk '{disk}': {source}")]
     Prepare { disk: String, source: qmp::Error },
     #[error("disk '{disk}': cannot hand its target to QEMU: {why}")]
@@ -69,7 +74,13 @@ pub enum Error {
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Busy { .. } | Self::TooLate { .. } | Self::Stopping | Self::Unsettled => Kind::Busy,
+            Self::Busy { .. }
+            | Self::TooLate { .. }
+            | Self::Rescanning
+            | Self::Stopping
+            | Self::Unsettled => Kind::Busy,
+            Self::Migration(Migration::Left) => Kind::DomainUnreachable,
+            Self::Migration(Migration::Leaving | Migration::Coming) => Kind::Busy,
             // There is no running job of that number.
             Self::Ended { .. } => Kind::NoSuchJob,
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
@@ -148,6 +159,13 @@ impl From<catalog::Error> for Error {
 impl From<Error> for Stopped {
     fn from(error: Error) -> Self {
         Self::Failed(error)
+    }
+}
+
+fn migration_text(migration: &Migration) -> &'static str {
+    match migration {
+        Migration::Left => "the domain was migrated away: back it up where it runs now",
+        Migration::Leaving | Migration::Coming => "the domain is being migrated: wait for the end of that",
     }
 }
 

@@ -1,6 +1,7 @@
 //! The jobs of the service: those that run, one a domain, and those that ended lately.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,9 +13,10 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use super::conclude::End;
 use super::error::Stopped;
 use super::record::{self, Left, to_text};
+use super::rescan::{self, Rescan};
 use super::{Error, Job, recover, run};
-use crate::catalog::{Catalog, JobRecord, NewJob, Step};
-use crate::config::{Config, Deadlines};
+use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, Step};
+use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Identity, Link, Registry};
 use crate::fault::{self, Point};
 use crate::plan::Plan;
@@ -56,6 +58,7 @@ pub struct Jobs {
     table: Mutex<Table>,
     quota: Quota,
     setting: Setting,
+    rescanning: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
 }
 
@@ -93,6 +96,7 @@ impl Jobs {
         Arc::new(Self {
             quota: config.limits.of_jobs(),
             table: Mutex::default(),
+            rescanning: tokio::sync::Mutex::default(),
             setting: Setting {
                 domains,
                 catalog,
@@ -109,7 +113,7 @@ impl Jobs {
         let keep = SignedDuration::try_from(KEEP).unwrap_or(SignedDuration::ZERO);
         let since = Timestamp::now().checked_sub(keep).unwrap_or(Timestamp::MIN);
         for record in self.setting.catalog.ended_since(since, KEEP_AT_MOST).await? {
-            let identity = record::identity(&record)?;
+            let identity = record::identity(record.id, &record.domain)?;
             let job = Arc::new(self.ended(&record, identity)?);
             self.lock().jobs.insert(job.id, job.clone());
             let jobs = self.clone();
@@ -117,7 +121,7 @@ impl Jobs {
         }
         let mut resumed = Vec::new();
         for record in self.setting.catalog.unsettled().await? {
-            let identity = record::identity(&record)?;
+            let identity = record::identity(record.id, &record.domain)?;
             match record.step {
                 Step::Ended => self.sweep(record, identity)?,
                 _ => resumed.push(self.resume(record, identity)?),
@@ -177,7 +181,7 @@ impl Jobs {
     ) -> Result<JobRecord, Error> {
         let new = NewJob {
             backup_id: Self::new_backup_id(start_time),
-            domain: record::domain_record(domain),
+            domain: record::domain_record(domain.identity()),
             started_by,
             start_time,
             plan: to_text(plan)?,
@@ -314,13 +318,45 @@ impl Jobs {
         }
     }
 
-    pub fn get(&self, id: u32) -> Option<Arc<Job>> {
-        self.lock().jobs.get(&id).cloned()
+    /// The job of that number, as long as the history goes back.
+    pub async fn find(&self, id: u32) -> Result<Option<Arc<Job>>, Error> {
+        if let Some(job) = self.lock().jobs.get(&id).cloned() {
+            return Ok(Some(job));
+        }
+        let Some(record) = self.setting.catalog.ended_job(id).await? else {
+            return Ok(None);
+        };
+        let identity = record::identity(record.id, &record.domain)?;
+        Ok(Some(Arc::new(self.ended(&record, identity)?)))
     }
 
-    /// All jobs, by number.
+    /// The jobs that run or ended lately, by number.
     pub fn list(&self) -> Vec<Arc<Job>> {
         self.lock().jobs.values().cloned().collect()
+    }
+
+    /// The jobs that have ended, by number, as long as the history goes back; and the domain of each, or what stands for it:
+    /// the same one for all that are of the same.
+    pub async fn history(&self) -> Result<Vec<(EndedJob, Arc<Domain>)>, Error> {
+        let mut domains = HashMap::new();
+        let mut jobs = Vec::new();
+        for ended in self.setting.catalog.history().await? {
+            let domain = match domains.entry(ended.domain.clone()) {
+                Entry::Occupied(entry) => Arc::clone(entry.get()),
+                Entry::Vacant(entry) => {
+                    let identity = record::identity(ended.id, &ended.domain)?;
+                    Arc::clone(entry.insert(self.setting.domains.identified_or_absent(identity)))
+                }
+            };
+            jobs.push((ended, domain));
+        }
+        Ok(jobs)
+    }
+
+    /// Makes the records of the backups in `stores` those that the stores have. One at a time.
+    pub async fn rescan(&self, stores: &BTreeMap<String, Store>) -> Result<Rescan, Error> {
+        let _turn = self.rescanning.try_lock().map_err(|_| Error::Rescanning)?;
+        rescan::rescan(stores, &self.setting).await
     }
 
     /// Waits until what cannot be left has ended. What QEMU copies goes on there, and a later process of the service goes on

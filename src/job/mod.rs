@@ -13,6 +13,7 @@ mod quiesce;
 mod record;
 mod recover;
 mod release;
+mod rescan;
 mod run;
 mod running;
 mod status;
@@ -21,6 +22,7 @@ mod writeback;
 
 pub use error::Error;
 pub use manager::{Jobs, Reservation, Start};
+pub use rescan::Rescan;
 pub use status::{DiskState, DiskStatus, Outcome, State, Status};
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -31,8 +31,7 @@ pub struct Left {
     pub holds_poweroff: bool,
 }
 
-pub fn domain_record(domain: &Domain) -> DomainRecord {
-    let identity = domain.identity();
+pub fn domain_record(identity: Identity) -> DomainRecord {
     DomainRecord {
         name: identity.name,
         source: identity.origin.as_str().to_owned(),
@@ -42,15 +41,15 @@ pub fn domain_record(domain: &Domain) -> DomainRecord {
     }
 }
 
-pub fn identity(record: &JobRecord) -> Result<Identity, Error> {
+pub fn identity(id: u32, domain: &DomainRecord) -> Result<Identity, Error> {
     let DomainRecord {
         name,
         source,
         owner,
         owner_name,
         uuid,
-    } = record.domain.clone();
-    let origin = Origin::parse(&source).ok_or_else(|| unreadable(record.id, "its domain's source"))?;
+    } = domain.clone();
+    let origin = Origin::parse(&source).ok_or_else(|| unreadable(id, "its domain's source"))?;
     Ok(Identity {
         name,
         origin,

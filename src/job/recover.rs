@@ -13,7 +13,7 @@ use super::footprint::Footprint;
 use super::manager::{Ending, Setting};
 use super::quiesce;
 use super::record::{self, Left, backup_name};
-use super::run::{blocking, check_scans, check_sources, follow, footprint};
+use super::run::{blocking, check_scans, check_start, follow, footprint};
 use super::running::Running;
 use super::{Error, Job, Reservation};
 use crate::catalog::{Instant, JobRecord, Leftover, Step};
@@ -132,7 +132,7 @@ async fn judge(
         if job.plan.quiesce == Some(Quiesce::Require) {
             return Err(Error::Interrupted.into());
         }
-        check_sources(job, footprint).await?;
+        check_start(job, footprint).await?;
     }
     follow(&mut running, events, &found.targets, setting).await?;
     check_scans(job, footprint).await?;

@@ -15,7 +15,7 @@ use super::running::Running;
 use super::writeback::write_back;
 use super::{Error, Job};
 use crate::catalog::{Instant, Reached};
-use crate::domain::{Domain, Link, poweroff};
+use crate::domain::{Domain, Link, Snapshot, poweroff};
 use crate::fault::{self, Point};
 use crate::plan::DiskPlan;
 use crate::qmp::{self, Events};
@@ -170,9 +170,19 @@ async fn start(
     };
     fault::point(Point::Started);
     let quiesced = thawed?;
-    check_sources(job, footprint).await?;
+    check_start(job, footprint).await?;
     tracing::info!(job = job.id, domain = job.domain.name, "backup started");
     Ok(Instant { time, quiesced })
+}
+
+/// Whether what is copied from now on is the machine's.
+pub(super) async fn check_start(job: &Job, footprint: &Footprint) -> Result<(), Stopped> {
+    let now = check_sources(job, footprint).await?;
+    // Some versions begin to copy a disk that another QEMU writes to already.
+    match now.migration {
+        Some(migration) => Err(Error::Migration(migration).into()),
+        None => Ok(()),
+    }
 }
 
 /// Follows jobs that run to QEMU's verdict on them.
@@ -194,15 +204,15 @@ pub(super) async fn follow(
 /// Whether what was copied is what the guest wrote to, to the end, where that matters: QEMU first looks for what an image
 /// holds, and a snapshot that another client makes meanwhile turns its eyes to a new, empty one.
 pub(super) async fn check_scans(job: &Job, footprint: &Footprint) -> Result<(), Stopped> {
-    match job.plan.disks.iter().any(|disk| disk.only_allocated) {
-        true => check_sources(job, footprint).await,
-        false => Ok(()),
+    if job.plan.disks.iter().any(|disk| disk.only_allocated) {
+        check_sources(job, footprint).await?;
     }
+    Ok(())
 }
 
 /// Whether what is being copied is what the guest writes to: a snapshot that another client made while the targets were
-/// prepared has put a new image above it.
-pub(super) async fn check_sources(job: &Job, footprint: &Footprint) -> Result<(), Stopped> {
+/// prepared has put a new image above it. Gives what QEMU said of itself.
+async fn check_sources(job: &Job, footprint: &Footprint) -> Result<Snapshot, Stopped> {
     let look = async {
         loop {
             match footprint.inspect().await {
@@ -225,7 +235,7 @@ pub(super) async fn check_sources(job: &Job, footprint: &Footprint) -> Result<()
             return Err(Error::Changed { disk }.into());
         }
     }
-    Ok(())
+    Ok(now)
 }
 
 fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> Value {

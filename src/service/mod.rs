@@ -7,6 +7,7 @@ mod request;
 mod sight;
 
 pub use request::{Authorised, Request};
+pub use sight::ListedJob;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -16,7 +17,7 @@ use crate::access::{Access, Basis, Caller, Details, Permission};
 use crate::config::{Config, Store};
 use crate::domain::{self, Domain, Origin, Registration, Registry};
 use crate::error::{Error, Kind, Result};
-use crate::job::{Job, Jobs};
+use crate::job::{Job, Jobs, Rescan};
 use crate::quota::{Quota, Share};
 
 /// Open files of a caller's, and the count of them, which is held as long as any of them is.
@@ -88,6 +89,17 @@ impl Service {
             share,
         };
         Ok(self.domains.register(registration, monitor).await?)
+    }
+
+    /// Makes the records of the backups in the stores those that the stores have.
+    pub async fn rescan(&self, caller: &Caller) -> Result<Rescan> {
+        let details = sight::service_details();
+        let grant = self
+            .access
+            .require(caller, Permission::ServiceRescan, &details, None)
+            .await?;
+        drop(grant);
+        Ok(self.jobs.rescan(&self.stores).await?)
     }
 
     /// Forgets a connection that has left: what was decided for it, and the domains that it registered.

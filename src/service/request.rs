@@ -83,6 +83,9 @@ impl Service {
             let link = domain.link().await?;
             check_features(&link)?;
             let snapshot = domain.refresh().await?;
+            if let Some(migration) = snapshot.migration {
+                return Err(job::Error::Migration(migration).into());
+            }
             if plan::requested(&request.definition, &snapshot.disks) == places {
                 return Ok(Authorised {
                     request,

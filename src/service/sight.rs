@@ -3,12 +3,14 @@
 //! To see a domain is to know that it exists; to read it is to know what it has and does, and nobody reads what it does
 //! not see. What a user registered is seen by that user and root, and by others only where a rule says so.
 
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use futures_util::future::join_all;
 
 use super::{Service, details};
 use crate::access::{self, Caller, Details, Look, Permission};
+use crate::catalog::EndedJob;
 use crate::domain::{self, Domain};
 use crate::error::{Error, Kind, Result};
 use crate::job::Job;
@@ -77,19 +79,49 @@ impl Service {
 
     /// The job of that number, if `caller` started it or may read its domain.
     pub async fn job(&self, caller: &Caller, id: u32) -> Result<Arc<Job>> {
-        if let Some(job) = self.jobs.get(id)
-            && self.knows(caller, &job).await
-        {
-            return Ok(job);
+        match self.jobs.find(id).await? {
+            Some(job) if self.knows(caller, &job).await => Ok(job),
+            _ => Err(Error::new(Kind::NoSuchJob, format!("no job {id}"))),
         }
-        Err(Error::new(Kind::NoSuchJob, format!("no job {id}")))
     }
 
-    /// Jobs that `caller` started or whose domain it may read, by number.
-    pub async fn list_jobs(&self, caller: &Caller) -> Result<Vec<Arc<Job>>> {
+    /// Jobs that `caller` started or whose domain it may read, by number: those that run or ended lately, or with `ended`
+    /// all of which there still is a record.
+    pub async fn list_jobs(&self, caller: &Caller, ended: bool) -> Result<Vec<ListedJob>> {
         let jobs = self.jobs.list();
         let looks = join_all(jobs.iter().map(|job| self.view_job(caller, job))).await;
-        Ok(whole(jobs, looks)?)
+        let known: HashSet<u32> = jobs.iter().map(|job| job.id).collect();
+        let jobs = whole(jobs, looks)?;
+        let mut listed: Vec<ListedJob> = jobs.iter().map(|job| ListedJob::of(job)).collect();
+        if ended {
+            let mut history = self.jobs.history().await?;
+            history.retain(|(job, _)| !known.contains(&job.id));
+            listed.extend(self.readable(caller, history).await?);
+            listed.sort_by_key(|job| job.id);
+        }
+        Ok(listed)
+    }
+
+    /// Those that `caller` may know of. There are few domains, and each has many jobs.
+    async fn readable(
+        &self,
+        caller: &Caller,
+        history: Vec<(EndedJob, Arc<Domain>)>,
+    ) -> Result<Vec<ListedJob>> {
+        let others = history.iter().filter(|(job, _)| job.started_by != caller.uid);
+        let domains: BTreeMap<u64, &Arc<Domain>> = others.map(|(_, domain)| (domain.id, domain)).collect();
+        let looks = join_all(domains.values().map(|domain| self.view(caller, domain, true))).await;
+        let read = whole(domains.into_keys().collect(), looks)?;
+        let read: HashSet<u64> = read.into_iter().collect();
+        Ok(history
+            .into_iter()
+            .filter(|(job, domain)| job.started_by == caller.uid || read.contains(&domain.id))
+            .map(|(job, _)| ListedJob {
+                id: job.id,
+                domain: job.domain.name,
+                state: job.result,
+            })
+            .collect())
     }
 
     /// Whether `caller` may know of `job`.
@@ -102,6 +134,26 @@ impl Service {
             return Look::Allowed;
         }
         self.view(caller, &job.domain, true).await
+    }
+}
+
+/// A line of the list of jobs.
+#[derive(Debug)]
+pub struct ListedJob {
+    pub id: u32,
+    /// The name.
+    pub domain: String,
+    /// The word of the interface.
+    pub state: String,
+}
+
+impl ListedJob {
+    fn of(job: &Job) -> Self {
+        Self {
+            id: job.id,
+            domain: job.domain.name.clone(),
+            state: job.status().state_word().to_owned(),
+        }
     }
 }
 

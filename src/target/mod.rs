@@ -11,6 +11,7 @@ mod error;
 mod file;
 mod find;
 mod identity;
+mod inventory;
 mod path;
 mod sparse;
 mod store;
@@ -20,6 +21,7 @@ pub use block::device_path;
 pub use error::Error;
 pub use find::Found;
 pub use identity::{FileId, Holder, Sources};
+pub use inventory::Shelf;
 pub use store::ensure as ensure_store;
 pub use writeback::Writeback;
 

@@ -52,7 +52,7 @@ fn make_directory<P: rustix::path::Arg>(parent: &OwnedFd, name: P) -> Result<boo
     }
 }
 
-fn open_child(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
+pub(super) fn open_child(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(parent, name, flags, Mode::empty())
 }
@@ -61,16 +61,16 @@ fn partial_name(id: &str) -> String {
     format!(".{id}.partial")
 }
 
-/// What a directory holds beside the images.
-fn other_files(directory: &OwnedFd, images: &[&str]) -> Result<Vec<String>, Errno> {
-    let mut others = Vec::new();
+/// What a directory holds.
+pub(super) fn names_in(directory: &OwnedFd) -> Result<Vec<String>, Errno> {
+    let mut names = Vec::new();
     for entry in Dir::read_from(directory)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        if name != "." && name != ".." && !images.contains(&name.as_str()) {
-            others.push(name);
+        if name != "." && name != ".." {
+            names.push(name);
         }
     }
-    Ok(others)
+    Ok(names)
 }
 
 fn sync(directory: &OwnedFd, shown: &str) -> Result<(), Error> {
@@ -156,8 +156,9 @@ impl Partial {
                 Err(Errno::NOENT) => continue,
                 Err(errno) => return Err(Error::io("open", &path.display().to_string(), errno)),
             };
-            let records = other_files(&directory, images)
+            let mut records = names_in(&directory)
                 .map_err(|errno| Error::io("read", &path.display().to_string(), errno))?;
+            records.retain(|name| !images.contains(&name.as_str()));
             return Ok(Some(Self {
                 path,
                 store,

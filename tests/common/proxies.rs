@@ -29,6 +29,12 @@ pub trait Manager {
         options: Options<'_>,
     ) -> zbus::Result<OwnedObjectPath>;
     fn list_jobs(&self) -> zbus::Result<Vec<(u32, OwnedObjectPath, String, String)>>;
+    #[zbus(name = "ListJobs")]
+    fn list_jobs_with(
+        &self,
+        options: Options<'_>,
+    ) -> zbus::Result<Vec<(u32, OwnedObjectPath, String, String)>>;
+    fn rescan(&self, options: Options<'_>) -> zbus::Result<(u32, Vec<String>)>;
     fn get_job(&self, id: u32) -> zbus::Result<OwnedObjectPath>;
     fn subscribe(&self) -> zbus::Result<()>;
     fn unsubscribe(&self) -> zbus::Result<()>;

@@ -36,7 +36,11 @@ pub enum Command {
     /// the instant at which the backup starts.
     Create(Box<Create>),
     /// List the backups that are running or ended a short while ago
-    Jobs,
+    Jobs {
+        /// List all that have ended, as long as the service's history goes back
+        #[arg(long)]
+        all: bool,
+    },
     /// Show one backup
     Show {
         /// The backup's number
@@ -70,6 +74,10 @@ pub enum Command {
         /// The backup's number
         job: u32,
     },
+    /// Look through the stores, and make the service's records of backups those that are there
+    ///
+    /// For a service that lost its catalog, and for stores that came from another machine.
+    Rescan,
     /// Print the completions for a shell
     #[command(hide = true)]
     Completions {

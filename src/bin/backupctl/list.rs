@@ -64,8 +64,8 @@ fn disk_json(disk: &DomainDisk) -> Value {
 }
 
 /// `jobs`
-pub async fn jobs(service: &Service, json: bool) -> Result<Status> {
-    let jobs = service.jobs().await?;
+pub async fn jobs(service: &Service, all: bool, json: bool) -> Result<Status> {
+    let jobs = service.jobs(all).await?;
     let values = || {
         jobs.iter()
             .map(|job| json!({ "id": job.id, "path": job.path, "domain": job.domain, "state": job.state }))
@@ -79,6 +79,29 @@ pub async fn jobs(service: &Service, json: bool) -> Result<Status> {
         table.to_string()
     };
     print(json, values, text)
+}
+
+/// `rescan`
+pub async fn rescan(service: &Service, json: bool) -> Result<Status> {
+    let (backups, problems) = service.rescan().await?;
+    print(
+        json,
+        || json!({ "backups": backups, "problems": problems }),
+        || {
+            let mut text = match backups {
+                1 => "There is 1 backup in the stores\n".to_owned(),
+                backups => format!("There are {backups} backups in the stores\n"),
+            };
+            for problem in &problems {
+                text.push_str(&format!("not taken in: {}\n", escape_lines(problem)));
+            }
+            text
+        },
+    )?;
+    Ok(match problems.is_empty() {
+        true => Status::Completed,
+        false => Status::Failed,
+    })
 }
 
 /// `show`

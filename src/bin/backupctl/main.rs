@@ -69,21 +69,24 @@ async fn run(cli: &Cli) -> Result<Status> {
     let service = Service::connect(ask_password).await?;
     // For as long as the call takes. `create` and `watch` keep their own, for the terminal is theirs later on.
     let _agent = match cli.command {
-        Command::Show { .. } | Command::Cancel { .. } | Command::Speed { .. } | Command::Dump { .. } => {
-            Agent::start(ask_password).await
-        }
+        Command::Show { .. }
+        | Command::Cancel { .. }
+        | Command::Speed { .. }
+        | Command::Dump { .. }
+        | Command::Rescan => Agent::start(ask_password).await,
         _ => None,
     };
     match &cli.command {
         Command::Domains { disks } => list::domains(&service, *disks, json).await,
         Command::Create(create) => create::run(&service, create, json, ask_password).await,
-        Command::Jobs => list::jobs(&service, json).await,
+        Command::Jobs { all } => list::jobs(&service, *all, json).await,
         Command::Show { job } => list::show(&service, *job, json).await,
         Command::Watch { job: Some(job) } => watch::one(&service, *job, json, ask_password).await,
         Command::Watch { job: None } => watch::all(&service, json).await,
         Command::Cancel { job, disk } => list::cancel(&service, *job, disk.as_deref(), json).await,
         Command::Speed { job, limit } => list::speed(&service, *job, *limit, json).await,
         Command::Dump { job } => list::dump(&service, *job, json).await,
+        Command::Rescan => list::rescan(&service, json).await,
         // These need no bus and are done by now.
         Command::Completions { .. } | Command::Man { .. } => Ok(Status::Completed),
     }

@@ -166,10 +166,12 @@ impl Service {
         Ok(disks.collect())
     }
 
-    /// The jobs that the caller may see.
-    pub async fn jobs(&self) -> Result<Vec<JobLine>> {
-        let lines: Vec<(u32, OwnedObjectPath, String, String)> =
-            self.call(ROOT_PATH, MANAGER_INTERFACE, "ListJobs", &()).await?;
+    /// The jobs that the caller may see: those that run or ended a short while ago, or all of the history.
+    pub async fn jobs(&self, all: bool) -> Result<Vec<JobLine>> {
+        let options = HashMap::from([("ended", Variant::from(all))]);
+        let lines: Vec<(u32, OwnedObjectPath, String, String)> = self
+            .call(ROOT_PATH, MANAGER_INTERFACE, "ListJobs", &(options,))
+            .await?;
         let lines = lines.into_iter().map(|(id, path, domain, state)| JobLine {
             id,
             path: path.to_string(),
@@ -177,6 +179,13 @@ impl Service {
             state,
         });
         Ok(lines.collect())
+    }
+
+    /// Has the stores looked through: how many backups there are, and what could not be taken for one.
+    pub async fn rescan(&self) -> Result<(u32, Vec<String>)> {
+        let options: HashMap<&str, Variant> = HashMap::new();
+        self.call(ROOT_PATH, MANAGER_INTERFACE, "Rescan", &(options,))
+            .await
     }
 
     /// The job with this number.

@@ -101,7 +101,7 @@ impl Watch {
     async fn run(&mut self, service: &Service) -> Result<Status> {
         service.subscribe().await?;
         let mut signals = service.signals().await?;
-        for line in service.jobs().await? {
+        for line in service.jobs(false).await? {
             if !has_ended(&line.state) {
                 self.begin(service.job_at(line.id, line.path), false).await?;
             }

@@ -1,0 +1,279 @@
+//! What the service remembers of backups that ended long ago, and how it finds the backups of its stores again.
+
+mod common;
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use common::System;
+use common::caller::{Caller, cancel};
+use common::clients::{OTHER_USER, ROOT, USER};
+use common::disk::Disk;
+use common::polkit;
+use common::proxies::{JobProxy, Options, error_name};
+use common::vm::Vm;
+use serde_json::{Value, json};
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const DOCUMENT: &str = "<domainbackup><name>before-upgrade</name><description>a b</description>\
+    <bandwidth unit='MiB'>500</bandwidth><disks>\
+    <disk name='vda' type='file'><driver type='qcow2' compress='zstd'/></disk>\
+    <disk name='vdb' backup='no'/></disks></domainbackup>";
+
+fn machine(system: &System) -> Vm {
+    let disks = ["vda", "vdb"].map(|name| Disk::new(name, 4 * MIB).fill(0, MIB, 0x11));
+    let [first, second] = disks;
+    system.configured(system.vm("web").disk(first).disk(second).running())
+}
+
+fn all() -> Options<'static> {
+    Options::from([("ended", Variant::from(true))])
+}
+
+/// Number, domain and state of every job that `caller` sees.
+async fn listed(caller: &Caller, options: Options<'_>) -> Vec<(u32, String, String)> {
+    let jobs = caller.manager.list_jobs_with(options).await.unwrap();
+    jobs.into_iter()
+        .map(|(id, _, domain, state)| (id, domain, state))
+        .collect()
+}
+
+fn entry(id: u32, state: &str) -> (u32, String, String) {
+    (id, "web".into(), state.into())
+}
+
+/// Makes all jobs on record ones that ended a day ago.
+fn a_day_passes(system: &System) {
+    let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
+    let day: i64 = 24 * 3600 * 1_000_000;
+    let changed = catalog.execute("UPDATE jobs SET end_time = end_time - ?1", [day]);
+    assert!(changed.unwrap() > 0);
+}
+
+/// All that a job tells, but for the object of its domain.
+async fn told(caller: &Caller, job: &JobProxy<'_>) -> Vec<String> {
+    let properties = caller
+        .properties(job.inner().path(), "org.example.Backup1.Job")
+        .await;
+    let mut told: Vec<_> = properties
+        .into_iter()
+        .filter(|(name, _)| name != "Domain")
+        .map(|(name, value)| format!("{name} {value:?}"))
+        .collect();
+    told.sort();
+    told.push(job.get_definition().await.unwrap());
+    told.push(format!("{:?}", job.wait().await.unwrap()));
+    told
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_that_ended_long_ago_are_listed_when_asked_for_and_answer_as_ever() {
+    let rules = polkit::allow(USER, &["domain.backup"]) + &polkit::deny(OTHER_USER, &["domain.read"]);
+    let mut system = System::setup().rules(&rules).start();
+    let vm = machine(&system);
+    let user = Caller::of_user(&system, USER).await;
+    let first = user.complete("web", DOCUMENT).await;
+    let before = told(&user, &first).await;
+    let options = Options::from([("bandwidth", Variant::from(1u64))]);
+    let second = user.start_with("web", "", &[], options).await;
+    cancel(&second).await;
+    drop((first, second));
+    system.stop_daemon();
+    a_day_passes(&system);
+    system.start_daemon();
+    system.wait_for_domain("web");
+    let user = Caller::of_user(&system, USER).await;
+    assert_eq!(listed(&user, Options::new()).await, []);
+    assert_eq!(user.manager.list_jobs().await.unwrap(), []);
+    let history = [entry(1, "completed"), entry(2, "cancelled")];
+    assert_eq!(listed(&user, all()).await, history);
+    let job = user.job(user.manager.get_job(1).await.unwrap()).await;
+    assert_eq!(told(&user, &job).await, before);
+    let late = job.cancel().await.unwrap_err();
+    assert!(late.to_string().contains("has ended already"), "{late}");
+
+    // The next one is one more, listed once.
+    user.complete("web", "").await;
+    assert_eq!(listed(&user, Options::new()).await, [entry(3, "completed")]);
+    let history = [history.as_slice(), &[entry(3, "completed")]].concat();
+    assert_eq!(listed(&user, all()).await, history);
+
+    // Who may not read the domain sees nothing of it, and who may all of it, when the domain is gone too.
+    drop(vm);
+    std::fs::remove_file(system.dir().join("etc/domains.d/web.toml")).unwrap();
+    system.wait_for_no_domain("web");
+    let other = Caller::of_user(&system, OTHER_USER).await;
+    assert_eq!(listed(&other, all()).await, []);
+    let hidden = other.manager.get_job(1).await.unwrap_err();
+    assert_eq!(error_name(&hidden), "org.example.Backup1.Error.NoSuchJob");
+    let hidden = other.job(user.manager.get_job(1).await.unwrap()).await;
+    let hidden = hidden.wait().await.unwrap_err();
+    assert_eq!(error_name(&hidden), "org.freedesktop.DBus.Error.UnknownObject");
+    let root = Caller::new(&system).await;
+    assert_eq!(listed(&root, all()).await, history);
+
+    let output = system
+        .clients()
+        .backupctl(USER, &["jobs", "--all"])
+        .expect_success();
+    assert_eq!(output.lines().count(), 4, "{output}");
+    assert!(output.lines().nth(2).unwrap().contains("cancelled"), "{output}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_of_the_list_is_what_it_knows() {
+    let system = System::start();
+    let caller = Caller::new(&system).await;
+    for (key, value) in [("ended", Variant::from("yes")), ("endd", Variant::from(true))] {
+        let refused = caller.manager.list_jobs_with(Options::from([(key, value)])).await;
+        let refused = refused.unwrap_err();
+        assert_eq!(error_name(&refused), "org.freedesktop.DBus.Error.InvalidArgs");
+        assert!(refused.to_string().contains(key), "{refused}");
+    }
+}
+
+/// The directory of each backup, by time.
+fn backups(system: &System) -> Vec<PathBuf> {
+    let directory = system.store().join("web");
+    let entries = std::fs::read_dir(directory).unwrap();
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+/// Starts the service without what it knew.
+fn forget_everything(system: &mut System) {
+    system.stop_daemon();
+    for entry in std::fs::read_dir(system.dir().join("state")).unwrap() {
+        let path = entry.unwrap().path();
+        if path
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .starts_with("catalog.")
+        {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    system.start_daemon();
+    system.wait_for_domain("web");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_catalog_is_made_again_from_the_stores() {
+    let rules = polkit::allow(USER, &["domain.backup"]);
+    let mut system = System::setup().rules(&rules).start();
+    let _vm = machine(&system);
+    let user = Caller::of_user(&system, USER).await;
+    let options = Options::from([("bandwidth", Variant::from(1u64))]);
+    let cancelled = user.start_with("web", "", &[], options).await;
+    cancel(&cancelled).await;
+    let (second, third) = (
+        user.complete("web", DOCUMENT).await,
+        Caller::new(&system).await.complete("web", "").await,
+    );
+    let before = [told(&user, &second).await, told(&user, &third).await];
+
+    forget_everything(&mut system);
+    let root = Caller::new(&system).await;
+    assert_eq!(listed(&root, all()).await, []);
+    // A number that was given away meanwhile stays where it is.
+    for _ in 0..2 {
+        root.complete("web", "").await;
+    }
+    assert_eq!(root.manager.rescan(Options::new()).await.unwrap(), (4, vec![]));
+    let history = [1, 2, 3, 4].map(|id| entry(id, "completed"));
+    assert_eq!(listed(&root, all()).await, history);
+    let user = Caller::of_user(&system, USER).await;
+    for (before, (old, new)) in before.iter().zip([(2, 3), (3, 4)]) {
+        let job = user.job(user.manager.get_job(new).await.unwrap()).await;
+        let renumbered = before.iter().map(|line| match line.starts_with("Id ") {
+            true => line.replace(&format!("({old})"), &format!("({new})")),
+            false => line.clone(),
+        });
+        let (told, renumbered) = (told(&user, &job).await, renumbered.collect::<Vec<_>>());
+        assert_eq!(told, renumbered);
+    }
+
+    // Once more changes nothing, and the next job is one more.
+    assert_eq!(root.manager.rescan(Options::new()).await.unwrap(), (4, vec![]));
+    assert_eq!(listed(&root, all()).await, history);
+    assert_eq!(root.complete("web", "").await.id().await.unwrap(), 5);
+}
+
+fn records(system: &System) -> Vec<String> {
+    let path = system.dir().join("state/catalog.sqlite");
+    let catalog = rusqlite::Connection::open(path).unwrap();
+    let mut select = catalog.prepare("SELECT id FROM backups ORDER BY id").unwrap();
+    let rows = select.query_map([], |row| row.get(0)).unwrap();
+    rows.map(Result::unwrap).collect()
+}
+
+fn change_manifest(backup: &Path, change: impl FnOnce(&mut Value)) {
+    let path = backup.join("manifest.json");
+    let mut manifest: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut manifest);
+    std::fs::write(&path, manifest.to_string()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
+    let mut system = System::start();
+    let _vm = machine(&system);
+    let caller = Caller::new(&system).await;
+    for _ in 0..7 {
+        caller.complete("web", "").await;
+    }
+    let backups = backups(&system);
+    std::fs::remove_dir_all(&backups[0]).unwrap();
+    std::fs::write(backups[1].join("manifest.json"), "{").unwrap();
+    std::fs::remove_file(backups[2].join("vda.qcow2")).unwrap();
+    change_manifest(&backups[3], |manifest| manifest["id"] = json!("another"));
+    change_manifest(&backups[4], |manifest| manifest["domain"]["name"] = json!("db"));
+    change_manifest(&backups[5], |manifest| manifest["version"] = json!(2));
+    let domain = system.store().join("web");
+    // Neither whole nor looked at.
+    std::fs::create_dir(domain.join(".20261123T000000Z-00000000.partial")).unwrap();
+    std::fs::write(domain.join("notes.txt"), "mine").unwrap();
+    symlink(&backups[6], domain.join("linked")).unwrap();
+    std::fs::create_dir(system.store().join("lost+found")).unwrap();
+
+    let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
+    assert_eq!(found, 1, "{problems:#?}");
+    let expected = [
+        (&backups[1], "manifest.json: EOF"),
+        (&backups[2], "vda.qcow2: No such file"),
+        (&backups[3], "that of 'another'"),
+        (&backups[4], "domain 'db' does not belong into 'web'"),
+        (&backups[5], "newer backupd"),
+    ];
+    assert_eq!(problems.len(), expected.len(), "{problems:#?}");
+    for ((path, why), problem) in expected.into_iter().zip(&problems) {
+        assert!(problem.starts_with(path.to_str().unwrap()), "{problem}");
+        assert!(problem.contains(why), "{why:?} in {problem}");
+    }
+    let output = system.clients().backupctl(ROOT, &["rescan"]);
+    assert_eq!(output.status, 1, "{output:?}");
+    assert!(
+        output.stdout.starts_with("There is 1 backup in the stores\n"),
+        "{output:?}"
+    );
+    let output = system.clients().backupctl(USER, &["rescan", "--no-ask-password"]);
+    assert_eq!(output.status, 4, "{output:?}");
+    system.stop_daemon();
+    let last = backups[6].file_name().unwrap().to_str().unwrap();
+    assert_eq!(records(&system), [last]);
+    assert!(domain.join("notes.txt").exists());
+
+    // A store that cannot be read is not one that is empty.
+    let aside = system.dir().join("aside");
+    std::fs::rename(system.store(), &aside).unwrap();
+    std::fs::write(system.store(), "").unwrap();
+    system.start_daemon();
+    let caller = Caller::new(&system).await;
+    let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
+    assert_eq!((found, problems.len()), (0, 1), "{problems:#?}");
+    system.stop_daemon();
+    assert_eq!(records(&system), [last]);
+}

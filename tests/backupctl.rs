@@ -232,6 +232,40 @@ fn a_detached_backup_is_watched_and_cancelled_from_elsewhere() {
 }
 
 #[test]
+fn who_waits_when_the_service_goes_and_comes_again_hears_the_end() {
+    for killed in [true, false] {
+        let mut system = System::start();
+        let _vm = machine(&system);
+        let clients = system.clients();
+        let mut all = clients.start_backupctl("all", ROOT, &["watch", "--json"]);
+        let mut create = clients.start_backupctl("create", ROOT, &["create", "web", "--bandwidth", "1M"]);
+        wait::until("both to see it run", || {
+            let seen = create.log().contains("running") && all.stdout().contains("job-started");
+            seen.then_some(())
+        });
+        match killed {
+            true => system.kill_daemon(),
+            false => assert_eq!(system.stop_daemon(), Some(0)),
+        }
+        wait::until("all to see it go", || {
+            all.stdout().contains("service-gone").then_some(())
+        });
+        system.start_daemon();
+        wait::until("all to see it come back", || {
+            all.stdout().contains("service-back").then_some(())
+        });
+        assert_eq!(root(&system, &["speed", "1", "0"]).status, 0);
+        assert_eq!(create.wait(), 0, "{}", create.log());
+        assert!(create.log().contains("service has gone"), "{}", create.log());
+        wait::until("the end to be told to all", || {
+            all.stdout().contains("job-ended").then_some(())
+        });
+        all.signal(Signal::INT);
+        assert_eq!(all.wait(), 0, "{}", all.log());
+    }
+}
+
+#[test]
 fn an_interrupt_without_a_terminal_cancels_and_a_request_to_end_detaches() {
     let system = System::start();
     let _vm = machine(&system);

@@ -143,6 +143,24 @@ impl Error {
         }
     }
 
+    /// Whether the service went while it was asked, or is not there, and may come back; or the bus gave up on it.
+    pub fn is_away(&self) -> bool {
+        let Self::Call { name, .. } = self else {
+            return false;
+        };
+        match Known::of(name) {
+            Some(Known::Standard(name)) => {
+                matches!(
+                    name,
+                    "NoReply" | "Timeout" | "TimedOut" | "ServiceUnknown" | "NameHasNoOwner"
+                )
+            }
+            // What a call is answered with that neither starts nor changes anything when the service stops.
+            Some(Known::Ours(name)) => name == "Busy",
+            None => false,
+        }
+    }
+
     /// Whether the bus said that no answer will come: its connection or the service is gone, or it gave up.
     pub fn no_answer(&self) -> bool {
         match self {

@@ -17,6 +17,9 @@ use crate::view::View;
 /// Without news for so long, the properties are read: signals may go elsewhere.
 pub const QUIET: Duration = Duration::from_secs(1);
 
+/// How long a service that has gone may take to be there again.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
 /// What Ctrl-C means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnInterrupt {
@@ -104,7 +107,9 @@ impl<'a> Follow<'a> {
                         self.snapshot.apply(*changed);
                         self.show();
                     }
+                    Some(Signal::Gone) => self.view.note("The backup service has gone. The backup goes on, and is asked for again."),
                     Some(_) => {}
+                    // The reading of properties goes on.
                     None => listening = false,
                 },
                 interrupt = interrupts.next() => {
@@ -227,18 +232,33 @@ impl<'a> Follow<'a> {
     }
 }
 
-/// Waits for the end, also when the bus limits how long one call may take.
+/// Waits for the end, also when the service is started again meanwhile, or the bus limits how long one call may take.
 async fn wait(job: &Job) -> Result<Outcome> {
     loop {
         let error = match job.wait().await {
-            Err(error) if error.no_answer() => error,
-            result => return result,
+            Err(error) if error.is_away() => error,
+            result => return result.map_err(|error| lost(job.id, error)),
         };
-        // Either the call timed out, or the service is gone. If it is back, it may still know the job.
-        match job.snapshot().await.map(|snapshot| snapshot.outcome()) {
-            Ok(Some(outcome)) => return Ok(outcome),
-            Ok(None) => tokio::time::sleep(QUIET).await,
-            Err(_) => return Err(lost(job.id, error)),
+        if let Some(outcome) = ask_again(job, &error).await? {
+            return Ok(outcome);
+        }
+    }
+}
+
+/// Asks, until it is there again, the service that did not say how the job ended, whether it has.
+async fn ask_again(job: &Job, error: &Error) -> Result<Option<Outcome>> {
+    let since = Instant::now();
+    loop {
+        tokio::time::sleep(QUIET).await;
+        match job.snapshot().await {
+            Ok(snapshot) => return Ok(snapshot.outcome()),
+            Err(still) if still.is_away() && since.elapsed() < PATIENCE => {}
+            Err(_) => {
+                return Err(Error::LostJob {
+                    id: job.id,
+                    reason: error.to_string(),
+                });
+            }
         }
     }
 }

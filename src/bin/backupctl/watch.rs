@@ -5,12 +5,13 @@ use std::io::{self, IsTerminal};
 use std::time::Instant;
 
 use serde_json::json;
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::agent::Agent;
 use crate::bars::{Bars, Row};
 use crate::create::left;
 use crate::error::{Error, Result, Status};
-use crate::follow::{Ending, Follow, OnInterrupt, QUIET};
+use crate::follow::{Ending, Follow, OnInterrupt, PATIENCE, QUIET};
 use crate::interrupt::Interrupts;
 use crate::job::{Snapshot, has_ended, nothing_if_empty};
 use crate::output::{self, escape};
@@ -99,18 +100,48 @@ enum Out {
 
 impl Watch {
     async fn run(&mut self, service: &Service) -> Result<Status> {
-        service.subscribe().await?;
-        let mut signals = service.signals().await?;
-        for line in service.jobs(false).await? {
-            if !has_ended(&line.state) {
-                self.begin(service.job_at(line.id, line.path), false).await?;
-            }
-        }
+        let mut signals = self.attach(service).await?;
         let mut tick = tokio::time::interval(QUIET / 2);
         loop {
             tokio::select! {
-                signal = signals.recv() => self.signal(service, signal.unwrap_or(Signal::Gone)).await?,
+                signal = signals.recv() => match signal {
+                    Some(Signal::Gone) | None => {
+                        self.out.service("gone")?;
+                        signals = self.attach_again(service).await?;
+                        self.out.service("back")?;
+                    }
+                    Some(signal) => self.signal(service, signal).await?,
+                },
                 _ = tick.tick() => self.look().await?,
+            }
+        }
+    }
+
+    /// Hears of everything from now on, and finds out what there is.
+    async fn attach(&mut self, service: &Service) -> Result<UnboundedReceiver<Signal>> {
+        service.subscribe().await?;
+        let signals = service.signals().await?;
+        for line in service.jobs(false).await? {
+            let job = service.job_at(line.id, line.path);
+            match has_ended(&line.state) {
+                false => self.begin(job, false).await?,
+                true if self.jobs.contains_key(&line.id) => self.end(job, &line.state).await?,
+                true => {}
+            }
+        }
+        Ok(signals)
+    }
+
+    /// The same with a service that has gone, as soon as it is there again.
+    async fn attach_again(&mut self, service: &Service) -> Result<UnboundedReceiver<Signal>> {
+        let since = Instant::now();
+        loop {
+            match self.attach(service).await {
+                Err(error) if error.is_away() && since.elapsed() < PATIENCE => {
+                    tokio::time::sleep(QUIET).await
+                }
+                Err(error) if error.is_away() => return Err(Error::LostService),
+                result => return result,
             }
         }
     }
@@ -127,7 +158,7 @@ impl Watch {
                 self.out.progress(job)
             }
             Signal::Ended(id, path, result) => self.end(service.job_at(id, path), &result).await,
-            Signal::Gone => Err(Error::LostService),
+            Signal::Gone => Ok(()),
         }
     }
 
@@ -191,6 +222,16 @@ impl Out {
             _ => output::print(&format!("{line}\n"))?,
         }
         Ok(())
+    }
+
+    /// What became of the service: it is `gone`, or `back`.
+    fn service(&mut self, what: &str) -> Result<()> {
+        match self {
+            Self::Json => Ok(output::print_json(
+                &json!({ "event": format!("service-{what}") }),
+            )?),
+            _ => self.line(&format!("The backup service is {what}")),
+        }
     }
 
     fn started(&mut self, id: u32, path: &str, snapshot: Option<&Snapshot>, what: &str) -> Result<()> {

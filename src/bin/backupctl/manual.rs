@@ -144,7 +144,11 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
                 "id=$(backupctl create web --detach --json | jq .id); backupctl watch $id",
             ),
         ],
-        "jobs" => &[("List the backups", "backupctl jobs")],
+        "jobs" => &[
+            ("List the backups", "backupctl jobs"),
+            ("List all that there is a record of", "backupctl jobs --all"),
+        ],
+        "rescan" => &[("Find the backups in the stores", "backupctl rescan")],
         "show" => &[("Show backup 7", "backupctl show 7")],
         "watch" => &[
             ("Wait for backup 7", "backupctl watch 7"),
@@ -188,7 +192,7 @@ mod tests {
     #[test]
     fn each_example_is_a_command_line_that_parses() {
         for command in [
-            "", "domains", "create", "jobs", "show", "watch", "cancel", "speed", "dump",
+            "", "domains", "create", "jobs", "show", "watch", "cancel", "speed", "dump", "rescan",
         ] {
             for (_, line) in examples(command) {
                 let line = line

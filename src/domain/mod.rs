@@ -8,7 +8,9 @@ mod identity;
 mod monitor;
 mod owner;
 pub mod poweroff;
+mod presence;
 mod registry;
+mod retry;
 
 pub use directory::{Content, Directories, FileError};
 pub use disks::{Disk, DiskLookup, find_disk};

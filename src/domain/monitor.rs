@@ -1,10 +1,9 @@
-//! The supervised monitor of one domain: connect, ask, listen, and connect again with backoff.
+//! The supervised monitor of one domain: connect, ask, listen, and connect again.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::json;
@@ -13,11 +12,10 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::disks::{self, BlockInfo, Graph, Node};
+use super::presence::Presence;
+use super::retry::Retry;
 use super::{Domain, Migration, PATIENCE, Snapshot, State};
 use crate::qmp::{self, Client, Driver, EventsError, Schema};
-
-const FIRST_BACKOFF: Duration = Duration::from_millis(100);
-const LAST_BACKOFF: Duration = Duration::from_secs(5);
 
 /// A connected monitor.
 #[derive(Debug)]
@@ -45,12 +43,17 @@ pub enum Phase {
 }
 
 /// Connects, and connects again, until `stop`: the life of a configured domain.
-pub(super) async fn supervise(domain: Arc<Domain>, monitor: PathBuf, stop: CancellationToken) {
-    let mut backoff = FIRST_BACKOFF;
+pub(super) async fn supervise(
+    domain: Arc<Domain>,
+    monitor: PathBuf,
+    presence: Presence,
+    stop: CancellationToken,
+) {
+    let mut retry = Retry::new(&presence, &monitor);
     loop {
         let attempt = stop.run_until_cancelled(async {
             let (link, driver) = connect(&monitor).await?;
-            backoff = FIRST_BACKOFF;
+            retry = Retry::new(&presence, &monitor);
             Ok(serve(&domain, link, driver).await)
         });
         let (why, gone): (Arc<str>, bool) = match attempt.await {
@@ -60,14 +63,9 @@ pub(super) async fn supervise(domain: Arc<Domain>, monitor: PathBuf, stop: Cance
         };
         tracing::debug!(domain = domain.name, why = %why, "monitor is down");
         domain.down(&why, gone);
-        if stop
-            .run_until_cancelled(tokio::time::sleep(backoff))
-            .await
-            .is_none()
-        {
+        if stop.run_until_cancelled(retry.wait(gone)).await.is_none() {
             return;
         }
-        backoff = (backoff * 2).min(LAST_BACKOFF);
     }
 }
 

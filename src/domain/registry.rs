@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::directory::{DomainFile, Watch};
 use super::monitor::{self, Link};
+use super::presence::Presence;
 use super::{Directories, Domain, Error, Identity, Origin, Phase, check_new_name, owner};
 use crate::qmp::Client;
 use crate::quota::{Quota, Share};
@@ -68,6 +69,7 @@ pub struct Registry {
     domains: Mutex<Domains>,
     changes: broadcast::Sender<Change>,
     quota: Quota,
+    presence: Presence,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -76,13 +78,19 @@ impl Registry {
     /// Reads the directories and follows them from now on, until [`Registry::shut_down`]. `quota` counts the domains that
     /// callers register.
     pub fn open(mut directories: Directories, quota: Quota) -> io::Result<Arc<Self>> {
+        let (presence, news) = Presence::open()?;
         let registry = Arc::new(Self {
             quota,
+            presence: presence.clone(),
             domains: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
+        let stop = registry.stop.clone();
+        registry
+            .tasks
+            .spawn(async move { stop.run_until_cancelled(presence.tell(news)).await });
         let watch = directories.watch()?;
         registry.apply(directories.read());
         registry.tasks.spawn(follow(registry.clone(), directories, watch));
@@ -263,8 +271,9 @@ impl Registry {
         for (name, file) in files {
             let (owner, monitor) = ((file.owner, file.owner_name.clone()), file.monitor.clone());
             let (domain, stop) = self.add(&mut domains, &name, owner, EntryKind::Configured(file));
+            let presence = self.presence.clone();
             self.tasks
-                .spawn(monitor::supervise(domain.clone(), monitor, stop));
+                .spawn(monitor::supervise(domain.clone(), monitor, presence, stop));
             come.push(domain);
         }
         drop(domains);

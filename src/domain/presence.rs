@@ -1,0 +1,237 @@
+//! Tells when something comes to be at a path, or what is there becomes another: who waits for a socket need not look
+//! for it again and again.
+//!
+//! Knows paths; not what is to be there, nor who waits for it. One inotify instance serves all, for a user has few of them.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures_util::StreamExt;
+use inotify::{Event, EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
+use tokio::sync::Notify;
+
+/// What the one instance watches.
+#[derive(Clone)]
+pub(super) struct Presence(Arc<Mutex<Watched>>);
+
+struct Watched {
+    watches: Watches,
+    /// Who waits for what in a directory.
+    waiting: HashMap<WatchDescriptor, Vec<(OsString, Arc<Notify>)>>,
+}
+
+/// The source of all news; see [`Presence::tell`].
+pub(super) type News = EventStream<Vec<u8>>;
+
+/// Sees what happens at one path, from the first [`Sight::aim`] on.
+pub(super) struct Sight {
+    presence: Presence,
+    path: PathBuf,
+    news: Arc<Notify>,
+    place: Option<Place>,
+}
+
+/// A directory, and what is waited for in it.
+type Place = (WatchDescriptor, OsString);
+
+/// What came of aiming at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Aim {
+    /// As before: whatever happened since then is news.
+    Held,
+    /// From now on: what happened just before may have been missed.
+    New,
+    /// Nothing is seen.
+    Blind,
+}
+
+impl Presence {
+    pub fn open() -> io::Result<(Self, News)> {
+        let inotify = Inotify::init()?;
+        let watched = Watched {
+            watches: inotify.watches(),
+            waiting: HashMap::new(),
+        };
+        let news = inotify.into_event_stream(vec![0; 4096])?;
+        Ok((Self(Arc::new(Mutex::new(watched))), news))
+    }
+
+    /// Tells everybody of their news, for as long as this runs.
+    pub async fn tell(self, mut news: News) {
+        while let Some(event) = news.next().await {
+            match event {
+                Ok(event) => self.lock().tell(&event),
+                Err(error) => {
+                    tracing::error!(%error, "that monitors come is not noticed at once any more");
+                    return;
+                }
+            }
+        }
+    }
+
+    pub fn sight(&self, path: &Path) -> Sight {
+        Sight {
+            presence: self.clone(),
+            path: path.to_owned(),
+            news: Arc::default(),
+            place: None,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Watched> {
+        // A panic aborts the service; there is no half-changed state to be met.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Watched {
+    fn tell(&mut self, event: &Event<OsString>) {
+        if event.mask.contains(EventMask::Q_OVERFLOW) {
+            let all = self.waiting.values().flatten();
+            return all.for_each(|(_, news)| news.notify_one());
+        }
+        // What happens to the directory itself has no name.
+        let here = self.waiting.get(&event.wd).into_iter().flatten();
+        here.filter(|(name, _)| event.name.as_ref().is_none_or(|of| of == name))
+            .for_each(|(_, news)| news.notify_one());
+        if event.mask.contains(EventMask::IGNORED) {
+            self.waiting.remove(&event.wd);
+        }
+    }
+
+    fn watch(&mut self, directory: &Path) -> io::Result<WatchDescriptor> {
+        let mask = WatchMask::CREATE
+            | WatchMask::MOVED_TO
+            | WatchMask::ATTRIB
+            | WatchMask::DELETE_SELF
+            | WatchMask::MOVE_SELF
+            | WatchMask::ONLYDIR;
+        self.watches.add(directory, mask)
+    }
+
+    fn forget(&mut self, (directory, name): Place, news: &Arc<Notify>) {
+        let Some(here) = self.waiting.get_mut(&directory) else {
+            return;
+        };
+        here.retain(|(of, other)| *of != name || !Arc::ptr_eq(other, news));
+        if here.is_empty() {
+            self.waiting.remove(&directory);
+            // The directory may be gone, and the watch with it.
+            let _ = self.watches.remove(directory);
+        }
+    }
+}
+
+impl Sight {
+    /// Aims at the path in its directory, or at the next part of it in the nearest one above that exists. That may be
+    /// another after each news.
+    pub fn aim(&mut self) -> Aim {
+        let mut watched = self.presence.lock();
+        let place = nearest(&self.path).and_then(|(directory, name)| match watched.watch(directory) {
+            Ok(watch) => Some((watch, name.to_owned())),
+            Err(error) => {
+                tracing::debug!("{}: cannot be watched: {error}", directory.display());
+                None
+            }
+        });
+        // A directory that is made again is watched by another number, even under the same name.
+        if place == self.place {
+            return place.map_or(Aim::Blind, |_| Aim::Held);
+        }
+        if let Some((directory, name)) = place.clone() {
+            let here = watched.waiting.entry(directory).or_default();
+            here.push((name, self.news.clone()));
+        }
+        let aim = place.as_ref().map_or(Aim::Blind, |_| Aim::New);
+        if let Some(before) = std::mem::replace(&mut self.place, place) {
+            watched.forget(before, &self.news);
+        }
+        aim
+    }
+
+    /// Waits for news; what came before this is called counts.
+    pub async fn news(&self) {
+        self.news.notified().await;
+    }
+}
+
+impl Drop for Sight {
+    fn drop(&mut self) {
+        if let Some(place) = self.place.take() {
+            self.presence.lock().forget(place, &self.news);
+        }
+    }
+}
+
+/// The lowest directory on the way to `path` that exists, and what is next on that way.
+fn nearest(path: &Path) -> Option<(&Path, &OsStr)> {
+    let steps = path.ancestors().zip(path.ancestors().skip(1));
+    let (next, directory) = steps.into_iter().find(|(_, directory)| directory.is_dir())?;
+    Some((directory, next.file_name()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::time::Duration;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    async fn news(sight: &Sight) {
+        let news = tokio::time::timeout(Duration::from_secs(30), sight.news());
+        news.await.expect("there are news");
+    }
+
+    fn open() -> Presence {
+        let (presence, news) = Presence::open().unwrap();
+        tokio::spawn(presence.clone().tell(news));
+        presence
+    }
+
+    #[tokio::test]
+    async fn what_comes_to_be_in_a_directory_that_is_not_there_is_seen() {
+        let presence = open();
+        let above = tempfile::tempdir().unwrap();
+        let path = above.path().join("a/b/c");
+        let mut sight = presence.sight(&path);
+        assert_eq!((sight.aim(), sight.aim()), (Aim::New, Aim::Held));
+        for part in ["a", "a/b"] {
+            fs::create_dir(above.path().join(part)).unwrap();
+            news(&sight).await;
+            assert_eq!(sight.aim(), Aim::New);
+        }
+        fs::write(&path, "").unwrap();
+        news(&sight).await;
+        assert_eq!(sight.aim(), Aim::Held);
+        fs::rename(above.path().join("a"), above.path().join("z")).unwrap();
+        fs::remove_dir_all(above.path().join("z")).unwrap();
+        news(&sight).await;
+        assert_eq!(sight.aim(), Aim::New);
+        fs::create_dir(above.path().join("a")).unwrap();
+        news(&sight).await;
+    }
+
+    #[tokio::test]
+    async fn each_hears_of_its_own_path_and_nothing_stays_behind() {
+        let presence = open();
+        let directory = tempfile::tempdir().unwrap();
+        let mut sights = ["a", "b", "a"].map(|name| presence.sight(&directory.path().join(name)));
+        sights
+            .iter_mut()
+            .for_each(|sight| assert_eq!(sight.aim(), Aim::New));
+        fs::write(directory.path().join("b"), "").unwrap();
+        fs::write(directory.path().join("a"), "").unwrap();
+        // Events come in order: when the last is told, all are.
+        news(&sights[0]).await;
+        news(&sights[2]).await;
+        assert!(sights[1].news().now_or_never().is_some());
+        assert!(sights[0].news().now_or_never().is_none(), "not of the other");
+        drop(sights);
+        assert!(presence.lock().waiting.is_empty());
+    }
+}

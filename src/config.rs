@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::definition;
 use crate::quota::{self, Quota};
@@ -15,6 +15,8 @@ use crate::quota::{self, Quota};
 pub const DEFAULT_PATH: &str = "/etc/backupd/backupd.toml";
 /// The store that a backup goes to when its document names none.
 pub const DEFAULT_STORE: &str = "default";
+/// The longest time that can be set: more than a century, and no clock overflows.
+const MOST_SECONDS: Duration = Duration::from_secs(u32::MAX as u64);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -57,6 +59,9 @@ pub struct Store {
 pub struct Config {
     pub state_directory: PathBuf,
     pub domain_directories: Vec<PathBuf>,
+    /// How long nobody must have needed the service before it leaves; nothing where it never does.
+    #[serde(rename = "idle-exit-seconds", deserialize_with = "seconds")]
+    pub idle_exit: Option<Duration>,
     pub bus: Bus,
     pub limits: Limits,
     pub deadlines: Deadlines,
@@ -218,6 +223,7 @@ impl Default for Config {
         Self {
             state_directory: "/var/lib/backupd".into(),
             domain_directories: vec!["/etc/backupd/domains.d".into(), "/run/backupd/domains.d".into()],
+            idle_exit: Some(Duration::from_secs(120)),
             bus: Bus::default(),
             limits: Limits::default(),
             deadlines: Deadlines::default(),
@@ -289,6 +295,18 @@ impl Config {
             }
         }
         Ok(())
+    }
+}
+
+/// A length of time, whole seconds or not; 0 is none.
+fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let seconds = f64::deserialize(deserializer)?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(time) if time <= MOST_SECONDS => Ok(Some(time).filter(|time| !time.is_zero())),
+        _ => {
+            let text = format!("{seconds} is no time of 0 to {} seconds", MOST_SECONDS.as_secs());
+            Err(serde::de::Error::custom(text))
+        }
     }
 }
 
@@ -370,6 +388,27 @@ mod tests {
         assert_eq!(deadlines.finish(), Deadlines::default().finish());
         let text = parse("[deadlines]\nstall-seconds = 0").unwrap_err().to_string();
         assert!(text.contains("line 2"), "{text}");
+    }
+
+    #[test]
+    fn the_service_leaves_after_so_many_seconds_or_never() {
+        let idle_exit = |text: &str| parse(text).unwrap().idle_exit;
+        assert_eq!(idle_exit(""), Some(Duration::from_secs(120)));
+        assert_eq!(idle_exit("idle-exit-seconds = 30"), Some(Duration::from_secs(30)));
+        assert_eq!(
+            idle_exit("idle-exit-seconds = 0.25"),
+            Some(Duration::from_millis(250))
+        );
+        assert_eq!(idle_exit("idle-exit-seconds = 0"), None);
+        for wrong in ["-1", "nan", "inf", "1e300", "'soon'"] {
+            let text = parse(&format!("idle-exit-seconds = {wrong}"))
+                .unwrap_err()
+                .to_string();
+            assert!(
+                text.contains("idle-exit-seconds") && text.contains("line 1"),
+                "{text}"
+            );
+        }
     }
 
     #[test]

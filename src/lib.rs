@@ -5,6 +5,7 @@
 //! virtual machines there are. A module may use those after it on that way and never those before it.
 
 pub mod access;
+pub mod activity;
 pub mod bus;
 pub mod catalog;
 pub mod config;
@@ -18,4 +19,5 @@ pub mod plan;
 pub mod qmp;
 pub mod quota;
 pub mod service;
+pub mod supervisor;
 pub mod target;

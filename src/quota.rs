@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::activity::{Activity, Use};
 use crate::error::Kind;
 
 /// Limits of one thing: for each user, and for all together.
@@ -43,6 +44,7 @@ pub struct Quota {
     key: &'static str,
     limits: Limits,
     held: Arc<Mutex<Held>>,
+    activity: Option<Activity>,
 }
 
 /// What somebody holds; given back when it is dropped.
@@ -52,6 +54,7 @@ pub struct Share {
     quota: Quota,
     uid: u32,
     count: usize,
+    _use: Option<Use>,
 }
 
 impl Quota {
@@ -61,7 +64,14 @@ impl Quota {
             key,
             limits,
             held: Arc::default(),
+            activity: None,
         }
+    }
+
+    /// The same, of a thing for which the service is needed as long as anybody holds some of it.
+    pub fn keeping(mut self, activity: &Activity) -> Self {
+        self.activity = Some(activity.clone());
+        self
     }
 
     /// Takes `count` for a user, all or nothing.
@@ -89,6 +99,7 @@ impl Quota {
             quota: self.clone(),
             uid,
             count,
+            _use: self.activity.as_ref().map(Activity::begin),
         })
     }
 

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backupd::access::{AUDIT_DIRECTIVE, Access, Polkit};
-use backupd::bus;
+use backupd::activity::Activity;
+use backupd::bus::{self, Published};
 use backupd::catalog::{self, Catalog};
 use backupd::config::{self, Config, DEFAULT_STORE};
 use backupd::domain::{Directories, Registry};
 use backupd::job::{self, Jobs};
 use backupd::service::Service;
-use backupd::target;
+use backupd::{supervisor, target};
 use clap::Parser;
-use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
@@ -56,12 +56,21 @@ enum Fatal {
     BusLost,
 }
 
+/// How the service ended, when nothing is wrong.
+enum End {
+    /// It was told to, or nobody needs it.
+    Done,
+    /// Nobody needs it, but somebody may have called while it left.
+    StartAgain,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start_log();
     die_of_panics();
     match start(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(End::Done) => ExitCode::SUCCESS,
+        Ok(End::StartAgain) => supervisor::START_AGAIN.into(),
         Err(error) => {
             tracing::error!("{error}");
             ExitCode::FAILURE
@@ -69,7 +78,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(arguments: Arguments) -> Result<(), Fatal> {
+fn start(arguments: Arguments) -> Result<End, Fatal> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -80,7 +89,7 @@ fn start(arguments: Arguments) -> Result<(), Fatal> {
     ended
 }
 
-async fn run(arguments: Arguments) -> Result<(), Fatal> {
+async fn run(arguments: Arguments) -> Result<End, Fatal> {
     // Before anything that could take a while, so that no request to stop is missed.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -90,30 +99,83 @@ async fn run(arguments: Arguments) -> Result<(), Fatal> {
     if let Some(store) = config.stores.get(DEFAULT_STORE) {
         target::ensure_store(&store.path)?;
     }
+    let activity = Activity::default();
     let limits = &config.limits;
     let directories = Directories::new(config.domain_directories.clone());
-    let domains = Registry::open(directories, limits.of_registered_domains()).map_err(Fatal::Domains)?;
+    let registered = limits.of_registered_domains().keeping(&activity);
+    let domains = Registry::open(directories, registered).map_err(Fatal::Domains)?;
     let known = domains.list();
     let settled = known.iter().map(|domain| domain.settled(FIRST_LOOK));
     futures_util::future::join_all(settled).await;
     let access = Access::new(Arc::new(Polkit::start()?), limits.of_password_dialogs());
-    let jobs = Jobs::new(domains.clone(), catalog, &config);
+    let jobs = Jobs::new(domains.clone(), catalog, &config, activity.clone());
     let resumed = jobs.recover().await?;
     let service = Arc::new(Service::new(domains, jobs, access, &config));
     let connection = zbus::connection::Builder::system().build().await?;
-    let mut published = bus::publish(connection, service.clone(), &config, resumed).await?;
-    tell_manager(&[NotifyState::Ready]);
+    let published = bus::publish(connection, service.clone(), &config, resumed, &activity).await?;
+    supervisor::ready();
     tracing::info!("ready");
+    let prober = published.prober();
+    let watchdog = tokio::spawn(supervisor::feed_watchdog(async move || prober.probe().await));
+    let idle_exit = config.idle_exit.filter(|_| published.on_demand);
     let ended = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(None),
+        _ = interrupt.recv() => Ok(None),
         () = published.lost() => Err(Fatal::BusLost),
+        left = leave_when_idle(idle_exit, &activity, &published) => left.map(Some).map_err(Fatal::Bus),
     };
-    tell_manager(&[NotifyState::Stopping]);
+    watchdog.abort();
     tracing::info!("stopping");
+    if !matches!(ended, Ok(Some(_))) {
+        supervisor::stopping().await;
+        // What came by the name until now is served; further calls are for the next process. Where the bus is gone, so is
+        // the name.
+        let _ = published.withdraw().await;
+    }
+    published.finish_calls().await;
     service.shut_down().await;
     published.close().await;
-    ended
+    ended.map(|left| left.unwrap_or(End::Done))
+}
+
+/// Returns when nobody has needed the service for so long, its name is given up, and nobody called meanwhile: see
+/// `bus::leave` for the order of all this.
+///
+/// Configured domains do not keep it. All that it does for one between calls is to follow its state, and whoever wants to
+/// hear of that is subscribed; the next start connects to its monitor again. That cannot be done with a registered one.
+async fn leave_when_idle(
+    time: Option<Duration>,
+    activity: &Activity,
+    published: &Published,
+) -> Result<End, zbus::Error> {
+    let Some(time) = time else {
+        // Nobody would start it again, or it is not wanted.
+        return std::future::pending().await;
+    };
+    loop {
+        let rest = activity.rest(time).await;
+        tracing::info!("nobody has needed the service for {time:?}: it leaves");
+        let systemd = supervisor::is_there();
+        let before = if systemd {
+            published.jobs_of_systemd().await
+        } else {
+            None
+        };
+        published.withdraw().await?;
+        if !activity.lasts(rest) {
+            tracing::info!("somebody called: it stays");
+            published.stay().await?;
+        } else if systemd {
+            supervisor::stopping().await;
+            let after = published.jobs_of_systemd().await;
+            return Ok(match before.is_some() && before == after {
+                true => End::Done,
+                false => End::StartAgain,
+            });
+        } else {
+            return Ok(End::Done);
+        }
+    }
 }
 
 /// A panic is the end of the service, not of one task: who waits for that task would wait for ever.
@@ -145,12 +207,5 @@ fn start_log() {
         None => registry
             .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr))
             .init(),
-    }
-}
-
-/// Tells systemd how the service does; without systemd nobody is told.
-fn tell_manager(states: &[NotifyState]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "the service manager could not be told");
     }
 }

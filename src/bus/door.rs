@@ -4,7 +4,10 @@
 //! holds locks while a property is read: it can neither be kept from growing nor be made to hide anything from one caller
 //! and not from another. So the service takes the messages themselves, as the library advises in such a case.
 
-use futures_util::StreamExt;
+use std::time::Duration;
+
+use futures_util::{FutureExt, StreamExt};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use zbus::message::Flags;
@@ -21,46 +24,98 @@ use crate::error::Kind;
 /// lets through 16 times that, and whoever sends it could have 64 at a time.
 const MOST_BYTES: usize = 2 << 20;
 
+/// How long the end waits for calls that need nothing but their own time.
+const LAST_CALLS: Duration = Duration::from_secs(3);
+
 /// Calls in flight, each in a task of its own.
 #[derive(Clone)]
 pub struct Door {
     context: Context,
     closer: Closer,
+    /// Who wants to know when all that has come is let in.
+    checks: mpsc::UnboundedSender<oneshot::Sender<()>>,
+    /// Nothing more is let in, and what could wait for hours ends.
     closing: CancellationToken,
+    /// All that is left ends.
+    closed: CancellationToken,
     tasks: TaskTracker,
 }
 
+/// What comes in at the door.
+pub struct Arrivals {
+    pub messages: MessageStream,
+    checks: mpsc::UnboundedReceiver<oneshot::Sender<()>>,
+}
+
 impl Door {
-    pub fn new(context: Context, closer: Closer) -> Self {
-        Self {
+    pub fn new(context: Context, closer: Closer, messages: MessageStream) -> (Self, Arrivals) {
+        let (sender, checks) = mpsc::unbounded_channel();
+        let door = Self {
             context,
             closer,
+            checks: sender,
             closing: CancellationToken::new(),
+            closed: CancellationToken::new(),
             tasks: TaskTracker::new(),
-        }
+        };
+        (door, Arrivals { messages, checks })
     }
 
-    /// Takes calls until [`Door::close`], or until the bus is gone. Never waits for anything of the bus but room to write:
-    /// what is not taken from the stream keeps every other message waiting.
-    pub async fn receive(self, mut messages: MessageStream) {
-        while let Some(Some(message)) = self.closing.run_until_cancelled(messages.next()).await {
-            // The stream ends after an error.
-            if let Ok(message) = message {
-                self.admit(message).await;
+    /// Takes calls until the bus is gone, or nobody has the door any more. Never waits for anything of the bus but room to
+    /// write: what is not taken from the stream keeps every other message waiting.
+    pub async fn receive(self, mut arrivals: Arrivals) {
+        loop {
+            tokio::select! {
+                message = arrivals.messages.next() => match message {
+                    Some(Ok(message)) => self.admit(message).await,
+                    // The stream ends after an error.
+                    Some(Err(_)) => {}
+                    None => return,
+                },
+                Some(check) = arrivals.checks.recv() => {
+                    while let Some(Some(message)) = arrivals.messages.next().now_or_never() {
+                        if let Ok(message) = message {
+                            self.admit(message).await;
+                        }
+                    }
+                    // Who asked has gone.
+                    let _ = check.send(());
+                }
             }
         }
     }
 
-    /// Answers no more calls, and those that wait for something with an error.
+    /// Returns when every call is let in that the connection's reader has read. It reads in order: if something came
+    /// after a call and is known, the call is let in.
+    pub async fn let_all_in(&self) {
+        let (check, done) = oneshot::channel();
+        // Where nobody receives any more, the bus is gone, and nothing is left to be let in.
+        if self.checks.send(check).is_ok() {
+            let _ = done.await;
+        }
+    }
+
+    /// Refuses further calls and brings those in flight to their end. One that waits for a backup, or for a person, is told
+    /// that the service is stopping; any other is answered, if it does not take too long.
     pub async fn close(&self) {
         self.closing.cancel();
         self.tasks.close();
-        self.tasks.wait().await;
+        if tokio::time::timeout(LAST_CALLS, self.tasks.wait()).await.is_err() {
+            self.closed.cancel();
+            self.tasks.wait().await;
+        }
     }
 
     async fn admit(&self, message: Message) {
         let held = Held::of(&message);
         let header = message.header();
+        let own = self.context.connection.unique_name();
+        if own.is_some_and(|own| header.sender() == Some(own.inner())) {
+            // The service's own question whether it answers.
+            let (door, reply) = (self.clone(), Message::method_return(&header).build(&()));
+            self.tasks.spawn(async move { door.context.send(reply).await });
+            return;
+        }
         // Who wants no reply would not hear what became of the call, and evades the bus's own limit on calls in flight.
         // There is no method that would be of use to such a caller.
         if header.primary().flags().contains(Flags::NO_REPLY_EXPECTED) {
@@ -69,6 +124,7 @@ impl Door {
             return self.closer.close(held);
         }
         let visit = match header.sender() {
+            Some(_) if self.closing.is_cancelled() => Err(stopping()),
             Some(_) if message.data().len() > MOST_BYTES => Err(BusError::new(
                 Kind::LimitsExceeded,
                 format!("a call may have at most {MOST_BYTES} bytes"),
@@ -79,9 +135,11 @@ impl Door {
         match visit {
             Ok(visit) => {
                 let door = self.clone();
+                let used = self.context.activity.begin();
                 self.tasks.spawn(async move {
                     door.serve(message, visit).await;
                     door.closer.close(held);
+                    drop(used);
                 });
             }
             Err(error) => {
@@ -93,11 +151,15 @@ impl Door {
     }
 
     async fn serve(&self, message: Message, visit: Visit) {
+        let end = match waits_for_others(&message) {
+            true => &self.closing,
+            false => &self.closed,
+        };
         let answer = tokio::select! {
             // What is known already is told.
             biased;
             answer = self.answer(message.clone(), visit) => answer,
-            () = self.closing.cancelled() => Err(BusError::new(Kind::Busy, "the service is stopping")),
+            () = end.cancelled() => Err(stopping()),
         };
         let reply = match answer {
             Ok(reply) => Ok(reply),
@@ -114,6 +176,17 @@ impl Door {
             .hold_descriptors(uid, message.data().fds().len())?;
         context.answer(&Call::new(message, visit, uid, share)).await
     }
+}
+
+/// Whether the call may last as long as a backup, or as a person who is asked for a password.
+fn waits_for_others(call: &Message) -> bool {
+    let header = call.header();
+    header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH)
+        || header.member().is_some_and(|member| member.as_str() == "Wait")
+}
+
+fn stopping() -> BusError {
+    BusError::new(Kind::Busy, "the service is stopping: call again")
 }
 
 impl Context {

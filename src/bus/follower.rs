@@ -8,6 +8,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use super::signals::{Announcement, Audience, Listening, announce, follow_domain, follow_job};
 use crate::access::Caller;
+use crate::activity::Activity;
 use crate::domain::Domain;
 use crate::job::Job;
 use crate::service::Service;
@@ -65,15 +66,17 @@ pub struct Work {
     commands: mpsc::UnboundedReceiver<Command>,
     service: Arc<Service>,
     audience: Audience,
+    activity: Activity,
 }
 
-pub fn new(service: Arc<Service>, audience: Audience) -> (Follower, Work) {
+pub fn new(service: Arc<Service>, audience: Audience, activity: Activity) -> (Follower, Work) {
     let (sender, commands) = mpsc::unbounded_channel();
     let listening = audience.listening().clone();
     let work = Work {
         commands,
         service,
         audience,
+        activity,
     };
     let follower = Follower {
         commands: sender,
@@ -83,6 +86,16 @@ pub fn new(service: Arc<Service>, audience: Audience) -> (Follower, Work) {
 }
 
 impl Work {
+    fn follow(&self, job: Arc<Job>) -> impl Future<Output = ()> + use<> {
+        // A job ends before its end is told.
+        let used = self.activity.begin();
+        let following = follow_job(job, self.audience.clone());
+        async move {
+            following.await;
+            drop(used);
+        }
+    }
+
     /// Follows domains and jobs until [`Follower::finish`].
     pub async fn run(mut self) {
         let mut changes = self.service.domains.changes();
@@ -94,12 +107,12 @@ impl Work {
                 command = self.commands.recv() => match command {
                     Some(Command::AddJob { job, done }) => {
                         self.audience.job_started(&job).await;
-                        jobs.spawn(follow_job(job, self.audience.clone()));
+                        jobs.spawn(self.follow(job));
                         // Who asked may have gone.
                         let _ = done.send(());
                     }
                     Some(Command::ResumeJob(job)) => {
-                        jobs.spawn(follow_job(job, self.audience.clone()));
+                        jobs.spawn(self.follow(job));
                     }
                     Some(Command::Finish) | None => break,
                 },

@@ -12,6 +12,7 @@ mod door;
 mod error;
 mod follower;
 mod job;
+mod leave;
 mod manager;
 mod object;
 pub mod options;
@@ -24,13 +25,18 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use zbus::fdo::DBusProxy;
 use zbus::message::Type;
 use zbus::wire::{ObjectPath, OwnedObjectPath};
 use zbus::{Connection, MatchRule, MessageStream};
 
+pub use leave::Prober;
+
+use crate::activity::Activity;
 use crate::config::Config;
 use crate::job::Job;
-use crate::names::{BUS_NAME, ROOT_PATH};
+use crate::names::ROOT_PATH;
 use crate::service::Service;
 use door::Door;
 use follower::Follower;
@@ -44,43 +50,52 @@ struct Context {
     service: Arc<Service>,
     peers: Arc<Peers>,
     follower: Follower,
+    activity: Activity,
 }
 
 /// The service while it is on the bus.
 pub struct Published {
     connection: Connection,
+    /// Whether the bus has the service started for whoever calls it.
+    pub on_demand: bool,
     door: Door,
     receiving: JoinHandle<()>,
     follower: Follower,
     following: JoinHandle<()>,
     closing: JoinHandle<()>,
     watching: JoinHandle<()>,
+    lost: CancellationToken,
 }
 
 /// Puts `service` on the bus of `connection` and takes the name when everything is there. `resumed` are jobs of a former
-/// process, whose ends nobody has heard of.
+/// process, whose ends nobody has heard of. Whoever needs the service from then on is counted in `activity`.
 pub async fn publish(
     connection: Connection,
     service: Arc<Service>,
     config: &Config,
     resumed: Vec<Arc<Job>>,
+    activity: &Activity,
 ) -> zbus::Result<Published> {
     let limits = &config.limits;
-    let peers = Arc::new(Peers::new(limits.of_calls(), limits.of_subscriptions()));
+    let subscriptions = limits.of_subscriptions().keeping(activity);
+    let peers = Arc::new(Peers::new(limits.of_calls(), subscriptions));
     let audience = Audience::new(
         service.clone(),
         peers.clone(),
         connection.clone(),
         config.bus.signals,
     );
-    let (follower, work) = follower::new(service.clone(), audience);
+    let (follower, work) = follower::new(service.clone(), audience, activity.clone());
     let (ready, watches) = oneshot::channel();
-    let watching = tokio::spawn(peers::watch(
-        connection.clone(),
-        peers.clone(),
-        service.clone(),
-        ready,
-    ));
+    let lost = CancellationToken::new();
+    let (watch, end) = (
+        peers::watch(connection.clone(), peers.clone(), service.clone(), ready),
+        lost.clone(),
+    );
+    let watching = tokio::spawn(async move {
+        watch.await;
+        end.cancel();
+    });
     // Without it callers that leave would be missed.
     watches
         .await
@@ -93,44 +108,54 @@ pub async fn publish(
         service,
         peers,
         follower: follower.clone(),
+        activity: activity.clone(),
     };
-    let door = Door::new(context, closer);
-    let receiving = tokio::spawn(door.clone().receive(calls));
+    let (door, arrivals) = Door::new(context, closer, calls);
+    let receiving = tokio::spawn(door.clone().receive(arrivals));
     let following = tokio::spawn(work.run());
     let closing = tokio::spawn(closing.run());
-    connection.request_name(BUS_NAME).await?;
+    let on_demand = leave::is_started_on_demand(&connection).await?;
+    leave::take_name(&connection).await?;
     // Under the name by which listeners know the service.
     resumed.into_iter().for_each(|job| follower.resume_job(job));
     Ok(Published {
         connection,
+        on_demand,
         door,
         receiving,
         follower,
         following,
         closing,
         watching,
+        lost,
     })
 }
 
 impl Published {
     /// Waits until the bus has closed the connection.
-    pub async fn lost(&mut self) {
-        // It ends with the connection, or by a panic, which aborts.
-        let _ = (&mut self.watching).await;
+    pub async fn lost(&self) {
+        self.lost.cancelled().await;
     }
 
-    /// Announces what has ended, as the owner of the name by which listeners know the service, answers what is still to be
-    /// answered, and leaves the bus. All jobs have ended.
+    /// Brings the calls in flight to their end. Nothing comes by the name any more (see [`Published::withdraw`]); what comes
+    /// by the unique name is refused from now on.
+    pub async fn finish_calls(&self) {
+        self.door.close().await;
+    }
+
+    /// Announces what has ended, and leaves the bus.
     pub async fn close(self) {
         self.follower.finish();
-        // These end by themselves, or by a panic, which aborts.
+        // It ends by itself, or by a panic, which aborts.
         let _ = self.following.await;
-        self.door.close().await;
-        let _ = self.receiving.await;
-        self.watching.abort();
-        self.closing.abort();
-        // Where the bus is gone, so are name and connection.
-        let _ = self.connection.release_name(BUS_NAME).await;
+        // Where the bus is gone, so is whatever could come.
+        if let Ok(bus) = DBusProxy::new(&self.connection).await {
+            let _ = bus.get_id().await;
+            self.door.let_all_in().await;
+        }
+        for task in [self.receiving, self.watching, self.closing] {
+            task.abort();
+        }
         let _ = self.connection.close().await;
     }
 }

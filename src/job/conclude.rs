@@ -67,7 +67,12 @@ impl End<'_> {
                 None,
             ),
             (Err(stopped), targets) => {
-                on_disk |= discard(targets, if hangs { BRIEFLY } else { setting.deadlines.stall() }).await;
+                on_disk |= discard(
+                    setting,
+                    targets,
+                    if hangs { BRIEFLY } else { setting.deadlines.stall() },
+                )
+                .await;
                 (Err(stopped), None)
             }
         };
@@ -188,9 +193,9 @@ impl End<'_> {
 }
 
 /// Removes what a failed backup made; true if something may be left.
-async fn discard(targets: Option<Targets>, patience: Duration) -> bool {
+async fn discard(setting: &Setting, targets: Option<Targets>, patience: Duration) -> bool {
     let Some(targets) = targets else { return true };
-    let discarded = blocking(move || targets.discard());
+    let discarded = blocking(setting, move || targets.discard());
     !tokio::time::timeout(patience, discarded).await.unwrap_or(false)
 }
 
@@ -204,26 +209,19 @@ struct Published {
 async fn publish(job: &Arc<Job>, setting: &Setting, targets: Targets, instant: Instant) -> Published {
     let work = {
         let job = job.clone();
-        tokio::task::spawn_blocking(move || publish_all(&job, targets, instant))
+        blocking(setting, move || publish_all(&job, targets, instant))
     };
     tokio::pin!(work);
     let patience = setting.deadlines.finish();
-    let done = match tokio::time::timeout(patience, &mut work).await {
-        Ok(done) => done,
-        // Whatever it does from here on, it takes back.
-        Err(_) if job.give_up() => {
-            return Published {
-                ended: Err(Error::stalled("the storage", patience).into()),
-                backup: None,
-                left: true,
-            };
-        }
-        Err(_) => work.await,
-    };
-    match done {
+    match tokio::time::timeout(patience, &mut work).await {
         Ok(published) => published,
-        // Nobody cancels it, and the runtime outlives every job: it panicked.
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
+        // Whatever it does from here on, it takes back.
+        Err(_) if job.give_up() => Published {
+            ended: Err(Error::stalled("the storage", patience).into()),
+            backup: None,
+            left: true,
+        },
+        Err(_) => work.await,
     }
 }
 

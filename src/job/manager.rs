@@ -15,6 +15,7 @@ use super::error::Stopped;
 use super::record::{self, Left, to_text};
 use super::rescan::{self, Rescan};
 use super::{Error, Job, recover, run};
+use crate::activity::{Activity, Use};
 use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, Step};
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Identity, Link, Registry};
@@ -36,6 +37,8 @@ pub(super) struct Setting {
     pub history: u32,
     /// The service stops: what QEMU does goes on without it.
     pub stop: CancellationToken,
+    /// Counts what the service must not leave before the end of.
+    pub activity: Activity,
 }
 
 /// How the work on a job ended.
@@ -70,6 +73,8 @@ pub struct Reservation {
     _hold: Hold,
     /// Of jobs, and of the caller's descriptors that the backup writes to. What a former process began counts for nobody.
     _shares: Option<(Share, Arc<Share>)>,
+    /// The service does not leave while a backup runs.
+    _use: Use,
     /// The service does not stop before it is given back.
     _token: TaskTrackerToken,
 }
@@ -92,7 +97,8 @@ pub struct Start {
 
 impl Jobs {
     /// The jobs of `domains`, none of them known yet: see [`Jobs::recover`].
-    pub fn new(domains: Arc<Registry>, catalog: Catalog, config: &Config) -> Arc<Self> {
+    /// `activity` counts those that run, and what is still to be done of those that have ended.
+    pub fn new(domains: Arc<Registry>, catalog: Catalog, config: &Config, activity: Activity) -> Arc<Self> {
         Arc::new(Self {
             quota: config.limits.of_jobs(),
             table: Mutex::default(),
@@ -103,6 +109,7 @@ impl Jobs {
                 deadlines: config.deadlines,
                 history: config.limits.history,
                 stop: CancellationToken::new(),
+                activity,
             },
             tasks: TaskTracker::new(),
         })
@@ -156,6 +163,7 @@ impl Jobs {
             domain: domain.unique_name(),
             _hold: domain.hold(),
             _shares: None,
+            _use: self.setting.activity.begin(),
             _token: self.tasks.token(),
         };
         let job = Arc::new(Job::new(&record, domain, plan, self.setting.catalog.clone()));
@@ -199,6 +207,11 @@ impl Jobs {
         }
     }
 
+    /// Has the service stay for as long as the result is kept.
+    pub fn need_service(&self) -> Use {
+        self.setting.activity.begin()
+    }
+
     /// How long places may take to be made.
     pub fn patience(&self) -> Duration {
         self.setting.deadlines.stall()
@@ -233,6 +246,7 @@ impl Jobs {
             domain: domain.unique_name(),
             _hold: domain.hold(),
             _shares: Some((share, descriptors)),
+            _use: self.setting.activity.begin(),
             _token: token,
         })
     }

@@ -37,8 +37,8 @@ pub(super) async fn resume(
     let identity = job.domain.identity();
     let files = record::files(record);
     let found = match &files {
-        Ok(files) => find_targets(job, files.clone()).await,
-        Err(_) => find_targets(job, None).await,
+        Ok(files) => find_targets(job, files.clone(), setting).await,
+        Err(_) => find_targets(job, None, setting).await,
     };
     let reached = setting
         .stop
@@ -82,9 +82,9 @@ pub(super) async fn resume(
     })
 }
 
-async fn find_targets(job: &Arc<Job>, files: Option<Vec<FileId>>) -> Found {
+async fn find_targets(job: &Arc<Job>, files: Option<Vec<FileId>>, setting: &Setting) -> Found {
     let job = job.clone();
-    blocking(move || {
+    blocking(setting, move || {
         let domain = job.domain.unique_name();
         let name = backup_name(&domain, &job.backup_id);
         Targets::find(&job.plan, name, files.as_deref())
@@ -147,15 +147,18 @@ pub(super) async fn sweep(id: u32, identity: Identity, left: Left, job: Arc<Job>
             Ok(Some(record)) => record::files(record).unwrap_or_default(),
             _ => None,
         };
-        let found = find_targets(&job, files).await;
+        let found = find_targets(&job, files, setting).await;
         let unknown = found.unknown;
-        if blocking(move || found.targets.discard()).await && !unknown {
+        if blocking(setting, move || found.targets.discard()).await && !unknown {
             cleared(id, Leftover::OnDisk, setting).await;
         }
     }
     if !left.in_qemu {
         return;
     }
+    // A domain that is not known may never be again, and a process that is there when it is goes on with this.
+    let known = setting.domains.identified(&identity);
+    let _needed = known.map(|_| setting.activity.begin());
     let free = async {
         loop {
             match setting.domains.reach(&identity, Duration::MAX).await {

@@ -135,7 +135,7 @@ async fn within<T: Send + 'static>(
     read: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
 ) -> Result<T, Error> {
     let patience = setting.deadlines.stall();
-    match tokio::time::timeout(patience, blocking(read)).await {
+    match tokio::time::timeout(patience, blocking(setting, read)).await {
         Ok(read) => Ok(read?),
         Err(_) => Err(Error::stalled("the store", patience)),
     }

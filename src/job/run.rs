@@ -73,7 +73,7 @@ async fn begin(
     let patience = setting.deadlines.stall();
     let job = job.clone();
     // Should it come back after all, what it has is discarded.
-    let emptied = blocking(move || {
+    let emptied = blocking(setting, move || {
         let begun = targets.begin(&job.plan).map_err(Error::Target);
         fault::point(Point::Begun);
         (targets, begun.map_err(Stopped::Failed))
@@ -195,7 +195,7 @@ pub(super) async fn follow(
     running.show_running();
     tokio::select! {
         ended = running.run(events, &setting.stop) => ended?,
-        never = write_back(targets) => match never {},
+        never = write_back(targets, setting) => match never {},
     }
     fault::point(Point::Concluded);
     running.judge()
@@ -258,8 +258,18 @@ fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: 
     json!({ "type": "blockdev-backup", "data": data })
 }
 
-/// Runs what waits for a disk where it keeps nobody else waiting.
-pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+/// Runs what waits for a disk where it keeps nobody else waiting. The service stays until it returns, though nobody may wait
+/// for it any more: a process does not end before the last of its threads does, and no other is started before that.
+pub(super) async fn blocking<T: Send + 'static>(
+    setting: &Setting,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    let needed = setting.activity.begin();
+    let work = move || {
+        let result = work();
+        drop(needed);
+        result
+    };
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         // Nobody cancels it, and the runtime outlives every job: it panicked.

@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use tokio::time::MissedTickBehavior;
 
+use super::manager::Setting;
+use super::run::blocking;
 use crate::target::Targets;
 
 /// How often what was copied is sent on its way: a fast disk copies some ten MiB meanwhile.
 const PACE: Duration = Duration::from_millis(20);
 
 /// Goes on until it is dropped. Whatever happens here, the data is made durable, and checked for errors, at the end.
-pub(super) async fn write_back(targets: &Targets) -> Infallible {
+pub(super) async fn write_back(targets: &Targets, setting: &Setting) -> Infallible {
     let writeback = Arc::new(targets.writeback());
     let mut pace = tokio::time::interval(PACE);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -20,10 +22,6 @@ pub(super) async fn write_back(targets: &Targets) -> Infallible {
         pace.tick().await;
         let writeback = Arc::clone(&writeback);
         // A device that cannot keep up makes this wait.
-        let started = tokio::task::spawn_blocking(move || writeback.start()).await;
-        if started.is_err() {
-            break;
-        }
+        blocking(setting, move || writeback.start()).await;
     }
-    std::future::pending().await
 }

@@ -178,7 +178,10 @@ impl Service {
             })
             .collect();
         let (domain, id) = (domain.unique_name(), backup_id.to_owned());
+        // It may take longer than anybody waits for it.
+        let needed = self.jobs.need_service();
         let prepared = tokio::task::spawn_blocking(move || {
+            let _needed = needed;
             let name = BackupName {
                 domain: &domain,
                 id: &id,

@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::process::Signal;
+
 use super::process::{self, Process};
 use super::wait;
 
@@ -16,12 +18,19 @@ impl Bus {
     /// Starts a bus with its socket in `dir`, which ordinary users must be able to enter.
     #[track_caller]
     pub fn start(dir: &Path) -> Self {
+        Self::start_with(dir, &[])
+    }
+
+    /// The same, with further arguments for dbus-daemon.
+    #[track_caller]
+    pub fn start_with(dir: &Path, arguments: &[&str]) -> Self {
         let socket = dir.join("bus");
         let config = dir.join("bus.conf");
         std::fs::write(&config, configuration(&socket)).expect("the bus's configuration is written");
         let mut command = process::bound("dbus-daemon");
         command.args(["--nofork", "--nopidfile", "--nosyslog", "--print-address"]);
         command.arg(format!("--config-file={}", config.display()));
+        command.args(arguments);
         let mut process = Process::start("dbus-daemon", dir, command);
         // The address is printed when the bus listens.
         let address = wait::until("the bus to print its address", || {
@@ -79,6 +88,20 @@ impl Bus {
             .build()
             .await
             .expect("the private bus can be connected to")
+    }
+
+    /// Lets nothing through any more (SIGSTOP), until [`Bus::thaw`].
+    pub fn freeze(&mut self) {
+        self.process.signal(Signal::STOP);
+    }
+
+    pub fn thaw(&mut self) {
+        self.process.signal(Signal::CONT);
+    }
+
+    /// What the bus, and services that it started, wrote to standard error.
+    pub fn log(&self) -> String {
+        self.process.log()
     }
 
     /// Takes the bus away under everybody's feet.

@@ -23,9 +23,7 @@ impl Daemon {
     /// `dir`, printed when the test fails.
     #[track_caller]
     pub fn start(bus: &Bus, dir: &Path, config: &Path, environment: &Environment) -> Self {
-        let mut command = process::bound(env!("CARGO_BIN_EXE_backupd"));
-        command.envs(environment.iter().map(|(name, value)| (name, value)));
-        let mut daemon = Self::launch(bus, dir, config, command, None);
+        let mut daemon = Self::start_supervised(bus.address(), dir, config, environment);
         bus.wait_for_owner(BUS_NAME, &mut daemon.process);
         daemon
     }
@@ -41,7 +39,8 @@ impl Daemon {
             .arg(env!("CARGO_BIN_EXE_backupd"));
         // What it holds does not matter: a service manager would name its stream, and the service asks only whether
         // there is one.
-        let mut daemon = Self::launch(bus, dir, config, command, Some("0:0"));
+        let journal = vec![("JOURNAL_STREAM".to_owned(), "0:0".to_owned())];
+        let mut daemon = Self::launch(bus.address(), dir, config, command, &journal);
         bus.wait_for_owner(BUS_NAME, &mut daemon.process);
         daemon
     }
@@ -50,23 +49,36 @@ impl Daemon {
     #[track_caller]
     pub fn start_unready(bus: &Bus, dir: &Path, config: &Path) -> Self {
         let command = process::bound(env!("CARGO_BIN_EXE_backupd"));
-        Self::launch(bus, dir, config, command, None)
+        Self::launch(bus.address(), dir, config, command, &Environment::new())
+    }
+
+    /// The same, with what somebody else puts into its environment.
+    #[track_caller]
+    pub fn start_supervised(address: &str, dir: &Path, config: &Path, environment: &Environment) -> Self {
+        let command = process::bound(env!("CARGO_BIN_EXE_backupd"));
+        Self::launch(address, dir, config, command, environment)
     }
 
     #[track_caller]
-    fn launch(bus: &Bus, dir: &Path, config: &Path, mut command: Command, journal: Option<&str>) -> Self {
+    fn launch(
+        address: &str,
+        dir: &Path,
+        config: &Path,
+        mut command: Command,
+        environment: &Environment,
+    ) -> Self {
         command.arg("--config").arg(config);
-        command.env("DBUS_SYSTEM_BUS_ADDRESS", bus.address());
+        command.env("DBUS_SYSTEM_BUS_ADDRESS", address);
         command.env(
             "RUST_LOG",
             std::env::var("RUST_LOG").unwrap_or_else(|_| "backupd=debug,info".to_owned()),
         );
         command.env("RUST_BACKTRACE", "1");
         // What the test process was given by a service manager is not for this one.
-        command.env_remove("NOTIFY_SOCKET").env_remove("JOURNAL_STREAM");
-        if let Some(stream) = journal {
-            command.env("JOURNAL_STREAM", stream);
+        for name in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM"] {
+            command.env_remove(name);
         }
+        command.envs(environment.iter().cloned());
         Self {
             process: Process::start("backupd", dir, command),
             config: config.to_owned(),

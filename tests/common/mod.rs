@@ -7,6 +7,7 @@
 // Every test file compiles this module for itself and uses its own part of it.
 #![allow(dead_code)]
 
+pub mod activation;
 pub mod agent;
 pub mod authority;
 pub mod bus;
@@ -39,6 +40,7 @@ use backupd::fault::{self, Point};
 use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
 use rustix::process::Signal;
 
+use activation::Activation;
 use bus::Bus;
 use clients::{Clients, ROOT};
 use daemon::{Daemon, Environment};
@@ -72,6 +74,7 @@ pub struct Setup {
     journal: bool,
     no_polkit: bool,
     no_daemon: bool,
+    activation: Option<Activation>,
 }
 
 impl Setup {
@@ -119,13 +122,25 @@ impl Setup {
         self
     }
 
+    /// A system whose service is started by the first call.
+    pub fn on_demand(mut self, activation: Activation) -> Self {
+        self.activation = Some(activation);
+        self.without_daemon()
+    }
+
     #[track_caller]
     pub fn start(self) -> System {
         let dir = test_directory();
         for part in ["etc/domains.d", "run/domains.d"] {
             fs::create_dir_all(dir.path().join(part)).expect("the configuration's directories are made");
         }
-        let bus = Bus::start(dir.path());
+        if self.activation.is_some() {
+            activation::configure(dir.path(), &dir.path().join("backupd.toml"));
+        }
+        let bus = match self.activation {
+            Some(Activation::Systemd) => Bus::start_with(dir.path(), &["--systemd-activation"]),
+            Some(Activation::Bus) | None => Bus::start(dir.path()),
+        };
         let polkit = (!self.no_polkit).then(|| Polkit::start(&bus, dir.path(), &self.rules));
         let journal = self.journal.then(|| Journal::start(dir.path()));
         let mut system = System {
@@ -201,6 +216,10 @@ impl System {
 
     pub fn bus(&self) -> &Bus {
         &self.bus
+    }
+
+    pub fn bus_mut(&mut self) -> &mut Bus {
+        &mut self.bus
     }
 
     pub fn clients(&self) -> &Clients {

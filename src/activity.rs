@@ -1,0 +1,138 @@
+//! Whether anybody needs the service, and since when nobody does.
+//!
+//! Whatever somebody relies on (a call, a backup, a subscription, a registered domain) holds a [`Use`] for as long as it
+//! lasts. Does not know what that is, nor what is done when nobody is left.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Count {
+    now: usize,
+    ever: u64,
+    /// When the last one ended.
+    free_since: Instant,
+}
+
+/// Counts who needs the service.
+#[derive(Debug, Clone)]
+pub struct Activity(Arc<watch::Sender<Count>>);
+
+/// Keeps the service; dropped when it is not needed for this any more.
+#[derive(Debug)]
+#[must_use = "it ends when it is dropped"]
+pub struct Use(Activity);
+
+/// A time at which nobody needed the service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rest {
+    ever: u64,
+}
+
+impl Default for Activity {
+    fn default() -> Self {
+        let count = Count {
+            now: 0,
+            ever: 0,
+            free_since: Instant::now(),
+        };
+        Self(Arc::new(watch::Sender::new(count)))
+    }
+}
+
+impl Activity {
+    pub fn begin(&self) -> Use {
+        self.0.send_if_modified(|count| {
+            count.now += 1;
+            count.ever += 1;
+            // Only the first and the last wake who waits here: calls may be many.
+            count.now == 1
+        });
+        Use(self.clone())
+    }
+
+    /// Waits until nobody has needed the service for `time` on end.
+    pub async fn rest(&self, time: Duration) -> Rest {
+        let mut counts = self.0.subscribe();
+        loop {
+            // The sender is its own.
+            let Ok(count) = counts.wait_for(|count| count.now == 0).await.map(|count| *count) else {
+                return std::future::pending().await;
+            };
+            tokio::time::sleep_until(count.free_since + time).await;
+            let rest = Rest { ever: count.ever };
+            if self.lasts(rest) {
+                return rest;
+            }
+        }
+    }
+
+    /// Whether nobody has needed the service since, not even for a moment.
+    pub fn lasts(&self, rest: Rest) -> bool {
+        let count = self.0.borrow();
+        count.now == 0 && count.ever == rest.ever
+    }
+
+    /// Waits until somebody needs the service.
+    pub async fn end_of(&self, rest: Rest) {
+        // The sender is its own.
+        let _ = self.0.subscribe().wait_for(|count| count.ever != rest.ever).await;
+    }
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        self.0.0.send_if_modified(|count| {
+            count.now -= 1;
+            if count.now == 0 {
+                count.free_since = Instant::now();
+            }
+            count.now == 0
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIME: Duration = Duration::from_secs(120);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rest_begins_when_the_last_use_ends_and_counts_anew_after_each() {
+        let activity = Activity::default();
+        let began = Instant::now();
+        let (first, second) = (activity.begin(), activity.begin());
+        let uses = async {
+            tokio::time::sleep(TIME).await;
+            drop(first);
+            tokio::time::sleep(TIME).await;
+            drop(second);
+            tokio::time::sleep(TIME / 2).await;
+            drop(activity.begin());
+        };
+        let (rest, ()) = tokio::join!(activity.rest(TIME), uses);
+        assert_eq!(began.elapsed(), 3 * TIME + TIME / 2);
+        assert!(activity.lasts(rest));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_use_ends_a_rest_even_if_it_is_over_already() {
+        let activity = Activity::default();
+        let rest = activity.rest(TIME).await;
+        drop(activity.begin());
+        assert!(!activity.lasts(rest));
+        activity.end_of(rest).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_wakes_up_while_somebody_needs_the_service() {
+        let activity = Activity::default();
+        let _use = activity.begin();
+        let resting = tokio::time::timeout(1000 * TIME, activity.rest(TIME));
+        assert!(resting.await.is_err());
+    }
+}

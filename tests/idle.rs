@@ -1,0 +1,408 @@
+//! The service leaves when nobody needs it, loses no call by that, and is there again for the next one. Without anybody it
+//! does nothing at all.
+
+mod common;
+
+use std::time::Duration;
+
+use backupd::names::{BUS_NAME, MANAGER_INTERFACE, ROOT_PATH};
+use common::activation::{Activation, Systemd};
+use common::caller::{Caller, assert_completed, cancel};
+use common::clients::USER;
+use common::disk::Disk;
+use common::hanging::{Hanging, Operation};
+use common::peer::StandIn;
+use common::proxies::{JobProxy, ManagerProxy, Options};
+use common::storage::files_below;
+use common::wait;
+use common::{Setup, System};
+use futures_util::StreamExt;
+use zbus::fdo::DBusProxy;
+use zbus::{Connection, Message};
+
+const MIB: u64 = 1 << 20;
+/// How long nobody must have needed the service of these tests.
+const IDLE: Duration = Duration::from_millis(100);
+/// Long enough to leave several times.
+const SEVERAL_TIMES: Duration = Duration::from_millis(500);
+
+fn idle_exit(time: Duration) -> String {
+    format!("idle-exit-seconds = {}", time.as_secs_f64())
+}
+
+fn on_demand(activation: Activation) -> Setup {
+    System::setup().config(&idle_exit(IDLE)).on_demand(activation)
+}
+
+/// The connection that owns the service's name now.
+async fn owner(connection: &Connection) -> Option<String> {
+    let bus = DBusProxy::new(connection).await.unwrap();
+    let owner = bus.get_name_owner(BUS_NAME.try_into().unwrap()).await;
+    owner.ok().map(|name| name.to_string())
+}
+
+/// Fails if the service leaves; `caller` has called it just now.
+async fn assert_stays(caller: &Caller) {
+    let before = owner(&caller.connection).await;
+    assert!(before.is_some(), "the service is there");
+    tokio::time::sleep(SEVERAL_TIMES).await;
+    assert_eq!(owner(&caller.connection).await, before);
+}
+
+async fn leaves(system: &System) {
+    tokio::task::block_in_place(|| system.bus().wait_for_no_owner(BUS_NAME));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_leaves_when_nobody_needs_it_and_is_there_again_for_the_next_call() {
+    let system = on_demand(Activation::Bus).start();
+    let caller = Caller::new(&system).await;
+    for _ in 0..3 {
+        assert!(caller.manager.list_domains().await.unwrap().is_empty());
+        leaves(&system).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_stays_where_nobody_would_start_it_again_and_where_it_is_told_to() {
+    let alone = System::setup().config(&idle_exit(IDLE)).start();
+    let told = System::setup()
+        .config("idle-exit-seconds = 0")
+        .on_demand(Activation::Bus)
+        .start();
+    for system in [alone, told] {
+        let caller = Caller::new(&system).await;
+        caller.manager.list_domains().await.unwrap();
+        assert_stays(&caller).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_stays_while_somebody_is_subscribed() {
+    let system = on_demand(Activation::Bus).start();
+    let caller = Caller::new(&system).await;
+    caller.manager.subscribe().await.unwrap();
+    assert_stays(&caller).await;
+    caller.manager.unsubscribe().await.unwrap();
+    leaves(&system).await;
+    let other = Caller::new(&system).await;
+    other.manager.subscribe().await.unwrap();
+    assert_stays(&other).await;
+    // Who has left the bus is not subscribed any more.
+    drop(other);
+    leaves(&system).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_stays_while_a_domain_is_registered() {
+    let system = on_demand(Activation::Bus).start();
+    let caller = Caller::new(&system).await;
+    let (socket, qemu) = StandIn::start();
+    caller.register("web", socket).await.unwrap();
+    assert_stays(&caller).await;
+    drop(qemu);
+    leaves(&system).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_stays_while_a_backup_runs_and_is_waited_for() {
+    let system = on_demand(Activation::Bus).start();
+    let machine = system
+        .vm("web")
+        .disk(Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11).slow(4 * MIB));
+    let _vm = system.configured(machine);
+    let caller = Caller::new(&system).await;
+    let job = caller.start("web", "").await;
+    assert_stays(&caller).await;
+    let waiter = Caller::new(&system)
+        .await
+        .job(job.inner().path().clone().into())
+        .await;
+    let waiting = tokio::spawn(async move { waiter.wait().await });
+    assert_stays(&caller).await;
+    cancel(&job).await;
+    let (result, ..) = wait::within("the answer", waiting).await.unwrap().unwrap();
+    assert_eq!(result, "cancelled");
+    leaves(&system).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_stays_while_something_of_a_failed_backup_is_still_to_be_removed() {
+    let place = common::test_directory();
+    let store = place.path().join("shaky");
+    let system = on_demand(Activation::Bus)
+        .store("shaky", &store)
+        .table("[deadlines]\nstall-seconds = 3")
+        .start();
+    let storage = Hanging::mount_in(place, "shaky");
+    let machine = system
+        .vm("web")
+        .disk(Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11))
+        .running();
+    let vm = system.configured(machine);
+    let before = vm.residue();
+    let caller = Caller::new(&system).await;
+    let options = Options::from([("bandwidth", (16 * MIB).into())]);
+    let document = "<domainbackup><store name='shaky'/></domainbackup>";
+    let job = caller.start_with("web", document, &[], options).await;
+    wait::until_async("some progress", async || {
+        (job.progress().await.unwrap() > 0.0).then_some(())
+    })
+    .await;
+    storage.hang(Operation::Any);
+    let (result, ..) = wait::within("the end of the backup", job.wait()).await.unwrap();
+    assert_eq!(result, "failed");
+    assert_stays(&caller).await;
+    storage.heal();
+    leaves(&system).await;
+    assert_eq!(vm.residue(), before);
+    assert!(files_below(storage.path()).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_stays_while_a_call_is_in_flight() {
+    let mut system = on_demand(Activation::Bus).start();
+    system.write_domain_file("web", "monitor = \"/nowhere/web.qmp\"\n");
+    let root = Caller::new(&system).await;
+    root.manager.list_domains().await.unwrap();
+    // Polkit, which says nothing for now, is asked about this caller.
+    let user = Caller::of_user(&system, USER).await;
+    system.freeze_polkit();
+    let asking = tokio::spawn(async move { user.manager.list_domains().await });
+    assert_stays(&root).await;
+    assert!(!asking.is_finished());
+    tokio::task::block_in_place(|| system.stop_polkit());
+    // An answer, whichever.
+    let _ = wait::within("the answer", asking).await.unwrap();
+    leaves(&system).await;
+}
+
+/// A call of `ListDomains` that has gone to the bus, whether the bus goes on or not.
+async fn send_call(caller: &Caller) -> (u32, zbus::MessageStream) {
+    let answers = zbus::MessageStream::from(&caller.connection);
+    let call = Message::method_call(ROOT_PATH, "ListDomains")
+        .destination(BUS_NAME)
+        .interface(MANAGER_INTERFACE)
+        .build(&())
+        .unwrap();
+    caller.connection.send(&call).await.unwrap();
+    (call.primary_header().serial_num().into(), answers)
+}
+
+/// Its answer, which must be a list.
+async fn assert_answered((serial, mut answers): (u32, zbus::MessageStream)) {
+    let answer = async {
+        loop {
+            let message = answers.next().await.unwrap().unwrap();
+            if message.header().reply_serial().map(u32::from) == Some(serial) {
+                return message;
+            }
+        }
+    };
+    let answer = wait::within("the answer", answer).await;
+    let listed = answer
+        .body()
+        .deserialize::<Vec<(zbus::OwnedObjectPath, String, String, String)>>();
+    assert!(listed.is_ok(), "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_comes_while_it_gives_up_its_name_makes_it_stay() {
+    let mut system = on_demand(Activation::Bus).start();
+    let caller = Caller::new(&system).await;
+    let left = |system: &System| system.bus().log().matches("it leaves").count();
+    let mut stayed = false;
+    // A machine that has other things to do may be late with stopping the bus.
+    for _ in 0..20 {
+        caller.manager.list_domains().await.unwrap();
+        let (owner_before, left_before) = (owner(&caller.connection).await, left(&system));
+        // The bus handles the call first, and then that the name is given up.
+        system.bus_mut().freeze();
+        let call = send_call(&caller).await;
+        wait::until("the service to leave", || {
+            (left(&system) > left_before).then_some(())
+        });
+        system.bus_mut().thaw();
+        assert_answered(call).await;
+        stayed = owner_before.is_some() && owner(&caller.connection).await == owner_before;
+        if stayed {
+            break;
+        }
+    }
+    assert!(stayed, "it went on");
+    assert!(system.bus().log().contains("it stays"));
+    leaves(&system).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_came_before_the_service_was_stopped_is_answered() {
+    let mut system = System::setup()
+        .config("idle-exit-seconds = 0")
+        .on_demand(Activation::Bus)
+        .start();
+    let caller = Caller::new(&system).await;
+    caller.manager.list_domains().await.unwrap();
+    let pid = system.bus().name_owner(BUS_NAME).unwrap();
+    system.bus_mut().freeze();
+    let call = send_call(&caller).await;
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(pid as i32).unwrap(),
+        rustix::process::Signal::TERM,
+    )
+    .unwrap();
+    wait::until("the service to stop", || {
+        system.bus().log().contains("stopping").then_some(())
+    });
+    system.bus_mut().thaw();
+    assert_answered(call).await;
+    leaves(&system).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn systemd_hears_when_it_is_ready_and_when_it_leaves() {
+    let system = on_demand(Activation::Systemd).start();
+    let systemd = Systemd::start(&system, None).await;
+    let caller = Caller::new(&system).await;
+    for round in 1..=2 {
+        caller.manager.list_domains().await.unwrap();
+        wait::until_async("the service to end", async || {
+            (systemd.ends().len() == round).then_some(())
+        })
+        .await;
+    }
+    assert_eq!(systemd.ends(), [0, 0]);
+    // Nothing of a watchdog, which the unit has not.
+    let once = ["READY=1", "STOPPING=1", "BARRIER=1"];
+    assert_eq!(systemd.messages(), [once, once].concat());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_has_itself_started_again_when_somebody_may_have_called_before_systemd_knew() {
+    let system = on_demand(Activation::Systemd).start();
+    let systemd = Systemd::start(&system, None).await;
+    systemd.count_a_job_at_each_look();
+    let caller = Caller::new(&system).await;
+    caller.manager.list_domains().await.unwrap();
+    wait::until_async("the service to end and start", async || {
+        (systemd.said("READY=1") == 2).then_some(())
+    })
+    .await;
+    assert_eq!(systemd.ends()[0], 75);
+}
+
+/// Time that passes before a call: now more, now less than it takes the service to leave.
+async fn pause(number: usize) {
+    tokio::time::sleep(Duration::from_micros(number as u64 * 7919 % 8000)).await;
+}
+
+/// Callers at moments that have nothing to do with each other, while the service leaves and comes all the time. Every call is
+/// answered, and every backup that was accepted is made.
+async fn storm(activation: Activation) {
+    const ROUNDS: usize = 200;
+    const CALLERS: usize = 4;
+    let system = System::setup()
+        .config(&idle_exit(Duration::from_millis(2)))
+        .on_demand(activation)
+        .start();
+    let systemd = match activation {
+        Activation::Systemd => Some(Systemd::start(&system, None).await),
+        Activation::Bus => None,
+    };
+    let machine = system.vm("web").disk(Disk::new("vda", MIB).fill(0, 65536, 0x11));
+    let vm = machine.start();
+    system.domain_file("web", &vm);
+    let mut managers = Vec::new();
+    for _ in 0..CALLERS {
+        // Without signals: one that nobody takes would keep answers back.
+        managers.push(ManagerProxy::new(&system.connect().await).await.unwrap());
+    }
+    let mut backups = 0;
+    for round in 0..ROUNDS {
+        let lists = managers.iter().enumerate().map(async |(number, manager)| {
+            pause(round * CALLERS + number).await;
+            let listed = wait::within("the list", manager.list_domains()).await;
+            assert_eq!(listed.expect("the call is answered").len(), 1);
+        });
+        let backup = async {
+            if round % 4 == 0 {
+                pause(3 * round + 1).await;
+                let started = managers[0].create_backup("web", "", Vec::new(), Options::new());
+                let started = wait::within("the backup's start", started).await;
+                let (_, path) = started.expect("the backup is accepted");
+                // It may be another process that knows how it ended.
+                let job = JobProxy::new(managers[0].inner().connection(), path)
+                    .await
+                    .unwrap();
+                assert_completed(&job).await;
+                backups += 1;
+            }
+        };
+        futures_util::join!(futures_util::future::join_all(lists), backup);
+    }
+    leaves(&system).await;
+    let log = logs(&system);
+    let lives = log.matches(" ready\n").count();
+    println!(
+        "{ROUNDS} rounds, {lives} lives, {backups} backups; it stayed {} times, was started again {} times, started for \
+         nothing {} times",
+        log.matches("it stays").count(),
+        systemd
+            .as_ref()
+            .map_or(0, |it| it.ends().iter().filter(|end| **end == 75).count()),
+        systemd.as_ref().map_or(0, Systemd::starts_for_nothing),
+    );
+    assert!(lives > ROUNDS / 4, "it left {lives} times only");
+    let stored = std::fs::read_dir(system.store().join("web")).unwrap();
+    let names = stored.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert_eq!(names.filter(|name| !name.starts_with('.')).count(), backups);
+}
+
+/// All that was logged, whoever started the service.
+fn logs(system: &System) -> String {
+    let own = std::fs::read_to_string(system.dir().join("backupd.log")).unwrap_or_default();
+    own + &system.bus().log()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_call_is_lost_however_often_it_leaves_where_the_bus_starts_it() {
+    storm(Activation::Bus).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_call_is_lost_however_often_it_leaves_where_systemd_starts_it() {
+    storm(Activation::Systemd).await;
+}
+
+/// The watchdog's time in these tests. The service feeds it three times as often.
+const WATCHDOG: Duration = Duration::from_millis(300);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_watchdog_is_fed_only_while_calls_come_through() {
+    let mut system = System::setup()
+        .config("idle-exit-seconds = 0")
+        .on_demand(Activation::Systemd)
+        .start();
+    let systemd = Systemd::start(&system, Some(WATCHDOG)).await;
+    let caller = Caller::new(&system).await;
+    caller.manager.list_domains().await.unwrap();
+    let fed = || systemd.said("WATCHDOG=1");
+    for round in 0..2 {
+        let before = fed();
+        wait::until_async("the watchdog to be fed", async || {
+            (fed() > before + 2).then_some(())
+        })
+        .await;
+        system.bus_mut().freeze();
+        // One answer may have been under way.
+        tokio::time::sleep(WATCHDOG).await;
+        let frozen = fed();
+        tokio::time::sleep(3 * WATCHDOG).await;
+        assert_eq!(fed(), frozen, "round {round}");
+        system.bus_mut().thaw();
+    }
+    let before = fed();
+    wait::until_async("the watchdog to be fed again", async || {
+        (fed() > before).then_some(())
+    })
+    .await;
+}

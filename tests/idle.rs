@@ -392,12 +392,11 @@ async fn the_watchdog_is_fed_only_while_calls_come_through() {
             (fed() > before + 2).then_some(())
         })
         .await;
-        system.bus_mut().freeze();
-        // One answer may have been under way.
-        tokio::time::sleep(WATCHDOG).await;
         let frozen = fed();
-        tokio::time::sleep(3 * WATCHDOG).await;
-        assert_eq!(fed(), frozen, "round {round}");
+        system.bus_mut().freeze();
+        tokio::time::sleep(5 * WATCHDOG).await;
+        // One answer may have been under way, and one meal not heard of; not the 15 of this time.
+        assert!(fed() <= frozen + 2, "round {round}: {frozen}, then {}", fed());
         system.bus_mut().thaw();
     }
     let before = fed();

@@ -262,6 +262,7 @@ fn who_waits_when_the_service_goes_and_comes_again_hears_the_end() {
         });
         all.signal(Signal::INT);
         assert_eq!(all.wait(), 0, "{}", all.log());
+        assert_eq!(all.stdout().matches("job-ended").count(), 1, "{}", all.stdout());
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{chown, symlink};
 use std::path::{Path, PathBuf};
 
 use common::System;
@@ -51,7 +51,7 @@ fn a_day_passes(system: &System) {
     assert!(changed.unwrap() > 0);
 }
 
-/// All that a job tells, but for the object of its domain.
+/// All that a job tells, but for the object of its domain, which is another one after a restart.
 async fn told(caller: &Caller, job: &JobProxy<'_>) -> Vec<String> {
     let properties = caller
         .properties(job.inner().path(), "org.example.Backup1.Job")
@@ -142,8 +142,14 @@ fn backups(system: &System) -> Vec<PathBuf> {
     paths
 }
 
-/// Starts the service without what it knew.
+/// Starts the service without what it knew; it reaches its machine.
 fn forget_everything(system: &mut System) {
+    start_anew(system);
+    system.wait_for_domain("web");
+}
+
+/// Starts the service without what it knew.
+fn start_anew(system: &mut System) {
     system.stop_daemon();
     for entry in std::fs::read_dir(system.dir().join("state")).unwrap() {
         let path = entry.unwrap().path();
@@ -157,7 +163,6 @@ fn forget_everything(system: &mut System) {
         }
     }
     system.start_daemon();
-    system.wait_for_domain("web");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -222,7 +227,7 @@ async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
     let mut system = System::start();
     let _vm = machine(&system);
     let caller = Caller::new(&system).await;
-    for _ in 0..7 {
+    for _ in 0..8 {
         caller.complete("web", "").await;
     }
     let backups = backups(&system);
@@ -233,20 +238,24 @@ async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
     change_manifest(&backups[4], |manifest| manifest["domain"]["name"] = json!("db"));
     change_manifest(&backups[5], |manifest| manifest["version"] = json!(2));
     let domain = system.store().join("web");
+    chown(&backups[7], Some(7), None).unwrap();
     // Neither whole nor looked at.
     std::fs::create_dir(domain.join(".20261123T000000Z-00000000.partial")).unwrap();
     std::fs::write(domain.join("notes.txt"), "mine").unwrap();
     symlink(&backups[6], domain.join("linked")).unwrap();
     std::fs::create_dir(system.store().join("lost+found")).unwrap();
 
+    let partial = domain.join(".20261123T000000Z-00000000.partial");
     let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
     assert_eq!(found, 1, "{problems:#?}");
     let expected = [
+        (&partial, "was not finished"),
         (&backups[1], "manifest.json: EOF"),
         (&backups[2], "vda.qcow2: No such file"),
         (&backups[3], "that of 'another'"),
         (&backups[4], "domain 'db' does not belong into 'web'"),
         (&backups[5], "newer backupd"),
+        (&backups[7], "belongs to user 7"),
     ];
     assert_eq!(problems.len(), expected.len(), "{problems:#?}");
     for ((path, why), problem) in expected.into_iter().zip(&problems) {
@@ -262,8 +271,12 @@ async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
     let output = system.clients().backupctl(USER, &["rescan", "--no-ask-password"]);
     assert_eq!(output.status, 4, "{output:?}");
     system.stop_daemon();
-    let last = backups[6].file_name().unwrap().to_str().unwrap();
-    assert_eq!(records(&system), [last]);
+    // What is there is not gone, whatever is wrong with it.
+    let names = backups[1..]
+        .iter()
+        .map(|path| path.file_name().unwrap().to_str().unwrap());
+    let names: Vec<_> = names.collect();
+    assert_eq!(records(&system), names);
     assert!(domain.join("notes.txt").exists());
 
     // A store that cannot be read is not one that is empty.
@@ -274,6 +287,83 @@ async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
     let caller = Caller::new(&system).await;
     let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
     assert_eq!((found, problems.len()), (0, 1), "{problems:#?}");
+    // Neither is one that is not mounted.
+    std::fs::remove_file(system.store()).unwrap();
+    std::fs::create_dir(system.store()).unwrap();
+    let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
+    assert_eq!((found, problems.len()), (0, 1), "{problems:#?}");
+    assert!(problems[0].contains("is it mounted?"), "{problems:#?}");
     system.stop_daemon();
-    assert_eq!(records(&system), [last]);
+    assert_eq!(records(&system), names);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_not_good_is_not_taken_in_and_one_under_way_is_left_alone() {
+    let mut system = System::start();
+    let vm = machine(&system);
+    let caller = Caller::new(&system).await;
+    let failed = caller.complete("web", "").await;
+    system.stop_daemon();
+    // As if its end could not be undone.
+    let sql = "UPDATE jobs SET result = 'cancelled'; DELETE FROM backups;";
+    let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
+    catalog.execute_batch(sql).unwrap();
+    drop((catalog, failed));
+    system.start_daemon();
+    system.wait_for_domain("web");
+    let caller = Caller::new(&system).await;
+    let options = Options::from([("bandwidth", Variant::from(1u64))]);
+    let running = caller.start_with("web", "", &[], options).await;
+    let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
+    assert_eq!((found, problems.len()), (0, 1), "{problems:#?}");
+    let directory = backups(&system)
+        .into_iter()
+        .find(|path| !path.to_str().unwrap().contains("/."));
+    let expected = format!(
+        "{}: job 1, which made it, did not complete",
+        directory.unwrap().display()
+    );
+    assert!(problems[0].starts_with(&expected), "{problems:#?}");
+    cancel(&running).await;
+    system.stop_daemon();
+    assert_eq!(records(&system), [""; 0]);
+    drop(vm);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_from_elsewhere_gives_no_user_a_right() {
+    let rules = polkit::allow(USER, &["domain.backup", "service.register-domain"])
+        + &polkit::deny(USER, &["domain.read"]);
+    let mut system = System::setup().rules(&rules).start();
+    let vm = machine(&system);
+    let mine = system
+        .vm("mine")
+        .disk(Disk::new("vda", 4 * MIB))
+        .running()
+        .start();
+    let user = Caller::of_user(&system, USER).await;
+    user.complete("web", "").await;
+    user.register("mine", mine.monitor_stream().into()).await.unwrap();
+    user.complete("mine", "").await;
+    let seen = listed(&user, all()).await;
+    assert_eq!(seen.len(), 2, "what it started");
+    drop((vm, mine));
+    start_anew(&mut system);
+    let root = Caller::new(&system).await;
+    assert_eq!(root.manager.rescan(Options::new()).await.unwrap(), (2, vec![]));
+    assert_eq!(listed(&root, all()).await.len(), 2);
+    let user = Caller::of_user(&system, USER).await;
+    assert_eq!(
+        listed(&user, all()).await,
+        [],
+        "what somebody of its number started"
+    );
+    for id in [1, 2] {
+        let hidden = user.manager.get_job(id).await.unwrap_err();
+        assert_eq!(error_name(&hidden), "org.example.Backup1.Error.NoSuchJob");
+    }
+    // Who may read everything that is not another user's own sees the other.
+    system.set_rules("");
+    let user = Caller::of_user(&system, USER).await;
+    assert_eq!(listed(&user, all()).await, [entry(1, "completed")]);
 }

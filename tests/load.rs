@@ -24,6 +24,9 @@ use zbus::{Connection, Message};
 const CALLS: usize = 50_000;
 const MOST_GROWTH_KIB: u64 = 10 << 10;
 const MOST_DELAY: Duration = Duration::from_millis(100);
+/// How much slower a flood makes the calls of others than the slowest of so many without it.
+const MOST_SLOWDOWN: u32 = 10;
+const QUIET_CALLS: usize = 200;
 const DOMAINS: usize = 500;
 /// One measurement at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -71,6 +74,13 @@ async fn flood(connection: Connection, member: &'static str, no_reply: bool) {
     let _ = wait::within("the flood to end", connected).await;
 }
 
+/// How long a call takes.
+async fn delay(caller: &Caller) -> Duration {
+    let asked = Instant::now();
+    caller.manager.list_domains().await.unwrap();
+    asked.elapsed()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_of_calls_neither_grows_the_service_nor_keeps_others_waiting() {
     let _alone = ALONE.lock().await;
@@ -84,20 +94,27 @@ async fn a_flood_of_calls_neither_grows_the_service_nor_keeps_others_waiting() {
     let pid = system.daemon().pid();
     let other = Caller::of_user(&system, OTHER_USER).await;
     other.manager.list_domains().await.unwrap();
+    let mut quiet = Duration::ZERO;
+    for _ in 0..QUIET_CALLS {
+        quiet = quiet.max(delay(&other).await);
+    }
+    // A machine that has other things to do is slow without a flood too.
+    let most = MOST_DELAY.max(quiet * MOST_SLOWDOWN);
     for (member, no_reply) in [("ListDomains", true), ("Subscribe", true), ("ListDomains", false)] {
         let mut delays = Vec::new();
-        while delays.last().is_none_or(|delay| *delay > MOST_DELAY) {
+        while delays.last().is_none_or(|delay| *delay > most) {
             // What the service is to blame for happens each time; what else the machine does, does not.
-            assert!(delays.len() < ROUNDS, "another caller waited {delays:?}");
+            assert!(
+                delays.len() < ROUNDS,
+                "another caller waited {delays:?}, and {quiet:?} before"
+            );
             forget_peak(pid);
             let before = status(pid, "VmHWM");
             let connection = connect_as(&system, USER).await;
             let flooding = tokio::spawn(flood(connection, member, no_reply));
             let mut slowest = Duration::ZERO;
             while !flooding.is_finished() {
-                let asked = Instant::now();
-                other.manager.list_domains().await.unwrap();
-                slowest = slowest.max(asked.elapsed());
+                slowest = slowest.max(delay(&other).await);
             }
             flooding.await.unwrap();
             let growth = status(pid, "VmHWM") - before;

@@ -49,7 +49,7 @@ impl Follower {
 
     /// Has a caller that waits for a job of its user's hear of all that it does: the connection that started it may be gone.
     pub fn listen(&self, job: &Job, caller: &Caller) {
-        if caller.uid == job.started_by {
+        if job.is_of(caller.uid) {
             self.listening.add(job, &caller.name);
         }
     }

@@ -8,8 +8,10 @@ use std::sync::Arc;
 use zbus::wire::Variant;
 
 use super::call::Call;
+use super::error::Result;
 use super::{Context, domain_path, job_path};
 use crate::domain::Domain;
+use crate::error::Kind;
 use crate::job::Job;
 use crate::names::{DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
 
@@ -42,26 +44,37 @@ impl Object {
 
 impl Context {
     /// The object at the call's path.
-    pub async fn object(&self, call: &Call) -> Option<Object> {
+    pub async fn object(&self, call: &Call) -> Result<Option<Object>> {
         let path = call.path.as_str();
         let Some(below) = path.strip_prefix(ROOT_PATH) else {
-            return above(path).map(Object::Above);
+            return Ok(above(path).map(Object::Above));
         };
-        match below.split('/').collect::<Vec<_>>().as_slice() {
+        Ok(match below.split('/').collect::<Vec<_>>().as_slice() {
             [""] => Some(Object::Root),
             ["", "domain"] => Some(Object::Domains),
             ["", "job"] => Some(Object::Jobs),
             ["", "domain", id] => {
-                let domain = self.service.domains.get(u64::from_str_radix(id, 16).ok()?)?;
-                let is_it = domain_path(domain.id).as_str() == path;
-                (is_it && self.service.sees(&call.caller, &domain).await).then_some(Object::Domain(domain))
+                let id = u64::from_str_radix(id, 16)
+                    .ok()
+                    .filter(|id| domain_path(*id).as_str() == path);
+                match id.and_then(|id| self.service.domains.get(id)) {
+                    Some(domain) if self.service.sees(&call.caller, &domain).await => {
+                        Some(Object::Domain(domain))
+                    }
+                    _ => None,
+                }
             }
             ["", "job", id] => {
-                let job = self.service.job(&call.caller, id.parse().ok()?).await.ok()?;
-                (job_path(job.id).as_str() == path).then_some(Object::Job(job))
+                let id = id.parse().ok().filter(|id| job_path(*id).as_str() == path);
+                let Some(id) = id else { return Ok(None) };
+                match self.service.job(&call.caller, id).await {
+                    Ok(job) => Some(Object::Job(job)),
+                    Err(error) if error.kind == Kind::NoSuchJob => None,
+                    Err(error) => return Err(error.into()),
+                }
             }
             _ => None,
-        }
+        })
     }
 }
 

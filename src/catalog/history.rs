@@ -1,7 +1,7 @@
 //! What is remembered of jobs that have ended.
 
 use jiff::Timestamp;
-use rusqlite::params;
+use rusqlite::{Row, params};
 
 use super::jobs::{DOMAIN, domain, select};
 use super::{Catalog, DomainRecord, Error, JobRecord};
@@ -13,6 +13,18 @@ pub struct EndedJob {
     pub domain: DomainRecord,
     pub started_by: u32,
     pub result: String,
+    /// See [`JobRecord::imported`].
+    pub imported: bool,
+}
+
+fn ended(row: &Row) -> Result<EndedJob, Error> {
+    Ok(EndedJob {
+        id: row.get("id")?,
+        domain: domain(row)?,
+        started_by: row.get("started_by")?,
+        result: row.get("result")?,
+        imported: row.get("imported")?,
+    })
 }
 
 impl Catalog {
@@ -30,18 +42,20 @@ impl Catalog {
     /// All jobs that have ended, by number: as many as the history keeps.
     pub async fn history(&self) -> Result<Vec<EndedJob>, Error> {
         self.run(|connection| {
-            let columns =
-                format!("SELECT id, {DOMAIN}, started_by, result FROM jobs WHERE step = 'ended' ORDER BY id");
+            // The index has all of that.
+            let columns = format!(
+                "SELECT id, {DOMAIN}, started_by, result, imported FROM jobs INDEXED BY ended_jobs \
+                 WHERE step = 'ended' ORDER BY id"
+            );
             let mut statement = connection.prepare(&columns)?;
             let mut rows = statement.query([])?;
             let mut jobs = Vec::new();
             while let Some(row) = rows.next()? {
-                jobs.push(EndedJob {
-                    id: row.get("id")?,
-                    domain: domain(row)?,
-                    started_by: row.get("started_by")?,
-                    result: row.get("result")?,
-                });
+                match ended(row) {
+                    Ok(job) => jobs.push(job),
+                    // One that cannot be understood hides no other.
+                    Err(error) => tracing::error!(%error, "a job is left out of the list"),
+                }
             }
             Ok(jobs)
         })

@@ -138,6 +138,8 @@ pub struct JobRecord {
     pub disks: Option<String>,
     pub left_in_qemu: bool,
     pub left_on_disk: bool,
+    /// It was found in a store: who started it is as the store says, and gives nobody a right.
+    pub imported: bool,
 }
 
 /// What may be left of an ended job.
@@ -265,11 +267,7 @@ impl Catalog {
             if let Some(backup) = &backup {
                 keep_backup(&transaction, backup)?;
             }
-            transaction.execute(
-                "DELETE FROM jobs WHERE step = 'ended' AND NOT left_in_qemu AND NOT left_on_disk AND id <= \
-                     (SELECT id FROM jobs WHERE step = 'ended' ORDER BY id DESC LIMIT 1 OFFSET ?1)",
-                [history],
-            )?;
+            forget_oldest(&transaction, history)?;
             Ok(transaction.commit()?)
         })
         .await
@@ -292,6 +290,16 @@ impl Catalog {
         })
         .await
     }
+}
+
+/// Forgets the jobs that ended first, but for `history` of them, and those of which something may be left.
+pub(super) fn forget_oldest(connection: &Connection, history: u32) -> rusqlite::Result<()> {
+    let mut delete = connection.prepare(
+        "DELETE FROM jobs WHERE step = 'ended' AND NOT left_in_qemu AND NOT left_on_disk AND (end_time, id) <= \
+             (SELECT end_time, id FROM jobs WHERE step = 'ended' ORDER BY end_time DESC, id DESC LIMIT 1 OFFSET ?1)",
+    )?;
+    delete.execute([history])?;
+    Ok(())
 }
 
 pub(super) fn select(
@@ -364,6 +372,7 @@ fn read(row: &Row) -> Result<JobRecord, Error> {
         disks: row.get("disks")?,
         left_in_qemu: row.get("left_in_qemu")?,
         left_on_disk: row.get("left_on_disk")?,
+        imported: row.get("imported")?,
     })
 }
 

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, named_params, params};
 
 use super::backups::keep_backup;
+use super::jobs::forget_oldest;
 use super::{BackupRecord, Catalog, Error, Instant, NewJob};
 
 /// Numbers above are left to jobs to come: a manifest from elsewhere could name the last one there is.
@@ -26,9 +27,9 @@ pub struct StoredBackup {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
     Kept,
-    /// Its job has not ended.
+    /// Its job has not ended, or what that left is still being removed.
     UnderWay,
-    /// Its job, which has this number, did not complete, and what it left could not be removed.
+    /// Its job, which has this number, did not complete.
     NotGood(u32),
 }
 
@@ -43,14 +44,39 @@ impl Catalog {
         .await
     }
 
-    /// Takes in backups that were found in a store, all or none; what came of each is in the order of the backups.
-    pub async fn take_in(&self, found: Vec<StoredBackup>) -> Result<Vec<Taken>, Error> {
+    /// The highest number that a job ever had.
+    pub async fn last_number(&self) -> Result<u32, Error> {
+        self.run(|connection| {
+            let mut select = connection.prepare("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")?;
+            Ok(select.query_row([], |row| row.get(0)).optional()?.unwrap_or(0))
+        })
+        .await
+    }
+
+    /// Takes in backups that were found in a store, all or none; what came of each is in the order of the backups. Numbers up
+    /// to `last` stay with the jobs that have them, or had. Keeps no more than `history` jobs.
+    pub async fn take_in(
+        &self,
+        found: Vec<StoredBackup>,
+        last: u32,
+        history: u32,
+    ) -> Result<Vec<Taken>, Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
-            let taken = found.iter().map(|found| take_in(&transaction, found));
+            let taken = found.iter().map(|found| take_in(&transaction, found, last));
             let taken = taken.collect::<Result<_, _>>()?;
+            forget_oldest(&transaction, history)?;
             transaction.commit()?;
             Ok(taken)
+        })
+        .await
+    }
+
+    /// Whether a job of that backup is on record.
+    pub async fn knows_backup(&self, backup_id: String) -> Result<bool, Error> {
+        self.run(move |connection| {
+            let mut select = connection.prepare("SELECT 1 FROM jobs WHERE backup_id = ?1")?;
+            Ok(select.exists([backup_id])?)
         })
         .await
     }
@@ -69,36 +95,51 @@ impl Catalog {
     }
 }
 
-fn take_in(connection: &Connection, found: &StoredBackup) -> Result<Taken, Error> {
-    let job: Option<(u32, String, Option<String>)> = connection
-        .prepare("SELECT id, step, result FROM jobs WHERE backup_id = ?1")?
+/// What is known of the job that made a backup.
+struct Maker {
+    id: u32,
+    settled: bool,
+    completed: bool,
+}
+
+fn take_in(connection: &Connection, found: &StoredBackup, last: u32) -> Result<Taken, Error> {
+    let maker = connection
+        .prepare(
+            "SELECT id, step = 'ended' AND (result = 'completed' OR NOT left_on_disk), result IS 'completed' \
+             FROM jobs WHERE backup_id = ?1",
+        )?
         .query_row([&found.backup.id], |row| {
-            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+            Ok(Maker {
+                id: row.get(0)?,
+                settled: row.get(1)?,
+                completed: row.get(2)?,
+            })
         })
         .optional()?;
-    match job {
-        None => insert_job(connection, found)?,
-        Some((_, step, _)) if step != "ended" => return Ok(Taken::UnderWay),
-        Some((_, _, Some(result))) if result == "completed" => {}
-        Some((id, ..)) => return Ok(Taken::NotGood(id)),
+    match maker {
+        None => insert_job(connection, found, last)?,
+        Some(maker) if !maker.settled => return Ok(Taken::UnderWay),
+        Some(maker) if !maker.completed => return Ok(Taken::NotGood(maker.id)),
+        Some(_) => {}
     }
     keep_backup(connection, &found.backup)?;
     Ok(Taken::Kept)
 }
 
-fn insert_job(connection: &Connection, found: &StoredBackup) -> rusqlite::Result<()> {
+fn insert_job(connection: &Connection, found: &StoredBackup, last: u32) -> rusqlite::Result<()> {
     let taken = connection
         .prepare("SELECT 1 FROM jobs WHERE id = ?1")?
         .exists([found.number])?;
+    let free = !taken && (last + 1..=MOST_NUMBER).contains(&found.number);
     let job = &found.job;
     let mut insert = connection.prepare(
         "INSERT INTO jobs (id, backup_id, domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid, \
-             started_by, start_time, plan, speed, step, instant, quiesced, end_time, result, disks, left_in_qemu, left_on_disk) \
+             started_by, start_time, plan, speed, step, instant, quiesced, end_time, result, disks, left_in_qemu, left_on_disk, imported) \
          VALUES (:id, :backup_id, :name, :source, :owner, :owner_name, :uuid, :started_by, :start_time, :plan, :speed, 'ended', \
-             :instant, :quiesced, :end_time, 'completed', :disks, 0, 0)",
+             :instant, :quiesced, :end_time, 'completed', :disks, 0, 0, 1)",
     )?;
     insert.execute(named_params! {
-        ":id": Some(found.number).filter(|number| !taken && (1..=MOST_NUMBER).contains(number)),
+        ":id": Some(found.number).filter(|_| free),
         ":backup_id": job.backup_id,
         ":name": job.domain.name,
         ":source": job.domain.source,

@@ -34,11 +34,21 @@ CREATE TABLE jobs (
     disks             TEXT,
     -- Something of it may still be in its QEMU, or at its places.
     left_in_qemu      INTEGER NOT NULL DEFAULT 1,
-    left_on_disk      INTEGER NOT NULL DEFAULT 1
+    left_on_disk      INTEGER NOT NULL DEFAULT 1,
+    -- It was found in a store. Who started it and whose domain it was is as the store says, and gives nobody a right.
+    imported          INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 
 -- The few that a restart has work with.
 CREATE INDEX unsettled_jobs ON jobs (id) WHERE step <> 'ended' OR left_in_qemu OR left_on_disk;
+
+-- All that a list tells, so that rows with their plans need not be read.
+CREATE INDEX ended_jobs ON jobs (
+    id, result, started_by, imported, domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid
+) WHERE step = 'ended';
+
+-- The oldest are forgotten first.
+CREATE INDEX ended_jobs_by_time ON jobs (end_time, id) WHERE step = 'ended';
 
 CREATE TABLE backups (
     store    TEXT NOT NULL,

@@ -8,6 +8,9 @@ use uuid::Uuid;
 
 use super::{Domain, Link, Origin, Phase, Registry, SEPARATOR, is_domain_name, owner, unique_name};
 
+/// Domains that are not known and are remembered.
+const MAX_ABSENT: usize = 4096;
+
 /// What became of waiting for a domain's monitor.
 #[derive(Debug)]
 pub enum Reach {
@@ -19,7 +22,7 @@ pub enum Reach {
 }
 
 /// What stays the same when a domain goes and comes again, or the service does.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Identity {
     pub name: String,
     pub origin: Origin,
@@ -27,6 +30,9 @@ pub struct Identity {
     pub owner_name: String,
     pub uuid: Option<Uuid>,
 }
+
+/// The owner of a domain that no user here owns. No user has this number.
+pub const NOBODY: u32 = u32::MAX;
 
 impl Identity {
     /// Whose [`Identity::unique_name`] that is, if it is one of a domain of that name; of a configured one, as far as can be
@@ -82,20 +88,58 @@ impl Registry {
     /// The same, or something that stands for it.
     pub fn identified_or_absent(&self, identity: Identity) -> Arc<Domain> {
         self.identified(&identity)
-            .unwrap_or_else(|| Domain::absent(identity))
+            .unwrap_or_else(|| self.absent(identity))
+    }
+
+    /// The domain that it was, if it is known and is not another machine by now; or something that stands for it.
+    pub fn same_or_absent(&self, identity: Identity) -> Arc<Domain> {
+        let same = |known: &Arc<Domain>| match (known.snapshot.borrow().uuid, identity.uuid) {
+            (Some(now), Some(then)) => now == then,
+            _ => true,
+        };
+        match self.identified(&identity).filter(same) {
+            Some(known) => known,
+            None => self.absent(identity),
+        }
+    }
+
+    /// What stands for a domain that is not known now: always the same for the same one, so that what is known of it, and
+    /// of who may see it, lasts.
+    fn absent(&self, identity: Identity) -> Arc<Domain> {
+        let mut absent = self.lock_absent();
+        if absent.len() >= MAX_ABSENT && !absent.contains_key(&identity) {
+            absent.clear();
+        }
+        let stands = || Domain::absent(identity.clone());
+        absent.entry(identity.clone()).or_insert_with(stands).clone()
     }
 
     /// Waits until the domain is known and its monitor is connected.
     pub async fn reach(&self, identity: &Identity, patience: Duration) -> Reach {
         let connected = async {
-            let domain = self.appears(identity).await?;
-            match domain.next_link(None, Duration::MAX).await {
-                Some(link) => Some(Reach::Connected(domain, link)),
-                None => domain.is_gone().then_some(Reach::Gone),
+            loop {
+                let domain = self.appears(identity).await?;
+                tokio::select! {
+                    link = domain.next_link(None, Duration::MAX) => return match link {
+                        Some(link) => Some(Reach::Connected(domain.clone(), link)),
+                        None => domain.is_gone().then_some(Reach::Gone),
+                    },
+                    // Another one may come in its place.
+                    () = self.disappears(&domain) => {}
+                }
             }
         };
         let reached = tokio::time::timeout(patience, connected).await;
         reached.ok().flatten().unwrap_or(Reach::Late)
+    }
+
+    async fn disappears(&self, domain: &Domain) {
+        let mut changes = self.changes();
+        while self.get(domain.id).is_some() {
+            if let Err(RecvError::Closed) = changes.recv().await {
+                return;
+            }
+        }
     }
 
     async fn appears(&self, identity: &Identity) -> Option<Arc<Domain>> {

@@ -14,7 +14,7 @@ mod retry;
 
 pub use directory::{Content, Directories, FileError};
 pub use disks::{Disk, DiskLookup, find_disk};
-pub use identity::{Identity, Reach};
+pub use identity::{Identity, NOBODY, Reach};
 pub use monitor::{Link, Phase};
 pub use registry::{Change, Registration, Registry};
 
@@ -77,7 +77,7 @@ impl From<Error> for crate::error::Error {
 }
 
 /// Where a domain became known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Origin {
     /// A file in one of the domain directories.
     Configured,

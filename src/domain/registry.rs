@@ -3,7 +3,7 @@
 //! What the administrator configured and what each user registered have names of their own: nobody can take, or find out
 //! about, the name of a domain that it may not see.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -67,6 +67,8 @@ type Domains = BTreeMap<Key, Entry>;
 /// All domains that are known now.
 pub struct Registry {
     domains: Mutex<Domains>,
+    /// What stands for domains that are not known, and jobs are of.
+    absent: Mutex<HashMap<Identity, Arc<Domain>>>,
     changes: broadcast::Sender<Change>,
     quota: Quota,
     presence: Presence,
@@ -83,6 +85,7 @@ impl Registry {
             quota,
             presence: presence.clone(),
             domains: Mutex::default(),
+            absent: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -204,6 +207,10 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, Domains> {
         // A panic aborts the service; there is no half-changed set to be met.
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn lock_absent(&self) -> MutexGuard<'_, HashMap<Identity, Arc<Domain>>> {
+        self.absent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn add(

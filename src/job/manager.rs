@@ -14,6 +14,7 @@ use super::conclude::End;
 use super::error::Stopped;
 use super::record::{self, Left, to_text};
 use super::rescan::{self, Rescan};
+use super::run::blocking;
 use super::{Error, Job, recover, run};
 use crate::activity::{Activity, Use};
 use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, Step};
@@ -281,7 +282,7 @@ impl Jobs {
         let made = run::make(job, link, targets, &self.setting).await;
         if let Err(Stopped::Left) = made.judged {
             if let Some(targets) = made.targets {
-                targets.leave();
+                blocking(&self.setting, move || targets.leave()).await;
             }
             return Ending::Left;
         }
@@ -340,8 +341,10 @@ impl Jobs {
         let Some(record) = self.setting.catalog.ended_job(id).await? else {
             return Ok(None);
         };
-        let identity = record::identity(record.id, &record.domain)?;
-        Ok(Some(Arc::new(self.ended(&record, identity)?)))
+        let domain = record::identity(record.id, &record.domain)
+            .map(|identity| self.setting.domains.same_or_absent(identity))?;
+        let job = Job::ended(&record, domain, self.setting.catalog.clone())?;
+        Ok(Some(Arc::new(job)))
     }
 
     /// The jobs that run or ended lately, by number.
@@ -357,10 +360,13 @@ impl Jobs {
         for ended in self.setting.catalog.history().await? {
             let domain = match domains.entry(ended.domain.clone()) {
                 Entry::Occupied(entry) => Arc::clone(entry.get()),
-                Entry::Vacant(entry) => {
-                    let identity = record::identity(ended.id, &ended.domain)?;
-                    Arc::clone(entry.insert(self.setting.domains.identified_or_absent(identity)))
-                }
+                Entry::Vacant(entry) => match record::identity(ended.id, &ended.domain) {
+                    Ok(identity) => Arc::clone(entry.insert(self.setting.domains.same_or_absent(identity))),
+                    Err(error) => {
+                        tracing::error!(%error, "a job is left out of the list");
+                        continue;
+                    }
+                },
             };
             jobs.push((ended, domain));
         }

@@ -63,6 +63,8 @@ pub struct Job {
     pub domain: Arc<Domain>,
     /// The user that started it.
     pub started_by: u32,
+    /// It was found in a store: who started it is as the store says, and gives nobody a right.
+    imported: bool,
     pub start_time: Timestamp,
     pub plan: Plan,
     status: watch::Sender<Status>,
@@ -77,6 +79,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// Whether it is that user's own.
+    pub fn is_of(&self, uid: u32) -> bool {
+        !self.imported && self.started_by == uid
+    }
+
     /// What is known now; answers at once.
     pub fn status(&self) -> Status {
         self.status.borrow().clone()

@@ -122,6 +122,7 @@ impl Job {
             backup_id: record.backup_id.clone(),
             domain,
             started_by: record.started_by,
+            imported: record.imported,
             start_time: record.start_time,
             status: watch::Sender::new(status),
             decision: Mutex::new(match cancelled {

@@ -44,7 +44,7 @@ pub(super) async fn resume(
         .stop
         .run_until_cancelled(setting.domains.reach(&identity, setting.deadlines.reconnect()));
     let Some(reached) = reached.await else {
-        found.targets.leave();
+        blocking(setting, move || found.targets.leave()).await;
         return Ending::Left;
     };
     let (footprint, unreachable) = match reached {
@@ -62,7 +62,7 @@ pub(super) async fn resume(
         Err(error) => Err(error.into()),
     };
     if let Err(Stopped::Left) = judged {
-        found.targets.leave();
+        blocking(setting, move || found.targets.leave()).await;
         return Ending::Left;
     }
     let gone = matches!(unreachable, Some("it has ended"));

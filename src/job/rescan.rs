@@ -12,13 +12,15 @@ use crate::catalog::{
     StoredBackup, Taken,
 };
 use crate::config::Store;
-use crate::definition::{self, Definition};
-use crate::domain::{Identity, Registry};
+use crate::definition::{self, Definition, Format};
+use crate::domain::{Identity, NOBODY, Origin, Registry};
 use crate::plan::{Destination, DiskPlan, Place, Plan};
 use crate::target::{self, Shelf};
 
 /// Texts about what could not be taken in.
 const MAX_PROBLEMS: usize = 100;
+/// Backups that are read, and then taken in, at a time.
+const BATCH: usize = 50;
 
 /// What a look into the stores gave.
 #[derive(Debug, Default)]
@@ -39,125 +41,229 @@ impl Rescan {
     }
 }
 
-/// What is in a domain's directory: each backup, or what is wrong with it.
-type Contents = Vec<(PathBuf, Result<StoredBackup, String>)>;
+/// A backup in a store, or what is wrong with it.
+struct Found {
+    path: PathBuf,
+    id: String,
+    backup: Result<StoredBackup, String>,
+}
 
-/// Looks through all stores. What is not in its store any more is forgotten, unless a part of the store could not be read.
+/// Backups that are on record and were not seen yet, as (domain's directory, id).
+type Missing = HashSet<(String, String)>;
+
+/// Looks through all stores.
 pub(super) async fn rescan(stores: &BTreeMap<String, Store>, setting: &Setting) -> Result<Rescan, Error> {
+    let last_number = setting.catalog.last_number().await?;
     let mut rescan = Rescan::default();
     for (name, store) in stores {
         // From before the look: what comes meanwhile is not missing.
-        let mut missing: HashSet<_> = setting
-            .catalog
-            .backups_in(name.clone())
-            .await?
-            .into_iter()
-            .collect();
-        if look_through(name, &store.path, setting, &mut rescan, &mut missing).await? {
-            let missing = missing.into_iter().collect();
-            setting.catalog.forget(name.clone(), missing).await?;
+        let known = setting.catalog.backups_in(name.clone()).await?;
+        let mut look = Look {
+            store: name,
+            path: &store.path,
+            setting,
+            last_number,
+            missing: known.into_iter().collect(),
+            seen: 0,
+            rescan: &mut rescan,
+        };
+        match look.through().await {
+            Ok(true) => look.forget_missing().await?,
+            Ok(false) => rescan.problem(
+                &store.path,
+                "it was exchanged for another while it was looked through",
+            ),
+            Err(error @ (Error::Target(_) | Error::Stalled { .. })) => {
+                rescan.problem(&store.path, &error.to_string());
+            }
+            Err(error) => return Err(error),
         }
     }
     tracing::info!(backups = rescan.backups, "the stores were looked through");
     Ok(rescan)
 }
 
-/// Takes in what a store has, and takes it from `missing`. Says whether all of it could be read.
-async fn look_through(
-    name: &str,
-    path: &Path,
-    setting: &Setting,
-    rescan: &mut Rescan,
-    missing: &mut HashSet<(String, String)>,
-) -> Result<bool, Error> {
-    let directories = within(setting, {
-        let path = path.to_owned();
-        move || Shelf::of_store(&path).and_then(|store| store.names())
-    });
-    let directories = match directories.await {
-        Ok(directories) => directories,
-        Err(error) => {
-            rescan.problem(path, &error.to_string());
-            return Ok(false);
-        }
-    };
-    let mut whole = true;
-    for directory in directories {
-        if setting.stop.is_cancelled() {
-            return Err(Error::Stopping);
-        }
-        let contents = within(setting, {
-            let (store, path, directory) = (name.to_owned(), path.to_owned(), directory.clone());
-            let domains = setting.domains.clone();
-            move || contents(&store, &path, &directory, &domains)
+/// A look through one store.
+struct Look<'a> {
+    store: &'a str,
+    path: &'a Path,
+    setting: &'a Setting,
+    /// The highest number of a job before the look.
+    last_number: u32,
+    missing: Missing,
+    /// Backups that are there, good or not.
+    seen: usize,
+    rescan: &'a mut Rescan,
+}
+
+impl Look<'_> {
+    /// Takes in what is there. Whether it was the same store all the time, and not taken away in the middle.
+    async fn through(&mut self) -> Result<bool, Error> {
+        let path = self.path.to_owned();
+        let names = self.within(move || {
+            let store = Shelf::of_store(&path)?;
+            Ok((store.id()?, store.names()?))
         });
-        let contents = match contents.await {
-            Ok(contents) => contents,
-            Err(error) => {
-                rescan.problem(&path.join(&directory), &error.to_string());
-                whole = false;
-                continue;
+        let (before, directories) = names.await?;
+        for directory in directories.into_iter().filter(|name| !is_hidden(name)) {
+            self.domain(&directory).await?;
+        }
+        let path = self.path.to_owned();
+        let after = self.within(move || Shelf::of_store(&path)?.id());
+        Ok(after.await? == before)
+    }
+
+    async fn domain(&mut self, directory: &str) -> Result<(), Error> {
+        let (path, name) = (self.path.to_owned(), directory.to_owned());
+        let names = self.within(move || match Shelf::of_store(&path)?.below(&name)? {
+            Some(shelf) => shelf.names(),
+            None => Ok(Vec::new()),
+        });
+        let names = match names.await {
+            Ok(names) => names,
+            Err(Error::Target(error)) => {
+                self.rescan
+                    .problem(&self.path.join(directory), &error.to_string());
+                self.missing.retain(|(of, _)| of != directory);
+                return Ok(());
             }
+            Err(error) => return Err(error),
         };
-        let mut found = Vec::new();
-        for (path, backup) in contents {
-            match backup {
-                Ok(backup) => found.push(backup),
-                Err(why) => rescan.problem(&path, &why),
+        let (hidden, ids): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| is_hidden(name));
+        self.unfinished(directory, &hidden).await?;
+        for ids in ids.chunks(BATCH) {
+            if self.setting.stop.is_cancelled() {
+                return Err(Error::Stopping);
             }
+            self.backups(directory, ids).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells of what nobody will ever finish.
+    async fn unfinished(&mut self, directory: &str, hidden: &[String]) -> Result<(), Error> {
+        for name in hidden {
+            if let Some(id) = target::partial_backup(name)
+                && !self.setting.catalog.knows_backup(id.to_owned()).await?
+            {
+                let path = self.path.join(directory).join(name);
+                self.rescan.problem(
+                    &path,
+                    "a backup that was not finished, of which nothing else is known",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    async fn backups(&mut self, directory: &str, ids: &[String]) -> Result<(), Error> {
+        let (store, path) = (self.store.to_owned(), self.path.to_owned());
+        let (name, wanted) = (directory.to_owned(), ids.to_vec());
+        let domains = self.setting.domains.clone();
+        let read = move || {
+            let Some(shelf) = Shelf::of_store(&path)?.below(&name)? else {
+                return Ok(Vec::new());
+            };
+            let read = wanted
+                .iter()
+                .filter_map(|id| read(&store, &path, &name, id, &shelf, &domains));
+            Ok(read.collect::<Vec<_>>())
+        };
+        let mut found = self.within(read).await?;
+        for Found { id, .. } in &found {
+            // What is there is not gone, whatever is wrong with it.
+            self.missing.remove(&(directory.to_owned(), id.clone()));
+            self.seen += 1;
         }
         // Numbers that are new go up with time.
-        found.sort_by_key(|found| found.job.start_time);
-        let ids: Vec<_> = found.iter().map(|found| found.backup.id.clone()).collect();
-        let taken = setting.catalog.take_in(found).await?;
-        for (id, taken) in ids.into_iter().zip(taken) {
-            match taken {
-                Taken::Kept => {
-                    missing.remove(&(directory.clone(), id));
-                    rescan.backups += 1;
+        found.sort_by_key(|found| found.backup.as_ref().ok().map(|backup| backup.job.start_time));
+        let (mut paths, mut good) = (Vec::new(), Vec::new());
+        for Found { path, backup, .. } in found {
+            match backup {
+                Ok(backup) => {
+                    paths.push(path);
+                    good.push(backup);
                 }
+                Err(why) => self.rescan.problem(&path, &why),
+            }
+        }
+        let history = self.setting.history;
+        let taken = self
+            .setting
+            .catalog
+            .take_in(good, self.last_number, history)
+            .await?;
+        for (path, taken) in paths.iter().zip(taken) {
+            match taken {
+                Taken::Kept => self.rescan.backups += 1,
                 Taken::UnderWay => {}
                 Taken::NotGood(job) => {
-                    rescan.problem(
-                        path,
-                        &format!("job {job}, which made it, did not complete: remove it"),
-                    );
+                    let why = format!("job {job}, which made it, did not complete: it is no good backup");
+                    self.rescan.problem(path, &why);
                 }
             }
         }
+        Ok(())
     }
-    Ok(whole)
+
+    async fn forget_missing(self) -> Result<(), Error> {
+        let missing: Vec<_> = self.missing.into_iter().collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        if self.seen == 0 {
+            let why = format!(
+                "no backup is there, where {} are on record, which stay there: is it mounted?",
+                missing.len()
+            );
+            self.rescan.problem(self.path, &why);
+            return Ok(());
+        }
+        tracing::info!(
+            store = self.store,
+            count = missing.len(),
+            "backups that are not in their store any more are forgotten"
+        );
+        let forgotten = self.setting.catalog.forget(self.store.to_owned(), missing);
+        Ok(forgotten.await?)
+    }
+
+    /// Reads where it keeps nobody waiting, and no longer than storage may take for a sign of life.
+    async fn within<T: Send + 'static>(
+        &self,
+        read: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let patience = self.setting.deadlines.stall();
+        match tokio::time::timeout(patience, blocking(self.setting, read)).await {
+            Ok(read) => Ok(read?),
+            Err(_) => Err(Error::stalled("the store", patience)),
+        }
+    }
 }
 
-/// Reads where it keeps nobody waiting, and no longer than storage may take for a sign of life.
-async fn within<T: Send + 'static>(
-    setting: &Setting,
-    read: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
-) -> Result<T, Error> {
-    let patience = setting.deadlines.stall();
-    match tokio::time::timeout(patience, blocking(setting, read)).await {
-        Ok(read) => Ok(read?),
-        Err(_) => Err(Error::stalled("the store", patience)),
-    }
+fn is_hidden(name: &str) -> bool {
+    name.starts_with('.')
 }
 
-fn contents(
+/// The backup of that name; nothing if it is no directory.
+fn read(
     store: &str,
     path: &Path,
     directory: &str,
+    id: &str,
+    shelf: &Shelf,
     domains: &Registry,
-) -> Result<Contents, target::Error> {
-    let Some(shelf) = Shelf::of_store(path)?.below(directory)? else {
-        return Ok(Contents::new());
+) -> Option<Found> {
+    let backup = match shelf.below(id) {
+        Ok(Some(backup)) => stored_backup(store, path, directory, id, &backup, domains),
+        Ok(None) => return None,
+        Err(error) => Err(error.to_string()),
     };
-    let mut contents = Contents::new();
-    for id in shelf.names()? {
-        if let Some(backup) = shelf.below(&id)? {
-            let read = stored_backup(store, path, directory, &id, &backup, domains);
-            contents.push((backup.path().to_owned(), read));
-        }
-    }
-    Ok(contents)
+    Some(Found {
+        path: shelf.path().join(id),
+        id: id.to_owned(),
+        backup,
+    })
 }
 
 /// A backup in a store, or why it is none.
@@ -177,16 +283,29 @@ fn stored_backup(
         return Err(format!("{MANIFEST_NAME} is that of '{}'", manifest.id));
     }
     for disk in &manifest.disks {
-        shelf.check_file(&disk.file).map_err(|error| error.to_string())?;
+        let size = shelf.file_size(&disk.file).map_err(|error| error.to_string())?;
+        if size == 0 || (disk.format == Format::Raw && size != disk.virtual_size) {
+            return Err(format!(
+                "{} has {size} bytes, which no image of the disk has",
+                disk.file
+            ));
+        }
     }
     let (domain, uuid) = (&manifest.domain.name, manifest.domain.uuid);
     let identity = Identity::of_unique_name(directory, domain, uuid)
         .ok_or_else(|| format!("a backup of domain '{domain}' does not belong into '{directory}'"))?;
-    // Its owner may be another than the one that is taken for it where it is not known.
-    let identity = domains.identified(&identity).map_or(identity, |known| Identity {
-        uuid,
-        ..known.identity()
-    });
+    let identity = match identity.origin {
+        // A user of that number here need not be the one whose it was.
+        Origin::Registered => Identity {
+            owner: NOBODY,
+            owner_name: NOBODY.to_string(),
+            ..identity
+        },
+        Origin::Configured => domains.identified(&identity).map_or(identity, |known| Identity {
+            uuid,
+            ..known.identity()
+        }),
+    };
     let plan = plan(store, store_path, &manifest, document(shelf).as_ref());
     let disks: Vec<DiskStatus> = manifest
         .disks

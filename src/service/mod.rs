@@ -13,6 +13,8 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
+
 use crate::access::{Access, Basis, Caller, Details, Permission};
 use crate::config::{Config, Store};
 use crate::domain::{self, Domain, Origin, Registration, Registry};
@@ -27,6 +29,9 @@ pub struct Descriptors {
     pub share: Arc<Share>,
 }
 
+/// Lists of all that ended that are made at a time; others wait for their turn.
+const LISTS_AT_A_TIME: usize = 2;
+
 /// What drives the domains, as rules are told it.
 const DRIVER: &str = "QEMU";
 
@@ -39,6 +44,8 @@ pub struct Service {
     /// Of descriptors that came with calls.
     descriptors: Quota,
     document_bytes: usize,
+    /// Long lists that are being made.
+    histories: Semaphore,
 }
 
 impl Service {
@@ -50,6 +57,7 @@ impl Service {
             stores: config.stores.clone(),
             descriptors: config.limits.of_descriptors(),
             document_bytes: config.limits.document_bytes,
+            histories: Semaphore::new(LISTS_AT_A_TIME),
         }
     }
 
@@ -128,7 +136,7 @@ impl Service {
     async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<()> {
         for place in job.plan.places() {
             let details = request::backup_details(&job.domain, &place);
-            let grant = match job.started_by == caller.uid {
+            let grant = match job.is_of(caller.uid) {
                 true => self.access.implied(caller, permission, &details, Basis::Starter),
                 false => {
                     self.access

@@ -79,7 +79,15 @@ impl Service {
 
     /// The job of that number, if `caller` started it or may read its domain.
     pub async fn job(&self, caller: &Caller, id: u32) -> Result<Arc<Job>> {
-        match self.jobs.find(id).await? {
+        let found = self.jobs.find(id).await.map_err(|error| {
+            // Whose it is is not known, so neither who may hear of it.
+            tracing::error!(job = id, %error, "a job cannot be looked up");
+            Error::new(
+                Kind::Internal,
+                "the jobs cannot be looked up: the service's log has the reason",
+            )
+        });
+        match found? {
             Some(job) if self.knows(caller, &job).await => Ok(job),
             _ => Err(Error::new(Kind::NoSuchJob, format!("no job {id}"))),
         }
@@ -94,6 +102,8 @@ impl Service {
         let jobs = whole(jobs, looks)?;
         let mut listed: Vec<ListedJob> = jobs.iter().map(|job| ListedJob::of(job)).collect();
         if ended {
+            // A long list is much work, and memory.
+            let _turn = self.histories.acquire().await;
             let mut history = self.jobs.history().await?;
             history.retain(|(job, _)| !known.contains(&job.id));
             listed.extend(self.readable(caller, history).await?);
@@ -102,20 +112,20 @@ impl Service {
         Ok(listed)
     }
 
-    /// Those that `caller` may know of. There are few domains, and each has many jobs.
+    /// Those that `caller` may know of. Each domain is asked about once, however many jobs it has.
     async fn readable(
         &self,
         caller: &Caller,
         history: Vec<(EndedJob, Arc<Domain>)>,
     ) -> Result<Vec<ListedJob>> {
-        let others = history.iter().filter(|(job, _)| job.started_by != caller.uid);
+        let others = history.iter().filter(|(job, _)| !is_of(job, caller.uid));
         let domains: BTreeMap<u64, &Arc<Domain>> = others.map(|(_, domain)| (domain.id, domain)).collect();
         let looks = join_all(domains.values().map(|domain| self.view(caller, domain, true))).await;
         let read = whole(domains.into_keys().collect(), looks)?;
         let read: HashSet<u64> = read.into_iter().collect();
         Ok(history
             .into_iter()
-            .filter(|(job, domain)| job.started_by == caller.uid || read.contains(&domain.id))
+            .filter(|(job, domain)| is_of(job, caller.uid) || read.contains(&domain.id))
             .map(|(job, _)| ListedJob {
                 id: job.id,
                 domain: job.domain.name,
@@ -130,7 +140,7 @@ impl Service {
     }
 
     async fn view_job(&self, caller: &Caller, job: &Job) -> Look {
-        if job.started_by == caller.uid {
+        if job.is_of(caller.uid) {
             return Look::Allowed;
         }
         self.view(caller, &job.domain, true).await
@@ -155,6 +165,11 @@ impl ListedJob {
             state: job.status().state_word().to_owned(),
         }
     }
+}
+
+/// Whether a job of the history is that user's own, as [`Job::is_of`] says.
+fn is_of(job: &EndedJob, uid: u32) -> bool {
+    !job.imported && job.started_by == uid
 }
 
 /// A list without what is refused. One that may lack something for another reason would be taken for all that there is.

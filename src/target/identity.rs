@@ -1,6 +1,6 @@
 //! Which file a file is, whatever it is called; and which files the running domains have open.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Stat, StatxFlags, makedev};
@@ -61,26 +61,24 @@ pub struct Sources(HashSet<FileId>);
 impl Sources {
     /// Looks at what `holders` have open now.
     ///
-    /// A path means something here only if the process has that file open. One that does not (a relative one, a passed
-    /// descriptor, one of another mount namespace, one whose file was replaced) is answered by all its open files.
+    /// A path means something here only if the process has that file open, under that name. One that does not (a relative
+    /// one, a link, a passed descriptor, one whose file was replaced) is answered by all its open files. So no path is walked
+    /// that could lead to a server that does not answer, but where a process cannot be looked into.
     pub fn of<'a>(holders: impl IntoIterator<Item = &'a Holder>) -> Self {
         let mut ids = HashSet::new();
         for holder in holders {
-            let open: HashSet<FileId> = holder.process.map(open_files).unwrap_or_default();
-            let mut unknown = false;
-            for file in &holder.files {
-                match FileId::and_owner_at(file).filter(|_| file.is_absolute()) {
-                    Some((id, owner)) => {
-                        unknown |= !open.contains(&id);
-                        if open.contains(&id) || holder.owner.is_none_or(|holder| holder == owner) {
-                            ids.insert(id);
-                        }
-                    }
-                    None => unknown = true,
-                }
+            let open = holder.process.map(open_files).unwrap_or_default();
+            if open.is_empty() {
+                let found = holder.files.iter().filter(|file| file.is_absolute());
+                let found = found.filter_map(|file| FileId::and_owner_at(file));
+                let counts = |owner: u32| holder.owner.is_none_or(|holder| holder == owner);
+                ids.extend(found.filter(|(_, owner)| counts(*owner)).map(|(id, _)| id));
+                continue;
             }
-            if unknown {
-                ids.extend(open);
+            let known = holder.files.iter().map(|file| open.get(file).copied());
+            match known.collect::<Option<Vec<_>>>() {
+                Some(known) => ids.extend(known),
+                None => ids.extend(open.into_values()),
             }
         }
         // Files only: of two partitions of one disk, either is free while the other is a source.
@@ -97,12 +95,15 @@ impl Sources {
     }
 }
 
-fn open_files(process: u32) -> HashSet<FileId> {
+/// What a process has open, by the names that it was opened under.
+fn open_files(process: u32) -> HashMap<PathBuf, FileId> {
     let entries = std::fs::read_dir(format!("/proc/{process}/fd"));
     let entries = entries.into_iter().flatten();
-    entries
-        .filter_map(|entry| FileId::at(&entry.ok()?.path()))
-        .collect()
+    let open = entries.filter_map(|entry| {
+        let link = entry.ok()?.path();
+        Some((std::fs::read_link(&link).ok()?, FileId::at(&link)?))
+    });
+    open.collect()
 }
 
 /// A file or device, and the devices that share their bytes with it, from `/sys/dev/block`.

@@ -4,12 +4,12 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use rustix::fs::{FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::Error;
 use super::path::{Trust, check_trust, open_directory};
 use super::store::{names_in, open_child};
+use super::{Error, FileId};
 
 /// A directory of a store: the store's own, which has one for each domain; a domain's, which has one for each backup; or a
 /// backup's. Nothing in it is taken for what it is not: no symbolic link is followed, and no file but a regular one is read.
@@ -32,14 +32,15 @@ impl Shelf {
         &self.path
     }
 
-    /// The names of what it holds, sorted, without what is hidden, as all is that is not whole. What has no name that could
-    /// be one of ours is left out too.
+    pub fn id(&self) -> Result<FileId, Error> {
+        let stat = rustix::fs::fstat(&self.directory).map_err(|errno| self.failed("stat", errno))?;
+        Ok(FileId::of(&stat))
+    }
+
+    /// The names of what it holds, sorted, but for those that could not be ours.
     pub fn names(&self) -> Result<Vec<String>, Error> {
-        let names = names_in(&self.directory).map_err(|errno| self.failed("read", errno))?;
-        let mut names: Vec<String> = names
-            .into_iter()
-            .filter(|name| !name.starts_with('.') && !name.contains('\u{fffd}'))
-            .collect();
+        let mut names = names_in(&self.directory).map_err(|errno| self.failed("read", errno))?;
+        names.retain(|name| !name.contains('\u{fffd}'));
         names.sort();
         Ok(names)
     }
@@ -63,7 +64,10 @@ impl Shelf {
 
     /// The content of a file, of which no more than one byte after `at_most` is read; and when it was written.
     pub fn read(&self, name: &str, at_most: usize) -> Result<(Vec<u8>, Timestamp), Error> {
-        let (file, stat) = self.file(name)?;
+        let stat = self.look_at(name)?;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.directory, name, flags, Mode::empty())
+            .map_err(|errno| self.child_failed("open", name, errno))?;
         let mut content = Vec::new();
         let file = std::fs::File::from(file);
         std::io::Read::read_to_end(&mut std::io::Read::take(file, at_most as u64 + 1), &mut content)
@@ -74,18 +78,17 @@ impl Shelf {
         Ok((content, time))
     }
 
-    /// Makes sure that there is a file of that name.
-    pub fn check_file(&self, name: &str) -> Result<(), Error> {
-        self.file(name).map(drop)
+    /// The length of a file, in bytes.
+    pub fn file_size(&self, name: &str) -> Result<u64, Error> {
+        Ok(self.look_at(name)?.st_size.cast_unsigned())
     }
 
-    fn file(&self, name: &str) -> Result<(OwnedFd, Stat), Error> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.directory, name, flags, Mode::empty())
+    /// What is there, if it is a regular file: to open a device can do something.
+    fn look_at(&self, name: &str) -> Result<Stat, Error> {
+        let stat = rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|errno| self.child_failed("open", name, errno))?;
-        let stat = rustix::fs::fstat(&file).map_err(|errno| self.child_failed("stat", name, errno))?;
         match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => Ok((file, stat)),
+            FileType::RegularFile => Ok(stat),
             _ => Err(self.child_failed("read", name, Errno::INVAL)),
         }
     }

@@ -22,7 +22,7 @@ pub use error::Error;
 pub use find::Found;
 pub use identity::{FileId, Holder, Sources};
 pub use inventory::Shelf;
-pub use store::ensure as ensure_store;
+pub use store::{ensure as ensure_store, partial_backup};
 pub use writeback::Writeback;
 
 use std::io;

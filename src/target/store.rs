@@ -61,6 +61,11 @@ fn partial_name(id: &str) -> String {
     format!(".{id}.partial")
 }
 
+/// The backup whose directory has that name before it is good.
+pub fn partial_backup(name: &str) -> Option<&str> {
+    name.strip_prefix('.')?.strip_suffix(".partial")
+}
+
 /// What a directory holds.
 pub(super) fn names_in(directory: &OwnedFd) -> Result<Vec<String>, Errno> {
     let mut names = Vec::new();

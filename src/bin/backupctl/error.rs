@@ -150,10 +150,12 @@ impl Error {
         };
         match Known::of(name) {
             Some(Known::Standard(name)) => {
-                matches!(
-                    name,
-                    "NoReply" | "Timeout" | "TimedOut" | "ServiceUnknown" | "NameHasNoOwner"
-                )
+                // Where the bus itself starts the service, the former process may not have made room for it yet.
+                name.starts_with("Spawn.")
+                    || matches!(
+                        name,
+                        "NoReply" | "Timeout" | "TimedOut" | "ServiceUnknown" | "NameHasNoOwner"
+                    )
             }
             // What a call is answered with that neither starts nor changes anything when the service stops.
             Some(Known::Ours(name)) => name == "Busy",
@@ -239,7 +241,7 @@ pub fn hint_for(name: &str) -> Option<&'static str> {
         Known::Ours("NoSuchDisk") => "`backupctl domains --disks` lists the disks of each domain",
         Known::Ours("NoSuchStore") => "stores are configured in /etc/backupd/backupd.toml",
         Known::Ours("TargetExists") => "--reuse-external writes into targets that exist",
-        Known::Ours("Busy") => "`backupctl jobs` shows what is running, `backupctl cancel` ends it",
+        Known::Ours("Busy") => "`backupctl jobs` shows what is running",
         Known::Ours("DomainUnreachable") => {
             "is the virtual machine running, and is its monitor socket right?"
         }

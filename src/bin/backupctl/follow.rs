@@ -63,7 +63,10 @@ pub struct Follow<'a> {
 impl<'a> Follow<'a> {
     /// Prepares to follow a job.
     pub async fn new(job: &'a Job, view: &'a mut dyn View, on_interrupt: OnInterrupt) -> Result<Self> {
-        let snapshot = job.snapshot().await.map_err(|error| lost(job.id, error))?;
+        let snapshot = match job.snapshot().await {
+            Err(error) if error.is_away() => ask_again(job, &error).await?,
+            snapshot => snapshot.map_err(|error| lost(job.id, error))?,
+        };
         Ok(Self {
             job,
             view,
@@ -107,7 +110,7 @@ impl<'a> Follow<'a> {
                         self.snapshot.apply(*changed);
                         self.show();
                     }
-                    Some(Signal::Gone) => self.view.note("The backup service has gone. The backup goes on, and is asked for again."),
+                    Some(Signal::Gone) => self.view.note("The backup service has gone: waiting for it to be there again"),
                     Some(_) => {}
                     // The reading of properties goes on.
                     None => listening = false,
@@ -239,19 +242,19 @@ async fn wait(job: &Job) -> Result<Outcome> {
             Err(error) if error.is_away() => error,
             result => return result.map_err(|error| lost(job.id, error)),
         };
-        if let Some(outcome) = ask_again(job, &error).await? {
+        if let Some(outcome) = ask_again(job, &error).await?.outcome() {
             return Ok(outcome);
         }
     }
 }
 
-/// Asks, until it is there again, the service that did not say how the job ended, whether it has.
-async fn ask_again(job: &Job, error: &Error) -> Result<Option<Outcome>> {
+/// Asks, until it is there again, a service that did not answer.
+async fn ask_again(job: &Job, error: &Error) -> Result<Snapshot> {
     let since = Instant::now();
     loop {
         tokio::time::sleep(QUIET).await;
         match job.snapshot().await {
-            Ok(snapshot) => return Ok(snapshot.outcome()),
+            Ok(snapshot) => return Ok(snapshot),
             Err(still) if still.is_away() && since.elapsed() < PATIENCE => {}
             Err(_) => {
                 return Err(Error::LostJob {

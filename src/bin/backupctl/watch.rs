@@ -1,6 +1,6 @@
 //! `backupctl watch`: one job until it ends, or all jobs until the user has seen enough.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IsTerminal};
 use std::time::Instant;
 
@@ -64,6 +64,7 @@ pub async fn all(service: &Service, json: bool) -> Result<Status> {
     let terminal = io::stderr().is_terminal() && io::stdout().is_terminal();
     let mut watch = Watch {
         jobs: BTreeMap::new(),
+        ended: BTreeSet::new(),
         out: match (json, terminal) {
             (true, _) => Out::Json,
             (false, true) => Out::Terminal(Bars::default()),
@@ -82,6 +83,8 @@ pub async fn all(service: &Service, json: bool) -> Result<Status> {
 
 struct Watch {
     jobs: BTreeMap<u32, Watched>,
+    /// Whose end was told: after the service was away, a signal may tell what a question told before.
+    ended: BTreeSet<u32>,
     out: Out,
 }
 
@@ -122,11 +125,22 @@ impl Watch {
         service.subscribe().await?;
         let signals = service.signals().await?;
         for line in service.jobs(false).await? {
-            let job = service.job_at(line.id, line.path);
-            match has_ended(&line.state) {
-                false => self.begin(job, false).await?,
-                true if self.jobs.contains_key(&line.id) => self.end(job, &line.state).await?,
-                true => {}
+            if !has_ended(&line.state) {
+                self.begin(service.job_at(line.id, line.path), false).await?;
+            }
+        }
+        // What was running before the service went and is not now.
+        let known: Vec<Job> = self.jobs.values().map(|watched| watched.job.clone()).collect();
+        for job in known {
+            match job.snapshot().await {
+                Ok(snapshot) if has_ended(&snapshot.state) => self.end(job, &snapshot.state).await?,
+                Ok(_) => {}
+                Err(error) if error.is_away() => return Err(error),
+                Err(error) => {
+                    let watched = self.jobs.remove(&job.id);
+                    self.out
+                        .lost(job.id, watched.map(|watched| watched.snapshot), &error)?;
+                }
             }
         }
         Ok(signals)
@@ -197,7 +211,11 @@ impl Watch {
     }
 
     async fn end(&mut self, job: Job, result: &str) -> Result<()> {
+        if !self.ended.insert(job.id) {
+            return Ok(());
+        }
         let seen = self.jobs.remove(&job.id).map(|job| job.snapshot);
+        self.out.remove(seen.as_ref());
         let snapshot = job.snapshot().await.ok().or(seen);
         self.out.ended(job.id, &job.path, snapshot.as_ref(), result)
     }
@@ -232,6 +250,26 @@ impl Out {
             )?),
             _ => self.line(&format!("The backup service is {what}")),
         }
+    }
+
+    fn remove(&mut self, snapshot: Option<&Snapshot>) {
+        if let (Self::Terminal(bars), Some(snapshot)) = (self, snapshot) {
+            bars.remove(&label(snapshot));
+        }
+    }
+
+    /// A job that cannot be asked about any more.
+    fn lost(&mut self, id: u32, snapshot: Option<Snapshot>, error: &Error) -> Result<()> {
+        self.remove(snapshot.as_ref());
+        if let Self::Json = self {
+            let event = json!({ "event": "job-lost", "id": id, "message": error.to_string() });
+            return Ok(output::print_json(&event)?);
+        }
+        let of_domain = of_domain(snapshot.as_ref());
+        self.line(&format!(
+            "Backup {id}{of_domain} is not known any more: {}",
+            escape(&error.to_string())
+        ))
     }
 
     fn started(&mut self, id: u32, path: &str, snapshot: Option<&Snapshot>, what: &str) -> Result<()> {
@@ -277,12 +315,7 @@ impl Out {
                 });
                 return Ok(output::print_json(&event)?);
             }
-            Self::Terminal(bars) => {
-                if let Some(snapshot) = snapshot {
-                    bars.remove(&label(snapshot));
-                }
-            }
-            Self::Lines => {}
+            Self::Terminal(_) | Self::Lines => {}
         }
         let mut line = format!("Backup {id}{} {}", of_domain(snapshot), escape(result));
         if !message.is_empty() {

@@ -115,16 +115,23 @@ install: $(BUILT)/backupd $(BUILT)/backupctl
 	$(BUILT)/backupctl completions zsh > '$(DESTDIR)$(datadir)/zsh/vendor-completions/_backupctl'
 	$(BUILT)/backupctl completions fish > '$(DESTDIR)$(datadir)/fish/vendor_completions.d/backupctl.fish'
 
-# Debian's own tools make the package, from a copy of what they want to find beside them. They come as build packages,
-# which tests/setup.sh installs.
-deb: setup $(BUILT)/backupd $(BUILT)/backupctl
-	rm -rf '$(DEB_DIR)/build'
-	mkdir -p '$(DEB_DIR)/build'
-	cp -r systemd/debian README.md docs '$(DEB_DIR)/build/'
-	[ -z '$(DEB_VERSION)' ] || sed -i '1s|(.*)|($(DEB_VERSION))|' '$(DEB_DIR)/build/debian/changelog'
-	cd '$(DEB_DIR)/build' && SOURCE='$(CURDIR)' BUILT='$(abspath $(BUILT))' \
-	    dpkg-buildpackage --build=binary --no-sign --no-pre-clean
-	rm -rf '$(DEB_DIR)/build'
+# Debian's own tools make the package, from a copy of what they want to find beside them.
+deb:
+	@tests/setup.sh package
+	$(CARGO) build --release --locked
+	$(call package,$(DEB_DIR),$(DEB_VERSION))
+
+# DIRECTORY, VERSION or nothing for that of the changelog
+define package
+	rm -rf '$(1)/build' '$(1)'/backupd_*
+	mkdir -p '$(1)/build'
+	cp -r systemd/debian README.md docs '$(1)/build/'
+	[ -z '$(2)' ] || sed -i '1s|(.*)|($(2))|' '$(1)/build/debian/changelog'
+	cd '$(1)/build' && SOURCE='$(CURDIR)' BUILT='$(abspath $(BUILT))' \
+	    dpkg-buildpackage --build=binary --no-sign --no-pre-clean >../build.log 2>&1 || { cat ../build.log; exit 1; }
+	rm -rf '$(1)/build'
+	@ls '$(1)'/*.deb
+endef
 
 clean:
 	$(CARGO) clean

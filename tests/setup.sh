@@ -2,9 +2,13 @@
 # Makes sure that everything is there that the project is built and tested with, on Debian 12 or 13: installs what is
 # missing, when root, and says what it does. Quick and silent when nothing is missing.
 #
+#   setup.sh            for building and for the tests
+#   setup.sh package    and for making the Debian package
+#
 # What is looked for is programs and files, not packages, so other systems pass that have them by other names.
 set -eu
 
+readonly what=${1:-}
 missing=
 need() { # PACKAGE DESCRIPTION: something of this package is missing
     case " $missing " in
@@ -40,6 +44,10 @@ look() {
     program losetup mount
     program chattr e2fsprogs
     [ -x /usr/lib/polkit-1/polkitd ] || need polkitd polkitd
+    if [ "$what" = package ]; then
+        program dh debhelper
+        program dpkg-buildpackage dpkg-dev
+    fi
 }
 
 look
@@ -54,7 +62,7 @@ if ! command -v apt-get >/dev/null 2>&1; then
     exit 1
 fi
 if [ "$(id -u)" != 0 ]; then
-    echo "Run tests/setup.sh as root once, or install them yourself:" >&2
+    echo "Run tests/setup.sh $what as root once, or install them yourself:" >&2
     echo "    apt-get install$missing" >&2
     exit 1
 fi

@@ -1,0 +1,175 @@
+//! The unit is without fault for systemd, its sandbox is as tight as it says, and `systemd/README.md` tells of every key.
+//! That the service works in that sandbox is what `make test-system` shows.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::bus::project_file;
+use common::{process, test_directory};
+use serde::Deserialize;
+
+/// In tenths, as systemd-analyze counts them.
+const MOST_EXPOSURE: &str = "15";
+
+/// One line of `systemd-analyze security`. What does not apply to the unit is neither set nor not.
+#[derive(Debug, Deserialize)]
+struct Key {
+    name: String,
+    set: Option<bool>,
+    exposure: Option<String>,
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(project_file(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// The unit as it is installed, but for where the programs are.
+fn unit_in(dir: &Path) -> PathBuf {
+    let built = Path::new(env!("CARGO_BIN_EXE_backupd")).parent().unwrap();
+    let path = dir.join("backupd.service");
+    let text = read("systemd/backupd.service").replace("@libexecdir@", built.to_str().unwrap());
+    fs::write(&path, text).unwrap();
+    path
+}
+
+fn analyze(arguments: &[&str], unit: &Path) -> process::Output {
+    let mut command = Command::new("systemd-analyze");
+    command.args(arguments).arg(unit).env("SYSTEMD_PAGER", "");
+    process::run(command)
+}
+
+fn keys_of_systemd_analyze() -> Vec<Key> {
+    let dir = test_directory();
+    let json = analyze(
+        &["security", "--offline=yes", "--json=short"],
+        &unit_in(dir.path()),
+    )
+    .expect_success();
+    let keys: Vec<Key> = serde_json::from_str(&json).unwrap();
+    assert!(keys.len() > 50, "{keys:?}");
+    keys
+}
+
+/// The keys that the unit sets and that keep the service from something: all from the files section on, but `[Install]`'s.
+fn keys_of_the_sandbox() -> BTreeSet<String> {
+    let unit = read("systemd/backupd.service");
+    let (_, sandbox) = unit
+        .split_once("# --- Files ---")
+        .expect("the unit has its sections");
+    let (sandbox, _) = sandbox
+        .split_once("[Install]")
+        .expect("the unit has its sections");
+    let lines = sandbox.lines().filter(|line| !line.starts_with('#'));
+    lines
+        .filter_map(|line| line.split_once('='))
+        .map(|(key, _)| key.to_owned())
+        .collect()
+}
+
+#[test]
+fn systemd_finds_nothing_wrong_with_the_unit() {
+    let dir = test_directory();
+    // It succeeds whatever it says. Whether manual pages are installed is not the unit's fault.
+    let output = analyze(&["verify", "--man=no"], &unit_in(dir.path()));
+    assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", ""));
+}
+
+#[test]
+fn the_exposure_is_at_most_one_and_a_half() {
+    let dir = test_directory();
+    let threshold = format!("--threshold={MOST_EXPOSURE}");
+    analyze(&["security", "--offline=yes", &threshold], &unit_in(dir.path())).expect_success();
+}
+
+#[test]
+fn the_readme_gives_a_reason_for_every_key_that_is_not_set() {
+    let readme = read("systemd/README.md");
+    let (_, not_set) = readme
+        .split_once("## What is not set")
+        .expect("the section is there");
+    let rows: Vec<&str> = not_set.lines().filter(|line| line.starts_with("| `")).collect();
+    for key in keys_of_systemd_analyze() {
+        if key.set == Some(true) {
+            continue;
+        }
+        // A bar ends a table's cell.
+        let name = format!("| `{}` | ", key.name.replace('|', "\\|"));
+        let row = rows.iter().find(|row| row.starts_with(&name));
+        let row = row.unwrap_or_else(|| panic!("systemd/README.md does not say why {} is not set", key.name));
+        let weight = key.exposure.unwrap_or_default();
+        assert!(
+            row[name.len()..].starts_with(&weight),
+            "{row}: systemd-analyze says {weight}"
+        );
+    }
+}
+
+#[test]
+fn the_readme_tells_of_every_key_that_is_set_and_of_no_other() {
+    let readme = read("systemd/README.md");
+    let (_, set) = readme.split_once("## What is set").expect("the section is there");
+    let (set, _) = set.split_once("\n## ").expect("a section follows");
+    let told: BTreeSet<String> = set
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split(" | ").next())
+        .flat_map(|cell| cell.split(['`', ',']))
+        .filter_map(|name| name.trim().split_once('='))
+        .map(|(key, _)| key.to_owned())
+        .collect();
+    let outside: BTreeSet<String> = [
+        "StateDirectory",
+        "StateDirectoryMode",
+        "ConfigurationDirectory",
+        "RuntimeDirectory",
+        "RuntimeDirectoryPreserve",
+        "UMask",
+    ]
+    .map(str::to_owned)
+    .into();
+    let unit = read("systemd/backupd.service");
+    for key in &outside {
+        assert!(unit.contains(&format!("\n{key}=")), "{key}");
+    }
+    let sandbox: BTreeSet<String> = keys_of_the_sandbox().union(&outside).cloned().collect();
+    assert_eq!(told, sandbox);
+}
+
+#[test]
+fn every_capability_that_is_kept_has_its_reason() {
+    let unit = read("systemd/backupd.service");
+    let kept = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let readme = read("systemd/README.md");
+    let (_, section) = readme
+        .split_once("## Capabilities")
+        .expect("the section is there");
+    let (section, _) = section.split_once("\n## ").expect("a section follows");
+    let told: Vec<&str> = section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    assert_eq!(kept.unwrap().split(' ').collect::<Vec<_>>(), told);
+}
+
+#[test]
+fn the_manual_and_the_readmes_name_the_places_that_can_be_written() {
+    let unit = read("systemd/backupd.service");
+    let places = unit.lines().find_map(|line| line.strip_prefix("ReadWritePaths="));
+    let places: Vec<&str> = places
+        .unwrap()
+        .split(' ')
+        .map(|path| path.trim_start_matches('-'))
+        .collect();
+    assert!(places.len() > 3, "{places:?}");
+    for document in ["docs/man/backupd.8", "systemd/README.md", "README.md"] {
+        let text = read(document);
+        for place in &places {
+            assert!(text.contains(place), "{document} does not name {place}");
+        }
+    }
+}

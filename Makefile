@@ -37,11 +37,13 @@ PRIVATELY = $(shell [ "$$(id -u)" = 0 ] && echo unshare --mount --)
 DEB_DIR = $(CARGO_TARGET_DIR)/debian
 DEB_VERSION =
 
-.PHONY: help setup build test demo bench fuzz deb install clean
+.PHONY: help setup build test test-system demo bench fuzz deb install clean
 
 help:
 	@echo "make demo       a real backup of a real virtual machine, from nothing"
 	@echo "make test       all tests; QEMU=/path/to/qemu-system-x86_64 chooses the QEMU"
+	@echo "make test-system"
+	@echo "                the package in a booted Debian 13, with each of both buses; as root"
 	@echo "make bench      how fast it is, and how fast others are"
 	@echo "make fuzz       random input for what reads others' bytes; FUZZ_SECONDS=600 for each, FUZZ_TARGETS='qmp options'"
 	@echo "make build      both programs, optimised"
@@ -63,6 +65,13 @@ test: setup
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(PRIVATELY) $(CARGO) test --locked --no-fail-fast -- --test-threads=$(TEST_THREADS) $(TEST_ARGS)
+
+# Takes root. The tree that it boots is kept in /var/cache/backupd-test-system (tests/system/run.sh); removing that makes a
+# new one, with the newest packages of Debian 13.
+test-system: deb
+	@tests/setup.sh system
+	$(call package,$(DEB_DIR)-next,$(shell sed -n '1s/.*(\(.*\)).*/\1/p' systemd/debian/changelog)+next)
+	tests/system/run.sh $(DEB_DIR)/*.deb $(DEB_DIR)-next/*.deb
 
 demo:
 	@QEMU='$(QEMU)' CARGO='$(CARGO)' tests/demo.sh

@@ -4,6 +4,7 @@
 #
 #   setup.sh            for building and for the tests
 #   setup.sh package    and for making the Debian package
+#   setup.sh system     and for booting a system with it
 #
 # What is looked for is programs and files, not packages, so other systems pass that have them by other names.
 set -eu
@@ -44,9 +45,15 @@ look() {
     program losetup mount
     program chattr e2fsprogs
     [ -x /usr/lib/polkit-1/polkitd ] || need polkitd polkitd
-    if [ "$what" = package ]; then
+    case $what in package | system)
         program dh debhelper
         program dpkg-buildpackage dpkg-dev
+        ;;
+    esac
+    if [ "$what" = system ]; then
+        program debootstrap debootstrap
+        program systemd-nspawn systemd-container
+        program lintian lintian
     fi
 }
 

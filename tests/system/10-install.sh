@@ -1,0 +1,60 @@
+# The package is installed, and the first call starts what is in it.
+# shellcheck shell=bash
+
+test_the_bus_is_the_one_to_test_with() {
+    local runs
+    runs=$(systemctl show --property=Id --value dbus.service)
+    case $BUS in
+    dbus-broker) [ "$runs" = dbus-broker.service ] ;;
+    *) [ "$runs" = dbus.service ] ;;
+    esac
+}
+
+test_the_package_installs_into_a_system_that_has_what_it_depends_on() {
+    dpkg --install /backupd-tests/backupd.deb
+    dpkg --audit
+    [ -z "$(dpkg --verify backupd)" ]
+}
+
+test_installing_starts_nothing() {
+    runs_not
+    [ "$(systemctl is-enabled backupd.service || true)" = disabled ]
+}
+
+test_the_installed_unit_is_without_fault_and_its_exposure_at_most_one_and_a_half() {
+    local said
+    said=$(systemd-analyze verify --man=no /usr/lib/systemd/system/backupd.service 2>&1)
+    [ -z "$said" ] || fail "$said"
+    systemd-analyze security --offline=yes --threshold=15 /usr/lib/systemd/system/backupd.service
+}
+
+test_manual_pages_completions_and_examples_are_there() {
+    local page
+    for page in man1/backupctl.1 man1/backupctl-create.1 man5/backupd.toml.5 man8/backupd.8; do
+        contains "$(gzip -dc "/usr/share/man/$page.gz")" .TH
+    done
+    bash -n /usr/share/bash-completion/completions/backupctl
+    [ -s /usr/share/zsh/vendor-completions/_backupctl ]
+    [ -s /usr/share/fish/vendor_completions.d/backupctl.fish ]
+    [ -s /usr/share/doc/backupd/examples/polkit-rules/50-backupd-anna-web.rules ]
+}
+
+test_managers_find_the_directory_for_their_domains_before_the_service_ran() {
+    [ -d /run/backupd/domains.d ]
+    [ ! -e /var/lib/backupd ]
+}
+
+test_the_first_call_on_the_bus_starts_the_service() {
+    as nobody backupctl domains
+    runs || fail "the service is $(state)"
+    owns_name
+    [ "$(systemctl show --property=Type --value backupd.service)" = notify ]
+}
+
+test_the_state_directory_is_for_root_alone() {
+    [ "$(stat --format '%U %a' /var/lib/backupd)" = "root 700" ]
+}
+
+test_the_service_knows_what_polkit_says_to_whom() {
+    pkaction --action-id org.example.backup1.domain.backup
+}

@@ -1,0 +1,148 @@
+# The sandbox is in force, and keeps nothing from working.
+# shellcheck shell=bash
+
+# Runs a shell script in the service's sandbox: the installed unit's keys, with another program.
+in_sandbox() { # SCRIPT
+    local unit=/run/systemd/system/backupd-probe.service
+    sed -e 's/^Type=.*/Type=oneshot/' -e '/^BusName=\|^Restart\|^WatchdogSec=\|^RuntimeDirectory\|^\[Install\]\|^WantedBy=/d' \
+        -e 's|^ExecStart=.*|ExecStart=/bin/bash /run/probe|' \
+        -e '/^\[Service\]/a StandardOutput=append:/run/probe.out\nStandardError=append:/run/probe.out' \
+        /usr/lib/systemd/system/backupd.service >"$unit"
+    printf '%s\n' "$1" >/run/probe
+    : >/run/probe.out
+    systemctl daemon-reload
+    local status=0
+    systemctl start backupd-probe.service || status=$?
+    cat /run/probe.out
+    rm "$unit"
+    systemctl daemon-reload
+    [ "$status" = 0 ] || systemctl reset-failed backupd-probe.service
+    return "$status"
+}
+
+test_home_and_temporary_directories_are_unseen() {
+    touch /tmp/of-others /var/tmp/of-others /root/of-root /home/anna/of-anna
+    local seen
+    seen=$(in_sandbox 'ls -A /home /root /run/user /tmp /var/tmp; true')
+    case $seen in *of-*) fail "$seen" ;; esac
+    contains "$seen" /home
+}
+
+test_only_the_places_of_stores_can_be_written() {
+    mkdir -p /media /srv /mnt /var/backups /opt
+    in_sandbox '
+        status=0
+        for place in /srv /mnt /media /var/backups /var/lib/backupd; do
+            touch $place/probe && rm $place/probe || status=1
+        done
+        for place in / /etc /usr /opt /var /var/lib /run /run/backupd /usr/lib /usr/bin /boot /home /tmp /root /dev/shm /etc/backupd /sys; do
+            if touch $place/probe 2>/dev/null; then echo "can write to $place"; status=1; fi
+        done
+        exit $status'
+}
+
+test_what_is_in_the_places_of_stores_cannot_be_run() {
+    in_sandbox '
+        status=0
+        for place in /srv /mnt /media /var/backups /var/lib/backupd; do
+            cp /bin/true $place/probe || status=1
+            if $place/probe 2>/dev/null; then echo "can run what is in $place"; status=1; fi
+            rm $place/probe
+        done
+        exit $status'
+}
+
+test_block_devices_can_be_opened_and_other_devices_not() {
+    mknod /dev/probe-kvm c 10 232
+    mknod /dev/probe-mem c 1 1
+    mknod /dev/probe-tun c 10 200
+    in_sandbox "
+        status=0
+        exec 3<>$DISK || status=1
+        for device in /dev/probe-*; do
+            if (exec 3<\$device) 2>/run/backupd-error; then echo \"can open \$device\"; status=1; fi
+        done
+        exit \$status"
+    rm /dev/probe-*
+}
+
+test_what_is_mounted_later_appears_inside() {
+    runs
+    mkdir -p /mnt/usb
+    mount -t tmpfs tmpfs /mnt/usb
+    backupctl create web --to /mnt/usb
+    same_as_disk web /srv/vm /mnt/usb/vda.qcow2
+    # QEMU up to version 8 keeps a backup's files open while the machine is paused.
+    case $(qemu-system-x86_64 --version) in
+    *"version "[78].*) umount --lazy /mnt/usb ;;
+    *) umount /mnt/usb ;;
+    esac
+}
+
+test_a_block_device_is_a_target() {
+    backupctl create web --disk "vda=$DISK" --format raw
+    # The device is larger than the disk.
+    cmp --bytes="$DISK_BYTES" <(qemu-img convert -U -f qcow2 -O raw /srv/vm/web.qcow2 /run/web.raw && cat /run/web.raw) "$DISK"
+    rm /run/web.raw
+}
+
+test_a_path_in_home_is_refused_by_name() {
+    local said
+    said=$(status_of backupctl create web --to /home/anna 2>&1)
+    contains "$said" "status 1"
+    contains "$said" /home/anna
+    [ ! -e /home/anna/vda.qcow2 ]
+    has_nothing_of_ours web
+}
+
+test_a_path_in_tmp_is_refused_and_not_made_where_nobody_sees_it() {
+    local said
+    said=$(status_of backupctl create web --to /tmp 2>&1)
+    contains "$said" "status 1"
+    contains "$said" /tmp
+    [ -z "$(find / -xdev -name 'vda.qcow2' -newer /run/probe -path '*tmp*' 2>/dev/null)" ]
+}
+
+test_an_open_file_in_home_is_a_target() {
+    as anna mkdir /home/anna/backups
+    chmod 700 /home/anna
+    as anna backupctl create web --to /home/anna/backups --own-files --no-ask-password
+    same_as_disk web /srv/vm /home/anna/backups/vda.qcow2
+    [ "$(stat --format %U /home/anna/backups/vda.qcow2)" = anna ]
+}
+
+test_the_disk_of_a_machine_is_refused_as_target_though_it_lies_in_home() {
+    # Only the process itself can tell: the service can't look at the path.
+    start_vm desktop anna /home/anna
+    configure_vm desktop
+    until_true "the service to reach the machine" knows desktop
+    local said
+    said=$(status_of backupctl create web --disk vda=/home/anna/desktop.qcow2 --own-files --reuse-external 2>&1)
+    contains "$said" "status 1"
+    contains "$said" "disk of a running"
+}
+
+test_a_machine_with_its_disk_in_home_is_backed_up() {
+    backupctl create desktop
+    same_as_disk desktop /home/anna "$(newest_image desktop)"
+    rm /etc/backupd/domains.d/desktop.toml
+    systemctl stop vm-desktop.service
+}
+
+test_another_place_takes_a_drop_in() {
+    local said
+    said=$(status_of backupctl create web --to /opt 2>&1)
+    contains "$said" "status 1"
+    contains "$said" /opt
+    mkdir -p /etc/systemd/system/backupd.service.d
+    printf '[Service]\nReadWritePaths=/opt\n' >/etc/systemd/system/backupd.service.d/stores.conf
+    systemctl daemon-reload
+    systemctl restart backupd.service
+    until_true "the service to reach the machine" knows web
+    backupctl create web --to /opt
+    same_as_disk web /srv/vm /opt/vda.qcow2
+    rm -r /etc/systemd/system/backupd.service.d
+    systemctl daemon-reload
+    systemctl restart backupd.service
+    until_true "the service to reach the machine" knows web
+}

@@ -1,0 +1,78 @@
+# The package is upgraded and removed under the service.
+# shellcheck shell=bash
+
+test_an_upgrade_restarts_the_service_and_no_backup_ends_by_it() {
+    local id before
+    id=$(start_slow_backup web)
+    until_true "QEMU to copy" copies web
+    before=$(main_pid)
+    dpkg --install /backupd-tests/backupd-next.deb
+    [ "$(main_pid)" != "$before" ]
+    runs
+    copies web
+    finish_backup "$id"
+    same_as_disk web /srv/vm "$(newest_image web)"
+    has_nothing_of_ours web
+}
+
+test_an_upgrade_starts_nothing_that_did_not_run() {
+    stop_service
+    dpkg --install /backupd-tests/backupd.deb
+    runs_not
+    dpkg --install /backupd-tests/backupd-next.deb
+    runs_not
+}
+
+test_an_upgrade_keeps_what_the_administrator_configured() {
+    echo '# changed' >>/etc/backupd/backupd.toml
+    dpkg --install --force-confold /backupd-tests/backupd.deb
+    grep -qx '# changed' /etc/backupd/backupd.toml
+    dpkg --install --force-confold /backupd-tests/backupd-next.deb
+    [ -e /etc/backupd/domains.d/web.toml ]
+}
+
+can_be_started() { busctl --system --no-legend list --activatable | grep -q '^org\.example\.Backup1 '; }
+
+test_removal_stops_the_service_and_the_bus_forgets_it() {
+    backupctl domains
+    runs
+    local pid
+    pid=$(main_pid)
+    dpkg --remove backupd
+    [ ! -e "/proc/$pid" ]
+    not owns_name
+    not can_be_started
+    [ "$(systemctl show --property=LoadState --value backupd.service)" = not-found ]
+    [ -z "$(systemctl --failed --no-legend --plain)" ]
+}
+
+test_removal_keeps_configuration_records_and_backups() {
+    [ -e /etc/backupd/backupd.toml ]
+    [ -e /etc/backupd/domains.d/web.toml ]
+    same_as_disk web /srv/vm "$(newest_image web)"
+}
+
+test_the_package_comes_back_with_what_it_knew() {
+    dpkg --install /backupd-tests/backupd-next.deb
+    until_true "the service to reach the machine" knows web
+}
+
+test_purging_removes_the_records_and_never_a_backup() {
+    local image
+    image=$(newest_image web)
+    dpkg --remove backupd
+    contains "$(dpkg --purge backupd)" "/var/lib/backupd is kept"
+    same_as_disk web /srv/vm "$image"
+    [ "$(ls -A /var/lib/backupd)" = backups ] || fail "left: $(ls -A /var/lib/backupd)"
+    [ ! -e /etc/backupd/backupd.toml ]
+}
+
+test_purging_without_backups_leaves_nothing() {
+    rm -r /var/lib/backupd/backups /etc/backupd/domains.d/web.toml
+    dpkg --install /backupd-tests/backupd-next.deb
+    backupctl domains
+    dpkg --purge backupd
+    [ ! -e /var/lib/backupd ] || fail "left: $(find /var/lib/backupd)"
+    [ ! -e /etc/backupd ] || fail "left: $(find /etc/backupd)"
+    systemctl stop vm-web.service
+}

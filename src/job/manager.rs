@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -55,6 +56,8 @@ struct Table {
     /// its name, and may be the same machine.
     busy: HashSet<String>,
     jobs: BTreeMap<u32, Arc<Job>>,
+    /// What will forget the ended ones in time; gone with them, so that nothing is left of one that is forgotten earlier.
+    forgetting: HashMap<u32, AbortHandle>,
 }
 
 /// All jobs.
@@ -124,8 +127,7 @@ impl Jobs {
             let identity = record::identity(record.id, &record.domain)?;
             let job = Arc::new(self.ended(&record, identity)?);
             self.lock().jobs.insert(job.id, job.clone());
-            let jobs = self.clone();
-            self.tasks.spawn(async move { jobs.forget_later(job.id).await });
+            self.forget_later(job.id);
         }
         let mut resumed = Vec::new();
         for record in self.setting.catalog.unsettled().await? {
@@ -298,7 +300,7 @@ impl Jobs {
     }
 
     /// What is to be done when the work on a job has ended.
-    async fn after(&self, job: &Arc<Job>, ending: Ending) {
+    async fn after(self: &Arc<Self>, job: &Arc<Job>, ending: Ending) {
         let left = match ending {
             Ending::Ended(left) => left,
             Ending::Left => {
@@ -311,26 +313,30 @@ impl Jobs {
             }
         };
         self.forget_oldest();
-        let forget = self.forget_later(job.id);
+        self.forget_later(job.id);
         // What hangs with who works on it, that one removes.
         let left = Left {
             on_disk: false,
             ..left
         };
-        let sweep = recover::sweep(job.id, job.domain.identity(), left, job.clone(), &self.setting);
-        tokio::join!(forget, sweep);
+        recover::sweep(job.id, job.domain.identity(), left, job.clone(), &self.setting).await;
     }
 
     /// An ended job is kept while somebody may ask for it, but it does not keep the service from stopping.
-    async fn forget_later(&self, id: u32) {
-        let kept = self
-            .setting
-            .stop
-            .run_until_cancelled(tokio::time::sleep(KEEP))
-            .await;
-        if kept.is_some() {
-            self.forget(id);
+    fn forget_later(self: &Arc<Self>, id: u32) {
+        let mut table = self.lock();
+        // Others that ended meanwhile may have had it forgotten.
+        if !table.jobs.contains_key(&id) {
+            return;
         }
+        let jobs = self.clone();
+        let forgetting = self.tasks.spawn(async move {
+            let stop = &jobs.setting.stop;
+            if stop.run_until_cancelled(tokio::time::sleep(KEEP)).await.is_some() {
+                jobs.forget(id);
+            }
+        });
+        table.forgetting.insert(id, forgetting.abort_handle());
     }
 
     /// The job of that number, as long as the history goes back.
@@ -401,7 +407,11 @@ impl Jobs {
     }
 
     fn forget(&self, id: u32) {
-        self.lock().jobs.remove(&id);
+        let mut table = self.lock();
+        table.jobs.remove(&id);
+        if let Some(forgetting) = table.forgetting.remove(&id) {
+            forgetting.abort();
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {

@@ -150,6 +150,11 @@ impl Peers {
         callers.collect()
     }
 
+    /// Whether a connection that has called is still there.
+    pub fn is_there(&self, name: &str) -> bool {
+        self.lock().contains_key(name)
+    }
+
     fn meet(&self, name: &str) -> Result<Arc<Peer>> {
         let mut known = self.lock();
         if let Some(peer) = known.get(name) {

@@ -113,7 +113,7 @@ impl Audience {
         &self.listeners
     }
 
-    /// Subscribers that may read `domain` now, and these others.
+    /// Subscribers that may read `domain` now, and those of these others that have not left.
     async fn readers(&self, domain: &Domain, others: HashSet<String>) -> Listeners {
         if self.signals == Signals::Broadcast {
             return Listeners::All;
@@ -121,6 +121,7 @@ impl Audience {
         let subscribers = self.peers.subscribers();
         let reads = join_all(subscribers.iter().map(|it| self.service.reads(it, domain))).await;
         let readers = allowed(&subscribers, &reads);
+        let others = others.into_iter().filter(|name| self.peers.is_there(name));
         Listeners::Each(readers.chain(others).collect())
     }
 

@@ -21,6 +21,7 @@ pub mod eavesdropper;
 pub mod guest;
 pub mod hanging;
 pub mod journal;
+pub mod measure;
 pub mod observer;
 pub mod peer;
 pub mod polkit;
@@ -71,6 +72,7 @@ pub struct Setup {
     stores: Vec<(String, PathBuf)>,
     config: String,
     tables: String,
+    environment: Environment,
     journal: bool,
     no_polkit: bool,
     no_daemon: bool,
@@ -101,6 +103,12 @@ impl Setup {
     pub fn table(mut self, lines: &str) -> Self {
         self.tables.push_str(lines);
         self.tables.push('\n');
+        self
+    }
+
+    /// A variable that the service is started with, each time.
+    pub fn environment(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -145,7 +153,7 @@ impl Setup {
         let journal = self.journal.then(|| Journal::start(dir.path()));
         let mut system = System {
             daemon: None,
-            environment: Environment::new(),
+            environment: self.environment.clone(),
             journal,
             polkit,
             clients: Clients::new(&bus, dir.path()),
@@ -180,7 +188,7 @@ impl Setup {
 /// A bus with polkit and the service on it. The parts end in the order of the fields: those that depend first.
 pub struct System {
     daemon: Option<Daemon>,
-    /// For the next service that is started.
+    /// What the service is started with.
     environment: Environment,
     journal: Option<Journal>,
     polkit: Option<Polkit>,
@@ -253,9 +261,9 @@ impl System {
     /// Starts the service so that it will die, as if by SIGKILL, at this point.
     #[track_caller]
     pub fn start_dying_daemon(&mut self, point: Point) {
-        self.environment = vec![(fault::VARIABLE.to_owned(), point.name())];
+        self.environment.push((fault::VARIABLE.to_owned(), point.name()));
         self.start_daemon();
-        self.environment.clear();
+        self.environment.pop();
     }
 
     /// Waits until the service has ended by itself, and its name is free.

@@ -6,8 +6,10 @@ use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
 use serde_json::{Value, json};
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::{UnixListener, UnixStream};
@@ -55,20 +57,34 @@ impl Drop for Imposter {
 }
 
 /// What the test plays in place of a QEMU that a caller registers; gone when this is dropped.
-pub struct StandIn(tokio::task::JoinHandle<()>);
+pub struct StandIn {
+    task: tokio::task::JoinHandle<()>,
+    commands: Arc<AtomicUsize>,
+}
 
 impl StandIn {
     /// Returns the end for `RegisterDomain` too.
     pub fn start() -> (OwnedFd, Self) {
         let (ours, theirs) = Peer::pair();
         let ours = ours.into_std().expect("a socket can be handed over");
-        (ours.into(), Self(tokio::spawn(theirs.play_qemu())))
+        let commands = Arc::new(AtomicUsize::new(0));
+        let counting = commands.clone();
+        let count = move || {
+            counting.fetch_add(1, Ordering::SeqCst);
+        };
+        let task = tokio::spawn(theirs.play_counted_qemu(count));
+        (ours.into(), Self { task, commands })
+    }
+
+    /// How many commands have come, without that of the greeting.
+    pub fn commands(&self) -> usize {
+        self.commands.load(Ordering::SeqCst)
     }
 }
 
 impl Drop for StandIn {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
@@ -134,9 +150,14 @@ impl Peer {
     }
 
     /// Answers as a QEMU without disks does, until the other end closes.
-    pub async fn play_qemu(mut self) {
+    pub async fn play_qemu(self) {
+        self.play_counted_qemu(|| ()).await;
+    }
+
+    async fn play_counted_qemu(mut self, count: impl Fn()) {
         self.greet().await;
         while let Some(command) = self.try_receive_at_any_time().await {
+            count();
             let answer = match command.name() {
                 "query-uuid" => json!({ "UUID": uuid::Uuid::new_v4() }),
                 "query-status" => json!({ "status": "running", "running": true }),
@@ -184,8 +205,15 @@ impl Peer {
 
     /// The same, however long the other end has nothing to say.
     pub async fn try_receive_at_any_time(&mut self) -> Option<Received> {
-        self.stream.readable().await.expect("a socket can be waited for");
-        self.try_receive().await
+        let peek = || Ok(recv(&self.stream, &mut [0; 1], RecvFlags::PEEK)?);
+        loop {
+            self.stream.readable().await.expect("a socket can be waited for");
+            // What is said of the socket may be old; that it is empty is certain.
+            match self.stream.try_io(Interest::READABLE, peek) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                _ => return self.try_receive().await,
+            }
+        }
     }
 
     /// One byte, with the descriptors that lie exactly there; a larger buffer would not tell where.

@@ -38,6 +38,8 @@ struct Point {
 struct Shared {
     listener: UnixListener,
     points: Mutex<Vec<Point>>,
+    /// The names of all commands that came.
+    heard: Mutex<Vec<String>>,
     /// Both ends of the connection that is served.
     streams: Mutex<Vec<UnixStream>>,
     /// Of the next connection: how much of what QEMU says is passed on before both ends are hung up.
@@ -66,6 +68,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             listener: UnixListener::bind(path).expect("the proxy's socket is made"),
             points: Mutex::default(),
+            heard: Mutex::default(),
             streams: Mutex::default(),
             budget: Mutex::default(),
             passed: AtomicUsize::default(),
@@ -91,6 +94,11 @@ impl Proxy {
     /// How many bytes of QEMU's were passed on over the connection that is served, or was last.
     pub fn passed(&self) -> usize {
         self.shared.passed.load(Ordering::SeqCst)
+    }
+
+    /// The names of the commands that the service has sent since this was asked last.
+    pub fn take_heard(&self) -> Vec<String> {
+        std::mem::take(&mut lock(&self.shared.heard))
     }
 
     /// Keeps the next command of that name whose arguments fit.
@@ -197,6 +205,8 @@ impl Shared {
 
     fn fate(&self, line: &[u8]) -> Fate {
         let command: Value = serde_json::from_slice(line).expect("the service speaks JSON");
+        let name = command["execute"].as_str().unwrap_or_default();
+        lock(&self.heard).push(name.to_owned());
         let mut points = lock(&self.points);
         let found = points
             .iter_mut()

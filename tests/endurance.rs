@@ -1,0 +1,367 @@
+//! A service that lives long: nothing grows with the backups that it made and the domains that it knew, and while nothing
+//! happens it sleeps.
+//!
+//! Each test has a short form, which is what runs without more, and its full length, with the figures printed as tables:
+//! `make endurance`.
+
+mod common;
+#[path = "endurance/crowd.rs"]
+mod crowd;
+#[path = "endurance/sample.rs"]
+mod sample;
+
+use std::collections::HashMap;
+use std::fs;
+use std::time::Duration;
+
+use common::caller::{Caller, cancel};
+use common::disk::Disk;
+use common::measure::{Activity, Footprint, descriptors, median};
+use common::proxies::{JobProxy, Options, error_name};
+use common::proxy::Proxy;
+use common::vm::Builder;
+use common::wait;
+use common::{Setup, System};
+use crowd::Crowd;
+use rusqlite::Connection;
+use sample::{Sample, catalog_size, on_the_bus};
+use serde_json::json;
+use zbus::wire::Variant;
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// How many backups are made in a row at full length; nothing for the short form.
+fn full() -> Option<usize> {
+    let backups = std::env::var("BACKUPD_ENDURANCE").ok()?;
+    let backups: usize = backups.parse().expect("BACKUPD_ENDURANCE is a number of backups");
+    Some(backups.max(SHORT))
+}
+
+/// Has the service's memory be what it holds, not what its allocator keeps for later (mallopt(3)).
+fn frugal(setup: Setup) -> Setup {
+    let tunables = [
+        "arena_max=1",
+        "tcache_count=0",
+        "mmap_threshold=16384",
+        "trim_threshold=65536",
+        "top_pad=0",
+    ];
+    let tunables = tunables.map(|tunable| format!("glibc.malloc.{tunable}"));
+    setup.environment("GLIBC_TUNABLES", &tunables.join(":"))
+}
+
+/// How long nothing is done while it is counted how often the service wakes up.
+fn idle_time() -> Duration {
+    Duration::from_secs(if full().is_some() { 60 } else { 5 })
+}
+
+/// Waits until everything that was to be done is done: no thread wakes up for a while.
+async fn rest(pid: u32) {
+    wait::until_async("the service to rest", async || {
+        let before = Activity::of(pid);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        (Activity::of(pid).wakeups_since(&before) == 0).then_some(())
+    })
+    .await;
+}
+
+/// How often the service wakes up while nothing is done, for [`idle_time`].
+async fn wakeups(pid: u32, what: &str) -> u64 {
+    let before = Activity::of(pid);
+    let time = idle_time();
+    tokio::time::sleep(time).await;
+    let after = Activity::of(pid);
+    let wakeups = after.wakeups_since(&before);
+    println!(
+        "\n{what}: in {} s it woke up {wakeups} times, and took {} ms of processor time.",
+        time.as_secs(),
+        after.processor - before.processor
+    );
+    wakeups
+}
+
+// Backups in a row.
+
+/// Ended jobs that the service remembers, and the configuration has it keep on record.
+const REMEMBERED: usize = 100;
+const HISTORY: usize = 60;
+/// From when on nothing more comes that is meant to stay.
+const WARM_UP: usize = 120;
+const SHORT: usize = 200;
+/// How often what is held is looked at.
+const STEP: usize = 5;
+/// What a backup may leave in memory, in bytes: the page of the catalog that its record is on.
+const MOST_LEFT: u64 = 1536;
+/// What the allocator may take more or less, in KiB.
+const NOISE: u64 = 128;
+const QEMU_NOISE: u64 = 4096;
+
+/// Only the good disk.
+const GOOD: &str = "<domainbackup><disks><disk name='good'/></disks></domainbackup>";
+
+/// A machine with a small disk, and one that cannot be read.
+fn machine(system: &System) -> Builder {
+    let image = system.dir().join("bad.raw");
+    fs::write(&image, vec![0x55; MIB as usize]).unwrap();
+    let bad = json!({
+        "driver": "raw", "node-name": "bad-node",
+        "file": {
+            "driver": "blkdebug",
+            "image": { "driver": "file", "filename": image },
+            "inject-error": [{ "event": "none", "iotype": "read", "sector": 128, "errno": 5, "once": false }],
+        },
+    });
+    let disk = Disk::new("good", 16 * MIB).fill(0, 4 * MIB, 0x11);
+    let extra = [
+        "-blockdev",
+        &bad.to_string(),
+        "-device",
+        "virtio-blk-pci,drive=bad-node,id=bad",
+    ];
+    system.vm("web").disk(disk).extra(&extra).running()
+}
+
+/// One backup over a connection of its own, as scripts make them; most are good. Whether it was.
+async fn back_up(system: &System, index: usize) -> bool {
+    let caller = Caller::new(system).await;
+    let completed = match index % 10 {
+        3 => {
+            let job = caller.start("web", "").await;
+            let (result, _, _) = wait::within("the end", job.wait()).await.unwrap();
+            assert_eq!(result, "failed");
+            false
+        }
+        5 => {
+            let slowly = Options::from([("bandwidth", Variant::from(MIB))]);
+            let job = caller.start_with("web", GOOD, &[], slowly).await;
+            running(&job).await;
+            cancel(&job).await;
+            false
+        }
+        7 => {
+            let document = GOOD.replace("<disks>", "<store name='nowhere'/><disks>");
+            let refused = caller.try_start("web", &document, &[], Options::new()).await;
+            let error = error_name(&refused.unwrap_err());
+            assert_eq!(error, "org.example.Backup1.Error.NoSuchStore");
+            false
+        }
+        _ => {
+            caller.complete("web", GOOD).await;
+            true
+        }
+    };
+    caller.connection.close().await.unwrap();
+    // What there is to keep of it is not what this is about, and would fill the disk.
+    let _ = fs::remove_dir_all(system.store().join("web"));
+    completed
+}
+
+async fn running(job: &JobProxy<'_>) {
+    wait::until_async("the backup to run", async || {
+        (job.state().await.unwrap() == "running").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_many_backups_in_a_row_nothing_is_left_of_them_but_their_records() {
+    let table = format!("[limits]\nhistory = {HISTORY}");
+    let mut system = frugal(System::setup().table(&table)).start();
+    let vm = system.configured(machine(&system));
+    let (pid, before) = (system.daemon().pid(), vm.residue());
+    let mut completed: i64 = 0;
+    let mut samples = Vec::new();
+    for backups in 1..=full().unwrap_or(SHORT) {
+        completed += i64::from(back_up(&system, backups).await);
+        assert_eq!(vm.residue(), before, "after {backups}");
+        if backups % STEP > 0 {
+            continue;
+        }
+        match samples.first() {
+            None => rest(pid).await,
+            // What may wait is closed a moment later.
+            Some(Sample {
+                service, qemu, rules, ..
+            }) => {
+                wait::until("descriptors to be closed", || {
+                    let now = (descriptors(pid), descriptors(vm.pid()));
+                    (now == (service.descriptors, qemu.descriptors)).then_some(())
+                });
+                wait::until_async("match rules to be removed", async || {
+                    (on_the_bus(&system, "MatchRules").await == *rules).then_some(())
+                })
+                .await;
+            }
+        }
+        samples.push(Sample::take(&mut system, &vm, backups).await);
+    }
+    sample::print(&samples);
+
+    // Halves, each by the one in its middle: a sample can come at a moment when more is needed.
+    let late: Vec<_> = samples.iter().filter(|sample| sample.backups > WARM_UP).collect();
+    let (earlier, later) = late.split_at(late.len() / 2);
+    let middle = |of: fn(&Sample) -> u64, half: &[&Sample]| median(half.iter().map(|sample| of(sample)));
+    let change = |of| middle(of, later).saturating_sub(middle(of, earlier));
+    let between = change(|sample| sample.backups as u64);
+    let grown = change(|sample| sample.service.memory);
+    println!("\n{between} backups have the service grow by {grown} KiB.");
+    assert!(
+        grown <= NOISE + between * MOST_LEFT / KIB,
+        "grown by {grown} KiB in {between} backups"
+    );
+    assert!(change(|sample| sample.service.threads as u64) <= 2);
+    let grown = change(|sample| sample.qemu.memory);
+    assert!(
+        grown <= QEMU_NOISE + between * MOST_LEFT / KIB,
+        "QEMU has grown by {grown} KiB"
+    );
+
+    // Nothing waits to be sent or to be read, and what is remembered is what was promised.
+    for queue in ["IncomingMessages", "OutgoingMessages"] {
+        wait::until_async(queue, async || {
+            (on_the_bus(&system, queue).await == 0).then_some(())
+        })
+        .await;
+    }
+    let caller = Caller::new(&system).await;
+    assert_eq!(caller.manager.list_jobs().await.unwrap().len(), REMEMBERED);
+    assert_eq!(system.stop_daemon(), Some(0));
+    let catalog = Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
+    let count = |table: &str| -> i64 {
+        let query = format!("SELECT count(*) FROM {table}");
+        catalog.query_row(&query, [], |row| row.get(0)).unwrap()
+    };
+    assert_eq!(count("jobs"), HISTORY as i64);
+    assert_eq!(count("jobs WHERE left_in_qemu OR left_on_disk"), 0);
+    assert_eq!(count("backups"), completed);
+    println!(
+        "{completed} records of backups and {HISTORY} of jobs take {} KiB.",
+        catalog_size(&system) / KIB
+    );
+}
+
+// Many domains.
+
+const DOMAINS: usize = 200;
+/// How often the service may wake up while nothing happens: threads that are not needed any more end.
+const MOST_WAKEUPS: u64 = 20;
+/// KiB that later crowds may need more than the first: the jobs that are remembered, and more threads at a time.
+const MOST_CROWD_GROWTH: u64 = 2048;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_domains_that_come_and_go_leave_nothing_and_cost_nothing_while_nothing_happens() {
+    let mut system = frugal(System::setup()).start();
+    let (rounds, machines) = if full().is_some() { (10, 10) } else { (3, 2) };
+    let machines: Vec<_> = (0..machines)
+        .map(|index| {
+            let disk = Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11);
+            system
+                .vm(&format!("machine-{index}"))
+                .disk(disk)
+                .running()
+                .start()
+        })
+        .collect();
+    let residues: HashMap<_, _> = machines.iter().map(|vm| (vm.name(), vm.residue())).collect();
+    let pid = system.daemon().pid();
+    let mut rows: Vec<(Footprint, Footprint)> = Vec::new();
+    for round in 1..=rounds {
+        let root = Caller::new(&system).await;
+        let crowd = Crowd::register(&system, &machines, DOMAINS).await;
+        assert_eq!(root.manager.list_domains().await.unwrap().len(), DOMAINS);
+        crowd.back_up().await;
+        rest(pid).await;
+        let with = Footprint::of(pid);
+        if round == 1 {
+            let commands = crowd.commands();
+            let wakeups = wakeups(pid, &format!("{DOMAINS} domains are connected")).await;
+            assert_eq!(
+                crowd.commands(),
+                commands,
+                "domains are asked although nothing happens"
+            );
+            assert!(wakeups <= MOST_WAKEUPS, "{wakeups} wakeups");
+        }
+        crowd.leave().await;
+        wait::until_async("all domains to be gone", async || {
+            root.manager
+                .list_domains()
+                .await
+                .unwrap()
+                .is_empty()
+                .then_some(())
+        })
+        .await;
+        // And with it what is remembered of what it may see.
+        root.connection.close().await.unwrap();
+        rest(pid).await;
+        rows.push((with, Footprint::of(pid)));
+        for vm in &machines {
+            assert_eq!(vm.residue(), residues[vm.name()]);
+            fs::remove_dir_all(system.store().join(format!("0:{}", vm.name()))).unwrap();
+        }
+    }
+    println!(
+        "\n| round | memory with {DOMAINS} domains | descriptors | memory without them | descriptors |\n\
+         | --- | --- | --- | --- | --- |"
+    );
+    for (round, (with, without)) in (1..).zip(&rows) {
+        println!(
+            "| {round} | {} KiB | {} | {} KiB | {} |",
+            with.memory, with.descriptors, without.memory, without.descriptors
+        );
+    }
+    let ((first, base), (last, _)) = (rows[0], rows[rows.len() - 1]);
+    for (with, without) in rows {
+        assert_eq!(without.descriptors, base.descriptors);
+        // Its connection, and what closes it last.
+        assert_eq!(with.descriptors, base.descriptors + 2 * DOMAINS);
+    }
+    // What the allocator got back need not be the last that it gave: what tells is that the next domains fit there.
+    let grown = last.memory.saturating_sub(first.memory);
+    assert!(grown <= MOST_CROWD_GROWTH, "grown by {grown} KiB");
+}
+
+// One that nobody looks at.
+
+/// How long somebody who looked counts as looking, and a little more.
+const ATTENTION: Duration = Duration::from_secs(6);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_progress_of_a_backup_that_nobody_looks_at_is_hardly_asked_for() {
+    let mut system = System::start();
+    let disk = Disk::new("vda", 128 * MIB).fill(0, 96 * MIB, 0x11);
+    let vm = system.vm("web").disk(disk).running().start();
+    let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
+    system.write_domain_file("web", &format!("monitor = \"{}\"\n", proxy.path().display()));
+    system.wait_for_domain("web");
+    let pid = system.daemon().pid();
+
+    let caller = Caller::new(&system).await;
+    let slowly = Options::from([("bandwidth", Variant::from(MIB))]);
+    let job = caller.start_with("web", "", &[], slowly).await;
+    running(&job).await;
+    let path = job.inner().path().to_owned();
+    caller.connection.close().await.unwrap();
+
+    tokio::time::sleep(ATTENTION).await;
+    proxy.take_heard();
+    let time = idle_time();
+    wakeups(pid, "A backup runs that nobody looks at").await;
+    let heard = proxy.take_heard();
+    println!("QEMU was told {heard:?}.");
+    assert!(heard.len() as u64 <= time.as_secs() / 10 + 1, "{heard:?}");
+
+    // It was there to be asked for all the time.
+    let caller = Caller::new(&system).await;
+    let job = caller.job(path.into()).await;
+    assert_eq!(job.state().await.unwrap(), "running");
+    wait::until("QEMU to be asked", || {
+        proxy
+            .take_heard()
+            .contains(&"query-jobs".to_owned())
+            .then_some(())
+    });
+    cancel(&job).await;
+}

@@ -43,7 +43,7 @@ fn frugal(setup: Setup) -> Setup {
     let tunables = [
         "arena_max=1",
         "tcache_count=0",
-        "mmap_threshold=16384",
+        "mmap_threshold=4096",
         "trim_threshold=65536",
         "top_pad=0",
     ];

@@ -13,6 +13,10 @@ use tokio::net::unix::pipe;
 /// sysexits.h.
 pub const START_AGAIN: u8 = 75;
 
+/// The exit status by which systemd does not start the service again (`RestartPreventExitStatus=`), so that callers hear at
+/// once that it cannot be started: EX_CONFIG of sysexits.h.
+pub const LEAVE_IT: u8 = 78;
+
 /// How long systemd may take to read what it was told.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The watchdog is fed so many times in the time that it waits.

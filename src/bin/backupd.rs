@@ -56,6 +56,18 @@ enum Fatal {
     BusLost,
 }
 
+impl Fatal {
+    /// Whether it is the same at every start, until somebody does something about it.
+    fn stays(&self) -> bool {
+        match self {
+            Self::Config(_) | Self::Store(_) => true,
+            // The process before this one may not have ended yet.
+            Self::Catalog(error) => !matches!(error, catalog::Error::InUse { .. }),
+            _ => false,
+        }
+    }
+}
+
 /// How the service ended, when nothing is wrong.
 enum End {
     /// It was told to, or nobody needs it.
@@ -73,7 +85,10 @@ fn main() -> ExitCode {
         Ok(End::StartAgain) => supervisor::START_AGAIN.into(),
         Err(error) => {
             tracing::error!("{error}");
-            ExitCode::FAILURE
+            match error.stays() {
+                true => supervisor::LEAVE_IT.into(),
+                false => ExitCode::FAILURE,
+            }
         }
     }
 }

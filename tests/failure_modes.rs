@@ -288,9 +288,12 @@ async fn a_drive_that_goes_with_its_device_takes_the_backup_along() {
     let (result, _, _) = within("the end of the backup", job.wait()).await.unwrap();
     assert_eq!(result, "cancelled");
     assert_eq!(files_below(&scene.system.store()), [""; 0]);
-    scene.caller.complete("web", "").await;
-    // The drive's own nodes are gone, too.
+    // The drive's own nodes go too, a moment later.
     scene.before.nodes.retain(|node| node.starts_with("vda"));
+    common::wait::until("the drive to be gone", || {
+        (scene.vm.residue().nodes == scene.before.nodes).then_some(())
+    });
+    scene.caller.complete("web", "").await;
     assert_eq!(scene.vm.residue(), scene.before);
 }
 

@@ -247,7 +247,7 @@ fn a_configuration_with_a_bad_value_is_refused_by_key_and_line() {
         );
         fs::write(&config, text).unwrap();
         let mut daemon = Daemon::start_unready(system.bus(), &dir, &config);
-        assert_eq!(daemon.process().wait(), 1, "{line}: {}", daemon.log());
+        assert_eq!(daemon.process().wait(), 78, "{line}: {}", daemon.log());
         let log = daemon.log();
         let key = line.split(' ').next().unwrap();
         for word in [config.to_str().unwrap(), "line 5", key] {

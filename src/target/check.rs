@@ -12,7 +12,9 @@ const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 const QCOW2_SIZE_OFFSET: usize = 24;
 
 pub fn source(target: &Target, sources: &Sources) -> Result<(), Error> {
-    if sources.contains(target.id) {
+    // What was made just now is no source, though it may have the number of a file that somebody had open a moment ago.
+    let was_there = matches!(target.publication, Publication::InPlace);
+    if was_there && sources.contains(target.id) {
         return Err(Error::IsSource {
             disk: target.disk.clone(),
             target: target.label.clone(),

@@ -6,7 +6,7 @@ mod common;
 use std::path::PathBuf;
 
 use common::System;
-use common::caller::{Caller, assert_completed};
+use common::caller::{Caller, assert_completed, assert_failed};
 use common::disk::{Disk, Kind};
 use common::proxies::{JobProxy, Options, error_name};
 use common::proxy::Proxy;
@@ -17,7 +17,6 @@ use serde_json::{Value, json};
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
-const OURS: &str = "org.example.Backup1.Error.";
 /// The virtual sizes of `vda` and `vdb`, both full of a pattern of their own.
 const VDA: u64 = 16 * MIB;
 const VDB: u64 = 8 * MIB;
@@ -114,17 +113,6 @@ impl Scene {
 async fn image(job: &JobProxy<'_>, disk: &str) -> PathBuf {
     let disks = job.disks().await.unwrap();
     PathBuf::from(&disks.iter().find(|row| row.0 == disk).unwrap().4)
-}
-
-/// The end of a job, which must be this error with the word in its text.
-async fn assert_failed(job: &JobProxy<'_>, error: &str, word: &str) {
-    let (result, name, message) = within("the end of the backup", job.wait()).await.unwrap();
-    assert_eq!(
-        (result.as_str(), name),
-        ("failed", format!("{OURS}{error}")),
-        "{message}"
-    );
-    assert!(message.contains(word), "{word:?} in {message:?}");
 }
 
 fn refusal(result: Result<Value, Value>) -> String {

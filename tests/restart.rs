@@ -111,6 +111,14 @@ impl Scene {
         files.len()
     }
 
+    fn assert_store_holds_the_disks(&mut self) {
+        let store = self.system.store();
+        let images = files_below(&store);
+        let image = |name: &str| store.join(images.iter().find(|path| path.ends_with(name)).unwrap());
+        let (vda, vdb) = (image("vda.qcow2"), image("vdb.qcow2"));
+        self.assert_images_hold_the_disks(&[("vda", &vda), ("vdb", &vdb)]);
+    }
+
     fn assert_images_hold_the_disks(&mut self, images: &[(&str, &Path)]) {
         self.vm.quit();
         for (disk, image) in images {
@@ -219,11 +227,7 @@ async fn a_backup_into_a_store_survives_a_death_at_every_point() {
     println!("{}", table("A backup into a store", &rows));
     let caller = Caller::new(&scene.system).await;
     caller.complete("web", "").await;
-    let store = scene.system.store();
-    let images = files_below(&store);
-    let image = |name: &str| store.join(images.iter().find(|path| path.ends_with(name)).unwrap());
-    let (vda, vdb) = (image("vda.qcow2"), image("vdb.qcow2"));
-    scene.assert_images_hold_the_disks(&[("vda", &vda), ("vdb", &vdb)]);
+    scene.assert_store_holds_the_disks();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -238,11 +242,7 @@ async fn a_backup_that_is_found_again_is_whole() {
         let caller = scene.die_and_start_again(point, "", false).await;
         let (outcome, _) = scene.outcome(caller, point, 1).await;
         assert_eq!(outcome, "completed", "after {point:?}");
-        let store = scene.system.store();
-        let images = files_below(&store);
-        let image = |name: &str| store.join(images.iter().find(|path| path.ends_with(name)).unwrap());
-        let (vda, vdb) = (image("vda.qcow2"), image("vdb.qcow2"));
-        scene.assert_images_hold_the_disks(&[("vda", &vda), ("vdb", &vdb)]);
+        scene.assert_store_holds_the_disks();
     }
 }
 
@@ -337,11 +337,7 @@ async fn ends_well(mut scene: Scene, id: u32) {
     let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
     assert_eq!((result.as_str(), message.as_str()), ("completed", ""));
     assert_eq!(scene.vm.residue(), scene.before);
-    let store = scene.system.store();
-    let images = files_below(&store);
-    let image = |name: &str| store.join(images.iter().find(|path| path.ends_with(name)).unwrap());
-    let (vda, vdb) = (image("vda.qcow2"), image("vdb.qcow2"));
-    scene.assert_images_hold_the_disks(&[("vda", &vda), ("vdb", &vdb)]);
+    scene.assert_store_holds_the_disks();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,7 @@ mod common;
 use std::process::Command;
 
 use common::System;
-use common::caller::{Caller, assert_completed};
+use common::caller::{Caller, assert_completed, assert_failed};
 use common::disk::Disk;
 use common::hanging::{Hanging, Operation};
 use common::process;
@@ -99,17 +99,6 @@ fn machine(system: &System, name: &str) -> common::vm::Builder {
         .vm(name)
         .disk(Disk::new("vda", 256 * MIB).fill(0, 128 * MIB, 0x11))
         .running()
-}
-
-/// The end of a job, which must be this error with this in its text.
-async fn assert_failed(job: &JobProxy<'_>, error: &str, text: &str) {
-    let (result, name, message) = within("the end of the backup", job.wait()).await.unwrap();
-    assert_eq!(
-        (result.as_str(), name),
-        ("failed", format!("{OURS}{error}")),
-        "{message}"
-    );
-    assert!(message.contains(text), "{text:?} in {message:?}");
 }
 
 // Errors.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use common::System;
 use common::agent::{Agent, Answer};
-use common::caller::{Caller, assert_completed, brief};
+use common::caller::{Caller, assert_completed, assert_failed, brief};
 use common::clients::USER;
 use common::disk::Disk;
 use common::proxies::{DomainProxy, JobProxy, Options, error_name};
@@ -95,17 +95,6 @@ impl Scene {
         }
         assert_eq!(files_below(&self.system.store()), [""; 0]);
     }
-}
-
-/// The end of a job, which must be this error with the word in its text.
-async fn assert_failed(job: &JobProxy<'_>, error: &str, word: &str) {
-    let (result, name, message) = within("the end of the backup", job.wait()).await.unwrap();
-    assert_eq!(
-        (result.as_str(), name),
-        ("failed", format!("{OURS}{error}")),
-        "{message}"
-    );
-    assert!(message.contains(word), "{word:?} in {message:?}");
 }
 
 /// A system with a machine that the service knows, and a caller.

@@ -47,6 +47,11 @@ impl Record {
         let basis = self.basis.as_str();
         let detail = |key| self.details.get(key).map(escaped);
         let name = detail("domain_name");
+        // Some permissions are about no domain.
+        let about = name
+            .as_ref()
+            .map(|name| format!(", domain '{name}'"))
+            .unwrap_or_default();
         tracing::info!(
             target: TARGET,
             action,
@@ -63,8 +68,7 @@ impl Record {
             target_kind = detail("target_kind"),
             target_name = detail("target"),
             disks = detail("disks"),
-            "{outcome}: user {uid} ({sender}), {action}, domain '{}'",
-            name.as_deref().unwrap_or_default(),
+            "{outcome}: user {uid} ({sender}), {action}{about}",
         );
     }
 }

@@ -2,8 +2,6 @@
 
 use rusqlite::{Connection, params};
 
-use super::{Catalog, Error};
-
 /// A backup in a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackupRecord {
@@ -21,24 +19,4 @@ pub(super) fn keep_backup(connection: &Connection, backup: &BackupRecord) -> rus
         .prepare("INSERT OR REPLACE INTO backups (id, store, domain, manifest) VALUES (?1, ?2, ?3, ?4)")?;
     insert.execute(params![backup.id, backup.store, backup.domain, backup.manifest])?;
     Ok(())
-}
-
-impl Catalog {
-    /// All backups that are known, by store, domain and time.
-    pub async fn backups(&self) -> Result<Vec<BackupRecord>, Error> {
-        self.run(|connection| {
-            let mut statement = connection
-                .prepare("SELECT id, store, domain, manifest FROM backups ORDER BY store, domain, id")?;
-            let rows = statement.query_map([], |row| {
-                Ok(BackupRecord {
-                    id: row.get(0)?,
-                    store: row.get(1)?,
-                    domain: row.get(2)?,
-                    manifest: row.get(3)?,
-                })
-            })?;
-            Ok(rows.collect::<Result<_, _>>()?)
-        })
-        .await
-    }
 }

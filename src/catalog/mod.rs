@@ -10,13 +10,14 @@ mod error;
 mod history;
 mod jobs;
 mod manifest;
+mod record;
 mod rescan;
 
 pub use backups::BackupRecord;
 pub use error::Error;
 pub use history::EndedJob;
-pub use jobs::{DomainRecord, Ended, Instant, JobRecord, Leftover, NewJob, Reached, Step};
 pub use manifest::{Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError};
+pub use record::{DomainRecord, Ended, Instant, JobRecord, Leftover, NewJob, Reached, Step};
 pub use rescan::{StoredBackup, Taken};
 
 use std::path::Path;

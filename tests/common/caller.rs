@@ -194,6 +194,14 @@ pub async fn assert_completed(job: &JobProxy<'_>) {
     assert_eq!(ended, ("completed".to_owned(), String::new(), String::new()));
 }
 
+/// The end of a job, which must be this error of the service's own with this in its text.
+pub async fn assert_failed(job: &JobProxy<'_>, error: &str, text: &str) {
+    let (result, name, message) = wait::within("the end of the backup", job.wait()).await.unwrap();
+    let expected = format!("org.example.Backup1.Error.{error}");
+    assert_eq!((result.as_str(), name), ("failed", expected), "{message}");
+    assert!(message.contains(text), "{text:?} in {message:?}");
+}
+
 /// Cancels a job that has begun, and waits for its end.
 pub async fn cancel(job: &JobProxy<'_>) {
     job.cancel().await.expect("the job can be cancelled");

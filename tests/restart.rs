@@ -10,9 +10,11 @@ use std::path::Path;
 
 use backupd::fault::Point;
 use common::System;
-use common::caller::{Caller, brief};
+use common::caller::{Caller, assert_completed, brief};
+use common::clients::USER;
 use common::daemon::Daemon;
 use common::disk::Disk;
+use common::polkit;
 use common::proxies::Options;
 use common::storage::{files_below, identical};
 use common::vm::{Residue, Vm};
@@ -357,6 +359,70 @@ async fn a_service_that_is_stopped_leaves_its_backup_to_the_next_one() {
     assert_eq!(scene.vm.residue().jobs.len(), 2, "QEMU goes on");
     scene.system.start_daemon();
     ends_well(scene, id).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_of_a_machine_that_is_registered_again_goes_on() {
+    let rules = polkit::allow(USER, &["service.register-domain", "domain.backup"]);
+    let mut system = System::setup().rules(&rules).start();
+    let disk = Disk::new("vda", 32 * MIB).fill(0, 16 * MIB, 0x11);
+    let mut vm = system.vm("mine").disk(disk).running().start();
+    let before = vm.residue();
+    let user = Caller::of_user(&system, USER).await;
+    user.register("mine", vm.monitor_stream().into()).await.unwrap();
+    let options = Options::from([("bandwidth", Variant::from(MIB))]);
+    let job = user.start_with("mine", "", &[], options).await;
+    wait::until_async("some progress", || async {
+        (job.progress().await.unwrap() > 0.0).then_some(())
+    })
+    .await;
+    let target = job.disks().await.unwrap().remove(0).4;
+    system.kill_daemon();
+    system.start_daemon();
+    let user = Caller::of_user(&system, USER).await;
+    user.register("mine", vm.monitor_stream().into()).await.unwrap();
+    let job = user.job(user.manager.get_job(1).await.unwrap()).await;
+    job.set_speed(0).await.unwrap();
+    assert_completed(&job).await;
+    assert_eq!(vm.residue(), before);
+    vm.quit();
+    assert!(identical(
+        vm.source_path("vda"),
+        "qcow2",
+        Path::new(&target),
+        "qcow2"
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_the_file_empty() {
+    for format in ["qcow2", "raw"] {
+        let mut scene = Scene::new();
+        let path = scene.system.dir().join("mine");
+        let options = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path);
+        let file = options.unwrap();
+        let document = format!(
+            "<domainbackup><disks><disk name='vdb' type='fd'><driver type='{format}'/><target fd='0'/></disk></disks></domainbackup>"
+        );
+        let caller = Caller::new(&scene.system).await;
+        let options = Options::from([("bandwidth", Variant::from(2 * MIB))]);
+        let job = caller.start_with("web", &document, &[file.into()], options).await;
+        wait::until_async("some progress", || async {
+            (job.progress().await.unwrap() > 0.0).then_some(())
+        })
+        .await;
+        assert!(std::fs::metadata(&path).unwrap().len() > 0);
+        scene.system.kill_daemon();
+        let (result, _, message) = found_out(&mut scene, 1).await;
+        assert_eq!(result, "failed");
+        assert!(message.contains("not there any more"), "{message}");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0, "{format}");
+        assert_eq!(scene.vm.residue(), scene.before);
+    }
 }
 
 /// What the next service tells of a job that it was not there for.

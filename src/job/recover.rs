@@ -19,6 +19,7 @@ use super::{Error, Job, Reservation};
 use crate::catalog::{Instant, JobRecord, Leftover, Step};
 use crate::definition::Quiesce;
 use crate::domain::{Identity, Reach};
+use crate::plan::Place;
 use crate::target::{FileId, Found, Targets};
 
 /// Brings a job to its end that was not ended before.
@@ -65,6 +66,11 @@ pub(super) async fn resume(
         blocking(setting, move || found.targets.leave()).await;
         return Ending::Left;
     }
+    if let (Err(stopped), Some(footprint)) = (&judged, &footprint)
+        && !matches!(stopped, Stopped::Failed(error) if error.hangs())
+    {
+        empty_lost_files(job, footprint, setting).await;
+    }
     let gone = matches!(unreachable, Some("it has ended"));
     let end = End {
         job,
@@ -80,6 +86,27 @@ pub(super) async fn resume(
         holds_poweroff: record.holds_poweroff,
         ..left
     })
+}
+
+/// A file that a caller had passed went with the former process; only QEMU still has it.
+async fn empty_lost_files(job: &Job, footprint: &Footprint, setting: &Setting) {
+    let disks = job.plan.disks.iter().enumerate();
+    let passed = disks.filter(|(_, disk)| matches!(disk.place, Place::Descriptor(_)));
+    let passed: Vec<usize> = passed.map(|(index, _)| index).collect();
+    if passed.is_empty() {
+        return;
+    }
+    let emptied = tokio::time::timeout(setting.deadlines.stall(), footprint.empty_files(&passed));
+    let why = match emptied.await {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "QEMU does not answer".to_owned(),
+    };
+    tracing::warn!(
+        job = job.id,
+        why,
+        "an open file of the caller's may still have a part of the backup in it"
+    );
 }
 
 async fn find_targets(job: &Arc<Job>, files: Option<Vec<FileId>>, setting: &Setting) -> Found {

@@ -70,6 +70,23 @@ impl Footprint {
         Ok(whole)
     }
 
+    /// Has QEMU empty files that it was passed and that nobody else here has open, so that what is in them is not taken for a
+    /// backup. A device cannot be emptied so.
+    pub async fn empty_files(&self, disks: &[usize]) -> qmp::Result<()> {
+        self.end_jobs().await?;
+        let nodes = self.nodes().await?;
+        for disk in disks {
+            let (image, file) = (self.names.target_node(*disk), self.names.file_node(*disk));
+            self.delete([image].into_iter().filter(|node| nodes.contains(node)))
+                .await?;
+            if nodes.contains(&file) {
+                let arguments = json!({ "node-name": file, "size": 0 });
+                self.client().execute("block_resize", arguments).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes everything of this job from QEMU. Where there is no QEMU any more there is nothing to be removed.
     pub async fn release(&self) -> Result<(), Error> {
         loop {

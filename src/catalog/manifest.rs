@@ -35,6 +35,8 @@ pub enum ManifestError {
     Text { what: &'static str, value: String },
     #[error("it lists no disk")]
     NoDisks,
+    #[error("disk '{disk}' lies on {on}")]
+    Parent { disk: String, on: &'static str },
     #[error("two disks have the {what} '{value}'")]
     SameDisk { what: &'static str, value: String },
 }
@@ -45,6 +47,10 @@ pub enum ManifestError {
 pub enum Kind {
     /// All that the disks held.
     Full,
+    /// What changed since the newest backup that there was; a disk that had none before, whole.
+    Incremental,
+    /// What changed since an older one.
+    Differential,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +93,35 @@ pub struct Disk {
     pub format: Format,
     /// Bytes that the guest sees.
     pub virtual_size: u64,
+    /// Bytes that the file has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub length: Option<u64>,
+    /// Of the file, in lower-case hexadecimal digits, as `sha256sum` prints it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// The image that this one lies on. What is not in this one is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Parent>,
+    /// The dirty bitmap on the domain's disk that has recorded from this backup's instant on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bitmap: Option<String>,
+}
+
+/// An image of an earlier backup of the same domain in the same store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Parent {
+    /// The backup's id.
+    pub backup: String,
+    /// Relative to that backup's manifest.
+    pub file: String,
+}
+
+impl Parent {
+    /// What the image's header calls it: a path relative to the directory of the backup that lies on it.
+    pub fn relative_path(&self) -> String {
+        format!("../{}/{}", self.backup, self.file)
+    }
 }
 
 /// What every version of the manifest has.
@@ -162,14 +197,49 @@ impl Manifest {
             return Err(ManifestError::NoDisks);
         }
         let (mut names, mut files) = (BTreeSet::new(), BTreeSet::new());
-        for Disk { name, file, .. } in &self.disks {
+        for disk in &self.disks {
+            let Disk { name, file, .. } = disk;
             require(is_disk_name(name), "a disk's name", name)?;
-            let image = is_file_name(file) && ![MANIFEST_NAME, DEFINITION_NAME].contains(&file.as_str());
-            require(image, "an image's file name", file)?;
+            require(is_image_name(file), "an image's file name", file)?;
             distinct(names.insert(name), "name", name)?;
             distinct(files.insert(file), "file", file)?;
+            if let Some(sha256) = &disk.sha256 {
+                require(is_sha256(sha256), "a SHA-256 checksum", sha256)?;
+            }
+            if let Some(bitmap) = &disk.bitmap {
+                require(is_bitmap_name(bitmap), "a bitmap's name", bitmap)?;
+            }
+            self.check_parent(disk)?;
         }
         Ok(())
+    }
+
+    fn check_parent(&self, disk: &Disk) -> Result<(), ManifestError> {
+        let Some(parent) = &disk.parent else {
+            return Ok(());
+        };
+        require(is_file_name(&parent.backup), "a backup's id", &parent.backup)?;
+        require(is_image_name(&parent.file), "an image's file name", &parent.file)?;
+        let wrong = |on| {
+            Err(ManifestError::Parent {
+                disk: shown(&disk.name),
+                on,
+            })
+        };
+        if parent.backup == self.id {
+            return wrong("an image of the same backup");
+        }
+        match (disk.format, self.kind) {
+            (Format::Raw, _) => wrong("another image, and is raw"),
+            (_, Kind::Full) => wrong("another image, in a full backup"),
+            _ => Ok(()),
+        }
+    }
+
+    /// The backups that this one's images lie on: nobody reads it without them.
+    pub fn parents(&self) -> BTreeSet<&str> {
+        let parents = self.disks.iter().filter_map(|disk| disk.parent.as_ref());
+        parents.map(|parent| parent.backup.as_str()).collect()
     }
 }
 
@@ -204,6 +274,19 @@ fn distinct(first: bool, what: &'static str, value: &str) -> Result<(), Manifest
 /// Names one file in a directory, neither the directory nor one above it, and none that is hidden.
 fn is_file_name(name: &str) -> bool {
     is_disk_name(name) && !name.starts_with('.') && !name.contains('/')
+}
+
+fn is_image_name(name: &str) -> bool {
+    is_file_name(name) && ![MANIFEST_NAME, DEFINITION_NAME].contains(&name)
+}
+
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// Bitmaps in a qcow2 image have names of at most 1023 bytes (QEMU's docs/interop/qcow2).
+fn is_bitmap_name(name: &str) -> bool {
+    (1..=1023).contains(&name.len()) && !name.contains(char::is_control)
 }
 
 /// What QEMU calls a disk can hold a slash.
@@ -263,6 +346,10 @@ mod tests {
             file: file.into(),
             format,
             virtual_size,
+            length: None,
+            sha256: None,
+            parent: None,
+            bitmap: None,
         };
         let started = "2026-11-23T05:59:37.123456789Z".parse().unwrap();
         let instant = "2026-11-23T05:59:38Z".parse().unwrap();
@@ -312,6 +399,62 @@ mod tests {
         let json = least.to_json().unwrap();
         assert!(!String::from_utf8_lossy(&json).contains("description"));
         assert_eq!(Manifest::parse(&json).unwrap(), least);
+    }
+
+    #[test]
+    fn what_an_image_lies_on_is_named_and_is_another_backups() {
+        let mut incremental = manifest();
+        incremental.kind = Kind::Incremental;
+        incremental.disks[0].length = Some(393_216);
+        incremental.disks[0].sha256 = Some("0f".repeat(32));
+        incremental.disks[0].bitmap = Some("backupd-20261123T055937Z-10ebf9b0-0".into());
+        incremental.disks[0].parent = Some(Parent {
+            backup: "20261122T055937Z-00000000".into(),
+            file: "vda.qcow2".into(),
+        });
+        assert_eq!(
+            Manifest::parse(&incremental.to_json().unwrap()).unwrap(),
+            incremental
+        );
+        assert_eq!(
+            incremental.parents().into_iter().collect::<Vec<_>>(),
+            ["20261122T055937Z-00000000"]
+        );
+        let refused = |change: &dyn Fn(&mut Manifest)| {
+            let mut changed = incremental.clone();
+            change(&mut changed);
+            Manifest::parse(&changed.to_json().unwrap()).unwrap_err()
+        };
+        let parent = |backup: &str, file: &str| {
+            let parent = Parent {
+                backup: backup.into(),
+                file: file.into(),
+            };
+            refused(&|manifest| manifest.disks[0].parent = Some(parent.clone()))
+        };
+        for (backup, file) in [
+            ("..", "vda.qcow2"),
+            ("a/b", "x"),
+            ("a", "../x"),
+            ("a", MANIFEST_NAME),
+            ("a", ""),
+        ] {
+            let error = parent(backup, file);
+            assert!(
+                matches!(error, ManifestError::Text { .. }),
+                "{backup} {file}: {error}"
+            );
+        }
+        let error = parent("20261123T055937Z-10ebf9b0", "vda.qcow2");
+        assert!(error.to_string().contains("same backup"), "{error}");
+        let error = refused(&|manifest| manifest.kind = Kind::Full);
+        assert!(error.to_string().contains("full backup"), "{error}");
+        let error = refused(&|manifest| manifest.disks[0].format = Format::Raw);
+        assert!(error.to_string().contains("is raw"), "{error}");
+        for sha256 in ["", "0f", &"0F".repeat(32), &"0g".repeat(32)] {
+            let error = refused(&|manifest| manifest.disks[0].sha256 = Some(sha256.into()));
+            assert!(error.to_string().contains("SHA-256"), "{sha256}: {error}");
+        }
     }
 
     #[test]

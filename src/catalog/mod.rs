@@ -16,7 +16,7 @@ mod rescan;
 pub use backups::BackupRecord;
 pub use error::Error;
 pub use history::EndedJob;
-pub use manifest::{Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError};
+pub use manifest::{Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError, Parent};
 pub use record::{DomainRecord, Ended, Instant, JobRecord, Leftover, NewJob, Reached, Step};
 pub use rescan::{StoredBackup, Taken};
 

@@ -350,6 +350,10 @@ fn manifest(job: &Job, instant: Instant) -> Result<Vec<u8>, Error> {
             file: file.clone(),
             format: disk.format,
             virtual_size: disk.virtual_size,
+            length: None,
+            sha256: None,
+            parent: None,
+            bitmap: None,
         })
         .collect();
     manifest

@@ -63,6 +63,8 @@ pub enum Error {
     NoSpace { target: String, needed: u64, free: u64 },
     #[error("disk '{disk}': its target is not there any more since the service was started again")]
     Gone { disk: String },
+    #[error("{path}: others are just reading, changing or building upon it: try again when they are done")]
+    InUse { path: String },
     #[error("the plan has no store")]
     NoStore,
     #[error("{}cannot {action} {target}: {errno}", OfDisk(disk.as_deref()))]
@@ -121,6 +123,7 @@ impl Error {
                 Errno::IO | Errno::NOMEM | Errno::MFILE | Errno::NFILE => Kind::Internal,
                 _ => Kind::TargetInvalid,
             },
+            Self::InUse { .. } => Kind::Busy,
             Self::NoStore => Kind::Internal,
             Self::Missing { .. }
             | Self::NoDirectory { .. }

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::path::{Trust, check_trust, open_directory};
@@ -17,15 +17,72 @@ use super::{Error, FileId};
 pub struct Shelf {
     path: PathBuf,
     directory: OwnedFd,
+    trust: Trust,
 }
+
+/// How a backup's directory is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// Read, or built upon: as it is, for as long.
+    Shared,
+    /// Changed or removed.
+    Exclusive,
+}
+
+/// A backup's directory that stays as it is, or is nobody else's, until this is dropped: `flock(2)` on the directory itself,
+/// which counts between programs too and ends with them.
+#[derive(Debug)]
+#[must_use]
+pub struct Held(#[expect(dead_code, reason = "closing it lets go")] OwnedFd);
 
 impl Shelf {
     /// The store at `path`.
     pub fn of_store(path: &Path) -> Result<Self, Error> {
+        Self::open(path, Trust::Administrator)
+    }
+
+    /// A store, wherever and whoever's it is, that the user who asks can read.
+    pub fn of_users_store(path: &Path) -> Result<Self, Error> {
+        Self::open(path, Trust::Named)
+    }
+
+    fn open(path: &Path, trust: Trust) -> Result<Self, Error> {
         Ok(Self {
             path: path.to_owned(),
-            directory: open_directory(path, Trust::Administrator)?,
+            directory: open_directory(path, trust)?,
+            trust,
         })
+    }
+
+    /// Keeps a backup's directory as it is, or for oneself. Says at once if others have it ([`Error::InUse`]).
+    pub fn hold(&self, sharing: Sharing) -> Result<Held, Error> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(&self.directory, ".", flags, Mode::empty())
+            .map_err(|errno| self.failed("open", errno))?;
+        let operation = match sharing {
+            Sharing::Shared => FlockOperation::NonBlockingLockShared,
+            Sharing::Exclusive => FlockOperation::NonBlockingLockExclusive,
+        };
+        match rustix::fs::flock(&directory, operation) {
+            Ok(()) => Ok(Held(directory)),
+            Err(Errno::WOULDBLOCK) => Err(Error::InUse {
+                path: self.path.display().to_string(),
+            }),
+            Err(errno) => Err(self.failed("lock", errno)),
+        }
+    }
+
+    /// Opens a file of it to read, if it is a regular one.
+    pub fn open_file(&self, name: &str) -> Result<OwnedFd, Error> {
+        self.look_at(name)?;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.directory, name, flags, Mode::empty())
+            .map_err(|errno| self.child_failed("open", name, errno))?;
+        let stat = rustix::fs::fstat(&file).map_err(|errno| self.child_failed("stat", name, errno))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Ok(file),
+            _ => Err(self.child_failed("read", name, Errno::INVAL)),
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -54,20 +111,24 @@ impl Shelf {
             Err(Errno::NOTDIR | Errno::LOOP | Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(failed("open", errno)),
         };
-        let stat = rustix::fs::fstat(&directory).map_err(|errno| failed("stat", errno))?;
-        check_trust(&stat, true).map_err(|why| Error::Untrusted {
-            path: path.display().to_string(),
-            why,
-        })?;
-        Ok(Some(Self { path, directory }))
+        if self.trust == Trust::Administrator {
+            let stat = rustix::fs::fstat(&directory).map_err(|errno| failed("stat", errno))?;
+            check_trust(&stat, true).map_err(|why| Error::Untrusted {
+                path: path.display().to_string(),
+                why,
+            })?;
+        }
+        Ok(Some(Self {
+            path,
+            directory,
+            trust: self.trust,
+        }))
     }
 
     /// The content of a file, of which no more than one byte after `at_most` is read; and when it was written.
     pub fn read(&self, name: &str, at_most: usize) -> Result<(Vec<u8>, Timestamp), Error> {
         let stat = self.look_at(name)?;
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.directory, name, flags, Mode::empty())
-            .map_err(|errno| self.child_failed("open", name, errno))?;
+        let file = self.open_file(name)?;
         let mut content = Vec::new();
         let file = std::fs::File::from(file);
         std::io::Read::read_to_end(&mut std::io::Read::take(file, at_most as u64 + 1), &mut content)
@@ -99,5 +160,42 @@ impl Shelf {
 
     fn child_failed(&self, action: &'static str, name: &str, errno: Errno) -> Error {
         Error::io(action, &self.path.join(name).display().to_string(), errno)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_reads_a_backup_keeps_it_from_who_would_change_it() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("backup")).unwrap();
+        let store = Shelf::of_users_store(directory.path()).unwrap();
+        let backup = || store.below("backup").unwrap().unwrap();
+        let (first, second) = (backup().hold(Sharing::Shared), backup().hold(Sharing::Shared));
+        assert!(first.is_ok() && second.is_ok());
+        assert!(matches!(
+            backup().hold(Sharing::Exclusive),
+            Err(Error::InUse { .. })
+        ));
+        drop((first, second));
+        let only = backup().hold(Sharing::Exclusive).unwrap();
+        assert!(matches!(backup().hold(Sharing::Shared), Err(Error::InUse { .. })));
+        drop(only);
+        assert!(backup().hold(Sharing::Shared).is_ok());
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Shelf::of_users_store(directory.path()).unwrap();
+        std::fs::write(directory.path().join("image"), "x").unwrap();
+        std::os::unix::fs::symlink("image", directory.path().join("link")).unwrap();
+        std::fs::create_dir(directory.path().join("directory")).unwrap();
+        assert!(store.open_file("image").is_ok());
+        for other in ["link", "directory", "missing"] {
+            assert!(store.open_file(other).is_err(), "{other}");
+        }
     }
 }

@@ -21,7 +21,7 @@ pub use block::device_path;
 pub use error::Error;
 pub use find::Found;
 pub use identity::{FileId, Holder, Sources};
-pub use inventory::Shelf;
+pub use inventory::{Held, Sharing, Shelf};
 pub use store::{ensure as ensure_store, partial_backup};
 pub use writeback::Writeback;
 

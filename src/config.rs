@@ -52,6 +52,15 @@ pub enum Error {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Store {
     pub path: PathBuf,
+    /// Since how many of a domain's newest backups what changes is recorded: so many an incremental backup can go on from. None
+    /// with 0.
+    #[serde(default = "checkpoints")]
+    pub checkpoints: usize,
+}
+
+/// A newest one, and some to go back to if that is damaged or pruned. Each costs the guest's writes a little.
+const fn checkpoints() -> usize {
+    4
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -256,10 +265,10 @@ impl Config {
             source: Box::new(source),
         })?;
         let backups = config.state_directory.join("backups");
-        config
-            .stores
-            .entry(DEFAULT_STORE.to_owned())
-            .or_insert(Store { path: backups });
+        config.stores.entry(DEFAULT_STORE.to_owned()).or_insert(Store {
+            path: backups,
+            checkpoints: checkpoints(),
+        });
         config.check(path)?;
         Ok(config)
     }

@@ -14,6 +14,8 @@ pub enum Kind {
     NoSuchDisk,
     NoSuchJob,
     NoSuchStore,
+    NoSuchCheckpoint,
+    ChainBroken,
     InvalidDefinition,
     Unsupported,
     TargetExists,

@@ -24,6 +24,8 @@ pub enum Point {
     Formatted,
     /// QEMU has all nodes of a target.
     TargetNode,
+    /// A disk records what is written to it, for a later backup.
+    CheckpointMade,
     /// It is on record that QEMU may be copying, and it is not.
     Starting,
     /// The guest's power-off is held back.
@@ -63,7 +65,7 @@ pub enum Point {
 }
 
 impl Point {
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::Recorded,
         Self::Prepared,
         Self::Writing,
@@ -72,6 +74,7 @@ impl Point {
         Self::FileNode,
         Self::Formatted,
         Self::TargetNode,
+        Self::CheckpointMade,
         Self::Starting,
         Self::PowerOffHeld,
         Self::Started,

@@ -7,8 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use backupd::definition::{
-    Compression, Definition, DiskDefinition, Error, Format, MAX_BYTES, Position, Quiesce, StoreRef, Target,
-    is_valid_name, parse,
+    BackupMode, CheckpointRef, Compression, Definition, DiskDefinition, Error, Format, MAX_BYTES, Position,
+    Quiesce, StoreRef, Target, is_valid_name, parse,
 };
 use backupd::error::Kind;
 
@@ -187,6 +187,10 @@ fn what_is_said_in_code_survives_xml() {
         store: None,
         bandwidth: Some(u64::MAX),
         quiesce: Some(Quiesce::Require),
+        incremental: Some(CheckpointRef {
+            name: "monday".into(),
+            at: Position::default(),
+        }),
         disks: Some(vec![disk]),
     };
     assert_eq!(meaning(parse(&definition.to_xml()).unwrap()), definition);
@@ -324,7 +328,10 @@ fn unsupported_is_told_from_invalid() {
         let text = format!("<domainbackup>{inner}</domainbackup>");
         parse(&text).unwrap_err().kind()
     };
-    assert_eq!(kind("<incremental>c1</incremental>"), Kind::Unsupported);
+    assert_eq!(
+        kind("<disks><disk name='a' type='network'/></disks>"),
+        Kind::Unsupported
+    );
     assert_eq!(kind("<incrementel>c1</incrementel>"), Kind::InvalidDefinition);
 }
 
@@ -332,7 +339,16 @@ fn unsupported_is_told_from_invalid() {
 fn meaning(mut definition: Definition) -> Definition {
     let store = definition.store.iter_mut().map(|store| &mut store.at);
     let disks = definition.disks.iter_mut().flatten().map(|disk| &mut disk.at);
-    store.chain(disks).for_each(|at| *at = Position::default());
+    let incremental = definition.incremental.iter_mut().map(|since| &mut since.at);
+    store
+        .chain(disks)
+        .chain(incremental)
+        .for_each(|at| *at = Position::default());
+    for disk in definition.disks.iter_mut().flatten() {
+        if let Some(BackupMode::Incremental(Some(since))) = &mut disk.mode {
+            since.at = Position::default();
+        }
+    }
     definition
 }
 

@@ -13,6 +13,8 @@ pub const fn name(kind: Kind) -> &'static str {
         Kind::NoSuchDisk => "org.example.Backup1.Error.NoSuchDisk",
         Kind::NoSuchJob => "org.example.Backup1.Error.NoSuchJob",
         Kind::NoSuchStore => "org.example.Backup1.Error.NoSuchStore",
+        Kind::NoSuchCheckpoint => "org.example.Backup1.Error.NoSuchCheckpoint",
+        Kind::ChainBroken => "org.example.Backup1.Error.ChainBroken",
         Kind::InvalidDefinition => "org.example.Backup1.Error.InvalidDefinition",
         Kind::Unsupported => "org.example.Backup1.Error.Unsupported",
         Kind::TargetExists => "org.example.Backup1.Error.TargetExists",

@@ -10,9 +10,21 @@ use super::object::Properties;
 use super::{Context, domain_path};
 use crate::error::Kind;
 use crate::job::{DiskState, DiskStatus, Job, Outcome, Status};
+use crate::plan::{DiskPlan, Mode};
 
 /// A disk as it is told: name, state, bytes in all, bytes done, target, error.
 pub type DiskTuple = (String, String, u64, u64, String, String);
+
+/// How much of a disk is copied: its name, mode, the backup that it goes on from, and why from none.
+type IncrementTuple = (String, &'static str, String, &'static str);
+
+fn increment(disk: &DiskPlan) -> IncrementTuple {
+    let (since, why) = match &disk.mode {
+        Mode::Full { why } => (String::new(), why.as_str()),
+        Mode::Since(base) => (base.backup.clone(), ""),
+    };
+    (disk.name.clone(), disk.mode.as_str(), since, why)
+}
 
 /// The changing properties, as they are told.
 #[derive(Debug, Clone, PartialEq)]
@@ -124,6 +136,10 @@ pub async fn properties(job: &Job) -> Properties {
         ("Mode", Variant::from("push")),
         ("StartedByUID", Variant::from(job.started_by)),
         ("StartTime", Variant::from(start_time)),
+        (
+            "Increments",
+            Variant::from(job.plan.disks.iter().map(increment).collect::<Vec<_>>()),
+        ),
         ("State", Variant::from(view.state)),
         ("Progress", Variant::from(view.progress)),
         ("Bytes", Variant::from(view.bytes)),

@@ -7,9 +7,9 @@ use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, Seq
 use zbus::wire::{OwnedVariant, Signature, Type};
 
 use super::error::{BusError, Result};
-use crate::definition::Quiesce;
+use crate::definition::{Quiesce, is_valid_name};
 use crate::error::{Kind, shown};
-use crate::plan;
+use crate::plan::{self, Incremental};
 
 /// The keys with their values, as they came.
 #[derive(Debug, Default)]
@@ -127,14 +127,28 @@ pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
                 })?);
             }
             ("quiesce", value) => return Err(wrong_type(&key, &value, "s")),
-            ("incremental" | "checkpoint", _) => {
-                let text = format!("option '{key}': checkpoints and incremental backups are not supported");
+            ("incremental", Value::Str(word)) => options.incremental = Some(incremental(word)?),
+            ("incremental", value) => return Err(wrong_type(&key, &value, "s")),
+            ("checkpoint", _) => {
+                let text = "option 'checkpoint': checkpoints with names of their own are not supported";
                 return Err(BusError::new(Kind::Unsupported, text));
             }
             _ => return Err(unknown(&key)),
         }
     }
     Ok(options)
+}
+
+fn incremental(word: String) -> Result<Incremental> {
+    match word.as_str() {
+        "auto" => Ok(Incremental::Auto),
+        "full" => Ok(Incremental::Full),
+        _ if is_valid_name(&word) => Ok(Incremental::Since(word)),
+        _ => Err(invalid(format!(
+            "option 'incremental': '{}' is neither 'auto' nor 'full', nor the name of a checkpoint",
+            shown(&word)
+        ))),
+    }
 }
 
 /// The option of `ListJobs`: whether those are listed too that ended long ago.
@@ -206,6 +220,16 @@ mod tests {
         assert!(parse("reuse-external", true).unwrap().reuse_external);
         assert_eq!(parse("bandwidth", 7u64).unwrap().bandwidth, Some(7));
         assert_eq!(parse("quiesce", "try").unwrap().quiesce, Some(Quiesce::Try));
+        for (word, incremental) in [
+            ("auto", Incremental::Auto),
+            ("full", Incremental::Full),
+            (
+                "20261123T055937Z-10ebf9b0",
+                Incremental::Since("20261123T055937Z-10ebf9b0".into()),
+            ),
+        ] {
+            assert_eq!(parse("incremental", word).unwrap().incremental, Some(incremental));
+        }
     }
 
     #[test]
@@ -225,7 +249,12 @@ mod tests {
             name.ends_with("InvalidArgs") && text.contains("'perhaps'"),
             "{name}: {text}"
         );
-        let (name, _) = refused("incremental", "monday");
+        let (name, text) = refused("incremental", "../monday");
+        assert!(
+            name.ends_with("InvalidArgs") && text.contains("'../monday'"),
+            "{name}: {text}"
+        );
+        let (name, _) = refused("checkpoint", "monday");
         assert!(name.ends_with("Unsupported"), "{name}");
     }
 

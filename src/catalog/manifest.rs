@@ -131,7 +131,9 @@ struct Versioned {
 }
 
 impl Manifest {
-    pub fn full(
+    /// Of a backup without a disk yet.
+    pub fn new(
+        kind: Kind,
         id: String,
         job: u32,
         started_by: u32,
@@ -147,7 +149,7 @@ impl Manifest {
             domain,
             name: None,
             description: None,
-            kind: Kind::Full,
+            kind,
             started,
             instant,
             quiesced: false,
@@ -361,7 +363,8 @@ mod tests {
                 disk("vda", "vda.qcow2", Format::Qcow2, 1 << 30),
                 disk("/machine/x", "%2Fmachine%2Fx.raw", Format::Raw, u64::MAX),
             ],
-            ..Manifest::full(
+            ..Manifest::new(
+                Kind::Full,
                 "20261123T055937Z-10ebf9b0".into(),
                 7,
                 1000,

@@ -13,7 +13,7 @@ mod manifest;
 mod record;
 mod rescan;
 
-pub use backups::BackupRecord;
+pub use backups::{BackupRecord, Standing};
 pub use error::Error;
 pub use history::EndedJob;
 pub use manifest::{Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError, Parent};

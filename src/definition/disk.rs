@@ -6,11 +6,12 @@
 use std::collections::HashMap;
 
 use super::attribute::Attribute;
-use super::parse::{Seen, number, require, unknown_word, unsupported};
+use super::parse::{Seen, checkpoint, number, require, unknown_word, unsupported};
 use super::target::{Place, TargetKind, target};
 use super::xml::{Tag, Xml};
 use super::{
-    Compression, DiskDefinition, Error, Feature, Format, MAX_DISK_NAME_BYTES, MAX_DISKS, Position, Target,
+    BackupMode, Compression, DiskDefinition, Error, Feature, Format, MAX_DISK_NAME_BYTES, MAX_DISKS,
+    Position, Target,
 };
 
 const DISKS_CHILDREN: &[&str] = &["disk"];
@@ -118,14 +119,13 @@ fn disk<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<(DiskDefinition, Option<
         return Ok((
             DiskDefinition {
                 at,
-                backup: false,
-                ..DiskDefinition::new(name)
+                ..DiskDefinition::left_out(name)
             },
             None,
         ));
     }
 
-    full(xml, backupmode, incremental)?;
+    let mode = mode(xml, backupmode, incremental)?;
     for (attribute, what) in [(exportname, "'exportname'"), (exportbitmap, "'exportbitmap'")] {
         if let Some(attribute) = attribute {
             return Err(Error::PullOnly {
@@ -168,33 +168,36 @@ fn disk<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<(DiskDefinition, Option<
         backup: true,
         format: children.format,
         compress: children.compress,
+        mode,
         target,
     };
     Ok((disk, target_at))
 }
 
-/// Holds a disk to being backed up in full.
-fn full(
+/// libvirt's rule: a disk that names a checkpoint is backed up since that.
+fn mode(
     xml: &Xml<'_>,
     backupmode: Option<Attribute<'_>>,
     incremental: Option<Attribute<'_>>,
-) -> Result<(), Error> {
-    match (backupmode, incremental) {
-        (Some(mode), _) if !matches!(&*mode.value, "full" | "incremental") => {
-            Err(unknown_word(xml, "disk", &mode, &["full"]))
-        }
-        (Some(mode), Some(incremental)) if mode.value == "full" => Err(Error::IncrementalFull {
+) -> Result<Option<BackupMode>, Error> {
+    let full = match &backupmode {
+        None => false,
+        Some(mode) => match &*mode.value {
+            "full" => true,
+            "incremental" => false,
+            _ => return Err(unknown_word(xml, "disk", mode, &["full", "incremental"])),
+        },
+    };
+    match (full, incremental) {
+        (true, Some(incremental)) => Err(Error::IncrementalFull {
             at: xml.at(incremental.offset),
         }),
-        (Some(mode), _) if mode.value == "incremental" => {
-            let feature = Feature::IncrementalDisk("backupmode='incremental'");
-            Err(unsupported(xml, mode.offset, feature))
+        (true, None) => Ok(Some(BackupMode::Full)),
+        (false, Some(incremental)) => {
+            let since = checkpoint(xml, &incremental.value, incremental.offset)?;
+            Ok(Some(BackupMode::Incremental(Some(since))))
         }
-        (_, Some(incremental)) => {
-            let feature = Feature::IncrementalDisk("the attribute 'incremental'");
-            Err(unsupported(xml, incremental.offset, feature))
-        }
-        _ => Ok(()),
+        (false, None) => Ok(backupmode.map(|_| BackupMode::Incremental(None))),
     }
 }
 

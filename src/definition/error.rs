@@ -221,10 +221,6 @@ pub enum Error {
 pub enum Feature {
     #[error("mode='pull' is not supported; use mode='push'")]
     Pull,
-    #[error("an incremental backup (<incremental>) is not supported; remove it for a full backup")]
-    Incremental,
-    #[error("an incremental backup ({0}) is not supported; remove it for a full backup")]
-    IncrementalDisk(&'static str),
     #[error("a network target is not supported; use type='file', 'block' or 'fd'")]
     NetworkTarget,
     #[error("<seclabel> is not supported; remove it: QEMU gets an open file and needs no right to its path")]

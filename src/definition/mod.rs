@@ -61,6 +61,8 @@ pub struct Definition {
     /// Bytes a second, all disks together; never 0.
     pub bandwidth: Option<u64>,
     pub quiesce: Option<Quiesce>,
+    /// What all disks are backed up since that say nothing else.
+    pub incremental: Option<CheckpointRef>,
     /// The disks that the document lists, in its order; at least one of them is to be backed up.
     pub disks: Option<Vec<DiskDefinition>>,
 }
@@ -80,6 +82,21 @@ impl Definition {
 pub struct StoreRef {
     pub name: String,
     pub at: Position,
+}
+
+/// A checkpoint, by its name: an instant since when it is known what changed on a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointRef {
+    pub name: String,
+    pub at: Position,
+}
+
+/// How much of a disk is copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackupMode {
+    Full,
+    /// What changed since a checkpoint: this one, or that of the document as a whole or of the call.
+    Incremental(Option<CheckpointRef>),
 }
 
 /// Whether the guest's file systems are frozen for the instant of the backup.
@@ -121,6 +138,7 @@ pub struct DiskDefinition {
     pub format: Option<Format>,
     /// Only where the format is not raw.
     pub compress: Option<Compression>,
+    pub mode: Option<BackupMode>,
     pub target: Option<Target>,
 }
 
@@ -133,7 +151,16 @@ impl DiskDefinition {
             backup: true,
             format: None,
             compress: None,
+            mode: None,
             target: None,
+        }
+    }
+
+    /// A disk that is left out.
+    pub fn left_out(name: impl Into<String>) -> Self {
+        Self {
+            backup: false,
+            ..Self::new(name)
         }
     }
 }

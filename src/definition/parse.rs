@@ -4,10 +4,21 @@
 use super::attribute::Attribute;
 use super::disk;
 use super::xml::{Tag, Xml, trim};
-use super::{Definition, Error, Feature, MAX_BYTES, MAX_DESCRIPTION_BYTES, Quiesce, StoreRef, is_valid_name};
+use super::{
+    CheckpointRef, Definition, Error, Feature, MAX_BYTES, MAX_DESCRIPTION_BYTES, Quiesce, StoreRef,
+    is_valid_name,
+};
 
 const ROOT: &str = "domainbackup";
-const CHILDREN: &[&str] = &["name", "description", "store", "bandwidth", "quiesce", "disks"];
+const CHILDREN: &[&str] = &[
+    "name",
+    "description",
+    "store",
+    "bandwidth",
+    "quiesce",
+    "incremental",
+    "disks",
+];
 const MODES: &[&str] = &["push"];
 const UNITS: &[&str] = &["bytes", "KB", "KiB", "MB", "MiB", "GB", "GiB", "TB", "TiB"];
 
@@ -55,7 +66,7 @@ fn domainbackup<'a>(xml: &mut Xml<'a>, root: &Tag<'a>) -> Result<Definition, Err
                 definition.disks = Some(disks.list);
                 target = disks.first_target;
             }
-            "incremental" => return Err(unsupported(xml, tag.offset, Feature::Incremental)),
+            "incremental" => definition.incremental = Some(incremental(xml, &tag)?),
             "server" => {
                 return Err(Error::PullOnly {
                     at: xml.at(tag.offset),
@@ -82,6 +93,25 @@ fn name<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
         });
     }
     Ok(name)
+}
+
+fn incremental<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<CheckpointRef, Error> {
+    let [] = xml.attributes(tag, &[])?;
+    let content = xml.content(tag)?;
+    checkpoint(xml, trim(&content), tag.offset)
+}
+
+/// A checkpoint that is named there.
+pub(super) fn checkpoint(xml: &Xml<'_>, name: &str, offset: usize) -> Result<CheckpointRef, Error> {
+    let (name, at) = (name.to_owned(), xml.at(offset));
+    match is_valid_name(&name) {
+        true => Ok(CheckpointRef { name, at }),
+        false => Err(Error::InvalidName {
+            at,
+            what: "a checkpoint",
+            name,
+        }),
+    }
 }
 
 fn description<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {

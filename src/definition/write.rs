@@ -1,6 +1,6 @@
 //! From types to XML. Knows the look of a document and how text is escaped, and no rule about what is allowed.
 
-use super::{Definition, DiskDefinition, Target};
+use super::{BackupMode, Definition, DiskDefinition, Target};
 
 pub(super) fn definition(definition: &Definition) -> String {
     let mut body = Lines::default();
@@ -19,6 +19,10 @@ pub(super) fn definition(definition: &Definition) -> String {
     if let Some(quiesce) = definition.quiesce {
         body.line(1, &format!("<quiesce{}/>", attribute("mode", quiesce.as_str())));
     }
+    if let Some(incremental) = &definition.incremental {
+        let line = format!("<incremental>{}</incremental>", text(&incremental.name));
+        body.line(1, &line);
+    }
     if let Some(disks) = &definition.disks {
         let mut lines = Lines::default();
         disks.iter().for_each(|entry| disk(&mut lines, entry));
@@ -36,6 +40,16 @@ fn disk(out: &mut Lines, disk: &DiskDefinition) {
 
     // What stands beside backup='no' has no effect; writing it would only look as if it had.
     if disk.backup {
+        match &disk.mode {
+            None => {}
+            Some(BackupMode::Full) => attributes += &attribute("backupmode", "full"),
+            Some(BackupMode::Incremental(since)) => {
+                attributes += &attribute("backupmode", "incremental");
+                if let Some(since) = since {
+                    attributes += &attribute("incremental", &since.name);
+                }
+            }
+        }
         let mut driver = String::new();
         if let Some(format) = disk.format {
             driver += &attribute("type", format.as_str());

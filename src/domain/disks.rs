@@ -24,8 +24,24 @@ pub struct Disk {
     pub writable: bool,
     /// Whether data may lie in a backing file below the image.
     pub has_backing: bool,
+    /// Whether its image can keep dirty bitmaps (qcow2 from version 3 on, QEMU's docs/interop/qcow2).
+    pub keeps_bitmaps: bool,
+    /// The dirty bitmaps with a name that are on its image.
+    pub bitmaps: Vec<Bitmap>,
     /// The other names by which it is found where they are unambiguous.
     aliases: Vec<String>,
+}
+
+/// A record of what was written to, from some instant on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bitmap {
+    pub name: String,
+    /// It records; is kept with the image; and nothing was written that it does not have.
+    pub good: bool,
+    /// Something was written that it does not have, as when QEMU died: it is of no use to anybody.
+    pub inconsistent: bool,
+    /// What was written to, in bytes.
+    pub dirty: u64,
 }
 
 impl Disk {
@@ -48,6 +64,8 @@ impl Disk {
             format: "qcow2".into(),
             writable,
             has_backing: false,
+            keeps_bitmaps: true,
+            bitmaps: Vec::new(),
             aliases: vec![alias.into()],
         }
     }
@@ -102,6 +120,24 @@ pub(super) struct Node {
     drv: String,
     file: String,
     image: Image,
+    #[serde(rename = "dirty-bitmaps", default)]
+    bitmaps: Vec<BitmapInfo>,
+}
+
+/// Those without a name are somebody's block job's.
+#[derive(Debug, Deserialize)]
+struct BitmapInfo {
+    #[serde(default)]
+    name: Option<String>,
+    #[serde(default)]
+    count: u64,
+    recording: bool,
+    #[serde(default)]
+    persistent: bool,
+    #[serde(default)]
+    inconsistent: bool,
+    #[serde(default)]
+    busy: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -112,6 +148,21 @@ struct Image {
     actual_size: u64,
     #[serde(rename = "backing-image", default)]
     backing: Option<Box<Image>>,
+    #[serde(rename = "format-specific", default)]
+    specific: Option<Specific>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Specific {
+    #[serde(default)]
+    data: SpecificData,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct SpecificData {
+    /// The version of a qcow2 image: "0.10" is 2, "1.1" is 3.
+    #[serde(default)]
+    compat: Option<String>,
 }
 
 /// The reply of `x-debug-query-block-graph`: the only command in all supported versions that tells the children
@@ -177,6 +228,9 @@ const MAX_NAME: usize = 255;
 /// The same of nodes: every backup of everybody looks at the files of all of them.
 const MAX_NODES: usize = 16384;
 const MAX_PATH: usize = 4096;
+/// The same of dirty bitmaps on an image; a qcow2 image has room for 65535 (QEMU's docs/interop/qcow2).
+const MAX_BITMAPS: usize = 65535;
+const MAX_BITMAP_NAME: usize = 1023;
 
 /// The disks of all drives; none if the peer claims what no QEMU does.
 pub(super) fn disks(drives: Vec<BlockInfo>, nodes: &[Node], graph: &Graph) -> Option<Vec<Disk>> {
@@ -232,14 +286,17 @@ fn disk(drive: BlockInfo, nodes: &HashMap<&str, &Node>, children: &Children) -> 
     }
     let name = names.remove(0);
     let virtual_size = node.map_or(0, |node| node.image.virtual_size);
+    let writable = drive.inserted.as_ref().is_some_and(|inserted| !inserted.ro);
     Some(Disk {
         name,
         node: source.unwrap_or_default().to_owned(),
         virtual_size,
         allocated: node.map_or(0, |node| allocated(&node.image)).min(virtual_size),
         format: node.map(|node| node.drv.clone()).unwrap_or_default(),
-        writable: drive.inserted.is_some_and(|inserted| !inserted.ro),
+        writable,
         has_backing: node.is_some_and(|node| node.image.backing.is_some()),
+        keeps_bitmaps: writable && node.is_some_and(|node| keeps_bitmaps(node)),
+        bitmaps: node.map(|node| bitmaps(node)).unwrap_or_default(),
         aliases: names,
     })
 }
@@ -269,6 +326,27 @@ fn unfiltered<'a>(root: &'a str, nodes: &HashMap<&'a str, &'a Node>, children: &
         }
     }
     name
+}
+
+fn keeps_bitmaps(node: &Node) -> bool {
+    let specific = node.image.specific.as_ref();
+    let version = specific.and_then(|specific| specific.data.compat.as_deref());
+    node.drv == "qcow2" && version.is_some_and(|version| version != "0.10")
+}
+
+fn bitmaps(node: &Node) -> Vec<Bitmap> {
+    let named = |info: &BitmapInfo| {
+        let name = info.name.clone()?;
+        Some(Bitmap {
+            name,
+            good: info.recording && info.persistent && !info.inconsistent && !info.busy,
+            inconsistent: info.inconsistent,
+            dirty: info.count,
+        })
+    };
+    let good = |bitmap: &Bitmap| (1..=MAX_BITMAP_NAME).contains(&bitmap.name.len());
+    let bitmaps = node.bitmaps.iter().take(MAX_BITMAPS).filter_map(named);
+    bitmaps.filter(good).collect()
 }
 
 fn allocated(image: &Image) -> u64 {
@@ -336,7 +414,9 @@ mod tests {
                 virtual_size: 0,
                 actual_size: 0,
                 backing: None,
+                specific: None,
             },
+            bitmaps: Vec::new(),
         };
         let nodes = [node("a"), node("b")];
         let graph: Graph = serde_json::from_value(serde_json::json!({

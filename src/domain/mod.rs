@@ -13,7 +13,7 @@ mod registry;
 mod retry;
 
 pub use directory::{Content, Directories, FileError};
-pub use disks::{Disk, DiskLookup, find_disk};
+pub use disks::{Bitmap, Disk, DiskLookup, find_disk};
 pub use identity::{Identity, NOBODY, Reach};
 pub use monitor::{Link, Phase};
 pub use registry::{Change, Registration, Registry};

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::chain::checkpoint_name;
 use super::error::Stopped;
 use super::footprint::Footprint;
 use super::manager::Setting;
@@ -16,7 +17,7 @@ use crate::catalog::{self, BackupRecord, Instant, Reached, Step};
 use crate::error;
 use crate::fault::{self, Point};
 use crate::plan::{Destination, Place};
-use crate::target::Targets;
+use crate::target::{Seal, Targets};
 
 /// How long is waited for what hung before to be undone now, before the outcome is told.
 const BRIEFLY: Duration = Duration::from_secs(2);
@@ -51,6 +52,7 @@ impl End<'_> {
         let Self {
             job,
             setting,
+            footprint,
             targets,
             unknown,
             ..
@@ -98,6 +100,10 @@ impl End<'_> {
         });
         remember_end(job, setting, &outcome, left, backup).await;
         fault::point(Point::Ended);
+        // What hangs, or was not let go of, is settled by a later backup.
+        if let Some(footprint) = footprint.filter(|_| job.has_checkpoints() && !hangs && !in_qemu) {
+            settle_checkpoints(job, setting, &footprint).await;
+        }
         // Before anybody hears of the end: who waits for it may start the next one at once.
         drop(reservation);
         job.update(|status| status.outcome = Some(outcome));
@@ -192,6 +198,21 @@ impl End<'_> {
     }
 }
 
+/// After the outcome is on record: what is on record is what decides.
+async fn settle_checkpoints(job: &Job, setting: &Setting, footprint: &Footprint) {
+    let settled = footprint.settle_checkpoints(setting);
+    let why = match tokio::time::timeout(setting.deadlines.stall(), settled).await {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "QEMU does not answer".to_owned(),
+    };
+    tracing::warn!(
+        job = job.id,
+        why,
+        "checkpoints that are of no use stay until the next backup"
+    );
+}
+
 /// Removes what a failed backup made; true if something may be left.
 async fn discard(setting: &Setting, targets: Option<Targets>, patience: Duration) -> bool {
     let Some(targets) = targets else { return true };
@@ -244,14 +265,14 @@ fn publish_all(job: &Job, mut targets: Targets, instant: Instant) -> Published {
 }
 
 fn try_publish(job: &Job, targets: &mut Targets, instant: Instant) -> Result<Option<BackupRecord>, Stopped> {
-    let synced = targets.sync();
+    let sealed = targets.sync();
     fault::point(Point::Synced);
     if !job.begin_publishing() {
         return Err(Stopped::Cancelled);
     }
-    synced.map_err(Error::Target)?;
+    let seals = sealed.map_err(Error::Target)?;
     let manifest = match targets.in_store() {
-        true => manifest(job, instant)?,
+        true => manifest(job, instant, &seals)?,
         false => Vec::new(),
     };
     let document = job.definition();
@@ -324,12 +345,13 @@ async fn remember_end(
     }
 }
 
-fn manifest(job: &Job, instant: Instant) -> Result<Vec<u8>, Error> {
+fn manifest(job: &Job, instant: Instant, seals: &[Seal]) -> Result<Vec<u8>, Error> {
     let domain = catalog::Domain {
         name: job.domain.name.clone(),
         uuid: job.domain.snapshot().uuid,
     };
-    let mut manifest = catalog::Manifest::full(
+    let mut manifest = catalog::Manifest::new(
+        job.plan.kind(),
         job.backup_id.clone(),
         job.id,
         job.started_by,
@@ -340,22 +362,21 @@ fn manifest(job: &Job, instant: Instant) -> Result<Vec<u8>, Error> {
     manifest.name = job.plan.name.clone();
     manifest.description = job.plan.description.clone();
     manifest.quiesced = instant.quiesced;
-    let in_store = job.plan.disks.iter().filter_map(|disk| match &disk.place {
-        Place::InStore { file_name } => Some((disk, file_name)),
-        Place::File(_) | Place::Block(_) | Place::Descriptor(_) => None,
-    });
-    manifest.disks = in_store
-        .map(|(disk, file)| catalog::Disk {
+    let disks = job.plan.disks.iter().zip(seals).enumerate();
+    let in_store = disks.filter_map(|(index, (disk, seal))| match &disk.place {
+        Place::InStore { file_name } => Some(catalog::Disk {
             name: disk.name.clone(),
-            file: file.clone(),
+            file: file_name.clone(),
             format: disk.format,
             virtual_size: disk.virtual_size,
-            length: None,
-            sha256: None,
-            parent: None,
-            bitmap: None,
-        })
-        .collect();
+            length: Some(seal.length),
+            sha256: seal.sha256.clone(),
+            parent: disk.mode.parent(),
+            bitmap: disk.checkpoint.then(|| checkpoint_name(&job.backup_id, index)),
+        }),
+        Place::File(_) | Place::Block(_) | Place::Descriptor(_) => None,
+    });
+    manifest.disks = in_store.collect();
     manifest
         .to_json()
         .map_err(|error| Error::Record(error.to_string()))

@@ -11,12 +11,14 @@ use super::track::JobInfo;
 use crate::definition::{Compression, Format};
 use crate::domain::{Domain, Link, Snapshot};
 use crate::fault::{self, Point};
-use crate::plan::DiskPlan;
+use crate::plan::{DiskPlan, Mode};
 use crate::qmp::{self, Client, Events, EventsError};
 use crate::target::{Media, Target};
 
 /// Large clusters keep metadata small, and a full backup writes whole ones; in bytes.
 const CLUSTER_SIZE: u32 = 1 << 20;
+/// What changed is copied in whole clusters: as small as what a bitmap tells apart.
+const INCREMENT_CLUSTER_SIZE: u32 = 1 << 16;
 
 /// The names of one job's things in QEMU. Node names have at most 31 bytes.
 #[derive(Debug, Clone)]
@@ -171,9 +173,16 @@ impl Footprint {
             disk: disk.name.clone(),
             source,
         };
-        let mut options = json!({
-            "driver": "qcow2", "file": file, "size": disk.virtual_size, "cluster-size": CLUSTER_SIZE,
-        });
+        let mut options = json!({ "driver": "qcow2", "file": file, "size": disk.virtual_size });
+        match &disk.mode {
+            Mode::Full { .. } => options["cluster-size"] = json!(CLUSTER_SIZE),
+            // Only written into the header, for who reads it later.
+            Mode::Since(base) => {
+                options["cluster-size"] = json!(INCREMENT_CLUSTER_SIZE);
+                options["backing-file"] = json!(base.parent().relative_path());
+                options["backing-fmt"] = json!("qcow2");
+            }
+        }
         if let Some(compression) = disk.compress {
             options["compression-type"] = json!(match compression {
                 Compression::Zstd => "zstd",

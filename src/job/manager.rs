@@ -16,13 +16,13 @@ use super::error::Stopped;
 use super::record::{self, Left, to_text};
 use super::rescan::{self, Rescan};
 use super::run::blocking;
-use super::{Error, Job, recover, run};
+use super::{Error, Job, chain, recover, run};
 use crate::activity::{Activity, Use};
 use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, Step};
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Identity, Link, Registry};
 use crate::fault::{self, Point};
-use crate::plan::Plan;
+use crate::plan::{Earlier, Plan};
 use crate::quota::{Quota, Share};
 use crate::target::Targets;
 
@@ -37,6 +37,7 @@ pub(super) struct Setting {
     pub deadlines: Deadlines,
     /// Ended jobs that the catalog keeps.
     pub history: u32,
+    pub stores: BTreeMap<String, Store>,
     /// The service stops: what QEMU does goes on without it.
     pub stop: CancellationToken,
     /// Counts what the service must not leave before the end of.
@@ -112,6 +113,7 @@ impl Jobs {
                 catalog,
                 deadlines: config.deadlines,
                 history: config.limits.history,
+                stores: config.stores.clone(),
                 stop: CancellationToken::new(),
                 activity,
             },
@@ -379,10 +381,15 @@ impl Jobs {
         Ok(jobs)
     }
 
-    /// Makes the records of the backups in `stores` those that the stores have. One at a time.
-    pub async fn rescan(&self, stores: &BTreeMap<String, Store>) -> Result<Rescan, Error> {
+    /// Makes the records of the backups in the stores those that the stores have. One at a time.
+    pub async fn rescan(&self) -> Result<Rescan, Error> {
         let _turn = self.rescanning.try_lock().map_err(|_| Error::Rescanning)?;
-        rescan::rescan(stores, &self.setting).await
+        rescan::rescan(&self.setting).await
+    }
+
+    /// The backups of a domain in a store, from the newest on, and what of them a new one can be built upon.
+    pub async fn earlier(&self, domain: &Domain, name: &str, store: &Store) -> Result<Vec<Earlier>, Error> {
+        chain::earlier(&self.setting, name, store.path.clone(), domain.unique_name()).await
     }
 
     /// Waits until what cannot be left has ended. What QEMU copies goes on there, and a later process of the service goes on

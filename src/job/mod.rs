@@ -4,6 +4,7 @@
 //! is done, so that a later process of the service can go on from there. Does not know who may do what, nor how callers hear
 //! of it.
 
+mod chain;
 mod conclude;
 mod error;
 mod footprint;

@@ -1,6 +1,6 @@
 //! Making the records of the backups in the stores again, from the stores.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::manager::Setting;
@@ -8,13 +8,12 @@ use super::record::{domain_record, to_text};
 use super::run::blocking;
 use super::{DiskState, DiskStatus, Error};
 use crate::catalog::{
-    BackupRecord, DEFINITION_NAME, Instant, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
+    BackupRecord, DEFINITION_NAME, Instant, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
     StoredBackup, Taken,
 };
-use crate::config::Store;
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
-use crate::plan::{Destination, DiskPlan, Place, Plan};
+use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan};
 use crate::target::{self, Shelf};
 
 /// Texts about what could not be taken in.
@@ -52,10 +51,10 @@ struct Found {
 type Missing = HashSet<(String, String)>;
 
 /// Looks through all stores.
-pub(super) async fn rescan(stores: &BTreeMap<String, Store>, setting: &Setting) -> Result<Rescan, Error> {
+pub(super) async fn rescan(setting: &Setting) -> Result<Rescan, Error> {
     let last_number = setting.catalog.last_number().await?;
     let mut rescan = Rescan::default();
-    for (name, store) in stores {
+    for (name, store) in &setting.stores {
         // From before the look: what comes meanwhile is not missing.
         let known = setting.catalog.backups_in(name.clone()).await?;
         let mut look = Look {
@@ -381,6 +380,16 @@ fn plan(store: &str, path: &Path, manifest: &Manifest, document: Option<&Definit
                 compress: listed()
                     .find(|listed| listed.name == disk.name)
                     .and_then(|listed| listed.compress),
+                mode: match &disk.parent {
+                    None => Mode::default(),
+                    Some(parent) => Mode::Since(Base {
+                        backup: parent.backup.clone(),
+                        file: parent.file.clone(),
+                        bitmap: String::new(),
+                        newest: manifest.kind == Kind::Incremental,
+                    }),
+                },
+                checkpoint: disk.bitmap.is_some(),
                 place: Place::InStore {
                     file_name: disk.file.clone(),
                 },

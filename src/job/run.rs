@@ -17,7 +17,7 @@ use super::{Error, Job};
 use crate::catalog::{Instant, Reached};
 use crate::domain::{Domain, Link, Snapshot, poweroff};
 use crate::fault::{self, Point};
-use crate::plan::DiskPlan;
+use crate::plan::{DiskPlan, Mode};
 use crate::qmp::{self, Events};
 use crate::target::{Media, Target, Targets};
 
@@ -100,6 +100,7 @@ async fn copy(
         for (index, (target, disk)) in targets.iter().zip(&job.plan.disks).enumerate() {
             footprint.open_target(index, target, disk).await?;
         }
+        footprint.make_checkpoints(job).await.map_err(Error::Lost)?;
         Ok::<_, Error>(())
     };
     let patience = setting.deadlines.stall();
@@ -239,19 +240,28 @@ async fn check_sources(job: &Job, footprint: &Footprint) -> Result<Snapshot, Sto
 }
 
 fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> Value {
-    let top = disk.only_allocated && target.media == Media::Regular;
+    let sync = match &disk.mode {
+        Mode::Since(_) => "bitmap",
+        Mode::Full { .. } if disk.only_allocated && target.media == Media::Regular => "top",
+        Mode::Full { .. } => "full",
+    };
     let mut data = json!({
         "job-id": names.block_job(index),
         "device": disk.node,
         "target": names.target_node(index),
         "filter-node-name": names.filter_node(index),
-        "sync": if top { "top" } else { "full" },
+        "sync": sync,
         "speed": speed,
         "auto-dismiss": false,
         // Anything else than an error would stop the job, or let the guest's writes fail, or retry for ever.
         "on-source-error": "report",
         "on-target-error": "report",
     });
+    if let Mode::Since(base) = &disk.mode {
+        data["bitmap"] = json!(base.bitmap);
+        // It goes on recording since the instant that it has recorded since, for others to go on from.
+        data["bitmap-mode"] = json!("never");
+    }
     if disk.compress.is_some() {
         data["compress"] = json!(true);
     }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::Why;
 use crate::definition::Position;
 use crate::error::Kind;
 
@@ -29,6 +30,18 @@ pub enum Error {
     NoSuchFile { index: u32, count: usize, at: Position },
     #[error("descriptor {index} of the call is used by no disk: leave it out")]
     UnusedFile { index: usize },
+    #[error("{}the store has no checkpoint '{name}' of this domain: 'backupctl backups' lists them", At(*at))]
+    NoSuchCheckpoint { name: String, at: Position },
+    #[error(
+        "{}disk '{disk}' cannot be backed up since {since}: {}; a full backup, or 'auto', can be made",
+        At(*at), why.text()
+    )]
+    ChainBroken {
+        disk: String,
+        since: String,
+        why: Why,
+        at: Position,
+    },
     #[error("the document and the option '{what}' say different things")]
     Disagreement { what: &'static str },
 }
@@ -38,6 +51,11 @@ impl Error {
         match self {
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
             Self::NoSuchStore { .. } => Kind::NoSuchStore,
+            Self::NoSuchCheckpoint { .. } => Kind::NoSuchCheckpoint,
+            Self::ChainBroken {
+                why: Why::Outside, ..
+            } => Kind::Unsupported,
+            Self::ChainBroken { .. } => Kind::ChainBroken,
             Self::AmbiguousDisk { .. }
             | Self::SameDisk { .. }
             | Self::NoMedium { .. }

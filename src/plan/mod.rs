@@ -3,11 +3,13 @@
 //! Pure: it combines a document, the options of a call, the domain's disks and the configured stores, and touches
 //! nothing. A [`Plan`] that exists names only disks that exist and have a medium, and one place for each.
 
+mod chain;
 mod error;
 mod requested;
 #[cfg(test)]
 mod tests;
 
+pub use chain::{Base, Earlier, EarlierDisk, Mode, Wanted, Why};
 pub use error::Error;
 pub use requested::{PlaceKind, Requested, requested};
 
@@ -16,9 +18,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::Kind;
 use crate::config::{DEFAULT_STORE, Store};
 use crate::definition::{
-    Compression, Definition, DiskDefinition, Format, Position, Quiesce, StoreRef, Target,
+    BackupMode, CheckpointRef, Compression, Definition, DiskDefinition, Format, Position, Quiesce, StoreRef,
+    Target,
 };
 use crate::domain::{Disk, DiskLookup, find_disk};
 
@@ -30,8 +34,19 @@ pub struct Options {
     /// Bytes a second, all disks together.
     pub bandwidth: Option<u64>,
     pub quiesce: Option<Quiesce>,
+    pub incremental: Option<Incremental>,
     /// A guest that powers off takes its QEMU, and so the backup, with it.
     pub allow_poweroff: bool,
+}
+
+/// How much a call wants to be copied of the disks of which the document says nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Incremental {
+    /// What changed since the newest backup in the store, of each disk of which that is known.
+    Auto,
+    Full,
+    /// What changed since that checkpoint.
+    Since(String),
 }
 
 /// What will be done, whole. Immutable once it is made. A later process of the service reads it again.
@@ -75,6 +90,11 @@ pub struct DiskPlan {
     pub only_allocated: bool,
     pub format: Format,
     pub compress: Option<Compression>,
+    #[serde(default)]
+    pub mode: Mode,
+    /// A later backup can go on from this one: what is written from its instant on is recorded.
+    #[serde(default)]
+    pub checkpoint: bool,
     pub place: Place,
 }
 
@@ -94,53 +114,73 @@ pub enum Place {
 /// Makes the plan.
 ///
 /// `disks` are the domain's now; `stores` are the configured ones; `files` counts the descriptors that came with
-/// the call.
+/// the call; `earlier` are the domain's backups in the store that is asked for, from the newest on.
 pub fn resolve(
     definition: &Definition,
     options: &Options,
     disks: &[Disk],
     stores: &BTreeMap<String, Store>,
     files: usize,
+    earlier: &[Earlier],
 ) -> Result<Plan, Error> {
     let chosen = choose(definition, disks)?;
-    let to_caller = selected(definition).any(|disk| disk.target.is_some());
-    let destination = if to_caller {
-        Destination::Caller
-    } else {
-        if options.reuse_external {
-            return Err(Error::ReuseInStore);
-        }
-        let (name, at) = store_name(definition);
-        let store = stores.get(name).ok_or_else(|| Error::NoSuchStore {
-            name: name.to_owned(),
-            at,
-        })?;
-        Destination::Store {
-            name: name.to_owned(),
-            path: store.path.clone(),
-        }
-    };
+    let store = store(definition, stores)?;
+    if store.is_some() && options.reuse_external {
+        return Err(Error::ReuseInStore);
+    }
     check_files(definition, files)?;
     let excluded = disks
         .iter()
-        .filter(|disk| !chosen.iter().any(|(chosen, _)| chosen.name == disk.name));
+        .filter(|disk| !chosen.iter().any(|(chosen, _)| chosen.name == disk.name))
+        .map(|disk| disk.name.clone())
+        .collect();
+    let planned = chosen.into_iter().map(|(disk, asked)| {
+        let wanted = wanted(definition, options, asked)?;
+        disk_plan(disk, asked, store.map(|(_, store)| store), earlier, &wanted)
+    });
     Ok(Plan {
+        disks: planned.collect::<Result<_, _>>()?,
         name: definition.name.clone(),
         description: definition.description.clone(),
-        destination,
+        destination: match store {
+            Some((name, store)) => Destination::Store {
+                name: name.to_owned(),
+                path: store.path.clone(),
+            },
+            None => Destination::Caller,
+        },
         reuse_external: options.reuse_external,
         bandwidth: agreed("bandwidth", definition.bandwidth, options.bandwidth)?.unwrap_or(0),
         quiesce: agreed("quiesce", definition.quiesce, options.quiesce)?,
         hold_poweroff: !options.allow_poweroff,
-        excluded: excluded.map(|disk| disk.name.clone()).collect(),
-        disks: chosen
-            .into_iter()
-            .map(|(disk, asked)| disk_plan(disk, asked))
-            .collect(),
+        excluded,
     })
 }
 
+/// The store that a request goes to, with its name; nothing where it goes to places of the caller's.
+pub fn store<'a>(
+    definition: &'a Definition,
+    stores: &'a BTreeMap<String, Store>,
+) -> Result<Option<(&'a str, &'a Store)>, Error> {
+    if selected(definition).any(|disk| disk.target.is_some()) {
+        return Ok(None);
+    }
+    let (name, at) = store_name(definition);
+    match stores.get(name) {
+        Some(store) => Ok(Some((name, store))),
+        None => Err(Error::NoSuchStore {
+            name: name.to_owned(),
+            at,
+        }),
+    }
+}
+
 impl Plan {
+    /// What the backup is, as a whole.
+    pub fn kind(&self) -> Kind {
+        chain::kind(self.disks.iter().map(|disk| &disk.mode))
+    }
+
     /// The document with every default filled in; every disk of the domain is in it.
     pub fn definition(&self) -> Definition {
         let included = self.disks.iter().map(|disk| DiskDefinition {
@@ -149,6 +189,14 @@ impl Plan {
             backup: true,
             format: Some(disk.format),
             compress: disk.compress,
+            mode: match (&self.destination, &disk.mode) {
+                (Destination::Caller, _) => None,
+                (_, Mode::Full { .. }) => Some(BackupMode::Full),
+                (_, Mode::Since(base)) => Some(BackupMode::Incremental(Some(CheckpointRef {
+                    name: base.backup.clone(),
+                    at: Position::default(),
+                }))),
+            },
             target: match &disk.place {
                 Place::InStore { .. } => None,
                 Place::File(path) => Some(Target::File(path.clone())),
@@ -156,14 +204,7 @@ impl Plan {
                 Place::Descriptor(index) => Some(Target::Fd(*index)),
             },
         });
-        let excluded = self.excluded.iter().map(|name| DiskDefinition {
-            name: name.clone(),
-            at: Position::default(),
-            backup: false,
-            format: None,
-            compress: None,
-            target: None,
-        });
+        let excluded = self.excluded.iter().map(DiskDefinition::left_out);
         Definition {
             name: self.name.clone(),
             description: self.description.clone(),
@@ -176,6 +217,7 @@ impl Plan {
             },
             bandwidth: Some(self.bandwidth).filter(|bandwidth| *bandwidth != 0),
             quiesce: self.quiesce,
+            incremental: None,
             disks: Some(included.chain(excluded).collect()),
         }
     }
@@ -270,8 +312,52 @@ fn agreed<T: PartialEq>(
     }
 }
 
-fn disk_plan(disk: &Disk, asked: Option<&DiskDefinition>) -> DiskPlan {
+/// How much a request wants of one disk. What is said of the disk counts before what is said of all.
+fn wanted(
+    definition: &Definition,
+    options: &Options,
+    asked: Option<&DiskDefinition>,
+) -> Result<Wanted, Error> {
+    let since = |checkpoint: &CheckpointRef| Wanted::Since {
+        checkpoint: checkpoint.name.clone(),
+        at: checkpoint.at,
+    };
+    let disagreement = Err(Error::Disagreement { what: "incremental" });
+    let all = match (&definition.incremental, &options.incremental) {
+        (Some(document), Some(Incremental::Since(name))) if document.name == *name => since(document),
+        (Some(_), Some(_)) => return disagreement,
+        (Some(document), None) => since(document),
+        (None, Some(Incremental::Full)) => Wanted::Full,
+        (None, Some(Incremental::Since(name))) => Wanted::Since {
+            checkpoint: name.clone(),
+            at: Position::default(),
+        },
+        (None, Some(Incremental::Auto) | None) => Wanted::Auto,
+    };
+    match (asked.and_then(|asked| asked.mode.as_ref()), all) {
+        (None, all) => Ok(all),
+        (Some(BackupMode::Full), _) => Ok(Wanted::Full),
+        (Some(BackupMode::Incremental(_)), Wanted::Full) => disagreement,
+        (Some(BackupMode::Incremental(Some(checkpoint))), _) => Ok(since(checkpoint)),
+        (Some(BackupMode::Incremental(None)), Wanted::Auto) => Ok(Wanted::Newest),
+        (Some(BackupMode::Incremental(None)), all) => Ok(all),
+    }
+}
+
+fn disk_plan(
+    disk: &Disk,
+    asked: Option<&DiskDefinition>,
+    store: Option<&Store>,
+    earlier: &[Earlier],
+    wanted: &Wanted,
+) -> Result<DiskPlan, Error> {
     let format = asked.and_then(|asked| asked.format).unwrap_or(Format::Qcow2);
+    let refused = match (store, format) {
+        (None, _) => Some(Why::Outside),
+        (_, Format::Raw) => Some(Why::Raw),
+        _ => None,
+    };
+    let mode = chain::choose(disk, earlier, wanted, refused)?;
     let only_allocated = format == Format::Raw && disk.format == "qcow2" && !disk.has_backing;
     let place = match asked.and_then(|asked| asked.target.as_ref()) {
         None => Place::InStore {
@@ -281,21 +367,32 @@ fn disk_plan(disk: &Disk, asked: Option<&DiskDefinition>) -> DiskPlan {
         Some(Target::Block(path)) => Place::Block(path.clone()),
         Some(Target::Fd(index)) => Place::Descriptor(*index),
     };
-    DiskPlan {
+    // Otherwise QEMU reserves space in a raw target for zeroes too.
+    let whole = match format == Format::Raw && !only_allocated {
+        true => disk.virtual_size,
+        false => disk.allocated,
+    };
+    let estimate = match &mode {
+        Mode::Full { .. } => whole,
+        Mode::Since(base) => {
+            let bitmap = disk.bitmaps.iter().find(|bitmap| bitmap.name == base.bitmap);
+            bitmap.map_or(whole, |bitmap| bitmap.dirty)
+        }
+    };
+    Ok(DiskPlan {
         name: disk.name.clone(),
         node: disk.node.clone(),
         virtual_size: disk.virtual_size,
-        // Otherwise QEMU reserves space in a raw target for zeroes too.
-        estimate: if format == Format::Raw && !only_allocated {
-            disk.virtual_size
-        } else {
-            disk.allocated
-        },
+        estimate,
         only_allocated,
         format,
         compress: asked.and_then(|asked| asked.compress),
+        checkpoint: refused.is_none()
+            && disk.keeps_bitmaps
+            && store.is_some_and(|store| store.checkpoints > 0),
+        mode,
         place,
-    }
+    })
 }
 
 /// A disk's name as a file's: what could mean something to a shell or a path is written as `%XX`, so that two

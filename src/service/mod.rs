@@ -107,7 +107,7 @@ impl Service {
             .require(caller, Permission::ServiceRescan, &details, None)
             .await?;
         drop(grant);
-        Ok(self.jobs.rescan(&self.stores).await?)
+        Ok(self.jobs.rescan().await?)
     }
 
     /// Forgets a connection that has left: what was decided for it, and the domains that it registered.

@@ -126,12 +126,17 @@ impl Service {
         } = authorised;
         let start_time = Timestamp::now();
         let reservation = self.jobs.reserve(&domain, uid, request.files.share)?;
+        let earlier = match plan::store(&request.definition, &self.stores)? {
+            Some((name, store)) => self.jobs.earlier(&domain, name, store).await?,
+            None => Vec::new(),
+        };
         let plan = plan::resolve(
             &request.definition,
             &request.options,
             &snapshot.disks,
             &self.stores,
             request.files.files.len(),
+            &earlier,
         )?;
         let record = self.jobs.begin(&domain, &plan, uid, start_time).await?;
         let prepared = self.prepare(plan, &domain, &record.backup_id, request.files.files);

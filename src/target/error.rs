@@ -63,6 +63,12 @@ pub enum Error {
     NoSpace { target: String, needed: u64, free: u64 },
     #[error("disk '{disk}': its target is not there any more since the service was started again")]
     Gone { disk: String },
+    #[error("disk '{disk}': the backup {backup} that it would lie on {why}")]
+    Parent {
+        disk: String,
+        backup: String,
+        why: &'static str,
+    },
     #[error("{path}: others are just reading, changing or building upon it: try again when they are done")]
     InUse { path: String },
     #[error("the plan has no store")]
@@ -102,6 +108,7 @@ impl Error {
             | Self::WrongType { disk, .. }
             | Self::WrongSize { disk, .. }
             | Self::NotQcow2 { disk, .. }
+            | Self::Parent { disk, .. }
             | Self::Gone { disk }
             | Self::IsSource { disk, .. }
             | Self::AccessMode { disk, .. }
@@ -123,6 +130,7 @@ impl Error {
                 Errno::IO | Errno::NOMEM | Errno::MFILE | Errno::NFILE => Kind::Internal,
                 _ => Kind::TargetInvalid,
             },
+            Self::Parent { .. } => Kind::ChainBroken,
             Self::InUse { .. } => Kind::Busy,
             Self::NoStore => Kind::Internal,
             Self::Missing { .. }

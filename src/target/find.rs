@@ -4,6 +4,7 @@
 //! that file is not touched.
 
 use super::identity::FileId;
+use super::parents::Parents;
 use super::{BackupName, Error, Target, Targets, block, file, store};
 use crate::definition::Format;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
@@ -27,6 +28,7 @@ impl Targets {
             targets: Targets {
                 targets: Vec::new(),
                 store: None,
+                parents: Parents::default(),
                 settled: false,
             },
             lost: None,
@@ -41,6 +43,11 @@ impl Targets {
                 Ok(partial) => found.targets.store = partial,
                 Err(error) => found.fail(error),
             }
+        }
+        match Parents::hold(plan, name) {
+            Ok(parents) => found.targets.parents = parents,
+            // It cannot go on, but what there is of it is known.
+            Err(error) => found.lost = found.lost.take().or(Some(error)),
         }
         for (index, disk) in plan.disks.iter().enumerate() {
             let id = files.and_then(|files| files.get(index).copied());

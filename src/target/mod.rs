@@ -12,7 +12,9 @@ mod file;
 mod find;
 mod identity;
 mod inventory;
+mod parents;
 mod path;
+mod seal;
 mod sparse;
 mod store;
 mod writeback;
@@ -22,6 +24,7 @@ pub use error::Error;
 pub use find::Found;
 pub use identity::{FileId, Holder, Sources};
 pub use inventory::{Held, Sharing, Shelf};
+pub use seal::Seal;
 pub use store::{ensure as ensure_store, partial_backup};
 pub use writeback::Writeback;
 
@@ -32,6 +35,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FileType;
 
+use self::parents::Parents;
 use crate::definition::Format;
 use crate::fault::{self, Point};
 use crate::plan::{Destination, DiskPlan, Place, Plan};
@@ -107,6 +111,8 @@ impl Target {
 pub struct Targets {
     targets: Vec<Target>,
     store: Option<store::Partial>,
+    /// What the images lie on.
+    parents: Parents,
     /// Published, discarded, or left to a later process: nothing is to be done when it is dropped.
     settled: bool,
 }
@@ -124,6 +130,7 @@ impl Targets {
         let mut targets = Self {
             targets: Vec::new(),
             store: None,
+            parents: Parents::hold(plan, name)?,
             settled: false,
         };
         if let Destination::Store { path, .. } = &plan.destination {
@@ -171,14 +178,17 @@ impl Targets {
         self.targets.iter().map(|target| target.file.clone()).collect()
     }
 
-    /// Makes the data durable. Nothing has its final name yet. QEMU has let go of the targets.
-    pub fn sync(&self) -> Result<(), Error> {
-        self.targets.iter().try_for_each(Target::sync)
+    /// Makes the data durable, and says what the files are now, in the plan's order. Nothing has its final name yet. QEMU has
+    /// let go of the targets.
+    pub fn sync(&self) -> Result<Vec<Seal>, Error> {
+        let sealed = self.targets.iter().map(|target| target.sync(self.in_store()));
+        sealed.collect()
     }
 
     /// Gives everything its final name, durably. `records` are names and contents of the files that go beside a
     /// store's images. What fails half-way is taken back with the rest when it is discarded.
     pub fn publish(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
+        self.parents.check()?;
         if let Some(store) = &mut self.store {
             store.publish(records)?;
         }
@@ -304,7 +314,12 @@ impl Target {
         Ok(())
     }
 
-    fn sync(&self) -> Result<(), Error> {
+    fn sync(&self, with_checksum: bool) -> Result<Seal, Error> {
+        let seal = seal::take(&self.file, with_checksum, || self.sync_data())?;
+        seal.map_err(|error| Error::io("read", &self.label, error).of(&self.disk))
+    }
+
+    fn sync_data(&self) -> Result<(), Error> {
         let failed = |action| move |errno| Error::io(action, &self.label, errno).of(&self.disk);
         rustix::fs::fsync(&self.file).map_err(failed("fsync"))?;
         if self.sparse {

@@ -101,6 +101,8 @@ pub trait Job {
     fn started_by_uid(&self) -> zbus::Result<u32>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn start_time(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn increments(&self) -> zbus::Result<Vec<(String, String, String, String)>>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]

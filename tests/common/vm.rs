@@ -14,6 +14,9 @@ use super::observer::Observer;
 use super::process::{self, Process};
 use super::wait;
 
+/// How the names begin of the bitmaps that backups into a store leave on purpose.
+const CHECKPOINT: &str = "backupd-2";
+
 /// A machine to be; from [`super::System::vm`] or [`Builder::new`].
 pub struct Builder {
     name: String,
@@ -158,7 +161,8 @@ pub struct Vm {
     process: Process,
 }
 
-/// What a backup could leave behind in QEMU. Two of these are equal when nothing was left, or taken away.
+/// What a backup could leave behind in QEMU. Two of these are equal when nothing was left, or taken away. What it leaves on
+/// purpose is not in it: see [`Vm::checkpoints`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Residue {
     pub jobs: Vec<String>,
@@ -230,6 +234,18 @@ impl Vm {
         self.qemu_io(disk, &format!("write -P {pattern} {offset} {length}"));
     }
 
+    /// Writes zeroes as the guest would, which the image may keep without any data.
+    #[track_caller]
+    pub fn write_zeroes(&self, disk: &str, offset: u64, length: u64) {
+        self.qemu_io(disk, &format!("write -z {offset} {length}"));
+    }
+
+    /// Says as the guest would that it needs what is there no more. What it reads there then is not certain.
+    #[track_caller]
+    pub fn discard(&self, disk: &str, offset: u64, length: u64) {
+        self.qemu_io(disk, &format!("discard {offset} {length}"));
+    }
+
     /// Flushes as the guest would: after it, and while nothing is written, a copy of the image's file is whole.
     #[track_caller]
     pub fn flush(&self, disk: &str) {
@@ -299,7 +315,10 @@ impl Vm {
         for node in list("query-named-block-nodes") {
             let name = text(&node["node-name"]);
             for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
-                residue.bitmaps.push(format!("{name}/{}", text(&bitmap["name"])));
+                let bitmap = text(&bitmap["name"]);
+                if !bitmap.starts_with(CHECKPOINT) {
+                    residue.bitmaps.push(format!("{name}/{bitmap}"));
+                }
             }
             residue.nodes.push(name);
         }
@@ -308,6 +327,42 @@ impl Vm {
         residue.bitmaps.sort();
         residue.fdsets.sort();
         residue
+    }
+
+    /// The checkpoints on a disk, by name, in order: where later backups can go on from.
+    #[track_caller]
+    pub fn checkpoints(&self, disk: &str) -> Vec<String> {
+        let node = self.node(disk);
+        let bitmaps = node["dirty-bitmaps"].as_array().cloned().unwrap_or_default();
+        let names = bitmaps.iter().filter_map(|bitmap| bitmap["name"].as_str());
+        let mut names: Vec<String> = names
+            .filter(|name| name.starts_with(CHECKPOINT))
+            .map(str::to_owned)
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// The node that the guest writes to, of a disk that was given by `-blockdev`.
+    #[track_caller]
+    fn node(&self, disk: &str) -> Value {
+        let drives = self.qmp("query-block", json!({}));
+        let path = self.disk(disk).0.qom_path();
+        let drive = drives
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|drive| drive["qdev"] == path);
+        drive
+            .map(|drive| drive["inserted"].clone())
+            .expect("the disk has a node")
+    }
+
+    /// The name of that node.
+    #[track_caller]
+    pub fn node_name(&self, disk: &str) -> String {
+        let node = self.node(disk);
+        node["node-name"].as_str().expect("a node has a name").to_owned()
     }
 
     /// Lets the processor run, or go on.

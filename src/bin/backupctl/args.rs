@@ -32,8 +32,8 @@ pub enum Command {
     },
     /// Back up a virtual machine
     ///
-    /// Without further options, every writable disk is copied in full to the default store, as it is at
-    /// the instant at which the backup starts.
+    /// Without further options, every writable disk is copied to the default store, as it is at the instant at
+    /// which the backup starts: what changed since the newest backup there, where that is known, else all of it.
     Create(Box<Create>),
     /// List the backups that are running or ended a short while ago
     Jobs {
@@ -118,6 +118,9 @@ pub struct Create {
     /// Compress the images, which have to be qcow2
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compress>,
+    /// What to copy in a store: "full" for all, or what changed since this backup and nothing else [default: auto]
+    #[arg(long, value_name = "auto|full|BACKUP", conflicts_with = "named_files")]
+    pub incremental: Option<String>,
     /// Write at most so many bytes a second, all disks together, such as 50M
     #[arg(long, value_name = "N", value_parser = units::parse_size)]
     pub bandwidth: Option<u64>,

@@ -147,6 +147,9 @@ fn options(args: &Create) -> HashMap<&'static str, Variant<'static>> {
     if args.allow_poweroff {
         options.insert("allow-poweroff", Variant::from(true));
     }
+    if let Some(incremental) = &args.incremental {
+        options.insert("incremental", Variant::from(incremental.clone()));
+    }
     if let Some(quiesce) = args.quiesce {
         options.insert("quiesce", Variant::from(quiesce.word()));
     }
@@ -359,7 +362,10 @@ mod tests {
 
     #[test]
     fn options_have_the_types_of_the_interface() {
-        let options = options(&create("--bandwidth 5M --reuse-external --quiesce try"));
+        let options = options(&create(
+            "--bandwidth 5M --reuse-external --quiesce try --incremental full",
+        ));
+        assert_eq!(options["incremental"], Variant::from("full"));
         assert_eq!(options["bandwidth"], Variant::U64(5 << 20));
         assert_eq!(options["reuse-external"], Variant::Bool(true));
         assert_eq!(options["quiesce"], Variant::from("try"));

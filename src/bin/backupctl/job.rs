@@ -25,12 +25,41 @@ pub struct Properties {
     rate: Option<u64>,
     expected_end_time: Option<u64>,
     disks: Option<Vec<DiskTuple>>,
+    increments: Option<Vec<IncrementTuple>>,
     error_name: Option<String>,
     error_message: Option<String>,
 }
 
 /// A disk as `Disks` has it: name, state, bytes, bytes done, target, error.
 type DiskTuple = (String, String, u64, u64, String, String);
+
+/// How much of a disk is copied, as `Increments` has it: its name, mode, since which backup, why from none.
+type IncrementTuple = (String, String, String, String);
+
+/// How much of a disk is copied.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Increment {
+    /// The disk's name.
+    pub disk: String,
+    /// `full`, `incremental` or `differential`.
+    pub mode: String,
+    /// The backup that it goes on from, or nothing.
+    pub since: String,
+    /// Why it is full, or nothing.
+    pub why: String,
+}
+
+impl Increment {
+    /// What a user does not expect to hear otherwise: nothing of a disk that is full because that was asked for, or because
+    /// nothing else can be.
+    pub fn text(&self) -> Option<String> {
+        match (self.mode.as_str(), self.why.as_str()) {
+            ("full", "" | "requested" | "outside" | "raw" | "first") => None,
+            ("full", why) => Some(format!("full: {why}")),
+            (mode, _) => Some(format!("{mode} since {}", self.since)),
+        }
+    }
+}
 
 /// One disk of a job.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -80,6 +109,8 @@ pub struct Snapshot {
     pub expected_end: u64,
     /// Its disks.
     pub disks: Vec<Disk>,
+    /// How much of them is copied.
+    pub increments: Vec<Increment>,
     /// The D-Bus name of what went wrong.
     pub error_name: String,
     /// What went wrong.
@@ -128,6 +159,17 @@ impl Snapshot {
         set(&mut self.expected_end, changed.expected_end_time);
         set(&mut self.error_name, changed.error_name);
         set(&mut self.error_message, changed.error_message);
+        if let Some(increments) = changed.increments {
+            self.increments = increments
+                .into_iter()
+                .map(|(disk, mode, since, why)| Increment {
+                    disk,
+                    mode,
+                    since,
+                    why,
+                })
+                .collect();
+        }
         if let Some(disks) = changed.disks {
             self.disks = disks
                 .into_iter()
@@ -141,6 +183,11 @@ impl Snapshot {
                 })
                 .collect();
         }
+    }
+
+    /// How much of a disk is copied, if that is known.
+    pub fn increment(&self, disk: &str) -> Option<&Increment> {
+        self.increments.iter().find(|increment| increment.disk == disk)
     }
 
     /// The domain's name, or its object's path. Not escaped.
@@ -193,9 +240,12 @@ impl Snapshot {
             .disks
             .iter()
             .map(|disk| {
+                let increment = self.increment(&disk.name).cloned().unwrap_or_default();
                 json!({
                     "disk": disk.name, "state": disk.state, "bytes": disk.bytes, "bytes_done": disk.done,
                     "target": disk.target, "error": nothing_if_empty(&disk.error),
+                    "mode": nothing_if_empty(&increment.mode), "since": nothing_if_empty(&increment.since),
+                    "why": nothing_if_empty(&increment.why),
                 })
             })
             .collect();
@@ -251,6 +301,11 @@ impl Snapshot {
             table.row([&disk.name, &disk.state, &done, &size, &disk.target]);
         }
         text.push_str(&format!("\n{table}"));
+        for increment in &self.increments {
+            if let Some(what) = increment.text() {
+                text.push_str(&format!("{}: {}\n", escape(&increment.disk), escape(&what)));
+            }
+        }
         for disk in self.disks.iter().filter(|disk| !disk.error.is_empty()) {
             text.push_str(&format!("{}: {}\n", escape(&disk.name), escape(&disk.error)));
         }

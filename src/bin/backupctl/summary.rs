@@ -83,7 +83,13 @@ impl Summary<'_> {
         let mut lines = vec![("covered".to_owned(), data)];
         for disk in &snapshot.disks {
             let what = match (outcome.result.as_str(), disk.error.as_str()) {
-                ("completed", _) => escape(self.target(disk)),
+                ("completed", _) => {
+                    let increment = snapshot
+                        .increment(&disk.name)
+                        .and_then(|increment| increment.text());
+                    let increment = increment.map_or(String::new(), |text| format!(" ({})", escape(&text)));
+                    escape(self.target(disk)) + &increment
+                }
                 (_, "") => escape(&disk.state),
                 (_, error) => format!("{}: {}", escape(&disk.state), escape(error)),
             };
@@ -138,6 +144,34 @@ mod tests {
             "Backup 7 of web completed\n  covered  2.0 GiB in 16 s (128 MiB/s)\n  vda      /store/vda.qcow2\n"
         );
         assert_eq!(summary.json()["average_rate"], 128 << 20);
+    }
+
+    #[test]
+    fn what_a_backup_goes_on_from_is_told() {
+        let mut snapshot = snapshot();
+        let increment = |mode: &str, since: &str, why: &str| crate::job::Increment {
+            disk: "vda".into(),
+            mode: mode.into(),
+            since: since.into(),
+            why: why.into(),
+        };
+        for (increment, told) in [
+            (
+                increment("incremental", "A", ""),
+                "vda.qcow2 (incremental since A)\n",
+            ),
+            (increment("full", "", "resized"), "vda.qcow2 (full: resized)\n"),
+            (increment("full", "", "first"), "vda.qcow2\n"),
+        ] {
+            snapshot.increments = vec![increment];
+            let summary = Summary {
+                snapshot: &snapshot,
+                outcome: &outcome("completed", "", ""),
+                took: None,
+                own_targets: &[],
+            };
+            assert!(summary.text().ends_with(told), "{}", summary.text());
+        }
     }
 
     #[test]

@@ -1,0 +1,350 @@
+//! What earlier backups leave for later ones: their images in the store, and the checkpoints on the domain's disks.
+//!
+//! A checkpoint is a persistent dirty bitmap that records from a backup's instant on. Its name has the backup's id in it, so
+//! that nothing else need be remembered: it is pending while its backup is not in the catalog, and of use as long as it is.
+//! Bitmaps with other names are somebody else's and are left alone.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde_json::json;
+
+use super::footprint::Footprint;
+use super::manager::Setting;
+use super::run::blocking;
+use super::{Error, Job};
+use crate::catalog::{self, BackupRecord, Manifest, Standing};
+use crate::config::Store;
+use crate::domain::Disk;
+use crate::fault::{self, Point};
+use crate::plan::{Destination, Earlier, EarlierDisk};
+use crate::qmp;
+use crate::target::Shelf;
+
+/// Earlier backups that are looked at: the newest. What is to go on from an older one is made as a full one.
+const LOOKED_AT: u32 = 256;
+/// Checkpoints on a disk of which nobody here ever heard that are left to whoever made them.
+const UNKNOWN: usize = 16;
+
+/// The name of the bitmap that records what is written to a disk from a backup's instant on. `disk` is its index in the
+/// backup's plan.
+pub(super) fn checkpoint_name(backup_id: &str, disk: usize) -> String {
+    format!("backupd-{backup_id}-{disk}")
+}
+
+/// The backup from whose instant on a bitmap of that name records.
+fn backup_of(checkpoint: &str) -> Option<&str> {
+    let (id, disk) = checkpoint.strip_prefix("backupd-")?.rsplit_once('-')?;
+    let (time, unique) = id.split_once('-')?;
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let time = time.strip_suffix('Z')?.split_once('T')?;
+    let good = digits(disk)
+        && (time.0.len(), time.1.len(), unique.len()) == (8, 6, 8)
+        && digits(time.0)
+        && digits(time.1)
+        && unique.bytes().all(|byte| byte.is_ascii_hexdigit());
+    good.then_some(id)
+}
+
+/// The backups in a store's directory of a domain, from the newest on, and what of them can be built upon.
+pub(super) async fn earlier(
+    setting: &Setting,
+    store: &str,
+    path: PathBuf,
+    domain: String,
+) -> Result<Vec<Earlier>, Error> {
+    let records = setting
+        .catalog
+        .newest_backups(store.to_owned(), domain.clone(), LOOKED_AT)
+        .await?;
+    if records.is_empty() {
+        return Ok(Vec::new());
+    }
+    let patience = setting.deadlines.stall();
+    let look = blocking(setting, move || look(&path, &domain, &records));
+    tokio::time::timeout(patience, look)
+        .await
+        .map_err(|_| Error::stalled("the store", patience))
+}
+
+fn look(store: &Path, domain: &str, records: &[BackupRecord]) -> Vec<Earlier> {
+    // What cannot be looked at cannot be built upon, nor can the new backup be put there, which says why.
+    let shelf = Shelf::of_store(store).and_then(|store| store.below(domain));
+    let shelf = shelf.ok().flatten();
+    let mut manifests: Vec<Manifest> = records
+        .iter()
+        .filter_map(|record| Manifest::parse(record.manifest.as_bytes()).ok())
+        .collect();
+    manifests.sort_by(|a, b| (a.instant, &a.id).cmp(&(b.instant, &b.id)));
+    let mut images: HashMap<(String, String), u32> = HashMap::new();
+    let mut earlier: Vec<Earlier> = Vec::new();
+    for manifest in &manifests {
+        let directory = shelf
+            .as_ref()
+            .and_then(|shelf| shelf.below(&manifest.id).ok().flatten());
+        let disks = manifest.disks.iter().map(|disk| {
+            let whole = directory
+                .as_ref()
+                .is_some_and(|directory| is_whole(directory, disk));
+            let below = match &disk.parent {
+                None => Some(0),
+                Some(parent) => images.get(&(parent.backup.clone(), parent.file.clone())).copied(),
+            };
+            EarlierDisk {
+                file: disk.file.clone(),
+                virtual_size: disk.virtual_size,
+                bitmap: disk.bitmap.clone(),
+                images: below.filter(|_| whole).map(|below| below + 1),
+            }
+        });
+        let disks: Vec<EarlierDisk> = disks.collect();
+        for disk in &disks {
+            if let Some(count) = disk.images {
+                images.insert((manifest.id.clone(), disk.file.clone()), count);
+            }
+        }
+        earlier.push(Earlier {
+            id: manifest.id.clone(),
+            disks,
+        });
+    }
+    earlier.reverse();
+    earlier
+}
+
+/// Whether an image is there, as far as its length tells.
+fn is_whole(directory: &Shelf, disk: &catalog::Disk) -> bool {
+    match (directory.file_size(&disk.file), disk.length) {
+        (Ok(length), Some(then)) => length == then,
+        (Ok(length), None) => length > 0,
+        (Err(_), _) => false,
+    }
+}
+
+impl Footprint {
+    /// Begins to record on every disk of which the plan says so. It is done before the backup's instant, for a bitmap cannot
+    /// be added in the same transaction: what is written in between is copied once more by the next backup. A disk that
+    /// takes no more is backed up all the same, and the next time as a whole.
+    pub async fn make_checkpoints(&self, job: &Job) -> qmp::Result<()> {
+        for (index, disk) in job.plan.disks.iter().enumerate() {
+            if !disk.checkpoint {
+                continue;
+            }
+            let arguments = json!({
+                "node": disk.node, "name": checkpoint_name(&job.backup_id, index), "persistent": true,
+            });
+            match self.client().execute("block-dirty-bitmap-add", arguments).await {
+                Err(error) if error.is_refusal() => {
+                    tracing::warn!(
+                        job = job.id,
+                        disk = disk.name,
+                        %error,
+                        "no later backup of the disk can go on from this one"
+                    );
+                }
+                result => drop(result?),
+            }
+            fault::point(Point::CheckpointMade);
+        }
+        Ok(())
+    }
+
+    /// Removes the checkpoints on the domain's disks that no later backup goes on from: of backups that failed, were removed,
+    /// or are older than those that their store records from; and those that do not have everything, which would also keep
+    /// the disk from being resized.
+    pub async fn settle_checkpoints(&self, setting: &Setting) -> Result<(), Error> {
+        let disks = self.inspect().await.map_err(Error::Lost)?.disks;
+        let ids: BTreeSet<&str> = disks.iter().flat_map(checkpoints).map(|(id, _)| id).collect();
+        let ids: Vec<String> = ids.into_iter().map(str::to_owned).collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let standings = setting.catalog.standings(ids.clone()).await?;
+        let standings = standings.into_iter().map(Use::of);
+        let uses: BTreeMap<&str, Use> = ids.iter().map(String::as_str).zip(standings).collect();
+        for disk in disks.iter() {
+            for name in unwanted(disk, &uses, &setting.stores) {
+                let arguments = json!({ "node": disk.node, "name": name });
+                match self
+                    .client()
+                    .execute("block-dirty-bitmap-remove", arguments)
+                    .await
+                {
+                    // A block job of somebody's reads it just now, or it is gone already.
+                    Err(error) if error.is_refusal() => {
+                        tracing::info!(disk = disk.name, %error, "a checkpoint is removed later");
+                    }
+                    result => drop(result.map_err(Error::Lost)?),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Our bitmaps on a disk, as (backup's id, bitmap's name).
+fn checkpoints(disk: &Disk) -> impl Iterator<Item = (&str, &str)> {
+    let names = disk.bitmaps.iter().map(|bitmap| bitmap.name.as_str());
+    names.filter_map(|name| backup_of(name).map(|id| (id, name)))
+}
+
+/// What a checkpoint is of use for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Use {
+    /// Backups into that store go on from it.
+    Base {
+        store: String,
+        instant: Timestamp,
+    },
+    /// They may.
+    Pending,
+    None,
+    Unknown,
+}
+
+impl Use {
+    fn of(standing: Standing) -> Self {
+        match standing {
+            Standing::There { store, manifest } => match Manifest::parse(manifest.as_bytes()) {
+                Ok(Manifest { instant, .. }) => Self::Base { store, instant },
+                Err(_) => Self::Unknown,
+            },
+            Standing::UnderWay => Self::Pending,
+            Standing::Gone => Self::None,
+            Standing::Unknown => Self::Unknown,
+        }
+    }
+}
+
+/// The checkpoints of a disk that nobody needs.
+fn unwanted<'a>(
+    disk: &'a Disk,
+    uses: &BTreeMap<&str, Use>,
+    stores: &BTreeMap<String, Store>,
+) -> Vec<&'a str> {
+    let mut found: Vec<(&str, &str)> = checkpoints(disk).collect();
+    // The newest first. What is not known has nothing but its name to go by.
+    found.sort_by_key(|(id, _)| {
+        let instant = match uses.get(id) {
+            Some(Use::Base { instant, .. }) => Some(*instant),
+            _ => None,
+        };
+        Reverse((instant, *id))
+    });
+    let (mut of_store, mut unknown) = (HashMap::<&str, usize>::new(), 0);
+    let inconsistent = |name: &str| {
+        let mut bitmaps = disk.bitmaps.iter();
+        bitmaps.any(|bitmap| bitmap.name == name && bitmap.inconsistent)
+    };
+    found.retain(|(id, name)| match uses.get(id) {
+        _ if inconsistent(name) => true,
+        Some(Use::Base { store, .. }) => {
+            let count = of_store.entry(store).or_default();
+            *count += 1;
+            // What a store that is not configured now needs when it is again is not known.
+            stores.get(store).is_some_and(|store| *count > store.checkpoints)
+        }
+        Some(Use::None) => true,
+        Some(Use::Pending) => false,
+        Some(Use::Unknown) | None => {
+            unknown += 1;
+            unknown > UNKNOWN
+        }
+    });
+    found.into_iter().map(|(_, name)| name).collect()
+}
+
+impl Job {
+    /// Whether its end changes which checkpoints are of use.
+    pub(super) fn has_checkpoints(&self) -> bool {
+        matches!(self.plan.destination, Destination::Store { .. })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Bitmap;
+
+    fn id(second: u32) -> String {
+        format!("20261123T0559{second:02}Z-10ebf9b0")
+    }
+
+    fn disk(seconds: &[u32]) -> Disk {
+        let bitmap = |name: String| Bitmap {
+            name,
+            good: true,
+            inconsistent: false,
+            dirty: 0,
+        };
+        let mut bitmaps: Vec<Bitmap> = seconds
+            .iter()
+            .map(|second| bitmap(checkpoint_name(&id(*second), 0)))
+            .collect();
+        bitmaps.push(bitmap("somebody-elses".into()));
+        bitmaps.push(bitmap("backupd-mine-0".into()));
+        let mut disk = Disk::for_test("vda", "a", true, true);
+        disk.bitmaps = bitmaps;
+        disk
+    }
+
+    fn kept(seconds: &[u32], used: impl Fn(u32) -> Use) -> Vec<u32> {
+        let disk = disk(seconds);
+        let ids: Vec<String> = seconds.iter().map(|second| id(*second)).collect();
+        let uses = ids.iter().map(String::as_str);
+        let uses = uses.zip(seconds.iter().map(|second| used(*second))).collect();
+        let store = Store {
+            path: "/s".into(),
+            checkpoints: 2,
+        };
+        let stores = BTreeMap::from([("s".to_owned(), store)]);
+        let gone = unwanted(&disk, &uses, &stores);
+        let stays = |second: &&u32| !gone.contains(&checkpoint_name(&id(**second), 0).as_str());
+        assert!(
+            !gone
+                .iter()
+                .any(|name| name.contains("else") || name.contains("mine"))
+        );
+        seconds.iter().filter(stays).copied().collect()
+    }
+
+    #[test]
+    fn only_our_bitmaps_are_known_by_their_names() {
+        assert_eq!(backup_of(&checkpoint_name(&id(7), 12)), Some(id(7).as_str()));
+        for name in [
+            "backupd-20261123T055907Z-10ebf9b0",
+            "backupd-20261123T055907Z-10ebf9b0-",
+            "backupd-20261123T055907Z-10ebf9b0-x",
+            "backupd-20261123T055907Z-10ebf9bg-0",
+            "backupd-2026112xT055907Z-10ebf9b0-0",
+            "backupd-tuesday-0",
+            "libvirt-20261123T055907Z-10ebf9b0-0",
+            "",
+        ] {
+            assert_eq!(backup_of(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_newest_of_each_store_stay_and_those_of_no_backup_go() {
+        let there = |second: u32, store: &str| Use::Base {
+            store: store.into(),
+            instant: Timestamp::from_second(second.into()).unwrap(),
+        };
+        assert_eq!(kept(&[1, 2, 3, 4], |second| there(second, "s")), [3, 4]);
+        // By their instants, not by their names.
+        assert_eq!(kept(&[1, 2, 3, 4], |second| there(9 - second, "s")), [1, 2]);
+        let two_stores = |second| there(second, if second % 2 == 0 { "s" } else { "unconfigured" });
+        assert_eq!(kept(&[1, 2, 3, 4, 6], two_stores), [1, 3, 4, 6]);
+        let gone = |second| match second {
+            1 => Use::Pending,
+            2 => Use::None,
+            _ => Use::Unknown,
+        };
+        assert_eq!(kept(&[1, 2, 3], gone), [1, 3]);
+        let many: Vec<u32> = (0..20).collect();
+        assert_eq!(kept(&many, |_| Use::Unknown), many[4..]);
+    }
+}

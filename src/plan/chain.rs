@@ -1,0 +1,398 @@
+//! Which earlier backup a disk's new image lies on; and if on none, why.
+//!
+//! What counts is the dirty bitmap on the disk: it has recorded since the instant of one earlier backup, whatever the disk
+//! was called then, and only what it has recorded can be copied alone. Pure: what there is of earlier backups, and which
+//! bitmaps a disk has, was looked at before.
+
+use serde::{Deserialize, Serialize};
+
+use super::Error;
+use crate::catalog::{Kind, Parent};
+use crate::definition::Position;
+use crate::domain::Disk;
+
+/// The most images that it takes to read a backup's disk. Each is one more that can be damaged.
+pub const MAX_IMAGES: u32 = 32;
+
+/// An earlier backup of the domain in the store that the new one goes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Earlier {
+    pub id: String,
+    pub disks: Vec<EarlierDisk>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EarlierDisk {
+    /// Its image's file name in the backup's directory.
+    pub file: String,
+    pub virtual_size: u64,
+    /// The bitmap that has recorded on the disk since then.
+    pub bitmap: Option<String>,
+    /// How many images it takes to read it; nothing if one of them is not what it was.
+    pub images: Option<u32>,
+}
+
+/// What a call wants of a disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Wanted {
+    /// What changed since the newest backup that it is known of; else all.
+    #[default]
+    Auto,
+    Full,
+    /// What changed since the newest one that it is known of, or nothing at all.
+    Newest,
+    /// What changed since that backup, or nothing at all.
+    Since {
+        checkpoint: String,
+        at: Position,
+    },
+}
+
+/// What is copied of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    Full { why: Why },
+    Since(Base),
+}
+
+impl Mode {
+    /// In libvirt's words where it has them.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Full { .. } => "full",
+            Self::Since(Base { newest: true, .. }) => "incremental",
+            Self::Since(_) => "differential",
+        }
+    }
+
+    /// The image that the new one lies on.
+    pub fn parent(&self) -> Option<Parent> {
+        match self {
+            Self::Full { .. } => None,
+            Self::Since(base) => Some(base.parent()),
+        }
+    }
+}
+
+impl Default for Mode {
+    fn default() -> Self {
+        Self::Full { why: Why::Requested }
+    }
+}
+
+/// The image that a new one lies on, and the bitmap that says what is to be copied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Base {
+    pub backup: String,
+    pub file: String,
+    pub bitmap: String,
+    /// It is the newest backup that there is.
+    pub newest: bool,
+}
+
+impl Base {
+    pub fn parent(&self) -> Parent {
+        Parent {
+            backup: self.backup.clone(),
+            file: self.file.clone(),
+        }
+    }
+}
+
+/// Why a disk is copied as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Why {
+    /// The call wanted it.
+    Requested,
+    /// The data goes to a place of the caller's, where nothing is known of earlier ones.
+    Outside,
+    /// The target is raw: it lies on nothing.
+    Raw,
+    /// The store has no earlier backup of the domain.
+    First,
+    /// The disk's image cannot keep a record of what is written.
+    NoBitmaps,
+    /// The disk has no record that goes back to an earlier backup: it is new, or was given another image.
+    NoBitmap,
+    /// It has one that does not have everything, as after a crash of its QEMU.
+    Inconsistent,
+    /// The disk has another size than then.
+    Resized,
+    /// An image of the earlier backup is not what it was, or is gone.
+    Damaged,
+    /// It would take too many images to read it.
+    ChainTooLong,
+}
+
+impl Why {
+    /// For programs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Requested => "requested",
+            Self::Outside => "outside",
+            Self::Raw => "raw",
+            Self::First => "first",
+            Self::NoBitmaps => "no-bitmaps",
+            Self::NoBitmap => "no-bitmap",
+            Self::Inconsistent => "inconsistent",
+            Self::Resized => "resized",
+            Self::Damaged => "damaged",
+            Self::ChainTooLong => "chain-too-long",
+        }
+    }
+
+    /// For people.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Requested => "a full backup was asked for",
+            Self::Outside => "only a store knows of earlier backups",
+            Self::Raw => "a raw image lies on nothing",
+            Self::First => "there is no earlier backup in the store",
+            Self::NoBitmaps => "its image cannot keep a record of what is written (qcow2 of version 3 can)",
+            Self::NoBitmap => "it has no record of what was written since then",
+            Self::Inconsistent => "its record of what was written is not whole, as after a crash of its QEMU",
+            Self::Resized => "its size has changed since then",
+            Self::Damaged => "an image of the earlier backup is not what it was, or is gone",
+            Self::ChainTooLong => "it would take too many images to read it",
+        }
+    }
+}
+
+/// Chooses for one disk. `earlier` are the backups from the newest on; `refused` is why none can be built upon at all.
+pub(super) fn choose(
+    disk: &Disk,
+    earlier: &[Earlier],
+    wanted: &Wanted,
+    refused: Option<Why>,
+) -> Result<Mode, Error> {
+    let found = match wanted {
+        Wanted::Full => return Ok(Mode::default()),
+        _ if refused.is_some() => Err(refused.unwrap_or(Why::Requested)),
+        Wanted::Auto | Wanted::Newest => newest(disk, earlier),
+        Wanted::Since { checkpoint, at } => {
+            let found = earlier.iter().position(|backup| backup.id == *checkpoint);
+            let index = found.ok_or_else(|| Error::NoSuchCheckpoint {
+                name: checkpoint.clone(),
+                at: *at,
+            })?;
+            since(disk, &earlier[index], index == 0)
+        }
+    };
+    match (found, wanted) {
+        (Ok(base), _) => Ok(Mode::Since(base)),
+        (Err(why), Wanted::Auto) => Ok(Mode::Full { why }),
+        (Err(why), Wanted::Since { checkpoint, at }) => Err(Error::ChainBroken {
+            disk: disk.name.clone(),
+            since: format!("'{checkpoint}'"),
+            why,
+            at: *at,
+        }),
+        (Err(why), _) => Err(Error::ChainBroken {
+            disk: disk.name.clone(),
+            since: "any earlier backup".into(),
+            why,
+            at: Position::default(),
+        }),
+    }
+}
+
+/// The newest backup that the disk has a record since.
+fn newest(disk: &Disk, earlier: &[Earlier]) -> Result<Base, Why> {
+    let mut first = None;
+    for (index, backup) in earlier.iter().enumerate() {
+        match since(disk, backup, index == 0) {
+            Ok(base) => return Ok(base),
+            // A record that goes back further has seen the same change of size; and a chain that is too long is ended by a
+            // full backup, not prolonged from further back.
+            Err(why @ (Why::Resized | Why::ChainTooLong)) => return Err(why),
+            Err(Why::NoBitmap) => {}
+            Err(why) => {
+                first.get_or_insert(why);
+            }
+        }
+    }
+    Err(match first {
+        Some(why) => why,
+        None if !disk.keeps_bitmaps => Why::NoBitmaps,
+        None if earlier.is_empty() => Why::First,
+        None => Why::NoBitmap,
+    })
+}
+
+fn since(disk: &Disk, backup: &Earlier, newest: bool) -> Result<Base, Why> {
+    let records = backup.disks.iter().filter_map(|then| {
+        let name = then.bitmap.as_ref()?;
+        let bitmap = disk.bitmaps.iter().find(|bitmap| bitmap.name == *name)?;
+        Some((then, bitmap))
+    });
+    let Some((then, bitmap)) = records.into_iter().next() else {
+        return Err(if disk.keeps_bitmaps {
+            Why::NoBitmap
+        } else {
+            Why::NoBitmaps
+        });
+    };
+    let images = then.images.ok_or(Why::Damaged)?;
+    if !bitmap.good {
+        return Err(Why::Inconsistent);
+    }
+    if then.virtual_size != disk.virtual_size {
+        return Err(Why::Resized);
+    }
+    if images >= MAX_IMAGES {
+        return Err(Why::ChainTooLong);
+    }
+    Ok(Base {
+        backup: backup.id.clone(),
+        file: then.file.clone(),
+        bitmap: bitmap.name.clone(),
+        newest,
+    })
+}
+
+/// What a backup of disks with these modes is.
+pub fn kind<'a>(modes: impl Iterator<Item = &'a Mode>) -> Kind {
+    let mut kind = Kind::Full;
+    for mode in modes {
+        match mode {
+            Mode::Full { .. } => {}
+            Mode::Since(Base { newest: true, .. }) if kind == Kind::Full => kind = Kind::Incremental,
+            Mode::Since(Base { newest: true, .. }) => {}
+            Mode::Since(_) => kind = Kind::Differential,
+        }
+    }
+    kind
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Bitmap;
+
+    fn disk(bitmaps: &[&str]) -> Disk {
+        let bitmap = |name: &&str| Bitmap {
+            name: (*name).into(),
+            good: true,
+            inconsistent: false,
+            dirty: 1 << 16,
+        };
+        let mut disk = Disk::for_test("vda", "a", true, true);
+        disk.bitmaps = bitmaps.iter().map(bitmap).collect();
+        disk
+    }
+
+    fn backup(id: &str, images: Option<u32>) -> Earlier {
+        Earlier {
+            id: id.into(),
+            disks: vec![EarlierDisk {
+                file: "vda.qcow2".into(),
+                virtual_size: 1 << 20,
+                bitmap: Some(format!("since-{id}")),
+                images,
+            }],
+        }
+    }
+
+    fn auto(disk: &Disk, earlier: &[Earlier]) -> Result<(String, bool), Why> {
+        match choose(disk, earlier, &Wanted::Auto, None).unwrap() {
+            Mode::Full { why } => Err(why),
+            Mode::Since(base) => Ok((base.backup, base.newest)),
+        }
+    }
+
+    fn named(checkpoint: &str) -> Wanted {
+        Wanted::Since {
+            checkpoint: checkpoint.into(),
+            at: Position::default(),
+        }
+    }
+
+    #[test]
+    fn the_newest_backup_that_the_disk_has_a_record_since_is_built_upon() {
+        let earlier = [backup("c", Some(3)), backup("b", Some(2)), backup("a", Some(1))];
+        assert_eq!(
+            auto(&disk(&["since-a", "since-c", "since-b"]), &earlier),
+            Ok(("c".into(), true))
+        );
+        assert_eq!(
+            auto(&disk(&["since-a", "since-b"]), &earlier),
+            Ok(("b".into(), false))
+        );
+        assert_eq!(auto(&disk(&["other"]), &earlier), Err(Why::NoBitmap));
+        assert_eq!(auto(&disk(&[]), &[]), Err(Why::First));
+    }
+
+    #[test]
+    fn it_is_found_by_its_record_whatever_the_disk_is_called_now() {
+        let mut renamed = disk(&["since-a"]);
+        renamed.name = "vdx".into();
+        assert_eq!(auto(&renamed, &[backup("a", Some(1))]), Ok(("a".into(), true)));
+    }
+
+    #[test]
+    fn what_is_damaged_is_passed_over_and_what_has_another_size_is_not_built_upon() {
+        let both = disk(&["since-a", "since-b"]);
+        assert_eq!(
+            auto(&both, &[backup("b", None), backup("a", Some(1))]),
+            Ok(("a".into(), false))
+        );
+        assert_eq!(auto(&both, &[backup("b", None)]), Err(Why::Damaged));
+        let mut torn = both.clone();
+        torn.bitmaps[1].good = false;
+        assert_eq!(auto(&torn, &[backup("b", Some(2))]), Err(Why::Inconsistent));
+        let mut grown = both.clone();
+        grown.virtual_size += 1;
+        assert_eq!(
+            auto(&grown, &[backup("b", Some(2)), backup("a", Some(1))]),
+            Err(Why::Resized)
+        );
+        let long = [backup("b", Some(MAX_IMAGES)), backup("a", Some(1))];
+        assert_eq!(auto(&both, &long), Err(Why::ChainTooLong));
+        let mut old = disk(&[]);
+        old.keeps_bitmaps = false;
+        assert_eq!(auto(&old, &[backup("a", Some(1))]), Err(Why::NoBitmaps));
+    }
+
+    #[test]
+    fn what_was_named_is_what_is_built_upon_or_nothing() {
+        let earlier = [backup("b", Some(2)), backup("a", Some(1))];
+        let both = disk(&["since-a", "since-b"]);
+        let Ok(Mode::Since(base)) = choose(&both, &earlier, &named("a"), None) else {
+            panic!("it is there");
+        };
+        assert_eq!((base.backup.as_str(), base.newest), ("a", false));
+        let error = choose(&both, &earlier, &named("x"), None).unwrap_err();
+        assert_eq!(error.kind(), crate::error::Kind::NoSuchCheckpoint);
+        for (disk, wanted, refused) in [
+            (disk(&["since-b"]), named("a"), None),
+            (disk(&[]), Wanted::Newest, None),
+            (both.clone(), named("a"), Some(Why::Raw)),
+        ] {
+            let error = choose(&disk, &earlier, &wanted, refused).unwrap_err();
+            assert_eq!(error.kind(), crate::error::Kind::ChainBroken, "{error}");
+        }
+        assert_eq!(choose(&both, &earlier, &Wanted::Full, None), Ok(Mode::default()));
+    }
+
+    #[test]
+    fn a_backup_is_what_its_disks_are() {
+        let full = Mode::default();
+        let since = |newest| {
+            Mode::Since(Base {
+                backup: "a".into(),
+                file: "f".into(),
+                bitmap: "m".into(),
+                newest,
+            })
+        };
+        assert_eq!(kind([&full, &full].into_iter()), Kind::Full);
+        assert_eq!(kind([&full, &since(true)].into_iter()), Kind::Incremental);
+        assert_eq!(
+            kind([&since(false), &since(true)].into_iter()),
+            Kind::Differential
+        );
+    }
+}

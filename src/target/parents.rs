@@ -1,0 +1,79 @@
+//! The images of earlier backups that new ones lie on: kept as they are until the new ones have their names.
+
+use std::path::PathBuf;
+
+use super::inventory::{Held, Sharing, Shelf};
+use super::{BackupName, Error};
+use crate::plan::{Base, Destination, Mode, Plan};
+
+/// Those of one backup.
+#[derive(Debug, Default)]
+pub(super) struct Parents(Vec<Parent>);
+
+#[derive(Debug)]
+struct Parent {
+    disk: String,
+    store: PathBuf,
+    domain: String,
+    base: Base,
+    length: u64,
+    /// Nobody removes or replaces it meanwhile.
+    _held: Held,
+}
+
+impl Parents {
+    /// Takes hold of all of them. Who would keep the backups that these lie on themselves from being removed has to keep
+    /// these, too: nobody removes what another backup lies on.
+    pub fn hold(plan: &Plan, name: BackupName) -> Result<Self, Error> {
+        let Destination::Store { path, .. } = &plan.destination else {
+            return Ok(Self::default());
+        };
+        let based = plan.disks.iter().filter_map(|disk| match &disk.mode {
+            Mode::Since(base) => Some((disk.name.clone(), base.clone())),
+            Mode::Full { .. } => None,
+        });
+        let held = based.map(|(disk, base)| {
+            let shelf = find(path, name.domain, &disk, &base)?;
+            Ok(Parent {
+                length: shelf.file_size(&base.file)?,
+                _held: shelf.hold(Sharing::Shared)?,
+                store: path.clone(),
+                domain: name.domain.to_owned(),
+                disk,
+                base,
+            })
+        });
+        held.collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Whether they are what they were: who does not ask removes what is held, too.
+    pub fn check(&self) -> Result<(), Error> {
+        self.0.iter().try_for_each(|parent| {
+            let Parent { disk, base, .. } = parent;
+            let length =
+                find(&parent.store, &parent.domain, disk, base).and_then(|shelf| shelf.file_size(&base.file));
+            match length {
+                Ok(length) if length == parent.length => Ok(()),
+                Ok(_) => Err(gone(disk, base, "is not what it was any more")),
+                Err(_) => Err(gone(disk, base, "is not there any more")),
+            }
+        })
+    }
+}
+
+fn find(store: &std::path::Path, domain: &str, disk: &str, base: &Base) -> Result<Shelf, Error> {
+    let shelf = Shelf::of_store(store)?.below(domain)?;
+    let shelf = shelf
+        .map(|shelf| shelf.below(&base.backup))
+        .transpose()?
+        .flatten();
+    shelf.ok_or_else(|| gone(disk, base, "is not there any more"))
+}
+
+fn gone(disk: &str, base: &Base, why: &'static str) -> Error {
+    Error::Parent {
+        disk: disk.to_owned(),
+        backup: base.backup.clone(),
+        why,
+    }
+}

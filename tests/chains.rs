@@ -1,0 +1,564 @@
+//! Backups that lie on earlier ones: what each of them shows, whatever becomes of the others, of the service and of QEMU.
+//!
+//! A test knows byte for byte what a disk held at the instant of each backup, and every backup is read by `qemu-img` alone.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use backupd::fault::Point;
+use common::caller::{Caller, assert_completed, assert_failed, cancel};
+use common::disk::Disk;
+use common::proxies::{JobProxy, Options, error_name};
+use common::vm::Vm;
+use common::{System, process, wait};
+use serde_json::{Value, json};
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 4 * MIB;
+
+/// A machine with two disks of which is known what they hold, and what they held at each backup.
+struct Scene {
+    system: System,
+    vm: Option<Vm>,
+    now: BTreeMap<&'static str, Vec<u8>>,
+    /// By id.
+    backups: BTreeMap<String, BTreeMap<&'static str, Vec<u8>>>,
+}
+
+const DISKS: [&str; 2] = ["vda", "vdb"];
+
+impl Scene {
+    fn new() -> Self {
+        Self::with("")
+    }
+
+    /// With further lines for the default store's configuration.
+    fn with(store: &str) -> Self {
+        let system = System::setup().table(store).start();
+        let mut scene = Self {
+            system,
+            vm: None,
+            now: DISKS.map(|disk| (disk, vec![0; SIZE as usize])).into(),
+            backups: BTreeMap::new(),
+        };
+        scene.boot();
+        for disk in DISKS {
+            scene.write(disk, 0, 2 * MIB, 0x11);
+        }
+        scene
+    }
+
+    /// Starts the machine, with the disks that it had.
+    fn boot(&mut self) {
+        let machine = self.system.vm("web").running();
+        let machine = DISKS
+            .iter()
+            .fold(machine, |machine, disk| machine.disk(Disk::new(disk, SIZE)));
+        self.vm = Some(self.system.configured(machine));
+    }
+
+    fn vm(&self) -> &Vm {
+        self.vm.as_ref().expect("the machine runs")
+    }
+
+    fn write(&mut self, disk: &'static str, offset: u64, length: u64, pattern: u8) {
+        self.vm().write(disk, offset, length, pattern);
+        self.holds(disk, offset, length, pattern);
+    }
+
+    fn write_zeroes(&mut self, disk: &'static str, offset: u64, length: u64) {
+        self.vm().write_zeroes(disk, offset, length);
+        self.holds(disk, offset, length, 0);
+    }
+
+    fn holds(&mut self, disk: &'static str, offset: u64, length: u64, pattern: u8) {
+        let content = self.now.get_mut(disk).expect("it is one of the disks");
+        content[offset as usize..(offset + length) as usize].fill(pattern);
+    }
+
+    /// Ends QEMU in order, and starts it again.
+    fn reboot(&mut self) {
+        self.vm.take().expect("the machine runs").quit();
+        self.boot();
+    }
+
+    /// Ends QEMU as a crash would, and starts it again. What was flushed before is there.
+    fn crash(&mut self) {
+        let mut vm = self.vm.take().expect("the machine runs");
+        DISKS.iter().for_each(|disk| vm.flush(disk));
+        vm.kill();
+        drop(vm);
+        self.boot();
+    }
+
+    /// Makes a backup, which must be good; gives its id, and what was copied of each disk: mode and reason.
+    async fn backup(&mut self, options: Options<'_>) -> (String, Vec<String>) {
+        let caller = Caller::new(&self.system).await;
+        let job = caller.start_with("web", "", &[], options).await;
+        assert_completed(&job).await;
+        self.record(&job).await
+    }
+
+    async fn record(&mut self, job: &JobProxy<'_>) -> (String, Vec<String>) {
+        let id = backup_id(job).await;
+        self.backups.insert(id.clone(), self.now.clone());
+        let increments = job.increments().await.unwrap();
+        let said = increments
+            .into_iter()
+            .map(|(disk, mode, since, why)| format!("{disk} {mode} {since}{why}"));
+        (id, said.collect())
+    }
+
+    fn image(&self, id: &str, disk: &str) -> PathBuf {
+        self.system
+            .store()
+            .join("web")
+            .join(id)
+            .join(format!("{disk}.qcow2"))
+    }
+
+    fn manifest(&self, id: &str) -> Value {
+        let path = self.system.store().join("web").join(id).join("manifest.json");
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
+    /// Every backup shows what there was at its instant.
+    #[track_caller]
+    fn check(&self) {
+        for (id, disks) in &self.backups {
+            for (disk, content) in disks {
+                let image = self.image(id, disk);
+                assert!(
+                    read(&image) == *content,
+                    "{} does not show what there was",
+                    image.display()
+                );
+            }
+        }
+    }
+
+    /// The checkpoints on the disks are those of these backups.
+    #[track_caller]
+    fn assert_checkpoints(&self, ids: &[&str]) {
+        for (index, disk) in DISKS.iter().enumerate() {
+            let mut names: Vec<String> = ids.iter().map(|id| format!("backupd-{id}-{index}")).collect();
+            names.sort();
+            assert_eq!(self.vm().checkpoints(disk), names, "{disk}");
+        }
+    }
+}
+
+/// What a reader of an image sees.
+#[track_caller]
+fn read(image: &Path) -> Vec<u8> {
+    let raw = image.with_extension("read");
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-O", "raw"]).arg(image).arg(&raw);
+    process::run(convert).expect_success();
+    let content = std::fs::read(&raw).unwrap();
+    std::fs::remove_file(&raw).unwrap();
+    content
+}
+
+async fn backup_id(job: &JobProxy<'_>) -> String {
+    let disks = job.disks().await.unwrap();
+    let target = PathBuf::from(&disks[0].4);
+    let directory = target.parent().unwrap().file_name().unwrap();
+    directory.to_str().unwrap().to_owned()
+}
+
+fn incremental(word: &str) -> Options<'_> {
+    Options::from([("incremental", Variant::from(word))])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_backup_holds_what_changed_and_shows_what_there_was() {
+    let mut scene = Scene::new();
+    let (full, said) = scene.backup(Options::new()).await;
+    assert_eq!(said, ["vda full first", "vdb full first"]);
+    scene.write("vda", MIB, MIB / 2, 0x22);
+    scene.write_zeroes("vda", 0, MIB / 4);
+    let (second, said) = scene.backup(Options::new()).await;
+    let since = |id: &str| DISKS.map(|disk| format!("{disk} incremental {id}"));
+    assert_eq!(said, since(&full));
+    scene.reboot();
+    scene.write("vda", 3 * MIB, MIB / 2, 0x33);
+    scene.write("vdb", 0, 64 << 10, 0x44);
+    let (third, said) = scene.backup(incremental("auto")).await;
+    assert_eq!(said, since(&second));
+    scene.write("vdb", 2 * MIB, 64 << 10, 0x55);
+    let (fourth, said) = scene.backup(incremental(&full)).await;
+    assert_eq!(said, DISKS.map(|disk| format!("{disk} differential {full}")));
+    scene.check();
+    scene.assert_checkpoints(&[&full, &second, &third, &fourth]);
+
+    // An increment takes what changed, and no more than some metadata beside it.
+    let length = |id: &str, disk: &str| std::fs::metadata(scene.image(id, disk)).unwrap().len();
+    assert!(length(&second, "vdb") < MIB / 2, "{}", length(&second, "vdb"));
+    assert!(length(&third, "vdb") < MIB, "{}", length(&third, "vdb"));
+    // Each says what it is, what it lies on, and what its files are.
+    let manifest = scene.manifest(&third);
+    assert_eq!(manifest["kind"], "incremental");
+    let disk = &manifest["disks"][1];
+    assert_eq!(disk["parent"], json!({ "backup": second, "file": "vdb.qcow2" }));
+    assert_eq!(disk["bitmap"], format!("backupd-{third}-1"));
+    assert_eq!(disk["length"], length(&third, "vdb"));
+    let mut sum = Command::new("sha256sum");
+    sum.arg(scene.image(&third, "vdb"));
+    let sum = process::run(sum).expect_success();
+    assert_eq!(disk["sha256"], sum.split(' ').next().unwrap());
+    assert_eq!(scene.manifest(&full)["kind"], "full");
+    assert_eq!(scene.manifest(&fourth)["kind"], "differential");
+    // The header says so too, so that every program finds its way.
+    let mut info = Command::new("qemu-img");
+    info.args(["info", "--output=json"])
+        .arg(scene.image(&third, "vdb"));
+    let info: Value = serde_json::from_str(&process::run(info).expect_success()).unwrap();
+    assert_eq!(info["backing-filename"], format!("../{second}/vdb.qcow2"));
+    assert_eq!(info["backing-filename-format"], "qcow2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_while_a_backup_runs_is_in_the_next() {
+    let mut scene = Scene::new();
+    scene.backup(Options::new()).await;
+    scene.write("vda", 0, 2 * MIB, 0x21);
+    let caller = Caller::new(&scene.system).await;
+    let slow = Options::from([("bandwidth", Variant::from(MIB))]);
+    let job = caller.start_with("web", "", &[], slow).await;
+    wait::until_async("the copying", || async {
+        (job.state().await.unwrap() == "running").then_some(())
+    })
+    .await;
+    let at_the_instant = scene.now.clone();
+    scene.write("vda", MIB, MIB, 0x22);
+    scene.write("vdb", MIB, MIB, 0x23);
+    job.set_speed(0).await.unwrap();
+    assert_completed(&job).await;
+    let (id, _) = scene.record(&job).await;
+    scene.backups.insert(id, at_the_instant);
+    scene.backup(Options::new()).await;
+    scene.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_comes_to_nothing_leaves_the_chain_as_it_was() {
+    let mut scene = Scene::new();
+    let (full, _) = scene.backup(Options::new()).await;
+    scene.write("vda", MIB, MIB, 0x22);
+    let before = scene.vm().residue();
+    let caller = Caller::new(&scene.system).await;
+    let slow = Options::from([("bandwidth", Variant::from(1u64))]);
+    let job = caller.start_with("web", "", &[], slow).await;
+    cancel(&job).await;
+    assert_eq!(scene.vm().residue(), before);
+    scene.assert_checkpoints(&[&full]);
+    scene.write("vdb", MIB, MIB, 0x23);
+    let (_, said) = scene.backup(Options::new()).await;
+    assert_eq!(said, DISKS.map(|disk| format!("{disk} incremental {full}")));
+    scene.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wherever_the_service_dies_the_chain_is_as_good_as_before() {
+    let mut scene = Scene::new();
+    let (mut newest, _) = scene.backup(Options::new()).await;
+    for (index, point) in Point::ALL.into_iter().enumerate() {
+        let cancelled = matches!(
+            point,
+            Point::CancelRequested | Point::CancelSent | Point::Discarded
+        );
+        if cancelled {
+            continue;
+        }
+        scene.write("vda", (index as u64 % 16) * (MIB / 4), 64 << 10, index as u8 + 1);
+        scene.system.stop_daemon();
+        scene.system.start_dying_daemon(point);
+        scene.system.wait_for_domain("web");
+        let caller = Caller::new(&scene.system).await;
+        // It may die before it answers.
+        let _ = caller.try_start("web", "", &[], Options::new()).await;
+        scene.system.wait_for_death();
+        let at_the_instant = scene.now.clone();
+        scene.write("vdb", (index as u64 % 16) * (MIB / 4), 64 << 10, index as u8 + 1);
+        scene.system.start_daemon();
+        scene.system.wait_for_domain("web");
+        let caller = Caller::new(&scene.system).await;
+        let jobs = caller.manager.list_jobs().await.unwrap();
+        if let Some((_, path, _, _)) = jobs.last() {
+            let job = caller.job(path.clone()).await;
+            let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
+            if result == "completed" && backup_id(&job).await != newest {
+                let (id, said) = scene.record(&job).await;
+                assert!(
+                    said[0].ends_with(&format!("incremental {newest}")),
+                    "{point:?}: {said:?}"
+                );
+                scene.backups.insert(id.clone(), at_the_instant);
+                newest = id;
+            } else {
+                assert!(
+                    result == "completed" || result == "failed",
+                    "{point:?}: {result} {message}"
+                );
+            }
+        }
+        // What is next goes on from the last good one, whichever that is.
+        let (id, said) = scene.backup(Options::new()).await;
+        assert_eq!(
+            said,
+            DISKS.map(|disk| format!("{disk} incremental {newest}")),
+            "{point:?}"
+        );
+        newest = id;
+        let good: Vec<&str> = scene.backups.keys().map(String::as_str).collect();
+        for checkpoint in scene.vm().checkpoints("vda") {
+            assert!(
+                good.iter().any(|id| checkpoint.contains(id)),
+                "{point:?}: {checkpoint} is of no good backup"
+            );
+        }
+        assert!(scene.vm().checkpoints("vda").len() <= 4, "{point:?}");
+        // So many images in a chain would be too many.
+        if index % 8 == 7 {
+            scene.check();
+            newest = scene.backup(incremental("full")).await.0;
+        }
+    }
+    scene.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_go_on_begins_anew_and_says_why() {
+    let mut scene = Scene::new();
+    let (first, _) = scene.backup(Options::new()).await;
+    // QEMU dies: what it had not written down of what was written is not known.
+    scene.reboot();
+    scene.write("vda", 0, MIB, 0x31);
+    scene.crash();
+    let (second, said) = scene.backup(Options::new()).await;
+    assert_eq!(said, ["vda full inconsistent", "vdb full inconsistent"]);
+    // A disk of another size.
+    let resize = json!({ "node-name": scene.vm().node_name("vdb"), "size": 2 * SIZE });
+    scene.vm().qmp("block_resize", resize);
+    scene.now.get_mut("vdb").unwrap().resize(2 * SIZE as usize, 0);
+    let (third, said) = scene.backup(Options::new()).await;
+    let since = |id: &str| format!("vda incremental {id}");
+    assert_eq!(said, [since(&second), "vdb full resized".to_owned()]);
+    assert_eq!(scene.manifest(&third)["kind"], "incremental");
+    // Another image above it, as after an external snapshot.
+    let overlay = scene.system.dir().join("overlay.qcow2");
+    let snapshot = json!({ "node-name": scene.vm().node_name("vdb"), "snapshot-file": overlay, "format": "qcow2",
+        "snapshot-node-name": "vdb-overlay" });
+    scene.vm().qmp("blockdev-snapshot-sync", snapshot);
+    scene.write("vdb", MIB, MIB, 0x32);
+    let (fourth, said) = scene.backup(Options::new()).await;
+    assert_eq!(said, [since(&third), "vdb full no-bitmap".to_owned()]);
+    // From then on it is as any other.
+    scene.write("vdb", 3 * MIB, MIB, 0x33);
+    let (_, said) = scene.backup(Options::new()).await;
+    assert_eq!(said, DISKS.map(|disk| format!("{disk} incremental {fourth}")));
+    scene.check();
+
+    // With a name it is an error, and nothing is touched.
+    let caller = Caller::new(&scene.system).await;
+    let before = (scene.vm().checkpoints("vda"), scene.vm().residue());
+    for (since, name, words) in [
+        ("tuesday", "NoSuchCheckpoint", &["'tuesday'"][..]),
+        (&first, "ChainBroken", &[&first, "vda"]),
+    ] {
+        let refused = caller
+            .try_start("web", "", &[], incremental(since))
+            .await
+            .unwrap_err();
+        assert_eq!(
+            error_name(&refused),
+            format!("org.example.Backup1.Error.{name}"),
+            "{refused}"
+        );
+        assert!(
+            words.iter().all(|word| refused.to_string().contains(word)),
+            "{refused}"
+        );
+    }
+    assert_eq!((scene.vm().checkpoints("vda"), scene.vm().residue()), before);
+    scene.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_lies_on_an_image_that_is_not_what_it_was() {
+    let mut scene = Scene::new();
+    let (first, _) = scene.backup(Options::new()).await;
+    scene.write("vda", 0, MIB, 0x31);
+    let (second, _) = scene.backup(Options::new()).await;
+    // The first is cut: the second, which lies on it, is no better.
+    let image = scene.image(&first, "vda");
+    let whole = std::fs::read(&image).unwrap();
+    std::fs::write(&image, &whole[..whole.len() - 1]).unwrap();
+    let (third, said) = scene.backup(Options::new()).await;
+    assert_eq!(
+        said,
+        ["vda full damaged".to_owned(), format!("vdb incremental {second}")]
+    );
+    std::fs::write(&image, &whole).unwrap();
+    // Somebody removes the newest: what there was before is gone on from.
+    std::fs::remove_dir_all(scene.system.store().join("web").join(&third)).unwrap();
+    scene.backups.remove(&third);
+    scene.write("vda", MIB, MIB, 0x32);
+    let (_, said) = scene.backup(Options::new()).await;
+    assert_eq!(said, DISKS.map(|disk| format!("{disk} differential {second}")));
+    scene.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_that_goes_while_a_backup_runs_fails_it() {
+    let mut scene = Scene::new();
+    let (first, _) = scene.backup(Options::new()).await;
+    scene.write("vda", 0, 2 * MIB, 0x31);
+    let caller = Caller::new(&scene.system).await;
+    let slow = Options::from([("bandwidth", Variant::from(1u64))]);
+    let job = caller.start_with("web", "", &[], slow).await;
+    let directory = scene.system.store().join("web").join(&first);
+    let aside = scene.system.dir().join("aside");
+    std::fs::rename(&directory, &aside).unwrap();
+    job.set_speed(0).await.unwrap();
+    assert_failed(&job, "ChainBroken", &first).await;
+    std::fs::rename(&aside, &directory).unwrap();
+    let (_, said) = scene.backup(Options::new()).await;
+    assert_eq!(said, DISKS.map(|disk| format!("{disk} incremental {first}")));
+    scene.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn checkpoints_are_few_and_others_bitmaps_are_left_alone() {
+    let mut scene = Scene::with("[store.none]\npath = \"/mnt\"\ncheckpoints = 0");
+    let node = scene.vm().node_name("vda");
+    for name in ["libvirt-1", "backupd-mine"] {
+        let arguments = json!({ "node": node, "name": name, "persistent": true });
+        scene.vm().qmp("block-dirty-bitmap-add", arguments);
+    }
+    let before = scene.vm().residue();
+    let mut ids = Vec::new();
+    for pattern in 1..=6 {
+        scene.write("vda", 0, MIB, pattern);
+        ids.push(scene.backup(Options::new()).await.0);
+    }
+    let newest: Vec<&str> = ids[2..].iter().map(String::as_str).collect();
+    scene.assert_checkpoints(&newest);
+    assert_eq!(scene.vm().residue(), before);
+    // One that is full because it was asked for is one that others go on from, too.
+    let (full, said) = scene.backup(incremental("full")).await;
+    assert_eq!(said, ["vda full requested", "vdb full requested"]);
+    scene.write("vda", MIB, MIB, 0x99);
+    let (_, said) = scene.backup(Options::new()).await;
+    assert_eq!(said, DISKS.map(|disk| format!("{disk} incremental {full}")));
+    scene.check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_document_says_of_each_disk_what_it_goes_on_from() {
+    let mut scene = Scene::new();
+    let (first, _) = scene.backup(Options::new()).await;
+    scene.write("vda", 0, MIB, 0x31);
+    let (second, _) = scene.backup(Options::new()).await;
+    scene.write("vda", MIB, MIB, 0x32);
+    let caller = Caller::new(&scene.system).await;
+    let document = format!(
+        "<domainbackup><incremental>{first}</incremental><disks><disk name='vda'/>\
+         <disk name='vdb' backupmode='full'/></disks></domainbackup>"
+    );
+    let job = caller.complete("web", &document).await;
+    let (third, said) = scene.record(&job).await;
+    assert_eq!(
+        said,
+        [
+            format!("vda differential {first}"),
+            "vdb full requested".to_owned()
+        ]
+    );
+    let resolved = job.get_definition().await.unwrap();
+    for words in [
+        format!("<disk name='vda' backup='yes' backupmode='incremental' incremental='{first}'>"),
+        "<disk name='vdb' backup='yes' backupmode='full'>".to_owned(),
+    ] {
+        assert!(resolved.contains(&words), "{resolved}");
+    }
+    // Each disk for itself.
+    let document = format!(
+        "<domainbackup><disks><disk name='vda' incremental='{second}'/>\
+         <disk name='vdb' backupmode='incremental'/></disks></domainbackup>"
+    );
+    let job = caller.complete("web", &document).await;
+    let (_, said) = scene.record(&job).await;
+    assert_eq!(
+        said,
+        [
+            format!("vda differential {second}"),
+            format!("vdb incremental {third}")
+        ]
+    );
+    scene.check();
+    // What contradicts itself, or has no place, is refused.
+    let full = incremental("full");
+    let refused = caller.try_start("web", &document, &[], full).await.unwrap_err();
+    assert_eq!(
+        error_name(&refused),
+        "org.freedesktop.DBus.Error.InvalidArgs",
+        "{refused}"
+    );
+    let outside = format!(
+        "<domainbackup><incremental>{first}</incremental><disks><disk name='vda'>\
+         <target file='{}/x.qcow2'/></disk></disks></domainbackup>",
+        scene.system.dir().display()
+    );
+    let refused = caller
+        .try_start("web", &outside, &[], Options::new())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error_name(&refused),
+        "org.example.Backup1.Error.Unsupported",
+        "{refused}"
+    );
+    let raw = "<domainbackup><disks><disk name='vda' backupmode='incremental'><driver type='raw'/></disk></disks>\
+               </domainbackup>";
+    let refused = caller
+        .try_start("web", raw, &[], Options::new())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error_name(&refused),
+        "org.example.Backup1.Error.ChainBroken",
+        "{refused}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_that_change_their_places_go_on_from_their_own_images() {
+    let mut scene = Scene::new();
+    scene.write("vda", 0, MIB, 0xaa);
+    scene.write("vdb", 0, MIB, 0xbb);
+    let (first, _) = scene.backup(Options::new()).await;
+    scene.vm.take().unwrap().quit();
+    let image = |disk: &str| scene.system.dir().join("web").join(format!("{disk}.qcow2"));
+    let aside = scene.system.dir().join("aside");
+    for (from, to) in [
+        (image("vda"), aside.clone()),
+        (image("vdb"), image("vda")),
+        (aside, image("vdb")),
+    ] {
+        std::fs::rename(from, to).unwrap();
+    }
+    let (a, b) = (scene.now["vda"].clone(), scene.now["vdb"].clone());
+    scene.now = [("vda", b), ("vdb", a)].into();
+    scene.boot();
+    scene.write("vda", MIB, MIB, 0xcc);
+    let (second, said) = scene.backup(Options::new()).await;
+    assert_eq!(said, DISKS.map(|disk| format!("{disk} incremental {first}")));
+    assert_eq!(scene.manifest(&second)["disks"][0]["parent"]["file"], "vdb.qcow2");
+    scene.check();
+}

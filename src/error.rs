@@ -16,6 +16,7 @@ pub enum Kind {
     NoSuchStore,
     NoSuchCheckpoint,
     ChainBroken,
+    NoSuchBackup,
     InvalidDefinition,
     Unsupported,
     TargetExists,

@@ -2,10 +2,11 @@
 //!
 //! One library, two binaries: `backupd` (the service) and `backupctl` (its command line). A request goes
 //! `bus` → `service` → `definition` → `access` → `plan` → `job` → `target` → `qmp`, with `domain` telling which
-//! virtual machines there are. A module may use those after it on that way and never those before it.
+//! virtual machines there are, and `backups` beside `job` what becomes of a backup when it is made. A module may use those after it on that way and never those before it.
 
 pub mod access;
 pub mod activity;
+pub mod backups;
 pub mod bus;
 pub mod catalog;
 pub mod config;

@@ -6,12 +6,15 @@ mod common;
 use std::collections::BTreeSet;
 use std::fs;
 
-use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use backupd::names::{
+    BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
+};
 use common::System;
 use common::bus::project_file;
+use common::caller::assert_completed;
 use common::clients::ROOT;
 use common::disk::Disk;
-use common::proxies::{ManagerProxy, Options};
+use common::proxies::{JobProxy, ManagerProxy, Options};
 use zbus_xml::{ArgDirection, Interface, Node};
 
 /// Interfaces of the bus's own that callers may use, with the members the policy lets through.
@@ -155,7 +158,15 @@ fn names_agree_across_the_files_of_the_system() {
         .iter()
         .map(|interface| interface.name().to_string())
         .collect();
-    assert_eq!(described, [MANAGER_INTERFACE, DOMAIN_INTERFACE, JOB_INTERFACE]);
+    assert_eq!(
+        described,
+        [
+            MANAGER_INTERFACE,
+            BACKUP_INTERFACE,
+            DOMAIN_INTERFACE,
+            JOB_INTERFACE
+        ]
+    );
 }
 
 /// An interface as lines to compare. Left out is what means nothing on the wire: order of members, comments, and what
@@ -260,4 +271,8 @@ async fn the_running_service_is_as_described() {
         .await
         .unwrap();
     assert_as_described(&system, &job, JOB_INTERFACE);
+    let job = JobProxy::new(&connection, &job).await.unwrap();
+    assert_completed(&job).await;
+    let (backups, _) = manager.list_backups(Options::new()).await.unwrap();
+    assert_as_described(&system, &backups[0].0, BACKUP_INTERFACE);
 }

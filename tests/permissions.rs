@@ -7,9 +7,11 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 
 use backupd::access::{FREE, Permission, TABLE};
-use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use backupd::names::{
+    BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
+};
 use common::System;
-use common::caller::Caller;
+use common::caller::{Caller, assert_completed};
 use common::clients::{OTHER_USER, ROOT, USER};
 use common::disk::Disk;
 use common::polkit;
@@ -78,6 +80,8 @@ struct Known {
     name: &'static str,
     path: OwnedObjectPath,
     job: OwnedObjectPath,
+    backup: OwnedObjectPath,
+    backup_id: String,
     hidden: bool,
     registered: bool,
 }
@@ -114,26 +118,33 @@ fn slow_machine(system: &System, name: &str) -> Vm {
 /// Bytes a second.
 const SLOW: u64 = MIB;
 
-/// A domain as root's caller sees it, with a backup of it under way that root started.
+/// A domain as root's caller sees it, with a backup in the store, and one under way that root started.
 async fn known(root: &Caller, path: OwnedObjectPath, name: &'static str) -> Known {
-    let options = Options::from([("bandwidth", Variant::from(SLOW))]);
-    let arguments = ("", Vec::<zbus::Fd<'_>>::new(), options);
-    let connection = &root.connection;
-    let job = connection.call_method(
-        Some(BUS_NAME),
-        &path,
-        Some(DOMAIN_INTERFACE),
-        "CreateBackup",
-        &arguments,
-    );
-    let (_, job): (u32, OwnedObjectPath) = job.await.unwrap().body().deserialize().unwrap();
+    let first = start_on(root, &path, Options::new()).await;
+    assert_completed(&root.job(first).await).await;
+    let wanted = Options::from([("domain", Variant::from(name))]);
+    let (backups, _) = root.manager.list_backups(wanted).await.unwrap();
+    let slow = Options::from([("bandwidth", Variant::from(SLOW))]);
     Known {
         name,
+        job: start_on(root, &path, slow).await,
         path,
-        job,
+        backup: backups[0].0.clone(),
+        backup_id: backups[0].1.clone(),
         hidden: name == "secret",
         registered: name == "mine",
     }
+}
+
+/// Starts a backup of the domain at that path.
+async fn start_on(root: &Caller, path: &OwnedObjectPath, options: Options<'_>) -> OwnedObjectPath {
+    let arguments = ("", Vec::<zbus::Fd<'_>>::new(), options);
+    let (name, interface) = (Some(BUS_NAME), Some(DOMAIN_INTERFACE));
+    let started = root
+        .connection
+        .call_method(name, path, interface, "CreateBackup", &arguments);
+    let (_, job): (u32, OwnedObjectPath) = started.await.unwrap().body().deserialize().unwrap();
+    job
 }
 
 /// What became of a call: `ok`, or the error's name, without its prefix, and text.
@@ -189,6 +200,8 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
         "ListDomains" | "ListJobs" | "Subscribe" | "Unsubscribe" => {
             call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &()).await
         }
+        "ListBackups" => call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &Options::new()).await,
+        "GetBackup" => call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &domain.backup_id).await,
         "Rescan" => call(caller, ROOT_PATH, MANAGER_INTERFACE, member, &Options::new()).await,
         "Domain.CreateBackup" => {
             let body = (store, no_files(), Options::new());
@@ -201,6 +214,7 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
         member => match member.split_once('.') {
             Some(("Domain", property)) => get(caller, path, DOMAIN_INTERFACE, property).await,
             Some(("Job", property)) => get(caller, job, JOB_INTERFACE, property).await,
+            Some(("Backup", property)) => get(caller, &domain.backup, BACKUP_INTERFACE, property).await,
             _ => panic!("{member} is called by nobody"),
         },
     }
@@ -218,16 +232,17 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
         return "ok";
     }
     // What a caller may not know of is not there.
-    let about_job = member.starts_with("Job.");
+    let about_job = member.starts_with("Job.") || member.starts_with("Backup.");
     let about_domain = member.starts_with("Domain.");
     if about_job && !person.reads(domain) || about_domain && !person.sees(domain) {
         return "UnknownObject";
     }
     match member {
         "GetJob" if !person.reads(domain) => return "NoSuchJob",
+        "GetBackup" if !person.reads(domain) => return "NoSuchBackup",
         "GetDomain" | "CreateBackup" if !person.sees(domain) => return "NoSuchDomain",
         // Filtered, not refused.
-        "ListJobs" => return "ok",
+        "ListJobs" | "ListBackups" => return "ok",
         "ListDomains" if !lacks(Permission::ServiceSearchDomains) => return "ok",
         _ => {}
     }
@@ -380,6 +395,10 @@ async fn what_is_hidden_answers_like_what_never_was_whatever_is_called() {
             "/org/example/Backup1/domain/0123456789abcdef",
         ),
         (hidden.job.as_str(), "/org/example/Backup1/job/4000000000"),
+        (
+            hidden.backup.as_str(),
+            "/org/example/Backup1/backup/0123456789abcdef",
+        ),
     ] {
         for (interface, member) in calls {
             // Arguments of no method: what is wrong with a call does not tell what is there either.
@@ -404,6 +423,7 @@ async fn what_is_hidden_answers_like_what_never_was_whatever_is_called() {
         ROOT_PATH,
         "/org/example/Backup1/domain",
         "/org/example/Backup1/job",
+        "/org/example/Backup1/backup",
     ] {
         let introspect = user.connection.call_method(
             Some(BUS_NAME),
@@ -416,7 +436,9 @@ async fn what_is_hidden_answers_like_what_never_was_whatever_is_called() {
         let last = |path: &str| format!("\"{}\"", path.rsplit('/').next().unwrap());
         assert!(!text.contains("secret"), "{text}");
         assert!(
-            !text.contains(&last(&hidden.path)) && !text.contains(&last(&hidden.job)),
+            [&hidden.path, &hidden.job, &hidden.backup]
+                .iter()
+                .all(|path| !text.contains(&last(path))),
             "{text}"
         );
     }

@@ -18,7 +18,7 @@ pub enum Permission {
     DomainGetattr,
     /// The same of a domain that another user registered, beside [`Permission::DomainGetattr`].
     DomainSeeForeign,
-    /// Know its disks and its jobs.
+    /// Know its disks, its jobs and its backups.
     DomainRead,
     /// Have a backup of it made in a store of the administrator's.
     DomainBackup,
@@ -128,6 +128,21 @@ pub static TABLE: [Entry; 10] = [
             "Domain.Owner",
             "Domain.Source",
             "Domain.Disks",
+            "ListBackups",
+            "GetBackup",
+            "Backup.Id",
+            "Backup.Name",
+            "Backup.Description",
+            "Backup.Domain",
+            "Backup.DomainUUID",
+            "Backup.Store",
+            "Backup.Kind",
+            "Backup.Parent",
+            "Backup.Time",
+            "Backup.State",
+            "Backup.Problem",
+            "Backup.Quiesced",
+            "Backup.Disks",
             "Job.Id",
             "Job.Domain",
             "Job.Mode",

@@ -6,7 +6,7 @@ use super::backup::{Wanted, create_backup};
 use super::call::{Answer, Call, Handle};
 use super::object::Properties;
 use super::options::{self, Dictionary};
-use super::{Context, domain, domain_path, job_path};
+use super::{Context, domain, domain_path, job_path, stored};
 
 pub fn properties() -> Properties {
     vec![("Version", Variant::from(env!("CARGO_PKG_VERSION")))]
@@ -37,6 +37,8 @@ pub async fn call(context: &Context, call: &Call) -> Answer {
             let job = context.service.job(&call.caller, id).await?;
             call.reply(&job_path(job.id))
         }
+        "ListBackups" => stored::list(context, call).await,
+        "GetBackup" => stored::get(context, call).await,
         "Rescan" => {
             options::none(&call.arguments()?)?;
             let rescan = async { Ok(context.service.rescan(&call.caller).await?) };

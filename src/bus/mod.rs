@@ -20,6 +20,7 @@ mod peers;
 mod router;
 mod signals;
 mod standard;
+mod stored;
 
 use std::sync::Arc;
 
@@ -163,6 +164,10 @@ impl Published {
 /// Says nothing about the domain: an id is a random number.
 fn domain_path(id: u64) -> OwnedObjectPath {
     path(format!("{ROOT_PATH}/domain/{id:016x}"))
+}
+
+fn backup_path(object: u64) -> OwnedObjectPath {
+    path(format!("{ROOT_PATH}/backup/{object:016x}"))
 }
 
 fn job_path(id: u32) -> OwnedObjectPath {

@@ -1,6 +1,6 @@
 //! Which objects there are, for this caller: the rest does not exist.
 //!
-//! Nothing is kept for an object. A path is looked up where domains and jobs are known, and what the caller may not know of
+//! Nothing is kept for an object. A path is looked up where domains, jobs and backups are known, and what the caller may not know of
 //! is not found, whatever it calls: the answer is the same, byte for byte, as for a path that never was.
 
 use std::sync::Arc;
@@ -9,11 +9,12 @@ use zbus::wire::Variant;
 
 use super::call::Call;
 use super::error::Result;
-use super::{Context, domain_path, job_path};
+use super::{Context, backup_path, domain_path, job_path};
+use crate::catalog::Backup;
 use crate::domain::Domain;
 use crate::error::Kind;
 use crate::job::Job;
-use crate::names::{DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use crate::names::{BACKUP_INTERFACE, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
 
 /// The properties of an object, by their names.
 pub type Properties = Vec<(&'static str, Variant<'static>)>;
@@ -23,11 +24,13 @@ pub enum Object {
     Root,
     Domain(Arc<Domain>),
     Job(Arc<Job>),
+    Backup(Box<Backup>),
     /// A path that leads to the root object, by its next part.
     Above(&'static str),
-    /// The paths above all domains and all jobs.
+    /// The paths above all domains, all jobs and all backups.
     Domains,
     Jobs,
+    Backups,
 }
 
 impl Object {
@@ -37,7 +40,8 @@ impl Object {
             Self::Root => Some(MANAGER_INTERFACE),
             Self::Domain(_) => Some(DOMAIN_INTERFACE),
             Self::Job(_) => Some(JOB_INTERFACE),
-            Self::Above(_) | Self::Domains | Self::Jobs => None,
+            Self::Backup(_) => Some(BACKUP_INTERFACE),
+            Self::Above(_) | Self::Domains | Self::Jobs | Self::Backups => None,
         }
     }
 }
@@ -53,6 +57,7 @@ impl Context {
             [""] => Some(Object::Root),
             ["", "domain"] => Some(Object::Domains),
             ["", "job"] => Some(Object::Jobs),
+            ["", "backup"] => Some(Object::Backups),
             ["", "domain", id] => {
                 let id = u64::from_str_radix(id, 16)
                     .ok()
@@ -72,6 +77,14 @@ impl Context {
                     Err(error) if error.kind == Kind::NoSuchJob => None,
                     Err(error) => return Err(error.into()),
                 }
+            }
+            ["", "backup", object] => {
+                let object = u64::from_str_radix(object, 16)
+                    .ok()
+                    .filter(|object| backup_path(*object).as_str() == path);
+                let Some(object) = object else { return Ok(None) };
+                let backup = self.service.backup(&call.caller, object).await?;
+                backup.map(|backup| Object::Backup(Box::new(backup)))
             }
             _ => None,
         })

@@ -10,6 +10,7 @@ use super::error::{BusError, Result};
 use crate::definition::{Quiesce, is_valid_name};
 use crate::error::{Kind, shown};
 use crate::plan::{self, Incremental};
+use crate::service::BackupsWanted;
 
 /// The keys with their values, as they came.
 #[derive(Debug, Default)]
@@ -162,6 +163,23 @@ pub fn list(dictionary: Dictionary) -> Result<bool> {
         }
     }
     Ok(ended)
+}
+
+/// Options of `ListBackups`.
+pub fn backups(dictionary: Dictionary) -> Result<BackupsWanted> {
+    let mut wanted = BackupsWanted::default();
+    for (key, value) in dictionary.0 {
+        match (key.as_str(), value) {
+            ("domain", Value::Str(domain)) => wanted.filter.domain = Some(domain),
+            ("store", Value::Str(store)) => wanted.filter.store = Some(store),
+            ("after", Value::Str(place)) => wanted.after = Some(place).filter(|place| !place.is_empty()),
+            ("domain" | "store" | "after", value) => return Err(wrong_type(&key, &value, "s")),
+            ("limit", Value::U64(limit)) => wanted.at_most = usize::try_from(limit).ok(),
+            ("limit", value) => return Err(wrong_type(&key, &value, "t")),
+            _ => return Err(unknown(&key)),
+        }
+    }
+    Ok(wanted)
 }
 
 /// Options of a method that has none yet.

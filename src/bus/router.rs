@@ -18,7 +18,10 @@ impl Context {
                 Object::Root => manager::call(self, call).await,
                 Object::Domain(domain) => domain::call(self, call, domain).await,
                 Object::Job(job) => job::call(self, call, job).await,
-                Object::Above(_) | Object::Domains | Object::Jobs => Err(call.unknown_interface(name)),
+                Object::Backup(_) => Err(call.unknown_method()),
+                Object::Above(_) | Object::Domains | Object::Jobs | Object::Backups => {
+                    Err(call.unknown_interface(name))
+                }
             },
             name => Err(call.unknown_interface(name)),
         }

@@ -9,8 +9,9 @@ use zbus::wire::{OwnedVariant, Variant};
 use super::call::{Answer, Call};
 use super::error::BusError;
 use super::object::Object;
-use super::{Context, domain, domain_path, job, job_path, manager};
+use super::{Context, backup_path, domain, domain_path, job, job_path, manager, stored};
 use crate::error::Kind;
+use crate::service::BackupsWanted;
 
 pub const INTROSPECTABLE: &str = "org.freedesktop.DBus.Introspectable";
 pub const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
@@ -22,6 +23,7 @@ const STANDARD: [&str; 3] = [INTROSPECTABLE, PROPERTIES, PEER];
 const MANAGER_XML: &str = include_str!("../../dbus/org.example.Backup1.xml");
 const DOMAIN_XML: &str = include_str!("../../dbus/org.example.Backup1.Domain.xml");
 const JOB_XML: &str = include_str!("../../dbus/org.example.Backup1.Job.xml");
+const BACKUP_XML: &str = include_str!("../../dbus/org.example.Backup1.Backup.xml");
 const STANDARD_XML: &str = include_str!("standard.xml");
 
 const DOCTYPE: &str = r#"<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"
@@ -57,7 +59,7 @@ pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> 
     }
     call.no_arguments()?;
     let below = match object {
-        Object::Root => vec!["domain".to_owned(), "job".to_owned()],
+        Object::Root => ["domain", "job", "backup"].map(str::to_owned).into(),
         Object::Above(part) => vec![(*part).to_owned()],
         Object::Domains => {
             let domains = context.service.list_domains(&call.caller).await?;
@@ -70,13 +72,23 @@ pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> 
             let jobs = context.service.list_jobs(&call.caller, false).await?;
             jobs.iter().map(|job| last(job_path(job.id).as_str())).collect()
         }
-        Object::Domain(_) | Object::Job(_) => Vec::new(),
+        Object::Backups => {
+            // The first page: whoever wants them all calls for the list.
+            let page = context
+                .service
+                .list_backups(&call.caller, BackupsWanted::default())
+                .await?;
+            let objects = page.backups.iter().map(|backup| backup_path(backup.object));
+            objects.map(|path| last(path.as_str())).collect()
+        }
+        Object::Domain(_) | Object::Job(_) | Object::Backup(_) => Vec::new(),
     };
     let own = match object {
         Object::Root => interface_of(MANAGER_XML),
         Object::Domain(_) => interface_of(DOMAIN_XML),
         Object::Job(_) => interface_of(JOB_XML),
-        Object::Above(_) | Object::Domains | Object::Jobs => "",
+        Object::Backup(_) => interface_of(BACKUP_XML),
+        Object::Above(_) | Object::Domains | Object::Jobs | Object::Backups => "",
     };
     let mut xml = format!("{DOCTYPE}<node>\n{own}{STANDARD_XML}");
     for name in below {
@@ -144,7 +156,8 @@ async fn of_interface(
         Object::Root => manager::properties(),
         Object::Domain(domain) => domain::properties(context, call, domain).await?,
         Object::Job(job) => job::properties(job).await,
-        Object::Above(_) | Object::Domains | Object::Jobs => Vec::new(),
+        Object::Backup(backup) => stored::properties(backup),
+        Object::Above(_) | Object::Domains | Object::Jobs | Object::Backups => Vec::new(),
     };
     Ok(properties.into_iter().collect())
 }
@@ -159,7 +172,7 @@ mod tests {
 
     #[test]
     fn the_shipped_descriptions_hold_an_interface_each() {
-        for description in [MANAGER_XML, DOMAIN_XML, JOB_XML] {
+        for description in [MANAGER_XML, DOMAIN_XML, JOB_XML, BACKUP_XML] {
             let interface = interface_of(description);
             assert!(interface.trim_end().ends_with("</interface>"), "{interface}");
             assert!(!interface.contains("<node"), "{interface}");

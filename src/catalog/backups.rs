@@ -1,10 +1,15 @@
-//! The records of backups in stores: what their manifests say, all in one place.
+//! The records of backups in stores: their manifests, whose they are, and what is known to be wrong with them.
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, Params, Row, named_params, params};
 
-use super::{Catalog, Error};
+use super::chains::settle;
+use super::jobs::{DOMAIN, domain};
+use super::{Catalog, DomainRecord, Error, Manifest};
 
-/// A backup in a store.
+/// Bytes of manifests that are read at a time, but for one manifest.
+const BATCH_BYTES: usize = 1 << 20;
+
+/// A backup in a store, to be taken in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackupRecord {
     pub id: String,
@@ -15,75 +20,286 @@ pub struct BackupRecord {
     pub manifest: String,
 }
 
-/// What is known of a backup by its id.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Standing {
-    /// It is in that store, with this manifest (JSON).
-    There { store: String, manifest: String },
-    /// Its job has not ended.
-    UnderWay,
-    /// It failed, or was removed.
-    Gone,
-    /// Nobody here ever heard of it.
-    Unknown,
+/// Which backup: where it lies.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BackupKey {
+    pub store: String,
+    /// The directory's name in the store.
+    pub domain: String,
+    pub id: String,
 }
+
+/// Whether a backup is of use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackupState {
+    /// Nothing is known to be wrong.
+    Complete,
+    /// It is there, and does not hold what it held; or what it lies on is damaged or missing.
+    Damaged,
+    /// It is not there, or not all of it.
+    Missing,
+}
+
+impl BackupState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Damaged => "damaged",
+            Self::Missing => "missing",
+        }
+    }
+
+    pub(super) fn parse(word: &str) -> Self {
+        match word {
+            "damaged" => Self::Damaged,
+            "missing" => Self::Missing,
+            _ => Self::Complete,
+        }
+    }
+}
+
+/// All that is known of a backup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backup {
+    pub key: BackupKey,
+    /// Names its object; never another's.
+    pub object: u64,
+    /// Whose it is.
+    pub domain: DomainRecord,
+    pub state: BackupState,
+    /// What is wrong, for people; empty if nothing is.
+    pub problem: String,
+    /// What the last look at its files found.
+    pub looked: Looked,
+    pub manifest: Manifest,
+    /// The manifest as it was written.
+    pub text: String,
+}
+
+/// Which backups are wanted; what is not said does not matter.
+#[derive(Debug, Clone, Default)]
+pub struct BackupFilter {
+    /// A name or a UUID.
+    pub domain: Option<String>,
+    pub store: Option<String>,
+}
+
+/// What a look at a backup's files found: nothing amiss, or what.
+pub type Looked = Option<(BackupState, String)>;
 
 impl Catalog {
-    /// The newest backups in a store's directory of a domain, at most so many, from the newest on.
-    pub async fn newest_backups(
+    /// The next backups after `after`, by store, domain and id: at least one if there is one, at most `at_most`.
+    pub async fn backups_after(
         &self,
-        store: String,
-        domain: String,
+        filter: BackupFilter,
+        after: BackupKey,
         at_most: u32,
-    ) -> Result<Vec<BackupRecord>, Error> {
+    ) -> Result<Vec<Backup>, Error> {
         self.run(move |connection| {
-            let mut select = connection.prepare(
-                "SELECT id, store, domain, manifest FROM backups WHERE store = ?1 AND domain = ?2 \
-                 ORDER BY id DESC LIMIT ?3",
-            )?;
-            let rows = select.query_map(params![store, domain, at_most], |row| {
-                Ok(BackupRecord {
-                    id: row.get(0)?,
-                    store: row.get(1)?,
-                    domain: row.get(2)?,
-                    manifest: row.get(3)?,
-                })
-            })?;
-            Ok(rows.collect::<Result<_, _>>()?)
+            let uuid = filter.domain.as_deref().and_then(|text| text.parse().ok());
+            let uuid = uuid.map(|uuid: uuid::Uuid| uuid.to_string());
+            let condition = "(:store IS NULL OR store = :store) \
+                 AND (:domain IS NULL OR domain_name = :domain OR domain_uuid = :uuid) \
+                 AND (store, domain, id) > (:after_store, :after_domain, :after_id) \
+                 ORDER BY store, domain, id LIMIT :limit";
+            let values = named_params! {
+                ":store": filter.store,
+                ":domain": filter.domain,
+                ":uuid": uuid,
+                ":after_store": after.store,
+                ":after_domain": after.domain,
+                ":after_id": after.id,
+                ":limit": at_most,
+            };
+            select(connection, condition, values)
         })
         .await
     }
 
-    /// How things stand with backups of these ids, in their order.
-    pub async fn standings(&self, ids: Vec<String>) -> Result<Vec<Standing>, Error> {
+    /// The backup of that object.
+    pub async fn backup(&self, object: u64) -> Result<Option<Backup>, Error> {
         self.run(move |connection| {
-            let mut stored = connection.prepare("SELECT store, manifest FROM backups WHERE id = ?1")?;
-            let mut ended = connection.prepare("SELECT step = 'ended' FROM jobs WHERE backup_id = ?1")?;
-            let standings = ids.iter().map(|id| {
-                let there = stored.query_row([id], |row| {
-                    let (store, manifest) = (row.get(0)?, row.get(1)?);
-                    Ok(Standing::There { store, manifest })
-                });
-                if let Some(there) = there.optional()? {
-                    return Ok(there);
-                }
-                let ended = ended.query_row([id], |row| row.get(0)).optional()?;
-                Ok(match ended {
-                    Some(true) => Standing::Gone,
-                    Some(false) => Standing::UnderWay,
-                    None => Standing::Unknown,
+            let found = select(connection, "object = ?1", [object.cast_signed()])?;
+            Ok(found.into_iter().next())
+        })
+        .await
+    }
+
+    /// Where the backups lie whose ids begin so, at most so many, and whose they are; in the order of their ids.
+    pub async fn backups_named(
+        &self,
+        prefix: String,
+        at_most: u32,
+    ) -> Result<Vec<(BackupKey, u64, DomainRecord)>, Error> {
+        self.run(move |connection| {
+            let sql = format!(
+                "SELECT store, domain, id, object, {DOMAIN} FROM backups \
+                 WHERE id >= ?1 AND id < ?1 || char(1114111) ORDER BY id, store, domain LIMIT ?2"
+            );
+            let mut statement = connection.prepare(&sql)?;
+            let mut rows = statement.query(params![prefix, at_most])?;
+            let mut found = Vec::new();
+            while let Some(row) = rows.next()? {
+                let object: i64 = row.get("object")?;
+                found.push((key(row)?, object.cast_unsigned(), domain(row)?));
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    /// Remembers what a look at the files of backups found, and what that means for those that lie on them.
+    pub async fn looked(&self, looked: Vec<(BackupKey, Looked)>) -> Result<(), Error> {
+        self.run(move |connection| {
+            let transaction = connection.transaction()?;
+            for (key, looked) in &looked {
+                let (state, problem) = match looked {
+                    Some((state, problem)) => (state.as_str(), problem.as_str()),
+                    None => ("", ""),
+                };
+                let sql = "UPDATE backups SET look_state = ?4, look_problem = ?5 WHERE store = ?1 AND domain = ?2 AND id = ?3";
+                transaction.execute(sql, params![key.store, key.domain, key.id, state, problem])?;
+            }
+            settle(&transaction, looked.iter().map(|(key, _)| key))?;
+            Ok(transaction.commit()?)
+        })
+        .await
+    }
+
+    /// Remembers what a check of a backup's content found: what is wrong, or nothing; and what that means for those that lie
+    /// on it.
+    pub async fn checked(&self, key: BackupKey, damage: Option<String>) -> Result<(), Error> {
+        self.run(move |connection| {
+            let transaction = connection.transaction()?;
+            let sql = "UPDATE backups SET damage = ?4 WHERE store = ?1 AND domain = ?2 AND id = ?3";
+            let damage = damage.as_deref().unwrap_or_default();
+            transaction.execute(sql, params![key.store, key.domain, key.id, damage])?;
+            settle(&transaction, [&key])?;
+            Ok(transaction.commit()?)
+        })
+        .await
+    }
+
+    /// Forgets backups that are not in their store any more, given as (domain's directory, id).
+    pub async fn forget(&self, store: String, gone: Vec<(String, String)>) -> Result<(), Error> {
+        self.run(move |connection| {
+            let transaction = connection.transaction()?;
+            let gone: Vec<BackupKey> = gone
+                .into_iter()
+                .map(|(domain, id)| BackupKey {
+                    store: store.clone(),
+                    domain,
+                    id,
                 })
-            });
-            standings.collect()
+                .collect();
+            for key in &gone {
+                let delete = "DELETE FROM backups WHERE store = ?1 AND domain = ?2 AND id = ?3";
+                transaction.execute(delete, params![key.store, key.domain, key.id])?;
+            }
+            settle(&transaction, &gone)?;
+            Ok(transaction.commit()?)
         })
         .await
     }
 }
 
-/// Takes a backup in, or what is known of it now.
-pub(super) fn keep_backup(connection: &Connection, backup: &BackupRecord) -> rusqlite::Result<()> {
-    let mut insert = connection
-        .prepare("INSERT OR REPLACE INTO backups (id, store, domain, manifest) VALUES (?1, ?2, ?3, ?4)")?;
-    insert.execute(params![backup.id, backup.store, backup.domain, backup.manifest])?;
+/// Takes a backup in, or what is known of it now. Whose it is stays as it was.
+pub(super) fn keep_backup(
+    connection: &Connection,
+    backup: &BackupRecord,
+    domain: &DomainRecord,
+) -> Result<(), Error> {
+    let manifest = Manifest::parse(backup.manifest.as_bytes())
+        .map_err(|error| Error::Statement(format!("the manifest of backup {}: {error}", backup.id)))?;
+    let parents: Vec<&str> = manifest.parents().into_iter().collect();
+    let mut insert = connection.prepare(
+        "INSERT INTO backups (store, domain, id, object, domain_name, domain_source, domain_owner, domain_owner_name, \
+             domain_uuid, parents, manifest) \
+         VALUES (?1, ?2, ?3, random(), ?4, ?5, ?6, ?7, ?8, ?9, ?10) \
+         ON CONFLICT (store, domain, id) DO UPDATE SET manifest = excluded.manifest, parents = excluded.parents, \
+             look_state = '', look_problem = ''",
+    )?;
+    insert.execute(params![
+        backup.store,
+        backup.domain,
+        backup.id,
+        domain.name,
+        domain.source,
+        domain.owner,
+        domain.owner_name,
+        domain.uuid.map(|uuid| uuid.to_string()),
+        parents.join("\n"),
+        backup.manifest,
+    ])?;
+    let key = BackupKey {
+        store: backup.store.clone(),
+        domain: backup.domain.clone(),
+        id: backup.id.clone(),
+    };
+    settle(connection, [&key])?;
     Ok(())
+}
+
+fn select(connection: &Connection, condition: &str, values: impl Params) -> Result<Vec<Backup>, Error> {
+    let mut statement = connection.prepare(&format!("SELECT * FROM backups WHERE {condition}"))?;
+    let mut rows = statement.query(values)?;
+    let (mut backups, mut bytes) = (Vec::new(), 0);
+    while let Some(row) = rows.next()? {
+        let backup = read(row)?;
+        bytes += backup.text.len();
+        backups.push(backup);
+        if bytes > BATCH_BYTES {
+            break;
+        }
+    }
+    Ok(backups)
+}
+
+pub(super) fn key(row: &Row) -> rusqlite::Result<BackupKey> {
+    Ok(BackupKey {
+        store: row.get("store")?,
+        domain: row.get("domain")?,
+        id: row.get("id")?,
+    })
+}
+
+fn read(row: &Row) -> Result<Backup, Error> {
+    let text: String = row.get("manifest")?;
+    let key = key(row)?;
+    let manifest = Manifest::parse(text.as_bytes())
+        .map_err(|error| Error::Statement(format!("the manifest of backup {}: {error}", key.id)))?;
+    let looked = looked(row)?;
+    let (state, problem) = match &looked {
+        Some(looked) => looked.clone(),
+        None => state(row)?,
+    };
+    Ok(Backup {
+        key,
+        object: row.get::<_, i64>("object")?.cast_unsigned(),
+        domain: domain(row)?,
+        state,
+        problem,
+        looked,
+        manifest,
+        text,
+    })
+}
+
+fn looked(row: &Row) -> rusqlite::Result<Looked> {
+    let state: String = row.get("look_state")?;
+    match BackupState::parse(&state) {
+        BackupState::Complete => Ok(None),
+        state => Ok(Some((state, row.get("look_problem")?))),
+    }
+}
+
+/// Apart from what a look found.
+fn state(row: &Row) -> rusqlite::Result<(BackupState, String)> {
+    for column in ["damage", "broken"] {
+        let problem: String = row.get(column)?;
+        if !problem.is_empty() {
+            return Ok((BackupState::Damaged, problem));
+        }
+    }
+    Ok((BackupState::Complete, String::new()))
 }

@@ -15,7 +15,7 @@ use super::Error;
 /// Marks the file as ours: "bkpd" (`PRAGMA application_id`).
 const APPLICATION: i32 = 0x626b_7064;
 /// What brings a catalog from each version to the next; a new file goes through all of them.
-const MIGRATIONS: &[&str] = &[include_str!("schema-1.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema-1.sql"), include_str!("schema-2.sql")];
 /// How long a predecessor may take to let go.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -167,10 +167,11 @@ mod tests {
     fn a_new_catalog_is_made_once_and_keeps_its_content() {
         let (_directory, path) = directory();
         let connection = open(&path).unwrap();
-        let insert = "INSERT INTO backups (id, store, domain, manifest) VALUES ('a', 'default', 'web', '{}')";
+        let insert = "INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, started_by, start_time, \
+             plan, speed, step) VALUES ('a', 'web', 'configured', 0, 'root', 0, 0, '{}', 0, 'preparing')";
         connection.execute(insert, []).unwrap();
         drop(connection);
-        let count = "SELECT count(*) FROM backups";
+        let count = "SELECT count(*) FROM jobs";
         let count: i64 = open(&path)
             .unwrap()
             .query_row(count, [], |row| row.get(0))
@@ -220,7 +221,7 @@ mod tests {
         drop(connection);
         let text = open(&path).unwrap_err().to_string();
         assert!(
-            text.contains("version 7") && text.contains("up to version 1"),
+            text.contains("version 7") && text.contains("up to version 2"),
             "{text}"
         );
         let connection = Connection::open(&path).unwrap();

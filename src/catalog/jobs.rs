@@ -124,7 +124,7 @@ impl Catalog {
                 },
             )?;
             if let Some(backup) = &backup {
-                keep_backup(&transaction, backup)?;
+                keep_backup(&transaction, backup, &domain_of(&transaction, id)?)?;
             }
             forget_oldest(&transaction, history)?;
             Ok(transaction.commit()?)
@@ -191,6 +191,16 @@ pub(super) fn domain(row: &Row) -> Result<DomainRecord, Error> {
             Err(_) => return Err(wrong(row.get("id")?, "UUID")),
         },
     })
+}
+
+/// Whose a job is.
+pub(super) fn domain_of(connection: &Connection, id: u32) -> Result<DomainRecord, Error> {
+    let mut select = connection.prepare(&format!("SELECT id, {DOMAIN} FROM jobs WHERE id = ?1"))?;
+    let mut rows = select.query([id])?;
+    let row = rows
+        .next()?
+        .ok_or_else(|| Error::Statement(format!("job {id} is not on record")))?;
+    domain(row)
 }
 
 fn wrong(id: u32, what: &str) -> Error {

@@ -5,6 +5,7 @@
 //! callers: what others remember in it is text of theirs.
 
 mod backups;
+mod chains;
 mod database;
 mod error;
 mod history;
@@ -12,13 +13,16 @@ mod jobs;
 mod manifest;
 mod record;
 mod rescan;
+mod standing;
 
-pub use backups::{BackupRecord, Standing};
+pub use backups::{Backup, BackupFilter, BackupKey, BackupRecord, BackupState, Looked};
+pub use chains::{Link, Stored};
 pub use error::Error;
 pub use history::EndedJob;
 pub use manifest::{Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError, Parent};
 pub use record::{DomainRecord, Ended, Instant, JobRecord, Leftover, NewJob, Reached, Step};
 pub use rescan::{StoredBackup, Taken};
+pub use standing::Standing;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};

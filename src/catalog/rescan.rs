@@ -1,10 +1,10 @@
 //! Taking in what lies in the stores: the manifests know all that must be known of a good backup.
 
 use jiff::Timestamp;
-use rusqlite::{Connection, OptionalExtension, named_params, params};
+use rusqlite::{Connection, OptionalExtension, named_params};
 
 use super::backups::keep_backup;
-use super::jobs::forget_oldest;
+use super::jobs::{domain_of, forget_oldest};
 use super::{BackupRecord, Catalog, Error, Instant, NewJob};
 
 /// Numbers above are left to jobs to come: a manifest from elsewhere could name the last one there is.
@@ -80,19 +80,6 @@ impl Catalog {
         })
         .await
     }
-
-    /// Forgets backups that are not in their store any more, given as (domain's directory, id).
-    pub async fn forget(&self, store: String, gone: Vec<(String, String)>) -> Result<(), Error> {
-        self.run(move |connection| {
-            let transaction = connection.transaction()?;
-            for (domain, id) in gone {
-                let delete = "DELETE FROM backups WHERE store = ?1 AND domain = ?2 AND id = ?3";
-                transaction.execute(delete, params![store, domain, id])?;
-            }
-            Ok(transaction.commit()?)
-        })
-        .await
-    }
 }
 
 /// What is known of the job that made a backup.
@@ -116,13 +103,16 @@ fn take_in(connection: &Connection, found: &StoredBackup, last: u32) -> Result<T
             })
         })
         .optional()?;
-    match maker {
-        None => insert_job(connection, found, last)?,
+    let domain = match maker {
+        None => {
+            insert_job(connection, found, last)?;
+            found.job.domain.clone()
+        }
         Some(maker) if !maker.settled => return Ok(Taken::UnderWay),
         Some(maker) if !maker.completed => return Ok(Taken::NotGood(maker.id)),
-        Some(_) => {}
-    }
-    keep_backup(connection, &found.backup)?;
+        Some(maker) => domain_of(connection, maker.id)?,
+    };
+    keep_backup(connection, &found.backup, &domain)?;
     Ok(Taken::Kept)
 }
 

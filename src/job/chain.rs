@@ -15,7 +15,7 @@ use super::footprint::Footprint;
 use super::manager::Setting;
 use super::run::blocking;
 use super::{Error, Job};
-use crate::catalog::{self, BackupRecord, Manifest, Standing};
+use crate::catalog::{self, Manifest, Standing, Stored};
 use crate::config::Store;
 use crate::domain::Disk;
 use crate::fault::{self, Point};
@@ -69,23 +69,24 @@ pub(super) async fn earlier(
         .map_err(|_| Error::stalled("the store", patience))
 }
 
-fn look(store: &Path, domain: &str, records: &[BackupRecord]) -> Vec<Earlier> {
+fn look(store: &Path, domain: &str, stored: &[Stored]) -> Vec<Earlier> {
     // What cannot be looked at cannot be built upon, nor can the new backup be put there, which says why.
     let shelf = Shelf::of_store(store).and_then(|store| store.below(domain));
     let shelf = shelf.ok().flatten();
-    let mut manifests: Vec<Manifest> = records
-        .iter()
-        .filter_map(|record| Manifest::parse(record.manifest.as_bytes()).ok())
-        .collect();
-    manifests.sort_by(|a, b| (a.instant, &a.id).cmp(&(b.instant, &b.id)));
+    let parsed = stored.iter().filter_map(|stored| {
+        let manifest = Manifest::parse(stored.manifest.as_bytes()).ok()?;
+        Some((manifest, stored.damaged))
+    });
+    let mut manifests: Vec<(Manifest, bool)> = parsed.collect();
+    manifests.sort_by(|(a, _), (b, _)| (a.instant, &a.id).cmp(&(b.instant, &b.id)));
     let mut images: HashMap<(String, String), u32> = HashMap::new();
     let mut earlier: Vec<Earlier> = Vec::new();
-    for manifest in &manifests {
+    for (manifest, damaged) in &manifests {
         let directory = shelf
             .as_ref()
             .and_then(|shelf| shelf.below(&manifest.id).ok().flatten());
         let disks = manifest.disks.iter().map(|disk| {
-            let whole = directory
+            let there = directory
                 .as_ref()
                 .is_some_and(|directory| is_whole(directory, disk));
             let below = match &disk.parent {
@@ -96,7 +97,7 @@ fn look(store: &Path, domain: &str, records: &[BackupRecord]) -> Vec<Earlier> {
                 file: disk.file.clone(),
                 virtual_size: disk.virtual_size,
                 bitmap: disk.bitmap.clone(),
-                images: below.filter(|_| whole).map(|below| below + 1),
+                images: below.filter(|_| there && !damaged).map(|below| below + 1),
             }
         });
         let disks: Vec<EarlierDisk> = disks.collect();

@@ -3,9 +3,11 @@
 //! Puts `definition`, `access`, `plan`, `target` and `job` in their order. Knows no D-Bus: the bus turns messages into
 //! these calls and their results into replies.
 
+mod backups;
 mod request;
 mod sight;
 
+pub use backups::{BackupPage, BackupsWanted, MOST_LISTED};
 pub use request::{Authorised, Request};
 pub use sight::ListedJob;
 
@@ -16,6 +18,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 use crate::access::{Access, Basis, Caller, Details, Permission};
+use crate::backups::Backups;
 use crate::config::{Config, Store};
 use crate::domain::{self, Domain, Origin, Registration, Registry};
 use crate::error::{Error, Kind, Result};
@@ -39,6 +42,7 @@ const DRIVER: &str = "QEMU";
 pub struct Service {
     pub domains: Arc<Registry>,
     pub jobs: Arc<Jobs>,
+    backups: Arc<Backups>,
     access: Access,
     stores: BTreeMap<String, Store>,
     /// Of descriptors that came with calls.
@@ -49,10 +53,17 @@ pub struct Service {
 }
 
 impl Service {
-    pub fn new(domains: Arc<Registry>, jobs: Arc<Jobs>, access: Access, config: &Config) -> Self {
+    pub fn new(
+        domains: Arc<Registry>,
+        jobs: Arc<Jobs>,
+        backups: Arc<Backups>,
+        access: Access,
+        config: &Config,
+    ) -> Self {
         Self {
             domains,
             jobs,
+            backups,
             access,
             stores: config.stores.clone(),
             descriptors: config.limits.of_descriptors(),

@@ -57,7 +57,7 @@ impl Service {
     }
 
     /// What `caller` may know of `domain`: all of it, or that it exists.
-    async fn view(&self, caller: &Caller, domain: &Domain, all: bool) -> Look {
+    pub(super) async fn view(&self, caller: &Caller, domain: &Domain, all: bool) -> Look {
         let foreign = domain.is_foreign(caller.uid);
         let permissions = [
             (Permission::DomainSeeForeign, foreign),

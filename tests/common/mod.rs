@@ -13,6 +13,7 @@ pub mod authority;
 pub mod bus;
 pub mod caller;
 pub mod calls;
+pub mod chain;
 pub mod clients;
 pub mod daemon;
 pub mod dialog;

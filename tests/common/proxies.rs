@@ -7,6 +7,24 @@ use zbus::wire::{ObjectPath, OwnedObjectPath, Variant};
 
 pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 
+/// A disk of a backup: name, file, format, virtual size, length, SHA-256, parent.
+pub type BackupDisk = (String, String, String, u64, u64, String, String);
+/// A line of `ListBackups`: object, id, name, domain, UUID, store, kind, parent, time, state, problem, disks.
+pub type ListedBackup = (
+    OwnedObjectPath,
+    String,
+    String,
+    String,
+    String,
+    String,
+    String,
+    String,
+    u64,
+    String,
+    String,
+    Vec<BackupDisk>,
+);
+
 #[zbus::proxy(
     interface = "org.example.Backup1",
     default_service = "org.example.Backup1",
@@ -34,6 +52,8 @@ pub trait Manager {
         &self,
         options: Options<'_>,
     ) -> zbus::Result<Vec<(u32, OwnedObjectPath, String, String)>>;
+    fn list_backups(&self, options: Options<'_>) -> zbus::Result<(Vec<ListedBackup>, String)>;
+    fn get_backup(&self, id: &str) -> zbus::Result<OwnedObjectPath>;
     fn rescan(&self, options: Options<'_>) -> zbus::Result<(u32, Vec<String>)>;
     fn get_job(&self, id: u32) -> zbus::Result<OwnedObjectPath>;
     fn subscribe(&self) -> zbus::Result<()>;

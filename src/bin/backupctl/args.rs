@@ -74,6 +74,14 @@ pub enum Command {
         /// The backup's number
         job: u32,
     },
+    /// List the backups in the stores, those that lie on others below them
+    Backups {
+        /// Only those of this virtual machine: its name or UUID
+        domain: Option<String>,
+        /// Only those in this store
+        #[arg(long, value_name = "STORE")]
+        store: Option<String>,
+    },
     /// Look through the stores, and make the service's records of backups those that are there
     ///
     /// For a service that lost its catalog, and for stores that came from another machine.

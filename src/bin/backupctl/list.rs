@@ -9,7 +9,8 @@ use crate::output::{self, Table, escape_lines};
 use crate::proxy::{DomainDisk, Service};
 use crate::units;
 
-fn print(json: bool, value: impl FnOnce() -> Value, text: impl FnOnce() -> String) -> Result<Status> {
+/// Prints an answer as JSON or as text.
+pub fn print(json: bool, value: impl FnOnce() -> Value, text: impl FnOnce() -> String) -> Result<Status> {
     if json {
         output::print_json(&value())?;
     } else {

@@ -1,10 +1,11 @@
 //! backupctl: the backup service on the command line.
 //!
-//! `args` is the command line; `create`, `watch` and `list` hold the commands; `follow` waits for a job, `view` and
+//! `args` is the command line; `create`, `watch`, `list` and `backups` hold the commands; `follow` waits for a job, `view` and
 //! `bars` show it, `summary` says how it ended. `proxy` is the only file that knows the service's calls and signals.
 
 mod agent;
 mod args;
+mod backups;
 mod bars;
 mod create;
 mod document;
@@ -86,6 +87,9 @@ async fn run(cli: &Cli) -> Result<Status> {
         Command::Cancel { job, disk } => list::cancel(&service, *job, disk.as_deref(), json).await,
         Command::Speed { job, limit } => list::speed(&service, *job, *limit, json).await,
         Command::Dump { job } => list::dump(&service, *job, json).await,
+        Command::Backups { domain, store } => {
+            backups::list(&service, domain.as_deref(), store.as_deref(), json).await
+        }
         Command::Rescan => list::rescan(&service, json).await,
         // These need no bus and are done by now.
         Command::Completions { .. } | Command::Man { .. } => Ok(Status::Completed),

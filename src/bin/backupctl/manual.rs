@@ -148,6 +148,13 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
             ("List the backups", "backupctl jobs"),
             ("List all that there is a record of", "backupctl jobs --all"),
         ],
+        "backups" => &[
+            ("List all backups", "backupctl backups"),
+            (
+                "Those of one machine in one store",
+                "backupctl backups web --store nightly",
+            ),
+        ],
         "rescan" => &[("Find the backups in the stores", "backupctl rescan")],
         "show" => &[("Show backup 7", "backupctl show 7")],
         "watch" => &[
@@ -192,7 +199,7 @@ mod tests {
     #[test]
     fn each_example_is_a_command_line_that_parses() {
         for command in [
-            "", "domains", "create", "jobs", "show", "watch", "cancel", "speed", "dump", "rescan",
+            "", "domains", "create", "jobs", "show", "watch", "cancel", "speed", "dump", "rescan", "backups",
         ] {
             for (_, line) in examples(command) {
                 let line = line

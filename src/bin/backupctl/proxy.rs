@@ -10,6 +10,7 @@ use zbus::names::UniqueName;
 use zbus::proxy::MethodFlags;
 use zbus::{Connection, DeserializeDict, MatchRule, MessageStream, OwnedObjectPath, Type, Variant};
 
+use crate::backups::{Backup, BackupTuple};
 use crate::error::{Error, Result};
 use crate::job::{Outcome, Properties, Snapshot};
 
@@ -179,6 +180,24 @@ impl Service {
             state,
         });
         Ok(lines.collect())
+    }
+
+    /// The backups in stores that the caller may see, by store, domain and time.
+    pub async fn backups(&self, domain: Option<&str>, store: Option<&str>) -> Result<Vec<Backup>> {
+        let (mut backups, mut next) = (Vec::new(), String::new());
+        loop {
+            let mut options = HashMap::from([("after", Variant::from(next.as_str()))]);
+            options.extend(domain.map(|domain| ("domain", Variant::from(domain))));
+            options.extend(store.map(|store| ("store", Variant::from(store))));
+            let page: (Vec<BackupTuple>, String) = self
+                .call(ROOT_PATH, MANAGER_INTERFACE, "ListBackups", &(options,))
+                .await?;
+            backups.extend(page.0.into_iter().map(Backup::from));
+            next = page.1;
+            if next.is_empty() {
+                return Ok(backups);
+            }
+        }
     }
 
     /// Has the stores looked through: how many backups there are, and what could not be taken for one.

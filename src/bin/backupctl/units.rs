@@ -92,6 +92,17 @@ pub fn duration(time: Duration) -> String {
     }
 }
 
+/// How long ago something was, to one figure: `40 s`, `5 min`, `3 h`, `12 days`.
+pub fn age(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0..=119 => format!("{seconds} s"),
+        120..=7199 => format!("{} min", seconds / 60),
+        7200..=172_799 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
 /// A time that is still to go, where tenths of a second mean nothing.
 pub fn remaining(time: Duration) -> String {
     duration(Duration::from_secs(time.as_secs_f64().ceil() as u64)).replace(".0 s", " s")
@@ -200,6 +211,10 @@ mod tests {
         assert_eq!(duration(Duration::from_secs(12)), "12 s");
         assert_eq!(duration(Duration::from_secs(125)), "2 min 05 s");
         assert_eq!(duration(Duration::from_secs(3790)), "1 h 03 min");
+        assert_eq!(age(Duration::from_secs(119)), "119 s");
+        assert_eq!(age(Duration::from_secs(7199)), "119 min");
+        assert_eq!(age(Duration::from_secs(7200)), "2 h");
+        assert_eq!(age(Duration::from_secs(50 * 3600)), "2 days");
         assert_eq!(remaining(Duration::from_millis(1200)), "2 s");
         assert_eq!(countdown(Duration::from_secs(8)), "0:08");
         assert_eq!(countdown(Duration::from_secs(3723)), "1:02:03");

@@ -1,0 +1,126 @@
+//! Whether backups are still where they were, and as they were, as far as that can be told without reading their images.
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::time::Instant;
+
+use super::Backups;
+use crate::catalog::{self, Backup, BackupKey, BackupState, Disk, Looked, MANIFEST_NAME, MAX_MANIFEST_BYTES};
+use crate::target::{self, Shelf};
+
+/// How long who asks waits for a look. What was found the last time is told if it takes longer.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What is looked for.
+struct Expected {
+    key: BackupKey,
+    text: String,
+    disks: Vec<Disk>,
+    /// What is known.
+    looked: Looked,
+}
+
+impl Backups {
+    /// Looks at the files of these backups; whether something is different from what was known before.
+    pub(super) async fn look(&self, backups: &[Backup], deadline: Instant) -> Result<bool, catalog::Error> {
+        let mut by_store: BTreeMap<&str, Vec<Expected>> = BTreeMap::new();
+        for backup in backups {
+            by_store.entry(&backup.key.store).or_default().push(Expected {
+                key: backup.key.clone(),
+                text: backup.text.clone(),
+                disks: backup.manifest.disks.clone(),
+                looked: backup.looked.clone(),
+            });
+        }
+        let mut found = Vec::new();
+        for (name, expected) in by_store {
+            // Of a store that the configuration does not have any more nothing new can be known.
+            let Some(store) = self.stores.get(name) else {
+                continue;
+            };
+            let Some(looking) = self.begin_look(name) else {
+                continue;
+            };
+            let path = store.path.clone();
+            let look = tokio::task::spawn_blocking(move || {
+                let _looking = looking;
+                look_through(&path, &expected)
+            });
+            // What comes later is looked for again.
+            if let Ok(Ok(looked)) = tokio::time::timeout_at(deadline, look).await {
+                found.extend(looked);
+            }
+        }
+        if found.is_empty() {
+            return Ok(false);
+        }
+        self.catalog.looked(found).await?;
+        Ok(true)
+    }
+}
+
+/// What is different from what was known. Blocks.
+fn look_through(path: &Path, expected: &[Expected]) -> Vec<(BackupKey, Looked)> {
+    let store = Shelf::of_store(path);
+    let mut shelves: BTreeMap<&str, Result<Option<Shelf>, target::Error>> = BTreeMap::new();
+    let mut different = Vec::new();
+    for backup in expected {
+        let domain = &backup.key.domain;
+        let shelf = shelves.entry(domain).or_insert_with(|| match &store {
+            Ok(store) => store.below(domain),
+            Err(target::Error::NoDirectory { .. }) => Ok(None),
+            Err(error) => Err(error.clone()),
+        });
+        let looked = match shelf {
+            Ok(Some(shelf)) => look_at(shelf, backup),
+            Ok(None) => Ok(gone()),
+            // Nothing can be said of what cannot be reached.
+            Err(_) => continue,
+        };
+        let Ok(looked) = looked else { continue };
+        if looked != backup.looked {
+            different.push((backup.key.clone(), looked));
+        }
+    }
+    different
+}
+
+fn gone() -> Looked {
+    Some((BackupState::Missing, "its directory is not there".into()))
+}
+
+fn look_at(shelf: &Shelf, expected: &Expected) -> Result<Looked, target::Error> {
+    let Some(backup) = shelf.below(&expected.key.id)? else {
+        return Ok(gone());
+    };
+    for Disk { file, length, .. } in &expected.disks {
+        let size = match backup.file_size(file) {
+            Ok(size) => size,
+            Err(error) if is_absent(&error) => {
+                return Ok(Some((BackupState::Missing, format!("{file} is not there"))));
+            }
+            Err(error) => return Err(error),
+        };
+        if let Some(length) = length.filter(|length| *length != size) {
+            let problem = format!("{file} has {size} bytes, where it had {length}");
+            return Ok(Some((BackupState::Damaged, problem)));
+        }
+    }
+    let problem = match backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) {
+        Ok((bytes, _)) if bytes == expected.text.as_bytes() => return Ok(None),
+        Ok(_) => format!("{MANIFEST_NAME} is not what it was: 'backupctl rescan' reads it again"),
+        Err(error) if is_absent(&error) => format!("{MANIFEST_NAME} is not there"),
+        Err(error) => return Err(error),
+    };
+    Ok(Some((BackupState::Damaged, problem)))
+}
+
+fn is_absent(error: &target::Error) -> bool {
+    // What has the name and is no file is not it.
+    let absent = |errno: &Errno| *errno == Errno::INVAL || errno.kind() == ErrorKind::NotFound;
+    matches!(error, target::Error::Io { errno, .. } if absent(errno))
+}

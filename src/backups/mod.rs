@@ -1,0 +1,139 @@
+//! The backups that are there: found, and looked at whether they still are.
+//!
+//! The catalog remembers them; their stores have them. Knows catalog, stores and which domain is whose; not who may see what,
+//! nor how callers hear of it.
+
+mod look;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::time::Instant;
+
+use crate::activity::Activity;
+use crate::catalog::{self, Backup, BackupFilter, BackupKey, Catalog, DomainRecord};
+use crate::config::{Config, Store};
+use crate::domain::{Domain, Identity, NOBODY, Origin, Registry};
+use crate::error::{Error, Kind};
+
+pub use look::PATIENCE;
+
+/// Backups that are read, and looked at, at a time.
+const BATCH: u32 = 100;
+/// The most that an id's beginning can stand for before it says nothing.
+const MOST_NAMED: u32 = 1000;
+
+/// All backups of the service.
+pub struct Backups {
+    domains: Arc<Registry>,
+    catalog: Catalog,
+    stores: BTreeMap<String, Store>,
+    /// A look that hangs with its storage is not left alone.
+    activity: Activity,
+    /// Stores that are being looked at: one that hangs keeps one thread.
+    looking: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl Backups {
+    pub fn new(domains: Arc<Registry>, catalog: Catalog, config: &Config, activity: Activity) -> Self {
+        Self {
+            domains,
+            catalog,
+            stores: config.stores.clone(),
+            activity,
+            looking: Arc::default(),
+        }
+    }
+
+    /// The domain that a backup is of, or what stands for it.
+    pub fn domain(&self, record: &DomainRecord) -> Arc<Domain> {
+        let DomainRecord {
+            name,
+            source,
+            owner,
+            owner_name,
+            uuid,
+        } = record.clone();
+        let identity = match Origin::parse(&source) {
+            Some(origin) => Identity {
+                name,
+                origin,
+                owner,
+                owner_name,
+                uuid,
+            },
+            // Nobody here ever wrote that: it is nobody's.
+            None => Identity {
+                name,
+                origin: Origin::Registered,
+                owner: NOBODY,
+                owner_name: NOBODY.to_string(),
+                uuid,
+            },
+        };
+        self.domains.same_or_absent(identity)
+    }
+
+    /// The next backups after `after`, looked at unless that takes longer than until `deadline`; none if that was all.
+    pub async fn after(
+        &self,
+        filter: &BackupFilter,
+        after: &BackupKey,
+        deadline: Instant,
+    ) -> Result<Vec<Backup>, catalog::Error> {
+        let read = || self.catalog.backups_after(filter.clone(), after.clone(), BATCH);
+        let found = read().await?;
+        match self.look(&found, deadline).await? {
+            true => read().await,
+            false => Ok(found),
+        }
+    }
+
+    /// The backup of that object, looked at unless that takes longer than until `deadline`.
+    pub async fn get(&self, object: u64, deadline: Instant) -> Result<Option<Backup>, catalog::Error> {
+        let found = self.catalog.backup(object).await?;
+        match self.look(found.as_slice(), deadline).await? {
+            true => self.catalog.backup(object).await,
+            false => Ok(found),
+        }
+    }
+
+    /// The backups whose ids begin like that, where they lie, their objects, and whose they are.
+    pub async fn named(&self, prefix: &str) -> Result<Vec<(BackupKey, u64, DomainRecord)>, catalog::Error> {
+        self.catalog.backups_named(prefix.to_owned(), MOST_NAMED).await
+    }
+
+    /// The store of that name in the configuration.
+    pub fn store(&self, name: &str) -> Result<&Store, Error> {
+        let missing = || {
+            Error::new(
+                Kind::NoSuchStore,
+                format!("no store '{}'", crate::error::shown(name)),
+            )
+        };
+        self.stores.get(name).ok_or_else(missing)
+    }
+
+    fn begin_look(&self, store: &str) -> Option<Looking> {
+        let mut looking = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        looking.insert(store.to_owned()).then(|| Looking {
+            store: store.to_owned(),
+            looking: self.looking.clone(),
+            _needed: self.activity.begin(),
+        })
+    }
+}
+
+/// The turn to look at a store, given back when it is dropped.
+struct Looking {
+    store: String,
+    looking: Arc<Mutex<BTreeSet<String>>>,
+    _needed: crate::activity::Use,
+}
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        let mut looking = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        looking.remove(&self.store);
+    }
+}

@@ -1,0 +1,370 @@
+//! The backups in stores: what there is of each, and the tree of those that lie on others.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+use zbus::OwnedObjectPath;
+
+use crate::error::{Result, Status};
+use crate::job::nothing_if_empty;
+use crate::list::print;
+use crate::output::{Table, escape};
+use crate::proxy::Service;
+use crate::units;
+
+/// A disk as the service tells it: name, file, format, virtual size, length, SHA-256, the backup that it lies on.
+type DiskTuple = (String, String, String, u64, u64, String, String);
+
+/// A backup as `ListBackups` tells it.
+pub type BackupTuple = (
+    OwnedObjectPath,
+    String,
+    String,
+    String,
+    String,
+    String,
+    String,
+    String,
+    u64,
+    String,
+    String,
+    Vec<DiskTuple>,
+);
+
+/// A disk's image.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Image {
+    /// The disk.
+    pub disk: String,
+    /// The file's name.
+    pub file: String,
+    /// `qcow2` or `raw`.
+    pub format: String,
+    /// Bytes that the guest sees.
+    pub virtual_size: u64,
+    /// Bytes of the file, if that is known.
+    pub length: Option<u64>,
+    /// Of the file; nothing if it is not known.
+    pub sha256: String,
+    /// The backup that it lies on, or nothing.
+    pub parent: String,
+}
+
+/// A backup in a store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Backup {
+    /// The object.
+    pub path: String,
+    /// The name of its directory.
+    pub id: String,
+    /// As its document had it, or nothing.
+    pub name: String,
+    /// The domain's name.
+    pub domain: String,
+    /// Its UUID, or nothing.
+    pub uuid: String,
+    /// The store's name.
+    pub store: String,
+    /// `full`, `incremental` or `differential`.
+    pub kind: String,
+    /// The backup that it lies on, or nothing.
+    pub parent: String,
+    /// The instant that it shows, in µs since the epoch.
+    pub time: u64,
+    /// `complete`, `damaged` or `missing`.
+    pub state: String,
+    /// What is wrong, or nothing.
+    pub problem: String,
+    /// Its images.
+    pub disks: Vec<Image>,
+}
+
+impl From<BackupTuple> for Backup {
+    fn from(tuple: BackupTuple) -> Self {
+        let (path, id, name, domain, uuid, store, kind, parent, time, state, problem, disks) = tuple;
+        let disks = disks
+            .into_iter()
+            .map(
+                |(disk, file, format, virtual_size, length, sha256, parent)| Image {
+                    disk,
+                    file,
+                    format,
+                    virtual_size,
+                    length: Some(length).filter(|length| *length > 0),
+                    sha256,
+                    parent,
+                },
+            )
+            .collect();
+        Self {
+            path: path.to_string(),
+            id,
+            name,
+            domain,
+            uuid,
+            store,
+            kind,
+            parent,
+            time,
+            state,
+            problem,
+            disks,
+        }
+    }
+}
+
+/// `backups`
+pub async fn list(
+    service: &Service,
+    domain: Option<&str>,
+    store: Option<&str>,
+    json: bool,
+) -> Result<Status> {
+    let backups = service.backups(domain, store).await?;
+    print(
+        json,
+        || backups.iter().map(Backup::json).collect(),
+        || text(&backups, Branches::of_locale(), SystemTime::now()),
+    )
+}
+
+impl Backup {
+    /// Bytes of its images; nothing where that is not known of all.
+    fn size(&self) -> Option<u64> {
+        self.disks.iter().map(|disk| disk.length).sum()
+    }
+
+    fn age(&self, now: SystemTime) -> Option<Duration> {
+        let time = UNIX_EPOCH.checked_add(Duration::from_micros(self.time))?;
+        now.duration_since(time).ok()
+    }
+
+    /// The stable keys of `--json`.
+    fn json(&self) -> Value {
+        let disks: Vec<Value> = self
+            .disks
+            .iter()
+            .map(|disk| {
+                json!({
+                    "name": disk.disk, "file": disk.file, "format": disk.format, "virtual-size": disk.virtual_size,
+                    "length": disk.length, "sha256": nothing_if_empty(&disk.sha256),
+                    "parent": nothing_if_empty(&disk.parent),
+                })
+            })
+            .collect();
+        json!({
+            "id": self.id,
+            "path": self.path,
+            "name": nothing_if_empty(&self.name),
+            "domain": self.domain,
+            "domain-uuid": nothing_if_empty(&self.uuid),
+            "store": self.store,
+            "kind": self.kind,
+            "parent": nothing_if_empty(&self.parent),
+            "time": self.time,
+            "size": self.size(),
+            "state": self.state,
+            "problem": nothing_if_empty(&self.problem),
+            "disks": disks,
+        })
+    }
+}
+
+/// What the tree is drawn with.
+#[derive(Debug, Clone, Copy)]
+pub struct Branches {
+    /// Before one that has others after it, and before what is below that one.
+    inner: [&'static str; 2],
+    /// The same of the last.
+    last: [&'static str; 2],
+}
+
+impl Branches {
+    const PLAIN: Self = Self {
+        inner: ["|-", "| "],
+        last: ["`-", "  "],
+    };
+    const DRAWN: Self = Self {
+        inner: ["├─", "│ "],
+        last: ["└─", "  "],
+    };
+
+    /// Lines where the locale says that they can be shown (locale(7)), into a file too.
+    fn of_locale() -> Self {
+        let set = ["LC_ALL", "LC_CTYPE", "LANG"].map(std::env::var_os);
+        let locale = set.into_iter().flatten().find(|value| !value.is_empty());
+        let locale = locale.unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        match locale.ends_with("utf-8") || locale.ends_with("utf8") {
+            true => Self::DRAWN,
+            false => Self::PLAIN,
+        }
+    }
+}
+
+/// Each backup after what it lies on, with what is drawn before it.
+fn tree<'a>(backups: &'a [Backup], branches: Branches) -> Vec<(String, &'a Backup)> {
+    // No two backups in a store have the same id, whosever they are.
+    let place = |of: &'a Backup, id: &'a str| (of.store.as_str(), id);
+    let known: BTreeSet<_> = backups.iter().map(|backup| place(backup, &backup.id)).collect();
+    let mut below: BTreeMap<_, Vec<&Backup>> = BTreeMap::new();
+    let mut roots = Vec::new();
+    for backup in backups {
+        let parent = place(backup, &backup.parent);
+        match known.contains(&parent) {
+            true => below.entry(parent).or_default().push(backup),
+            false => roots.push(backup),
+        }
+    }
+    let mut lines = Vec::new();
+    // Not by calls of itself: chains can be long.
+    let mut left: Vec<(String, String, &Backup)> = roots
+        .into_iter()
+        .rev()
+        .map(|root| (String::new(), String::new(), root))
+        .collect();
+    while let Some((before, before_below, backup)) = left.pop() {
+        let children = below.remove(&place(backup, &backup.id)).unwrap_or_default();
+        for (index, child) in children.into_iter().rev().enumerate() {
+            let [own, further] = if index == 0 { branches.last } else { branches.inner };
+            left.push((
+                format!("{before_below}{own}"),
+                format!("{before_below}{further}"),
+                child,
+            ));
+        }
+        lines.push((before, backup));
+    }
+    lines
+}
+
+fn text(backups: &[Backup], branches: Branches, now: SystemTime) -> String {
+    let headings = [
+        "DOMAIN", "STORE", "BACKUP", "TIME", "AGE", "KIND", "SIZE", "STATE",
+    ];
+    let mut table = Table::new(&headings).right(&[4, 6]);
+    let mut problems = String::new();
+    for (before, backup) in tree(backups, branches) {
+        table.row([
+            &backup.domain,
+            &backup.store,
+            &format!("{before}{}", backup.id),
+            &units::timestamp(backup.time),
+            &backup.age(now).map(units::age).unwrap_or_default(),
+            &backup.kind,
+            &backup.size().map(units::size).unwrap_or_default(),
+            &backup.state,
+        ]);
+        if !backup.problem.is_empty() {
+            problems.push_str(&format!("{}: {}\n", escape(&backup.id), escape(&backup.problem)));
+        }
+    }
+    match problems.is_empty() {
+        true => table.to_string(),
+        false => format!("{table}\n{problems}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backup(id: &str, parent: &str) -> Backup {
+        Backup {
+            id: id.into(),
+            parent: parent.into(),
+            domain: "web".into(),
+            store: "default".into(),
+            ..Backup::default()
+        }
+    }
+
+    #[test]
+    fn what_lies_on_another_is_drawn_below_it() {
+        let backups = [
+            backup("a", ""),
+            backup("b", "a"),
+            backup("c", "b"),
+            backup("d", "a"),
+            backup("e", "gone"),
+            Backup {
+                store: "other".into(),
+                ..backup("f", "a")
+            },
+        ];
+        let lines: Vec<_> = tree(&backups, Branches::DRAWN)
+            .into_iter()
+            .map(|(before, backup)| format!("{before}{}", backup.id))
+            .collect();
+        assert_eq!(lines, ["a", "├─b", "│ └─c", "└─d", "e", "f"]);
+        let plain = tree(&backups, Branches::PLAIN);
+        assert_eq!(plain[2].0, "| `-");
+    }
+
+    #[test]
+    fn a_long_chain_is_no_deep_one() {
+        let backups: Vec<_> = (0..3000)
+            .map(|number| backup(&number.to_string(), &format!("{}", number - 1)))
+            .collect();
+        assert_eq!(tree(&backups, Branches::PLAIN).len(), 3000);
+    }
+
+    #[test]
+    fn a_size_is_told_where_all_of_it_is_known() {
+        let image = |length| Image {
+            length,
+            ..Image::default()
+        };
+        let of = |disks: &[Image]| {
+            let backup = Backup {
+                disks: disks.to_vec(),
+                ..backup("a", "")
+            };
+            backup.size()
+        };
+        assert_eq!(of(&[image(Some(1)), image(Some(2))]), Some(3));
+        assert_eq!(of(&[image(Some(1)), image(None)]), None);
+    }
+
+    #[test]
+    fn the_keys_of_json_stay() {
+        let mut backup = backup("a", "");
+        backup.disks.push(Image::default());
+        let value = backup.json();
+        let keys = |value: &Value| -> Vec<String> {
+            let mut keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+            keys.sort_unstable();
+            keys
+        };
+        assert_eq!(
+            keys(&value),
+            [
+                "disks",
+                "domain",
+                "domain-uuid",
+                "id",
+                "kind",
+                "name",
+                "parent",
+                "path",
+                "problem",
+                "size",
+                "state",
+                "store",
+                "time",
+            ]
+        );
+        assert_eq!(
+            keys(&value["disks"][0]),
+            [
+                "file",
+                "format",
+                "length",
+                "name",
+                "parent",
+                "sha256",
+                "virtual-size"
+            ]
+        );
+    }
+}

@@ -1,0 +1,127 @@
+//! `org.example.Backup1.Backup`: one backup in a store.
+
+use zbus::wire::{OwnedObjectPath, Variant};
+
+use super::call::{Answer, Call};
+use super::object::Properties;
+use super::options::{self, Dictionary};
+use super::{Context, backup_path};
+use crate::catalog::{self, Backup};
+
+/// A disk as it is told: name, file, format, virtual size, length, SHA-256, the backup that it lies on.
+type DiskTuple = (String, String, String, u64, u64, String, String);
+
+/// A backup as the list tells it: object, id, name, domain's name, its UUID, store, kind, parent, time, state, problem,
+/// disks.
+type BackupTuple = (
+    OwnedObjectPath,
+    String,
+    String,
+    String,
+    String,
+    String,
+    &'static str,
+    String,
+    u64,
+    &'static str,
+    String,
+    Vec<DiskTuple>,
+);
+
+/// `ListBackups` of the root object.
+pub async fn list(context: &Context, call: &Call) -> Answer {
+    let wanted = options::backups(call.arguments::<Dictionary>()?)?;
+    let page = context.service.list_backups(&call.caller, wanted).await?;
+    let listed: Vec<_> = page.backups.iter().map(tuple).collect();
+    call.reply(&(listed, page.next.unwrap_or_default()))
+}
+
+/// `GetBackup` of the root object.
+pub async fn get(context: &Context, call: &Call) -> Answer {
+    let id: String = call.arguments()?;
+    let object = context.service.find_backup(&call.caller, &id).await?;
+    call.reply(&backup_path(object))
+}
+
+pub fn properties(backup: &Backup) -> Properties {
+    let manifest = &backup.manifest;
+    vec![
+        ("Id", Variant::from(backup.key.id.clone())),
+        ("Name", Variant::from(manifest.name.clone().unwrap_or_default())),
+        (
+            "Description",
+            Variant::from(manifest.description.clone().unwrap_or_default()),
+        ),
+        ("Domain", Variant::from(manifest.domain.name.clone())),
+        ("DomainUUID", Variant::from(uuid(backup))),
+        ("Store", Variant::from(backup.key.store.clone())),
+        ("Kind", Variant::from(kind(backup))),
+        ("Parent", Variant::from(parent(backup))),
+        ("Time", Variant::from(time(backup))),
+        ("State", Variant::from(backup.state.as_str())),
+        ("Problem", Variant::from(backup.problem.clone())),
+        ("Quiesced", Variant::from(manifest.quiesced)),
+        ("Disks", Variant::from(disks(backup))),
+    ]
+}
+
+fn tuple(backup: &Backup) -> BackupTuple {
+    (
+        backup_path(backup.object),
+        backup.key.id.clone(),
+        backup.manifest.name.clone().unwrap_or_default(),
+        backup.manifest.domain.name.clone(),
+        uuid(backup),
+        backup.key.store.clone(),
+        kind(backup),
+        parent(backup),
+        time(backup),
+        backup.state.as_str(),
+        backup.problem.clone(),
+        disks(backup),
+    )
+}
+
+fn uuid(backup: &Backup) -> String {
+    let uuid = backup.manifest.domain.uuid;
+    uuid.map(|uuid| uuid.to_string()).unwrap_or_default()
+}
+
+fn kind(backup: &Backup) -> &'static str {
+    match backup.manifest.kind {
+        catalog::Kind::Full => "full",
+        catalog::Kind::Incremental => "incremental",
+        catalog::Kind::Differential => "differential",
+    }
+}
+
+/// The newest, should its disks lie on several.
+fn parent(backup: &Backup) -> String {
+    let parents = backup.manifest.parents();
+    parents.last().map(|id| (*id).to_owned()).unwrap_or_default()
+}
+
+fn time(backup: &Backup) -> u64 {
+    // Before 1970 on a machine without a clock.
+    u64::try_from(backup.manifest.instant.as_microsecond()).unwrap_or(0)
+}
+
+fn disks(backup: &Backup) -> Vec<DiskTuple> {
+    let disks = backup.manifest.disks.iter();
+    disks
+        .map(|disk| {
+            (
+                disk.name.clone(),
+                disk.file.clone(),
+                disk.format.as_str().to_owned(),
+                disk.virtual_size,
+                disk.length.unwrap_or(0),
+                disk.sha256.clone().unwrap_or_default(),
+                disk.parent
+                    .as_ref()
+                    .map(|parent| parent.backup.clone())
+                    .unwrap_or_default(),
+            )
+        })
+        .collect()
+}

@@ -1,0 +1,171 @@
+//! The backups that are there, for who may read their domains. To everybody else there are none.
+
+use std::collections::HashMap;
+
+use tokio::time::Instant;
+
+use super::Service;
+use crate::access::{self, Caller, Look};
+use crate::backups::PATIENCE;
+use crate::catalog::{self, Backup, BackupFilter, BackupKey, DomainRecord};
+use crate::error::{Error, Kind, Result, shown};
+
+/// Backups that a call lists at most, and bytes of their manifests; there is always one more page.
+pub const MOST_LISTED: usize = 1000;
+const MOST_BYTES: usize = 4 << 20;
+
+/// Which backups a call asks for.
+#[derive(Debug, Default)]
+pub struct BackupsWanted {
+    pub filter: BackupFilter,
+    /// The end of the page before.
+    pub after: Option<String>,
+    pub at_most: Option<usize>,
+}
+
+/// A part of the list.
+#[derive(Debug)]
+pub struct BackupPage {
+    /// By store, domain and id.
+    pub backups: Vec<Backup>,
+    /// Where the next page begins, if there may be one.
+    pub next: Option<String>,
+}
+
+/// What has been found out about who may read which domain.
+type Seen = HashMap<DomainRecord, Look>;
+
+impl Service {
+    /// Backups that `caller` may know of.
+    pub async fn list_backups(&self, caller: &Caller, wanted: BackupsWanted) -> Result<BackupPage> {
+        if let Some(store) = &wanted.filter.store {
+            self.backups.store(store)?;
+        }
+        let mut after = match &wanted.after {
+            Some(place) => key(place)?,
+            None => BackupKey::default(),
+        };
+        let at_most = wanted.at_most.unwrap_or(MOST_LISTED).clamp(1, MOST_LISTED);
+        // A long list is much work, and memory.
+        let _turn = self.histories.acquire().await;
+        let deadline = Instant::now() + PATIENCE;
+        let (mut listed, mut bytes, mut seen) = (Vec::new(), 0, Seen::new());
+        loop {
+            let found = self.backups.after(&wanted.filter, &after, deadline).await;
+            let found = found.map_err(unreadable)?;
+            let Some(last) = found.last() else {
+                return Ok(BackupPage {
+                    backups: listed,
+                    next: None,
+                });
+            };
+            after = last.key.clone();
+            for backup in found {
+                match self.view_backup(caller, &backup.domain, &mut seen).await {
+                    Look::Allowed => {}
+                    Look::Refused => continue,
+                    // A list that may lack something for another reason would be taken for all that there is.
+                    Look::Unknown => return Err(access::Error::Unknown.into()),
+                }
+                bytes += backup.text.len();
+                if listed.len() >= at_most || bytes > MOST_BYTES && !listed.is_empty() {
+                    // It begins after one that the caller knows.
+                    return Ok(BackupPage {
+                        next: listed.last().map(|last: &Backup| place(&last.key)),
+                        backups: listed,
+                    });
+                }
+                listed.push(backup);
+            }
+        }
+    }
+
+    /// The backup of that object, if `caller` may know of it.
+    pub async fn backup(&self, caller: &Caller, object: u64) -> Result<Option<Backup>> {
+        let deadline = Instant::now() + PATIENCE;
+        let found = self.backups.get(object, deadline).await.map_err(unreadable)?;
+        let Some(backup) = found else { return Ok(None) };
+        let look = self.view_backup(caller, &backup.domain, &mut Seen::new()).await;
+        Ok((look == Look::Allowed).then_some(backup))
+    }
+
+    /// The object of the backup whose id that is, or begins like that; with the store and a slash before it where several
+    /// stores have it.
+    pub async fn find_backup(&self, caller: &Caller, id: &str) -> Result<u64> {
+        let (store, prefix) = match id.split_once('/') {
+            Some((store, prefix)) => (Some(store), prefix),
+            None => (None, id),
+        };
+        let missing = || Error::new(Kind::NoSuchBackup, format!("no backup '{}'", shown(id)));
+        if prefix.is_empty() {
+            return Err(missing());
+        }
+        let _turn = self.histories.acquire().await;
+        let found = self.backups.named(prefix).await.map_err(unreadable)?;
+        let (mut known, mut seen) = (Vec::new(), Seen::new());
+        for (key, object, domain) in found {
+            // One that cannot be told from one that is hidden is not there.
+            if store.is_none_or(|store| store == key.store)
+                && self.view_backup(caller, &domain, &mut seen).await == Look::Allowed
+            {
+                known.push((key, object));
+            }
+        }
+        if known.iter().any(|(key, _)| key.id == prefix) {
+            known.retain(|(key, _)| key.id == prefix);
+        }
+        match known.as_slice() {
+            [] => Err(missing()),
+            [(_, object)] => Ok(*object),
+            [(first, _), (second, _), ..] => {
+                let text = format!(
+                    "'{}' can be backup {} or {}: write more of it",
+                    shown(id),
+                    place_of(first),
+                    place_of(second)
+                );
+                Err(Error::new(Kind::InvalidArgs, text))
+            }
+        }
+    }
+
+    async fn view_backup(&self, caller: &Caller, domain: &DomainRecord, seen: &mut Seen) -> Look {
+        if let Some(look) = seen.get(domain) {
+            return *look;
+        }
+        let look = self.view(caller, &self.backups.domain(domain), true).await;
+        seen.insert(domain.clone(), look);
+        look
+    }
+}
+
+/// As [`Service::find_backup`] takes it.
+fn place_of(key: &BackupKey) -> String {
+    format!("{}/{}", key.store, key.id)
+}
+
+/// A place in the list, as a page's end tells it.
+fn place(key: &BackupKey) -> String {
+    format!("{}/{}/{}", key.store, key.domain, key.id)
+}
+
+fn key(place: &str) -> Result<BackupKey> {
+    match place.split('/').collect::<Vec<_>>().as_slice() {
+        [store, domain, id] => Ok(BackupKey {
+            store: (*store).to_owned(),
+            domain: (*domain).to_owned(),
+            id: (*id).to_owned(),
+        }),
+        _ => {
+            let text = format!("option 'after': '{}' is no end of a page", shown(place));
+            Err(Error::new(Kind::InvalidArgs, text))
+        }
+    }
+}
+
+/// Whose they are is not known, so neither who may hear of it.
+fn unreadable(error: catalog::Error) -> Error {
+    tracing::error!(%error, "the backups cannot be looked up");
+    let text = "the backups cannot be looked up: the service's log has the reason";
+    Error::new(Kind::Internal, text)
+}

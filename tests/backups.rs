@@ -1,0 +1,424 @@
+//! The backups in the stores, as the service tells of them and `backupctl backups` shows them: real ones, and chains made by
+//! hand on top of those.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::System;
+use common::caller::Caller;
+use common::chain::{directories, id, increment, manifest, write_manifest};
+use common::clients::{OTHER_USER, ROOT, USER};
+use common::disk::Disk;
+use common::polkit;
+use common::proxies::{ListedBackup, Options, error_name};
+use common::vm::Vm;
+use serde_json::{Value, json};
+use zbus::wire::{OwnedObjectPath, Variant};
+
+const MIB: u64 = 1 << 20;
+
+fn machine(system: &System, name: &str) -> Vm {
+    let disk = Disk::new("vda", 4 * MIB).fill(0, MIB, 0x11);
+    system.configured(system.vm(name).disk(disk).running())
+}
+
+async fn list(caller: &Caller, options: &[(&'static str, &str)]) -> Vec<ListedBackup> {
+    let options: Options = options
+        .iter()
+        .map(|(key, value)| (*key, Variant::from(*value)))
+        .collect();
+    let (backups, next) = caller.manager.list_backups(options).await.unwrap();
+    assert_eq!(next, "");
+    backups
+}
+
+/// Id, kind, parent, state and problem of all backups that `caller` sees.
+async fn states(caller: &Caller) -> Vec<[String; 5]> {
+    let listed = list(caller, &[]).await;
+    listed
+        .into_iter()
+        .map(|backup| [backup.1, backup.6, backup.7, backup.9, backup.10])
+        .collect()
+}
+
+async fn rescan(caller: &Caller) {
+    let (_, problems) = caller.manager.rescan(Options::new()).await.unwrap();
+    assert_eq!(problems, [""; 0]);
+}
+
+fn backupctl(system: &System, arguments: &[&str]) -> String {
+    system.clients().backupctl(ROOT, arguments).expect_success()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_tells_what_its_manifest_says_in_the_list_and_as_an_object() {
+    let mut system = System::start();
+    let nightly = system.dir().join("nightly");
+    system.stop_daemon();
+    fs::create_dir(&nightly).unwrap();
+    let config = fs::read_to_string(system.config_path()).unwrap();
+    let table = format!("[store.nightly]\npath = \"{}\"\n", nightly.display());
+    fs::write(system.config_path(), config + &table).unwrap();
+    system.start_daemon();
+    let vm = machine(&system, "web");
+    let root = Caller::new(&system).await;
+    let document = "<domainbackup><name>first</name><description>a b</description></domainbackup>";
+    root.complete("web", document).await;
+    root.complete("web", "<domainbackup><store name='nightly'/></domainbackup>")
+        .await;
+    let [first] = directories(&system.store().join("web")).try_into().unwrap();
+    let told = manifest(&first);
+    let listed = list(&root, &[]).await;
+    assert_eq!(listed.len(), 2);
+    let (path, id, name, domain, uuid, store, kind, parent, time, state, problem, disks) = listed[0].clone();
+    let texts = [
+        &id, &name, &domain, &uuid, &store, &kind, &parent, &state, &problem,
+    ];
+    let expected = [
+        &common::chain::id(&first),
+        "first",
+        "web",
+        vm.uuid(),
+        "default",
+        "full",
+        "",
+        "complete",
+        "",
+    ];
+    assert_eq!(texts, expected);
+    let instant: jiff::Timestamp = told["instant"].as_str().unwrap().parse().unwrap();
+    assert_eq!(time, instant.as_microsecond() as u64);
+    let disk = disks[0].clone();
+    assert_eq!(
+        (disk.0.as_str(), disk.1.as_str(), disk.2.as_str()),
+        ("vda", "vda.qcow2", "qcow2")
+    );
+    assert_eq!(
+        (disk.3, disk.4),
+        (4 * MIB, told["disks"][0]["length"].as_u64().unwrap_or(0))
+    );
+
+    // The object says the same, and where the id's beginning leads is that object.
+    for name in [&id, &id[..id.len() - 2], &format!("default/{id}")] {
+        assert_eq!(root.manager.get_backup(name).await.unwrap(), path, "{name}");
+    }
+    let properties = root.properties(&path, "org.example.Backup1.Backup").await;
+    let text = |name: &str| properties[name].try_clone().unwrap().try_into().unwrap();
+    for (name, value) in [
+        ("Id", id.as_str()),
+        ("Name", "first"),
+        ("Description", "a b"),
+        ("Domain", "web"),
+        ("DomainUUID", vm.uuid()),
+        ("Store", "default"),
+        ("Kind", "full"),
+        ("Parent", ""),
+        ("State", "complete"),
+        ("Problem", ""),
+    ] {
+        let found: String = text(name);
+        assert_eq!(found, value, "{name}");
+    }
+    assert_eq!(*properties["Time"], Variant::from(time));
+
+    // What is asked for is what is listed.
+    for (filter, count) in [
+        (&[("store", "nightly")][..], 1),
+        (&[("domain", "web")], 2),
+        (&[("domain", vm.uuid()), ("store", "default")], 1),
+        (&[("domain", "db")], 0),
+    ] {
+        assert_eq!(list(&root, filter).await.len(), count, "{filter:?}");
+    }
+    for (options, error) in [
+        (("store", Variant::from("weekly")), "Backup1.Error.NoSuchStore"),
+        (("stores", Variant::from("nightly")), "InvalidArgs"),
+        (("limit", Variant::from("1")), "InvalidArgs"),
+        (("after", Variant::from("x")), "InvalidArgs"),
+    ] {
+        let refused = root
+            .manager
+            .list_backups(Options::from([options]))
+            .await
+            .unwrap_err();
+        assert!(error_name(&refused).ends_with(error), "{refused}");
+    }
+
+    // It is the same object after a restart, and the command shows what there is.
+    system.stop_daemon();
+    system.start_daemon();
+    let root = Caller::new(&system).await;
+    assert_eq!(root.manager.get_backup(&id).await.unwrap(), path);
+    let shown: Value = serde_json::from_str(&backupctl(
+        &system,
+        &["backups", "web", "--store", "default", "--json"],
+    ))
+    .unwrap();
+    let [shown] = shown.as_array().unwrap().as_slice() else {
+        panic!("{shown}")
+    };
+    assert_eq!(
+        (&shown["id"], &shown["kind"], &shown["parent"]),
+        (&json!(id), &json!("full"), &Value::Null)
+    );
+    assert_eq!(
+        (&shown["disks"][0]["name"], &shown["disks"][0]["virtual-size"]),
+        (&json!("vda"), &json!(4 * MIB))
+    );
+    let text = backupctl(&system, &["backups"]);
+    assert!(
+        text.contains(&id) && text.contains("nightly") && text.contains("complete"),
+        "{text}"
+    );
+}
+
+/// A full backup of a machine and, on it, a chain of two and a single one. Their directories, by time.
+async fn chain(system: &System, root: &Caller) -> [std::path::PathBuf; 4] {
+    root.complete("web", "").await;
+    let [full] = directories(&system.store().join("web")).try_into().unwrap();
+    let first = increment(&full, 1);
+    let second = increment(&first, 1);
+    let other = increment(&full, 3);
+    rescan(root).await;
+    [full, first, second, other]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
+    let mut system = System::start();
+    let _vm = machine(&system, "web");
+    let root = Caller::new(&system).await;
+    let backups = chain(&system, &root).await;
+    let ids = backups.each_ref().map(|backup| id(backup));
+    let entry = |index: usize, parent: &str, state: &str, problem: &str| {
+        let kind = if parent.is_empty() { "full" } else { "incremental" };
+        [&ids[index], kind, parent, state, problem].map(str::to_owned)
+    };
+    let whole = [
+        entry(0, "", "complete", ""),
+        entry(1, &ids[0], "complete", ""),
+        entry(2, &ids[1], "complete", ""),
+        entry(3, &ids[0], "complete", ""),
+    ];
+    assert_eq!(states(&root).await, whole);
+    let text = backupctl(&system, &["backups", "web"]);
+    // Whatever the locale of the test is.
+    let text = [("├─", "|-"), ("└─", "`-"), ("│ ", "| ")]
+        .iter()
+        .fold(text, |text, (drawn, plain)| text.replace(drawn, plain));
+    let drawn: Vec<_> = text
+        .lines()
+        .skip(1)
+        .map(|line| {
+            line.split_once("default  ")
+                .unwrap()
+                .1
+                .split("  20")
+                .next()
+                .unwrap()
+                .trim_end()
+        })
+        .collect();
+    let expected = [
+        ids[0].clone(),
+        format!("|-{}", ids[1]),
+        format!("| `-{}", ids[2]),
+        format!("`-{}", ids[3]),
+    ];
+    assert_eq!(drawn, expected, "{text}");
+
+    // An image that is not there, and all that lies on it.
+    let (image, aside) = (backups[1].join("vda.qcow2"), system.dir().join("aside"));
+    fs::rename(&image, &aside).unwrap();
+    let lies_on = |id: &str, word: &str| format!("it lies on backup {id}, which is {word}");
+    let missing = [
+        whole[0].clone(),
+        entry(1, &ids[0], "missing", "vda.qcow2 is not there"),
+        entry(2, &ids[1], "damaged", &lies_on(&ids[1], "missing")),
+        whole[3].clone(),
+    ];
+    assert_eq!(states(&root).await, missing);
+    // It is remembered where the store cannot be looked at.
+    let store = system.dir().join("store-aside");
+    fs::rename(system.store(), &store).unwrap();
+    fs::write(system.store(), "").unwrap();
+    assert_eq!(states(&root).await, missing);
+    fs::remove_file(system.store()).unwrap();
+    fs::rename(&store, system.store()).unwrap();
+    fs::rename(&aside, &image).unwrap();
+    assert_eq!(states(&root).await, whole);
+
+    // A file of another length, a manifest that is another.
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&image)
+        .unwrap()
+        .set_len(7)
+        .unwrap();
+    let length = manifest(&backups[1])["disks"][0]["length"].clone();
+    let problem = format!("vda.qcow2 has 7 bytes, where it had {length}");
+    assert_eq!(states(&root).await[1], entry(1, &ids[0], "damaged", &problem));
+    let mut other = manifest(&backups[3]);
+    other["description"] = json!("another");
+    write_manifest(&backups[3], &other);
+    let found = states(&root).await;
+    assert_eq!(found[3][3], "damaged");
+    assert!(found[3][4].contains("is not what it was"), "{found:?}");
+    let text = backupctl(&system, &["backups"]);
+    assert!(
+        text.contains(&format!("{}: vda.qcow2 has 7 bytes", ids[1])),
+        "{text}"
+    );
+
+    // A directory that is gone, until the stores are looked through.
+    fs::remove_dir_all(&backups[0]).unwrap();
+    let found = states(&root).await;
+    assert_eq!(found[0], entry(0, "", "missing", "its directory is not there"));
+    assert_eq!(
+        (found[1][3].as_str(), found[2][3].as_str()),
+        ("damaged", "damaged")
+    );
+    let state = root
+        .properties(
+            &root.manager.get_backup(&ids[0]).await.unwrap(),
+            "org.example.Backup1.Backup",
+        )
+        .await;
+    assert_eq!(*state["State"], Variant::from("missing"));
+    rescan(&root).await;
+    let found = states(&root).await;
+    assert_eq!(found.len(), 3);
+    assert_eq!(
+        found[2],
+        entry(3, &ids[0], "damaged", &lies_on(&ids[0], "not there"))
+    );
+    let gone = root.manager.get_backup(&ids[0]).await.unwrap_err();
+    assert_eq!(error_name(&gone), "org.example.Backup1.Error.NoSuchBackup");
+    system.stop_daemon();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_not_read_a_domain_knows_of_no_backup_of_it() {
+    let rules = polkit::allow(USER, &["service.register-domain", "domain.backup"])
+        + &polkit::deny(OTHER_USER, &["domain.read"]);
+    let system = System::setup().rules(&rules).start();
+    let vm = machine(&system, "web");
+    let mine = system
+        .vm("mine")
+        .disk(Disk::new("vda", 4 * MIB))
+        .running()
+        .start();
+    let (root, user) = (Caller::new(&system).await, Caller::of_user(&system, USER).await);
+    let other = Caller::of_user(&system, OTHER_USER).await;
+    root.complete("web", "").await;
+    user.register("mine", mine.monitor_stream().into()).await.unwrap();
+    user.complete("mine", "").await;
+    let names = async |caller: &Caller| -> Vec<String> {
+        let listed = list(caller, &[]).await;
+        listed.into_iter().map(|backup| backup.3).collect()
+    };
+    assert_eq!(names(&root).await, ["mine", "web"]);
+    assert_eq!(names(&user).await, ["mine", "web"]);
+    assert_eq!(names(&other).await, [""; 0]);
+    // When the domains are gone, still.
+    drop((mine, vm));
+    fs::remove_file(system.dir().join("etc/domains.d/web.toml")).unwrap();
+    system.wait_for_no_domain("web");
+    system.wait_for_no_domain("mine");
+    assert_eq!(names(&user).await, ["mine", "web"]);
+    assert_eq!(names(&other).await, [""; 0]);
+
+    // The same as of one that never was, byte for byte.
+    let web = list(&root, &[("domain", "web")]).await.remove(0);
+    let refused = other.manager.get_backup(&web.1).await.unwrap_err().to_string();
+    let never = other.manager.get_backup("20200101T000000Z-00000000").await;
+    let never = never.unwrap_err().to_string();
+    assert_eq!(
+        refused.replace(&web.1, ""),
+        never.replace("20200101T000000Z-00000000", "")
+    );
+    let prefix = other.manager.get_backup("2").await.unwrap_err();
+    assert_eq!(error_name(&prefix), "org.example.Backup1.Error.NoSuchBackup");
+    // Nor does it stand in the way of the only one that somebody sees.
+    let foreign = Caller::of_user(&system, common::clients::THIRD_USER).await;
+    assert_eq!(names(&foreign).await, ["web"]);
+    assert_eq!(foreign.manager.get_backup("2").await.unwrap(), web.0);
+    let several = root.manager.get_backup("2").await.unwrap_err();
+    assert_eq!(error_name(&several), "org.freedesktop.DBus.Error.InvalidArgs");
+    assert!(several.to_string().contains(&web.1), "{several}");
+}
+
+/// As many copies of a backup, each with an id of its own.
+fn multiply(backup: &Path, count: usize) {
+    let (domain, original) = (backup.parent().unwrap(), manifest(backup));
+    for number in 0..count {
+        let copy = domain.join(format!("20200101T000000Z-{number:08x}"));
+        fs::create_dir(&copy).unwrap();
+        let mut manifest = original.clone();
+        manifest["id"] = json!(id(&copy));
+        write_manifest(&copy, &manifest);
+        fs::write(copy.join("vda.qcow2"), "image").unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_are_listed_page_by_page_and_each_once() {
+    let system = System::start();
+    let _vm = machine(&system, "web");
+    let root = Caller::new(&system).await;
+    root.complete("web", "").await;
+    let [backup] = directories(&system.store().join("web")).try_into().unwrap();
+    multiply(&backup, 2500);
+    rescan(&root).await;
+    let (mut after, mut pages, mut paths) = (String::new(), Vec::new(), Vec::<String>::new());
+    loop {
+        let options = Options::from([("after", Variant::from(after.as_str()))]);
+        let (backups, next) = root.manager.list_backups(options).await.unwrap();
+        pages.push(backups.len());
+        paths.extend(backups.into_iter().map(|backup| backup.0.to_string()));
+        if next.is_empty() {
+            break;
+        }
+        after = next;
+    }
+    assert_eq!(pages, [1000, 1000, 501]);
+    paths.sort();
+    paths.dedup();
+    assert_eq!(paths.len(), 2501);
+    let options = Options::from([("limit", Variant::from(3u64))]);
+    let (backups, next) = root.manager.list_backups(options).await.unwrap();
+    assert_eq!((backups.len(), next.is_empty()), (3, false));
+    let shown: Value = serde_json::from_str(&backupctl(&system, &["backups", "--json"])).unwrap();
+    assert_eq!(shown.as_array().unwrap().len(), 2501);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_catalog_of_the_first_version_is_brought_to_this_one() {
+    let mut system = System::start();
+    let _vm = machine(&system, "web");
+    let root = Caller::new(&system).await;
+    chain(&system, &root).await;
+    let before = list(&root, &[]).await;
+    system.stop_daemon();
+    let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
+    // As the first version had it.
+    let former = "CREATE TABLE former (store TEXT NOT NULL, domain TEXT NOT NULL, id TEXT NOT NULL, manifest TEXT NOT NULL, \
+            PRIMARY KEY (store, domain, id)) STRICT;
+        INSERT INTO former SELECT store, domain, id, manifest FROM backups;
+        DROP TABLE backups; ALTER TABLE former RENAME TO backups;
+        DELETE FROM jobs WHERE id = 2; PRAGMA user_version = 1;";
+    catalog.execute_batch(former).unwrap();
+    drop(catalog);
+    system.start_daemon();
+    let root = Caller::new(&system).await;
+    let told = |listed: Vec<ListedBackup>| -> Vec<String> {
+        let told = listed.into_iter().map(|mut backup| {
+            backup.0 = OwnedObjectPath::default();
+            format!("{backup:?}")
+        });
+        told.collect()
+    };
+    assert_eq!(told(list(&root, &[]).await), told(before));
+}

@@ -1,0 +1,76 @@
+//! Chains of backups made by hand: images and manifests as a store holds them, beside what real backups left.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::process;
+
+/// The directory of each backup of a domain's, by time.
+#[track_caller]
+pub fn directories(domain: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(domain).expect("the domain's directory is there");
+    let mut paths: Vec<_> = entries.map(|entry| entry.expect("it is read").path()).collect();
+    paths.retain(|path| !path.to_string_lossy().contains("/."));
+    paths.sort();
+    paths
+}
+
+/// The id of the backup in a directory.
+#[track_caller]
+pub fn id(backup: &Path) -> String {
+    let name = backup.file_name().expect("it has a name");
+    name.to_str().expect("it is text").to_owned()
+}
+
+#[track_caller]
+pub fn manifest(backup: &Path) -> Value {
+    let bytes = std::fs::read(backup.join("manifest.json")).expect("the manifest is read");
+    serde_json::from_slice(&bytes).expect("the manifest is JSON")
+}
+
+#[track_caller]
+pub fn write_manifest(backup: &Path, manifest: &Value) {
+    std::fs::write(backup.join("manifest.json"), manifest.to_string()).expect("the manifest is written");
+}
+
+/// An incremental backup on another one, made up: its images are empty overlays. Its time is `after` hours after the
+/// parent's. Returns its directory.
+#[track_caller]
+pub fn increment(parent: &Path, after: i64) -> PathBuf {
+    let (domain, parent_id) = (parent.parent().expect("it is in a directory"), id(parent));
+    let mut made = manifest(parent);
+    for key in ["started", "instant"] {
+        let time: jiff::Timestamp = made[key].as_str().unwrap().parse().unwrap();
+        made[key] = json!((time + jiff::SignedDuration::from_hours(after)).to_string());
+    }
+    let time: jiff::Timestamp = made["instant"].as_str().unwrap().parse().unwrap();
+    let own = format!(
+        "{}-{}",
+        time.strftime("%Y%m%dT%H%M%SZ"),
+        &uuid::Uuid::new_v4().simple().to_string()[..8]
+    );
+    let directory = domain.join(&own);
+    std::fs::create_dir(&directory).expect("its directory is made");
+    made["id"] = json!(own);
+    made["kind"] = json!("incremental");
+    for disk in made["disks"].as_array_mut().expect("it has disks") {
+        let file = disk["file"].as_str().expect("it has a file").to_owned();
+        let backing = format!("../{parent_id}/{file}");
+        let mut command = Command::new("qemu-img");
+        command
+            .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &backing])
+            .arg(directory.join(&file));
+        process::run(command).expect_success();
+        let length = std::fs::metadata(directory.join(&file))
+            .expect("it is there")
+            .len();
+        disk["length"] = json!(length);
+        disk["sha256"] = json!("0f".repeat(32));
+        disk["parent"] = json!({ "backup": parent_id, "file": file });
+    }
+    std::fs::write(directory.join("backup.xml"), "<domainbackup/>").expect("the document is written");
+    write_manifest(&directory, &made);
+    directory
+}

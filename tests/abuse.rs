@@ -11,10 +11,9 @@ use common::System;
 use common::caller::{Caller, assert_completed};
 use common::clients::USER;
 use common::disk::Disk;
-use common::proxies::Options;
+use common::proxies::slowly;
 use common::raw::{Body, Client, Target};
 use common::vm::Vm;
-use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
 const CREATE: Target = Target {
@@ -109,7 +108,7 @@ async fn descriptors_that_come_with_a_call_that_takes_none_are_refused_and_close
     let mut system = System::start();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
-    let options = Options::from([("bandwidth", Variant::from(4 * MIB))]);
+    let options = slowly(4 * MIB);
     let job = root.start_with("web", "", &[], options).await;
     let path = job.inner().path().to_string();
     let null = File::options().read(true).write(true).open("/dev/null").unwrap();

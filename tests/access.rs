@@ -7,11 +7,10 @@ use common::caller::{Caller, assert_completed};
 use common::clients::{OTHER_USER, USER};
 use common::disk::Disk;
 use common::polkit;
-use common::proxies::{Options, error_name};
+use common::proxies::{Options, error_name, slowly};
 use common::storage::files_below;
 use common::vm::Vm;
 use common::wait;
-use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
 const DENIED: &str = "org.freedesktop.DBus.Error.AccessDenied";
@@ -262,7 +261,7 @@ async fn others_hear_only_that_a_job_began_and_ended() {
     };
     monitor_says("is owned by");
     let caller = Caller::new(&system).await;
-    let options = Options::from([("bandwidth", Variant::from(8 * MIB))]);
+    let options = slowly(8 * MIB);
     let job = caller.start_with("web", "", &[], options).await;
     assert_completed(&job).await;
     monitor_says("JobEnded");

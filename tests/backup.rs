@@ -11,7 +11,7 @@ use backupd::catalog::Manifest;
 use common::System;
 use common::caller::{Caller, assert_completed, brief};
 use common::disk::Disk;
-use common::proxies::Options;
+use common::proxies::{Options, slowly};
 use common::storage::{LoopDevice, files_below, holds, identical};
 use common::vm::Vm;
 use zbus::wire::Variant;
@@ -116,7 +116,7 @@ async fn what_is_written_after_the_instant_is_not_in_the_images() {
         fs::copy(vm.source_path(disk), copy).unwrap();
     }
     let caller = Caller::new(&system).await;
-    let options = Options::from([("bandwidth", Variant::from(8 * MIB))]);
+    let options = slowly(8 * MIB);
     let job = caller.start_with("web", "", &[], options).await;
     // QEMU runs the jobs: the instant has passed.
     for _ in 0..2 {
@@ -399,7 +399,7 @@ async fn two_machines_are_backed_up_at_the_same_time() {
         })
         .collect();
     let caller = Caller::new(&system).await;
-    let options = || Options::from([("bandwidth", Variant::from(MIB))]);
+    let options = || slowly(MIB);
     let first = caller.start_with("one", "", &[], options()).await;
     let second = caller.start_with("two", "", &[], options()).await;
     for job in [&first, &second] {
@@ -442,7 +442,7 @@ async fn progress_rate_and_end_are_told_while_it_runs() {
     let system = System::start();
     let vm = web(&system);
     let caller = Caller::new(&system).await;
-    let options = Options::from([("bandwidth", Variant::from(4 * MIB))]);
+    let options = slowly(4 * MIB);
     let job = caller.start_with("web", "", &[], options).await;
     common::wait::until_async("some progress", || async {
         let (rate, end) = (job.rate().await.unwrap(), job.expected_end_time().await.unwrap());

@@ -10,7 +10,7 @@ use common::caller::{Caller, assert_completed};
 use common::clients::USER;
 use common::disk::Disk;
 use common::polkit;
-use common::proxies::{Options, error_name};
+use common::proxies::{Options, error_name, slowly};
 use common::storage::{LoopDevice, files_below};
 use common::vm::Vm;
 use serde_json::json;
@@ -216,7 +216,7 @@ async fn a_rule_about_cancelling_can_say_which_backup() {
         ["abort", "set-speed"].map(|action| rule(action, &[("target_kind", "store"), ("disks", "vda")]));
     let (system, _vm, caller) = known(&rules.concat()).await;
     let root = Caller::new(&system).await;
-    let slow = || Options::from([("bandwidth", zbus::wire::Variant::from(MIB))]);
+    let slow = || slowly(MIB);
     for (document, may) in [("<disk name='vda'/>", true), ("<disk name='vdb'/>", false)] {
         let job = root
             .start_with("web", &document_with(document), &[], slow())

@@ -13,7 +13,7 @@ use common::System;
 use common::caller::{Caller, assert_completed, brief};
 use common::disk::{Disk, Kind};
 use common::peer::{GREETING, Peer};
-use common::proxies::{DomainProxy, Options, error_name};
+use common::proxies::{DomainProxy, Options, error_name, slowly};
 use common::storage::{holds, identical};
 use common::vm::Vm;
 use common::wait::{until_async, within};
@@ -554,7 +554,7 @@ async fn a_backup_whose_domain_goes_meanwhile_is_made_and_leaves_nothing_in_qemu
         let file = system.domain_file("web", &vm);
         let web = wait_for_machine(&caller, "web", &vm).await;
         let before = vm.residue();
-        let options = Options::from([("bandwidth", zbus::wire::Variant::from(65536u64))]);
+        let options = slowly(65536);
         let job = caller.start_with("web", "", &[], options).await;
         until_async("the backup to run", || async {
             (job.state().await.unwrap() == "running").then_some(())
@@ -943,7 +943,7 @@ async fn a_registered_domain_goes_with_the_connection_that_registered_it() {
     let path = register(&owner, "mine", vm.monitor_stream()).await.unwrap();
     watcher.signals_until("DomainAdded").await;
     // A backup that runs is brought to its end first.
-    let options = Options::from([("bandwidth", zbus::wire::Variant::from(16 * MIB))]);
+    let options = slowly(16 * MIB);
     let job = watcher.start_with("mine", "", &[], options).await;
     owner.connection.close().await.unwrap();
     let gone = watcher.signals_until("DomainRemoved").await;

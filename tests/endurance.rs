@@ -17,7 +17,7 @@ use std::time::Duration;
 use common::caller::{Caller, cancel};
 use common::disk::Disk;
 use common::measure::{Activity, Footprint, descriptors, median};
-use common::proxies::{JobProxy, Options, error_name};
+use common::proxies::{JobProxy, Options, error_name, slowly};
 use common::proxy::Proxy;
 use common::vm::Builder;
 use common::wait;
@@ -26,7 +26,6 @@ use crowd::Crowd;
 use rusqlite::Connection;
 use sample::{Sample, catalog_size, on_the_bus};
 use serde_json::json;
-use zbus::wire::Variant;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -133,7 +132,7 @@ async fn back_up(system: &System, index: usize) -> bool {
             false
         }
         5 => {
-            let slowly = Options::from([("bandwidth", Variant::from(MIB))]);
+            let slowly = slowly(MIB);
             let job = caller.start_with("web", GOOD, &[], slowly).await;
             running(&job).await;
             cancel(&job).await;
@@ -339,7 +338,7 @@ async fn the_progress_of_a_backup_that_nobody_looks_at_is_hardly_asked_for() {
     let pid = system.daemon().pid();
 
     let caller = Caller::new(&system).await;
-    let slowly = Options::from([("bandwidth", Variant::from(MIB))]);
+    let slowly = slowly(MIB);
     let job = caller.start_with("web", "", &[], slowly).await;
     running(&job).await;
     let path = job.inner().path().to_owned();

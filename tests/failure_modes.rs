@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use common::System;
 use common::caller::{Caller, assert_completed, assert_failed};
 use common::disk::{Disk, Kind};
-use common::proxies::{JobProxy, Options, error_name};
+use common::proxies::{JobProxy, Options, error_name, slowly};
 use common::proxy::Proxy;
 use common::storage::{files_below, holds};
 use common::vm::{Builder, Residue, Vm};
@@ -391,7 +391,7 @@ async fn a_snapshot_made_while_only_what_an_image_holds_is_copied_fails_the_back
     // Into a raw image QEMU copies what the disk's image holds, and looks for that in what is on top at the time.
     let scene = Scene::new(disks).await;
     let raw = "<domainbackup><disks><disk name='vda'><driver type='raw'/></disk></disks></domainbackup>";
-    let options = Options::from([("bandwidth", Variant::from(MIB))]);
+    let options = slowly(MIB);
     let job = scene.caller.start_with("web", raw, &[], options).await;
     until_async("the backup to run", || async {
         (job.state().await.unwrap() == "running").then_some(())

@@ -12,7 +12,7 @@ use common::clients::USER;
 use common::disk::Disk;
 use common::hanging::{Hanging, Operation};
 use common::peer::StandIn;
-use common::proxies::{JobProxy, ManagerProxy, Options};
+use common::proxies::{JobProxy, ManagerProxy, Options, slowly};
 use common::storage::files_below;
 use common::wait;
 use common::{Setup, System};
@@ -142,7 +142,7 @@ async fn it_stays_while_something_of_a_failed_backup_is_still_to_be_removed() {
     let vm = system.configured(machine);
     let before = vm.residue();
     let caller = Caller::new(&system).await;
-    let options = Options::from([("bandwidth", (16 * MIB).into())]);
+    let options = slowly(16 * MIB);
     let document = "<domainbackup><store name='shaky'/></domainbackup>";
     let job = caller.start_with("web", document, &[], options).await;
     wait::until_async("some progress", async || {

@@ -12,12 +12,12 @@ use common::daemon::Daemon;
 use common::disk::Disk;
 use common::eavesdropper::Eavesdropper;
 use common::polkit;
-use common::proxies::{Options, assert_limit};
+use common::proxies::{Options, assert_limit, slowly};
 use common::storage::files_below;
 use common::vm::Vm;
 use common::wait;
 use tokio::task::JoinHandle;
-use zbus::wire::{OwnedObjectPath, Variant};
+use zbus::wire::OwnedObjectPath;
 
 const MIB: u64 = 1 << 20;
 
@@ -26,12 +26,8 @@ fn machine(system: &System, name: &str) -> Vm {
     system.configured(system.vm(name).disk(Disk::new("vda", 256 * MIB)).running())
 }
 
-fn slowly() -> Options<'static> {
-    Options::from([("bandwidth", Variant::from(MIB))])
-}
-
 async fn try_slowly(caller: &Caller, domain: &str) -> zbus::Result<OwnedObjectPath> {
-    caller.try_start(domain, "", &[], slowly()).await
+    caller.try_start(domain, "", &[], slowly(MIB)).await
 }
 
 type Waiting = JoinHandle<zbus::Result<(String, String, String)>>;
@@ -120,20 +116,20 @@ async fn backups_under_way_are_counted_until_they_end() {
         assert!(!system.store().join("c").exists());
     };
 
-    let users = user.start_with("a", "", &[], slowly()).await;
+    let users = user.start_with("a", "", &[], slowly(MIB)).await;
     assert_limit("jobs-per-user", try_slowly(&user, "c").await);
     // Over another connection too.
     let again = Caller::of_user(&system, USER).await;
     assert_limit("jobs-per-user", try_slowly(&again, "c").await);
     nothing_of_c(1).await;
-    let others = other.start_with("b", "", &[], slowly()).await;
+    let others = other.start_with("b", "", &[], slowly(MIB)).await;
     assert_limit("jobs", try_slowly(&root, "c").await);
     nothing_of_c(2).await;
 
     cancel(&users).await;
     cancel(&others).await;
     // Not with the connection that started it: a backup goes on without it.
-    let left = again.start_with("a", "", &[], slowly()).await;
+    let left = again.start_with("a", "", &[], slowly(MIB)).await;
     let left = root.job(left.inner().path().to_owned().into()).await;
     again.connection.close().await.unwrap();
     assert_limit("jobs-per-user", try_slowly(&user, "c").await);
@@ -142,7 +138,7 @@ async fn backups_under_way_are_counted_until_they_end() {
     // Root may have as many as there may be.
     let mut jobs = Vec::new();
     for domain in ["a", "b"] {
-        jobs.push(root.start_with(domain, "", &[], slowly()).await);
+        jobs.push(root.start_with(domain, "", &[], slowly(MIB)).await);
     }
     assert_limit("jobs", try_slowly(&user, "c").await);
     assert_limit("jobs", try_slowly(&root, "c").await);
@@ -150,7 +146,7 @@ async fn backups_under_way_are_counted_until_they_end() {
     // One that ends well gives back as one that does not.
     jobs[0].set_speed(0).await.unwrap();
     assert_completed(&jobs[0]).await;
-    cancel(&user.start_with("c", "", &[], slowly()).await).await;
+    cancel(&user.start_with("c", "", &[], slowly(MIB)).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

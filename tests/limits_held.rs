@@ -12,10 +12,10 @@ use common::clients::{OTHER_USER, THIRD_USER, USER};
 use common::disk::Disk;
 use common::peer::{Peer, StandIn};
 use common::polkit;
-use common::proxies::{JobProxy, Options, assert_limit, error_name};
+use common::proxies::{JobProxy, Options, assert_limit, error_name, slowly};
 use common::vm::Vm;
 use common::wait;
-use zbus::wire::{OwnedObjectPath, Variant};
+use zbus::wire::OwnedObjectPath;
 
 const MIB: u64 = 1 << 20;
 
@@ -144,7 +144,7 @@ impl Files {
 
     /// Starts a backup into them that takes longer than any test.
     async fn try_start(&self, caller: &Caller, domain: &str) -> zbus::Result<OwnedObjectPath> {
-        let options = Options::from([("bandwidth", Variant::from(MIB))]);
+        let options = slowly(MIB);
         let document = self.document();
         caller
             .try_start(domain, &document, &self.descriptors, options)

@@ -15,7 +15,7 @@ use common::caller::{Caller, assert_completed};
 use common::clients::{OTHER_USER, ROOT, USER};
 use common::disk::Disk;
 use common::polkit;
-use common::proxies::{Options, error_name};
+use common::proxies::{Options, error_name, slowly};
 use common::vm::Vm;
 use common::wait;
 use zbus::wire::{OwnedObjectPath, Variant};
@@ -124,7 +124,7 @@ async fn known(root: &Caller, path: OwnedObjectPath, name: &'static str) -> Know
     assert_completed(&root.job(first).await).await;
     let wanted = Options::from([("domain", Variant::from(name))]);
     let (backups, _) = root.manager.list_backups(wanted).await.unwrap();
-    let slow = Options::from([("bandwidth", Variant::from(SLOW))]);
+    let slow = slowly(SLOW);
     Known {
         name,
         job: start_on(root, &path, slow).await,

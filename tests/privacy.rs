@@ -13,11 +13,10 @@ use common::clients::{OTHER_USER, ROOT, USER};
 use common::disk::Disk;
 use common::polkit;
 use common::process::Process;
-use common::proxies::{JobProxy, Options, error_name};
+use common::proxies::{JobProxy, error_name, slowly};
 use common::vm::Vm;
 use common::wait;
 use zbus::Connection;
-use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
 const NO_SUCH_DOMAIN: &str = "org.example.Backup1.Error.NoSuchDomain";
@@ -58,10 +57,6 @@ impl Monitor {
     }
 }
 
-fn slowly() -> Options<'static> {
-    Options::from([("bandwidth", Variant::from(MIB))])
-}
-
 async fn end(job: &JobProxy<'_>, expected: &str) {
     let (result, _, _) = wait::within("the end", job.wait()).await.unwrap();
     assert_eq!(result, expected);
@@ -70,10 +65,10 @@ async fn end(job: &JobProxy<'_>, expected: &str) {
 /// Three backups of a machine: one is completed, one cancelled, and one fails, because QEMU is killed.
 async fn three_backups(caller: &Caller, domain: &str, mut vm: Vm) {
     caller.complete(domain, "").await;
-    let job = caller.start_with(domain, "", &[], slowly()).await;
+    let job = caller.start_with(domain, "", &[], slowly(MIB)).await;
     job.cancel().await.unwrap();
     end(&job, "cancelled").await;
-    let job = caller.start_with(domain, "", &[], slowly()).await;
+    let job = caller.start_with(domain, "", &[], slowly(MIB)).await;
     wait::until_async("the copying", async || {
         (job.state().await.unwrap() == "running").then_some(())
     })
@@ -227,7 +222,7 @@ async fn rules_that_change_while_polkit_runs_count_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subscriber_that_may_read_no_more_hears_no_more_not_even_of_a_backup_under_way() {
     let (system, _vm, root, mut user) = with_subscriber().await;
-    let job = root.start_with("web", "", &[], slowly()).await;
+    let job = root.start_with("web", "", &[], slowly(MIB)).await;
     // It hears of it, and may look.
     user.all_signals_until("PropertiesChanged").await;
     let looked_at = user.job(job.inner().path().to_owned().into()).await;

@@ -177,7 +177,7 @@ async fn documents_that_cannot_be_read_or_are_not_supported() {
         .await;
     let incremental = "<domainbackup><incremental>monday</incremental></domainbackup>";
     scene
-        .refuses_document(incremental, "Unsupported", &["incremental"])
+        .refuses_document(incremental, "NoSuchCheckpoint", &["'monday'", "line 1"])
         .await;
     let network = "<domainbackup><disks><disk name='vda' type='network'/></disks></domainbackup>";
     scene.refuses_document(network, "Unsupported", &["network"]).await;
@@ -226,7 +226,17 @@ async fn options_that_are_unknown_of_another_type_or_contradict() {
         .await;
     let options = Options::from([("incremental", Variant::from("monday"))]);
     scene
-        .refuses("", &[], options, &format!("{OURS}Unsupported"), &["incremental"])
+        .refuses(
+            "",
+            &[],
+            options,
+            &format!("{OURS}NoSuchCheckpoint"),
+            &["'monday'"],
+        )
+        .await;
+    let options = Options::from([("checkpoint", Variant::from("monday"))]);
+    scene
+        .refuses("", &[], options, &format!("{OURS}Unsupported"), &["checkpoint"])
         .await;
 }
 

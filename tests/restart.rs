@@ -15,12 +15,11 @@ use common::clients::USER;
 use common::daemon::Daemon;
 use common::disk::Disk;
 use common::polkit;
-use common::proxies::Options;
+use common::proxies::{Options, slowly};
 use common::storage::{files_below, identical};
 use common::vm::{Residue, Vm};
 use common::wait;
 use serde_json::json;
-use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
 
@@ -64,8 +63,7 @@ impl Scene {
         self.system.wait_for_domain("web");
         let caller = Caller::new(&self.system).await;
         // Slow enough that a backup that is to be cancelled is not over before.
-        let bandwidth = Variant::from(if cancelled { 4 * MIB } else { 0 });
-        let options = Options::from([("bandwidth", bandwidth)]);
+        let options = slowly(if cancelled { 4 * MIB } else { 0 });
         let started = caller.try_start("web", document, &[], options).await;
         if cancelled && let Ok(path) = started {
             let job = caller.job(path).await;
@@ -312,7 +310,7 @@ async fn a_cancelled_backup_stays_cancelled_after_a_death_at_every_point() {
 /// A backup that takes its time, of a machine that is not disturbed.
 async fn slow_backup(scene: &Scene) -> u32 {
     let caller = Caller::new(&scene.system).await;
-    let options = Options::from([("bandwidth", Variant::from(2 * MIB))]);
+    let options = slowly(2 * MIB);
     let job = caller.start_with("web", "", &[], options).await;
     wait::until_async("some progress", || async {
         (job.progress().await.unwrap() > 0.0).then_some(())
@@ -370,7 +368,7 @@ async fn a_backup_of_a_machine_that_is_registered_again_goes_on() {
     let before = vm.residue();
     let user = Caller::of_user(&system, USER).await;
     user.register("mine", vm.monitor_stream().into()).await.unwrap();
-    let options = Options::from([("bandwidth", Variant::from(MIB))]);
+    let options = slowly(MIB);
     let job = user.start_with("mine", "", &[], options).await;
     wait::until_async("some progress", || async {
         (job.progress().await.unwrap() > 0.0).then_some(())
@@ -409,7 +407,7 @@ async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_the_file_e
             "<domainbackup><disks><disk name='vdb' type='fd'><driver type='{format}'/><target fd='0'/></disk></disks></domainbackup>"
         );
         let caller = Caller::new(&scene.system).await;
-        let options = Options::from([("bandwidth", Variant::from(2 * MIB))]);
+        let options = slowly(2 * MIB);
         let job = caller.start_with("web", &document, &[file.into()], options).await;
         wait::until_async("some progress", || async {
             (job.progress().await.unwrap() > 0.0).then_some(())

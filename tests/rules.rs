@@ -18,10 +18,10 @@ use common::bus::project_file;
 use common::caller::{Caller, connect_as};
 use common::disk::Disk;
 use common::polkit;
-use common::proxies::{DomainProxy, JobProxy, ManagerProxy, Options, error_name};
+use common::proxies::{DomainProxy, JobProxy, ManagerProxy, Options, error_name, slowly};
 use common::vm::Vm;
 use common::{System, process, storage, test_directory, wait};
-use zbus::wire::{OwnedObjectPath, Variant};
+use zbus::wire::OwnedObjectPath;
 
 /// Everything in `docs/polkit-rules`.
 const EXAMPLES: [&str; 8] = [
@@ -513,7 +513,7 @@ async fn members_of_a_group_see_what_one_user_registered() {
     let open = open_file(&system, "open");
     assert_eq!(helper.copy_into("annas", &open).await, no(PASSWORD));
     assert_eq!(helper.back_up("annas", "").await, no(PASSWORD));
-    let options = Options::from([("bandwidth", Variant::from(MIB / 4))]);
+    let options = slowly(MIB / 4);
     let files = vec![(&open).into()];
     let (_, job) = annas.create_backup(OPEN_FILE, files, options).await.unwrap();
     assert_eq!(helper.manager.list_jobs().await.unwrap().len(), 1);

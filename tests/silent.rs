@@ -9,13 +9,13 @@ use common::System;
 use common::caller::{Caller, assert_completed};
 use common::disk::Disk;
 use common::peer::{GREETING, Peer};
-use common::proxies::Options;
+use common::proxies::{Options, slowly};
 use common::storage::files_below;
 use common::vm::Vm;
 use serde::Serialize;
 use serde_json::json;
 use zbus::message::Flags;
-use zbus::wire::{DynamicType, Variant};
+use zbus::wire::DynamicType;
 
 const MIB: u64 = 1 << 20;
 /// At which a backup takes long enough to be spoken to.
@@ -80,7 +80,7 @@ async fn a_backup_goes_on_as_it_was() {
     let system = System::start();
     let vm = machine(&system);
     let caller = Caller::new(&system).await;
-    let options = Options::from([("bandwidth", Variant::from(SPEED))]);
+    let options = slowly(SPEED);
     let job = caller.start_with("web", "", &[], options).await;
     let speed = || {
         let jobs = vm.qmp("query-block-jobs", json!({}));

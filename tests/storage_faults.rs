@@ -10,12 +10,11 @@ use common::caller::{Caller, assert_completed, assert_failed};
 use common::disk::Disk;
 use common::hanging::{Hanging, Operation};
 use common::process;
-use common::proxies::{JobProxy, Options, error_name};
+use common::proxies::{JobProxy, Options, error_name, slowly};
 use common::storage::{Tmpfs, files_below};
 use common::vm::{Residue, Vm};
 use common::wait::{until_async, within};
 use fuser::Errno;
-use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
 const OURS: &str = "org.example.Backup1.Error.";
@@ -52,7 +51,7 @@ impl Scene {
 
     /// A backup in its middle, where it stays until it is let go on.
     async fn begin(&self) -> JobProxy<'static> {
-        let options = Options::from([("bandwidth", Variant::from(64 * MIB))]);
+        let options = slowly(64 * MIB);
         let job = self.caller.start_with("web", DOCUMENT, &[], options).await;
         until_async("some progress", || async {
             (job.progress().await.unwrap() > 0.0).then_some(())

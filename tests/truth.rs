@@ -13,7 +13,7 @@ use common::agent::{Agent, Answer};
 use common::caller::{Caller, assert_completed, assert_failed, brief};
 use common::clients::USER;
 use common::disk::Disk;
-use common::proxies::{DomainProxy, JobProxy, Options, error_name};
+use common::proxies::{DomainProxy, JobProxy, Options, error_name, slowly};
 use common::proxy::{Hold, Proxy};
 use common::storage::{Immutable, LoopDevice, Tmpfs, files_below, holds, identical};
 use common::vm::{Builder, Residue, Vm};
@@ -114,7 +114,7 @@ async fn reaches(job: &JobProxy<'_>, state: &str) {
 }
 
 fn bandwidth(bytes_per_second: u64) -> Options<'static> {
-    Options::from([("bandwidth", Variant::from(bytes_per_second))])
+    slowly(bytes_per_second)
 }
 
 fn reuse() -> Options<'static> {

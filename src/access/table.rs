@@ -148,6 +148,7 @@ pub static TABLE: [Entry; 10] = [
             "Job.Mode",
             "Job.StartedByUID",
             "Job.StartTime",
+            "Job.Increments",
             "Job.State",
             "Job.Progress",
             "Job.Bytes",

@@ -17,7 +17,7 @@ use crate::catalog::{self, BackupRecord, Instant, Reached, Step};
 use crate::error;
 use crate::fault::{self, Point};
 use crate::plan::{Destination, Place};
-use crate::target::{Seal, Targets};
+use crate::target::{Parents, Seal, Targets};
 
 /// How long is waited for what hung before to be undone now, before the outcome is told.
 const BRIEFLY: Duration = Duration::from_secs(2);
@@ -57,25 +57,19 @@ impl End<'_> {
             unknown,
             ..
         } = self;
-        let mut on_disk = unknown || targets.is_none();
-        let (ended, backup) = match (judged, targets) {
-            (Ok(instant), Some(targets)) => {
-                let published = publish(job, setting, targets, instant).await;
-                on_disk |= published.left;
-                (published.ended, published.backup)
-            }
-            (Ok(_), None) => (
-                Err(Error::stalled("the targets", setting.deadlines.stall()).into()),
-                None,
-            ),
+        let patience = setting.deadlines.stall();
+        let Published {
+            ended,
+            backup,
+            parents,
+            left: on_disk,
+        } = match (judged, targets) {
+            (Ok(instant), Some(targets)) => publish(job, setting, targets, instant).await,
+            (Ok(_), None) => Published::not(Error::stalled("the targets", patience).into(), true),
             (Err(stopped), targets) => {
-                on_disk |= discard(
-                    setting,
-                    targets,
-                    if hangs { BRIEFLY } else { setting.deadlines.stall() },
-                )
-                .await;
-                (Err(stopped), None)
+                let patience = if hangs { BRIEFLY } else { patience };
+                let left = discard(setting, targets, patience).await;
+                Published::not(stopped, left)
             }
         };
         fault::point(match ended {
@@ -84,7 +78,7 @@ impl End<'_> {
         });
         let left = Left {
             in_qemu,
-            on_disk,
+            on_disk: on_disk || unknown,
             holds_poweroff,
         };
         let outcome = outcome(job, ended);
@@ -99,6 +93,7 @@ impl End<'_> {
             }
         });
         remember_end(job, setting, &outcome, left, backup).await;
+        drop(parents);
         fault::point(Point::Ended);
         // What hangs, or was not let go of, is settled by a later backup.
         if let Some(footprint) = footprint.filter(|_| job.has_checkpoints() && !hangs && !in_qemu) {
@@ -223,7 +218,21 @@ async fn discard(setting: &Setting, targets: Option<Targets>, patience: Duration
 struct Published {
     ended: Result<(), Stopped>,
     backup: Option<BackupRecord>,
+    /// Until the backup is on record.
+    parents: Parents,
+    /// Something of it may be.
     left: bool,
+}
+
+impl Published {
+    fn not(stopped: Stopped, left: bool) -> Self {
+        Self {
+            ended: Err(stopped),
+            backup: None,
+            parents: Parents::default(),
+            left,
+        }
+    }
 }
 
 /// Makes the data durable and gives it its name, unless the backup was cancelled up to that point.
@@ -237,30 +246,20 @@ async fn publish(job: &Arc<Job>, setting: &Setting, targets: Targets, instant: I
     match tokio::time::timeout(patience, &mut work).await {
         Ok(published) => published,
         // Whatever it does from here on, it takes back.
-        Err(_) if job.give_up() => Published {
-            ended: Err(Error::stalled("the storage", patience).into()),
-            backup: None,
-            left: true,
-        },
+        Err(_) if job.give_up() => Published::not(Error::stalled("the storage", patience).into(), true),
         Err(_) => work.await,
     }
 }
 
 fn publish_all(job: &Job, mut targets: Targets, instant: Instant) -> Published {
     match try_publish(job, &mut targets, instant) {
-        Ok(backup) => {
-            targets.leave();
-            Published {
-                ended: Ok(()),
-                backup,
-                left: false,
-            }
-        }
-        Err(stopped) => Published {
-            ended: Err(stopped),
-            backup: None,
-            left: !targets.discard(),
+        Ok(backup) => Published {
+            ended: Ok(()),
+            backup,
+            parents: targets.leave(),
+            left: false,
         },
+        Err(stopped) => Published::not(stopped, !targets.discard()),
     }
 }
 

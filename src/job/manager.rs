@@ -286,7 +286,7 @@ impl Jobs {
         let made = run::make(job, link, targets, &self.setting).await;
         if let Err(Stopped::Left) = made.judged {
             if let Some(targets) = made.targets {
-                blocking(&self.setting, move || targets.leave()).await;
+                blocking(&self.setting, move || drop(targets.leave())).await;
             }
             return Ending::Left;
         }

@@ -45,7 +45,7 @@ pub(super) async fn resume(
         .stop
         .run_until_cancelled(setting.domains.reach(&identity, setting.deadlines.reconnect()));
     let Some(reached) = reached.await else {
-        blocking(setting, move || found.targets.leave()).await;
+        blocking(setting, move || drop(found.targets.leave())).await;
         return Ending::Left;
     };
     let (footprint, unreachable) = match reached {
@@ -63,7 +63,7 @@ pub(super) async fn resume(
         Err(error) => Err(error.into()),
     };
     if let Err(Stopped::Left) = judged {
-        blocking(setting, move || found.targets.leave()).await;
+        blocking(setting, move || drop(found.targets.leave())).await;
         return Ending::Left;
     }
     if let (Err(stopped), Some(footprint)) = (&judged, &footprint)

@@ -13,7 +13,7 @@ use crate::catalog::{
 };
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
-use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan};
+use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Why};
 use crate::target::{self, Shelf};
 
 /// Texts about what could not be taken in.
@@ -381,7 +381,7 @@ fn plan(store: &str, path: &Path, manifest: &Manifest, document: Option<&Definit
                     .find(|listed| listed.name == disk.name)
                     .and_then(|listed| listed.compress),
                 mode: match &disk.parent {
-                    None => Mode::default(),
+                    None => Mode::Full { why: Why::Unknown },
                     Some(parent) => Mode::Since(Base {
                         backup: parent.backup.clone(),
                         file: parent.file.clone(),

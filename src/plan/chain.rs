@@ -125,6 +125,8 @@ pub enum Why {
     Damaged,
     /// It would take too many images to read it.
     ChainTooLong,
+    /// It was made by a service whose records are gone.
+    Unknown,
 }
 
 impl Why {
@@ -141,6 +143,7 @@ impl Why {
             Self::Resized => "resized",
             Self::Damaged => "damaged",
             Self::ChainTooLong => "chain-too-long",
+            Self::Unknown => "unknown",
         }
     }
 
@@ -157,6 +160,7 @@ impl Why {
             Self::Resized => "its size has changed since then",
             Self::Damaged => "an image of the earlier backup is not what it was, or is gone",
             Self::ChainTooLong => "it would take too many images to read it",
+            Self::Unknown => "it is not on record any more why",
         }
     }
 }

@@ -24,6 +24,7 @@ pub use error::Error;
 pub use find::Found;
 pub use identity::{FileId, Holder, Sources};
 pub use inventory::{Held, Sharing, Shelf};
+pub use parents::Parents;
 pub use seal::Seal;
 pub use store::{ensure as ensure_store, partial_backup};
 pub use writeback::Writeback;
@@ -35,7 +36,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FileType;
 
-use self::parents::Parents;
 use crate::definition::Format;
 use crate::fault::{self, Point};
 use crate::plan::{Destination, DiskPlan, Place, Plan};
@@ -207,9 +207,11 @@ impl Targets {
         self.clear()
     }
 
-    /// Leaves everything as it is: it is published, or a later process of the service goes on with it.
-    pub fn leave(mut self) {
+    /// Leaves everything as it is: it is published, or a later process of the service goes on with it. What the images lie on
+    /// is kept from being removed as long as what this gives is.
+    pub fn leave(mut self) -> Parents {
         self.settled = true;
+        std::mem::take(&mut self.parents)
     }
 
     fn open(

@@ -6,9 +6,10 @@ use super::inventory::{Held, Sharing, Shelf};
 use super::{BackupName, Error};
 use crate::plan::{Base, Destination, Mode, Plan};
 
-/// Those of one backup.
+/// Those of one backup. Who removes one looks for what lies on it in the catalog: so they are kept until the new one is there.
 #[derive(Debug, Default)]
-pub(super) struct Parents(Vec<Parent>);
+#[must_use]
+pub struct Parents(Vec<Parent>);
 
 #[derive(Debug)]
 struct Parent {

@@ -25,6 +25,14 @@ pub type ListedBackup = (
     Vec<BackupDisk>,
 );
 
+/// For a backup that takes its time: all is copied, whatever earlier ones there are, at so many bytes a second.
+pub fn slowly(bytes_per_second: u64) -> Options<'static> {
+    Options::from([
+        ("bandwidth", Variant::from(bytes_per_second)),
+        ("incremental", Variant::from("full")),
+    ])
+}
+
 #[zbus::proxy(
     interface = "org.example.Backup1",
     default_service = "org.example.Backup1",

@@ -17,6 +17,7 @@ pub enum Kind {
     NoSuchCheckpoint,
     ChainBroken,
     NoSuchBackup,
+    HasDescendants,
     InvalidDefinition,
     Unsupported,
     TargetExists,

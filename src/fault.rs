@@ -4,7 +4,7 @@
 
 use std::sync::OnceLock;
 
-/// A place between two steps of a backup where what comes next is not known to come; in the order in which a backup gets
+/// A place between two steps of a backup, or of its removal, where what comes next is not known to come; in the order in which a backup gets
 /// there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Point {
@@ -62,9 +62,18 @@ pub enum Point {
     Published,
     /// The outcome is on record, and nobody was told.
     Ended,
+    /// It is on record that a backup is being removed, and all of it is there.
+    RemovalRecorded,
+    /// Its directory has a name that says so.
+    RemovalRenamed,
+    /// The first of its files is gone.
+    RemovalBegun,
+    /// All of it is gone but its record.
+    RemovalEmptied,
 }
 
 impl Point {
+    /// Those of a backup that is made.
     pub const ALL: [Self; 27] = [
         Self::Recorded,
         Self::Prepared,
@@ -93,6 +102,14 @@ impl Point {
         Self::Discarded,
         Self::Published,
         Self::Ended,
+    ];
+
+    /// Those of a backup that is removed.
+    pub const REMOVAL: [Self; 4] = [
+        Self::RemovalRecorded,
+        Self::RemovalRenamed,
+        Self::RemovalBegun,
+        Self::RemovalEmptied,
     ];
 
     /// What a test calls it.

@@ -52,6 +52,7 @@ fn install_fills_a_directory() {
             "usr/lib/tmpfiles.d/backupd.conf",
             "usr/libexec/backupd",
             "usr/share/bash-completion/completions/backupctl",
+            "usr/share/dbus-1/interfaces/org.example.Backup1.Backup.xml",
             "usr/share/dbus-1/interfaces/org.example.Backup1.Domain.xml",
             "usr/share/dbus-1/interfaces/org.example.Backup1.Job.xml",
             "usr/share/dbus-1/interfaces/org.example.Backup1.xml",

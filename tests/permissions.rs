@@ -12,6 +12,7 @@ use backupd::names::{
 };
 use common::System;
 use common::caller::{Caller, assert_completed};
+use common::chain::directories;
 use common::clients::{OTHER_USER, ROOT, USER};
 use common::disk::Disk;
 use common::polkit;
@@ -25,7 +26,7 @@ const MIB: u64 = 1 << 20;
 const OWNER: u32 = 2;
 const READER: u32 = 3;
 
-const EVERYTHING: [&str; 10] = [
+const EVERYTHING: [&str; 11] = [
     "service.search-domains",
     "service.register-domain",
     "service.rescan",
@@ -36,6 +37,7 @@ const EVERYTHING: [&str; 10] = [
     "domain.export",
     "domain.abort",
     "domain.set-speed",
+    "backup.delete",
 ];
 
 /// The backups that all others are tried on end with the first of these, and so does waiting for their ends.
@@ -62,7 +64,8 @@ impl Person {
             | Permission::DomainBackup
             | Permission::DomainExport
             | Permission::DomainAbort
-            | Permission::DomainSetSpeed => self.who == "allowed",
+            | Permission::DomainSetSpeed
+            | Permission::BackupDelete => self.who == "allowed",
         }
     }
 
@@ -214,6 +217,16 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
         member => match member.split_once('.') {
             Some(("Domain", property)) => get(caller, path, DOMAIN_INTERFACE, property).await,
             Some(("Job", property)) => get(caller, job, JOB_INTERFACE, property).await,
+            Some(("Backup", "Delete")) => {
+                call(
+                    caller,
+                    &domain.backup,
+                    BACKUP_INTERFACE,
+                    "Delete",
+                    &Options::new(),
+                )
+                .await
+            }
             Some(("Backup", property)) => get(caller, &domain.backup, BACKUP_INTERFACE, property).await,
             _ => panic!("{member} is called by nobody"),
         },
@@ -260,6 +273,7 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
         Permission::DomainRead,
         Permission::DomainAbort,
         Permission::DomainSetSpeed,
+        Permission::BackupDelete,
     ] {
         if lacks(permission) {
             return challenged(permission);
@@ -281,6 +295,8 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
         // Nobody greets at the other end of what was passed.
         "RegisterDomain" => "DomainUnreachable",
         "Job.CancelDisk" => "NoSuchDisk",
+        // There is something in its directory that is not the backup's.
+        "Backup.Delete" => "TargetInvalid",
         _ => "ok",
     }
 }
@@ -324,6 +340,10 @@ async fn every_member_does_for_everybody_what_the_table_says() {
         known(root, root.manager.get_domain("secret").await.unwrap(), "secret").await,
         known(root, registered, "mine").await,
     ];
+    for backup in ["web", "secret", "2:mine"] {
+        let [directory] = directories(&system.store().join(backup)).try_into().unwrap();
+        std::fs::write(directory.join("notes"), "mine").unwrap();
+    }
     let members: BTreeSet<&str> = TABLE
         .iter()
         .flat_map(|entry| entry.members)

@@ -35,7 +35,7 @@ const EXAMPLES: [&str; 8] = [
     "50-backupd-nightly-group.rules",
 ];
 /// What rules are told of a request (see `src/service`).
-const DETAILS: [&str; 8] = [
+const DETAILS: [&str; 10] = [
     "driver",
     "domain_name",
     "domain_uuid",
@@ -44,6 +44,8 @@ const DETAILS: [&str; 8] = [
     "target_kind",
     "target",
     "disks",
+    "backup_id",
+    "store",
 ];
 
 const DENIED: &str = "org.freedesktop.DBus.Error.AccessDenied";
@@ -573,7 +575,7 @@ fn the_readme_tells_every_action_example_and_limit() {
         .collect();
     let actions: Vec<(String, &str)> = rows
         .iter()
-        .filter(|row| ["service", "domain"].contains(&row[0]) && row.len() == 4)
+        .filter(|row| ["service", "domain", "backup"].contains(&row[0]) && row.len() == 4)
         .map(|row| {
             let permission = row[1].trim_matches('`');
             (format!("org.example.backup1.{}.{permission}", row[0]), row[3])

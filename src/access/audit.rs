@@ -68,6 +68,8 @@ impl Record {
             target_kind = detail("target_kind"),
             target_name = detail("target"),
             disks = detail("disks"),
+            backup_id = detail("backup_id"),
+            store = detail("store"),
             "{outcome}: user {uid} ({sender}), {action}{about}",
         );
     }

@@ -28,6 +28,8 @@ pub enum Permission {
     DomainAbort,
     /// Change the speed of somebody else's backup of it.
     DomainSetSpeed,
+    /// Remove a backup of it from a store of the administrator's.
+    BackupDelete,
 }
 
 /// What is answered where no rule says otherwise.
@@ -72,7 +74,7 @@ pub struct Entry {
 const CREATE: &[&str] = &["CreateBackup", "Domain.CreateBackup"];
 
 /// Every permission that there is, once.
-pub static TABLE: [Entry; 10] = [
+pub static TABLE: [Entry; 11] = [
     Entry {
         permission: Permission::ServiceSearchDomains,
         action: "org.example.backup1.service.search-domains",
@@ -130,6 +132,7 @@ pub static TABLE: [Entry; 10] = [
             "Domain.Disks",
             "ListBackups",
             "GetBackup",
+            "Backup.Delete",
             "Backup.Id",
             "Backup.Name",
             "Backup.Description",
@@ -196,6 +199,14 @@ pub static TABLE: [Entry; 10] = [
         message: "Authentication is required to change the speed of the backup of the virtual machine $(domain_name)",
         implicit: Implicit::AdministratorKept,
         members: &["Job.SetSpeed"],
+    },
+    Entry {
+        permission: Permission::BackupDelete,
+        action: "org.example.backup1.backup.delete",
+        description: "Delete a backup of a virtual machine",
+        message: "Authentication is required to delete a backup of the virtual machine $(domain_name) from the store $(store)",
+        implicit: Implicit::AdministratorKept,
+        members: &["Backup.Delete"],
     },
 ];
 

@@ -3,25 +3,41 @@
 //! The catalog remembers them; their stores have them. Knows catalog, stores and which domain is whose; not who may see what,
 //! nor how callers hear of it.
 
+mod error;
 mod look;
+mod remove;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tokio::sync::broadcast;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::activity::Activity;
 use crate::catalog::{self, Backup, BackupFilter, BackupKey, Catalog, DomainRecord};
-use crate::config::{Config, Store};
+use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Identity, NOBODY, Origin, Registry};
-use crate::error::{Error, Kind};
 
+pub use error::Error;
 pub use look::PATIENCE;
+pub use remove::{Removed, Unwanted, finish_removal};
 
 /// Backups that are read, and looked at, at a time.
 const BATCH: u32 = 100;
 /// The most that an id's beginning can stand for before it says nothing.
 const MOST_NAMED: u32 = 1000;
+
+/// Changes that a listener may lag behind.
+const CHANGES: usize = 1024;
+
+/// What happened to the backups.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// It is gone, and what was kept elsewhere for those that would lie on it is of no use any more.
+    Removed(Box<Backup>),
+}
 
 /// All backups of the service.
 pub struct Backups {
@@ -32,6 +48,12 @@ pub struct Backups {
     activity: Activity,
     /// Stores that are being looked at: one that hangs keeps one thread.
     looking: Arc<Mutex<BTreeSet<String>>>,
+    deadlines: Deadlines,
+    /// The turns to remove something, by store.
+    removals: BTreeMap<String, tokio::sync::Mutex<()>>,
+    changes: broadcast::Sender<Change>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
 }
 
 impl Backups {
@@ -42,6 +64,15 @@ impl Backups {
             stores: config.stores.clone(),
             activity,
             looking: Arc::default(),
+            deadlines: config.deadlines,
+            removals: config
+                .stores
+                .keys()
+                .map(|name| (name.clone(), Default::default()))
+                .collect(),
+            changes: broadcast::Sender::new(CHANGES),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
         }
     }
 
@@ -104,14 +135,25 @@ impl Backups {
     }
 
     /// The store of that name in the configuration.
-    pub fn store(&self, name: &str) -> Result<&Store, Error> {
-        let missing = || {
-            Error::new(
-                Kind::NoSuchStore,
-                format!("no store '{}'", crate::error::shown(name)),
-            )
-        };
-        self.stores.get(name).ok_or_else(missing)
+    pub fn store(&self, name: &str) -> Option<&Store> {
+        self.stores.get(name)
+    }
+
+    /// What comes and goes from now on.
+    pub fn changes(&self) -> broadcast::Receiver<Change> {
+        self.changes.subscribe()
+    }
+
+    /// Ends what can be left, and waits for the rest.
+    pub async fn shut_down(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn tell_removed(&self, backup: Backup) {
+        // Nobody listens yet, at the start.
+        let _ = self.changes.send(Change::Removed(Box::new(backup)));
     }
 
     fn begin_look(&self, store: &str) -> Option<Looking> {

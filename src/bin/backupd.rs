@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use backupd::access::{AUDIT_DIRECTIVE, Access, Polkit};
 use backupd::activity::Activity;
-use backupd::backups::Backups;
+use backupd::backups::{self, Backups};
 use backupd::bus::{self, Published};
 use backupd::catalog::{self, Catalog};
 use backupd::config::{self, Config, DEFAULT_STORE};
@@ -47,6 +47,8 @@ enum Fatal {
     Catalog(#[from] catalog::Error),
     #[error("the jobs of before cannot be taken up: {0}")]
     Jobs(#[from] job::Error),
+    #[error("{0}")]
+    Backups(#[from] backups::Error),
     #[error("the domain directories cannot be watched: {0}")]
     Domains(std::io::Error),
     #[error("{0}")]
@@ -124,10 +126,16 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     let settled = known.iter().map(|domain| domain.settled(FIRST_LOOK));
     futures_util::future::join_all(settled).await;
     let access = Access::new(Arc::new(Polkit::start()?), limits.of_password_dialogs());
-    let backups = Backups::new(domains.clone(), catalog.clone(), &config, activity.clone());
+    let backups = Arc::new(Backups::new(
+        domains.clone(),
+        catalog.clone(),
+        &config,
+        activity.clone(),
+    ));
+    backups.recover().await?;
     let jobs = Jobs::new(domains.clone(), catalog, &config, activity.clone());
     let resumed = jobs.recover().await?;
-    let service = Arc::new(Service::new(domains, jobs, Arc::new(backups), access, &config));
+    let service = Arc::new(Service::new(domains, jobs, backups, access, &config));
     let connection = zbus::connection::Builder::system().build().await?;
     let published = bus::publish(connection, service.clone(), &config, resumed, &activity).await?;
     supervisor::ready();

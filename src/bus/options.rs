@@ -182,6 +182,26 @@ pub fn backups(dictionary: Dictionary) -> Result<BackupsWanted> {
     Ok(wanted)
 }
 
+/// Options of `Delete`.
+#[derive(Debug, Default)]
+pub struct Delete {
+    pub with_descendants: bool,
+    pub dry_run: bool,
+}
+
+pub fn delete(dictionary: Dictionary) -> Result<Delete> {
+    let mut options = Delete::default();
+    for (key, value) in dictionary.0 {
+        match (key.as_str(), value) {
+            ("with-descendants", Value::Bool(with)) => options.with_descendants = with,
+            ("dry-run", Value::Bool(dry)) => options.dry_run = dry,
+            ("with-descendants" | "dry-run", value) => return Err(wrong_type(&key, &value, "b")),
+            _ => return Err(unknown(&key)),
+        }
+    }
+    Ok(options)
+}
+
 /// Options of a method that has none yet.
 pub fn none(dictionary: &Dictionary) -> Result<()> {
     match dictionary.0.keys().next() {

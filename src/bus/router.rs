@@ -2,7 +2,7 @@
 
 use super::call::{Answer, Call};
 use super::object::Object;
-use super::{Context, domain, job, manager, standard};
+use super::{Context, domain, job, manager, standard, stored};
 
 impl Context {
     pub async fn answer(&self, call: &Call) -> Answer {
@@ -18,7 +18,7 @@ impl Context {
                 Object::Root => manager::call(self, call).await,
                 Object::Domain(domain) => domain::call(self, call, domain).await,
                 Object::Job(job) => job::call(self, call, job).await,
-                Object::Backup(_) => Err(call.unknown_method()),
+                Object::Backup(backup) => stored::call(self, call, backup).await,
                 Object::Above(_) | Object::Domains | Object::Jobs | Object::Backups => {
                     Err(call.unknown_interface(name))
                 }

@@ -43,6 +43,22 @@ pub async fn get(context: &Context, call: &Call) -> Answer {
     call.reply(&backup_path(object))
 }
 
+pub async fn call(context: &Context, call: &Call, backup: &Backup) -> Answer {
+    match call.member.as_str() {
+        "Delete" => {
+            let how = options::delete(call.arguments::<Dictionary>()?)?;
+            let service = &context.service;
+            let delete = async {
+                let deleted = service.delete_backup(&call.caller, backup, how.with_descendants, how.dry_run);
+                Ok(deleted.await?)
+            };
+            let removed = call.while_present(delete).await?;
+            call.reply(&(removed.ids, removed.freed))
+        }
+        _ => Err(call.unknown_method()),
+    }
+}
+
 pub fn properties(backup: &Backup) -> Properties {
     let manifest = &backup.manifest;
     vec![

@@ -148,6 +148,31 @@ impl Catalog {
         .await
     }
 
+    /// The backup that lies there.
+    pub async fn backup_at(&self, key: BackupKey) -> Result<Option<Backup>, Error> {
+        self.run(move |connection| {
+            let condition = "store = ?1 AND domain = ?2 AND id = ?3";
+            let found = select(connection, condition, [key.store, key.domain, key.id])?;
+            Ok(found.into_iter().next())
+        })
+        .await
+    }
+
+    /// Remembers that a backup is being removed, or that it stays after all.
+    pub async fn removing(&self, key: BackupKey, removing: bool) -> Result<(), Error> {
+        let sql = "UPDATE backups SET removing = ?4 WHERE store = ?1 AND domain = ?2 AND id = ?3";
+        self.change(sql, move |update| {
+            update.execute(params![key.store, key.domain, key.id, removing])
+        })
+        .await
+    }
+
+    /// The backups that are being removed.
+    pub async fn all_removing(&self) -> Result<Vec<Backup>, Error> {
+        self.run(|connection| select(connection, "removing ORDER BY id DESC", []))
+            .await
+    }
+
     /// Remembers what a look at the files of backups found, and what that means for those that lie on them.
     pub async fn looked(&self, looked: Vec<(BackupKey, Looked)>) -> Result<(), Error> {
         self.run(move |connection| {

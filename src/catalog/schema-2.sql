@@ -24,6 +24,8 @@ CREATE TABLE backups (
     damage            TEXT    NOT NULL DEFAULT '',
     -- Why it is of no use though nothing is wrong with itself: what is wrong with those that it lies on.
     broken            TEXT    NOT NULL DEFAULT '',
+    -- It is to go, and may have gone in part.
+    removing          INTEGER NOT NULL DEFAULT 0,
     -- Last, so that the others can be read without it.
     manifest          TEXT    NOT NULL,
     PRIMARY KEY (store, domain, id)

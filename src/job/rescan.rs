@@ -7,6 +7,7 @@ use super::manager::Setting;
 use super::record::{domain_record, to_text};
 use super::run::blocking;
 use super::{DiskState, DiskStatus, Error};
+use crate::backups::finish_removal;
 use crate::catalog::{
     BackupRecord, DEFINITION_NAME, Instant, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
     StoredBackup, Taken,
@@ -139,9 +140,17 @@ impl Look<'_> {
         Ok(())
     }
 
-    /// Tells of what nobody will ever finish.
+    /// Finishes what was being removed, and tells of what nobody will ever finish.
     async fn unfinished(&mut self, directory: &str, hidden: &[String]) -> Result<(), Error> {
         for name in hidden {
+            if let Some(id) = target::removed_backup(name) {
+                let (path, domain, id) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
+                let finished = self.within(move || finish_removal(&path, &domain, &id)).await;
+                if let Err(error) = finished {
+                    let path = self.path.join(directory).join(name);
+                    self.rescan.problem(&path, &error.to_string());
+                }
+            }
             if let Some(id) = target::partial_backup(name)
                 && !self.setting.catalog.knows_backup(id.to_owned()).await?
             {

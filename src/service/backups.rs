@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use tokio::time::Instant;
 
-use super::Service;
-use crate::access::{self, Caller, Look};
-use crate::backups::PATIENCE;
+use super::{Service, details};
+use crate::access::{self, Caller, Details, Look, Permission};
+use crate::backups::{PATIENCE, Removed, Unwanted};
 use crate::catalog::{self, Backup, BackupFilter, BackupKey, DomainRecord};
 use crate::error::{Error, Kind, Result, shown};
 
@@ -39,7 +39,7 @@ impl Service {
     /// Backups that `caller` may know of.
     pub async fn list_backups(&self, caller: &Caller, wanted: BackupsWanted) -> Result<BackupPage> {
         if let Some(store) = &wanted.filter.store {
-            self.backups.store(store)?;
+            self.known_store(store)?;
         }
         let mut after = match &wanted.after {
             Some(place) => key(place)?,
@@ -127,6 +127,41 @@ impl Service {
                 Err(Error::new(Kind::InvalidArgs, text))
             }
         }
+    }
+
+    fn known_store(&self, name: &str) -> Result<()> {
+        let missing = || Error::new(Kind::NoSuchStore, format!("no store '{}'", shown(name)));
+        self.backups.store(name).map(drop).ok_or_else(missing)
+    }
+
+    /// Removes a backup, with `with_descendants` all that lie on it; or says only what would go.
+    pub async fn delete_backup(
+        &self,
+        caller: &Caller,
+        backup: &Backup,
+        with_descendants: bool,
+        dry_run: bool,
+    ) -> Result<Removed> {
+        // Who may know of it may know what would go with it.
+        if !dry_run {
+            let details = self.backup_details(backup);
+            let permission = Permission::BackupDelete;
+            drop(self.access.require(caller, permission, &details, None).await?);
+        }
+        let unwanted = Unwanted {
+            store: backup.key.store.clone(),
+            domain: backup.key.domain.clone(),
+            ids: [backup.key.id.clone()].into(),
+            with_descendants,
+        };
+        Ok(self.backups.remove(unwanted, dry_run).await?)
+    }
+
+    /// What an authority is told of a backup in a store.
+    pub(super) fn backup_details(&self, backup: &Backup) -> Details {
+        details(&self.backups.domain(&backup.domain))
+            .with("backup_id", &backup.key.id)
+            .with("store", &backup.key.store)
     }
 
     async fn view_backup(&self, caller: &Caller, domain: &DomainRecord, seen: &mut Seen) -> Look {

@@ -163,6 +163,7 @@ impl Service {
     /// Ends everything that works for the service. Backups that QEMU is making go on there.
     pub async fn shut_down(&self) {
         self.jobs.shut_down().await;
+        self.backups.shut_down().await;
         self.domains.shut_down().await;
     }
 }

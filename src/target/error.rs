@@ -71,6 +71,8 @@ pub enum Error {
     },
     #[error("{path}: others are just reading, changing or building upon it: try again when they are done")]
     InUse { path: String },
+    #[error("{path}: is not the backup's, and would go with it: move it away")]
+    NotTheBackups { path: String },
     #[error("the plan has no store")]
     NoStore,
     #[error("{}cannot {action} {target}: {errno}", OfDisk(disk.as_deref()))]
@@ -142,6 +144,7 @@ impl Error {
             | Self::WrongSize { .. }
             | Self::NotQcow2 { .. }
             | Self::Gone { .. }
+            | Self::NotTheBackups { .. }
             | Self::IsSource { .. }
             | Self::SameTarget { .. }
             | Self::AccessMode { .. }

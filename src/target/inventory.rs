@@ -85,6 +85,10 @@ impl Shelf {
         }
     }
 
+    pub(super) fn descriptor(&self) -> &OwnedFd {
+        &self.directory
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -82,6 +82,21 @@ pub enum Command {
         #[arg(long, value_name = "STORE")]
         store: Option<String>,
     },
+    /// Delete backups from their stores
+    ///
+    /// The backups that lie on others go first. One that others lie on stays, unless these are named too or
+    /// --with-descendants is given.
+    Delete {
+        /// The backups: their ids, or the beginnings of them
+        #[arg(required = true)]
+        backups: Vec<String>,
+        /// With all backups that lie on them
+        #[arg(long)]
+        with_descendants: bool,
+        /// Only show what would be deleted
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Look through the stores, and make the service's records of backups those that are there
     ///
     /// For a service that lost its catalog, and for stores that came from another machine.

@@ -129,6 +129,81 @@ pub async fn list(
     )
 }
 
+/// `delete`
+pub async fn delete(
+    service: &Service,
+    backups: &[String],
+    with_descendants: bool,
+    dry_run: bool,
+    json: bool,
+) -> Result<Status> {
+    let mut found = BTreeMap::new();
+    for backup in backups {
+        let (path, id) = service.backup(backup).await?;
+        found.insert(id, path);
+    }
+    let (gone, freed) = match dry_run {
+        true => what_would_go(service, &found, with_descendants).await?,
+        false => delete_all(service, &found, with_descendants).await?,
+    };
+    print(
+        json,
+        || json!({ "removed": gone, "freed": freed, "dry-run": dry_run }),
+        || {
+            let mut text = String::new();
+            let word = if dry_run { "would be deleted" } else { "deleted" };
+            for id in &gone {
+                text.push_str(&format!("{}: {word}\n", escape(id)));
+            }
+            let word = if dry_run { "would be free" } else { "freed" };
+            text.push_str(&format!("{} {word}\n", units::size(freed)));
+            text
+        },
+    )
+}
+
+/// Ids of what is gone, in that order, and bytes freed.
+type Gone = (Vec<String>, u64);
+
+async fn delete_all(
+    service: &Service,
+    found: &BTreeMap<String, String>,
+    with_descendants: bool,
+) -> Result<Gone> {
+    let (mut gone, mut freed) = (Vec::new(), 0);
+    // The youngest first: it may lie on another of them. What lay on it went with it.
+    for (id, path) in found.iter().rev() {
+        if !gone.contains(id) {
+            let (ids, bytes) = service.delete(path, with_descendants, false).await?;
+            gone.extend(ids);
+            freed += bytes;
+        }
+    }
+    Ok((gone, freed))
+}
+
+async fn what_would_go(
+    service: &Service,
+    found: &BTreeMap<String, String>,
+    with_descendants: bool,
+) -> Result<Gone> {
+    let (mut gone, mut freed) = (Vec::new(), 0);
+    // The oldest first: it says all that lies on it.
+    for (id, path) in found {
+        if gone.contains(id) {
+            continue;
+        }
+        let (ids, bytes) = service.delete(path, true, true).await?;
+        if !with_descendants && ids.iter().any(|id| !found.contains_key(id)) {
+            // It says why not.
+            service.delete(path, false, true).await?;
+        }
+        gone.extend(ids);
+        freed += bytes;
+    }
+    Ok((gone, freed))
+}
+
 impl Backup {
     /// Bytes of its images; nothing where that is not known of all.
     fn size(&self) -> Option<u64> {

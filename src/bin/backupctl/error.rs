@@ -239,6 +239,9 @@ pub fn hint_for(name: &str) -> Option<&'static str> {
         Known::Ours("NoSuchDomain") => "`backupctl domains` lists the domains that you may see",
         Known::Ours("NoSuchJob") => "`backupctl jobs` lists the backups that you may see",
         Known::Ours("NoSuchBackup") => "`backupctl backups` lists the backups in the stores",
+        Known::Ours("HasDescendants") => {
+            "`backupctl backups` shows which lie on it; --with-descendants deletes them too"
+        }
         Known::Ours("NoSuchDisk") => "`backupctl domains --disks` lists the disks of each domain",
         Known::Ours("NoSuchStore") => "stores are configured in /etc/backupd/backupd.toml",
         Known::Ours("TargetExists") => "--reuse-external writes into targets that exist",

@@ -74,6 +74,7 @@ async fn run(cli: &Cli) -> Result<Status> {
         | Command::Cancel { .. }
         | Command::Speed { .. }
         | Command::Dump { .. }
+        | Command::Delete { .. }
         | Command::Rescan => Agent::start(ask_password).await,
         _ => None,
     };
@@ -90,6 +91,11 @@ async fn run(cli: &Cli) -> Result<Status> {
         Command::Backups { domain, store } => {
             backups::list(&service, domain.as_deref(), store.as_deref(), json).await
         }
+        Command::Delete {
+            backups,
+            with_descendants,
+            dry_run,
+        } => backups::delete(&service, backups, *with_descendants, *dry_run, json).await,
         Command::Rescan => list::rescan(&service, json).await,
         // These need no bus and are done by now.
         Command::Completions { .. } | Command::Man { .. } => Ok(Status::Completed),

@@ -155,6 +155,16 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
                 "backupctl backups web --store nightly",
             ),
         ],
+        "delete" => &[
+            (
+                "Delete a backup that no other lies on",
+                "backupctl delete 20261123T055937Z",
+            ),
+            (
+                "See what would go with it",
+                "backupctl delete --with-descendants --dry-run 20261123T055937Z-10ebf9b0",
+            ),
+        ],
         "rescan" => &[("Find the backups in the stores", "backupctl rescan")],
         "show" => &[("Show backup 7", "backupctl show 7")],
         "watch" => &[
@@ -200,6 +210,7 @@ mod tests {
     fn each_example_is_a_command_line_that_parses() {
         for command in [
             "", "domains", "create", "jobs", "show", "watch", "cancel", "speed", "dump", "rescan", "backups",
+            "delete",
         ] {
             for (_, line) in examples(command) {
                 let line = line

@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 
-use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use backupd::names::{
+    BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
+};
 use futures_util::{Stream, StreamExt};
 use tokio::sync::mpsc;
 use zbus::message::{Message, Type as MessageType};
 use zbus::names::UniqueName;
 use zbus::proxy::MethodFlags;
+use zbus::wire::OwnedVariant;
 use zbus::{Connection, DeserializeDict, MatchRule, MessageStream, OwnedObjectPath, Type, Variant};
 
 use crate::backups::{Backup, BackupTuple};
@@ -198,6 +201,32 @@ impl Service {
                 return Ok(backups);
             }
         }
+    }
+
+    /// The object of the backup whose id that is, or begins like that; and its id.
+    pub async fn backup(&self, id: &str) -> Result<(String, String)> {
+        let path: OwnedObjectPath = self
+            .call(ROOT_PATH, MANAGER_INTERFACE, "GetBackup", &(id,))
+            .await?;
+        let id: OwnedVariant = self
+            .call(&path, PROPERTIES_INTERFACE, "Get", &(BACKUP_INTERFACE, "Id"))
+            .await?;
+        let id = String::try_from(id).map_err(Error::Protocol)?;
+        Ok((path.to_string(), id))
+    }
+
+    /// Deletes the backup at that path, or only says what would go: ids, and bytes freed.
+    pub async fn delete(
+        &self,
+        path: &str,
+        with_descendants: bool,
+        dry_run: bool,
+    ) -> Result<(Vec<String>, u64)> {
+        let options = HashMap::from([
+            ("with-descendants", Variant::from(with_descendants)),
+            ("dry-run", Variant::from(dry_run)),
+        ]);
+        self.call(path, BACKUP_INTERFACE, "Delete", &(options,)).await
     }
 
     /// Has the stores looked through: how many backups there are, and what could not be taken for one.

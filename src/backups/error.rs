@@ -1,0 +1,89 @@
+//! Why backups stay where they are.
+
+use std::time::Duration;
+
+use crate::error::Kind;
+use crate::{catalog, target};
+
+/// Ids that a text names.
+const MOST_NAMED: usize = 3;
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "{} on backup {id} ({}): delete them first, or all of them together ('with-descendants')",
+        count(.others), some(.others)
+    )]
+    HasDescendants { id: String, others: Vec<String> },
+    #[error("no backup '{0}' any more")]
+    Gone(String),
+    #[error("the configuration has no store '{0}' any more")]
+    NoStore(String),
+    #[error("{0}")]
+    Target(#[from] target::Error),
+    #[error(
+        "the store gave no sign of life for {seconds} seconds ('stall-seconds' or 'finish-seconds' in the configuration)"
+    )]
+    Stalled { seconds: u64 },
+    #[error("the service is stopping")]
+    Stopping,
+    #[error("the backups cannot be looked up: the service's log has the reason")]
+    Catalog,
+    #[error("{source}; these are gone already: {}", some(.gone))]
+    Partly { gone: Vec<String>, source: Box<Error> },
+}
+
+impl Error {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::HasDescendants { .. } => Kind::HasDescendants,
+            Self::Gone(_) => Kind::NoSuchBackup,
+            Self::NoStore(_) => Kind::NoSuchStore,
+            Self::Target(error) => error.kind(),
+            Self::Stalled { .. } => Kind::TargetInvalid,
+            Self::Stopping => Kind::Busy,
+            Self::Catalog => Kind::Internal,
+            Self::Partly { source, .. } => source.kind(),
+        }
+    }
+
+    pub(super) fn stalled(patience: Duration) -> Self {
+        Self::Stalled {
+            seconds: patience.as_secs(),
+        }
+    }
+}
+
+/// What is in the catalog is not told to callers with it.
+impl From<catalog::Error> for Error {
+    fn from(error: catalog::Error) -> Self {
+        tracing::error!(%error, "the backups cannot be looked up");
+        Self::Catalog
+    }
+}
+
+impl From<Error> for crate::error::Error {
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error.to_string())
+    }
+}
+
+fn count(others: &[String]) -> String {
+    match others.len() {
+        1 => "1 other backup lies".into(),
+        count => format!("{count} other backups lie"),
+    }
+}
+
+fn some(ids: &[String]) -> String {
+    let named = ids
+        .iter()
+        .take(MOST_NAMED)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
+    match ids.len() > MOST_NAMED {
+        true => format!("{named}, …"),
+        false => named,
+    }
+}

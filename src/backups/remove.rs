@@ -1,0 +1,350 @@
+//! Removing backups: those that lie on others first, each as a whole or not at all.
+//!
+//! That a backup is being removed is in the catalog before anything of it goes, and its record goes after the last of it. What
+//! a service that ended in between left, the next one finishes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Backups, Error};
+use crate::catalog::{Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
+use crate::fault::{self, Point};
+use crate::target::{self, BackupName, Removal, Shelf};
+
+/// What lies beside a backup's images; the manifest, which tells what the others are, last.
+const RECORDS: [&str; 2] = [DEFINITION_NAME, MANIFEST_NAME];
+
+/// A look at a backup's directory, which may not be there: its store, its name, its images and its records.
+type Find<T> = fn(&Path, BackupName, &[&str], &[&str]) -> Result<Option<T>, target::Error>;
+
+/// Backups of one domain's in one store that are to go.
+#[derive(Debug, Clone)]
+pub struct Unwanted {
+    pub store: String,
+    /// The directory's name in the store.
+    pub domain: String,
+    pub ids: BTreeSet<String>,
+    /// With all that lies on them.
+    pub with_descendants: bool,
+}
+
+/// What went, or would go.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// In the order in which they went.
+    pub ids: Vec<String>,
+    /// Bytes on the disk that are free now.
+    pub freed: u64,
+}
+
+impl Backups {
+    /// Removes backups, or says only what would go. What was begun goes on if nobody waits for it any more.
+    pub async fn remove(self: &Arc<Self>, unwanted: Unwanted, dry_run: bool) -> Result<Removed, Error> {
+        let backups = self.clone();
+        // First, so that a stop that is not seen here waits for it.
+        let token = self.tasks.token();
+        if self.stop.is_cancelled() {
+            return Err(Error::Stopping);
+        }
+        let removing = self.tasks.spawn(async move {
+            let _token = token;
+            let _needed = backups.activity.begin();
+            backups.remove_now(&unwanted, dry_run).await
+        });
+        match removing.await {
+            Ok(removed) => removed,
+            // Nobody cancels it: it panicked.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    async fn remove_now(&self, unwanted: &Unwanted, dry_run: bool) -> Result<Removed, Error> {
+        let turn = self.removals.get(&unwanted.store);
+        let turn = turn.ok_or_else(|| Error::NoStore(unwanted.store.clone()))?;
+        // One at a time in each store: what is looked at here stays so.
+        let _turn = turn.lock().await;
+        let order = self.order(unwanted).await?;
+        if dry_run {
+            return self.count(unwanted, order).await;
+        }
+        let mut held = Vec::new();
+        for id in &order {
+            let backup = self.record(unwanted, id).await?;
+            let removal = self.in_store(&backup, Removal::hold).await?;
+            held.push((backup, removal));
+        }
+        // Who builds upon a backup holds it: from here on nothing comes that lies on these.
+        let again = self.order(unwanted).await?;
+        if let Some(other) = again.iter().find(|id| !order.contains(id)) {
+            return Err(Error::HasDescendants {
+                id: unwanted.ids.iter().next().cloned().unwrap_or_default(),
+                others: vec![other.clone()],
+            });
+        }
+        let mut removed = Removed::default();
+        for (backup, removal) in held {
+            let gone = match self.stop.is_cancelled() {
+                true => Err(Error::Stopping),
+                false => self.remove_one(&backup.key, removal).await,
+            };
+            match gone {
+                Ok(freed) => {
+                    removed.freed += freed;
+                    removed.ids.push(backup.key.id.clone());
+                    self.tell_removed(backup);
+                }
+                Err(source) if removed.ids.is_empty() => return Err(source),
+                Err(source) => {
+                    return Err(Error::Partly {
+                        gone: removed.ids,
+                        source: Box::new(source),
+                    });
+                }
+            }
+        }
+        Ok(removed)
+    }
+
+    /// What would go.
+    async fn count(&self, unwanted: &Unwanted, order: Vec<String>) -> Result<Removed, Error> {
+        let mut removed = Removed::default();
+        for id in order {
+            let backup = self.record(unwanted, &id).await?;
+            let space = self.in_store(&backup, Removal::space_of).await?;
+            removed.freed += space.unwrap_or(0);
+            removed.ids.push(id);
+        }
+        Ok(removed)
+    }
+
+    /// What is to go, in that order; refused if something that is to stay lies on it.
+    async fn order(&self, unwanted: &Unwanted) -> Result<Vec<String>, Error> {
+        let links = self
+            .catalog
+            .links(unwanted.store.clone(), unwanted.domain.clone());
+        order(&links.await?, &unwanted.ids, unwanted.with_descendants)
+    }
+
+    async fn record(&self, unwanted: &Unwanted, id: &str) -> Result<Backup, Error> {
+        let key = BackupKey {
+            store: unwanted.store.clone(),
+            domain: unwanted.domain.clone(),
+            id: id.to_owned(),
+        };
+        let found = self.catalog.backup_at(key).await?;
+        found.ok_or_else(|| Error::Gone(id.to_owned()))
+    }
+
+    /// Finds out about a backup's directory; nothing if it is not there.
+    async fn in_store<T: Send + 'static>(&self, backup: &Backup, find: Find<T>) -> Result<Option<T>, Error> {
+        let store = self.stores.get(&backup.key.store);
+        let path = store
+            .ok_or_else(|| Error::NoStore(backup.key.store.clone()))?
+            .path
+            .clone();
+        let (key, manifest) = (backup.key.clone(), backup.manifest.clone());
+        let find = move || find(&path, name(&key), &images(&manifest), &RECORDS);
+        self.blocking(self.deadlines.stall(), find).await
+    }
+
+    async fn remove_one(&self, key: &BackupKey, removal: Option<Removal>) -> Result<u64, Error> {
+        self.catalog.removing(key.clone(), true).await?;
+        fault::point(Point::RemovalRecorded);
+        let freed = match removal {
+            Some(removal) => {
+                self.blocking(self.deadlines.finish(), move || removal.remove())
+                    .await?
+            }
+            None => 0,
+        };
+        let gone = vec![(key.domain.clone(), key.id.clone())];
+        self.catalog.forget(key.store.clone(), gone).await?;
+        tracing::info!(backup = key.id, store = key.store, freed, "a backup was removed");
+        Ok(freed)
+    }
+
+    /// Finishes what a former process of the service began to remove.
+    pub async fn recover(self: &Arc<Self>) -> Result<(), Error> {
+        for backup in self.catalog.all_removing().await? {
+            let backups = self.clone();
+            self.tasks.spawn(async move {
+                let (id, store) = (backup.key.id.clone(), backup.key.store.clone());
+                if let Err(error) = backups.finish(backup).await {
+                    tracing::warn!(backup = id, store, %error, "a backup that is being removed is not gone yet");
+                }
+            });
+        }
+        Ok(())
+    }
+
+    async fn finish(&self, backup: Backup) -> Result<(), Error> {
+        let turn = self.removals.get(&backup.key.store);
+        let turn = turn.ok_or_else(|| Error::NoStore(backup.key.store.clone()))?;
+        let _turn = turn.lock().await;
+        match self.in_store(&backup, Removal::hold).await? {
+            // Nothing of it was touched, and nobody was told that it went.
+            Some(removal) if !removal.is_begun() => Ok(self.catalog.removing(backup.key, false).await?),
+            removal => {
+                self.remove_one(&backup.key, removal).await?;
+                self.tell_removed(backup);
+                Ok(())
+            }
+        }
+    }
+
+    /// Runs what waits for storage where it keeps nobody else waiting. The service stays until it returns.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        patience: Duration,
+        work: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let needed = self.activity.begin();
+        let work = tokio::task::spawn_blocking(move || {
+            let _needed = needed;
+            work()
+        });
+        match tokio::time::timeout(patience, work).await {
+            Ok(Ok(result)) => Ok(result?),
+            Ok(Err(error)) => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => Err(Error::stalled(patience)),
+        }
+    }
+}
+
+fn name(key: &BackupKey) -> BackupName<'_> {
+    BackupName {
+        domain: &key.domain,
+        id: &key.id,
+    }
+}
+
+fn images(manifest: &Manifest) -> Vec<&str> {
+    manifest.disks.iter().map(|disk| disk.file.as_str()).collect()
+}
+
+/// Goes on with the removal of a backup of which nothing is on record; does nothing if somebody is at it. Blocks.
+pub fn finish_removal(store: &Path, domain: &str, id: &str) -> Result<(), target::Error> {
+    let Some(shelf) = Shelf::of_store(store)?.below(domain)? else {
+        return Ok(());
+    };
+    let Some(directory) = shelf.below(&target::removed_name(id))? else {
+        return Ok(());
+    };
+    // It goes last: where it is not there, neither is anything that it would name.
+    let manifest = directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES);
+    let manifest = manifest.ok().and_then(|(bytes, _)| Manifest::parse(&bytes).ok());
+    let images = manifest.as_ref().map(images).unwrap_or_default();
+    match Removal::hold(store, BackupName { domain, id }, &images, &RECORDS) {
+        Ok(Some(removal)) if removal.is_begun() => removal.remove().map(drop),
+        Ok(_) | Err(target::Error::InUse { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// These and, if they are wanted too, those that lie on them: each before what it lies on.
+fn order(links: &[Link], ids: &BTreeSet<String>, with_descendants: bool) -> Result<Vec<String>, Error> {
+    let mut above: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for link in links {
+        for parent in &link.parents {
+            above.entry(parent).or_default().push(&link.id);
+        }
+    }
+    let mut all: BTreeSet<&str> = ids.iter().map(String::as_str).collect();
+    let mut left: Vec<&str> = all.iter().copied().collect();
+    let mut others = BTreeSet::new();
+    while let Some(id) = left.pop() {
+        for child in above.get(id).into_iter().flatten().copied() {
+            if all.insert(child) {
+                left.push(child);
+                others.insert(child);
+            }
+        }
+    }
+    if !with_descendants && !others.is_empty() {
+        return Err(Error::HasDescendants {
+            id: ids.iter().next().cloned().unwrap_or_default(),
+            others: others.into_iter().map(str::to_owned).collect(),
+        });
+    }
+    // The youngest first: those on which none of the others lies. What lies on itself, in a circle, goes last.
+    let mut order: Vec<String> = Vec::new();
+    while !all.is_empty() {
+        let free: Vec<&str> = all
+            .iter()
+            .rev()
+            .copied()
+            .filter(|id| {
+                !above
+                    .get(id)
+                    .into_iter()
+                    .flatten()
+                    .any(|child| all.contains(child))
+            })
+            .collect();
+        let free = if free.is_empty() {
+            all.iter().rev().copied().collect()
+        } else {
+            free
+        };
+        for id in free {
+            all.remove(id);
+            order.push(id.to_owned());
+        }
+    }
+    Ok(order)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::BackupState;
+
+    fn links(chains: &[(&str, &[&str])]) -> Vec<Link> {
+        let link = |(id, parents): &(&str, &[&str])| Link {
+            id: (*id).to_owned(),
+            parents: parents.iter().map(|&parent| parent.to_owned()).collect(),
+            own_state: BackupState::Complete,
+            broken: String::new(),
+        };
+        chains.iter().map(link).collect()
+    }
+
+    fn ids(ids: &[&str]) -> BTreeSet<String> {
+        ids.iter().map(|&id| id.to_owned()).collect()
+    }
+
+    #[test]
+    fn each_goes_before_what_it_lies_on() {
+        let links = links(&[
+            ("a", &[]),
+            ("b", &["a"]),
+            ("c", &["b", "a"]),
+            ("d", &["a"]),
+            ("e", &[]),
+        ]);
+        let order =
+            |wanted: &[&str], with| order(&links, &ids(wanted), with).map_err(|error| error.to_string());
+        assert_eq!(order(&["a"], true).unwrap(), ["d", "c", "b", "a"]);
+        assert_eq!(order(&["b"], true).unwrap(), ["c", "b"]);
+        assert_eq!(order(&["b", "c"], false).unwrap(), ["c", "b"]);
+        assert_eq!(order(&["e"], false).unwrap(), ["e"]);
+        let refused = order(&["a"], false).unwrap_err();
+        assert!(
+            refused.starts_with("3 other backups lie on backup a (b, c, d)"),
+            "{refused}"
+        );
+        let refused = order(&["b"], false).unwrap_err();
+        assert!(
+            refused.starts_with("1 other backup lies on backup b (c)"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn a_circle_is_no_reason_to_go_round_for_ever() {
+        let links = links(&[("a", &["b"]), ("b", &["a"]), ("c", &["a"])]);
+        assert_eq!(order(&links, &ids(&["a"]), true).unwrap(), ["c", "b", "a"]);
+    }
+}

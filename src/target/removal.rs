@@ -1,0 +1,251 @@
+//! Taking a backup out of its store, so that there never is half a one: its directory gets a name that says that it is being
+//! removed, then its files go, then the directory.
+//!
+//! Only what is the backup's is removed: the images that its manifest names, and its records. No link is followed.
+
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, RenameFlags, Stat};
+use rustix::io::Errno;
+
+use super::inventory::{Held, Sharing, Shelf};
+use super::store::names_in;
+use super::{BackupName, Error};
+use crate::fault::{self, Point};
+
+/// What [`Stat::st_blocks`] counts in.
+const BLOCK: u64 = 512;
+
+/// A backup's directory that is nobody else's, and is about to go.
+#[derive(Debug)]
+pub struct Removal {
+    domain: Shelf,
+    directory: Shelf,
+    path: PathBuf,
+    id: String,
+    /// It has the name already that says that it is being removed.
+    begun: bool,
+    /// What is in it, the last one last: while that is there, it tells what the others were.
+    files: Vec<String>,
+    /// Bytes on the disk that are free when it is gone.
+    space: u64,
+    /// Nothing where one only looks.
+    _held: Option<Held>,
+}
+
+/// What a backup's directory is called while it is being removed.
+pub fn removed_name(id: &str) -> String {
+    format!(".{id}.removed")
+}
+
+/// The backup whose directory has that name while it is being removed.
+pub fn removed_backup(name: &str) -> Option<&str> {
+    name.strip_prefix('.')?.strip_suffix(".removed")
+}
+
+impl Removal {
+    /// Takes the directory of a backup for oneself, under either of its names; nothing if it is not there. `images` are the
+    /// files that its manifest names, and `records` those that lie beside them, the manifest last. Blocks.
+    pub fn hold(
+        store: &Path,
+        name: BackupName,
+        images: &[&str],
+        records: &[&str],
+    ) -> Result<Option<Self>, Error> {
+        Self::find(store, name, images, records, true)
+    }
+
+    /// How many bytes would be free without it; nothing if it is not there. Keeps nobody from using it. Blocks.
+    pub fn space_of(
+        store: &Path,
+        name: BackupName,
+        images: &[&str],
+        records: &[&str],
+    ) -> Result<Option<u64>, Error> {
+        let found = Self::find(store, name, images, records, false)?;
+        Ok(found.map(|found| found.space))
+    }
+
+    fn find(
+        store: &Path,
+        name: BackupName,
+        images: &[&str],
+        records: &[&str],
+        hold: bool,
+    ) -> Result<Option<Self>, Error> {
+        let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
+            return Ok(None);
+        };
+        for (entry, begun) in [(removed_name(name.id), true), (name.id.to_owned(), false)] {
+            let Some(directory) = domain.below(&entry)? else {
+                continue;
+            };
+            let held = hold.then(|| directory.hold(Sharing::Exclusive)).transpose()?;
+            let mut removal = Self {
+                path: directory.path().to_owned(),
+                domain,
+                directory,
+                id: name.id.to_owned(),
+                begun,
+                files: Vec::new(),
+                space: 0,
+                _held: held,
+            };
+            removal.take_stock(images, records)?;
+            return Ok(Some(removal));
+        }
+        Ok(None)
+    }
+
+    /// Finds what is to go, all of which must be the backup's.
+    fn take_stock(&mut self, images: &[&str], records: &[&str]) -> Result<(), Error> {
+        let names = names_in(self.directory.descriptor()).map_err(|errno| self.failed("read", "", errno))?;
+        for name in &names {
+            let known = images.contains(&name.as_str()) || records.contains(&name.as_str());
+            let stat = match known {
+                true => self.stat(name)?,
+                false => None,
+            };
+            let Some(stat) = stat else {
+                return Err(Error::NotTheBackups {
+                    path: self.path.join(name).display().to_string(),
+                });
+            };
+            if stat.st_nlink == 1 {
+                self.space += stat.st_blocks.cast_unsigned() * BLOCK;
+            }
+        }
+        let listed = images.iter().chain(records);
+        let there = listed.filter(|listed| names.iter().any(|name| name == **listed));
+        self.files = there.map(|name| (*name).to_owned()).collect();
+        Ok(())
+    }
+
+    /// Nothing if it is no regular file.
+    fn stat(&self, name: &str) -> Result<Option<Stat>, Error> {
+        let stat = rustix::fs::statat(self.directory.descriptor(), name, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|errno| self.failed("stat", name, errno))?;
+        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        Ok(regular.then_some(stat))
+    }
+
+    /// Whether it was begun before, so that there is no way back.
+    pub fn is_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Removes it, durably; gives the bytes that are free now. Blocks.
+    pub fn remove(self) -> Result<u64, Error> {
+        let (domain, hidden) = (self.domain.descriptor(), removed_name(&self.id));
+        let sync =
+            || rustix::fs::fsync(domain).map_err(|errno| self.failed("fsync the directory of", "", errno));
+        if !self.begun {
+            match rustix::fs::renameat_with(domain, &self.id, domain, &hidden, RenameFlags::NOREPLACE) {
+                // A file system without that flag still does not replace a directory that has something in it.
+                Err(Errno::INVAL) => rustix::fs::renameat(domain, &self.id, domain, &hidden),
+                result => result,
+            }
+            .map_err(|errno| self.failed("rename", "", errno))?;
+            sync()?;
+        }
+        fault::point(Point::RemovalRenamed);
+        for (index, name) in self.files.iter().enumerate() {
+            rustix::fs::unlinkat(self.directory.descriptor(), name, AtFlags::empty())
+                .map_err(|errno| self.failed("remove", name, errno))?;
+            if index == 0 {
+                fault::point(Point::RemovalBegun);
+            }
+        }
+        rustix::fs::unlinkat(domain, &hidden, AtFlags::REMOVEDIR)
+            .map_err(|errno| self.failed("remove", "", errno))?;
+        sync()?;
+        fault::point(Point::RemovalEmptied);
+        Ok(self.space)
+    }
+
+    fn failed(&self, action: &'static str, name: &str, errno: Errno) -> Error {
+        let path = match name {
+            "" => self.path.clone(),
+            name => self.path.join(name),
+        };
+        Error::io(action, &path.display().to_string(), errno)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    const RECORDS: [&str; 2] = ["backup.xml", "manifest.json"];
+
+    /// A store with a backup `a` of `web`; below `/root` or wherever only root and the service's user have a hand.
+    fn store() -> tempfile::TempDir {
+        let directory = tempfile::Builder::new().tempdir_in("/var/tmp").unwrap();
+        let backup = directory.path().join("web/a");
+        std::fs::create_dir_all(&backup).unwrap();
+        for path in ["", "web", "web/a"] {
+            let mode = std::fs::Permissions::from_mode(0o700);
+            std::fs::set_permissions(directory.path().join(path), mode).unwrap();
+        }
+        for name in ["vda.qcow2", "backup.xml", "manifest.json"] {
+            std::fs::write(backup.join(name), "x").unwrap();
+        }
+        directory
+    }
+
+    fn hold(store: &Path) -> Result<Option<Removal>, Error> {
+        let name = BackupName {
+            domain: "web",
+            id: "a",
+        };
+        Removal::hold(store, name, &["vda.qcow2", "vdb.qcow2"], &RECORDS)
+    }
+
+    #[test]
+    fn a_backup_goes_as_a_whole_and_can_be_gone_on_with() {
+        let store = store();
+        let removal = hold(store.path()).unwrap().unwrap();
+        assert!(!removal.is_begun());
+        assert!(matches!(hold(store.path()), Err(Error::InUse { .. })));
+        assert!(removal.remove().unwrap() > 0);
+        assert!(hold(store.path()).unwrap().is_none());
+        let hidden = store.path().join("web/.a.removed");
+        std::fs::create_dir(&hidden).unwrap();
+        std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(0o700)).unwrap();
+        std::fs::write(hidden.join("manifest.json"), "x").unwrap();
+        let removal = hold(store.path()).unwrap().unwrap();
+        assert!(removal.is_begun());
+        removal.remove().unwrap();
+        assert_eq!(std::fs::read_dir(store.path().join("web")).unwrap().count(), 0);
+        assert_eq!(removed_backup(".a.removed"), Some("a"));
+    }
+
+    #[test]
+    fn what_is_not_the_backups_is_not_removed_and_neither_is_the_backup() {
+        let store = store();
+        let backup = store.path().join("web/a");
+        let elsewhere = store.path().join("elsewhere");
+        std::fs::write(&elsewhere, "mine").unwrap();
+        let refused = |name: &str| {
+            let error = hold(store.path()).unwrap_err();
+            assert!(matches!(error, Error::NotTheBackups { .. }), "{error}");
+            assert!(error.to_string().contains(name), "{error}");
+            assert!(backup.join("manifest.json").exists());
+        };
+        std::fs::write(backup.join("notes.txt"), "mine").unwrap();
+        refused("notes.txt");
+        std::fs::remove_file(backup.join("notes.txt")).unwrap();
+        symlink(&elsewhere, backup.join("vdb.qcow2")).unwrap();
+        refused("vdb.qcow2");
+        std::fs::remove_file(backup.join("vdb.qcow2")).unwrap();
+        std::fs::create_dir(backup.join("vdb.qcow2")).unwrap();
+        refused("vdb.qcow2");
+        std::fs::remove_dir(backup.join("vdb.qcow2")).unwrap();
+        // What has another name takes as much space as before.
+        std::fs::hard_link(backup.join("vda.qcow2"), store.path().join("copy")).unwrap();
+        let space = hold(store.path()).unwrap().unwrap().space;
+        std::fs::remove_file(store.path().join("copy")).unwrap();
+        assert!(hold(store.path()).unwrap().unwrap().space > space);
+    }
+}

@@ -183,6 +183,8 @@ impl Limits {
 pub struct Deadlines {
     /// While targets are made ready, and while QEMU copies: a target that hangs, or a QEMU that does.
     pub stall_seconds: NonZeroU32,
+    /// From the guest's freeze to its thaw. What has not begun by then is not quiesced.
+    pub freeze_seconds: NonZeroU32,
     /// At the end, for everything that was copied to become durable.
     pub finish_seconds: NonZeroU32,
     /// For a monitor that was lost during a backup to be there again, and a domain after a restart of the service.
@@ -199,6 +201,7 @@ impl Default for Deadlines {
         }
         Self {
             stall_seconds: seconds(300),
+            freeze_seconds: seconds(5),
             finish_seconds: seconds(3600),
             reconnect_seconds: seconds(30),
         }
@@ -208,6 +211,10 @@ impl Default for Deadlines {
 impl Deadlines {
     pub fn stall(&self) -> Duration {
         duration(self.stall_seconds)
+    }
+
+    pub fn freeze(&self) -> Duration {
+        duration(self.freeze_seconds)
     }
 
     pub fn finish(&self) -> Duration {

@@ -30,6 +30,8 @@ pub enum Point {
     Starting,
     /// The guest's power-off is held back.
     PowerOffHeld,
+    /// The guest's file systems are frozen, where they are to be, and QEMU does not copy.
+    Frozen,
     /// QEMU copies, and it is not on record.
     Started,
     /// QEMU copies.
@@ -74,7 +76,7 @@ pub enum Point {
 
 impl Point {
     /// Those of a backup that is made.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::Recorded,
         Self::Prepared,
         Self::Writing,
@@ -86,6 +88,7 @@ impl Point {
         Self::CheckpointMade,
         Self::Starting,
         Self::PowerOffHeld,
+        Self::Frozen,
         Self::Started,
         Self::Running,
         Self::CancelRequested,

@@ -137,13 +137,13 @@ async fn file_systems_are_frozen_before_the_instant_and_thawed_after_it() {
         let agent = scene.agent(witness(&scene.vm, &witnessed));
         let (backup, quiesced) = scene.complete(mode).await;
         assert!(quiesced, "{mode}");
-        // What is required is asked for before any target is touched, too.
+        // Before each of the two, and what is required is asked for before any target is touched, too.
         let greeted = agent
             .seen_all()
             .iter()
             .filter(|command| *command == "guest-sync-delimited")
             .count();
-        assert_eq!(greeted, if mode == "require" { 2 } else { 1 });
+        assert_eq!(greeted, if mode == "require" { 3 } else { 2 });
         assert_eq!(agent.seen(), [FREEZE, THAW]);
         assert_eq!(
             *witnessed.lock().unwrap(),

@@ -157,6 +157,7 @@ const COMPLETING: &[Point] = &[
     Point::TargetNode,
     Point::Starting,
     Point::PowerOffHeld,
+    Point::Frozen,
     Point::Started,
     Point::Running,
     Point::Concluded,

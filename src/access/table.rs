@@ -158,6 +158,7 @@ pub static TABLE: [Entry; 11] = [
             "Job.BytesDone",
             "Job.Rate",
             "Job.ExpectedEndTime",
+            "Job.FrozenTime",
             "Job.Disks",
             "Job.ErrorName",
             "Job.ErrorMessage",

@@ -35,6 +35,9 @@ struct Arguments {
     /// The configuration file [default: /etc/backupd/backupd.toml]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Thaw a guest if the service does not. For the service itself.
+    #[arg(long, hide = true)]
+    thaw_guard: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +86,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start_log();
     die_of_panics();
+    if arguments.thaw_guard {
+        return job::watch_frozen_guest();
+    }
     match start(arguments) {
         Ok(End::Done) => ExitCode::SUCCESS,
         Ok(End::StartAgain) => supervisor::START_AGAIN.into(),
@@ -122,18 +128,14 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     let directories = Directories::new(config.domain_directories.clone());
     let registered = limits.of_registered_domains().keeping(&activity);
     let domains = Registry::open(directories, registered).map_err(Fatal::Domains)?;
+    let jobs = Jobs::new(domains.clone(), catalog.clone(), &config, activity.clone());
+    jobs.thaw().await?;
     let known = domains.list();
     let settled = known.iter().map(|domain| domain.settled(FIRST_LOOK));
     futures_util::future::join_all(settled).await;
     let access = Access::new(Arc::new(Polkit::start()?), limits.of_password_dialogs());
-    let backups = Arc::new(Backups::new(
-        domains.clone(),
-        catalog.clone(),
-        &config,
-        activity.clone(),
-    ));
+    let backups = Arc::new(Backups::new(domains.clone(), catalog, &config, activity.clone()));
     backups.recover().await?;
-    let jobs = Jobs::new(domains.clone(), catalog, &config, activity.clone());
     let resumed = jobs.recover().await?;
     let service = Arc::new(Service::new(domains, jobs, backups, access, &config));
     let connection = zbus::connection::Builder::system().build().await?;

@@ -122,7 +122,7 @@ pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
                 let quiesce = Quiesce::from_word(&word);
                 options.quiesce = Some(quiesce.ok_or_else(|| {
                     invalid(format!(
-                        "option 'quiesce': '{}' is neither 'try' nor 'require'",
+                        "option 'quiesce': '{}' is none of 'no', 'try' and 'require'",
                         shown(&word)
                     ))
                 })?);
@@ -257,7 +257,9 @@ mod tests {
     fn known_options_are_taken_in() {
         assert!(parse("reuse-external", true).unwrap().reuse_external);
         assert_eq!(parse("bandwidth", 7u64).unwrap().bandwidth, Some(7));
-        assert_eq!(parse("quiesce", "try").unwrap().quiesce, Some(Quiesce::Try));
+        for mode in [Quiesce::No, Quiesce::Try, Quiesce::Require] {
+            assert_eq!(parse("quiesce", mode.as_str()).unwrap().quiesce, Some(mode));
+        }
         for (word, incremental) in [
             ("auto", Incremental::Auto),
             ("full", Incremental::Full),

@@ -351,6 +351,11 @@ fn job_changes(told: &View, view: &View) -> Changed {
             Variant::from(view.expected_end_time),
         ),
         (
+            "FrozenTime",
+            view.frozen_time != told.frozen_time,
+            Variant::from(view.frozen_time),
+        ),
+        (
             "Disks",
             view.disks != told.disks,
             Variant::from(view.disks.clone()),

@@ -15,7 +15,11 @@ use super::Error;
 /// Marks the file as ours: "bkpd" (`PRAGMA application_id`).
 const APPLICATION: i32 = 0x626b_7064;
 /// What brings a catalog from each version to the next; a new file goes through all of them.
-const MIGRATIONS: &[&str] = &[include_str!("schema-1.sql"), include_str!("schema-2.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("schema-1.sql"),
+    include_str!("schema-2.sql"),
+    include_str!("schema-3.sql"),
+];
 /// How long a predecessor may take to let go.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -180,6 +184,25 @@ mod tests {
     }
 
     #[test]
+    fn a_catalog_of_before_is_brought_forward_with_its_content() {
+        let (_directory, path) = directory();
+        let former = connect(&path, OpenFlags::SQLITE_OPEN_CREATE).unwrap();
+        former.pragma_update(None, "application_id", APPLICATION).unwrap();
+        former.execute_batch(MIGRATIONS[0]).unwrap();
+        let job = "INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, started_by, \
+                       start_time, plan, speed, step) VALUES ('a', 'web', 'configured', 0, 'root', 0, 0, '{}', 0, 'ended')";
+        former.execute(job, []).unwrap();
+        former.pragma_update(None, "user_version", 1).unwrap();
+        drop(former);
+        let found = open(&path)
+            .unwrap()
+            .query_row("SELECT domain_name, frozen FROM jobs", [], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            });
+        assert_eq!(found.unwrap(), ("web".to_owned(), 0));
+    }
+
+    #[test]
     fn two_do_not_have_it_at_a_time() {
         let (_directory, path) = directory();
         let _first = open(&path).unwrap();
@@ -220,10 +243,8 @@ mod tests {
         connection.pragma_update(None, "user_version", 7).unwrap();
         drop(connection);
         let text = open(&path).unwrap_err().to_string();
-        assert!(
-            text.contains("version 7") && text.contains("up to version 2"),
-            "{text}"
-        );
+        let known = format!("up to version {}", MIGRATIONS.len());
+        assert!(text.contains("version 7") && text.contains(&known), "{text}");
         let connection = Connection::open(&path).unwrap();
         connection.pragma_update(None, "application_id", 1).unwrap();
         drop(connection);

@@ -1,5 +1,7 @@
 //! Writing and reading the records of jobs: every step that must survive the service, and the outcome.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use rusqlite::{Connection, Params, Row, named_params, params};
 
@@ -65,15 +67,19 @@ impl Catalog {
                 })
                 .await
             }
-            Reached::Running(Instant { time, quiesced }) => {
-                let sql = "UPDATE jobs SET step = 'running', instant = ?2, quiesced = ?3 WHERE id = ?1";
-                let instant = time.as_microsecond();
-                self.change(sql, move |update| update.execute(params![id, instant, quiesced]))
-                    .await
+            Reached::Running { instant, frozen } => {
+                let sql = "UPDATE jobs SET step = 'running', instant = ?2, quiesced = ?3, frozen = ?4 WHERE id = ?1";
+                let Instant { time, quiesced } = instant;
+                let (instant, frozen) = (time.as_microsecond(), microseconds(frozen));
+                self.change(sql, move |update| {
+                    update.execute(params![id, instant, quiesced, frozen])
+                })
+                .await
             }
-            Reached::Judged { verdict } => {
-                let sql = "UPDATE jobs SET step = 'judged', verdict = ?2 WHERE id = ?1";
-                self.change(sql, move |update| update.execute(params![id, verdict]))
+            Reached::Judged { verdict, frozen } => {
+                let sql = "UPDATE jobs SET step = 'judged', verdict = ?2, frozen = ?3 WHERE id = ?1";
+                let frozen = microseconds(frozen);
+                self.change(sql, move |update| update.execute(params![id, verdict, frozen]))
                     .await
             }
             Reached::Closed => {
@@ -203,6 +209,10 @@ pub(super) fn domain_of(connection: &Connection, id: u32) -> Result<DomainRecord
     domain(row)
 }
 
+pub(super) fn microseconds(time: Duration) -> i64 {
+    i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
+}
+
 fn wrong(id: u32, what: &str) -> Error {
     let why = format!("its {what}");
     Error::Record { id, why }
@@ -234,6 +244,7 @@ fn read(row: &Row) -> Result<JobRecord, Error> {
             }),
             _ => None,
         },
+        frozen: Duration::from_micros(row.get::<_, i64>("frozen")?.unsigned_abs()),
         verdict: row.get("verdict")?,
         end_time: end_time.map(time).transpose()?,
         result: row.get("result")?,
@@ -295,7 +306,9 @@ mod tests {
             time: Timestamp::from_second(5).unwrap(),
             quiesced: true,
         };
-        catalog.reached(id, Reached::Running(instant)).await.unwrap();
+        let frozen = Duration::from_micros(41_327);
+        let running = Reached::Running { instant, frozen };
+        catalog.reached(id, running).await.unwrap();
         catalog.cancel_requested(id).await.unwrap();
         drop(catalog);
         let catalog = Catalog::open(&directory.path().join("catalog.sqlite")).unwrap();

@@ -74,6 +74,9 @@ pub struct Manifest {
     pub instant: Timestamp,
     /// Whether the guest's file systems were frozen at that instant.
     pub quiesced: bool,
+    /// For how many µs they were frozen, where they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen_us: Option<u64>,
     pub disks: Vec<Disk>,
 }
 
@@ -153,6 +156,7 @@ impl Manifest {
             started,
             instant,
             quiesced: false,
+            frozen_us: None,
             disks: Vec::new(),
         }
     }
@@ -390,6 +394,13 @@ mod tests {
 
     #[test]
     fn what_need_not_be_said_is_read_as_not_said() {
+        let most = Manifest {
+            frozen_us: Some(41_327),
+            ..manifest()
+        };
+        let json = most.to_json().unwrap();
+        assert!(String::from_utf8_lossy(&json).contains("\"frozen-us\": 41327,\n"));
+        assert_eq!(Manifest::parse(&json).unwrap(), most);
         let least = Manifest {
             name: None,
             description: None,

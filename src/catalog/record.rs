@@ -1,5 +1,7 @@
 //! What is remembered of a job.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use uuid::Uuid;
 
@@ -91,10 +93,15 @@ pub enum Reached {
         not_before: Timestamp,
         holds_poweroff: bool,
     },
-    Running(Instant),
+    /// And how long the guest was frozen for it.
+    Running {
+        instant: Instant,
+        frozen: Duration,
+    },
     /// JSON.
     Judged {
         verdict: String,
+        frozen: Duration,
     },
     Closed,
 }
@@ -127,6 +134,8 @@ pub struct JobRecord {
     pub holds_poweroff: bool,
     pub files: Option<String>,
     pub instant: Option<Instant>,
+    /// How long the guest was frozen, as far as is known.
+    pub frozen: Duration,
     pub verdict: Option<String>,
     pub end_time: Option<Timestamp>,
     pub result: Option<String>,

@@ -1,10 +1,12 @@
 //! Taking in what lies in the stores: the manifests know all that must be known of a good backup.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, named_params};
 
 use super::backups::keep_backup;
-use super::jobs::{domain_of, forget_oldest};
+use super::jobs::{domain_of, forget_oldest, microseconds};
 use super::{BackupRecord, Catalog, Error, Instant, NewJob};
 
 /// Numbers above are left to jobs to come: a manifest from elsewhere could name the last one there is.
@@ -18,6 +20,7 @@ pub struct StoredBackup {
     pub number: u32,
     pub job: NewJob,
     pub instant: Instant,
+    pub frozen: Duration,
     pub end_time: Timestamp,
     /// JSON.
     pub disks: String,
@@ -124,9 +127,9 @@ fn insert_job(connection: &Connection, found: &StoredBackup, last: u32) -> rusql
     let job = &found.job;
     let mut insert = connection.prepare(
         "INSERT INTO jobs (id, backup_id, domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid, \
-             started_by, start_time, plan, speed, step, instant, quiesced, end_time, result, disks, left_in_qemu, left_on_disk, imported) \
+             started_by, start_time, plan, speed, step, instant, quiesced, frozen, end_time, result, disks, left_in_qemu, left_on_disk, imported) \
          VALUES (:id, :backup_id, :name, :source, :owner, :owner_name, :uuid, :started_by, :start_time, :plan, :speed, 'ended', \
-             :instant, :quiesced, :end_time, 'completed', :disks, 0, 0, 1)",
+             :instant, :quiesced, :frozen, :end_time, 'completed', :disks, 0, 0, 1)",
     )?;
     insert.execute(named_params! {
         ":id": Some(found.number).filter(|_| free),
@@ -142,6 +145,7 @@ fn insert_job(connection: &Connection, found: &StoredBackup, last: u32) -> rusql
         ":speed": job.speed.cast_signed(),
         ":instant": found.instant.time.as_microsecond(),
         ":quiesced": found.instant.quiesced,
+        ":frozen": microseconds(found.frozen),
         ":end_time": found.end_time.as_microsecond(),
         ":disks": found.disks,
     })?;

@@ -103,6 +103,8 @@ pub enum BackupMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Quiesce {
+    /// As where nothing is said.
+    No,
     /// If the guest agent can; else the backup is made without.
     Try,
     /// No backup without it.
@@ -110,17 +112,18 @@ pub enum Quiesce {
 }
 
 impl Quiesce {
-    const WORDS: &'static [&'static str] = &["try", "require"];
+    const WORDS: &'static [&'static str] = &["no", "try", "require"];
 
     pub fn as_str(self) -> &'static str {
         match self {
+            Quiesce::No => "no",
             Quiesce::Try => "try",
             Quiesce::Require => "require",
         }
     }
 
     pub fn from_word(word: &str) -> Option<Self> {
-        [Quiesce::Try, Quiesce::Require]
+        [Quiesce::No, Quiesce::Try, Quiesce::Require]
             .into_iter()
             .find(|quiesce| quiesce.as_str() == word)
     }

@@ -137,7 +137,8 @@ impl End<'_> {
         };
         let remembered = async {
             let verdict = to_text(&verdict)?;
-            remember(self.job, self.setting, Reached::Judged { verdict }).await
+            let frozen = self.job.status().frozen;
+            remember(self.job, self.setting, Reached::Judged { verdict, frozen }).await
         };
         match remembered.await {
             Ok(()) => {
@@ -361,6 +362,7 @@ fn manifest(job: &Job, instant: Instant, seals: &[Seal]) -> Result<Vec<u8>, Erro
     manifest.name = job.plan.name.clone();
     manifest.description = job.plan.description.clone();
     manifest.quiesced = instant.quiesced;
+    manifest.frozen_us = Some(job.status().frozen_us()).filter(|time| *time > 0);
     let disks = job.plan.disks.iter().zip(seals).enumerate();
     let in_store = disks.filter_map(|(index, (disk, seal))| match &disk.place {
         Place::InStore { file_name } => Some(catalog::Disk {

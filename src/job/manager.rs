@@ -121,6 +121,16 @@ impl Jobs {
         })
     }
 
+    /// Thaws what a former process of the service may have left frozen; does not wait for it. Before all else that is done.
+    pub async fn thaw(self: &Arc<Self>) -> Result<(), Error> {
+        for record in self.setting.catalog.unsettled().await? {
+            let jobs = self.clone();
+            self.tasks
+                .spawn(async move { recover::thaw(record, &jobs.setting).await });
+        }
+        Ok(())
+    }
+
     /// Takes up the jobs that a former process of the service left, which it gives, and those that ended lately.
     pub async fn recover(self: &Arc<Self>) -> Result<Vec<Arc<Job>>, Error> {
         let keep = SignedDuration::try_from(KEEP).unwrap_or(SignedDuration::ZERO);

@@ -8,6 +8,7 @@ mod chain;
 mod conclude;
 mod error;
 mod footprint;
+mod guard;
 mod manager;
 mod progress;
 mod quiesce;
@@ -22,6 +23,7 @@ mod track;
 mod writeback;
 
 pub use error::Error;
+pub use guard::watch as watch_frozen_guest;
 pub use manager::{Jobs, Reservation, Start};
 pub use rescan::Rescan;
 pub use status::{DiskState, DiskStatus, Outcome, State, Status};

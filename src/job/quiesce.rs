@@ -1,26 +1,46 @@
 //! Freezing the guest's file systems around the instant of a backup.
+//!
+//! Never without a guard that thaws them if this process does not. How long they were frozen is counted from when the agent
+//! was told to freeze to its answer that they are thawed: the guest cannot write longer than that.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::Error;
+use super::guard::Guard;
 use crate::definition::Quiesce;
 use crate::domain::{Domain, State};
 use crate::qmp::Agent;
 
-/// How long the agent may take to answer. A guest flushes its caches when it freezes.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the agent may take to answer, but for the freeze itself.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// File systems that are frozen, or the knowledge that none are.
-pub struct Frozen(Option<Agent>);
+pub struct Frozen(Option<Held>);
+
+struct Held {
+    agent: Agent,
+    guard: Guard,
+    since: Instant,
+    until: Instant,
+}
+
+/// How a freeze ended.
+pub struct Thawed {
+    /// How long it lasted, as far as is known.
+    pub frozen: Duration,
+    /// Whether the file systems were frozen at the instant of the backup.
+    pub quiesced: Result<bool, Error>,
+}
 
 impl Frozen {
-    /// Freezes as the plan wants it. Where it only wants it tried, a failure is logged and survived.
-    pub async fn freeze(domain: &Domain, wanted: Option<Quiesce>) -> Result<Self, Error> {
-        let Some(wanted) = wanted else {
+    /// Freezes as the plan wants it, for so long at most. Where it only wants it tried, a failure is logged and survived.
+    pub async fn freeze(domain: &Domain, wanted: Option<Quiesce>, longest: Duration) -> Result<Self, Error> {
+        let Some(wanted) = wanted.filter(|wanted| *wanted != Quiesce::No) else {
             return Ok(Self(None));
         };
-        match freeze(domain).await {
-            Ok(agent) => Ok(Self(Some(agent))),
+        match freeze(domain, longest).await {
+            Ok(held) => Ok(Self(Some(held))),
             Err(why) if wanted == Quiesce::Try => {
                 tracing::warn!(
                     domain = domain.name,
@@ -33,24 +53,86 @@ impl Frozen {
         }
     }
 
-    /// Thaws, after the backup's instant, and says whether they were frozen until now. A failure is logged, for the
-    /// guest's sake.
-    pub async fn thaw(self, domain: &Domain, wanted: Option<Quiesce>) -> Result<bool, Error> {
-        let Some(mut agent) = self.0 else {
-            return Ok(false);
+    /// The result of what makes the instant of the backup; nothing if the freeze must end before.
+    pub async fn during<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        match &self.0 {
+            Some(held) => tokio::time::timeout_at(held.until.into(), work).await.ok(),
+            None => Some(work.await),
+        }
+    }
+
+    /// Thaws. `in_time`: the instant of the backup has been. A failure is logged, for the guest's sake.
+    pub async fn thaw(self, domain: &Domain, wanted: Option<Quiesce>, in_time: bool) -> Thawed {
+        let Some(held) = self.0 else {
+            return Thawed {
+                frozen: Duration::ZERO,
+                quiesced: Ok(false),
+            };
         };
-        let why = match agent.thaw().await {
-            Ok(0) => "they had thawed before the instant of the backup".to_owned(),
-            Ok(_) => return Ok(true),
+        let longest = held.until - held.since;
+        let (frozen, thawed) = held.thaw(domain).await;
+        let why = match thawed {
+            Ok(()) if in_time => {
+                tracing::info!(domain = domain.name, ?frozen, "file systems are thawed");
+                return Thawed {
+                    frozen,
+                    quiesced: Ok(true),
+                };
+            }
+            Ok(()) => {
+                format!("QEMU did not begin within {longest:?} ('freeze-seconds' in the configuration)")
+            }
+            Err(why) => why,
+        };
+        tracing::warn!(
+            domain = domain.name,
+            why,
+            ?frozen,
+            "the guest's file systems were not frozen at the backup's instant, as far as is known"
+        );
+        Thawed {
+            frozen,
+            quiesced: match wanted {
+                Some(Quiesce::Require) => Err(Error::Quiesce(why)),
+                Some(Quiesce::Try | Quiesce::No) | None => Ok(false),
+            },
+        }
+    }
+}
+
+impl Held {
+    /// Thaws, and says how long they were frozen, and whether they were until now.
+    async fn thaw(self, domain: &Domain) -> (Duration, Result<(), String>) {
+        let Self {
+            mut agent,
+            mut guard,
+            since,
+            ..
+        } = self;
+        let late = guard.has_acted();
+        if late {
+            guard.done().await;
+        } else {
+            guard.stand_back();
+        }
+        let thawed = agent.thaw().await;
+        let frozen = since.elapsed();
+        let early = late || guard.has_acted();
+        let thawed = match thawed {
+            Ok(0) => Err("they had thawed before the instant of the backup".to_owned()),
+            Ok(_) if early => Err("they may have been thawed before, by their guard".to_owned()),
+            Ok(_) => Ok(()),
             Err(error) => {
                 tracing::error!(domain = domain.name, %error, "the guest's file systems may still be frozen");
-                error.to_string()
+                if !error.is_refusal() {
+                    // The guard goes on trying.
+                    return (frozen, Err(error.to_string()));
+                }
+                Err(error.to_string())
             }
         };
-        match wanted {
-            Some(Quiesce::Require) => Err(Error::Quiesce(why)),
-            Some(Quiesce::Try) | None => Ok(false),
-        }
+        guard.dismiss().await;
+        (frozen, thawed)
     }
 }
 
@@ -58,20 +140,35 @@ impl Frozen {
 pub async fn check(domain: &Domain, wanted: Option<Quiesce>) -> Result<(), Error> {
     match wanted {
         Some(Quiesce::Require) => connect(domain).await.map(drop).map_err(Error::Quiesce),
-        Some(Quiesce::Try) | None => Ok(()),
+        Some(Quiesce::Try | Quiesce::No) | None => Ok(()),
     }
 }
 
-/// Thaws what a former process of the service may have frozen. What is thawed stays thawed.
+/// Whether there is a time at which a backup has the guest frozen.
+pub fn may_freeze(wanted: Option<Quiesce>) -> bool {
+    matches!(wanted, Some(Quiesce::Try | Quiesce::Require))
+}
+
+/// Thaws what a former process of the service may have frozen. What is thawed stays thawed. Nobody has looked at the domain
+/// yet: an agent that cannot answer does not.
 pub async fn thaw_again(domain: &Domain) {
-    if let Ok(mut agent) = connect(domain).await
-        && let Err(error) = agent.thaw().await
-    {
-        tracing::error!(domain = domain.name, %error, "the guest's file systems may still be frozen");
+    let Some(path) = domain.agent.as_deref() else {
+        return;
+    };
+    let thawed = async { Agent::connect(path, PATIENCE).await?.thaw().await };
+    match thawed.await {
+        Ok(count) => tracing::info!(
+            domain = domain.name,
+            count,
+            "file systems are thawed, of a freeze of before"
+        ),
+        Err(error) => {
+            tracing::error!(domain = domain.name, %error, "the guest's file systems may still be frozen");
+        }
     }
 }
 
-async fn connect(domain: &Domain) -> Result<Agent, String> {
+async fn connect(domain: &Domain) -> Result<(Agent, &Path), String> {
     let path = domain
         .agent
         .as_deref()
@@ -81,22 +178,33 @@ async fn connect(domain: &Domain) -> Result<Agent, String> {
         let state = state.as_str();
         return Err(format!("the domain is {state}: its agent cannot answer"));
     }
-    Agent::connect(path, PATIENCE)
-        .await
+    let agent = Agent::connect(path, PATIENCE).await;
+    agent
+        .map(|agent| (agent, path))
         .map_err(|error| error.to_string())
 }
 
-async fn freeze(domain: &Domain) -> Result<Agent, String> {
-    let mut agent = connect(domain).await?;
-    let why = match agent.freeze().await {
+async fn freeze(domain: &Domain, longest: Duration) -> Result<Held, String> {
+    let (mut agent, path) = connect(domain).await?;
+    let guard = Guard::post(&domain.name, path, &agent, longest).await;
+    let guard = guard.map_err(|error| format!("nobody would thaw them if the service ended: {error}"))?;
+    let since = Instant::now();
+    let frozen = agent.freeze(longest).await;
+    let held = Held {
+        agent,
+        guard,
+        since,
+        until: since + longest,
+    };
+    let why = match frozen {
         Ok(0) => "the agent froze none".to_owned(),
         Ok(count) => {
             tracing::info!(domain = domain.name, count, "file systems are frozen");
-            return Ok(agent);
+            return Ok(held);
         }
         Err(error) => error.to_string(),
     };
     // It may have frozen some, or all and only the answer is missing. Thawed ones stay thawed.
-    let _ = agent.thaw().await;
+    let _ = held.thaw(domain).await;
     Err(why)
 }

@@ -1,6 +1,7 @@
 //! Jobs as the catalog remembers them.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
@@ -112,7 +113,10 @@ impl Job {
     /// A job of which nothing is known but what is to be done.
     pub(super) fn new(record: &JobRecord, domain: Arc<Domain>, plan: Plan, catalog: Catalog) -> Self {
         let cancelled = record.cancel_requested;
-        let status = first_status(&plan, &domain, &record.backup_id);
+        let status = Status {
+            frozen: record.frozen,
+            ..first_status(&plan, &domain, &record.backup_id)
+        };
         let cancel = CancellationToken::new();
         if cancelled {
             cancel.cancel();
@@ -187,6 +191,7 @@ fn first_status(plan: &Plan, domain: &Domain, backup_id: &str) -> Status {
         disks: disks.collect(),
         rate: 0,
         expected_end: None,
+        frozen: Duration::ZERO,
         outcome: None,
     }
 }

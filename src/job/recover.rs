@@ -19,7 +19,7 @@ use super::{Error, Job, Reservation};
 use crate::catalog::{Instant, JobRecord, Leftover, Step};
 use crate::definition::Quiesce;
 use crate::domain::{Identity, Reach};
-use crate::plan::Place;
+use crate::plan::{Place, Plan};
 use crate::target::{FileId, Found, Targets};
 
 /// Brings a job to its end that was not ended before.
@@ -49,7 +49,13 @@ pub(super) async fn resume(
         return Ending::Left;
     };
     let (footprint, unreachable) = match reached {
-        Reach::Connected(domain, link) => (Some(footprint(job, domain, link, setting)), None),
+        Reach::Connected(domain, link) => {
+            // Else it was done first of all.
+            if may_be_frozen(record, &job.plan) && job.domain.agent.is_none() {
+                quiesce::thaw_again(&domain).await;
+            }
+            (Some(footprint(job, domain, link, setting)), None)
+        }
         Reach::Gone => (None, Some("it has ended")),
         Reach::Late => (None, Some("it did not appear in time")),
     };
@@ -86,6 +92,25 @@ pub(super) async fn resume(
         holds_poweroff: record.holds_poweroff,
         ..left
     })
+}
+
+/// Whether the former process may have ended while the guest was frozen.
+pub(super) fn may_be_frozen(record: &JobRecord, plan: &Plan) -> bool {
+    record.step == Step::Starting && quiesce::may_freeze(plan.quiesce)
+}
+
+/// Thaws a guest that was frozen when the former process ended, as soon as there is a process again: all else can wait.
+pub(super) async fn thaw(record: JobRecord, setting: &Setting) {
+    let (Ok(plan), Ok(identity)) = (record::plan(&record), record::identity(record.id, &record.domain))
+    else {
+        return;
+    };
+    if may_be_frozen(&record, &plan)
+        && let Some(domain) = setting.domains.identified(&identity)
+    {
+        let thawed = quiesce::thaw_again(&domain);
+        setting.stop.run_until_cancelled(thawed).await;
+    }
 }
 
 /// A file that a caller had passed went with the former process; only QEMU still has it.
@@ -133,7 +158,6 @@ async fn judge(
     }
     match record.step {
         Step::Preparing | Step::Writing => return Err(Error::Interrupted.into()),
-        Step::Starting if job.plan.quiesce.is_some() => quiesce::thaw_again(&job.domain).await,
         Step::Starting | Step::Running => {}
         Step::Judged => record::verdict(record)?.judged()?,
         Step::Closed | Step::Ended => {}

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::manager::Setting;
 use super::record::{domain_record, to_text};
@@ -341,6 +342,7 @@ fn stored_backup(
             time: manifest.instant,
             quiesced: manifest.quiesced,
         },
+        frozen: Duration::from_micros(manifest.frozen_us.unwrap_or(0)),
         end_time,
         disks: text(to_text(&disks))?,
         backup: BackupRecord {

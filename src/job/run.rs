@@ -116,7 +116,8 @@ async fn copy(
     // From before the transaction: its jobs can end before its reply is read.
     let events = footprint.client().events();
     let instant = start(job, footprint, targets, speed, setting).await?;
-    remember(job, setting, Reached::Running(instant)).await?;
+    let frozen = job.status().frozen;
+    remember(job, setting, Reached::Running { instant, frozen }).await?;
     fault::point(Point::Running);
     let mut running = Running::new(job, footprint, Some(speed), patience);
     follow(&mut running, events, targets, setting).await?;
@@ -159,18 +160,29 @@ async fn start(
             .map_err(Error::Lost)?;
     }
     fault::point(Point::PowerOffHeld);
-    let frozen = Frozen::freeze(&job.domain, job.plan.quiesce).await?;
+    let quiesce = job.plan.quiesce;
+    let frozen = Frozen::freeze(&job.domain, quiesce, setting.deadlines.freeze()).await?;
+    fault::point(Point::Frozen);
     targets.iter().for_each(Target::mark_written);
     let client = footprint.client();
-    let started = tokio::time::timeout(patience, client.execute("transaction", transaction)).await;
-    let time = Timestamp::now();
-    let thawed = frozen.thaw(&job.domain, job.plan.quiesce).await;
+    let starting = async {
+        let started = tokio::time::timeout(patience, client.execute("transaction", transaction)).await;
+        (started, Timestamp::now())
+    };
+    tokio::pin!(starting);
+    let in_time = frozen.during(starting.as_mut()).await;
+    let thawed = frozen.thaw(&job.domain, quiesce, in_time.is_some()).await;
+    job.update(|status| status.frozen = thawed.frozen);
+    let (started, time) = match in_time {
+        Some(started) => started,
+        None => starting.await,
+    };
     match started {
         Ok(started) => started.map_err(Error::Transaction)?,
         Err(_) => return Err(Error::stalled("the start in QEMU", patience).into()),
     };
     fault::point(Point::Started);
-    let quiesced = thawed?;
+    let quiesced = thawed.quiesced?;
     check_start(job, footprint).await?;
     tracing::info!(job = job.id, domain = job.domain.name, "backup started");
     Ok(Instant { time, quiesced })

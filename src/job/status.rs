@@ -1,5 +1,7 @@
 //! What a job tells of itself.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -84,6 +86,8 @@ pub struct Status {
     pub rate: u64,
     /// When it will be done at this rate.
     pub expected_end: Option<Timestamp>,
+    /// How long the guest's file systems were frozen, as far as is known.
+    pub frozen: Duration,
     /// Set once, with the last change.
     pub outcome: Option<Outcome>,
 }
@@ -108,6 +112,11 @@ impl Status {
         self.disks
             .iter()
             .fold(0, |sum, disk| sum.saturating_add(disk.done))
+    }
+
+    /// For how many µs the guest's file systems were frozen.
+    pub fn frozen_us(&self) -> u64 {
+        u64::try_from(self.frozen.as_micros()).unwrap_or(u64::MAX)
     }
 
     /// 0 to 1.

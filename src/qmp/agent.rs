@@ -2,6 +2,8 @@
 //!
 //! Only what a backup needs of it. Source of the rules: QEMU's `qga/qapi-schema.json`.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,7 +15,11 @@ use super::message::{Refusal, parse};
 use super::wire::Wire;
 use super::{Error, Result};
 
-/// An agent that answered just now. The guest's file systems thaw when it is told so, not when this is dropped.
+const SYNC: &str = "guest-sync-delimited";
+const FREEZE: &str = "guest-fsfreeze-freeze";
+const THAW: &str = "guest-fsfreeze-thaw";
+
+/// An agent. The guest's file systems thaw when it is told so, not when this is dropped.
 pub struct Agent {
     wire: Wire,
     patience: Duration,
@@ -26,56 +32,79 @@ impl Agent {
         let stream = stream
             .unwrap_or(Err(std::io::ErrorKind::TimedOut.into()))
             .map_err(|error| Error::Closed(format!("{}: {error}", path.display()).into()))?;
-        let mut agent = Self {
-            wire: Wire::new(stream),
-            patience,
-        };
-        agent.synchronise().await?;
+        let mut agent = Self::over(stream, patience);
+        let token = agent.queue_sync();
+        bounded(SYNC, patience, agent.synchronise(token)).await?;
         Ok(agent)
     }
 
-    /// Freezes the guest's file systems; gives how many.
-    pub async fn freeze(&mut self) -> Result<u64> {
-        self.count("guest-fsfreeze-freeze").await
+    /// The agent at the other end of a connection on which somebody may have asked something before.
+    pub fn over(stream: UnixStream, patience: Duration) -> Self {
+        Self {
+            wire: Wire::new(stream),
+            patience,
+        }
     }
 
-    /// Thaws them; gives how many.
+    /// The same connection once more: QEMU serves one at a time.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.wire.duplicate()
+    }
+
+    /// Freezes the guest's file systems, for which it has so long; gives how many.
+    pub async fn freeze(&mut self, patience: Duration) -> Result<u64> {
+        self.queue(FREEZE);
+        bounded(FREEZE, patience, self.count(FREEZE)).await
+    }
+
+    /// Thaws them; gives how many. Told at once, whatever was asked before and is not answered yet.
     pub async fn thaw(&mut self) -> Result<u64> {
-        self.count("guest-fsfreeze-thaw").await
+        let (token, patience) = (self.queue_sync(), self.patience);
+        self.queue(THAW);
+        let thaw = async {
+            // Answers to what was asked before can be anything.
+            while let Err(error) = self.synchronise(token).await {
+                if let Error::Closed(_) = error {
+                    return Err(error);
+                }
+            }
+            self.count(THAW).await
+        };
+        bounded(THAW, patience, thaw).await
     }
 
-    /// What an earlier client left unread is not taken for an answer to this one.
-    async fn synchronise(&mut self) -> Result<()> {
+    fn queue(&mut self, command: &'static str) {
+        let line = format!("{}\n", json!({ "execute": command }));
+        self.wire.queue(0, line.into_bytes(), None);
+    }
+
+    fn queue_sync(&mut self) -> u64 {
         // Fits into the signed number that the agent reads.
         let token = uuid::Uuid::new_v4().as_u64_pair().0 >> 1;
         let arguments = json!({ "id": token });
         let mut line = vec![0xff];
         line.extend_from_slice(
-            json!({ "execute": "guest-sync-delimited", "arguments": arguments })
+            json!({ "execute": SYNC, "arguments": arguments })
                 .to_string()
                 .as_bytes(),
         );
         line.push(b'\n');
         self.wire.queue(0, line, None);
-        let wire = &mut self.wire;
-        bounded("guest-sync-delimited", self.patience, async {
-            loop {
-                let reply = answer(wire).await?;
-                if reply.get("return").and_then(Value::as_u64) == Some(token) {
-                    return Ok(());
-                }
+        token
+    }
+
+    /// What an earlier client left unread is not taken for an answer to this one.
+    async fn synchronise(&mut self, token: u64) -> Result<()> {
+        loop {
+            let reply = answer(&mut self.wire).await?;
+            if reply.get("return").and_then(Value::as_u64) == Some(token) {
+                return Ok(());
             }
-        })
-        .await
+        }
     }
 
     async fn count(&mut self, command: &'static str) -> Result<u64> {
-        self.wire.queue(
-            0,
-            format!("{}\n", json!({ "execute": command })).into_bytes(),
-            None,
-        );
-        let reply = bounded(command, self.patience, answer(&mut self.wire)).await?;
+        let reply = answer(&mut self.wire).await?;
         match (reply.get("return").and_then(Value::as_u64), reply.get("error")) {
             (Some(count), _) => Ok(count),
             (None, Some(error)) => {

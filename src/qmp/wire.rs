@@ -56,6 +56,11 @@ impl Wire {
         }
     }
 
+    /// The same socket once more.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.stream.as_fd().try_clone_to_owned()
+    }
+
     /// Queues one line; `bytes` ends with a newline. Sent by [`Wire::turn`]. `id` is what [`Wire::unqueue`] calls it.
     pub fn queue(&mut self, id: u64, bytes: Vec<u8>, descriptor: Option<OwnedFd>) {
         self.queued += bytes.len();

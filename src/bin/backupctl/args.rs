@@ -225,6 +225,8 @@ impl Compress {
 /// How much freezing the guest's file systems matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Quiesce {
+    /// Don't
+    No,
     /// Go on without if the guest can't
     Try,
     /// Fail if the guest can't
@@ -235,6 +237,7 @@ impl Quiesce {
     /// The word in the call's options.
     pub fn word(self) -> &'static str {
         match self {
+            Self::No => "no",
             Self::Try => "try",
             Self::Require => "require",
         }

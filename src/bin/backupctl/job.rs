@@ -24,6 +24,7 @@ pub struct Properties {
     bytes_done: Option<u64>,
     rate: Option<u64>,
     expected_end_time: Option<u64>,
+    frozen_time: Option<u64>,
     disks: Option<Vec<DiskTuple>>,
     increments: Option<Vec<IncrementTuple>>,
     error_name: Option<String>,
@@ -107,6 +108,8 @@ pub struct Snapshot {
     pub rate: u64,
     /// When it will have ended, in µs since the epoch; 0 where that isn't known.
     pub expected_end: u64,
+    /// How long the guest's file systems were frozen, in µs.
+    pub frozen_time: u64,
     /// Its disks.
     pub disks: Vec<Disk>,
     /// How much of them is copied.
@@ -157,6 +160,7 @@ impl Snapshot {
         set(&mut self.progress, changed.progress);
         set(&mut self.rate, changed.rate);
         set(&mut self.expected_end, changed.expected_end_time);
+        set(&mut self.frozen_time, changed.frozen_time);
         set(&mut self.error_name, changed.error_name);
         set(&mut self.error_message, changed.error_message);
         if let Some(increments) = changed.increments {
@@ -263,6 +267,7 @@ impl Snapshot {
             "bytes_done": self.bytes_done,
             "rate": self.rate,
             "expected_end_time": self.expected_end,
+            "frozen_time": self.frozen_time,
             "disks": disks,
             "error": nothing_if_empty(&self.error_name),
             "message": nothing_if_empty(&self.error_message),
@@ -290,6 +295,10 @@ impl Snapshot {
             );
         } else {
             field("Progress", self.progress_text());
+        }
+        if self.frozen_time > 0 {
+            let frozen = Duration::from_micros(self.frozen_time);
+            field("Frozen", units::brief(frozen));
         }
         if !self.error_name.is_empty() || !self.error_message.is_empty() {
             field("Error", self.error_message.clone());
@@ -368,6 +377,7 @@ mod tests {
                 "domain_path",
                 "error",
                 "expected_end_time",
+                "frozen_time",
                 "id",
                 "message",
                 "mode",

@@ -81,6 +81,10 @@ impl Summary<'_> {
             data.push_str(&format!(" ({})", units::rate(rate)));
         }
         let mut lines = vec![("covered".to_owned(), data)];
+        if snapshot.frozen_time > 0 {
+            let frozen = Duration::from_micros(snapshot.frozen_time);
+            lines.push(("frozen".to_owned(), units::brief(frozen)));
+        }
         for disk in &snapshot.disks {
             let what = match (outcome.result.as_str(), disk.error.as_str()) {
                 ("completed", _) => {
@@ -172,6 +176,23 @@ mod tests {
             };
             assert!(summary.text().ends_with(told), "{}", summary.text());
         }
+    }
+
+    #[test]
+    fn a_quiesced_backup_says_how_long_the_guest_stood_still() {
+        let mut snapshot = snapshot();
+        snapshot.frozen_time = 40_327;
+        let summary = Summary {
+            snapshot: &snapshot,
+            outcome: &outcome("completed", "", ""),
+            took: None,
+            own_targets: &[],
+        };
+        assert_eq!(
+            summary.text(),
+            "Backup 7 of web completed\n  covered  2.0 GiB\n  frozen   41 ms\n  vda      /store/vda.qcow2\n"
+        );
+        assert_eq!(summary.json()["frozen_time"], 40_327);
     }
 
     #[test]

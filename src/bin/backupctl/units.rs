@@ -103,6 +103,14 @@ pub fn age(time: Duration) -> String {
     }
 }
 
+/// The same for what should take next to no time: `41 ms`.
+pub fn brief(time: Duration) -> String {
+    match time.as_micros().div_ceil(1000) {
+        milliseconds @ 0..1000 => format!("{milliseconds} ms"),
+        _ => duration(time),
+    }
+}
+
 /// A time that is still to go, where tenths of a second mean nothing.
 pub fn remaining(time: Duration) -> String {
     duration(Duration::from_secs(time.as_secs_f64().ceil() as u64)).replace(".0 s", " s")
@@ -209,6 +217,8 @@ mod tests {
     fn durations_have_two_figures() {
         assert_eq!(duration(Duration::from_millis(430)), "0.4 s");
         assert_eq!(duration(Duration::from_secs(12)), "12 s");
+        assert_eq!(brief(Duration::from_micros(40_327)), "41 ms");
+        assert_eq!(brief(Duration::from_micros(999_001)), "1.0 s");
         assert_eq!(duration(Duration::from_secs(125)), "2 min 05 s");
         assert_eq!(duration(Duration::from_secs(3790)), "1 h 03 min");
         assert_eq!(age(Duration::from_secs(119)), "119 s");

@@ -1,0 +1,220 @@
+//! A process of its own that thaws a guest, whatever becomes of the service that froze it.
+//!
+//! The service starts it before it freezes: its own program, in another mode. It gets the service's very connection to the
+//! agent, so that it neither looks for a path that may be another's by then, nor waits for QEMU, which serves one client at
+//! a time. It thaws when the service is gone or late, and ends; nothing but the end of both processes at once keeps a guest
+//! frozen, and then the next service thaws first of all.
+//!
+//! Knows the agent and the service's end of it; nothing of jobs, domains or the bus.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::quiesce::PATIENCE;
+use crate::qmp::{self, Agent};
+
+/// The switch of the program that makes it a guard.
+pub const SWITCH: &str = "thaw-guard";
+
+/// How long a guard may take to be there, and to leave.
+const START: Duration = Duration::from_secs(5);
+const END: Duration = Duration::from_secs(2);
+/// Its watch ends so much later than the freeze is to: the service comes first.
+const GRACE: Duration = Duration::from_secs(1);
+/// How long it tries, and how often to connect again where the agent hung up.
+const LONGEST: Duration = Duration::from_secs(15);
+const TRIES: usize = 3;
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// What the two say to each other after the first line.
+const READY: u8 = b'r';
+const THAWING: u8 = b't';
+const DONE: u8 = b'd';
+const ACTED: u8 = b'a';
+
+/// What a guard is told. Not in its arguments, which others can read.
+#[derive(Serialize, Deserialize)]
+struct Orders {
+    domain: String,
+    agent: PathBuf,
+    deadline: Duration,
+}
+
+/// The service's end. Dropped, the guard thaws at once.
+pub struct Guard {
+    child: Child,
+    control: UnixStream,
+}
+
+impl Guard {
+    /// Returns when the guard watches; it thaws by itself a little after `deadline`.
+    pub async fn post(domain: &str, path: &Path, agent: &Agent, deadline: Duration) -> io::Result<Self> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        // The very program that runs, though a newer one may have its name.
+        let log = ["RUST_LOG", "JOURNAL_STREAM"].into_iter();
+        let log = log.filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
+        let child = Command::new("/proc/self/exe")
+            .arg0("backupd")
+            .arg(format!("--{SWITCH}"))
+            .env_clear()
+            .envs(log)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::from(agent.duplicate()?))
+            // Not in the way of a terminal's signals.
+            .process_group(0)
+            .spawn()?;
+        let mut control = UnixStream::from_std(ours)?;
+        let mut orders = serde_json::to_vec(&Orders {
+            domain: domain.to_owned(),
+            agent: path.to_owned(),
+            deadline: deadline + GRACE,
+        })?;
+        orders.push(b'\n');
+        let begin = async {
+            control.write_all(&orders).await?;
+            control.read_u8().await
+        };
+        match timeout(START, begin).await {
+            Ok(Ok(READY)) => Ok(Self { child, control }),
+            Ok(Ok(_)) => Err(ErrorKind::InvalidData.into()),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(ErrorKind::TimedOut.into()),
+        }
+    }
+
+    /// The service thaws now: the guard does so too only if the service dies, or is much later.
+    pub fn stand_back(&self) {
+        self.say(THAWING);
+    }
+
+    /// Whether it has thawed, or ended: then nobody knows whether they are frozen still.
+    pub fn has_acted(&self) -> bool {
+        // As it is now, which the runtime need not have noticed yet.
+        let heard = recv(&self.control, &mut [0; 1], RecvFlags::DONTWAIT);
+        heard.map(|_| ()) != Err(Errno::AGAIN)
+    }
+
+    /// They are thawed. Returns when the guard has let go of the agent.
+    pub async fn dismiss(mut self) {
+        self.say(DONE);
+        self.ended(END).await;
+    }
+
+    /// Returns when a guard that acts has done what it can: two who ask at a time take each other's answers.
+    pub async fn done(&mut self) {
+        self.ended(LONGEST + END).await;
+    }
+
+    async fn ended(&mut self, patience: Duration) {
+        if timeout(patience, self.child.wait()).await.is_err() {
+            tracing::warn!("a guard of a frozen guest does not end");
+        }
+    }
+
+    fn say(&self, word: u8) {
+        // There is room for it, and who is not there any more need not hear it.
+        let _ = send(&self.control, &[word], SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+    }
+}
+
+/// The guard's whole life. Its standard input is the service, its standard output the agent.
+pub fn watch() -> ExitCode {
+    let watched = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .and_then(|runtime| runtime.block_on(keep_watch()));
+    match watched {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "cannot guard a frozen guest");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn keep_watch() -> io::Result<()> {
+    // What ends the service, or all that is left of it, is no reason to leave a guest frozen.
+    let _ignored = ignore_signals()?;
+    let mut control = BufReader::new(stream(io::stdin().as_fd().try_clone_to_owned()?)?);
+    let agent = stream(io::stdout().as_fd().try_clone_to_owned()?)?;
+    let mut orders = String::new();
+    control.read_line(&mut orders).await?;
+    let orders: Orders = serde_json::from_str(&orders)?;
+    control.write_u8(READY).await?;
+    let Some(why) = wait(&mut control, Instant::now() + orders.deadline).await else {
+        return Ok(());
+    };
+    let domain = &orders.domain;
+    tracing::warn!(domain, why, "the guest's file systems are thawed by the guard");
+    // Before it is done: a service that is only late must know. One that is gone need not.
+    let _ = control.write_u8(ACTED).await;
+    match timeout(LONGEST, thaw(agent, &orders.agent)).await {
+        Ok(Ok(count)) => tracing::info!(domain, count, "file systems are thawed"),
+        Ok(Err(error)) => tracing::error!(domain, %error, "the guest's file systems may still be frozen"),
+        Err(_) => tracing::error!(
+            domain,
+            "the guest's agent does not answer: its file systems may still be frozen"
+        ),
+    }
+    Ok(())
+}
+
+/// Why the guest is to be thawed, or nothing where it is.
+async fn wait(control: &mut BufReader<UnixStream>, mut deadline: Instant) -> Option<&'static str> {
+    loop {
+        match timeout_at(deadline, control.read_u8()).await {
+            Ok(Ok(DONE)) => return None,
+            Ok(Ok(THAWING)) => deadline = Instant::now() + PATIENCE + GRACE,
+            Ok(Ok(_)) => return Some("the service talks nonsense"),
+            Ok(Err(_)) => return Some("the service is gone, or could not thaw them"),
+            Err(_) => return Some("the service is late"),
+        }
+    }
+}
+
+async fn thaw(agent: UnixStream, path: &Path) -> qmp::Result<u64> {
+    let mut thawed = Agent::over(agent, LONGEST).thaw().await;
+    for _ in 0..TRIES {
+        // Only who hung up can be there again; who is silent has been told.
+        if !matches!(thawed, Err(qmp::Error::Closed(_))) {
+            break;
+        }
+        tokio::time::sleep(PAUSE).await;
+        thawed = match Agent::connect(path, LONGEST).await {
+            Ok(mut agent) => agent.thaw().await,
+            Err(error) => Err(error),
+        };
+    }
+    thawed
+}
+
+/// SIGTERM is what systemd sends to what a dead service left, SIGABRT what it sends when the service is stuck.
+fn ignore_signals() -> io::Result<Vec<Signal>> {
+    const SIGABRT: i32 = 6;
+    let kinds = [
+        SignalKind::hangup(),
+        SignalKind::interrupt(),
+        SignalKind::terminate(),
+        SignalKind::from_raw(SIGABRT),
+    ];
+    kinds.into_iter().map(signal).collect()
+}
+
+fn stream(descriptor: OwnedFd) -> io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(descriptor);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}

@@ -10,6 +10,8 @@
 set -eu
 
 readonly what=${1:-}
+# What a Linux guest of the tests is made of (tests/guest.rs): from packages that are not installed on this machine.
+readonly guest=${XDG_CACHE_HOME:-/var/cache}/backupd-test-guest
 missing=
 need() { # PACKAGE DESCRIPTION: something of this package is missing
     case " $missing " in
@@ -57,12 +59,19 @@ look() {
     fi
 }
 
+guest_is_there() { # moved there when it is whole
+    [ -n "$what" ] || [ -d "$guest" ]
+}
+
 look
 if ! command -v "${CARGO:-cargo}" >/dev/null 2>&1; then
     echo "There is no cargo in PATH. The project needs a stable Rust toolchain, 1.89 or newer, with rustfmt and clippy." >&2
     exit 1
 fi
-[ -n "$missing" ] || exit 0
+if [ -z "$missing" ]; then
+    ! guest_is_there || exit 0
+    echo "missing: a Linux guest for the tests, in $guest"
+fi
 
 if ! command -v apt-get >/dev/null 2>&1; then
     echo "Install these with your system's own tools: the names above are Debian's." >&2
@@ -70,14 +79,14 @@ if ! command -v apt-get >/dev/null 2>&1; then
 fi
 if [ "$(id -u)" != 0 ]; then
     echo "Run tests/setup.sh $what as root once, or install them yourself:" >&2
-    echo "    apt-get install$missing" >&2
+    [ -z "$missing" ] || echo "    apt-get install$missing" >&2
     exit 1
 fi
 
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 apt() { apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"; }
 
-echo "installing:$missing"
+[ -z "$missing" ] || echo "installing:$missing"
 apt update || echo "apt-get update failed; trying with the lists that are here" >&2
 
 # qemu-utils and qemu-system-x86 share files of one version: apt refuses a pair of different ones, or one replaces the
@@ -100,10 +109,36 @@ case " $missing " in
 esac
 
 # shellcheck disable=SC2086  # a list of packages
-if ! apt install --no-install-recommends --allow-downgrades $missing; then
+if [ -n "$missing" ] && ! apt install --no-install-recommends --allow-downgrades $missing; then
     echo "apt-get could not install:$missing" >&2
     exit 1
 fi
 
 look
 [ -z "$missing" ] || exit 1
+guest_is_there && exit 0
+
+# Debian's smallest kernel, its modules for the devices that QEMU gives it, an agent, and a shell. Its other libraries are
+# those of this machine's QEMU.
+mkdir -p "$(dirname "$guest")"
+new=$(mktemp -d "$guest.XXXXXX")
+mkdir -p "$new/tree" "$new/made/modules"
+kernel=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[^ ]*\)$/\1/p' | head -n 1)
+if ! (cd "$new" && apt download "${kernel:-linux-image-cloud-amd64}" qemu-guest-agent busybox-static); then
+    rm -rf -- "$new"
+    echo "a kernel, an agent and a shell for a Linux guest could not be had: tests/guest.rs will fail" >&2
+    exit 0
+fi
+for package in "$new"/*.deb; do dpkg -x "$package" "$new/tree"; done
+cp "$new"/tree/boot/vmlinuz-* "$new/made/vmlinuz"
+for program in busybox qemu-ga; do
+    find "$new/tree" -type f -path '*bin/*' -name "$program" -exec cp {} "$new/made/" \;
+done
+find "$new/tree" -path '*/kernel/*' '(' -path '*/drivers/virtio/*' -o -name 'virtio_blk.ko*' -o -name 'virtio_console.ko*' \
+    -o -path '*/fs/ext4/*' -o -path '*/fs/jbd2/*' -o -name 'mbcache.ko*' -o -name '*crc16.ko*' -o -name '*crc32c*.ko*' ')' \
+    -name '*.ko*' -exec cp {} "$new/made/modules/" \;
+find "$new/made/modules" -name '*.xz' -exec "$new/made/busybox" unxz {} +
+# Another run may have been first.
+mv -T "$new/made" "$guest" || guest_is_there
+rm -rf -- "$new"
+echo "a Linux guest for the tests is in $guest"

@@ -1,0 +1,230 @@
+//! A Linux that runs, with a file system that is written to all the time and QEMU's own agent: what a backup of it holds with
+//! quiescing and without.
+//!
+//! Kernel, agent and shell are those of Debian packages that `tests/setup.sh` fetched; nothing of them is installed.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use backupd::fault::Point;
+use common::System;
+use common::bus::project_file;
+use common::caller::Caller;
+use common::disk::Disk;
+use common::process;
+use common::proxies::Options;
+use common::vm::Vm;
+use common::wait;
+
+const MIB: u64 = 1 << 20;
+/// Whoever is backed up without is like after a power cut: the journal is to be gone through.
+const UNCLEAN: &str = "needs_recovery";
+
+/// What tests/setup.sh fetched.
+fn parts() -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME").filter(|cache| !cache.is_empty());
+    let parts = cache
+        .map_or("/var/cache".into(), PathBuf::from)
+        .join("backupd-test-guest");
+    assert!(
+        parts.join("vmlinuz").is_file(),
+        "there is no Linux guest in {}: run tests/setup.sh as root, with a Debian mirror in reach",
+        parts.display()
+    );
+    parts
+}
+
+fn run(program: &str, arguments: &[&Path]) -> process::Output {
+    // The system's directories are not always in PATH.
+    let found = ["/usr/sbin", "/sbin", "/usr/bin"].map(|dir| Path::new(dir).join(program));
+    let found = found.iter().find(|path| path.is_file());
+    let mut command = Command::new(found.unwrap_or_else(|| panic!("there is no {program}")));
+    command.args(arguments);
+    process::run(command)
+}
+
+/// A root file system in memory: a shell, an agent with its libraries, modules.
+fn initramfs(parts: &Path, dir: &Path) -> PathBuf {
+    let root = dir.join("initramfs");
+    for name in [
+        "bin", "sbin", "dev", "proc", "sys", "data", "run", "var/run", "modules",
+    ] {
+        fs::create_dir_all(root.join(name)).unwrap();
+    }
+    let put = |from: &Path, to: &str| {
+        let to = root.join(to.trim_start_matches('/'));
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(from, &to).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    put(&parts.join("busybox"), "bin/busybox");
+    put(&parts.join("qemu-ga"), "sbin/qemu-ga");
+    put(&project_file("tests/guest/init.sh"), "init");
+    for module in fs::read_dir(parts.join("modules")).unwrap() {
+        let module = module.unwrap();
+        put(
+            &module.path(),
+            &format!("modules/{}", module.file_name().display()),
+        );
+    }
+    let libraries = run("ldd", &[&parts.join("qemu-ga")]).expect_success();
+    assert!(!libraries.contains("not found"), "{libraries}");
+    for path in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
+        put(Path::new(path), path);
+    }
+    let archive = dir.join("initramfs.cpio");
+    let mut pack = Command::new("sh");
+    pack.args(["-euc", r#"cd "$1" && find . | "$2" cpio -o -H newc >"$3""#, "sh"])
+        .args([&root, &parts.join("busybox"), &archive]);
+    process::run(pack).expect_success();
+    archive
+}
+
+struct Scene {
+    system: System,
+    vm: Vm,
+    caller: Caller,
+    serial: PathBuf,
+}
+
+impl Scene {
+    /// Returns when the guest writes.
+    async fn boot() -> Self {
+        let parts = parts();
+        let system = System::start();
+        let dir = system.dir().to_owned();
+        let archive = initramfs(&parts, &dir);
+        let disk = dir.join("root.raw");
+        fs::File::create(&disk).unwrap().set_len(48 * MIB).unwrap();
+        let make = ["-q", "-F", "-t", "ext4"].map(Path::new);
+        run("mke2fs", &[&make[..], &[&disk]].concat()).expect_success();
+        let (serial, agent) = (dir.join("serial"), dir.join("qga"));
+        let kernel = parts.join("vmlinuz");
+        let arguments = [
+            ("-m", "256".to_owned()),
+            ("-kernel", kernel.display().to_string()),
+            ("-initrd", archive.display().to_string()),
+            ("-append", "console=ttyS0 quiet panic=-1".to_owned()),
+            ("-serial", format!("file:{}", serial.display())),
+            ("-device", "virtio-serial-pci".to_owned()),
+            (
+                "-chardev",
+                format!("socket,id=qga,path={},server=on,wait=off", agent.display()),
+            ),
+            (
+                "-device",
+                "virtserialport,chardev=qga,name=org.qemu.guest_agent.0".to_owned(),
+            ),
+        ];
+        let arguments: Vec<&str> = arguments
+            .iter()
+            .flat_map(|(key, value)| [*key, value.as_str()])
+            .collect();
+        let vm = system
+            .vm("linux")
+            .disk(Disk::new("vda", 0).raw().at(&disk))
+            .extra(&arguments)
+            .running()
+            .start();
+        let monitor = vm.monitor_path();
+        system.write_domain_file("linux", &format!("monitor = {monitor:?}\nagent = {agent:?}\n"));
+        system.wait_for_domain("linux");
+        let scene = Self {
+            caller: Caller::new(&system).await,
+            system,
+            vm,
+            serial,
+        };
+        scene.writes_on();
+        scene
+    }
+
+    fn said(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.serial).unwrap_or_default()).into_owned()
+    }
+
+    /// Files that the guest has written so far.
+    fn written(&self) -> u64 {
+        let said = self.said();
+        // The last line may be half there.
+        let whole = said.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        let last = whole
+            .lines()
+            .rev()
+            .find_map(|line| line.trim().strip_prefix("written "));
+        last.map_or(0, |count| count.parse().unwrap())
+    }
+
+    /// Waits until the guest has written some more: it is not frozen.
+    fn writes_on(&self) {
+        let before = self.written();
+        let began = Instant::now();
+        while self.written() < before + 3 {
+            assert!(
+                began.elapsed() < wait::DEADLINE,
+                "the guest does not write:\n{}",
+                self.said()
+            );
+            std::thread::sleep(wait::STEP);
+        }
+    }
+
+    /// Makes a backup, and restores its image; gives that and for how many µs the guest was frozen.
+    async fn backup(&self, document: &str) -> (PathBuf, u64) {
+        let job = self.caller.complete("linux", document).await;
+        let frozen = job.frozen_time().await.unwrap();
+        let image = PathBuf::from(&job.disks().await.unwrap()[0].4);
+        let restored = self
+            .system
+            .dir()
+            .join(format!("restored-{}", job.id().await.unwrap()));
+        let mut restore = Command::new("qemu-img");
+        restore.args(["convert", "-O", "raw"]).args([&image, &restored]);
+        process::run(restore).expect_success();
+        (restored, frozen)
+    }
+}
+
+/// The features that an ext4 has, as its superblock tells them.
+fn features(image: &Path) -> String {
+    let told = run("dumpe2fs", &[Path::new("-h"), image]).expect_success();
+    let line = told.lines().find(|line| line.starts_with("Filesystem features:"));
+    line.unwrap_or_else(|| panic!("{told}")).to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_file_system_of_a_linux_is_clean_in_a_quiesced_backup_and_the_guest_writes_on() {
+    let mut scene = Scene::boot().await;
+
+    // As a power cut would leave it.
+    let (image, frozen) = scene.backup("").await;
+    assert_eq!(frozen, 0);
+    assert!(features(&image).contains(UNCLEAN), "{}", features(&image));
+    scene.writes_on();
+
+    let (image, frozen) = scene
+        .backup("<domainbackup><quiesce mode='require'/></domainbackup>")
+        .await;
+    assert!((1..5_000_000).contains(&frozen), "{frozen} µs");
+    println!("frozen for {frozen} µs");
+    scene.writes_on();
+    assert!(!features(&image).contains(UNCLEAN), "{}", features(&image));
+    let check = run("e2fsck", &[Path::new("-fn"), &image]);
+    assert_eq!(check.status, 0, "{}{}", check.stdout, check.stderr);
+
+    // And if the service is killed with the guest frozen, and nobody starts it again.
+    scene.system.stop_daemon();
+    scene.system.start_dying_daemon(Point::Frozen);
+    scene.system.wait_for_domain("linux");
+    let options = Options::from([("quiesce", "require".into())]);
+    let caller = Caller::new(&scene.system).await;
+    let _ = caller.try_start("linux", "", &[], options).await;
+    scene.system.wait_for_death();
+    scene.writes_on();
+    assert!(scene.vm.residue().jobs.is_empty());
+}

@@ -1,0 +1,31 @@
+#!/bin/busybox sh
+# The first process of the Linux guest of tests/guest.rs: a disk that is written to all the time, and an agent. What it says
+# on its serial port, the test reads.
+PATH=/bin:/sbin
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+# Without what says which needs which: each is tried until those that it needs are there.
+for pass in 1 2 3 4 5; do
+    for module in /modules/*.ko; do insmod "$module" 2>/dev/null; done
+done
+until [ -b /dev/vda ]; do usleep 10000; done
+mount -t ext4 /dev/vda /data
+port=
+until [ -n "$port" ]; do
+    port=$(grep -lx org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name 2>/dev/null)
+    usleep 10000
+done
+port=${port%/name}
+qemu-ga -m virtio-serial -p "/dev/${port##*/}" &
+
+# Directories, files of random content, each durable before the next one: what a journal is for.
+count=0
+while :; do
+    count=$((count + 1))
+    mkdir -p "/data/$((count % 7))"
+    dd if=/dev/urandom of="/data/$((count % 7))/$((count % 40))" bs=16k count=2 conv=fsync 2>/dev/null
+    rm -f "/data/$(((count + 3) % 7))/$(((count + 3) % 40))"
+    echo "written $count" >/dev/ttyS0
+done

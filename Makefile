@@ -108,7 +108,7 @@ fuzz:
 $(BUILT)/backupd $(BUILT)/backupctl:
 	$(CARGO) build --release --locked
 
-fill = sed -e 's|@libexecdir@|$(libexecdir)|g'
+fill = sed -e 's|@libexecdir@|$(libexecdir)|g' -e 's|@bindir@|$(bindir)|g'
 
 install: $(BUILT)/backupd $(BUILT)/backupctl
 	install -D -m 755 $(BUILT)/backupd '$(DESTDIR)$(libexecdir)/backupd'
@@ -120,6 +120,8 @@ install: $(BUILT)/backupd $(BUILT)/backupctl
 	$(fill) dbus/org.example.Backup1.service \
 	    > '$(DESTDIR)$(datadir)/dbus-1/system-services/org.example.Backup1.service'
 	$(fill) systemd/backupd.service > '$(DESTDIR)$(unitdir)/backupd.service'
+	$(fill) 'systemd/backupd-backup@.service' > '$(DESTDIR)$(unitdir)/backupd-backup@.service'
+	install -D -m 644 -t '$(DESTDIR)$(unitdir)' 'systemd/backupd-backup@.timer'
 	install -D -m 644 systemd/backupd.tmpfiles '$(DESTDIR)$(tmpfilesdir)/backupd.conf'
 	install -d '$(DESTDIR)$(sysconfdir)/backupd/domains.d'
 	[ -e '$(DESTDIR)$(sysconfdir)/backupd/backupd.toml' ] || \

@@ -48,6 +48,8 @@ fn install_fills_a_directory() {
         [
             "etc/backupd/backupd.toml",
             "usr/bin/backupctl",
+            "usr/lib/systemd/system/backupd-backup@.service",
+            "usr/lib/systemd/system/backupd-backup@.timer",
             "usr/lib/systemd/system/backupd.service",
             "usr/lib/tmpfiles.d/backupd.conf",
             "usr/libexec/backupd",
@@ -78,12 +80,16 @@ fn install_fills_a_directory() {
             "ExecStart=/usr/libexec/backupd",
         ),
         (
+            "lib/systemd/system/backupd-backup@.service",
+            "ExecStart=/usr/bin/backupctl create --no-ask-password $BACKUPCTL_ARGS --instance -- %i",
+        ),
+        (
             "share/dbus-1/system-services/org.example.Backup1.service",
             "Exec=/usr/libexec/backupd",
         ),
     ] {
         let text = fs::read_to_string(installed(file)).unwrap();
         assert!(text.lines().any(|found| found == line), "{file}: {text}");
-        assert!(!text.contains("@libexecdir@"), "{file}: {text}");
+        assert!(!text.contains("dir@"), "{file}: {text}");
     }
 }

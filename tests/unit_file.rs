@@ -29,9 +29,16 @@ fn read(path: &str) -> String {
 
 /// The unit as it is installed, but for where the programs are.
 fn unit_in(dir: &Path) -> PathBuf {
+    installed(dir, "backupd.service")
+}
+
+fn installed(dir: &Path, unit: &str) -> PathBuf {
     let built = Path::new(env!("CARGO_BIN_EXE_backupd")).parent().unwrap();
-    let path = dir.join("backupd.service");
-    let text = read("systemd/backupd.service").replace("@libexecdir@", built.to_str().unwrap());
+    let path = dir.join(unit);
+    let mut text = read(&format!("systemd/{unit}"));
+    for directory in ["@libexecdir@", "@bindir@"] {
+        text = text.replace(directory, built.to_str().unwrap());
+    }
     fs::write(&path, text).unwrap();
     path
 }
@@ -76,6 +83,22 @@ fn systemd_finds_nothing_wrong_with_the_unit() {
     // It succeeds whatever it says. Whether manual pages are installed is not the unit's fault.
     let output = analyze(&["verify", "--man=no"], &unit_in(dir.path()));
     assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", ""));
+}
+
+#[test]
+fn systemd_finds_nothing_wrong_with_the_units_of_every_night() {
+    let dir = test_directory();
+    let service = installed(dir.path(), "backupd-backup@.service");
+    installed(dir.path(), "backupd-backup@.timer");
+    for unit in ["backupd-backup@web-1.service", "backupd-backup@web-1.timer"] {
+        let output = analyze(&["verify", "--man=no"], &dir.path().join(unit));
+        assert_eq!(
+            (output.stdout.as_str(), output.stderr.as_str()),
+            ("", ""),
+            "{unit}"
+        );
+    }
+    analyze(&["security", "--offline=yes", "--threshold=10"], &service).expect_success();
 }
 
 #[test]

@@ -19,12 +19,15 @@ test_the_package_installs_into_a_system_that_has_what_it_depends_on() {
 test_installing_starts_nothing() {
     runs_not
     [ "$(systemctl is-enabled backupd.service || true)" = disabled ]
+    [ "$(systemctl is-enabled backupd-backup@web.timer || true)" = disabled ]
 }
 
 test_the_installed_unit_is_without_fault_and_its_exposure_at_most_one_and_a_half() {
-    local said
-    said=$(systemd-analyze verify --man=no /usr/lib/systemd/system/backupd.service 2>&1)
-    [ -z "$said" ] || fail "$said"
+    local said unit
+    for unit in backupd.service backupd-backup@web.service backupd-backup@web.timer; do
+        said=$(systemd-analyze verify --man=no "$unit" 2>&1)
+        [ -z "$said" ] || fail "$said"
+    done
     systemd-analyze security --offline=yes --threshold=15 /usr/lib/systemd/system/backupd.service
 }
 

@@ -50,3 +50,56 @@ test_what_was_backed_up_is_known_after_a_restart() {
     [ "$(backupctl jobs --all --json)" = "$before" ]
     runs
 }
+
+# Plays a guest's agent, of one guest at a time, as QEMU's socket does: it says in a file what it was told. The service is killed
+# when the guest is frozen.
+start_agent() { # SOCKET
+    cat >/srv/vm/agent <<'EOF'
+#!/bin/bash
+export LC_ALL=C
+while read -r line; do
+    case $line in
+    *guest-sync-delimited*)
+        id=${line##*\"id\":}
+        printf '\xff{"return": %s}\n' "${id%%[!0-9]*}"
+        ;;
+    *fsfreeze-freeze*)
+        echo freeze >>/run/agent-was-told
+        systemctl kill --kill-whom=main --signal=KILL backupd.service
+        echo '{"return": 1}'
+        ;;
+    *fsfreeze-thaw*)
+        echo thaw >>/run/agent-was-told
+        echo '{"return": 1}'
+        ;;
+    esac
+done
+EOF
+    chmod 755 /srv/vm/agent
+    systemd-run --quiet --unit=agent socat "UNIX-LISTEN:$1,fork,max-children=1" EXEC:/srv/vm/agent
+    until_true "the agent" test -S "$1"
+}
+
+test_a_guest_is_thawed_when_the_service_is_killed_with_it_frozen() {
+    local killed
+    start_agent /run/vm-web/agent
+    {
+        echo 'monitor = "/run/vm-web/service"'
+        echo 'agent = "/run/vm-web/agent"'
+    } >/etc/backupd/domains.d/.web
+    mv /etc/backupd/domains.d/.web /etc/backupd/domains.d/web.toml
+    # Its firmware finds nothing to boot: it runs, and still writes nothing.
+    contains "$(qmp web cont)" '"return": {}'
+    until_true "the service to see it run" sh -c "backupctl domains | grep -Eq '^web +running'"
+    killed=$(main_pid)
+    contains "$(status_of backupctl create web --quiesce require 2>&1)" "status 1"
+    [ "$(main_pid)" != "$killed" ]
+    contains "$(head -n 2 /run/agent-was-told | tr '\n' ' ')" "freeze thaw "
+    # Not only by the next service: in the sandbox there can be a guard, and systemd lets it end.
+    contains "$(journalctl -u backupd.service -o cat)" "the guest's file systems are thawed by the guard"
+    has_nothing_of_ours web
+    contains "$(qmp web stop)" '"return": {}'
+    systemctl stop agent.service
+    configure_vm web
+    until_true "the service to reach the machine" knows web
+}

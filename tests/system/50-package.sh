@@ -33,7 +33,8 @@ test_an_upgrade_keeps_what_the_administrator_configured() {
 
 can_be_started() { busctl --system --no-legend list --activatable | grep -q '^org\.example\.Backup1 '; }
 
-test_removal_stops_the_service_and_the_bus_forgets_it() {
+test_removal_stops_the_service_and_the_schedules_and_the_bus_forgets_it() {
+    systemctl enable --now backupd-backup@web.timer
     backupctl domains
     runs
     local pid
@@ -42,6 +43,7 @@ test_removal_stops_the_service_and_the_bus_forgets_it() {
     [ ! -e "/proc/$pid" ]
     not owns_name
     not can_be_started
+    not systemctl --quiet is-active backupd-backup@web.timer
     [ "$(systemctl show --property=LoadState --value backupd.service)" = not-found ]
     [ -z "$(systemctl --failed --no-legend --plain)" ]
 }
@@ -65,6 +67,7 @@ test_purging_removes_the_records_and_never_a_backup() {
     same_as_disk web /srv/vm "$image"
     [ "$(ls -A /var/lib/backupd)" = backups ] || fail "left: $(ls -A /var/lib/backupd)"
     [ ! -e /etc/backupd/backupd.toml ]
+    [ ! -L /etc/systemd/system/timers.target.wants/backupd-backup@web.timer ]
 }
 
 test_purging_without_backups_leaves_nothing() {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
-use crate::units;
+use crate::{instance, units};
 
 /// Backs up running QEMU virtual machines through the backup service.
 #[derive(Debug, Parser)]
@@ -122,6 +122,9 @@ pub enum Command {
 pub struct Create {
     /// The virtual machine's name or UUID
     pub domain: String,
+    /// The name is the instance of a unit (backupd-backup@.service), as systemd-escape makes it
+    #[arg(long, hide = true)]
+    pub instance: bool,
     /// Let the service choose the files, in this store
     #[arg(long, value_name = "STORE")]
     pub store: Option<String>,
@@ -247,34 +250,47 @@ impl Quiesce {
 impl Cli {
     /// Parses the program's arguments, and checks what clap's own rules can't say.
     pub fn parse_checked(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Self, clap::Error> {
-        let cli = Self::try_parse_from(args)?;
-        if let Command::Create(create) = &cli.command {
+        let mut cli = Self::try_parse_from(args)?;
+        if let Command::Create(create) = &mut cli.command {
             create.check()?;
+            create.resolve()?;
         }
         Ok(cli)
     }
 }
 
 impl Create {
-    fn check(&self) -> Result<(), clap::Error> {
+    fn fail<T>(kind: clap::error::ErrorKind, message: String) -> Result<T, clap::Error> {
         use clap::CommandFactory;
-        let fail = |kind, message: String| {
-            let mut command = Cli::command();
-            command.build();
-            let create = command
-                .find_subcommand_mut("create")
-                .map(|create| create.error(kind, &message));
-            Err(create.unwrap_or_else(|| clap::Error::raw(kind, message)))
-        };
+        let mut command = Cli::command();
+        command.build();
+        let create = command
+            .find_subcommand_mut("create")
+            .map(|create| create.error(kind, &message));
+        Err(create.unwrap_or_else(|| clap::Error::raw(kind, message)))
+    }
+
+    /// Puts the name in the place of what stands for it.
+    fn resolve(&mut self) -> Result<(), clap::Error> {
+        if self.instance {
+            self.domain = match instance::name(&self.domain) {
+                Ok(name) => name,
+                Err(why) => return Self::fail(clap::error::ErrorKind::InvalidValue, why),
+            };
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), clap::Error> {
         if self.compress.is_some() && self.format == Some(Format::Raw) {
-            return fail(
+            return Self::fail(
                 clap::error::ErrorKind::ArgumentConflict,
                 "raw images can't be compressed: --compress goes with --format qcow2 only".to_owned(),
             );
         }
         for (index, disk) in self.disk.iter().enumerate() {
             if self.disk[..index].iter().any(|earlier| earlier.disk == disk.disk) {
-                return fail(
+                return Self::fail(
                     clap::error::ErrorKind::ArgumentConflict,
                     format!("disk {:?} is given twice", disk.disk),
                 );
@@ -304,6 +320,18 @@ mod tests {
     #[test]
     fn the_definition_of_the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_instance_of_a_unit_is_the_name_that_it_stands_for() {
+        let named = |line: &str| create(line).domain;
+        assert_eq!(
+            named(r"backupctl create --instance -- web\x20server-1"),
+            "web server-1"
+        );
+        assert_eq!(named(r"backupctl create -- web\x20server-1"), r"web\x20server-1");
+        let error = parse(r"backupctl create --instance web\x2").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidValue);
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod document;
 mod error;
 mod files;
 mod follow;
+mod instance;
 mod interrupt;
 mod job;
 mod list;

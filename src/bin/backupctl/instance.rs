@@ -1,0 +1,70 @@
+//! What a systemd unit's instance stands for: the name of a virtual machine, in the letters that a unit's name can have.
+
+/// The name that an instance stands for: `\xNN` is a byte of it.
+///
+/// systemd's own rule (systemd.unit(5), "String escaping for inclusion in unit names") has `-` stand for `/`. No virtual machine
+/// has a slash in its name and many have a dash, so here a dash is one: `web-1` is good as it is, and what `systemd-escape` makes
+/// of it too.
+pub fn name(instance: &str) -> Result<String, String> {
+    let wrong = || format!("{instance:?} is no name as systemd-escape makes it");
+    let mut parts = instance.split("\\x");
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let (digits, rest) = part.split_at_checked(2).ok_or_else(wrong)?;
+        if !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(wrong());
+        }
+        bytes.push(u8::from_str_radix(digits, 16).map_err(|_| wrong())?);
+        bytes.extend_from_slice(rest.as_bytes());
+    }
+    String::from_utf8(bytes).map_err(|_| wrong())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn what_systemd_escapes_is_what_it_was() {
+        for text in [
+            "web",
+            "web-1",
+            "web server",
+            "a.b_c:d@e",
+            "50%",
+            "$HOME",
+            "back\\slash",
+            "\\x2d",
+            "\"quoted\" 'so'",
+            "Grüße",
+            "-x",
+            "{a}",
+        ] {
+            let output = Command::new("systemd-escape")
+                .arg("--")
+                .arg(text)
+                .output()
+                .unwrap();
+            let escaped = String::from_utf8(output.stdout).unwrap();
+            assert_eq!(name(escaped.trim_end()), Ok(text.to_owned()), "{escaped}");
+        }
+    }
+
+    #[test]
+    fn a_dash_is_a_dash() {
+        assert_eq!(name("web-1"), Ok("web-1".into()));
+        assert_eq!(
+            name("4dea22b3-1d52-d8f3-2516-782e98ab3fa0"),
+            Ok("4dea22b3-1d52-d8f3-2516-782e98ab3fa0".into())
+        );
+    }
+
+    #[test]
+    fn what_nobody_escapes_so_is_refused() {
+        for text in ["\\x", "\\x2", "\\xzz", "\\x+1", "\\xff", "\\x2\u{e9}"] {
+            assert!(name(text).is_err(), "{text}");
+        }
+    }
+}

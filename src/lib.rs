@@ -1,8 +1,9 @@
 //! backupd: backs up running QEMU virtual machines for callers on the system bus.
 //!
 //! One library, two binaries: `backupd` (the service) and `backupctl` (its command line). A request goes
-//! `bus` → `service` → `definition` → `access` → `plan` → `job` → `target` → `qmp`, with `domain` telling which
-//! virtual machines there are, and `backups` beside `job` what becomes of a backup when it is made. A module may use those after it on that way and never those before it.
+//! `bus` → `service` → `definition` → `access` → `plan` → `job` → `image` → `target` → `qmp`, with `domain` telling which
+//! virtual machines there are, and `backups` beside `job` what becomes of a backup when it is made. A module may use
+//! those after it on that way and never those before it.
 
 pub mod access;
 pub mod activity;
@@ -14,6 +15,7 @@ pub mod definition;
 pub mod domain;
 pub mod error;
 pub mod fault;
+pub mod image;
 pub mod job;
 pub mod names;
 pub mod plan;

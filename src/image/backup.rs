@@ -1,0 +1,176 @@
+//! One backup of a store: where it is, its manifest, and its images.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::header::{self, Expected};
+use super::{Error, Fault};
+use crate::catalog::{self, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
+use crate::definition::Format;
+use crate::error::shown;
+use crate::target::{self, Held, Sharing, Shelf};
+
+/// Where a backup is in its store: the names of two directories, one in the other.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Location {
+    pub domain: String,
+    pub id: String,
+}
+
+impl std::fmt::Display for Location {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", shown(&self.domain), shown(&self.id))
+    }
+}
+
+/// All backups of a store, whole or not. Blocks.
+pub fn all(store: &Shelf) -> Result<Vec<Location>, Error> {
+    let mut found = Vec::new();
+    let visible = |names: Vec<String>| names.into_iter().filter(|name| !name.starts_with('.'));
+    for domain in visible(store.names()?) {
+        let Some(shelf) = store.below(&domain)? else {
+            continue;
+        };
+        for id in visible(shelf.names()?) {
+            if shelf.below(&id)?.is_some() {
+                found.push(Location {
+                    domain: domain.clone(),
+                    id,
+                });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The one backup whose id is `wanted` or begins with it; with its domain's directory and a slash before it, only there.
+/// Blocks.
+pub fn find(store: &Shelf, wanted: &str) -> Result<Location, Error> {
+    let (domain, prefix) = match wanted.split_once('/') {
+        Some((domain, prefix)) => (Some(domain), prefix),
+        None => (None, wanted),
+    };
+    let mut found = all(store)?;
+    found.retain(|one| domain.is_none_or(|domain| one.domain == domain) && one.id.starts_with(prefix));
+    if found.iter().any(|one| one.id == prefix) {
+        found.retain(|one| one.id == prefix);
+    }
+    match found.as_slice() {
+        [one] if !prefix.is_empty() => Ok(one.clone()),
+        [first, second, ..] if !prefix.is_empty() => Err(Error::Ambiguous {
+            wanted: wanted.to_owned(),
+            first: first.to_string(),
+            second: second.to_string(),
+        }),
+        _ => Err(Error::NoSuchBackup {
+            wanted: wanted.to_owned(),
+            store: store.path().display().to_string(),
+        }),
+    }
+}
+
+/// A backup that stays as it is for as long as this is there.
+#[derive(Debug)]
+pub struct Backup {
+    pub manifest: Manifest,
+    shelf: Shelf,
+    held: Arc<Held>,
+}
+
+impl Backup {
+    /// Blocks.
+    pub fn open(domain: &Shelf, id: &str) -> Result<Self, Fault> {
+        let shelf = domain.below(id)?.ok_or(Fault::Missing)?;
+        let held = shelf.hold(Sharing::Shared)?;
+        let (content, _) = shelf.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)?;
+        let manifest = Manifest::parse(&content).map_err(Fault::Manifest)?;
+        if manifest.id != id {
+            return Err(Fault::OtherId { found: manifest.id });
+        }
+        Ok(Self {
+            manifest,
+            shelf,
+            held: Arc::new(held),
+        })
+    }
+
+    pub fn held(&self) -> Arc<Held> {
+        self.held.clone()
+    }
+
+    /// The length of an image's file, if it is there.
+    pub fn file_size(&self, disk: &catalog::Disk) -> Option<u64> {
+        self.shelf.file_size(&disk.file).ok()
+    }
+
+    /// Opens an image and holds what can be seen at once against the manifests; `backing` is the format of the image that
+    /// it lies on, where it lies on one. Blocks.
+    pub fn image(&self, disk: &catalog::Disk, backing: Option<Format>) -> Result<Image, Fault> {
+        let file = match self.shelf.open_file(&disk.file) {
+            Err(target::Error::Io {
+                errno: Errno::NOENT, ..
+            }) => {
+                return Err(Fault::NoImage {
+                    file: disk.file.clone(),
+                });
+            }
+            file => Arc::new(file?),
+        };
+        let found = rustix::fs::fstat(&file)
+            .map_err(|errno| Fault::Header(header::HeaderError::Io(errno)))?
+            .st_size
+            .cast_unsigned();
+        if let Some(recorded) = disk.length.filter(|recorded| *recorded != found) {
+            return Err(Fault::Length { found, recorded });
+        }
+        let parent = disk.parent.as_ref().zip(backing);
+        let image = Image {
+            backup: self.manifest.id.clone(),
+            format: disk.format,
+            expected: Expected {
+                virtual_size: disk.virtual_size,
+                backing: parent.map(|(parent, format)| (parent.relative_path(), format)),
+            },
+            length: found,
+            sha256: disk.sha256.clone(),
+            file,
+        };
+        image.check_header()?;
+        Ok(image)
+    }
+}
+
+/// An image, open for reading.
+#[derive(Debug, Clone)]
+pub struct Image {
+    pub backup: String,
+    pub format: Format,
+    pub length: u64,
+    pub sha256: Option<String>,
+    pub file: Arc<OwnedFd>,
+    expected: Expected,
+}
+
+impl Image {
+    pub fn virtual_size(&self) -> u64 {
+        self.expected.virtual_size
+    }
+
+    /// Holds the image's header, as it is now, against what the manifests say. Blocks.
+    pub fn check_header(&self) -> Result<(), Fault> {
+        let (found, virtual_size) = (self.length, self.expected.virtual_size);
+        match self.format {
+            Format::Raw if found != virtual_size => Err(Fault::RawLength { found, virtual_size }),
+            Format::Raw => Ok(()),
+            Format::Qcow2 => header::check(&self.file, &self.expected).map_err(Fault::Header),
+        }
+    }
+
+    /// A descriptor of the same open file.
+    pub fn descriptor(&self) -> std::io::Result<File> {
+        Ok(File::from(rustix::io::fcntl_dupfd_cloexec(&self.file, 3)?))
+    }
+}

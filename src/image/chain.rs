@@ -1,0 +1,190 @@
+//! A backup's disks, each with all images that it lies on, open and held.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use super::backup::{Backup, Image};
+use super::{Error, Fault, Finding};
+use crate::catalog::{self, Manifest};
+use crate::target::{Held, Shelf};
+
+/// Images of one disk, one on the other. What QEMU can open is more; a service that makes chains ends them earlier.
+pub const MAX_DEPTH: usize = 64;
+/// Images of all disks together: each is a descriptor.
+const MAX_IMAGES: usize = 512;
+
+/// A backup, with what it lies on. None of it is changed by anybody while this is there.
+#[derive(Debug)]
+pub struct Chain {
+    pub manifest: Manifest,
+    disks: Vec<DiskChain>,
+}
+
+/// One disk's images, each lying on the one before it.
+#[derive(Debug, Clone)]
+pub struct DiskChain {
+    pub disk: String,
+    pub(super) images: Vec<Image>,
+    /// What is open is to stay as it is.
+    _held: Vec<Arc<Held>>,
+}
+
+impl Chain {
+    /// Opens the backup `id` in its domain's directory: of all its disks, or of those that are `wanted`. Blocks.
+    pub fn open(domain: &Shelf, id: &str, wanted: Option<&[&str]>) -> Result<Self, Error> {
+        let mut links = Links::new(domain);
+        let top = links.backup(id).map_err(|fault| damaged(id, None, fault))?;
+        let manifest = top.manifest.clone();
+        let has = |name: &str| manifest.disks.iter().any(|disk| disk.name == name);
+        if let Some(missing) = wanted.unwrap_or_default().iter().find(|name| !has(name)) {
+            let names = manifest.disks.iter().map(|disk| disk.name.as_str());
+            return Err(Error::NoSuchDisk {
+                backup: id.to_owned(),
+                disk: (*missing).to_owned(),
+                has: names.collect::<Vec<_>>().join(", "),
+            });
+        }
+        let mut disks = Vec::new();
+        let mut images = 0;
+        for disk in &manifest.disks {
+            if wanted.is_some_and(|wanted| !wanted.contains(&disk.name.as_str())) {
+                continue;
+            }
+            let chain = links.disk(id, disk)?;
+            images += chain.images.len();
+            if images > MAX_IMAGES {
+                return Err(Error::TooManyImages {
+                    backup: id.to_owned(),
+                    most: MAX_IMAGES,
+                });
+            }
+            disks.push(chain);
+        }
+        Ok(Self { manifest, disks })
+    }
+
+    pub fn disks(&self) -> &[DiskChain] {
+        &self.disks
+    }
+}
+
+impl DiskChain {
+    /// Bytes that the guest sees.
+    pub fn virtual_size(&self) -> u64 {
+        self.images.last().map_or(0, Image::virtual_size)
+    }
+}
+
+fn damaged(backup: &str, disk: Option<&str>, fault: Fault) -> Error {
+    Error::Damaged(Finding {
+        backup: backup.to_owned(),
+        disk: disk.map(str::to_owned),
+        fault,
+    })
+}
+
+/// The backups of one domain, each read once, for following what lies on what.
+pub(super) struct Links<'a> {
+    domain: &'a Shelf,
+    backups: BTreeMap<String, Result<Arc<Backup>, Fault>>,
+}
+
+/// A disk's image in the manifest of its backup.
+type Link = (Arc<Backup>, catalog::Disk);
+
+impl<'a> Links<'a> {
+    pub fn new(domain: &'a Shelf) -> Self {
+        Self {
+            domain,
+            backups: BTreeMap::new(),
+        }
+    }
+
+    pub fn backup(&mut self, id: &str) -> Result<Arc<Backup>, Fault> {
+        if let Some(known) = self.backups.get(id) {
+            return known.clone();
+        }
+        let backup = Backup::open(self.domain, id).map(Arc::new);
+        self.backups.insert(id.to_owned(), backup.clone());
+        backup
+    }
+
+    /// What lies below the image of `disk` in backup `id`.
+    pub fn parent(&mut self, disk: &catalog::Disk) -> Result<Option<Link>, Fault> {
+        let Some(parent) = &disk.parent else {
+            return Ok(None);
+        };
+        let backup = self.backup(&parent.backup)?;
+        let found = backup.manifest.disks.iter().find(|disk| disk.file == parent.file);
+        let found = found.cloned().ok_or_else(|| Fault::NoSuchParent {
+            backup: parent.backup.clone(),
+            file: parent.file.clone(),
+        })?;
+        Ok(Some((backup, found)))
+    }
+
+    fn disk(&mut self, id: &str, disk: &catalog::Disk) -> Result<DiskChain, Error> {
+        let top = self
+            .backup(id)
+            .map_err(|fault| damaged(id, Some(&disk.name), fault))?;
+        let (mut images, mut held) = (Vec::new(), Vec::new());
+        let top = (top, disk.clone());
+        // Before anything is opened: that there is an end, and where.
+        for_each_link(self, top.clone(), |_, _, _| Ok(())).map_err(Error::Damaged)?;
+        for_each_link(self, top, |backup, disk, below| {
+            images.push(backup.image(disk, below.map(|(_, disk)| disk.format))?);
+            held.push(backup.held());
+            Ok(())
+        })
+        .map_err(Error::Damaged)?;
+        images.reverse();
+        Ok(DiskChain {
+            disk: disk.name.clone(),
+            images,
+            _held: held,
+        })
+    }
+}
+
+/// Goes down from an image to the one that lies on none, and says where it cannot.
+pub(super) fn for_each_link(
+    links: &mut Links,
+    top: Link,
+    mut visit: impl FnMut(&Backup, &catalog::Disk, Option<&Link>) -> Result<(), Fault>,
+) -> Result<(), Finding> {
+    let mut seen = HashSet::new();
+    let too_deep = Finding {
+        backup: top.0.manifest.id.clone(),
+        disk: Some(top.1.name.clone()),
+        fault: Fault::TooDeep,
+    };
+    let mut next = Some(top);
+    while let Some((backup, disk)) = next {
+        let id = backup.manifest.id.clone();
+        let finding = |fault| Finding {
+            backup: id.clone(),
+            disk: Some(disk.name.clone()),
+            fault,
+        };
+        if !seen.insert((id.clone(), disk.file.clone())) {
+            return Err(finding(Fault::Loop));
+        }
+        if seen.len() > MAX_DEPTH {
+            return Err(too_deep);
+        }
+        let below = links.parent(&disk).map_err(|fault| match (&disk.parent, fault) {
+            (Some(parent), Fault::Missing) => finding(Fault::NoParent {
+                backup: parent.backup.clone(),
+            }),
+            (_, fault @ Fault::NoSuchParent { .. }) | (None, fault) => finding(fault),
+            (Some(parent), fault) => Finding {
+                backup: parent.backup.clone(),
+                disk: None,
+                fault,
+            },
+        })?;
+        visit(&backup, &disk, below.as_ref()).map_err(finding)?;
+        next = below;
+    }
+    Ok(())
+}

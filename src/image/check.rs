@@ -1,0 +1,77 @@
+//! `qemu-img check` of one image.
+
+use std::os::fd::OwnedFd;
+use std::process::Stdio;
+
+use serde::Deserialize;
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+
+use super::backup::Image;
+use super::process::{IMG, Words};
+use super::{Error, Fault, blocking};
+
+/// The longest report that is read.
+const MAX_REPORT: u64 = 64 << 10;
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Report {
+    #[serde(default)]
+    corruptions: u64,
+    #[serde(default)]
+    check_errors: u64,
+}
+
+/// Has the image's own structure checked. Leaked clusters are no damage: they hold nothing.
+///
+/// qemu-img reads the header itself, so it is looked at once more afterwards: one that was exchanged meanwhile is told.
+pub async fn check(image: &Image) -> Result<Result<(), Fault>, Error> {
+    let input = image.descriptor().map_err(|error| Error::Engine {
+        why: error.to_string(),
+    })?;
+    // What it lies on is checked for itself.
+    let file = json!({ "driver": "file", "filename": "/dev/fd/0" });
+    let name = format!(
+        "json:{}",
+        json!({ "driver": "qcow2", "backing": null, "file": file })
+    );
+    let arguments = ["check", "--output=json", &name].map(str::to_owned);
+    let mut child = IMG.start(arguments, OwnedFd::from(input), Stdio::piped())?;
+    let (output, errors) = (child.stdout.take(), child.stderr.take());
+    let mut words = errors.map(Words::listen);
+    let mut report = Vec::new();
+    if let Some(output) = output {
+        // What cannot be read is no report.
+        let _ = output.take(MAX_REPORT).read_to_end(&mut report).await;
+    }
+    // More than that is not waited for.
+    let status = tokio::select! {
+        status = child.wait() => status,
+        () = tokio::time::sleep(super::process::END) => {
+            let _ = child.start_kill();
+            child.wait().await
+        }
+    };
+    let status = status.map_err(|error| Error::Engine {
+        why: error.to_string(),
+    })?;
+    let said = match &mut words {
+        Some(words) => words.last().await,
+        None => String::new(),
+    };
+    let same = image.clone();
+    if let Err(fault) = blocking(move || Ok(same.check_header())).await? {
+        return Ok(Err(fault));
+    }
+    Ok(match (status.code(), serde_json::from_slice::<Report>(&report)) {
+        // 3: leaks.
+        (Some(0 | 3), Ok(report)) if report.corruptions == 0 && report.check_errors == 0 => Ok(()),
+        (_, Ok(report)) if report.corruptions > 0 || report.check_errors > 0 => Err(Fault::Inconsistent {
+            corruptions: report.corruptions,
+            errors: report.check_errors,
+        }),
+        _ if said.is_empty() => Err(Fault::NotChecked(status.to_string())),
+        _ => Err(Fault::NotChecked(said)),
+    })
+}

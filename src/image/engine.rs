@@ -1,0 +1,263 @@
+//! A `qemu-storage-daemon` of our own, with a chain's images as its block nodes.
+//!
+//! Images are opened read-only, each lying on what the manifests say, never on what a header says. One that names
+//! other files all the same, because it was exchanged after its header was checked, is noticed before a byte of it is used.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::process::Child;
+use tokio::task::JoinHandle;
+
+use super::chain::DiskChain;
+use super::process::{END, Inherited, STORAGE_DAEMON, Words};
+use super::{Error, Fault, Finding};
+use crate::definition::Format;
+use crate::qmp::{self, Client};
+
+/// How long it may take to start, and to answer a command that only opens or closes something.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is passed to an engine, and what it is started with.
+#[derive(Debug)]
+pub struct Plan {
+    inherited: Inherited,
+    arguments: Vec<String>,
+    /// What is opened read-only, in order: arguments of `blockdev-add`.
+    nodes: Vec<Value>,
+    names: BTreeSet<String>,
+    /// The disk, backup and node of each image.
+    images: Vec<(String, String, String)>,
+}
+
+impl Plan {
+    pub fn new() -> Self {
+        Self {
+            inherited: Inherited::new(),
+            arguments: Vec::new(),
+            nodes: Vec::new(),
+            names: BTreeSet::new(),
+            images: Vec::new(),
+        }
+    }
+
+    /// Adds a disk's images; gives the node that shows the disk. `number` tells disks apart.
+    pub fn source(&mut self, number: usize, chain: &DiskChain) -> Result<String, Error> {
+        let mut top = Value::Null;
+        for (level, image) in chain.images.iter().enumerate() {
+            let (file, node) = (format!("d{number}-{level}-file"), format!("d{number}-{level}"));
+            self.nodes.push(json!({
+                "driver": "file", "node-name": file, "read-only": true,
+                "filename": self.inherited.add(image.file.as_fd())?,
+            }));
+            let mut format = json!({
+                "driver": image.format.as_str(), "node-name": node, "file": file, "read-only": true,
+            });
+            if image.format == Format::Qcow2 {
+                format["backing"] = top;
+            }
+            self.nodes.push(format);
+            self.images
+                .push((chain.disk.clone(), image.backup.clone(), node.clone()));
+            self.names.extend([file, node.clone()]);
+            top = Value::String(node);
+        }
+        Ok(top.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Adds a file that is written to; gives its name.
+    pub fn file(&mut self, file: &OwnedFd) -> Result<String, Error> {
+        self.inherited.add(file.as_fd())
+    }
+
+    /// Has it serve NBD on a listening socket.
+    pub fn listen(&mut self, listener: &OwnedFd) -> Result<(), Error> {
+        let number = self.inherited.add_number(listener.as_fd())?;
+        self.arguments.extend([
+            "--nbd-server".to_owned(),
+            format!("addr.type=fd,addr.str={number}"),
+        ]);
+        Ok(())
+    }
+}
+
+/// The running program. It is killed when this is dropped.
+#[derive(Debug)]
+pub struct Engine {
+    client: Client,
+    driver: JoinHandle<()>,
+    child: Child,
+    words: Words,
+}
+
+#[derive(Debug, Deserialize)]
+struct Node {
+    #[serde(rename = "node-name")]
+    name: String,
+    image: Value,
+}
+
+impl Engine {
+    /// Starts it and opens the images.
+    pub async fn start(plan: Plan) -> Result<Self, Error> {
+        let io = |error: std::io::Error| Error::Engine {
+            why: error.to_string(),
+        };
+        let (ours, its) = UnixStream::pair().map_err(io)?;
+        ours.set_nonblocking(true).map_err(io)?;
+        let ours = tokio::net::UnixStream::from_std(ours).map_err(io)?;
+        let mut arguments: Vec<String> = [
+            "--chardev",
+            "socket,id=monitor,fd=0",
+            "--monitor",
+            "chardev=monitor",
+        ]
+        .map(str::to_owned)
+        .into();
+        arguments.extend(plan.arguments);
+        let start = || STORAGE_DAEMON.start(arguments, OwnedFd::from(its), Stdio::null());
+        let mut child = plan.inherited.pass(start)?;
+        let words = child.stderr.take().map(Words::listen);
+        let mut words = words.ok_or_else(|| Error::Engine {
+            why: "it has no standard error".to_owned(),
+        })?;
+        let (client, driver) = match Client::open(ours, PATIENCE).await {
+            Ok(opened) => opened,
+            Err(error) => {
+                // It has ended, or will not be waited for.
+                let _ = child.start_kill();
+                let said = words.last().await;
+                let why = if said.is_empty() { error.to_string() } else { said };
+                return Err(Error::Engine { why });
+            }
+        };
+        let driver = tokio::spawn(async move {
+            driver.run().await;
+        });
+        let mut engine = Self {
+            client,
+            driver,
+            child,
+            words,
+        };
+        for node in plan.nodes {
+            engine.execute("blockdev-add", node).await?;
+        }
+        engine.check(&plan.names, &plan.images).await?;
+        Ok(engine)
+    }
+
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Runs a command that takes no time to speak of.
+    pub async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
+        match self.client.query_within(PATIENCE, command, arguments).await {
+            Ok(reply) => Ok(reply),
+            Err(error) => Err(self.explain(error).await),
+        }
+    }
+
+    /// What became of a command, in the words of the program that ended where it did.
+    pub async fn explain(&mut self, error: qmp::Error) -> Error {
+        let why = match &error {
+            qmp::Error::Closed(_) => {
+                let said = self.words.last().await;
+                let status = tokio::time::timeout(END, self.child.wait()).await;
+                match status {
+                    Ok(Ok(status)) if said.is_empty() => format!("it ended with {status}"),
+                    Ok(Ok(status)) => format!("it ended with {status}: {said}"),
+                    _ => error.to_string(),
+                }
+            }
+            error => error.to_string(),
+        };
+        Error::Engine { why }
+    }
+
+    /// There are the nodes that were asked for and no others: a header that names another file would have made one.
+    async fn check(
+        &mut self,
+        names: &BTreeSet<String>,
+        images: &[(String, String, String)],
+    ) -> Result<(), Error> {
+        let reply = self
+            .execute("query-named-block-nodes", json!({ "flat": true }))
+            .await?;
+        let nodes: Vec<Node> = serde_json::from_value(reply).map_err(|error| Error::Engine {
+            why: format!("query-named-block-nodes: {error}"),
+        })?;
+        let found: BTreeSet<String> = nodes.iter().map(|node| node.name.clone()).collect();
+        let external = |node: &&Node| {
+            let data = node.image.pointer("/format-specific/data/data-file");
+            data.is_some()
+                || node
+                    .image
+                    .get("encrypted")
+                    .is_some_and(|encrypted| encrypted == true)
+        };
+        let exchanged = match nodes.iter().find(external) {
+            Some(node) => Some(node.name.as_str()),
+            None if found != *names => Some(""),
+            None => None,
+        };
+        let Some(name) = exchanged else { return Ok(()) };
+        let image = images.iter().find(|(_, _, node)| node == name).or(images.last());
+        let (disk, backup) = image.map_or(("", ""), |(disk, backup, _)| (disk, backup));
+        Err(Error::Damaged(Finding {
+            backup: backup.to_owned(),
+            disk: Some(disk.to_owned()),
+            fault: Fault::Exchanged,
+        }))
+    }
+
+    /// Waits until it ends by itself, and says why.
+    pub async fn ended(&mut self) -> Error {
+        // A child that cannot be waited for is as good as ended.
+        let status = self.child.wait().await;
+        let said = self.words.last().await;
+        let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+        Error::Engine {
+            why: format!("it ended with {status}: {said}"),
+        }
+    }
+
+    /// Ends it at once, and waits until it has ended: from then on it writes nothing.
+    pub async fn kill(mut self) {
+        // One that cannot be killed has ended.
+        let _ = self.child.kill().await;
+    }
+
+    /// Has it close everything, and waits until it has ended.
+    pub async fn quit(mut self) -> Result<(), Error> {
+        self.execute("quit", json!({})).await?;
+        let status = tokio::time::timeout(END, self.child.wait()).await;
+        match status {
+            Ok(Ok(status)) if status.success() => Ok(()),
+            Ok(Ok(status)) => {
+                let said = self.words.last().await;
+                Err(Error::Engine {
+                    why: format!("it ended with {status}: {said}"),
+                })
+            }
+            Ok(Err(error)) => Err(Error::Engine {
+                why: error.to_string(),
+            }),
+            Err(_) => Err(Error::Engine {
+                why: "it does not end".to_owned(),
+            }),
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}

@@ -1,0 +1,172 @@
+//! What can be wrong with a stored backup, and why it could not be read for another reason.
+
+use rustix::io::Errno;
+
+use super::chain::MAX_DEPTH;
+use super::header::HeaderError;
+use crate::catalog::ManifestError;
+use crate::error::{Kind, shown};
+use crate::target;
+
+/// What is wrong with a backup or one of its images.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    #[error("it is not there")]
+    Missing,
+    #[error("{0}")]
+    Unreadable(Box<target::Error>),
+    #[error("its manifest is no manifest: {0}")]
+    Manifest(ManifestError),
+    #[error("its manifest is that of another backup, {}", shown(.found))]
+    OtherId { found: String },
+    #[error("its image {} is not there", shown(.file))]
+    NoImage { file: String },
+    #[error("it lies on {}/{}, which backup {} does not have", shown(.backup), shown(.file), shown(.backup))]
+    NoSuchParent { backup: String, file: String },
+    #[error("it lies on backup {}, which is not there", shown(.backup))]
+    NoParent { backup: String },
+    #[error("it lies on itself")]
+    Loop,
+    #[error("it lies on more than {MAX_DEPTH} images, one on the other")]
+    TooDeep,
+    #[error("its image has {found} bytes where its manifest says {recorded}")]
+    Length { found: u64, recorded: u64 },
+    #[error("its raw image has {found} bytes where the disk has {virtual_size}")]
+    RawLength { found: u64, virtual_size: u64 },
+    #[error("its image {0}")]
+    Header(HeaderError),
+    #[error("its image does not have the checksum of its manifest: what is in it has changed")]
+    Checksum,
+    #[error("qemu-img finds {corruptions} corruptions and {errors} errors in its image")]
+    Inconsistent { corruptions: u64, errors: u64 },
+    #[error("qemu-img cannot check its image: {0}")]
+    NotChecked(String),
+    #[error("its image's header was exchanged while it was being read")]
+    Exchanged,
+    #[error("it lies on backup {}, which is damaged", shown(.backup))]
+    LiesOnDamaged { backup: String },
+}
+
+impl Fault {
+    /// Whether it is the backup that is at fault, and not that it could not be looked at now or by this user.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Unreadable(error) => match **error {
+                target::Error::Io { errno, .. } => !matches!(
+                    errno,
+                    Errno::ACCESS | Errno::PERM | Errno::MFILE | Errno::NFILE | Errno::NOMEM
+                ),
+                target::Error::InUse { .. } => false,
+                _ => true,
+            },
+            _ => true,
+        }
+    }
+}
+
+impl From<target::Error> for Fault {
+    fn from(error: target::Error) -> Self {
+        Self::Unreadable(Box::new(error))
+    }
+}
+
+/// A fault, and where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    pub backup: String,
+    /// Nothing where it is about the backup as a whole.
+    pub disk: Option<String>,
+    pub fault: Fault,
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "backup {}", shown(&self.backup))?;
+        if let Some(disk) = &self.disk {
+            write!(f, ", disk '{}'", shown(disk))?;
+        }
+        write!(f, ": {}", self.fault)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("no backup '{}' in {store}", shown(.wanted))]
+    NoSuchBackup { wanted: String, store: String },
+    #[error("'{}' can be {first} or {second}: say more of it", shown(.wanted))]
+    Ambiguous {
+        wanted: String,
+        first: String,
+        second: String,
+    },
+    #[error("backup {} has no disk '{}': it has {}", shown(.backup), shown(.disk), shown(.has))]
+    NoSuchDisk {
+        backup: String,
+        disk: String,
+        has: String,
+    },
+    #[error("{0}")]
+    Damaged(Finding),
+    #[error(transparent)]
+    Target(#[from] target::Error),
+    #[error("backup {} has more than {most} images to be read at once: name fewer disks", shown(.backup))]
+    TooManyImages { backup: String, most: usize },
+    #[error("{program} is not installed: install it (on Debian, package {package})")]
+    NotInstalled {
+        program: &'static str,
+        package: &'static str,
+    },
+    #[error("{program} cannot be started: {why}")]
+    NotStarted { program: &'static str, why: String },
+    #[error("qemu-storage-daemon failed: {why}")]
+    Engine { why: String },
+    #[error("disk '{}' cannot be copied: {why}", shown(.disk))]
+    Copy { disk: String, why: String },
+    #[error("disk '{}': no space left where it goes", shown(.disk))]
+    NoSpace { disk: String },
+    #[error("disk '{}': its target {why}", shown(.disk))]
+    BadTarget { disk: String, why: String },
+    #[error("cancelled")]
+    Cancelled,
+    #[error("a task failed: {0}")]
+    Task(String),
+}
+
+impl Error {
+    pub(super) fn system(disk: &str, action: &str, errno: Errno) -> Self {
+        let disk = disk.to_owned();
+        match errno {
+            Errno::NOSPC | Errno::DQUOT => Self::NoSpace { disk },
+            errno => Self::BadTarget {
+                disk,
+                why: format!("cannot be {action}: {errno}"),
+            },
+        }
+    }
+
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
+            Self::NoSuchBackup { .. } | Self::Ambiguous { .. } => Kind::InvalidArgs,
+            Self::Target(error) => error.kind(),
+            Self::Damaged(Finding {
+                fault: Fault::Unreadable(error),
+                ..
+            }) => error.kind(),
+            Self::Damaged(_) => Kind::TargetInvalid,
+            Self::TooManyImages { .. } => Kind::LimitsExceeded,
+            Self::NotInstalled { .. } | Self::NotStarted { .. } => Kind::Unsupported,
+            Self::Engine { .. } | Self::Copy { .. } => Kind::QemuError,
+            Self::NoSpace { .. } => Kind::NoSpace,
+            Self::BadTarget { .. } => Kind::TargetInvalid,
+            Self::Cancelled => Kind::Cancelled,
+            Self::Task(_) => Kind::Internal,
+        }
+    }
+}
+
+impl From<Error> for crate::error::Error {
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error.to_string())
+    }
+}

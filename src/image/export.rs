@@ -1,0 +1,45 @@
+//! A backup's disks over NBD, for reading.
+
+use std::os::fd::OwnedFd;
+
+use serde_json::json;
+
+use super::Error;
+use super::chain::Chain;
+use super::engine::{Engine, Plan};
+
+/// The disks of a backup, served until this is dropped.
+#[derive(Debug)]
+pub struct Export {
+    engine: Engine,
+    chain: Chain,
+}
+
+impl Export {
+    /// Serves each disk under its own name, on a listening socket.
+    pub async fn start(chain: Chain, listener: OwnedFd) -> Result<Self, Error> {
+        let mut plan = Plan::new();
+        let mut exports = Vec::new();
+        for (number, disk) in chain.disks().iter().enumerate() {
+            exports.push((disk.disk.clone(), plan.source(number, disk)?));
+        }
+        plan.listen(&listener)?;
+        let mut engine = Engine::start(plan).await?;
+        for (number, (name, node)) in exports.iter().enumerate() {
+            let export = json!({
+                "type": "nbd", "id": format!("export{number}"), "node-name": node, "name": name, "writable": false,
+            });
+            engine.execute("block-export-add", export).await?;
+        }
+        Ok(Self { engine, chain })
+    }
+
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Waits until it ends, which it does not do by itself.
+    pub async fn ended(&mut self) -> Error {
+        self.engine.ended().await
+    }
+}

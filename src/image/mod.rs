@@ -1,0 +1,56 @@
+//! Stored backups, read: found with all that they lie on, restored, exported and verified.
+//!
+//! The images were written by QEMU processes that belong to users, so nothing in them decides what is opened: every file is
+//! opened here, below the store's directory, its header is held against the manifest, and what works on it (a
+//! `qemu-storage-daemon` or `qemu-img` of our own) is given descriptors and told what lies on what. A backup is never
+//! changed, and nobody else changes one meanwhile: its directory is held. Knows neither jobs nor callers.
+
+mod backup;
+mod chain;
+mod check;
+mod engine;
+mod error;
+mod export;
+mod header;
+mod process;
+mod restore;
+mod verify;
+
+pub use backup::{Location, all, find};
+pub use chain::{Chain, DiskChain};
+pub use error::{Error, Fault, Finding};
+pub use export::Export;
+pub use restore::restore;
+pub use verify::{Survey, Verified};
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// How far something is, for whoever looks. Clones are the same one.
+#[derive(Debug, Clone, Default)]
+pub struct Progress(Arc<(AtomicU64, AtomicU64)>);
+
+impl Progress {
+    /// Bytes done, and in all as far as it is known.
+    pub fn get(&self) -> (u64, u64) {
+        let (done, total) = &*self.0;
+        (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed))
+    }
+
+    fn set(&self, done: u64, total: u64) {
+        self.0.0.store(done, Ordering::Relaxed);
+        self.0.1.store(total, Ordering::Relaxed);
+    }
+
+    fn add(&self, bytes: u64) {
+        self.0.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Runs `work` where it keeps nobody waiting.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Error::Task(error.to_string()))?
+}

@@ -1,0 +1,151 @@
+//! Programs of QEMU's that work on images for us, with descriptors of ours.
+//!
+//! They get no path but `/dev/fd/N`: what a descriptor is open on is what they open.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::io::FdFlags;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
+
+use super::Error;
+
+/// How much is kept of what a program says when it fails.
+const MAX_WORDS: usize = 2048;
+/// How long a program's last words may take once it has ended, or its input is closed.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// A program, and the Debian package that has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Program {
+    pub name: &'static str,
+    pub package: &'static str,
+}
+
+pub const STORAGE_DAEMON: Program = Program {
+    name: "qemu-storage-daemon",
+    package: "qemu-system-common",
+};
+pub const IMG: Program = Program {
+    name: "qemu-img",
+    package: "qemu-utils",
+};
+
+impl Program {
+    /// Starts it with `input` as its standard input. Killed when what is returned is dropped.
+    pub fn start(
+        self,
+        arguments: impl IntoIterator<Item = String>,
+        input: OwnedFd,
+        output: Stdio,
+    ) -> Result<Child, Error> {
+        let mut command = Command::new(self.name);
+        command
+            .args(arguments)
+            .stdin(Stdio::from(input))
+            .stdout(output)
+            .stderr(Stdio::piped())
+            // Ctrl-C on a terminal is for us: what it ends is ended from here.
+            .process_group(0)
+            .kill_on_drop(true);
+        command.spawn().map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => Error::NotInstalled {
+                program: self.name,
+                package: self.package,
+            },
+            _ => Error::NotStarted {
+                program: self.name,
+                why: error.to_string(),
+            },
+        })
+    }
+}
+
+/// Descriptors for one program, open under the same numbers in it.
+#[derive(Debug)]
+pub struct Inherited(Vec<OwnedFd>);
+
+/// Between the making of descriptors that a program inherits and their end no other program is started: it would get them
+/// too.
+static STARTING: Mutex<()> = Mutex::new(());
+
+impl Inherited {
+    /// The file's name in the program.
+    pub fn add(&mut self, file: BorrowedFd) -> Result<String, Error> {
+        Ok(format!("/dev/fd/{}", self.add_number(file)?))
+    }
+
+    /// The descriptor's number in the program.
+    pub fn add_number(&mut self, file: BorrowedFd) -> Result<i32, Error> {
+        let copy = rustix::io::fcntl_dupfd_cloexec(file, 3).map_err(|errno| Error::Engine {
+            why: format!("a descriptor cannot be duplicated: {errno}"),
+        })?;
+        let number = copy.as_raw_fd();
+        self.0.push(copy);
+        Ok(number)
+    }
+
+    pub fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    /// Runs `start`; what it starts has the descriptors, and nobody has them afterwards but that.
+    pub fn pass<T>(self, start: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+        let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        for file in &self.0 {
+            rustix::io::fcntl_setfd(file, FdFlags::empty()).map_err(|errno| Error::Engine {
+                why: format!("a descriptor cannot be passed on: {errno}"),
+            })?;
+        }
+        let started = start();
+        drop(self);
+        started
+    }
+}
+
+/// What a program says on its standard error, as much of it as is told. It is read on, so that the program never waits.
+#[derive(Debug)]
+pub struct Words {
+    text: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
+}
+
+impl Words {
+    pub fn listen(mut stream: impl AsyncRead + Unpin + Send + 'static) -> Self {
+        let text = Arc::<Mutex<Vec<u8>>>::default();
+        let kept = text.clone();
+        let reader = tokio::spawn(async move {
+            let mut chunk = [0; 1024];
+            while let Ok(count @ 1..) = stream.read(&mut chunk).await {
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                let room = MAX_WORDS - kept.len();
+                kept.extend_from_slice(&chunk[..count.min(room)]);
+            }
+        });
+        Self { text, reader }
+    }
+
+    /// All that it said, once it has ended.
+    pub async fn last(&mut self) -> String {
+        // A program that it left behind may keep the stream open: what came is told.
+        let _ = tokio::time::timeout(LAST_WORDS, &mut self.reader).await;
+        let text = self.text.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&text);
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        lines.collect::<Vec<_>>().join("; ")
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// How long a program that was told to end may take.
+pub const END: Duration = Duration::from_secs(60);

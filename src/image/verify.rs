@@ -1,0 +1,256 @@
+//! Whether stored backups are what they were when they were made.
+//!
+//! Each is looked at once, after what it lies on, and nothing is changed. What is found is told, all of it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use rustix::io::Errno;
+use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
+
+use super::backup::{Image, Location};
+use super::chain::{Links, for_each_link};
+use super::header::HeaderError;
+use super::{Error, Fault, Finding, Progress, blocking, check};
+use crate::catalog;
+use crate::definition::Format;
+use crate::target::Shelf;
+
+const CHUNK: usize = 1 << 20;
+
+/// What was found of one backup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verified {
+    pub location: Location,
+    pub findings: Vec<Finding>,
+    /// Disks whose image has no checksum in the manifest: older services recorded none.
+    pub unrecorded: Vec<String>,
+    /// Bytes that were read.
+    pub bytes: u64,
+}
+
+impl Verified {
+    /// Whether it cannot be restored as it was.
+    pub fn is_damaged(&self) -> bool {
+        self.findings.iter().any(|finding| finding.fault.is_damage())
+    }
+
+    /// Whether nothing is wrong with it.
+    pub fn is_good(&self) -> bool {
+        self.findings.is_empty()
+    }
+}
+
+/// Backups that are to be verified, each after those that it lies on.
+#[derive(Debug)]
+pub struct Survey {
+    store: Arc<Shelf>,
+    backups: Vec<Location>,
+    bytes: u64,
+}
+
+/// One backup's images, and what was found without reading them whole.
+struct Look {
+    images: Vec<(String, Image)>,
+    findings: Vec<Finding>,
+    parents: BTreeSet<String>,
+}
+
+impl Survey {
+    /// Finds out what `wanted` lie on, and how much there is to read. Blocks.
+    pub fn new(store: Arc<Shelf>, wanted: &[Location]) -> Self {
+        let mut survey = Self {
+            store,
+            backups: Vec::new(),
+            bytes: 0,
+        };
+        let mut seen = BTreeSet::new();
+        for location in wanted {
+            survey.add(location, &mut seen);
+        }
+        survey
+    }
+
+    fn add(&mut self, wanted: &Location, seen: &mut BTreeSet<Location>) {
+        // What cannot be read is told when it is verified. Two visits each: before what it lies on, and after it.
+        let mut ahead = vec![(wanted.clone(), false)];
+        while let Some((location, after)) = ahead.pop() {
+            if after {
+                self.backups.push(location);
+                continue;
+            }
+            if !seen.insert(location.clone()) {
+                continue;
+            }
+            ahead.push((location.clone(), true));
+            let Ok(Some(domain)) = self.store.below(&location.domain) else {
+                continue;
+            };
+            let Ok(backup) = Links::new(&domain).backup(&location.id) else {
+                continue;
+            };
+            let manifest = &backup.manifest;
+            self.bytes += manifest
+                .disks
+                .iter()
+                .filter_map(|disk| backup.file_size(disk))
+                .sum::<u64>();
+            for parent in manifest.parents() {
+                let there = domain.below(parent).is_ok_and(|shelf| shelf.is_some());
+                if there {
+                    let parent = Location {
+                        domain: location.domain.clone(),
+                        id: parent.to_owned(),
+                    };
+                    ahead.push((parent, false));
+                }
+            }
+        }
+    }
+
+    /// Verifies them, and tells of each as soon as it is done. When this is dropped, it ends soon.
+    pub async fn verify(
+        self,
+        progress: &Progress,
+        cancel: &CancellationToken,
+        mut tell: impl FnMut(&Verified),
+    ) -> Result<Vec<Verified>, Error> {
+        progress.set(0, self.bytes);
+        let stop = cancel.child_token();
+        let _stop_when_dropped = stop.clone().drop_guard();
+        let mut done: HashMap<Location, usize> = HashMap::new();
+        let mut all: Vec<Verified> = Vec::new();
+        for location in self.backups {
+            let (store, place) = (self.store.clone(), location.clone());
+            let look = blocking(move || look(&store, &place)).await?;
+            let mut verified = Verified {
+                location: location.clone(),
+                findings: look.findings,
+                unrecorded: Vec::new(),
+                bytes: 0,
+            };
+            for (disk, image) in look.images {
+                verified.bytes += image.length;
+                if image.sha256.is_none() {
+                    verified.unrecorded.push(disk.clone());
+                }
+                let fault = tokio::select! {
+                    fault = read(&image, progress, &stop) => fault?,
+                    () = stop.cancelled() => return Err(Error::Cancelled),
+                };
+                verified.findings.extend(fault.map(|fault| Finding {
+                    backup: location.id.clone(),
+                    disk: Some(disk),
+                    fault,
+                }));
+            }
+            for id in look.parents {
+                let parent = Location {
+                    domain: location.domain.clone(),
+                    id: id.clone(),
+                };
+                if done.get(&parent).is_some_and(|index| all[*index].is_damaged()) {
+                    verified.findings.push(Finding {
+                        backup: location.id.clone(),
+                        disk: None,
+                        fault: Fault::LiesOnDamaged { backup: id },
+                    });
+                }
+            }
+            tell(&verified);
+            done.insert(location, all.len());
+            all.push(verified);
+        }
+        Ok(all)
+    }
+}
+
+/// What can be seen of a backup without reading its images whole. Blocks.
+fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
+    let mut look = Look {
+        images: Vec::new(),
+        findings: Vec::new(),
+        parents: BTreeSet::new(),
+    };
+    let found = |disk: Option<&catalog::Disk>, fault| Finding {
+        backup: location.id.clone(),
+        disk: disk.map(|disk| disk.name.clone()),
+        fault,
+    };
+    let Some(domain) = store.below(&location.domain)? else {
+        look.findings.push(found(None, Fault::Missing));
+        return Ok(look);
+    };
+    let mut links = Links::new(&domain);
+    let backup = match links.backup(&location.id) {
+        Ok(backup) => backup,
+        Err(fault) => {
+            look.findings.push(found(None, fault));
+            return Ok(look);
+        }
+    };
+    look.parents = backup.manifest.parents().into_iter().map(str::to_owned).collect();
+    for disk in &backup.manifest.disks {
+        // Those below are looked at for themselves; here it matters that there is an end.
+        let linked = for_each_link(&mut links, (backup.clone(), disk.clone()), |_, _, _| Ok(()));
+        // Where that cannot be said, the manifest below is damaged, and found so.
+        let below = links
+            .parent(disk)
+            .ok()
+            .flatten()
+            .map_or(Format::Qcow2, |(_, disk)| disk.format);
+        match linked {
+            Err(finding) if finding.backup == location.id => look.findings.push(finding),
+            _ => match backup.image(disk, Some(below)) {
+                Ok(image) => look.images.push((disk.name.clone(), image)),
+                Err(fault) => look.findings.push(found(Some(disk), fault)),
+            },
+        }
+    }
+    Ok(look)
+}
+
+/// Reads an image whole.
+async fn read(image: &Image, progress: &Progress, stop: &CancellationToken) -> Result<Option<Fault>, Error> {
+    let (of, counted, stop) = (image.clone(), progress.clone(), stop.clone());
+    let sum = blocking(move || checksum(&of, &counted, &stop)).await?;
+    let changed = match sum {
+        Err(errno) => return Ok(Some(Fault::Header(HeaderError::Io(errno)))),
+        Ok(sum) => image.sha256.as_ref().is_some_and(|recorded| *recorded != sum),
+    };
+    if image.format == Format::Qcow2
+        && let Err(fault) = check::check(image).await?
+    {
+        return Ok(Some(fault));
+    }
+    Ok(changed.then_some(Fault::Checksum))
+}
+
+/// The file's SHA-256, as `sha256sum` prints it. Read also where none is recorded: what cannot be read is found so.
+fn checksum(
+    image: &Image,
+    progress: &Progress,
+    stop: &CancellationToken,
+) -> Result<Result<String, Errno>, Error> {
+    let mut hash = Sha256::new();
+    let mut chunk = vec![0; CHUNK];
+    let mut position = 0;
+    loop {
+        if stop.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        match rustix::io::pread(&image.file, &mut chunk, position) {
+            Ok(0) => break,
+            Ok(count) => {
+                hash.update(&chunk[..count]);
+                position += count as u64;
+                progress.add(count as u64);
+            }
+            Err(Errno::INTR) => {}
+            Err(errno) => return Ok(Err(errno)),
+        }
+    }
+    let digest = hash.finalize();
+    Ok(Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect()))
+}

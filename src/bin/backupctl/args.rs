@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
+use crate::stored::args::{Export, Restore, Verify};
 use crate::{instance, units};
 
 /// Backs up running QEMU virtual machines through the backup service.
@@ -101,6 +102,21 @@ pub enum Command {
     ///
     /// For a service that lost its catalog, and for stores that came from another machine.
     Rescan,
+    /// Restore disks from a backup
+    ///
+    /// Each disk becomes one image that lies on no other, as it was at the backup's instant, whatever the backup lies on.
+    /// The backup is only read. Needs neither the service nor any right but to read the store's files.
+    Restore(Box<Restore>),
+    /// Find out whether backups are what they were when they were made
+    ///
+    /// Looks at the manifests, at what lies on what, at each image's checksum, and at its structure, of the backup and
+    /// of all that it lies on. Nothing is changed.
+    Verify(Verify),
+    /// Serve a backup's disks over NBD, for reading
+    ///
+    /// Prints an NBD URI a disk and serves until it is interrupted. Files can be fetched from it, or a machine started
+    /// with an overlay on it.
+    Export(Export),
     /// Print the completions for a shell
     #[command(hide = true)]
     Completions {
@@ -177,7 +193,7 @@ pub struct DiskFile {
 }
 
 /// A file can have `=` in its name, a disk can't here.
-fn parse_disk(text: &str) -> Result<DiskFile, String> {
+pub fn parse_disk(text: &str) -> Result<DiskFile, String> {
     match text.split_once('=') {
         Some((disk, file)) if !disk.is_empty() && !file.is_empty() => Ok(DiskFile {
             disk: disk.to_owned(),

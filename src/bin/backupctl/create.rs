@@ -237,7 +237,7 @@ impl Prepared {
 }
 
 /// The file for a disk. Its name comes from QEMU: it must not lead out of the directory.
-fn file_name(disk: &str, format: &str) -> Result<String> {
+pub fn file_name(disk: &str, format: &str) -> Result<String> {
     if disk.is_empty() || disk.starts_with('.') || disk.contains(['/', '\0']) {
         return Err(Error::Usage(format!(
             "disk \"{disk}\" has a name that can't be a file's name: use --disk to name its file"

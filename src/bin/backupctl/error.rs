@@ -2,9 +2,12 @@
 
 use std::io;
 
+use backupd::error::Kind;
+use backupd::image;
 use backupd::names::ERROR_PREFIX;
 use zbus::DBusError as _;
 
+use crate::stored::PlaceError;
 use crate::{document, files, output};
 
 const STANDARD_PREFIX: &str = "org.freedesktop.DBus.Error.";
@@ -52,6 +55,12 @@ pub enum Error {
     /// A file that the client opens itself can't be.
     #[error(transparent)]
     Files(#[from] files::Error),
+    /// A stored backup can't be read, or isn't what it was.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// A restored disk can't go where it should.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     /// The system refuses what the program needs to run at all.
     #[error("cannot start: {0}")]
     Setup(io::Error),
@@ -76,6 +85,8 @@ pub enum Status {
     Cancelled = 3,
     /// The caller is not authorised, or didn't authenticate.
     NotAuthorised = 4,
+    /// A stored backup is damaged.
+    Damaged = 5,
 }
 
 impl Status {
@@ -124,6 +135,13 @@ impl Error {
             Self::Files(files::Error::Exists { .. }) => "FileExists",
             Self::Files(files::Error::TooMany { .. }) => "LimitsExceeded",
             Self::Files(_) => "IOError",
+            Self::Place(PlaceError::Exists { .. } | PlaceError::Partial { .. }) => "FileExists",
+            Self::Place(_) => "IOError",
+            Self::Image(error) => match error.kind() {
+                Kind::InvalidArgs => "InvalidArgs",
+                Kind::LimitsExceeded => "LimitsExceeded",
+                kind => return format!("{ERROR_PREFIX}{kind:?}"),
+            },
         };
         format!("{STANDARD_PREFIX}{standard}")
     }
@@ -132,6 +150,8 @@ impl Error {
     pub fn status(&self) -> Status {
         match self {
             Self::Usage(_) => Status::Usage,
+            Self::Image(image::Error::Cancelled) => Status::Cancelled,
+            Self::Image(image::Error::Damaged(finding)) if finding.fault.is_damage() => Status::Damaged,
             Self::Call { name, .. } => match Known::of(name) {
                 Some(Known::Standard("AccessDenied" | "InteractiveAuthorizationRequired")) => {
                     Status::NotAuthorised
@@ -200,6 +220,12 @@ impl Error {
             }
             Self::Files(files::Error::Exists { .. }) => {
                 Some("--reuse-external writes into files that exist".to_owned())
+            }
+            Self::Place(PlaceError::Exists { .. }) => {
+                Some("--force replaces files that exist".to_owned())
+            }
+            Self::Image(image::Error::Damaged(finding)) if finding.fault.is_damage() => {
+                Some("`backupctl verify` tells all that is wrong; an earlier backup may be good".to_owned())
             }
             _ => None,
         }

@@ -1,7 +1,8 @@
 //! backupctl: the backup service on the command line.
 //!
 //! `args` is the command line; `create`, `watch`, `list` and `backups` hold the commands; `follow` waits for a job, `view` and
-//! `bars` show it, `summary` says how it ended. `proxy` is the only file that knows the service's calls and signals.
+//! `bars` show it, `summary` says how it ended; `stored` reads backups without the service. `proxy` is the only file that knows
+//! the service's calls and signals.
 
 mod agent;
 mod args;
@@ -19,6 +20,7 @@ mod list;
 mod manual;
 mod output;
 mod proxy;
+mod stored;
 mod summary;
 mod units;
 mod view;
@@ -48,7 +50,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Completions { shell } => manual::completions(*shell).map(|()| Status::Completed),
         Command::Man { dir } => manual::pages(dir).map(|()| Status::Completed),
-        _ => run_on_bus(&cli),
+        command => stored::run(command, cli.json).unwrap_or_else(|| run_on_bus(&cli)),
     };
     let status = result.unwrap_or_else(|error| {
         error.report(cli.json);
@@ -99,6 +101,10 @@ async fn run(cli: &Cli) -> Result<Status> {
         } => backups::delete(&service, backups, *with_descendants, *dry_run, json).await,
         Command::Rescan => list::rescan(&service, json).await,
         // These need no bus and are done by now.
-        Command::Completions { .. } | Command::Man { .. } => Ok(Status::Completed),
+        Command::Completions { .. }
+        | Command::Man { .. }
+        | Command::Restore(_)
+        | Command::Verify(_)
+        | Command::Export(_) => Ok(Status::Completed),
     }
 }

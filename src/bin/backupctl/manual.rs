@@ -110,6 +110,9 @@ The backup was cancelled.
 .TP
 .B 4
 You are not authorised, or authentication was needed and could not be asked for.
+.TP
+.B 5
+A stored backup is damaged.
 "#;
 
 fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
@@ -180,6 +183,27 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
             "Make a document of your own out of one with all defaults",
             "backupctl dump 7 > backup.xml",
         )],
+        "restore" => &[
+            (
+                "All disks of a backup, on a machine that has only the store",
+                "backupctl restore 20261123T0559 --from /mnt/backups --to /var/lib/machines",
+            ),
+            (
+                "One disk onto a block device",
+                "backupctl restore 20261123T0559 --from /mnt/backups --disk vda=/dev/vg0/web",
+            ),
+        ],
+        "verify" => &[
+            (
+                "One backup, and what it lies on",
+                "backupctl verify 20261123T0559 --from /mnt/backups",
+            ),
+            ("All of a store", "backupctl verify --all --from /mnt/backups"),
+        ],
+        "export" => &[(
+            "Look into a disk as it was; nbdcopy, guestfish and qemu-img take the URI that is printed",
+            "backupctl export 20261123T0559 --from /mnt/backups --disk vda --socket /run/user/1000/vda.nbd",
+        )],
         _ => &[
             ("List the virtual machines", "backupctl domains"),
             ("Back one up and wait for it", "backupctl create web"),
@@ -210,7 +234,7 @@ mod tests {
     fn each_example_is_a_command_line_that_parses() {
         for command in [
             "", "domains", "create", "jobs", "show", "watch", "cancel", "speed", "dump", "rescan", "backups",
-            "delete",
+            "delete", "restore", "verify", "export",
         ] {
             for (_, line) in examples(command) {
                 let line = line

@@ -1,0 +1,85 @@
+//! `backupctl export`: a backup's disks over NBD, for reading, until the user has seen enough.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use backupd::image;
+use rustix::fs::Mode;
+use serde_json::json;
+
+use super::args::Export;
+use super::{open_chain, open_store};
+use crate::error::{Error, Result, Status};
+use crate::interrupt::Interrupts;
+use crate::output;
+
+/// A socket's file, which goes with it.
+struct Socket(PathBuf);
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Somebody else may have removed it.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Serves until a signal comes: being interrupted is how this ends.
+pub async fn run(args: &Export, json: bool) -> Result<Status> {
+    let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
+    let store = open_store(&args.from)?;
+    let wanted: Vec<&str> = args.disk.iter().map(String::as_str).collect();
+    let wanted = (!wanted.is_empty()).then_some(wanted.as_slice());
+    let (_, chain) = open_chain(&store, &args.backup, wanted)?;
+    let path = std::path::absolute(&args.socket)
+        .map_err(|error| Error::Usage(format!("{}: {error}", args.socket.display())))?;
+    let listener = listen(&path)?;
+    let socket = Socket(path);
+    let mut export = tokio::select! {
+        export = image::Export::start(chain, listener) => export?,
+        _ = interrupts.next() => return Ok(Status::Completed),
+    };
+    for disk in export.chain().disks() {
+        let uri = format!(
+            "nbd+unix:///{}?socket={}",
+            encoded(disk.disk.as_bytes(), ""),
+            encoded(socket.0.as_os_str().as_bytes(), "/")
+        );
+        if json {
+            output::print_json(&json!({ "event": "export", "disk": disk.disk, "uri": uri }))?;
+        } else {
+            output::print(&format!("{uri}\n"))?;
+        }
+    }
+    tokio::select! {
+        error = export.ended() => Err(error.into()),
+        _ = interrupts.next() => Ok(Status::Completed),
+    }
+}
+
+/// Makes a socket that nobody else can connect to.
+fn listen(path: &Path) -> Result<OwnedFd> {
+    let before = rustix::process::umask(Mode::from_raw_mode(0o177));
+    let listener = UnixListener::bind(path);
+    rustix::process::umask(before);
+    match listener {
+        Ok(listener) => Ok(listener.into()),
+        Err(error) => Err(Error::Usage(format!(
+            "cannot listen on {}: {error}",
+            path.display()
+        ))),
+    }
+}
+
+/// As in a URI, but for what is `kept`.
+fn encoded(bytes: &[u8], kept: &str) -> String {
+    let encode = |byte: &u8| match char::from(*byte) {
+        plain if plain.is_ascii_alphanumeric() || "-._~".contains(plain) || kept.contains(plain) => {
+            plain.to_string()
+        }
+        _ => format!("%{byte:02X}"),
+    };
+    bytes.iter().map(encode).collect()
+}

@@ -1,0 +1,55 @@
+//! Stored backups, read by this program itself: restored, exported and verified where there is no service, nor a right to
+//! ask one; whoever can read the store can do it.
+
+pub mod args;
+mod export;
+mod place;
+mod progress;
+mod restore;
+mod verify;
+
+pub use place::Error as PlaceError;
+
+use std::path::Path;
+
+use backupd::image::{self, Chain, Location};
+use backupd::target::Shelf;
+
+use crate::args::Command;
+use crate::error::{Error, Result, Status};
+
+/// Runs one of the commands that need no bus; nothing for the others.
+pub fn run(command: &Command, json: bool) -> Option<Result<Status>> {
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(Error::Setup)
+    };
+    Some(match command {
+        Command::Restore(args) => runtime().and_then(|runtime| runtime.block_on(restore::run(args, json))),
+        Command::Verify(args) => runtime().and_then(|runtime| runtime.block_on(verify::run(args, json))),
+        Command::Export(args) => runtime().and_then(|runtime| runtime.block_on(export::run(args, json))),
+        _ => return None,
+    })
+}
+
+/// The store at a path, which may be relative and lead over links: it is the user's own.
+fn open_store(path: &Path) -> Result<Shelf> {
+    let path = path
+        .canonicalize()
+        .map_err(|error| Error::Usage(format!("{}: {error}", path.display())))?;
+    Ok(Shelf::of_users_store(&path).map_err(image::Error::from)?)
+}
+
+/// Opens the backup that the user means, with all or some of its disks.
+fn open_chain(store: &Shelf, backup: &str, disks: Option<&[&str]>) -> Result<(Location, Chain)> {
+    let location = image::find(store, backup)?;
+    let gone = || image::Error::NoSuchBackup {
+        wanted: backup.to_owned(),
+        store: store.path().display().to_string(),
+    };
+    let domain = store.below(&location.domain).map_err(image::Error::from)?;
+    let chain = Chain::open(&domain.ok_or_else(gone)?, &location.id, disks)?;
+    Ok((location, chain))
+}

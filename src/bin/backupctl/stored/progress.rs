@@ -1,0 +1,92 @@
+//! How far a restore or a verification is: bars on a terminal, lines elsewhere, or JSON.
+
+use std::future::Future;
+use std::io::{self, IsTerminal};
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use backupd::image::{self, Progress};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::bars::{Bars, Row};
+use crate::interrupt::Interrupts;
+use crate::output::{self, escape};
+use crate::units;
+use crate::view::{self, PROGRESS_LINES};
+
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Shows it.
+pub enum Show {
+    Json(Option<(u64, u64)>),
+    Bars(Bars),
+    Lines(Instant),
+}
+
+impl Show {
+    pub fn choose(json: bool) -> Self {
+        match (json, io::stderr().is_terminal()) {
+            (true, _) => Self::Json(None),
+            (false, true) => Self::Bars(Bars::default()),
+            (false, false) => Self::Lines(Instant::now()),
+        }
+    }
+
+    fn update(&mut self, label: &str, (done, total): (u64, u64), state: &str) {
+        match self {
+            Self::Json(last) if *last != Some((done, total)) => {
+                *last = Some((done, total));
+                view::event(json!({
+                    "event": "progress", "of": label, "state": state, "bytes_done": done, "bytes": total,
+                }));
+            }
+            Self::Bars(bars) => bars.set(Row {
+                label: label.to_owned(),
+                done,
+                total,
+                state: state.to_owned(),
+                rate: None,
+            }),
+            Self::Lines(last) if last.elapsed() >= PROGRESS_LINES => {
+                *last = Instant::now();
+                let (done, total) = (units::size(done), units::size(total));
+                output::complain(&format!("{}: {done} of {total}", escape(label)));
+            }
+            Self::Json(_) | Self::Lines(_) => {}
+        }
+    }
+
+    pub fn finish(&mut self) {
+        if let Self::Bars(bars) = self {
+            bars.finish();
+        }
+    }
+}
+
+/// Waits for `work` and shows how far it is. The first signal cancels it; then its end is waited for, which is soon.
+pub async fn follow<T>(
+    show: &mut Show,
+    label: &str,
+    progress: &Progress,
+    interrupts: &mut Interrupts,
+    cancel: &CancellationToken,
+    work: impl Future<Output = Result<T, image::Error>>,
+) -> Result<T, image::Error> {
+    let mut work = pin!(work);
+    let mut tick = tokio::time::interval(LOOK);
+    let result = loop {
+        tokio::select! {
+            result = &mut work => break result,
+            _ = interrupts.next() => cancel.cancel(),
+            _ = tick.tick() => show.update(label, progress.get(), "running"),
+        }
+    };
+    let state = match &result {
+        Ok(_) => "completed",
+        Err(image::Error::Cancelled) => "cancelled",
+        Err(_) => "failed",
+    };
+    show.update(label, progress.get(), state);
+    result
+}

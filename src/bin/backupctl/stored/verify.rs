@@ -1,0 +1,102 @@
+//! `backupctl verify`: whether stored backups are what they were.
+
+use std::sync::Arc;
+
+use backupd::image::{self, Progress, Survey, Verified};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::args::Verify;
+use super::open_store;
+use super::progress::{Show, follow};
+use crate::error::{Error, Result, Status};
+use crate::interrupt::Interrupts;
+use crate::output::{self, escape};
+use crate::{units, view};
+
+/// Verifies one backup and all that it lies on, or all of a store.
+pub async fn run(args: &Verify, json: bool) -> Result<Status> {
+    let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
+    let store = open_store(&args.from)?;
+    let wanted = match &args.backup {
+        Some(backup) => vec![image::find(&store, backup)?],
+        None => image::all(&store)?,
+    };
+    let (progress, cancel) = (Progress::default(), CancellationToken::new());
+    let mut show = Show::choose(json);
+    let survey = Survey::new(Arc::new(store), &wanted);
+    let work = survey.verify(&progress, &cancel, |one| {
+        if json {
+            view::event(object(one));
+        }
+    });
+    let done = follow(&mut show, "verified", &progress, &mut interrupts, &cancel, work).await;
+    show.finish();
+    let verified = done?;
+    let damaged = verified.iter().filter(|one| one.is_damaged()).count();
+    let good = verified.iter().filter(|one| one.is_good()).count();
+    let unknown = verified.len() - damaged - good;
+    if json {
+        output::print_json(&json!({
+            "event": "result", "good": good, "damaged": damaged, "unknown": unknown,
+        }))?;
+    } else {
+        let mut text: String = verified.iter().map(lines).collect();
+        text.push_str(&match verified.len() {
+            0 => "There is no backup\n".to_owned(),
+            _ => format!("{good} good, {damaged} damaged, {unknown} not known\n"),
+        });
+        output::print(&text)?;
+    }
+    Ok(match (damaged, unknown) {
+        (0, 0) => Status::Completed,
+        (0, _) => Status::Failed,
+        _ => Status::Damaged,
+    })
+}
+
+fn state(verified: &Verified) -> &'static str {
+    match (verified.is_good(), verified.is_damaged()) {
+        (true, _) => "good",
+        (_, true) => "damaged",
+        // Something could not be looked at.
+        _ => "unknown",
+    }
+}
+
+fn object(verified: &Verified) -> Value {
+    let findings = verified
+        .findings
+        .iter()
+        .map(|finding| json!({ "disk": finding.disk, "message": finding.fault.to_string() }));
+    json!({
+        "event": "backup", "domain": verified.location.domain, "id": verified.location.id,
+        "state": state(verified), "findings": findings.collect::<Vec<_>>(),
+        "without_checksum": verified.unrecorded, "bytes": verified.bytes,
+    })
+}
+
+fn lines(verified: &Verified) -> String {
+    let (location, size) = (&verified.location, units::size(verified.bytes));
+    let mut text = format!(
+        "{}/{}: {}, {size}\n",
+        escape(&location.domain),
+        escape(&location.id),
+        state(verified)
+    );
+    for finding in &verified.findings {
+        let disk = finding
+            .disk
+            .as_ref()
+            .map(|disk| format!("disk {}: ", escape(disk)));
+        let fault = escape(&finding.fault.to_string());
+        text.push_str(&format!("  {}{fault}\n", disk.unwrap_or_default()));
+    }
+    for disk in &verified.unrecorded {
+        text.push_str(&format!(
+            "  disk {}: the manifest has no checksum, so its content could not be compared\n",
+            escape(disk)
+        ));
+    }
+    text
+}

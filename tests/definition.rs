@@ -1,5 +1,6 @@
 //! The `<domainbackup>` language, case by case: `tests/definitions/valid` holds documents beside what they are
-//! written back as, `invalid` holds documents beside the error that refuses them (its kind, then its text).
+//! written back as, `invalid` holds documents beside the error that refuses them (its kind, then its text). The same
+//! of `<domaincheckpoint>` in `checkpoint-valid` and `checkpoint-invalid`.
 //! `UPDATE=1 cargo test --test definition` rewrites the expectations; read the difference before keeping it.
 
 use std::collections::BTreeSet;
@@ -7,8 +8,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use backupd::definition::{
-    BackupMode, CheckpointRef, Compression, Definition, DiskDefinition, Error, Format, MAX_BYTES, Position,
-    Quiesce, StoreRef, Target, is_valid_name, parse,
+    BackupMode, CheckpointDefinition, CheckpointRef, Compression, Definition, DiskDefinition, Error, Format,
+    MAX_BYTES, Position, Quiesce, StoreRef, Target, is_backup_id, is_checkpoint_name, is_valid_name, parse,
+    parse_checkpoint,
 };
 use backupd::error::Kind;
 
@@ -36,6 +38,68 @@ fn an_invalid_document_is_refused_with_kind_place_and_reason() {
 
         let carried = backupd::error::Error::from(error.clone());
         assert_eq!((carried.kind, carried.message), (error.kind(), error.to_string()));
+    }
+}
+
+#[test]
+fn a_valid_checkpoint_is_written_back_as_expected() {
+    let meaning = |mut definition: CheckpointDefinition| {
+        let disks = definition.disks.iter_mut().flatten();
+        disks.for_each(|disk| disk.at = Position::default());
+        definition
+    };
+    for case in cases("checkpoint-valid", ".out.xml") {
+        let definition =
+            parse_checkpoint(&case.document).unwrap_or_else(|error| panic!("{}: {error}", case.name));
+        let written = definition.to_xml();
+        case.expect(&written);
+
+        let again =
+            parse_checkpoint(&written).unwrap_or_else(|error| panic!("{}, written: {error}", case.name));
+        assert_eq!(meaning(again.clone()), meaning(definition), "{}", case.name);
+        assert_eq!(again.to_xml(), written, "{}", case.name);
+    }
+}
+
+#[test]
+fn an_invalid_checkpoint_is_refused_with_kind_place_and_reason() {
+    for case in cases("checkpoint-invalid", ".err") {
+        let error = match parse_checkpoint(&case.document) {
+            Ok(definition) => panic!("{} is accepted: {definition:?}", case.name),
+            Err(error) => error,
+        };
+        let text = error.to_string();
+        assert!(
+            text.len() < 400 && !text.contains(char::is_control),
+            "{}: {text}",
+            case.name
+        );
+        case.expect(&format!("{:?}\n{text}\n", error.kind()));
+    }
+}
+
+#[test]
+fn a_checkpoints_name_means_nothing_else() {
+    for name in [
+        "before-upgrade",
+        "20261123",
+        "Auto",
+        "20261123T055907Z-10ebf9b0-0",
+    ] {
+        assert!(is_checkpoint_name(name), "{name}");
+    }
+    for name in ["auto", "full", "no", "", ".x", "a/b", "20261123T055907Z-10ebf9b0"] {
+        assert!(!is_checkpoint_name(name), "{name}");
+    }
+    for id in [
+        "20261123T055907Z-10ebf9b",
+        "20261123T055907Z-10ebf9bg",
+        "2026112xT055907Z-10ebf9b0",
+        "20261123 055907Z-10ebf9b0",
+        "20261123T055907-10ebf9b0",
+        "",
+    ] {
+        assert!(!is_backup_id(id), "{id}");
     }
 }
 

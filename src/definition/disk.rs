@@ -201,7 +201,7 @@ fn mode(
     }
 }
 
-fn disk_name(xml: &Xml<'_>, name: Attribute<'_>) -> Result<String, Error> {
+pub(super) fn disk_name(xml: &Xml<'_>, name: Attribute<'_>) -> Result<String, Error> {
     let at = xml.at(name.offset);
     let name = name.value.into_owned();
     match name.len() {

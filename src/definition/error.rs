@@ -14,10 +14,14 @@ pub enum Error {
     TooLarge { bytes: usize },
     #[error("the document is empty")]
     Empty,
-    #[error("{at}: the document has no root element; it needs a <domainbackup>")]
-    NoRoot { at: Position },
-    #[error("{at}: the root element is <{}>; it has to be <domainbackup>", Quoted(.name))]
-    WrongRoot { at: Position, name: String },
+    #[error("{at}: the document has no root element; it needs a <{wanted}>")]
+    NoRoot { at: Position, wanted: &'static str },
+    #[error("{at}: the root element is <{}>; it has to be <{wanted}>", Quoted(.name))]
+    WrongRoot {
+        at: Position,
+        name: String,
+        wanted: &'static str,
+    },
 
     // XML itself
     #[error("{at}: {what}")]
@@ -88,6 +92,12 @@ pub enum Error {
         element: &'static str,
         attribute: &'static str,
     },
+    #[error("{at}: <{element}> lacks its <{child}>")]
+    MissingElement {
+        at: Position,
+        element: &'static str,
+        child: &'static str,
+    },
     #[error("{at}: text '{}' directly in <{parent}>, which takes no text", Quoted(.text))]
     StrayText {
         at: Position,
@@ -130,6 +140,13 @@ pub enum Error {
         what: &'static str,
         name: String,
     },
+    #[error(
+        "{at}: a checkpoint cannot be called '{}'; 'auto', 'full', 'no' and what looks like a backup's id mean \
+         something else", Quoted(.name)
+    )]
+    ReservedName { at: Position, name: String },
+    #[error("{at}: the creation time '{}' is not a whole number of seconds since 1970", Quoted(.value))]
+    CreationTime { at: Position, value: String },
     #[error("{at}: {what} has {bytes} bytes; at most {limit} are allowed")]
     TooLong {
         at: Position,
@@ -199,6 +216,11 @@ pub enum Error {
         "{at}: no disk selected: none is listed without backup='no'; without <disks> every writable disk is"
     )]
     NoDiskSelected { at: Position },
+    #[error(
+        "{at}: no disk with a checkpoint: none is listed without checkpoint='no'; without <disks> every disk has one \
+         that can"
+    )]
+    NoDiskRecorded { at: Position },
     #[error("{at}: a target beside <store> ({store}); the service chooses the files in a store: remove one")]
     StoreAndTarget { at: Position, store: Position },
     #[error(
@@ -227,6 +249,8 @@ pub enum Feature {
     SecurityLabel,
     #[error("an encrypted target (<encryption>) is not supported")]
     Encryption,
+    #[error("a bitmap of one's own (bitmap='…') is not supported; remove it: the service names its bitmaps")]
+    OwnBitmap,
     #[error("driver type '{}' is not supported; use 'qcow2' or 'raw'", Quoted(.0))]
     DriverType(String),
 }

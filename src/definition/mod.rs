@@ -1,4 +1,5 @@
-//! The `<domainbackup>` document: what a caller asks for, as types, and the way from XML to them and back.
+//! The `<domainbackup>` and `<domaincheckpoint>` documents: what a caller asks for, as types, and the way from XML to them
+//! and back.
 //!
 //! The language is libvirt's, with a few additions (`<name>`, `<description>`, `<store>`, `<bandwidth>`,
 //! `<quiesce>`, disks of `type='fd'`, `compress`). What libvirt accepts for a push backup means the same here;
@@ -9,6 +10,7 @@
 //! no disk twice, no target twice, targets for all disks or for none.
 
 mod attribute;
+mod checkpoint;
 mod disk;
 mod error;
 mod parse;
@@ -21,6 +23,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use checkpoint::{CheckpointDefinition, CheckpointDisk, parse_checkpoint};
 pub use error::{Error, Feature, PathProblem};
 pub use parse::parse;
 
@@ -235,4 +238,19 @@ pub fn is_valid_name(name: &str) -> bool {
         && name
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.'))
+}
+
+/// Whether a checkpoint can be called so: a valid name that means nothing else where checkpoints are named.
+pub fn is_checkpoint_name(name: &str) -> bool {
+    is_valid_name(name) && !checkpoint::is_reserved(name)
+}
+
+/// Whether it looks like the id of a backup: `20261123T055907Z-10ebf9b0`.
+pub fn is_backup_id(text: &str) -> bool {
+    let digits = |text: &str, count| text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit());
+    let hexadecimal = |text: &str| text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let parts = text
+        .split_once("Z-")
+        .and_then(|(time, unique)| Some((time.split_once('T')?, unique)));
+    parts.is_some_and(|((date, time), unique)| digits(date, 8) && digits(time, 6) && hexadecimal(unique))
 }

@@ -28,19 +28,13 @@ pub fn parse(text: &str) -> Result<Definition, Error> {
         return Err(Error::TooLarge { bytes: text.len() });
     }
     let mut xml = Xml::new(text)?;
-    let root = xml.root()?;
+    let root = xml.root(ROOT)?;
     let definition = domainbackup(&mut xml, &root)?;
     xml.finish()?;
     Ok(definition)
 }
 
 fn domainbackup<'a>(xml: &mut Xml<'a>, root: &Tag<'a>) -> Result<Definition, Error> {
-    if root.name != ROOT {
-        return Err(match xml.unknown_element(root, root, &[]) {
-            Error::UnknownElement { at, name, .. } => Error::WrongRoot { at, name },
-            malformed => malformed,
-        });
-    }
     let [mode] = xml.attributes(root, &["mode"])?;
     if let Some(mode) = mode {
         match &*mode.value {
@@ -56,7 +50,7 @@ fn domainbackup<'a>(xml: &mut Xml<'a>, root: &Tag<'a>) -> Result<Definition, Err
     while let Some(tag) = xml.child(root)? {
         seen.once(xml, ROOT, CHILDREN, &tag)?;
         match tag.name {
-            "name" => definition.name = Some(name(xml, &tag)?),
+            "name" => definition.name = Some(name(xml, &tag, "the backup")?),
             "description" => definition.description = Some(description(xml, &tag)?),
             "store" => definition.store = Some(store(xml, &tag)?),
             "bandwidth" => definition.bandwidth = Some(bandwidth(xml, &tag)?),
@@ -82,13 +76,13 @@ fn domainbackup<'a>(xml: &mut Xml<'a>, root: &Tag<'a>) -> Result<Definition, Err
     Ok(definition)
 }
 
-fn name<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
+pub(super) fn name<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>, what: &'static str) -> Result<String, Error> {
     let [] = xml.attributes(tag, &[])?;
     let name = xml.content(tag)?;
     if !is_valid_name(&name) {
         return Err(Error::InvalidName {
             at: xml.at(tag.offset),
-            what: "the backup",
+            what,
             name,
         });
     }
@@ -114,7 +108,7 @@ pub(super) fn checkpoint(xml: &Xml<'_>, name: &str, offset: usize) -> Result<Che
     }
 }
 
-fn description<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
+pub(super) fn description<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
     let [] = xml.attributes(tag, &[])?;
     let description = xml.content(tag)?;
     if description.len() > MAX_DESCRIPTION_BYTES {

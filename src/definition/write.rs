@@ -1,6 +1,6 @@
 //! From types to XML. Knows the look of a document and how text is escaped, and no rule about what is allowed.
 
-use super::{BackupMode, Definition, DiskDefinition, Target};
+use super::{BackupMode, CheckpointDefinition, CheckpointDisk, Definition, DiskDefinition, Target};
 
 pub(super) fn definition(definition: &Definition) -> String {
     let mut body = Lines::default();
@@ -71,6 +71,36 @@ fn disk(out: &mut Lines, disk: &DiskDefinition) {
         }
     }
     out.element(2, "disk", &attributes, &children);
+}
+
+pub(super) fn checkpoint(definition: &CheckpointDefinition) -> String {
+    let mut body = Lines::default();
+    if let Some(name) = &definition.name {
+        body.line(1, &format!("<name>{}</name>", text(name)));
+    }
+    if let Some(description) = &definition.description {
+        body.line(1, &format!("<description>{}</description>", text(description)));
+    }
+    if let Some(seconds) = definition.creation_time {
+        body.line(1, &format!("<creationTime>{seconds}</creationTime>"));
+    }
+    if let Some(parent) = &definition.parent {
+        let mut lines = Lines::default();
+        lines.line(2, &format!("<name>{}</name>", text(parent)));
+        body.element(1, "parent", "", &lines);
+    }
+    if let Some(disks) = &definition.disks {
+        let mut lines = Lines::default();
+        for CheckpointDisk { name, bitmap, .. } in disks {
+            let word = if *bitmap { "bitmap" } else { "no" };
+            let attributes = attribute("name", name) + &attribute("checkpoint", word);
+            lines.line(2, &format!("<disk{attributes}/>"));
+        }
+        body.element(1, "disks", "", &lines);
+    }
+    let mut document = Lines::default();
+    document.element(0, "domaincheckpoint", "", &body);
+    document.0
 }
 
 #[derive(Default)]

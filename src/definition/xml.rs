@@ -114,14 +114,19 @@ impl<'a> Xml<'a> {
         position
     }
 
-    /// The root's start tag.
-    pub fn root(&mut self) -> Result<Tag<'a>, Error> {
-        match self.outside()? {
-            Some(tag) => Ok(tag),
-            None => Err(Error::NoRoot {
-                at: self.at(self.offset()),
-            }),
+    /// The root's start tag, which has to have that name.
+    pub fn root(&mut self, wanted: &'static str) -> Result<Tag<'a>, Error> {
+        let Some(root) = self.outside()? else {
+            let at = self.at(self.offset());
+            return Err(Error::NoRoot { at, wanted });
+        };
+        if root.name == wanted {
+            return Ok(root);
         }
+        Err(match self.unknown_element(&root, &root, &[]) {
+            Error::UnknownElement { at, name, .. } => Error::WrongRoot { at, name, wanted },
+            malformed => malformed,
+        })
     }
 
     /// Holds the rest of the document, after the root's end tag, to being nothing.

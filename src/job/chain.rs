@@ -17,6 +17,7 @@ use super::run::blocking;
 use super::{Error, Job};
 use crate::catalog::{self, Manifest, Standing, Stored};
 use crate::config::Store;
+use crate::definition::is_backup_id;
 use crate::domain::Disk;
 use crate::fault::{self, Point};
 use crate::plan::{Destination, Earlier, EarlierDisk};
@@ -37,15 +38,8 @@ pub(super) fn checkpoint_name(backup_id: &str, disk: usize) -> String {
 /// The backup from whose instant on a bitmap of that name records.
 fn backup_of(checkpoint: &str) -> Option<&str> {
     let (id, disk) = checkpoint.strip_prefix("backupd-")?.rsplit_once('-')?;
-    let (time, unique) = id.split_once('-')?;
-    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let time = time.strip_suffix('Z')?.split_once('T')?;
-    let good = digits(disk)
-        && (time.0.len(), time.1.len(), unique.len()) == (8, 6, 8)
-        && digits(time.0)
-        && digits(time.1)
-        && unique.bytes().all(|byte| byte.is_ascii_hexdigit());
-    good.then_some(id)
+    let number = !disk.is_empty() && disk.bytes().all(|byte| byte.is_ascii_digit());
+    (number && is_backup_id(id)).then_some(id)
 }
 
 /// The backups in a store's directory of a domain, from the newest on, and what of them can be built upon.

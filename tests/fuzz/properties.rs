@@ -8,7 +8,7 @@ use std::path::Path;
 use backupd::bus::options;
 use backupd::catalog::{Manifest, ManifestError};
 use backupd::config::{Config, DEFAULT_STORE};
-use backupd::definition::{self, Definition, Position};
+use backupd::definition::{self, CheckpointDefinition, Definition, Position};
 use backupd::domain::Content;
 use backupd::qmp::{LineTooLong, Lines, Message};
 use zbus::DBusError;
@@ -87,17 +87,36 @@ fn message(line: &[u8]) {
     }
 }
 
-/// A `<domainbackup>` document.
+/// A `<domainbackup>` or `<domaincheckpoint>` document.
 pub fn document(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
     };
+    checkpoint(text);
     match definition::parse(text) {
         Err(error) => assert_bounded(&error),
         Ok(parsed) => {
             let parsed = without_positions(parsed);
             let written = parsed.to_xml();
             match definition::parse(&written) {
+                Ok(again) => assert_eq!(without_positions(again), parsed, "{written}"),
+                Err(error) => panic!("{error}: {written}"),
+            }
+        }
+    }
+}
+
+fn checkpoint(text: &str) {
+    let without_positions = |mut definition: CheckpointDefinition| {
+        let disks = definition.disks.iter_mut().flatten();
+        disks.for_each(|disk| disk.at = Position::default());
+        definition
+    };
+    match definition::parse_checkpoint(text).map(without_positions) {
+        Err(error) => assert_bounded(&error),
+        Ok(parsed) => {
+            let written = parsed.to_xml();
+            match definition::parse_checkpoint(&written) {
                 Ok(again) => assert_eq!(without_positions(again), parsed, "{written}"),
                 Err(error) => panic!("{error}: {written}"),
             }

@@ -1,0 +1,175 @@
+//! The `<domaincheckpoint>` document. The words are libvirt's; what XML is, and what a name is, is as in a backup's.
+//!
+//! What libvirt only writes (`<creationTime>`, `<parent>`) can stand in a document that is given back, and has no effect.
+
+use std::collections::HashMap;
+
+use super::disk::disk_name;
+use super::parse::{Seen, description, name, require, unknown_word, unsupported};
+use super::xml::{Tag, Xml, trim};
+use super::{Error, Feature, MAX_BYTES, MAX_DISKS, Position, is_backup_id, write};
+
+const ROOT: &str = "domaincheckpoint";
+const CHILDREN: &[&str] = &["name", "description", "creationTime", "parent", "disks"];
+/// What options say in the place of a checkpoint's name.
+const WORDS: [&str; 3] = ["auto", "full", "no"];
+
+/// A checkpoint as a caller describes it. `None` means that the document does not say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CheckpointDefinition {
+    /// A name that [`is_checkpoint_name`](super::is_checkpoint_name).
+    pub name: Option<String>,
+    /// Free text, at most 4096 bytes.
+    pub description: Option<String>,
+    /// In seconds since 1970. The service's to say.
+    pub creation_time: Option<u64>,
+    /// The checkpoint before. The service's to say.
+    pub parent: Option<String>,
+    /// The disks that the document lists, in its order; at least one of them is to have a checkpoint.
+    pub disks: Option<Vec<CheckpointDisk>>,
+}
+
+/// What the document says about one disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointDisk {
+    /// As the document names it; 1 to 255 bytes without control characters.
+    pub name: String,
+    /// Of the `<disk>` tag.
+    pub at: Position,
+    /// It has a bitmap from the checkpoint's instant on.
+    pub bitmap: bool,
+}
+
+impl CheckpointDefinition {
+    /// The document that means this, pretty-printed. [`parse_checkpoint`] makes the same of it, positions aside.
+    pub fn to_xml(&self) -> String {
+        write::checkpoint(self)
+    }
+}
+
+/// Whether a word is taken, so that no checkpoint can be called so: it would not be found.
+pub(super) fn is_reserved(name: &str) -> bool {
+    WORDS.contains(&name) || is_backup_id(name)
+}
+
+/// Reads a document.
+pub fn parse_checkpoint(text: &str) -> Result<CheckpointDefinition, Error> {
+    if text.len() > MAX_BYTES {
+        return Err(Error::TooLarge { bytes: text.len() });
+    }
+    let mut xml = Xml::new(text)?;
+    let root = xml.root(ROOT)?;
+    let [] = xml.attributes(&root, &[])?;
+    let mut definition = CheckpointDefinition::default();
+    let mut seen = Seen::default();
+    while let Some(tag) = xml.child(&root)? {
+        seen.once(&xml, ROOT, CHILDREN, &tag)?;
+        match tag.name {
+            "name" => definition.name = Some(own_name(&mut xml, &tag)?),
+            "description" => definition.description = Some(description(&mut xml, &tag)?),
+            "creationTime" => definition.creation_time = Some(creation_time(&mut xml, &tag)?),
+            "parent" => definition.parent = Some(parent(&mut xml, &tag)?),
+            "disks" => definition.disks = Some(disks(&mut xml, &tag)?),
+            _ => return Err(xml.unknown_element(&tag, &root, CHILDREN)),
+        }
+    }
+    xml.finish()?;
+    Ok(definition)
+}
+
+fn own_name<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
+    let name = name(xml, tag, "the checkpoint")?;
+    match is_reserved(&name) {
+        true => Err(Error::ReservedName {
+            at: xml.at(tag.offset),
+            name,
+        }),
+        false => Ok(name),
+    }
+}
+
+fn creation_time<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<u64, Error> {
+    let [] = xml.attributes(tag, &[])?;
+    let content = xml.content(tag)?;
+    let value = trim(&content).to_owned();
+    let digits = value.bytes().all(|byte| byte.is_ascii_digit());
+    match value.parse() {
+        Ok(seconds) if digits => Ok(seconds),
+        _ => Err(Error::CreationTime {
+            at: xml.at(tag.offset),
+            value,
+        }),
+    }
+}
+
+fn parent<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
+    let [] = xml.attributes(tag, &[])?;
+    let mut parent = None;
+    let mut seen = Seen::default();
+    while let Some(child) = xml.child(tag)? {
+        seen.once(xml, "parent", &["name"], &child)?;
+        match child.name {
+            "name" => parent = Some(name(xml, &child, "a checkpoint")?),
+            _ => return Err(xml.unknown_element(&child, tag, &["name"])),
+        }
+    }
+    parent.ok_or_else(|| Error::MissingElement {
+        at: xml.at(tag.offset),
+        element: "parent",
+        child: "name",
+    })
+}
+
+fn disks<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<Vec<CheckpointDisk>, Error> {
+    let [] = xml.attributes(tag, &[])?;
+    let mut list: Vec<CheckpointDisk> = Vec::new();
+    let mut names = HashMap::new();
+    while let Some(child) = xml.child(tag)? {
+        if child.name != "disk" {
+            return Err(xml.unknown_element(&child, tag, &["disk"]));
+        }
+        if list.len() == MAX_DISKS {
+            return Err(Error::TooManyDisks {
+                at: xml.at(child.offset),
+            });
+        }
+        let disk = disk(xml, &child)?;
+        if let Some(first) = names.insert(disk.name.clone(), disk.at) {
+            return Err(Error::DiskTwice {
+                at: disk.at,
+                disk: disk.name,
+                first,
+            });
+        }
+        list.push(disk);
+    }
+    if list.iter().any(|disk| disk.bitmap) {
+        return Ok(list);
+    }
+    Err(Error::NoDiskRecorded {
+        at: xml.at(tag.offset),
+    })
+}
+
+fn disk<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<CheckpointDisk, Error> {
+    let at = xml.at(tag.offset);
+    let [name, checkpoint, bitmap] = xml.attributes(tag, &["name", "checkpoint", "bitmap"])?;
+    let name = disk_name(xml, require(xml, name, tag, "disk", "name")?)?;
+    let recorded = match &checkpoint {
+        None => true,
+        Some(checkpoint) => match &*checkpoint.value {
+            "bitmap" => true,
+            "no" => false,
+            _ => return Err(unknown_word(xml, "disk", checkpoint, &["no", "bitmap"])),
+        },
+    };
+    if let Some(bitmap) = bitmap {
+        return Err(unsupported(xml, bitmap.offset, Feature::OwnBitmap));
+    }
+    xml.no_content(tag)?;
+    Ok(CheckpointDisk {
+        name,
+        at,
+        bitmap: recorded,
+    })
+}

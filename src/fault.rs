@@ -64,6 +64,14 @@ pub enum Point {
     Published,
     /// The outcome is on record, and nobody was told.
     Ended,
+    /// New images of a backup are there, beside the former ones.
+    MergeMade,
+    /// It is on record what its manifest will be.
+    MergeRecorded,
+    /// They are in its place, and it is not on record.
+    MergeExchanged,
+    /// It is on record, and the former ones are still there.
+    Merged,
     /// It is on record that a backup is being removed, and all of it is there.
     RemovalRecorded,
     /// Its directory has a name that says so.
@@ -113,6 +121,14 @@ impl Point {
         Self::RemovalRenamed,
         Self::RemovalBegun,
         Self::RemovalEmptied,
+    ];
+
+    /// Those of a backup that is made to lie on nothing.
+    pub const MERGE: [Self; 4] = [
+        Self::MergeMade,
+        Self::MergeRecorded,
+        Self::MergeExchanged,
+        Self::Merged,
     ];
 
     /// What a test calls it.

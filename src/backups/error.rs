@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::error::Kind;
-use crate::{catalog, target};
+use crate::{catalog, image, target};
 
 /// Ids that a text names.
 const MOST_NAMED: usize = 3;
@@ -11,10 +11,18 @@ const MOST_NAMED: usize = 3;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error(
-        "{} on backup {id} ({}): delete them first, or all of them together ('with-descendants')",
+        "{} on backup {id} ({}): delete them first, all of them together ('with-descendants'), or make them lie on nothing ('merge')",
         count(.others), some(.others)
     )]
     HasDescendants { id: String, others: Vec<String> },
+    #[error(
+        "disk '{disk}' of backup {id}: its new image does not show what its images show: nothing is changed"
+    )]
+    NotTheSame { id: String, disk: String },
+    #[error("{0}")]
+    Image(#[from] image::Error),
+    #[error("a manifest cannot be written: {0}")]
+    Manifest(String),
     #[error("no backup '{0}' any more")]
     Gone(String),
     #[error("the configuration has no store '{0}' any more")]
@@ -40,6 +48,8 @@ impl Error {
             Self::Gone(_) => Kind::NoSuchBackup,
             Self::NoStore(_) => Kind::NoSuchStore,
             Self::Target(error) => error.kind(),
+            Self::Image(error) => error.kind(),
+            Self::NotTheSame { .. } | Self::Manifest(_) => Kind::Internal,
             Self::Stalled { .. } => Kind::TargetInvalid,
             Self::Stopping => Kind::Busy,
             Self::Catalog => Kind::Internal,

@@ -5,6 +5,7 @@
 
 mod error;
 mod look;
+mod merge;
 mod remove;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -28,6 +28,8 @@ pub struct Unwanted {
     pub ids: BTreeSet<String>,
     /// With all that lies on them.
     pub with_descendants: bool,
+    /// What lies on them is made to lie on nothing before, and stays.
+    pub merge: bool,
 }
 
 /// What went, or would go.
@@ -65,6 +67,9 @@ impl Backups {
         let turn = turn.ok_or_else(|| Error::NoStore(unwanted.store.clone()))?;
         // One at a time in each store: what is looked at here stays so.
         let _turn = turn.lock().await;
+        if unwanted.merge && !dry_run {
+            self.merge(unwanted).await?;
+        }
         let order = self.order(unwanted).await?;
         if dry_run {
             return self.count(unwanted, order).await;
@@ -124,10 +129,17 @@ impl Backups {
         let links = self
             .catalog
             .links(unwanted.store.clone(), unwanted.domain.clone());
-        order(&links.await?, &unwanted.ids, unwanted.with_descendants)
+        let mut links = links.await?;
+        if unwanted.merge {
+            // Nothing will lie on them.
+            for link in links.iter_mut().filter(|link| !unwanted.ids.contains(&link.id)) {
+                link.parents.retain(|parent| !unwanted.ids.contains(parent));
+            }
+        }
+        order(&links, &unwanted.ids, unwanted.with_descendants)
     }
 
-    async fn record(&self, unwanted: &Unwanted, id: &str) -> Result<Backup, Error> {
+    pub(super) async fn record(&self, unwanted: &Unwanted, id: &str) -> Result<Backup, Error> {
         let key = BackupKey {
             store: unwanted.store.clone(),
             domain: unwanted.domain.clone(),
@@ -167,6 +179,14 @@ impl Backups {
 
     /// Finishes what a former process of the service began to remove.
     pub async fn recover(self: &Arc<Self>) -> Result<(), Error> {
+        for key in self.catalog.all_merging().await? {
+            let backups = self.clone();
+            self.tasks.spawn(async move {
+                if let Err(error) = backups.recover_merge(&key).await {
+                    tracing::warn!(backup = key.id, store = key.store, %error, "a backup's new images are not in place");
+                }
+            });
+        }
         for backup in self.catalog.all_removing().await? {
             let backups = self.clone();
             self.tasks.spawn(async move {
@@ -195,7 +215,7 @@ impl Backups {
     }
 
     /// Runs what waits for storage where it keeps nobody else waiting. The service stays until it returns.
-    async fn blocking<T: Send + 'static>(
+    pub(super) async fn blocking<T: Send + 'static>(
         &self,
         patience: Duration,
         work: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
@@ -213,7 +233,7 @@ impl Backups {
     }
 }
 
-fn name(key: &BackupKey) -> BackupName<'_> {
+pub(super) fn name(key: &BackupKey) -> BackupName<'_> {
     BackupName {
         domain: &key.domain,
         id: &key.id,

@@ -10,7 +10,7 @@ use super::error::{BusError, Result};
 use crate::definition::{Quiesce, is_valid_name};
 use crate::error::{Kind, shown};
 use crate::plan::{self, Incremental};
-use crate::service::BackupsWanted;
+use crate::service::{BackupsWanted, Deletion};
 
 /// The keys with their values, as they came.
 #[derive(Debug, Default)]
@@ -183,21 +183,20 @@ pub fn backups(dictionary: Dictionary) -> Result<BackupsWanted> {
 }
 
 /// Options of `Delete`.
-#[derive(Debug, Default)]
-pub struct Delete {
-    pub with_descendants: bool,
-    pub dry_run: bool,
-}
-
-pub fn delete(dictionary: Dictionary) -> Result<Delete> {
-    let mut options = Delete::default();
+pub fn delete(dictionary: Dictionary) -> Result<Deletion> {
+    let mut options = Deletion::default();
     for (key, value) in dictionary.0 {
         match (key.as_str(), value) {
             ("with-descendants", Value::Bool(with)) => options.with_descendants = with,
             ("dry-run", Value::Bool(dry)) => options.dry_run = dry,
-            ("with-descendants" | "dry-run", value) => return Err(wrong_type(&key, &value, "b")),
+            ("merge", Value::Bool(merge)) => options.merge = merge,
+            ("with-descendants" | "merge" | "dry-run", value) => return Err(wrong_type(&key, &value, "b")),
             _ => return Err(unknown(&key)),
         }
+    }
+    if options.merge && options.with_descendants {
+        let text = "options 'merge' and 'with-descendants': what lies on the backup either stays or goes";
+        return Err(invalid(text.into()));
     }
     Ok(options)
 }

@@ -48,10 +48,7 @@ pub async fn call(context: &Context, call: &Call, backup: &Backup) -> Answer {
         "Delete" => {
             let how = options::delete(call.arguments::<Dictionary>()?)?;
             let service = &context.service;
-            let delete = async {
-                let deleted = service.delete_backup(&call.caller, backup, how.with_descendants, how.dry_run);
-                Ok(deleted.await?)
-            };
+            let delete = async { Ok(service.delete_backup(&call.caller, backup, how).await?) };
             let removed = call.while_present(delete).await?;
             call.reply(&(removed.ids, removed.freed))
         }

@@ -37,7 +37,8 @@ impl Catalog {
     ) -> Result<Vec<Stored>, Error> {
         self.run(move |connection| {
             let mut select = connection.prepare(
-                "SELECT manifest, damage <> '' FROM backups WHERE store = ?1 AND domain = ?2 ORDER BY id DESC LIMIT ?3",
+                "SELECT manifest, damage <> '' FROM backups WHERE store = ?1 AND domain = ?2 AND NOT removing \
+                 ORDER BY id DESC LIMIT ?3",
             )?;
             let rows = select.query_map(params![store, domain, at_most], |row| {
                 Ok(Stored {

@@ -11,6 +11,7 @@ mod error;
 mod history;
 mod jobs;
 mod manifest;
+mod merging;
 mod record;
 mod rescan;
 mod standing;

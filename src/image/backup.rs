@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::header::{self, Expected};
-use super::{Error, Fault};
+use super::{Error, Fault, Finding};
 use crate::catalog::{self, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::definition::Format;
 use crate::error::shown;
@@ -167,6 +167,15 @@ impl Image {
             Format::Raw => Ok(()),
             Format::Qcow2 => header::check(&self.file, &self.expected).map_err(Fault::Header),
         }
+    }
+
+    /// What is to be told of a fault of this image.
+    pub fn damaged(&self, fault: Fault) -> Error {
+        Error::Damaged(Finding {
+            backup: self.backup.clone(),
+            disk: None,
+            fault,
+        })
     }
 
     /// A descriptor of the same open file.

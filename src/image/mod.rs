@@ -8,6 +8,7 @@
 mod backup;
 mod chain;
 mod check;
+mod compare;
 mod engine;
 mod error;
 mod export;
@@ -18,6 +19,7 @@ mod verify;
 
 pub use backup::{Location, all, find};
 pub use chain::{Chain, DiskChain};
+pub use compare::shows_the_same;
 pub use error::{Error, Fault, Finding};
 pub use export::Export;
 pub use restore::restore;

@@ -23,6 +23,17 @@ pub struct BackupsWanted {
     pub at_most: Option<usize>,
 }
 
+/// How a backup is to be deleted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Deletion {
+    /// With all that lies on it.
+    pub with_descendants: bool,
+    /// What lies on it is made to lie on nothing, and stays.
+    pub merge: bool,
+    /// Only what would go is told.
+    pub dry_run: bool,
+}
+
 /// A part of the list.
 #[derive(Debug)]
 pub struct BackupPage {
@@ -134,16 +145,10 @@ impl Service {
         self.backups.store(name).map(drop).ok_or_else(missing)
     }
 
-    /// Removes a backup, with `with_descendants` all that lie on it; or says only what would go.
-    pub async fn delete_backup(
-        &self,
-        caller: &Caller,
-        backup: &Backup,
-        with_descendants: bool,
-        dry_run: bool,
-    ) -> Result<Removed> {
+    /// Removes a backup, or says only what would go.
+    pub async fn delete_backup(&self, caller: &Caller, backup: &Backup, how: Deletion) -> Result<Removed> {
         // Who may know of it may know what would go with it.
-        if !dry_run {
+        if !how.dry_run {
             let details = self.backup_details(backup);
             let permission = Permission::BackupDelete;
             drop(self.access.require(caller, permission, &details, None).await?);
@@ -152,9 +157,10 @@ impl Service {
             store: backup.key.store.clone(),
             domain: backup.key.domain.clone(),
             ids: [backup.key.id.clone()].into(),
-            with_descendants,
+            with_descendants: how.with_descendants,
+            merge: how.merge,
         };
-        Ok(self.backups.remove(unwanted, dry_run).await?)
+        Ok(self.backups.remove(unwanted, how.dry_run).await?)
     }
 
     /// What an authority is told of a backup in a store.

@@ -7,7 +7,7 @@ mod backups;
 mod request;
 mod sight;
 
-pub use backups::{BackupPage, BackupsWanted, MOST_LISTED};
+pub use backups::{BackupPage, BackupsWanted, Deletion, MOST_LISTED};
 pub use request::{Authorised, Request};
 pub use sight::ListedJob;
 

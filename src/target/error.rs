@@ -85,6 +85,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// A failure of the system's that is about no disk.
+    pub fn system(action: &'static str, target: &str, errno: Errno) -> Self {
+        Self::io(action, target, errno)
+    }
+
     pub(super) fn io(action: &'static str, target: &str, errno: Errno) -> Self {
         Self::Io {
             disk: None,

@@ -18,6 +18,13 @@ pub struct Seal {
     pub sha256: Option<String>,
 }
 
+impl Seal {
+    /// Of a file that is durable already. Blocks.
+    pub fn of(file: &OwnedFd) -> Result<Self, Error> {
+        take(file, true, || Ok(()))?.map_err(|errno| Error::io("read", "an image", errno))
+    }
+}
+
 /// Seals a file while it is made durable: one waits for the disk meanwhile, the other for a processor.
 pub(super) fn take(
     file: &OwnedFd,

@@ -85,8 +85,8 @@ pub enum Command {
     },
     /// Delete backups from their stores
     ///
-    /// The backups that lie on others go first. One that others lie on stays, unless these are named too or
-    /// --with-descendants is given.
+    /// The backups that lie on others go first. One that others lie on stays, unless these are named too, or
+    /// --with-descendants or --merge is given.
     Delete {
         /// The backups: their ids, or the beginnings of them
         #[arg(required = true)]
@@ -94,6 +94,9 @@ pub enum Command {
         /// With all backups that lie on them
         #[arg(long)]
         with_descendants: bool,
+        /// Have the backups that lie on them hold all of their disks before, so that they stay; takes time and space
+        #[arg(long, conflicts_with = "with_descendants")]
+        merge: bool,
         /// Only show what would be deleted
         #[arg(long)]
         dry_run: bool,

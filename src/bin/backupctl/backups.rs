@@ -129,22 +129,28 @@ pub async fn list(
     )
 }
 
+/// How backups are to be deleted.
+#[derive(Debug, Clone, Copy)]
+pub struct Deletion {
+    /// With all that lies on them.
+    pub with_descendants: bool,
+    /// What lies on them is made to lie on nothing, and stays.
+    pub merge: bool,
+    /// Only what would go is shown.
+    pub dry_run: bool,
+}
+
 /// `delete`
-pub async fn delete(
-    service: &Service,
-    backups: &[String],
-    with_descendants: bool,
-    dry_run: bool,
-    json: bool,
-) -> Result<Status> {
+pub async fn delete(service: &Service, backups: &[String], how: Deletion, json: bool) -> Result<Status> {
     let mut found = BTreeMap::new();
     for backup in backups {
         let (path, id) = service.backup(backup).await?;
         found.insert(id, path);
     }
+    let dry_run = how.dry_run;
     let (gone, freed) = match dry_run {
-        true => what_would_go(service, &found, with_descendants).await?,
-        false => delete_all(service, &found, with_descendants).await?,
+        true => what_would_go(service, &found, how).await?,
+        false => delete_all(service, &found, how).await?,
     };
     print(
         json,
@@ -165,16 +171,12 @@ pub async fn delete(
 /// Ids of what is gone, in that order, and bytes freed.
 type Gone = (Vec<String>, u64);
 
-async fn delete_all(
-    service: &Service,
-    found: &BTreeMap<String, String>,
-    with_descendants: bool,
-) -> Result<Gone> {
+async fn delete_all(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Gone> {
     let (mut gone, mut freed) = (Vec::new(), 0);
     // The youngest first: it may lie on another of them. What lay on it went with it.
     for (id, path) in found.iter().rev() {
         if !gone.contains(id) {
-            let (ids, bytes) = service.delete(path, with_descendants, false).await?;
+            let (ids, bytes) = service.delete(path, how).await?;
             gone.extend(ids);
             freed += bytes;
         }
@@ -182,21 +184,28 @@ async fn delete_all(
     Ok((gone, freed))
 }
 
-async fn what_would_go(
-    service: &Service,
-    found: &BTreeMap<String, String>,
-    with_descendants: bool,
-) -> Result<Gone> {
+async fn what_would_go(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Gone> {
+    let descendants = Deletion {
+        with_descendants: true,
+        merge: false,
+        dry_run: true,
+    };
     let (mut gone, mut freed) = (Vec::new(), 0);
     // The oldest first: it says all that lies on it.
     for (id, path) in found {
         if gone.contains(id) {
             continue;
         }
-        let (ids, bytes) = service.delete(path, true, true).await?;
-        if !with_descendants && ids.iter().any(|id| !found.contains_key(id)) {
+        if how.merge {
+            let (ids, bytes) = service.delete(path, how).await?;
+            gone.extend(ids);
+            freed += bytes;
+            continue;
+        }
+        let (ids, bytes) = service.delete(path, descendants).await?;
+        if !how.with_descendants && ids.iter().any(|id| !found.contains_key(id)) {
             // It says why not.
-            service.delete(path, false, true).await?;
+            service.delete(path, how).await?;
         }
         gone.extend(ids);
         freed += bytes;

@@ -97,8 +97,16 @@ async fn run(cli: &Cli) -> Result<Status> {
         Command::Delete {
             backups,
             with_descendants,
+            merge,
             dry_run,
-        } => backups::delete(&service, backups, *with_descendants, *dry_run, json).await,
+        } => {
+            let how = backups::Deletion {
+                with_descendants: *with_descendants,
+                merge: *merge,
+                dry_run: *dry_run,
+            };
+            backups::delete(&service, backups, how, json).await
+        }
         Command::Rescan => list::rescan(&service, json).await,
         // These need no bus and are done by now.
         Command::Completions { .. }

@@ -13,7 +13,8 @@ use zbus::proxy::MethodFlags;
 use zbus::wire::OwnedVariant;
 use zbus::{Connection, DeserializeDict, MatchRule, MessageStream, OwnedObjectPath, Type, Variant};
 
-use crate::backups::{Backup, BackupTuple};
+
+use crate::backups::{Backup, BackupTuple, Deletion};
 use crate::error::{Error, Result};
 use crate::job::{Outcome, Properties, Snapshot};
 
@@ -216,15 +217,11 @@ impl Service {
     }
 
     /// Deletes the backup at that path, or only says what would go: ids, and bytes freed.
-    pub async fn delete(
-        &self,
-        path: &str,
-        with_descendants: bool,
-        dry_run: bool,
-    ) -> Result<(Vec<String>, u64)> {
+    pub async fn delete(&self, path: &str, how: Deletion) -> Result<(Vec<String>, u64)> {
         let options = HashMap::from([
-            ("with-descendants", Variant::from(with_descendants)),
-            ("dry-run", Variant::from(dry_run)),
+            ("with-descendants", Variant::from(how.with_descendants)),
+            ("merge", Variant::from(how.merge)),
+            ("dry-run", Variant::from(how.dry_run)),
         ]);
         self.call(path, BACKUP_INTERFACE, "Delete", &(options,)).await
     }

@@ -1,0 +1,213 @@
+//! Making backups lie on nothing, so that what they lay on can go: a new image of all that the disk held takes the place of
+//! the one that held what had changed.
+//!
+//! The new one is made beside the old one, compared with what the old one shows, and put in its place as a whole. Nothing that
+//! shows the backup is gone at any moment, and what lies on it lies on the same content under the same name.
+
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::remove::name;
+use super::{Backups, Error, Unwanted};
+use crate::catalog::{
+    Backup, BackupKey, DEFINITION_NAME, Disk, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest,
+};
+use crate::definition::Format;
+use crate::fault::{self, Point};
+use crate::image::{self, Chain, Progress};
+use crate::target::{self, Replacement, Seal, Shelf};
+
+impl Backups {
+    /// Has no backup lie on those that are unwanted, but for those that are unwanted too.
+    pub(super) async fn merge(&self, unwanted: &Unwanted) -> Result<(), Error> {
+        let links = self
+            .catalog
+            .links(unwanted.store.clone(), unwanted.domain.clone())
+            .await?;
+        let lies_on = |parents: &[String]| parents.iter().any(|parent| unwanted.ids.contains(parent));
+        for link in links {
+            if !unwanted.ids.contains(&link.id) && lies_on(&link.parents) {
+                let backup = self.record(unwanted, &link.id).await?;
+                self.merge_one(backup, &unwanted.ids).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn merge_one(&self, backup: Backup, gone: &BTreeSet<String>) -> Result<(), Error> {
+        let path = self.store_path(&backup.key)?;
+        let merged = self.make_merged(&backup, &path, gone).await;
+        let put = match merged {
+            Ok((replacement, manifest)) => self.put_merged(&backup.key, replacement, manifest).await,
+            Err(error) => Err(error),
+        };
+        let key = backup.key.clone();
+        let clear = move || Replacement::clear(&path, name(&key));
+        match (put, self.blocking(self.deadlines.finish(), clear).await) {
+            (Ok(()), Err(error)) => {
+                tracing::warn!(backup = backup.key.id, %error, "what a backup's images were before is still there");
+                Ok(())
+            }
+            (put, _) => put,
+        }
+    }
+
+    /// Makes the new images and the manifest that is to tell of them.
+    async fn make_merged(
+        &self,
+        backup: &Backup,
+        path: &std::path::Path,
+        gone: &BTreeSet<String>,
+    ) -> Result<(Arc<Replacement>, Manifest), Error> {
+        let (at, key) = (path.to_owned(), backup.key.clone());
+        let open = move || {
+            let shelf = Shelf::of_store(&at)?.below(&key.domain)?;
+            let chain = shelf.map(|shelf| Chain::open(&shelf, &key.id, None));
+            Ok((chain, Replacement::create(&at, name(&key))?))
+        };
+        let (chain, replacement) = self.blocking(self.deadlines.stall(), open).await?;
+        let chain = chain.ok_or_else(|| Error::Gone(backup.key.id.clone()))??;
+        let replacement = Arc::new(replacement);
+        let mut manifest = backup.manifest.clone();
+        for disk in &mut manifest.disks {
+            let lies_on_them = disk
+                .parent
+                .as_ref()
+                .is_some_and(|parent| gone.contains(&parent.backup));
+            if lies_on_them {
+                self.merge_disk(&chain, &replacement, disk).await?;
+            } else {
+                let (kept, file) = (replacement.clone(), disk.file.clone());
+                self.blocking(self.deadlines.stall(), move || kept.keep(&file))
+                    .await?;
+            }
+        }
+        if manifest.parents().is_empty() {
+            manifest.kind = Kind::Full;
+        }
+        let text = manifest
+            .to_json()
+            .map_err(|error| Error::Manifest(error.to_string()))?;
+        let written = replacement.clone();
+        let write = move || {
+            written.keep(DEFINITION_NAME)?;
+            written.write(MANIFEST_NAME, &text)
+        };
+        self.blocking(self.deadlines.finish(), write).await?;
+        fault::point(Point::MergeMade);
+        Ok((replacement, manifest))
+    }
+
+    async fn merge_disk(
+        &self,
+        chain: &Chain,
+        replacement: &Arc<Replacement>,
+        disk: &mut Disk,
+    ) -> Result<(), Error> {
+        let Some(images) = chain.disks().iter().find(|images| images.disk == disk.name) else {
+            return Err(Error::Gone(chain.manifest.id.clone()));
+        };
+        let (made, file) = (replacement.clone(), disk.file.clone());
+        let target = self
+            .blocking(self.deadlines.stall(), move || made.create_file(&file))
+            .await?;
+        let target = Arc::new(target);
+        let copy = duplicate(&target)?;
+        image::restore(images, copy, Format::Qcow2, &Progress::default(), &self.stop).await?;
+        if !image::shows_the_same(images, &target, &self.stop).await? {
+            return Err(Error::NotTheSame {
+                id: chain.manifest.id.clone(),
+                disk: disk.name.clone(),
+            });
+        }
+        let seal = self
+            .blocking(self.deadlines.finish(), move || Seal::of(&target))
+            .await?;
+        disk.length = Some(seal.length);
+        disk.sha256 = seal.sha256;
+        disk.parent = None;
+        Ok(())
+    }
+
+    /// Puts them in place. What the manifest will be is on record first: who finds it there later knows that it is right.
+    async fn put_merged(
+        &self,
+        key: &BackupKey,
+        replacement: Arc<Replacement>,
+        manifest: Manifest,
+    ) -> Result<(), Error> {
+        let text = manifest
+            .to_json()
+            .map_err(|error| Error::Manifest(error.to_string()))?;
+        let text = String::from_utf8_lossy(&text).into_owned();
+        self.catalog.merging(key.clone(), Some(text)).await?;
+        fault::point(Point::MergeRecorded);
+        let put = self
+            .blocking(self.deadlines.finish(), move || replacement.put())
+            .await;
+        match put {
+            Ok(()) => {
+                self.catalog.merged(key.clone()).await?;
+                fault::point(Point::Merged);
+                tracing::info!(
+                    backup = key.id,
+                    store = key.store,
+                    "a backup lies on nothing any more"
+                );
+                Ok(())
+            }
+            Err(error) => {
+                self.settle_merge(key).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Finishes what a former process of the service began to put in place, or takes it back.
+    pub(super) async fn recover_merge(&self, key: &BackupKey) -> Result<(), Error> {
+        self.settle_merge(key).await?;
+        let (path, key) = (self.store_path(key)?, key.clone());
+        let clear = move || Replacement::clear(&path, name(&key));
+        self.blocking(self.deadlines.finish(), clear).await
+    }
+
+    /// Holds the record against what is in the backup's place.
+    async fn settle_merge(&self, key: &BackupKey) -> Result<(), Error> {
+        let (path, at) = (self.store_path(key)?, key.clone());
+        let read = move || {
+            let shelf = Shelf::of_store(&path)?.below(&at.domain)?;
+            let backup = shelf.map(|shelf| shelf.below(&at.id)).transpose()?.flatten();
+            let read = backup.map(|backup| backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES));
+            Ok(read.transpose()?.map(|(bytes, _)| bytes))
+        };
+        let found = self.blocking(self.deadlines.stall(), read).await?;
+        let is_new = match (self.catalog.being_merged(key.clone()).await?, found) {
+            (Some(new), Some(found)) => new.as_bytes() == found,
+            _ => false,
+        };
+        match is_new {
+            true => self.catalog.merged(key.clone()).await?,
+            false => self.catalog.merging(key.clone(), None).await?,
+        }
+        Ok(())
+    }
+
+    fn store_path(&self, key: &BackupKey) -> Result<PathBuf, Error> {
+        let store = self.stores.get(&key.store);
+        let store = store.ok_or_else(|| Error::NoStore(key.store.clone()))?;
+        Ok(store.path.clone())
+    }
+}
+
+fn duplicate(file: &OwnedFd) -> Result<OwnedFd, Error> {
+    let copy = rustix::io::fcntl_dupfd_cloexec(file, 3);
+    copy.map_err(|errno| {
+        Error::Target(target::Error::system(
+            "duplicate a descriptor of",
+            "a new image",
+            errno,
+        ))
+    })
+}

@@ -1,0 +1,82 @@
+//! Whether an image shows what a chain of images shows.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Stdio;
+
+use rustix::fs::{Mode, OFlags};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::chain::DiskChain;
+use super::process::{IMG, Inherited, Words};
+use super::{Error, blocking};
+use crate::definition::Format;
+
+/// Compares all that a guest would see of a disk, with a qcow2 image that lies on nothing; false if there is a difference.
+pub async fn shows_the_same(
+    chain: &DiskChain,
+    image: &OwnedFd,
+    cancel: &CancellationToken,
+) -> Result<bool, Error> {
+    let mut inherited = Inherited::new();
+    let mut node = Value::Null;
+    for image in &chain.images {
+        let file = inherited.add(image.file.as_fd())?;
+        let mut above = described(image.format, &file);
+        if image.format == Format::Qcow2 {
+            above["backing"] = node;
+        }
+        node = above;
+    }
+    let mut other = described(Format::Qcow2, &inherited.add(image.as_fd())?);
+    other["backing"] = Value::Null;
+    let arguments = [
+        "compare".to_owned(),
+        format!("json:{node}"),
+        format!("json:{other}"),
+    ];
+    let nothing = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let nothing = nothing.map_err(|errno| Error::Engine {
+        why: format!("/dev/null: {errno}"),
+    })?;
+    let mut child = inherited.pass(|| IMG.start(arguments, nothing, Stdio::null()))?;
+    let mut words = child.stderr.take().map(Words::listen);
+    let status = tokio::select! {
+        status = child.wait() => status,
+        () = cancel.cancelled() => {
+            // One that cannot be killed has ended.
+            let _ = child.kill().await;
+            return Err(Error::Cancelled);
+        }
+    };
+    let status = status.map_err(|error| Error::Engine {
+        why: error.to_string(),
+    })?;
+    // It read the headers itself: one that was exchanged meanwhile could have had it read something else.
+    let images = chain.images.clone();
+    blocking(move || {
+        for image in &images {
+            image.check_header().map_err(|fault| image.damaged(fault))?;
+        }
+        Ok(())
+    })
+    .await?;
+    match status.code() {
+        Some(0) => Ok(true),
+        Some(1) => Ok(false),
+        _ => {
+            let said = match &mut words {
+                Some(words) => words.last().await,
+                None => String::new(),
+            };
+            Err(Error::Engine {
+                why: format!("qemu-img compare: {status}: {said}"),
+            })
+        }
+    }
+}
+
+fn described(format: Format, file: &str) -> Value {
+    let file = json!({ "driver": "file", "filename": file });
+    json!({ "driver": format.as_str(), "file": file })
+}

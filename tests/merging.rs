@@ -1,0 +1,228 @@
+//! Deleting what others lie on, when these are to stay: they get images of their own of all that they show.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use backupd::fault::Point;
+use common::caller::Caller;
+use common::chain::directories;
+use common::clients::ROOT;
+use common::disk::Disk;
+use common::proxies::{Options, error_name};
+use common::vm::Vm;
+use common::{System, process, wait};
+use rustix::fs::{FlockOperation, flock};
+use serde_json::Value;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const DISKS: [&str; 2] = ["vda", "vdb"];
+
+/// A full backup, and a chain of three on it.
+struct Scene {
+    system: System,
+    vm: Vm,
+    ids: Vec<String>,
+    /// What each image shows, by id and disk.
+    shown: BTreeMap<(String, &'static str), Vec<u8>>,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let system = System::start();
+        let machine = system.vm("web").running();
+        let disk = |name: &&str| Disk::new(name, 4 * MIB).fill(0, 2 * MIB, 0x11);
+        let vm = system.configured(DISKS.iter().map(disk).fold(machine, |machine, disk| machine.disk(disk)));
+        let mut scene = Self {
+            system,
+            vm,
+            ids: Vec::new(),
+            shown: BTreeMap::new(),
+        };
+        for pattern in 1..=4 {
+            scene.backup(pattern).await;
+        }
+        scene
+    }
+
+    async fn backup(&mut self, pattern: u8) {
+        let at = u64::from(pattern) * MIB / 2;
+        self.vm.write("vda", at, MIB / 4, pattern);
+        self.vm.write_zeroes("vda", at + MIB / 4, MIB / 8);
+        self.vm.write("vdb", 4 * MIB - at, 65536, pattern);
+        let root = Caller::new(&self.system).await;
+        root.complete("web", "").await;
+        let made = directories(&self.system.store().join("web"));
+        let ids = made.iter().map(|path| path.file_name().unwrap().to_str().unwrap());
+        let new = ids.filter(|id| !self.ids.iter().any(|known| known == id));
+        let [id] = new.collect::<Vec<_>>().try_into().unwrap();
+        let id = id.to_owned();
+        for disk in DISKS {
+            self.shown.insert((id.clone(), disk), read(&self.image(&id, disk)));
+        }
+        self.ids.push(id);
+    }
+
+    fn directory(&self, id: &str) -> PathBuf {
+        self.system.store().join("web").join(id)
+    }
+
+    fn image(&self, id: &str, disk: &str) -> PathBuf {
+        self.directory(id).join(format!("{disk}.qcow2"))
+    }
+
+    fn manifest(&self, id: &str) -> Value {
+        let text = std::fs::read(self.directory(id).join("manifest.json")).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    }
+
+    async fn delete(&self, id: &str, options: &[&'static str]) -> zbus::Result<(Vec<String>, u64)> {
+        let root = Caller::new(&self.system).await;
+        let path = root.manager.get_backup(id).await?;
+        let options: Options = options.iter().map(|name| (*name, Variant::from(true))).collect();
+        let interface = Some("org.example.Backup1.Backup");
+        let call = root
+            .connection
+            .call_method(Some("org.example.Backup1"), &path, interface, "Delete", &options);
+        wait::within("Delete", call).await?.body().deserialize()
+    }
+
+    /// These are there and no others, each shows what it did, is as its manifest says, and is listed as complete.
+    async fn assert_there(&self, ids: &[&str]) {
+        let there = directories(&self.system.store().join("web"));
+        let mut names: Vec<&str> = there.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+        names.sort_unstable();
+        let mut expected = ids.to_vec();
+        expected.sort_unstable();
+        assert_eq!(names, expected);
+        let hidden = std::fs::read_dir(self.system.store().join("web")).unwrap();
+        assert_eq!(hidden.count(), ids.len(), "nothing is left beside them");
+        for id in ids {
+            for disk in DISKS {
+                let image = self.image(id, disk);
+                assert!(read(&image) == self.shown[&((*id).to_owned(), disk)], "{}", image.display());
+            }
+            let manifest = self.manifest(id);
+            for disk in manifest["disks"].as_array().unwrap() {
+                let image = self.directory(id).join(disk["file"].as_str().unwrap());
+                assert_eq!(disk["length"], image.metadata().unwrap().len());
+                let mut sum = Command::new("sha256sum");
+                sum.arg(&image);
+                let sum = process::run(sum).expect_success();
+                assert_eq!(disk["sha256"], sum.split(' ').next().unwrap());
+            }
+        }
+        let root = Caller::new(&self.system).await;
+        let (listed, _) = root.manager.list_backups(Options::new()).await.unwrap();
+        let complete = listed.iter().filter(|backup| format!("{backup:?}").contains("complete"));
+        assert_eq!(complete.count(), ids.len(), "{listed:?}");
+    }
+}
+
+#[track_caller]
+fn read(image: &Path) -> Vec<u8> {
+    let raw = tempfile::NamedTempFile::new().unwrap();
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-O", "raw"]).arg(image).arg(raw.path());
+    process::run(convert).expect_success();
+    std::fs::read(raw.path()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_lay_on_a_backup_that_is_deleted_shows_what_it_showed() {
+    let scene = Scene::new().await;
+    let [first, second, third, fourth] = scene.ids.clone().try_into().unwrap();
+    let before = scene.manifest(&third);
+    let (would_go, _) = scene.delete(&first, &["merge", "dry-run"]).await.unwrap();
+    assert_eq!(would_go, [first.as_str()]);
+    scene.assert_there(&[&first, &second, &third, &fourth]).await;
+    let (gone, freed) = scene.delete(&first, &["merge"]).await.unwrap();
+    assert_eq!(gone, [first.as_str()]);
+    assert!(freed > 2 * MIB, "{freed}");
+    scene.assert_there(&[&second, &third, &fourth]).await;
+    let manifest = scene.manifest(&second);
+    assert_eq!(manifest["kind"], "full");
+    assert_eq!(manifest["disks"][0]["parent"], Value::Null);
+    assert_eq!(scene.manifest(&third), before);
+    let mode = scene.image(&second, "vda").metadata().unwrap().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    // In the middle of a chain, from the command line.
+    let deleted = scene
+        .system
+        .clients()
+        .backupctl(ROOT, &["delete", "--merge", &third[..]])
+        .expect_success();
+    assert!(deleted.contains(&third), "{deleted}");
+    scene.assert_there(&[&second, &fourth]).await;
+    assert_eq!(scene.manifest(&fourth)["kind"], "full");
+    // What is next goes on from the newest, which has other images now.
+    let mut scene = scene;
+    scene.backup(5).await;
+    let fifth = scene.ids.last().unwrap().clone();
+    assert_eq!(scene.manifest(&fifth)["disks"][0]["parent"]["backup"], fourth);
+    scene.assert_there(&[&second, &fourth, &fifth]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wherever_the_service_dies_every_backup_shows_what_it_showed() {
+    let mut scene = Scene::new().await;
+    for point in Point::MERGE.into_iter().chain(Point::REMOVAL) {
+        let oldest = scene.ids[0].clone();
+        scene.system.stop_daemon();
+        scene.system.start_dying_daemon(point);
+        scene.system.wait_for_domain("web");
+        scene.delete(&oldest, &["merge"]).await.unwrap_err();
+        scene.system.wait_for_death();
+        // What is there is good, whichever it is.
+        for (id, disk) in scene.shown.keys() {
+            let image = scene.image(id, disk);
+            if image.exists() {
+                assert!(read(&image) == scene.shown[&(id.clone(), *disk)], "{point:?}: {}", image.display());
+            }
+        }
+        scene.system.start_daemon();
+        scene.system.wait_for_domain("web");
+        // What was begun and can be finished is; else the call is made again.
+        let parent = scene.system.store().join("web");
+        wait::until(&format!("what {point:?} left to be gone"), || {
+            let names = std::fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().file_name());
+            let hidden = names.filter(|name| name.to_str().unwrap().starts_with('.'));
+            (hidden.count() == 0).then_some(())
+        });
+        if scene.directory(&oldest).exists() {
+            scene.delete(&oldest, &["merge"]).await.unwrap();
+        }
+        scene.ids.remove(0);
+        let left: Vec<&str> = scene.ids.iter().map(String::as_str).collect();
+        scene.assert_there(&left).await;
+        let pattern = 10 + scene.shown.len() as u8;
+        scene.backup(pattern % 7 + 1).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_use_or_damaged_is_not_merged_and_nothing_is_changed() {
+    let scene = Scene::new().await;
+    let [first, second, third, fourth] = scene.ids.clone().try_into().unwrap();
+    let all = [first.as_str(), &second, &third, &fourth];
+    let reader = std::fs::File::open(scene.directory(&second)).unwrap();
+    flock(&reader, FlockOperation::LockShared).unwrap();
+    let busy = scene.delete(&first, &["merge"]).await.unwrap_err();
+    assert!(error_name(&busy).ends_with("Busy"), "{busy}");
+    scene.assert_there(&all).await;
+    drop(reader);
+    let both = scene.delete(&first, &["merge", "with-descendants"]).await.unwrap_err();
+    assert!(error_name(&both).ends_with("InvalidArgs"), "{both}");
+    // An image that is not what it was does not become a good one.
+    let image = scene.image(&second, "vda");
+    let whole = std::fs::read(&image).unwrap();
+    std::fs::write(&image, &whole[..whole.len() - 1]).unwrap();
+    let damaged = scene.delete(&first, &["merge"]).await.unwrap_err();
+    assert!(damaged.to_string().contains(&second), "{damaged}");
+    std::fs::write(&image, &whole).unwrap();
+    scene.assert_there(&all).await;
+}

@@ -26,7 +26,7 @@ const MIB: u64 = 1 << 20;
 const OWNER: u32 = 2;
 const READER: u32 = 3;
 
-const EVERYTHING: [&str; 11] = [
+const EVERYTHING: [&str; 13] = [
     "service.search-domains",
     "service.register-domain",
     "service.rescan",
@@ -38,6 +38,8 @@ const EVERYTHING: [&str; 11] = [
     "domain.abort",
     "domain.set-speed",
     "backup.delete",
+    "backup.restore",
+    "backup.verify",
 ];
 
 /// The backups that all others are tried on end with the first of these, and so does waiting for their ends.
@@ -65,7 +67,9 @@ impl Person {
             | Permission::DomainExport
             | Permission::DomainAbort
             | Permission::DomainSetSpeed
-            | Permission::BackupDelete => self.who == "allowed",
+            | Permission::BackupDelete
+            | Permission::BackupRestore
+            | Permission::BackupVerify => self.who == "allowed",
         }
     }
 
@@ -227,6 +231,25 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
                 )
                 .await
             }
+            Some(("Backup", "Restore")) => {
+                let body = (Vec::<(String, zbus::Fd<'_>)>::new(), Options::new());
+                call(caller, &domain.backup, BACKUP_INTERFACE, "Restore", &body).await
+            }
+            Some(("Backup", "Export")) => {
+                let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
+                let body = ("", zbus::Fd::from(&socket), Options::new());
+                call(caller, &domain.backup, BACKUP_INTERFACE, "Export", &body).await
+            }
+            Some(("Backup", "Verify")) => {
+                call(
+                    caller,
+                    &domain.backup,
+                    BACKUP_INTERFACE,
+                    "Verify",
+                    &Options::new(),
+                )
+                .await
+            }
             Some(("Backup", property)) => get(caller, &domain.backup, BACKUP_INTERFACE, property).await,
             _ => panic!("{member} is called by nobody"),
         },
@@ -274,6 +297,8 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
         Permission::DomainAbort,
         Permission::DomainSetSpeed,
         Permission::BackupDelete,
+        Permission::BackupRestore,
+        Permission::BackupVerify,
     ] {
         if lacks(permission) {
             return challenged(permission);
@@ -297,6 +322,8 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
         "Job.CancelDisk" => "NoSuchDisk",
         // There is something in its directory that is not the backup's.
         "Backup.Delete" => "TargetInvalid",
+        // No disk is named; the socket does not listen.
+        "Backup.Restore" | "Backup.Export" => "InvalidArgs",
         _ => "ok",
     }
 }

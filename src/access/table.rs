@@ -30,6 +30,10 @@ pub enum Permission {
     DomainSetSpeed,
     /// Remove a backup of it from a store of the administrator's.
     BackupDelete,
+    /// Have the data of a backup of it.
+    BackupRestore,
+    /// Have a backup of it read through for damage.
+    BackupVerify,
 }
 
 /// What is answered where no rule says otherwise.
@@ -74,7 +78,7 @@ pub struct Entry {
 const CREATE: &[&str] = &["CreateBackup", "Domain.CreateBackup"];
 
 /// Every permission that there is, once.
-pub static TABLE: [Entry; 11] = [
+pub static TABLE: [Entry; 13] = [
     Entry {
         permission: Permission::ServiceSearchDomains,
         action: "org.example.backup1.service.search-domains",
@@ -133,6 +137,9 @@ pub static TABLE: [Entry; 11] = [
             "ListBackups",
             "GetBackup",
             "Backup.Delete",
+            "Backup.Restore",
+            "Backup.Export",
+            "Backup.Verify",
             "Backup.Id",
             "Backup.Name",
             "Backup.Description",
@@ -208,6 +215,22 @@ pub static TABLE: [Entry; 11] = [
         message: "Authentication is required to delete a backup of the virtual machine $(domain_name) from the store $(store)",
         implicit: Implicit::AdministratorKept,
         members: &["Backup.Delete"],
+    },
+    Entry {
+        permission: Permission::BackupRestore,
+        action: "org.example.backup1.backup.restore",
+        description: "Read the data of a backup of a virtual machine",
+        message: "Authentication is required to read the data of a backup of the virtual machine $(domain_name) in the store $(store)",
+        implicit: Implicit::Administrator,
+        members: &["Backup.Restore", "Backup.Export"],
+    },
+    Entry {
+        permission: Permission::BackupVerify,
+        action: "org.example.backup1.backup.verify",
+        description: "Verify a backup of a virtual machine",
+        message: "Authentication is required to verify a backup of the virtual machine $(domain_name) in the store $(store)",
+        implicit: Implicit::AdministratorKept,
+        members: &["Backup.Verify"],
     },
 ];
 

@@ -115,7 +115,7 @@ pub async fn call(context: &Context, call: &Call, job: &Arc<Job>) -> Answer {
         }
         "GetDefinition" => {
             call.no_arguments()?;
-            call.reply(&job.definition())
+            call.reply(&job.definition()?)
         }
         _ => Err(call.unknown_method()),
     }
@@ -135,7 +135,7 @@ pub async fn properties(job: &Job) -> Properties {
     vec![
         ("Id", Variant::from(job.id)),
         ("Domain", Variant::from(domain_path(job.domain.id))),
-        ("Mode", Variant::from("push")),
+        ("Mode", Variant::from(job.plan.mode())),
         ("StartedByUID", Variant::from(job.started_by)),
         ("StartTime", Variant::from(start_time)),
         (

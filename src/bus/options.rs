@@ -7,7 +7,7 @@ use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, Seq
 use zbus::wire::{OwnedVariant, Signature, Type};
 
 use super::error::{BusError, Result};
-use crate::definition::{Quiesce, is_valid_name};
+use crate::definition::{Format, Quiesce, is_valid_name};
 use crate::error::{Kind, shown};
 use crate::plan::{self, Incremental};
 use crate::service::{BackupsWanted, Deletion};
@@ -199,6 +199,26 @@ pub fn delete(dictionary: Dictionary) -> Result<Deletion> {
         return Err(invalid(text.into()));
     }
     Ok(options)
+}
+
+/// The option of `Restore`: the format.
+pub fn restore(dictionary: Dictionary) -> Result<Format> {
+    let mut format = Format::Qcow2;
+    for (key, value) in dictionary.0 {
+        match (key.as_str(), value) {
+            ("format", Value::Str(word)) => {
+                let mut known = [Format::Qcow2, Format::Raw].into_iter();
+                let named = known.find(|format| format.as_str() == word);
+                format = named.ok_or_else(|| {
+                    let word = shown(&word);
+                    invalid(format!("option 'format': '{word}' is neither 'qcow2' nor 'raw'"))
+                })?;
+            }
+            ("format", value) => return Err(wrong_type(&key, &value, "s")),
+            _ => return Err(unknown(&key)),
+        }
+    }
+    Ok(format)
 }
 
 /// Options of a method that has none yet.

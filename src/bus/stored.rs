@@ -1,12 +1,16 @@
 //! `org.example.Backup1.Backup`: one backup in a store.
 
+use std::sync::Arc;
+
 use zbus::wire::{OwnedObjectPath, Variant};
 
-use super::call::{Answer, Call};
+use super::call::{Answer, Call, Handle};
 use super::object::Properties;
 use super::options::{self, Dictionary};
-use super::{Context, backup_path};
+use super::{Context, backup_path, job_path};
 use crate::catalog::{self, Backup};
+use crate::job::Job;
+use crate::service::RestoreRequest;
 
 /// A disk as it is told: name, file, format, virtual size, length, SHA-256, the backup that it lies on.
 type DiskTuple = (String, String, String, u64, u64, String, String);
@@ -52,8 +56,63 @@ pub async fn call(context: &Context, call: &Call, backup: &Backup) -> Answer {
             let removed = call.while_present(delete).await?;
             call.reply(&(removed.ids, removed.freed))
         }
+        "Restore" => restore(context, call, backup).await,
+        "Export" => export(context, call, backup).await,
+        "Verify" => verify(context, call, backup).await,
         _ => Err(call.unknown_method()),
     }
+}
+
+async fn restore(context: &Context, call: &Call, backup: &Backup) -> Answer {
+    let (targets, options) = call.arguments::<(Vec<(String, Handle)>, Dictionary)>()?;
+    let (disks, files): (Vec<String>, Vec<Handle>) = targets.into_iter().unzip();
+    let request = RestoreRequest {
+        files: call.descriptors(&files)?,
+        format: options::restore(options)?,
+        disks,
+    };
+    let service = &context.service;
+    let authorise = async {
+        let asked = service.authorise_restore(&call.caller, backup, &request.disks);
+        Ok(asked.await?)
+    };
+    let grant = call.while_present(authorise).await?;
+    // From here on the caller may leave: its disks are restored.
+    let job = service.restore(grant, call.caller.uid, backup, request).await?;
+    started(context, call, job).await
+}
+
+async fn verify(context: &Context, call: &Call, backup: &Backup) -> Answer {
+    options::none(&call.arguments()?)?;
+    let service = &context.service;
+    let authorise = async { Ok(service.authorise_verify(&call.caller, backup).await?) };
+    let grant = call.while_present(authorise).await?;
+    let none = call.descriptors(&[])?;
+    let job = service.verify(grant, call.caller.uid, backup, none).await?;
+    started(context, call, job).await
+}
+
+async fn started(context: &Context, call: &Call, job: Arc<Job>) -> Answer {
+    let id = job.id;
+    context.follower.add_job(job, &call.caller.name).await;
+    call.reply(&(id, job_path(id)))
+}
+
+async fn export(context: &Context, call: &Call, backup: &Backup) -> Answer {
+    let (disk, socket, options) = call.arguments::<(String, Handle, Dictionary)>()?;
+    options::none(&options)?;
+    let listener = call.descriptors(&[socket])?;
+    let disks: Vec<String> = Some(disk).filter(|disk| !disk.is_empty()).into_iter().collect();
+    let (service, peer) = (&context.service, call.peer().clone());
+    let export = async {
+        let caller = &call.caller;
+        let grant = service.authorise_restore(caller, backup, &disks).await?;
+        let left = async move { peer.left().await };
+        let served = service.export(grant, caller.uid, backup, (disks.clone(), listener), left);
+        Ok(served.await?)
+    };
+    call.while_present(export).await?;
+    call.reply(&())
 }
 
 pub fn properties(backup: &Backup) -> Properties {

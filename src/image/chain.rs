@@ -69,6 +69,12 @@ impl Chain {
 }
 
 impl DiskChain {
+    /// Bytes that the content takes at most.
+    pub fn estimate(&self) -> u64 {
+        let files = self.images.iter().map(|image| image.length).sum();
+        self.virtual_size().min(files)
+    }
+
     /// Bytes that the guest sees.
     pub fn virtual_size(&self) -> u64 {
         self.images.last().map_or(0, Image::virtual_size)

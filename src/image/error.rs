@@ -144,6 +144,15 @@ impl Error {
         }
     }
 
+    /// The disk that it is about, where it is about one.
+    pub fn disk(&self) -> Option<&str> {
+        match self {
+            Self::Copy { disk, .. } | Self::NoSpace { disk } | Self::BadTarget { disk, .. } => Some(disk),
+            Self::Damaged(finding) => finding.disk.as_deref(),
+            _ => None,
+        }
+    }
+
     pub fn kind(&self) -> Kind {
         match self {
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
@@ -153,7 +162,7 @@ impl Error {
                 fault: Fault::Unreadable(error),
                 ..
             }) => error.kind(),
-            Self::Damaged(_) => Kind::TargetInvalid,
+            Self::Damaged(_) => Kind::ChainBroken,
             Self::TooManyImages { .. } => Kind::LimitsExceeded,
             Self::NotInstalled { .. } | Self::NotStarted { .. } => Kind::Unsupported,
             Self::Engine { .. } | Self::Copy { .. } => Kind::QemuError,

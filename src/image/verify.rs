@@ -46,7 +46,8 @@ impl Verified {
 #[derive(Debug)]
 pub struct Survey {
     store: Arc<Shelf>,
-    backups: Vec<Location>,
+    /// With the bytes that there are to read of each.
+    backups: Vec<(Location, u64)>,
     bytes: u64,
 }
 
@@ -74,28 +75,32 @@ impl Survey {
 
     fn add(&mut self, wanted: &Location, seen: &mut BTreeSet<Location>) {
         // What cannot be read is told when it is verified. Two visits each: before what it lies on, and after it.
-        let mut ahead = vec![(wanted.clone(), false)];
+        let mut ahead = vec![(wanted.clone(), None)];
         while let Some((location, after)) = ahead.pop() {
-            if after {
-                self.backups.push(location);
+            if let Some(bytes) = after {
+                self.bytes += bytes;
+                self.backups.push((location, bytes));
                 continue;
             }
             if !seen.insert(location.clone()) {
                 continue;
             }
-            ahead.push((location.clone(), true));
-            let Ok(Some(domain)) = self.store.below(&location.domain) else {
-                continue;
-            };
-            let Ok(backup) = Links::new(&domain).backup(&location.id) else {
+            let domain = self.store.below(&location.domain).ok().flatten();
+            let backup = domain.and_then(|domain| {
+                let backup = Links::new(&domain).backup(&location.id).ok()?;
+                Some((domain, backup))
+            });
+            let Some((domain, backup)) = backup else {
+                ahead.push((location, Some(0)));
                 continue;
             };
             let manifest = &backup.manifest;
-            self.bytes += manifest
+            let bytes = manifest
                 .disks
                 .iter()
                 .filter_map(|disk| backup.file_size(disk))
-                .sum::<u64>();
+                .sum();
+            ahead.push((location.clone(), Some(bytes)));
             for parent in manifest.parents() {
                 let there = domain.below(parent).is_ok_and(|shelf| shelf.is_some());
                 if there {
@@ -103,10 +108,15 @@ impl Survey {
                         domain: location.domain.clone(),
                         id: parent.to_owned(),
                     };
-                    ahead.push((parent, false));
+                    ahead.push((parent, None));
                 }
             }
         }
+    }
+
+    /// What will be verified, in this order, and how many bytes there are to read of each.
+    pub fn backups(&self) -> impl Iterator<Item = (&Location, u64)> {
+        self.backups.iter().map(|(location, bytes)| (location, *bytes))
     }
 
     /// Verifies them, and tells of each as soon as it is done. When this is dropped, it ends soon.
@@ -121,7 +131,7 @@ impl Survey {
         let _stop_when_dropped = stop.clone().drop_guard();
         let mut done: HashMap<Location, usize> = HashMap::new();
         let mut all: Vec<Verified> = Vec::new();
-        for location in self.backups {
+        for (location, _) in self.backups {
             let (store, place) = (self.store.clone(), location.clone());
             let look = blocking(move || look(&store, &place)).await?;
             let mut verified = Verified {

@@ -83,15 +83,7 @@ impl End<'_> {
         };
         let outcome = outcome(job, ended);
         tracing::info!(job = job.id, domain = job.domain.name, outcome = ?outcome, "backup ended");
-        job.update(|status| {
-            for disk in &mut status.disks {
-                match (&outcome, &disk.state) {
-                    (Outcome::Completed, _) => disk.state = DiskState::Completed,
-                    (_, DiskState::Failed { .. }) => {}
-                    _ => disk.state = DiskState::Cancelled,
-                }
-            }
-        });
+        show_ended(job, &outcome);
         remember_end(job, setting, &outcome, left, backup).await;
         drop(parents);
         fault::point(Point::Ended);
@@ -275,7 +267,7 @@ fn try_publish(job: &Job, targets: &mut Targets, instant: Instant) -> Result<Opt
         true => manifest(job, instant, &seals)?,
         false => Vec::new(),
     };
-    let document = job.definition();
+    let document = job.definition()?;
     let records = [
         (catalog::MANIFEST_NAME, manifest.as_slice()),
         (catalog::DEFINITION_NAME, document.as_bytes()),
@@ -296,7 +288,22 @@ fn try_publish(job: &Job, targets: &mut Targets, instant: Instant) -> Result<Opt
     })
 }
 
-fn outcome(job: &Job, ended: Result<(), Stopped>) -> Outcome {
+/// All disks have what the job has; but one that failed, or was done with, stays so.
+pub(super) fn show_ended(job: &Job, outcome: &Outcome) {
+    job.update(|status| {
+        status.rate = 0;
+        status.expected_end = None;
+        for disk in &mut status.disks {
+            match (outcome, &disk.state) {
+                (Outcome::Completed, _) => disk.state = DiskState::Completed,
+                (_, DiskState::Failed { .. } | DiskState::Completed) => {}
+                _ => disk.state = DiskState::Cancelled,
+            }
+        }
+    });
+}
+
+pub(super) fn outcome(job: &Job, ended: Result<(), Stopped>) -> Outcome {
     match ended {
         Ok(()) => Outcome::Completed,
         Err(Stopped::Cancelled | Stopped::Left) => Outcome::Cancelled,
@@ -328,7 +335,7 @@ fn blame(job: &Job, error: &Error) {
 }
 
 /// A later process of the service comes to the same outcome from the last step that is on record.
-async fn remember_end(
+pub(super) async fn remember_end(
     job: &Job,
     setting: &Setting,
     outcome: &Outcome,

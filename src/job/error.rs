@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::domain::Migration;
 use crate::error::Kind;
+use crate::image::{self, Finding};
 use crate::{catalog, qmp, quota, target};
 
 #[derive(Debug, Clone, thiserror::Error)]
@@ -69,6 +70,16 @@ pub enum Error {
     Target(#[from] target::Error),
     #[error("the record of the backup cannot be written: {0}")]
     Record(String),
+    #[error("job {id} makes no backup: it has no document")]
+    NoDefinition { id: u32 },
+    #[error("job {id} makes no backup: its speed cannot be limited")]
+    NoSpeed { id: u32 },
+    #[error("{0}")]
+    Image(Box<image::Error>),
+    #[error("{first}{}", more(*.others))]
+    Found { first: Box<Finding>, others: usize },
+    #[error("the service was ended meanwhile, and this with it: start it again")]
+    NotResumed,
 }
 
 impl Error {
@@ -106,7 +117,10 @@ impl Error {
             Self::Stalled { .. } => Kind::TargetInvalid,
             Self::Former(error) => error.kind,
             Self::Target(error) => error.kind(),
-            Self::Record(_) | Self::Catalog(_) | Self::Interrupted => Kind::Internal,
+            Self::NoDefinition { .. } | Self::NoSpeed { .. } => Kind::Unsupported,
+            Self::Image(error) => error.kind(),
+            Self::Found { .. } => Kind::ChainBroken,
+            Self::Record(_) | Self::Catalog(_) | Self::Interrupted | Self::NotResumed => Kind::Internal,
         }
     }
 
@@ -129,6 +143,7 @@ impl Error {
             | Self::Changed { disk }
             | Self::Format { disk, .. } => Some((disk, "prepare")),
             Self::Copy { disk, .. } => Some((disk, "copy")),
+            Self::Image(error) => error.disk().map(|disk| (disk, "restore")),
             Self::Target(error) => error.disk().map(|disk| (disk, "publish")),
             _ => None,
         }
@@ -159,6 +174,13 @@ impl From<catalog::Error> for Error {
 impl From<Error> for Stopped {
     fn from(error: Error) -> Self {
         Self::Failed(error)
+    }
+}
+
+fn more(count: usize) -> String {
+    match count {
+        0 => String::new(),
+        count => format!("; and {count} more"),
     }
 }
 

@@ -22,7 +22,7 @@ use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, Step};
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Identity, Link, Registry};
 use crate::fault::{self, Point};
-use crate::plan::{Earlier, Plan};
+use crate::plan::{Earlier, Plan, Task};
 use crate::quota::{Quota, Share};
 use crate::target::Targets;
 
@@ -64,10 +64,10 @@ struct Table {
 /// All jobs.
 pub struct Jobs {
     table: Mutex<Table>,
-    quota: Quota,
-    setting: Setting,
+    pub(super) quota: Quota,
+    pub(super) setting: Setting,
     rescanning: tokio::sync::Mutex<()>,
-    tasks: TaskTracker,
+    pub(super) tasks: TaskTracker,
 }
 
 /// The right to run the only backup of a domain; given back when it is dropped.
@@ -146,6 +146,11 @@ impl Jobs {
             let identity = record::identity(record.id, &record.domain)?;
             match record.step {
                 Step::Ended => self.sweep(record, identity)?,
+                _ if record::plan(&record)?.task != Task::Backup => {
+                    let job = self.end_lost(&record, identity).await?;
+                    self.forget_later(job.id);
+                    resumed.push(job);
+                }
                 _ => resumed.push(self.resume(record, identity)?),
             }
         }
@@ -312,7 +317,7 @@ impl Jobs {
     }
 
     /// What is to be done when the work on a job has ended.
-    async fn after(self: &Arc<Self>, job: &Arc<Job>, ending: Ending) {
+    pub(super) async fn after(self: &Arc<Self>, job: &Arc<Job>, ending: Ending) {
         let left = match ending {
             Ending::Ended(left) => left,
             Ending::Left => {
@@ -408,6 +413,10 @@ impl Jobs {
         self.setting.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+    }
+
+    pub(super) fn insert(&self, job: Arc<Job>) {
+        self.lock().jobs.insert(job.id, job);
     }
 
     fn forget_oldest(&self) {

@@ -19,6 +19,7 @@ mod rescan;
 mod run;
 mod running;
 mod status;
+mod stored;
 mod track;
 mod writeback;
 
@@ -27,6 +28,7 @@ pub use guard::watch as watch_frozen_guest;
 pub use manager::{Jobs, Reservation, Start};
 pub use rescan::Rescan;
 pub use status::{DiskState, DiskStatus, Outcome, State, Status};
+pub use stored::{Turn, Work};
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -38,7 +40,7 @@ use tokio_util::sync::CancellationToken;
 use crate::catalog::Catalog;
 use crate::domain::Domain;
 use crate::fault::{self, Point};
-use crate::plan::Plan;
+use crate::plan::{Plan, Task};
 
 /// How long somebody who looked is taken to be looking.
 const ATTENTION: Duration = Duration::from_secs(5);
@@ -57,7 +59,7 @@ enum Decision {
     GivenUp,
 }
 
-/// One backup that is under way or has ended.
+/// One backup that is under way or has ended; or what is done with stored ones.
 #[derive(Debug)]
 pub struct Job {
     pub id: u32,
@@ -97,9 +99,12 @@ impl Job {
         self.status.subscribe()
     }
 
-    /// The document with all defaults filled in.
-    pub fn definition(&self) -> String {
-        self.plan.definition().to_xml()
+    /// The document with all defaults filled in. Only a backup has one.
+    pub fn definition(&self) -> Result<String, Error> {
+        match self.plan.task {
+            Task::Backup => Ok(self.plan.definition().to_xml()),
+            Task::Restore(_) | Task::Verify(_) => Err(Error::NoDefinition { id: self.id }),
+        }
     }
 
     /// Asks for the end of the whole backup and returns without waiting for it. What was accepted here never ends as
@@ -145,6 +150,9 @@ impl Job {
 
     /// Changes the limit of the running backup; `bytes_per_second` is for all disks together, 0 is unlimited.
     pub async fn set_speed(&self, bytes_per_second: u64) -> Result<(), Error> {
+        if self.plan.task != Task::Backup {
+            return Err(Error::NoSpeed { id: self.id });
+        }
         if let Some(outcome) = &self.status.borrow().outcome {
             return Err(Error::Ended {
                 id: self.id,

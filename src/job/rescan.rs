@@ -15,7 +15,7 @@ use crate::catalog::{
 };
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
-use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Why};
+use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
 use crate::target::{self, Shelf};
 
 /// Texts about what could not be taken in.
@@ -375,6 +375,7 @@ fn plan(store: &str, path: &Path, manifest: &Manifest, document: Option<&Definit
             path: path.to_owned(),
         },
         reuse_external: false,
+        task: Task::Backup,
         bandwidth: document.and_then(|document| document.bandwidth).unwrap_or(0),
         quiesce: document.and_then(|document| document.quiesce),
         hold_poweroff: true,

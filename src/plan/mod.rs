@@ -61,10 +61,33 @@ pub struct Plan {
     pub quiesce: Option<Quiesce>,
     /// A guest that powers off is kept, paused, until the backup has ended.
     pub hold_poweroff: bool,
-    /// At least one.
+    /// At least one; none where backups are verified.
     pub disks: Vec<DiskPlan>,
     /// Disks of the domain that are left out.
     pub excluded: Vec<String>,
+    #[serde(default)]
+    pub task: Task,
+}
+
+/// What is done with the places.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Task {
+    /// The domain's disks are copied to them.
+    #[default]
+    Backup,
+    /// A stored backup's disks are.
+    Restore(Stored),
+    /// There are none: stored backups are read.
+    Verify(Stored),
+}
+
+/// A backup in a store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    pub store: String,
+    /// The directory's name in the store.
+    pub domain: String,
+    pub id: String,
 }
 
 /// Who chooses the places.
@@ -153,6 +176,7 @@ pub fn resolve(
         bandwidth: agreed("bandwidth", definition.bandwidth, options.bandwidth)?.unwrap_or(0),
         quiesce: agreed("quiesce", definition.quiesce, options.quiesce)?,
         hold_poweroff: !options.allow_poweroff,
+        task: Task::Backup,
         excluded,
     })
 }
@@ -179,6 +203,31 @@ impl Plan {
     /// What the backup is, as a whole.
     pub fn kind(&self) -> Kind {
         chain::kind(self.disks.iter().map(|disk| &disk.mode))
+    }
+
+    /// What is done with a stored backup.
+    pub fn of_stored(task: Task, disks: Vec<DiskPlan>) -> Self {
+        Self {
+            name: None,
+            description: None,
+            destination: Destination::Caller,
+            reuse_external: false,
+            bandwidth: 0,
+            quiesce: None,
+            hold_poweroff: false,
+            disks,
+            excluded: Vec::new(),
+            task,
+        }
+    }
+
+    /// The word of the interface for what is done.
+    pub fn mode(&self) -> &'static str {
+        match self.task {
+            Task::Backup => "push",
+            Task::Restore(_) => "restore",
+            Task::Verify(_) => "verify",
+        }
     }
 
     /// The document with every default filled in; every disk of the domain is in it.

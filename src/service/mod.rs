@@ -6,10 +6,12 @@
 mod backups;
 mod request;
 mod sight;
+mod stored;
 
 pub use backups::{BackupPage, BackupsWanted, Deletion, MOST_LISTED};
 pub use request::{Authorised, Request};
 pub use sight::ListedJob;
+pub use stored::RestoreRequest;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -23,6 +25,7 @@ use crate::config::{Config, Store};
 use crate::domain::{self, Domain, Origin, Registration, Registry};
 use crate::error::{Error, Kind, Result};
 use crate::job::{Job, Jobs, Rescan};
+use crate::plan::Task;
 use crate::quota::{Quota, Share};
 
 /// Open files of a caller's, and the count of them, which is held as long as any of them is.
@@ -145,8 +148,26 @@ impl Service {
 
     /// Goes on only for who started `job`, or has `permission` for every place that it goes to.
     async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<()> {
-        for place in job.plan.places() {
-            let details = request::backup_details(&job.domain, &place);
+        let of_stored = match &job.plan.task {
+            Task::Backup => None,
+            Task::Restore(stored) | Task::Verify(stored) => Some(
+                details(&job.domain)
+                    .with("mode", job.plan.mode())
+                    .with("backup_id", &stored.id)
+                    .with("store", &stored.store),
+            ),
+        };
+        let asked = match of_stored {
+            Some(details) => vec![details],
+            None => {
+                let places = job.plan.places();
+                let asked = places
+                    .iter()
+                    .map(|place| request::backup_details(&job.domain, place));
+                asked.collect()
+            }
+        };
+        for details in asked {
             let grant = match job.is_of(caller.uid) {
                 true => self.access.implied(caller, permission, &details, Basis::Starter),
                 false => {

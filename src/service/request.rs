@@ -163,7 +163,7 @@ impl Service {
         Ok(job)
     }
 
-    async fn prepare(
+    pub(super) async fn prepare(
         &self,
         plan: Plan,
         domain: &Domain,
@@ -239,7 +239,7 @@ pub(super) fn backup_details(domain: &Domain, place: &Requested) -> Details {
 }
 
 /// Names of disks, for rules. QEMU's own have no commas in them.
-fn disk_list(disks: &[String]) -> String {
+pub(super) fn disk_list(disks: &[String]) -> String {
     let disks: Vec<String> = disks.iter().map(|disk| disk.replace(',', "%2C")).collect();
     disks.join(",")
 }

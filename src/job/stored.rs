@@ -1,0 +1,352 @@
+//! Jobs upon stored backups: restoring one, and verifying some.
+//!
+//! They run in a process of the service's own, so that none of them survives it: what a former service left unfinished has
+//! failed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use super::conclude::{outcome, remember_end, show_ended};
+use super::error::Stopped;
+use super::manager::{Ending, Jobs, Setting};
+use super::progress::Meter;
+use super::record::{self, Left};
+use super::run::blocking;
+use super::{DiskState, DiskStatus, Error, Job, State};
+use crate::activity::Use;
+use crate::catalog::{BackupKey, JobRecord};
+use crate::domain::{Domain, Identity};
+use crate::image::{self, Chain, Export, Fault, Progress, Survey, Verified};
+use crate::plan::{Plan, Stored, Task};
+use crate::quota::Share;
+use crate::target::Targets;
+
+/// How often progress is shown.
+const PROGRESS: Duration = Duration::from_millis(500);
+
+/// The right to do something with stored backups; given back when it is dropped.
+#[must_use]
+pub struct Turn {
+    /// Of jobs, and of the caller's descriptors.
+    _shares: (Share, Arc<Share>),
+    /// The service neither leaves nor stops before it is given back.
+    _use: Use,
+    _token: TaskTrackerToken,
+}
+
+/// What there is to be done.
+pub enum Work {
+    /// Each disk of the chain into the target at its place.
+    Restore(Box<(Chain, Targets)>),
+    Verify(Survey),
+}
+
+impl Jobs {
+    /// Counts something with stored backups as a job of that user's.
+    pub fn turn(&self, uid: u32, descriptors: Arc<Share>) -> Result<Turn, Error> {
+        // First, so that a stop that is not seen here waits for it.
+        let token = self.tasks.token();
+        if self.setting.stop.is_cancelled() {
+            return Err(Error::Stopping);
+        }
+        Ok(Turn {
+            _shares: (self.quota.take(uid, 1)?, descriptors),
+            _use: self.setting.activity.begin(),
+            _token: token,
+        })
+    }
+
+    /// Starts the job and returns at once.
+    pub fn start_stored(
+        self: &Arc<Self>,
+        turn: Turn,
+        domain: Arc<Domain>,
+        (plan, record): (Plan, JobRecord),
+        work: Work,
+    ) -> Arc<Job> {
+        let job = Arc::new(Job::new(&record, domain, plan, self.setting.catalog.clone()));
+        if let Work::Verify(survey) = &work {
+            let rows = survey.backups().map(|(location, bytes)| DiskStatus {
+                name: location.id.clone(),
+                state: DiskState::Preparing,
+                total: bytes,
+                done: 0,
+                target: location.to_string(),
+            });
+            job.update(|status| status.disks = rows.collect());
+        }
+        self.insert(job.clone());
+        let (jobs, running) = (self.clone(), job.clone());
+        self.tasks.spawn(async move {
+            let ending = jobs.run_stored(&running, work, turn).await;
+            jobs.after(&running, ending).await;
+        });
+        job
+    }
+
+    async fn run_stored(&self, job: &Arc<Job>, work: Work, turn: Turn) -> Ending {
+        let setting = &self.setting;
+        job.update(|status| status.state = State::Running);
+        let cancel = job.cancel.child_token();
+        let work = async {
+            match work {
+                Work::Restore(restored) => {
+                    let (chain, targets) = *restored;
+                    restore(job, &chain, targets, &cancel, setting).await
+                }
+                Work::Verify(survey) => (verify(job, survey, &cancel, setting).await, false),
+            }
+        };
+        tokio::pin!(work);
+        let (judged, on_disk) = tokio::select! {
+            judged = &mut work => judged,
+            () = setting.stop.cancelled() => {
+                cancel.cancel();
+                // What hangs goes with the process.
+                match tokio::time::timeout(setting.deadlines.stall(), work).await {
+                    Ok((Ok(()), on_disk)) => (Ok(()), on_disk),
+                    Ok((Err(_), on_disk)) => (Err(Error::Stopping.into()), on_disk),
+                    Err(_) => (Err(Error::Stopping.into()), true),
+                }
+            }
+        };
+        let judged = match judged {
+            Ok(()) if !(job.begin_publishing() && job.published()) => Err(Stopped::Cancelled),
+            judged => judged,
+        };
+        let outcome = outcome(job, judged);
+        tracing::info!(job = job.id, domain = job.domain.name, mode = job.plan.mode(), outcome = ?outcome, "job ended");
+        show_ended(job, &outcome);
+        // Nothing that a later process could find: what was passed went with this one.
+        if on_disk {
+            tracing::warn!(job = job.id, "what was begun may still be at its place");
+        }
+        remember_end(job, setting, &outcome, Left::default(), None).await;
+        drop(turn);
+        job.update(|status| status.outcome = Some(outcome));
+        Ending::Ended(Left::default())
+    }
+
+    /// Ends a job that went with a former process of the service.
+    pub(super) async fn end_lost(&self, record: &JobRecord, identity: Identity) -> Result<Arc<Job>, Error> {
+        let domain = self.setting.domains.identified_or_absent(identity);
+        let plan = record::plan(record)?;
+        let job = Arc::new(Job::new(record, domain, plan, self.setting.catalog.clone()));
+        let lost = match record.cancel_requested {
+            true => Stopped::Cancelled,
+            false => Error::NotResumed.into(),
+        };
+        let outcome = outcome(&job, Err(lost));
+        show_ended(&job, &outcome);
+        remember_end(&job, &self.setting, &outcome, Left::default(), None).await;
+        job.update(|status| status.outcome = Some(outcome));
+        self.insert(job.clone());
+        Ok(job)
+    }
+
+    /// Serves until whoever asked for it has `left`, or the service stops.
+    pub fn serve(
+        self: &Arc<Self>,
+        turn: Turn,
+        mut export: Export,
+        left: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let jobs = self.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                error = export.ended() => tracing::error!(%error, "an export of a backup ended by itself"),
+                () = left => {}
+                () = jobs.setting.stop.cancelled() => {}
+            }
+            drop((export, turn));
+        });
+    }
+}
+
+/// Restores all disks. Whether something may be left that was begun.
+async fn restore(
+    job: &Arc<Job>,
+    chain: &Chain,
+    targets: Targets,
+    cancel: &CancellationToken,
+    setting: &Setting,
+) -> (Result<(), Stopped>, bool) {
+    let restored = restore_all(job, chain, &targets, cancel).await;
+    let failed = restored.is_err();
+    let left = blocking(setting, move || match failed {
+        true => !targets.discard(),
+        false => {
+            drop(targets.leave());
+            false
+        }
+    });
+    (restored, left.await)
+}
+
+async fn restore_all(
+    job: &Job,
+    chain: &Chain,
+    targets: &Targets,
+    cancel: &CancellationToken,
+) -> Result<(), Stopped> {
+    let mut meter = Meter::new();
+    for (index, (target, planned)) in targets.iter().zip(&job.plan.disks).enumerate() {
+        let disk = chain.disks().iter().find(|disk| disk.disk == planned.name);
+        let disk = disk.ok_or_else(|| Error::NoSuchDisk {
+            id: job.id,
+            disk: planned.name.clone(),
+        })?;
+        let descriptor = target.descriptor().map_err(|error| Error::Descriptor {
+            disk: planned.name.clone(),
+            why: error.to_string(),
+        })?;
+        target.mark_written();
+        let progress = Progress::default();
+        let work = image::restore(disk, descriptor, planned.format, &progress, cancel);
+        let show = |job: &Job| {
+            let (done, total) = progress.get();
+            job.update(|status| {
+                let disk = &mut status.disks[index];
+                disk.state = DiskState::Running;
+                if total > 0 {
+                    (disk.total, disk.done) = (total, done);
+                }
+            });
+        };
+        follow(job, &mut meter, show, work).await.map_err(stopped)?;
+        job.update(|status| {
+            let disk = &mut status.disks[index];
+            (disk.state, disk.done) = (DiskState::Waiting, disk.total);
+        });
+    }
+    Ok(())
+}
+
+/// Verifies backups, and has the catalog remember what was found.
+async fn verify(
+    job: &Job,
+    survey: Survey,
+    cancel: &CancellationToken,
+    setting: &Setting,
+) -> Result<(), Stopped> {
+    let Task::Verify(Stored { store, .. }) = &job.plan.task else {
+        return Err(Error::Interrupted.into());
+    };
+    let progress = Progress::default();
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let work = survey.verify(&progress, cancel, move |one: &Verified| {
+        // Heard below, as long as this runs.
+        let _ = tell.send(one.clone());
+    });
+    // The backups are read one after the other.
+    let show = |job: &Job| {
+        let (mut done, _) = progress.get();
+        job.update(|status| {
+            for row in &mut status.disks {
+                let part = done.min(row.total);
+                done -= part;
+                row.done = part;
+                if row.state == DiskState::Preparing && part > 0 {
+                    row.state = DiskState::Running;
+                }
+            }
+        });
+    };
+    let remember = async {
+        while let Some(verified) = told.recv().await {
+            remember_verified(job, store, &verified, setting).await?;
+        }
+        Ok::<_, Error>(())
+    };
+    let mut meter = Meter::new();
+    let (verified, remembered) = tokio::join!(follow(job, &mut meter, show, work), remember);
+    let verified = verified.map_err(stopped)?;
+    remembered?;
+    let findings = verified.iter().flat_map(|one| &one.findings);
+    let mut findings = findings.filter(|finding| !matches!(finding.fault, Fault::LiesOnDamaged { .. }));
+    match findings.next() {
+        None => Ok(()),
+        Some(first) => Err(Error::Found {
+            first: Box::new(first.clone()),
+            others: findings.count(),
+        }
+        .into()),
+    }
+}
+
+async fn remember_verified(
+    job: &Job,
+    store: &str,
+    verified: &Verified,
+    setting: &Setting,
+) -> Result<(), Error> {
+    let (location, findings) = (&verified.location, &verified.findings);
+    let words = findings.iter().map(|finding| match &finding.disk {
+        Some(disk) => format!("disk '{disk}': {}", finding.fault),
+        None => finding.fault.to_string(),
+    });
+    let words = words.collect::<Vec<_>>().join("; ");
+    job.update(|status| {
+        let row = status.disks.iter_mut().find(|row| row.name == location.id);
+        if let Some(row) = row {
+            row.done = row.total;
+            row.state = match verified.is_good() {
+                true => DiskState::Completed,
+                false => DiskState::Failed {
+                    operation: "verify".to_owned(),
+                    message: words,
+                },
+            };
+        }
+    });
+    // Of what could not be looked at nothing new is known. What it lies on, the catalog puts together itself.
+    let own = findings.iter().filter(|finding| finding.fault.is_damage());
+    let own: Vec<String> = own
+        .filter(|finding| !matches!(finding.fault, Fault::LiesOnDamaged { .. }))
+        .map(|finding| finding.fault.to_string())
+        .collect();
+    if own.is_empty() && findings.iter().any(|finding| !finding.fault.is_damage()) {
+        return Ok(());
+    }
+    let key = BackupKey {
+        store: store.to_owned(),
+        domain: location.domain.clone(),
+        id: location.id.clone(),
+    };
+    let damage = (!own.is_empty()).then(|| own.join("; "));
+    Ok(setting.catalog.checked(key, damage).await?)
+}
+
+/// Shows how far it is until it has ended.
+async fn follow<T>(job: &Job, meter: &mut Meter, show: impl Fn(&Job), work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    let mut pace = tokio::time::interval(PROGRESS);
+    loop {
+        tokio::select! {
+            result = &mut work => {
+                show(job);
+                return result;
+            }
+            _ = pace.tick() => {
+                show(job);
+                let status = job.status();
+                let rate = meter.measure(Instant::now(), status.bytes_done());
+                let left = status.bytes().saturating_sub(status.bytes_done());
+                let end = meter.expected_end(Timestamp::now(), left);
+                job.update(|status| (status.rate, status.expected_end) = (rate, end));
+                job.asked.send_replace(Some(Instant::now()));
+            }
+        }
+    }
+}
+
+fn stopped(error: image::Error) -> Stopped {
+    match error {
+        image::Error::Cancelled => Stopped::Cancelled,
+        error => Stopped::Failed(Error::Image(Box::new(error))),
+    }
+}

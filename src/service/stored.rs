@@ -1,0 +1,223 @@
+//! What is done with stored backups, for who may: restored into a caller's open files, served to it, verified.
+
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use rustix::net::SocketType;
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
+
+use super::request::disk_list;
+use super::{Descriptors, Service};
+use crate::access::{Caller, Grant, Permission};
+use crate::catalog::Backup;
+use crate::definition::Format;
+use crate::error::{Error, Kind, Result, shown};
+use crate::image::{self, Chain, Export, Location, Survey};
+use crate::job::{self, Job, Work};
+use crate::plan::{DiskPlan, Mode, Place, Plan, Stored, Task};
+use crate::target::Shelf;
+
+/// Disks of a backup that are to be restored, each into the descriptor at its place.
+#[derive(Debug)]
+pub struct RestoreRequest {
+    pub disks: Vec<String>,
+    pub files: Descriptors,
+    pub format: Format,
+}
+
+impl Service {
+    /// Asks whether `caller` may have the data of these disks of a backup; all of them where none is named.
+    pub async fn authorise_restore(
+        &self,
+        caller: &Caller,
+        backup: &Backup,
+        disks: &[String],
+    ) -> Result<Grant> {
+        let details = self
+            .backup_details(backup)
+            .with("target_kind", "fd")
+            .with("disks", disk_list(disks));
+        let permission = Permission::BackupRestore;
+        Ok(self.access.require(caller, permission, &details, None).await?)
+    }
+
+    /// Starts to restore disks into files that the caller has open.
+    pub async fn restore(
+        &self,
+        grant: Grant,
+        uid: u32,
+        backup: &Backup,
+        request: RestoreRequest,
+    ) -> Result<Arc<Job>> {
+        let RestoreRequest { disks, files, format } = request;
+        if disks.is_empty() {
+            return Err(Error::new(Kind::InvalidArgs, "no disk is named"));
+        }
+        if disks.iter().collect::<BTreeSet<_>>().len() < disks.len() {
+            return Err(Error::new(Kind::InvalidArgs, "a disk is named twice"));
+        }
+        let turn = self.jobs.turn(uid, files.share)?;
+        let chain = self.chain(backup, disks.clone()).await?;
+        let domain = self.backups.domain(&backup.domain);
+        let plan = Plan::of_stored(Task::Restore(stored(backup)), disk_plans(&chain, &disks, format));
+        let record = self.jobs.begin(&domain, &plan, uid, Timestamp::now()).await?;
+        let prepared = self.prepare(plan, &domain, &record.backup_id, files.files);
+        let (plan, targets) = match tokio::time::timeout(self.jobs.patience(), prepared).await {
+            Ok(Ok(prepared)) => prepared,
+            Ok(Err(error)) => {
+                self.jobs.withdraw(record.id).await;
+                return Err(error);
+            }
+            Err(_) => {
+                self.jobs.withdraw(record.id).await;
+                return Err(job::Error::stalled("the target", self.jobs.patience()).into());
+            }
+        };
+        let work = Work::Restore(Box::new((chain, targets)));
+        let job = self.jobs.start_stored(turn, domain, (plan, record), work);
+        grant.record(job.id);
+        Ok(job)
+    }
+
+    /// Asks whether `caller` may have a backup read through.
+    pub async fn authorise_verify(&self, caller: &Caller, backup: &Backup) -> Result<Grant> {
+        let details = self.backup_details(backup);
+        let permission = Permission::BackupVerify;
+        Ok(self.access.require(caller, permission, &details, None).await?)
+    }
+
+    /// Starts to verify a backup and all that it lies on. `files` are none.
+    pub async fn verify(
+        &self,
+        grant: Grant,
+        uid: u32,
+        backup: &Backup,
+        files: Descriptors,
+    ) -> Result<Arc<Job>> {
+        let turn = self.jobs.turn(uid, files.share)?;
+        let location = Location {
+            domain: backup.key.domain.clone(),
+            id: backup.key.id.clone(),
+        };
+        let survey = self
+            .in_store(backup, move |store| Ok(Survey::new(Arc::new(store), &[location])))
+            .await?;
+        let domain = self.backups.domain(&backup.domain);
+        let plan = Plan::of_stored(Task::Verify(stored(backup)), Vec::new());
+        let record = self.jobs.begin(&domain, &plan, uid, Timestamp::now()).await?;
+        let work = Work::Verify(survey);
+        let job = self.jobs.start_stored(turn, domain, (plan, record), work);
+        grant.record(job.id);
+        Ok(job)
+    }
+
+    /// Serves a disk of a backup, or all of them, over NBD for reading, on a socket that the caller listens on, until it has
+    /// `left`.
+    pub async fn export(
+        &self,
+        grant: Grant,
+        uid: u32,
+        backup: &Backup,
+        (disks, listener): (Vec<String>, Descriptors),
+        left: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<()> {
+        let turn = self.jobs.turn(uid, listener.share)?;
+        let Ok([socket]) = <[OwnedFd; 1]>::try_from(listener.files) else {
+            return Err(Error::new(Kind::InvalidArgs, "an export has one socket"));
+        };
+        check_listener(&socket)?;
+        let chain = self.chain(backup, disks).await?;
+        let start = Export::start(chain, socket);
+        let export = match tokio::time::timeout(self.jobs.patience(), start).await {
+            Ok(export) => export?,
+            Err(_) => return Err(job::Error::stalled("the store", self.jobs.patience()).into()),
+        };
+        drop(grant);
+        self.jobs.serve(turn, export, left);
+        Ok(())
+    }
+
+    /// The images of a backup's disks; of all of them where none is named.
+    async fn chain(&self, backup: &Backup, disks: Vec<String>) -> Result<Chain> {
+        let (domain, id) = (backup.key.domain.clone(), backup.key.id.clone());
+        self.in_store(backup, move |store| {
+            let disks: Vec<&str> = disks.iter().map(String::as_str).collect();
+            let wanted = (!disks.is_empty()).then_some(disks.as_slice());
+            let gone = || image::Error::NoSuchBackup {
+                wanted: id.clone(),
+                store: shown(&store.path().display().to_string()),
+            };
+            let domain = store.below(&domain)?.ok_or_else(gone)?;
+            Chain::open(&domain, &id, wanted)
+        })
+        .await
+    }
+
+    /// Does something with the backup's store that may take longer than anybody waits.
+    async fn in_store<T: Send + 'static>(
+        &self,
+        backup: &Backup,
+        work: impl FnOnce(Shelf) -> std::result::Result<T, image::Error> + Send + 'static,
+    ) -> Result<T> {
+        let name = &backup.key.store;
+        let store = self.backups.store(name).ok_or_else(|| {
+            let text = format!("the configuration has no store '{}' any more", shown(name));
+            Error::new(Kind::NoSuchStore, text)
+        })?;
+        let (path, needed) = (store.path.clone(), self.jobs.need_service());
+        let work = tokio::task::spawn_blocking(move || {
+            let _needed = needed;
+            work(Shelf::of_store(&path).map_err(image::Error::Target)?)
+        });
+        let patience = self.jobs.patience();
+        match tokio::time::timeout(patience, work).await {
+            Ok(Ok(done)) => Ok(done?),
+            Ok(Err(error)) => Err(Error::new(Kind::Internal, error.to_string())),
+            Err(_) => Err(job::Error::stalled("the store", patience).into()),
+        }
+    }
+}
+
+fn stored(backup: &Backup) -> Stored {
+    Stored {
+        store: backup.key.store.clone(),
+        domain: backup.key.domain.clone(),
+        id: backup.key.id.clone(),
+    }
+}
+
+fn disk_plans(chain: &Chain, disks: &[String], format: Format) -> Vec<DiskPlan> {
+    let named = |name: &String| chain.disks().iter().find(|disk| disk.disk == *name);
+    let plans = (0..).zip(disks).filter_map(|(index, name)| {
+        let disk = named(name)?;
+        Some(DiskPlan {
+            name: name.clone(),
+            node: String::new(),
+            virtual_size: disk.virtual_size(),
+            estimate: disk.estimate(),
+            only_allocated: true,
+            format,
+            compress: None,
+            mode: Mode::default(),
+            checkpoint: false,
+            place: Place::Descriptor(index),
+        })
+    });
+    plans.collect()
+}
+
+/// What clients of the caller's connect to, and nothing else.
+fn check_listener(socket: &OwnedFd) -> Result<()> {
+    let listens = socket_domain(socket) == Ok(rustix::net::AddressFamily::UNIX)
+        && socket_type(socket) == Ok(SocketType::STREAM)
+        && socket_acceptconn(socket) == Ok(true);
+    match listens {
+        true => Ok(()),
+        false => {
+            let text = "an export needs a listening UNIX stream socket";
+            Err(Error::new(Kind::InvalidArgs, text))
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! Stored backups through the service: restored into open files, served, verified; and what a service that ends leaves.
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::System;
+use common::caller::{Caller, assert_completed};
+use common::chain::{directories, id, increment};
+use common::clients::USER;
+use common::disk::Disk;
+use common::polkit;
+use common::process;
+use common::proxies::{JobProxy, Options, assert_limit, error_name};
+use common::storage::{files_below, identical};
+use common::vm::Vm;
+use common::wait;
+use rustix::process::{Pid, Signal, kill_process};
+use zbus::wire::{OwnedObjectPath, Variant};
+
+const MIB: u64 = 1 << 20;
+const INTERFACE: &str = "org.example.Backup1.Backup";
+
+fn machine(system: &System) -> Vm {
+    let disks = system
+        .vm("web")
+        .disk(Disk::new("vda", 16 * MIB).fill(MIB, 4 * MIB, 0x11))
+        .disk(Disk::new("vdb", 4 * MIB).raw().fill(0, MIB, 0x22));
+    system.configured(disks.running())
+}
+
+/// A full backup and an incremental one on it, which is as it was but for what its manifest says of its checksum.
+async fn chain(system: &System, root: &Caller) -> [PathBuf; 2] {
+    root.complete("web", "").await;
+    let [full] = directories(&system.store().join("web")).try_into().unwrap();
+    let incremental = increment(&full, 1);
+    root.manager.rescan(Options::new()).await.unwrap();
+    [full, incremental]
+}
+
+async fn call<B: serde::Serialize + zbus::DynamicType>(
+    caller: &Caller,
+    backup: &Path,
+    method: &str,
+    body: &B,
+) -> zbus::Result<zbus::Message> {
+    let path = caller.manager.get_backup(&id(backup)).await?;
+    let service = Some("org.example.Backup1");
+    let called = caller
+        .connection
+        .call_method(service, &path, Some(INTERFACE), method, body);
+    wait::within(method, called).await
+}
+
+async fn job(caller: &Caller, reply: zbus::Result<zbus::Message>) -> JobProxy<'static> {
+    let reply = reply.unwrap();
+    let (_, path): (u32, OwnedObjectPath) = reply.body().deserialize().unwrap();
+    caller.job(path).await
+}
+
+fn new_file(path: &Path) -> File {
+    let mut options = File::options();
+    options
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .unwrap()
+}
+
+async fn restore(
+    caller: &Caller,
+    backup: &Path,
+    targets: &[(&str, &File)],
+    format: &str,
+) -> zbus::Result<zbus::Message> {
+    let targets: Vec<_> = targets
+        .iter()
+        .map(|(disk, file)| (*disk, zbus::Fd::from(*file)))
+        .collect();
+    let options = Options::from([("format", Variant::from(format))]);
+    call(caller, backup, "Restore", &(targets, options)).await
+}
+
+/// The state of each listed backup, by id, and what is wrong.
+async fn states(caller: &Caller) -> Vec<(String, String)> {
+    let (backups, _) = caller.manager.list_backups(Options::new()).await.unwrap();
+    backups.into_iter().map(|backup| (backup.9, backup.10)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_are_restored_into_open_files_whatever_the_backup_lies_on() {
+    let system = System::start();
+    let mut vm = machine(&system);
+    let mut root = Caller::new(&system).await;
+    let [_, incremental] = chain(&system, &root).await;
+    let before = files_below(&system.store());
+    let (vda, vdb) = (system.dir().join("vda"), system.dir().join("vdb"));
+    let files = [new_file(&vda), new_file(&vdb)];
+    root.signals_until("JobEnded").await;
+    let restored = restore(
+        &root,
+        &incremental,
+        &[("vdb", &files[1]), ("vda", &files[0])],
+        "raw",
+    )
+    .await;
+    let restored = job(&root, restored).await;
+    assert_completed(&restored).await;
+    assert_eq!(restored.mode().await.unwrap(), "restore");
+    assert_eq!(restored.progress().await.unwrap(), 1.0);
+    assert_eq!(restored.disks().await.unwrap()[0].0, "vdb");
+    let names: Vec<_> = root
+        .signals_until("JobEnded")
+        .await
+        .into_iter()
+        .map(|signal| signal.name)
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "JobStarted",
+            "BlockJobCompleted",
+            "BlockJobCompleted",
+            "Completed",
+            "JobEnded"
+        ]
+    );
+    for (error, refused) in [
+        ("Unsupported", restored.get_definition().await.map(drop)),
+        ("NoSuchJob", restored.cancel().await),
+        ("Unsupported", restored.set_speed(1).await),
+    ] {
+        assert!(error_name(&refused.unwrap_err()).ends_with(error), "{error}");
+    }
+    let twice = restore(&root, &incremental, &[("vda", &files[0])], "raw")
+        .await
+        .unwrap_err();
+    assert!(error_name(&twice).ends_with("TargetExists"), "{twice}");
+    vm.quit();
+    assert!(identical(&vda, "raw", vm.source_path("vda"), "qcow2"));
+    assert!(identical(&vdb, "raw", vm.source_path("vdb"), "raw"));
+    assert_eq!(files_below(&system.store()), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_restored_is_refused_and_nothing_is_written() {
+    let system = System::setup()
+        .rules(&polkit::allow(USER, &["backup.verify"]))
+        .start();
+    let vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let [full, incremental] = chain(&system, &root).await;
+    let path = system.dir().join("vda");
+    let file = new_file(&path);
+    let refused = async |caller: &Caller, targets: &[(&str, &File)], format, error: &str| {
+        let refused = restore(caller, &incremental, targets, format).await.unwrap_err();
+        assert!(error_name(&refused).ends_with(error), "{error}: {refused}");
+    };
+    refused(&root, &[], "raw", "InvalidArgs").await;
+    refused(&root, &[("vda", &file)], "vmdk", "InvalidArgs").await;
+    refused(&root, &[("vdz", &file)], "raw", "NoSuchDisk").await;
+    let other = new_file(&system.dir().join("other"));
+    refused(&root, &[("vda", &file), ("vda", &other)], "raw", "InvalidArgs").await;
+    let read_only = File::open(&path).unwrap();
+    refused(&root, &[("vda", &read_only)], "raw", "TargetInvalid").await;
+    let source = File::options()
+        .read(true)
+        .write(true)
+        .open(vm.source_path("vda"))
+        .unwrap();
+    refused(&root, &[("vda", &source)], "qcow2", "TargetInvalid").await;
+    let user = Caller::of_user(&system, USER).await;
+    refused(
+        &user,
+        &[("vda", &file)],
+        "raw",
+        "InteractiveAuthorizationRequired",
+    )
+    .await;
+    fs::rename(full.join("vda.qcow2"), full.join("gone")).unwrap();
+    refused(&root, &[("vda", &file)], "raw", "ChainBroken").await;
+    assert_eq!(path.metadata().unwrap().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_damaged_is_found_told_and_remembered_with_all_that_lies_on_it() {
+    let system = System::start();
+    let _vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let [full, incremental] = chain(&system, &root).await;
+    assert_completed(&job(&root, call(&root, &full, "Verify", &Options::new()).await).await).await;
+
+    // Its manifest tells of other bytes.
+    let verified = job(&root, call(&root, &incremental, "Verify", &Options::new()).await).await;
+    let (result, name, message) = verified.wait().await.unwrap();
+    assert_eq!(
+        (result.as_str(), name.rsplit('.').next()),
+        ("failed", Some("ChainBroken"))
+    );
+    assert!(message.contains("checksum"), "{message}");
+    assert_eq!(verified.mode().await.unwrap(), "verify");
+    let rows = verified.disks().await.unwrap();
+    let row = |index: usize| (rows[index].0.as_str(), rows[index].1.as_str());
+    assert_eq!(
+        (row(0), row(1)),
+        ((&*id(&full), "completed"), (&*id(&incremental), "failed"))
+    );
+    let [(good, _), (damaged, why)] = states(&root).await.try_into().unwrap();
+    assert_eq!((good.as_str(), damaged.as_str()), ("complete", "damaged"));
+    assert!(why.contains("checksum"), "{why}");
+
+    // No part of an image is as long as its header says any more, and no length was recorded.
+    let image = File::options().write(true).open(full.join("vda.qcow2")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&image, &[0xff; 8], 40).unwrap();
+    let verified = job(&root, call(&root, &full, "Verify", &Options::new()).await).await;
+    assert_eq!(verified.wait().await.unwrap().0, "failed");
+    let found = states(&root).await;
+    assert!(found.iter().all(|(state, _)| state == "damaged"), "{found:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_is_served_for_reading_until_the_caller_leaves() {
+    let system = System::setup().table("[limits]\njobs = 1\n").start();
+    let mut vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let [_, incremental] = chain(&system, &root).await;
+    vm.quit();
+    let path = system.dir().join("nbd");
+    let listener = UnixListener::bind(&path).unwrap();
+    let leaving = Caller::new(&system).await;
+    let connected = UnixStream::connect(&path).unwrap();
+    let body = ("vda", zbus::Fd::from(&connected), Options::new());
+    let refused = call(&leaving, &incremental, "Export", &body).await.unwrap_err();
+    assert!(error_name(&refused).ends_with("InvalidArgs"), "{refused}");
+    drop((listener, connected));
+    fs::remove_file(&path).unwrap();
+    let listener = UnixListener::bind(&path).unwrap();
+    let body = ("", zbus::Fd::from(&listener), Options::new());
+    call(&leaving, &incremental, "Export", &body).await.unwrap();
+    drop(listener);
+    for (disk, format) in [("vda", "qcow2"), ("vdb", "raw")] {
+        let mut compare = Command::new("qemu-img");
+        compare
+            .args(["compare", "-f", "raw", "-F", format])
+            .arg(format!("nbd+unix:///{disk}?socket={}", path.display()))
+            .arg(vm.source_path(disk));
+        process::run(compare).expect_success();
+    }
+    // It counts as a job.
+    assert_limit("jobs", call(&root, &incremental, "Verify", &Options::new()).await);
+    leaving.connection.close().await.unwrap();
+    wait::until("the export to end", || {
+        UnixStream::connect(&path).is_err().then_some(())
+    });
+    wait::until_async("its place to be free", async || {
+        let started = call(&root, &incremental, "Verify", &Options::new()).await;
+        started.is_ok().then_some(())
+    })
+    .await;
+}
+
+/// A service whose restores never get further than their beginning, and where their process is told.
+fn hanging() -> (System, PathBuf) {
+    let setup = System::setup();
+    let bin = tempfile::Builder::new()
+        .prefix("bkp-bin-")
+        .tempdir()
+        .unwrap()
+        .keep();
+    let (script, started) = (bin.join("qemu-storage-daemon"), bin.join("started"));
+    let content = format!("#!/bin/sh\necho $$ > {}\nexec sleep 1000\n", started.display());
+    fs::write(&script, content).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display());
+    (setup.environment("PATH", &path).start(), started)
+}
+
+fn started(file: &Path) -> Pid {
+    wait::until("the restore to have begun", || {
+        Pid::from_raw(fs::read_to_string(file).ok()?.trim().parse().ok()?)
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_is_cancelled_leaves_nothing_in_the_file() {
+    let (system, file) = hanging();
+    let _vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let [full, _] = chain(&system, &root).await;
+    let path = system.dir().join("vda");
+    let target = new_file(&path);
+    let restored = job(&root, restore(&root, &full, &[("vda", &target)], "raw").await).await;
+    let child = started(&file);
+    restored.cancel().await.unwrap();
+    assert_eq!(restored.wait().await.unwrap().0, "cancelled");
+    assert_eq!(path.metadata().unwrap().len(), 0);
+    wait::until("its child to be gone", || {
+        (!Path::new(&format!("/proc/{}/exe", child.as_raw_pid())).exists()).then_some(())
+    });
+    fs::remove_dir_all(file.parent().unwrap()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_went_with_the_service_has_failed() {
+    let (mut system, file) = hanging();
+    let _vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let [full, _] = chain(&system, &root).await;
+    let target = new_file(&system.dir().join("vda"));
+    let restored = job(&root, restore(&root, &full, &[("vda", &target)], "raw").await).await;
+    let number = restored.id().await.unwrap();
+    let child = started(&file);
+    system.kill_daemon();
+    // systemd ends it with the service.
+    kill_process(child, Signal::KILL).unwrap();
+    system.start_daemon();
+    let root = Caller::new(&system).await;
+    let restored = root.job(root.manager.get_job(number).await.unwrap()).await;
+    let (result, _, message) = restored.wait().await.unwrap();
+    assert_eq!(result, "failed");
+    assert!(message.contains("the service was ended"), "{message}");
+    assert_eq!(restored.mode().await.unwrap(), "restore");
+    let jobs = root.manager.list_jobs().await.unwrap();
+    assert!(
+        jobs.iter().any(|job| job.0 == number && job.3 == "failed"),
+        "{jobs:?}"
+    );
+    fs::remove_dir_all(file.parent().unwrap()).unwrap();
+}

@@ -332,3 +332,104 @@ async fn a_restore_that_went_with_the_service_has_failed() {
     );
     fs::remove_dir_all(file.parent().unwrap()).unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backupctl_passes_the_users_own_files_to_the_service() {
+    let system = System::setup()
+        .rules(&polkit::allow(USER, &["backup.restore", "backup.verify"]))
+        .start();
+    let mut vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let [full, incremental] = chain(&system, &root).await;
+    let out = system.dir().join("out");
+    fs::create_dir(&out).unwrap();
+    std::os::unix::fs::chown(&out, Some(USER), Some(USER)).unwrap();
+    let run = |arguments: &[&str]| system.clients().backupctl(USER, arguments);
+    let (full, incremental) = (id(&full), id(&incremental));
+    let to = out.to_str().unwrap();
+    let restored = run(&["restore", &incremental, "--to", to]);
+    assert_eq!(restored.status, 0, "{}", restored.stderr);
+    assert!(restored.stdout.contains("restored in"), "{}", restored.stdout);
+    let again = run(&["restore", &incremental, "--to", to]);
+    assert_eq!(
+        (again.status, again.stderr.contains("--force")),
+        (1, true),
+        "{}",
+        again.stderr
+    );
+    let disk = format!("vda={to}/vda.qcow2");
+    let forced = run(&["restore", &full, "--disk", &disk, "--force", "--json"]);
+    assert_eq!(forced.status, 0, "{}", forced.stderr);
+    assert_eq!(files_below(&out), ["vda.qcow2", "vdb.qcow2"]);
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::uid(&out.metadata().unwrap()),
+        USER
+    );
+
+    let good = run(&["verify", &full]);
+    assert_eq!(good.status, 0, "{}", good.stderr);
+    assert!(
+        good.stdout.contains(&format!("default/{full}: good")),
+        "{}",
+        good.stdout
+    );
+    // The manifest of the other tells of other bytes.
+    let all = run(&["verify", "--all", "--json"]);
+    assert_eq!(all.status, 5, "{}", all.stderr);
+    assert!(
+        all.stdout.contains("\"damaged\":1,") && all.stdout.contains("checksum"),
+        "{}",
+        all.stdout
+    );
+    let unknown = run(&["restore", "2001", "--to", to]);
+    assert_eq!(
+        (unknown.status, unknown.stderr.contains("no backup '2001'")),
+        (1, true)
+    );
+
+    let socket = out.join("nbd");
+    let arguments = [
+        "export",
+        &full,
+        "--disk",
+        "vdb",
+        "--socket",
+        socket.to_str().unwrap(),
+    ];
+    let mut export = system.clients().start_backupctl("export", USER, &arguments);
+    let uri = wait::until("the disk to be served", || {
+        export.stdout().strip_suffix('\n').map(str::to_owned)
+    });
+    vm.quit();
+    for (file, format) in [(uri.as_str(), "raw"), (&format!("{to}/vda.qcow2"), "qcow2")] {
+        let disk = if format == "raw" { "vdb" } else { "vda" };
+        let mut compare = Command::new("qemu-img");
+        compare
+            .args(["compare", "-f", format, "-F", vm.source_format(disk), file])
+            .arg(vm.source_path(disk));
+        process::run(compare).expect_success();
+    }
+    export.signal(Signal::INT);
+    assert_eq!(export.wait(), 0, "{}", export.log());
+    assert!(!socket.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_interrupts_backupctl_has_neither_a_job_nor_a_file() {
+    let (system, file) = hanging();
+    let _vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let [full, _] = chain(&system, &root).await;
+    let out = system.dir().join("out");
+    fs::create_dir(&out).unwrap();
+    let arguments = ["restore", &id(&full), "--to", out.to_str().unwrap()];
+    let mut restore = system.clients().start_backupctl("restore", 0, &arguments);
+    started(&file);
+    assert_eq!(files_below(&out).len(), 2);
+    restore.signal(Signal::INT);
+    assert_eq!(restore.wait(), 3, "{}", restore.log());
+    assert_eq!(files_below(&out), [""; 0]);
+    let jobs = root.manager.list_jobs().await.unwrap();
+    assert_eq!(jobs.last().unwrap().3, "cancelled");
+    fs::remove_dir_all(file.parent().unwrap()).unwrap();
+}

@@ -157,6 +157,7 @@ impl Error {
                     Status::NotAuthorised
                 }
                 Some(Known::Ours("Cancelled")) => Status::Cancelled,
+                Some(Known::Ours("ChainBroken")) => Status::Damaged,
                 _ => Status::Failed,
             },
             _ => Status::Failed,
@@ -270,6 +271,9 @@ pub fn hint_for(name: &str) -> Option<&'static str> {
         }
         Known::Ours("NoSuchDisk") => "`backupctl domains --disks` lists the disks of each domain",
         Known::Ours("NoSuchStore") => "stores are configured in /etc/backupd/backupd.toml",
+        Known::Ours("ChainBroken") => {
+            "`backupctl verify` tells all that is wrong; an earlier backup may be good"
+        }
         Known::Ours("TargetExists") => "--reuse-external writes into targets that exist",
         Known::Ours("Busy") => "`backupctl jobs` shows what is running",
         Known::Ours("DomainUnreachable") => {

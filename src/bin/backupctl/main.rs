@@ -108,11 +108,10 @@ async fn run(cli: &Cli) -> Result<Status> {
             backups::delete(&service, backups, how, json).await
         }
         Command::Rescan => list::rescan(&service, json).await,
+        Command::Restore(args) => stored::remote::restore(&service, args, json, ask_password).await,
+        Command::Verify(args) => stored::remote::verify(&service, args, json, ask_password).await,
+        Command::Export(args) => stored::remote::export(&service, args, json, ask_password).await,
         // These need no bus and are done by now.
-        Command::Completions { .. }
-        | Command::Man { .. }
-        | Command::Restore(_)
-        | Command::Verify(_)
-        | Command::Export(_) => Ok(Status::Completed),
+        Command::Completions { .. } | Command::Man { .. } => Ok(Status::Completed),
     }
 }

@@ -1,6 +1,7 @@
 //! The service's objects as seen from here: calls that may ask for a password and never time out, and signals.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 
 use backupd::names::{
     BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
@@ -17,6 +18,7 @@ use zbus::{Connection, DeserializeDict, MatchRule, MessageStream, OwnedObjectPat
 use crate::backups::{Backup, BackupTuple, Deletion};
 use crate::error::{Error, Result};
 use crate::job::{Outcome, Properties, Snapshot};
+use crate::stored::remote::Stored;
 
 const PROPERTIES_INTERFACE: &str = "org.freedesktop.DBus.Properties";
 
@@ -76,6 +78,18 @@ type DiskTuple = (String, String, u64, String, bool);
 struct DomainProperties {
     name: Option<String>,
     disks: Option<Vec<DiskTuple>>,
+}
+
+/// A disk as a backup's `Disks` has it, its name first.
+type StoredDisk = (String, String, String, u64, u64, String, String);
+
+#[derive(Debug, Default, DeserializeDict, Type)]
+#[zbus(signature = "dict", rename_all = "PascalCase")]
+struct BackupProperties {
+    id: Option<String>,
+    domain: Option<String>,
+    store: Option<String>,
+    disks: Option<Vec<StoredDisk>>,
 }
 
 /// A signal of the service.
@@ -224,6 +238,48 @@ impl Service {
             ("dry-run", Variant::from(how.dry_run)),
         ]);
         self.call(path, BACKUP_INTERFACE, "Delete", &(options,)).await
+    }
+
+    /// The backup whose id that is, or begins like that.
+    pub async fn stored(&self, id: &str) -> Result<Stored> {
+        let path: OwnedObjectPath = self
+            .call(ROOT_PATH, MANAGER_INTERFACE, "GetBackup", &(id,))
+            .await?;
+        let properties: BackupProperties = self
+            .call(&path, PROPERTIES_INTERFACE, "GetAll", &(BACKUP_INTERFACE,))
+            .await?;
+        let disks = properties.disks.unwrap_or_default();
+        Ok(Stored {
+            path: path.to_string(),
+            id: properties.id.unwrap_or_default(),
+            domain: properties.domain.unwrap_or_default(),
+            store: properties.store.unwrap_or_default(),
+            disks: disks.into_iter().map(|disk| disk.0).collect(),
+        })
+    }
+
+    /// Starts to restore disks of the backup at that path, each into an open file.
+    pub async fn restore(&self, path: &str, targets: Vec<(String, OwnedFd)>, format: &str) -> Result<Job> {
+        let files = targets.iter().map(|(disk, file)| (disk, zbus::Fd::from(file)));
+        let options = HashMap::from([("format", Variant::from(format))]);
+        let body = (files.collect::<Vec<_>>(), options);
+        let (id, path): (u32, OwnedObjectPath) = self.call(path, BACKUP_INTERFACE, "Restore", &body).await?;
+        Ok(self.job_at(id, path.to_string()))
+    }
+
+    /// Starts to verify the backup at that path.
+    pub async fn verify(&self, path: &str) -> Result<Job> {
+        let options: HashMap<&str, Variant> = HashMap::new();
+        let (id, path): (u32, OwnedObjectPath) =
+            self.call(path, BACKUP_INTERFACE, "Verify", &(options,)).await?;
+        Ok(self.job_at(id, path.to_string()))
+    }
+
+    /// Has a disk of the backup at that path, or all of them, served on a listening socket while this connection is there.
+    pub async fn export(&self, path: &str, disk: &str, listener: OwnedFd) -> Result<()> {
+        let options: HashMap<&str, Variant> = HashMap::new();
+        let body = (disk, zbus::Fd::from(&listener), options);
+        self.call(path, BACKUP_INTERFACE, "Export", &body).await
     }
 
     /// Has the stores looked through: how many backups there are, and what could not be taken for one.

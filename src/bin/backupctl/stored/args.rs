@@ -10,11 +10,11 @@ use crate::args::{DiskFile, Format, parse_disk};
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("target").args(["to", "disk"]).required(true)))]
 pub struct Restore {
-    /// The backup's id, or as much of its beginning as no other has; with DOMAIN/ before it, of that domain
+    /// The backup's id, or as much of its beginning as no other has; with STORE/ before it, or with --from DOMAIN/, of that one
     pub backup: String,
-    /// The directory of the store that has it
+    /// Read this store's directory, without the service
     #[arg(long, value_name = "STORE_PATH", value_hint = ValueHint::DirPath)]
-    pub from: PathBuf,
+    pub from: Option<PathBuf>,
     /// Restore all disks into new files in this directory, as DIR/DISK.FORMAT
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub to: Option<PathBuf>,
@@ -33,24 +33,24 @@ pub struct Restore {
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("which").args(["backup", "all"]).required(true)))]
 pub struct Verify {
-    /// The backup's id, or as much of its beginning as no other has; with DOMAIN/ before it, of that domain
+    /// The backup's id, or as much of its beginning as no other has; with STORE/ before it, or with --from DOMAIN/, of that one
     pub backup: Option<String>,
-    /// Verify all backups of the store
+    /// Verify all backups of the store, or that you may see
     #[arg(long)]
     pub all: bool,
-    /// The directory of the store that has it
+    /// Read this store's directory, without the service
     #[arg(long, value_name = "STORE_PATH", value_hint = ValueHint::DirPath)]
-    pub from: PathBuf,
+    pub from: Option<PathBuf>,
 }
 
 /// The options of `export`.
 #[derive(Debug, Args)]
 pub struct Export {
-    /// The backup's id, or as much of its beginning as no other has; with DOMAIN/ before it, of that domain
+    /// The backup's id, or as much of its beginning as no other has; with STORE/ before it, or with --from DOMAIN/, of that one
     pub backup: String,
-    /// The directory of the store that has it
+    /// Read this store's directory, without the service
     #[arg(long, value_name = "STORE_PATH", value_hint = ValueHint::DirPath)]
-    pub from: PathBuf,
+    pub from: Option<PathBuf>,
     /// Export only this disk; can be given more than once
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<String>,

@@ -17,7 +17,23 @@ use crate::interrupt::Interrupts;
 use crate::output;
 
 /// A socket's file, which goes with it.
-struct Socket(PathBuf);
+pub struct Socket(PathBuf);
+
+impl Socket {
+    /// Tells how a disk is reached there.
+    pub fn tell(&self, disk: &str, json: bool) -> Result<()> {
+        let uri = format!(
+            "nbd+unix:///{}?socket={}",
+            encoded(disk.as_bytes(), ""),
+            encoded(self.0.as_os_str().as_bytes(), "/")
+        );
+        match json {
+            true => output::print_json(&json!({ "event": "export", "disk": disk, "uri": uri }))?,
+            false => output::print(&format!("{uri}\n"))?,
+        }
+        Ok(())
+    }
+}
 
 impl Drop for Socket {
     fn drop(&mut self) {
@@ -27,31 +43,19 @@ impl Drop for Socket {
 }
 
 /// Serves until a signal comes: being interrupted is how this ends.
-pub async fn run(args: &Export, json: bool) -> Result<Status> {
+pub async fn run(args: &Export, from: &Path, json: bool) -> Result<Status> {
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
-    let store = open_store(&args.from)?;
+    let store = open_store(from)?;
     let wanted: Vec<&str> = args.disk.iter().map(String::as_str).collect();
     let wanted = (!wanted.is_empty()).then_some(wanted.as_slice());
     let (_, chain) = open_chain(&store, &args.backup, wanted)?;
-    let path = std::path::absolute(&args.socket)
-        .map_err(|error| Error::Usage(format!("{}: {error}", args.socket.display())))?;
-    let listener = listen(&path)?;
-    let socket = Socket(path);
+    let (socket, listener) = listen(&args.socket)?;
     let mut export = tokio::select! {
         export = image::Export::start(chain, listener) => export?,
         _ = interrupts.next() => return Ok(Status::Completed),
     };
     for disk in export.chain().disks() {
-        let uri = format!(
-            "nbd+unix:///{}?socket={}",
-            encoded(disk.disk.as_bytes(), ""),
-            encoded(socket.0.as_os_str().as_bytes(), "/")
-        );
-        if json {
-            output::print_json(&json!({ "event": "export", "disk": disk.disk, "uri": uri }))?;
-        } else {
-            output::print(&format!("{uri}\n"))?;
-        }
+        socket.tell(&disk.disk, json)?;
     }
     tokio::select! {
         error = export.ended() => Err(error.into()),
@@ -60,17 +64,14 @@ pub async fn run(args: &Export, json: bool) -> Result<Status> {
 }
 
 /// Makes a socket that nobody else can connect to.
-fn listen(path: &Path) -> Result<OwnedFd> {
+pub fn listen(path: &Path) -> Result<(Socket, OwnedFd)> {
+    let fail = |error| Error::Usage(format!("cannot listen on {}: {error}", path.display()));
+    let path = std::path::absolute(path).map_err(fail)?;
     let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-    let listener = UnixListener::bind(path);
+    let listener = UnixListener::bind(&path);
     rustix::process::umask(before);
-    match listener {
-        Ok(listener) => Ok(listener.into()),
-        Err(error) => Err(Error::Usage(format!(
-            "cannot listen on {}: {error}",
-            path.display()
-        ))),
-    }
+    let listener = listener.map_err(fail)?;
+    Ok((Socket(path), listener.into()))
 }
 
 /// As in a URI, but for what is `kept`.

@@ -1,10 +1,11 @@
-//! Stored backups, read by this program itself: restored, exported and verified where there is no service, nor a right to
-//! ask one; whoever can read the store can do it.
+//! Stored backups: restored, exported and verified; by this program itself where there is no service, nor a right to ask
+//! one, for whoever can read the store; or through the service (`remote`).
 
 pub mod args;
 mod export;
 mod place;
 mod progress;
+pub mod remote;
 mod restore;
 mod verify;
 
@@ -18,7 +19,7 @@ use backupd::target::Shelf;
 use crate::args::Command;
 use crate::error::{Error, Result, Status};
 
-/// Runs one of the commands that need no bus; nothing for the others.
+/// Runs one of the commands without the service, if it says where its store is; nothing for the others.
 pub fn run(command: &Command, json: bool) -> Option<Result<Status>> {
     let runtime = || {
         tokio::runtime::Builder::new_current_thread()
@@ -26,12 +27,21 @@ pub fn run(command: &Command, json: bool) -> Option<Result<Status>> {
             .build()
             .map_err(Error::Setup)
     };
-    Some(match command {
-        Command::Restore(args) => runtime().and_then(|runtime| runtime.block_on(restore::run(args, json))),
-        Command::Verify(args) => runtime().and_then(|runtime| runtime.block_on(verify::run(args, json))),
-        Command::Export(args) => runtime().and_then(|runtime| runtime.block_on(export::run(args, json))),
-        _ => return None,
-    })
+    match command {
+        Command::Restore(args) => {
+            let from = args.from.as_deref()?;
+            Some(runtime().and_then(|runtime| runtime.block_on(restore::run(args, from, json))))
+        }
+        Command::Verify(args) => {
+            let from = args.from.as_deref()?;
+            Some(runtime().and_then(|runtime| runtime.block_on(verify::run(args, from, json))))
+        }
+        Command::Export(args) => {
+            let from = args.from.as_deref()?;
+            Some(runtime().and_then(|runtime| runtime.block_on(export::run(args, from, json))))
+        }
+        _ => None,
+    }
 }
 
 /// The store at a path, which may be relative and lead over links: it is the user's own.

@@ -1,8 +1,8 @@
 //! `backupctl restore`: disks as they were, out of a store.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use backupd::definition::Format;
 use backupd::image::{self, Progress};
@@ -21,10 +21,10 @@ use crate::output::{self, escape};
 use crate::units;
 
 /// Restores the disks, and gives them their names when all are complete.
-pub async fn run(args: &Restore, json: bool) -> Result<Status> {
+pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
     let began = Instant::now();
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
-    let store = open_store(&args.from)?;
+    let store = open_store(from)?;
     let wanted: Vec<&str> = args.disk.iter().map(|disk| disk.disk.as_str()).collect();
     if wanted.iter().collect::<BTreeSet<_>>().len() < wanted.len() {
         return Err(Error::Usage("a disk is given twice".to_owned()));
@@ -52,36 +52,59 @@ pub async fn run(args: &Restore, json: bool) -> Result<Status> {
     for place in &mut places {
         place.publish()?;
     }
-    let took = began.elapsed();
-    if json {
-        let disks = restored.iter().zip(&places).map(|((disk, format), place)| {
-            json!({
-                "name": disk.disk, "file": place.path().display().to_string(), "format": format.as_str(),
-                "virtual_size": disk.virtual_size(),
-            })
-        });
-        output::print_json(&json!({
-            "event": "result", "result": "completed", "backup": location.id, "domain": chain.manifest.domain.name,
-            "disks": disks.collect::<Vec<_>>(), "seconds": took.as_secs_f64(),
-        }))?;
-        return Ok(Status::Completed);
+    let disks = restored.iter().zip(&places);
+    let restored = Restored {
+        id: &location.id,
+        domain: &chain.manifest.domain.name,
+        took: began.elapsed(),
+        disks: disks
+            .map(|((disk, format), place)| (disk.disk.as_str(), *format, place.path()))
+            .collect(),
+    };
+    restored.tell(json)
+}
+
+/// What there is now.
+pub struct Restored<'a> {
+    /// The backup.
+    pub id: &'a str,
+    /// Its domain's name.
+    pub domain: &'a str,
+    /// How long it took.
+    pub took: Duration,
+    /// Each disk, its format, and where it is.
+    pub disks: Vec<(&'a str, Format, &'a Path)>,
+}
+
+impl Restored<'_> {
+    /// Tells the user.
+    pub fn tell(&self, json: bool) -> Result<Status> {
+        if json {
+            let disks = self.disks.iter().map(|(name, format, path)| {
+                json!({ "name": name, "file": path.display().to_string(), "format": format.as_str() })
+            });
+            output::print_json(&json!({
+                "event": "result", "result": "completed", "backup": self.id, "domain": self.domain,
+                "disks": disks.collect::<Vec<_>>(), "seconds": self.took.as_secs_f64(),
+            }))?;
+            return Ok(Status::Completed);
+        }
+        let (id, domain) = (escape(self.id), escape(self.domain));
+        let mut text = format!(
+            "Backup {id} of {domain} restored in {}\n",
+            units::duration(self.took)
+        );
+        for (disk, _, path) in &self.disks {
+            let path = escape(&path.display().to_string());
+            text.push_str(&format!("  {}  {path}\n", escape(disk)));
+        }
+        output::print(&text)?;
+        Ok(Status::Completed)
     }
-    let mut text = format!(
-        "Backup {} of {} restored in {}\n",
-        escape(&location.id),
-        escape(&chain.manifest.domain.name),
-        units::duration(took)
-    );
-    for ((disk, _), place) in restored.iter().zip(&places) {
-        let path = escape(&place.path().display().to_string());
-        text.push_str(&format!("  {}  {path}\n", escape(&disk.disk)));
-    }
-    output::print(&text)?;
-    Ok(Status::Completed)
 }
 
 /// Where a disk goes.
-fn path(args: &Restore, disk: &str) -> Result<PathBuf> {
+pub fn path(args: &Restore, disk: &str) -> Result<PathBuf> {
     match (&args.to, args.disk.iter().find(|given| given.disk == disk)) {
         (_, Some(given)) => Ok(given.file.clone()),
         (Some(directory), None) => {
@@ -92,7 +115,8 @@ fn path(args: &Restore, disk: &str) -> Result<PathBuf> {
     }
 }
 
-fn format(args: &Restore, place: &Place) -> Format {
+/// The format that it gets there.
+pub fn format(args: &Restore, place: &Place) -> Format {
     match args.format {
         Some(args::Format::Raw) => Format::Raw,
         Some(args::Format::Qcow2) => Format::Qcow2,

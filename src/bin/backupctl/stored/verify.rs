@@ -1,5 +1,6 @@
 //! `backupctl verify`: whether stored backups are what they were.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use backupd::image::{self, Progress, Survey, Verified};
@@ -15,9 +16,9 @@ use crate::output::{self, escape};
 use crate::{units, view};
 
 /// Verifies one backup and all that it lies on, or all of a store.
-pub async fn run(args: &Verify, json: bool) -> Result<Status> {
+pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
-    let store = open_store(&args.from)?;
+    let store = open_store(from)?;
     let wanted = match &args.backup {
         Some(backup) => vec![image::find(&store, backup)?],
         None => image::all(&store)?,
@@ -35,24 +36,49 @@ pub async fn run(args: &Verify, json: bool) -> Result<Status> {
     let verified = done?;
     let damaged = verified.iter().filter(|one| one.is_damaged()).count();
     let good = verified.iter().filter(|one| one.is_good()).count();
-    let unknown = verified.len() - damaged - good;
-    if json {
-        output::print_json(&json!({
-            "event": "result", "good": good, "damaged": damaged, "unknown": unknown,
-        }))?;
-    } else {
-        let mut text: String = verified.iter().map(lines).collect();
-        text.push_str(&match verified.len() {
-            0 => "There is no backup\n".to_owned(),
-            _ => format!("{good} good, {damaged} damaged, {unknown} not known\n"),
-        });
-        output::print(&text)?;
+    let counts = Counts {
+        good,
+        damaged,
+        unknown: verified.len() - damaged - good,
+    };
+    counts.tell(verified.iter().map(lines).collect(), json)
+}
+
+/// How many backups there are of each state.
+pub struct Counts {
+    /// Nothing is wrong with them.
+    pub good: usize,
+    /// They, or what they lie on, are not what they were.
+    pub damaged: usize,
+    /// They could not be looked at.
+    pub unknown: usize,
+}
+
+impl Counts {
+    /// Tells the user, after the `text` about each of them, and says with which status to exit.
+    pub fn tell(&self, text: String, json: bool) -> Result<Status> {
+        let Self {
+            good,
+            damaged,
+            unknown,
+        } = self;
+        if json {
+            output::print_json(&json!({
+                "event": "result", "good": good, "damaged": damaged, "unknown": unknown,
+            }))?;
+        } else {
+            let sum = match good + damaged + unknown {
+                0 => "There is no backup".to_owned(),
+                _ => format!("{good} good, {damaged} damaged, {unknown} not known"),
+            };
+            output::print(&format!("{text}{sum}\n"))?;
+        }
+        Ok(match (damaged, unknown) {
+            (0, 0) => Status::Completed,
+            (0, _) => Status::Failed,
+            _ => Status::Damaged,
+        })
     }
-    Ok(match (damaged, unknown) {
-        (0, 0) => Status::Completed,
-        (0, _) => Status::Failed,
-        _ => Status::Damaged,
-    })
 }
 
 fn state(verified: &Verified) -> &'static str {

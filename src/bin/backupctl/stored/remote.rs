@@ -1,0 +1,226 @@
+//! The same commands through the service, for backups in its stores: files are opened here, with the user's own rights, and
+//! passed; the service reads the backup.
+
+use std::io::{self, IsTerminal};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::args::{Export, Restore, Verify};
+use super::place::Place;
+use super::restore::{Restored, format, path};
+use super::{export, verify};
+use crate::agent::Agent;
+use crate::error::{Error, Result, Status};
+use crate::files::{self, MAX_FILES};
+use crate::follow::{Ending, Follow, OnInterrupt};
+use crate::interrupt::Interrupts;
+use crate::job::{Outcome, Snapshot};
+use crate::output::escape;
+use crate::proxy::{Job, Service, Signal};
+use crate::{units, view};
+
+/// `backupctl restore` without `--from`.
+pub async fn restore(service: &Service, args: &Restore, json: bool, ask_password: bool) -> Result<Status> {
+    let began = Instant::now();
+    let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
+    let backup = service.stored(&args.backup).await?;
+    let disks: Vec<String> = match args.disk.is_empty() {
+        true => backup.disks,
+        false => args.disk.iter().map(|disk| disk.disk.clone()).collect(),
+    };
+    if disks.len() > MAX_FILES {
+        return Err(files::Error::TooMany { count: disks.len() }.into());
+    }
+    let mut places = Vec::new();
+    for disk in &disks {
+        places.push(Place::open(&path(args, disk)?, &backup.id, args.force)?);
+    }
+    let mut formats = places.iter().map(|place| format(args, place));
+    let format = formats.next().unwrap_or(backupd::definition::Format::Qcow2);
+    if formats.any(|other| other != format) {
+        let text = "files and devices together need one --format: without it they get different ones";
+        return Err(Error::Usage(text.to_owned()));
+    }
+    let mut targets = Vec::new();
+    for (disk, place) in disks.iter().zip(&mut places) {
+        targets.push((disk.clone(), place.begin()?));
+    }
+    let agent = Agent::start(ask_password).await;
+    let job = tokio::select! {
+        job = service.restore(&backup.path, targets, format.as_str()) => job?,
+        _ = interrupts.next() => return Err(Error::Interrupted),
+    };
+    drop(agent);
+    let (outcome, _) = follow(service, &job, &mut interrupts, json).await?;
+    completed(outcome)?;
+    for place in &mut places {
+        place.publish()?;
+    }
+    let restored = Restored {
+        id: &backup.id,
+        domain: &backup.domain,
+        took: began.elapsed(),
+        disks: disks
+            .iter()
+            .zip(&places)
+            .map(|(disk, place)| (disk.as_str(), format, place.path()))
+            .collect(),
+    };
+    restored.tell(json)
+}
+
+/// `backupctl verify` without `--from`.
+pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: bool) -> Result<Status> {
+    let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
+    // By store and id: ids are one's own in a store only.
+    let mut wanted: Vec<(String, String, String)> = match &args.backup {
+        Some(backup) => {
+            let backup = service.stored(backup).await?;
+            vec![(backup.store, backup.id, backup.path)]
+        }
+        None => {
+            let all = service.backups(None, None).await?.into_iter();
+            all.map(|backup| (backup.store, backup.id, backup.path)).collect()
+        }
+    };
+    let mut verified: Vec<(String, Value)> = Vec::new();
+    // The youngest first: with it goes what it lies on.
+    while let Some((store, id, path)) = wanted.pop() {
+        let place = |id: &str| format!("{store}/{id}");
+        if verified.iter().any(|(known, _)| *known == place(&id)) {
+            continue;
+        }
+        let agent = Agent::start(ask_password).await;
+        let job = service.verify(&path).await?;
+        drop(agent);
+        let (outcome, snapshot) = follow(service, &job, &mut interrupts, json).await?;
+        if outcome.result == "cancelled" || snapshot.disks.is_empty() {
+            completed(outcome)?;
+            continue;
+        }
+        for row in &snapshot.disks {
+            let (state, findings) = match row.state.as_str() {
+                "completed" => ("good", vec![]),
+                "failed" => ("damaged", vec![json!({ "disk": null, "message": row.error })]),
+                _ => (
+                    "unknown",
+                    vec![json!({ "disk": null, "message": outcome.message })],
+                ),
+            };
+            let object = json!({
+                "event": "backup", "store": store, "id": row.name, "state": state, "findings": findings,
+                "bytes": row.bytes,
+            });
+            if json {
+                view::event(object.clone());
+            }
+            verified.push((place(&row.name), object));
+        }
+    }
+    verified.sort_by(|(one, _), (other, _)| one.cmp(other));
+    let text = |(place, object): &(String, Value)| {
+        let (state, size) = (
+            object["state"].as_str().unwrap_or_default(),
+            units::size(object["bytes"].as_u64().unwrap_or(0)),
+        );
+        let mut text = format!("{}: {state}, {size}\n", escape(place));
+        for finding in object["findings"].as_array().into_iter().flatten() {
+            let message = finding["message"].as_str().unwrap_or_default();
+            text.push_str(&format!("  {}\n", escape(message)));
+        }
+        text
+    };
+    let count = |state| {
+        verified
+            .iter()
+            .filter(|(_, object)| object["state"] == state)
+            .count()
+    };
+    let counts = verify::Counts {
+        good: count("good"),
+        damaged: count("damaged"),
+        unknown: count("unknown"),
+    };
+    counts.tell(verified.iter().map(text).collect(), json)
+}
+
+/// `backupctl export` without `--from`.
+pub async fn export(service: &Service, args: &Export, json: bool, ask_password: bool) -> Result<Status> {
+    let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
+    let backup = service.stored(&args.backup).await?;
+    let (disk, disks) = match args.disk.as_slice() {
+        [] => ("", backup.disks),
+        [one] => (one.as_str(), vec![one.clone()]),
+        _ => {
+            let text = "the service serves one disk, or without --disk all of them";
+            return Err(Error::Usage(text.to_owned()));
+        }
+    };
+    let (socket, listener) = export::listen(&args.socket)?;
+    let agent = Agent::start(ask_password).await;
+    tokio::select! {
+        served = service.export(&backup.path, disk, listener) => served?,
+        _ = interrupts.next() => return Err(Error::Interrupted),
+    }
+    drop(agent);
+    let mut signals = service.signals().await?;
+    for disk in &disks {
+        socket.tell(disk, json)?;
+    }
+    loop {
+        tokio::select! {
+            signal = signals.recv() => match signal {
+                Some(Signal::Gone) | None => return Err(Error::LostService),
+                Some(_) => {}
+            },
+            _ = interrupts.next() => return Ok(Status::Completed),
+        }
+    }
+}
+
+/// Follows a job that is nothing without this program: a signal cancels it.
+async fn follow(
+    service: &Service,
+    job: &Job,
+    interrupts: &mut Interrupts,
+    json: bool,
+) -> Result<(Outcome, Snapshot)> {
+    let mut view = view::choose(json, io::stderr().is_terminal());
+    let mut follow = Follow::new(job, view.as_mut(), OnInterrupt::Leave).await?;
+    let ending = follow.run(service, interrupts).await?;
+    let snapshot = follow.snapshot.clone();
+    match ending {
+        Ending::Ended(outcome) => Ok((outcome, snapshot)),
+        Ending::Left => {
+            // What has ended cannot be cancelled, and what is waited for says how it ended.
+            let _ = job.cancel().await;
+            Ok((job.wait().await?, snapshot))
+        }
+    }
+}
+
+fn completed(outcome: Outcome) -> Result<()> {
+    match outcome.result.as_str() {
+        "completed" => Ok(()),
+        _ => Err(Error::Call {
+            name: outcome.error_name,
+            message: outcome.message,
+        }),
+    }
+}
+
+/// A backup as the service knows it.
+#[derive(Debug)]
+pub struct Stored {
+    /// The object.
+    pub path: String,
+    /// Its id.
+    pub id: String,
+    /// The domain's name.
+    pub domain: String,
+    /// The store's name.
+    pub store: String,
+    /// The names of its disks.
+    pub disks: Vec<String>,
+}

@@ -18,7 +18,6 @@ pub enum Kind {
     ChainBroken,
     NoSuchBackup,
     HasDescendants,
-    ChainBroken,
     InvalidDefinition,
     Unsupported,
     TargetExists,

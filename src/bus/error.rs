@@ -17,7 +17,6 @@ pub const fn name(kind: Kind) -> &'static str {
         Kind::ChainBroken => "org.example.Backup1.Error.ChainBroken",
         Kind::HasDescendants => "org.example.Backup1.Error.HasDescendants",
         Kind::NoSuchBackup => "org.example.Backup1.Error.NoSuchBackup",
-        Kind::ChainBroken => "org.example.Backup1.Error.ChainBroken",
         Kind::InvalidDefinition => "org.example.Backup1.Error.InvalidDefinition",
         Kind::Unsupported => "org.example.Backup1.Error.Unsupported",
         Kind::TargetExists => "org.example.Backup1.Error.TargetExists",

@@ -4,172 +4,17 @@
 
 mod common;
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use backupd::fault::Point;
 use common::caller::{Caller, assert_completed, assert_failed, cancel};
-use common::disk::Disk;
-use common::proxies::{JobProxy, Options, error_name};
-use common::vm::Vm;
+use common::proxies::{Options, error_name};
+use common::recorded::{DISKS, Recorded, SIZE, backup_id};
 use common::{System, process, wait};
 use serde_json::{Value, json};
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
-const SIZE: u64 = 4 * MIB;
-
-/// A machine with two disks of which is known what they hold, and what they held at each backup.
-struct Scene {
-    system: System,
-    vm: Option<Vm>,
-    now: BTreeMap<&'static str, Vec<u8>>,
-    /// By id.
-    backups: BTreeMap<String, BTreeMap<&'static str, Vec<u8>>>,
-}
-
-const DISKS: [&str; 2] = ["vda", "vdb"];
-
-impl Scene {
-    fn new() -> Self {
-        Self::with("")
-    }
-
-    /// With further lines for the default store's configuration.
-    fn with(store: &str) -> Self {
-        let system = System::setup().table(store).start();
-        let mut scene = Self {
-            system,
-            vm: None,
-            now: DISKS.map(|disk| (disk, vec![0; SIZE as usize])).into(),
-            backups: BTreeMap::new(),
-        };
-        scene.boot();
-        for disk in DISKS {
-            scene.write(disk, 0, 2 * MIB, 0x11);
-        }
-        scene
-    }
-
-    /// Starts the machine, with the disks that it had.
-    fn boot(&mut self) {
-        let machine = self.system.vm("web").running();
-        let machine = DISKS
-            .iter()
-            .fold(machine, |machine, disk| machine.disk(Disk::new(disk, SIZE)));
-        self.vm = Some(self.system.configured(machine));
-    }
-
-    fn vm(&self) -> &Vm {
-        self.vm.as_ref().expect("the machine runs")
-    }
-
-    fn write(&mut self, disk: &'static str, offset: u64, length: u64, pattern: u8) {
-        self.vm().write(disk, offset, length, pattern);
-        self.holds(disk, offset, length, pattern);
-    }
-
-    fn write_zeroes(&mut self, disk: &'static str, offset: u64, length: u64) {
-        self.vm().write_zeroes(disk, offset, length);
-        self.holds(disk, offset, length, 0);
-    }
-
-    fn holds(&mut self, disk: &'static str, offset: u64, length: u64, pattern: u8) {
-        let content = self.now.get_mut(disk).expect("it is one of the disks");
-        content[offset as usize..(offset + length) as usize].fill(pattern);
-    }
-
-    /// Ends QEMU in order, and starts it again.
-    fn reboot(&mut self) {
-        self.vm.take().expect("the machine runs").quit();
-        self.boot();
-    }
-
-    /// Ends QEMU as a crash would, and starts it again. What was flushed before is there.
-    fn crash(&mut self) {
-        let mut vm = self.vm.take().expect("the machine runs");
-        DISKS.iter().for_each(|disk| vm.flush(disk));
-        vm.kill();
-        drop(vm);
-        self.boot();
-    }
-
-    /// Makes a backup, which must be good; gives its id, and what was copied of each disk: mode and reason.
-    async fn backup(&mut self, options: Options<'_>) -> (String, Vec<String>) {
-        let caller = Caller::new(&self.system).await;
-        let job = caller.start_with("web", "", &[], options).await;
-        assert_completed(&job).await;
-        self.record(&job).await
-    }
-
-    async fn record(&mut self, job: &JobProxy<'_>) -> (String, Vec<String>) {
-        let id = backup_id(job).await;
-        self.backups.insert(id.clone(), self.now.clone());
-        let increments = job.increments().await.unwrap();
-        let said = increments
-            .into_iter()
-            .map(|(disk, mode, since, why)| format!("{disk} {mode} {since}{why}"));
-        (id, said.collect())
-    }
-
-    fn image(&self, id: &str, disk: &str) -> PathBuf {
-        self.system
-            .store()
-            .join("web")
-            .join(id)
-            .join(format!("{disk}.qcow2"))
-    }
-
-    fn manifest(&self, id: &str) -> Value {
-        let path = self.system.store().join("web").join(id).join("manifest.json");
-        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-    }
-
-    /// Every backup shows what there was at its instant.
-    #[track_caller]
-    fn check(&self) {
-        for (id, disks) in &self.backups {
-            for (disk, content) in disks {
-                let image = self.image(id, disk);
-                assert!(
-                    read(&image) == *content,
-                    "{} does not show what there was",
-                    image.display()
-                );
-            }
-        }
-    }
-
-    /// The checkpoints on the disks are those of these backups.
-    #[track_caller]
-    fn assert_checkpoints(&self, ids: &[&str]) {
-        for (index, disk) in DISKS.iter().enumerate() {
-            let mut names: Vec<String> = ids.iter().map(|id| format!("backupd-{id}-{index}")).collect();
-            names.sort();
-            assert_eq!(self.vm().checkpoints(disk), names, "{disk}");
-        }
-    }
-}
-
-/// What a reader of an image sees.
-#[track_caller]
-fn read(image: &Path) -> Vec<u8> {
-    let raw = image.with_extension("read");
-    let mut convert = Command::new("qemu-img");
-    convert.args(["convert", "-O", "raw"]).arg(image).arg(&raw);
-    process::run(convert).expect_success();
-    let content = std::fs::read(&raw).unwrap();
-    std::fs::remove_file(&raw).unwrap();
-    content
-}
-
-async fn backup_id(job: &JobProxy<'_>) -> String {
-    let disks = job.disks().await.unwrap();
-    let target = PathBuf::from(&disks[0].4);
-    let directory = target.parent().unwrap().file_name().unwrap();
-    directory.to_str().unwrap().to_owned()
-}
 
 fn incremental(word: &str) -> Options<'_> {
     Options::from([("incremental", Variant::from(word))])
@@ -177,7 +22,7 @@ fn incremental(word: &str) -> Options<'_> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_backup_holds_what_changed_and_shows_what_there_was() {
-    let mut scene = Scene::new();
+    let mut scene = Recorded::new();
     let (full, said) = scene.backup(Options::new()).await;
     assert_eq!(said, ["vda full first", "vdb full first"]);
     scene.write("vda", MIB, MIB / 2, 0x22);
@@ -224,7 +69,7 @@ async fn each_backup_holds_what_changed_and_shows_what_there_was() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_written_while_a_backup_runs_is_in_the_next() {
-    let mut scene = Scene::new();
+    let mut scene = Recorded::new();
     scene.backup(Options::new()).await;
     scene.write("vda", 0, 2 * MIB, 0x21);
     let caller = Caller::new(&scene.system).await;
@@ -247,7 +92,7 @@ async fn what_is_written_while_a_backup_runs_is_in_the_next() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_comes_to_nothing_leaves_the_chain_as_it_was() {
-    let mut scene = Scene::new();
+    let mut scene = Recorded::new();
     let (full, _) = scene.backup(Options::new()).await;
     scene.write("vda", MIB, MIB, 0x22);
     let before = scene.vm().residue();
@@ -265,7 +110,7 @@ async fn a_backup_that_comes_to_nothing_leaves_the_chain_as_it_was() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wherever_the_service_dies_the_chain_is_as_good_as_before() {
-    let mut scene = Scene::new();
+    let mut scene = Recorded::new();
     let (mut newest, _) = scene.backup(Options::new()).await;
     for (index, point) in Point::ALL.into_iter().enumerate() {
         let cancelled = matches!(
@@ -334,7 +179,7 @@ async fn wherever_the_service_dies_the_chain_is_as_good_as_before() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_go_on_begins_anew_and_says_why() {
-    let mut scene = Scene::new();
+    let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
     // QEMU dies: what it had not written down of what was written is not known.
     scene.reboot();
@@ -391,7 +236,7 @@ async fn what_cannot_go_on_begins_anew_and_says_why() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_lies_on_an_image_that_is_not_what_it_was() {
-    let mut scene = Scene::new();
+    let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
     scene.write("vda", 0, MIB, 0x31);
     let (second, _) = scene.backup(Options::new()).await;
@@ -416,7 +261,7 @@ async fn nothing_lies_on_an_image_that_is_not_what_it_was() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parent_that_goes_while_a_backup_runs_fails_it() {
-    let mut scene = Scene::new();
+    let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
     scene.write("vda", 0, 2 * MIB, 0x31);
     let caller = Caller::new(&scene.system).await;
@@ -435,7 +280,7 @@ async fn a_parent_that_goes_while_a_backup_runs_fails_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn checkpoints_are_few_and_others_bitmaps_are_left_alone() {
-    let mut scene = Scene::with("[store.none]\npath = \"/mnt\"\ncheckpoints = 0");
+    let mut scene = Recorded::with(System::setup().table("[store.none]\npath = \"/mnt\"\ncheckpoints = 0"));
     let node = scene.vm().node_name("vda");
     for name in ["libvirt-1", "backupd-mine"] {
         let arguments = json!({ "node": node, "name": name, "persistent": true });
@@ -461,7 +306,7 @@ async fn checkpoints_are_few_and_others_bitmaps_are_left_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_document_says_of_each_disk_what_it_goes_on_from() {
-    let mut scene = Scene::new();
+    let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
     scene.write("vda", 0, MIB, 0x31);
     let (second, _) = scene.backup(Options::new()).await;
@@ -539,7 +384,7 @@ async fn a_document_says_of_each_disk_what_it_goes_on_from() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn disks_that_change_their_places_go_on_from_their_own_images() {
-    let mut scene = Scene::new();
+    let mut scene = Recorded::new();
     scene.write("vda", 0, MIB, 0xaa);
     scene.write("vdb", 0, MIB, 0xbb);
     let (first, _) = scene.backup(Options::new()).await;

@@ -36,7 +36,12 @@ impl Scene {
         let system = System::start();
         let machine = system.vm("web").running();
         let disk = |name: &&str| Disk::new(name, 4 * MIB).fill(0, 2 * MIB, 0x11);
-        let vm = system.configured(DISKS.iter().map(disk).fold(machine, |machine, disk| machine.disk(disk)));
+        let vm = system.configured(
+            DISKS
+                .iter()
+                .map(disk)
+                .fold(machine, |machine, disk| machine.disk(disk)),
+        );
         let mut scene = Self {
             system,
             vm,
@@ -57,12 +62,15 @@ impl Scene {
         let root = Caller::new(&self.system).await;
         root.complete("web", "").await;
         let made = directories(&self.system.store().join("web"));
-        let ids = made.iter().map(|path| path.file_name().unwrap().to_str().unwrap());
+        let ids = made
+            .iter()
+            .map(|path| path.file_name().unwrap().to_str().unwrap());
         let new = ids.filter(|id| !self.ids.iter().any(|known| known == id));
         let [id] = new.collect::<Vec<_>>().try_into().unwrap();
         let id = id.to_owned();
         for disk in DISKS {
-            self.shown.insert((id.clone(), disk), read(&self.image(&id, disk)));
+            self.shown
+                .insert((id.clone(), disk), read(&self.image(&id, disk)));
         }
         self.ids.push(id);
     }
@@ -85,16 +93,19 @@ impl Scene {
         let path = root.manager.get_backup(id).await?;
         let options: Options = options.iter().map(|name| (*name, Variant::from(true))).collect();
         let interface = Some("org.example.Backup1.Backup");
-        let call = root
-            .connection
-            .call_method(Some("org.example.Backup1"), &path, interface, "Delete", &options);
+        let call =
+            root.connection
+                .call_method(Some("org.example.Backup1"), &path, interface, "Delete", &options);
         wait::within("Delete", call).await?.body().deserialize()
     }
 
     /// These are there and no others, each shows what it did, is as its manifest says, and is listed as complete.
     async fn assert_there(&self, ids: &[&str]) {
         let there = directories(&self.system.store().join("web"));
-        let mut names: Vec<&str> = there.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+        let mut names: Vec<&str> = there
+            .iter()
+            .map(|path| path.file_name().unwrap().to_str().unwrap())
+            .collect();
         names.sort_unstable();
         let mut expected = ids.to_vec();
         expected.sort_unstable();
@@ -104,7 +115,11 @@ impl Scene {
         for id in ids {
             for disk in DISKS {
                 let image = self.image(id, disk);
-                assert!(read(&image) == self.shown[&((*id).to_owned(), disk)], "{}", image.display());
+                assert!(
+                    read(&image) == self.shown[&((*id).to_owned(), disk)],
+                    "{}",
+                    image.display()
+                );
             }
             let manifest = self.manifest(id);
             for disk in manifest["disks"].as_array().unwrap() {
@@ -118,7 +133,9 @@ impl Scene {
         }
         let root = Caller::new(&self.system).await;
         let (listed, _) = root.manager.list_backups(Options::new()).await.unwrap();
-        let complete = listed.iter().filter(|backup| format!("{backup:?}").contains("complete"));
+        let complete = listed
+            .iter()
+            .filter(|backup| format!("{backup:?}").contains("complete"));
         assert_eq!(complete.count(), ids.len(), "{listed:?}");
     }
 }
@@ -181,7 +198,11 @@ async fn wherever_the_service_dies_every_backup_shows_what_it_showed() {
         for (id, disk) in scene.shown.keys() {
             let image = scene.image(id, disk);
             if image.exists() {
-                assert!(read(&image) == scene.shown[&(id.clone(), *disk)], "{point:?}: {}", image.display());
+                assert!(
+                    read(&image) == scene.shown[&(id.clone(), *disk)],
+                    "{point:?}: {}",
+                    image.display()
+                );
             }
         }
         scene.system.start_daemon();
@@ -189,7 +210,9 @@ async fn wherever_the_service_dies_every_backup_shows_what_it_showed() {
         // What was begun and can be finished is; else the call is made again.
         let parent = scene.system.store().join("web");
         wait::until(&format!("what {point:?} left to be gone"), || {
-            let names = std::fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().file_name());
+            let names = std::fs::read_dir(&parent)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name());
             let hidden = names.filter(|name| name.to_str().unwrap().starts_with('.'));
             (hidden.count() == 0).then_some(())
         });
@@ -215,7 +238,10 @@ async fn what_is_in_use_or_damaged_is_not_merged_and_nothing_is_changed() {
     assert!(error_name(&busy).ends_with("Busy"), "{busy}");
     scene.assert_there(&all).await;
     drop(reader);
-    let both = scene.delete(&first, &["merge", "with-descendants"]).await.unwrap_err();
+    let both = scene
+        .delete(&first, &["merge", "with-descendants"])
+        .await
+        .unwrap_err();
     assert!(error_name(&both).ends_with("InvalidArgs"), "{both}");
     // An image that is not what it was does not become a good one.
     let image = scene.image(&second, "vda");

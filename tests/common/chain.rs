@@ -17,6 +17,15 @@ pub fn directories(domain: &Path) -> Vec<PathBuf> {
     paths
 }
 
+/// The same, where there may have been no backup yet.
+#[track_caller]
+pub fn directories_if_any(domain: &Path) -> Vec<PathBuf> {
+    match domain.exists() {
+        true => directories(domain),
+        false => Vec::new(),
+    }
+}
+
 /// The id of the backup in a directory.
 #[track_caller]
 pub fn id(backup: &Path) -> String {

@@ -36,6 +36,7 @@ pub struct Disk {
     read_only: bool,
     style: Style,
     throttle_filter: bool,
+    discard: bool,
     slow: Option<u64>,
     pub(super) path: Option<PathBuf>,
     fills: Vec<(u64, u64, u8)>,
@@ -52,6 +53,7 @@ impl Disk {
             read_only: false,
             style: Style::Blockdev,
             throttle_filter: false,
+            discard: false,
             slow: None,
             path: None,
             fills: Vec::new(),
@@ -85,6 +87,12 @@ impl Disk {
     /// Puts a throttle filter between device and format, as managers do; it limits nothing. `-blockdev` style only.
     pub fn throttle_filter(mut self) -> Self {
         self.throttle_filter = true;
+        self
+    }
+
+    /// Lets what the guest discards take no space any more. `-blockdev` style only.
+    pub fn discard(mut self) -> Self {
+        self.discard = true;
         self
     }
 
@@ -200,6 +208,7 @@ impl Disk {
         let mut top = format!("{id}-format");
         blockdev(json!({
             "driver": self.format, "node-name": top, "file": below, "read-only": self.read_only,
+            "discard": if self.discard { "unmap" } else { "ignore" },
         }));
         if self.throttle_filter {
             let node = format!("{id}-throttle");

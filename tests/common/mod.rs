@@ -30,6 +30,7 @@ pub mod process;
 pub mod proxies;
 pub mod proxy;
 pub mod raw;
+pub mod recorded;
 pub mod storage;
 pub mod vm;
 pub mod wait;

@@ -14,7 +14,6 @@ use zbus::proxy::MethodFlags;
 use zbus::wire::OwnedVariant;
 use zbus::{Connection, DeserializeDict, MatchRule, MessageStream, OwnedObjectPath, Type, Variant};
 
-
 use crate::backups::{Backup, BackupTuple, Deletion};
 use crate::error::{Error, Result};
 use crate::job::{Outcome, Properties, Snapshot};

@@ -1,0 +1,177 @@
+//! A machine of which is known byte for byte what its disks hold, and what they held at the instant of each backup.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::caller::{Caller, assert_completed};
+use super::disk::Disk;
+use super::proxies::{JobProxy, Options};
+use super::vm::Vm;
+use super::{Setup, System, process};
+
+const MIB: u64 = 1 << 20;
+/// Of each disk, in bytes.
+pub const SIZE: u64 = 4 * MIB;
+/// Of their images.
+pub const CLUSTER: u64 = 1 << 16;
+
+/// A machine with two disks of which is known what they hold, and what they held at each backup.
+pub struct Recorded {
+    pub system: System,
+    pub vm: Option<Vm>,
+    pub now: BTreeMap<&'static str, Vec<u8>>,
+    /// By id.
+    pub backups: BTreeMap<String, BTreeMap<&'static str, Vec<u8>>>,
+}
+
+pub const DISKS: [&str; 2] = ["vda", "vdb"];
+
+impl Recorded {
+    pub fn new() -> Self {
+        Self::with(System::setup())
+    }
+
+    pub fn with(setup: Setup) -> Self {
+        let system = setup.start();
+        let mut scene = Self {
+            system,
+            vm: None,
+            now: DISKS.map(|disk| (disk, vec![0; SIZE as usize])).into(),
+            backups: BTreeMap::new(),
+        };
+        scene.boot();
+        for disk in DISKS {
+            scene.write(disk, 0, 2 * MIB, 0x11);
+        }
+        scene
+    }
+
+    /// Starts the machine, with the disks that it had.
+    pub fn boot(&mut self) {
+        let machine = self.system.vm("web").running();
+        let machine = DISKS.iter().fold(machine, |machine, disk| {
+            machine.disk(Disk::new(disk, SIZE).discard())
+        });
+        self.vm = Some(self.system.configured(machine));
+    }
+
+    pub fn vm(&self) -> &Vm {
+        self.vm.as_ref().expect("the machine runs")
+    }
+
+    pub fn write(&mut self, disk: &'static str, offset: u64, length: u64, pattern: u8) {
+        self.vm().write(disk, offset, length, pattern);
+        self.holds(disk, offset, length, pattern);
+    }
+
+    pub fn write_zeroes(&mut self, disk: &'static str, offset: u64, length: u64) {
+        self.vm().write_zeroes(disk, offset, length);
+        self.holds(disk, offset, length, 0);
+    }
+
+    /// Discards what is there, in whole clusters: it reads as zeroes then.
+    pub fn discard(&mut self, disk: &'static str, offset: u64, length: u64) {
+        assert!(offset.is_multiple_of(CLUSTER) && length.is_multiple_of(CLUSTER));
+        self.vm().discard(disk, offset, length);
+        self.holds(disk, offset, length, 0);
+    }
+
+    fn holds(&mut self, disk: &'static str, offset: u64, length: u64, pattern: u8) {
+        let content = self.now.get_mut(disk).expect("it is one of the disks");
+        content[offset as usize..(offset + length) as usize].fill(pattern);
+    }
+
+    /// Ends QEMU in order, and starts it again.
+    pub fn reboot(&mut self) {
+        self.vm.take().expect("the machine runs").quit();
+        self.boot();
+    }
+
+    /// Ends QEMU as a crash would, and starts it again. What was flushed before is there.
+    pub fn crash(&mut self) {
+        let mut vm = self.vm.take().expect("the machine runs");
+        DISKS.iter().for_each(|disk| vm.flush(disk));
+        vm.kill();
+        drop(vm);
+        self.boot();
+    }
+
+    /// Makes a backup, which must be good; gives its id, and what was copied of each disk: mode and reason.
+    pub async fn backup(&mut self, options: Options<'_>) -> (String, Vec<String>) {
+        let caller = Caller::new(&self.system).await;
+        let job = caller.start_with("web", "", &[], options).await;
+        assert_completed(&job).await;
+        self.record(&job).await
+    }
+
+    pub async fn record(&mut self, job: &JobProxy<'_>) -> (String, Vec<String>) {
+        let id = backup_id(job).await;
+        self.backups.insert(id.clone(), self.now.clone());
+        let increments = job.increments().await.unwrap();
+        let said = increments
+            .into_iter()
+            .map(|(disk, mode, since, why)| format!("{disk} {mode} {since}{why}"));
+        (id, said.collect())
+    }
+
+    pub fn image(&self, id: &str, disk: &str) -> PathBuf {
+        self.system
+            .store()
+            .join("web")
+            .join(id)
+            .join(format!("{disk}.qcow2"))
+    }
+
+    pub fn manifest(&self, id: &str) -> Value {
+        let path = self.system.store().join("web").join(id).join("manifest.json");
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
+    /// Every backup shows what there was at its instant.
+    #[track_caller]
+    pub fn check(&self) {
+        for (id, disks) in &self.backups {
+            for (disk, content) in disks {
+                let image = self.image(id, disk);
+                assert!(
+                    read(&image) == *content,
+                    "{} does not show what there was",
+                    image.display()
+                );
+            }
+        }
+    }
+
+    /// The checkpoints on the disks are those of these backups.
+    #[track_caller]
+    pub fn assert_checkpoints(&self, ids: &[&str]) {
+        for (index, disk) in DISKS.iter().enumerate() {
+            let mut names: Vec<String> = ids.iter().map(|id| format!("backupd-{id}-{index}")).collect();
+            names.sort();
+            assert_eq!(self.vm().checkpoints(disk), names, "{disk}");
+        }
+    }
+}
+
+/// What a reader of an image sees.
+#[track_caller]
+pub fn read(image: &Path) -> Vec<u8> {
+    let raw = image.with_extension("read");
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-O", "raw"]).arg(image).arg(&raw);
+    process::run(convert).expect_success();
+    let content = std::fs::read(&raw).unwrap();
+    std::fs::remove_file(&raw).unwrap();
+    content
+}
+
+/// The id of the backup that a job makes in a store.
+pub async fn backup_id(job: &JobProxy<'_>) -> String {
+    let disks = job.disks().await.unwrap();
+    let target = PathBuf::from(&disks[0].4);
+    let directory = target.parent().unwrap().file_name().unwrap();
+    directory.to_str().unwrap().to_owned()
+}

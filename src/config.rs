@@ -56,11 +56,40 @@ pub struct Store {
     /// with 0.
     #[serde(default = "checkpoints")]
     pub checkpoints: usize,
+    /// How many backups of each domain are kept, by each rule; nothing is removed where all are 0.
+    #[serde(default)]
+    pub keep_last: u32,
+    #[serde(default)]
+    pub keep_hourly: u32,
+    #[serde(default)]
+    pub keep_daily: u32,
+    #[serde(default)]
+    pub keep_weekly: u32,
+    #[serde(default)]
+    pub keep_monthly: u32,
+    #[serde(default)]
+    pub keep_yearly: u32,
 }
 
 /// A newest one, and some to go back to if that is damaged or pruned. Each costs the guest's writes a little.
 const fn checkpoints() -> usize {
     4
+}
+
+impl Store {
+    /// A store in which everything is kept.
+    pub fn at(path: PathBuf) -> Self {
+        Self {
+            path,
+            checkpoints: checkpoints(),
+            keep_last: 0,
+            keep_hourly: 0,
+            keep_daily: 0,
+            keep_weekly: 0,
+            keep_monthly: 0,
+            keep_yearly: 0,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -272,10 +301,10 @@ impl Config {
             source: Box::new(source),
         })?;
         let backups = config.state_directory.join("backups");
-        config.stores.entry(DEFAULT_STORE.to_owned()).or_insert(Store {
-            path: backups,
-            checkpoints: checkpoints(),
-        });
+        config
+            .stores
+            .entry(DEFAULT_STORE.to_owned())
+            .or_insert(Store::at(backups));
         config.check(path)?;
         Ok(config)
     }

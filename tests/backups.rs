@@ -422,3 +422,50 @@ async fn a_catalog_of_the_first_version_is_brought_to_this_one() {
     };
     assert_eq!(told(list(&root, &[]).await), told(before));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_is_read_where_no_service_is_and_by_an_ordinary_user() {
+    let mut system = System::start();
+    let _vm = machine(&system, "web");
+    let root = Caller::new(&system).await;
+    let backups = chain(&system, &root).await;
+    let with_service: Value = serde_json::from_str(&backupctl(&system, &["backups", "--json"])).unwrap();
+    system.stop_daemon();
+    // Carried away, to somebody who has no rights here.
+    let carried = system.dir().join("carried");
+    fs::rename(system.store(), &carried).unwrap();
+    let mut chown = std::process::Command::new("chown");
+    chown.args(["-R", "nobody"]).arg(&carried);
+    common::process::run(chown).expect_success();
+    let link = system.dir().join("usb");
+    std::os::unix::fs::symlink(&carried, &link).unwrap();
+    let from = link.to_str().unwrap();
+    let read = |arguments: &[&str]| {
+        system
+            .clients()
+            .backupctl(USER, &[&["backups", "--from", from], arguments].concat())
+    };
+    let mut listed: Value = serde_json::from_str(&read(&["--json"]).expect_success()).unwrap();
+    let mut expected = with_service;
+    for backup in [&mut listed, &mut expected]
+        .into_iter()
+        .flat_map(|list| list.as_array_mut().unwrap())
+    {
+        backup["path"] = Value::Null;
+        backup["store"] = Value::Null;
+    }
+    assert_eq!(listed, expected);
+    assert!(read(&["nothing"]).expect_success().lines().count() == 1);
+
+    let carried = |backup: &Path| carried.join("web").join(id(backup));
+    fs::remove_file(carried(&backups[1]).join("vda.qcow2")).unwrap();
+    fs::write(carried(&backups[3]).join("manifest.json"), "{").unwrap();
+    let output = read(&["web"]);
+    assert_eq!(output.status, 1);
+    assert!(output.stderr.contains("manifest.json"), "{}", output.stderr);
+    let text = output.stdout;
+    assert!(
+        text.contains("vda.qcow2 is not there") && text.contains("which is missing"),
+        "{text}"
+    );
+}

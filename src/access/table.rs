@@ -136,6 +136,7 @@ pub static TABLE: [Entry; 13] = [
             "Domain.Disks",
             "ListBackups",
             "GetBackup",
+            "Prune",
             "Backup.Delete",
             "Backup.Restore",
             "Backup.Export",
@@ -214,7 +215,7 @@ pub static TABLE: [Entry; 13] = [
         description: "Delete a backup of a virtual machine",
         message: "Authentication is required to delete a backup of the virtual machine $(domain_name) from the store $(store)",
         implicit: Implicit::AdministratorKept,
-        members: &["Backup.Delete"],
+        members: &["Prune", "Backup.Delete"],
     },
     Entry {
         permission: Permission::BackupRestore,

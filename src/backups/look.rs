@@ -97,7 +97,21 @@ fn look_at(shelf: &Shelf, expected: &Expected) -> Result<Looked, target::Error> 
     let Some(backup) = shelf.below(&expected.key.id)? else {
         return Ok(gone());
     };
-    for Disk { file, length, .. } in &expected.disks {
+    if let Some(amiss) = images_amiss(&backup, &expected.disks)? {
+        return Ok(Some(amiss));
+    }
+    let problem = match backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) {
+        Ok((bytes, _)) if bytes == expected.text.as_bytes() => return Ok(None),
+        Ok(_) => format!("{MANIFEST_NAME} is not what it was: 'backupctl rescan' reads it again"),
+        Err(error) if is_absent(&error) => format!("{MANIFEST_NAME} is not there"),
+        Err(error) => return Err(error),
+    };
+    Ok(Some((BackupState::Damaged, problem)))
+}
+
+/// What is wrong with a backup's images, as far as that can be told without reading them.
+pub(super) fn images_amiss(backup: &Shelf, disks: &[Disk]) -> Result<Looked, target::Error> {
+    for Disk { file, length, .. } in disks {
         let size = match backup.file_size(file) {
             Ok(size) => size,
             Err(error) if is_absent(&error) => {
@@ -110,13 +124,7 @@ fn look_at(shelf: &Shelf, expected: &Expected) -> Result<Looked, target::Error> 
             return Ok(Some((BackupState::Damaged, problem)));
         }
     }
-    let problem = match backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) {
-        Ok((bytes, _)) if bytes == expected.text.as_bytes() => return Ok(None),
-        Ok(_) => format!("{MANIFEST_NAME} is not what it was: 'backupctl rescan' reads it again"),
-        Err(error) if is_absent(&error) => format!("{MANIFEST_NAME} is not there"),
-        Err(error) => return Err(error),
-    };
-    Ok(Some((BackupState::Damaged, problem)))
+    Ok(None)
 }
 
 fn is_absent(error: &target::Error) -> bool {

@@ -6,7 +6,9 @@
 mod error;
 mod look;
 mod merge;
+mod prune;
 mod remove;
+mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +25,9 @@ use crate::domain::{Domain, Identity, NOBODY, Origin, Registry};
 
 pub use error::Error;
 pub use look::PATIENCE;
+pub use prune::{Group, Pruned, Verdict};
 pub use remove::{Removed, Unwanted, finish_removal};
+pub use store::{Inventory, Stored, read_store};
 
 /// Backups that are read, and looked at, at a time.
 const BATCH: u32 = 100;
@@ -36,6 +40,7 @@ const CHANGES: usize = 1024;
 /// What happened to the backups.
 #[derive(Debug, Clone)]
 pub enum Change {
+    Added(Box<Backup>),
     /// It is gone, and what was kept elsewhere for those that would lie on it is of no use any more.
     Removed(Box<Backup>),
 }

@@ -150,7 +150,11 @@ impl Backups {
     }
 
     /// Finds out about a backup's directory; nothing if it is not there.
-    async fn in_store<T: Send + 'static>(&self, backup: &Backup, find: Find<T>) -> Result<Option<T>, Error> {
+    pub(super) async fn in_store<T: Send + 'static>(
+        &self,
+        backup: &Backup,
+        find: Find<T>,
+    ) -> Result<Option<T>, Error> {
         let store = self.stores.get(&backup.key.store);
         let path = store
             .ok_or_else(|| Error::NoStore(backup.key.store.clone()))?

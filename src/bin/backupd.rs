@@ -138,6 +138,7 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     backups.recover().await?;
     let resumed = jobs.recover().await?;
     let service = Arc::new(Service::new(domains, jobs, backups, access, &config));
+    resumed.iter().for_each(|job| service.follow(job.clone()));
     let connection = zbus::connection::Builder::system().build().await?;
     let published = bus::publish(connection, service.clone(), &config, resumed, &activity).await?;
     supervisor::ready();

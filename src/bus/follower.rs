@@ -1,4 +1,4 @@
-//! Follows domains and jobs and has their changes told: one task that starts one for each of them.
+//! Follows domains, jobs and backups and has their changes told: one task that starts one for each of them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -99,6 +99,7 @@ impl Work {
     /// Follows domains and jobs until [`Follower::finish`].
     pub async fn run(mut self) {
         let mut changes = self.service.domains.changes();
+        let mut backups = self.service.backup_changes();
         let mut domains = Domains::new(self.audience.clone());
         let mut jobs = JoinSet::new();
         domains.synchronise(&self.service, &self.audience);
@@ -123,6 +124,8 @@ impl Work {
                         domains.synchronise(&self.service, &self.audience);
                     }
                 },
+                // Who missed some lists them.
+                Ok(change) = backups.recv() => domains.announce(Announcement::Backup(change)),
                 Some(_) = domains.tasks.join_next() => {}
                 Some(_) = jobs.join_next() => {}
             }

@@ -38,6 +38,7 @@ pub async fn call(context: &Context, call: &Call) -> Answer {
             call.reply(&job_path(job.id))
         }
         "ListBackups" => stored::list(context, call).await,
+        "Prune" => stored::prune(context, call).await,
         "GetBackup" => stored::get(context, call).await,
         "Rescan" => {
             options::none(&call.arguments()?)?;

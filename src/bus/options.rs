@@ -9,8 +9,9 @@ use zbus::wire::{OwnedVariant, Signature, Type};
 use super::error::{BusError, Result};
 use crate::definition::{Format, Quiesce, is_valid_name};
 use crate::error::{Kind, shown};
+use crate::plan::retention::Rule;
 use crate::plan::{self, Incremental};
-use crate::service::{BackupsWanted, Deletion};
+use crate::service::{BackupsWanted, Deletion, PruneWanted};
 
 /// The keys with their values, as they came.
 #[derive(Debug, Default)]
@@ -176,6 +177,27 @@ pub fn backups(dictionary: Dictionary) -> Result<BackupsWanted> {
             ("domain" | "store" | "after", value) => return Err(wrong_type(&key, &value, "s")),
             ("limit", Value::U64(limit)) => wanted.at_most = usize::try_from(limit).ok(),
             ("limit", value) => return Err(wrong_type(&key, &value, "t")),
+            _ => return Err(unknown(&key)),
+        }
+    }
+    Ok(wanted)
+}
+
+/// Options of `Prune`.
+pub fn prune(dictionary: Dictionary) -> Result<PruneWanted> {
+    let mut wanted = PruneWanted::default();
+    for (key, value) in dictionary.0 {
+        match (key.as_str(), Rule::from_key(&key), value) {
+            (_, Some(rule), Value::U64(count)) => {
+                let retention = wanted.retention.get_or_insert_default();
+                // As good as all of them.
+                retention.set(rule, u32::try_from(count).unwrap_or(u32::MAX));
+            }
+            (_, Some(_), value) => return Err(wrong_type(&key, &value, "t")),
+            ("store", _, Value::Str(store)) => wanted.filter.store = Some(store),
+            ("store", _, value) => return Err(wrong_type(&key, &value, "s")),
+            ("dry-run", _, Value::Bool(dry)) => wanted.dry_run = dry,
+            ("dry-run", _, value) => return Err(wrong_type(&key, &value, "b")),
             _ => return Err(unknown(&key)),
         }
     }

@@ -19,8 +19,9 @@ use zbus::wire::{OwnedObjectPath, Type, Variant};
 use super::job::{View, result};
 use super::peers::Peers;
 use super::standard::PROPERTIES;
-use super::{domain, domain_path, job_path};
+use super::{backup_path, domain, domain_path, job_path};
 use crate::access::Caller;
+use crate::backups::Change;
 use crate::config::Signals;
 use crate::domain::{Domain, Snapshot};
 use crate::job::{DiskState, Job, Status};
@@ -141,6 +142,18 @@ impl Audience {
             .await;
     }
 
+    async fn tell_of_backup(&self, change: &Change) {
+        let (backup, name) = match change {
+            Change::Added(backup) => (backup, "BackupAdded"),
+            Change::Removed(backup) => (backup, "BackupRemoved"),
+        };
+        let domain = self.service.domain_of(backup);
+        let readers = self.readers(&domain, HashSet::new()).await;
+        let path = backup_path(backup.object);
+        self.tell(&readers, &root(), MANAGER_INTERFACE, name, &(&path,))
+            .await;
+    }
+
     async fn tell<B>(&self, to: &Listeners, path: &OwnedObjectPath, interface: &str, name: &str, body: &B)
     where
         B: Serialize + Type,
@@ -206,18 +219,21 @@ impl Audience {
     }
 }
 
-/// What is told of domains as such.
+/// What is told of domains as such, and of backups in stores.
 pub enum Announcement {
     Added(Arc<Domain>),
     Removed(Arc<Domain>),
+    /// Of a backup in a store.
+    Backup(Change),
 }
 
-/// Tells of domains that come and go, in the order in which they do, until nothing more can come.
+/// Tells of domains and backups that come and go, in the order in which they do, until nothing more can come.
 pub async fn announce(mut announcements: mpsc::UnboundedReceiver<Announcement>, audience: Audience) {
     while let Some(announcement) = announcements.recv().await {
         match announcement {
             Announcement::Added(domain) => audience.tell_seers(&domain, "DomainAdded").await,
             Announcement::Removed(domain) => audience.tell_seers(&domain, "DomainRemoved").await,
+            Announcement::Backup(change) => audience.tell_of_backup(&change).await,
         }
     }
 }

@@ -47,6 +47,27 @@ pub async fn get(context: &Context, call: &Call) -> Answer {
     call.reply(&backup_path(object))
 }
 
+/// `Prune` of the root object.
+pub async fn prune(context: &Context, call: &Call) -> Answer {
+    let (domain, options) = call.arguments::<(String, Dictionary)>()?;
+    let mut wanted = options::prune(options)?;
+    wanted.filter.domain = Some(domain).filter(|domain| !domain.is_empty());
+    let prune = async { Ok(context.service.prune(&call.caller, wanted).await?) };
+    let pruned = call.while_present(prune).await?;
+    let judged = pruned.judged.iter().map(|judged| {
+        let backup = &judged.backup;
+        (
+            &backup.manifest.domain.name,
+            &backup.key.store,
+            &backup.key.id,
+            time(backup),
+            judged.verdict.as_str(),
+            &judged.reason,
+        )
+    });
+    call.reply(&(judged.collect::<Vec<_>>(), pruned.freed))
+}
+
 pub async fn call(context: &Context, call: &Call, backup: &Backup) -> Answer {
     match call.member.as_str() {
         "Delete" => {
@@ -127,7 +148,7 @@ pub fn properties(backup: &Backup) -> Properties {
         ("Domain", Variant::from(manifest.domain.name.clone())),
         ("DomainUUID", Variant::from(uuid(backup))),
         ("Store", Variant::from(backup.key.store.clone())),
-        ("Kind", Variant::from(kind(backup))),
+        ("Kind", Variant::from(backup.manifest.kind.as_str())),
         ("Parent", Variant::from(parent(backup))),
         ("Time", Variant::from(time(backup))),
         ("State", Variant::from(backup.state.as_str())),
@@ -145,7 +166,7 @@ fn tuple(backup: &Backup) -> BackupTuple {
         backup.manifest.domain.name.clone(),
         uuid(backup),
         backup.key.store.clone(),
-        kind(backup),
+        backup.manifest.kind.as_str(),
         parent(backup),
         time(backup),
         backup.state.as_str(),
@@ -157,14 +178,6 @@ fn tuple(backup: &Backup) -> BackupTuple {
 fn uuid(backup: &Backup) -> String {
     let uuid = backup.manifest.domain.uuid;
     uuid.map(|uuid| uuid.to_string()).unwrap_or_default()
-}
-
-fn kind(backup: &Backup) -> &'static str {
-    match backup.manifest.kind {
-        catalog::Kind::Full => "full",
-        catalog::Kind::Incremental => "incremental",
-        catalog::Kind::Differential => "differential",
-    }
 }
 
 /// The newest, should its disks lie on several.

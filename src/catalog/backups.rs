@@ -84,6 +84,14 @@ pub struct BackupFilter {
     pub store: Option<String>,
 }
 
+impl BackupFilter {
+    /// As the records have it.
+    fn uuid(&self) -> Option<String> {
+        let uuid: uuid::Uuid = self.domain.as_deref()?.parse().ok()?;
+        Some(uuid.to_string())
+    }
+}
+
 /// What a look at a backup's files found: nothing amiss, or what.
 pub type Looked = Option<(BackupState, String)>;
 
@@ -96,8 +104,7 @@ impl Catalog {
         at_most: u32,
     ) -> Result<Vec<Backup>, Error> {
         self.run(move |connection| {
-            let uuid = filter.domain.as_deref().and_then(|text| text.parse().ok());
-            let uuid = uuid.map(|uuid: uuid::Uuid| uuid.to_string());
+            let uuid = filter.uuid();
             let condition = "(:store IS NULL OR store = :store) \
                  AND (:domain IS NULL OR domain_name = :domain OR domain_uuid = :uuid) \
                  AND (store, domain, id) > (:after_store, :after_domain, :after_id) \
@@ -112,6 +119,28 @@ impl Catalog {
                 ":limit": at_most,
             };
             select(connection, condition, values)
+        })
+        .await
+    }
+
+    /// The directories that have such backups, as (store, domain's directory), and whose these are.
+    pub async fn owners(&self, filter: BackupFilter) -> Result<Vec<(String, String, DomainRecord)>, Error> {
+        self.run(move |connection| {
+            // What is in a directory belongs together: one of that name says which it is.
+            let sql = format!(
+                "SELECT DISTINCT store, domain, {DOMAIN} FROM backups WHERE (?1 IS NULL OR store = ?1) AND \
+                     (?2 IS NULL OR (store, domain) IN \
+                         (SELECT store, domain FROM backups WHERE domain_name = ?2 OR domain_uuid = ?3)) \
+                 ORDER BY store, domain"
+            );
+            let mut statement = connection.prepare(&sql)?;
+            let uuid = filter.uuid();
+            let mut rows = statement.query(params![filter.store, filter.domain, uuid])?;
+            let mut owners = Vec::new();
+            while let Some(row) = rows.next()? {
+                owners.push((row.get("store")?, row.get("domain")?, domain(row)?));
+            }
+            Ok(owners)
         })
         .await
     }

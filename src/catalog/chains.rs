@@ -98,8 +98,8 @@ pub(super) fn settle<'a>(
     Ok(())
 }
 
-/// What is wrong with those that lie on something that is of no use.
-fn broken(links: &[Link]) -> BTreeMap<&str, String> {
+/// What is wrong with those that lie on something that is of no use, by their ids.
+pub fn broken(links: &[Link]) -> BTreeMap<&str, String> {
     let known: BTreeSet<&str> = links.iter().map(|link| link.id.as_str()).collect();
     let mut above: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     let mut broken = BTreeMap::new();

@@ -17,7 +17,7 @@ mod rescan;
 mod standing;
 
 pub use backups::{Backup, BackupFilter, BackupKey, BackupRecord, BackupState, Looked};
-pub use chains::{Link, Stored};
+pub use chains::{Link, Stored, broken};
 pub use error::Error;
 pub use history::EndedJob;
 pub use manifest::{Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError, Parent};

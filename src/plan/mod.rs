@@ -6,6 +6,7 @@
 mod chain;
 mod error;
 mod requested;
+pub mod retention;
 #[cfg(test)]
 mod tests;
 

@@ -14,10 +14,7 @@ fn disks() -> Vec<Disk> {
 }
 
 fn stores() -> BTreeMap<String, Store> {
-    let store = |path: &str| Store {
-        path: path.into(),
-        checkpoints: 4,
-    };
+    let store = |path: &str| Store::at(path.into());
     BTreeMap::from([("default".into(), store("/d")), ("nightly".into(), store("/n"))])
 }
 

@@ -1,14 +1,20 @@
 //! The backups that are there, for who may read their domains. To everybody else there are none.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
+use tokio::sync::broadcast;
 use tokio::time::Instant;
 
 use super::{Service, details};
 use crate::access::{self, Caller, Details, Look, Permission};
-use crate::backups::{PATIENCE, Removed, Unwanted};
+use crate::backups::{Change, PATIENCE, Pruned, Removed, Unwanted, Verdict};
 use crate::catalog::{self, Backup, BackupFilter, BackupKey, DomainRecord};
+use crate::domain::Domain;
 use crate::error::{Error, Kind, Result, shown};
+use crate::job::{Job, Outcome};
+use crate::plan::Destination;
+use crate::plan::retention::Retention;
 
 /// Backups that a call lists at most, and bytes of their manifests; there is always one more page.
 pub const MOST_LISTED: usize = 1000;
@@ -31,6 +37,15 @@ pub struct Deletion {
     /// What lies on it is made to lie on nothing, and stays.
     pub merge: bool,
     /// Only what would go is told.
+    pub dry_run: bool,
+}
+
+/// Which backups a call prunes, and how.
+#[derive(Debug, Default)]
+pub struct PruneWanted {
+    pub filter: BackupFilter,
+    /// The stores' own rules, if none are said.
+    pub retention: Option<Retention>,
     pub dry_run: bool,
 }
 
@@ -140,6 +155,16 @@ impl Service {
         }
     }
 
+    /// The backups that come and go from now on.
+    pub fn backup_changes(&self) -> broadcast::Receiver<Change> {
+        self.backups.changes()
+    }
+
+    /// The domain that a backup is of, or what stands for it.
+    pub fn domain_of(&self, backup: &Backup) -> Arc<Domain> {
+        self.backups.domain(&backup.domain)
+    }
+
     fn known_store(&self, name: &str) -> Result<()> {
         let missing = || Error::new(Kind::NoSuchStore, format!("no store '{}'", shown(name)));
         self.backups.store(name).map(drop).ok_or_else(missing)
@@ -161,6 +186,77 @@ impl Service {
             merge: how.merge,
         };
         Ok(self.backups.remove(unwanted, how.dry_run).await?)
+    }
+
+    /// Removes the backups that no rule keeps, of the domains that `caller` may know of; or says only which.
+    pub async fn prune(&self, caller: &Caller, wanted: PruneWanted) -> Result<Pruned> {
+        if let Some(store) = &wanted.filter.store {
+            self.known_store(store)?;
+        }
+        if wanted.retention.is_some_and(|retention| retention.is_nothing()) {
+            let text = "nothing would be kept: at least one of the rules must be above 0";
+            return Err(Error::new(Kind::InvalidArgs, text));
+        }
+        let (mut groups, mut seen) = (Vec::new(), Seen::new());
+        for (group, owners) in self.backups.groups(wanted.filter).await? {
+            let Some(retention) = wanted.retention.or_else(|| self.backups.policy(&group.store)) else {
+                continue;
+            };
+            if self.sees_all(caller, &owners, &mut seen).await? {
+                groups.push((group, retention, owners));
+            }
+        }
+        let mut pruned = Pruned::default();
+        // Nothing goes before all may go.
+        for (group, retention, owners) in &groups {
+            let would = self.backups.prune(group, retention, true).await?;
+            let some = would.judged.iter().any(|judged| judged.verdict != Verdict::Kept);
+            if some && !wanted.dry_run {
+                for owner in owners {
+                    let details = details(&self.backups.domain(owner)).with("store", &group.store);
+                    let permission = Permission::BackupDelete;
+                    drop(self.access.require(caller, permission, &details, None).await?);
+                }
+            }
+            if wanted.dry_run {
+                pruned.freed += would.freed;
+                pruned.judged.extend(would.judged);
+            }
+        }
+        if !wanted.dry_run {
+            for (group, retention, _) in &groups {
+                let of_group = self.backups.prune(group, retention, false).await?;
+                pruned.freed += of_group.freed;
+                pruned.judged.extend(of_group.judged);
+            }
+        }
+        Ok(pruned)
+    }
+
+    /// Whether `caller` may know of all of them: what is in one directory goes or stays together.
+    async fn sees_all(&self, caller: &Caller, owners: &[DomainRecord], seen: &mut Seen) -> Result<bool> {
+        for owner in owners {
+            match self.view_backup(caller, owner, seen).await {
+                Look::Allowed => {}
+                Look::Refused => return Ok(false),
+                Look::Unknown => return Err(access::Error::Unknown.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Has done what is due when `job` has ended.
+    pub fn follow(&self, job: Arc<Job>) {
+        let Destination::Store { name, .. } = &job.plan.destination else {
+            return;
+        };
+        let key = BackupKey {
+            store: name.clone(),
+            domain: job.domain.unique_name(),
+            id: job.backup_id.clone(),
+        };
+        let ended = async move { (job.wait().await == Outcome::Completed).then_some(key) };
+        self.backups.follow(ended);
     }
 
     /// What an authority is told of a backup in a store.

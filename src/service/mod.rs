@@ -8,7 +8,7 @@ mod request;
 mod sight;
 mod stored;
 
-pub use backups::{BackupPage, BackupsWanted, Deletion, MOST_LISTED};
+pub use backups::{BackupsWanted, Deletion, PruneWanted};
 pub use request::{Authorised, Request};
 pub use sight::ListedJob;
 pub use stored::RestoreRequest;

@@ -157,6 +157,7 @@ impl Service {
             targets,
             record,
         });
+        self.follow(job.clone());
         for grant in grants {
             grant.record(job.id);
         }

@@ -71,6 +71,8 @@ pub enum Error {
     },
     #[error("{path}: others are just reading, changing or building upon it: try again when they are done")]
     InUse { path: String },
+    #[error("{path}: is not there: is its store mounted? 'backupctl rescan' forgets backups that are gone")]
+    NotThere { path: String },
     #[error("{path}: is not the backup's, and would go with it: move it away")]
     NotTheBackups { path: String },
     #[error("the plan has no store")]
@@ -150,6 +152,7 @@ impl Error {
             | Self::NotQcow2 { .. }
             | Self::Gone { .. }
             | Self::NotTheBackups { .. }
+            | Self::NotThere { .. }
             | Self::IsSource { .. }
             | Self::SameTarget { .. }
             | Self::AccessMode { .. }

@@ -74,7 +74,10 @@ impl Removal {
         hold: bool,
     ) -> Result<Option<Self>, Error> {
         let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
-            return Ok(None);
+            // Nobody removes that: the whole store may be elsewhere.
+            return Err(Error::NotThere {
+                path: store.join(name.domain).display().to_string(),
+            });
         };
         for (entry, begun) in [(removed_name(name.id), true), (name.id.to_owned(), false)] {
             let Some(directory) = domain.below(&entry)? else {
@@ -219,6 +222,8 @@ mod tests {
         removal.remove().unwrap();
         assert_eq!(std::fs::read_dir(store.path().join("web")).unwrap().count(), 0);
         assert_eq!(removed_backup(".a.removed"), Some("a"));
+        std::fs::remove_dir(store.path().join("web")).unwrap();
+        assert!(matches!(hold(store.path()), Err(Error::NotThere { .. })));
     }
 
     #[test]

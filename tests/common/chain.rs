@@ -13,7 +13,8 @@ pub fn directories(domain: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(domain).expect("the domain's directory is there");
     let mut paths: Vec<_> = entries.map(|entry| entry.expect("it is read").path()).collect();
     paths.retain(|path| !path.to_string_lossy().contains("/."));
-    paths.sort();
+    // Their names tell the second only.
+    paths.sort_by_key(|path| instant(&manifest(path)));
     paths
 }
 
@@ -34,6 +35,12 @@ pub fn id(backup: &Path) -> String {
 }
 
 #[track_caller]
+fn instant(manifest: &Value) -> jiff::Timestamp {
+    let instant = manifest["instant"].as_str().expect("it has an instant");
+    instant.parse().expect("it is a time")
+}
+
+#[track_caller]
 pub fn manifest(backup: &Path) -> Value {
     let bytes = std::fs::read(backup.join("manifest.json")).expect("the manifest is read");
     serde_json::from_slice(&bytes).expect("the manifest is JSON")
@@ -48,21 +55,8 @@ pub fn write_manifest(backup: &Path, manifest: &Value) {
 /// parent's. Returns its directory.
 #[track_caller]
 pub fn increment(parent: &Path, after: i64) -> PathBuf {
-    let (domain, parent_id) = (parent.parent().expect("it is in a directory"), id(parent));
-    let mut made = manifest(parent);
-    for key in ["started", "instant"] {
-        let time: jiff::Timestamp = made[key].as_str().unwrap().parse().unwrap();
-        made[key] = json!((time + jiff::SignedDuration::from_hours(after)).to_string());
-    }
-    let time: jiff::Timestamp = made["instant"].as_str().unwrap().parse().unwrap();
-    let own = format!(
-        "{}-{}",
-        time.strftime("%Y%m%dT%H%M%SZ"),
-        &uuid::Uuid::new_v4().simple().to_string()[..8]
-    );
-    let directory = domain.join(&own);
-    std::fs::create_dir(&directory).expect("its directory is made");
-    made["id"] = json!(own);
+    let (parent_id, mut made) = (id(parent), manifest(parent));
+    let directory = renamed(&mut made, parent, after);
     made["kind"] = json!("incremental");
     for disk in made["disks"].as_array_mut().expect("it has disks") {
         let file = disk["file"].as_str().expect("it has a file").to_owned();
@@ -81,5 +75,34 @@ pub fn increment(parent: &Path, after: i64) -> PathBuf {
     }
     std::fs::write(directory.join("backup.xml"), "<domainbackup/>").expect("the document is written");
     write_manifest(&directory, &made);
+    directory
+}
+
+/// A full backup like another one, made up: a copy of it, so many hours later or earlier. Returns its directory.
+#[track_caller]
+pub fn copy(of: &Path, hours: i64) -> PathBuf {
+    let mut made = manifest(of);
+    let directory = renamed(&mut made, of, hours);
+    for entry in std::fs::read_dir(of).expect("it is there") {
+        let file = entry.expect("it is read").path();
+        let copied = std::fs::copy(&file, directory.join(file.file_name().expect("it has a name")));
+        copied.expect("it is copied");
+    }
+    write_manifest(&directory, &made);
+    directory
+}
+
+/// Gives a manifest another time, and the id of a new directory beside `beside`, which is made.
+fn renamed(made: &mut Value, beside: &Path, hours: i64) -> PathBuf {
+    for key in ["started", "instant"] {
+        let time: jiff::Timestamp = made[key].as_str().unwrap().parse().unwrap();
+        made[key] = json!((time + jiff::SignedDuration::from_hours(hours)).to_string());
+    }
+    let time = instant(made);
+    let unique = uuid::Uuid::new_v4().simple().to_string();
+    let id = format!("{}-{}", time.strftime("%Y%m%dT%H%M%SZ"), &unique[..8]);
+    let directory = beside.parent().expect("it is in a directory").join(&id);
+    std::fs::create_dir(&directory).expect("its directory is made");
+    made["id"] = json!(id);
     directory
 }

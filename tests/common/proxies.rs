@@ -32,6 +32,8 @@ pub fn slowly(bytes_per_second: u64) -> Options<'static> {
         ("incremental", Variant::from("full")),
     ])
 }
+/// What `Prune` says of a backup: domain, store, id, time, verdict, reason.
+pub type PrunedBackup = (String, String, String, u64, String, String);
 
 #[zbus::proxy(
     interface = "org.example.Backup1",
@@ -61,6 +63,7 @@ pub trait Manager {
         options: Options<'_>,
     ) -> zbus::Result<Vec<(u32, OwnedObjectPath, String, String)>>;
     fn list_backups(&self, options: Options<'_>) -> zbus::Result<(Vec<ListedBackup>, String)>;
+    fn prune(&self, domain: &str, options: Options<'_>) -> zbus::Result<(Vec<PrunedBackup>, u64)>;
     fn get_backup(&self, id: &str) -> zbus::Result<OwnedObjectPath>;
     fn rescan(&self, options: Options<'_>) -> zbus::Result<(u32, Vec<String>)>;
     fn get_job(&self, id: u32) -> zbus::Result<OwnedObjectPath>;
@@ -76,6 +79,10 @@ pub trait Manager {
     fn job_ended(&self, id: u32, job: ObjectPath<'_>, result: &str) -> zbus::Result<()>;
     #[zbus(signal)]
     fn domain_added(&self, domain: ObjectPath<'_>) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn backup_added(&self, backup: ObjectPath<'_>) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn backup_removed(&self, backup: ObjectPath<'_>) -> zbus::Result<()>;
     #[zbus(signal)]
     fn domain_removed(&self, domain: ObjectPath<'_>) -> zbus::Result<()>;
 }

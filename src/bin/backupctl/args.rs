@@ -80,8 +80,11 @@ pub enum Command {
         /// Only those of this virtual machine: its name or UUID
         domain: Option<String>,
         /// Only those in this store
-        #[arg(long, value_name = "STORE")]
+        #[arg(long, value_name = "STORE", conflicts_with = "from")]
         store: Option<String>,
+        /// Those in the store in this directory, without the service: from another machine, say
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        from: Option<PathBuf>,
     },
     /// Delete backups from their stores
     ///
@@ -101,6 +104,11 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Delete the backups that no rule keeps
+    ///
+    /// Without any of the --keep options, the rules of each store in the service's configuration count. A backup that a kept one
+    /// lies on is kept.
+    Prune(Prune),
     /// Look through the stores, and make the service's records of backups those that are there
     ///
     /// For a service that lost its catalog, and for stores that came from another machine.
@@ -132,6 +140,53 @@ pub enum Command {
         /// The directory
         dir: PathBuf,
     },
+}
+
+/// The options of `prune`.
+#[derive(Debug, Args)]
+pub struct Prune {
+    /// Only those of this virtual machine: its name or UUID
+    pub domain: Option<String>,
+    /// Only those in this store
+    #[arg(long, value_name = "STORE")]
+    pub store: Option<String>,
+    /// Keep the newest N
+    #[arg(long, value_name = "N")]
+    pub keep_last: Option<u32>,
+    /// Keep the newest of each of the last N hours that have one
+    #[arg(long, value_name = "N")]
+    pub keep_hourly: Option<u32>,
+    /// Keep the newest of each of the last N days that have one
+    #[arg(long, value_name = "N")]
+    pub keep_daily: Option<u32>,
+    /// Keep the newest of each of the last N weeks that have one
+    #[arg(long, value_name = "N")]
+    pub keep_weekly: Option<u32>,
+    /// Keep the newest of each of the last N months that have one
+    #[arg(long, value_name = "N")]
+    pub keep_monthly: Option<u32>,
+    /// Keep the newest of each of the last N years that have one
+    #[arg(long, value_name = "N")]
+    pub keep_yearly: Option<u32>,
+    /// Only show what would be kept and deleted
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+impl Prune {
+    /// The rules that are given, by the names of the call's options.
+    pub fn rules(&self) -> Vec<(&'static str, u32)> {
+        let rules = [
+            ("keep-last", self.keep_last),
+            ("keep-hourly", self.keep_hourly),
+            ("keep-daily", self.keep_daily),
+            ("keep-weekly", self.keep_weekly),
+            ("keep-monthly", self.keep_monthly),
+            ("keep-yearly", self.keep_yearly),
+        ];
+        let given = rules.into_iter();
+        given.filter_map(|(key, count)| Some((key, count?))).collect()
+    }
 }
 
 /// The options of `create`.

@@ -1,15 +1,18 @@
 //! The backups in stores: what there is of each, and the tree of those that lie on others.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use backupd::backups::{Stored, read_store};
+use backupd::catalog::Disk;
 use serde_json::{Value, json};
 use zbus::OwnedObjectPath;
 
-use crate::error::{Result, Status};
+use crate::error::{Error, Result, Status};
 use crate::job::nothing_if_empty;
 use crate::list::print;
-use crate::output::{Table, escape};
+use crate::output::{Table, complain, escape};
 use crate::proxy::Service;
 use crate::units;
 
@@ -49,6 +52,20 @@ pub struct Image {
     pub sha256: String,
     /// The backup that it lies on, or nothing.
     pub parent: String,
+}
+
+impl Image {
+    fn of(disk: Disk) -> Self {
+        Self {
+            disk: disk.name,
+            file: disk.file,
+            format: disk.format.as_str().to_owned(),
+            virtual_size: disk.virtual_size,
+            length: disk.length,
+            sha256: disk.sha256.unwrap_or_default(),
+            parent: disk.parent.map(|parent| parent.backup).unwrap_or_default(),
+        }
+    }
 }
 
 /// A backup in a store.
@@ -122,98 +139,72 @@ pub async fn list(
     json: bool,
 ) -> Result<Status> {
     let backups = service.backups(domain, store).await?;
+    print_list(&backups, json)
+}
+
+/// `backups --from`
+pub fn list_store(path: &Path, domain: Option<&str>, json: bool) -> Result<Status> {
+    // A link that its user names leads where it may.
+    let path = path
+        .canonicalize()
+        .map_err(|error| Error::Usage(format!("{}: {error}", path.display())))?;
+    let inventory = read_store(&path)?;
+    let store = path.display().to_string();
+    let stored = inventory
+        .backups
+        .into_iter()
+        .map(|stored| Backup::of(stored, &store));
+    let of_domain = |backup: &Backup| {
+        domain.is_none_or(|domain| backup.domain == domain || backup.uuid.eq_ignore_ascii_case(domain))
+    };
+    let backups: Vec<Backup> = stored.filter(of_domain).collect();
+    for problem in &inventory.problems {
+        complain(&format!("backupctl: {}", escape(problem)));
+    }
+    print_list(&backups, json)?;
+    Ok(match inventory.problems.is_empty() {
+        true => Status::Completed,
+        false => Status::Failed,
+    })
+}
+
+fn print_list(backups: &[Backup], json: bool) -> Result<Status> {
     print(
         json,
         || backups.iter().map(Backup::json).collect(),
-        || text(&backups, Branches::of_locale(), SystemTime::now()),
+        || text(backups, Branches::of_locale(), SystemTime::now()),
     )
-}
-
-/// How backups are to be deleted.
-#[derive(Debug, Clone, Copy)]
-pub struct Deletion {
-    /// With all that lies on them.
-    pub with_descendants: bool,
-    /// What lies on them is made to lie on nothing, and stays.
-    pub merge: bool,
-    /// Only what would go is shown.
-    pub dry_run: bool,
-}
-
-/// `delete`
-pub async fn delete(service: &Service, backups: &[String], how: Deletion, json: bool) -> Result<Status> {
-    let mut found = BTreeMap::new();
-    for backup in backups {
-        let (path, id) = service.backup(backup).await?;
-        found.insert(id, path);
-    }
-    let dry_run = how.dry_run;
-    let (gone, freed) = match dry_run {
-        true => what_would_go(service, &found, how).await?,
-        false => delete_all(service, &found, how).await?,
-    };
-    print(
-        json,
-        || json!({ "removed": gone, "freed": freed, "dry-run": dry_run }),
-        || {
-            let mut text = String::new();
-            let word = if dry_run { "would be deleted" } else { "deleted" };
-            for id in &gone {
-                text.push_str(&format!("{}: {word}\n", escape(id)));
-            }
-            let word = if dry_run { "would be free" } else { "freed" };
-            text.push_str(&format!("{} {word}\n", units::size(freed)));
-            text
-        },
-    )
-}
-
-/// Ids of what is gone, in that order, and bytes freed.
-type Gone = (Vec<String>, u64);
-
-async fn delete_all(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Gone> {
-    let (mut gone, mut freed) = (Vec::new(), 0);
-    // The youngest first: it may lie on another of them. What lay on it went with it.
-    for (id, path) in found.iter().rev() {
-        if !gone.contains(id) {
-            let (ids, bytes) = service.delete(path, how).await?;
-            gone.extend(ids);
-            freed += bytes;
-        }
-    }
-    Ok((gone, freed))
-}
-
-async fn what_would_go(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Gone> {
-    let descendants = Deletion {
-        with_descendants: true,
-        merge: false,
-        dry_run: true,
-    };
-    let (mut gone, mut freed) = (Vec::new(), 0);
-    // The oldest first: it says all that lies on it.
-    for (id, path) in found {
-        if gone.contains(id) {
-            continue;
-        }
-        if how.merge {
-            let (ids, bytes) = service.delete(path, how).await?;
-            gone.extend(ids);
-            freed += bytes;
-            continue;
-        }
-        let (ids, bytes) = service.delete(path, descendants).await?;
-        if !how.with_descendants && ids.iter().any(|id| !found.contains_key(id)) {
-            // It says why not.
-            service.delete(path, how).await?;
-        }
-        gone.extend(ids);
-        freed += bytes;
-    }
-    Ok((gone, freed))
 }
 
 impl Backup {
+    /// One that no service told of.
+    fn of(stored: Stored, store: &str) -> Self {
+        let Stored {
+            manifest,
+            state,
+            problem,
+        } = stored;
+        let parents = manifest.parents();
+        Self {
+            path: String::new(),
+            parent: parents.last().map(|id| (*id).to_owned()).unwrap_or_default(),
+            store: store.to_owned(),
+            kind: manifest.kind.as_str().to_owned(),
+            time: u64::try_from(manifest.instant.as_microsecond()).unwrap_or(0),
+            state: state.as_str().to_owned(),
+            problem,
+            uuid: manifest
+                .domain
+                .uuid
+                .map(|uuid| uuid.to_string())
+                .unwrap_or_default(),
+            domain: manifest.domain.name,
+            id: manifest.id,
+            name: manifest.name.unwrap_or_default(),
+            disks: manifest.disks.into_iter().map(Image::of).collect(),
+        }
+    }
+
     /// Bytes of its images; nothing where that is not known of all.
     fn size(&self) -> Option<u64> {
         self.disks.iter().map(|disk| disk.length).sum()
@@ -239,7 +230,7 @@ impl Backup {
             .collect();
         json!({
             "id": self.id,
-            "path": self.path,
+            "path": nothing_if_empty(&self.path),
             "name": nothing_if_empty(&self.name),
             "domain": self.domain,
             "domain-uuid": nothing_if_empty(&self.uuid),

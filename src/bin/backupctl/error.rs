@@ -61,6 +61,9 @@ pub enum Error {
     /// A restored disk can't go where it should.
     #[error(transparent)]
     Place(#[from] PlaceError),
+    /// A store that is read without the service can't be.
+    #[error("{0}")]
+    Store(#[from] backupd::target::Error),
     /// The system refuses what the program needs to run at all.
     #[error("cannot start: {0}")]
     Setup(io::Error),
@@ -134,7 +137,7 @@ impl Error {
             Self::Document(_) => "InvalidArgs",
             Self::Files(files::Error::Exists { .. }) => "FileExists",
             Self::Files(files::Error::TooMany { .. }) => "LimitsExceeded",
-            Self::Files(_) => "IOError",
+            Self::Files(_) | Self::Store(_) => "IOError",
             Self::Place(PlaceError::Exists { .. } | PlaceError::Partial { .. }) => "FileExists",
             Self::Place(_) => "IOError",
             Self::Image(error) => match error.kind() {
@@ -182,6 +185,11 @@ impl Error {
             Some(Known::Ours(name)) => name == "Busy",
             None => false,
         }
+    }
+
+    /// Whether a backup stays because others lie on it.
+    pub fn has_descendants(&self) -> bool {
+        matches!(self, Self::Call { name, .. } if matches!(Known::of(name), Some(Known::Ours("HasDescendants"))))
     }
 
     /// Whether the bus said that no answer will come: its connection or the service is gone, or it gave up.

@@ -1,14 +1,15 @@
 //! backupctl: the backup service on the command line.
 //!
-//! `args` is the command line; `create`, `watch`, `list` and `backups` hold the commands; `follow` waits for a job, `view` and
-//! `bars` show it, `summary` says how it ended; `stored` reads backups without the service. `proxy` is the only file that knows
-//! the service's calls and signals.
+//! `args` is the command line; `create`, `watch`, `list`, `backups`, `delete` and `prune` hold the commands; `follow` waits for
+//! a job, `view` and `bars` show it, `summary` says how it ended; `stored` reads backups without the service. `proxy` is the
+//! only file that knows the service's calls and signals.
 
 mod agent;
 mod args;
 mod backups;
 mod bars;
 mod create;
+mod delete;
 mod document;
 mod error;
 mod files;
@@ -20,6 +21,7 @@ mod list;
 mod manual;
 mod output;
 mod proxy;
+mod prune;
 mod stored;
 mod summary;
 mod units;
@@ -50,6 +52,11 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Completions { shell } => manual::completions(*shell).map(|()| Status::Completed),
         Command::Man { dir } => manual::pages(dir).map(|()| Status::Completed),
+        Command::Backups {
+            domain,
+            from: Some(path),
+            ..
+        } => backups::list_store(path, domain.as_deref(), cli.json),
         command => stored::run(command, cli.json).unwrap_or_else(|| run_on_bus(&cli)),
     };
     let status = result.unwrap_or_else(|error| {
@@ -78,6 +85,7 @@ async fn run(cli: &Cli) -> Result<Status> {
         | Command::Speed { .. }
         | Command::Dump { .. }
         | Command::Delete { .. }
+        | Command::Prune(_)
         | Command::Rescan => Agent::start(ask_password).await,
         _ => None,
     };
@@ -91,7 +99,7 @@ async fn run(cli: &Cli) -> Result<Status> {
         Command::Cancel { job, disk } => list::cancel(&service, *job, disk.as_deref(), json).await,
         Command::Speed { job, limit } => list::speed(&service, *job, *limit, json).await,
         Command::Dump { job } => list::dump(&service, *job, json).await,
-        Command::Backups { domain, store } => {
+        Command::Backups { domain, store, .. } => {
             backups::list(&service, domain.as_deref(), store.as_deref(), json).await
         }
         Command::Delete {
@@ -100,13 +108,14 @@ async fn run(cli: &Cli) -> Result<Status> {
             merge,
             dry_run,
         } => {
-            let how = backups::Deletion {
+            let how = delete::Deletion {
                 with_descendants: *with_descendants,
                 merge: *merge,
                 dry_run: *dry_run,
             };
-            backups::delete(&service, backups, how, json).await
+            delete::run(&service, backups, how, json).await
         }
+        Command::Prune(options) => prune::run(&service, options, json).await,
         Command::Rescan => list::rescan(&service, json).await,
         Command::Restore(args) => stored::remote::restore(&service, args, json, ask_password).await,
         Command::Verify(args) => stored::remote::verify(&service, args, json, ask_password).await,

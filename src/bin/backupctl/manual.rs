@@ -157,6 +157,10 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
                 "Those of one machine in one store",
                 "backupctl backups web --store nightly",
             ),
+            (
+                "Those in a store from another machine",
+                "backupctl backups --from /mnt/usb/backups",
+            ),
         ],
         "delete" => &[
             (
@@ -166,6 +170,16 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
             (
                 "See what would go with it",
                 "backupctl delete --with-descendants --dry-run 20261123T055937Z-10ebf9b0",
+            ),
+        ],
+        "prune" => &[
+            (
+                "Show what would be left of a machine's backups",
+                "backupctl prune web --keep-daily 7 --keep-weekly 4 --dry-run",
+            ),
+            (
+                "By the rules of a store in the configuration",
+                "backupctl prune --store nightly",
             ),
         ],
         "rescan" => &[("Find the backups in the stores", "backupctl rescan")],
@@ -234,7 +248,7 @@ mod tests {
     fn each_example_is_a_command_line_that_parses() {
         for command in [
             "", "domains", "create", "jobs", "show", "watch", "cancel", "speed", "dump", "rescan", "backups",
-            "delete", "restore", "verify", "export",
+            "delete", "prune", "restore", "verify", "export",
         ] {
             for (_, line) in examples(command) {
                 let line = line

@@ -14,9 +14,12 @@ use zbus::proxy::MethodFlags;
 use zbus::wire::OwnedVariant;
 use zbus::{Connection, DeserializeDict, MatchRule, MessageStream, OwnedObjectPath, Type, Variant};
 
-use crate::backups::{Backup, BackupTuple, Deletion};
+use crate::args::Prune;
+use crate::backups::{Backup, BackupTuple};
+use crate::delete::Deletion;
 use crate::error::{Error, Result};
 use crate::job::{Outcome, Properties, Snapshot};
+use crate::prune::JudgedTuple;
 use crate::stored::remote::Stored;
 
 const PROPERTIES_INTERFACE: &str = "org.freedesktop.DBus.Properties";
@@ -279,6 +282,25 @@ impl Service {
         let options: HashMap<&str, Variant> = HashMap::new();
         let body = (disk, zbus::Fd::from(&listener), options);
         self.call(path, BACKUP_INTERFACE, "Export", &body).await
+    }
+
+    /// Deletes the backups that no rule keeps, or only says which; and the bytes freed.
+    pub async fn prune(&self, options: &Prune) -> Result<(Vec<JudgedTuple>, u64)> {
+        let rules = options.rules();
+        let rules = rules
+            .iter()
+            .map(|(key, count)| (*key, Variant::from(u64::from(*count))));
+        let mut call: HashMap<&str, Variant> = rules.collect();
+        call.insert("dry-run", Variant::from(options.dry_run));
+        call.extend(
+            options
+                .store
+                .as_deref()
+                .map(|store| ("store", Variant::from(store))),
+        );
+        let domain = options.domain.as_deref().unwrap_or_default();
+        self.call(ROOT_PATH, MANAGER_INTERFACE, "Prune", &(domain, call))
+            .await
     }
 
     /// Has the stores looked through: how many backups there are, and what could not be taken for one.

@@ -1,0 +1,219 @@
+//! Removing the backups that no rule keeps.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use jiff::tz::TimeZone;
+use tokio::time::Instant;
+
+use super::{Backups, Change, Error, Unwanted};
+use crate::catalog::{Backup, BackupFilter, BackupKey, BackupState, DomainRecord};
+use crate::plan::retention::{self, Candidate, Condition, Reason, Retention};
+use crate::target::Removal;
+
+/// The backups of one domain in one store.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Group {
+    pub store: String,
+    /// The directory's name in the store.
+    pub domain: String,
+}
+
+/// What becomes of a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Kept,
+    /// It is gone, or would be.
+    Removed,
+    /// It was to go, and is there.
+    Failed,
+}
+
+impl Verdict {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kept => "kept",
+            Self::Removed => "removed",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// A backup, and what becomes of it.
+#[derive(Debug, Clone)]
+pub struct Judged {
+    pub backup: Backup,
+    pub verdict: Verdict,
+    /// Why it is kept, or still there.
+    pub reason: String,
+}
+
+/// What pruning a group did, or would do.
+#[derive(Debug, Default)]
+pub struct Pruned {
+    /// By time.
+    pub judged: Vec<Judged>,
+    /// Bytes on the disk.
+    pub freed: u64,
+}
+
+impl Backups {
+    /// Removes the backups of a group that `retention` does not keep, or says only which.
+    pub async fn prune(
+        self: &Arc<Self>,
+        group: &Group,
+        retention: &Retention,
+        dry_run: bool,
+    ) -> Result<Pruned, Error> {
+        let mut pruned = Pruned {
+            judged: self.judge(group, retention).await?,
+            freed: 0,
+        };
+        // The youngest first: it may lie on another of them.
+        for judged in pruned.judged.iter_mut().rev() {
+            if judged.verdict != Verdict::Removed {
+                continue;
+            }
+            let unwanted = Unwanted {
+                store: group.store.clone(),
+                domain: group.domain.clone(),
+                ids: [judged.backup.key.id.clone()].into(),
+                with_descendants: false,
+            };
+            let freed = match dry_run {
+                true => {
+                    let space = self.in_store(&judged.backup, Removal::space_of).await;
+                    space.map(Option::unwrap_or_default)
+                }
+                false => self.remove(unwanted, false).await.map(|removed| removed.freed),
+            };
+            match freed {
+                Ok(freed) => pruned.freed += freed,
+                Err(error @ (Error::Stopping | Error::Stalled { .. })) => return Err(error),
+                // What it lies on stays with it.
+                Err(error) => {
+                    tracing::warn!(backup = judged.backup.key.id, store = group.store, %error, "a backup stays");
+                    judged.verdict = Verdict::Failed;
+                    judged.reason = error.to_string();
+                }
+            }
+        }
+        Ok(pruned)
+    }
+
+    /// The groups that have such backups, and whose they are: all one's, unless another machine came to have the name.
+    pub async fn groups(&self, filter: BackupFilter) -> Result<BTreeMap<Group, Vec<DomainRecord>>, Error> {
+        let mut groups: BTreeMap<Group, Vec<_>> = BTreeMap::new();
+        for (store, domain, record) in self.catalog.owners(filter).await? {
+            groups.entry(Group { store, domain }).or_default().push(record);
+        }
+        Ok(groups)
+    }
+
+    async fn judge(&self, group: &Group, retention: &Retention) -> Result<Vec<Judged>, Error> {
+        let mut backups = self.of_group(group).await?;
+        backups.sort_by(|a, b| (a.manifest.instant, &a.key.id).cmp(&(b.manifest.instant, &b.key.id)));
+        let candidates: Vec<Candidate> = backups.iter().map(candidate).collect();
+        let kept = retention::kept(&candidates, retention, &TimeZone::system());
+        let judged = backups.into_iter().map(|backup| {
+            let reasons = kept.get(backup.key.id.as_str());
+            let verdict = match reasons {
+                Some(_) => Verdict::Kept,
+                None => Verdict::Removed,
+            };
+            let reasons: Vec<String> = reasons.into_iter().flatten().map(Reason::to_string).collect();
+            Judged {
+                backup,
+                verdict,
+                reason: reasons.join(", "),
+            }
+        });
+        Ok(judged.collect())
+    }
+
+    /// All backups of a group, looked at.
+    async fn of_group(&self, group: &Group) -> Result<Vec<Backup>, Error> {
+        let filter = BackupFilter {
+            store: Some(group.store.clone()),
+            domain: None,
+        };
+        let mut after = BackupKey {
+            store: group.store.clone(),
+            domain: group.domain.clone(),
+            id: String::new(),
+        };
+        let deadline = Instant::now() + self.deadlines.stall();
+        let mut all = Vec::new();
+        loop {
+            let found = self.after(&filter, &after, deadline).await?;
+            let count = found.len();
+            all.extend(
+                found
+                    .into_iter()
+                    .take_while(|backup| backup.key.domain == group.domain),
+            );
+            match all.last() {
+                Some(last) if count > 0 && last.key != after => after = last.key.clone(),
+                _ => return Ok(all),
+            }
+        }
+    }
+
+    /// What a store's own rules are, if it has any.
+    pub fn policy(&self, store: &str) -> Option<Retention> {
+        let policy = Retention::of_store(self.store(store)?);
+        Some(policy).filter(|policy| !policy.is_nothing())
+    }
+
+    /// Does what is due when a backup has ended, which `ended` gives if it is good: tells of it, and prunes by the rules of its
+    /// store.
+    pub fn follow(self: &Arc<Self>, ended: impl Future<Output = Option<BackupKey>> + Send + 'static) {
+        let backups = self.clone();
+        let used = self.activity.begin();
+        self.tasks.spawn(async move {
+            let _used = used;
+            if let Some(Some(key)) = backups.stop.run_until_cancelled(ended).await {
+                backups.ended(key).await;
+            }
+        });
+    }
+
+    async fn ended(self: &Arc<Self>, key: BackupKey) {
+        match self.catalog.backup_at(key.clone()).await {
+            // Nobody may listen.
+            Ok(Some(backup)) => drop(self.changes.send(Change::Added(Box::new(backup)))),
+            Ok(None) => {}
+            Err(error) => tracing::error!(%error, "the backups cannot be looked up"),
+        }
+        let Some(policy) = self.policy(&key.store) else {
+            return;
+        };
+        let group = Group {
+            store: key.store,
+            domain: key.domain,
+        };
+        match self.prune(&group, &policy, false).await {
+            Ok(pruned) => tracing::info!(
+                store = group.store,
+                domain = group.domain,
+                freed = pruned.freed,
+                "the store was pruned by its rules"
+            ),
+            Err(error) => tracing::warn!(store = group.store, %error, "the store could not be pruned"),
+        }
+    }
+}
+
+fn candidate(backup: &Backup) -> Candidate {
+    let parents = backup.manifest.parents();
+    Candidate {
+        id: backup.key.id.clone(),
+        instant: backup.manifest.instant,
+        condition: match backup.state {
+            BackupState::Complete => Condition::Good,
+            BackupState::Damaged => Condition::Damaged,
+            BackupState::Missing => Condition::Missing,
+        },
+        parents: parents.into_iter().map(str::to_owned).collect(),
+    }
+}

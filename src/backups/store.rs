@@ -1,0 +1,98 @@
+//! The backups in a store that no service knows: read from the store itself, by whoever can read it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::look::images_amiss;
+use crate::catalog::{self, BackupState, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
+use crate::target::{self, Shelf};
+
+/// A backup as its store has it.
+#[derive(Debug)]
+pub struct Stored {
+    pub manifest: Manifest,
+    pub state: BackupState,
+    /// What is wrong, for people; empty if nothing is.
+    pub problem: String,
+}
+
+/// What there is in a store.
+#[derive(Debug, Default)]
+pub struct Inventory {
+    /// By domain and id.
+    pub backups: Vec<Stored>,
+    /// What is there and cannot be taken for a backup, and why.
+    pub problems: Vec<String>,
+}
+
+/// Reads a store, wherever and whoever's it is. Blocks.
+pub fn read_store(path: &Path) -> Result<Inventory, target::Error> {
+    let store = Shelf::of_users_store(path)?;
+    let mut inventory = Inventory::default();
+    for name in visible(&store)? {
+        let Some(domain) = store.below(&name)? else {
+            continue;
+        };
+        match read_domain(&domain, &mut inventory.problems) {
+            Ok(backups) => inventory.backups.extend(backups),
+            Err(error) => inventory.problems.push(error.to_string()),
+        }
+    }
+    Ok(inventory)
+}
+
+fn visible(shelf: &Shelf) -> Result<Vec<String>, target::Error> {
+    let mut names = shelf.names()?;
+    names.retain(|name| !name.starts_with('.'));
+    Ok(names)
+}
+
+fn read_domain(domain: &Shelf, problems: &mut Vec<String>) -> Result<Vec<Stored>, target::Error> {
+    let mut backups = Vec::new();
+    for id in visible(domain)? {
+        let Some(backup) = domain.below(&id)? else {
+            continue;
+        };
+        match read_backup(&backup, &id) {
+            Ok(stored) => backups.push(stored),
+            Err(why) => problems.push(format!("{}: {why}", backup.path().display())),
+        }
+    }
+    let links: Vec<Link> = backups.iter().map(link).collect();
+    let broken: BTreeMap<&str, String> = catalog::broken(&links);
+    for backup in &mut backups {
+        if backup.state == BackupState::Complete
+            && let Some(problem) = broken.get(backup.manifest.id.as_str())
+        {
+            backup.state = BackupState::Damaged;
+            backup.problem.clone_from(problem);
+        }
+    }
+    Ok(backups)
+}
+
+fn read_backup(shelf: &Shelf, id: &str) -> Result<Stored, String> {
+    let text = |error: target::Error| error.to_string();
+    let (bytes, _) = shelf.read(MANIFEST_NAME, MAX_MANIFEST_BYTES).map_err(text)?;
+    let manifest = Manifest::parse(&bytes).map_err(|error| format!("{MANIFEST_NAME}: {error}"))?;
+    if manifest.id != id {
+        return Err(format!("{MANIFEST_NAME} is that of '{}'", manifest.id));
+    }
+    let amiss = images_amiss(shelf, &manifest.disks).map_err(text)?;
+    let (state, problem) = amiss.unwrap_or((BackupState::Complete, String::new()));
+    Ok(Stored {
+        manifest,
+        state,
+        problem,
+    })
+}
+
+fn link(backup: &Stored) -> Link {
+    let parents = backup.manifest.parents();
+    Link {
+        id: backup.manifest.id.clone(),
+        parents: parents.into_iter().map(str::to_owned).collect(),
+        own_state: backup.state,
+        broken: String::new(),
+    }
+}

@@ -1,0 +1,112 @@
+//! `delete`: several backups, in the order in which they can go.
+
+use std::collections::BTreeMap;
+
+use serde_json::json;
+
+use crate::error::{Result, Status};
+use crate::list::print;
+use crate::output::escape;
+use crate::proxy::Service;
+use crate::units;
+
+/// How backups are to be deleted.
+#[derive(Debug, Clone, Copy)]
+pub struct Deletion {
+    /// With all that lies on them.
+    pub with_descendants: bool,
+    /// What lies on them is made to lie on nothing, and stays.
+    pub merge: bool,
+    /// Only what would go is shown.
+    pub dry_run: bool,
+}
+
+/// `delete`
+pub async fn run(service: &Service, backups: &[String], how: Deletion, json: bool) -> Result<Status> {
+    let mut found = BTreeMap::new();
+    for backup in backups {
+        let (path, id) = service.backup(backup).await?;
+        found.insert(id, path);
+    }
+    let dry_run = how.dry_run;
+    let (gone, freed) = match dry_run {
+        true => what_would_go(service, &found, how).await?,
+        false => delete_all(service, &found, how).await?,
+    };
+    print(
+        json,
+        || json!({ "removed": gone, "freed": freed, "dry-run": dry_run }),
+        || {
+            let mut text = String::new();
+            let word = if dry_run { "would be deleted" } else { "deleted" };
+            for id in &gone {
+                text.push_str(&format!("{}: {word}\n", escape(id)));
+            }
+            let word = if dry_run { "would be free" } else { "freed" };
+            text.push_str(&format!("{} {word}\n", units::size(freed)));
+            text
+        },
+    )
+}
+
+/// Ids of what is gone, in that order, and bytes freed.
+type Gone = (Vec<String>, u64);
+
+async fn delete_all(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Gone> {
+    let (mut gone, mut freed) = (Vec::new(), 0);
+    let mut left: Vec<_> = found.iter().collect();
+    while !left.is_empty() {
+        let (before, mut refused) = (left.len(), None);
+        // The youngest first: it may lie on another of them. An id tells the second only, so one that is refused may have its
+        // turn after another.
+        for (id, path) in std::mem::take(&mut left).into_iter().rev() {
+            if gone.contains(id) {
+                continue;
+            }
+            match service.delete(path, how).await {
+                Ok((ids, bytes)) => {
+                    gone.extend(ids);
+                    freed += bytes;
+                }
+                Err(error) if error.has_descendants() => {
+                    left.insert(0, (id, path));
+                    refused = Some(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some(error) = refused.filter(|_| left.len() == before) {
+            return Err(error);
+        }
+    }
+    Ok((gone, freed))
+}
+
+async fn what_would_go(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Gone> {
+    let descendants = Deletion {
+        with_descendants: true,
+        merge: false,
+        dry_run: true,
+    };
+    let (mut gone, mut freed) = (Vec::new(), 0);
+    // The oldest first: it says all that lies on it.
+    for (id, path) in found {
+        if gone.contains(id) {
+            continue;
+        }
+        if how.merge {
+            let (ids, bytes) = service.delete(path, how).await?;
+            gone.extend(ids);
+            freed += bytes;
+            continue;
+        }
+        let (ids, bytes) = service.delete(path, descendants).await?;
+        if !how.with_descendants && ids.iter().any(|id| !found.contains_key(id)) {
+            // It says why not.
+            service.delete(path, how).await?;
+        }
+        gone.extend(ids);
+        freed += bytes;
+    }
+    Ok((gone, freed))
+}

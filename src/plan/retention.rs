@@ -1,0 +1,515 @@
+//! Which backups of a domain in a store are kept, by rules of the words that restic and others use.
+//!
+//! `keep-daily N` keeps the newest backup of each of the last N days that have one, and so do the others for hours, weeks (from
+//! Monday on), months and years, in a time zone that is the caller's to say. Each rule counts by itself: one backup can be the
+//! last of its day and of its month. Pure: removes nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+
+use crate::config::Store;
+
+/// How many are kept by each rule; 0 is none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Retention {
+    pub last: u32,
+    pub hourly: u32,
+    pub daily: u32,
+    pub weekly: u32,
+    pub monthly: u32,
+    pub yearly: u32,
+}
+
+/// A rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rule {
+    Last,
+    Hourly,
+    Daily,
+    Weekly,
+    Monthly,
+    Yearly,
+}
+
+impl Rule {
+    pub const ALL: [Self; 6] = [
+        Self::Last,
+        Self::Hourly,
+        Self::Daily,
+        Self::Weekly,
+        Self::Monthly,
+        Self::Yearly,
+    ];
+
+    /// The one of that key in options, and in the configuration.
+    pub fn from_key(key: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|rule| rule.key() == key)
+    }
+
+    /// What it is called in options, and in the configuration.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Last => "keep-last",
+            Self::Hourly => "keep-hourly",
+            Self::Daily => "keep-daily",
+            Self::Weekly => "keep-weekly",
+            Self::Monthly => "keep-monthly",
+            Self::Yearly => "keep-yearly",
+        }
+    }
+
+    /// The beginning of the period that a time is in; the last ones are each a period of its own.
+    fn period(self, time: &DateTime) -> Option<DateTime> {
+        let date = time.date();
+        let first = match self {
+            Self::Last => return None,
+            Self::Hourly => return Some(date.at(time.hour(), 0, 0, 0)),
+            Self::Daily => date,
+            Self::Weekly => {
+                let days = date.weekday().to_monday_zero_offset();
+                // The first days that there are have no Monday before them.
+                date.checked_sub(jiff::Span::new().days(days)).unwrap_or(date)
+            }
+            Self::Monthly => date.first_of_month(),
+            Self::Yearly => date.first_of_year(),
+        };
+        Some(first.at(0, 0, 0, 0))
+    }
+}
+
+impl Retention {
+    /// A store's own rules.
+    pub fn of_store(store: &Store) -> Self {
+        Self {
+            last: store.keep_last,
+            hourly: store.keep_hourly,
+            daily: store.keep_daily,
+            weekly: store.keep_weekly,
+            monthly: store.keep_monthly,
+            yearly: store.keep_yearly,
+        }
+    }
+
+    pub fn of(&self, rule: Rule) -> u32 {
+        match rule {
+            Rule::Last => self.last,
+            Rule::Hourly => self.hourly,
+            Rule::Daily => self.daily,
+            Rule::Weekly => self.weekly,
+            Rule::Monthly => self.monthly,
+            Rule::Yearly => self.yearly,
+        }
+    }
+
+    pub fn set(&mut self, rule: Rule, count: u32) {
+        let field = match rule {
+            Rule::Last => &mut self.last,
+            Rule::Hourly => &mut self.hourly,
+            Rule::Daily => &mut self.daily,
+            Rule::Weekly => &mut self.weekly,
+            Rule::Monthly => &mut self.monthly,
+            Rule::Yearly => &mut self.yearly,
+        };
+        *field = count;
+    }
+
+    /// Whether it would keep nothing: that is no rule to remove backups by.
+    pub fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// How a backup is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    Good,
+    /// It takes no other's place, and goes no earlier than if nothing were wrong.
+    Damaged,
+    /// There is nothing to be removed.
+    Missing,
+}
+
+/// A backup that may be kept.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    pub id: String,
+    pub instant: Timestamp,
+    pub condition: Condition,
+    /// The backups that it lies on.
+    pub parents: Vec<String>,
+}
+
+/// Why a backup is kept.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    Rule(Rule),
+    /// That one, which is kept, lies on it.
+    Base(String),
+    Missing,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rule(rule) => f.write_str(rule.key().trim_start_matches("keep-")),
+            Self::Base(id) => write!(f, "{id} lies on it"),
+            Self::Missing => f.write_str("missing"),
+        }
+    }
+}
+
+/// Why each backup is kept; those that are not in it go.
+pub fn kept<'a>(
+    candidates: &'a [Candidate],
+    retention: &Retention,
+    zone: &TimeZone,
+) -> BTreeMap<&'a str, BTreeSet<Reason>> {
+    let mut kept: BTreeMap<&str, BTreeSet<Reason>> = BTreeMap::new();
+    let there = |candidate: &&&Candidate| candidate.condition != Condition::Missing;
+    let good = |candidate: &&&Candidate| candidate.condition == Condition::Good;
+    let mut newest_first: Vec<&Candidate> = candidates.iter().collect();
+    newest_first.sort_by(|a, b| (b.instant, &b.id).cmp(&(a.instant, &a.id)));
+    // Once as if the damaged ones were not there, so that they take no good one's place; and once with them.
+    let all: Vec<&Candidate> = newest_first.iter().filter(there).copied().collect();
+    let sound: Vec<&Candidate> = newest_first.iter().filter(good).copied().collect();
+    for of in [&sound, &all] {
+        for rule in Rule::ALL {
+            for id in by_rule(of, rule, retention.of(rule), zone) {
+                kept.entry(id).or_default().insert(Reason::Rule(rule));
+            }
+        }
+    }
+    for candidate in newest_first.iter().filter(|candidate| !there(candidate)) {
+        kept.entry(&candidate.id).or_default().insert(Reason::Missing);
+    }
+    keep_bases(candidates, &mut kept);
+    kept
+}
+
+fn by_rule<'a>(newest_first: &[&'a Candidate], rule: Rule, count: u32, zone: &TimeZone) -> Vec<&'a str> {
+    let mut kept = Vec::new();
+    let mut last = None;
+    for candidate in newest_first {
+        if kept.len() >= count as usize {
+            break;
+        }
+        let period = rule.period(&zone.to_datetime(candidate.instant));
+        if period.is_none() || period != last {
+            kept.push(candidate.id.as_str());
+            last = period;
+        }
+    }
+    kept
+}
+
+fn keep_bases<'a>(candidates: &'a [Candidate], kept: &mut BTreeMap<&'a str, BTreeSet<Reason>>) {
+    let by_id: BTreeMap<&str, &Candidate> = candidates
+        .iter()
+        .map(|candidate| (candidate.id.as_str(), candidate))
+        .collect();
+    // What is missing needs nobody.
+    let needs = |id: &&str| !kept[*id].contains(&Reason::Missing);
+    let mut left: Vec<&str> = kept.keys().copied().filter(needs).collect();
+    while let Some(id) = left.pop() {
+        let Some(candidate) = by_id.get(id) else { continue };
+        for parent in &candidate.parents {
+            let Some((parent, _)) = by_id.get_key_value(parent.as_str()) else {
+                continue;
+            };
+            let reasons = kept.entry(parent).or_default();
+            if reasons.is_empty() {
+                left.push(parent);
+            }
+            reasons.insert(Reason::Base(id.to_owned()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A good backup that is called by its time, such as `2026-11-23T02:00`; `<` and others that it lies on come after.
+    fn candidate(text: &str) -> Candidate {
+        let (id, parents) = text.split_once('<').unwrap_or((text, ""));
+        let (id, condition) = match id.split_once('!') {
+            Some((id, "damaged")) => (id, Condition::Damaged),
+            Some((id, _)) => (id, Condition::Missing),
+            None => (id, Condition::Good),
+        };
+        Candidate {
+            id: id.to_owned(),
+            instant: format!("{id}:00Z").parse().unwrap(),
+            condition,
+            parents: parents
+                .split(',')
+                .filter(|parent| !parent.is_empty())
+                .map(str::to_owned)
+                .collect(),
+        }
+    }
+
+    fn candidates(texts: &[&str]) -> Vec<Candidate> {
+        texts.iter().map(|text| candidate(text)).collect()
+    }
+
+    fn retention(rules: &[(Rule, u32)]) -> Retention {
+        let mut retention = Retention::default();
+        rules
+            .iter()
+            .for_each(|(rule, count)| retention.set(*rule, *count));
+        retention
+    }
+
+    /// What is kept, in UTC, with the reasons.
+    fn decided(texts: &[&str], rules: &[(Rule, u32)]) -> Vec<String> {
+        decided_in(texts, rules, &TimeZone::UTC)
+    }
+
+    fn decided_in(texts: &[&str], rules: &[(Rule, u32)], zone: &TimeZone) -> Vec<String> {
+        let candidates = candidates(texts);
+        let kept = kept(&candidates, &retention(rules), zone);
+        kept.into_iter()
+            .map(|(id, reasons)| {
+                let reasons: Vec<String> = reasons.iter().map(Reason::to_string).collect();
+                format!("{id}: {}", reasons.join(", "))
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_last_ones_are_the_newest_in_whatever_order_they_come() {
+        let times = [
+            "2026-11-02T02:00",
+            "2026-11-04T02:00",
+            "2026-11-01T02:00",
+            "2026-11-03T02:00",
+        ];
+        let kept = decided(&times, &[(Rule::Last, 2)]);
+        assert_eq!(kept, ["2026-11-03T02:00: last", "2026-11-04T02:00: last"]);
+        assert_eq!(decided(&times, &[(Rule::Last, 9)]).len(), 4);
+        assert_eq!(decided(&[], &[(Rule::Last, 9)]), [""; 0]);
+    }
+
+    #[test]
+    fn of_each_day_the_newest_is_kept_and_days_without_one_do_not_count() {
+        let times = [
+            "2026-11-01T02:00",
+            "2026-11-01T14:00",
+            "2026-11-05T02:00",
+            "2026-11-05T14:00",
+            "2026-11-06T02:00",
+        ];
+        let kept = decided(&times, &[(Rule::Daily, 2)]);
+        assert_eq!(kept, ["2026-11-05T14:00: daily", "2026-11-06T02:00: daily"]);
+        let kept = decided(&times, &[(Rule::Daily, 3)]);
+        assert_eq!(kept[0], "2026-11-01T14:00: daily");
+    }
+
+    #[test]
+    fn hours_weeks_months_and_years_are_the_calendars() {
+        // 2026-11-01 is a Sunday.
+        let times = [
+            "2024-12-31T23:59",
+            "2025-01-01T00:00",
+            "2026-10-31T23:59",
+            "2026-11-01T00:00",
+            "2026-11-02T00:00",
+            "2026-11-02T00:30",
+        ];
+        let kept = decided(&times, &[(Rule::Weekly, 2)]);
+        assert_eq!(kept, ["2026-11-01T00:00: weekly", "2026-11-02T00:30: weekly"]);
+        let kept = decided(&times, &[(Rule::Monthly, 3)]);
+        assert_eq!(
+            kept,
+            [
+                "2025-01-01T00:00: monthly",
+                "2026-10-31T23:59: monthly",
+                "2026-11-02T00:30: monthly"
+            ]
+        );
+        let kept = decided(&times, &[(Rule::Yearly, 9)]);
+        assert_eq!(
+            kept,
+            [
+                "2024-12-31T23:59: yearly",
+                "2025-01-01T00:00: yearly",
+                "2026-11-02T00:30: yearly"
+            ]
+        );
+        let kept = decided(&times, &[(Rule::Hourly, 2)]);
+        assert_eq!(kept, ["2026-11-01T00:00: hourly", "2026-11-02T00:30: hourly"]);
+    }
+
+    #[test]
+    fn a_week_goes_on_over_the_end_of_a_year() {
+        // From Monday, 2024-12-30, to Sunday, 2025-01-05.
+        let times = [
+            "2024-12-29T12:00",
+            "2024-12-30T12:00",
+            "2025-01-05T12:00",
+            "2025-01-06T12:00",
+        ];
+        let kept = decided(&times, &[(Rule::Weekly, 3)]);
+        assert_eq!(
+            kept,
+            [
+                "2024-12-29T12:00: weekly",
+                "2025-01-05T12:00: weekly",
+                "2025-01-06T12:00: weekly"
+            ]
+        );
+    }
+
+    #[test]
+    fn each_rule_counts_by_itself() {
+        let times = [
+            "2026-09-30T02:00",
+            "2026-10-31T02:00",
+            "2026-11-22T02:00",
+            "2026-11-23T02:00",
+        ];
+        let kept = decided(&times, &[(Rule::Last, 1), (Rule::Daily, 2), (Rule::Monthly, 2)]);
+        assert_eq!(
+            kept,
+            [
+                "2026-10-31T02:00: monthly",
+                "2026-11-22T02:00: daily",
+                "2026-11-23T02:00: last, daily, monthly",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_day_is_one_of_the_time_zone() {
+        let zone = TimeZone::fixed(jiff::tz::offset(2));
+        let times = ["2026-11-22T21:30", "2026-11-22T22:30", "2026-11-23T21:30"];
+        let kept = decided_in(&times, &[(Rule::Daily, 2)], &zone);
+        assert_eq!(kept, ["2026-11-22T21:30: daily", "2026-11-23T21:30: daily"]);
+        let kept = decided(&times, &[(Rule::Daily, 2)]);
+        assert_eq!(kept, ["2026-11-22T22:30: daily", "2026-11-23T21:30: daily"]);
+    }
+
+    #[test]
+    fn what_a_kept_one_lies_on_is_kept_and_says_why() {
+        let times = [
+            "2026-11-01T02:00",
+            "2026-11-02T02:00<2026-11-01T02:00",
+            "2026-11-03T02:00<2026-11-02T02:00",
+            "2026-11-04T02:00<2026-11-01T02:00",
+            "2026-11-05T02:00",
+        ];
+        let kept = decided(&times, &[(Rule::Last, 2)]);
+        assert_eq!(
+            kept,
+            [
+                "2026-11-01T02:00: 2026-11-04T02:00 lies on it",
+                "2026-11-04T02:00: last",
+                "2026-11-05T02:00: last",
+            ]
+        );
+        let kept = decided(&times, &[(Rule::Last, 3)]);
+        assert_eq!(kept[1], "2026-11-02T02:00: 2026-11-03T02:00 lies on it");
+        assert!(
+            kept[0].contains("2026-11-02T02:00 lies on it, 2026-11-04T02:00"),
+            "{kept:?}"
+        );
+        // One that lies on two, one of which is not known.
+        let two = [
+            "2026-11-01T02:00",
+            "2026-11-02T02:00<2026-11-01T02:00,2020-01-01T00:00",
+        ];
+        assert_eq!(decided(&two, &[(Rule::Last, 1)]).len(), 2);
+    }
+
+    #[test]
+    fn a_damaged_one_takes_no_good_ones_place_and_goes_no_earlier() {
+        let times = [
+            "2026-11-01T02:00",
+            "2026-11-02T02:00!damaged",
+            "2026-11-03T02:00",
+            "2026-11-03T14:00!damaged",
+        ];
+        let kept = decided(&times, &[(Rule::Daily, 2)]);
+        assert_eq!(
+            kept,
+            [
+                "2026-11-01T02:00: daily",
+                "2026-11-02T02:00: daily",
+                "2026-11-03T02:00: daily",
+                "2026-11-03T14:00: daily",
+            ]
+        );
+        let kept = decided(&times, &[(Rule::Last, 1)]);
+        assert_eq!(kept, ["2026-11-03T02:00: last", "2026-11-03T14:00: last"]);
+    }
+
+    #[test]
+    fn a_missing_one_stays_on_record_and_counts_for_nothing() {
+        let times = [
+            "2026-11-01T02:00",
+            "2026-11-02T02:00!missing<2026-11-01T02:00",
+            "2026-11-03T02:00",
+        ];
+        let kept = decided(&times, &[(Rule::Last, 1)]);
+        assert_eq!(kept, ["2026-11-02T02:00: missing", "2026-11-03T02:00: last"]);
+    }
+
+    #[test]
+    fn the_same_instant_is_no_reason_to_lose_both() {
+        let mut twins = candidates(&["2026-11-01T02:00", "2026-11-01T02:00"]);
+        twins[0].id = "a".into();
+        twins[1].id = "b".into();
+        let kept = kept(&twins, &retention(&[(Rule::Daily, 1)]), &TimeZone::UTC);
+        assert_eq!(kept.into_keys().collect::<Vec<_>>(), ["b"]);
+    }
+
+    #[test]
+    fn something_is_kept_by_every_rule_and_nothing_by_none() {
+        assert!(Retention::default().is_nothing());
+        for rule in Rule::ALL {
+            let retention = retention(&[(rule, 1)]);
+            assert!(!retention.is_nothing() && retention.of(rule) == 1);
+            let kept = decided(&["2026-11-01T02:00", "2026-11-01T02:10"], &[(rule, 1)]);
+            assert_eq!(kept.len(), 1, "{}", rule.key());
+        }
+    }
+
+    #[test]
+    fn a_thousand_nights_leave_what_the_words_say() {
+        let first: jiff::civil::Date = "2024-01-01".parse().unwrap();
+        let nights: Vec<String> = (0..1000)
+            .map(|night| {
+                format!(
+                    "{}T02:00",
+                    first.checked_add(jiff::Span::new().days(night)).unwrap()
+                )
+            })
+            .collect();
+        let texts: Vec<&str> = nights.iter().map(String::as_str).collect();
+        let rules = [
+            (Rule::Last, 3),
+            (Rule::Daily, 7),
+            (Rule::Weekly, 4),
+            (Rule::Monthly, 12),
+            (Rule::Yearly, 5),
+        ];
+        let kept = decided(&texts, &rules);
+        let with = |word: &str| kept.iter().filter(|line| line.contains(word)).count();
+        assert_eq!(
+            (
+                with("last"),
+                with("daily"),
+                with("weekly"),
+                with("monthly"),
+                with("yearly")
+            ),
+            (3, 7, 4, 12, 3)
+        );
+        assert!(kept.len() < 3 + 7 + 4 + 12 + 3);
+    }
+}

@@ -135,21 +135,55 @@ fn wait_for_thaw(agent: &Agent, times: usize) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_is_killed_leaves_a_guard_that_thaws() {
     let mut scene = Scene::new().await;
-    let agent = scene.agent(|_| {});
+    let times = Arc::new(Mutex::new(Vec::new()));
+    let heard = times.clone();
+    let agent = scene.agent(move |command| {
+        if [FREEZE, THAW].contains(&command) {
+            heard.lock().unwrap().push(Instant::now());
+        }
+    });
     scene.system.stop_daemon();
     scene.system.start_dying_daemon(Point::Frozen);
     scene.system.wait_for_domain("web");
     let caller = Caller::new(&scene.system).await;
-    let started = Instant::now();
     // It may die before it answers.
     let _ = caller
         .try_start("web", &quiesce("require"), &[], Options::new())
         .await;
     scene.system.wait_for_death();
     assert_eq!(wait_for_thaw(&agent, 1), [FREEZE, THAW]);
-    let frozen = started.elapsed().as_secs();
+    let times = times.lock().unwrap();
+    let frozen = times[1].duration_since(times[0]).as_secs();
     assert!(frozen < 5, "{frozen} s");
     assert_eq!(backups(&scene.vm), 0, "nothing had begun");
+}
+
+/// What systemd does to stop it: all that belongs to the service gets the signal.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_is_told_to_end_thaws_before() {
+    let mut scene = Scene::new().await;
+    let service = scene.system.daemon().pid();
+    let agent = scene.agent(move |command| {
+        if command == FREEZE {
+            let guard = guard_of(service);
+            signal(service, Signal::TERM);
+            signal(guard, Signal::TERM);
+        }
+    });
+    let _ = scene
+        .caller
+        .try_start("web", &quiesce("require"), &[], Options::new())
+        .await;
+    scene.system.wait_for_death();
+    assert_eq!(agent.seen(), [FREEZE, THAW]);
+    // It was quiesced, and goes on.
+    scene.system.start_daemon();
+    let caller = Caller::new(&scene.system).await;
+    let job = caller.job(caller.manager.get_job(1).await.unwrap()).await;
+    assert_completed(&job).await;
+    assert_eq!(manifest(&job).await["quiesced"], true);
+    assert!(job.frozen_time().await.unwrap() > 0);
+    assert_eq!(scene.vm.residue(), scene.before);
 }
 
 /// What systemd does with what a dead service left.

@@ -54,7 +54,7 @@ test_a_backup_that_failed_is_a_failed_unit_and_starts_what_the_administrator_wan
     # The name is what was escaped.
     unit=$(systemd-escape --template=backupd-backup@.service 'no such-machine $HOME')
     printf '%s\n' '[Service]' 'Type=oneshot' 'ExecStart=/bin/sh -c "echo %i >/run/told-of-failure"' >"$DROPINS/tell@.service"
-    dropin backupd-backup@.service '[Unit]' 'OnFailure=tell@%p.service'
+    dropin "$unit" '[Unit]' 'OnFailure=tell@%p.service'
     contains "$(status_of systemctl start "$unit" 2>&1)" "status 1"
     [ "$(failed_units)" = "$unit" ] || fail "failed are: $(failed_units)"
     contains "$(journalctl -u "$unit" -o cat)" "no such-machine \$HOME"
@@ -68,6 +68,8 @@ test_a_night_that_was_missed_is_made_up_for() {
     local before
     before=$(backups_of web)
     systemctl stop backupd-backup@web.timer
+    # That is what is waited for, from the start of the machine on, before what was missed is made up for.
+    dropin backupd-backup@web.timer '[Timer]' RandomizedDelaySec=0
     [ "$(backups_of web)" = "$before" ]
     # As if the machine had been off since then.
     touch -d '3 days ago' /var/lib/systemd/timers/stamp-backupd-backup@web.timer
@@ -76,6 +78,7 @@ test_a_night_that_was_missed_is_made_up_for() {
     until_true "the backup" one_more
     ended() { [ "$(systemctl is-active backupd-backup@web.service || true)" = inactive ]; }
     until_true "its end" ended
+    no_dropins
     same_as_disk web /srv/vm "$(newest_image web)"
 }
 

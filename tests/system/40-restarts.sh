@@ -76,7 +76,7 @@ while read -r line; do
 done
 EOF
     chmod 755 /srv/vm/agent
-    systemd-run --quiet --unit=agent socat "UNIX-LISTEN:$1,fork,max-children=1" EXEC:/srv/vm/agent
+    systemd-run --quiet --unit=agent --property=SuccessExitStatus=143 socat "UNIX-LISTEN:$1,fork,max-children=1" EXEC:/srv/vm/agent
     until_true "the agent" test -S "$1"
 }
 

@@ -131,6 +131,10 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
                 "backupctl create web --store nightly --compress zstd --bandwidth 50M",
             ),
             (
+                "With the guest's file systems flushed and frozen for the instant",
+                "backupctl create web --quiesce require",
+            ),
+            (
                 "One disk into a file of your own",
                 "backupctl create web --disk vda=vda.qcow2 --own-files",
             ),

@@ -79,6 +79,7 @@ impl Backups {
                 domain: group.domain.clone(),
                 ids: [judged.backup.key.id.clone()].into(),
                 with_descendants: false,
+                merge: false,
             };
             let freed = match dry_run {
                 true => {

@@ -8,7 +8,7 @@ use super::call::{Answer, Call, Handle};
 use super::object::Properties;
 use super::options::{self, Dictionary};
 use super::{Context, backup_path, job_path};
-use crate::catalog::{self, Backup};
+use crate::catalog::Backup;
 use crate::job::Job;
 use crate::service::RestoreRequest;
 

@@ -290,10 +290,8 @@ mod tests {
         let ids: Vec<String> = seconds.iter().map(|second| id(*second)).collect();
         let uses = ids.iter().map(String::as_str);
         let uses = uses.zip(seconds.iter().map(|second| used(*second))).collect();
-        let store = Store {
-            path: "/s".into(),
-            checkpoints: 2,
-        };
+        let mut store = Store::at("/s".into());
+        store.checkpoints = 2;
         let stores = BTreeMap::from([("s".to_owned(), store)]);
         let gone = unwanted(&disk, &uses, &stores);
         let stays = |second: &&u32| !gone.contains(&checkpoint_name(&id(**second), 0).as_str());

@@ -69,7 +69,8 @@ struct Once {
 async fn once(caller: &mut Caller, vm: &Vm, store: &str) -> Once {
     let document = format!("<domainbackup><store name='{store}'/></domainbackup>");
     let called = SystemTime::now();
-    let started = caller.try_start(SMALL, &document, &[], Options::new()).await;
+    let all = Options::from([("incremental", "full".into())]);
+    let started = caller.try_start(SMALL, &document, &[], all).await;
     started.expect("the backup is accepted");
     let signals = caller.signals_until("Completed").await;
     let signalled = SystemTime::now();

@@ -4,12 +4,15 @@
 //! device that others use too, only numbers of the same minutes can be compared. It is a report: it ends well whether
 //! the targets are met or not.
 //!
+//! Then it makes incremental backups of disks of several sizes of which the same much has changed.
+//!
 //! `BACKUPD_BENCH_DIR` is where the images go (10 GiB, removed at the end), `BACKUPD_BENCH_ROUNDS` how many rounds.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
 mod hand;
+mod increments;
 mod latency;
 mod memory;
 mod methods;
@@ -112,5 +115,13 @@ fn main() {
         samples.extend(order.map(|method| (method, measure(method, false))));
     }
     let latency = runtime.block_on(latency::measure(&system, &mut caller, &small));
-    report::print(rounds, &samples, &latency, &[("idle", idle), ("busy", busy)]);
+    drop((large, small));
+    let increments = runtime.block_on(increments::measure(&system, &mut caller, rounds));
+    report::print(
+        rounds,
+        &samples,
+        &latency,
+        &[("idle", idle), ("busy", busy)],
+        &increments,
+    );
 }

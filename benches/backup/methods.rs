@@ -41,7 +41,8 @@ pub async fn service(caller: &mut Caller, vm: &Vm) -> Sample {
     let document = format!("<domainbackup><store name='{ON_DEVICE}'/></domainbackup>");
     let wall = SystemTime::now();
     let began = Instant::now();
-    let started = caller.try_start(LARGE, &document, &[], Options::new()).await;
+    let all = Options::from([("incremental", "full".into())]);
+    let started = caller.try_start(LARGE, &document, &[], all).await;
     started.expect("the backup is accepted");
     let signals = caller.signals_until("Completed").await;
     let durable = began.elapsed().as_secs_f64();

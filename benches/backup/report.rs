@@ -1,5 +1,6 @@
 //! The table, and what it means for the targets.
 
+use crate::increments::{Increment, SIZES};
 use crate::latency::Latency;
 use crate::memory::Memory;
 use crate::methods::{Method, Sample};
@@ -9,6 +10,8 @@ const MOST_TIMES_DD: f64 = 1.25;
 const LEAST_TIMES_DEFAULTS: f64 = 1.5;
 const MOST_TO_START: f64 = 0.030;
 const MOST_RSS: u64 = 20 << 10;
+/// An incremental backup of the largest disk beside one of the smallest.
+const MOST_TIMES_SMALLEST: f64 = 1.5;
 
 /// The middle one, or the mean of the two in the middle.
 fn median(values: impl IntoIterator<Item = f64>) -> f64 {
@@ -58,7 +61,13 @@ fn name(method: Method) -> &'static str {
     }
 }
 
-pub fn print(rounds: usize, samples: &[(Method, Sample)], latency: &Latency, memory: &[(&str, Memory)]) {
+pub fn print(
+    rounds: usize,
+    samples: &[(Method, Sample)],
+    latency: &Latency,
+    memory: &[(&str, Memory)],
+    increments: &[Vec<Increment>; 3],
+) {
     let row = |method| Row::of(samples, method);
     let [dd, service, convert, by_hand] = Method::ALL.map(row);
     println!("1 GiB of data in a 4 GiB qcow2 image, rounds: {rounds}, medians in seconds\n");
@@ -115,6 +124,8 @@ pub fn print(rounds: usize, samples: &[(Method, Sample)], latency: &Latency, mem
         );
     }
 
+    let increments = print_increments(increments);
+
     println!("\ntargets, with fsync");
     let rss = memory
         .iter()
@@ -145,4 +156,34 @@ pub fn print(rounds: usize, samples: &[(Method, Sample)], latency: &Latency, mem
         milliseconds(own),
     );
     target("RSS under 20 MiB", rss < MOST_RSS, format!("{:.1} MiB", mib(rss)));
+    target(
+        "an increment of 64 GiB takes as long as one of 1 GiB: ratio <= 1.5",
+        increments <= MOST_TIMES_SMALLEST,
+        format!("{increments:.2}"),
+    );
+}
+
+/// Gives how many times as long the largest takes as the smallest.
+fn print_increments(increments: &[Vec<Increment>; 3]) -> f64 {
+    println!("\n64 MiB changed since the last backup, medians");
+    println!(
+        "{:<29} {:>9} {:>9} {:>9} {:>9}",
+        "", "seconds", "/ 1 GiB", "copied", "image"
+    );
+    let seconds = increments
+        .each_ref()
+        .map(|of| median(of.iter().map(|increment| increment.seconds)));
+    for ((gib, of), taken) in SIZES.iter().zip(increments).zip(seconds) {
+        let mib = |bytes: fn(&Increment) -> u64| {
+            median(of.iter().map(|one| bytes(one) as f64)) / f64::from(1 << 20)
+        };
+        println!(
+            "{:<29} {taken:>9.3} {:>9.2} {:>5.0} MiB {:>5.0} MiB",
+            format!("a disk of {gib} GiB"),
+            taken / seconds[0],
+            mib(|one| one.copied),
+            mib(|one| one.image),
+        );
+    }
+    seconds[2] / seconds[0]
 }

@@ -538,7 +538,7 @@ fn every_test_that_the_page_names_is_there() {
                 continue;
             };
             let code = std::fs::read_to_string(root.join(format!("tests/{file}.rs"))).unwrap();
-            assert!(code.contains(&format!("async fn {name}()")), "{file}: {name}");
+            assert!(code.contains(&format!("fn {name}()")), "{file}: {name}");
             named += 1;
         }
     }

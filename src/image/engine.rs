@@ -228,10 +228,11 @@ impl Engine {
         }
     }
 
-    /// Ends it at once, and waits until it has ended: from then on it writes nothing.
+    /// Ends it at once, and waits until it has ended: from then on it writes nothing. One that hangs with its storage ends when
+    /// that answers, and is not waited for.
     pub async fn kill(mut self) {
         // One that cannot be killed has ended.
-        let _ = self.child.kill().await;
+        let _ = tokio::time::timeout(END, self.child.kill()).await;
     }
 
     /// Has it close everything, and waits until it has ended.

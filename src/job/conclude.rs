@@ -202,7 +202,7 @@ async fn settle_checkpoints(job: &Job, setting: &Setting, footprint: &Footprint)
 }
 
 /// Removes what a failed backup made; true if something may be left.
-async fn discard(setting: &Setting, targets: Option<Targets>, patience: Duration) -> bool {
+pub(super) async fn discard(setting: &Setting, targets: Option<Targets>, patience: Duration) -> bool {
     let Some(targets) = targets else { return true };
     let discarded = blocking(setting, move || targets.discard());
     !tokio::time::timeout(patience, discarded).await.unwrap_or(false)

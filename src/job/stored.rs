@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use super::conclude::{outcome, remember_end, show_ended};
+use super::conclude::{discard, outcome, remember_end, show_ended};
 use super::error::Stopped;
 use super::manager::{Ending, Jobs, Setting};
 use super::progress::Meter;
@@ -176,15 +176,12 @@ async fn restore(
     setting: &Setting,
 ) -> (Result<(), Stopped>, bool) {
     let restored = restore_all(job, chain, &targets, cancel).await;
-    let failed = restored.is_err();
-    let left = blocking(setting, move || match failed {
-        true => !targets.discard(),
-        false => {
-            drop(targets.leave());
-            false
-        }
-    });
-    (restored, left.await)
+    if restored.is_ok() {
+        blocking(setting, move || drop(targets.leave())).await;
+        return (restored, false);
+    }
+    let left = discard(setting, Some(targets), setting.deadlines.stall()).await;
+    (restored, left)
 }
 
 async fn restore_all(

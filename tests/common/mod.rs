@@ -22,6 +22,7 @@ pub mod eavesdropper;
 pub mod guest;
 pub mod hanging;
 pub mod journal;
+pub mod made;
 pub mod measure;
 pub mod observer;
 pub mod peer;

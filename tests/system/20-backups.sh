@@ -20,6 +20,17 @@ test_a_backup_by_root_is_what_the_disk_holds() {
     has_nothing_of_ours web
 }
 
+test_a_backup_is_verified_and_restored() {
+    local id
+    id=$(basename "$(dirname "$(newest_image web)")")
+    backupctl verify "$id"
+    # A place that the service does not see.
+    mkdir -p /root/restored
+    backupctl restore "$id" --to /root/restored
+    same_as_disk web /srv/vm /root/restored/vda.qcow2
+    rm -r /root/restored
+}
+
 test_an_ordinary_user_is_refused_without_a_rule() {
     contains "$(status_of as anna backupctl create web --no-ask-password 2>&1)" "status 4"
     has_nothing_of_ours web

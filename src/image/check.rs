@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::io::AsyncReadExt;
 
 use super::backup::Image;
-use super::process::{IMG, Words};
+use super::process::{IMG, Inherited, Words};
 use super::{Error, Fault, blocking};
 
 /// The longest report that is read.
@@ -37,7 +37,7 @@ pub async fn check(image: &Image) -> Result<Result<(), Fault>, Error> {
         json!({ "driver": "qcow2", "backing": null, "file": file })
     );
     let arguments = ["check", "--output=json", &name].map(str::to_owned);
-    let mut child = IMG.start(arguments, OwnedFd::from(input), Stdio::piped())?;
+    let mut child = IMG.start(arguments, OwnedFd::from(input), Stdio::piped(), Inherited::new())?;
     let (output, errors) = (child.stdout.take(), child.stderr.take());
     let mut words = errors.map(Words::listen);
     let mut report = Vec::new();

@@ -120,8 +120,8 @@ impl Engine {
         .map(str::to_owned)
         .into();
         arguments.extend(plan.arguments);
-        let start = || STORAGE_DAEMON.start(arguments, OwnedFd::from(its), Stdio::null());
-        let mut child = plan.inherited.pass(start)?;
+        let its = OwnedFd::from(its);
+        let mut child = STORAGE_DAEMON.start(arguments, its, Stdio::null(), plan.inherited)?;
         let words = child.stderr.take().map(Words::listen);
         let mut words = words.ok_or_else(|| Error::Engine {
             why: "it has no standard error".to_owned(),
@@ -145,8 +145,12 @@ impl Engine {
             child,
             words,
         };
-        for node in plan.nodes {
-            engine.execute("blockdev-add", node).await?;
+        // Two nodes an image.
+        for (nodes, (disk, backup, _)) in plan.nodes.chunks(2).zip(&plan.images) {
+            for node in nodes {
+                let added = engine.execute("blockdev-add", node.clone()).await;
+                added.map_err(|error| error.about(backup, disk))?;
+            }
         }
         engine.check(&plan.names, &plan.images).await?;
         Ok(engine)

@@ -144,6 +144,16 @@ impl Error {
         }
     }
 
+    /// Says which image QEMU's words are about: it knows none by a name.
+    pub(super) fn about(self, backup: &str, disk: &str) -> Self {
+        match self {
+            Self::Engine { why } => Self::Engine {
+                why: format!("backup {}, disk '{}': {why}", shown(backup), shown(disk)),
+            },
+            error => error,
+        }
+    }
+
     /// The disk that it is about, where it is about one.
     pub fn disk(&self) -> Option<&str> {
         match self {

@@ -37,12 +37,13 @@ pub const IMG: Program = Program {
 };
 
 impl Program {
-    /// Starts it with `input` as its standard input. Killed when what is returned is dropped.
+    /// Starts it with `input` as its standard input, and what it is to inherit. Killed when what is returned is dropped.
     pub fn start(
         self,
         arguments: impl IntoIterator<Item = String>,
         input: OwnedFd,
         output: Stdio,
+        inherited: Inherited,
     ) -> Result<Child, Error> {
         let mut command = Command::new(self.name);
         command
@@ -53,7 +54,8 @@ impl Program {
             // Ctrl-C on a terminal is for us: what it ends is ended from here.
             .process_group(0)
             .kill_on_drop(true);
-        command.spawn().map_err(|error| match error.kind() {
+        let started = inherited.pass(|| command.spawn())?;
+        started.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => Error::NotInstalled {
                 program: self.name,
                 package: self.package,
@@ -95,7 +97,7 @@ impl Inherited {
     }
 
     /// Runs `start`; what it starts has the descriptors, and nobody has them afterwards but that.
-    pub fn pass<T>(self, start: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    fn pass<T>(self, start: impl FnOnce() -> T) -> Result<T, Error> {
         let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         for file in &self.0 {
             rustix::io::fcntl_setfd(file, FdFlags::empty()).map_err(|errno| Error::Engine {
@@ -104,7 +106,7 @@ impl Inherited {
         }
         let started = start();
         drop(self);
-        started
+        Ok(started)
     }
 }
 

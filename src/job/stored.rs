@@ -300,15 +300,18 @@ async fn remember_verified(
             };
         }
     });
-    // Of what could not be looked at nothing new is known. What it lies on, the catalog puts together itself.
-    let own = findings.iter().filter(|finding| finding.fault.is_damage());
+    // Of what could not be looked at nothing new is known. What is not there, or is what it lies on, the catalog finds itself.
+    if findings
+        .iter()
+        .any(|finding| !finding.fault.is_damage() || finding.fault == Fault::Missing)
+    {
+        return Ok(());
+    }
+    let own = findings.iter();
     let own: Vec<String> = own
         .filter(|finding| !matches!(finding.fault, Fault::LiesOnDamaged { .. }))
         .map(|finding| finding.fault.to_string())
         .collect();
-    if own.is_empty() && findings.iter().any(|finding| !finding.fault.is_damage()) {
-        return Ok(());
-    }
     let key = BackupKey {
         store: store.to_owned(),
         domain: location.domain.clone(),

@@ -26,7 +26,7 @@ const MIB: u64 = 1 << 20;
 const OWNER: u32 = 2;
 const READER: u32 = 3;
 
-const EVERYTHING: [&str; 13] = [
+const EVERYTHING: [&str; 14] = [
     "service.search-domains",
     "service.register-domain",
     "service.rescan",
@@ -37,6 +37,7 @@ const EVERYTHING: [&str; 13] = [
     "domain.export",
     "domain.abort",
     "domain.set-speed",
+    "domain.checkpoint",
     "backup.delete",
     "backup.restore",
     "backup.verify",
@@ -61,6 +62,7 @@ impl Person {
             Permission::ServiceRegisterDomain => ["allowed", "owner"].contains(&self.who),
             Permission::DomainSeeForeign => false,
             Permission::DomainGetattr => !domain.hidden,
+            Permission::DomainCheckpoint => self.who == "allowed",
             Permission::DomainRead => self.who != "denied",
             Permission::ServiceRescan
             | Permission::DomainBackup
@@ -227,6 +229,12 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
             let body = (store, no_files(), Options::new());
             call(caller, path, DOMAIN_INTERFACE, "CreateBackup", &body).await
         }
+        "Domain.CreateCheckpoint" | "Domain.DeleteCheckpoint" => {
+            let body = ("", Options::new());
+            call(caller, path, DOMAIN_INTERFACE, &member[7..], &body).await
+        }
+        "Domain.ListCheckpoints" => call(caller, path, DOMAIN_INTERFACE, &member[7..], &Options::new()).await,
+        "Domain.GetCheckpointDefinition" => call(caller, path, DOMAIN_INTERFACE, &member[7..], &"none").await,
         "Job.Cancel" | "Job.GetDefinition" => call(caller, job, JOB_INTERFACE, &member[4..], &()).await,
         "Job.CancelDisk" => call(caller, job, JOB_INTERFACE, "CancelDisk", &"no-such-disk").await,
         "Job.SetSpeed" => call(caller, job, JOB_INTERFACE, "SetSpeed", &SLOW).await,
@@ -310,6 +318,7 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
         Permission::DomainRead,
         Permission::DomainAbort,
         Permission::DomainSetSpeed,
+        Permission::DomainCheckpoint,
         Permission::BackupDelete,
         Permission::BackupRestore,
         Permission::BackupVerify,
@@ -338,6 +347,9 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
         "Backup.Delete" => "TargetInvalid",
         // No disk is named; the socket does not listen.
         "Backup.Restore" | "Backup.Export" => "InvalidArgs",
+        // There is a backup already.
+        "Domain.CreateCheckpoint" | "Domain.DeleteCheckpoint" => "Busy",
+        "Domain.GetCheckpointDefinition" => "NoSuchCheckpoint",
         _ => "ok",
     }
 }

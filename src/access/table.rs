@@ -28,6 +28,8 @@ pub enum Permission {
     DomainAbort,
     /// Change the speed of somebody else's backup of it.
     DomainSetSpeed,
+    /// Make and remove records of what is written to its disks from an instant on.
+    DomainCheckpoint,
     /// Remove a backup of it from a store of the administrator's.
     BackupDelete,
     /// Have the data of a backup of it.
@@ -78,7 +80,7 @@ pub struct Entry {
 const CREATE: &[&str] = &["CreateBackup", "Domain.CreateBackup"];
 
 /// Every permission that there is, once.
-pub static TABLE: [Entry; 13] = [
+pub static TABLE: [Entry; 14] = [
     Entry {
         permission: Permission::ServiceSearchDomains,
         action: "org.example.backup1.service.search-domains",
@@ -134,6 +136,8 @@ pub static TABLE: [Entry; 13] = [
             "Domain.Owner",
             "Domain.Source",
             "Domain.Disks",
+            "Domain.ListCheckpoints",
+            "Domain.GetCheckpointDefinition",
             "ListBackups",
             "GetBackup",
             "Prune",
@@ -208,6 +212,14 @@ pub static TABLE: [Entry; 13] = [
         message: "Authentication is required to change the speed of the backup of the virtual machine $(domain_name)",
         implicit: Implicit::AdministratorKept,
         members: &["Job.SetSpeed"],
+    },
+    Entry {
+        permission: Permission::DomainCheckpoint,
+        action: "org.example.backup1.domain.checkpoint",
+        description: "Make and remove checkpoints of a virtual machine",
+        message: "Authentication is required to make or remove checkpoints of the virtual machine $(domain_name)",
+        implicit: Implicit::AdministratorKept,
+        members: &["Domain.CreateCheckpoint", "Domain.DeleteCheckpoint"],
     },
     Entry {
         permission: Permission::BackupDelete,

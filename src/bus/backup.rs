@@ -26,7 +26,11 @@ pub async fn create_backup(
 ) -> Answer {
     let (service, caller) = (&context.service, &call.caller);
     let files = call.descriptors(&files)?;
-    let request = service.request(&definition, options::backup(options)?, files)?;
+    let (mut options, checkpoint) = options::backup(options)?;
+    options.checkpoint = checkpoint
+        .map(|text| service.checkpoint_option(&text))
+        .transpose()?;
+    let request = service.request(&definition, options, files)?;
     let authorised = call
         .while_present(async {
             let domain = match domain {

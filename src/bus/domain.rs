@@ -9,11 +9,16 @@ use super::backup::{BackupArguments, Wanted, create_backup};
 use super::call::{Answer, Call};
 use super::error::Result;
 use super::object::Properties;
+use super::options::{self, Dictionary};
 use crate::access::{self, Permission};
 use crate::domain::{Domain, Snapshot};
+use crate::job::Checkpoint;
 
 /// A disk as it is told: name, node, virtual size, format, writable.
 pub type DiskTuple = (String, String, u64, String, bool);
+
+/// A checkpoint as it is told: name, parent's name, time, backup's id, store, and (disk, bitmap, state) of each disk.
+type CheckpointTuple = (String, String, u64, String, String, Vec<(String, String, String)>);
 
 pub async fn call(context: &Context, call: &Call, domain: &Arc<Domain>) -> Answer {
     match call.member.as_str() {
@@ -21,8 +26,69 @@ pub async fn call(context: &Context, call: &Call, domain: &Arc<Domain>) -> Answe
             let arguments: BackupArguments = call.arguments()?;
             create_backup(context, call, Wanted::This(domain.clone()), arguments).await
         }
+        "CreateCheckpoint" | "DeleteCheckpoint" | "ListCheckpoints" | "GetCheckpointDefinition" => {
+            checkpoint(context, call, domain).await
+        }
         _ => Err(call.unknown_method()),
     }
+}
+
+async fn checkpoint(context: &Context, call: &Call, domain: &Arc<Domain>) -> Answer {
+    let (service, caller) = (&context.service, &call.caller);
+    let may = || call.while_present(async { Ok(service.may_checkpoint(caller, domain).await?) });
+    match call.member.as_str() {
+        "CreateCheckpoint" => {
+            let (document, options): (String, Dictionary) = call.arguments()?;
+            options::none(&options)?;
+            let definition = service.checkpoint_definition(&document)?;
+            // From here on the caller may leave: its checkpoint is made.
+            let made = service.create_checkpoint(may().await?, caller, domain.clone(), definition);
+            call.reply(&made.await?)
+        }
+        "DeleteCheckpoint" => {
+            let (name, options): (String, Dictionary) = call.arguments()?;
+            options::none(&options)?;
+            let deleted = service.delete_checkpoint(may().await?, caller, domain.clone(), name);
+            call.reply(&deleted.await?)
+        }
+        "ListCheckpoints" => {
+            let options: Dictionary = call.arguments()?;
+            options::none(&options)?;
+            let found = call.while_present(async { Ok(service.checkpoints(caller, domain).await?) });
+            call.reply(&checkpoints(&found.await?))
+        }
+        _ => {
+            let name: String = call.arguments()?;
+            let found =
+                call.while_present(async { Ok(service.checkpoint_document(caller, domain, &name).await?) });
+            call.reply(&found.await?)
+        }
+    }
+}
+
+fn checkpoints(found: &[Checkpoint]) -> Vec<CheckpointTuple> {
+    let mut parent = "";
+    let mut told = Vec::new();
+    for checkpoint in found {
+        let (backup, store) = match &checkpoint.store {
+            Some(store) => (checkpoint.id.clone(), store.clone()),
+            None => Default::default(),
+        };
+        let disks = checkpoint.disks.iter().map(|record| {
+            let state = if record.good { "good" } else { "inconsistent" };
+            (record.disk.clone(), record.bitmap.clone(), state.to_owned())
+        });
+        told.push((
+            checkpoint.name.clone(),
+            parent.to_owned(),
+            checkpoint.time.as_microsecond().max(0).cast_unsigned(),
+            backup,
+            store,
+            disks.collect(),
+        ));
+        parent = &checkpoint.name;
+    }
+    told
 }
 
 /// To know that a domain is there is not to know what it has and does.

@@ -108,9 +108,10 @@ impl<'de> Visitor<'de> for OfKey<'_> {
     }
 }
 
-/// Options of `CreateBackup`.
-pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
+/// Options of `CreateBackup`, and what is said of the checkpoint.
+pub fn backup(dictionary: Dictionary) -> Result<(plan::Options, Option<String>)> {
     let mut options = plan::Options::default();
+    let mut checkpoint = None;
     for (key, value) in dictionary.0 {
         match (key.as_str(), value) {
             ("reuse-external", Value::Bool(reuse)) => options.reuse_external = reuse,
@@ -131,14 +132,12 @@ pub fn backup(dictionary: Dictionary) -> Result<plan::Options> {
             ("quiesce", value) => return Err(wrong_type(&key, &value, "s")),
             ("incremental", Value::Str(word)) => options.incremental = Some(incremental(word)?),
             ("incremental", value) => return Err(wrong_type(&key, &value, "s")),
-            ("checkpoint", _) => {
-                let text = "option 'checkpoint': checkpoints with names of their own are not supported";
-                return Err(BusError::new(Kind::Unsupported, text));
-            }
+            ("checkpoint", Value::Str(text)) => checkpoint = Some(text),
+            ("checkpoint", value) => return Err(wrong_type(&key, &value, "s")),
             _ => return Err(unknown(&key)),
         }
     }
-    Ok(options)
+    Ok((options, checkpoint))
 }
 
 fn incremental(word: String) -> Result<Incremental> {
@@ -286,7 +285,7 @@ mod tests {
     }
 
     fn parse(key: &str, value: impl Into<Variant<'static>>) -> Result<plan::Options> {
-        backup(read(key, value.into()).unwrap())
+        backup(read(key, value.into()).unwrap()).map(|(options, _)| options)
     }
 
     fn refused(key: &str, value: impl Into<Variant<'static>>) -> (String, String) {
@@ -335,8 +334,11 @@ mod tests {
             name.ends_with("InvalidArgs") && text.contains("'../monday'"),
             "{name}: {text}"
         );
-        let (name, _) = refused("checkpoint", "monday");
-        assert!(name.ends_with("Unsupported"), "{name}");
+        let (name, text) = refused("checkpoint", true);
+        assert!(
+            name.ends_with("InvalidArgs") && text.contains("'checkpoint'"),
+            "{name}: {text}"
+        );
     }
 
     #[test]

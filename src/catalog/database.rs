@@ -20,6 +20,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema-2.sql"),
     include_str!("schema-3.sql"),
     include_str!("schema-4.sql"),
+    include_str!("schema-5.sql"),
 ];
 /// How long a predecessor may take to let go.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{DEFINITION_NAME, MANIFEST_NAME};
-use crate::definition::{Format, MAX_DESCRIPTION_BYTES, is_valid_name};
+use crate::definition::{Format, MAX_DESCRIPTION_BYTES, is_checkpoint_name, is_valid_name};
 use crate::error::shown;
 
 /// The longest manifest that is looked at. One of the most disks that a domain can have takes a fifth of it.
@@ -87,6 +87,9 @@ pub struct Manifest {
     /// For how many µs they were frozen, where they were.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen_us: Option<u64>,
+    /// What is said of the checkpoint that began with it; without a name it is called as the backup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<Checkpoint>,
     pub disks: Vec<Disk>,
 }
 
@@ -118,6 +121,16 @@ pub struct Disk {
     /// The dirty bitmap on the domain's disk that has recorded from this backup's instant on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap: Option<String>,
+}
+
+/// What its maker says of a checkpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Checkpoint {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
 }
 
 /// An image of an earlier backup of the same domain in the same store.
@@ -167,6 +180,7 @@ impl Manifest {
             instant,
             quiesced: false,
             frozen_us: None,
+            checkpoint: None,
             disks: Vec::new(),
         }
     }
@@ -206,8 +220,15 @@ impl Manifest {
             require(is_valid_name(name), "a backup's name", name)?;
         }
         if let Some(description) = &self.description {
-            let fits = description.len() <= MAX_DESCRIPTION_BYTES;
-            require(fits && is_text(description), "a description", description)?;
+            require(is_description(description), "a description", description)?;
+        }
+        if let Some(Checkpoint { name, description }) = &self.checkpoint {
+            if let Some(name) = name {
+                require(is_checkpoint_name(name), "a checkpoint's name", name)?;
+            }
+            if let Some(description) = description {
+                require(is_description(description), "a description", description)?;
+            }
         }
         if self.disks.is_empty() {
             return Err(ManifestError::NoDisks);
@@ -310,6 +331,10 @@ fn is_disk_name(name: &str) -> bool {
     (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.contains(char::is_control)
 }
 
+fn is_description(text: &str) -> bool {
+    text.len() <= MAX_DESCRIPTION_BYTES && is_text(text)
+}
+
 /// What a document's text can hold.
 fn is_text(text: &str) -> bool {
     !text.contains(|c: char| c < ' ' && !matches!(c, '\t' | '\n' | '\r'))
@@ -400,6 +425,22 @@ mod tests {
     fn the_bytes_are_what_they_always_were_and_are_read_as_what_was_written() {
         assert_eq!(String::from_utf8(manifest().to_json().unwrap()).unwrap(), WRITTEN);
         assert_eq!(Manifest::parse(WRITTEN.as_bytes()).unwrap(), manifest());
+    }
+
+    #[test]
+    fn what_a_checkpoint_is_called_is_kept_and_means_nothing_else() {
+        let mut named = manifest();
+        named.checkpoint = Some(Checkpoint {
+            name: Some("monday".into()),
+            description: Some("two lines\nof it".into()),
+        });
+        let json = named.to_json().unwrap();
+        assert_eq!(Manifest::parse(&json).unwrap(), named);
+        for name in ["full", "a/b", "20261123T055937Z-10ebf9b0"] {
+            let json = String::from_utf8(json.clone()).unwrap().replace("monday", name);
+            let error = Manifest::parse(json.as_bytes()).unwrap_err();
+            assert!(matches!(error, ManifestError::Text { .. }), "{error}");
+        }
     }
 
     #[test]

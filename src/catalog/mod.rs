@@ -6,6 +6,7 @@
 
 mod backups;
 mod chains;
+mod checkpoints;
 mod database;
 mod error;
 mod history;
@@ -18,9 +19,10 @@ mod standing;
 
 pub use backups::{Backup, BackupFilter, BackupKey, BackupRecord, BackupState, Looked};
 pub use chains::{Link, Stored, broken};
+pub use checkpoints::{Begun, CheckpointRecord, Recorded};
 pub use error::Error;
 pub use history::EndedJob;
-pub use manifest::{Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError, Parent};
+pub use manifest::{Checkpoint, Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError, Parent};
 pub use record::{DomainRecord, Ended, Instant, JobRecord, Leftover, NewJob, Reached, Step};
 pub use rescan::{StoredBackup, Taken};
 pub use standing::Standing;

@@ -1,29 +1,45 @@
-//! What became of a backup of which nothing but its id is known.
+//! What became of a backup, or a checkpoint, of which nothing but its id is known.
 
 use rusqlite::OptionalExtension;
 
 use super::{Catalog, Error};
 
-/// What is known of a backup by its id.
+/// What is known of a backup, or a checkpoint, by its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
     /// It is in that store, with this manifest (JSON).
     There { store: String, manifest: String },
+    /// It is a checkpoint without a backup.
+    Alone,
     /// Its job has not ended.
     UnderWay,
-    /// It failed, or was removed.
+    /// It failed, or was removed; or was a checkpoint without a backup.
     Gone,
     /// Nobody here ever heard of it.
     Unknown,
 }
 
 impl Catalog {
-    /// How things stand with backups of these ids, in their order.
-    pub async fn standings(&self, ids: Vec<String>) -> Result<Vec<Standing>, Error> {
+    /// How things stand with these ids, in their order. Nobody makes or deletes a checkpoint of `domain` meanwhile.
+    pub async fn standings(&self, domain: String, ids: Vec<String>) -> Result<Vec<Standing>, Error> {
         self.run(move |connection| {
+            let mut alone = connection.prepare(
+                "SELECT state, domain = ?2 FROM checkpoints WHERE id = ?1 ORDER BY domain = ?2 DESC LIMIT 1",
+            )?;
             let mut stored = connection.prepare("SELECT store, manifest FROM backups WHERE id = ?1")?;
             let mut ended = connection.prepare("SELECT step = 'ended' FROM jobs WHERE backup_id = ?1")?;
             let standings = ids.iter().map(|id| {
+                let state = alone.query_row([id, &domain], |row| {
+                    Ok((row.get::<_, String>(0)?, row.get::<_, bool>(1)?))
+                });
+                if let Some((state, own)) = state.optional()? {
+                    return Ok(match (state.as_str(), own) {
+                        ("made", _) => Standing::Alone,
+                        // The same machine may be known by another name, under which it is being made just now.
+                        ("making", false) => Standing::UnderWay,
+                        _ => Standing::Gone,
+                    });
+                }
                 let there = stored.query_row([id], |row| {
                     let (store, manifest) = (row.get(0)?, row.get(1)?);
                     Ok(Standing::There { store, manifest })

@@ -2,7 +2,7 @@
 //!
 //! A checkpoint is a persistent dirty bitmap that records from a backup's instant on. Its name has the backup's id in it, so
 //! that nothing else need be remembered: it is pending while its backup is not in the catalog, and of use as long as it is.
-//! Bitmaps with other names are somebody else's and are left alone.
+//! Bitmaps with other names are somebody else's and are left alone. A checkpoint without a backup has an id of the same form.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -18,10 +18,9 @@ use super::{Error, Job};
 use crate::catalog::{self, Manifest, Standing, Stored};
 use crate::config::Store;
 use crate::definition::is_backup_id;
-use crate::domain::Disk;
+use crate::domain::{Disk, Domain, Link};
 use crate::fault::{self, Point};
 use crate::plan::{Destination, Earlier, EarlierDisk};
-use crate::qmp;
 use crate::target::Shelf;
 
 /// Earlier backups that are looked at: the newest. What is to go on from an older one is made as a full one.
@@ -102,6 +101,7 @@ fn look(store: &Path, domain: &str, stored: &[Stored]) -> Vec<Earlier> {
         }
         earlier.push(Earlier {
             id: manifest.id.clone(),
+            checkpoint: manifest.checkpoint.clone().and_then(|checkpoint| checkpoint.name),
             disks,
         });
     }
@@ -121,8 +121,8 @@ fn is_whole(directory: &Shelf, disk: &catalog::Disk) -> bool {
 impl Footprint {
     /// Begins to record on every disk of which the plan says so. It is done before the backup's instant, for a bitmap cannot
     /// be added in the same transaction: what is written in between is copied once more by the next backup. A disk that
-    /// takes no more is backed up all the same, and the next time as a whole.
-    pub async fn make_checkpoints(&self, job: &Job) -> qmp::Result<()> {
+    /// takes no more is backed up all the same, and the next time as a whole, unless the call described the checkpoint.
+    pub async fn make_checkpoints(&self, job: &Job) -> Result<(), Error> {
         for (index, disk) in job.plan.disks.iter().enumerate() {
             if !disk.checkpoint {
                 continue;
@@ -131,6 +131,10 @@ impl Footprint {
                 "node": disk.node, "name": checkpoint_name(&job.backup_id, index), "persistent": true,
             });
             match self.client().execute("block-dirty-bitmap-add", arguments).await {
+                Err(source) if source.is_refusal() && job.plan.checkpoint.is_some() => {
+                    let disk = disk.name.clone();
+                    return Err(Error::Checkpoint { disk, source });
+                }
                 Err(error) if error.is_refusal() => {
                     tracing::warn!(
                         job = job.id,
@@ -139,7 +143,7 @@ impl Footprint {
                         "no later backup of the disk can go on from this one"
                     );
                 }
-                result => drop(result?),
+                result => drop(result.map_err(Error::Lost)?),
             }
             fault::point(Point::CheckpointMade);
         }
@@ -150,37 +154,41 @@ impl Footprint {
     /// or are older than those that their store records from; and those that do not have everything, which would also keep
     /// the disk from being resized.
     pub async fn settle_checkpoints(&self, setting: &Setting) -> Result<(), Error> {
-        let disks = self.inspect().await.map_err(Error::Lost)?.disks;
-        let ids: BTreeSet<&str> = disks.iter().flat_map(checkpoints).map(|(id, _)| id).collect();
-        let ids: Vec<String> = ids.into_iter().map(str::to_owned).collect();
-        if ids.is_empty() {
-            return Ok(());
-        }
-        let standings = setting.catalog.standings(ids.clone()).await?;
-        let standings = standings.into_iter().map(Use::of);
-        let uses: BTreeMap<&str, Use> = ids.iter().map(String::as_str).zip(standings).collect();
-        for disk in disks.iter() {
-            for name in unwanted(disk, &uses, &setting.stores) {
-                let arguments = json!({ "node": disk.node, "name": name });
-                match self
-                    .client()
-                    .execute("block-dirty-bitmap-remove", arguments)
-                    .await
-                {
-                    // A block job of somebody's reads it just now, or it is gone already.
-                    Err(error) if error.is_refusal() => {
-                        tracing::info!(disk = disk.name, %error, "a checkpoint is removed later");
-                    }
-                    result => drop(result.map_err(Error::Lost)?),
-                }
-            }
-        }
-        Ok(())
+        settle(&self.link(), &self.domain, setting).await
     }
 }
 
+/// See [`Footprint::settle_checkpoints`]. Nothing else is done to the domain's checkpoints meanwhile.
+pub(super) async fn settle(link: &Link, domain: &Domain, setting: &Setting) -> Result<(), Error> {
+    let disks = link.inspect().await.map_err(Error::Lost)?.disks;
+    let ids: BTreeSet<&str> = disks.iter().flat_map(checkpoints).map(|(id, _)| id).collect();
+    let ids: Vec<String> = ids.into_iter().map(str::to_owned).collect();
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let standings = setting
+        .catalog
+        .standings(domain.unique_name(), ids.clone())
+        .await?;
+    let standings = standings.into_iter().map(Use::of);
+    let uses: BTreeMap<&str, Use> = ids.iter().map(String::as_str).zip(standings).collect();
+    for disk in disks.iter() {
+        for name in unwanted(disk, &uses, &setting.stores) {
+            let arguments = json!({ "node": disk.node, "name": name });
+            match link.client.execute("block-dirty-bitmap-remove", arguments).await {
+                // A block job of somebody's reads it just now, or it is gone already.
+                Err(error) if error.is_refusal() => {
+                    tracing::info!(disk = disk.name, %error, "a checkpoint is removed later");
+                }
+                result => drop(result.map_err(Error::Lost)?),
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Our bitmaps on a disk, as (backup's id, bitmap's name).
-fn checkpoints(disk: &Disk) -> impl Iterator<Item = (&str, &str)> {
+pub(super) fn checkpoints(disk: &Disk) -> impl Iterator<Item = (&str, &str)> {
     let names = disk.bitmaps.iter().map(|bitmap| bitmap.name.as_str());
     names.filter_map(|name| backup_of(name).map(|id| (id, name)))
 }
@@ -193,6 +201,8 @@ enum Use {
         store: String,
         instant: Timestamp,
     },
+    /// Somebody made it for a use of his own, and deletes it.
+    Alone,
     /// They may.
     Pending,
     None,
@@ -206,6 +216,7 @@ impl Use {
                 Ok(Manifest { instant, .. }) => Self::Base { store, instant },
                 Err(_) => Self::Unknown,
             },
+            Standing::Alone => Self::Alone,
             Standing::UnderWay => Self::Pending,
             Standing::Gone => Self::None,
             Standing::Unknown => Self::Unknown,
@@ -234,6 +245,7 @@ fn unwanted<'a>(
         bitmaps.any(|bitmap| bitmap.name == name && bitmap.inconsistent)
     };
     found.retain(|(id, name)| match uses.get(id) {
+        Some(Use::Alone) => false,
         _ if inconsistent(name) => true,
         Some(Use::Base { store, .. }) => {
             let count = of_store.entry(store).or_default();
@@ -337,6 +349,7 @@ mod tests {
             _ => Use::Unknown,
         };
         assert_eq!(kept(&[1, 2, 3], gone), [1, 3]);
+        assert_eq!(kept(&[1, 2, 3, 4], |_| Use::Alone), [1, 2, 3, 4]);
         let many: Vec<u32> = (0..20).collect();
         assert_eq!(kept(&many, |_| Use::Unknown), many[4..]);
     }

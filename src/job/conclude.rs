@@ -370,6 +370,7 @@ fn manifest(job: &Job, instant: Instant, seals: &[Seal]) -> Result<Vec<u8>, Erro
     manifest.description = job.plan.description.clone();
     manifest.quiesced = instant.quiesced;
     manifest.frozen_us = Some(job.status().frozen_us()).filter(|time| *time > 0);
+    manifest.checkpoint = job.plan.checkpoint.clone();
     let disks = job.plan.disks.iter().zip(seals).enumerate();
     let in_store = disks.filter_map(|(index, (disk, seal))| match &disk.place {
         Place::InStore { file_name } => Some(catalog::Disk {

@@ -9,7 +9,9 @@ use crate::{catalog, qmp, quota, target};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    #[error("a backup of domain '{domain}' is under way: wait for its end, or cancel it")]
+    #[error(
+        "a backup of domain '{domain}' is under way, or work on its checkpoints: wait for its end, or cancel it"
+    )]
     Busy { domain: String },
     #[error("job {id} has ended already: {outcome}")]
     Ended { id: u32, outcome: &'static str },
@@ -80,6 +82,16 @@ pub enum Error {
     Found { first: Box<Finding>, others: usize },
     #[error("the service was ended meanwhile, and this with it: start it again")]
     NotResumed,
+    #[error("disk '{disk}': QEMU cannot make its checkpoint: {source}")]
+    Checkpoint { disk: String, source: qmp::Error },
+    #[error("QEMU cannot change the bitmaps of the checkpoint: {0}")]
+    Bitmaps(qmp::Error),
+    #[error("the domain has no checkpoint '{name}': 'backupctl checkpoints' lists them")]
+    NoSuchCheckpoint { name: String },
+    #[error("{of} {most} checkpoints without a backup, and can have no more: delete one")]
+    TooManyCheckpoints { of: &'static str, most: u32 },
+    #[error("QEMU did not answer for {seconds} seconds ('stall-seconds' in the configuration)")]
+    NoAnswer { seconds: u64 },
 }
 
 impl Error {
@@ -97,7 +109,14 @@ impl Error {
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
             Self::TooMany(_) => Kind::LimitsExceeded,
             Self::TooOld => Kind::Unsupported,
-            Self::Prepare { source, .. } | Self::Transaction(source) if !source.is_refusal() => {
+            Self::NoSuchCheckpoint { .. } => Kind::NoSuchCheckpoint,
+            Self::TooManyCheckpoints { .. } => Kind::LimitsExceeded,
+            Self::Prepare { source, .. }
+            | Self::Checkpoint { source, .. }
+            | Self::Bitmaps(source)
+            | Self::Transaction(source)
+                if !source.is_refusal() =>
+            {
                 Kind::DomainUnreachable
             }
             Self::Format { message, .. } | Self::Copy { message, .. }
@@ -106,6 +125,8 @@ impl Error {
                 Kind::NoSpace
             }
             Self::Prepare { .. }
+            | Self::Checkpoint { .. }
+            | Self::Bitmaps(_)
             | Self::Descriptor { .. }
             | Self::Format { .. }
             | Self::Transaction(_)
@@ -113,7 +134,9 @@ impl Error {
             | Self::Release(_)
             | Self::Changed { .. }
             | Self::Quiesce(_) => Kind::QemuError,
-            Self::Lost(_) | Self::Forgotten | Self::NotClosed | Self::NotFound(_) => Kind::DomainUnreachable,
+            Self::Lost(_) | Self::NoAnswer { .. } | Self::Forgotten | Self::NotClosed | Self::NotFound(_) => {
+                Kind::DomainUnreachable
+            }
             Self::Stalled { .. } => Kind::TargetInvalid,
             Self::Former(error) => error.kind,
             Self::Target(error) => error.kind(),
@@ -141,6 +164,7 @@ impl Error {
             Self::Prepare { disk, .. }
             | Self::Descriptor { disk, .. }
             | Self::Changed { disk }
+            | Self::Checkpoint { disk, .. }
             | Self::Format { disk, .. } => Some((disk, "prepare")),
             Self::Copy { disk, .. } => Some((disk, "copy")),
             Self::Image(error) => error.disk().map(|disk| (disk, "restore")),

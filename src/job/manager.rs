@@ -237,8 +237,8 @@ impl Jobs {
         self.setting.deadlines.stall()
     }
 
-    /// A name for a backup that sorts by time and that no other backup has.
-    fn new_backup_id(now: Timestamp) -> String {
+    /// A name for a backup, or a checkpoint, that sorts by time and that no other has.
+    pub(super) fn new_backup_id(now: Timestamp) -> String {
         let unique = uuid::Uuid::new_v4().simple().to_string();
         format!("{}-{}", now.strftime("%Y%m%dT%H%M%SZ"), &unique[..8])
     }

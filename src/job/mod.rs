@@ -5,6 +5,7 @@
 //! of it.
 
 mod chain;
+mod checkpoints;
 mod conclude;
 mod error;
 mod footprint;
@@ -23,6 +24,7 @@ mod stored;
 mod track;
 mod writeback;
 
+pub use checkpoints::{Checkpoint, definition as checkpoint_definition, named};
 pub use error::Error;
 pub use guard::watch as watch_frozen_guest;
 pub use manager::{Jobs, Reservation, Start};

@@ -368,6 +368,7 @@ fn plan(store: &str, path: &Path, manifest: &Manifest, document: Option<&Definit
             .flat_map(|document| document.disks.iter().flatten())
     };
     Plan {
+        checkpoint: manifest.checkpoint.clone(),
         name: manifest.name.clone(),
         description: manifest.description.clone(),
         destination: Destination::Store {

@@ -100,7 +100,7 @@ async fn copy(
         for (index, (target, disk)) in targets.iter().zip(&job.plan.disks).enumerate() {
             footprint.open_target(index, target, disk).await?;
         }
-        footprint.make_checkpoints(job).await.map_err(Error::Lost)?;
+        footprint.make_checkpoints(job).await?;
         Ok::<_, Error>(())
     };
     let patience = setting.deadlines.stall();

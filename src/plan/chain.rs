@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Error;
+use super::{Error, Existing, Past};
 use crate::catalog::{Kind, Parent};
 use crate::definition::Position;
 use crate::domain::Disk;
@@ -18,6 +18,8 @@ pub const MAX_IMAGES: u32 = 32;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Earlier {
     pub id: String,
+    /// The name of its checkpoint, where that has one of its own.
+    pub checkpoint: Option<String>,
     pub disks: Vec<EarlierDisk>,
 }
 
@@ -127,6 +129,8 @@ pub enum Why {
     ChainTooLong,
     /// It was made by a service whose records are gone.
     Unknown,
+    /// The checkpoint was made without a backup.
+    NoBackup,
 }
 
 impl Why {
@@ -144,6 +148,7 @@ impl Why {
             Self::Damaged => "damaged",
             Self::ChainTooLong => "chain-too-long",
             Self::Unknown => "unknown",
+            Self::NoBackup => "no-backup",
         }
     }
 
@@ -161,28 +166,32 @@ impl Why {
             Self::Damaged => "an image of the earlier backup is not what it was, or is gone",
             Self::ChainTooLong => "it would take too many images to read it",
             Self::Unknown => "it is not on record any more why",
+            Self::NoBackup => {
+                "the checkpoint was made without a backup, and there is nothing that what changed could lie on"
+            }
         }
     }
 }
 
-/// Chooses for one disk. `earlier` are the backups from the newest on; `refused` is why none can be built upon at all.
-pub(super) fn choose(
-    disk: &Disk,
-    earlier: &[Earlier],
-    wanted: &Wanted,
-    refused: Option<Why>,
-) -> Result<Mode, Error> {
+/// Chooses for one disk. `refused` is why none can be built upon at all.
+pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<Why>) -> Result<Mode, Error> {
+    let earlier = past.earlier.as_slice();
     let found = match wanted {
         Wanted::Full => return Ok(Mode::default()),
         _ if refused.is_some() => Err(refused.unwrap_or(Why::Requested)),
         Wanted::Auto | Wanted::Newest => newest(disk, earlier),
         Wanted::Since { checkpoint, at } => {
-            let found = earlier.iter().position(|backup| backup.id == *checkpoint);
-            let index = found.ok_or_else(|| Error::NoSuchCheckpoint {
-                name: checkpoint.clone(),
-                at: *at,
-            })?;
-            since(disk, &earlier[index], index == 0)
+            let is_called =
+                |backup: &Earlier| backup.id == *checkpoint || backup.checkpoint.as_ref() == Some(checkpoint);
+            let alone = |other: &Existing| other.is_called(checkpoint) && !other.has_backup;
+            match earlier.iter().position(is_called) {
+                Some(index) => since(disk, &earlier[index], index == 0),
+                None if past.checkpoints.iter().any(alone) => Err(Why::NoBackup),
+                None => {
+                    let (name, at) = (checkpoint.clone(), *at);
+                    return Err(Error::NoSuchCheckpoint { name, at });
+                }
+            }
         }
     };
     match (found, wanted) {
@@ -291,6 +300,7 @@ mod tests {
     fn backup(id: &str, images: Option<u32>) -> Earlier {
         Earlier {
             id: id.into(),
+            checkpoint: Some(format!("before-{id}")),
             disks: vec![EarlierDisk {
                 file: "vda.qcow2".into(),
                 virtual_size: 1 << 20,
@@ -300,8 +310,19 @@ mod tests {
         }
     }
 
+    fn past(earlier: &[Earlier]) -> Past {
+        Past {
+            earlier: earlier.to_vec(),
+            checkpoints: vec![Existing {
+                id: "alone-id".into(),
+                name: "alone".into(),
+                has_backup: false,
+            }],
+        }
+    }
+
     fn auto(disk: &Disk, earlier: &[Earlier]) -> Result<(String, bool), Why> {
-        match choose(disk, earlier, &Wanted::Auto, None).unwrap() {
+        match choose(disk, &past(earlier), &Wanted::Auto, None).unwrap() {
             Mode::Full { why } => Err(why),
             Mode::Since(base) => Ok((base.backup, base.newest)),
         }
@@ -362,18 +383,22 @@ mod tests {
 
     #[test]
     fn what_was_named_is_what_is_built_upon_or_nothing() {
-        let earlier = [backup("b", Some(2)), backup("a", Some(1))];
+        let earlier = past(&[backup("b", Some(2)), backup("a", Some(1))]);
         let both = disk(&["since-a", "since-b"]);
-        let Ok(Mode::Since(base)) = choose(&both, &earlier, &named("a"), None) else {
-            panic!("it is there");
-        };
-        assert_eq!((base.backup.as_str(), base.newest), ("a", false));
+        for name in ["a", "before-a"] {
+            let Ok(Mode::Since(base)) = choose(&both, &earlier, &named(name), None) else {
+                panic!("it is there");
+            };
+            assert_eq!((base.backup.as_str(), base.newest), ("a", false));
+        }
         let error = choose(&both, &earlier, &named("x"), None).unwrap_err();
         assert_eq!(error.kind(), crate::error::Kind::NoSuchCheckpoint);
         for (disk, wanted, refused) in [
             (disk(&["since-b"]), named("a"), None),
             (disk(&[]), Wanted::Newest, None),
             (both.clone(), named("a"), Some(Why::Raw)),
+            (both.clone(), named("alone"), None),
+            (both.clone(), named("alone-id"), None),
         ] {
             let error = choose(&disk, &earlier, &wanted, refused).unwrap_err();
             assert_eq!(error.kind(), crate::error::Kind::ChainBroken, "{error}");

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::Why;
+use super::{Obstacle, Why};
 use crate::definition::Position;
 use crate::error::Kind;
 
@@ -42,6 +42,24 @@ pub enum Error {
         why: Why,
         at: Position,
     },
+    #[error("option 'checkpoint': {0}")]
+    Checkpoint(Box<Self>),
+    #[error(
+        "only a backup into a store begins a checkpoint: leave the option out, or make the checkpoint by itself"
+    )]
+    CheckpointOutside,
+    #[error("the domain has a checkpoint '{name}' already: choose another name, or delete that one")]
+    CheckpointExists { name: String },
+    #[error("{}disk '{name}' is not backed up: its checkpoint would be none that a backup could go on from", At(*at))]
+    CheckpointNotBackedUp { name: String, at: Position },
+    #[error("{}disk '{name}' can have no checkpoint: {why}", At(*at))]
+    NoCheckpoint {
+        name: String,
+        at: Position,
+        why: Obstacle,
+    },
+    #[error("none of the disks can have a checkpoint: it takes a writable qcow2 image of version 3")]
+    NothingRecorded,
     #[error("the document and the option '{what}' say different things")]
     Disagreement { what: &'static str },
 }
@@ -56,10 +74,14 @@ impl Error {
                 why: Why::Outside, ..
             } => Kind::Unsupported,
             Self::ChainBroken { .. } => Kind::ChainBroken,
+            Self::Checkpoint(error) => error.kind(),
+            Self::CheckpointOutside | Self::NoCheckpoint { .. } | Self::NothingRecorded => Kind::Unsupported,
             Self::AmbiguousDisk { .. }
             | Self::SameDisk { .. }
             | Self::NoMedium { .. }
             | Self::NothingToBackUp
+            | Self::CheckpointExists { .. }
+            | Self::CheckpointNotBackedUp { .. }
             | Self::NoSuchFile { .. } => Kind::InvalidDefinition,
             Self::ReuseInStore | Self::UnusedFile { .. } | Self::Disagreement { .. } => Kind::InvalidArgs,
         }

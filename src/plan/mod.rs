@@ -4,6 +4,7 @@
 //! nothing. A [`Plan`] that exists names only disks that exist and have a medium, and one place for each.
 
 mod chain;
+mod checkpoint;
 mod error;
 mod requested;
 pub mod retention;
@@ -11,6 +12,7 @@ pub mod retention;
 mod tests;
 
 pub use chain::{Base, Earlier, EarlierDisk, Mode, Wanted, Why};
+pub use checkpoint::{CheckpointOption, Existing, Obstacle, checkpoint};
 pub use error::Error;
 pub use requested::{PlaceKind, Requested, requested};
 
@@ -19,7 +21,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::Kind;
+use crate::catalog::{Checkpoint, Kind};
 use crate::config::{DEFAULT_STORE, Store};
 use crate::definition::{
     BackupMode, CheckpointRef, Compression, Definition, DiskDefinition, Format, Position, Quiesce, StoreRef,
@@ -36,6 +38,7 @@ pub struct Options {
     pub bandwidth: Option<u64>,
     pub quiesce: Option<Quiesce>,
     pub incremental: Option<Incremental>,
+    pub checkpoint: Option<CheckpointOption>,
     /// A guest that powers off takes its QEMU, and so the backup, with it.
     pub allow_poweroff: bool,
 }
@@ -62,6 +65,9 @@ pub struct Plan {
     pub quiesce: Option<Quiesce>,
     /// A guest that powers off is kept, paused, until the backup has ended.
     pub hold_poweroff: bool,
+    /// What is said of the checkpoint that the backup begins.
+    #[serde(default)]
+    pub checkpoint: Option<Checkpoint>,
     /// At least one; none where backups are verified.
     pub disks: Vec<DiskPlan>,
     /// Disks of the domain that are left out.
@@ -135,17 +141,25 @@ pub enum Place {
     Descriptor(u32),
 }
 
+/// What the domain has of former backups.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Past {
+    /// Its backups in the store that is asked for, from the newest on.
+    pub earlier: Vec<Earlier>,
+    pub checkpoints: Vec<Existing>,
+}
+
 /// Makes the plan.
 ///
 /// `disks` are the domain's now; `stores` are the configured ones; `files` counts the descriptors that came with
-/// the call; `earlier` are the domain's backups in the store that is asked for, from the newest on.
+/// the call.
 pub fn resolve(
     definition: &Definition,
     options: &Options,
     disks: &[Disk],
     stores: &BTreeMap<String, Store>,
     files: usize,
-    earlier: &[Earlier],
+    past: &Past,
 ) -> Result<Plan, Error> {
     let chosen = choose(definition, disks)?;
     let store = store(definition, stores)?;
@@ -160,10 +174,19 @@ pub fn resolve(
         .collect();
     let planned = chosen.into_iter().map(|(disk, asked)| {
         let wanted = wanted(definition, options, asked)?;
-        disk_plan(disk, asked, store.map(|(_, store)| store), earlier, &wanted)
+        disk_plan(disk, asked, store.map(|(_, store)| store), past, &wanted)
     });
+    let mut planned = planned.collect::<Result<Vec<_>, _>>()?;
+    let checkpoint = checkpoint::of_backup(
+        options.checkpoint.as_ref(),
+        store.map(|(_, store)| store),
+        disks,
+        &past.checkpoints,
+        &mut planned,
+    );
     Ok(Plan {
-        disks: planned.collect::<Result<_, _>>()?,
+        checkpoint: checkpoint.map_err(|error| Error::Checkpoint(Box::new(error)))?,
+        disks: planned,
         name: definition.name.clone(),
         description: definition.description.clone(),
         destination: match store {
@@ -398,7 +421,7 @@ fn disk_plan(
     disk: &Disk,
     asked: Option<&DiskDefinition>,
     store: Option<&Store>,
-    earlier: &[Earlier],
+    past: &Past,
     wanted: &Wanted,
 ) -> Result<DiskPlan, Error> {
     let format = asked.and_then(|asked| asked.format).unwrap_or(Format::Qcow2);
@@ -407,7 +430,7 @@ fn disk_plan(
         (_, Format::Raw) => Some(Why::Raw),
         _ => None,
     };
-    let mode = chain::choose(disk, earlier, wanted, refused)?;
+    let mode = chain::choose(disk, past, wanted, refused)?;
     let only_allocated = format == Format::Raw && disk.format == "qcow2" && !disk.has_backing;
     let place = match asked.and_then(|asked| asked.target.as_ref()) {
         None => Place::InStore {

@@ -23,7 +23,7 @@ fn plan_with(document: &str, options: &Options, files: usize) -> Result<Plan, Er
         "" => Definition::default(),
         text => definition::parse(text).unwrap(),
     };
-    resolve(&definition, options, &disks(), &stores(), files, &[])
+    resolve(&definition, options, &disks(), &stores(), files, &Past::default())
 }
 
 fn plan(document: &str) -> Result<Plan, Error> {
@@ -121,7 +121,7 @@ fn a_domain_without_writable_disks_is_refused_by_default() {
         &disks()[2..],
         &stores(),
         0,
-        &[],
+        &Past::default(),
     );
     assert_eq!(error.unwrap_err(), Error::NothingToBackUp);
 }

@@ -10,9 +10,9 @@ use super::{Descriptors, Service, details};
 use crate::access::{Basis, Caller, Details, Grant, Permission};
 use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Snapshot};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Job, Start};
-use crate::plan::{self, Options, PlaceKind, Plan, Requested};
+use crate::plan::{self, CheckpointOption, Options, PlaceKind, Plan, Requested};
 use crate::target::{self, BackupName, Holder, Sources, Targets};
 
 /// How long a backup of one domain waits for news of the others.
@@ -41,16 +41,38 @@ pub struct Authorised {
 }
 
 impl Service {
+    /// What a call says of the checkpoint that its backup begins: a document, or a word.
+    pub fn checkpoint_option(&self, text: &str) -> Result<CheckpointOption> {
+        let named = |error: Error| Error::new(error.kind, format!("option 'checkpoint': {error}"));
+        match text {
+            "no" => Ok(CheckpointOption::No),
+            _ if text.trim_start_matches('\u{feff}').trim_start().starts_with('<') => {
+                let definition = self.checkpoint_definition(text).map_err(named)?;
+                Ok(CheckpointOption::This(definition))
+            }
+            _ => {
+                let text = format!(
+                    "option 'checkpoint': '{}' is neither 'no' nor a <domaincheckpoint> document",
+                    shown(text)
+                );
+                Err(Error::new(Kind::InvalidArgs, text))
+            }
+        }
+    }
+
+    /// Holds a document to the configured limit.
+    pub(super) fn check_length(&self, document: &str) -> Result<()> {
+        let (bytes, limit) = (document.len(), self.document_bytes);
+        if bytes <= limit {
+            return Ok(());
+        }
+        let text = format!("the document has {bytes} bytes, and the limit 'document-bytes' is {limit}");
+        Err(Error::new(Kind::LimitsExceeded, text))
+    }
+
     /// Reads a request; an empty document means every default.
     pub fn request(&self, document: &str, options: Options, files: Descriptors) -> Result<Request> {
-        if document.len() > self.document_bytes {
-            let text = format!(
-                "the document has {} bytes, and the limit 'document-bytes' is {}",
-                document.len(),
-                self.document_bytes
-            );
-            return Err(Error::new(Kind::LimitsExceeded, text));
-        }
+        self.check_length(document)?;
         let definition = match document.trim().is_empty() {
             true => Definition::default(),
             false => definition::parse(document)?,
@@ -126,17 +148,15 @@ impl Service {
         } = authorised;
         let start_time = Timestamp::now();
         let reservation = self.jobs.reserve(&domain, uid, request.files.share)?;
-        let earlier = match plan::store(&request.definition, &self.stores)? {
-            Some((name, store)) => self.jobs.earlier(&domain, name, store).await?,
-            None => Vec::new(),
-        };
+        let store = plan::store(&request.definition, &self.stores)?;
+        let past = self.jobs.past(&domain, &snapshot.disks, store).await?;
         let plan = plan::resolve(
             &request.definition,
             &request.options,
             &snapshot.disks,
             &self.stores,
             request.files.files.len(),
-            &earlier,
+            &past,
         )?;
         let record = self.jobs.begin(&domain, &plan, uid, start_time).await?;
         let prepared = self.prepare(plan, &domain, &record.backup_id, request.files.files);

@@ -35,6 +35,9 @@ pub fn slowly(bytes_per_second: u64) -> Options<'static> {
 /// What `Prune` says of a backup: domain, store, id, time, verdict, reason.
 pub type PrunedBackup = (String, String, String, u64, String, String);
 
+/// A line of `ListCheckpoints`: name, parent, time, backup, store, disks (name, bitmap, state).
+pub type ListedCheckpoint = (String, String, u64, String, String, Vec<(String, String, String)>);
+
 #[zbus::proxy(
     interface = "org.example.Backup1",
     default_service = "org.example.Backup1",
@@ -99,6 +102,11 @@ pub trait Domain {
         files: Vec<zbus::Fd<'_>>,
         options: Options<'_>,
     ) -> zbus::Result<(u32, OwnedObjectPath)>;
+
+    fn create_checkpoint(&self, definition: &str, options: Options<'_>) -> zbus::Result<String>;
+    fn list_checkpoints(&self, options: Options<'_>) -> zbus::Result<Vec<ListedCheckpoint>>;
+    fn delete_checkpoint(&self, name: &str, options: Options<'_>) -> zbus::Result<()>;
+    fn get_checkpoint_definition(&self, name: &str) -> zbus::Result<String>;
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn name(&self) -> zbus::Result<String>;

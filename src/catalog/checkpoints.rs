@@ -1,0 +1,274 @@
+//! The checkpoints that were made without a backup, and what is on record of those that a domain's disks have.
+
+use jiff::Timestamp;
+use rusqlite::{Connection, OptionalExtension, Row, ToSql, params};
+
+use super::{Catalog, DomainRecord, Error, Manifest};
+
+/// Deleted ones that are remembered of a domain, and of all domains of a user that is not root.
+const DELETED: u32 = 64;
+/// Others of all domains of such a user, to whom names of domains cost nothing.
+const OF_A_USER: u32 = 1024;
+
+/// A checkpoint without a backup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointRecord {
+    /// In the names of its bitmaps; never another's.
+    pub id: String,
+    pub name: Option<String>,
+    pub description: Option<String>,
+    pub time: Timestamp,
+}
+
+/// What came of a checkpoint that was to be taken in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    Yes,
+    TooMany { most: u32 },
+    TooManyOfOwner { most: u32 },
+}
+
+/// What an id in the name of a bitmap stands for, to one domain. Of what is another domain's nothing is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recorded {
+    /// A backup in that store.
+    Backup {
+        store: String,
+        manifest: Box<Manifest>,
+    },
+    Alone(CheckpointRecord),
+    /// Something that is not made yet, or is not there any more.
+    Gone,
+    Unknown,
+}
+
+impl Catalog {
+    /// Takes a checkpoint in that is about to be made, unless the domain has `most` already, or its owner too many. There is no
+    /// other that is being made for the domain: one that seems to be came to nothing.
+    pub async fn begin_checkpoint(
+        &self,
+        domain: String,
+        owner: u32,
+        checkpoint: CheckpointRecord,
+        most: u32,
+    ) -> Result<Begun, Error> {
+        self.run(move |connection| {
+            let transaction = connection.transaction()?;
+            let stale = "UPDATE checkpoints SET state = 'deleted' WHERE domain = ?1 AND state = 'making'";
+            transaction.execute(stale, [&domain])?;
+            forget_deleted(&transaction, "domain", &domain)?;
+            if owner != 0 {
+                forget_deleted(&transaction, "owner", &owner)?;
+            }
+            let count = |sql: &str, value: &dyn ToSql| {
+                transaction.query_row(sql, [value], |row| row.get::<_, u32>(0))
+            };
+            let of_domain = "SELECT count(*) FROM checkpoints WHERE domain = ?1 AND state <> 'deleted'";
+            if count(of_domain, &domain)? >= most {
+                return Ok(Begun::TooMany { most });
+            }
+            let of_owner = "SELECT count(*) FROM checkpoints WHERE owner = ?1 AND state <> 'deleted'";
+            if owner != 0 && count(of_owner, &owner)? >= OF_A_USER {
+                return Ok(Begun::TooManyOfOwner { most: OF_A_USER });
+            }
+            transaction.execute(
+                "INSERT INTO checkpoints (domain, id, owner, name, description, time, state) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'making')",
+                params![
+                    domain,
+                    checkpoint.id,
+                    owner,
+                    checkpoint.name,
+                    checkpoint.description,
+                    checkpoint.time.as_microsecond(),
+                ],
+            )?;
+            transaction.commit()?;
+            Ok(Begun::Yes)
+        })
+        .await
+    }
+
+    /// It is on the domain's disks, and has recorded since that time at the latest.
+    pub async fn checkpoint_made(&self, domain: String, id: String, time: Timestamp) -> Result<(), Error> {
+        let sql = "UPDATE checkpoints SET state = 'made', time = ?3 WHERE domain = ?1 AND id = ?2";
+        self.change(sql, move |update| {
+            update.execute(params![domain, id, time.as_microsecond()])
+        })
+        .await
+    }
+
+    /// It is to be on no disk any more; nothing if it is not on record.
+    pub async fn checkpoint_deleted(&self, domain: String, id: String) -> Result<(), Error> {
+        let sql = "UPDATE checkpoints SET state = 'deleted' WHERE domain = ?1 AND id = ?2";
+        self.change(sql, move |update| update.execute(params![domain, id]))
+            .await
+    }
+
+    /// What these ids stand for to the domain whose name in stores is `directory`, in their order.
+    pub async fn recorded(
+        &self,
+        directory: String,
+        domain: DomainRecord,
+        ids: Vec<String>,
+    ) -> Result<Vec<Recorded>, Error> {
+        self.run(move |connection| {
+            let ids = ids.iter().map(|id| recorded(connection, &directory, &domain, id));
+            ids.collect()
+        })
+        .await
+    }
+
+    /// The domain's checkpoints without a backup.
+    pub async fn checkpoints(&self, domain: String) -> Result<Vec<CheckpointRecord>, Error> {
+        self.run(move |connection| {
+            let sql = "SELECT * FROM checkpoints WHERE domain = ?1 AND state = 'made'";
+            let mut select = connection.prepare(sql)?;
+            let mut rows = select.query([domain])?;
+            let mut found = Vec::new();
+            while let Some(row) = rows.next()? {
+                found.push(read(row)?);
+            }
+            Ok(found)
+        })
+        .await
+    }
+}
+
+fn recorded(
+    connection: &Connection,
+    directory: &str,
+    domain: &DomainRecord,
+    id: &str,
+) -> Result<Recorded, Error> {
+    let mut alone = connection.prepare("SELECT * FROM checkpoints WHERE domain = ?1 AND id = ?2")?;
+    let mut rows = alone.query([directory, id])?;
+    if let Some(row) = rows.next()? {
+        return Ok(match row.get::<_, String>("state")?.as_str() {
+            "made" => Recorded::Alone(read(row)?),
+            _ => Recorded::Gone,
+        });
+    }
+    let mut stored =
+        connection.prepare("SELECT store, manifest FROM backups WHERE domain = ?1 AND id = ?2")?;
+    let backup = stored.query_row([directory, id], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)));
+    if let Some((store, manifest)) = backup.optional()? {
+        // What cannot be read is no reason to make no backup.
+        return Ok(match Manifest::parse(manifest.as_bytes()) {
+            Ok(manifest) => Recorded::Backup {
+                store,
+                manifest: Box::new(manifest),
+            },
+            Err(_) => Recorded::Unknown,
+        });
+    }
+    let mut jobs = connection.prepare(
+        "SELECT 1 FROM jobs WHERE backup_id = ?1 AND domain_name = ?2 AND domain_source = ?3 AND domain_owner = ?4",
+    )?;
+    Ok(
+        match jobs.exists(params![id, domain.name, domain.source, domain.owner])? {
+            true => Recorded::Gone,
+            false => Recorded::Unknown,
+        },
+    )
+}
+
+/// Of the deleted ones with that value in that column, all but the newest.
+fn forget_deleted(connection: &Connection, column: &str, value: &dyn ToSql) -> Result<(), Error> {
+    let deleted = format!("FROM checkpoints WHERE {column} = ?1 AND state = 'deleted'");
+    let sql = format!("DELETE {deleted} AND rowid NOT IN (SELECT rowid {deleted} ORDER BY id DESC LIMIT ?2)");
+    connection.execute(&sql, params![value, DELETED])?;
+    Ok(())
+}
+
+fn read(row: &Row) -> Result<CheckpointRecord, Error> {
+    let id: String = row.get("id")?;
+    let time = Timestamp::from_microsecond(row.get("time")?);
+    let time = time.map_err(|_| Error::Statement(format!("the time of checkpoint {id}")))?;
+    Ok(CheckpointRecord {
+        id,
+        name: row.get("name")?,
+        description: row.get("description")?,
+        time,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(second: u32) -> CheckpointRecord {
+        CheckpointRecord {
+            id: format!("20261123T0559{second:02}Z-10ebf9b0"),
+            name: Some(format!("c{second}")),
+            description: None,
+            time: Timestamp::from_second(second.into()).unwrap(),
+        }
+    }
+
+    fn domain(name: &str) -> DomainRecord {
+        DomainRecord {
+            name: name.into(),
+            source: "configured".into(),
+            owner: 0,
+            owner_name: "root".into(),
+            uuid: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn one_is_there_from_when_it_is_made_until_it_is_deleted_and_only_to_its_domain() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&directory.path().join("c")).unwrap();
+        let id = record(1).id;
+        let said = async |name: &str| {
+            let found = catalog
+                .recorded(name.into(), domain(name), vec![id.clone()])
+                .await;
+            found.unwrap().remove(0)
+        };
+        assert_eq!(said("web").await, Recorded::Unknown);
+        let begun = catalog.begin_checkpoint("web".into(), 0, record(1), 2).await;
+        assert_eq!(begun.unwrap(), Begun::Yes);
+        assert_eq!(said("web").await, Recorded::Gone);
+        assert_eq!(catalog.checkpoints("web".into()).await.unwrap(), []);
+        let made = catalog.checkpoint_made("web".into(), id.clone(), record(1).time);
+        made.await.unwrap();
+        assert_eq!(said("web").await, Recorded::Alone(record(1)));
+        assert_eq!(said("db").await, Recorded::Unknown);
+        assert_eq!(catalog.checkpoints("web".into()).await.unwrap(), [record(1)]);
+        // Somebody else's is not deleted by its id.
+        catalog.checkpoint_deleted("db".into(), id.clone()).await.unwrap();
+        assert_eq!(said("web").await, Recorded::Alone(record(1)));
+        catalog
+            .checkpoint_deleted("web".into(), id.clone())
+            .await
+            .unwrap();
+        assert_eq!(said("web").await, Recorded::Gone);
+    }
+
+    #[tokio::test]
+    async fn there_are_so_many_and_no_more_and_what_came_to_nothing_does_not_count() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&directory.path().join("c")).unwrap();
+        let begin = async |second| {
+            let begun = catalog
+                .begin_checkpoint("web".into(), 1000, record(second), 2)
+                .await;
+            begun.unwrap()
+        };
+        for second in [1, 2] {
+            assert_eq!(begin(second).await, Begun::Yes);
+            let made = catalog.checkpoint_made("web".into(), record(second).id, record(second).time);
+            made.await.unwrap();
+        }
+        assert_eq!(begin(3).await, Begun::TooMany { most: 2 });
+        catalog
+            .checkpoint_deleted("web".into(), record(1).id)
+            .await
+            .unwrap();
+        assert_eq!(begin(3).await, Begun::Yes);
+        // Nothing came of that one.
+        assert_eq!(begin(4).await, Begun::Yes);
+    }
+}

@@ -1,0 +1,493 @@
+//! The checkpoints that a domain has: listed, made without a backup, and removed.
+//!
+//! What there is, is what is on the disks; the catalog only says what it stands for. One that is made is on record before
+//! its bitmaps are, as one that is not there yet: whatever ends the service in between, they are removed by the next that
+//! settles the domain's checkpoints.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+use serde_json::{Value, json};
+
+use super::chain::{checkpoint_name, checkpoints, settle};
+use super::manager::Setting;
+use super::record::domain_record;
+use super::{Error, Jobs, Reservation};
+use crate::catalog::{Begun, CheckpointRecord, Recorded};
+use crate::definition::{CheckpointDefinition, CheckpointDisk, Position};
+use crate::domain::{Disk, Domain, Link};
+use crate::error;
+use crate::fault::{self, Point};
+use crate::plan::{self, Existing, Past};
+
+/// Checkpoints without a backup that a domain can have.
+const MOST_ALONE: u32 = 64;
+/// Checkpoints, and bitmaps of them, that are looked at: the newest. No honest machine comes near.
+const MOST_LOOKED_AT: usize = 1024;
+const MOST_BITMAPS: usize = 16384;
+
+/// A checkpoint that the domain has now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// In the names of its bitmaps; that of its backup, if it has one.
+    pub id: String,
+    /// The id where it has no other.
+    pub name: String,
+    pub description: Option<String>,
+    /// What is written from then on is recorded.
+    pub time: Timestamp,
+    /// The store that its backup is in.
+    pub store: Option<String>,
+    /// Those of the domain's disks now that have it.
+    pub disks: Vec<Record>,
+}
+
+/// What a disk has of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    pub disk: String,
+    pub bitmap: String,
+    /// It has everything that was written.
+    pub good: bool,
+}
+
+impl Checkpoint {
+    fn existing(&self) -> Existing {
+        Existing {
+            id: self.id.clone(),
+            name: self.name.clone(),
+            has_backup: self.store.is_some(),
+        }
+    }
+
+    fn is_called(&self, name: &str) -> bool {
+        self.existing().is_called(name)
+    }
+}
+
+/// The checkpoint of that name, the newest if there are several, and the one before it.
+pub fn named<'a>(
+    checkpoints: &'a [Checkpoint],
+    name: &str,
+) -> Result<(&'a Checkpoint, Option<&'a Checkpoint>), Error> {
+    let index = checkpoints
+        .iter()
+        .rposition(|checkpoint| checkpoint.is_called(name))
+        .ok_or_else(|| Error::NoSuchCheckpoint {
+            name: error::shown(name),
+        })?;
+    let before = index.checked_sub(1).and_then(|before| checkpoints.get(before));
+    Ok((&checkpoints[index], before))
+}
+
+/// The document of a checkpoint, with all of the domain's disks.
+pub fn definition(
+    checkpoint: &Checkpoint,
+    parent: Option<&Checkpoint>,
+    disks: &[Disk],
+) -> CheckpointDefinition {
+    let disks = disks.iter().map(|disk| CheckpointDisk {
+        name: disk.name.clone(),
+        at: Position::default(),
+        bitmap: checkpoint.disks.iter().any(|record| record.disk == disk.name),
+    });
+    CheckpointDefinition {
+        name: Some(checkpoint.name.clone()),
+        description: checkpoint.description.clone(),
+        creation_time: u64::try_from(checkpoint.time.as_second()).ok(),
+        parent: parent.map(|parent| parent.name.clone()),
+        disks: Some(disks.collect()),
+    }
+}
+
+impl Jobs {
+    /// What the domain has of former backups that a new one into the store could go on from.
+    pub async fn past(
+        &self,
+        domain: &Domain,
+        disks: &[Disk],
+        store: Option<(&str, &crate::config::Store)>,
+    ) -> Result<Past, Error> {
+        let Some((name, store)) = store else {
+            return Ok(Past::default());
+        };
+        Ok(Past {
+            earlier: self.earlier(domain, name, store).await?,
+            checkpoints: existing(&self.checkpoints(domain, disks).await?),
+        })
+    }
+
+    /// The checkpoints of a domain with these disks, from the oldest on.
+    pub async fn checkpoints(&self, domain: &Domain, disks: &[Disk]) -> Result<Vec<Checkpoint>, Error> {
+        let found = on_disks(disks);
+        let ids: Vec<String> = found.keys().map(|id| (*id).to_owned()).collect();
+        let catalog = &self.setting.catalog;
+        let directory = domain.unique_name();
+        let identity = domain_record(domain.identity());
+        let recorded = catalog.recorded(directory.clone(), identity, ids).await?;
+        Ok(joined(found, recorded, catalog.checkpoints(directory).await?))
+    }
+
+    /// Makes a checkpoint without a backup; gives its name. It is made, or not, whoever waits for it.
+    pub async fn create_checkpoint(
+        self: &Arc<Self>,
+        reservation: Reservation,
+        domain: Arc<Domain>,
+        definition: CheckpointDefinition,
+    ) -> error::Result<String> {
+        let jobs = self.clone();
+        self.whatever_comes(async move {
+            let _reservation = reservation;
+            jobs.create(&domain, definition).await
+        })
+        .await
+    }
+
+    /// Removes a checkpoint from the domain's disks. Its backup, if it has one, stays.
+    pub async fn delete_checkpoint(
+        self: &Arc<Self>,
+        reservation: Reservation,
+        domain: Arc<Domain>,
+        name: String,
+    ) -> error::Result<()> {
+        let jobs = self.clone();
+        self.whatever_comes(async move {
+            let _reservation = reservation;
+            jobs.delete(&domain, &name).await
+        })
+        .await
+    }
+
+    /// Does something to its end, even if the caller goes or the service stops.
+    async fn whatever_comes<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = error::Result<T>> + Send + 'static,
+    ) -> error::Result<T> {
+        let done = self.tasks.spawn(work).await;
+        done.map_err(|error| error::Error::new(error::Kind::Internal, error.to_string()))?
+    }
+
+    async fn create(&self, domain: &Domain, definition: CheckpointDefinition) -> error::Result<String> {
+        let link = domain.link().await?;
+        let snapshot = domain.refresh().await?;
+        if let Some(migration) = snapshot.migration {
+            return Err(Error::Migration(migration).into());
+        }
+        let existing = existing(&self.checkpoints(domain, &snapshot.disks).await?);
+        let disks = plan::checkpoint(&definition, &snapshot.disks, &existing)?;
+        let now = Timestamp::now();
+        let record = CheckpointRecord {
+            id: Self::new_backup_id(now),
+            name: definition.name,
+            description: definition.description,
+            time: now,
+        };
+        let (id, directory) = (record.id.clone(), domain.unique_name());
+        let name = record.name.clone().unwrap_or_else(|| id.clone());
+        let catalog = &self.setting.catalog;
+        let begun = catalog.begin_checkpoint(directory.clone(), domain.owner, record, MOST_ALONE);
+        let too_many = |of, most| Err(Error::TooManyCheckpoints { of, most }.into());
+        match begun.await.map_err(Error::from)? {
+            Begun::Yes => {}
+            Begun::TooMany { most } => return too_many("the domain has", most),
+            Begun::TooManyOfOwner { most } => return too_many("the domains of its owner have", most),
+        }
+        let add = disks.iter().enumerate().map(|(index, disk)| {
+            let data = json!({ "node": disk.node, "name": checkpoint_name(&id, index), "persistent": true });
+            json!({ "type": "block-dirty-bitmap-add", "data": data })
+        });
+        let made = transaction(&link, add.collect(), &self.setting).await;
+        fault::point(Point::CheckpointMade);
+        let recorded = match &made {
+            Ok(()) => catalog.checkpoint_made(directory, id, Timestamp::now()).await,
+            // It may be there all the same, where it was not refused.
+            Err(_) => catalog.checkpoint_deleted(directory, id).await,
+        };
+        let result = made.and(recorded.map_err(Error::from));
+        tidy(&link, domain, &self.setting).await;
+        result?;
+        tracing::info!(domain = domain.name, name, "a checkpoint was made");
+        Ok(name)
+    }
+
+    async fn delete(&self, domain: &Domain, name: &str) -> error::Result<()> {
+        let link = domain.link().await?;
+        let disks = domain.refresh().await?.disks;
+        let checkpoints = self.checkpoints(domain, &disks).await?;
+        let (checkpoint, _) = named(&checkpoints, name)?;
+        let records = checkpoint.disks.iter().filter_map(|record| {
+            let disk = disks.iter().find(|disk| disk.name == record.disk)?;
+            let data = json!({ "node": disk.node, "name": record.bitmap });
+            Some(json!({ "type": "block-dirty-bitmap-remove", "data": data }))
+        });
+        let remove: Vec<Value> = records.collect();
+        if !remove.is_empty() {
+            transaction(&link, remove, &self.setting).await?;
+        }
+        let (directory, id) = (domain.unique_name(), checkpoint.id.clone());
+        let forgotten = self.setting.catalog.checkpoint_deleted(directory, id).await;
+        forgotten.map_err(Error::from)?;
+        tidy(&link, domain, &self.setting).await;
+        tracing::info!(
+            domain = domain.name,
+            name = checkpoint.name,
+            "a checkpoint was removed"
+        );
+        Ok(())
+    }
+}
+
+fn existing(checkpoints: &[Checkpoint]) -> Vec<Existing> {
+    checkpoints.iter().map(Checkpoint::existing).collect()
+}
+
+/// All of it or nothing, and on all disks at one instant.
+async fn transaction(link: &Link, actions: Vec<Value>, setting: &Setting) -> Result<(), Error> {
+    let patience = setting.deadlines.stall();
+    let done = link.client.execute("transaction", json!({ "actions": actions }));
+    match tokio::time::timeout(patience, done).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(Error::Bitmaps(error)),
+        Err(_) => Err(Error::NoAnswer {
+            seconds: patience.as_secs(),
+        }),
+    }
+}
+
+/// What is left then, the next backup removes.
+async fn tidy(link: &Link, domain: &Domain, setting: &Setting) {
+    let settled = tokio::time::timeout(setting.deadlines.stall(), settle(link, domain, setting));
+    let why = match settled.await {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "QEMU does not answer".to_owned(),
+    };
+    tracing::warn!(
+        domain = domain.name,
+        why,
+        "checkpoints that are of no use stay until later"
+    );
+}
+
+/// What the disks have of checkpoints, by their ids.
+fn on_disks(disks: &[Disk]) -> BTreeMap<&str, Vec<Record>> {
+    let mut found: BTreeMap<&str, Vec<Record>> = BTreeMap::new();
+    for disk in disks {
+        for (id, bitmap) in checkpoints(disk) {
+            let good = disk
+                .bitmaps
+                .iter()
+                .any(|other| other.name == bitmap && !other.inconsistent);
+            found.entry(id).or_default().push(Record {
+                disk: disk.name.clone(),
+                bitmap: bitmap.to_owned(),
+                good,
+            });
+        }
+    }
+    let bitmaps = |found: &BTreeMap<&str, Vec<Record>>| found.values().map(Vec::len).sum::<usize>();
+    let mut surplus = bitmaps(&found).saturating_sub(MOST_BITMAPS);
+    while found.len() > MOST_LOOKED_AT || surplus > 0 {
+        let Some((_, oldest)) = found.pop_first() else {
+            break;
+        };
+        surplus = surplus.saturating_sub(oldest.len());
+    }
+    found
+}
+
+/// `recorded` is what is known of each that was found, in its order; `alone` are those that are on record.
+fn joined(
+    found: BTreeMap<&str, Vec<Record>>,
+    recorded: Vec<Recorded>,
+    alone: Vec<CheckpointRecord>,
+) -> Vec<Checkpoint> {
+    let of_record = |record: CheckpointRecord, disks| Checkpoint {
+        name: record.name.unwrap_or_else(|| record.id.clone()),
+        id: record.id,
+        description: record.description,
+        time: record.time,
+        store: None,
+        disks,
+    };
+    // Those whose disks are all gone can still be deleted.
+    let missing = alone
+        .into_iter()
+        .filter(|record| !found.contains_key(record.id.as_str()))
+        .map(|record| of_record(record, Vec::new()));
+    let mut checkpoints: Vec<Checkpoint> = missing.collect();
+    for ((id, disks), recorded) in found.into_iter().zip(recorded) {
+        checkpoints.push(match recorded {
+            Recorded::Alone(record) => of_record(record, disks),
+            Recorded::Backup { store, manifest } => {
+                let said = manifest.checkpoint.unwrap_or_default();
+                Checkpoint {
+                    id: id.to_owned(),
+                    name: said.name.unwrap_or_else(|| id.to_owned()),
+                    description: said.description,
+                    time: manifest.instant,
+                    store: Some(store),
+                    disks,
+                }
+            }
+            Recorded::Gone => continue,
+            // Of another service, or of another domain whose image this was.
+            Recorded::Unknown => Checkpoint {
+                id: id.to_owned(),
+                name: id.to_owned(),
+                description: None,
+                time: time_of(id),
+                store: None,
+                disks,
+            },
+        });
+    }
+    checkpoints.sort_by(|a, b| (a.time, &a.id).cmp(&(b.time, &b.id)));
+    checkpoints
+}
+
+/// When the id was made.
+fn time_of(id: &str) -> Timestamp {
+    let time = id.split_once("Z-").map_or(id, |(time, _)| time);
+    DateTime::strptime("%Y%m%dT%H%M%S", time)
+        .and_then(|time| time.to_zoned(TimeZone::UTC))
+        .map_or(Timestamp::UNIX_EPOCH, |time| time.timestamp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::{self, Kind, Manifest};
+    use crate::domain::Bitmap;
+
+    const IDS: [&str; 4] = [
+        "20261123T055901Z-10ebf9b0",
+        "20261123T055902Z-10ebf9b0",
+        "20261123T055903Z-10ebf9b0",
+        "20261123T055904Z-10ebf9b0",
+    ];
+
+    fn disk(name: &str, ids: &[&str]) -> Disk {
+        let mut disk = Disk::for_test(name, "a", true, true);
+        let bitmap = |name: String| Bitmap {
+            name,
+            good: true,
+            inconsistent: false,
+            dirty: 0,
+        };
+        disk.bitmaps = ids.iter().map(|id| bitmap(checkpoint_name(id, 0))).collect();
+        disk.bitmaps.push(bitmap("somebody-elses".into()));
+        disk
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn record(id: &str, name: &str, second: i64) -> CheckpointRecord {
+        CheckpointRecord {
+            id: id.into(),
+            name: Some(name.into()),
+            description: None,
+            time: at(second),
+        }
+    }
+
+    fn backup(id: &str, name: Option<&str>, second: i64) -> Recorded {
+        let domain = catalog::Domain {
+            name: "web".into(),
+            uuid: None,
+        };
+        let mut manifest = Manifest::new(Kind::Full, id.into(), 1, 0, domain, at(second), at(second));
+        manifest.checkpoint = name.map(|name| catalog::Checkpoint {
+            name: Some(name.into()),
+            description: None,
+        });
+        Recorded::Backup {
+            store: "default".into(),
+            manifest: Box::new(manifest),
+        }
+    }
+
+    #[test]
+    fn what_is_listed_is_on_the_disks_and_called_as_the_catalog_says() {
+        let mut disks = [disk("vda", &IDS), disk("vdb", &IDS[..1])];
+        disks[0].bitmaps[0].inconsistent = true;
+        let recorded = vec![
+            backup(IDS[0], Some("monday"), 1001),
+            backup(IDS[1], None, 1002),
+            Recorded::Alone(record(IDS[2], "alone", 1000)),
+            Recorded::Gone,
+        ];
+        let alone = vec![record(IDS[2], "alone", 1000), record("elsewhere", "gone", 999)];
+        let found = joined(on_disks(&disks), recorded, alone);
+        let said: Vec<(&str, usize)> = found
+            .iter()
+            .map(|found| (found.name.as_str(), found.disks.len()))
+            .collect();
+        assert_eq!(said, [("gone", 0), ("alone", 1), ("monday", 2), (IDS[1], 1)]);
+        assert_eq!(
+            found[2]
+                .disks
+                .iter()
+                .map(|record| record.good)
+                .collect::<Vec<_>>(),
+            [false, true]
+        );
+
+        let (monday, before) = named(&found, "monday").unwrap();
+        assert_eq!(
+            (monday.id.as_str(), before.unwrap().name.as_str()),
+            (IDS[0], "alone")
+        );
+        assert_eq!(named(&found, IDS[0]).unwrap().0, monday);
+        assert!(named(&found, "gone").unwrap().1.is_none());
+        assert!(named(&found, IDS[3]).is_err());
+        let document = definition(monday, before, &disks).to_xml();
+        assert!(
+            document.contains("<creationTime>1001</creationTime>"),
+            "{document}"
+        );
+        assert!(
+            document.contains("<disk name='vdb' checkpoint='bitmap'/>"),
+            "{document}"
+        );
+    }
+
+    #[test]
+    fn of_what_is_not_known_the_id_tells_the_time() {
+        let disks = [disk("vda", &IDS[..1])];
+        let found = joined(on_disks(&disks), vec![Recorded::Unknown], Vec::new());
+        assert_eq!(
+            found[0].time,
+            "2026-11-23T05:59:01Z".parse::<Timestamp>().unwrap()
+        );
+        assert_eq!((found[0].name.as_str(), &found[0].store), (IDS[0], &None));
+        assert_eq!(time_of("20269923T055901Z-10ebf9b0"), Timestamp::UNIX_EPOCH);
+    }
+
+    #[test]
+    fn a_machine_that_claims_to_have_endlessly_many_costs_no_more() {
+        let ids: Vec<String> = (0..3000)
+            .map(|second| format!("20261123T{second:06}Z-10ebf9b0"))
+            .collect();
+        let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+        let one = [disk("vda", &ids)];
+        let found = on_disks(&one);
+        assert_eq!((found.len(), found.keys().last()), (MOST_LOOKED_AT, ids.last()));
+        let many: Vec<Disk> = (0..32).map(|index| disk(&format!("vd{index}"), &ids)).collect();
+        let bitmaps: usize = on_disks(&many).values().map(Vec::len).sum();
+        assert!(bitmaps <= MOST_BITMAPS && bitmaps > MOST_BITMAPS / 2, "{bitmaps}");
+    }
+
+    #[test]
+    fn of_several_of_one_name_the_newest_is_meant() {
+        let disks = [disk("vda", &IDS[..2])];
+        let recorded = vec![backup(IDS[0], Some("m"), 2), backup(IDS[1], Some("m"), 1)];
+        let found = joined(on_disks(&disks), recorded, Vec::new());
+        assert_eq!(named(&found, "m").unwrap().0.id, IDS[0]);
+    }
+}

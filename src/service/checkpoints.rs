@@ -1,0 +1,94 @@
+//! A domain's checkpoints, for who may see or change them.
+
+use std::sync::Arc;
+
+use super::{Service, details};
+use crate::access::{self, Caller, Grant, Permission};
+use crate::definition::{CheckpointDefinition, parse_checkpoint};
+use crate::domain::Domain;
+use crate::error::{Error, Kind, Result};
+use crate::job::{self, Checkpoint};
+
+impl Service {
+    /// Reads the document of a checkpoint; an empty one means every default.
+    pub fn checkpoint_definition(&self, document: &str) -> Result<CheckpointDefinition> {
+        self.check_length(document)?;
+        match document.trim().is_empty() {
+            true => Ok(CheckpointDefinition::default()),
+            false => Ok(parse_checkpoint(document)?),
+        }
+    }
+
+    /// Asks whether `caller` may make and remove checkpoints of a domain.
+    pub async fn may_checkpoint(&self, caller: &Caller, domain: &Domain) -> Result<Grant> {
+        let permission = Permission::DomainCheckpoint;
+        Ok(self
+            .access
+            .require(caller, permission, &details(domain), None)
+            .await?)
+    }
+
+    /// Makes a checkpoint without a backup; gives its name.
+    pub async fn create_checkpoint(
+        &self,
+        grant: Grant,
+        caller: &Caller,
+        domain: Arc<Domain>,
+        definition: CheckpointDefinition,
+    ) -> Result<String> {
+        drop(grant);
+        let reservation = self
+            .jobs
+            .reserve(&domain, caller.uid, self.no_descriptors(caller)?)?;
+        self.jobs.create_checkpoint(reservation, domain, definition).await
+    }
+
+    /// Removes a checkpoint. The backup that it began with stays.
+    pub async fn delete_checkpoint(
+        &self,
+        grant: Grant,
+        caller: &Caller,
+        domain: Arc<Domain>,
+        name: String,
+    ) -> Result<()> {
+        drop(grant);
+        let reservation = self
+            .jobs
+            .reserve(&domain, caller.uid, self.no_descriptors(caller)?)?;
+        self.jobs.delete_checkpoint(reservation, domain, name).await
+    }
+
+    /// The checkpoints that the domain's disks have now, from the oldest on.
+    pub async fn checkpoints(&self, caller: &Caller, domain: &Domain) -> Result<Vec<Checkpoint>> {
+        self.require_read(caller, domain).await?;
+        let disks = domain.refresh().await?.disks;
+        self.jobs.checkpoints(domain, &disks).await.map_err(unreadable)
+    }
+
+    /// The document of a checkpoint.
+    pub async fn checkpoint_document(&self, caller: &Caller, domain: &Domain, name: &str) -> Result<String> {
+        self.require_read(caller, domain).await?;
+        let disks = domain.refresh().await?.disks;
+        let checkpoints = self.jobs.checkpoints(domain, &disks).await.map_err(unreadable)?;
+        let (checkpoint, parent) = job::named(&checkpoints, name)?;
+        Ok(job::checkpoint_definition(checkpoint, parent, &disks).to_xml())
+    }
+
+    async fn require_read(&self, caller: &Caller, domain: &Domain) -> Result<()> {
+        match self.reads(caller, domain).await {
+            true => Ok(()),
+            false => Err(access::Error::Denied(Permission::DomainRead).into()),
+        }
+    }
+
+    fn no_descriptors(&self, caller: &Caller) -> Result<Arc<crate::quota::Share>> {
+        self.hold_descriptors(caller.uid, 0).map(Arc::new)
+    }
+}
+
+/// What the catalog's file is like is nothing for who may only read.
+fn unreadable(error: job::Error) -> Error {
+    tracing::error!(%error, "the checkpoints cannot be looked up");
+    let text = "the checkpoints cannot be looked up: the service's log has the reason";
+    Error::new(Kind::Internal, text)
+}

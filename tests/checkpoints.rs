@@ -6,7 +6,7 @@ mod common;
 use backupd::fault::Point;
 use common::System;
 use common::caller::{Caller, assert_completed, cancel};
-use common::clients::USER;
+use common::clients::{ROOT, USER};
 use common::disk::Disk;
 use common::polkit;
 use common::proxies::{DomainProxy, ListedCheckpoint, Options, error_name};
@@ -427,5 +427,47 @@ async fn a_bitmap_that_is_called_as_anothers_tells_nothing_of_it() {
     mine.delete_checkpoint(&id, Options::new()).await.unwrap();
     assert_eq!(own.checkpoints("vda"), [""; 0]);
     assert_eq!(brief(&web).await[0].0, "secret");
+    assert_eq!(vm.checkpoints("vda").len(), 1);
+}
+
+#[test]
+fn the_command_line_names_lists_makes_and_deletes() {
+    let system = System::start();
+    let disks = ["vda", "vdb"].map(|name| Disk::new(name, 4 * MIB));
+    let machine = disks
+        .into_iter()
+        .fold(system.vm("web").running(), |machine, disk| machine.disk(disk));
+    let vm = system.configured(machine);
+    let run = |arguments: &[&str]| system.clients().backupctl(ROOT, arguments);
+    let good = |arguments: &[&str]| run(arguments).expect_success();
+    good(&["create", "web", "--checkpoint", "monday"]);
+    assert_eq!(
+        good(&["checkpoint", "create", "web", "--name", "alone", "--disk", "vda"]),
+        "alone\n"
+    );
+    let table = good(&["checkpoints", "web"]);
+    assert!(
+        table.contains("monday") && table.contains("default/") && table.contains("vda, vdb"),
+        "{table}"
+    );
+    let listed: Value = serde_json::from_str(&good(&["checkpoints", "web", "--json"])).unwrap();
+    assert_eq!(listed[0]["name"], "monday");
+    assert_eq!(listed[1]["parent"], "monday");
+    assert_eq!(
+        (&listed[1]["backup"], listed[1]["disks"].as_array().unwrap().len()),
+        (&Value::Null, 1)
+    );
+    assert!(good(&["checkpoint", "dump", "web", "alone"]).starts_with("<domaincheckpoint>\n"));
+    let taken = run(&["create", "web", "--checkpoint", "monday"]);
+    assert_eq!(taken.status, 1, "{}", taken.stderr);
+    assert!(taken.stderr.contains("'monday'"), "{}", taken.stderr);
+    good(&["checkpoint", "delete", "web", "alone"]);
+    good(&["create", "web", "--incremental", "monday", "--checkpoint", "no"]);
+    assert_eq!(vm.checkpoints("vda").len(), 1);
+    let denied = system.clients().backupctl(
+        USER,
+        &["--no-ask-password", "checkpoint", "delete", "web", "monday"],
+    );
+    assert_eq!(denied.status, 4, "{}", denied.stderr);
     assert_eq!(vm.checkpoints("vda").len(), 1);
 }

@@ -109,6 +109,14 @@ pub enum Command {
     /// Without any of the --keep options, the rules of each store in the service's configuration count. A backup that a kept one
     /// lies on is kept.
     Prune(Prune),
+    /// List the checkpoints that a virtual machine's disks have now
+    Checkpoints {
+        /// The virtual machine's name or UUID
+        domain: String,
+    },
+    /// Make a checkpoint without a backup, remove one, or show its document
+    #[command(subcommand, subcommand_value_name = "ACTION")]
+    Checkpoint(CheckpointCommand),
     /// Look through the stores, and make the service's records of backups those that are there
     ///
     /// For a service that lost its catalog, and for stores that came from another machine.
@@ -189,6 +197,39 @@ impl Prune {
     }
 }
 
+/// What is done about a checkpoint.
+#[derive(Debug, Subcommand)]
+pub enum CheckpointCommand {
+    /// Make a checkpoint without a backup: from now on it is recorded what is written
+    Create {
+        /// The virtual machine's name or UUID
+        domain: String,
+        /// What it is called [default: a name that no other has]
+        #[arg(long)]
+        name: Option<String>,
+        /// What it is for
+        #[arg(long, value_name = "TEXT")]
+        description: Option<String>,
+        /// Only on this disk; can be given once for each disk [default: all that can have one]
+        #[arg(long)]
+        disk: Vec<String>,
+    },
+    /// Remove a checkpoint from the disks; the backup that it began with stays
+    Delete {
+        /// The virtual machine's name or UUID
+        domain: String,
+        /// The checkpoint's name, or the id of its backup
+        name: String,
+    },
+    /// Print the document of a checkpoint
+    Dump {
+        /// The virtual machine's name or UUID
+        domain: String,
+        /// The checkpoint's name, or the id of its backup
+        name: String,
+    },
+}
+
 /// The options of `create`.
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("place").args(["store", "to", "disk", "definition"])))]
@@ -218,9 +259,12 @@ pub struct Create {
     /// Compress the images, which have to be qcow2
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compress>,
-    /// What to copy in a store: "full" for all, or what changed since this backup and nothing else [default: auto]
-    #[arg(long, value_name = "auto|full|BACKUP", conflicts_with = "named_files")]
+    /// What to copy in a store: "full" for all, or what changed since this checkpoint, or backup, and nothing else [default: auto]
+    #[arg(long, value_name = "auto|full|CHECKPOINT", conflicts_with = "named_files")]
     pub incremental: Option<String>,
+    /// What the checkpoint is called that the backup begins in a store, or "no" for none [default: as the backup]
+    #[arg(long, value_name = "NAME|no", conflicts_with = "named_files")]
+    pub checkpoint: Option<String>,
     /// Write at most so many bytes a second, all disks together, such as 50M
     #[arg(long, value_name = "N", value_parser = units::parse_size)]
     pub bandwidth: Option<u64>,

@@ -36,7 +36,7 @@ pub async fn run(service: &Service, args: &Create, json: bool, ask_password: boo
         false => OwnFiles::default(),
     };
     let agent = Agent::start(ask_password).await;
-    let (job, interrupted) = start(service, args, &prepared.document, &files, &mut interrupts).await?;
+    let (job, interrupted) = start(service, args, &prepared, &files, &mut interrupts).await?;
     // Not earlier: the user may have taken some time to type a password.
     let begun = Instant::now();
     // From here on the terminal belongs to the progress; the starter may cancel without a password.
@@ -120,11 +120,15 @@ async fn follow(
 async fn start(
     service: &Service,
     args: &Create,
-    document: &str,
+    prepared: &Prepared,
     files: &OwnFiles,
     interrupts: &mut Interrupts,
 ) -> Result<(Job, Option<Interrupt>)> {
-    let call = service.create_backup(&args.domain, document, files.descriptors(), options(args));
+    let mut options = options(args);
+    if let Some(checkpoint) = &prepared.checkpoint {
+        options.insert("checkpoint", Variant::from(checkpoint.clone()));
+    }
+    let call = service.create_backup(&args.domain, &prepared.document, files.descriptors(), options);
     tokio::pin!(call);
     let interrupt = tokio::select! {
         job = &mut call => return Ok((job?, None)),
@@ -159,14 +163,30 @@ fn options(args: &Create) -> HashMap<&'static str, Variant<'static>> {
 /// What is sent, and the files that it names with the disk of each.
 struct Prepared {
     document: String,
+    /// What is said of the checkpoint.
+    checkpoint: Option<String>,
     files: Vec<(String, PathBuf)>,
 }
 
 impl Prepared {
     async fn new(service: &Service, args: &Create) -> Result<Self> {
+        let checkpoint = match args.checkpoint.as_deref() {
+            Some("no") => Some("no".to_owned()),
+            Some(name) => Some(document::checkpoint(Some(name), None, &[])?),
+            None => None,
+        };
+        let prepared = Self::document(service, args).await?;
+        Ok(Self {
+            checkpoint,
+            ..prepared
+        })
+    }
+
+    async fn document(service: &Service, args: &Create) -> Result<Self> {
         if let Some(path) = &args.definition {
             return Ok(Self {
                 document: document::read(path)?,
+                checkpoint: None,
                 files: Vec::new(),
             });
         }
@@ -223,6 +243,7 @@ impl Prepared {
                 .collect();
         }
         Ok(Self {
+            checkpoint: None,
             document: request.document()?,
             files,
         })

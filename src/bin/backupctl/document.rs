@@ -1,4 +1,4 @@
-//! The `<domainbackup>` documents that the client makes from its options, or reads from a file.
+//! The `<domainbackup>` and `<domaincheckpoint>` documents that the client makes from its options, or reads from a file.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -129,6 +129,32 @@ impl Request {
             (format, _) => format!("<driver type='{}'{compress}/>", format.unwrap_or("qcow2")),
         }
     }
+}
+
+/// The document of a checkpoint, or the empty text where every default will do.
+pub fn checkpoint(name: Option<&str>, description: Option<&str>, disks: &[String]) -> Result<String, Error> {
+    if name.is_none() && description.is_none() && disks.is_empty() {
+        return Ok(String::new());
+    }
+    let mut text = String::from("<domaincheckpoint>\n");
+    if let Some(name) = name {
+        let name = attribute("the checkpoint's name", name)?;
+        text.push_str(&format!("  <name>{name}</name>\n"));
+    }
+    if let Some(description) = description {
+        let description = attribute("the description", description)?;
+        text.push_str(&format!("  <description>{description}</description>\n"));
+    }
+    if !disks.is_empty() {
+        text.push_str("  <disks>\n");
+        for disk in disks {
+            let disk = attribute("the disk's name", disk)?;
+            text.push_str(&format!("    <disk name='{disk}' checkpoint='bitmap'/>\n"));
+        }
+        text.push_str("  </disks>\n");
+    }
+    text.push_str("</domaincheckpoint>\n");
+    Ok(text)
 }
 
 /// `text` for an attribute between single quotes. Line ends and tabs are references: a parser would turn

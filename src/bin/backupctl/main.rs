@@ -1,13 +1,14 @@
 //! backupctl: the backup service on the command line.
 //!
-//! `args` is the command line; `create`, `watch`, `list`, `backups`, `delete` and `prune` hold the commands; `follow` waits for
-//! a job, `view` and `bars` show it, `summary` says how it ended; `stored` reads backups without the service. `proxy` is the
-//! only file that knows the service's calls and signals.
+//! `args` is the command line; `create`, `watch`, `list`, `backups`, `delete`, `prune` and `checkpoints` hold the commands;
+//! `follow` waits for a job, `view` and `bars` show it, `summary` says how it ended; `stored` reads backups without the
+//! service. `proxy` is the only file that knows the service's calls and signals.
 
 mod agent;
 mod args;
 mod backups;
 mod bars;
+mod checkpoints;
 mod create;
 mod delete;
 mod document;
@@ -86,6 +87,7 @@ async fn run(cli: &Cli) -> Result<Status> {
         | Command::Dump { .. }
         | Command::Delete { .. }
         | Command::Prune(_)
+        | Command::Checkpoint(_)
         | Command::Rescan => Agent::start(ask_password).await,
         _ => None,
     };
@@ -116,6 +118,8 @@ async fn run(cli: &Cli) -> Result<Status> {
             delete::run(&service, backups, how, json).await
         }
         Command::Prune(options) => prune::run(&service, options, json).await,
+        Command::Checkpoints { domain } => checkpoints::list(&service, domain, json).await,
+        Command::Checkpoint(command) => checkpoints::run(&service, command, json).await,
         Command::Rescan => list::rescan(&service, json).await,
         Command::Restore(args) => stored::remote::restore(&service, args, json, ask_password).await,
         Command::Verify(args) => stored::remote::verify(&service, args, json, ask_password).await,

@@ -49,12 +49,21 @@ fn visible() -> clap::Command {
 fn all_pages() -> io::Result<Vec<(String, Vec<u8>)>> {
     let mut command = visible();
     command.build();
-    let mut pages = vec![("backupctl.1".to_owned(), page(&command, "backupctl")?)];
-    for subcommand in command.get_subcommands() {
-        let name = format!("backupctl-{}", subcommand.get_name());
-        pages.push((format!("{name}.1"), page(subcommand, &name)?));
-    }
+    let mut pages = Vec::new();
+    add_pages(&command, "backupctl", &mut pages)?;
     Ok(pages)
+}
+
+/// The page of a command, and those of the commands below it.
+fn add_pages(command: &clap::Command, name: &str, pages: &mut Vec<(String, Vec<u8>)>) -> io::Result<()> {
+    pages.push((format!("{name}.1"), page(command, name)?));
+    for subcommand in command
+        .get_subcommands()
+        .filter(|command| command.get_name() != "help")
+    {
+        add_pages(subcommand, &format!("{name}-{}", subcommand.get_name()), pages)?;
+    }
+    Ok(())
 }
 
 fn page(command: &clap::Command, name: &str) -> io::Result<Vec<u8>> {
@@ -73,7 +82,7 @@ fn page(command: &clap::Command, name: &str) -> io::Result<Vec<u8>> {
     }
     page.extend(EXIT_STATUS.as_bytes());
     page.extend(b".SH EXAMPLES\n");
-    for (what, line) in examples(command.get_name()) {
+    for (what, line) in examples(name.trim_start_matches("backupctl-")) {
         page.extend(format!("{what}:\n.PP\n.nf\n.RS\n{}\n.RE\n.fi\n.PP\n", quoted(line)).as_bytes());
     }
     page.extend(b".SH \"SEE ALSO\"\n");
@@ -186,6 +195,22 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
                 "backupctl prune --store nightly",
             ),
         ],
+        "checkpoints" => &[("List the checkpoints of a machine", "backupctl checkpoints web")],
+        "checkpoint" | "checkpoint-create" => &[
+            (
+                "Record what is written from now on",
+                "backupctl checkpoint create web --name before-upgrade",
+            ),
+            (
+                "The same with a backup, which a later one can go on from",
+                "backupctl create web --checkpoint before-upgrade",
+            ),
+        ],
+        "checkpoint-delete" => &[(
+            "Stop recording, and keep the backup",
+            "backupctl checkpoint delete web before-upgrade",
+        )],
+        "checkpoint-dump" => &[("See what it is", "backupctl checkpoint dump web before-upgrade")],
         "rescan" => &[("Find the backups in the stores", "backupctl rescan")],
         "show" => &[("Show backup 7", "backupctl show 7")],
         "watch" => &[
@@ -239,6 +264,7 @@ mod tests {
         let pages = all_pages().unwrap();
         let names: Vec<&str> = pages.iter().map(|(name, _)| name.as_str()).collect();
         assert!(names.contains(&"backupctl.1") && names.contains(&"backupctl-create.1"));
+        assert!(names.contains(&"backupctl-checkpoint-delete.1"));
         assert!(!names.contains(&"backupctl-man.1"));
         for (name, page) in &pages {
             let page = String::from_utf8_lossy(page);
@@ -251,8 +277,27 @@ mod tests {
     #[test]
     fn each_example_is_a_command_line_that_parses() {
         for command in [
-            "", "domains", "create", "jobs", "show", "watch", "cancel", "speed", "dump", "rescan", "backups",
-            "delete", "prune", "restore", "verify", "export",
+            "",
+            "domains",
+            "create",
+            "jobs",
+            "show",
+            "watch",
+            "cancel",
+            "speed",
+            "dump",
+            "rescan",
+            "backups",
+            "delete",
+            "prune",
+            "restore",
+            "verify",
+            "export",
+            "checkpoints",
+            "checkpoint",
+            "checkpoint-create",
+            "checkpoint-delete",
+            "checkpoint-dump",
         ] {
             for (_, line) in examples(command) {
                 let line = line

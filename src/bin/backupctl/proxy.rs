@@ -16,6 +16,7 @@ use zbus::{Connection, DeserializeDict, MatchRule, MessageStream, OwnedObjectPat
 
 use crate::args::Prune;
 use crate::backups::{Backup, BackupTuple};
+use crate::checkpoints::CheckpointTuple;
 use crate::delete::Deletion;
 use crate::error::{Error, Result};
 use crate::job::{Outcome, Properties, Snapshot};
@@ -307,6 +308,33 @@ impl Service {
     pub async fn rescan(&self) -> Result<(u32, Vec<String>)> {
         let options: HashMap<&str, Variant> = HashMap::new();
         self.call(ROOT_PATH, MANAGER_INTERFACE, "Rescan", &(options,))
+            .await
+    }
+
+    /// The checkpoints of the domain at this path.
+    pub async fn checkpoints(&self, path: &str) -> Result<Vec<CheckpointTuple>> {
+        let options: HashMap<&str, Variant> = HashMap::new();
+        self.call(path, DOMAIN_INTERFACE, "ListCheckpoints", &(options,))
+            .await
+    }
+
+    /// Makes a checkpoint without a backup; gives its name.
+    pub async fn create_checkpoint(&self, path: &str, definition: &str) -> Result<String> {
+        let options: HashMap<&str, Variant> = HashMap::new();
+        let body = (definition, options);
+        self.call(path, DOMAIN_INTERFACE, "CreateCheckpoint", &body).await
+    }
+
+    /// Removes a checkpoint.
+    pub async fn delete_checkpoint(&self, path: &str, name: &str) -> Result<()> {
+        let options: HashMap<&str, Variant> = HashMap::new();
+        let body = (name, options);
+        self.call(path, DOMAIN_INTERFACE, "DeleteCheckpoint", &body).await
+    }
+
+    /// The document of a checkpoint.
+    pub async fn checkpoint_definition(&self, path: &str, name: &str) -> Result<String> {
+        self.call(path, DOMAIN_INTERFACE, "GetCheckpointDefinition", &(name,))
             .await
     }
 

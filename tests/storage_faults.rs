@@ -254,3 +254,71 @@ async fn storage_that_hangs_before_anything_is_copied_refuses_the_backup_in_time
     assert_eq!(files_below(scene.storage.path()).len(), 3);
     assert_eq!(scene.vm.residue(), scene.before);
 }
+
+// The backups that are there.
+
+/// Id and state of each.
+async fn listed(caller: &Caller) -> Vec<(String, String)> {
+    let listing = caller.manager.list_backups(Options::new());
+    let (backups, _) = within("the list", listing).await.unwrap();
+    backups.into_iter().map(|backup| (backup.1, backup.9)).collect()
+}
+
+async fn delete(caller: &Caller, id: &str) -> zbus::Result<zbus::Message> {
+    let path = caller.manager.get_backup(id).await?;
+    let (name, interface) = (Some("org.example.Backup1"), Some("org.example.Backup1.Backup"));
+    let options = Options::new();
+    let deleting = caller
+        .connection
+        .call_method(name, &path, interface, "Delete", &options);
+    within("Delete", deleting).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_hangs_keeps_no_list_waiting_and_loses_no_backup() {
+    let scene = Scene::new().await;
+    let caller = &scene.caller;
+    caller.complete("web", DOCUMENT).await;
+    let before = listed(caller).await;
+    assert_eq!((before.len(), before[0].1.as_str()), (1, "complete"));
+    scene.storage.hang(Operation::Any);
+    // The first one waits a little for the storage; it is not asked again before it has answered.
+    assert_eq!(listed(caller).await, before);
+    assert!(scene.storage.is_hanging());
+    let second = std::time::Instant::now();
+    assert_eq!(listed(caller).await, before);
+    assert!(
+        second.elapsed() < backupd::backups::PATIENCE,
+        "{:?}",
+        second.elapsed()
+    );
+    let stays = delete(caller, &before[0].0).await.unwrap_err();
+    assert_eq!(error_name(&stays), format!("{OURS}TargetInvalid"));
+    assert!(
+        stays.to_string().contains("gave no sign of life for 3 seconds"),
+        "{stays}"
+    );
+    scene.assert_others_are_served().await;
+    scene.storage.heal();
+    until_async("the backup to be deleted", || async {
+        delete(caller, &before[0].0).await.is_ok().then_some(())
+    })
+    .await;
+    scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_that_fails_in_between_is_gone_on_with() {
+    let scene = Scene::new().await;
+    let caller = &scene.caller;
+    caller.complete("web", DOCUMENT).await;
+    let [(id, _)] = listed(caller).await.try_into().unwrap();
+    scene.storage.fail(Operation::Fsync, Errno::EIO);
+    let failed = delete(caller, &id).await.unwrap_err();
+    assert!(failed.to_string().contains("cannot fsync"), "{failed}");
+    assert_eq!(listed(caller).await, [(id.clone(), "missing".to_owned())]);
+    scene.storage.heal();
+    delete(caller, &id).await.unwrap();
+    assert_eq!(listed(caller).await, []);
+    scene.assert_as_before().await;
+}

@@ -45,7 +45,11 @@ impl Backups {
         };
         let key = backup.key.clone();
         let clear = move || Replacement::clear(&path, name(&key));
-        match (put, self.blocking(self.deadlines.finish(), clear).await) {
+        match (
+            put,
+            self.blocking(&backup.key.store, self.deadlines.finish(), clear)
+                .await,
+        ) {
             (Ok(()), Err(error)) => {
                 tracing::warn!(backup = backup.key.id, %error, "what a backup's images were before is still there");
                 Ok(())
@@ -67,7 +71,9 @@ impl Backups {
             let chain = shelf.map(|shelf| Chain::open(&shelf, &key.id, None));
             Ok((chain, Replacement::create(&at, name(&key))?))
         };
-        let (chain, replacement) = self.blocking(self.deadlines.stall(), open).await?;
+        let (chain, replacement) = self
+            .blocking(&backup.key.store, self.deadlines.stall(), open)
+            .await?;
         let chain = chain.ok_or_else(|| Error::Gone(backup.key.id.clone()))??;
         let replacement = Arc::new(replacement);
         let mut manifest = backup.manifest.clone();
@@ -80,8 +86,10 @@ impl Backups {
                 self.merge_disk(&chain, &replacement, disk).await?;
             } else {
                 let (kept, file) = (replacement.clone(), disk.file.clone());
-                self.blocking(self.deadlines.stall(), move || kept.keep(&file))
-                    .await?;
+                self.blocking(&backup.key.store, self.deadlines.stall(), move || {
+                    kept.keep(&file)
+                })
+                .await?;
             }
         }
         if manifest.parents().is_empty() {
@@ -95,7 +103,8 @@ impl Backups {
             written.keep(DEFINITION_NAME)?;
             written.write(MANIFEST_NAME, &text)
         };
-        self.blocking(self.deadlines.finish(), write).await?;
+        self.blocking(&backup.key.store, self.deadlines.finish(), write)
+            .await?;
         fault::point(Point::MergeMade);
         Ok((replacement, manifest))
     }
@@ -111,7 +120,7 @@ impl Backups {
         };
         let (made, file) = (replacement.clone(), disk.file.clone());
         let target = self
-            .blocking(self.deadlines.stall(), move || made.create_file(&file))
+            .blocking(store, self.deadlines.stall(), move || made.create_file(&file))
             .await?;
         let target = Arc::new(target);
         let copy = duplicate(&target)?;
@@ -123,7 +132,7 @@ impl Backups {
             });
         }
         let seal = self
-            .blocking(self.deadlines.finish(), move || Seal::of(&target))
+            .blocking(store, self.deadlines.finish(), move || Seal::of(&target))
             .await?;
         disk.length = Some(seal.length);
         disk.sha256 = seal.sha256;
@@ -145,7 +154,7 @@ impl Backups {
         self.catalog.merging(key.clone(), Some(text)).await?;
         fault::point(Point::MergeRecorded);
         let put = self
-            .blocking(self.deadlines.finish(), move || replacement.put())
+            .blocking(&key.store, self.deadlines.finish(), move || replacement.put())
             .await;
         match put {
             Ok(()) => {
@@ -167,10 +176,11 @@ impl Backups {
 
     /// Finishes what a former process of the service began to put in place, or takes it back.
     pub(super) async fn recover_merge(&self, key: &BackupKey) -> Result<(), Error> {
+        let _turn = self.place(&key.store)?.removal.lock().await;
         self.settle_merge(key).await?;
-        let (path, key) = (self.store_path(key)?, key.clone());
+        let (path, key, store) = (self.store_path(key)?, key.clone(), key.store.clone());
         let clear = move || Replacement::clear(&path, name(&key));
-        self.blocking(self.deadlines.finish(), clear).await
+        self.blocking(&store, self.deadlines.finish(), clear).await
     }
 
     /// Holds the record against what is in the backup's place.
@@ -182,7 +192,7 @@ impl Backups {
             let read = backup.map(|backup| backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES));
             Ok(read.transpose()?.map(|(bytes, _)| bytes))
         };
-        let found = self.blocking(self.deadlines.stall(), read).await?;
+        let found = self.blocking(&key.store, self.deadlines.stall(), read).await?;
         let is_new = match (self.catalog.being_merged(key.clone()).await?, found) {
             (Some(new), Some(found)) => new.as_bytes() == found,
             _ => false,

@@ -13,7 +13,7 @@ mod store;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::broadcast;
+use tokio::sync::{Semaphore, broadcast};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -34,13 +34,30 @@ const BATCH: u32 = 100;
 /// The most that an id's beginning can stand for before it says nothing.
 const MOST_NAMED: u32 = 1000;
 
+/// Who works in a store.
+struct Place {
+    /// One removal at a time.
+    removal: tokio::sync::Mutex<()>,
+    /// One thing that waits for the storage at a time, beside a look: where that hangs, it keeps one thread, however often it is
+    /// asked for.
+    hand: Arc<Semaphore>,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self {
+            removal: tokio::sync::Mutex::default(),
+            hand: Arc::new(Semaphore::new(1)),
+        }
+    }
+}
+
 /// Changes that a listener may lag behind.
 const CHANGES: usize = 1024;
 
 /// What happened to the backups.
 #[derive(Debug, Clone)]
 pub enum Change {
-    Added(Box<Backup>),
     /// It is gone, and what was kept elsewhere for those that would lie on it is of no use any more.
     Removed(Box<Backup>),
 }
@@ -55,8 +72,8 @@ pub struct Backups {
     /// Stores that are being looked at: one that hangs keeps one thread.
     looking: Arc<Mutex<BTreeSet<String>>>,
     deadlines: Deadlines,
-    /// The turns to remove something, by store.
-    removals: BTreeMap<String, tokio::sync::Mutex<()>>,
+    /// By store.
+    places: BTreeMap<String, Place>,
     changes: broadcast::Sender<Change>,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -71,10 +88,10 @@ impl Backups {
             activity,
             looking: Arc::default(),
             deadlines: config.deadlines,
-            removals: config
+            places: config
                 .stores
                 .keys()
-                .map(|name| (name.clone(), Default::default()))
+                .map(|name| (name.clone(), Place::default()))
                 .collect(),
             changes: broadcast::Sender::new(CHANGES),
             stop: CancellationToken::new(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use jiff::tz::TimeZone;
 use tokio::time::Instant;
 
-use super::{Backups, Change, Error, Unwanted};
+use super::{Backups, Error, Unwanted};
 use crate::catalog::{Backup, BackupFilter, BackupKey, BackupState, DomainRecord};
 use crate::plan::retention::{self, Candidate, Condition, Reason, Retention};
 use crate::target::Removal;
@@ -166,8 +166,7 @@ impl Backups {
         Some(policy).filter(|policy| !policy.is_nothing())
     }
 
-    /// Does what is due when a backup has ended, which `ended` gives if it is good: tells of it, and prunes by the rules of its
-    /// store.
+    /// Does what is due when a backup has ended, which `ended` gives if it is good: prunes by the rules of its store.
     pub fn follow(self: &Arc<Self>, ended: impl Future<Output = Option<BackupKey>> + Send + 'static) {
         let backups = self.clone();
         let used = self.activity.begin();
@@ -180,12 +179,6 @@ impl Backups {
     }
 
     async fn ended(self: &Arc<Self>, key: BackupKey) {
-        match self.catalog.backup_at(key.clone()).await {
-            // Nobody may listen.
-            Ok(Some(backup)) => drop(self.changes.send(Change::Added(Box::new(backup)))),
-            Ok(None) => {}
-            Err(error) => tracing::error!(%error, "the backups cannot be looked up"),
-        }
         let Some(policy) = self.policy(&key.store) else {
             return;
         };

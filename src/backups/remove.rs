@@ -3,12 +3,12 @@
 //! That a backup is being removed is in the catalog before anything of it goes, and its record goes after the last of it. What
 //! a service that ended in between left, the next one finishes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Backups, Error};
+use super::{Backups, Error, Place};
 use crate::catalog::{Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::fault::{self, Point};
 use crate::target::{self, BackupName, Removal, Shelf};
@@ -63,22 +63,20 @@ impl Backups {
     }
 
     async fn remove_now(&self, unwanted: &Unwanted, dry_run: bool) -> Result<Removed, Error> {
-        let turn = self.removals.get(&unwanted.store);
-        let turn = turn.ok_or_else(|| Error::NoStore(unwanted.store.clone()))?;
-        // One at a time in each store: what is looked at here stays so.
-        let _turn = turn.lock().await;
-        if unwanted.merge && !dry_run {
+        if dry_run {
+            return self.count(unwanted, self.order(unwanted).await?).await;
+        }
+        // What is found out here stays so.
+        let _turn = self.place(&unwanted.store)?.removal.lock().await;
+        if unwanted.merge {
             self.merge(unwanted).await?;
         }
         let order = self.order(unwanted).await?;
-        if dry_run {
-            return self.count(unwanted, order).await;
-        }
-        let mut held = Vec::new();
+        let mut held = Held::default();
         for id in &order {
             let backup = self.record(unwanted, id).await?;
             let removal = self.in_store(&backup, Removal::hold).await?;
-            held.push((backup, removal));
+            held.0.push_back((backup, removal));
         }
         // Who builds upon a backup holds it: from here on nothing comes that lies on these.
         let again = self.order(unwanted).await?;
@@ -89,7 +87,7 @@ impl Backups {
             });
         }
         let mut removed = Removed::default();
-        for (backup, removal) in held {
+        while let Some((backup, removal)) = held.0.pop_front() {
             let gone = match self.stop.is_cancelled() {
                 true => Err(Error::Stopping),
                 false => self.remove_one(&backup.key, removal).await,
@@ -162,7 +160,8 @@ impl Backups {
             .clone();
         let (key, manifest) = (backup.key.clone(), backup.manifest.clone());
         let find = move || find(&path, name(&key), &images(&manifest), &RECORDS);
-        self.blocking(self.deadlines.stall(), find).await
+        self.blocking(&backup.key.store, self.deadlines.stall(), find)
+            .await
     }
 
     async fn remove_one(&self, key: &BackupKey, removal: Option<Removal>) -> Result<u64, Error> {
@@ -170,7 +169,7 @@ impl Backups {
         fault::point(Point::RemovalRecorded);
         let freed = match removal {
             Some(removal) => {
-                self.blocking(self.deadlines.finish(), move || removal.remove())
+                self.blocking(&key.store, self.deadlines.finish(), move || removal.remove())
                     .await?
             }
             None => 0,
@@ -204,9 +203,7 @@ impl Backups {
     }
 
     async fn finish(&self, backup: Backup) -> Result<(), Error> {
-        let turn = self.removals.get(&backup.key.store);
-        let turn = turn.ok_or_else(|| Error::NoStore(backup.key.store.clone()))?;
-        let _turn = turn.lock().await;
+        let _turn = self.place(&backup.key.store)?.removal.lock().await;
         match self.in_store(&backup, Removal::hold).await? {
             // Nothing of it was touched, and nobody was told that it went.
             Some(removal) if !removal.is_begun() => Ok(self.catalog.removing(backup.key, false).await?),
@@ -218,21 +215,48 @@ impl Backups {
         }
     }
 
-    /// Runs what waits for storage where it keeps nobody else waiting. The service stays until it returns.
+    fn place(&self, store: &str) -> Result<&Place, Error> {
+        self.places
+            .get(store)
+            .ok_or_else(|| Error::NoStore(store.to_owned()))
+    }
+
+    /// Runs what waits for a store where it keeps nobody else waiting but those who want something of the same store. The
+    /// service stays until it returns.
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
+        store: &str,
         patience: Duration,
         work: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
     ) -> Result<T, Error> {
+        let hand = self.place(store)?.hand.clone();
         let needed = self.activity.begin();
-        let work = tokio::task::spawn_blocking(move || {
-            let _needed = needed;
-            work()
-        });
-        match tokio::time::timeout(patience, work).await {
+        let run = async move {
+            let hand = hand.acquire_owned().await;
+            tokio::task::spawn_blocking(move || {
+                let _kept = (needed, hand);
+                work()
+            })
+            .await
+        };
+        match tokio::time::timeout(patience, run).await {
             Ok(Ok(result)) => Ok(result?),
             Ok(Err(error)) => std::panic::resume_unwind(error.into_panic()),
             Err(_) => Err(Error::stalled(patience)),
+        }
+    }
+}
+
+/// Backups that are nobody else's, and their directories where these are there. To let go of them can wait for their storage.
+#[derive(Default)]
+struct Held(VecDeque<(Backup, Option<Removal>)>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let held = std::mem::take(&mut self.0);
+        if !held.is_empty() {
+            // Nobody waits for it.
+            drop(tokio::task::spawn_blocking(move || drop(held)));
         }
     }
 }

@@ -143,14 +143,11 @@ impl Audience {
     }
 
     async fn tell_of_backup(&self, change: &Change) {
-        let (backup, name) = match change {
-            Change::Added(backup) => (backup, "BackupAdded"),
-            Change::Removed(backup) => (backup, "BackupRemoved"),
-        };
+        let Change::Removed(backup) = change;
         let domain = self.service.domain_of(backup);
         let readers = self.readers(&domain, HashSet::new()).await;
         let path = backup_path(backup.object);
-        self.tell(&readers, &root(), MANAGER_INTERFACE, name, &(&path,))
+        self.tell(&readers, &root(), MANAGER_INTERFACE, "BackupRemoved", &(&path,))
             .await;
     }
 

@@ -166,7 +166,8 @@ impl Error {
     pub fn kind(&self) -> Kind {
         match self {
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
-            Self::NoSuchBackup { .. } | Self::Ambiguous { .. } => Kind::InvalidArgs,
+            Self::NoSuchBackup { .. } => Kind::NoSuchBackup,
+            Self::Ambiguous { .. } => Kind::InvalidArgs,
             Self::Target(error) => error.kind(),
             Self::Damaged(Finding {
                 fault: Fault::Unreadable(error),

@@ -83,8 +83,6 @@ pub trait Manager {
     #[zbus(signal)]
     fn domain_added(&self, domain: ObjectPath<'_>) -> zbus::Result<()>;
     #[zbus(signal)]
-    fn backup_added(&self, backup: ObjectPath<'_>) -> zbus::Result<()>;
-    #[zbus(signal)]
     fn backup_removed(&self, backup: ObjectPath<'_>) -> zbus::Result<()>;
     #[zbus(signal)]
     fn domain_removed(&self, domain: ObjectPath<'_>) -> zbus::Result<()>;

@@ -357,3 +357,115 @@ fn state(row: &Row) -> rusqlite::Result<(BackupState, String)> {
     }
     Ok((BackupState::Complete, String::new()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::{Disk, Domain, Kind, Parent};
+    use crate::definition::Format;
+
+    fn owner(owner: u32) -> DomainRecord {
+        DomainRecord {
+            name: "web".into(),
+            source: "registered".into(),
+            owner,
+            owner_name: owner.to_string(),
+            uuid: None,
+        }
+    }
+
+    fn record(id: &str, parent: Option<&str>) -> BackupRecord {
+        let domain = Domain {
+            name: "web".into(),
+            uuid: None,
+        };
+        let time = jiff::Timestamp::UNIX_EPOCH;
+        let mut manifest = Manifest::full(id.into(), 1, 0, domain, time, time);
+        let parent = parent.map(|backup| Parent {
+            backup: backup.into(),
+            file: "vda.qcow2".into(),
+        });
+        if parent.is_some() {
+            manifest.kind = Kind::Incremental;
+        }
+        manifest.disks.push(Disk {
+            name: "vda".into(),
+            file: "vda.qcow2".into(),
+            format: Format::Qcow2,
+            virtual_size: 1 << 20,
+            length: None,
+            sha256: None,
+            parent,
+            bitmap: None,
+        });
+        BackupRecord {
+            id: id.into(),
+            store: "default".into(),
+            domain: "7:web".into(),
+            manifest: String::from_utf8(manifest.to_json().unwrap()).unwrap(),
+        }
+    }
+
+    fn key(id: &str) -> BackupKey {
+        BackupKey {
+            store: "default".into(),
+            domain: "7:web".into(),
+            id: id.into(),
+        }
+    }
+
+    async fn keep(catalog: &Catalog, id: &'static str, parent: Option<&'static str>, whose: u32) {
+        let kept = catalog.run(move |connection| keep_backup(connection, &record(id, parent), &owner(whose)));
+        kept.await.unwrap();
+    }
+
+    async fn states(catalog: &Catalog) -> Vec<(String, &'static str, String)> {
+        let all = catalog.backups_after(BackupFilter::default(), BackupKey::default(), 10);
+        let all = all.await.unwrap().into_iter();
+        all.map(|backup| (backup.key.id, backup.state.as_str(), backup.problem))
+            .collect()
+    }
+
+    fn state(id: &str, state: &'static str, problem: &str) -> (String, &'static str, String) {
+        (id.to_owned(), state, problem.to_owned())
+    }
+
+    #[tokio::test]
+    async fn what_was_found_lasts_until_it_is_found_otherwise() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&directory.path().join("catalog.sqlite")).unwrap();
+        keep(&catalog, "b", Some("a"), 7).await;
+        let lies_on = |word: &str| format!("it lies on backup a, which is {word}");
+        assert_eq!(
+            states(&catalog).await,
+            [state("b", "damaged", &lies_on("not there"))]
+        );
+        keep(&catalog, "a", None, 7).await;
+        let whole = [state("a", "complete", ""), state("b", "complete", "")];
+        assert_eq!(states(&catalog).await, whole);
+
+        catalog.checked(key("a"), Some("bit rot".into())).await.unwrap();
+        let damaged = [
+            state("a", "damaged", "bit rot"),
+            state("b", "damaged", &lies_on("damaged")),
+        ];
+        assert_eq!(states(&catalog).await, damaged);
+        // To be found again in the store says nothing about what is in it.
+        keep(&catalog, "a", None, 7).await;
+        assert_eq!(states(&catalog).await, damaged);
+        let missing = Some((BackupState::Missing, "gone".to_owned()));
+        catalog.looked(vec![(key("a"), missing)]).await.unwrap();
+        assert_eq!(states(&catalog).await[0], state("a", "missing", "gone"));
+        assert_eq!(states(&catalog).await[1].2, lies_on("missing"));
+        catalog.looked(vec![(key("a"), None)]).await.unwrap();
+        assert_eq!(states(&catalog).await, damaged);
+        catalog.checked(key("a"), None).await.unwrap();
+        assert_eq!(states(&catalog).await, whole);
+
+        // Whose it is, and its object, stay as they were.
+        let before = catalog.backup_at(key("a")).await.unwrap().unwrap();
+        keep(&catalog, "a", None, u32::MAX).await;
+        assert_eq!(catalog.backup(before.object).await.unwrap().unwrap(), before);
+        assert_eq!(before.domain, owner(7));
+    }
+}

@@ -17,7 +17,7 @@ use crate::plan::Destination;
 use crate::plan::retention::Retention;
 
 /// Backups that a call lists at most, and bytes of their manifests; there is always one more page.
-pub const MOST_LISTED: usize = 1000;
+const MOST_LISTED: usize = 1000;
 const MOST_BYTES: usize = 4 << 20;
 
 /// Which backups a call asks for.

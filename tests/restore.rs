@@ -12,7 +12,7 @@ use backupd::image::{self, Chain, Fault, Progress};
 use backupd::target::{Sharing, Shelf};
 use common::made::{ALL, FIRST, FULL, MIB, SECOND, SIZE, Store, backupctl, run, text, write_at};
 use common::process::{self, Process};
-use common::storage::{LoopDevice, files_below, holds, identical};
+use common::storage::{LoopDevice, Tmpfs, files_below, holds, identical};
 use common::wait;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -128,6 +128,22 @@ fn a_file_that_exists_is_replaced_only_where_that_is_said() {
     let metadata = file.metadata().unwrap();
     assert_eq!((metadata.uid(), metadata.mode() & 0o777), (1, 0o640));
     assert_eq!(files_below(&store.out()), ["old"]);
+}
+
+#[test]
+fn what_does_not_fit_leaves_nothing() {
+    let store = Store::new();
+    let small = Tmpfs::mount(&store.dir.path().join("small"), 4 * MIB);
+    for format in ["qcow2", "raw"] {
+        let output = store.run(
+            "restore",
+            SECOND,
+            &["--to", text(small.path()), "--format", format],
+        );
+        assert_eq!(output.status, 1, "{}", output.stderr);
+        assert!(output.stderr.contains("no space left"), "{}", output.stderr);
+        assert_eq!(files_below(small.path()), [""; 0]);
+    }
 }
 
 #[test]

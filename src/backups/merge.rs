@@ -38,18 +38,16 @@ impl Backups {
 
     async fn merge_one(&self, backup: Backup, gone: &BTreeSet<String>) -> Result<(), Error> {
         let path = self.store_path(&backup.key)?;
+        // A service that ends in between leaves nothing that the next one does not look for.
+        self.catalog
+            .merging(backup.key.clone(), Some(String::new()))
+            .await?;
         let merged = self.make_merged(&backup, &path, gone).await;
         let put = match merged {
             Ok((replacement, manifest)) => self.put_merged(&backup.key, replacement, manifest).await,
             Err(error) => Err(error),
         };
-        let key = backup.key.clone();
-        let clear = move || Replacement::clear(&path, name(&key));
-        match (
-            put,
-            self.blocking(&backup.key.store, self.deadlines.finish(), clear)
-                .await,
-        ) {
+        match (put, self.finish_merge(&backup.key).await) {
             (Ok(()), Err(error)) => {
                 tracing::warn!(backup = backup.key.id, %error, "what a backup's images were before is still there");
                 Ok(())
@@ -83,7 +81,8 @@ impl Backups {
                 .as_ref()
                 .is_some_and(|parent| gone.contains(&parent.backup));
             if lies_on_them {
-                self.merge_disk(&chain, &replacement, disk).await?;
+                self.merge_disk(&backup.key.store, &chain, &replacement, disk)
+                    .await?;
             } else {
                 let (kept, file) = (replacement.clone(), disk.file.clone());
                 self.blocking(&backup.key.store, self.deadlines.stall(), move || {
@@ -111,6 +110,7 @@ impl Backups {
 
     async fn merge_disk(
         &self,
+        store: &str,
         chain: &Chain,
         replacement: &Arc<Replacement>,
         disk: &mut Disk,
@@ -153,38 +153,26 @@ impl Backups {
         let text = String::from_utf8_lossy(&text).into_owned();
         self.catalog.merging(key.clone(), Some(text)).await?;
         fault::point(Point::MergeRecorded);
-        let put = self
-            .blocking(&key.store, self.deadlines.finish(), move || replacement.put())
-            .await;
-        match put {
-            Ok(()) => {
-                self.catalog.merged(key.clone()).await?;
-                fault::point(Point::Merged);
-                tracing::info!(
-                    backup = key.id,
-                    store = key.store,
-                    "a backup lies on nothing any more"
-                );
-                Ok(())
-            }
-            Err(error) => {
-                self.settle_merge(key).await?;
-                Err(error)
-            }
-        }
+        self.blocking(&key.store, self.deadlines.finish(), move || replacement.put())
+            .await?;
+        self.catalog.merged(key.clone()).await?;
+        fault::point(Point::Merged);
+        tracing::info!(
+            backup = key.id,
+            store = key.store,
+            "a backup lies on nothing any more"
+        );
+        Ok(())
     }
 
     /// Finishes what a former process of the service began to put in place, or takes it back.
     pub(super) async fn recover_merge(&self, key: &BackupKey) -> Result<(), Error> {
         let _turn = self.place(&key.store)?.removal.lock().await;
-        self.settle_merge(key).await?;
-        let (path, key, store) = (self.store_path(key)?, key.clone(), key.store.clone());
-        let clear = move || Replacement::clear(&path, name(&key));
-        self.blocking(&store, self.deadlines.finish(), clear).await
+        self.finish_merge(key).await
     }
 
-    /// Holds the record against what is in the backup's place.
-    async fn settle_merge(&self, key: &BackupKey) -> Result<(), Error> {
+    /// Holds the record against what is in the backup's place, and removes what is beside it.
+    async fn finish_merge(&self, key: &BackupKey) -> Result<(), Error> {
         let (path, at) = (self.store_path(key)?, key.clone());
         let read = move || {
             let shelf = Shelf::of_store(&path)?.below(&at.domain)?;
@@ -197,11 +185,13 @@ impl Backups {
             (Some(new), Some(found)) => new.as_bytes() == found,
             _ => false,
         };
-        match is_new {
-            true => self.catalog.merged(key.clone()).await?,
-            false => self.catalog.merging(key.clone(), None).await?,
+        if is_new {
+            self.catalog.merged(key.clone()).await?;
         }
-        Ok(())
+        let (path, at) = (self.store_path(key)?, key.clone());
+        let clear = move || Replacement::clear(&path, name(&at));
+        self.blocking(&key.store, self.deadlines.finish(), clear).await?;
+        Ok(self.catalog.merging(key.clone(), None).await?)
     }
 
     fn store_path(&self, key: &BackupKey) -> Result<PathBuf, Error> {

@@ -215,7 +215,7 @@ impl Backups {
         }
     }
 
-    fn place(&self, store: &str) -> Result<&Place, Error> {
+    pub(super) fn place(&self, store: &str) -> Result<&Place, Error> {
         self.places
             .get(store)
             .ok_or_else(|| Error::NoStore(store.to_owned()))

@@ -380,7 +380,7 @@ mod tests {
             uuid: None,
         };
         let time = jiff::Timestamp::UNIX_EPOCH;
-        let mut manifest = Manifest::full(id.into(), 1, 0, domain, time, time);
+        let mut manifest = Manifest::new(Kind::Full, id.into(), 1, 0, domain, time, time);
         let parent = parent.map(|backup| Parent {
             backup: backup.into(),
             file: "vda.qcow2".into(),

@@ -7,7 +7,7 @@ use super::chains::settle;
 use super::{BackupKey, Catalog, Error, Manifest};
 
 impl Catalog {
-    /// Remembers what a backup's manifest (JSON) will be, or that it stays what it is.
+    /// Remembers what a backup's manifest (JSON) will be, "" if that is not known yet; or that it stays what it is.
     pub async fn merging(&self, of: BackupKey, manifest: Option<String>) -> Result<(), Error> {
         let sql = "UPDATE backups SET merging = ?4 WHERE store = ?1 AND domain = ?2 AND id = ?3";
         self.change(sql, move |update| {
@@ -37,7 +37,7 @@ impl Catalog {
         .await
     }
 
-    /// Remembers that the manifest of a backup is now what it was to be.
+    /// Remembers that the manifest of a backup is now what it was to be, and that there is something left of what was before.
     pub async fn merged(&self, of: BackupKey) -> Result<(), Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
@@ -48,12 +48,14 @@ impl Catalog {
                 place,
                 |row| row.get(0),
             )?;
-            let Some(text) = text else { return Ok(()) };
+            let Some(text) = text.filter(|text| !text.is_empty()) else {
+                return Ok(());
+            };
             let manifest = Manifest::parse(text.as_bytes())
                 .map_err(|error| Error::Statement(format!("the manifest of backup {}: {error}", of.id)))?;
             let parents: Vec<&str> = manifest.parents().into_iter().collect();
             let sql = format!(
-                "UPDATE backups SET manifest = merging, merging = NULL, parents = ?4, damage = '', look_state = '', \
+                "UPDATE backups SET manifest = merging, merging = '', parents = ?4, damage = '', look_state = '', \
                      look_problem = '' WHERE {condition}"
             );
             transaction.execute(&sql, params![of.store, of.domain, of.id, parents.join("\n")])?;

@@ -408,6 +408,7 @@ async fn a_catalog_of_the_first_version_is_brought_to_this_one() {
             PRIMARY KEY (store, domain, id)) STRICT;
         INSERT INTO former SELECT store, domain, id, manifest FROM backups;
         DROP TABLE backups; ALTER TABLE former RENAME TO backups;
+        ALTER TABLE jobs DROP COLUMN frozen; DROP TABLE checkpoints;
         DELETE FROM jobs WHERE id = 2; PRAGMA user_version = 1;";
     catalog.execute_batch(former).unwrap();
     drop(catalog);

@@ -8,6 +8,8 @@
 # What the comparison proves: both images are of the one instant when the backup began.
 #   vda  is overwritten during the backup: its image equals a copy of the disk from before, and not the disk after.
 #   vdb  is written before the backup, by the machine, and left alone then: its image equals the disk after.
+#
+# Then two backups of only what changed, the list of all three, a restore that is compared with the disks, a deletion.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -249,16 +251,29 @@ awk '
     END { show(); printf "and %d times PropertiesChanged\n", changes }
 ' "$dir/signals.out"
 
+# --- Two more, each of what changed ---
+
+newest() {
+    find "$dir/backups/demo" -mindepth 1 -maxdepth 1 -name '[0-9]*' -printf '%T@ %f\n' | sort -n | tail -n 1 | cut -d ' ' -f 2
+}
+first=$(newest)
+for change in 1 2; do
+    step "4 MiB are written, and backed up: only what changed is copied"
+    guest_write vda $((200 + change)) "$((300 + change * 20))M" 4M
+    sync_monitor
+    echo "$ backupctl create demo"
+    as nobody "$dir/backupctl" create demo || fail "the backup ended with status $?"
+done
+
 # --- The proof ---
 
 step "The machine is stopped, and each image is compared with its disk"
 monitor quit
 wait "$vm" || fail "QEMU ended with status $?"
 ended "$vm"
-image() {
-    local found
-    found=$(find "$dir/backups" -name "$1.qcow2")
-    [ -f "$found" ] || fail "one image of $1 expected, found: ${found:-none}"
+image() { # DISK: of the first backup
+    local found=$dir/backups/demo/$first/$1.qcow2
+    [ -f "$found" ] || fail "an image of $1 expected, and there is no $found"
     echo "$found"
 }
 vda=$(image vda)
@@ -270,6 +285,37 @@ echo "vda: identical to the disk at the instant when the backup began"
 echo "vda: without the 64 MiB that were written meanwhile, which are on the disk"
 compare "$vdb" "$dir/vdb.qcow2" || fail "the image of vdb is not what the disk holds"
 echo "vdb: identical to the disk"
+
+# --- What can be done with them ---
+
+step "What there is"
+echo "$ backupctl backups demo"
+"$dir/backupctl" backups demo
+
+step "All of it is read and checked, from the store alone: without the service, and without rights on the machine"
+echo "$ backupctl verify --all --from $dir/backups"
+"$dir/backupctl" verify --all --from "$dir/backups"
+
+step "The last one is restored, and compared with the disks as they are now"
+last=$(newest)
+mkdir "$dir/restored"
+echo "$ backupctl restore $last --from $dir/backups --to $dir/restored"
+"$dir/backupctl" restore "$last" --from "$dir/backups" --to "$dir/restored"
+for id in vda vdb; do
+    compare "$dir/restored/$id.qcow2" "$dir/$id.qcow2" || fail "what was restored of $id is not what the disk holds"
+    echo "$id: identical to the disk"
+done
+
+step "The first is deleted; what lies on it gets images of its own before, and stays"
+echo "$ backupctl delete --merge $first"
+"$dir/backupctl" delete --merge "$first"
+"$dir/backupctl" backups demo
+compare "$dir/backups/demo/$last/vda.qcow2" "$dir/vda.qcow2" || fail "the last backup does not show what it did"
+echo "the last one: still identical to the disk"
+
+step "And those that no rule keeps would go"
+echo "$ backupctl prune demo --keep-last 1 --dry-run"
+"$dir/backupctl" prune demo --keep-last 1 --dry-run
 
 step "Where everything lies"
 echo "the service's store     $dir/backups"

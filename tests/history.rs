@@ -95,7 +95,7 @@ async fn jobs_that_ended_long_ago_are_listed_when_asked_for_and_answer_as_ever()
     assert!(late.to_string().contains("has ended already"), "{late}");
 
     // The next one is one more, listed once.
-    user.complete("web", "").await;
+    user.complete_full("web", "").await;
     assert_eq!(listed(&user, Options::new()).await, [entry(3, "completed")]);
     let history = [history.as_slice(), &[entry(3, "completed")]].concat();
     assert_eq!(listed(&user, all()).await, history);
@@ -177,7 +177,7 @@ async fn a_lost_catalog_is_made_again_from_the_stores() {
     cancel(&cancelled).await;
     let (second, third) = (
         user.complete("web", DOCUMENT).await,
-        Caller::new(&system).await.complete("web", "").await,
+        Caller::new(&system).await.complete_full("web", "").await,
     );
     let before = [told(&user, &second).await, told(&user, &third).await];
 
@@ -186,7 +186,7 @@ async fn a_lost_catalog_is_made_again_from_the_stores() {
     assert_eq!(listed(&root, all()).await, []);
     // A number that was given away meanwhile stays where it is.
     for _ in 0..2 {
-        root.complete("web", "").await;
+        root.complete_full("web", "").await;
     }
     assert_eq!(root.manager.rescan(Options::new()).await.unwrap(), (4, vec![]));
     let history = [1, 2, 3, 4].map(|id| entry(id, "completed"));
@@ -205,7 +205,7 @@ async fn a_lost_catalog_is_made_again_from_the_stores() {
     // Once more changes nothing, and the next job is one more.
     assert_eq!(root.manager.rescan(Options::new()).await.unwrap(), (4, vec![]));
     assert_eq!(listed(&root, all()).await, history);
-    assert_eq!(root.complete("web", "").await.id().await.unwrap(), 5);
+    assert_eq!(root.complete_full("web", "").await.id().await.unwrap(), 5);
 }
 
 fn records(system: &System) -> Vec<String> {
@@ -229,7 +229,7 @@ async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
     let _vm = machine(&system);
     let caller = Caller::new(&system).await;
     for _ in 0..8 {
-        caller.complete("web", "").await;
+        caller.complete_full("web", "").await;
     }
     let backups = backups(&system);
     std::fs::remove_dir_all(&backups[0]).unwrap();
@@ -303,7 +303,7 @@ async fn a_backup_that_is_not_good_is_not_taken_in_and_one_under_way_is_left_alo
     let mut system = System::start();
     let vm = machine(&system);
     let caller = Caller::new(&system).await;
-    let failed = caller.complete("web", "").await;
+    let failed = caller.complete_full("web", "").await;
     system.stop_daemon();
     // As if its end could not be undone.
     let sql = "UPDATE jobs SET result = 'cancelled'; DELETE FROM backups;";
@@ -343,7 +343,7 @@ async fn a_store_from_elsewhere_gives_no_user_a_right() {
         .running()
         .start();
     let user = Caller::of_user(&system, USER).await;
-    user.complete("web", "").await;
+    user.complete_full("web", "").await;
     user.register("mine", mine.monitor_stream().into()).await.unwrap();
     user.complete("mine", "").await;
     let seen = listed(&user, all()).await;

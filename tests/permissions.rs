@@ -130,7 +130,7 @@ const SLOW: u64 = MIB;
 /// A domain as root's caller sees it, with a backup in the store, and one under way that root started.
 async fn known(root: &Caller, path: OwnedObjectPath, name: &'static str) -> Known {
     for _ in 0..2 {
-        let job = start_on(root, &path, Options::new()).await;
+        let job = start_on(root, &path, slowly(0)).await;
         assert_completed(&root.job(job).await).await;
     }
     let wanted = Options::from([("domain", Variant::from(name))]);

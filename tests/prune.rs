@@ -54,7 +54,7 @@ async fn what_no_rule_keeps_goes_and_what_a_kept_one_lies_on_stays() {
         .start();
     let _vm = machine(&system);
     let mut root = Caller::new(&system).await;
-    root.complete("web", "").await;
+    root.complete_full("web", "").await;
     let [newest] = directories(&system.store().join("web")).try_into().unwrap();
     let base = copy(&newest, -100);
     let (first, second) = (copy(&newest, -48), copy(&newest, -24));
@@ -113,7 +113,7 @@ async fn a_store_that_is_not_there_loses_nothing() {
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
     for _ in 0..2 {
-        root.complete("web", "").await;
+        root.complete_full("web", "").await;
     }
     let aside = system.dir().join("aside");
     fs::rename(system.store(), &aside).unwrap();
@@ -169,18 +169,18 @@ async fn a_store_keeps_what_its_rules_say_after_each_backup_and_another_all() {
     root.manager.subscribe().await.unwrap();
     let document = "<domainbackup><store name='nightly'/></domainbackup>";
     for _ in 0..3 {
-        root.complete("web", "").await;
+        root.complete_full("web", "").await;
     }
-    root.complete("web", document).await;
+    root.complete_full("web", document).await;
     let first = nightly(&system).remove(0);
-    root.complete("web", document).await;
+    root.complete_full("web", document).await;
     assert_eq!(nightly(&system).len(), 2);
     let path = root.manager.get_backup(&id(&first)).await.unwrap();
     root.signals_so_far().await;
     // One that is being read stays, and the backup is as good as ever.
     let reading = fs::File::open(&first).unwrap();
     flock(&reading, FlockOperation::LockShared).unwrap();
-    root.complete("web", document).await;
+    root.complete_full("web", document).await;
     let output = system.clients().backupctl(ROOT, &["prune", "web"]);
     assert_eq!(output.status, 1, "{output:?}");
     assert!(
@@ -190,7 +190,7 @@ async fn a_store_keeps_what_its_rules_say_after_each_backup_and_another_all() {
     );
     assert_eq!(nightly(&system).len(), 3);
     drop(reading);
-    root.complete("web", document).await;
+    root.complete_full("web", document).await;
     let mut gone = root.signals_until("BackupRemoved").await;
     gone.extend(root.signals_until("BackupRemoved").await);
     assert!(
@@ -210,7 +210,7 @@ async fn the_command_shows_what_is_kept_and_why() {
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
     for _ in 0..2 {
-        root.complete("web", "").await;
+        root.complete_full("web", "").await;
     }
     let [first, second] = directories(&system.store().join("web")).try_into().unwrap();
     let backupctl = |arguments: &[&str]| system.clients().backupctl(ROOT, arguments).expect_success();

@@ -236,7 +236,7 @@ async fn options_that_are_unknown_of_another_type_or_contradict() {
         .await;
     let options = Options::from([("checkpoint", Variant::from("monday"))]);
     scene
-        .refuses("", &[], options, &format!("{OURS}Unsupported"), &["checkpoint"])
+        .refuses("", &[], options, &invalid, &["'checkpoint'", "'monday'"])
         .await;
 }
 

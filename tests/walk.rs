@@ -47,6 +47,8 @@ struct Walk {
     dice: Dice,
     scene: Recorded,
     store: Tmpfs,
+    /// The ids of the backups that are there, in the order in which they were made: their names decide nothing.
+    order: Vec<String>,
     /// What was read already.
     checked: HashMap<PathBuf, Fingerprint>,
     /// How often each kind of step was made.
@@ -61,12 +63,13 @@ impl Walk {
             .tempdir()
             .unwrap()
             .keep();
-        let store = Tmpfs::mount(&place, 96 * MIB);
+        let store = Tmpfs::mount(&place, 256 * MIB);
         let setup = System::setup().store("walk", store.path());
         Self {
             dice: Dice(seed | 1),
             scene: Recorded::with(setup),
             store,
+            order: Vec::new(),
             checked: HashMap::new(),
             made: BTreeMap::new(),
             backups: 0,
@@ -110,10 +113,11 @@ impl Walk {
     fn check(&mut self, step: u64, what: &str) {
         let mut there = common::chain::directories_if_any(&self.directory());
         there.retain(|path| path.join("manifest.json").exists());
-        let there: Vec<&str> = there
+        let mut there: Vec<&str> = there
             .iter()
             .map(|path| path.file_name().unwrap().to_str().unwrap())
             .collect();
+        there.sort_unstable();
         let known: Vec<&str> = self.scene.backups.keys().map(String::as_str).collect();
         assert_eq!(there, known, "step {step}, {what}");
         for (id, disks) in &self.scene.backups {
@@ -193,7 +197,9 @@ impl Walk {
         let (result, _, _) = wait::within("the end of the backup", job.wait()).await.unwrap();
         let good = result == "completed";
         if good {
-            self.scene.backups.insert(backup_id(job).await, held);
+            let id = backup_id(job).await;
+            self.order.push(id.clone());
+            self.scene.backups.insert(id, held);
             self.backups += 1;
         }
         good
@@ -203,11 +209,7 @@ impl Walk {
         if self.scene.backups.len() > MOST_BACKUPS {
             return self.delete("merge").await;
         }
-        let some = self
-            .scene
-            .backups
-            .keys()
-            .nth(self.dice.roll(MOST_BACKUPS as u64) as usize);
+        let some = self.order.get(self.dice.roll(MOST_BACKUPS as u64) as usize);
         let (what, word) = match (self.dice.roll(10), some) {
             (0, _) => ("full", "full".to_owned()),
             (1..4, Some(id)) => ("since", id.clone()),
@@ -293,6 +295,12 @@ impl Walk {
             .await
             .expect("the backup is accepted");
         let (id, held) = (job.id().await.unwrap(), self.scene.now.clone());
+        if self.dice.roll(3) > 0 {
+            wait::until_async("the copying", || async {
+                (job.state().await.unwrap() == "running").then_some(())
+            })
+            .await;
+        }
         self.scene.system.kill_daemon();
         self.guest();
         self.scene.system.start_daemon();
@@ -310,8 +318,7 @@ impl Walk {
         if count == 0 {
             return "nothing to delete";
         }
-        let chosen = self.scene.backups.keys().nth(self.dice.roll(count) as usize);
-        let chosen = chosen.expect("it is one of them").clone();
+        let chosen = self.order[self.dice.roll(count) as usize].clone();
         let caller = self.caller().await;
         let path = caller.manager.get_backup(&chosen).await.expect("it is there");
         let options = Options::from([(how, Variant::from(true))]);
@@ -326,6 +333,7 @@ impl Walk {
         assert!(how != "merge" || gone.len() == 1, "{gone:?}");
         for id in &gone {
             self.scene.backups.remove(id).expect("it was there");
+            self.order.retain(|other| other != id);
         }
         how
     }

@@ -22,6 +22,7 @@ pub use chain::{Chain, DiskChain};
 pub use compare::shows_the_same;
 pub use error::{Error, Fault, Finding};
 pub use export::Export;
+pub use process::start_alone;
 pub use restore::restore;
 pub use verify::{Survey, Verified};
 

@@ -76,6 +76,12 @@ pub struct Inherited(Vec<OwnedFd>);
 /// too.
 static STARTING: Mutex<()> = Mutex::new(());
 
+/// Starts a program that inherits nothing: not while another one that does is started.
+pub fn start_alone<T>(start: impl FnOnce() -> T) -> T {
+    let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    start()
+}
+
 impl Inherited {
     /// The file's name in the program.
     pub fn add(&mut self, file: BorrowedFd) -> Result<String, Error> {

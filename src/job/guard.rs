@@ -23,6 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::quiesce::PATIENCE;
+use crate::image;
 use crate::qmp::{self, Agent};
 
 /// The switch of the program that makes it a guard.
@@ -66,7 +67,8 @@ impl Guard {
         // The very program that runs, though a newer one may have its name.
         let log = ["RUST_LOG", "JOURNAL_STREAM"].into_iter();
         let log = log.filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
-        let child = Command::new("/proc/self/exe")
+        let mut guard = Command::new("/proc/self/exe");
+        guard
             .arg0("backupd")
             .arg(format!("--{SWITCH}"))
             .env_clear()
@@ -74,8 +76,8 @@ impl Guard {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::from(agent.duplicate()?))
             // Not in the way of a terminal's signals.
-            .process_group(0)
-            .spawn()?;
+            .process_group(0);
+        let child = image::start_alone(|| guard.spawn())?;
         let mut control = UnixStream::from_std(ours)?;
         let mut orders = serde_json::to_vec(&Orders {
             domain: domain.to_owned(),

@@ -123,6 +123,14 @@ impl Caller {
         job
     }
 
+    /// The same, of all that the disks hold, whatever earlier backups there are.
+    pub async fn complete_full(&self, domain: &str, document: &str) -> JobProxy<'static> {
+        let full = Options::from([("incremental", Variant::from("full"))]);
+        let job = self.start_with(domain, document, &[], full).await;
+        assert_completed(&job).await;
+        job
+    }
+
     /// Hands over a monitor: a connected socket.
     pub async fn register(&self, name: &str, socket: OwnedFd) -> zbus::Result<OwnedObjectPath> {
         let registering = self

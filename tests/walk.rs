@@ -164,8 +164,11 @@ impl Walk {
                 self.scene.system.wait_for_domain("web");
                 "restart"
             }
-            98 => self.delete("merge").await,
-            _ => self.delete("with-descendants").await,
+            98 => match self.dice.roll(2) {
+                0 => self.delete("merge").await,
+                _ => self.delete("with-descendants").await,
+            },
+            _ => self.prune().await,
         }
     }
 
@@ -346,6 +349,39 @@ impl Walk {
         how
     }
 
+    /// The newest few stay, and what they lie on.
+    async fn prune(&mut self) -> &'static str {
+        let newest = 1 + self.dice.roll(4);
+        let caller = self.caller().await;
+        let rules = Options::from([
+            ("keep-last", Variant::from(newest)),
+            ("store", Variant::from("walk")),
+        ]);
+        let (judged, _) = caller
+            .manager
+            .prune("web", rules)
+            .await
+            .expect("it can be pruned");
+        assert_eq!(judged.len(), self.scene.backups.len());
+        for (_, _, id, _, verdict, reason) in judged {
+            let place = self.order.iter().position(|other| *other == id);
+            let age = self.order.len() - place.expect("it is one of them");
+            match verdict.as_str() {
+                "removed" => {
+                    self.scene.backups.remove(&id);
+                }
+                "kept" => assert!(
+                    age as u64 <= newest || reason.contains("lies on it"),
+                    "{age}: {reason}"
+                ),
+                other => panic!("{id}: {other}, {reason}"),
+            }
+        }
+        let left = &self.scene.backups;
+        self.order.retain(|id| left.contains_key(id));
+        "prune"
+    }
+
     /// The client restores and verifies all of them from the store alone.
     fn restore_all(&self, to: &Path) {
         let store = self.store.path().to_str().unwrap();
@@ -405,6 +441,7 @@ async fn after_every_step_each_backup_shows_what_there_was() {
             "restart",
             "merge",
             "with-descendants",
+            "prune",
         ] {
             assert!(walk.made.contains_key(kind), "{kind} is among {:?}", walk.made);
         }

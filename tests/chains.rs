@@ -175,6 +175,13 @@ async fn wherever_the_service_dies_the_chain_is_as_good_as_before() {
         }
     }
     scene.check();
+    // Each is what its record says, whoever wrote that.
+    let caller = Caller::new(&scene.system).await;
+    let (listed, _) = caller.manager.list_backups(Options::new()).await.unwrap();
+    let damaged = listed
+        .iter()
+        .filter(|backup| !format!("{backup:?}").contains("\"complete\""));
+    assert_eq!(damaged.count(), 0, "{listed:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

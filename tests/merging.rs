@@ -251,4 +251,52 @@ async fn what_is_in_use_or_damaged_is_not_merged_and_nothing_is_changed() {
     assert!(damaged.to_string().contains(&second), "{damaged}");
     std::fs::write(&image, &whole).unwrap();
     scene.assert_there(&all).await;
+    // Nor does one that only its checksum tells of.
+    let image = scene.image(&first, "vda");
+    let mut whole = std::fs::read(&image).unwrap();
+    let place = whole.len() - 4096;
+    whole[place] ^= 1;
+    std::fs::write(&image, &whole).unwrap();
+    let damaged = scene.delete(&first, &["merge"]).await.unwrap_err();
+    assert!(damaged.to_string().contains("checksum"), "{damaged}");
+    whole[place] ^= 1;
+    std::fs::write(&image, &whole).unwrap();
+    scene.assert_there(&all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_to_lie_on_a_backup_while_others_are_merged_keeps_it() {
+    let mut scene = Scene::new().await;
+    let [first, second, third, fourth] = scene.ids.clone().try_into().unwrap();
+    scene.vm.write("vda", 0, MIB, 0x77);
+    let root = Caller::new(&scene.system).await;
+    let since = Options::from([
+        ("incremental", Variant::from(first.as_str())),
+        ("bandwidth", Variant::from(1u64)),
+    ]);
+    let job = root.start_with("web", "", &[], since).await;
+    let busy = scene.delete(&first, &["merge"]).await.unwrap_err();
+    assert!(error_name(&busy).ends_with("Busy"), "{busy}");
+    job.set_speed(0).await.unwrap();
+    common::caller::assert_completed(&job).await;
+    let target = PathBuf::from(&job.disks().await.unwrap()[0].4);
+    let fifth = target
+        .parent()
+        .unwrap()
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned();
+    for disk in DISKS {
+        scene
+            .shown
+            .insert((fifth.clone(), disk), read(&scene.image(&fifth, disk)));
+    }
+    assert_eq!(scene.manifest(&fifth)["disks"][0]["parent"]["backup"], first);
+    scene
+        .assert_there(&[&first, &second, &third, &fourth, &fifth])
+        .await;
+    scene.delete(&first, &["merge"]).await.unwrap();
+    scene.assert_there(&[&second, &third, &fourth, &fifth]).await;
 }

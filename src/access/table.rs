@@ -226,7 +226,7 @@ pub static TABLE: [Entry; 14] = [
         action: "org.example.backup1.backup.delete",
         description: "Delete a backup of a virtual machine",
         message: "Authentication is required to delete a backup of the virtual machine $(domain_name) from the store $(store)",
-        implicit: Implicit::AdministratorKept,
+        implicit: Implicit::Administrator,
         members: &["Prune", "Backup.Delete"],
     },
     Entry {

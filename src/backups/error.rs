@@ -15,6 +15,8 @@ pub enum Error {
         count(.others), some(.others)
     )]
     HasDescendants { id: String, others: Vec<String> },
+    #[error("backup {id} is not complete: {problem}: it is not made to lie on nothing")]
+    NotComplete { id: String, problem: String },
     #[error(
         "disk '{disk}' of backup {id}: its new image does not show what its images show: nothing is changed"
     )]
@@ -49,6 +51,7 @@ impl Error {
             Self::NoStore(_) => Kind::NoSuchStore,
             Self::Target(error) => error.kind(),
             Self::Image(error) => error.kind(),
+            Self::NotComplete { .. } => Kind::ChainBroken,
             Self::NotTheSame { .. } | Self::Manifest(_) => Kind::Internal,
             Self::Stalled { .. } => Kind::TargetInvalid,
             Self::Stopping => Kind::Busy,

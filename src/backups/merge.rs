@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::remove::name;
 use super::{Backups, Error, Unwanted};
 use crate::catalog::{
-    Backup, BackupKey, DEFINITION_NAME, Disk, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest,
+    Backup, BackupKey, BackupState, DEFINITION_NAME, Disk, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest,
 };
 use crate::definition::Format;
 use crate::fault::{self, Point};
@@ -38,6 +38,15 @@ impl Backups {
 
     async fn merge_one(&self, backup: Backup, gone: &BTreeSet<String>) -> Result<(), Error> {
         let path = self.store_path(&backup.key)?;
+        // What is known to be wrong with it, or with what it lies on, would be taken for right in a new image.
+        if backup.state != BackupState::Complete {
+            return Err(Error::NotComplete {
+                id: backup.key.id.clone(),
+                problem: backup.problem.clone(),
+            });
+        }
+        // Of one before, of which nobody knows how it ended.
+        self.finish_merge(&backup.key).await?;
         // A service that ends in between leaves nothing that the next one does not look for.
         self.catalog
             .merging(backup.key.clone(), Some(String::new()))
@@ -124,6 +133,7 @@ impl Backups {
             .await?;
         let target = Arc::new(target);
         let copy = duplicate(&target)?;
+        image::check_sums(images, &self.stop).await?;
         image::restore(images, copy, Format::Qcow2, &Progress::default(), &self.stop).await?;
         if !image::shows_the_same(images, &target, &self.stop).await? {
             return Err(Error::NotTheSame {
@@ -194,7 +204,7 @@ impl Backups {
         Ok(self.catalog.merging(key.clone(), None).await?)
     }
 
-    fn store_path(&self, key: &BackupKey) -> Result<PathBuf, Error> {
+    pub(super) fn store_path(&self, key: &BackupKey) -> Result<PathBuf, Error> {
         let store = self.stores.get(&key.store);
         let store = store.ok_or_else(|| Error::NoStore(key.store.clone()))?;
         Ok(store.path.clone())

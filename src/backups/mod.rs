@@ -25,7 +25,7 @@ use crate::domain::{Domain, Identity, NOBODY, Origin, Registry};
 
 pub use error::Error;
 pub use look::PATIENCE;
-pub use prune::{Group, Pruned, Verdict};
+pub use prune::{Allowed, Group, Pruned, Verdict};
 pub use remove::{Removed, Unwanted, finish_removal};
 pub use store::{Inventory, Stored, read_store};
 

@@ -1,6 +1,6 @@
 //! Removing the backups that no rule keeps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use jiff::tz::TimeZone;
@@ -48,6 +48,17 @@ pub struct Judged {
     pub reason: String,
 }
 
+/// What may be removed of those that nothing keeps.
+#[derive(Debug, Clone, Copy)]
+pub enum Allowed<'a> {
+    /// It is only said which would be.
+    Nothing,
+    /// Those with these ids: what is done is what was asked about, and more may have come meanwhile.
+    Only(&'a BTreeSet<String>),
+    /// Not the one that was just made, whatever time the others say that they are of.
+    AllBut(&'a str),
+}
+
 /// What pruning a group did, or would do.
 #[derive(Debug, Default)]
 pub struct Pruned {
@@ -63,7 +74,7 @@ impl Backups {
         self: &Arc<Self>,
         group: &Group,
         retention: &Retention,
-        dry_run: bool,
+        allowed: Allowed<'_>,
     ) -> Result<Pruned, Error> {
         let mut pruned = Pruned {
             judged: self.judge(group, retention).await?,
@@ -74,6 +85,17 @@ impl Backups {
             if judged.verdict != Verdict::Removed {
                 continue;
             }
+            let id = &judged.backup.key.id;
+            let may_go = match allowed {
+                Allowed::Nothing => true,
+                Allowed::Only(ids) => ids.contains(id),
+                Allowed::AllBut(new) => new != id,
+            };
+            if !may_go {
+                judged.verdict = Verdict::Kept;
+                judged.reason = "it is new".into();
+                continue;
+            }
             let unwanted = Unwanted {
                 store: group.store.clone(),
                 domain: group.domain.clone(),
@@ -81,12 +103,14 @@ impl Backups {
                 with_descendants: false,
                 merge: false,
             };
-            let freed = match dry_run {
-                true => {
+            let freed = match allowed {
+                Allowed::Nothing => {
                     let space = self.in_store(&judged.backup, Removal::space_of).await;
                     space.map(Option::unwrap_or_default)
                 }
-                false => self.remove(unwanted, false).await.map(|removed| removed.freed),
+                Allowed::Only(_) | Allowed::AllBut(_) => {
+                    self.remove(unwanted, false).await.map(|removed| removed.freed)
+                }
             };
             match freed {
                 Ok(freed) => pruned.freed += freed,
@@ -186,7 +210,7 @@ impl Backups {
             store: key.store,
             domain: key.domain,
         };
-        match self.prune(&group, &policy, false).await {
+        match self.prune(&group, &policy, Allowed::AllBut(&key.id)).await {
             Ok(pruned) => tracing::info!(
                 store = group.store,
                 domain = group.domain,

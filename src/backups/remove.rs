@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::{Backups, Error, Place};
 use crate::catalog::{Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::fault::{self, Point};
-use crate::target::{self, BackupName, Removal, Shelf};
+use crate::target::{self, BackupName, Removal, Replacement, Shelf};
 
 /// What lies beside a backup's images; the manifest, which tells what the others are, last.
 const RECORDS: [&str; 2] = [DEFINITION_NAME, MANIFEST_NAME];
@@ -44,6 +44,11 @@ pub struct Removed {
 impl Backups {
     /// Removes backups, or says only what would go. What was begun goes on if nobody waits for it any more.
     pub async fn remove(self: &Arc<Self>, unwanted: Unwanted, dry_run: bool) -> Result<Removed, Error> {
+        if dry_run {
+            // It goes with who asks.
+            let order = self.order(&unwanted, true).await?;
+            return self.count(&unwanted, order).await;
+        }
         let backups = self.clone();
         // First, so that a stop that is not seen here waits for it.
         let token = self.tasks.token();
@@ -53,7 +58,7 @@ impl Backups {
         let removing = self.tasks.spawn(async move {
             let _token = token;
             let _needed = backups.activity.begin();
-            backups.remove_now(&unwanted, dry_run).await
+            backups.remove_now(&unwanted).await
         });
         match removing.await {
             Ok(removed) => removed,
@@ -62,16 +67,13 @@ impl Backups {
         }
     }
 
-    async fn remove_now(&self, unwanted: &Unwanted, dry_run: bool) -> Result<Removed, Error> {
-        if dry_run {
-            return self.count(unwanted, self.order(unwanted).await?).await;
-        }
+    async fn remove_now(&self, unwanted: &Unwanted) -> Result<Removed, Error> {
         // What is found out here stays so.
         let _turn = self.place(&unwanted.store)?.removal.lock().await;
         if unwanted.merge {
             self.merge(unwanted).await?;
         }
-        let order = self.order(unwanted).await?;
+        let order = self.order(unwanted, false).await?;
         let mut held = Held::default();
         for id in &order {
             let backup = self.record(unwanted, id).await?;
@@ -79,7 +81,7 @@ impl Backups {
             held.0.push_back((backup, removal));
         }
         // Who builds upon a backup holds it: from here on nothing comes that lies on these.
-        let again = self.order(unwanted).await?;
+        let again = self.order(unwanted, false).await?;
         if let Some(other) = again.iter().find(|id| !order.contains(id)) {
             return Err(Error::HasDescendants {
                 id: unwanted.ids.iter().next().cloned().unwrap_or_default(),
@@ -123,13 +125,13 @@ impl Backups {
     }
 
     /// What is to go, in that order; refused if something that is to stay lies on it.
-    async fn order(&self, unwanted: &Unwanted) -> Result<Vec<String>, Error> {
+    async fn order(&self, unwanted: &Unwanted, as_if_merged: bool) -> Result<Vec<String>, Error> {
         let links = self
             .catalog
             .links(unwanted.store.clone(), unwanted.domain.clone());
         let mut links = links.await?;
-        if unwanted.merge {
-            // Nothing will lie on them.
+        if unwanted.merge && as_if_merged {
+            // Nothing would lie on them. When they are merged, the catalog says so itself, and what came meanwhile is seen.
             for link in links.iter_mut().filter(|link| !unwanted.ids.contains(&link.id)) {
                 link.parents.retain(|parent| !unwanted.ids.contains(parent));
             }
@@ -169,8 +171,13 @@ impl Backups {
         fault::point(Point::RemovalRecorded);
         let freed = match removal {
             Some(removal) => {
-                self.blocking(&key.store, self.deadlines.finish(), move || removal.remove())
-                    .await?
+                let (path, at) = (self.store_path(key)?, key.clone());
+                let remove = move || {
+                    // What a merge that was cut short left beside it.
+                    Replacement::clear(&path, name(&at))?;
+                    removal.remove()
+                };
+                self.blocking(&key.store, self.deadlines.finish(), remove).await?
             }
             None => 0,
         };

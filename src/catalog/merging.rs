@@ -55,7 +55,7 @@ impl Catalog {
                 .map_err(|error| Error::Statement(format!("the manifest of backup {}: {error}", of.id)))?;
             let parents: Vec<&str> = manifest.parents().into_iter().collect();
             let sql = format!(
-                "UPDATE backups SET manifest = merging, merging = '', parents = ?4, damage = '', look_state = '', \
+                "UPDATE backups SET manifest = merging, merging = '', parents = ?4, look_state = '', \
                      look_problem = '' WHERE {condition}"
             );
             transaction.execute(&sql, params![of.store, of.domain, of.id, parents.join("\n")])?;

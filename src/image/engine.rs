@@ -20,6 +20,9 @@ use super::{Error, Fault, Finding};
 use crate::definition::Format;
 use crate::qmp::{self, Client};
 
+/// Clients of an export at a time: each can have it hold requests in memory.
+const MOST_CLIENTS: u32 = 16;
+
 /// How long it may take to start, and to answer a command that only opens or closes something.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -80,7 +83,7 @@ impl Plan {
         let number = self.inherited.add_number(listener.as_fd())?;
         self.arguments.extend([
             "--nbd-server".to_owned(),
-            format!("addr.type=fd,addr.str={number}"),
+            format!("addr.type=fd,addr.str={number},max-connections={MOST_CLIENTS}"),
         ]);
         Ok(())
     }
@@ -93,6 +96,9 @@ pub struct Engine {
     driver: JoinHandle<()>,
     child: Child,
     words: Words,
+    /// The nodes that show the images, and the disk, backup and node of each.
+    names: BTreeSet<String>,
+    images: Vec<(String, String, String)>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -144,6 +150,8 @@ impl Engine {
             driver,
             child,
             words,
+            names: plan.names,
+            images: plan.images.clone(),
         };
         // Two nodes an image.
         for (nodes, (disk, backup, _)) in plan.nodes.chunks(2).zip(&plan.images) {
@@ -152,7 +160,7 @@ impl Engine {
                 added.map_err(|error| error.about(backup, disk))?;
             }
         }
-        engine.check(&plan.names, &plan.images).await?;
+        engine.check(&[]).await?;
         Ok(engine)
     }
 
@@ -185,12 +193,11 @@ impl Engine {
         Error::Engine { why }
     }
 
-    /// There are the nodes that were asked for and no others: a header that names another file would have made one.
-    async fn check(
-        &mut self,
-        names: &BTreeSet<String>,
-        images: &[(String, String, String)],
-    ) -> Result<(), Error> {
+    /// There are the nodes that were asked for, with those that were `added`, and no others: a header that names another file
+    /// would have made one.
+    pub async fn check(&mut self, added: &[&str]) -> Result<(), Error> {
+        let mut names = self.names.clone();
+        names.extend(added.iter().map(|name| (*name).to_owned()));
         let reply = self
             .execute("query-named-block-nodes", json!({ "flat": true }))
             .await?;
@@ -208,10 +215,11 @@ impl Engine {
         };
         let exchanged = match nodes.iter().find(external) {
             Some(node) => Some(node.name.as_str()),
-            None if found != *names => Some(""),
+            None if found != names => Some(""),
             None => None,
         };
         let Some(name) = exchanged else { return Ok(()) };
+        let images = &self.images;
         let image = images.iter().find(|(_, _, node)| node == name).or(images.last());
         let (disk, backup) = image.map_or(("", ""), |(disk, backup, _)| (disk, backup));
         Err(Error::Damaged(Finding {

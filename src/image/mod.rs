@@ -24,7 +24,7 @@ pub use error::{Error, Fault, Finding};
 pub use export::Export;
 pub use process::start_alone;
 pub use restore::restore;
-pub use verify::{Survey, Verified};
+pub use verify::{Survey, Verified, check_sums};
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{FileType, SeekFrom};
+use rustix::fs::{FileType, MemfdFlags, SeekFrom};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -48,16 +48,27 @@ pub async fn restore(
     progress: &Progress,
     cancel: &CancellationToken,
 ) -> Result<(), Error> {
-    let target = prepare(chain, target, format).await?;
+    let target = tokio::select! {
+        target = prepare(chain, target, format) => target?,
+        () = cancel.cancelled() => return Err(Error::Cancelled),
+    };
     let mut plan = Plan::new();
     let source = plan.source(0, chain)?;
     let name = plan.file(&target.file)?;
+    let empty = match format {
+        Format::Qcow2 => {
+            let image = memfd(&chain.disk)?;
+            let name = plan.file(&image)?;
+            Some((image, name))
+        }
+        Format::Raw => None,
+    };
     let mut engine = tokio::select! {
         engine = Engine::start(plan) => engine?,
         () = cancel.cancelled() => return Err(Error::Cancelled),
     };
     let copied = tokio::select! {
-        copied = copy(&mut engine, chain, (&source, &name), &target, format, progress) => copied,
+        copied = copy(&mut engine, chain, (&source, &name), &target, empty, progress) => copied,
         () = cancel.cancelled() => Err(Error::Cancelled),
     };
     if let Err(error) = copied {
@@ -117,9 +128,18 @@ async fn copy(
     chain: &DiskChain,
     (source, name): (&str, &str),
     target: &Target,
-    format: Format,
+    empty: Option<(OwnedFd, String)>,
     progress: &Progress,
 ) -> Result<(), Error> {
+    let size = chain.virtual_size();
+    let format = match empty {
+        Some((image, name)) => {
+            make_empty(engine, chain, &name).await?;
+            put(chain, image, target).await?;
+            Format::Qcow2
+        }
+        None => Format::Raw,
+    };
     // It is made durable at the end, once; until then it is worth nothing.
     let cache = json!({ "direct": false, "no-flush": true });
     let node = json!({
@@ -127,23 +147,19 @@ async fn copy(
         "discard": "unmap", "cache": cache,
     });
     engine.execute("blockdev-add", node).await?;
-    let size = chain.virtual_size();
     let mut node = json!({
         "driver": format.as_str(), "node-name": "target", "file": "target-file",
         "discard": "unmap", "detect-zeroes": "unmap", "cache": cache,
     });
     match format {
-        Format::Qcow2 => {
-            let options = json!({ "driver": "qcow2", "file": "target-file", "size": size });
-            let create = json!({ "job-id": JOB, "options": options });
-            run(engine, chain, "blockdev-create", create, None).await?;
-            node["backing"] = Value::Null;
-        }
+        Format::Qcow2 => node["backing"] = Value::Null,
         // A device can be larger than the disk: the rest of it is not the disk's.
         Format::Raw if target.driver == "host_device" => node["size"] = size.into(),
         Format::Raw => {}
     }
     engine.execute("blockdev-add", node).await?;
+    // Whoever passed the file can write to it: a header that names another file would have that written to.
+    engine.check(&["target-file", "target"]).await?;
     // A mirror copies what is allocated anywhere in the chain and has the rest of the target read as zeroes, by holes where
     // there can be holes; a backup job would reserve space for all of it.
     let mirror = json!({
@@ -157,6 +173,48 @@ async fn copy(
             .await?;
     }
     Ok(())
+}
+
+/// A file that nobody else has.
+fn memfd(disk: &str) -> Result<OwnedFd, Error> {
+    let made = rustix::fs::memfd_create("backupd-image", MemfdFlags::CLOEXEC);
+    made.map_err(|errno| Error::system(disk, "prepared", errno))
+}
+
+/// Makes an empty image of the disk's size. Not in the target: QEMU opens what it has just written once more, to give it its
+/// size, and whoever passed the target could have it open, and make larger, another file meanwhile.
+async fn make_empty(engine: &mut Engine, chain: &DiskChain, name: &str) -> Result<(), Error> {
+    let node = json!({ "driver": "file", "node-name": "empty", "filename": name });
+    engine.execute("blockdev-add", node).await?;
+    let options = json!({ "driver": "qcow2", "file": "empty", "size": chain.virtual_size() });
+    let create = json!({ "job-id": JOB, "options": options });
+    run(engine, chain, "blockdev-create", create, None).await?;
+    engine
+        .execute("blockdev-del", json!({ "node-name": "empty" }))
+        .await?;
+    Ok(())
+}
+
+/// Puts an empty image into the target.
+async fn put(chain: &DiskChain, image: OwnedFd, target: &Target) -> Result<(), Error> {
+    let (disk, target) = (chain.disk.clone(), target.file.clone());
+    blocking(move || {
+        let failed = |errno| Error::system(&disk, "written", errno);
+        let (mut piece, mut offset) = (vec![0; 1 << 16], 0);
+        loop {
+            let count = rustix::io::pread(&image, &mut piece[..], offset).map_err(failed)?;
+            if count == 0 {
+                return Ok(());
+            }
+            let mut written = 0;
+            while written < count {
+                let at = offset + written as u64;
+                written += rustix::io::pwrite(&*target, &piece[written..count], at).map_err(failed)?;
+            }
+            offset += count as u64;
+        }
+    })
+    .await
 }
 
 /// Runs a job to its end.

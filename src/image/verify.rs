@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::backup::{Image, Location};
-use super::chain::{Links, for_each_link};
+use super::chain::{DiskChain, Links, for_each_link};
 use super::header::HeaderError;
 use super::{Error, Fault, Finding, Progress, blocking, check};
 use crate::catalog;
@@ -219,6 +219,16 @@ fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
         }
     }
     Ok(look)
+}
+
+/// Reads all images of a disk, and holds them against the checksums that are recorded of them.
+pub async fn check_sums(chain: &DiskChain, stop: &CancellationToken) -> Result<(), Error> {
+    for image in &chain.images {
+        if let Some(fault) = read(image, &Progress::default(), stop).await? {
+            return Err(image.damaged(fault));
+        }
+    }
+    Ok(())
 }
 
 /// Reads an image whole.

@@ -164,7 +164,26 @@ impl Footprint {
         }
         client.execute("blockdev-add", node).await.map_err(prepare)?;
         fault::point(Point::TargetNode);
-        Ok(())
+        self.check_header(index, disk).await
+    }
+
+    /// Whether QEMU has opened what was written here, and nothing else: whoever has the target open too can have written a
+    /// header that names another file, with the rights of QEMU's.
+    async fn check_header(&self, index: usize, disk: &DiskPlan) -> Result<(), Error> {
+        let name = self.names.target_node(index);
+        let nodes: Vec<Value> = self
+            .client()
+            .query("query-named-block-nodes", json!({ "flat": true }))
+            .await
+            .map_err(Error::Lost)?;
+        let mut own = nodes.iter().filter(|node| node["node-name"] == name);
+        match own.any(|node| node.pointer("/image/format-specific/data/data-file").is_some()) {
+            true => Err(Error::Format {
+                disk: disk.name.clone(),
+                message: "somebody else writes to it".into(),
+            }),
+            false => Ok(()),
+        }
     }
 
     /// Makes an empty image in the file node.

@@ -125,6 +125,12 @@ async fn copy(
     Ok(instant)
 }
 
+/// As exactly as the catalog remembers it: a later process of the service tells the same.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
+}
+
 /// Has QEMU begin to copy, at an instant.
 async fn start(
     job: &Job,
@@ -145,7 +151,7 @@ async fn start(
     let link = footprint.link();
     let holds_poweroff = job.plan.hold_poweroff && poweroff::can_hold(&link).await;
     let starting = Reached::Starting {
-        not_before: Timestamp::now(),
+        not_before: now(),
         holds_poweroff,
     };
     remember(job, setting, starting).await?;
@@ -167,7 +173,7 @@ async fn start(
     let client = footprint.client();
     let starting = async {
         let started = tokio::time::timeout(patience, client.execute("transaction", transaction)).await;
-        (started, Timestamp::now())
+        (started, now())
     };
     tokio::pin!(starting);
     let in_time = frozen.during(starting.as_mut()).await;

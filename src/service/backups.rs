@@ -1,6 +1,6 @@
 //! The backups that are there, for who may read their domains. To everybody else there are none.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use tokio::sync::broadcast;
@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{Service, details};
 use crate::access::{self, Caller, Details, Look, Permission};
-use crate::backups::{Change, PATIENCE, Pruned, Removed, Unwanted, Verdict};
+use crate::backups::{Allowed, Change, PATIENCE, Pruned, Removed, Unwanted, Verdict};
 use crate::catalog::{self, Backup, BackupFilter, BackupKey, DomainRecord};
 use crate::domain::Domain;
 use crate::error::{Error, Kind, Result, shown};
@@ -207,11 +207,16 @@ impl Service {
             }
         }
         let mut pruned = Pruned::default();
+        let mut allowed = Vec::new();
         // Nothing goes before all may go.
         for (group, retention, owners) in &groups {
-            let would = self.backups.prune(group, retention, true).await?;
-            let some = would.judged.iter().any(|judged| judged.verdict != Verdict::Kept);
-            if some && !wanted.dry_run {
+            let would = self.backups.prune(group, retention, Allowed::Nothing).await?;
+            let going = would
+                .judged
+                .iter()
+                .filter(|judged| judged.verdict != Verdict::Kept);
+            let going: BTreeSet<String> = going.map(|judged| judged.backup.key.id.clone()).collect();
+            if !going.is_empty() && !wanted.dry_run {
                 for owner in owners {
                     let details = details(&self.backups.domain(owner)).with("store", &group.store);
                     let permission = Permission::BackupDelete;
@@ -222,10 +227,12 @@ impl Service {
                 pruned.freed += would.freed;
                 pruned.judged.extend(would.judged);
             }
+            allowed.push(going);
         }
         if !wanted.dry_run {
-            for (group, retention, _) in &groups {
-                let of_group = self.backups.prune(group, retention, false).await?;
+            for ((group, retention, _), going) in groups.iter().zip(&allowed) {
+                let only = Allowed::Only(going);
+                let of_group = self.backups.prune(group, retention, only).await?;
                 pruned.freed += of_group.freed;
                 pruned.judged.extend(of_group.judged);
             }

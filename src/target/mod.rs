@@ -177,9 +177,11 @@ impl Targets {
         self.targets.iter().map(|target| target.id).collect()
     }
 
-    /// For sending the data on its way while it is still coming.
+    /// For sending the data on its way while it is still coming. What is read again at the end, for its checksum, is not: what
+    /// is sent on its way leaves the memory, and to read it from the device takes much longer than to write it at the end.
     pub fn writeback(&self) -> Writeback {
-        self.targets.iter().map(|target| target.file.clone()).collect()
+        let sent = self.targets.iter().filter(|_| !self.in_store());
+        sent.map(|target| target.file.clone()).collect()
     }
 
     /// Makes the data durable, and says what the files are now, in the plan's order. Nothing has its final name yet. QEMU has

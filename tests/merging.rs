@@ -277,6 +277,15 @@ async fn what_comes_to_lie_on_a_backup_while_others_are_merged_keeps_it() {
     let job = root.start_with("web", "", &[], since).await;
     let busy = scene.delete(&first, &["merge"]).await.unwrap_err();
     assert!(error_name(&busy).ends_with("Busy"), "{busy}");
+    // Nor does it where nothing is held: what is on record counts too.
+    let (directory, aside) = (scene.directory(&first), scene.system.dir().join("aside"));
+    std::fs::rename(&directory, &aside).unwrap();
+    let mut copy = Command::new("cp");
+    copy.arg("-a").arg(&aside).arg(&directory);
+    process::run(copy).expect_success();
+    let busy = scene.delete(&first, &["merge"]).await.unwrap_err();
+    assert!(error_name(&busy).ends_with("Busy"), "{busy}");
+    assert!(busy.to_string().contains("builds upon"), "{busy}");
     job.set_speed(0).await.unwrap();
     common::caller::assert_completed(&job).await;
     let target = PathBuf::from(&job.disks().await.unwrap()[0].4);

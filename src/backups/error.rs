@@ -25,6 +25,8 @@ pub enum Error {
     Image(#[from] image::Error),
     #[error("a manifest cannot be written: {0}")]
     Manifest(String),
+    #[error("job {job} builds upon backup {id}: wait for its end, or cancel it")]
+    BuiltUpon { id: String, job: u32 },
     #[error("no backup '{0}' any more")]
     Gone(String),
     #[error("the configuration has no store '{0}' any more")]
@@ -54,7 +56,7 @@ impl Error {
             Self::NotComplete { .. } => Kind::ChainBroken,
             Self::NotTheSame { .. } | Self::Manifest(_) => Kind::Internal,
             Self::Stalled { .. } => Kind::TargetInvalid,
-            Self::Stopping => Kind::Busy,
+            Self::Stopping | Self::BuiltUpon { .. } => Kind::Busy,
             Self::Catalog => Kind::Internal,
             Self::Partly { source, .. } => source.kind(),
         }

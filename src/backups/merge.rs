@@ -29,6 +29,9 @@ impl Backups {
         let lies_on = |parents: &[String]| parents.iter().any(|parent| unwanted.ids.contains(parent));
         for link in links {
             if !unwanted.ids.contains(&link.id) && lies_on(&link.parents) {
+                // Of one before nobody may know how it ended.
+                let backup = self.record(unwanted, &link.id).await?;
+                self.finish_merge(&backup.key).await?;
                 let backup = self.record(unwanted, &link.id).await?;
                 self.merge_one(backup, &unwanted.ids).await?;
             }
@@ -45,8 +48,6 @@ impl Backups {
                 problem: backup.problem.clone(),
             });
         }
-        // Of one before, of which nobody knows how it ended.
-        self.finish_merge(&backup.key).await?;
         // A service that ends in between leaves nothing that the next one does not look for.
         self.catalog
             .merging(backup.key.clone(), Some(String::new()))

@@ -9,8 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Backups, Error, Place};
-use crate::catalog::{Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
+use crate::catalog::{
+    Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Step,
+};
 use crate::fault::{self, Point};
+use crate::plan::{Destination, Plan};
 use crate::target::{self, BackupName, Removal, Replacement, Shelf};
 
 /// What lies beside a backup's images; the manifest, which tells what the others are, last.
@@ -39,6 +42,12 @@ pub struct Removed {
     pub ids: Vec<String>,
     /// Bytes on the disk that are free now.
     pub freed: u64,
+}
+
+/// Whether the removal of a backup was begun; and what there is of it still.
+enum Begun {
+    Yes(Option<Removal>),
+    No,
 }
 
 impl Backups {
@@ -88,11 +97,12 @@ impl Backups {
                 others: vec![other.clone()],
             });
         }
+        self.check_running(unwanted, &order).await?;
         let mut removed = Removed::default();
         while let Some((backup, removal)) = held.0.pop_front() {
             let gone = match self.stop.is_cancelled() {
                 true => Err(Error::Stopping),
-                false => self.remove_one(&backup.key, removal).await,
+                false => self.remove_one(&backup, removal).await,
             };
             match gone {
                 Ok(freed) => {
@@ -110,6 +120,31 @@ impl Backups {
             }
         }
         Ok(removed)
+    }
+
+    /// Makes sure that no job that has not ended, as far as is on record, builds upon one of these: also one that nobody works on
+    /// at this moment, when it holds nothing.
+    async fn check_running(&self, unwanted: &Unwanted, order: &[String]) -> Result<(), Error> {
+        for job in self.catalog.unsettled().await? {
+            if job.step == Step::Ended || self.domain(&job.domain).unique_name() != unwanted.domain {
+                continue;
+            }
+            let plan: Plan = serde_json::from_str(&job.plan).map_err(|error| {
+                tracing::error!(job = job.id, %error, "the plan of a job cannot be read");
+                Error::Catalog
+            })?;
+            let in_store = |destination| matches!(destination, Destination::Store { name, .. } if name == unwanted.store);
+            let mut bases = plan.disks.iter().filter_map(|disk| disk.mode.parent());
+            if in_store(plan.destination)
+                && let Some(base) = bases.find(|base| order.contains(&base.backup))
+            {
+                return Err(Error::BuiltUpon {
+                    id: base.backup,
+                    job: job.id,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// What would go.
@@ -166,7 +201,8 @@ impl Backups {
             .await
     }
 
-    async fn remove_one(&self, key: &BackupKey, removal: Option<Removal>) -> Result<u64, Error> {
+    async fn remove_one(&self, backup: &Backup, removal: Option<Removal>) -> Result<u64, Error> {
+        let key = &backup.key;
         self.catalog.removing(key.clone(), true).await?;
         fault::point(Point::RemovalRecorded);
         let freed = match removal {
@@ -177,7 +213,14 @@ impl Backups {
                     Replacement::clear(&path, name(&at))?;
                     removal.remove()
                 };
-                self.blocking(&key.store, self.deadlines.finish(), remove).await?
+                match self.blocking(&key.store, self.deadlines.finish(), remove).await {
+                    Ok(freed) => freed,
+                    Err(error) => {
+                        // As long as it can be looked at; else the next start finds out.
+                        let _ = self.unless_begun(backup).await;
+                        return Err(error);
+                    }
+                }
             }
             None => 0,
         };
@@ -211,14 +254,21 @@ impl Backups {
 
     async fn finish(&self, backup: Backup) -> Result<(), Error> {
         let _turn = self.place(&backup.key.store)?.removal.lock().await;
-        match self.in_store(&backup, Removal::hold).await? {
-            // Nothing of it was touched, and nobody was told that it went.
-            Some(removal) if !removal.is_begun() => Ok(self.catalog.removing(backup.key, false).await?),
-            removal => {
-                self.remove_one(&backup.key, removal).await?;
-                self.tell_removed(backup);
-                Ok(())
+        if let Begun::Yes(removal) = self.unless_begun(&backup).await? {
+            self.remove_one(&backup, removal).await?;
+            self.tell_removed(backup);
+        }
+        Ok(())
+    }
+
+    /// Has a backup stay of which nothing was touched yet, and of which nobody was told that it went.
+    async fn unless_begun(&self, backup: &Backup) -> Result<Begun, Error> {
+        match self.in_store(backup, Removal::hold).await? {
+            Some(removal) if !removal.is_begun() => {
+                self.catalog.removing(backup.key.clone(), false).await?;
+                Ok(Begun::No)
             }
+            removal => Ok(Begun::Yes(removal)),
         }
     }
 

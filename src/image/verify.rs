@@ -15,7 +15,7 @@ use super::header::HeaderError;
 use super::{Error, Fault, Finding, Progress, blocking, check};
 use crate::catalog;
 use crate::definition::Format;
-use crate::target::Shelf;
+use crate::target::{Held, Shelf};
 
 const CHUNK: usize = 1 << 20;
 
@@ -56,6 +56,8 @@ struct Look {
     images: Vec<(String, Image)>,
     findings: Vec<Finding>,
     parents: BTreeSet<String>,
+    /// Nobody removes or replaces it while it is read.
+    _held: Option<Arc<Held>>,
 }
 
 impl Survey {
@@ -182,6 +184,7 @@ fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
         images: Vec::new(),
         findings: Vec::new(),
         parents: BTreeSet::new(),
+        _held: None,
     };
     let found = |disk: Option<&catalog::Disk>, fault| Finding {
         backup: location.id.clone(),
@@ -200,6 +203,7 @@ fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
             return Ok(look);
         }
     };
+    look._held = Some(backup.held());
     look.parents = backup.manifest.parents().into_iter().map(str::to_owned).collect();
     for disk in &backup.manifest.disks {
         // Those below are looked at for themselves; here it matters that there is an end.

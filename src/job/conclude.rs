@@ -84,11 +84,9 @@ impl End<'_> {
         let outcome = outcome(job, ended);
         tracing::info!(job = job.id, domain = job.domain.name, outcome = ?outcome, "backup ended");
         show_ended(job, &outcome);
-        match remember_end(job, setting, &outcome, left, backup).await {
-            true => drop(parents),
-            // Nobody would know that something lies on them. The process that takes this job up again holds them again.
-            false => std::mem::forget(parents),
-        }
+        // Where it is not on record that the job has ended, it is that it runs, and on what.
+        remember_end(job, setting, &outcome, left, backup).await;
+        drop(parents);
         fault::point(Point::Ended);
         // What hangs, or was not let go of, is settled by a later backup.
         if let Some(footprint) = footprint.filter(|_| job.has_checkpoints() && !hangs && !in_qemu) {
@@ -337,24 +335,22 @@ fn blame(job: &Job, error: &Error) {
     });
 }
 
-/// A later process of the service comes to the same outcome from the last step that is on record, where this is not: false.
+/// A later process of the service comes to the same outcome from the last step that is on record.
 pub(super) async fn remember_end(
     job: &Job,
     setting: &Setting,
     outcome: &Outcome,
     left: Left,
     backup: Option<BackupRecord>,
-) -> bool {
+) {
     let remembered = async {
         let record = job.end_record(outcome, left)?;
         let history = setting.history;
         Ok::<_, Error>(setting.catalog.end(job.id, record, backup, history).await?)
     };
-    let remembered = remembered.await;
-    if let Err(error) = &remembered {
+    if let Err(error) = remembered.await {
         tracing::error!(job = job.id, %error, "the outcome of a backup is not on record");
     }
-    remembered.is_ok()
 }
 
 fn manifest(job: &Job, instant: Instant, seals: &[Seal]) -> Result<Vec<u8>, Error> {

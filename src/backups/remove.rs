@@ -126,16 +126,21 @@ impl Backups {
     /// at this moment, when it holds nothing.
     async fn check_running(&self, unwanted: &Unwanted, order: &[String]) -> Result<(), Error> {
         for job in self.catalog.unsettled().await? {
-            if job.step == Step::Ended || self.domain(&job.domain).unique_name() != unwanted.domain {
+            if job.step == Step::Ended {
                 continue;
             }
             let plan: Plan = serde_json::from_str(&job.plan).map_err(|error| {
                 tracing::error!(job = job.id, %error, "the plan of a job cannot be read");
                 Error::Catalog
             })?;
-            let in_store = |destination| matches!(destination, Destination::Store { name, .. } if name == unwanted.store);
+            let is_there = |destination: &Destination| match destination {
+                Destination::Store { name, directory, .. } => {
+                    *name == unwanted.store && directory.as_str() == unwanted.domain
+                }
+                Destination::Caller => false,
+            };
             let mut bases = plan.disks.iter().filter_map(|disk| disk.mode.parent());
-            if in_store(plan.destination)
+            if is_there(&plan.destination)
                 && let Some(base) = bases.find(|base| order.contains(&base.backup))
             {
                 return Err(Error::BuiltUpon {

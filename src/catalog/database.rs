@@ -21,6 +21,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema-3.sql"),
     include_str!("schema-4.sql"),
     include_str!("schema-5.sql"),
+    include_str!("schema-6.sql"),
 ];
 /// How long a predecessor may take to let go.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -204,6 +205,51 @@ mod tests {
         assert_eq!(found.unwrap(), ("web".to_owned(), 0));
     }
 
+    /// A catalog of that version.
+    fn former(path: &Path, version: usize) -> Connection {
+        let former = connect(path, OpenFlags::SQLITE_OPEN_CREATE).unwrap();
+        former.pragma_update(None, "application_id", APPLICATION).unwrap();
+        for statements in &MIGRATIONS[..version] {
+            former.execute_batch(statements).unwrap();
+        }
+        former
+            .pragma_update(None, "user_version", version as i64)
+            .unwrap();
+        former
+    }
+
+    #[test]
+    fn a_plan_of_a_former_version_gets_the_directory_that_its_backup_went_to() {
+        let (_directory, path) = directory();
+        let former = former(&path, 5);
+        let insert = |id: &str, source: &str, owner: u32, plan: &str| {
+            let job = "INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, started_by, \
+                           start_time, plan, speed, step) VALUES (?1, 'web', ?2, ?3, '', 0, 0, ?4, 0, 'ended')";
+            former
+                .execute(job, rusqlite::params![id, source, owner, plan])
+                .unwrap();
+        };
+        let plan = r#"{"destination":{"Store":{"name":"s","path":"/s"}}}"#;
+        insert("a", "configured", 0, plan);
+        insert("b", "registered", 1000, plan);
+        insert("c", "registered", u32::MAX, plan);
+        insert("d", "configured", 0, r#"{"destination":"Caller"}"#);
+        let backup = "INSERT INTO backups (store, domain, id, object, domain_name, domain_source, domain_owner, domain_owner_name, \
+                          parents, manifest) VALUES ('s', '7:web', 'c', 1, 'web', 'registered', 4294967295, '', '', '{}')";
+        former.execute(backup, []).unwrap();
+        drop(former);
+        let catalog = open(&path).unwrap();
+        let mut select = catalog
+            .prepare("SELECT plan ->> '$.destination.Store.directory' FROM jobs ORDER BY backup_id")
+            .unwrap();
+        let found = select
+            .query_map([], |row| row.get::<_, Option<String>>(0))
+            .unwrap();
+        let found: Vec<Option<String>> = found.map(Result::unwrap).collect();
+        let expected = [Some("web"), Some("1000:web"), Some("7:web"), None];
+        assert_eq!(found, expected.map(|name| name.map(str::to_owned)));
+    }
+
     #[test]
     fn two_do_not_have_it_at_a_time() {
         let (_directory, path) = directory();
@@ -242,11 +288,15 @@ mod tests {
     fn a_newer_one_and_a_foreign_one_are_refused_with_what_to_do() {
         let (_directory, path) = directory();
         let connection = open(&path).unwrap();
-        connection.pragma_update(None, "user_version", 7).unwrap();
+        let newer = MIGRATIONS.len() as i64 + 1;
+        connection.pragma_update(None, "user_version", newer).unwrap();
         drop(connection);
         let text = open(&path).unwrap_err().to_string();
         let known = format!("up to version {}", MIGRATIONS.len());
-        assert!(text.contains("version 7") && text.contains(&known), "{text}");
+        assert!(
+            text.contains(&format!("version {newer}")) && text.contains(&known),
+            "{text}"
+        );
         let connection = Connection::open(&path).unwrap();
         connection.pragma_update(None, "application_id", 1).unwrap();
         drop(connection);

@@ -15,7 +15,7 @@ use super::footprint::Footprint;
 use super::manager::Setting;
 use super::run::blocking;
 use super::{Error, Job};
-use crate::catalog::{self, Manifest, Standing, Stored};
+use crate::catalog::{self, DomainDir, Manifest, Standing, Stored};
 use crate::config::Store;
 use crate::definition::is_backup_id;
 use crate::domain::{Disk, Domain, Link};
@@ -46,8 +46,9 @@ pub(super) async fn earlier(
     setting: &Setting,
     store: &str,
     path: PathBuf,
-    domain: String,
+    directory: &DomainDir,
 ) -> Result<Vec<Earlier>, Error> {
+    let domain = directory.to_string();
     let records = setting
         .catalog
         .newest_backups(store.to_owned(), domain.clone(), LOOKED_AT)

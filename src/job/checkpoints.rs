@@ -12,16 +12,17 @@ use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
 
-use super::chain::{checkpoint_name, checkpoints, settle};
+use super::chain::{checkpoint_name, checkpoints, earlier, settle};
 use super::manager::Setting;
 use super::record::domain_record;
 use super::{Error, Jobs, Reservation};
-use crate::catalog::{Begun, CheckpointRecord, Recorded};
+use crate::catalog::{Begun, CheckpointRecord, DomainDir, Recorded};
+use crate::config::Store;
 use crate::definition::{CheckpointDefinition, CheckpointDisk, Position};
 use crate::domain::{Disk, Domain, Link};
 use crate::error;
 use crate::fault::{self, Point};
-use crate::plan::{self, Existing, Past};
+use crate::plan::{self, ChosenStore, Existing, Past};
 
 /// Checkpoints without a backup that a domain can have.
 const MOST_ALONE: u32 = 64;
@@ -104,19 +105,24 @@ pub fn definition(
 }
 
 impl Jobs {
-    /// What the domain has of former backups that a new one into the store could go on from.
-    pub async fn past(
+    /// A store with the domain's directory there, and what the domain has of former backups that a new one into the store
+    /// could go on from.
+    pub async fn choose_store<'a>(
         &self,
         domain: &Domain,
         disks: &[Disk],
-        store: Option<(&str, &crate::config::Store)>,
-    ) -> Result<Past, Error> {
-        let Some((name, store)) = store else {
-            return Ok(Past::default());
-        };
-        Ok(Past {
-            earlier: self.earlier(domain, name, store).await?,
+        (name, store): (&'a str, &'a Store),
+    ) -> Result<ChosenStore<'a>, Error> {
+        let directory = DomainDir::new(domain.unique_name());
+        let past = Past {
+            earlier: earlier(&self.setting, name, store.path.clone(), &directory).await?,
             checkpoints: existing(&self.checkpoints(domain, disks).await?),
+        };
+        Ok(ChosenStore {
+            name,
+            store,
+            directory,
+            past,
         })
     }
 

@@ -279,10 +279,10 @@ fn try_publish(job: &Job, targets: &mut Targets, instant: Instant) -> Result<Opt
         return Err(Stopped::Cancelled);
     }
     Ok(match &job.plan.destination {
-        Destination::Store { name, .. } => Some(BackupRecord {
+        Destination::Store { name, directory, .. } => Some(BackupRecord {
             id: job.backup_id.clone(),
             store: name.clone(),
-            domain: job.domain.unique_name(),
+            domain: directory.to_string(),
             manifest: String::from_utf8_lossy(&manifest).into_owned(),
         }),
         Destination::Caller => None,

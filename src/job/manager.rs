@@ -16,13 +16,13 @@ use super::error::Stopped;
 use super::record::{self, Left, to_text};
 use super::rescan::{self, Rescan};
 use super::run::blocking;
-use super::{Error, Job, chain, recover, run};
+use super::{Error, Job, recover, run};
 use crate::activity::{Activity, Use};
 use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, Step};
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Identity, Link, Registry};
 use crate::fault::{self, Point};
-use crate::plan::{Earlier, Plan, Task};
+use crate::plan::{Plan, Task};
 use crate::quota::{Quota, Share};
 use crate::target::Targets;
 
@@ -400,11 +400,6 @@ impl Jobs {
     pub async fn rescan(&self) -> Result<Rescan, Error> {
         let _turn = self.rescanning.try_lock().map_err(|_| Error::Rescanning)?;
         rescan::rescan(&self.setting).await
-    }
-
-    /// The backups of a domain in a store, from the newest on, and what of them a new one can be built upon.
-    pub async fn earlier(&self, domain: &Domain, name: &str, store: &Store) -> Result<Vec<Earlier>, Error> {
-        chain::earlier(&self.setting, name, store.path.clone(), domain.unique_name()).await
     }
 
     /// Waits until what cannot be left has ended. What QEMU copies goes on there, and a later process of the service goes on

@@ -14,7 +14,7 @@ use super::{Decision, DiskState, DiskStatus, Error, Job, Outcome, State, Status}
 use crate::catalog::{self, Catalog, DomainRecord, Ended, JobRecord, Step};
 use crate::domain::{Domain, Identity, Origin};
 use crate::plan::Plan;
-use crate::target::{self, BackupName, FileId};
+use crate::target::{self, FileId};
 
 /// What became of a backup in QEMU: `completed` says that all is copied.
 #[derive(Debug, Serialize, Deserialize)]
@@ -80,14 +80,6 @@ pub fn verdict(record: &JobRecord) -> Result<Verdict, Error> {
     read(record.id, record.verdict.as_deref())
 }
 
-/// What the places of a job's backup are called.
-pub fn backup_name<'a>(domain: &'a str, backup_id: &'a str) -> BackupName<'a> {
-    BackupName {
-        domain,
-        id: backup_id,
-    }
-}
-
 fn read<T: DeserializeOwned>(id: u32, text: Option<&str>) -> Result<T, Error> {
     let text = text.ok_or_else(|| unreadable(id, "a part is missing"))?;
     serde_json::from_str(text).map_err(|error| unreadable(id, &error.to_string()))
@@ -115,7 +107,7 @@ impl Job {
         let cancelled = record.cancel_requested;
         let status = Status {
             frozen: record.frozen,
-            ..first_status(&plan, &domain, &record.backup_id)
+            ..first_status(&plan, &record.backup_id)
         };
         let cancel = CancellationToken::new();
         if cancelled {
@@ -176,15 +168,13 @@ impl Job {
     }
 }
 
-fn first_status(plan: &Plan, domain: &Domain, backup_id: &str) -> Status {
-    let domain = domain.unique_name();
-    let name = backup_name(&domain, backup_id);
+fn first_status(plan: &Plan, backup_id: &str) -> Status {
     let disks = plan.disks.iter().map(|disk| DiskStatus {
         name: disk.name.clone(),
         state: DiskState::Preparing,
         total: disk.virtual_size,
         done: 0,
-        target: target::label(plan, disk, name),
+        target: target::label(plan, disk, backup_id),
     });
     Status {
         state: State::Preparing,

@@ -12,7 +12,7 @@ use super::error::Stopped;
 use super::footprint::Footprint;
 use super::manager::{Ending, Setting};
 use super::quiesce;
-use super::record::{self, Left, backup_name};
+use super::record::{self, Left};
 use super::run::{blocking, check_scans, check_start, follow, footprint};
 use super::running::Running;
 use super::{Error, Job, Reservation};
@@ -137,9 +137,7 @@ async fn empty_lost_files(job: &Job, footprint: &Footprint, setting: &Setting) {
 async fn find_targets(job: &Arc<Job>, files: Option<Vec<FileId>>, setting: &Setting) -> Found {
     let job = job.clone();
     blocking(setting, move || {
-        let domain = job.domain.unique_name();
-        let name = backup_name(&domain, &job.backup_id);
-        Targets::find(&job.plan, name, files.as_deref())
+        Targets::find(&job.plan, &job.backup_id, files.as_deref())
     })
     .await
 }

@@ -10,8 +10,8 @@ use super::run::blocking;
 use super::{DiskState, DiskStatus, Error};
 use crate::backups::finish_removal;
 use crate::catalog::{
-    BackupRecord, DEFINITION_NAME, Instant, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
-    StoredBackup, Taken,
+    BackupRecord, DEFINITION_NAME, DomainDir, Instant, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest,
+    NewJob, StoredBackup, Taken,
 };
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
@@ -315,7 +315,11 @@ fn stored_backup(
             ..known.identity()
         }),
     };
-    let plan = plan(store, store_path, &manifest, document(shelf).as_ref());
+    let plan = plan(
+        (store, store_path, directory),
+        &manifest,
+        document(shelf).as_ref(),
+    );
     let disks: Vec<DiskStatus> = manifest
         .disks
         .iter()
@@ -361,7 +365,11 @@ fn document(shelf: &Shelf) -> Option<Definition> {
 }
 
 /// What was done, as far as manifest and document tell.
-fn plan(store: &str, path: &Path, manifest: &Manifest, document: Option<&Definition>) -> Plan {
+fn plan(
+    (store, path, directory): (&str, &Path, &str),
+    manifest: &Manifest,
+    document: Option<&Definition>,
+) -> Plan {
     let listed = || {
         document
             .into_iter()
@@ -374,6 +382,7 @@ fn plan(store: &str, path: &Path, manifest: &Manifest, document: Option<&Definit
         destination: Destination::Store {
             name: store.to_owned(),
             path: path.to_owned(),
+            directory: DomainDir::new(directory),
         },
         reuse_external: false,
         task: Task::Backup,

@@ -21,7 +21,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{Checkpoint, Kind};
+use crate::catalog::{Checkpoint, DomainDir, Kind};
 use crate::config::{DEFAULT_STORE, Store};
 use crate::definition::{
     BackupMode, CheckpointRef, Compression, Definition, DiskDefinition, Format, Position, Quiesce, StoreRef,
@@ -101,7 +101,12 @@ pub struct Stored {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Destination {
     /// The service does, inside a store.
-    Store { name: String, path: PathBuf },
+    Store {
+        name: String,
+        path: PathBuf,
+        /// The domain's directory in the store.
+        directory: DomainDir,
+    },
     /// The caller named one for each disk.
     Caller,
 }
@@ -141,6 +146,16 @@ pub enum Place {
     Descriptor(u32),
 }
 
+/// The store that a backup goes to, and what there is in it of the domain.
+#[derive(Debug, Clone)]
+pub struct ChosenStore<'a> {
+    pub name: &'a str,
+    pub store: &'a Store,
+    /// The domain's directory in the store.
+    pub directory: DomainDir,
+    pub past: Past,
+}
+
 /// What the domain has of former backups.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Past {
@@ -151,18 +166,19 @@ pub struct Past {
 
 /// Makes the plan.
 ///
-/// `disks` are the domain's now; `stores` are the configured ones; `files` counts the descriptors that came with
+/// `disks` are the domain's now; `store` is the one that [`store`] returns; `files` counts the descriptors that came with
 /// the call.
 pub fn resolve(
     definition: &Definition,
     options: &Options,
     disks: &[Disk],
-    stores: &BTreeMap<String, Store>,
+    store: Option<ChosenStore<'_>>,
     files: usize,
-    past: &Past,
 ) -> Result<Plan, Error> {
     let chosen = choose(definition, disks)?;
-    let store = store(definition, stores)?;
+    let outside = Past::default();
+    let past = store.as_ref().map_or(&outside, |chosen| &chosen.past);
+    let settings = store.as_ref().map(|chosen| chosen.store);
     if store.is_some() && options.reuse_external {
         return Err(Error::ReuseInStore);
     }
@@ -174,12 +190,12 @@ pub fn resolve(
         .collect();
     let planned = chosen.into_iter().map(|(disk, asked)| {
         let wanted = wanted(definition, options, asked)?;
-        disk_plan(disk, asked, store.map(|(_, store)| store), past, &wanted)
+        disk_plan(disk, asked, settings, past, &wanted)
     });
     let mut planned = planned.collect::<Result<Vec<_>, _>>()?;
     let checkpoint = checkpoint::of_backup(
         options.checkpoint.as_ref(),
-        store.map(|(_, store)| store),
+        settings,
         disks,
         &past.checkpoints,
         &mut planned,
@@ -190,9 +206,10 @@ pub fn resolve(
         name: definition.name.clone(),
         description: definition.description.clone(),
         destination: match store {
-            Some((name, store)) => Destination::Store {
-                name: name.to_owned(),
-                path: store.path.clone(),
+            Some(chosen) => Destination::Store {
+                name: chosen.name.to_owned(),
+                path: chosen.store.path.clone(),
+                directory: chosen.directory,
             },
             None => Destination::Caller,
         },

@@ -23,7 +23,14 @@ fn plan_with(document: &str, options: &Options, files: usize) -> Result<Plan, Er
         "" => Definition::default(),
         text => definition::parse(text).unwrap(),
     };
-    resolve(&definition, options, &disks(), &stores(), files, &Past::default())
+    let stores = stores();
+    let store = store(&definition, &stores)?.map(|(name, store)| ChosenStore {
+        name,
+        store,
+        directory: DomainDir::new("web"),
+        past: Past::default(),
+    });
+    resolve(&definition, options, &disks(), store, files)
 }
 
 fn plan(document: &str) -> Result<Plan, Error> {
@@ -49,7 +56,8 @@ fn nothing_said_means_every_writable_disk_with_a_medium_into_the_default_store()
         plan.destination,
         Destination::Store {
             name: "default".into(),
-            path: "/d".into()
+            path: "/d".into(),
+            directory: DomainDir::new("web"),
         }
     );
     assert_eq!(
@@ -119,9 +127,8 @@ fn a_domain_without_writable_disks_is_refused_by_default() {
         &Definition::default(),
         &Options::default(),
         &disks()[2..],
-        &stores(),
+        None,
         0,
-        &Past::default(),
     );
     assert_eq!(error.unwrap_err(), Error::NothingToBackUp);
 }

@@ -254,12 +254,12 @@ impl Service {
 
     /// Has done what is due when `job` has ended.
     pub fn follow(&self, job: Arc<Job>) {
-        let Destination::Store { name, .. } = &job.plan.destination else {
+        let Destination::Store { name, directory, .. } = &job.plan.destination else {
             return;
         };
         let key = BackupKey {
             store: name.clone(),
-            domain: job.domain.unique_name(),
+            domain: directory.to_string(),
             id: job.backup_id.clone(),
         };
         let ended = async move { (job.wait().await == Outcome::Completed).then_some(key) };

@@ -13,7 +13,7 @@ use crate::domain::{Domain, Link, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Job, Start};
 use crate::plan::{self, CheckpointOption, Options, PlaceKind, Plan, Requested};
-use crate::target::{self, BackupName, Holder, Sources, Targets};
+use crate::target::{self, Holder, Sources, Targets};
 
 /// How long a backup of one domain waits for news of the others.
 const LOOK: Duration = Duration::from_millis(500);
@@ -148,15 +148,16 @@ impl Service {
         } = authorised;
         let start_time = Timestamp::now();
         let reservation = self.jobs.reserve(&domain, uid, request.files.share)?;
-        let store = plan::store(&request.definition, &self.stores)?;
-        let past = self.jobs.past(&domain, &snapshot.disks, store).await?;
+        let store = match plan::store(&request.definition, &self.stores)? {
+            Some(store) => Some(self.jobs.choose_store(&domain, &snapshot.disks, store).await?),
+            None => None,
+        };
         let plan = plan::resolve(
             &request.definition,
             &request.options,
             &snapshot.disks,
-            &self.stores,
+            store,
             request.files.files.len(),
-            &past,
         )?;
         let record = self.jobs.begin(&domain, &plan, uid, start_time).await?;
         let prepared = self.prepare(plan, &domain, &record.backup_id, request.files.files);
@@ -203,16 +204,12 @@ impl Service {
                 owner: other.is_foreign(domain.owner).then_some(other.owner),
             })
             .collect();
-        let (domain, id) = (domain.unique_name(), backup_id.to_owned());
+        let id = backup_id.to_owned();
         // It may take longer than anybody waits for it.
         let needed = self.jobs.need_service();
         let prepared = tokio::task::spawn_blocking(move || {
             let _needed = needed;
-            let name = BackupName {
-                domain: &domain,
-                id: &id,
-            };
-            let targets = Targets::prepare(&plan, name, &files, &Sources::of(&holders))?;
+            let targets = Targets::prepare(&plan, &id, &files, &Sources::of(&holders))?;
             Ok((plan, targets))
         });
         prepared

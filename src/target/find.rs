@@ -21,9 +21,9 @@ pub struct Found {
 }
 
 impl Targets {
-    /// Looks for the places of `plan`. `files` is what [`Targets::files`] said when they were made; without it nothing was
+    /// Looks for the places of `plan` for the backup `backup`. `files` is what [`Targets::files`] said when they were made; without it nothing was
     /// written yet, and they are found by names that no other backup has. Blocks.
-    pub fn find(plan: &Plan, name: BackupName, files: Option<&[FileId]>) -> Found {
+    pub fn find(plan: &Plan, backup: &str, files: Option<&[FileId]>) -> Found {
         let mut found = Found {
             targets: Targets {
                 targets: Vec::new(),
@@ -34,7 +34,11 @@ impl Targets {
             lost: None,
             unknown: false,
         };
-        if let Destination::Store { path, .. } = &plan.destination {
+        if let Destination::Store { path, directory, .. } = &plan.destination {
+            let name = BackupName {
+                domain: directory.as_str(),
+                id: backup,
+            };
             let images = plan.disks.iter().filter_map(|disk| match &disk.place {
                 Place::InStore { file_name } => Some(file_name.as_str()),
                 _ => None,
@@ -44,14 +48,14 @@ impl Targets {
                 Err(error) => found.fail(error),
             }
         }
-        match Parents::hold(plan, name) {
+        match Parents::hold(plan) {
             Ok(parents) => found.targets.parents = parents,
             // It cannot go on, but what there is of it is known.
             Err(error) => found.lost = found.lost.take().or(Some(error)),
         }
         for (index, disk) in plan.disks.iter().enumerate() {
             let id = files.and_then(|files| files.get(index).copied());
-            let target = found.targets.find_one(plan, disk, index, name, id);
+            let target = found.targets.find_one(plan, disk, index, backup, id);
             match target.map_err(|error| error.of(&disk.name)) {
                 Ok(Some(mut target)) => {
                     if id.is_some() {
@@ -76,7 +80,7 @@ impl Targets {
         plan: &Plan,
         disk: &DiskPlan,
         index: usize,
-        name: BackupName,
+        backup: &str,
         id: Option<FileId>,
     ) -> Result<Option<Target>, Error> {
         let found = match (&disk.place, id) {
@@ -92,7 +96,7 @@ impl Targets {
             }
             // Nothing was written into what was there before.
             (Place::File(_), None) if plan.reuse_external => None,
-            (Place::File(path), id) => file::find(&disk.name, path, name.id, index, id)?,
+            (Place::File(path), id) => file::find(&disk.name, path, backup, index, id)?,
             (Place::Block(path), Some(id)) => block::find(&disk.name, path, id)?,
             (Place::Block(_), None) => None,
             // It was the caller's, and went with the process that it was passed to.

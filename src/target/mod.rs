@@ -47,9 +47,10 @@ use crate::plan::{Destination, DiskPlan, Place, Plan};
 /// What a failed backup leaves of a block device's beginning: nothing that has a header.
 const WIPED_HEAD: usize = 1 << 20;
 
-/// Which backup the places are for; both become names of directories.
+/// Which backup of a store; both become names of directories.
 #[derive(Debug, Clone, Copy)]
 pub struct BackupName<'a> {
+    /// The domain's directory in the store.
     pub domain: &'a str,
     /// Unique in the store, and fit for a file's name.
     pub id: &'a str,
@@ -91,10 +92,10 @@ pub struct Target {
 }
 
 /// Where a disk's data of a backup will be, for people.
-pub fn label(plan: &Plan, disk: &DiskPlan, name: BackupName) -> String {
+pub fn label(plan: &Plan, disk: &DiskPlan, id: &str) -> String {
     match (&disk.place, &plan.destination) {
-        (Place::InStore { file_name }, Destination::Store { path, .. }) => {
-            let file = path.join(name.domain).join(name.id).join(file_name);
+        (Place::InStore { file_name }, Destination::Store { path, directory, .. }) => {
+            let file = path.join(directory.as_str()).join(id).join(file_name);
             file.display().to_string()
         }
         (Place::InStore { file_name }, Destination::Caller) => file_name.clone(),
@@ -124,24 +125,23 @@ pub struct Targets {
 impl Targets {
     /// Opens or creates every place of `plan` and checks it. No byte that was there before is changed.
     ///
-    /// `files` are the descriptors of the call; `sources` is what the domains have open.
-    pub fn prepare(
-        plan: &Plan,
-        name: BackupName,
-        files: &[OwnedFd],
-        sources: &Sources,
-    ) -> Result<Self, Error> {
+    /// `id` is the backup's; `files` are the descriptors of the call; `sources` is what the domains have open.
+    pub fn prepare(plan: &Plan, id: &str, files: &[OwnedFd], sources: &Sources) -> Result<Self, Error> {
         let mut targets = Self {
             targets: Vec::new(),
             store: None,
-            parents: Parents::hold(plan, name)?,
+            parents: Parents::hold(plan)?,
             settled: false,
         };
-        if let Destination::Store { path, .. } = &plan.destination {
+        if let Destination::Store { path, directory, .. } = &plan.destination {
+            let name = BackupName {
+                domain: directory.as_str(),
+                id,
+            };
             targets.store = Some(store::Partial::create(path, name)?);
         }
         for (index, disk) in plan.disks.iter().enumerate() {
-            let target = targets.open(plan, disk, index, name, files);
+            let target = targets.open(plan, disk, index, id, files);
             targets
                 .targets
                 .push(target.map_err(|error| error.of(&disk.name))?);
@@ -225,14 +225,14 @@ impl Targets {
         plan: &Plan,
         disk: &DiskPlan,
         index: usize,
-        name: BackupName,
+        id: &str,
         files: &[OwnedFd],
     ) -> Result<Target, Error> {
         match (&disk.place, &self.store) {
             (Place::InStore { file_name }, Some(store)) => store.create_file(&disk.name, file_name),
             (Place::InStore { .. }, None) => Err(Error::NoStore),
             (Place::File(path), _) if plan.reuse_external => file::open_existing(&disk.name, path),
-            (Place::File(path), _) => file::create(&disk.name, path, name.id, index),
+            (Place::File(path), _) => file::create(&disk.name, path, id, index),
             (Place::Block(path), _) => block::open(&disk.name, path),
             (Place::Descriptor(index), _) => descriptor::take(&disk.name, *index, files),
         }

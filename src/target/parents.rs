@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::Error;
 use super::inventory::{Held, Sharing, Shelf};
-use super::{BackupName, Error};
 use crate::plan::{Base, Destination, Mode, Plan};
 
 /// Those of one backup. Who removes one looks for what lies on it in the catalog: so they are kept until the new one is there.
@@ -25,8 +25,8 @@ struct Parent {
 impl Parents {
     /// Takes hold of all of them. Who would keep the backups that these lie on themselves from being removed has to keep
     /// these, too: nobody removes what another backup lies on.
-    pub fn hold(plan: &Plan, name: BackupName) -> Result<Self, Error> {
-        let Destination::Store { path, .. } = &plan.destination else {
+    pub fn hold(plan: &Plan) -> Result<Self, Error> {
+        let Destination::Store { path, directory, .. } = &plan.destination else {
             return Ok(Self::default());
         };
         let based = plan.disks.iter().filter_map(|disk| match &disk.mode {
@@ -34,12 +34,12 @@ impl Parents {
             Mode::Full { .. } => None,
         });
         let held = based.map(|(disk, base)| {
-            let shelf = find(path, name.domain, &disk, &base)?;
+            let shelf = find(path, directory.as_str(), &disk, &base)?;
             Ok(Parent {
                 length: shelf.file_size(&base.file)?,
                 _held: shelf.hold(Sharing::Shared)?,
                 store: path.clone(),
-                domain: name.domain.to_owned(),
+                domain: directory.as_str().to_owned(),
                 disk,
                 base,
             })

@@ -206,16 +206,14 @@ impl Limits {
     }
 }
 
-/// How long something that gives no sign of life is waited for, in seconds; at least 1.
+/// How long something that makes no progress is waited for, in seconds; at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Deadlines {
-    /// While targets are made ready, and while QEMU copies: a target that hangs, or a QEMU that does.
+    /// Without progress, wherever QEMU or storage is waited for. There is no limit on how long anything takes in all.
     pub stall_seconds: NonZeroU32,
     /// From the guest's freeze to its thaw. What has not begun by then is not quiesced.
     pub freeze_seconds: NonZeroU32,
-    /// At the end, for everything that was copied to become durable.
-    pub finish_seconds: NonZeroU32,
     /// For a monitor that was lost during a backup to be there again, and a domain after a restart of the service.
     pub reconnect_seconds: NonZeroU32,
 }
@@ -231,7 +229,6 @@ impl Default for Deadlines {
         Self {
             stall_seconds: seconds(300),
             freeze_seconds: seconds(5),
-            finish_seconds: seconds(3600),
             reconnect_seconds: seconds(30),
         }
     }
@@ -244,10 +241,6 @@ impl Deadlines {
 
     pub fn freeze(&self) -> Duration {
         duration(self.freeze_seconds)
-    }
-
-    pub fn finish(&self) -> Duration {
-        duration(self.finish_seconds)
     }
 
     pub fn reconnect(&self) -> Duration {
@@ -430,7 +423,7 @@ mod tests {
     fn a_deadline_is_never_none() {
         let deadlines = parse("[deadlines]\nstall-seconds = 5").unwrap().deadlines;
         assert_eq!(deadlines.stall(), Duration::from_secs(5));
-        assert_eq!(deadlines.finish(), Deadlines::default().finish());
+        assert_eq!(deadlines.freeze(), Deadlines::default().freeze());
         let text = parse("[deadlines]\nstall-seconds = 0").unwrap_err().to_string();
         assert!(text.contains("line 2"), "{text}");
     }

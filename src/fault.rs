@@ -1,69 +1,20 @@
-//! Sudden ends of the service, for tests: named points at which a test can have it die as if by SIGKILL.
+//! Sudden ends of the service, for tests: points at which a test can have it die as if by SIGKILL.
 //!
-//! `BACKUPD_TEST_DIE_AT=NAME` chooses the point. Only in builds with debug assertions; in others there is nothing of it.
+//! Every action of a backup, every QMP command that changes something, and every step of a removal and of a merge is such a
+//! point by itself. `BACKUPD_TEST_DIE_AT=NAME` chooses one; `BACKUPD_TEST_POINTS=FILE` has the names of those that are passed
+//! written to a file, a line each. Only in builds with debug assertions; in others there is nothing of it.
 
+use std::fmt;
+use std::io::Write;
 use std::sync::OnceLock;
 
-/// A place between two steps of a backup, or of its removal, where what comes next is not known to come; in the order in which a backup gets
-/// there.
+/// A step of a removal, of a merge, or of a publication.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Point {
-    /// The job is on record, and nothing else of it exists.
-    Recorded,
-    /// Its places are made.
-    Prepared,
-    /// It is on record which files the targets are.
-    Writing,
-    /// What was in them before is gone.
-    Begun,
-    /// QEMU has a target's descriptor, and no node for it.
-    DescriptorPassed,
-    /// QEMU has a file node, and no image in it.
-    FileNode,
-    /// The image is made; QEMU still has the job that made it.
-    Formatted,
-    /// QEMU has all nodes of a target.
-    TargetNode,
-    /// A disk records what is written to it, for a later backup.
-    CheckpointMade,
-    /// It is on record that QEMU may be copying, and it is not.
-    Starting,
-    /// The guest's power-off is held back.
-    PowerOffHeld,
-    /// The guest's file systems are frozen, where they are to be, and QEMU does not copy.
-    Frozen,
-    /// QEMU copies, and it is not on record.
-    Started,
-    /// QEMU copies.
-    Running,
-    /// Somebody will be told that the job is cancelled; QEMU was not told.
-    CancelRequested,
-    /// QEMU was told to cancel.
-    CancelSent,
-    /// QEMU has ended, and it is not on record how.
-    Concluded,
-    /// It is on record how QEMU ended.
-    Judged,
-    /// QEMU has forgotten its jobs.
-    Dismissed,
-    /// QEMU has closed the images, and it is not on record.
-    ImagesClosed,
-    /// It is on record that the images are whole.
-    Closed,
-    /// QEMU has nothing of the backup any more.
-    Released,
-    /// The images are durable.
-    Synced,
-    /// The records lie beside the images, and nothing has its name.
+    /// The records are beside the images, and nothing has its final name.
     BeforeRename,
-    /// Something has its name.
+    /// Something has its final name.
     Renamed,
-    /// All that was made of a failed backup is gone, and it is not on record.
-    Discarded,
-    /// All has its name, and the outcome is not on record.
-    Published,
-    /// The outcome is on record, and nobody was told.
-    Ended,
     /// New images of a backup are there, beside the former ones.
     MergeMade,
     /// It is on record what its manifest will be.
@@ -83,38 +34,6 @@ pub enum Point {
 }
 
 impl Point {
-    /// Those of a backup that is made.
-    pub const ALL: [Self; 28] = [
-        Self::Recorded,
-        Self::Prepared,
-        Self::Writing,
-        Self::Begun,
-        Self::DescriptorPassed,
-        Self::FileNode,
-        Self::Formatted,
-        Self::TargetNode,
-        Self::CheckpointMade,
-        Self::Starting,
-        Self::PowerOffHeld,
-        Self::Frozen,
-        Self::Started,
-        Self::Running,
-        Self::CancelRequested,
-        Self::CancelSent,
-        Self::Concluded,
-        Self::Judged,
-        Self::Dismissed,
-        Self::ImagesClosed,
-        Self::Closed,
-        Self::Released,
-        Self::Synced,
-        Self::BeforeRename,
-        Self::Renamed,
-        Self::Discarded,
-        Self::Published,
-        Self::Ended,
-    ];
-
     /// Those of a backup that is removed.
     pub const REMOVAL: [Self; 4] = [
         Self::RemovalRecorded,
@@ -123,7 +42,7 @@ impl Point {
         Self::RemovalEmptied,
     ];
 
-    /// Those of a backup that is made to lie on nothing.
+    /// Those of a backup that is made independent of its base.
     pub const MERGE: [Self; 4] = [
         Self::MergeMade,
         Self::MergeRecorded,
@@ -137,17 +56,44 @@ impl Point {
     }
 }
 
-/// What tests set to have the service die.
+impl fmt::Display for Point {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// Names the point at which the service dies.
 pub const VARIABLE: &str = "BACKUPD_TEST_DIE_AT";
+/// Names the file that the points passed are written to.
+pub const POINTS_VARIABLE: &str = "BACKUPD_TEST_POINTS";
 
 /// Dies here, if a test wants it.
 pub fn point(here: Point) {
+    passed(&here.name());
+}
+
+/// Dies after this QMP command was answered, if a test wants it. A query changes nothing.
+pub fn answered(command: &str) {
+    let harmless = ["query-", "qom-", "qmp_"];
+    if cfg!(debug_assertions) && !harmless.iter().any(|part| command.contains(part)) {
+        passed(&format!("qmp {command}"));
+    }
+}
+
+/// Dies at the point of that name, if a test wants it.
+pub fn passed(name: &str) {
     static CHOSEN: OnceLock<Option<String>> = OnceLock::new();
+    static POINTS: OnceLock<Option<String>> = OnceLock::new();
     if !cfg!(debug_assertions) {
         return;
     }
+    if let Some(points) = POINTS.get_or_init(|| std::env::var(POINTS_VARIABLE).ok()) {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(points);
+        // A test that misses a name fails.
+        let _ = file.and_then(|mut file| file.write_all(format!("{name}\n").as_bytes()));
+    }
     let chosen = CHOSEN.get_or_init(|| std::env::var(VARIABLE).ok());
-    if chosen.as_deref() == Some(here.name().as_str()) {
+    if chosen.as_deref() == Some(name) {
         // At once, with no chance to clean anything up. It cannot fail on oneself.
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }

@@ -18,6 +18,7 @@ pub mod fault;
 pub mod image;
 pub mod job;
 pub mod names;
+pub mod offload;
 pub mod plan;
 pub mod qmp;
 pub mod quota;

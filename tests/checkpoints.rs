@@ -3,7 +3,6 @@
 
 mod common;
 
-use backupd::fault::Point;
 use common::System;
 use common::caller::{Caller, assert_completed, cancel};
 use common::clients::{ROOT, USER};
@@ -351,7 +350,7 @@ async fn a_service_that_dies_while_it_makes_one_leaves_nothing_that_stays() {
     let mut system = System::start();
     let vm = machine(&system);
     system.stop_daemon();
-    system.start_dying_daemon(Point::CheckpointMade);
+    system.start_dying_daemon("qmp transaction");
     system.wait_for_domain("web");
     let caller = Caller::new(&system).await;
     let lost = domain(&caller)

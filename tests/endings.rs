@@ -7,7 +7,7 @@ use std::fs;
 use common::System;
 use common::caller::{Caller, Signal, brief};
 use common::disk::Disk;
-use common::proxies::{JobProxy, Options, error_name};
+use common::proxies::{JobProxy, Options, error_name, slowly};
 use common::storage::{Tmpfs, files_below};
 use common::vm::{Residue, Vm};
 use common::wait;
@@ -192,7 +192,9 @@ async fn a_target_that_runs_full_fails_the_backup_and_both_disks_say_so() {
         common::process::run(command).expect_success();
     };
     mount(256 * MIB);
-    let job = scene.caller.start("web", &document).await;
+    // Slow enough that the space is gone before it is needed.
+    let slow = slowly(8 * MIB);
+    let job = scene.caller.start_with("web", &document, &[], slow).await;
     scene.reaches(&job, 0, "waiting").await;
     mount(24 * MIB);
     let (result, name, message) = wait::within("the end", job.wait()).await.unwrap();

@@ -472,7 +472,7 @@ async fn a_qemu_that_stands_still_for_too_long_fails_its_backup_and_is_cleaned_u
     scene.vm.freeze();
     // Copying at the limit that it began with, it might have nothing to tell for longer.
     job.set_speed(0).await.unwrap();
-    assert_failed(&job, "TargetInvalid", "no sign of life for 2 seconds").await;
+    assert_failed(&job, "TargetInvalid", "no progress for 2 seconds").await;
     scene.vm.thaw();
     until_async("QEMU to be rid of the backup", || async {
         (scene.vm.residue() == scene.before).then_some(())

@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use backupd::fault::Point;
 use common::System;
 use common::bus::project_file;
 use common::caller::Caller;
@@ -219,7 +218,7 @@ async fn the_file_system_of_a_linux_is_clean_in_a_quiesced_backup_and_the_guest_
 
     // And if the service is killed with the guest frozen, and nobody starts it again.
     scene.system.stop_daemon();
-    scene.system.start_dying_daemon(Point::Frozen);
+    scene.system.start_dying_daemon("frozen");
     scene.system.wait_for_domain("linux");
     let options = Options::from([("quiesce", "require".into())]);
     let caller = Caller::new(&scene.system).await;

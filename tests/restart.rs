@@ -8,7 +8,6 @@ mod common;
 use std::fmt::Write;
 use std::path::Path;
 
-use backupd::fault::Point;
 use common::System;
 use common::caller::{Caller, assert_completed, brief};
 use common::clients::USER;
@@ -32,7 +31,7 @@ struct Scene {
 
 /// What was found after the service had started again.
 struct Row {
-    point: Point,
+    point: String,
     outcome: String,
     files: usize,
     signal: &'static str,
@@ -57,7 +56,8 @@ impl Scene {
 
     /// Starts a backup in a service that dies at `point`, cancels it if so wanted, and starts the service again. Gives a
     /// caller that has listened since before the start.
-    async fn die_and_start_again(&mut self, point: Point, document: &str, cancelled: bool) -> Caller {
+    async fn die_and_start_again(&mut self, point: &str, document: &str, cancelled: bool) -> Caller {
+        println!("dies at '{point}'");
         self.system.stop_daemon();
         self.system.start_dying_daemon(point);
         self.system.wait_for_domain("web");
@@ -82,14 +82,19 @@ impl Scene {
     }
 
     /// The outcome of the job of that number, and how a caller that asks again hears of it.
-    async fn outcome(&self, mut caller: Caller, point: Point, id: u32) -> (String, &'static str) {
+    async fn outcome(
+        &self,
+        mut caller: Caller,
+        (point, ended): (&str, bool),
+        id: u32,
+    ) -> (String, &'static str) {
         let path = caller.manager.get_job(id).await;
         let job = caller.job(path.expect("the job is known")).await;
         let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
         assert_eq!(job.state().await.unwrap(), result);
         assert_eq!(job.error_message().await.unwrap(), message);
-        if point == Point::Ended {
-            // It had ended before; nothing is announced twice.
+        if ended {
+            // It had ended before, as is on record; nothing is announced twice.
             return (result, "answer");
         }
         let signals = caller.signals_until("JobEnded").await;
@@ -100,7 +105,7 @@ impl Scene {
     }
 
     /// Everything agrees with `outcome`: QEMU has nothing, and the place has the images, or nothing.
-    fn assert_consistent(&self, point: Point, outcome: &str, directory: &Path, names: &[&str]) -> usize {
+    fn assert_consistent(&self, point: &str, outcome: &str, directory: &Path, names: &[&str]) -> usize {
         assert_eq!(self.vm.residue(), self.before, "in QEMU, after {point:?}");
         let files = files_below(directory);
         let files: Vec<_> = files.iter().filter(|file| !file.is_empty()).collect();
@@ -130,86 +135,85 @@ impl Scene {
 
 fn table(title: &str, rows: &[Row]) -> String {
     let mut text = format!(
-        "\n{title}\n{:<18} {:<10} {:>5}  {}\n",
+        "\n{title}\n{:<26} {:<10} {:>5}  {}\n",
         "dies at", "outcome", "files", "end is"
     );
     for row in rows {
-        let point = row.point.name();
         writeln!(
             text,
-            "{point:<18} {:<10} {:>5}  {}",
-            row.outcome, row.files, row.signal
+            "{:<26} {:<10} {:>5}  {}",
+            row.point, row.outcome, row.files, row.signal
         )
         .unwrap();
     }
     text
 }
 
-/// What a backup goes through until it is good, in this order.
-const COMPLETING: &[Point] = &[
-    Point::Recorded,
-    Point::Prepared,
-    Point::Writing,
-    Point::Begun,
-    Point::DescriptorPassed,
-    Point::FileNode,
-    Point::Formatted,
-    Point::TargetNode,
-    Point::CheckpointMade,
-    Point::Starting,
-    Point::PowerOffHeld,
-    Point::Frozen,
-    Point::Started,
-    Point::Running,
-    Point::Concluded,
-    Point::Judged,
-    Point::Dismissed,
-    Point::ImagesClosed,
-    Point::Closed,
-    Point::Released,
-    Point::Synced,
-    Point::BeforeRename,
-    Point::Renamed,
-    Point::Published,
-    Point::Ended,
-];
+/// From here on QEMU has the backup.
+const BEGUN: &str = "qmp transaction";
 
-/// What a backup goes through when it is cancelled while it runs.
-const CANCELLED: &[Point] = &[
-    Point::CancelRequested,
-    Point::CancelSent,
-    Point::Concluded,
-    Point::Judged,
-    Point::Released,
-    Point::Discarded,
-    Point::Ended,
-];
+impl Scene {
+    /// All points at which the service can die while it makes such a backup; from the cancel request on if it is cancelled.
+    async fn points(&mut self, document: &str, cancelled: bool) -> Vec<String> {
+        self.system.stop_daemon();
+        self.system.start_recording_daemon();
+        self.system.wait_for_domain("web");
+        let caller = Caller::new(&self.system).await;
+        let options = slowly(if cancelled { 4 * MIB } else { 0 });
+        let job = caller.start_with("web", document, &[], options).await;
+        if cancelled {
+            wait::until_async("the copying", || async {
+                (job.state().await.unwrap() == "running").then_some(())
+            })
+            .await;
+            job.cancel().await.unwrap();
+        }
+        wait::within("the end", job.wait()).await.unwrap();
+        let first = if cancelled { "cancel requested" } else { "recorded" };
+        let points = self.system.passed_points(first);
+        assert!(points.len() > if cancelled { 6 } else { 25 }, "{points:?}");
+        points
+    }
+}
 
-#[test]
-fn every_point_is_gone_through() {
-    for point in Point::ALL {
-        assert!(
-            COMPLETING.contains(&point) || CANCELLED.contains(&point),
-            "{point:?}"
-        );
+/// Once QEMU copies, it is not made again.
+fn expected(points: &[String], point: &str) -> &'static str {
+    let place = |point: &str| points.iter().position(|known| known == point).unwrap();
+    match place(point) >= place(BEGUN) {
+        true => "completed",
+        false => "failed",
+    }
+}
+
+/// Whether the outcome was on record when it died.
+fn has_ended(points: &[String], point: &str) -> bool {
+    let place = |point: &str| points.iter().position(|known| known == point).unwrap();
+    place(point) >= place("before announce")
+}
+
+fn empty(directory: &Path) {
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => std::fs::remove_dir_all(path).unwrap(),
+            false => std::fs::remove_file(path).unwrap(),
+        }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_into_a_store_survives_a_death_at_every_point() {
     let mut scene = Scene::new();
+    let points = scene.points("", false).await;
+    let store = scene.system.store();
+    empty(&store);
     let mut rows = Vec::new();
-    for (point, id) in COMPLETING.iter().copied().zip(1..) {
+    for (point, id) in points.iter().zip(2..) {
         let caller = scene.die_and_start_again(point, "", false).await;
-        let (outcome, signal) = scene.outcome(caller, point, id).await;
-        // Once QEMU copies, it is not made again.
-        let expected = if point >= Point::Started {
-            "completed"
-        } else {
-            "failed"
-        };
-        assert_eq!(outcome, expected, "after {point:?}");
-        let store = scene.system.store();
+        let (outcome, signal) = scene
+            .outcome(caller, (point, has_ended(&points, point)), id)
+            .await;
+        assert_eq!(outcome, expected(&points, point), "after {point:?}");
         let files = scene.assert_consistent(
             point,
             &outcome,
@@ -217,14 +221,12 @@ async fn a_backup_into_a_store_survives_a_death_at_every_point() {
             &["backup.xml", "manifest.json", "vda.qcow2", "vdb.qcow2"],
         );
         rows.push(Row {
-            point,
+            point: point.clone(),
             outcome,
             files,
             signal,
         });
-        for entry in std::fs::read_dir(&store).unwrap() {
-            std::fs::remove_dir_all(entry.unwrap().path()).unwrap();
-        }
+        empty(&store);
     }
     println!("{}", table("A backup into a store", &rows));
     let caller = Caller::new(&scene.system).await;
@@ -235,14 +237,15 @@ async fn a_backup_into_a_store_survives_a_death_at_every_point() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_is_found_again_is_whole() {
     for point in [
-        Point::Started,
-        Point::Running,
-        Point::ImagesClosed,
-        Point::BeforeRename,
+        BEGUN,
+        "before follow",
+        "after close-images",
+        "after seal",
+        "BeforeRename",
     ] {
         let mut scene = Scene::new();
         let caller = scene.die_and_start_again(point, "", false).await;
-        let (outcome, _) = scene.outcome(caller, point, 1).await;
+        let (outcome, _) = scene.outcome(caller, (point, false), 1).await;
         assert_eq!(outcome, "completed", "after {point:?}");
         scene.assert_store_holds_the_disks();
     }
@@ -265,29 +268,23 @@ async fn a_backup_into_files_survives_a_death_at_every_point() {
         disk("vda"),
         disk("vdb")
     );
+    let points = scene.points(&document, false).await;
+    empty(&directory);
     let mut rows = Vec::new();
-    // Only in a store there are checkpoints.
-    let points = COMPLETING.iter().copied();
-    let points = points.filter(|point| *point != Point::CheckpointMade);
-    for (point, id) in points.zip(1..) {
+    for (point, id) in points.iter().zip(2..) {
         let caller = scene.die_and_start_again(point, &document, false).await;
-        let (outcome, signal) = scene.outcome(caller, point, id).await;
-        let expected = if point >= Point::Started {
-            "completed"
-        } else {
-            "failed"
-        };
-        assert_eq!(outcome, expected, "after {point:?}");
+        let (outcome, signal) = scene
+            .outcome(caller, (point, has_ended(&points, point)), id)
+            .await;
+        assert_eq!(outcome, expected(&points, point), "after {point:?}");
         let files = scene.assert_consistent(point, &outcome, &directory, &["vda.qcow2", "vdb.qcow2"]);
         rows.push(Row {
-            point,
+            point: point.clone(),
             outcome,
             files,
             signal,
         });
-        for entry in std::fs::read_dir(&directory).unwrap() {
-            std::fs::remove_file(entry.unwrap().path()).unwrap();
-        }
+        empty(&directory);
     }
     println!("{}", table("A backup into files of the caller's", &rows));
 }
@@ -295,15 +292,18 @@ async fn a_backup_into_files_survives_a_death_at_every_point() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_backup_stays_cancelled_after_a_death_at_every_point() {
     let mut scene = Scene::new();
+    let points = scene.points("", true).await;
     let mut rows = Vec::new();
-    for (point, id) in CANCELLED.iter().copied().zip(1..) {
+    for (point, id) in points.iter().zip(2..) {
         let caller = scene.die_and_start_again(point, "", true).await;
-        let (outcome, signal) = scene.outcome(caller, point, id).await;
+        let (outcome, signal) = scene
+            .outcome(caller, (point, has_ended(&points, point)), id)
+            .await;
         assert_eq!(outcome, "cancelled", "after {point:?}");
         let store = scene.system.store();
         let files = scene.assert_consistent(point, &outcome, &store, &[]);
         rows.push(Row {
-            point,
+            point: point.clone(),
             outcome,
             files,
             signal,

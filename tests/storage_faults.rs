@@ -4,6 +4,7 @@
 mod common;
 
 use std::process::Command;
+use std::time::Duration;
 
 use common::System;
 use common::caller::{Caller, assert_completed, assert_failed};
@@ -17,6 +18,8 @@ use common::wait::{until_async, within};
 use fuser::Errno;
 
 const MIB: u64 = 1 << 20;
+/// How long nothing may move.
+const STALL: Duration = Duration::from_secs(3);
 const OURS: &str = "org.example.Backup1.Error.";
 const DOCUMENT: &str = "<domainbackup><store name='shaky'/></domainbackup>";
 
@@ -37,7 +40,7 @@ impl Scene {
         let path = place.path().join("shaky");
         let system = System::setup()
             .store("shaky", &path)
-            .table("[deadlines]\nstall-seconds = 3\nfinish-seconds = 3")
+            .table("[deadlines]\nstall-seconds = 3")
             .start();
         let vm = system.configured(machine(&system, "web"));
         Self {
@@ -75,7 +78,7 @@ impl Scene {
         .await;
         self.caller.complete("web", DOCUMENT).await;
         assert_eq!(self.vm.residue(), self.before);
-        assert_eq!(files_below(self.storage.path()).len(), 3);
+        assert_eq!(files_below(self.storage.path()).len(), 4);
     }
 
     /// While the storage hangs, others are served.
@@ -97,6 +100,7 @@ fn machine(system: &System, name: &str) -> common::vm::Builder {
     system
         .vm(name)
         .disk(Disk::new("vda", 256 * MIB).fill(0, 128 * MIB, 0x11))
+        .disk(Disk::new("vdb", 32 * MIB).fill(0, 16 * MIB, 0x22))
         .running()
 }
 
@@ -206,7 +210,7 @@ async fn a_store_below_a_mount_point_is_not_there_while_nothing_is_mounted() {
     let disk = Tmpfs::mount(&mount_point, 512 * MIB);
     std::fs::create_dir(&path).unwrap();
     caller.complete("web", DOCUMENT).await;
-    assert_eq!(files_below(disk.path()).len(), 3);
+    assert_eq!(files_below(disk.path()).len(), 4);
     drop(vm);
 }
 
@@ -219,7 +223,7 @@ async fn storage_that_hangs_while_data_comes_fails_its_backup_in_time_and_keeps_
     scene.storage.hang(Operation::Any);
     scene.storage.affected().await;
     job.set_speed(0).await.unwrap();
-    assert_failed(&job, "TargetInvalid", "no sign of life").await;
+    assert_failed(&job, "TargetInvalid", "no progress").await;
     scene.assert_others_are_served().await;
     scene.storage.heal();
     scene.assert_as_before().await;
@@ -230,10 +234,46 @@ async fn storage_that_hangs_when_data_is_to_be_durable_fails_its_backup_in_time(
     let scene = Scene::new().await;
     scene.storage.hang(Operation::Fsync);
     let job = scene.caller.start("web", DOCUMENT).await;
-    assert_failed(&job, "TargetInvalid", "no sign of life").await;
+    assert_failed(&job, "TargetInvalid", "no progress").await;
     scene.assert_others_are_served().await;
     scene.storage.heal();
     scene.assert_as_before().await;
+}
+
+/// A backup whose images are read again, for their digests, at 2 MB/s.
+async fn slow_end(scene: &Scene) -> JobProxy<'static> {
+    scene
+        .storage
+        .slow_down(Operation::Read, Duration::from_millis(60));
+    let document = "<domainbackup><store name='shaky'/><disks><disk name='vdb'/></disks></domainbackup>";
+    let job = scene.caller.start("web", document).await;
+    until_async("the images to be read", || async {
+        (job.state().await.unwrap() == "finishing").then_some(())
+    })
+    .await;
+    scene.storage.affected().await;
+    job
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_that_is_slow_is_waited_for_as_long_as_it_moves() {
+    let scene = Scene::new().await;
+    let since = std::time::Instant::now();
+    let job = slow_end(&scene).await;
+    assert_completed(&job).await;
+    let took = since.elapsed();
+    assert!(took > 2 * STALL, "it took no longer than the limit: {took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_can_be_cancelled_while_its_images_become_durable() {
+    let scene = Scene::new().await;
+    let job = slow_end(&scene).await;
+    job.cancel().await.unwrap();
+    let (result, _, _) = within("the end", job.wait()).await.unwrap();
+    assert_eq!(result, "cancelled");
+    assert_eq!(files_below(scene.storage.path()), [""; 0]);
+    assert_eq!(scene.vm.residue(), scene.before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -242,7 +282,7 @@ async fn storage_that_hangs_before_anything_is_copied_refuses_the_backup_in_time
     scene.storage.hang(Operation::Any);
     let (name, message) = within("an answer", scene.refused()).await;
     assert_eq!(name, format!("{OURS}TargetInvalid"), "{message}");
-    assert!(message.contains("no sign of life"), "{message}");
+    assert!(message.contains("no progress"), "{message}");
     scene.assert_others_are_served().await;
     scene.storage.heal();
     until_async("the machine to be free for the next", || async {
@@ -251,7 +291,7 @@ async fn storage_that_hangs_before_anything_is_copied_refuses_the_backup_in_time
         Some(())
     })
     .await;
-    assert_eq!(files_below(scene.storage.path()).len(), 3);
+    assert_eq!(files_below(scene.storage.path()).len(), 4);
     assert_eq!(scene.vm.residue(), scene.before);
 }
 
@@ -295,7 +335,7 @@ async fn a_store_that_hangs_keeps_no_list_waiting_and_loses_no_backup() {
     let stays = delete(caller, &before[0].0).await.unwrap_err();
     assert_eq!(error_name(&stays), format!("{OURS}TargetInvalid"));
     assert!(
-        stays.to_string().contains("gave no sign of life for 3 seconds"),
+        stays.to_string().contains("made no progress for 3 seconds"),
         "{stays}"
     );
     scene.assert_others_are_served().await;

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use backupd::fault::Point;
 use common::System;
 use common::agent::{Agent, Answer};
 use common::caller::{Caller, assert_completed, assert_failed};
@@ -143,7 +142,7 @@ async fn a_service_that_is_killed_leaves_a_guard_that_thaws() {
         }
     });
     scene.system.stop_daemon();
-    scene.system.start_dying_daemon(Point::Frozen);
+    scene.system.start_dying_daemon("frozen");
     scene.system.wait_for_domain("web");
     let caller = Caller::new(&scene.system).await;
     // It may die before it answers.

@@ -33,9 +33,7 @@ pub enum Error {
     NoStore(String),
     #[error("{0}")]
     Target(#[from] target::Error),
-    #[error(
-        "the store gave no sign of life for {seconds} seconds ('stall-seconds' or 'finish-seconds' in the configuration)"
-    )]
+    #[error("the store made no progress for {seconds} seconds ('stall-seconds' in the configuration)")]
     Stalled { seconds: u64 },
     #[error("the service is stopping")]
     Stopping,

@@ -16,8 +16,9 @@ use crate::catalog::{
 };
 use crate::definition::Format;
 use crate::fault::{self, Point};
-use crate::image::{self, Chain, Progress};
-use crate::target::{self, Replacement, Seal, Shelf};
+use crate::image::{self, Chain};
+use crate::offload::{Progress, blocking, unless_stalled};
+use crate::target::{self, FileDigest, Replacement, Shelf};
 
 impl Backups {
     /// Has no backup lie on those that are unwanted, but for those that are unwanted too.
@@ -112,7 +113,7 @@ impl Backups {
             written.keep(DEFINITION_NAME)?;
             written.write(MANIFEST_NAME, &text)
         };
-        self.blocking(&backup.key.store, self.deadlines.finish(), write)
+        self.blocking(&backup.key.store, self.deadlines.stall(), write)
             .await?;
         fault::point(Point::MergeMade);
         Ok((replacement, manifest))
@@ -142,11 +143,16 @@ impl Backups {
                 disk: disk.name.clone(),
             });
         }
-        let seal = self
-            .blocking(store, self.deadlines.finish(), move || Seal::of(&target))
-            .await?;
-        disk.length = Some(seal.length);
-        disk.sha256 = seal.sha256;
+        let (progress, stop) = (Progress::default(), self.stop.clone());
+        let counted = progress.clone();
+        let digest = blocking(&self.activity, move || FileDigest::of(&target, &counted, &stop));
+        let stall = self.deadlines.stall();
+        let digest = unless_stalled(&progress, stall, digest).await;
+        let digest = digest
+            .ok_or_else(|| Error::stalled(stall))??
+            .ok_or(Error::Stopping)?;
+        disk.length = Some(digest.length);
+        disk.sha256 = digest.sha256;
         disk.parent = None;
         Ok(())
     }
@@ -164,7 +170,7 @@ impl Backups {
         let text = String::from_utf8_lossy(&text).into_owned();
         self.catalog.merging(key.clone(), Some(text)).await?;
         fault::point(Point::MergeRecorded);
-        self.blocking(&key.store, self.deadlines.finish(), move || replacement.put())
+        self.blocking(&key.store, self.deadlines.stall(), move || replacement.put())
             .await?;
         self.catalog.merged(key.clone()).await?;
         fault::point(Point::Merged);
@@ -201,7 +207,7 @@ impl Backups {
         }
         let (path, at) = (self.store_path(key)?, key.clone());
         let clear = move || Replacement::clear(&path, name(&at));
-        self.blocking(&key.store, self.deadlines.finish(), clear).await?;
+        self.blocking(&key.store, self.deadlines.stall(), clear).await?;
         Ok(self.catalog.merging(key.clone(), None).await?)
     }
 

@@ -9,9 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Backups, Error, Place};
-use crate::catalog::{
-    Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Step,
-};
+use crate::catalog::{Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::fault::{self, Point};
 use crate::plan::{Destination, Plan};
 use crate::target::{self, BackupName, Removal, Replacement, Shelf};
@@ -126,7 +124,9 @@ impl Backups {
     /// at this moment, when it holds nothing.
     async fn check_running(&self, unwanted: &Unwanted, order: &[String]) -> Result<(), Error> {
         for job in self.catalog.unsettled().await? {
-            if job.step == Step::Ended {
+            // One that cannot be read could build upon any of them.
+            let job = job?;
+            if job.has_ended() {
                 continue;
             }
             let plan: Plan = serde_json::from_str(&job.plan).map_err(|error| {
@@ -218,7 +218,7 @@ impl Backups {
                     Replacement::clear(&path, name(&at))?;
                     removal.remove()
                 };
-                match self.blocking(&key.store, self.deadlines.finish(), remove).await {
+                match self.blocking(&key.store, self.deadlines.stall(), remove).await {
                     Ok(freed) => freed,
                     Err(error) => {
                         // As long as it can be looked at; else the next start finds out.

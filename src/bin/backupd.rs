@@ -48,7 +48,7 @@ enum Fatal {
     Store(#[from] target::Error),
     #[error("{0}")]
     Catalog(#[from] catalog::Error),
-    #[error("the jobs of before cannot be taken up: {0}")]
+    #[error("cannot recover the jobs of the previous instance: {0}")]
     Jobs(#[from] job::Error),
     #[error("{0}")]
     Backups(#[from] backups::Error),
@@ -128,7 +128,8 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     let directories = Directories::new(config.domain_directories.clone());
     let registered = limits.of_registered_domains().keeping(&activity);
     let domains = Registry::open(directories, registered).map_err(Fatal::Domains)?;
-    let jobs = Jobs::new(domains.clone(), catalog.clone(), &config, activity.clone());
+    let boot = job::current_boot()?;
+    let jobs = Jobs::new(domains.clone(), catalog.clone(), &config, boot, activity.clone());
     jobs.thaw().await?;
     let known = domains.list();
     let settled = known.iter().map(|domain| domain.settled(FIRST_LOOK));

@@ -109,7 +109,7 @@ impl Published {
         }
     }
 
-    /// What asks the service for a sign of life.
+    /// Asks the service whether it still answers.
     pub fn prober(&self) -> Prober {
         Prober(self.connection.clone())
     }

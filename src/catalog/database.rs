@@ -22,6 +22,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema-4.sql"),
     include_str!("schema-5.sql"),
     include_str!("schema-6.sql"),
+    include_str!("schema-7.sql"),
 ];
 /// How long a predecessor may take to let go.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -175,7 +176,7 @@ mod tests {
         let (_directory, path) = directory();
         let connection = open(&path).unwrap();
         let insert = "INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, started_by, start_time, \
-             plan, speed, step) VALUES ('a', 'web', 'configured', 0, 'root', 0, 0, '{}', 0, 'preparing')";
+             plan, speed, step, state) VALUES ('a', 'web', 'configured', 0, 'root', 0, 0, '{}', 0, 'preparing', '{}')";
         connection.execute(insert, []).unwrap();
         drop(connection);
         let count = "SELECT count(*) FROM jobs";
@@ -197,11 +198,11 @@ mod tests {
         former.execute(job, []).unwrap();
         former.pragma_update(None, "user_version", 1).unwrap();
         drop(former);
-        let found = open(&path)
-            .unwrap()
-            .query_row("SELECT domain_name, frozen FROM jobs", [], |row| {
-                Ok((row.get(0)?, row.get(1)?))
-            });
+        let found = open(&path).unwrap().query_row(
+            "SELECT domain_name, state ->> '$.state.ended.\"frozen-us\"' FROM jobs",
+            [],
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        );
         assert_eq!(found.unwrap(), ("web".to_owned(), 0));
     }
 

@@ -1,14 +1,11 @@
 //! Writing and reading the records of jobs: every step that must survive the service, and the outcome.
 
-use std::time::Duration;
-
 use jiff::Timestamp;
 use rusqlite::{Connection, Params, Row, named_params, params};
 
 use super::backups::keep_backup;
-use super::{
-    BackupRecord, Catalog, DomainRecord, Ended, Error, Instant, JobRecord, Leftover, NewJob, Reached, Step,
-};
+use super::record::ENDED;
+use super::{BackupRecord, Catalog, DomainRecord, Ended, Error, JobRecord, JobState, Leftover, NewJob};
 
 impl Catalog {
     /// Takes a job in, before anything of it exists, and gives it a number that no other job ever has.
@@ -16,8 +13,8 @@ impl Catalog {
         self.run(move |connection| {
             let mut insert = connection.prepare(
                 "INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid, \
-                     started_by, start_time, plan, speed, step) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 'preparing')",
+                     started_by, start_time, plan, speed, step, state) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 'preparing', ?11)",
             )?;
             insert.execute(params![
                 job.backup_id,
@@ -30,6 +27,7 @@ impl Catalog {
                 job.start_time.as_microsecond(),
                 job.plan,
                 job.speed.cast_signed(),
+                job.state,
             ])?;
             let id = connection.last_insert_rowid();
             let found = select(connection, "id = ?1", [id])?;
@@ -47,46 +45,14 @@ impl Catalog {
         .await
     }
 
-    /// A step, durably.
-    pub async fn reached(&self, id: u32, reached: Reached) -> Result<(), Error> {
-        match reached {
-            Reached::Writing { files } => {
-                let sql = "UPDATE jobs SET step = 'writing', files = ?2 WHERE id = ?1";
-                self.change(sql, move |update| update.execute(params![id, files]))
-                    .await
-            }
-            Reached::Starting {
-                not_before,
-                holds_poweroff,
-            } => {
-                let sql = "UPDATE jobs SET step = 'starting', instant = ?2, quiesced = 0, holds_poweroff = ?3 \
-                           WHERE id = ?1";
-                let instant = not_before.as_microsecond();
-                self.change(sql, move |update| {
-                    update.execute(params![id, instant, holds_poweroff])
-                })
-                .await
-            }
-            Reached::Running { instant, frozen } => {
-                let sql = "UPDATE jobs SET step = 'running', instant = ?2, quiesced = ?3, frozen = ?4 WHERE id = ?1";
-                let Instant { time, quiesced } = instant;
-                let (instant, frozen) = (time.as_microsecond(), microseconds(frozen));
-                self.change(sql, move |update| {
-                    update.execute(params![id, instant, quiesced, frozen])
-                })
-                .await
-            }
-            Reached::Judged { verdict, frozen } => {
-                let sql = "UPDATE jobs SET step = 'judged', verdict = ?2, frozen = ?3 WHERE id = ?1";
-                let frozen = microseconds(frozen);
-                self.change(sql, move |update| update.execute(params![id, verdict, frozen]))
-                    .await
-            }
-            Reached::Closed => {
-                let sql = "UPDATE jobs SET step = 'closed' WHERE id = ?1";
-                self.change(sql, move |update| update.execute([id])).await
-            }
-        }
+    /// How far a job is, durably.
+    pub async fn reached(&self, id: u32, state: JobState) -> Result<(), Error> {
+        self.run(move |connection| {
+            let sql = "UPDATE jobs SET step = ?2, state = ?3 WHERE id = ?1 AND step <> ?4";
+            let changed = connection.execute(sql, params![id, state.step, state.text, ENDED])?;
+            one_changed(id, changed)
+        })
+        .await
     }
 
     /// That somebody was told that the job will not complete.
@@ -116,19 +82,21 @@ impl Catalog {
     ) -> Result<(), Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
-            transaction.execute(
+            let changed = transaction.execute(
                 "UPDATE jobs SET step = 'ended', end_time = :time, result = :result, error = :error, disks = :disks, \
-                     left_in_qemu = :qemu, left_on_disk = :disk WHERE id = :id",
+                     state = :state, left_in_qemu = :qemu, left_on_disk = :disk WHERE id = :id AND step <> 'ended'",
                 named_params! {
                     ":id": id,
                     ":time": ended.time.as_microsecond(),
                     ":result": ended.result,
                     ":error": ended.error,
                     ":disks": ended.disks,
+                    ":state": ended.state,
                     ":qemu": ended.left_in_qemu,
                     ":disk": ended.left_on_disk,
                 },
             )?;
+            one_changed(id, changed)?;
             if let Some(backup) = &backup {
                 keep_backup(&transaction, backup, &domain_of(&transaction, id)?)?;
             }
@@ -147,13 +115,29 @@ impl Catalog {
         self.change(sql, move |update| update.execute([id])).await
     }
 
-    /// Jobs that have not ended, or of which something may be left.
-    pub async fn unsettled(&self) -> Result<Vec<JobRecord>, Error> {
+    /// Jobs that have not ended, or of which something may be left. One that cannot be read is an error of its own.
+    pub async fn unsettled(&self) -> Result<Vec<Result<JobRecord, Error>>, Error> {
         self.run(|connection| {
             let condition = "step <> 'ended' OR left_in_qemu OR left_on_disk ORDER BY id";
-            select(connection, condition, [])
+            let mut statement = connection.prepare(&format!("SELECT * FROM jobs WHERE {condition}"))?;
+            let mut rows = statement.query([])?;
+            let mut jobs = Vec::new();
+            while let Some(row) = rows.next()? {
+                jobs.push(read(row));
+            }
+            Ok(jobs)
         })
         .await
+    }
+}
+
+/// A step of a job that is not on record would be a step that nobody knows of.
+fn one_changed(id: u32, changed: usize) -> Result<(), Error> {
+    match changed {
+        1 => Ok(()),
+        _ => Err(Error::Statement(format!(
+            "job {id} is not on record as one that has not ended"
+        ))),
     }
 }
 
@@ -209,10 +193,6 @@ pub(super) fn domain_of(connection: &Connection, id: u32) -> Result<DomainRecord
     domain(row)
 }
 
-pub(super) fn microseconds(time: Duration) -> i64 {
-    i64::try_from(time.as_micros()).unwrap_or(i64::MAX)
-}
-
 fn wrong(id: u32, what: &str) -> Error {
     let why = format!("its {what}");
     Error::Record { id, why }
@@ -222,8 +202,6 @@ fn read(row: &Row) -> Result<JobRecord, Error> {
     let id = row.get("id")?;
     let wrong = |what| wrong(id, what);
     let time = |microseconds| Timestamp::from_microsecond(microseconds).map_err(|_| wrong("times"));
-    let step: String = row.get("step")?;
-    let (instant, quiesced): (Option<i64>, Option<bool>) = (row.get("instant")?, row.get("quiesced")?);
     let end_time: Option<i64> = row.get("end_time")?;
     Ok(JobRecord {
         id,
@@ -233,19 +211,9 @@ fn read(row: &Row) -> Result<JobRecord, Error> {
         start_time: time(row.get("start_time")?)?,
         plan: row.get("plan")?,
         speed: row.get::<_, i64>("speed")?.cast_unsigned(),
-        step: Step::parse(&step).ok_or_else(|| wrong("step"))?,
+        step: row.get("step")?,
+        state: row.get("state")?,
         cancel_requested: row.get("cancel_requested")?,
-        holds_poweroff: row.get("holds_poweroff")?,
-        files: row.get("files")?,
-        instant: match (instant, quiesced) {
-            (Some(instant), Some(quiesced)) => Some(Instant {
-                time: time(instant)?,
-                quiesced,
-            }),
-            _ => None,
-        },
-        frozen: Duration::from_micros(row.get::<_, i64>("frozen")?.unsigned_abs()),
-        verdict: row.get("verdict")?,
         end_time: end_time.map(time).transpose()?,
         result: row.get("result")?,
         error: row.get("error")?,
@@ -276,6 +244,7 @@ mod tests {
             start_time: Timestamp::UNIX_EPOCH,
             plan: "{}".into(),
             speed: u64::MAX,
+            state: "first".into(),
         }
     }
 
@@ -285,6 +254,7 @@ mod tests {
             result: "completed".into(),
             error: None,
             disks: "[]".into(),
+            state: "last".into(),
             left_in_qemu: false,
             left_on_disk,
         }
@@ -300,25 +270,20 @@ mod tests {
     async fn every_step_is_there_when_the_catalog_is_opened_again() {
         let (directory, catalog) = catalog().await;
         let id = catalog.begin(new_job(1)).await.unwrap().id;
-        let files = Reached::Writing { files: "[1]".into() };
-        catalog.reached(id, files).await.unwrap();
-        let instant = Instant {
-            time: Timestamp::from_second(5).unwrap(),
-            quiesced: true,
+        let running = JobState {
+            step: "running",
+            text: "{}".into(),
         };
-        let frozen = Duration::from_micros(41_327);
-        let running = Reached::Running { instant, frozen };
         catalog.reached(id, running).await.unwrap();
         catalog.cancel_requested(id).await.unwrap();
         drop(catalog);
         let catalog = Catalog::open(&directory.path().join("catalog.sqlite")).unwrap();
         let found = catalog.unsettled().await.unwrap();
-        let [job] = found.as_slice() else {
+        let [Ok(job)] = found.as_slice() else {
             panic!("{found:?}")
         };
-        assert_eq!((job.step, job.instant), (Step::Running, Some(instant)));
+        assert_eq!((job.step.as_str(), job.state.as_str()), ("running", "{}"));
         assert_eq!((job.speed, job.cancel_requested), (u64::MAX, true));
-        assert_eq!(job.files.as_deref(), Some("[1]"));
         assert_eq!(job.domain, new_job(1).domain);
         assert!(catalog.ended_job(id).await.unwrap().is_none());
     }
@@ -335,11 +300,38 @@ mod tests {
         let left = |jobs: Vec<JobRecord>| jobs.iter().map(|job| job.id).collect::<Vec<_>>();
         let history = catalog.history().await.unwrap();
         assert_eq!(history.iter().map(|job| job.id).collect::<Vec<_>>(), [1, 4, 5]);
-        assert_eq!(left(catalog.unsettled().await.unwrap()), [1]);
+        let unsettled = catalog.unsettled().await.unwrap();
+        assert_eq!(left(unsettled.into_iter().flatten().collect()), [1]);
         let since = Timestamp::from_second(4).unwrap();
         assert_eq!(left(catalog.ended_since(since, 10).await.unwrap()), [5]);
         catalog.cleared(1, Leftover::OnDisk).await.unwrap();
         assert!(catalog.unsettled().await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_step_of_a_job_that_is_not_on_record_is_an_error() {
+        let (_directory, catalog) = catalog().await;
+        let state = JobState {
+            step: "running",
+            text: "{}".into(),
+        };
+        assert!(catalog.reached(7, state.clone()).await.is_err());
+        let id = catalog.begin(new_job(1)).await.unwrap().id;
+        catalog.end(id, ended(1, false), None, 2).await.unwrap();
+        assert!(catalog.reached(id, state).await.is_err());
+        assert!(catalog.end(id, ended(2, false), None, 2).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_job_that_cannot_be_read_hides_no_other() {
+        let (_directory, catalog) = catalog().await;
+        for number in 1..=2 {
+            catalog.begin(new_job(number)).await.unwrap();
+        }
+        let sql = "UPDATE jobs SET domain_uuid = 'no UUID' WHERE id = 1";
+        catalog.change(sql, |update| update.execute([])).await.unwrap();
+        let found = catalog.unsettled().await.unwrap();
+        assert!(matches!(found.as_slice(), [Err(_), Ok(JobRecord { id: 2, .. })]));
     }
 
     #[tokio::test]

@@ -25,7 +25,7 @@ pub use directory::DomainDir;
 pub use error::Error;
 pub use history::EndedJob;
 pub use manifest::{Checkpoint, Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError, Parent};
-pub use record::{DomainRecord, Ended, Instant, JobRecord, Leftover, NewJob, Reached, Step};
+pub use record::{DomainRecord, Ended, JobRecord, JobState, Leftover, NewJob};
 pub use rescan::{StoredBackup, Taken};
 pub use standing::Standing;
 

@@ -1,13 +1,11 @@
 //! Taking in what lies in the stores: the manifests know all that must be known of a good backup.
 
-use std::time::Duration;
-
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, named_params};
 
 use super::backups::keep_backup;
-use super::jobs::{domain_of, forget_oldest, microseconds};
-use super::{BackupRecord, Catalog, Error, Instant, NewJob};
+use super::jobs::{domain_of, forget_oldest};
+use super::{BackupRecord, Catalog, Error, NewJob};
 
 /// Numbers above are left to jobs to come: a manifest from elsewhere could name the last one there is.
 const MOST_NUMBER: u32 = u32::MAX / 2;
@@ -19,8 +17,6 @@ pub struct StoredBackup {
     /// The job's number where it ran. Here it has another one if this one is taken.
     pub number: u32,
     pub job: NewJob,
-    pub instant: Instant,
-    pub frozen: Duration,
     pub end_time: Timestamp,
     /// JSON.
     pub disks: String,
@@ -127,9 +123,9 @@ fn insert_job(connection: &Connection, found: &StoredBackup, last: u32) -> rusql
     let job = &found.job;
     let mut insert = connection.prepare(
         "INSERT INTO jobs (id, backup_id, domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid, \
-             started_by, start_time, plan, speed, step, instant, quiesced, frozen, end_time, result, disks, left_in_qemu, left_on_disk, imported) \
+             started_by, start_time, plan, speed, step, state, end_time, result, disks, left_in_qemu, left_on_disk, imported) \
          VALUES (:id, :backup_id, :name, :source, :owner, :owner_name, :uuid, :started_by, :start_time, :plan, :speed, 'ended', \
-             :instant, :quiesced, :frozen, :end_time, 'completed', :disks, 0, 0, 1)",
+             :state, :end_time, 'completed', :disks, 0, 0, 1)",
     )?;
     insert.execute(named_params! {
         ":id": Some(found.number).filter(|_| free),
@@ -143,9 +139,7 @@ fn insert_job(connection: &Connection, found: &StoredBackup, last: u32) -> rusql
         ":start_time": job.start_time.as_microsecond(),
         ":plan": job.plan,
         ":speed": job.speed.cast_signed(),
-        ":instant": found.instant.time.as_microsecond(),
-        ":quiesced": found.instant.quiesced,
-        ":frozen": microseconds(found.frozen),
+        ":state": job.state,
         ":end_time": found.end_time.as_microsecond(),
         ":disks": found.disks,
     })?;

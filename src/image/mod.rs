@@ -17,6 +17,7 @@ mod process;
 mod restore;
 mod verify;
 
+pub use crate::offload::Progress;
 pub use backup::{Location, all, find};
 pub use chain::{Chain, DiskChain};
 pub use compare::shows_the_same;
@@ -25,30 +26,6 @@ pub use export::Export;
 pub use process::start_alone;
 pub use restore::restore;
 pub use verify::{Survey, Verified, check_sums};
-
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// How far something is, for whoever looks. Clones are the same one.
-#[derive(Debug, Clone, Default)]
-pub struct Progress(Arc<(AtomicU64, AtomicU64)>);
-
-impl Progress {
-    /// Bytes done, and in all as far as it is known.
-    pub fn get(&self) -> (u64, u64) {
-        let (done, total) = &*self.0;
-        (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed))
-    }
-
-    fn set(&self, done: u64, total: u64) {
-        self.0.0.store(done, Ordering::Relaxed);
-        self.0.1.store(total, Ordering::Relaxed);
-    }
-
-    fn add(&self, bytes: u64) {
-        self.0.0.fetch_add(bytes, Ordering::Relaxed);
-    }
-}
 
 /// Runs `work` where it keeps nobody waiting.
 async fn blocking<T: Send + 'static>(

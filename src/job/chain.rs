@@ -11,15 +11,14 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use serde_json::json;
 
+use super::blocking;
 use super::footprint::Footprint;
 use super::manager::Setting;
-use super::run::blocking;
 use super::{Error, Job};
 use crate::catalog::{self, DomainDir, Manifest, Standing, Stored};
 use crate::config::Store;
 use crate::definition::is_backup_id;
 use crate::domain::{Disk, Domain, Link};
-use crate::fault::{self, Point};
 use crate::plan::{Destination, Earlier, EarlierDisk};
 use crate::target::Shelf;
 
@@ -146,7 +145,6 @@ impl Footprint {
                 }
                 result => drop(result.map_err(Error::Lost)?),
             }
-            fault::point(Point::CheckpointMade);
         }
         Ok(())
     }

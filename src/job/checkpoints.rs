@@ -21,7 +21,6 @@ use crate::config::Store;
 use crate::definition::{CheckpointDefinition, CheckpointDisk, Position};
 use crate::domain::{Disk, Domain, Link};
 use crate::error;
-use crate::fault::{self, Point};
 use crate::plan::{self, ChosenStore, Existing, Past};
 
 /// Checkpoints without a backup that a domain can have.
@@ -206,7 +205,6 @@ impl Jobs {
             json!({ "type": "block-dirty-bitmap-add", "data": data })
         });
         let made = transaction(&link, add.collect(), &self.setting).await;
-        fault::point(Point::CheckpointMade);
         let recorded = match &made {
             Ok(()) => catalog.checkpoint_made(directory, id, Timestamp::now()).await,
             // It may be there all the same, where it was not refused.

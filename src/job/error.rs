@@ -17,6 +17,8 @@ pub enum Error {
     Ended { id: u32, outcome: &'static str },
     #[error("the backup of job {id} is complete and is being published: it can no longer be cancelled")]
     TooLate { id: u32 },
+    #[error("job {id} is being recovered after a restart of the service: try again in a moment")]
+    Recovering { id: u32 },
     #[error("job {id} does not back up a disk '{disk}'")]
     NoSuchDisk { id: u32, disk: String },
     #[error("the stores are being looked through already: try again when that has ended")]
@@ -39,6 +41,8 @@ pub enum Error {
     Transaction(qmp::Error),
     #[error("disk '{disk}': {message}")]
     Copy { disk: String, message: String },
+    #[error("job {id} was cancelled before the backup had begun")]
+    CancelledBefore { id: u32 },
     #[error("the connection to QEMU was lost during the backup: {0}")]
     Lost(qmp::Error),
     #[error("QEMU did not let go of the targets: {0}")]
@@ -49,19 +53,16 @@ pub enum Error {
     Forgotten,
     #[error("QEMU ended before it had closed the images")]
     NotClosed,
+    #[error("the host restarted before the images were durable: start the backup again")]
+    HostRestarted,
     #[error("the service was ended while the backup was being prepared")]
     Interrupted,
     #[error("the domain's QEMU could not be reached when the service was started again: {0}")]
     NotFound(String),
-    #[error(
-        "{what} gave no sign of life for {seconds} seconds ('stall-seconds' or 'finish-seconds' in the configuration)"
-    )]
+    #[error("{what} made no progress for {seconds} seconds ('stall-seconds' in the configuration)")]
     Stalled { what: &'static str, seconds: u64 },
     #[error("the catalog cannot remember the backup: {0}")]
     Catalog(String),
-    /// What a former process of the service had found.
-    #[error("{0}")]
-    Former(crate::error::Error),
     #[error("the guest's file systems cannot be frozen: {0}")]
     Quiesce(String),
     #[error("disk '{disk}' was given another image while its backup was being prepared: try again")]
@@ -99,6 +100,7 @@ impl Error {
         match self {
             Self::Busy { .. }
             | Self::TooLate { .. }
+            | Self::Recovering { .. }
             | Self::Rescanning
             | Self::Stopping
             | Self::Unsettled => Kind::Busy,
@@ -108,6 +110,7 @@ impl Error {
             Self::Ended { .. } => Kind::NoSuchJob,
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
             Self::TooMany(_) => Kind::LimitsExceeded,
+            Self::CancelledBefore { .. } => Kind::Cancelled,
             Self::TooOld => Kind::Unsupported,
             Self::NoSuchCheckpoint { .. } => Kind::NoSuchCheckpoint,
             Self::TooManyCheckpoints { .. } => Kind::LimitsExceeded,
@@ -134,11 +137,13 @@ impl Error {
             | Self::Release(_)
             | Self::Changed { .. }
             | Self::Quiesce(_) => Kind::QemuError,
-            Self::Lost(_) | Self::NoAnswer { .. } | Self::Forgotten | Self::NotClosed | Self::NotFound(_) => {
-                Kind::DomainUnreachable
-            }
+            Self::Lost(_)
+            | Self::NoAnswer { .. }
+            | Self::Forgotten
+            | Self::NotClosed
+            | Self::HostRestarted
+            | Self::NotFound(_) => Kind::DomainUnreachable,
             Self::Stalled { .. } => Kind::TargetInvalid,
-            Self::Former(error) => error.kind,
             Self::Target(error) => error.kind(),
             Self::NoDefinition { .. } | Self::NoSpeed { .. } => Kind::Unsupported,
             Self::Image(error) => error.kind(),
@@ -147,7 +152,7 @@ impl Error {
         }
     }
 
-    /// What gave no sign of life for so long.
+    /// What made no progress for so long.
     pub fn stalled(what: &'static str, patience: Duration) -> Self {
         let seconds = patience.as_secs();
         Self::Stalled { what, seconds }
@@ -179,8 +184,8 @@ impl Error {
 pub(super) enum Stopped {
     Failed(Error),
     Cancelled,
-    /// The service stops, and QEMU goes on.
-    Left,
+    /// The service stops; QEMU goes on, and a later process with it.
+    Detached,
 }
 
 impl From<qmp::Error> for Stopped {

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::Error;
+use super::manager::Setting;
 use super::track::JobInfo;
+use super::{Error, Job};
 use crate::definition::{Compression, Format};
 use crate::domain::{Domain, Link, Snapshot};
-use crate::fault::{self, Point};
 use crate::plan::{DiskPlan, Mode};
 use crate::qmp::{self, Client, Events, EventsError};
 use crate::target::{Media, Target};
@@ -69,12 +69,15 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    pub fn new(domain: Arc<Domain>, link: Arc<Link>, names: Names, reconnect: Duration) -> Self {
+    /// What a job has, or will have, in the QEMU behind that connection.
+    pub fn of(job: &Job, domain: Arc<Domain>, link: Arc<Link>, setting: &Setting) -> Self {
+        // The part of a backup's id that is unique by itself.
+        let tag = job.backup_id.rsplit('-').next().unwrap_or(&job.backup_id);
         Self {
             domain,
             link: Mutex::new(link),
-            names,
-            reconnect,
+            names: Names::new(tag),
+            reconnect: setting.deadlines.reconnect(),
             holds_poweroff: AtomicBool::new(false),
         }
     }
@@ -144,9 +147,7 @@ impl Footprint {
             "driver": driver, "node-name": file, "filename": format!("/dev/fdset/{set}"),
             "cache": cache, "discard": "unmap",
         });
-        fault::point(Point::DescriptorPassed);
         client.execute("blockdev-add", node).await.map_err(prepare)?;
-        fault::point(Point::FileNode);
         let mut node = json!({
             "driver": disk.format.as_str(), "node-name": self.names.target_node(index), "file": file,
             "cache": cache, "discard": "unmap", "detect-zeroes": "unmap",
@@ -163,7 +164,6 @@ impl Footprint {
             Format::Raw => {}
         }
         client.execute("blockdev-add", node).await.map_err(prepare)?;
-        fault::point(Point::TargetNode);
         self.check_header(index, disk).await
     }
 
@@ -216,7 +216,6 @@ impl Footprint {
             .await
             .map_err(prepare)?;
         let failed = self.concluded(&mut events, &job).await.map_err(prepare)?;
-        fault::point(Point::Formatted);
         self.client()
             .execute("job-dismiss", json!({ "id": job }))
             .await

@@ -1,27 +1,27 @@
 //! The jobs of the service: those that run, one a domain, and those that ended lately.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use super::conclude::End;
-use super::error::Stopped;
-use super::record::{self, Left, to_text};
+use super::boot::BootId;
+use super::footprint::Footprint;
+use super::record::{self, Residue, to_text};
 use super::rescan::{self, Rescan};
-use super::run::blocking;
-use super::{Error, Job, recover, run};
+use super::{Error, Job, backup, blocking, quiesce};
 use crate::activity::{Activity, Use};
-use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, Step};
+use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob};
 use crate::config::{Config, Deadlines, Store};
-use crate::domain::{Domain, Hold, Identity, Link, Registry};
-use crate::fault::{self, Point};
+use crate::domain::{Domain, Hold, Link, Registry};
+use crate::error;
+use crate::fault;
 use crate::plan::{Plan, Task};
 use crate::quota::{Quota, Share};
 use crate::target::Targets;
@@ -35,6 +35,8 @@ pub(super) struct Setting {
     pub domains: Arc<Registry>,
     pub catalog: Catalog,
     pub deadlines: Deadlines,
+    /// The boot of the host in which this process runs.
+    pub boot: BootId,
     /// Ended jobs that the catalog keeps.
     pub history: u32,
     pub stores: BTreeMap<String, Store>,
@@ -46,16 +48,24 @@ pub(super) struct Setting {
 
 /// How the work on a job ended.
 pub(super) enum Ending {
-    Ended(Left),
-    /// A later process of the service goes on with it.
-    Left,
+    Ended(Residue),
+    /// A later process of the service resumes it.
+    Detached,
+}
+
+/// A job that has ended and left something.
+struct Leftover {
+    job: Arc<Job>,
+    residue: Residue,
 }
 
 #[derive(Default)]
 struct Table {
-    /// Unique names of domains that have a backup under way or about to start. A domain that comes in place of another has
-    /// its name, and may be the same machine.
-    busy: HashSet<String>,
+    /// Unique names of domains that have backups under way or about to start, and how many. A domain that comes in place of
+    /// another has its name, and may be the same VM. More than one only after a restart of the service.
+    busy: HashMap<String, usize>,
+    /// What is still to be removed of ended jobs, by the unique name of the domain: one task each works on it, in order.
+    sweeps: HashMap<String, VecDeque<Leftover>>,
     jobs: BTreeMap<u32, Arc<Job>>,
     /// What will forget the ended ones in time; gone with them, so that nothing is left of one that is forgotten earlier.
     forgetting: HashMap<u32, AbortHandle>,
@@ -86,7 +96,13 @@ pub struct Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.jobs.lock().busy.remove(&self.domain);
+        let mut table = self.jobs.lock();
+        if let Entry::Occupied(mut entry) = table.busy.entry(self.domain.clone()) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+            }
+        }
     }
 }
 
@@ -103,7 +119,13 @@ pub struct Start {
 impl Jobs {
     /// The jobs of `domains`, none of them known yet: see [`Jobs::recover`].
     /// `activity` counts those that run, and what is still to be done of those that have ended.
-    pub fn new(domains: Arc<Registry>, catalog: Catalog, config: &Config, activity: Activity) -> Arc<Self> {
+    pub fn new(
+        domains: Arc<Registry>,
+        catalog: Catalog,
+        config: &Config,
+        boot: BootId,
+        activity: Activity,
+    ) -> Arc<Self> {
         Arc::new(Self {
             quota: config.limits.of_jobs(),
             table: Mutex::default(),
@@ -112,6 +134,7 @@ impl Jobs {
                 domains,
                 catalog,
                 deadlines: config.deadlines,
+                boot,
                 history: config.limits.history,
                 stores: config.stores.clone(),
                 stop: CancellationToken::new(),
@@ -123,59 +146,106 @@ impl Jobs {
 
     /// Thaws what a former process of the service may have left frozen; does not wait for it. Before all else that is done.
     pub async fn thaw(self: &Arc<Self>) -> Result<(), Error> {
-        for record in self.setting.catalog.unsettled().await? {
+        for record in self.setting.catalog.unsettled().await?.into_iter().flatten() {
             let jobs = self.clone();
             self.tasks
-                .spawn(async move { recover::thaw(record, &jobs.setting).await });
+                .spawn(async move { backup::thaw(record, &jobs.setting).await });
         }
         Ok(())
     }
 
-    /// Takes up the jobs that a former process of the service left, which it gives, and those that ended lately.
+    /// Takes up the jobs that an earlier process of the service left, which are returned, and those that ended lately. A job
+    /// whose record cannot be read is logged, and stays as it is: a service of another version may be able to.
     pub async fn recover(self: &Arc<Self>) -> Result<Vec<Arc<Job>>, Error> {
         let keep = SignedDuration::try_from(KEEP).unwrap_or(SignedDuration::ZERO);
         let since = Timestamp::now().checked_sub(keep).unwrap_or(Timestamp::MIN);
         for record in self.setting.catalog.ended_since(since, KEEP_AT_MOST).await? {
-            let identity = record::identity(record.id, &record.domain)?;
-            let job = Arc::new(self.ended(&record, identity)?);
-            self.lock().jobs.insert(job.id, job.clone());
-            self.forget_later(job.id);
+            match self.ended(&record) {
+                Ok(job) => {
+                    self.lock().jobs.insert(job.id, Arc::new(job));
+                    self.forget_later(record.id);
+                }
+                Err(error) => tracing::error!(%error, "a job is left out of the list"),
+            }
         }
         let mut resumed = Vec::new();
         for record in self.setting.catalog.unsettled().await? {
-            let identity = record::identity(record.id, &record.domain)?;
-            match record.step {
-                Step::Ended => self.sweep(record, identity)?,
-                _ if record::plan(&record)?.task != Task::Backup => {
-                    let job = self.end_lost(&record, identity).await?;
-                    self.forget_later(job.id);
-                    resumed.push(job);
-                }
-                _ => resumed.push(self.resume(record, identity)?),
+            let recovered = match record {
+                Ok(record) => self.recover_one(record).await,
+                Err(error) => Err(error.into()),
+            };
+            match recovered {
+                Ok(job) => resumed.extend(job),
+                Err(error) => tracing::error!(%error, "a job is not recovered"),
             }
         }
         Ok(resumed)
     }
 
-    fn ended(&self, record: &JobRecord, identity: Identity) -> Result<Job, Error> {
+    async fn recover_one(self: &Arc<Self>, record: JobRecord) -> Result<Option<Arc<Job>>, Error> {
+        if record.has_ended() {
+            let residue = Residue {
+                in_qemu: record.left_in_qemu,
+                on_disk: record.left_on_disk,
+                holds_poweroff: record::read_journal(&record).is_ok_and(|(_, state)| state.holds_poweroff()),
+            };
+            let job = Arc::new(self.ended(&record)?);
+            self.sweep(Leftover { job, residue });
+            return Ok(None);
+        }
+        if record::plan(&record)?.task == Task::Backup {
+            return self.resume(record).map(Some);
+        }
+        let identity = record::identity(record.id, &record.domain)?;
+        let job = self.end_lost(&record, identity).await?;
+        self.forget_later(job.id);
+        Ok(Some(job))
+    }
+
+    fn ended(&self, record: &JobRecord) -> Result<Job, Error> {
+        let identity = record::identity(record.id, &record.domain)?;
         let domain = self.setting.domains.identified_or_absent(identity);
         Job::ended(record, domain, self.setting.catalog.clone())
     }
 
-    fn sweep(self: &Arc<Self>, record: JobRecord, identity: Identity) -> Result<(), Error> {
-        let job = Arc::new(self.ended(&record, identity.clone())?);
-        let left = Left {
-            in_qemu: record.left_in_qemu,
-            on_disk: record.left_on_disk,
-            holds_poweroff: record.holds_poweroff,
-        };
+    /// Has removed what may be left of an ended job. For one domain it is done in one task, in order.
+    fn sweep(self: &Arc<Self>, leftover: Leftover) {
+        if !leftover.residue.in_qemu && !leftover.residue.on_disk {
+            return;
+        }
+        let domain = leftover.job.domain.unique_name();
+        let mut table = self.lock();
+        let queue = table.sweeps.entry(domain.clone()).or_default();
+        queue.push_back(leftover);
+        if queue.len() > 1 {
+            return;
+        }
+        drop(table);
         let jobs = self.clone();
-        self.tasks
-            .spawn(async move { recover::sweep(record.id, identity, left, job, &jobs.setting).await });
-        Ok(())
+        self.tasks.spawn(async move {
+            while let Some((job, residue)) = jobs.to_sweep(&domain) {
+                backup::sweep(&job, residue, &jobs.setting).await;
+                if let Some(queue) = jobs.lock().sweeps.get_mut(&domain) {
+                    queue.pop_front();
+                }
+            }
+        });
     }
 
-    fn resume(self: &Arc<Self>, record: JobRecord, identity: Identity) -> Result<Arc<Job>, Error> {
+    /// The next one; the first in the queue is being worked on.
+    fn to_sweep(&self, domain: &str) -> Option<(Arc<Job>, Residue)> {
+        let mut table = self.lock();
+        let next = table.sweeps.get(domain).and_then(|queue| queue.front());
+        let next = next.map(|leftover| (leftover.job.clone(), leftover.residue));
+        if next.is_none() || self.setting.stop.is_cancelled() {
+            table.sweeps.remove(domain);
+            return None;
+        }
+        next
+    }
+
+    fn resume(self: &Arc<Self>, record: JobRecord) -> Result<Arc<Job>, Error> {
+        let identity = record::identity(record.id, &record.domain)?;
         let domain = self.setting.domains.identified_or_absent(identity);
         let plan = record::plan(&record)?;
         let reservation = Reservation {
@@ -186,14 +256,20 @@ impl Jobs {
             _use: self.setting.activity.begin(),
             _token: self.tasks.token(),
         };
-        let job = Arc::new(Job::new(&record, domain, plan, self.setting.catalog.clone()));
+        let job = Arc::new(Job::new(
+            &record,
+            domain,
+            plan,
+            self.setting.catalog.clone(),
+            true,
+        ));
         let mut table = self.lock();
-        table.busy.insert(reservation.domain.clone());
+        *table.busy.entry(reservation.domain.clone()).or_default() += 1;
         table.jobs.insert(job.id, job.clone());
         drop(table);
         let (jobs, resumed) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
-            let ending = recover::resume(&job, &record, reservation, &jobs.setting).await;
+            let ending = backup::resume(&job, &record, reservation, &jobs.setting).await;
             jobs.after(&job, ending).await;
         });
         Ok(resumed)
@@ -214,14 +290,15 @@ impl Jobs {
             start_time,
             plan: to_text(plan)?,
             speed: plan.bandwidth,
+            state: record::journal(&backup::State::Preparing, self.setting.boot)?.text,
         };
         let record = self.setting.catalog.begin(new).await?;
-        fault::point(Point::Recorded);
+        fault::passed("recorded");
         Ok(record)
     }
 
-    /// Forgets a backup that came to nothing while its places were being made.
-    pub async fn withdraw(&self, id: u32) {
+    /// Forgets a job that came to nothing while its targets were being made.
+    async fn withdraw(&self, id: u32) {
         if let Err(error) = self.setting.catalog.withdraw(id).await {
             tracing::warn!(job = id, %error, "a job that never began is still on record");
         }
@@ -232,9 +309,50 @@ impl Jobs {
         self.setting.activity.begin()
     }
 
-    /// How long places may take to be made.
+    /// How long what makes no progress is waited for.
     pub fn patience(&self) -> Duration {
         self.setting.deadlines.stall()
+    }
+
+    /// Waits for the targets of a job that is on record, and keeps what is `held` for it until they are there or gone. A job
+    /// that comes to nothing here is withdrawn, if need be later: the thread that prepares the targets may hang.
+    pub async fn prepared<H, T>(
+        self: &Arc<Self>,
+        id: u32,
+        held: H,
+        mut targets: JoinHandle<error::Result<T>>,
+    ) -> error::Result<(H, T)>
+    where
+        H: Send + 'static,
+        T: Send + 'static,
+    {
+        let patience = self.patience();
+        let failed = |error: JoinError| error::Error::new(error::Kind::Internal, error.to_string());
+        match tokio::time::timeout(patience, &mut targets).await {
+            Ok(prepared) => match prepared.map_err(failed).flatten() {
+                Ok(prepared) => Ok((held, prepared)),
+                Err(error) => {
+                    self.withdraw(id).await;
+                    Err(error)
+                }
+            },
+            Err(_) => {
+                let jobs = self.clone();
+                self.tasks.spawn(async move {
+                    let discarded = async {
+                        // What it made is discarded, which can wait for storage, too.
+                        if let Ok(made) = targets.await {
+                            blocking(&jobs.setting, move || drop(made)).await;
+                        }
+                        jobs.withdraw(id).await;
+                    };
+                    // The next process finds the record, and does it.
+                    jobs.setting.stop.run_until_cancelled(discarded).await;
+                    drop(held);
+                });
+                Err(Error::stalled("the target", patience).into())
+            }
+        }
     }
 
     /// A name for a backup, or a checkpoint, that sorts by time and that no other has.
@@ -256,10 +374,13 @@ impl Jobs {
             return Err(Error::Stopping);
         }
         let share = self.quota.take(uid, 1)?;
-        if !self.lock().busy.insert(domain.unique_name()) {
-            return Err(Error::Busy {
-                domain: domain.name.clone(),
-            });
+        match self.lock().busy.entry(domain.unique_name()) {
+            Entry::Vacant(entry) => drop(entry.insert(1)),
+            Entry::Occupied(_) => {
+                return Err(Error::Busy {
+                    domain: domain.name.clone(),
+                });
+            }
         }
         Ok(Reservation {
             jobs: self.clone(),
@@ -281,7 +402,13 @@ impl Jobs {
             targets,
             record,
         } = start;
-        let job = Arc::new(Job::new(&record, domain, plan, self.setting.catalog.clone()));
+        let job = Arc::new(Job::new(
+            &record,
+            domain,
+            plan,
+            self.setting.catalog.clone(),
+            false,
+        ));
         self.lock().jobs.insert(job.id, job.clone());
         let (jobs, running) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
@@ -298,45 +425,42 @@ impl Jobs {
         targets: Targets,
         reservation: Reservation,
     ) -> Ending {
-        let made = run::make(job, link, targets, &self.setting).await;
-        if let Err(Stopped::Left) = made.judged {
-            if let Some(targets) = made.targets {
-                blocking(&self.setting, move || drop(targets.leave())).await;
-            }
-            return Ending::Left;
-        }
-        let end = End {
-            job,
-            setting: &self.setting,
-            footprint: Some(made.footprint),
-            targets: made.targets,
-            step: Step::Preparing,
-            unknown: false,
+        let mut driver = backup::Driver::new(job, &self.setting);
+        driver.footprint = Some(Footprint::of(job, job.domain.clone(), link, &self.setting));
+        let files = targets.files();
+        driver.targets = Some(targets);
+        // Before anything is changed.
+        let fact = match quiesce::check(&job.domain, job.plan.quiesce).await {
+            Ok(()) => backup::Fact::Prepared { files },
+            Err(error) => backup::Fact::Stopped(driver.verdict(error.into())),
         };
-        Ending::Ended(end.conclude(made.judged, reservation).await)
+        driver.drive(backup::State::Preparing, fact, reservation).await
     }
 
     /// What is to be done when the work on a job has ended.
     pub(super) async fn after(self: &Arc<Self>, job: &Arc<Job>, ending: Ending) {
-        let left = match ending {
-            Ending::Ended(left) => left,
-            Ending::Left => {
+        let residue = match ending {
+            Ending::Ended(residue) => residue,
+            Ending::Detached => {
                 tracing::info!(
                     job = job.id,
                     domain = job.domain.name,
-                    "the backup goes on in QEMU"
+                    "the backup goes on without the service"
                 );
                 return;
             }
         };
         self.forget_oldest();
         self.forget_later(job.id);
-        // What hangs with who works on it, that one removes.
-        let left = Left {
+        // What hangs is removed by the thread that it hangs in, or by the next process.
+        let residue = Residue {
             on_disk: false,
-            ..left
+            ..residue
         };
-        recover::sweep(job.id, job.domain.identity(), left, job.clone(), &self.setting).await;
+        self.sweep(Leftover {
+            job: job.clone(),
+            residue,
+        });
     }
 
     /// An ended job is kept while somebody may ask for it, but it does not keep the service from stopping.

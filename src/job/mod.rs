@@ -4,26 +4,27 @@
 //! is done, so that a later process of the service can go on from there. Does not know who may do what, nor how callers hear
 //! of it.
 
+mod backup;
+mod boot;
 mod chain;
 mod checkpoints;
-mod conclude;
 mod error;
 mod footprint;
 mod guard;
 mod manager;
+mod outcome;
 mod progress;
 mod quiesce;
 mod record;
-mod recover;
 mod release;
 mod rescan;
-mod run;
 mod running;
 mod status;
 mod stored;
 mod track;
 mod writeback;
 
+pub use boot::current as current_boot;
 pub use checkpoints::{Checkpoint, definition as checkpoint_definition, named};
 pub use error::Error;
 pub use guard::watch as watch_frozen_guest;
@@ -38,10 +39,15 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use manager::Setting;
+use outcome::{outcome, show_ended};
 
 use crate::catalog::Catalog;
 use crate::domain::Domain;
-use crate::fault::{self, Point};
+use crate::fault;
+use crate::offload;
 use crate::plan::{Plan, Task};
 
 /// How long somebody who looked is taken to be looking.
@@ -53,6 +59,8 @@ const SOON: Duration = Duration::from_millis(300);
 /// How far a job's end is decided. Cancelling is possible up to the point where the images get their names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Decision {
+    /// A process that recovers the job has not looked yet whether it is published.
+    Recovering,
     Open,
     CancelRequested,
     Publishing,
@@ -68,6 +76,8 @@ pub struct Job {
     /// The backup's name in a store.
     pub backup_id: String,
     pub domain: Arc<Domain>,
+    /// The domain's, as it was when the job started.
+    domain_uuid: Option<Uuid>,
     /// The user that started it.
     pub started_by: u32,
     /// It was found in a store: who started it is as the store says, and gives nobody a right.
@@ -116,7 +126,7 @@ impl Job {
         if let Err(error) = self.catalog.cancel_requested(self.id).await {
             tracing::error!(job = self.id, %error, "that the job is cancelled is not on record");
         }
-        fault::point(Point::CancelRequested);
+        fault::passed("cancel requested");
         Ok(())
     }
 
@@ -131,6 +141,7 @@ impl Job {
             (None, Decision::Publishing | Decision::Published | Decision::GivenUp) => {
                 Err(Error::TooLate { id: self.id })
             }
+            (None, Decision::Recovering) => Err(Error::Recovering { id: self.id }),
             (None, Decision::Open) => {
                 *decision = Decision::CancelRequested;
                 self.cancel.cancel();
@@ -187,6 +198,22 @@ impl Job {
         self.looks.borrow().is_some_and(|look| look.elapsed() < ATTENTION)
     }
 
+    /// Waits until the backup has begun, that is, until its point in time is past; for at most `patience`. Fails with what
+    /// prevented it.
+    pub async fn begun(&self, patience: Duration) -> crate::error::Result<()> {
+        let mut statuses = self.statuses();
+        let begun = statuses.wait_for(|status| status.begun || status.outcome.is_some());
+        let Ok(Ok(status)) = tokio::time::timeout(patience, begun).await else {
+            return Ok(());
+        };
+        match &status.outcome {
+            _ if status.begun => Ok(()),
+            Some(Outcome::Failed(error)) => Err(error.clone()),
+            Some(Outcome::Cancelled) => Err(Error::CancelledBefore { id: self.id }.into()),
+            Some(Outcome::Completed) | None => Ok(()),
+        }
+    }
+
     /// Waits for the end. Cancel-safe.
     pub async fn wait(&self) -> Outcome {
         let mut statuses = self.statuses();
@@ -200,6 +227,17 @@ impl Job {
 
     fn decision(&self) -> MutexGuard<'_, Decision> {
         self.decision.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is known whether an earlier process published it; until then it could not be cancelled.
+    fn recovered(&self, published: bool) {
+        let mut decision = self.decision();
+        if *decision == Decision::Recovering {
+            *decision = match published {
+                true => Decision::Publishing,
+                false => Decision::Open,
+            };
+        }
     }
 
     /// From here on it cannot be cancelled; false if it was before.
@@ -235,4 +273,9 @@ impl Job {
     fn update(&self, change: impl FnOnce(&mut Status)) {
         self.status.send_modify(change);
     }
+}
+
+/// Runs `work` on a thread that may wait for storage.
+async fn blocking<T: Send + 'static>(setting: &Setting, work: impl FnOnce() -> T + Send + 'static) -> T {
+    offload::blocking(&setting.activity, work).await
 }

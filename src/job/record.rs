@@ -1,4 +1,4 @@
-//! Jobs as the catalog remembers them.
+//! The records of jobs, to and from the catalog.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -9,27 +9,77 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::error::Stopped;
-use super::{Decision, DiskState, DiskStatus, Error, Job, Outcome, State, Status};
-use crate::catalog::{self, Catalog, DomainRecord, Ended, JobRecord, Step};
+use super::boot::BootId;
+use super::{Decision, DiskState, DiskStatus, Error, Job, Outcome, State, Status, backup};
+use crate::catalog::{self, Catalog, DomainRecord, Ended, JobRecord, JobState};
 use crate::domain::{Domain, Identity, Origin};
 use crate::plan::Plan;
-use crate::target::{self, FileId};
-
-/// What became of a backup in QEMU: `completed` says that all is copied.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Verdict {
-    pub outcome: Outcome,
-    pub disks: Vec<DiskStatus>,
-}
+use crate::target;
 
 /// What may be left of a job that has ended.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Left {
+pub struct Residue {
     pub in_qemu: bool,
     pub on_disk: bool,
     /// In QEMU: the guest's power-off is still held back.
     pub holds_poweroff: bool,
+}
+
+impl Residue {
+    pub fn of(state: &backup::State) -> Self {
+        match state {
+            backup::State::Ended(ended) => Self {
+                in_qemu: ended.in_qemu,
+                on_disk: ended.on_disk,
+                holds_poweroff: ended.holds_poweroff,
+            },
+            _ => Self::default(),
+        }
+    }
+}
+
+/// How far a job is, as the catalog has it.
+#[derive(Serialize, Deserialize)]
+struct Journal {
+    /// Goes up when an older reader would misunderstand it.
+    version: u32,
+    /// The boot of the host in which it was written.
+    boot: BootId,
+    state: backup::State,
+}
+
+/// The version that this program writes and reads.
+const VERSION: u32 = 1;
+
+/// What every version has.
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
+}
+
+pub fn journal(state: &backup::State, boot: BootId) -> Result<JobState, Error> {
+    let journal = Journal {
+        version: VERSION,
+        boot,
+        state: state.clone(),
+    };
+    Ok(JobState {
+        step: state.name(),
+        text: to_text(&journal)?,
+    })
+}
+
+/// How far a job was, and in which boot that was written.
+pub fn read_journal(record: &JobRecord) -> Result<(BootId, backup::State), Error> {
+    let Versioned { version } = read(record.id, Some(&record.state))?;
+    if version != VERSION {
+        return Err(unreadable(
+            record.id,
+            &format!("a service of another version wrote it: {version}"),
+        ));
+    }
+    let Journal { boot, state, .. } = read(record.id, Some(&record.state))?;
+    Ok((boot, state))
 }
 
 pub fn domain_record(identity: Identity) -> DomainRecord {
@@ -69,17 +119,6 @@ pub fn plan(record: &JobRecord) -> Result<Plan, Error> {
     read(record.id, Some(&record.plan))
 }
 
-pub fn files(record: &JobRecord) -> Result<Option<Vec<FileId>>, Error> {
-    match record.step >= Step::Writing && record.files.is_some() {
-        true => read(record.id, record.files.as_deref()).map(Some),
-        false => Ok(None),
-    }
-}
-
-pub fn verdict(record: &JobRecord) -> Result<Verdict, Error> {
-    read(record.id, record.verdict.as_deref())
-}
-
 fn read<T: DeserializeOwned>(id: u32, text: Option<&str>) -> Result<T, Error> {
     let text = text.ok_or_else(|| unreadable(id, "a part is missing"))?;
     serde_json::from_str(text).map_err(|error| unreadable(id, &error.to_string()))
@@ -90,25 +129,24 @@ fn unreadable(id: u32, why: &str) -> Error {
     catalog::Error::Record { id, why }.into()
 }
 
-impl Verdict {
-    /// As if it had been found just now.
-    pub fn judged(self) -> Result<(), Stopped> {
-        match self.outcome {
-            Outcome::Completed => Ok(()),
-            Outcome::Cancelled => Err(Stopped::Cancelled),
-            Outcome::Failed(error) => Err(Stopped::Failed(Error::Former(error))),
-        }
-    }
-}
-
 impl Job {
-    /// A job of which nothing is known but what is to be done.
-    pub(super) fn new(record: &JobRecord, domain: Arc<Domain>, plan: Plan, catalog: Catalog) -> Self {
+    /// A job that has not ended: new, or as an earlier process left it.
+    /// `earlier`: one that an earlier process left.
+    pub(super) fn new(
+        record: &JobRecord,
+        domain: Arc<Domain>,
+        plan: Plan,
+        catalog: Catalog,
+        earlier: bool,
+    ) -> Self {
         let cancelled = record.cancel_requested;
-        let status = Status {
-            frozen: record.frozen,
-            ..first_status(&plan, &record.backup_id)
-        };
+        let mut status = first_status(&plan, &record.backup_id);
+        if let Ok((_, state)) = read_journal(record) {
+            status.frozen = state.frozen();
+            if let Some(verdict) = state.verdict().filter(|verdict| !verdict.disks.is_empty()) {
+                status.disks.clone_from(&verdict.disks);
+            }
+        }
         let cancel = CancellationToken::new();
         if cancelled {
             cancel.cancel();
@@ -116,6 +154,7 @@ impl Job {
         Self {
             id: record.id,
             backup_id: record.backup_id.clone(),
+            domain_uuid: record.domain.uuid,
             domain,
             started_by: record.started_by,
             imported: record.imported,
@@ -123,6 +162,7 @@ impl Job {
             status: watch::Sender::new(status),
             decision: Mutex::new(match cancelled {
                 true => Decision::CancelRequested,
+                false if earlier => Decision::Recovering,
                 false => Decision::Open,
             }),
             cancel,
@@ -136,7 +176,7 @@ impl Job {
 
     /// A job that has ended.
     pub(super) fn ended(record: &JobRecord, domain: Arc<Domain>, catalog: Catalog) -> Result<Self, Error> {
-        let job = Self::new(record, domain, plan(record)?, catalog);
+        let job = Self::new(record, domain, plan(record)?, catalog, true);
         let disks: Vec<DiskStatus> = read(record.id, record.disks.as_deref())?;
         let outcome = match record.result.as_deref() {
             Some("completed") => Outcome::Completed,
@@ -152,8 +192,14 @@ impl Job {
         Ok(job)
     }
 
-    /// The outcome as it is remembered.
-    pub(super) fn end_record(&self, outcome: &Outcome, left: Left) -> Result<Ended, Error> {
+    /// The outcome as it is recorded.
+    pub(super) fn end_record(
+        &self,
+        outcome: &Outcome,
+        state: &backup::State,
+        boot: BootId,
+    ) -> Result<Ended, Error> {
+        let residue = Residue::of(state);
         Ok(Ended {
             time: Timestamp::now(),
             result: outcome.as_str().to_owned(),
@@ -162,8 +208,9 @@ impl Job {
                 Outcome::Completed | Outcome::Cancelled => None,
             },
             disks: to_text(&self.status().disks)?,
-            left_in_qemu: left.in_qemu,
-            left_on_disk: left.on_disk,
+            state: journal(state, boot)?.text,
+            left_in_qemu: residue.in_qemu,
+            left_on_disk: residue.on_disk,
         })
     }
 }
@@ -178,6 +225,7 @@ fn first_status(plan: &Plan, backup_id: &str) -> Status {
     });
     Status {
         state: State::Preparing,
+        begun: false,
         disks: disks.collect(),
         rate: 0,
         expected_end: None,

@@ -15,7 +15,6 @@ use super::Error;
 use super::footprint::Footprint;
 use super::track::JobInfo;
 use crate::domain::poweroff;
-use crate::fault::{self, Point};
 use crate::qmp;
 
 /// How long QEMU may take to end a cancelled job when it is only looked at, not listened to.
@@ -60,7 +59,6 @@ impl Footprint {
 
     async fn try_close_images(&self, disks: usize) -> qmp::Result<bool> {
         self.end_jobs().await?;
-        fault::point(Point::Dismissed);
         let nodes = self.nodes().await?;
         let whole = (0..disks).all(|disk| nodes.contains(&self.names.file_node(disk)));
         if whole {
@@ -125,6 +123,19 @@ impl Footprint {
             qmp::Error::Closed(_) if self.reconnect().await => Ok(()),
             lost @ qmp::Error::Closed(_) => Err(Error::Lost(lost)),
             error => Err(Error::Release(error.to_string())),
+        }
+    }
+
+    /// Ends the hold on the guest's power-off, if there is one, within `patience`. It touches no block layer: it works where
+    /// nothing else does. What failed here is tried again when all is released.
+    pub async fn let_poweroff_go(&self, patience: Duration) {
+        if !self.is_holding_poweroff() {
+            return;
+        }
+        match tokio::time::timeout(patience, poweroff::let_go(&self.link())).await {
+            Ok(Ok(())) => self.poweroff_let_go(),
+            Ok(Err(error)) => tracing::warn!(%error, "cannot let the guest's power-off go yet"),
+            Err(_) => tracing::warn!("cannot let the guest's power-off go yet: QEMU does not answer"),
         }
     }
 

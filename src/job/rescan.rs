@@ -2,16 +2,15 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
+use super::boot::BootId;
 use super::manager::Setting;
-use super::record::{domain_record, to_text};
-use super::run::blocking;
-use super::{DiskState, DiskStatus, Error};
+use super::record::{domain_record, journal, to_text};
+use super::{DiskState, DiskStatus, Error, backup, blocking};
 use crate::backups::finish_removal;
 use crate::catalog::{
-    BackupRecord, DEFINITION_NAME, DomainDir, Instant, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest,
-    NewJob, StoredBackup, Taken,
+    BackupRecord, DEFINITION_NAME, DomainDir, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
+    StoredBackup, Taken,
 };
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
@@ -237,7 +236,7 @@ impl Look<'_> {
         Ok(forgotten.await?)
     }
 
-    /// Reads where it keeps nobody waiting, and no longer than storage may take for a sign of life.
+    /// Reads on a thread that may wait for storage, for `stall-seconds` at most.
     async fn within<T: Send + 'static>(
         &self,
         read: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
@@ -331,6 +330,10 @@ fn stored_backup(
             target: shelf.path().join(&disk.file).display().to_string(),
         })
         .collect();
+    let ended = backup::State::Ended(backup::Ended {
+        frozen_us: manifest.frozen_us.unwrap_or(0),
+        ..backup::Ended::default()
+    });
     let text = |result: Result<String, Error>| result.map_err(|error| error.to_string());
     Ok(StoredBackup {
         number: manifest.job,
@@ -341,12 +344,8 @@ fn stored_backup(
             start_time: manifest.started,
             speed: plan.bandwidth,
             plan: text(to_text(&plan))?,
+            state: text(journal(&ended, BootId::nil()).map(|state| state.text))?,
         },
-        instant: Instant {
-            time: manifest.instant,
-            quiesced: manifest.quiesced,
-        },
-        frozen: Duration::from_micros(manifest.frozen_us.unwrap_or(0)),
         end_time,
         disks: text(to_text(&disks))?,
         backup: BackupRecord {

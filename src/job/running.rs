@@ -11,7 +11,6 @@ use super::footprint::Footprint;
 use super::progress::{Meter, share};
 use super::track::{Phase, Tracker, Verdict};
 use super::{DiskState, Error, Job, State};
-use crate::fault::{self, Point};
 use crate::qmp::{self, Events, EventsError};
 
 /// How often the progress is asked for while somebody looks, and while nobody does.
@@ -60,13 +59,13 @@ impl<'a> Running<'a> {
     pub async fn run(&mut self, mut events: Events, stop: &CancellationToken) -> Result<(), Stopped> {
         loop {
             let followed = stop.run_until_cancelled(self.follow(&mut events)).await;
-            let lost = match followed.ok_or(Stopped::Left)? {
+            let lost = match followed.ok_or(Stopped::Detached)? {
                 Err(Stopped::Failed(Error::Lost(lost @ qmp::Error::Closed(_)))) => lost,
                 result => return result,
             };
             tracing::warn!(job = self.job.id, why = %lost, "the monitor was lost during a backup");
             match stop.run_until_cancelled(self.footprint.reconnect()).await {
-                None => return Err(Stopped::Left),
+                None => return Err(Stopped::Detached),
                 Some(false) => return Err(Stopped::Failed(Error::Lost(lost))),
                 Some(true) => {}
             }
@@ -127,7 +126,6 @@ impl<'a> Running<'a> {
                 () = self.job.cancel.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.cancel().await?;
-                    fault::point(Point::CancelSent);
                 }
                 // The senders are the job's own.
                 Ok(()) = speeds.changed() => {}
@@ -187,7 +185,7 @@ impl<'a> Running<'a> {
 
     pub fn show_running(&self) {
         self.job.update(|status| {
-            status.state = State::Running;
+            (status.state, status.begun) = (State::Running, true);
             status
                 .disks
                 .iter_mut()
@@ -229,10 +227,10 @@ impl<'a> Running<'a> {
             .iter()
             .filter(|job| job.phase == Phase::Running)
             .collect();
-        if self.shared == Some((speed, running.len())) {
+        let known = self.shared.replace((speed, running.len()));
+        if known.map(|(speed, disks)| share(speed, disks)) == Some(share(speed, running.len())) {
             return Ok(());
         }
-        self.shared = Some((speed, running.len()));
         for tracked in &running {
             let arguments = json!({ "device": tracked.job, "speed": share(speed, running.len()) });
             self.tell("block-job-set-speed", arguments).await?;

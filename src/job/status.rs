@@ -81,6 +81,8 @@ pub struct DiskStatus {
 #[derive(Debug, Clone)]
 pub struct Status {
     pub state: State,
+    /// The point in time is past: what is written from now on is in no image.
+    pub begun: bool,
     pub disks: Vec<DiskStatus>,
     /// Bytes a second, lately.
     pub rate: u64,

@@ -10,13 +10,12 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use super::conclude::{discard, outcome, remember_end, show_ended};
+use super::backup::{self, discard};
 use super::error::Stopped;
 use super::manager::{Ending, Jobs, Setting};
 use super::progress::Meter;
-use super::record::{self, Left};
-use super::run::blocking;
-use super::{DiskState, DiskStatus, Error, Job, State};
+use super::record::{self, Residue};
+use super::{DiskState, DiskStatus, Error, Job, Outcome, State, blocking, outcome, show_ended};
 use crate::activity::Use;
 use crate::catalog::{BackupKey, JobRecord};
 use crate::domain::{Domain, Identity};
@@ -68,7 +67,13 @@ impl Jobs {
         (plan, record): (Plan, JobRecord),
         work: Work,
     ) -> Arc<Job> {
-        let job = Arc::new(Job::new(&record, domain, plan, self.setting.catalog.clone()));
+        let job = Arc::new(Job::new(
+            &record,
+            domain,
+            plan,
+            self.setting.catalog.clone(),
+            false,
+        ));
         if let Work::Verify(survey) = &work {
             let rows = survey.backups().map(|(location, bytes)| DiskStatus {
                 name: location.id.clone(),
@@ -125,24 +130,24 @@ impl Jobs {
         if on_disk {
             tracing::warn!(job = job.id, "what was begun may still be at its place");
         }
-        remember_end(job, setting, &outcome, Left::default(), None).await;
+        record_end(job, setting, &outcome).await;
         drop(turn);
         job.update(|status| status.outcome = Some(outcome));
-        Ending::Ended(Left::default())
+        Ending::Ended(Residue::default())
     }
 
     /// Ends a job that went with a former process of the service.
     pub(super) async fn end_lost(&self, record: &JobRecord, identity: Identity) -> Result<Arc<Job>, Error> {
         let domain = self.setting.domains.identified_or_absent(identity);
         let plan = record::plan(record)?;
-        let job = Arc::new(Job::new(record, domain, plan, self.setting.catalog.clone()));
+        let job = Arc::new(Job::new(record, domain, plan, self.setting.catalog.clone(), true));
         let lost = match record.cancel_requested {
             true => Stopped::Cancelled,
             false => Error::NotResumed.into(),
         };
         let outcome = outcome(&job, Err(lost));
         show_ended(&job, &outcome);
-        remember_end(&job, &self.setting, &outcome, Left::default(), None).await;
+        record_end(&job, &self.setting, &outcome).await;
         job.update(|status| status.outcome = Some(outcome));
         self.insert(job.clone());
         Ok(job)
@@ -164,6 +169,18 @@ impl Jobs {
             }
             drop((export, turn));
         });
+    }
+}
+
+/// A later process of the service comes to the same end: what is not on record as ended went with this one.
+async fn record_end(job: &Job, setting: &Setting, outcome: &Outcome) {
+    let recorded = async {
+        let ended = backup::State::Ended(backup::Ended::default());
+        let ended = job.end_record(outcome, &ended, setting.boot)?;
+        Ok::<_, Error>(setting.catalog.end(job.id, ended, None, setting.history).await?)
+    };
+    if let Err(error) = recorded.await {
+        tracing::error!(job = job.id, %error, "cannot record the outcome of a job");
     }
 }
 

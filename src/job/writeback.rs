@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use tokio::time::MissedTickBehavior;
 
+use super::blocking;
 use super::manager::Setting;
-use super::run::blocking;
 use crate::target::Targets;
 
 /// How often what was copied is sent on its way: a fast disk copies some ten MiB meanwhile.

@@ -18,6 +18,7 @@ use super::driver::{Driver, Failure, Request};
 use super::message::{Event, Message, head, parse};
 use super::wire::{Wire, WireError};
 use super::{Error, Result, Schema};
+use crate::fault;
 
 /// Commands that wait for their turn, in all clients of a connection. More make the next caller wait.
 const QUEUE: usize = 64;
@@ -111,12 +112,14 @@ impl Client {
         descriptor: OwnedFd,
     ) -> Result<Value> {
         let reply = self.send(command, arguments, Some(descriptor)).await?;
+        fault::answered(command);
         read(command, &reply)
     }
 
     /// Sends a command and reads its reply as `T`.
     pub async fn query<T: DeserializeOwned>(&self, command: &str, arguments: Value) -> Result<T> {
         let reply = self.send(command, arguments, None).await?;
+        fault::answered(command);
         read(command, &reply)
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use tokio::task::JoinHandle;
 
 use super::{Descriptors, Service, details};
 use crate::access::{Basis, Caller, Details, Grant, Permission};
@@ -17,6 +18,8 @@ use crate::target::{self, Holder, Sources, Targets};
 
 /// How long a backup of one domain waits for news of the others.
 const LOOK: Duration = Duration::from_millis(500);
+/// How long a call waits for its backup to begin: less than the 25 s after which callers of D-Bus give up.
+const BEGIN: Duration = Duration::from_secs(20);
 /// How often a request is put to the authority again because the domain has other disks now.
 const ATTEMPTS: usize = 3;
 
@@ -136,7 +139,7 @@ impl Service {
         Ok(self.access.require(caller, permission, &details, None).await?)
     }
 
-    /// Checks and prepares everything, then starts the job. Its course and end are told by the job.
+    /// Checks and prepares everything, then starts the job, which reports how it goes on and ends.
     pub async fn start(&self, authorised: Authorised) -> Result<Arc<Job>> {
         let Authorised {
             request,
@@ -160,16 +163,10 @@ impl Service {
             request.files.files.len(),
         )?;
         let record = self.jobs.begin(&domain, &plan, uid, start_time).await?;
-        let prepared = self.prepare(plan, &domain, &record.backup_id, request.files.files);
-        let (plan, targets) = match tokio::time::timeout(self.jobs.patience(), prepared).await {
-            Ok(Ok(prepared)) => prepared,
-            Ok(Err(error)) => {
-                self.jobs.withdraw(record.id).await;
-                return Err(error);
-            }
-            // Should it come back after all, what it made is discarded; what is left of it then, a restart removes.
-            Err(_) => return Err(job::Error::stalled("the target", self.jobs.patience()).into()),
-        };
+        let prepared = self
+            .prepare(plan, &domain, &record.backup_id, request.files.files)
+            .await;
+        let (reservation, (plan, targets)) = self.jobs.prepared(record.id, reservation, prepared).await?;
         let job = self.jobs.start(Start {
             reservation,
             domain,
@@ -185,13 +182,20 @@ impl Service {
         Ok(job)
     }
 
+    /// Waits until the backup has begun: what the guest writes from then on is in no image. Fails with what prevented it. If
+    /// it takes longer than [`BEGIN`], the job stays as it is.
+    pub async fn begun(&self, job: &Job) -> Result<()> {
+        job.begun(BEGIN).await
+    }
+
+    /// Begins to prepare the targets, on a thread that may wait for storage.
     pub(super) async fn prepare(
         &self,
         plan: Plan,
         domain: &Domain,
         backup_id: &str,
         files: Vec<OwnedFd>,
-    ) -> Result<(Plan, Targets)> {
+    ) -> JoinHandle<Result<(Plan, Targets)>> {
         self.refresh_others(domain).await;
         let holders: Vec<Holder> = self
             .domains
@@ -207,14 +211,11 @@ impl Service {
         let id = backup_id.to_owned();
         // It may take longer than anybody waits for it.
         let needed = self.jobs.need_service();
-        let prepared = tokio::task::spawn_blocking(move || {
+        tokio::task::spawn_blocking(move || {
             let _needed = needed;
             let targets = Targets::prepare(&plan, &id, &files, &Sources::of(&holders))?;
             Ok((plan, targets))
-        });
-        prepared
-            .await
-            .map_err(|error| Error::new(Kind::Internal, error.to_string()))?
+        })
     }
 
     /// Asks the other domains what they have open, for a disk that was added is no event. One that does not answer in

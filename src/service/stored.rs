@@ -63,18 +63,8 @@ impl Service {
         let domain = self.backups.domain(&backup.domain);
         let plan = Plan::of_stored(Task::Restore(stored(backup)), disk_plans(&chain, &disks, format));
         let record = self.jobs.begin(&domain, &plan, uid, Timestamp::now()).await?;
-        let prepared = self.prepare(plan, &domain, &record.backup_id, files.files);
-        let (plan, targets) = match tokio::time::timeout(self.jobs.patience(), prepared).await {
-            Ok(Ok(prepared)) => prepared,
-            Ok(Err(error)) => {
-                self.jobs.withdraw(record.id).await;
-                return Err(error);
-            }
-            Err(_) => {
-                self.jobs.withdraw(record.id).await;
-                return Err(job::Error::stalled("the target", self.jobs.patience()).into());
-            }
-        };
+        let prepared = self.prepare(plan, &domain, &record.backup_id, files.files).await;
+        let (turn, (plan, targets)) = self.jobs.prepared(record.id, turn, prepared).await?;
         let work = Work::Restore(Box::new((chain, targets)));
         let job = self.jobs.start_stored(turn, domain, (plan, record), work);
         grant.record(job.id);

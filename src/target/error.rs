@@ -73,6 +73,10 @@ pub enum Error {
     InUse { path: String },
     #[error("{path}: is not there: is its store mounted? 'backupctl rescan' forgets backups that are gone")]
     NotThere { path: String },
+    #[error(
+        "{path}: it has a backup's name, and its manifest does not vouch for it ({why}): it is left as it is. Check it, and remove it by hand if it is of no use"
+    )]
+    NotVouchedFor { path: String, why: String },
     #[error("{path}: is not the backup's, and would go with it: move it away")]
     NotTheBackups { path: String },
     #[error("the plan has no store")]
@@ -152,6 +156,7 @@ impl Error {
             | Self::NotQcow2 { .. }
             | Self::Gone { .. }
             | Self::NotTheBackups { .. }
+            | Self::NotVouchedFor { .. }
             | Self::NotThere { .. }
             | Self::IsSource { .. }
             | Self::SameTarget { .. }

@@ -21,9 +21,10 @@ pub struct Found {
 }
 
 impl Targets {
-    /// Looks for the places of `plan` for the backup `backup`. `files` is what [`Targets::files`] said when they were made; without it nothing was
-    /// written yet, and they are found by names that no other backup has. Blocks.
-    pub fn find(plan: &Plan, backup: &str, files: Option<&[FileId]>) -> Found {
+    /// Looks for the targets of `plan` for the backup `backup`. `files` is what [`Targets::files`] said when they were made;
+    /// without it nothing was written yet, and they are found by names that no other backup has. In another boot a device may
+    /// have another number: in a store, where nobody else writes, a file is known by its name and inode then. Blocks.
+    pub fn find(plan: &Plan, backup: &str, files: Option<&[FileId]>, same_boot: bool) -> Found {
         let mut found = Found {
             targets: Targets {
                 targets: Vec::new(),
@@ -48,14 +49,20 @@ impl Targets {
                 Err(error) => found.fail(error),
             }
         }
+        let published = found.targets.published().is_some();
         match Parents::hold(plan) {
+            // It is complete: who would remove what it depends on reads its manifest.
+            _ if published => {}
             Ok(parents) => found.targets.parents = parents,
             // It cannot go on, but what there is of it is known.
             Err(error) => found.lost = found.lost.take().or(Some(error)),
         }
         for (index, disk) in plan.disks.iter().enumerate() {
+            if published && matches!(disk.place, Place::InStore { .. }) {
+                continue;
+            }
             let id = files.and_then(|files| files.get(index).copied());
-            let target = found.targets.find_one(plan, disk, index, backup, id);
+            let target = found.targets.find_one(plan, disk, index, backup, id, same_boot);
             match target.map_err(|error| error.of(&disk.name)) {
                 Ok(Some(mut target)) => {
                     if id.is_some() {
@@ -82,6 +89,7 @@ impl Targets {
         index: usize,
         backup: &str,
         id: Option<FileId>,
+        same_boot: bool,
     ) -> Result<Option<Target>, Error> {
         let found = match (&disk.place, id) {
             (Place::InStore { file_name }, _) => match &self.store {
@@ -102,7 +110,14 @@ impl Targets {
             // It was the caller's, and went with the process that it was passed to.
             (Place::Descriptor(_), _) => None,
         };
-        Ok(found.filter(|target| id.is_none_or(|id| target.id == id)))
+        let in_store = matches!(disk.place, Place::InStore { .. });
+        let same = |target: &Target, id: FileId| match (target.id, id) {
+            (FileId::File { inode: now, .. }, FileId::File { inode: then, .. }) if in_store && !same_boot => {
+                now == then
+            }
+            (now, then) => now == then,
+        };
+        Ok(found.filter(|target| id.is_none_or(|id| same(target, id))))
     }
 }
 

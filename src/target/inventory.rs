@@ -74,15 +74,7 @@ impl Shelf {
 
     /// Opens a file of it to read, if it is a regular one.
     pub fn open_file(&self, name: &str) -> Result<OwnedFd, Error> {
-        self.look_at(name)?;
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.directory, name, flags, Mode::empty())
-            .map_err(|errno| self.child_failed("open", name, errno))?;
-        let stat = rustix::fs::fstat(&file).map_err(|errno| self.child_failed("stat", name, errno))?;
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => Ok(file),
-            _ => Err(self.child_failed("read", name, Errno::INVAL)),
-        }
+        open_file(&self.directory, &self.path, name)
     }
 
     pub(super) fn descriptor(&self) -> &OwnedFd {
@@ -131,40 +123,69 @@ impl Shelf {
 
     /// The content of a file, of which no more than one byte after `at_most` is read; and when it was written.
     pub fn read(&self, name: &str, at_most: usize) -> Result<(Vec<u8>, Timestamp), Error> {
-        let stat = self.look_at(name)?;
-        let file = self.open_file(name)?;
-        let mut content = Vec::new();
-        let file = std::fs::File::from(file);
-        std::io::Read::read_to_end(&mut std::io::Read::take(file, at_most as u64 + 1), &mut content)
-            .map_err(|error| {
-                self.child_failed("read", name, Errno::from_io_error(&error).unwrap_or(Errno::IO))
-            })?;
-        let time = Timestamp::from_second(stat.st_mtime).unwrap_or(Timestamp::UNIX_EPOCH);
-        Ok((content, time))
+        read_file(&self.directory, &self.path, name, at_most)
     }
 
     /// The length of a file, in bytes.
     pub fn file_size(&self, name: &str) -> Result<u64, Error> {
-        Ok(self.look_at(name)?.st_size.cast_unsigned())
-    }
-
-    /// What is there, if it is a regular file: to open a device can do something.
-    fn look_at(&self, name: &str) -> Result<Stat, Error> {
-        let stat = rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|errno| self.child_failed("open", name, errno))?;
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => Ok(stat),
-            _ => Err(self.child_failed("read", name, Errno::INVAL)),
-        }
+        Ok(look_at(&self.directory, &self.path, name)?
+            .st_size
+            .cast_unsigned())
     }
 
     fn failed(&self, action: &'static str, errno: Errno) -> Error {
         Error::io(action, &self.path.display().to_string(), errno)
     }
+}
 
-    fn child_failed(&self, action: &'static str, name: &str, errno: Errno) -> Error {
-        Error::io(action, &self.path.join(name).display().to_string(), errno)
+/// As [`Shelf::read`].
+pub(super) fn read_file(
+    directory: &OwnedFd,
+    path: &Path,
+    name: &str,
+    at_most: usize,
+) -> Result<(Vec<u8>, Timestamp), Error> {
+    let stat = look_at(directory, path, name)?;
+    let file = std::fs::File::from(open_file(directory, path, name)?);
+    let mut content = Vec::new();
+    std::io::Read::read_to_end(&mut std::io::Read::take(file, at_most as u64 + 1), &mut content).map_err(
+        |error| {
+            child_failed(
+                path,
+                "read",
+                name,
+                Errno::from_io_error(&error).unwrap_or(Errno::IO),
+            )
+        },
+    )?;
+    let time = Timestamp::from_second(stat.st_mtime).unwrap_or(Timestamp::UNIX_EPOCH);
+    Ok((content, time))
+}
+
+fn open_file(directory: &OwnedFd, path: &Path, name: &str) -> Result<OwnedFd, Error> {
+    look_at(directory, path, name)?;
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(directory, name, flags, Mode::empty())
+        .map_err(|errno| child_failed(path, "open", name, errno))?;
+    let stat = rustix::fs::fstat(&file).map_err(|errno| child_failed(path, "stat", name, errno))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Ok(file),
+        _ => Err(child_failed(path, "read", name, Errno::INVAL)),
     }
+}
+
+/// What is there, if it is a regular file: to open a device can do something.
+fn look_at(directory: &OwnedFd, path: &Path, name: &str) -> Result<Stat, Error> {
+    let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(|errno| child_failed(path, "open", name, errno))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Ok(stat),
+        _ => Err(child_failed(path, "read", name, Errno::INVAL)),
+    }
+}
+
+fn child_failed(path: &Path, action: &'static str, name: &str, errno: Errno) -> Error {
+    Error::io(action, &path.join(name).display().to_string(), errno)
 }
 
 #[cfg(test)]

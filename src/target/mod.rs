@@ -7,6 +7,7 @@
 mod block;
 mod check;
 mod descriptor;
+mod digest;
 mod error;
 mod file;
 mod find;
@@ -16,12 +17,12 @@ mod parents;
 mod path;
 mod removal;
 mod replacement;
-mod seal;
 mod sparse;
 mod store;
 mod writeback;
 
 pub use block::device_path;
+pub use digest::FileDigest;
 pub use error::Error;
 pub use find::Found;
 pub use identity::{FileId, Holder, Sources};
@@ -29,21 +30,27 @@ pub use inventory::{Held, Sharing, Shelf};
 pub use parents::Parents;
 pub use removal::{Removal, removed_backup, removed_name};
 pub use replacement::Replacement;
-pub use seal::Seal;
-pub use store::{ensure as ensure_store, partial_backup};
+pub use store::{Published, ensure as ensure_store, partial_backup};
 pub use writeback::Writeback;
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::fs::FileType;
+use tokio_util::sync::CancellationToken;
+
+use digest::Reading;
 
 use crate::definition::Format;
-use crate::fault::{self, Point};
+use crate::fault;
+use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
 
+/// How many images are made durable at a time.
+const WORKERS: usize = 4;
 /// What a failed backup leaves of a block device's beginning: nothing that has a header.
 const WIPED_HEAD: usize = 1 << 20;
 
@@ -153,7 +160,7 @@ impl Targets {
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         check::space(&targets.targets, &plan.disks)?;
-        fault::point(Point::Prepared);
+        fault::passed("prepared");
         Ok(targets)
     }
 
@@ -165,6 +172,11 @@ impl Targets {
 
     pub fn iter(&self) -> impl Iterator<Item = &Target> {
         self.targets.iter()
+    }
+
+    /// The backup that these are, if it had its final name and its manifest when they were found: it is complete.
+    pub fn published(&self) -> Option<&Published> {
+        self.store.as_ref().and_then(store::Partial::published)
     }
 
     /// Whether the places are in a store, where a manifest belongs beside the images.
@@ -184,11 +196,52 @@ impl Targets {
         sent.map(|target| target.file.clone()).collect()
     }
 
-    /// Makes the data durable, and says what the files are now, in the plan's order. Nothing has its final name yet. QEMU has
-    /// let go of the targets.
-    pub fn sync(&self) -> Result<Vec<Seal>, Error> {
-        let sealed = self.targets.iter().map(|target| target.sync(self.in_store()));
-        sealed.collect()
+    /// Makes the data durable; returns the digests, in the plan's order, or nothing if it is cancelled. Several disks at a
+    /// time. Nothing has its final name yet. QEMU has let go of the targets.
+    pub fn seal(
+        &self,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Option<Vec<FileDigest>>, Error> {
+        self.each(|target| target.seal(self.in_store(), progress, cancel))
+    }
+
+    /// Whether the images are what `digests` say, in the plan's order; nothing if it is cancelled.
+    pub fn prove(
+        &self,
+        digests: &[FileDigest],
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Option<bool>, Error> {
+        let found = self.each(|target| target.digest(self.in_store(), progress, cancel))?;
+        Ok(found.map(|found| found == digests))
+    }
+
+    /// The digest that `find` gives of each target, in the plan's order; nothing if one gives nothing.
+    fn each(
+        &self,
+        find: impl Fn(&Target) -> Result<Option<FileDigest>, Error> + Sync,
+    ) -> Result<Option<Vec<FileDigest>>, Error> {
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut found = Vec::new();
+            while let Some(target) = self.targets.get(next.fetch_add(1, Ordering::Relaxed)) {
+                found.push((target.id, find(target)?));
+            }
+            Ok::<_, Error>(found)
+        };
+        let workers = self.targets.len().min(WORKERS);
+        let found = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+            let found = workers.into_iter().map(|worker| match worker.join() {
+                Ok(found) => found,
+                Err(panic) => std::panic::resume_unwind(panic),
+            });
+            found.collect::<Result<Vec<_>, Error>>()
+        })?;
+        let found: HashMap<FileId, Option<FileDigest>> = found.into_iter().flatten().collect();
+        let digests = self.targets.iter().map(|target| found.get(&target.id)?.clone());
+        Ok(digests.collect())
     }
 
     /// Gives everything its final name, durably. `records` are names and contents of the files that go beside a
@@ -207,8 +260,8 @@ impl Targets {
         Ok(())
     }
 
-    /// Removes what was made and makes unreadable what was written into. Dropping does the same. Says whether nothing is
-    /// left.
+    /// Removes what was made and makes unreadable what was written into; but not what was found [`Targets::published`], which
+    /// others may depend on. Dropping does the same. Says whether nothing is left.
     pub fn discard(mut self) -> bool {
         self.clear()
     }
@@ -243,6 +296,13 @@ impl Targets {
     fn clear(&mut self) -> bool {
         if std::mem::replace(&mut self.settled, true) {
             return true;
+        }
+        if let Some(published) = self.published() {
+            tracing::warn!(
+                backup = published.manifest.id,
+                "a complete backup of an earlier time is left as it is: the catalog may be an old copy"
+            );
+            self.store = None;
         }
         let mut clear = true;
         // What has a backup's name is a whole backup, at any moment: the name goes first.
@@ -322,9 +382,44 @@ impl Target {
         Ok(())
     }
 
-    fn sync(&self, with_checksum: bool) -> Result<Seal, Error> {
-        let seal = seal::take(&self.file, with_checksum, || self.sync_data())?;
-        seal.map_err(|error| Error::io("read", &self.label, error).of(&self.disk))
+    fn seal(
+        &self,
+        with_checksum: bool,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Option<FileDigest>, Error> {
+        let reading = match with_checksum {
+            true => Reading::DigestAndWriteBack,
+            false => Reading::WriteBack,
+        };
+        let digest = self.read(reading, progress, cancel)?;
+        if digest.is_some() {
+            self.sync_data()?;
+        }
+        Ok(digest)
+    }
+
+    fn digest(
+        &self,
+        with_checksum: bool,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Option<FileDigest>, Error> {
+        let reading = match with_checksum {
+            true => Reading::Digest,
+            false => Reading::WriteBack,
+        };
+        self.read(reading, progress, cancel)
+    }
+
+    fn read(
+        &self,
+        reading: Reading,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Option<FileDigest>, Error> {
+        let digest = digest::read(&self.file, reading, progress, cancel);
+        digest.map_err(|errno| Error::io("read", &self.label, errno).of(&self.disk))
     }
 
     fn sync_data(&self) -> Result<(), Error> {

@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
+use super::inventory::read_file;
 use super::path::{Trust, check_trust, open_directory};
 use super::{BackupName, Error, Publication, Target};
+use crate::catalog::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::fault::{self, Point};
 
 const DIRECTORY_MODE: Mode = Mode::RWXU;
@@ -30,6 +32,16 @@ pub struct Partial {
     name: String,
     records: Vec<String>,
     renamed: bool,
+    /// It had its name when it was found.
+    published: Option<Published>,
+}
+
+/// What a backup that was found under its final name says of itself.
+#[derive(Debug, Clone)]
+pub struct Published {
+    pub manifest: Manifest,
+    /// The manifest as it was written.
+    pub text: String,
 }
 
 /// Creates the directory of the default store, at the start of the service: the administrator made the one above it.
@@ -82,6 +94,23 @@ fn sync(directory: &OwnedFd, shown: &str) -> Result<(), Error> {
     rustix::fs::fsync(directory).map_err(|errno| Error::io("fsync the directory of", shown, errno))
 }
 
+/// The manifest of a directory that has its final name.
+fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Error> {
+    let wrong = |why: String| Error::NotVouchedFor {
+        path: path.display().to_string(),
+        why,
+    };
+    let (bytes, _) = read_file(directory, path, MANIFEST_NAME, MAX_MANIFEST_BYTES)?;
+    let manifest = Manifest::parse(&bytes).map_err(|error| wrong(error.to_string()))?;
+    if manifest.id != id {
+        return Err(wrong(format!("it is that of '{}'", manifest.id)));
+    }
+    Ok(Published {
+        manifest,
+        text: String::from_utf8_lossy(&bytes).into_owned(),
+    })
+}
+
 impl Partial {
     pub fn create(store_path: &Path, backup: BackupName) -> Result<Self, Error> {
         let store = open_directory(store_path, Trust::Administrator)?;
@@ -102,6 +131,7 @@ impl Partial {
                 name: backup.id.to_owned(),
                 records: Vec::new(),
                 renamed: false,
+                published: None,
             }),
             Err(error) => {
                 if domain_created {
@@ -142,7 +172,8 @@ impl Partial {
     }
 
     /// Finds the directory of a backup again that a former process made, under either of its names; `images` are the names
-    /// of the files that it holds. Nothing if it is not there.
+    /// of the files that it holds. Nothing if it is not there. Fails if it has its final name without a manifest that vouches
+    /// for it: nobody knows then whether it is a backup that others depend on.
     pub fn find(store_path: &Path, backup: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
         let store = open_directory(store_path, Trust::Administrator)?;
         let domain_path = store_path.join(backup.domain);
@@ -155,11 +186,15 @@ impl Partial {
         };
         let partial = partial_name(backup.id);
         let path = domain_path.join(backup.id);
-        for (name, renamed) in [(partial.as_str(), false), (backup.id, true)] {
+        for (name, renamed) in [(backup.id, true), (partial.as_str(), false)] {
             let directory = match open_child(&domain, name) {
                 Ok(directory) => directory,
                 Err(Errno::NOENT) => continue,
                 Err(errno) => return Err(Error::io("open", &path.display().to_string(), errno)),
+            };
+            let published = match renamed {
+                true => Some(published(&directory, &path, backup.id)?),
+                false => None,
             };
             let mut records = names_in(&directory)
                 .map_err(|errno| Error::io("read", &path.display().to_string(), errno))?;
@@ -176,9 +211,16 @@ impl Partial {
                 name: backup.id.to_owned(),
                 records,
                 renamed,
+                published,
             }));
         }
         Ok(None)
+    }
+
+    /// What it says of itself, if it had its final name when it was found. Such a directory is a whole backup, whatever else is
+    /// on record, so it is never renamed or removed here.
+    pub fn published(&self) -> Option<&Published> {
+        self.published.as_ref()
     }
 
     /// The image of that name, if it is there.

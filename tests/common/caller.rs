@@ -13,7 +13,7 @@ use zbus::{Connection, MatchRule, MessageStream};
 
 use super::System;
 use super::polkit;
-use super::proxies::{JobProxy, ManagerProxy, Options};
+use super::proxies::{JobProxy, ManagerProxy, Options, error_name};
 use super::wait;
 
 pub struct Caller {
@@ -88,7 +88,7 @@ impl Caller {
             .expect("a proxy is made")
     }
 
-    /// Starts a backup, which must be accepted.
+    /// Starts a backup, which must be accepted. It may fail before it has begun.
     pub async fn start(&self, domain: &str, document: &str) -> JobProxy<'static> {
         self.start_with(domain, document, &[], Options::new()).await
     }
@@ -100,8 +100,37 @@ impl Caller {
         files: &[OwnedFd],
         options: Options<'_>,
     ) -> JobProxy<'static> {
-        let started = self.try_start(domain, document, files, options).await;
-        self.job(started.expect("the backup is accepted")).await
+        let started = self.start_job(domain, document, files, options).await;
+        started.expect("the backup is accepted")
+    }
+
+    /// A job that was made, also if its backup did not begin and the call failed with what prevented it.
+    pub async fn start_job(
+        &self,
+        domain: &str,
+        document: &str,
+        files: &[OwnedFd],
+        options: Options<'_>,
+    ) -> zbus::Result<JobProxy<'static>> {
+        let before = self.newest_job().await;
+        match self.try_start(domain, document, files, options).await {
+            Ok(job) => Ok(self.job(job).await),
+            Err(error) => match self.newest_job().await {
+                Some((number, path)) if before.is_none_or(|(before, _)| number > before) => {
+                    let job = self.job(path).await;
+                    assert_eq!(job.error_name().await.unwrap(), error_name(&error));
+                    Ok(job)
+                }
+                _ => Err(error),
+            },
+        }
+    }
+
+    async fn newest_job(&self) -> Option<(u32, OwnedObjectPath)> {
+        let jobs = self.manager.list_jobs().await.unwrap();
+        jobs.into_iter()
+            .map(|(number, path, _, _)| (number, path))
+            .max_by_key(|(number, _)| *number)
     }
 
     pub async fn try_start(

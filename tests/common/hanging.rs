@@ -30,6 +30,8 @@ const BLOCKS: u64 = 1 << 20;
 /// What is disturbed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
+    /// Where reads are disturbed when a file is created, none of it is kept in the kernel's cache.
+    Read,
     Write,
     Fsync,
     Create,
@@ -41,6 +43,8 @@ pub enum Operation {
 enum Effect {
     Fail(Errno),
     Hang,
+    /// Each takes so long.
+    Slow(Duration),
 }
 
 /// An operation that is to be carried out, or to fail.
@@ -124,6 +128,11 @@ impl Hanging {
     /// From now on this is not answered, until [`Hanging::heal`].
     pub fn hang(&self, what: Operation) {
         self.disturb(what, Effect::Hang);
+    }
+
+    /// From now on each of these takes so long; one moves 128 KiB at most.
+    pub fn slow_down(&self, what: Operation, pause: Duration) {
+        self.disturb(what, Effect::Slow(pause));
     }
 
     fn disturb(&self, what: Operation, effect: Effect) {
@@ -271,6 +280,11 @@ impl Server {
                 match effect {
                     Effect::Hang => return control.held.push(Box::new(operation)),
                     Effect::Fail(errno) => Some(errno),
+                    Effect::Slow(pause) => {
+                        drop(control);
+                        std::thread::sleep(pause);
+                        return operation(&mut lock(&self.tree), None);
+                    }
                 }
             }
             _ => None,
@@ -384,6 +398,11 @@ impl Filesystem for Server {
         _: i32,
         reply: ReplyCreate,
     ) {
+        let uncached = matches!(lock(&self.control).disturbed, Some((Operation::Read, _)));
+        let flags = match uncached {
+            true => FopenFlags::FOPEN_DIRECT_IO,
+            false => FopenFlags::empty(),
+        };
         let name = name.to_owned();
         answer!(
             self,
@@ -391,7 +410,7 @@ impl Filesystem for Server {
             reply,
             |tree: &mut Tree| tree.make(parent.0, name, Node::new(false, mode)),
             |reply: ReplyCreate, made: FileAttr| {
-                reply.created(&TTL, &made, FIRST, OPENED, FopenFlags::empty());
+                reply.created(&TTL, &made, FIRST, OPENED, flags);
             }
         );
     }
@@ -455,7 +474,7 @@ impl Filesystem for Server {
     ) {
         answer!(
             self,
-            Operation::Any,
+            Operation::Read,
             reply,
             |tree: &mut Tree| {
                 let mut data = vec![0; size as usize];

@@ -40,7 +40,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use backupd::fault::{self, Point};
+use backupd::fault;
 use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
 use rustix::process::Signal;
 
@@ -263,10 +263,48 @@ impl System {
 
     /// Starts the service so that it will die, as if by SIGKILL, at this point.
     #[track_caller]
-    pub fn start_dying_daemon(&mut self, point: Point) {
-        self.environment.push((fault::VARIABLE.to_owned(), point.name()));
+    pub fn start_dying_daemon(&mut self, point: impl std::fmt::Display) {
+        self.environment
+            .push((fault::VARIABLE.to_owned(), point.to_string()));
         self.start_daemon();
         self.environment.pop();
+    }
+
+    /// Starts the service as if the host had restarted since the last one.
+    #[track_caller]
+    pub fn start_daemon_in_another_boot(&mut self) {
+        let boot = uuid::Uuid::new_v4().to_string();
+        self.environment.push(("BACKUPD_BOOT_ID".to_owned(), boot));
+        self.start_daemon();
+        self.environment.pop();
+    }
+
+    /// Starts the service so that it writes down the points at which it could die; see [`System::passed_points`].
+    #[track_caller]
+    pub fn start_recording_daemon(&mut self) {
+        let points = self.points_file().display().to_string();
+        self.environment.push((fault::POINTS_VARIABLE.to_owned(), points));
+        self.start_daemon();
+        self.environment.pop();
+    }
+
+    /// The points that such a service has passed since `first`, and not before, each once, in the order in which it came to
+    /// them.
+    #[track_caller]
+    pub fn passed_points(&self, first: &str) -> Vec<String> {
+        let passed = std::fs::read_to_string(self.points_file()).unwrap();
+        let mut points: Vec<String> = Vec::new();
+        for point in passed.lines() {
+            if !points.iter().any(|known| known == point) {
+                points.push(point.to_owned());
+            }
+        }
+        let first = points.iter().position(|point| point == first);
+        points.split_off(first.expect("the first one was passed"))
+    }
+
+    fn points_file(&self) -> PathBuf {
+        self.dir().join("points")
     }
 
     /// Waits until the service has ended by itself, and its name is free.

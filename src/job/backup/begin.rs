@@ -1,0 +1,219 @@
+//! The first half of a backup: from its targets to block jobs that have all succeeded.
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::driver::Driver;
+use super::state::Fact;
+use crate::domain::{Snapshot, poweroff};
+use crate::fault;
+use crate::job::error::Stopped;
+use crate::job::footprint::Names;
+use crate::job::progress::share;
+use crate::job::quiesce::Frozen;
+use crate::job::running::Running;
+use crate::job::writeback::write_back;
+use crate::job::{Error, blocking};
+use crate::plan::{DiskPlan, Mode};
+use crate::qmp;
+use crate::target::{Media, Target};
+
+impl Driver<'_> {
+    /// Gives the targets the size that they begin with: the point of no return for existing files.
+    pub(super) async fn truncate(&mut self) -> Result<Fact, Stopped> {
+        let mut targets = self.take_targets()?;
+        let (job, patience) = (self.job.clone(), self.setting.deadlines.stall());
+        // If it comes back after the timeout, what it has is discarded there.
+        let truncated = blocking(self.setting, move || {
+            let truncated = targets.begin(&job.plan);
+            (targets, truncated)
+        });
+        let (targets, truncated) = tokio::time::timeout(patience, truncated)
+            .await
+            .map_err(|_| Error::stalled("the targets", patience))?;
+        self.targets = Some(targets);
+        truncated.map_err(Error::Target)?;
+        Ok(Fact::Truncated)
+    }
+
+    /// Makes the targets' nodes and the checkpoints' bitmaps in QEMU. What was half made is removed by its name.
+    pub(super) async fn open_targets(&mut self) -> Result<Fact, Stopped> {
+        let (footprint, targets) = (self.footprint()?, self.targets()?);
+        let prepare = async {
+            for (index, (target, disk)) in targets.iter().zip(&self.job.plan.disks).enumerate() {
+                footprint.open_target(index, target, disk).await?;
+            }
+            footprint.make_checkpoints(self.job).await?;
+            let held = self.job.plan.hold_poweroff && poweroff::can_hold(&footprint.link()).await;
+            Ok::<_, Error>(held)
+        };
+        let patience = self.setting.deadlines.stall();
+        let prepare = tokio::time::timeout(patience, prepare);
+        let prepared = self.job.cancel.run_until_cancelled(prepare).await;
+        let prepared = prepared.ok_or(Stopped::Cancelled)?;
+        let holds_poweroff =
+            prepared.unwrap_or_else(|_| Err(Error::stalled("the preparation of QEMU", patience)))?;
+        Ok(Fact::Opened {
+            not_before: now(),
+            holds_poweroff,
+        })
+    }
+
+    /// Has QEMU begin to copy, at a point in time.
+    pub(super) async fn start(&mut self, holds_poweroff: bool) -> Result<Fact, Stopped> {
+        let job = self.job;
+        let speed = *job.speed.borrow();
+        let (footprint, targets) = (self.footprint()?, self.targets()?);
+        // From before the transaction: its jobs can end before its reply is read.
+        let events = footprint.client().events();
+        let disks = job.plan.disks.len();
+        let actions = targets.iter().zip(&job.plan.disks).enumerate();
+        let actions = actions.map(|(index, (target, disk))| {
+            action(&footprint.names, index, target, disk, share(speed, disks))
+        });
+        let transaction = json!({
+            "actions": actions.collect::<Vec<_>>(),
+            "properties": { "completion-mode": "grouped" },
+        });
+        if job.cancel.is_cancelled() {
+            return Err(Stopped::Cancelled);
+        }
+        let patience = self.setting.deadlines.stall();
+        if holds_poweroff {
+            footprint.holds_poweroff();
+            let held = tokio::time::timeout(patience, poweroff::hold(&footprint.link())).await;
+            held.map_err(|_| Error::stalled("QEMU", patience))?
+                .map_err(Error::Lost)?;
+        }
+        let quiesce = job.plan.quiesce;
+        let frozen = Frozen::freeze(&job.domain, quiesce, self.setting.deadlines.freeze()).await?;
+        fault::passed("frozen");
+        targets.iter().for_each(Target::mark_written);
+        let client = footprint.client();
+        let starting = async {
+            let started = tokio::time::timeout(patience, client.execute("transaction", transaction)).await;
+            (started, now())
+        };
+        tokio::pin!(starting);
+        let in_time = frozen.during(starting.as_mut()).await;
+        let thawed = frozen.thaw(&job.domain, quiesce, in_time.is_some()).await;
+        job.update(|status| status.frozen = thawed.frozen);
+        let (started, point_in_time) = match in_time {
+            Some(started) => started,
+            None => starting.await,
+        };
+        match started {
+            Ok(started) => started.map_err(Error::Transaction)?,
+            Err(_) => return Err(Error::stalled("the start in QEMU", patience).into()),
+        };
+        let quiesced = thawed.quiesced?;
+        self.check_start().await?;
+        tracing::info!(job = job.id, domain = job.domain.name, "backup started");
+        self.started = Some((events, speed));
+        Ok(Fact::Started {
+            point_in_time,
+            quiesced,
+            frozen: thawed.frozen,
+        })
+    }
+
+    /// Whether what is copied from now on is the VM's own.
+    pub(super) async fn check_start(&self) -> Result<(), Stopped> {
+        let now = self.check_sources().await?;
+        // Some versions begin to copy a disk that another QEMU writes to already.
+        match now.migration {
+            Some(migration) => Err(Error::Migration(migration).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Follows the block jobs to QEMU's verdict on them, those of this process or of an earlier one.
+    pub(super) async fn follow(&mut self) -> Result<Fact, Stopped> {
+        let started = self.started.take();
+        let (footprint, targets) = (self.footprint()?, self.targets()?);
+        let (events, speed) = match started {
+            Some((events, speed)) => (events, Some(speed)),
+            None => (footprint.client().events(), None),
+        };
+        let mut running = Running::new(self.job, footprint, speed, self.setting.deadlines.stall());
+        running.show_running();
+        tokio::select! {
+            ended = running.run(events, &self.setting.stop) => ended?,
+            never = write_back(targets, self.setting) => match never {},
+        }
+        running.judge()?;
+        // QEMU first looks for what an image holds. A snapshot that another client makes meanwhile turns that look to a
+        // new, empty image.
+        if self.job.plan.disks.iter().any(|disk| disk.only_allocated) {
+            self.check_sources().await?;
+        }
+        Ok(Fact::Copied)
+    }
+
+    /// Whether what is being copied is what the guest writes to: a snapshot that another client made while the targets were
+    /// prepared has put a new image above it. Returns what QEMU says of itself.
+    async fn check_sources(&self) -> Result<Snapshot, Stopped> {
+        let footprint = self.footprint()?;
+        let look = async {
+            loop {
+                match footprint.inspect().await {
+                    // It has much to write before it gets to answers. The copying goes on meanwhile.
+                    Err(qmp::Error::TimedOut { .. }) => {}
+                    result => return result.map_err(Error::Lost),
+                }
+            }
+        };
+        let patience = self.setting.deadlines.stall();
+        let now = tokio::select! {
+            now = tokio::time::timeout(patience, look) => now,
+            () = self.job.cancel.cancelled() => return Err(Stopped::Cancelled),
+            () = self.setting.stop.cancelled() => return Err(Stopped::Detached),
+        };
+        let now = now.map_err(|_| Error::stalled("QEMU", patience))??;
+        for (index, planned) in self.job.plan.disks.iter().enumerate() {
+            // By its node: a disk without an id of its own is called like its node, which is our filter just now.
+            let filter = footprint.names.filter_node(index);
+            let mut disks = now.disks.iter();
+            if !disks.any(|disk| disk.node == planned.node || disk.node == filter) {
+                let disk = planned.name.clone();
+                return Err(Error::Changed { disk }.into());
+            }
+        }
+        Ok(now)
+    }
+}
+
+/// As exactly as the record has it: a later process of the service reports the same.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
+}
+
+fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> Value {
+    let sync = match &disk.mode {
+        Mode::Since(_) => "bitmap",
+        Mode::Full { .. } if disk.only_allocated && target.media == Media::Regular => "top",
+        Mode::Full { .. } => "full",
+    };
+    let mut data = json!({
+        "job-id": names.block_job(index),
+        "device": disk.node,
+        "target": names.target_node(index),
+        "filter-node-name": names.filter_node(index),
+        "sync": sync,
+        "speed": speed,
+        "auto-dismiss": false,
+        // Anything else than an error would stop the job, or let the guest's writes fail, or retry for ever.
+        "on-source-error": "report",
+        "on-target-error": "report",
+    });
+    if let Mode::Since(base) = &disk.mode {
+        data["bitmap"] = json!(base.bitmap);
+        // It keeps what it has recorded: a later backup can start from the same checkpoint.
+        data["bitmap-mode"] = json!("never");
+    }
+    if disk.compress.is_some() {
+        data["compress"] = json!(true);
+    }
+    json!({ "type": "blockdev-backup", "data": data })
+}

@@ -1,0 +1,208 @@
+//! The loop that runs a backup: it records a state, carries out the state's action, and asks [`state::next`] what follows.
+//!
+//! [`state::next`]: super::state::next
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::state::{self, Action, Fact, State, Verdict};
+use crate::catalog::BackupRecord;
+use crate::fault;
+use crate::job::error::Stopped;
+use crate::job::footprint::Footprint;
+use crate::job::manager::{Ending, Setting};
+use crate::job::record::Residue;
+use crate::job::{self, Error, Job, Outcome, Reservation, show_ended};
+use crate::qmp::Events;
+use crate::target::{Parents, Targets};
+
+/// How often it is tried to record an outcome.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// One backup, for the process that works on it.
+pub(in crate::job) struct Driver<'a> {
+    pub(super) job: &'a Arc<Job>,
+    pub(super) setting: &'a Setting,
+    /// Nothing where the domain cannot be reached.
+    pub(in crate::job) footprint: Option<Footprint>,
+    /// Nothing where they are with a thread that hangs.
+    pub(in crate::job) targets: Option<Targets>,
+    /// The transaction's events and its limit in bytes a second, where this process started it.
+    pub(super) started: Option<(Events, u64)>,
+    /// QEMU has nothing of the backup, because it is another process than the one that had.
+    pub(super) qemu_is_gone: bool,
+    /// Some targets could not be looked for: something may be left of them.
+    pub(super) unknown: bool,
+    /// An earlier process began the backup.
+    pub(super) resumed: bool,
+    pub(super) made: Option<BackupRecord>,
+    /// The bases stay until the backup is on record.
+    pub(super) parents: Parents,
+}
+
+impl<'a> Driver<'a> {
+    pub(in crate::job) fn new(job: &'a Arc<Job>, setting: &'a Setting) -> Self {
+        Self {
+            job,
+            setting,
+            footprint: None,
+            targets: None,
+            started: None,
+            qemu_is_gone: false,
+            unknown: false,
+            resumed: false,
+            made: None,
+            parents: Parents::default(),
+        }
+    }
+
+    /// Carries the backup on until its outcome is on record and announced, or the service stops.
+    pub(in crate::job) async fn drive(
+        mut self,
+        state: State,
+        fact: Fact,
+        reservation: Reservation,
+    ) -> Ending {
+        let mut reservation = Some(reservation);
+        let mut recorded = state.clone();
+        let (mut state, mut action) = state::next(state, fact);
+        loop {
+            if state != recorded {
+                match self.record(&state).await {
+                    Ok(()) => recorded = state.clone(),
+                    Err(Stopped::Detached) => return self.detach().await,
+                    // It is undone in any case. The next process finds it as it was on record, and undoes it again.
+                    Err(_) if state.verdict().is_some() => {}
+                    Err(stopped) => {
+                        let verdict = self.verdict(stopped);
+                        (state, action) = state::next(state, Fact::Stopped(verdict));
+                        continue;
+                    }
+                }
+            }
+            let Some(todo) = action else { break };
+            fault::passed(&format!("before {}", todo.name()));
+            let fact = match self.perform(&state, todo, &mut reservation).await {
+                Ok(fact) => fact,
+                Err(Stopped::Detached) => return self.detach().await,
+                Err(stopped) => Fact::Stopped(self.verdict(stopped)),
+            };
+            fault::passed(&format!("after {}", todo.name()));
+            (state, action) = state::next(state, fact);
+        }
+        Ending::Ended(Residue::of(&state))
+    }
+
+    async fn perform(
+        &mut self,
+        state: &State,
+        action: Action,
+        reservation: &mut Option<Reservation>,
+    ) -> Result<Fact, Stopped> {
+        match action {
+            Action::Truncate => self.truncate().await,
+            Action::OpenTargets => self.open_targets().await,
+            Action::Start => self.start(state.holds_poweroff()).await,
+            Action::FindJobs => self.find_jobs(state).await,
+            Action::Follow => self.follow().await,
+            Action::CloseImages => self.close_images().await,
+            Action::Release => Ok(self.release(state).await),
+            Action::Seal => self.seal().await,
+            Action::Prove => self.prove(state).await,
+            Action::Publish => self.publish(state).await,
+            Action::Adopt => self.adopt().await,
+            Action::Discard => Ok(self.discard(state).await),
+            Action::Announce => {
+                self.announce(state, reservation.take()).await;
+                Ok(Fact::Announced)
+            }
+        }
+    }
+
+    /// A state, before its action.
+    async fn record(&mut self, state: &State) -> Result<(), Stopped> {
+        if let State::Ended(_) = state {
+            return self.record_end(state).await;
+        }
+        let state = job::record::journal(state, self.setting.boot)?;
+        Ok(self
+            .setting
+            .catalog
+            .reached(self.job.id, state)
+            .await
+            .map_err(Error::from)?)
+    }
+
+    /// Nothing is announced that is not on record: a full disk is waited for.
+    async fn record_end(&mut self, state: &State) -> Result<(), Stopped> {
+        let outcome = match state.verdict() {
+            None => Outcome::Completed,
+            Some(verdict) => verdict.outcome.clone(),
+        };
+        show_ended(self.job, &outcome);
+        let mut told = false;
+        loop {
+            let recorded = async {
+                let ended = self.job.end_record(&outcome, state, self.setting.boot)?;
+                let end =
+                    self.setting
+                        .catalog
+                        .end(self.job.id, ended, self.made.clone(), self.setting.history);
+                Ok::<_, Error>(end.await?)
+            };
+            match recorded.await {
+                Ok(()) => return Ok(()),
+                Err(error) if !told => {
+                    told = true;
+                    tracing::error!(job = self.job.id, %error, "cannot record the outcome of a backup: trying again");
+                }
+                Err(_) => {}
+            }
+            let stop = &self.setting.stop;
+            if stop
+                .run_until_cancelled(tokio::time::sleep(RETRY))
+                .await
+                .is_none()
+            {
+                return Err(Stopped::Detached);
+            }
+        }
+    }
+
+    /// What the job has come to, with the disks as they are.
+    pub(in crate::job) fn verdict(&self, stopped: Stopped) -> Verdict {
+        let stalled = matches!(&stopped, Stopped::Failed(error) if error.hangs());
+        let outcome = job::outcome(self.job, Err(stopped));
+        Verdict {
+            outcome,
+            disks: self.job.status().disks,
+            stalled,
+        }
+    }
+
+    /// Leaves the backup to a later process of the service.
+    async fn detach(self) -> Ending {
+        let Self { targets, setting, .. } = self;
+        if let Some(targets) = targets {
+            job::blocking(setting, move || drop(targets.leave())).await;
+        }
+        Ending::Detached
+    }
+
+    pub(super) fn footprint(&self) -> Result<&Footprint, Error> {
+        self.footprint.as_ref().ok_or(Error::NotClosed)
+    }
+
+    pub(super) fn targets(&self) -> Result<&Targets, Error> {
+        self.targets.as_ref().ok_or_else(|| self.stalled())
+    }
+
+    pub(super) fn take_targets(&mut self) -> Result<Targets, Error> {
+        self.targets.take().ok_or_else(|| self.stalled())
+    }
+
+    /// The targets are with a thread that made no progress.
+    pub(super) fn stalled(&self) -> Error {
+        Error::stalled("the storage", self.setting.deadlines.stall())
+    }
+}

@@ -1,0 +1,234 @@
+//! Crash recovery: finds what an earlier process of the service left of a backup, and carries the backup on from there.
+//!
+//! The record says how far the backup was; QEMU and the targets say what came after that. Nothing is touched that is not on
+//! record.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::driver::Driver;
+use super::state::{Evidence, Fact, Reached, State};
+use crate::catalog::{JobRecord, Leftover};
+use crate::definition::Quiesce;
+use crate::domain::Reach;
+use crate::error;
+use crate::job::error::Stopped;
+use crate::job::footprint::Footprint;
+use crate::job::manager::{Ending, Setting};
+use crate::job::record::{self, Residue};
+use crate::job::{Error, Job, Reservation, blocking, quiesce};
+use crate::plan::Plan;
+use crate::target::{FileId, Found, Targets};
+
+/// Which files the targets of a backup are, as far as is on record.
+#[derive(Debug, Default)]
+struct Known {
+    files: Option<Vec<FileId>>,
+    /// Devices may have other numbers in another boot.
+    same_boot: bool,
+}
+
+impl Known {
+    fn on_record(job: &JobRecord, setting: &Setting) -> Self {
+        let Ok((boot, state)) = record::read_journal(job) else {
+            return Self::default();
+        };
+        Self {
+            files: state.files().map(<[FileId]>::to_vec),
+            same_boot: boot == setting.boot,
+        }
+    }
+}
+
+/// Brings a job to its end that was not ended before.
+pub(in crate::job) async fn resume(
+    job: &Arc<Job>,
+    record: &JobRecord,
+    reservation: Reservation,
+    setting: &Setting,
+) -> Ending {
+    tracing::info!(
+        job = job.id,
+        domain = job.domain.name,
+        step = record.step,
+        "resuming a backup after a restart of the service"
+    );
+    // What cannot be read is treated as what says the least: it is undone.
+    let (boot, state) = record::read_journal(record).unwrap_or_else(|error| {
+        tracing::error!(job = job.id, %error, "cannot read how far a backup was");
+        (setting.boot, State::Preparing)
+    });
+    let same_boot = boot == setting.boot;
+    let known = Known {
+        files: state.files().map(<[FileId]>::to_vec),
+        same_boot,
+    };
+    let patience = setting.deadlines.stall();
+    let found = tokio::time::timeout(patience, find_targets(job, known, setting)).await;
+    let mut driver = Driver::new(job, setting);
+    driver.resumed = true;
+    let mut evidence = Evidence {
+        same_boot,
+        cancel_requested: record.cancel_requested,
+        published: false,
+        lost: None,
+        qemu: Reached::Gone,
+        disks: job.status().disks,
+    };
+    match found {
+        Ok(found) => {
+            evidence.published = found.targets.published().is_some();
+            evidence.lost = found.lost.map(|lost| error::Error::from(Error::Target(lost)));
+            driver.unknown = found.unknown;
+            driver.targets = Some(found.targets);
+        }
+        Err(_) => evidence.lost = Some(Error::stalled("the storage", patience).into()),
+    }
+    job.recovered(evidence.published);
+    if same_boot {
+        match reach(job, record, setting).await {
+            Ok((reached, footprint)) => {
+                evidence.qemu = reached;
+                driver.footprint = footprint;
+            }
+            Err(()) => {
+                if let Some(targets) = driver.targets.take() {
+                    blocking(setting, move || drop(targets.leave())).await;
+                }
+                return Ending::Detached;
+            }
+        }
+    }
+    driver.qemu_is_gone = evidence.qemu == Reached::Gone;
+    if state.holds_poweroff()
+        && let Some(footprint) = &driver.footprint
+    {
+        footprint.holds_poweroff();
+    }
+    driver.drive(state, Fact::Resumed(evidence), reservation).await
+}
+
+/// Finds the domain's QEMU; an error if the service stops before.
+async fn reach(
+    job: &Arc<Job>,
+    record: &JobRecord,
+    setting: &Setting,
+) -> Result<(Reached, Option<Footprint>), ()> {
+    let identity = job.domain.identity();
+    let reach = setting.domains.reach(&identity, setting.deadlines.reconnect());
+    Ok(match setting.stop.run_until_cancelled(reach).await.ok_or(())? {
+        Reach::Connected(domain, link) => {
+            // Else it was done first of all.
+            if may_be_frozen(record, &job.plan) && job.domain.agent.is_none() {
+                quiesce::thaw_again(&domain).await;
+            }
+            (Reached::Yes, Some(Footprint::of(job, domain, link, setting)))
+        }
+        Reach::Gone => (Reached::Gone, None),
+        Reach::Late => (Reached::Late, None),
+    })
+}
+
+impl Driver<'_> {
+    /// Whether QEMU has the jobs of a transaction whose reply is not on record: it made all of them or none.
+    pub(super) async fn find_jobs(&self, state: &State) -> Result<Fact, Stopped> {
+        let State::Starting { not_before, .. } = state else {
+            return Err(Error::Interrupted.into());
+        };
+        let footprint = self.footprint()?;
+        let infos = footprint
+            .query_jobs_within(self.setting.deadlines.stall())
+            .await?;
+        let there = infos.iter().any(|info| footprint.names.own(&info.id));
+        // Nobody knows whether the guest was frozen at the point in time.
+        if !there || self.job.plan.quiesce == Some(Quiesce::Require) {
+            return Err(Error::Interrupted.into());
+        }
+        self.check_start().await?;
+        Ok(Fact::Started {
+            point_in_time: *not_before,
+            quiesced: false,
+            frozen: Duration::ZERO,
+        })
+    }
+}
+
+/// Whether the earlier process may have ended while the guest was frozen.
+fn may_be_frozen(record: &JobRecord, plan: &Plan) -> bool {
+    record.step == "starting" && quiesce::may_freeze(plan.quiesce)
+}
+
+/// Thaws a guest that was frozen when the earlier process ended, as soon as there is a process again: all else can wait.
+pub(in crate::job) async fn thaw(record: JobRecord, setting: &Setting) {
+    let (Ok(plan), Ok(identity)) = (record::plan(&record), record::identity(record.id, &record.domain))
+    else {
+        return;
+    };
+    if may_be_frozen(&record, &plan)
+        && let Some(domain) = setting.domains.identified(&identity)
+    {
+        let thawed = quiesce::thaw_again(&domain);
+        setting.stop.run_until_cancelled(thawed).await;
+    }
+}
+
+async fn find_targets(job: &Arc<Job>, known: Known, setting: &Setting) -> Found {
+    let job = job.clone();
+    blocking(setting, move || {
+        Targets::find(&job.plan, &job.backup_id, known.files.as_deref(), known.same_boot)
+    })
+    .await
+}
+
+/// Removes what may be left of a job that has ended, as soon as it can be reached, and records that.
+pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Setting) {
+    if residue.on_disk {
+        let known = match setting.catalog.ended_job(job.id).await {
+            Ok(Some(ended)) => Known::on_record(&ended, setting),
+            _ => Known::default(),
+        };
+        let found = find_targets(job, known, setting).await;
+        let unknown = found.unknown;
+        if blocking(setting, move || found.targets.discard()).await && !unknown {
+            cleared(job.id, Leftover::OnDisk, setting).await;
+        }
+    }
+    if !residue.in_qemu {
+        return;
+    }
+    let identity = job.domain.identity();
+    // A domain that is not known may never be again, and a process that is there when it is does this.
+    let known = setting.domains.identified(&identity);
+    let _needed = known.map(|_| setting.activity.begin());
+    let free = async {
+        loop {
+            match setting.domains.reach(&identity, Duration::MAX).await {
+                Reach::Gone => return true,
+                Reach::Late => return false,
+                Reach::Connected(domain, link) => {
+                    let footprint = Footprint::of(job, domain, link, setting);
+                    if residue.holds_poweroff {
+                        footprint.holds_poweroff();
+                    }
+                    match footprint.release_gently().await {
+                        Ok(()) => return true,
+                        Err(error) => {
+                            tracing::warn!(job = job.id, %error, "QEMU still has something of the backup");
+                            tokio::time::sleep(setting.deadlines.reconnect()).await;
+                        }
+                    }
+                }
+            }
+        }
+    };
+    if setting.stop.run_until_cancelled(free).await == Some(true) {
+        cleared(job.id, Leftover::InQemu, setting).await;
+    }
+}
+
+async fn cleared(id: u32, what: Leftover, setting: &Setting) {
+    tracing::info!(job = id, ?what, "what was left of a backup is gone");
+    if let Err(error) = setting.catalog.cleared(id, what).await {
+        tracing::warn!(job = id, %error, "cannot record that nothing is left of a job");
+    }
+}

@@ -1,0 +1,138 @@
+//! The host goes down in the middle of a backup: what was written and not made durable is lost.
+//!
+//! The service is ended at a point, what a power cut would take from the images is taken, and the next service runs in another
+//! boot. `make power-cuts` does the same to a whole host.
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use common::System;
+use common::caller::{Caller, assert_completed};
+use common::disk::Disk;
+use common::proxies::Options;
+use common::storage::{files_below, identical};
+use common::vm::Vm;
+use common::wait;
+
+const MIB: u64 = 1 << 20;
+
+struct Scene {
+    system: System,
+    vm: Vm,
+}
+
+impl Scene {
+    /// A VM, a backup of which the service died at `point`, and the end of its QEMU.
+    async fn cut_at(point: &str) -> Self {
+        let mut system = System::start();
+        let vm = system.configured(
+            system
+                .vm("web")
+                .disk(Disk::new("vda", 16 * MIB).fill(0, 8 * MIB, 0x11))
+                .running(),
+        );
+        system.stop_daemon();
+        system.start_dying_daemon(point);
+        system.wait_for_domain("web");
+        let caller = Caller::new(&system).await;
+        // It may die before it answers.
+        let _ = caller.try_start("web", "", &[], Options::new()).await;
+        system.wait_for_death();
+        let mut scene = Self { system, vm };
+        scene.vm.quit();
+        scene
+    }
+
+    fn image(&self) -> PathBuf {
+        let store = self.system.store();
+        let images = files_below(&store);
+        let image = images.iter().find(|path| path.ends_with("vda.qcow2"));
+        store.join(image.expect("the image is there"))
+    }
+
+    /// What was in memory only is not in the file.
+    fn lose_a_page(&self) {
+        let image = File::options().write(true).open(self.image()).unwrap();
+        let middle = image.metadata().unwrap().len() / 2;
+        image.write_all_at(&[0; 4096], middle).unwrap();
+    }
+
+    /// The outcome of the job when the service has started in another boot.
+    async fn outcome_in_another_boot(&mut self) -> (String, String, String) {
+        self.system.start_daemon_in_another_boot();
+        let caller = Caller::new(&self.system).await;
+        let job = caller.manager.get_job(1).await.expect("the job is known");
+        let job = caller.job(job).await;
+        wait::within("the end", job.wait()).await.unwrap()
+    }
+
+    async fn assert_no_backup(&mut self) {
+        let (result, error, message) = self.outcome_in_another_boot().await;
+        let error = error.rsplit('.').next().unwrap();
+        assert_eq!(
+            (result.as_str(), error),
+            ("failed", "DomainUnreachable"),
+            "{message}"
+        );
+        assert!(message.contains("the host restarted"), "{message}");
+        assert!(files_below(&self.system.store()).is_empty());
+        let caller = Caller::new(&self.system).await;
+        assert!(backups(&caller).await == 0);
+    }
+}
+
+async fn backups(caller: &Caller) -> usize {
+    caller.manager.list_backups(Options::new()).await.unwrap().0.len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_that_were_not_durable_when_the_host_restarted_are_no_backup() {
+    for point in [
+        "before follow",
+        "before close-images",
+        "after close-images",
+        "before seal",
+        "after seal",
+    ] {
+        let mut scene = Scene::cut_at(point).await;
+        scene.lose_a_page();
+        scene.assert_no_backup().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_that_were_durable_when_the_host_restarted_are_published() {
+    for point in ["before publish", "BeforeRename", "Renamed", "after publish"] {
+        let mut scene = Scene::cut_at(point).await;
+        let (result, _, message) = scene.outcome_in_another_boot().await;
+        assert_eq!(result, "completed", "{point}: {message}");
+        assert!(identical(
+            scene.vm.source_path("vda"),
+            "qcow2",
+            &scene.image(),
+            "qcow2"
+        ));
+        let caller = Caller::new(&scene.system).await;
+        assert_eq!(backups(&caller).await, 1, "{point}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_that_changed_after_they_were_durable_are_no_backup() {
+    let mut scene = Scene::cut_at("before publish").await;
+    scene.lose_a_page();
+    scene.assert_no_backup().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_end_of_the_service_alone_loses_nothing() {
+    let mut scene = Scene::cut_at("before seal").await;
+    scene.system.start_daemon();
+    let caller = Caller::new(&scene.system).await;
+    let job = caller.manager.get_job(1).await.expect("the job is known");
+    let job = caller.job(job).await;
+    assert_completed(&job).await;
+}

@@ -42,7 +42,7 @@ pub async fn create_backup(
         .await?;
     // From here on the caller may leave: its backup is made.
     let job = service.start(authorised).await?;
-    let id = job.id;
-    context.follower.add_job(job, &caller.name).await;
-    call.reply(&(id, job_path(id)))
+    context.follower.add_job(job.clone(), &caller.name).await;
+    service.begun(&job).await?;
+    call.reply(&(job.id, job_path(job.id)))
 }

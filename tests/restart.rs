@@ -312,6 +312,44 @@ async fn a_cancelled_backup_stays_cancelled_after_a_death_at_every_point() {
     println!("{}", table("A backup that is cancelled", &rows));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_record_cannot_be_read_keeps_nothing_else_from_starting() {
+    for (column, value) in [
+        ("state", r#"{"version":99}"#),
+        ("plan", "no plan"),
+        ("domain_uuid", "no UUID"),
+    ] {
+        let mut scene = Scene::new();
+        let vm = scene.system.vm("other").disk(Disk::new("vda", MIB)).running();
+        let _other = scene.system.configured(vm);
+        scene.system.stop_daemon();
+        scene.system.start_dying_daemon("before follow");
+        scene.system.wait_for_domain("web");
+        let caller = Caller::new(&scene.system).await;
+        let _ = caller.try_start("web", "", &[], Options::new()).await;
+        scene.system.wait_for_death();
+        let catalog = scene.system.dir().join("state/catalog.sqlite");
+        let catalog = rusqlite::Connection::open(catalog).unwrap();
+        let changed = catalog.execute(&format!("UPDATE jobs SET {column} = ?1 WHERE id = 1"), [value]);
+        assert_eq!(changed.unwrap(), 1);
+        drop(catalog);
+        scene.system.start_daemon();
+        scene.system.wait_for_domain("other");
+        let caller = Caller::new(&scene.system).await;
+        caller.complete("other", "").await;
+        assert!(scene.system.daemon().log().contains("a job is not recovered"));
+        // A service that can read it finds it as it was.
+        scene.system.stop_daemon();
+        let catalog = rusqlite::Connection::open(scene.system.dir().join("state/catalog.sqlite")).unwrap();
+        let found: String = catalog
+            .query_row(&format!("SELECT {column} FROM jobs WHERE id = 1"), [], |row| {
+                row.get(0)
+            })
+            .unwrap();
+        assert_eq!(found, value);
+    }
+}
+
 /// A backup that takes its time, of a machine that is not disturbed.
 async fn slow_backup(scene: &Scene) -> u32 {
     let caller = Caller::new(&scene.system).await;

@@ -248,6 +248,7 @@ impl Jobs {
         let identity = record::identity(record.id, &record.domain)?;
         let domain = self.setting.domains.identified_or_absent(identity);
         let plan = record::plan(&record)?;
+        let journal = record::read_journal(&record)?;
         let reservation = Reservation {
             jobs: self.clone(),
             domain: domain.unique_name(),
@@ -269,7 +270,7 @@ impl Jobs {
         drop(table);
         let (jobs, resumed) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
-            let ending = backup::resume(&job, &record, reservation, &jobs.setting).await;
+            let ending = backup::resume(&job, &record, journal, reservation, &jobs.setting).await;
             jobs.after(&job, ending).await;
         });
         Ok(resumed)

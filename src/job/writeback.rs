@@ -16,6 +16,9 @@ const PACE: Duration = Duration::from_millis(20);
 /// Goes on until it is dropped. Whatever happens here, the data is made durable, and checked for errors, at the end.
 pub(super) async fn write_back(targets: &Targets, setting: &Setting) -> Infallible {
     let writeback = Arc::new(targets.writeback());
+    if writeback.is_empty() {
+        return std::future::pending().await;
+    }
     let mut pace = tokio::time::interval(PACE);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

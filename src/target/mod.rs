@@ -189,8 +189,8 @@ impl Targets {
         self.targets.iter().map(|target| target.id).collect()
     }
 
-    /// For sending the data on its way while it is still coming. What is read again at the end, for its checksum, is not: what
-    /// is sent on its way leaves the memory, and to read it from the device takes much longer than to write it at the end.
+    /// For early write-back, while data is still being copied. Not of images in a store: they are read again for their digest,
+    /// and what is written back leaves the memory, so that the device would have to read it.
     pub fn writeback(&self) -> Writeback {
         let sent = self.targets.iter().filter(|_| !self.in_store());
         sent.map(|target| target.file.clone()).collect()

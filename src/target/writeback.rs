@@ -13,6 +13,11 @@ use rustix::fs::{Advice, fadvise};
 pub struct Writeback(Vec<Arc<OwnedFd>>);
 
 impl Writeback {
+    /// Nothing is to be sent early.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Starts to write what is in memory, and lets go of what is written: a backup is not read again soon, and the
     /// memory is worth more to others. Waits for nothing but a place in the device's queue.
     ///

@@ -12,6 +12,7 @@ use crate::catalog::{JobRecord, Leftover};
 use crate::definition::Quiesce;
 use crate::domain::Reach;
 use crate::error;
+use crate::job::boot::BootId;
 use crate::job::error::Stopped;
 use crate::job::footprint::Footprint;
 use crate::job::manager::{Ending, Setting};
@@ -44,6 +45,7 @@ impl Known {
 pub(in crate::job) async fn resume(
     job: &Arc<Job>,
     record: &JobRecord,
+    (boot, state): (BootId, State),
     reservation: Reservation,
     setting: &Setting,
 ) -> Ending {
@@ -53,11 +55,6 @@ pub(in crate::job) async fn resume(
         step = record.step,
         "resuming a backup after a restart of the service"
     );
-    // What cannot be read is treated as what says the least: it is undone.
-    let (boot, state) = record::read_journal(record).unwrap_or_else(|error| {
-        tracing::error!(job = job.id, %error, "cannot read how far a backup was");
-        (setting.boot, State::Preparing)
-    });
     let same_boot = boot == setting.boot;
     let known = Known {
         files: state.files().map(<[FileId]>::to_vec),

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::Error;
+use super::sparse::Digger;
 use crate::offload::Progress;
 
 /// How much is read at a time, in bytes.
@@ -29,7 +30,7 @@ impl FileDigest {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Option<Self>, Error> {
-        let digest = read(file, Reading::Digest, progress, cancel);
+        let digest = read(file, Reading::Digest, None, progress, cancel);
         digest.map_err(|errno| Error::io("read", "an image", errno))
     }
 }
@@ -49,10 +50,12 @@ pub(super) enum Reading {
 ///
 /// Writing back piece by piece leaves an fsync afterwards with no more to wait for than the device's queue, so that slow
 /// storage shows progress and is told from storage that hangs. It is advice: where the kernel does not take it, the fsync
-/// takes longer. A piece is read before it is sent, because what is written back leaves the memory.
+/// takes longer. A piece is read before it is sent, because what is written back leaves the memory. The `digger` gets what is
+/// read.
 pub(super) fn read(
     file: &OwnedFd,
     reading: Reading,
+    mut digger: Option<Digger>,
     progress: &Progress,
     cancel: &CancellationToken,
 ) -> Result<Option<FileDigest>, Errno> {
@@ -71,6 +74,9 @@ pub(super) fn read(
                 let count =
                     rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut piece[..wanted], offset))?;
                 hash.update(&piece[..count]);
+                if let Some(digger) = &mut digger {
+                    digger.read(offset, &piece[..count]);
+                }
                 count
             }
         };
@@ -83,6 +89,9 @@ pub(super) fn read(
         }
         offset += bytes.get();
         progress.add(bytes.get());
+    }
+    if let Some(digger) = digger {
+        digger.end(length);
     }
     let sha256 = hash.map(|hash| hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
     Ok(Some(FileDigest { length, sha256 }))
@@ -102,7 +111,7 @@ mod tests {
     fn the_checksum_is_the_one_that_everybody_takes() {
         let progress = Progress::default();
         for reading in [Reading::Digest, Reading::DigestAndWriteBack] {
-            let digest = read(&abc(), reading, &progress, &CancellationToken::new());
+            let digest = read(&abc(), reading, None, &progress, &CancellationToken::new());
             let digest = digest.unwrap().unwrap();
             // FIPS 180-2, B.1.
             let sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";

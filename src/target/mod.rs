@@ -43,6 +43,7 @@ use rustix::fs::FileType;
 use tokio_util::sync::CancellationToken;
 
 use digest::Reading;
+use sparse::Digger;
 
 use crate::definition::Format;
 use crate::fault;
@@ -392,9 +393,17 @@ impl Target {
             true => Reading::DigestAndWriteBack,
             false => Reading::WriteBack,
         };
-        let digest = self.read(reading, progress, cancel)?;
+        let digger = (with_checksum && self.sparse).then(|| Digger::new(&self.file));
+        let dug = digger.is_some();
+        let digest = self.read(reading, digger, progress, cancel)?;
         if digest.is_some() {
-            self.sync_data()?;
+            self.fsync()?;
+            if self.sparse && !dug {
+                // After the data is durable, or what is still on its way could be taken for a hole.
+                sparse::dig(&self.file)
+                    .map_err(|errno| Error::io("make sparse", &self.label, errno).of(&self.disk))?;
+                self.fsync()?;
+            }
         }
         Ok(digest)
     }
@@ -409,28 +418,22 @@ impl Target {
             true => Reading::Digest,
             false => Reading::WriteBack,
         };
-        self.read(reading, progress, cancel)
+        self.read(reading, None, progress, cancel)
     }
 
     fn read(
         &self,
         reading: Reading,
+        digger: Option<Digger>,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Option<FileDigest>, Error> {
-        let digest = digest::read(&self.file, reading, progress, cancel);
+        let digest = digest::read(&self.file, reading, digger, progress, cancel);
         digest.map_err(|errno| Error::io("read", &self.label, errno).of(&self.disk))
     }
 
-    fn sync_data(&self) -> Result<(), Error> {
-        let failed = |action| move |errno| Error::io(action, &self.label, errno).of(&self.disk);
-        rustix::fs::fsync(&self.file).map_err(failed("fsync"))?;
-        if self.sparse {
-            // After the data is durable, or what is still on its way could be taken for a hole.
-            sparse::dig(&self.file).map_err(failed("make sparse"))?;
-            rustix::fs::fsync(&self.file).map_err(failed("fsync"))?;
-        }
-        Ok(())
+    fn fsync(&self) -> Result<(), Error> {
+        rustix::fs::fsync(&self.file).map_err(|errno| Error::io("fsync", &self.label, errno).of(&self.disk))
     }
 
     /// Removes the name, then the content: a descriptor that QEMU still holds would keep the space of a file that is

@@ -51,6 +51,22 @@ impl Scene {
         }
     }
 
+    /// One whose monitor the service reaches through a go-between.
+    async fn with_proxy() -> (Self, Proxy) {
+        let system = System::start();
+        let vm = disks(system.vm("web")).start();
+        let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
+        system.write_domain_file("web", &format!("monitor = \"{}\"\n", proxy.path().display()));
+        system.wait_for_domain("web");
+        let scene = Self {
+            caller: Caller::new(&system).await,
+            before: vm.residue(),
+            system,
+            vm,
+        };
+        (scene, proxy)
+    }
+
     /// A backup in its middle, where it stays until it is let go on.
     async fn begin(&self) -> JobProxy<'static> {
         self.begin_with(Options::new()).await
@@ -386,26 +402,42 @@ async fn a_snapshot_made_by_another_tool_changes_nothing_of_the_instant() {
     assert!(holds(&image(&next, "vda").await, "qcow2", 0, VDA, 0x77));
 }
 
+/// QEMU copies what a disk's image has, and looks for that in whatever image is on top at the time.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_made_while_only_what_an_image_holds_is_copied_fails_the_backup() {
-    // Into a raw image QEMU copies what the disk's image holds, and looks for that in what is on top at the time.
-    let scene = Scene::new(disks).await;
-    let raw = "<domainbackup><disks><disk name='vda'><driver type='raw'/></disk></disks></domainbackup>";
-    let options = slowly(MIB);
-    let job = scene.caller.start_with("web", raw, &[], options).await;
-    until_async("the backup to run", || async {
-        (job.state().await.unwrap() == "running").then_some(())
-    })
-    .await;
-    let snapshot = json!({
-        "node-name": "vda-format", "snapshot-node-name": "overlay", "format": "qcow2",
-        "snapshot-file": scene.system.dir().join("overlay.qcow2"),
-    });
-    scene.vm.qmp("blockdev-snapshot-sync", snapshot);
-    job.set_speed(0).await.unwrap();
-    assert_failed(&job, "QemuError", "another image").await;
-    assert_eq!(files_below(&scene.system.store()), [""; 0]);
-    scene.caller.complete("web", raw).await;
+async fn a_snapshot_made_before_it_is_certain_that_qemu_has_found_the_holes_fails_the_backup() {
+    for format in ["qcow2", "raw"] {
+        let (
+            Scene {
+                system, vm, caller, ..
+            },
+            proxy,
+        ) = Scene::with_proxy().await;
+        let overlay = system.dir().join("overlay.qcow2");
+        let text = format!(
+            "<domainbackup><disks><disk name='vda'><driver type='{format}'/></disk></disks></domainbackup>"
+        );
+        let start = proxy.hold("transaction", |_| true);
+        let started = caller.start_with("web", &text, &[], slowly(MIB));
+        let snapshot = tokio::task::spawn_blocking(move || {
+            start.reached();
+            // What the service asks QEMU before it looks at the disks.
+            let look = proxy.hold("query-jobs", |_| true);
+            start.pass();
+            look.reached();
+            let snapshot = json!({
+                "node-name": "vda-format", "snapshot-node-name": "overlay", "format": "qcow2",
+                "snapshot-file": overlay,
+            });
+            vm.qmp("blockdev-snapshot-sync", snapshot);
+            look.pass();
+            (vm, proxy)
+        });
+        let (job, snapshot) = tokio::join!(started, snapshot);
+        assert_failed(&job, "QemuError", "another image").await;
+        let _running = snapshot.unwrap();
+        assert_eq!(files_below(&system.store()), [""; 0]);
+        caller.complete("web", &text).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -489,17 +521,7 @@ async fn a_qemu_that_stands_still_for_too_long_fails_its_backup_and_is_cleaned_u
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_monitor_that_is_lost_in_the_middle_and_comes_back_makes_no_difference() {
-    let system = System::start();
-    let vm = disks(system.vm("web")).start();
-    let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
-    system.write_domain_file("web", &format!("monitor = \"{}\"\n", proxy.path().display()));
-    system.wait_for_domain("web");
-    let scene = Scene {
-        caller: Caller::new(&system).await,
-        before: vm.residue(),
-        system,
-        vm,
-    };
+    let (scene, proxy) = Scene::with_proxy().await;
     let job = scene.begin().await;
     for _ in 0..3 {
         let question = proxy.hold("query-jobs", |_| true);

@@ -19,6 +19,7 @@ mod record;
 mod release;
 mod rescan;
 mod running;
+mod scan;
 mod status;
 mod stored;
 mod track;

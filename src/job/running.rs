@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::error::Stopped;
 use super::footprint::Footprint;
 use super::progress::{Meter, share};
+use super::scan::Scan;
 use super::track::{Phase, Tracker, Verdict};
 use super::{DiskState, Error, Job, State};
 use crate::qmp::{self, Events, EventsError};
@@ -27,6 +28,7 @@ pub struct Running<'a> {
     footprint: &'a Footprint,
     tracker: Tracker,
     meter: Meter,
+    scan: Scan,
     /// Limit and number of running disks that QEMU knows; nothing if that is not known.
     shared: Option<(u64, usize)>,
     /// When something moved last, or was not meant to.
@@ -48,6 +50,7 @@ impl<'a> Running<'a> {
             footprint,
             tracker: Tracker::new(jobs),
             meter: Meter::new(),
+            scan: Scan::new(job),
             shared: speed.map(|speed| (speed, job.plan.disks.len())),
             moved: Instant::now(),
             stall,
@@ -105,6 +108,7 @@ impl<'a> Running<'a> {
             self.share(speed).await?;
             let pace = match self.job.is_looked_at() {
                 true => PROGRESS,
+                false if self.scan.is_open() => PROGRESS,
                 false => UNSEEN.min(self.stall),
             };
             tokio::select! {
@@ -164,6 +168,7 @@ impl<'a> Running<'a> {
         }
         let before = self.tracker.done();
         self.tracker.query(&infos);
+        self.scan.look(self.job, self.footprint, self.totals()).await?;
         let done = self.tracker.done();
         let ours = |id: &str| self.tracker.jobs().iter().any(|job| job.job == id);
         let paused = infos.iter().any(|info| info.status == "paused" && ours(&info.id));
@@ -246,6 +251,15 @@ impl<'a> Running<'a> {
             Ok(Err(error)) if error.is_refusal() => Ok(false),
             Ok(result) => Ok(result.map(|_| true)?),
         }
+    }
+
+    fn totals(&self) -> Vec<u64> {
+        self.tracker.jobs().iter().map(|job| job.total).collect()
+    }
+
+    /// Whether it is known that QEMU left out nothing but what the disks' own images do not have. The jobs have completed.
+    pub fn is_proven(&self) -> bool {
+        self.scan.is_proven(&self.totals())
     }
 
     /// What QEMU made of the jobs, all together.

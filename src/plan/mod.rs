@@ -120,8 +120,7 @@ pub struct DiskPlan {
     pub virtual_size: u64,
     /// What the data takes at most, as far as is known, in bytes.
     pub estimate: u64,
-    /// Only what the disk's image holds is copied, which keeps the holes of a raw target that begins empty. Right only
-    /// for an image that has no other below it.
+    /// What the disk's image does not have reads as zeroes, so that a copy of all of it can leave that out.
     pub only_allocated: bool,
     pub format: Format,
     pub compress: Option<Compression>,
@@ -144,6 +143,18 @@ pub enum Place {
     Block(PathBuf),
     /// The caller's descriptor at this index.
     Descriptor(u32),
+}
+
+/// The formats that tell data from holes, as QEMU calls them: what is not allocated reads as zeroes where there is no backing
+/// file, in all drivers that support one (QEMU's `bdrv_co_block_status`). A raw image may tell so too, but of NBD and iSCSI a
+/// hole need not read as zeroes, and of a file QEMU takes all as allocated.
+const EXACT_FORMATS: [&str; 3] = ["qcow2", "qed", "vmdk"];
+
+impl DiskPlan {
+    /// Whether QEMU first looks what the disk's image has, and copies only that.
+    pub fn is_scanned(&self) -> bool {
+        self.only_allocated && matches!(self.mode, Mode::Full { .. })
+    }
 }
 
 /// The store that a backup goes to, and what there is in it of the domain.
@@ -449,7 +460,7 @@ fn disk_plan(
         _ => None,
     };
     let mode = chain::choose(disk, past, wanted, refused)?;
-    let only_allocated = format == Format::Raw && disk.format == "qcow2" && !disk.has_backing;
+    let only_allocated = EXACT_FORMATS.contains(&disk.format.as_str()) && !disk.has_backing;
     let place = match asked.and_then(|asked| asked.target.as_ref()) {
         None => Place::InStore {
             file_name: format!("{}.{}", file_stem(&disk.name), format.as_str()),

@@ -74,6 +74,12 @@ impl Disk {
         self
     }
 
+    /// Another of QEMU's formats that `qemu-img` can make.
+    pub fn format(mut self, format: &'static str) -> Self {
+        self.format = format;
+        self
+    }
+
     pub fn read_only(mut self) -> Self {
         self.read_only = true;
         self

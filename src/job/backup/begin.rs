@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::driver::Driver;
 use super::state::Fact;
+use crate::definition::Format;
 use crate::domain::{Snapshot, poweroff};
 use crate::fault;
 use crate::job::error::Stopped;
@@ -12,6 +13,7 @@ use crate::job::footprint::Names;
 use crate::job::progress::share;
 use crate::job::quiesce::Frozen;
 use crate::job::running::Running;
+use crate::job::scan::check_snapshot;
 use crate::job::writeback::write_back;
 use crate::job::{Error, blocking};
 use crate::plan::{DiskPlan, Mode};
@@ -144,7 +146,7 @@ impl Driver<'_> {
         running.judge()?;
         // QEMU first looks for what an image holds. A snapshot that another client makes meanwhile turns that look to a
         // new, empty image.
-        if self.job.plan.disks.iter().any(|disk| disk.only_allocated) {
+        if !running.is_proven() {
             self.check_sources().await?;
         }
         Ok(Fact::Copied)
@@ -170,15 +172,7 @@ impl Driver<'_> {
             () = self.setting.stop.cancelled() => return Err(Stopped::Detached),
         };
         let now = now.map_err(|_| Error::stalled("QEMU", patience))??;
-        for (index, planned) in self.job.plan.disks.iter().enumerate() {
-            // By its node: a disk without an id of its own is called like its node, which is our filter just now.
-            let filter = footprint.names.filter_node(index);
-            let mut disks = now.disks.iter();
-            if !disks.any(|disk| disk.node == planned.node || disk.node == filter) {
-                let disk = planned.name.clone();
-                return Err(Error::Changed { disk }.into());
-            }
-        }
+        check_snapshot(self.job, footprint, &now)?;
         Ok(now)
     }
 }
@@ -192,7 +186,12 @@ fn now() -> Timestamp {
 fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> Value {
     let sync = match &disk.mode {
         Mode::Since(_) => "bitmap",
-        Mode::Full { .. } if disk.only_allocated && target.media == Media::Regular => "top",
+        // A raw device is not empty before.
+        Mode::Full { .. }
+            if disk.is_scanned() && (disk.format, target.media) != (Format::Raw, Media::Block) =>
+        {
+            "top"
+        }
         Mode::Full { .. } => "full",
     };
     let mut data = json!({

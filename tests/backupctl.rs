@@ -47,7 +47,7 @@ fn create_waits_says_where_the_images_are_and_exits_with_0() {
     let output = root(&system, &["create", "web"]);
     assert_eq!(output.status, 0, "{}", output.stderr);
     assert!(
-        output.stdout.contains("Backup 1 of web completed"),
+        output.stdout.contains("Job 1 of web completed"),
         "{}",
         output.stdout
     );

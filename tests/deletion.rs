@@ -306,6 +306,17 @@ async fn the_command_deletes_what_is_named_in_any_order() {
     assert_eq!(shown["removed"].as_array().unwrap().len(), 2);
     assert!(shown["freed"].as_u64().unwrap() > 0, "{shown}");
     assert_eq!(exists(&backups), [true, false, false]);
+    // An empty id, the number of a job, and a beginning that is too short.
+    for (wanted, words) in [
+        ("", "no backup ''"),
+        ("1", "'1' is no backup, but a job: job 1 is about backup"),
+        ("2026", "too little of an id"),
+        (&ids[0][..15], "too little of an id"),
+    ] {
+        let refused = backupctl(&system, &["delete", wanted]);
+        assert_ne!(refused.status, 0, "{wanted}");
+        assert!(refused.stderr.contains(words), "{wanted}: {}", refused.stderr);
+    }
     let text = backupctl(&system, &["delete", &ids[0][..18]]).expect_success();
     assert!(
         text.contains(&format!("{}: deleted", ids[0])) && text.contains("freed"),

@@ -11,8 +11,8 @@ use std::process::Command;
 use common::System;
 use common::caller::{Caller, assert_completed};
 use common::chain::{directories, id, increment};
-use common::clients::USER;
-use common::disk::Disk;
+use common::clients::{ROOT, USER};
+use common::disk::{Disk, Kind};
 use common::polkit;
 use common::process;
 use common::proxies::{JobProxy, Options, assert_limit, error_name};
@@ -145,6 +145,44 @@ async fn disks_are_restored_into_open_files_whatever_the_backup_lies_on() {
     assert!(identical(&vda, "raw", vm.source_path("vda"), "qcow2"));
     assert!(identical(&vdb, "raw", vm.source_path("vdb"), "raw"));
     assert_eq!(files_below(&system.store()), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_disks_than_one_message_passes_are_restored_through_the_service() {
+    let system = System::start();
+    let mut machine = system.vm("web");
+    for number in 0..20 {
+        let disk = Disk::new(&format!("sd{number:02}"), MIB).kind(Kind::Scsi);
+        machine = machine.disk(disk.fill(0, 64 << 10, number + 1));
+    }
+    let mut vm = system.configured(machine);
+    let root = Caller::new(&system).await;
+    root.complete("web", "").await;
+    let [full] = directories(&system.store().join("web")).try_into().unwrap();
+    let out = system.dir().join("out");
+    fs::create_dir(&out).unwrap();
+    let output = system.clients().backupctl(
+        ROOT,
+        &[
+            "restore",
+            &id(&full),
+            "--to",
+            out.to_str().unwrap(),
+            "--format",
+            "raw",
+        ],
+    );
+    assert_eq!(output.status, 0, "{}", output.stderr);
+    vm.quit();
+    assert_eq!(files_below(&out).len(), 20);
+    for number in 0..20 {
+        let disk = format!("sd{number:02}");
+        let restored = out.join(format!("{disk}.raw"));
+        assert!(
+            identical(&restored, "raw", vm.source_path(&disk), "qcow2"),
+            "{disk}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -425,7 +463,7 @@ async fn who_interrupts_backupctl_has_neither_a_job_nor_a_file() {
     let arguments = ["restore", &id(&full), "--to", out.to_str().unwrap()];
     let mut restore = system.clients().start_backupctl("restore", 0, &arguments);
     started(&file);
-    assert_eq!(files_below(&out).len(), 2);
+    assert_eq!(files_below(&out), [""; 0], "they have no names yet");
     restore.signal(Signal::INT);
     assert_eq!(restore.wait(), 3, "{}", restore.log());
     assert_eq!(files_below(&out), [""; 0]);

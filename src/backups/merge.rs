@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::remove::name;
 use super::{Backups, Error, Unwanted};
@@ -16,7 +17,7 @@ use crate::catalog::{
 };
 use crate::definition::Format;
 use crate::fault::{self, Point};
-use crate::image::{self, Chain};
+use crate::image::{self, Chain, Output};
 use crate::offload::{Progress, blocking, unless_stalled};
 use crate::target::{self, FileDigest, Replacement, Shelf};
 
@@ -135,8 +136,15 @@ impl Backups {
             .await?;
         let target = Arc::new(target);
         let copy = duplicate(&target)?;
+        let images = &images.open().await?;
         image::check_sums(images, &self.stop).await?;
-        image::restore(images, copy, Format::Qcow2, &Progress::default(), &self.stop).await?;
+        let output = Output {
+            file: copy,
+            format: Format::Qcow2,
+            // It is in no backup yet, and goes with the replacement.
+            written: &AtomicBool::new(false),
+        };
+        image::restore(images, output, &Progress::default(), &self.stop).await?;
         if !image::shows_the_same(images, &target, &self.stop).await? {
             return Err(Error::NotTheSame {
                 id: chain.manifest.id.clone(),

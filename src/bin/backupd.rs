@@ -14,7 +14,7 @@ use backupd::config::{self, Config, DEFAULT_STORE};
 use backupd::domain::{Directories, Registry};
 use backupd::job::{self, Jobs};
 use backupd::service::Service;
-use backupd::{supervisor, target};
+use backupd::{image, supervisor, target};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -83,6 +83,9 @@ enum End {
 }
 
 fn main() -> ExitCode {
+    if let Some(status) = image::become_tethered() {
+        return status;
+    }
     let arguments = Arguments::parse();
     start_log();
     die_of_panics();

@@ -136,6 +136,7 @@ pub async fn properties(job: &Job) -> Properties {
         ("Id", Variant::from(job.id)),
         ("Domain", Variant::from(domain_path(job.domain.id))),
         ("Mode", Variant::from(job.plan.mode())),
+        ("Backup", Variant::from(job.backup().to_owned())),
         ("StartedByUID", Variant::from(job.started_by)),
         ("StartTime", Variant::from(start_time)),
         (

@@ -1,4 +1,4 @@
-//! A backup's disks, each with all images that it lies on, open and held.
+//! A backup's disks, each with all images of its chain. Their backups are held; the images are opened disk by disk.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -6,12 +6,11 @@ use std::sync::Arc;
 use super::backup::{Backup, Image};
 use super::{Error, Fault, Finding};
 use crate::catalog::{self, Manifest};
+use crate::definition::Format;
 use crate::target::{Held, Shelf};
 
 /// Images of one disk, one on the other. What QEMU can open is more; a service that makes chains ends them earlier.
 pub const MAX_DEPTH: usize = 64;
-/// Images of all disks together: each is a descriptor.
-const MAX_IMAGES: usize = 512;
 
 /// A backup, with what it lies on. None of it is changed by anybody while this is there.
 #[derive(Debug)]
@@ -20,9 +19,19 @@ pub struct Chain {
     disks: Vec<DiskChain>,
 }
 
-/// One disk's images, each lying on the one before it.
+/// One disk's chain. None of its images was damaged at first sight.
 #[derive(Debug, Clone)]
 pub struct DiskChain {
+    pub disk: String,
+    /// From the image without a backing image on.
+    links: Vec<(Link, Option<Format>)>,
+    virtual_size: u64,
+    estimate: u64,
+}
+
+/// One disk's images, open, each the backing image of the next. Each is a descriptor.
+#[derive(Debug, Clone)]
+pub struct OpenDisk {
     pub disk: String,
     pub(super) images: Vec<Image>,
     /// What is open is to stay as it is.
@@ -45,20 +54,11 @@ impl Chain {
             });
         }
         let mut disks = Vec::new();
-        let mut images = 0;
         for disk in &manifest.disks {
             if wanted.is_some_and(|wanted| !wanted.contains(&disk.name.as_str())) {
                 continue;
             }
-            let chain = links.disk(id, disk)?;
-            images += chain.images.len();
-            if images > MAX_IMAGES {
-                return Err(Error::TooManyImages {
-                    backup: id.to_owned(),
-                    most: MAX_IMAGES,
-                });
-            }
-            disks.push(chain);
+            disks.push(links.disk(id, disk)?);
         }
         Ok(Self { manifest, disks })
     }
@@ -71,10 +71,42 @@ impl Chain {
 impl DiskChain {
     /// Bytes that the content takes at most.
     pub fn estimate(&self) -> u64 {
-        let files = self.images.iter().map(|image| image.length).sum();
-        self.virtual_size().min(files)
+        self.estimate
     }
 
+    /// Bytes that the guest sees.
+    pub fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    /// How many images there are to be opened.
+    pub fn length(&self) -> usize {
+        self.links.len()
+    }
+
+    /// Opens the images.
+    pub async fn open(&self) -> Result<OpenDisk, Error> {
+        let chain = self.clone();
+        super::blocking(move || chain.open_now()).await
+    }
+
+    /// Blocks.
+    fn open_now(&self) -> Result<OpenDisk, Error> {
+        let (mut images, mut held) = (Vec::new(), Vec::new());
+        for ((backup, disk), backing) in &self.links {
+            let image = backup.image(disk, *backing);
+            images.push(image.map_err(|fault| damaged(&backup.manifest.id, Some(&disk.name), fault))?);
+            held.push(backup.held());
+        }
+        Ok(OpenDisk {
+            disk: self.disk.clone(),
+            images,
+            _held: held,
+        })
+    }
+}
+
+impl OpenDisk {
     /// Bytes that the guest sees.
     pub fn virtual_size(&self) -> u64 {
         self.images.last().map_or(0, Image::virtual_size)
@@ -133,21 +165,28 @@ impl<'a> Links<'a> {
         let top = self
             .backup(id)
             .map_err(|fault| damaged(id, Some(&disk.name), fault))?;
-        let (mut images, mut held) = (Vec::new(), Vec::new());
+        let mut links = Vec::new();
         let top = (top, disk.clone());
         // Before anything is opened: that there is an end, and where.
         for_each_link(self, top.clone(), |_, _, _| Ok(())).map_err(Error::Damaged)?;
+        let mut files = 0_u64;
+        let mut virtual_size = None;
         for_each_link(self, top, |backup, disk, below| {
-            images.push(backup.image(disk, below.map(|(_, disk)| disk.format))?);
-            held.push(backup.held());
+            let backing = below.map(|(_, disk)| disk.format);
+            let image = backup.image(disk, backing)?;
+            files = files.saturating_add(image.length);
+            virtual_size.get_or_insert(image.virtual_size());
+            links.push(((backup.clone(), disk.clone()), backing));
             Ok(())
         })
         .map_err(Error::Damaged)?;
-        images.reverse();
+        links.reverse();
+        let virtual_size = virtual_size.unwrap_or(0);
         Ok(DiskChain {
             disk: disk.name.clone(),
-            images,
-            _held: held,
+            links,
+            virtual_size,
+            estimate: virtual_size.min(files),
         })
     }
 }
@@ -156,7 +195,7 @@ impl<'a> Links<'a> {
 pub(super) fn for_each_link(
     links: &mut Links,
     top: Link,
-    mut visit: impl FnMut(&Backup, &catalog::Disk, Option<&Link>) -> Result<(), Fault>,
+    mut visit: impl FnMut(&Arc<Backup>, &catalog::Disk, Option<&Link>) -> Result<(), Fault>,
 ) -> Result<(), Finding> {
     let mut seen = HashSet::new();
     let too_deep = Finding {

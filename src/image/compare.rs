@@ -7,14 +7,14 @@ use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::chain::DiskChain;
+use super::chain::OpenDisk;
 use super::process::{IMG, Inherited, Words};
 use super::{Error, blocking};
 use crate::definition::Format;
 
 /// Compares all that a guest would see of a disk, with a qcow2 image that lies on nothing; false if there is a difference.
 pub async fn shows_the_same(
-    chain: &DiskChain,
+    chain: &OpenDisk,
     image: &OwnedFd,
     cancel: &CancellationToken,
 ) -> Result<bool, Error> {

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::process::Child;
 use tokio::task::JoinHandle;
 
-use super::chain::DiskChain;
+use super::chain::OpenDisk;
 use super::process::{END, Inherited, STORAGE_DAEMON, Words};
 use super::{Error, Fault, Finding};
 use crate::definition::Format;
@@ -24,7 +24,7 @@ use crate::qmp::{self, Client};
 const MOST_CLIENTS: u32 = 16;
 
 /// How long it may take to start, and to answer a command that only opens or closes something.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What is passed to an engine, and what it is started with.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl Plan {
     }
 
     /// Adds a disk's images; gives the node that shows the disk. `number` tells disks apart.
-    pub fn source(&mut self, number: usize, chain: &DiskChain) -> Result<String, Error> {
+    pub fn source(&mut self, number: usize, chain: &OpenDisk) -> Result<String, Error> {
         let mut top = Value::Null;
         for (level, image) in chain.images.iter().enumerate() {
             let (file, node) = (format!("d{number}-{level}-file"), format!("d{number}-{level}"));

@@ -109,8 +109,15 @@ pub enum Error {
     Damaged(Finding),
     #[error(transparent)]
     Target(#[from] target::Error),
-    #[error("backup {} has more than {most} images to be read at once: name fewer disks", shown(.backup))]
-    TooManyImages { backup: String, most: usize },
+    #[error(
+        "backup {}: serving these disks needs {images} images open at the same time, and {most} is the limit: name one disk",
+        shown(.backup)
+    )]
+    TooManyImages {
+        backup: String,
+        images: usize,
+        most: usize,
+    },
     #[error("{program} is not installed: install it (on Debian, package {package})")]
     NotInstalled {
         program: &'static str,

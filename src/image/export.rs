@@ -5,8 +5,11 @@ use std::os::fd::OwnedFd;
 use serde_json::json;
 
 use super::Error;
-use super::chain::Chain;
+use super::chain::{Chain, DiskChain};
 use super::engine::{Engine, Plan};
+
+/// Images of all disks that are served together. Each is a descriptor, here and in the program that serves them.
+const MAX_IMAGES: usize = 512;
 
 /// The disks of a backup, served until this is dropped.
 #[derive(Debug)]
@@ -20,8 +23,16 @@ impl Export {
     pub async fn start(chain: Chain, listener: OwnedFd) -> Result<Self, Error> {
         let mut plan = Plan::new();
         let mut exports = Vec::new();
+        let images: usize = chain.disks().iter().map(DiskChain::length).sum();
+        if images > MAX_IMAGES {
+            return Err(Error::TooManyImages {
+                backup: chain.manifest.id.clone(),
+                images,
+                most: MAX_IMAGES,
+            });
+        }
         for (number, disk) in chain.disks().iter().enumerate() {
-            exports.push((disk.disk.clone(), plan.source(number, disk)?));
+            exports.push((disk.disk.clone(), plan.source(number, &disk.open().await?)?));
         }
         plan.listen(&listener)?;
         let mut engine = Engine::start(plan).await?;

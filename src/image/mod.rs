@@ -15,16 +15,18 @@ mod export;
 mod header;
 mod process;
 mod restore;
+mod tether;
 mod verify;
 
 pub use crate::offload::Progress;
 pub use backup::{Location, all, find};
-pub use chain::{Chain, DiskChain};
+pub use chain::{Chain, DiskChain, OpenDisk};
 pub use compare::shows_the_same;
 pub use error::{Error, Fault, Finding};
 pub use export::Export;
 pub use process::start_alone;
-pub use restore::restore;
+pub use restore::{Output, restore};
+pub use tether::become_tethered;
 pub use verify::{Survey, Verified, check_sums};
 
 /// Runs `work` where it keeps nobody waiting.

@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use rustix::io::FdFlags;
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 use tokio::task::JoinHandle;
 
-use super::Error;
+use super::{Error, tether};
 
 /// How much is kept of what a program says when it fails.
 const MAX_WORDS: usize = 2048;
@@ -37,7 +37,8 @@ pub const IMG: Program = Program {
 };
 
 impl Program {
-    /// Starts it with `input` as its standard input, and what it is to inherit. Killed when what is returned is dropped.
+    /// Starts it with `input` as its standard input, and what it is to inherit. Killed when what is returned is dropped, and when
+    /// this process ends.
     pub fn start(
         self,
         arguments: impl IntoIterator<Item = String>,
@@ -45,17 +46,7 @@ impl Program {
         output: Stdio,
         inherited: Inherited,
     ) -> Result<Child, Error> {
-        let mut command = Command::new(self.name);
-        command
-            .args(arguments)
-            .stdin(Stdio::from(input))
-            .stdout(output)
-            .stderr(Stdio::piped())
-            // Ctrl-C on a terminal is for us: what it ends is ended from here.
-            .process_group(0)
-            .kill_on_drop(true);
-        let started = inherited.pass(|| command.spawn())?;
-        started.map_err(|error| match error.kind() {
+        let failed = |error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => Error::NotInstalled {
                 program: self.name,
                 package: self.package,
@@ -64,7 +55,18 @@ impl Program {
                 program: self.name,
                 why: error.to_string(),
             },
-        })
+        };
+        let mut command = tether::command(self.name).map_err(failed)?;
+        command
+            .args(arguments)
+            .stdin(Stdio::from(input))
+            .stdout(output)
+            .stderr(Stdio::piped())
+            // Ctrl-C on a terminal is for us: what it ends is ended from here.
+            .process_group(0)
+            .kill_on_drop(true);
+        let started = tether::start(move || inherited.pass(|| command.spawn()));
+        started.map_err(failed)??.map_err(failed)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{FileType, MemfdFlags, SeekFrom};
@@ -9,8 +10,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::chain::DiskChain;
-use super::engine::{Engine, Plan};
+use super::chain::OpenDisk;
+use super::engine::{Engine, PATIENCE, Plan};
 use super::{Error, Progress, blocking};
 use crate::definition::Format;
 use crate::qmp::EventsError;
@@ -19,10 +20,42 @@ use crate::qmp::EventsError;
 const LOOK: Duration = Duration::from_millis(250);
 const JOB: &str = "restore";
 
+/// Where a disk is restored to.
+#[derive(Debug)]
+pub struct Output<'a> {
+    /// A regular file or a block device.
+    pub file: OwnedFd,
+    /// The format that the disk gets there.
+    pub format: Format,
+    /// Set before the first byte changes. While it is not set, the target is as it was.
+    pub written: &'a AtomicBool,
+}
+
 /// The target, and what it is.
-struct Target {
+struct Target<'a> {
     file: Arc<OwnedFd>,
-    driver: &'static str,
+    media: Media,
+    written: &'a AtomicBool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Media {
+    Regular,
+    Block,
+}
+
+impl Target<'_> {
+    /// From here on the content may be another.
+    fn mark_written(&self) {
+        self.written.store(true, Ordering::Relaxed);
+    }
+
+    fn driver(&self) -> &'static str {
+        match self.media {
+            Media::Regular => "file",
+            Media::Block => "host_device",
+        }
+    }
 }
 
 /// A job as `query-jobs` shows it.
@@ -36,20 +69,20 @@ struct Job {
     error: Option<String>,
 }
 
-/// Copies the disk as the chain shows it into `target`, a regular file, what is in it being lost, or a block device that is
-/// large enough. What reads as zeroes takes no space where the target's storage can do that. Durable when this returns.
+/// Copies the disk as the chain shows it into a regular file, whose content is lost, or onto a block device that is large
+/// enough. What reads as zeroes takes no space where the target's storage can do that. Durable when this returns.
 ///
-/// When this is dropped or fails, the target holds something that is no restored disk. Cancelling waits until nobody writes
-/// any more; dropping does not.
+/// When this fails or is dropped, and `output.written` is set, the target holds an incomplete disk. Cancelling waits until
+/// nothing writes any more; dropping does not.
 pub async fn restore(
-    chain: &DiskChain,
-    target: OwnedFd,
-    format: Format,
+    chain: &OpenDisk,
+    output: Output<'_>,
     progress: &Progress,
     cancel: &CancellationToken,
 ) -> Result<(), Error> {
+    let format = output.format;
     let target = tokio::select! {
-        target = prepare(chain, target, format) => target?,
+        target = inspect(chain, output) => target?,
         () = cancel.cancelled() => return Err(Error::Cancelled),
     };
     let mut plan = Plan::new();
@@ -83,20 +116,18 @@ pub async fn restore(
     .await
 }
 
-/// Empties a file and gives a raw one its size; looks whether a device is large enough.
-async fn prepare(chain: &DiskChain, file: OwnedFd, format: Format) -> Result<Target, Error> {
+/// Finds out what the target is, and whether a device is large enough. Changes nothing.
+async fn inspect<'a>(chain: &OpenDisk, output: Output<'a>) -> Result<Target<'a>, Error> {
     let (disk, size) = (chain.disk.clone(), chain.virtual_size());
-    blocking(move || {
+    let Output {
+        file,
+        format,
+        written,
+    } = output;
+    let (file, media) = blocking(move || {
         let stat = rustix::fs::fstat(&file).map_err(|errno| Error::system(&disk, "looked at", errno))?;
-        let driver = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => {
-                let length = if format == Format::Raw { size } else { 0 };
-                for length in [0, length] {
-                    rustix::fs::ftruncate(&file, length)
-                        .map_err(|errno| Error::system(&disk, "given its size", errno))?;
-                }
-                "file"
-            }
+        let media = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Media::Regular,
             FileType::BlockDevice => {
                 let found = rustix::fs::seek(&file, SeekFrom::End(0))
                     .map_err(|errno| Error::system(&disk, "measured", errno))?;
@@ -106,7 +137,7 @@ async fn prepare(chain: &DiskChain, file: OwnedFd, format: Format) -> Result<Tar
                         why: format!("has {found} bytes where the disk has {size}"),
                     });
                 }
-                "host_device"
+                Media::Block
             }
             _ => {
                 return Err(Error::BadTarget {
@@ -115,19 +146,38 @@ async fn prepare(chain: &DiskChain, file: OwnedFd, format: Format) -> Result<Tar
                 });
             }
         };
-        Ok(Target {
-            file: Arc::new(file),
-            driver,
-        })
+        Ok((Arc::new(file), media))
+    })
+    .await?;
+    Ok(Target { file, media, written })
+}
+
+/// Empties a file, and gives a raw one its size.
+async fn truncate(chain: &OpenDisk, target: &Target<'_>, format: Format) -> Result<(), Error> {
+    if target.media == Media::Block {
+        return Ok(());
+    }
+    let length = match format {
+        Format::Raw => chain.virtual_size(),
+        Format::Qcow2 => 0,
+    };
+    let (disk, file) = (chain.disk.clone(), target.file.clone());
+    target.mark_written();
+    blocking(move || {
+        for length in [0, length] {
+            rustix::fs::ftruncate(&file, length)
+                .map_err(|errno| Error::system(&disk, "given its size", errno))?;
+        }
+        Ok(())
     })
     .await
 }
 
 async fn copy(
     engine: &mut Engine,
-    chain: &DiskChain,
+    chain: &OpenDisk,
     (source, name): (&str, &str),
-    target: &Target,
+    target: &Target<'_>,
     empty: Option<(OwnedFd, String)>,
     progress: &Progress,
 ) -> Result<(), Error> {
@@ -135,15 +185,20 @@ async fn copy(
     let format = match empty {
         Some((image, name)) => {
             make_empty(engine, chain, &name).await?;
+            truncate(chain, target, Format::Qcow2).await?;
+            target.mark_written();
             put(chain, image, target).await?;
             Format::Qcow2
         }
-        None => Format::Raw,
+        None => {
+            truncate(chain, target, Format::Raw).await?;
+            Format::Raw
+        }
     };
     // It is made durable at the end, once; until then it is worth nothing.
     let cache = json!({ "direct": false, "no-flush": true });
     let node = json!({
-        "driver": target.driver, "node-name": "target-file", "filename": name,
+        "driver": target.driver(), "node-name": "target-file", "filename": name,
         "discard": "unmap", "cache": cache,
     });
     engine.execute("blockdev-add", node).await?;
@@ -154,7 +209,7 @@ async fn copy(
     match format {
         Format::Qcow2 => node["backing"] = Value::Null,
         // A device can be larger than the disk: the rest of it is not the disk's.
-        Format::Raw if target.driver == "host_device" => node["size"] = size.into(),
+        Format::Raw if target.media == Media::Block => node["size"] = size.into(),
         Format::Raw => {}
     }
     engine.execute("blockdev-add", node).await?;
@@ -166,7 +221,7 @@ async fn copy(
         "job-id": JOB, "device": source, "target": "target", "sync": "full", "auto-dismiss": false,
         "on-source-error": "report", "on-target-error": "report",
     });
-    run(engine, chain, "blockdev-mirror", mirror, Some(progress)).await?;
+    run(engine, chain, "blockdev-mirror", mirror, Some((target, progress))).await?;
     for node in ["target", "target-file"] {
         engine
             .execute("blockdev-del", json!({ "node-name": node }))
@@ -183,7 +238,7 @@ fn memfd(disk: &str) -> Result<OwnedFd, Error> {
 
 /// Makes an empty image of the disk's size. Not in the target: QEMU opens what it has just written once more, to give it its
 /// size, and whoever passed the target could have it open, and make larger, another file meanwhile.
-async fn make_empty(engine: &mut Engine, chain: &DiskChain, name: &str) -> Result<(), Error> {
+async fn make_empty(engine: &mut Engine, chain: &OpenDisk, name: &str) -> Result<(), Error> {
     let node = json!({ "driver": "file", "node-name": "empty", "filename": name });
     engine.execute("blockdev-add", node).await?;
     let options = json!({ "driver": "qcow2", "file": "empty", "size": chain.virtual_size() });
@@ -196,7 +251,7 @@ async fn make_empty(engine: &mut Engine, chain: &DiskChain, name: &str) -> Resul
 }
 
 /// Puts an empty image into the target.
-async fn put(chain: &DiskChain, image: OwnedFd, target: &Target) -> Result<(), Error> {
+async fn put(chain: &OpenDisk, image: OwnedFd, target: &Target<'_>) -> Result<(), Error> {
     let (disk, target) = (chain.disk.clone(), target.file.clone());
     blocking(move || {
         let failed = |errno| Error::system(&disk, "written", errno);
@@ -217,16 +272,27 @@ async fn put(chain: &DiskChain, image: OwnedFd, target: &Target) -> Result<(), E
     .await
 }
 
-/// Runs a job to its end.
+/// Runs a job to its end. A job that writes into the target is given with it.
 async fn run(
     engine: &mut Engine,
-    chain: &DiskChain,
+    chain: &OpenDisk,
     command: &str,
     arguments: Value,
-    progress: Option<&Progress>,
+    copied: Option<(&Target<'_>, &Progress)>,
 ) -> Result<(), Error> {
     let mut events = engine.client().events();
-    engine.execute(command, arguments).await?;
+    let was_written = copied.map(|(target, _)| target.written.swap(true, Ordering::Relaxed));
+    if let Err(error) = engine
+        .client()
+        .query_within::<Value>(PATIENCE, command, arguments)
+        .await
+    {
+        // A command that QEMU refuses has not begun: "Failed to get write lock" is the disk of a running VM.
+        if let (true, Some((target, _)), Some(was)) = (error.is_refusal(), copied, was_written) {
+            target.written.store(was, Ordering::Relaxed);
+        }
+        return Err(engine.explain(error).await);
+    }
     let mut finishing = false;
     loop {
         let jobs = match engine.client().query::<Vec<Job>>("query-jobs", json!({})).await {
@@ -240,7 +306,7 @@ async fn run(
                 why: "its job is gone".to_owned(),
             });
         };
-        if let Some(progress) = progress {
+        if let Some((_, progress)) = copied {
             progress.set(job.current_progress, job.total_progress);
         }
         match (job.status.as_str(), job.error) {
@@ -264,7 +330,7 @@ async fn run(
     Ok(())
 }
 
-fn failed(chain: &DiskChain, why: String) -> Error {
+fn failed(chain: &OpenDisk, why: String) -> Error {
     let disk = chain.disk.clone();
     if why.contains("No space left on device") {
         Error::NoSpace { disk }

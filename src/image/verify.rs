@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::backup::{Image, Location};
-use super::chain::{DiskChain, Links, for_each_link};
+use super::chain::{Links, OpenDisk, for_each_link};
 use super::header::HeaderError;
 use super::{Error, Fault, Finding, Progress, blocking, check};
 use crate::catalog;
@@ -226,7 +226,7 @@ fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
 }
 
 /// Reads all images of a disk, and holds them against the checksums that are recorded of them.
-pub async fn check_sums(chain: &DiskChain, stop: &CancellationToken) -> Result<(), Error> {
+pub async fn check_sums(chain: &OpenDisk, stop: &CancellationToken) -> Result<(), Error> {
     for image in &chain.images {
         if let Some(fault) = read(image, &Progress::default(), stop).await? {
             return Err(image.damaged(fault));

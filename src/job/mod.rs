@@ -49,7 +49,7 @@ use crate::catalog::Catalog;
 use crate::domain::Domain;
 use crate::fault;
 use crate::offload;
-use crate::plan::{Plan, Task};
+use crate::plan::{Destination, Plan, Task};
 
 /// How long somebody who looked is taken to be looking.
 const ATTENTION: Duration = Duration::from_secs(5);
@@ -178,6 +178,15 @@ impl Job {
             tracing::warn!(job = self.id, %error, "the job's limit is not on record");
         }
         Ok(())
+    }
+
+    /// The id of the backup that it makes in a store, or reads from one; empty where it makes one elsewhere.
+    pub fn backup(&self) -> &str {
+        match (&self.plan.task, &self.plan.destination) {
+            (Task::Restore(stored) | Task::Verify(stored), _) => &stored.id,
+            (Task::Backup, Destination::Store { .. }) => &self.backup_id,
+            (Task::Backup, Destination::Caller) => "",
+        }
     }
 
     /// Takes notice of somebody who hears of every change.

@@ -19,7 +19,7 @@ use super::{DiskState, DiskStatus, Error, Job, Outcome, State, blocking, outcome
 use crate::activity::Use;
 use crate::catalog::{BackupKey, JobRecord};
 use crate::domain::{Domain, Identity};
-use crate::image::{self, Chain, Export, Fault, Progress, Survey, Verified};
+use crate::image::{self, Chain, Export, Fault, Output, Progress, Survey, Verified};
 use crate::plan::{Plan, Stored, Task};
 use crate::quota::Share;
 use crate::target::Targets;
@@ -218,9 +218,13 @@ async fn restore_all(
             disk: planned.name.clone(),
             why: error.to_string(),
         })?;
-        target.mark_written();
         let progress = Progress::default();
-        let work = image::restore(disk, descriptor, planned.format, &progress, cancel);
+        let output = Output {
+            file: descriptor,
+            format: planned.format,
+            written: target.written(),
+        };
+        let work = async { image::restore(&disk.open().await?, output, &progress, cancel).await };
         let show = |job: &Job| {
             let (done, total) = progress.get();
             job.update(|status| {

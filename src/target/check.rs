@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::{Error, Media, Publication, Sources, Target};
 use crate::definition::Format;
-use crate::plan::{DiskPlan, Place};
+use crate::plan::{DiskPlan, Place, Task};
 
 /// qcow2's magic and where its header has the version and the virtual size, big-endian
 /// (QEMU's `docs/interop/qcow2.txt`).
@@ -25,14 +25,15 @@ pub fn source(target: &Target, sources: &Sources) -> Result<(), Error> {
 
 /// A file has one name. One that was opened by O_TMPFILE, or removed since, is gone with its last descriptor, and the backup
 /// with it. One that the caller was authorised for by its path may be another's under another name; what the caller opened
-/// itself, it was let write to.
-pub fn names(target: &Target, place: &Place) -> Result<(), Error> {
+/// itself, it was let write to. A restored disk may be nameless: the caller gives it a name when it is complete.
+pub fn names(target: &Target, place: &Place, task: &Task) -> Result<(), Error> {
     if target.media == Media::Block {
         return Ok(());
     }
     let (disk, label) = (target.disk.clone(), target.label.clone());
     let stat = rustix::fs::fstat(&target.file).map_err(|errno| Error::io("stat", &label, errno))?;
     match (stat.st_nlink, place) {
+        (0, _) if matches!(task, Task::Restore(_)) => Ok(()),
         (0, _) => Err(Error::Nameless { disk, target: label }),
         (2.., Place::File(_)) => Err(Error::Linked { disk, target: label }),
         _ => Ok(()),

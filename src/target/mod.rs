@@ -157,7 +157,7 @@ impl Targets {
         for (target, disk) in targets.targets.iter().zip(&plan.disks) {
             check::source(target, sources)?;
             check::twice(target, &targets.targets)?;
-            check::names(target, &disk.place)?;
+            check::names(target, &disk.place, &plan.task)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         check::space(&targets.targets, &plan.disks)?;
@@ -361,9 +361,14 @@ impl Target {
         })
     }
 
-    /// From here on QEMU may write into it.
-    pub fn mark_written(&self) {
-        self.written.store(true, Ordering::Relaxed);
+    /// From here on QEMU may write into it. Returns whether it was marked before.
+    pub fn mark_written(&self) -> bool {
+        self.written.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether content that was there before may have been changed. Whoever writes sets it first.
+    pub fn written(&self) -> &AtomicBool {
+        &self.written
     }
 
     fn begin(&mut self, disk: &DiskPlan) -> Result<(), Error> {

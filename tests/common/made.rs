@@ -121,6 +121,31 @@ impl Store {
         self.write_manifest(id, &manifest);
     }
 
+    /// Adds a chain of so many backups of one empty disk, of which the last one has `disks` disks, all on the same chain.
+    /// Returns the id of the last.
+    pub fn deep_chain(&self, length: usize, disks: usize) -> String {
+        let ids: Vec<String> = (0..length)
+            .map(|number| format!("20270101T00{:02}{:02}Z-eeeeeeee", number / 60, number % 60))
+            .collect();
+        for (number, id) in ids.iter().enumerate() {
+            let parent = number.checked_sub(1).map(|before| ids[before].as_str());
+            self.image(id, parent, &[]);
+            let kind = parent.map_or("full", |_| "incremental");
+            self.manifest(id, kind, parent, false);
+        }
+        let last = ids.last().expect("a chain has a backup").clone();
+        self.change_manifest(&last, |manifest| {
+            let first = manifest["disks"][0].clone();
+            for number in 1..disks {
+                let (mut disk, file) = (first.clone(), format!("vda{number}.qcow2"));
+                fs::copy(self.vda(&last), self.backup(&last).join(&file)).unwrap();
+                (disk["name"], disk["file"]) = (format!("vda{number}").into(), file.into());
+                manifest["disks"].as_array_mut().unwrap().push(disk);
+            }
+        });
+        last
+    }
+
     fn write_manifest(&self, id: &str, manifest: &Value) {
         fs::write(self.backup(id).join("manifest.json"), manifest.to_string()).unwrap();
     }

@@ -36,43 +36,43 @@ pub enum Command {
     /// Without further options, every writable disk is copied to the default store, as it is at the instant at
     /// which the backup starts: what changed since the newest backup there, where that is known, else all of it.
     Create(Box<Create>),
-    /// List the backups that are running or ended a short while ago
+    /// List the jobs that are running or ended a short while ago
     Jobs {
         /// List all that have ended, as long as the service's history goes back
         #[arg(long)]
         all: bool,
     },
-    /// Show one backup
+    /// Show one job
     Show {
-        /// The backup's number
+        /// The job's number
         job: u32,
     },
-    /// Follow a backup until it ends, or all backups until interrupted
+    /// Follow a job until it ends, or all jobs until interrupted
     ///
-    /// With a backup's number, the exit status is the backup's result.
+    /// With a job's number, the exit status is the job's result.
     Watch {
-        /// The backup's number
+        /// The job's number
         job: Option<u32>,
     },
-    /// Cancel a backup
+    /// Cancel a job
     Cancel {
-        /// The backup's number
+        /// The job's number
         job: u32,
-        /// Cancel by this disk: as the disks stand or fall together, this cancels the whole backup
+        /// Cancel by this disk: as the disks stand or fall together, this cancels the whole job
         #[arg(long)]
         disk: Option<String>,
     },
-    /// Change the speed limit of a running backup
+    /// Change the speed limit of a running job
     Speed {
-        /// The backup's number
+        /// The job's number
         job: u32,
         /// Bytes a second for all disks together, such as 50M; 0 for no limit
         #[arg(value_parser = units::parse_size)]
         limit: u64,
     },
-    /// Print the document of a backup, with all defaults filled in
+    /// Print the document of a job, with all defaults filled in
     Dump {
-        /// The backup's number
+        /// The job's number
         job: u32,
     },
     /// List the backups in the stores, those that lie on others below them
@@ -91,7 +91,7 @@ pub enum Command {
     /// The backups that lie on others go first. One that others lie on stays, unless these are named too, or
     /// --with-descendants or --merge is given.
     Delete {
-        /// The backups: their ids, or the beginnings of them
+        /// The backups: their ids, or at least the date and time of each (20261101T000000Z)
         #[arg(required = true)]
         backups: Vec<String>,
         /// With all backups that lie on them

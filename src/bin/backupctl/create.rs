@@ -47,14 +47,14 @@ pub async fn run(service: &Service, args: &Create, json: bool, ask_password: boo
     if args.detach {
         files.keep();
         if !json {
-            output::print(&format!("Backup {} started: {}\n", job.id, job.path))?;
+            output::print(&format!("Job {} started: {}\n", job.id, job.path))?;
         }
         return Ok(Status::Completed);
     }
     let mut view = view::choose(json, io::stderr().is_terminal());
     if !json {
         let domain = output::escape(&args.domain);
-        view.note(&format!("Backup {} of {domain} started", job.id));
+        view.note(&format!("Job {} of {domain} started", job.id));
     }
     let ending = match interrupted {
         Some(Interrupt::Terminate) => Ok((Ending::Left, None)),
@@ -95,7 +95,7 @@ pub fn left(id: u32, json: bool) {
         view::event(json!({ "event": "detached", "id": id }));
     } else {
         output::complain(&format!(
-            "Backup {id} goes on. `backupctl watch {id}` follows it, `backupctl cancel {id}` cancels it."
+            "Job {id} goes on. `backupctl watch {id}` follows it, `backupctl cancel {id}` cancels it."
         ));
     }
 }

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use serde_json::json;
 
-use crate::error::{Result, Status};
+use crate::error::{Error, Result, Status};
 use crate::list::print;
 use crate::output::escape;
 use crate::proxy::Service;
+use crate::stored::identifies;
 use crate::units;
 
 /// How backups are to be deleted.
@@ -25,7 +26,7 @@ pub struct Deletion {
 pub async fn run(service: &Service, backups: &[String], how: Deletion, json: bool) -> Result<Status> {
     let mut found = BTreeMap::new();
     for backup in backups {
-        let (path, id) = service.backup(backup).await?;
+        let (path, id) = whole_id(service, backup).await?;
         found.insert(id, path);
     }
     let dry_run = how.dry_run;
@@ -47,6 +48,22 @@ pub async fn run(service: &Service, backups: &[String], how: Deletion, json: boo
             text
         },
     )
+}
+
+/// The object and the id of the backup that is meant, for a command that destroys data.
+async fn whole_id(service: &Service, wanted: &str) -> Result<(String, String)> {
+    let found = service.backup(wanted).await;
+    if matches!(&found, Ok((_, id)) if identifies(wanted, id)) {
+        return found;
+    }
+    let job = service.backup_of_job(wanted).await;
+    match found {
+        Err(error) if job.is_none() => Err(error),
+        _ => Err(Error::Abbreviated {
+            wanted: wanted.to_owned(),
+            job,
+        }),
+    }
 }
 
 /// Ids of what is gone, in that order, and bytes freed.

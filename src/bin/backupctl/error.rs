@@ -33,7 +33,7 @@ pub enum Error {
     #[error("the service answered something unexpected: {0}")]
     Protocol(zbus::Error),
     /// The service or the bus went away while a job was followed.
-    #[error("lost the backup service; backup {id} may still be running in QEMU ({reason})")]
+    #[error("lost the backup service; job {id} may still be running ({reason})")]
     LostJob {
         /// The job's number.
         id: u32,
@@ -46,6 +46,14 @@ pub enum Error {
     /// The user interrupted the program before the service had answered.
     #[error("interrupted before the service had answered")]
     Interrupted,
+    /// A command that destroys data was given too little of an id.
+    #[error("'{wanted}' {}", abbreviated(.job))]
+    Abbreviated {
+        /// What was given.
+        wanted: String,
+        /// The job of that number, and the id of the backup that it made, if it made one.
+        job: Option<(u32, String)>,
+    },
     /// Arguments that only turn out to be wrong together, or with what the service knows.
     #[error("{0}")]
     Usage(String),
@@ -132,7 +140,7 @@ impl Error {
             Self::BusLost(_) | Self::LostJob { .. } | Self::LostService => "Disconnected",
             Self::Protocol(_) => "InconsistentMessage",
             Self::Interrupted | Self::Setup(_) => "Failed",
-            Self::Usage(_) => "InvalidArgs",
+            Self::Usage(_) | Self::Abbreviated { .. } => "InvalidArgs",
             Self::Document(document::Error::Read { .. }) | Self::Output(_) => "IOError",
             Self::Document(_) => "InvalidArgs",
             Self::Files(files::Error::Exists { .. }) => "FileExists",
@@ -152,7 +160,7 @@ impl Error {
     /// The exit status that this ends the program with.
     pub fn status(&self) -> Status {
         match self {
-            Self::Usage(_) => Status::Usage,
+            Self::Usage(_) | Self::Abbreviated { .. } => Status::Usage,
             Self::Image(image::Error::Cancelled) => Status::Cancelled,
             Self::Image(image::Error::Damaged(finding)) if finding.fault.is_damage() => Status::Damaged,
             Self::Call { name, .. } => match Known::of(name) {
@@ -225,7 +233,7 @@ impl Error {
                 "`backupctl show {id}` tells more when the service is back"
             )),
             Self::Interrupted => {
-                Some("if a backup was started all the same, `backupctl jobs` lists it".to_owned())
+                Some("if a job was started all the same, `backupctl jobs` lists it".to_owned())
             }
             Self::Files(files::Error::Exists { .. }) => {
                 Some("--reuse-external writes into files that exist".to_owned())
@@ -254,6 +262,20 @@ impl Error {
     }
 }
 
+fn abbreviated(job: &Option<(u32, String)>) -> String {
+    match job {
+        Some((job, backup)) if backup.is_empty() => {
+            format!("is no backup: job {job} keeps none in a store")
+        }
+        Some((job, backup)) => format!("is no backup, but a job: job {job} is about backup {backup}"),
+        None => {
+            "is too little of an id for a command that destroys data: give all of it, or its date and time \
+                 (20261101T000000Z)"
+                .to_owned()
+        }
+    }
+}
+
 /// The name of an error without its prefix.
 enum Known<'a> {
     Ours(&'a str),
@@ -272,7 +294,7 @@ impl<'a> Known<'a> {
 pub fn hint_for(name: &str) -> Option<&'static str> {
     Some(match Known::of(name)? {
         Known::Ours("NoSuchDomain") => "`backupctl domains` lists the domains that you may see",
-        Known::Ours("NoSuchJob") => "`backupctl jobs` lists the backups that you may see",
+        Known::Ours("NoSuchJob") => "`backupctl jobs --all` lists the jobs that you may see",
         Known::Ours("NoSuchBackup") => "`backupctl backups` lists the backups in the stores",
         Known::Ours("HasDescendants") => {
             "`backupctl backups` shows which lie on it; --with-descendants deletes them too"
@@ -354,12 +376,12 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_job_says_that_the_backup_may_go_on() {
+    fn a_lost_job_may_go_on_and_says_so() {
         let error = Error::LostJob {
             id: 7,
             reason: "gone".into(),
         };
-        assert!(error.to_string().contains("may still be running in QEMU"));
+        assert!(error.to_string().contains("job 7 may still be running"));
         assert!(error.hint().unwrap().contains("backupctl show 7"));
     }
 }

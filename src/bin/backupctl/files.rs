@@ -28,7 +28,10 @@ pub enum Error {
         source: io::Error,
     },
     /// The bus doesn't pass so many.
-    #[error("{count} files are more than the {MAX_FILES} that one call can pass: let the service make them")]
+    #[error(
+        "{count} files are more than the {MAX_FILES} that the bus passes in one message (its limit max_message_unix_fds): \
+         leave out --own-files, and the service makes them"
+    )]
     TooMany {
         /// How many were asked for.
         count: usize,

@@ -184,7 +184,7 @@ impl<'a> Follow<'a> {
             Event::Cancelled(Err(error)) => {
                 self.cancelling = false;
                 self.view.note(&format!(
-                    "backupctl: cannot cancel the backup: {}",
+                    "backupctl: cannot cancel the job: {}",
                     output::escape(&error.to_string())
                 ));
             }
@@ -229,7 +229,7 @@ impl<'a> Follow<'a> {
             return;
         }
         self.cancelling = true;
-        self.view.note(&format!("Cancelling backup {} …", self.job.id));
+        self.view.note(&format!("Cancelling job {} …", self.job.id));
         let job = self.job;
         self.push(async move { Event::Cancelled(job.cancel().await) });
     }

@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM while a backup is followed, and the question that Ctrl-C asks.
+//! Ctrl-C, SIGTERM and SIGHUP while a job is followed, and the question that Ctrl-C asks.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -10,15 +10,17 @@ use tokio::sync::oneshot;
 pub enum Interrupt {
     /// Ctrl-C.
     User,
-    /// SIGTERM.
+    /// SIGTERM, or SIGHUP: the terminal was closed.
     Terminate,
 }
 
-/// Catches both signals from the time it is made.
+/// Catches these signals from the time it is made.
 #[derive(Debug)]
 pub struct Interrupts {
     user: Signal,
     terminate: Signal,
+    /// Nothing where it was ignored at the start, as by nohup(1): it stays ignored.
+    hangup: Option<Signal>,
 }
 
 impl Interrupts {
@@ -27,16 +29,36 @@ impl Interrupts {
         Ok(Self {
             user: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            hangup: match ignores_hangup()? {
+                true => None,
+                false => Some(signal(SignalKind::hangup())?),
+            },
         })
     }
 
     /// The next signal. No signal is lost when this is dropped before it is ready.
     pub async fn next(&mut self) -> Interrupt {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.user.recv() => Interrupt::User,
             _ = self.terminate.recv() => Interrupt::Terminate,
+            _ = hangup => Interrupt::Terminate,
         }
     }
+}
+
+/// Whether SIGHUP is ignored, from the mask `SigIgn` of proc_pid_status(5).
+fn ignores_hangup() -> io::Result<bool> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let bit = 1 << (SignalKind::hangup().as_raw_value() - 1);
+    Ok(mask.is_some_and(|mask| mask & bit != 0))
 }
 
 /// What the user wants to become of the backup.

@@ -15,6 +15,7 @@ pub struct Properties {
     id: Option<u32>,
     domain: Option<OwnedObjectPath>,
     mode: Option<String>,
+    backup: Option<String>,
     #[zbus(rename = "StartedByUID")]
     started_by_uid: Option<u32>,
     start_time: Option<u64>,
@@ -90,8 +91,10 @@ pub struct Snapshot {
     pub domain_path: String,
     /// The name of its domain, where it can be read.
     pub domain: Option<String>,
-    /// `push` or `pull`.
+    /// `push`, `restore` or `verify`.
     pub mode: String,
+    /// The id of the backup that it makes in a store, or reads.
+    pub backup: String,
     /// Who started it.
     pub started_by: u32,
     /// When, in µs since the epoch.
@@ -148,6 +151,7 @@ impl Snapshot {
         set(&mut self.id, changed.id);
         set(&mut self.domain_path, changed.domain.map(|path| path.to_string()));
         set(&mut self.mode, changed.mode);
+        set(&mut self.backup, changed.backup);
         set(&mut self.started_by, changed.started_by_uid);
         set(&mut self.start_time, changed.start_time);
         set(&mut self.state, changed.state);
@@ -259,6 +263,7 @@ impl Snapshot {
             "domain": self.domain,
             "domain_path": self.domain_path,
             "mode": self.mode,
+            "backup": nothing_if_empty(&self.backup),
             "started_by_uid": self.started_by,
             "start_time": self.start_time,
             "state": self.state,
@@ -280,10 +285,13 @@ impl Snapshot {
         let mut field = |name: &str, value: String| {
             text.push_str(&format!("{name:<11}{}\n", escape(&value)));
         };
-        field("Backup", self.id.to_string());
+        field("Job", self.id.to_string());
         field("Domain", self.domain_label().to_owned());
         field("State", self.state.clone());
         field("Mode", self.mode.clone());
+        if !self.backup.is_empty() {
+            field("Backup", self.backup.clone());
+        }
         field(
             "Started",
             format!("{} by uid {}", units::timestamp(self.start_time), self.started_by),

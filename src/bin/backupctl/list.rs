@@ -121,7 +121,7 @@ pub async fn cancel(service: &Service, id: u32, disk: Option<&str>, json: bool) 
     print(
         json,
         || json!({ "id": id, "disk": disk }),
-        || format!("Backup {id} is being cancelled\n"),
+        || format!("Job {id} is being cancelled\n"),
     )
 }
 
@@ -132,8 +132,8 @@ pub async fn speed(service: &Service, id: u32, limit: u64, json: bool) -> Result
         json,
         || json!({ "id": id, "bandwidth": limit }),
         || match limit {
-            0 => format!("Backup {id} has no speed limit\n"),
-            limit => format!("Backup {id} is limited to {}\n", units::rate(limit)),
+            0 => format!("Job {id} has no speed limit\n"),
+            limit => format!("Job {id} is limited to {}\n", units::rate(limit)),
         },
     )
 }

@@ -37,6 +37,9 @@ use error::{Error, Result, Status};
 use proxy::Service;
 
 fn main() -> ExitCode {
+    if let Some(status) = backupd::image::become_tethered() {
+        return status;
+    }
     let arguments: Vec<_> = std::env::args_os().collect();
     let json = arguments.iter().any(|argument| argument == "--json");
     let cli = match Cli::parse_checked(arguments) {

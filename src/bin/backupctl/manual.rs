@@ -212,14 +212,14 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
         )],
         "checkpoint-dump" => &[("See what it is", "backupctl checkpoint dump web before-upgrade")],
         "rescan" => &[("Find the backups in the stores", "backupctl rescan")],
-        "show" => &[("Show backup 7", "backupctl show 7")],
+        "show" => &[("Show job 7", "backupctl show 7")],
         "watch" => &[
-            ("Wait for backup 7", "backupctl watch 7"),
+            ("Wait for job 7", "backupctl watch 7"),
             ("Watch everything as JSON", "backupctl watch --json"),
         ],
-        "cancel" => &[("Cancel backup 7", "backupctl cancel 7")],
+        "cancel" => &[("Cancel job 7", "backupctl cancel 7")],
         "speed" => &[
-            ("Slow backup 7 down", "backupctl speed 7 20M"),
+            ("Slow job 7 down", "backupctl speed 7 20M"),
             ("Take its limit away", "backupctl speed 7 0"),
         ],
         "dump" => &[(
@@ -233,7 +233,7 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
             ),
             (
                 "One disk onto a block device",
-                "backupctl restore 20261123T0559 --from /mnt/backups --disk vda=/dev/vg0/web",
+                "backupctl restore 20261123T055937Z --from /mnt/backups --disk vda=/dev/vg0/web",
             ),
         ],
         "verify" => &[

@@ -233,6 +233,21 @@ impl Service {
         Ok((path.to_string(), id))
     }
 
+    /// If that is the number of a job: the number, and the id of the backup that the job is about.
+    pub async fn backup_of_job(&self, number: &str) -> Option<(u32, String)> {
+        let id: u32 = number.parse().ok()?;
+        // What cannot be asked about is no job for this caller.
+        let path: OwnedObjectPath = self
+            .call(ROOT_PATH, MANAGER_INTERFACE, "GetJob", &(id,))
+            .await
+            .ok()?;
+        let backup: OwnedVariant = self
+            .call(&path, PROPERTIES_INTERFACE, "Get", &(JOB_INTERFACE, "Backup"))
+            .await
+            .ok()?;
+        Some((id, String::try_from(backup).ok()?))
+    }
+
     /// Deletes the backup at that path, or only says what would go: ids, and bytes freed.
     pub async fn delete(&self, path: &str, how: Deletion) -> Result<(Vec<String>, u64)> {
         let options = HashMap::from([
@@ -257,7 +272,7 @@ impl Service {
             id: properties.id.unwrap_or_default(),
             domain: properties.domain.unwrap_or_default(),
             store: properties.store.unwrap_or_default(),
-            disks: disks.into_iter().map(|disk| disk.0).collect(),
+            disks: disks.into_iter().map(|disk| (disk.0, disk.3)).collect(),
         })
     }
 

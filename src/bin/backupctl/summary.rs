@@ -63,8 +63,8 @@ impl Summary<'_> {
         let (snapshot, outcome) = (self.snapshot, self.outcome);
         let domain = escape(snapshot.domain_label());
         let mut text = match outcome.result.as_str() {
-            result @ ("completed" | "cancelled") => format!("Backup {} of {domain} {result}", snapshot.id),
-            _ => format!("backupctl: backup {} of {domain} failed", snapshot.id),
+            result @ ("completed" | "cancelled") => format!("Job {} of {domain} {result}", snapshot.id),
+            _ => format!("backupctl: job {} of {domain} failed", snapshot.id),
         };
         if !outcome.message.is_empty() {
             text.push_str(&format!(": {}", escape(&outcome.message)));
@@ -84,6 +84,9 @@ impl Summary<'_> {
         if snapshot.frozen_time > 0 {
             let frozen = Duration::from_micros(snapshot.frozen_time);
             lines.push(("frozen".to_owned(), units::brief(frozen)));
+        }
+        if outcome.result == "completed" && !snapshot.backup.is_empty() {
+            lines.push(("backup".to_owned(), escape(&snapshot.backup)));
         }
         for disk in &snapshot.disks {
             let what = match (outcome.result.as_str(), disk.error.as_str()) {
@@ -145,7 +148,7 @@ mod tests {
         };
         assert_eq!(
             summary.text(),
-            "Backup 7 of web completed\n  covered  2.0 GiB in 16 s (128 MiB/s)\n  vda      /store/vda.qcow2\n"
+            "Job 7 of web completed\n  covered  2.0 GiB in 16 s (128 MiB/s)\n  vda      /store/vda.qcow2\n"
         );
         assert_eq!(summary.json()["average_rate"], 128 << 20);
     }
@@ -190,7 +193,7 @@ mod tests {
         };
         assert_eq!(
             summary.text(),
-            "Backup 7 of web completed\n  covered  2.0 GiB\n  frozen   41 ms\n  vda      /store/vda.qcow2\n"
+            "Job 7 of web completed\n  covered  2.0 GiB\n  frozen   41 ms\n  vda      /store/vda.qcow2\n"
         );
         assert_eq!(summary.json()["frozen_time"], 40_327);
     }
@@ -208,7 +211,7 @@ mod tests {
         };
         assert_eq!(
             summary.text(),
-            "backupctl: backup 7 of web failed: disk vda: full\n  covered  2.0 GiB\n  vda      failed: No space\\nleft\n"
+            "backupctl: job 7 of web failed: disk vda: full\n  covered  2.0 GiB\n  vda      failed: No space\\nleft\n"
         );
         assert_eq!(summary.json()["error"], "org.example.Backup1.Error.NoSpace");
     }

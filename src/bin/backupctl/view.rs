@@ -113,13 +113,13 @@ impl View for Lines {
             output::complain(&format!("{}: {}{error}", escape(&disk.name), escape(&disk.state)));
         }
         if job {
-            output::complain(&format!("backup {}: {}", snapshot.id, escape(&snapshot.state)));
+            output::complain(&format!("job {}: {}", snapshot.id, escape(&snapshot.state)));
         }
         let due = self.progress.is_none_or(|last| last.elapsed() >= PROGRESS_LINES);
         if due && snapshot.state == "running" && snapshot.bytes_done != self.bytes_done {
             self.progress = Some(Instant::now());
             self.bytes_done = snapshot.bytes_done;
-            output::complain(&format!("backup {}: {}", snapshot.id, snapshot.progress_text()));
+            output::complain(&format!("job {}: {}", snapshot.id, snapshot.progress_text()));
         }
     }
 

@@ -267,7 +267,7 @@ impl Out {
         }
         let of_domain = of_domain(snapshot.as_ref());
         self.line(&format!(
-            "Backup {id}{of_domain} is not known any more: {}",
+            "Job {id}{of_domain} is not known any more: {}",
             escape(&error.to_string())
         ))
     }
@@ -278,7 +278,7 @@ impl Out {
             let event = json!({ "event": "job-started", "id": id, "path": path, "domain": domain });
             return Ok(output::print_json(&event)?);
         }
-        self.line(&format!("Backup {id}{} {what}", of_domain(snapshot)))
+        self.line(&format!("Job {id}{} {what}", of_domain(snapshot)))
     }
 
     fn progress(&mut self, job: &mut Watched) -> Result<()> {
@@ -296,7 +296,7 @@ impl Out {
                 let due = job.printed.is_none_or(|last| last.elapsed() >= PROGRESS_LINES);
                 if due && snapshot.state == "running" {
                     job.printed = Some(Instant::now());
-                    self.line(&format!("Backup {}: {}", snapshot.id, snapshot.progress_text()))?;
+                    self.line(&format!("Job {}: {}", snapshot.id, snapshot.progress_text()))?;
                 }
             }
         }
@@ -317,7 +317,7 @@ impl Out {
             }
             Self::Terminal(_) | Self::Lines => {}
         }
-        let mut line = format!("Backup {id}{} {}", of_domain(snapshot), escape(result));
+        let mut line = format!("Job {id}{} {}", of_domain(snapshot), escape(result));
         if !message.is_empty() {
             line.push_str(&format!(": {}", escape(message)));
         }

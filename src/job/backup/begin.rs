@@ -1,5 +1,7 @@
 //! The first half of a backup: from its targets to block jobs that have all succeeded.
 
+use std::sync::atomic::Ordering;
+
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -90,7 +92,7 @@ impl Driver<'_> {
         let quiesce = job.plan.quiesce;
         let frozen = Frozen::freeze(&job.domain, quiesce, self.setting.deadlines.freeze()).await?;
         fault::passed("frozen");
-        targets.iter().for_each(Target::mark_written);
+        let written: Vec<bool> = targets.iter().map(Target::mark_written).collect();
         let client = footprint.client();
         let starting = async {
             let started = tokio::time::timeout(patience, client.execute("transaction", transaction)).await;
@@ -105,7 +107,16 @@ impl Driver<'_> {
             None => starting.await,
         };
         match started {
-            Ok(started) => started.map_err(Error::Transaction)?,
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => {
+                // A transaction is atomic: QEMU wrote nothing for one that it refused.
+                if error.is_refusal() {
+                    for (target, was) in targets.iter().zip(written) {
+                        target.written().store(was, Ordering::Relaxed);
+                    }
+                }
+                return Err(Error::Transaction(error).into());
+            }
             Err(_) => return Err(Error::stalled("the start in QEMU", patience).into()),
         };
         let quiesced = thawed.quiesced?;

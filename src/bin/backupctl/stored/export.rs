@@ -1,9 +1,11 @@
 //! `backupctl export`: a backup's disks over NBD, for reading, until the user has seen enough.
 
 use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use backupd::image;
@@ -68,10 +70,24 @@ pub fn listen(path: &Path) -> Result<(Socket, OwnedFd)> {
     let fail = |error| Error::Usage(format!("cannot listen on {}: {error}", path.display()));
     let path = std::path::absolute(path).map_err(fail)?;
     let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-    let listener = UnixListener::bind(&path);
+    let mut listener = UnixListener::bind(&path);
+    if listener
+        .as_ref()
+        .is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+        && is_abandoned(&path)
+    {
+        listener = fs::remove_file(&path).and_then(|()| UnixListener::bind(&path));
+    }
     rustix::process::umask(before);
     let listener = listener.map_err(fail)?;
     Ok((Socket(path), listener.into()))
+}
+
+/// Whether it is a socket of a program that was killed: nobody listens on it.
+fn is_abandoned(path: &Path) -> bool {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket());
+    is_socket
+        && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// As in a URI, but for what is `kept`.

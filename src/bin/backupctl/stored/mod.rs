@@ -3,6 +3,7 @@
 
 pub mod args;
 mod export;
+mod partial;
 mod place;
 mod progress;
 pub mod remote;
@@ -50,6 +51,14 @@ fn open_store(path: &Path) -> Result<Shelf> {
         .canonicalize()
         .map_err(|error| Error::Usage(format!("{}: {error}", path.display())))?;
     Ok(Shelf::of_users_store(&path).map_err(image::Error::from)?)
+}
+
+/// Whether this is enough of a backup's id for a command that destroys data: all of it, or at least its date and time. A shorter
+/// beginning can be a typing error, or the number of a job.
+pub fn identifies(wanted: &str, id: &str) -> bool {
+    const DATE_AND_TIME: usize = "20261101T000000Z".len();
+    let given = wanted.rsplit('/').next().unwrap_or_default();
+    given == id || given.len() >= DATE_AND_TIME && id.starts_with(given)
 }
 
 /// Opens the backup that the user means, with all or some of its disks.

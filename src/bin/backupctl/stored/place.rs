@@ -1,14 +1,15 @@
 //! Where a restored disk goes: a file that has its name only when it is complete, or a block device.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
-use rustix::io::Errno;
+use rustix::fs::OFlags;
 
+use super::partial::Partial;
 use crate::output;
 
 /// What a restore that did not end leaves of a device's beginning: nothing that has a header.
@@ -23,11 +24,8 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// Another restore into the same file runs, or one was killed.
-    #[error(
-        "{} exists: another restore to there is running, or one did not end; then remove it",
-        path.display()
-    )]
+    /// Another restore into the same file runs.
+    #[error("{} is being written: another restore to there is running", path.display())]
     Partial {
         /// The file that another one has begun.
         path: PathBuf,
@@ -57,34 +55,29 @@ pub enum Error {
 }
 
 impl Error {
-    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { action, path, source }
     }
 }
 
-/// An open place. Unless it is published, what was begun is removed with it.
+/// An open place. Unless it is published, a new file is removed with it, and a device is wiped if this program wrote to it.
 #[derive(Debug)]
 pub struct Place {
     path: PathBuf,
-    file: File,
     kind: Kind,
-    begun: bool,
+    /// Content of a device may have been changed. What the service writes, the service wipes.
+    written: AtomicBool,
 }
 
 #[derive(Debug)]
 enum Kind {
-    /// Written under this name first.
-    File {
-        partial: PathBuf,
-        replaces: bool,
-    },
-    Device,
-    Published,
+    File { partial: Partial, replaces: bool },
+    Device { device: File, published: bool },
 }
 
 impl Place {
-    /// Opens a device, or makes a file beside the one that it will be. `id` is of the backup.
+    /// Opens a device, or makes a file that is to have that name. `id` is of the backup.
     pub fn open(path: &Path, id: &str, force: bool) -> Result<Self, Error> {
         // What a link leads to is replaced, not the link.
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -96,33 +89,14 @@ impl Place {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(Error::io("look at", &path)(error)),
         };
-        let Some(name) = path.file_name() else {
-            return Err(Error::WrongType { path });
-        };
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{id}.partial"));
-        let partial = path.with_file_name(hidden);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&partial)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::AlreadyExists => Error::Partial {
-                    path: partial.clone(),
-                },
-                _ => Error::io("create", &partial)(error),
-            })?;
+        let partial = Partial::create(&path, id)?;
         let place = Self {
             path,
-            file,
             kind: Kind::File {
                 partial,
                 replaces: there.is_some(),
             },
-            begun: false,
+            written: AtomicBool::new(false),
         };
         if let Some(there) = there {
             place.belong_as(&there)?;
@@ -132,7 +106,7 @@ impl Place {
 
     fn device(path: PathBuf) -> Result<Self, Error> {
         let flags = OFlags::EXCL | OFlags::NONBLOCK;
-        let file = OpenOptions::new()
+        let device = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(flags.bits().cast_signed())
@@ -143,21 +117,30 @@ impl Place {
             })?;
         Ok(Self {
             path,
-            file,
-            kind: Kind::Device,
-            begun: false,
+            kind: Kind::Device {
+                device,
+                published: false,
+            },
+            written: AtomicBool::new(false),
         })
+    }
+
+    fn file(&self) -> &File {
+        match &self.kind {
+            Kind::File { partial, .. } => &partial.file,
+            Kind::Device { device, .. } => device,
+        }
     }
 
     /// Gives the new file the owner and mode of the one that it replaces: who used that one can use this.
     fn belong_as(&self, there: &Metadata) -> Result<(), Error> {
-        let made = self.file.metadata().map_err(Error::io("look at", &self.path))?;
+        let file = self.file();
+        let made = file.metadata().map_err(Error::io("look at", &self.path))?;
         if (made.uid(), made.gid()) != (there.uid(), there.gid()) {
-            std::os::unix::fs::fchown(&self.file, Some(there.uid()), Some(there.gid()))
+            std::os::unix::fs::fchown(file, Some(there.uid()), Some(there.gid()))
                 .map_err(Error::io("keep the owner of", &self.path))?;
         }
-        self.file
-            .set_permissions(Permissions::from_mode(there.mode() & 0o777))
+        file.set_permissions(Permissions::from_mode(there.mode() & 0o777))
             .map_err(Error::io("keep the mode of", &self.path))
     }
 
@@ -166,66 +149,56 @@ impl Place {
     }
 
     pub fn is_device(&self) -> bool {
-        matches!(self.kind, Kind::Device)
+        matches!(self.kind, Kind::Device { .. })
     }
 
-    /// A descriptor to write to. What is there is worth nothing from now on, until it is published.
-    pub fn begin(&mut self) -> Result<OwnedFd, Error> {
-        self.begun = true;
-        let file = self.file.try_clone();
+    /// Bytes of a device behind the first `size`.
+    pub fn bytes_behind(&self, size: u64) -> Result<u64, Error> {
+        let Kind::Device { device, .. } = &self.kind else {
+            return Ok(0);
+        };
+        let mut device = device;
+        let found = device.seek(SeekFrom::End(0));
+        Ok(found
+            .map_err(Error::io("measure", &self.path))?
+            .saturating_sub(size))
+    }
+
+    /// Whether content that was there before may have been changed. Whoever writes sets it first.
+    pub fn written(&self) -> &AtomicBool {
+        &self.written
+    }
+
+    /// A descriptor to write to.
+    pub fn descriptor(&self) -> Result<OwnedFd, Error> {
+        let file = self.file().try_clone();
         file.map(OwnedFd::from)
             .map_err(Error::io("duplicate", &self.path))
     }
 
-    /// Gives the file its name, durably.
+    /// Gives the file its name, durably; or leaves the device as it is now.
     pub fn publish(&mut self) -> Result<(), Error> {
-        if let Kind::File { partial, replaces } = &self.kind {
-            let renamed = match replaces {
-                true => fs::rename(partial, &self.path),
-                false => rename_new(partial, &self.path),
-            };
-            renamed.map_err(|error| match error.kind() {
-                io::ErrorKind::AlreadyExists => Error::Exists {
-                    path: self.path.clone(),
-                },
-                _ => Error::io("give its name to", &self.path)(error),
-            })?;
+        match &mut self.kind {
+            Kind::File { partial, replaces } => partial.publish(*replaces),
+            Kind::Device { published, .. } => {
+                *published = true;
+                Ok(())
+            }
         }
-        let file = std::mem::replace(&mut self.kind, Kind::Published);
-        if let (Kind::File { .. }, Some(directory)) = (file, self.path.parent()) {
-            let directory = match directory.as_os_str().is_empty() {
-                true => Path::new("."),
-                false => directory,
-            };
-            File::open(directory)
-                .and_then(|directory| directory.sync_all())
-                .map_err(Error::io("fsync the directory", directory))?;
-        }
-        Ok(())
-    }
-}
-
-/// Renames to a name that nothing has.
-fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // A file system without that flag: a hard link does not replace anything either.
-        Err(Errno::INVAL | Errno::NOSYS) => {
-            fs::hard_link(from, to)?;
-            fs::remove_file(from)
-        }
-        result => Ok(result?),
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let cleared = match &self.kind {
-            Kind::File { partial, .. } => fs::remove_file(partial),
-            Kind::Device if self.begun => self
-                .file
+        let cleared = match &mut self.kind {
+            Kind::File { partial, .. } => partial.discard(),
+            Kind::Device {
+                device,
+                published: false,
+            } if self.written.load(Ordering::Relaxed) => device
                 .write_all_at(&vec![0; WIPED_HEAD], 0)
-                .and_then(|()| self.file.sync_all()),
-            Kind::Device | Kind::Published => Ok(()),
+                .and_then(|()| device.sync_all()),
+            Kind::Device { .. } => Ok(()),
         };
         if let Err(error) = cleared {
             let path = output::escape(&self.path.display().to_string());
@@ -246,10 +219,6 @@ mod tests {
         let path = dir.path().join("vda.raw");
         let mut place = Place::open(&path, "id", false).unwrap();
         assert!(!path.exists());
-        assert!(matches!(
-            Place::open(&path, "id", false),
-            Err(Error::Partial { .. })
-        ));
         place.publish().unwrap();
         drop(place);
         assert!(path.exists());

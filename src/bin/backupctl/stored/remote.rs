@@ -2,21 +2,22 @@
 //! passed; the service reads the backup.
 
 use std::io::{self, IsTerminal};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use super::args::{Export, Restore, Verify};
 use super::place::Place;
-use super::restore::{Restored, format, path};
+use super::restore::{Restored, RestoredDisk, format, path, require_whole_id};
 use super::{export, verify};
 use crate::agent::Agent;
 use crate::error::{Error, Result, Status};
-use crate::files::{self, MAX_FILES};
+use crate::files::MAX_FILES;
 use crate::follow::{Ending, Follow, OnInterrupt};
 use crate::interrupt::Interrupts;
 use crate::job::{Outcome, Snapshot};
-use crate::output::escape;
+use crate::output::{self, escape};
 use crate::proxy::{Job, Service, Signal};
 use crate::{units, view};
 
@@ -26,46 +27,66 @@ pub async fn restore(service: &Service, args: &Restore, json: bool, ask_password
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
     let backup = service.stored(&args.backup).await?;
     let disks: Vec<String> = match args.disk.is_empty() {
-        true => backup.disks,
+        true => backup.disks.iter().map(|(name, _)| name.clone()).collect(),
         false => args.disk.iter().map(|disk| disk.disk.clone()).collect(),
     };
-    if disks.len() > MAX_FILES {
-        return Err(files::Error::TooMany { count: disks.len() }.into());
-    }
     let mut places = Vec::new();
     for disk in &disks {
         places.push(Place::open(&path(args, disk)?, &backup.id, args.force)?);
     }
+    require_whole_id(args, &places, &backup.id)?;
     let mut formats = places.iter().map(|place| format(args, place));
     let format = formats.next().unwrap_or(backupd::definition::Format::Qcow2);
     if formats.any(|other| other != format) {
         let text = "files and devices together need one --format: without it they get different ones";
         return Err(Error::Usage(text.to_owned()));
     }
-    let mut targets = Vec::new();
-    for (disk, place) in disks.iter().zip(&mut places) {
-        targets.push((disk.clone(), place.begin()?));
+    // A job for as many disks as the bus passes descriptors in one message.
+    for (disks, places) in disks.chunks(MAX_FILES).zip(places.chunks(MAX_FILES)) {
+        let mut targets = Vec::new();
+        for (disk, place) in disks.iter().zip(places) {
+            targets.push((disk.clone(), place.descriptor()?));
+        }
+        let agent = Agent::start(ask_password).await;
+        let job = tokio::select! {
+            job = service.restore(&backup.path, targets, format.as_str()) => job?,
+            _ = interrupts.next() => return Err(Error::Interrupted),
+        };
+        drop(agent);
+        let followed = follow(service, &job, &mut interrupts, json).await;
+        if followed.is_err() {
+            // The service may still write: nothing is wiped.
+            for place in places.iter().filter(|place| place.is_device()) {
+                let path = escape(&place.path().display().to_string());
+                output::complain(&format!(
+                    "backupctl: {path} may hold a part of the disk: restore it again"
+                ));
+            }
+        }
+        completed(followed?.0)?;
+        // If a later job fails, none of the disks is restored.
+        for place in places {
+            place.written().store(true, Ordering::Relaxed);
+        }
     }
-    let agent = Agent::start(ask_password).await;
-    let job = tokio::select! {
-        job = service.restore(&backup.path, targets, format.as_str()) => job?,
-        _ = interrupts.next() => return Err(Error::Interrupted),
-    };
-    drop(agent);
-    let (outcome, _) = follow(service, &job, &mut interrupts, json).await?;
-    completed(outcome)?;
     for place in &mut places {
         place.publish()?;
+    }
+    let mut restored = Vec::new();
+    for (name, place) in disks.iter().zip(&places) {
+        let size = backup.disks.iter().find(|(disk, _)| disk == name);
+        restored.push(RestoredDisk {
+            name,
+            format,
+            path: place.path(),
+            behind: size.map_or(Ok(0), |(_, size)| place.bytes_behind(*size))?,
+        });
     }
     let restored = Restored {
         id: &backup.id,
         domain: &backup.domain,
         took: began.elapsed(),
-        disks: disks
-            .iter()
-            .zip(&places)
-            .map(|(disk, place)| (disk.as_str(), format, place.path()))
-            .collect(),
+        disks: restored,
     };
     restored.tell(json)
 }
@@ -150,7 +171,7 @@ pub async fn export(service: &Service, args: &Export, json: bool, ask_password: 
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
     let backup = service.stored(&args.backup).await?;
     let (disk, disks) = match args.disk.as_slice() {
-        [] => ("", backup.disks),
+        [] => ("", backup.disks.into_iter().map(|(name, _)| name).collect()),
         [one] => (one.as_str(), vec![one.clone()]),
         _ => {
             let text = "the service serves one disk, or without --disk all of them";
@@ -221,6 +242,6 @@ pub struct Stored {
     pub domain: String,
     /// The store's name.
     pub store: String,
-    /// The names of its disks.
-    pub disks: Vec<String>,
+    /// The names and virtual sizes of its disks.
+    pub disks: Vec<(String, u64)>,
 }

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use backupd::definition::Format;
-use backupd::image::{self, Progress};
+use backupd::image::{self, Output, Progress};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::args::Restore;
 use super::place::Place;
 use super::progress::{Show, follow};
-use super::{open_chain, open_store};
+use super::{identifies, open_chain, open_store};
 use crate::args;
 use crate::create::file_name;
 use crate::error::{Error, Result, Status};
@@ -36,32 +36,59 @@ pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
         let place = Place::open(&path(args, &disk.disk)?, &location.id, args.force)?;
         places.push(place);
     }
+    require_whole_id(args, &places, &location.id)?;
     let (mut show, cancel) = (Show::choose(json), CancellationToken::new());
     let mut restored = Vec::new();
     for (disk, place) in chain.disks().iter().zip(&mut places) {
         let (format, progress) = (format(args, place), Progress::default());
-        let work = image::restore(disk, place.begin()?, format, &progress, &cancel);
+        let output = Output {
+            file: place.descriptor()?,
+            format,
+            written: place.written(),
+        };
+        let work = async { image::restore(&disk.open().await?, output, &progress, &cancel).await };
         let done = follow(&mut show, &disk.disk, &progress, &mut interrupts, &cancel, work).await;
         if done.is_err() {
             show.finish();
         }
         done?;
-        restored.push((disk, format));
+        restored.push((
+            disk.disk.as_str(),
+            format,
+            place.bytes_behind(disk.virtual_size())?,
+        ));
     }
     show.finish();
     for place in &mut places {
         place.publish()?;
     }
-    let disks = restored.iter().zip(&places);
+    let disks = restored.into_iter().zip(&places);
     let restored = Restored {
         id: &location.id,
         domain: &chain.manifest.domain.name,
         took: began.elapsed(),
         disks: disks
-            .map(|((disk, format), place)| (disk.disk.as_str(), *format, place.path()))
+            .map(|((name, format, behind), place)| RestoredDisk {
+                name,
+                format,
+                path: place.path(),
+                behind,
+            })
             .collect(),
     };
     restored.tell(json)
+}
+
+/// What replaces files or overwrites devices wants more than the beginning of an id.
+pub fn require_whole_id(args: &Restore, places: &[Place], id: &str) -> Result<()> {
+    let destroys = args.force || places.iter().any(Place::is_device);
+    match destroys && !identifies(&args.backup, id) {
+        true => Err(Error::Abbreviated {
+            wanted: args.backup.clone(),
+            job: None,
+        }),
+        false => Ok(()),
+    }
 }
 
 /// What there is now.
@@ -72,16 +99,41 @@ pub struct Restored<'a> {
     pub domain: &'a str,
     /// How long it took.
     pub took: Duration,
-    /// Each disk, its format, and where it is.
-    pub disks: Vec<(&'a str, Format, &'a Path)>,
+    /// Its disks.
+    pub disks: Vec<RestoredDisk<'a>>,
+}
+
+/// A disk that was restored.
+pub struct RestoredDisk<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its format there.
+    pub format: Format,
+    /// Where it is.
+    pub path: &'a Path,
+    /// Bytes of a device behind the end of the disk.
+    pub behind: u64,
+}
+
+impl RestoredDisk<'_> {
+    /// Bytes of the device that still have their old content. An image in another format takes the device for itself.
+    fn unchanged(&self) -> u64 {
+        match self.format {
+            Format::Raw => self.behind,
+            Format::Qcow2 => 0,
+        }
+    }
 }
 
 impl Restored<'_> {
     /// Tells the user.
     pub fn tell(&self, json: bool) -> Result<Status> {
         if json {
-            let disks = self.disks.iter().map(|(name, format, path)| {
-                json!({ "name": name, "file": path.display().to_string(), "format": format.as_str() })
+            let disks = self.disks.iter().map(|disk| {
+                json!({
+                    "name": disk.name, "file": disk.path.display().to_string(), "format": disk.format.as_str(),
+                    "unchanged_bytes": disk.unchanged(),
+                })
             });
             output::print_json(&json!({
                 "event": "result", "result": "completed", "backup": self.id, "domain": self.domain,
@@ -94,9 +146,15 @@ impl Restored<'_> {
             "Backup {id} of {domain} restored in {}\n",
             units::duration(self.took)
         );
-        for (disk, _, path) in &self.disks {
-            let path = escape(&path.display().to_string());
-            text.push_str(&format!("  {}  {path}\n", escape(disk)));
+        for disk in &self.disks {
+            let path = escape(&disk.path.display().to_string());
+            text.push_str(&format!("  {}  {path}\n", escape(disk.name)));
+            if disk.unchanged() > 0 {
+                let unchanged = units::size(disk.unchanged());
+                text.push_str(&format!(
+                    "note: {path} is larger than the disk: its last {unchanged} have their old content\n"
+                ));
+            }
         }
         output::print(&text)?;
         Ok(Status::Completed)

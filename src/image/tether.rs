@@ -1,0 +1,126 @@
+//! Programs that end with the process that started them, however that ends.
+//!
+//! The kernel signals a program when the thread that started it ends (prctl(2), `PR_SET_PDEATHSIG`). The program has to ask for
+//! that itself, so this program runs first, in a mode of its own: it asks, and then becomes the other program. The setting
+//! survives execve(2), but not fork(2). Knows nothing of QEMU.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{OnceLock, mpsc};
+
+use rustix::fs::Access;
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+
+/// The mode of this program that becomes another one: `PROGRAM --tethered PARENT NAME FILE ARGUMENT…`
+const SWITCH: &str = "--tethered";
+
+/// Where execvp(3) looks without PATH.
+const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+
+/// Whether this process's program has that mode.
+static ABLE: AtomicBool = AtomicBool::new(false);
+
+/// What `main` does first: becomes another program if it was started for that. Without this call, programs are started that do
+/// not end with this process.
+pub fn become_tethered() -> Option<ExitCode> {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().as_deref() != Some(OsStr::new(SWITCH)) {
+        ABLE.store(true, Ordering::Relaxed);
+        return None;
+    }
+    let parent = arguments.next().and_then(|parent| parent.to_str()?.parse().ok());
+    let (Some(parent), Some(name), Some(file)) =
+        (parent.and_then(Pid::from_raw), arguments.next(), arguments.next())
+    else {
+        return Some(ExitCode::from(2));
+    };
+    if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
+        eprintln!("it cannot be tied to its parent: {error}");
+        return Some(ExitCode::FAILURE);
+    }
+    // The parent can have ended before the kernel was asked.
+    if getppid() != Some(parent) {
+        return Some(ExitCode::FAILURE);
+    }
+    let error = Command::new(file).arg0(name).args(arguments).exec();
+    eprintln!("{error}");
+    Some(ExitCode::FAILURE)
+}
+
+/// A command that runs the program of that name, and ends with this process. It has to be started by [`start`].
+pub fn command(name: &str) -> io::Result<tokio::process::Command> {
+    let file = find(name)?;
+    if !ABLE.load(Ordering::Relaxed) {
+        return Ok(tokio::process::Command::new(file));
+    }
+    // The very program that runs, though a newer one may have its name.
+    let mut command = tokio::process::Command::new("/proc/self/exe");
+    command
+        .arg(SWITCH)
+        .arg(std::process::id().to_string())
+        .args([OsStr::new(name), file.as_os_str()]);
+    Ok(command)
+}
+
+/// Looks for a program as execvp(3) does, so that a missing one is known before the start.
+fn find(name: &str) -> io::Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
+    let is_program =
+        |file: &PathBuf| file.is_file() && rustix::fs::access(file.as_path(), Access::EXEC_OK).is_ok();
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(Path::new(name)))
+        .find(is_program)
+        .ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// Runs `start` on the thread that lives as long as the process: the kernel takes the thread for the parent.
+pub fn start<T: Send + 'static>(start: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    static STARTER: OnceLock<mpsc::Sender<Work>> = OnceLock::new();
+    let starter = STARTER.get_or_init(|| {
+        let (sender, work) = mpsc::channel::<Work>();
+        std::thread::spawn(move || work.into_iter().for_each(|work| work()));
+        sender
+    });
+    let (sender, answer) = mpsc::sync_channel(1);
+    // tokio notices the end of a child by the runtime that it was started in.
+    let runtime = tokio::runtime::Handle::try_current();
+    let work: Work = Box::new(move || {
+        let _entered = runtime.as_ref().map(|runtime| runtime.enter());
+        // Nobody waits for it any more only if this process ends.
+        let _ = sender.send(start());
+    });
+    let gone = |_| io::Error::other("the thread that starts programs has ended");
+    starter.send(work).map_err(|error| gone(error.to_string()))?;
+    answer.recv().map_err(|error| gone(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_found_as_a_shell_finds_it() {
+        assert!(find("sh").unwrap().is_file());
+        assert_eq!(
+            find("no-such-program").unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
+    }
+
+    #[test]
+    fn every_program_is_started_by_one_thread() {
+        let by = || std::thread::current().id();
+        let first = start(by).unwrap();
+        assert_ne!(first, by());
+        assert_eq!(
+            std::thread::spawn(move || start(by).unwrap()).join().unwrap(),
+            first
+        );
+    }
+}

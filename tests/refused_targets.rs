@@ -1,0 +1,228 @@
+//! A command that is refused changes nothing of what it was to write to.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use common::System;
+use common::caller::Caller;
+use common::chain::{directories, id};
+use common::clients::{ROOT, USER};
+use common::disk::Disk;
+use common::process::Output;
+use common::storage::{LoopDevice, files_below};
+use common::vm::Vm;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 8 * MIB;
+const MARK: u8 = 0xa5;
+
+/// A device or file whose every byte is known.
+struct Marked {
+    file: PathBuf,
+    size: u64,
+    device: Option<LoopDevice>,
+}
+
+impl Marked {
+    fn file(system: &System, name: &str, size: u64) -> Self {
+        let file = system.dir().join(name);
+        fs::write(&file, vec![MARK; usize::try_from(size).unwrap()]).unwrap();
+        Self {
+            file,
+            size,
+            device: None,
+        }
+    }
+
+    fn device(system: &System, name: &str, size: u64) -> Self {
+        let mut marked = Self::file(system, name, size);
+        marked.device = Some(LoopDevice::attach(&marked.file, size));
+        marked
+    }
+
+    fn path(&self) -> &Path {
+        self.device.as_ref().map_or(&self.file, |device| device.device())
+    }
+
+    /// What is there now; a device's content is read through the device, past no cache.
+    #[track_caller]
+    fn assert_unchanged(&self, after: &str) {
+        let found = fs::read(self.path()).unwrap();
+        assert_eq!(found.len() as u64, self.size, "{after}");
+        let changed = found.iter().filter(|byte| **byte != MARK).count();
+        assert_eq!(changed, 0, "{after}: bytes changed");
+    }
+}
+
+struct Setting {
+    system: System,
+    vm: Vm,
+    backup: String,
+    full: PathBuf,
+}
+
+async fn setting() -> Setting {
+    let system = System::start();
+    let disk = Disk::new("vda", SIZE).fill(MIB, 4 * MIB, 0x11);
+    let vm = system.configured(system.vm("web").disk(disk).running());
+    Caller::new(&system).await.complete("web", "").await;
+    let [full] = directories(&system.store().join("web")).try_into().unwrap();
+    Setting {
+        backup: id(&full),
+        system,
+        vm,
+        full,
+    }
+}
+
+impl Setting {
+    /// `restore` of the backup as root, through the service and without it.
+    fn restore(&self, arguments: &[&str]) -> [(String, Output); 2] {
+        let store = self.system.store();
+        [None, Some(store.to_str().unwrap())].map(|from| {
+            let mut all = vec!["restore", &self.backup];
+            all.extend(arguments);
+            all.extend(from.iter().flat_map(|store| ["--from", store]));
+            let output = self.system.clients().backupctl(ROOT, &all);
+            (format!("{all:?}: {}", output.stderr), output)
+        })
+    }
+
+    #[track_caller]
+    fn assert_restore_refused(&self, disk: &str, target: &Marked, more: &[&str], status: i32) {
+        let disk = format!("{disk}={}", target.path().display());
+        let before = files_below(self.system.dir());
+        for (what, output) in self.restore(&[&["--disk", &disk], more].concat()) {
+            assert_eq!(output.status, status, "{what}");
+            target.assert_unchanged(&what);
+            let made = files_below(self.system.dir());
+            let made: Vec<_> = made.iter().filter(|file| !before.contains(file)).collect();
+            assert!(made.iter().all(|file| *file == "backupctl"), "{what} {made:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_restore_changes_no_byte_of_a_device() {
+    let setting = setting().await;
+    let system = &setting.system;
+    let small = Marked::device(system, "small", SIZE / 2);
+    setting.assert_restore_refused("vda", &small, &[], 1);
+    setting.assert_restore_refused("vda", &small, &["--force"], 1);
+    let device = Marked::device(system, "device", 2 * SIZE);
+    setting.assert_restore_refused("vdx", &device, &[], 1);
+    // Of another VM that the service knows, which runs.
+    let live = Marked::device(system, "live", SIZE);
+    let other = system
+        .vm("db")
+        .disk(Disk::new("vda", SIZE).raw().at(live.path()))
+        .running();
+    let mut other = system.configured(other);
+    for more in [&[][..], &["--force"]] {
+        setting.assert_restore_refused("vda", &live, more, 1);
+    }
+    other.quit();
+    // An image that lacks its end.
+    fs::File::options()
+        .write(true)
+        .open(setting.full.join("vda.qcow2"))
+        .unwrap()
+        .set_len(1 << 16)
+        .unwrap();
+    setting.assert_restore_refused("vda", &device, &[], 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_restore_changes_no_byte_of_a_file() {
+    let setting = setting().await;
+    let system = &setting.system;
+    let file = Marked::file(system, "file", SIZE);
+    setting.assert_restore_refused("vda", &file, &[], 1);
+    setting.assert_restore_refused("vdx", &file, &["--force"], 1);
+    fs::File::options()
+        .write(true)
+        .open(setting.full.join("vda.qcow2"))
+        .unwrap()
+        .set_len(1 << 16)
+        .unwrap();
+    setting.assert_restore_refused("vda", &file, &["--force"], 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_not_restore_changes_no_byte_of_its_own_device() {
+    let setting = setting().await;
+    let system = &setting.system;
+    let device = Marked::device(system, "users", 2 * SIZE);
+    let mode = |mode| fs::set_permissions(device.path(), fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o666);
+    let disk = format!("vda={}", device.path().display());
+    for command in [
+        [
+            "restore",
+            setting.backup.as_str(),
+            "--disk",
+            &disk,
+            "--no-ask-password",
+        ],
+        ["create", "web", "--disk", &disk, "--no-ask-password"],
+    ] {
+        let output = system.clients().backupctl(USER, &command);
+        assert_ne!(output.status, 0, "{command:?}");
+        device.assert_unchanged(&format!("{command:?}: {}", output.stderr));
+    }
+    mode(0o660);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_backup_changes_no_byte_of_its_targets() {
+    let setting = setting().await;
+    let system = &setting.system;
+    let small = Marked::device(system, "small", SIZE / 2);
+    let live = Marked::device(system, "live", SIZE);
+    let device = Marked::device(system, "device", 2 * SIZE);
+    let file = Marked::file(system, "file", SIZE);
+    let other = system
+        .vm("db")
+        .disk(Disk::new("vda", SIZE).raw().at(live.path()))
+        .running();
+    let _other = system.configured(other);
+    for (disk, target, more) in [
+        ("vda", &small, &["--format", "raw"][..]),
+        ("vda", &live, &["--format", "raw"]),
+        ("vda", &live, &["--format", "qcow2"]),
+        ("vdx", &device, &["--format", "raw"]),
+        ("vda", &file, &["--format", "raw"]),
+        ("vda", &file, &["--format", "qcow2", "--reuse-external"]),
+    ] {
+        let disk = format!("{disk}={}", target.path().display());
+        let command = [&["create", "web", "--disk", &disk], more].concat();
+        let output = system.clients().backupctl(ROOT, &command);
+        assert_ne!(output.status, 0, "{command:?}");
+        target.assert_unchanged(&format!("{command:?}: {}", output.stderr));
+    }
+    // QEMU itself refuses the transaction: the disk is being mirrored.
+    let mirror = system.dir().join("mirror");
+    fs::write(&mirror, "").unwrap();
+    fs::File::options()
+        .write(true)
+        .open(&mirror)
+        .unwrap()
+        .set_len(SIZE)
+        .unwrap();
+    setting.vm.qmp(
+        "drive-mirror",
+        serde_json::json!({
+            "job-id": "theirs", "device": setting.vm.node_name("vda"), "target": mirror,
+            "format": "raw", "sync": "none", "mode": "existing",
+        }),
+    );
+    let disk = format!("vda={}", device.path().display());
+    let output = system
+        .clients()
+        .backupctl(ROOT, &["create", "web", "--disk", &disk, "--format", "raw"]);
+    assert_ne!(output.status, 0, "{}", output.stdout);
+    device.assert_unchanged(&output.stderr);
+}

@@ -133,10 +133,12 @@ impl Disk {
     pub(super) fn create(&self, path: &Path) {
         if !path.exists() {
             let mut create = Command::new("qemu-img");
-            create
-                .args(["create", "-q", "-f", self.format])
-                .arg(path)
-                .arg(self.size.to_string());
+            create.args(["create", "-q", "-f", self.format]);
+            if self.format == "qcow2" && self.fills.is_empty() && (1..=1 << 30).contains(&self.size) {
+                // Else a backup of it has nothing to copy, and ends at once whatever its limit is.
+                create.args(["-o", "preallocation=metadata"]);
+            }
+            create.arg(path).arg(self.size.to_string());
             process::run(create).expect_success();
         }
         if !self.fills.is_empty() {

@@ -72,7 +72,10 @@ async fn a_backup_tells_what_its_manifest_says_in_the_list_and_as_an_object() {
     let told = manifest(&first);
     let listed = list(&root, &[]).await;
     assert_eq!(listed.len(), 2);
-    let (path, id, name, domain, uuid, store, kind, parent, time, state, problem, disks) = listed[0].clone();
+    let (path, id, name, domain, uuid, store, kind, parent, time, state, problem, disks, service, own) =
+        listed[0].clone();
+    assert_eq!((told["service"].as_str().unwrap(), own), (service.as_str(), true));
+    assert_eq!(told["sequence"], 1);
     let texts = [
         &id, &name, &domain, &uuid, &store, &kind, &parent, &state, &problem,
     ];

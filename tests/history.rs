@@ -236,7 +236,9 @@ async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
     std::fs::write(backups[1].join("manifest.json"), "{").unwrap();
     std::fs::remove_file(backups[2].join("vda.qcow2")).unwrap();
     change_manifest(&backups[3], |manifest| manifest["id"] = json!("another"));
-    change_manifest(&backups[4], |manifest| manifest["domain"]["name"] = json!("db"));
+    change_manifest(&backups[4], |manifest| {
+        manifest["domain"]["name"] = json!("1000:db")
+    });
     change_manifest(&backups[5], |manifest| manifest["version"] = json!(2));
     let domain = system.store().join("web");
     chown(&backups[7], Some(7), None).unwrap();
@@ -254,7 +256,7 @@ async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
         (&backups[1], "manifest.json: EOF"),
         (&backups[2], "vda.qcow2: No such file"),
         (&backups[3], "that of 'another'"),
-        (&backups[4], "domain 'db' does not belong into 'web'"),
+        (&backups[4], "no domain can be called '1000:db'"),
         (&backups[5], "newer backupd"),
         (&backups[7], "belongs to user 7"),
     ];

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::activity::Activity;
-use crate::catalog::{self, Backup, BackupFilter, BackupKey, Catalog, DomainRecord};
+use crate::catalog::{self, Backup, BackupFilter, BackupKey, Catalog, Cursor, DomainRecord};
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Identity, NOBODY, Origin, Registry};
 
@@ -101,45 +101,91 @@ impl Backups {
 
     /// The domain that a backup is of, or what stands for it.
     pub fn domain(&self, record: &DomainRecord) -> Arc<Domain> {
-        let DomainRecord {
+        self.domains.same_or_absent(identity(record))
+    }
+
+    /// Whether a backup is one of the domain that has that name, or UUID, now. Of a name that no domain has now: the ones
+    /// that had it.
+    pub(super) fn is_of(&self, record: &DomainRecord, wanted: &str) -> bool {
+        let identity = identity(record);
+        let uuid: Option<uuid::Uuid> = wanted.parse().ok();
+        uuid.is_some() && uuid == identity.uuid
+            || self
+                .domains
+                .same(&identity)
+                .is_some_and(|domain| domain.name == wanted)
+            || record.name == wanted && self.domains.identified(&identity).is_none()
+    }
+
+    /// With the UUIDs of the domains that have the name now.
+    fn with_uuids(&self, filter: &BackupFilter) -> BackupFilter {
+        let domains = self.domains.list().into_iter();
+        let named = domains.filter(|domain| filter.domain.as_ref() == Some(&domain.name));
+        BackupFilter {
+            uuids: named.filter_map(|domain| domain.snapshot().uuid).collect(),
+            ..filter.clone()
+        }
+    }
+
+    fn is_wanted(&self, filter: &BackupFilter, record: &DomainRecord) -> bool {
+        let wanted = filter.domain.as_deref();
+        wanted.is_none_or(|wanted| self.is_of(record, wanted))
+    }
+}
+
+fn identity(record: &DomainRecord) -> Identity {
+    let DomainRecord {
+        name,
+        source,
+        owner,
+        owner_name,
+        uuid,
+    } = record.clone();
+    match Origin::parse(&source) {
+        Some(origin) => Identity {
             name,
-            source,
+            origin,
             owner,
             owner_name,
             uuid,
-        } = record.clone();
-        let identity = match Origin::parse(&source) {
-            Some(origin) => Identity {
-                name,
-                origin,
-                owner,
-                owner_name,
-                uuid,
-            },
-            // Nobody here ever wrote that: it is nobody's.
-            None => Identity {
-                name,
-                origin: Origin::Registered,
-                owner: NOBODY,
-                owner_name: NOBODY.to_string(),
-                uuid,
-            },
-        };
-        self.domains.same_or_absent(identity)
+        },
+        // Nobody here ever wrote that: it is nobody's.
+        None => Identity {
+            name,
+            origin: Origin::Registered,
+            owner: NOBODY,
+            owner_name: NOBODY.to_string(),
+            uuid,
+        },
     }
+}
 
+impl Backups {
     /// The next backups after `after`, looked at unless that takes longer than until `deadline`; none if that was all.
     pub async fn after(
         &self,
         filter: &BackupFilter,
-        after: &BackupKey,
+        after: &Cursor,
         deadline: Instant,
     ) -> Result<Vec<Backup>, catalog::Error> {
-        let read = || self.catalog.backups_after(filter.clone(), after.clone(), BATCH);
-        let found = read().await?;
-        match self.look(&found, deadline).await? {
-            true => read().await,
-            false => Ok(found),
+        let catalog_filter = self.with_uuids(filter);
+        let read = |after: Cursor| self.catalog.backups_after(catalog_filter.clone(), after, BATCH);
+        let mut after = after.clone();
+        loop {
+            let mut found = read(after.clone()).await?;
+            let Some(last) = found.last().map(Backup::cursor) else {
+                return Ok(found);
+            };
+            found.retain(|backup| self.is_wanted(filter, &backup.domain));
+            if found.is_empty() {
+                after = last;
+                continue;
+            }
+            if self.look(&found, deadline).await? {
+                found = read(after).await?;
+                found.retain(|backup| self.is_wanted(filter, &backup.domain));
+            }
+            return Ok(found);
         }
     }
 

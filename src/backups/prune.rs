@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use tokio::time::Instant;
 
 use super::{Backups, Error, Unwanted};
-use crate::catalog::{Backup, BackupFilter, BackupKey, BackupState, DomainRecord};
+use crate::catalog::{Backup, BackupFilter, BackupKey, BackupState, Cursor, DomainRecord};
 use crate::plan::retention::{self, Candidate, Condition, Reason, Retention};
 use crate::target::Removal;
 
@@ -17,6 +18,8 @@ pub struct Group {
     pub store: String,
     /// The directory's name in the store.
     pub domain: String,
+    /// The domain's [`DomainRecord::key`]: others may have backups in the directory.
+    pub key: String,
 }
 
 /// What becomes of a backup.
@@ -62,7 +65,7 @@ pub enum Allowed<'a> {
 /// What pruning a group did, or would do.
 #[derive(Debug, Default)]
 pub struct Pruned {
-    /// By time.
+    /// In the order of making.
     pub judged: Vec<Judged>,
     /// Bytes on the disk.
     pub freed: u64,
@@ -126,20 +129,23 @@ impl Backups {
         Ok(pruned)
     }
 
-    /// The groups that have such backups, and whose they are: all one's, unless another machine came to have the name.
+    /// The groups that have such backups, and whose they are: one domain's, under all names that it had.
     pub async fn groups(&self, filter: BackupFilter) -> Result<BTreeMap<Group, Vec<DomainRecord>>, Error> {
         let mut groups: BTreeMap<Group, Vec<_>> = BTreeMap::new();
-        for (store, domain, record) in self.catalog.owners(filter).await? {
-            groups.entry(Group { store, domain }).or_default().push(record);
+        for (store, domain, record) in self.catalog.owners(self.with_uuids(&filter)).await? {
+            let key = record.key();
+            let group = Group { store, domain, key };
+            groups.entry(group).or_default().push(record);
         }
+        groups.retain(|_, records| records.iter().any(|record| self.is_wanted(&filter, record)));
         Ok(groups)
     }
 
     async fn judge(&self, group: &Group, retention: &Retention) -> Result<Vec<Judged>, Error> {
         let mut backups = self.of_group(group).await?;
-        backups.sort_by(|a, b| (a.manifest.instant, &a.key.id).cmp(&(b.manifest.instant, &b.key.id)));
+        backups.sort_by(|a, b| made(a).cmp(&made(b)));
         let candidates: Vec<Candidate> = backups.iter().map(candidate).collect();
-        let kept = retention::kept(&candidates, retention, &TimeZone::system());
+        let kept = retention::kept(&candidates, retention, &TimeZone::system(), Timestamp::now());
         let judged = backups.into_iter().map(|backup| {
             let reasons = kept.get(backup.key.id.as_str());
             let verdict = match reasons {
@@ -160,27 +166,29 @@ impl Backups {
     async fn of_group(&self, group: &Group) -> Result<Vec<Backup>, Error> {
         let filter = BackupFilter {
             store: Some(group.store.clone()),
-            domain: None,
+            ..BackupFilter::default()
         };
-        let mut after = BackupKey {
+        let mut after = Cursor {
             store: group.store.clone(),
             domain: group.domain.clone(),
-            id: String::new(),
+            ..Cursor::default()
         };
         let deadline = Instant::now() + self.deadlines.stall();
         let mut all = Vec::new();
         loop {
             let found = self.after(&filter, &after, deadline).await?;
-            let count = found.len();
+            let Some(last) = found.last().map(Backup::cursor) else {
+                return Ok(all);
+            };
             all.extend(
                 found
                     .into_iter()
-                    .take_while(|backup| backup.key.domain == group.domain),
+                    .filter(|backup| backup.key.domain == group.domain && backup.domain.key() == group.key),
             );
-            match all.last() {
-                Some(last) if count > 0 && last.key != after => after = last.key.clone(),
-                _ => return Ok(all),
+            if (&last.store, &last.domain) != (&group.store, &group.domain) {
+                return Ok(all);
             }
+            after = last;
         }
     }
 
@@ -206,7 +214,16 @@ impl Backups {
         let Some(policy) = self.policy(&key.store) else {
             return;
         };
+        let domain = match self.catalog.backup_at(key.clone()).await {
+            Ok(Some(backup)) => backup.domain,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!(store = key.store, %error, "the store could not be pruned");
+                return;
+            }
+        };
         let group = Group {
+            key: domain.key(),
             store: key.store,
             domain: key.domain,
         };
@@ -222,6 +239,11 @@ impl Backups {
     }
 }
 
+/// The order of making.
+fn made(backup: &Backup) -> (u64, Timestamp, &str) {
+    (backup.manifest.sequence, backup.manifest.instant, &backup.key.id)
+}
+
 fn candidate(backup: &Backup) -> Candidate {
     let parents = backup.manifest.parents();
     Candidate {
@@ -232,6 +254,7 @@ fn candidate(backup: &Backup) -> Candidate {
             BackupState::Damaged => Condition::Damaged,
             BackupState::Missing => Condition::Missing,
         },
+        own: backup.own,
         parents: parents.into_iter().map(str::to_owned).collect(),
     }
 }

@@ -41,8 +41,8 @@ pub async fn call(context: &Context, call: &Call) -> Answer {
         "Prune" => stored::prune(context, call).await,
         "GetBackup" => stored::get(context, call).await,
         "Rescan" => {
-            options::none(&call.arguments()?)?;
-            let rescan = async { Ok(context.service.rescan(&call.caller).await?) };
+            let adopt = options::rescan(call.arguments::<Dictionary>()?)?;
+            let rescan = async { Ok(context.service.rescan(&call.caller, adopt).await?) };
             let found = call.while_present(rescan).await?;
             call.reply(&(found.backups, found.problems))
         }

@@ -165,6 +165,19 @@ pub fn list(dictionary: Dictionary) -> Result<bool> {
     Ok(ended)
 }
 
+/// The option of `Rescan`: whether keep rules are to apply to all that is found.
+pub fn rescan(dictionary: Dictionary) -> Result<bool> {
+    let mut adopt = false;
+    for (key, value) in dictionary.0 {
+        match (key.as_str(), value) {
+            ("adopt", Value::Bool(all)) => adopt = all,
+            ("adopt", value) => return Err(wrong_type(&key, &value, "b")),
+            _ => return Err(unknown(&key)),
+        }
+    }
+    Ok(adopt)
+}
+
 /// Options of `ListBackups`.
 pub fn backups(dictionary: Dictionary) -> Result<BackupsWanted> {
     let mut wanted = BackupsWanted::default();

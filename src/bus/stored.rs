@@ -16,7 +16,7 @@ use crate::service::RestoreRequest;
 type DiskTuple = (String, String, String, u64, u64, String, String);
 
 /// A backup as the list tells it: object, id, name, domain's name, its UUID, store, kind, parent, time, state, problem,
-/// disks.
+/// disks, service, whether keep rules apply.
 type BackupTuple = (
     OwnedObjectPath,
     String,
@@ -30,6 +30,8 @@ type BackupTuple = (
     &'static str,
     String,
     Vec<DiskTuple>,
+    String,
+    bool,
 );
 
 /// `ListBackups` of the root object.
@@ -155,6 +157,8 @@ pub fn properties(backup: &Backup) -> Properties {
         ("Problem", Variant::from(backup.problem.clone())),
         ("Quiesced", Variant::from(manifest.quiesced)),
         ("Disks", Variant::from(disks(backup))),
+        ("Service", Variant::from(service(backup))),
+        ("Own", Variant::from(backup.own)),
     ]
 }
 
@@ -172,11 +176,19 @@ fn tuple(backup: &Backup) -> BackupTuple {
         backup.state.as_str(),
         backup.problem.clone(),
         disks(backup),
+        service(backup),
+        backup.own,
     )
 }
 
+/// The one that made it, if that is known.
+fn service(backup: &Backup) -> String {
+    let service = backup.manifest.service;
+    service.map(|service| service.to_string()).unwrap_or_default()
+}
+
 fn uuid(backup: &Backup) -> String {
-    let uuid = backup.manifest.domain.uuid;
+    let uuid = backup.domain.uuid;
     uuid.map(|uuid| uuid.to_string()).unwrap_or_default()
 }
 

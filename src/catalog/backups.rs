@@ -29,6 +29,16 @@ pub struct BackupKey {
     pub id: String,
 }
 
+/// A place in the list of all backups: by store, directory, order of making and id.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Cursor {
+    pub store: String,
+    /// The directory's name in the store.
+    pub domain: String,
+    pub sequence: u64,
+    pub id: String,
+}
+
 /// Whether a backup is of use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackupState {
@@ -71,9 +81,23 @@ pub struct Backup {
     pub problem: String,
     /// What the last look at its files found.
     pub looked: Looked,
+    /// This service made it, or adopted it: keep rules apply to it.
+    pub own: bool,
     pub manifest: Manifest,
     /// The manifest as it was written.
     pub text: String,
+}
+
+impl Backup {
+    /// Its place in the list of all backups.
+    pub fn cursor(&self) -> Cursor {
+        Cursor {
+            store: self.key.store.clone(),
+            domain: self.key.domain.clone(),
+            sequence: self.manifest.sequence,
+            id: self.key.id.clone(),
+        }
+    }
 }
 
 /// Which backups are wanted; what is not said does not matter.
@@ -81,14 +105,18 @@ pub struct Backup {
 pub struct BackupFilter {
     /// A name or a UUID.
     pub domain: Option<String>,
+    /// UUIDs of domains that have that name now, and may have had another.
+    pub uuids: Vec<uuid::Uuid>,
     pub store: Option<String>,
 }
 
 impl BackupFilter {
-    /// As the records have it.
-    fn uuid(&self) -> Option<String> {
-        let uuid: uuid::Uuid = self.domain.as_deref()?.parse().ok()?;
-        Some(uuid.to_string())
+    /// A JSON list, as the records have them.
+    fn uuids(&self) -> String {
+        let named = self.domain.as_deref().and_then(|domain| domain.parse().ok());
+        let uuids = self.uuids.iter().copied().chain(named);
+        let uuids: Vec<String> = uuids.map(|uuid| format!("\"{uuid}\"")).collect();
+        format!("[{}]", uuids.join(","))
     }
 }
 
@@ -96,25 +124,26 @@ impl BackupFilter {
 pub type Looked = Option<(BackupState, String)>;
 
 impl Catalog {
-    /// The next backups after `after`, by store, domain and id: at least one if there is one, at most `at_most`.
+    /// The next backups after `after`: at least one if there is one, at most `at_most`. Of a domain's name, also those that
+    /// another had under that name.
     pub async fn backups_after(
         &self,
         filter: BackupFilter,
-        after: BackupKey,
+        after: Cursor,
         at_most: u32,
     ) -> Result<Vec<Backup>, Error> {
         self.run(move |connection| {
-            let uuid = filter.uuid();
             let condition = "(:store IS NULL OR store = :store) \
-                 AND (:domain IS NULL OR domain_name = :domain OR domain_uuid = :uuid) \
-                 AND (store, domain, id) > (:after_store, :after_domain, :after_id) \
-                 ORDER BY store, domain, id LIMIT :limit";
+                 AND (:domain IS NULL OR domain_name = :domain OR domain_uuid IN (SELECT value FROM json_each(:uuids))) \
+                 AND (store, domain, sequence, id) > (:after_store, :after_domain, :after_sequence, :after_id) \
+                 ORDER BY store, domain, sequence, id LIMIT :limit";
             let values = named_params! {
                 ":store": filter.store,
                 ":domain": filter.domain,
-                ":uuid": uuid,
+                ":uuids": filter.uuids(),
                 ":after_store": after.store,
                 ":after_domain": after.domain,
+                ":after_sequence": after.sequence.cast_signed(),
                 ":after_id": after.id,
                 ":limit": at_most,
             };
@@ -126,16 +155,15 @@ impl Catalog {
     /// The directories that have such backups, as (store, domain's directory), and whose these are.
     pub async fn owners(&self, filter: BackupFilter) -> Result<Vec<(String, String, DomainRecord)>, Error> {
         self.run(move |connection| {
-            // What is in a directory belongs together: one of that name says which it is.
             let sql = format!(
                 "SELECT DISTINCT store, domain, {DOMAIN} FROM backups WHERE (?1 IS NULL OR store = ?1) AND \
-                     (?2 IS NULL OR (store, domain) IN \
-                         (SELECT store, domain FROM backups WHERE domain_name = ?2 OR domain_uuid = ?3)) \
+                     (?2 IS NULL OR (store, domain) IN (SELECT store, domain FROM backups \
+                         WHERE domain_name = ?2 OR domain_uuid IN (SELECT value FROM json_each(?3)))) \
                  ORDER BY store, domain"
             );
             let mut statement = connection.prepare(&sql)?;
-            let uuid = filter.uuid();
-            let mut rows = statement.query(params![filter.store, filter.domain, uuid])?;
+            let uuids = filter.uuids();
+            let mut rows = statement.query(params![filter.store, filter.domain, uuids])?;
             let mut owners = Vec::new();
             while let Some(row) = rows.next()? {
                 owners.push((row.get("store")?, row.get("domain")?, domain(row)?));
@@ -185,6 +213,12 @@ impl Catalog {
             Ok(found.into_iter().next())
         })
         .await
+    }
+
+    /// Has keep rules apply to all backups in a store, whoever made them.
+    pub async fn adopt(&self, store: String) -> Result<(), Error> {
+        let sql = "UPDATE backups SET adopted = 1 WHERE store = ?1";
+        self.change(sql, move |update| update.execute([store])).await
     }
 
     /// Remembers that a backup is being removed, or that it stays after all.
@@ -268,10 +302,10 @@ pub(super) fn keep_backup(
     let parents: Vec<&str> = manifest.parents().into_iter().collect();
     let mut insert = connection.prepare(
         "INSERT INTO backups (store, domain, id, object, domain_name, domain_source, domain_owner, domain_owner_name, \
-             domain_uuid, parents, manifest) \
-         VALUES (?1, ?2, ?3, random(), ?4, ?5, ?6, ?7, ?8, ?9, ?10) \
+             domain_uuid, parents, sequence, manifest) \
+         VALUES (?1, ?2, ?3, random(), ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11) \
          ON CONFLICT (store, domain, id) DO UPDATE SET manifest = excluded.manifest, parents = excluded.parents, \
-             look_state = '', look_problem = ''",
+             sequence = excluded.sequence, look_state = '', look_problem = ''",
     )?;
     insert.execute(params![
         backup.store,
@@ -283,6 +317,7 @@ pub(super) fn keep_backup(
         domain.owner_name,
         domain.uuid.map(|uuid| uuid.to_string()),
         parents.join("\n"),
+        manifest.sequence.cast_signed(),
         backup.manifest,
     ])?;
     let key = BackupKey {
@@ -295,7 +330,10 @@ pub(super) fn keep_backup(
 }
 
 fn select(connection: &Connection, condition: &str, values: impl Params) -> Result<Vec<Backup>, Error> {
-    let mut statement = connection.prepare(&format!("SELECT * FROM backups WHERE {condition}"))?;
+    let mut statement = connection.prepare(&format!(
+        "SELECT *, (adopted OR (manifest ->> '$.service') IS (SELECT id FROM service)) AS own \
+         FROM backups WHERE {condition}"
+    ))?;
     let mut rows = statement.query(values)?;
     let (mut backups, mut bytes) = (Vec::new(), 0);
     while let Some(row) = rows.next()? {
@@ -334,6 +372,7 @@ fn read(row: &Row) -> Result<Backup, Error> {
         state,
         problem,
         looked,
+        own: row.get("own")?,
         manifest,
         text,
     })
@@ -420,7 +459,7 @@ mod tests {
     }
 
     async fn states(catalog: &Catalog) -> Vec<(String, &'static str, String)> {
-        let all = catalog.backups_after(BackupFilter::default(), BackupKey::default(), 10);
+        let all = catalog.backups_after(BackupFilter::default(), Cursor::default(), 10);
         let all = all.await.unwrap().into_iter();
         all.map(|backup| (backup.key.id, backup.state.as_str(), backup.problem))
             .collect()

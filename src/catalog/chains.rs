@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rusqlite::{Connection, params};
 
-use super::{BackupKey, BackupState, Catalog, Error};
+use super::jobs::DOMAIN_KEY;
+use super::{BackupKey, BackupState, Catalog, DomainDir, DomainRecord, Error};
 
 /// A backup among those of its domain in its store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,19 +29,21 @@ pub struct Stored {
 }
 
 impl Catalog {
-    /// The newest backups of a domain's directory in a store, at most so many, from the newest on.
+    /// The newest backups of a domain in a directory of a store, at most so many, from the one that was made last on.
     pub async fn newest_backups(
         &self,
         store: String,
-        domain: String,
+        directory: DomainDir,
+        domain: DomainRecord,
         at_most: u32,
     ) -> Result<Vec<Stored>, Error> {
         self.run(move |connection| {
-            let mut select = connection.prepare(
-                "SELECT manifest, damage <> '' FROM backups WHERE store = ?1 AND domain = ?2 AND NOT removing \
-                 ORDER BY id DESC LIMIT ?3",
-            )?;
-            let rows = select.query_map(params![store, domain, at_most], |row| {
+            let mut select = connection.prepare(&format!(
+                "SELECT manifest, damage <> '' FROM backups WHERE store = ?1 AND domain = ?2 AND {DOMAIN_KEY} = ?3 \
+                     AND NOT removing ORDER BY sequence DESC, id DESC LIMIT ?4"
+            ))?;
+            let place = params![store, directory.as_str(), domain.key(), at_most];
+            let rows = select.query_map(place, |row| {
                 Ok(Stored {
                     manifest: row.get(0)?,
                     damaged: row.get(1)?,

@@ -3,7 +3,8 @@
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, ToSql, params};
 
-use super::{Catalog, DomainRecord, Error, Manifest};
+use super::jobs::DOMAIN_KEY;
+use super::{Catalog, Error, Manifest};
 
 /// Deleted ones that are remembered of a domain, and of all domains of a user that is not root.
 const DELETED: u32 = 64;
@@ -105,15 +106,10 @@ impl Catalog {
             .await
     }
 
-    /// What these ids stand for to the domain whose name in stores is `directory`, in their order.
-    pub async fn recorded(
-        &self,
-        directory: String,
-        domain: DomainRecord,
-        ids: Vec<String>,
-    ) -> Result<Vec<Recorded>, Error> {
+    /// What these ids stand for to the domain of that [`super::DomainRecord::key`], in their order.
+    pub async fn recorded(&self, domain: String, ids: Vec<String>) -> Result<Vec<Recorded>, Error> {
         self.run(move |connection| {
-            let ids = ids.iter().map(|id| recorded(connection, &directory, &domain, id));
+            let ids = ids.iter().map(|id| recorded(connection, &domain, id));
             ids.collect()
         })
         .await
@@ -135,23 +131,20 @@ impl Catalog {
     }
 }
 
-fn recorded(
-    connection: &Connection,
-    directory: &str,
-    domain: &DomainRecord,
-    id: &str,
-) -> Result<Recorded, Error> {
+fn recorded(connection: &Connection, domain: &str, id: &str) -> Result<Recorded, Error> {
     let mut alone = connection.prepare("SELECT * FROM checkpoints WHERE domain = ?1 AND id = ?2")?;
-    let mut rows = alone.query([directory, id])?;
+    let mut rows = alone.query([domain, id])?;
     if let Some(row) = rows.next()? {
         return Ok(match row.get::<_, String>("state")?.as_str() {
             "made" => Recorded::Alone(read(row)?),
             _ => Recorded::Gone,
         });
     }
-    let mut stored =
-        connection.prepare("SELECT store, manifest FROM backups WHERE domain = ?1 AND id = ?2")?;
-    let backup = stored.query_row([directory, id], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)));
+    // The backup may be in several stores: they have the same manifest.
+    let mut stored = connection.prepare(&format!(
+        "SELECT store, manifest FROM backups WHERE {DOMAIN_KEY} = ?1 AND id = ?2 ORDER BY store LIMIT 1"
+    ))?;
+    let backup = stored.query_row([domain, id], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)));
     if let Some((store, manifest)) = backup.optional()? {
         // What cannot be read is no reason to make no backup.
         return Ok(match Manifest::parse(manifest.as_bytes()) {
@@ -162,15 +155,11 @@ fn recorded(
             Err(_) => Recorded::Unknown,
         });
     }
-    let mut jobs = connection.prepare(
-        "SELECT 1 FROM jobs WHERE backup_id = ?1 AND domain_name = ?2 AND domain_source = ?3 AND domain_owner = ?4",
-    )?;
-    Ok(
-        match jobs.exists(params![id, domain.name, domain.source, domain.owner])? {
-            true => Recorded::Gone,
-            false => Recorded::Unknown,
-        },
-    )
+    let sql = format!("SELECT 1 FROM jobs WHERE backup_id = ?1 AND {DOMAIN_KEY} = ?2");
+    Ok(match connection.prepare(&sql)?.exists([id, domain])? {
+        true => Recorded::Gone,
+        false => Recorded::Unknown,
+    })
 }
 
 /// Of the deleted ones with that value in that column, all but the newest.
@@ -206,25 +195,13 @@ mod tests {
         }
     }
 
-    fn domain(name: &str) -> DomainRecord {
-        DomainRecord {
-            name: name.into(),
-            source: "configured".into(),
-            owner: 0,
-            owner_name: "root".into(),
-            uuid: None,
-        }
-    }
-
     #[tokio::test]
     async fn one_is_there_from_when_it_is_made_until_it_is_deleted_and_only_to_its_domain() {
         let directory = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(&directory.path().join("c")).unwrap();
         let id = record(1).id;
         let said = async |name: &str| {
-            let found = catalog
-                .recorded(name.into(), domain(name), vec![id.clone()])
-                .await;
+            let found = catalog.recorded(name.into(), vec![id.clone()]).await;
             found.unwrap().remove(0)
         };
         assert_eq!(said("web").await, Recorded::Unknown);

@@ -1,8 +1,13 @@
-//! The directory of a domain's backups in a store, as a name.
+//! The directory of a domain's backups in a store: its name, and what is on record of it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
+use rusqlite::params;
 use serde::{Deserialize, Serialize};
+
+use super::jobs::{DOMAIN, DOMAIN_KEY, domain};
+use super::{Catalog, DomainRecord, Error};
 
 /// The name of the directory in a store that a domain's backups are in. Chains do not leave it, because an image refers to
 /// its backing file by a relative path.
@@ -23,5 +28,121 @@ impl DomainDir {
 impl fmt::Display for DomainDir {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(&self.0)
+    }
+}
+
+/// A directory that has backups of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Used {
+    pub directory: DomainDir,
+    /// What the domain was called when they were made.
+    pub names: BTreeSet<String>,
+}
+
+/// What is on record of a directory in a store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DirectoryState {
+    pub ids: BTreeSet<String>,
+    /// Whose the backups in it are.
+    pub domains: Vec<DomainRecord>,
+    /// The highest number in the order of making.
+    pub highest: u64,
+}
+
+impl Catalog {
+    /// The directories in a store that have backups of a domain: the one with the newest backup first. Of a domain
+    /// without a UUID only the backups count that this service made or adopted.
+    pub async fn directories(&self, store: String, whose: DomainRecord) -> Result<Vec<Used>, Error> {
+        self.run(move |connection| {
+            let mut select = connection.prepare(&format!(
+                "SELECT domain, domain_name FROM backups WHERE store = ?1 AND {DOMAIN_KEY} = ?2 AND \
+                     (domain_uuid IS NOT NULL OR adopted OR manifest ->> '$.service' = (SELECT id FROM service)) \
+                 GROUP BY domain, domain_name ORDER BY max(id) DESC"
+            ))?;
+            let rows = select.query_map([&store, &whose.key()], |row| {
+                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+            })?;
+            let mut used: Vec<Used> = Vec::new();
+            for row in rows {
+                let (directory, name) = row?;
+                match used.iter_mut().find(|used| used.directory.as_str() == directory) {
+                    Some(known) => drop(known.names.insert(name)),
+                    None => used.push(Used {
+                        directory: DomainDir::new(directory),
+                        names: BTreeSet::from([name]),
+                    }),
+                }
+            }
+            Ok(used)
+        })
+        .await
+    }
+
+    /// What is on record of a directory in a store.
+    pub async fn directory(&self, store: String, directory: DomainDir) -> Result<DirectoryState, Error> {
+        self.run(move |connection| {
+            let place = params![store, directory.as_str()];
+            let mut select =
+                connection.prepare("SELECT id, sequence FROM backups WHERE store = ?1 AND domain = ?2")?;
+            let mut state = DirectoryState::default();
+            let mut rows = select.query(place)?;
+            while let Some(row) = rows.next()? {
+                state.ids.insert(row.get(0)?);
+                state.highest = state.highest.max(row.get::<_, i64>(1)?.cast_unsigned());
+            }
+            let mut select = connection.prepare(&format!(
+                "SELECT id, {DOMAIN} FROM backups WHERE store = ?1 AND domain = ?2 GROUP BY {DOMAIN_KEY}"
+            ))?;
+            let mut rows = select.query(place)?;
+            while let Some(row) = rows.next()? {
+                state.domains.push(domain(row)?);
+            }
+            Ok(state)
+        })
+        .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::jobs::DOMAIN_KEY;
+    use uuid::Uuid;
+
+    #[tokio::test]
+    async fn a_domains_key_is_the_same_in_the_code_and_in_the_catalog() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&directory.path().join("c")).unwrap();
+        for (source, uuid, expected) in [
+            ("configured", None, "web"),
+            ("registered", None, "7:web"),
+            (
+                "configured",
+                Some(Uuid::from_u128(1)),
+                ":00000000-0000-0000-0000-000000000001",
+            ),
+            (
+                "registered",
+                Some(Uuid::from_u128(1)),
+                "7::00000000-0000-0000-0000-000000000001",
+            ),
+        ] {
+            let record = DomainRecord {
+                name: "web".into(),
+                source: source.into(),
+                owner: 7,
+                owner_name: "anna".into(),
+                uuid,
+            };
+            assert_eq!(record.key(), expected);
+            let sql = format!(
+                "SELECT {DOMAIN_KEY} FROM (SELECT ?1 AS domain_source, 7 AS domain_owner, 'web' AS domain_name, ?2 AS domain_uuid)"
+            );
+            let found = catalog.run(move |connection| {
+                let uuid = uuid.map(|uuid| uuid.to_string());
+                Ok(connection.query_row(&sql, params![source, uuid], |row| row.get::<_, String>(0))?)
+            });
+            assert_eq!(found.await.unwrap(), expected);
+        }
     }
 }

@@ -15,8 +15,12 @@ use crate::error::shown;
 
 /// The longest manifest that is looked at. One of the most disks that a domain can have takes a fifth of it.
 pub const MAX_MANIFEST_BYTES: usize = 1 << 20;
-/// Goes up when an older reader would misunderstand a newer manifest.
+/// Goes up when all of it is another. An older reader is kept from misunderstanding one thing by `requires`.
 const VERSION: u64 = 1;
+/// What a manifest may require of its reader, and this one knows.
+const FEATURES: &[&str] = &[];
+/// The highest number in the order of making.
+pub const MAX_SEQUENCE: u64 = 1 << 53;
 /// The longest name that a file, and so a backup, a domain or a disk, can have.
 const MAX_NAME_BYTES: usize = 255;
 
@@ -29,6 +33,10 @@ pub enum ManifestError {
     Newer { found: u64 },
     #[error("it has version {found}, which no backupd ever wrote")]
     NoSuchVersion { found: u64 },
+    #[error("it requires '{feature}', which this backupd does not know: a newer one wrote it")]
+    Requires { feature: String },
+    #[error("its number in the order of making, {found}, is above {MAX_SEQUENCE}")]
+    Sequence { found: u64 },
     #[error("{message}")]
     Syntax { message: String },
     #[error("'{value}' cannot be {what}")]
@@ -63,16 +71,26 @@ impl Kind {
     }
 }
 
+/// Fields that are not known here are optional ones of a newer service: they are not read, and not written again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub struct Manifest {
     version: u64,
+    /// What a reader must know to read it right.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    requires: Vec<String>,
     /// The backup's name in its store.
     pub id: String,
     /// The job that made it, by its number in the service that ran it.
     pub job: u32,
     /// The user that started it.
     pub started_by: u32,
+    /// The service that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<Uuid>,
+    /// The order of making in the directory: above that of all backups that were there then. Clocks can go wrong.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub sequence: u64,
     pub domain: Domain,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -94,14 +112,14 @@ pub struct Manifest {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub struct Domain {
     pub name: String,
     pub uuid: Option<Uuid>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub struct Disk {
     pub name: String,
     /// Relative to the manifest.
@@ -125,7 +143,7 @@ pub struct Disk {
 
 /// What its maker says of a checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub struct Checkpoint {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -135,7 +153,7 @@ pub struct Checkpoint {
 
 /// An image of an earlier backup of the same domain in the same store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub struct Parent {
     /// The backup's id.
     pub backup: String,
@@ -154,6 +172,12 @@ impl Parent {
 #[derive(Deserialize)]
 struct Versioned {
     version: u64,
+    #[serde(default)]
+    requires: Vec<String>,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl Manifest {
@@ -169,9 +193,12 @@ impl Manifest {
     ) -> Self {
         Self {
             version: VERSION,
+            requires: Vec::new(),
             id,
             job,
             started_by,
+            service: None,
+            sequence: 0,
             domain,
             name: None,
             description: None,
@@ -191,11 +218,19 @@ impl Manifest {
             return Err(ManifestError::TooLong { bytes: bytes.len() });
         }
         // By itself first: a newer manifest has fields, and values of fields, that nobody here knows.
-        let Versioned { version: found } = read(bytes)?;
+        let Versioned {
+            version: found,
+            requires,
+        } = read(bytes)?;
         match found {
             VERSION => {}
             0 => return Err(ManifestError::NoSuchVersion { found }),
             _ => return Err(ManifestError::Newer { found }),
+        }
+        let unknown = |feature: &&String| !FEATURES.contains(&feature.as_str());
+        if let Some(feature) = requires.iter().find(unknown) {
+            let feature = shown(feature);
+            return Err(ManifestError::Requires { feature });
         }
         let manifest: Self = read(bytes)?;
         manifest.check()?;
@@ -229,6 +264,10 @@ impl Manifest {
             if let Some(description) = description {
                 require(is_description(description), "a description", description)?;
             }
+        }
+        if self.sequence > MAX_SEQUENCE {
+            let found = self.sequence;
+            return Err(ManifestError::Sequence { found });
         }
         if self.disks.is_empty() {
             return Err(ManifestError::NoDisks);
@@ -539,19 +578,48 @@ mod tests {
     }
 
     #[test]
-    fn a_field_that_is_unknown_or_missing_or_twice_there_is_named() {
-        let unknown = WRITTEN.replace("\"quiesced\"", "\"compressed\": true,\n  \"quiesced\"");
-        let in_disk = WRITTEN.replace("\"format\": \"raw\"", "\"format\": \"raw\", \"backing\": 1");
+    fn fields_of_a_newer_service_are_ignored_unless_the_manifest_requires_them() {
+        let newer = WRITTEN
+            .replace("\"quiesced\"", "\"tpm\": { \"file\": \"tpm\" },\n  \"quiesced\"")
+            .replace("\"name\": \"web\"", "\"name\": \"web\", \"title\": \"Web\"")
+            .replace("\"format\": \"raw\"", "\"format\": \"raw\", \"serial\": 1");
+        assert_eq!(Manifest::parse(newer.as_bytes()).unwrap(), manifest());
+        let none = newer.replace("\"job\": 7", "\"job\": 7, \"requires\": []");
+        assert_eq!(Manifest::parse(none.as_bytes()).unwrap(), manifest());
+        // Whatever else such a manifest has.
+        let required = newer
+            .replace("\"job\": 7", "\"requires\": [\"split-images\"]")
+            .replace("\"disks\": [", "\"disks\": [ 7,");
+        let error = Manifest::parse(required.as_bytes()).unwrap_err();
+        let feature = "split-images".to_owned();
+        assert_eq!(error, ManifestError::Requires { feature });
+        assert!(error.to_string().contains("'split-images'"), "{error}");
+    }
+
+    #[test]
+    fn who_made_it_and_in_which_order_is_kept() {
+        let made = Manifest {
+            service: Some(Uuid::from_u128(7)),
+            sequence: MAX_SEQUENCE,
+            ..manifest()
+        };
+        let json = made.to_json().unwrap();
+        assert_eq!(Manifest::parse(&json).unwrap(), made);
+        let beyond = Manifest {
+            sequence: MAX_SEQUENCE + 1,
+            ..made
+        };
+        let error = Manifest::parse(&beyond.to_json().unwrap()).unwrap_err();
+        let found = MAX_SEQUENCE + 1;
+        assert_eq!(error, ManifestError::Sequence { found });
+    }
+
+    #[test]
+    fn a_field_that_is_missing_or_twice_there_is_named() {
         let missing = WRITTEN.replace("  \"job\": 7,\n", "");
         let twice = WRITTEN.replace("\"job\": 7,", "\"job\": 7,\n  \"job\": 7,");
         let more = format!("{WRITTEN}{{}}");
-        for (text, word) in [
-            (unknown, "`compressed`"),
-            (in_disk, "`backing`"),
-            (missing, "`job`"),
-            (twice, "`job`"),
-            (more, "trailing"),
-        ] {
+        for (text, word) in [(missing, "`job`"), (twice, "`job`"), (more, "trailing")] {
             let error = Manifest::parse(text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(word) && error.contains("line"), "{error}");
         }

@@ -18,21 +18,24 @@ mod record;
 mod rescan;
 mod standing;
 
-pub use backups::{Backup, BackupFilter, BackupKey, BackupRecord, BackupState, Looked};
+pub use backups::{Backup, BackupFilter, BackupKey, BackupRecord, BackupState, Cursor, Looked};
 pub use chains::{Link, Stored, broken};
 pub use checkpoints::{Begun, CheckpointRecord, Recorded};
-pub use directory::DomainDir;
+pub use directory::{DirectoryState, DomainDir, Used};
 pub use error::Error;
 pub use history::EndedJob;
-pub use manifest::{Checkpoint, Disk, Domain, Kind, MAX_MANIFEST_BYTES, Manifest, ManifestError, Parent};
+pub use manifest::{
+    Checkpoint, Disk, Domain, Kind, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest, ManifestError, Parent,
+};
 pub use record::{DomainRecord, Ended, JobRecord, JobState, Leftover, NewJob};
 pub use rescan::{StoredBackup, Taken};
-pub use standing::Standing;
+pub use standing::{Standing, There};
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rusqlite::{Connection, Statement};
+use uuid::Uuid;
 
 /// Names of the records that lie beside a backup's images.
 pub const MANIFEST_NAME: &str = "manifest.json";
@@ -42,12 +45,26 @@ pub const FILE_NAME: &str = "catalog.sqlite";
 
 /// The open catalog. Clones are the same one. What is called is done, even if nobody waits for it any more.
 #[derive(Debug, Clone)]
-pub struct Catalog(Arc<Mutex<Connection>>);
+pub struct Catalog {
+    connection: Arc<Mutex<Connection>>,
+    service: Uuid,
+}
 
 impl Catalog {
     /// Opens the catalog at `path`, and makes one if there is none. Blocks.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        Ok(Self(Arc::new(Mutex::new(database::open(path)?))))
+        let connection = database::open(path)?;
+        let service: String = connection.query_row("SELECT id FROM service", [], |row| row.get(0))?;
+        let wrong = |_| Error::Statement(format!("'{service}' is not a service's id"));
+        Ok(Self {
+            service: service.parse().map_err(wrong)?,
+            connection: Arc::new(Mutex::new(connection)),
+        })
+    }
+
+    /// Names this service in the manifests that it writes.
+    pub fn service(&self) -> Uuid {
+        self.service
     }
 
     /// Runs `work` where it keeps nobody else waiting.
@@ -56,7 +73,7 @@ impl Catalog {
         T: Send + 'static,
         W: FnOnce(&mut Connection) -> Result<T, Error> + Send + 'static,
     {
-        let catalog = self.0.clone();
+        let catalog = self.connection.clone();
         let done = tokio::task::spawn_blocking(move || {
             // A transaction that a panic left is rolled back when it is dropped.
             let mut connection = catalog.lock().unwrap_or_else(PoisonError::into_inner);

@@ -17,6 +17,21 @@ pub struct DomainRecord {
     pub uuid: Option<Uuid>,
 }
 
+impl DomainRecord {
+    /// Names the domain, whatever it is called: by its UUID, or by its name if it has none; among the configured ones or
+    /// those of its owner. No domain has such a name.
+    pub fn key(&self) -> String {
+        let owner = match self.source == "configured" {
+            true => String::new(),
+            false => format!("{}:", self.owner),
+        };
+        match self.uuid {
+            Some(uuid) => format!("{owner}:{uuid}"),
+            None => format!("{owner}{}", self.name),
+        }
+    }
+}
+
 /// A job that is about to begin.
 #[derive(Debug, Clone)]
 pub struct NewJob {

@@ -7,8 +7,8 @@ use super::{Catalog, Error};
 /// What is known of a backup, or a checkpoint, by its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
-    /// It is in that store, with this manifest (JSON).
-    There { store: String, manifest: String },
+    /// There is at least one: a copy of a store has the same ids.
+    There(Vec<There>),
     /// It is a checkpoint without a backup.
     Alone,
     /// Its job has not ended.
@@ -19,14 +19,25 @@ pub enum Standing {
     Unknown,
 }
 
+/// A backup in a store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct There {
+    pub store: String,
+    /// The directory's name in the store.
+    pub directory: String,
+    /// JSON.
+    pub manifest: String,
+}
+
 impl Catalog {
-    /// How things stand with these ids, in their order. Nobody makes or deletes a checkpoint of `domain` meanwhile.
+    /// How things stand with these ids, in their order. `domain` is a [`super::DomainRecord::key`]. Nobody makes or deletes a checkpoint of `domain` meanwhile.
     pub async fn standings(&self, domain: String, ids: Vec<String>) -> Result<Vec<Standing>, Error> {
         self.run(move |connection| {
             let mut alone = connection.prepare(
                 "SELECT state, domain = ?2 FROM checkpoints WHERE id = ?1 ORDER BY domain = ?2 DESC LIMIT 1",
             )?;
-            let mut stored = connection.prepare("SELECT store, manifest FROM backups WHERE id = ?1")?;
+            let mut stored =
+                connection.prepare("SELECT store, domain, manifest FROM backups WHERE id = ?1")?;
             let mut ended = connection.prepare("SELECT step = 'ended' FROM jobs WHERE backup_id = ?1")?;
             let standings = ids.iter().map(|id| {
                 let state = alone.query_row([id, &domain], |row| {
@@ -40,12 +51,16 @@ impl Catalog {
                         _ => Standing::Gone,
                     });
                 }
-                let there = stored.query_row([id], |row| {
-                    let (store, manifest) = (row.get(0)?, row.get(1)?);
-                    Ok(Standing::There { store, manifest })
+                let there = stored.query_map([id], |row| {
+                    Ok(There {
+                        store: row.get(0)?,
+                        directory: row.get(1)?,
+                        manifest: row.get(2)?,
+                    })
                 });
-                if let Some(there) = there.optional()? {
-                    return Ok(there);
+                let there = there?.collect::<Result<Vec<_>, _>>()?;
+                if !there.is_empty() {
+                    return Ok(Standing::There(there));
                 }
                 let ended = ended.query_row([id], |row| row.get(0)).optional()?;
                 Ok(match ended {

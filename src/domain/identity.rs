@@ -35,21 +35,23 @@ pub struct Identity {
 pub const NOBODY: u32 = u32::MAX;
 
 impl Identity {
-    /// Whose [`Identity::unique_name`] that is, if it is one of a domain of that name; of a configured one, as far as can be
-    /// known. Blocks.
-    pub fn of_unique_name(unique_name: &str, name: &str, uuid: Option<Uuid>) -> Option<Self> {
-        let (origin, owner) = match unique_name.strip_suffix(name)? {
-            "" => (Origin::Configured, 0),
-            owner => (Origin::Registered, owner.strip_suffix(SEPARATOR)?.parse().ok()?),
+    /// The domain of that name and UUID whose backups are in `directory` of a store; nothing if no domain can have the name.
+    /// The directories of registered domains, and no others, begin with the owner's number. Blocks.
+    pub fn in_directory(directory: &str, name: &str, uuid: Option<Uuid>) -> Option<Self> {
+        let owner = directory
+            .split_once(SEPARATOR)
+            .and_then(|(owner, _)| owner.parse().ok());
+        let (origin, owner) = match owner {
+            None => (Origin::Configured, 0),
+            Some(owner) => (Origin::Registered, owner),
         };
-        let identity = Self {
+        is_domain_name(name).then(|| Self {
             name: name.to_owned(),
             origin,
             owner,
             owner_name: owner::name(owner),
-            uuid,
-        };
-        (is_domain_name(name) && identity.unique_name() == unique_name).then_some(identity)
+            uuid: uuid.filter(|uuid| !uuid.is_nil()),
+        })
     }
 
     pub fn unique_name(&self) -> String {
@@ -69,10 +71,30 @@ impl Domain {
     }
 
     /// What stands for a domain that is not known now. It has no monitor.
-    fn absent(identity: Identity) -> Arc<Self> {
+    fn absent(identity: Identity, lost_name: bool) -> Arc<Self> {
         let why = "the domain is not known any more".into();
         let id = Uuid::new_v4().as_u64_pair().1;
-        Arc::new(Self::new(id, identity, None, Phase::Down { why, gone: false }))
+        let mut domain = Self::new(id, identity, None, Phase::Down { why, gone: false });
+        domain.lost_name = lost_name;
+        Arc::new(domain)
+    }
+
+    /// Whether it is configured too, or is registered by the same user.
+    fn is_of_kin(&self, identity: &Identity) -> bool {
+        self.origin == identity.origin && (self.origin == Origin::Configured || self.owner == identity.owner)
+    }
+
+    /// What an authority is told: the name, unless another domain has that now. A rule for that one is none for this one.
+    pub fn told_name(&self) -> String {
+        match self.lost_name {
+            false => self.name.clone(),
+            true => {
+                let uuid = self.snapshot.borrow().uuid;
+                let uuid = uuid.map(|uuid| uuid.to_string()).unwrap_or_default();
+                // No domain's name has a slash.
+                format!("{}/{uuid}", self.name)
+            }
+        }
     }
 }
 
@@ -91,27 +113,46 @@ impl Registry {
             .unwrap_or_else(|| self.absent(identity))
     }
 
-    /// The domain that it was, if it is known and is not another machine by now; or something that stands for it.
-    pub fn same_or_absent(&self, identity: Identity) -> Arc<Domain> {
-        let same = |known: &Arc<Domain>| match (known.snapshot.borrow().uuid, identity.uuid) {
-            (Some(now), Some(then)) => now == then,
-            _ => true,
-        };
-        match self.identified(&identity).filter(same) {
-            Some(known) => known,
-            None => self.absent(identity),
+    /// The domain with that UUID, whatever it is called now; of that name, if it has no UUID.
+    pub fn same(&self, identity: &Identity) -> Option<Arc<Domain>> {
+        let uuid = |known: &Domain| known.snapshot.borrow().uuid;
+        if let Some(named) = self.identified(identity)
+            // The UUID of a QEMU that was never reached is not known. Whoever claims that UUID under another name meanwhile
+            // does not get what is this one's.
+            && (uuid(&named) == identity.uuid || !named.was_reached())
+        {
+            return Some(named);
         }
+        identity.uuid?;
+        let is_it = |known: &Arc<Domain>| uuid(known) == identity.uuid && known.is_of_kin(identity);
+        self.list().into_iter().find(is_it)
+    }
+
+    /// The same, or something that stands for it. That has no name if another domain has it now.
+    pub fn same_or_absent(&self, identity: Identity) -> Arc<Domain> {
+        match self.same(&identity) {
+            Some(known) => known,
+            None => {
+                let renamed = self.identified(&identity).is_some();
+                self.stand_in(identity, renamed)
+            }
+        }
+    }
+
+    fn absent(&self, identity: Identity) -> Arc<Domain> {
+        self.stand_in(identity, false)
     }
 
     /// What stands for a domain that is not known now: always the same for the same one, so that what is known of it, and
     /// of who may see it, lasts.
-    fn absent(&self, identity: Identity) -> Arc<Domain> {
+    fn stand_in(&self, identity: Identity, lost_name: bool) -> Arc<Domain> {
         let mut absent = self.lock_absent();
-        if absent.len() >= MAX_ABSENT && !absent.contains_key(&identity) {
+        let key = (identity, lost_name);
+        if absent.len() >= MAX_ABSENT && !absent.contains_key(&key) {
             absent.clear();
         }
-        let stands = || Domain::absent(identity.clone());
-        absent.entry(identity.clone()).or_insert_with(stands).clone()
+        let stands = || Domain::absent(key.0.clone(), lost_name);
+        absent.entry(key.clone()).or_insert_with(stands).clone()
     }
 
     /// Waits until the domain is known and its monitor is connected.

@@ -161,6 +161,8 @@ impl Migration {
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     pub uuid: Option<Uuid>,
+    /// QEMU was asked at least once.
+    pub reached: bool,
     pub state: State,
     pub migration: Option<Migration>,
     pub disks: Arc<[Disk]>,
@@ -172,6 +174,7 @@ impl Snapshot {
     fn unknown() -> Self {
         Self {
             uuid: None,
+            reached: false,
             state: State::Unreachable,
             migration: None,
             disks: Arc::from([]),
@@ -193,6 +196,8 @@ pub struct Domain {
     pub owner_name: String,
     /// UNIX socket of the guest agent, if there is one.
     pub agent: Option<PathBuf>,
+    /// It stands for one that is not known any more, and whose name another has.
+    lost_name: bool,
     snapshot: watch::Sender<Snapshot>,
     phase: watch::Sender<Phase>,
     /// How many need the monitor to stay connected, even if the domain is not known any more.
@@ -222,6 +227,7 @@ impl Domain {
             owner: identity.owner,
             owner_name: identity.owner_name,
             agent,
+            lost_name: false,
             snapshot: watch::Sender::new(snapshot),
             phase: watch::Sender::new(phase),
             holds: watch::Sender::new(0),
@@ -232,6 +238,10 @@ impl Domain {
     /// what the administrator configured, nor of what another user registered.
     pub fn unique_name(&self) -> String {
         unique_name(self.origin, self.owner, &self.name)
+    }
+
+    fn was_reached(&self) -> bool {
+        self.snapshot.borrow().reached
     }
 
     /// Whether it is another user's own.

@@ -211,6 +211,7 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
     Ok(Snapshot {
         // QEMU answers the nil UUID where none was given.
         uuid: Some(uuid.uuid).filter(|uuid| !uuid.is_nil()),
+        reached: true,
         state: State::from_run_state(&status.status),
         migration: Migration::from_run_state(&status.status),
         disks: disks.into(),

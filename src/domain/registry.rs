@@ -63,12 +63,14 @@ enum EntryKind {
 }
 
 type Domains = BTreeMap<Key, Entry>;
+/// By identity, and whether another has its name.
+type Absent = HashMap<(Identity, bool), Arc<Domain>>;
 
 /// All domains that are known now.
 pub struct Registry {
     domains: Mutex<Domains>,
     /// What stands for domains that are not known, and jobs are of.
-    absent: Mutex<HashMap<Identity, Arc<Domain>>>,
+    absent: Mutex<Absent>,
     changes: broadcast::Sender<Change>,
     quota: Quota,
     presence: Presence,
@@ -209,7 +211,7 @@ impl Registry {
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn lock_absent(&self) -> MutexGuard<'_, HashMap<Identity, Arc<Domain>>> {
+    pub(super) fn lock_absent(&self) -> MutexGuard<'_, Absent> {
         self.absent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

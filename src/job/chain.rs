@@ -14,8 +14,9 @@ use serde_json::json;
 use super::blocking;
 use super::footprint::Footprint;
 use super::manager::Setting;
+use super::record::domain_record;
 use super::{Error, Job};
-use crate::catalog::{self, DomainDir, Manifest, Standing, Stored};
+use crate::catalog::{self, DomainDir, Manifest, Standing, Stored, There};
 use crate::config::Store;
 use crate::definition::is_backup_id;
 use crate::domain::{Disk, Domain, Link};
@@ -40,38 +41,40 @@ fn backup_of(checkpoint: &str) -> Option<&str> {
     (number && is_backup_id(id)).then_some(id)
 }
 
-/// The backups in a store's directory of a domain, from the newest on, and what of them can be built upon.
+/// The backups of a domain in a directory of a store, from the one that was made last on, and what of them can be built
+/// upon.
 pub(super) async fn earlier(
     setting: &Setting,
-    store: &str,
-    path: PathBuf,
+    (store, path): (&str, PathBuf),
     directory: &DomainDir,
+    domain: &Domain,
 ) -> Result<Vec<Earlier>, Error> {
-    let domain = directory.to_string();
+    let whose = domain_record(domain.identity());
+    let (store, directory) = (store.to_owned(), directory.clone());
     let records = setting
         .catalog
-        .newest_backups(store.to_owned(), domain.clone(), LOOKED_AT)
+        .newest_backups(store, directory.clone(), whose, LOOKED_AT)
         .await?;
     if records.is_empty() {
         return Ok(Vec::new());
     }
     let patience = setting.deadlines.stall();
-    let look = blocking(setting, move || look(&path, &domain, &records));
+    let look = blocking(setting, move || look(&path, &directory, &records));
     tokio::time::timeout(patience, look)
         .await
         .map_err(|_| Error::stalled("the store", patience))
 }
 
-fn look(store: &Path, domain: &str, stored: &[Stored]) -> Vec<Earlier> {
+fn look(store: &Path, directory: &DomainDir, stored: &[Stored]) -> Vec<Earlier> {
     // What cannot be looked at cannot be built upon, nor can the new backup be put there, which says why.
-    let shelf = Shelf::of_store(store).and_then(|store| store.below(domain));
+    let shelf = Shelf::of_store(store).and_then(|store| store.below(directory.as_str()));
     let shelf = shelf.ok().flatten();
     let parsed = stored.iter().filter_map(|stored| {
         let manifest = Manifest::parse(stored.manifest.as_bytes()).ok()?;
         Some((manifest, stored.damaged))
     });
     let mut manifests: Vec<(Manifest, bool)> = parsed.collect();
-    manifests.sort_by(|(a, _), (b, _)| (a.instant, &a.id).cmp(&(b.instant, &b.id)));
+    manifests.sort_by(|(a, _), (b, _)| (a.sequence, a.instant, &a.id).cmp(&(b.sequence, b.instant, &b.id)));
     let mut images: HashMap<(String, String), u32> = HashMap::new();
     let mut earlier: Vec<Earlier> = Vec::new();
     for (manifest, damaged) in &manifests {
@@ -165,10 +168,8 @@ pub(super) async fn settle(link: &Link, domain: &Domain, setting: &Setting) -> R
     if ids.is_empty() {
         return Ok(());
     }
-    let standings = setting
-        .catalog
-        .standings(domain.unique_name(), ids.clone())
-        .await?;
+    let key = domain_record(domain.identity()).key();
+    let standings = setting.catalog.standings(key, ids.clone()).await?;
     let standings = standings.into_iter().map(Use::of);
     let uses: BTreeMap<&str, Use> = ids.iter().map(String::as_str).zip(standings).collect();
     for disk in disks.iter() {
@@ -195,11 +196,8 @@ pub(super) fn checkpoints(disk: &Disk) -> impl Iterator<Item = (&str, &str)> {
 /// What a checkpoint is of use for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Use {
-    /// Backups into that store go on from it.
-    Base {
-        store: String,
-        instant: Timestamp,
-    },
+    /// Backups into these stores go on from it: at least one.
+    Base(Vec<Order>),
     /// Somebody made it for a use of his own, and deletes it.
     Alone,
     /// They may.
@@ -208,12 +206,33 @@ enum Use {
     Unknown,
 }
 
+/// A backup's place in the order of making in a directory of a store.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Order {
+    store: String,
+    directory: String,
+    sequence: u64,
+    instant: Timestamp,
+}
+
+impl Order {
+    fn of(there: There) -> Option<Self> {
+        let manifest = Manifest::parse(there.manifest.as_bytes()).ok()?;
+        Some(Self {
+            store: there.store,
+            directory: there.directory,
+            sequence: manifest.sequence,
+            instant: manifest.instant,
+        })
+    }
+}
+
 impl Use {
     fn of(standing: Standing) -> Self {
         match standing {
-            Standing::There { store, manifest } => match Manifest::parse(manifest.as_bytes()) {
-                Ok(Manifest { instant, .. }) => Self::Base { store, instant },
-                Err(_) => Self::Unknown,
+            Standing::There(there) => match there.into_iter().map(Order::of).collect() {
+                Some(orders) => Self::Base(orders),
+                None => Self::Unknown,
             },
             Standing::Alone => Self::Alone,
             Standing::UnderWay => Self::Pending,
@@ -230,15 +249,9 @@ fn unwanted<'a>(
     stores: &BTreeMap<String, Store>,
 ) -> Vec<&'a str> {
     let mut found: Vec<(&str, &str)> = checkpoints(disk).collect();
-    // The newest first. What is not known has nothing but its name to go by.
-    found.sort_by_key(|(id, _)| {
-        let instant = match uses.get(id) {
-            Some(Use::Base { instant, .. }) => Some(*instant),
-            _ => None,
-        };
-        Reverse((instant, *id))
-    });
-    let (mut of_store, mut unknown) = (HashMap::<&str, usize>::new(), 0);
+    // The newest first: what is not known has nothing but its name to go by.
+    found.sort_by_key(|(id, _)| Reverse(*id));
+    let (bases, mut unknown) = (needed(&found, uses, stores), 0);
     let inconsistent = |name: &str| {
         let mut bitmaps = disk.bitmaps.iter();
         bitmaps.any(|bitmap| bitmap.name == name && bitmap.inconsistent)
@@ -246,12 +259,7 @@ fn unwanted<'a>(
     found.retain(|(id, name)| match uses.get(id) {
         Some(Use::Alone) => false,
         _ if inconsistent(name) => true,
-        Some(Use::Base { store, .. }) => {
-            let count = of_store.entry(store).or_default();
-            *count += 1;
-            // What a store that is not configured now needs when it is again is not known.
-            stores.get(store).is_some_and(|store| *count > store.checkpoints)
-        }
+        Some(Use::Base(_)) => !bases.contains(id),
         Some(Use::None) => true,
         Some(Use::Pending) => false,
         Some(Use::Unknown) | None => {
@@ -260,6 +268,35 @@ fn unwanted<'a>(
         }
     });
     found.into_iter().map(|(_, name)| name).collect()
+}
+
+/// The backups that a store's next ones go on from: as many as the store has checkpoints, from the one that was made last
+/// on, for each directory. A backup that several stores have is needed if one of them needs it.
+fn needed<'a>(
+    found: &[(&'a str, &str)],
+    uses: &'a BTreeMap<&str, Use>,
+    stores: &BTreeMap<String, Store>,
+) -> BTreeSet<&'a str> {
+    let mut orders: Vec<(&Order, &str)> = Vec::new();
+    for (id, _) in found {
+        if let Some(Use::Base(of)) = uses.get(id) {
+            orders.extend(of.iter().map(|order| (order, *id)));
+        }
+    }
+    orders.sort_by_key(|order| Reverse(*order));
+    let (mut counts, mut needed) = (HashMap::<(&str, &str), usize>::new(), BTreeSet::new());
+    for (order, id) in orders {
+        let count = counts.entry((&order.store, &order.directory)).or_default();
+        *count += 1;
+        // What a store that is not configured now needs when it is again is not known.
+        if stores
+            .get(&order.store)
+            .is_none_or(|store| *count <= store.checkpoints)
+        {
+            needed.insert(id);
+        }
+    }
+    needed
 }
 
 impl Job {
@@ -303,7 +340,9 @@ mod tests {
         let uses = uses.zip(seconds.iter().map(|second| used(*second))).collect();
         let mut store = Store::at("/s".into());
         store.checkpoints = 2;
-        let stores = BTreeMap::from([("s".to_owned(), store)]);
+        let mut none = Store::at("/none".into());
+        none.checkpoints = 0;
+        let stores = BTreeMap::from([("s".to_owned(), store), ("none".to_owned(), none)]);
         let gone = unwanted(&disk, &uses, &stores);
         let stays = |second: &&u32| !gone.contains(&checkpoint_name(&id(**second), 0).as_str());
         assert!(
@@ -331,14 +370,36 @@ mod tests {
         }
     }
 
+    fn order(sequence: u32, store: &str, directory: &str) -> Order {
+        Order {
+            store: store.into(),
+            directory: directory.into(),
+            sequence: sequence.into(),
+            // Whatever the clock said.
+            instant: Timestamp::from_second(100 - i64::from(sequence)).unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_of_a_backup_in_two_stores_stays_while_one_of_them_needs_it() {
+        // The copy of the store keeps none.
+        let both = |second| Use::Base(vec![order(second, "none", "web"), order(second, "s", "web")]);
+        assert_eq!(kept(&[1, 2, 3, 4], both), [3, 4]);
+        let copied = |second| Use::Base(vec![order(second, "none", "web")]);
+        assert_eq!(kept(&[1, 2, 3, 4], copied), [0; 0]);
+    }
+
+    #[test]
+    fn what_another_domain_goes_on_from_takes_no_place_of_this_ones() {
+        let two = |second| Use::Base(vec![order(second, "s", if second < 3 { "web" } else { "copy" })]);
+        assert_eq!(kept(&[1, 2, 3, 4], two), [1, 2, 3, 4]);
+    }
+
     #[test]
     fn the_newest_of_each_store_stay_and_those_of_no_backup_go() {
-        let there = |second: u32, store: &str| Use::Base {
-            store: store.into(),
-            instant: Timestamp::from_second(second.into()).unwrap(),
-        };
+        let there = |second: u32, store: &str| Use::Base(vec![order(second, store, "web")]);
         assert_eq!(kept(&[1, 2, 3, 4], |second| there(second, "s")), [3, 4]);
-        // By their instants, not by their names.
+        // By the order of making, not by their names.
         assert_eq!(kept(&[1, 2, 3, 4], |second| there(9 - second, "s")), [1, 2]);
         let two_stores = |second| there(second, if second % 2 == 0 { "s" } else { "unconfigured" });
         assert_eq!(kept(&[1, 2, 3, 4, 6], two_stores), [1, 3, 4, 6]);

@@ -13,10 +13,11 @@ use jiff::tz::TimeZone;
 use serde_json::{Value, json};
 
 use super::chain::{checkpoint_name, checkpoints, earlier, settle};
+use super::directory::choose;
 use super::manager::Setting;
 use super::record::domain_record;
 use super::{Error, Jobs, Reservation};
-use crate::catalog::{Begun, CheckpointRecord, DomainDir, Recorded};
+use crate::catalog::{Begun, CheckpointRecord, Recorded};
 use crate::config::Store;
 use crate::definition::{CheckpointDefinition, CheckpointDisk, Position};
 use crate::domain::{Disk, Domain, Link};
@@ -112,15 +113,17 @@ impl Jobs {
         disks: &[Disk],
         (name, store): (&'a str, &'a Store),
     ) -> Result<ChosenStore<'a>, Error> {
-        let directory = DomainDir::new(domain.unique_name());
+        let (directory, sequence) = choose(&self.setting, domain, name, store).await?;
         let past = Past {
-            earlier: earlier(&self.setting, name, store.path.clone(), &directory).await?,
+            earlier: earlier(&self.setting, (name, store.path.clone()), &directory, domain).await?,
             checkpoints: existing(&self.checkpoints(domain, disks).await?),
         };
         Ok(ChosenStore {
             name,
             store,
             directory,
+            sequence,
+            service: self.setting.catalog.service(),
             past,
         })
     }
@@ -130,10 +133,9 @@ impl Jobs {
         let found = on_disks(disks);
         let ids: Vec<String> = found.keys().map(|id| (*id).to_owned()).collect();
         let catalog = &self.setting.catalog;
-        let directory = domain.unique_name();
-        let identity = domain_record(domain.identity());
-        let recorded = catalog.recorded(directory.clone(), identity, ids).await?;
-        Ok(joined(found, recorded, catalog.checkpoints(directory).await?))
+        let key = domain_record(domain.identity()).key();
+        let recorded = catalog.recorded(key.clone(), ids).await?;
+        Ok(joined(found, recorded, catalog.checkpoints(key).await?))
     }
 
     /// Makes a checkpoint without a backup; gives its name. It is made, or not, whoever waits for it.
@@ -190,10 +192,10 @@ impl Jobs {
             description: definition.description,
             time: now,
         };
-        let (id, directory) = (record.id.clone(), domain.unique_name());
+        let (id, key) = (record.id.clone(), domain_record(domain.identity()).key());
         let name = record.name.clone().unwrap_or_else(|| id.clone());
         let catalog = &self.setting.catalog;
-        let begun = catalog.begin_checkpoint(directory.clone(), domain.owner, record, MOST_ALONE);
+        let begun = catalog.begin_checkpoint(key.clone(), domain.owner, record, MOST_ALONE);
         let too_many = |of, most| Err(Error::TooManyCheckpoints { of, most }.into());
         match begun.await.map_err(Error::from)? {
             Begun::Yes => {}
@@ -206,9 +208,9 @@ impl Jobs {
         });
         let made = transaction(&link, add.collect(), &self.setting).await;
         let recorded = match &made {
-            Ok(()) => catalog.checkpoint_made(directory, id, Timestamp::now()).await,
+            Ok(()) => catalog.checkpoint_made(key, id, Timestamp::now()).await,
             // It may be there all the same, where it was not refused.
-            Err(_) => catalog.checkpoint_deleted(directory, id).await,
+            Err(_) => catalog.checkpoint_deleted(key, id).await,
         };
         let result = made.and(recorded.map_err(Error::from));
         tidy(&link, domain, &self.setting).await;
@@ -231,8 +233,8 @@ impl Jobs {
         if !remove.is_empty() {
             transaction(&link, remove, &self.setting).await?;
         }
-        let (directory, id) = (domain.unique_name(), checkpoint.id.clone());
-        let forgotten = self.setting.catalog.checkpoint_deleted(directory, id).await;
+        let (key, id) = (domain_record(domain.identity()).key(), checkpoint.id.clone());
+        let forgotten = self.setting.catalog.checkpoint_deleted(key, id).await;
         forgotten.map_err(Error::from)?;
         tidy(&link, domain, &self.setting).await;
         tracing::info!(

@@ -522,9 +522,10 @@ impl Jobs {
     }
 
     /// Makes the records of the backups in the stores those that the stores have. One at a time.
-    pub async fn rescan(&self) -> Result<Rescan, Error> {
+    /// `adopt` has keep rules apply to all of them, whichever service made them.
+    pub async fn rescan(&self, adopt: bool) -> Result<Rescan, Error> {
         let _turn = self.rescanning.try_lock().map_err(|_| Error::Rescanning)?;
-        rescan::rescan(&self.setting).await
+        rescan::rescan(&self.setting, adopt).await
     }
 
     /// Waits until what cannot be left has ended. What QEMU copies goes on there, and a later process of the service goes on

@@ -8,6 +8,7 @@ mod backup;
 mod boot;
 mod chain;
 mod checkpoints;
+mod directory;
 mod error;
 mod footprint;
 mod guard;

@@ -51,8 +51,8 @@ struct Found {
 /// Backups that are on record and were not seen yet, as (domain's directory, id).
 type Missing = HashSet<(String, String)>;
 
-/// Looks through all stores.
-pub(super) async fn rescan(setting: &Setting) -> Result<Rescan, Error> {
+/// Looks through all stores. With `adopt`, keep rules apply to all that is there from now on, whichever service made it.
+pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Error> {
     let last_number = setting.catalog.last_number().await?;
     let mut rescan = Rescan::default();
     for (name, store) in &setting.stores {
@@ -68,7 +68,12 @@ pub(super) async fn rescan(setting: &Setting) -> Result<Rescan, Error> {
             rescan: &mut rescan,
         };
         match look.through().await {
-            Ok(true) => look.forget_missing().await?,
+            Ok(true) => {
+                look.forget_missing().await?;
+                if adopt {
+                    setting.catalog.adopt(name.clone()).await?;
+                }
+            }
             Ok(false) => rescan.problem(
                 &store.path,
                 "it was exchanged for another while it was looked through",
@@ -300,8 +305,8 @@ fn stored_backup(
         }
     }
     let (domain, uuid) = (&manifest.domain.name, manifest.domain.uuid);
-    let identity = Identity::of_unique_name(directory, domain, uuid)
-        .ok_or_else(|| format!("a backup of domain '{domain}' does not belong into '{directory}'"))?;
+    let identity = Identity::in_directory(directory, domain, uuid)
+        .ok_or_else(|| format!("{MANIFEST_NAME}: no domain can be called '{domain}'"))?;
     let identity = match identity.origin {
         // A user of that number here need not be the one whose it was.
         Origin::Registered => Identity {
@@ -309,10 +314,14 @@ fn stored_backup(
             owner_name: NOBODY.to_string(),
             ..identity
         },
-        Origin::Configured => domains.identified(&identity).map_or(identity, |known| Identity {
-            uuid,
-            ..known.identity()
-        }),
+        Origin::Configured => match domains.same(&identity) {
+            Some(known) => Identity {
+                owner: known.owner,
+                owner_name: known.owner_name.clone(),
+                ..identity
+            },
+            None => identity,
+        },
     };
     let plan = plan(
         (store, store_path, directory),
@@ -382,6 +391,8 @@ fn plan(
             name: store.to_owned(),
             path: path.to_owned(),
             directory: DomainDir::new(directory),
+            sequence: manifest.sequence,
+            service: manifest.service.unwrap_or_default(),
         },
         reuse_external: false,
         task: Task::Backup,

@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::catalog::{Checkpoint, DomainDir, Kind};
 use crate::config::{DEFAULT_STORE, Store};
@@ -106,6 +107,10 @@ pub enum Destination {
         path: PathBuf,
         /// The domain's directory in the store.
         directory: DomainDir,
+        /// The backup's number in the order of making in that directory.
+        sequence: u64,
+        /// The service that makes it.
+        service: Uuid,
     },
     /// The caller named one for each disk.
     Caller,
@@ -164,6 +169,9 @@ pub struct ChosenStore<'a> {
     pub store: &'a Store,
     /// The domain's directory in the store.
     pub directory: DomainDir,
+    /// The new backup's number in the order of making in that directory.
+    pub sequence: u64,
+    pub service: Uuid,
     pub past: Past,
 }
 
@@ -221,6 +229,8 @@ pub fn resolve(
                 name: chosen.name.to_owned(),
                 path: chosen.store.path.clone(),
                 directory: chosen.directory,
+                sequence: chosen.sequence,
+                service: chosen.service,
             },
             None => Destination::Caller,
         },

@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use jiff::Timestamp;
 use jiff::civil::DateTime;
-use jiff::tz::TimeZone;
+use jiff::tz::{Offset, TimeZone};
+use jiff::{SignedDuration, Timestamp};
 
 use crate::config::Store;
 
@@ -62,12 +62,17 @@ impl Rule {
         }
     }
 
-    /// The beginning of the period that a time is in; the last ones are each a period of its own.
-    fn period(self, time: &DateTime) -> Option<DateTime> {
-        let date = time.date();
+    /// The beginning of the period that a time is in; the last ones are each a period of its own. An hour that the clocks
+    /// go through twice is two, which differ in the offset from UTC.
+    fn period(self, time: Timestamp, zone: &TimeZone) -> Option<(DateTime, Option<Offset>)> {
+        let civil = zone.to_datetime(time);
+        let date = civil.date();
         let first = match self {
             Self::Last => return None,
-            Self::Hourly => return Some(date.at(time.hour(), 0, 0, 0)),
+            Self::Hourly => {
+                let hour = date.at(civil.hour(), 0, 0, 0);
+                return Some((hour, Some(zone.to_offset(time))));
+            }
             Self::Daily => date,
             Self::Weekly => {
                 let days = date.weekday().to_monday_zero_offset();
@@ -77,7 +82,7 @@ impl Rule {
             Self::Monthly => date.first_of_month(),
             Self::Yearly => date.first_of_year(),
         };
-        Some(first.at(0, 0, 0, 0))
+        Some((first.at(0, 0, 0, 0), None))
     }
 }
 
@@ -133,12 +138,17 @@ pub enum Condition {
     Missing,
 }
 
+/// By how much clocks may be wrong before a backup is taken to be from the future.
+const SLACK: SignedDuration = SignedDuration::from_mins(1);
+
 /// A backup that may be kept.
 #[derive(Debug, Clone)]
 pub struct Candidate {
     pub id: String,
     pub instant: Timestamp,
     pub condition: Condition,
+    /// This service made or adopted it. Others are kept, and take no place.
+    pub own: bool,
     /// The backups that it lies on.
     pub parents: Vec<String>,
 }
@@ -150,6 +160,8 @@ pub enum Reason {
     /// That one, which is kept, lies on it.
     Base(String),
     Missing,
+    /// Another service made it.
+    Foreign,
 }
 
 impl fmt::Display for Reason {
@@ -158,24 +170,45 @@ impl fmt::Display for Reason {
             Self::Rule(rule) => f.write_str(rule.key().trim_start_matches("keep-")),
             Self::Base(id) => write!(f, "{id} lies on it"),
             Self::Missing => f.write_str("missing"),
+            Self::Foreign => f.write_str("made by another service"),
         }
     }
 }
 
-/// Why each backup is kept; those that are not in it go.
+/// The backups whose point in time is later than `now`, or than that of one that was made after them: a clock was wrong.
+/// `candidates` are in the order of making.
+pub fn from_future(candidates: &[Candidate], now: Timestamp) -> BTreeSet<&str> {
+    let mut earliest = now;
+    let mut future = BTreeSet::new();
+    for candidate in candidates.iter().rev() {
+        if candidate.instant.duration_since(earliest) > SLACK {
+            future.insert(candidate.id.as_str());
+        }
+        earliest = earliest.min(candidate.instant);
+    }
+    future
+}
+
+/// Why each backup is kept; those that are not in it go. `candidates` are in the order of making, which decides what is
+/// newest; times only say in which day or other period a backup is.
 pub fn kept<'a>(
     candidates: &'a [Candidate],
     retention: &Retention,
     zone: &TimeZone,
+    now: Timestamp,
 ) -> BTreeMap<&'a str, BTreeSet<Reason>> {
     let mut kept: BTreeMap<&str, BTreeSet<Reason>> = BTreeMap::new();
+    let future = from_future(candidates, now);
     let there = |candidate: &&&Candidate| candidate.condition != Condition::Missing;
-    let good = |candidate: &&&Candidate| candidate.condition == Condition::Good;
-    let mut newest_first: Vec<&Candidate> = candidates.iter().collect();
-    newest_first.sort_by(|a, b| (b.instant, &b.id).cmp(&(a.instant, &a.id)));
-    // Once as if the damaged ones were not there, so that they take no good one's place; and once with them.
-    let all: Vec<&Candidate> = newest_first.iter().filter(there).copied().collect();
-    let sound: Vec<&Candidate> = newest_first.iter().filter(good).copied().collect();
+    let counts = |candidate: &&&Candidate| candidate.own && there(candidate);
+    let sound = |candidate: &&&Candidate| {
+        candidate.own && candidate.condition == Condition::Good && !future.contains(candidate.id.as_str())
+    };
+    let newest_first: Vec<&Candidate> = candidates.iter().rev().collect();
+    // Once as if the damaged ones and those from the future were not there, so that they take no good one's place; and once
+    // with them.
+    let all: Vec<&Candidate> = newest_first.iter().filter(counts).copied().collect();
+    let sound: Vec<&Candidate> = newest_first.iter().filter(sound).copied().collect();
     for of in [&sound, &all] {
         for rule in Rule::ALL {
             for id in by_rule(of, rule, retention.of(rule), zone) {
@@ -183,8 +216,12 @@ pub fn kept<'a>(
             }
         }
     }
-    for candidate in newest_first.iter().filter(|candidate| !there(candidate)) {
-        kept.entry(&candidate.id).or_default().insert(Reason::Missing);
+    for candidate in newest_first {
+        if candidate.condition == Condition::Missing {
+            kept.entry(&candidate.id).or_default().insert(Reason::Missing);
+        } else if !candidate.own {
+            kept.entry(&candidate.id).or_default().insert(Reason::Foreign);
+        }
     }
     keep_bases(candidates, &mut kept);
     kept
@@ -192,15 +229,14 @@ pub fn kept<'a>(
 
 fn by_rule<'a>(newest_first: &[&'a Candidate], rule: Rule, count: u32, zone: &TimeZone) -> Vec<&'a str> {
     let mut kept = Vec::new();
-    let mut last = None;
+    let mut periods = BTreeSet::new();
     for candidate in newest_first {
         if kept.len() >= count as usize {
             break;
         }
-        let period = rule.period(&zone.to_datetime(candidate.instant));
-        if period.is_none() || period != last {
+        let period = rule.period(candidate.instant, zone);
+        if period.is_none_or(|period| periods.insert(period)) {
             kept.push(candidate.id.as_str());
-            last = period;
         }
     }
     kept
@@ -245,6 +281,7 @@ mod tests {
             id: id.to_owned(),
             instant: format!("{id}:00Z").parse().unwrap(),
             condition,
+            own: true,
             parents: parents
                 .split(',')
                 .filter(|parent| !parent.is_empty())
@@ -255,6 +292,11 @@ mod tests {
 
     fn candidates(texts: &[&str]) -> Vec<Candidate> {
         texts.iter().map(|text| candidate(text)).collect()
+    }
+
+    /// After all backups of the tests.
+    fn now() -> Timestamp {
+        "2030-01-01T00:00:00Z".parse().unwrap()
     }
 
     fn retention(rules: &[(Rule, u32)]) -> Retention {
@@ -272,7 +314,7 @@ mod tests {
 
     fn decided_in(texts: &[&str], rules: &[(Rule, u32)], zone: &TimeZone) -> Vec<String> {
         let candidates = candidates(texts);
-        let kept = kept(&candidates, &retention(rules), zone);
+        let kept = kept(&candidates, &retention(rules), zone, now());
         kept.into_iter()
             .map(|(id, reasons)| {
                 let reasons: Vec<String> = reasons.iter().map(Reason::to_string).collect();
@@ -282,15 +324,103 @@ mod tests {
     }
 
     #[test]
-    fn the_last_ones_are_the_newest_in_whatever_order_they_come() {
+    fn a_backup_from_the_future_takes_no_place_and_goes_no_earlier() {
         let times = [
-            "2026-11-02T02:00",
+            "2026-03-01T02:00",
+            "2026-03-02T02:00",
+            "2038-01-19T02:00",
+            "2026-03-03T02:00",
+            "2026-03-04T02:00",
+        ];
+        assert_eq!(
+            from_future(&candidates(&times), now())
+                .into_iter()
+                .collect::<Vec<_>>(),
+            ["2038-01-19T02:00"]
+        );
+        let last = |count| decided(&times, &[(Rule::Last, count)]);
+        assert_eq!(last(2), ["2026-03-03T02:00: last", "2026-03-04T02:00: last"]);
+        // What was made third is the third, and the one before it stays, too.
+        assert_eq!(
+            last(3),
+            [
+                "2026-03-02T02:00: last",
+                "2026-03-03T02:00: last",
+                "2026-03-04T02:00: last",
+                "2038-01-19T02:00: last",
+            ]
+        );
+        let daily = decided(&times, &[(Rule::Daily, 2)]);
+        assert_eq!(daily, ["2026-03-03T02:00: daily", "2026-03-04T02:00: daily"]);
+        // Just made, with the clock as it still is, or was until now.
+        let newest = ["2026-03-01T02:00", "2026-03-02T02:00", "2038-01-19T02:00"];
+        let kept = decided(&newest, &[(Rule::Last, 1)]);
+        assert_eq!(kept, ["2026-03-02T02:00: last", "2038-01-19T02:00: last"]);
+    }
+
+    #[test]
+    fn clocks_that_differ_by_seconds_make_no_future() {
+        let mut two = candidates(&["2026-03-01T02:00", "2026-03-01T02:01"]);
+        two.reverse();
+        assert_eq!(from_future(&two, now()).len(), 0);
+        let mut two = candidates(&["2026-03-01T02:00", "2026-03-01T02:02"]);
+        two.reverse();
+        assert_eq!(from_future(&two, now()).len(), 1);
+    }
+
+    #[test]
+    fn the_hour_that_the_clocks_go_through_twice_is_two() {
+        let zone = TimeZone::posix("CET-1CEST,M3.5.0,M10.5.0/3").unwrap();
+        // 01:30, 02:30 and 02:30 again, 03:30.
+        let times = [
+            "2026-10-24T23:30",
+            "2026-10-25T00:30",
+            "2026-10-25T01:30",
+            "2026-10-25T02:30",
+        ];
+        let kept = decided_in(&times, &[(Rule::Hourly, 3)], &zone);
+        let hours = times[1..].iter().map(|time| format!("{time}: hourly"));
+        assert_eq!(kept, hours.collect::<Vec<_>>());
+        // A day that has 25 hours is one.
+        assert_eq!(decided_in(&times, &[(Rule::Daily, 2)], &zone).len(), 1);
+    }
+
+    #[test]
+    fn what_another_service_made_stays_and_takes_no_place() {
+        let mut times = candidates(&[
+            "2026-11-01T02:00",
+            "2026-11-02T02:00<2026-11-01T02:00",
+            "2026-11-03T02:00",
+        ]);
+        times.push(candidate("2026-11-04T02:00"));
+        times[1].own = false;
+        times[3].own = false;
+        let kept = kept(&times, &retention(&[(Rule::Last, 1)]), &TimeZone::UTC, now());
+        let brief: Vec<(&str, usize)> = kept.iter().map(|(id, reasons)| (*id, reasons.len())).collect();
+        assert_eq!(
+            brief,
+            [
+                ("2026-11-01T02:00", 1),
+                ("2026-11-02T02:00", 1),
+                ("2026-11-03T02:00", 1),
+                ("2026-11-04T02:00", 1)
+            ]
+        );
+        assert!(kept["2026-11-04T02:00"].contains(&Reason::Foreign));
+        assert!(kept["2026-11-03T02:00"].contains(&Reason::Rule(Rule::Last)));
+        assert!(matches!(kept["2026-11-01T02:00"].first(), Some(Reason::Base(_))));
+    }
+
+    #[test]
+    fn the_last_ones_are_those_that_were_made_last_whatever_the_clock_said() {
+        let times = [
+            "2026-11-03T02:00",
             "2026-11-04T02:00",
             "2026-11-01T02:00",
-            "2026-11-03T02:00",
+            "2026-11-02T02:00",
         ];
         let kept = decided(&times, &[(Rule::Last, 2)]);
-        assert_eq!(kept, ["2026-11-03T02:00: last", "2026-11-04T02:00: last"]);
+        assert_eq!(kept, ["2026-11-01T02:00: last", "2026-11-02T02:00: last"]);
         assert_eq!(decided(&times, &[(Rule::Last, 9)]).len(), 4);
         assert_eq!(decided(&[], &[(Rule::Last, 9)]), [""; 0]);
     }
@@ -464,7 +594,7 @@ mod tests {
         let mut twins = candidates(&["2026-11-01T02:00", "2026-11-01T02:00"]);
         twins[0].id = "a".into();
         twins[1].id = "b".into();
-        let kept = kept(&twins, &retention(&[(Rule::Daily, 1)]), &TimeZone::UTC);
+        let kept = kept(&twins, &retention(&[(Rule::Daily, 1)]), &TimeZone::UTC, now());
         assert_eq!(kept.into_keys().collect::<Vec<_>>(), ["b"]);
     }
 

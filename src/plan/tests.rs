@@ -28,6 +28,8 @@ fn plan_with(document: &str, options: &Options, files: usize) -> Result<Plan, Er
         name,
         store,
         directory: DomainDir::new("web"),
+        sequence: 7,
+        service: Uuid::nil(),
         past: Past::default(),
     });
     resolve(&definition, options, &disks(), store, files)
@@ -58,6 +60,8 @@ fn nothing_said_means_every_writable_disk_with_a_medium_into_the_default_store()
             name: "default".into(),
             path: "/d".into(),
             directory: DomainDir::new("web"),
+            sequence: 7,
+            service: Uuid::nil(),
         }
     );
     assert_eq!(

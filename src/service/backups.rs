@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{Service, details};
 use crate::access::{self, Caller, Details, Look, Permission};
 use crate::backups::{Allowed, Change, PATIENCE, Pruned, Removed, Unwanted, Verdict};
-use crate::catalog::{self, Backup, BackupFilter, BackupKey, DomainRecord};
+use crate::catalog::{self, Backup, BackupFilter, BackupKey, Cursor, DomainRecord};
 use crate::domain::Domain;
 use crate::error::{Error, Kind, Result, shown};
 use crate::job::{Job, Outcome};
@@ -52,7 +52,7 @@ pub struct PruneWanted {
 /// A part of the list.
 #[derive(Debug)]
 pub struct BackupPage {
-    /// By store, domain and id.
+    /// By store, directory and the order of making.
     pub backups: Vec<Backup>,
     /// Where the next page begins, if there may be one.
     pub next: Option<String>,
@@ -68,8 +68,8 @@ impl Service {
             self.known_store(store)?;
         }
         let mut after = match &wanted.after {
-            Some(place) => key(place)?,
-            None => BackupKey::default(),
+            Some(place) => cursor(place)?,
+            None => Cursor::default(),
         };
         let at_most = wanted.at_most.unwrap_or(MOST_LISTED).clamp(1, MOST_LISTED);
         // A long list is much work, and memory.
@@ -85,7 +85,7 @@ impl Service {
                     next: None,
                 });
             };
-            after = last.key.clone();
+            after = last.cursor();
             for backup in found {
                 match self.view_backup(caller, &backup.domain, &mut seen).await {
                     Look::Allowed => {}
@@ -97,7 +97,7 @@ impl Service {
                 if listed.len() >= at_most || bytes > MOST_BYTES && !listed.is_empty() {
                     // It begins after one that the caller knows.
                     return Ok(BackupPage {
-                        next: listed.last().map(|last: &Backup| place(&last.key)),
+                        next: listed.last().map(|last: &Backup| place(&last.cursor())),
                         backups: listed,
                     });
                 }
@@ -289,22 +289,29 @@ fn place_of(key: &BackupKey) -> String {
 }
 
 /// A place in the list, as a page's end tells it.
-fn place(key: &BackupKey) -> String {
-    format!("{}/{}/{}", key.store, key.domain, key.id)
+fn place(cursor: &Cursor) -> String {
+    let Cursor {
+        store,
+        domain,
+        sequence,
+        id,
+    } = cursor;
+    format!("{store}/{domain}/{sequence}/{id}")
 }
 
-fn key(place: &str) -> Result<BackupKey> {
-    match place.split('/').collect::<Vec<_>>().as_slice() {
-        [store, domain, id] => Ok(BackupKey {
+fn cursor(place: &str) -> Result<Cursor> {
+    if let [store, domain, sequence, id] = place.split('/').collect::<Vec<_>>().as_slice()
+        && let Ok(sequence) = sequence.parse()
+    {
+        return Ok(Cursor {
             store: (*store).to_owned(),
             domain: (*domain).to_owned(),
+            sequence,
             id: (*id).to_owned(),
-        }),
-        _ => {
-            let text = format!("option 'after': '{}' is no end of a page", shown(place));
-            Err(Error::new(Kind::InvalidArgs, text))
-        }
+        });
     }
+    let text = format!("option 'after': '{}' is no end of a page", shown(place));
+    Err(Error::new(Kind::InvalidArgs, text))
 }
 
 /// Whose they are is not known, so neither who may hear of it.

@@ -114,15 +114,16 @@ impl Service {
         Ok(self.domains.register(registration, monitor).await?)
     }
 
-    /// Makes the records of the backups in the stores those that the stores have.
-    pub async fn rescan(&self, caller: &Caller) -> Result<Rescan> {
+    /// Makes the records of the backups in the stores those that the stores have. `adopt` has keep rules apply to all of
+    /// them, whichever service made them.
+    pub async fn rescan(&self, caller: &Caller, adopt: bool) -> Result<Rescan> {
         let details = sight::service_details();
         let grant = self
             .access
             .require(caller, Permission::ServiceRescan, &details, None)
             .await?;
         drop(grant);
-        Ok(self.jobs.rescan().await?)
+        Ok(self.jobs.rescan(adopt).await?)
     }
 
     /// Forgets a connection that has left: what was decided for it, and the domains that it registered.
@@ -194,7 +195,7 @@ impl Service {
 fn details(domain: &Domain) -> Details {
     let uuid = domain.snapshot().uuid;
     sight::service_details()
-        .with("domain_name", &domain.name)
+        .with("domain_name", domain.told_name())
         .with(
             "domain_uuid",
             uuid.map(|uuid| uuid.to_string()).unwrap_or_default(),

@@ -9,7 +9,8 @@ pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 
 /// A disk of a backup: name, file, format, virtual size, length, SHA-256, parent.
 pub type BackupDisk = (String, String, String, u64, u64, String, String);
-/// A line of `ListBackups`: object, id, name, domain, UUID, store, kind, parent, time, state, problem, disks.
+/// A line of `ListBackups`: object, id, name, domain, UUID, store, kind, parent, time, state, problem, disks, service, whether
+/// keep rules apply.
 pub type ListedBackup = (
     OwnedObjectPath,
     String,
@@ -23,6 +24,8 @@ pub type ListedBackup = (
     String,
     String,
     Vec<BackupDisk>,
+    String,
+    bool,
 );
 
 /// For a backup that takes its time: all is copied, whatever earlier ones there are, at so many bytes a second.

@@ -1,6 +1,7 @@
 //! Virtual machines for tests: a real QEMU without a guest, stopped before its first instruction (`-S`), software
 //! emulation only. What a guest would write, the test writes with [`Vm::write`], through the same devices.
 
+use std::hash::{Hash, Hasher};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -17,6 +18,16 @@ use super::wait;
 /// How the names begin of the bitmaps that backups into a store leave on purpose.
 const CHECKPOINT: &str = "backupd-2";
 
+/// Of the same machine the same.
+fn uuid_of(dir: &Path, name: &str) -> String {
+    let half = |part: u8| {
+        let mut hasher = std::hash::DefaultHasher::new();
+        (dir, name, part).hash(&mut hasher);
+        hasher.finish()
+    };
+    uuid::Uuid::from_u64_pair(half(0), half(1)).to_string()
+}
+
 /// A machine to be; from [`super::System::vm`] or [`Builder::new`].
 pub struct Builder {
     name: String,
@@ -29,11 +40,11 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// A machine whose images, sockets and logs are in a new directory NAME in `dir` (absolute).
+    /// One that has its own UUID, and has it again when it is started again. Its images, sockets and logs are in a new directory NAME in `dir` (absolute).
     pub fn new(dir: &Path, name: &str) -> Self {
         Self {
             name: name.to_owned(),
-            uuid: uuid::Uuid::new_v4().to_string(),
+            uuid: uuid_of(dir, name),
             dir: dir.join(name),
             disks: Vec::new(),
             extra: Vec::new(),

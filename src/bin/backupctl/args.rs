@@ -119,8 +119,13 @@ pub enum Command {
     Checkpoint(CheckpointCommand),
     /// Look through the stores, and make the service's records of backups those that are there
     ///
-    /// For a service that lost its catalog, and for stores that came from another machine.
-    Rescan,
+    /// For a service that lost its catalog, and for stores that came from another machine. The keep rules apply only to
+    /// backups that this service made: with --adopt, to all that are in the stores now.
+    Rescan {
+        /// Apply the keep rules to backups of other services too
+        #[arg(long)]
+        adopt: bool,
+    },
     /// Restore disks from a backup
     ///
     /// Each disk becomes one image that lies on no other, as it was at the backup's instant, whatever the backup lies on.

@@ -33,6 +33,8 @@ pub type BackupTuple = (
     String,
     String,
     Vec<DiskTuple>,
+    String,
+    bool,
 );
 
 /// A disk's image.
@@ -95,11 +97,16 @@ pub struct Backup {
     pub problem: String,
     /// Its images.
     pub disks: Vec<Image>,
+    /// The service that made it, or nothing.
+    pub service: String,
+    /// Keep rules apply to it; nothing where no service was asked.
+    pub own: Option<bool>,
 }
 
 impl From<BackupTuple> for Backup {
     fn from(tuple: BackupTuple) -> Self {
-        let (path, id, name, domain, uuid, store, kind, parent, time, state, problem, disks) = tuple;
+        let (path, id, name, domain, uuid, store, kind, parent, time, state, problem, disks, service, own) =
+            tuple;
         let disks = disks
             .into_iter()
             .map(
@@ -127,6 +134,8 @@ impl From<BackupTuple> for Backup {
             state,
             problem,
             disks,
+            service,
+            own: Some(own),
         }
     }
 }
@@ -202,6 +211,11 @@ impl Backup {
             id: manifest.id,
             name: manifest.name.unwrap_or_default(),
             disks: manifest.disks.into_iter().map(Image::of).collect(),
+            service: manifest
+                .service
+                .map(|service| service.to_string())
+                .unwrap_or_default(),
+            own: None,
         }
     }
 
@@ -241,6 +255,8 @@ impl Backup {
             "size": self.size(),
             "state": self.state,
             "problem": nothing_if_empty(&self.problem),
+            "service": nothing_if_empty(&self.service),
+            "own": self.own,
             "disks": disks,
         })
     }
@@ -314,35 +330,119 @@ fn tree<'a>(backups: &'a [Backup], branches: Branches) -> Vec<(String, &'a Backu
 }
 
 fn text(backups: &[Backup], branches: Branches, now: SystemTime) -> String {
-    let headings = [
+    let mut headings = vec![
         "DOMAIN", "STORE", "BACKUP", "TIME", "AGE", "KIND", "SIZE", "STATE",
     ];
+    // Who has one host only need not read about others.
+    let foreign = backups.iter().any(|backup| backup.own == Some(false));
+    if foreign {
+        headings.push("SERVICE");
+    }
     let mut table = Table::new(&headings).right(&[4, 6]);
     let mut problems = String::new();
     for (before, backup) in tree(backups, branches) {
-        table.row([
-            &backup.domain,
+        let id = format!("{before}{}", backup.id);
+        let time = units::timestamp(backup.time);
+        let age = backup.age(now).map(units::age).unwrap_or_default();
+        let size = backup.size().map(units::size).unwrap_or_default();
+        let mut cells = vec![
+            backup.domain.as_str(),
             &backup.store,
-            &format!("{before}{}", backup.id),
-            &units::timestamp(backup.time),
-            &backup.age(now).map(units::age).unwrap_or_default(),
+            &id,
+            &time,
+            &age,
             &backup.kind,
-            &backup.size().map(units::size).unwrap_or_default(),
+            &size,
             &backup.state,
-        ]);
+        ];
+        if foreign {
+            cells.push(match (backup.own, backup.service.as_str()) {
+                (Some(true), _) => "this one",
+                (_, "") => "unknown",
+                (_, service) => service,
+            });
+        }
+        table.cells(&cells);
         if !backup.problem.is_empty() {
             problems.push_str(&format!("{}: {}\n", escape(&backup.id), escape(&backup.problem)));
         }
     }
+    let made = backups.iter().map(|backup| {
+        let uuid = Some(&backup.uuid).filter(|uuid| !uuid.is_empty());
+        let vm = uuid.unwrap_or(&backup.domain);
+        ((backup.store.as_str(), vm.as_str()), backup.time)
+    });
+    problems.push_str(&future_note(made, now));
     match problems.is_empty() {
         true => table.to_string(),
         false => format!("{table}\n{problems}"),
     }
 }
 
+/// By how many µs clocks may differ.
+const CLOCK_SLACK: u128 = 60_000_000;
+
+/// Says how many backups have a point in time later than `now`, or than one of the same VM in the same store that was made
+/// after them; nothing if there are none. `made` has store, VM and time in µs, in the order of making.
+pub fn future_note<'a>(
+    made: impl DoubleEndedIterator<Item = ((&'a str, &'a str), u64)>,
+    now: SystemTime,
+) -> String {
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+    let mut earliest = BTreeMap::new();
+    let mut count = 0;
+    for (vm, time) in made.rev() {
+        let (earliest, time) = (earliest.entry(vm).or_insert(now), u128::from(time));
+        if time > earliest.saturating_add(CLOCK_SLACK) {
+            count += 1;
+        }
+        *earliest = time.min(*earliest);
+    }
+    match count {
+        0 => String::new(),
+        1 => "1 backup is from the future: a clock was wrong. It does not count as newest.\n".into(),
+        count => {
+            format!("{count} backups are from the future: a clock was wrong. They do not count as newest.\n")
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn backups_from_the_future_are_counted_for_each_vm() {
+        let at = |domain, minutes: u64| (("default", domain), minutes * 60_000_000);
+        let note = |made: &[((&'static str, &'static str), u64)]| {
+            future_note(made.iter().copied(), UNIX_EPOCH + Duration::from_secs(1000 * 60))
+        };
+        let made = [
+            at("db", 500),
+            at("web", 100),
+            at("web", 900),
+            at("web", 200),
+            at("web", 300),
+        ];
+        assert!(note(&made).starts_with("1 backup is from the future"));
+        assert!(note(&[at("web", 100), at("web", 2000), at("db", 2000)]).starts_with("2 backups are"));
+        assert_eq!(note(&made[..2]), "");
+    }
+
+    #[test]
+    fn a_table_says_who_made_a_backup_where_somebody_else_did() {
+        let of = |service: &str, own| Backup {
+            service: service.into(),
+            own: Some(own),
+            ..backup(service, "")
+        };
+        let shown = |backups: &[Backup]| text(backups, Branches::PLAIN, UNIX_EPOCH);
+        assert!(!shown(&[of("a", true)]).contains("SERVICE"));
+        let both = shown(&[of("a", true), of("b", false), of("", false)]);
+        for word in ["SERVICE", "this one", " b\n", "unknown"] {
+            assert!(both.contains(word), "{both}");
+        }
+    }
 
     fn backup(id: &str, parent: &str) -> Backup {
         Backup {
@@ -420,9 +520,11 @@ mod tests {
                 "id",
                 "kind",
                 "name",
+                "own",
                 "parent",
                 "path",
                 "problem",
+                "service",
                 "size",
                 "state",
                 "store",

@@ -83,8 +83,8 @@ pub async fn jobs(service: &Service, all: bool, json: bool) -> Result<Status> {
 }
 
 /// `rescan`
-pub async fn rescan(service: &Service, json: bool) -> Result<Status> {
-    let (backups, problems) = service.rescan().await?;
+pub async fn rescan(service: &Service, adopt: bool, json: bool) -> Result<Status> {
+    let (backups, problems) = service.rescan(adopt).await?;
     print(
         json,
         || json!({ "backups": backups, "problems": problems }),

@@ -91,7 +91,7 @@ async fn run(cli: &Cli) -> Result<Status> {
         | Command::Delete { .. }
         | Command::Prune(_)
         | Command::Checkpoint(_)
-        | Command::Rescan => Agent::start(ask_password).await,
+        | Command::Rescan { .. } => Agent::start(ask_password).await,
         _ => None,
     };
     match &cli.command {
@@ -123,7 +123,7 @@ async fn run(cli: &Cli) -> Result<Status> {
         Command::Prune(options) => prune::run(&service, options, json).await,
         Command::Checkpoints { domain } => checkpoints::list(&service, domain, json).await,
         Command::Checkpoint(command) => checkpoints::run(&service, command, json).await,
-        Command::Rescan => list::rescan(&service, json).await,
+        Command::Rescan { adopt } => list::rescan(&service, *adopt, json).await,
         Command::Restore(args) => stored::remote::restore(&service, args, json, ask_password).await,
         Command::Verify(args) => stored::remote::verify(&service, args, json, ask_password).await,
         Command::Export(args) => stored::remote::export(&service, args, json, ask_password).await,

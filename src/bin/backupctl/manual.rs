@@ -211,7 +211,13 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
             "backupctl checkpoint delete web before-upgrade",
         )],
         "checkpoint-dump" => &[("See what it is", "backupctl checkpoint dump web before-upgrade")],
-        "rescan" => &[("Find the backups in the stores", "backupctl rescan")],
+        "rescan" => &[
+            ("Find the backups in the stores", "backupctl rescan"),
+            (
+                "Take over a store whose host is gone, with its keep rules",
+                "backupctl rescan --adopt",
+            ),
+        ],
         "show" => &[("Show job 7", "backupctl show 7")],
         "watch" => &[
             ("Wait for job 7", "backupctl watch 7"),

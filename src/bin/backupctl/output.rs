@@ -75,6 +75,10 @@ impl Table {
 
     /// Adds a row. Its cells are escaped here; an empty one is shown as `-`.
     pub fn row<const N: usize>(&mut self, cells: [&str; N]) {
+        self.cells(&cells);
+    }
+
+    pub fn cells(&mut self, cells: &[&str]) {
         let cells = cells.iter().map(|cell| match *cell {
             "" => "-".to_owned(),
             cell => escape(cell),

@@ -320,8 +320,11 @@ impl Service {
     }
 
     /// Has the stores looked through: how many backups there are, and what could not be taken for one.
-    pub async fn rescan(&self) -> Result<(u32, Vec<String>)> {
-        let options: HashMap<&str, Variant> = HashMap::new();
+    pub async fn rescan(&self, adopt: bool) -> Result<(u32, Vec<String>)> {
+        let mut options: HashMap<&str, Variant> = HashMap::new();
+        if adopt {
+            options.insert("adopt", Variant::from(true));
+        }
         self.call(ROOT_PATH, MANAGER_INTERFACE, "Rescan", &(options,))
             .await
     }

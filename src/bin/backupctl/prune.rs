@@ -1,8 +1,11 @@
 //! `prune`: which backups are kept and why, and which go.
 
+use std::time::SystemTime;
+
 use serde_json::{Value, json};
 
 use crate::args::Prune;
+use crate::backups::future_note;
 use crate::error::{Result, Status};
 use crate::job::nothing_if_empty;
 use crate::list::print;
@@ -19,7 +22,7 @@ pub async fn run(service: &Service, options: &Prune, json: bool) -> Result<Statu
     print(
         json,
         || json!({ "backups": judged.iter().map(value).collect::<Value>(), "freed": freed, "dry-run": options.dry_run }),
-        || text(&judged, freed, options.dry_run),
+        || text(&judged, freed, options.dry_run, SystemTime::now()),
     )?;
     let failed = judged.iter().any(|(.., verdict, _)| verdict == "failed");
     Ok(if failed { Status::Failed } else { Status::Completed })
@@ -31,7 +34,7 @@ fn value((domain, store, id, time, verdict, reason): &JudgedTuple) -> Value {
     })
 }
 
-fn text(judged: &[JudgedTuple], freed: u64, dry_run: bool) -> String {
+fn text(judged: &[JudgedTuple], freed: u64, dry_run: bool, now: SystemTime) -> String {
     if judged.is_empty() {
         return "Nothing to prune: no backup is there, or no rule is given and none in the configuration\n"
             .into();
@@ -43,8 +46,12 @@ fn text(judged: &[JudgedTuple], freed: u64, dry_run: bool) -> String {
     let count = |word: &str| judged.iter().filter(|(.., verdict, _)| verdict == word).count();
     let (kept, removed) = (judged.len() - count("removed"), count("removed"));
     let would = if dry_run { "would be " } else { "" };
+    let made = judged
+        .iter()
+        .map(|(domain, store, _, time, ..)| ((store.as_str(), domain.as_str()), *time));
+    let future = future_note(made, now);
     format!(
-        "{table}\n{kept} {would}kept, {removed} {would}removed, {} {would}freed\n",
+        "{table}\n{future}{kept} {would}kept, {removed} {would}removed, {} {would}freed\n",
         units::size(freed)
     )
 }
@@ -64,7 +71,7 @@ mod tests {
             judged("b", "kept", "last, daily"),
             judged("c", "failed", "in use"),
         ];
-        let shown = text(&all, 2048, false);
+        let shown = text(&all, 2048, false, SystemTime::UNIX_EPOCH);
         assert_eq!(
             shown,
             "DOMAIN  STORE    BACKUP  TIME  VERDICT  REASON\n\
@@ -74,8 +81,19 @@ mod tests {
              2 kept, 1 removed, 2.0 KiB freed\n"
         );
         assert!(
-            text(&all, 2048, true).ends_with("2 would be kept, 1 would be removed, 2.0 KiB would be freed\n")
+            text(&all, 2048, true, SystemTime::UNIX_EPOCH)
+                .ends_with("2 would be kept, 1 would be removed, 2.0 KiB would be freed\n")
         );
-        assert!(text(&[], 0, true).starts_with("Nothing to prune"));
+        assert!(text(&[], 0, true, SystemTime::UNIX_EPOCH).starts_with("Nothing to prune"));
+        let late: JudgedTuple = (
+            "web".into(),
+            "default".into(),
+            "a".into(),
+            1 << 40,
+            "kept".into(),
+            "last".into(),
+        );
+        let shown = text(&[late], 0, true, SystemTime::UNIX_EPOCH);
+        assert!(shown.contains("1 backup is from the future"), "{shown}");
     }
 }

@@ -332,6 +332,13 @@ fn manifest(job: &Job, copying: &Copying, digests: &[FileDigest]) -> Result<Vec<
     manifest.quiesced = copying.quiesced;
     manifest.frozen_us = Some(copying.frozen_us).filter(|time| *time > 0);
     manifest.checkpoint = job.plan.checkpoint.clone();
+    if let Destination::Store {
+        sequence, service, ..
+    } = &job.plan.destination
+    {
+        manifest.sequence = *sequence;
+        manifest.service = Some(*service);
+    }
     let disks = job.plan.disks.iter().zip(digests).enumerate();
     let in_store = disks.filter_map(|(index, (disk, digest))| match &disk.place {
         Place::InStore { file_name } => Some(catalog::Disk {

@@ -72,8 +72,22 @@ async fn a_backup_tells_what_its_manifest_says_in_the_list_and_as_an_object() {
     let told = manifest(&first);
     let listed = list(&root, &[]).await;
     assert_eq!(listed.len(), 2);
-    let (path, id, name, domain, uuid, store, kind, parent, time, state, problem, disks, service, own) =
-        listed[0].clone();
+    let ListedBackup(
+        path,
+        id,
+        name,
+        domain,
+        uuid,
+        store,
+        kind,
+        parent,
+        time,
+        state,
+        problem,
+        disks,
+        service,
+        own,
+    ) = listed[0].clone();
     assert_eq!((told["service"].as_str().unwrap(), own), (service.as_str(), true));
     assert_eq!(told["sequence"], 1);
     let texts = [
@@ -411,7 +425,7 @@ async fn a_catalog_of_the_first_version_is_brought_to_this_one() {
             PRIMARY KEY (store, domain, id)) STRICT;
         INSERT INTO former SELECT store, domain, id, manifest FROM backups;
         DROP TABLE backups; ALTER TABLE former RENAME TO backups;
-        ALTER TABLE jobs DROP COLUMN frozen; DROP TABLE checkpoints;
+        ALTER TABLE jobs DROP COLUMN frozen; DROP TABLE checkpoints; DROP TABLE service;
         DELETE FROM jobs WHERE id = 2; PRAGMA user_version = 1;";
     catalog.execute_batch(former).unwrap();
     drop(catalog);

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use zbus::wire::{ObjectPath, OwnedObjectPath, Variant};
+use zbus::wire::{ObjectPath, OwnedObjectPath, Type, Variant};
 
 pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 
@@ -11,21 +11,22 @@ pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 pub type BackupDisk = (String, String, String, u64, u64, String, String);
 /// A line of `ListBackups`: object, id, name, domain, UUID, store, kind, parent, time, state, problem, disks, service, whether
 /// keep rules apply.
-pub type ListedBackup = (
-    OwnedObjectPath,
-    String,
-    String,
-    String,
-    String,
-    String,
-    String,
-    String,
-    u64,
-    String,
-    String,
-    Vec<BackupDisk>,
-    String,
-    bool,
+#[derive(Debug, Clone, serde::Deserialize, Type)]
+pub struct ListedBackup(
+    pub OwnedObjectPath,
+    pub String,
+    pub String,
+    pub String,
+    pub String,
+    pub String,
+    pub String,
+    pub String,
+    pub u64,
+    pub String,
+    pub String,
+    pub Vec<BackupDisk>,
+    pub String,
+    pub bool,
 );
 
 /// For a backup that takes its time: all is copied, whatever earlier ones there are, at so many bytes a second.

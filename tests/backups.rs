@@ -228,6 +228,8 @@ async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
     let drawn: Vec<_> = text
         .lines()
         .skip(1)
+        // After the table, the list says that the made-up ones are from the future.
+        .take_while(|line| !line.is_empty())
         .map(|line| {
             line.split_once("default  ")
                 .unwrap()
@@ -425,7 +427,10 @@ async fn a_catalog_of_the_first_version_is_brought_to_this_one() {
             PRIMARY KEY (store, domain, id)) STRICT;
         INSERT INTO former SELECT store, domain, id, manifest FROM backups;
         DROP TABLE backups; ALTER TABLE former RENAME TO backups;
-        ALTER TABLE jobs DROP COLUMN frozen; DROP TABLE checkpoints; DROP TABLE service;
+        ALTER TABLE jobs DROP COLUMN state; ALTER TABLE jobs ADD COLUMN files TEXT;
+        ALTER TABLE jobs ADD COLUMN instant INTEGER; ALTER TABLE jobs ADD COLUMN quiesced INTEGER;
+        ALTER TABLE jobs ADD COLUMN verdict TEXT; ALTER TABLE jobs ADD COLUMN holds_poweroff INTEGER NOT NULL DEFAULT 0;
+        DROP TABLE checkpoints; DROP TABLE service;
         DELETE FROM jobs WHERE id = 2; PRAGMA user_version = 1;";
     catalog.execute_batch(former).unwrap();
     drop(catalog);
@@ -471,6 +476,8 @@ async fn a_store_is_read_where_no_service_is_and_by_an_ordinary_user() {
     {
         backup["path"] = Value::Null;
         backup["store"] = Value::Null;
+        // Whose rules apply only a service knows.
+        backup["own"] = Value::Null;
     }
     assert_eq!(listed, expected);
     assert!(read(&["nothing"]).expect_success().lines().count() == 1);

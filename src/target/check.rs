@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 
-use super::{Error, Media, Publication, Sources, Target};
+use rustix::io::Errno;
+
+use super::{Error, ImageLock, Media, Publication, Sources, Target, is_in_use};
 use crate::definition::Format;
 use crate::plan::{DiskPlan, Place, Task};
 
@@ -21,6 +23,43 @@ pub fn source(target: &Target, sources: &Sources) -> Result<(), Error> {
         });
     }
     Ok(())
+}
+
+/// Nobody's QEMU has open what was there before, and none will until this one has locks of its own. The service need not know
+/// the domain: whoever has an image open has locked it.
+pub fn unused(targets: &mut [Target]) -> Result<(), Error> {
+    let mut there: Vec<_> = targets
+        .iter_mut()
+        .filter(|target| matches!(target.publication, Publication::InPlace))
+        .collect();
+    // All are looked at before the first is locked: a lock of our own would be found.
+    if there.is_empty() {
+        return Ok(());
+    }
+    let others = Sources::locked();
+    for target in &there {
+        let in_use = is_in_use(&target.file, &others).map_err(|error| not_locked(target, &error))?;
+        if in_use {
+            return Err(locked(target));
+        }
+    }
+    for target in &mut there {
+        let lock = ImageLock::take(&target.file).map_err(|error| not_locked(target, &error))?;
+        target.lock = Some(lock.ok_or_else(|| locked(target))?);
+    }
+    Ok(())
+}
+
+fn locked(target: &Target) -> Error {
+    Error::Locked {
+        disk: target.disk.clone(),
+        target: target.label.clone(),
+    }
+}
+
+fn not_locked(target: &Target, error: &std::io::Error) -> Error {
+    let errno = Errno::from_io_error(error).unwrap_or(Errno::IO);
+    Error::io("look for locks of QEMU on", &target.label, errno).of(&target.disk)
 }
 
 /// A file has one name. One that was opened by O_TMPFILE, or removed since, is gone with its last descriptor, and the backup

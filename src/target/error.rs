@@ -39,6 +39,10 @@ pub enum Error {
     NotQcow2 { disk: String, target: String },
     #[error("disk '{disk}': {target} is a disk of a running domain")]
     IsSource { disk: String, target: String },
+    #[error(
+        "disk '{disk}': {target} is open in another QEMU, qemu-img or qemu-storage-daemon: shut that down, or choose another target"
+    )]
+    Locked { disk: String, target: String },
     #[error("disks '{first}' and '{second}' have the same target, {target}")]
     SameTarget {
         first: String,
@@ -124,6 +128,7 @@ impl Error {
             | Self::Parent { disk, .. }
             | Self::Gone { disk }
             | Self::IsSource { disk, .. }
+            | Self::Locked { disk, .. }
             | Self::AccessMode { disk, .. }
             | Self::Nameless { disk, .. }
             | Self::Linked { disk, .. }
@@ -159,6 +164,7 @@ impl Error {
             | Self::NotVouchedFor { .. }
             | Self::NotThere { .. }
             | Self::IsSource { .. }
+            | Self::Locked { .. }
             | Self::SameTarget { .. }
             | Self::AccessMode { .. }
             | Self::Nameless { .. }

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FileType, Stat, StatxFlags, makedev};
 use serde::{Deserialize, Serialize};
 
+use super::lock::has_image_lock;
+
 /// A regular file or a device, independent of links to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -81,6 +83,16 @@ impl Sources {
                 None => ids.extend(open.into_values()),
             }
         }
+        Self::made_of(ids)
+    }
+
+    /// What any process of this host has open with QEMU's locks on it, as far as this one may see: also disks of domains that
+    /// nobody made known. Blocks.
+    pub fn locked() -> Self {
+        Self::made_of(processes().flat_map(locked_files).collect())
+    }
+
+    fn made_of(mut ids: HashSet<FileId>) -> Self {
         // Files only: of two partitions of one disk, either is free while the other is a source.
         let made_of = ids.iter().flat_map(|id| related(*id));
         let files: Vec<_> = made_of.filter(|id| matches!(id, FileId::File { .. })).collect();
@@ -104,6 +116,31 @@ fn open_files(process: u32) -> HashMap<PathBuf, FileId> {
         Some((std::fs::read_link(&link).ok()?, FileId::at(&link)?))
     });
     open.collect()
+}
+
+fn processes() -> impl Iterator<Item = u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}
+
+/// What a process has open with QEMU's locks on it.
+fn locked_files(process: u32) -> Vec<FileId> {
+    let entries = std::fs::read_dir(format!("/proc/{process}/fdinfo"));
+    let entries = entries.into_iter().flatten();
+    let locked = entries.filter_map(|entry| {
+        let entry = entry.ok()?;
+        let info = std::fs::read_to_string(entry.path()).ok()?;
+        if !has_image_lock(&info) {
+            return None;
+        }
+        FileId::at(
+            &Path::new("/proc")
+                .join(process.to_string())
+                .join("fd")
+                .join(entry.file_name()),
+        )
+    });
+    locked.collect()
 }
 
 /// A file or device, and the devices that share their bytes with it, from `/sys/dev/block`.

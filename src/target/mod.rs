@@ -13,6 +13,7 @@ mod file;
 mod find;
 mod identity;
 mod inventory;
+mod lock;
 mod parents;
 mod path;
 mod removal;
@@ -27,6 +28,7 @@ pub use error::Error;
 pub use find::Found;
 pub use identity::{FileId, Holder, Sources};
 pub use inventory::{Held, Sharing, Shelf};
+pub use lock::{ImageLock, is_in_use};
 pub use parents::Parents;
 pub use removal::{Removal, removed_backup, removed_name};
 pub use replacement::Replacement;
@@ -97,6 +99,8 @@ pub struct Target {
     written: AtomicBool,
     /// What reads as zeroes is to take no space.
     sparse: bool,
+    /// Keeps other QEMUs from what was there before.
+    lock: Option<ImageLock>,
 }
 
 /// Where a disk's data of a backup will be, for people.
@@ -161,6 +165,7 @@ impl Targets {
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         check::space(&targets.targets, &plan.disks)?;
+        check::unused(&mut targets.targets)?;
         fault::passed("prepared");
         Ok(targets)
     }
@@ -178,6 +183,12 @@ impl Targets {
     /// The backup that these are, if it had its final name and its manifest when they were found: it is complete.
     pub fn published(&self) -> Option<&Published> {
         self.store.as_ref().and_then(store::Partial::published)
+    }
+
+    /// QEMU has locks of its own on all of them, and keeps these as long as it writes.
+    pub fn unlock(&self) {
+        let locks = self.targets.iter().filter_map(|target| target.lock.as_ref());
+        locks.for_each(ImageLock::release);
     }
 
     /// Whether the places are in a store, where a manifest belongs beside the images.
@@ -358,6 +369,7 @@ impl Target {
             publication,
             written: AtomicBool::new(false),
             sparse: false,
+            lock: None,
         })
     }
 

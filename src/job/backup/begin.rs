@@ -144,6 +144,7 @@ impl Driver<'_> {
     pub(super) async fn follow(&mut self) -> Result<Fact, Stopped> {
         let started = self.started.take();
         let (footprint, targets) = (self.footprint()?, self.targets()?);
+        targets.unlock();
         let (events, speed) = match started {
             Some((events, speed)) => (events, Some(speed)),
             None => (footprint.client().events(), None),

@@ -1,0 +1,171 @@
+//! QEMU's image locks: which files and devices any QEMU on this host has open, and a lock that keeps another one out.
+//!
+//! QEMU, `qemu-img` and `qemu-storage-daemon` put shared locks on single bytes of each image that they open (QEMU,
+//! block/file-posix.c): byte 100+n is a permission that they use, byte 200+n one that they leave to nobody else. The locks
+//! belong to the open file description, so QEMU shares those of a descriptor that it was passed.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use rustix::fs::{Mode, OFlags};
+
+use super::identity::Sources;
+
+/// The first byte that means a permission in use, and how many bytes there are from it to the last of the others.
+const LOCK_BYTES: (i64, i64) = (100, 164);
+/// Byte of the permission "consistent read", left to nobody else. Every QEMU with a guest wants that permission, and none
+/// that writes a backup ever locks or unlocks this byte: our lock and those of our QEMU don't touch.
+const OURS: i64 = 200;
+
+/// Keeps every other QEMU from opening a file or device, until it is released or dropped.
+#[derive(Debug)]
+pub struct ImageLock(Arc<OwnedFd>);
+
+impl ImageLock {
+    /// Locks what `file` is open on; nothing if somebody else has a lock there. Where the file system has no locks, QEMU
+    /// takes none either, and neither is found.
+    pub fn take(file: &Arc<OwnedFd>) -> io::Result<Option<Self>> {
+        let lock = Self(Arc::clone(file));
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, OURS, 1))) {
+            Ok(_) => {}
+            Err(Errno::EAGAIN | Errno::EACCES) => return Ok(None),
+            Err(errno) if is_without_locks(errno) => return Ok(Some(lock)),
+            Err(errno) => return Err(errno.into()),
+        }
+        // After locking: of two that do so at a time, each sees the other.
+        Ok((!is_locked(file)?).then_some(lock))
+    }
+
+    /// Once QEMU has locks of its own.
+    pub fn release(&self) {
+        // What cannot be unlocked goes with the descriptor.
+        let _ = fcntl(&self.0, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, OURS, 1)));
+    }
+}
+
+impl Drop for ImageLock {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+/// Whether a QEMU, `qemu-img` or `qemu-storage-daemon` has open what `file` is open on, or a device or file that shares
+/// bytes with it, such as the file of a loop device. `locked` is [`Sources::locked`]. Blocks.
+///
+/// A descriptor that came from somebody else can be the one that was locked: it is asked by another one of its own.
+pub fn is_in_use(file: &OwnedFd, locked: &Sources) -> io::Result<bool> {
+    if is_locked(file)? {
+        return Ok(true);
+    }
+    if let Ok(again) = open_again(file)
+        && is_locked(&again)?
+    {
+        return Ok(true);
+    }
+    let stat = rustix::fs::fstat(file)?;
+    Ok(locked.contains(super::FileId::of(&stat)))
+}
+
+fn open_again(file: &OwnedFd) -> io::Result<OwnedFd> {
+    use std::os::fd::AsRawFd;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// Whether another open file description has one of QEMU's locks.
+fn is_locked(file: impl AsFd) -> io::Result<bool> {
+    let (first, count) = LOCK_BYTES;
+    // As if for oneself alone: that conflicts with every lock.
+    let mut found = range(libc::F_WRLCK, first, count);
+    match fcntl(file, FcntlArg::F_OFD_GETLK(&mut found)) {
+        Ok(_) => Ok(i32::from(found.l_type) != libc::F_UNLCK),
+        Err(errno) if is_without_locks(errno) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn is_without_locks(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL
+    )
+}
+
+fn range(kind: i32, first: i64, count: i64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: first,
+        l_len: count,
+        // Required to be 0 by fcntl(2) for locks of an open file description.
+        l_pid: 0,
+    }
+}
+
+/// Whether a descriptor has one of QEMU's locks, from its `/proc/PID/fdinfo/FD`. A line is, as in proc_pid_fdinfo(5):
+/// `lock:	1: OFDLCK ADVISORY  READ -1 fd:01:1234 100 100`.
+pub fn has_image_lock(fdinfo: &str) -> bool {
+    let (first, count) = LOCK_BYTES;
+    let within = |line: &str| {
+        let mut words = line.strip_prefix("lock:")?.split_ascii_whitespace().skip(1);
+        // QEMU's locks belong to its process where the kernel has no others.
+        words.next().filter(|kind| ["OFDLCK", "POSIX"].contains(kind))?;
+        let start: i64 = words.nth(4)?.parse().ok()?;
+        Some(start >= first && start < first + count)
+    };
+    fdinfo.lines().any(|line| within(line) == Some(true))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(path: &std::path::Path) -> Arc<OwnedFd> {
+        let file = std::fs::File::options().read(true).write(true).open(path);
+        Arc::new(file.unwrap().into())
+    }
+
+    #[test]
+    fn a_lock_keeps_others_out_until_it_is_released() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (one, other) = (open(file.path()), open(file.path()));
+        let lock = ImageLock::take(&one).unwrap().expect("nobody has it");
+        assert!(ImageLock::take(&other).unwrap().is_none());
+        assert!(is_in_use(&other, &Sources::locked()).unwrap());
+        lock.release();
+        assert!(
+            !is_in_use(&other, &Sources::locked()).unwrap(),
+            "a refused attempt leaves no lock"
+        );
+        drop(ImageLock::take(&other).unwrap().expect("it was released"));
+        assert!(ImageLock::take(&one).unwrap().is_some(), "dropping releases");
+    }
+
+    #[test]
+    fn a_descriptor_that_was_locked_itself_is_in_use() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let passed = open(file.path());
+        let lock = ImageLock::take(&passed).unwrap();
+        assert!(!is_locked(&passed).unwrap(), "it does not see its own");
+        assert!(is_in_use(&passed, &Sources::locked()).unwrap());
+        drop(lock);
+        assert!(!is_in_use(&passed, &Sources::locked()).unwrap());
+    }
+
+    #[test]
+    fn only_locks_of_qemu_count() {
+        let line = |kind, start| {
+            format!("pos:\t0\nflags:\t02\nlock:\t1: {kind} ADVISORY  READ -1 fd:01:77 {start} {start}\n")
+        };
+        for start in [100, 101, 201] {
+            assert!(has_image_lock(&line("OFDLCK", start)), "{start}");
+        }
+        assert!(!has_image_lock(&line("OFDLCK", 99)) && !has_image_lock(&line("FLOCK", 100)));
+        assert!(!has_image_lock("pos:\t100\nflags:\t02\n"));
+    }
+}

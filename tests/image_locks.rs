@@ -1,0 +1,209 @@
+//! Images that somebody else has open: disks of VMs that the service does not know, and of tools.
+
+mod common;
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use backupd::target::{Sources, is_in_use};
+use common::System;
+use common::caller::{Caller, assert_completed};
+use common::disk::Disk;
+use common::process::{self, Process};
+use common::proxies::{Options, error_name};
+use common::proxy::Proxy;
+use common::storage::LoopDevice;
+use common::vm::Vm;
+use common::wait;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 8 * MIB;
+const INVALID: &str = "org.example.Backup1.Error.TargetInvalid";
+
+/// A VM that is backed up, with one disk `vda`.
+struct Scene {
+    system: System,
+    vm: Vm,
+    caller: Caller,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let system = System::start();
+        let vm = system.configured(system.vm("web").disk(Disk::new("vda", SIZE).fill(0, MIB, 0x11)));
+        let caller = Caller::new(&system).await;
+        Self { system, vm, caller }
+    }
+
+    /// No backup is written into this, whatever the caller says, and no byte of it changes.
+    async fn refuses(&self, target: &Path, kind: &str, format: &str) {
+        let before = fs::read(target).unwrap();
+        let residue = self.vm.residue();
+        for (document, files) in [
+            (by_path(target, kind, format), Vec::new()),
+            (by_descriptor(format), vec![open(target)]),
+        ] {
+            let started = self.caller.try_start("web", &document, &files, reuse()).await;
+            let error = started.expect_err("the backup is refused");
+            let text = error.to_string();
+            assert_eq!(error_name(&error), INVALID, "{text}");
+            assert!(text.contains("open in another QEMU"), "{text}");
+            assert!(
+                fs::read(target).unwrap() == before,
+                "{}: changed: {text}",
+                target.display()
+            );
+        }
+        assert_eq!(self.vm.residue(), residue);
+    }
+}
+
+fn reuse() -> Options<'static> {
+    Options::from([("reuse-external", Variant::from(true))])
+}
+
+fn open(path: &Path) -> OwnedFd {
+    let file = fs::File::options().read(true).write(true).open(path);
+    file.unwrap().into()
+}
+
+/// `kind` is "file" or "dev".
+fn by_path(target: &Path, kind: &str, format: &str) -> String {
+    let of_type = if kind == "dev" { " type='block'" } else { "" };
+    format!(
+        "<domainbackup><disks><disk name='vda'{of_type}><driver type='{format}'/><target {kind}='{}'/></disk>\
+         </disks></domainbackup>",
+        target.display()
+    )
+}
+
+fn by_descriptor(format: &str) -> String {
+    format!(
+        "<domainbackup><disks><disk name='vda' type='fd'><driver type='{format}'/><target fd='0'/></disk>\
+         </disks></domainbackup>"
+    )
+}
+
+fn image(scene: &Scene, name: &str, format: &str) -> PathBuf {
+    let path = scene.system.dir().join(name);
+    let mut command = process::bound("qemu-img");
+    command
+        .args(["create", "-q", "-f", format])
+        .arg(&path)
+        .arg(SIZE.to_string());
+    process::run(command).expect_success();
+    path
+}
+
+/// Waits until a program has locked what it was told to open.
+fn wait_for_lock(path: &Path) {
+    wait::until("an image to be locked", || {
+        is_in_use(&open(path), &Sources::locked()).unwrap().then_some(())
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_of_a_vm_that_nobody_made_known_is_not_written() {
+    let scene = Scene::new().await;
+    let file = scene.system.dir().join("loop.img");
+    let device = LoopDevice::attach(&file, SIZE);
+    let unknown = scene
+        .system
+        .vm("unknown")
+        .disk(Disk::new("vda", SIZE).fill(0, MIB, 0x77))
+        .disk(Disk::new("vdb", SIZE).raw().fill(0, MIB, 0x78))
+        .disk(
+            Disk::new("vdc", SIZE)
+                .raw()
+                .fill(0, MIB, 0x79)
+                .at(device.device()),
+        )
+        .disk(Disk::new("vdd", SIZE).raw().read_only())
+        .start();
+    scene.refuses(unknown.source_path("vda"), "file", "qcow2").await;
+    scene.refuses(unknown.source_path("vdb"), "file", "raw").await;
+    scene.refuses(unknown.source_path("vdd"), "file", "raw").await;
+    scene.refuses(device.device(), "dev", "raw").await;
+    // The same bytes under another name.
+    scene.refuses(&file, "file", "raw").await;
+    let above = LoopDevice::attach(unknown.source_path("vdb"), SIZE);
+    scene.refuses(above.device(), "dev", "raw").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_a_tool_has_open_is_not_written() {
+    let scene = Scene::new().await;
+    let served = image(&scene, "served", "qcow2");
+    let node = format!(
+        "driver=qcow2,node-name=disk,file.driver=file,file.filename={}",
+        served.display()
+    );
+    let mut command = process::bound("qemu-storage-daemon");
+    command.args(["--blockdev", &node]);
+    let mut daemon = Process::start("storage-daemon", scene.system.dir(), command);
+    wait_for_lock(&served);
+    scene.refuses(&served, "file", "qcow2").await;
+    daemon.kill();
+
+    let read = image(&scene, "read", "raw");
+    let mut command = process::bound("qemu-img");
+    command
+        .args(["bench", "-f", "raw", "-c", "1000000000"])
+        .arg(&read);
+    let mut reader = Process::start("qemu-img", scene.system.dir(), command);
+    wait_for_lock(&read);
+    scene.refuses(&read, "file", "raw").await;
+    reader.kill();
+
+    // Both are free now.
+    for (path, format) in [(&served, "qcow2"), (&read, "raw")] {
+        let document = by_path(path, "file", format);
+        assert_completed(&scene.caller.start_with("web", &document, &[], reuse()).await).await;
+        assert!(common::storage::holds(path, format, 0, MIB, 0x11));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_starts_while_a_backup_is_prepared_is_kept_out_of_its_target() {
+    let system = System::start();
+    let vm = system
+        .vm("web")
+        .disk(Disk::new("vda", SIZE).fill(0, MIB, 0x11))
+        .start();
+    let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
+    system.write_domain_file("web", &format!("monitor = \"{}\"\n", proxy.path().display()));
+    system.wait_for_domain("web");
+    let caller = Caller::new(&system).await;
+    let scene = Scene { system, vm, caller };
+    let write = |path: &Path, format: &str| {
+        let mut command = process::bound("qemu-io");
+        command
+            .args(["-f", format, "-c", "write -q -P 1 4M 512"])
+            .arg(path);
+        process::run(command)
+    };
+    for format in ["raw", "qcow2"] {
+        let target = image(&scene, format, format);
+        for command in ["add-fd", "transaction"] {
+            let held = proxy.hold(command, |_| true);
+            // By its path: the proxy is this process, and what it has open counts as its domain's.
+            let document = by_path(&target, "file", format);
+            let job = scene.caller.start_with("web", &document, &[], reuse()).await;
+            held.reached();
+            let refused = write(&target, format);
+            assert!(
+                !refused.success() && refused.stderr.contains("lock"),
+                "{format}, before {command}: {}{}",
+                refused.stdout,
+                refused.stderr
+            );
+            held.pass();
+            assert_completed(&job).await;
+            assert!(common::storage::holds(&target, format, 0, MIB, 0x11));
+        }
+        // QEMU up to version 8 still has the descriptor, since its guest is stopped: a lock that was left would be seen.
+        write(&target, format).expect_success();
+    }
+}

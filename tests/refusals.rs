@@ -545,6 +545,46 @@ async fn too_little_space_for_what_the_disk_holds() {
         .await;
 }
 
+/// Space that an image has reserved, and zeroes that it holds, take none in a backup.
+#[tokio::test(flavor = "multi_thread")]
+async fn space_that_is_reserved_or_zero_is_not_needed_in_the_target() {
+    let system = System::start();
+    let image = |name: &str, options: &str, format: &str| {
+        let path = system.dir().join(name);
+        let mut command = common::process::bound("qemu-img");
+        command.args(["create", "-q", "-f", format, "-o", options]);
+        common::process::run({
+            command.arg(&path).arg((300 * MIB).to_string());
+            command
+        })
+        .expect_success();
+        path
+    };
+    let reserved = image("reserved", "preallocation=falloc", "raw");
+    let preallocated = image("preallocated", "preallocation=falloc", "qcow2");
+    let zeroed = image("zeroed", "preallocation=full", "qcow2");
+    let machine = system
+        .vm("thick")
+        .disk(Disk::new("vda", 300 * MIB).raw().at(&reserved))
+        .disk(Disk::new("vdb", 300 * MIB).at(&preallocated))
+        .disk(Disk::new("vdc", 300 * MIB).at(&zeroed));
+    let vm = system.configured(machine);
+    for disk in ["vda", "vdb", "vdc"] {
+        vm.write(disk, 100 * MIB, 4 * MIB, 0x22);
+    }
+    let target = Tmpfs::mount(&system.dir().join("target"), 100 * MIB);
+    let caller = Caller::new(&system).await;
+    for disk in ["vda", "vdb", "vdc"] {
+        let path = target.path().join(format!("{disk}.qcow2"));
+        let document = format!(
+            "<domainbackup><disks><disk name='{disk}'><target file='{}'/></disk></disks></domainbackup>",
+            path.display()
+        );
+        assert_completed(&caller.start("thick", &document).await).await;
+        assert!(common::storage::holds(&path, "qcow2", 100 * MIB, 4 * MIB, 0x22));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn stores_that_somebody_else_could_swap() {
     let outside = common::test_directory();

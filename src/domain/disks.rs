@@ -19,6 +19,9 @@ pub struct Disk {
     pub virtual_size: u64,
     /// What the image and its backing chain take on the host, in bytes; at most `virtual_size`. An estimate.
     pub allocated: u64,
+    /// The file of its image, as its QEMU has it open, where what is in the file is what the guest sees: it isn't encrypted,
+    /// and holds no internal snapshots.
+    pub source: Option<PathBuf>,
     /// QEMU's name of the image format.
     pub format: String,
     pub writable: bool,
@@ -61,6 +64,7 @@ impl Disk {
             },
             virtual_size: 1 << 20,
             allocated: 1 << 16,
+            source: None,
             format: "qcow2".into(),
             writable,
             has_backing: false,
@@ -146,6 +150,10 @@ struct Image {
     virtual_size: u64,
     #[serde(rename = "actual-size", default)]
     actual_size: u64,
+    #[serde(default)]
+    encrypted: bool,
+    #[serde(default)]
+    snapshots: Vec<serde::de::IgnoredAny>,
     #[serde(rename = "backing-image", default)]
     backing: Option<Box<Image>>,
     #[serde(rename = "format-specific", default)]
@@ -292,6 +300,7 @@ fn disk(drive: BlockInfo, nodes: &HashMap<&str, &Node>, children: &Children) -> 
         node: source.unwrap_or_default().to_owned(),
         virtual_size,
         allocated: node.map_or(0, |node| allocated(&node.image)).min(virtual_size),
+        source: node.and_then(|node| source_file(node)),
         format: node.map(|node| node.drv.clone()).unwrap_or_default(),
         writable,
         has_backing: node.is_some_and(|node| node.image.backing.is_some()),
@@ -347,6 +356,11 @@ fn bitmaps(node: &Node) -> Vec<Bitmap> {
     let good = |bitmap: &Bitmap| (1..=MAX_BITMAP_NAME).contains(&bitmap.name.len());
     let bitmaps = node.bitmaps.iter().take(MAX_BITMAPS).filter_map(named);
     bitmaps.filter(good).collect()
+}
+
+fn source_file(node: &Node) -> Option<PathBuf> {
+    let plain = ["qcow2", "raw"].contains(&node.drv.as_str()) && !node.image.encrypted;
+    (plain && node.image.snapshots.is_empty()).then(|| node.file.as_str().into())
 }
 
 fn allocated(image: &Image) -> u64 {
@@ -413,6 +427,8 @@ mod tests {
             image: Image {
                 virtual_size: 0,
                 actual_size: 0,
+                encrypted: false,
+                snapshots: Vec::new(),
                 backing: None,
                 specific: None,
             },

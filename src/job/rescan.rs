@@ -407,6 +407,7 @@ fn plan(
                 node: String::new(),
                 virtual_size: disk.virtual_size,
                 estimate: disk.virtual_size,
+                source: None,
                 only_allocated: false,
                 format: disk.format,
                 compress: listed()

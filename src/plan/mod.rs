@@ -125,6 +125,9 @@ pub struct DiskPlan {
     pub virtual_size: u64,
     /// What the data takes at most, as far as is known, in bytes.
     pub estimate: u64,
+    /// The file with the disk's data, as its QEMU has it open, where what is in it is also in the backup.
+    #[serde(default)]
+    pub source: Option<PathBuf>,
     /// What the disk's image does not have reads as zeroes, so that a copy of all of it can leave that out.
     pub only_allocated: bool,
     pub format: Format,
@@ -496,6 +499,7 @@ fn disk_plan(
         node: disk.node.clone(),
         virtual_size: disk.virtual_size,
         estimate,
+        source: disk.source.clone(),
         only_allocated,
         format,
         compress: asked.and_then(|asked| asked.compress),

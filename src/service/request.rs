@@ -208,12 +208,13 @@ impl Service {
                 owner: other.is_foreign(domain.owner).then_some(other.owner),
             })
             .collect();
+        let process = domain.process();
         let id = backup_id.to_owned();
         // It may take longer than anybody waits for it.
         let needed = self.jobs.need_service();
         tokio::task::spawn_blocking(move || {
             let _needed = needed;
-            let targets = Targets::prepare(&plan, &id, &files, &Sources::of(&holders))?;
+            let targets = Targets::prepare(&plan, &id, &files, &Sources::of(&holders), process)?;
             Ok((plan, targets))
         })
     }

@@ -187,6 +187,7 @@ fn disk_plans(chain: &Chain, disks: &[String], format: Format) -> Vec<DiskPlan> 
             node: String::new(),
             virtual_size: disk.virtual_size(),
             estimate: disk.estimate(),
+            source: None,
             only_allocated: true,
             format,
             compress: None,

@@ -1,7 +1,5 @@
 //! What must be true of a place before its first byte is changed.
 
-use std::collections::HashMap;
-
 use rustix::io::Errno;
 
 use super::{Error, ImageLock, Media, Publication, Sources, Target, is_in_use};
@@ -111,13 +109,6 @@ fn block(target: &Target, disk: &DiskPlan, size: u64) -> Result<(), Error> {
     if disk.format == Format::Raw && size < disk.virtual_size {
         return Err(wrong_size(target, disk, size));
     }
-    if disk.format == Format::Qcow2 && disk.compress.is_none() && size < disk.estimate {
-        return Err(Error::NoSpace {
-            target: target.label.clone(),
-            needed: disk.estimate,
-            free: size,
-        });
-    }
     Ok(())
 }
 
@@ -159,36 +150,7 @@ fn qcow2_virtual_size(target: &Target) -> Result<u64, Error> {
 }
 
 /// Size of what a target's descriptor is open on, in bytes; a device's too.
-fn size(target: &Target) -> Result<u64, Error> {
+pub fn size(target: &Target) -> Result<u64, Error> {
     rustix::fs::seek(&target.file, rustix::fs::SeekFrom::End(0))
         .map_err(|errno| Error::io("find the size of", &target.label, errno))
-}
-
-/// Compares, for each file system, its free space with what all disks that go there may take. A compressed image
-/// takes less by an unknown amount: it is left out.
-pub fn space(targets: &[Target], disks: &[DiskPlan]) -> Result<(), Error> {
-    let mut needed: HashMap<u64, (u64, &Target)> = HashMap::new();
-    for (target, disk) in targets.iter().zip(disks) {
-        if target.media == Media::Block || disk.compress.is_some() {
-            continue;
-        }
-        let stat =
-            rustix::fs::fstat(&target.file).map_err(|errno| Error::io("stat", &target.label, errno))?;
-        let freed = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
-        let (sum, _) = needed.entry(stat.st_dev).or_insert((0, target));
-        *sum = sum.saturating_add(disk.estimate.saturating_sub(freed));
-    }
-    for (needed, target) in needed.into_values() {
-        let system = rustix::fs::fstatvfs(&target.file)
-            .map_err(|errno| Error::io("find the free space of", &target.label, errno))?;
-        let free = system.f_bavail.saturating_mul(system.f_frsize);
-        if free < needed {
-            return Err(Error::NoSpace {
-                target: target.label.clone(),
-                needed,
-                free,
-            });
-        }
-    }
-    Ok(())
 }

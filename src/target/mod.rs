@@ -18,6 +18,7 @@ mod parents;
 mod path;
 mod removal;
 mod replacement;
+mod space;
 mod sparse;
 mod store;
 mod writeback;
@@ -137,8 +138,15 @@ pub struct Targets {
 impl Targets {
     /// Opens or creates every place of `plan` and checks it. No byte that was there before is changed.
     ///
-    /// `id` is the backup's; `files` are the descriptors of the call; `sources` is what the domains have open.
-    pub fn prepare(plan: &Plan, id: &str, files: &[OwnedFd], sources: &Sources) -> Result<Self, Error> {
+    /// `id` is the backup's; `files` are the descriptors of the call; `sources` is what the domains have open; `process` is the
+    /// QEMU of this one.
+    pub fn prepare(
+        plan: &Plan,
+        id: &str,
+        files: &[OwnedFd],
+        sources: &Sources,
+        process: Option<u32>,
+    ) -> Result<Self, Error> {
         let mut targets = Self {
             targets: Vec::new(),
             store: None,
@@ -164,7 +172,7 @@ impl Targets {
             check::names(target, &disk.place, &plan.task)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
-        check::space(&targets.targets, &plan.disks)?;
+        space::check(&targets.targets, &plan.disks, &plan.task, process)?;
         check::unused(&mut targets.targets)?;
         fault::passed("prepared");
         Ok(targets)

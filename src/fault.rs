@@ -19,6 +19,8 @@ pub enum Point {
     MergeMade,
     /// It is on record what its manifest will be.
     MergeRecorded,
+    /// The former ones are moved aside, where they can't be exchanged, and nothing is in their place.
+    MergeMovedAside,
     /// They are in its place, and it is not on record.
     MergeExchanged,
     /// It is on record, and the former ones are still there.
@@ -46,6 +48,15 @@ impl Point {
     pub const MERGE: [Self; 4] = [
         Self::MergeMade,
         Self::MergeRecorded,
+        Self::MergeExchanged,
+        Self::Merged,
+    ];
+
+    /// The same on a file system that cannot exchange two directories.
+    pub const MERGE_BY_MOVING: [Self; 5] = [
+        Self::MergeMade,
+        Self::MergeRecorded,
+        Self::MergeMovedAside,
         Self::MergeExchanged,
         Self::Merged,
     ];

@@ -12,6 +12,7 @@ use common::caller::Caller;
 use common::chain::directories;
 use common::clients::ROOT;
 use common::disk::Disk;
+use common::hanging::{Hanging, Limits};
 use common::proxies::{Options, error_name};
 use common::vm::Vm;
 use common::{System, process, wait};
@@ -24,6 +25,8 @@ const DISKS: [&str; 2] = ["vda", "vdb"];
 
 /// A full backup, and a chain of three on it.
 struct Scene {
+    // Before all others, which use it.
+    _storage: Option<Hanging>,
     system: System,
     vm: Vm,
     ids: Vec<String>,
@@ -33,7 +36,18 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Self {
-        let system = System::start();
+        Self::of(System::start(), None).await
+    }
+
+    /// On a store whose file system cannot do everything.
+    async fn limited(limits: Limits) -> Self {
+        let mut system = System::setup().without_daemon().start();
+        let storage = Hanging::mount(&system.store(), limits);
+        system.start_daemon();
+        Self::of(system, Some(storage)).await
+    }
+
+    async fn of(system: System, storage: Option<Hanging>) -> Self {
         let machine = system.vm("web").running();
         let disk = |name: &&str| Disk::new(name, 4 * MIB).fill(0, 2 * MIB, 0x11);
         let vm = system.configured(
@@ -43,6 +57,7 @@ impl Scene {
                 .fold(machine, |machine, disk| machine.disk(disk)),
         );
         let mut scene = Self {
+            _storage: storage,
             system,
             vm,
             ids: Vec::new(),
@@ -186,8 +201,34 @@ async fn what_lay_on_a_backup_that_is_deleted_shows_what_it_showed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wherever_the_service_dies_every_backup_shows_what_it_showed() {
-    let mut scene = Scene::new().await;
-    for point in Point::MERGE.into_iter().chain(Point::REMOVAL) {
+    dies_and_goes_on(Scene::new().await, &Point::MERGE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_an_exchange_every_backup_shows_what_it_showed_wherever_the_service_dies() {
+    let limits = Limits {
+        plain_rename: true,
+        no_links: true,
+        ..Limits::default()
+    };
+    dies_and_goes_on(Scene::limited(limits).await, &Point::MERGE_BY_MOVING).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_lay_on_a_backup_shows_what_it_showed_in_a_store_with_links_and_without_an_exchange() {
+    let limits = Limits {
+        plain_rename: true,
+        ..Limits::default()
+    };
+    let scene = Scene::limited(limits).await;
+    let [first, second, third, fourth] = scene.ids.clone().try_into().unwrap();
+    scene.delete(&second, &["merge"]).await.unwrap();
+    scene.assert_there(&[&first, &third, &fourth]).await;
+}
+
+/// Deletes the oldest backup once for each point at which the service then dies.
+async fn dies_and_goes_on(mut scene: Scene, merge: &[Point]) {
+    for point in merge.iter().copied().chain(Point::REMOVAL) {
         let oldest = scene.ids[0].clone();
         scene.system.stop_daemon();
         scene.system.start_dying_daemon(point);

@@ -97,7 +97,8 @@ impl Backups {
                     .await?;
             } else {
                 let (kept, file) = (replacement.clone(), disk.file.clone());
-                self.blocking(&backup.key.store, self.deadlines.stall(), move || {
+                // Without hard links it copies.
+                self.blocking(&backup.key.store, self.deadlines.finish(), move || {
                     kept.keep(&file)
                 })
                 .await?;
@@ -200,6 +201,7 @@ impl Backups {
     async fn finish_merge(&self, key: &BackupKey) -> Result<(), Error> {
         let (path, at) = (self.store_path(key)?, key.clone());
         let read = move || {
+            Replacement::settle(&path, name(&at))?;
             let shelf = Shelf::of_store(&path)?.below(&at.domain)?;
             let backup = shelf.map(|shelf| shelf.below(&at.id)).transpose()?.flatten();
             let read = backup.map(|backup| backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES));

@@ -15,7 +15,7 @@ use crate::catalog::{
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
 use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
-use crate::target::{self, Shelf};
+use crate::target::{self, BackupName, Replacement, Shelf};
 
 /// Texts about what could not be taken in.
 const MAX_PROBLEMS: usize = 100;
@@ -134,8 +134,12 @@ impl Look<'_> {
             }
             Err(error) => return Err(error),
         };
-        let (hidden, ids): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| is_hidden(name));
-        self.unfinished(directory, &hidden).await?;
+        let (hidden, mut ids): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| is_hidden(name));
+        for id in self.unfinished(directory, &hidden).await? {
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
         for ids in ids.chunks(BATCH) {
             if self.setting.stop.is_cancelled() {
                 return Err(Error::Stopping);
@@ -145,9 +149,30 @@ impl Look<'_> {
         Ok(())
     }
 
-    /// Finishes what was being removed, and tells of what nobody will ever finish.
-    async fn unfinished(&mut self, directory: &str, hidden: &[String]) -> Result<(), Error> {
+    /// Finishes what was being removed, puts back what was moved aside, and tells of what nobody will ever finish. Returns the
+    /// backups that may be back in their place.
+    async fn unfinished(&mut self, directory: &str, hidden: &[String]) -> Result<Vec<String>, Error> {
+        let mut back = Vec::new();
         for name in hidden {
+            if let Some(id) = target::replaced_backup(name) {
+                let (path, domain, at) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
+                let settle = move || {
+                    let name = BackupName {
+                        domain: &domain,
+                        id: &at,
+                    };
+                    Replacement::settle(&path, name)
+                };
+                // Under whichever name, it is there.
+                self.missing.remove(&(directory.to_owned(), id.to_owned()));
+                match self.within(settle).await {
+                    Ok(()) => back.push(id.to_owned()),
+                    Err(error) => {
+                        let path = self.path.join(directory).join(name);
+                        self.rescan.problem(&path, &error.to_string());
+                    }
+                }
+            }
             if let Some(id) = target::removed_backup(name) {
                 let (path, domain, id) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
                 let finished = self.within(move || finish_removal(&path, &domain, &id)).await;
@@ -166,7 +191,7 @@ impl Look<'_> {
                 );
             }
         }
-        Ok(())
+        Ok(back)
     }
 
     async fn backups(&mut self, directory: &str, ids: &[String]) -> Result<(), Error> {

@@ -61,6 +61,10 @@ pub enum Error {
     Nameless { disk: String, target: String },
     #[error("disk '{disk}': {target} has other names beside this one (hard links): use a file of its own")]
     Linked { disk: String, target: String },
+    #[error(
+        "disk '{disk}': {target} can't be given its name without a risk of replacing another file: its file system can neither rename with RENAME_NOREPLACE nor make hard links. Choose a directory on another one, or pass an open file"
+    )]
+    Unnameable { disk: String, target: String },
     #[error("disk '{disk}': {target} is in use by the system, as a file system or otherwise")]
     DeviceInUse { disk: String, target: String },
     #[error("{target} has {free} bytes of free space where the backup takes up to {needed}")]
@@ -132,6 +136,7 @@ impl Error {
             | Self::AccessMode { disk, .. }
             | Self::Nameless { disk, .. }
             | Self::Linked { disk, .. }
+            | Self::Unnameable { disk, .. }
             | Self::DeviceInUse { disk, .. } => Some(disk),
             Self::Io { disk, .. } => disk.as_deref(),
             _ => None,
@@ -169,6 +174,7 @@ impl Error {
             | Self::AccessMode { .. }
             | Self::Nameless { .. }
             | Self::Linked { .. }
+            | Self::Unnameable { .. }
             | Self::DeviceInUse { .. } => Kind::TargetInvalid,
         }
     }

@@ -5,12 +5,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::identity::FileId;
 use super::path::{Trust, open_directory};
-use super::{Error, Publication, Target};
+use super::{Error, Publication, Target, naming};
 use crate::fault::{self, Point};
 
 /// A file under a name that says it is partial, and the name that it gets.
@@ -40,6 +40,21 @@ pub fn create(disk: &str, path: &Path, backup: &str, index: usize) -> Result<Tar
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(&directory, &partial, flags, Mode::RUSR | Mode::WUSR)
         .map_err(|errno| Error::io("create a file for", &label, errno))?;
+    let rename =
+        |directory: &OwnedFd, old: &str, new: &str| naming::rename_new(directory, old.as_ref(), new.as_ref());
+    if let Err(errno) = naming::try_naming(&directory, &partial, rename) {
+        for name in [naming::trial_name(&partial), partial] {
+            // Empty and ours: if it can't even be removed, the error that is told is the cause.
+            let _ = rustix::fs::unlinkat(&directory, &name, AtFlags::empty());
+        }
+        return Err(match naming::is_without_links(errno) {
+            true => Error::Unnameable {
+                disk: disk.to_owned(),
+                target: label,
+            },
+            false => Error::io("give its name to", &label, errno),
+        });
+    }
     let partial = Partial {
         directory,
         partial,
@@ -60,6 +75,8 @@ pub fn find(
 ) -> Result<Option<Target>, Error> {
     let (directory, name) = parent(path)?;
     let partial = partial_name(backup, index);
+    // From a process that ended while it was tried.
+    let _ = rustix::fs::unlinkat(&directory, naming::trial_name(&partial), AtFlags::empty());
     // Its own name was given to it after it was known which file it is. It may have both for a moment.
     let named = id.is_some().then_some((name.as_os_str(), true));
     let entries = named.into_iter().chain([(OsStr::new(&partial), false)]);
@@ -158,13 +175,15 @@ impl Partial {
 
     fn rename(&mut self, disk: &str, label: &str) -> Result<(), Error> {
         fault::point(Point::BeforeRename);
-        rename_new(&self.directory, &self.partial, &self.name).map_err(|errno| match errno {
-            Errno::EXIST => Error::Exists {
-                disk: disk.to_owned(),
-                target: label.to_owned(),
+        naming::rename_new(&self.directory, self.partial.as_ref(), &self.name).map_err(
+            |errno| match errno {
+                Errno::EXIST => Error::Exists {
+                    disk: disk.to_owned(),
+                    target: label.to_owned(),
+                },
+                errno => Error::io("give its name to", label, errno),
             },
-            errno => Error::io("give its name to", label, errno),
-        })?;
+        )?;
         self.renamed = true;
         fault::point(Point::Renamed);
         Ok(())
@@ -182,19 +201,5 @@ impl Partial {
             rustix::fs::unlinkat(&self.directory, name, AtFlags::empty())?;
         }
         Ok(rustix::fs::fsync(&self.directory)?)
-    }
-}
-
-/// Renames within a directory; never over something.
-fn rename_new(directory: &OwnedFd, old: &str, new: &OsString) -> Result<(), Errno> {
-    match rustix::fs::renameat_with(directory, old, directory, new, RenameFlags::NOREPLACE) {
-        // File systems without that flag (NFS) can still link without replacing.
-        Err(Errno::INVAL) => {
-            rustix::fs::linkat(directory, old, directory, new, AtFlags::empty())?;
-            // Under both names it is published all the same.
-            let _ = rustix::fs::unlinkat(directory, old, AtFlags::empty());
-            Ok(())
-        }
-        result => result,
     }
 }

@@ -14,6 +14,7 @@ mod find;
 mod identity;
 mod inventory;
 mod lock;
+mod naming;
 mod parents;
 mod path;
 mod removal;
@@ -32,7 +33,7 @@ pub use inventory::{Held, Sharing, Shelf};
 pub use lock::{ImageLock, is_in_use};
 pub use parents::Parents;
 pub use removal::{Removal, removed_backup, removed_name};
-pub use replacement::Replacement;
+pub use replacement::{Replacement, replaced_backup};
 pub use store::{Published, ensure as ensure_store, partial_backup};
 pub use writeback::Writeback;
 

@@ -3,14 +3,15 @@
 //!
 //! Only what is the backup's is removed: the images that its manifest names, and its records. No link is followed.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, RenameFlags, Stat};
+use rustix::fs::{AtFlags, FileType, Stat};
 use rustix::io::Errno;
 
 use super::inventory::{Held, Sharing, Shelf};
 use super::store::names_in;
-use super::{BackupName, Error};
+use super::{BackupName, Error, naming};
 use crate::fault::{self, Point};
 
 /// What [`Stat::st_blocks`] counts in.
@@ -41,6 +42,15 @@ pub fn removed_name(id: &str) -> String {
 /// The backup whose directory has that name while it is being removed.
 pub fn removed_backup(name: &str) -> Option<&str> {
     name.strip_prefix('.')?.strip_suffix(".removed")
+}
+
+/// Removes the directories of removed backups in a domain's directory that were not empty at the time, because a program had
+/// files of theirs open. Those that still aren't empty stay.
+pub fn sweep(domain: &OwnedFd) {
+    let names = names_in(domain).unwrap_or_default();
+    for name in names.iter().filter(|name| removed_backup(name).is_some()) {
+        let _ = rustix::fs::unlinkat(domain, name, AtFlags::REMOVEDIR);
+    }
 }
 
 impl Removal {
@@ -102,7 +112,9 @@ impl Removal {
 
     /// Finds what is to go, all of which must be the backup's.
     fn take_stock(&mut self, images: &[&str], records: &[&str]) -> Result<(), Error> {
-        let names = names_in(self.directory.descriptor()).map_err(|errno| self.failed("read", "", errno))?;
+        let mut names =
+            names_in(self.directory.descriptor()).map_err(|errno| self.failed("read", "", errno))?;
+        naming::without_held_open(&mut names);
         for name in &names {
             let known = images.contains(&name.as_str()) || records.contains(&name.as_str());
             let stat = match known {
@@ -143,12 +155,8 @@ impl Removal {
         let sync =
             || rustix::fs::fsync(domain).map_err(|errno| self.failed("fsync the directory of", "", errno));
         if !self.begun {
-            match rustix::fs::renameat_with(domain, &self.id, domain, &hidden, RenameFlags::NOREPLACE) {
-                // A file system without that flag still does not replace a directory that has something in it.
-                Err(Errno::INVAL) => rustix::fs::renameat(domain, &self.id, domain, &hidden),
-                result => result,
-            }
-            .map_err(|errno| self.failed("rename", "", errno))?;
+            naming::rename_directory(domain, &self.id, &hidden)
+                .map_err(|errno| self.failed("rename", "", errno))?;
             sync()?;
         }
         fault::point(Point::RemovalRenamed);
@@ -159,8 +167,20 @@ impl Removal {
                 fault::point(Point::RemovalBegun);
             }
         }
-        rustix::fs::unlinkat(domain, &hidden, AtFlags::REMOVEDIR)
-            .map_err(|errno| self.failed("remove", "", errno))?;
+        match rustix::fs::unlinkat(domain, &hidden, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            // A program has an image open still. Nothing of the backup is left; the directory goes later.
+            Err(Errno::NOTEMPTY | Errno::EXIST)
+                if naming::is_as_good_as_empty(self.directory.descriptor()) =>
+            {
+                tracing::info!(
+                    directory = %self.path.display(),
+                    "a removed backup's files are still open somewhere: their space is free when they are closed"
+                );
+            }
+            Err(errno) => return Err(self.failed("remove", "", errno)),
+        }
+        sweep(domain);
         sync()?;
         fault::point(Point::RemovalEmptied);
         Ok(self.space)

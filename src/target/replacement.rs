@@ -1,4 +1,7 @@
 //! Putting another directory in the place of a backup's: made beside it under a hidden name, and exchanged with it as a whole.
+//!
+//! Where the file system cannot exchange, the backup's directory is moved aside first. A process that ends in between leaves
+//! it there, complete, and it is put back.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -7,8 +10,9 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::inventory::{Sharing, Shelf};
+use super::removal::removed_name;
 use super::store::names_in;
-use super::{BackupName, Error};
+use super::{BackupName, Error, naming};
 use crate::fault::{self, Point};
 
 /// The directory that is to take a backup's place. Left where it is when it is dropped: [`Replacement::clear`] removes it.
@@ -21,6 +25,16 @@ pub struct Replacement {
 
 fn hidden_name(id: &str) -> String {
     format!(".{id}.merged")
+}
+
+/// What the backup's directory is called while another one takes its place, where the two can't be exchanged.
+fn aside_name(id: &str) -> String {
+    format!(".{id}.replaced")
+}
+
+/// The backup whose directory has that name while another one takes its place.
+pub fn replaced_backup(name: &str) -> Option<&str> {
+    name.strip_prefix('.')?.strip_suffix(".replaced")
 }
 
 impl Replacement {
@@ -42,26 +56,28 @@ impl Replacement {
 
     /// Removes one that was not put in place, or what was in that place before; durably. Nothing if there is none. Blocks.
     pub fn clear(store: &Path, name: BackupName) -> Result<(), Error> {
+        Self::settle(store, name)?;
         let domain = domain(store, name)?;
-        let hidden = hidden_name(name.id);
-        let Some(directory) = domain.below(&hidden)? else {
+        for hidden in [hidden_name(name.id), aside_name(name.id)] {
+            if let Some(directory) = domain.below(&hidden)? {
+                remove(&domain, &directory, &hidden, name.id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts back what was moved aside for a replacement that then didn't get its place, durably. Nothing if there is no such
+    /// thing. Blocks.
+    pub fn settle(store: &Path, name: BackupName) -> Result<(), Error> {
+        let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
             return Ok(());
         };
-        let names =
-            names_in(directory.descriptor()).map_err(|errno| failed(&directory, "read", "", errno))?;
-        for file in names {
-            let stat = rustix::fs::statat(directory.descriptor(), &file, AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(|errno| failed(&directory, "stat", &file, errno))?;
-            if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-                return Err(Error::NotTheBackups {
-                    path: directory.path().join(&file).display().to_string(),
-                });
-            }
-            rustix::fs::unlinkat(directory.descriptor(), &file, AtFlags::empty())
-                .map_err(|errno| failed(&directory, "remove", &file, errno))?;
+        let aside = aside_name(name.id);
+        if domain.below(&aside)?.is_none() || domain.below(name.id)?.is_some() {
+            return Ok(());
         }
-        rustix::fs::unlinkat(domain.descriptor(), &hidden, AtFlags::REMOVEDIR)
-            .map_err(|errno| failed(&domain, "remove", &hidden, errno))?;
+        naming::rename_directory(domain.descriptor(), &aside, name.id)
+            .map_err(|errno| failed(&domain, "rename", &aside, errno))?;
         sync(&domain)
     }
 
@@ -72,17 +88,25 @@ impl Replacement {
             .map_err(|errno| failed(&self.directory, "create", file, errno))
     }
 
-    /// Has it hold a file that the backup has already.
+    /// Has it hold a file that the backup has already. Where there are no hard links, that is a copy.
     pub fn keep(&self, file: &str) -> Result<(), Error> {
         let current = self.current()?;
-        rustix::fs::linkat(
-            current.descriptor(),
-            file,
-            self.directory.descriptor(),
-            file,
-            AtFlags::empty(),
-        )
-        .map_err(|errno| failed(&self.directory, "link", file, errno))
+        let (from, to) = (current.descriptor(), self.directory.descriptor());
+        match rustix::fs::linkat(from, file, to, file, AtFlags::empty()) {
+            Err(errno) if naming::is_without_links(errno) => self.copy(&current, file),
+            result => result.map_err(|errno| failed(&self.directory, "link", file, errno)),
+        }
+    }
+
+    fn copy(&self, current: &Shelf, file: &str) -> Result<(), Error> {
+        let mut from = std::fs::File::from(current.open_file(file)?);
+        let mut to = std::fs::File::from(self.create_file(file)?);
+        std::io::copy(&mut from, &mut to)
+            .and_then(|_| to.sync_all())
+            .map_err(|error| {
+                let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+                failed(&self.directory, "copy", file, errno)
+            })
     }
 
     /// Writes a file, durably.
@@ -101,16 +125,60 @@ impl Replacement {
         sync(&self.directory)?;
         let _held = self.current()?.hold(Sharing::Exclusive)?;
         let (domain, hidden) = (self.domain.descriptor(), hidden_name(&self.id));
-        rustix::fs::renameat_with(domain, &hidden, domain, &self.id, RenameFlags::EXCHANGE)
-            .map_err(|errno| failed(&self.domain, "exchange", &self.id, errno))?;
+        match rustix::fs::renameat_with(domain, &hidden, domain, &self.id, RenameFlags::EXCHANGE) {
+            Err(errno) if naming::is_without_flags(errno) => self.move_in(&hidden)?,
+            result => result.map_err(|errno| failed(&self.domain, "exchange", &self.id, errno))?,
+        }
         fault::point(Point::MergeExchanged);
         sync(&self.domain)
+    }
+
+    /// Puts it in place in two steps. Between them nothing has the backup's name: [`Self::settle`] gives it back to what had it.
+    fn move_in(&self, hidden: &str) -> Result<(), Error> {
+        let (domain, aside) = (self.domain.descriptor(), aside_name(&self.id));
+        let rename = |old: &str, new: &str| {
+            naming::rename_directory(domain, old, new)
+                .map_err(|errno| failed(&self.domain, "rename", old, errno))
+        };
+        rename(&self.id, &aside)?;
+        sync(&self.domain)?;
+        fault::point(Point::MergeMovedAside);
+        rename(hidden, &self.id).inspect_err(|_| {
+            // If this fails too, whoever finishes the merge does it.
+            let _ = rename(&aside, &self.id);
+        })
     }
 
     fn current(&self) -> Result<Shelf, Error> {
         let current = self.domain.below(&self.id)?;
         current.ok_or_else(|| failed(&self.domain, "open", &self.id, Errno::NOENT))
     }
+}
+
+fn remove(domain: &Shelf, directory: &Shelf, hidden: &str, id: &str) -> Result<(), Error> {
+    let mut names = names_in(directory.descriptor()).map_err(|errno| failed(directory, "read", "", errno))?;
+    naming::without_held_open(&mut names);
+    for file in names {
+        let stat = rustix::fs::statat(directory.descriptor(), &file, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|errno| failed(directory, "stat", &file, errno))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(Error::NotTheBackups {
+                path: directory.path().join(&file).display().to_string(),
+            });
+        }
+        rustix::fs::unlinkat(directory.descriptor(), &file, AtFlags::empty())
+            .map_err(|errno| failed(directory, "remove", &file, errno))?;
+    }
+    match rustix::fs::unlinkat(domain.descriptor(), hidden, AtFlags::REMOVEDIR) {
+        // A program has an image open still: the directory goes later, and is in nobody's way until then.
+        Err(Errno::NOTEMPTY | Errno::EXIST) if naming::is_as_good_as_empty(directory.descriptor()) => {
+            let later = removed_name(&format!("{id}-{}", uuid::Uuid::new_v4().simple()));
+            naming::rename_directory(domain.descriptor(), hidden, &later)
+        }
+        result => result,
+    }
+    .map_err(|errno| failed(domain, "remove", hidden, errno))?;
+    sync(domain)
 }
 
 fn domain(store: &Path, name: BackupName) -> Result<Shelf, Error> {

@@ -7,12 +7,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::inventory::read_file;
 use super::path::{Trust, check_trust, open_directory};
-use super::{BackupName, Error, Publication, Target};
+use super::removal::{removed_name, sweep};
+use super::{BackupName, Error, Publication, Target, naming};
 use crate::catalog::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::fault::{self, Point};
 
@@ -163,11 +164,18 @@ impl Partial {
         let shown = path.display().to_string();
         rustix::fs::mkdirat(&domain, &partial, DIRECTORY_MODE)
             .map_err(|errno| Error::io("create", &shown, errno))?;
+        // Empty and ours: if it can't even be removed, the error that is told is the cause.
+        let remove = |name: &str| drop(rustix::fs::unlinkat(&domain, name, AtFlags::REMOVEDIR));
         let directory = open_child(&domain, &partial).map_err(|errno| {
-            // Empty and ours: if it can't even be removed, the error that is told is the cause.
-            let _ = rustix::fs::unlinkat(&domain, &partial, AtFlags::REMOVEDIR);
+            remove(&partial);
             Error::io("open", &shown, errno)
         })?;
+        naming::try_naming(&domain, &partial, naming::rename_directory).map_err(|errno| {
+            remove(&naming::trial_name(&partial));
+            remove(&partial);
+            Error::io("give its name to", &shown, errno)
+        })?;
+        sweep(&domain);
         Ok((domain, directory, partial, path))
     }
 
@@ -185,6 +193,8 @@ impl Partial {
             Err(errno) => return Err(Error::io("open", &shown, errno)),
         };
         let partial = partial_name(backup.id);
+        // From a process that ended while it was tried.
+        let _ = rustix::fs::unlinkat(&domain, naming::trial_name(&partial), AtFlags::REMOVEDIR);
         let path = domain_path.join(backup.id);
         for (name, renamed) in [(backup.id, true), (partial.as_str(), false)] {
             let directory = match open_child(&domain, name) {
@@ -264,15 +274,8 @@ impl Partial {
             self.write_records(records)?;
             sync(&self.directory, &shown)?;
             fault::point(Point::BeforeRename);
-            let flags = RenameFlags::NOREPLACE;
-            match rustix::fs::renameat_with(&self.domain, &self.partial, &self.domain, &self.name, flags) {
-                // A file system without that flag still does not replace a directory that has something in it.
-                Err(Errno::INVAL) => {
-                    rustix::fs::renameat(&self.domain, &self.partial, &self.domain, &self.name)
-                }
-                result => result,
-            }
-            .map_err(|errno| Error::io("give its name to", &shown, errno))?;
+            naming::rename_directory(&self.domain, &self.partial, &self.name)
+                .map_err(|errno| Error::io("give its name to", &shown, errno))?;
             self.renamed = true;
             fault::point(Point::Renamed);
         }
@@ -316,7 +319,13 @@ impl Partial {
             self.remove_file(record)?;
         }
         let name = if self.renamed { &self.name } else { &self.partial };
-        rustix::fs::unlinkat(&self.domain, name, AtFlags::REMOVEDIR)?;
+        match rustix::fs::unlinkat(&self.domain, name, AtFlags::REMOVEDIR) {
+            // QEMU has an image open still: the directory goes later.
+            Err(Errno::NOTEMPTY | Errno::EXIST) if naming::is_as_good_as_empty(&self.directory) => {
+                naming::rename_directory(&self.domain, name, &removed_name(&self.name))?;
+            }
+            result => result?,
+        }
         if self.domain_created {
             match rustix::fs::unlinkat(&self.store, &self.domain_name, AtFlags::REMOVEDIR) {
                 // Another backup of the same domain has come meanwhile.

@@ -57,17 +57,32 @@ struct Control {
     affected: usize,
 }
 
+/// What the file system cannot do, as many that are no disk's.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits {
+    /// It renames only as rename(2) does: replacing.
+    pub plain_rename: bool,
+    pub no_links: bool,
+    /// A file that is removed while it is open gets a hidden name until it is closed.
+    pub keeps_open_files: bool,
+}
+
 struct Node {
     entries: Option<BTreeMap<OsString, u64>>,
     /// Sparse, and without a name.
     content: File,
     mode: u16,
     links: u32,
+    /// How often it is open.
+    open: usize,
+    /// The directory and the name that it has only until it is closed.
+    kept: Option<(u64, OsString)>,
 }
 
 /// Nodes are never forgotten: a test has few.
 struct Tree {
     nodes: HashMap<u64, Node>,
+    limits: Limits,
 }
 
 struct Server {
@@ -81,7 +96,7 @@ struct Server {
 /// them.
 pub struct Hanging {
     path: PathBuf,
-    _place: tempfile::TempDir,
+    _place: Option<tempfile::TempDir>,
     control: Arc<Mutex<Control>>,
     tree: Arc<Mutex<Tree>>,
     session: Option<BackgroundSession>,
@@ -96,10 +111,20 @@ impl Hanging {
     #[track_caller]
     pub fn mount_in(place: tempfile::TempDir, name: &str) -> Self {
         let path = place.path().join(name);
+        let mut mounted = Self::mount(&path, Limits::default());
+        mounted._place = Some(place);
+        mounted
+    }
+
+    /// Mounts one with limits on `path`, which is made.
+    #[track_caller]
+    pub fn mount(path: &Path, limits: Limits) -> Self {
+        let path = path.to_owned();
         std::fs::create_dir(&path).expect("the mount point is made");
         let control = Arc::default();
         let tree = Arc::new(Mutex::new(Tree {
             nodes: HashMap::from([(1, Node::new(true, 0o755))]),
+            limits,
         }));
         let server = Server {
             control: Arc::clone(&control),
@@ -109,7 +134,7 @@ impl Hanging {
             .expect("a FUSE file system is mounted: /dev/fuse is needed");
         Self {
             path,
-            _place: place,
+            _place: None,
             control,
             tree,
             session: Some(session),
@@ -188,6 +213,8 @@ impl Node {
             content: tempfile::tempfile().expect("a file without a name is made"),
             mode: (mode & 0o7777) as u16,
             links: if directory { 2 } else { 1 },
+            open: 0,
+            kept: None,
         }
     }
 
@@ -251,8 +278,42 @@ impl Tree {
         if node.entries.as_ref().is_some_and(|entries| !entries.is_empty()) {
             return Err(Errno::ENOTEMPTY);
         }
-        node.links = 0;
+        node.links -= 1;
+        let stays_open = node.links == 0 && node.open > 0;
         self.entries(parent)?.remove(name);
+        if stays_open && self.limits.keeps_open_files {
+            let hidden = OsString::from(format!(".fuse_hidden{number:08x}"));
+            self.entries(parent)?.insert(hidden.clone(), number);
+            self.node(number)?.kept = Some((parent, hidden));
+        }
+        Ok(())
+    }
+
+    fn link(&mut self, number: u64, parent: u64, name: OsString) -> Result<FileAttr, Errno> {
+        if self.limits.no_links {
+            return Err(Errno::EPERM);
+        }
+        if self.entries(parent)?.contains_key(&name) {
+            return Err(Errno::EEXIST);
+        }
+        self.entries(parent)?.insert(name, number);
+        self.node(number)?.links += 1;
+        self.attributes(number)
+    }
+
+    fn open(&mut self, number: u64) -> Result<(), Errno> {
+        self.node(number)?.open += 1;
+        Ok(())
+    }
+
+    fn close(&mut self, number: u64) -> Result<(), Errno> {
+        let node = self.node(number)?;
+        node.open -= 1;
+        if node.open == 0
+            && let Some((parent, name)) = node.kept.take()
+        {
+            self.entries(parent)?.remove(&name);
+        }
         Ok(())
     }
 
@@ -408,7 +469,11 @@ impl Filesystem for Server {
             self,
             Operation::Create,
             reply,
-            |tree: &mut Tree| tree.make(parent.0, name, Node::new(false, mode)),
+            |tree: &mut Tree| {
+                let made = tree.make(parent.0, name, Node::new(false, mode))?;
+                tree.open(made.ino.0)?;
+                Ok::<_, Errno>(made)
+            },
             |reply: ReplyCreate, made: FileAttr| {
                 reply.created(&TTL, &made, FIRST, OPENED, flags);
             }
@@ -441,6 +506,10 @@ impl Filesystem for Server {
         reply: ReplyEmpty,
     ) {
         let (name, new_name) = (name.to_owned(), new_name.to_owned());
+        let exchange = flags.contains(RenameFlags::RENAME_EXCHANGE);
+        if exchange || lock(&self.tree).limits.plain_rename && !flags.is_empty() {
+            return reply.error(Errno::EINVAL);
+        }
         let keep = flags.contains(RenameFlags::RENAME_NOREPLACE);
         answer!(
             self,
@@ -451,12 +520,42 @@ impl Filesystem for Server {
         );
     }
 
-    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+    fn link(&self, _: &Request, number: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let name = name.to_owned();
         answer!(
             self,
             Operation::Any,
             reply,
-            |_: &mut Tree| Ok(()),
+            |tree: &mut Tree| tree.link(number.0, parent.0, name),
+            |reply: ReplyEntry, linked: FileAttr| reply.entry(&TTL, &linked, FIRST)
+        );
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        answer!(
+            self,
+            Operation::Any,
+            reply,
+            |tree: &mut Tree| tree.close(number.0),
+            |reply: ReplyEmpty, ()| reply.ok()
+        );
+    }
+
+    fn open(&self, _: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        answer!(
+            self,
+            Operation::Any,
+            reply,
+            |tree: &mut Tree| tree.open(number.0),
             |reply: ReplyOpen, ()| reply.opened(OPENED, FopenFlags::empty())
         );
     }

@@ -3,7 +3,8 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use common::System;
 use common::caller::{Caller, assert_completed};
@@ -12,9 +13,11 @@ use common::disk::Disk;
 use common::hanging::{Hanging, Limits};
 use common::proxies::{Options, error_name};
 use common::storage::{files_below, holds};
-use common::wait;
+use common::vm::Vm;
+use common::{process, wait};
 
 const MIB: u64 = 1 << 20;
+const INVALID: &str = "org.example.Backup1.Error.TargetInvalid";
 
 fn into_file(path: &Path) -> String {
     format!(
@@ -72,7 +75,7 @@ async fn a_file_that_could_not_be_given_its_name_is_refused_before_anything_is_c
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_gets_its_name_by_a_link_where_renaming_could_replace() {
     let system = System::start();
-    let vm = system.configured(
+    let _vm = system.configured(
         system
             .vm("web")
             .disk(Disk::new("vda", 4 * MIB).fill(0, MIB, 0x11)),
@@ -99,10 +102,12 @@ async fn a_backup_goes_though_its_images_are_open_and_its_directory_goes_when_th
     };
     let storage = Hanging::mount(&system.store(), limits);
     system.start_daemon();
-    let vm = system.configured(
+    let _vm = system.configured(
         system
             .vm("web")
-            .disk(Disk::new("vda", 4 * MIB).fill(0, MIB, 0x11)),
+            .disk(Disk::new("vda", 4 * MIB).fill(0, MIB, 0x11))
+            // QEMU up to version 8 keeps the descriptors while its guest is stopped.
+            .running(),
     );
     let caller = Caller::new(&system).await;
     caller.complete("web", "").await;
@@ -138,4 +143,150 @@ async fn a_backup_goes_though_its_images_are_open_and_its_directory_goes_when_th
     .await;
     caller.complete("web", "").await;
     assert!(!domain.join(&removed).exists(), "the next backup removes it");
+}
+
+/// A directory that is mounted on another one, until it is dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn bind(directory: &Path, on: &Path) -> Self {
+        let mut mount = Command::new("mount");
+        mount.arg("--bind").args([directory, on]);
+        process::run(mount).expect_success();
+        Self(on.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let mut unmount = Command::new("umount");
+        unmount.arg("--lazy").arg(&self.0);
+        process::run(unmount);
+    }
+}
+
+/// A VM, and a store `disk` whose path is a mount point.
+struct MountPoint {
+    caller: Caller,
+    _vm: Vm,
+    system: System,
+    path: PathBuf,
+    _place: tempfile::TempDir,
+}
+
+impl MountPoint {
+    const STORE: &str = "<domainbackup><store name='disk'/></domainbackup>";
+
+    async fn new() -> Self {
+        let place = common::test_directory();
+        let path = place.path().join("mnt");
+        fs::create_dir(&path).unwrap();
+        let system = System::setup().store("disk", &path).start();
+        let vm = system.configured(
+            system
+                .vm("web")
+                .disk(Disk::new("vda", 4 * MIB).raw().fill(0, MIB, 0x11)),
+        );
+        Self {
+            caller: Caller::new(&system).await,
+            _vm: vm,
+            system,
+            path,
+            _place: place,
+        }
+    }
+
+    /// A directory to be mounted there.
+    fn disk(&self, name: &str) -> PathBuf {
+        let path = self.system.dir().join(name);
+        fs::create_dir(&path).unwrap();
+        path
+    }
+
+    async fn refuses(&self, words: &str) {
+        let before = all_below(&self.path);
+        let started = self
+            .caller
+            .try_start("web", Self::STORE, &[], Options::new())
+            .await;
+        let error = started.expect_err("the backup is refused");
+        assert_eq!(error_name(&error), INVALID, "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+        assert_eq!(all_below(&self.path), before, "nothing is written: {error}");
+    }
+
+    fn rescan(&self) -> String {
+        let scanned = self.system.clients().backupctl(ROOT, &["rescan"]);
+        format!("{}{}", scanned.stdout, scanned.stderr)
+    }
+
+    fn delete(&self, id: &str) -> String {
+        let deleted = self.system.clients().backupctl(ROOT, &["delete", id]);
+        assert!(!deleted.success(), "{}", deleted.stdout);
+        deleted.stderr
+    }
+
+    /// The directories of the backups of the VM.
+    fn ids(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.path.join("web")).unwrap();
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+}
+
+/// Every entry, the service's own too.
+fn all_below(path: &Path) -> Vec<PathBuf> {
+    let mut find = Command::new("find");
+    let found = process::run({
+        find.arg(path);
+        find
+    });
+    found.expect_success().lines().map(PathBuf::from).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_not_mounted_takes_nothing() {
+    let scene = MountPoint::new().await;
+    let disk = scene.disk("disk");
+    let mounted = Mounted::bind(&disk, &scene.path);
+    scene.caller.complete("web", MountPoint::STORE).await;
+    let [id] = scene.ids().try_into().unwrap();
+    drop(mounted);
+    scene.refuses("its mark (.backupd/store) is missing").await;
+    let refused = scene.delete(&id);
+    assert!(refused.contains(".backupd/store"), "{refused}");
+    // Looking for it changes nothing as long as it isn't there.
+    let scanned = scene.rescan();
+    assert!(scanned.contains("is it mounted"), "{scanned}");
+    scene.refuses("its mark (.backupd/store) is missing").await;
+    let _mounted = Mounted::bind(&disk, &scene.path);
+    scene.caller.complete("web", MountPoint::STORE).await;
+    assert_eq!(scene.ids().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_store_in_the_place_of_one_is_used_when_somebody_says_so() {
+    let scene = MountPoint::new().await;
+    let first = Mounted::bind(&scene.disk("first"), &scene.path);
+    scene.caller.complete("web", MountPoint::STORE).await;
+    drop(first);
+    // One that another service uses.
+    let marked = scene.disk("marked");
+    let own = marked.join(".backupd");
+    fs::create_dir(&own).unwrap();
+    fs::write(own.join("store"), "0f0e0d0c-0000-4000-8000-000000000000\n").unwrap();
+    let second = Mounted::bind(&marked, &scene.path);
+    scene.refuses("its mark (.backupd/store) is another one").await;
+    scene.rescan();
+    scene.caller.complete("web", MountPoint::STORE).await;
+    drop(second);
+    // An empty one, which somebody prepared.
+    let empty = scene.disk("empty");
+    let _third = Mounted::bind(&empty, &scene.path);
+    scene.refuses("is missing").await;
+    fs::create_dir(empty.join(".backupd")).unwrap();
+    scene.refuses("is missing").await;
+    scene.rescan();
+    scene.caller.complete("web", MountPoint::STORE).await;
 }

@@ -190,16 +190,24 @@ async fn a_qemu_that_starts_while_a_backup_is_prepared_is_kept_out_of_its_target
             let held = proxy.hold(command, |_| true);
             // By its path: the proxy is this process, and what it has open counts as its domain's.
             let document = by_path(&target, "file", format);
-            let job = scene.caller.start_with("web", &document, &[], reuse()).await;
-            held.reached();
-            let refused = write(&target, format);
-            assert!(
-                !refused.success() && refused.stderr.contains("lock"),
-                "{format}, before {command}: {}{}",
-                refused.stdout,
-                refused.stderr
-            );
-            held.pass();
+            // The call is answered when the backup has begun.
+            let start = scene.caller.start_with("web", &document, &[], reuse());
+            let tried = tokio::task::spawn_blocking(move || {
+                held.reached();
+                held
+            });
+            let passed = async {
+                let held = tried.await.unwrap();
+                let refused = write(&target, format);
+                assert!(
+                    !refused.success() && refused.stderr.contains("lock"),
+                    "{format}, before {command}: {}{}",
+                    refused.stdout,
+                    refused.stderr
+                );
+                held.pass();
+            };
+            let (job, ()) = tokio::join!(start, passed);
             assert_completed(&job).await;
             assert!(common::storage::holds(&target, format, 0, MIB, 0x11));
         }

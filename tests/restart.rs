@@ -194,6 +194,10 @@ fn has_ended(points: &[String], point: &str) -> bool {
 fn empty(directory: &Path) {
     for entry in std::fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
+        // What makes a store the one that it is stays.
+        if path.ends_with(".backupd") {
+            continue;
+        }
         match path.is_dir() {
             true => std::fs::remove_dir_all(path).unwrap(),
             false => std::fs::remove_file(path).unwrap(),

@@ -97,8 +97,7 @@ impl Backups {
                     .await?;
             } else {
                 let (kept, file) = (replacement.clone(), disk.file.clone());
-                // Without hard links it copies.
-                self.blocking(&backup.key.store, self.deadlines.finish(), move || {
+                self.blocking(&backup.key.store, self.deadlines.stall(), move || {
                     kept.keep(&file)
                 })
                 .await?;
@@ -194,6 +193,7 @@ impl Backups {
     /// Finishes what a former process of the service began to put in place, or takes it back.
     pub(super) async fn recover_merge(&self, key: &BackupKey) -> Result<(), Error> {
         let _turn = self.place(&key.store)?.removal.lock().await;
+        self.check_mark(&key.store).await?;
         self.finish_merge(key).await
     }
 

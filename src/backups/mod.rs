@@ -22,6 +22,7 @@ use crate::activity::Activity;
 use crate::catalog::{self, Backup, BackupFilter, BackupKey, Catalog, Cursor, DomainRecord};
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Identity, NOBODY, Origin, Registry};
+use crate::target;
 
 pub use error::Error;
 pub use look::PATIENCE;
@@ -201,6 +202,19 @@ impl Backups {
     /// The backups whose ids begin like that, where they lie, their objects, and whose they are.
     pub async fn named(&self, prefix: &str) -> Result<Vec<(BackupKey, u64, DomainRecord)>, catalog::Error> {
         self.catalog.backups_named(prefix.to_owned(), MOST_NAMED).await
+    }
+
+    /// Makes sure that a store is the one that was used before, and not what else has its path while it isn't mounted.
+    pub(super) async fn check_mark(&self, name: &str) -> Result<(), Error> {
+        let store = self.store(name).ok_or_else(|| Error::NoStore(name.to_owned()))?;
+        let Some(known) = self.catalog.store_mark(name.to_owned()).await? else {
+            return Ok(());
+        };
+        let path = store.path.clone();
+        self.blocking(name, self.deadlines.stall(), move || {
+            target::check_mark(&path, &known)
+        })
+        .await
     }
 
     /// The store of that name in the configuration.

@@ -77,6 +77,7 @@ impl Backups {
     async fn remove_now(&self, unwanted: &Unwanted) -> Result<Removed, Error> {
         // What is found out here stays so.
         let _turn = self.place(&unwanted.store)?.removal.lock().await;
+        self.check_mark(&unwanted.store).await?;
         if unwanted.merge {
             self.merge(unwanted).await?;
         }
@@ -259,6 +260,7 @@ impl Backups {
 
     async fn finish(&self, backup: Backup) -> Result<(), Error> {
         let _turn = self.place(&backup.key.store)?.removal.lock().await;
+        self.check_mark(&backup.key.store).await?;
         if let Begun::Yes(removal) = self.unless_begun(&backup).await? {
             self.remove_one(&backup, removal).await?;
             self.tell_removed(backup);

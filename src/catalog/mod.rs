@@ -13,6 +13,7 @@ mod error;
 mod history;
 mod jobs;
 mod manifest;
+mod marks;
 mod merging;
 mod record;
 mod rescan;

@@ -13,6 +13,7 @@ mod error;
 mod footprint;
 mod guard;
 mod manager;
+mod mark;
 mod outcome;
 mod progress;
 mod quiesce;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::boot::BootId;
 use super::manager::Setting;
+use super::mark::mark;
 use super::record::{domain_record, journal, to_text};
 use super::{DiskState, DiskStatus, Error, backup, blocking};
 use crate::backups::finish_removal;
@@ -12,6 +13,7 @@ use crate::catalog::{
     BackupRecord, DEFINITION_NAME, DomainDir, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
     StoredBackup, Taken,
 };
+use crate::config::Store;
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
 use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
@@ -73,6 +75,7 @@ pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Err
                 if adopt {
                     setting.catalog.adopt(name.clone()).await?;
                 }
+                mark_as(setting, name, store, &mut rescan).await?;
             }
             Ok(false) => rescan.problem(
                 &store.path,
@@ -86,6 +89,19 @@ pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Err
     }
     tracing::info!(backups = rescan.backups, "the stores were looked through");
     Ok(rescan)
+}
+
+/// Has the store that was looked through be the one that is used from now on.
+async fn mark_as(setting: &Setting, name: &str, store: &Store, rescan: &mut Rescan) -> Result<(), Error> {
+    match mark(setting, name, &store.path).await {
+        // Its look told already that none of the backups on record is there.
+        Ok(_) | Err(Error::Target(target::Error::NotMounted { .. })) => Ok(()),
+        Err(Error::Target(error)) => {
+            rescan.problem(&store.path, &error.to_string());
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// A look through one store.

@@ -13,8 +13,8 @@ use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Job, Start};
-use crate::plan::{self, CheckpointOption, Options, PlaceKind, Plan, Requested};
-use crate::target::{self, Holder, Sources, Targets};
+use crate::plan::{self, CheckpointOption, Destination, Options, PlaceKind, Plan, Requested};
+use crate::target::{self, Around, Holder, Sources, Targets};
 
 /// How long a backup of one domain waits for news of the others.
 const LOOK: Duration = Duration::from_millis(500);
@@ -162,9 +162,13 @@ impl Service {
             store,
             request.files.files.len(),
         )?;
+        let mark = match &plan.destination {
+            Destination::Store { name, .. } => self.jobs.store_mark(name).await?,
+            Destination::Caller => None,
+        };
         let record = self.jobs.begin(&domain, &plan, uid, start_time).await?;
         let prepared = self
-            .prepare(plan, &domain, &record.backup_id, request.files.files)
+            .prepare(plan, &domain, &record.backup_id, request.files.files, mark)
             .await;
         let (reservation, (plan, targets)) = self.jobs.prepared(record.id, reservation, prepared).await?;
         let job = self.jobs.start(Start {
@@ -195,6 +199,7 @@ impl Service {
         domain: &Domain,
         backup_id: &str,
         files: Vec<OwnedFd>,
+        mark: Option<String>,
     ) -> JoinHandle<Result<(Plan, Targets)>> {
         self.refresh_others(domain).await;
         let holders: Vec<Holder> = self
@@ -214,7 +219,12 @@ impl Service {
         let needed = self.jobs.need_service();
         tokio::task::spawn_blocking(move || {
             let _needed = needed;
-            let targets = Targets::prepare(&plan, &id, &files, &Sources::of(&holders), process)?;
+            let around = Around {
+                sources: Sources::of(&holders),
+                process,
+                mark,
+            };
+            let targets = Targets::prepare(&plan, &id, &files, &around)?;
             Ok((plan, targets))
         })
     }

@@ -63,7 +63,9 @@ impl Service {
         let domain = self.backups.domain(&backup.domain);
         let plan = Plan::of_stored(Task::Restore(stored(backup)), disk_plans(&chain, &disks, format));
         let record = self.jobs.begin(&domain, &plan, uid, Timestamp::now()).await?;
-        let prepared = self.prepare(plan, &domain, &record.backup_id, files.files).await;
+        let prepared = self
+            .prepare(plan, &domain, &record.backup_id, files.files, None)
+            .await;
         let (turn, (plan, targets)) = self.jobs.prepared(record.id, turn, prepared).await?;
         let work = Work::Restore(Box::new((chain, targets)));
         let job = self.jobs.start_stored(turn, domain, (plan, record), work);

@@ -85,6 +85,15 @@ pub enum Error {
         "{path}: it has a backup's name, and its manifest does not vouch for it ({why}): it is left as it is. Check it, and remove it by hand if it is of no use"
     )]
     NotVouchedFor { path: String, why: String },
+    #[error(
+        "{path}: is not the store that was used before: its mark (.backupd/store) {}. Mount the store, or run 'backupctl rescan' to use what is there now",
+        if *.is_marked { "is another one" } else { "is missing" }
+    )]
+    OtherStore { path: String, is_marked: bool },
+    #[error(
+        "{path}: none of the {backups} backups on record is there. Mount the store; or, to begin with an empty one, make the directory .backupd in it and run 'backupctl rescan'"
+    )]
+    NotMounted { path: String, backups: usize },
     #[error("{path}: is not the backup's, and would go with it: move it away")]
     NotTheBackups { path: String },
     #[error("the plan has no store")]
@@ -168,6 +177,8 @@ impl Error {
             | Self::NotTheBackups { .. }
             | Self::NotVouchedFor { .. }
             | Self::NotThere { .. }
+            | Self::OtherStore { .. }
+            | Self::NotMounted { .. }
             | Self::IsSource { .. }
             | Self::Locked { .. }
             | Self::SameTarget { .. }

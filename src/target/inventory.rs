@@ -77,6 +77,10 @@ impl Shelf {
         open_file(&self.directory, &self.path, name)
     }
 
+    pub(super) fn into_descriptor(self) -> OwnedFd {
+        self.directory
+    }
+
     pub(super) fn descriptor(&self) -> &OwnedFd {
         &self.directory
     }

@@ -108,7 +108,7 @@ fn range(kind: i32, first: i64, count: i64) -> libc::flock {
 }
 
 /// Whether a descriptor has one of QEMU's locks, from its `/proc/PID/fdinfo/FD`. A line is, as in proc_pid_fdinfo(5):
-/// `lock:	1: OFDLCK ADVISORY  READ -1 fd:01:1234 100 100`.
+/// `lock: 1: OFDLCK ADVISORY  READ -1 fd:01:1234 100 100`.
 pub fn has_image_lock(fdinfo: &str) -> bool {
     let (first, count) = LOCK_BYTES;
     let within = |line: &str| {

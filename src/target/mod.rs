@@ -14,6 +14,7 @@ mod find;
 mod identity;
 mod inventory;
 mod lock;
+mod mark;
 mod naming;
 mod parents;
 mod path;
@@ -31,6 +32,7 @@ pub use find::Found;
 pub use identity::{FileId, Holder, Sources};
 pub use inventory::{Held, Sharing, Shelf};
 pub use lock::{ImageLock, is_in_use};
+pub use mark::{check_mark, make_mark};
 pub use parents::Parents;
 pub use removal::{Removal, removed_backup, removed_name};
 pub use replacement::{Replacement, replaced_backup};
@@ -66,6 +68,17 @@ pub struct BackupName<'a> {
     pub domain: &'a str,
     /// Unique in the store, and fit for a file's name.
     pub id: &'a str,
+}
+
+/// What is around a backup's targets on this host.
+#[derive(Debug, Default)]
+pub struct Around {
+    /// What the domains have open.
+    pub sources: Sources,
+    /// The domain's QEMU.
+    pub process: Option<u32>,
+    /// The mark of the store, where the targets are in one.
+    pub mark: Option<String>,
 }
 
 /// What lies behind a target's descriptor.
@@ -139,15 +152,8 @@ pub struct Targets {
 impl Targets {
     /// Opens or creates every place of `plan` and checks it. No byte that was there before is changed.
     ///
-    /// `id` is the backup's; `files` are the descriptors of the call; `sources` is what the domains have open; `process` is the
-    /// QEMU of this one.
-    pub fn prepare(
-        plan: &Plan,
-        id: &str,
-        files: &[OwnedFd],
-        sources: &Sources,
-        process: Option<u32>,
-    ) -> Result<Self, Error> {
+    /// `id` is the backup's; `files` are the descriptors of the call.
+    pub fn prepare(plan: &Plan, id: &str, files: &[OwnedFd], around: &Around) -> Result<Self, Error> {
         let mut targets = Self {
             targets: Vec::new(),
             store: None,
@@ -159,7 +165,7 @@ impl Targets {
                 domain: directory.as_str(),
                 id,
             };
-            targets.store = Some(store::Partial::create(path, name)?);
+            targets.store = Some(store::Partial::create(path, name, around.mark.as_deref())?);
         }
         for (index, disk) in plan.disks.iter().enumerate() {
             let target = targets.open(plan, disk, index, id, files);
@@ -168,12 +174,12 @@ impl Targets {
                 .push(target.map_err(|error| error.of(&disk.name))?);
         }
         for (target, disk) in targets.targets.iter().zip(&plan.disks) {
-            check::source(target, sources)?;
+            check::source(target, &around.sources)?;
             check::twice(target, &targets.targets)?;
             check::names(target, &disk.place, &plan.task)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
-        space::check(&targets.targets, &plan.disks, &plan.task, process)?;
+        space::check(&targets.targets, &plan.disks, &plan.task, around.process)?;
         check::unused(&mut targets.targets)?;
         fault::passed("prepared");
         Ok(targets)

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::inventory::read_file;
+use super::inventory::{Shelf, read_file};
 use super::path::{Trust, check_trust, open_directory};
 use super::removal::{removed_name, sweep};
-use super::{BackupName, Error, Publication, Target, naming};
+use super::{BackupName, Error, Publication, Target, mark, naming};
 use crate::catalog::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::fault::{self, Point};
 
@@ -113,8 +113,13 @@ fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Er
 }
 
 impl Partial {
-    pub fn create(store_path: &Path, backup: BackupName) -> Result<Self, Error> {
-        let store = open_directory(store_path, Trust::Administrator)?;
+    /// Makes it, if the store has that mark.
+    pub fn create(store_path: &Path, backup: BackupName, known: Option<&str>) -> Result<Self, Error> {
+        let store = Shelf::of_store(store_path)?;
+        if let Some(known) = known {
+            mark::check(&store, known)?;
+        }
+        let store = store.into_descriptor();
         let domain_path = store_path.join(backup.domain);
         let shown = domain_path.display().to_string();
         let domain_created =
@@ -165,7 +170,9 @@ impl Partial {
         rustix::fs::mkdirat(&domain, &partial, DIRECTORY_MODE)
             .map_err(|errno| Error::io("create", &shown, errno))?;
         // Empty and ours: if it can't even be removed, the error that is told is the cause.
-        let remove = |name: &str| drop(rustix::fs::unlinkat(&domain, name, AtFlags::REMOVEDIR));
+        let remove = |name: &str| {
+            let _ = rustix::fs::unlinkat(&domain, name, AtFlags::REMOVEDIR);
+        };
         let directory = open_child(&domain, &partial).map_err(|errno| {
             remove(&partial);
             Error::io("open", &shown, errno)

@@ -119,11 +119,15 @@ pub fn holds(image: &Path, format: &str, offset: u64, length: u64, pattern: u8) 
     true
 }
 
-/// Every file below a directory, as sorted paths relative to it: what a backup left. Empty when it isn't there.
+/// Every file below a directory, as sorted paths relative to it: what a backup left. Empty when it isn't there. What the service
+/// keeps of its own in a store is left out.
 pub fn files_below(dir: &Path) -> Vec<String> {
     fn walk(dir: &Path, base: &Path, found: &mut Vec<String>) {
         for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
             let path = entry.path();
+            if entry.file_name() == ".backupd" {
+                continue;
+            }
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 walk(&path, base, found);
             } else {

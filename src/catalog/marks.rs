@@ -1,0 +1,23 @@
+//! Which store is which: the mark of each one that was used (see `target::make_mark`).
+
+use rusqlite::{OptionalExtension, params};
+
+use super::{Catalog, Error};
+
+impl Catalog {
+    /// The mark that a store had when it was used first, or when it was read again last; nothing if it was never used.
+    pub async fn store_mark(&self, store: String) -> Result<Option<String>, Error> {
+        self.run(move |connection| {
+            let mut select = connection.prepare("SELECT mark FROM store_marks WHERE store = ?1")?;
+            Ok(select.query_row([store], |row| row.get(0)).optional()?)
+        })
+        .await
+    }
+
+    pub async fn set_store_mark(&self, store: String, mark: String) -> Result<(), Error> {
+        let sql = "INSERT INTO store_marks (store, mark) VALUES (?1, ?2) \
+             ON CONFLICT (store) DO UPDATE SET mark = excluded.mark";
+        self.change(sql, move |set| set.execute(params![store, mark]))
+            .await
+    }
+}

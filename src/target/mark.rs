@@ -1,0 +1,183 @@
+//! A store's mark: a file that tells the store from whatever else has its path, such as the empty directory that a file system
+//! is mounted on.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::inventory::Shelf;
+use super::{Error, naming};
+
+/// The service's own directory in a store.
+const DIRECTORY: &str = ".backupd";
+const FILE: &str = "store";
+const MAX_BYTES: usize = 256;
+
+/// Whether the store at `path` has that mark. Blocks.
+pub fn check_mark(path: &Path, known: &str) -> Result<(), Error> {
+    check(&Shelf::of_store(path)?, known)
+}
+
+pub(super) fn check(store: &Shelf, known: &str) -> Result<(), Error> {
+    let found = match store.below(DIRECTORY)? {
+        Some(own) => read(&own)?,
+        None => None,
+    };
+    if found.as_deref() == Some(known) {
+        return Ok(());
+    }
+    Err(Error::OtherStore {
+        path: store.path().display().to_string(),
+        is_marked: found.is_some(),
+    })
+}
+
+/// The mark of the store at `path`, which gets one if it has none, durably. `known` are the backups on record there, as
+/// (domain's directory, id): if there are some and none of them is there, it may not be the store, unless it has a directory
+/// `.backupd`, which somebody made on purpose. Blocks.
+pub fn make_mark(path: &Path, known: &[(String, String)]) -> Result<String, Error> {
+    let store = Shelf::of_store(path)?;
+    let own = match store.below(DIRECTORY)? {
+        Some(own) => own,
+        None if known.is_empty() || is_one_there(&store, known)? => {
+            match rustix::fs::mkdirat(store.descriptor(), DIRECTORY, Mode::RWXU) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(errno) => return Err(failed(&store, "create", DIRECTORY, errno)),
+            }
+            sync(&store)?;
+            let own = store.below(DIRECTORY)?;
+            own.ok_or_else(|| failed(&store, "open", DIRECTORY, Errno::NOTDIR))?
+        }
+        None => {
+            return Err(Error::NotMounted {
+                path: path.display().to_string(),
+                backups: known.len(),
+            });
+        }
+    };
+    if let Some(mark) = read(&own)? {
+        return Ok(mark);
+    }
+    write(&own, &uuid::Uuid::new_v4().to_string())?;
+    // Another service may have been faster.
+    read(&own)?.ok_or_else(|| failed(&own, "read", FILE, Errno::NOENT))
+}
+
+fn is_one_there(store: &Shelf, known: &[(String, String)]) -> Result<bool, Error> {
+    for (domain, id) in known {
+        if let Some(domain) = store.below(domain)?
+            && domain.below(id)?.is_some()
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn read(own: &Shelf) -> Result<Option<String>, Error> {
+    match own.read(FILE, MAX_BYTES) {
+        Ok((bytes, _)) => {
+            let mark = String::from_utf8_lossy(&bytes).trim().to_owned();
+            Ok((!mark.is_empty()).then_some(mark))
+        }
+        Err(Error::Io {
+            errno: Errno::NOENT, ..
+        }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Never over another one's.
+fn write(own: &Shelf, mark: &str) -> Result<(), Error> {
+    let new = format!("{FILE}.{}", uuid::Uuid::new_v4().simple());
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(own.descriptor(), &new, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|errno| failed(own, "create", FILE, errno))?;
+    let written = write_all(file, mark).map_err(|errno| failed(own, "write", FILE, errno));
+    let named = written
+        .and_then(|()| give_name(own.descriptor(), &new).map_err(|errno| failed(own, "write", FILE, errno)));
+    // Gone, if it has its name.
+    let _ = rustix::fs::unlinkat(own.descriptor(), &new, AtFlags::empty());
+    named?;
+    sync(own)
+}
+
+fn write_all(file: OwnedFd, mark: &str) -> Result<(), Errno> {
+    let mut file = std::fs::File::from(file);
+    std::io::Write::write_all(&mut file, format!("{mark}\n").as_bytes())
+        .and_then(|()| file.sync_all())
+        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+}
+
+fn give_name(directory: &OwnedFd, new: &str) -> Result<(), Errno> {
+    match naming::rename_new(directory, new.as_ref(), FILE.as_ref()) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        // Without a way not to replace: services that share such a store and mark it at the same moment are told apart at
+        // the next look, by the one whose mark is gone.
+        Err(errno) if naming::is_without_links(errno) => {
+            rustix::fs::renameat(directory, new, directory, FILE)
+        }
+        Err(errno) => Err(errno),
+    }
+}
+
+fn sync(shelf: &Shelf) -> Result<(), Error> {
+    rustix::fs::fsync(shelf.descriptor()).map_err(|errno| failed(shelf, "fsync", "", errno))
+}
+
+fn failed(shelf: &Shelf, action: &'static str, name: &str, errno: Errno) -> Error {
+    Error::io(action, &shelf.path().join(name).display().to_string(), errno)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn store() -> tempfile::TempDir {
+        let store = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(store.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+        store
+    }
+
+    #[test]
+    fn a_mark_is_made_once_and_tells_stores_apart() {
+        let (one, other) = (store(), store());
+        let mark = make_mark(one.path(), &[]).unwrap();
+        assert_eq!(make_mark(one.path(), &[]).unwrap(), mark);
+        assert!(check_mark(one.path(), &mark).is_ok());
+        let unmarked = check_mark(other.path(), &mark);
+        assert!(
+            matches!(unmarked, Err(Error::OtherStore { is_marked: false, .. })),
+            "{unmarked:?}"
+        );
+        assert_ne!(make_mark(other.path(), &[]).unwrap(), mark);
+        let another = check_mark(other.path(), &mark);
+        assert!(
+            matches!(another, Err(Error::OtherStore { is_marked: true, .. })),
+            "{another:?}"
+        );
+    }
+
+    #[test]
+    fn a_directory_without_the_backups_on_record_is_marked_only_if_somebody_prepared_it() {
+        let store = store();
+        let known = [("web".to_owned(), "20260101T000000Z-00000000".to_owned())];
+        let refused = make_mark(store.path(), &known);
+        assert!(
+            matches!(refused, Err(Error::NotMounted { backups: 1, .. })),
+            "{refused:?}"
+        );
+        assert_eq!(std::fs::read_dir(store.path()).unwrap().count(), 0);
+        std::fs::create_dir(store.path().join(DIRECTORY)).unwrap();
+        std::fs::set_permissions(
+            store.path().join(DIRECTORY),
+            std::fs::Permissions::from_mode(0o700),
+        )
+        .unwrap();
+        assert!(make_mark(store.path(), &known).is_ok());
+    }
+}

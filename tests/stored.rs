@@ -10,7 +10,7 @@ use std::process::Command;
 
 use common::System;
 use common::caller::{Caller, assert_completed};
-use common::chain::{directories, id, increment};
+use common::chain::{directories, id, increment, manifest, write_manifest};
 use common::clients::{ROOT, USER};
 use common::disk::{Disk, Kind};
 use common::polkit;
@@ -259,6 +259,62 @@ async fn what_is_damaged_is_found_told_and_remembered_with_all_that_lies_on_it()
     assert_eq!(verified.wait().await.unwrap().0, "failed");
     let found = states(&root).await;
     assert!(found.iter().all(|(state, _)| state == "damaged"), "{found:?}");
+}
+
+/// A service that finds this `qemu-img` before the real one.
+fn with_qemu_img(script: &str) -> (System, PathBuf) {
+    let bin = tempfile::Builder::new()
+        .prefix("bkp-bin-")
+        .tempdir()
+        .unwrap()
+        .keep();
+    let program = bin.join("qemu-img");
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display());
+    (System::setup().environment("PATH", &path).start(), program)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_could_not_be_looked_at_is_not_damaged() {
+    let (system, qemu_img) = with_qemu_img("#!/bin/sh\nkill -KILL $$\n");
+    let _vm = machine(&system);
+    let root = Caller::new(&system).await;
+    root.complete("web", "").await;
+    let [full] = directories(&system.store().join("web")).try_into().unwrap();
+    let verified = job(&root, call(&root, &full, "Verify", &Options::new()).await).await;
+    let (result, name, message) = verified.wait().await.unwrap();
+    assert_eq!(
+        (result.as_str(), name.rsplit('.').next()),
+        ("failed", Some("QemuError"))
+    );
+    assert!(message.contains("qemu-img cannot check its image"), "{message}");
+    assert_eq!(verified.disks().await.unwrap()[0].1, "cancelled");
+    let unchanged = [("complete".to_owned(), String::new())];
+    assert_eq!(states(&root).await, unchanged);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_backupctl"));
+    command
+        .args(["verify", &id(&full)])
+        .env("DBUS_SYSTEM_BUS_ADDRESS", system.bus().address());
+    let output = process::run(command);
+    assert_eq!(output.status, 1, "{}{}", output.stdout, output.stderr);
+    assert!(output.stdout.contains("unknown"), "{}", output.stdout);
+    // Damage that is seen beside it is told and remembered all the same.
+    let mut changed = manifest(&full);
+    let sum = changed["disks"][0]["sha256"].as_str().unwrap().to_owned();
+    changed["disks"][0]["sha256"] = "0f".repeat(32).into();
+    write_manifest(&full, &changed);
+    root.manager.rescan(Options::new()).await.unwrap();
+    let verified = job(&root, call(&root, &full, "Verify", &Options::new()).await).await;
+    assert!(verified.wait().await.unwrap().1.ends_with("ChainBroken"));
+    assert_eq!(states(&root).await[0].0, "damaged");
+    // The next look counts.
+    changed["disks"][0]["sha256"] = sum.into();
+    write_manifest(&full, &changed);
+    fs::remove_file(qemu_img).unwrap();
+    root.manager.rescan(Options::new()).await.unwrap();
+    assert_completed(&job(&root, call(&root, &full, "Verify", &Options::new()).await).await).await;
+    assert_eq!(states(&root).await, unchanged);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,10 +3,12 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 
-use common::made::{ALL, DIFFERENTIAL, FIRST, FULL, MIB, SECOND, SIZE, Store, run, text, write_at};
-use common::process::Output;
+use common::made::{
+    ALL, DIFFERENTIAL, FIRST, FULL, MIB, SECOND, SIZE, Store, backupctl, run, text, write_at,
+};
+use common::process::{self, Output};
 use common::storage::files_below;
 use serde_json::Value;
 
@@ -248,6 +250,60 @@ fn a_header_that_makes_no_sense_is_found() {
                 manifest["disks"][0]["virtual-size"] = (SIZE - 512).into()
             });
         },
+    );
+}
+
+#[test]
+fn a_qemu_img_that_is_killed_says_nothing_about_an_image() {
+    let store = Store::new();
+    let bin = store.dir.path().join("bin");
+    fs::create_dir(&bin).unwrap();
+    fs::write(bin.join("qemu-img"), "#!/bin/sh\nkill -KILL $$\n").unwrap();
+    fs::set_permissions(bin.join("qemu-img"), fs::Permissions::from_mode(0o755)).unwrap();
+    let verify = || {
+        let mut verify = backupctl();
+        verify.args(["verify", "--all", "--from", text(&store.path())]);
+        verify.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display()));
+        process::run(verify)
+    };
+    let unknown = verify();
+    assert_eq!(unknown.status, 1, "{}{}", unknown.stdout, unknown.stderr);
+    assert!(
+        unknown.stdout.contains("0 good, 0 damaged, 4 not known"),
+        "{}",
+        unknown.stdout
+    );
+    fs::remove_file(bin.join("qemu-img")).unwrap();
+    assert!(
+        verify()
+            .expect_success()
+            .contains("4 good, 0 damaged, 0 not known")
+    );
+}
+
+#[test]
+fn a_backup_that_is_removed_meanwhile_is_not_damaged() {
+    let store = Store::new();
+    // The first image that is checked has the next backup removed, as a rule would.
+    let bin = store.dir.path().join("bin");
+    fs::create_dir(&bin).unwrap();
+    let script = format!(
+        "#!/bin/sh\nmv {} {}\nexec /usr/bin/qemu-img \"$@\"\n",
+        store.backup(DIFFERENTIAL).display(),
+        store
+            .backup(DIFFERENTIAL)
+            .with_file_name(format!(".{DIFFERENTIAL}.removed"))
+            .display()
+    );
+    fs::write(bin.join("qemu-img"), script).unwrap();
+    fs::set_permissions(bin.join("qemu-img"), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut verify = backupctl();
+    verify.args(["verify", "--all", "--from", text(&store.path())]);
+    verify.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display()));
+    let said = process::run(verify).expect_success();
+    assert!(
+        said.contains("3 good, 0 damaged, 0 not known, 1 removed meanwhile"),
+        "{said}"
     );
 }
 

@@ -37,7 +37,13 @@ pub async fn check(image: &Image) -> Result<Result<(), Fault>, Error> {
         json!({ "driver": "qcow2", "backing": null, "file": file })
     );
     let arguments = ["check", "--output=json", &name].map(str::to_owned);
-    let mut child = IMG.start(arguments, OwnedFd::from(input), Stdio::piped(), Inherited::new())?;
+    let started = IMG.start(arguments, OwnedFd::from(input), Stdio::piped(), Inherited::new());
+    let mut child = match started {
+        Ok(child) => child,
+        // Memory or processes are short; the next image may have better luck. That it is not installed is said once.
+        Err(Error::NotStarted { why, .. }) => return Ok(Err(Fault::NotChecked(why))),
+        Err(error) => return Err(error),
+    };
     let (output, errors) = (child.stdout.take(), child.stderr.take());
     let mut words = errors.map(Words::listen);
     let mut report = Vec::new();

@@ -13,6 +13,8 @@ use crate::target;
 pub enum Fault {
     #[error("it is not there")]
     Missing,
+    #[error("it was removed before it could be looked at")]
+    Removed,
     #[error("{0}")]
     Unreadable(Box<target::Error>),
     #[error("its manifest is no manifest: {0}")]
@@ -48,18 +50,33 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Whether it is the backup that is at fault, and not that it could not be looked at now or by this user.
+    /// Whether what is there shows that the backup is not what it was. False if it could not be looked at, now or by this user:
+    /// storage that does not answer, a program that was killed. Then nothing is known, and another look may find it good.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Unreadable(error) => match **error {
-                target::Error::Io { errno, .. } => !matches!(
+                // What has the name of a file, or of a directory, is none; or nothing has it.
+                target::Error::Io { errno, .. } => matches!(
                     errno,
-                    Errno::ACCESS | Errno::PERM | Errno::MFILE | Errno::NFILE | Errno::NOMEM
+                    Errno::NOENT | Errno::NOTDIR | Errno::ISDIR | Errno::LOOP | Errno::INVAL
                 ),
-                target::Error::InUse { .. } => false,
-                _ => true,
+                _ => false,
             },
+            Self::Header(HeaderError::Io(_)) | Self::NotChecked(_) | Self::Removed => false,
+            // An error of qemu-img's own says as little about the image as one of the system's.
+            Self::Inconsistent { corruptions, .. } => *corruptions > 0,
             _ => true,
+        }
+    }
+
+    /// What a call that found it fails with.
+    pub fn kind(&self) -> Kind {
+        match self {
+            fault if fault.is_damage() => Kind::ChainBroken,
+            Self::Unreadable(error) => error.kind(),
+            Self::NotChecked(_) | Self::Inconsistent { .. } => Kind::QemuError,
+            Self::Removed => Kind::NoSuchBackup,
+            _ => Kind::Internal,
         }
     }
 }
@@ -176,11 +193,7 @@ impl Error {
             Self::NoSuchBackup { .. } => Kind::NoSuchBackup,
             Self::Ambiguous { .. } => Kind::InvalidArgs,
             Self::Target(error) => error.kind(),
-            Self::Damaged(Finding {
-                fault: Fault::Unreadable(error),
-                ..
-            }) => error.kind(),
-            Self::Damaged(_) => Kind::ChainBroken,
+            Self::Damaged(finding) => finding.fault.kind(),
             Self::TooManyImages { .. } => Kind::LimitsExceeded,
             Self::NotInstalled { .. } | Self::NotStarted { .. } => Kind::Unsupported,
             Self::Engine { .. } | Self::Copy { .. } => Kind::QemuError,

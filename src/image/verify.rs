@@ -36,6 +36,13 @@ impl Verified {
         self.findings.iter().any(|finding| finding.fault.is_damage())
     }
 
+    /// Whether it was removed before it could be looked at: then there is nothing to be said about it.
+    pub fn is_removed(&self) -> bool {
+        self.findings
+            .iter()
+            .any(|finding| finding.fault == Fault::Removed)
+    }
+
     /// Whether nothing is wrong with it.
     pub fn is_good(&self) -> bool {
         self.findings.is_empty()
@@ -46,9 +53,18 @@ impl Verified {
 #[derive(Debug)]
 pub struct Survey {
     store: Arc<Shelf>,
-    /// With the bytes that there are to read of each.
-    backups: Vec<(Location, u64)>,
+    backups: Vec<Surveyed>,
     bytes: u64,
+}
+
+/// A backup that is to be verified.
+#[derive(Debug)]
+struct Surveyed {
+    location: Location,
+    /// That there are to read.
+    bytes: u64,
+    /// Its directory was there.
+    there: bool,
 }
 
 /// One backup's images, and what was found without reading them whole.
@@ -81,7 +97,14 @@ impl Survey {
         while let Some((location, after)) = ahead.pop() {
             if let Some(bytes) = after {
                 self.bytes += bytes;
-                self.backups.push((location, bytes));
+                let domain = self.store.below(&location.domain).ok().flatten();
+                let there =
+                    domain.is_some_and(|domain| domain.below(&location.id).is_ok_and(|it| it.is_some()));
+                self.backups.push(Surveyed {
+                    location,
+                    bytes,
+                    there,
+                });
                 continue;
             }
             if !seen.insert(location.clone()) {
@@ -118,7 +141,8 @@ impl Survey {
 
     /// What will be verified, in this order, and how many bytes there are to read of each.
     pub fn backups(&self) -> impl Iterator<Item = (&Location, u64)> {
-        self.backups.iter().map(|(location, bytes)| (location, *bytes))
+        let backups = self.backups.iter();
+        backups.map(|surveyed| (&surveyed.location, surveyed.bytes))
     }
 
     /// Verifies them, and tells of each as soon as it is done. When this is dropped, it ends soon.
@@ -133,9 +157,15 @@ impl Survey {
         let _stop_when_dropped = stop.clone().drop_guard();
         let mut done: HashMap<Location, usize> = HashMap::new();
         let mut all: Vec<Verified> = Vec::new();
-        for (location, _) in self.backups {
+        for Surveyed { location, there, .. } in self.backups {
             let (store, place) = (self.store.clone(), location.clone());
-            let look = blocking(move || look(&store, &place)).await?;
+            let mut look = blocking(move || look(&store, &place)).await?;
+            for finding in look.findings.iter_mut().filter(|_| there) {
+                // It was there a moment ago. Nobody loses a whole directory by accident just then: it was deleted, or pruned.
+                if finding.backup == location.id && finding.fault == Fault::Missing {
+                    finding.fault = Fault::Removed;
+                }
+            }
             let mut verified = Verified {
                 location: location.clone(),
                 findings: look.findings,
@@ -243,12 +273,16 @@ async fn read(image: &Image, progress: &Progress, stop: &CancellationToken) -> R
         Err(errno) => return Ok(Some(Fault::Header(HeaderError::Io(errno)))),
         Ok(sum) => image.sha256.as_ref().is_some_and(|recorded| *recorded != sum),
     };
-    if image.format == Format::Qcow2
-        && let Err(fault) = check::check(image).await?
-    {
-        return Ok(Some(fault));
-    }
-    Ok(changed.then_some(Fault::Checksum))
+    let checked = match image.format {
+        Format::Qcow2 => check::check(image).await?,
+        Format::Raw => Ok(()),
+    };
+    Ok(match checked {
+        // What is known for sure comes before what could not be looked at.
+        Err(fault) if changed && !fault.is_damage() => Some(Fault::Checksum),
+        Err(fault) => Some(fault),
+        Ok(()) => changed.then_some(Fault::Checksum),
+    })
 }
 
 /// The file's SHA-256, as `sha256sum` prints it. Read also where none is recorded: what cannot be read is found so.

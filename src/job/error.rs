@@ -23,6 +23,8 @@ pub enum Error {
     NoSuchDisk { id: u32, disk: String },
     #[error("the stores are being looked through already: try again when that has ended")]
     Rescanning,
+    #[error("the store was exchanged for another while it was being read")]
+    Exchanged,
     #[error("the service is stopping")]
     Stopping,
     #[error("{0}")]
@@ -143,11 +145,11 @@ impl Error {
             | Self::NotClosed
             | Self::HostRestarted
             | Self::NotFound(_) => Kind::DomainUnreachable,
-            Self::Stalled { .. } => Kind::TargetInvalid,
+            Self::Stalled { .. } | Self::Exchanged => Kind::TargetInvalid,
             Self::Target(error) => error.kind(),
             Self::NoDefinition { .. } | Self::NoSpeed { .. } => Kind::Unsupported,
             Self::Image(error) => error.kind(),
-            Self::Found { .. } => Kind::ChainBroken,
+            Self::Found { first, .. } => first.fault.kind(),
             Self::Record(_) | Self::Catalog(_) | Self::Interrupted | Self::NotResumed => Kind::Internal,
         }
     }

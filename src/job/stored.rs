@@ -285,12 +285,16 @@ async fn verify(
     let verified = verified.map_err(stopped)?;
     remembered?;
     let findings = verified.iter().flat_map(|one| &one.findings);
-    let mut findings = findings.filter(|finding| !matches!(finding.fault, Fault::LiesOnDamaged { .. }));
-    match findings.next() {
+    let mut findings: Vec<_> = findings
+        .filter(|finding| !matches!(finding.fault, Fault::LiesOnDamaged { .. }))
+        .collect();
+    // Damage is told first, and decides what the job fails with.
+    findings.sort_by_key(|finding| !finding.fault.is_damage());
+    match findings.split_first() {
         None => Ok(()),
-        Some(first) => Err(Error::Found {
-            first: Box::new(first.clone()),
-            others: findings.count(),
+        Some((first, others)) => Err(Error::Found {
+            first: Box::new((*first).clone()),
+            others: others.len(),
         }
         .into()),
     }
@@ -312,33 +316,37 @@ async fn remember_verified(
         let row = status.disks.iter_mut().find(|row| row.name == location.id);
         if let Some(row) = row {
             row.done = row.total;
-            row.state = match verified.is_good() {
-                true => DiskState::Completed,
-                false => DiskState::Failed {
+            row.state = match (verified.is_good(), verified.is_damaged()) {
+                (true, _) => DiskState::Completed,
+                (_, true) => DiskState::Failed {
                     operation: "verify".to_owned(),
                     message: words,
                 },
+                // Nothing is known of it.
+                _ => DiskState::Cancelled,
             };
         }
     });
-    // Of what could not be looked at nothing new is known. What is not there, or is what it lies on, the catalog finds itself.
-    if findings
+    // What is not there, or is what it depends on, the catalog finds itself.
+    let own = findings.iter().map(|finding| &finding.fault);
+    let own: Vec<&Fault> = own
+        .filter(|fault| !matches!(fault, Fault::LiesOnDamaged { .. }))
+        .collect();
+    let damage: Vec<String> = own
         .iter()
-        .any(|finding| !finding.fault.is_damage() || finding.fault == Fault::Missing)
-    {
+        .filter(|fault| fault.is_damage() && ***fault != Fault::Missing)
+        .map(|fault| fault.to_string())
+        .collect();
+    if damage.is_empty() && !own.is_empty() {
+        // Nothing new is known: the next time it is looked at again.
         return Ok(());
     }
-    let own = findings.iter();
-    let own: Vec<String> = own
-        .filter(|finding| !matches!(finding.fault, Fault::LiesOnDamaged { .. }))
-        .map(|finding| finding.fault.to_string())
-        .collect();
     let key = BackupKey {
         store: store.to_owned(),
         domain: location.domain.clone(),
         id: location.id.clone(),
     };
-    let damage = (!own.is_empty()).then(|| own.join("; "));
+    let damage = (!damage.is_empty()).then(|| damage.join("; "));
     Ok(setting.catalog.checked(key, damage).await?)
 }
 

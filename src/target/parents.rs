@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use rustix::io::Errno;
+
 use super::Error;
 use super::inventory::{Held, Sharing, Shelf};
 use crate::plan::{Base, Destination, Mode, Plan};
@@ -56,7 +58,11 @@ impl Parents {
             match length {
                 Ok(length) if length == parent.length => Ok(()),
                 Ok(_) => Err(gone(disk, base, "is not what it was any more")),
-                Err(_) => Err(gone(disk, base, "is not there any more")),
+                Err(Error::Io {
+                    errno: Errno::NOENT, ..
+                }) => Err(gone(disk, base, "is not there any more")),
+                // Storage that does not answer says nothing about what is on it.
+                Err(error) => Err(error),
             }
         })
     }

@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use backupd::names::ERROR_PREFIX;
 use serde_json::{Value, json};
 
 use super::args::{Export, Restore, Verify};
@@ -113,16 +114,32 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
             continue;
         }
         let agent = Agent::start(ask_password).await;
-        let job = service.verify(&path).await?;
+        let job = service.verify(&path).await;
         drop(agent);
+        let job = match job {
+            // Those that were listed may be deleted or pruned before it is their turn.
+            Err(error) if args.backup.is_none() && error.is_no_such_backup() => {
+                let object = removed(&store, &id);
+                if json {
+                    view::event(object.clone());
+                }
+                verified.push((place(&id), object));
+                continue;
+            }
+            job => job?,
+        };
         let (outcome, snapshot) = follow(service, &job, &mut interrupts, json).await?;
         if outcome.result == "cancelled" || snapshot.disks.is_empty() {
             completed(outcome)?;
             continue;
         }
+        let no_such_backup = format!("{ERROR_PREFIX}NoSuchBackup");
         for row in &snapshot.disks {
             let (state, findings) = match row.state.as_str() {
                 "completed" => ("good", vec![]),
+                _ if row.state != "failed" && row.name == id && outcome.error_name == no_such_backup => {
+                    ("removed", vec![])
+                }
                 "failed" => ("damaged", vec![json!({ "disk": null, "message": row.error })]),
                 _ => (
                     "unknown",
@@ -162,8 +179,15 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
         good: count("good"),
         damaged: count("damaged"),
         unknown: count("unknown"),
+        removed: count("removed"),
     };
     counts.tell(verified.iter().map(text).collect(), json)
+}
+
+fn removed(store: &str, id: &str) -> Value {
+    json!({
+        "event": "backup", "store": store, "id": id, "state": "removed", "findings": [], "bytes": 0,
+    })
 }
 
 /// `backupctl export` without `--from`.

@@ -36,10 +36,12 @@ pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
     let verified = done?;
     let damaged = verified.iter().filter(|one| one.is_damaged()).count();
     let good = verified.iter().filter(|one| one.is_good()).count();
+    let removed = verified.iter().filter(|one| one.is_removed()).count();
     let counts = Counts {
         good,
         damaged,
-        unknown: verified.len() - damaged - good,
+        unknown: verified.len() - damaged - good - removed,
+        removed,
     };
     counts.tell(verified.iter().map(lines).collect(), json)
 }
@@ -52,6 +54,8 @@ pub struct Counts {
     pub damaged: usize,
     /// They could not be looked at.
     pub unknown: usize,
+    /// They were deleted or pruned before they could be looked at.
+    pub removed: usize,
 }
 
 impl Counts {
@@ -61,16 +65,21 @@ impl Counts {
             good,
             damaged,
             unknown,
+            removed,
         } = self;
         if json {
             output::print_json(&json!({
                 "event": "result", "good": good, "damaged": damaged, "unknown": unknown,
+                "removed": removed,
             }))?;
         } else {
-            let sum = match good + damaged + unknown {
+            let mut sum = match good + damaged + unknown + removed {
                 0 => "There is no backup".to_owned(),
                 _ => format!("{good} good, {damaged} damaged, {unknown} not known"),
             };
+            if *removed > 0 {
+                sum.push_str(&format!(", {removed} removed meanwhile"));
+            }
             output::print(&format!("{text}{sum}\n"))?;
         }
         Ok(match (damaged, unknown) {
@@ -85,6 +94,7 @@ fn state(verified: &Verified) -> &'static str {
     match (verified.is_good(), verified.is_damaged()) {
         (true, _) => "good",
         (_, true) => "damaged",
+        _ if verified.is_removed() => "removed",
         // Something could not be looked at.
         _ => "unknown",
     }

@@ -10,6 +10,7 @@ use common::caller::{Caller, assert_completed, assert_failed, cancel};
 use common::proxies::{Options, error_name};
 use common::recorded::{DISKS, Recorded, SIZE, backup_id};
 use common::{System, process, wait};
+use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 use zbus::wire::Variant;
 
@@ -17,6 +18,31 @@ const MIB: u64 = 1 << 20;
 
 fn incremental(word: &str) -> Options<'_> {
     Options::from([("incremental", Variant::from(word))])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_base_that_is_just_going_is_passed_over_unless_it_was_asked_for() {
+    let mut scene = Recorded::new();
+    let (full, _) = scene.backup(Options::new()).await;
+    scene.write("vda", MIB, MIB / 2, 0x22);
+    let (second, _) = scene.backup(Options::new()).await;
+    // As a deletion holds it before anything of it goes.
+    let image = scene.image(&second, "vda");
+    let going = std::fs::File::open(image.parent().unwrap()).unwrap();
+    flock(&going, FlockOperation::LockExclusive).unwrap();
+    let caller = Caller::new(&scene.system).await;
+    let refused = caller
+        .try_start("web", "", &[], incremental(&second))
+        .await
+        .unwrap_err();
+    assert_eq!(error_name(&refused), "org.example.Backup1.Error.Busy");
+    let (_, said) = scene.backup(Options::new()).await;
+    assert!(!said.iter().any(|disk| disk.contains(&second)), "{said:?}");
+    drop(going);
+    let (_, said) = scene.backup(incremental("auto")).await;
+    assert!(said.iter().all(|disk| disk.contains("incremental")), "{said:?}");
+    assert!(scene.image(&full, "vda").exists());
+    scene.check();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@
 //! these calls and their results into replies.
 
 mod backups;
+mod base;
 mod checkpoints;
 mod request;
 mod sight;

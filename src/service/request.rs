@@ -151,17 +151,13 @@ impl Service {
         } = authorised;
         let start_time = Timestamp::now();
         let reservation = self.jobs.reserve(&domain, uid, request.files.share)?;
-        let store = match plan::store(&request.definition, &self.stores)? {
-            Some(store) => Some(self.jobs.choose_store(&domain, &snapshot.disks, store).await?),
-            None => None,
-        };
-        let plan = plan::resolve(
-            &request.definition,
-            &request.options,
-            &snapshot.disks,
-            store,
-            request.files.files.len(),
-        )?;
+        let (plan, held) = self
+            .plan(
+                (&request.definition, &request.options, request.files.files.len()),
+                &domain,
+                &snapshot,
+            )
+            .await?;
         let mark = match &plan.destination {
             Destination::Store { name, .. } => self.jobs.store_mark(name).await?,
             Destination::Caller => None,
@@ -171,6 +167,8 @@ impl Service {
             .prepare(plan, &domain, &record.backup_id, request.files.files, mark)
             .await;
         let (reservation, (plan, targets)) = self.jobs.prepared(record.id, reservation, prepared).await?;
+        // The targets hold it themselves now.
+        drop(tokio::task::spawn_blocking(move || drop(held)));
         let job = self.jobs.start(Start {
             reservation,
             domain,

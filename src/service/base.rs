@@ -1,0 +1,62 @@
+//! Choosing what a new backup depends on, and holding it.
+
+use super::Service;
+use crate::definition::Definition;
+use crate::domain::{Domain, Snapshot};
+use crate::error::{Error, Kind, Result};
+use crate::job;
+use crate::plan::{self, Incremental, Mode, Options, Plan};
+use crate::target::{self, Parents};
+
+impl Service {
+    /// Makes the plan, and keeps what it depends on from being removed. A base that goes between the choice and the hold is no
+    /// reason to fail where the choice was the service's: it chooses once more, without that one.
+    pub(super) async fn plan(
+        &self,
+        (definition, options, files): (&Definition, &Options, usize),
+        domain: &Domain,
+        snapshot: &Snapshot,
+    ) -> Result<(Plan, Parents)> {
+        let mut store = match plan::store(definition, &self.stores)? {
+            Some(store) => Some(self.jobs.choose_store(domain, &snapshot.disks, store).await?),
+            None => None,
+        };
+        let may_choose = matches!(options.incremental, None | Some(Incremental::Auto));
+        let mut chosen_before = false;
+        loop {
+            let plan = plan::resolve(definition, options, &snapshot.disks, store.clone(), files)?;
+            let bases: Vec<String> = plan.disks.iter().filter_map(base).collect();
+            let error = match self.hold(plan).await? {
+                Ok(held) => return Ok(held),
+                Err(error) if !may_choose || chosen_before => return Err(error.into()),
+                Err(error) => error,
+            };
+            tracing::info!(domain = domain.name, %error, "what the backup was to depend on is going: another base is chosen");
+            chosen_before = true;
+            let earlier = store.iter_mut().flat_map(|store| &mut store.past.earlier);
+            let gone = earlier.filter(|earlier| bases.contains(&earlier.id));
+            gone.flat_map(|earlier| &mut earlier.disks)
+                .for_each(|disk| disk.images = None);
+        }
+    }
+
+    async fn hold(&self, plan: Plan) -> Result<std::result::Result<(Plan, Parents), target::Error>> {
+        let needed = self.jobs.need_service();
+        let hold = tokio::task::spawn_blocking(move || {
+            let _needed = needed;
+            Parents::hold(&plan).map(|parents| (plan, parents))
+        });
+        match tokio::time::timeout(self.jobs.patience(), hold).await {
+            Ok(Ok(held)) => Ok(held),
+            Ok(Err(error)) => Err(Error::new(Kind::Internal, error.to_string())),
+            Err(_) => Err(job::Error::stalled("the store", self.jobs.patience()).into()),
+        }
+    }
+}
+
+fn base(disk: &plan::DiskPlan) -> Option<String> {
+    match &disk.mode {
+        Mode::Since(base) => Some(base.backup.clone()),
+        Mode::Full { .. } => None,
+    }
+}

@@ -69,6 +69,13 @@ pub struct Store {
     pub keep_monthly: u32,
     #[serde(default)]
     pub keep_yearly: u32,
+    /// Backups that are younger stay: nobody who may only make backups can push out those of before at once.
+    #[serde(default = "one_day", deserialize_with = "span")]
+    pub keep_at_least: Duration,
+}
+
+const fn one_day() -> Duration {
+    Duration::from_secs(24 * 60 * 60)
 }
 
 /// A newest one, and some to go back to if that is damaged or pruned. Each costs the guest's writes a little.
@@ -88,6 +95,7 @@ impl Store {
             keep_weekly: 0,
             keep_monthly: 0,
             keep_yearly: 0,
+            keep_at_least: one_day(),
         }
     }
 }
@@ -336,6 +344,22 @@ impl Config {
     }
 }
 
+/// A time in words: `36h`, `7 days`, `0s`. A day has 24 hours.
+fn span<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let wrong = |why: String| {
+        serde::de::Error::custom(format!("'{text}' is no time such as \"36h\" or \"7d\": {why}"))
+    };
+    let span: jiff::Span = text
+        .parse()
+        .map_err(|error: jiff::Error| wrong(error.to_string()))?;
+    let relative = jiff::SpanRelativeTo::days_are_24_hours();
+    let duration = span
+        .to_duration(relative)
+        .map_err(|error| wrong(error.to_string()))?;
+    Duration::try_from(duration).map_err(|error| wrong(error.to_string()))
+}
+
 /// A length of time, whole seconds or not; 0 is none.
 fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     let seconds = f64::deserialize(deserializer)?;
@@ -446,6 +470,28 @@ mod tests {
                 text.contains("idle-exit-seconds") && text.contains("line 1"),
                 "{text}"
             );
+        }
+    }
+
+    #[test]
+    fn how_long_a_backup_stays_is_said_in_words() {
+        let at_least = |line: &str| {
+            let text = format!("[store.default]\npath = \"/b\"\n{line}");
+            let config: Result<Config, _> = toml::from_str(&text);
+            config.map(|config| config.stores["default"].keep_at_least)
+        };
+        assert_eq!(at_least("").unwrap(), Duration::from_secs(86_400));
+        assert_eq!(
+            at_least("keep-at-least = \"7d\"").unwrap(),
+            Duration::from_secs(7 * 86_400)
+        );
+        assert_eq!(
+            at_least("keep-at-least = \"1h 30m\"").unwrap(),
+            Duration::from_secs(5400)
+        );
+        assert_eq!(at_least("keep-at-least = \"0s\"").unwrap(), Duration::ZERO);
+        for wrong in ["7", "\"soon\"", "\"-1d\"", "\"1 month\""] {
+            assert!(at_least(&format!("keep-at-least = {wrong}")).is_err(), "{wrong}");
         }
     }
 

@@ -18,6 +18,7 @@ pub enum Kind {
     ChainBroken,
     NoSuchBackup,
     HasDescendants,
+    Protected,
     InvalidDefinition,
     Unsupported,
     TargetExists,

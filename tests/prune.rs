@@ -155,7 +155,10 @@ fn with_rules() -> System {
     let path = system.dir().join("nightly");
     fs::create_dir(&path).unwrap();
     let config = fs::read_to_string(system.config_path()).unwrap();
-    let table = format!("[store.nightly]\npath = \"{}\"\nkeep-last = 2\n", path.display());
+    let table = format!(
+        "[store.nightly]\npath = \"{}\"\nkeep-last = 2\nkeep-at-least = \"0s\"\n",
+        path.display()
+    );
     fs::write(system.config_path(), config + &table).unwrap();
     system.start_daemon();
     system

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::catalog::ManifestError;
 use crate::error::Kind;
 use crate::{catalog, image, target};
 
@@ -15,6 +16,17 @@ pub enum Error {
         count(.others), some(.others)
     )]
     HasDescendants { id: String, others: Vec<String> },
+    #[error(
+        "{} on backup {id} and {} not on record ({}): run 'backupctl rescan', then try again",
+        depend(.others), are(.others), some(.others)
+    )]
+    NotOnRecord { id: String, others: Vec<String> },
+    #[error(
+        "{path} cannot be understood: {why}. What this backup depends on is not known, so nothing beside it is removed: repair it, move its directory out of the store, or delete this backup first"
+    )]
+    Unreadable { path: String, why: ManifestError },
+    #[error("backup {id} is protected: 'backupctl unprotect {id}' first, if it is to go")]
+    Protected { id: String },
     #[error("backup {id} is not complete: {problem}: it is not made to lie on nothing")]
     NotComplete { id: String, problem: String },
     #[error(
@@ -35,6 +47,11 @@ pub enum Error {
     Target(#[from] target::Error),
     #[error("the store made no progress for {seconds} seconds ('stall-seconds' in the configuration)")]
     Stalled { seconds: u64 },
+    #[error("it cannot be found out whether the store '{store}' is as the catalog knows it: {source}")]
+    Unsettled {
+        store: String,
+        source: Box<crate::error::Error>,
+    },
     #[error("the service is stopping")]
     Stopping,
     #[error("the backups cannot be looked up: the service's log has the reason")]
@@ -46,7 +63,12 @@ pub enum Error {
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
-            Self::HasDescendants { .. } => Kind::HasDescendants,
+            Self::HasDescendants { .. } | Self::NotOnRecord { .. } => Kind::HasDescendants,
+            Self::Unreadable { why, .. } => match why {
+                ManifestError::Newer { .. } => Kind::Unsupported,
+                _ => Kind::ChainBroken,
+            },
+            Self::Protected { .. } => Kind::Protected,
             Self::Gone(_) => Kind::NoSuchBackup,
             Self::NoStore(_) => Kind::NoSuchStore,
             Self::Target(error) => error.kind(),
@@ -56,6 +78,7 @@ impl Error {
             Self::Stalled { .. } => Kind::TargetInvalid,
             Self::Stopping | Self::BuiltUpon { .. } => Kind::Busy,
             Self::Catalog => Kind::Internal,
+            Self::Unsettled { source, .. } => source.kind,
             Self::Partly { source, .. } => source.kind(),
         }
     }
@@ -85,6 +108,20 @@ fn count(others: &[String]) -> String {
     match others.len() {
         1 => "1 other backup lies".into(),
         count => format!("{count} other backups lie"),
+    }
+}
+
+fn depend(others: &[String]) -> String {
+    match others.len() {
+        1 => "1 backup in the store depends".into(),
+        count => format!("{count} backups in the store depend"),
+    }
+}
+
+fn are(others: &[String]) -> &'static str {
+    match others.len() {
+        1 => "is",
+        _ => "are",
     }
 }
 

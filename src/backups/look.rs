@@ -127,7 +127,7 @@ pub(super) fn images_amiss(backup: &Shelf, disks: &[Disk]) -> Result<Looked, tar
     Ok(None)
 }
 
-fn is_absent(error: &target::Error) -> bool {
+pub(super) fn is_absent(error: &target::Error) -> bool {
     // What has the name and is no file is not it.
     let absent = |errno: &Errno| *errno == Errno::INVAL || errno.kind() == ErrorKind::NotFound;
     matches!(error, target::Error::Io { errno, .. } if absent(errno))

@@ -14,6 +14,7 @@ use super::remove::name;
 use super::{Backups, Error, Unwanted};
 use crate::catalog::{
     Backup, BackupKey, BackupState, DEFINITION_NAME, Disk, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest,
+    PROTECTED_NAME,
 };
 use crate::definition::Format;
 use crate::fault::{self, Point};
@@ -24,19 +25,17 @@ use crate::target::{self, FileDigest, Replacement, Shelf};
 impl Backups {
     /// Has no backup lie on those that are unwanted, but for those that are unwanted too.
     pub(super) async fn merge(&self, unwanted: &Unwanted) -> Result<(), Error> {
-        let links = self
-            .catalog
-            .links(unwanted.store.clone(), unwanted.domain.clone())
+        let chains = self
+            .chains(&unwanted.store, &unwanted.domain, &unwanted.ids)
             .await?;
-        let lies_on = |parents: &[String]| parents.iter().any(|parent| unwanted.ids.contains(parent));
-        for link in links {
-            if !unwanted.ids.contains(&link.id) && lies_on(&link.parents) {
-                // Of one before nobody may know how it ended.
-                let backup = self.record(unwanted, &link.id).await?;
-                self.finish_merge(&backup.key).await?;
-                let backup = self.record(unwanted, &link.id).await?;
-                self.merge_one(backup, &unwanted.ids).await?;
-            }
+        let dependents = chains.dependents(&unwanted.ids);
+        chains.check_known(&unwanted.ids, &dependents)?;
+        for id in dependents {
+            // Of one before nobody may know how it ended.
+            let backup = self.record(unwanted, &id).await?;
+            self.finish_merge(&backup.key).await?;
+            let backup = self.record(unwanted, &id).await?;
+            self.merge_one(backup, &unwanted.ids).await?;
         }
         Ok(())
     }
@@ -112,6 +111,7 @@ impl Backups {
         let written = replacement.clone();
         let write = move || {
             written.keep(DEFINITION_NAME)?;
+            written.keep_if_there(PROTECTED_NAME)?;
             written.write(MANIFEST_NAME, &text)
         };
         self.blocking(&backup.key.store, self.deadlines.stall(), write)
@@ -181,6 +181,7 @@ impl Backups {
         self.blocking(&key.store, self.deadlines.stall(), move || replacement.put())
             .await?;
         self.catalog.merged(key.clone()).await?;
+        self.jobs.raise_generation(&key.store).await;
         fault::point(Point::Merged);
         tracing::info!(
             backup = key.id,
@@ -222,9 +223,15 @@ impl Backups {
     }
 
     pub(super) fn store_path(&self, key: &BackupKey) -> Result<PathBuf, Error> {
-        let store = self.stores.get(&key.store);
-        let store = store.ok_or_else(|| Error::NoStore(key.store.clone()))?;
-        Ok(store.path.clone())
+        self.path_of(&key.store)
+    }
+
+    pub(super) fn path_of(&self, store: &str) -> Result<PathBuf, Error> {
+        let found = self.stores.get(store);
+        Ok(found
+            .ok_or_else(|| Error::NoStore(store.to_owned()))?
+            .path
+            .clone())
     }
 }
 

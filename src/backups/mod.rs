@@ -3,6 +3,7 @@
 //! The catalog remembers them; their stores have them. Knows catalog, stores and which domain is whose; not who may see what,
 //! nor how callers hear of it.
 
+mod chains;
 mod error;
 mod look;
 mod merge;
@@ -13,7 +14,7 @@ mod store;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{Semaphore, broadcast, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -22,6 +23,7 @@ use crate::activity::Activity;
 use crate::catalog::{self, Backup, BackupFilter, BackupKey, Catalog, Cursor, DomainRecord};
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Identity, NOBODY, Origin, Registry};
+use crate::job::{self, Jobs};
 use crate::target;
 
 pub use error::Error;
@@ -42,6 +44,8 @@ struct Place {
     /// One thing that waits for the storage at a time, beside a look: where that hangs, it keeps one thread, however often it is
     /// asked for.
     hand: Arc<Semaphore>,
+    /// Who has the hand takes longer than it may: nobody need wait for it.
+    hangs: watch::Sender<bool>,
 }
 
 impl Default for Place {
@@ -49,6 +53,7 @@ impl Default for Place {
         Self {
             removal: tokio::sync::Mutex::default(),
             hand: Arc::new(Semaphore::new(1)),
+            hangs: watch::Sender::new(false),
         }
     }
 }
@@ -67,6 +72,8 @@ pub enum Change {
 pub struct Backups {
     domains: Arc<Registry>,
     catalog: Catalog,
+    /// Knows whether the catalog is of the stores' generation.
+    jobs: Arc<Jobs>,
     stores: BTreeMap<String, Store>,
     /// A look that hangs with its storage is not left alone.
     activity: Activity,
@@ -81,10 +88,17 @@ pub struct Backups {
 }
 
 impl Backups {
-    pub fn new(domains: Arc<Registry>, catalog: Catalog, config: &Config, activity: Activity) -> Self {
+    pub fn new(
+        domains: Arc<Registry>,
+        catalog: Catalog,
+        jobs: Arc<Jobs>,
+        config: &Config,
+        activity: Activity,
+    ) -> Self {
         Self {
             domains,
             catalog,
+            jobs,
             stores: config.stores.clone(),
             activity,
             looking: Arc::default(),
@@ -215,6 +229,18 @@ impl Backups {
             target::check_mark(&path, &known)
         })
         .await
+    }
+
+    /// Makes sure that what is on record of a store is what the store has.
+    async fn settle_store(&self, store: &str) -> Result<(), Error> {
+        match self.jobs.settle_store(store).await {
+            Ok(()) => Ok(()),
+            Err(job::Error::Target(error)) => Err(error.into()),
+            Err(error) => Err(Error::Unsettled {
+                store: store.to_owned(),
+                source: Box::new(error.into()),
+            }),
+        }
     }
 
     /// The store of that name in the configuration.

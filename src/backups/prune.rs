@@ -79,6 +79,7 @@ impl Backups {
         retention: &Retention,
         allowed: Allowed<'_>,
     ) -> Result<Pruned, Error> {
+        self.settle_store(&group.store).await?;
         let mut pruned = Pruned {
             judged: self.judge(group, retention).await?,
             freed: 0,
@@ -144,8 +145,27 @@ impl Backups {
     async fn judge(&self, group: &Group, retention: &Retention) -> Result<Vec<Judged>, Error> {
         let mut backups = self.of_group(group).await?;
         backups.sort_by(|a, b| made(a).cmp(&made(b)));
-        let candidates: Vec<Candidate> = backups.iter().map(candidate).collect();
-        let kept = retention::kept(&candidates, retention, &TimeZone::system(), Timestamp::now());
+        let chains = self.chains(&group.store, &group.domain, &BTreeSet::new()).await?;
+        let mut anyway: BTreeMap<&str, Vec<Reason>> = BTreeMap::new();
+        for (base, id) in chains.needed_by_unknown() {
+            anyway.entry(base).or_default().push(Reason::Base(id.to_owned()));
+        }
+        let now = Timestamp::now();
+        let candidates = backups.iter().map(|backup| {
+            let mut anyway = anyway.remove(backup.key.id.as_str()).unwrap_or_default();
+            if backup.protected || chains.is_protected(&backup.key.id) {
+                anyway.push(Reason::Protected);
+            }
+            if retention.is_young(backup.manifest.instant, now) {
+                anyway.push(Reason::Young);
+            }
+            Candidate {
+                anyway,
+                ..candidate(backup)
+            }
+        });
+        let candidates: Vec<Candidate> = candidates.collect();
+        let kept = retention::kept(&candidates, retention, &TimeZone::system(), now);
         let judged = backups.into_iter().map(|backup| {
             let reasons = kept.get(backup.key.id.as_str());
             let verdict = match reasons {
@@ -256,5 +276,6 @@ fn candidate(backup: &Backup) -> Candidate {
         },
         own: backup.own,
         parents: parents.into_iter().map(str::to_owned).collect(),
+        anyway: Vec::new(),
     }
 }

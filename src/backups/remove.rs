@@ -9,13 +9,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Backups, Error, Place};
-use crate::catalog::{Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
+use crate::catalog::{
+    Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME,
+};
 use crate::fault::{self, Point};
 use crate::plan::{Destination, Plan};
 use crate::target::{self, BackupName, Removal, Replacement, Shelf};
 
 /// What lies beside a backup's images; the manifest, which tells what the others are, last.
-const RECORDS: [&str; 2] = [DEFINITION_NAME, MANIFEST_NAME];
+const RECORDS: [&str; 3] = [DEFINITION_NAME, PROTECTED_NAME, MANIFEST_NAME];
 
 /// A look at a backup's directory, which may not be there: its store, its name, its images and its records.
 type Find<T> = fn(&Path, BackupName, &[&str], &[&str]) -> Result<Option<T>, target::Error>;
@@ -51,6 +53,7 @@ enum Begun {
 impl Backups {
     /// Removes backups, or says only what would go. What was begun goes on if nobody waits for it any more.
     pub async fn remove(self: &Arc<Self>, unwanted: Unwanted, dry_run: bool) -> Result<Removed, Error> {
+        self.settle_store(&unwanted.store).await?;
         if dry_run {
             // It goes with who asks.
             let order = self.order(&unwanted, true).await?;
@@ -167,17 +170,38 @@ impl Backups {
 
     /// What is to go, in that order; refused if something that is to stay lies on it.
     async fn order(&self, unwanted: &Unwanted, as_if_merged: bool) -> Result<Vec<String>, Error> {
-        let links = self
-            .catalog
-            .links(unwanted.store.clone(), unwanted.domain.clone());
-        let mut links = links.await?;
+        let mut chains = self
+            .chains(&unwanted.store, &unwanted.domain, &unwanted.ids)
+            .await?;
         if unwanted.merge && as_if_merged {
             // Nothing would lie on them. When they are merged, the catalog says so itself, and what came meanwhile is seen.
-            for link in links.iter_mut().filter(|link| !unwanted.ids.contains(&link.id)) {
+            let links = chains.links.iter_mut();
+            for link in links.filter(|link| !unwanted.ids.contains(&link.id)) {
                 link.parents.retain(|parent| !unwanted.ids.contains(parent));
             }
         }
-        order(&links, &unwanted.ids, unwanted.with_descendants)
+        let order = order(&chains.links, &unwanted.ids, unwanted.with_descendants)?;
+        chains.check_known(&unwanted.ids, &order)?;
+        chains.check_unprotected(&order)?;
+        Ok(order)
+    }
+
+    /// Keeps a backup from being removed, or no longer.
+    pub async fn protect(&self, backup: &Backup, protected: bool) -> Result<(), Error> {
+        let key = &backup.key;
+        let _turn = self.place(&key.store)?.removal.lock().await;
+        let (path, at) = (self.store_path(key)?, key.clone());
+        let protect = move || target::protect(&path, name(&at), protected);
+        self.blocking(&key.store, self.deadlines.stall(), protect).await?;
+        self.catalog.protect(key.clone(), protected).await?;
+        self.jobs.raise_generation(&key.store).await;
+        tracing::info!(
+            backup = key.id,
+            store = key.store,
+            protected,
+            "the protection of a backup changed"
+        );
+        Ok(())
     }
 
     pub(super) async fn record(&self, unwanted: &Unwanted, id: &str) -> Result<Backup, Error> {
@@ -232,6 +256,7 @@ impl Backups {
         };
         let gone = vec![(key.domain.clone(), key.id.clone())];
         self.catalog.forget(key.store.clone(), gone).await?;
+        self.jobs.raise_generation(&key.store).await;
         tracing::info!(backup = key.id, store = key.store, freed, "a backup was removed");
         Ok(freed)
     }
@@ -293,20 +318,29 @@ impl Backups {
         patience: Duration,
         work: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let hand = self.place(store)?.hand.clone();
+        let place = self.place(store)?;
         let needed = self.activity.begin();
-        let run = async move {
-            let hand = hand.acquire_owned().await;
-            tokio::task::spawn_blocking(move || {
-                let _kept = (needed, hand);
-                work()
-            })
-            .await
+        let mut stuck = place.hangs.subscribe();
+        // To wait for one's turn is no sign that the storage hangs: who has it has limits of its own.
+        let hand = tokio::select! {
+            biased;
+            hand = place.hand.clone().acquire_owned() => hand,
+            _ = stuck.wait_for(|hangs| *hangs) => return Err(Error::stalled(patience)),
         };
+        let hangs = place.hangs.clone();
+        let run = tokio::task::spawn_blocking(move || {
+            let _kept = (needed, hand);
+            let done = work();
+            hangs.send_replace(false);
+            done
+        });
         match tokio::time::timeout(patience, run).await {
             Ok(Ok(result)) => Ok(result?),
             Ok(Err(error)) => std::panic::resume_unwind(error.into_panic()),
-            Err(_) => Err(Error::stalled(patience)),
+            Err(_) => {
+                place.hangs.send_replace(true);
+                Err(Error::stalled(patience))
+            }
         }
     }
 }

@@ -14,6 +14,8 @@ pub struct Stored {
     pub state: BackupState,
     /// What is wrong, for people; empty if nothing is.
     pub problem: String,
+    /// Nobody removes it.
+    pub protected: bool,
 }
 
 /// What there is in a store.
@@ -84,6 +86,7 @@ fn read_backup(shelf: &Shelf, id: &str) -> Result<Stored, String> {
         manifest,
         state,
         problem,
+        protected: shelf.is_protected().map_err(text)?,
     })
 }
 

@@ -138,9 +138,16 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     let settled = known.iter().map(|domain| domain.settled(FIRST_LOOK));
     futures_util::future::join_all(settled).await;
     let access = Access::new(Arc::new(Polkit::start()?), limits.of_password_dialogs());
-    let backups = Arc::new(Backups::new(domains.clone(), catalog, &config, activity.clone()));
+    let backups = Arc::new(Backups::new(
+        domains.clone(),
+        catalog,
+        jobs.clone(),
+        &config,
+        activity.clone(),
+    ));
     backups.recover().await?;
     let resumed = jobs.recover().await?;
+    jobs.settle_stores();
     let service = Arc::new(Service::new(domains, jobs, backups, access, &config));
     resumed.iter().for_each(|job| service.follow(job.clone()));
     let connection = zbus::connection::Builder::system().build().await?;

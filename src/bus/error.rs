@@ -16,6 +16,7 @@ pub const fn name(kind: Kind) -> &'static str {
         Kind::NoSuchCheckpoint => "org.example.Backup1.Error.NoSuchCheckpoint",
         Kind::ChainBroken => "org.example.Backup1.Error.ChainBroken",
         Kind::HasDescendants => "org.example.Backup1.Error.HasDescendants",
+        Kind::Protected => "org.example.Backup1.Error.Protected",
         Kind::NoSuchBackup => "org.example.Backup1.Error.NoSuchBackup",
         Kind::InvalidDefinition => "org.example.Backup1.Error.InvalidDefinition",
         Kind::Unsupported => "org.example.Backup1.Error.Unsupported",

@@ -187,6 +187,8 @@ pub fn backups(dictionary: Dictionary) -> Result<BackupsWanted> {
             ("store", Value::Str(store)) => wanted.filter.store = Some(store),
             ("after", Value::Str(place)) => wanted.after = Some(place).filter(|place| !place.is_empty()),
             ("domain" | "store" | "after", value) => return Err(wrong_type(&key, &value, "s")),
+            ("protected", Value::Bool(protected)) => wanted.filter.protected = Some(protected),
+            ("protected", value) => return Err(wrong_type(&key, &value, "b")),
             ("limit", Value::U64(limit)) => wanted.at_most = usize::try_from(limit).ok(),
             ("limit", value) => return Err(wrong_type(&key, &value, "t")),
             _ => return Err(unknown(&key)),

@@ -79,6 +79,14 @@ pub async fn call(context: &Context, call: &Call, backup: &Backup) -> Answer {
             let removed = call.while_present(delete).await?;
             call.reply(&(removed.ids, removed.freed))
         }
+        "Protect" => {
+            let (protected, options) = call.arguments::<(bool, Dictionary)>()?;
+            options::none(&options)?;
+            let service = &context.service;
+            let protect = async { Ok(service.protect_backup(&call.caller, backup, protected).await?) };
+            call.while_present(protect).await?;
+            call.reply(&())
+        }
         "Restore" => restore(context, call, backup).await,
         "Export" => export(context, call, backup).await,
         "Verify" => verify(context, call, backup).await,
@@ -156,6 +164,7 @@ pub fn properties(backup: &Backup) -> Properties {
         ("State", Variant::from(backup.state.as_str())),
         ("Problem", Variant::from(backup.problem.clone())),
         ("Quiesced", Variant::from(manifest.quiesced)),
+        ("Protected", Variant::from(backup.protected)),
         ("Disks", Variant::from(disks(backup))),
         ("Service", Variant::from(service(backup))),
         ("Own", Variant::from(backup.own)),

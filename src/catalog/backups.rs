@@ -18,6 +18,8 @@ pub struct BackupRecord {
     pub domain: String,
     /// JSON.
     pub manifest: String,
+    /// Nobody removes it, as its store has it.
+    pub protected: bool,
 }
 
 /// Which backup: where it lies.
@@ -83,6 +85,8 @@ pub struct Backup {
     pub looked: Looked,
     /// This service made it, or adopted it: keep rules apply to it.
     pub own: bool,
+    /// Nobody removes it.
+    pub protected: bool,
     pub manifest: Manifest,
     /// The manifest as it was written.
     pub text: String,
@@ -108,6 +112,7 @@ pub struct BackupFilter {
     /// UUIDs of domains that have that name now, and may have had another.
     pub uuids: Vec<uuid::Uuid>,
     pub store: Option<String>,
+    pub protected: Option<bool>,
 }
 
 impl BackupFilter {
@@ -135,12 +140,14 @@ impl Catalog {
         self.run(move |connection| {
             let condition = "(:store IS NULL OR store = :store) \
                  AND (:domain IS NULL OR domain_name = :domain OR domain_uuid IN (SELECT value FROM json_each(:uuids))) \
+                 AND (:protected IS NULL OR protected = :protected) \
                  AND (store, domain, sequence, id) > (:after_store, :after_domain, :after_sequence, :after_id) \
                  ORDER BY store, domain, sequence, id LIMIT :limit";
             let values = named_params! {
                 ":store": filter.store,
                 ":domain": filter.domain,
                 ":uuids": filter.uuids(),
+                ":protected": filter.protected,
                 ":after_store": after.store,
                 ":after_domain": after.domain,
                 ":after_sequence": after.sequence.cast_signed(),
@@ -230,6 +237,15 @@ impl Catalog {
         .await
     }
 
+    /// Remembers whether a backup is protected.
+    pub async fn protect(&self, key: BackupKey, protected: bool) -> Result<(), Error> {
+        let sql = "UPDATE backups SET protected = ?4 WHERE store = ?1 AND domain = ?2 AND id = ?3";
+        self.change(sql, move |update| {
+            update.execute(params![key.store, key.domain, key.id, protected])
+        })
+        .await
+    }
+
     /// The backups that are being removed.
     pub async fn all_removing(&self) -> Result<Vec<Backup>, Error> {
         self.run(|connection| select(connection, "removing ORDER BY id DESC", []))
@@ -302,10 +318,10 @@ pub(super) fn keep_backup(
     let parents: Vec<&str> = manifest.parents().into_iter().collect();
     let mut insert = connection.prepare(
         "INSERT INTO backups (store, domain, id, object, domain_name, domain_source, domain_owner, domain_owner_name, \
-             domain_uuid, parents, sequence, manifest) \
-         VALUES (?1, ?2, ?3, random(), ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11) \
+             domain_uuid, parents, sequence, manifest, protected) \
+         VALUES (?1, ?2, ?3, random(), ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12) \
          ON CONFLICT (store, domain, id) DO UPDATE SET manifest = excluded.manifest, parents = excluded.parents, \
-             sequence = excluded.sequence, look_state = '', look_problem = ''",
+             sequence = excluded.sequence, protected = excluded.protected, look_state = '', look_problem = ''",
     )?;
     insert.execute(params![
         backup.store,
@@ -319,6 +335,7 @@ pub(super) fn keep_backup(
         parents.join("\n"),
         manifest.sequence.cast_signed(),
         backup.manifest,
+        backup.protected,
     ])?;
     let key = BackupKey {
         store: backup.store.clone(),
@@ -373,6 +390,7 @@ fn read(row: &Row) -> Result<Backup, Error> {
         problem,
         looked,
         own: row.get("own")?,
+        protected: row.get("protected")?,
         manifest,
         text,
     })
@@ -442,6 +460,7 @@ mod tests {
             store: "default".into(),
             domain: "7:web".into(),
             manifest: String::from_utf8(manifest.to_json().unwrap()).unwrap(),
+            protected: false,
         }
     }
 

@@ -7,8 +7,8 @@ use rusqlite::ErrorCode;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "the catalog {path} is damaged ({why}): put back a copy of it; or wait for backups that QEMU is making, as nobody will \
-         end them properly, move it away, start the service with an empty history, and have 'backupctl rescan' find the backups in the stores, which are whole without it",
+        "the catalog {path} is damaged ({why}). Wait for backups that QEMU is making, because nobody will end them properly; then put \
+         back a copy of it, or move it away and start with an empty history. The backups in the stores are whole without it: the service reads them again when it starts",
         path = path.display()
     )]
     Damaged { path: PathBuf, why: String },

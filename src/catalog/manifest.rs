@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{DEFINITION_NAME, MANIFEST_NAME};
+use super::{DEFINITION_NAME, MANIFEST_NAME, PROTECTED_NAME};
 use crate::definition::{Format, MAX_DESCRIPTION_BYTES, is_checkpoint_name, is_valid_name};
 use crate::error::shown;
 
@@ -353,7 +353,7 @@ fn is_file_name(name: &str) -> bool {
 }
 
 fn is_image_name(name: &str) -> bool {
-    is_file_name(name) && ![MANIFEST_NAME, DEFINITION_NAME].contains(&name)
+    is_file_name(name) && ![MANIFEST_NAME, DEFINITION_NAME, PROTECTED_NAME].contains(&name)
 }
 
 fn is_sha256(text: &str) -> bool {

@@ -10,6 +10,7 @@ mod checkpoints;
 mod database;
 mod directory;
 mod error;
+mod generations;
 mod history;
 mod jobs;
 mod manifest;
@@ -41,6 +42,8 @@ use uuid::Uuid;
 /// Names of the records that lie beside a backup's images.
 pub const MANIFEST_NAME: &str = "manifest.json";
 pub const DEFINITION_NAME: &str = "backup.xml";
+/// A file beside them: as long as it is there, nobody removes the backup.
+pub const PROTECTED_NAME: &str = "protected";
 /// The catalog's file name in the state directory.
 pub const FILE_NAME: &str = "catalog.sqlite";
 

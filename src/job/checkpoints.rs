@@ -113,6 +113,10 @@ impl Jobs {
         disks: &[Disk],
         (name, store): (&'a str, &'a Store),
     ) -> Result<ChosenStore<'a>, Error> {
+        // Where that fails, nothing can be built upon what is there, and the store says why when the backup is put there.
+        if let Err(error) = self.settle_store(name).await {
+            tracing::warn!(store = name, %error, "it is not known whether the store is as the catalog knows it");
+        }
         let (directory, sequence) = choose(&self.setting, domain, name, store).await?;
         let past = Past {
             earlier: earlier(&self.setting, (name, store.path.clone()), &directory, domain).await?,

@@ -13,6 +13,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::boot::BootId;
 use super::footprint::Footprint;
+use super::generation::Generations;
 use super::record::{self, Residue, to_text};
 use super::rescan::{self, Rescan};
 use super::{Error, Job, backup, blocking, quiesce};
@@ -44,6 +45,7 @@ pub(super) struct Setting {
     pub stop: CancellationToken,
     /// Counts what the service must not leave before the end of.
     pub activity: Activity,
+    pub generations: Generations,
 }
 
 /// How the work on a job ended.
@@ -76,7 +78,10 @@ pub struct Jobs {
     table: Mutex<Table>,
     pub(super) quota: Quota,
     pub(super) setting: Setting,
-    rescanning: tokio::sync::Mutex<()>,
+    /// Callers that have the stores read again: one at a time.
+    asked_to_rescan: tokio::sync::Mutex<()>,
+    /// One reads a store again at a time, also without being asked.
+    pub(super) rescanning: tokio::sync::Mutex<()>,
     pub(super) tasks: TaskTracker,
 }
 
@@ -129,9 +134,11 @@ impl Jobs {
         Arc::new(Self {
             quota: config.limits.of_jobs(),
             table: Mutex::default(),
+            asked_to_rescan: tokio::sync::Mutex::default(),
             rescanning: tokio::sync::Mutex::default(),
             setting: Setting {
                 domains,
+                generations: Generations::new(catalog.clone(), config, activity.clone()),
                 catalog,
                 deadlines: config.deadlines,
                 boot,
@@ -524,7 +531,8 @@ impl Jobs {
     /// Makes the records of the backups in the stores those that the stores have. One at a time.
     /// `adopt` has keep rules apply to all of them, whichever service made them.
     pub async fn rescan(&self, adopt: bool) -> Result<Rescan, Error> {
-        let _turn = self.rescanning.try_lock().map_err(|_| Error::Rescanning)?;
+        let _asked = self.asked_to_rescan.try_lock().map_err(|_| Error::Rescanning)?;
+        let _turn = self.rescanning.lock().await;
         rescan::rescan(&self.setting, adopt).await
     }
 

@@ -11,6 +11,7 @@ mod checkpoints;
 mod directory;
 mod error;
 mod footprint;
+mod generation;
 mod guard;
 mod manager;
 mod mark;

@@ -13,7 +13,6 @@ use crate::catalog::{
     BackupRecord, DEFINITION_NAME, DomainDir, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
     StoredBackup, Taken,
 };
-use crate::config::Store;
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
 use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
@@ -55,36 +54,19 @@ type Missing = HashSet<(String, String)>;
 
 /// Looks through all stores. With `adopt`, keep rules apply to all that is there from now on, whichever service made it.
 pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Error> {
-    let last_number = setting.catalog.last_number().await?;
     let mut rescan = Rescan::default();
     for (name, store) in &setting.stores {
-        // From before the look: what comes meanwhile is not missing.
-        let known = setting.catalog.backups_in(name.clone()).await?;
-        let mut look = Look {
-            store: name,
-            path: &store.path,
-            setting,
-            last_number,
-            missing: known.into_iter().collect(),
-            seen: 0,
-            rescan: &mut rescan,
-        };
-        match look.through().await {
-            Ok(true) => {
-                look.forget_missing().await?;
+        match look_through(setting, name, &store.path, &mut rescan).await {
+            Ok(()) => {
                 if adopt {
                     setting.catalog.adopt(name.clone()).await?;
                 }
-                mark_as(setting, name, store, &mut rescan).await?;
+                mark_as(setting, name, &store.path, &mut rescan).await?;
             }
-            Ok(false) => rescan.problem(
-                &store.path,
-                "it was exchanged for another while it was looked through",
-            ),
-            Err(error @ (Error::Target(_) | Error::Stalled { .. })) => {
+            Err(error @ (Error::Target(_) | Error::Stalled { .. } | Error::Exchanged)) => {
                 rescan.problem(&store.path, &error.to_string());
             }
-            Err(error) => return Err(error),
+            looked => looked?,
         }
     }
     tracing::info!(backups = rescan.backups, "the stores were looked through");
@@ -92,16 +74,56 @@ pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Err
 }
 
 /// Has the store that was looked through be the one that is used from now on.
-async fn mark_as(setting: &Setting, name: &str, store: &Store, rescan: &mut Rescan) -> Result<(), Error> {
-    match mark(setting, name, &store.path).await {
+async fn mark_as(setting: &Setting, name: &str, path: &Path, rescan: &mut Rescan) -> Result<(), Error> {
+    match mark(setting, name, path).await {
         // Its look told already that none of the backups on record is there.
         Ok(_) | Err(Error::Target(target::Error::NotMounted { .. })) => Ok(()),
         Err(Error::Target(error)) => {
-            rescan.problem(&store.path, &error.to_string());
+            rescan.problem(path, &error.to_string());
             Ok(())
         }
         Err(error) => Err(error),
     }
+}
+
+/// Looks through one store.
+pub(super) async fn one(setting: &Setting, name: &str) -> Result<(), Error> {
+    let Some(store) = setting.stores.get(name) else {
+        return Ok(());
+    };
+    let mut rescan = Rescan::default();
+    look_through(setting, name, &store.path, &mut rescan).await?;
+    tracing::info!(
+        store = name,
+        backups = rescan.backups,
+        "the store was looked through"
+    );
+    Ok(())
+}
+
+async fn look_through(setting: &Setting, name: &str, path: &Path, rescan: &mut Rescan) -> Result<(), Error> {
+    // From before the look: what comes meanwhile is neither known nor missing.
+    let generation = setting.generations.of(name).await?;
+    let known = setting.catalog.backups_in(name.to_owned()).await?;
+    let mut look = Look {
+        store: name,
+        path,
+        setting,
+        last_number: setting.catalog.last_number().await?,
+        missing: known.into_iter().collect(),
+        seen: 0,
+        rescan,
+    };
+    if !look.through().await? {
+        return Err(Error::Exchanged);
+    }
+    if look.forget_missing().await? {
+        setting
+            .catalog
+            .set_generation(name.to_owned(), generation)
+            .await?;
+    }
+    Ok(())
 }
 
 /// A look through one store.
@@ -260,10 +282,11 @@ impl Look<'_> {
         Ok(())
     }
 
-    async fn forget_missing(self) -> Result<(), Error> {
+    /// Forgets what is on record and not there. False if that is all that is on record: then it may be another store.
+    async fn forget_missing(self) -> Result<bool, Error> {
         let missing: Vec<_> = self.missing.into_iter().collect();
         if missing.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         if self.seen == 0 {
             let why = format!(
@@ -271,7 +294,7 @@ impl Look<'_> {
                 missing.len()
             );
             self.rescan.problem(self.path, &why);
-            return Ok(());
+            return Ok(false);
         }
         tracing::info!(
             store = self.store,
@@ -279,7 +302,8 @@ impl Look<'_> {
             "backups that are not in their store any more are forgotten"
         );
         let forgotten = self.setting.catalog.forget(self.store.to_owned(), missing);
-        Ok(forgotten.await?)
+        forgotten.await?;
+        Ok(true)
     }
 
     /// Reads on a thread that may wait for storage, for `stall-seconds` at most.
@@ -403,6 +427,7 @@ fn stored_backup(
             store: store.to_owned(),
             domain: directory.to_owned(),
             manifest: String::from_utf8_lossy(&bytes).into_owned(),
+            protected: shelf.is_protected().map_err(|error| error.to_string())?,
         },
     })
 }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::Duration;
 
 use jiff::civil::DateTime;
 use jiff::tz::{Offset, TimeZone};
@@ -22,6 +23,8 @@ pub struct Retention {
     pub weekly: u32,
     pub monthly: u32,
     pub yearly: u32,
+    /// Younger ones stay, whatever the rules say, and take no older one's place.
+    pub at_least: Duration,
 }
 
 /// A rule.
@@ -96,6 +99,7 @@ impl Retention {
             weekly: store.keep_weekly,
             monthly: store.keep_monthly,
             yearly: store.keep_yearly,
+            at_least: store.keep_at_least,
         }
     }
 
@@ -122,9 +126,15 @@ impl Retention {
         *field = count;
     }
 
-    /// Whether it would keep nothing: that is no rule to remove backups by.
+    /// Whether no rule keeps anything: that is nothing to remove backups by.
     pub fn is_nothing(&self) -> bool {
-        *self == Self::default()
+        Rule::ALL.into_iter().all(|rule| self.of(rule) == 0)
+    }
+
+    /// Whether a backup of that instant is to stay for now. One from the future is.
+    pub fn is_young(&self, instant: Timestamp, now: Timestamp) -> bool {
+        let age = now.duration_since(instant);
+        SignedDuration::try_from(self.at_least).is_ok_and(|least| !least.is_zero() && age < least)
     }
 }
 
@@ -151,12 +161,18 @@ pub struct Candidate {
     pub own: bool,
     /// The backups that it lies on.
     pub parents: Vec<String>,
+    /// Why it is kept whatever the rules say.
+    pub anyway: Vec<Reason>,
 }
 
 /// Why a backup is kept.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
     Rule(Rule),
+    /// Somebody said that it is to stay.
+    Protected,
+    /// It is younger than `keep-at-least`.
+    Young,
     /// That one, which is kept, lies on it.
     Base(String),
     Missing,
@@ -168,6 +184,8 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Rule(rule) => f.write_str(rule.key().trim_start_matches("keep-")),
+            Self::Protected => f.write_str("protected"),
+            Self::Young => f.write_str("keep-at-least"),
             Self::Base(id) => write!(f, "{id} lies on it"),
             Self::Missing => f.write_str("missing"),
             Self::Foreign => f.write_str("made by another service"),
@@ -205,11 +223,15 @@ pub fn kept<'a>(
         candidate.own && candidate.condition == Condition::Good && !future.contains(candidate.id.as_str())
     };
     let newest_first: Vec<&Candidate> = candidates.iter().rev().collect();
-    // Once as if the damaged ones and those from the future were not there, so that they take no good one's place; and once
-    // with them.
+    // Once as if the damaged ones and those from the future were not there, so that they take no good one's place; once as if those
+    // were not there either that are too young to go, so that many at once push nobody out; and once with all of them.
     let all: Vec<&Candidate> = newest_first.iter().filter(counts).copied().collect();
     let sound: Vec<&Candidate> = newest_first.iter().filter(sound).copied().collect();
-    for of in [&sound, &all] {
+    let settled = sound
+        .iter()
+        .filter(|candidate| !candidate.anyway.contains(&Reason::Young));
+    let settled: Vec<&Candidate> = settled.copied().collect();
+    for of in [&sound, &settled, &all] {
         for rule in Rule::ALL {
             for id in by_rule(of, rule, retention.of(rule), zone) {
                 kept.entry(id).or_default().insert(Reason::Rule(rule));
@@ -221,6 +243,15 @@ pub fn kept<'a>(
             kept.entry(&candidate.id).or_default().insert(Reason::Missing);
         } else if !candidate.own {
             kept.entry(&candidate.id).or_default().insert(Reason::Foreign);
+        }
+    }
+    for candidate in candidates {
+        if candidate.condition == Condition::Missing {
+            continue;
+        }
+        if !candidate.anyway.is_empty() {
+            let reasons = kept.entry(&candidate.id).or_default();
+            reasons.extend(candidate.anyway.iter().cloned());
         }
     }
     keep_bases(candidates, &mut kept);
@@ -287,6 +318,7 @@ mod tests {
                 .filter(|parent| !parent.is_empty())
                 .map(str::to_owned)
                 .collect(),
+            anyway: Vec::new(),
         }
     }
 
@@ -587,6 +619,45 @@ mod tests {
         ];
         let kept = decided(&times, &[(Rule::Last, 1)]);
         assert_eq!(kept, ["2026-11-02T02:00: missing", "2026-11-03T02:00: last"]);
+    }
+
+    #[test]
+    fn what_is_kept_anyway_is_kept_with_what_it_depends_on_and_young_ones_push_nobody_out() {
+        let mut candidates = candidates(&[
+            "2026-11-01T02:00",
+            "2026-11-02T02:00<2026-11-01T02:00",
+            "2026-11-03T02:00",
+            "2026-11-04T02:00",
+        ]);
+        candidates[1].anyway = vec![Reason::Protected];
+        candidates[3].anyway = vec![Reason::Young];
+        let kept = kept(&candidates, &retention(&[(Rule::Last, 1)]), &TimeZone::UTC, now());
+        let kept: Vec<(&str, Vec<Reason>)> = kept
+            .into_iter()
+            .map(|(id, reasons)| (id, reasons.into_iter().collect()))
+            .collect();
+        assert_eq!(
+            kept,
+            [
+                ("2026-11-01T02:00", vec![Reason::Base("2026-11-02T02:00".into())]),
+                ("2026-11-02T02:00", vec![Reason::Protected]),
+                ("2026-11-03T02:00", vec![Reason::Rule(Rule::Last)]),
+                ("2026-11-04T02:00", vec![Reason::Rule(Rule::Last), Reason::Young]),
+            ]
+        );
+    }
+
+    #[test]
+    fn young_is_what_is_not_as_old_as_was_asked_for() {
+        let mut rules = retention(&[(Rule::Last, 1)]);
+        let time = |text: &str| text.parse::<Timestamp>().unwrap();
+        let now = time("2026-11-04T02:00:00Z");
+        assert!(!rules.is_young(now, now), "nothing was asked for");
+        rules.at_least = Duration::from_secs(86_400);
+        assert!(rules.is_young(time("2026-11-03T02:00:01Z"), now));
+        assert!(!rules.is_young(time("2026-11-03T02:00:00Z"), now));
+        assert!(rules.is_young(time("2038-01-01T00:00:00Z"), now));
+        assert!(Retention { last: 0, ..rules }.is_nothing());
     }
 
     #[test]

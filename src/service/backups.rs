@@ -188,6 +188,14 @@ impl Service {
         Ok(self.backups.remove(unwanted, how.dry_run).await?)
     }
 
+    /// Keeps a backup from being removed, by anybody and by any rule, or no longer. Who may delete it may do that.
+    pub async fn protect_backup(&self, caller: &Caller, backup: &Backup, protected: bool) -> Result<()> {
+        let details = self.backup_details(backup);
+        let permission = Permission::BackupDelete;
+        drop(self.access.require(caller, permission, &details, None).await?);
+        Ok(self.backups.protect(backup, protected).await?)
+    }
+
     /// Removes the backups that no rule keeps, of the domains that `caller` may know of; or says only which.
     pub async fn prune(&self, caller: &Caller, wanted: PruneWanted) -> Result<Pruned> {
         if let Some(store) = &wanted.filter.store {

@@ -109,6 +109,16 @@ impl Replacement {
             })
     }
 
+    /// The same of a file that the backup may have.
+    pub fn keep_if_there(&self, file: &str) -> Result<(), Error> {
+        match self.keep(file) {
+            Err(Error::Io {
+                errno: Errno::NOENT, ..
+            }) => Ok(()),
+            kept => kept,
+        }
+    }
+
     /// Writes a file, durably.
     pub fn write(&self, file: &str, content: &[u8]) -> Result<(), Error> {
         let mut written = std::fs::File::from(self.create_file(file)?);

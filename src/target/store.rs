@@ -14,7 +14,7 @@ use super::inventory::{Shelf, read_file};
 use super::path::{Trust, check_trust, open_directory};
 use super::removal::{removed_name, sweep};
 use super::{BackupName, Error, Publication, Target, mark, naming};
-use crate::catalog::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
+use crate::catalog::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::fault::{self, Point};
 
 const DIRECTORY_MODE: Mode = Mode::RWXU;
@@ -43,6 +43,8 @@ pub struct Published {
     pub manifest: Manifest,
     /// The manifest as it was written.
     pub text: String,
+    /// Nobody removes it.
+    pub protected: bool,
 }
 
 /// Creates the directory of the default store, at the start of the service: the administrator made the one above it.
@@ -109,6 +111,7 @@ fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Er
     Ok(Published {
         manifest,
         text: String::from_utf8_lossy(&bytes).into_owned(),
+        protected: rustix::fs::statat(directory, PROTECTED_NAME, AtFlags::SYMLINK_NOFOLLOW).is_ok(),
     })
 }
 

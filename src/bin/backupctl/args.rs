@@ -104,6 +104,20 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Keep backups from being deleted, by anybody and by any rule
+    ///
+    /// A file beside each backup's manifest says so, to every service that uses the store. Needs the right to delete them.
+    Protect {
+        /// The backups: their ids, or the beginnings of them
+        #[arg(required = true)]
+        backups: Vec<String>,
+    },
+    /// Let backups be deleted again
+    Unprotect {
+        /// The backups: their ids, or the beginnings of them
+        #[arg(required = true)]
+        backups: Vec<String>,
+    },
     /// Delete the backups that no rule keeps
     ///
     /// Without any of the --keep options, the rules of each store in the service's configuration count. A backup that a kept one

@@ -95,6 +95,8 @@ pub struct Backup {
     pub state: String,
     /// What is wrong, or nothing.
     pub problem: String,
+    /// Nobody removes it.
+    pub protected: bool,
     /// Its images.
     pub disks: Vec<Image>,
     /// The service that made it, or nothing.
@@ -133,6 +135,8 @@ impl From<BackupTuple> for Backup {
             time,
             state,
             problem,
+            // Asked for by itself.
+            protected: false,
             disks,
             service,
             own: Some(own),
@@ -192,6 +196,7 @@ impl Backup {
             manifest,
             state,
             problem,
+            protected,
         } = stored;
         let parents = manifest.parents();
         Self {
@@ -202,6 +207,7 @@ impl Backup {
             time: u64::try_from(manifest.instant.as_microsecond()).unwrap_or(0),
             state: state.as_str().to_owned(),
             problem,
+            protected,
             uuid: manifest
                 .domain
                 .uuid
@@ -255,6 +261,7 @@ impl Backup {
             "size": self.size(),
             "state": self.state,
             "problem": nothing_if_empty(&self.problem),
+            "protected": self.protected,
             "service": nothing_if_empty(&self.service),
             "own": self.own,
             "disks": disks,
@@ -345,6 +352,10 @@ fn text(backups: &[Backup], branches: Branches, now: SystemTime) -> String {
         let time = units::timestamp(backup.time);
         let age = backup.age(now).map(units::age).unwrap_or_default();
         let size = backup.size().map(units::size).unwrap_or_default();
+        let state = match backup.protected {
+            true => format!("{}, protected", backup.state),
+            false => backup.state.clone(),
+        };
         let mut cells = vec![
             backup.domain.as_str(),
             &backup.store,
@@ -353,7 +364,7 @@ fn text(backups: &[Backup], branches: Branches, now: SystemTime) -> String {
             &age,
             &backup.kind,
             &size,
-            &backup.state,
+            &state,
         ];
         if foreign {
             cells.push(match (backup.own, backup.service.as_str()) {
@@ -524,6 +535,7 @@ mod tests {
                 "parent",
                 "path",
                 "problem",
+                "protected",
                 "service",
                 "size",
                 "state",

@@ -200,6 +200,14 @@ impl Error {
         matches!(self, Self::Call { name, .. } if matches!(Known::of(name), Some(Known::Ours("HasDescendants"))))
     }
 
+    /// Whether a backup that was there is not there any more.
+    pub fn is_no_such_backup(&self) -> bool {
+        matches!(self, Self::Call { name, .. } if matches!(
+            Known::of(name),
+            Some(Known::Ours("NoSuchBackup") | Known::Standard("UnknownObject"))
+        ))
+    }
+
     /// Whether the bus said that no answer will come: its connection or the service is gone, or it gave up.
     pub fn no_answer(&self) -> bool {
         match self {
@@ -296,6 +304,7 @@ pub fn hint_for(name: &str) -> Option<&'static str> {
         Known::Ours("NoSuchDomain") => "`backupctl domains` lists the domains that you may see",
         Known::Ours("NoSuchJob") => "`backupctl jobs --all` lists the jobs that you may see",
         Known::Ours("NoSuchBackup") => "`backupctl backups` lists the backups in the stores",
+        Known::Ours("Protected") => "`backupctl backups` shows which backups are protected",
         Known::Ours("HasDescendants") => {
             "`backupctl backups` shows which lie on it; --with-descendants deletes them too"
         }

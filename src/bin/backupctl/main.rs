@@ -21,6 +21,7 @@ mod job;
 mod list;
 mod manual;
 mod output;
+mod protect;
 mod proxy;
 mod prune;
 mod stored;
@@ -89,6 +90,8 @@ async fn run(cli: &Cli) -> Result<Status> {
         | Command::Speed { .. }
         | Command::Dump { .. }
         | Command::Delete { .. }
+        | Command::Protect { .. }
+        | Command::Unprotect { .. }
         | Command::Prune(_)
         | Command::Checkpoint(_)
         | Command::Rescan { .. } => Agent::start(ask_password).await,
@@ -120,6 +123,8 @@ async fn run(cli: &Cli) -> Result<Status> {
             };
             delete::run(&service, backups, how, json).await
         }
+        Command::Protect { backups } => protect::run(&service, backups, true, json).await,
+        Command::Unprotect { backups } => protect::run(&service, backups, false, json).await,
         Command::Prune(options) => prune::run(&service, options, json).await,
         Command::Checkpoints { domain } => checkpoints::list(&service, domain, json).await,
         Command::Checkpoint(command) => checkpoints::run(&service, command, json).await,

@@ -185,6 +185,11 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
                 "backupctl delete --with-descendants --dry-run 20261123T055937Z-10ebf9b0",
             ),
         ],
+        "protect" => &[(
+            "Keep a backup whatever the rules say",
+            "backupctl protect 20261123T055937Z-10ebf9b0",
+        )],
+        "unprotect" => &[("Let it go again", "backupctl unprotect 20261123T055937Z-10ebf9b0")],
         "prune" => &[
             (
                 "Show what would be left of a machine's backups",

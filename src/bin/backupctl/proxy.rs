@@ -1,6 +1,6 @@
 //! The service's objects as seen from here: calls that may ask for a password and never time out, and signals.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 
 use backupd::names::{
@@ -205,9 +205,26 @@ impl Service {
 
     /// The backups in stores that the caller may see, by store, domain and time.
     pub async fn backups(&self, domain: Option<&str>, store: Option<&str>) -> Result<Vec<Backup>> {
+        let mut backups = self.listed(domain, store, HashMap::new()).await?;
+        let only = HashMap::from([("protected", Variant::from(true))]);
+        let protected = self.listed(domain, store, only).await?;
+        let protected: HashSet<String> = protected.into_iter().map(|backup| backup.path).collect();
+        for backup in &mut backups {
+            backup.protected = protected.contains(&backup.path);
+        }
+        Ok(backups)
+    }
+
+    async fn listed(
+        &self,
+        domain: Option<&str>,
+        store: Option<&str>,
+        only: HashMap<&str, Variant<'_>>,
+    ) -> Result<Vec<Backup>> {
         let (mut backups, mut next) = (Vec::new(), String::new());
         loop {
-            let mut options = HashMap::from([("after", Variant::from(next.as_str()))]);
+            let mut options: HashMap<&str, Variant> = only.clone();
+            options.insert("after", Variant::from(next.clone()));
             options.extend(domain.map(|domain| ("domain", Variant::from(domain))));
             options.extend(store.map(|store| ("store", Variant::from(store))));
             let page: (Vec<BackupTuple>, String) = self
@@ -256,6 +273,13 @@ impl Service {
             ("dry-run", Variant::from(how.dry_run)),
         ]);
         self.call(path, BACKUP_INTERFACE, "Delete", &(options,)).await
+    }
+
+    /// Keeps the backup at that path from being removed, or no longer.
+    pub async fn protect(&self, path: &str, protected: bool) -> Result<()> {
+        let options: HashMap<&str, Variant> = HashMap::new();
+        self.call(path, BACKUP_INTERFACE, "Protect", &(protected, options))
+            .await
     }
 
     /// The backup whose id that is, or begins like that.

@@ -166,7 +166,8 @@ impl Driver<'_> {
             ],
         )
         .await?;
-        self.made = self.backup_record(record);
+        self.made = self.backup_record(record, false);
+        self.raise_generation().await;
         Ok(Fact::Published)
     }
 
@@ -174,13 +175,14 @@ impl Driver<'_> {
     pub(super) async fn adopt(&mut self) -> Result<Fact, Stopped> {
         self.show_finishing();
         let targets = self.take_targets()?;
-        let Some(manifest) = targets.published().map(|published| published.text.clone()) else {
+        let Some(published) = targets.published().cloned() else {
             self.targets = Some(targets);
             return Err(Error::Interrupted.into());
         };
         // Whatever the record says of it: the manifest was written when all was durable.
         self.name_all(targets, Vec::new()).await?;
-        self.made = self.backup_record(manifest);
+        self.made = self.backup_record(published.text, published.protected);
+        self.raise_generation().await;
         Ok(Fact::Published)
     }
 
@@ -222,13 +224,21 @@ impl Driver<'_> {
         }
     }
 
-    fn backup_record(&self, manifest: String) -> Option<BackupRecord> {
+    /// Marks the change in the store before it is on record: in between, the next start reads the store again.
+    async fn raise_generation(&self) {
+        if let Some(made) = &self.made {
+            self.setting.generations.raise(&made.store).await;
+        }
+    }
+
+    fn backup_record(&self, manifest: String, protected: bool) -> Option<BackupRecord> {
         match &self.job.plan.destination {
             Destination::Store { name, directory, .. } => Some(BackupRecord {
                 id: self.job.backup_id.clone(),
                 store: name.clone(),
                 domain: directory.to_string(),
                 manifest,
+                protected,
             }),
             Destination::Caller => None,
         }

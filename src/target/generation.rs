@@ -1,0 +1,134 @@
+//! A store's generation: a mark that changes with every change that a service makes, so that a catalog that does not know of one
+//! is found out.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::Error;
+use super::inventory::Shelf;
+
+/// The service's own directory in a store.
+const DIRECTORY: &str = ".backupd";
+const FILE: &str = "generation";
+const NEW_FILE: &str = "generation.new";
+const MAX_BYTES: usize = 256;
+
+/// A change of a store's generation. "" is that of a store that no service ever marked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Raised {
+    pub before: String,
+    pub now: String,
+}
+
+/// The generation of a store. Blocks.
+pub fn generation(store: &Path) -> Result<String, Error> {
+    match Shelf::of_store(store)?.below(DIRECTORY)? {
+        Some(shelf) => read(&shelf),
+        None => Ok(String::new()),
+    }
+}
+
+/// Gives a store its next generation, durably. Blocks.
+pub fn raise_generation(store: &Path) -> Result<Raised, Error> {
+    let store = Shelf::of_store(store)?;
+    match rustix::fs::mkdirat(store.descriptor(), DIRECTORY, Mode::RWXU) {
+        Ok(()) => sync(&store)?,
+        Err(Errno::EXIST) => {}
+        Err(errno) => return Err(failed(&store, "create", DIRECTORY, errno)),
+    }
+    let shelf = store.below(DIRECTORY)?;
+    let shelf = shelf.ok_or_else(|| failed(&store, "open", DIRECTORY, Errno::NOTDIR))?;
+    // Two services, also of two hosts, must not raise it at once: one would take the other's change for its own.
+    let _locked = lock(&shelf)?;
+    let before = read(&shelf)?;
+    let number = before
+        .split_whitespace()
+        .next()
+        .and_then(|word| word.parse().ok());
+    // The random part tells apart what two services counted alike, one of them in a copy of the store.
+    let now = format!(
+        "{} {}",
+        number.unwrap_or(0_u64) + 1,
+        uuid::Uuid::new_v4().simple()
+    );
+    write(&shelf, &now)?;
+    Ok(Raised { before, now })
+}
+
+fn read(shelf: &Shelf) -> Result<String, Error> {
+    match shelf.read(FILE, MAX_BYTES) {
+        Ok((bytes, _)) => Ok(String::from_utf8_lossy(&bytes).trim().to_owned()),
+        Err(Error::Io {
+            errno: Errno::NOENT, ..
+        }) => Ok(String::new()),
+        Err(error) => Err(error),
+    }
+}
+
+fn write(shelf: &Shelf, generation: &str) -> Result<(), Error> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(shelf.descriptor(), NEW_FILE, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|errno| failed(shelf, "create", NEW_FILE, errno))?;
+    let mut file = std::fs::File::from(file);
+    std::io::Write::write_all(&mut file, format!("{generation}\n").as_bytes())
+        .and_then(|()| file.sync_all())
+        .map_err(|error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+            failed(shelf, "write", NEW_FILE, errno)
+        })?;
+    rustix::fs::renameat(shelf.descriptor(), NEW_FILE, shelf.descriptor(), FILE)
+        .map_err(|errno| failed(shelf, "rename", NEW_FILE, errno))?;
+    sync(shelf)
+}
+
+/// Until what is returned is dropped.
+fn lock(shelf: &Shelf) -> Result<OwnedFd, Error> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat(shelf.descriptor(), ".", flags, Mode::empty())
+        .map_err(|errno| failed(shelf, "open", "", errno))?;
+    rustix::fs::flock(&directory, FlockOperation::LockExclusive)
+        .map_err(|errno| failed(shelf, "lock", "", errno))?;
+    Ok(directory)
+}
+
+fn sync(shelf: &Shelf) -> Result<(), Error> {
+    rustix::fs::fsync(shelf.descriptor()).map_err(|errno| failed(shelf, "fsync", "", errno))
+}
+
+fn failed(shelf: &Shelf, action: &'static str, name: &str, errno: Errno) -> Error {
+    Error::io(action, &shelf.path().join(name).display().to_string(), errno)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn each_generation_is_another_one_and_its_number_goes_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).unwrap();
+        assert_eq!(generation(path).unwrap(), "");
+        let first = raise_generation(path).unwrap();
+        assert_eq!(
+            (first.before.as_str(), generation(path).unwrap()),
+            ("", first.now.clone())
+        );
+        let second = raise_generation(path).unwrap();
+        assert_eq!(second.before, first.now);
+        assert!(
+            first.now.starts_with("1 ") && second.now.starts_with("2 "),
+            "{second:?}"
+        );
+        // A copy that counts on from here is told apart.
+        std::fs::write(path.join(".backupd/generation"), &first.now).unwrap();
+        assert_ne!(raise_generation(path).unwrap().now, second.now);
+        std::fs::write(path.join(".backupd/generation"), "nonsense").unwrap();
+        assert!(raise_generation(path).unwrap().now.starts_with("1 "));
+    }
+}

@@ -1,0 +1,53 @@
+//! Keeping a stored backup from being removed: a file beside its manifest says so, to every service and after a lost catalog.
+
+use std::path::Path;
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::inventory::{Sharing, Shelf};
+use super::{BackupName, Error};
+use crate::catalog::PROTECTED_NAME;
+
+/// Protects a backup, or no longer, durably. Blocks.
+pub fn protect(store: &Path, name: BackupName, protected: bool) -> Result<(), Error> {
+    let domain = Shelf::of_store(store)?.below(name.domain)?;
+    let backup = domain.map(|domain| domain.below(name.id)).transpose()?.flatten();
+    let backup = backup.ok_or_else(|| Error::NotThere {
+        path: store.join(name.domain).join(name.id).display().to_string(),
+    })?;
+    // Nobody is just removing it.
+    let _held = backup.hold(Sharing::Shared)?;
+    let failed = |action| {
+        let path = backup.path().join(PROTECTED_NAME).display().to_string();
+        move |errno| Error::io(action, &path, errno)
+    };
+    let directory = backup.descriptor();
+    match protected {
+        true => {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = rustix::fs::openat(directory, PROTECTED_NAME, flags, Mode::RUSR | Mode::WUSR)
+                .map_err(failed("create"))?;
+            rustix::fs::fsync(&file).map_err(failed("fsync"))?;
+        }
+        false => match rustix::fs::unlinkat(directory, PROTECTED_NAME, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(failed("remove")(errno)),
+        },
+    }
+    rustix::fs::fsync(directory).map_err(failed("fsync the directory of"))
+}
+
+impl Shelf {
+    /// Whether this backup is protected.
+    pub fn is_protected(&self) -> Result<bool, Error> {
+        match rustix::fs::statat(self.descriptor(), PROTECTED_NAME, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(errno) => {
+                let path = self.path().join(PROTECTED_NAME).display().to_string();
+                Err(Error::io("look at", &path, errno))
+            }
+        }
+    }
+}

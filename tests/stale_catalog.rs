@@ -1,0 +1,299 @@
+//! The store is the truth: what a catalog that is an old copy does not know of, what another service made, and what was put there
+//! by hand is neither taken back nor removed from under what depends on it.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::System;
+use common::caller::Caller;
+use common::chain::{copy, directories, id, increment, manifest, write_manifest};
+use common::disk::Disk;
+use common::proxies::{JobProxy, Options, PrunedBackup, error_name, slowly};
+use common::storage::files_below;
+use common::vm::Vm;
+use common::wait;
+use serde_json::json;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+
+fn machine(system: &System) -> Vm {
+    let disk = Disk::new("vda", 16 * MIB).fill(0, 8 * MIB, 0x11);
+    system.configured(system.vm("web").disk(disk).running())
+}
+
+/// The catalog's files, as a backup of `/var/lib` has them.
+const FILES: [&str; 2] = ["catalog.sqlite", "catalog.sqlite-wal"];
+
+fn copy_catalog(system: &System) -> PathBuf {
+    let aside = system.dir().join("aside");
+    fs::create_dir(&aside).unwrap();
+    for file in FILES {
+        // A service that has ended leaves no log.
+        if let Err(error) = fs::copy(system.dir().join("state").join(file), aside.join(file)) {
+            assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
+        }
+    }
+    aside
+}
+
+/// Stops the service, puts the copy back, and starts it again.
+async fn put_back(system: &mut System, aside: &Path) -> Caller {
+    system.stop_daemon();
+    for file in FILES {
+        let path = system.dir().join("state").join(file);
+        let _ = fs::remove_file(&path);
+        if aside.join(file).exists() {
+            fs::copy(aside.join(file), path).unwrap();
+        }
+    }
+    system.start_daemon();
+    system.wait_for_domain("web");
+    Caller::new(system).await
+}
+
+fn backups(system: &System) -> Vec<PathBuf> {
+    directories(&system.store().join("web"))
+}
+
+/// Ids and states of what is listed.
+async fn listed(caller: &Caller) -> Vec<(String, String)> {
+    let (backups, _) = caller.manager.list_backups(Options::new()).await.unwrap();
+    let backups = backups.into_iter();
+    backups.map(|backup| (backup.1, backup.9)).collect()
+}
+
+async fn delete(caller: &Caller, id: &str, options: &[&'static str]) -> zbus::Result<()> {
+    let path = caller.manager.get_backup(id).await?;
+    let options: Options = options.iter().map(|name| (*name, Variant::from(true))).collect();
+    let deleted = caller.connection.call_method(
+        Some("org.example.Backup1"),
+        &path,
+        Some("org.example.Backup1.Backup"),
+        "Delete",
+        &options,
+    );
+    wait::within("Delete", deleted).await.map(drop)
+}
+
+async fn refused(caller: &Caller, id: &str, options: &[&'static str], error: &str, text: &str) {
+    let refused = delete(caller, id, options).await.unwrap_err();
+    assert!(error_name(&refused).ends_with(error), "{refused}");
+    assert!(refused.to_string().contains(text), "{text:?} in {refused}");
+}
+
+/// What was copied of the disk.
+async fn kind(job: &JobProxy<'_>) -> String {
+    let [(_, kind, ..)] = job.increments().await.unwrap().try_into().unwrap();
+    kind
+}
+
+fn last(count: u64) -> Options<'static> {
+    Options::from([("keep-last", Variant::from(count))])
+}
+
+fn verdicts(judged: &[PrunedBackup]) -> Vec<(String, String, String)> {
+    let judged = judged.iter();
+    judged
+        .map(|(_, _, id, _, verdict, reason)| (id.clone(), verdict.clone(), reason.clone()))
+        .collect()
+}
+
+/// Starts a backup, takes a copy of the catalog while it runs, and has it completed.
+async fn copied_while_running(system: &System) -> PathBuf {
+    let caller = Caller::new(system).await;
+    let job = caller.start_with("web", "", &[], slowly(MIB)).await;
+    wait::until_async("the copying", || async {
+        (job.bytes_done().await.unwrap() > 0).then_some(())
+    })
+    .await;
+    let aside = copy_catalog(system);
+    job.set_speed(0).await.unwrap();
+    let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!((result.as_str(), message.as_str()), ("completed", ""));
+    aside
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_runs_in_an_old_catalog_takes_its_complete_backup_in() {
+    let mut system = System::start();
+    let vm = machine(&system);
+    let before = vm.residue();
+    let aside = copied_while_running(&system).await;
+    let files = files_below(&system.store());
+    let caller = put_back(&mut system, &aside).await;
+    let job = caller.manager.get_job(1).await.unwrap();
+    let job = caller.job(job).await;
+    let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!((result.as_str(), message.as_str()), ("completed", ""));
+    assert_eq!(files_below(&system.store()), files);
+    let [backup] = backups(&system).try_into().unwrap();
+    let complete = [(id(&backup), "complete".to_owned())];
+    assert_eq!(listed(&caller).await, complete);
+    // The next one goes on from it.
+    let next = caller.complete("web", "").await;
+    assert_eq!(kind(&next).await, "incremental");
+    assert_eq!(vm.residue(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_an_old_catalog_leaves_alone_what_it_cannot_vouch_for() {
+    let mut system = System::start();
+    let _vm = machine(&system);
+    let aside = copied_while_running(&system).await;
+    let [backup] = backups(&system).try_into().unwrap();
+    let mut newer = manifest(&backup);
+    newer["version"] = json!(99);
+    write_manifest(&backup, &newer);
+    let files = files_below(&system.store());
+    let caller = put_back(&mut system, &aside).await;
+    let job = caller.manager.get_job(1).await.unwrap();
+    let job = caller.job(job).await;
+    let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!(result, "failed");
+    assert!(message.contains("does not vouch for it"), "{message}");
+    assert_eq!(files_below(&system.store()), files);
+    system.stop_daemon();
+    system.start_daemon();
+    system.stop_daemon();
+    assert_eq!(files_below(&system.store()), files);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_catalog_of_before_an_incremental_does_not_let_its_base_go() {
+    let mut system = System::start();
+    let _vm = machine(&system);
+    let caller = Caller::new(&system).await;
+    caller.complete("web", "").await;
+    system.stop_daemon();
+    let aside = copy_catalog(&system);
+    system.start_daemon();
+    system.wait_for_domain("web");
+    let caller = Caller::new(&system).await;
+    let next = caller.complete("web", "").await;
+    assert_eq!(kind(&next).await, "incremental");
+    let [full, incremental] = backups(&system).try_into().unwrap();
+    let caller = put_back(&mut system, &aside).await;
+    refused(
+        &caller,
+        &id(&full),
+        &[],
+        "Error.HasDescendants",
+        &id(&incremental),
+    )
+    .await;
+    assert!(full.exists() && incremental.exists());
+    // What is not known was read again, without being asked.
+    let complete = [&full, &incremental].map(|backup| (id(backup), "complete".to_owned()));
+    assert_eq!(listed(&caller).await, complete);
+    let next = caller.complete("web", "").await;
+    assert_eq!(kind(&next).await, "incremental");
+    let log = system.daemon().log();
+    assert!(log.contains("the store is not as the catalog knows it"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_a_lost_catalog_knew_is_read_again_at_the_start() {
+    let mut system = System::start();
+    let _vm = machine(&system);
+    let caller = Caller::new(&system).await;
+    caller.complete("web", "").await;
+    let [full] = backups(&system).try_into().unwrap();
+    let nothing = system.dir().join("nothing");
+    let caller = put_back(&mut system, &nothing).await;
+    let known = wait::until_async("the backup", || async {
+        let listed = listed(&caller).await;
+        (!listed.is_empty()).then_some(listed)
+    });
+    assert_eq!(known.await, [(id(&full), "complete".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_backup_that_is_not_on_record_depends_on_stays() {
+    let system = System::start();
+    let _vm = machine(&system);
+    let caller = Caller::new(&system).await;
+    caller.complete_full("web", "").await;
+    caller.complete_full("web", "").await;
+    let [full, newest] = backups(&system).try_into().unwrap();
+    // As another host's service leaves it, or `cp`.
+    let unknown = increment(&full, -1);
+    let files = files_below(&system.store());
+    for options in [&[][..], &["with-descendants"], &["merge"]] {
+        let text = match options {
+            [] => "1 other backup lies on",
+            _ => "is not on record",
+        };
+        refused(&caller, &id(&full), options, "Error.HasDescendants", text).await;
+        refused(
+            &caller,
+            &id(&full),
+            options,
+            "Error.HasDescendants",
+            &id(&unknown),
+        )
+        .await;
+    }
+    let (judged, _) = caller.manager.prune("web", last(1)).await.unwrap();
+    let kept = |backup: &Path, why: &str| (id(backup), "kept".to_owned(), why.to_owned());
+    let lies_on = format!("{} lies on it", id(&unknown));
+    assert_eq!(verdicts(&judged), [kept(&full, &lies_on), kept(&newest, "last")]);
+    assert_eq!(files_below(&system.store()), files);
+
+    caller.manager.rescan(Options::new()).await.unwrap();
+    delete(&caller, &id(&full), &["with-descendants"]).await.unwrap();
+    assert_eq!(backups(&system), [newest]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_that_is_not_understood_keeps_all_that_is_beside_it() {
+    let system = System::start();
+    let _vm = machine(&system);
+    let caller = Caller::new(&system).await;
+    caller.complete_full("web", "").await;
+    let [full] = backups(&system).try_into().unwrap();
+    let (second, third) = (copy(&full, 1), copy(&full, 2));
+    caller.manager.rescan(Options::new()).await.unwrap();
+    let good = manifest(&third);
+    let path = third.join("manifest.json");
+    let mut newer = good.clone();
+    newer["version"] = json!(99);
+    write_manifest(&third, &newer);
+    let named = path.display().to_string();
+    refused(&caller, &id(&full), &[], "Error.Unsupported", &named).await;
+    let pruned = caller.manager.prune("web", last(1)).await.unwrap_err();
+    assert!(error_name(&pruned).ends_with("Unsupported"), "{pruned}");
+    fs::write(&path, "{").unwrap();
+    refused(&caller, &id(&full), &[], "Error.ChainBroken", &named).await;
+    refused(&caller, &id(&second), &["merge"], "Error.ChainBroken", &named).await;
+    assert!(full.exists() && second.exists());
+    // It can be deleted itself, and then nothing stands in the way.
+    delete(&caller, &id(&third), &[]).await.unwrap();
+    delete(&caller, &id(&full), &[]).await.unwrap();
+    assert_eq!(backups(&system), [second]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_another_service_is_noticed_before_anything_is_removed() {
+    let first = System::start();
+    let _vm = machine(&first);
+    let one = Caller::new(&first).await;
+    one.complete("web", "").await;
+    let second = System::setup().store("shared", &first.store()).start();
+    let other = Caller::new(&second).await;
+    wait::until_async("the other service to read the store", || async {
+        (listed(&other).await.len() == 1).then_some(())
+    })
+    .await;
+    let next = one.complete("web", "").await;
+    assert_eq!(kind(&next).await, "incremental");
+    let [full, incremental] = backups(&first).try_into().unwrap();
+    refused(&other, &id(&full), &[], "Error.HasDescendants", &id(&incremental)).await;
+    assert_eq!(listed(&other).await.len(), 2);
+    // And what that one removes, this one knows.
+    delete(&other, &id(&incremental), &[]).await.unwrap();
+    delete(&one, &id(&full), &[]).await.unwrap();
+    assert_eq!(listed(&one).await, []);
+}

@@ -248,7 +248,7 @@ async fn storage_that_hangs_when_data_is_to_be_durable_fails_its_backup_in_time(
 async fn slow_end(scene: &Scene) -> JobProxy<'static> {
     scene
         .storage
-        .slow_down(Operation::Read, Duration::from_millis(60));
+        .slow_down(Operation::Read, Duration::from_millis(120));
     let document = "<domainbackup><store name='shaky'/><disks><disk name='vdb'/></disks></domainbackup>";
     let job = scene.caller.start("web", document).await;
     until_async("the images to be read", || async {

@@ -233,6 +233,7 @@ impl Backups {
 
     /// Makes sure that what is on record of a store is what the store has.
     async fn settle_store(&self, store: &str) -> Result<(), Error> {
+        self.check_mark(store).await?;
         match self.jobs.settle_store(store).await {
             Ok(()) => Ok(()),
             Err(job::Error::Target(error)) => Err(error.into()),

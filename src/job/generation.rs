@@ -12,7 +12,7 @@ use super::{Error, blocking, rescan};
 use crate::activity::Activity;
 use crate::catalog::Catalog;
 use crate::config::Config;
-use crate::target::{self, generation, raise_generation};
+use crate::target::{self, check_mark, generation, raise_generation};
 
 /// The stores' generations.
 pub(super) struct Generations {
@@ -49,7 +49,13 @@ impl Generations {
         let Some(store) = self.stores.get(name) else {
             return;
         };
-        let (_turn, raised) = match self.in_turn(store, raise_generation).await {
+        let known = self.catalog.store_mark(name.to_owned()).await.ok().flatten();
+        let raise = move |path: &Path| {
+            // It may have been unmounted just now: what is below it then gets nothing.
+            known.map_or(Ok(()), |known| check_mark(path, &known))?;
+            raise_generation(path)
+        };
+        let (_turn, raised) = match self.in_turn(store, raise).await {
             Ok(raised) => raised,
             Err(error) => {
                 tracing::warn!(store = name, %error, "the change of a store is not marked in it");
@@ -86,7 +92,7 @@ impl Generations {
     async fn in_turn<T: Send + 'static>(
         &self,
         store: &Store,
-        work: fn(&Path) -> Result<T, target::Error>,
+        work: impl FnOnce(&Path) -> Result<T, target::Error> + Send + 'static,
     ) -> Result<(OwnedMutexGuard<()>, T), Error> {
         let (path, turn) = (store.path.clone(), store.turn.clone());
         let needed = self.activity.begin();

@@ -220,7 +220,9 @@ impl Limits {
 pub struct Deadlines {
     /// Without progress, wherever QEMU or storage is waited for. There is no limit on how long anything takes in all.
     pub stall_seconds: NonZeroU32,
-    /// From the guest's freeze to its thaw. What has not begun by then is not quiesced.
+    /// For the guest's agent to freeze.
+    pub freeze_wait_seconds: NonZeroU32,
+    /// From when it has frozen to the thaw. What has not begun by then is not quiesced.
     pub freeze_seconds: NonZeroU32,
     /// For a monitor that was lost during a backup to be there again, and a domain after a restart of the service.
     pub reconnect_seconds: NonZeroU32,
@@ -236,6 +238,7 @@ impl Default for Deadlines {
         }
         Self {
             stall_seconds: seconds(300),
+            freeze_wait_seconds: seconds(60),
             freeze_seconds: seconds(5),
             reconnect_seconds: seconds(30),
         }
@@ -245,6 +248,10 @@ impl Default for Deadlines {
 impl Deadlines {
     pub fn stall(&self) -> Duration {
         duration(self.stall_seconds)
+    }
+
+    pub fn freeze_wait(&self) -> Duration {
+        duration(self.freeze_wait_seconds)
     }
 
     pub fn freeze(&self) -> Duration {

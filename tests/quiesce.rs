@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use common::System;
 use common::agent::{Agent, Answer};
-use common::caller::Caller;
+use common::caller::{Caller, assert_failed};
 use common::disk::Disk;
 use common::proxies::JobProxy;
 use common::storage::{files_below, identical};
@@ -31,7 +31,15 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Self {
-        let system = System::start();
+        // The agent of a test answers at once, or never.
+        Self::with("freeze-wait-seconds = 3").await
+    }
+
+    /// One with these deadlines.
+    async fn with(deadlines: &str) -> Self {
+        let system = System::setup()
+            .table(&format!("[deadlines]\n{deadlines}"))
+            .start();
         let vm = system
             .vm("web")
             .disk(Disk::new("vda", 16 * MIB).fill(0, 4 * MIB, 0x11))
@@ -310,6 +318,72 @@ async fn an_agent_that_never_answers_the_freeze_is_given_up_and_told_to_thaw() {
     assert_eq!(agent.seen(), [FREEZE, THAW]);
 }
 
+/// As Windows needs it (VSS).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_freeze_may_take_longer_than_the_guest_may_be_frozen() {
+    let scene = Scene::with("freeze-seconds = 3\nfreeze-wait-seconds = 60").await;
+    let agent = scene.agent(|command| {
+        if command == FREEZE {
+            std::thread::sleep(std::time::Duration::from_secs(5));
+        }
+        Answer::Proper
+    });
+    assert!(scene.complete("require").await.1);
+    assert_eq!(agent.seen(), [FREEZE, THAW]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_else_froze_stays_frozen_and_the_backup_says_why_it_is_not_quiesced() {
+    let scene = Scene::new().await;
+    let agent = Agent::good(&scene.agent_path());
+    agent.freeze();
+    scene
+        .fails_and_leaves_nothing("require", QEMU_ERROR, "frozen already")
+        .await;
+    let (backup, quiesced) = scene.complete("try").await;
+    assert!(!quiesced);
+    assert!(agent.is_frozen());
+    assert_eq!(agent.seen(), [""; 0]);
+    let manifest = std::fs::read(backup.join("manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    let why = manifest["quiesce-problem"].as_str().unwrap();
+    assert!(why.contains("frozen already"), "{why}");
+    // The job tells the same, to programs and to people.
+    let job = scene.caller.manager.get_job(2).await.unwrap();
+    let job = scene.caller.job(job).await;
+    assert_eq!(job.quiesce_problem().await.unwrap(), why);
+    let clients = scene.system.clients();
+    let create = clients.backupctl(0, &["create", "web", "--quiesce", "try"]);
+    assert!(
+        create.stdout.contains(&format!("quiesced  no: {why}\n")),
+        "{}",
+        create.stdout
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_cancelled_while_the_agent_freezes_is_thawed() {
+    let scene = Scene::with("freeze-wait-seconds = 600").await;
+    let agent = scene.agent(|command| match command {
+        FREEZE => Answer::Silence,
+        _ => Answer::Proper,
+    });
+    let document = quiesce("require");
+    let started = scene.caller.start("web", &document);
+    let cancelled = async {
+        let freezing = || async { agent.seen().contains(&FREEZE.to_owned()).then_some(()) };
+        common::wait::until_async("the freeze", freezing).await;
+        let other = Caller::new(&scene.system).await;
+        let job = other.job(other.manager.get_job(1).await.unwrap()).await;
+        job.cancel().await.unwrap();
+    };
+    let (job, ()) = tokio::join!(started, cancelled);
+    let ended = within("the end of the backup", job.wait()).await.unwrap();
+    assert_eq!(ended.0, "cancelled", "{}", ended.2);
+    assert_eq!(agent.seen(), [FREEZE, THAW]);
+    assert_eq!(scene.vm.residue(), scene.before);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_whose_guest_is_gone_is_given_up() {
     let scene = Scene::new().await;
@@ -328,10 +402,13 @@ async fn a_thaw_that_is_refused_or_late_is_logged_and_leaves_the_backup_unquiesc
         THAW => Answer::Refusal("thaw refused"),
         _ => Answer::Proper,
     });
-    // What is required is not there; what is only tried is good without.
-    scene.fails("require", QEMU_ERROR, "thaw refused").await;
+    // What is only tried is good without; what is required is not there, and they are frozen still.
     let (_, quiesced) = scene.complete("try").await;
     assert!(!quiesced, "nobody knows whether they were frozen at the instant");
+    assert_eq!(agent.seen(), [FREEZE, THAW]);
+    agent.thaw();
+    let job = scene.start("require").await;
+    assert_failed(&job, "QemuError", "thaw refused").await;
     assert_eq!(agent.seen(), [FREEZE, THAW, FREEZE, THAW]);
     let log = scene.system.daemon().log();
     assert!(

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -21,7 +23,7 @@ const MIB: u64 = 1 << 20;
 const QEMU_ERROR: &str = "QemuError";
 const FREEZE: &str = "guest-fsfreeze-freeze";
 const THAW: &str = "guest-fsfreeze-thaw";
-/// Seconds that a freeze may take here.
+/// Seconds that the agent may take to freeze, and that the guest may be frozen.
 const LONGEST: u64 = 1;
 
 struct Scene {
@@ -34,7 +36,9 @@ struct Scene {
 impl Scene {
     async fn new() -> Self {
         let system = System::setup()
-            .table(&format!("[deadlines]\nfreeze-seconds = {LONGEST}"))
+            .table(&format!(
+                "[deadlines]\nfreeze-wait-seconds = {LONGEST}\nfreeze-seconds = {LONGEST}"
+            ))
             .start();
         let disk = Disk::new("vda", 16 * MIB).fill(0, 4 * MIB, 0x11);
         let vm = system.vm("web").disk(disk).running().start();
@@ -155,6 +159,50 @@ async fn a_service_that_is_killed_leaves_a_guard_that_thaws() {
     let frozen = times[1].duration_since(times[0]).as_secs();
     assert!(frozen < 5, "{frozen} s");
     assert_eq!(backups(&scene.vm), 0, "nothing had begun");
+}
+
+/// Between the guard's start and the freeze nothing is frozen but what somebody else froze.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_is_killed_before_it_freezes_leaves_a_guard_that_does_not_thaw() {
+    let mut scene = Scene::new().await;
+    let agent = scene.agent(|_| {});
+    scene.system.stop_daemon();
+    scene.system.start_dying_daemon("before start");
+    scene.system.wait_for_domain("web");
+    let caller = Caller::new(&scene.system).await;
+    let _ = caller
+        .try_start("web", &quiesce("require"), &[], Options::new())
+        .await;
+    scene.system.wait_for_death();
+    // It serves one client at a time: when it answers, the guard has let go of it.
+    let mut next = UnixStream::connect(agent.path()).unwrap();
+    next.write_all(b"{\"execute\": \"guest-fsfreeze-status\"}\n")
+        .unwrap();
+    let mut answer = String::new();
+    BufReader::new(next).read_line(&mut answer).unwrap();
+    assert!(answer.contains("thawed"), "{answer}");
+    assert_eq!(agent.seen(), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_starts_again_does_not_thaw_what_it_did_not_freeze() {
+    let mut scene = Scene::new().await;
+    let agent = scene.agent(|_| {});
+    agent.freeze();
+    scene.system.stop_daemon();
+    scene.system.start_dying_daemon("after start");
+    scene.system.wait_for_domain("web");
+    let caller = Caller::new(&scene.system).await;
+    let _ = caller
+        .try_start("web", &quiesce("try"), &[], Options::new())
+        .await;
+    scene.system.wait_for_death();
+    scene.system.start_daemon();
+    let caller = Caller::new(&scene.system).await;
+    let job = caller.job(caller.manager.get_job(1).await.unwrap()).await;
+    assert_completed(&job).await;
+    assert_eq!(agent.seen(), [""; 0]);
+    assert!(agent.is_frozen());
 }
 
 /// What systemd does to stop it: all that belongs to the service gets the signal.

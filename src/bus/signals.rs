@@ -369,6 +369,11 @@ fn job_changes(told: &View, view: &View) -> Changed {
             Variant::from(view.frozen_time),
         ),
         (
+            "QuiesceProblem",
+            view.quiesce_problem != told.quiesce_problem,
+            Variant::from(view.quiesce_problem.clone()),
+        ),
+        (
             "Disks",
             view.disks != told.disks,
             Variant::from(view.disks.clone()),

@@ -164,6 +164,10 @@ pub fn properties(backup: &Backup) -> Properties {
         ("State", Variant::from(backup.state.as_str())),
         ("Problem", Variant::from(backup.problem.clone())),
         ("Quiesced", Variant::from(manifest.quiesced)),
+        (
+            "QuiesceProblem",
+            Variant::from(manifest.quiesce_problem.clone().unwrap_or_default()),
+        ),
         ("Protected", Variant::from(backup.protected)),
         ("Disks", Variant::from(disks(backup))),
         ("Service", Variant::from(service(backup))),

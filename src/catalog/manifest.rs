@@ -105,6 +105,9 @@ pub struct Manifest {
     /// For how many µs they were frozen, where they were.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen_us: Option<u64>,
+    /// Why they were not, though that was to be tried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesce_problem: Option<String>,
     /// What is said of the checkpoint that began with it; without a name it is called as the backup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<Checkpoint>,
@@ -207,6 +210,7 @@ impl Manifest {
             instant,
             quiesced: false,
             frozen_us: None,
+            quiesce_problem: None,
             checkpoint: None,
             disks: Vec::new(),
         }
@@ -256,6 +260,9 @@ impl Manifest {
         }
         if let Some(description) = &self.description {
             require(is_description(description), "a description", description)?;
+        }
+        if let Some(why) = &self.quiesce_problem {
+            require(is_description(why), "a reason", why)?;
         }
         if let Some(Checkpoint { name, description }) = &self.checkpoint {
             if let Some(name) = name {
@@ -486,6 +493,7 @@ mod tests {
     fn what_need_not_be_said_is_read_as_not_said() {
         let most = Manifest {
             frozen_us: Some(41_327),
+            quiesce_problem: Some("the agent froze none".into()),
             ..manifest()
         };
         let json = most.to_json().unwrap();

@@ -3,7 +3,8 @@
 //! The service starts it before it freezes: its own program, in another mode. It gets the service's very connection to the
 //! agent, so that it neither looks for a path that may be another's by then, nor waits for QEMU, which serves one client at
 //! a time. It thaws when the service is gone or late, and ends; nothing but the end of both processes at once keeps a guest
-//! frozen, and then the next service thaws first of all.
+//! frozen, and then the next service thaws first of all. Before the service is about to freeze, it thaws nothing: what is frozen
+//! then is another's.
 //!
 //! Knows the agent and the service's end of it; nothing of jobs, domains or the bus.
 
@@ -32,7 +33,7 @@ pub const SWITCH: &str = "thaw-guard";
 /// How long a guard may take to be there, and to leave.
 const START: Duration = Duration::from_secs(5);
 const END: Duration = Duration::from_secs(2);
-/// Its watch ends so much later than the freeze is to: the service comes first.
+/// Its watch ends so much later than the service's does: the service comes first.
 const GRACE: Duration = Duration::from_secs(1);
 /// How long it tries, and how often to connect again where the agent hung up.
 const LONGEST: Duration = Duration::from_secs(15);
@@ -41,6 +42,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// What the two say to each other after the first line.
 const READY: u8 = b'r';
+const FREEZING: u8 = b'f';
+const FROZEN: u8 = b'z';
 const THAWING: u8 = b't';
 const DONE: u8 = b'd';
 const ACTED: u8 = b'a';
@@ -50,18 +53,27 @@ const ACTED: u8 = b'a';
 struct Orders {
     domain: String,
     agent: PathBuf,
-    deadline: Duration,
+    limits: Limits,
 }
 
-/// The service's end. Dropped, the guard thaws at once.
+/// How long a freeze may take, at most.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Limits {
+    /// From when the agent is told to freeze to its answer.
+    pub wait: Duration,
+    /// From then on, until it is told to thaw.
+    pub frozen: Duration,
+}
+
+/// The service's end. Dropped, the guard thaws at once if the guest may be frozen.
 pub struct Guard {
     child: Child,
     control: UnixStream,
 }
 
 impl Guard {
-    /// Returns when the guard watches; it thaws by itself a little after `deadline`.
-    pub async fn post(domain: &str, path: &Path, agent: &Agent, deadline: Duration) -> io::Result<Self> {
+    /// Returns when the guard watches; it thaws by itself a little after the limits.
+    pub async fn post(domain: &str, path: &Path, agent: &Agent, limits: Limits) -> io::Result<Self> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         // The very program that runs, though a newer one may have its name.
@@ -82,7 +94,7 @@ impl Guard {
         let mut orders = serde_json::to_vec(&Orders {
             domain: domain.to_owned(),
             agent: path.to_owned(),
-            deadline: deadline + GRACE,
+            limits,
         })?;
         orders.push(b'\n');
         let begin = async {
@@ -95,6 +107,16 @@ impl Guard {
             Ok(Err(error)) => Err(error),
             Err(_) => Err(ErrorKind::TimedOut.into()),
         }
+    }
+
+    /// The service is about to tell the agent to freeze: from here on the guest may be frozen.
+    pub fn freezing(&self) {
+        self.say(FREEZING);
+    }
+
+    /// The agent has answered that it has frozen.
+    pub fn frozen(&self) {
+        self.say(FROZEN);
     }
 
     /// The service thaws now: the guard does so too only if the service dies, or is much later.
@@ -156,14 +178,14 @@ async fn keep_watch() -> io::Result<()> {
     control.read_line(&mut orders).await?;
     let orders: Orders = serde_json::from_str(&orders)?;
     control.write_u8(READY).await?;
-    let Some(why) = wait(&mut control, Instant::now() + orders.deadline).await else {
+    let Some((why, patience)) = wait(&mut control, orders.limits).await else {
         return Ok(());
     };
     let domain = &orders.domain;
     tracing::warn!(domain, why, "the guest's file systems are thawed by the guard");
     // Before it is done: a service that is only late must know. One that is gone need not.
     let _ = control.write_u8(ACTED).await;
-    match timeout(LONGEST, thaw(agent, &orders.agent)).await {
+    match timeout(patience, thaw(agent, &orders.agent, patience)).await {
         Ok(Ok(count)) => tracing::info!(domain, count, "file systems are thawed"),
         Ok(Err(error)) => tracing::error!(domain, %error, "the guest's file systems may still be frozen"),
         Err(_) => tracing::error!(
@@ -174,21 +196,30 @@ async fn keep_watch() -> io::Result<()> {
     Ok(())
 }
 
-/// Why the guest is to be thawed, or nothing where it is.
-async fn wait(control: &mut BufReader<UnixStream>, mut deadline: Instant) -> Option<&'static str> {
-    loop {
+/// Why the guest is to be thawed, and how long the agent may take for that; nothing where it is not.
+async fn wait(control: &mut BufReader<UnixStream>, limits: Limits) -> Option<(&'static str, Duration)> {
+    // Nothing is told to freeze yet: the service may take its time, and to be gone harms nobody.
+    match control.read_u8().await {
+        Ok(FREEZING) => {}
+        _ => return None,
+    }
+    // An agent does one thing at a time: it thaws when it has frozen.
+    let (mut deadline, mut patience) = (Instant::now() + limits.wait + GRACE, limits.wait + LONGEST);
+    let why = loop {
         match timeout_at(deadline, control.read_u8()).await {
             Ok(Ok(DONE)) => return None,
+            Ok(Ok(FROZEN)) => (deadline, patience) = (Instant::now() + limits.frozen + GRACE, LONGEST),
             Ok(Ok(THAWING)) => deadline = Instant::now() + PATIENCE + GRACE,
-            Ok(Ok(_)) => return Some("the service talks nonsense"),
-            Ok(Err(_)) => return Some("the service is gone, or could not thaw them"),
-            Err(_) => return Some("the service is late"),
+            Ok(Ok(_)) => break "the service talks nonsense",
+            Ok(Err(_)) => break "the service is gone, or could not thaw them",
+            Err(_) => break "the service is late",
         }
-    }
+    };
+    Some((why, patience))
 }
 
-async fn thaw(agent: UnixStream, path: &Path) -> qmp::Result<u64> {
-    let mut thawed = Agent::over(agent, LONGEST).thaw().await;
+async fn thaw(agent: UnixStream, path: &Path, patience: Duration) -> qmp::Result<u64> {
+    let mut thawed = Agent::over(agent, patience).thaw().await;
     for _ in 0..TRIES {
         // Only who hung up can be there again; who is silent has been told.
         if !matches!(thawed, Err(qmp::Error::Closed(_))) {

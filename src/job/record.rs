@@ -143,6 +143,7 @@ impl Job {
         let mut status = first_status(&plan, &record.backup_id);
         if let Ok((_, state)) = read_journal(record) {
             status.frozen = state.frozen();
+            status.quiesce_problem = state.quiesce_problem().map(str::to_owned);
             if let Some(verdict) = state.verdict().filter(|verdict| !verdict.disks.is_empty()) {
                 status.disks.clone_from(&verdict.disks);
             }
@@ -230,6 +231,7 @@ fn first_status(plan: &Plan, backup_id: &str) -> Status {
         rate: 0,
         expected_end: None,
         frozen: Duration::ZERO,
+        quiesce_problem: None,
         outcome: None,
     }
 }

@@ -406,6 +406,7 @@ fn stored_backup(
         .collect();
     let ended = backup::State::Ended(backup::Ended {
         frozen_us: manifest.frozen_us.unwrap_or(0),
+        quiesce_problem: manifest.quiesce_problem.clone(),
         ..backup::Ended::default()
     });
     let text = |result: Result<String, Error>| result.map_err(|error| error.to_string());

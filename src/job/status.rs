@@ -90,6 +90,8 @@ pub struct Status {
     pub expected_end: Option<Timestamp>,
     /// How long the guest's file systems were frozen, as far as is known.
     pub frozen: Duration,
+    /// Why the guest was not quiesced, though that was to be tried.
+    pub quiesce_problem: Option<String>,
     /// Set once, with the last change.
     pub outcome: Option<Outcome>,
 }

@@ -16,6 +16,7 @@ use super::wire::Wire;
 use super::{Error, Result};
 
 const SYNC: &str = "guest-sync-delimited";
+const STATUS: &str = "guest-fsfreeze-status";
 const FREEZE: &str = "guest-fsfreeze-freeze";
 const THAW: &str = "guest-fsfreeze-thaw";
 
@@ -51,7 +52,21 @@ impl Agent {
         self.wire.duplicate()
     }
 
-    /// Freezes the guest's file systems, for which it has so long; gives how many.
+    /// Whether the guest's file systems are frozen, by whoever did that.
+    pub async fn is_frozen(&mut self) -> Result<bool> {
+        self.queue(STATUS);
+        let patience = self.patience;
+        let status = async {
+            match self.reply(STATUS).await?.as_str() {
+                Some("frozen") => Ok(true),
+                Some("thawed") => Ok(false),
+                _ => Err(unexpected(STATUS, "no state")),
+            }
+        };
+        bounded(STATUS, patience, status).await
+    }
+
+    /// Freezes the guest's file systems, for which it has so long; gives how many. It may go on if this is given up.
     pub async fn freeze(&mut self, patience: Duration) -> Result<u64> {
         self.queue(FREEZE);
         bounded(FREEZE, patience, self.count(FREEZE)).await
@@ -104,18 +119,25 @@ impl Agent {
     }
 
     async fn count(&mut self, command: &'static str) -> Result<u64> {
-        let reply = answer(&mut self.wire).await?;
-        match (reply.get("return").and_then(Value::as_u64), reply.get("error")) {
-            (Some(count), _) => Ok(count),
-            (None, Some(error)) => {
-                let word = |key| error[key].as_str().unwrap_or_default();
-                Err(Refusal::new(word("class"), word("desc")).of(command))
-            }
-            (None, None) => Err(Error::UnexpectedReply {
-                command: command.to_owned(),
-                detail: "no number".into(),
-            }),
+        let count = self.reply(command).await?.as_u64();
+        count.ok_or_else(|| unexpected(command, "no number"))
+    }
+
+    async fn reply(&mut self, command: &'static str) -> Result<Value> {
+        let mut reply = answer(&mut self.wire).await?;
+        if let Some(error) = reply.get("error") {
+            let word = |key| error[key].as_str().unwrap_or_default();
+            return Err(Refusal::new(word("class"), word("desc")).of(command));
         }
+        let value = reply.get_mut("return").map(Value::take);
+        value.ok_or_else(|| unexpected(command, "no result"))
+    }
+}
+
+fn unexpected(command: &str, detail: &str) -> Error {
+    Error::UnexpectedReply {
+        command: command.to_owned(),
+        detail: detail.into(),
     }
 }
 

@@ -4,6 +4,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
@@ -28,6 +29,8 @@ pub enum Answer {
 pub struct Agent {
     path: PathBuf,
     seen: Arc<Mutex<Vec<String>>>,
+    /// Whether the guest's file systems are frozen.
+    frozen: Arc<AtomicBool>,
 }
 
 impl Agent {
@@ -35,17 +38,19 @@ impl Agent {
     pub fn start(path: &Path, mut behave: impl FnMut(&str) -> Answer + Send + 'static) -> Self {
         let listener = UnixListener::bind(path).expect("the agent's socket is made");
         let seen = Arc::<Mutex<Vec<String>>>::default();
-        let record = seen.clone();
+        let frozen = Arc::<AtomicBool>::default();
+        let (record, state) = (seen.clone(), frozen.clone());
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let stream = stream.expect("a connection is accepted");
                 // A connection that is lost is the client's affair.
-                let _ = serve(stream, &mut behave, &record);
+                let _ = serve(stream, &mut behave, &record, &state);
             }
         });
         Self {
             path: path.to_owned(),
             seen,
+            frozen,
         }
     }
 
@@ -58,10 +63,25 @@ impl Agent {
         &self.path
     }
 
-    /// The commands that came, in order, without those that only put the ends in step.
+    /// Another tool freezes the guest.
+    pub fn freeze(&self) {
+        self.frozen.store(true, Ordering::SeqCst);
+    }
+
+    /// And thaws it.
+    pub fn thaw(&self) {
+        self.frozen.store(false, Ordering::SeqCst);
+    }
+
+    pub fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::SeqCst)
+    }
+
+    /// The commands that came, in order, without those that only put the ends in step or ask how it is.
     pub fn seen(&self) -> Vec<String> {
         let seen = self.seen.lock().expect("no test panics inside");
-        let commands = seen.iter().filter(|name| *name != "guest-sync-delimited");
+        let harmless = ["guest-sync-delimited", "guest-fsfreeze-status"];
+        let commands = seen.iter().filter(|name| !harmless.contains(&name.as_str()));
         commands.cloned().collect()
     }
 
@@ -75,6 +95,7 @@ fn serve(
     stream: UnixStream,
     behave: &mut impl FnMut(&str) -> Answer,
     seen: &Mutex<Vec<String>>,
+    frozen: &AtomicBool,
 ) -> std::io::Result<()> {
     let mut output = stream.try_clone()?;
     let mut input = BufReader::new(stream);
@@ -91,7 +112,26 @@ fn serve(
                 bytes.extend_from_slice(&text(json!({ "return": command["arguments"]["id"] })));
                 bytes
             }
-            "guest-fsfreeze-freeze" | "guest-fsfreeze-thaw" => text(json!({ "return": 2 })),
+            "guest-fsfreeze-status" => {
+                let state = if frozen.load(Ordering::SeqCst) {
+                    "frozen"
+                } else {
+                    "thawed"
+                };
+                text(json!({ "return": state }))
+            }
+            "guest-fsfreeze-freeze" if frozen.swap(true, Ordering::SeqCst) => text(
+                json!({ "error": { "class": "CommandNotFound", "desc": "it has been disabled: frozen" } }),
+            ),
+            "guest-fsfreeze-freeze" => text(json!({ "return": 2 })),
+            "guest-fsfreeze-thaw" => {
+                let thawed = if frozen.swap(false, Ordering::SeqCst) {
+                    2
+                } else {
+                    0
+                };
+                text(json!({ "return": thawed }))
+            }
             _ => text(refusal("the command has not been found")),
         };
         let bytes = match behave(&name) {

@@ -163,6 +163,8 @@ pub trait Job {
     #[zbus(property(emits_changed_signal = "false"))]
     fn frozen_time(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "false"))]
+    fn quiesce_problem(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
     fn disks(&self) -> zbus::Result<Vec<(String, String, u64, u64, String, String)>>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn error_name(&self) -> zbus::Result<String>;

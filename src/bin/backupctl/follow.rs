@@ -41,7 +41,7 @@ pub enum Ending {
 /// What one of the calls on the way, or the question, came to.
 enum Event {
     Waited(Result<Outcome>),
-    Read(Result<Snapshot>),
+    Read(Result<Box<Snapshot>>),
     Cancelled(Result<()>),
     Answered(Answer),
 }
@@ -145,7 +145,7 @@ impl<'a> Follow<'a> {
         self.push(async move {
             Event::Read(job.properties_without_asking().await.map(|properties| {
                 snapshot.apply(properties);
-                snapshot
+                Box::new(snapshot)
             }))
         });
     }
@@ -176,7 +176,7 @@ impl<'a> Follow<'a> {
                 // On an error `Wait` says what is wrong, or the next reading succeeds.
                 self.news = Instant::now();
                 if let Ok(snapshot) = snapshot {
-                    self.snapshot = snapshot;
+                    self.snapshot = *snapshot;
                     self.show();
                 }
             }

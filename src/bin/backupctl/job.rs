@@ -26,6 +26,7 @@ pub struct Properties {
     rate: Option<u64>,
     expected_end_time: Option<u64>,
     frozen_time: Option<u64>,
+    quiesce_problem: Option<String>,
     disks: Option<Vec<DiskTuple>>,
     increments: Option<Vec<IncrementTuple>>,
     error_name: Option<String>,
@@ -113,6 +114,8 @@ pub struct Snapshot {
     pub expected_end: u64,
     /// How long the guest's file systems were frozen, in µs.
     pub frozen_time: u64,
+    /// Why they were not frozen, though that was to be tried, or nothing.
+    pub quiesce_problem: String,
     /// Its disks.
     pub disks: Vec<Disk>,
     /// How much of them is copied.
@@ -165,6 +168,7 @@ impl Snapshot {
         set(&mut self.rate, changed.rate);
         set(&mut self.expected_end, changed.expected_end_time);
         set(&mut self.frozen_time, changed.frozen_time);
+        set(&mut self.quiesce_problem, changed.quiesce_problem);
         set(&mut self.error_name, changed.error_name);
         set(&mut self.error_message, changed.error_message);
         if let Some(increments) = changed.increments {
@@ -273,6 +277,7 @@ impl Snapshot {
             "rate": self.rate,
             "expected_end_time": self.expected_end,
             "frozen_time": self.frozen_time,
+            "quiesce_problem": nothing_if_empty(&self.quiesce_problem),
             "disks": disks,
             "error": nothing_if_empty(&self.error_name),
             "message": nothing_if_empty(&self.error_message),
@@ -307,6 +312,9 @@ impl Snapshot {
         if self.frozen_time > 0 {
             let frozen = Duration::from_micros(self.frozen_time);
             field("Frozen", units::brief(frozen));
+        }
+        if !self.quiesce_problem.is_empty() {
+            field("Quiesced", format!("no: {}", self.quiesce_problem));
         }
         if !self.error_name.is_empty() || !self.error_message.is_empty() {
             field("Error", self.error_message.clone());
@@ -391,6 +399,7 @@ mod tests {
                 "mode",
                 "path",
                 "progress",
+                "quiesce_problem",
                 "rate",
                 "start_time",
                 "started_by_uid",

@@ -85,6 +85,10 @@ impl Summary<'_> {
             let frozen = Duration::from_micros(snapshot.frozen_time);
             lines.push(("frozen".to_owned(), units::brief(frozen)));
         }
+        if !snapshot.quiesce_problem.is_empty() {
+            let why = format!("no: {}", escape(&snapshot.quiesce_problem));
+            lines.push(("quiesced".to_owned(), why));
+        }
         if outcome.result == "completed" && !snapshot.backup.is_empty() {
             lines.push(("backup".to_owned(), escape(&snapshot.backup)));
         }
@@ -196,6 +200,24 @@ mod tests {
             "Job 7 of web completed\n  covered  2.0 GiB\n  frozen   41 ms\n  vda      /store/vda.qcow2\n"
         );
         assert_eq!(summary.json()["frozen_time"], 40_327);
+    }
+
+    #[test]
+    fn a_backup_that_was_not_quiesced_says_why() {
+        let mut snapshot = snapshot();
+        snapshot.quiesce_problem = "the agent\nfroze none".into();
+        let summary = Summary {
+            snapshot: &snapshot,
+            outcome: &outcome("completed", "", ""),
+            took: None,
+            own_targets: &[],
+        };
+        let text = summary.text();
+        assert!(
+            text.contains("\n  quiesced  no: the agent\\nfroze none\n"),
+            "{text}"
+        );
+        assert_eq!(summary.json()["quiesce_problem"], "the agent\nfroze none");
     }
 
     #[test]

@@ -12,8 +12,9 @@ use crate::domain::{Snapshot, poweroff};
 use crate::fault;
 use crate::job::error::Stopped;
 use crate::job::footprint::Names;
+use crate::job::guard::Limits;
 use crate::job::progress::share;
-use crate::job::quiesce::Frozen;
+use crate::job::quiesce::Freeze;
 use crate::job::running::Running;
 use crate::job::scan::check_snapshot;
 use crate::job::writeback::write_back;
@@ -57,15 +58,24 @@ impl Driver<'_> {
         let prepared = prepared.ok_or(Stopped::Cancelled)?;
         let holds_poweroff =
             prepared.unwrap_or_else(|_| Err(Error::stalled("the preparation of QEMU", patience)))?;
+        let limits = Limits {
+            wait: self.setting.deadlines.freeze_wait(),
+            frozen: self.setting.deadlines.freeze(),
+        };
+        let freeze = Freeze::prepare(&self.job.domain, self.job.plan.quiesce, limits).await?;
+        let freezes = freeze.may_freeze();
+        self.freeze = Some(freeze);
         Ok(Fact::Opened {
             not_before: now(),
             holds_poweroff,
+            freezes,
         })
     }
 
     /// Has QEMU begin to copy, at a point in time.
     pub(super) async fn start(&mut self, holds_poweroff: bool) -> Result<Fact, Stopped> {
         let job = self.job;
+        let mut freeze = self.freeze.take().ok_or(Error::Interrupted)?;
         let speed = *job.speed.borrow();
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         // From before the transaction: its jobs can end before its reply is read.
@@ -89,8 +99,7 @@ impl Driver<'_> {
             held.map_err(|_| Error::stalled("QEMU", patience))?
                 .map_err(Error::Lost)?;
         }
-        let quiesce = job.plan.quiesce;
-        let frozen = Frozen::freeze(&job.domain, quiesce, self.setting.deadlines.freeze()).await?;
+        freeze.begin(&job.cancel).await?;
         fault::passed("frozen");
         let written: Vec<bool> = targets.iter().map(Target::mark_written).collect();
         let client = footprint.client();
@@ -99,9 +108,12 @@ impl Driver<'_> {
             (started, now())
         };
         tokio::pin!(starting);
-        let in_time = frozen.during(starting.as_mut()).await;
-        let thawed = frozen.thaw(&job.domain, quiesce, in_time.is_some()).await;
-        job.update(|status| status.frozen = thawed.frozen);
+        let in_time = freeze.during(starting.as_mut()).await;
+        let thawed = freeze.end(in_time.is_some()).await;
+        job.update(|status| {
+            status.frozen = thawed.frozen;
+            status.quiesce_problem.clone_from(&thawed.problem);
+        });
         let (started, point_in_time) = match in_time {
             Some(started) => started,
             None => starting.await,
@@ -127,6 +139,7 @@ impl Driver<'_> {
             point_in_time,
             quiesced,
             frozen: thawed.frozen,
+            quiesce_problem: thawed.problem,
         })
     }
 

@@ -11,6 +11,7 @@ use crate::fault;
 use crate::job::error::Stopped;
 use crate::job::footprint::Footprint;
 use crate::job::manager::{Ending, Setting};
+use crate::job::quiesce::Freeze;
 use crate::job::record::Residue;
 use crate::job::{self, Error, Job, Outcome, Reservation, show_ended};
 use crate::qmp::Events;
@@ -27,6 +28,8 @@ pub(in crate::job) struct Driver<'a> {
     pub(in crate::job) footprint: Option<Footprint>,
     /// Nothing where they are with a thread that hangs.
     pub(in crate::job) targets: Option<Targets>,
+    /// Where this process is about to freeze the guest, or has tried to.
+    pub(super) freeze: Option<Freeze>,
     /// The transaction's events and its limit in bytes a second, where this process started it.
     pub(super) started: Option<(Events, u64)>,
     /// QEMU has nothing of the backup, because it is another process than the one that had.
@@ -47,6 +50,7 @@ impl<'a> Driver<'a> {
             setting,
             footprint: None,
             targets: None,
+            freeze: None,
             started: None,
             qemu_is_gone: false,
             unknown: false,

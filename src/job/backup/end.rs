@@ -341,6 +341,7 @@ fn manifest(job: &Job, copying: &Copying, digests: &[FileDigest]) -> Result<Vec<
     manifest.description = job.plan.description.clone();
     manifest.quiesced = copying.quiesced;
     manifest.frozen_us = Some(copying.frozen_us).filter(|time| *time > 0);
+    manifest.quiesce_problem.clone_from(&copying.quiesce_problem);
     manifest.checkpoint = job.plan.checkpoint.clone();
     if let Destination::Store {
         sequence, service, ..

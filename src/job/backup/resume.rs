@@ -18,7 +18,6 @@ use crate::job::footprint::Footprint;
 use crate::job::manager::{Ending, Setting};
 use crate::job::record::{self, Residue};
 use crate::job::{Error, Job, Reservation, blocking, quiesce};
-use crate::plan::Plan;
 use crate::target::{FileId, Found, Targets};
 
 /// Which files the targets of a backup are, as far as is on record.
@@ -116,7 +115,7 @@ async fn reach(
     Ok(match setting.stop.run_until_cancelled(reach).await.ok_or(())? {
         Reach::Connected(domain, link) => {
             // Else it was done first of all.
-            if may_be_frozen(record, &job.plan) && job.domain.agent.is_none() {
+            if may_be_frozen(record) && job.domain.agent.is_none() {
                 quiesce::thaw_again(&domain).await;
             }
             (Reached::Yes, Some(Footprint::of(job, domain, link, setting)))
@@ -146,22 +145,28 @@ impl Driver<'_> {
             point_in_time: *not_before,
             quiesced: false,
             frozen: Duration::ZERO,
+            quiesce_problem: self
+                .job
+                .plan
+                .quiesce
+                .filter(|wanted| *wanted != Quiesce::No)
+                .map(|_| "the service ended before it knew whether they were frozen".to_owned()),
         })
     }
 }
 
 /// Whether the earlier process may have ended while the guest was frozen.
-fn may_be_frozen(record: &JobRecord, plan: &Plan) -> bool {
-    record.step == "starting" && quiesce::may_freeze(plan.quiesce)
+fn may_be_frozen(record: &JobRecord) -> bool {
+    matches!(
+        record::read_journal(record),
+        Ok((_, State::Starting { freezes: true, .. }))
+    )
 }
 
 /// Thaws a guest that was frozen when the earlier process ended, as soon as there is a process again: all else can wait.
 pub(in crate::job) async fn thaw(record: JobRecord, setting: &Setting) {
-    let (Ok(plan), Ok(identity)) = (record::plan(&record), record::identity(record.id, &record.domain))
-    else {
-        return;
-    };
-    if may_be_frozen(&record, &plan)
+    if may_be_frozen(&record)
+        && let Ok(identity) = record::identity(record.id, &record.domain)
         && let Some(domain) = setting.domains.identified(&identity)
     {
         let thawed = quiesce::thaw_again(&domain);

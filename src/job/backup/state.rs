@@ -25,6 +25,9 @@ pub enum State {
         files: Vec<FileId>,
         not_before: Timestamp,
         holds_poweroff: bool,
+        /// The guest may be frozen from here on.
+        #[serde(default)]
+        freezes: bool,
     },
     /// QEMU copies.
     Running(Copying),
@@ -58,6 +61,8 @@ pub struct Copying {
     pub quiesced: bool,
     /// For how many µs they were frozen, as far as is known.
     pub frozen_us: u64,
+    /// Why they were not, though that was to be tried.
+    pub quiesce_problem: Option<String>,
     pub holds_poweroff: bool,
 }
 
@@ -70,6 +75,7 @@ pub struct Undo {
     pub files: Option<Vec<FileId>>,
     pub holds_poweroff: bool,
     pub frozen_us: u64,
+    pub quiesce_problem: Option<String>,
 }
 
 /// Why a backup comes to nothing: failed or cancelled, with the disks as they were then.
@@ -96,6 +102,7 @@ pub struct Ended {
     pub on_disk: bool,
     pub holds_poweroff: bool,
     pub frozen_us: u64,
+    pub quiesce_problem: Option<String>,
 }
 
 /// What is to be done in a state.
@@ -162,12 +169,14 @@ pub enum Fact {
     Opened {
         not_before: Timestamp,
         holds_poweroff: bool,
+        freezes: bool,
     },
     /// QEMU copies, or has copied, what the disks held at that time.
     Started {
         point_in_time: Timestamp,
         quiesced: bool,
         frozen: Duration,
+        quiesce_problem: Option<String>,
     },
     Copied,
     Closed,
@@ -228,12 +237,14 @@ pub fn next(state: State, fact: Fact) -> (State, Option<Action>) {
             Fact::Opened {
                 not_before,
                 holds_poweroff,
+                freezes,
             },
         ) => {
             let starting = State::Starting {
                 files,
                 not_before,
                 holds_poweroff,
+                freezes,
             };
             (starting, Start)
         }
@@ -247,6 +258,7 @@ pub fn next(state: State, fact: Fact) -> (State, Option<Action>) {
                 point_in_time,
                 quiesced,
                 frozen,
+                quiesce_problem,
             },
         ) => {
             let copying = Copying {
@@ -254,6 +266,7 @@ pub fn next(state: State, fact: Fact) -> (State, Option<Action>) {
                 point_in_time,
                 quiesced,
                 frozen_us: u64::try_from(frozen.as_micros()).unwrap_or(u64::MAX),
+                quiesce_problem,
                 holds_poweroff,
             };
             (State::Running(copying), Follow)
@@ -364,29 +377,34 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
 /// Brings a backup to nothing: first in QEMU, which writes to the targets, then the targets.
 fn undo(state: State, verdict: Verdict) -> (State, Action) {
     use Action::{Announce, Discard, Release};
-    let undo = |files, holds_poweroff, frozen_us| Undo {
+    let undo = |files, holds_poweroff| Undo {
         verdict: verdict.clone(),
         files,
         holds_poweroff,
-        frozen_us,
+        frozen_us: 0,
+        quiesce_problem: None,
+    };
+    let undo_copying = |copying: Copying| Undo {
+        frozen_us: copying.frozen_us,
+        quiesce_problem: copying.quiesce_problem,
+        ..undo(Some(copying.files), copying.holds_poweroff)
     };
     match state {
         State::Preparing => {
-            let undo = undo(None, false, 0);
+            let undo = undo(None, false);
             (State::Discarding { undo, in_qemu: false }, Discard)
         }
-        State::Writing { files } => (State::Undoing(undo(Some(files), false, 0)), Release),
+        State::Writing { files } => (State::Undoing(undo(Some(files), false)), Release),
         State::Starting {
             files,
             holds_poweroff,
             ..
-        } => (State::Undoing(undo(Some(files), holds_poweroff, 0)), Release),
+        } => (State::Undoing(undo(Some(files), holds_poweroff)), Release),
         State::Running(copying) | State::Copied(copying) | State::Closed(copying) => {
-            let undo = undo(Some(copying.files), copying.holds_poweroff, copying.frozen_us);
-            (State::Undoing(undo), Release)
+            (State::Undoing(undo_copying(copying)), Release)
         }
         State::Released { copying, in_qemu } | State::Sealed { copying, in_qemu, .. } => {
-            let undo = undo(Some(copying.files), copying.holds_poweroff, copying.frozen_us);
+            let undo = undo_copying(copying);
             (State::Discarding { undo, in_qemu }, Discard)
         }
         // What undoes reports what is left; it does not fail.
@@ -408,6 +426,7 @@ fn published(state: &State) -> State {
         },
         holds_poweroff: state.holds_poweroff(),
         frozen_us: u64::try_from(state.frozen().as_micros()).unwrap_or(u64::MAX),
+        quiesce_problem: state.quiesce_problem().map(str::to_owned),
         ..Ended::default()
     })
 }
@@ -420,6 +439,7 @@ fn undone(undo: Undo, in_qemu: bool, on_disk: bool) -> State {
         on_disk,
         holds_poweroff: undo.holds_poweroff,
         frozen_us: undo.frozen_us,
+        quiesce_problem: undo.quiesce_problem,
     })
 }
 
@@ -473,6 +493,17 @@ impl State {
             Self::Ended(ended) => ended.frozen_us,
             _ => copying.or(undo).unwrap_or(0),
         })
+    }
+
+    /// Why the guest was not quiesced, though that was to be tried.
+    pub fn quiesce_problem(&self) -> Option<&str> {
+        let problem = match (self, self.copying(), self.undo()) {
+            (Self::Ended(ended), ..) => &ended.quiesce_problem,
+            (_, Some(copying), _) => &copying.quiesce_problem,
+            (_, _, Some(undo)) => &undo.quiesce_problem,
+            _ => &None,
+        };
+        problem.as_deref()
     }
 
     /// From the point in time on, where all is well.

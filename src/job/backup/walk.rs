@@ -135,6 +135,7 @@ impl World {
                 Fact::Opened {
                     not_before: Timestamp::UNIX_EPOCH,
                     holds_poweroff: true,
+                    freezes: true,
                 }
             }
             Action::Start => {
@@ -233,6 +234,7 @@ fn started() -> Fact {
         point_in_time: Timestamp::UNIX_EPOCH,
         quiesced: false,
         frozen: std::time::Duration::ZERO,
+        quiesce_problem: None,
     }
 }
 

@@ -64,11 +64,14 @@ impl Scene {
         }
     }
 
-    /// Keeps the first of these commands that is about the backup itself: its jobs have concluded by then, and QEMU
-    /// still has the images open.
+    /// Keeps the first of these commands that is about the backup itself, and not about what is made before it: its jobs
+    /// have concluded by then, and QEMU still has the images open.
     fn hold_end(&self, command: &str) -> Hold {
         self.proxy.hold(command, |arguments| {
-            !arguments["id"].as_str().is_some_and(|id| id.ends_with("-create"))
+            let names = ["id", "node-name"].map(|key| arguments[key].as_str().unwrap_or_default());
+            names
+                .iter()
+                .all(|name| !name.ends_with("-create") && !name.contains("-end"))
         })
     }
 
@@ -257,7 +260,9 @@ async fn while_a_domain_that_changed_is_backed_up_no_other_of_its_name_is_and_th
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_made_by_another_client_just_before_the_instant_fails_the_backup() {
     let scene = Scene::new().await;
-    let hold = scene.proxy.hold("transaction", |_| true);
+    let hold = scene
+        .proxy
+        .hold("transaction", |arguments| arguments["properties"].is_object());
     let job = scene.caller.start("web", "").await;
     hold.reached();
     scene.vm.qmp(

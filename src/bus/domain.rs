@@ -12,7 +12,9 @@ use super::object::Properties;
 use super::options::{self, Dictionary};
 use crate::access::{self, Permission};
 use crate::domain::{Domain, Snapshot};
+use crate::error::{Error, Kind};
 use crate::job::Checkpoint;
+use crate::service::WhichCheckpoints;
 
 /// A disk as it is told: name, node, virtual size, format, writable.
 pub type DiskTuple = (String, String, u64, String, bool);
@@ -47,8 +49,15 @@ async fn checkpoint(context: &Context, call: &Call, domain: &Arc<Domain>) -> Ans
         }
         "DeleteCheckpoint" => {
             let (name, options): (String, Dictionary) = call.arguments()?;
-            options::none(&options)?;
-            let deleted = service.delete_checkpoint(may().await?, caller, domain.clone(), name);
+            let which = match options::delete_checkpoint(options)? {
+                true if name.is_empty() => WhichCheckpoints::All,
+                true => {
+                    let text = "option 'all': the name must be empty then".to_owned();
+                    return Err(Error::new(Kind::InvalidArgs, text).into());
+                }
+                false => WhichCheckpoints::Named(name),
+            };
+            let deleted = service.delete_checkpoint(may().await?, caller, domain.clone(), which);
             call.reply(&deleted.await?)
         }
         "ListCheckpoints" => {

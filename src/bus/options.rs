@@ -257,6 +257,19 @@ pub fn restore(dictionary: Dictionary) -> Result<Format> {
     Ok(format)
 }
 
+/// Options of `DeleteCheckpoint`: whether all go.
+pub fn delete_checkpoint(dictionary: Dictionary) -> Result<bool> {
+    let mut all = false;
+    for (key, value) in dictionary.0 {
+        match (key.as_str(), value) {
+            ("all", Value::Bool(value)) => all = value,
+            ("all", value) => return Err(wrong_type(&key, &value, "b")),
+            _ => return Err(unknown(&key)),
+        }
+    }
+    Ok(all)
+}
+
 /// Options of a method that has none yet.
 pub fn none(dictionary: &Dictionary) -> Result<()> {
     match dictionary.0.keys().next() {

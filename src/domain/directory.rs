@@ -24,6 +24,17 @@ pub(super) struct DomainFile {
     pub owner_name: String,
     pub monitor: PathBuf,
     pub agent: Option<PathBuf>,
+    pub checkpoints: CheckpointPolicy,
+}
+
+/// On which of a domain's disks backups into a store begin checkpoints.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CheckpointPolicy {
+    /// On those whose images hold no internal snapshots, to which QEMU could not revert.
+    #[default]
+    Auto,
+    Always,
 }
 
 /// The text of one file.
@@ -32,6 +43,8 @@ pub(super) struct DomainFile {
 pub struct Content {
     pub monitor: PathBuf,
     pub agent: Option<PathBuf>,
+    #[serde(default)]
+    pub checkpoints: CheckpointPolicy,
 }
 
 impl Content {
@@ -223,6 +236,7 @@ fn read_file(path: &Path) -> Result<(String, DomainFile), FileError> {
         owner_name: super::owner::name(owner),
         monitor: content.monitor,
         agent: content.agent,
+        checkpoints: content.checkpoints,
     };
     Ok((name.to_owned(), file))
 }
@@ -255,6 +269,21 @@ mod tests {
         assert!(reported("b.toml").contains("line 2") && reported("b.toml").contains("monitro"));
         assert!(reported("c.toml").contains("'monitor'") && reported("c.toml").contains("'relative'"));
         assert!(reported(".e.toml").contains("name"));
+    }
+
+    #[test]
+    fn a_file_says_whether_checkpoints_are_made_over_snapshots() {
+        let policy = |line: &str| {
+            let content = Content::parse(&format!("monitor = '/run/a.qmp'\n{line}"));
+            content
+                .map(|content| content.checkpoints)
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(policy(""), Ok(CheckpointPolicy::Auto));
+        assert_eq!(policy("checkpoints = 'auto'"), Ok(CheckpointPolicy::Auto));
+        assert_eq!(policy("checkpoints = 'always'"), Ok(CheckpointPolicy::Always));
+        let error = policy("checkpoints = 'never'").unwrap_err();
+        assert!(error.contains("never") && error.contains("line 2"), "{error}");
     }
 
     #[test]

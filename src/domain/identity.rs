@@ -8,6 +8,8 @@ use uuid::Uuid;
 
 use super::{Domain, Link, Origin, Phase, Registry, SEPARATOR, is_domain_name, owner, unique_name};
 
+/// How long a domain whose connection has ended may take to be registered again.
+const AGAIN: Duration = Duration::from_secs(60);
 /// Domains that are not known and are remembered.
 const MAX_ABSENT: usize = 4096;
 
@@ -15,7 +17,7 @@ const MAX_ABSENT: usize = 4096;
 #[derive(Debug)]
 pub enum Reach {
     Connected(Arc<Domain>, Arc<Link>),
-    /// The domain is known, and its QEMU has ended.
+    /// Its QEMU has ended, or was registered and nobody can connect to it again.
     Gone,
     /// It did not come in time.
     Late,
@@ -74,7 +76,7 @@ impl Domain {
     fn absent(identity: Identity, lost_name: bool) -> Arc<Self> {
         let why = "the domain is not known any more".into();
         let id = Uuid::new_v4().as_u64_pair().1;
-        let mut domain = Self::new(id, identity, None, Phase::Down { why, gone: false });
+        let mut domain = Self::new(id, identity, Phase::Down { why, gone: false });
         domain.lost_name = lost_name;
         Arc::new(domain)
     }
@@ -155,8 +157,13 @@ impl Registry {
         absent.entry(key.clone()).or_insert_with(stands).clone()
     }
 
-    /// Waits until the domain is known and its monitor is connected.
+    /// Waits until the domain is known and its monitor is connected. A registered one has ended with its connection, unless
+    /// its user registers it again soon: there is no path by which it could come back.
     pub async fn reach(&self, identity: &Identity, patience: Duration) -> Reach {
+        let (patience, otherwise) = match identity.origin {
+            Origin::Configured => (patience, Reach::Late),
+            Origin::Registered => (patience.min(AGAIN), Reach::Gone),
+        };
         let connected = async {
             loop {
                 let domain = self.appears(identity).await?;
@@ -171,7 +178,7 @@ impl Registry {
             }
         };
         let reached = tokio::time::timeout(patience, connected).await;
-        reached.ok().flatten().unwrap_or(Reach::Late)
+        reached.ok().flatten().unwrap_or(otherwise)
     }
 
     async fn disappears(&self, domain: &Domain) {

@@ -4,6 +4,7 @@
 
 mod directory;
 mod disks;
+mod graph;
 mod identity;
 mod monitor;
 mod owner;
@@ -12,10 +13,10 @@ mod presence;
 mod registry;
 mod retry;
 
-pub use directory::{Content, Directories, FileError};
+pub use directory::{CheckpointPolicy, Content, Directories, FileError};
 pub use disks::{Bitmap, Disk, DiskLookup, find_disk};
 pub use identity::{Identity, NOBODY, Reach};
-pub use monitor::{Link, Phase};
+pub use monitor::{Greeter, Link, OLDEST, Phase};
 pub use registry::{Change, Registration, Registry};
 
 use std::path::PathBuf;
@@ -196,6 +197,7 @@ pub struct Domain {
     pub owner_name: String,
     /// UNIX socket of the guest agent, if there is one.
     pub agent: Option<PathBuf>,
+    pub checkpoints: CheckpointPolicy,
     /// It stands for one that is not known any more, and whose name another has.
     lost_name: bool,
     snapshot: watch::Sender<Snapshot>,
@@ -215,7 +217,7 @@ impl Drop for Hold {
 }
 
 impl Domain {
-    fn new(id: u64, identity: Identity, agent: Option<PathBuf>, phase: Phase) -> Self {
+    fn new(id: u64, identity: Identity, phase: Phase) -> Self {
         let snapshot = Snapshot {
             uuid: identity.uuid,
             ..Snapshot::unknown()
@@ -226,7 +228,8 @@ impl Domain {
             origin: identity.origin,
             owner: identity.owner,
             owner_name: identity.owner_name,
-            agent,
+            agent: None,
+            checkpoints: CheckpointPolicy::default(),
             lost_name: false,
             snapshot: watch::Sender::new(snapshot),
             phase: watch::Sender::new(phase),

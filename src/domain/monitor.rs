@@ -3,19 +3,29 @@
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::disks::{self, BlockInfo, Graph, Node};
+use super::disks;
+use super::graph::{self, BlockInfo, Edges, Graph, Node};
 use super::presence::Presence;
 use super::retry::Retry;
 use super::{Domain, Migration, PATIENCE, Snapshot, State};
 use crate::qmp::{self, Client, Driver, EventsError, Schema};
+
+/// The oldest QEMU that can be backed up: `flat` of `query-named-block-nodes` came with it.
+pub const OLDEST: &str = "5.0";
+
+/// How long a QEMU that has answered just now may take to list its block nodes.
+const GRAPH_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A connected monitor.
 #[derive(Debug)]
@@ -26,6 +36,23 @@ pub struct Link {
     pub peer: Option<u32>,
     /// Descriptor sets that QEMU kept although they were removed (it does, up to version 8, of a stopped machine).
     pub kept_descriptors: Mutex<BTreeSet<u64>>,
+}
+
+/// Who looks at a domain's disks when its monitor has connected, before anybody else can use it.
+pub trait Greeter: Send + Sync {
+    fn greet<'a>(&'a self, domain: &'a Domain, link: &'a Link, snapshot: &'a Snapshot) -> BoxFuture<'a, ()>;
+}
+
+/// The one greeter that there is, as soon as there is one.
+pub(super) type Greeters = watch::Sender<Option<Weak<dyn Greeter>>>;
+
+async fn greet(greeters: &Greeters, domain: &Domain, link: &Link, snapshot: &Snapshot) {
+    let mut known = greeters.subscribe();
+    let greeter = known.wait_for(Option::is_some).await;
+    let greeter = greeter.ok().and_then(|greeter| greeter.as_ref()?.upgrade());
+    if let Some(greeter) = greeter {
+        greeter.greet(domain, link, snapshot).await;
+    }
 }
 
 /// How far the connection is.
@@ -47,6 +74,7 @@ pub(super) async fn supervise(
     domain: Arc<Domain>,
     monitor: PathBuf,
     presence: Presence,
+    greeters: Arc<Greeters>,
     stop: CancellationToken,
 ) {
     let mut retry = Retry::new(&presence, &monitor);
@@ -54,7 +82,7 @@ pub(super) async fn supervise(
         let attempt = stop.run_until_cancelled(async {
             let (link, driver) = connect(&monitor).await?;
             retry = Retry::new(&presence, &monitor);
-            Ok(serve(&domain, link, driver).await)
+            Ok(serve(&domain, link, driver, &greeters).await)
         });
         let (why, gone): (Arc<str>, bool) = match attempt.await {
             None => return domain.down("the service is letting it go", false),
@@ -70,9 +98,17 @@ pub(super) async fn supervise(
 }
 
 /// Serves a connection that was handed over, until it ends or `stop`: the life of a registered domain.
-pub(super) async fn serve_once(domain: Arc<Domain>, link: Link, driver: Driver, stop: CancellationToken) {
-    let ended = stop.run_until_cancelled(serve(&domain, link, driver)).await;
-    domain.down(ended.as_deref().unwrap_or("the service is letting it go"), false);
+pub(super) async fn serve_once(
+    domain: Arc<Domain>,
+    link: Link,
+    driver: Driver,
+    greeters: Arc<Greeters>,
+    stop: CancellationToken,
+) {
+    let serving = serve(&domain, link, driver, &greeters);
+    let ended = stop.run_until_cancelled(serving).await;
+    // Nobody can connect to it again: for whoever waits for it, it has ended.
+    domain.down(ended.as_deref().unwrap_or("the service is letting it go"), true);
 }
 
 struct ConnectError {
@@ -126,14 +162,18 @@ impl Link {
 }
 
 /// Runs the connection: asks first, then follows QEMU's events. Gives the reason of its end.
-async fn serve(domain: &Domain, mut link: Link, driver: Driver) -> Arc<str> {
+async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greeters) -> Arc<str> {
     let work = async {
         let mut events = link.client.events();
         link.schema = tokio::time::timeout(PATIENCE, link.client.schema())
             .await
             .map_err(|_| "it did not describe itself in time".to_owned())?
             .map_err(|error| error.to_string())?;
+        check_version(&link).await?;
         let first = inspect(&link).await.map_err(|error| error.to_string())?;
+        domain.snapshot.send_modify(|snapshot| snapshot.uuid = first.uuid);
+        // What hangs then, a backup will meet.
+        let _ = tokio::time::timeout(PATIENCE, greet(greeters, domain, &link, &first)).await;
         domain.snapshot.send_replace(first);
         let link = Arc::new(link);
         tracing::info!(domain = domain.name, "monitor is up");
@@ -141,12 +181,16 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver) -> Arc<str> {
         loop {
             match events.next().await {
                 Ok(event) if !changes_something(&event.name) => {}
-                Ok(_) | Err(EventsError::Missed) => match inspect(&link).await {
-                    Ok(fresh) => drop(domain.snapshot.send_replace(fresh)),
-                    Err(error) => {
-                        tracing::warn!(domain = domain.name, %error, "the domain's state is unknown")
+                Ok(_) | Err(EventsError::Missed) => {
+                    // One look tells of all that came before it: the jobs of many disks end at once.
+                    while events.next_now().is_some() {}
+                    match inspect(&link).await {
+                        Ok(fresh) => drop(domain.snapshot.send_replace(fresh)),
+                        Err(error) => {
+                            tracing::warn!(domain = domain.name, %error, "the domain's state is unknown")
+                        }
                     }
-                },
+                }
                 Err(EventsError::Closed) => return Err::<std::convert::Infallible, String>("closed".into()),
             }
         }
@@ -157,6 +201,19 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver) -> Arc<str> {
         reason = driver.run() => reason,
         Err(reason) = work => reason.into(),
     }
+}
+
+/// What every look at a QEMU needs: without it its disks cannot even be listed.
+async fn check_version(link: &Link) -> Result<(), String> {
+    if link.schema.command_takes("query-named-block-nodes", "flat") {
+        return Ok(());
+    }
+    let client = &link.client;
+    let version = client.query_within::<VersionReply>(PATIENCE, "query-version", json!({}));
+    let Version { major, minor, micro } = version.await.map_err(|error| error.to_string())?.qemu;
+    Err(format!(
+        "QEMU {major}.{minor}.{micro} is too old: version {OLDEST} or later is needed"
+    ))
 }
 
 /// Events after which the state or the disks may be others (`qapi/run-state.json`, `qapi/qdev.json`, …).
@@ -179,6 +236,18 @@ fn changes_something(event: &str) -> bool {
 }
 
 #[derive(Deserialize)]
+struct VersionReply {
+    qemu: Version,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    major: u64,
+    minor: u64,
+    micro: u64,
+}
+
+#[derive(Deserialize)]
 struct UuidReply {
     #[serde(rename = "UUID")]
     uuid: Uuid,
@@ -191,22 +260,25 @@ struct StatusReply {
 
 async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
     let client = &link.client;
-    let graph = async {
-        if !link.schema.has_command("x-debug-query-block-graph") {
-            return Ok(Graph::default());
-        }
-        client
-            .query_within::<Graph>(PATIENCE, "x-debug-query-block-graph", json!({}))
-            .await
-    };
-    let (uuid, status, drives, nodes, graph) = tokio::try_join!(
+    let (uuid, status) = tokio::try_join!(
         client.query_within::<UuidReply>(PATIENCE, "query-uuid", json!({})),
         client.query_within::<StatusReply>(PATIENCE, "query-status", json!({})),
-        client.query_within::<Vec<BlockInfo>>(PATIENCE, "query-block", json!({})),
-        client.query_within::<Vec<Node>>(PATIENCE, "query-named-block-nodes", json!({ "flat": false })),
-        graph,
     )?;
-    let disks = disks::disks(drives, &nodes, &graph)
+    // One after another: QEMU takes a while for each where there are thousands of nodes, and every answer is progress.
+    let drives = client.query_within::<Vec<BlockInfo>>(GRAPH_PATIENCE, "query-block", json!({}));
+    let drives = drives.await?;
+    let flat = json!({ "flat": true });
+    let nodes = client.query_within::<Vec<Node>>(GRAPH_PATIENCE, "query-named-block-nodes", flat);
+    let nodes = nodes.await?;
+    let edges = match link.schema.has_command("x-debug-query-block-graph") {
+        true => {
+            let edges = client.query_within::<Edges>(GRAPH_PATIENCE, "x-debug-query-block-graph", json!({}));
+            Some(edges.await?)
+        }
+        false => None,
+    };
+    let disks = Graph::of(&nodes, edges.as_ref())
+        .and_then(|graph| disks::disks(drives, &graph))
         .ok_or_else(|| qmp::Error::NotQmp("it claims disks that no QEMU has".into()))?;
     Ok(Snapshot {
         // QEMU answers the nil UUID where none was given.
@@ -215,7 +287,7 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
         state: State::from_run_state(&status.status),
         migration: Migration::from_run_state(&status.status),
         disks: disks.into(),
-        files: disks::host_files(&nodes).into(),
+        files: graph::host_files(&nodes).into(),
     })
 }
 

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::broadcast;
@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use super::directory::{DomainFile, Watch};
-use super::monitor::{self, Link};
+use super::monitor::{self, Greeter, Greeters, Link};
 use super::presence::Presence;
 use super::{Directories, Domain, Error, Identity, Origin, Phase, check_new_name, owner};
 use crate::qmp::Client;
@@ -74,6 +74,7 @@ pub struct Registry {
     changes: broadcast::Sender<Change>,
     quota: Quota,
     presence: Presence,
+    greeters: Arc<Greeters>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -86,6 +87,7 @@ impl Registry {
         let registry = Arc::new(Self {
             quota,
             presence: presence.clone(),
+            greeters: Arc::new(Greeters::new(None)),
             domains: Mutex::default(),
             absent: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES),
@@ -100,6 +102,11 @@ impl Registry {
         registry.apply(directories.read());
         registry.tasks.spawn(follow(registry.clone(), directories, watch));
         Ok(registry)
+    }
+
+    /// Who looks at the disks of each domain that connects. Until there is one, none is connected.
+    pub fn set_greeter(&self, greeter: Weak<dyn Greeter>) {
+        self.greeters.send_replace(Some(greeter));
     }
 
     /// What comes and goes from now on.
@@ -183,7 +190,8 @@ impl Registry {
         let registry = self.clone();
         let served = domain.clone();
         self.tasks.spawn(async move {
-            monitor::serve_once(served.clone(), Link::new(client, peer), driver, stop).await;
+            let (link, greeters) = (Link::new(client, peer), registry.greeters.clone());
+            monitor::serve_once(served.clone(), link, driver, greeters, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
             // What is held is held until here: a backup may have kept the monitor after the domain had gone.
             drop((place, share));
@@ -222,15 +230,9 @@ impl Registry {
         (owner, owner_name): (u32, String),
         kind: EntryKind,
     ) -> (Arc<Domain>, CancellationToken) {
-        let (key, origin, agent) = match &kind {
-            EntryKind::Configured(file) => (
-                Key::Configured(name.to_owned()),
-                Origin::Configured,
-                file.agent.clone(),
-            ),
-            EntryKind::Registered { .. } => {
-                (Key::Registered(owner, name.to_owned()), Origin::Registered, None)
-            }
+        let (key, origin) = match &kind {
+            EntryKind::Configured(_) => (Key::Configured(name.to_owned()), Origin::Configured),
+            EntryKind::Registered { .. } => (Key::Registered(owner, name.to_owned()), Origin::Registered),
         };
         // Nobody can tell from the numbers that it sees how many it does not see.
         let id = Uuid::new_v4().as_u64_pair().1;
@@ -241,7 +243,11 @@ impl Registry {
             owner_name,
             uuid: None,
         };
-        let domain = Arc::new(Domain::new(id, identity, agent, Phase::Connecting));
+        let mut domain = Domain::new(id, identity, Phase::Connecting);
+        if let EntryKind::Configured(file) = &kind {
+            (domain.agent, domain.checkpoints) = (file.agent.clone(), file.checkpoints);
+        }
+        let domain = Arc::new(domain);
         let stop = self.stop.child_token();
         let entry = Entry {
             domain: domain.clone(),
@@ -280,9 +286,14 @@ impl Registry {
         for (name, file) in files {
             let (owner, monitor) = ((file.owner, file.owner_name.clone()), file.monitor.clone());
             let (domain, stop) = self.add(&mut domains, &name, owner, EntryKind::Configured(file));
-            let presence = self.presence.clone();
-            self.tasks
-                .spawn(monitor::supervise(domain.clone(), monitor, presence, stop));
+            let (presence, greeters) = (self.presence.clone(), self.greeters.clone());
+            self.tasks.spawn(monitor::supervise(
+                domain.clone(),
+                monitor,
+                presence,
+                greeters,
+                stop,
+            ));
             come.push(domain);
         }
         drop(domains);

@@ -8,19 +8,21 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
+use futures_util::future::BoxFuture;
 use jiff::Timestamp;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::blocking;
 use super::footprint::Footprint;
 use super::manager::Setting;
 use super::record::domain_record;
-use super::{Error, Job};
+use super::{Error, Job, Jobs, sentinel};
 use crate::catalog::{self, DomainDir, Manifest, Standing, Stored, There};
 use crate::config::Store;
 use crate::definition::is_backup_id;
-use crate::domain::{Disk, Domain, Link};
-use crate::plan::{Destination, Earlier, EarlierDisk};
+use crate::domain::{CheckpointPolicy, Disk, Domain, Greeter, Link, Snapshot};
+use crate::plan::{Destination, DiskPlan, Earlier, EarlierDisk, checkpoint_of_sentinel, sentinel_name};
+use crate::qmp;
 use crate::target::Shelf;
 
 /// Earlier backups that are looked at: the newest. What is to go on from an older one is made as a full one.
@@ -126,30 +128,24 @@ impl Footprint {
     /// be added in the same transaction: what is written in between is copied once more by the next backup. A disk that
     /// takes no more is backed up all the same, and the next time as a whole, unless the call described the checkpoint.
     pub async fn make_checkpoints(&self, job: &Job) -> Result<(), Error> {
-        for (index, disk) in job.plan.disks.iter().enumerate() {
-            if !disk.checkpoint {
-                continue;
-            }
-            let arguments = json!({
-                "node": disk.node, "name": checkpoint_name(&job.backup_id, index), "persistent": true,
-            });
-            match self.client().execute("block-dirty-bitmap-add", arguments).await {
-                Err(source) if source.is_refusal() && job.plan.checkpoint.is_some() => {
-                    let disk = disk.name.clone();
-                    return Err(Error::Checkpoint { disk, source });
-                }
-                Err(error) if error.is_refusal() => {
-                    tracing::warn!(
-                        job = job.id,
-                        disk = disk.name,
-                        %error,
-                        "no later backup of the disk can go on from this one"
-                    );
-                }
-                result => drop(result.map_err(Error::Lost)?),
+        let planned = job.plan.disks.iter().enumerate();
+        let disks: Vec<(usize, &DiskPlan)> = planned.filter(|(_, disk)| disk.checkpoint).collect();
+        let Some((_, first)) = disks.first() else {
+            return Ok(());
+        };
+        let sizes = disks.iter().map(|(_, disk)| disk.virtual_size);
+        let marks = match self.make_marks(sizes).await {
+            Ok(marks) => marks,
+            // What there is of them is removed with the rest.
+            Err(error) => return without_checkpoint(job, first, error),
+        };
+        for (index, disk) in disks {
+            let actions = sentinel::checkpoint(disk, &checkpoint_name(&job.backup_id, index), &marks);
+            if let Err(error) = self.client().execute("transaction", actions).await {
+                without_checkpoint(job, disk, error)?;
             }
         }
-        Ok(())
+        self.forget_marks(marks).await.map_err(Error::Lost)
     }
 
     /// Removes the checkpoints on the domain's disks that no later backup goes on from: of backups that failed, were removed,
@@ -160,22 +156,66 @@ impl Footprint {
     }
 }
 
+/// A disk of which QEMU keeps no record.
+fn without_checkpoint(job: &Job, disk: &DiskPlan, source: qmp::Error) -> Result<(), Error> {
+    if !source.is_refusal() {
+        return Err(Error::Lost(source));
+    }
+    if job.plan.checkpoint.is_some() {
+        let disk = disk.name.clone();
+        return Err(Error::Checkpoint { disk, source });
+    }
+    tracing::warn!(
+        job = job.id,
+        disk = disk.name,
+        error = %source,
+        "no later backup of the disk can go on from this one"
+    );
+    Ok(())
+}
+
 /// See [`Footprint::settle_checkpoints`]. Nothing else is done to the domain's checkpoints meanwhile.
 pub(super) async fn settle(link: &Link, domain: &Domain, setting: &Setting) -> Result<(), Error> {
     let disks = link.inspect().await.map_err(Error::Lost)?.disks;
+    settle_disks(link, domain, &disks, setting).await
+}
+
+impl Greeter for Jobs {
+    /// Removes what nobody needs, and what keeps the disks from being resized or reverted, when a QEMU comes that has it: its
+    /// next backup may be far away. While a job works on the domain, its end does.
+    fn greet<'a>(&'a self, domain: &'a Domain, link: &'a Link, snapshot: &'a Snapshot) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            // What arrives by a migration is still another QEMU's.
+            if self.is_busy(domain) || snapshot.migration.is_some() {
+                return;
+            }
+            let settled = settle_disks(link, domain, &snapshot.disks, &self.setting);
+            if let Err(error) = settled.await {
+                tracing::warn!(
+                    domain = domain.name,
+                    %error,
+                    "checkpoints that are of no use stay until the next backup"
+                );
+            }
+        })
+    }
+}
+
+async fn settle_disks(link: &Link, domain: &Domain, disks: &[Disk], setting: &Setting) -> Result<(), Error> {
     let ids: BTreeSet<&str> = disks.iter().flat_map(checkpoints).map(|(id, _)| id).collect();
     let ids: Vec<String> = ids.into_iter().map(str::to_owned).collect();
-    if ids.is_empty() {
+    if ids.is_empty() && disks.iter().all(|disk| orphans(disk).next().is_none()) {
         return Ok(());
     }
     let key = domain_record(domain.identity()).key();
     let standings = setting.catalog.standings(key, ids.clone()).await?;
     let standings = standings.into_iter().map(Use::of);
     let uses: BTreeMap<&str, Use> = ids.iter().map(String::as_str).zip(standings).collect();
-    for disk in disks.iter() {
-        for name in unwanted(disk, &uses, &setting.stores) {
-            let arguments = json!({ "node": disk.node, "name": name });
-            match link.client.execute("block-dirty-bitmap-remove", arguments).await {
+    for disk in disks {
+        let cleared = disk.has_snapshots && domain.checkpoints == CheckpointPolicy::Auto;
+        for name in unwanted(disk, cleared, &uses, &setting.stores) {
+            let actions = json!({ "actions": removal(disk, name) });
+            match link.client.execute("transaction", actions).await {
                 // A block job of somebody's reads it just now, or it is gone already.
                 Err(error) if error.is_refusal() => {
                     tracing::info!(disk = disk.name, %error, "a checkpoint is removed later");
@@ -185,6 +225,29 @@ pub(super) async fn settle(link: &Link, domain: &Domain, setting: &Setting) -> R
         }
     }
     Ok(())
+}
+
+/// The actions of a transaction that remove a checkpoint from a disk with its sentinel, or as much of both as is there.
+pub(super) fn removal(disk: &Disk, checkpoint: &str) -> Vec<Value> {
+    let names = [checkpoint.to_owned(), sentinel_name(checkpoint)];
+    let there = names.into_iter().filter(|name| disk.bitmap(name).is_some());
+    let remove = |name: String| {
+        let data = json!({ "node": disk.node, "name": name });
+        json!({ "type": "block-dirty-bitmap-remove", "data": data })
+    };
+    there.map(remove).collect()
+}
+
+/// All checkpoints of which something is on a disk, by their bitmaps' names.
+pub(super) fn own(disk: &Disk) -> impl Iterator<Item = &str> {
+    checkpoints(disk).map(|(_, name)| name).chain(orphans(disk))
+}
+
+/// Checkpoints that are not there any more, and whose sentinels are.
+fn orphans(disk: &Disk) -> impl Iterator<Item = &str> {
+    let names = disk.bitmaps.iter().map(|bitmap| bitmap.name.as_str());
+    let of = names.filter_map(checkpoint_of_sentinel);
+    of.filter(|name| backup_of(name).is_some() && disk.bitmap(name).is_none())
 }
 
 /// Our bitmaps on a disk, as (backup's id, bitmap's name).
@@ -242,9 +305,11 @@ impl Use {
     }
 }
 
-/// The checkpoints of a disk that nobody needs.
+/// The checkpoints of a disk that nobody needs. `cleared` is whether those of backups go, too, for its image's internal
+/// snapshots.
 fn unwanted<'a>(
     disk: &'a Disk,
+    cleared: bool,
     uses: &BTreeMap<&str, Use>,
     stores: &BTreeMap<String, Store>,
 ) -> Vec<&'a str> {
@@ -252,13 +317,11 @@ fn unwanted<'a>(
     // The newest first: what is not known has nothing but its name to go by.
     found.sort_by_key(|(id, _)| Reverse(*id));
     let (bases, mut unknown) = (needed(&found, uses, stores), 0);
-    let inconsistent = |name: &str| {
-        let mut bitmaps = disk.bitmaps.iter();
-        bitmaps.any(|bitmap| bitmap.name == name && bitmap.inconsistent)
-    };
+    let inconsistent = |name: &str| disk.bitmap(name).is_some_and(|bitmap| bitmap.inconsistent);
     found.retain(|(id, name)| match uses.get(id) {
         Some(Use::Alone) => false,
         _ if inconsistent(name) => true,
+        Some(Use::Base(_)) if cleared => true,
         Some(Use::Base(_)) => !bases.contains(id),
         Some(Use::None) => true,
         Some(Use::Pending) => false,
@@ -267,7 +330,11 @@ fn unwanted<'a>(
             unknown > UNKNOWN
         }
     });
-    found.into_iter().map(|(_, name)| name).collect()
+    found
+        .into_iter()
+        .map(|(_, name)| name)
+        .chain(orphans(disk))
+        .collect()
 }
 
 /// The backups that a store's next ones go on from: as many as the store has checkpoints, from the one that was made last
@@ -343,7 +410,7 @@ mod tests {
         let mut none = Store::at("/none".into());
         none.checkpoints = 0;
         let stores = BTreeMap::from([("s".to_owned(), store), ("none".to_owned(), none)]);
-        let gone = unwanted(&disk, &uses, &stores);
+        let gone = unwanted(&disk, false, &uses, &stores);
         let stays = |second: &&u32| !gone.contains(&checkpoint_name(&id(**second), 0).as_str());
         assert!(
             !gone
@@ -393,6 +460,55 @@ mod tests {
     fn what_another_domain_goes_on_from_takes_no_place_of_this_ones() {
         let two = |second| Use::Base(vec![order(second, "s", if second < 3 { "web" } else { "copy" })]);
         assert_eq!(kept(&[1, 2, 3, 4], two), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_sentinel_goes_with_its_checkpoint_and_one_without_goes_too() {
+        let mut disk = disk(&[1, 2]);
+        let names = [1, 2, 3].map(|second| checkpoint_name(&id(second), 0));
+        for name in [
+            sentinel_name(&names[0]),
+            sentinel_name(&names[2]),
+            "mine-end".into(),
+        ] {
+            let bitmap = Bitmap {
+                name,
+                ..disk.bitmaps[0].clone()
+            };
+            disk.bitmaps.push(bitmap);
+        }
+        let uses = BTreeMap::from(
+            [(&*id(1), Use::None), (&*id(2), Use::Alone)].map(|(id, used)| (id.to_owned(), used)),
+        );
+        let uses = uses
+            .iter()
+            .map(|(id, used)| (id.as_str(), used.clone()))
+            .collect();
+        let gone = unwanted(&disk, false, &uses, &BTreeMap::new());
+        assert_eq!(gone, [names[0].as_str(), names[2].as_str()]);
+        let removed = |name: &str| -> Vec<String> {
+            let actions = removal(&disk, name);
+            let name = |action: &Value| action["data"]["name"].as_str().unwrap().to_owned();
+            actions.iter().map(name).collect()
+        };
+        assert_eq!(removed(&names[0]), [names[0].clone(), sentinel_name(&names[0])]);
+        assert_eq!(removed(&names[1]), [names[1].clone()]);
+        assert_eq!(removed(&names[2]), [sentinel_name(&names[2])]);
+        assert!(checkpoints(&disk).all(|(_, name)| !name.ends_with("-end")));
+    }
+
+    #[test]
+    fn where_an_image_holds_snapshots_only_what_somebody_made_on_purpose_stays() {
+        let disk = disk(&[1, 2, 3]);
+        let ids = [1, 2, 3].map(id);
+        let uses = [Use::Base(vec![order(1, "s", "web")]), Use::Alone, Use::Pending];
+        let uses = ids.iter().map(String::as_str).zip(uses).collect();
+        let stores = BTreeMap::from([("s".to_owned(), Store::at("/s".into()))]);
+        assert_eq!(
+            unwanted(&disk, true, &uses, &stores),
+            [checkpoint_name(&ids[0], 0)]
+        );
+        assert_eq!(unwanted(&disk, false, &uses, &stores), [""; 0]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
 
-use super::chain::{checkpoint_name, checkpoints, earlier, settle};
+use super::chain::{checkpoint_name, checkpoints, earlier, own, removal, settle};
 use super::directory::choose;
 use super::manager::Setting;
 use super::record::domain_record;
@@ -20,7 +20,7 @@ use super::{Error, Jobs, Reservation};
 use crate::catalog::{Begun, CheckpointRecord, Recorded};
 use crate::config::Store;
 use crate::definition::{CheckpointDefinition, CheckpointDisk, Position};
-use crate::domain::{Disk, Domain, Link};
+use crate::domain::{CheckpointPolicy, Disk, Domain, Link};
 use crate::error;
 use crate::plan::{self, ChosenStore, Existing, Past};
 
@@ -121,6 +121,7 @@ impl Jobs {
         let past = Past {
             earlier: earlier(&self.setting, (name, store.path.clone()), &directory, domain).await?,
             checkpoints: existing(&self.checkpoints(domain, disks).await?),
+            records_over_snapshots: domain.checkpoints == CheckpointPolicy::Always,
         };
         Ok(ChosenStore {
             name,
@@ -168,6 +169,20 @@ impl Jobs {
         self.whatever_comes(async move {
             let _reservation = reservation;
             jobs.delete(&domain, &name).await
+        })
+        .await
+    }
+
+    /// Removes all of the domain's checkpoints from its disks, whoever made them by this service's names. Backups stay.
+    pub async fn delete_checkpoints(
+        self: &Arc<Self>,
+        reservation: Reservation,
+        domain: Arc<Domain>,
+    ) -> error::Result<()> {
+        let jobs = self.clone();
+        self.whatever_comes(async move {
+            let _reservation = reservation;
+            jobs.delete_all(&domain).await
         })
         .await
     }
@@ -230,10 +245,9 @@ impl Jobs {
         let (checkpoint, _) = named(&checkpoints, name)?;
         let records = checkpoint.disks.iter().filter_map(|record| {
             let disk = disks.iter().find(|disk| disk.name == record.disk)?;
-            let data = json!({ "node": disk.node, "name": record.bitmap });
-            Some(json!({ "type": "block-dirty-bitmap-remove", "data": data }))
+            Some(removal(disk, &record.bitmap))
         });
-        let remove: Vec<Value> = records.collect();
+        let remove: Vec<Value> = records.flatten().collect();
         if !remove.is_empty() {
             transaction(&link, remove, &self.setting).await?;
         }
@@ -245,6 +259,36 @@ impl Jobs {
             domain = domain.name,
             name = checkpoint.name,
             "a checkpoint was removed"
+        );
+        Ok(())
+    }
+}
+
+impl Jobs {
+    async fn delete_all(&self, domain: &Domain) -> error::Result<()> {
+        let link = domain.link().await?;
+        let disks = domain.refresh().await?.disks;
+        let remove: Vec<Value> = disks
+            .iter()
+            .flat_map(|disk| own(disk).flat_map(|name| removal(disk, name)))
+            .collect();
+        let count = remove.len();
+        if !remove.is_empty() {
+            transaction(&link, remove, &self.setting).await?;
+        }
+        let (catalog, directory) = (&self.setting.catalog, domain.unique_name());
+        for record in catalog
+            .checkpoints(directory.clone())
+            .await
+            .map_err(Error::from)?
+        {
+            let forgotten = catalog.checkpoint_deleted(directory.clone(), record.id).await;
+            forgotten.map_err(Error::from)?;
+        }
+        tracing::info!(
+            domain = domain.name,
+            bitmaps = count,
+            "all checkpoints were removed"
         );
         Ok(())
     }

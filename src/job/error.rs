@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::domain::Migration;
+use crate::domain::{Migration, OLDEST};
 use crate::error::Kind;
 use crate::image::{self, Finding};
 use crate::{catalog, qmp, quota, target};
@@ -29,7 +29,10 @@ pub enum Error {
     Stopping,
     #[error("{0}")]
     TooMany(#[from] quota::Exceeded),
-    #[error("the domain's QEMU cannot do grouped backups of its disks: version 4.2 or later is needed")]
+    #[error(
+        "the domain's QEMU cannot do grouped backups of its disks: version {} or later is needed",
+        OLDEST
+    )]
     TooOld,
     #[error("{}", migration_text(.0))]
     Migration(Migration),
@@ -69,6 +72,8 @@ pub enum Error {
     Quiesce(String),
     #[error("disk '{disk}' was given another image while its backup was being prepared: try again")]
     Changed { disk: String },
+    #[error("disk '{disk}' was made smaller while its backup was being prepared: try again")]
+    Resized { disk: String },
     #[error("the domain's disks keep changing: try again")]
     Unsettled,
     #[error("{0}")]
@@ -138,6 +143,7 @@ impl Error {
             | Self::Copy { .. }
             | Self::Release(_)
             | Self::Changed { .. }
+            | Self::Resized { .. }
             | Self::Quiesce(_) => Kind::QemuError,
             Self::Lost(_)
             | Self::NoAnswer { .. }
@@ -171,6 +177,7 @@ impl Error {
             Self::Prepare { disk, .. }
             | Self::Descriptor { disk, .. }
             | Self::Changed { disk }
+            | Self::Resized { disk }
             | Self::Checkpoint { disk, .. }
             | Self::Format { disk, .. } => Some((disk, "prepare")),
             Self::Copy { disk, .. } => Some((disk, "copy")),

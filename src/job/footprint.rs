@@ -1,9 +1,12 @@
 //! What a job makes in QEMU: descriptor sets, block nodes and jobs, all with names that say whose they are.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use super::manager::Setting;
@@ -50,9 +53,63 @@ impl Names {
         format!("{}-{disk}-create", self.0)
     }
 
+    /// See [`super::sentinel`].
+    pub fn mark(&self, index: usize) -> String {
+        format!("{}-{index}-end", self.0)
+    }
+
+    /// Sorts after the node below it.
+    pub fn mark_slice(&self, index: usize) -> String {
+        format!("{}-{index}-end-slice", self.0)
+    }
+
+    pub fn mark_source(&self, index: usize) -> String {
+        format!("{}-{index}-end-from", self.0)
+    }
+
+    pub fn mark_job(&self, index: usize) -> String {
+        format!("{}-{index}-end", self.0)
+    }
+
     pub fn own(&self, name: &str) -> bool {
         name.strip_prefix(&self.0)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    }
+}
+
+/// An entry of `query-named-block-nodes`, as far as it tells of another file.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Opened {
+    #[serde(default)]
+    node_name: String,
+    image: OpenedImage,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct OpenedImage {
+    #[serde(default)]
+    format_specific: Option<Specific>,
+}
+
+#[derive(Deserialize)]
+struct Specific {
+    #[serde(default)]
+    data: SpecificData,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct SpecificData {
+    #[serde(default)]
+    data_file: Option<IgnoredAny>,
+}
+
+impl Opened {
+    /// The node's name, if its image names a file for its data.
+    fn with_data_file(self) -> Option<String> {
+        self.image.format_specific?.data.data_file.map(|_| self.node_name)
     }
 }
 
@@ -164,25 +221,25 @@ impl Footprint {
             Format::Raw => {}
         }
         client.execute("blockdev-add", node).await.map_err(prepare)?;
-        self.check_header(index, disk).await
+        Ok(())
     }
 
-    /// Whether QEMU has opened what was written here, and nothing else: whoever has the target open too can have written a
-    /// header that names another file, with the rights of QEMU's.
-    async fn check_header(&self, index: usize, disk: &DiskPlan) -> Result<(), Error> {
-        let name = self.names.target_node(index);
-        let nodes: Vec<Value> = self
+    /// Whether QEMU has opened what was written here, and nothing else: whoever has a target open too can have written a
+    /// header that names another file, with the rights of QEMU's. Of all targets at once: the reply has every node.
+    pub async fn check_headers(&self, disks: &[DiskPlan]) -> Result<(), Error> {
+        let nodes: Vec<Opened> = self
             .client()
             .query("query-named-block-nodes", json!({ "flat": true }))
             .await
             .map_err(Error::Lost)?;
-        let mut own = nodes.iter().filter(|node| node["node-name"] == name);
-        match own.any(|node| node.pointer("/image/format-specific/data/data-file").is_some()) {
-            true => Err(Error::Format {
+        let foreign: BTreeSet<String> = nodes.into_iter().filter_map(Opened::with_data_file).collect();
+        let mut disks = disks.iter().enumerate();
+        match disks.find(|(index, _)| foreign.contains(&self.names.target_node(*index))) {
+            Some((_, disk)) => Err(Error::Format {
                 disk: disk.name.clone(),
                 message: "somebody else writes to it".into(),
             }),
-            false => Ok(()),
+            None => Ok(()),
         }
     }
 
@@ -202,11 +259,9 @@ impl Footprint {
                 options["backing-fmt"] = json!("qcow2");
             }
         }
-        if let Some(compression) = disk.compress {
-            options["compression-type"] = json!(match compression {
-                Compression::Zstd => "zstd",
-                Compression::Zlib => "zlib",
-            });
+        // zlib is what QEMU takes by itself; the option came with zstd, in version 5.1.
+        if disk.compress == Some(Compression::Zstd) {
+            options["compression-type"] = json!("zstd");
         }
         let job = self.names.create_job(index);
         let mut events = self.client().events();
@@ -231,12 +286,25 @@ impl Footprint {
 
     /// Waits for the end of a job that no events but its status tell of; gives its error.
     async fn concluded(&self, events: &mut Events, job: &str) -> qmp::Result<Option<String>> {
+        match self.reached(events, job, &["concluded"]).await? {
+            Some(info) => Ok(info.error),
+            None => Ok(Some("the job is gone".into())),
+        }
+    }
+
+    /// Waits until a job has one of these statuses; nothing if it is gone.
+    pub(super) async fn reached(
+        &self,
+        events: &mut Events,
+        job: &str,
+        statuses: &[&str],
+    ) -> qmp::Result<Option<JobInfo>> {
         loop {
             let infos = self.query_jobs().await?;
             match infos.into_iter().find(|info| info.id == job) {
-                Some(info) if info.status == "concluded" => return Ok(info.error),
+                Some(info) if statuses.contains(&info.status.as_str()) => return Ok(Some(info)),
                 Some(_) => {}
-                None => return Ok(Some("the job is gone".into())),
+                None => return Ok(None),
             }
             loop {
                 match events.next().await {
@@ -275,13 +343,16 @@ mod tests {
             names.filter_node(999),
             names.target_node(999),
             names.file_node(999),
+            names.mark_slice(999),
         ] {
             assert!(name.len() <= 31 && names.own(&name), "{name}");
         }
         assert!(!names.own("backupd-0123abcde-0") && !names.own("backupd-0123abc") && !names.own("vda"));
-        assert!(
-            names.target_node(3) > names.file_node(3),
-            "a node is removed before the one below it"
-        );
+        for (above, below) in [
+            (names.target_node(3), names.file_node(3)),
+            (names.mark_slice(3), names.mark(3)),
+        ] {
+            assert!(above > below, "a node is removed before the one below it");
+        }
     }
 }

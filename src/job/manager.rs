@@ -2,7 +2,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -131,7 +131,7 @@ impl Jobs {
         boot: BootId,
         activity: Activity,
     ) -> Arc<Self> {
-        Arc::new(Self {
+        let jobs = Arc::new(Self {
             quota: config.limits.of_jobs(),
             table: Mutex::default(),
             asked_to_rescan: tokio::sync::Mutex::default(),
@@ -148,7 +148,10 @@ impl Jobs {
                 activity,
             },
             tasks: TaskTracker::new(),
-        })
+        });
+        let greeter: Weak<Self> = Arc::downgrade(&jobs);
+        jobs.setting.domains.set_greeter(greeter);
+        jobs
     }
 
     /// Thaws what a former process of the service may have left frozen; does not wait for it. Before all else that is done.
@@ -398,6 +401,11 @@ impl Jobs {
             _use: self.setting.activity.begin(),
             _token: token,
         })
+    }
+
+    /// Whether a job works on the domain, or on its checkpoints.
+    pub(super) fn is_busy(&self, domain: &Domain) -> bool {
+        self.lock().busy.contains_key(&domain.unique_name())
     }
 
     /// Starts the job and returns at once.

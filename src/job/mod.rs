@@ -23,6 +23,7 @@ mod release;
 mod rescan;
 mod running;
 mod scan;
+mod sentinel;
 mod status;
 mod stored;
 mod track;

@@ -14,6 +14,30 @@ use crate::domain::Disk;
 /// The most images that it takes to read a backup's disk. Each is one more that can be damaged.
 pub const MAX_IMAGES: u32 = 32;
 
+/// The bitmap beside a checkpoint's that tells whether the disk was smaller since then: nothing is set in it any more.
+pub fn sentinel_name(checkpoint: &str) -> String {
+    format!("{checkpoint}{SENTINEL}")
+}
+
+/// The checkpoint that a sentinel is of, by its name.
+pub fn checkpoint_of_sentinel(name: &str) -> Option<&str> {
+    name.strip_suffix(SENTINEL)
+}
+
+const SENTINEL: &str = "-end";
+
+/// Whether the disk has kept its size since a checkpoint, or has been larger only: nothing was cut off that its bitmap would
+/// have to show.
+pub fn was_never_smaller(disk: &Disk, checkpoint: &str) -> Result<(), Why> {
+    match disk.bitmap(&sentinel_name(checkpoint)) {
+        _ if disk.virtual_size == 0 => Ok(()),
+        None => Err(Why::NoBitmap),
+        Some(sentinel) if sentinel.inconsistent => Err(Why::Inconsistent),
+        Some(sentinel) if sentinel.dirty == 0 => Err(Why::Resized),
+        Some(_) => Ok(()),
+    }
+}
+
 /// An earlier backup of the domain in the store that the new one goes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Earlier {
@@ -119,9 +143,11 @@ pub enum Why {
     NoBitmaps,
     /// The disk has no record that goes back to an earlier backup: it is new, or was given another image.
     NoBitmap,
+    /// Its image holds internal snapshots, and a record would keep QEMU from reverting to them.
+    InternalSnapshots,
     /// It has one that does not have everything, as after a crash of its QEMU.
     Inconsistent,
-    /// The disk has another size than then.
+    /// The disk has another size than then, or was smaller in between.
     Resized,
     /// An image of the earlier backup is not what it was, or is gone.
     Damaged,
@@ -143,6 +169,7 @@ impl Why {
             Self::First => "first",
             Self::NoBitmaps => "no-bitmaps",
             Self::NoBitmap => "no-bitmap",
+            Self::InternalSnapshots => "internal-snapshots",
             Self::Inconsistent => "inconsistent",
             Self::Resized => "resized",
             Self::Damaged => "damaged",
@@ -161,8 +188,11 @@ impl Why {
             Self::First => "there is no earlier backup in the store",
             Self::NoBitmaps => "its image cannot keep a record of what is written (qcow2 of version 3 can)",
             Self::NoBitmap => "it has no record of what was written since then",
+            Self::InternalSnapshots => {
+                "its image holds internal snapshots, and QEMU reverts to none of them while it records what is written"
+            }
             Self::Inconsistent => "its record of what was written is not whole, as after a crash of its QEMU",
-            Self::Resized => "its size has changed since then",
+            Self::Resized => "its size has changed since then, even if it is the same again",
             Self::Damaged => "an image of the earlier backup is not what it was, or is gone",
             Self::ChainTooLong => "it would take too many images to read it",
             Self::Unknown => "it is not on record any more why",
@@ -194,6 +224,10 @@ pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<
             }
         }
     };
+    let found = found.map_err(|why| match why {
+        Why::NoBitmap if !past.may_record(disk) => Why::InternalSnapshots,
+        why => why,
+    });
     match (found, wanted) {
         (Ok(base), _) => Ok(Mode::Since(base)),
         (Err(why), Wanted::Auto) => Ok(Mode::Full { why }),
@@ -255,6 +289,7 @@ fn since(disk: &Disk, backup: &Earlier, newest: bool) -> Result<Base, Why> {
     if then.virtual_size != disk.virtual_size {
         return Err(Why::Resized);
     }
+    was_never_smaller(disk, &bitmap.name)?;
     if images >= MAX_IMAGES {
         return Err(Why::ChainTooLong);
     }
@@ -286,14 +321,16 @@ mod tests {
     use crate::domain::Bitmap;
 
     fn disk(bitmaps: &[&str]) -> Disk {
-        let bitmap = |name: &&str| Bitmap {
-            name: (*name).into(),
+        let bitmap = |name: String| Bitmap {
+            name,
             good: true,
             inconsistent: false,
             dirty: 1 << 16,
         };
         let mut disk = Disk::for_test("vda", "a", true, true);
-        disk.bitmaps = bitmaps.iter().map(bitmap).collect();
+        let names = bitmaps.iter().map(|name| (*name).to_owned());
+        let sentinels = bitmaps.iter().map(|name| sentinel_name(name));
+        disk.bitmaps = names.chain(sentinels).map(bitmap).collect();
         disk
     }
 
@@ -318,6 +355,7 @@ mod tests {
                 name: "alone".into(),
                 has_backup: false,
             }],
+            records_over_snapshots: false,
         }
     }
 
@@ -379,6 +417,50 @@ mod tests {
         let mut old = disk(&[]);
         old.keeps_bitmaps = false;
         assert_eq!(auto(&old, &[backup("a", Some(1))]), Err(Why::NoBitmaps));
+    }
+
+    #[test]
+    fn a_disk_that_was_smaller_or_may_have_been_is_copied_as_a_whole() {
+        let earlier = [backup("b", Some(2)), backup("a", Some(1))];
+        let mut cut = disk(&["since-a", "since-b"]);
+        cut.bitmaps[3].dirty = 0;
+        assert_eq!(auto(&cut, &earlier), Err(Why::Resized));
+        // A record that goes back further has one of its own.
+        let mut unknown = disk(&["since-a", "since-b"]);
+        unknown.bitmaps.remove(3);
+        assert_eq!(auto(&unknown, &earlier), Ok(("a".into(), false)));
+        unknown.bitmaps.remove(2);
+        assert_eq!(auto(&unknown, &earlier), Err(Why::NoBitmap));
+        let mut torn = disk(&["since-a"]);
+        torn.bitmaps[1].inconsistent = true;
+        assert_eq!(auto(&torn, &earlier), Err(Why::Inconsistent));
+    }
+
+    #[test]
+    fn a_disk_without_a_record_because_of_its_snapshots_says_so() {
+        let mut snapshots = disk(&[]);
+        snapshots.has_snapshots = true;
+        let earlier = [backup("a", Some(1))];
+        assert_eq!(auto(&snapshots, &[]), Err(Why::First));
+        assert_eq!(auto(&snapshots, &earlier), Err(Why::InternalSnapshots));
+        let mut always = past(&earlier);
+        always.records_over_snapshots = true;
+        let why = Why::NoBitmap;
+        assert_eq!(
+            choose(&snapshots, &always, &Wanted::Auto, None),
+            Ok(Mode::Full { why })
+        );
+        snapshots.bitmaps = disk(&["since-a"]).bitmaps;
+        assert_eq!(auto(&snapshots, &earlier), Ok(("a".into(), true)));
+    }
+
+    #[test]
+    fn an_empty_disk_has_nothing_that_could_be_cut_off() {
+        let mut earlier = backup("a", Some(1));
+        earlier.disks[0].virtual_size = 0;
+        let mut empty = disk(&["since-a"]);
+        (empty.virtual_size, empty.bitmaps) = (0, vec![empty.bitmaps[0].clone()]);
+        assert_eq!(auto(&empty, &[earlier]), Ok(("a".into(), true)));
     }
 
     #[test]

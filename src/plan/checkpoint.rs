@@ -40,6 +40,11 @@ pub enum Obstacle {
     NoBitmaps,
     #[error("its backup is raw, and on that no later one can lie")]
     RawTarget,
+    #[error(
+        "its image holds internal snapshots, which QEMU could not revert to then ('checkpoints = \"always\"' in the \
+         domain's file allows it)"
+    )]
+    InternalSnapshots,
     #[error("the store keeps none ('checkpoints' in the configuration)")]
     Store,
 }
@@ -96,7 +101,8 @@ fn require(planned: &DiskPlan, disks: &[Disk], store: &Store, at: Position) -> R
     let why = match planned.format {
         _ if store.checkpoints == 0 => Obstacle::Store,
         _ if !keeps => Obstacle::NoBitmaps,
-        Format::Raw | Format::Qcow2 => Obstacle::RawTarget,
+        Format::Raw => Obstacle::RawTarget,
+        Format::Qcow2 => Obstacle::InternalSnapshots,
     };
     let name = planned.name.clone();
     Err(Error::NoCheckpoint { name, at, why })

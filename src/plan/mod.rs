@@ -11,7 +11,9 @@ pub mod retention;
 #[cfg(test)]
 mod tests;
 
-pub use chain::{Base, Earlier, EarlierDisk, Mode, Wanted, Why};
+pub use chain::{
+    Base, Earlier, EarlierDisk, Mode, Wanted, Why, checkpoint_of_sentinel, sentinel_name, was_never_smaller,
+};
 pub use checkpoint::{CheckpointOption, Existing, Obstacle, checkpoint};
 pub use error::Error;
 pub use requested::{PlaceKind, Requested, requested};
@@ -184,6 +186,15 @@ pub struct Past {
     /// Its backups in the store that is asked for, from the newest on.
     pub earlier: Vec<Earlier>,
     pub checkpoints: Vec<Existing>,
+    /// The administrator wants checkpoints also on disks whose images hold internal snapshots.
+    pub records_over_snapshots: bool,
+}
+
+impl Past {
+    /// Whether a backup may begin to record what is written to the disk, where its image can keep that.
+    fn may_record(&self, disk: &Disk) -> bool {
+        self.records_over_snapshots || !disk.has_snapshots
+    }
 }
 
 /// Makes the plan.
@@ -268,6 +279,15 @@ impl Plan {
     /// What the backup is, as a whole.
     pub fn kind(&self) -> Kind {
         chain::kind(self.disks.iter().map(|disk| &disk.mode))
+    }
+
+    /// Whether something is written into that is there already, and that another domain may have open.
+    pub fn writes_into_existing(&self) -> bool {
+        self.disks.iter().any(|disk| match disk.place {
+            Place::InStore { .. } => false,
+            Place::File(_) => self.reuse_external,
+            Place::Block(_) | Place::Descriptor(_) => true,
+        })
     }
 
     /// What is done with a stored backup.
@@ -505,6 +525,7 @@ fn disk_plan(
         compress: asked.and_then(|asked| asked.compress),
         checkpoint: refused.is_none()
             && disk.keeps_bitmaps
+            && past.may_record(disk)
             && store.is_some_and(|store| store.checkpoints > 0),
         mode,
         place,

@@ -9,6 +9,14 @@ use crate::domain::Domain;
 use crate::error::{Error, Kind, Result};
 use crate::job::{self, Checkpoint};
 
+/// Which checkpoints are removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WhichCheckpoints {
+    /// By its name, or the id of its backup.
+    Named(String),
+    All,
+}
+
 impl Service {
     /// Reads the document of a checkpoint; an empty one means every default.
     pub fn checkpoint_definition(&self, document: &str) -> Result<CheckpointDefinition> {
@@ -43,19 +51,22 @@ impl Service {
         self.jobs.create_checkpoint(reservation, domain, definition).await
     }
 
-    /// Removes a checkpoint. The backup that it began with stays.
+    /// Removes checkpoints. The backups that they began with stay.
     pub async fn delete_checkpoint(
         &self,
         grant: Grant,
         caller: &Caller,
         domain: Arc<Domain>,
-        name: String,
+        which: WhichCheckpoints,
     ) -> Result<()> {
         drop(grant);
         let reservation = self
             .jobs
             .reserve(&domain, caller.uid, self.no_descriptors(caller)?)?;
-        self.jobs.delete_checkpoint(reservation, domain, name).await
+        match which {
+            WhichCheckpoints::Named(name) => self.jobs.delete_checkpoint(reservation, domain, name).await,
+            WhichCheckpoints::All => self.jobs.delete_checkpoints(reservation, domain).await,
+        }
     }
 
     /// The checkpoints that the domain's disks have now, from the oldest on.

@@ -11,6 +11,7 @@ mod sight;
 mod stored;
 
 pub use backups::{BackupsWanted, Deletion, PruneWanted};
+pub use checkpoints::WhichCheckpoints;
 pub use request::{Authorised, Request};
 pub use sight::ListedJob;
 pub use stored::RestoreRequest;

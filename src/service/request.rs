@@ -199,10 +199,15 @@ impl Service {
         files: Vec<OwnedFd>,
         mark: Option<String>,
     ) -> JoinHandle<Result<(Plan, Targets)>> {
-        self.refresh_others(domain).await;
-        let holders: Vec<Holder> = self
-            .domains
-            .list()
+        // A new file is nobody's disk.
+        let others = match plan.writes_into_existing() {
+            true => {
+                self.refresh_others(domain).await;
+                self.domains.list()
+            }
+            false => Vec::new(),
+        };
+        let holders: Vec<Holder> = others
             .iter()
             .map(|other| Holder {
                 process: other.process(),

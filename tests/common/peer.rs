@@ -18,6 +18,25 @@ use super::wait;
 
 pub const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}"#;
 
+/// What a QEMU says of itself that is not too old.
+pub fn schema() -> Value {
+    json!([
+        { "name": "query-named-block-nodes", "meta-type": "command", "arg-type": "nodes" },
+        { "name": "nodes", "meta-type": "object", "members": [{ "name": "flat" }] },
+    ])
+}
+
+/// The same with further entities.
+pub fn schema_with(entities: Value) -> Value {
+    let mut all = [schema(), entities];
+    Value::Array(
+        all.iter_mut()
+            .filter_map(Value::as_array_mut)
+            .flat_map(std::mem::take)
+            .collect(),
+    )
+}
+
 /// A line that came, and the descriptors that came with its first byte and with any other byte of it.
 pub struct Received {
     pub command: Value,
@@ -161,6 +180,7 @@ impl Peer {
             let answer = match command.name() {
                 "query-uuid" => json!({ "UUID": uuid::Uuid::new_v4() }),
                 "query-status" => json!({ "status": "running", "running": true }),
+                "query-qmp-schema" => schema(),
                 _ => json!([]),
             };
             self.answer(&command, answer).await;

@@ -152,6 +152,7 @@ impl Recorded {
             let mut names: Vec<String> = ids.iter().map(|id| format!("backupd-{id}-{index}")).collect();
             names.sort();
             assert_eq!(self.vm().checkpoints(disk), names, "{disk}");
+            assert_eq!(self.vm().sentinels(disk), names, "{disk}");
         }
     }
 }

@@ -17,6 +17,8 @@ use super::wait;
 
 /// How the names begin of the bitmaps that backups into a store leave on purpose.
 const CHECKPOINT: &str = "backupd-2";
+/// And how those end that stand beside them.
+const SENTINEL: &str = "-end";
 
 /// Of the same machine the same.
 fn uuid_of(dir: &Path, name: &str) -> String {
@@ -343,6 +345,21 @@ impl Vm {
     /// The checkpoints on a disk, by name, in order: where later backups can go on from.
     #[track_caller]
     pub fn checkpoints(&self, disk: &str) -> Vec<String> {
+        let mut names = self.own_bitmaps(disk);
+        names.retain(|name| !name.ends_with(SENTINEL));
+        names
+    }
+
+    /// The checkpoints on a disk that have a bitmap beside them that tells whether the disk was smaller since.
+    #[track_caller]
+    pub fn sentinels(&self, disk: &str) -> Vec<String> {
+        let names = self.own_bitmaps(disk);
+        let names = names.iter().filter_map(|name| name.strip_suffix(SENTINEL));
+        names.map(str::to_owned).collect()
+    }
+
+    #[track_caller]
+    fn own_bitmaps(&self, disk: &str) -> Vec<String> {
         let node = self.node(disk);
         let bitmaps = node["dirty-bitmaps"].as_array().cloned().unwrap_or_default();
         let names = bitmaps.iter().filter_map(|bitmap| bitmap["name"].as_str());

@@ -4,7 +4,7 @@ use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
-use super::common::peer::{GREETING, Peer};
+use super::common::peer::{GREETING, Peer, schema, schema_with};
 
 const MIB: usize = 1 << 20;
 
@@ -17,6 +17,7 @@ fn plain(command: &str) -> Value {
         "query-uuid" => json!({ "UUID": "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10" }),
         "query-status" => json!({ "status": "running", "running": true }),
         "x-debug-query-block-graph" => json!({ "nodes": [], "edges": [] }),
+        "query-qmp-schema" => schema(),
         _ => json!([]),
     }
 }
@@ -169,7 +170,7 @@ pub const REACHABLE: [(&str, Play); 5] = [
         Box::pin(converse(peer, |name, id| {
             let value = match name {
                 "query-qmp-schema" => {
-                    json!([{ "name": "x-debug-query-block-graph", "meta-type": "command" }])
+                    schema_with(json!([{ "name": "x-debug-query-block-graph", "meta-type": "command" }]))
                 }
                 "query-block" => Value::Array((0..256).map(|n| drive(&n.to_string())).collect()),
                 "query-named-block-nodes" => Value::Array((0..2000).map(filter).collect()),
@@ -229,12 +230,12 @@ pub const FAILING: [(&str, Play, &str); 8] = [
 fn machine(command: &str) -> Value {
     let command_entity = |name| json!({ "name": name, "meta-type": "command", "arg-type": "a" });
     match command {
-        "query-qmp-schema" => json!([
+        "query-qmp-schema" => schema_with(json!([
             command_entity("transaction"),
             command_entity("blockdev-backup"),
             command_entity("blockdev-create"),
             { "name": "a", "meta-type": "object", "members": [{ "name": "properties" }] },
-        ]),
+        ])),
         "query-block" => json!([drive("vda")]),
         "query-named-block-nodes" => {
             let image = json!({ "virtual-size": MIB, "actual-size": MIB });
@@ -286,7 +287,7 @@ fn large_schema() -> Value {
         (0..20_000)
             .map(|number| json!({ "name": number.to_string(), "meta-type": "command", "arg-type": "o" })),
     );
-    Value::Array(entities)
+    schema_with(Value::Array(entities))
 }
 
 /// Filters above one another without an end, behind many nodes that nobody asks about.

@@ -238,7 +238,11 @@ pub enum CheckpointCommand {
         /// The virtual machine's name or UUID
         domain: String,
         /// The checkpoint's name, or the id of its backup
-        name: String,
+        #[arg(required_unless_present = "all")]
+        name: Option<String>,
+        /// Remove all checkpoints that this service has on the disks
+        #[arg(long, conflicts_with = "name")]
+        all: bool,
     },
     /// Print the document of a checkpoint
     Dump {

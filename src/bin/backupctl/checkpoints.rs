@@ -44,13 +44,17 @@ pub async fn run(service: &Service, command: &CheckpointCommand, json: bool) -> 
                 || format!("{}\n", escape_lines(&name)),
             )
         }
-        CheckpointCommand::Delete { domain, name } => {
+        // The arguments have either a name or --all.
+        CheckpointCommand::Delete { domain, name, all: _ } => {
             let path = service.domain(domain).await?;
-            service.delete_checkpoint(&path, name).await?;
+            service.delete_checkpoint(&path, name.as_deref()).await?;
             print(
                 json,
                 || json!({ "domain": domain, "name": name }),
-                || format!("Checkpoint {} is deleted\n", escape_lines(name)),
+                || match name {
+                    Some(name) => format!("Checkpoint {} is deleted\n", escape_lines(name)),
+                    None => format!("All checkpoints of {} are deleted\n", escape_lines(domain)),
+                },
             )
         }
         CheckpointCommand::Dump { domain, name } => {

@@ -367,10 +367,13 @@ impl Service {
         self.call(path, DOMAIN_INTERFACE, "CreateCheckpoint", &body).await
     }
 
-    /// Removes a checkpoint.
-    pub async fn delete_checkpoint(&self, path: &str, name: &str) -> Result<()> {
-        let options: HashMap<&str, Variant> = HashMap::new();
-        let body = (name, options);
+    /// Removes a checkpoint, or all.
+    pub async fn delete_checkpoint(&self, path: &str, name: Option<&str>) -> Result<()> {
+        let mut options: HashMap<&str, Variant> = HashMap::new();
+        if name.is_none() {
+            options.insert("all", Variant::from(true));
+        }
+        let body = (name.unwrap_or_default(), options);
         self.call(path, DOMAIN_INTERFACE, "DeleteCheckpoint", &body).await
     }
 

@@ -18,7 +18,7 @@ use crate::job::quiesce::Freeze;
 use crate::job::running::Running;
 use crate::job::scan::check_snapshot;
 use crate::job::writeback::write_back;
-use crate::job::{Error, blocking};
+use crate::job::{Error, blocking, sentinel};
 use crate::plan::{DiskPlan, Mode};
 use crate::qmp;
 use crate::target::{Media, Target};
@@ -48,6 +48,7 @@ impl Driver<'_> {
             for (index, (target, disk)) in targets.iter().zip(&self.job.plan.disks).enumerate() {
                 footprint.open_target(index, target, disk).await?;
             }
+            footprint.check_headers(&self.job.plan.disks).await?;
             footprint.make_checkpoints(self.job).await?;
             let held = self.job.plan.hold_poweroff && poweroff::can_hold(&footprint.link()).await;
             Ok::<_, Error>(held)
@@ -198,6 +199,7 @@ impl Driver<'_> {
         };
         let now = now.map_err(|_| Error::stalled("QEMU", patience))??;
         check_snapshot(self.job, footprint, &now)?;
+        sentinel::check_sizes(&self.job.plan, &now.disks)?;
         Ok(now)
     }
 }

@@ -1,0 +1,349 @@
+//! QEMU's block graph as its monitor tells it: drives, nodes, and which node is below which.
+//!
+//! Knows QEMU's replies; not which of the nodes is a disk of the guest. Every walk is a loop with a bound: a chain can be as
+//! deep as a peer likes, and have a circle.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use super::disks::Bitmap;
+
+/// More disks, and longer names, than any machine has: a peer that says so is not QEMU.
+pub(super) const MAX_DISKS: usize = 256;
+/// The same of nodes: every backup of everybody looks at the files of all of them.
+const MAX_NODES: usize = 16384;
+const MAX_PATH: usize = 4096;
+/// The same of dirty bitmaps on an image; a qcow2 image has room for 65535 (QEMU's docs/interop/qcow2).
+const MAX_BITMAPS: usize = 65535;
+const MAX_BITMAP_NAME: usize = 1023;
+
+/// Filters that pass the guest's data through unchanged, so that the node below has the same content.
+const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "copy-before-write"];
+/// So many of them are looked through. Whatever node is reached has the same content.
+const MAX_FILTERS: usize = 64;
+
+/// An entry of `query-block`.
+#[derive(Debug, Deserialize)]
+pub(super) struct BlockInfo {
+    pub device: String,
+    #[serde(default)]
+    pub qdev: Option<String>,
+    #[serde(default)]
+    pub inserted: Option<Inserted>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Inserted {
+    #[serde(rename = "node-name")]
+    pub node_name: String,
+    pub ro: bool,
+}
+
+/// An entry of `query-named-block-nodes` with `flat`: each image once. Otherwise it has all images below it as well, which
+/// makes the reply quadratic in the depth of a chain.
+#[derive(Debug, Deserialize)]
+pub(super) struct Node {
+    #[serde(rename = "node-name", default)]
+    pub name: String,
+    #[serde(rename = "drv")]
+    pub driver: String,
+    pub file: String,
+    pub image: Image,
+    #[serde(default)]
+    backing_file: Option<String>,
+    #[serde(rename = "dirty-bitmaps", default)]
+    bitmaps: Vec<BitmapInfo>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Image {
+    #[serde(rename = "virtual-size")]
+    pub virtual_size: u64,
+    #[serde(rename = "actual-size", default)]
+    actual_size: u64,
+    #[serde(default)]
+    encrypted: bool,
+    #[serde(rename = "format-specific", default)]
+    specific: Option<Specific>,
+    /// Internal ones; not there if there are none.
+    #[serde(default)]
+    snapshots: Vec<IgnoredAny>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Specific {
+    #[serde(default)]
+    data: SpecificData,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct SpecificData {
+    /// The version of a qcow2 image: "0.10" is 2, "1.1" is 3.
+    #[serde(default)]
+    compat: Option<String>,
+}
+
+/// Those without a name are somebody's block job's.
+#[derive(Debug, Deserialize)]
+struct BitmapInfo {
+    #[serde(default)]
+    name: Option<String>,
+    #[serde(default)]
+    count: u64,
+    recording: bool,
+    #[serde(default)]
+    persistent: bool,
+    #[serde(default)]
+    inconsistent: bool,
+    #[serde(default)]
+    busy: bool,
+}
+
+impl Node {
+    /// Whether it can keep dirty bitmaps (qcow2 from version 3 on, QEMU's docs/interop/qcow2).
+    pub fn keeps_bitmaps(&self) -> bool {
+        let specific = self.image.specific.as_ref();
+        let version = specific.and_then(|specific| specific.data.compat.as_deref());
+        self.driver == "qcow2" && version.is_some_and(|version| version != "0.10")
+    }
+
+    pub fn bitmaps(&self) -> Vec<Bitmap> {
+        let named = |info: &BitmapInfo| {
+            let name = info.name.clone()?;
+            Some(Bitmap {
+                name,
+                good: info.recording && info.persistent && !info.inconsistent && !info.busy,
+                inconsistent: info.inconsistent,
+                dirty: info.count,
+            })
+        };
+        let good = |bitmap: &Bitmap| (1..=MAX_BITMAP_NAME).contains(&bitmap.name.len());
+        let bitmaps = self.bitmaps.iter().take(MAX_BITMAPS).filter_map(named);
+        bitmaps.filter(good).collect()
+    }
+
+    /// Whether it holds internal snapshots.
+    pub fn has_snapshots(&self) -> bool {
+        !self.image.snapshots.is_empty()
+    }
+
+    /// The file of an image, where what is in the file is what the guest sees: it isn't encrypted, and holds no internal
+    /// snapshots.
+    pub fn source_file(&self) -> Option<PathBuf> {
+        let plain = ["qcow2", "raw"].contains(&self.driver.as_str()) && !self.image.encrypted;
+        (plain && !self.has_snapshots()).then(|| self.file.as_str().into())
+    }
+
+    fn is_filter(&self) -> bool {
+        FILTERS.contains(&self.driver.as_str())
+    }
+}
+
+/// The reply of `x-debug-query-block-graph`: the only command in all supported versions that tells the children
+/// of a node. Unstable by name, so its absence is survived.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Edges {
+    nodes: Vec<GraphNode>,
+    edges: Vec<GraphEdge>,
+}
+
+#[derive(Debug, Deserialize)]
+struct GraphNode {
+    id: u64,
+    name: String,
+    /// Back ends and jobs are in the graph too, and may be called like a node.
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct GraphEdge {
+    parent: u64,
+    child: u64,
+    name: String,
+}
+
+/// The nodes and their children, by name, to be asked often: a peer's can be many.
+pub(super) struct Graph<'a> {
+    nodes: HashMap<&'a str, &'a Node>,
+    file: HashMap<&'a str, &'a str>,
+    backing: HashMap<&'a str, &'a str>,
+    /// QEMU told of the edges: what has none has no child.
+    has_edges: bool,
+}
+
+impl<'a> Graph<'a> {
+    /// Nothing if the peer claims what no QEMU has. `edges` is there if QEMU can tell them.
+    pub fn of(nodes: &'a [Node], edges: Option<&'a Edges>) -> Option<Self> {
+        let too_long = |node: &Node| node.file.len() > MAX_PATH;
+        if nodes.len() > MAX_NODES || nodes.iter().any(too_long) {
+            return None;
+        }
+        let children = |name: &str| edges.map_or_else(HashMap::new, |edges| children(edges, name));
+        Some(Self {
+            nodes: nodes.iter().map(|node| (node.name.as_str(), node)).collect(),
+            file: children("file"),
+            backing: children("backing"),
+            has_edges: edges.is_some(),
+        })
+    }
+
+    pub fn node(&self, name: &str) -> Option<&'a Node> {
+        self.nodes.get(name).copied()
+    }
+
+    /// The node below the filters on `root`.
+    pub fn unfiltered(&self, root: &'a str) -> &'a str {
+        let mut name = root;
+        for _ in 0..MAX_FILTERS {
+            let filter = self.node(name).is_some_and(Node::is_filter);
+            match self
+                .file
+                .get(name)
+                .filter(|below| filter && self.nodes.contains_key(**below))
+            {
+                Some(below) => name = below,
+                None => break,
+            }
+        }
+        name
+    }
+
+    /// Whether data may lie in an image below this one.
+    pub fn has_backing(&self, node: &Node) -> bool {
+        match self.has_edges {
+            true => self.backing.contains_key(node.name.as_str()),
+            // The image's header names one, which need not be open.
+            false => node.backing_file.is_some(),
+        }
+    }
+
+    /// What an image and all that are below it take on the host, in bytes; of the image alone where QEMU cannot tell which
+    /// those are.
+    pub fn allocated(&self, node: &'a Node) -> u64 {
+        let mut sum = 0u64;
+        let mut next = Some(node);
+        for _ in 0..self.nodes.len() {
+            let Some(node) = next else { break };
+            let children = match node.is_filter() {
+                true => &self.file,
+                false => {
+                    sum = sum.saturating_add(node.image.actual_size);
+                    &self.backing
+                }
+            };
+            let below = children.get(node.name.as_str());
+            next = below.and_then(|below| self.node(below));
+        }
+        sum
+    }
+}
+
+/// By the name of the parent: the child that hangs on it by that edge.
+fn children<'a>(edges: &'a Edges, edge: &str) -> HashMap<&'a str, &'a str> {
+    let drivers = || edges.nodes.iter().filter(|node| node.kind == "block-driver");
+    let names: HashMap<u64, &str> = drivers().map(|node| (node.id, node.name.as_str())).collect();
+    let mut below = HashMap::new();
+    for edge in edges.edges.iter().filter(|found| found.name == edge) {
+        below.entry(edge.parent).or_insert(edge.child);
+    }
+    let mut children = HashMap::new();
+    for node in drivers() {
+        if let Some(child) = below.get(&node.id).and_then(|child| names.get(child)) {
+            children.entry(node.name.as_str()).or_insert(*child);
+        }
+    }
+    children
+}
+
+/// Paths of the host's files and devices below the nodes, as QEMU was given them.
+pub(super) fn host_files(nodes: &[Node]) -> Vec<PathBuf> {
+    let protocol = |node: &&Node| matches!(node.driver.as_str(), "file" | "host_device" | "host_cdrom");
+    let mut files: Vec<PathBuf> = nodes
+        .iter()
+        .filter(protocol)
+        .map(|node| node.file.as_str().into())
+        .collect();
+    files.sort();
+    files.dedup();
+    files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn node(name: &str, driver: &str, actual_size: u64) -> Node {
+        Node {
+            name: name.into(),
+            driver: driver.into(),
+            file: String::new(),
+            image: Image {
+                actual_size,
+                ..Image::default()
+            },
+            backing_file: None,
+            bitmaps: Vec::new(),
+        }
+    }
+
+    fn edges(nodes: &[&str], edges: &[(u64, u64, &str)]) -> Edges {
+        let nodes = nodes.iter().enumerate();
+        let nodes = nodes.map(|(id, name)| json!({ "id": id, "name": name, "type": "block-driver" }));
+        let edges = edges.iter();
+        let edges =
+            edges.map(|(parent, child, name)| json!({ "parent": parent, "child": child, "name": name }));
+        serde_json::from_value(json!({
+            "nodes": nodes.collect::<Vec<_>>(), "edges": edges.collect::<Vec<_>>(),
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_circle_of_filters_ends() {
+        let nodes = [node("a", "throttle", 0), node("b", "throttle", 0)];
+        let edges = edges(&["a", "b"], &[(0, 1, "file"), (1, 0, "file")]);
+        let graph = Graph::of(&nodes, Some(&edges)).unwrap();
+        assert_eq!(graph.unfiltered("a"), "a");
+    }
+
+    #[test]
+    fn a_circle_of_backing_images_ends() {
+        let nodes = [node("a", "qcow2", 1), node("b", "qcow2", 2)];
+        let edges = edges(&["a", "b"], &[(0, 1, "backing"), (1, 0, "backing")]);
+        let graph = Graph::of(&nodes, Some(&edges)).unwrap();
+        assert!(graph.has_backing(&nodes[0]));
+        assert_eq!(graph.allocated(&nodes[0]), 3);
+    }
+
+    #[test]
+    fn an_image_takes_what_all_images_below_it_take_and_filters_take_nothing() {
+        let nodes = [
+            node("top", "qcow2", 1),
+            node("limit", "throttle", 64),
+            node("middle", "qcow2", 2),
+            node("base", "qcow2", 4),
+            node("other", "qcow2", 32),
+        ];
+        let edges = edges(
+            &["top", "limit", "middle", "base", "other"],
+            &[(0, 1, "backing"), (1, 2, "file"), (2, 3, "backing")],
+        );
+        let graph = Graph::of(&nodes, Some(&edges)).unwrap();
+        assert_eq!(graph.allocated(&nodes[0]), 7);
+        assert!(graph.has_backing(&nodes[0]) && !graph.has_backing(&nodes[3]));
+    }
+
+    #[test]
+    fn without_edges_the_header_tells_whether_there_is_a_backing_image() {
+        let mut nodes = [node("top", "qcow2", 1), node("base", "qcow2", 2)];
+        nodes[0].backing_file = Some("base.qcow2".into());
+        let graph = Graph::of(&nodes, None).unwrap();
+        assert!(graph.has_backing(&nodes[0]) && !graph.has_backing(&nodes[1]));
+        assert_eq!(graph.allocated(&nodes[0]), 1);
+    }
+}

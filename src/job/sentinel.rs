@@ -1,0 +1,195 @@
+//! Sentinels: bitmaps that tell whether a disk was made smaller since a checkpoint.
+//!
+//! QEMU clears the cut part of every bitmap when a disk is made smaller (`hbitmap_truncate`), and growing it again hides that:
+//! the increment would show old data there. So each checkpoint has a second bitmap beside it, disabled and persistent, in which
+//! nothing but the disk's last granule is set. If that is clear, the disk was smaller.
+//!
+//! Only a write sets a bit, and the guest's disk is not written to. So a node of the same size that keeps nothing (`null-co`)
+//! is: a mirror job writes to its last granule, and what its bitmap recorded is merged into the sentinels. Must not know what
+//! becomes of checkpoints.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::Error;
+use super::footprint::Footprint;
+use crate::domain::Disk;
+use crate::plan::{DiskPlan, Mode, Plan, sentinel_name, was_never_smaller};
+use crate::qmp;
+
+/// What one bit of a bitmap stands for, in bytes: as small as the clusters of an incremental backup's image.
+pub(super) const GRANULARITY: u64 = 1 << 16;
+/// The bitmap of a node that keeps nothing.
+const MARK: &str = "end";
+
+/// The nodes whose bitmaps have the last granule set, by their size in bytes.
+pub(super) type Marks = BTreeMap<u64, String>;
+
+/// Where the last granule begins, and how long it is.
+fn last_granule(size: u64) -> (u64, u64) {
+    let start = size.saturating_sub(1) / GRANULARITY * GRANULARITY;
+    (start, size - start)
+}
+
+/// The actions of a transaction that make a checkpoint of this name and its sentinel on a disk, or neither.
+pub(super) fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Value {
+    let add = |name: &str, disabled: bool| {
+        let data = json!({
+            "node": disk.node, "name": name, "persistent": true, "disabled": disabled, "granularity": GRANULARITY,
+        });
+        json!({ "type": "block-dirty-bitmap-add", "data": data })
+    };
+    let mut actions = vec![add(name, false)];
+    // An empty disk cannot be made smaller.
+    if let Some(mark) = marks.get(&disk.virtual_size) {
+        let sentinel = sentinel_name(name);
+        let merge = |target: &str| {
+            let bitmaps = [json!({ "node": mark, "name": MARK })];
+            let data = json!({ "node": disk.node, "target": target, "bitmaps": bitmaps });
+            json!({ "type": "block-dirty-bitmap-merge", "data": data })
+        };
+        actions.push(add(&sentinel, true));
+        actions.push(merge(&sentinel));
+        // A cut inside a granule clears nothing: what is not whole is copied always.
+        if last_granule(disk.virtual_size).1 < GRANULARITY {
+            actions.push(merge(name));
+        }
+    }
+    json!({ "actions": actions })
+}
+
+/// Whether no disk was made smaller since the plan was made, so that what the backup goes on from is whole. Asked when the block
+/// jobs are there: from then on QEMU refuses to resize the disks.
+pub(super) fn check_sizes(plan: &Plan, disks: &[Disk]) -> Result<(), Error> {
+    for planned in &plan.disks {
+        let Mode::Since(base) = &planned.mode else {
+            continue;
+        };
+        let disk = disks.iter().find(|disk| disk.node == planned.node);
+        if disk.is_some_and(|disk| was_never_smaller(disk, &base.bitmap).is_err()) {
+            let disk = planned.name.clone();
+            return Err(Error::Resized { disk });
+        }
+    }
+    Ok(())
+}
+
+/// An entry of `query-named-block-nodes`, as far as it tells what was written.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Marked {
+    #[serde(default)]
+    node_name: String,
+    #[serde(rename = "dirty-bitmaps", default)]
+    bitmaps: Vec<Count>,
+}
+
+#[derive(Deserialize)]
+struct Count {
+    count: u64,
+}
+
+impl Footprint {
+    /// Makes the nodes for disks of these sizes; 0 needs none. `forget_marks` removes them, and so does `release`.
+    pub(super) async fn make_marks(&self, sizes: impl Iterator<Item = u64>) -> qmp::Result<Marks> {
+        let mut marks = Marks::new();
+        for size in sizes.filter(|size| *size > 0) {
+            if !marks.contains_key(&size) {
+                let mark = self.make_mark(marks.len(), size).await?;
+                marks.insert(size, mark);
+            }
+        }
+        match marks.is_empty() || self.are_marked(&marks).await? {
+            true => Ok(marks),
+            false => Err(qmp::Error::Refused {
+                command: "blockdev-mirror".into(),
+                class: "GenericError".into(),
+                description: "nothing was written".into(),
+            }),
+        }
+    }
+
+    /// Whether something is set in the bitmap of each.
+    async fn are_marked(&self, marks: &Marks) -> qmp::Result<bool> {
+        let client = self.client();
+        let nodes: Vec<Marked> = client
+            .query("query-named-block-nodes", json!({ "flat": true }))
+            .await?;
+        let is_set = |node: &Marked| node.bitmaps.iter().any(|bitmap| bitmap.count > 0);
+        let set: BTreeSet<String> = nodes
+            .into_iter()
+            .filter(is_set)
+            .map(|node| node.node_name)
+            .collect();
+        Ok(marks.values().all(|mark| set.contains(mark)))
+    }
+
+    async fn make_mark(&self, index: usize, size: u64) -> qmp::Result<String> {
+        let (start, length) = last_granule(size);
+        let names = &self.names;
+        let (mark, slice, source) = (
+            names.mark(index),
+            names.mark_slice(index),
+            names.mark_source(index),
+        );
+        let client = self.client();
+        let execute =
+            async |command: &str, arguments: Value| client.execute(command, arguments).await.map(drop);
+        // Zeroes are written over what is not known to be zero: less would not be written at all.
+        let null = |name: &str, size: u64, zeroes: bool| json!({ "driver": "null-co", "node-name": name, "size": size, "read-zeroes": zeroes });
+        execute("blockdev-add", null(&mark, size, false)).await?;
+        let bitmap = json!({ "node": mark, "name": MARK, "granularity": GRANULARITY });
+        execute("block-dirty-bitmap-add", bitmap).await?;
+        let node = json!({
+            "driver": "raw", "node-name": slice, "file": mark, "offset": start, "size": length,
+        });
+        execute("blockdev-add", node).await?;
+        execute("blockdev-add", null(&source, length, true)).await?;
+        // It is no backup job, because those warn in QEMU's log of targets without clusters.
+        let job = names.mark_job(index);
+        let mut events = client.events();
+        let mirror = json!({
+            "job-id": job, "device": source, "target": slice, "sync": "full", "auto-dismiss": false,
+        });
+        execute("blockdev-mirror", mirror).await?;
+        self.reached(&mut events, &job, &["ready", "concluded"]).await?;
+        match execute("job-cancel", json!({ "id": job })).await {
+            // It has ended by itself: what it wrote will be looked at.
+            Err(error) if error.is_refusal() => {}
+            result => result?,
+        }
+        self.reached(&mut events, &job, &["concluded"]).await?;
+        execute("job-dismiss", json!({ "id": job })).await?;
+        for node in [slice, source] {
+            execute("blockdev-del", json!({ "node-name": node })).await?;
+        }
+        Ok(mark)
+    }
+
+    pub(super) async fn forget_marks(&self, marks: Marks) -> qmp::Result<()> {
+        for mark in marks.into_values() {
+            let arguments = json!({ "node-name": mark });
+            self.client().execute("blockdev-del", arguments).await?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_granule_ends_where_the_disk_does() {
+        for (size, expected) in [
+            (512, (0, 512)),
+            (GRANULARITY, (0, GRANULARITY)),
+            (GRANULARITY + 512, (GRANULARITY, 512)),
+            (3 * GRANULARITY, (2 * GRANULARITY, GRANULARITY)),
+        ] {
+            assert_eq!(last_granule(size), expected, "{size}");
+        }
+    }
+}

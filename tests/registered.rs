@@ -1,0 +1,119 @@
+//! Registered domains whose connection ends: nothing of them is waited for, because nobody can connect to them again. And
+//! which other domains a backup asks.
+
+mod common;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use common::caller::{Caller, assert_completed};
+use common::disk::Disk;
+use common::peer::StandIn;
+use common::proxies::{JobProxy, Options, slowly};
+use common::vm::Vm;
+use common::{System, wait};
+use rustix::process::Signal;
+
+const MIB: u64 = 1 << 20;
+
+fn machine(system: &System, name: &str) -> Vm {
+    let disk = Disk::new("vda", 8 * MIB).fill(0, 8 * MIB, 0x11);
+    system.vm(name).disk(disk).start()
+}
+
+/// A backup of a registered machine that is sure to be in its middle.
+async fn begin(caller: &Caller, name: &str, vm: &Vm) -> JobProxy<'static> {
+    caller
+        .register(name, vm.monitor_stream().into())
+        .await
+        .expect("it is registered");
+    let job = caller.start_with(name, "", &[], slowly(MIB)).await;
+    wait::until_async("the copying", || async {
+        (job.state().await.unwrap() == "running").then_some(())
+    })
+    .await;
+    job
+}
+
+async fn assert_failed(job: &JobProxy<'_>) {
+    let (result, ..) = wait::within("the end of the backup", job.wait()).await.unwrap();
+    assert_eq!(result, "failed");
+}
+
+/// How many jobs the catalog has, and of how many it has that something may be left in QEMU.
+fn rows(state: &Path) -> (u32, u32) {
+    let catalog = rusqlite::Connection::open(state.join("catalog.sqlite")).unwrap();
+    let count = |condition: &str| {
+        let query = format!("SELECT count(*) FROM jobs WHERE {condition}");
+        catalog.query_row(&query, [], |row| row.get(0)).unwrap()
+    };
+    (count("1"), count("left_in_qemu"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registered_machine_that_ends_during_a_backup_leaves_nothing_to_wait_for() {
+    let mut system = System::start();
+    let caller = Caller::new(&system).await;
+    for round in 0..3 {
+        let mut vm = machine(&system, &format!("mine{round}"));
+        let job = begin(&caller, "mine", &vm).await;
+        vm.kill();
+        assert_failed(&job).await;
+        wait::until("the domain to go", || {
+            system.domain_path("mine").is_none().then_some(())
+        });
+    }
+    // Nothing keeps the service from ending, either.
+    assert_eq!(system.stop_daemon(), Some(0));
+    assert_eq!(rows(&system.dir().join("state")), (3, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_starts_again_waits_for_no_registered_machine_for_ever() {
+    let mut system = System::setup()
+        .table("[deadlines]\nreconnect-seconds = 1")
+        .start();
+    let caller = Caller::new(&system).await;
+    let vm = machine(&system, "mine");
+    let job = begin(&caller, "mine", &vm).await;
+    let id = job.id().await.unwrap();
+    system.daemon().process().signal(Signal::KILL);
+    system.wait_for_death();
+    system.start_daemon();
+    let caller = Caller::new(&system).await;
+    let path = caller.manager.get_job(id).await.unwrap();
+    assert_failed(&caller.job(path).await).await;
+    system.stop_daemon();
+    assert_eq!(rows(&system.dir().join("state")), (1, 0));
+}
+
+fn open(path: &Path) -> OwnedFd {
+    let opened = File::options().read(true).write(true).create_new(true).open(path);
+    opened.unwrap().into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_asks_other_machines_only_where_it_could_write_into_their_disks() {
+    let system = System::start();
+    let caller = Caller::new(&system).await;
+    let _vm = system.configured(system.vm("web").disk(Disk::new("vda", MIB)));
+    let (socket, other) = StandIn::start();
+    caller.register("other", socket).await.expect("it is registered");
+    let before = other.commands();
+    caller.complete("web", "").await;
+    let new = system.dir().join("new.qcow2");
+    let document = |target: &str| {
+        format!("<domainbackup><disks><disk name='vda' {target}</disk></disks></domainbackup>")
+    };
+    let file = document(&format!("type='file'><target file='{}'/>", new.display()));
+    caller.complete("web", &file).await;
+    assert_eq!(other.commands(), before, "a new file is nobody's disk");
+    let passed = open(&system.dir().join("passed.qcow2"));
+    let document = document("type='fd'><target fd='0'/>");
+    let job = caller
+        .start_with("web", &document, &[passed], Options::new())
+        .await;
+    assert_completed(&job).await;
+    assert!(other.commands() > before, "a file of the caller's may be");
+}

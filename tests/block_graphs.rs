@@ -5,7 +5,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::caller::{Caller, assert_completed};
+use common::caller::Caller;
 use common::disk::{Disk, Kind};
 use common::peer::{Imposter, Peer};
 use common::proxies::{DomainProxy, JobProxy, Options, error_name};

@@ -148,12 +148,18 @@ async fn every_kind_of_disk_has_its_name_and_is_backed_up_by_it() {
         }
     }
     let disk = |name: &str, node: &str, size: u64, format: &str, writable| {
+        let left_out = match (node, writable) {
+            ("", _) => "no-medium",
+            (_, false) => "read-only",
+            (_, true) => "",
+        };
         (
             name.to_owned(),
             node.to_owned(),
             size,
             format.to_owned(),
             writable,
+            left_out.to_owned(),
         )
     };
     assert_eq!(

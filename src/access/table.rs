@@ -166,6 +166,7 @@ pub static TABLE: [Entry; 14] = [
             "Job.StartedByUID",
             "Job.StartTime",
             "Job.Increments",
+            "Job.NotInBackup",
             "Job.State",
             "Job.Progress",
             "Job.Bytes",

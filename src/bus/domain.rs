@@ -16,8 +16,8 @@ use crate::error::{Error, Kind};
 use crate::job::Checkpoint;
 use crate::service::WhichCheckpoints;
 
-/// A disk as it is told: name, node, virtual size, format, writable.
-pub type DiskTuple = (String, String, u64, String, bool);
+/// A disk as it is told: name, node, virtual size, format, writable, and why it is not backed up unless it is named.
+pub type DiskTuple = (String, String, u64, String, bool, String);
 
 /// A checkpoint as it is told: name, parent's name, time, backup's id, store, and (disk, bitmap, state) of each disk.
 type CheckpointTuple = (String, String, u64, String, String, Vec<(String, String, String)>);
@@ -122,16 +122,19 @@ pub fn uuid(snapshot: &Snapshot) -> String {
 }
 
 pub fn disks(snapshot: &Snapshot) -> Vec<DiskTuple> {
-    let disks = snapshot.disks.iter();
-    disks
-        .map(|disk| {
-            (
-                disk.name.clone(),
-                disk.node.clone(),
-                disk.virtual_size,
-                disk.format.clone(),
-                disk.writable,
-            )
-        })
-        .collect()
+    let disks = snapshot.disks.iter().map(|disk| {
+        (
+            disk.name.clone(),
+            disk.node.clone(),
+            disk.virtual_size,
+            disk.format.clone(),
+            disk.writable,
+            disk.left_out().unwrap_or_default().to_owned(),
+        )
+    });
+    let outside = snapshot.outside.iter().map(|device| {
+        let (name, kind) = (device.name.clone(), device.kind.clone());
+        (name, String::new(), 0, String::new(), true, kind)
+    });
+    disks.chain(outside).collect()
 }

@@ -64,6 +64,14 @@ impl View {
     }
 }
 
+/// What the domain has that the backup does not hold, as it is told: name and type.
+fn not_in_backup(job: &Job) -> Vec<(String, String)> {
+    let devices = job.plan.outside.iter();
+    devices
+        .map(|device| (device.name.clone(), device.kind.clone()))
+        .collect()
+}
+
 fn disk(disk: &DiskStatus) -> DiskTuple {
     let error = match &disk.state {
         DiskState::Failed { message, .. } => message.clone(),
@@ -145,6 +153,7 @@ pub async fn properties(job: &Job) -> Properties {
             "Increments",
             Variant::from(job.plan.disks.iter().map(increment).collect::<Vec<_>>()),
         ),
+        ("NotInBackup", Variant::from(not_in_backup(job))),
         ("State", Variant::from(view.state)),
         ("Progress", Variant::from(view.progress)),
         ("Bytes", Variant::from(view.bytes)),

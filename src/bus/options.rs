@@ -120,6 +120,8 @@ pub fn backup(dictionary: Dictionary) -> Result<(plan::Options, Option<String>)>
             ("bandwidth", value) => return Err(wrong_type(&key, &value, "t")),
             ("allow-poweroff", Value::Bool(allow)) => options.allow_poweroff = allow,
             ("allow-poweroff", value) => return Err(wrong_type(&key, &value, "b")),
+            ("require-all-disks", Value::Bool(require)) => options.require_all_disks = require,
+            ("require-all-disks", value) => return Err(wrong_type(&key, &value, "b")),
             ("quiesce", Value::Str(word)) => {
                 let quiesce = Quiesce::from_word(&word);
                 options.quiesce = Some(quiesce.ok_or_else(|| {

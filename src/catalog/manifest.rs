@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::{DEFINITION_NAME, MANIFEST_NAME, PROTECTED_NAME};
 use crate::definition::{Format, MAX_DESCRIPTION_BYTES, is_checkpoint_name, is_valid_name};
+use crate::domain::Outside;
 use crate::error::shown;
 
 /// The longest manifest that is looked at. One of the most disks that a domain can have takes a fifth of it.
@@ -111,6 +112,9 @@ pub struct Manifest {
     /// What is said of the checkpoint that began with it; without a name it is called as the backup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<Checkpoint>,
+    /// Devices of the domain whose data no backup could hold.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_in_backup: Vec<Outside>,
     pub disks: Vec<Disk>,
 }
 
@@ -212,6 +216,7 @@ impl Manifest {
             frozen_us: None,
             quiesce_problem: None,
             checkpoint: None,
+            not_in_backup: Vec::new(),
             disks: Vec::new(),
         }
     }
@@ -275,6 +280,10 @@ impl Manifest {
         if self.sequence > MAX_SEQUENCE {
             let found = self.sequence;
             return Err(ManifestError::Sequence { found });
+        }
+        for Outside { name, kind } in &self.not_in_backup {
+            require(is_disk_name(name), "a device's name", name)?;
+            require(is_disk_name(kind), "a device's type", kind)?;
         }
         if self.disks.is_empty() {
             return Err(ManifestError::NoDisks);
@@ -487,6 +496,20 @@ mod tests {
             let error = Manifest::parse(json.as_bytes()).unwrap_err();
             assert!(matches!(error, ManifestError::Text { .. }), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_not_in_the_backup_is_named() {
+        let mut lacking = manifest();
+        lacking.not_in_backup = vec![Outside {
+            name: "vdx".into(),
+            kind: "vhost-user-blk-pci".into(),
+        }];
+        let json = lacking.to_json().unwrap();
+        assert_eq!(Manifest::parse(&json).unwrap(), lacking);
+        let json = String::from_utf8(json).unwrap().replace("vdx", "a\\u001bb");
+        let error = Manifest::parse(json.as_bytes()).unwrap_err();
+        assert!(matches!(error, ManifestError::Text { .. }), "{error}");
     }
 
     #[test]

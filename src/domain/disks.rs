@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use super::graph::{BlockInfo, Graph, MAX_DISKS, Node};
+use super::outside::Devices;
 
 /// One drive of the guest. A drive without a medium has an empty `node`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub struct Disk {
     /// QEMU's name of the image format.
     pub format: String,
     pub writable: bool,
+    /// The type of its device, where QEMU passes the guest's commands through and sees nothing of what they write.
+    pub passed_through: Option<&'static str>,
     /// Whether data may lie in a backing file below the image.
     pub has_backing: bool,
     /// Whether its image can keep dirty bitmaps (qcow2 from version 3 on, QEMU's docs/interop/qcow2).
@@ -50,6 +53,16 @@ pub struct Bitmap {
 }
 
 impl Disk {
+    /// Why a request that names no disks leaves it out; nothing where it is backed up.
+    pub fn left_out(&self) -> Option<&'static str> {
+        match self.passed_through {
+            Some(kind) => Some(kind),
+            None if !self.has_medium() => Some("no-medium"),
+            None if !self.writable => Some("read-only"),
+            None => None,
+        }
+    }
+
     pub fn has_medium(&self) -> bool {
         !self.node.is_empty()
     }
@@ -73,6 +86,7 @@ impl Disk {
             source: None,
             format: "qcow2".into(),
             writable,
+            passed_through: None,
             has_backing: false,
             keeps_bitmaps: true,
             has_snapshots: false,
@@ -109,13 +123,13 @@ pub fn find_disk<'a>(disks: &'a [Disk], name: &str) -> DiskLookup<'a> {
 const MAX_NAME: usize = 255;
 
 /// The disks of all drives; none if the peer claims what no QEMU does.
-pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph) -> Option<Vec<Disk>> {
+pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph, devices: &Devices) -> Option<Vec<Disk>> {
     if drives.len() > MAX_DISKS {
         return None;
     }
     let mut disks: Vec<Disk> = Vec::new();
     for drive in drives {
-        let Some(mut disk) = disk(drive, graph) else {
+        let Some(mut disk) = disk(drive, graph, devices) else {
             continue;
         };
         // The id of one disk's device can be that of another's drive.
@@ -132,10 +146,10 @@ pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph) -> Option<Vec<Disk>> 
     disks.iter().all(named).then_some(disks)
 }
 
-fn disk(drive: BlockInfo, graph: &Graph) -> Option<Disk> {
+fn disk(drive: BlockInfo, graph: &Graph, devices: &Devices) -> Option<Disk> {
     let device = drive.qdev.as_deref().and_then(device_id).map(str::to_owned);
     // A drive that no device uses is no disk of the guest.
-    drive.qdev.as_ref()?;
+    let passed_through = devices.passed_through(drive.qdev.as_deref()?);
     let drive_id = Some(drive.device).filter(|id| !id.is_empty());
     let root = drive
         .inserted
@@ -168,6 +182,7 @@ fn disk(drive: BlockInfo, graph: &Graph) -> Option<Disk> {
         source: node.and_then(Node::source_file),
         format: node.map(|node| node.driver.clone()).unwrap_or_default(),
         writable,
+        passed_through,
         has_backing: node.is_some_and(|node| graph.has_backing(node)),
         keeps_bitmaps: writable && node.is_some_and(Node::keeps_bitmaps),
         has_snapshots: node.is_some_and(Node::has_snapshots),
@@ -216,7 +231,7 @@ mod tests {
             { "device": "", "qdev": "/machine/peripheral/", "inserted": { "node-name": "n", "ro": false } },
             { "device": "d", "qdev": "" },
         ]));
-        let disks = disks(named, &Graph::of(&[], None).unwrap()).unwrap();
+        let disks = disks(named, &Graph::of(&[], None).unwrap(), &Devices::of([])).unwrap();
         let names: Vec<_> = disks.iter().map(|disk| disk.name.as_str()).collect();
         assert_eq!(names, ["n", "d"]);
     }

@@ -7,6 +7,7 @@ mod disks;
 mod graph;
 mod identity;
 mod monitor;
+mod outside;
 mod owner;
 pub mod poweroff;
 mod presence;
@@ -17,6 +18,7 @@ pub use directory::{CheckpointPolicy, Content, Directories, FileError};
 pub use disks::{Bitmap, Disk, DiskLookup, find_disk};
 pub use identity::{Identity, NOBODY, Reach};
 pub use monitor::{Greeter, Link, OLDEST, Phase};
+pub use outside::Outside;
 pub use registry::{Change, Registration, Registry};
 
 use std::path::PathBuf;
@@ -167,6 +169,8 @@ pub struct Snapshot {
     pub state: State,
     pub migration: Option<Migration>,
     pub disks: Arc<[Disk]>,
+    /// Devices with data that is not on any of the disks.
+    pub outside: Arc<[Outside]>,
     /// Paths, as QEMU sees them, of every file and device that its block nodes have open.
     pub files: Arc<[PathBuf]>,
 }
@@ -179,6 +183,7 @@ impl Snapshot {
             state: State::Unreachable,
             migration: None,
             disks: Arc::from([]),
+            outside: Arc::from([]),
             files: Arc::from([]),
         }
     }

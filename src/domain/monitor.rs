@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::disks;
 use super::graph::{self, BlockInfo, Edges, Graph, Node};
+use super::outside::{self, Devices, Property};
 use super::presence::Presence;
 use super::retry::Retry;
 use super::{Domain, Migration, PATIENCE, Snapshot, State};
@@ -277,8 +278,12 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
         }
         false => None,
     };
+    let devices = Devices::of([
+        (outside::PERIPHERAL, devices(client, outside::PERIPHERAL).await?),
+        (outside::ANONYMOUS, devices(client, outside::ANONYMOUS).await?),
+    ]);
     let disks = Graph::of(&nodes, edges.as_ref())
-        .and_then(|graph| disks::disks(drives, &graph))
+        .and_then(|graph| disks::disks(drives, &graph, &devices))
         .ok_or_else(|| qmp::Error::NotQmp("it claims disks that no QEMU has".into()))?;
     Ok(Snapshot {
         // QEMU answers the nil UUID where none was given.
@@ -287,8 +292,15 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
         state: State::from_run_state(&status.status),
         migration: Migration::from_run_state(&status.status),
         disks: disks.into(),
+        outside: devices.outside().into(),
         files: graph::host_files(&nodes).into(),
     })
+}
+
+async fn devices(client: &Client, path: &str) -> qmp::Result<Vec<Property>> {
+    client
+        .query_within(PATIENCE, "qom-list", json!({ "path": path }))
+        .await
 }
 
 impl Domain {

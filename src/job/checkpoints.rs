@@ -276,13 +276,9 @@ impl Jobs {
         if !remove.is_empty() {
             transaction(&link, remove, &self.setting).await?;
         }
-        let (catalog, directory) = (&self.setting.catalog, domain.unique_name());
-        for record in catalog
-            .checkpoints(directory.clone())
-            .await
-            .map_err(Error::from)?
-        {
-            let forgotten = catalog.checkpoint_deleted(directory.clone(), record.id).await;
+        let (catalog, key) = (&self.setting.catalog, domain_record(domain.identity()).key());
+        for record in catalog.checkpoints(key.clone()).await.map_err(Error::from)? {
+            let forgotten = catalog.checkpoint_deleted(key.clone(), record.id).await;
             forgotten.map_err(Error::from)?;
         }
         tracing::info!(

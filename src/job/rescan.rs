@@ -499,5 +499,6 @@ fn plan(
             .filter(|listed| !listed.backup)
             .map(|listed| listed.name.clone())
             .collect(),
+        outside: manifest.not_in_backup.clone(),
     }
 }

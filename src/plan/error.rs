@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::{Obstacle, Why};
 use crate::definition::Position;
+use crate::domain::Outside;
 use crate::error::Kind;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +21,21 @@ pub enum Error {
     },
     #[error("{}disk '{name}' has no medium: leave it out", At(*at))]
     NoMedium { name: String, at: Position },
+    #[error(
+        "{}disk '{name}' cannot be backed up: QEMU passes the guest's commands to it through ({kind}). Leave it out",
+        At(*at)
+    )]
+    PassedThrough {
+        name: String,
+        kind: &'static str,
+        at: Position,
+    },
+    #[error(
+        "not in the backup would be: {}. QEMU cannot read them: back them up in another way, and leave the option \
+         'require-all-disks' out",
+        devices(.0)
+    )]
+    NotInBackup(Vec<Outside>),
     #[error("the domain has no writable disk with a medium: name the disks in the document")]
     NothingToBackUp,
     #[error("{}no store '{name}' is configured", At(*at))]
@@ -75,6 +91,7 @@ impl Error {
             } => Kind::Unsupported,
             Self::ChainBroken { .. } => Kind::ChainBroken,
             Self::Checkpoint(error) => error.kind(),
+            Self::PassedThrough { .. } | Self::NotInBackup(_) => Kind::Unsupported,
             Self::CheckpointOutside | Self::NoCheckpoint { .. } | Self::NothingRecorded => Kind::Unsupported,
             Self::AmbiguousDisk { .. }
             | Self::SameDisk { .. }
@@ -92,6 +109,18 @@ impl From<Error> for crate::error::Error {
     fn from(error: Error) -> Self {
         Self::new(error.kind(), error.to_string())
     }
+}
+
+/// Names and types, as many as a reader takes in.
+fn devices(devices: &[Outside]) -> String {
+    let shown = devices.iter().take(16);
+    let mut text: Vec<String> = shown
+        .map(|device| format!("'{}' ({})", device.name, device.kind))
+        .collect();
+    if devices.len() > text.len() {
+        text.push(format!("{} more", devices.len() - text.len()));
+    }
+    text.join(", ")
 }
 
 /// The place in the document in front of a text; nothing where the document did not say it.

@@ -30,7 +30,7 @@ use crate::definition::{
     BackupMode, CheckpointRef, Compression, Definition, DiskDefinition, Format, Position, Quiesce, StoreRef,
     Target,
 };
-use crate::domain::{Disk, DiskLookup, find_disk};
+use crate::domain::{Disk, DiskLookup, Outside, find_disk};
 
 /// What a call says beside its document.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -44,6 +44,8 @@ pub struct Options {
     pub checkpoint: Option<CheckpointOption>,
     /// A guest that powers off takes its QEMU, and so the backup, with it.
     pub allow_poweroff: bool,
+    /// None is made that lacks data of the guest's that cannot be in it.
+    pub require_all_disks: bool,
 }
 
 /// How much a call wants to be copied of the disks of which the document says nothing.
@@ -75,6 +77,9 @@ pub struct Plan {
     pub disks: Vec<DiskPlan>,
     /// Disks of the domain that are left out.
     pub excluded: Vec<String>,
+    /// What the domain has beside its disks, and disks that no backup can hold.
+    #[serde(default)]
+    pub outside: Vec<Outside>,
     #[serde(default)]
     pub task: Task,
 }
@@ -199,18 +204,23 @@ impl Past {
 
 /// Makes the plan.
 ///
-/// `disks` are the domain's now; `store` is the one that [`store`] returns; `files` counts the descriptors that came with
+/// `disks` are the domain's now, `outside` what it has beside them; `store` is the one that [`store`] returns; `files` counts the descriptors that came with
 /// the call.
 pub fn resolve(
     definition: &Definition,
     options: &Options,
     disks: &[Disk],
+    outside: &[Outside],
     store: Option<ChosenStore<'_>>,
     files: usize,
 ) -> Result<Plan, Error> {
     let chosen = choose(definition, disks)?;
-    let outside = Past::default();
-    let past = store.as_ref().map_or(&outside, |chosen| &chosen.past);
+    let outside = not_in_backup(disks, outside);
+    if options.require_all_disks && !outside.is_empty() {
+        return Err(Error::NotInBackup(outside));
+    }
+    let nothing = Past::default();
+    let past = store.as_ref().map_or(&nothing, |chosen| &chosen.past);
     let settings = store.as_ref().map(|chosen| chosen.store);
     if store.is_some() && options.reuse_external {
         return Err(Error::ReuseInStore);
@@ -254,6 +264,7 @@ pub fn resolve(
         hold_poweroff: !options.allow_poweroff,
         task: Task::Backup,
         excluded,
+        outside,
     })
 }
 
@@ -303,6 +314,7 @@ impl Plan {
             checkpoint: None,
             disks,
             excluded: Vec::new(),
+            outside: Vec::new(),
             task,
         }
     }
@@ -377,7 +389,7 @@ fn choose<'a>(definition: &'a Definition, disks: &'a [Disk]) -> Result<Chosen<'a
     let Some(listed) = &definition.disks else {
         let all: Chosen = disks
             .iter()
-            .filter(|disk| disk.writable && disk.has_medium())
+            .filter(|disk| disk.left_out().is_none())
             .map(|disk| (disk, None))
             .collect();
         return if all.is_empty() {
@@ -408,6 +420,9 @@ fn choose<'a>(definition: &'a Definition, disks: &'a [Disk]) -> Result<Chosen<'a
         if !disk.has_medium() {
             return Err(Error::NoMedium { name, at });
         }
+        if let Some(kind) = disk.passed_through {
+            return Err(Error::PassedThrough { name, kind, at });
+        }
         chosen.push((disk, Some(asked)));
     }
     if chosen.is_empty() {
@@ -415,6 +430,17 @@ fn choose<'a>(definition: &'a Definition, disks: &'a [Disk]) -> Result<Chosen<'a
     } else {
         Ok(chosen)
     }
+}
+
+/// What no backup of the domain holds, in whatever way it is asked for.
+fn not_in_backup(disks: &[Disk], outside: &[Outside]) -> Vec<Outside> {
+    let passed_through = disks.iter().filter_map(|disk| {
+        Some(Outside {
+            kind: disk.passed_through?.to_owned(),
+            name: disk.name.clone(),
+        })
+    });
+    outside.iter().cloned().chain(passed_through).collect()
 }
 
 fn check_files(definition: &Definition, count: usize) -> Result<(), Error> {

@@ -32,7 +32,49 @@ fn plan_with(document: &str, options: &Options, files: usize) -> Result<Plan, Er
         service: Uuid::nil(),
         past: Past::default(),
     });
-    resolve(&definition, options, &disks(), store, files)
+    resolve(&definition, options, &disks(), &[], store, files)
+}
+
+#[test]
+fn what_no_backup_holds_is_in_the_plan_or_refuses_it() {
+    let devices = [Outside {
+        name: "vdx".into(),
+        kind: "vhost-user-blk-pci".into(),
+    }];
+    let mut disks = disks();
+    disks[1].passed_through = Some("scsi-block");
+    let resolve = |document: &str, options: &Options| {
+        let definition = match document {
+            "" => Definition::default(),
+            text => definition::parse(text).unwrap(),
+        };
+        resolve(&definition, options, &disks, &devices, None, 0)
+    };
+    let plan = resolve("", &Options::default()).unwrap();
+    assert_eq!(
+        plan.disks
+            .iter()
+            .map(|disk| disk.name.as_str())
+            .collect::<Vec<_>>(),
+        ["vda"]
+    );
+    assert_eq!(plan.excluded, ["vdb", "cd0", "cd1"]);
+    let outside: Vec<&str> = plan.outside.iter().map(|device| device.name.as_str()).collect();
+    assert_eq!(outside, ["vdx", "vdb"]);
+    let all = Options {
+        require_all_disks: true,
+        ..Options::default()
+    };
+    let error = resolve("", &all).unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    let text = error.to_string();
+    assert!(
+        text.contains("'vdx' (vhost-user-blk-pci), 'vdb' (scsi-block)"),
+        "{text}"
+    );
+    let named = resolve(&in_disks("<disk name='vdb'/>"), &Options::default()).unwrap_err();
+    assert_eq!(named.kind(), Kind::Unsupported, "{named}");
+    assert!(named.to_string().contains("scsi-block"), "{named}");
 }
 
 fn plan(document: &str) -> Result<Plan, Error> {
@@ -131,6 +173,7 @@ fn a_domain_without_writable_disks_is_refused_by_default() {
         &Definition::default(),
         &Options::default(),
         &disks()[2..],
+        &[],
         None,
         0,
     );

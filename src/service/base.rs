@@ -24,7 +24,14 @@ impl Service {
         let may_choose = matches!(options.incremental, None | Some(Incremental::Auto));
         let mut chosen_before = false;
         loop {
-            let plan = plan::resolve(definition, options, &snapshot.disks, store.clone(), files)?;
+            let plan = plan::resolve(
+                definition,
+                options,
+                &snapshot.disks,
+                &snapshot.outside,
+                store.clone(),
+                files,
+            )?;
             let bases: Vec<String> = plan.disks.iter().filter_map(base).collect();
             let error = match self.hold(plan).await? {
                 Ok(held) => return Ok(held),

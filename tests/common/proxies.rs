@@ -121,7 +121,7 @@ pub trait Domain {
     #[zbus(property(emits_changed_signal = "const"))]
     fn source(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
-    fn disks(&self) -> zbus::Result<Vec<(String, String, u64, String, bool)>>;
+    fn disks(&self) -> zbus::Result<Vec<(String, String, u64, String, bool, String)>>;
 }
 
 /// Properties are never cached: a test that reads one asks the service.
@@ -148,6 +148,8 @@ pub trait Job {
     fn start_time(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn increments(&self) -> zbus::Result<Vec<(String, String, String, String)>>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn not_in_backup(&self) -> zbus::Result<Vec<(String, String)>>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]

@@ -300,6 +300,9 @@ pub struct Create {
     /// Let a guest that powers off end its machine, and so the backup, instead of holding it until the backup has ended
     #[arg(long)]
     pub allow_poweroff: bool,
+    /// Make no backup if the machine has data that cannot be in it, such as a vhost-user disk
+    #[arg(long)]
+    pub require_all_disks: bool,
     /// Open the target files with your own rights, so that they belong to you
     #[arg(long, requires = "named_files")]
     pub own_files: bool,

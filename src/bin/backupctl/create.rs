@@ -148,6 +148,9 @@ fn options(args: &Create) -> HashMap<&'static str, Variant<'static>> {
     if let Some(bandwidth) = args.bandwidth {
         options.insert("bandwidth", Variant::from(bandwidth));
     }
+    if args.require_all_disks {
+        options.insert("require-all-disks", Variant::from(true));
+    }
     if args.allow_poweroff {
         options.insert("allow-poweroff", Variant::from(true));
     }
@@ -202,7 +205,7 @@ impl Prepared {
 
     fn make(args: &Create, disks: &[DomainDisk]) -> Result<Self> {
         let format = args.format.map(Format::word);
-        let copied = disks.iter().filter(|disk| disk.writable && !disk.node.is_empty());
+        let copied = disks.iter().filter(|disk| disk.left_out.is_empty());
         let mut files: Vec<(String, PathBuf)> = Vec::new();
         if let Some(dir) = &args.to {
             for disk in copied.clone() {
@@ -305,21 +308,23 @@ mod tests {
         }
     }
 
-    fn disk(name: &str, node: &str, writable: bool) -> DomainDisk {
+    fn disk(name: &str, node: &str, writable: bool, left_out: &str) -> DomainDisk {
         DomainDisk {
             name: name.into(),
             node: node.into(),
             size: 1,
             format: "raw".into(),
             writable,
+            left_out: left_out.into(),
         }
     }
 
     fn document(options: &str) -> String {
         let disks = [
-            disk("vda", "n0", true),
-            disk("vdb", "n1", false),
-            disk("cd", "", true),
+            disk("vda", "n0", true, ""),
+            disk("vdb", "n1", false, "read-only"),
+            disk("cd", "", true, "no-medium"),
+            disk("vdc", "", true, "vhost-user-blk-pci"),
         ];
         Prepared::make(&create(options), &disks).unwrap().document
     }

@@ -29,6 +29,7 @@ pub struct Properties {
     quiesce_problem: Option<String>,
     disks: Option<Vec<DiskTuple>>,
     increments: Option<Vec<IncrementTuple>>,
+    not_in_backup: Option<Vec<(String, String)>>,
     error_name: Option<String>,
     error_message: Option<String>,
 }
@@ -120,6 +121,8 @@ pub struct Snapshot {
     pub disks: Vec<Disk>,
     /// How much of them is copied.
     pub increments: Vec<Increment>,
+    /// What the machine has that the backup does not hold: names and types.
+    pub not_in_backup: Vec<(String, String)>,
     /// The D-Bus name of what went wrong.
     pub error_name: String,
     /// What went wrong.
@@ -171,6 +174,7 @@ impl Snapshot {
         set(&mut self.quiesce_problem, changed.quiesce_problem);
         set(&mut self.error_name, changed.error_name);
         set(&mut self.error_message, changed.error_message);
+        set(&mut self.not_in_backup, changed.not_in_backup);
         if let Some(increments) = changed.increments {
             self.increments = increments
                 .into_iter()
@@ -279,6 +283,7 @@ impl Snapshot {
             "frozen_time": self.frozen_time,
             "quiesce_problem": nothing_if_empty(&self.quiesce_problem),
             "disks": disks,
+            "not_in_backup": self.not_in_backup.iter().map(|(name, kind)| json!({ "name": name, "type": kind })).collect::<Value>(),
             "error": nothing_if_empty(&self.error_name),
             "message": nothing_if_empty(&self.error_message),
         })
@@ -330,6 +335,13 @@ impl Snapshot {
             if let Some(what) = increment.text() {
                 text.push_str(&format!("{}: {}\n", escape(&increment.disk), escape(&what)));
             }
+        }
+        for (name, kind) in &self.not_in_backup {
+            text.push_str(&format!(
+                "{}: not in the backup ({})\n",
+                escape(name),
+                escape(kind)
+            ));
         }
         for disk in self.disks.iter().filter(|disk| !disk.error.is_empty()) {
             text.push_str(&format!("{}: {}\n", escape(&disk.name), escape(&disk.error)));

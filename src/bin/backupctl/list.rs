@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal};
 use serde_json::{Value, json};
 
 use crate::error::{Result, Status};
+use crate::job::nothing_if_empty;
 use crate::output::{self, Table, escape_lines};
 use crate::proxy::{DomainDisk, Service};
 use crate::units;
@@ -23,7 +24,8 @@ pub fn print(json: bool, value: impl FnOnce() -> Value, text: impl FnOnce() -> S
 pub async fn domains(service: &Service, with_disks: bool, json: bool) -> Result<Status> {
     let domains = service.domains().await?;
     let mut table = Table::new(&["NAME", "STATE", "UUID"]);
-    let mut disk_table = Table::new(&["DOMAIN", "DISK", "SIZE", "FORMAT", "WRITABLE", "NODE"]).right(&[2]);
+    let mut disk_table =
+        Table::new(&["DOMAIN", "DISK", "SIZE", "FORMAT", "WRITABLE", "LEFT OUT", "NODE"]).right(&[2]);
     let mut values = Vec::new();
     for domain in &domains {
         table.row([&domain.name, &domain.state, &domain.uuid]);
@@ -41,6 +43,7 @@ pub async fn domains(service: &Service, with_disks: bool, json: bool) -> Result<
                     &size,
                     &disk.format,
                     writable,
+                    &disk.left_out,
                     &disk.node,
                 ]);
             }
@@ -61,6 +64,7 @@ pub async fn domains(service: &Service, with_disks: bool, json: bool) -> Result<
 fn disk_json(disk: &DomainDisk) -> Value {
     json!({
         "disk": disk.name, "node": disk.node, "bytes": disk.size, "format": disk.format, "writable": disk.writable,
+        "left_out": nothing_if_empty(&disk.left_out),
     })
 }
 

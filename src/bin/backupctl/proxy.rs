@@ -71,10 +71,12 @@ pub struct DomainDisk {
     pub format: String,
     /// Whether the guest can write to it.
     pub writable: bool,
+    /// Why a backup that names no disks leaves it out, or nothing.
+    pub left_out: String,
 }
 
-/// A disk as `Disks` has it: name, node, size, format, writable.
-type DiskTuple = (String, String, u64, String, bool);
+/// A disk as `Disks` has it: name, node, size, format, writable, and why it is not backed up unless it is named.
+type DiskTuple = (String, String, u64, String, bool, String);
 
 #[derive(Debug, Default, DeserializeDict, Type)]
 #[zbus(signature = "dict", rename_all = "PascalCase")]
@@ -178,12 +180,13 @@ impl Service {
         let disks = self.domain_properties(path).await?.disks.unwrap_or_default();
         let disks = disks
             .into_iter()
-            .map(|(name, node, size, format, writable)| DomainDisk {
+            .map(|(name, node, size, format, writable, left_out)| DomainDisk {
                 name,
                 node,
                 size,
                 format,
                 writable,
+                left_out,
             });
         Ok(disks.collect())
     }

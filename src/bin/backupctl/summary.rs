@@ -106,6 +106,9 @@ impl Summary<'_> {
             };
             lines.push((escape(&disk.name), what));
         }
+        for (name, kind) in &snapshot.not_in_backup {
+            lines.push((escape(name), format!("not in the backup ({})", escape(kind))));
+        }
         let width = lines.iter().map(|(name, _)| name.chars().count()).max();
         for (name, what) in &lines {
             text.push_str(&format!("  {name:<width$}  {what}\n", width = width.unwrap_or(0)));

@@ -350,6 +350,7 @@ fn manifest(job: &Job, copying: &Copying, digests: &[FileDigest]) -> Result<Vec<
         manifest.sequence = *sequence;
         manifest.service = Some(*service);
     }
+    manifest.not_in_backup = job.plan.outside.clone();
     let disks = job.plan.disks.iter().zip(digests).enumerate();
     let in_store = disks.filter_map(|(index, (disk, digest))| match &disk.place {
         Place::InStore { file_name } => Some(catalog::Disk {

@@ -14,6 +14,9 @@ TEST_ARGS =
 # How many backups are made in a row.
 ENDURANCE_BACKUPS = 1000
 
+# How often the power of a whole host is cut.
+POWER_CUTS = 20
+
 # How long each parser is fuzzed, and which.
 FUZZ_SECONDS = 600
 FUZZ_TARGETS = qmp document options manifest configuration
@@ -40,7 +43,7 @@ PRIVATELY = $(shell [ "$$(id -u)" = 0 ] && echo unshare --mount --)
 DEB_DIR = $(CARGO_TARGET_DIR)/debian
 DEB_VERSION =
 
-.PHONY: help setup build test test-system demo bench endurance fuzz deb install clean
+.PHONY: help setup build test test-system demo bench endurance power-cuts fuzz deb install clean
 
 help:
 	@echo "make demo       a real backup of a real virtual machine, from nothing"
@@ -49,6 +52,7 @@ help:
 	@echo "                the package in a booted Debian 13, with each of both buses; as root"
 	@echo "make bench      how fast it is, and how fast others are"
 	@echo "make endurance  1,000 backups in a row, many domains, and nothing at all: what the service holds and does; 5 minutes"
+	@echo "make power-cuts a host in an emulator is killed 20 times, and its backups are restored; 20 minutes; as root"
 	@echo "make fuzz       random input for what reads others' bytes; FUZZ_SECONDS=600 for each, FUZZ_TARGETS='qmp options'"
 	@echo "make build      both programs, optimised"
 	@echo "make deb        a Debian package, in target/debian"
@@ -61,9 +65,9 @@ setup:
 build:
 	$(CARGO) build --release --locked
 
-test bench endurance: export BACKUPD_TEST_QEMU = $(QEMU)
+test bench endurance power-cuts: export BACKUPD_TEST_QEMU = $(QEMU)
 # Root's shell does not always have the system's directories in PATH.
-test bench endurance: export PATH := $(PATH):/usr/sbin:/sbin
+test bench endurance power-cuts: export PATH := $(PATH):/usr/sbin:/sbin
 
 test: setup
 	$(CARGO) fmt --check
@@ -90,6 +94,11 @@ bench: setup
 endurance: export BACKUPD_ENDURANCE = $(ENDURANCE_BACKUPS)
 endurance: setup
 	$(PRIVATELY) $(CARGO) test --locked --test endurance -- --nocapture --test-threads=1
+
+# Prints the table of docs/reliability.md. BACKUPD_POWER_CUTS_SEED=N chooses other moments.
+power-cuts: export BACKUPD_POWER_CUTS = $(POWER_CUTS)
+power-cuts: setup
+	$(PRIVATELY) $(CARGO) test --locked --test power_cuts -- --nocapture
 
 # What is found beyond the committed corpus stays in the build directory; a finding is written to tests/fuzz/artifacts. The
 # sanitizer needs a switch that a stable compiler has only for those who ask so. FUZZ_FLAGS are libFuzzer's.

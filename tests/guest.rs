@@ -6,7 +6,6 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
@@ -15,6 +14,7 @@ use common::System;
 use common::bus::project_file;
 use common::caller::Caller;
 use common::disk::Disk;
+use common::initramfs::{Initramfs, find, parts};
 use common::process;
 use common::proxies::Options;
 use common::vm::Vm;
@@ -24,64 +24,20 @@ const MIB: u64 = 1 << 20;
 /// Whoever is backed up without is like after a power cut: the journal is to be gone through.
 const UNCLEAN: &str = "needs_recovery";
 
-/// What tests/setup.sh fetched.
-fn parts() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME").filter(|cache| !cache.is_empty());
-    let parts = cache
-        .map_or("/var/cache".into(), PathBuf::from)
-        .join("backupd-test-guest");
-    assert!(
-        parts.join("vmlinuz").is_file(),
-        "there is no Linux guest in {}: run tests/setup.sh as root, with a Debian mirror in reach",
-        parts.display()
-    );
-    parts
-}
-
 fn run(program: &str, arguments: &[&Path]) -> process::Output {
-    // The system's directories are not always in PATH.
-    let found = ["/usr/sbin", "/sbin", "/usr/bin"].map(|dir| Path::new(dir).join(program));
-    let found = found.iter().find(|path| path.is_file());
-    let mut command = Command::new(found.unwrap_or_else(|| panic!("there is no {program}")));
+    let mut command = Command::new(find(program));
     command.args(arguments);
     process::run(command)
 }
 
 /// A root file system in memory: a shell, an agent with its libraries, modules.
 fn initramfs(parts: &Path, dir: &Path) -> PathBuf {
-    let root = dir.join("initramfs");
-    for name in [
-        "bin", "sbin", "dev", "proc", "sys", "data", "run", "var/run", "modules",
-    ] {
-        fs::create_dir_all(root.join(name)).unwrap();
+    let initramfs = Initramfs::new(dir, &project_file("tests/guest/init.sh"));
+    for name in ["sbin", "data", "var/run"] {
+        initramfs.directory(name);
     }
-    let put = |from: &Path, to: &str| {
-        let to = root.join(to.trim_start_matches('/'));
-        fs::create_dir_all(to.parent().unwrap()).unwrap();
-        fs::copy(from, &to).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
-        fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).unwrap();
-    };
-    put(&parts.join("busybox"), "bin/busybox");
-    put(&parts.join("qemu-ga"), "sbin/qemu-ga");
-    put(&project_file("tests/guest/init.sh"), "init");
-    for module in fs::read_dir(parts.join("modules")).unwrap() {
-        let module = module.unwrap();
-        put(
-            &module.path(),
-            &format!("modules/{}", module.file_name().display()),
-        );
-    }
-    let libraries = run("ldd", &[&parts.join("qemu-ga")]).expect_success();
-    assert!(!libraries.contains("not found"), "{libraries}");
-    for path in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
-        put(Path::new(path), path);
-    }
-    let archive = dir.join("initramfs.cpio");
-    let mut pack = Command::new("sh");
-    pack.args(["-euc", r#"cd "$1" && find . | "$2" cpio -o -H newc >"$3""#, "sh"])
-        .args([&root, &parts.join("busybox"), &archive]);
-    process::run(pack).expect_success();
-    archive
+    initramfs.program(&parts.join("qemu-ga"), "/sbin/qemu-ga");
+    initramfs.pack()
 }
 
 struct Scene {

@@ -10,7 +10,7 @@
 set -eu
 
 readonly what=${1:-}
-# What a Linux guest of the tests is made of (tests/guest.rs): from packages that are not installed on this machine.
+# What the Linux of tests/guest.rs and tests/power_cuts.rs is made of: from packages that are not installed on this machine.
 readonly guest=${XDG_CACHE_HOME:-/var/cache}/backupd-test-guest
 missing=
 need() { # PACKAGE DESCRIPTION: something of this package is missing
@@ -46,6 +46,7 @@ look() {
     program unshare util-linux
     program losetup mount
     program chattr e2fsprogs
+    program mkfs.xfs xfsprogs
     [ -x /usr/lib/polkit-1/polkitd ] || need polkitd polkitd
     case $what in package | system)
         program dh debhelper
@@ -59,8 +60,8 @@ look() {
     fi
 }
 
-guest_is_there() { # moved there when it is whole
-    [ -n "$what" ] || [ -d "$guest" ]
+guest_is_there() { # moved there when it is whole; that of an earlier set-up may lack a module
+    [ -n "$what" ] || [ -e "$guest/modules/xfs.ko" ]
 }
 
 look
@@ -126,7 +127,7 @@ mkdir -p "$new/tree" "$new/made/modules"
 kernel=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[^ ]*\)$/\1/p' | head -n 1)
 if ! (cd "$new" && apt download "${kernel:-linux-image-cloud-amd64}" qemu-guest-agent busybox-static); then
     rm -rf -- "$new"
-    echo "a kernel, an agent and a shell for a Linux guest could not be had: tests/guest.rs will fail" >&2
+    echo "a kernel, an agent and a shell for a Linux guest could not be had: tests/guest.rs and tests/power_cuts.rs will fail" >&2
     exit 0
 fi
 for package in "$new"/*.deb; do dpkg -x "$package" "$new/tree"; done
@@ -135,10 +136,13 @@ for program in busybox qemu-ga; do
     find "$new/tree" -type f -path '*bin/*' -name "$program" -exec cp {} "$new/made/" \;
 done
 find "$new/tree" -path '*/kernel/*' '(' -path '*/drivers/virtio/*' -o -name 'virtio_blk.ko*' -o -name 'virtio_console.ko*' \
-    -o -path '*/fs/ext4/*' -o -path '*/fs/jbd2/*' -o -name 'mbcache.ko*' -o -name '*crc16.ko*' -o -name '*crc32c*.ko*' ')' \
+    -o -path '*/fs/ext4/*' -o -path '*/fs/xfs/*' -o -path '*/fs/jbd2/*' -o -name 'mbcache.ko*' -o -name '*crc16.ko*' -o -name '*crc32c*.ko*' ')' \
     -name '*.ko*' -exec cp {} "$new/made/modules/" \;
 find "$new/made/modules" -name '*.xz' -exec "$new/made/busybox" unxz {} +
 # Another run may have been first.
-mv -T "$new/made" "$guest" || guest_is_there
+if ! guest_is_there; then
+    [ ! -e "$guest" ] || mv -T "$guest" "$new/former"
+    mv -T "$new/made" "$guest" || guest_is_there
+fi
 rm -rf -- "$new"
 echo "a Linux guest for the tests is in $guest"

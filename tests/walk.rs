@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use common::caller::Caller;
 use common::clients::ROOT;
+use common::dice::Dice;
 use common::proxies::{JobProxy, Options, slowly};
 use common::recorded::{CLUSTER, DISKS, Recorded, SIZE, backup_id, read};
 use common::storage::Tmpfs;
@@ -22,23 +23,6 @@ const MIB: u64 = 1 << 20;
 const STEPS: u64 = 2000;
 /// More than that many backups are made fewer.
 const MOST_BACKUPS: usize = 12;
-
-/// Numbers that a seed decides (xorshift64*, G. Marsaglia and S. Vigna).
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11
-    }
-
-    /// Less than `sides`.
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.next() % sides
-    }
-}
 
 /// What an image's file is, and those that it lies on: as long as this is the same, so is what the image shows.
 type Fingerprint = Vec<(u64, u64, i64, i64)>;
@@ -66,7 +50,7 @@ impl Walk {
         let store = Tmpfs::mount(&place, 256 * MIB);
         let setup = System::setup().store("walk", store.path());
         Self {
-            dice: Dice(seed | 1),
+            dice: Dice::new(seed),
             scene: Recorded::with(setup),
             store,
             order: Vec::new(),

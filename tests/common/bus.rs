@@ -26,7 +26,8 @@ impl Bus {
     pub fn start_with(dir: &Path, arguments: &[&str]) -> Self {
         let socket = dir.join("bus");
         let config = dir.join("bus.conf");
-        std::fs::write(&config, configuration(&socket)).expect("the bus's configuration is written");
+        let policy = project_file("dbus/org.example.Backup1.conf");
+        std::fs::write(&config, configuration(&socket, &policy)).expect("the bus's configuration is written");
         let mut command = process::bound("dbus-daemon");
         command.args(["--nofork", "--nopidfile", "--nosyslog", "--print-address"]);
         command.arg(format!("--config-file={}", config.display()));
@@ -115,14 +116,9 @@ pub fn project_file(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// `system-bus.conf` with its paths filled in.
-fn configuration(socket: &Path) -> String {
+/// `system-bus.conf` with its paths filled in: the bus's socket, and the policy that the project ships.
+pub fn configuration(socket: &Path, policy: &Path) -> String {
     include_str!("system-bus.conf")
         .replace("@socket@", &socket.display().to_string())
-        .replace(
-            "@policy@",
-            &project_file("dbus/org.example.Backup1.conf")
-                .display()
-                .to_string(),
-        )
+        .replace("@policy@", &policy.display().to_string())
 }

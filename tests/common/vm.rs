@@ -143,7 +143,7 @@ impl Builder {
 
 /// The QEMU to test with. A machine without one fails its tests: a test that is skipped proves nothing.
 #[track_caller]
-fn qemu() -> PathBuf {
+pub fn qemu() -> PathBuf {
     if let Some(chosen) = std::env::var_os("BACKUPD_TEST_QEMU").filter(|value| !value.is_empty()) {
         let chosen = PathBuf::from(chosen);
         assert!(

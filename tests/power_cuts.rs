@@ -210,13 +210,23 @@ impl Cuts {
         listed.collect()
     }
 
+    /// The jobs that have not ended.
+    fn unfinished(&mut self) -> Vec<String> {
+        let printed = self.host.must("backupctl --json jobs --all").join("\n");
+        let jobs: Vec<Value> = serde_json::from_str(&printed).expect("it prints JSON");
+        let ended = ["completed", "failed", "cancelled"].map(Value::from);
+        let jobs = jobs.iter().filter(|job| !ended.contains(&job["state"]));
+        jobs.map(Value::to_string).collect()
+    }
+
     /// Compares all that there is with what must be. Returns the problems.
     fn check(&mut self, flight: Flight) -> Vec<String> {
         let mut problems = Vec::new();
         // What is removed after the start is given time.
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let left = self.host.run("unfinished; leftovers").output;
+            let mut left = self.host.must("leftovers");
+            left.extend(self.unfinished());
             if left.is_empty() {
                 break;
             }

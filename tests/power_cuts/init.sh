@@ -97,10 +97,6 @@ restore() { # ID
     quietly backupctl restore "$1" --to /tmp/restored --format raw || return
     (cd /tmp/restored && sha256sum -- *)
 }
-# Prints the jobs that have not ended.
-unfinished() {
-    backupctl jobs | grep -E ' (queued|preparing|running|finishing)$'
-}
 # What a backup could leave: anything in a virtual machine's directory that is not a backup's directory.
 leftovers() {
     for store in /var/lib/backupd/backups /store; do

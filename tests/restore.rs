@@ -7,9 +7,10 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use backupd::definition::Format;
-use backupd::image::{self, Chain, Fault, Output, Progress};
+use backupd::image::{self, Chain, Control, Fault, Output, Progress};
 use backupd::target::{Sharing, Shelf};
 use common::made::{ALL, FIRST, FULL, MIB, SECOND, SIZE, Store, backupctl, run, text, write_at};
 use common::process::{self, Process};
@@ -309,12 +310,17 @@ fn a_header_that_is_exchanged_after_it_was_checked_gives_nobody_another_file() {
         .unwrap();
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     let written = AtomicBool::new(false);
+    let control = Control {
+        progress: &progress,
+        cancel: &cancel,
+        stall: Duration::from_secs(60),
+    };
     let output = Output {
         file: file.into(),
         format: Format::Raw,
         written: &written,
     };
-    let restored = runtime.block_on(image::restore(&disk, output, &progress, &cancel));
+    let restored = runtime.block_on(image::restore(&disk, output, control));
     let Err(image::Error::Damaged(finding)) = restored else {
         panic!("{restored:?}");
     };

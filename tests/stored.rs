@@ -8,7 +8,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::System;
 use common::caller::{Caller, assert_completed};
 use common::chain::{directories, id, increment, manifest, write_manifest};
 use common::clients::{ROOT, USER};
@@ -19,6 +18,7 @@ use common::proxies::{JobProxy, Options, assert_limit, error_name};
 use common::storage::{files_below, identical};
 use common::vm::Vm;
 use common::wait;
+use common::{Setup, System};
 use rustix::process::{Pid, Signal, kill_process};
 use zbus::wire::{OwnedObjectPath, Variant};
 
@@ -360,18 +360,55 @@ async fn a_backup_is_served_for_reading_until_the_caller_leaves() {
 
 /// A service whose restores never get further than their beginning, and where their process is told.
 fn hanging() -> (System, PathBuf) {
-    let setup = System::setup();
+    hanging_with("qemu-storage-daemon", System::setup())
+}
+
+/// A system whose `program` does nothing, and the file that has the process id of the program once it is started.
+fn hanging_with(program: &str, setup: Setup) -> (System, PathBuf) {
     let bin = tempfile::Builder::new()
         .prefix("bkp-bin-")
         .tempdir()
         .unwrap()
         .keep();
-    let (script, started) = (bin.join("qemu-storage-daemon"), bin.join("started"));
+    let (script, started) = (bin.join(program), bin.join("started"));
     let content = format!("#!/bin/sh\necho $$ > {}\nexec sleep 1000\n", started.display());
     fs::write(&script, content).unwrap();
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
     let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display());
     (setup.environment("PATH", &path).start(), started)
+}
+
+/// The limit is on standing still: how long the work takes in all does not matter.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_and_a_verification_whose_program_hangs_have_failed_as_stalled() {
+    for (program, method) in [("qemu-storage-daemon", "Restore"), ("qemu-img", "Verify")] {
+        let setup = System::setup().table("[deadlines]\nstall-seconds = 2");
+        let (system, file) = hanging_with(program, setup);
+        let _vm = machine(&system);
+        let root = Caller::new(&system).await;
+        root.complete("web", "").await;
+        let [full] = directories(&system.store().join("web")).try_into().unwrap();
+        let path = system.dir().join("vda");
+        let target = new_file(&path);
+        let reply = match method {
+            "Restore" => restore(&root, &full, &[("vda", &target)], "raw").await,
+            _ => call(&root, &full, method, &Options::new()).await,
+        };
+        let job = job(&root, reply).await;
+        let child = started(&file);
+        let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
+        assert_eq!(result, "failed", "{method}");
+        assert!(
+            message.contains("made no progress for 2 seconds"),
+            "{method}: {message}"
+        );
+        wait::until("the program to be gone", || {
+            let exe = format!("/proc/{}/exe", child.as_raw_nonzero());
+            (!Path::new(&exe).exists()).then_some(())
+        });
+        assert_eq!(path.metadata().unwrap().len(), 0);
+        fs::remove_dir_all(file.parent().unwrap()).unwrap();
+    }
 }
 
 fn started(file: &Path) -> Pid {

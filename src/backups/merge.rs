@@ -18,7 +18,7 @@ use crate::catalog::{
 };
 use crate::definition::Format;
 use crate::fault::{self, Point};
-use crate::image::{self, Chain, Output};
+use crate::image::{self, Chain, Control, Output};
 use crate::offload::{Progress, blocking, unless_stalled};
 use crate::target::{self, FileDigest, Replacement, Shelf};
 
@@ -137,15 +137,20 @@ impl Backups {
         let target = Arc::new(target);
         let copy = duplicate(&target)?;
         let images = &images.open().await?;
-        image::check_sums(images, &self.stop).await?;
+        let control = Control {
+            progress: &Progress::default(),
+            cancel: &self.stop,
+            stall: self.deadlines.stall(),
+        };
+        image::check_sums(images, control).await?;
         let output = Output {
             file: copy,
             format: Format::Qcow2,
             // It is in no backup yet, and goes with the replacement.
             written: &AtomicBool::new(false),
         };
-        image::restore(images, output, &Progress::default(), &self.stop).await?;
-        if !image::shows_the_same(images, &target, &self.stop).await? {
+        image::restore(images, output, control).await?;
+        if !image::shows_the_same(images, &target, control).await? {
             return Err(Error::NotTheSame {
                 id: chain.manifest.id.clone(),
                 disk: disk.name.clone(),

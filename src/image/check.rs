@@ -9,7 +9,7 @@ use tokio::io::AsyncReadExt;
 
 use super::backup::Image;
 use super::process::{IMG, Inherited, Words};
-use super::{Error, Fault, blocking};
+use super::{Control, Error, Fault, blocking};
 
 /// The longest report that is read.
 const MAX_REPORT: u64 = 64 << 10;
@@ -26,7 +26,7 @@ struct Report {
 /// Has the image's own structure checked. Leaked clusters are no damage: they hold nothing.
 ///
 /// qemu-img reads the header itself, so it is looked at once more afterwards: one that was exchanged meanwhile is told.
-pub async fn check(image: &Image) -> Result<Result<(), Fault>, Error> {
+pub async fn check(image: &Image, control: Control<'_>) -> Result<Result<(), Fault>, Error> {
     let input = image.descriptor().map_err(|error| Error::Engine {
         why: error.to_string(),
     })?;
@@ -46,22 +46,17 @@ pub async fn check(image: &Image) -> Result<Result<(), Fault>, Error> {
     };
     let (output, errors) = (child.stdout.take(), child.stderr.take());
     let mut words = errors.map(Words::listen);
-    let mut report = Vec::new();
-    if let Some(output) = output {
-        // What cannot be read is no report.
-        let _ = output.take(MAX_REPORT).read_to_end(&mut report).await;
-    }
-    // More than that is not waited for.
-    let status = tokio::select! {
-        status = child.wait() => status,
-        () = tokio::time::sleep(super::process::END) => {
-            let _ = child.start_kill();
-            child.wait().await
+    let report = async {
+        let mut report = Vec::new();
+        if let Some(output) = output {
+            // What cannot be read is no report; a longer one ends the program, which writes to nobody.
+            let _ = output.take(MAX_REPORT).read_to_end(&mut report).await;
         }
+        report
     };
-    let status = status.map_err(|error| Error::Engine {
-        why: error.to_string(),
-    })?;
+    let ended = super::process::wait(&mut child, "qemu-img check", control);
+    let (report, status) = tokio::join!(report, ended);
+    let status = status?;
     let said = match &mut words {
         Some(words) => words.last().await,
         None => String::new(),

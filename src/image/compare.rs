@@ -5,19 +5,14 @@ use std::process::Stdio;
 
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
-use tokio_util::sync::CancellationToken;
 
 use super::chain::OpenDisk;
 use super::process::{IMG, Inherited, Words};
-use super::{Error, blocking};
+use super::{Control, Error, blocking};
 use crate::definition::Format;
 
 /// Compares all that a guest would see of a disk, with a qcow2 image that lies on nothing; false if there is a difference.
-pub async fn shows_the_same(
-    chain: &OpenDisk,
-    image: &OwnedFd,
-    cancel: &CancellationToken,
-) -> Result<bool, Error> {
+pub async fn shows_the_same(chain: &OpenDisk, image: &OwnedFd, control: Control<'_>) -> Result<bool, Error> {
     let mut inherited = Inherited::new();
     let mut node = Value::Null;
     for image in &chain.images {
@@ -41,17 +36,7 @@ pub async fn shows_the_same(
     })?;
     let mut child = IMG.start(arguments, nothing, Stdio::null(), inherited)?;
     let mut words = child.stderr.take().map(Words::listen);
-    let status = tokio::select! {
-        status = child.wait() => status,
-        () = cancel.cancelled() => {
-            // One that cannot be killed has ended.
-            let _ = child.kill().await;
-            return Err(Error::Cancelled);
-        }
-    };
-    let status = status.map_err(|error| Error::Engine {
-        why: error.to_string(),
-    })?;
+    let status = super::process::wait(&mut child, "qemu-img compare", control).await?;
     // It read the headers itself: one that was exchanged meanwhile could have had it read something else.
     let images = chain.images.clone();
     blocking(move || {

@@ -150,6 +150,8 @@ pub enum Error {
     NoSpace { disk: String },
     #[error("disk '{}': its target {why}", shown(.disk))]
     BadTarget { disk: String, why: String },
+    #[error("{what} made no progress for {seconds} seconds ('stall-seconds' in the configuration)")]
+    Stalled { what: &'static str, seconds: u64 },
     #[error("cancelled")]
     Cancelled,
     #[error("a task failed: {0}")]
@@ -198,7 +200,7 @@ impl Error {
             Self::NotInstalled { .. } | Self::NotStarted { .. } => Kind::Unsupported,
             Self::Engine { .. } | Self::Copy { .. } => Kind::QemuError,
             Self::NoSpace { .. } => Kind::NoSpace,
-            Self::BadTarget { .. } => Kind::TargetInvalid,
+            Self::BadTarget { .. } | Self::Stalled { .. } => Kind::TargetInvalid,
             Self::Cancelled => Kind::Cancelled,
             Self::Task(_) => Kind::Internal,
         }

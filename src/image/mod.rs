@@ -17,6 +17,7 @@ mod process;
 mod restore;
 mod tether;
 mod verify;
+mod watch;
 
 pub use crate::offload::Progress;
 pub use backup::{Location, all, find};
@@ -28,6 +29,7 @@ pub use process::start_alone;
 pub use restore::{Output, restore};
 pub use tether::become_tethered;
 pub use verify::{Survey, Verified, check_sums};
+pub use watch::Control;
 
 /// Runs `work` where it keeps nobody waiting.
 async fn blocking<T: Send + 'static>(

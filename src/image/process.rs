@@ -4,7 +4,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +13,8 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Child;
 use tokio::task::JoinHandle;
 
-use super::{Error, tether};
+use super::watch::work_of;
+use super::{Control, Error, tether};
 
 /// How much is kept of what a program says when it fails.
 const MAX_WORDS: usize = 2048;
@@ -155,6 +156,22 @@ impl Drop for Words {
     fn drop(&mut self) {
         self.reader.abort();
     }
+}
+
+/// Waits until a program has ended by itself. One that does nothing is killed, as one that is cancelled.
+pub async fn wait(child: &mut Child, what: &'static str, control: Control<'_>) -> Result<ExitStatus, Error> {
+    let process = child.id();
+    let ended = async {
+        child.wait().await.map_err(|error| Error::Engine {
+            why: error.to_string(),
+        })
+    };
+    let status = control.watch(what, || work_of(process), ended).await;
+    if status.is_err() {
+        // One that cannot be killed has ended, or ends when its storage answers.
+        let _ = tokio::time::timeout(END, child.kill()).await;
+    }
+    status
 }
 
 /// How long a program that was told to end may take.

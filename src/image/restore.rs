@@ -1,24 +1,26 @@
 //! A disk's content, from its chain of images into one that lies on nothing.
 
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use rustix::fs::{FileType, MemfdFlags, SeekFrom};
+use rustix::fs::{Advice, FileType, MemfdFlags, SeekFrom};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio_util::sync::CancellationToken;
 
 use super::chain::OpenDisk;
 use super::engine::{Engine, PATIENCE, Plan};
-use super::{Error, Progress, blocking};
+use super::{Control, Error, Progress, blocking};
 use crate::definition::Format;
 use crate::qmp::EventsError;
 
 /// How often progress is asked for. The end is not waited for by asking.
 const LOOK: Duration = Duration::from_millis(250);
 const JOB: &str = "restore";
+/// How much is sent to the device at a time, in bytes.
+const PIECE: usize = 16 << 20;
 
 /// Where a disk is restored to.
 #[derive(Debug)]
@@ -74,17 +76,33 @@ struct Job {
 ///
 /// When this fails or is dropped, and `output.written` is set, the target holds an incomplete disk. Cancelling waits until
 /// nothing writes any more; dropping does not.
-pub async fn restore(
+pub async fn restore(chain: &OpenDisk, output: Output<'_>, control: Control<'_>) -> Result<(), Error> {
+    let (mut engine, steps) = (None, AtomicU64::new(0));
+    let moved = || {
+        control
+            .progress
+            .get()
+            .0
+            .wrapping_add(steps.load(Ordering::Relaxed))
+    };
+    let work = work(chain, output, control.progress, &steps, &mut engine);
+    let done = control.watch("the restore", moved, work).await;
+    if let (Err(_), Some(engine)) = (&done, engine) {
+        engine.kill().await;
+    }
+    done
+}
+
+/// Every step that is none of the copy's own counts in `steps`.
+async fn work(
     chain: &OpenDisk,
     output: Output<'_>,
     progress: &Progress,
-    cancel: &CancellationToken,
+    steps: &AtomicU64,
+    running: &mut Option<Engine>,
 ) -> Result<(), Error> {
     let format = output.format;
-    let target = tokio::select! {
-        target = inspect(chain, output) => target?,
-        () = cancel.cancelled() => return Err(Error::Cancelled),
-    };
+    let target = inspect(chain, output).await?;
     let mut plan = Plan::new();
     let source = plan.source(0, chain)?;
     let name = plan.file(&target.file)?;
@@ -96,24 +114,32 @@ pub async fn restore(
         }
         Format::Raw => None,
     };
-    let mut engine = tokio::select! {
-        engine = Engine::start(plan) => engine?,
-        () = cancel.cancelled() => return Err(Error::Cancelled),
-    };
-    let copied = tokio::select! {
-        copied = copy(&mut engine, chain, (&source, &name), &target, empty, progress) => copied,
-        () = cancel.cancelled() => Err(Error::Cancelled),
-    };
-    if let Err(error) = copied {
-        engine.kill().await;
-        return Err(error);
+    let engine = running.insert(Engine::start(plan).await?);
+    copy(engine, chain, (&source, &name), &target, empty, progress).await?;
+    if let Some(engine) = running.take() {
+        engine.quit().await?;
     }
-    engine.quit().await?;
-    let disk = chain.disk.clone();
-    blocking(move || {
-        rustix::fs::fsync(&target.file).map_err(|errno| Error::system(&disk, "made durable", errno))
-    })
-    .await
+    sync(chain, &target, steps).await
+}
+
+/// Makes the target durable, piece by piece, so that slow storage is told from storage that hangs: what is sent to the device
+/// before, the fsync does not wait for.
+async fn sync(chain: &OpenDisk, target: &Target<'_>, steps: &AtomicU64) -> Result<(), Error> {
+    let failed = |errno| Error::system(&chain.disk, "made durable", errno);
+    let length = rustix::fs::seek(&target.file, SeekFrom::End(0)).map_err(failed)?;
+    for offset in (0..length).step_by(PIECE) {
+        let file = target.file.clone();
+        // Advice: where it is not taken, the end takes longer.
+        let sent = blocking(move || {
+            let _ = rustix::fs::fadvise(&file, offset, NonZeroU64::new(PIECE as u64), Advice::DontNeed);
+            Ok(())
+        });
+        sent.await?;
+        steps.fetch_add(1, Ordering::Relaxed);
+    }
+    let (disk, file) = (chain.disk.clone(), target.file.clone());
+    blocking(move || rustix::fs::fsync(&file).map_err(|errno| Error::system(&disk, "made durable", errno)))
+        .await
 }
 
 /// Finds out what the target is, and whether a device is large enough. Changes nothing.

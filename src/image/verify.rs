@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::backup::{Image, Location};
 use super::chain::{Links, OpenDisk, for_each_link};
 use super::header::HeaderError;
-use super::{Error, Fault, Finding, Progress, blocking, check};
+use super::{Control, Error, Fault, Finding, Progress, blocking, check};
 use crate::catalog;
 use crate::definition::Format;
 use crate::target::{Held, Shelf};
@@ -148,13 +148,16 @@ impl Survey {
     /// Verifies them, and tells of each as soon as it is done. When this is dropped, it ends soon.
     pub async fn verify(
         self,
-        progress: &Progress,
-        cancel: &CancellationToken,
+        control: Control<'_>,
         mut tell: impl FnMut(&Verified),
     ) -> Result<Vec<Verified>, Error> {
-        progress.set(0, self.bytes);
-        let stop = cancel.child_token();
+        control.progress.set(0, self.bytes);
+        let stop = control.cancel.child_token();
         let _stop_when_dropped = stop.clone().drop_guard();
+        let control = Control {
+            cancel: &stop,
+            ..control
+        };
         let mut done: HashMap<Location, usize> = HashMap::new();
         let mut all: Vec<Verified> = Vec::new();
         for Surveyed { location, there, .. } in self.backups {
@@ -177,10 +180,7 @@ impl Survey {
                 if image.sha256.is_none() {
                     verified.unrecorded.push(disk.clone());
                 }
-                let fault = tokio::select! {
-                    fault = read(&image, progress, &stop) => fault?,
-                    () = stop.cancelled() => return Err(Error::Cancelled),
-                };
+                let fault = read(&image, control).await?;
                 verified.findings.extend(fault.map(|fault| Finding {
                     backup: location.id.clone(),
                     disk: Some(disk),
@@ -256,9 +256,15 @@ fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
 }
 
 /// Reads all images of a disk, and holds them against the checksums that are recorded of them.
-pub async fn check_sums(chain: &OpenDisk, stop: &CancellationToken) -> Result<(), Error> {
+pub async fn check_sums(chain: &OpenDisk, control: Control<'_>) -> Result<(), Error> {
+    let stop = control.cancel.child_token();
+    let _stop_when_dropped = stop.clone().drop_guard();
+    let control = Control {
+        cancel: &stop,
+        ..control
+    };
     for image in &chain.images {
-        if let Some(fault) = read(image, &Progress::default(), stop).await? {
+        if let Some(fault) = read(image, control).await? {
             return Err(image.damaged(fault));
         }
     }
@@ -266,15 +272,18 @@ pub async fn check_sums(chain: &OpenDisk, stop: &CancellationToken) -> Result<()
 }
 
 /// Reads an image whole.
-async fn read(image: &Image, progress: &Progress, stop: &CancellationToken) -> Result<Option<Fault>, Error> {
-    let (of, counted, stop) = (image.clone(), progress.clone(), stop.clone());
-    let sum = blocking(move || checksum(&of, &counted, &stop)).await?;
+async fn read(image: &Image, control: Control<'_>) -> Result<Option<Fault>, Error> {
+    let (of, counted, stop) = (image.clone(), control.progress.clone(), control.cancel.clone());
+    let sum = blocking(move || checksum(&of, &counted, &stop));
+    let sum = control
+        .watch("the store", || control.progress.get().0, sum)
+        .await?;
     let changed = match sum {
         Err(errno) => return Ok(Some(Fault::Header(HeaderError::Io(errno)))),
         Ok(sum) => image.sha256.as_ref().is_some_and(|recorded| *recorded != sum),
     };
     let checked = match image.format {
-        Format::Qcow2 => check::check(image).await?,
+        Format::Qcow2 => check::check(image, control).await?,
         Format::Raw => Ok(()),
     };
     Ok(match checked {

@@ -19,7 +19,7 @@ use super::{DiskState, DiskStatus, Error, Job, Outcome, State, blocking, outcome
 use crate::activity::Use;
 use crate::catalog::{BackupKey, JobRecord};
 use crate::domain::{Domain, Identity};
-use crate::image::{self, Chain, Export, Fault, Output, Progress, Survey, Verified};
+use crate::image::{self, Chain, Control, Export, Fault, Output, Progress, Survey, Verified};
 use crate::plan::{Plan, Stored, Task};
 use crate::quota::Share;
 use crate::target::Targets;
@@ -192,7 +192,7 @@ async fn restore(
     cancel: &CancellationToken,
     setting: &Setting,
 ) -> (Result<(), Stopped>, bool) {
-    let restored = restore_all(job, chain, &targets, cancel).await;
+    let restored = restore_all(job, chain, &targets, cancel, setting.deadlines.stall()).await;
     if restored.is_ok() {
         blocking(setting, move || drop(targets.leave())).await;
         return (restored, false);
@@ -206,6 +206,7 @@ async fn restore_all(
     chain: &Chain,
     targets: &Targets,
     cancel: &CancellationToken,
+    stall: Duration,
 ) -> Result<(), Stopped> {
     let mut meter = Meter::new();
     for (index, (target, planned)) in targets.iter().zip(&job.plan.disks).enumerate() {
@@ -219,12 +220,17 @@ async fn restore_all(
             why: error.to_string(),
         })?;
         let progress = Progress::default();
+        let control = Control {
+            progress: &progress,
+            cancel,
+            stall,
+        };
         let output = Output {
             file: descriptor,
             format: planned.format,
             written: target.written(),
         };
-        let work = async { image::restore(&disk.open().await?, output, &progress, cancel).await };
+        let work = async { image::restore(&disk.open().await?, output, control).await };
         let show = |job: &Job| {
             let (done, total) = progress.get();
             job.update(|status| {
@@ -256,7 +262,12 @@ async fn verify(
     };
     let progress = Progress::default();
     let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
-    let work = survey.verify(&progress, cancel, move |one: &Verified| {
+    let control = Control {
+        progress: &progress,
+        cancel,
+        stall: setting.deadlines.stall(),
+    };
+    let work = survey.verify(control, move |one: &Verified| {
         // Heard below, as long as this runs.
         let _ = tell.send(one.clone());
     });

@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use backupd::config::Deadlines;
 use backupd::definition::Format;
-use backupd::image::{self, Output, Progress};
+use backupd::image::{self, Control, Output, Progress};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -41,12 +42,17 @@ pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
     let mut restored = Vec::new();
     for (disk, place) in chain.disks().iter().zip(&mut places) {
         let (format, progress) = (format(args, place), Progress::default());
+        let control = Control {
+            progress: &progress,
+            cancel: &cancel,
+            stall: Deadlines::default().stall(),
+        };
         let output = Output {
             file: place.descriptor()?,
             format,
             written: place.written(),
         };
-        let work = async { image::restore(&disk.open().await?, output, &progress, &cancel).await };
+        let work = async { image::restore(&disk.open().await?, output, control).await };
         let done = follow(&mut show, &disk.disk, &progress, &mut interrupts, &cancel, work).await;
         if done.is_err() {
             show.finish();

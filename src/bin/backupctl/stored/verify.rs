@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use backupd::image::{self, Progress, Survey, Verified};
+use backupd::config::Deadlines;
+use backupd::image::{self, Control, Progress, Survey, Verified};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -26,7 +27,12 @@ pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     let mut show = Show::choose(json);
     let survey = Survey::new(Arc::new(store), &wanted);
-    let work = survey.verify(&progress, &cancel, |one| {
+    let control = Control {
+        progress: &progress,
+        cancel: &cancel,
+        stall: Deadlines::default().stall(),
+    };
+    let work = survey.verify(control, |one| {
         if json {
             view::event(object(one));
         }

@@ -1,0 +1,110 @@
+//! The end of work on images that is cancelled, or that makes no progress.
+
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{Error, Progress};
+
+/// How often work is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Under which conditions work on images goes on.
+#[derive(Debug, Clone, Copy)]
+pub struct Control<'a> {
+    /// How far it is.
+    pub progress: &'a Progress,
+    pub cancel: &'a CancellationToken,
+    /// How long it may make no progress.
+    pub stall: Duration,
+}
+
+impl Control<'_> {
+    /// The result of `work`, unless it is cancelled or nothing has moved for too long. Its total time does not matter. `moved` gives
+    /// a number that is another one after each step.
+    pub(super) async fn watch<T>(
+        &self,
+        what: &'static str,
+        moved: impl Fn() -> u64,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        tokio::pin!(work);
+        let (mut last, mut since) = (moved(), Instant::now());
+        loop {
+            tokio::select! {
+                result = &mut work => return result,
+                () = self.cancel.cancelled() => return Err(Error::Cancelled),
+                () = tokio::time::sleep(LOOK.min(self.stall)) => {}
+            }
+            let now = moved();
+            if now != last {
+                (last, since) = (now, Instant::now());
+            } else if since.elapsed() >= self.stall {
+                let seconds = self.stall.as_secs();
+                return Err(Error::Stalled { what, seconds });
+            }
+        }
+    }
+}
+
+/// A number that changes while a process reads, writes or computes (proc_pid_io(5), proc_pid_stat(5)); the same one for a process
+/// that has ended.
+pub(super) fn work_of(process: Option<u32>) -> u64 {
+    let read = |name| process.and_then(|id| std::fs::read_to_string(format!("/proc/{id}/{name}")).ok());
+    let io = read("io").unwrap_or_default();
+    let bytes = io.lines().filter_map(|line| {
+        let (key, value) = line.split_once(": ")?;
+        ["rchar", "wchar"]
+            .contains(&key)
+            .then(|| value.parse::<u64>().ok())?
+    });
+    let stat = read("stat").unwrap_or_default();
+    // The name, in brackets, can have spaces; user and system time are fields 14 and 15.
+    let fields = stat
+        .rsplit(')')
+        .next()
+        .unwrap_or_default()
+        .split_ascii_whitespace();
+    let ticks = fields
+        .skip(11)
+        .take(2)
+        .filter_map(|field| field.parse::<u64>().ok());
+    bytes.chain(ticks).fold(0, u64::wrapping_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn work_that_moves_is_waited_for_and_work_that_does_not_is_given_up() {
+        let (progress, cancel) = (Progress::default(), CancellationToken::new());
+        let control = Control {
+            progress: &progress,
+            cancel: &cancel,
+            stall: Duration::from_secs(2),
+        };
+        let moving = async {
+            for _ in 0..9 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                progress.add(1);
+            }
+            Ok("done")
+        };
+        let moved = || progress.get().0;
+        // Of the clock that does not stop with tokio's.
+        assert_eq!(control.watch("it", moved, moving).await, Ok("done"));
+        cancel.cancel();
+        let never = std::future::pending::<Result<(), Error>>();
+        assert_eq!(control.watch("it", moved, never).await, Err(Error::Cancelled));
+    }
+
+    #[test]
+    fn a_process_that_works_is_seen_to() {
+        let own = Some(std::process::id());
+        let before = work_of(own);
+        std::fs::read("/proc/self/maps").unwrap();
+        assert_ne!(work_of(own), before);
+        assert_eq!(work_of(None), 0);
+    }
+}

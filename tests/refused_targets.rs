@@ -226,3 +226,93 @@ async fn a_refused_backup_changes_no_byte_of_its_targets() {
     assert_ne!(output.status, 0, "{}", output.stdout);
     device.assert_unchanged(&output.stderr);
 }
+
+/// Another VM, on a raw image or device, which the service knows or does not.
+fn machine(system: &System, name: &str, image: &Path, locking: &str) -> Vm {
+    let node = &serde_json::json!({
+        "driver": "raw", "node-name": "n0",
+        "file": { "driver": "file", "filename": image, "locking": locking },
+    })
+    .to_string();
+    let extra = ["-blockdev", node, "-device", "virtio-blk-pci,drive=n0,id=vda"];
+    system.vm(name).extra(&extra).start()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_replaces_no_image_of_a_vm_that_runs() {
+    let setting = setting().await;
+    let system = &setting.system;
+    for (name, locking) in [("locked", "on"), ("unlocked", "off")] {
+        let image = Marked::file(system, &format!("{name}.raw"), SIZE);
+        let mut unknown = machine(system, name, image.path(), locking);
+        for path in [image.path().to_owned(), {
+            let link = system.dir().join(format!("{name}-link"));
+            std::os::unix::fs::symlink(image.path(), &link).unwrap();
+            link
+        }] {
+            let disk = format!("vda={}", path.display());
+            for (what, output) in setting.restore(&["--disk", &disk, "--force"]) {
+                assert_eq!(output.status, 1, "{what}");
+                assert!(output.stderr.contains("is open in QEMU"), "{what}");
+                image.assert_unchanged(&what);
+            }
+        }
+        unknown.quit();
+    }
+    // The image that the backup is of, under the VM that the service knows.
+    let image = setting.vm.source_path("vda").to_owned();
+    let before = fs::metadata(&image).unwrap();
+    let directory = image.parent().unwrap().to_str().unwrap().to_owned();
+    for (what, output) in setting.restore(&["--to", &directory, "--force"]) {
+        assert_eq!(output.status, 1, "{what}");
+    }
+    use std::os::unix::fs::MetadataExt;
+    let after = fs::metadata(&image).unwrap();
+    assert_eq!((before.ino(), before.mtime()), (after.ino(), after.mtime()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_restored_into_a_store_or_backed_up_over_its_files() {
+    let setting = setting().await;
+    let system = &setting.system;
+    let before = files_below(&system.store());
+    let content = fs::read(setting.full.join("vda.qcow2")).unwrap();
+    let full = setting.full.to_str().unwrap();
+    let store = system.store();
+    let inside = store.join("web/new.qcow2");
+    let inside = format!("vda={}", inside.display());
+    let image = format!("vda={full}/vda.qcow2");
+    for arguments in [
+        ["--to", full, "--force"].as_slice(),
+        &["--to", full],
+        &["--to", full, "--format", "raw"],
+        &["--disk", &image, "--force"],
+        &["--disk", &inside],
+    ] {
+        for (what, output) in setting.restore(arguments) {
+            assert_eq!(output.status, 1, "{what}");
+        }
+    }
+    for arguments in [
+        ["create", "web", "--disk", &image, "--reuse-external"].as_slice(),
+        &[
+            "create",
+            "web",
+            "--disk",
+            &image,
+            "--reuse-external",
+            "--own-files",
+        ],
+        &["create", "web", "--disk", &inside],
+    ] {
+        let output = system.clients().backupctl(ROOT, arguments);
+        assert_ne!(output.status, 0, "{arguments:?}");
+        assert!(
+            output.stderr.contains("is in the store"),
+            "{arguments:?}: {}",
+            output.stderr
+        );
+    }
+    assert_eq!(files_below(&system.store()), before);
+    assert!(fs::read(setting.full.join("vda.qcow2")).unwrap() == content);
+}

@@ -1,7 +1,9 @@
 //! One backup of a store: where it is, its manifest, and its images.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -44,6 +46,15 @@ pub fn all(store: &Shelf) -> Result<Vec<Location>, Error> {
         }
     }
     Ok(found)
+}
+
+/// Whether a directory is a backup's, by its manifest; also of a store that no service uses. Blocks.
+pub fn is_backup(directory: &Path) -> bool {
+    let limit = MAX_MANIFEST_BYTES as u64;
+    let mut content = Vec::new();
+    let read =
+        File::open(directory.join(MANIFEST_NAME)).and_then(|file| file.take(limit).read_to_end(&mut content));
+    read.is_ok() && Manifest::parse(&content).is_ok()
 }
 
 /// The one backup whose id is `wanted` or begins with it; with its domain's directory and a slash before it, only there.

@@ -20,7 +20,7 @@ mod verify;
 mod watch;
 
 pub use crate::offload::Progress;
-pub use backup::{Location, all, find};
+pub use backup::{Location, all, find, is_backup};
 pub use chain::{Chain, DiskChain, OpenDisk};
 pub use compare::shows_the_same;
 pub use error::{Error, Fault, Finding};

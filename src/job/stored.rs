@@ -209,6 +209,8 @@ async fn restore_all(
     stall: Duration,
 ) -> Result<(), Stopped> {
     let mut meter = Meter::new();
+    // What restores opens the targets anew, and locks them itself.
+    targets.unlock();
     for (index, (target, planned)) in targets.iter().zip(&job.plan.disks).enumerate() {
         let disk = chain.disks().iter().find(|disk| disk.disk == planned.name);
         let disk = disk.ok_or_else(|| Error::NoSuchDisk {

@@ -2,7 +2,7 @@
 
 use rustix::io::Errno;
 
-use super::{Error, ImageLock, Media, Publication, Sources, Target, is_in_use};
+use super::{Error, ImageLock, Media, Publication, Sources, Target, inside, is_in_use};
 use crate::definition::Format;
 use crate::plan::{DiskPlan, Place, Task};
 
@@ -21,6 +21,22 @@ pub fn source(target: &Target, sources: &Sources) -> Result<(), Error> {
         });
     }
     Ok(())
+}
+
+/// What is in a store is the store's.
+pub fn outside_stores(target: &Target) -> Result<(), Error> {
+    if target.media == Media::Block || matches!(target.publication, Publication::InStore { .. }) {
+        return Ok(());
+    }
+    let store = inside::directory_of(&target.file).and_then(|directory| inside::store_around(&directory));
+    match store {
+        None => Ok(()),
+        Some(store) => Err(Error::InStore {
+            disk: target.disk.clone(),
+            target: target.label.clone(),
+            store: store.display().to_string(),
+        }),
+    }
 }
 
 /// Nobody's QEMU has open what was there before, and none will until this one has locks of its own. The service need not know

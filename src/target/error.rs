@@ -43,6 +43,12 @@ pub enum Error {
         "disk '{disk}': {target} is open in another QEMU, qemu-img or qemu-storage-daemon: shut that down, or choose another target"
     )]
     Locked { disk: String, target: String },
+    #[error("disk '{disk}': {target} is in the store {store}: choose a place outside of all stores")]
+    InStore {
+        disk: String,
+        target: String,
+        store: String,
+    },
     #[error("disks '{first}' and '{second}' have the same target, {target}")]
     SameTarget {
         first: String,
@@ -142,6 +148,7 @@ impl Error {
             | Self::Gone { disk }
             | Self::IsSource { disk, .. }
             | Self::Locked { disk, .. }
+            | Self::InStore { disk, .. }
             | Self::AccessMode { disk, .. }
             | Self::Nameless { disk, .. }
             | Self::Linked { disk, .. }
@@ -181,6 +188,7 @@ impl Error {
             | Self::NotMounted { .. }
             | Self::IsSource { .. }
             | Self::Locked { .. }
+            | Self::InStore { .. }
             | Self::SameTarget { .. }
             | Self::AccessMode { .. }
             | Self::Nameless { .. }

@@ -11,7 +11,7 @@ use super::inventory::Shelf;
 use super::{Error, naming};
 
 /// The service's own directory in a store.
-const DIRECTORY: &str = ".backupd";
+pub const DIRECTORY: &str = ".backupd";
 const FILE: &str = "store";
 const MAX_BYTES: usize = 256;
 

@@ -13,6 +13,7 @@ mod file;
 mod find;
 mod generation;
 mod identity;
+mod inside;
 mod inventory;
 mod lock;
 mod mark;
@@ -33,6 +34,7 @@ pub use error::Error;
 pub use find::Found;
 pub use generation::{Raised, generation, raise_generation};
 pub use identity::{FileId, Holder, Sources};
+pub use inside::store_around;
 pub use inventory::{Held, Sharing, Shelf};
 pub use lock::{ImageLock, is_in_use};
 pub use mark::{check_mark, make_mark};
@@ -179,6 +181,7 @@ impl Targets {
         }
         for (target, disk) in targets.targets.iter().zip(&plan.disks) {
             check::source(target, &around.sources)?;
+            check::outside_stores(target)?;
             check::twice(target, &targets.targets)?;
             check::names(target, &disk.place, &plan.task)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;

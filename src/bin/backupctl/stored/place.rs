@@ -2,14 +2,16 @@
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use backupd::image;
+use backupd::target::{self, Sources};
 use rustix::fs::OFlags;
 
-use super::partial::Partial;
+use super::partial::{Partial, directory};
 use crate::output;
 
 /// What a restore that did not end leaves of a device's beginning: nothing that has a header.
@@ -42,6 +44,23 @@ pub enum Error {
         /// What it is not.
         path: PathBuf,
     },
+    /// It is the disk of a VM, which runs; or another program works on it.
+    #[error(
+        "{} is open in QEMU, qemu-img or qemu-storage-daemon: shut that down, or choose another place",
+        path.display()
+    )]
+    UsedByQemu {
+        /// The file or device.
+        path: PathBuf,
+    },
+    /// It would be a file of a store, or replace one.
+    #[error("{} is in the store or backup {}: choose a place outside of all stores", path.display(), store.display())]
+    InStore {
+        /// The file.
+        path: PathBuf,
+        /// The store's directory, or the backup's.
+        store: PathBuf,
+    },
     /// The system refuses something.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -72,8 +91,15 @@ pub struct Place {
 
 #[derive(Debug)]
 enum Kind {
-    File { partial: Partial, replaces: bool },
-    Device { device: File, published: bool },
+    File {
+        partial: Partial,
+        /// What it replaces.
+        old: Option<OwnedFd>,
+    },
+    Device {
+        device: File,
+        published: bool,
+    },
 }
 
 impl Place {
@@ -89,13 +115,12 @@ impl Place {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(Error::io("look at", &path)(error)),
         };
+        check_directory(&path)?;
+        let old = there.as_ref().map(|_| open_old(&path)).transpose()?;
         let partial = Partial::create(&path, id)?;
         let place = Self {
             path,
-            kind: Kind::File {
-                partial,
-                replaces: there.is_some(),
-            },
+            kind: Kind::File { partial, old },
             written: AtomicBool::new(false),
         };
         if let Some(there) = there {
@@ -115,6 +140,7 @@ impl Place {
                 io::ErrorKind::ResourceBusy => Error::InUse { path: path.clone() },
                 _ => Error::io("open", &path)(error),
             })?;
+        check_unused(&path, device.as_fd())?;
         Ok(Self {
             path,
             kind: Kind::Device {
@@ -179,12 +205,59 @@ impl Place {
     /// Gives the file its name, durably; or leaves the device as it is now.
     pub fn publish(&mut self) -> Result<(), Error> {
         match &mut self.kind {
-            Kind::File { partial, replaces } => partial.publish(*replaces),
+            Kind::File { partial, old } => {
+                // A VM may have been started meanwhile.
+                if let Some(old) = old {
+                    check_unused(&self.path, old.as_fd())?;
+                }
+                partial.publish(old.is_some())
+            }
             Kind::Device { published, .. } => {
                 *published = true;
                 Ok(())
             }
         }
+    }
+}
+
+/// Nothing is made in a store, and nothing in it is replaced, whatever is forced.
+fn check_directory(path: &Path) -> Result<(), Error> {
+    let directory = directory(path);
+    // One that is not there is reported when the file is made.
+    let directory = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
+    let store =
+        target::store_around(&directory).or_else(|| image::is_backup(&directory).then_some(directory));
+    match store {
+        None => Ok(()),
+        Some(store) => Err(Error::InStore {
+            path: path.to_owned(),
+            store,
+        }),
+    }
+}
+
+/// Opens what is to be replaced, which no VM may use, whatever is forced.
+fn open_old(path: &Path) -> Result<OwnedFd, Error> {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let old = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(path)
+        .map_err(Error::io("find out whether a VM uses", path))?;
+    check_unused(path, old.as_fd())?;
+    Ok(old.into())
+}
+
+/// The same check as for the targets of a backup.
+fn check_unused(path: &Path, file: BorrowedFd<'_>) -> Result<(), Error> {
+    let failed = Error::io("find out whether a VM uses", path);
+    let file = file.try_clone_to_owned();
+    let used = file.and_then(|file| target::is_in_use(&file, &Sources::locked()));
+    match used.map_err(failed)? {
+        false => Ok(()),
+        true => Err(Error::UsedByQemu {
+            path: path.to_owned(),
+        }),
     }
 }
 

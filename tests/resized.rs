@@ -190,10 +190,11 @@ async fn a_cut_while_the_backup_is_prepared_fails_it_and_the_next_is_full() {
 async fn what_marks_the_end_of_a_disk_goes_with_its_checkpoint() {
     let mut scene = Recorded::new();
     let before = scene.vm().residue();
+    let mut made = Vec::new();
     for _ in 0..6 {
-        scene.backup(Options::new()).await;
+        made.push(scene.backup(Options::new()).await.0);
     }
-    let newest: Vec<&str> = scene.backups.keys().skip(2).map(String::as_str).collect();
+    let newest: Vec<&str> = made.iter().skip(2).map(String::as_str).collect();
     scene.assert_checkpoints(&newest);
     assert_eq!(scene.vm().residue(), before);
     // Beside one that somebody else removed it is of no use.

@@ -375,14 +375,14 @@ mod tests {
     #[test]
     fn a_disks_name_does_not_lead_out_of_the_directory() {
         for name in ["../evil", "a/b", "..", ""] {
-            let result = Prepared::make(&create("--to /backup"), &[disk(name, "n", true)]);
+            let result = Prepared::make(&create("--to /backup"), &[disk(name, "n", true, "")]);
             assert!(matches!(result, Err(Error::Usage(_))), "{name}");
         }
     }
 
     #[test]
     fn a_directory_for_no_disk_is_an_error_and_not_a_backup_of_everything() {
-        let result = Prepared::make(&create("--to /backup"), &[disk("cd", "", true)]);
+        let result = Prepared::make(&create("--to /backup"), &[disk("cd", "", true, "")]);
         assert!(matches!(result, Err(Error::Usage(_))));
     }
 

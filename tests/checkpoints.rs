@@ -324,7 +324,8 @@ async fn while_a_backup_runs_none_is_made_or_deleted_and_its_own_is_not_there_ye
     let caller = Caller::new(&system).await;
     let domain = domain(&caller).await;
     back_up(&caller, option("checkpoint", &named("monday"))).await;
-    vm.write("vda", 0, MIB, 0x41);
+    // More than QEMU copies at once.
+    vm.write("vda", 0, 4 * MIB, 0x41);
     let mut options = option("incremental", "monday");
     options.insert("bandwidth", Variant::from(1u64));
     options.insert("checkpoint", Variant::from(named("tuesday")));

@@ -35,7 +35,7 @@ fn rule(action: &str, details: &[(&str, &str)]) -> String {
 
 async fn known(rules: &str) -> (System, Vm, Caller) {
     let system = System::setup().rules(rules).start();
-    let disks = ["vda", "vdb"].map(|id| Disk::new(id, 16 * MIB).fill(0, MIB, 0x11));
+    let disks = ["vda", "vdb"].map(|id| Disk::new(id, 16 * MIB).fill(0, 12 * MIB, 0x11));
     let [vda, vdb] = disks;
     let vm = system.configured(
         system

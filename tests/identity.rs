@@ -114,7 +114,7 @@ fn nightly(keep_last: u32) -> (tempfile::TempDir, String, PathBuf) {
     let path = directory.path().join("nightly");
     fs::create_dir(&path).unwrap();
     let table = format!(
-        "[store.nightly]\npath = \"{}\"\nkeep-last = {keep_last}\n",
+        "[store.nightly]\npath = \"{}\"\nkeep-last = {keep_last}\nkeep-at-least = \"0s\"\n",
         path.display()
     );
     (directory, table, path)

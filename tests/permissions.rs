@@ -252,6 +252,10 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
                 )
                 .await
             }
+            Some(("Backup", "Protect")) => {
+                let body = (false, Options::new());
+                call(caller, &domain.backup, BACKUP_INTERFACE, "Protect", &body).await
+            }
             Some(("Backup", "Restore")) => {
                 let body = (Vec::<(String, zbus::Fd<'_>)>::new(), Options::new());
                 call(caller, &domain.backup, BACKUP_INTERFACE, "Restore", &body).await

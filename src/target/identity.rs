@@ -86,8 +86,8 @@ impl Sources {
         Self::made_of(ids)
     }
 
-    /// What any process of this host has open with QEMU's locks on it, or is open for writing in a QEMU that takes none
-    /// (`locking=off`), as far as this process may see: also disks of domains that nobody made known. Blocks.
+    /// What any process of this host has open with QEMU's locks on it, as far as this process may see: also disks of domains
+    /// that nobody made known. Blocks.
     pub fn locked() -> Self {
         Self::made_of(processes().flat_map(locked_files).collect())
     }
@@ -123,32 +123,14 @@ fn processes() -> impl Iterator<Item = u32> {
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
 
-/// By the name of its program: `qemu-system-x86_64`, `qemu-kvm`, `kvm`.
-fn is_qemu(process: u32) -> bool {
-    let program = std::fs::read_link(format!("/proc/{process}/exe"));
-    program.is_ok_and(|program| {
-        let name = program.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("qemu") || name.starts_with("kvm")
-    })
-}
-
-/// Whether a descriptor is open for writing, from its `/proc/PID/fdinfo/FD`: `flags: 02100002`, octal, as for open(2).
-fn is_writable(fdinfo: &str) -> bool {
-    let flags = fdinfo.lines().find_map(|line| line.strip_prefix("flags:"));
-    let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
-    flags.is_some_and(|flags| flags & 0o3 != 0)
-}
-
 /// What a process has open with QEMU's locks on it.
 fn locked_files(process: u32) -> Vec<FileId> {
-    let is_qemu = is_qemu(process);
     let entries = std::fs::read_dir(format!("/proc/{process}/fdinfo"));
     let entries = entries.into_iter().flatten();
     let locked = entries.filter_map(|entry| {
         let entry = entry.ok()?;
         let info = std::fs::read_to_string(entry.path()).ok()?;
-        let counts = has_image_lock(&info) || is_qemu && is_writable(&info);
-        if !counts {
+        if !has_image_lock(&info) {
             return None;
         }
         FileId::at(

@@ -445,7 +445,7 @@ mod tests {
         let of = |service: &str, own| Backup {
             service: service.into(),
             own: Some(own),
-            ..backup(service, "")
+            ..backup(&format!("id-{service}"), "")
         };
         let shown = |backups: &[Backup]| text(backups, Branches::PLAIN, UNIX_EPOCH);
         assert!(!shown(&[of("a", true)]).contains("SERVICE"));

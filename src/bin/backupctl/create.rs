@@ -382,7 +382,7 @@ mod tests {
 
     #[test]
     fn a_directory_for_no_disk_is_an_error_and_not_a_backup_of_everything() {
-        let result = Prepared::make(&create("--to /backup"), &[disk("cd", "", true, "")]);
+        let result = Prepared::make(&create("--to /backup"), &[disk("cd", "", true, "empty")]);
         assert!(matches!(result, Err(Error::Usage(_))));
     }
 

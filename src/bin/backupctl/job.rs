@@ -398,6 +398,7 @@ mod tests {
         assert_eq!(
             keys,
             [
+                "backup",
                 "bytes",
                 "bytes_done",
                 "disks",
@@ -409,6 +410,7 @@ mod tests {
                 "id",
                 "message",
                 "mode",
+                "not_in_backup",
                 "path",
                 "progress",
                 "quiesce_problem",

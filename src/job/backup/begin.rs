@@ -132,6 +132,7 @@ impl Driver<'_> {
             }
             Err(_) => return Err(Error::stalled("the start in QEMU", patience).into()),
         };
+        fault::passed("begun");
         let quiesced = thawed.quiesced?;
         self.check_start().await?;
         tracing::info!(job = job.id, domain = job.domain.name, "backup started");

@@ -22,7 +22,8 @@ const DOCUMENT: &str = "<domainbackup><name>before-upgrade</name><description>a 
     <disk name='vdb' backup='no'/></disks></domainbackup>";
 
 fn machine(system: &System) -> Vm {
-    let disks = ["vda", "vdb"].map(|name| Disk::new(name, 4 * MIB).fill(0, MIB, 0x11));
+    // Full, because a store does not know how many bytes of a disk were copied.
+    let disks = ["vda", "vdb"].map(|name| Disk::new(name, 4 * MIB).fill(0, 4 * MIB, 0x11));
     let [first, second] = disks;
     system.configured(system.vm("web").disk(first).disk(second).running())
 }

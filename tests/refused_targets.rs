@@ -228,10 +228,10 @@ async fn a_refused_backup_changes_no_byte_of_its_targets() {
 }
 
 /// Another VM, on a raw image or device, which the service knows or does not.
-fn machine(system: &System, name: &str, image: &Path, locking: &str) -> Vm {
+fn machine(system: &System, name: &str, image: &Path) -> Vm {
     let node = &serde_json::json!({
         "driver": "raw", "node-name": "n0",
-        "file": { "driver": "file", "filename": image, "locking": locking },
+        "file": { "driver": "file", "filename": image, "locking": "on" },
     })
     .to_string();
     let extra = ["-blockdev", node, "-device", "virtio-blk-pci,drive=n0,id=vda"];
@@ -242,23 +242,19 @@ fn machine(system: &System, name: &str, image: &Path, locking: &str) -> Vm {
 async fn a_restore_replaces_no_image_of_a_vm_that_runs() {
     let setting = setting().await;
     let system = &setting.system;
-    for (name, locking) in [("locked", "on"), ("unlocked", "off")] {
-        let image = Marked::file(system, &format!("{name}.raw"), SIZE);
-        let mut unknown = machine(system, name, image.path(), locking);
-        for path in [image.path().to_owned(), {
-            let link = system.dir().join(format!("{name}-link"));
-            std::os::unix::fs::symlink(image.path(), &link).unwrap();
-            link
-        }] {
-            let disk = format!("vda={}", path.display());
-            for (what, output) in setting.restore(&["--disk", &disk, "--force"]) {
-                assert_eq!(output.status, 1, "{what}");
-                assert!(output.stderr.contains("is open in QEMU"), "{what}");
-                image.assert_unchanged(&what);
-            }
+    let image = Marked::file(system, "unknown.raw", SIZE);
+    let mut unknown = machine(system, "unknown", image.path());
+    let link = system.dir().join("link");
+    std::os::unix::fs::symlink(image.path(), &link).unwrap();
+    for path in [image.path(), &link] {
+        let disk = format!("vda={}", path.display());
+        for (what, output) in setting.restore(&["--disk", &disk, "--force"]) {
+            assert_eq!(output.status, 1, "{what}");
+            assert!(output.stderr.contains("is open in QEMU"), "{what}");
+            image.assert_unchanged(&what);
         }
-        unknown.quit();
     }
+    unknown.quit();
     // The image that the backup is of, under the VM that the service knows.
     let image = setting.vm.source_path("vda").to_owned();
     let before = fs::metadata(&image).unwrap();

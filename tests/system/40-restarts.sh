@@ -68,6 +68,9 @@ while read -r line; do
         systemctl kill --kill-whom=main --signal=KILL backupd.service
         echo '{"return": 1}'
         ;;
+    *fsfreeze-status*)
+        echo '{"return": "thawed"}'
+        ;;
     *fsfreeze-thaw*)
         echo thaw >>/run/agent-was-told
         echo '{"return": 1}'

@@ -83,6 +83,11 @@ EOF
     until_true "the agent" test -S "$1"
 }
 
+is_undone() {
+    knows web || return
+    case $(qmp web query-named-block-nodes) in *'"node-name": "backupd-'*) return 1 ;; esac
+}
+
 test_a_guest_is_thawed_when_the_service_is_killed_with_it_frozen() {
     local killed
     start_agent /run/vm-web/agent
@@ -100,6 +105,8 @@ test_a_guest_is_thawed_when_the_service_is_killed_with_it_frozen() {
     contains "$(head -n 2 /run/agent-was-told | tr '\n' ' ')" "freeze thaw "
     # Not only by the next service: in the sandbox there can be a guard, and systemd lets it end.
     contains "$(journalctl -u backupd.service -o cat)" "the guest's file systems are thawed by the guard"
+    # The call ended with the service: the next one starts it again, and it undoes what was begun.
+    until_true "the backup to be undone" is_undone
     has_nothing_of_ours web
     contains "$(qmp web stop)" '"return": {}'
     systemctl stop agent.service

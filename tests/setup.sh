@@ -27,6 +27,7 @@ program() { # PROGRAM PACKAGE; the system's directories count even where an ordi
 look() {
     missing=
     program cc gcc
+    program strip binutils
     [ -e /usr/include/stdlib.h ] || need libc6-dev "the C library's headers"
     program pkg-config pkg-config
     if command -v pkg-config >/dev/null 2>&1; then

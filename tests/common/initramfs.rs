@@ -78,10 +78,14 @@ impl Initramfs {
         fs::write(self.place(to), text).expect("a file is written");
     }
 
-    /// A program, or a plugin of one, with the libraries that it is linked with.
+    /// A program, or a plugin of one, with the libraries that it is linked with. Without the debugging information, which
+    /// would take more memory than the guest has.
     #[track_caller]
     pub fn program(&self, from: &Path, to: &str) {
         self.put(from, to);
+        let mut strip = Command::new("strip");
+        strip.arg("--strip-debug").arg(self.place(to));
+        process::run(strip).expect_success();
         let mut ldd = Command::new("ldd");
         ldd.arg(from);
         let libraries = process::run(ldd).expect_success();

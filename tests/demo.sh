@@ -5,7 +5,7 @@
 # system, no KVM), backs it up as an ordinary user while it is written to, and compares the images with the disks.
 # Everything is in one temporary directory and goes with it; DEMO_KEEP=1 keeps the directory.
 #
-# What the comparison proves: both images are of the one instant when the backup began.
+# The comparison proves that both images are of one point in time, the start of the backup.
 #   vda  is overwritten during the backup: its image equals a copy of the disk from before, and not the disk after.
 #   vdb  is written before the backup, by the machine, and left alone then: its image equals the disk after.
 #
@@ -191,7 +191,7 @@ status=0
 as daemon "$dir/backupctl" create demo --no-ask-password || status=$?
 [ "$status" = 4 ] || fail "exit status $status, not 4"
 
-step "The user nobody, whom polkit's rule allows, backs it up, while the machine goes on writing"
+step "The user nobody, whom polkit's rule allows, backs it up, while the VM goes on writing"
 start signals dbus-monitor --address "$DBUS_SYSTEM_BUS_ADDRESS" \
     "type='signal',path_namespace='/org/example/Backup1'"
 signals=${pids[-1]}
@@ -219,7 +219,7 @@ wait "$writer"
 ended "$writer"
 sync_monitor
 
-step "The signals that came"
+step "The signals"
 announced() { grep -q 'member=JobEnded' "$dir/signals.out"; }
 until_true "JobEnded" announced
 stop "$signals"
@@ -267,7 +267,7 @@ done
 
 # --- The proof ---
 
-step "The machine is stopped, and each image is compared with its disk"
+step "The VM is stopped, and each image is compared with its disk"
 monitor quit
 wait "$vm" || fail "QEMU ended with status $?"
 ended "$vm"
@@ -279,8 +279,8 @@ image() { # DISK: of the first backup
 vda=$(image vda)
 vdb=$(image vdb)
 compare() { qemu-img compare -q -f qcow2 -F qcow2 "$1" "$2"; }
-compare "$vda" "$dir/vda-before.qcow2" || fail "the image of vda is not what the disk held at the instant"
-echo "vda: identical to the disk at the instant when the backup began"
+compare "$vda" "$dir/vda-before.qcow2" || fail "the image of vda is not what the disk held at the point in time"
+echo "vda: identical to the disk at the start of the backup"
 ! compare "$vda" "$dir/vda.qcow2" || fail "the disk vda was not written to meanwhile: that proves nothing"
 echo "vda: without the 64 MiB that were written meanwhile, which are on the disk"
 compare "$vdb" "$dir/vdb.qcow2" || fail "the image of vdb is not what the disk holds"
@@ -288,11 +288,11 @@ echo "vdb: identical to the disk"
 
 # --- What can be done with them ---
 
-step "What there is"
+step "The list of the backups"
 echo "$ backupctl backups demo"
 "$dir/backupctl" backups demo
 
-step "All of it is read and checked, from the store alone: without the service, and without rights on the machine"
+step "All of them are verified, from the store alone: without the service, and without rights on the VM"
 echo "$ backupctl verify --all --from $dir/backups"
 "$dir/backupctl" verify --all --from "$dir/backups"
 
@@ -306,21 +306,21 @@ for id in vda vdb; do
     echo "$id: identical to the disk"
 done
 
-step "The first is deleted; what lies on it gets images of its own before, and stays"
+step "The first is deleted; its dependent is made independent before, and stays"
 echo "$ backupctl delete --merge $first"
 "$dir/backupctl" delete --merge "$first"
 "$dir/backupctl" backups demo
 compare "$dir/backups/demo/$last/vda.qcow2" "$dir/vda.qcow2" || fail "the last backup does not show what it did"
 echo "the last one: still identical to the disk"
 
-step "And those that no rule keeps would go"
+step "Prune would remove those that no rule keeps"
 echo "$ backupctl prune demo --keep-last 1 --dry-run"
 "$dir/backupctl" prune demo --keep-last 1 --dry-run
 
-step "Where everything lies"
+step "The files"
 echo "the service's store     $dir/backups"
 (cd "$dir/backups" && find . -type f -printf '    %10s bytes  %P\n' | sort -k 3)
-echo "the machine's disks     $dir/vda.qcow2 $dir/vdb.qcow2"
+echo "the VM's disks          $dir/vda.qcow2 $dir/vdb.qcow2"
 echo "the service's log       $dir/backupd.log"
 echo
-[ -n "${DEMO_KEEP:-}" ] || echo "All of it goes now; DEMO_KEEP=1 make demo keeps it."
+[ -n "${DEMO_KEEP:-}" ] || echo "All of it is removed now; DEMO_KEEP=1 make demo keeps it."

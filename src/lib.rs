@@ -1,7 +1,7 @@
 //! backupd: backs up running QEMU virtual machines for callers on the system bus.
 //!
 //! One library, two binaries: `backupd` (the service) and `backupctl` (its command line). A request goes
-//! `bus` → `service` → `definition` → `access` → `plan` → `job` → `image` → `target` → `qmp`, with `domain` telling which
+//! `bus` → `service` → `definition` → `access` → `plan` → `job` → `image` → `target` → `qcow2` → `qmp`, with `domain` telling which
 //! virtual machines there are, and `backups` beside `job` what becomes of a backup when it is made. A module may use
 //! those after it on that way and never those before it.
 
@@ -20,6 +20,7 @@ pub mod job;
 pub mod names;
 pub mod offload;
 pub mod plan;
+pub mod qcow2;
 pub mod qmp;
 pub mod quota;
 pub mod service;

@@ -12,8 +12,10 @@ use common::chain::{directories, id};
 use common::clients::{ROOT, USER};
 use common::disk::Disk;
 use common::process::Output;
-use common::storage::{LoopDevice, files_below};
+use common::proxy::Proxy;
+use common::storage::{LoopDevice, files_below, holds};
 use common::vm::Vm;
+use common::wait;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 8 * MIB;
@@ -225,6 +227,70 @@ async fn a_refused_backup_changes_no_byte_of_its_targets() {
         .backupctl(ROOT, &["create", "web", "--disk", &disk, "--format", "raw"]);
     assert_ne!(output.status, 0, "{}", output.stdout);
     device.assert_unchanged(&output.stderr);
+}
+
+/// Until QEMU and the guest have accepted the backup, an existing target holds what it held.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_fails_before_it_writes_changes_no_byte_of_its_target() {
+    let mut system = System::start();
+    let disk = Disk::new("vda", SIZE).fill(MIB, 4 * MIB, 0x11);
+    let vm = system.vm("web").disk(disk).running().start();
+    let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
+    // Nobody answers for the guest.
+    let agent = system.dir().join("agent");
+    let domain = format!("monitor = {:?}\nagent = {agent:?}\n", proxy.path());
+    system.write_domain_file("web", &domain);
+    system.wait_for_domain("web");
+    let file = Marked::file(&system, "file", SIZE);
+    let disk = format!("vda={}", file.path().display());
+    let command = [
+        "create",
+        "web",
+        "--reuse-external",
+        "--format",
+        "raw",
+        "--disk",
+        &disk,
+    ];
+    let refused = |system: &System, more: &[&str]| {
+        let output = system
+            .clients()
+            .backupctl(ROOT, &[&command[..], &["--quiesce"], more].concat());
+        assert_ne!(output.status, 0, "{more:?} {}", output.stdout);
+        file.assert_unchanged(&format!("{more:?}: {}", output.stderr));
+        output.stderr
+    };
+    let said = refused(&system, &["require"]);
+    assert!(said.contains("guest"), "{said}");
+    // QEMU goes away while it opens the file.
+    let hold = proxy.hold("blockdev-add", |_| true);
+    let cut = std::thread::spawn(move || {
+        hold.reached();
+        hold.cut();
+    });
+    refused(&system, &["no"]);
+    cut.join().unwrap();
+    for point in ["before check-targets", "after check-targets"] {
+        system.stop_daemon();
+        system.start_dying_daemon(point);
+        system.wait_for_domain("web");
+        refused(&system, &["no"]);
+        system.wait_for_death();
+        system.start_daemon();
+        system.wait_for_domain("web");
+        let caller = Caller::new(&system).await;
+        wait::until_async("the job to be over", || async {
+            let jobs = caller.manager.list_jobs().await.unwrap();
+            jobs.iter()
+                .all(|(_, _, _, state)| state == "failed")
+                .then_some(())
+        })
+        .await;
+        file.assert_unchanged(point);
+    }
+    let output = system.clients().backupctl(ROOT, &command);
+    assert_eq!(output.status, 0, "{}", output.stderr);
+    assert!(holds(file.path(), "raw", MIB, 4 * MIB, 0x11));
 }
 
 /// Another VM, on a raw image or device, which the service knows or does not.

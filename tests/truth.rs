@@ -69,9 +69,7 @@ impl Scene {
     fn hold_end(&self, command: &str) -> Hold {
         self.proxy.hold(command, |arguments| {
             let names = ["id", "node-name"].map(|key| arguments[key].as_str().unwrap_or_default());
-            names
-                .iter()
-                .all(|name| !name.ends_with("-create") && !name.contains("-end"))
+            names.iter().all(|name| !name.contains("-end"))
         })
     }
 

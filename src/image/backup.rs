@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::header::{self, Expected};
 use super::{Error, Fault, Finding};
 use crate::catalog::{self, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::definition::Format;
 use crate::error::shown;
+use crate::qcow2::{self, Expected, HeaderError};
 use crate::target::{self, Held, Sharing, Shelf};
 
 /// Where a backup is in its store: the names of two directories, one in the other.
@@ -131,7 +131,7 @@ impl Backup {
             file => Arc::new(file?),
         };
         let found = rustix::fs::fstat(&file)
-            .map_err(|errno| Fault::Header(header::HeaderError::Io(errno)))?
+            .map_err(|errno| Fault::Header(HeaderError::Io(errno)))?
             .st_size
             .cast_unsigned();
         if let Some(recorded) = disk.length.filter(|recorded| *recorded != found) {
@@ -176,7 +176,7 @@ impl Image {
         match self.format {
             Format::Raw if found != virtual_size => Err(Fault::RawLength { found, virtual_size }),
             Format::Raw => Ok(()),
-            Format::Qcow2 => header::check(&self.file, &self.expected).map_err(Fault::Header),
+            Format::Qcow2 => qcow2::check(&self.file, &self.expected).map_err(Fault::Header),
         }
     }
 

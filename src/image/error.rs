@@ -3,9 +3,9 @@
 use rustix::io::Errno;
 
 use super::chain::MAX_DEPTH;
-use super::header::HeaderError;
 use crate::catalog::ManifestError;
 use crate::error::{Kind, shown};
+use crate::qcow2::HeaderError;
 use crate::target;
 
 /// What is wrong with a backup or one of its images.

@@ -12,7 +12,6 @@ mod compare;
 mod engine;
 mod error;
 mod export;
-mod header;
 mod process;
 mod restore;
 mod tether;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use rustix::fs::{Advice, FileType, MemfdFlags, SeekFrom};
+use rustix::fs::{Advice, FileType, SeekFrom};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -14,11 +14,15 @@ use super::chain::OpenDisk;
 use super::engine::{Engine, PATIENCE, Plan};
 use super::{Control, Error, Progress, blocking};
 use crate::definition::Format;
+use crate::qcow2::Empty;
 use crate::qmp::EventsError;
+use crate::target::Media;
 
 /// How often progress is asked for. The end is not waited for by asking.
 const LOOK: Duration = Duration::from_millis(250);
 const JOB: &str = "restore";
+/// Of a restored image, in bytes: what QEMU's own tools take by themselves.
+const CLUSTER_SIZE: u32 = 1 << 16;
 /// How much is sent to the device at a time, in bytes.
 const PIECE: usize = 16 << 20;
 
@@ -38,12 +42,6 @@ struct Target<'a> {
     file: Arc<OwnedFd>,
     media: Media,
     written: &'a AtomicBool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Media {
-    Regular,
-    Block,
 }
 
 impl Target<'_> {
@@ -106,16 +104,8 @@ async fn work(
     let mut plan = Plan::new();
     let source = plan.source(0, chain)?;
     let name = plan.file(&target.file)?;
-    let empty = match format {
-        Format::Qcow2 => {
-            let image = memfd(&chain.disk)?;
-            let name = plan.file(&image)?;
-            Some((image, name))
-        }
-        Format::Raw => None,
-    };
     let engine = running.insert(Engine::start(plan).await?);
-    copy(engine, chain, (&source, &name), &target, empty, progress).await?;
+    copy(engine, chain, (&source, &name), &target, format, progress).await?;
     if let Some(engine) = running.take() {
         engine.quit().await?;
     }
@@ -178,23 +168,27 @@ async fn inspect<'a>(chain: &OpenDisk, output: Output<'a>) -> Result<Target<'a>,
     Ok(Target { file, media, written })
 }
 
-/// Empties a file, and gives a raw one its size.
-async fn truncate(chain: &OpenDisk, target: &Target<'_>, format: Format) -> Result<(), Error> {
-    if target.media == Media::Block {
+/// Makes of the target an empty disk of that format; a raw device stays as it is.
+async fn format_target(chain: &OpenDisk, target: &Target<'_>, format: Format) -> Result<(), Error> {
+    if (format, target.media) == (Format::Raw, Media::Block) {
         return Ok(());
     }
-    let length = match format {
-        Format::Raw => chain.virtual_size(),
-        Format::Qcow2 => 0,
-    };
-    let (disk, file) = (chain.disk.clone(), target.file.clone());
+    let (disk, size, file, media) = (
+        chain.disk.clone(),
+        chain.virtual_size(),
+        target.file.clone(),
+        target.media,
+    );
     target.mark_written();
     blocking(move || {
-        for length in [0, length] {
-            rustix::fs::ftruncate(&file, length)
-                .map_err(|errno| Error::system(&disk, "given its size", errno))?;
-        }
-        Ok(())
+        let empty = Empty {
+            virtual_size: size,
+            cluster_size: CLUSTER_SIZE,
+            compression: None,
+            backing: None,
+        };
+        let formatted = crate::target::format(&file, media, format, &empty);
+        formatted.map_err(|errno| Error::system(&disk, "formatted", errno))
     })
     .await
 }
@@ -204,23 +198,11 @@ async fn copy(
     chain: &OpenDisk,
     (source, name): (&str, &str),
     target: &Target<'_>,
-    empty: Option<(OwnedFd, String)>,
+    format: Format,
     progress: &Progress,
 ) -> Result<(), Error> {
     let size = chain.virtual_size();
-    let format = match empty {
-        Some((image, name)) => {
-            make_empty(engine, chain, &name).await?;
-            truncate(chain, target, Format::Qcow2).await?;
-            target.mark_written();
-            put(chain, image, target).await?;
-            Format::Qcow2
-        }
-        None => {
-            truncate(chain, target, Format::Raw).await?;
-            Format::Raw
-        }
-    };
+    format_target(chain, target, format).await?;
     // It is made durable at the end, once; until then it is worth nothing.
     let cache = json!({ "direct": false, "no-flush": true });
     let node = json!({
@@ -247,7 +229,7 @@ async fn copy(
         "job-id": JOB, "device": source, "target": "target", "sync": "full", "auto-dismiss": false,
         "on-source-error": "report", "on-target-error": "report",
     });
-    run(engine, chain, "blockdev-mirror", mirror, Some((target, progress))).await?;
+    run(engine, chain, mirror, target, progress).await?;
     for node in ["target", "target-file"] {
         engine
             .execute("blockdev-del", json!({ "node-name": node }))
@@ -256,66 +238,24 @@ async fn copy(
     Ok(())
 }
 
-/// A file that nobody else has.
-fn memfd(disk: &str) -> Result<OwnedFd, Error> {
-    let made = rustix::fs::memfd_create("backupd-image", MemfdFlags::CLOEXEC);
-    made.map_err(|errno| Error::system(disk, "prepared", errno))
-}
-
-/// Makes an empty image of the disk's size. Not in the target: QEMU opens what it has just written once more, to give it its
-/// size, and whoever passed the target could have it open, and make larger, another file meanwhile.
-async fn make_empty(engine: &mut Engine, chain: &OpenDisk, name: &str) -> Result<(), Error> {
-    let node = json!({ "driver": "file", "node-name": "empty", "filename": name });
-    engine.execute("blockdev-add", node).await?;
-    let options = json!({ "driver": "qcow2", "file": "empty", "size": chain.virtual_size() });
-    let create = json!({ "job-id": JOB, "options": options });
-    run(engine, chain, "blockdev-create", create, None).await?;
-    engine
-        .execute("blockdev-del", json!({ "node-name": "empty" }))
-        .await?;
-    Ok(())
-}
-
-/// Puts an empty image into the target.
-async fn put(chain: &OpenDisk, image: OwnedFd, target: &Target<'_>) -> Result<(), Error> {
-    let (disk, target) = (chain.disk.clone(), target.file.clone());
-    blocking(move || {
-        let failed = |errno| Error::system(&disk, "written", errno);
-        let (mut piece, mut offset) = (vec![0; 1 << 16], 0);
-        loop {
-            let count = rustix::io::pread(&image, &mut piece[..], offset).map_err(failed)?;
-            if count == 0 {
-                return Ok(());
-            }
-            let mut written = 0;
-            while written < count {
-                let at = offset + written as u64;
-                written += rustix::io::pwrite(&*target, &piece[written..count], at).map_err(failed)?;
-            }
-            offset += count as u64;
-        }
-    })
-    .await
-}
-
-/// Runs a job to its end. A job that writes into the target is given with it.
+/// Runs a mirror to its end.
 async fn run(
     engine: &mut Engine,
     chain: &OpenDisk,
-    command: &str,
     arguments: Value,
-    copied: Option<(&Target<'_>, &Progress)>,
+    target: &Target<'_>,
+    progress: &Progress,
 ) -> Result<(), Error> {
     let mut events = engine.client().events();
-    let was_written = copied.map(|(target, _)| target.written.swap(true, Ordering::Relaxed));
+    let was_written = target.written.swap(true, Ordering::Relaxed);
     if let Err(error) = engine
         .client()
-        .query_within::<Value>(PATIENCE, command, arguments)
+        .query_within::<Value>(PATIENCE, "blockdev-mirror", arguments)
         .await
     {
         // A command that QEMU refuses has not begun: "Failed to get write lock" is the disk of a running VM.
-        if let (true, Some((target, _)), Some(was)) = (error.is_refusal(), copied, was_written) {
-            target.written.store(was, Ordering::Relaxed);
+        if error.is_refusal() {
+            target.written.store(was_written, Ordering::Relaxed);
         }
         return Err(engine.explain(error).await);
     }
@@ -332,9 +272,7 @@ async fn run(
                 why: "its job is gone".to_owned(),
             });
         };
-        if let Some((_, progress)) = copied {
-            progress.set(job.current_progress, job.total_progress);
-        }
+        progress.set(job.current_progress, job.total_progress);
         match (job.status.as_str(), job.error) {
             ("concluded", None) => break,
             ("concluded", Some(why)) => return Err(failed(chain, why)),

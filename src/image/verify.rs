@@ -11,10 +11,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::backup::{Image, Location};
 use super::chain::{Links, OpenDisk, for_each_link};
-use super::header::HeaderError;
 use super::{Control, Error, Fault, Finding, Progress, blocking, check};
 use crate::catalog;
 use crate::definition::Format;
+use crate::qcow2::HeaderError;
 use crate::target::{Held, Shelf};
 
 const CHUNK: usize = 1 << 20;

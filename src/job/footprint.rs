@@ -12,16 +12,11 @@ use serde_json::{Value, json};
 use super::manager::Setting;
 use super::track::JobInfo;
 use super::{Error, Job};
-use crate::definition::{Compression, Format};
+use crate::definition::Format;
 use crate::domain::{Domain, Link, Snapshot};
-use crate::plan::{DiskPlan, Mode};
+use crate::plan::DiskPlan;
 use crate::qmp::{self, Client, Events, EventsError};
 use crate::target::{Media, Target};
-
-/// Large clusters keep metadata small, and a full backup writes whole ones; in bytes.
-const CLUSTER_SIZE: u32 = 1 << 20;
-/// What changed is copied in whole clusters: as small as what a bitmap tells apart.
-const INCREMENT_CLUSTER_SIZE: u32 = 1 << 16;
 
 /// The names of one job's things in QEMU. Node names have at most 31 bytes.
 #[derive(Debug, Clone)]
@@ -49,10 +44,6 @@ impl Names {
         format!("{}-{disk}-file", self.0)
     }
 
-    fn create_job(&self, disk: usize) -> String {
-        format!("{}-{disk}-create", self.0)
-    }
-
     /// See [`super::sentinel`].
     pub fn mark(&self, index: usize) -> String {
         format!("{}-{index}-end", self.0)
@@ -75,6 +66,11 @@ impl Names {
         name.strip_prefix(&self.0)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
     }
+}
+
+/// The service makes the data durable itself, once, before it publishes: QEMU's flushes on the way only cost.
+fn cache() -> Value {
+    json!({ "no-flush": true })
 }
 
 /// An entry of `query-named-block-nodes`, as far as it tells of another file.
@@ -171,57 +167,77 @@ impl Footprint {
         found
     }
 
+    /// Has QEMU open a target's file as it is, and close it again. The node has no format: no byte is read.
+    pub async fn check_target(&self, index: usize, target: &Target) -> Result<(), Error> {
+        let set = self.pass(index, target).await?;
+        self.open_file(index, target, set).await?;
+        let node = json!({ "node-name": self.names.file_node(index) });
+        self.prepare(target, "blockdev-del", node).await?;
+        self.prepare(target, "remove-fd", json!({ "fdset-id": set }))
+            .await?;
+        Ok(())
+    }
+
     /// Hands a target to QEMU and makes the node that the backup writes to.
     pub async fn open_target(&self, index: usize, target: &Target, disk: &DiskPlan) -> Result<(), Error> {
-        let prepare = |source| Error::Prepare {
-            disk: disk.name.clone(),
-            source,
-        };
-        let descriptor = target.descriptor().map_err(|error| Error::Descriptor {
-            disk: disk.name.clone(),
-            why: error.to_string(),
-        })?;
-        let client = self.client();
-        let arguments = json!({ "opaque": self.names.block_job(index) });
-        let added = client
-            .execute_with_descriptor("add-fd", arguments, descriptor)
-            .await
-            .map_err(prepare)?;
-        let set = added.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| {
-            prepare(qmp::Error::UnexpectedReply {
-                command: "add-fd".into(),
-                detail: "no fdset-id".into(),
-            })
-        })?;
-        let driver = match target.media {
-            Media::Regular => "file",
-            Media::Block => "host_device",
-        };
-        let file = self.names.file_node(index);
-        // The service makes the data durable itself, once, before it publishes: QEMU's flushes on the way only cost.
-        let cache = json!({ "no-flush": true });
-        let node = json!({
-            "driver": driver, "node-name": file, "filename": format!("/dev/fdset/{set}"),
-            "cache": cache, "discard": "unmap",
-        });
-        client.execute("blockdev-add", node).await.map_err(prepare)?;
+        let set = self.pass(index, target).await?;
+        self.open_file(index, target, set).await?;
         let mut node = json!({
-            "driver": disk.format.as_str(), "node-name": self.names.target_node(index), "file": file,
-            "cache": cache, "discard": "unmap", "detect-zeroes": "unmap",
+            "driver": disk.format.as_str(), "node-name": self.names.target_node(index),
+            "file": self.names.file_node(index),
+            "cache": cache(), "discard": "unmap", "detect-zeroes": "unmap",
         });
         match disk.format {
-            Format::Qcow2 => {
-                target.mark_written();
-                self.format(index, disk, &file).await?;
-                // Null, or QEMU would open what a header names.
-                node["backing"] = Value::Null;
-            }
+            // Null, or QEMU would open what a header names.
+            Format::Qcow2 => node["backing"] = Value::Null,
             // A device may be larger than the disk, and QEMU wants equal sizes.
             Format::Raw if target.media == Media::Block => node["size"] = json!(disk.virtual_size),
             Format::Raw => {}
         }
-        client.execute("blockdev-add", node).await.map_err(prepare)?;
+        self.prepare(target, "blockdev-add", node).await?;
         Ok(())
+    }
+
+    /// Passes a target's descriptor; returns the number of its set.
+    async fn pass(&self, index: usize, target: &Target) -> Result<u64, Error> {
+        let prepare = |source| Error::Prepare {
+            disk: target.disk.clone(),
+            source,
+        };
+        let descriptor = target.descriptor().map_err(|error| Error::Descriptor {
+            disk: target.disk.clone(),
+            why: error.to_string(),
+        })?;
+        let arguments = json!({ "opaque": self.names.block_job(index) });
+        let client = self.client();
+        let added = client.execute_with_descriptor("add-fd", arguments, descriptor);
+        let added = added.await.map_err(prepare)?;
+        added.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| {
+            prepare(qmp::Error::UnexpectedReply {
+                command: "add-fd".into(),
+                detail: "no fdset-id".into(),
+            })
+        })
+    }
+
+    async fn open_file(&self, index: usize, target: &Target, set: u64) -> Result<(), Error> {
+        let driver = match target.media {
+            Media::Regular => "file",
+            Media::Block => "host_device",
+        };
+        let node = json!({
+            "driver": driver, "node-name": self.names.file_node(index), "filename": format!("/dev/fdset/{set}"),
+            "cache": cache(), "discard": "unmap",
+        });
+        self.prepare(target, "blockdev-add", node).await
+    }
+
+    async fn prepare(&self, target: &Target, command: &str, arguments: Value) -> Result<(), Error> {
+        let done = self.client().execute(command, arguments).await;
+        done.map(drop).map_err(|source| Error::Prepare {
+            disk: target.disk.clone(),
+            source,
+        })
     }
 
     /// Whether QEMU has opened what was written here, and nothing else: whoever has a target open too can have written a
@@ -240,55 +256,6 @@ impl Footprint {
                 message: "somebody else writes to it".into(),
             }),
             None => Ok(()),
-        }
-    }
-
-    /// Makes an empty image in the file node.
-    async fn format(&self, index: usize, disk: &DiskPlan, file: &str) -> Result<(), Error> {
-        let prepare = |source| Error::Prepare {
-            disk: disk.name.clone(),
-            source,
-        };
-        let mut options = json!({ "driver": "qcow2", "file": file, "size": disk.virtual_size });
-        match &disk.mode {
-            Mode::Full { .. } => options["cluster-size"] = json!(CLUSTER_SIZE),
-            // Only written into the header, for who reads it later.
-            Mode::Since(base) => {
-                options["cluster-size"] = json!(INCREMENT_CLUSTER_SIZE);
-                options["backing-file"] = json!(base.parent().relative_path());
-                options["backing-fmt"] = json!("qcow2");
-            }
-        }
-        // zlib is what QEMU takes by itself; the option came with zstd, in version 5.1.
-        if disk.compress == Some(Compression::Zstd) {
-            options["compression-type"] = json!("zstd");
-        }
-        let job = self.names.create_job(index);
-        let mut events = self.client().events();
-        let arguments = json!({ "job-id": job, "options": options });
-        self.client()
-            .execute("blockdev-create", arguments)
-            .await
-            .map_err(prepare)?;
-        let failed = self.concluded(&mut events, &job).await.map_err(prepare)?;
-        self.client()
-            .execute("job-dismiss", json!({ "id": job }))
-            .await
-            .map_err(prepare)?;
-        match failed {
-            None => Ok(()),
-            Some(message) => Err(Error::Format {
-                disk: disk.name.clone(),
-                message,
-            }),
-        }
-    }
-
-    /// Waits for the end of a job that no events but its status tell of; gives its error.
-    async fn concluded(&self, events: &mut Events, job: &str) -> qmp::Result<Option<String>> {
-        match self.reached(events, job, &["concluded"]).await? {
-            Some(info) => Ok(info.error),
-            None => Ok(Some("the job is gone".into())),
         }
     }
 

@@ -168,7 +168,7 @@ impl<'a> Running<'a> {
         }
         let before = self.tracker.done();
         self.tracker.query(&infos);
-        self.scan.look(self.job, self.footprint, self.totals()).await?;
+        self.look().await?;
         let done = self.tracker.done();
         let ours = |id: &str| self.tracker.jobs().iter().any(|job| job.job == id);
         let paused = infos.iter().any(|info| info.status == "paused" && ours(&info.id));
@@ -186,6 +186,17 @@ impl<'a> Running<'a> {
         self.job.asked.send_replace(Some(Instant::now()));
         self.show();
         Ok(())
+    }
+
+    /// Looks what QEMU copies, as long as it may be silent: to answer that, it reads from every image.
+    async fn look(&mut self) -> Result<(), Stopped> {
+        let (totals, left) = (self.totals(), self.stall.saturating_sub(self.moved.elapsed()));
+        let look = self.scan.look(self.job, self.footprint, totals);
+        let look = tokio::time::timeout(left.max(ANSWER), look);
+        match self.job.cancel.run_until_cancelled(look).await {
+            Some(Ok(looked)) => looked,
+            Some(Err(_)) | None => Ok(()),
+        }
     }
 
     pub fn show_running(&self) {
@@ -282,7 +293,10 @@ impl<'a> Running<'a> {
         }
         match first {
             Some(error) => Err(Stopped::Failed(error)),
-            None if verdicts.contains(&Verdict::Cancelled) => Err(Stopped::Cancelled),
+            None if verdicts.contains(&Verdict::Unknown) && !self.job.cancel.is_cancelled() => {
+                Err(Stopped::Failed(Error::Forgotten))
+            }
+            None if verdicts.iter().any(|verdict| *verdict != Verdict::Completed) => Err(Stopped::Cancelled),
             None => Ok(()),
         }
     }

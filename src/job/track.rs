@@ -30,6 +30,8 @@ pub enum Verdict {
     Completed,
     Failed { operation: String, message: String },
     Cancelled,
+    /// QEMU never said: another client has dismissed the job.
+    Unknown,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,7 +126,6 @@ impl Tracker {
     pub fn query(&mut self, infos: &[JobInfo]) {
         for job in &mut self.0 {
             let Some(info) = infos.iter().find(|info| info.id == job.job) else {
-                // Somebody else dismissed it. What nobody tells is no success.
                 job.phase = Phase::Concluded;
                 continue;
             };
@@ -149,11 +150,11 @@ impl Tracker {
         }
     }
 
-    /// What became of each, in order. One that never said is no success.
+    /// What became of each, in order.
     pub fn verdicts(&self) -> Vec<Verdict> {
         self.0
             .iter()
-            .map(|job| job.verdict.clone().unwrap_or(Verdict::Cancelled))
+            .map(|job| job.verdict.clone().unwrap_or(Verdict::Unknown))
             .collect()
     }
 }
@@ -287,6 +288,6 @@ mod tests {
         assert!(!tracker.event(&event("BLOCK_JOB_CANCELLED", json!({ "device": "other" }))));
         assert!(!tracker.event(&event("BLOCK_JOB_READY", json!({ "device": "a" }))));
         assert!(!tracker.event(&event("SOMETHING_NEW", json!({ "id": "a" }))));
-        assert_eq!(tracker.verdicts(), [Verdict::Cancelled, Verdict::Cancelled]);
+        assert_eq!(tracker.verdicts(), [Verdict::Unknown, Verdict::Unknown]);
     }
 }

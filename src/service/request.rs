@@ -281,7 +281,7 @@ pub(super) fn disk_list(disks: &[String]) -> String {
 fn check_features(link: &Link) -> Result<()> {
     let schema = &link.schema;
     let grouped = schema.command_takes("transaction", "properties");
-    if grouped && schema.has_command("blockdev-backup") && schema.has_command("blockdev-create") {
+    if grouped && schema.has_command("blockdev-backup") {
         return Ok(());
     }
     Err(job::Error::TooOld.into())

@@ -11,6 +11,7 @@ mod digest;
 mod error;
 mod file;
 mod find;
+mod format;
 mod generation;
 mod identity;
 mod inside;
@@ -32,6 +33,7 @@ pub use block::device_path;
 pub use digest::FileDigest;
 pub use error::Error;
 pub use find::Found;
+pub use format::format;
 pub use generation::{Raised, generation, raise_generation};
 pub use identity::{FileId, Holder, Sources};
 pub use inside::store_around;
@@ -57,7 +59,6 @@ use tokio_util::sync::CancellationToken;
 use digest::Reading;
 use sparse::Digger;
 
-use crate::definition::Format;
 use crate::fault;
 use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
@@ -192,10 +193,11 @@ impl Targets {
         Ok(targets)
     }
 
-    /// Empties what was there before and gives raw images their size: the point of no return for existing files.
-    pub fn begin(&mut self, plan: &Plan) -> Result<(), Error> {
+    /// Empties what was there before: the point of no return for existing files. Raw images get their size, others an empty
+    /// image.
+    pub fn format(&mut self, plan: &Plan) -> Result<(), Error> {
         let mut targets = self.targets.iter_mut().zip(&plan.disks);
-        targets.try_for_each(|(target, disk)| target.begin(disk).map_err(|error| error.of(&disk.name)))
+        targets.try_for_each(|(target, disk)| target.format(disk).map_err(|error| error.of(&disk.name)))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Target> {
@@ -395,6 +397,11 @@ impl Target {
         })
     }
 
+    /// Whether it may hold something that somebody would lose if it was emptied, before the backup begins.
+    pub fn has_content(&self) -> bool {
+        matches!(self.publication, Publication::InPlace)
+    }
+
     /// From here on QEMU may write into it. Returns whether it was marked before.
     pub fn mark_written(&self) -> bool {
         self.written.swap(true, Ordering::Relaxed)
@@ -403,23 +410,6 @@ impl Target {
     /// Whether content that was there before may have been changed. Whoever writes sets it first.
     pub fn written(&self) -> &AtomicBool {
         &self.written
-    }
-
-    fn begin(&mut self, disk: &DiskPlan) -> Result<(), Error> {
-        if self.media == Media::Block {
-            return Ok(());
-        }
-        let truncate = |size| {
-            rustix::fs::ftruncate(&self.file, size)
-                .map_err(|errno| Error::io("set the size of", &self.label, errno))
-        };
-        self.mark_written();
-        truncate(0)?;
-        if disk.format == Format::Raw {
-            truncate(disk.virtual_size)?;
-            self.sparse = true;
-        }
-        Ok(())
     }
 
     fn seal(

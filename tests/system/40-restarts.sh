@@ -88,6 +88,10 @@ is_undone() {
     case $(qmp web query-named-block-nodes) in *'"node-name": "backupd-'*) return 1 ;; esac
 }
 
+main_pid_is_not() { [ "$(main_pid)" != "$1" ]; }
+was_thawed() { [ "$(head -n 2 /run/agent-was-told | tr '\n' ' ')" = "freeze thaw " ]; }
+log_has() { journalctl -u backupd.service -o cat | grep -Fq "$1"; }
+
 test_a_guest_is_thawed_when_the_service_is_killed_with_it_frozen() {
     local killed
     start_agent /run/vm-web/agent
@@ -101,10 +105,11 @@ test_a_guest_is_thawed_when_the_service_is_killed_with_it_frozen() {
     until_true "the service to see it run" sh -c "backupctl domains | grep -Eq '^web +running'"
     killed=$(main_pid)
     contains "$(status_of backupctl create web --quiesce require 2>&1)" "status 1"
-    [ "$(main_pid)" != "$killed" ]
-    contains "$(head -n 2 /run/agent-was-told | tr '\n' ' ')" "freeze thaw "
+    # The caller may see the bus name go before systemd has seen the process end, and before the guard has thawed.
+    until_true "systemd to see the service killed" main_pid_is_not "$killed"
+    until_true "the guest to be thawed" was_thawed
     # Not only by the next service: in the sandbox there can be a guard, and systemd lets it end.
-    contains "$(journalctl -u backupd.service -o cat)" "the guest's file systems are thawed by the guard"
+    until_true "the guard's line in the journal" log_has "the guest's file systems are thawed by the guard"
     # The call ended with the service: the next one starts it again, and it undoes what was begun.
     until_true "the backup to be undone" is_undone
     has_nothing_of_ours web

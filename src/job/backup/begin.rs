@@ -24,53 +24,72 @@ use crate::qmp;
 use crate::target::{Media, Target};
 
 impl Driver<'_> {
-    /// Gives the targets the size that they begin with: the point of no return for existing files.
-    pub(super) async fn truncate(&mut self) -> Result<Fact, Stopped> {
-        let mut targets = self.take_targets()?;
-        let (job, patience) = (self.job.clone(), self.setting.deadlines.stall());
-        // If it comes back after the timeout, what it has is discarded there.
-        let truncated = blocking(self.setting, move || {
-            let truncated = targets.begin(&job.plan);
-            (targets, truncated)
-        });
-        let (targets, truncated) = tokio::time::timeout(patience, truncated)
-            .await
-            .map_err(|_| Error::stalled("the targets", patience))?;
-        self.targets = Some(targets);
-        truncated.map_err(Error::Target)?;
-        Ok(Fact::Truncated)
-    }
-
-    /// Makes the targets' nodes and the checkpoints' bitmaps in QEMU. What was half made is removed by its name.
-    pub(super) async fn open_targets(&mut self) -> Result<Fact, Stopped> {
+    /// Has QEMU open what existed before, makes the checkpoints' bitmaps, and asks the guest's agent whether it can freeze:
+    /// whatever refuses the backup here costs nobody the content of a file.
+    pub(super) async fn check_targets(&mut self) -> Result<Fact, Stopped> {
         let (footprint, targets) = (self.footprint()?, self.targets()?);
-        let prepare = async {
-            for (index, (target, disk)) in targets.iter().zip(&self.job.plan.disks).enumerate() {
-                footprint.open_target(index, target, disk).await?;
+        let existing = targets
+            .iter()
+            .enumerate()
+            .filter(|(_, target)| target.has_content());
+        self.in_qemu(async {
+            for (index, target) in existing {
+                footprint.check_target(index, target).await?;
             }
-            footprint.check_headers(&self.job.plan.disks).await?;
-            footprint.make_checkpoints(self.job).await?;
-            let held = self.job.plan.hold_poweroff && poweroff::can_hold(&footprint.link()).await;
-            Ok::<_, Error>(held)
-        };
-        let patience = self.setting.deadlines.stall();
-        let prepare = tokio::time::timeout(patience, prepare);
-        let prepared = self.job.cancel.run_until_cancelled(prepare).await;
-        let prepared = prepared.ok_or(Stopped::Cancelled)?;
-        let holds_poweroff =
-            prepared.unwrap_or_else(|_| Err(Error::stalled("the preparation of QEMU", patience)))?;
+            footprint.make_checkpoints(self.job).await
+        })
+        .await?;
         let limits = Limits {
             wait: self.setting.deadlines.freeze_wait(),
             frozen: self.setting.deadlines.freeze(),
         };
-        let freeze = Freeze::prepare(&self.job.domain, self.job.plan.quiesce, limits).await?;
-        let freezes = freeze.may_freeze();
-        self.freeze = Some(freeze);
+        self.freeze = Some(Freeze::prepare(&self.job.domain, self.job.plan.quiesce, limits).await?);
+        Ok(Fact::Checked)
+    }
+
+    /// Empties the targets: the point of no return for existing files.
+    pub(super) async fn format(&mut self) -> Result<Fact, Stopped> {
+        let mut targets = self.take_targets()?;
+        let (job, patience) = (self.job.clone(), self.setting.deadlines.stall());
+        // If it comes back after the timeout, what it has is discarded there.
+        let formatted = blocking(self.setting, move || {
+            let formatted = targets.format(&job.plan);
+            (targets, formatted)
+        });
+        let (targets, formatted) = tokio::time::timeout(patience, formatted)
+            .await
+            .map_err(|_| Error::stalled("the targets", patience))?;
+        self.targets = Some(targets);
+        formatted.map_err(Error::Target)?;
+        Ok(Fact::Formatted)
+    }
+
+    /// Makes the targets' nodes in QEMU. What was half made is removed by its name.
+    pub(super) async fn open_targets(&mut self) -> Result<Fact, Stopped> {
+        let (footprint, targets) = (self.footprint()?, self.targets()?);
+        let holds_poweroff = self
+            .in_qemu(async {
+                for (index, (target, disk)) in targets.iter().zip(&self.job.plan.disks).enumerate() {
+                    footprint.open_target(index, target, disk).await?;
+                }
+                footprint.check_headers(&self.job.plan.disks).await?;
+                Ok(self.job.plan.hold_poweroff && poweroff::can_hold(&footprint.link()).await)
+            })
+            .await?;
         Ok(Fact::Opened {
             not_before: now(),
             holds_poweroff,
-            freezes,
+            freezes: self.freeze.as_ref().is_some_and(Freeze::may_freeze),
         })
+    }
+
+    /// Prepares something in QEMU, which may be cancelled.
+    async fn in_qemu<T>(&self, prepare: impl Future<Output = Result<T, Error>>) -> Result<T, Stopped> {
+        let patience = self.setting.deadlines.stall();
+        let prepare = tokio::time::timeout(patience, prepare);
+        let prepared = self.job.cancel.run_until_cancelled(prepare).await;
+        let prepared = prepared.ok_or(Stopped::Cancelled)?;
+        Ok(prepared.unwrap_or_else(|_| Err(Error::stalled("the preparation of QEMU", patience)))?)
     }
 
     /// Has QEMU begin to copy, at a point in time.

@@ -104,7 +104,8 @@ impl<'a> Driver<'a> {
         reservation: &mut Option<Reservation>,
     ) -> Result<Fact, Stopped> {
         match action {
-            Action::Truncate => self.truncate().await,
+            Action::CheckTargets => self.check_targets().await,
+            Action::Format => self.format().await,
             Action::OpenTargets => self.open_targets().await,
             Action::Start => self.start(state.holds_poweroff()).await,
             Action::FindJobs => self.find_jobs(state).await,

@@ -43,7 +43,7 @@ impl Driver<'_> {
         if stalled {
             return Fact::Released { in_qemu: true };
         }
-        if self.resumed && undo.is_some() {
+        if self.resumed && undo.is_some() && state.files().is_some() {
             self.empty_lost_files(footprint).await;
         }
         let released = tokio::time::timeout(self.setting.deadlines.stall(), footprint.release()).await;

@@ -18,7 +18,9 @@ use crate::target::{FileDigest, FileId};
 pub enum State {
     /// The targets are being created; nothing that existed before has changed.
     Preparing,
-    /// The targets may be truncated and written to.
+    /// QEMU opens what existed before, and closes it again: nothing of that has changed.
+    Checking { files: Vec<FileId> },
+    /// The targets may be emptied and written to.
     Writing { files: Vec<FileId> },
     /// QEMU may have begun to copy, not before `not_before`.
     Starting {
@@ -108,9 +110,11 @@ pub struct Ended {
 /// What is to be done in a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Action {
-    /// Give the targets the size that they begin with. Existing content is gone from here on.
-    Truncate,
-    /// Make the nodes of the targets and the checkpoints' bitmaps in QEMU.
+    /// Find out what QEMU and the guest refuse while nothing is lost yet; make the checkpoints' bitmaps.
+    CheckTargets,
+    /// Empty the targets: a raw one gets its size, another one an empty image. Existing content is gone from here on.
+    Format,
+    /// Make the nodes of the targets in QEMU.
     OpenTargets,
     /// Hold the power-off, freeze, start the transaction, thaw.
     Start,
@@ -140,7 +144,8 @@ impl Action {
     /// For tests and the log.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Truncate => "truncate",
+            Self::CheckTargets => "check-targets",
+            Self::Format => "format",
             Self::OpenTargets => "open-targets",
             Self::Start => "start",
             Self::FindJobs => "find-jobs",
@@ -164,7 +169,8 @@ pub enum Fact {
     Prepared {
         files: Vec<FileId>,
     },
-    Truncated,
+    Checked,
+    Formatted,
     /// QEMU has the targets; the point in time is not before `not_before`.
     Opened {
         not_before: Timestamp,
@@ -227,11 +233,15 @@ pub enum Reached {
 
 /// The next state, and what is to be done in it. Nothing to be done: the job is over.
 pub fn next(state: State, fact: Fact) -> (State, Option<Action>) {
-    use Action::{Announce, CloseImages, Discard, Follow, OpenTargets, Publish, Release, Seal, Start};
+    use Action::{
+        Announce, CheckTargets, CloseImages, Discard, Follow, Format, OpenTargets, Publish, Release, Seal,
+        Start,
+    };
     let (state, action) = match (state, fact) {
         (state, Fact::Resumed(evidence)) => resume(state, evidence),
-        (State::Preparing, Fact::Prepared { files }) => (State::Writing { files }, Action::Truncate),
-        (state @ State::Writing { .. }, Fact::Truncated) => (state, OpenTargets),
+        (State::Preparing, Fact::Prepared { files }) => (State::Checking { files }, CheckTargets),
+        (State::Checking { files }, Fact::Checked) => (State::Writing { files }, Format),
+        (state @ State::Writing { .. }, Fact::Formatted) => (state, OpenTargets),
         (
             State::Writing { files },
             Fact::Opened {
@@ -336,7 +346,9 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
             };
             return undo(state, verdict);
         }
-        State::Preparing | State::Writing { .. } => return fail(state, Error::Interrupted.into()),
+        State::Preparing | State::Checking { .. } | State::Writing { .. } => {
+            return fail(state, Error::Interrupted.into());
+        }
         // What was not durable is gone, and nobody can say which part of it.
         State::Starting { .. }
         | State::Running(_)
@@ -394,6 +406,7 @@ fn undo(state: State, verdict: Verdict) -> (State, Action) {
             let undo = undo(None, false);
             (State::Discarding { undo, in_qemu: false }, Discard)
         }
+        State::Checking { .. } => (State::Undoing(undo(None, false)), Release),
         State::Writing { files } => (State::Undoing(undo(Some(files), false)), Release),
         State::Starting {
             files,
@@ -421,7 +434,7 @@ fn published(state: &State) -> State {
             State::Released { in_qemu, .. }
             | State::Sealed { in_qemu, .. }
             | State::Discarding { in_qemu, .. } => *in_qemu,
-            State::Preparing | State::Writing { .. } => false,
+            State::Preparing => false,
             _ => true,
         },
         holds_poweroff: state.holds_poweroff(),
@@ -448,6 +461,7 @@ impl State {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Preparing => "preparing",
+            Self::Checking { .. } => "checking",
             Self::Writing { .. } => "writing",
             Self::Starting { .. } => "starting",
             Self::Running(_) => "running",

@@ -125,10 +125,14 @@ impl World {
         self.seen.insert(action);
         let stopped = |why: &str| Fact::Stopped(failed(why));
         match action {
-            Action::Truncate => {
+            Action::CheckTargets => {
+                self.qemu_has = true;
+                Fact::Checked
+            }
+            Action::Format => {
                 assert!(state.files().is_some(), "it is known which files are written to");
                 (self.content, self.durable) = (Content::Torn, false);
-                Fact::Truncated
+                Fact::Formatted
             }
             Action::OpenTargets => {
                 self.qemu_has = true;
@@ -323,6 +327,7 @@ fn an_undisturbed_backup_completes_in_the_fixed_order() {
     let names: Vec<_> = world.records.iter().map(|(_, state)| state.name()).collect();
     let order = [
         "preparing",
+        "checking",
         "writing",
         "starting",
         "running",
@@ -359,7 +364,7 @@ fn no_two_incidents_lose_publish_or_leave_anything() {
         completed > walks / 10 && completed < walks,
         "{completed} of {walks}"
     );
-    assert_eq!(seen.len(), 13, "every action is walked through: {seen:?}");
+    assert_eq!(seen.len(), 14, "every action is walked through: {seen:?}");
 }
 
 #[test]

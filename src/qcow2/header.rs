@@ -1,6 +1,5 @@
-//! What a qcow2 header says about other files, read and held against what the manifest says.
-//!
-//! The layout is QEMU's `docs/interop/qcow2`. No more of the image is read than its first cluster.
+//! What a header says about other files, read and held against what the manifest says. No more of the image is read than
+//! its first cluster.
 
 use std::os::fd::OwnedFd;
 
@@ -9,7 +8,7 @@ use rustix::io::Errno;
 use crate::definition::Format;
 use crate::error::shown;
 
-const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
+pub(super) const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
 /// Of version 2; what has version 3 says its own.
 const SHORT_HEADER: usize = 72;
 const LEAST_CLUSTER_BITS: u32 = 9;
@@ -18,8 +17,8 @@ const MOST_CLUSTER_BITS: u32 = 21;
 const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
 /// Header extensions.
-const END: u32 = 0;
-const BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(super) const END: u32 = 0;
+pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
 const DATA_FILE_NAME: u32 = 0x4441_5441;
 const ENCRYPTION: u32 = 0x0537_be77;
 

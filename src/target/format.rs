@@ -1,0 +1,58 @@
+//! What a target holds before QEMU copies into it.
+
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+
+use super::{Error, Media, Target};
+use crate::definition::Format;
+use crate::plan::{DiskPlan, Mode};
+use crate::qcow2::Empty;
+
+/// Large clusters keep metadata small, and a full backup writes whole ones; in bytes.
+const CLUSTER_SIZE: u32 = 1 << 20;
+/// What changed is copied in whole clusters: as small as what a bitmap tells apart.
+const INCREMENT_CLUSTER_SIZE: u32 = 1 << 16;
+
+impl Target {
+    /// A raw device stays as it is.
+    pub(super) fn format(&mut self, disk: &DiskPlan) -> Result<(), Error> {
+        if (disk.format, self.media) == (Format::Raw, Media::Block) {
+            return Ok(());
+        }
+        self.mark_written();
+        self.sparse = disk.format == Format::Raw;
+        let formatted = format(&self.file, self.media, disk.format, &empty_image(disk));
+        formatted.map_err(|errno| Error::io("format", &self.label, errno))
+    }
+}
+
+/// Makes an empty disk of a file or device: a raw file gets its size, and a raw device stays as it is.
+pub fn format(file: &OwnedFd, media: Media, format: Format, empty: &Empty) -> Result<(), Errno> {
+    match (format, media) {
+        (Format::Raw, Media::Block) => Ok(()),
+        (Format::Raw, Media::Regular) => {
+            rustix::fs::ftruncate(file, 0)?;
+            rustix::fs::ftruncate(file, empty.virtual_size)
+        }
+        (Format::Qcow2, Media::Regular) => empty.write_to_file(file),
+        (Format::Qcow2, Media::Block) => empty.write_to_device(file),
+    }
+}
+
+fn empty_image(disk: &DiskPlan) -> Empty {
+    let (cluster_size, backing) = match &disk.mode {
+        Mode::Full { .. } => (CLUSTER_SIZE, None),
+        // Only for who reads the image later: QEMU gets none while it writes.
+        Mode::Since(base) => {
+            let name = base.parent().relative_path();
+            (INCREMENT_CLUSTER_SIZE, Some((name, Format::Qcow2)))
+        }
+    };
+    Empty {
+        virtual_size: disk.virtual_size,
+        cluster_size,
+        compression: disk.compress,
+        backing,
+    }
+}

@@ -28,7 +28,10 @@ const CANCELED: &str = "Operation canceled";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     Completed,
-    Failed { operation: String, message: String },
+    Failed {
+        operation: String,
+        message: String,
+    },
     Cancelled,
     /// QEMU never said: another client has dismissed the job.
     Unknown,

@@ -69,7 +69,7 @@ pub struct Store {
     pub keep_monthly: u32,
     #[serde(default)]
     pub keep_yearly: u32,
-    /// Backups that are younger stay: nobody who may only make backups can push out those of before at once.
+    /// Younger backups stay: a caller who may only make backups cannot push out the earlier ones at once.
     #[serde(default = "one_day", deserialize_with = "span")]
     pub keep_at_least: Duration,
 }

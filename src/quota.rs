@@ -1,6 +1,6 @@
 //! How much of a thing one user may hold at a time, and all users together.
 //!
-//! Whoever lets a caller make something grow takes a share first and keeps it with what has grown. The administrator
+//! Code that lets a caller allocate something takes a share first and keeps it with the allocation. The administrator
 //! sets the limits; root, who could take anything by other ways, is bound only by those for all.
 
 use std::collections::HashMap;

@@ -1,6 +1,6 @@
-//! systemd, as far as it looks after the service: what it is told (sd_notify(3)), and the exit status that it acts on.
+//! Supervision by systemd: notifications (sd_notify(3)), and the exit status that systemd acts on.
 //!
-//! Without systemd nobody is told. Why what is said when the service leaves: see `bus::leave`.
+//! Without systemd, nothing is sent. `bus::leave` explains the order of notifications at an idle exit.
 
 use std::io;
 use std::os::fd::AsFd;

@@ -249,7 +249,7 @@ impl Access {
             interactive: false,
             ..caller.clone()
         };
-        // The clock of the question itself starts with its turn: whoever asks much waits, and gets its answers.
+        // The timeout of the question starts with its turn: a caller with many questions waits, but gets its answers.
         let question = async {
             let Some(_turn) = self.turns.take(caller.uid).await else {
                 return Decision::Failed("there are no more questions".into());

@@ -73,8 +73,8 @@ const GRACE: Duration = Duration::from_secs(1);
 
 /// Withdraws the question, and closes its password dialog, when nobody waits for the answer any more.
 ///
-/// Not at once: polkit withdraws by itself what was asked for a caller that has left, and version 122 locks up for good
-/// when it is told the same at that moment and the dialog answers too. After an answer, this does nothing.
+/// Not at once: polkit itself withdraws the questions of a caller that has left, and version 122 locks up for good
+/// if a withdrawal and the dialog's answer arrive at that moment. After an answer, this does nothing.
 struct Withdraw {
     cancellable: gio::Cancellable,
     context: MainContext,

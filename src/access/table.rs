@@ -5,7 +5,7 @@
 //! The shipped `.policy` file says the same in polkit's language, and the service asks for nothing else; tests hold table,
 //! policy and interface against each other.
 
-/// What there is to be allowed, on which kind of object.
+/// The permissions, and the kind of object of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Permission {
     /// Look at the list of domains at all.

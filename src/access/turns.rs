@@ -47,7 +47,7 @@ impl Turns {
 
     fn of(&self, uid: u32) -> Arc<Semaphore> {
         let mut by_user = self.by_user.lock().unwrap_or_else(PoisonError::into_inner);
-        // Whoever has or waits for a turn holds a reference.
+        // Every holder of a turn, and everyone who waits for one, holds a reference.
         by_user.retain(|_, turns| Arc::strong_count(turns) > 1);
         let turns = by_user
             .entry(uid)

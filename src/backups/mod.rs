@@ -64,7 +64,7 @@ const CHANGES: usize = 1024;
 /// What happened to the backups.
 #[derive(Debug, Clone)]
 pub enum Change {
-    /// It is gone, and what was kept elsewhere for those that would lie on it is of no use any more.
+    /// It was removed; its checkpoints and other data for future dependents are useless now.
     Removed(Box<Backup>),
 }
 

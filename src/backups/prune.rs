@@ -84,7 +84,7 @@ impl Backups {
             judged: self.judge(group, retention).await?,
             freed: 0,
         };
-        // The youngest first: it may lie on another of them.
+        // The youngest first: it may depend on another of them.
         for judged in pruned.judged.iter_mut().rev() {
             if judged.verdict != Verdict::Removed {
                 continue;
@@ -119,7 +119,7 @@ impl Backups {
             match freed {
                 Ok(freed) => pruned.freed += freed,
                 Err(error @ (Error::Stopping | Error::Stalled { .. })) => return Err(error),
-                // What it lies on stays with it.
+                // Its bases stay with it.
                 Err(error) => {
                     tracing::warn!(backup = judged.backup.key.id, store = group.store, %error, "a backup stays");
                     judged.verdict = Verdict::Failed;

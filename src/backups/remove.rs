@@ -1,4 +1,4 @@
-//! Removing backups: those that lie on others first, each as a whole or not at all.
+//! Removing backups: dependents first, each atomically.
 //!
 //! That a backup is being removed is in the catalog before anything of it goes, and its record goes after the last of it. What
 //! a service that ended in between left, the next one finishes.
@@ -29,9 +29,9 @@ pub struct Unwanted {
     /// The directory's name in the store.
     pub domain: String,
     pub ids: BTreeSet<String>,
-    /// With all that lies on them.
+    /// With all dependents.
     pub with_descendants: bool,
-    /// What lies on them is made to lie on nothing before, and stays.
+    /// Dependents are made independent before, and stay.
     pub merge: bool,
 }
 
@@ -44,7 +44,7 @@ pub struct Removed {
     pub freed: u64,
 }
 
-/// Whether the removal of a backup was begun; and what there is of it still.
+/// Whether the removal of a backup was begun, and what remains of it.
 enum Begun {
     Yes(Option<Removal>),
     No,
@@ -91,7 +91,7 @@ impl Backups {
             let removal = self.in_store(&backup, Removal::hold).await?;
             held.0.push_back((backup, removal));
         }
-        // Who builds upon a backup holds it: from here on nothing comes that lies on these.
+        // A backup that is used as base is held, so from here on these get no new dependents.
         let again = self.order(unwanted, false).await?;
         if let Some(other) = again.iter().find(|id| !order.contains(id)) {
             return Err(Error::HasDescendants {
@@ -168,13 +168,13 @@ impl Backups {
         Ok(removed)
     }
 
-    /// What is to go, in that order; refused if something that is to stay lies on it.
+    /// The backups to remove, in that order; refused if one that stays depends on them.
     async fn order(&self, unwanted: &Unwanted, as_if_merged: bool) -> Result<Vec<String>, Error> {
         let mut chains = self
             .chains(&unwanted.store, &unwanted.domain, &unwanted.ids)
             .await?;
         if unwanted.merge && as_if_merged {
-            // Nothing would lie on them. When they are merged, the catalog says so itself, and what came meanwhile is seen.
+            // As if they had no dependents. After the merge the catalog says so, and new dependents are noticed.
             let links = chains.links.iter_mut();
             for link in links.filter(|link| !unwanted.ids.contains(&link.id)) {
                 link.parents.retain(|parent| !unwanted.ids.contains(parent));
@@ -389,7 +389,7 @@ pub fn finish_removal(store: &Path, domain: &str, id: &str) -> Result<(), target
     }
 }
 
-/// These and, if they are wanted too, those that lie on them: each before what it lies on.
+/// These and, if wanted, their dependents: each before its bases.
 fn order(links: &[Link], ids: &BTreeSet<String>, with_descendants: bool) -> Result<Vec<String>, Error> {
     let mut above: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for link in links {
@@ -414,7 +414,7 @@ fn order(links: &[Link], ids: &BTreeSet<String>, with_descendants: bool) -> Resu
             others: others.into_iter().map(str::to_owned).collect(),
         });
     }
-    // The youngest first: those on which none of the others lies. What lies on itself, in a circle, goes last.
+    // The youngest first: those without dependents among the others. Loops go last.
     let mut order: Vec<String> = Vec::new();
     while !all.is_empty() {
         let free: Vec<&str> = all

@@ -1,4 +1,4 @@
-//! The backups in a store that no service knows: read from the store itself, by whoever can read it.
+//! The backups in a store, read from the store itself without the service, with the rights of the process.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,7 +27,7 @@ pub struct Inventory {
     pub problems: Vec<String>,
 }
 
-/// Reads a store, wherever and whoever's it is. Blocks.
+/// Reads a store, whatever its place and owner. Blocks.
 pub fn read_store(path: &Path) -> Result<Inventory, target::Error> {
     let store = Shelf::of_users_store(path)?;
     let mut inventory = Inventory::default();

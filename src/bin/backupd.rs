@@ -1,4 +1,4 @@
-//! The service: reads its configuration, goes on the system bus, and stops when it is told to or the bus is gone.
+//! The service: reads its configuration, connects to the system bus, and stops on a signal or when the bus is gone.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -180,8 +180,8 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
 /// Returns when nobody has needed the service for so long, its name is given up, and nobody called meanwhile: see
 /// `bus::leave` for the order of all this.
 ///
-/// Configured domains do not keep it. All that it does for one between calls is to follow its state, and whoever wants to
-/// hear of that is subscribed; the next start connects to its monitor again. That cannot be done with a registered one.
+/// Configured domains do not keep it running. Between calls it only follows their state, for subscribers; the next start
+/// connects to the monitor again. That is impossible for a registered one.
 async fn leave_when_idle(
     time: Option<Duration>,
     activity: &Activity,

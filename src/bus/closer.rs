@@ -54,7 +54,7 @@ impl Work {
             while let Ok(more) = self.waiting.try_recv() {
                 messages.push(more);
             }
-            // Under a flood the answer comes behind it, and descriptors are what there is least of.
+            // Under a flood of calls, close first and answer later: descriptors run out first.
             if messages.len() < MOST_PATIENT {
                 self.let_reader_go_on().await;
             }

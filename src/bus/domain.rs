@@ -16,10 +16,10 @@ use crate::error::{Error, Kind};
 use crate::job::Checkpoint;
 use crate::service::WhichCheckpoints;
 
-/// A disk as it is told: name, node, virtual size, format, writable, and why it is not backed up unless it is named.
+/// A disk on the bus: name, node, virtual size, format, writable, and why it is not backed up unless it is named.
 pub type DiskTuple = (String, String, u64, String, bool, String);
 
-/// A checkpoint as it is told: name, parent's name, time, backup's id, store, and (disk, bitmap, state) of each disk.
+/// A checkpoint on the bus: name, parent's name, time, backup's id, store, and (disk, bitmap, state) of each disk.
 type CheckpointTuple = (String, String, u64, String, String, Vec<(String, String, String)>);
 
 pub async fn call(context: &Context, call: &Call, domain: &Arc<Domain>) -> Answer {
@@ -116,7 +116,7 @@ pub async fn properties(context: &Context, call: &Call, domain: &Domain) -> Resu
     ])
 }
 
-/// The changing properties, as they are told.
+/// The changing properties, on the bus.
 pub fn uuid(snapshot: &Snapshot) -> String {
     snapshot.uuid.map(|uuid| uuid.to_string()).unwrap_or_default()
 }

@@ -21,7 +21,7 @@ use super::peers::Visit;
 use crate::error::Kind;
 
 /// The longest call, in bytes: a document of the longest length that can be configured, and as much again. The bus itself
-/// lets through 16 times that, and whoever sends it could have 64 at a time.
+/// lets through 16 times that, and a caller could have 64 of them at a time.
 const MOST_BYTES: usize = 2 << 20;
 
 /// How long the end waits for calls that need nothing but their own time.
@@ -95,8 +95,8 @@ impl Door {
         }
     }
 
-    /// Refuses further calls and brings those in flight to their end. One that waits for a backup, or for a person, is told
-    /// that the service is stopping; any other is answered, if it does not take too long.
+    /// Refuses further calls and ends those in flight. A call that waits for a backup, or for a person, gets the error that
+    /// the service is stopping; any other is answered, if it does not take too long.
     pub async fn close(&self) {
         self.closing.cancel();
         self.tasks.close();
@@ -156,7 +156,7 @@ impl Door {
             false => &self.closed,
         };
         let answer = tokio::select! {
-            // What is known already is told.
+            // A known result is returned.
             biased;
             answer = self.answer(message.clone(), visit) => answer,
             () = end.cancelled() => Err(stopping()),

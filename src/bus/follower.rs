@@ -87,7 +87,7 @@ pub fn new(service: Arc<Service>, audience: Audience, activity: Activity) -> (Fo
 
 impl Work {
     fn follow(&self, job: Arc<Job>) -> impl Future<Output = ()> + use<> {
-        // A job ends before its end is told.
+        // A job ends before its end is signalled.
         let used = self.activity.begin();
         let following = follow_job(job, self.audience.clone());
         async move {
@@ -117,7 +117,7 @@ impl Work {
                     }
                     Some(Command::Finish) | None => break,
                 },
-                // Whatever came, went or was missed: what counts is what there is now.
+                // Changes may have been missed: only the present state counts.
                 change = changes.recv() => match change {
                     Err(broadcast::error::RecvError::Closed) => break,
                     Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {

@@ -12,7 +12,7 @@ use crate::error::Kind;
 use crate::job::{DiskState, DiskStatus, Job, Outcome, Status};
 use crate::plan::{DiskPlan, Mode};
 
-/// A disk as it is told: name, state, bytes in all, bytes done, target, error.
+/// A disk on the bus: name, state, bytes in all, bytes done, target, error.
 pub type DiskTuple = (String, String, u64, u64, String, String);
 
 /// How much of a disk is copied: its name, mode, the backup that it goes on from, and why from none.
@@ -26,7 +26,7 @@ fn increment(disk: &DiskPlan) -> IncrementTuple {
     (disk.name.clone(), disk.mode.as_str(), since, why)
 }
 
-/// The changing properties, as they are told.
+/// The changing properties, on the bus.
 #[derive(Debug, Clone, PartialEq)]
 pub struct View {
     pub state: &'static str,

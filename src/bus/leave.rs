@@ -56,7 +56,7 @@ pub(super) async fn take_name(connection: &Connection) -> zbus::Result<()> {
     }
 }
 
-/// Whether the bus has the service started for whoever calls it.
+/// Whether the bus starts the service for a call.
 pub(super) async fn is_started_on_demand(connection: &Connection) -> zbus::Result<bool> {
     let bus = DBusProxy::new(connection).await?;
     let names = bus.list_activatable_names().await?;

@@ -57,7 +57,7 @@ struct Context {
 /// The service while it is on the bus.
 pub struct Published {
     connection: Connection,
-    /// Whether the bus has the service started for whoever calls it.
+    /// Whether the bus starts the service for a call.
     pub on_demand: bool,
     door: Door,
     receiving: JoinHandle<()>,

@@ -1,4 +1,4 @@
-//! Who is told what, when it happens.
+//! Signals, and their receivers.
 //!
 //! Detailed signals go to the connection that started a job and to subscribers that may read the domain at that moment,
 //! each by itself; that a domain came or went, to those that may see it. What everybody hears carries a number and a path. On a machine of one user the administrator can have
@@ -216,7 +216,7 @@ impl Audience {
     }
 }
 
-/// What is told of domains as such, and of backups in stores.
+/// Signals about domains, and about backups in stores.
 pub enum Announcement {
     Added(Arc<Domain>),
     Removed(Arc<Domain>),

@@ -73,7 +73,7 @@ pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> 
             jobs.iter().map(|job| last(job_path(job.id).as_str())).collect()
         }
         Object::Backups => {
-            // The first page: whoever wants them all calls for the list.
+            // The first page: ListBackups returns all.
             let page = context
                 .service
                 .list_backups(&call.caller, BackupsWanted::default())

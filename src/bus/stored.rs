@@ -12,7 +12,7 @@ use crate::catalog::Backup;
 use crate::job::Job;
 use crate::service::RestoreRequest;
 
-/// A disk as it is told: name, file, format, virtual size, length, SHA-256, the backup that it lies on.
+/// A disk on the bus: name, file, format, virtual size, length, SHA-256, base.
 type DiskTuple = (String, String, String, u64, u64, String, String);
 
 /// A backup as the list tells it: object, id, name, domain's name, its UUID, store, kind, parent, time, state, problem,
@@ -205,7 +205,7 @@ fn uuid(backup: &Backup) -> String {
     uuid.map(|uuid| uuid.to_string()).unwrap_or_default()
 }
 
-/// The newest, should its disks lie on several.
+/// The newest, if its disks have several.
 fn parent(backup: &Backup) -> String {
     let parents = backup.manifest.parents();
     parents.last().map(|id| (*id).to_owned()).unwrap_or_default()

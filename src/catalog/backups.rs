@@ -46,7 +46,7 @@ pub struct Cursor {
 pub enum BackupState {
     /// Nothing is known to be wrong.
     Complete,
-    /// It is there, and does not hold what it held; or what it lies on is damaged or missing.
+    /// Its content has changed; or a base is damaged or missing.
     Damaged,
     /// It is not there, or not all of it.
     Missing,
@@ -222,7 +222,7 @@ impl Catalog {
         .await
     }
 
-    /// Has keep rules apply to all backups in a store, whoever made them.
+    /// Applies keep rules to all backups in a store, whichever service made them.
     pub async fn adopt(&self, store: String) -> Result<(), Error> {
         let sql = "UPDATE backups SET adopted = 1 WHERE store = ?1";
         self.change(sql, move |update| update.execute([store])).await
@@ -252,7 +252,7 @@ impl Catalog {
             .await
     }
 
-    /// Remembers what a look at the files of backups found, and what that means for those that lie on them.
+    /// Records the result of a check of backups' files, and its effect on their dependents.
     pub async fn looked(&self, looked: Vec<(BackupKey, Looked)>) -> Result<(), Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;

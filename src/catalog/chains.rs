@@ -1,4 +1,4 @@
-//! Which backups lie on which, and what is wrong with one because of another.
+//! The bases of backups, and damage of a base that affects its dependents.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,9 +11,9 @@ use super::{BackupKey, BackupState, Catalog, DomainDir, DomainRecord, Error};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
     pub id: String,
-    /// The backups that it lies on directly.
+    /// Its direct bases.
     pub parents: Vec<String>,
-    /// Apart from what it lies on.
+    /// Apart from its bases.
     pub own_state: BackupState,
     /// Why it is of no use though nothing is wrong with itself.
     pub broken: String,
@@ -78,7 +78,7 @@ fn links(connection: &Connection, store: &str, domain: &str) -> rusqlite::Result
     rows.collect()
 }
 
-/// Remembers of all backups that lie beside these whether those that they lie on are of use.
+/// Updates, for all backups of the same domains and stores as these, whether their bases are usable.
 pub(super) fn settle<'a>(
     connection: &Connection,
     changed: impl IntoIterator<Item = &'a BackupKey>,
@@ -101,7 +101,7 @@ pub(super) fn settle<'a>(
     Ok(())
 }
 
-/// What is wrong with those that lie on something that is of no use, by their ids.
+/// Problems of backups whose bases are unusable, by their ids.
 pub fn broken(links: &[Link]) -> BTreeMap<&str, String> {
     let known: BTreeSet<&str> = links.iter().map(|link| link.id.as_str()).collect();
     let mut above: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -162,7 +162,7 @@ mod tests {
             link("g", &["f"], Complete),
             link("h", &[], Missing),
             link("i", &["h"], Complete),
-            // Nobody makes one that lies on itself; it is no reason to go round for ever.
+            // A backup that is its own base is never made, but must not cause an endless loop.
             link("j", &["k"], Complete),
             link("k", &["j"], Damaged),
         ];

@@ -29,7 +29,7 @@ pub enum Begun {
     TooManyOfOwner { most: u32 },
 }
 
-/// What an id in the name of a bitmap stands for, to one domain. Of what is another domain's nothing is told.
+/// The meaning of an id in the name of a bitmap, for one domain. Says nothing about other domains' checkpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recorded {
     /// A backup in that store.

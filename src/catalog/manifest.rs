@@ -140,7 +140,7 @@ pub struct Disk {
     /// Of the file, in lower-case hexadecimal digits, as `sha256sum` prints it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
-    /// The image that this one lies on. What is not in this one is there.
+    /// The backing image, which has the data that is not in this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<Parent>,
     /// The dirty bitmap on the domain's disk that has recorded from this backup's instant on.
@@ -169,7 +169,7 @@ pub struct Parent {
 }
 
 impl Parent {
-    /// What the image's header calls it: a path relative to the directory of the backup that lies on it.
+    /// Its name in the image's header: a path relative to the directory of the dependent.
     pub fn relative_path(&self) -> String {
         format!("../{}/{}", self.backup, self.file)
     }
@@ -328,7 +328,7 @@ impl Manifest {
         }
     }
 
-    /// The backups that this one's images lie on: nobody reads it without them.
+    /// The bases of this one's images: it cannot be read without them.
     pub fn parents(&self) -> BTreeSet<&str> {
         let parents = self.disks.iter().filter_map(|disk| disk.parent.as_ref());
         parents.map(|parent| parent.backup.as_str()).collect()

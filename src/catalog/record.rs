@@ -39,7 +39,7 @@ pub struct NewJob {
     pub domain: DomainRecord,
     pub started_by: u32,
     pub start_time: Timestamp,
-    /// JSON; whoever writes it reads it.
+    /// JSON, in a form that only its writer knows.
     pub plan: String,
     pub speed: u64,
     /// JSON; see [`JobState::text`].

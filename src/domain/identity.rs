@@ -86,7 +86,7 @@ impl Domain {
         self.origin == identity.origin && (self.origin == Origin::Configured || self.owner == identity.owner)
     }
 
-    /// What an authority is told: the name, unless another domain has that now. A rule for that one is none for this one.
+    /// The name for the authority. If another domain has the name now, a rule for that one must not match this one.
     pub fn told_name(&self) -> String {
         match self.lost_name {
             false => self.name.clone(),
@@ -119,8 +119,8 @@ impl Registry {
     pub fn same(&self, identity: &Identity) -> Option<Arc<Domain>> {
         let uuid = |known: &Domain| known.snapshot.borrow().uuid;
         if let Some(named) = self.identified(identity)
-            // The UUID of a QEMU that was never reached is not known. Whoever claims that UUID under another name meanwhile
-            // does not get what is this one's.
+            // The UUID of a QEMU that was never reached is not known. A domain that claims that UUID under another name meanwhile
+            // does not get this one's backups.
             && (uuid(&named) == identity.uuid || !named.was_reached())
         {
             return Some(named);
@@ -196,7 +196,7 @@ impl Registry {
             if let Some(domain) = self.identified(identity) {
                 return Some(domain);
             }
-            // Whatever changed: what counts is what there is now.
+            // Changes may have been missed: only the present state counts.
             if let Err(RecvError::Closed) = changes.recv().await {
                 return None;
             }

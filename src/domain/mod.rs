@@ -56,7 +56,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// No domain has this name or UUID, as far as whoever named it may know.
+    /// No domain that the caller may see has this name or UUID.
     pub fn no_such_domain(name: &str) -> Self {
         Self::NoSuchDomain(shown(name))
     }

@@ -108,7 +108,7 @@ pub(super) async fn serve_once(
 ) {
     let serving = serve(&domain, link, driver, &greeters);
     let ended = stop.run_until_cancelled(serving).await;
-    // Nobody can connect to it again: for whoever waits for it, it has ended.
+    // It cannot be connected to again: for code that waits for it, it has ended.
     domain.down(ended.as_deref().unwrap_or("the service is letting it go"), true);
 }
 

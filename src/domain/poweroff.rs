@@ -1,7 +1,7 @@
 //! A guest's power-off, put off for as long as something needs its QEMU, and carried out afterwards.
 //!
-//! A QEMU that ends with its guest takes along whatever it was doing. It can be told to pause instead, and it cannot be
-//! asked what it was told before; so it is told only where its command line leaves no doubt that it would have ended. Knows
+//! A QEMU that ends with its guest ends its block jobs too. `set-action` makes it pause instead, but no command returns
+//! the former setting; so it is set only if the command line shows that QEMU would have ended. Knows
 //! that command line, the command and the run state; not what QEMU is needed for.
 
 use std::fs::File;
@@ -184,7 +184,7 @@ mod tests {
             "qemu-system-x86_64 -action shutdown=pause",
             "qemu-system-x86_64 --action reboot=reset,shutdown=pause",
             "qemu-system-x86_64 -action shutdown=something-new",
-            // The last one counts for QEMU; whoever says both is taken at the safer word.
+            // The last one counts for QEMU; with both, the safer one is assumed.
             "qemu-system-x86_64 -no-shutdown -action shutdown=poweroff",
             // A value of another option, which is no reason to look closer.
             "qemu-system-x86_64 -append -no-shutdown",

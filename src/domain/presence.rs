@@ -226,7 +226,7 @@ mod tests {
             .for_each(|sight| assert_eq!(sight.aim(), Aim::New));
         fs::write(directory.path().join("b"), "").unwrap();
         fs::write(directory.path().join("a"), "").unwrap();
-        // Events come in order: when the last is told, all are.
+        // Events come in order: after the last one, all have come.
         news(&sights[0]).await;
         news(&sights[2]).await;
         assert!(sights[1].news().now_or_never().is_some());

@@ -154,7 +154,7 @@ impl Registry {
         groups.into_values().collect()
     }
 
-    /// Takes over the monitor of a caller's own QEMU: `socket` must be connected, and nobody may have read from it.
+    /// Takes over the monitor of a caller's own QEMU: `socket` must be connected, and not have been read from.
     pub async fn register(
         self: &Arc<Self>,
         registration: Registration<'_>,

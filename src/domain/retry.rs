@@ -39,8 +39,8 @@ impl Retry {
         let pause = if rests { RARELY } else { self.pause };
         match tokio::time::timeout(pause, self.sight.news()).await {
             Ok(()) => {
-                // A socket is there a moment before somebody listens, and whoever makes and removes it all the time
-                // causes no more tries than this.
+                // A socket exists a moment before somebody listens. This also bounds the tries if somebody makes and removes it
+                // all the time.
                 tokio::time::sleep(FIRST).await;
                 self.pause = FIRST;
             }

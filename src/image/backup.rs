@@ -117,8 +117,8 @@ impl Backup {
         self.shelf.file_size(&disk.file).ok()
     }
 
-    /// Opens an image and holds what can be seen at once against the manifests; `backing` is the format of the image that
-    /// it lies on, where it lies on one. Blocks.
+    /// Opens an image and compares its length and header with the manifests; `backing` is the format of its backing
+    /// image, if it has one. Blocks.
     pub fn image(&self, disk: &catalog::Disk, backing: Option<Format>) -> Result<Image, Fault> {
         let file = match self.shelf.open_file(&disk.file) {
             Err(target::Error::Io {

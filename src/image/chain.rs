@@ -12,7 +12,7 @@ use crate::target::{Held, Shelf};
 /// Images of one disk, one on the other. What QEMU can open is more; a service that makes chains ends them earlier.
 pub const MAX_DEPTH: usize = 64;
 
-/// A backup, with what it lies on. None of it is changed by anybody while this is there.
+/// A backup, with its bases. None of them can be changed while this exists.
 #[derive(Debug)]
 pub struct Chain {
     pub manifest: Manifest,
@@ -121,7 +121,7 @@ fn damaged(backup: &str, disk: Option<&str>, fault: Fault) -> Error {
     })
 }
 
-/// The backups of one domain, each read once, for following what lies on what.
+/// The backups of one domain, each read once, for following chains.
 pub(super) struct Links<'a> {
     domain: &'a Shelf,
     backups: BTreeMap<String, Result<Arc<Backup>, Fault>>,
@@ -191,7 +191,7 @@ impl<'a> Links<'a> {
     }
 }
 
-/// Goes down from an image to the one that lies on none, and says where it cannot.
+/// Follows a chain from an image to the one without a base, and says where that fails.
 pub(super) fn for_each_link(
     links: &mut Links,
     top: Link,

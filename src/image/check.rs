@@ -25,12 +25,12 @@ struct Report {
 
 /// Has the image's own structure checked. Leaked clusters are no damage: they hold nothing.
 ///
-/// qemu-img reads the header itself, so it is looked at once more afterwards: one that was exchanged meanwhile is told.
+/// qemu-img reads the header itself, so the header is checked again afterwards: an exchanged one is reported.
 pub async fn check(image: &Image, control: Control<'_>) -> Result<Result<(), Fault>, Error> {
     let input = image.descriptor().map_err(|error| Error::Engine {
         why: error.to_string(),
     })?;
-    // What it lies on is checked for itself.
+    // Its backing image is checked separately.
     let file = json!({ "driver": "file", "filename": "/dev/fd/0" });
     let name = format!(
         "json:{}",

@@ -11,7 +11,7 @@ use super::process::{IMG, Inherited, Words};
 use super::{Control, Error, blocking};
 use crate::definition::Format;
 
-/// Compares all that a guest would see of a disk, with a qcow2 image that lies on nothing; false if there is a difference.
+/// Compares all that a guest would see of a disk with a qcow2 image without a backing file; false if they differ.
 pub async fn shows_the_same(chain: &OpenDisk, image: &OwnedFd, control: Control<'_>) -> Result<bool, Error> {
     let mut inherited = Inherited::new();
     let mut node = Value::Null;

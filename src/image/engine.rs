@@ -1,7 +1,7 @@
 //! A `qemu-storage-daemon` of our own, with a chain's images as its block nodes.
 //!
-//! Images are opened read-only, each lying on what the manifests say, never on what a header says. One that names
-//! other files all the same, because it was exchanged after its header was checked, is noticed before a byte of it is used.
+//! Images are opened read-only, with the backing files of the manifests, never those of a header. A header that names
+//! other files, because it was exchanged after it was checked, is noticed before a byte of the image is used.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,9 +1,9 @@
-//! Stored backups, read: found with all that they lie on, restored, exported and verified.
+//! Reading stored backups: they are found with all their bases, restored, exported and verified.
 //!
 //! The images were written by QEMU processes that belong to users, so nothing in them decides what is opened: every file is
-//! opened here, below the store's directory, its header is held against the manifest, and what works on it (a
-//! `qemu-storage-daemon` or `qemu-img` of our own) is given descriptors and told what lies on what. A backup is never
-//! changed, and nobody else changes one meanwhile: its directory is held. Knows neither jobs nor callers.
+//! opened here, below the store's directory, its header is compared with the manifest, and the program that reads it (a
+//! `qemu-storage-daemon` or `qemu-img` of our own) gets descriptors and the chain. A backup is never
+//! changed, and cannot be changed by others meanwhile: its directory is held. Knows neither jobs nor callers.
 
 mod backup;
 mod chain;

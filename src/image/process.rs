@@ -119,7 +119,7 @@ impl Inherited {
     }
 }
 
-/// What a program says on its standard error, as much of it as is told. It is read on, so that the program never waits.
+/// A program's standard error, up to the length that is reported. The rest is read too, so that the program never blocks.
 #[derive(Debug)]
 pub struct Words {
     text: Arc<Mutex<Vec<u8>>>,
@@ -143,7 +143,7 @@ impl Words {
 
     /// All that it said, once it has ended.
     pub async fn last(&mut self) -> String {
-        // A program that it left behind may keep the stream open: what came is told.
+        // A child of the program may keep the stream open: report what has been read.
         let _ = tokio::time::timeout(LAST_WORDS, &mut self.reader).await;
         let text = self.text.lock().unwrap_or_else(PoisonError::into_inner);
         let text = String::from_utf8_lossy(&text);

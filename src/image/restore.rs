@@ -1,4 +1,4 @@
-//! A disk's content, from its chain of images into one that lies on nothing.
+//! Restores a disk from its chain of images into one image without a backing file.
 
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
@@ -112,8 +112,8 @@ async fn work(
     sync(chain, &target, steps).await
 }
 
-/// Makes the target durable, piece by piece, so that slow storage is told from storage that hangs: what is sent to the device
-/// before, the fsync does not wait for.
+/// Makes the target durable, piece by piece, so that slow storage shows progress and is distinguished from storage that hangs:
+/// the final fsync does not wait for data that was written back before.
 async fn sync(chain: &OpenDisk, target: &Target<'_>, steps: &AtomicU64) -> Result<(), Error> {
     let failed = |errno| Error::system(&chain.disk, "made durable", errno);
     let length = rustix::fs::seek(&target.file, SeekFrom::End(0)).map_err(failed)?;
@@ -221,7 +221,7 @@ async fn copy(
         Format::Raw => {}
     }
     engine.execute("blockdev-add", node).await?;
-    // Whoever passed the file can write to it: a header that names another file would have that written to.
+    // The caller who passed the file can write to it: with a header that names another file, QEMU would write to that.
     engine.check(&["target-file", "target"]).await?;
     // A mirror copies what is allocated anywhere in the chain and has the rest of the target read as zeroes, by holes where
     // there can be holes; a backup job would reserve space for all of it.

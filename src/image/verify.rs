@@ -1,6 +1,6 @@
 //! Whether stored backups are what they were when they were made.
 //!
-//! Each is looked at once, after what it lies on, and nothing is changed. What is found is told, all of it.
+//! Each is read once, after its bases, and nothing is changed. Every problem is reported.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -49,7 +49,7 @@ impl Verified {
     }
 }
 
-/// Backups that are to be verified, each after those that it lies on.
+/// Backups that are to be verified, each after its bases.
 #[derive(Debug)]
 pub struct Survey {
     store: Arc<Shelf>,
@@ -77,7 +77,7 @@ struct Look {
 }
 
 impl Survey {
-    /// Finds out what `wanted` lie on, and how much there is to read. Blocks.
+    /// Finds the bases of `wanted`, and how much there is to read. Blocks.
     pub fn new(store: Arc<Shelf>, wanted: &[Location]) -> Self {
         let mut survey = Self {
             store,
@@ -92,7 +92,7 @@ impl Survey {
     }
 
     fn add(&mut self, wanted: &Location, seen: &mut BTreeSet<Location>) {
-        // What cannot be read is told when it is verified. Two visits each: before what it lies on, and after it.
+        // An unreadable backup is reported when it is verified. Two visits each: before its bases, and after them.
         let mut ahead = vec![(wanted.clone(), None)];
         while let Some((location, after)) = ahead.pop() {
             if let Some(bytes) = after {

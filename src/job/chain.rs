@@ -27,7 +27,7 @@ use crate::target::Shelf;
 
 /// Earlier backups that are looked at: the newest. What is to go on from an older one is made as a full one.
 const LOOKED_AT: u32 = 256;
-/// Checkpoints on a disk of which nobody here ever heard that are left to whoever made them.
+/// How many checkpoints on a disk that are not on record are left to the service that made them.
 const UNKNOWN: usize = 16;
 
 /// The name of the bitmap that records what is written to a disk from a backup's instant on. `disk` is its index in the
@@ -136,7 +136,7 @@ impl Footprint {
         let sizes = disks.iter().map(|(_, disk)| disk.virtual_size);
         let marks = match self.make_marks(sizes).await {
             Ok(marks) => marks,
-            // What there is of them is removed with the rest.
+            // Their bitmaps are removed with the rest.
             Err(error) => return without_checkpoint(job, first, error),
         };
         for (index, disk) in disks {

@@ -1,8 +1,8 @@
 //! The checkpoints that a domain has: listed, made without a backup, and removed.
 //!
-//! What there is, is what is on the disks; the catalog only says what it stands for. One that is made is on record before
-//! its bitmaps are, as one that is not there yet: whatever ends the service in between, they are removed by the next that
-//! settles the domain's checkpoints.
+//! The bitmaps on the disks are authoritative; the catalog only says what they mean. A new checkpoint is recorded as pending
+//! before its bitmaps are made: if the service ends in between, the next start that settles the domain's checkpoints
+//! removes them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -143,7 +143,7 @@ impl Jobs {
         Ok(joined(found, recorded, catalog.checkpoints(key).await?))
     }
 
-    /// Makes a checkpoint without a backup; gives its name. It is made, or not, whoever waits for it.
+    /// Makes a checkpoint without a backup; returns its name. Atomic, also if the caller leaves.
     pub async fn create_checkpoint(
         self: &Arc<Self>,
         reservation: Reservation,
@@ -173,7 +173,7 @@ impl Jobs {
         .await
     }
 
-    /// Removes all of the domain's checkpoints from its disks, whoever made them by this service's names. Backups stay.
+    /// Removes all bitmaps with this service's names from the domain's disks, whichever service made them. Backups stay.
     pub async fn delete_checkpoints(
         self: &Arc<Self>,
         reservation: Reservation,

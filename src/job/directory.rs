@@ -95,7 +95,7 @@ fn candidates(domain: &Domain, whose: &DomainRecord, setting: &Setting) -> Vec<D
     ]
 }
 
-/// What there is in a directory.
+/// The entries of a directory.
 struct Found {
     /// Backups of other domains.
     others: bool,

@@ -48,7 +48,7 @@ const THAWING: u8 = b't';
 const DONE: u8 = b'd';
 const ACTED: u8 = b'a';
 
-/// What a guard is told. Not in its arguments, which others can read.
+/// The orders to a guard. Not in its arguments, which other users can read.
 #[derive(Serialize, Deserialize)]
 struct Orders {
     domain: String,
@@ -59,9 +59,9 @@ struct Orders {
 /// How long a freeze may take, at most.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Limits {
-    /// From when the agent is told to freeze to its answer.
+    /// From the freeze command to the agent's answer.
     pub wait: Duration,
-    /// From then on, until it is told to thaw.
+    /// From then on, until the thaw command.
     pub frozen: Duration,
 }
 
@@ -198,7 +198,7 @@ async fn keep_watch() -> io::Result<()> {
 
 /// Why the guest is to be thawed, and how long the agent may take for that; nothing where it is not.
 async fn wait(control: &mut BufReader<UnixStream>, limits: Limits) -> Option<(&'static str, Duration)> {
-    // Nothing is told to freeze yet: the service may take its time, and to be gone harms nobody.
+    // No freeze has been sent yet: the service has no timeout, and its end needs no thaw.
     match control.read_u8().await {
         Ok(FREEZING) => {}
         _ => return None,

@@ -98,7 +98,7 @@ impl Footprint {
         }
     }
 
-    /// The same, but no job is told to end before it is seen to move: QEMU would wait, and the guest with it, for a target
+    /// The same, but no job is cancelled before it makes progress: QEMU, and the guest with it, would wait for a target
     /// that hangs.
     pub async fn release_gently(&self) -> Result<(), Error> {
         let mut before = Vec::new();

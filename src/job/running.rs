@@ -1,4 +1,4 @@
-//! The running block jobs of a backup: what they tell, and what they are told.
+//! The running block jobs of a backup: their events, and commands to them.
 
 use std::time::{Duration, Instant};
 

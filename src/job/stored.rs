@@ -37,7 +37,7 @@ pub struct Turn {
     _token: TaskTrackerToken,
 }
 
-/// What there is to be done.
+/// The work of a job on a stored backup.
 pub enum Work {
     /// Each disk of the chain into the target at its place.
     Restore(Box<(Chain, Targets)>),
@@ -153,7 +153,7 @@ impl Jobs {
         Ok(job)
     }
 
-    /// Serves until whoever asked for it has `left`, or the service stops.
+    /// Serves until the caller has `left`, or the service stops.
     pub fn serve(
         self: &Arc<Self>,
         turn: Turn,
@@ -301,7 +301,7 @@ async fn verify(
     let mut findings: Vec<_> = findings
         .filter(|finding| !matches!(finding.fault, Fault::LiesOnDamaged { .. }))
         .collect();
-    // Damage is told first, and decides what the job fails with.
+    // Damage is reported first, and decides the error of the job.
     findings.sort_by_key(|finding| !finding.fault.is_damage());
     match findings.split_first() {
         None => Ok(()),

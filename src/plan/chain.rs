@@ -1,8 +1,8 @@
-//! Which earlier backup a disk's new image lies on; and if on none, why.
+//! Chooses the base of a disk's new image, or the reason for a full one.
 //!
-//! What counts is the dirty bitmap on the disk: it has recorded since the instant of one earlier backup, whatever the disk
-//! was called then, and only what it has recorded can be copied alone. Pure: what there is of earlier backups, and which
-//! bitmaps a disk has, was looked at before.
+//! The dirty bitmap on the disk decides: it has recorded all writes since the point in time of one earlier backup, whatever the
+//! disk's name was then, and only recorded writes can be copied incrementally. Pure: the caller has read the earlier backups
+//! and the disk's bitmaps.
 
 use serde::{Deserialize, Serialize};
 
@@ -92,7 +92,7 @@ impl Mode {
         }
     }
 
-    /// The image that the new one lies on.
+    /// The backing image of the new one.
     pub fn parent(&self) -> Option<Parent> {
         match self {
             Self::Full { .. } => None,
@@ -107,7 +107,7 @@ impl Default for Mode {
     }
 }
 
-/// The image that a new one lies on, and the bitmap that says what is to be copied.
+/// The backing image of a new one, and the bitmap of the data to copy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Base {
@@ -135,7 +135,7 @@ pub enum Why {
     Requested,
     /// The data goes to a place of the caller's, where nothing is known of earlier ones.
     Outside,
-    /// The target is raw: it lies on nothing.
+    /// The target is raw, without a backing file.
     Raw,
     /// The store has no earlier backup of the domain.
     First,

@@ -172,7 +172,7 @@ impl DiskPlan {
     }
 }
 
-/// The store that a backup goes to, and what there is in it of the domain.
+/// The store of a backup, and the domain's backups in it.
 #[derive(Debug, Clone)]
 pub struct ChosenStore<'a> {
     pub name: &'a str,

@@ -159,7 +159,7 @@ pub struct Candidate {
     pub condition: Condition,
     /// This service made or adopted it. Others are kept, and take no place.
     pub own: bool,
-    /// The backups that it lies on.
+    /// Its bases.
     pub parents: Vec<String>,
     /// Why it is kept whatever the rules say.
     pub anyway: Vec<Reason>,
@@ -173,7 +173,7 @@ pub enum Reason {
     Protected,
     /// It is younger than `keep-at-least`.
     Young,
-    /// That one, which is kept, lies on it.
+    /// That one, which is kept, depends on it.
     Base(String),
     Missing,
     /// Another service made it.
@@ -300,7 +300,7 @@ fn keep_bases<'a>(candidates: &'a [Candidate], kept: &mut BTreeMap<&'a str, BTre
 mod tests {
     use super::*;
 
-    /// A good backup that is called by its time, such as `2026-11-23T02:00`; `<` and others that it lies on come after.
+    /// A complete backup named by its time, such as `2026-11-23T02:00`; `<` and its bases follow.
     fn candidate(text: &str) -> Candidate {
         let (id, parents) = text.split_once('<').unwrap_or((text, ""));
         let (id, condition) = match id.split_once('!') {
@@ -580,7 +580,7 @@ mod tests {
             kept[0].contains("2026-11-02T02:00 lies on it, 2026-11-04T02:00"),
             "{kept:?}"
         );
-        // One that lies on two, one of which is not known.
+        // One with two bases, one of which is not known.
         let two = [
             "2026-11-01T02:00",
             "2026-11-02T02:00<2026-11-01T02:00,2020-01-01T00:00",

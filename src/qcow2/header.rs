@@ -63,7 +63,7 @@ impl std::fmt::Display for Quoted<'_> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
     pub virtual_size: u64,
-    /// The name and format of what it lies on.
+    /// The name and format of its backing file.
     pub backing: Option<(String, Format)>,
 }
 

@@ -20,7 +20,7 @@ const STATUS: &str = "guest-fsfreeze-status";
 const FREEZE: &str = "guest-fsfreeze-freeze";
 const THAW: &str = "guest-fsfreeze-thaw";
 
-/// An agent. The guest's file systems thaw when it is told so, not when this is dropped.
+/// An agent. The guest's file systems thaw by its thaw command, not when this is dropped.
 pub struct Agent {
     wire: Wire,
     patience: Duration,
@@ -52,7 +52,7 @@ impl Agent {
         self.wire.duplicate()
     }
 
-    /// Whether the guest's file systems are frozen, by whoever did that.
+    /// Whether the guest's file systems are frozen, by any tool.
     pub async fn is_frozen(&mut self) -> Result<bool> {
         self.queue(STATUS);
         let patience = self.patience;

@@ -22,7 +22,7 @@ use crate::fault;
 
 /// Commands that wait for their turn, in all clients of a connection. More make the next caller wait.
 const QUEUE: usize = 64;
-/// Events that a reader may lag behind before it is told that it missed some.
+/// Events that a reader may lag behind before it is notified that it missed some.
 const EVENTS: usize = 1024;
 /// Why a connection ended that nobody ended.
 pub(super) const CLOSED: &str = "it was shut down";

@@ -151,7 +151,7 @@ impl Driver {
             ..
         } = self;
         waiting_for_descriptor.retain(|request| !request.reply.is_closed());
-        // The next descriptor waits for this one's reply, whoever else does.
+        // The next descriptor waits for this one's reply, even if its caller has left.
         let abandoned =
             |id, reply: &oneshot::Sender<Answer>| reply.is_closed() && *descriptor_in_flight != Some(id);
         wire.unqueue(|id| pending.get(&id).is_some_and(|reply| abandoned(id, reply)));

@@ -11,7 +11,7 @@ use super::{Error, Result};
 
 /// The longest event, in bytes: so many are kept for each reader that lags behind. QEMU's own take a few hundred.
 const MAX_EVENT: usize = 16 << 10;
-/// As much of QEMU's words as is told, in characters. They can hold the names of files, which can be JSON by themselves.
+/// The longest message of QEMU's that is passed on, in characters. It can hold the names of files, which can be JSON themselves.
 const MAX_WORDS: usize = 8 << 10;
 
 /// An asynchronous message of QEMU's. Unknown names are kept: a newer QEMU has more of them.
@@ -109,7 +109,7 @@ impl Refusal {
     }
 }
 
-/// QEMU's words in a reply, as much of them as is told.
+/// QEMU's message in a reply, up to the length that is passed on.
 pub fn words<'de, D: Deserializer<'de>>(words: D) -> std::result::Result<Option<String>, D::Error> {
     let words = Option::<String>::deserialize(words)?;
     Ok(words.map(|words| head(&words, MAX_WORDS)))

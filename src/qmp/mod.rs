@@ -3,7 +3,7 @@
 //! This module knows the protocol and nothing about backups or domains; nobody outside it sees JSON on a
 //! socket. [`Client::open`] does the greeting and gives two halves: a [`Client`] that is cloned freely, and a
 //! [`Driver`] that owns the socket and runs until the peer closes, the peer breaks the protocol, or the last
-//! client is dropped. Whoever opens the connection owns the driver and decides where it runs.
+//! client is dropped. The code that opens the connection owns the driver and decides where it runs.
 //!
 //! Source of the rules: QEMU's `docs/interop/qmp-spec` and `qapi/*.json`.
 

@@ -1,4 +1,4 @@
-//! The backups that are there, for who may read their domains. To everybody else there are none.
+//! The stored backups, for callers who may read their domains. For all others they do not exist.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -32,11 +32,11 @@ pub struct BackupsWanted {
 /// How a backup is to be deleted.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Deletion {
-    /// With all that lies on it.
+    /// With all dependents.
     pub with_descendants: bool,
-    /// What lies on it is made to lie on nothing, and stays.
+    /// Dependents are made independent, and stay.
     pub merge: bool,
-    /// Only what would go is told.
+    /// Only reports what would be removed.
     pub dry_run: bool,
 }
 
@@ -274,7 +274,7 @@ impl Service {
         self.backups.follow(ended);
     }
 
-    /// What an authority is told of a backup in a store.
+    /// The details of a question to the authority about a backup in a store.
     pub(super) fn backup_details(&self, backup: &Backup) -> Details {
         details(&self.backups.domain(&backup.domain))
             .with("backup_id", &backup.key.id)

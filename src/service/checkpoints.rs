@@ -1,4 +1,4 @@
-//! A domain's checkpoints, for who may see or change them.
+//! A domain's checkpoints, for callers who may see or change them.
 
 use std::sync::Arc;
 
@@ -97,7 +97,7 @@ impl Service {
     }
 }
 
-/// What the catalog's file is like is nothing for who may only read.
+/// Hides details of the catalog's file from callers who may only read.
 fn unreadable(error: job::Error) -> Error {
     tracing::error!(%error, "the checkpoints cannot be looked up");
     let text = "the checkpoints cannot be looked up: the service's log has the reason";

@@ -41,7 +41,7 @@ pub struct Descriptors {
 /// Lists of all that ended that are made at a time; others wait for their turn.
 const LISTS_AT_A_TIME: usize = 2;
 
-/// What drives the domains, as rules are told it.
+/// The driver of the domains, a detail for rules.
 const DRIVER: &str = "QEMU";
 
 /// All that the service is, apart from the bus.
@@ -150,7 +150,7 @@ impl Service {
         Ok(job.set_speed(bytes_per_second).await?)
     }
 
-    /// Goes on only for who started `job`, or has `permission` for every place that it goes to.
+    /// Passes only the user who started `job`, and callers with `permission` for all its targets.
     async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<()> {
         let of_stored = match &job.plan.task {
             Task::Backup => None,
@@ -193,7 +193,7 @@ impl Service {
     }
 }
 
-/// What an authority is told of a domain.
+/// The details of a question to the authority about a domain.
 fn details(domain: &Domain) -> Details {
     let uuid = domain.snapshot().uuid;
     sight::service_details()

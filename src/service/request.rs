@@ -132,7 +132,7 @@ impl Service {
             PlaceKind::Store => Permission::DomainBackup,
             PlaceKind::File | PlaceKind::Block | PlaceKind::Fd => Permission::DomainExport,
         };
-        // Whoever passed its monitor can read all its data without the service.
+        // The user who passed its monitor can read all its data without the service.
         if place.kind == PlaceKind::Fd && domain.is_own(caller.uid) {
             return Ok(self.access.implied(caller, permission, &details, Basis::Owner));
         }
@@ -262,7 +262,7 @@ async fn settle_devices(mut request: Request) -> Result<Request> {
         .map_err(|error| Error::new(Kind::Internal, error.to_string()))
 }
 
-/// What an authority is told of a backup of `domain`, as far as it goes to this place.
+/// The details of a question to the authority about the part of a backup of `domain` with this target.
 pub(super) fn backup_details(domain: &Domain, place: &Requested) -> Details {
     details(domain)
         .with("mode", "push")

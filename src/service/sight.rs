@@ -183,7 +183,7 @@ fn whole<T>(objects: Vec<T>, looks: Vec<Look>) -> std::result::Result<Vec<T>, ac
         .collect())
 }
 
-/// What an authority is told where there is no domain.
+/// The details of a question to the authority without a domain.
 pub(super) fn service_details() -> Details {
     Details::default().with("driver", super::DRIVER)
 }

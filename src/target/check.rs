@@ -39,8 +39,8 @@ pub fn outside_stores(target: &Target) -> Result<(), Error> {
     }
 }
 
-/// Nobody's QEMU has open what was there before, and none will until this one has locks of its own. The service need not know
-/// the domain: whoever has an image open has locked it.
+/// Checks that no QEMU has an existing target open, and keeps others out until this one has locks of its own. The service need
+/// not know the other domain: a QEMU locks each image that it opens.
 pub fn unused(targets: &mut [Target]) -> Result<(), Error> {
     let mut there: Vec<_> = targets
         .iter_mut()

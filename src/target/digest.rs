@@ -49,7 +49,7 @@ pub(super) enum Reading {
 /// Goes through a file, a piece at a time, each of which counts as progress. Nothing if it is cancelled.
 ///
 /// Writing back piece by piece leaves an fsync afterwards with no more to wait for than the device's queue, so that slow
-/// storage shows progress and is told from storage that hangs. It is advice: where the kernel does not take it, the fsync
+/// storage shows progress and is distinguished from storage that hangs. It is advice: where the kernel does not take it, the fsync
 /// takes longer. A piece is read before it is sent, because what is written back leaves the memory. The `digger` gets what is
 /// read.
 pub(super) fn read(

@@ -44,7 +44,7 @@ pub fn create(disk: &str, path: &Path, backup: &str, index: usize) -> Result<Tar
         |directory: &OwnedFd, old: &str, new: &str| naming::rename_new(directory, old.as_ref(), new.as_ref());
     if let Err(errno) = naming::try_naming(&directory, &partial, rename) {
         for name in [naming::trial_name(&partial), partial] {
-            // Empty and ours: if it can't even be removed, the error that is told is the cause.
+            // Empty and ours: if it can't even be removed, the returned error is the cause.
             let _ = rustix::fs::unlinkat(&directory, &name, AtFlags::empty());
         }
         return Err(match naming::is_without_links(errno) {

@@ -1,4 +1,4 @@
-//! What lies in a store, for whoever wants to know its backups again.
+//! The content of a store, for reading its backups again.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -41,7 +41,7 @@ impl Shelf {
         Self::open(path, Trust::Administrator)
     }
 
-    /// A store, wherever and whoever's it is, that the user who asks can read.
+    /// A store, whatever its place and owner, that this process can read.
     pub fn of_users_store(path: &Path) -> Result<Self, Error> {
         Self::open(path, Trust::Named)
     }

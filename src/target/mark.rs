@@ -114,8 +114,8 @@ fn write_all(file: OwnedFd, mark: &str) -> Result<(), Errno> {
 fn give_name(directory: &OwnedFd, new: &str) -> Result<(), Errno> {
     match naming::rename_new(directory, new.as_ref(), FILE.as_ref()) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
-        // Without a way not to replace: services that share such a store and mark it at the same moment are told apart at
-        // the next look, by the one whose mark is gone.
+        // Nothing here prevents replacing: if two services mark such a shared store at the same moment, the one whose mark
+        // was replaced notices at its next check.
         Err(errno) if naming::is_without_links(errno) => {
             rustix::fs::renameat(directory, new, directory, FILE)
         }

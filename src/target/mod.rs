@@ -150,7 +150,7 @@ impl Target {
 pub struct Targets {
     targets: Vec<Target>,
     store: Option<store::Partial>,
-    /// What the images lie on.
+    /// The backing images.
     parents: Parents,
     /// Published, discarded, or left to a later process: nothing is to be done when it is dropped.
     settled: bool,
@@ -302,8 +302,8 @@ impl Targets {
         self.clear()
     }
 
-    /// Leaves everything as it is: it is published, or a later process of the service goes on with it. What the images lie on
-    /// is kept from being removed as long as what this gives is.
+    /// Leaves everything as it is: it is published, or a later process of the service resumes it. The backing images
+    /// are not removed until the returned value is dropped.
     pub fn leave(mut self) -> Parents {
         self.settled = true;
         std::mem::take(&mut self.parents)
@@ -407,7 +407,7 @@ impl Target {
         self.written.swap(true, Ordering::Relaxed)
     }
 
-    /// Whether content that was there before may have been changed. Whoever writes sets it first.
+    /// Whether earlier content may have been changed. It is set before each write.
     pub fn written(&self) -> &AtomicBool {
         &self.written
     }

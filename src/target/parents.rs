@@ -1,4 +1,4 @@
-//! The images of earlier backups that new ones lie on: kept as they are until the new ones have their names.
+//! The backing images of a running backup: kept unchanged until the backup is published.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use super::Error;
 use super::inventory::{Held, Sharing, Shelf};
 use crate::plan::{Base, Destination, Mode, Plan};
 
-/// Those of one backup. Who removes one looks for what lies on it in the catalog: so they are kept until the new one is there.
+/// Those of one backup. A removal looks for dependents in the catalog, so they are held until the new backup is in it.
 #[derive(Debug, Default)]
 #[must_use]
 pub struct Parents(Vec<Parent>);
@@ -20,13 +20,12 @@ struct Parent {
     domain: String,
     base: Base,
     length: u64,
-    /// Nobody removes or replaces it meanwhile.
+    /// While held, it is not removed or replaced.
     _held: Held,
 }
 
 impl Parents {
-    /// Takes hold of all of them. Who would keep the backups that these lie on themselves from being removed has to keep
-    /// these, too: nobody removes what another backup lies on.
+    /// Holds all of them. Their own bases need no hold: a backup with dependents is not removed.
     pub fn hold(plan: &Plan) -> Result<Self, Error> {
         let Destination::Store { path, directory, .. } = &plan.destination else {
             return Ok(Self::default());

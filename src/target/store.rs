@@ -172,7 +172,7 @@ impl Partial {
         let shown = path.display().to_string();
         rustix::fs::mkdirat(&domain, &partial, DIRECTORY_MODE)
             .map_err(|errno| Error::io("create", &shown, errno))?;
-        // Empty and ours: if it can't even be removed, the error that is told is the cause.
+        // Empty and ours: if it can't even be removed, the returned error is the cause.
         let remove = |name: &str| {
             let _ = rustix::fs::unlinkat(&domain, name, AtFlags::REMOVEDIR);
         };

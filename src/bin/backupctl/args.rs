@@ -33,8 +33,8 @@ pub enum Command {
     },
     /// Back up a virtual machine
     ///
-    /// Without further options, every writable disk is copied to the default store, as it is at the instant at
-    /// which the backup starts: what changed since the newest backup there, where that is known, else all of it.
+    /// Without further options, every writable disk is copied to the default store, as it is at the start of the
+    /// backup: the changes since the newest backup there if they are known, else the whole disk.
     Create(Box<Create>),
     /// List the jobs that are running or ended a short while ago
     Jobs {
@@ -58,7 +58,7 @@ pub enum Command {
     Cancel {
         /// The job's number
         job: u32,
-        /// Cancel by this disk: as the disks stand or fall together, this cancels the whole job
+        /// Cancel this disk, and with it the whole job
         #[arg(long)]
         disk: Option<String>,
     },
@@ -75,36 +75,36 @@ pub enum Command {
         /// The job's number
         job: u32,
     },
-    /// List the backups in the stores, those that lie on others below them
+    /// List stored backups as a tree
     Backups {
         /// Only those of this virtual machine: its name or UUID
         domain: Option<String>,
         /// Only those in this store
         #[arg(long, value_name = "STORE", conflicts_with = "from")]
         store: Option<String>,
-        /// Those in the store in this directory, without the service: from another machine, say
+        /// Read the store in this directory, without the service
         #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
         from: Option<PathBuf>,
     },
     /// Delete backups from their stores
     ///
-    /// The backups that lie on others go first. One that others lie on stays, unless these are named too, or
+    /// Dependents are deleted first. A backup with dependents stays, unless these are named too, or
     /// --with-descendants or --merge is given.
     Delete {
         /// The backups: their ids, or at least the date and time of each (20261101T000000Z)
         #[arg(required = true)]
         backups: Vec<String>,
-        /// With all backups that lie on them
+        /// Delete all their dependents too
         #[arg(long)]
         with_descendants: bool,
-        /// Have the backups that lie on them hold all of their disks before, so that they stay; takes time and space
+        /// Make their dependents independent first; takes time and space
         #[arg(long, conflicts_with = "with_descendants")]
         merge: bool,
         /// Only show what would be deleted
         #[arg(long)]
         dry_run: bool,
     },
-    /// Keep backups from being deleted, by anybody and by any rule
+    /// Protect backups from deletion, by users and by rules
     ///
     /// A file beside each backup's manifest says so, to every service that uses the store. Needs the right to delete them.
     Protect {
@@ -120,8 +120,8 @@ pub enum Command {
     },
     /// Delete the backups that no rule keeps
     ///
-    /// Without any of the --keep options, the rules of each store in the service's configuration count. A backup that a kept one
-    /// lies on is kept.
+    /// Without any of the --keep options, the rules of each store in the service's configuration count. The bases of a
+    /// kept backup are kept.
     Prune(Prune),
     /// List the checkpoints that a virtual machine's disks have now
     Checkpoints {
@@ -131,9 +131,9 @@ pub enum Command {
     /// Make a checkpoint without a backup, remove one, or show its document
     #[command(subcommand, subcommand_value_name = "ACTION")]
     Checkpoint(CheckpointCommand),
-    /// Look through the stores, and make the service's records of backups those that are there
+    /// Read the stores again, and update the records of backups
     ///
-    /// For a service that lost its catalog, and for stores that came from another machine. The keep rules apply only to
+    /// For a service that lost its catalog, and for stores from another host. The keep rules apply only to
     /// backups that this service made: with --adopt, to all that are in the stores now.
     Rescan {
         /// Apply the keep rules to backups of other services too
@@ -142,17 +142,17 @@ pub enum Command {
     },
     /// Restore disks from a backup
     ///
-    /// Each disk becomes one image that lies on no other, as it was at the backup's instant, whatever the backup lies on.
+    /// Each disk becomes one image without a backing file, as the disk was at the backup's point in time.
     /// The backup is only read. Needs neither the service nor any right but to read the store's files.
     Restore(Box<Restore>),
-    /// Find out whether backups are what they were when they were made
+    /// Verify that backups are not damaged
     ///
-    /// Looks at the manifests, at what lies on what, at each image's checksum, and at its structure, of the backup and
-    /// of all that it lies on. Nothing is changed.
+    /// Checks the manifests, the chain, and each image's digest and structure, of the backup and of all its bases.
+    /// Nothing is changed.
     Verify(Verify),
     /// Serve a backup's disks over NBD, for reading
     ///
-    /// Prints an NBD URI a disk and serves until it is interrupted. Files can be fetched from it, or a machine started
+    /// Prints an NBD URI a disk and serves until it is interrupted. Copy files from it, or start a VM
     /// with an overlay on it.
     Export(Export),
     /// Print the completions for a shell
@@ -216,24 +216,24 @@ impl Prune {
     }
 }
 
-/// What is done about a checkpoint.
+/// The subcommands of `checkpoint`.
 #[derive(Debug, Subcommand)]
 pub enum CheckpointCommand {
-    /// Make a checkpoint without a backup: from now on it is recorded what is written
+    /// Make a checkpoint without a backup
     Create {
         /// The virtual machine's name or UUID
         domain: String,
-        /// What it is called [default: a name that no other has]
+        /// Its name [default: a unique one]
         #[arg(long)]
         name: Option<String>,
-        /// What it is for
+        /// Its description
         #[arg(long, value_name = "TEXT")]
         description: Option<String>,
         /// Only on this disk; can be given once for each disk [default: all that can have one]
         #[arg(long)]
         disk: Vec<String>,
     },
-    /// Remove a checkpoint from the disks; the backup that it began with stays
+    /// Remove a checkpoint from the disks; its backup stays
     Delete {
         /// The virtual machine's name or UUID
         domain: String,
@@ -282,10 +282,10 @@ pub struct Create {
     /// Compress the images, which have to be qcow2
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compress>,
-    /// What to copy in a store: "full" for all, or what changed since this checkpoint, or backup, and nothing else [default: auto]
+    /// Copy all ("full"), or the changes since this checkpoint or backup [default: auto]
     #[arg(long, value_name = "auto|full|CHECKPOINT", conflicts_with = "named_files")]
     pub incremental: Option<String>,
-    /// What the checkpoint is called that the backup begins in a store, or "no" for none [default: as the backup]
+    /// Name the backup's checkpoint in a store, or make none ("no") [default: as the backup]
     #[arg(long, value_name = "NAME|no", conflicts_with = "named_files")]
     pub checkpoint: Option<String>,
     /// Write at most so many bytes a second, all disks together, such as 50M
@@ -294,13 +294,13 @@ pub struct Create {
     /// Write into targets that exist instead of making new ones
     #[arg(long)]
     pub reuse_external: bool,
-    /// Have the guest's agent flush and freeze its file systems: try it, or fail without it
+    /// Freeze the guest's file systems through its agent: try it, or fail without it
     #[arg(long, value_enum, value_name = "MODE")]
     pub quiesce: Option<Quiesce>,
-    /// Let a guest that powers off end its machine, and so the backup, instead of holding it until the backup has ended
+    /// Let QEMU end if its guest powers off, which fails the backup
     #[arg(long)]
     pub allow_poweroff: bool,
-    /// Make no backup if the machine has data that cannot be in it, such as a vhost-user disk
+    /// Fail if the VM has data that no backup can hold, such as a vhost-user disk
     #[arg(long)]
     pub require_all_disks: bool,
     /// Open the target files with your own rights, so that they belong to you

@@ -1,4 +1,4 @@
-//! The backups in stores: what there is of each, and the tree of those that lie on others.
+//! The backups in stores: a row for each, as a tree of bases and dependents.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::output::{Table, complain, escape};
 use crate::proxy::Service;
 use crate::units;
 
-/// A disk as the service tells it: name, file, format, virtual size, length, SHA-256, the backup that it lies on.
+/// A disk on the bus: name, file, format, virtual size, length, SHA-256, base.
 type DiskTuple = (String, String, String, u64, u64, String, String);
 
 /// A backup as `ListBackups` tells it.
@@ -52,7 +52,7 @@ pub struct Image {
     pub length: Option<u64>,
     /// Of the file; nothing if it is not known.
     pub sha256: String,
-    /// The backup that it lies on, or nothing.
+    /// Its base, or nothing.
     pub parent: String,
 }
 
@@ -87,7 +87,7 @@ pub struct Backup {
     pub store: String,
     /// `full`, `incremental` or `differential`.
     pub kind: String,
-    /// The backup that it lies on, or nothing.
+    /// Its base, or nothing.
     pub parent: String,
     /// The instant that it shows, in µs since the epoch.
     pub time: u64,
@@ -300,7 +300,7 @@ impl Branches {
     }
 }
 
-/// Each backup after what it lies on, with what is drawn before it.
+/// Each backup after its base, with the lines of the tree before it.
 fn tree<'a>(backups: &'a [Backup], branches: Branches) -> Vec<(String, &'a Backup)> {
     // No two backups in a store have the same id, whosever they are.
     let place = |of: &'a Backup, id: &'a str| (of.store.as_str(), id);

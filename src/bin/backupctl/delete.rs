@@ -14,9 +14,9 @@ use crate::units;
 /// How backups are to be deleted.
 #[derive(Debug, Clone, Copy)]
 pub struct Deletion {
-    /// With all that lies on them.
+    /// With all dependents.
     pub with_descendants: bool,
-    /// What lies on them is made to lie on nothing, and stays.
+    /// Dependents are made independent, and stay.
     pub merge: bool,
     /// Only what would go is shown.
     pub dry_run: bool,
@@ -74,8 +74,8 @@ async fn delete_all(service: &Service, found: &BTreeMap<String, String>, how: De
     let mut left: Vec<_> = found.iter().collect();
     while !left.is_empty() {
         let (before, mut refused) = (left.len(), None);
-        // The youngest first: it may lie on another of them. An id tells the second only, so one that is refused may have its
-        // turn after another.
+        // The youngest first: it may depend on another of them. An id is only as exact as a second, so a refused one is tried
+        // again after another.
         for (id, path) in std::mem::take(&mut left).into_iter().rev() {
             if gone.contains(id) {
                 continue;
@@ -106,7 +106,7 @@ async fn what_would_go(service: &Service, found: &BTreeMap<String, String>, how:
         dry_run: true,
     };
     let (mut gone, mut freed) = (Vec::new(), 0);
-    // The oldest first: it says all that lies on it.
+    // The oldest first: its error names all dependents.
     for (id, path) in found {
         if gone.contains(id) {
             continue;

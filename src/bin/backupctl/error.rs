@@ -195,7 +195,7 @@ impl Error {
         }
     }
 
-    /// Whether a backup stays because others lie on it.
+    /// Whether a backup stays because of its dependents.
     pub fn has_descendants(&self) -> bool {
         matches!(self, Self::Call { name, .. } if matches!(Known::of(name), Some(Known::Ours("HasDescendants"))))
     }

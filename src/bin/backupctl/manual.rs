@@ -167,17 +167,17 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
         "backups" => &[
             ("List all backups", "backupctl backups"),
             (
-                "Those of one machine in one store",
+                "Those of one VM in one store",
                 "backupctl backups web --store nightly",
             ),
             (
-                "Those in a store from another machine",
+                "Those in a store from another host",
                 "backupctl backups --from /mnt/usb/backups",
             ),
         ],
         "delete" => &[
             (
-                "Delete a backup that no other lies on",
+                "Delete a backup without dependents",
                 "backupctl delete 20261123T055937Z",
             ),
             (
@@ -192,7 +192,7 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
         "unprotect" => &[("Let it go again", "backupctl unprotect 20261123T055937Z-10ebf9b0")],
         "prune" => &[
             (
-                "Show what would be left of a machine's backups",
+                "Show which backups of a VM would be kept",
                 "backupctl prune web --keep-daily 7 --keep-weekly 4 --dry-run",
             ),
             (
@@ -200,7 +200,7 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
                 "backupctl prune --store nightly",
             ),
         ],
-        "checkpoints" => &[("List the checkpoints of a machine", "backupctl checkpoints web")],
+        "checkpoints" => &[("List the checkpoints of a VM", "backupctl checkpoints web")],
         "checkpoint" | "checkpoint-create" => &[
             (
                 "Record what is written from now on",
@@ -239,7 +239,7 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
         )],
         "restore" => &[
             (
-                "All disks of a backup, on a machine that has only the store",
+                "All disks of a backup, on a host that has only the store",
                 "backupctl restore 20261123T0559 --from /mnt/backups --to /var/lib/machines",
             ),
             (
@@ -249,7 +249,7 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
         ],
         "verify" => &[
             (
-                "One backup, and what it lies on",
+                "One backup, and its bases",
                 "backupctl verify 20261123T0559 --from /mnt/backups",
             ),
             ("All of a store", "backupctl verify --all --from /mnt/backups"),

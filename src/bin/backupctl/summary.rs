@@ -9,7 +9,7 @@ use crate::job::{Outcome, Snapshot, nothing_if_empty};
 use crate::output::{self, escape};
 use crate::units;
 
-/// How a backup ended, and what there is of it.
+/// The result of a backup, and its images.
 pub struct Summary<'a> {
     /// The last that was seen of the job.
     pub snapshot: &'a Snapshot,

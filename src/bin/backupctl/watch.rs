@@ -120,7 +120,7 @@ impl Watch {
         }
     }
 
-    /// Hears of everything from now on, and finds out what there is.
+    /// Subscribes to all signals, and reads the present state.
     async fn attach(&mut self, service: &Service) -> Result<UnboundedReceiver<Signal>> {
         service.subscribe().await?;
         let signals = service.signals().await?;

@@ -1,5 +1,5 @@
-//! Stored backups: restored, exported and verified; by this program itself where there is no service, nor a right to ask
-//! one, for whoever can read the store; or through the service (`remote`).
+//! Stored backups: restored, exported and verified, through the service (`remote`), or by this program itself with the
+//! user's own rights on the store.
 
 pub mod args;
 mod export;

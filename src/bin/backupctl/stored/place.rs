@@ -190,7 +190,7 @@ impl Place {
             .saturating_sub(size))
     }
 
-    /// Whether content that was there before may have been changed. Whoever writes sets it first.
+    /// Whether earlier content may have been changed. It is set before each write.
     pub fn written(&self) -> &AtomicBool {
         &self.written
     }

@@ -107,7 +107,7 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
         }
     };
     let mut verified: Vec<(String, Value)> = Vec::new();
-    // The youngest first: with it goes what it lies on.
+    // The youngest first: its bases are verified with it.
     while let Some((store, id, path)) = wanted.pop() {
         let place = |id: &str| format!("{store}/{id}");
         if verified.iter().any(|(known, _)| *known == place(&id)) {

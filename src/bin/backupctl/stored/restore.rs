@@ -97,7 +97,7 @@ pub fn require_whole_id(args: &Restore, places: &[Place], id: &str) -> Result<()
     }
 }
 
-/// What there is now.
+/// The present state.
 pub struct Restored<'a> {
     /// The backup.
     pub id: &'a str,

@@ -16,7 +16,7 @@ use crate::interrupt::Interrupts;
 use crate::output::{self, escape};
 use crate::{units, view};
 
-/// Verifies one backup and all that it lies on, or all of a store.
+/// Verifies one backup and all its bases, or all of a store.
 pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
     let store = open_store(from)?;
@@ -56,7 +56,7 @@ pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
 pub struct Counts {
     /// Nothing is wrong with them.
     pub good: usize,
-    /// They, or what they lie on, are not what they were.
+    /// They, or their bases, have changed.
     pub damaged: usize,
     /// They could not be looked at.
     pub unknown: usize,

@@ -1,4 +1,4 @@
-//! Why backups stay where they are.
+//! Errors of removing, merging and protecting backups.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ const MOST_NAMED: usize = 3;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error(
-        "{} on backup {id} ({}): delete them first, all of them together ('with-descendants'), or make them lie on nothing ('merge')",
+        "{} on backup {id} ({}): delete them first, all of them together ('with-descendants'), or make them independent ('merge')",
         count(.others), some(.others)
     )]
     HasDescendants { id: String, others: Vec<String> },
@@ -27,7 +27,7 @@ pub enum Error {
     Unreadable { path: String, why: ManifestError },
     #[error("backup {id} is protected: 'backupctl unprotect {id}' first, if it is to go")]
     Protected { id: String },
-    #[error("backup {id} is not complete: {problem}: it is not made to lie on nothing")]
+    #[error("backup {id} is not complete: {problem}: it cannot be merged")]
     NotComplete { id: String, problem: String },
     #[error(
         "disk '{disk}' of backup {id}: its new image does not show what its images show: nothing is changed"
@@ -90,7 +90,7 @@ impl Error {
     }
 }
 
-/// What is in the catalog is not told to callers with it.
+/// Hides details of the catalog from callers.
 impl From<catalog::Error> for Error {
     fn from(error: catalog::Error) -> Self {
         tracing::error!(%error, "the backups cannot be looked up");

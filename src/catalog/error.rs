@@ -7,14 +7,15 @@ use rusqlite::ErrorCode;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "the catalog {path} is damaged ({why}). Wait for backups that QEMU is making, because nobody will end them properly; then put \
-         back a copy of it, or move it away and start with an empty history. The backups in the stores are whole without it: the service reads them again when it starts",
+        "the catalog {path} is damaged ({why}). Wait for running backups, because a new catalog does not know them; then put back \
+         a copy of it, or move it away to begin with an empty history. The service reads the backups in the stores again when it starts",
         path = path.display()
     )]
     Damaged { path: PathBuf, why: String },
     #[error(
         "the catalog {path} is of version {found}, which a newer backupd made; this one knows up to version {known}: \
-         install the newer one again, or move the catalog away, start with an empty history, and run 'backupctl rescan'",
+         install the newer one again, or move the catalog away to begin with an empty history: the service reads the backups in \
+         the stores again when it starts",
         path = path.display()
     )]
     Newer { path: PathBuf, found: i64, known: i64 },

@@ -1,7 +1,7 @@
-//! Whether anybody needs the service, and since when nobody does.
+//! Counts the uses of the service, and how long there has been none.
 //!
-//! Whatever somebody relies on (a call, a backup, a subscription, a registered domain) holds a [`Use`] for as long as it
-//! lasts. Does not know what that is, nor what is done when nobody is left.
+//! Each call, backup, subscription and registered domain holds a [`Use`] for as long as it
+//! lasts. Must not know their kinds, nor what happens at an idle exit.
 
 use std::sync::Arc;
 use std::time::Duration;

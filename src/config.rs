@@ -1,4 +1,4 @@
-//! The service's configuration file: what the administrator decides. Read once, at the start.
+//! The service's configuration file, of the administrator's. Read once, at the start.
 //!
 //! Knows TOML and paths; does not open any store or domain.
 

@@ -1,4 +1,4 @@
-//! What kinds of failure a caller can meet, and the one value that carries a failure to it.
+//! The kinds of failure for callers, and the one value that carries a failure to one.
 //!
 //! Every module has its own error enum with the facts in its fields and says which [`Kind`] each variant is;
 //! `bus::error` holds the one table from kinds to D-Bus error names. This module knows neither.

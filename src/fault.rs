@@ -1,8 +1,8 @@
 //! Sudden ends of the service, for tests: points at which a test can have it die as if by SIGKILL.
 //!
 //! Every action of a backup, every QMP command that changes something, and every step of a removal and of a merge is such a
-//! point by itself. `BACKUPD_TEST_DIE_AT=NAME` chooses one; `BACKUPD_TEST_POINTS=FILE` has the names of those that are passed
-//! written to a file, a line each. Only in builds with debug assertions; in others there is nothing of it.
+//! point by itself. `BACKUPD_TEST_DIE_AT=NAME` chooses one; `BACKUPD_TEST_POINTS=FILE` makes the service write the
+//! names of the points that it passes to a file, a line each. Only in builds with debug assertions.
 
 use std::fmt;
 use std::io::Write;

@@ -1,8 +1,7 @@
-//! What callers may see, remembered for a while.
+//! A cache of the authority's answers about reading.
 //!
-//! A desktop asks the same a hundred times a minute. Only silent answers about looking are kept, a yes as well as a no, and never
-//! one that somebody's password brought. They are dropped when the authority says that it may decide otherwise now, when
-//! the caller leaves, and after half a minute.
+//! A desktop asks the same a hundred times a minute. Only answers without a password dialog are cached, yes as well as no.
+//! They are dropped when the authority reports a change, when the caller leaves, and after half a minute.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

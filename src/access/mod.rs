@@ -1,4 +1,4 @@
-//! Who may do what to which object.
+//! Access control: the permissions of callers on objects.
 //!
 //! One table of permissions, one question ([`Access::require`] where something is to change, [`Access::look`] where
 //! somebody only looks), and an [`Authority`] that answers it. Nothing else in the service knows polkit. Every error is a

@@ -1,9 +1,8 @@
-//! The table of objects and permissions: what each is called, what is answered where the administrator has no rule, and
-//! which members of the interface need it. What needs [`Permission::DomainRead`] needs what it takes to see the domain
-//! too; that is not repeated.
+//! The table of objects and permissions: names, answers without a rule of the administrator's, and
+//! the members of the interface that need each. [`Permission::DomainRead`] implies the permissions to see the domain;
+//! that is not repeated.
 //!
-//! The shipped `.policy` file says the same in polkit's language, and the service asks for nothing else; tests hold table,
-//! policy and interface against each other.
+//! The shipped `.policy` file is the same table in polkit's language; tests compare table, policy and interface.
 
 /// The permissions, and the kind of object of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,4 +1,4 @@
-//! What becomes of an authority's answers.
+//! Tests of the handling of an authority's answers.
 
 use std::collections::HashMap;
 

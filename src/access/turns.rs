@@ -1,7 +1,7 @@
-//! Whose questions are put to the authority, and how many at a time.
+//! Bounds the questions to the authority, in all and for each user.
 //!
-//! The bus lets one connection have only so many calls in flight (128 with dbus-daemon), and the authority answers one
-//! after the other: one user's thousand questions must not keep the others waiting, so each has only a part of the turns.
+//! The bus limits the calls in flight of one connection (128 with dbus-daemon), and the authority answers one
+//! after the other. Each user has only a part of the turns, so that one user's thousand questions do not block the others.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,7 +1,7 @@
-//! What depends on what in a domain's directory, as the store itself has it.
+//! The dependencies in a domain's directory, as the store itself has them.
 //!
 //! The catalog may be an old copy, and others may have written into the store: another host's service, a newer one, a person
-//! with `cp`. So whatever is to be removed or merged is held against every manifest that is there.
+//! with `cp`. So every manifest there is read before a backup is removed or merged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Whether backups are still where they were, and as they were, as far as that can be told without reading their images.
+//! Checks that backups still exist unchanged, as far as possible without reading their images.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;

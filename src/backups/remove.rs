@@ -1,7 +1,7 @@
 //! Removing backups: dependents first, each atomically.
 //!
-//! That a backup is being removed is in the catalog before anything of it goes, and its record goes after the last of it. What
-//! a service that ended in between left, the next one finishes.
+//! The removal is recorded in the catalog before the first file is removed, and the record is deleted after the last. If the
+//! service ends in between, the next start finishes it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! What `CreateBackup` of the root object and of a domain have in common.
+//! The common part of `CreateBackup` of the root object and of a domain.
 
 use std::sync::Arc;
 

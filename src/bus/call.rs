@@ -1,4 +1,4 @@
-//! One method call: whose it is, what it is for, what it says, and its reply.
+//! One method call: its sender, object, member and arguments, and its reply.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The closing of descriptors that came with calls, where it keeps nobody waiting.
+//! Closes descriptors that came with calls, on a thread that may block.
 //!
 //! What a caller passes can be anything, and the last close of some things waits: of a connected socket with `SO_LINGER` (see
 //! socket(7)) for as long as its sender said. So a message with descriptors is dropped last on a thread that may block.

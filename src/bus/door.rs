@@ -1,4 +1,4 @@
-//! Where calls come in: is there room, and who is it.
+//! Admits calls: checks the limits, and finds the caller's user.
 //!
 //! The library's own object server starts a task for whatever arrives, tells apart by itself which objects there are, and
 //! holds locks while a property is read: it can neither be kept from growing nor be made to hide anything from one caller

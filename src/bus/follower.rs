@@ -1,4 +1,4 @@
-//! Follows domains, jobs and backups and has their changes told: one task that starts one for each of them.
+//! Follows domains, jobs and backups and has their changes signalled: one task that starts one for each of them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Leaving the bus without losing a call, and how it is seen that the service still answers.
+//! Leaving the bus without losing a call, and the check that the service still answers.
 //!
 //! Until it gives up its name, the service gets every call that is sent to the name; afterwards the bus holds calls back
 //! and has the service started for them. The bus handles messages in order, so the reply to `ReleaseName` comes after the

@@ -1,7 +1,7 @@
-//! Which objects there are, for this caller: the rest does not exist.
+//! Looks up objects for a caller. Objects that the caller may not see do not exist for it.
 //!
-//! Nothing is kept for an object. A path is looked up where domains, jobs and backups are known, and what the caller may not know of
-//! is not found, whatever it calls: the answer is the same, byte for byte, as for a path that never was.
+//! No state is kept for an object. A path is looked up among domains, jobs and backups. If the caller may not see the
+//! object, the answer is the same, byte for byte, as for a path that never existed.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! The connections on the bus that the service deals with: whose they are, what they hold, and who left.
+//! The service's callers on the bus: their users, their shares of the limits, and their leaving.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,8 +1,8 @@
 //! Signals, and their receivers.
 //!
 //! Detailed signals go to the connection that started a job and to subscribers that may read the domain at that moment,
-//! each by itself; that a domain came or went, to those that may see it. What everybody hears carries a number and a path. On a machine of one user the administrator can have
-//! everybody hear everything.
+//! each by itself; `DomainAdded` and `DomainRemoved` to those that may see it. Signals for everybody carry a number and a path.
+//! On a host with one user the administrator can send every signal to everybody.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,4 +1,4 @@
-//! The checkpoints that were made without a backup, and what is on record of those that a domain's disks have.
+//! The records of checkpoints: those without a backup, and those of backups.
 
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, ToSql, params};

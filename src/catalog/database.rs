@@ -1,7 +1,7 @@
 //! The catalog's file: made, checked and brought to the version that this program knows.
 //!
-//! One SQLite database (<https://sqlite.org/wal.html>), in WAL mode with `synchronous=FULL`: what was committed is there
-//! after a crash of the service and of the machine. It is held by one process at a time.
+//! One SQLite database (<https://sqlite.org/wal.html>), in WAL mode with `synchronous=FULL`: commits are durable
+//! across a crash of the service and of the host. One process at a time holds it.
 
 use std::fs::File;
 use std::io::ErrorKind;

@@ -1,4 +1,4 @@
-//! The directory of a domain's backups in a store: its name, and what is on record of it.
+//! The records of the directory of a domain's backups in a store.
 
 use std::collections::BTreeSet;
 use std::fmt;

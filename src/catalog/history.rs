@@ -1,4 +1,4 @@
-//! What is remembered of jobs that have ended.
+//! The records of ended jobs.
 
 use jiff::Timestamp;
 use rusqlite::{Row, params};

@@ -1,7 +1,7 @@
 //! The manifest, to and from its bytes.
 //!
-//! Who reads one has not written it: a store can be carried from machine to machine. So nothing that [`Manifest::parse`]
-//! gives can lead out of the backup's own directory. Pure: opens no file.
+//! The reader may be another host than the writer, and the bytes untrusted. So nothing that [`Manifest::parse`]
+//! returns can lead out of the backup's own directory. Pure: opens no file.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! Which store is which: the mark of each one that was used (see `target::make_mark`).
+//! The marks of the stores that were used (see `target::make_mark`).
 
 use rusqlite::{OptionalExtension, params};
 

@@ -1,8 +1,8 @@
-//! What was backed up, durably: the jobs with every step that must survive, their outcomes, and the backups in the stores.
+//! The durable records: the jobs with every step that must survive, their outcomes, and the backups in the stores.
 //!
 //! The service's own memory, in one SQLite file in its state directory; and the manifest beside the images of each backup,
-//! from which a store can be read on a machine that never ran the service. Knows files and words; not QEMU, nor plans, nor
-//! callers: what others remember in it is text of theirs.
+//! from which a store can be read on a host that never ran the service. Knows files and words; not QEMU, nor plans, nor
+//! callers: other modules' records are opaque text.
 
 mod backups;
 mod chains;

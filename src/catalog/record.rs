@@ -1,4 +1,4 @@
-//! What is remembered of a job.
+//! The record of a job.
 
 use jiff::Timestamp;
 use uuid::Uuid;

@@ -1,4 +1,4 @@
-//! Taking in what lies in the stores: the manifests know all that must be known of a good backup.
+//! Updates the records from the stores: a manifest has everything that a complete backup's record needs.
 
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, named_params};

@@ -1,4 +1,4 @@
-//! What became of a backup, or a checkpoint, of which nothing but its id is known.
+//! The state of a backup, or a checkpoint, by its id alone.
 
 use rusqlite::OptionalExtension;
 

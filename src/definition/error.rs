@@ -1,6 +1,6 @@
-//! What can be wrong with a document, with the facts in fields, and the texts that say so.
+//! The errors of a document, with the facts in fields, and their texts.
 //!
-//! Each text begins with the place, names the offending word, and says what would be right where that is known.
+//! Each text begins with the position, names the offending word, and the correct one if that is known.
 //! Callers' words are quoted through [`Quoted`], so that no text grows without bound or breaks a log line.
 
 use std::fmt;

@@ -1,4 +1,4 @@
-//! `<target>`: where one disk's data goes, as far as the document alone can tell.
+//! `<target>`: the target of one disk, as far as the document alone defines it.
 
 use std::fmt;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! QEMU's block graph as its monitor tells it: drives, nodes, and which node is below which.
+//! QEMU's block graph as its monitor reports it: drives, nodes, and which node is below which.
 //!
 //! Knows QEMU's replies; not which of the nodes is a disk of the guest. Every walk is a loop with a bound: a chain can be as
 //! deep as a peer likes, and have a circle.

@@ -1,4 +1,4 @@
-//! Which domain a domain is, for as long as the service may not know it.
+//! The identity of a domain: its UUID, or its name and owner. It outlasts the domain's registration and the service.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Which virtual machines there are, what their QEMU says of them, and a supervised monitor for each.
+//! The domains: their descriptions, their state as QEMU reports it, and a supervised monitor for each.
 //!
 //! Knows domain files, monitors and disks. Does not know what a backup is, who may ask for one, or D-Bus.
 

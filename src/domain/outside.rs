@@ -1,6 +1,6 @@
-//! What a guest has beside QEMU's block layer: devices whose data no backup can hold, because QEMU neither reads nor writes it.
+//! Devices outside QEMU's block layer, whose data no backup can hold, because QEMU neither reads nor writes it.
 //!
-//! Knows the devices of a machine by their types in QEMU's object model; not what a backup is.
+//! Knows the devices of a VM by their types in QEMU's object model; not what a backup is.
 
 use std::collections::HashMap;
 

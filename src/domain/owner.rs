@@ -1,4 +1,4 @@
-//! What a user is called.
+//! The name of a user.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! A guest's power-off, put off for as long as something needs its QEMU, and carried out afterwards.
+//! Holds back a guest's power-off while a job needs its QEMU, and carries it out afterwards.
 //!
 //! A QEMU that ends with its guest ends its block jobs too. `set-action` makes it pause instead, but no command returns
 //! the former setting; so it is set only if the command line shows that QEMU would have ended. Knows

@@ -1,7 +1,6 @@
-//! Tells when something comes to be at a path, or what is there becomes another: who waits for a socket need not look
-//! for it again and again.
+//! Notifies when a file appears at a path, or is replaced, so that nobody has to poll for a socket.
 //!
-//! Knows paths; not what is to be there, nor who waits for it. One inotify instance serves all, for a user has few of them.
+//! Knows paths; not the files' purpose, nor who waits. One inotify instance serves all, for a user has few of them.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};

@@ -1,7 +1,7 @@
 //! The set of domains: those that files configure and those that callers register, each with its supervisor.
 //!
-//! What the administrator configured and what each user registered have names of their own: nobody can take, or find out
-//! about, the name of a domain that it may not see.
+//! Configured domains and those of each user have separate names: a caller can neither take, nor probe, the name
+//! of a domain that it may not see.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;

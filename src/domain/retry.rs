@@ -1,4 +1,4 @@
-//! When a monitor is tried again that could not be connected to.
+//! The times of further tries to connect to a monitor.
 
 use std::path::Path;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! One backup of a store: where it is, its manifest, and its images.
+//! One backup of a store: its path, its manifest, and its images.
 
 use std::fs::File;
 use std::io::Read;

@@ -1,4 +1,4 @@
-//! Whether an image shows what a chain of images shows.
+//! Compares the content of an image with that of a chain.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Stdio;

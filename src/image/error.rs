@@ -1,4 +1,4 @@
-//! What can be wrong with a stored backup, and why it could not be read for another reason.
+//! Faults of a stored backup, and other errors of reading one.
 
 use rustix::io::Errno;
 

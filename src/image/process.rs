@@ -1,6 +1,6 @@
 //! Programs of QEMU's that work on images for us, with descriptors of ours.
 //!
-//! They get no path but `/dev/fd/N`: what a descriptor is open on is what they open.
+//! They get no path but `/dev/fd/N`, so they can open only files that are open here.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};

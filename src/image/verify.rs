@@ -1,4 +1,4 @@
-//! Whether stored backups are what they were when they were made.
+//! Checks stored backups for damage.
 //!
 //! Each is read once, after its bases, and nothing is changed. Every problem is reported.
 

@@ -1,4 +1,4 @@
-//! The end of work on images that is cancelled, or that makes no progress.
+//! Ends work on images that is cancelled, or that makes no progress.
 
 use std::time::{Duration, Instant};
 

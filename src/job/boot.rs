@@ -1,4 +1,4 @@
-//! Which boot of the host this is: what was written in an earlier one and was not made durable may be lost.
+//! The boot id of the host: data of an earlier boot that was not made durable may be lost.
 
 use std::io;
 

@@ -1,8 +1,8 @@
-//! What earlier backups leave for later ones: their images in the store, and the checkpoints on the domain's disks.
+//! The bases that earlier backups provide: their images in the store, and the checkpoints on the domain's disks.
 //!
-//! A checkpoint is a persistent dirty bitmap that records from a backup's instant on. Its name has the backup's id in it, so
-//! that nothing else need be remembered: it is pending while its backup is not in the catalog, and of use as long as it is.
-//! Bitmaps with other names are somebody else's and are left alone. A checkpoint without a backup has an id of the same form.
+//! A checkpoint is a persistent dirty bitmap that records from a backup's point in time on. Its name has the backup's id in it, so
+//! no other record is needed: it is pending until its backup is in the catalog, and usable from then on.
+//! Bitmaps with other names belong to other programs and are left alone. A checkpoint without a backup has an id of the same form.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};

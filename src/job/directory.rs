@@ -1,8 +1,8 @@
 //! The directory of a domain's backups in a store, and the next number in the order of making there.
 //!
-//! A domain is its UUID: it goes on where its backups are, whatever it is called, and leaves alone the directory of another
-//! one that had its name. The catalog knows the backups of this service; of a directory it does not know all of, the
-//! manifests say whose they are.
+//! A domain is its UUID: it keeps the directory with its backups under any name, and does not use the directory of another
+//! one that had its name. The catalog knows the backups of this service; for other backups in a directory, the
+//! manifests say which domain's they are.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! What a job makes in QEMU: descriptor sets, block nodes and jobs, all with names that say whose they are.
+//! A job's objects in QEMU: descriptor sets, block nodes and jobs, with names that identify the job.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,10 +1,10 @@
-//! A process of its own that thaws a guest, whatever becomes of the service that froze it.
+//! The guard: a separate process that thaws a guest if the service that froze it dies or hangs.
 //!
-//! The service starts it before it freezes: its own program, in another mode. It gets the service's very connection to the
-//! agent, so that it neither looks for a path that may be another's by then, nor waits for QEMU, which serves one client at
-//! a time. It thaws when the service is gone or late, and ends; nothing but the end of both processes at once keeps a guest
-//! frozen, and then the next service thaws first of all. Before the service is about to freeze, it thaws nothing: what is frozen
-//! then is another's.
+//! The service starts it before it freezes: its own program, in another mode. It gets the service's own connection to the
+//! agent: the path may be another agent's by then, and QEMU serves one client at
+//! a time. It thaws when the service is gone or late, and ends. Only the end of both processes at once keeps a guest
+//! frozen, and then the next service thaws first of all. Before the service begins to freeze, it thaws nothing: such a freeze
+//! is another tool's.
 //!
 //! Knows the agent and the service's end of it; nothing of jobs, domains or the bus.
 

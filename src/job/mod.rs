@@ -1,8 +1,7 @@
 //! The state machine that runs a plan: one job a backup, from the targets' preparation in QEMU to their publication.
 //!
-//! Owns what it makes in QEMU and leaves nothing behind. Every step that must survive is in the catalog before the next one
-//! is done, so that a later process of the service can go on from there. Does not know who may do what, nor how callers hear
-//! of it.
+//! Owns its objects in QEMU and leaves no residue. Every step that must survive is in the catalog before the next one
+//! begins, so that a later process of the service can resume. Must not know permissions or signals.
 
 mod backup;
 mod boot;

@@ -1,4 +1,4 @@
-//! From what stopped a job to its outcome, and what its disks show of it.
+//! Derives the outcome of a job and of its disks from what stopped it.
 
 use super::error::Stopped;
 use super::{Decision, DiskState, Error, Job, Outcome};

@@ -1,7 +1,7 @@
 //! Freezes the guest's file systems around the point in time of a backup.
 //!
-//! Never without a guard that thaws them if this process does not. What somebody else has frozen is not thawed. How long they
-//! were frozen is counted from the agent's answer that they are to its answer that they are thawed.
+//! Never without a guard that thaws them if this process does not. Freezes of other tools are not thawed. The frozen time
+//! is counted from the agent's answer to the freeze to its answer to the thaw.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
-//! The removal of what a job has in QEMU.
+//! Removes a job's objects from QEMU.
 //!
-//! Goes by the names and what QEMU says is there, not by what was made: a reply that was lost with a connection, or a service
-//! that died, then makes no difference.
+//! It uses the names and QEMU's lists, not a record of what was made: so a reply that was lost with a connection, or a service
+//! that died, makes no difference.
 
 use std::collections::BTreeSet;
 use std::sync::PoisonError;

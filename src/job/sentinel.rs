@@ -1,12 +1,12 @@
-//! Sentinels: bitmaps that tell whether a disk was made smaller since a checkpoint.
+//! Sentinels: bitmaps that show whether a disk was made smaller since a checkpoint.
 //!
 //! QEMU clears the cut part of every bitmap when a disk is made smaller (`hbitmap_truncate`), and growing it again hides that:
-//! the increment would show old data there. So each checkpoint has a second bitmap beside it, disabled and persistent, in which
-//! nothing but the disk's last granule is set. If that is clear, the disk was smaller.
+//! the incremental backup would show old data there. So each checkpoint has a second bitmap beside it, disabled and persistent,
+//! in which only the disk's last granule is set. If that is clear, the disk was smaller.
 //!
-//! Only a write sets a bit, and the guest's disk is not written to. So a node of the same size that keeps nothing (`null-co`)
-//! is: a mirror job writes to its last granule, and what its bitmap recorded is merged into the sentinels. Must not know what
-//! becomes of checkpoints.
+//! Only a write sets a bit, and the guest's disk is not written to. So a mirror job writes to the last granule of a node of the
+//! same size that stores nothing (`null-co`), and that node's bitmap is merged into the sentinels. Must not know the use
+//! of checkpoints.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,4 +1,4 @@
-//! What a job tells of itself.
+//! The public state of a job.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What became of each disk's block job, from QEMU's events and, where some were missed, from `query-jobs`.
+//! The state of each disk's block job, from QEMU's events and, if some were missed, from `query-jobs`.
 //!
 //! Pure. In a grouped transaction QEMU ends all jobs together: success is a COMPLETED for each; when one fails, the
 //! others are CANCELLED first and the failing one COMPLETED with an error last; when one is cancelled, all are.

@@ -1,4 +1,4 @@
-//! Writing to the device while the copying goes on, and not all of it at the end.
+//! Starts the writeback to the device during the copying, so that less is left for the end.
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Which disks have a checkpoint, and what it is called.
+//! The disks that have a checkpoint, and its name.
 
 use std::collections::BTreeMap;
 

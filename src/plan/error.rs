@@ -1,4 +1,4 @@
-//! What a request can ask for that this domain, these stores or these options do not have.
+//! Errors of a request for disks, stores or options that do not exist.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! From what a caller asked for to what will be done, with every default made explicit.
+//! Turns a caller's request into a plan, with every default made explicit.
 //!
 //! Pure: it combines a document, the options of a call, the domain's disks and the configured stores, and touches
 //! nothing. A [`Plan`] that exists names only disks that exist and have a medium, and one place for each.

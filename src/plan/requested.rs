@@ -1,6 +1,6 @@
-//! The places of a request as they are put to the authority: which, and which disks go there.
+//! The targets of a request, with their disks, for the questions to the authority.
 //!
-//! Of a request before it is a plan, and of a plan: the two agree.
+//! For a request before it is a plan, and for a plan: the two agree.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

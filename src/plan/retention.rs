@@ -1,4 +1,4 @@
-//! Which backups of a domain in a store are kept, by rules of the words that restic and others use.
+//! Chooses the backups of a domain in a store to keep, by rules like restic's.
 //!
 //! `keep-daily N` keeps the newest backup of each of the last N days that have one, and so do the others for hours, weeks (from
 //! Monday on), months and years, in a time zone that is the caller's to say. Each rule counts by itself: one backup can be the

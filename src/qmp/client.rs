@@ -1,4 +1,4 @@
-//! What asks: commands, their replies, and events, through the driver that owns the socket.
+//! The client half: commands, their replies, and events, through the driver that owns the socket.
 //!
 //! Clients send whole commands over a channel, so a dropped future leaves neither half a line on the wire nor a reply
 //! that another command could take for its own.

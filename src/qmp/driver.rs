@@ -1,7 +1,7 @@
-//! What owns the socket: sends commands in their order, hands out replies and events, and says why it ended.
+//! The driver half owns the socket: it sends commands in order, hands out replies and events, and reports why it ended.
 //!
-//! A peer that reads nothing or answers nothing makes nothing grow: what nobody waits for any more is forgotten, and
-//! beyond a bound a command is refused.
+//! A peer that does not read or answer makes nothing grow: replies that nobody waits for are dropped, and
+//! beyond a bound commands are refused.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;

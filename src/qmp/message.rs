@@ -1,4 +1,4 @@
-//! One line of QEMU's as what it means. Pure.
+//! Parses one line of QEMU's. Pure.
 //!
 //! A peer may say anything within a line's length. So only what its kind of message needs is read, and what is kept or
 //! passed on is bounded: a line that JSON's values would take many times over in memory stays the text that it is.

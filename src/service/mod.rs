@@ -1,6 +1,6 @@
-//! The way of a request, from a caller and its words to a running job.
+//! Handles a request, from a caller's words to a running job.
 //!
-//! Puts `definition`, `access`, `plan`, `target` and `job` in their order. Knows no D-Bus: the bus turns messages into
+//! Calls `definition`, `access`, `plan`, `target` and `job` in their order. Knows no D-Bus: the bus turns messages into
 //! these calls and their results into replies.
 
 mod backups;

@@ -1,7 +1,7 @@
-//! Who may know of what.
+//! Visibility of domains and their objects for callers.
 //!
-//! To see a domain is to know that it exists; to read it is to know what it has and does, and nobody reads what it does
-//! not see. What a user registered is seen by that user and root, and by others only where a rule says so.
+//! Seeing a domain means knowing that it exists; reading it means knowing its disks and jobs, and requires seeing it.
+//! A domain that a user registered is seen by that user and root, and by others only if a rule allows it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;

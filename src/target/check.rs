@@ -1,4 +1,4 @@
-//! What must be true of a place before its first byte is changed.
+//! Checks of a target before its first byte is changed.
 
 use rustix::io::Errno;
 

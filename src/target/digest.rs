@@ -1,4 +1,4 @@
-//! The digest of an image: its length and its checksum, by which a later reader tells whether it is still the same.
+//! The digest of an image: its length and checksum, which show a later reader whether it has changed.
 
 use std::os::fd::OwnedFd;
 

@@ -1,4 +1,4 @@
-//! Why a place cannot take a backup's data.
+//! Errors of targets.
 
 use std::fmt;
 

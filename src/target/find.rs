@@ -1,7 +1,7 @@
-//! Finding the places of a backup again that a former process of the service made.
+//! Finds the targets of a backup again that a former process of the service made.
 //!
-//! Its record says which file each of them is, from the moment on at which something of value could be in one. What is not
-//! that file is not touched.
+//! The record identifies each file, from the moment on at which it could hold something of value. Other files are not
+//! touched.
 
 use super::identity::FileId;
 use super::parents::Parents;

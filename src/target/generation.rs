@@ -1,5 +1,5 @@
-//! A store's generation: a mark that changes with every change that a service makes, so that a catalog that does not know of one
-//! is found out.
+//! A store's generation: a mark that changes with every change of a service, so that an outdated catalog
+//! is noticed.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Which file a file is, whatever it is called; and which files the running domains have open.
+//! The identity of a file, independent of its name; and the files that running domains have open.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};

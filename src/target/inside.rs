@@ -1,4 +1,4 @@
-//! Whether a place lies in a store: what is written there would damage its backups.
+//! Checks whether a target is in a store, where it could overwrite backups.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};

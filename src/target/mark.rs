@@ -1,5 +1,5 @@
-//! A store's mark: a file that tells the store from whatever else has its path, such as the empty directory that a file system
-//! is mounted on.
+//! A store's mark: a file that distinguishes the store from anything else at its path, such as the empty directory that a
+//! file system is mounted on.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;

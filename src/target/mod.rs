@@ -1,7 +1,7 @@
-//! Places for the data: made ready before a backup starts, published when it is good, discarded when it is not.
+//! Targets for the data: prepared before a backup starts, published when it is complete, discarded otherwise.
 //!
 //! One module a kind. Knows files, directories and devices; not QEMU, jobs or callers. All of it blocks: call it
-//! off the runtime. Whatever a [`Targets`] made and did not publish is gone when it is dropped, unless it is left to a later
+//! off the runtime. A [`Targets`] discards what it has not published when it is dropped, unless it is left to a later
 //! process of the service.
 
 mod block;

@@ -1,4 +1,4 @@
-//! Giving names to files and directories on file systems that lack some of the ways to do so.
+//! Renames and links, on file systems that lack some of them.
 //!
 //! NFS, sshfs and most FUSE file systems have no renaming that refuses to replace, or that exchanges; some have no hard links;
 //! and some rename a file that is removed while a program has it open, instead of removing it.

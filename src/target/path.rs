@@ -1,7 +1,7 @@
-//! Opening directories so that nobody can put another one in their place on the way.
+//! Opens directories so that none can be replaced on the way.
 //!
-//! Every component is opened from the one before it, and a symbolic link is refused wherever it stands: what a
-//! path means is then decided once.
+//! Every component is opened from the one before it, and a symbolic link is refused anywhere in the path: so a
+//! path is resolved once.
 
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};

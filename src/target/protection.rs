@@ -1,4 +1,4 @@
-//! Keeping a stored backup from being removed: a file beside its manifest says so, to every service and after a lost catalog.
+//! Protection of a stored backup from removal: a file beside its manifest, for every service and after a lost catalog.
 
 use std::path::Path;
 

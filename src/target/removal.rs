@@ -1,7 +1,7 @@
-//! Taking a backup out of its store, so that there never is half a one: its directory gets a name that says that it is being
-//! removed, then its files go, then the directory.
+//! Removes a backup from its store atomically: its directory is renamed to a name that marks the
+//! removal, then its files are removed, then the directory.
 //!
-//! Only what is the backup's is removed: the images that its manifest names, and its records. No link is followed.
+//! Only the backup's own files are removed: the images that its manifest names, and its records. No link is followed.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! Punches holes into images, so that what reads as zeroes takes no space.
+//! Punches holes into images, so that zeroes take no space.
 //!
 //! QEMU writes the zeroes of a raw source by reserving space for them (`FALLOC_FL_ZERO_RANGE`, without `BDRV_REQ_MAY_UNMAP`).
 //! Knows files; not what is in them.

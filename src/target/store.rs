@@ -1,7 +1,7 @@
 //! A store: a directory of the administrator's in which the service chooses the files.
 //!
 //! `<store>/<domain>/<backup id>/` has the images, `manifest.json` and the resolved document. Until the backup is
-//! good the directory has a partial name, so that whatever has a backup's name is a whole backup.
+//! complete the directory has a staging name, so that a directory with a backup's name is always a complete backup.
 
 use std::io;
 use std::os::fd::OwnedFd;

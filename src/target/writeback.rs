@@ -1,7 +1,7 @@
-//! Sending data on its way to the device early.
+//! Starts the writeback to the device early.
 //!
-//! The kernel leaves what is written in memory for half a minute, so that all of it would be waited for at the end,
-//! when the data is made durable. Writing it while more is still being copied takes the two at the same time.
+//! The kernel keeps written data in memory for half a minute, so that the final fsync would wait for all of it.
+//! Writing it back while more is being copied does both at the same time.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

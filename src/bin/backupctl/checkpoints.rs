@@ -1,4 +1,4 @@
-//! `checkpoints` and `checkpoint`: what the domain's disks have recorded since when.
+//! `checkpoints` and `checkpoint`: the checkpoints on a domain's disks.
 
 use std::io::{self, IsTerminal};
 

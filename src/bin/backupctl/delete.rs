@@ -1,4 +1,4 @@
-//! `delete`: several backups, in the order in which they can go.
+//! `delete`: several backups, dependents first.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! What can go wrong for the client, with which exit status, and what the user can do about it.
+//! The client's errors, their exit statuses, and hints for the user.
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! What a systemd unit's instance stands for: the name of a virtual machine, in the letters that a unit's name can have.
+//! Unescapes the instance of a systemd unit to the name of a VM.
 
 /// The name that an instance stands for: `\xNN` is a byte of it.
 ///

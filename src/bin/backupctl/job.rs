@@ -1,4 +1,4 @@
-//! What a backup job says about itself, as it is shown.
+//! The properties of a job, for display.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -1,4 +1,4 @@
-//! The commands that ask one thing and print the answer.
+//! The commands that make one call and print its result.
 
 use std::io::{self, IsTerminal};
 

@@ -1,4 +1,4 @@
-//! What goes to the standard streams: escaped for a terminal, in aligned tables, or as JSON lines.
+//! Output to the standard streams: escaped for a terminal, in aligned tables, or as JSON lines.
 //!
 //! Names, paths and messages come from the service, and from QEMU behind it. None of them may move the cursor,
 //! change the window's title or reorder what is read.

@@ -1,4 +1,4 @@
-//! What is said at the end of a backup that was followed.
+//! The lines that are printed at the end of a backup.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! How the progress of one backup is shown: bars on a terminal, lines elsewhere, or JSON.
+//! Shows the progress of one backup: bars on a terminal, lines elsewhere, or JSON.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

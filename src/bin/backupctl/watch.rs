@@ -1,4 +1,4 @@
-//! `backupctl watch`: one job until it ends, or all jobs until the user has seen enough.
+//! `backupctl watch`: one job until it ends, or all jobs until the user interrupts it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IsTerminal};

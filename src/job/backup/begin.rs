@@ -1,4 +1,4 @@
-//! The first half of a backup: from its targets to block jobs that have all succeeded.
+//! The first half of a backup: from its targets to completed block jobs.
 
 use std::sync::atomic::Ordering;
 

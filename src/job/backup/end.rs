@@ -1,4 +1,4 @@
-//! The second half of a backup: from block jobs that have succeeded, or one that came to nothing, to the outcome.
+//! The second half of a backup: from block jobs that completed or failed to the outcome.
 
 use std::time::Duration;
 

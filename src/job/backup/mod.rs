@@ -1,7 +1,7 @@
 //! The backup of a domain: a journalled state machine, and the loop that runs it from targets to outcome.
 //!
-//! [`state`] says in which order things are done; [`driver`] is the loop; [`begin`] and [`end`] carry the actions out;
-//! [`resume`] finds what an earlier process left. Must not know D-Bus or who may do what.
+//! [`state`] has the order of the steps; [`driver`] is the loop; [`begin`] and [`end`] carry out the actions;
+//! [`resume`] is for backups of an earlier process. Must not know D-Bus or permissions.
 
 mod begin;
 mod driver;

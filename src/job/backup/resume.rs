@@ -1,7 +1,6 @@
-//! Crash recovery: finds what an earlier process of the service left of a backup, and carries the backup on from there.
+//! Crash recovery: resumes, or cleans up, a backup of an earlier process of the service.
 //!
-//! The record says how far the backup was; QEMU and the targets say what came after that. Nothing is touched that is not on
-//! record.
+//! The record has the last step; QEMU and the targets show what came after it. Only recorded targets and names are touched.
 
 use std::sync::Arc;
 use std::time::Duration;

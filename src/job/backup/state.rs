@@ -1,4 +1,4 @@
-//! The states of a backup, the facts that move it on, and what is to be done in each: a pure function.
+//! The states of a backup, the facts that change them, and the action of each: a pure function.
 //!
 //! A process that runs a backup and one that resumes it after a crash use the same function, so there is one order of
 //! steps. A state is on record before its action is carried out. Knows no QEMU, no files and no clock.

@@ -1,6 +1,6 @@
-//! Walks through the states of a backup with a model of what QEMU, the storage and the host do, and fail to do.
+//! Walks through the states of a backup with a model of QEMU, the storage and the host, and of their failures.
 //!
-//! Every way with up to two incidents is walked, and many random ones with more. An incident is a failed action, a cancel
+//! Every path with up to two incidents is walked, and many random ones with more. An incident is a failed action, a cancel
 //! request, and the end of the service, of QEMU or of the host, before an action or between the action and its record.
 
 use std::collections::BTreeSet;

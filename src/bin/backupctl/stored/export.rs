@@ -1,4 +1,4 @@
-//! `backupctl export`: a backup's disks over NBD, for reading, until the user has seen enough.
+//! `backupctl export`: a backup's disks over NBD, read-only, until the user interrupts it.
 
 use std::fs;
 use std::io;

@@ -1,7 +1,7 @@
-//! A file that is complete before it has its name.
+//! A file that gets its name when it is complete.
 //!
-//! It has no name at all until then where the file system can do that (open(2), `O_TMPFILE`): a death of this program leaves
-//! nothing. Elsewhere it has a hidden name and is locked. The next restore to there removes one that nobody has locked any more.
+//! Until then it has no name (open(2), `O_TMPFILE`), so a death of this program leaves nothing. On file systems that lack
+//! this it has a hidden name and is locked; the next restore into the directory removes one without a lock.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};

@@ -1,4 +1,4 @@
-//! Where a restored disk goes: a file that has its name only when it is complete, or a block device.
+//! The target of a restored disk: a file that gets its name when it is complete, or a block device.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Seek, SeekFrom};

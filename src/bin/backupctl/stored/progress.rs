@@ -1,4 +1,4 @@
-//! How far a restore or a verification is: bars on a terminal, lines elsewhere, or JSON.
+//! The progress of a restore or a verification: bars on a terminal, lines elsewhere, or JSON.
 
 use std::future::Future;
 use std::io::{self, IsTerminal};

@@ -1,4 +1,4 @@
-//! `backupctl restore`: disks as they were, out of a store.
+//! `backupctl restore`: disks of a backup, from a store.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! `backupctl verify`: whether stored backups are what they were.
+//! `backupctl verify`: checks stored backups for damage.
 
 use std::path::Path;
 use std::sync::Arc;

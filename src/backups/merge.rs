@@ -1,8 +1,8 @@
-//! Making backups lie on nothing, so that what they lay on can go: a new image of all that the disk held takes the place of
-//! the one that held what had changed.
+//! Makes dependents independent, so that their bases can be removed: an image of the complete disk replaces the one with
+//! the changes.
 //!
-//! The new one is made beside the old one, compared with what the old one shows, and put in its place as a whole. Nothing that
-//! shows the backup is gone at any moment, and what lies on it lies on the same content under the same name.
+//! The new image is made beside the old one, compared with it, and replaces it atomically. The backup stays readable
+//! throughout, and its own dependents keep the same backing content under the same name.
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -23,7 +23,7 @@ use crate::offload::{Progress, blocking, unless_stalled};
 use crate::target::{self, FileDigest, Replacement, Shelf};
 
 impl Backups {
-    /// Has no backup lie on those that are unwanted, but for those that are unwanted too.
+    /// Makes the dependents of the unwanted backups independent, except those that are unwanted too.
     pub(super) async fn merge(&self, unwanted: &Unwanted) -> Result<(), Error> {
         let chains = self
             .chains(&unwanted.store, &unwanted.domain, &unwanted.ids)
@@ -31,7 +31,7 @@ impl Backups {
         let dependents = chains.dependents(&unwanted.ids);
         chains.check_known(&unwanted.ids, &dependents)?;
         for id in dependents {
-            // Of one before nobody may know how it ended.
+            // The result of an earlier merge may not be known.
             let backup = self.record(unwanted, &id).await?;
             self.finish_merge(&backup.key).await?;
             let backup = self.record(unwanted, &id).await?;
@@ -42,7 +42,7 @@ impl Backups {
 
     async fn merge_one(&self, backup: Backup, gone: &BTreeSet<String>) -> Result<(), Error> {
         let path = self.store_path(&backup.key)?;
-        // What is known to be wrong with it, or with what it lies on, would be taken for right in a new image.
+        // A new image would hide the known damage of this backup or of its bases.
         if backup.state != BackupState::Complete {
             return Err(Error::NotComplete {
                 id: backup.key.id.clone(),

@@ -64,7 +64,7 @@ impl View {
     }
 }
 
-/// What the domain has that the backup does not hold, as it is told: name and type.
+/// The domain's devices that the backup does not hold, on the bus: name and type.
 fn not_in_backup(job: &Job) -> Vec<(String, String)> {
     let devices = job.plan.outside.iter();
     devices

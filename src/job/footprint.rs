@@ -240,8 +240,9 @@ impl Footprint {
         })
     }
 
-    /// Whether QEMU has opened what was written here, and nothing else: whoever has a target open too can have written a
-    /// header that names another file, with the rights of QEMU's. Of all targets at once: the reply has every node.
+    /// Whether QEMU has opened the target as it was written here, and nothing else: another process with the target open can have
+    /// written a header that names another file, which QEMU opens with its rights. For all targets at once, because the reply has
+    /// every node.
     pub async fn check_headers(&self, disks: &[DiskPlan]) -> Result<(), Error> {
         let nodes: Vec<Opened> = self
             .client()

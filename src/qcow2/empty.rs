@@ -1,7 +1,7 @@
 //! An empty image, written without QEMU.
 //!
 //! `blockdev-create` and `qemu-img create` open the header that they have just written once more, to give the image its size.
-//! In a file that somebody else can write to they would open, and truncate, whatever file that header names by then.
+//! If another process can write to the file, they would open, and truncate, the file that its header names by then.
 
 use std::os::fd::AsFd;
 

@@ -1,5 +1,4 @@
-//! What a header says about other files, read and held against what the manifest says. No more of the image is read than
-//! its first cluster.
+//! Reads the names of other files in a header, and compares them with the manifest. Reads only the image's first cluster.
 
 use std::os::fd::OwnedFd;
 

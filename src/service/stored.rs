@@ -80,7 +80,7 @@ impl Service {
         Ok(self.access.require(caller, permission, &details, None).await?)
     }
 
-    /// Starts to verify a backup and all that it lies on. `files` are none.
+    /// Starts to verify a backup and all its bases. `files` are none.
     pub async fn verify(
         &self,
         grant: Grant,

@@ -10,6 +10,7 @@ pub mod activity;
 pub mod backups;
 pub mod bus;
 pub mod catalog;
+pub mod clock;
 pub mod config;
 pub mod definition;
 pub mod domain;

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::{Backups, Error, Unwanted};
 use crate::catalog::{Backup, BackupFilter, BackupKey, BackupState, Cursor, DomainRecord};
+use crate::clock;
 use crate::plan::retention::{self, Candidate, Condition, Reason, Retention};
 use crate::target::Removal;
 
@@ -150,7 +151,7 @@ impl Backups {
         for (base, id) in chains.needed_by_unknown() {
             anyway.entry(base).or_default().push(Reason::Base(id.to_owned()));
         }
-        let now = Timestamp::now();
+        let now = clock::now();
         let candidates = backups.iter().map(|backup| {
             let mut anyway = anyway.remove(backup.key.id.as_str()).unwrap_or_default();
             if backup.protected || chains.is_protected(&backup.key.id) {

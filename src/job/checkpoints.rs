@@ -18,6 +18,7 @@ use super::manager::Setting;
 use super::record::domain_record;
 use super::{Error, Jobs, Reservation};
 use crate::catalog::{Begun, CheckpointRecord, Recorded};
+use crate::clock;
 use crate::config::Store;
 use crate::definition::{CheckpointDefinition, CheckpointDisk, Position};
 use crate::domain::{CheckpointPolicy, Disk, Domain, Link};
@@ -204,7 +205,7 @@ impl Jobs {
         }
         let existing = existing(&self.checkpoints(domain, &snapshot.disks).await?);
         let disks = plan::checkpoint(&definition, &snapshot.disks, &existing)?;
-        let now = Timestamp::now();
+        let now = clock::now();
         let record = CheckpointRecord {
             id: Self::new_backup_id(now),
             name: definition.name,
@@ -227,7 +228,7 @@ impl Jobs {
         });
         let made = transaction(&link, add.collect(), &self.setting).await;
         let recorded = match &made {
-            Ok(()) => catalog.checkpoint_made(key, id, Timestamp::now()).await,
+            Ok(()) => catalog.checkpoint_made(key, id, clock::now()).await,
             // It may be there all the same, where it was not refused.
             Err(_) => catalog.checkpoint_deleted(key, id).await,
         };

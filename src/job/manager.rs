@@ -19,6 +19,7 @@ use super::rescan::{self, Rescan};
 use super::{Error, Job, backup, blocking, quiesce};
 use crate::activity::{Activity, Use};
 use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob};
+use crate::clock;
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Link, Registry};
 use crate::error;
@@ -168,7 +169,7 @@ impl Jobs {
     /// whose record cannot be read is logged, and stays as it is: a service of another version may be able to.
     pub async fn recover(self: &Arc<Self>) -> Result<Vec<Arc<Job>>, Error> {
         let keep = SignedDuration::try_from(KEEP).unwrap_or(SignedDuration::ZERO);
-        let since = Timestamp::now().checked_sub(keep).unwrap_or(Timestamp::MIN);
+        let since = clock::now().checked_sub(keep).unwrap_or(Timestamp::MIN);
         for record in self.setting.catalog.ended_since(since, KEEP_AT_MOST).await? {
             match self.ended(&record) {
                 Ok(job) => {

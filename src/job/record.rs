@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -12,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::boot::BootId;
 use super::{Decision, DiskState, DiskStatus, Error, Job, Outcome, State, Status, backup};
 use crate::catalog::{self, Catalog, DomainRecord, Ended, JobRecord, JobState};
+use crate::clock;
 use crate::domain::{Domain, Identity, Origin};
 use crate::plan::Plan;
 use crate::target;
@@ -202,7 +202,7 @@ impl Job {
     ) -> Result<Ended, Error> {
         let residue = Residue::of(state);
         Ok(Ended {
-            time: Timestamp::now(),
+            time: clock::now(),
             result: outcome.as_str().to_owned(),
             error: match outcome {
                 Outcome::Failed(error) => Some(to_text(error)?),

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -12,6 +11,7 @@ use super::progress::{Meter, share};
 use super::scan::Scan;
 use super::track::{Phase, Tracker, Verdict};
 use super::{DiskState, Error, Job, State};
+use crate::clock;
 use crate::qmp::{self, Events, EventsError};
 
 /// How often the progress is asked for while somebody looks, and while nobody does.
@@ -178,7 +178,7 @@ impl<'a> Running<'a> {
         let rate = self.meter.measure(Instant::now(), done);
         let end = self
             .meter
-            .expected_end(Timestamp::now(), self.tracker.total().saturating_sub(done));
+            .expected_end(clock::now(), self.tracker.total().saturating_sub(done));
         self.job.update(|status| {
             status.rate = rate;
             status.expected_end = end;

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
@@ -18,6 +17,7 @@ use super::record::{self, Residue};
 use super::{DiskState, DiskStatus, Error, Job, Outcome, State, blocking, outcome, show_ended};
 use crate::activity::Use;
 use crate::catalog::{BackupKey, JobRecord};
+use crate::clock;
 use crate::domain::{Domain, Identity};
 use crate::image::{self, Chain, Control, Export, Fault, Output, Progress, Survey, Verified};
 use crate::plan::{Plan, Stored, Task};
@@ -378,7 +378,7 @@ async fn follow<T>(job: &Job, meter: &mut Meter, show: impl Fn(&Job), work: impl
                 let status = job.status();
                 let rate = meter.measure(Instant::now(), status.bytes_done());
                 let left = status.bytes().saturating_sub(status.bytes_done());
-                let end = meter.expected_end(Timestamp::now(), left);
+                let end = meter.expected_end(clock::now(), left);
                 job.update(|status| (status.rate, status.expected_end) = (rate, end));
                 job.asked.send_replace(Some(Instant::now()));
             }

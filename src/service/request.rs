@@ -4,11 +4,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
 use tokio::task::JoinHandle;
 
 use super::{Descriptors, Service, details};
 use crate::access::{Basis, Caller, Details, Grant, Permission};
+use crate::clock;
 use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
@@ -149,7 +149,7 @@ impl Service {
             grants,
             uid,
         } = authorised;
-        let start_time = Timestamp::now();
+        let start_time = clock::now();
         let reservation = self.jobs.reserve(&domain, uid, request.files.share)?;
         let (plan, held) = self
             .plan(

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use jiff::Timestamp;
 use rustix::net::SocketType;
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 
@@ -12,6 +11,7 @@ use super::request::disk_list;
 use super::{Descriptors, Service};
 use crate::access::{Caller, Grant, Permission};
 use crate::catalog::Backup;
+use crate::clock;
 use crate::definition::Format;
 use crate::error::{Error, Kind, Result, shown};
 use crate::image::{self, Chain, Export, Location, Survey};
@@ -62,7 +62,7 @@ impl Service {
         let chain = self.chain(backup, disks.clone()).await?;
         let domain = self.backups.domain(&backup.domain);
         let plan = Plan::of_stored(Task::Restore(stored(backup)), disk_plans(&chain, &disks, format));
-        let record = self.jobs.begin(&domain, &plan, uid, Timestamp::now()).await?;
+        let record = self.jobs.begin(&domain, &plan, uid, clock::now()).await?;
         let prepared = self
             .prepare(plan, &domain, &record.backup_id, files.files, None)
             .await;
@@ -98,7 +98,7 @@ impl Service {
             .await?;
         let domain = self.backups.domain(&backup.domain);
         let plan = Plan::of_stored(Task::Verify(stored(backup)), Vec::new());
-        let record = self.jobs.begin(&domain, &plan, uid, Timestamp::now()).await?;
+        let record = self.jobs.begin(&domain, &plan, uid, clock::now()).await?;
         let work = Work::Verify(survey);
         let job = self.jobs.start_stored(turn, domain, (plan, record), work);
         grant.record(job.id);

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::driver::Driver;
 use super::state::Fact;
+use crate::clock;
 use crate::definition::Format;
 use crate::domain::{Snapshot, poweroff};
 use crate::fault;
@@ -226,7 +227,7 @@ impl Driver<'_> {
 
 /// As exactly as the record has it: a later process of the service reports the same.
 fn now() -> Timestamp {
-    let now = Timestamp::now();
+    let now = clock::now();
     Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
 }
 

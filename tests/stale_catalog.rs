@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use backupd::fault::Point;
 use common::System;
 use common::caller::Caller;
 use common::chain::{copy, directories, id, increment, manifest, write_manifest};
@@ -296,4 +297,61 @@ async fn a_change_of_another_service_is_noticed_before_anything_is_removed() {
     delete(&other, &id(&incremental), &[]).await.unwrap();
     delete(&one, &id(&full), &[]).await.unwrap();
     assert_eq!(listed(&one).await, []);
+}
+
+/// A store with a full backup and one that depends on it, which another service knows, too.
+async fn shared() -> (System, System, Vm, Caller) {
+    let first = System::start();
+    let vm = machine(&first);
+    let one = Caller::new(&first).await;
+    one.complete("web", "").await;
+    one.complete("web", "").await;
+    let second = System::setup().store("shared", &first.store()).start();
+    let other = Caller::new(&second).await;
+    wait::until_async("the other service to read the store", || async {
+        (listed(&other).await.len() == 2).then_some(())
+    })
+    .await;
+    (first, second, vm, other)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_service_merged_or_removed_is_not_listed_as_damaged_or_missing() {
+    let (first, _second, _vm, other) = shared().await;
+    let [full, incremental] = backups(&first).try_into().unwrap();
+    let one = Caller::new(&first).await;
+    delete(&one, &id(&full), &["merge"]).await.unwrap();
+    let left = [(id(&incremental), "complete".to_owned())];
+    assert_eq!(listed(&other).await, left);
+    // What nobody meant is, and so is all that is on record where nothing is left: it may be another store.
+    let image = incremental.join("vda.qcow2");
+    fs::File::options()
+        .write(true)
+        .open(image)
+        .unwrap()
+        .set_len(512)
+        .unwrap();
+    assert_eq!(listed(&other).await, [(id(&incremental), "damaged".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_that_was_finished_after_a_restart_is_noticed_by_another_service() {
+    for point in [Point::MergeExchanged, Point::Merged] {
+        let (mut first, _second, _vm, other) = shared().await;
+        let [full, incremental] = backups(&first).try_into().unwrap();
+        first.stop_daemon();
+        first.start_dying_daemon(point);
+        first.wait_for_domain("web");
+        let one = Caller::new(&first).await;
+        delete(&one, &id(&full), &["merge"]).await.unwrap_err();
+        first.wait_for_death();
+        first.start_daemon();
+        wait::until("the former images to be gone", || {
+            let mut names = fs::read_dir(first.store().join("web")).unwrap();
+            let hidden = names.any(|entry| entry.unwrap().file_name().to_str().unwrap().starts_with('.'));
+            (!hidden).then_some(())
+        });
+        let both = [&full, &incremental].map(|backup| (id(backup), "complete".to_owned()));
+        assert_eq!(listed(&other).await, both, "{point}");
+    }
 }

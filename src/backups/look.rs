@@ -36,7 +36,7 @@ impl Backups {
                 looked: backup.looked.clone(),
             });
         }
-        let mut found = Vec::new();
+        let (mut found, mut changed) = (Vec::new(), false);
         for (name, expected) in by_store {
             // Of a store that the configuration does not have any more nothing new can be known.
             let Some(store) = self.stores.get(name) else {
@@ -51,23 +51,59 @@ impl Backups {
                 look_through(&path, &expected)
             });
             // What comes later is looked for again.
-            if let Ok(Ok(looked)) = tokio::time::timeout_at(deadline, look).await {
-                found.extend(looked);
+            let Ok(Ok(looked)) = tokio::time::timeout_at(deadline, look).await else {
+                continue;
+            };
+            if !looked.amiss {
+                found.extend(looked.different);
+                continue;
+            }
+            match self.read_again(name, deadline).await {
+                Some(true) => changed = true,
+                Some(false) => found.extend(looked.different),
+                None => {}
             }
         }
         if found.is_empty() {
-            return Ok(false);
+            return Ok(changed);
         }
         self.catalog.looked(found).await?;
         Ok(true)
     }
+
+    /// What another service made of a backup is not amiss: the store is read again if it is not as the catalog knows it. Returns
+    /// whether it was, or nothing if that takes longer than until `deadline`.
+    async fn read_again(&self, store: &str, deadline: Instant) -> Option<bool> {
+        let (jobs, stop, store) = (self.jobs.clone(), self.stop.clone(), store.to_owned());
+        let needed = self.activity.begin();
+        // It goes on when nobody waits for it any more.
+        let reading = self.tasks.spawn(async move {
+            let _needed = needed;
+            stop.run_until_cancelled(jobs.settle_store(&store)).await
+        });
+        match tokio::time::timeout_at(deadline, reading).await {
+            Ok(Ok(Some(Ok(read)))) => Some(read),
+            // Where the store cannot be compared with the catalog, what the look found counts.
+            Ok(Ok(Some(Err(_)))) => Some(false),
+            Ok(Ok(None) | Err(_)) | Err(_) => None,
+        }
+    }
 }
 
-/// What is different from what was known. Blocks.
-fn look_through(path: &Path, expected: &[Expected]) -> Vec<(BackupKey, Looked)> {
+/// What a look at a store gave.
+#[derive(Default)]
+struct Seen {
+    /// Something is not as it was when the backup was made.
+    amiss: bool,
+    /// What is different from what was known.
+    different: Vec<(BackupKey, Looked)>,
+}
+
+/// Blocks.
+fn look_through(path: &Path, expected: &[Expected]) -> Seen {
     let store = Shelf::of_store(path);
     let mut shelves: BTreeMap<&str, Result<Option<Shelf>, target::Error>> = BTreeMap::new();
-    let mut different = Vec::new();
+    let mut seen = Seen::default();
     for backup in expected {
         let domain = &backup.key.domain;
         let shelf = shelves.entry(domain).or_insert_with(|| match &store {
@@ -82,11 +118,12 @@ fn look_through(path: &Path, expected: &[Expected]) -> Vec<(BackupKey, Looked)> 
             Err(_) => continue,
         };
         let Ok(looked) = looked else { continue };
+        seen.amiss |= looked.is_some();
         if looked != backup.looked {
-            different.push((backup.key.clone(), looked));
+            seen.different.push((backup.key.clone(), looked));
         }
     }
-    different
+    seen
 }
 
 fn gone() -> Looked {

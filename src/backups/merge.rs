@@ -185,8 +185,7 @@ impl Backups {
         fault::point(Point::MergeRecorded);
         self.blocking(&key.store, self.deadlines.stall(), move || replacement.put())
             .await?;
-        self.catalog.merged(key.clone()).await?;
-        self.jobs.raise_generation(&key.store).await;
+        self.put_on_record(key).await?;
         fault::point(Point::Merged);
         tracing::info!(
             backup = key.id,
@@ -194,6 +193,12 @@ impl Backups {
             "a backup lies on nothing any more"
         );
         Ok(())
+    }
+
+    /// Has the record say what is in place. Other services are told first: what is on record is not looked at again.
+    async fn put_on_record(&self, key: &BackupKey) -> Result<(), Error> {
+        self.jobs.raise_generation(&key.store).await;
+        Ok(self.catalog.merged(key.clone()).await?)
     }
 
     /// Finishes what a former process of the service began to put in place, or takes it back.
@@ -219,7 +224,7 @@ impl Backups {
             _ => false,
         };
         if is_new {
-            self.catalog.merged(key.clone()).await?;
+            self.put_on_record(key).await?;
         }
         let (path, at) = (self.store_path(key)?, key.clone());
         let clear = move || Replacement::clear(&path, name(&at));

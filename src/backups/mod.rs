@@ -37,6 +37,9 @@ const BATCH: u32 = 100;
 /// The most that an id's beginning can stand for before it says nothing.
 const MOST_NAMED: u32 = 1000;
 
+/// Looks at the same backups: after the first, their store may have been read again.
+const LOOKS: usize = 2;
+
 /// Who works in a store.
 struct Place {
     /// One removal at a time.
@@ -196,8 +199,11 @@ impl Backups {
                 after = last;
                 continue;
             }
-            if self.look(&found, deadline).await? {
-                found = read(after).await?;
+            for _ in 0..LOOKS {
+                if !self.look(&found, deadline).await? {
+                    break;
+                }
+                found = read(after.clone()).await?;
                 found.retain(|backup| self.is_wanted(filter, &backup.domain));
             }
             return Ok(found);
@@ -206,11 +212,14 @@ impl Backups {
 
     /// The backup of that object, looked at unless that takes longer than until `deadline`.
     pub async fn get(&self, object: u64, deadline: Instant) -> Result<Option<Backup>, catalog::Error> {
-        let found = self.catalog.backup(object).await?;
-        match self.look(found.as_slice(), deadline).await? {
-            true => self.catalog.backup(object).await,
-            false => Ok(found),
+        let mut found = self.catalog.backup(object).await?;
+        for _ in 0..LOOKS {
+            if !self.look(found.as_slice(), deadline).await? {
+                break;
+            }
+            found = self.catalog.backup(object).await?;
         }
+        Ok(found)
     }
 
     /// The backups whose ids begin like that, where they lie, their objects, and whose they are.
@@ -235,7 +244,7 @@ impl Backups {
     async fn settle_store(&self, store: &str) -> Result<(), Error> {
         self.check_mark(store).await?;
         match self.jobs.settle_store(store).await {
-            Ok(()) => Ok(()),
+            Ok(_) => Ok(()),
             Err(job::Error::Target(error)) => Err(error.into()),
             Err(error) => Err(Error::Unsettled {
                 store: store.to_owned(),

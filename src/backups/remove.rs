@@ -254,9 +254,10 @@ impl Backups {
             }
             None => 0,
         };
+        // Other services are told first: what is forgotten is not looked at again.
+        self.jobs.raise_generation(&key.store).await;
         let gone = vec![(key.domain.clone(), key.id.clone())];
         self.catalog.forget(key.store.clone(), gone).await?;
-        self.jobs.raise_generation(&key.store).await;
         tracing::info!(backup = key.id, store = key.store, freed, "a backup was removed");
         Ok(freed)
     }

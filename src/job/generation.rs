@@ -113,16 +113,17 @@ impl Generations {
 }
 
 impl Jobs {
-    /// Makes sure that what is on record of a store is what the store has: before anything in it is removed or built upon.
-    pub async fn settle_store(&self, name: &str) -> Result<(), Error> {
+    /// Makes sure that what is on record of a store is what the store has: before anything in it is removed or built upon, or
+    /// said to be amiss. Returns whether the record is another one now, because the store was read again.
+    pub async fn settle_store(&self, name: &str) -> Result<bool, Error> {
         let generations = &self.setting.generations;
         if generations.difference(name).await?.is_none() {
-            return Ok(());
+            return Ok(false);
         }
         let _turn = self.rescanning.lock().await;
         // Who had the turn before may have done it.
         let Some(found) = generations.difference(name).await? else {
-            return Ok(());
+            return Ok(true);
         };
         self.check_same_store(name).await?;
         tracing::warn!(

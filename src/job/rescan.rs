@@ -57,7 +57,7 @@ pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Err
     let mut rescan = Rescan::default();
     for (name, store) in &setting.stores {
         match look_through(setting, name, &store.path, &mut rescan).await {
-            Ok(()) => {
+            Ok(_) => {
                 if adopt {
                     setting.catalog.adopt(name.clone()).await?;
                 }
@@ -66,7 +66,7 @@ pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Err
             Err(error @ (Error::Target(_) | Error::Stalled { .. } | Error::Exchanged)) => {
                 rescan.problem(&store.path, &error.to_string());
             }
-            looked => looked?,
+            Err(error) => return Err(error),
         }
     }
     tracing::info!(backups = rescan.backups, "the stores were looked through");
@@ -86,22 +86,28 @@ async fn mark_as(setting: &Setting, name: &str, path: &Path, rescan: &mut Rescan
     }
 }
 
-/// Looks through one store.
-pub(super) async fn one(setting: &Setting, name: &str) -> Result<(), Error> {
+/// Looks through one store. Returns whether what is on record of it is what it has now.
+pub(super) async fn one(setting: &Setting, name: &str) -> Result<bool, Error> {
     let Some(store) = setting.stores.get(name) else {
-        return Ok(());
+        return Ok(false);
     };
     let mut rescan = Rescan::default();
-    look_through(setting, name, &store.path, &mut rescan).await?;
+    let settled = look_through(setting, name, &store.path, &mut rescan).await?;
     tracing::info!(
         store = name,
         backups = rescan.backups,
         "the store was looked through"
     );
-    Ok(())
+    Ok(settled)
 }
 
-async fn look_through(setting: &Setting, name: &str, path: &Path, rescan: &mut Rescan) -> Result<(), Error> {
+/// Returns whether what is on record of the store is what it has now: not where it is empty, and may be another one.
+async fn look_through(
+    setting: &Setting,
+    name: &str,
+    path: &Path,
+    rescan: &mut Rescan,
+) -> Result<bool, Error> {
     // From before the look: what comes meanwhile is neither known nor missing.
     let generation = setting.generations.of(name).await?;
     let known = setting.catalog.backups_in(name.to_owned()).await?;
@@ -117,13 +123,14 @@ async fn look_through(setting: &Setting, name: &str, path: &Path, rescan: &mut R
     if !look.through().await? {
         return Err(Error::Exchanged);
     }
-    if look.forget_missing().await? {
+    let settled = look.forget_missing().await?;
+    if settled {
         setting
             .catalog
             .set_generation(name.to_owned(), generation)
             .await?;
     }
-    Ok(())
+    Ok(settled)
 }
 
 /// A look through one store.

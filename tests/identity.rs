@@ -34,14 +34,8 @@ fn machine(system: &System, directory: &str, name: &str, uuid: &str) -> Vm {
     vm
 }
 
-/// Has the service forget a domain.
-fn unknown(system: &System, name: &str) {
-    fs::remove_file(system.dir().join("etc/domains.d").join(format!("{name}.toml"))).unwrap();
-    system.wait_for_no_domain(name);
-}
-
 fn rename(system: &System, vm: &Vm, from: &str, to: &str) {
-    unknown(system, from);
+    system.remove_domain_file(from);
     system.domain_file(to, vm);
     system.wait_for_domain(to);
 }
@@ -141,7 +135,7 @@ async fn another_vm_under_the_same_name_inherits_prunes_and_shows_nothing_of_the
     let user = Caller::of_user(&system, USER).await;
     assert_eq!(ids(&user, "").await, olds);
     former.quit();
-    unknown(&system, "web");
+    system.remove_domain_file("web");
     // As long as nobody has its name, it is the one that had it.
     assert_eq!(ids(&root, "web").await, olds);
 
@@ -174,7 +168,7 @@ async fn another_vm_under_the_same_name_inherits_prunes_and_shows_nothing_of_the
 
     // The former one comes back, and goes on where it was.
     latter.quit();
-    unknown(&system, "web");
+    system.remove_domain_file("web");
     let _former = machine(&system, "former", "web", FORMER);
     user = Caller::of_user(&system, USER).await;
     assert_eq!(ids(&user, "").await, olds);
@@ -253,7 +247,7 @@ async fn a_service_that_lost_its_records_gives_no_vm_the_directory_of_another() 
     let mut former = machine(&system, "former", "web", FORMER);
     root.complete("web", "").await;
     former.quit();
-    unknown(&system, "web");
+    system.remove_domain_file("web");
     lose_catalog(&mut system);
     let mut latter = machine(&system, "latter", "web", LATTER);
     let root = Caller::new(&system).await;
@@ -261,7 +255,7 @@ async fn a_service_that_lost_its_records_gives_no_vm_the_directory_of_another() 
     assert_eq!(ids_in(&system.store().join("web")).len(), 1);
     assert_eq!(ids_in(&system.store().join("web-22222222")).len(), 1);
     latter.quit();
-    unknown(&system, "web");
+    system.remove_domain_file("web");
     let _former = machine(&system, "former", "web", FORMER);
     root.complete("web", "").await;
     let made = directories(&system.store().join("web"));

@@ -1,158 +1,268 @@
-//! A random walk: a guest that writes, backups of every kind, failures of every kind, restarts, deletions and merges, in an
-//! order that a seed decides. After every step each backup that is there shows exactly what there was at its instant.
+//! A random walk: a guest that writes, backups of every kind, failures of every kind, restarts, deletions and merges, other
+//! boots, old catalogs, other machines, another service and a clock that jumps, in an order that a seed decides. After every
+//! step each backup that is there shows exactly what there was at its instant, no other is listed, and nothing is left.
 //!
 //! `BACKUPD_WALK_SEED` repeats a walk, `BACKUPD_WALK_STEPS` makes it longer.
 
 mod common;
+#[path = "walk/failures.rs"]
+mod failures;
+#[path = "walk/host.rs"]
+mod host;
+#[path = "walk/ledger.rs"]
+mod ledger;
+#[path = "walk/neighbours.rs"]
+mod neighbours;
+#[path = "walk/removals.rs"]
+mod removals;
 
-use std::collections::{BTreeMap, HashMap};
-use std::os::unix::fs::MetadataExt;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use common::caller::Caller;
 use common::clients::ROOT;
 use common::dice::Dice;
-use common::proxies::{JobProxy, Options, slowly};
-use common::recorded::{CLUSTER, DISKS, Recorded, SIZE, backup_id, read};
+use common::hanging::{Hanging, Limits};
+use common::proxies::{JobProxy, ListedBackup, Options};
+use common::recorded::{CLUSTER, DISKS, Recorded, SIZE};
 use common::storage::Tmpfs;
+use common::vm::Residue;
 use common::{System, wait};
-use serde_json::Value;
+use host::Clock;
+use ledger::{Content, Ledger, Whose};
+use neighbours::Neighbour;
+use tempfile::TempDir;
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
+const SEEDS: [u64; 3] = [0x5eed, 1, 2];
+/// Of all walks together.
 const STEPS: u64 = 2000;
 /// More than that many backups are made fewer.
 const MOST_BACKUPS: usize = 12;
+/// The first on a file system that can do everything, the second on one without exchange and links.
+const STORES: [&str; 2] = ["walk", "poor"];
 
-/// What an image's file is, and those that it lies on: as long as this is the same, so is what the image shows.
-type Fingerprint = Vec<(u64, u64, i64, i64)>;
+/// How often each kind of step was made.
+type Made = BTreeMap<&'static str, u32>;
+
+/// Incidents that each walk goes through at least once.
+#[derive(Debug, Clone, Copy)]
+enum Incident {
+    AnotherBoot,
+    AnotherBootInMerge,
+    StaleCatalog,
+    Neighbour,
+    MergeByMoving,
+    Rename,
+    NameReused,
+    Clock,
+}
+
+impl Incident {
+    const ALL: [Self; 8] = [
+        Self::Neighbour,
+        Self::AnotherBoot,
+        Self::Clock,
+        Self::StaleCatalog,
+        Self::MergeByMoving,
+        Self::Rename,
+        Self::AnotherBootInMerge,
+        Self::NameReused,
+    ];
+}
+
+/// Walks of [`STEPS`] steps contain each of these, whatever the seed.
+const KINDS: [&str; 22] = [
+    "auto",
+    "full",
+    "since",
+    "cancelled",
+    "full store",
+    "QEMU dies",
+    "service dies",
+    "reboot",
+    "restart",
+    "merge",
+    "with-descendants",
+    "prune",
+    "another boot",
+    "another boot in a merge",
+    "stale catalog",
+    "neighbour",
+    "neighbour with our UUID",
+    "rename",
+    "name reused",
+    "clock",
+    "backup without exchange and links",
+    "merge without exchange and links",
+];
 
 struct Walk {
     dice: Dice,
+    // Before all that use it.
+    _poor: Hanging,
     scene: Recorded,
+    neighbour: Neighbour,
+    /// What was in QEMU when it was started.
+    residue: Residue,
     store: Tmpfs,
-    /// The ids of the backups that are there, in the order in which they were made: their names decide nothing.
-    order: Vec<String>,
-    /// What was read already.
-    checked: HashMap<PathBuf, Fingerprint>,
-    /// How often each kind of step was made.
-    made: BTreeMap<&'static str, u32>,
-    backups: u32,
+    ledger: Ledger,
+    clock: Clock,
+    /// What machines hold that have the name of ours now and then, by that name.
+    namesakes: BTreeMap<&'static str, Vec<u8>>,
+    made: Made,
+    // After all that is mounted in it.
+    _place: TempDir,
 }
 
 impl Walk {
     fn new(seed: u64) -> Self {
-        let place = tempfile::Builder::new()
-            .prefix("bkp-walk-")
-            .tempdir()
-            .unwrap()
-            .keep();
-        let store = Tmpfs::mount(&place, 256 * MIB);
-        let setup = System::setup().store("walk", store.path());
+        let mut dice = Dice::new(seed);
+        let place = tempfile::Builder::new().prefix("bkp-walk-").tempdir().unwrap();
+        let store = Tmpfs::mount(&place.path().join("walk"), 256 * MIB);
+        let limits = Limits {
+            plain_rename: true,
+            no_links: true,
+            ..Limits::default()
+        };
+        let poor = Hanging::mount(&place.path().join("poor"), limits);
+        let paths = [store.path().to_owned(), poor.path().to_owned()];
+        let stores = STORES.into_iter().zip(paths).collect();
+        let clock = Clock::new(place.path());
+        let scene = Recorded::with(clock.set_up(with_stores(&stores)));
+        let twin = dice.roll(2) == 0;
+        let neighbour = Neighbour::new(with_stores(&stores), &scene, twin);
         Self {
-            dice: Dice::new(seed),
-            scene: Recorded::with(setup),
+            dice,
+            _poor: poor,
+            residue: scene.vm().residue(),
+            scene,
+            neighbour,
             store,
-            order: Vec::new(),
-            checked: HashMap::new(),
-            made: BTreeMap::new(),
-            backups: 0,
+            ledger: Ledger::new(stores),
+            clock,
+            namesakes: BTreeMap::new(),
+            made: Made::new(),
+            _place: place,
         }
     }
 
-    fn directory(&self) -> PathBuf {
-        self.store.path().join("web")
+    fn note(&mut self, kind: &'static str) {
+        *self.made.entry(kind).or_default() += 1;
     }
 
-    fn image(&self, id: &str, disk: &str) -> PathBuf {
-        self.directory().join(id).join(format!("{disk}.qcow2"))
-    }
-
-    fn manifest(&self, id: &str) -> Value {
-        let text =
-            std::fs::read(self.directory().join(id).join("manifest.json")).expect("a backup has a manifest");
-        serde_json::from_slice(&text).expect("a manifest is JSON")
-    }
-
-    /// The files that it takes to read an image.
-    fn fingerprint(&self, id: &str, disk: &str) -> Fingerprint {
-        let (mut id, mut all) = (id.to_owned(), Vec::new());
-        loop {
-            let meta = self.image(&id, disk).metadata().expect("an image is there");
-            all.push((meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec()));
-            let manifest = self.manifest(&id);
-            let disks = manifest["disks"].as_array().expect("it has disks");
-            let disk = disks
-                .iter()
-                .find(|entry| entry["name"] == disk)
-                .expect("it has the disk");
-            match disk["parent"]["backup"].as_str() {
-                Some(parent) => id = parent.to_owned(),
-                None => return all,
-            }
-        }
-    }
-
-    /// Every backup that is known is there, no other is, and each shows what there was.
-    fn check(&mut self, step: u64, what: &str) {
-        let mut there = common::chain::directories_if_any(&self.directory());
-        there.retain(|path| path.join("manifest.json").exists());
-        let mut there: Vec<&str> = there
-            .iter()
-            .map(|path| path.file_name().unwrap().to_str().unwrap())
-            .collect();
-        there.sort_unstable();
-        let known: Vec<&str> = self.scene.backups.keys().map(String::as_str).collect();
-        assert_eq!(there, known, "step {step}, {what}");
-        for (id, disks) in &self.scene.backups {
-            for (disk, content) in disks {
-                let image = self.image(id, disk);
-                let fingerprint = self.fingerprint(id, disk);
-                if self.checked.get(&image) == Some(&fingerprint) {
-                    continue;
+    /// What is not as it must be, as far as it can be seen without reading images. A service that was started may still be
+    /// removing residue.
+    async fn differences(&self) -> Vec<String> {
+        let mut all = self.ledger.differences();
+        let ours = Caller::new(&self.scene.system).await;
+        let theirs = Caller::new(&self.neighbour.scene.system).await;
+        for (caller, of_ours) in [(&ours, true), (&theirs, false)] {
+            let (listed, next) = caller.manager.list_backups(Options::new()).await.unwrap();
+            assert_eq!(next, "", "all are listed at once");
+            all.extend(self.mislisted(&listed, of_ours));
+            for (number, _, _, state) in caller.manager.list_jobs().await.unwrap() {
+                if !["completed", "failed", "cancelled"].contains(&state.as_str()) {
+                    all.push(format!("job {number} is {state}"));
                 }
-                let shown = read(&image);
-                let wrong: Vec<usize> = (0..content.len() / 512)
-                    .filter(|at| shown[at * 512..][..512] != content[at * 512..][..512])
-                    .collect();
-                assert!(
-                    wrong.is_empty(),
-                    "step {step}, {what}: {} does not show what there was, in {} sectors from {} to {}",
-                    image.display(),
-                    wrong.len(),
-                    wrong[0],
-                    wrong[wrong.len() - 1],
-                );
-                self.checked.insert(image, fingerprint);
             }
         }
+        for (what, scene, before) in [
+            ("QEMU", &self.scene, &self.residue),
+            (
+                "the neighbour's QEMU",
+                &self.neighbour.scene,
+                &self.neighbour.residue,
+            ),
+        ] {
+            let residue = scene.vm().residue();
+            if residue != *before {
+                all.push(format!("{what} had {before:?} and has {residue:?}"));
+            }
+        }
+        all
+    }
+
+    /// What the service that is tested, or the neighbour's, lists wrongly. Each lists what it made itself. What the other one made
+    /// since it last read the store it need not list.
+    fn mislisted(&self, listed: &[ListedBackup], by_ours: bool) -> Vec<String> {
+        let mut wrong = Vec::new();
+        for ListedBackup(_, id, _, _, _, store, _, _, _, state, problem, _, _, own) in listed {
+            let fits = match self.ledger.backups.get(id) {
+                Some(held) => {
+                    held.whose.is_own() == (*own == by_ours) && held.store == store && state == "complete"
+                }
+                // In an empty store the service keeps its records: the store may not be mounted.
+                None => state == "missing" && self.ledger.is_empty(store),
+            };
+            if !fits {
+                wrong.push(format!("{id} is listed: own {own}, {store}, {state}, {problem}"));
+            }
+        }
+        let known = self.ledger.backups.iter();
+        let own = known.filter(|(_, held)| held.whose.is_own() == by_ours);
+        let unlisted = own.filter(|(id, _)| !listed.iter().any(|backup| backup.1 == **id));
+        wrong.extend(unlisted.map(|(id, _)| format!("{id} is not listed")));
+        wrong
+    }
+
+    /// Every backup that is known is there and listed, no other is, nothing is left, and each shows what there was.
+    async fn check(&mut self, context: &str) {
+        let began = Instant::now();
+        loop {
+            let differences = self.differences().await;
+            if differences.is_empty() {
+                break;
+            }
+            assert!(began.elapsed() < wait::DEADLINE, "{context}: {differences:#?}");
+            tokio::time::sleep(wait::STEP).await;
+        }
+        self.ledger.check(context);
     }
 
     async fn step(&mut self) -> &'static str {
-        match self.dice.roll(100) {
-            0..82 => {
+        match self.dice.roll(1000) {
+            0..802 => {
                 self.guest(false);
                 "guest"
             }
-            82..92 => self.backup().await,
-            92 => self.cancelled().await,
-            93 => self.full_store().await,
-            94 => self.qemu_dies().await,
-            95 => self.service_dies().await,
-            96 => {
+            802..900 => self.backup().await,
+            900..910 => self.cancelled().await,
+            910..920 => self.full_store().await,
+            920..929 => self.qemu_dies().await,
+            929..940 => self.service_dies().await,
+            940..947 => {
                 self.scene.reboot();
+                self.residue = self.scene.vm().residue();
                 "reboot"
             }
-            97 => {
-                self.scene.system.start_daemon();
-                self.scene.system.wait_for_domain("web");
-                "restart"
-            }
-            98 => match self.dice.roll(2) {
-                0 => self.delete("merge").await,
-                _ => self.delete("with-descendants").await,
-            },
-            _ => self.prune().await,
+            947..955 => self.restart(),
+            955..960 => self.delete("merge").await,
+            960..964 => self.delete("with-descendants").await,
+            964..973 => self.prune().await,
+            973..977 => self.incident(Incident::AnotherBoot).await,
+            977..980 => self.incident(Incident::AnotherBootInMerge).await,
+            980..984 => self.incident(Incident::StaleCatalog).await,
+            984..991 => self.incident(Incident::Neighbour).await,
+            991 => self.incident(Incident::MergeByMoving).await,
+            992 => self.incident(Incident::Rename).await,
+            993..995 => self.incident(Incident::NameReused).await,
+            _ => self.incident(Incident::Clock).await,
+        }
+    }
+
+    async fn incident(&mut self, which: Incident) -> &'static str {
+        match which {
+            Incident::AnotherBoot => self.another_boot().await,
+            Incident::AnotherBootInMerge => self.another_boot_in_a_merge().await,
+            Incident::StaleCatalog => self.stale_catalog().await,
+            Incident::Neighbour => self.neighbour().await,
+            Incident::MergeByMoving => self.merge_by_moving().await,
+            Incident::Rename => self.rename(),
+            Incident::NameReused => self.name_reused().await,
+            Incident::Clock => self.clock.jump(&mut self.dice),
         }
     }
 
@@ -181,30 +291,40 @@ impl Walk {
         Caller::new(&self.scene.system).await
     }
 
-    async fn start(&self, caller: &Caller, options: Options<'_>) -> zbus::Result<JobProxy<'static>> {
-        let document = "<domainbackup><store name='walk'/></domainbackup>";
-        let path = caller.try_start("web", document, &[], options).await?;
-        Ok(caller.job(path).await)
+    /// Mostly the one that can do everything.
+    fn any_store(&mut self) -> &'static str {
+        STORES[usize::from(self.dice.roll(4) == 0)]
+    }
+
+    async fn start(
+        &self,
+        caller: &Caller,
+        store: &str,
+        options: Options<'_>,
+    ) -> zbus::Result<JobProxy<'static>> {
+        start(caller, &self.scene.name, store, options).await
     }
 
     /// What a job that has ended or will made, if it is good.
-    async fn take(&mut self, job: &JobProxy<'_>, held: BTreeMap<&'static str, Vec<u8>>) -> bool {
+    async fn take(&mut self, job: &JobProxy<'_>, store: &'static str, disks: Content) -> bool {
         let (result, _, _) = wait::within("the end of the backup", job.wait()).await.unwrap();
         let good = result == "completed";
         if good {
-            let id = backup_id(job).await;
-            self.order.push(id.clone());
-            self.scene.backups.insert(id, held);
-            self.backups += 1;
+            self.ledger.take(job, Whose::Ours, store, disks).await;
+            if store == "poor" {
+                self.note("backup without exchange and links");
+            }
         }
         good
     }
 
     async fn backup(&mut self) -> &'static str {
-        if self.scene.backups.len() > MOST_BACKUPS {
+        if self.ledger.of(Whose::Ours).len() > MOST_BACKUPS {
             return self.delete("merge").await;
         }
-        let some = self.order.get(self.dice.roll(MOST_BACKUPS as u64) as usize);
+        let store = self.any_store();
+        let ours = self.ledger.of_in(Whose::Ours, store);
+        let some = ours.get(self.dice.roll(MOST_BACKUPS as u64) as usize);
         let (what, word) = match (self.dice.roll(10), some) {
             (0, _) => ("full", "full".to_owned()),
             (1..4, Some(id)) => ("since", id.clone()),
@@ -212,11 +332,11 @@ impl Walk {
         };
         let caller = self.caller().await;
         let options = Options::from([("incremental", Variant::from(word))]);
-        match self.start(&caller, options).await {
+        match self.start(&caller, store, options).await {
             Ok(job) => {
                 let held = self.scene.now.clone();
                 assert!(
-                    self.take(&job, held).await,
+                    self.take(&job, store, held).await,
                     "a backup without a reason to fail is good"
                 );
                 what
@@ -233,160 +353,65 @@ impl Walk {
         }
     }
 
-    async fn cancelled(&mut self) -> &'static str {
-        let caller = self.caller().await;
-        let job = self
-            .start(&caller, slowly(1))
-            .await
-            .expect("the backup is accepted");
-        common::caller::cancel(&job).await;
-        "cancelled"
-    }
-
-    /// What is too much for the store.
-    async fn full_store(&mut self) -> &'static str {
-        let ballast = self.store.path().join("ballast");
-        let caller = self.caller().await;
-        let job = self
-            .start(&caller, slowly(8 * MIB))
-            .await
-            .expect("the backup is accepted");
-        let held = self.scene.now.clone();
-        // As much as there is room for; what the backup has by then, it has.
-        let mut file = std::fs::File::create(&ballast).unwrap();
-        while std::io::Write::write(&mut file, &[0x5a; 1 << 16]).is_ok() {}
-        job.set_speed(0).await.ok();
-        self.take(&job, held).await;
-        std::fs::remove_file(&ballast).unwrap();
-        "full store"
-    }
-
-    async fn qemu_dies(&mut self) -> &'static str {
-        let caller = self.caller().await;
-        let job = match self.dice.roll(2) {
-            0 => None,
-            _ => Some(
-                self.start(&caller, slowly(1))
-                    .await
-                    .expect("the backup is accepted"),
-            ),
-        };
-        let mut vm = self.scene.vm.take().expect("the machine runs");
-        DISKS.iter().for_each(|disk| vm.flush(disk));
-        vm.kill();
-        drop(vm);
-        if let Some(job) = job {
-            let held = self.scene.now.clone();
-            assert!(!self.take(&job, held).await, "its QEMU died");
-        }
-        self.scene.boot();
-        "QEMU dies"
-    }
-
-    async fn service_dies(&mut self) -> &'static str {
-        let caller = self.caller().await;
-        let job = self
-            .start(&caller, slowly(MIB))
-            .await
-            .expect("the backup is accepted");
-        let (id, held) = (job.id().await.unwrap(), self.scene.now.clone());
-        if self.dice.roll(3) > 0 {
-            wait::until_async("the copying", || async {
-                (job.state().await.unwrap() == "running").then_some(())
-            })
-            .await;
-        }
-        self.scene.system.kill_daemon();
-        self.guest(true);
-        self.scene.system.start_daemon();
-        self.scene.system.wait_for_domain("web");
-        let caller = self.caller().await;
-        let path = caller.manager.get_job(id).await.expect("the job is known again");
-        let job = caller.job(path).await;
-        job.set_speed(0).await.ok();
-        self.take(&job, held).await;
-        "service dies"
-    }
-
-    async fn delete(&mut self, how: &'static str) -> &'static str {
-        let count = self.scene.backups.len() as u64;
-        if count == 0 {
-            return "nothing to delete";
-        }
-        let chosen = self.order[self.dice.roll(count) as usize].clone();
-        let caller = self.caller().await;
-        let path = caller.manager.get_backup(&chosen).await.expect("it is there");
-        let options = Options::from([(how, Variant::from(true))]);
-        let interface = Some("org.example.Backup1.Backup");
-        let call =
-            caller
-                .connection
-                .call_method(Some("org.example.Backup1"), &path, interface, "Delete", &options);
-        let reply = wait::within("Delete", call).await.expect("it can be deleted");
-        let (gone, _): (Vec<String>, u64) = reply.body().deserialize().unwrap();
-        assert!(gone.contains(&chosen));
-        assert!(how != "merge" || gone.len() == 1, "{gone:?}");
-        for id in &gone {
-            self.scene.backups.remove(id).expect("it was there");
-            self.order.retain(|other| other != id);
-        }
-        how
-    }
-
-    /// The newest few stay, and what they lie on.
-    async fn prune(&mut self) -> &'static str {
-        let newest = 1 + self.dice.roll(4);
-        let caller = self.caller().await;
-        let rules = Options::from([
-            ("keep-last", Variant::from(newest)),
-            ("store", Variant::from("walk")),
-        ]);
-        let (judged, _) = caller
-            .manager
-            .prune("web", rules)
-            .await
-            .expect("it can be pruned");
-        assert_eq!(judged.len(), self.scene.backups.len());
-        for (_, _, id, _, verdict, reason) in judged {
-            let place = self.order.iter().position(|other| *other == id);
-            let age = self.order.len() - place.expect("it is one of them");
-            match verdict.as_str() {
-                "removed" => {
-                    self.scene.backups.remove(&id);
-                }
-                "kept" => assert!(
-                    age as u64 <= newest || reason.contains("lies on it"),
-                    "{age}: {reason}"
-                ),
-                other => panic!("{id}: {other}, {reason}"),
+    /// The client restores and verifies all of them from the stores alone.
+    fn restore_all(&self, to: &Path) {
+        let clients = self.scene.system.clients();
+        for (name, store) in &self.ledger.stores {
+            if !self.ledger.is_empty(name) {
+                let verify = ["verify", "--all", "--from", store.to_str().unwrap()];
+                clients.backupctl(ROOT, &verify).expect_success();
             }
         }
-        let left = &self.scene.backups;
-        self.order.retain(|id| left.contains_key(id));
-        "prune"
-    }
-
-    /// The client restores and verifies all of them from the store alone.
-    fn restore_all(&self, to: &Path) {
-        let store = self.store.path().to_str().unwrap();
-        let clients = self.scene.system.clients();
-        if !self.scene.backups.is_empty() {
-            clients
-                .backupctl(ROOT, &["verify", "--all", "--from", store])
-                .expect_success();
-        }
-        for (id, disks) in &self.scene.backups {
-            let to = to.join(id);
-            let place = to.to_str().unwrap();
+        for (id, held) in &self.ledger.backups {
+            let (from, to) = (&self.ledger.stores[held.store], to.join(id));
+            let (from, place) = (from.to_str().unwrap(), to.to_str().unwrap());
             std::fs::create_dir(&to).unwrap();
-            let restore = ["restore", id, "--from", store, "--to", place, "--format", "raw"];
+            let restore = ["restore", id, "--from", from, "--to", place, "--format", "raw"];
             clients.backupctl(ROOT, &restore).expect_success();
-            for (disk, content) in disks {
+            for (disk, content) in &held.disks {
                 let restored = std::fs::read(to.join(format!("{disk}.raw"))).unwrap();
                 assert!(restored == *content, "{id}: {disk} is restored as it was");
             }
         }
     }
+}
+
+fn with_stores(stores: &BTreeMap<&'static str, PathBuf>) -> common::Setup {
+    let stores = stores.iter();
+    stores.fold(System::setup(), |setup, (name, path)| setup.store(name, path))
+}
+
+async fn start(
+    caller: &Caller,
+    domain: &str,
+    store: &str,
+    options: Options<'_>,
+) -> zbus::Result<JobProxy<'static>> {
+    let document = format!("<domainbackup><store name='{store}'/></domainbackup>");
+    let path = caller.try_start(domain, &document, &[], options).await?;
+    Ok(caller.job(path).await)
+}
+
+async fn walk(seed: u64, steps: u64) -> Made {
+    let mut walk = Walk::new(seed);
+    let incidents = Incident::ALL.len() as u64;
+    for step in 0..steps {
+        let due = (0..incidents).find(|which| step == (which + 1) * steps / (incidents + 1));
+        let what = match due {
+            Some(which) => walk.incident(Incident::ALL[which as usize]).await,
+            None => walk.step().await,
+        };
+        walk.note(what);
+        if what != "guest" {
+            let context = format!("BACKUPD_WALK_SEED={seed}, step {step}, {what}");
+            println!("{context}");
+            walk.check(&context).await;
+        }
+    }
+    let restored = tempfile::tempdir().unwrap();
+    walk.restore_all(restored.path());
+    println!("BACKUPD_WALK_SEED={seed}, {steps} steps: {:?}", walk.made);
+    walk.made
 }
 
 fn setting(name: &str) -> Option<u64> {
@@ -397,39 +422,29 @@ fn setting(name: &str) -> Option<u64> {
     )
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn after_every_step_each_backup_shows_what_there_was() {
-    let seed = setting("BACKUPD_WALK_SEED").unwrap_or(0x5eed);
-    let steps = setting("BACKUPD_WALK_STEPS").unwrap_or(STEPS);
-    println!("BACKUPD_WALK_SEED={seed}");
-    let mut walk = Walk::new(seed);
-    for step in 0..steps {
-        let what = walk.step().await;
-        *walk.made.entry(what).or_default() += 1;
-        if what != "guest" {
-            walk.check(step, what);
+#[test]
+fn after_every_step_each_backup_shows_what_there_was() {
+    let seeds = setting("BACKUPD_WALK_SEED").map_or(SEEDS.to_vec(), |seed| vec![seed]);
+    let steps = setting("BACKUPD_WALK_STEPS").unwrap_or(STEPS.div_ceil(SEEDS.len() as u64));
+    println!("BACKUPD_WALK_SEED={seeds:?}");
+    let count = seeds.len() as u64;
+    let walks = seeds.into_iter().map(|seed| {
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            runtime.block_on(walk(seed, steps))
+        })
+    });
+    let walks: Vec<_> = walks.collect();
+    let mut made = Made::new();
+    for walk in walks {
+        for (kind, count) in walk.join().expect("the walk goes to its end") {
+            *made.entry(kind).or_default() += count;
         }
     }
-    println!("{steps} steps, {} good backups: {:?}", walk.backups, walk.made);
-    // Of a walk of that length the seed leaves none out.
-    if steps >= STEPS {
-        for kind in [
-            "auto",
-            "full",
-            "since",
-            "cancelled",
-            "full store",
-            "QEMU dies",
-            "service dies",
-            "reboot",
-            "restart",
-            "merge",
-            "with-descendants",
-            "prune",
-        ] {
-            assert!(walk.made.contains_key(kind), "{kind} is among {:?}", walk.made);
+    println!("together: {made:?}");
+    if count * steps >= STEPS {
+        for kind in KINDS {
+            assert!(made.contains_key(kind), "{kind} is among {made:?}");
         }
     }
-    let restored = tempfile::tempdir().unwrap();
-    walk.restore_all(restored.path());
 }

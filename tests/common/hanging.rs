@@ -79,9 +79,10 @@ struct Node {
     kept: Option<(u64, OsString)>,
 }
 
-/// Nodes are never forgotten: a test has few.
 struct Tree {
     nodes: HashMap<u64, Node>,
+    /// The number of the newest node. None is used twice.
+    newest: u64,
     limits: Limits,
 }
 
@@ -124,6 +125,7 @@ impl Hanging {
         let control = Arc::default();
         let tree = Arc::new(Mutex::new(Tree {
             nodes: HashMap::from([(1, Node::new(true, 0o755))]),
+            newest: 1,
             limits,
         }));
         let server = Server {
@@ -238,13 +240,14 @@ impl Tree {
     fn attributes(&mut self, number: u64) -> Result<FileAttr, Errno> {
         let node = self.node(number)?;
         let content = node.content.metadata()?;
+        let written = content.modified()?;
         Ok(FileAttr {
             ino: INodeNo(number),
             size: content.len(),
             blocks: content.blocks(),
             atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
+            mtime: written,
+            ctime: written,
             crtime: UNIX_EPOCH,
             kind: node.kind(),
             perm: node.mode,
@@ -262,12 +265,13 @@ impl Tree {
     }
 
     fn make(&mut self, parent: u64, name: OsString, node: Node) -> Result<FileAttr, Errno> {
-        let number = self.nodes.len() as u64 + 1;
+        let number = self.newest + 1;
         let entries = self.entries(parent)?;
         if entries.contains_key(&name) {
             return Err(Errno::EEXIST);
         }
         entries.insert(name, number);
+        self.newest = number;
         self.nodes.insert(number, node);
         self.attributes(number)
     }
@@ -285,6 +289,15 @@ impl Tree {
             let hidden = OsString::from(format!(".fuse_hidden{number:08x}"));
             self.entries(parent)?.insert(hidden.clone(), number);
             self.node(number)?.kept = Some((parent, hidden));
+        }
+        self.forget(number)
+    }
+
+    /// Lets go of a file that has no name and is not open.
+    fn forget(&mut self, number: u64) -> Result<(), Errno> {
+        let node = self.node(number)?;
+        if node.links == 0 && node.open == 0 {
+            self.nodes.remove(&number);
         }
         Ok(())
     }
@@ -314,7 +327,7 @@ impl Tree {
         {
             self.entries(parent)?.remove(&name);
         }
-        Ok(())
+        self.forget(number)
     }
 
     fn rename(&mut self, from: (u64, &OsStr), to: (u64, &OsStr), keep: bool) -> Result<(), Errno> {

@@ -275,10 +275,17 @@ impl System {
     /// Starts the service as if the host had restarted since the last one.
     #[track_caller]
     pub fn start_daemon_in_another_boot(&mut self) {
-        let boot = uuid::Uuid::new_v4().to_string();
-        self.environment.push(("BACKUPD_BOOT_ID".to_owned(), boot));
+        self.enter_another_boot();
         self.start_daemon();
         self.environment.pop();
+    }
+
+    /// The same for each service that is started from now on.
+    pub fn enter_another_boot(&mut self) {
+        let name = "BACKUPD_BOOT_ID";
+        let boot = uuid::Uuid::new_v4().to_string();
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), boot));
     }
 
     /// Starts the service so that it writes down the points at which it could die; see [`System::passed_points`].
@@ -406,6 +413,14 @@ impl System {
         fs::write(&new, text).expect("the domain's file is written");
         fs::rename(&new, &path).expect("the domain's file gets its name");
         path
+    }
+
+    /// Has the service forget a machine.
+    #[track_caller]
+    pub fn remove_domain_file(&self, name: &str) {
+        let path = self.dir().join("etc/domains.d").join(format!("{name}.toml"));
+        fs::remove_file(path).expect("the domain's file is there");
+        self.wait_for_no_domain(name);
     }
 
     /// Waits until the service knows the domain and is connected to its QEMU; returns its object path.

@@ -22,6 +22,10 @@ pub const CLUSTER: u64 = 1 << 16;
 pub struct Recorded {
     pub system: System,
     pub vm: Option<Vm>,
+    /// What the service knows it as.
+    pub name: String,
+    /// If it is not its own.
+    uuid: Option<String>,
     pub now: BTreeMap<&'static str, Vec<u8>>,
     /// By id.
     pub backups: BTreeMap<String, BTreeMap<&'static str, Vec<u8>>>,
@@ -35,10 +39,17 @@ impl Recorded {
     }
 
     pub fn with(setup: Setup) -> Self {
+        Self::with_uuid(setup, None)
+    }
+
+    /// With the UUID of another machine, if one is given.
+    pub fn with_uuid(setup: Setup, uuid: Option<String>) -> Self {
         let system = setup.start();
         let mut scene = Self {
             system,
             vm: None,
+            name: "web".to_owned(),
+            uuid,
             now: DISKS.map(|disk| (disk, vec![0; SIZE as usize])).into(),
             backups: BTreeMap::new(),
         };
@@ -51,15 +62,29 @@ impl Recorded {
 
     /// Starts the machine, with the disks that it had.
     pub fn boot(&mut self) {
-        let machine = self.system.vm("web").running();
+        let mut machine = self.system.vm("web").running();
+        if let Some(uuid) = &self.uuid {
+            machine = machine.uuid(uuid);
+        }
         let machine = DISKS.iter().fold(machine, |machine, disk| {
             machine.disk(Disk::new(disk, SIZE).discard())
         });
-        self.vm = Some(self.system.configured(machine));
+        let vm = machine.start();
+        self.system.domain_file(&self.name, &vm);
+        self.system.wait_for_domain(&self.name);
+        self.vm = Some(vm);
     }
 
     pub fn vm(&self) -> &Vm {
         self.vm.as_ref().expect("the machine runs")
+    }
+
+    /// Has the service know it under another name.
+    pub fn rename(&mut self, to: &str) {
+        self.system.remove_domain_file(&self.name);
+        self.name = to.to_owned();
+        self.system.domain_file(to, self.vm());
+        self.system.wait_for_domain(to);
     }
 
     pub fn write(&mut self, disk: &'static str, offset: u64, length: u64, pattern: u8) {

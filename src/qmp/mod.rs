@@ -12,6 +12,7 @@ mod client;
 mod driver;
 mod lines;
 mod message;
+mod receive;
 mod schema;
 mod wire;
 

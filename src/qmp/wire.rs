@@ -8,11 +8,12 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use super::lines::{LineTooLong, Lines};
+use super::receive::{Received, Socket, receive};
 
 /// The longest line that a peer may send, in bytes. QEMU's schema takes 120 kB to 250 kB, a domain with hundreds
 /// of block nodes about 1 MiB.
@@ -26,6 +27,8 @@ pub enum WireError {
     EndOfFile,
     #[error("the peer sent more than {MAX_LINE} bytes without a newline")]
     LineTooLong,
+    #[error("the peer sent an open file, which no QEMU does")]
+    Descriptor,
     #[error("{0}")]
     Io(#[from] io::Error),
 }
@@ -39,7 +42,7 @@ struct Outgoing {
 
 /// The socket with what was read but is no line yet, and what is queued but not sent yet.
 pub struct Wire {
-    stream: UnixStream,
+    stream: Socket,
     incoming: Lines,
     outgoing: VecDeque<Outgoing>,
     /// Bytes in `outgoing`, sent ones of its first line too.
@@ -49,7 +52,7 @@ pub struct Wire {
 impl Wire {
     pub fn new(stream: UnixStream) -> Self {
         Self {
-            stream,
+            stream: Socket::new(stream),
             incoming: Lines::new(MAX_LINE),
             outgoing: VecDeque::new(),
             queued: 0,
@@ -98,12 +101,12 @@ impl Wire {
         self.incoming.forget_taken();
         match self.send() {
             // A peer that sends without end gets its lines handled, and its bound checked, between the chunks.
-            Ok(()) => self.receive(READ_CHUNK, |stream, chunk| stream.try_read(chunk)),
+            Ok(()) => self.receive(READ_CHUNK, |stream, chunk| {
+                stream.try_io(Interest::READABLE, || receive(stream, chunk))
+            }),
             // Who hung up may have said something before, which tokio need not know of yet.
             Err(error) => self
-                .receive(MAX_LINE, |stream, chunk| {
-                    Ok(recv(stream, chunk, RecvFlags::DONTWAIT)?.0)
-                })
+                .receive(MAX_LINE, |stream, chunk| receive(stream, chunk))
                 .and(Err(error)),
         }
     }
@@ -112,13 +115,14 @@ impl Wire {
     fn receive(
         &mut self,
         enough: usize,
-        read: impl Fn(&UnixStream, &mut [u8]) -> io::Result<usize>,
+        read: impl Fn(&UnixStream, &mut [u8]) -> io::Result<Received>,
     ) -> Result<(), WireError> {
         let mut chunk = [0u8; READ_CHUNK];
         loop {
             match read(&self.stream, &mut chunk) {
-                Ok(0) => return Err(WireError::EndOfFile),
-                Ok(count) => self.incoming.push(&chunk[..count]),
+                Ok(Received::Bytes(0)) => return Err(WireError::EndOfFile),
+                Ok(Received::Descriptors) => return Err(WireError::Descriptor),
+                Ok(Received::Bytes(count)) => self.incoming.push(&chunk[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),

@@ -105,9 +105,7 @@ impl Wire {
                 stream.try_io(Interest::READABLE, || receive(stream, chunk))
             }),
             // Who hung up may have said something before, which tokio need not know of yet.
-            Err(error) => self
-                .receive(MAX_LINE, |stream, chunk| receive(stream, chunk))
-                .and(Err(error)),
+            Err(error) => self.receive(MAX_LINE, receive).and(Err(error)),
         }
     }
 

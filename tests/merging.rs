@@ -12,7 +12,7 @@ use common::caller::Caller;
 use common::chain::directories;
 use common::clients::ROOT;
 use common::disk::Disk;
-use common::hanging::{Hanging, Limits};
+use common::hanging::{Hanging, Limits, Operation};
 use common::proxies::{Options, error_name};
 use common::vm::Vm;
 use common::{System, process, wait};
@@ -349,4 +349,50 @@ async fn what_comes_to_lie_on_a_backup_while_others_are_merged_keeps_it() {
         .await;
     scene.delete(&first, &["merge"]).await.unwrap();
     scene.assert_there(&[&second, &third, &fourth, &fifth]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_what_stays_is_waited_for_as_long_as_it_moves() {
+    let limit = std::time::Duration::from_secs(3);
+    let setup = System::setup().table("[deadlines]\nstall-seconds = 3");
+    let mut system = setup.without_daemon().start();
+    let no_links = Limits {
+        no_links: true,
+        ..Limits::default()
+    };
+    let storage = Hanging::mount(&system.store(), no_links);
+    system.start_daemon();
+    let vm = system.configured(
+        system
+            .vm("web")
+            .disk(Disk::new("vda", 4 * MIB).fill(0, 65536, 0x11))
+            .disk(Disk::new("vdb", 24 * MIB).fill(0, 24 * MIB, 0x22))
+            .running(),
+    );
+    let root = Caller::new(&system).await;
+    let only_vda = "<domainbackup><disks><disk name='vda'/></disks></domainbackup>";
+    root.complete("web", only_vda).await;
+    let [first] = directories(&system.store().join("web")).try_into().unwrap();
+    vm.write("vda", MIB, 65536, 0x33);
+    root.complete("web", "").await;
+    let both = directories(&system.store().join("web"));
+    let [second] = both
+        .into_iter()
+        .filter(|path| *path != first)
+        .collect::<Vec<_>>()
+        .try_into()
+        .unwrap();
+    let of = |disk: &str| read(&second.join(format!("{disk}.qcow2")));
+    let shown = [of("vda"), of("vdb")];
+    storage.slow_down(Operation::Write, std::time::Duration::from_millis(40));
+    let since = std::time::Instant::now();
+    let id = first.file_name().unwrap().to_str().unwrap();
+    let deleted = system.clients().backupctl(ROOT, &["delete", "--merge", id]);
+    let took = since.elapsed();
+    storage.heal();
+    assert!(deleted.success(), "{}", deleted.stderr);
+    assert!(took > 2 * limit, "it took no longer than the limit: {took:?}");
+    let left = directories(&system.store().join("web"));
+    assert_eq!(left, std::slice::from_ref(&second));
+    assert_eq!([of("vda"), of("vdb")], shown);
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use common::System;
 use common::caller::{Caller, assert_completed, assert_failed};
+use common::clients::ROOT;
 use common::disk::Disk;
 use common::hanging::{Hanging, Operation};
 use common::process;
@@ -365,4 +366,102 @@ async fn a_deletion_that_fails_in_between_is_gone_on_with() {
     delete(caller, &id).await.unwrap();
     assert_eq!(listed(caller).await, []);
     scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_that_is_slow_is_waited_for_as_long_as_it_moves() {
+    let scene = Scene::new().await;
+    let caller = &scene.caller;
+    caller.complete("web", DOCUMENT).await;
+    let [(id, _)] = listed(caller).await.try_into().unwrap();
+    scene
+        .storage
+        .slow_down(Operation::Remove, Duration::from_millis(1200));
+    let since = std::time::Instant::now();
+    delete(caller, &id).await.unwrap();
+    let took = since.elapsed();
+    assert!(took > STALL, "it took no longer than the limit: {took:?}");
+    scene.storage.heal();
+    assert_eq!(listed(caller).await, []);
+    assert_eq!(files_below(scene.storage.path()), [""; 0]);
+}
+
+/// What would go with a backup.
+async fn preview(caller: &Caller, id: &str) -> zbus::Result<zbus::Message> {
+    let path = caller.manager.get_backup(id).await?;
+    let options = Options::from([("dry-run", true.into()), ("with-descendants", true.into())]);
+    let (name, interface) = (Some("org.example.Backup1"), Some("org.example.Backup1.Backup"));
+    let asking = caller
+        .connection
+        .call_method(name, &path, interface, "Delete", &options);
+    within("a preview", asking).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn to_wait_for_ones_turn_at_slow_storage_is_not_to_stall() {
+    let scene = Scene::new().await;
+    let caller = &scene.caller;
+    for _ in 0..3 {
+        caller.complete_full("web", DOCUMENT).await;
+    }
+    let ids: Vec<String> = listed(caller).await.into_iter().map(|(id, _)| id).collect();
+    let [first, second, stays] = ids.try_into().unwrap();
+    // Each step is within the limit; one change of the store takes longer, and all that waits for it longer still.
+    scene
+        .storage
+        .slow_down(Operation::Fsync, Duration::from_millis(1800));
+    let since = std::time::Instant::now();
+    let deleted = async { tokio::join!(delete(caller, &first), delete(caller, &second)) };
+    tokio::pin!(deleted);
+    let mut longest = Duration::ZERO;
+    loop {
+        let asked = std::time::Instant::now();
+        let previews = futures_util::future::join_all((0..3).map(|_| preview(caller, &stays)));
+        let previews = tokio::select! {
+            (one, other) = &mut deleted => {
+                one.unwrap();
+                other.unwrap();
+                break;
+            }
+            previews = previews => previews,
+        };
+        for preview in previews {
+            preview.unwrap();
+        }
+        longest = longest.max(asked.elapsed());
+    }
+    assert!(since.elapsed() > 2 * STALL, "{:?}", since.elapsed());
+    assert!(
+        longest > STALL,
+        "nobody waited longer than the limit: {longest:?}"
+    );
+    scene.storage.heal();
+    let left: Vec<String> = listed(caller).await.into_iter().map(|(id, _)| id).collect();
+    assert_eq!(left, [stays]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_can_not_be_read_now_is_not_called_damaged() {
+    let scene = Scene::new().await;
+    let caller = &scene.caller;
+    caller.complete("web", DOCUMENT).await;
+    let before = listed(caller).await;
+    let [(id, _)] = before.clone().try_into().unwrap();
+    let verify = || scene.system.clients().backupctl(ROOT, &["verify", &id]);
+    for (what, errno) in [
+        (Operation::Read, Errno::EIO),
+        (Operation::Read, Errno::ESTALE),
+        (Operation::Any, Errno::EIO),
+    ] {
+        scene.storage.fail(what, errno);
+        let looked = verify();
+        let text = format!("{what:?} {errno:?}: {}{}", looked.stdout, looked.stderr);
+        assert_eq!(looked.status, 1, "{text}");
+        assert!(!text.contains("1 damaged"), "{text}");
+        assert_eq!(listed(caller).await, before, "{text}");
+        scene.storage.heal();
+        assert_eq!(listed(caller).await, before, "{text}");
+        let good = verify().expect_success();
+        assert!(good.contains("1 good"), "{good}");
+    }
 }

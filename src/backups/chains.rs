@@ -9,6 +9,7 @@ use std::path::Path;
 use super::look::is_absent;
 use super::{Backups, Error};
 use crate::catalog::{BackupState, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestError};
+use crate::offload::Progress;
 use crate::target::{self, Shelf};
 
 /// The backups of a domain's directory and what they depend on.
@@ -89,8 +90,8 @@ impl Backups {
         unwanted: &BTreeSet<String>,
     ) -> Result<Chains, Error> {
         let (path, directory) = (self.path_of(store)?, domain.to_owned());
-        let read = move || read_domain(&path, &directory);
-        let stored = self.blocking(store, self.deadlines.stall(), read).await?;
+        let read = move |progress: &Progress| read_domain(&path, &directory, progress);
+        let stored = self.blocking(store, read).await?;
         let recorded = self.catalog.links(store.to_owned(), domain.to_owned()).await?;
         let mut links: BTreeMap<String, Link> =
             recorded.into_iter().map(|link| (link.id.clone(), link)).collect();
@@ -130,7 +131,7 @@ impl Backups {
 }
 
 /// All directories that have a manifest, or may have one. Blocks.
-fn read_domain(store: &Path, domain: &str) -> Result<Vec<Stored>, target::Error> {
+fn read_domain(store: &Path, domain: &str, progress: &Progress) -> Result<Vec<Stored>, target::Error> {
     let Some(shelf) = Shelf::of_store(store)?.below(domain)? else {
         return Ok(Vec::new());
     };
@@ -152,6 +153,7 @@ fn read_domain(store: &Path, domain: &str) -> Result<Vec<Stored>, target::Error>
             Err(error) => (Err(Why::Store(error)), false),
         };
         let path = shelf.path().join(&id).join(MANIFEST_NAME).display().to_string();
+        progress.add(1);
         stored.push(Stored {
             id,
             path,

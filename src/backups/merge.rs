@@ -19,7 +19,7 @@ use crate::catalog::{
 use crate::definition::Format;
 use crate::fault::{self, Point};
 use crate::image::{self, Chain, Control, Output};
-use crate::offload::{Progress, blocking, unless_stalled};
+use crate::offload::{Progress, watched};
 use crate::target::{self, FileDigest, Replacement, Shelf};
 
 impl Backups {
@@ -75,14 +75,12 @@ impl Backups {
         gone: &BTreeSet<String>,
     ) -> Result<(Arc<Replacement>, Manifest), Error> {
         let (at, key) = (path.to_owned(), backup.key.clone());
-        let open = move || {
+        let open = move |progress: &Progress| {
             let shelf = Shelf::of_store(&at)?.below(&key.domain)?;
             let chain = shelf.map(|shelf| Chain::open(&shelf, &key.id, None));
-            Ok((chain, Replacement::create(&at, name(&key))?))
+            Ok((chain, Replacement::create(&at, name(&key), progress)?))
         };
-        let (chain, replacement) = self
-            .blocking(&backup.key.store, self.deadlines.stall(), open)
-            .await?;
+        let (chain, replacement) = self.blocking(&backup.key.store, open).await?;
         let chain = chain.ok_or_else(|| Error::Gone(backup.key.id.clone()))??;
         let replacement = Arc::new(replacement);
         let mut manifest = backup.manifest.clone();
@@ -95,11 +93,10 @@ impl Backups {
                 self.merge_disk(&backup.key.store, &chain, &replacement, disk)
                     .await?;
             } else {
-                let (kept, file) = (replacement.clone(), disk.file.clone());
-                self.blocking(&backup.key.store, self.deadlines.stall(), move || {
-                    kept.keep(&file)
-                })
-                .await?;
+                let (kept, file, stop) = (replacement.clone(), disk.file.clone(), self.stop.clone());
+                let keep = move |progress: &Progress| kept.keep(&file, progress, &stop);
+                let kept = self.blocking(&backup.key.store, keep).await?;
+                kept.ok_or(Error::Stopping)?;
             }
         }
         if manifest.parents().is_empty() {
@@ -109,13 +106,12 @@ impl Backups {
             .to_json()
             .map_err(|error| Error::Manifest(error.to_string()))?;
         let written = replacement.clone();
-        let write = move || {
-            written.keep(DEFINITION_NAME)?;
-            written.keep_if_there(PROTECTED_NAME)?;
+        let write = move |progress: &Progress| {
+            written.keep_record(DEFINITION_NAME, progress)?;
+            written.keep_record_if_there(PROTECTED_NAME, progress)?;
             written.write(MANIFEST_NAME, &text)
         };
-        self.blocking(&backup.key.store, self.deadlines.stall(), write)
-            .await?;
+        self.blocking(&backup.key.store, write).await?;
         fault::point(Point::MergeMade);
         Ok((replacement, manifest))
     }
@@ -131,9 +127,7 @@ impl Backups {
             return Err(Error::Gone(chain.manifest.id.clone()));
         };
         let (made, file) = (replacement.clone(), disk.file.clone());
-        let target = self
-            .blocking(store, self.deadlines.stall(), move || made.create_file(&file))
-            .await?;
+        let target = self.blocking(store, move |_| made.create_file(&file)).await?;
         let target = Arc::new(target);
         let copy = duplicate(&target)?;
         let images = &images.open().await?;
@@ -156,11 +150,9 @@ impl Backups {
                 disk: disk.name.clone(),
             });
         }
-        let (progress, stop) = (Progress::default(), self.stop.clone());
-        let counted = progress.clone();
-        let digest = blocking(&self.activity, move || FileDigest::of(&target, &counted, &stop));
-        let stall = self.deadlines.stall();
-        let digest = unless_stalled(&progress, stall, digest).await;
+        let (stop, stall) = (self.stop.clone(), self.deadlines.stall());
+        let digest = move |progress: &Progress| FileDigest::of(&target, progress, &stop);
+        let digest = watched(&self.activity, stall, digest).await;
         let digest = digest
             .ok_or_else(|| Error::stalled(stall))??
             .ok_or(Error::Stopping)?;
@@ -183,8 +175,7 @@ impl Backups {
         let text = String::from_utf8_lossy(&text).into_owned();
         self.catalog.merging(key.clone(), Some(text)).await?;
         fault::point(Point::MergeRecorded);
-        self.blocking(&key.store, self.deadlines.stall(), move || replacement.put())
-            .await?;
+        self.blocking(&key.store, move |_| replacement.put()).await?;
         self.put_on_record(key).await?;
         fault::point(Point::Merged);
         tracing::info!(
@@ -211,14 +202,14 @@ impl Backups {
     /// Holds the record against what is in the backup's place, and removes what is beside it.
     async fn finish_merge(&self, key: &BackupKey) -> Result<(), Error> {
         let (path, at) = (self.store_path(key)?, key.clone());
-        let read = move || {
+        let read = move |_: &Progress| {
             Replacement::settle(&path, name(&at))?;
             let shelf = Shelf::of_store(&path)?.below(&at.domain)?;
             let backup = shelf.map(|shelf| shelf.below(&at.id)).transpose()?.flatten();
             let read = backup.map(|backup| backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES));
             Ok(read.transpose()?.map(|(bytes, _)| bytes))
         };
-        let found = self.blocking(&key.store, self.deadlines.stall(), read).await?;
+        let found = self.blocking(&key.store, read).await?;
         let is_new = match (self.catalog.being_merged(key.clone()).await?, found) {
             (Some(new), Some(found)) => new.as_bytes() == found,
             _ => false,
@@ -227,8 +218,8 @@ impl Backups {
             self.put_on_record(key).await?;
         }
         let (path, at) = (self.store_path(key)?, key.clone());
-        let clear = move || Replacement::clear(&path, name(&at));
-        self.blocking(&key.store, self.deadlines.stall(), clear).await?;
+        let clear = move |progress: &Progress| Replacement::clear(&path, name(&at), progress);
+        self.blocking(&key.store, clear).await?;
         Ok(self.catalog.merging(key.clone(), None).await?)
     }
 

@@ -14,7 +14,7 @@ mod store;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::{Semaphore, broadcast, watch};
+use tokio::sync::broadcast;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -24,6 +24,7 @@ use crate::catalog::{self, Backup, BackupFilter, BackupKey, Catalog, Cursor, Dom
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Identity, NOBODY, Origin, Registry};
 use crate::job::{self, Jobs};
+use crate::offload::Queue;
 use crate::target;
 
 pub use error::Error;
@@ -41,24 +42,12 @@ const MOST_NAMED: u32 = 1000;
 const LOOKS: usize = 2;
 
 /// Who works in a store.
+#[derive(Default)]
 struct Place {
     /// One removal at a time.
     removal: tokio::sync::Mutex<()>,
-    /// One thing that waits for the storage at a time, beside a look: where that hangs, it keeps one thread, however often it is
-    /// asked for.
-    hand: Arc<Semaphore>,
-    /// Who has the hand takes longer than it may: nobody need wait for it.
-    hangs: watch::Sender<bool>,
-}
-
-impl Default for Place {
-    fn default() -> Self {
-        Self {
-            removal: tokio::sync::Mutex::default(),
-            hand: Arc::new(Semaphore::new(1)),
-            hangs: watch::Sender::new(false),
-        }
-    }
+    /// For all that waits for the storage, beside a look.
+    queue: Queue,
 }
 
 /// Changes that a listener may lag behind.
@@ -234,10 +223,8 @@ impl Backups {
             return Ok(());
         };
         let path = store.path.clone();
-        self.blocking(name, self.deadlines.stall(), move || {
-            target::check_mark(&path, &known)
-        })
-        .await
+        self.blocking(name, move |_| target::check_mark(&path, &known))
+            .await
     }
 
     /// Makes sure that what is on record of a store is what the store has.

@@ -6,13 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::{Backups, Error, Place};
 use crate::catalog::{
     Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME,
 };
 use crate::fault::{self, Point};
+use crate::offload::Progress;
 use crate::plan::{Destination, Plan};
 use crate::target::{self, BackupName, Removal, Replacement, Shelf};
 
@@ -191,8 +191,8 @@ impl Backups {
         let key = &backup.key;
         let _turn = self.place(&key.store)?.removal.lock().await;
         let (path, at) = (self.store_path(key)?, key.clone());
-        let protect = move || target::protect(&path, name(&at), protected);
-        self.blocking(&key.store, self.deadlines.stall(), protect).await?;
+        let protect = move |_: &Progress| target::protect(&path, name(&at), protected);
+        self.blocking(&key.store, protect).await?;
         self.catalog.protect(key.clone(), protected).await?;
         self.jobs.raise_generation(&key.store).await;
         tracing::info!(
@@ -226,9 +226,8 @@ impl Backups {
             .path
             .clone();
         let (key, manifest) = (backup.key.clone(), backup.manifest.clone());
-        let find = move || find(&path, name(&key), &images(&manifest), &RECORDS);
-        self.blocking(&backup.key.store, self.deadlines.stall(), find)
-            .await
+        let find = move |_: &Progress| find(&path, name(&key), &images(&manifest), &RECORDS);
+        self.blocking(&backup.key.store, find).await
     }
 
     async fn remove_one(&self, backup: &Backup, removal: Option<Removal>) -> Result<u64, Error> {
@@ -238,12 +237,12 @@ impl Backups {
         let freed = match removal {
             Some(removal) => {
                 let (path, at) = (self.store_path(key)?, key.clone());
-                let remove = move || {
+                let remove = move |progress: &Progress| {
                     // What a merge that was cut short left beside it.
-                    Replacement::clear(&path, name(&at))?;
-                    removal.remove()
+                    Replacement::clear(&path, name(&at), progress)?;
+                    removal.remove(progress)
                 };
-                match self.blocking(&key.store, self.deadlines.stall(), remove).await {
+                match self.blocking(&key.store, remove).await {
                     Ok(freed) => freed,
                     Err(error) => {
                         // As long as it can be looked at; else the next start finds out.
@@ -316,32 +315,12 @@ impl Backups {
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         store: &str,
-        patience: Duration,
-        work: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
+        work: impl FnOnce(&Progress) -> Result<T, target::Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let place = self.place(store)?;
-        let needed = self.activity.begin();
-        let mut stuck = place.hangs.subscribe();
-        // To wait for one's turn is no sign that the storage hangs: who has it has limits of its own.
-        let hand = tokio::select! {
-            biased;
-            hand = place.hand.clone().acquire_owned() => hand,
-            _ = stuck.wait_for(|hangs| *hangs) => return Err(Error::stalled(patience)),
-        };
-        let hangs = place.hangs.clone();
-        let run = tokio::task::spawn_blocking(move || {
-            let _kept = (needed, hand);
-            let done = work();
-            hangs.send_replace(false);
-            done
-        });
-        match tokio::time::timeout(patience, run).await {
-            Ok(Ok(result)) => Ok(result?),
-            Ok(Err(error)) => std::panic::resume_unwind(error.into_panic()),
-            Err(_) => {
-                place.hangs.send_replace(true);
-                Err(Error::stalled(patience))
-            }
+        let (queue, patience) = (&self.place(store)?.queue, self.deadlines.stall());
+        match queue.watched(&self.activity, patience, work).await {
+            Some((_, done)) => Ok(done?),
+            None => Err(Error::stalled(patience)),
         }
     }
 }
@@ -372,7 +351,12 @@ fn images(manifest: &Manifest) -> Vec<&str> {
 }
 
 /// Goes on with the removal of a backup of which nothing is on record; does nothing if somebody is at it. Blocks.
-pub fn finish_removal(store: &Path, domain: &str, id: &str) -> Result<(), target::Error> {
+pub fn finish_removal(
+    store: &Path,
+    domain: &str,
+    id: &str,
+    progress: &Progress,
+) -> Result<(), target::Error> {
     let Some(shelf) = Shelf::of_store(store)?.below(domain)? else {
         return Ok(());
     };
@@ -384,7 +368,7 @@ pub fn finish_removal(store: &Path, domain: &str, id: &str) -> Result<(), target
     let manifest = manifest.ok().and_then(|(bytes, _)| Manifest::parse(&bytes).ok());
     let images = manifest.as_ref().map(images).unwrap_or_default();
     match Removal::hold(store, BackupName { domain, id }, &images, &RECORDS) {
-        Ok(Some(removal)) if removal.is_begun() => removal.remove().map(drop),
+        Ok(Some(removal)) if removal.is_begun() => removal.remove(progress).map(drop),
         Ok(_) | Err(target::Error::InUse { .. }) => Ok(()),
         Err(error) => Err(error),
     }

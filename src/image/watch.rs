@@ -1,13 +1,11 @@
 //! Ends work on images that is cancelled, or that makes no progress.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use super::{Error, Progress};
-
-/// How often work is looked at.
-const LOOK: Duration = Duration::from_millis(200);
+use crate::offload::unless_stalled;
 
 /// Under which conditions work on images goes on.
 #[derive(Debug, Clone, Copy)]
@@ -28,21 +26,12 @@ impl Control<'_> {
         moved: impl Fn() -> u64,
         work: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        tokio::pin!(work);
-        let (mut last, mut since) = (moved(), Instant::now());
-        loop {
-            tokio::select! {
-                result = &mut work => return result,
-                () = self.cancel.cancelled() => return Err(Error::Cancelled),
-                () = tokio::time::sleep(LOOK.min(self.stall)) => {}
-            }
-            let now = moved();
-            if now != last {
-                (last, since) = (now, Instant::now());
-            } else if since.elapsed() >= self.stall {
+        tokio::select! {
+            done = unless_stalled(moved, self.stall, work) => done.unwrap_or_else(|| {
                 let seconds = self.stall.as_secs();
-                return Err(Error::Stalled { what, seconds });
-            }
+                Err(Error::Stalled { what, seconds })
+            }),
+            () = self.cancel.cancelled() => Err(Error::Cancelled),
         }
     }
 }

@@ -12,15 +12,16 @@ use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::blocking;
 use super::footprint::Footprint;
 use super::manager::Setting;
 use super::record::domain_record;
+use super::watched;
 use super::{Error, Job, Jobs, sentinel};
 use crate::catalog::{self, DomainDir, Manifest, Standing, Stored, There};
 use crate::config::Store;
 use crate::definition::is_backup_id;
 use crate::domain::{CheckpointPolicy, Disk, Domain, Greeter, Link, Snapshot};
+use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Earlier, EarlierDisk, checkpoint_of_sentinel, sentinel_name};
 use crate::qmp;
 use crate::target::Shelf;
@@ -60,14 +61,11 @@ pub(super) async fn earlier(
     if records.is_empty() {
         return Ok(Vec::new());
     }
-    let patience = setting.deadlines.stall();
-    let look = blocking(setting, move || look(&path, &directory, &records));
-    tokio::time::timeout(patience, look)
-        .await
-        .map_err(|_| Error::stalled("the store", patience))
+    let look = move |progress: &Progress| look(&path, &directory, &records, progress);
+    watched(setting, "the store", look).await
 }
 
-fn look(store: &Path, directory: &DomainDir, stored: &[Stored]) -> Vec<Earlier> {
+fn look(store: &Path, directory: &DomainDir, stored: &[Stored], progress: &Progress) -> Vec<Earlier> {
     // What cannot be looked at cannot be built upon, nor can the new backup be put there, which says why.
     let shelf = Shelf::of_store(store).and_then(|store| store.below(directory.as_str()));
     let shelf = shelf.ok().flatten();
@@ -99,6 +97,7 @@ fn look(store: &Path, directory: &DomainDir, stored: &[Stored]) -> Vec<Earlier> 
             }
         });
         let disks: Vec<EarlierDisk> = disks.collect();
+        progress.add(1);
         for disk in &disks {
             if let Some(count) = disk.images {
                 images.insert((manifest.id.clone(), disk.file.clone()), count);

@@ -7,15 +7,15 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::Error;
-use super::blocking;
 use super::manager::Setting;
 use super::record::domain_record;
+use super::{Error, watched};
 use crate::catalog::{
     DirectoryState, DomainDir, DomainRecord, MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest, Used,
 };
 use crate::config::Store;
 use crate::domain::{Domain, Identity};
+use crate::offload::Progress;
 use crate::target::{self, Shelf};
 
 /// The directory in a store that a domain's next backup goes to, and its number there.
@@ -119,11 +119,8 @@ impl Look<'_> {
             highest,
         } = state;
         let (path, below) = (self.path.clone(), directory.clone());
-        let patience = self.setting.deadlines.stall();
-        let read = blocking(self.setting, move || unknown(&path, &below, &ids));
-        let manifests = tokio::time::timeout(patience, read)
-            .await
-            .map_err(|_| Error::stalled("the store", patience))?;
+        let read = move |progress: &Progress| unknown(&path, &below, &ids, progress);
+        let manifests = watched(self.setting, "the store", read).await?;
         let (key, service) = (whose.key(), catalog.service());
         let is_whose = |manifest: &Manifest| {
             let (name, uuid) = (&manifest.domain.name, manifest.domain.uuid);
@@ -142,7 +139,12 @@ impl Look<'_> {
 
 /// The manifests in a directory of the backups that are not on record. Blocks. What cannot be looked at is no reason to
 /// refuse a backup here: if nothing can be put there either, that fails and says why.
-fn unknown(store: &std::path::Path, directory: &DomainDir, known: &BTreeSet<String>) -> Vec<Manifest> {
+fn unknown(
+    store: &std::path::Path,
+    directory: &DomainDir,
+    known: &BTreeSet<String>,
+    progress: &Progress,
+) -> Vec<Manifest> {
     let read = || -> Result<Vec<Manifest>, target::Error> {
         let Some(shelf) = Shelf::of_store(store)?.below(directory.as_str())? else {
             return Ok(Vec::new());
@@ -150,6 +152,7 @@ fn unknown(store: &std::path::Path, directory: &DomainDir, known: &BTreeSet<Stri
         let mut names = shelf.names()?;
         names.retain(|name| !name.starts_with('.') && !known.contains(name));
         let manifests = names.iter().filter_map(|id| {
+            progress.add(1);
             let backup = shelf.below(id).ok().flatten()?;
             let (bytes, _) = backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES).ok()?;
             Manifest::parse(&bytes).ok().filter(|manifest| manifest.id == *id)

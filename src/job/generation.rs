@@ -5,13 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Mutex, OwnedMutexGuard};
-
 use super::manager::Jobs;
-use super::{Error, blocking, rescan};
+use super::{Error, rescan, watched};
 use crate::activity::Activity;
 use crate::catalog::Catalog;
 use crate::config::Config;
+use crate::offload::{Progress, Queue, Turn};
 use crate::target::{self, check_mark, generation, raise_generation};
 
 /// The stores' generations.
@@ -24,16 +23,16 @@ pub(super) struct Generations {
 
 struct Store {
     path: PathBuf,
-    /// Nobody compares while somebody raises. Where the storage hangs, it keeps one thread, which has the turn.
-    turn: Arc<Mutex<()>>,
+    /// Nobody compares while somebody raises.
+    queue: Queue,
 }
 
 impl Generations {
     pub fn new(catalog: Catalog, config: &Config, activity: Activity) -> Self {
         let stores = config.stores.iter().map(|(name, store)| {
             let path = store.path.clone();
-            let turn = Arc::default();
-            (name.clone(), Store { path, turn })
+            let queue = Queue::default();
+            (name.clone(), Store { path, queue })
         });
         Self {
             catalog,
@@ -50,10 +49,10 @@ impl Generations {
             return;
         };
         let known = self.catalog.store_mark(name.to_owned()).await.ok().flatten();
-        let raise = move |path: &Path| {
+        let raise = move |path: &Path, progress: &Progress| {
             // It may have been unmounted just now: what is below it then gets nothing.
             known.map_or(Ok(()), |known| check_mark(path, &known))?;
-            raise_generation(path)
+            raise_generation(path, progress)
         };
         let (_turn, raised) = match self.in_turn(store, raise).await {
             Ok(raised) => raised,
@@ -75,7 +74,7 @@ impl Generations {
         let Some(store) = self.stores.get(name) else {
             return Ok(None);
         };
-        let (_turn, found) = self.in_turn(store, generation).await?;
+        let (_turn, found) = self.in_turn(store, |path, _| generation(path)).await?;
         let known = self.catalog.generation(name.to_owned()).await?;
         Ok((found != known).then_some(found))
     }
@@ -83,7 +82,7 @@ impl Generations {
     /// The generation of a store.
     pub async fn of(&self, name: &str) -> Result<String, Error> {
         match self.stores.get(name) {
-            Some(store) => Ok(self.in_turn(store, generation).await?.1),
+            Some(store) => Ok(self.in_turn(store, |path, _| generation(path)).await?.1),
             None => Ok(String::new()),
         }
     }
@@ -92,22 +91,13 @@ impl Generations {
     async fn in_turn<T: Send + 'static>(
         &self,
         store: &Store,
-        work: impl FnOnce(&Path) -> Result<T, target::Error> + Send + 'static,
-    ) -> Result<(OwnedMutexGuard<()>, T), Error> {
-        let (path, turn) = (store.path.clone(), store.turn.clone());
-        let needed = self.activity.begin();
-        let run = async move {
-            let turn = turn.lock_owned().await;
-            let work = move || {
-                let _needed = needed;
-                (turn, work(&path))
-            };
-            tokio::task::spawn_blocking(work).await
-        };
-        match tokio::time::timeout(self.patience, run).await {
-            Ok(Ok((turn, done))) => Ok((turn, done?)),
-            Ok(Err(error)) => std::panic::resume_unwind(error.into_panic()),
-            Err(_) => Err(Error::stalled("the store", self.patience)),
+        work: impl FnOnce(&Path, &Progress) -> Result<T, target::Error> + Send + 'static,
+    ) -> Result<(Turn, T), Error> {
+        let path = store.path.clone();
+        let work = move |progress: &Progress| work(&path, progress);
+        match store.queue.watched(&self.activity, self.patience, work).await {
+            Some((turn, done)) => Ok((turn, done?)),
+            None => Err(Error::stalled("the store", self.patience)),
         }
     }
 }
@@ -142,11 +132,7 @@ impl Jobs {
             return Ok(());
         };
         let path = store.path.clone();
-        let check = blocking(setting, move || target::check_mark(&path, &known));
-        match tokio::time::timeout(setting.deadlines.stall(), check).await {
-            Ok(checked) => Ok(checked?),
-            Err(_) => Err(Error::stalled("the store", setting.deadlines.stall())),
-        }
+        Ok(watched(setting, "the store", move |_| check_mark(&path, &known)).await??)
     }
 
     /// Looks at all stores, at the start, and reads those again that are not as the catalog knows them. Does not wait for it.

@@ -16,7 +16,7 @@ use super::footprint::Footprint;
 use super::generation::Generations;
 use super::record::{self, Residue, to_text};
 use super::rescan::{self, Rescan};
-use super::{Error, Job, backup, blocking, quiesce};
+use super::{Error, Job, backup, blocking, quiesce, watched};
 use crate::activity::{Activity, Use};
 use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob};
 use crate::clock;
@@ -24,6 +24,7 @@ use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Link, Registry};
 use crate::error;
 use crate::fault;
+use crate::offload::Progress;
 use crate::plan::{Plan, Task};
 use crate::quota::{Quota, Share};
 use crate::target::Targets;
@@ -319,6 +320,14 @@ impl Jobs {
     /// Has the service stay for as long as the result is kept.
     pub fn need_service(&self) -> Use {
         self.setting.activity.begin()
+    }
+
+    /// Does something with a store that may wait for its storage.
+    pub async fn in_store<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Progress) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        watched(&self.setting, "the store", work).await
     }
 
     /// How long what makes no progress is waited for.

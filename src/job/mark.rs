@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use super::manager::{Jobs, Setting};
-use super::{Error, blocking};
-use crate::target::{self, check_mark, make_mark};
+use super::{Error, watched};
+use crate::target::{check_mark, make_mark};
 
 impl Jobs {
     /// The mark of a store, which is the one that is on record; the first use of a store puts one there.
@@ -17,7 +17,7 @@ impl Jobs {
             return mark(setting, name, &store.path).await.map(Some);
         };
         let (path, expected) = (store.path.clone(), known.clone());
-        within(setting, move || check_mark(&path, &expected)).await?;
+        watched(setting, "the store", move |_| check_mark(&path, &expected)).await??;
         Ok(Some(known))
     }
 }
@@ -26,21 +26,10 @@ impl Jobs {
 pub(super) async fn mark(setting: &Setting, name: &str, path: &Path) -> Result<String, Error> {
     let known = setting.catalog.backups_in(name.to_owned()).await?;
     let path = path.to_owned();
-    let mark = within(setting, move || make_mark(&path, &known)).await?;
+    let mark = watched(setting, "the store", move |_| make_mark(&path, &known)).await??;
     setting
         .catalog
         .set_store_mark(name.to_owned(), mark.clone())
         .await?;
     Ok(mark)
-}
-
-async fn within<T: Send + 'static>(
-    setting: &Setting,
-    work: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
-) -> Result<T, Error> {
-    let patience = setting.deadlines.stall();
-    match tokio::time::timeout(patience, blocking(setting, work)).await {
-        Ok(done) => Ok(done?),
-        Err(_) => Err(Error::stalled("the store", patience)),
-    }
 }

@@ -51,7 +51,7 @@ use outcome::{outcome, show_ended};
 use crate::catalog::Catalog;
 use crate::domain::Domain;
 use crate::fault;
-use crate::offload;
+use crate::offload::{self, Progress};
 use crate::plan::{Destination, Plan, Task};
 
 /// How long somebody who looked is taken to be looking.
@@ -291,4 +291,15 @@ impl Job {
 /// Runs `work` on a thread that may wait for storage.
 async fn blocking<T: Send + 'static>(setting: &Setting, work: impl FnOnce() -> T + Send + 'static) -> T {
     offload::blocking(&setting.activity, work).await
+}
+
+/// The same, for work that reports its progress: an error about `what` if it makes none.
+async fn watched<T: Send + 'static>(
+    setting: &Setting,
+    what: &'static str,
+    work: impl FnOnce(&Progress) -> T + Send + 'static,
+) -> Result<T, Error> {
+    let patience = setting.deadlines.stall();
+    let done = offload::watched(&setting.activity, patience, work).await;
+    done.ok_or_else(|| Error::stalled(what, patience))
 }

@@ -7,7 +7,7 @@ use super::boot::BootId;
 use super::manager::Setting;
 use super::mark::mark;
 use super::record::{domain_record, journal, to_text};
-use super::{DiskState, DiskStatus, Error, backup, blocking};
+use super::{DiskState, DiskStatus, Error, backup, watched};
 use crate::backups::finish_removal;
 use crate::catalog::{
     BackupRecord, DEFINITION_NAME, DomainDir, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
@@ -15,6 +15,7 @@ use crate::catalog::{
 };
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
+use crate::offload::Progress;
 use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
 use crate::target::{self, BackupName, Replacement, Shelf};
 
@@ -150,7 +151,7 @@ impl Look<'_> {
     /// Takes in what is there. Whether it was the same store all the time, and not taken away in the middle.
     async fn through(&mut self) -> Result<bool, Error> {
         let path = self.path.to_owned();
-        let names = self.within(move || {
+        let names = self.within(move |_| {
             let store = Shelf::of_store(&path)?;
             Ok((store.id()?, store.names()?))
         });
@@ -159,13 +160,13 @@ impl Look<'_> {
             self.domain(&directory).await?;
         }
         let path = self.path.to_owned();
-        let after = self.within(move || Shelf::of_store(&path)?.id());
+        let after = self.within(move |_| Shelf::of_store(&path)?.id());
         Ok(after.await? == before)
     }
 
     async fn domain(&mut self, directory: &str) -> Result<(), Error> {
         let (path, name) = (self.path.to_owned(), directory.to_owned());
-        let names = self.within(move || match Shelf::of_store(&path)?.below(&name)? {
+        let names = self.within(move |_| match Shelf::of_store(&path)?.below(&name)? {
             Some(shelf) => shelf.names(),
             None => Ok(Vec::new()),
         });
@@ -201,7 +202,7 @@ impl Look<'_> {
         for name in hidden {
             if let Some(id) = target::replaced_backup(name) {
                 let (path, domain, at) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
-                let settle = move || {
+                let settle = move |_: &Progress| {
                     let name = BackupName {
                         domain: &domain,
                         id: &at,
@@ -220,8 +221,8 @@ impl Look<'_> {
             }
             if let Some(id) = target::removed_backup(name) {
                 let (path, domain, id) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
-                let finished = self.within(move || finish_removal(&path, &domain, &id)).await;
-                if let Err(error) = finished {
+                let finish = move |progress: &Progress| finish_removal(&path, &domain, &id, progress);
+                if let Err(error) = self.within(finish).await {
                     let path = self.path.join(directory).join(name);
                     self.rescan.problem(&path, &error.to_string());
                 }
@@ -243,13 +244,14 @@ impl Look<'_> {
         let (store, path) = (self.store.to_owned(), self.path.to_owned());
         let (name, wanted) = (directory.to_owned(), ids.to_vec());
         let domains = self.setting.domains.clone();
-        let read = move || {
+        let read = move |progress: &Progress| {
             let Some(shelf) = Shelf::of_store(&path)?.below(&name)? else {
                 return Ok(Vec::new());
             };
-            let read = wanted
-                .iter()
-                .filter_map(|id| read(&store, &path, &name, id, &shelf, &domains));
+            let read = wanted.iter().filter_map(|id| {
+                progress.add(1);
+                read(&store, &path, &name, id, &shelf, &domains)
+            });
             Ok(read.collect::<Vec<_>>())
         };
         let mut found = self.within(read).await?;
@@ -313,16 +315,12 @@ impl Look<'_> {
         Ok(true)
     }
 
-    /// Reads on a thread that may wait for storage, for `stall-seconds` at most.
+    /// Reads on a thread that may wait for storage, unless that makes no progress.
     async fn within<T: Send + 'static>(
         &self,
-        read: impl FnOnce() -> Result<T, target::Error> + Send + 'static,
+        read: impl FnOnce(&Progress) -> Result<T, target::Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let patience = self.setting.deadlines.stall();
-        match tokio::time::timeout(patience, blocking(self.setting, read)).await {
-            Ok(read) => Ok(read?),
-            Err(_) => Err(Error::stalled("the store", patience)),
-        }
+        Ok(watched(self.setting, "the store", read).await??)
     }
 }
 

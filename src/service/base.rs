@@ -3,8 +3,8 @@
 use super::Service;
 use crate::definition::Definition;
 use crate::domain::{Domain, Snapshot};
-use crate::error::{Error, Kind, Result};
-use crate::job;
+use crate::error::Result;
+use crate::offload::Progress;
 use crate::plan::{self, Incremental, Mode, Options, Plan};
 use crate::target::{self, Parents};
 
@@ -48,16 +48,8 @@ impl Service {
     }
 
     async fn hold(&self, plan: Plan) -> Result<std::result::Result<(Plan, Parents), target::Error>> {
-        let needed = self.jobs.need_service();
-        let hold = tokio::task::spawn_blocking(move || {
-            let _needed = needed;
-            Parents::hold(&plan).map(|parents| (plan, parents))
-        });
-        match tokio::time::timeout(self.jobs.patience(), hold).await {
-            Ok(Ok(held)) => Ok(held),
-            Ok(Err(error)) => Err(Error::new(Kind::Internal, error.to_string())),
-            Err(_) => Err(job::Error::stalled("the store", self.jobs.patience()).into()),
-        }
+        let hold = move |_: &Progress| Parents::hold(&plan).map(|parents| (plan, parents));
+        Ok(self.jobs.in_store(hold).await?)
     }
 }
 

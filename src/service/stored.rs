@@ -16,6 +16,7 @@ use crate::definition::Format;
 use crate::error::{Error, Kind, Result, shown};
 use crate::image::{self, Chain, Export, Location, Survey};
 use crate::job::{self, Job, Work};
+use crate::offload::Progress;
 use crate::plan::{DiskPlan, Mode, Place, Plan, Stored, Task};
 use crate::target::Shelf;
 
@@ -158,17 +159,9 @@ impl Service {
             let text = format!("the configuration has no store '{}' any more", shown(name));
             Error::new(Kind::NoSuchStore, text)
         })?;
-        let (path, needed) = (store.path.clone(), self.jobs.need_service());
-        let work = tokio::task::spawn_blocking(move || {
-            let _needed = needed;
-            work(Shelf::of_store(&path).map_err(image::Error::Target)?)
-        });
-        let patience = self.jobs.patience();
-        match tokio::time::timeout(patience, work).await {
-            Ok(Ok(done)) => Ok(done?),
-            Ok(Err(error)) => Err(Error::new(Kind::Internal, error.to_string())),
-            Err(_) => Err(job::Error::stalled("the store", patience).into()),
-        }
+        let path = store.path.clone();
+        let work = move |_: &Progress| work(Shelf::of_store(&path).map_err(image::Error::Target)?);
+        Ok(self.jobs.in_store(work).await??)
     }
 }
 

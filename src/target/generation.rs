@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use super::Error;
 use super::inventory::Shelf;
+use crate::offload::Progress;
 
 /// The service's own directory in a store.
 const DIRECTORY: &str = ".backupd";
@@ -31,8 +32,8 @@ pub fn generation(store: &Path) -> Result<String, Error> {
     }
 }
 
-/// Gives a store its next generation, durably. Blocks.
-pub fn raise_generation(store: &Path) -> Result<Raised, Error> {
+/// Gives a store its next generation, durably. Each step counts as progress. Blocks.
+pub fn raise_generation(store: &Path, progress: &Progress) -> Result<Raised, Error> {
     let store = Shelf::of_store(store)?;
     match rustix::fs::mkdirat(store.descriptor(), DIRECTORY, Mode::RWXU) {
         Ok(()) => sync(&store)?,
@@ -54,7 +55,8 @@ pub fn raise_generation(store: &Path) -> Result<Raised, Error> {
         number.unwrap_or(0_u64) + 1,
         uuid::Uuid::new_v4().simple()
     );
-    write(&shelf, &now)?;
+    progress.add(1);
+    write(&shelf, &now, progress)?;
     Ok(Raised { before, now })
 }
 
@@ -68,7 +70,7 @@ fn read(shelf: &Shelf) -> Result<String, Error> {
     }
 }
 
-fn write(shelf: &Shelf, generation: &str) -> Result<(), Error> {
+fn write(shelf: &Shelf, generation: &str, progress: &Progress) -> Result<(), Error> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(shelf.descriptor(), NEW_FILE, flags, Mode::RUSR | Mode::WUSR)
         .map_err(|errno| failed(shelf, "create", NEW_FILE, errno))?;
@@ -79,6 +81,7 @@ fn write(shelf: &Shelf, generation: &str) -> Result<(), Error> {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
             failed(shelf, "write", NEW_FILE, errno)
         })?;
+    progress.add(1);
     rustix::fs::renameat(shelf.descriptor(), NEW_FILE, shelf.descriptor(), FILE)
         .map_err(|errno| failed(shelf, "rename", NEW_FILE, errno))?;
     sync(shelf)
@@ -114,12 +117,12 @@ mod tests {
         let path = directory.path();
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).unwrap();
         assert_eq!(generation(path).unwrap(), "");
-        let first = raise_generation(path).unwrap();
+        let first = raise_generation(path, &Progress::default()).unwrap();
         assert_eq!(
             (first.before.as_str(), generation(path).unwrap()),
             ("", first.now.clone())
         );
-        let second = raise_generation(path).unwrap();
+        let second = raise_generation(path, &Progress::default()).unwrap();
         assert_eq!(second.before, first.now);
         assert!(
             first.now.starts_with("1 ") && second.now.starts_with("2 "),
@@ -127,8 +130,16 @@ mod tests {
         );
         // A copy that counts on from here is told apart.
         std::fs::write(path.join(".backupd/generation"), &first.now).unwrap();
-        assert_ne!(raise_generation(path).unwrap().now, second.now);
+        assert_ne!(
+            raise_generation(path, &Progress::default()).unwrap().now,
+            second.now
+        );
         std::fs::write(path.join(".backupd/generation"), "nonsense").unwrap();
-        assert!(raise_generation(path).unwrap().now.starts_with("1 "));
+        assert!(
+            raise_generation(path, &Progress::default())
+                .unwrap()
+                .now
+                .starts_with("1 ")
+        );
     }
 }

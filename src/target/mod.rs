@@ -194,10 +194,13 @@ impl Targets {
     }
 
     /// Empties what was there before: the point of no return for existing files. Raw images get their size, others an empty
-    /// image.
-    pub fn format(&mut self, plan: &Plan) -> Result<(), Error> {
+    /// image. Each counts as progress.
+    pub fn format(&mut self, plan: &Plan, progress: &Progress) -> Result<(), Error> {
         let mut targets = self.targets.iter_mut().zip(&plan.disks);
-        targets.try_for_each(|(target, disk)| target.format(disk).map_err(|error| error.of(&disk.name)))
+        targets.try_for_each(|(target, disk)| {
+            progress.add(1);
+            target.format(disk).map_err(|error| error.of(&disk.name))
+        })
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Target> {
@@ -281,13 +284,15 @@ impl Targets {
     }
 
     /// Gives everything its final name, durably. `records` are names and contents of the files that go beside a
-    /// store's images. What fails half-way is taken back with the rest when it is discarded.
-    pub fn publish(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
+    /// store's images. What fails half-way is taken back with the rest when it is discarded. Each file
+    /// counts as progress.
+    pub fn publish(&mut self, records: &[(&str, &[u8])], progress: &Progress) -> Result<(), Error> {
         self.parents.check()?;
         if let Some(store) = &mut self.store {
             store.publish(records)?;
         }
         for target in &mut self.targets {
+            progress.add(1);
             if let Publication::Rename(partial) = &mut target.publication {
                 let published = partial.publish(&target.disk, &target.label);
                 published.map_err(|error| error.of(&target.disk))?;
@@ -298,8 +303,9 @@ impl Targets {
 
     /// Removes what was made and makes unreadable what was written into; but not what was found [`Targets::published`], which
     /// others may depend on. Dropping does the same. Says whether nothing is left.
-    pub fn discard(mut self) -> bool {
-        self.clear()
+    /// Each file counts as progress.
+    pub fn discard(mut self, progress: &Progress) -> bool {
+        self.clear(progress)
     }
 
     /// Leaves everything as it is: it is published, or a later process of the service resumes it. The backing images
@@ -329,7 +335,7 @@ impl Targets {
 }
 
 impl Targets {
-    fn clear(&mut self) -> bool {
+    fn clear(&mut self, progress: &Progress) -> bool {
         if std::mem::replace(&mut self.settled, true) {
             return true;
         }
@@ -353,6 +359,7 @@ impl Targets {
                 tracing::error!(target = target.label, %error, "a partial image could not be removed");
                 clear = false;
             }
+            progress.add(1);
         }
         if let Some(store) = &self.store
             && let Err(error) = store.discard()
@@ -366,7 +373,7 @@ impl Targets {
 
 impl Drop for Targets {
     fn drop(&mut self) {
-        self.clear();
+        self.clear(&Progress::default());
     }
 }
 

@@ -13,6 +13,7 @@ use super::inventory::{Held, Sharing, Shelf};
 use super::store::names_in;
 use super::{BackupName, Error, naming};
 use crate::fault::{self, Point};
+use crate::offload::Progress;
 
 /// What [`Stat::st_blocks`] counts in.
 const BLOCK: u64 = 512;
@@ -149,8 +150,8 @@ impl Removal {
         self.begun
     }
 
-    /// Removes it, durably; gives the bytes that are free now. Blocks.
-    pub fn remove(self) -> Result<u64, Error> {
+    /// Removes it, durably; gives the bytes that are free now. Each file counts as progress. Blocks.
+    pub fn remove(self, progress: &Progress) -> Result<u64, Error> {
         let (domain, hidden) = (self.domain.descriptor(), removed_name(&self.id));
         let sync =
             || rustix::fs::fsync(domain).map_err(|errno| self.failed("fsync the directory of", "", errno));
@@ -158,11 +159,13 @@ impl Removal {
             naming::rename_directory(domain, &self.id, &hidden)
                 .map_err(|errno| self.failed("rename", "", errno))?;
             sync()?;
+            progress.add(1);
         }
         fault::point(Point::RemovalRenamed);
         for (index, name) in self.files.iter().enumerate() {
             rustix::fs::unlinkat(self.directory.descriptor(), name, AtFlags::empty())
                 .map_err(|errno| self.failed("remove", name, errno))?;
+            progress.add(1);
             if index == 0 {
                 fault::point(Point::RemovalBegun);
             }
@@ -180,6 +183,7 @@ impl Removal {
             }
             Err(errno) => return Err(self.failed("remove", "", errno)),
         }
+        progress.add(1);
         sweep(domain);
         sync()?;
         fault::point(Point::RemovalEmptied);
@@ -231,7 +235,7 @@ mod tests {
         let removal = hold(store.path()).unwrap().unwrap();
         assert!(!removal.is_begun());
         assert!(matches!(hold(store.path()), Err(Error::InUse { .. })));
-        assert!(removal.remove().unwrap() > 0);
+        assert!(removal.remove(&Progress::default()).unwrap() > 0);
         assert!(hold(store.path()).unwrap().is_none());
         let hidden = store.path().join("web/.a.removed");
         std::fs::create_dir(&hidden).unwrap();
@@ -239,7 +243,7 @@ mod tests {
         std::fs::write(hidden.join("manifest.json"), "x").unwrap();
         let removal = hold(store.path()).unwrap().unwrap();
         assert!(removal.is_begun());
-        removal.remove().unwrap();
+        removal.remove(&Progress::default()).unwrap();
         assert_eq!(std::fs::read_dir(store.path().join("web")).unwrap().count(), 0);
         assert_eq!(removed_backup(".a.removed"), Some("a"));
         std::fs::remove_dir(store.path().join("web")).unwrap();

@@ -3,17 +3,25 @@
 //! Where the file system cannot exchange, the backup's directory is moved aside first. A process that ends in between leaves
 //! it there, complete, and it is put back.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{Advice, AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+use tokio_util::sync::CancellationToken;
 
 use super::inventory::{Sharing, Shelf};
 use super::removal::removed_name;
 use super::store::names_in;
 use super::{BackupName, Error, naming};
 use crate::fault::{self, Point};
+use crate::offload::Progress;
+
+/// How much is copied at a time, in bytes.
+const PIECE: u64 = 1 << 20;
 
 /// The directory that is to take a backup's place. Left where it is when it is dropped: [`Replacement::clear`] removes it.
 #[derive(Debug)]
@@ -39,8 +47,8 @@ pub fn replaced_backup(name: &str) -> Option<&str> {
 
 impl Replacement {
     /// Makes it, empty. Blocks.
-    pub fn create(store: &Path, name: BackupName) -> Result<Self, Error> {
-        Self::clear(store, name)?;
+    pub fn create(store: &Path, name: BackupName, progress: &Progress) -> Result<Self, Error> {
+        Self::clear(store, name, progress)?;
         let domain = domain(store, name)?;
         let hidden = hidden_name(name.id);
         rustix::fs::mkdirat(domain.descriptor(), &hidden, Mode::RWXU)
@@ -54,13 +62,14 @@ impl Replacement {
         })
     }
 
-    /// Removes one that was not put in place, or what was in that place before; durably. Nothing if there is none. Blocks.
-    pub fn clear(store: &Path, name: BackupName) -> Result<(), Error> {
+    /// Removes one that was not put in place, or what was in that place before; durably. Nothing if there is none. Each
+    /// file counts as progress. Blocks.
+    pub fn clear(store: &Path, name: BackupName, progress: &Progress) -> Result<(), Error> {
         Self::settle(store, name)?;
         let domain = domain(store, name)?;
         for hidden in [hidden_name(name.id), aside_name(name.id)] {
             if let Some(directory) = domain.below(&hidden)? {
-                remove(&domain, &directory, &hidden, name.id)?;
+                remove(&domain, &directory, &hidden, name.id, progress)?;
             }
         }
         Ok(())
@@ -88,30 +97,48 @@ impl Replacement {
             .map_err(|errno| failed(&self.directory, "create", file, errno))
     }
 
-    /// Has it hold a file that the backup has already. Where there are no hard links, that is a copy.
-    pub fn keep(&self, file: &str) -> Result<(), Error> {
+    /// Has it hold a file that the backup has already. Where there are no hard links, that is a copy, each piece of which counts
+    /// as progress. Nothing if it is cancelled.
+    pub fn keep(
+        &self,
+        file: &str,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Option<()>, Error> {
         let current = self.current()?;
         let (from, to) = (current.descriptor(), self.directory.descriptor());
         match rustix::fs::linkat(from, file, to, file, AtFlags::empty()) {
-            Err(errno) if naming::is_without_links(errno) => self.copy(&current, file),
-            result => result.map_err(|errno| failed(&self.directory, "link", file, errno)),
+            Err(errno) if naming::is_without_links(errno) => self.copy(&current, file, progress, cancel),
+            result => result
+                .map(Some)
+                .map_err(|errno| failed(&self.directory, "link", file, errno)),
         }
     }
 
-    fn copy(&self, current: &Shelf, file: &str) -> Result<(), Error> {
-        let mut from = std::fs::File::from(current.open_file(file)?);
-        let mut to = std::fs::File::from(self.create_file(file)?);
-        std::io::copy(&mut from, &mut to)
-            .and_then(|_| to.sync_all())
-            .map_err(|error| {
-                let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
-                failed(&self.directory, "copy", file, errno)
-            })
+    fn copy(
+        &self,
+        current: &Shelf,
+        file: &str,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Option<()>, Error> {
+        let from = File::from(current.open_file(file)?);
+        let to = File::from(self.create_file(file)?);
+        let copied = copy(&from, &to, progress, cancel);
+        copied.map_err(|error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+            failed(&self.directory, "copy", file, errno)
+        })
     }
 
-    /// The same of a file that the backup may have.
-    pub fn keep_if_there(&self, file: &str) -> Result<(), Error> {
-        match self.keep(file) {
+    /// The same of a small file.
+    pub fn keep_record(&self, file: &str, progress: &Progress) -> Result<(), Error> {
+        self.keep(file, progress, &CancellationToken::new()).map(drop)
+    }
+
+    /// The same of a small file that the backup may have.
+    pub fn keep_record_if_there(&self, file: &str, progress: &Progress) -> Result<(), Error> {
+        match self.keep_record(file, progress) {
             Err(Error::Io {
                 errno: Errno::NOENT, ..
             }) => Ok(()),
@@ -121,7 +148,7 @@ impl Replacement {
 
     /// Writes a file, durably.
     pub fn write(&self, file: &str, content: &[u8]) -> Result<(), Error> {
-        let mut written = std::fs::File::from(self.create_file(file)?);
+        let mut written = File::from(self.create_file(file)?);
         std::io::Write::write_all(&mut written, content)
             .and_then(|()| written.sync_all())
             .map_err(|error| {
@@ -165,7 +192,13 @@ impl Replacement {
     }
 }
 
-fn remove(domain: &Shelf, directory: &Shelf, hidden: &str, id: &str) -> Result<(), Error> {
+fn remove(
+    domain: &Shelf,
+    directory: &Shelf,
+    hidden: &str,
+    id: &str,
+    progress: &Progress,
+) -> Result<(), Error> {
     let mut names = names_in(directory.descriptor()).map_err(|errno| failed(directory, "read", "", errno))?;
     naming::without_held_open(&mut names);
     for file in names {
@@ -178,6 +211,7 @@ fn remove(domain: &Shelf, directory: &Shelf, hidden: &str, id: &str) -> Result<(
         }
         rustix::fs::unlinkat(directory.descriptor(), &file, AtFlags::empty())
             .map_err(|errno| failed(directory, "remove", &file, errno))?;
+        progress.add(1);
     }
     match rustix::fs::unlinkat(domain.descriptor(), hidden, AtFlags::REMOVEDIR) {
         // A program has an image open still: the directory goes later, and is in nobody's way until then.
@@ -189,6 +223,28 @@ fn remove(domain: &Shelf, directory: &Shelf, hidden: &str, id: &str) -> Result<(
     }
     .map_err(|errno| failed(domain, "remove", hidden, errno))?;
     sync(domain)
+}
+
+/// Copies a file, durably. What is written back piece by piece, the fsync at the end need not wait for.
+fn copy(
+    from: &File,
+    mut to: &File,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> io::Result<Option<()>> {
+    let mut offset = 0;
+    loop {
+        if cancel.is_cancelled() {
+            return Ok(None);
+        }
+        let Some(copied) = NonZeroU64::new(io::copy(&mut from.take(PIECE), &mut to)?) else {
+            return to.sync_all().map(Some);
+        };
+        // Advice: where it is not taken, the end takes longer.
+        let _ = rustix::fs::fadvise(to, offset, Some(copied), Advice::DontNeed);
+        offset += copied.get();
+        progress.add(copied.get());
+    }
 }
 
 fn domain(store: &Path, name: BackupName) -> Result<Shelf, Error> {

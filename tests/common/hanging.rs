@@ -35,6 +35,8 @@ pub enum Operation {
     Write,
     Fsync,
     Create,
+    /// Of files and directories.
+    Remove,
     /// Whatever is asked, as with a server that is gone.
     Any,
 }
@@ -355,9 +357,13 @@ impl Server {
                     Effect::Hang => return control.held.push(Box::new(operation)),
                     Effect::Fail(errno) => Some(errno),
                     Effect::Slow(pause) => {
-                        drop(control);
-                        std::thread::sleep(pause);
-                        return operation(&mut lock(&self.tree), None);
+                        let tree = Arc::clone(&self.tree);
+                        // Whatever else is asked is answered.
+                        std::thread::spawn(move || {
+                            std::thread::sleep(pause);
+                            operation(&mut lock(&tree), None);
+                        });
+                        return;
                     }
                 }
             }
@@ -497,7 +503,7 @@ impl Filesystem for Server {
         let name = name.to_owned();
         answer!(
             self,
-            Operation::Any,
+            Operation::Remove,
             reply,
             |tree: &mut Tree| tree.remove(parent.0, &name),
             |reply: ReplyEmpty, ()| reply.ok()

@@ -19,7 +19,8 @@ use crate::job::quiesce::Freeze;
 use crate::job::running::Running;
 use crate::job::scan::check_snapshot;
 use crate::job::writeback::write_back;
-use crate::job::{Error, blocking, sentinel};
+use crate::job::{Error, sentinel, watched};
+use crate::offload::Progress;
 use crate::plan::{DiskPlan, Mode};
 use crate::qmp;
 use crate::target::{Media, Target};
@@ -51,15 +52,13 @@ impl Driver<'_> {
     /// Empties the targets: the point of no return for existing files.
     pub(super) async fn format(&mut self) -> Result<Fact, Stopped> {
         let mut targets = self.take_targets()?;
-        let (job, patience) = (self.job.clone(), self.setting.deadlines.stall());
+        let job = self.job.clone();
         // If it comes back after the timeout, what it has is discarded there.
-        let formatted = blocking(self.setting, move || {
-            let formatted = targets.format(&job.plan);
+        let format = move |progress: &Progress| {
+            let formatted = targets.format(&job.plan, progress);
             (targets, formatted)
-        });
-        let (targets, formatted) = tokio::time::timeout(patience, formatted)
-            .await
-            .map_err(|_| Error::stalled("the targets", patience))?;
+        };
+        let (targets, formatted) = watched(self.setting, "the targets", format).await?;
         self.targets = Some(targets);
         formatted.map_err(Error::Target)?;
         Ok(Fact::Formatted)

@@ -10,7 +10,7 @@ use crate::catalog::{self, BackupRecord};
 use crate::job::chain::checkpoint_name;
 use crate::job::error::Stopped;
 use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown, blocking};
-use crate::offload::{Progress, unless_stalled};
+use crate::offload::{self, Progress, unless_stalled};
 use crate::plan::{Destination, Place};
 use crate::target::{self, FileDigest, Targets};
 
@@ -119,7 +119,7 @@ impl Driver<'_> {
             // If nobody waits for it any more, it is discarded here.
             (targets, result)
         });
-        let work = unless_stalled(&progress, self.setting.deadlines.stall(), work);
+        let work = unless_stalled(|| progress.get(), self.setting.deadlines.stall(), work);
         tokio::pin!(work);
         let stop = &self.setting.stop;
         let worked = tokio::select! {
@@ -191,13 +191,14 @@ impl Driver<'_> {
         mut targets: Targets,
         records: Vec<(&'static str, Vec<u8>)>,
     ) -> Result<(), Stopped> {
-        let job = self.job.clone();
+        let (job, progress) = (self.job.clone(), Progress::default());
+        let counted = progress.clone();
         let work = blocking(self.setting, move || {
             let records: Vec<(&str, &[u8])> = records
                 .iter()
                 .map(|(name, content)| (*name, content.as_slice()))
                 .collect();
-            let published = targets.publish(&records).map_err(Error::Target);
+            let published = targets.publish(&records, &counted).map_err(Error::Target);
             match published {
                 // It took so long that it was said to have failed: it is taken back here.
                 Ok(()) if !job.published() => (targets, Err(Stopped::Cancelled)),
@@ -206,11 +207,11 @@ impl Driver<'_> {
             }
         });
         tokio::pin!(work);
-        let (targets, published) = match tokio::time::timeout(self.setting.deadlines.stall(), &mut work).await
-        {
-            Ok(published) => published,
-            Err(_) if self.job.give_up() => return Err(self.stalled().into()),
-            Err(_) => work.await,
+        let stall = self.setting.deadlines.stall();
+        let (targets, published) = match unless_stalled(|| progress.get(), stall, &mut work).await {
+            Some(published) => published,
+            None if self.job.give_up() => return Err(self.stalled().into()),
+            None => work.await,
         };
         match published {
             Ok(()) => {
@@ -319,8 +320,10 @@ pub(in crate::job) async fn discard(
     patience: Duration,
 ) -> bool {
     let Some(targets) = targets else { return true };
-    let discarded = blocking(setting, move || targets.discard());
-    !tokio::time::timeout(patience, discarded).await.unwrap_or(false)
+    let discard = move |progress: &Progress| targets.discard(progress);
+    !offload::watched(&setting.activity, patience, discard)
+        .await
+        .unwrap_or(false)
 }
 
 fn manifest(job: &Job, copying: &Copying, digests: &[FileDigest]) -> Result<Vec<u8>, Error> {

@@ -17,6 +17,7 @@ use crate::job::footprint::Footprint;
 use crate::job::manager::{Ending, Setting};
 use crate::job::record::{self, Residue};
 use crate::job::{Error, Job, Reservation, blocking, quiesce};
+use crate::offload::Progress;
 use crate::target::{FileId, Found, Targets};
 
 /// Which files the targets of a backup are, as far as is on record.
@@ -190,7 +191,7 @@ pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Se
         };
         let found = find_targets(job, known, setting).await;
         let unknown = found.unknown;
-        if blocking(setting, move || found.targets.discard()).await && !unknown {
+        if blocking(setting, move || found.targets.discard(&Progress::default())).await && !unknown {
             cleared(job.id, Leftover::OnDisk, setting).await;
         }
     }

@@ -113,6 +113,7 @@ pub async fn properties(context: &Context, call: &Call, domain: &Domain) -> Resu
         ("Owner", Variant::from(domain.owner)),
         ("Source", Variant::from(domain.origin.as_str())),
         ("Disks", Variant::from(disks(&snapshot))),
+        ("Encrypted", Variant::from(encrypted(&snapshot))),
     ])
 }
 
@@ -137,4 +138,10 @@ pub fn disks(snapshot: &Snapshot) -> Vec<DiskTuple> {
         (name, String::new(), 0, String::new(), true, kind)
     });
     disks.chain(outside).collect()
+}
+
+/// The disks that QEMU decrypts.
+pub fn encrypted(snapshot: &Snapshot) -> Vec<String> {
+    let disks = snapshot.disks.iter().filter(|disk| disk.encrypted);
+    disks.map(|disk| disk.name.clone()).collect()
 }

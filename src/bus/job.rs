@@ -72,6 +72,12 @@ fn not_in_backup(job: &Job) -> Vec<(String, String)> {
         .collect()
 }
 
+/// The disks that QEMU decrypts for the backup.
+fn encrypted(job: &Job) -> Vec<String> {
+    let disks = job.plan.disks.iter().filter(|disk| disk.encrypted);
+    disks.map(|disk| disk.name.clone()).collect()
+}
+
 fn disk(disk: &DiskStatus) -> DiskTuple {
     let error = match &disk.state {
         DiskState::Failed { message, .. } => message.clone(),
@@ -154,6 +160,7 @@ pub async fn properties(job: &Job) -> Properties {
             Variant::from(job.plan.disks.iter().map(increment).collect::<Vec<_>>()),
         ),
         ("NotInBackup", Variant::from(not_in_backup(job))),
+        ("Encrypted", Variant::from(encrypted(job))),
         ("State", Variant::from(view.state)),
         ("Progress", Variant::from(view.progress)),
         ("Bytes", Variant::from(view.bytes)),

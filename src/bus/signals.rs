@@ -247,6 +247,7 @@ pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
             ("UUID", view.0 != told.0, Variant::from(view.0.clone())),
             ("State", view.1 != told.1, Variant::from(view.1)),
             ("Disks", view.2 != told.2, Variant::from(view.2.clone())),
+            ("Encrypted", view.3 != told.3, Variant::from(view.3.clone())),
         ]);
         if !changed.is_empty() {
             let readers = audience.readers(&domain, HashSet::new()).await;
@@ -259,13 +260,14 @@ pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
     }
 }
 
-type DomainView = (String, &'static str, Vec<domain::DiskTuple>);
+type DomainView = (String, &'static str, Vec<domain::DiskTuple>, Vec<String>);
 
 fn domain_view(snapshot: &Snapshot) -> DomainView {
     (
         domain::uuid(snapshot),
         snapshot.state.as_str(),
         domain::disks(snapshot),
+        domain::encrypted(snapshot),
     )
 }
 

@@ -27,6 +27,8 @@ pub struct Disk {
     pub writable: bool,
     /// The type of its device, where QEMU passes the guest's commands through and sees nothing of what they write.
     pub passed_through: Option<&'static str>,
+    /// Whether QEMU decrypts its image, or one below it (LUKS): a backup has what the guest sees, in plain text.
+    pub encrypted: bool,
     /// Whether data may lie in a backing file below the image.
     pub has_backing: bool,
     /// Whether its image can keep dirty bitmaps (qcow2 from version 3 on, QEMU's docs/interop/qcow2).
@@ -87,6 +89,7 @@ impl Disk {
             format: "qcow2".into(),
             writable,
             passed_through: None,
+            encrypted: false,
             has_backing: false,
             keeps_bitmaps: true,
             has_snapshots: false,
@@ -183,6 +186,7 @@ fn disk(drive: BlockInfo, graph: &Graph, devices: &Devices) -> Option<Disk> {
         format: node.map(|node| node.driver.clone()).unwrap_or_default(),
         writable,
         passed_through,
+        encrypted: node.is_some_and(|node| graph.is_encrypted(node)),
         has_backing: node.is_some_and(|node| graph.has_backing(node)),
         keeps_bitmaps: writable && node.is_some_and(Node::keeps_bitmaps),
         has_snapshots: node.is_some_and(Node::has_snapshots),

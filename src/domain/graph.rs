@@ -3,7 +3,7 @@
 //! Knows QEMU's replies; not which of the nodes is a disk of the guest. Every walk is a loop with a bound: a chain can be as
 //! deep as a peer likes, and have a circle.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use serde::Deserialize;
@@ -171,6 +171,7 @@ pub(super) struct Graph<'a> {
     nodes: HashMap<&'a str, &'a Node>,
     file: HashMap<&'a str, &'a str>,
     backing: HashMap<&'a str, &'a str>,
+    data_file: HashMap<&'a str, &'a str>,
     /// QEMU told of the edges: what has none has no child.
     has_edges: bool,
 }
@@ -187,6 +188,7 @@ impl<'a> Graph<'a> {
             nodes: nodes.iter().map(|node| (node.name.as_str(), node)).collect(),
             file: children("file"),
             backing: children("backing"),
+            data_file: children("data-file"),
             has_edges: edges.is_some(),
         })
     }
@@ -219,6 +221,25 @@ impl<'a> Graph<'a> {
             // The image's header names one, which need not be open.
             false => node.backing_file.is_some(),
         }
+    }
+
+    /// Whether QEMU decrypts this image or one that it reads for it: what the guest sees is not encrypted where a backup has
+    /// it.
+    pub fn is_encrypted(&self, node: &'a Node) -> bool {
+        let (mut seen, mut next) = (HashSet::new(), vec![node]);
+        while let Some(node) = next.pop() {
+            if !seen.insert(node.name.as_str()) {
+                continue;
+            }
+            if node.image.encrypted {
+                return true;
+            }
+            for children in [&self.file, &self.backing, &self.data_file] {
+                let child = children.get(node.name.as_str());
+                next.extend(child.and_then(|child| self.node(child)));
+            }
+        }
+        false
     }
 
     /// What an image and all that are below it take on the host, in bytes; of the image alone where QEMU cannot tell which
@@ -309,6 +330,31 @@ mod tests {
         let edges = edges(&["a", "b"], &[(0, 1, "file"), (1, 0, "file")]);
         let graph = Graph::of(&nodes, Some(&edges)).unwrap();
         assert_eq!(graph.unfiltered("a"), "a");
+    }
+
+    #[test]
+    fn an_image_is_encrypted_if_one_that_it_is_read_from_is() {
+        let mut nodes = [
+            node("top", "qcow2", 1),
+            node("base", "qcow2", 2),
+            node("luks", "luks", 2),
+            node("plain", "file", 2),
+        ];
+        nodes[2].image.encrypted = true;
+        let edges = edges(
+            &["top", "base", "luks", "plain"],
+            &[
+                (0, 1, "backing"),
+                (1, 2, "file"),
+                (2, 3, "file"),
+                (3, 0, "backing"),
+            ],
+        );
+        let graph = Graph::of(&nodes, Some(&edges)).unwrap();
+        assert!(graph.is_encrypted(&nodes[0]));
+        nodes[2].image.encrypted = false;
+        let graph = Graph::of(&nodes, Some(&edges)).unwrap();
+        assert!(!graph.is_encrypted(&nodes[0]), "and a circle ends");
     }
 
     #[test]

@@ -480,6 +480,7 @@ fn plan(
                 virtual_size: disk.virtual_size,
                 estimate: disk.virtual_size,
                 source: None,
+                encrypted: false,
                 only_allocated: false,
                 format: disk.format,
                 compress: listed()

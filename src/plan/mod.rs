@@ -135,6 +135,9 @@ pub struct DiskPlan {
     /// The file with the disk's data, as its QEMU has it open, where what is in it is also in the backup.
     #[serde(default)]
     pub source: Option<PathBuf>,
+    /// QEMU decrypts it: what is copied is plain text.
+    #[serde(default)]
+    pub encrypted: bool,
     /// What the disk's image does not have reads as zeroes, so that a copy of all of it can leave that out.
     pub only_allocated: bool,
     pub format: Format,
@@ -546,6 +549,7 @@ fn disk_plan(
         virtual_size: disk.virtual_size,
         estimate,
         source: disk.source.clone(),
+        encrypted: disk.encrypted,
         only_allocated,
         format,
         compress: asked.and_then(|asked| asked.compress),

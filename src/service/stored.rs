@@ -183,6 +183,7 @@ fn disk_plans(chain: &Chain, disks: &[String], format: Format) -> Vec<DiskPlan> 
             virtual_size: disk.virtual_size(),
             estimate: disk.estimate(),
             source: None,
+            encrypted: false,
             only_allocated: true,
             format,
             compress: None,

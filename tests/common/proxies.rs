@@ -122,6 +122,8 @@ pub trait Domain {
     fn source(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn disks(&self) -> zbus::Result<Vec<(String, String, u64, String, bool, String)>>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn encrypted(&self) -> zbus::Result<Vec<String>>;
 }
 
 /// Properties are never cached: a test that reads one asks the service.
@@ -150,6 +152,8 @@ pub trait Job {
     fn increments(&self) -> zbus::Result<Vec<(String, String, String, String)>>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn not_in_backup(&self) -> zbus::Result<Vec<(String, String)>>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn encrypted(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn state(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "false"))]

@@ -316,6 +316,7 @@ mod tests {
             format: "raw".into(),
             writable,
             left_out: left_out.into(),
+            encrypted: false,
         }
     }
 

@@ -30,9 +30,13 @@ pub struct Properties {
     disks: Option<Vec<DiskTuple>>,
     increments: Option<Vec<IncrementTuple>>,
     not_in_backup: Option<Vec<(String, String)>>,
+    encrypted: Option<Vec<String>>,
     error_name: Option<String>,
     error_message: Option<String>,
 }
+
+/// What is said of a disk that QEMU decrypts.
+pub const PLAIN_TEXT: &str = "its image is encrypted (LUKS); this backup of it is not";
 
 /// A disk as `Disks` has it: name, state, bytes, bytes done, target, error.
 type DiskTuple = (String, String, u64, u64, String, String);
@@ -123,6 +127,8 @@ pub struct Snapshot {
     pub increments: Vec<Increment>,
     /// What the machine has that the backup does not hold: names and types.
     pub not_in_backup: Vec<(String, String)>,
+    /// The disks that QEMU decrypts: what the backup has of them is plain text.
+    pub encrypted: Vec<String>,
     /// The D-Bus name of what went wrong.
     pub error_name: String,
     /// What went wrong.
@@ -175,6 +181,7 @@ impl Snapshot {
         set(&mut self.error_name, changed.error_name);
         set(&mut self.error_message, changed.error_message);
         set(&mut self.not_in_backup, changed.not_in_backup);
+        set(&mut self.encrypted, changed.encrypted);
         if let Some(increments) = changed.increments {
             self.increments = increments
                 .into_iter()
@@ -284,6 +291,7 @@ impl Snapshot {
             "quiesce_problem": nothing_if_empty(&self.quiesce_problem),
             "disks": disks,
             "not_in_backup": self.not_in_backup.iter().map(|(name, kind)| json!({ "name": name, "type": kind })).collect::<Value>(),
+            "encrypted": self.encrypted,
             "error": nothing_if_empty(&self.error_name),
             "message": nothing_if_empty(&self.error_message),
         })
@@ -342,6 +350,9 @@ impl Snapshot {
                 escape(name),
                 escape(kind)
             ));
+        }
+        for disk in &self.encrypted {
+            text.push_str(&format!("{}: {PLAIN_TEXT}\n", escape(disk)));
         }
         for disk in self.disks.iter().filter(|disk| !disk.error.is_empty()) {
             text.push_str(&format!("{}: {}\n", escape(&disk.name), escape(&disk.error)));
@@ -404,6 +415,7 @@ mod tests {
                 "disks",
                 "domain",
                 "domain_path",
+                "encrypted",
                 "error",
                 "expected_end_time",
                 "frozen_time",

@@ -64,7 +64,7 @@ pub async fn domains(service: &Service, with_disks: bool, json: bool) -> Result<
 fn disk_json(disk: &DomainDisk) -> Value {
     json!({
         "disk": disk.name, "node": disk.node, "bytes": disk.size, "format": disk.format, "writable": disk.writable,
-        "left_out": nothing_if_empty(&disk.left_out),
+        "left_out": nothing_if_empty(&disk.left_out), "encrypted": disk.encrypted,
     })
 }
 

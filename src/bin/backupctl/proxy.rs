@@ -73,6 +73,8 @@ pub struct DomainDisk {
     pub writable: bool,
     /// Why a backup that names no disks leaves it out, or nothing.
     pub left_out: String,
+    /// Whether QEMU decrypts it.
+    pub encrypted: bool,
 }
 
 /// A disk as `Disks` has it: name, node, size, format, writable, and why it is not backed up unless it is named.
@@ -83,6 +85,7 @@ type DiskTuple = (String, String, u64, String, bool, String);
 struct DomainProperties {
     name: Option<String>,
     disks: Option<Vec<DiskTuple>>,
+    encrypted: Option<Vec<String>>,
 }
 
 /// A disk as a backup's `Disks` has it, its name first.
@@ -177,10 +180,13 @@ impl Service {
 
     /// The disks of the domain at this path.
     pub async fn disks(&self, path: &str) -> Result<Vec<DomainDisk>> {
-        let disks = self.domain_properties(path).await?.disks.unwrap_or_default();
+        let properties = self.domain_properties(path).await?;
+        let encrypted = properties.encrypted.unwrap_or_default();
+        let disks = properties.disks.unwrap_or_default();
         let disks = disks
             .into_iter()
             .map(|(name, node, size, format, writable, left_out)| DomainDisk {
+                encrypted: encrypted.contains(&name),
                 name,
                 node,
                 size,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::error::{self, Result, Status};
-use crate::job::{Outcome, Snapshot, nothing_if_empty};
+use crate::job::{Outcome, PLAIN_TEXT, Snapshot, nothing_if_empty};
 use crate::output::{self, escape};
 use crate::units;
 
@@ -108,6 +108,9 @@ impl Summary<'_> {
         }
         for (name, kind) in &snapshot.not_in_backup {
             lines.push((escape(name), format!("not in the backup ({})", escape(kind))));
+        }
+        for disk in &snapshot.encrypted {
+            lines.push((escape(disk), PLAIN_TEXT.to_owned()));
         }
         let width = lines.iter().map(|(name, _)| name.chars().count()).max();
         for (name, what) in &lines {

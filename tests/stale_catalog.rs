@@ -10,6 +10,7 @@ use backupd::fault::Point;
 use common::System;
 use common::caller::Caller;
 use common::chain::{copy, directories, id, increment, manifest, write_manifest};
+use common::clients::ROOT;
 use common::disk::Disk;
 use common::proxies::{JobProxy, Options, PrunedBackup, error_name, slowly};
 use common::storage::files_below;
@@ -274,6 +275,64 @@ async fn a_manifest_that_is_not_understood_keeps_all_that_is_beside_it() {
     delete(&caller, &id(&third), &[]).await.unwrap();
     delete(&caller, &id(&full), &[]).await.unwrap();
     assert_eq!(backups(&system), [second]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_damaged_manifests_none_keeps_the_other_and_both_keep_what_is_good() {
+    let system = System::start();
+    let _vm = machine(&system);
+    let caller = Caller::new(&system).await;
+    caller.complete_full("web", "").await;
+    let [full] = backups(&system).try_into().unwrap();
+    let (second, third, stranger) = (copy(&full, 1), increment(&full, 2), copy(&full, 3));
+    caller.manager.rescan(Options::new()).await.unwrap();
+    // One more, which is not on record.
+    let unknown = copy(&full, 4);
+    let good = manifest(&second);
+    for damaged in [&second, &third, &unknown] {
+        fs::write(damaged.join("manifest.json"), "{").unwrap();
+    }
+    // A good one stays, whether or not anything is known to depend on it.
+    for good in [&full, &stranger] {
+        let refused = delete(&caller, &id(good), &[]).await.unwrap_err();
+        let name = error_name(&refused);
+        assert!(
+            name.ends_with("ChainBroken") || name.ends_with("HasDescendants"),
+            "{refused}"
+        );
+    }
+    // So it does with what depends on it, and with one whose manifest a newer service may understand.
+    refused(
+        &caller,
+        &id(&full),
+        &["with-descendants"],
+        "Error.ChainBroken",
+        "manifest.json",
+    )
+    .await;
+    refused(
+        &caller,
+        &id(&second),
+        &["merge"],
+        "Error.ChainBroken",
+        "manifest.json",
+    )
+    .await;
+    let mut newer = good.clone();
+    newer["version"] = json!(99);
+    write_manifest(&second, &newer);
+    refused(&caller, &id(&third), &[], "Error.Unsupported", "manifest.json").await;
+    fs::write(second.join("manifest.json"), "{").unwrap();
+    // The damaged ones go, each by itself.
+    delete(&caller, &id(&second), &[]).await.unwrap();
+    let deleted = system.clients().backupctl(ROOT, &["delete", &id(&third)]);
+    assert!(deleted.success(), "{}", deleted.stderr);
+    assert!(!second.exists() && !third.exists());
+    assert!(full.exists() && stranger.exists() && unknown.exists());
+    refused(&caller, &id(&full), &[], "Error.ChainBroken", "manifest.json").await;
+    fs::remove_dir_all(&unknown).unwrap();
+    delete(&caller, &id(&full), &[]).await.unwrap();
+    assert_eq!(backups(&system), [stranger]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

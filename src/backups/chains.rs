@@ -20,6 +20,14 @@ pub(super) struct Chains {
     unknown: BTreeSet<String>,
     /// Those that nobody removes, as the store says.
     protected: BTreeSet<String>,
+    /// Those whose manifest cannot be read or understood, by id: what they depend on only the catalog may know.
+    obscure: BTreeMap<String, Obscure>,
+}
+
+struct Obscure {
+    why: Error,
+    /// It is no manifest any more: another look, or a newer service, would make no more of it.
+    is_damaged: bool,
 }
 
 /// A backup's directory, as its manifest says.
@@ -49,6 +57,21 @@ impl Chains {
                 others,
             }),
         }
+    }
+
+    /// Refuses to change anything beside a manifest that cannot be read or understood, unless it is one of `ids`.
+    pub fn check_understood(&self, ids: &BTreeSet<String>) -> Result<(), Error> {
+        let mut others = self.obscure.iter().filter(|(id, _)| !ids.contains(*id));
+        others.next().map_or(Ok(()), |(_, other)| Err(other.why.clone()))
+    }
+
+    /// The same of removing `ids`. Damaged backups go all the same if no other depends on them, as far as is known: of two with
+    /// damaged manifests each would keep the other for ever. A good one stays, because a damaged one may depend on it.
+    pub fn check_removable(&self, ids: &BTreeSet<String>) -> Result<(), Error> {
+        let is_damaged = |id: &String| self.obscure.get(id).is_some_and(|obscure| obscure.is_damaged);
+        let others = self.obscure.iter().filter(|(id, _)| !ids.contains(*id));
+        let mut others = others.filter(|(_, other)| !(other.is_damaged && ids.iter().all(is_damaged)));
+        others.next().map_or(Ok(()), |(_, other)| Err(other.why.clone()))
     }
 
     /// Refuses to have protected ones among `ids` removed.
@@ -81,14 +104,9 @@ impl Chains {
 }
 
 impl Backups {
-    /// What depends on what in a domain's directory. The store's word counts; the catalog's where the store has nothing. A
-    /// manifest that cannot be understood is an error, except those of `unwanted`.
-    pub(super) async fn chains(
-        &self,
-        store: &str,
-        domain: &str,
-        unwanted: &BTreeSet<String>,
-    ) -> Result<Chains, Error> {
+    /// What depends on what in a domain's directory. The store's word counts; the catalog's where the store has nothing that
+    /// can be understood.
+    pub(super) async fn chains(&self, store: &str, domain: &str) -> Result<Chains, Error> {
         let (path, directory) = (self.path_of(store)?, domain.to_owned());
         let read = move |progress: &Progress| read_domain(&path, &directory, progress);
         let stored = self.blocking(store, read).await?;
@@ -96,6 +114,7 @@ impl Backups {
         let mut links: BTreeMap<String, Link> =
             recorded.into_iter().map(|link| (link.id.clone(), link)).collect();
         let (mut unknown, mut protected) = (BTreeSet::new(), BTreeSet::new());
+        let mut obscure = BTreeMap::new();
         for stored in stored {
             let Stored {
                 id, path, parents, ..
@@ -105,9 +124,18 @@ impl Backups {
             }
             let parents = match parents {
                 Ok(parents) => parents,
-                Err(_) if unwanted.contains(&id) => continue,
-                Err(Why::Manifest(why)) => return Err(Error::Unreadable { path, why }),
-                Err(Why::Store(error)) => return Err(error.into()),
+                Err(Why::Manifest(why)) => {
+                    let is_damaged = why.is_damage();
+                    let why = Error::Unreadable { path, why };
+                    obscure.insert(id, Obscure { why, is_damaged });
+                    continue;
+                }
+                Err(Why::Store(error)) => {
+                    let why = error.into();
+                    let is_damaged = false;
+                    obscure.insert(id, Obscure { why, is_damaged });
+                    continue;
+                }
             };
             if let Some(link) = links.get_mut(&id) {
                 link.parents = parents;
@@ -126,6 +154,7 @@ impl Backups {
             links: links.into_values().collect(),
             unknown,
             protected,
+            obscure,
         })
     }
 }

@@ -22,7 +22,7 @@ pub enum Error {
     )]
     NotOnRecord { id: String, others: Vec<String> },
     #[error(
-        "{path} cannot be understood: {why}. What this backup depends on is not known, so nothing beside it is removed: repair it, move its directory out of the store, or delete this backup first"
+        "{path} cannot be understood: {why}. What this backup depends on is not known, so no good backup beside it is removed: repair it, move its directory out of the store, or delete this backup first"
     )]
     Unreadable { path: String, why: ManifestError },
     #[error("backup {id} is protected: 'backupctl unprotect {id}' first, if it is to go")]
@@ -64,10 +64,8 @@ impl Error {
     pub fn kind(&self) -> Kind {
         match self {
             Self::HasDescendants { .. } | Self::NotOnRecord { .. } => Kind::HasDescendants,
-            Self::Unreadable { why, .. } => match why {
-                ManifestError::Newer { .. } => Kind::Unsupported,
-                _ => Kind::ChainBroken,
-            },
+            Self::Unreadable { why, .. } if why.is_damage() => Kind::ChainBroken,
+            Self::Unreadable { .. } => Kind::Unsupported,
             Self::Protected { .. } => Kind::Protected,
             Self::Gone(_) => Kind::NoSuchBackup,
             Self::NoStore(_) => Kind::NoSuchStore,

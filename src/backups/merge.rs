@@ -25,9 +25,8 @@ use crate::target::{self, FileDigest, Replacement, Shelf};
 impl Backups {
     /// Makes the dependents of the unwanted backups independent, except those that are unwanted too.
     pub(super) async fn merge(&self, unwanted: &Unwanted) -> Result<(), Error> {
-        let chains = self
-            .chains(&unwanted.store, &unwanted.domain, &unwanted.ids)
-            .await?;
+        let chains = self.chains(&unwanted.store, &unwanted.domain).await?;
+        chains.check_understood(&unwanted.ids)?;
         let dependents = chains.dependents(&unwanted.ids);
         chains.check_known(&unwanted.ids, &dependents)?;
         for id in dependents {

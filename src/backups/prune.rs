@@ -146,7 +146,8 @@ impl Backups {
     async fn judge(&self, group: &Group, retention: &Retention) -> Result<Vec<Judged>, Error> {
         let mut backups = self.of_group(group).await?;
         backups.sort_by(|a, b| made(a).cmp(&made(b)));
-        let chains = self.chains(&group.store, &group.domain, &BTreeSet::new()).await?;
+        let chains = self.chains(&group.store, &group.domain).await?;
+        chains.check_understood(&BTreeSet::new())?;
         let mut anyway: BTreeMap<&str, Vec<Reason>> = BTreeMap::new();
         for (base, id) in chains.needed_by_unknown() {
             anyway.entry(base).or_default().push(Reason::Base(id.to_owned()));

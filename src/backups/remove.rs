@@ -170,9 +170,10 @@ impl Backups {
 
     /// The backups to remove, in that order; refused if one that stays depends on them.
     async fn order(&self, unwanted: &Unwanted, as_if_merged: bool) -> Result<Vec<String>, Error> {
-        let mut chains = self
-            .chains(&unwanted.store, &unwanted.domain, &unwanted.ids)
-            .await?;
+        let mut chains = self.chains(&unwanted.store, &unwanted.domain).await?;
+        if unwanted.merge {
+            chains.check_understood(&unwanted.ids)?;
+        }
         if unwanted.merge && as_if_merged {
             // As if they had no dependents. After the merge the catalog says so, and new dependents are noticed.
             let links = chains.links.iter_mut();
@@ -181,6 +182,7 @@ impl Backups {
             }
         }
         let order = order(&chains.links, &unwanted.ids, unwanted.with_descendants)?;
+        chains.check_removable(&order.iter().cloned().collect())?;
         chains.check_known(&unwanted.ids, &order)?;
         chains.check_unprotected(&order)?;
         Ok(order)

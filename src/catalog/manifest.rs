@@ -50,6 +50,13 @@ pub enum ManifestError {
     SameDisk { what: &'static str, value: String },
 }
 
+impl ManifestError {
+    /// Whether it is no manifest, of no service: a newer one would make no more of it.
+    pub fn is_damage(&self) -> bool {
+        !matches!(self, Self::Newer { .. } | Self::Requires { .. })
+    }
+}
+
 /// What a backup holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

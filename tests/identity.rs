@@ -13,8 +13,9 @@ use common::chain::{directories, directories_if_any, id, manifest, write_manifes
 use common::clients::{ROOT, USER};
 use common::disk::Disk;
 use common::polkit;
-use common::proxies::{ListedBackup, Options, PrunedBackup};
+use common::proxies::{ListedBackup, Options, PrunedBackup, error_name, slowly};
 use common::vm::{Builder, Vm};
+use common::wait;
 use serde_json::{Value, json};
 use zbus::wire::Variant;
 
@@ -435,4 +436,53 @@ async fn a_copy_of_a_store_that_keeps_no_checkpoints_takes_none_from_the_first()
     }
     assert_eq!(vm.checkpoints("vda").len(), 1);
     assert_eq!(backup(&root, "web").await, full);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_goes_on_whose_vm_was_renamed_while_no_service_was_there() {
+    let mut system = System::start();
+    let vm = Builder::new(&system.dir().join("vm"), "before")
+        .uuid(FORMER)
+        .running()
+        .disk(Disk::new("vda", 64 * MIB).fill(0, 48 * MIB, 0x11))
+        .start();
+    system.domain_file("before", &vm);
+    system.wait_for_domain("before");
+    let root = Caller::new(&system).await;
+    let job = root.start_with("before", "", &[], slowly(MIB)).await;
+    wait::until_async("some progress", || async {
+        (job.progress().await.unwrap() > 0.0).then_some(())
+    })
+    .await;
+    system.kill_daemon();
+    fs::remove_file(system.dir().join("etc/domains.d/before.toml")).unwrap();
+    system.domain_file("after", &vm);
+    // Another VM has the name now.
+    let other = Builder::new(&system.dir().join("other"), "before")
+        .uuid(LATTER)
+        .disk(Disk::new("vda", MIB));
+    let other = other.start();
+    system.domain_file("before", &other);
+    system.start_daemon();
+    system.wait_for_domain("after");
+    let root = Caller::new(&system).await;
+    let job = root.job(root.manager.get_job(1).await.unwrap()).await;
+    wait::until_async("it to go on", || async {
+        (job.state().await.unwrap() == "running").then_some(())
+    })
+    .await;
+    let busy = root
+        .try_start("after", "", &[], Options::new())
+        .await
+        .unwrap_err();
+    assert!(error_name(&busy).ends_with("Error.Busy"), "{busy}");
+    job.set_speed(0).await.unwrap();
+    assert_completed(&job).await;
+    let [first] = ids(&root, "after").await.try_into().unwrap();
+    assert_eq!(
+        backup(&root, "after").await,
+        first,
+        "its record of what changed is there too"
+    );
+    assert_eq!(vm.residue().jobs, [""; 0]);
 }

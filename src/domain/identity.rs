@@ -157,7 +157,7 @@ impl Registry {
         absent.entry(key.clone()).or_insert_with(stands).clone()
     }
 
-    /// Waits until the domain is known and its monitor is connected. A registered one has ended with its connection, unless
+    /// Waits until the domain is known, under whatever name, and its monitor is connected. A registered one has ended with its connection, unless
     /// its user registers it again soon: there is no path by which it could come back.
     pub async fn reach(&self, identity: &Identity, patience: Duration) -> Reach {
         let (patience, otherwise) = match identity.origin {
@@ -168,9 +168,11 @@ impl Registry {
             loop {
                 let domain = self.appears(identity).await?;
                 tokio::select! {
-                    link = domain.next_link(None, Duration::MAX) => return match link {
-                        Some(link) => Some(Reach::Connected(domain.clone(), link)),
-                        None => domain.is_gone().then_some(Reach::Gone),
+                    link = domain.next_link(None, Duration::MAX) => match link {
+                        // Until it was reached, only its name was known.
+                        Some(_) if !self.is_same(&domain, identity) => {}
+                        Some(link) => return Some(Reach::Connected(domain.clone(), link)),
+                        None => return domain.is_gone().then_some(Reach::Gone),
                     },
                     // Another one may come in its place.
                     () = self.disappears(&domain) => {}
@@ -179,6 +181,10 @@ impl Registry {
         };
         let reached = tokio::time::timeout(patience, connected).await;
         reached.ok().flatten().unwrap_or(otherwise)
+    }
+
+    fn is_same(&self, domain: &Arc<Domain>, identity: &Identity) -> bool {
+        self.same(identity).is_some_and(|same| Arc::ptr_eq(&same, domain))
     }
 
     async fn disappears(&self, domain: &Domain) {
@@ -193,13 +199,43 @@ impl Registry {
     async fn appears(&self, identity: &Identity) -> Option<Arc<Domain>> {
         let mut changes = self.changes();
         loop {
-            if let Some(domain) = self.identified(identity) {
+            if let Some(domain) = self.same(identity) {
                 return Some(domain);
             }
             // Changes may have been missed: only the present state counts.
-            if let Err(RecvError::Closed) = changes.recv().await {
-                return None;
+            tokio::select! {
+                changed = changes.recv() => if let Err(RecvError::Closed) = changed {
+                    return None;
+                },
+                () = self.has_uuid(identity) => {}
             }
+        }
+    }
+
+    /// Waits until a domain of the same kin, of those that are known now, says that it has that UUID, under whatever name.
+    async fn has_uuid(&self, identity: &Identity) {
+        let kin = self
+            .list()
+            .into_iter()
+            .filter(|domain| domain.is_of_kin(identity));
+        let wanted = identity.uuid;
+        let says = kin.map(|domain| {
+            let mut snapshots = domain.snapshots();
+            Box::pin(async move {
+                let said = snapshots
+                    .wait_for(|snapshot| snapshot.uuid == wanted)
+                    .await
+                    .is_ok();
+                if !said {
+                    // It has gone.
+                    std::future::pending::<()>().await;
+                }
+            })
+        });
+        let says: Vec<_> = says.collect();
+        match wanted.is_some() && !says.is_empty() {
+            true => drop(futures_util::future::select_all(says).await),
+            false => std::future::pending().await,
         }
     }
 }

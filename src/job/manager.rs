@@ -91,8 +91,8 @@ pub struct Jobs {
 #[must_use]
 pub struct Reservation {
     jobs: Arc<Jobs>,
-    domain: String,
-    _hold: Hold,
+    /// By their unique names: two where one was renamed between two processes of the service.
+    domains: Vec<(String, Hold)>,
     /// Of jobs, and of the caller's descriptors that the backup writes to. What a former process began counts for nobody.
     _shares: Option<(Share, Arc<Share>)>,
     /// The service does not leave while a backup runs.
@@ -101,13 +101,26 @@ pub struct Reservation {
     _token: TaskTrackerToken,
 }
 
+impl Reservation {
+    /// Takes another domain's place too, whoever has it: it is the same VM, under the name that it has now.
+    pub(super) fn add(&mut self, domain: &Arc<Domain>) {
+        let name = domain.unique_name();
+        if self.domains.iter().all(|(known, _)| *known != name) {
+            *self.jobs.lock().busy.entry(name.clone()).or_default() += 1;
+            self.domains.push((name, domain.hold()));
+        }
+    }
+}
+
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut table = self.jobs.lock();
-        if let Entry::Occupied(mut entry) = table.busy.entry(self.domain.clone()) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
-                entry.remove();
+        for (domain, _) in &self.domains {
+            if let Entry::Occupied(mut entry) = table.busy.entry(domain.clone()) {
+                *entry.get_mut() -= 1;
+                if *entry.get() == 0 {
+                    entry.remove();
+                }
             }
         }
     }
@@ -261,14 +274,14 @@ impl Jobs {
         let domain = self.setting.domains.identified_or_absent(identity);
         let plan = record::plan(&record)?;
         let journal = record::read_journal(&record)?;
-        let reservation = Reservation {
+        let mut reservation = Reservation {
             jobs: self.clone(),
-            domain: domain.unique_name(),
-            _hold: domain.hold(),
+            domains: Vec::new(),
             _shares: None,
             _use: self.setting.activity.begin(),
             _token: self.tasks.token(),
         };
+        reservation.add(&domain);
         let job = Arc::new(Job::new(
             &record,
             domain,
@@ -277,7 +290,6 @@ impl Jobs {
             true,
         ));
         let mut table = self.lock();
-        *table.busy.entry(reservation.domain.clone()).or_default() += 1;
         table.jobs.insert(job.id, job.clone());
         drop(table);
         let (jobs, resumed) = (self.clone(), job.clone());
@@ -405,8 +417,7 @@ impl Jobs {
         }
         Ok(Reservation {
             jobs: self.clone(),
-            domain: domain.unique_name(),
-            _hold: domain.hold(),
+            domains: vec![(domain.unique_name(), domain.hold())],
             _shares: Some((share, descriptors)),
             _use: self.setting.activity.begin(),
             _token: token,

@@ -175,6 +175,14 @@ impl Job {
         }
     }
 
+    /// Whose disks it copies: the VM with the recorded UUID, whichever has its former name now.
+    pub(super) fn identity(&self) -> Identity {
+        Identity {
+            uuid: self.domain_uuid,
+            ..self.domain.identity()
+        }
+    }
+
     /// A job that has ended.
     pub(super) fn ended(record: &JobRecord, domain: Arc<Domain>, catalog: Catalog) -> Result<Self, Error> {
         let job = Self::new(record, domain, plan(record)?, catalog, true);

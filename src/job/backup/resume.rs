@@ -45,7 +45,7 @@ pub(in crate::job) async fn resume(
     job: &Arc<Job>,
     record: &JobRecord,
     (boot, state): (BootId, State),
-    reservation: Reservation,
+    mut reservation: Reservation,
     setting: &Setting,
 ) -> Ending {
     tracing::info!(
@@ -82,7 +82,7 @@ pub(in crate::job) async fn resume(
     }
     job.recovered(evidence.published);
     if same_boot {
-        match reach(job, record, setting).await {
+        match reach(job, record, &mut reservation, setting).await {
             Ok((reached, footprint)) => {
                 evidence.qemu = reached;
                 driver.footprint = footprint;
@@ -108,14 +108,16 @@ pub(in crate::job) async fn resume(
 async fn reach(
     job: &Arc<Job>,
     record: &JobRecord,
+    reservation: &mut Reservation,
     setting: &Setting,
 ) -> Result<(Reached, Option<Footprint>), ()> {
-    let identity = job.domain.identity();
+    let identity = job.identity();
     let reach = setting.domains.reach(&identity, setting.deadlines.reconnect());
     Ok(match setting.stop.run_until_cancelled(reach).await.ok_or(())? {
         Reach::Connected(domain, link) => {
+            reservation.add(&domain);
             // Else it was done first of all.
-            if may_be_frozen(record) && job.domain.agent.is_none() {
+            if may_be_frozen(record) && (job.domain.agent.is_none() || job.domain.id != domain.id) {
                 quiesce::thaw_again(&domain).await;
             }
             (Reached::Yes, Some(Footprint::of(job, domain, link, setting)))
@@ -198,7 +200,7 @@ pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Se
     if !residue.in_qemu {
         return;
     }
-    let identity = job.domain.identity();
+    let identity = job.identity();
     // A domain that is not known may never be again, and a process that is there when it is does this.
     let known = setting.domains.identified(&identity);
     let _needed = known.map(|_| setting.activity.begin());

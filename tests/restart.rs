@@ -10,7 +10,7 @@ use std::path::Path;
 
 use common::System;
 use common::caller::{Caller, assert_completed, brief};
-use common::clients::USER;
+use common::clients::{ROOT, USER};
 use common::daemon::Daemon;
 use common::disk::Disk;
 use common::polkit;
@@ -18,7 +18,7 @@ use common::proxies::{Options, slowly};
 use common::storage::{files_below, identical};
 use common::vm::{Residue, Vm};
 use common::wait;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
@@ -579,4 +579,38 @@ fn a_catalog_that_cannot_be_read_stops_the_service_which_says_what_to_do() {
     );
     std::fs::write(&catalog, good).unwrap();
     system.start_daemon();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backupctl_reports_the_end_of_a_backup_whose_service_died_before_it_answered() {
+    let mut scene = Scene::new();
+    for (number, point, state) in [(1, "recorded", "failed"), (2, "begun", "completed")] {
+        scene.system.stop_daemon();
+        scene.system.start_dying_daemon(point);
+        scene.system.wait_for_domain("web");
+        let name = format!("create-{number}");
+        let arguments = ["--json", "create", "web"];
+        let mut create = scene.system.clients().start_backupctl(&name, ROOT, &arguments);
+        scene.system.wait_for_death();
+        wait::until("backupctl to miss the service", || {
+            create.log().contains("has gone").then_some(())
+        });
+        scene.system.start_daemon();
+        let status = create.wait();
+        assert_eq!(
+            status == 0,
+            state == "completed",
+            "{point}: {status}: {}",
+            create.log()
+        );
+        let said = create.stdout();
+        let last: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+        assert_eq!(
+            (&last["id"], &last["state"]),
+            (&json!(number), &json!(state)),
+            "{said}"
+        );
+        assert_eq!(scene.vm.residue(), scene.before);
+    }
+    scene.assert_store_holds_the_disks();
 }

@@ -15,6 +15,7 @@ use crate::document::{self, Disk, Request, Target};
 use crate::error::{Error, Result, Status};
 use crate::files::OwnFiles;
 use crate::follow::{Ending, Follow, OnInterrupt};
+use crate::found;
 use crate::interrupt::{Interrupt, Interrupts};
 use crate::output;
 use crate::proxy::{DomainDisk, Job, Service};
@@ -128,7 +129,14 @@ async fn start(
     if let Some(checkpoint) = &prepared.checkpoint {
         options.insert("checkpoint", Variant::from(checkpoint.clone()));
     }
+    let since = jiff::Timestamp::now();
     let call = service.create_backup(&args.domain, &prepared.document, files.descriptors(), options);
+    let call = async {
+        match call.await {
+            Err(error) if error.is_in_doubt() => found::begun(service, &args.domain, since, error).await,
+            started => started,
+        }
+    };
     tokio::pin!(call);
     let interrupt = tokio::select! {
         job = &mut call => return Ok((job?, None)),

@@ -195,6 +195,17 @@ impl Error {
         }
     }
 
+    /// Whether a call may have been carried out: the service went while it was asked.
+    pub fn is_in_doubt(&self) -> bool {
+        let Self::Call { name, .. } = self else {
+            return false;
+        };
+        matches!(
+            Known::of(name),
+            Some(Known::Standard("NoReply" | "Timeout" | "TimedOut"))
+        )
+    }
+
     /// Whether a backup stays because of its dependents.
     pub fn has_descendants(&self) -> bool {
         matches!(self, Self::Call { name, .. } if matches!(Known::of(name), Some(Known::Ours("HasDescendants"))))

@@ -15,6 +15,7 @@ mod document;
 mod error;
 mod files;
 mod follow;
+mod found;
 mod instance;
 mod interrupt;
 mod job;

@@ -52,10 +52,8 @@ pub(super) fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Value {
         };
         actions.push(add(&sentinel, true));
         actions.push(merge(&sentinel));
-        // A cut inside a granule clears nothing: what is not whole is copied always.
-        if last_granule(disk.virtual_size).1 < GRANULARITY {
-            actions.push(merge(name));
-        }
+        // A cut inside a granule clears nothing: the last one is copied always.
+        actions.push(merge(name));
     }
     json!({ "actions": actions })
 }

@@ -12,6 +12,7 @@ use common::chain::{directories, id};
 use common::clients::{ROOT, USER};
 use common::disk::Disk;
 use common::process::Output;
+use common::proxies::Options;
 use common::proxy::Proxy;
 use common::storage::{LoopDevice, files_below, holds};
 use common::vm::Vm;
@@ -221,12 +222,19 @@ async fn a_refused_backup_changes_no_byte_of_its_targets() {
             "format": "raw", "sync": "none", "mode": "existing",
         }),
     );
-    let disk = format!("vda={}", device.path().display());
-    let output = system
-        .clients()
-        .backupctl(ROOT, &["create", "web", "--disk", &disk, "--format", "raw"]);
-    assert_ne!(output.status, 0, "{}", output.stdout);
-    device.assert_unchanged(&output.stderr);
+    let qcow2 = Marked::device(system, "qcow2", 2 * SIZE);
+    for (target, more) in [
+        (&device, &["--format", "raw"][..]),
+        (&qcow2, &["--format", "qcow2"]),
+        (&file, &["--format", "raw", "--reuse-external"]),
+    ] {
+        let disk = format!("vda={}", target.path().display());
+        let command = [&["create", "web", "--disk", &disk], more].concat();
+        let output = system.clients().backupctl(ROOT, &command);
+        assert_ne!(output.status, 0, "{}", output.stdout);
+        assert!(output.stderr.contains("mirror"), "{}", output.stderr);
+        target.assert_unchanged(&format!("{command:?}: {}", output.stderr));
+    }
 }
 
 /// Until QEMU and the guest have accepted the backup, an existing target holds what it held.
@@ -274,7 +282,16 @@ async fn a_backup_that_fails_before_it_writes_changes_no_byte_of_its_target() {
         system.stop_daemon();
         system.start_dying_daemon(point);
         system.wait_for_domain("web");
-        refused(&system, &["no"]);
+        let caller = Caller::new(&system).await;
+        let options = Options::from([("reuse-external", true.into())]);
+        let document = format!(
+            "<domainbackup><disks><disk name='vda' type='file'><driver type='raw'/><target file='{}'/></disk></disks></domainbackup>",
+            file.path().display()
+        );
+        caller
+            .try_start("web", &document, &[], options)
+            .await
+            .unwrap_err();
         system.wait_for_death();
         system.start_daemon();
         system.wait_for_domain("web");

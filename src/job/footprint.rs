@@ -68,6 +68,14 @@ impl Names {
     }
 }
 
+/// QEMU's text for the action `abort`.
+const ABORTED: &str = "Transaction aborted using Abort action";
+
+/// All of these, or none.
+pub fn transaction(actions: Vec<Value>) -> Value {
+    json!({ "actions": actions, "properties": { "completion-mode": "grouped" } })
+}
+
 /// The service makes the data durable itself, once, before it publishes: QEMU's flushes on the way only cost.
 fn cache() -> Value {
     json!({ "no-flush": true })
@@ -176,6 +184,37 @@ impl Footprint {
         self.prepare(target, "remove-fd", json!({ "fdset-id": set }))
             .await?;
         Ok(())
+    }
+
+    /// Has QEMU prepare the transaction with targets that keep nothing, and take it back: what it refuses, such as a disk that
+    /// another job has, it refuses before anything is overwritten.
+    pub async fn rehearse(&self, disks: &[DiskPlan], mut actions: Vec<Value>) -> Result<(), Error> {
+        let client = self.client();
+        let targets: Vec<String> = (0..disks.len())
+            .map(|index| self.names.target_node(index))
+            .collect();
+        for (target, disk) in targets.iter().zip(disks) {
+            let node = json!({ "driver": "null-co", "node-name": target, "size": disk.virtual_size });
+            client
+                .execute("blockdev-add", node)
+                .await
+                .map_err(Error::Transaction)?;
+        }
+        // Fails when all before it have been prepared.
+        actions.push(json!({ "type": "abort", "data": {} }));
+        let refused = client.execute("transaction", transaction(actions)).await;
+        for target in targets {
+            let node = json!({ "node-name": target });
+            client
+                .execute("blockdev-del", node)
+                .await
+                .map_err(Error::Transaction)?;
+        }
+        match refused {
+            Err(error) if error.is_refusal() && error.to_string().contains(ABORTED) => Ok(()),
+            Err(error) => Err(Error::Transaction(error)),
+            Ok(_) => Err(Error::Interrupted),
+        }
     }
 
     /// Hands a target to QEMU and makes the node that the backup writes to.

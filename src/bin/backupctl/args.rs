@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 use crate::stored::args::{Export, Restore, Verify};
@@ -78,9 +79,10 @@ pub enum Command {
     /// List stored backups as a tree
     Backups {
         /// Only those of this virtual machine: its name or UUID
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: Option<String>,
         /// Only those in this store
-        #[arg(long, value_name = "STORE", conflicts_with = "from")]
+        #[arg(long, value_name = "STORE", conflicts_with = "from", value_parser = NonEmptyStringValueParser::new())]
         store: Option<String>,
         /// Read the store in this directory, without the service
         #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
@@ -126,6 +128,7 @@ pub enum Command {
     /// List the checkpoints that a virtual machine's disks have now
     Checkpoints {
         /// The virtual machine's name or UUID
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: String,
     },
     /// Make a checkpoint without a backup, remove one, or show its document
@@ -173,9 +176,10 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct Prune {
     /// Only those of this virtual machine: its name or UUID
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub domain: Option<String>,
     /// Only those in this store
-    #[arg(long, value_name = "STORE")]
+    #[arg(long, value_name = "STORE", value_parser = NonEmptyStringValueParser::new())]
     pub store: Option<String>,
     /// Keep the newest N
     #[arg(long, value_name = "N")]
@@ -222,6 +226,7 @@ pub enum CheckpointCommand {
     /// Make a checkpoint without a backup
     Create {
         /// The virtual machine's name or UUID
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: String,
         /// Its name [default: a unique one]
         #[arg(long)]
@@ -236,6 +241,7 @@ pub enum CheckpointCommand {
     /// Remove a checkpoint from the disks; its backup stays
     Delete {
         /// The virtual machine's name or UUID
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: String,
         /// The checkpoint's name, or the id of its backup
         #[arg(required_unless_present = "all")]
@@ -247,6 +253,7 @@ pub enum CheckpointCommand {
     /// Print the document of a checkpoint
     Dump {
         /// The virtual machine's name or UUID
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: String,
         /// The checkpoint's name, or the id of its backup
         name: String,
@@ -259,12 +266,13 @@ pub enum CheckpointCommand {
 #[command(group(ArgGroup::new("named_files").args(["to", "disk"])))]
 pub struct Create {
     /// The virtual machine's name or UUID
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub domain: String,
     /// The name is the instance of a unit (backupd-backup@.service), as systemd-escape makes it
     #[arg(long, hide = true)]
     pub instance: bool,
     /// Let the service choose the files, in this store
-    #[arg(long, value_name = "STORE")]
+    #[arg(long, value_name = "STORE", value_parser = NonEmptyStringValueParser::new())]
     pub store: Option<String>,
     /// Write one image a disk into this directory, as DIR/DISK.FORMAT
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
@@ -497,6 +505,22 @@ mod tests {
             let error = parse(&format!("backupctl create web {options}")).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::ArgumentConflict, "{options}");
             assert_eq!(error.exit_code(), 2, "{options}");
+        }
+    }
+
+    #[test]
+    fn an_empty_name_is_not_every_virtual_machine() {
+        for line in [
+            &["prune", "", "--keep-last", "1"][..],
+            &["prune", "--store", ""],
+            &["backups", ""],
+            &["create", ""],
+            &["create", "web", "--store", ""],
+            &["checkpoint", "delete", "", "--all"],
+        ] {
+            let line = ["backupctl"].iter().chain(line).map(Into::into);
+            let error = Cli::parse_checked(line).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidValue, "{error}");
         }
     }
 

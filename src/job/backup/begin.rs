@@ -12,7 +12,7 @@ use crate::definition::Format;
 use crate::domain::{Snapshot, poweroff};
 use crate::fault;
 use crate::job::error::Stopped;
-use crate::job::footprint::Names;
+use crate::job::footprint::{Footprint, Names, transaction};
 use crate::job::guard::Limits;
 use crate::job::progress::share;
 use crate::job::quiesce::Freeze;
@@ -23,7 +23,7 @@ use crate::job::{Error, sentinel, watched};
 use crate::offload::Progress;
 use crate::plan::{DiskPlan, Mode};
 use crate::qmp;
-use crate::target::{Media, Target};
+use crate::target::{Media, Target, Targets};
 
 impl Driver<'_> {
     /// Has QEMU open what existed before, makes the checkpoints' bitmaps, and asks the guest's agent whether it can freeze:
@@ -35,8 +35,14 @@ impl Driver<'_> {
             .enumerate()
             .filter(|(_, target)| target.has_content());
         self.in_qemu(async {
+            let mut rehearse = false;
             for (index, target) in existing {
                 footprint.check_target(index, target).await?;
+                rehearse = true;
+            }
+            if rehearse {
+                let actions = self.actions(footprint, targets, *self.job.speed.borrow());
+                footprint.rehearse(&self.job.plan.disks, actions).await?;
             }
             footprint.make_checkpoints(self.job).await
         })
@@ -100,15 +106,7 @@ impl Driver<'_> {
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         // From before the transaction: its jobs can end before its reply is read.
         let events = footprint.client().events();
-        let disks = job.plan.disks.len();
-        let actions = targets.iter().zip(&job.plan.disks).enumerate();
-        let actions = actions.map(|(index, (target, disk))| {
-            action(&footprint.names, index, target, disk, share(speed, disks))
-        });
-        let transaction = json!({
-            "actions": actions.collect::<Vec<_>>(),
-            "properties": { "completion-mode": "grouped" },
-        });
+        let transaction = transaction(self.actions(footprint, targets, speed));
         if job.cancel.is_cancelled() {
             return Err(Stopped::Cancelled);
         }
@@ -162,6 +160,16 @@ impl Driver<'_> {
             frozen: thawed.frozen,
             quiesce_problem: thawed.problem,
         })
+    }
+
+    fn actions(&self, footprint: &Footprint, targets: &Targets, speed: u64) -> Vec<Value> {
+        let disks = &self.job.plan.disks;
+        let actions = targets.iter().zip(disks).enumerate();
+        actions
+            .map(|(index, (target, disk))| {
+                action(&footprint.names, index, target, disk, share(speed, disks.len()))
+            })
+            .collect()
     }
 
     /// Whether what is copied from now on is the VM's own.

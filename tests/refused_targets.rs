@@ -68,9 +68,16 @@ struct Setting {
 }
 
 async fn setting() -> Setting {
+    setting_with(&["vda"]).await
+}
+
+async fn setting_with(disks: &[&str]) -> Setting {
     let system = System::start();
-    let disk = Disk::new("vda", SIZE).fill(MIB, 4 * MIB, 0x11);
-    let vm = system.configured(system.vm("web").disk(disk).running());
+    let disks = disks
+        .iter()
+        .map(|name| Disk::new(name, SIZE).fill(MIB, 4 * MIB, 0x11));
+    let machine = disks.fold(system.vm("web"), |machine, disk| machine.disk(disk));
+    let vm = system.configured(machine.running());
     Caller::new(&system).await.complete("web", "").await;
     let [full] = directories(&system.store().join("web")).try_into().unwrap();
     Setting {
@@ -92,6 +99,20 @@ impl Setting {
             let output = self.system.clients().backupctl(ROOT, &all);
             (format!("{all:?}: {}", output.stderr), output)
         })
+    }
+
+    /// Neither way restores; both say so, leave the targets as they are, and make nothing.
+    #[track_caller]
+    fn assert_refused_with(&self, arguments: &[&str], said: &str, targets: &[&Marked]) {
+        let before = files_below(self.system.dir());
+        for (what, output) in self.restore(arguments) {
+            assert_eq!(output.status, 1, "{what}");
+            assert!(output.stderr.contains(said), "{what}");
+            targets.iter().for_each(|target| target.assert_unchanged(&what));
+            let made = files_below(self.system.dir());
+            let made: Vec<_> = made.iter().filter(|file| !before.contains(file)).collect();
+            assert!(made.iter().all(|file| *file == "backupctl"), "{what} {made:?}");
+        }
     }
 
     #[track_caller]
@@ -152,6 +173,79 @@ async fn a_refused_restore_changes_no_byte_of_a_file() {
         .set_len(1 << 16)
         .unwrap();
     setting.assert_restore_refused("vda", &file, &["--force"], 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_target_that_is_too_small_keeps_the_others_as_they_are() {
+    let setting = setting_with(&["vda", "vdb"]).await;
+    let large = Marked::device(&setting.system, "large", 2 * SIZE);
+    let small = Marked::device(&setting.system, "small", 2 * MIB);
+    let vda = format!("vda={}", large.path().display());
+    let vdb = format!("vdb={}", small.path().display());
+    let disks = ["--disk", &vda, "--disk", &vdb];
+    let said = "has 2097152 bytes where the disk has 8388608";
+    setting.assert_refused_with(&disks, said, &[&large, &small]);
+    let said = "has 2097152 bytes of free space";
+    let disks = [&disks[..], &["--format", "qcow2"]].concat();
+    setting.assert_refused_with(&disks, said, &[&large, &small]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_disks_are_not_restored_into_one_target() {
+    let setting = setting_with(&["vda", "vdb"]).await;
+    let system = &setting.system;
+    let (file, device) = (
+        Marked::file(system, "file", SIZE),
+        Marked::device(system, "device", 2 * SIZE),
+    );
+    let (other, aside) = (system.dir().join("other"), system.dir().join("aside"));
+    fs::hard_link(file.path(), &other).unwrap();
+    std::os::unix::fs::symlink(system.dir(), &aside).unwrap();
+    let link = system.dir().join("link");
+    std::os::unix::fs::symlink(device.path(), &link).unwrap();
+    for (first, second) in [
+        (system.dir().join("new"), system.dir().join("new")),
+        (system.dir().join("new"), aside.join("new")),
+        (file.path().to_owned(), file.path().to_owned()),
+        (file.path().to_owned(), other),
+        (device.path().to_owned(), device.path().to_owned()),
+        (device.path().to_owned(), link),
+    ] {
+        let vda = format!("vda={}", first.display());
+        let vdb = format!("vdb={}", second.display());
+        let arguments = ["--disk", &vda, "--disk", &vdb, "--force"];
+        let said = "disks 'vda' and 'vdb' have the same target";
+        setting.assert_refused_with(&arguments, said, &[&file, &device]);
+        setting.assert_refused_with(&arguments[..4], said, &[&file, &device]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_made_of_a_file_of_a_store_is_not_written() {
+    let setting = setting().await;
+    let image = setting.full.join("vda.qcow2");
+    let content = fs::read(&image).unwrap();
+    let device = LoopDevice::attach(&image, 0);
+    // The same bytes once more.
+    let above = LoopDevice::attach(device.device(), 0);
+    for device in [&device, &above] {
+        let disk = format!("vda={}", device.device().display());
+        for format in ["raw", "qcow2"] {
+            let arguments = ["--disk", &disk, "--format", format];
+            setting.assert_refused_with(&arguments, "is in the store", &[]);
+            for more in [&[][..], &["--own-files", "--reuse-external"]] {
+                let command = [&["create", "web"], &arguments[..], more].concat();
+                let output = setting.system.clients().backupctl(ROOT, &command);
+                assert_ne!(output.status, 0, "{command:?}");
+                assert!(
+                    output.stderr.contains("is in the store"),
+                    "{command:?}: {}",
+                    output.stderr
+                );
+            }
+        }
+    }
+    assert!(fs::read(&image).unwrap() == content);
 }
 
 #[tokio::test(flavor = "multi_thread")]

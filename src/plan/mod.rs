@@ -150,6 +150,26 @@ pub struct DiskPlan {
     pub place: Place,
 }
 
+impl DiskPlan {
+    /// A disk of a stored backup that is restored into the caller's descriptor at `index`.
+    pub fn of_stored(name: &str, virtual_size: u64, estimate: u64, format: Format, index: u32) -> Self {
+        Self {
+            name: name.to_owned(),
+            node: String::new(),
+            virtual_size,
+            estimate,
+            source: None,
+            encrypted: false,
+            only_allocated: true,
+            format,
+            compress: None,
+            mode: Mode::default(),
+            checkpoint: false,
+            place: Place::Descriptor(index),
+        }
+    }
+}
+
 /// Where one disk's data goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Place {

@@ -17,7 +17,7 @@ use crate::error::{Error, Kind, Result, shown};
 use crate::image::{self, Chain, Export, Location, Survey};
 use crate::job::{self, Job, Work};
 use crate::offload::Progress;
-use crate::plan::{DiskPlan, Mode, Place, Plan, Stored, Task};
+use crate::plan::{DiskPlan, Plan, Stored, Task};
 use crate::target::Shelf;
 
 /// Disks of a backup that are to be restored, each into the descriptor at its place.
@@ -177,20 +177,8 @@ fn disk_plans(chain: &Chain, disks: &[String], format: Format) -> Vec<DiskPlan> 
     let named = |name: &String| chain.disks().iter().find(|disk| disk.disk == *name);
     let plans = (0..).zip(disks).filter_map(|(index, name)| {
         let disk = named(name)?;
-        Some(DiskPlan {
-            name: name.clone(),
-            node: String::new(),
-            virtual_size: disk.virtual_size(),
-            estimate: disk.estimate(),
-            source: None,
-            encrypted: false,
-            only_allocated: true,
-            format,
-            compress: None,
-            mode: Mode::default(),
-            checkpoint: false,
-            place: Place::Descriptor(index),
-        })
+        let (size, estimate) = (disk.virtual_size(), disk.estimate());
+        Some(DiskPlan::of_stored(name, size, estimate, format, index))
     });
     plans.collect()
 }

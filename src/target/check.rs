@@ -25,10 +25,16 @@ pub fn source(target: &Target, sources: &Sources) -> Result<(), Error> {
 
 /// What is in a store is the store's.
 pub fn outside_stores(target: &Target) -> Result<(), Error> {
-    if target.media == Media::Block || matches!(target.publication, Publication::InStore { .. }) {
+    if matches!(target.publication, Publication::InStore { .. }) {
         return Ok(());
     }
-    let store = inside::directory_of(&target.file).and_then(|directory| inside::store_around(&directory));
+    let directories = match target.media {
+        Media::Regular => Vec::from_iter(inside::directory_of(&target.file)),
+        Media::Block => inside::directories_behind(target.id),
+    };
+    let store = directories
+        .iter()
+        .find_map(|directory| inside::store_around(directory));
     match store {
         None => Ok(()),
         Some(store) => Err(Error::InStore {
@@ -111,7 +117,8 @@ pub fn twice(target: &Target, all: &[Target]) -> Result<(), Error> {
 pub fn content(target: &Target, disk: &DiskPlan, reuse: bool) -> Result<(), Error> {
     let size = size(target)?;
     match target.media {
-        Media::Block => block(target, disk, size),
+        // Its size is compared with what the image takes.
+        Media::Block => Ok(()),
         Media::Regular if !matches!(target.publication, Publication::InPlace) || size == 0 => Ok(()),
         Media::Regular if !reuse => Err(Error::Exists {
             disk: target.disk.clone(),
@@ -119,13 +126,6 @@ pub fn content(target: &Target, disk: &DiskPlan, reuse: bool) -> Result<(), Erro
         }),
         Media::Regular => existing(target, disk, size),
     }
-}
-
-fn block(target: &Target, disk: &DiskPlan, size: u64) -> Result<(), Error> {
-    if disk.format == Format::Raw && size < disk.virtual_size {
-        return Err(wrong_size(target, disk, size));
-    }
-    Ok(())
 }
 
 fn existing(target: &Target, disk: &DiskPlan, size: u64) -> Result<(), Error> {
@@ -136,14 +136,14 @@ fn existing(target: &Target, disk: &DiskPlan, size: u64) -> Result<(), Error> {
     if size == disk.virtual_size {
         Ok(())
     } else {
-        Err(wrong_size(target, disk, size))
+        Err(wrong_size(disk, &target.label, size))
     }
 }
 
-fn wrong_size(target: &Target, disk: &DiskPlan, size: u64) -> Error {
+pub fn wrong_size(disk: &DiskPlan, label: &str, size: u64) -> Error {
     Error::WrongSize {
-        disk: target.disk.clone(),
-        target: target.label.clone(),
+        disk: disk.name.clone(),
+        target: label.to_owned(),
         size,
         wanted: disk.virtual_size,
     }

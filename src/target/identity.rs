@@ -150,8 +150,7 @@ fn related(id: FileId) -> Vec<FileId> {
     while let Some(id) = found.get(next).copied() {
         next += 1;
         let FileId::Device(device) = id else { continue };
-        let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
-        let Ok(directory) = std::fs::canonicalize(Path::new("/sys/dev/block").join(number)) else {
+        let Some(directory) = directory_of(device) else {
             continue;
         };
         let mut others = below(&directory.join("slaves"));
@@ -163,9 +162,7 @@ fn related(id: FileId) -> Vec<FileId> {
         } else if next == 1 {
             others.extend(below(&directory));
         }
-        if let Ok(file) = std::fs::read_to_string(directory.join("loop/backing_file")) {
-            others.extend(FileId::at(Path::new(file.trim_end())));
-        }
+        others.extend(backing_file(&directory).and_then(|file| FileId::at(&file)));
         for other in others {
             if !found.contains(&other) {
                 found.push(other);
@@ -173,6 +170,27 @@ fn related(id: FileId) -> Vec<FileId> {
         }
     }
     found
+}
+
+/// The paths of the files that a device, or one that shares its bytes, is made of.
+pub(super) fn backing_files(id: FileId) -> Vec<PathBuf> {
+    let devices = related(id).into_iter().filter_map(|id| match id {
+        FileId::Device(device) => directory_of(device),
+        FileId::File { .. } => None,
+    });
+    devices.filter_map(|directory| backing_file(&directory)).collect()
+}
+
+/// The directory of a device below `/sys`.
+fn directory_of(device: u64) -> Option<PathBuf> {
+    let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    std::fs::canonicalize(Path::new("/sys/dev/block").join(number)).ok()
+}
+
+/// The file of a loop device.
+fn backing_file(directory: &Path) -> Option<PathBuf> {
+    let file = std::fs::read_to_string(directory.join("loop/backing_file")).ok()?;
+    Some(PathBuf::from(file.trim_end_matches('\n')))
 }
 
 /// The devices whose directories lie in this one.

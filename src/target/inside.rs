@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, statat};
 
+use super::identity::{FileId, backing_files};
 use super::mark::DIRECTORY;
 
 /// The store that a directory lies in, found by the store's mark. Only the administrator's and this user's own directories
@@ -25,6 +26,14 @@ pub fn store_around(directory: &Path) -> Option<PathBuf> {
 pub fn directory_of(file: &OwnedFd) -> Option<PathBuf> {
     let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
     path.is_absolute().then(|| path.parent().map(Path::to_owned))?
+}
+
+/// The directories of the files that a device is made of, such as the file of a loop device.
+pub fn directories_behind(device: FileId) -> Vec<PathBuf> {
+    let files = backing_files(device).into_iter();
+    files
+        .filter_map(|file| file.parent().map(Path::to_owned))
+        .collect()
 }
 
 #[cfg(test)]

@@ -36,7 +36,7 @@ pub use find::Found;
 pub use format::format;
 pub use generation::{Raised, generation, raise_generation};
 pub use identity::{FileId, Holder, Sources};
-pub use inside::store_around;
+pub use inside::{directories_behind, store_around};
 pub use inventory::{Held, Sharing, Shelf};
 pub use lock::{ImageLock, is_in_use};
 pub use mark::{check_mark, make_mark};
@@ -44,6 +44,7 @@ pub use parents::Parents;
 pub use protection::protect;
 pub use removal::{Removal, removed_backup, removed_name};
 pub use replacement::{Replacement, replaced_backup};
+pub use space::device_for_restore;
 pub use store::{Published, ensure as ensure_store, partial_backup};
 pub use writeback::Writeback;
 

@@ -32,15 +32,14 @@ pub fn check(targets: &[Target], disks: &[DiskPlan], task: &Task, process: Optio
     let bounds = Bounds { task, process };
     let mut systems: HashMap<u64, Need> = HashMap::new();
     for (index, (target, disk)) in targets.iter().zip(disks).enumerate() {
-        // A compressed image takes less by an unknown amount.
-        if disk.compress.is_some() {
+        if target.media == Media::Block {
+            device(disk, &target.label, super::check::size(target)?, || {
+                bounds.least(disk)
+            })?;
             continue;
         }
-        if target.media == Media::Block {
-            if disk.format == Format::Qcow2 {
-                let least = || bounds.least(disk);
-                compare(target, super::check::size(target)?, disk.estimate, least)?;
-            }
+        // A compressed image takes less by an unknown amount.
+        if disk.compress.is_some() {
             continue;
         }
         let stat =
@@ -61,7 +60,7 @@ pub fn check(targets: &[Target], disks: &[DiskPlan], task: &Task, process: Optio
             });
             needed.fold(0, u64::saturating_add)
         };
-        compare(target, free_space(target)?, need.most, least)?;
+        compare(&target.label, free_space(target)?, need.most, least)?;
     }
     Ok(())
 }
@@ -72,20 +71,36 @@ fn free_space(target: &Target) -> Result<u64, Error> {
     Ok(system.f_bavail.saturating_mul(system.f_frsize))
 }
 
-fn compare(target: &Target, free: u64, most: u64, least: impl FnOnce() -> u64) -> Result<(), Error> {
+/// Whether a device of `size` bytes, called `label`, takes the image of a disk.
+fn device(disk: &DiskPlan, label: &str, size: u64, least: impl FnOnce() -> u64) -> Result<(), Error> {
+    match disk.format {
+        Format::Raw if size < disk.virtual_size => Err(super::check::wrong_size(disk, label, size)),
+        Format::Raw => Ok(()),
+        // A compressed image takes less by an unknown amount.
+        Format::Qcow2 if disk.compress.is_some() => Ok(()),
+        Format::Qcow2 => compare(label, size, disk.estimate, least),
+    }
+}
+
+/// Whether a device of `size` bytes, called `label`, takes a restored disk.
+pub fn device_for_restore(disk: &DiskPlan, label: &str, size: u64) -> Result<(), Error> {
+    device(disk, label, size, || disk.estimate)
+}
+
+fn compare(label: &str, free: u64, most: u64, least: impl FnOnce() -> u64) -> Result<(), Error> {
     if free >= most {
         return Ok(());
     }
     let least = least();
     if free < least {
         return Err(Error::NoSpace {
-            target: target.label.clone(),
+            target: label.to_owned(),
             needed: least,
             free,
         });
     }
     tracing::warn!(
-        target = target.label,
+        target = label,
         free,
         least,
         most,

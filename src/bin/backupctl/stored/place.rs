@@ -1,5 +1,6 @@
 //! The target of a restored disk: a file that gets its name when it is complete, or a block device.
 
+use std::ffi::OsString;
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use backupd::image;
-use backupd::target::{self, Sources};
+use backupd::target::{self, FileId, Sources};
 use rustix::fs::OFlags;
 
 use super::partial::{Partial, directory};
@@ -60,6 +61,16 @@ pub enum Error {
         path: PathBuf,
         /// The store's directory, or the backup's.
         store: PathBuf,
+    },
+    /// Each disk would replace or overwrite the other.
+    #[error("disks '{first}' and '{second}' have the same target, {}", path.display())]
+    SameTarget {
+        /// A disk.
+        first: String,
+        /// A later one.
+        second: String,
+        /// Where both would go.
+        path: PathBuf,
     },
     /// The system refuses something.
     #[error("cannot {action} {}: {source}", path.display())]
@@ -141,6 +152,10 @@ impl Place {
                 _ => Error::io("open", &path)(error),
             })?;
         check_unused(&path, device.as_fd())?;
+        let stat = rustix::fs::fstat(&device).map_err(|errno| Error::io("look at", &path)(errno.into()))?;
+        for directory in target::directories_behind(FileId::of(&stat)) {
+            check_outside(&path, directory)?;
+        }
         Ok(Self {
             path,
             kind: Kind::Device {
@@ -178,16 +193,19 @@ impl Place {
         matches!(self.kind, Kind::Device { .. })
     }
 
-    /// Bytes of a device behind the first `size`.
-    pub fn bytes_behind(&self, size: u64) -> Result<u64, Error> {
+    /// Bytes of a device; nothing of a file.
+    pub fn device_size(&self) -> Result<Option<u64>, Error> {
         let Kind::Device { device, .. } = &self.kind else {
-            return Ok(0);
+            return Ok(None);
         };
         let mut device = device;
         let found = device.seek(SeekFrom::End(0));
-        Ok(found
-            .map_err(Error::io("measure", &self.path))?
-            .saturating_sub(size))
+        found.map(Some).map_err(Error::io("measure", &self.path))
+    }
+
+    /// Bytes of a device behind the first `size`.
+    pub fn bytes_behind(&self, size: u64) -> Result<u64, Error> {
+        Ok(self.device_size()?.map_or(0, |found| found.saturating_sub(size)))
     }
 
     /// Whether earlier content may have been changed. It is set before each write.
@@ -220,11 +238,55 @@ impl Place {
     }
 }
 
+/// Which file or device a path leads to, or would be a new file's.
+#[derive(PartialEq)]
+enum Entry {
+    There(FileId),
+    New {
+        directory: Option<FileId>,
+        name: Option<OsString>,
+    },
+}
+
+impl Entry {
+    fn of(path: &Path) -> Self {
+        let at = |path: &Path| rustix::fs::stat(path).ok().map(|stat| FileId::of(&stat));
+        match at(path) {
+            Some(id) => Self::There(id),
+            None => Self::New {
+                directory: at(directory(path)),
+                name: path.file_name().map(ToOwned::to_owned),
+            },
+        }
+    }
+}
+
+/// Refuses places, with their disks, of which two are one, whatever their paths are.
+pub fn check_distinct(places: &[(&str, PathBuf)]) -> Result<(), Error> {
+    let mut known: Vec<(&str, Entry)> = Vec::new();
+    for (disk, path) in places {
+        let entry = Entry::of(path);
+        if let Some((first, _)) = known.iter().find(|(_, other)| *other == entry) {
+            return Err(Error::SameTarget {
+                first: (*first).to_owned(),
+                second: (*disk).to_owned(),
+                path: path.clone(),
+            });
+        }
+        known.push((disk, entry));
+    }
+    Ok(())
+}
+
 /// Nothing is made in a store, and nothing in it is replaced, whatever is forced.
 fn check_directory(path: &Path) -> Result<(), Error> {
     let directory = directory(path);
     // One that is not there is reported when the file is made.
     let directory = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
+    check_outside(path, directory)
+}
+
+fn check_outside(path: &Path, directory: PathBuf) -> Result<(), Error> {
     let store =
         target::store_around(&directory).or_else(|| image::is_backup(&directory).then_some(directory));
     match store {

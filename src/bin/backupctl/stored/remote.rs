@@ -9,8 +9,7 @@ use backupd::names::ERROR_PREFIX;
 use serde_json::{Value, json};
 
 use super::args::{Export, Restore, Verify};
-use super::place::Place;
-use super::restore::{Restored, RestoredDisk, format, path, require_whole_id};
+use super::restore::{Restored, RestoredDisk, Wanted, format, open_places};
 use super::{export, verify};
 use crate::agent::Agent;
 use crate::error::{Error, Result, Status};
@@ -31,11 +30,16 @@ pub async fn restore(service: &Service, args: &Restore, json: bool, ask_password
         true => backup.disks.iter().map(|(name, _)| name.clone()).collect(),
         false => args.disk.iter().map(|disk| disk.disk.clone()).collect(),
     };
-    let mut places = Vec::new();
-    for disk in &disks {
-        places.push(Place::open(&path(args, disk)?, &backup.id, args.force)?);
-    }
-    require_whole_id(args, &places, &backup.id)?;
+    let wanted = disks.iter().map(|name| {
+        let known = backup.disks.iter().find(|(disk, _)| disk == name);
+        Wanted {
+            name,
+            // The service refuses one that the backup does not have.
+            virtual_size: known.map_or(0, |(_, size)| *size),
+            estimate: 0,
+        }
+    });
+    let mut places = open_places(args, &wanted.collect::<Vec<_>>(), &backup.id)?;
     let mut formats = places.iter().map(|place| format(args, place));
     let format = formats.next().unwrap_or(backupd::definition::Format::Qcow2);
     if formats.any(|other| other != format) {

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use backupd::config::Deadlines;
 use backupd::definition::Format;
 use backupd::image::{self, Control, Output, Progress};
+use backupd::plan::DiskPlan;
+use backupd::target;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::args::Restore;
-use super::place::Place;
+use super::place::{self, Place};
 use super::progress::{Show, follow};
 use super::{identifies, open_chain, open_store};
 use crate::args;
@@ -32,12 +34,12 @@ pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
     }
     let wanted = (!wanted.is_empty()).then_some(wanted.as_slice());
     let (location, chain) = open_chain(&store, &args.backup, wanted)?;
-    let mut places = Vec::new();
-    for disk in chain.disks() {
-        let place = Place::open(&path(args, &disk.disk)?, &location.id, args.force)?;
-        places.push(place);
-    }
-    require_whole_id(args, &places, &location.id)?;
+    let disks = chain.disks().iter().map(|disk| Wanted {
+        name: &disk.disk,
+        virtual_size: disk.virtual_size(),
+        estimate: disk.estimate(),
+    });
+    let mut places = open_places(args, &disks.collect::<Vec<_>>(), &location.id)?;
     let (mut show, cancel) = (Show::choose(json), CancellationToken::new());
     let mut restored = Vec::new();
     for (disk, place) in chain.disks().iter().zip(&mut places) {
@@ -85,8 +87,41 @@ pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
     restored.tell(json)
 }
 
+/// A disk that is to be restored.
+pub struct Wanted<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Bytes that the guest sees.
+    pub virtual_size: u64,
+    /// Bytes that the content takes at most; 0 if only the service knows.
+    pub estimate: u64,
+}
+
+/// Opens the places of all disks of the backup `id`, and checks them. Changes nothing that is there.
+pub fn open_places(args: &Restore, disks: &[Wanted<'_>], id: &str) -> Result<Vec<Place>> {
+    let paths = disks.iter().map(|disk| Ok((disk.name, path(args, disk.name)?)));
+    let paths = paths.collect::<Result<Vec<_>>>()?;
+    place::check_distinct(&paths)?;
+    let places = paths.iter().map(|(_, path)| Place::open(path, id, args.force));
+    let places = places.collect::<std::result::Result<Vec<_>, _>>()?;
+    require_whole_id(args, &places, id)?;
+    for (disk, place) in disks.iter().zip(&places) {
+        if let Some(size) = place.device_size()? {
+            let plan = DiskPlan::of_stored(
+                disk.name,
+                disk.virtual_size,
+                disk.estimate,
+                format(args, place),
+                0,
+            );
+            target::device_for_restore(&plan, &place.path().display().to_string(), size)?;
+        }
+    }
+    Ok(places)
+}
+
 /// What replaces files or overwrites devices wants more than the beginning of an id.
-pub fn require_whole_id(args: &Restore, places: &[Place], id: &str) -> Result<()> {
+fn require_whole_id(args: &Restore, places: &[Place], id: &str) -> Result<()> {
     let destroys = args.force || places.iter().any(Place::is_device);
     match destroys && !identifies(&args.backup, id) {
         true => Err(Error::Abbreviated {
@@ -168,7 +203,7 @@ impl Restored<'_> {
 }
 
 /// Where a disk goes.
-pub fn path(args: &Restore, disk: &str) -> Result<PathBuf> {
+fn path(args: &Restore, disk: &str) -> Result<PathBuf> {
     match (&args.to, args.disk.iter().find(|given| given.disk == disk)) {
         (_, Some(given)) => Ok(given.file.clone()),
         (Some(directory), None) => {

@@ -444,6 +444,61 @@ async fn a_restore_replaces_no_image_of_a_vm_that_runs() {
     assert_eq!((before.ino(), before.mtime()), (after.ino(), after.mtime()));
 }
 
+/// A VM on a raw image or device whose QEMU holds no locks on it.
+fn without_locks(system: &System, name: &str, image: &Marked, how: &str) -> Vm {
+    let driver = if image.device.is_some() {
+        "host_device"
+    } else {
+        "file"
+    };
+    let mut node = serde_json::json!({
+        "driver": "raw", "node-name": "n0", "auto-read-only": true,
+        "file": { "driver": driver, "filename": image.path(), "auto-read-only": true },
+    });
+    if how == "without locking" {
+        node["file"]["locking"] = "off".into();
+    }
+    let node = node.to_string();
+    let mut extra = vec!["-blockdev", &node, "-device", "virtio-blk-pci,drive=n0,id=vda"];
+    if how == "waits for a migration" {
+        extra.extend(["-incoming", "defer"]);
+    }
+    let machine = system.vm(name).extra(&extra);
+    if how != "has migrated" {
+        return machine.start();
+    }
+    let vm = machine.running().start();
+    vm.qmp("migrate", serde_json::json!({ "uri": "exec:cat >/dev/null" }));
+    wait::until("the migration to be complete", || {
+        let migration = vm.qmp("query-migrate", serde_json::json!({}));
+        (migration["status"] == "completed").then_some(())
+    });
+    vm
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_replaces_no_image_of_a_vm_that_holds_no_locks() {
+    let setting = setting().await;
+    let system = &setting.system;
+    for (number, how) in ["waits for a migration", "without locking", "has migrated"]
+        .into_iter()
+        .enumerate()
+    {
+        for image in [
+            Marked::file(system, &format!("file{number}"), SIZE),
+            Marked::device(system, &format!("device{number}"), SIZE),
+        ] {
+            let name = format!("other{number}");
+            let mut other = without_locks(system, &name, &image, how);
+            let said = format!("(process {})", other.pid());
+            let disk = format!("vda={}", image.path().display());
+            let arguments = ["--disk", &disk, "--force", "--format", "raw"];
+            setting.assert_refused_with(&arguments, &said, &[&image]);
+            other.kill();
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_restored_into_a_store_or_backed_up_over_its_files() {
     let setting = setting().await;

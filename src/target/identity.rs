@@ -27,7 +27,7 @@ impl FileId {
         }
     }
 
-    fn at(path: &Path) -> Option<Self> {
+    pub(super) fn at(path: &Path) -> Option<Self> {
         Self::and_owner_at(path).map(|(id, _)| id)
     }
 
@@ -118,7 +118,8 @@ fn open_files(process: u32) -> HashMap<PathBuf, FileId> {
     open.collect()
 }
 
-fn processes() -> impl Iterator<Item = u32> {
+/// All that are seen here.
+pub(super) fn processes() -> impl Iterator<Item = u32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
@@ -144,7 +145,7 @@ fn locked_files(process: u32) -> Vec<FileId> {
 }
 
 /// A file or device, and the devices that share their bytes with it, from `/sys/dev/block`.
-fn related(id: FileId) -> Vec<FileId> {
+pub(super) fn related(id: FileId) -> Vec<FileId> {
     let mut found = vec![id];
     let mut next = 0;
     while let Some(id) = found.get(next).copied() {

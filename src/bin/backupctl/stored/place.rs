@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use backupd::image;
-use backupd::target::{self, FileId, Sources};
+use backupd::target::{self, FileId, Opener, Sources};
 use rustix::fs::OFlags;
 
 use super::partial::{Partial, directory};
@@ -53,6 +53,17 @@ pub enum Error {
     UsedByQemu {
         /// The file or device.
         path: PathBuf,
+    },
+    /// A process may write to it, with or without QEMU's locks.
+    #[error(
+        "{} is open in {} (process {}): end that, or choose another place",
+        path.display(), opener.name, opener.process
+    )]
+    Open {
+        /// The file or device.
+        path: PathBuf,
+        /// The process.
+        opener: Opener,
     },
     /// It would be a file of a store, or replace one.
     #[error("{} is in the store or backup {}: choose a place outside of all stores", path.display(), store.display())]
@@ -310,17 +321,21 @@ fn open_old(path: &Path) -> Result<OwnedFd, Error> {
     Ok(old.into())
 }
 
-/// The same check as for the targets of a backup.
+/// The same check as for the targets of a backup, and of all processes that this one may look into.
 fn check_unused(path: &Path, file: BorrowedFd<'_>) -> Result<(), Error> {
     let failed = Error::io("find out whether a VM uses", path);
     let file = file.try_clone_to_owned();
-    let used = file.and_then(|file| target::is_in_use(&file, &Sources::locked()));
-    match used.map_err(failed)? {
-        false => Ok(()),
-        true => Err(Error::UsedByQemu {
+    let used = file.and_then(|file| match target::is_in_use(&file, &Sources::locked())? {
+        true => Ok(Some(Error::UsedByQemu {
             path: path.to_owned(),
-        }),
-    }
+        })),
+        // A QEMU has no locks while it waits for a migration, after one, and with `locking=off`.
+        false => Ok(target::opener(&file)?.map(|opener| Error::Open {
+            path: path.to_owned(),
+            opener,
+        })),
+    });
+    used.map_err(failed)?.map_or(Ok(()), Err)
 }
 
 impl Drop for Place {

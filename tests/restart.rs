@@ -15,12 +15,15 @@ use common::daemon::Daemon;
 use common::disk::Disk;
 use common::polkit;
 use common::proxies::{Options, slowly};
-use common::storage::{files_below, identical};
+use common::storage::{LoopDevice, files_below, identical};
 use common::vm::{Residue, Vm};
 use common::wait;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
+/// A device that a backup of the machine fits on, and what it holds before.
+const DEVICE: usize = 48 << 20;
+const MARK: u8 = 0xa5;
 
 /// A machine that goes on while one service after the other dies.
 struct Scene {
@@ -442,16 +445,23 @@ async fn a_backup_of_a_machine_that_is_registered_again_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_the_file_empty() {
-    for format in ["qcow2", "raw"] {
+async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_nothing_that_looks_like_one() {
+    for (format, is_device) in [("qcow2", false), ("raw", false), ("qcow2", true), ("raw", true)] {
         let mut scene = Scene::new();
-        let path = scene.system.dir().join("mine");
-        let options = std::fs::OpenOptions::new()
+        let mut path = scene.system.dir().join("mine");
+        std::fs::write(&path, "").unwrap();
+        let device = is_device.then(|| {
+            std::fs::write(&path, vec![MARK; DEVICE]).unwrap();
+            LoopDevice::attach(&path, DEVICE as u64)
+        });
+        if let Some(device) = &device {
+            path = device.device().to_owned();
+        }
+        let file = std::fs::File::options()
             .read(true)
             .write(true)
-            .create_new(true)
-            .open(&path);
-        let file = options.unwrap();
+            .open(&path)
+            .unwrap();
         let document = format!(
             "<domainbackup><disks><disk name='vdb' type='fd'><driver type='{format}'/><target fd='0'/></disk></disks></domainbackup>"
         );
@@ -462,12 +472,15 @@ async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_the_file_e
             (job.progress().await.unwrap() > 0.0).then_some(())
         })
         .await;
-        assert!(std::fs::metadata(&path).unwrap().len() > 0);
         scene.system.kill_daemon();
         let (result, _, message) = found_out(&mut scene, 1).await;
         assert_eq!(result, "failed");
         assert!(message.contains("not there any more"), "{message}");
-        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0, "{format}");
+        let left = std::fs::read(&path).unwrap();
+        match is_device {
+            true => assert!(left[..MIB as usize].iter().all(|byte| *byte == 0), "{format}"),
+            false => assert!(left.is_empty(), "{format}"),
+        }
         assert_eq!(scene.vm.residue(), scene.before);
     }
 }

@@ -27,6 +27,7 @@ mod status;
 mod stored;
 mod track;
 mod writeback;
+mod zeroes;
 
 pub use boot::current as current_boot;
 pub use checkpoints::{Checkpoint, definition as checkpoint_definition, named};

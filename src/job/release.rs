@@ -3,7 +3,7 @@
 //! It uses the names and QEMU's lists, not a record of what was made: so a reply that was lost with a connection, or a service
 //! that died, makes no difference.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -14,8 +14,10 @@ use serde_json::json;
 use super::Error;
 use super::footprint::Footprint;
 use super::track::JobInfo;
+use super::zeroes::Part;
 use crate::domain::poweroff;
 use crate::qmp;
+use crate::target::WIPED_HEAD;
 
 /// How long QEMU may take to end a cancelled job when it is only looked at, not listened to.
 const POLL: Duration = Duration::from_millis(100);
@@ -37,9 +39,10 @@ struct FdInfo {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct NodeName {
+struct Node {
     #[serde(default)]
     node_name: String,
+    drv: String,
 }
 
 impl Footprint {
@@ -69,17 +72,28 @@ impl Footprint {
     }
 
     /// Has QEMU empty files that it was passed and that nobody else here has open, so that what is in them is not taken for a
-    /// backup. A device cannot be emptied so.
+    /// backup. A device cannot be emptied: its beginning is overwritten.
     pub async fn empty_files(&self, disks: &[usize]) -> qmp::Result<()> {
         self.end_jobs().await?;
-        let nodes = self.nodes().await?;
+        let nodes = self.drivers().await?;
         for disk in disks {
             let (image, file) = (self.names.target_node(*disk), self.names.file_node(*disk));
-            self.delete([image].into_iter().filter(|node| nodes.contains(node)))
+            self.delete([image].into_iter().filter(|node| nodes.contains_key(node)))
                 .await?;
-            if nodes.contains(&file) {
-                let arguments = json!({ "node-name": file, "size": 0 });
-                self.client().execute("block_resize", arguments).await?;
+            match nodes.get(&file).map(String::as_str) {
+                Some("host_device") => {
+                    let head = Part {
+                        node: &file,
+                        offset: 0,
+                        length: WIPED_HEAD,
+                    };
+                    self.write_zeroes(*disk, head).await?;
+                }
+                Some(_) => {
+                    let arguments = json!({ "node-name": file, "size": 0 });
+                    self.client().execute("block_resize", arguments).await?;
+                }
+                None => {}
             }
         }
         Ok(())
@@ -153,12 +167,17 @@ impl Footprint {
 
     /// Our nodes, by name.
     async fn nodes(&self) -> qmp::Result<BTreeSet<String>> {
-        let nodes: Vec<NodeName> = self
+        Ok(self.drivers().await?.into_keys().collect())
+    }
+
+    /// The drivers of the job's nodes.
+    async fn drivers(&self) -> qmp::Result<BTreeMap<String, String>> {
+        let nodes: Vec<Node> = self
             .client()
             .query("query-named-block-nodes", json!({ "flat": true }))
             .await?;
-        let names = nodes.into_iter().map(|node| node.node_name);
-        Ok(names.filter(|name| self.names.own(name)).collect())
+        let nodes = nodes.into_iter().map(|node| (node.node_name, node.drv));
+        Ok(nodes.filter(|(name, _)| self.names.own(name)).collect())
     }
 
     async fn delete(&self, nodes: impl Iterator<Item = String>) -> qmp::Result<()> {

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::Error;
 use super::footprint::Footprint;
+use super::zeroes::Part;
 use crate::domain::Disk;
 use crate::plan::{DiskPlan, Mode, Plan, sentinel_name, was_never_smaller};
 use crate::qmp;
@@ -125,44 +126,19 @@ impl Footprint {
     }
 
     async fn make_mark(&self, index: usize, size: u64) -> qmp::Result<String> {
-        let (start, length) = last_granule(size);
-        let names = &self.names;
-        let (mark, slice, source) = (
-            names.mark(index),
-            names.mark_slice(index),
-            names.mark_source(index),
-        );
-        let client = self.client();
-        let execute =
-            async |command: &str, arguments: Value| client.execute(command, arguments).await.map(drop);
+        let (offset, length) = last_granule(size);
+        let (client, mark) = (self.client(), self.names.mark(index));
         // Zeroes are written over what is not known to be zero: less would not be written at all.
-        let null = |name: &str, size: u64, zeroes: bool| json!({ "driver": "null-co", "node-name": name, "size": size, "read-zeroes": zeroes });
-        execute("blockdev-add", null(&mark, size, false)).await?;
+        let node = json!({ "driver": "null-co", "node-name": mark, "size": size, "read-zeroes": false });
+        client.execute("blockdev-add", node).await?;
         let bitmap = json!({ "node": mark, "name": MARK, "granularity": GRANULARITY });
-        execute("block-dirty-bitmap-add", bitmap).await?;
-        let node = json!({
-            "driver": "raw", "node-name": slice, "file": mark, "offset": start, "size": length,
-        });
-        execute("blockdev-add", node).await?;
-        execute("blockdev-add", null(&source, length, true)).await?;
-        // It is no backup job, because those warn in QEMU's log of targets without clusters.
-        let job = names.mark_job(index);
-        let mut events = client.events();
-        let mirror = json!({
-            "job-id": job, "device": source, "target": slice, "sync": "full", "auto-dismiss": false,
-        });
-        execute("blockdev-mirror", mirror).await?;
-        self.reached(&mut events, &job, &["ready", "concluded"]).await?;
-        match execute("job-cancel", json!({ "id": job })).await {
-            // It has ended by itself: what it wrote will be looked at.
-            Err(error) if error.is_refusal() => {}
-            result => result?,
-        }
-        self.reached(&mut events, &job, &["concluded"]).await?;
-        execute("job-dismiss", json!({ "id": job })).await?;
-        for node in [slice, source] {
-            execute("blockdev-del", json!({ "node-name": node })).await?;
-        }
+        client.execute("block-dirty-bitmap-add", bitmap).await?;
+        let part = Part {
+            node: &mark,
+            offset,
+            length,
+        };
+        self.write_zeroes(index, part).await?;
         Ok(mark)
     }
 

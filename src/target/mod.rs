@@ -69,7 +69,7 @@ use crate::plan::{Destination, DiskPlan, Place, Plan};
 /// How many images are made durable at a time.
 const WORKERS: usize = 4;
 /// What a failed backup leaves of a block device's beginning: nothing that has a header.
-const WIPED_HEAD: usize = 1 << 20;
+pub const WIPED_HEAD: u64 = 1 << 20;
 
 /// Which backup of a store; both become names of directories.
 #[derive(Debug, Clone, Copy)]
@@ -487,7 +487,7 @@ impl Target {
             match self.media {
                 Media::Regular => rustix::fs::ftruncate(&self.file, 0)?,
                 Media::Block => {
-                    rustix::io::pwrite(&self.file, &vec![0; WIPED_HEAD], 0)?;
+                    rustix::io::pwrite(&self.file, &vec![0; WIPED_HEAD as usize], 0)?;
                     rustix::fs::fsync(&self.file)?;
                 }
             }

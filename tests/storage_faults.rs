@@ -235,6 +235,21 @@ async fn storage_that_hangs_while_data_comes_fails_its_backup_in_time_and_keeps_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_slow_backup_that_is_cancelled_while_its_storage_hangs_ends_in_time() {
+    let scene = Scene::new().await;
+    // At this limit a chunk takes longer than a test waits.
+    let options = slowly(MIB);
+    let job = scene.caller.start_with("web", DOCUMENT, &[], options).await;
+    scene.storage.hang(Operation::Any);
+    scene.storage.affected().await;
+    job.cancel().await.unwrap();
+    let (result, _, _) = within("the end", job.wait()).await.unwrap();
+    assert_ne!(result, "completed");
+    scene.storage.heal();
+    scene.assert_as_before().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn storage_that_hangs_when_data_is_to_be_durable_fails_its_backup_in_time() {
     let scene = Scene::new().await;
     let job = scene.begin().await;

@@ -144,6 +144,8 @@ impl<'a> Running<'a> {
         let disks = self.tracker.jobs().len();
         let chunk = match share(speed, disks) {
             0 => Duration::ZERO,
+            // A job that is to end does not wait for its limit.
+            _ if self.job.cancel.is_cancelled() => Duration::ZERO,
             limit => Duration::from_secs(CHUNK / limit),
         };
         let patience = self.stall.max(chunk);

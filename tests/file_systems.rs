@@ -157,6 +157,26 @@ impl Mounted {
     }
 }
 
+impl Mounted {
+    /// An overlay on a directory, of which that is the lower layer.
+    fn overlay(on: &Path, layers: &Path) -> Self {
+        let [upper, work] = ["upper", "work"].map(|name| layers.join(name));
+        for layer in [&upper, &work] {
+            fs::create_dir(layer).unwrap();
+        }
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={},redirect_dir=off",
+            on.display(),
+            upper.display(),
+            work.display()
+        );
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "overlay", "-o", &options, "none"]).arg(on);
+        process::run(mount).expect_success();
+        Self(on.to_owned())
+    }
+}
+
 impl Drop for Mounted {
     fn drop(&mut self) {
         let mut unmount = Command::new("umount");
@@ -226,6 +246,14 @@ impl MountPoint {
         deleted.stderr
     }
 
+    /// The same, where there may be none.
+    fn ids_so_far(&self) -> Vec<String> {
+        match self.path.join("web").exists() {
+            true => self.ids(),
+            false => Vec::new(),
+        }
+    }
+
     /// The directories of the backups of the VM.
     fn ids(&self) -> Vec<String> {
         let entries = fs::read_dir(self.path.join("web")).unwrap();
@@ -289,4 +317,38 @@ async fn another_store_in_the_place_of_one_is_used_when_somebody_says_so() {
     scene.refuses("is missing").await;
     scene.rescan();
     scene.caller.complete("web", MountPoint::STORE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_in_the_lower_layer_of_an_overlay_is_refused_before_any_other_is_changed() {
+    let scene = MountPoint::new().await;
+    let back_up = async || {
+        let before = scene.ids_so_far();
+        scene.caller.complete("web", MountPoint::STORE).await;
+        scene.ids().into_iter().find(|id| !before.contains(id)).unwrap()
+    };
+    let (first, second) = (back_up().await, back_up().await);
+    let layers = common::test_directory();
+    let _overlay = Mounted::overlay(&scene.path, layers.path());
+    let third = back_up().await;
+    let before = all_below(&scene.path);
+    for arguments in [
+        ["--with-descendants", &first],
+        ["--merge", &first],
+        ["--merge", &second],
+    ] {
+        let command = [&["delete"], arguments.as_slice()].concat();
+        let refused = scene.system.clients().backupctl(ROOT, &command);
+        assert!(!refused.success(), "{}", refused.stdout);
+        assert!(
+            refused.stderr.contains("overlay file system"),
+            "{}",
+            refused.stderr
+        );
+        assert_eq!(all_below(&scene.path), before, "{command:?}");
+    }
+    // One that was made above it goes.
+    let deleted = scene.system.clients().backupctl(ROOT, &["delete", &third]);
+    assert!(deleted.success(), "{}", deleted.stderr);
+    assert!(!scene.ids().contains(&third));
 }

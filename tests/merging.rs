@@ -306,6 +306,44 @@ async fn what_is_in_use_or_damaged_is_not_merged_and_nothing_is_changed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_merge_that_is_refused_has_changed_no_dependent() {
+    let scene = Scene::new().await;
+    let [first, second, third, fourth] = scene.ids.clone().try_into().unwrap();
+    let all = [first.as_str(), &second, &third, &fourth];
+    let images = || {
+        let inode = |id: &&str| scene.image(id, "vda").metadata().unwrap().ino();
+        all.iter().map(inode).collect::<Vec<_>>()
+    };
+    let before = images();
+    let protect = |command: &str| {
+        let clients = scene.system.clients();
+        clients.backupctl(ROOT, &[command, &first]).expect_success();
+    };
+    protect("protect");
+    let refused = scene.delete(&first, &["merge"]).await.unwrap_err();
+    assert!(error_name(&refused).ends_with("Protected"), "{refused}");
+    assert_eq!(images(), before);
+    protect("unprotect");
+    // A file of somebody's in the backup that is to go, and in one that would get another directory.
+    for id in [&first, &second] {
+        let note = scene.directory(id).join("note.txt");
+        std::fs::write(&note, "mine").unwrap();
+        let refused = scene.delete(&first, &["merge"]).await.unwrap_err();
+        assert!(refused.to_string().contains("note.txt"), "{refused}");
+        assert_eq!(images(), before, "{id}");
+        std::fs::remove_file(&note).unwrap();
+    }
+    // A reader of the backup that is to go.
+    let reader = std::fs::File::open(scene.directory(&first)).unwrap();
+    flock(&reader, FlockOperation::LockShared).unwrap();
+    let refused = scene.delete(&first, &["merge"]).await.unwrap_err();
+    assert!(error_name(&refused).ends_with("Busy"), "{refused}");
+    assert_eq!(images(), before);
+    drop(reader);
+    scene.assert_there(&all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_comes_to_lie_on_a_backup_while_others_are_merged_keeps_it() {
     let mut scene = Scene::new().await;
     let [first, second, third, fourth] = scene.ids.clone().try_into().unwrap();

@@ -25,29 +25,55 @@ use crate::target::{self, FileDigest, Replacement, Shelf};
 impl Backups {
     /// Makes the dependents of the unwanted backups independent, except those that are unwanted too.
     pub(super) async fn merge(&self, unwanted: &Unwanted) -> Result<(), Error> {
-        let chains = self.chains(&unwanted.store, &unwanted.domain).await?;
-        chains.check_understood(&unwanted.ids)?;
-        let dependents = chains.dependents(&unwanted.ids);
-        chains.check_known(&unwanted.ids, &dependents)?;
-        for id in dependents {
-            // The result of an earlier merge may not be known.
-            let backup = self.record(unwanted, &id).await?;
-            self.finish_merge(&backup.key).await?;
-            let backup = self.record(unwanted, &id).await?;
+        for id in self.dependents(unwanted).await? {
+            let backup = self.complete(unwanted, &id).await?;
             self.merge_one(backup, &unwanted.ids).await?;
         }
         Ok(())
     }
 
-    async fn merge_one(&self, backup: Backup, gone: &BTreeSet<String>) -> Result<(), Error> {
-        let path = self.store_path(&backup.key)?;
-        // A new image would hide the known damage of this backup or of its bases.
-        if backup.state != BackupState::Complete {
-            return Err(Error::NotComplete {
+    /// The backups that a merge would change; refused if one of them cannot be read.
+    pub(super) async fn mergeable(&self, unwanted: &Unwanted) -> Result<Vec<String>, Error> {
+        let dependents = self.dependents(unwanted).await?;
+        for id in &dependents {
+            let backup = self.complete(unwanted, id).await?;
+            let (path, key) = (self.store_path(&backup.key)?, backup.key);
+            let open = move |_: &Progress| {
+                let shelf = Shelf::of_store(&path)?.below(&key.domain)?;
+                Ok(shelf.map(|shelf| Chain::open(&shelf, &key.id, None).map(drop)))
+            };
+            let opened = self.blocking(&unwanted.store, open).await?;
+            opened.ok_or_else(|| Error::Gone(id.clone()))??;
+        }
+        Ok(dependents)
+    }
+
+    async fn dependents(&self, unwanted: &Unwanted) -> Result<Vec<String>, Error> {
+        let chains = self.chains(&unwanted.store, &unwanted.domain).await?;
+        chains.check_understood(&unwanted.ids)?;
+        let dependents = chains.dependents(&unwanted.ids);
+        chains.check_known(&unwanted.ids, &dependents)?;
+        Ok(dependents)
+    }
+
+    /// A dependent that may be merged.
+    async fn complete(&self, unwanted: &Unwanted, id: &str) -> Result<Backup, Error> {
+        // The result of an earlier merge may not be known.
+        let backup = self.record(unwanted, id).await?;
+        self.finish_merge(&backup.key).await?;
+        let backup = self.record(unwanted, id).await?;
+        match backup.state {
+            BackupState::Complete => Ok(backup),
+            // A new image would hide the known damage of this backup or of its bases.
+            _ => Err(Error::NotComplete {
                 id: backup.key.id.clone(),
                 problem: backup.problem.clone(),
-            });
+            }),
         }
+    }
+
+    async fn merge_one(&self, backup: Backup, gone: &BTreeSet<String>) -> Result<(), Error> {
+        let path = self.store_path(&backup.key)?;
         // A service that ends in between leaves nothing that the next one does not look for.
         self.catalog
             .merging(backup.key.clone(), Some(String::new()))

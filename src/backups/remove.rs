@@ -82,15 +82,12 @@ impl Backups {
         let _turn = self.place(&unwanted.store)?.removal.lock().await;
         self.check_mark(&unwanted.store).await?;
         if unwanted.merge {
+            // Everything that refuses the removal comes before the first dependent is changed.
+            self.check_merge(unwanted).await?;
             self.merge(unwanted).await?;
         }
         let order = self.order(unwanted, false).await?;
-        let mut held = Held::default();
-        for id in &order {
-            let backup = self.record(unwanted, id).await?;
-            let removal = self.in_store(&backup, Removal::hold).await?;
-            held.0.push_back((backup, removal));
-        }
+        let mut held = self.hold(unwanted, &order).await?;
         // A backup that is used as base is held, so from here on these get no new dependents.
         let again = self.order(unwanted, false).await?;
         if let Some(other) = again.iter().find(|id| !order.contains(id)) {
@@ -122,6 +119,28 @@ impl Backups {
             }
         }
         Ok(removed)
+    }
+
+    /// Takes the directories of these backups for itself; refused if one of them is in use, has other files or cannot be renamed.
+    async fn hold(&self, unwanted: &Unwanted, ids: &[String]) -> Result<Held, Error> {
+        let mut held = Held::default();
+        for id in ids {
+            let backup = self.record(unwanted, id).await?;
+            let removal = self.in_store(&backup, Removal::hold_to_rename).await?;
+            held.0.push_back((backup, removal));
+        }
+        Ok(held)
+    }
+
+    /// Finds what refuses a merge, before anything is changed: a removal that is refused later has rewritten dependents for
+    /// nothing. They are held only for a moment: to read a base, the merge itself holds it.
+    async fn check_merge(&self, unwanted: &Unwanted) -> Result<(), Error> {
+        let order = self.order(unwanted, true).await?;
+        self.check_running(unwanted, &order).await?;
+        let dependents = self.mergeable(unwanted).await?;
+        let all = [order, dependents].concat();
+        drop(self.hold(unwanted, &all).await?);
+        Ok(())
     }
 
     /// Makes sure that no job that has not ended, as far as is on record, builds upon one of these: also one that nobody works on

@@ -102,6 +102,10 @@ pub enum Error {
     NotMounted { path: String, backups: usize },
     #[error("{path}: is not the backup's, and would go with it: move it away")]
     NotTheBackups { path: String },
+    #[error(
+        "{path}: is in the lower layer of an overlay file system, which cannot rename a directory there: mount the overlay with 'redirect_dir=on', or delete the backup where the lower layer is the store"
+    )]
+    Immovable { path: String },
     #[error("the plan has no store")]
     NoStore,
     #[error("{}cannot {action} {target}: {errno}", OfDisk(disk.as_deref()))]
@@ -182,6 +186,7 @@ impl Error {
             | Self::NotQcow2 { .. }
             | Self::Gone { .. }
             | Self::NotTheBackups { .. }
+            | Self::Immovable { .. }
             | Self::NotVouchedFor { .. }
             | Self::NotThere { .. }
             | Self::OtherStore { .. }

@@ -6,7 +6,7 @@
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{AtFlags, RenameFlags};
+use rustix::fs::{AtFlags, Mode, RenameFlags};
 use rustix::io::Errno;
 
 use super::store::names_in;
@@ -60,6 +60,39 @@ pub fn try_naming(
     rename(directory, entry, &trial)?;
     rename(directory, &trial, entry)?;
     rustix::fs::fsync(directory)
+}
+
+/// What `statfs(2)` calls overlayfs.
+const OVERLAYFS: i64 = 0x794c_7630;
+
+/// Whether a directory with something in it can be renamed, as far as that shows without renaming it: `EXDEV` if not.
+///
+/// Without `redirect_dir`, overlayfs renames no directory of a lower layer. It looks for that before it looks at the new name, so
+/// it refuses in another way to replace a directory that is not empty where it could rename.
+pub fn check_movable(parent: &OwnedFd, entry: &str) -> Result<(), Errno> {
+    if rustix::fs::fstatfs(parent)?.f_type != OVERLAYFS {
+        return Ok(());
+    }
+    let full = trial_name(&format!(".{entry}"));
+    let inside = format!("{full}/entry");
+    let make = |name: &str| match rustix::fs::mkdirat(parent, name, Mode::RWXU) {
+        // Of a process that ended while it tried.
+        Err(Errno::EXIST) => Ok(()),
+        made => made,
+    };
+    make(&full)?;
+    make(&inside)?;
+    let tried = match rustix::fs::renameat(parent, entry, parent, &full) {
+        Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
+        Err(errno) => Err(errno),
+        // No kernel replaces a directory that has something in it. If one does, the entry has its name again at least.
+        Ok(()) => rustix::fs::renameat(parent, &full, parent, entry),
+    };
+    for name in [&inside, &full] {
+        // If one stays, the next trial has use for it.
+        let _ = rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR);
+    }
+    tried
 }
 
 /// Whether an entry is what the file system made of a file that was removed while a program had it open. It goes when that

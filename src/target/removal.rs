@@ -66,6 +66,26 @@ impl Removal {
         Self::find(store, name, images, records, true)
     }
 
+    /// As [`Self::hold`], of one that is to be renamed: fails if its file system could not do that.
+    pub fn hold_to_rename(
+        store: &Path,
+        name: BackupName,
+        images: &[&str],
+        records: &[&str],
+    ) -> Result<Option<Self>, Error> {
+        let held = Self::hold(store, name, images, records)?;
+        let Some(removal) = held.as_ref().filter(|held| !held.begun) else {
+            return Ok(held);
+        };
+        match naming::check_movable(removal.domain.descriptor(), &removal.id) {
+            Ok(()) => Ok(held),
+            Err(Errno::XDEV) => Err(Error::Immovable {
+                path: removal.path.display().to_string(),
+            }),
+            Err(errno) => Err(removal.failed("rename", "", errno)),
+        }
+    }
+
     /// How many bytes would be free without it; nothing if it is not there. Keeps nobody from using it. Blocks.
     pub fn space_of(
         store: &Path,

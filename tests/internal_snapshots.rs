@@ -160,3 +160,19 @@ async fn bitmaps_that_are_of_no_use_go_when_the_machine_appears() {
     assert_eq!(said, DISKS.map(|disk| format!("{disk} full no-bitmap")));
     scene.check();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_that_no_disk_can_have_is_refused_with_the_reason() {
+    let scene = Recorded::new();
+    for disk in DISKS {
+        take_snapshot(&scene, disk);
+    }
+    let clients = scene.system.clients();
+    let refused = clients.backupctl(ROOT, &["create", "web", "--checkpoint", "named"]);
+    assert_eq!(refused.status, 1, "{}{}", refused.stdout, refused.stderr);
+    assert!(
+        refused.stderr.contains("its image holds internal snapshots"),
+        "{}",
+        refused.stderr
+    );
+}

@@ -67,6 +67,7 @@ pub(super) fn of_backup(
     };
     let store = store.ok_or(Error::CheckpointOutside)?;
     check_name(definition, existing)?;
+    check_any(planned, disks, store)?;
     if let Some(listed) = listed(definition, disks)? {
         for disk in planned.iter_mut() {
             match listed.get(disk.name.as_str()) {
@@ -95,17 +96,36 @@ fn require(planned: &DiskPlan, disks: &[Disk], store: &Store, at: Position) -> R
     if planned.checkpoint {
         return Ok(());
     }
+    let (name, why) = (planned.name.clone(), obstacle(planned, disks, store));
+    Err(Error::NoCheckpoint { name, at, why })
+}
+
+/// Refuses a checkpoint that no disk can have, with the reason that is nearest to one.
+fn check_any(planned: &[DiskPlan], disks: &[Disk], store: &Store) -> Result<(), Error> {
+    if planned.iter().any(|disk| disk.checkpoint) {
+        return Ok(());
+    }
+    let obstacles = planned.iter().map(|disk| (disk, obstacle(disk, disks, store)));
+    match obstacles.max_by_key(|(_, why)| *why != Obstacle::NoBitmaps) {
+        Some((disk, why)) => Err(Error::NoneRecorded {
+            first: disk.name.clone(),
+            why,
+        }),
+        None => Err(Error::NothingRecorded),
+    }
+}
+
+/// Why a disk of a backup cannot have a checkpoint, if it cannot.
+fn obstacle(planned: &DiskPlan, disks: &[Disk], store: &Store) -> Obstacle {
     let keeps = disks
         .iter()
         .any(|disk| disk.name == planned.name && disk.keeps_bitmaps);
-    let why = match planned.format {
+    match planned.format {
         _ if store.checkpoints == 0 => Obstacle::Store,
         _ if !keeps => Obstacle::NoBitmaps,
         Format::Raw => Obstacle::RawTarget,
         Format::Qcow2 => Obstacle::InternalSnapshots,
-    };
-    let name = planned.name.clone();
-    Err(Error::NoCheckpoint { name, at, why })
+    }
 }
 
 /// The disks that a checkpoint without a backup is made on.

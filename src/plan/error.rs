@@ -76,6 +76,8 @@ pub enum Error {
     },
     #[error("none of the disks can have a checkpoint: it takes a writable qcow2 image of version 3")]
     NothingRecorded,
+    #[error("none of the disks can have a checkpoint: disk '{first}': {why}")]
+    NoneRecorded { first: String, why: Obstacle },
     #[error("the document and the option '{what}' say different things")]
     Disagreement { what: &'static str },
 }
@@ -92,7 +94,10 @@ impl Error {
             Self::ChainBroken { .. } => Kind::ChainBroken,
             Self::Checkpoint(error) => error.kind(),
             Self::PassedThrough { .. } | Self::NotInBackup(_) => Kind::Unsupported,
-            Self::CheckpointOutside | Self::NoCheckpoint { .. } | Self::NothingRecorded => Kind::Unsupported,
+            Self::CheckpointOutside
+            | Self::NoCheckpoint { .. }
+            | Self::NothingRecorded
+            | Self::NoneRecorded { .. } => Kind::Unsupported,
             Self::AmbiguousDisk { .. }
             | Self::SameDisk { .. }
             | Self::NoMedium { .. }

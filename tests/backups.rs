@@ -11,6 +11,7 @@ use common::caller::Caller;
 use common::chain::{directories, id, increment, manifest, write_manifest};
 use common::clients::{OTHER_USER, ROOT, USER};
 use common::disk::Disk;
+use common::made::{ALL, Store, run, text};
 use common::polkit;
 use common::proxies::{ListedBackup, Options, error_name};
 use common::vm::Vm;
@@ -493,4 +494,24 @@ async fn a_store_is_read_where_no_service_is_and_by_an_ordinary_user() {
         text.contains("vda.qcow2 is not there") && text.contains("which is missing"),
         "{text}"
     );
+}
+
+#[test]
+fn a_store_that_is_read_without_the_service_is_listed_in_the_order_of_making() {
+    let store = Store::new();
+    // A clock that was set back: the ids are in the other order.
+    let made: Vec<&str> = ALL.into_iter().rev().collect();
+    for (sequence, id) in made.iter().enumerate() {
+        store.change_manifest(id, |manifest| manifest["sequence"] = (sequence + 1).into());
+    }
+    let program = env!("CARGO_BIN_EXE_backupctl");
+    let listed = run(program, &["backups", "--json", "--from", text(&store.path())]);
+    let listed: Value = serde_json::from_str(&listed.expect_success()).unwrap();
+    let ids: Vec<&str> = listed
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|backup| backup["id"].as_str().unwrap())
+        .collect();
+    assert_eq!(ids, made);
 }

@@ -21,7 +21,7 @@ pub struct Stored {
 /// What there is in a store.
 #[derive(Debug, Default)]
 pub struct Inventory {
-    /// By domain and id.
+    /// By the domains' directories and, in each, in the order of making.
     pub backups: Vec<Stored>,
     /// What is there and cannot be taken for a backup, and why.
     pub problems: Vec<String>,
@@ -60,6 +60,11 @@ fn read_domain(domain: &Shelf, problems: &mut Vec<String>) -> Result<Vec<Stored>
             Err(why) => problems.push(format!("{}: {why}", backup.path().display())),
         }
     }
+    // An id is only as exact as a second.
+    backups.sort_by(|one, other| {
+        let place = |stored: &Stored| (stored.manifest.sequence, stored.manifest.id.clone());
+        place(one).cmp(&place(other))
+    });
     let links: Vec<Link> = backups.iter().map(link).collect();
     let broken: BTreeMap<&str, String> = catalog::broken(&links);
     for backup in &mut backups {

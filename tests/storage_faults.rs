@@ -481,3 +481,32 @@ async fn a_backup_that_can_not_be_read_now_is_not_called_damaged() {
         assert!(good.contains("1 good"), "{good}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_catalog_without_space_is_named_as_the_reason_and_loses_nothing() {
+    let mut system = System::setup().without_daemon().start();
+    let state = Tmpfs::mount(&system.dir().join("state"), 2 * MIB);
+    system.start_daemon();
+    let _vm = system.configured(system.vm("web").disk(Disk::new("vda", MIB)));
+    let caller = Caller::new(&system).await;
+    caller.complete("web", "").await;
+    let (listed, _) = caller.manager.list_backups(Options::new()).await.unwrap();
+    let id = listed[0].1.clone();
+    // As much as there is, to the last byte.
+    let fill = state.path().join("fill");
+    std::fs::write(&fill, vec![1; 2 * MIB as usize]).unwrap_err();
+    for arguments in [["delete", &id], ["protect", &id]] {
+        let refused = system.clients().backupctl(ROOT, &arguments);
+        assert_eq!(refused.status, 1, "{}", refused.stdout);
+        assert!(
+            refused.stderr.contains("no space left in the state directory"),
+            "{}",
+            refused.stderr
+        );
+    }
+    assert!(system.store().join("web").join(&id).exists());
+    std::fs::remove_file(&fill).unwrap();
+    for arguments in [["protect", &id], ["unprotect", &id], ["delete", &id]] {
+        system.clients().backupctl(ROOT, &arguments).expect_success();
+    }
+}

@@ -56,6 +56,8 @@ pub enum Error {
     Stopping,
     #[error("the backups cannot be looked up: the service's log has the reason")]
     Catalog,
+    #[error("{0}. Free some, then try again")]
+    CatalogFull(String),
     #[error("{source}; these are gone already: {}", some(.gone))]
     Partly { gone: Vec<String>, source: Box<Error> },
 }
@@ -76,6 +78,7 @@ impl Error {
             Self::Stalled { .. } => Kind::TargetInvalid,
             Self::Stopping | Self::BuiltUpon { .. } => Kind::Busy,
             Self::Catalog => Kind::Internal,
+            Self::CatalogFull(_) => Kind::NoSpace,
             Self::Unsettled { source, .. } => source.kind,
             Self::Partly { source, .. } => source.kind(),
         }
@@ -92,7 +95,10 @@ impl Error {
 impl From<catalog::Error> for Error {
     fn from(error: catalog::Error) -> Self {
         tracing::error!(%error, "the backups cannot be looked up");
-        Self::Catalog
+        match error {
+            catalog::Error::Full => Self::CatalogFull(error.to_string()),
+            _ => Self::Catalog,
+        }
     }
 }
 

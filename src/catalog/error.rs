@@ -29,6 +29,10 @@ pub enum Error {
         action: &'static str,
         source: std::io::Error,
     },
+    #[error(
+        "the catalog cannot be written: no space left in the state directory ('state-directory' in the configuration)"
+    )]
+    Full,
     #[error("the catalog cannot be read or written: {0}")]
     Statement(String),
     #[error("the catalog's record of job {id} cannot be understood: {why}")]
@@ -56,6 +60,9 @@ impl Error {
 
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
-        Self::Statement(error.to_string())
+        match error.sqlite_error_code() {
+            Some(ErrorCode::DiskFull) => Self::Full,
+            _ => Self::Statement(error.to_string()),
+        }
     }
 }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{Service, details};
 use crate::access::{self, Caller, Details, Look, Permission};
-use crate::backups::{Allowed, Change, PATIENCE, Pruned, Removed, Unwanted, Verdict};
+use crate::backups::{self, Allowed, Change, PATIENCE, Pruned, Removed, Unwanted, Verdict};
 use crate::catalog::{self, Backup, BackupFilter, BackupKey, Cursor, DomainRecord};
 use crate::domain::Domain;
 use crate::error::{Error, Kind, Result, shown};
@@ -324,7 +324,5 @@ fn cursor(place: &str) -> Result<Cursor> {
 
 /// Whose they are is not known, so neither who may hear of it.
 fn unreadable(error: catalog::Error) -> Error {
-    tracing::error!(%error, "the backups cannot be looked up");
-    let text = "the backups cannot be looked up: the service's log has the reason";
-    Error::new(Kind::Internal, text)
+    backups::Error::from(error).into()
 }

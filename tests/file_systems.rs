@@ -352,3 +352,35 @@ async fn a_backup_in_the_lower_layer_of_an_overlay_is_refused_before_any_other_i
     assert!(deleted.success(), "{}", deleted.stderr);
     assert!(!scene.ids().contains(&third));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_whose_store_is_not_mounted_is_not_damaged() {
+    let scene = MountPoint::new().await;
+    let disk = scene.disk("disk");
+    let mounted = Mounted::bind(&disk, &scene.path);
+    scene.caller.complete("web", MountPoint::STORE).await;
+    let [id] = scene.ids().try_into().unwrap();
+    drop(mounted);
+    let run = |arguments: &[&str]| scene.system.clients().backupctl(ROOT, arguments);
+    let from = scene.path.to_str().unwrap();
+    for arguments in [["verify", "--all"], ["verify", &id]] {
+        let looked = run(&arguments);
+        assert_eq!(looked.status, 1, "{}{}", looked.stdout, looked.stderr);
+        for words in ["0 good, 0 damaged, 1 not known", "store 'disk'", ".backupd/store"] {
+            assert!(looked.stdout.contains(words), "{words}: {}", looked.stdout);
+        }
+    }
+    let restored = run(&["restore", &id, "--to", scene.system.dir().to_str().unwrap()]);
+    assert!(restored.stderr.contains("store 'disk'"), "{}", restored.stderr);
+    let alone = run(&["verify", "--all", "--from", from]);
+    assert_eq!(alone.status, 1, "{}{}", alone.stdout, alone.stderr);
+    assert!(alone.stderr.contains("is it mounted"), "{}", alone.stderr);
+    let _mounted = Mounted::bind(&disk, &scene.path);
+    let listed = run(&["backups"]).expect_success();
+    assert!(listed.contains("complete"), "{listed}");
+    assert!(run(&["verify", "--all"]).expect_success().contains("1 good"));
+    // In an empty store nothing is wrong.
+    run(&["delete", &id]).expect_success();
+    let alone = run(&["verify", "--all", "--from", from]).expect_success();
+    assert!(alone.contains("There is no backup"), "{alone}");
+}

@@ -564,3 +564,50 @@ async fn who_interrupts_backupctl_has_neither_a_job_nor_a_file() {
     assert_eq!(jobs.last().unwrap().3, "cancelled");
     fs::remove_dir_all(file.parent().unwrap()).unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_deleted_while_its_chain_is_verified_is_reported_as_removed() {
+    let bin = tempfile::Builder::new().prefix("bkp-bin-").tempdir().unwrap();
+    // The first image is being checked until the others are deleted.
+    let (begun, deleted) = (bin.path().join("begun"), bin.path().join("deleted"));
+    let mut fifo = Command::new("mkfifo");
+    fifo.arg(&deleted);
+    process::run(fifo).expect_success();
+    let content = format!(
+        "#!/bin/sh\nif [ \"$1\" = check ] && mkdir {}; then read line < {}; fi 2>/dev/null\nexec /usr/bin/qemu-img \"$@\"\n",
+        begun.display(),
+        deleted.display()
+    );
+    let script = bin.path().join("qemu-img");
+    fs::write(&script, content).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.path().display());
+    let system = System::setup().environment("PATH", &path).start();
+    let _vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let mut ids: Vec<String> = Vec::new();
+    for _ in 0..3 {
+        root.complete("web", "").await;
+        let made = directories(&system.store().join("web"));
+        let new = made.iter().map(|path| id(path)).find(|id| !ids.contains(id));
+        ids.push(new.unwrap());
+    }
+    let mut verify = system
+        .clients()
+        .start_backupctl("verify", ROOT, &["verify", "--all"]);
+    wait::until("the first image to be checked", || begun.exists().then_some(()));
+    let gone = system
+        .clients()
+        .backupctl(ROOT, &["delete", "--with-descendants", &ids[1]]);
+    fs::write(&deleted, "\n").unwrap();
+    gone.expect_success();
+    assert_eq!(verify.wait(), 0, "{}{}", verify.stdout(), verify.log());
+    let said = verify.stdout();
+    assert!(
+        said.contains("1 good, 0 damaged, 0 not known, 2 removed meanwhile"),
+        "{said}"
+    );
+    for id in &ids[1..] {
+        assert!(said.contains(&format!("{id}: removed")), "{said}");
+    }
+}

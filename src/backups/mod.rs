@@ -219,12 +219,17 @@ impl Backups {
     /// Makes sure that a store is the one that was used before, and not what else has its path while it isn't mounted.
     pub(super) async fn check_mark(&self, name: &str) -> Result<(), Error> {
         let store = self.store(name).ok_or_else(|| Error::NoStore(name.to_owned()))?;
-        let Some(known) = self.catalog.store_mark(name.to_owned()).await? else {
+        let Some(known) = self.known_mark(name).await? else {
             return Ok(());
         };
         let path = store.path.clone();
         self.blocking(name, move |_| target::check_mark(&path, &known))
             .await
+    }
+
+    /// The mark of the store that was used before, if one was.
+    pub async fn known_mark(&self, name: &str) -> Result<Option<String>, Error> {
+        Ok(self.catalog.store_mark(name.to_owned()).await?)
     }
 
     /// Makes sure that what is on record of a store is what the store has.

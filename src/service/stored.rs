@@ -10,7 +10,7 @@ use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use super::request::disk_list;
 use super::{Descriptors, Service};
 use crate::access::{Caller, Grant, Permission};
-use crate::catalog::Backup;
+use crate::catalog::{Backup, BackupKey};
 use crate::clock;
 use crate::definition::Format;
 use crate::error::{Error, Kind, Result, shown};
@@ -18,7 +18,7 @@ use crate::image::{self, Chain, Export, Location, Survey};
 use crate::job::{self, Job, Work};
 use crate::offload::Progress;
 use crate::plan::{DiskPlan, Plan, Stored, Task};
-use crate::target::Shelf;
+use crate::target::{self, Shelf};
 
 /// Disks of a backup that are to be restored, each into the descriptor at its place.
 #[derive(Debug)]
@@ -159,9 +159,34 @@ impl Service {
             let text = format!("the configuration has no store '{}' any more", shown(name));
             Error::new(Kind::NoSuchStore, text)
         })?;
-        let path = store.path.clone();
-        let work = move |_: &Progress| work(Shelf::of_store(&path).map_err(image::Error::Target)?);
-        Ok(self.jobs.in_store(work).await??)
+        let (path, key) = (store.path.clone(), backup.key.clone());
+        let known = self.backups.known_mark(name).await?;
+        let work = move |_: &Progress| {
+            let store = Shelf::of_store(&path)?;
+            // Of an empty mount point nobody learns what is wrong with a backup.
+            if let Some(known) = known
+                && is_absent(&store, &key)
+            {
+                target::check_mark_of(&store, &known)?;
+            }
+            Ok::<_, target::Error>(work(store))
+        };
+        match self.jobs.in_store(work).await? {
+            Ok(done) => Ok(done?),
+            Err(error) => {
+                let text = format!("store '{}': {error}", shown(name));
+                Err(Error::new(error.kind(), text))
+            }
+        }
+    }
+}
+
+/// Whether nothing has that backup's name. Blocks.
+fn is_absent(store: &Shelf, key: &BackupKey) -> bool {
+    match store.below(&key.domain) {
+        Ok(Some(domain)) => matches!(domain.below(&key.id), Ok(None)),
+        Ok(None) => true,
+        Err(_) => false,
     }
 }
 

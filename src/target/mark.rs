@@ -17,10 +17,11 @@ const MAX_BYTES: usize = 256;
 
 /// Whether the store at `path` has that mark. Blocks.
 pub fn check_mark(path: &Path, known: &str) -> Result<(), Error> {
-    check(&Shelf::of_store(path)?, known)
+    check_mark_of(&Shelf::of_store(path)?, known)
 }
 
-pub(super) fn check(store: &Shelf, known: &str) -> Result<(), Error> {
+/// Whether an open store has that mark. Blocks.
+pub fn check_mark_of(store: &Shelf, known: &str) -> Result<(), Error> {
     let found = match store.below(DIRECTORY)? {
         Some(own) => read(&own)?,
         None => None,

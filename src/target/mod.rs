@@ -40,7 +40,7 @@ pub use identity::{FileId, Holder, Sources};
 pub use inside::{directories_behind, store_around};
 pub use inventory::{Held, Sharing, Shelf};
 pub use lock::{ImageLock, is_in_use};
-pub use mark::{check_mark, make_mark};
+pub use mark::{DIRECTORY as STORE_DIRECTORY, check_mark, check_mark_of, make_mark};
 pub use opener::{Opener, opener};
 pub use parents::Parents;
 pub use protection::protect;

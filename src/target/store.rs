@@ -120,7 +120,7 @@ impl Partial {
     pub fn create(store_path: &Path, backup: BackupName, known: Option<&str>) -> Result<Self, Error> {
         let store = Shelf::of_store(store_path)?;
         if let Some(known) = known {
-            mark::check(&store, known)?;
+            mark::check_mark_of(&store, known)?;
         }
         let store = store.into_descriptor();
         let domain_path = store_path.join(backup.domain);

@@ -1,6 +1,7 @@
 //! The client's errors, their exit statuses, and hints for the user.
 
 use std::io;
+use std::path::PathBuf;
 
 use backupd::error::Kind;
 use backupd::image;
@@ -72,6 +73,9 @@ pub enum Error {
     /// A store that is read without the service can't be.
     #[error("{0}")]
     Store(#[from] backupd::target::Error),
+    /// A directory that is to be read as a store is none.
+    #[error("{}: has no backup in it, and is not a store (it has no directory .backupd): is it mounted?", .0.display())]
+    NoStore(PathBuf),
     /// The system refuses what the program needs to run at all.
     #[error("cannot start: {0}")]
     Setup(io::Error),
@@ -145,7 +149,7 @@ impl Error {
             Self::Document(_) => "InvalidArgs",
             Self::Files(files::Error::Exists { .. }) => "FileExists",
             Self::Files(files::Error::TooMany { .. }) => "LimitsExceeded",
-            Self::Files(_) | Self::Store(_) => "IOError",
+            Self::Files(_) | Self::Store(_) | Self::NoStore(_) => "IOError",
             Self::Place(PlaceError::Exists { .. } | PlaceError::Partial { .. }) => "FileExists",
             Self::Place(_) => "IOError",
             Self::Image(error) => match error.kind() {
@@ -217,6 +221,11 @@ impl Error {
             Known::of(name),
             Some(Known::Ours("NoSuchBackup") | Known::Standard("UnknownObject"))
         ))
+    }
+
+    /// Whether a store or target is not as it must be: not mounted, for example, or it hangs.
+    pub fn is_target_invalid(&self) -> bool {
+        matches!(self, Self::Call { name, .. } if matches!(Known::of(name), Some(Known::Ours("TargetInvalid"))))
     }
 
     /// Whether the bus said that no answer will come: its connection or the service is gone, or it gave up.

@@ -1,6 +1,7 @@
 //! The same commands through the service, for backups in its stores: files are opened here, with the user's own rights, and
 //! passed; the service reads the backup.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -111,10 +112,28 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
         }
     };
     let mut verified: Vec<(String, Value)> = Vec::new();
+    let mut unreachable: BTreeMap<String, String> = BTreeMap::new();
     // The youngest first: its bases are verified with it.
     while let Some((store, id, path)) = wanted.pop() {
         let place = |id: &str| format!("{store}/{id}");
         if verified.iter().any(|(known, _)| *known == place(&id)) {
+            continue;
+        }
+        let mut tell = |id: &str, (state, message): (&str, Option<&str>), bytes: u64| {
+            let findings: Vec<Value> = message
+                .map(|message| json!({ "disk": null, "message": message }))
+                .into_iter()
+                .collect();
+            let object = json!({
+                "event": "backup", "store": store, "id": id, "state": state, "findings": findings, "bytes": bytes,
+            });
+            if json {
+                view::event(object.clone());
+            }
+            verified.push((place(id), object));
+        };
+        if let Some(why) = unreachable.get(&store) {
+            tell(&id, ("unknown", Some(why)), 0);
             continue;
         }
         let agent = Agent::start(ask_password).await;
@@ -123,11 +142,13 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
         let job = match job {
             // Those that were listed may be deleted or pruned before it is their turn.
             Err(error) if args.backup.is_none() && error.is_no_such_backup() => {
-                let object = removed(&store, &id);
-                if json {
-                    view::event(object.clone());
-                }
-                verified.push((place(&id), object));
+                tell(&id, ("removed", None), 0);
+                continue;
+            }
+            Err(error) if error.is_target_invalid() => {
+                let why = error.to_string();
+                tell(&id, ("unknown", Some(&why)), 0);
+                unreachable.insert(store, why);
                 continue;
             }
             job => job?,
@@ -137,27 +158,25 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
             completed(outcome)?;
             continue;
         }
-        let no_such_backup = format!("{ERROR_PREFIX}NoSuchBackup");
+        let was_read = |state: &str| matches!(state, "completed" | "failed");
+        let there = match snapshot.disks.iter().all(|row| was_read(&row.state)) {
+            true => Vec::new(),
+            false => service.backups(None, Some(&store)).await?,
+        };
+        let removed_meanwhile = outcome.error_name == format!("{ERROR_PREFIX}NoSuchBackup");
+        let is_gone = |id: &str| match there.iter().find(|backup| backup.id == id) {
+            // Its directory has another name already, and the service is just about to forget it.
+            Some(backup) => removed_meanwhile && backup.state == "missing",
+            None => true,
+        };
         for row in &snapshot.disks {
-            let (state, findings) = match row.state.as_str() {
-                "completed" => ("good", vec![]),
-                _ if row.state != "failed" && row.name == id && outcome.error_name == no_such_backup => {
-                    ("removed", vec![])
-                }
-                "failed" => ("damaged", vec![json!({ "disk": null, "message": row.error })]),
-                _ => (
-                    "unknown",
-                    vec![json!({ "disk": null, "message": outcome.message })],
-                ),
+            let found = match row.state.as_str() {
+                "completed" => ("good", None),
+                "failed" => ("damaged", Some(row.error.as_str())),
+                _ if is_gone(&row.name) => ("removed", None),
+                _ => ("unknown", Some(outcome.message.as_str())),
             };
-            let object = json!({
-                "event": "backup", "store": store, "id": row.name, "state": state, "findings": findings,
-                "bytes": row.bytes,
-            });
-            if json {
-                view::event(object.clone());
-            }
-            verified.push((place(&row.name), object));
+            tell(&row.name, found, row.bytes);
         }
     }
     verified.sort_by(|(one, _), (other, _)| one.cmp(other));
@@ -186,12 +205,6 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
         removed: count("removed"),
     };
     counts.tell(verified.iter().map(text).collect(), json)
-}
-
-fn removed(store: &str, id: &str) -> Value {
-    json!({
-        "event": "backup", "store": store, "id": id, "state": "removed", "findings": [], "bytes": 0,
-    })
 }
 
 /// `backupctl export` without `--from`.

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use backupd::config::Deadlines;
-use backupd::image::{self, Control, Progress, Survey, Verified};
+use backupd::image::{self, Control, Location, Progress, Survey, Verified};
+use backupd::target::{STORE_DIRECTORY, Shelf};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -22,7 +23,7 @@ pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
     let store = open_store(from)?;
     let wanted = match &args.backup {
         Some(backup) => vec![image::find(&store, backup)?],
-        None => image::all(&store)?,
+        None => all(&store)?,
     };
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     let mut show = Show::choose(json);
@@ -50,6 +51,15 @@ pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
         removed,
     };
     counts.tell(verified.iter().map(lines).collect(), json)
+}
+
+/// All backups of a store. A directory without any is an error unless it is marked as a store: its file system may not be mounted.
+fn all(store: &Shelf) -> Result<Vec<Location>> {
+    let found = image::all(store)?;
+    if found.is_empty() && store.below(STORE_DIRECTORY)?.is_none() {
+        return Err(Error::NoStore(store.path().to_owned()));
+    }
+    Ok(found)
 }
 
 /// How many backups there are of each state.

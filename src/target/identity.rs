@@ -56,6 +56,9 @@ pub struct Holder {
     pub owner: Option<u32>,
 }
 
+/// Links to the directories of all block devices, by their numbers.
+const DEVICES: &str = "/sys/dev/block";
+
 /// Files and devices that no backup may write into.
 #[derive(Debug, Default)]
 pub struct Sources(HashSet<FileId>);
@@ -144,29 +147,45 @@ fn locked_files(process: u32) -> Vec<FileId> {
     locked.collect()
 }
 
-/// A file or device, and the devices that share their bytes with it, from `/sys/dev/block`.
+/// A file or device, and the files and devices that share bytes with it, as `/sys/dev/block` shows them.
 pub(super) fn related(id: FileId) -> Vec<FileId> {
-    let mut found = vec![id];
-    let mut next = 0;
-    while let Some(id) = found.get(next).copied() {
-        next += 1;
-        let FileId::Device(device) = id else { continue };
-        let Some(directory) = directory_of(device) else {
-            continue;
-        };
+    related_in(Path::new(DEVICES), id)
+}
+
+/// What is made of it, and what it is made of. What is made of the same is not related: of two logical volumes of one group, and
+/// two partitions of one disk, neither has the other's bytes.
+fn related_in(devices: &Path, id: FileId) -> Vec<FileId> {
+    let made_of_it = reach(devices, id, |directory| {
+        let mut others = below(&directory.join("holders"));
+        others.extend(below(directory));
+        others
+    });
+    let made_of = reach(devices, id, |directory| {
         let mut others = below(&directory.join("slaves"));
-        others.extend(below(&directory.join("holders")));
-        // Of two partitions neither has the other's bytes: the way goes up from a partition, and down only from the
-        // device that was asked for.
         if directory.join("partition").exists() {
             others.extend(directory.parent().and_then(device_at));
-        } else if next == 1 {
-            others.extend(below(&directory));
         }
-        others.extend(backing_file(&directory).and_then(|file| FileId::at(&file)));
-        for other in others {
-            if !found.contains(&other) {
-                found.push(other);
+        others.extend(backing_file(directory).and_then(|file| FileId::at(&file)));
+        others
+    });
+    made_of_it
+        .into_iter()
+        .chain(made_of.into_iter().skip(1))
+        .collect()
+}
+
+/// What is reached from a device by any number of steps, itself first; `step` is given the directory of a device.
+fn reach(devices: &Path, id: FileId, step: impl Fn(&Path) -> Vec<FileId>) -> Vec<FileId> {
+    let (mut found, mut next) = (vec![id], 0);
+    while let Some(id) = found.get(next).copied() {
+        next += 1;
+        if let FileId::Device(device) = id
+            && let Some(directory) = directory_of(devices, device)
+        {
+            for other in step(&directory) {
+                if !found.contains(&other) {
+                    found.push(other);
+                }
             }
         }
     }
@@ -176,16 +195,16 @@ pub(super) fn related(id: FileId) -> Vec<FileId> {
 /// The paths of the files that a device, or one that shares its bytes, is made of.
 pub(super) fn backing_files(id: FileId) -> Vec<PathBuf> {
     let devices = related(id).into_iter().filter_map(|id| match id {
-        FileId::Device(device) => directory_of(device),
+        FileId::Device(device) => directory_of(Path::new(DEVICES), device),
         FileId::File { .. } => None,
     });
     devices.filter_map(|directory| backing_file(&directory)).collect()
 }
 
 /// The directory of a device below `/sys`.
-fn directory_of(device: u64) -> Option<PathBuf> {
+fn directory_of(devices: &Path, device: u64) -> Option<PathBuf> {
     let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
-    std::fs::canonicalize(Path::new("/sys/dev/block").join(number)).ok()
+    std::fs::canonicalize(devices.join(number)).ok()
 }
 
 /// The file of a loop device.
@@ -215,6 +234,48 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+
+    #[test]
+    fn what_is_made_of_the_same_device_is_not_related() {
+        let sys = tempfile::tempdir().unwrap();
+        // A disk with two partitions; the second is the physical volume of two logical ones.
+        for (number, path) in [
+            ("8:0", "sda"),
+            ("8:1", "sda/sda1"),
+            ("8:2", "sda/sda2"),
+            ("253:0", "dm-0"),
+            ("253:1", "dm-1"),
+        ] {
+            let directory = sys.path().join("devices").join(path);
+            std::fs::create_dir_all(&directory).unwrap();
+            std::fs::write(directory.join("dev"), format!("{number}\n")).unwrap();
+            std::os::unix::fs::symlink(&directory, sys.path().join(number)).unwrap();
+            if path.contains('/') {
+                std::fs::write(directory.join("partition"), "1\n").unwrap();
+            }
+        }
+        let link = |of: &str, kind: &str, to: &str| {
+            let directory = sys.path().join("devices").join(of).join(kind);
+            std::fs::create_dir_all(&directory).unwrap();
+            let to = sys.path().join("devices").join(to);
+            std::os::unix::fs::symlink(&to, directory.join(to.file_name().unwrap())).unwrap();
+        };
+        for volume in ["dm-0", "dm-1"] {
+            link(volume, "slaves", "sda/sda2");
+            link("sda/sda2", "holders", volume);
+        }
+        let [disk, first, second] = [0, 1, 2].map(|minor| FileId::Device(makedev(8, minor)));
+        let [one, other] = [0, 1].map(|minor| FileId::Device(makedev(253, minor)));
+        let set = |ids: &[FileId]| ids.iter().copied().collect::<HashSet<_>>();
+        for (id, related) in [
+            (one, set(&[one, second, disk])),
+            (first, set(&[first, disk])),
+            (second, set(&[second, disk, one, other])),
+            (disk, set(&[disk, first, second, one, other])),
+        ] {
+            assert_eq!(set(&related_in(sys.path(), id)), related, "{id:?}");
+        }
+    }
 
     /// Whether a file counts that a domain says it has open.
     fn counts(path: &Path, process: Option<u32>, owner: Option<u32>) -> bool {

@@ -71,11 +71,6 @@ impl Names {
 /// QEMU's text for the action `abort`.
 const ABORTED: &str = "Transaction aborted using Abort action";
 
-/// All of these, or none.
-pub fn transaction(actions: Vec<Value>) -> Value {
-    json!({ "actions": actions, "properties": { "completion-mode": "grouped" } })
-}
-
 /// The service makes the data durable itself, once, before it publishes: QEMU's flushes on the way only cost.
 fn cache() -> Value {
     json!({ "no-flush": true })
@@ -202,7 +197,8 @@ impl Footprint {
         }
         // Fails when all before it have been prepared.
         actions.push(json!({ "type": "abort", "data": {} }));
-        let refused = client.execute("transaction", transaction(actions)).await;
+        // Not grouped, which later versions do not have for that action: no job of it begins.
+        let refused = client.execute("transaction", json!({ "actions": actions })).await;
         for target in targets {
             let node = json!({ "node-name": target });
             client

@@ -12,7 +12,7 @@ use crate::definition::Format;
 use crate::domain::{Snapshot, poweroff};
 use crate::fault;
 use crate::job::error::Stopped;
-use crate::job::footprint::{Footprint, Names, transaction};
+use crate::job::footprint::{Footprint, Names};
 use crate::job::guard::Limits;
 use crate::job::progress::share;
 use crate::job::quiesce::Freeze;
@@ -106,7 +106,10 @@ impl Driver<'_> {
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         // From before the transaction: its jobs can end before its reply is read.
         let events = footprint.client().events();
-        let transaction = transaction(self.actions(footprint, targets, speed));
+        let transaction = json!({
+            "actions": self.actions(footprint, targets, speed),
+            "properties": { "completion-mode": "grouped" },
+        });
         if job.cancel.is_cancelled() {
             return Err(Stopped::Cancelled);
         }

@@ -270,6 +270,13 @@ async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
     fs::rename(&aside, &image).unwrap();
     assert_eq!(states(&root).await, whole);
 
+    // So is what was whole.
+    fs::rename(system.store(), &store).unwrap();
+    fs::write(system.store(), "").unwrap();
+    assert_eq!(states(&root).await, whole);
+    fs::remove_file(system.store()).unwrap();
+    fs::rename(&store, system.store()).unwrap();
+
     // A file of another length, a manifest that is another.
     fs::OpenOptions::new()
         .write(true)

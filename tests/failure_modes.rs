@@ -190,6 +190,25 @@ async fn a_guest_that_powers_off_during_a_backup_that_is_cancelled_is_off_then()
     assert_eq!(files_below(&scene.system.store()), [""; 0]);
 }
 
+/// Somebody uses the backup's target: it cannot be removed from QEMU.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_may_power_off_though_something_of_a_backup_stays_in_its_qemu() {
+    let mut scene = Scene::new(|machine| disks(machine).guest()).await;
+    let job = scene.begin().await;
+    let nodes = scene.vm.qmp("query-named-block-nodes", json!({ "flat": true }));
+    let names = nodes.as_array().unwrap().iter();
+    let mut names = names.filter_map(|node| node["node-name"].as_str());
+    let target = names.find(|name| name.starts_with("backupd-") && name.ends_with("-0-target"));
+    scene.vm.qmp(
+        "blockdev-add",
+        json!({ "driver": "raw", "node-name": "theirs", "file": target, "read-only": true }),
+    );
+    common::caller::cancel(&job).await;
+    assert_ne!(scene.vm.residue(), scene.before);
+    scene.vm.guest().power_off();
+    scene.vm.wait_for_end();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_panics_waits_for_its_backup_and_ends_then() {
     let mut scene = Scene::new(|machine| disks(machine).guest()).await;

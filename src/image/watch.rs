@@ -81,8 +81,14 @@ mod tests {
             Ok("done")
         };
         let moved = || progress.get().0;
-        // Of the clock that does not stop with tokio's.
         assert_eq!(control.watch("it", moved, moving).await, Ok("done"));
+        let never = std::future::pending::<Result<(), Error>>();
+        let stalled = Error::Stalled {
+            what: "it",
+            seconds: 2,
+        };
+        let given_up = tokio::time::timeout(Duration::from_secs(60), control.watch("it", moved, never));
+        assert_eq!(given_up.await, Ok(Err(stalled)));
         cancel.cancel();
         let never = std::future::pending::<Result<(), Error>>();
         assert_eq!(control.watch("it", moved, never).await, Err(Error::Cancelled));

@@ -1,6 +1,6 @@
 //! What a peer sends, read so that no other process decides whether this one waits.
 //!
-//! Whoever passed a socket shares its open file description, and can make that blocking. And a message can carry open files.
+//! The user who passed a socket shares its open file description, and can make it block. And a message can carry open files.
 //! Without room for them the kernel closes them in the thread that reads; to close some (a socket with `SO_LINGER`, a file of a
 //! FUSE file system) takes as long as another process wants. So room is made for all that can come, and it is closed on a thread
 //! that nobody waits for. No QEMU sends any.

@@ -43,7 +43,7 @@ pub fn format(file: &OwnedFd, media: Media, format: Format, empty: &Empty) -> Re
 fn empty_image(disk: &DiskPlan) -> Empty {
     let (cluster_size, backing) = match &disk.mode {
         Mode::Full { .. } => (CLUSTER_SIZE, None),
-        // Only for who reads the image later: QEMU gets none while it writes.
+        // For readers of the image: QEMU gets none while it writes.
         Mode::Since(base) => {
             let name = base.parent().relative_path();
             (INCREMENT_CLUSTER_SIZE, Some((name, Format::Qcow2)))

@@ -7,15 +7,22 @@ use serde_json::{Value, json};
 
 use super::process;
 
-/// The directory of each backup of a domain's, by time.
+/// The directory of each backup of a domain's, by time. One that is removed meanwhile is none.
 #[track_caller]
 pub fn directories(domain: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(domain).expect("the domain's directory is there");
-    let mut paths: Vec<_> = entries.map(|entry| entry.expect("it is read").path()).collect();
-    paths.retain(|path| !path.to_string_lossy().contains("/."));
+    let paths = entries.map(|entry| entry.expect("it is read").path());
+    let shown = paths.filter(|path| !path.to_string_lossy().contains("/."));
     // Their names tell the second only.
-    paths.sort_by_key(|path| instant(&manifest(path)));
-    paths
+    let mut found: Vec<_> = shown
+        .filter_map(|path| match std::fs::read(path.join("manifest.json")) {
+            Ok(bytes) => Some((instant(&parse(&bytes)), path)),
+            Err(_) if !path.exists() => None,
+            Err(error) => panic!("{}: {error}", path.display()),
+        })
+        .collect();
+    found.sort();
+    found.into_iter().map(|(_, path)| path).collect()
 }
 
 /// The same, where there may have been no backup yet.
@@ -42,8 +49,12 @@ fn instant(manifest: &Value) -> jiff::Timestamp {
 
 #[track_caller]
 pub fn manifest(backup: &Path) -> Value {
-    let bytes = std::fs::read(backup.join("manifest.json")).expect("the manifest is read");
-    serde_json::from_slice(&bytes).expect("the manifest is JSON")
+    parse(&std::fs::read(backup.join("manifest.json")).expect("the manifest is read"))
+}
+
+#[track_caller]
+fn parse(manifest: &[u8]) -> Value {
+    serde_json::from_slice(manifest).expect("the manifest is JSON")
 }
 
 #[track_caller]

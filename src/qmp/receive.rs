@@ -9,12 +9,10 @@ use std::io::{self, IoSliceMut};
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream as Blocking;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-use rustix::net::{Shutdown, shutdown};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use tokio::net::UnixStream;
 
@@ -22,10 +20,10 @@ use tokio::net::UnixStream;
 const CONTROL: usize = 8 << 10;
 /// A message with the sender's pidfd: who shares the socket can ask for these. From the kernel's `linux/socket.h`.
 const SCM_PIDFD: i32 = 4;
-/// In bytes.
-const CHUNK: usize = 64 << 10;
-/// Threads that may hang in a close. What comes beyond stays open.
-const MOST_CLOSING: usize = 32;
+/// Threads that may hang in a close: more than there are monitors that end at a time. What comes beyond stays open.
+const MOST_CLOSING: usize = 1024;
+/// Of each of them, in bytes.
+const STACK: usize = 64 << 10;
 
 static CLOSING: AtomicUsize = AtomicUsize::new(0);
 
@@ -82,21 +80,11 @@ impl Deref for Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
+        // Another process that has the socket goes on using it. If nobody has, the kernel closes what is still in its queue.
         if let Some(Ok(socket)) = self.0.take().map(UnixStream::into_std) {
-            apart(move || empty(&socket));
+            apart(move || drop(socket));
         }
     }
-}
-
-/// Reads what is there before a socket is closed: the kernel would close it in the thread that does that.
-fn empty(socket: &Blocking) {
-    // Nothing more comes.
-    let _ = shutdown(socket, Shutdown::Both);
-    let mut bytes = vec![0; CHUNK];
-    while matches!(
-        receive(socket, &mut bytes),
-        Ok(Received::Bytes(1..) | Received::Descriptors)
-    ) {}
 }
 
 /// Runs what may hang on a thread of its own; not in the runtime's, which are counted. Where there can be none, nothing is
@@ -109,7 +97,9 @@ fn apart(work: impl FnOnce() + Send + 'static) {
         return;
     }
     let work = ManuallyDrop::new(work);
-    let thread = std::thread::Builder::new().name("close".to_owned());
+    let thread = std::thread::Builder::new()
+        .name("close".to_owned())
+        .stack_size(STACK);
     let spawned = thread.spawn(move || {
         ManuallyDrop::into_inner(work)();
         CLOSING.fetch_sub(1, Ordering::Relaxed);

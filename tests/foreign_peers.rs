@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::io::{IoSlice, Write};
+use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
@@ -87,6 +87,18 @@ async fn a_socket_that_is_made_blocking_keeps_nobody_waiting() {
         within("an answer", caller.manager.list_domains()).await.unwrap();
     }
     assert_served(system, &caller).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_the_caller_keeps_works_when_the_service_has_ended() {
+    let (mut system, _caller, shared, mut theirs) = registered().await;
+    assert_eq!(system.stop_daemon(), Some(0));
+    theirs.write_all(EVENT.as_bytes()).unwrap();
+    let mut shared = UnixStream::from(shared);
+    shared.set_nonblocking(false).unwrap();
+    let mut heard = vec![0; EVENT.len()];
+    shared.read_exact(&mut heard).unwrap();
+    assert_eq!(heard, EVENT.as_bytes());
 }
 
 #[tokio::test(flavor = "multi_thread")]

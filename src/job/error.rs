@@ -40,8 +40,8 @@ pub enum Error {
     Prepare { disk: String, source: qmp::Error },
     #[error("disk '{disk}': cannot hand its target to QEMU: {why}")]
     Descriptor { disk: String, why: String },
-    #[error("disk '{disk}': QEMU cannot format its target: {message}")]
-    Format { disk: String, message: String },
+    #[error("disk '{disk}': another process writes to its target: choose one that no other process has open")]
+    ForeignHeader { disk: String },
     #[error("QEMU cannot start the backup: {0}")]
     Transaction(qmp::Error),
     #[error("disk '{disk}': {message}")]
@@ -129,16 +129,12 @@ impl Error {
             {
                 Kind::DomainUnreachable
             }
-            Self::Format { message, .. } | Self::Copy { message, .. }
-                if NO_SPACE.iter().any(|text| message.contains(text)) =>
-            {
-                Kind::NoSpace
-            }
+            Self::Copy { message, .. } if NO_SPACE.iter().any(|text| message.contains(text)) => Kind::NoSpace,
             Self::Prepare { .. }
             | Self::Checkpoint { .. }
             | Self::Bitmaps(_)
             | Self::Descriptor { .. }
-            | Self::Format { .. }
+            | Self::ForeignHeader { .. }
             | Self::Transaction(_)
             | Self::Copy { .. }
             | Self::Release(_)
@@ -179,7 +175,7 @@ impl Error {
             | Self::Changed { disk }
             | Self::Resized { disk }
             | Self::Checkpoint { disk, .. }
-            | Self::Format { disk, .. } => Some((disk, "prepare")),
+            | Self::ForeignHeader { disk } => Some((disk, "prepare")),
             Self::Copy { disk, .. } => Some((disk, "copy")),
             Self::Image(error) => error.disk().map(|disk| (disk, "restore")),
             Self::Target(error) => error.disk().map(|disk| (disk, "publish")),

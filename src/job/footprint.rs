@@ -287,9 +287,8 @@ impl Footprint {
         let foreign: BTreeSet<String> = nodes.into_iter().filter_map(Opened::with_data_file).collect();
         let mut disks = disks.iter().enumerate();
         match disks.find(|(index, _)| foreign.contains(&self.names.target_node(*index))) {
-            Some((_, disk)) => Err(Error::Format {
+            Some((_, disk)) => Err(Error::ForeignHeader {
                 disk: disk.name.clone(),
-                message: "somebody else writes to it".into(),
             }),
             None => Ok(()),
         }

@@ -1,12 +1,15 @@
 //! Every error is a no, for root too: whatever becomes of polkit, nothing happens that it did not allow, every call ends,
 //! and once polkit is well again so is the service.
 //!
-//! Who cannot be asked about cannot see the machine either, so a backup is refused as "no such domain" where the looks
-//! fail, and as "access denied" where only the backup's own question does. The service may remember for a while that a
-//! connection could see the machine; so each call comes from a connection of its own, but where the test says otherwise.
+//! While polkit cannot be asked, every call is refused with that reason, whether what it names is there or not. The
+//! service may remember for a while that a connection could see the machine; so each call comes from a connection of its
+//! own, but where the test says otherwise.
 
 mod common;
 
+use backupd::names::{
+    BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
+};
 use common::System;
 use common::authority::{Answer, Authority};
 use common::caller::Caller;
@@ -20,6 +23,8 @@ use common::proxies::{Options, error_name};
 use common::storage::files_below;
 use common::vm::{Residue, Vm};
 use common::wait;
+use serde::Serialize;
+use zbus::wire::DynamicType;
 
 const MIB: u64 = 1 << 20;
 const BACKUP: &str = "org.example.backup1.domain.backup";
@@ -98,11 +103,6 @@ impl Scene {
     }
 }
 
-#[track_caller]
-fn assert_refusal(name: &str) {
-    assert!([DENIED, NO_SUCH_DOMAIN].contains(&name), "{name}");
-}
-
 /// `CreateBackup` on a connection that is there already, to be waited for.
 fn begin(caller: Caller) -> tokio::task::JoinHandle<String> {
     tokio::spawn(async move {
@@ -125,9 +125,9 @@ async fn without_polkit_there_is_no_backup() {
     known.manager.get_domain("web").await.unwrap();
     scene.system.stop_polkit();
     for name in scene.refused() {
-        assert_eq!(name, NO_SUCH_DOMAIN);
+        assert_eq!(name, DENIED);
     }
-    assert_refusal(&end(begin(known)).await);
+    assert_eq!(end(begin(known)).await, DENIED);
     scene.recovers().await;
 }
 
@@ -144,7 +144,7 @@ async fn polkit_that_crashes_before_it_answers_allows_nothing() {
         let call = begin(caller);
         calls.next().await;
         scene.system.stop_polkit();
-        assert_refusal(&end(call).await);
+        assert_eq!(end(call).await, DENIED);
         scene.assert_nothing_happened();
         scene.system.set_rules("");
     }
@@ -180,7 +180,7 @@ async fn an_action_that_polkit_does_not_know_is_allowed_to_nobody() {
     let mut scene = Scene::new();
     scene.system.unregister_actions();
     for name in scene.refused() {
-        assert_eq!(name, NO_SUCH_DOMAIN);
+        assert_eq!(name, DENIED);
     }
     scene.recovers().await;
 }
@@ -190,8 +190,9 @@ fn all_but_backup(answer: Answer) -> impl Fn(&str) -> Answer + Send + 'static {
     move |action| if action == BACKUP { answer } else { Answer::Yes }
 }
 
-/// Both users are refused with this answer to the backup's question, and with the same answer to every question.
-async fn refuses(answer: Answer) {
+/// Both users are refused with this answer to the backup's question, and with the same answer to every question, then by
+/// the error of that name.
+async fn refuses(answer: Answer, blind: &str) {
     let (scene, authority) = Scene::with_authority().await;
     authority.decide(all_but_backup(answer)).await;
     assert_eq!(scene.refused(), [DENIED, DENIED]);
@@ -201,7 +202,7 @@ async fn refuses(answer: Answer) {
         assert!(!question.interactive, "{question:?}");
     }
     authority.decide(move |_| answer).await;
-    assert_eq!(scene.refused(), [NO_SUCH_DOMAIN, NO_SUCH_DOMAIN]);
+    assert_eq!(scene.refused(), [blind, blind]);
     assert_eq!(
         authority.count(BACKUP),
         2,
@@ -213,7 +214,7 @@ async fn refuses(answer: Answer) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_authority_that_fails_allows_nothing() {
-    refuses(Answer::Error).await;
+    refuses(Answer::Error, DENIED).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -235,7 +236,7 @@ async fn an_answer_of_the_wrong_type_allows_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_authority_that_says_no_is_believed_of_root_too() {
-    refuses(Answer::No).await;
+    refuses(Answer::No, NO_SUCH_DOMAIN).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -254,8 +255,123 @@ async fn an_authority_that_never_answers_allows_nothing_and_is_not_waited_for_fo
             _ => Answer::Yes,
         })
         .await;
-    assert_eq!(scene.refused(), [NO_SUCH_DOMAIN, NO_SUCH_DOMAIN]);
+    assert_eq!(scene.refused(), [DENIED, DENIED]);
     assert_eq!(authority.count(BACKUP), 1);
     authority.stop(&scene.system).await;
     scene.recovers().await;
+}
+
+/// A call that must be refused: the error's name and text.
+async fn refusal<B: Serialize + DynamicType>(
+    caller: &Caller,
+    (path, interface, member): (&str, &str, &str),
+    body: &B,
+) -> (String, String) {
+    let call = caller
+        .connection
+        .call_method(Some(BUS_NAME), path, Some(interface), member, body);
+    match wait::within(member, call).await {
+        Ok(reply) => panic!("{path} {member} was answered: {reply:?}"),
+        Err(error) => (error_name(&error), error.to_string()),
+    }
+}
+
+/// The names of a domain, a job and a backup, and the paths of their objects.
+struct Named {
+    domain: String,
+    job: u32,
+    backup: String,
+    paths: [String; 3],
+}
+
+/// What every method that asks polkit is refused with.
+async fn refusals(caller: &Caller, named: &Named) -> Vec<(String, String)> {
+    let (none, [domain, job, backup]) = (Options::new, &named.paths);
+    let root = |member| (ROOT_PATH, MANAGER_INTERFACE, member);
+    let mut refused = vec![
+        refusal(caller, root("GetDomain"), &(&named.domain,)).await,
+        refusal(caller, root("GetJob"), &(named.job,)).await,
+        refusal(caller, root("GetBackup"), &(&named.backup,)).await,
+        refusal(caller, root("ListDomains"), &()).await,
+        refusal(caller, root("ListJobs"), &()).await,
+        refusal(caller, root("ListBackups"), &(none(),)).await,
+        refusal(caller, root("Prune"), &(&named.domain, none())).await,
+        refusal(caller, root("Rescan"), &(none(),)).await,
+    ];
+    let created = caller.try_start(&named.domain, "", &[], none()).await;
+    let created = created.expect_err("nobody has allowed it");
+    refused.push((error_name(&created), created.to_string()));
+    for member in ["CreateCheckpoint", "DeleteCheckpoint"] {
+        let call = (domain.as_str(), DOMAIN_INTERFACE, member);
+        refused.push(refusal(caller, call, &("", none())).await);
+    }
+    let list = (domain.as_str(), DOMAIN_INTERFACE, "ListCheckpoints");
+    refused.push(refusal(caller, list, &(none(),)).await);
+    for member in ["Cancel", "Wait", "GetDefinition"] {
+        refused.push(refusal(caller, (job, JOB_INTERFACE, member), &()).await);
+    }
+    refused.push(refusal(caller, (job, JOB_INTERFACE, "SetSpeed"), &(1u64,)).await);
+    for member in ["Verify", "Delete"] {
+        let call = (backup.as_str(), BACKUP_INTERFACE, member);
+        refused.push(refusal(caller, call, &(none(),)).await);
+    }
+    let interfaces = [DOMAIN_INTERFACE, JOB_INTERFACE, BACKUP_INTERFACE];
+    for (path, interface) in named.paths.iter().zip(interfaces) {
+        let properties = (path.as_str(), "org.freedesktop.DBus.Properties", "GetAll");
+        refused.push(refusal(caller, properties, &(interface,)).await);
+        let introspect = (path.as_str(), "org.freedesktop.DBus.Introspectable", "Introspect");
+        refused.push(refusal(caller, introspect, &()).await);
+    }
+    refused
+}
+
+/// Whatever is called, of what is there and of what is not: the answer is the same.
+async fn refuses_every_name_alike(scene: &Scene, there: &Named) {
+    let missing = Named {
+        domain: "never".into(),
+        job: 77,
+        backup: "20200101T000000Z".into(),
+        paths: ["domain/00000000000000aa", "job/77", "backup/00000000000000aa"]
+            .map(|path| format!("{ROOT_PATH}/{path}")),
+    };
+    // Seen before or not, it is the same as well.
+    for named in [there, &missing, there] {
+        let caller = Caller::of_user(&scene.system, USER).await;
+        for (name, text) in refusals(&caller, named).await {
+            assert_eq!(name, DENIED, "{text}");
+            let reason = "polkit could not be asked or did not answer, so nothing is allowed";
+            assert!(text.contains(reason), "{text}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_polkit_cannot_be_asked_every_call_is_refused_for_that_reason() {
+    let mut scene = Scene::with(System::start());
+    let root = Caller::new(&scene.system).await;
+    let job = root.complete("web", "").await;
+    let backup = job.backup().await.unwrap();
+    let there = Named {
+        domain: "web".into(),
+        job: job.id().await.unwrap(),
+        paths: [
+            root.manager.get_domain("web").await.unwrap().to_string(),
+            job.inner().path().to_string(),
+            root.manager.get_backup(&backup).await.unwrap().to_string(),
+        ],
+        backup,
+    };
+    scene.system.unregister_actions();
+    refuses_every_name_alike(&scene, &there).await;
+    scene.system.stop_polkit();
+    refuses_every_name_alike(&scene, &there).await;
+    let authority = Authority::start(&scene.system, |_| Answer::Error).await;
+    refuses_every_name_alike(&scene, &there).await;
+    authority.stop(&scene.system).await;
+    scene.system.set_rules("");
+    wait::until_async("polkit to be asked again", || async {
+        root.manager.get_domain("web").await.ok()
+    })
+    .await;
+    root.complete("web", "").await;
 }

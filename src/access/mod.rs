@@ -90,6 +90,17 @@ pub enum Look {
     Unknown,
 }
 
+impl Look {
+    /// Whether it is a yes; an error if the authority could not say.
+    pub fn allowed(self) -> Result<bool, Error> {
+        match self {
+            Self::Allowed => Ok(true),
+            Self::Refused => Ok(false),
+            Self::Unknown => Err(Error::Unknown),
+        }
+    }
+}
+
 /// Answers questions about callers. Dropping the answer withdraws the question.
 pub trait Authority: Send + Sync {
     fn check<'a>(
@@ -112,8 +123,10 @@ pub enum Error {
     /// Too many wait for a password.
     #[error("{0}")]
     Dialogs(#[from] Exceeded),
-    /// What may be seen is not known, so no list of it can be whole.
-    #[error("polkit could not be asked what may be seen: try again")]
+    /// The authority did not answer: neither what may be done is known, nor what may be seen.
+    #[error(
+        "polkit could not be asked or did not answer, so nothing is allowed: check that it runs, then try again"
+    )]
     Unknown,
 }
 
@@ -172,7 +185,7 @@ impl Access {
             Ok(Decision::Challenge | Decision::Denied) => (Error::Denied(permission), "denied"),
             Ok(Decision::Failed(reason)) => {
                 tracing::error!(reason, "the authority failed: {} is denied", permission.action());
-                (Error::Denied(permission), "failed")
+                (Error::Unknown, "failed")
             }
             Err(exceeded) => (exceeded.into(), "denied"),
         };
@@ -215,6 +228,23 @@ impl Access {
                 .put(&caller.name, permission, object, generation, allowed);
         }
         look
+    }
+
+    /// Fails if the authority cannot be asked now. An object is reported missing only after this question, which no
+    /// earlier answer stands in for: otherwise a failing authority would show which names exist.
+    pub async fn confirm(
+        &self,
+        caller: &Caller,
+        permission: Permission,
+        details: &Details,
+    ) -> Result<(), Error> {
+        match self.ask_silently(caller, permission, details, GLANCE).await {
+            Decision::Failed(reason) => {
+                tracing::warn!(reason, "the authority failed: nothing is reported missing");
+                Err(Error::Unknown)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Forgets what was decided for a connection that has gone.

@@ -10,7 +10,6 @@ use super::call::{Answer, Call};
 use super::error::Result;
 use super::object::Properties;
 use super::options::{self, Dictionary};
-use crate::access::{self, Permission};
 use crate::domain::{Domain, Snapshot};
 use crate::error::{Error, Kind};
 use crate::job::Checkpoint;
@@ -102,9 +101,7 @@ fn checkpoints(found: &[Checkpoint]) -> Vec<CheckpointTuple> {
 
 /// To know that a domain is there is not to know what it has and does.
 pub async fn properties(context: &Context, call: &Call, domain: &Domain) -> Result<Properties> {
-    if !context.service.reads(&call.caller, domain).await {
-        return Err(access::Error::Denied(Permission::DomainRead).into());
-    }
+    context.service.require_read(&call.caller, domain).await?;
     let snapshot = domain.snapshot();
     Ok(vec![
         ("Name", Variant::from(domain.name.clone())),

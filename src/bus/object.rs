@@ -12,7 +12,6 @@ use super::error::Result;
 use super::{Context, backup_path, domain_path, job_path};
 use crate::catalog::Backup;
 use crate::domain::Domain;
-use crate::error::Kind;
 use crate::job::Job;
 use crate::names::{BACKUP_INTERFACE, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
 
@@ -62,21 +61,15 @@ impl Context {
                 let id = u64::from_str_radix(id, 16)
                     .ok()
                     .filter(|id| domain_path(*id).as_str() == path);
-                match id.and_then(|id| self.service.domains.get(id)) {
-                    Some(domain) if self.service.sees(&call.caller, &domain).await => {
-                        Some(Object::Domain(domain))
-                    }
-                    _ => None,
-                }
+                let Some(id) = id else { return Ok(None) };
+                let domain = self.service.domain_of_id(&call.caller, id).await?;
+                domain.map(Object::Domain)
             }
             ["", "job", id] => {
                 let id = id.parse().ok().filter(|id| job_path(*id).as_str() == path);
                 let Some(id) = id else { return Ok(None) };
-                match self.service.job(&call.caller, id).await {
-                    Ok(job) => Some(Object::Job(job)),
-                    Err(error) if error.kind == Kind::NoSuchJob => None,
-                    Err(error) => return Err(error.into()),
-                }
+                let job = self.service.job_of_id(&call.caller, id).await?;
+                job.map(Object::Job)
             }
             ["", "backup", object] => {
                 let object = u64::from_str_radix(object, 16)

@@ -10,7 +10,10 @@ impl Context {
             // It is there at every path (D-Bus specification, "org.freedesktop.DBus.Peer").
             return standard::peer(call).await;
         }
-        let object = self.object(call).await?.ok_or_else(|| call.no_object())?;
+        let Some(object) = self.object(call).await? else {
+            self.service.confirm(&call.caller, "").await?;
+            return Err(call.no_object());
+        };
         match call.interface.as_str() {
             standard::INTROSPECTABLE => standard::introspectable(self, call, &object).await,
             standard::PROPERTIES => standard::properties(self, call, &object).await,

@@ -7,7 +7,7 @@ use tokio::sync::broadcast;
 use tokio::time::Instant;
 
 use super::{Service, details};
-use crate::access::{self, Caller, Details, Look, Permission};
+use crate::access::{Caller, Details, Permission};
 use crate::backups::{self, Allowed, Change, PATIENCE, Pruned, Removed, Unwanted, Verdict};
 use crate::catalog::{self, Backup, BackupFilter, BackupKey, Cursor, DomainRecord};
 use crate::domain::Domain;
@@ -59,11 +59,12 @@ pub struct BackupPage {
 }
 
 /// What has been found out about who may read which domain.
-type Seen = HashMap<DomainRecord, Look>;
+type Seen = HashMap<DomainRecord, bool>;
 
 impl Service {
     /// Backups that `caller` may know of.
     pub async fn list_backups(&self, caller: &Caller, wanted: BackupsWanted) -> Result<BackupPage> {
+        self.can_list(caller).await?;
         if let Some(store) = &wanted.filter.store {
             self.known_store(store)?;
         }
@@ -87,11 +88,9 @@ impl Service {
             };
             after = last.cursor();
             for backup in found {
-                match self.view_backup(caller, &backup.domain, &mut seen).await {
-                    Look::Allowed => {}
-                    Look::Refused => continue,
-                    // A list that may lack something for another reason would be taken for all that there is.
-                    Look::Unknown => return Err(access::Error::Unknown.into()),
+                // A list that may lack something for another reason would be taken for all that there is.
+                if !self.views_backup(caller, &backup.domain, &mut seen).await? {
+                    continue;
                 }
                 bytes += backup.text.len();
                 if listed.len() >= at_most || bytes > MOST_BYTES && !listed.is_empty() {
@@ -111,8 +110,9 @@ impl Service {
         let deadline = Instant::now() + PATIENCE;
         let found = self.backups.get(object, deadline).await.map_err(unreadable)?;
         let Some(backup) = found else { return Ok(None) };
-        let look = self.view_backup(caller, &backup.domain, &mut Seen::new()).await;
-        Ok((look == Look::Allowed).then_some(backup))
+        let seen = &mut Seen::new();
+        let allowed = self.views_backup(caller, &backup.domain, seen).await?;
+        Ok(allowed.then_some(backup))
     }
 
     /// The object of the backup whose id that is, or begins like that; with the store and a slash before it where several
@@ -124,6 +124,7 @@ impl Service {
         };
         let missing = || Error::new(Kind::NoSuchBackup, format!("no backup '{}'", shown(id)));
         if prefix.is_empty() {
+            self.confirm(caller, "").await?;
             return Err(missing());
         }
         let _turn = self.histories.acquire().await;
@@ -132,7 +133,7 @@ impl Service {
         for (key, object, domain) in found {
             // One that cannot be told from one that is hidden is not there.
             if store.is_none_or(|store| store == key.store)
-                && self.view_backup(caller, &domain, &mut seen).await == Look::Allowed
+                && self.views_backup(caller, &domain, &mut seen).await?
             {
                 known.push((key, object));
             }
@@ -141,7 +142,10 @@ impl Service {
             known.retain(|(key, _)| key.id == prefix);
         }
         match known.as_slice() {
-            [] => Err(missing()),
+            [] => {
+                self.confirm(caller, "").await?;
+                Err(missing())
+            }
             [(_, object)] => Ok(*object),
             [(first, _), (second, _), ..] => {
                 let text = format!(
@@ -198,6 +202,7 @@ impl Service {
 
     /// Removes the backups that no rule keeps, of the domains that `caller` may know of; or says only which.
     pub async fn prune(&self, caller: &Caller, wanted: PruneWanted) -> Result<Pruned> {
+        self.can_list(caller).await?;
         if let Some(store) = &wanted.filter.store {
             self.known_store(store)?;
         }
@@ -251,10 +256,8 @@ impl Service {
     /// Whether `caller` may know of all of them: what is in one directory goes or stays together.
     async fn sees_all(&self, caller: &Caller, owners: &[DomainRecord], seen: &mut Seen) -> Result<bool> {
         for owner in owners {
-            match self.view_backup(caller, owner, seen).await {
-                Look::Allowed => {}
-                Look::Refused => return Ok(false),
-                Look::Unknown => return Err(access::Error::Unknown.into()),
+            if !self.views_backup(caller, owner, seen).await? {
+                return Ok(false);
             }
         }
         Ok(true)
@@ -281,13 +284,14 @@ impl Service {
             .with("store", &backup.key.store)
     }
 
-    async fn view_backup(&self, caller: &Caller, domain: &DomainRecord, seen: &mut Seen) -> Look {
-        if let Some(look) = seen.get(domain) {
-            return *look;
+    async fn views_backup(&self, caller: &Caller, domain: &DomainRecord, seen: &mut Seen) -> Result<bool> {
+        if let Some(allowed) = seen.get(domain) {
+            return Ok(*allowed);
         }
         let look = self.view(caller, &self.backups.domain(domain), true).await;
-        seen.insert(domain.clone(), look);
-        look
+        let allowed = look.allowed()?;
+        seen.insert(domain.clone(), allowed);
+        Ok(allowed)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Service, details};
-use crate::access::{self, Caller, Grant, Permission};
+use crate::access::{Caller, Grant, Permission};
 use crate::definition::{CheckpointDefinition, parse_checkpoint};
 use crate::domain::Domain;
 use crate::error::{Error, Kind, Result};
@@ -83,13 +83,6 @@ impl Service {
         let checkpoints = self.jobs.checkpoints(domain, &disks).await.map_err(unreadable)?;
         let (checkpoint, parent) = job::named(&checkpoints, name)?;
         Ok(job::checkpoint_definition(checkpoint, parent, &disks).to_xml())
-    }
-
-    async fn require_read(&self, caller: &Caller, domain: &Domain) -> Result<()> {
-        match self.reads(caller, domain).await {
-            true => Ok(()),
-            false => Err(access::Error::Denied(Permission::DomainRead).into()),
-        }
     }
 
     fn no_descriptors(&self, caller: &Caller) -> Result<Arc<crate::quota::Share>> {

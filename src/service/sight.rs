@@ -20,9 +20,7 @@ impl Service {
     pub async fn domain(&self, caller: &Caller, name: &str) -> Result<Arc<Domain>> {
         for group in self.domains.find(name, caller.uid) {
             let looks = join_all(group.iter().map(|domain| self.view(caller, domain, false))).await;
-            // One that may come first cannot be told from one that is hidden: no other has its name meanwhile.
-            let Ok(seen) = whole(group, looks) else { break };
-            match seen.as_slice() {
+            match whole(group, looks)?.as_slice() {
                 [] => {}
                 [one] => return Ok(one.clone()),
                 // Several users' own, to one who sees them all.
@@ -30,6 +28,7 @@ impl Service {
             }
         }
         // The same for a domain that is hidden as for one that was never there.
+        self.confirm(caller, name).await?;
         Err(domain::Error::no_such_domain(name).into())
     }
 
@@ -39,11 +38,44 @@ impl Service {
         let details = service_details();
         match self.access.look(caller, permission, None, &details).await {
             Look::Allowed => {}
-            Look::Refused | Look::Unknown => return Err(access::Error::Denied(permission).into()),
+            Look::Refused => return Err(access::Error::Denied(permission).into()),
+            Look::Unknown => return Err(access::Error::Unknown.into()),
         }
         let domains = self.domains.list();
         let looks = join_all(domains.iter().map(|domain| self.view(caller, domain, false))).await;
         Ok(whole(domains, looks)?)
+    }
+
+    /// The domain of that number, if `caller` may know of it.
+    pub async fn domain_of_id(&self, caller: &Caller, id: u64) -> Result<Option<Arc<Domain>>> {
+        let Some(domain) = self.domains.get(id) else {
+            return Ok(None);
+        };
+        let allowed = self.view(caller, &domain, false).await.allowed()?;
+        Ok(allowed.then_some(domain))
+    }
+
+    /// Fails if polkit cannot be asked. Whatever is called missing, hidden or not there, is called so only after this.
+    pub async fn confirm(&self, caller: &Caller, name: &str) -> Result<()> {
+        let details = unknown_domain(name);
+        let permission = Permission::DomainGetattr;
+        Ok(self.access.confirm(caller, permission, &details).await?)
+    }
+
+    /// The same for a list, which may be empty: an earlier answer will do.
+    pub(super) async fn can_list(&self, caller: &Caller) -> Result<()> {
+        let details = unknown_domain("");
+        let permission = Permission::DomainGetattr;
+        let look = self.access.look(caller, permission, None, &details).await;
+        Ok(look.allowed().map(drop)?)
+    }
+
+    /// Fails unless `caller` may know what `domain` has and does.
+    pub async fn require_read(&self, caller: &Caller, domain: &Domain) -> Result<()> {
+        match self.view(caller, domain, true).await.allowed()? {
+            true => Ok(()),
+            false => Err(access::Error::Denied(Permission::DomainRead).into()),
+        }
     }
 
     /// Whether `caller` may know that `domain` exists.
@@ -79,6 +111,17 @@ impl Service {
 
     /// The job of that number, if `caller` started it or may read its domain.
     pub async fn job(&self, caller: &Caller, id: u32) -> Result<Arc<Job>> {
+        match self.job_of_id(caller, id).await? {
+            Some(job) => Ok(job),
+            None => {
+                self.confirm(caller, "").await?;
+                Err(Error::new(Kind::NoSuchJob, format!("no job {id}")))
+            }
+        }
+    }
+
+    /// The same, or nothing.
+    pub async fn job_of_id(&self, caller: &Caller, id: u32) -> Result<Option<Arc<Job>>> {
         let found = self.jobs.find(id).await.map_err(|error| {
             // Whose it is is not known, so neither who may hear of it.
             tracing::error!(job = id, %error, "a job cannot be looked up");
@@ -87,15 +130,15 @@ impl Service {
                 "the jobs cannot be looked up: the service's log has the reason",
             )
         });
-        match found? {
-            Some(job) if self.knows(caller, &job).await => Ok(job),
-            _ => Err(Error::new(Kind::NoSuchJob, format!("no job {id}"))),
-        }
+        let Some(job) = found? else { return Ok(None) };
+        let allowed = self.view_job(caller, &job).await.allowed()?;
+        Ok(allowed.then_some(job))
     }
 
     /// Jobs that `caller` started or whose domain it may read, by number: those that run or ended lately, or with `ended`
     /// all of which there still is a record.
     pub async fn list_jobs(&self, caller: &Caller, ended: bool) -> Result<Vec<ListedJob>> {
+        self.can_list(caller).await?;
         let jobs = self.jobs.list();
         let looks = join_all(jobs.iter().map(|job| self.view_job(caller, job))).await;
         let known: HashSet<u32> = jobs.iter().map(|job| job.id).collect();
@@ -132,11 +175,6 @@ impl Service {
                 state: job.result,
             })
             .collect())
-    }
-
-    /// Whether `caller` may know of `job`.
-    pub async fn knows(&self, caller: &Caller, job: &Job) -> bool {
-        self.view_job(caller, job).await == Look::Allowed
     }
 
     async fn view_job(&self, caller: &Caller, job: &Job) -> Look {
@@ -181,6 +219,14 @@ fn whole<T>(objects: Vec<T>, looks: Vec<Look>) -> std::result::Result<Vec<T>, ac
     Ok(seen
         .filter_map(|(object, look)| (look == Look::Allowed).then_some(object))
         .collect())
+}
+
+/// The details of a question about a domain that is not there.
+fn unknown_domain(name: &str) -> Details {
+    service_details()
+        .with("domain_name", name)
+        .with("domain_uuid", "")
+        .with("domain_owner", "")
 }
 
 /// The details of a question to the authority without a domain.

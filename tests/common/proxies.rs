@@ -147,6 +147,8 @@ pub trait Job {
     #[zbus(property(emits_changed_signal = "const"), name = "StartedByUID")]
     fn started_by_uid(&self) -> zbus::Result<u32>;
     #[zbus(property(emits_changed_signal = "const"))]
+    fn backup(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
     fn start_time(&self) -> zbus::Result<u64>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn increments(&self) -> zbus::Result<Vec<(String, String, String, String)>>;

@@ -13,6 +13,7 @@ use rustix::fs::{Mode, OFlags};
 use serde::Deserialize;
 
 use super::is_domain_name;
+use crate::socket::{Address, User};
 
 /// A domain's file is a few lines; more is a mistake.
 const MAX_BYTES: u64 = 64 << 10;
@@ -22,8 +23,8 @@ const MAX_BYTES: u64 = 64 << 10;
 pub(super) struct DomainFile {
     pub owner: u32,
     pub owner_name: String,
-    pub monitor: PathBuf,
-    pub agent: Option<PathBuf>,
+    pub monitor: Address,
+    pub agent: Option<Address>,
     pub checkpoints: CheckpointPolicy,
 }
 
@@ -43,6 +44,8 @@ pub enum CheckpointPolicy {
 pub struct Content {
     pub monitor: PathBuf,
     pub agent: Option<PathBuf>,
+    /// Whose both sockets have to be.
+    pub user: Option<User>,
     #[serde(default)]
     pub checkpoints: CheckpointPolicy,
 }
@@ -231,11 +234,15 @@ fn read_file(path: &Path) -> Result<(String, DomainFile), FileError> {
     let mut text = String::new();
     file.take(MAX_BYTES).read_to_string(&mut text)?;
     let content = Content::parse(&text)?;
+    let address = |path| Address {
+        path,
+        user: content.user.clone(),
+    };
     let file = DomainFile {
         owner,
         owner_name: super::owner::name(owner),
-        monitor: content.monitor,
-        agent: content.agent,
+        monitor: address(content.monitor),
+        agent: content.agent.map(address),
         checkpoints: content.checkpoints,
     };
     Ok((name.to_owned(), file))
@@ -294,8 +301,8 @@ mod tests {
             ("b.toml", "monitor = '/second'\n"),
         ]);
         let domains = Directories::new(vec![first.path().into(), second.path().into()]).read();
-        assert_eq!(domains["a"].monitor, Path::new("/first"));
-        assert_eq!(domains["b"].monitor, Path::new("/second"));
+        assert_eq!(domains["a"].monitor.path, Path::new("/first"));
+        assert_eq!(domains["b"].monitor.path, Path::new("/second"));
     }
 
     #[test]

@@ -29,6 +29,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::error::{Kind, shown};
+use crate::socket::Dialer;
 use crate::{qmp, quota};
 
 /// How long a monitor may take to greet, and a query to be answered, while nothing but looking is done.
@@ -200,8 +201,8 @@ pub struct Domain {
     pub owner: u32,
     /// What polkit calls that user in its rules: the name, or the number where there is none.
     pub owner_name: String,
-    /// UNIX socket of the guest agent, if there is one.
-    pub agent: Option<PathBuf>,
+    /// The guest agent's socket, if there is one.
+    pub agent: Option<Dialer>,
     pub checkpoints: CheckpointPolicy,
     /// It stands for one that is not known any more, and whose name another has.
     lost_name: bool,

@@ -1,8 +1,6 @@
 //! The supervised monitor of one domain: connect, ask, listen, and connect again.
 
 use std::collections::BTreeSet;
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -18,9 +16,10 @@ use super::disks;
 use super::graph::{self, BlockInfo, Edges, Graph, Node};
 use super::outside::{self, Devices, Property};
 use super::presence::Presence;
-use super::retry::Retry;
+use super::retry::{After, Retry};
 use super::{Domain, Migration, PATIENCE, Snapshot, State};
 use crate::qmp::{self, Client, Driver, EventsError, Schema};
+use crate::socket::{self, Dialer};
 
 /// The oldest QEMU that can be backed up: `flat` of `query-named-block-nodes` came with it.
 pub const OLDEST: &str = "5.0";
@@ -73,26 +72,32 @@ pub enum Phase {
 /// Connects, and connects again, until `stop`: the life of a configured domain.
 pub(super) async fn supervise(
     domain: Arc<Domain>,
-    monitor: PathBuf,
+    monitor: Dialer,
     presence: Presence,
     greeters: Arc<Greeters>,
     stop: CancellationToken,
 ) {
-    let mut retry = Retry::new(&presence, &monitor);
+    let path = &monitor.address().path;
+    let mut retry = Retry::new(&presence, path);
+    let mut told: Arc<str> = "".into();
     loop {
         let attempt = stop.run_until_cancelled(async {
             let (link, driver) = connect(&monitor).await?;
-            retry = Retry::new(&presence, &monitor);
-            Ok(serve(&domain, link, driver, &greeters).await)
+            retry = Retry::new(&presence, path);
+            Ok::<_, ConnectError>(serve(&domain, link, driver, &greeters).await)
         });
-        let (why, gone): (Arc<str>, bool) = match attempt.await {
+        let (why, after): (Arc<str>, After) = match attempt.await {
             None => return domain.down("the service is letting it go", false),
-            Some(Ok(reason)) => (reason, false),
-            Some(Err(ConnectError { why, gone })) => (why.into(), gone),
+            Some(Ok(reason)) => (reason, After::Failure),
+            Some(Err(error)) => (error.to_string().into(), error.after()),
         };
-        tracing::debug!(domain = domain.name, why = %why, "monitor is down");
-        domain.down(&why, gone);
-        if stop.run_until_cancelled(retry.wait(gone)).await.is_none() {
+        match after == After::Refusal && told != why {
+            true => tracing::warn!(domain = domain.name, why = %why, "the monitor is not connected to"),
+            false => tracing::debug!(domain = domain.name, why = %why, "monitor is down"),
+        }
+        told = why.clone();
+        domain.down(&why, after == After::Absence);
+        if stop.run_until_cancelled(retry.wait(after)).await.is_none() {
             return;
         }
     }
@@ -112,30 +117,30 @@ pub(super) async fn serve_once(
     domain.down(ended.as_deref().unwrap_or("the service is letting it go"), true);
 }
 
-struct ConnectError {
-    why: String,
-    gone: bool,
+#[derive(Debug, thiserror::Error)]
+enum ConnectError {
+    #[error("{0}")]
+    Socket(#[from] socket::Error),
+    #[error("{0}")]
+    Monitor(#[from] qmp::Error),
 }
 
-impl From<qmp::Error> for ConnectError {
-    fn from(error: qmp::Error) -> Self {
-        Self {
-            why: error.to_string(),
-            gone: false,
+impl ConnectError {
+    fn after(&self) -> After {
+        match self {
+            Self::Socket(error) if error.is_absence() => After::Absence,
+            Self::Socket(error) if error.is_refusal() => After::Refusal,
+            // Somebody else has it, and is served first.
+            Self::Socket(socket::Error::Full { .. }) | Self::Monitor(qmp::Error::NoGreeting(_)) => {
+                After::Silence
+            }
+            Self::Socket(_) | Self::Monitor(_) => After::Failure,
         }
     }
 }
 
-async fn connect(path: &Path) -> Result<(Link, Driver), ConnectError> {
-    let refused = |error: std::io::Error| ConnectError {
-        why: format!("{}: {error}", path.display()),
-        gone: matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused),
-    };
-    let stream = tokio::time::timeout(PATIENCE, UnixStream::connect(path));
-    let stream = stream
-        .await
-        .unwrap_or(Err(std::io::ErrorKind::TimedOut.into()))
-        .map_err(refused)?;
+async fn connect(monitor: &Dialer) -> Result<(Link, Driver), ConnectError> {
+    let stream = monitor.connect(PATIENCE).await?;
     let peer = peer(&stream);
     let (client, driver) = Client::open(stream, PATIENCE).await?;
     Ok((Link::new(client, peer), driver))

@@ -20,6 +20,7 @@ use super::presence::Presence;
 use super::{Directories, Domain, Error, Identity, Origin, Phase, check_new_name, owner};
 use crate::qmp::Client;
 use crate::quota::{Quota, Share};
+use crate::socket::{Dialer, Purpose};
 
 /// How long a monitor that a caller passes may take to greet.
 const GREETING: Duration = Duration::from_secs(1);
@@ -245,7 +246,8 @@ impl Registry {
         };
         let mut domain = Domain::new(id, identity, Phase::Connecting);
         if let EntryKind::Configured(file) = &kind {
-            (domain.agent, domain.checkpoints) = (file.agent.clone(), file.checkpoints);
+            let agent = |address| Dialer::new(address, Purpose::Agent);
+            (domain.agent, domain.checkpoints) = (file.agent.clone().map(agent), file.checkpoints);
         }
         let domain = Arc::new(domain);
         let stop = self.stop.child_token();
@@ -284,7 +286,8 @@ impl Registry {
         let mut domains = self.lock();
         files.retain(|name, _| !domains.contains_key(&Key::Configured(name.clone())));
         for (name, file) in files {
-            let (owner, monitor) = ((file.owner, file.owner_name.clone()), file.monitor.clone());
+            let owner = (file.owner, file.owner_name.clone());
+            let monitor = Dialer::new(file.monitor.clone(), Purpose::Monitor);
             let (domain, stop) = self.add(&mut domains, &name, owner, EntryKind::Configured(file));
             let (presence, greeters) = (self.presence.clone(), self.greeters.clone());
             self.tasks.spawn(monitor::supervise(

@@ -7,10 +7,28 @@ use super::presence::{Aim, Presence, Sight};
 
 const FIRST: Duration = Duration::from_millis(100);
 const LAST: Duration = Duration::from_secs(5);
+/// The same where somebody else has the monitor: while a try waits in QEMU's queue, the monitor becomes the service's if that
+/// client loses its connection for a moment.
+const FIRST_OF_SILENT: Duration = Duration::from_secs(5);
+/// Where trying again is of little use.
+const LAST_OF_FUTILE: Duration = Duration::from_secs(120);
 /// After this pause without success a monitor that is not there is tried only when something happens to its path.
 const LAST_BEFORE_REST: Duration = Duration::from_secs(1);
 /// Not everything is an event: what a symbolic link points to, or who begins to listen at a socket that is there.
 const RARELY: Duration = Duration::from_secs(600);
+
+/// What came of the last try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum After {
+    /// It was connected, or something else went wrong.
+    Failure,
+    /// Nobody is there.
+    Absence,
+    /// Somebody is there, and says nothing.
+    Silence,
+    /// What is there is not to be connected to.
+    Refusal,
+}
 
 /// The tries of one monitor since it was connected last.
 pub(super) struct Retry {
@@ -26,15 +44,23 @@ impl Retry {
         }
     }
 
-    /// Waits until the next try. `absent`: the last one found nobody there.
-    pub async fn wait(&mut self, absent: bool) {
+    /// Waits until the next try.
+    pub async fn wait(&mut self, after: After) {
         let rests = match self.sight.aim() {
-            Aim::Held => absent && self.pause > LAST_BEFORE_REST,
+            Aim::Held => after == After::Absence && self.pause > LAST_BEFORE_REST,
             Aim::New => {
                 self.pause = FIRST;
                 false
             }
             Aim::Blind => false,
+        };
+        let longest = match after {
+            After::Silence => {
+                self.pause = self.pause.max(FIRST_OF_SILENT);
+                LAST_OF_FUTILE
+            }
+            After::Refusal => LAST_OF_FUTILE,
+            After::Failure | After::Absence => LAST,
         };
         let pause = if rests { RARELY } else { self.pause };
         match tokio::time::timeout(pause, self.sight.news()).await {
@@ -44,7 +70,28 @@ impl Retry {
                 tokio::time::sleep(FIRST).await;
                 self.pause = FIRST;
             }
-            Err(_) => self.pause = (self.pause * 2).min(LAST),
+            Err(_) => self.pause = (self.pause * 2).min(longest),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_says_nothing_is_asked_less_and_less() {
+        let (presence, _news) = Presence::open().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let mut retry = Retry::new(&presence, &directory.path().join("monitor"));
+        let began = Instant::now();
+        let mut tries = 0;
+        while began.elapsed() < Duration::from_secs(3600) {
+            retry.wait(After::Silence).await;
+            tries += 1;
+        }
+        assert!((30..40).contains(&tries), "{tries}");
     }
 }

@@ -10,7 +10,6 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
@@ -23,9 +22,10 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::quiesce::PATIENCE;
+use super::quiesce::{PATIENCE, reach};
 use crate::image;
 use crate::qmp::{self, Agent};
+use crate::socket::{Address, Dialer, Purpose};
 
 /// The switch of the program that makes it a guard.
 pub const SWITCH: &str = "thaw-guard";
@@ -52,7 +52,7 @@ const ACTED: u8 = b'a';
 #[derive(Serialize, Deserialize)]
 struct Orders {
     domain: String,
-    agent: PathBuf,
+    agent: Address,
     limits: Limits,
 }
 
@@ -73,7 +73,7 @@ pub struct Guard {
 
 impl Guard {
     /// Returns when the guard watches; it thaws by itself a little after the limits.
-    pub async fn post(domain: &str, path: &Path, agent: &Agent, limits: Limits) -> io::Result<Self> {
+    pub async fn post(domain: &str, address: &Address, agent: &Agent, limits: Limits) -> io::Result<Self> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         // The very program that runs, though a newer one may have its name.
@@ -93,7 +93,7 @@ impl Guard {
         let mut control = UnixStream::from_std(ours)?;
         let mut orders = serde_json::to_vec(&Orders {
             domain: domain.to_owned(),
-            agent: path.to_owned(),
+            agent: address.clone(),
             limits,
         })?;
         orders.push(b'\n');
@@ -185,7 +185,8 @@ async fn keep_watch() -> io::Result<()> {
     tracing::warn!(domain, why, "the guest's file systems are thawed by the guard");
     // Before it is done: a service that is only late must know. One that is gone need not.
     let _ = control.write_u8(ACTED).await;
-    match timeout(patience, thaw(agent, &orders.agent, patience)).await {
+    let dialer = Dialer::new(orders.agent, Purpose::Agent);
+    match timeout(patience, thaw(agent, &dialer, patience)).await {
         Ok(Ok(count)) => tracing::info!(domain, count, "file systems are thawed"),
         Ok(Err(error)) => tracing::error!(domain, %error, "the guest's file systems may still be frozen"),
         Err(_) => tracing::error!(
@@ -218,7 +219,7 @@ async fn wait(control: &mut BufReader<UnixStream>, limits: Limits) -> Option<(&'
     Some((why, patience))
 }
 
-async fn thaw(agent: UnixStream, path: &Path, patience: Duration) -> qmp::Result<u64> {
+async fn thaw(agent: UnixStream, dialer: &Dialer, patience: Duration) -> qmp::Result<u64> {
     let mut thawed = Agent::over(agent, patience).thaw().await;
     for _ in 0..TRIES {
         // Only who hung up can be there again; who is silent has been told.
@@ -226,7 +227,7 @@ async fn thaw(agent: UnixStream, path: &Path, patience: Duration) -> qmp::Result
             break;
         }
         tokio::time::sleep(PAUSE).await;
-        thawed = match Agent::connect(path, LONGEST).await {
+        thawed = match reach(dialer, LONGEST).await {
             Ok(mut agent) => agent.thaw().await,
             Err(error) => Err(error),
         };

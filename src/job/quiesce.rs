@@ -3,7 +3,6 @@
 //! Never without a guard that thaws them if this process does not. Freezes of other tools are not thawed. The frozen time
 //! is counted from the agent's answer to the freeze to its answer to the thaw.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use super::guard::{Guard, Limits};
 use crate::definition::Quiesce;
 use crate::domain::{Domain, State};
 use crate::qmp::{self, Agent};
+use crate::socket::Dialer;
 
 /// How long the agent may take to answer, but for the freeze itself.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
@@ -222,10 +222,10 @@ pub async fn check(domain: &Domain, wanted: Option<Quiesce>) -> Result<(), Error
 /// Thaws what a former process of the service may have frozen. What is thawed stays thawed. Nobody has looked at the domain
 /// yet: an agent that cannot answer does not.
 pub async fn thaw_again(domain: &Domain) {
-    let Some(path) = domain.agent.as_deref() else {
+    let Some(dialer) = &domain.agent else {
         return;
     };
-    let thawed = async { Agent::connect(path, PATIENCE).await?.thaw().await };
+    let thawed = async { reach(dialer, PATIENCE).await?.thaw().await };
     match thawed.await {
         Ok(count) => tracing::info!(
             domain = domain.name,
@@ -238,9 +238,16 @@ pub async fn thaw_again(domain: &Domain) {
     }
 }
 
+/// An agent that answers.
+pub(super) async fn reach(dialer: &Dialer, patience: Duration) -> qmp::Result<Agent> {
+    let stream = dialer.connect(patience).await;
+    let stream = stream.map_err(|error| qmp::Error::Closed(error.to_string().into()))?;
+    Agent::open(stream, patience).await
+}
+
 async fn prepare(domain: &Domain, limits: Limits) -> Result<Held, String> {
-    let (agent, path) = connect(domain).await?;
-    let guard = Guard::post(&domain.name, path, &agent, limits).await;
+    let (agent, dialer) = connect(domain).await?;
+    let guard = Guard::post(&domain.name, dialer.address(), &agent, limits).await;
     Ok(Held {
         guard: guard.map_err(|error| format!("nobody would thaw them if the service ended: {error}"))?,
         agent,
@@ -249,21 +256,19 @@ async fn prepare(domain: &Domain, limits: Limits) -> Result<Held, String> {
 }
 
 /// An agent that answers, and whose file systems are thawed.
-async fn connect(domain: &Domain) -> Result<(Agent, &Path), String> {
-    let path = domain
+async fn connect(domain: &Domain) -> Result<(Agent, &Dialer), String> {
+    let dialer = domain
         .agent
-        .as_deref()
+        .as_ref()
         .ok_or("no guest agent is configured for the domain")?;
     let state = domain.snapshot().state;
     if state != State::Running {
         let state = state.as_str();
         return Err(format!("the domain is {state}: its agent cannot answer"));
     }
-    let mut agent = Agent::connect(path, PATIENCE)
-        .await
-        .map_err(|error| error.to_string())?;
+    let mut agent = reach(dialer, PATIENCE).await.map_err(|error| error.to_string())?;
     match agent.is_frozen().await {
-        Ok(false) => Ok((agent, path)),
+        Ok(false) => Ok((agent, dialer)),
         Ok(true) => Err("they are frozen already, not by this backup, and stay so".to_owned()),
         Err(error) => Err(error.to_string()),
     }

@@ -4,7 +4,6 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -27,12 +26,8 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Connects, and waits until the agent answers; `patience` bounds this and each later command.
-    pub async fn connect(path: &Path, patience: Duration) -> Result<Self> {
-        let stream = tokio::time::timeout(patience, UnixStream::connect(path)).await;
-        let stream = stream
-            .unwrap_or(Err(std::io::ErrorKind::TimedOut.into()))
-            .map_err(|error| Error::Closed(format!("{}: {error}", path.display()).into()))?;
+    /// Waits until the agent at the other end of a new connection answers; `patience` bounds this and each later command.
+    pub async fn open(stream: UnixStream, patience: Duration) -> Result<Self> {
         let mut agent = Self::over(stream, patience);
         let token = agent.queue_sync();
         bounded(SYNC, patience, agent.synchronise(token)).await?;

@@ -6,8 +6,8 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::identity::FileId;
-use super::path::{Trust, open_directory};
 use super::{Error, Media, Publication, Target};
+use crate::path::{Trust, open_directory};
 
 /// The device's own path where `path` is a symbolic link, as most names below `/dev` are. It is followed only there, where
 /// looking never hangs and nobody but root can have made it. Nothing where it leads nowhere.

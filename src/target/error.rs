@@ -5,6 +5,7 @@ use std::fmt;
 use rustix::io::Errno;
 
 use crate::error::Kind;
+use crate::path;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -16,10 +17,8 @@ pub enum Error {
     Missing { disk: String, target: String },
     #[error("{path}: the directory does not exist: create it first")]
     NoDirectory { path: String },
-    #[error("{path}: is no directory")]
-    NotADirectory { path: String },
-    #[error("{path}: is a symbolic link: name the directory that it points to")]
-    SymbolicLink { path: String },
+    #[error("{0}")]
+    Path(path::Error),
     #[error("{path}: {why}: others than root could exchange what lies below it")]
     Untrusted { path: String, why: String },
     #[error("disk '{disk}': {target} is not {wanted}")]
@@ -178,8 +177,7 @@ impl Error {
             Self::NoStore => Kind::Internal,
             Self::Missing { .. }
             | Self::NoDirectory { .. }
-            | Self::NotADirectory { .. }
-            | Self::SymbolicLink { .. }
+            | Self::Path(_)
             | Self::Untrusted { .. }
             | Self::WrongType { .. }
             | Self::WrongSize { .. }
@@ -212,6 +210,17 @@ impl fmt::Display for OfDisk<'_> {
         match self.0 {
             Some(disk) => write!(f, "disk '{disk}': "),
             None => Ok(()),
+        }
+    }
+}
+
+impl From<path::Error> for Error {
+    fn from(error: path::Error) -> Self {
+        match error {
+            path::Error::NotThere { path } => Self::NoDirectory { path },
+            path::Error::Untrusted { path, why } => Self::Untrusted { path, why },
+            path::Error::Io { action, path, errno } => Self::io(action, &path, errno),
+            error => Self::Path(error),
         }
     }
 }

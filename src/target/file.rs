@@ -9,9 +9,9 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::identity::FileId;
-use super::path::{Trust, open_directory};
 use super::{Error, Publication, Target, naming};
 use crate::fault::{self, Point};
+use crate::path::{Trust, open_directory};
 
 /// A file under a name that says it is partial, and the name that it gets.
 #[derive(Debug)]

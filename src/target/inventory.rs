@@ -7,9 +7,9 @@ use jiff::Timestamp;
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::path::{Trust, check_trust, open_directory};
 use super::store::{names_in, open_child};
 use super::{Error, FileId};
+use crate::path::{Trust, check_trust, open_directory};
 
 /// A directory of a store: the store's own, which has one for each domain; a domain's, which has one for each backup; or a
 /// backup's. Nothing in it is taken for what it is not: no symbolic link is followed, and no file but a regular one is read.

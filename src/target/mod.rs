@@ -21,7 +21,6 @@ mod mark;
 mod naming;
 mod opener;
 mod parents;
-mod path;
 mod protection;
 mod removal;
 mod replacement;

@@ -11,11 +11,11 @@ use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::inventory::{Shelf, read_file};
-use super::path::{Trust, check_trust, open_directory};
 use super::removal::{removed_name, sweep};
 use super::{BackupName, Error, Publication, Target, mark, naming};
 use crate::catalog::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::fault::{self, Point};
+use crate::path::{self, Trust, check_trust, open_directory};
 
 const DIRECTORY_MODE: Mode = Mode::RWXU;
 
@@ -159,7 +159,7 @@ impl Partial {
     ) -> Result<(OwnedFd, OwnedFd, String, PathBuf), Error> {
         let shown = domain_path.display().to_string();
         let domain = open_child(store, backup.domain).map_err(|errno| match errno {
-            Errno::LOOP | Errno::NOTDIR => Error::NotADirectory { path: shown.clone() },
+            Errno::LOOP | Errno::NOTDIR => path::Error::NotADirectory { path: shown.clone() }.into(),
             errno => Error::io("open", &shown, errno),
         })?;
         let stat = rustix::fs::fstat(&domain).map_err(|errno| Error::io("stat", &shown, errno))?;
@@ -199,7 +199,7 @@ impl Partial {
         let domain = match open_child(&store, backup.domain) {
             Ok(domain) => domain,
             Err(Errno::NOENT) => return Ok(None),
-            Err(Errno::LOOP | Errno::NOTDIR) => return Err(Error::NotADirectory { path: shown }),
+            Err(Errno::LOOP | Errno::NOTDIR) => return Err(path::Error::NotADirectory { path: shown }.into()),
             Err(errno) => return Err(Error::io("open", &shown, errno)),
         };
         let partial = partial_name(backup.id);

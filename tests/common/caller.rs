@@ -30,20 +30,27 @@ pub struct Signal {
     pub arguments: Vec<String>,
 }
 
-/// A socket to the bus of an ordinary user's, in its own group and no other, from this process. A thread has its own user
-/// as far as the kernel is concerned, and what the kernel says of the thread that connects is what the bus goes by (unix(7),
-/// SO_PEERCRED).
-pub fn socket_as(system: &System, uid: u32) -> UnixStream {
-    let socket = system.dir().join("bus");
+/// Does something as an ordinary user, in its own group and no other, in this process. A thread has its own user as far as
+/// the kernel is concerned.
+pub fn as_user<T: Send + 'static>(uid: u32, work: impl FnOnce() -> T + Send + 'static) -> T {
     // A thread of its own, which ends with that: it never changes back.
-    let connecting = std::thread::spawn(move || {
+    let working = std::thread::spawn(move || {
         let (user, group) = (Uid::from_raw(uid), Gid::from_raw(polkit::group(uid)));
         set_thread_groups(&[group]).expect("the groups are set");
         set_thread_res_gid(group, group, group).expect("the group is set");
         set_thread_res_uid(user, user, user).expect("the user is set");
-        UnixStream::connect(socket).expect("the bus accepts a connection")
+        work()
     });
-    connecting.join().expect("the thread connects")
+    working.join().expect("it is done")
+}
+
+/// A socket to the bus of an ordinary user's, from this process: what the kernel says of the thread that connects is what the
+/// bus goes by (unix(7), SO_PEERCRED).
+pub fn socket_as(system: &System, uid: u32) -> UnixStream {
+    let socket = system.dir().join("bus");
+    as_user(uid, || {
+        UnixStream::connect(socket).expect("the bus accepts a connection")
+    })
 }
 
 /// A connection of an ordinary user's.

@@ -60,7 +60,20 @@ impl Imposter {
         path: &Path,
         play: impl Fn(Peer) -> P + Send + 'static,
     ) -> Self {
-        let listener = UnixListener::bind(path).expect("a socket is made");
+        Self::on(
+            std::os::unix::net::UnixListener::bind(path).expect("a socket is made"),
+            play,
+        )
+    }
+
+    /// The same on a socket that was made by somebody else.
+    #[track_caller]
+    pub fn on<P: Future<Output = ()> + Send>(
+        listener: std::os::unix::net::UnixListener,
+        play: impl Fn(Peer) -> P + Send + 'static,
+    ) -> Self {
+        listener.set_nonblocking(true).expect("a socket can be asked");
+        let listener = UnixListener::from_std(listener).expect("a socket can be waited for");
         Self(tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 play(Peer::new(stream)).await;

@@ -449,6 +449,11 @@ async fn block_devices_that_are_none_in_use_or_too_small() {
     scene
         .refuses_document(&block(small.device(), "qcow2"), "NoSpace", &["8388608 bytes"])
         .await;
+    // The data would fit, but not the image's tables with it: header, refcounts and L1, L2 table of 1 MiB each.
+    let small = LoopDevice::attach(&scene.system.dir().join("tables.img"), 20 * MIB);
+    scene
+        .refuses_document(&block(small.device(), "qcow2"), "NoSpace", &["22020096"])
+        .await;
     let used = LoopDevice::attach(&scene.system.dir().join("used.img"), 128 * MIB);
     let _exclusive: OwnedFd = rustix::fs::open(
         used.device(),
@@ -459,6 +464,8 @@ async fn block_devices_that_are_none_in_use_or_too_small() {
     scene
         .refuses_document(&block(used.device(), "raw"), "TargetInvalid", &["in use"])
         .await;
+    let enough = LoopDevice::attach(&scene.system.dir().join("enough.img"), 21 * MIB);
+    assert_completed(&scene.caller.start("web", &block(enough.device(), "qcow2")).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -18,6 +18,8 @@ const OTHER_COMPRESSION: u64 = 1 << 3;
 const ZSTD: u8 = 1;
 /// Reference counts of 16 bits each.
 const REFCOUNT_ORDER: u32 = 4;
+/// In clusters, in an image whose refcounts fit into one block of its refcount table.
+const HEADER_AND_REFCOUNT_TABLE: u64 = 2;
 /// Of a table: an L1, L2 or refcount table's.
 const ENTRY: u64 = 8;
 /// The greatest L1 table that QEMU opens, in bytes.
@@ -65,15 +67,36 @@ impl Empty {
             .try_for_each(|(offset, bytes)| write(&device, *offset, bytes))
     }
 
+    /// How long the image is at least when it holds so many bytes of data that is not compressed, in bytes.
+    pub fn length_with(&self, data: u64) -> u64 {
+        let cluster = u64::from(self.cluster_size);
+        let data = data.div_ceil(cluster);
+        let l2_tables = data.div_ceil(cluster / ENTRY);
+        let l1_table = (self.l1_entries() * ENTRY).div_ceil(cluster);
+        let counted = HEADER_AND_REFCOUNT_TABLE + l1_table + l2_tables + data;
+        // One that is not full is there even in an empty image.
+        let refcount_blocks = counted.div_ceil(self.counts_in_block() - 1);
+        (counted + refcount_blocks) * cluster
+    }
+
+    fn l1_entries(&self) -> u64 {
+        let cluster = u64::from(self.cluster_size);
+        self.virtual_size.div_ceil(cluster * (cluster / ENTRY))
+    }
+
+    fn counts_in_block(&self) -> u64 {
+        (u64::from(self.cluster_size) * 8) >> REFCOUNT_ORDER
+    }
+
     /// The clusters are, in this order: the header, the refcount table, its only block, the L1 table.
     fn layout(&self) -> Result<(Vec<Piece>, u64)> {
         let cluster = u64::from(self.cluster_size);
-        let l1_entries = self.virtual_size.div_ceil(cluster * (cluster / ENTRY));
+        let l1_entries = self.l1_entries();
         if l1_entries * ENTRY > MOST_L1 {
             return Err(Errno::FBIG);
         }
-        let clusters = 3 + (l1_entries * ENTRY).div_ceil(cluster);
-        if clusters > cluster / 2 {
+        let clusters = HEADER_AND_REFCOUNT_TABLE + 1 + (l1_entries * ENTRY).div_ceil(cluster);
+        if clusters > self.counts_in_block() {
             return Err(Errno::FBIG);
         }
         let counts = 1_u16.to_be_bytes().repeat(clusters as usize);
@@ -226,6 +249,36 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn an_image_is_as_long_as_its_data_and_tables() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let size: u64 = 64 << 20;
+        for cluster_size in [1_u32 << 16, 1 << 20] {
+            let image = empty(size, cluster_size);
+            let file = std::fs::File::create(&path).unwrap();
+            image.write_to_file(&file).unwrap();
+            assert_eq!(image.length_with(0), file.metadata().unwrap().len());
+            for data in [1_u64 << 20, 8 << 20, size] {
+                image.write_to_file(&file).unwrap();
+                let write = format!("write -P 1 0 {data}");
+                let status = Command::new("qemu-io")
+                    .args(["-f", "qcow2", "-c", &write])
+                    .arg(&path)
+                    .stdout(std::process::Stdio::null())
+                    .status();
+                assert!(status.unwrap().success());
+                let (least, length) = (image.length_with(data), file.metadata().unwrap().len());
+                // QEMU may round the length up to what the file system allocates.
+                let most = least.next_multiple_of(1 << 20);
+                assert!(
+                    (least..=most).contains(&length),
+                    "{cluster_size} {data}: {length}, not {least}"
+                );
             }
         }
     }

@@ -72,7 +72,7 @@ pub enum Error {
     Unnameable { disk: String, target: String },
     #[error("disk '{disk}': {target} is in use by the system, as a file system or otherwise")]
     DeviceInUse { disk: String, target: String },
-    #[error("{target} has {free} bytes of free space where the backup takes up to {needed}")]
+    #[error("{target} has {free} bytes of free space where the backup takes at least {needed}")]
     NoSpace { target: String, needed: u64, free: u64 },
     #[error("disk '{disk}': its target is not there any more since the service was started again")]
     Gone { disk: String },

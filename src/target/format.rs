@@ -40,7 +40,7 @@ pub fn format(file: &OwnedFd, media: Media, format: Format, empty: &Empty) -> Re
     }
 }
 
-fn empty_image(disk: &DiskPlan) -> Empty {
+pub(super) fn empty_image(disk: &DiskPlan) -> Empty {
     let (cluster_size, backing) = match &disk.mode {
         Mode::Full { .. } => (CLUSTER_SIZE, None),
         // For readers of the image: QEMU gets none while it writes.

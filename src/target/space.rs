@@ -10,6 +10,7 @@ use std::path::Path;
 use rustix::fs::{FileType, Mode as FileMode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::format::empty_image;
 use super::{Error, Media, Target};
 use crate::definition::Format;
 use crate::plan::{DiskPlan, Mode, Task};
@@ -33,9 +34,15 @@ pub fn check(targets: &[Target], disks: &[DiskPlan], task: &Task, process: Optio
     let mut systems: HashMap<u64, Need> = HashMap::new();
     for (index, (target, disk)) in targets.iter().zip(disks).enumerate() {
         if target.media == Media::Block {
-            device(disk, &target.label, super::check::size(target)?, || {
-                bounds.least(disk)
-            })?;
+            let size = super::check::size(target)?;
+            let least = || bounds.in_device(disk, bounds.least(disk));
+            device(
+                disk,
+                &target.label,
+                size,
+                bounds.in_device(disk, disk.estimate),
+                least,
+            )?;
             continue;
         }
         // A compressed image takes less by an unknown amount.
@@ -71,20 +78,26 @@ fn free_space(target: &Target) -> Result<u64, Error> {
     Ok(system.f_bavail.saturating_mul(system.f_frsize))
 }
 
-/// Whether a device of `size` bytes, called `label`, takes the image of a disk.
-fn device(disk: &DiskPlan, label: &str, size: u64, least: impl FnOnce() -> u64) -> Result<(), Error> {
+/// Whether a device of `size` bytes, called `label`, takes the image of a disk, which needs `least` to `most` bytes as qcow2.
+fn device(
+    disk: &DiskPlan,
+    label: &str,
+    size: u64,
+    most: u64,
+    least: impl FnOnce() -> u64,
+) -> Result<(), Error> {
     match disk.format {
         Format::Raw if size < disk.virtual_size => Err(super::check::wrong_size(disk, label, size)),
         Format::Raw => Ok(()),
         // A compressed image takes less by an unknown amount.
         Format::Qcow2 if disk.compress.is_some() => Ok(()),
-        Format::Qcow2 => compare(label, size, disk.estimate, least),
+        Format::Qcow2 => compare(label, size, most, least),
     }
 }
 
 /// Whether a device of `size` bytes, called `label`, takes a restored disk.
 pub fn device_for_restore(disk: &DiskPlan, label: &str, size: u64) -> Result<(), Error> {
-    device(disk, label, size, || disk.estimate)
+    device(disk, label, size, disk.estimate, || disk.estimate)
 }
 
 fn compare(label: &str, free: u64, most: u64, least: impl FnOnce() -> u64) -> Result<(), Error> {
@@ -115,6 +128,15 @@ struct Bounds<'a> {
 }
 
 impl Bounds<'_> {
+    /// How long an image with so many bytes of data is. A device takes it with its tables, or not at all.
+    fn in_device(&self, disk: &DiskPlan, data: u64) -> u64 {
+        match self.task {
+            // What is known of a stored image is its length.
+            Task::Restore(_) => data,
+            _ => empty_image(disk).length_with(data),
+        }
+    }
+
     /// What a disk's image takes at least, in bytes; 0 where that can't be known.
     fn least(&self, disk: &DiskPlan) -> u64 {
         if matches!(self.task, Task::Restore(_)) {

@@ -486,3 +486,37 @@ async fn a_backup_goes_on_whose_vm_was_renamed_while_no_service_was_there() {
     );
     assert_eq!(vm.residue().jobs, [""; 0]);
 }
+
+/// Whoever may read a backup knows its bitmap's name, and can write to a store that is carried about.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_built_upon_a_manifest_that_this_service_did_not_write() {
+    let (_directory, table, nightly) = nightly(9);
+    let system = System::setup().table(&table).start();
+    let vm = machine(&system, "one", "web", FORMER);
+    let root = Caller::new(&system).await;
+    root.complete("web", "").await;
+    let genuine = directories(&system.store().join("web")).remove(0);
+    let forged = nightly.join("web/20991231T000000Z-ffffffff");
+    fs::create_dir_all(forged.parent().unwrap()).unwrap();
+    let mut copy = std::process::Command::new("cp");
+    copy.arg("-a").arg(&genuine).arg(&forged);
+    common::process::run(copy).expect_success();
+    let mut content = manifest(&forged);
+    content["id"] = json!(id(&forged));
+    content["instant"] = json!("9999-12-01T00:00:00Z");
+    content["sequence"] = json!(1_u64 << 53);
+    write_manifest(&forged, &content);
+    rescan(&root, false).await;
+    assert!(ids(&root, "web").await.contains(&id(&forged)));
+    vm.write("vda", 0, 64 * 1024, 0x22);
+
+    let since = Options::from([("incremental", Variant::from("20991231T000000Z-ffffffff"))]);
+    let refused = root.try_start("web", NIGHTLY, &[], since).await.unwrap_err();
+    assert!(refused.to_string().contains("another service made"), "{refused}");
+    let job = root.start_with("web", NIGHTLY, &[], Options::new()).await;
+    assert_completed(&job).await;
+    let (disk, mode, base, why) = job.increments().await.unwrap().remove(0);
+    assert_eq!((&*disk, &*mode, &*base, &*why), ("vda", "full", "", "not-proven"));
+    // The genuine one stays the base in its own store.
+    assert_eq!(backup(&root, "web").await, id(&genuine));
+}

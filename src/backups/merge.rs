@@ -127,9 +127,11 @@ impl Backups {
         if manifest.parents().is_empty() {
             manifest.kind = Kind::Full;
         }
-        let text = manifest
-            .to_json()
-            .map_err(|error| Error::Manifest(error.to_string()))?;
+        let error = |error: serde_json::Error| Error::Manifest(error.to_string());
+        if backup.manifest.is_proven(self.catalog.key()) {
+            manifest.prove(self.catalog.key()).map_err(error)?;
+        }
+        let text = manifest.to_json().map_err(error)?;
         let written = replacement.clone();
         let write = move |progress: &Progress| {
             written.keep_record(DEFINITION_NAME, progress)?;

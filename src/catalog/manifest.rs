@@ -123,6 +123,9 @@ pub struct Manifest {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_in_backup: Vec<Outside>,
     pub disks: Vec<Disk>,
+    /// See [`Manifest::prove`]; in lower-case hexadecimal digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proof: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -225,6 +228,7 @@ impl Manifest {
             checkpoint: None,
             not_in_backup: Vec::new(),
             disks: Vec::new(),
+            proof: None,
         }
     }
 
@@ -379,7 +383,7 @@ fn is_image_name(name: &str) -> bool {
     is_file_name(name) && ![MANIFEST_NAME, DEFINITION_NAME, PROTECTED_NAME].contains(&name)
 }
 
-fn is_sha256(text: &str) -> bool {
+pub(super) fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 

@@ -16,6 +16,7 @@ mod jobs;
 mod manifest;
 mod marks;
 mod merging;
+mod proof;
 mod record;
 mod rescan;
 mod standing;
@@ -29,6 +30,7 @@ pub use history::EndedJob;
 pub use manifest::{
     Checkpoint, Disk, Domain, Kind, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest, ManifestError, Parent,
 };
+pub use proof::Key;
 pub use record::{DomainRecord, Ended, JobRecord, JobState, Leftover, NewJob};
 pub use rescan::{StoredBackup, Taken};
 pub use standing::{Standing, There};
@@ -46,12 +48,15 @@ pub const DEFINITION_NAME: &str = "backup.xml";
 pub const PROTECTED_NAME: &str = "protected";
 /// The catalog's file name in the state directory.
 pub const FILE_NAME: &str = "catalog.sqlite";
+/// The name of the key's file beside it.
+const KEY_NAME: &str = "key";
 
 /// The open catalog. Clones are the same one. What is called is done, even if nobody waits for it any more.
 #[derive(Debug, Clone)]
 pub struct Catalog {
     connection: Arc<Mutex<Connection>>,
     service: Uuid,
+    key: Key,
 }
 
 impl Catalog {
@@ -60,7 +65,14 @@ impl Catalog {
         let connection = database::open(path)?;
         let service: String = connection.query_row("SELECT id FROM service", [], |row| row.get(0))?;
         let wrong = |_| Error::Statement(format!("'{service}' is not a service's id"));
+        let key_path = path.with_file_name(KEY_NAME);
+        let key = Key::open(&key_path).map_err(|source| Error::Io {
+            path: key_path,
+            action: "read or made",
+            source,
+        })?;
         Ok(Self {
+            key,
             service: service.parse().map_err(wrong)?,
             connection: Arc::new(Mutex::new(connection)),
         })
@@ -69,6 +81,11 @@ impl Catalog {
     /// Names this service in the manifests that it writes.
     pub fn service(&self) -> Uuid {
         self.service
+    }
+
+    /// Proves the manifests that this service writes.
+    pub fn key(&self) -> &Key {
+        &self.key
     }
 
     /// Runs `work` where it keeps nobody else waiting.

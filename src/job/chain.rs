@@ -17,7 +17,7 @@ use super::manager::Setting;
 use super::record::domain_record;
 use super::watched;
 use super::{Error, Job, Jobs, sentinel};
-use crate::catalog::{self, DomainDir, Manifest, Standing, Stored, There};
+use crate::catalog::{self, DomainDir, Key, Manifest, Standing, Stored, There};
 use crate::config::Store;
 use crate::definition::is_backup_id;
 use crate::domain::{CheckpointPolicy, Disk, Domain, Greeter, Link, Snapshot};
@@ -61,11 +61,18 @@ pub(super) async fn earlier(
     if records.is_empty() {
         return Ok(Vec::new());
     }
-    let look = move |progress: &Progress| look(&path, &directory, &records, progress);
+    let key = setting.catalog.key().clone();
+    let look = move |progress: &Progress| look(&path, &directory, &records, &key, progress);
     watched(setting, "the store", look).await
 }
 
-fn look(store: &Path, directory: &DomainDir, stored: &[Stored], progress: &Progress) -> Vec<Earlier> {
+fn look(
+    store: &Path,
+    directory: &DomainDir,
+    stored: &[Stored],
+    key: &Key,
+    progress: &Progress,
+) -> Vec<Earlier> {
     // What cannot be looked at cannot be built upon, nor can the new backup be put there, which says why.
     let shelf = Shelf::of_store(store).and_then(|store| store.below(directory.as_str()));
     let shelf = shelf.ok().flatten();
@@ -106,6 +113,7 @@ fn look(store: &Path, directory: &DomainDir, stored: &[Stored], progress: &Progr
         earlier.push(Earlier {
             id: manifest.id.clone(),
             checkpoint: manifest.checkpoint.clone().and_then(|checkpoint| checkpoint.name),
+            proven: manifest.is_proven(key),
             disks,
         });
     }

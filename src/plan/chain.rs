@@ -44,6 +44,8 @@ pub struct Earlier {
     pub id: String,
     /// The name of its checkpoint, where that has one of its own.
     pub checkpoint: Option<String>,
+    /// This service wrote all of its manifest.
+    pub proven: bool,
     pub disks: Vec<EarlierDisk>,
 }
 
@@ -151,6 +153,8 @@ pub enum Why {
     Resized,
     /// An image of the earlier backup is not what it was, or is gone.
     Damaged,
+    /// Another service made the earlier backup, or its manifest was changed.
+    NotProven,
     /// It would take too many images to read it.
     ChainTooLong,
     /// It was made by a service whose records are gone.
@@ -173,6 +177,7 @@ impl Why {
             Self::Inconsistent => "inconsistent",
             Self::Resized => "resized",
             Self::Damaged => "damaged",
+            Self::NotProven => "not-proven",
             Self::ChainTooLong => "chain-too-long",
             Self::Unknown => "unknown",
             Self::NoBackup => "no-backup",
@@ -194,6 +199,7 @@ impl Why {
             Self::Inconsistent => "its record of what was written is not whole, as after a crash of its QEMU",
             Self::Resized => "its size has changed since then, even if it is the same again",
             Self::Damaged => "an image of the earlier backup is not what it was, or is gone",
+            Self::NotProven => "another service made the earlier backup, or its manifest was changed",
             Self::ChainTooLong => "it would take too many images to read it",
             Self::Unknown => "it is not on record any more why",
             Self::NoBackup => {
@@ -214,8 +220,14 @@ pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<
             let is_called =
                 |backup: &Earlier| backup.id == *checkpoint || backup.checkpoint.as_ref() == Some(checkpoint);
             let alone = |other: &Existing| other.is_called(checkpoint) && !other.has_backup;
-            match earlier.iter().position(is_called) {
-                Some(index) => since(disk, &earlier[index], index == 0),
+            let mut called = earlier.iter().filter(|backup| is_called(backup));
+            // Another service's backup can have the same id or name.
+            match called
+                .clone()
+                .find(|backup| backup.proven)
+                .or_else(|| called.next())
+            {
+                Some(backup) => since(disk, backup, is_newest(backup, earlier)),
                 None if past.checkpoints.iter().any(alone) => Err(Why::NoBackup),
                 None => {
                     let (name, at) = (checkpoint.clone(), *at);
@@ -249,8 +261,8 @@ pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<
 /// The newest backup that the disk has a record since.
 fn newest(disk: &Disk, earlier: &[Earlier]) -> Result<Base, Why> {
     let mut first = None;
-    for (index, backup) in earlier.iter().enumerate() {
-        match since(disk, backup, index == 0) {
+    for backup in earlier {
+        match since(disk, backup, is_newest(backup, earlier)) {
             Ok(base) => return Ok(base),
             // A record that goes back further has seen the same change of size; and a chain that is too long is ended by a
             // full backup, not prolonged from further back.
@@ -269,6 +281,12 @@ fn newest(disk: &Disk, earlier: &[Earlier]) -> Result<Base, Why> {
     })
 }
 
+/// Whether it is the newest that this service made.
+fn is_newest(backup: &Earlier, earlier: &[Earlier]) -> bool {
+    let newest = earlier.iter().find(|earlier| earlier.proven);
+    newest.is_some_and(|newest| newest.id == backup.id)
+}
+
 fn since(disk: &Disk, backup: &Earlier, newest: bool) -> Result<Base, Why> {
     let records = backup.disks.iter().filter_map(|then| {
         let name = then.bitmap.as_ref()?;
@@ -282,6 +300,10 @@ fn since(disk: &Disk, backup: &Earlier, newest: bool) -> Result<Base, Why> {
             Why::NoBitmaps
         });
     };
+    // Anybody who reads a backup of this service's knows the name of its bitmap.
+    if !backup.proven {
+        return Err(Why::NotProven);
+    }
     let images = then.images.ok_or(Why::Damaged)?;
     if !bitmap.good {
         return Err(Why::Inconsistent);
@@ -338,6 +360,7 @@ mod tests {
         Earlier {
             id: id.into(),
             checkpoint: Some(format!("before-{id}")),
+            proven: true,
             disks: vec![EarlierDisk {
                 file: "vda.qcow2".into(),
                 virtual_size: 1 << 20,
@@ -393,6 +416,32 @@ mod tests {
         let mut renamed = disk(&["since-a"]);
         renamed.name = "vdx".into();
         assert_eq!(auto(&renamed, &[backup("a", Some(1))]), Ok(("a".into(), true)));
+    }
+
+    #[test]
+    fn nothing_is_built_upon_what_this_service_did_not_make() {
+        let foreign = |id: &str, bitmap: &str| {
+            let mut backup = backup(id, Some(1));
+            backup.proven = false;
+            backup.disks[0].bitmap = Some(bitmap.into());
+            backup
+        };
+        let known = disk(&["since-a"]);
+        let forged = foreign("z", "since-a");
+        assert_eq!(
+            auto(&known, &[forged.clone(), backup("a", Some(1))]),
+            Ok(("a".into(), true))
+        );
+        assert_eq!(auto(&known, &[forged.clone()]), Err(Why::NotProven));
+        let same_name = foreign("a", "since-a");
+        let earlier = past(&[same_name, backup("a", Some(1))]);
+        let found = choose(&known, &earlier, &named("before-a"), None);
+        assert!(
+            matches!(found, Ok(Mode::Since(Base { newest: true, .. }))),
+            "{found:?}"
+        );
+        let refused = choose(&known, &past(&[forged]), &named("z"), None);
+        assert!(refused.is_err(), "{refused:?}");
     }
 
     #[test]

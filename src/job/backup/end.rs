@@ -147,7 +147,7 @@ impl Driver<'_> {
         }
         let targets = self.take_targets()?;
         let manifest = match targets.in_store() {
-            true => manifest(self.job, copying, digests),
+            true => manifest(self.job, copying, digests, self.setting.catalog.key()),
             false => Ok(Vec::new()),
         };
         let (manifest, document) = match (manifest, self.job.definition()) {
@@ -326,7 +326,12 @@ pub(in crate::job) async fn discard(
         .unwrap_or(false)
 }
 
-fn manifest(job: &Job, copying: &Copying, digests: &[FileDigest]) -> Result<Vec<u8>, Error> {
+fn manifest(
+    job: &Job,
+    copying: &Copying,
+    digests: &[FileDigest],
+    key: &catalog::Key,
+) -> Result<Vec<u8>, Error> {
     let domain = catalog::Domain {
         name: job.domain.name.clone(),
         uuid: job.domain_uuid,
@@ -370,6 +375,7 @@ fn manifest(job: &Job, copying: &Copying, digests: &[FileDigest]) -> Result<Vec<
     });
     manifest.disks = in_store.collect();
     manifest
-        .to_json()
+        .prove(key)
+        .and_then(|()| manifest.to_json())
         .map_err(|error| Error::Record(error.to_string()))
 }

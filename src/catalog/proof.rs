@@ -1,0 +1,151 @@
+//! The proof that this service wrote a manifest.
+//!
+//! Others can write to a store, and whoever may read a backup knows its id and the names of its bitmaps. A manifest that they
+//! made up may be restored and verified like any other, but nothing is backed up incrementally on it: the VM's bitmap says
+//! nothing of an image that this service did not make.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
+
+use super::Manifest;
+use super::manifest::is_sha256;
+
+/// As many as HMAC-SHA-256 takes as they are.
+const KEY_BYTES: usize = 64;
+
+/// What this service proves its manifests with. Nobody else can read it.
+#[derive(Clone)]
+pub struct Key([u8; KEY_BYTES]);
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key")
+    }
+}
+
+impl Key {
+    /// Reads the key at `path`, and makes one if there is none, or none of use. A new one costs each VM a full backup. Blocks.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        match std::fs::read(path) {
+            Ok(bytes) => {
+                if let Ok(key) = bytes.try_into() {
+                    return Ok(Self(key));
+                }
+                let path = path.display().to_string();
+                tracing::warn!(
+                    path,
+                    "the key is damaged and is made anew: the next backups are full"
+                );
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        Self::create(path)
+    }
+
+    /// The key gets its name when it is whole and durable.
+    fn create(path: &Path) -> io::Result<Self> {
+        let mut key = [0; KEY_BYTES];
+        getrandom::fill(&mut key)?;
+        let new = path.with_extension("new");
+        match std::fs::remove_file(&new) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&new)?;
+        file.write_all(&key)?;
+        file.sync_all()?;
+        std::fs::rename(&new, path)?;
+        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
+        Ok(Self(key))
+    }
+}
+
+impl Manifest {
+    /// Adds the proof. What is changed afterwards is not proven.
+    pub fn prove(&mut self, key: &Key) -> Result<(), serde_json::Error> {
+        let mac = self.mac(key)?.finalize().into_bytes();
+        self.proof = Some(mac.iter().map(|byte| format!("{byte:02x}")).collect());
+        Ok(())
+    }
+
+    /// Whether the service with that key wrote all of it.
+    pub fn is_proven(&self, key: &Key) -> bool {
+        let proof = self.proof.as_deref().filter(|proof| is_sha256(proof));
+        let byte = |at| u8::from_str_radix(proof?.get(at..at + 2)?, 16).ok();
+        let proof: Option<Vec<u8>> = (0..64).step_by(2).map(byte).collect();
+        proof
+            .zip(self.mac(key).ok())
+            .is_some_and(|(proof, mac)| mac.verify_slice(&proof).is_ok())
+    }
+
+    /// HMAC-SHA-256 (RFC 2104) of the manifest's JSON without the proof.
+    fn mac(&self, key: &Key) -> Result<Hmac<Sha256>, serde_json::Error> {
+        let mut bare = self.clone();
+        bare.proof = None;
+        let mut mac = Hmac::<Sha256>::new(&key.0.into());
+        mac.update(&bare.to_json()?);
+        Ok(mac)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::catalog::{Domain, Kind};
+
+    fn manifest() -> Manifest {
+        let domain = Domain {
+            name: "web".into(),
+            uuid: None,
+        };
+        let now = Timestamp::UNIX_EPOCH;
+        Manifest::new(Kind::Full, "a".into(), 1, 0, domain, now, now)
+    }
+
+    #[test]
+    fn a_manifest_is_proven_by_its_writer_as_long_as_nothing_changes() {
+        let (ours, theirs) = (Key([1; KEY_BYTES]), Key([2; KEY_BYTES]));
+        let mut proven = manifest();
+        assert!(!proven.is_proven(&ours));
+        proven.prove(&ours).unwrap();
+        assert!(proven.is_proven(&ours));
+        assert!(!proven.is_proven(&theirs));
+        let mut changed = proven.clone();
+        changed.sequence += 1;
+        assert!(!changed.is_proven(&ours));
+        changed.prove(&ours).unwrap();
+        assert!(changed.is_proven(&ours));
+        for proof in ["", "00", &"0".repeat(64), &"ä".repeat(32)] {
+            proven.proof = Some(proof.into());
+            assert!(!proven.is_proven(&ours), "{proof}");
+        }
+    }
+
+    #[test]
+    fn a_key_stays_and_is_its_owners_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        let made = Key::open(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(Key::open(&path).unwrap().0, made.0);
+        std::fs::write(&path, "short").unwrap();
+        let new = Key::open(&path).unwrap();
+        assert_ne!(new.0, made.0);
+        assert_eq!(Key::open(&path).unwrap().0, new.0);
+    }
+}

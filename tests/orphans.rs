@@ -3,8 +3,6 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 
 use common::System;
 use common::caller::Caller;
@@ -13,53 +11,18 @@ use common::disk::Disk;
 use common::made::{FIRST, Store, backupctl, run, text};
 use common::process::{self, Process};
 use common::proxies::Options;
+use common::stand_in::{HANGS, StandIn, wait_for_end};
 use common::storage::{files_below, identical};
 use common::wait;
 use rustix::process::Signal;
 use zbus::wire::Variant;
-
-/// A directory for PATH in which a program of QEMU's hangs from its start on, after it has written its process id.
-struct Hanging {
-    directory: PathBuf,
-}
-
-impl Hanging {
-    fn program(parent: &Path, name: &str) -> Self {
-        let directory = parent.join("bin");
-        fs::create_dir_all(&directory).unwrap();
-        let (script, pid) = (directory.join(name), directory.join("pid"));
-        let content = format!("#!/bin/sh\necho $$ > {}\nexec sleep 1000\n", pid.display());
-        fs::write(&script, content).unwrap();
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-        Self { directory }
-    }
-
-    fn path(&self) -> String {
-        format!("{}:/usr/bin:/bin", self.directory.display())
-    }
-
-    #[track_caller]
-    fn wait_for_start(&self) -> u32 {
-        wait::until("the program to have started", || {
-            let pid = fs::read_to_string(self.directory.join("pid")).ok()?;
-            pid.trim().parse().ok()
-        })
-    }
-}
-
-#[track_caller]
-fn wait_for_end(pid: u32) {
-    wait::until("the program to be gone", || {
-        (!Path::new(&format!("/proc/{pid}/exe")).exists()).then_some(())
-    });
-}
 
 #[test]
 fn a_client_that_dies_leaves_no_process_and_no_file() {
     for (program, command) in [("qemu-storage-daemon", "restore"), ("qemu-img", "verify")] {
         for signal in [Signal::HUP, Signal::TERM, Signal::KILL] {
             let store = Store::new();
-            let hanging = Hanging::program(store.dir.path(), program);
+            let hanging = StandIn::new(store.dir.path(), program, HANGS);
             let out = store.out();
             let mut client = backupctl();
             client
@@ -92,7 +55,7 @@ fn a_client_that_dies_leaves_no_process_and_no_file() {
 #[test]
 fn a_hangup_that_was_ignored_at_the_start_stays_ignored() {
     let store = Store::new();
-    let hanging = Hanging::program(store.dir.path(), "qemu-storage-daemon");
+    let hanging = StandIn::new(store.dir.path(), "qemu-storage-daemon", HANGS);
     let mut client = process::bound("nohup");
     client
         .arg(env!("CARGO_BIN_EXE_backupctl"))
@@ -171,7 +134,7 @@ fn a_socket_that_nobody_listens_on_any_more_is_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_dies_leaves_no_process() {
     let place = common::test_directory();
-    let hanging = Hanging::program(place.path(), "qemu-storage-daemon");
+    let hanging = StandIn::new(place.path(), "qemu-storage-daemon", HANGS);
     let mut system = System::setup().environment("PATH", &hanging.path()).start();
     let disk = Disk::new("vda", 1 << 20).fill(0, 1 << 20, 0x11);
     let _vm = system.configured(system.vm("web").disk(disk).running());

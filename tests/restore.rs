@@ -14,6 +14,7 @@ use backupd::image::{self, Chain, Control, Fault, Output, Progress};
 use backupd::target::{Sharing, Shelf};
 use common::made::{ALL, FIRST, FULL, MIB, SECOND, SIZE, Store, backupctl, run, text, write_at};
 use common::process::{self, Process};
+use common::stand_in::{HANGS, StandIn, wait_for_end};
 use common::storage::{LoopDevice, Tmpfs, files_below, holds, identical};
 use common::wait;
 use rustix::process::Signal;
@@ -333,13 +334,7 @@ fn what_is_interrupted_leaves_nothing() {
     let store = Store::new();
     let out = store.out();
     // It never answers, so that the restore is in its middle for as long as it takes.
-    let bin = store.dir.path().join("bin");
-    fs::create_dir(&bin).unwrap();
-    let script = bin.join("qemu-storage-daemon");
-    let started = store.dir.path().join("started");
-    let content = format!("#!/bin/sh\necho $$ > {}\nexec sleep 1000\n", started.display());
-    fs::write(&script, content).unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let hanging = StandIn::new(store.dir.path(), "qemu-storage-daemon", HANGS);
     let mut command = backupctl();
     command
         .args([
@@ -350,18 +345,14 @@ fn what_is_interrupted_leaves_nothing() {
             "--to",
             text(&out),
         ])
-        .env("PATH", format!("{}:/usr/bin:/bin", bin.display()));
+        .env("PATH", hanging.path());
     let mut restore = Process::start("restore", store.dir.path(), command);
-    let child = wait::until("the restore to have begun", || {
-        fs::read_to_string(&started).ok()?.trim().parse::<u32>().ok()
-    });
+    let child = hanging.wait_for_start();
     assert_eq!(files_below(&out), [""; 0]);
     restore.signal(Signal::INT);
     assert_eq!(restore.wait(), 3, "{}", restore.log());
     assert_eq!(files_below(&out), [""; 0]);
-    wait::until("its child to be gone", || {
-        (!Path::new(&format!("/proc/{child}/exe")).exists()).then_some(())
-    });
+    wait_for_end(child);
 }
 
 #[test]

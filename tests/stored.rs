@@ -3,7 +3,6 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,11 +14,13 @@ use common::disk::{Disk, Kind};
 use common::polkit;
 use common::process;
 use common::proxies::{JobProxy, Options, assert_limit, error_name};
+use common::stand_in::{HANGS, IS_KILLED, STOPS_AND_FINDS_NOTHING, StandIn, go_on, wait_for_end};
 use common::storage::{files_below, identical};
 use common::vm::Vm;
 use common::wait;
 use common::{Setup, System};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
+use tempfile::TempDir;
 use zbus::wire::{OwnedObjectPath, Variant};
 
 const MIB: u64 = 1 << 20;
@@ -261,23 +262,17 @@ async fn what_is_damaged_is_found_told_and_remembered_with_all_that_lies_on_it()
     assert!(found.iter().all(|(state, _)| state == "damaged"), "{found:?}");
 }
 
-/// A service that finds this `qemu-img` before the real one.
-fn with_qemu_img(script: &str) -> (System, PathBuf) {
-    let bin = tempfile::Builder::new()
-        .prefix("bkp-bin-")
-        .tempdir()
-        .unwrap()
-        .keep();
-    let program = bin.join("qemu-img");
-    fs::write(&program, script).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display());
-    (System::setup().environment("PATH", &path).start(), program)
+/// A service that finds this program of QEMU's before the real one.
+fn with_program(setup: Setup, name: &str, statements: &str) -> (System, StandIn, TempDir) {
+    let place = common::test_directory();
+    let program = StandIn::new(place.path(), name, statements);
+    let system = setup.environment("PATH", &program.path()).start();
+    (system, program, place)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_could_not_be_looked_at_is_not_damaged() {
-    let (system, qemu_img) = with_qemu_img("#!/bin/sh\nkill -KILL $$\n");
+    let (system, killed, _place) = with_program(System::setup(), "qemu-img", IS_KILLED);
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
     root.complete("web", "").await;
@@ -311,7 +306,7 @@ async fn what_could_not_be_looked_at_is_not_damaged() {
     // The next look counts.
     changed["disks"][0]["sha256"] = sum.into();
     write_manifest(&full, &changed);
-    fs::remove_file(qemu_img).unwrap();
+    killed.remove();
     root.manager.rescan(Options::new()).await.unwrap();
     assert_completed(&job(&root, call(&root, &full, "Verify", &Options::new()).await).await).await;
     assert_eq!(states(&root).await, unchanged);
@@ -358,24 +353,9 @@ async fn a_backup_is_served_for_reading_until_the_caller_leaves() {
     .await;
 }
 
-/// A service whose restores never get further than their beginning, and where their process is told.
-fn hanging() -> (System, PathBuf) {
-    hanging_with("qemu-storage-daemon", System::setup())
-}
-
-/// A system whose `program` does nothing, and the file that has the process id of the program once it is started.
-fn hanging_with(program: &str, setup: Setup) -> (System, PathBuf) {
-    let bin = tempfile::Builder::new()
-        .prefix("bkp-bin-")
-        .tempdir()
-        .unwrap()
-        .keep();
-    let (script, started) = (bin.join(program), bin.join("started"));
-    let content = format!("#!/bin/sh\necho $$ > {}\nexec sleep 1000\n", started.display());
-    fs::write(&script, content).unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display());
-    (setup.environment("PATH", &path).start(), started)
+/// A service whose restores never get further than their beginning.
+fn hanging() -> (System, StandIn, TempDir) {
+    with_program(System::setup(), "qemu-storage-daemon", HANGS)
 }
 
 /// The limit is on standing still: how long the work takes in all does not matter.
@@ -383,7 +363,7 @@ fn hanging_with(program: &str, setup: Setup) -> (System, PathBuf) {
 async fn a_restore_and_a_verification_whose_program_hangs_have_failed_as_stalled() {
     for (program, method) in [("qemu-storage-daemon", "Restore"), ("qemu-img", "Verify")] {
         let setup = System::setup().table("[deadlines]\nstall-seconds = 2");
-        let (system, file) = hanging_with(program, setup);
+        let (system, hanging, _place) = with_program(setup, program, HANGS);
         let _vm = machine(&system);
         let root = Caller::new(&system).await;
         root.complete("web", "").await;
@@ -395,57 +375,44 @@ async fn a_restore_and_a_verification_whose_program_hangs_have_failed_as_stalled
             _ => call(&root, &full, method, &Options::new()).await,
         };
         let job = job(&root, reply).await;
-        let child = started(&file);
+        let child = hanging.wait_for_start();
         let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
         assert_eq!(result, "failed", "{method}");
         assert!(
             message.contains("made no progress for 2 seconds"),
             "{method}: {message}"
         );
-        wait::until("the program to be gone", || {
-            let exe = format!("/proc/{}/exe", child.as_raw_nonzero());
-            (!Path::new(&exe).exists()).then_some(())
-        });
+        wait_for_end(child);
         assert_eq!(path.metadata().unwrap().len(), 0);
-        fs::remove_dir_all(file.parent().unwrap()).unwrap();
     }
-}
-
-fn started(file: &Path) -> Pid {
-    wait::until("the restore to have begun", || {
-        Pid::from_raw(fs::read_to_string(file).ok()?.trim().parse().ok()?)
-    })
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_that_is_cancelled_leaves_nothing_in_the_file() {
-    let (system, file) = hanging();
+    let (system, hanging, _place) = hanging();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
     let [full, _] = chain(&system, &root).await;
     let path = system.dir().join("vda");
     let target = new_file(&path);
     let restored = job(&root, restore(&root, &full, &[("vda", &target)], "raw").await).await;
-    let child = started(&file);
+    let child = hanging.wait_for_start();
     restored.cancel().await.unwrap();
     assert_eq!(restored.wait().await.unwrap().0, "cancelled");
     assert_eq!(path.metadata().unwrap().len(), 0);
-    wait::until("its child to be gone", || {
-        (!Path::new(&format!("/proc/{}/exe", child.as_raw_pid())).exists()).then_some(())
-    });
-    fs::remove_dir_all(file.parent().unwrap()).unwrap();
+    wait_for_end(child);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_that_went_with_the_service_has_failed() {
-    let (mut system, file) = hanging();
+    let (mut system, hanging, _place) = hanging();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
     let [full, _] = chain(&system, &root).await;
     let target = new_file(&system.dir().join("vda"));
     let restored = job(&root, restore(&root, &full, &[("vda", &target)], "raw").await).await;
     let number = restored.id().await.unwrap();
-    let child = started(&file);
+    let child = hanging.wait_for_start();
     system.kill_daemon();
     // systemd ends it with the service.
     kill_process(child, Signal::KILL).unwrap();
@@ -461,7 +428,6 @@ async fn a_restore_that_went_with_the_service_has_failed() {
         jobs.iter().any(|job| job.0 == number && job.3 == "failed"),
         "{jobs:?}"
     );
-    fs::remove_dir_all(file.parent().unwrap()).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -547,7 +513,7 @@ async fn backupctl_passes_the_users_own_files_to_the_service() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_interrupts_backupctl_has_neither_a_job_nor_a_file() {
-    let (system, file) = hanging();
+    let (system, hanging, _place) = hanging();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
     let [full, _] = chain(&system, &root).await;
@@ -555,34 +521,20 @@ async fn who_interrupts_backupctl_has_neither_a_job_nor_a_file() {
     fs::create_dir(&out).unwrap();
     let arguments = ["restore", &id(&full), "--to", out.to_str().unwrap()];
     let mut restore = system.clients().start_backupctl("restore", 0, &arguments);
-    started(&file);
+    hanging.wait_for_start();
     assert_eq!(files_below(&out), [""; 0], "they have no names yet");
     restore.signal(Signal::INT);
     assert_eq!(restore.wait(), 3, "{}", restore.log());
     assert_eq!(files_below(&out), [""; 0]);
     let jobs = root.manager.list_jobs().await.unwrap();
     assert_eq!(jobs.last().unwrap().3, "cancelled");
-    fs::remove_dir_all(file.parent().unwrap()).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_deleted_while_its_chain_is_verified_is_reported_as_removed() {
-    let bin = tempfile::Builder::new().prefix("bkp-bin-").tempdir().unwrap();
     // The first image is being checked until the others are deleted.
-    let (begun, deleted) = (bin.path().join("begun"), bin.path().join("deleted"));
-    let mut fifo = Command::new("mkfifo");
-    fifo.arg(&deleted);
-    process::run(fifo).expect_success();
-    let content = format!(
-        "#!/bin/sh\nif [ \"$1\" = check ] && mkdir {}; then read line < {}; fi 2>/dev/null\nexec /usr/bin/qemu-img \"$@\"\n",
-        begun.display(),
-        deleted.display()
-    );
-    let script = bin.path().join("qemu-img");
-    fs::write(&script, content).unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.path().display());
-    let system = System::setup().environment("PATH", &path).start();
+    let setup = System::setup();
+    let (system, stopped, _place) = with_program(setup, "qemu-img", STOPS_AND_FINDS_NOTHING);
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
     let mut ids: Vec<String> = Vec::new();
@@ -595,11 +547,12 @@ async fn what_is_deleted_while_its_chain_is_verified_is_reported_as_removed() {
     let mut verify = system
         .clients()
         .start_backupctl("verify", ROOT, &["verify", "--all"]);
-    wait::until("the first image to be checked", || begun.exists().then_some(()));
+    let first = stopped.wait_for_stop();
     let gone = system
         .clients()
         .backupctl(ROOT, &["delete", "--with-descendants", &ids[1]]);
-    fs::write(&deleted, "\n").unwrap();
+    stopped.remove();
+    go_on(first);
     gone.expect_success();
     assert_eq!(verify.wait(), 0, "{}{}", verify.stdout(), verify.log());
     let said = verify.stdout();

@@ -3,12 +3,13 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::FileExt;
 
 use common::made::{
     ALL, DIFFERENTIAL, FIRST, FULL, MIB, SECOND, SIZE, Store, backupctl, run, text, write_at,
 };
-use common::process::{self, Output};
+use common::process::{self, Output, Process};
+use common::stand_in::{IS_KILLED, STOPS_AND_FINDS_NOTHING, StandIn, go_on};
 use common::storage::files_below;
 use serde_json::Value;
 
@@ -256,14 +257,11 @@ fn a_header_that_makes_no_sense_is_found() {
 #[test]
 fn a_qemu_img_that_is_killed_says_nothing_about_an_image() {
     let store = Store::new();
-    let bin = store.dir.path().join("bin");
-    fs::create_dir(&bin).unwrap();
-    fs::write(bin.join("qemu-img"), "#!/bin/sh\nkill -KILL $$\n").unwrap();
-    fs::set_permissions(bin.join("qemu-img"), fs::Permissions::from_mode(0o755)).unwrap();
+    let killed = StandIn::new(store.dir.path(), "qemu-img", IS_KILLED);
     let verify = || {
         let mut verify = backupctl();
         verify.args(["verify", "--all", "--from", text(&store.path())]);
-        verify.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display()));
+        verify.env("PATH", killed.path());
         process::run(verify)
     };
     let unknown = verify();
@@ -273,7 +271,7 @@ fn a_qemu_img_that_is_killed_says_nothing_about_an_image() {
         "{}",
         unknown.stdout
     );
-    fs::remove_file(bin.join("qemu-img")).unwrap();
+    killed.remove();
     assert!(
         verify()
             .expect_success()
@@ -284,23 +282,20 @@ fn a_qemu_img_that_is_killed_says_nothing_about_an_image() {
 #[test]
 fn a_backup_that_is_removed_meanwhile_is_not_damaged() {
     let store = Store::new();
-    // The first image that is checked has the next backup removed, as a rule would.
-    let bin = store.dir.path().join("bin");
-    fs::create_dir(&bin).unwrap();
-    let script = format!(
-        "#!/bin/sh\nmv {} {}\nexec /usr/bin/qemu-img \"$@\"\n",
-        store.backup(DIFFERENTIAL).display(),
-        store
-            .backup(DIFFERENTIAL)
-            .with_file_name(format!(".{DIFFERENTIAL}.removed"))
-            .display()
-    );
-    fs::write(bin.join("qemu-img"), script).unwrap();
-    fs::set_permissions(bin.join("qemu-img"), fs::Permissions::from_mode(0o755)).unwrap();
+    // While the first image is checked, the next backup is removed, as a rule would.
+    let stopped = StandIn::new(store.dir.path(), "qemu-img", STOPS_AND_FINDS_NOTHING);
     let mut verify = backupctl();
     verify.args(["verify", "--all", "--from", text(&store.path())]);
-    verify.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display()));
-    let said = process::run(verify).expect_success();
+    verify.env("PATH", stopped.path());
+    let mut verify = Process::start("verify", store.dir.path(), verify);
+    let first = stopped.wait_for_stop();
+    let removed = format!(".{DIFFERENTIAL}.removed");
+    let removed = store.backup(DIFFERENTIAL).with_file_name(removed);
+    fs::rename(store.backup(DIFFERENTIAL), removed).unwrap();
+    stopped.remove();
+    go_on(first);
+    assert_eq!(verify.wait(), 0, "{}{}", verify.stdout(), verify.log());
+    let said = verify.stdout();
     assert!(
         said.contains("3 good, 0 damaged, 0 not known, 1 removed meanwhile"),
         "{said}"

@@ -121,6 +121,9 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let config = Config::load(arguments.config.as_deref())?;
+    if let Some(why) = image::is_confinement_incomplete() {
+        tracing::warn!("{why}");
+    }
     std::fs::create_dir_all(&config.state_directory)?;
     let catalog = Catalog::open(&config.state_directory.join(catalog::FILE_NAME))?;
     if let Some(store) = config.stores.get(DEFAULT_STORE) {

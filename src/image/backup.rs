@@ -188,9 +188,4 @@ impl Image {
             fault,
         })
     }
-
-    /// A descriptor of the same open file.
-    pub fn descriptor(&self) -> std::io::Result<File> {
-        Ok(File::from(rustix::io::fcntl_dupfd_cloexec(&self.file, 3)?))
-    }
 }

@@ -1,6 +1,6 @@
 //! `qemu-img check` of one image.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::process::Stdio;
 
 use serde::Deserialize;
@@ -8,11 +8,16 @@ use serde_json::json;
 use tokio::io::AsyncReadExt;
 
 use super::backup::Image;
-use super::process::{IMG, Inherited, Words};
+use super::process::{IMG, Inherited, Words, nothing};
 use super::{Control, Error, Fault, blocking};
 
 /// The longest report that is read.
 const MAX_REPORT: u64 = 64 << 10;
+
+/// A checker counts the uses of each cluster: 2 bytes for 64 KiB in what QEMU makes by itself, and as much again while its table
+/// grows. A header can have it count 8 bytes for each 512, of a sparse file that takes no space: that is not followed.
+const BYTES_PER_BYTE: u64 = 4096;
+const MOST_MEMORY: u64 = 4 << 30;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -27,17 +32,17 @@ struct Report {
 ///
 /// qemu-img reads the header itself, so the header is checked again afterwards: an exchanged one is reported.
 pub async fn check(image: &Image, control: Control<'_>) -> Result<Result<(), Fault>, Error> {
-    let input = image.descriptor().map_err(|error| Error::Engine {
-        why: error.to_string(),
-    })?;
+    let mut inherited = Inherited::new();
+    inherited.add_memory((image.length / BYTES_PER_BYTE).min(MOST_MEMORY));
     // Its backing image is checked separately.
-    let file = json!({ "driver": "file", "filename": "/dev/fd/0" });
+    let file = json!({ "driver": "file", "filename": inherited.add(image.file.as_fd())? });
     let name = format!(
         "json:{}",
         json!({ "driver": "qcow2", "backing": null, "file": file })
     );
+    let memory = inherited.memory();
     let arguments = ["check", "--output=json", &name].map(str::to_owned);
-    let started = IMG.start(arguments, OwnedFd::from(input), Stdio::piped(), Inherited::new());
+    let started = IMG.start(arguments, nothing()?, Stdio::piped(), inherited);
     let mut child = match started {
         Ok(child) => child,
         // Memory or processes are short; the next image may have better luck. That it is not installed is said once.
@@ -73,6 +78,10 @@ pub async fn check(image: &Image, control: Control<'_>) -> Result<Result<(), Fau
             errors: report.check_errors,
         }),
         _ if said.is_empty() => Err(Fault::NotChecked(status.to_string())),
+        _ if said.contains("Cannot allocate memory") => {
+            let most = memory >> 20;
+            Err(Fault::NotChecked(format!("{said}, with a limit of {most} MiB")))
+        }
         _ => Err(Fault::NotChecked(said)),
     })
 }

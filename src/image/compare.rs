@@ -3,11 +3,10 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Stdio;
 
-use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 
 use super::chain::OpenDisk;
-use super::process::{IMG, Inherited, Words};
+use super::process::{IMG, Inherited, Words, nothing};
 use super::{Control, Error, blocking};
 use crate::definition::Format;
 
@@ -30,11 +29,7 @@ pub async fn shows_the_same(chain: &OpenDisk, image: &OwnedFd, control: Control<
         format!("json:{node}"),
         format!("json:{other}"),
     ];
-    let nothing = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-    let nothing = nothing.map_err(|errno| Error::Engine {
-        why: format!("/dev/null: {errno}"),
-    })?;
-    let mut child = IMG.start(arguments, nothing, Stdio::null(), inherited)?;
+    let mut child = IMG.start(arguments, nothing()?, Stdio::null(), inherited)?;
     let mut words = child.stderr.take().map(Words::listen);
     let status = super::process::wait(&mut child, "qemu-img compare", control).await?;
     // It read the headers itself: one that was exchanged meanwhile could have had it read something else.

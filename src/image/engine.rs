@@ -80,7 +80,7 @@ impl Plan {
 
     /// Has it serve NBD on a listening socket.
     pub fn listen(&mut self, listener: &OwnedFd) -> Result<(), Error> {
-        let number = self.inherited.add_number(listener.as_fd())?;
+        let number = self.inherited.add_socket(listener.as_fd())?;
         self.arguments.extend([
             "--nbd-server".to_owned(),
             format!("addr.type=fd,addr.str={number},max-connections={MOST_CLIENTS}"),

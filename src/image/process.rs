@@ -1,6 +1,6 @@
 //! Programs of QEMU's that work on images for us, with descriptors of ours.
 //!
-//! They get no path but `/dev/fd/N`, so they can open only files that are open here.
+//! They get no path but `/dev/fd/N`, and are confined to the files that they get (`confine`).
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -8,11 +8,13 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::FdFlags;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Child;
 use tokio::task::JoinHandle;
 
+use super::confine::{Grants, PassedFile};
 use super::watch::work_of;
 use super::{Control, Error, tether};
 
@@ -20,6 +22,11 @@ use super::{Control, Error, tether};
 const MAX_WORDS: usize = 2048;
 /// How long a program's last words may take once it has ended, or its input is closed.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// What a program may fill of memory by itself, most of it stacks: 64 threads of 8 MiB each do the input and output.
+const PROGRAM_MEMORY: u64 = 1 << 30;
+/// And for each image: QEMU's caches have 32 MiB at most, the tables that it keeps whole as much again.
+const IMAGE_MEMORY: u64 = 128 << 20;
 
 /// A program, and the Debian package that has it.
 #[derive(Debug, Clone, Copy)]
@@ -38,8 +45,8 @@ pub const IMG: Program = Program {
 };
 
 impl Program {
-    /// Starts it with `input` as its standard input, and what it is to inherit. Killed when what is returned is dropped, and when
-    /// this process ends.
+    /// Starts it, confined, with `input` as its standard input, and what it is to inherit. Killed when what is returned is dropped,
+    /// and when this process ends.
     pub fn start(
         self,
         arguments: impl IntoIterator<Item = String>,
@@ -57,7 +64,7 @@ impl Program {
                 why: error.to_string(),
             },
         };
-        let mut command = tether::command(self.name).map_err(failed)?;
+        let mut command = tether::command(self.name, &inherited.grants).map_err(failed)?;
         command
             .args(arguments)
             .stdin(Stdio::from(input))
@@ -71,9 +78,12 @@ impl Program {
     }
 }
 
-/// Descriptors for one program, open under the same numbers in it.
+/// Descriptors for one program, open under the same numbers in it, and the memory that it may take.
 #[derive(Debug)]
-pub struct Inherited(Vec<OwnedFd>);
+pub struct Inherited {
+    files: Vec<OwnedFd>,
+    grants: Grants,
+}
 
 /// Between the making of descriptors that a program inherits and their end no other program is started: it would get them
 /// too.
@@ -86,29 +96,59 @@ pub fn start_alone<T>(start: impl FnOnce() -> T) -> T {
 }
 
 impl Inherited {
-    /// The file's name in the program.
-    pub fn add(&mut self, file: BorrowedFd) -> Result<String, Error> {
-        Ok(format!("/dev/fd/{}", self.add_number(file)?))
+    pub fn new() -> Self {
+        Self {
+            files: Vec::new(),
+            grants: Grants {
+                memory: PROGRAM_MEMORY,
+                ..Grants::default()
+            },
+        }
     }
 
-    /// The descriptor's number in the program.
-    pub fn add_number(&mut self, file: BorrowedFd) -> Result<i32, Error> {
+    /// Lets the program fill so many bytes of memory more.
+    pub fn add_memory(&mut self, bytes: u64) {
+        self.grants.memory = self.grants.memory.saturating_add(bytes);
+    }
+
+    pub fn memory(&self) -> u64 {
+        self.grants.memory
+    }
+
+    /// A file's name in the program, which can open it as it is open here.
+    pub fn add(&mut self, file: BorrowedFd) -> Result<String, Error> {
+        self.add_memory(IMAGE_MEMORY);
+        let number = self.duplicate(file)?;
+        let flags = rustix::fs::fcntl_getfl(file).map_err(|errno| Error::Engine {
+            why: format!("a descriptor cannot be looked at: {errno}"),
+        })?;
+        self.grants.files.push(PassedFile {
+            number,
+            writable: flags.intersects(OFlags::WRONLY | OFlags::RDWR),
+        });
+        Ok(format!("/dev/fd/{number}"))
+    }
+
+    /// A socket's number in the program.
+    pub fn add_socket(&mut self, socket: BorrowedFd) -> Result<i32, Error> {
+        let number = self.duplicate(socket)?;
+        self.grants.others.push(number);
+        Ok(number)
+    }
+
+    fn duplicate(&mut self, file: BorrowedFd) -> Result<i32, Error> {
         let copy = rustix::io::fcntl_dupfd_cloexec(file, 3).map_err(|errno| Error::Engine {
             why: format!("a descriptor cannot be duplicated: {errno}"),
         })?;
         let number = copy.as_raw_fd();
-        self.0.push(copy);
+        self.files.push(copy);
         Ok(number)
-    }
-
-    pub fn new() -> Self {
-        Self(Vec::new())
     }
 
     /// Runs `start`; what it starts has the descriptors, and nobody has them afterwards but that.
     fn pass<T>(self, start: impl FnOnce() -> T) -> Result<T, Error> {
         let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-        for file in &self.0 {
+        for file in &self.files {
             rustix::io::fcntl_setfd(file, FdFlags::empty()).map_err(|errno| Error::Engine {
                 why: format!("a descriptor cannot be passed on: {errno}"),
             })?;
@@ -117,6 +157,14 @@ impl Inherited {
         drop(self);
         Ok(started)
     }
+}
+
+/// The input of a program that reads none.
+pub fn nothing() -> Result<OwnedFd, Error> {
+    let opened = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(|errno| Error::Engine {
+        why: format!("/dev/null: {errno}"),
+    })
 }
 
 /// A program's standard error, up to the length that is reported. The rest is read too, so that the program never blocks.

@@ -1,8 +1,8 @@
-//! Programs that end with the process that started them, however that ends.
+//! Programs that are confined, and end with the process that started them, however that ends.
 //!
 //! The kernel signals a program when the thread that started it ends (prctl(2), `PR_SET_PDEATHSIG`). The program has to ask for
-//! that itself, so this program runs first, in a mode of its own: it asks, and then becomes the other program. The setting
-//! survives execve(2), but not fork(2). Knows nothing of QEMU.
+//! that itself, and confine itself, so this program runs first, in a mode of its own: it does both, and then becomes the
+//! other program. The settings survive execve(2), the signal not fork(2). Knows nothing of QEMU.
 
 use std::ffi::OsStr;
 use std::io;
@@ -15,7 +15,9 @@ use std::sync::{OnceLock, mpsc};
 use rustix::fs::Access;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
-/// The mode of this program that becomes another one: `PROGRAM --tethered PARENT NAME FILE ARGUMENT…`
+use super::confine::{self, Grants};
+
+/// The mode of this program that becomes another one: `PROGRAM --tethered PARENT GRANTS NAME FILE ARGUMENT…`
 const SWITCH: &str = "--tethered";
 
 /// Where execvp(3) looks without PATH.
@@ -25,7 +27,7 @@ const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 static ABLE: AtomicBool = AtomicBool::new(false);
 
 /// What `main` does first: becomes another program if it was started for that. Without this call, programs are started that do
-/// not end with this process.
+/// not end with this process, and are not confined: tests of the library do so.
 pub fn become_tethered() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);
     if arguments.next().as_deref() != Some(OsStr::new(SWITCH)) {
@@ -33,9 +35,14 @@ pub fn become_tethered() -> Option<ExitCode> {
         return None;
     }
     let parent = arguments.next().and_then(|parent| parent.to_str()?.parse().ok());
-    let (Some(parent), Some(name), Some(file)) =
-        (parent.and_then(Pid::from_raw), arguments.next(), arguments.next())
-    else {
+    let grants = arguments.next();
+    let grants = grants.and_then(|grants| serde_json::from_str::<Grants>(grants.to_str()?).ok());
+    let (Some(parent), Some(grants), Some(name), Some(file)) = (
+        parent.and_then(Pid::from_raw),
+        grants,
+        arguments.next(),
+        arguments.next(),
+    ) else {
         return Some(ExitCode::from(2));
     };
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
@@ -46,13 +53,18 @@ pub fn become_tethered() -> Option<ExitCode> {
     if getppid() != Some(parent) {
         return Some(ExitCode::FAILURE);
     }
-    let error = Command::new(file).arg0(name).args(arguments).exec();
-    eprintln!("{error}");
+    if let Err(error) = confine::enter(&grants, Path::new(&file)) {
+        eprintln!("it cannot be confined: {error}");
+        return Some(ExitCode::FAILURE);
+    }
+    let error = Command::new(&file).arg0(name).args(arguments).exec();
+    eprintln!("{} cannot be executed: {error}", file.display());
     Some(ExitCode::FAILURE)
 }
 
-/// A command that runs the program of that name, and ends with this process. It has to be started by [`start`].
-pub fn command(name: &str) -> io::Result<tokio::process::Command> {
+/// A command that runs the program of that name with nothing but what it is granted, and ends with this process. It has to be
+/// started by [`start`].
+pub fn command(name: &str, grants: &Grants) -> io::Result<tokio::process::Command> {
     let file = find(name)?;
     if !ABLE.load(Ordering::Relaxed) {
         return Ok(tokio::process::Command::new(file));
@@ -60,8 +72,10 @@ pub fn command(name: &str) -> io::Result<tokio::process::Command> {
     // The very program that runs, though a newer one may have its name.
     let mut command = tokio::process::Command::new("/proc/self/exe");
     command
+        .env_clear()
         .arg(SWITCH)
         .arg(std::process::id().to_string())
+        .arg(serde_json::to_string(grants)?)
         .args([OsStr::new(name), file.as_os_str()]);
     Ok(command)
 }

@@ -34,6 +34,7 @@ pub mod proxies;
 pub mod proxy;
 pub mod raw;
 pub mod recorded;
+pub mod stand_in;
 pub mod storage;
 pub mod vm;
 pub mod wait;

@@ -23,6 +23,9 @@ use crate::error::{Error, Result, Status};
 /// Runs one of the commands without the service, if it says where its store is; nothing for the others.
 pub fn run(command: &Command, json: bool) -> Option<Result<Status>> {
     let runtime = || {
+        if let Some(why) = image::is_confinement_incomplete() {
+            eprintln!("backupctl: warning: {why}");
+        }
         tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()

@@ -1,0 +1,219 @@
+//! The system calls that a program that reads images makes, and no other.
+//!
+//! Beside Landlock it refuses what that cannot: changing modes and owners of root's files, making sockets (an older kernel's
+//! Landlock lets it connect to UNIX sockets), signals, other processes. All others fail as calls that the kernel does
+//! not have: the C library then does with older ones.
+
+use std::collections::BTreeMap;
+
+use nix::libc;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+use super::Error;
+
+/// Allowed with any arguments.
+const CALLS: &[libc::c_long] = &[
+    // What is open.
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_lseek,
+    libc::SYS_close,
+    libc::SYS_close_range,
+    libc::SYS_dup,
+    libc::SYS_dup3,
+    libc::SYS_fcntl,
+    libc::SYS_flock,
+    libc::SYS_ioctl,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fadvise64,
+    libc::SYS_readahead,
+    libc::SYS_copy_file_range,
+    libc::SYS_getdents64,
+    // Names, as far as Landlock lets them be opened.
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
+    libc::SYS_newfstatat,
+    libc::SYS_statfs,
+    libc::SYS_statx,
+    libc::SYS_readlinkat,
+    libc::SYS_getcwd,
+    // Memory.
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_madvise,
+    libc::SYS_membarrier,
+    // Threads and time.
+    libc::SYS_futex,
+    libc::SYS_get_robust_list,
+    libc::SYS_set_robust_list,
+    libc::SYS_set_tid_address,
+    libc::SYS_rseq,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_getparam,
+    libc::SYS_sched_getscheduler,
+    libc::SYS_getcpu,
+    libc::SYS_clock_getres,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_gettimeofday,
+    libc::SYS_times,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_gettime,
+    libc::SYS_timerfd_settime,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_restart_syscall,
+    // Its own signals.
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigpending,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigsuspend,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_sigaltstack,
+    libc::SYS_signalfd4,
+    // Waiting.
+    libc::SYS_ppoll,
+    libc::SYS_pselect6,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_eventfd2,
+    libc::SYS_pipe2,
+    // Sockets that it has: none can be made, connected or bound.
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_listen,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_shutdown,
+    // What it is.
+    libc::SYS_getpid,
+    libc::SYS_getppid,
+    libc::SYS_gettid,
+    libc::SYS_getuid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getegid,
+    libc::SYS_getresuid,
+    libc::SYS_getresgid,
+    libc::SYS_getrandom,
+    libc::SYS_getrusage,
+    libc::SYS_sysinfo,
+    libc::SYS_uname,
+    // The program itself. Landlock lets it execute no other.
+    libc::SYS_execve,
+];
+
+/// The older forms of some of them, which the C library uses on this architecture.
+#[cfg(target_arch = "x86_64")]
+const OLDER_CALLS: &[libc::c_long] = &[
+    libc::SYS_access,
+    libc::SYS_arch_prctl,
+    libc::SYS_dup2,
+    libc::SYS_epoll_wait,
+    libc::SYS_getrlimit,
+    libc::SYS_lstat,
+    libc::SYS_pipe,
+    libc::SYS_poll,
+    libc::SYS_readlink,
+    libc::SYS_select,
+    libc::SYS_stat,
+    libc::SYS_time,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const OLDER_CALLS: &[libc::c_long] = &[];
+
+/// Whether there is a filter for this machine's processor.
+pub const IS_SUPPORTED: bool = cfg!(any(
+    target_arch = "x86_64",
+    target_arch = "aarch64",
+    target_arch = "riscv64"
+));
+
+/// Keeps this process, and what it executes, from all other calls. If `writes` is false, it can open files for reading only.
+pub fn restrict(writes: bool) -> Result<(), Error> {
+    if !IS_SUPPORTED {
+        return Ok(());
+    }
+    let filter = filter(writes).map_err(seccompiler::Error::Backend)?;
+    Ok(seccompiler::apply_filter(&filter)?)
+}
+
+fn filter(writes: bool) -> Result<BpfProgram, BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for call in CALLS.iter().chain(OLDER_CALLS) {
+        rules.insert(*call, Vec::new());
+    }
+    // Nothing new, and nothing emptied: what it writes to has its size.
+    let mut changing = libc::O_CREAT | (libc::O_TMPFILE & !libc::O_DIRECTORY) | libc::O_TRUNC;
+    if !writes {
+        changing |= libc::O_ACCMODE;
+    }
+    rules.insert(libc::SYS_openat, vec![flags(2, changing, 0)?]);
+    #[cfg(target_arch = "x86_64")]
+    rules.insert(libc::SYS_open, vec![flags(1, changing, 0)?]);
+    // Threads, not processes.
+    rules.insert(
+        libc::SYS_clone,
+        vec![flags(0, libc::CLONE_THREAD, libc::CLONE_THREAD)?],
+    );
+    // Its own limits and threads, by which abort(3) ends it.
+    rules.insert(libc::SYS_prlimit64, vec![is(0, 0)?]);
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, vec![is(0, own)?]);
+    let names = [libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_TIMERSLACK];
+    let names: Result<_, _> = names
+        .iter()
+        .map(|name| is(0, u64::from(name.unsigned_abs())))
+        .collect();
+    rules.insert(libc::SYS_prctl, names?);
+    let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
+    SeccompFilter::new(rules, refused, SeccompAction::Allow, architecture)?.try_into()
+}
+
+/// An argument that has these of the `mask`'s bits.
+fn flags(argument: u8, mask: libc::c_int, value: libc::c_int) -> Result<SeccompRule, BackendError> {
+    let operator = SeccompCmpOp::MaskedEq(u64::from(mask.unsigned_abs()));
+    rule(argument, operator, u64::from(value.unsigned_abs()))
+}
+
+fn is(argument: u8, value: u64) -> Result<SeccompRule, BackendError> {
+    rule(argument, SeccompCmpOp::Eq, value)
+}
+
+/// The upper half of an argument that the kernel takes for an `int` can be anything.
+fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
+    let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?;
+    SeccompRule::new(vec![condition])
+}

@@ -1,25 +1,34 @@
-//! The other end of a monitor is another user's process: nothing that it does to the socket keeps the service, or anybody
-//! else, waiting.
+//! The other end of a monitor is another user's process: nothing that it does to the socket, or has open, keeps the service, or
+//! anybody else, from anything.
 
 mod common;
 
+use std::fs::File;
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
-use common::System;
-use common::caller::Caller;
-use common::peer::Peer;
+use common::caller::{Caller, assert_completed};
+use common::chain::{directories, id};
+use common::clients::{ROOT, USER};
+use common::disk::Disk;
+use common::peer::{Peer, StandIn};
+use common::proxies::Options;
+use common::vm::Vm;
 use common::wait::{until_async, within};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use common::{System, polkit};
+use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::Signal;
 use tokio::task::JoinHandle;
+use zbus::wire::Variant;
 
 const EVENT: &str = "{\"event\": \"RESUME\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 2}}\r\n";
+const MIB: u64 = 1 << 20;
 /// Longer than anything in a test waits.
 const LINGER: Duration = Duration::from_secs(600);
 
@@ -145,4 +154,100 @@ async fn a_file_that_nobody_reads_before_the_connection_ends_keeps_nobody_waitin
     })
     .await;
     assert_served(system, &caller).await;
+}
+
+/// A system on which an ordinary user has registered machines, `theirs0` and so on, that claim to have a file open which
+/// nobody knows: then all that their process has open would count. The process is this one.
+async fn claimed(count: usize) -> (System, Vm, Caller, Vec<StandIn>) {
+    let system = System::setup()
+        .rules(&polkit::allow(
+            USER,
+            &["service.register-domain", "domain.export"],
+        ))
+        .start();
+    let disk = Disk::new("vda", 8 * MIB).fill(0, MIB, 0x11);
+    let vm = system.configured(system.vm("web").disk(disk).running());
+    let user = Caller::of_user(&system, USER).await;
+    let mut peers = Vec::new();
+    for number in 0..count {
+        let (socket, peer) = StandIn::claiming(&["/nonexistent"]);
+        user.register(&format!("theirs{number}"), socket).await.unwrap();
+        peers.push(peer);
+    }
+    (system, vm, user, peers)
+}
+
+fn into_file(path: &Path) -> String {
+    format!(
+        "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+        path.display()
+    )
+}
+
+fn reuse() -> Options<'static> {
+    Options::from([("reuse-external", Variant::from(true))])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_users_machine_claims_keeps_nobody_from_a_backup_or_a_restore() {
+    let (system, _vm, _user, peers) = claimed(3).await;
+    let root = Caller::new(&system).await;
+    let target = system.dir().join("target.qcow2");
+    root.complete("web", &into_file(&target)).await;
+    // Open for writing, too: this process has no lock of QEMU's on it.
+    let held = [
+        rustix::fs::open(&target, OFlags::PATH, Mode::empty()).unwrap(),
+        File::options()
+            .read(true)
+            .write(true)
+            .open(&target)
+            .unwrap()
+            .into(),
+    ];
+    let asked: Vec<usize> = peers.iter().map(StandIn::commands).collect();
+    let job = root.start_with("web", &into_file(&target), &[], reuse()).await;
+    assert_completed(&job).await;
+    assert_eq!(peers.iter().map(StandIn::commands).collect::<Vec<_>>(), asked);
+    drop(held);
+
+    root.complete("web", "").await;
+    let [backup] = directories(&system.store().join("web")).try_into().unwrap();
+    let restored = system.dir().join("restored.raw");
+    File::create(&restored).unwrap();
+    let _held = rustix::fs::open(&restored, OFlags::PATH, Mode::empty()).unwrap();
+    let disk = format!("vda={}", restored.display());
+    let arguments = [
+        "restore",
+        &id(&backup),
+        "--format",
+        "raw",
+        "--force",
+        "--disk",
+        &disk,
+    ];
+    system.clients().backupctl(ROOT, &arguments).expect_success();
+    assert_eq!(peers.iter().map(StandIn::commands).collect::<Vec<_>>(), asked);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_alone_is_told_who_has_a_target_open() {
+    let (system, mut vm, user, _peers) = claimed(1).await;
+    let root = Caller::new(&system).await;
+    let other = system.vm("other").disk(Disk::new("vda", 8 * MIB)).start();
+    let locked = into_file(other.source_path("vda"));
+    let told = |error: zbus::Error| error.to_string();
+    let by = format!("process {}, qemu-system-x86", other.pid());
+    let text = told(root.try_start("web", &locked, &[], reuse()).await.unwrap_err());
+    assert!(text.contains(&by) && text.contains("of user 0"), "{text}");
+    let text = told(user.try_start("web", &locked, &[], reuse()).await.unwrap_err());
+    assert!(
+        text.contains("open in another QEMU, qemu-img or qemu-storage-daemon:"),
+        "{text}"
+    );
+    let own = into_file(vm.source_path("vda"));
+    let text = told(root.try_start("web", &own, &[], reuse()).await.unwrap_err());
+    assert!(text.contains("a disk of a running domain (web)"), "{text}");
+    let text = told(user.try_start("web", &own, &[], reuse()).await.unwrap_err());
+    assert!(text.ends_with("a disk of a running domain"), "{text}");
+    vm.quit();
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use backupd::target::{Sources, is_in_use};
+use backupd::target::is_in_use;
 use common::System;
 use common::caller::{Caller, assert_completed};
 use common::disk::Disk;
@@ -100,7 +100,7 @@ fn image(scene: &Scene, name: &str, format: &str) -> PathBuf {
 /// Waits until a program has locked what it was told to open.
 fn wait_for_lock(path: &Path) {
     wait::until("an image to be locked", || {
-        is_in_use(&open(path), &Sources::locked()).unwrap().then_some(())
+        is_in_use(&open(path)).unwrap().then_some(())
     });
 }
 

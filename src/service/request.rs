@@ -10,7 +10,7 @@ use super::{Descriptors, Service, details};
 use crate::access::{Basis, Caller, Details, Grant, Permission};
 use crate::clock;
 use crate::definition::{self, Definition, Target};
-use crate::domain::{Domain, Link, Snapshot};
+use crate::domain::{Domain, Link, Origin, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Job, Start};
 use crate::plan::{self, CheckpointOption, Destination, Options, PlaceKind, Plan, Requested};
@@ -164,7 +164,7 @@ impl Service {
         };
         let record = self.jobs.begin(&domain, &plan, uid, start_time).await?;
         let prepared = self
-            .prepare(plan, &domain, &record.backup_id, request.files.files, mark)
+            .prepare(plan, &domain, (uid, &record.backup_id), request.files.files, mark)
             .await;
         let (reservation, (plan, targets)) = self.jobs.prepared(record.id, reservation, prepared).await?;
         // The targets hold it themselves now.
@@ -195,25 +195,22 @@ impl Service {
         &self,
         plan: Plan,
         domain: &Domain,
-        backup_id: &str,
+        (uid, backup_id): (u32, &str),
         files: Vec<OwnedFd>,
         mark: Option<String>,
     ) -> JoinHandle<Result<(Plan, Targets)>> {
         // A new file is nobody's disk.
         let others = match plan.writes_into_existing() {
-            true => {
-                self.refresh_others(domain).await;
-                self.domains.list()
-            }
+            true => self.refresh_others(domain).await,
             false => Vec::new(),
         };
         let holders: Vec<Holder> = others
             .iter()
             .map(|other| Holder {
+                domain: other.unique_name(),
                 process: other.process(),
                 files: other.snapshot().files.to_vec(),
-                // What another user's own QEMU says counts only as far as it can be seen.
-                owner: other.is_foreign(domain.owner).then_some(other.owner),
+                owner: (other.origin == Origin::Registered).then_some(other.owner),
             })
             .collect();
         let process = domain.process();
@@ -225,6 +222,7 @@ impl Service {
             let around = Around {
                 sources: Sources::of(&holders),
                 process,
+                for_root: uid == 0,
                 mark,
             };
             let targets = Targets::prepare(&plan, &id, &files, &around)?;
@@ -232,15 +230,18 @@ impl Service {
         })
     }
 
-    /// Asks the other domains what they have open, for a disk that was added is no event. One that does not answer in
-    /// time is known as it was.
-    async fn refresh_others(&self, domain: &Domain) {
-        let others = self.domains.list();
-        let others = others
+    /// The domains whose word counts for a backup of this one, asked what they have open: a disk that was added is no event.
+    /// One that does not answer in time is known as it was. What another user has registered says nothing here and costs nothing: its
+    /// disks are known by QEMU's locks.
+    async fn refresh_others(&self, domain: &Domain) -> Vec<Arc<Domain>> {
+        let mut others = self.domains.list();
+        others.retain(|other| !other.is_foreign(domain.owner));
+        let asked = others
             .iter()
             .filter(|other| other.id != domain.id && other.process().is_some());
-        let refreshes = others.map(|other| tokio::time::timeout(LOOK, other.refresh()));
+        let refreshes = asked.map(|other| tokio::time::timeout(LOOK, other.refresh()));
         futures_util::future::join_all(refreshes).await;
+        others
     }
 }
 

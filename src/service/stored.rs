@@ -65,7 +65,7 @@ impl Service {
         let plan = Plan::of_stored(Task::Restore(stored(backup)), disk_plans(&chain, &disks, format));
         let record = self.jobs.begin(&domain, &plan, uid, clock::now()).await?;
         let prepared = self
-            .prepare(plan, &domain, &record.backup_id, files.files, None)
+            .prepare(plan, &domain, (uid, &record.backup_id), files.files, None)
             .await;
         let (turn, (plan, targets)) = self.jobs.prepared(record.id, turn, prepared).await?;
         let work = Work::Restore(Box::new((chain, targets)));

@@ -2,7 +2,8 @@
 
 use rustix::io::Errno;
 
-use super::{Error, ImageLock, Media, Publication, Sources, Target, inside, is_in_use};
+use super::lock::user_of_image;
+use super::{Around, Error, ImageLock, Media, Opener, Publication, Target, inside, is_in_use};
 use crate::definition::Format;
 use crate::plan::{DiskPlan, Place, Task};
 
@@ -11,16 +12,17 @@ use crate::plan::{DiskPlan, Place, Task};
 const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 const QCOW2_SIZE_OFFSET: usize = 24;
 
-pub fn source(target: &Target, sources: &Sources) -> Result<(), Error> {
+pub fn source(target: &Target, around: &Around) -> Result<(), Error> {
     // What was made just now is no source, though it may have the number of a file that somebody had open a moment ago.
     let was_there = matches!(target.publication, Publication::InPlace);
-    if was_there && sources.contains(target.id) {
-        return Err(Error::IsSource {
+    match around.sources.holder(target.id).filter(|_| was_there) {
+        None => Ok(()),
+        Some(domain) => Err(Error::IsSource {
             disk: target.disk.clone(),
             target: target.label.clone(),
-        });
+            domain: around.for_root.then(|| domain.to_owned()),
+        }),
     }
-    Ok(())
 }
 
 /// What is in a store is the store's.
@@ -47,7 +49,7 @@ pub fn outside_stores(target: &Target) -> Result<(), Error> {
 
 /// Checks that no QEMU has an existing target open, and keeps others out until this one has locks of its own. The service need
 /// not know the other domain: a QEMU locks each image that it opens.
-pub fn unused(targets: &mut [Target]) -> Result<(), Error> {
+pub fn unused(targets: &mut [Target], around: &Around) -> Result<(), Error> {
     let mut there: Vec<_> = targets
         .iter_mut()
         .filter(|target| matches!(target.publication, Publication::InPlace))
@@ -56,22 +58,27 @@ pub fn unused(targets: &mut [Target]) -> Result<(), Error> {
     if there.is_empty() {
         return Ok(());
     }
-    let others = Sources::locked();
     for target in &there {
-        let in_use = is_in_use(&target.file, &others).map_err(|error| not_locked(target, &error))?;
+        let in_use = is_in_use(&target.file).map_err(|error| not_locked(target, &error))?;
         if in_use {
-            return Err(locked(target));
+            return Err(locked(target, around));
         }
     }
     for target in &mut there {
         let lock = ImageLock::take(&target.file).map_err(|error| not_locked(target, &error))?;
-        target.lock = Some(lock.ok_or_else(|| locked(target))?);
+        target.lock = Some(lock.ok_or_else(|| locked(target, around))?);
     }
     Ok(())
 }
 
-fn locked(target: &Target) -> Error {
+/// Root learns who it is, and can end that.
+fn locked(target: &Target, around: &Around) -> Error {
+    let process = match around.for_root {
+        true => user_of_image(&target.file).ok().flatten(),
+        false => None,
+    };
     Error::Locked {
+        by: process.map(|process| Opener::of(process).to_string()),
         disk: target.disk.clone(),
         target: target.label.clone(),
     }

@@ -36,12 +36,23 @@ pub enum Error {
     },
     #[error("disk '{disk}': {target} holds no qcow2 image: empty it, or make it one of the disk's size")]
     NotQcow2 { disk: String, target: String },
-    #[error("disk '{disk}': {target} is a disk of a running domain")]
-    IsSource { disk: String, target: String },
+    #[error("disk '{disk}': {target} is a disk of a running domain{}", Known(domain.as_deref()))]
+    IsSource {
+        disk: String,
+        target: String,
+        /// Which one, where the caller may know.
+        domain: Option<String>,
+    },
     #[error(
-        "disk '{disk}': {target} is open in another QEMU, qemu-img or qemu-storage-daemon: shut that down, or choose another target"
+        "disk '{disk}': {target} is open in another QEMU, qemu-img or qemu-storage-daemon{}: shut that down, or choose another target",
+        Known(by.as_deref())
     )]
-    Locked { disk: String, target: String },
+    Locked {
+        disk: String,
+        target: String,
+        /// Who it is, where the caller may know and it can be found.
+        by: Option<String>,
+    },
     #[error("disk '{disk}': {target} is in the store {store}: choose a place outside of all stores")]
     InStore {
         disk: String,
@@ -209,6 +220,18 @@ impl fmt::Display for OfDisk<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Some(disk) => write!(f, "disk '{disk}': "),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What is known, in parentheses behind a text.
+struct Known<'a>(Option<&'a str>);
+
+impl fmt::Display for Known<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(known) => write!(f, " ({known})"),
             None => Ok(()),
         }
     }

@@ -1,15 +1,17 @@
 //! The identity of a file, independent of its name; and the files that running domains have open.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, FileType, Stat, StatxFlags, makedev};
+use rustix::fs::{AtFlags, CWD, FileType, OFlags, Stat, StatxFlags, makedev};
 use serde::{Deserialize, Serialize};
 
 use super::lock::has_image_lock;
 
 /// A regular file or a device, independent of links to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileId {
     File { device: u64, inode: u64 },
@@ -46,22 +48,28 @@ impl FileId {
     }
 }
 
-/// A domain's QEMU and the files that it says it has open.
+/// A domain whose files no backup may overwrite, as far as its QEMU can be looked into or believed.
 #[derive(Debug, Clone)]
 pub struct Holder {
+    /// What it is called.
+    pub domain: String,
     pub process: Option<u32>,
+    /// What it says that it has open.
     pub files: Vec<PathBuf>,
-    /// The user whose word it is, where that counts for no more than the user's own files and what the process can be seen
-    /// to have open: otherwise anybody could keep backups from any place by claiming it.
+    /// The user who registered it: its process and its files have to be that user's to count.
     pub owner: Option<u32>,
 }
 
 /// Links to the directories of all block devices, by their numbers.
 const DEVICES: &str = "/sys/dev/block";
+/// Descriptors of one process that are looked at. A QEMU has some hundreds.
+const MOST_OF_PROCESS: usize = 16 << 10;
+/// Descriptors of all processes of one user that are looked at: nobody makes that take long. Root's are not counted.
+const MOST_OF_USER: usize = 64 << 10;
 
-/// Files and devices that no backup may write into.
+/// Files and devices that no backup may write into, and the domains whose they are.
 #[derive(Debug, Default)]
-pub struct Sources(HashSet<FileId>);
+pub struct Sources(HashMap<FileId, Arc<str>>);
 
 impl Sources {
     /// Looks at what `holders` have open now.
@@ -70,55 +78,139 @@ impl Sources {
     /// one, a link, a passed descriptor, one whose file was replaced) is answered by all its open files. So no path is walked
     /// that could lead to a server that does not answer, but where a process cannot be looked into.
     pub fn of<'a>(holders: impl IntoIterator<Item = &'a Holder>) -> Self {
-        let mut ids = HashSet::new();
+        let mut ids = HashMap::new();
+        // Many domains can be one process's.
+        let mut processes: HashMap<_, HashMap<PathBuf, FileId>> = HashMap::new();
         for holder in holders {
-            let open = holder.process.map(open_files).unwrap_or_default();
-            if open.is_empty() {
+            let domain: Arc<str> = holder.domain.as_str().into();
+            let mut count = |id| {
+                ids.entry(id).or_insert_with(|| domain.clone());
+            };
+            let open = holder.process.map(|process| {
+                let look = || open_files(process, holder.owner);
+                &*processes.entry((process, holder.owner)).or_insert_with(look)
+            });
+            let Some(open) = open.filter(|open| !open.is_empty()) else {
                 let found = holder.files.iter().filter(|file| file.is_absolute());
                 let found = found.filter_map(|file| FileId::and_owner_at(file));
                 let counts = |owner: u32| holder.owner.is_none_or(|holder| holder == owner);
-                ids.extend(found.filter(|(_, owner)| counts(*owner)).map(|(id, _)| id));
+                found
+                    .filter(|(_, owner)| counts(*owner))
+                    .for_each(|(id, _)| count(id));
                 continue;
-            }
+            };
             let known = holder.files.iter().map(|file| open.get(file).copied());
             match known.collect::<Option<Vec<_>>>() {
-                Some(known) => ids.extend(known),
-                None => ids.extend(open.into_values()),
+                Some(known) => known.into_iter().for_each(count),
+                None => open.values().copied().for_each(count),
             }
         }
-        Self::made_of(ids)
-    }
-
-    /// What any process of this host has open with QEMU's locks on it, as far as this process may see: also disks of domains
-    /// that nobody made known. Blocks.
-    pub fn locked() -> Self {
-        Self::made_of(processes().flat_map(locked_files).collect())
-    }
-
-    fn made_of(mut ids: HashSet<FileId>) -> Self {
         // Files only: of two partitions of one disk, either is free while the other is a source.
-        let made_of = ids.iter().flat_map(|id| related(*id));
-        let files: Vec<_> = made_of.filter(|id| matches!(id, FileId::File { .. })).collect();
-        ids.extend(files);
+        let made_of = ids.iter().flat_map(|(id, domain)| {
+            let files = related(*id).into_iter();
+            let files = files.filter(|id| matches!(id, FileId::File { .. }));
+            files.map(|id| (id, domain.clone()))
+        });
+        let made_of: Vec<_> = made_of.collect();
+        made_of.into_iter().for_each(|(id, domain)| {
+            ids.entry(id).or_insert(domain);
+        });
         Self(ids)
     }
 
-    /// Whether writing to `id` writes to one of them: it is one, or a disk with one as its partition, or a partition of
-    /// one, or a device made of one, or a device or file of which one is made.
-    pub(super) fn contains(&self, id: FileId) -> bool {
-        related(id).iter().any(|id| self.0.contains(id))
+    /// The domain of which writing to `id` would write to a file: `id` is one, or a disk with one as its partition, or a
+    /// partition of one, or a device made of one, or a device or file of which one is made.
+    pub(super) fn holder(&self, id: FileId) -> Option<&str> {
+        let holder = related(id).iter().find_map(|id| self.0.get(id))?;
+        Some(holder)
     }
 }
 
-/// What a process has open, by the names that it was opened under.
-fn open_files(process: u32) -> HashMap<PathBuf, FileId> {
-    let entries = std::fs::read_dir(format!("/proc/{process}/fd"));
-    let entries = entries.into_iter().flatten();
-    let open = entries.filter_map(|entry| {
-        let link = entry.ok()?.path();
-        Some((std::fs::read_link(&link).ok()?, FileId::at(&link)?))
-    });
+/// What a process has open, by the names that it was opened under; nothing if it is not that user's. What is open as a path
+/// only (`O_PATH`) can be anybody's.
+fn open_files(process: u32, owner: Option<u32>) -> HashMap<PathBuf, FileId> {
+    if owner.is_some_and(|owner| user_of(process) != Some(owner)) {
+        return HashMap::new();
+    }
+    let open = descriptors(process)
+        .take(MOST_OF_PROCESS)
+        .filter_map(|descriptor| {
+            let name = descriptor.name()?;
+            descriptor.access()?;
+            Some((name, descriptor.file()?))
+        });
     open.collect()
+}
+
+/// Whose a process is. One that has become another user is root's.
+pub(super) fn user_of(process: u32) -> Option<u32> {
+    let metadata = std::fs::metadata(format!("/proc/{process}")).ok()?;
+    Some(metadata.uid())
+}
+
+/// An open descriptor of a process.
+pub(super) struct Descriptor {
+    /// Its links in `/proc/PID/fd` and `/proc/PID/fdinfo`.
+    link: PathBuf,
+    info: PathBuf,
+}
+
+impl Descriptor {
+    /// The name of the file that it is open on; nothing for a socket, a pipe and the like.
+    fn name(&self) -> Option<PathBuf> {
+        let name = std::fs::read_link(&self.link).ok()?;
+        name.is_absolute().then_some(name)
+    }
+
+    fn info(&self) -> Option<String> {
+        std::fs::read_to_string(&self.info).ok()
+    }
+
+    pub fn file(&self) -> Option<FileId> {
+        FileId::at(&self.link)
+    }
+
+    /// What it is open for, from the line `flags:` (proc_pid_fdinfo(5)), in octal; nothing if it is for nothing but its path.
+    pub fn access(&self) -> Option<OFlags> {
+        let info = self.info()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        let flags = OFlags::from_bits_retain(u32::from_str_radix(flags.trim(), 8).ok()?);
+        (!flags.contains(OFlags::PATH)).then_some(flags & OFlags::RWMODE)
+    }
+}
+
+pub(super) fn descriptors(process: u32) -> impl Iterator<Item = Descriptor> {
+    let directory = Path::new("/proc").join(process.to_string());
+    let entries = std::fs::read_dir(directory.join("fd"));
+    let info = directory.join("fdinfo");
+    entries.into_iter().flatten().filter_map(move |entry| {
+        let entry = entry.ok()?;
+        Some(Descriptor {
+            info: info.join(entry.file_name()),
+            link: entry.path(),
+        })
+    })
+}
+
+/// A process that has QEMU's locks on one of these files, as far as this process may see. Blocks.
+pub(super) fn locker(files: &[FileId]) -> Option<u32> {
+    let mut left: HashMap<u32, usize> = HashMap::new();
+    processes().find(|process| {
+        let Some(user) = user_of(*process) else {
+            return false;
+        };
+        let left = left.entry(user).or_insert(MOST_OF_USER);
+        descriptors(*process)
+            .take_while(|_| {
+                *left = if user == 0 { *left } else { left.saturating_sub(1) };
+                *left > 0
+            })
+            .any(|descriptor| {
+                descriptor.name().is_some()
+                    && descriptor.file().is_some_and(|id| files.contains(&id))
+                    && descriptor.info().is_some_and(|info| has_image_lock(&info))
+            })
+    })
 }
 
 /// All that are seen here.
@@ -127,24 +219,40 @@ pub(super) fn processes() -> impl Iterator<Item = u32> {
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
 
-/// What a process has open with QEMU's locks on it.
-fn locked_files(process: u32) -> Vec<FileId> {
-    let entries = std::fs::read_dir(format!("/proc/{process}/fdinfo"));
-    let entries = entries.into_iter().flatten();
-    let locked = entries.filter_map(|entry| {
-        let entry = entry.ok()?;
-        let info = std::fs::read_to_string(entry.path()).ok()?;
-        if !has_image_lock(&info) {
-            return None;
+/// A file or device and what shares bytes with it, as [`related`], and for files also the devices that are made of them.
+pub(super) fn sharing(id: FileId) -> Vec<FileId> {
+    let mut all = related(id);
+    if all.iter().any(|id| matches!(id, FileId::File { .. })) {
+        let loops = std::fs::read_dir(DEVICES).into_iter().flatten();
+        for directory in loops.filter_map(|entry| std::fs::canonicalize(entry.ok()?.path()).ok()) {
+            let file = backing_file(&directory).and_then(|file| FileId::at(&file));
+            if file.is_some_and(|file| all.contains(&file)) {
+                all.extend(device_at(&directory).into_iter().flat_map(related));
+            }
         }
-        FileId::at(
-            &Path::new("/proc")
-                .join(process.to_string())
-                .join("fd")
-                .join(entry.file_name()),
-        )
-    });
-    locked.collect()
+        all.sort_unstable();
+        all.dedup();
+    }
+    all
+}
+
+/// Paths by which a device or file that shares bytes with `id`, or is it, can be opened here.
+pub(super) fn paths_of(id: FileId, of: FileId) -> Vec<PathBuf> {
+    let paths = match of {
+        FileId::Device(device) => Vec::from_iter(node_of(device)),
+        FileId::File { .. } => backing_files(id),
+    };
+    let mut paths = paths;
+    paths.retain(|path| FileId::at(path) == Some(of));
+    paths
+}
+
+/// The device's node that the kernel has made.
+fn node_of(device: u64) -> Option<PathBuf> {
+    let directory = directory_of(Path::new(DEVICES), device)?;
+    let text = std::fs::read_to_string(directory.join("uevent")).ok()?;
+    let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
+    Some(Path::new("/dev").join(name))
 }
 
 /// A file or device, and the files and devices that share bytes with it, as `/sys/dev/block` shows them.
@@ -231,7 +339,7 @@ fn device_at(directory: &Path) -> Option<FileId> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::collections::HashSet;
 
     use super::*;
 
@@ -280,23 +388,46 @@ mod tests {
     /// Whether a file counts that a domain says it has open.
     fn counts(path: &Path, process: Option<u32>, owner: Option<u32>) -> bool {
         let holder = Holder {
+            domain: "web".into(),
             process,
             files: vec![path.to_owned()],
             owner,
         };
         let id = FileId::at(path).unwrap();
-        Sources::of(&[holder]).contains(id)
+        Sources::of(&[holder]).holder(id) == Some("web")
     }
 
     #[test]
-    fn a_users_word_counts_for_its_own_files_and_for_what_its_process_has_open() {
+    fn a_users_word_counts_for_its_own_files_and_processes() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let own = std::fs::metadata(file.path()).unwrap().uid();
-        let another = own + 1;
+        let (another, process) = (own + 1, Some(std::process::id()));
         assert!(counts(file.path(), None, None), "the administrator's domain");
         assert!(counts(file.path(), None, Some(own)));
         assert!(!counts(file.path(), None, Some(another)));
-        assert!(!counts(file.path(), Some(1), Some(another)));
-        assert!(counts(file.path(), Some(std::process::id()), Some(another)));
+        assert!(counts(file.path(), process, Some(own)));
+        assert!(!counts(file.path(), process, Some(another)));
+    }
+
+    #[test]
+    fn what_is_open_as_a_path_only_does_not_count() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_owned();
+        let file = file.into_temp_path();
+        let _path = rustix::fs::open(&path, OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+        let unknown = |process| {
+            let holder = Holder {
+                domain: "web".into(),
+                process,
+                files: vec!["/nonexistent".into()],
+                owner: None,
+            };
+            let id = FileId::at(&path).unwrap();
+            Sources::of(&[holder]).holder(id).is_some()
+        };
+        assert!(!unknown(Some(std::process::id())));
+        let _open = std::fs::File::open(&path).unwrap();
+        assert!(unknown(Some(std::process::id())));
+        drop(file);
     }
 }

@@ -5,7 +5,8 @@
 //! belong to the open file description, so QEMU shares those of a descriptor that it was passed.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -13,7 +14,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use rustix::fs::{Mode, OFlags};
 
-use super::identity::Sources;
+use super::identity::{FileId, locker, paths_of, sharing};
 
 /// The first byte that means a permission in use, and how many bytes there are from it to the last of the others.
 const LOCK_BYTES: (i64, i64) = (100, 164);
@@ -54,10 +55,12 @@ impl Drop for ImageLock {
 }
 
 /// Whether a QEMU, `qemu-img` or `qemu-storage-daemon` has open what `file` is open on, or a device or file that shares
-/// bytes with it, such as the file of a loop device. `locked` is [`Sources::locked`]. Blocks.
+/// bytes with it, such as the file of a loop device. Blocks.
 ///
-/// A descriptor that came from somebody else can be the one that was locked: it is asked by another one of its own.
-pub fn is_in_use(file: &OwnedFd, locked: &Sources) -> io::Result<bool> {
+/// A descriptor that came from somebody else can be the one that was locked: it is asked by another one of its own. Of a device
+/// each node has locks of its own, so processes are looked at too; how many descriptors others have makes no difference to
+/// a file.
+pub fn is_in_use(file: &OwnedFd) -> io::Result<bool> {
     if is_locked(file)? {
         return Ok(true);
     }
@@ -66,14 +69,35 @@ pub fn is_in_use(file: &OwnedFd, locked: &Sources) -> io::Result<bool> {
     {
         return Ok(true);
     }
-    let stat = rustix::fs::fstat(file)?;
-    Ok(locked.contains(super::FileId::of(&stat)))
+    let id = FileId::of(&rustix::fs::fstat(file)?);
+    let mut unseen = Vec::new();
+    for other in sharing(id) {
+        let paths = paths_of(id, other);
+        let open = paths.iter().find_map(|path| open_to_look(path).ok());
+        if let Some(open) = &open
+            && is_locked(open)?
+        {
+            return Ok(true);
+        }
+        if matches!(other, FileId::Device(_)) || (open.is_none() && other != id) {
+            unseen.push(other);
+        }
+    }
+    Ok(!unseen.is_empty() && locker(&unseen).is_some())
+}
+
+/// A process that has it open in that way, if one can be found. Blocks.
+pub fn user_of_image(file: &OwnedFd) -> io::Result<Option<u32>> {
+    let id = FileId::of(&rustix::fs::fstat(file)?);
+    Ok(locker(&sharing(id)))
 }
 
 fn open_again(file: &OwnedFd) -> io::Result<OwnedFd> {
-    use std::os::fd::AsRawFd;
+    open_to_look(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())))
+}
+
+fn open_to_look(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
@@ -136,12 +160,9 @@ mod tests {
         let (one, other) = (open(file.path()), open(file.path()));
         let lock = ImageLock::take(&one).unwrap().expect("nobody has it");
         assert!(ImageLock::take(&other).unwrap().is_none());
-        assert!(is_in_use(&other, &Sources::locked()).unwrap());
+        assert!(is_in_use(&other).unwrap());
         lock.release();
-        assert!(
-            !is_in_use(&other, &Sources::locked()).unwrap(),
-            "a refused attempt leaves no lock"
-        );
+        assert!(!is_in_use(&other).unwrap(), "a refused attempt leaves no lock");
         drop(ImageLock::take(&other).unwrap().expect("it was released"));
         assert!(ImageLock::take(&one).unwrap().is_some(), "dropping releases");
     }
@@ -152,9 +173,9 @@ mod tests {
         let passed = open(file.path());
         let lock = ImageLock::take(&passed).unwrap();
         assert!(!is_locked(&passed).unwrap(), "it does not see its own");
-        assert!(is_in_use(&passed, &Sources::locked()).unwrap());
+        assert!(is_in_use(&passed).unwrap());
         drop(lock);
-        assert!(!is_in_use(&passed, &Sources::locked()).unwrap());
+        assert!(!is_in_use(&passed).unwrap());
     }
 
     #[test]

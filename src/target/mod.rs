@@ -86,6 +86,8 @@ pub struct Around {
     pub sources: Sources,
     /// The domain's QEMU.
     pub process: Option<u32>,
+    /// Root asks, who may know who is in the way.
+    pub for_root: bool,
     /// The mark of the store, where the targets are in one.
     pub mark: Option<String>,
 }
@@ -183,14 +185,14 @@ impl Targets {
                 .push(target.map_err(|error| error.of(&disk.name))?);
         }
         for (target, disk) in targets.targets.iter().zip(&plan.disks) {
-            check::source(target, &around.sources)?;
+            check::source(target, around)?;
             check::outside_stores(target)?;
             check::twice(target, &targets.targets)?;
             check::names(target, &disk.place, &plan.task)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         space::check(&targets.targets, &plan.disks, &plan.task, around.process)?;
-        check::unused(&mut targets.targets)?;
+        check::unused(&mut targets.targets, around)?;
         fault::passed("prepared");
         Ok(targets)
     }

@@ -1,12 +1,13 @@
 //! Processes that may write into what is to be replaced or overwritten.
 
+use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::OFlags;
 
-use super::identity::{FileId, processes, related};
+use super::identity::{FileId, descriptors, processes, related, user_of};
 
 /// A process that has a file or device open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +15,25 @@ pub struct Opener {
     pub process: u32,
     /// Its program.
     pub name: String,
+    /// Whose it is, if it is there still.
+    pub user: Option<u32>,
+}
+
+impl Opener {
+    pub(super) fn of(process: u32) -> Self {
+        Self {
+            process,
+            name: name(process),
+            user: user_of(process),
+        }
+    }
+}
+
+impl fmt::Display for Opener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {}, {}", self.process, self.name)?;
+        self.user.map_or(Ok(()), |user| write!(f, ", of user {user}"))
+    }
 }
 
 /// Another process that has open for writing what `file` is open on, or a device or file that shares bytes with it. A QEMU
@@ -34,53 +54,24 @@ pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
     };
     let mut others = processes().filter(|process| *process != std::process::id());
     let opens = |process: &u32| {
-        let (directory, reading) = (process_directory(*process), name(*process).starts_with("qemu"));
-        descriptors(*process).any(|number| {
-            FileId::at(&directory.join("fd").join(&number)).is_some_and(touches)
-                && may_write(&directory.join("fdinfo").join(&number), reading)
+        let reading = name(*process).starts_with("qemu");
+        let counts = |access: OFlags| reading || access != OFlags::RDONLY;
+        descriptors(*process).any(|descriptor| {
+            descriptor.file().is_some_and(touches) && descriptor.access().is_some_and(counts)
         })
     };
     let found = others.find(opens);
-    Ok(found.map(|process| Opener {
-        process,
-        name: name(process),
-    }))
-}
-
-fn process_directory(process: u32) -> PathBuf {
-    Path::new("/proc").join(process.to_string())
-}
-
-/// The numbers of its open descriptors.
-fn descriptors(process: u32) -> impl Iterator<Item = std::ffi::OsString> {
-    let entries = std::fs::read_dir(process_directory(process).join("fd"));
-    entries
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.file_name()))
+    Ok(found.map(Opener::of))
 }
 
 /// The file name of its program; its own word, which it can change, where that is not shown.
 fn name(process: u32) -> String {
-    let directory = process_directory(process);
+    let directory = Path::new("/proc").join(process.to_string());
     let program = std::fs::read_link(directory.join("exe")).ok();
     let program = program.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
     program.unwrap_or_else(|| {
         let own = std::fs::read_to_string(directory.join("comm"));
         own.unwrap_or_default().trim_end().to_owned()
-    })
-}
-
-/// Whether a descriptor is open for writing, or `reading` counts too; from its line `flags:` (proc_pid_fdinfo(5)), in octal.
-fn may_write(fdinfo: &Path, reading: bool) -> bool {
-    let Ok(text) = std::fs::read_to_string(fdinfo) else {
-        return false;
-    };
-    let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
-    let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
-    flags.is_some_and(|flags| {
-        let flags = OFlags::from_bits_retain(flags);
-        !flags.contains(OFlags::PATH) && (reading || flags & OFlags::RWMODE != OFlags::RDONLY)
     })
 }
 

@@ -97,6 +97,11 @@ pub struct StandIn {
 impl StandIn {
     /// Returns the end for `RegisterDomain` too.
     pub fn start() -> (OwnedFd, Self) {
+        Self::claiming(&[])
+    }
+
+    /// One that says that it has these files open.
+    pub fn claiming(files: &[&str]) -> (OwnedFd, Self) {
         let (ours, theirs) = Peer::pair();
         let ours = ours.into_std().expect("a socket can be handed over");
         let commands = Arc::new(AtomicUsize::new(0));
@@ -104,7 +109,14 @@ impl StandIn {
         let count = move || {
             counting.fetch_add(1, Ordering::SeqCst);
         };
-        let task = tokio::spawn(theirs.play_counted_qemu(count));
+        let node = |(number, file): (usize, &&str)| {
+            json!({
+                "node-name": format!("node{number}"), "drv": "file", "file": file,
+                "image": { "virtual-size": 1 << 20 },
+            })
+        };
+        let nodes = files.iter().enumerate().map(node).collect();
+        let task = tokio::spawn(theirs.play_counted_qemu(count, nodes));
         (ours.into(), Self { task, commands })
     }
 
@@ -183,10 +195,10 @@ impl Peer {
 
     /// Answers as a QEMU without disks does, until the other end closes.
     pub async fn play_qemu(self) {
-        self.play_counted_qemu(|| ()).await;
+        self.play_counted_qemu(|| (), Vec::new()).await;
     }
 
-    async fn play_counted_qemu(mut self, count: impl Fn()) {
+    async fn play_counted_qemu(mut self, count: impl Fn(), nodes: Vec<Value>) {
         self.greet().await;
         while let Some(command) = self.try_receive_at_any_time().await {
             count();
@@ -194,6 +206,7 @@ impl Peer {
                 "query-uuid" => json!({ "UUID": uuid::Uuid::new_v4() }),
                 "query-status" => json!({ "status": "running", "running": true }),
                 "query-qmp-schema" => schema(),
+                "query-named-block-nodes" => json!(nodes),
                 _ => json!([]),
             };
             self.answer(&command, answer).await;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use backupd::image;
-use backupd::target::{self, FileId, Opener, Sources};
+use backupd::target::{self, FileId, Opener};
 use rustix::fs::OFlags;
 
 use super::partial::{Partial, directory};
@@ -325,7 +325,7 @@ fn open_old(path: &Path) -> Result<OwnedFd, Error> {
 fn check_unused(path: &Path, file: BorrowedFd<'_>) -> Result<(), Error> {
     let failed = Error::io("find out whether a VM uses", path);
     let file = file.try_clone_to_owned();
-    let used = file.and_then(|file| match target::is_in_use(&file, &Sources::locked())? {
+    let used = file.and_then(|file| match target::is_in_use(&file)? {
         true => Ok(Some(Error::UsedByQemu {
             path: path.to_owned(),
         })),

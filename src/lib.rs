@@ -29,3 +29,4 @@ pub mod service;
 pub mod socket;
 pub mod supervisor;
 pub mod target;
+mod turns;

@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 
 use common::System;
+use common::authority::{Answer, Authority};
 use common::caller::{Caller, assert_completed, cancel};
 use common::clients::{OTHER_USER, THIRD_USER, USER};
 use common::daemon::Daemon;
@@ -251,4 +252,36 @@ fn a_configuration_with_a_bad_value_is_refused_by_key_and_line() {
         }
         assert!(!dir.join("state").exists(), "{line}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_that_one_user_waits_for_keep_no_other_user_waiting() {
+    let system = System::setup().without_polkit().start();
+    let authority = Authority::start(&system, |_| Answer::Yes).await;
+    let _vm = machine(&system, "web");
+    let root = Caller::new(&system).await;
+    root.complete("web", "").await;
+    let user = Caller::of_user(&system, USER).await;
+    let name = user.connection.unique_name().unwrap().to_string();
+    authority
+        .decide_by(move |question| {
+            match question.caller == name && question.action.ends_with("domain.read") {
+                true => Answer::Silence,
+                false => Answer::Yes,
+            }
+        })
+        .await;
+    let lists = (0..60).map(|_| user.manager.list_backups(Options::new()));
+    let mut waiting = Box::pin(futures_util::future::join_all(lists));
+    let listed = async {
+        authority
+            .wait_for_question("org.example.backup1.domain.read")
+            .await;
+        root.manager.list_backups(Options::new()).await.unwrap()
+    };
+    let listed = tokio::select! {
+        _ = &mut waiting => panic!("polkit does not answer"),
+        (listed, _) = wait::within("the list", listed) => listed,
+    };
+    assert_eq!(listed.len(), 1);
 }

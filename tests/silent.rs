@@ -1,28 +1,30 @@
-//! Calls that want no reply: nothing becomes of them.
+//! Calls that want no reply: they are carried out, and only the reply is not sent.
 
 mod common;
 
-use std::os::fd::AsFd;
-
 use backupd::names::{BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
 use common::System;
-use common::caller::{Caller, assert_completed};
+use common::authority::{Answer, Authority};
+use common::caller::Caller;
+use common::clients::USER;
 use common::disk::Disk;
-use common::peer::{GREETING, Peer};
 use common::proxies::{Options, slowly};
 use common::storage::files_below;
 use common::vm::Vm;
+use common::wait;
+use futures_util::StreamExt;
 use serde::Serialize;
 use serde_json::json;
-use zbus::message::Flags;
+use zbus::MessageStream;
+use zbus::message::{Flags, Type};
 use zbus::wire::DynamicType;
 
 const MIB: u64 = 1 << 20;
 /// At which a backup takes long enough to be spoken to.
 const SPEED: u64 = 16 * MIB;
 
-/// Sends such a call, and waits until the service has taken it up and gone on.
-async fn call<B: Serialize + DynamicType>(
+/// Sends such a call.
+async fn send<B: Serialize + DynamicType>(
     caller: &Caller,
     path: &str,
     interface: &str,
@@ -36,99 +38,122 @@ async fn call<B: Serialize + DynamicType>(
         .build(body)
         .unwrap();
     caller.connection.send(&message).await.unwrap();
-    // Calls are taken up in their order, and these ask polkit as that one would.
-    for _ in 0..3 {
-        caller.manager.list_jobs().await.unwrap();
-    }
 }
 
 fn machine(system: &System) -> Vm {
     system.configured(system.vm("web").disk(Disk::new("vda", 256 * MIB)).running())
 }
 
+/// How many replies come over a connection before that to a call that is sent now.
+async fn replies(caller: &Caller, messages: &mut MessageStream) -> usize {
+    let ping = zbus::Message::method_call("/", "Ping")
+        .destination(BUS_NAME)
+        .interface("org.freedesktop.DBus.Peer")
+        .build(&())
+        .unwrap();
+    caller.connection.send(&ping).await.unwrap();
+    let mut count = 0;
+    loop {
+        let message = wait::within("an answer", messages.next()).await.unwrap().unwrap();
+        if message.header().reply_serial() == Some(ping.primary_header().serial_num()) {
+            return count;
+        }
+        let kind = message.message_type();
+        count += usize::from([Type::MethodReturn, Type::Error].contains(&kind));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_nobody_wants_to_hear_of_is_not_made() {
+async fn a_backup_is_made_and_its_caller_gets_no_reply() {
     let system = System::start();
-    let vm = machine(&system);
-    let before = vm.residue();
+    let _vm = machine(&system);
     let mut caller = Caller::new(&system).await;
-    let domain = system.domain_path("web").unwrap();
+    let mut messages = MessageStream::from(&caller.connection);
+    // To calls that are done.
+    replies(&caller, &mut messages).await;
     let files: Vec<zbus::Fd<'_>> = Vec::new();
     let body = ("web", "", files, Options::new());
-    call(&caller, ROOT_PATH, MANAGER_INTERFACE, "CreateBackup", &body).await;
-    let files: Vec<zbus::Fd<'_>> = Vec::new();
-    let interface = "org.example.Backup1.Domain";
-    call(
-        &caller,
-        &domain,
-        interface,
-        "CreateBackup",
-        &("", files, Options::new()),
-    )
-    .await;
-    assert_eq!(caller.manager.list_jobs().await.unwrap(), []);
-    assert_eq!(files_below(&system.store()), [""; 0]);
-    assert_eq!(vm.residue(), before);
-    assert_eq!(caller.signals_so_far().await, []);
-    // The domain is as free as the store is empty, and the first job is the first.
-    let job = caller.complete("web", "").await;
-    assert_eq!(job.id().await.unwrap(), 1);
+    send(&caller, ROOT_PATH, MANAGER_INTERFACE, "CreateBackup", &body).await;
+    caller.signals_until("JobEnded").await;
+    // A refused one gets none either.
+    send(&caller, ROOT_PATH, MANAGER_INTERFACE, "Rescan", &()).await;
+    assert_eq!(replies(&caller, &mut messages).await, 0);
+    let backups = files_below(&system.store());
+    assert!(
+        backups.iter().any(|file| file.ends_with("manifest.json")),
+        "{backups:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_goes_on_as_it_was() {
+async fn a_backup_is_slowed_down_and_cancelled() {
     let system = System::start();
     let vm = machine(&system);
     let caller = Caller::new(&system).await;
-    let options = slowly(SPEED);
-    let job = caller.start_with("web", "", &[], options).await;
-    let speed = || {
-        let jobs = vm.qmp("query-block-jobs", json!({}));
-        jobs.as_array()
-            .unwrap()
-            .iter()
-            .map(|job| job["speed"].clone())
-            .collect::<Vec<_>>()
-    };
-    common::wait::until("the backup", || (speed() == [SPEED]).then_some(()));
+    let job = caller.start_with("web", "", &[], slowly(SPEED)).await;
     let path = job.inner().path().to_string();
-    call(&caller, &path, JOB_INTERFACE, "SetSpeed", &(2 * SPEED,)).await;
-    call(&caller, &path, JOB_INTERFACE, "Cancel", &()).await;
-    call(&caller, &path, JOB_INTERFACE, "CancelDisk", &("vda",)).await;
-    assert_eq!(speed(), [SPEED]);
-    job.set_speed(0).await.unwrap();
-    assert_completed(&job).await;
+    send(&caller, &path, JOB_INTERFACE, "SetSpeed", &(2 * SPEED,)).await;
+    let speed = || vm.qmp("query-block-jobs", json!({}))[0]["speed"].as_u64();
+    wait::until("the new speed", || (speed() == Some(2 * SPEED)).then_some(()));
+    send(&caller, &path, JOB_INTERFACE, "Cancel", &()).await;
+    let (result, _, _) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!(result, "cancelled");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_monitor_is_not_taken_over_and_let_go_without_a_word() {
-    let system = System::start();
-    let caller = Caller::new(&system).await;
-    let (ours, mut peer) = Peer::pair();
-    // Whoever took it over would answer this.
-    peer.say(GREETING).await;
-    {
-        let body = ("mine", zbus::Fd::from(ours.as_fd()), Options::new());
-        call(&caller, ROOT_PATH, MANAGER_INTERFACE, "RegisterDomain", &body).await;
-    }
-    drop(ours);
-    assert!(
-        peer.try_receive().await.is_none(),
-        "nobody is left at the other end"
-    );
-    assert_eq!(caller.manager.list_domains().await.unwrap(), []);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_subscription_neither_begins_nor_ends() {
+async fn a_subscription_begins_and_ends() {
     let system = System::start();
     let _vm = machine(&system);
     let (mut plain, mut subscribed) = (Caller::new(&system).await, Caller::new(&system).await);
     subscribed.manager.subscribe().await.unwrap();
-    call(&plain, ROOT_PATH, MANAGER_INTERFACE, "Subscribe", &()).await;
-    call(&subscribed, ROOT_PATH, MANAGER_INTERFACE, "Unsubscribe", &()).await;
+    for (caller, member) in [(&plain, "Subscribe"), (&subscribed, "Unsubscribe")] {
+        send(caller, ROOT_PATH, MANAGER_INTERFACE, member, &()).await;
+        // It has been taken up when a later call is answered.
+        caller.manager.list_jobs().await.unwrap();
+    }
     Caller::new(&system).await.complete("web", "").await;
     let count = async |caller: &mut Caller| caller.signals_until("JobEnded").await.len();
-    assert_eq!(count(&mut plain).await, 2);
-    assert_eq!(count(&mut subscribed).await, 4);
+    assert_eq!(count(&mut plain).await, 4);
+    assert_eq!(count(&mut subscribed).await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_without_reply_count_as_calls_in_flight_until_they_end() {
+    let limits = "[limits]\ncalls-per-user = 3";
+    let system = System::setup().without_polkit().table(limits).start();
+    let authority = Authority::start(&system, |_| Answer::Yes).await;
+    let _vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let job = root.start_with("web", "", &[], slowly(SPEED)).await;
+    let path = job.inner().path().to_string();
+    let again = Caller::of_user(&system, USER).await;
+    again.manager.list_jobs().await.unwrap();
+    // Each connection has one call that waits for polkit.
+    let action = "org.example.backup1.domain.set-speed";
+    authority
+        .decide(move |asked| {
+            if asked == action {
+                Answer::Silence
+            } else {
+                Answer::Yes
+            }
+        })
+        .await;
+    let mut callers = Vec::new();
+    for _ in 0..3 {
+        let user = Caller::of_user(&system, USER).await;
+        user.manager.list_jobs().await.unwrap();
+        send(&user, &path, JOB_INTERFACE, "SetSpeed", &(SPEED,)).await;
+        callers.push(user);
+    }
+    wait::until_async("the questions", || async {
+        (authority.count(action) == 3).then_some(())
+    })
+    .await;
+    let refused = again.manager.list_jobs().await.unwrap_err();
+    assert!(refused.to_string().contains("calls-per-user"), "{refused}");
+    wait::until_async("the calls to end", || async {
+        again.manager.list_jobs().await.ok()
+    })
+    .await;
 }

@@ -10,7 +10,6 @@ mod polkit;
 mod table;
 #[cfg(test)]
 mod tests;
-mod turns;
 
 pub use audit::{Basis, DIRECTIVE as AUDIT_DIRECTIVE, Grant};
 pub use cache::Object;
@@ -21,11 +20,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use tokio_util::sync::CancellationToken;
 
 use crate::error::Kind;
 use crate::quota::{Exceeded, Quota};
+use crate::turns::Turns;
 use cache::Cache;
-use turns::Turns;
+
+/// Silent questions at a time, in all and of a user. The authority answers one after the other; with the password dialogs of
+/// the default limit these are fewer than the bus allows a connection to have in flight (128 with dbus-daemon).
+const TURNS: usize = 96;
+const TURNS_OF_A_USER: usize = 48;
 
 /// How long the authority may take for a glance once it is asked: others wait for it.
 const GLANCE: Duration = Duration::from_secs(2);
@@ -37,13 +42,15 @@ const WHOLE_PATIENCE: Duration = Duration::from_secs(20);
 const INTERACTIVE_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Who asks.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Caller {
     /// The connection's unique name on the bus, which no other connection ever has again.
     pub name: String,
     pub uid: u32,
     /// The message allows that its user is asked for a password.
     pub interactive: bool,
+    /// Cancelled when the call only waits: what its connection called after it need not wait for it any more.
+    pub turn: CancellationToken,
 }
 
 /// Facts about the object and the request, for the administrator's rules: what the service itself verified, and of a domain's
@@ -160,7 +167,7 @@ impl Access {
         Self {
             authority,
             cache: Cache::default(),
-            turns: Turns::default(),
+            turns: Turns::new(TURNS, TURNS_OF_A_USER),
             dialogs,
         }
     }
@@ -264,6 +271,7 @@ impl Access {
             return Ok(decision);
         }
         let _dialog = self.dialogs.take(caller.uid, 1)?;
+        caller.turn.cancel();
         let question = self.authority.check(caller, permission.action(), details);
         Ok(within(INTERACTIVE_PATIENCE, question).await)
     }

@@ -221,6 +221,7 @@ mod tests {
                 name: name.into(),
                 uid: 0,
                 interactive: false,
+                turn: Default::default(),
             };
             let answer = polkit
                 .check(&caller, "org.example.backup1.domain.read", &Details::default())

@@ -42,7 +42,7 @@ pub async fn create_backup(
         .await?;
     // From here on the caller may leave: its backup is made.
     let job = service.start(authorised).await?;
-    context.follower.add_job(job.clone(), &caller.name).await;
+    context.follower.add_job(job.clone(), call.peer()).await;
     service.begun(&job).await?;
     call.reply(&(job.id, job_path(job.id)))
 }

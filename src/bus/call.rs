@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 use zbus::Message;
 use zbus::message::Flags;
 use zbus::wire::{DynamicType, Signature, Type};
@@ -43,7 +44,8 @@ pub struct Call {
 
 impl Call {
     /// `uid` is the user of the visitor's connection; `share` counts what came with the message.
-    pub fn new(message: Message, visit: Visit, uid: u32, share: Share) -> Self {
+    /// `turn` ends with the call's turn.
+    pub fn new(message: Message, visit: Visit, uid: u32, share: Share, turn: CancellationToken) -> Self {
         let header = message.header();
         let text = |part: Option<&str>| part.unwrap_or_default().to_owned();
         Self {
@@ -51,6 +53,7 @@ impl Call {
                 name: text(header.sender().map(|name| name.as_str())),
                 uid,
                 interactive: header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH),
+                turn,
             },
             path: text(header.path().map(|path| path.as_str())),
             interface: text(header.interface().map(|name| name.as_str())),

@@ -18,11 +18,16 @@ use super::call::Call;
 use super::closer::{Closer, Held};
 use super::error::{BusError, Result};
 use super::peers::Visit;
+use super::turn::{Place, READING};
 use crate::error::Kind;
 
 /// The longest call, in bytes: a document of the longest length that can be configured, and as much again. The bus itself
 /// lets through 16 times that, and a caller could have 64 of them at a time.
 const MOST_BYTES: usize = 2 << 20;
+
+/// How long a call without a reply keeps its place of its user's after it was carried out. The bus limits only calls that have
+/// a reply; without a pause, a flood of others would be carried out as fast as it comes, and everybody would wait behind it.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// How long the end waits for calls that need nothing but their own time.
 const LAST_CALLS: Duration = Duration::from_secs(3);
@@ -116,10 +121,10 @@ impl Door {
             self.tasks.spawn(async move { door.context.send(reply).await });
             return;
         }
-        // Who wants no reply would not hear what became of the call, and evades the bus's own limit on calls in flight.
-        // There is no method that would be of use to such a caller.
-        if header.primary().flags().contains(Flags::NO_REPLY_EXPECTED) {
-            tracing::trace!(sender = ?header.sender(), "a call without a reply is left out");
+        let member = header.member().map(|member| member.as_str());
+        let member = member.unwrap_or_default();
+        // Without a reply there is nothing in it. The bus limits only calls that have one, so these could come by the thousand.
+        if !wants_reply(&message) && READING.contains(&member) {
             drop(message);
             return self.closer.close(held);
         }
@@ -135,22 +140,25 @@ impl Door {
         match visit {
             Ok(visit) => {
                 let door = self.clone();
+                let place = visit.peer.line().join(member);
                 let used = self.context.activity.begin();
                 self.tasks.spawn(async move {
-                    door.serve(message, visit).await;
+                    door.serve(message, visit, place).await;
                     door.closer.close(held);
                     drop(used);
                 });
             }
             Err(error) => {
-                self.context.send(error.create_reply(&header)).await;
+                if wants_reply(&message) {
+                    self.context.send(error.create_reply(&header)).await;
+                }
                 drop(message);
                 self.closer.close(held);
             }
         }
     }
 
-    async fn serve(&self, message: Message, visit: Visit) {
+    async fn serve(&self, message: Message, visit: Visit, place: Place) {
         let end = match waits_for_others(&message) {
             true => &self.closing,
             false => &self.closed,
@@ -158,9 +166,12 @@ impl Door {
         let answer = tokio::select! {
             // A known result is returned.
             biased;
-            answer = self.answer(message.clone(), visit) => answer,
+            answer = self.answer(message.clone(), visit, place) => answer,
             () = end.cancelled() => Err(stopping()),
         };
+        if !wants_reply(&message) {
+            return;
+        }
         let reply = match answer {
             Ok(reply) => Ok(reply),
             Err(error) => error.create_reply(&message.header()),
@@ -168,14 +179,26 @@ impl Door {
         self.context.send(reply).await;
     }
 
-    async fn answer(&self, message: Message, mut visit: Visit) -> Result<Message> {
+    async fn answer(&self, message: Message, mut visit: Visit, place: Place) -> Result<Message> {
         let context = &self.context;
         let uid = context.peers.uid(&context.connection, &mut visit).await?;
         let share = context
             .service
             .hold_descriptors(uid, message.data().fds().len())?;
-        context.answer(&Call::new(message, visit, uid, share)).await
+        let replies = wants_reply(&message);
+        let call = Call::new(message, visit, uid, share, place.turn());
+        let answer = place.run(context.answer(&call)).await;
+        if !replies {
+            tokio::time::sleep(PAUSE).await;
+        }
+        answer
     }
+}
+
+/// Whether the caller waits for an answer (D-Bus specification, "NO_REPLY_EXPECTED": the call is carried out all the same).
+fn wants_reply(call: &Message) -> bool {
+    let flags = call.header().primary().flags();
+    !flags.contains(Flags::NO_REPLY_EXPECTED)
 }
 
 /// Whether the call may last as long as a backup, or as a person who is asked for a password.

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
+use super::call::Call;
+use super::peers::Peer;
 use super::signals::{Announcement, Audience, Listening, announce, follow_domain, follow_job};
-use crate::access::Caller;
 use crate::activity::Activity;
 use crate::domain::Domain;
 use crate::job::Job;
@@ -31,8 +32,8 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Returns when the job's start was announced. `starter` is the connection that hears of all that it does.
-    pub async fn add_job(&self, job: Arc<Job>, starter: &str) {
+    /// Returns when the job's start was announced. `starter` hears of all that it does.
+    pub async fn add_job(&self, job: Arc<Job>, starter: &Peer) {
         self.listening.add(&job, starter);
         let (done, announced) = oneshot::channel();
         // Bounded by the calls in flight; and where the task is gone, the service is leaving the bus.
@@ -48,10 +49,15 @@ impl Follower {
     }
 
     /// Has a caller that waits for a job of its user's hear of all that it does: the connection that started it may be gone.
-    pub fn listen(&self, job: &Job, caller: &Caller) {
-        if job.is_of(caller.uid) {
-            self.listening.add(job, &caller.name);
+    pub fn listen(&self, job: &Job, call: &Call) {
+        if job.is_of(call.caller.uid) {
+            self.listening.add(job, call.peer());
         }
+    }
+
+    /// Forgets a connection that has left.
+    pub fn forget_caller(&self, name: &str) {
+        self.listening.leave(name);
     }
 
     /// Ends the task when everything that has ended is announced.

@@ -116,7 +116,7 @@ pub async fn call(context: &Context, call: &Call, job: &Arc<Job>) -> Answer {
         }
         "Wait" => {
             call.no_arguments()?;
-            context.follower.listen(job, &call.caller);
+            context.follower.listen(job, call);
             let outcome = call.while_present(async { Ok(job.wait().await) }).await?;
             call.reply(&result(&outcome))
         }

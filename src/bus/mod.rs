@@ -21,6 +21,7 @@ mod router;
 mod signals;
 mod standard;
 mod stored;
+mod turn;
 
 use std::sync::Arc;
 
@@ -90,7 +91,12 @@ pub async fn publish(
     let (ready, watches) = oneshot::channel();
     let lost = CancellationToken::new();
     let (watch, end) = (
-        peers::watch(connection.clone(), peers.clone(), service.clone(), ready),
+        peers::watch(
+            connection.clone(),
+            peers.clone(),
+            (service.clone(), follower.clone()),
+            ready,
+        ),
         lost.clone(),
     );
     let watching = tokio::spawn(async move {

@@ -12,6 +12,8 @@ use zbus::fdo::DBusProxy;
 use zbus::names::{BusName, UniqueName};
 
 use super::error::{BusError, Result};
+use super::follower::Follower;
+use super::turn::Line;
 use crate::access::Caller;
 use crate::error::Kind;
 use crate::quota::{Quota, Share};
@@ -28,6 +30,7 @@ pub struct Peer {
     name: String,
     uid: OnceCell<u32>,
     calls: AtomicUsize,
+    line: Arc<Line>,
     subscription: Mutex<Option<Share>>,
     left: CancellationToken,
 }
@@ -38,9 +41,20 @@ impl Peer {
             name: name.to_owned(),
             uid: OnceCell::new(),
             calls: AtomicUsize::new(0),
+            line: Arc::default(),
             subscription: Mutex::new(None),
             left: CancellationToken::new(),
         }
+    }
+
+    /// The connection's unique name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its calls, in the order in which they take effect.
+    pub fn line(&self) -> &Arc<Line> {
+        &self.line
     }
 
     /// Ends when the connection has left the bus.
@@ -145,6 +159,7 @@ impl Peers {
                 uid: *peer.uid.get()?,
                 // Signals ask nobody for a password.
                 interactive: false,
+                turn: CancellationToken::new(),
             })
         });
         callers.collect()
@@ -179,11 +194,12 @@ impl Peers {
     }
 
     /// What is to be done when a connection has left.
-    fn leave(&self, name: &str, service: &Service) {
+    fn leave(&self, name: &str, service: &Service, follower: &Follower) {
         let peer = self.lock().get(name).cloned();
         if let Some(peer) = peer {
             self.forget(&peer);
             service.forget_caller(name);
+            follower.forget_caller(name);
         }
     }
 
@@ -196,7 +212,7 @@ impl Peers {
 pub async fn watch(
     connection: Connection,
     peers: Arc<Peers>,
-    service: Arc<Service>,
+    (service, follower): (Arc<Service>, Follower),
     ready: oneshot::Sender<()>,
 ) {
     let departures = async {
@@ -217,7 +233,7 @@ pub async fn watch(
         if let Ok(args) = departure.args()
             && let BusName::Unique(name) = args.name()
         {
-            peers.leave(name.as_str(), &service);
+            peers.leave(name.as_str(), &service, &follower);
         }
     }
 }

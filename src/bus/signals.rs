@@ -17,7 +17,7 @@ use zbus::names::BusName;
 use zbus::wire::{OwnedObjectPath, Type, Variant};
 
 use super::job::{View, result};
-use super::peers::Peers;
+use super::peers::{Peer, Peers};
 use super::standard::PROPERTIES;
 use super::{backup_path, domain, domain_path, job_path};
 use crate::access::Caller;
@@ -53,16 +53,33 @@ pub struct Listening(Arc<Mutex<HashMap<u32, HashSet<String>>>>);
 const MOST_LISTENERS: usize = 16;
 
 impl Listening {
-    /// Adds a connection, until the job has ended.
-    pub fn add(&self, job: &Job, name: &str) {
-        let mut listening = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Adds a connection, until the job has ended or the connection has left.
+    pub fn add(&self, job: &Job, peer: &Peer) {
         // Whoever comes after the end has the answer from the call itself.
         if job.status().outcome.is_none() {
-            let names = listening.entry(job.id).or_default();
-            if names.len() < MOST_LISTENERS {
-                names.insert(name.to_owned());
-            }
+            self.insert(job.id, peer.name());
         }
+        // Its leaving may have been dealt with before it was added.
+        if peer.has_left() {
+            self.leave(peer.name());
+        }
+    }
+
+    fn insert(&self, job: u32, name: &str) {
+        let mut listening = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let names = listening.entry(job).or_default();
+        if names.len() < MOST_LISTENERS {
+            names.insert(name.to_owned());
+        }
+    }
+
+    /// Makes room for others.
+    pub fn leave(&self, name: &str) {
+        let mut listening = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        listening.retain(|_, names| {
+            names.remove(name);
+            !names.is_empty()
+        });
     }
 
     fn of(&self, job: u32) -> HashSet<String> {
@@ -179,7 +196,14 @@ impl Audience {
     ) where
         B: Serialize + Type,
     {
-        let to = to.and_then(|name| BusName::try_from(name.as_str()).ok());
+        // Without a destination it would go to everybody.
+        let to = match destination(to) {
+            Ok(to) => to,
+            Err(error) => {
+                tracing::error!(%error, signal = name, "a signal was not sent: its receiver has no name of the bus");
+                return;
+            }
+        };
         if let Err(error) = self.connection.emit_signal(to, path, interface, name, body).await {
             tracing::warn!(%error, signal = name, "a signal could not be sent");
         }
@@ -196,6 +220,11 @@ impl Audience {
         )
         .await;
     }
+}
+
+/// The one connection that a signal goes to, or everybody: an error is not everybody.
+fn destination(to: Option<&String>) -> Result<Option<BusName<'_>>, zbus::Error> {
+    to.map(|name| BusName::try_from(name.as_str())).transpose()
 }
 
 fn allowed(subscribers: &[Caller], answers: &[bool]) -> impl Iterator<Item = String> {
@@ -242,6 +271,8 @@ pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
     let mut told = domain_view(&snapshots.borrow_and_update());
     // The sender is the domain's own.
     while snapshots.changed().await.is_ok() {
+        // What is sent is read last: polkit may take its time, and a caller may have read newer values by then.
+        let readers = audience.readers(&domain, HashSet::new()).await;
         let view = domain_view(&snapshots.borrow_and_update());
         let changed = changes([
             ("UUID", view.0 != told.0, Variant::from(view.0.clone())),
@@ -250,7 +281,6 @@ pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
             ("Encrypted", view.3 != told.3, Variant::from(view.3.clone())),
         ]);
         if !changed.is_empty() {
-            let readers = audience.readers(&domain, HashSet::new()).await;
             audience
                 .tell_changed(&readers, &path, DOMAIN_INTERFACE, &changed)
                 .await;
@@ -278,9 +308,10 @@ pub async fn follow_job(job: Arc<Job>, audience: Audience) {
     let path = job_path(job.id);
     let mut told = View::of(&statuses.borrow_and_update());
     loop {
+        // What is sent is read last: polkit may take its time, and a caller may have read newer values by then.
+        let to = audience.readers(&job.domain, audience.listeners.of(job.id)).await;
         let status = statuses.borrow_and_update().clone();
         let view = View::of(&status);
-        let to = audience.readers(&job.domain, audience.listeners.of(job.id)).await;
         if !to.is_empty() && status.outcome.is_none() {
             job.look_on();
         }
@@ -400,4 +431,33 @@ fn changes<const N: usize>(properties: [(&'static str, bool, Variant<'static>); 
 
 fn root() -> OwnedObjectPath {
     super::path(ROOT_PATH.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_receiver_whose_name_is_none_makes_no_signal_one_for_everybody() {
+        assert!(destination(Some(&"nobody".to_owned())).is_err());
+        assert!(destination(Some(&String::new())).is_err());
+        assert!(destination(Some(&":1.7".to_owned())).unwrap().is_some());
+        assert!(destination(None).unwrap().is_none());
+    }
+
+    #[test]
+    fn connections_that_left_keep_nobody_from_hearing_of_a_job() {
+        let listening = Listening::default();
+        for number in 0..=MOST_LISTENERS {
+            listening.insert(1, &format!(":1.{number}"));
+        }
+        assert_eq!(listening.of(1).len(), MOST_LISTENERS);
+        listening.leave(":1.0");
+        listening.insert(1, ":1.99");
+        assert!(listening.of(1).contains(":1.99") && !listening.of(1).contains(":1.0"));
+        for name in listening.of(1) {
+            listening.leave(&name);
+        }
+        assert!(listening.0.lock().unwrap().is_empty());
+    }
 }

@@ -125,7 +125,7 @@ async fn verify(context: &Context, call: &Call, backup: &Backup) -> Answer {
 
 async fn started(context: &Context, call: &Call, job: Arc<Job>) -> Answer {
     let id = job.id;
-    context.follower.add_job(job, &call.caller.name).await;
+    context.follower.add_job(job, call.peer()).await;
     call.reply(&(id, job_path(id)))
 }
 

@@ -73,12 +73,15 @@ impl Service {
             None => Cursor::default(),
         };
         let at_most = wanted.at_most.unwrap_or(MOST_LISTED).clamp(1, MOST_LISTED);
-        // A long list is much work, and memory.
-        let _turn = self.histories.acquire().await;
+        // Held for one read at a time: nobody waits for polkit's answers to another user, nor for more than a read of a
+        // store that is slow.
+        let share = self.lists.share(caller.uid).await;
         let deadline = Instant::now() + PATIENCE;
         let (mut listed, mut bytes, mut seen) = (Vec::new(), 0, Seen::new());
         loop {
+            let turn = share.turn().await;
             let found = self.backups.after(&wanted.filter, &after, deadline).await;
+            drop(turn);
             let found = found.map_err(unreadable)?;
             let Some(last) = found.last() else {
                 return Ok(BackupPage {
@@ -127,8 +130,9 @@ impl Service {
             self.confirm(caller, "").await?;
             return Err(missing());
         }
-        let _turn = self.histories.acquire().await;
+        let turn = self.lists.take(caller.uid).await;
         let found = self.backups.named(prefix).await.map_err(unreadable)?;
+        drop(turn);
         let (mut known, mut seen) = (Vec::new(), Seen::new());
         for (key, object, domain) in found {
             // One that cannot be told from one that is hidden is not there.

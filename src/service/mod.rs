@@ -20,8 +20,6 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
-
 use crate::access::{Access, Basis, Caller, Details, Permission};
 use crate::backups::Backups;
 use crate::config::{Config, Store};
@@ -30,6 +28,7 @@ use crate::error::{Error, Kind, Result};
 use crate::job::{Job, Jobs, Rescan};
 use crate::plan::Task;
 use crate::quota::{Quota, Share};
+use crate::turns::Turns;
 
 /// Open files of a caller's, and the count of them, which is held as long as any of them is.
 #[derive(Debug)]
@@ -38,8 +37,9 @@ pub struct Descriptors {
     pub share: Arc<Share>,
 }
 
-/// Lists of all that ended that are made at a time; others wait for their turn.
-const LISTS_AT_A_TIME: usize = 2;
+/// Long lists of a user's that are made at a time, which bounds the memory for them; and reads for such lists, of all users.
+const LISTS_OF_A_USER: usize = 2;
+const READS: usize = 4;
 
 /// The driver of the domains, a detail for rules.
 const DRIVER: &str = "QEMU";
@@ -55,7 +55,7 @@ pub struct Service {
     descriptors: Quota,
     document_bytes: usize,
     /// Long lists that are being made.
-    histories: Semaphore,
+    lists: Turns,
 }
 
 impl Service {
@@ -74,7 +74,7 @@ impl Service {
             stores: config.stores.clone(),
             descriptors: config.limits.of_descriptors(),
             document_bytes: config.limits.document_bytes,
-            histories: Semaphore::new(LISTS_AT_A_TIME),
+            lists: Turns::new(READS, LISTS_OF_A_USER),
         }
     }
 

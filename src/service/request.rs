@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use super::{Descriptors, Service, details};
 use crate::access::{Basis, Caller, Details, Grant, Permission};
@@ -41,6 +42,7 @@ pub struct Authorised {
     snapshot: Snapshot,
     grants: Vec<Grant>,
     uid: u32,
+    turn: CancellationToken,
 }
 
 impl Service {
@@ -119,6 +121,7 @@ impl Service {
                     snapshot,
                     grants,
                     uid: caller.uid,
+                    turn: caller.turn.clone(),
                 });
             }
             disks = snapshot.disks;
@@ -148,9 +151,11 @@ impl Service {
             snapshot,
             grants,
             uid,
+            turn,
         } = authorised;
         let start_time = clock::now();
         let reservation = self.jobs.reserve(&domain, uid, request.files.share)?;
+        turn.cancel();
         let (plan, held) = self
             .plan(
                 (&request.definition, &request.options, request.files.files.len()),

@@ -145,12 +145,15 @@ impl Service {
         let jobs = whole(jobs, looks)?;
         let mut listed: Vec<ListedJob> = jobs.iter().map(|job| ListedJob::of(job)).collect();
         if ended {
-            // A long list is much work, and memory.
-            let _turn = self.histories.acquire().await;
+            // Each of them takes memory until it is sent.
+            let share = self.lists.share(caller.uid).await;
+            let turn = share.turn().await;
             let mut history = self.jobs.history().await?;
+            drop(turn);
             history.retain(|(job, _)| !known.contains(&job.id));
             listed.extend(self.readable(caller, history).await?);
             listed.sort_by_key(|job| job.id);
+            drop(share);
         }
         Ok(listed)
     }

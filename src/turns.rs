@@ -1,0 +1,108 @@
+//! Turns at something that is done for a few callers at a time. Each user has only a part of the turns, so that one user's
+//! thousand requests do not keep the others waiting.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+#[derive(Debug)]
+pub struct Turns {
+    all: Arc<Semaphore>,
+    per_user: usize,
+    by_user: Mutex<HashMap<u32, Arc<Semaphore>>>,
+}
+
+/// The right to do one such thing.
+pub struct Turn {
+    _all: OwnedSemaphorePermit,
+    _own: OwnedSemaphorePermit,
+}
+
+/// One user's right, which is worth something only while it is that user's turn among all.
+pub struct Share {
+    // Nothing closes the semaphore.
+    own: Option<OwnedSemaphorePermit>,
+    all: Arc<Semaphore>,
+}
+
+impl Turns {
+    /// So many at a time in all, and of one user.
+    pub fn new(all: usize, per_user: usize) -> Self {
+        Self {
+            all: Arc::new(Semaphore::new(all)),
+            per_user,
+            by_user: Mutex::default(),
+        }
+    }
+
+    /// Waits for a turn of this user's.
+    pub async fn take(&self, uid: u32) -> Option<Turn> {
+        let share = self.share(uid).await;
+        Some(Turn {
+            _all: share.turn().await?,
+            _own: share.own?,
+        })
+    }
+
+    /// Waits until the user has fewer than its part under way: for what takes turns again and again.
+    pub async fn share(&self, uid: u32) -> Share {
+        Share {
+            own: self.of(uid).acquire_owned().await.ok(),
+            all: self.all.clone(),
+        }
+    }
+
+    fn of(&self, uid: u32) -> Arc<Semaphore> {
+        let mut by_user = self.by_user.lock().unwrap_or_else(PoisonError::into_inner);
+        // Every holder of a turn, and everyone who waits for one, holds a reference.
+        by_user.retain(|_, turns| Arc::strong_count(turns) > 1);
+        let turns = by_user
+            .entry(uid)
+            .or_insert_with(|| Arc::new(Semaphore::new(self.per_user)));
+        turns.clone()
+    }
+}
+
+impl Share {
+    /// Waits for a turn among all users.
+    pub async fn turn(&self) -> Option<OwnedSemaphorePermit> {
+        self.all.clone().acquire_owned().await.ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+
+    #[tokio::test]
+    async fn one_user_cannot_have_every_turn() {
+        let turns = Turns::new(6, 3);
+        let held: Vec<_> = (0..3).map(|_| turns.take(1000).now_or_never().unwrap()).collect();
+        assert!(turns.take(1000).now_or_never().is_none());
+        assert!(turns.take(1001).now_or_never().is_some());
+        drop(held);
+        assert!(turns.take(1000).now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn users_without_questions_are_not_remembered() {
+        let turns = Turns::new(6, 3);
+        drop(turns.take(1000).await);
+        drop(turns.take(1001).await);
+        assert_eq!(turns.by_user.lock().unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_share_without_a_turn_keeps_no_other_user_waiting() {
+        let turns = Turns::new(1, 1);
+        let idle = turns.share(1000).await;
+        assert!(turns.share(1000).now_or_never().is_none());
+        let other = turns.share(1001).await;
+        let turn = other.turn().await.unwrap();
+        assert!(idle.turn().now_or_never().is_none());
+        drop(turn);
+        assert!(idle.turn().now_or_never().is_some());
+    }
+}

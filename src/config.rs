@@ -224,6 +224,8 @@ pub struct Deadlines {
     pub freeze_wait_seconds: NonZeroU32,
     /// From when it has frozen to the thaw. What has not begun by then is not quiesced.
     pub freeze_seconds: NonZeroU32,
+    /// For an export that nobody reads from.
+    pub export_idle_seconds: NonZeroU32,
     /// For a monitor that was lost during a backup to be there again, and a domain after a restart of the service.
     pub reconnect_seconds: NonZeroU32,
 }
@@ -240,6 +242,7 @@ impl Default for Deadlines {
             stall_seconds: seconds(300),
             freeze_wait_seconds: seconds(60),
             freeze_seconds: seconds(5),
+            export_idle_seconds: seconds(8 * 3600),
             reconnect_seconds: seconds(30),
         }
     }
@@ -256,6 +259,10 @@ impl Deadlines {
 
     pub fn freeze(&self) -> Duration {
         duration(self.freeze_seconds)
+    }
+
+    pub fn export_idle(&self) -> Duration {
+        duration(self.export_idle_seconds)
     }
 
     pub fn reconnect(&self) -> Duration {

@@ -62,7 +62,7 @@ impl Scene {
             [
                 "BlockJobCancelled vda".to_owned(),
                 "BlockJobCancelled vdb".to_owned(),
-                format!("Completed cancelled {OURS}Cancelled the backup was cancelled"),
+                format!("Completed cancelled {OURS}Cancelled the job was cancelled"),
                 format!("JobEnded {} {path} cancelled", job.id().await.unwrap()),
             ]
         );

@@ -330,8 +330,20 @@ async fn a_backup_is_served_for_reading_until_the_caller_leaves() {
     fs::remove_file(&path).unwrap();
     let listener = UnixListener::bind(&path).unwrap();
     let body = ("", zbus::Fd::from(&listener), Options::new());
-    call(&leaving, &incremental, "Export", &body).await.unwrap();
+    let export = job(&root, call(&leaving, &incremental, "Export", &body).await).await;
     drop(listener);
+    let number = export.id().await.unwrap();
+    let listed = async || {
+        let jobs = root.manager.list_jobs().await.unwrap().into_iter();
+        jobs.filter(|job| job.0 == number)
+            .map(|job| job.3)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(listed().await, ["running"]);
+    assert_eq!(export.mode().await.unwrap(), "export");
+    assert_eq!(export.backup().await.unwrap(), id(&incremental));
+    let disks = export.disks().await.unwrap().into_iter();
+    assert_eq!(disks.map(|disk| disk.0).collect::<Vec<_>>(), ["vda", "vdb"]);
     for (disk, format) in [("vda", "qcow2"), ("vdb", "raw")] {
         let mut compare = Command::new("qemu-img");
         compare
@@ -351,6 +363,62 @@ async fn a_backup_is_served_for_reading_until_the_caller_leaves() {
         started.is_ok().then_some(())
     })
     .await;
+    assert_completed(&export).await;
+    assert_eq!(listed().await, ["completed"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_administrator_sees_and_ends_anybodys_export_which_keeps_a_backup_from_being_deleted() {
+    let system = System::setup()
+        .rules(&polkit::allow(USER, &["backup.restore", "domain.read"]))
+        .start();
+    let mut vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let [_, incremental] = chain(&system, &root).await;
+    vm.quit();
+    let socket = system.dir().join("sockets");
+    fs::create_dir(&socket).unwrap();
+    std::os::unix::fs::chown(&socket, Some(USER), Some(USER)).unwrap();
+    let socket = socket.join("nbd");
+    let arguments = ["export", &id(&incremental), "--socket", socket.to_str().unwrap()];
+    let mut export = system.clients().start_backupctl("export", USER, &arguments);
+    let number = wait::until_async("the export to be listed", async || {
+        let mut jobs = root.manager.list_jobs().await.unwrap().into_iter();
+        jobs.find(|job| job.3 == "running").map(|job| job.0)
+    })
+    .await;
+    let served = root.job(root.manager.get_job(number).await.unwrap()).await;
+    assert_eq!(served.started_by_uid().await.unwrap(), USER);
+    wait::until("it to be served", || UnixStream::connect(&socket).ok());
+    let delete = async || call(&root, &incremental, "Delete", &Options::new()).await;
+    let refused = delete().await.unwrap_err();
+    assert!(error_name(&refused).ends_with("Busy"), "{refused}");
+    served.cancel().await.unwrap();
+    assert_eq!(served.wait().await.unwrap().0, "cancelled");
+    assert!(UnixStream::connect(&socket).is_err());
+    // The user is told.
+    assert_eq!(export.wait(), 3, "{}", export.log());
+    delete().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_that_nobody_reads_from_ends() {
+    let system = System::setup()
+        .table("[deadlines]\nexport-idle-seconds = 1")
+        .start();
+    let mut vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let [_, incremental] = chain(&system, &root).await;
+    vm.quit();
+    let path = system.dir().join("nbd");
+    let listener = UnixListener::bind(&path).unwrap();
+    let body = ("", zbus::Fd::from(&listener), Options::new());
+    let export = job(&root, call(&root, &incremental, "Export", &body).await).await;
+    // Being connected to is not being read from.
+    let _idle = UnixStream::connect(&path).unwrap();
+    let (result, _, message) = wait::within("the end", export.wait()).await.unwrap();
+    assert_eq!(result, "failed");
+    assert!(message.contains("export-idle-seconds"), "{message}");
 }
 
 /// A service whose restores never get further than their beginning.

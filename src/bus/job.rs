@@ -100,7 +100,7 @@ pub fn result(outcome: &Outcome) -> (&'static str, &'static str, String) {
     match outcome {
         Outcome::Completed => (word, "", String::new()),
         Outcome::Failed(error) => (word, name(error.kind), error.message.clone()),
-        Outcome::Cancelled => (word, name(Kind::Cancelled), "the backup was cancelled".into()),
+        Outcome::Cancelled => (word, name(Kind::Cancelled), "the job was cancelled".into()),
     }
 }
 

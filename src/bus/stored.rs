@@ -135,15 +135,13 @@ async fn export(context: &Context, call: &Call, backup: &Backup) -> Answer {
     let listener = call.descriptors(&[socket])?;
     let disks: Vec<String> = Some(disk).filter(|disk| !disk.is_empty()).into_iter().collect();
     let (service, peer) = (&context.service, call.peer().clone());
-    let export = async {
-        let caller = &call.caller;
-        let grant = service.authorise_restore(caller, backup, &disks).await?;
-        let left = async move { peer.left().await };
-        let served = service.export(grant, caller.uid, backup, (disks.clone(), listener), left);
-        Ok(served.await?)
-    };
-    call.while_present(export).await?;
-    call.reply(&())
+    let authorise = async { Ok(service.authorise_restore(&call.caller, backup, &disks).await?) };
+    let grant = call.while_present(authorise).await?;
+    // Its end is on record, even if the caller leaves before it begins.
+    let left = async move { peer.left().await };
+    let started_export = service.export(grant, call.caller.uid, backup, (disks, listener), left);
+    let job = started_export.await?;
+    started(context, call, job).await
 }
 
 pub fn properties(backup: &Backup) -> Properties {

@@ -229,6 +229,14 @@ impl Engine {
         }))
     }
 
+    /// Bytes that it has read so far, from files and from its monitor; nothing where the kernel does not count them (proc(5),
+    /// `rchar`).
+    pub fn bytes_read(&self) -> Option<u64> {
+        let counts = std::fs::read_to_string(format!("/proc/{}/io", self.child.id()?)).ok()?;
+        let line = counts.lines().find_map(|line| line.strip_prefix("rchar: "));
+        line?.parse().ok()
+    }
+
     /// Waits until it ends by itself, and says why.
     pub async fn ended(&mut self) -> Error {
         // A child that cannot be waited for is as good as ended.

@@ -49,6 +49,11 @@ impl Export {
         &self.chain
     }
 
+    /// How many bytes it has read so far, for its clients above all; nothing where the kernel does not count that.
+    pub fn bytes_read(&self) -> Option<u64> {
+        self.engine.bytes_read()
+    }
+
     /// Waits until it ends, which it does not do by itself.
     pub async fn ended(&mut self) -> Error {
         self.engine.ended().await

@@ -88,6 +88,10 @@ pub enum Error {
     Image(Box<image::Error>),
     #[error("{first}{}", more(*.others))]
     Found { first: Box<Finding>, others: usize },
+    #[error(
+        "nobody has read from the export for {seconds} seconds ('export-idle-seconds' in the configuration)"
+    )]
+    ExportIdle { seconds: u64 },
     #[error("the service was ended meanwhile, and this with it: start it again")]
     NotResumed,
     #[error("disk '{disk}': QEMU cannot make its checkpoint: {source}")]
@@ -147,7 +151,7 @@ impl Error {
             | Self::NotClosed
             | Self::HostRestarted
             | Self::NotFound(_) => Kind::DomainUnreachable,
-            Self::Stalled { .. } | Self::Exchanged => Kind::TargetInvalid,
+            Self::Stalled { .. } | Self::Exchanged | Self::ExportIdle { .. } => Kind::TargetInvalid,
             Self::Target(error) => error.kind(),
             Self::NoDefinition { .. } | Self::NoSpeed { .. } => Kind::Unsupported,
             Self::Image(error) => error.kind(),

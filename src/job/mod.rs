@@ -36,7 +36,7 @@ pub use guard::watch as watch_frozen_guest;
 pub use manager::{Jobs, Reservation, Start};
 pub use rescan::Rescan;
 pub use status::{DiskState, DiskStatus, Outcome, State, Status};
-pub use stored::{Turn, Work};
+pub use stored::{Served, Turn, Work};
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -118,9 +118,9 @@ impl Job {
 
     /// The document with all defaults filled in. Only a backup has one.
     pub fn definition(&self) -> Result<String, Error> {
-        match self.plan.task {
-            Task::Backup => Ok(self.plan.definition().to_xml()),
-            Task::Restore(_) | Task::Verify(_) => Err(Error::NoDefinition { id: self.id }),
+        match self.plan.task.stored() {
+            None => Ok(self.plan.definition().to_xml()),
+            Some(_) => Err(Error::NoDefinition { id: self.id }),
         }
     }
 
@@ -186,10 +186,10 @@ impl Job {
 
     /// The id of the backup that it makes in a store, or reads from one; empty where it makes one elsewhere.
     pub fn backup(&self) -> &str {
-        match (&self.plan.task, &self.plan.destination) {
-            (Task::Restore(stored) | Task::Verify(stored), _) => &stored.id,
-            (Task::Backup, Destination::Store { .. }) => &self.backup_id,
-            (Task::Backup, Destination::Caller) => "",
+        match (self.plan.task.stored(), &self.plan.destination) {
+            (Some(stored), _) => &stored.id,
+            (None, Destination::Store { .. }) => &self.backup_id,
+            (None, Destination::Caller) => "",
         }
     }
 

@@ -1,4 +1,4 @@
-//! Jobs upon stored backups: restoring one, and verifying some.
+//! Jobs upon stored backups: restoring one, verifying some, and serving one to whoever started it.
 //!
 //! They run in a process of the service's own, so that none of them survives it: what a former service left unfinished has
 //! failed.
@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
@@ -26,6 +27,8 @@ use crate::target::Targets;
 
 /// How often progress is shown.
 const PROGRESS: Duration = Duration::from_millis(500);
+/// How often, in the time that an export may be idle, it is looked at.
+const LOOKS_AT_IDLE: u32 = 16;
 
 /// The right to do something with stored backups; given back when it is dropped.
 #[must_use]
@@ -42,6 +45,13 @@ pub enum Work {
     /// Each disk of the chain into the target at its place.
     Restore(Box<(Chain, Targets)>),
     Verify(Survey),
+    Export(Served),
+}
+
+/// A backup that is served until the user who started it `left` the bus.
+pub struct Served {
+    pub export: Export,
+    pub left: BoxFuture<'static, ()>,
 }
 
 impl Jobs {
@@ -84,6 +94,16 @@ impl Jobs {
             });
             job.update(|status| status.disks = rows.collect());
         }
+        if let Work::Export(served) = &work {
+            let rows = served.export.chain().disks().iter().map(|disk| DiskStatus {
+                name: disk.disk.clone(),
+                state: DiskState::Running,
+                total: 0,
+                done: 0,
+                target: String::new(),
+            });
+            job.update(|status| status.disks = rows.collect());
+        }
         self.insert(job.clone());
         let (jobs, running) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
@@ -104,6 +124,7 @@ impl Jobs {
                     restore(job, &chain, targets, &cancel, setting).await
                 }
                 Work::Verify(survey) => (verify(job, survey, &cancel, setting).await, false),
+                Work::Export(served) => (serve(served, &cancel, setting).await, false),
             }
         };
         tokio::pin!(work);
@@ -151,24 +172,6 @@ impl Jobs {
         job.update(|status| status.outcome = Some(outcome));
         self.insert(job.clone());
         Ok(job)
-    }
-
-    /// Serves until the caller has `left`, or the service stops.
-    pub fn serve(
-        self: &Arc<Self>,
-        turn: Turn,
-        mut export: Export,
-        left: impl Future<Output = ()> + Send + 'static,
-    ) {
-        let jobs = self.clone();
-        self.tasks.spawn(async move {
-            tokio::select! {
-                error = export.ended() => tracing::error!(%error, "an export of a backup ended by itself"),
-                () = left => {}
-                () = jobs.setting.stop.cancelled() => {}
-            }
-            drop((export, turn));
-        });
     }
 }
 
@@ -250,6 +253,49 @@ async fn restore_all(
         });
     }
     Ok(())
+}
+
+/// Serves until the caller has left, somebody cancels it, or nobody has read from it for a long time.
+async fn serve(served: Served, cancel: &CancellationToken, setting: &Setting) -> Result<(), Stopped> {
+    let Served { mut export, left } = served;
+    let patience = setting.deadlines.export_idle();
+    let mut looked = Looked::new(export.bytes_read());
+    let mut pace = tokio::time::interval(patience / LOOKS_AT_IDLE);
+    tokio::pin!(left);
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return Err(Stopped::Cancelled),
+            () = &mut left => return Ok(()),
+            error = export.ended() => return Err(stopped(error)),
+            _ = pace.tick() => {
+                if looked.is_idle(export.bytes_read(), patience) {
+                    let seconds = patience.as_secs();
+                    return Err(Error::ExportIdle { seconds }.into());
+                }
+            }
+        }
+    }
+}
+
+/// When an export was last seen to read something, and how much it had read then.
+struct Looked {
+    read: Option<u64>,
+    at: Instant,
+}
+
+impl Looked {
+    fn new(read: Option<u64>) -> Self {
+        let at = Instant::now();
+        Self { read, at }
+    }
+
+    /// Whether nothing was read for so long. Where that is not known, it is read from.
+    fn is_idle(&mut self, read: Option<u64>, patience: Duration) -> bool {
+        if read.is_none() || read != self.read {
+            *self = Self::new(read);
+        }
+        self.at.elapsed() >= patience
+    }
 }
 
 /// Verifies backups, and has the catalog remember what was found.

@@ -73,7 +73,7 @@ pub struct Plan {
     /// What is said of the checkpoint that the backup begins.
     #[serde(default)]
     pub checkpoint: Option<Checkpoint>,
-    /// At least one; none where backups are verified.
+    /// At least one; none where backups are verified or served.
     pub disks: Vec<DiskPlan>,
     /// Disks of the domain that are left out.
     pub excluded: Vec<String>,
@@ -94,6 +94,18 @@ pub enum Task {
     Restore(Stored),
     /// There are none: stored backups are read.
     Verify(Stored),
+    /// There are none: a stored backup's disks are served.
+    Export(Stored),
+}
+
+impl Task {
+    /// The stored backup that it reads.
+    pub fn stored(&self) -> Option<&Stored> {
+        match self {
+            Self::Backup => None,
+            Self::Restore(stored) | Self::Verify(stored) | Self::Export(stored) => Some(stored),
+        }
+    }
 }
 
 /// A backup in a store.
@@ -348,6 +360,7 @@ impl Plan {
             Task::Backup => "push",
             Task::Restore(_) => "restore",
             Task::Verify(_) => "verify",
+            Task::Export(_) => "export",
         }
     }
 

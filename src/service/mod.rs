@@ -26,7 +26,6 @@ use crate::config::{Config, Store};
 use crate::domain::{self, Domain, Origin, Registration, Registry};
 use crate::error::{Error, Kind, Result};
 use crate::job::{Job, Jobs, Rescan};
-use crate::plan::Task;
 use crate::quota::{Quota, Share};
 use crate::turns::Turns;
 
@@ -152,15 +151,12 @@ impl Service {
 
     /// Passes only the user who started `job`, and callers with `permission` for all its targets.
     async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<()> {
-        let of_stored = match &job.plan.task {
-            Task::Backup => None,
-            Task::Restore(stored) | Task::Verify(stored) => Some(
-                details(&job.domain)
-                    .with("mode", job.plan.mode())
-                    .with("backup_id", &stored.id)
-                    .with("store", &stored.store),
-            ),
-        };
+        let of_stored = job.plan.task.stored().map(|stored| {
+            details(&job.domain)
+                .with("mode", job.plan.mode())
+                .with("backup_id", &stored.id)
+                .with("store", &stored.store)
+        });
         let asked = match of_stored {
             Some(details) => vec![details],
             None => {

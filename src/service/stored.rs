@@ -15,7 +15,7 @@ use crate::clock;
 use crate::definition::Format;
 use crate::error::{Error, Kind, Result, shown};
 use crate::image::{self, Chain, Export, Location, Survey};
-use crate::job::{self, Job, Work};
+use crate::job::{self, Job, Served, Work};
 use crate::offload::Progress;
 use crate::plan::{DiskPlan, Plan, Stored, Task};
 use crate::target::{self, Shelf};
@@ -115,7 +115,7 @@ impl Service {
         backup: &Backup,
         (disks, listener): (Vec<String>, Descriptors),
         left: impl Future<Output = ()> + Send + 'static,
-    ) -> Result<()> {
+    ) -> Result<Arc<Job>> {
         let turn = self.jobs.turn(uid, listener.share)?;
         let Ok([socket]) = <[OwnedFd; 1]>::try_from(listener.files) else {
             return Err(Error::new(Kind::InvalidArgs, "an export has one socket"));
@@ -127,9 +127,16 @@ impl Service {
             Ok(export) => export?,
             Err(_) => return Err(job::Error::stalled("the store", self.jobs.patience()).into()),
         };
-        drop(grant);
-        self.jobs.serve(turn, export, left);
-        Ok(())
+        let domain = self.backups.domain(&backup.domain);
+        let plan = Plan::of_stored(Task::Export(stored(backup)), Vec::new());
+        let record = self.jobs.begin(&domain, &plan, uid, clock::now()).await?;
+        let work = Work::Export(Served {
+            export,
+            left: Box::pin(left),
+        });
+        let job = self.jobs.start_stored(turn, domain, (plan, record), work);
+        grant.record(job.id);
+        Ok(job)
     }
 
     /// The images of a backup's disks; of all of them where none is named.

@@ -327,10 +327,11 @@ impl Service {
     }
 
     /// Has a disk of the backup at that path, or all of them, served on a listening socket while this connection is there.
-    pub async fn export(&self, path: &str, disk: &str, listener: OwnedFd) -> Result<()> {
+    pub async fn export(&self, path: &str, disk: &str, listener: OwnedFd) -> Result<Job> {
         let options: HashMap<&str, Variant> = HashMap::new();
         let body = (disk, zbus::Fd::from(&listener), options);
-        self.call(path, BACKUP_INTERFACE, "Export", &body).await
+        let (id, path): (u32, OwnedObjectPath) = self.call(path, BACKUP_INTERFACE, "Export", &body).await?;
+        Ok(self.job_at(id, path.to_string()))
     }
 
     /// Deletes the backups that no rule keeps, or only says which; and the bytes freed.

@@ -19,7 +19,7 @@ use crate::follow::{Ending, Follow, OnInterrupt};
 use crate::interrupt::Interrupts;
 use crate::job::{Outcome, Snapshot};
 use crate::output::{self, escape};
-use crate::proxy::{Job, Service, Signal};
+use crate::proxy::{Job, Service};
 use crate::{units, view};
 
 /// `backupctl restore` without `--from`.
@@ -221,23 +221,18 @@ pub async fn export(service: &Service, args: &Export, json: bool, ask_password: 
     };
     let (socket, listener) = export::listen(&args.socket)?;
     let agent = Agent::start(ask_password).await;
-    tokio::select! {
-        served = service.export(&backup.path, disk, listener) => served?,
+    let job = tokio::select! {
+        job = service.export(&backup.path, disk, listener) => job?,
         _ = interrupts.next() => return Err(Error::Interrupted),
-    }
+    };
     drop(agent);
-    let mut signals = service.signals().await?;
     for disk in &disks {
         socket.tell(disk, json)?;
     }
-    loop {
-        tokio::select! {
-            signal = signals.recv() => match signal {
-                Some(Signal::Gone) | None => return Err(Error::LostService),
-                Some(_) => {}
-            },
-            _ = interrupts.next() => return Ok(Status::Completed),
-        }
+    // It ends when this program does. Before, somebody can cancel it, or nobody uses it.
+    tokio::select! {
+        outcome = job.wait() => completed(outcome?).map(|()| Status::Completed),
+        _ = interrupts.next() => Ok(Status::Completed),
     }
 }
 

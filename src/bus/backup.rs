@@ -42,6 +42,8 @@ pub async fn create_backup(
         .await?;
     // From here on the caller may leave: its backup is made.
     let job = service.start(authorised).await?;
+    let peer = call.peer().clone();
+    service.watch_starter(&job, async move { peer.left().await });
     context.follower.add_job(job.clone(), call.peer()).await;
     service.begun(&job).await?;
     call.reply(&(job.id, job_path(job.id)))

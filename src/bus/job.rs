@@ -44,7 +44,7 @@ pub struct View {
 
 impl View {
     pub fn of(status: &Status) -> Self {
-        let (_, error_name, error_message) = status.outcome.as_ref().map(result).unwrap_or_default();
+        let (_, error_name, error_message) = result(status);
         let end = status
             .expected_end
             .and_then(|end| u64::try_from(end.as_microsecond()).ok());
@@ -94,13 +94,23 @@ fn disk(disk: &DiskStatus) -> DiskTuple {
     )
 }
 
-/// An outcome as `Wait` and `Completed` tell it: result, error name, message.
-pub fn result(outcome: &Outcome) -> (&'static str, &'static str, String) {
+/// The outcome of a job as `Wait` and `Completed` tell it: result, error name, message. Nothing while it has none.
+pub fn result(status: &Status) -> (&'static str, &'static str, String) {
+    let Some(outcome) = &status.outcome else {
+        return <_>::default();
+    };
     let word = outcome.as_str();
     match outcome {
         Outcome::Completed => (word, "", String::new()),
         Outcome::Failed(error) => (word, name(error.kind), error.message.clone()),
-        Outcome::Cancelled => (word, name(Kind::Cancelled), "the job was cancelled".into()),
+        Outcome::Cancelled => (word, name(Kind::Cancelled), cancelled(status)),
+    }
+}
+
+fn cancelled(status: &Status) -> String {
+    match status.displaced {
+        Some(why) => format!("the job was cancelled: {why}"),
+        None => "the job was cancelled".into(),
     }
 }
 
@@ -117,8 +127,8 @@ pub async fn call(context: &Context, call: &Call, job: &Arc<Job>) -> Answer {
         "Wait" => {
             call.no_arguments()?;
             context.follower.listen(job, call);
-            let outcome = call.while_present(async { Ok(job.wait().await) }).await?;
-            call.reply(&result(&outcome))
+            call.while_present(async { Ok(job.wait().await) }).await?;
+            call.reply(&result(&job.status()))
         }
         "SetSpeed" => {
             let bytes_per_second: u64 = call.arguments()?;

@@ -323,7 +323,7 @@ pub async fn follow_job(job: Arc<Job>, audience: Audience) {
         if let Some(outcome) = &status.outcome {
             end_disks(&status, &to, &path, &audience).await;
             audience
-                .tell(&to, &path, JOB_INTERFACE, "Completed", &result(outcome))
+                .tell(&to, &path, JOB_INTERFACE, "Completed", &result(&status))
                 .await;
             audience.job_ended(&job, outcome.as_str()).await;
             audience.listeners.end(job.id);

@@ -8,6 +8,7 @@ mod boot;
 mod chain;
 mod checkpoints;
 mod directory;
+mod displace;
 mod error;
 mod footprint;
 mod generation;
@@ -31,6 +32,7 @@ mod zeroes;
 
 pub use boot::current as current_boot;
 pub use checkpoints::{Checkpoint, definition as checkpoint_definition, named};
+pub use displace::Displaced;
 pub use error::Error;
 pub use guard::watch as watch_frozen_guest;
 pub use manager::{Jobs, Reservation, Start};
@@ -38,6 +40,7 @@ pub use rescan::Rescan;
 pub use status::{DiskState, DiskStatus, Outcome, State, Status};
 pub use stored::{Served, Turn, Work};
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -92,6 +95,10 @@ pub struct Job {
     status: watch::Sender<Status>,
     decision: Mutex<Decision>,
     cancel: CancellationToken,
+    /// By this process of the service.
+    taken_up: Instant,
+    /// The connection that started it has left the bus, or was one of an earlier process's.
+    is_orphan: AtomicBool,
     /// Bytes a second, all disks together; 0 is unlimited.
     speed: watch::Sender<u64>,
     /// When somebody looked last, and when QEMU was asked last.

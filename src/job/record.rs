@@ -1,7 +1,8 @@
 //! The records of jobs, to and from the catalog.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -167,6 +168,8 @@ impl Job {
                 false => Decision::Open,
             }),
             cancel,
+            taken_up: Instant::now(),
+            is_orphan: AtomicBool::new(earlier),
             speed: watch::Sender::new(record.speed),
             looks: watch::Sender::new(None),
             asked: watch::Sender::new(None),
@@ -240,6 +243,7 @@ fn first_status(plan: &Plan, backup_id: &str) -> Status {
         expected_end: None,
         frozen: Duration::ZERO,
         quiesce_problem: None,
+        displaced: None,
         outcome: None,
     }
 }

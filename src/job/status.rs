@@ -5,6 +5,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::Displaced;
 use crate::error::Error;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +93,8 @@ pub struct Status {
     pub frozen: Duration,
     /// Why the guest was not quiesced, though that was to be tried.
     pub quiesce_problem: Option<String>,
+    /// Why it was ended for another one, if it was.
+    pub displaced: Option<Displaced>,
     /// Set once, with the last change.
     pub outcome: Option<Outcome>,
 }

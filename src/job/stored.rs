@@ -45,7 +45,7 @@ pub enum Work {
     /// Each disk of the chain into the target at its place.
     Restore(Box<(Chain, Targets)>),
     Verify(Survey),
-    Export(Served),
+    Export(Box<Served>),
 }
 
 /// A backup that is served until the user who started it `left` the bus.
@@ -124,7 +124,7 @@ impl Jobs {
                     restore(job, &chain, targets, &cancel, setting).await
                 }
                 Work::Verify(survey) => (verify(job, survey, &cancel, setting).await, false),
-                Work::Export(served) => (serve(served, &cancel, setting).await, false),
+                Work::Export(served) => (serve(*served, &cancel, setting).await, false),
             }
         };
         tokio::pin!(work);

@@ -154,8 +154,15 @@ impl Service {
             turn,
         } = authorised;
         let start_time = clock::now();
-        let reservation = self.jobs.reserve(&domain, uid, request.files.share)?;
+        let share = request.files.share;
+        let reserved = self.jobs.reserve(&domain, uid, share.clone());
         turn.cancel();
+        let reservation = match reserved {
+            Err(job::Error::Busy { .. }) if self.jobs.displace(&domain, uid).await => {
+                self.jobs.reserve(&domain, uid, share)?
+            }
+            reserved => reserved?,
+        };
         let (plan, held) = self
             .plan(
                 (&request.definition, &request.options, request.files.files.len()),
@@ -187,6 +194,11 @@ impl Service {
             grant.record(job.id);
         }
         Ok(job)
+    }
+
+    /// Takes notice when the connection that started a backup has left the bus.
+    pub fn watch_starter(&self, job: &Arc<Job>, left: impl Future<Output = ()> + Send + 'static) {
+        self.jobs.watch_starter(job, left);
     }
 
     /// Waits until the backup has begun: what the guest writes from then on is in no image. Fails with what prevented it. If

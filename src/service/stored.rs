@@ -130,10 +130,10 @@ impl Service {
         let domain = self.backups.domain(&backup.domain);
         let plan = Plan::of_stored(Task::Export(stored(backup)), Vec::new());
         let record = self.jobs.begin(&domain, &plan, uid, clock::now()).await?;
-        let work = Work::Export(Served {
+        let work = Work::Export(Box::new(Served {
             export,
             left: Box::pin(left),
-        });
+        }));
         let job = self.jobs.start_stored(turn, domain, (plan, record), work);
         grant.record(job.id);
         Ok(job)

@@ -1,0 +1,91 @@
+//! A backup that its starter never lets end keeps nobody from root's.
+
+mod common;
+
+use common::System;
+use common::caller::{Caller, assert_completed};
+use common::clients::{OTHER_USER as OTHER, USER};
+use common::disk::Disk;
+use common::polkit;
+use common::proxies::{JobProxy, Options, error_name};
+use common::vm::Vm;
+use common::wait;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+
+fn system(rights: &[&str]) -> System {
+    let rules = polkit::allow(USER, rights) + &polkit::allow(OTHER, rights);
+    System::setup().rules(&rules).start()
+}
+
+fn machine(system: &System) -> Vm {
+    let disk = Disk::new("vda", 16 * MIB).fill(0, 16 * MIB, 0x11);
+    system.configured(system.vm("web").disk(disk).running())
+}
+
+/// A backup that copies so many bytes a second.
+async fn start(caller: &Caller, document: &str, rate: u64) -> JobProxy<'static> {
+    let options = Options::from([("bandwidth", Variant::from(rate))]);
+    caller.start_with("web", document, &[], options).await
+}
+
+async fn assert_busy(caller: &Caller) {
+    let refused = caller
+        .try_start("web", "", &[], Options::new())
+        .await
+        .unwrap_err();
+    assert!(error_name(&refused).ends_with("Busy"), "{refused}");
+}
+
+async fn assert_displaced(job: &JobProxy<'_>, why: &str) {
+    let (result, error, message) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!(result, "cancelled");
+    assert!(error.ends_with("Cancelled") && message.contains(why), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roots_backup_ends_a_users_that_is_limited_to_next_to_nothing() {
+    let system = system(&["domain.read", "domain.backup"]);
+    let vm = machine(&system);
+    let (user, other) = (
+        Caller::of_user(&system, USER).await,
+        Caller::of_user(&system, OTHER).await,
+    );
+    let root = Caller::new(&system).await;
+    let held = start(&user, "", 1).await;
+    // Another user has no more right than the first.
+    assert_busy(&other).await;
+    assert_completed(&root.start("web", "").await).await;
+    assert_displaced(&held, "less than 1 MiB a second").await;
+    assert_eq!(vm.checkpoints("vda").len(), 1, "nothing is left of the other one");
+    // Root's own is not ended for another one of root's.
+    let slow = start(&root, "", 1).await;
+    assert_busy(&root).await;
+    slow.cancel().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_users_backup_that_copies_as_it_should_is_waited_for() {
+    let system = system(&["domain.read", "domain.backup", "domain.export"]);
+    let _vm = machine(&system);
+    let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
+    let targets = system.dir().join("targets");
+    std::fs::create_dir(&targets).unwrap();
+    let document = format!(
+        "<domainbackup><disks><disk name='vda'><target file='{}/a.qcow2'/></disk></disks></domainbackup>",
+        targets.display()
+    );
+    let running = start(&user, &document, MIB).await;
+    assert_busy(&root).await;
+    // Whoever started it hears of its end no more.
+    let number = running.id().await.unwrap();
+    let path = root.manager.get_job(number).await.unwrap();
+    user.connection.close().await.unwrap();
+    let root_starts = async || root.try_start("web", "", &[], Options::new()).await.ok();
+    let next = wait::until_async("the place to be free", root_starts).await;
+    let ended = root.job(path).await;
+    assert_displaced(&ended, "had left").await;
+    assert_completed(&root.job(next).await).await;
+    assert!(!targets.join("a.qcow2").exists());
+}

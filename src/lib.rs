@@ -29,4 +29,5 @@ pub mod service;
 pub mod socket;
 pub mod supervisor;
 pub mod target;
+pub mod text;
 mod turns;

@@ -12,7 +12,7 @@ use common::System;
 use common::authority::{Answer, Authority};
 use common::caller::{Caller, assert_completed};
 use common::calls;
-use common::clients::{OTHER_USER, ROOT, USER};
+use common::clients::{OTHER_USER, ROOT, THIRD_USER, USER};
 use common::disk::Disk;
 use common::journal::{self, Journal, Record};
 use common::polkit;
@@ -204,6 +204,49 @@ async fn a_decision_that_could_not_be_had_has_one_record() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn refusals_cannot_fill_the_journal_and_every_grant_is_on_record() {
+    const CALLS: usize = 40;
+    let rules = polkit::deny(USER, &["domain.export"]);
+    let mut system = System::setup().rules(&rules).journal().start();
+    let _vm = machine(&system, "web", disk());
+    // As long as a path may be, and six times as long when it is written out.
+    let path = format!("/tmp/{}", "\u{e0001}".repeat(900));
+    let document = format!(
+        "<domainbackup><disks><disk name='vda'><target file='{path}'/></disk></disks></domainbackup>"
+    );
+    let user = Caller::of_user(&system, USER).await;
+    for _ in 0..CALLS {
+        user.try_start("web", &document, &[], Options::new())
+            .await
+            .unwrap_err();
+    }
+    let root = Caller::new(&system).await;
+    for _ in 0..3 {
+        root.complete("web", "").await;
+    }
+    assert_eq!(system.stop_daemon(), Some(0));
+    let records = system.journal().records();
+    let of_action = |action: &str| {
+        let of_action = records
+            .iter()
+            .filter(|record| record.all("BACKUPD_ACTION") == [action]);
+        of_action.collect::<Vec<_>>()
+    };
+    assert_eq!(of_action(BACKUP).len(), 3);
+    let refused = of_action(EXPORT);
+    assert_eq!(refused.len(), 2, "{refused:?}");
+    for record in &refused {
+        assert_eq!(
+            (part(record, "OUTCOME"), part(record, "UID")),
+            ("denied".into(), USER.to_string())
+        );
+    }
+    assert_eq!(part(refused[0], "COUNT"), "");
+    assert!(part(refused[0], "TARGET_NAME").len() <= 256, "{:?}", refused[0]);
+    assert_eq!(part(refused[1], "COUNT"), (CALLS - 1).to_string());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn looking_leaves_no_record() {
     let mut system = System::setup().journal().start();
     let _vm = machine(&system, "web", disk());
@@ -294,13 +337,15 @@ async fn what_a_target_is_called_forges_nothing() {
         "/tmp/x\\",
         "/tmp/x\u{2028}BACKUPD_OUTCOME=granted",
     ];
-    for path in paths {
-        calls::create(system.clients(), USER, "web", &document(path)).unwrap_err();
+    // Of one user's the second would only be counted.
+    let users = [USER, OTHER_USER, THIRD_USER];
+    for (path, uid) in paths.iter().zip(users) {
+        calls::create(system.clients(), uid, "web", &document(path)).unwrap_err();
     }
     assert_eq!(files_below(&system.store()), [""; 0]);
 
     let records = audited(&mut system);
-    let expected = paths.map(|_| entry(EXPORT, USER, "challenge", "polkit", ""));
+    let expected = users.map(|uid| entry(EXPORT, uid, "challenge", "polkit", ""));
     assert_eq!(brief(&records), expected);
     for (record, path) in records.iter().zip(paths) {
         assert_eq!(part(record, "TARGET_NAME"), path.escape_debug().to_string());

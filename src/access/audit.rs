@@ -1,12 +1,16 @@
-//! One record in the log for each decision on a call that changes something.
+//! One record in the log for each decision on a call that changes something; of many refusals a count ([`super::refusals`]).
 //!
 //! In the journal each fact is a field of its own (`BACKUPD_ACTION=`, `BACKUPD_UID=`, …), so that an administrator can ask
 //! for them. Whatever a caller could have chosen is escaped: no text of a caller's can pass for a record or a part of one.
 
+use super::refusals::{Key, Refusals};
 use super::{Caller, Details, Permission};
+use crate::text::excerpt;
 
 /// The target of the records' events.
 const TARGET: &str = "backupd::audit";
+/// The longest detail of a record, in bytes.
+const MOST_BYTES: usize = 256;
 /// Keeps a log filter from leaving them out.
 pub const DIRECTIVE: &str = "backupd::audit=info";
 
@@ -108,23 +112,39 @@ impl Drop for Grant {
 
 /// Records a no: `denied`, `challenge` (a password would help) or `failed` (the authority could not say).
 pub(super) fn refused(
+    refusals: &Refusals,
     caller: &Caller,
     permission: Permission,
     details: &Details,
     outcome: &'static str,
     job: Option<u32>,
 ) {
-    let record = Record {
-        caller: caller.clone(),
-        permission,
-        details: details.clone(),
-        basis: Basis::Polkit,
-    };
-    record.write(outcome, job);
+    if refusals.is_first((caller.uid, permission.action(), outcome)) {
+        let record = Record {
+            caller: caller.clone(),
+            permission,
+            details: details.clone(),
+            basis: Basis::Polkit,
+        };
+        record.write(outcome, job);
+    }
+}
+
+/// Records further refusals like one that is on record.
+pub(super) fn refused_again((uid, action, outcome): Key, count: u64) {
+    tracing::info!(
+        target: TARGET,
+        action,
+        outcome,
+        basis = Basis::Polkit.as_str(),
+        uid,
+        count,
+        "{outcome}: user {uid}, {action}, {count} more times",
+    );
 }
 
 fn escaped(text: &str) -> String {
-    text.escape_debug().to_string()
+    excerpt(text, MOST_BYTES)
 }
 
 #[cfg(test)]

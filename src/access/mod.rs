@@ -7,6 +7,7 @@
 mod audit;
 mod cache;
 mod polkit;
+mod refusals;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -16,16 +17,18 @@ pub use cache::Object;
 pub use polkit::Polkit;
 pub use table::{Entry, FREE, Implicit, Permission, TABLE};
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::Kind;
 use crate::quota::{Exceeded, Quota};
 use crate::turns::Turns;
 use cache::Cache;
+use refusals::Refusals;
 
 /// Silent questions at a time, in all and of a user. The authority answers one after the other; with the password dialogs of
 /// the default limit these are fewer than the bus allows a connection to have in flight (128 with dbus-daemon).
@@ -38,6 +41,8 @@ const GLANCE: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The same with the wait for a turn.
 const WHOLE_PATIENCE: Duration = Duration::from_secs(20);
+/// The least time between two complaints about the authority in the log.
+const QUIET: Duration = Duration::from_secs(10);
 /// How long a question may take that needs a password.
 const INTERACTIVE_PATIENCE: Duration = Duration::from_secs(600);
 
@@ -159,6 +164,9 @@ pub struct Access {
     cache: Cache,
     turns: Turns,
     dialogs: Quota,
+    refusals: Refusals,
+    /// When a failure of the authority was logged last.
+    complained: Mutex<Option<Instant>>,
 }
 
 impl Access {
@@ -169,6 +177,8 @@ impl Access {
             cache: Cache::default(),
             turns: Turns::new(TURNS, TURNS_OF_A_USER),
             dialogs,
+            refusals: Refusals::new(audit::refused_again),
+            complained: Mutex::default(),
         }
     }
 
@@ -191,12 +201,12 @@ impl Access {
             }
             Ok(Decision::Challenge | Decision::Denied) => (Error::Denied(permission), "denied"),
             Ok(Decision::Failed(reason)) => {
-                tracing::error!(reason, "the authority failed: {} is denied", permission.action());
+                self.complain(&reason, permission);
                 (Error::Unknown, "failed")
             }
             Err(exceeded) => (exceeded.into(), "denied"),
         };
-        audit::refused(caller, permission, details, outcome, job);
+        audit::refused(&self.refusals, caller, permission, details, outcome, job);
         Err(error)
     }
 
@@ -225,7 +235,7 @@ impl Access {
             Decision::Granted | Decision::GrantedForAWhile => Look::Allowed,
             Decision::Challenge | Decision::Denied => Look::Refused,
             Decision::Failed(reason) => {
-                tracing::warn!(reason, "the authority failed: {} is denied", permission.action());
+                self.complain(reason, permission);
                 Look::Unknown
             }
         };
@@ -247,11 +257,25 @@ impl Access {
     ) -> Result<(), Error> {
         match self.ask_silently(caller, permission, details, GLANCE).await {
             Decision::Failed(reason) => {
-                tracing::warn!(reason, "the authority failed: nothing is reported missing");
+                self.complain(&reason, permission);
                 Err(Error::Unknown)
             }
             _ => Ok(()),
         }
+    }
+
+    /// Logs that the authority failed, not more often than anybody reads it.
+    fn complain(&self, reason: &str, permission: Permission) {
+        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| last.elapsed() >= QUIET) {
+            *last = Some(Instant::now());
+            tracing::error!(reason, "the authority failed: {} is denied", permission.action());
+        }
+    }
+
+    /// Has the records of refusals written that are only counted yet.
+    pub fn flush(&self) {
+        self.refusals.flush();
     }
 
     /// Forgets what was decided for a connection that has gone.

@@ -186,6 +186,7 @@ impl Service {
         self.jobs.shut_down().await;
         self.backups.shut_down().await;
         self.domains.shut_down().await;
+        self.access.flush();
     }
 }
 

@@ -5,14 +5,8 @@
 
 use std::io::{self, Write};
 
+use backupd::text::is_invisible;
 use serde_json::Value;
-
-/// Whether `c` would do something to a terminal, or to the order in which a line is read.
-fn is_unsafe(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{2028}' | '\u{2029}'
-            | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
-}
 
 /// `text` with everything that isn't plain text written out, as in `\n` or `\u{1b}`.
 pub fn escape(text: &str) -> String {
@@ -28,7 +22,7 @@ fn escape_except(text: &str, keep: impl Fn(char) -> bool) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
-            c if !is_unsafe(c) || keep(c) => escaped.push(c),
+            c if !is_invisible(c) || keep(c) => escaped.push(c),
             '\n' | '\r' | '\t' => escaped.extend(c.escape_default()),
             c => escaped.extend(c.escape_unicode()),
         }
@@ -41,9 +35,11 @@ pub fn json(value: &Value) -> String {
     let plain = value.to_string();
     let mut line = String::with_capacity(plain.len());
     for c in plain.chars() {
-        // All of these are in the basic plane and can only be inside of a string.
-        if is_unsafe(c) {
-            line.push_str(&format!("\\u{:04x}", c as u32));
+        // It can only be inside of a string. JSON writes what is beyond the basic plane as two surrogates (RFC 8259, section 7).
+        if is_invisible(c) {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                line.push_str(&format!("\\u{unit:04x}"));
+            }
         } else {
             line.push(c);
         }
@@ -147,14 +143,15 @@ mod tests {
         assert_eq!(escape("a\x1b[31mb\n"), "a\\u{1b}[31mb\\n");
         assert_eq!(escape("\u{9b}2J\u{7f}"), "\\u{9b}2J\\u{7f}");
         assert_eq!(escape("gpj\u{202e}exe"), "gpj\\u{202e}exe");
+        assert_eq!(escape("we\u{200b}b\u{e0001}"), "we\\u{200b}b\\u{e0001}");
         assert_eq!(escape_lines("a\n\tb\r"), "a\n\tb\\r");
     }
 
     #[test]
     fn json_is_escaped_and_means_the_same() {
-        let value = serde_json::json!({ "name": "a\x1b\u{9b}\u{202e}\n\"" });
+        let value = serde_json::json!({ "name": "a\x1b\u{9b}\u{202e}\u{200b}\u{e0001}\n\"" });
         let line = json(&value);
-        assert!(!line.chars().any(is_unsafe), "{line}");
+        assert!(!line.chars().any(is_invisible), "{line}");
         assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), value);
     }
 

@@ -7,6 +7,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::text::excerpt;
+
 /// What a failure means to the caller. One kind is one D-Bus error name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Kind {
@@ -15,7 +17,10 @@ pub enum Kind {
     NoSuchJob,
     NoSuchStore,
     NoSuchCheckpoint,
+    /// A stored backup, or one of its bases, is damaged.
     ChainBroken,
+    /// There is no base for an incremental backup of a disk.
+    CannotIncrement,
     NoSuchBackup,
     HasDescendants,
     Protected,
@@ -27,6 +32,12 @@ pub enum Kind {
     Busy,
     DomainUnreachable,
     QemuError,
+    /// Storage, or a program that reads it, made no progress.
+    Stalled,
+    /// The guest's file systems could not be frozen or thawed.
+    QuiesceFailed,
+    /// The job has ended, so nothing can be changed about it.
+    JobEnded,
     Cancelled,
     Internal,
     AccessDenied,
@@ -57,10 +68,18 @@ impl Error {
     }
 }
 
+/// How the C library words ENOSPC and EDQUOT. QEMU's job errors carry this text and no number.
+const NO_SPACE: [&str; 2] = ["No space left on device", "Disk quota exceeded"];
+
+/// Whether QEMU's words for a failure mean that the storage is full.
+pub fn is_no_space(text: &str) -> bool {
+    NO_SPACE.iter().any(|known| text.contains(known))
+}
+
 /// What somebody typed, as a part of a text: bounded, and without control characters.
 pub fn shown(text: &str) -> String {
     let head: String = text.chars().take(128).collect();
-    head.escape_debug().to_string()
+    excerpt(&head, usize::MAX)
 }
 
 impl fmt::Display for Error {

@@ -245,7 +245,7 @@ async fn what_cannot_go_on_begins_anew_and_says_why() {
     let before = (scene.vm().checkpoints("vda"), scene.vm().residue());
     for (since, name, words) in [
         ("tuesday", "NoSuchCheckpoint", &["'tuesday'"][..]),
-        (&first, "ChainBroken", &[&first, "vda"]),
+        (&first, "CannotIncrement", &[&first, "vda"]),
     ] {
         let refused = caller
             .try_start("web", "", &[], incremental(since))
@@ -302,7 +302,7 @@ async fn a_parent_that_goes_while_a_backup_runs_fails_it() {
     let aside = scene.system.dir().join("aside");
     std::fs::rename(&directory, &aside).unwrap();
     job.set_speed(0).await.unwrap();
-    assert_failed(&job, "ChainBroken", &first).await;
+    assert_failed(&job, "CannotIncrement", &first).await;
     std::fs::rename(&aside, &directory).unwrap();
     let (_, said) = scene.backup(Options::new()).await;
     assert_eq!(said, DISKS.map(|disk| format!("{disk} incremental {first}")));
@@ -408,7 +408,7 @@ async fn a_document_says_of_each_disk_what_it_goes_on_from() {
         .unwrap_err();
     assert_eq!(
         error_name(&refused),
-        "org.example.Backup1.Error.ChainBroken",
+        "org.example.Backup1.Error.CannotIncrement",
         "{refused}"
     );
 }

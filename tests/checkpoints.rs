@@ -151,7 +151,7 @@ async fn a_backups_checkpoint_is_found_by_its_name_and_deleted_without_the_backu
     let refused = caller
         .try_start("web", DISKS, &[], option("incremental", "monday"))
         .await;
-    assert_refused(refused, "ChainBroken", "'monday'");
+    assert_refused(refused, "CannotIncrement", "'monday'");
     // The name is free again, and means the newest.
     back_up(&caller, option("checkpoint", &named("monday"))).await;
     let newest = list(&domain).await.pop().unwrap();
@@ -283,7 +283,7 @@ async fn one_without_a_backup_stays_until_it_is_deleted_and_no_backup_goes_on_fr
         let refused = caller
             .try_start("web", DISKS, &[], option("incremental", checkpoint))
             .await;
-        assert_refused(refused, "ChainBroken", "without a backup");
+        assert_refused(refused, "CannotIncrement", "without a backup");
     }
     domain.delete_checkpoint(&unnamed, Options::new()).await.unwrap();
     // More backups than there are checkpoints of backups.

@@ -452,7 +452,7 @@ async fn a_snapshot_made_before_it_is_certain_that_qemu_has_found_the_holes_fail
             (vm, proxy)
         });
         let (job, snapshot) = tokio::join!(started, snapshot);
-        assert_failed(&job, "QemuError", "another image").await;
+        assert_failed(&job, "Busy", "another image").await;
         let _running = snapshot.unwrap();
         assert_eq!(files_below(&system.store()), [""; 0]);
         caller.complete("web", &text).await;
@@ -523,7 +523,7 @@ async fn a_qemu_that_stands_still_for_too_long_fails_its_backup_and_is_cleaned_u
     scene.vm.freeze();
     // Copying at the limit that it began with, it might have nothing to tell for longer.
     job.set_speed(0).await.unwrap();
-    assert_failed(&job, "TargetInvalid", "no progress for 2 seconds").await;
+    assert_failed(&job, "Stalled", "no progress for 2 seconds").await;
     scene.vm.thaw();
     until_async("QEMU to be rid of the backup", || async {
         (scene.vm.residue() == scene.before).then_some(())

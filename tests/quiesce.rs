@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 const QEMU_ERROR: &str = "org.example.Backup1.Error.QemuError";
+const QUIESCE_FAILED: &str = "org.example.Backup1.Error.QuiesceFailed";
 const UNREACHABLE: &str = "org.example.Backup1.Error.DomainUnreachable";
 const FREEZE: &str = "guest-fsfreeze-freeze";
 const THAW: &str = "guest-fsfreeze-thaw";
@@ -225,7 +226,9 @@ async fn what_an_earlier_client_left_unread_is_no_answer() {
 async fn without_an_agent_a_try_goes_on_and_a_requirement_fails() {
     let scene = Scene::new().await;
     // Its socket is not there.
-    scene.fails_and_leaves_nothing("require", QEMU_ERROR, "qga").await;
+    scene
+        .fails_and_leaves_nothing("require", QUIESCE_FAILED, "qga")
+        .await;
     assert!(!scene.complete("try").await.1);
 
     // None is configured.
@@ -239,7 +242,7 @@ async fn without_an_agent_a_try_goes_on_and_a_requirement_fails() {
         caller,
     };
     scene
-        .fails_and_leaves_nothing("require", QEMU_ERROR, "no guest agent is configured")
+        .fails_and_leaves_nothing("require", QUIESCE_FAILED, "no guest agent is configured")
         .await;
     assert!(!scene.complete("try").await.1);
 }
@@ -249,7 +252,7 @@ async fn a_machine_that_is_paused_is_not_frozen() {
     let scene = Scene::new().await;
     let agent = Agent::good(&scene.agent_path());
     scene.vm.stop();
-    scene.fails("require", QEMU_ERROR, "paused").await;
+    scene.fails("require", QUIESCE_FAILED, "paused").await;
     let job = scene.caller.complete("web", &quiesce("try")).await;
     let image = PathBuf::from(&job.disks().await.unwrap()[0].4);
     let manifest = std::fs::read_to_string(image.with_file_name("manifest.json")).unwrap();
@@ -269,7 +272,7 @@ async fn an_agent_that_refuses_to_freeze_is_told_to_thaw() {
         _ => Answer::Proper,
     });
     scene
-        .fails_and_leaves_nothing("require", QEMU_ERROR, "failed to freeze /home: device busy")
+        .fails_and_leaves_nothing("require", QUIESCE_FAILED, "failed to freeze /home: device busy")
         .await;
     // Some may be frozen.
     assert_eq!(agent.seen(), [FREEZE, THAW]);
@@ -298,7 +301,7 @@ async fn an_agent_that_hangs_up_or_talks_nonsense_is_a_failure_to_freeze() {
                 None => Answer::HangUp,
             });
             scene
-                .fails_and_leaves_nothing("require", QEMU_ERROR, "cannot be frozen")
+                .fails_and_leaves_nothing("require", QUIESCE_FAILED, "cannot be frozen")
                 .await;
             assert!(!scene.complete("try").await.1, "{bad} {nonsense:?}");
             let frozen = agent.seen().iter().filter(|command| *command == FREEZE).count();
@@ -338,7 +341,7 @@ async fn what_somebody_else_froze_stays_frozen_and_the_backup_says_why_it_is_not
     let agent = Agent::good(&scene.agent_path());
     agent.freeze();
     scene
-        .fails_and_leaves_nothing("require", QEMU_ERROR, "frozen already")
+        .fails_and_leaves_nothing("require", QUIESCE_FAILED, "frozen already")
         .await;
     let (backup, quiesced) = scene.complete("try").await;
     assert!(!quiesced);
@@ -390,7 +393,7 @@ async fn an_agent_whose_guest_is_gone_is_given_up() {
     // QEMU takes what is written and nobody in the guest reads it.
     let agent = scene.agent(|_| Answer::Silence);
     scene
-        .fails_and_leaves_nothing("require", QEMU_ERROR, "guest-sync-delimited")
+        .fails_and_leaves_nothing("require", QUIESCE_FAILED, "guest-sync-delimited")
         .await;
     assert_eq!(agent.seen(), [""; 0]);
 }
@@ -408,7 +411,7 @@ async fn a_thaw_that_is_refused_or_late_is_logged_and_leaves_the_backup_unquiesc
     assert_eq!(agent.seen(), [FREEZE, THAW]);
     agent.thaw();
     let job = scene.start("require").await;
-    assert_failed(&job, "QemuError", "thaw refused").await;
+    assert_failed(&job, "QuiesceFailed", "thaw refused").await;
     assert_eq!(agent.seen(), [FREEZE, THAW, FREEZE, THAW]);
     let log = scene.system.daemon().log();
     assert!(

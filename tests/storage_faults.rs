@@ -228,7 +228,7 @@ async fn storage_that_hangs_while_data_comes_fails_its_backup_in_time_and_keeps_
     scene.storage.hang(Operation::Any);
     scene.storage.affected().await;
     job.set_speed(0).await.unwrap();
-    assert_failed(&job, "TargetInvalid", "no progress").await;
+    assert_failed(&job, "Stalled", "no progress").await;
     scene.assert_others_are_served().await;
     scene.storage.heal();
     scene.assert_as_before().await;
@@ -255,7 +255,7 @@ async fn storage_that_hangs_when_data_is_to_be_durable_fails_its_backup_in_time(
     let job = scene.begin().await;
     scene.storage.hang(Operation::Fsync);
     job.set_speed(0).await.unwrap();
-    assert_failed(&job, "TargetInvalid", "no progress").await;
+    assert_failed(&job, "Stalled", "no progress").await;
     scene.assert_others_are_served().await;
     scene.storage.heal();
     scene.assert_as_before().await;
@@ -302,7 +302,7 @@ async fn storage_that_hangs_before_anything_is_copied_refuses_the_backup_in_time
     let scene = Scene::new().await;
     scene.storage.hang(Operation::Any);
     let (name, message) = within("an answer", scene.refused()).await;
-    assert_eq!(name, format!("{OURS}TargetInvalid"), "{message}");
+    assert_eq!(name, format!("{OURS}Stalled"), "{message}");
     assert!(message.contains("no progress"), "{message}");
     scene.assert_others_are_served().await;
     scene.storage.heal();
@@ -354,7 +354,7 @@ async fn a_store_that_hangs_keeps_no_list_waiting_and_loses_no_backup() {
         second.elapsed()
     );
     let stays = delete(caller, &before[0].0).await.unwrap_err();
-    assert_eq!(error_name(&stays), format!("{OURS}TargetInvalid"));
+    assert_eq!(error_name(&stays), format!("{OURS}Stalled"));
     assert!(
         stays.to_string().contains("made no progress for 3 seconds"),
         "{stays}"
@@ -427,12 +427,16 @@ async fn to_wait_for_ones_turn_at_slow_storage_is_not_to_stall() {
         .storage
         .slow_down(Operation::Fsync, Duration::from_millis(1800));
     let since = std::time::Instant::now();
-    let deleted = async { tokio::join!(delete(caller, &first), delete(caller, &second)) };
+    // The calls of one connection would wait for each other.
+    let deletes = [Caller::new(&scene.system).await, Caller::new(&scene.system).await];
+    let asks = [(); 3].map(|()| Caller::new(&scene.system));
+    let asks = futures_util::future::join_all(asks).await;
+    let deleted = async { tokio::join!(delete(&deletes[0], &first), delete(&deletes[1], &second)) };
     tokio::pin!(deleted);
     let mut longest = Duration::ZERO;
     loop {
         let asked = std::time::Instant::now();
-        let previews = futures_util::future::join_all((0..3).map(|_| preview(caller, &stays)));
+        let previews = futures_util::future::join_all(asks.iter().map(|asks| preview(asks, &stays)));
         let previews = tokio::select! {
             (one, other) = &mut deleted => {
                 one.unwrap();

@@ -133,7 +133,7 @@ async fn disks_are_restored_into_open_files_whatever_the_backup_lies_on() {
     );
     for (error, refused) in [
         ("Unsupported", restored.get_definition().await.map(drop)),
-        ("NoSuchJob", restored.cancel().await),
+        ("JobEnded", restored.cancel().await),
         ("Unsupported", restored.set_speed(1).await),
     ] {
         assert!(error_name(&refused.unwrap_err()).ends_with(error), "{error}");

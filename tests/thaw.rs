@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
-const QEMU_ERROR: &str = "QemuError";
+const QUIESCE_FAILED: &str = "QuiesceFailed";
 const FREEZE: &str = "guest-fsfreeze-freeze";
 const THAW: &str = "guest-fsfreeze-thaw";
 /// Seconds that the agent may take to freeze, and that the guest may be frozen.
@@ -304,7 +304,7 @@ async fn a_qemu_that_is_slow_to_begin_is_not_waited_for_with_the_guest_frozen() 
         });
         let job = scene.start(mode).await;
         if mode == "require" {
-            assert_failed(&job, QEMU_ERROR, "freeze-seconds").await;
+            assert_failed(&job, QUIESCE_FAILED, "freeze-seconds").await;
             assert_eq!(files_below(&scene.system.store()), [""; 0]);
         } else {
             assert_completed(&job).await;
@@ -342,7 +342,7 @@ async fn a_service_that_stands_still_is_not_waited_for_with_the_guest_frozen() {
                 assert_completed(&job).await;
                 assert_eq!(manifest(&job).await["quiesced"], false);
             }
-            _ => assert_failed(&job, QEMU_ERROR, "cannot be frozen").await,
+            _ => assert_failed(&job, QUIESCE_FAILED, "cannot be frozen").await,
         }
         assert_eq!(wait_for_thaw(&agent, 1)[..2], [FREEZE, THAW]);
         assert_eq!(scene.vm.residue(), scene.before);
@@ -357,7 +357,7 @@ async fn an_agent_that_hangs_up_is_told_to_thaw_when_it_is_there_again() {
         _ => Answer::Proper,
     });
     let job = scene.start("require").await;
-    assert_failed(&job, QEMU_ERROR, "cannot be frozen").await;
+    assert_failed(&job, QUIESCE_FAILED, "cannot be frozen").await;
     assert_eq!(wait_for_thaw(&agent, 1), [FREEZE, THAW]);
 }
 

@@ -276,7 +276,7 @@ async fn a_snapshot_made_by_another_client_just_before_the_instant_fails_the_bac
     assert!(without_ours.nodes.contains(&"over".to_owned()));
     scene.vm.write("vda", 10 * MIB, MIB, 0x77);
     hold.pass();
-    assert_failed(&job, "QemuError", "another image").await;
+    assert_failed(&job, "Busy", "another image").await;
     let disks = job.disks().await.unwrap();
     assert_eq!(
         disks.iter().map(|disk| disk.1.as_str()).collect::<Vec<_>>(),
@@ -362,7 +362,7 @@ async fn a_device_is_untouched_by_a_backup_whose_guest_cannot_be_frozen() {
     for format in ["raw", "qcow2"] {
         let text = to_block(device.device(), format, require);
         let job = caller.start("web", &text).await;
-        assert_failed(&job, "QemuError", "no guest agent is configured").await;
+        assert_failed(&job, "QuiesceFailed", "no guest agent is configured").await;
         caller.signals_until("JobEnded").await;
         assert_untouched(device.device());
         assert_eq!(vm.residue(), before);
@@ -386,7 +386,7 @@ async fn a_device_is_untouched_by_a_backup_whose_guest_cannot_be_frozen() {
     let job = caller
         .start("web", &to_block(device.device(), "raw", require))
         .await;
-    assert_failed(&job, "QemuError", "not now").await;
+    assert_failed(&job, "QuiesceFailed", "not now").await;
     assert_untouched(device.device());
     assert_eq!(vm.residue(), before);
 }

@@ -345,7 +345,7 @@ impl Walk {
             Err(error) => {
                 let name = common::proxies::error_name(&error);
                 assert!(
-                    what == "since" && name.ends_with("ChainBroken"),
+                    what == "since" && name.ends_with("CannotIncrement"),
                     "{what}: {error}"
                 );
                 "refused"

@@ -75,7 +75,7 @@ impl Error {
             Self::Image(error) => error.kind(),
             Self::NotComplete { .. } => Kind::ChainBroken,
             Self::NotTheSame { .. } | Self::Manifest(_) => Kind::Internal,
-            Self::Stalled { .. } => Kind::TargetInvalid,
+            Self::Stalled { .. } => Kind::Stalled,
             Self::Stopping | Self::BuiltUpon { .. } => Kind::Busy,
             Self::Catalog => Kind::Internal,
             Self::CatalogFull(_) => Kind::NoSpace,

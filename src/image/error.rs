@@ -200,7 +200,8 @@ impl Error {
             Self::NotInstalled { .. } | Self::NotStarted { .. } => Kind::Unsupported,
             Self::Engine { .. } | Self::Copy { .. } => Kind::QemuError,
             Self::NoSpace { .. } => Kind::NoSpace,
-            Self::BadTarget { .. } | Self::Stalled { .. } => Kind::TargetInvalid,
+            Self::BadTarget { .. } => Kind::TargetInvalid,
+            Self::Stalled { .. } => Kind::Stalled,
             Self::Cancelled => Kind::Cancelled,
             Self::Task(_) => Kind::Internal,
         }

@@ -14,6 +14,7 @@ use super::chain::OpenDisk;
 use super::engine::{Engine, PATIENCE, Plan};
 use super::{Control, Error, Progress, blocking};
 use crate::definition::Format;
+use crate::error::is_no_space;
 use crate::qcow2::Empty;
 use crate::qmp::EventsError;
 use crate::target::Media;
@@ -296,7 +297,7 @@ async fn run(
 
 fn failed(chain: &OpenDisk, why: String) -> Error {
     let disk = chain.disk.clone();
-    if why.contains("No space left on device") {
+    if is_no_space(&why) {
         Error::NoSpace { disk }
     } else {
         Error::Copy { disk, why }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::domain::{Migration, OLDEST};
-use crate::error::Kind;
+use crate::error::{Kind, is_no_space};
 use crate::image::{self, Finding};
 use crate::{catalog, qmp, quota, target};
 
@@ -114,11 +114,14 @@ impl Error {
             | Self::Recovering { .. }
             | Self::Rescanning
             | Self::Stopping
-            | Self::Unsettled => Kind::Busy,
+            | Self::Unsettled
+            | Self::Changed { .. }
+            | Self::Resized { .. }
+            | Self::Interrupted
+            | Self::NotResumed => Kind::Busy,
             Self::Migration(Migration::Left) => Kind::DomainUnreachable,
             Self::Migration(Migration::Leaving | Migration::Coming) => Kind::Busy,
-            // There is no running job of that number.
-            Self::Ended { .. } => Kind::NoSuchJob,
+            Self::Ended { .. } => Kind::JobEnded,
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
             Self::TooMany(_) => Kind::LimitsExceeded,
             Self::CancelledBefore { .. } => Kind::Cancelled,
@@ -133,7 +136,7 @@ impl Error {
             {
                 Kind::DomainUnreachable
             }
-            Self::Copy { message, .. } if NO_SPACE.iter().any(|text| message.contains(text)) => Kind::NoSpace,
+            Self::Copy { message, .. } if is_no_space(message) => Kind::NoSpace,
             Self::Prepare { .. }
             | Self::Checkpoint { .. }
             | Self::Bitmaps(_)
@@ -141,22 +144,21 @@ impl Error {
             | Self::ForeignHeader { .. }
             | Self::Transaction(_)
             | Self::Copy { .. }
-            | Self::Release(_)
-            | Self::Changed { .. }
-            | Self::Resized { .. }
-            | Self::Quiesce(_) => Kind::QemuError,
+            | Self::Release(_) => Kind::QemuError,
+            Self::Quiesce(_) => Kind::QuiesceFailed,
             Self::Lost(_)
             | Self::NoAnswer { .. }
             | Self::Forgotten
             | Self::NotClosed
             | Self::HostRestarted
             | Self::NotFound(_) => Kind::DomainUnreachable,
-            Self::Stalled { .. } | Self::Exchanged | Self::ExportIdle { .. } => Kind::TargetInvalid,
+            Self::Stalled { .. } => Kind::Stalled,
+            Self::Exchanged | Self::ExportIdle { .. } => Kind::TargetInvalid,
             Self::Target(error) => error.kind(),
             Self::NoDefinition { .. } | Self::NoSpeed { .. } => Kind::Unsupported,
             Self::Image(error) => error.kind(),
             Self::Found { first, .. } => first.fault.kind(),
-            Self::Record(_) | Self::Catalog(_) | Self::Interrupted | Self::NotResumed => Kind::Internal,
+            Self::Record(_) | Self::Catalog(_) => Kind::Internal,
         }
     }
 
@@ -228,9 +230,6 @@ fn migration_text(migration: &Migration) -> &'static str {
         Migration::Leaving | Migration::Coming => "the domain is being migrated: wait for the end of that",
     }
 }
-
-/// How the C library, and so QEMU, words ENOSPC and EDQUOT. QEMU's job errors carry no number.
-const NO_SPACE: [&str; 2] = ["No space left on device", "Disk quota exceeded"];
 
 impl From<Error> for crate::error::Error {
     fn from(error: Error) -> Self {

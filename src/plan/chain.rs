@@ -243,13 +243,13 @@ pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<
     match (found, wanted) {
         (Ok(base), _) => Ok(Mode::Since(base)),
         (Err(why), Wanted::Auto) => Ok(Mode::Full { why }),
-        (Err(why), Wanted::Since { checkpoint, at }) => Err(Error::ChainBroken {
+        (Err(why), Wanted::Since { checkpoint, at }) => Err(Error::CannotIncrement {
             disk: disk.name.clone(),
             since: format!("'{checkpoint}'"),
             why,
             at: *at,
         }),
-        (Err(why), _) => Err(Error::ChainBroken {
+        (Err(why), _) => Err(Error::CannotIncrement {
             disk: disk.name.clone(),
             since: "any earlier backup".into(),
             why,

@@ -52,7 +52,7 @@ pub enum Error {
         "{}disk '{disk}' cannot be backed up since {since}: {}; a full backup, or 'auto', can be made",
         At(*at), why.text()
     )]
-    ChainBroken {
+    CannotIncrement {
         disk: String,
         since: String,
         why: Why,
@@ -88,10 +88,13 @@ impl Error {
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
             Self::NoSuchStore { .. } => Kind::NoSuchStore,
             Self::NoSuchCheckpoint { .. } => Kind::NoSuchCheckpoint,
-            Self::ChainBroken {
+            Self::CannotIncrement {
                 why: Why::Outside, ..
             } => Kind::Unsupported,
-            Self::ChainBroken { .. } => Kind::ChainBroken,
+            Self::CannotIncrement {
+                why: Why::Damaged, ..
+            } => Kind::ChainBroken,
+            Self::CannotIncrement { .. } => Kind::CannotIncrement,
             Self::Checkpoint(error) => error.kind(),
             Self::PassedThrough { .. } | Self::NotInBackup(_) => Kind::Unsupported,
             Self::CheckpointOutside

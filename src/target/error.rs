@@ -87,7 +87,9 @@ pub enum Error {
     NoSpace { target: String, needed: u64, free: u64 },
     #[error("disk '{disk}': its target is not there any more since the service was started again")]
     Gone { disk: String },
-    #[error("disk '{disk}': the backup {backup} that it would lie on {why}")]
+    #[error("disk '{disk}': its base, backup {backup}, was removed: start the backup again")]
+    NoParent { disk: String, backup: String },
+    #[error("disk '{disk}': its base, backup {backup}, {why}")]
     Parent {
         disk: String,
         backup: String,
@@ -159,6 +161,7 @@ impl Error {
             | Self::WrongSize { disk, .. }
             | Self::NotQcow2 { disk, .. }
             | Self::Parent { disk, .. }
+            | Self::NoParent { disk, .. }
             | Self::Gone { disk }
             | Self::IsSource { disk, .. }
             | Self::Locked { disk, .. }
@@ -184,6 +187,7 @@ impl Error {
                 _ => Kind::TargetInvalid,
             },
             Self::Parent { .. } => Kind::ChainBroken,
+            Self::NoParent { .. } => Kind::CannotIncrement,
             Self::InUse { .. } => Kind::Busy,
             Self::NoStore => Kind::Internal,
             Self::Missing { .. }

@@ -56,10 +56,14 @@ impl Parents {
                 find(&parent.store, &parent.domain, disk, base).and_then(|shelf| shelf.file_size(&base.file));
             match length {
                 Ok(length) if length == parent.length => Ok(()),
-                Ok(_) => Err(gone(disk, base, "is not what it was any more")),
+                Ok(_) => Err(Error::Parent {
+                    disk: disk.to_owned(),
+                    backup: base.backup.clone(),
+                    why: "is not what it was any more",
+                }),
                 Err(Error::Io {
                     errno: Errno::NOENT, ..
-                }) => Err(gone(disk, base, "is not there any more")),
+                }) => Err(gone(disk, base)),
                 // Storage that does not answer says nothing about what is on it.
                 Err(error) => Err(error),
             }
@@ -73,13 +77,12 @@ fn find(store: &std::path::Path, domain: &str, disk: &str, base: &Base) -> Resul
         .map(|shelf| shelf.below(&base.backup))
         .transpose()?
         .flatten();
-    shelf.ok_or_else(|| gone(disk, base, "is not there any more"))
+    shelf.ok_or_else(|| gone(disk, base))
 }
 
-fn gone(disk: &str, base: &Base, why: &'static str) -> Error {
-    Error::Parent {
+fn gone(disk: &str, base: &Base) -> Error {
+    Error::NoParent {
         disk: disk.to_owned(),
         backup: base.backup.clone(),
-        why,
     }
 }

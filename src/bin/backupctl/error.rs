@@ -225,7 +225,10 @@ impl Error {
 
     /// Whether a store or target is not as it must be: not mounted, for example, or it hangs.
     pub fn is_target_invalid(&self) -> bool {
-        matches!(self, Self::Call { name, .. } if matches!(Known::of(name), Some(Known::Ours("TargetInvalid"))))
+        matches!(self, Self::Call { name, .. } if matches!(
+            Known::of(name),
+            Some(Known::Ours("TargetInvalid" | "Stalled"))
+        ))
     }
 
     /// Whether the bus said that no answer will come: its connection or the service is gone, or it gave up.
@@ -333,6 +336,14 @@ pub fn hint_for(name: &str) -> Option<&'static str> {
         Known::Ours("ChainBroken") => {
             "`backupctl verify` tells all that is wrong; an earlier backup may be good"
         }
+        Known::Ours("CannotIncrement") => {
+            "without --incremental a backup is made all the same, a full one where it has to be"
+        }
+        Known::Ours("Stalled") => {
+            "is the storage slow, or a server that it is on gone? [deadlines] stall-seconds sets the limit"
+        }
+        Known::Ours("QuiesceFailed") => "without --quiesce the backup is crash-consistent",
+        Known::Ours("JobEnded") => "`backupctl jobs --all` shows how it ended",
         Known::Ours("TargetExists") => "--reuse-external writes into targets that exist",
         Known::Ours("Busy") => "`backupctl jobs` shows what is running",
         Known::Ours("DomainUnreachable") => {
@@ -378,6 +389,10 @@ mod tests {
             ("org.example.Backup1.Error.Cancelled", Status::Cancelled),
             ("org.example.Backup1.Error.Busy", Status::Failed),
             ("org.example.Backup1.Error.AccessDenied", Status::Failed),
+            ("org.example.Backup1.Error.ChainBroken", Status::Damaged),
+            ("org.example.Backup1.Error.CannotIncrement", Status::Failed),
+            ("org.example.Backup1.Error.Stalled", Status::Failed),
+            ("org.example.Backup1.Error.JobEnded", Status::Failed),
         ];
         for (name, status) in cases {
             assert_eq!(call(name).status(), status, "{name}");

@@ -67,7 +67,7 @@ impl Backups {
         }
         let removing = self.tasks.spawn(async move {
             let _token = token;
-            let _needed = backups.activity.begin();
+            let _needed = [backups.activity.begin(), backups.jobs.at_stake().begin()];
             backups.remove_now(&unwanted).await
         });
         match removing.await {

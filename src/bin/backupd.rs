@@ -16,7 +16,7 @@ use backupd::job::{self, Jobs};
 use backupd::service::Service;
 use backupd::{image, supervisor, target};
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -78,7 +78,7 @@ impl Fatal {
 enum End {
     /// It was told to, or nobody needs it.
     Done,
-    /// Nobody needs it, but somebody may have called while it left.
+    /// Nobody needs it, but somebody may have called while it left; or another version is to take over.
     StartAgain,
 }
 
@@ -120,6 +120,7 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     // Before anything that could take a while, so that no request to stop is missed.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut make_room = signal(SignalKind::user_defined1())?;
     let config = Config::load(arguments.config.as_deref())?;
     if let Some(why) = image::is_confinement_incomplete() {
         tracing::warn!("{why}");
@@ -151,6 +152,7 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     backups.recover().await?;
     let resumed = jobs.recover().await?;
     jobs.settle_stores();
+    let at_stake = jobs.at_stake().clone();
     let service = Arc::new(Service::new(domains, jobs, backups, access, &config));
     resumed.iter().for_each(|job| service.follow(job.clone()));
     let connection = zbus::connection::Builder::system().build().await?;
@@ -164,7 +166,7 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
         _ = terminate.recv() => Ok(None),
         _ = interrupt.recv() => Ok(None),
         () = published.lost() => Err(Fatal::BusLost),
-        left = leave_when_idle(idle_exit, &activity, &published) => left.map(Some).map_err(Fatal::Bus),
+        left = leave(idle_exit, (&activity, &at_stake), &mut make_room, &published) => left.map(Some).map_err(Fatal::Bus),
     };
     watchdog.abort();
     tracing::info!("stopping");
@@ -180,22 +182,62 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     ended.map(|left| left.unwrap_or(End::Done))
 }
 
+/// Returns when the service is not needed (for so long, `idle_exit`), or has made room for another version of it.
+async fn leave(
+    idle_exit: Option<Duration>,
+    (activity, at_stake): (&Activity, &Activity),
+    make_room: &mut Signal,
+    published: &Published,
+) -> Result<End, zbus::Error> {
+    match leave_when_idle(idle_exit, activity, make_room, published).await? {
+        Some(end) => Ok(end),
+        None => leave_when_nothing_is_lost(at_stake, published).await,
+    }
+}
+
+/// Returns when nothing runs that a restart would end, and the name is given up. What is asked for until then is begun: a
+/// user's restore is worth more than the moment at which a new version starts. Calls that begin nothing do not delay it: anybody
+/// could keep an old version in work by them.
+async fn leave_when_nothing_is_lost(at_stake: &Activity, published: &Published) -> Result<End, zbus::Error> {
+    tracing::info!(
+        "asked to make room: it ends as soon as no restore, export, verification or deletion runs"
+    );
+    loop {
+        let rest = at_stake.rest(Duration::ZERO).await;
+        published.withdraw().await?;
+        published.settle_calls().await;
+        if at_stake.lasts(rest) {
+            supervisor::stopping().await;
+            return Ok(End::StartAgain);
+        }
+        published.stay().await?;
+    }
+}
+
 /// Returns when nobody has needed the service for so long, its name is given up, and nobody called meanwhile: see
-/// `bus::leave` for the order of all this.
+/// `bus::leave` for the order of all this. Returns nothing if it is asked to make room before.
 ///
 /// Configured domains do not keep it running. Between calls it only follows their state, for subscribers; the next start
 /// connects to the monitor again. That is impossible for a registered one.
 async fn leave_when_idle(
     time: Option<Duration>,
     activity: &Activity,
+    make_room: &mut Signal,
     published: &Published,
-) -> Result<End, zbus::Error> {
-    let Some(time) = time else {
-        // Nobody would start it again, or it is not wanted.
-        return std::future::pending().await;
-    };
+) -> Result<Option<End>, zbus::Error> {
     loop {
-        let rest = activity.rest(time).await;
+        let rest = async {
+            match time {
+                Some(time) => (activity.rest(time).await, time),
+                // Nobody would start it again, or it is not wanted.
+                None => std::future::pending().await,
+            }
+        };
+        // Not while the name is given up.
+        let (rest, time) = tokio::select! {
+            rest = rest => rest,
+            _ = make_room.recv() => return Ok(None),
+        };
         tracing::info!("nobody has needed the service for {time:?}: it leaves");
         let systemd = supervisor::is_there();
         let before = if systemd {
@@ -210,12 +252,12 @@ async fn leave_when_idle(
         } else if systemd {
             supervisor::stopping().await;
             let after = published.jobs_of_systemd().await;
-            return Ok(match before.is_some() && before == after {
+            return Ok(Some(match before.is_some() && before == after {
                 true => End::Done,
                 false => End::StartAgain,
-            });
+            }));
         } else {
-            return Ok(End::Done);
+            return Ok(Some(End::Done));
         }
     }
 }

@@ -19,6 +19,7 @@ use super::closer::{Closer, Held};
 use super::error::{BusError, Result};
 use super::peers::Visit;
 use super::turn::{Place, READING};
+use crate::activity::Activity;
 use crate::error::Kind;
 
 /// The longest call, in bytes: a document of the longest length that can be configured, and as much again. The bus itself
@@ -44,6 +45,8 @@ pub struct Door {
     /// All that is left ends.
     closed: CancellationToken,
     tasks: TaskTracker,
+    /// Those of them that may begin something.
+    calls: Activity,
 }
 
 /// What comes in at the door.
@@ -62,6 +65,7 @@ impl Door {
             closing: CancellationToken::new(),
             closed: CancellationToken::new(),
             tasks: TaskTracker::new(),
+            calls: Activity::default(),
         };
         (door, Arrivals { messages, checks })
     }
@@ -98,6 +102,12 @@ impl Door {
         if self.checks.send(check).is_ok() {
             let _ = done.await;
         }
+    }
+
+    /// Returns when what has been let in has begun what it asks for, or takes its time, as a person who is asked for a password.
+    pub async fn settle(&self) {
+        // No new ones come while the name is given up, except from callers that use the unique name.
+        let _ = tokio::time::timeout(LAST_CALLS, self.calls.rest(Duration::ZERO)).await;
     }
 
     /// Refuses further calls and ends those in flight. A call that waits for a backup, or for a person, gets the error that
@@ -142,10 +152,11 @@ impl Door {
                 let door = self.clone();
                 let place = visit.peer.line().join(member);
                 let used = self.context.activity.begin();
+                let call = (!waits_for_jobs(&message)).then(|| self.calls.begin());
                 self.tasks.spawn(async move {
                     door.serve(message, visit, place).await;
                     door.closer.close(held);
-                    drop(used);
+                    drop((used, call));
                 });
             }
             Err(error) => {
@@ -203,9 +214,18 @@ fn wants_reply(call: &Message) -> bool {
 
 /// Whether the call may last as long as a backup, or as a person who is asked for a password.
 fn waits_for_others(call: &Message) -> bool {
-    let header = call.header();
-    header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH)
-        || header.member().is_some_and(|member| member.as_str() == "Wait")
+    call.header()
+        .primary()
+        .flags()
+        .contains(Flags::ALLOW_INTERACTIVE_AUTH)
+        || waits_for_jobs(call)
+}
+
+/// Whether the call begins nothing, and may last as long as a backup.
+fn waits_for_jobs(call: &Message) -> bool {
+    call.header()
+        .member()
+        .is_some_and(|member| member.as_str() == "Wait")
 }
 
 fn stopping() -> BusError {

@@ -144,6 +144,11 @@ impl Published {
         self.lost.cancelled().await;
     }
 
+    /// Returns when the calls in flight have begun what they ask for, or take long.
+    pub async fn settle_calls(&self) {
+        self.door.settle().await;
+    }
+
     /// Brings the calls in flight to their end. Nothing comes by the name any more (see [`Published::withdraw`]); what comes
     /// by the unique name is refused from now on.
     pub async fn finish_calls(&self) {

@@ -47,6 +47,8 @@ pub(super) struct Setting {
     pub stop: CancellationToken,
     /// Counts what the service must not leave before the end of.
     pub activity: Activity,
+    /// Of that, what a restart of the service would end: it runs in processes of the service's own.
+    pub at_stake: Activity,
     pub generations: Generations,
 }
 
@@ -161,6 +163,7 @@ impl Jobs {
                 stores: config.stores.clone(),
                 stop: CancellationToken::new(),
                 activity,
+                at_stake: Activity::default(),
             },
             tasks: TaskTracker::new(),
         });
@@ -332,6 +335,12 @@ impl Jobs {
     /// Has the service stay for as long as the result is kept.
     pub fn need_service(&self) -> Use {
         self.setting.activity.begin()
+    }
+
+    /// Counts what a restart of the service would end: restores, exports, verifications, merges, deletions. Backups go on
+    /// over a restart.
+    pub fn at_stake(&self) -> &Activity {
+        &self.setting.at_stake
     }
 
     /// Does something with a store that may wait for its storage.

@@ -35,8 +35,8 @@ const LOOKS_AT_IDLE: u32 = 16;
 pub struct Turn {
     /// Of jobs, and of the caller's descriptors.
     _shares: (Share, Arc<Share>),
-    /// The service neither leaves nor stops before it is given back.
-    _use: Use,
+    /// The service neither leaves, nor makes room for another version, nor stops before these are given back.
+    _uses: [Use; 2],
     _token: TaskTrackerToken,
 }
 
@@ -64,7 +64,7 @@ impl Jobs {
         }
         Ok(Turn {
             _shares: (self.quota.take(uid, 1)?, descriptors),
-            _use: self.setting.activity.begin(),
+            _uses: [self.setting.activity.begin(), self.setting.at_stake.begin()],
             _token: token,
         })
     }

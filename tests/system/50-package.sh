@@ -7,12 +7,33 @@ test_an_upgrade_restarts_the_service_and_no_backup_ends_by_it() {
     until_true "QEMU to copy" copies web
     before=$(main_pid)
     dpkg --install /backupd-tests/backupd-next.deb
-    [ "$(main_pid)" != "$before" ]
-    runs
+    another() { runs && [ "$(main_pid)" != "$before" ]; }
+    until_true "the new service to run" another
     copies web
     finish_backup "$id"
     same_as_disk web /srv/vm "$(newest_image web)"
     has_nothing_of_ours web
+}
+
+test_an_upgrade_waits_for_what_it_would_end() {
+    local before said id export
+    before=$(main_pid)
+    id=$(basename "$(dirname "$(newest_image web)")")
+    # Served until it is told to end.
+    backupctl export "$id" --socket /run/export.nbd >/run/export.out 2>&1 &
+    export=$!
+    until_true "the disk to be served" test -S /run/export.nbd
+    said=$(dpkg --install /backupd-tests/backupd.deb)
+    contains "$said" "the former version runs until"
+    [ "$(main_pid)" = "$before" ]
+    qemu-img info "nbd+unix:///vda?socket=/run/export.nbd"
+    backupctl domains
+    [ "$(main_pid)" = "$before" ]
+    kill "$export"
+    wait "$export" || true
+    another() { runs && [ "$(main_pid)" != "$before" ]; }
+    until_true "the new service to run" another
+    dpkg --install /backupd-tests/backupd-next.deb
 }
 
 test_an_upgrade_starts_nothing_that_did_not_run() {

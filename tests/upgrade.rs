@@ -1,0 +1,192 @@
+//! A service that is to make room for another version of it ends nothing that a restart would lose, and no call is lost.
+
+mod common;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use backupd::names::BUS_NAME;
+use common::System;
+use common::activation::{Activation, Systemd};
+use common::caller::{Caller, assert_completed};
+use common::chain::{directories, id};
+use common::disk::Disk;
+use common::hanging::{Hanging, Limits, Operation};
+use common::proxies::{JobProxy, ManagerProxy, Options, slowly};
+use common::vm::Vm;
+use common::wait;
+use futures_util::future::join_all;
+use rustix::process::{Pid, Signal, kill_process};
+use zbus::wire::{OwnedObjectPath, Variant};
+
+const MIB: u64 = 1 << 20;
+
+/// A service that systemd looks after, with a VM that it knows.
+async fn supervised(bytes: u64) -> (System, Systemd, Vm, Caller) {
+    let system = System::setup().on_demand(Activation::Systemd).start();
+    let systemd = Systemd::start(&system, None).await;
+    let vm = system
+        .vm("web")
+        .disk(Disk::new("vda", bytes).fill(0, bytes, 0x11))
+        .start();
+    system.domain_file("web", &vm);
+    let root = Caller::new(&system).await;
+    (system, systemd, vm, root)
+}
+
+fn service(system: &System) -> Pid {
+    let owner = system.bus().name_owner(BUS_NAME).expect("the service is there");
+    Pid::from_raw(owner as i32).unwrap()
+}
+
+/// What the package does after an upgrade.
+fn ask_to_make_room(service: Pid) {
+    kill_process(service, Signal::USR1).unwrap();
+}
+
+fn backup(system: &System) -> PathBuf {
+    let [full] = directories(&system.store().join("web")).try_into().unwrap();
+    full
+}
+
+async fn call(
+    caller: &Caller,
+    backup: &Path,
+    method: &str,
+    body: &(impl serde::Serialize + zbus::DynamicType),
+) -> (u32, JobProxy<'static>) {
+    let object = caller.manager.get_backup(&id(backup)).await.unwrap();
+    let interface = Some("org.example.Backup1.Backup");
+    let connection = &caller.connection;
+    let reply = connection
+        .call_method(Some(BUS_NAME), &object, interface, method, body)
+        .await;
+    let (number, path): (u32, OwnedObjectPath) = reply.unwrap().body().deserialize().unwrap();
+    (number, caller.job(path).await)
+}
+
+async fn ended(systemd: &Systemd, times: usize) {
+    wait::until_async("another service to be ready", async || {
+        (systemd.said("READY=1") == times + 1).then_some(())
+    })
+    .await;
+    assert_eq!(systemd.ends(), vec![75; times]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_ends_well_before_the_service_makes_room() {
+    let (system, systemd, _vm, root) = supervised(MIB).await;
+    root.complete("web", "").await;
+    let storage = Hanging::mount(&system.dir().join("slow"), Limits::default());
+    let path = storage.path().join("vda");
+    let target = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
+    let before = service(&system);
+    storage.hang(Operation::Write);
+    let targets = [("vda", zbus::Fd::from(&target))];
+    let options = Options::from([("format", Variant::from("raw"))]);
+    let full = backup(&system);
+    let (number, restored) = call(&root, &full, "Restore", &(targets.as_slice(), options)).await;
+    storage.affected().await;
+    ask_to_make_room(before);
+    // The old one serves until then, also twice asked.
+    root.complete("web", "").await;
+    ask_to_make_room(before);
+    root.complete("web", "").await;
+    assert_eq!((service(&system), systemd.ends()), (before, vec![]));
+    storage.heal();
+    let (result, _, message) = wait::within("the restore", restored.wait()).await.unwrap();
+    assert_eq!(result, "completed", "{message}");
+    assert_eq!(fs::read(&path).unwrap(), vec![0x11; MIB as usize]);
+    ended(&systemd, 1).await;
+    let known = root.job(root.manager.get_job(number).await.unwrap()).await;
+    assert_eq!(known.state().await.unwrap(), "completed");
+    assert_ne!(service(&system), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_goes_on_while_the_service_makes_room() {
+    let (system, systemd, _vm, root) = supervised(64 * MIB).await;
+    let job = root.start_with("web", "", &[], slowly(16 * MIB)).await;
+    let number = job.id().await.unwrap();
+    ask_to_make_room(service(&system));
+    // Each is answered, by the old service or the new one.
+    while systemd.ends().is_empty() {
+        root.manager.list_domains().await.unwrap();
+    }
+    ended(&systemd, 1).await;
+    let job = root.job(root.manager.get_job(number).await.unwrap()).await;
+    assert_completed(&job).await;
+}
+
+/// Verifications that begin at all moments of the way out: each is finished by the service that began it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_begins_while_the_service_makes_room_is_not_lost() {
+    const ROUNDS: usize = 12;
+    const CALLERS: usize = 3;
+    let (system, systemd, _vm, root) = supervised(MIB).await;
+    root.complete("web", "").await;
+    let full = backup(&system);
+    let done = AtomicBool::new(false);
+    let mut callers = Vec::new();
+    for _ in 0..CALLERS {
+        callers.push(ManagerProxy::new(&system.connect().await).await.unwrap());
+    }
+    let verifications = callers.iter().enumerate().map(async |(number, manager)| {
+        let mut begun = Vec::new();
+        let mut pause = number as u64;
+        while !done.load(Ordering::Relaxed) {
+            // A time at which nothing runs, between 1 and 40 ms.
+            pause = pause * 7919 % 40 + 1;
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            let object = manager.get_backup(&id(&full)).await.unwrap();
+            match verify(manager, &object).await {
+                Ok((number, job)) => {
+                    begun.push(number);
+                    let job = JobProxy::new(manager.inner().connection(), job).await.unwrap();
+                    // Fails if that service ends just then.
+                    let _ = job.wait().await;
+                }
+                // Objects have other names in another process.
+                Err(error) => assert!(error.to_string().contains("no such object"), "{error}"),
+            }
+        }
+        begun
+    });
+    let restarts = async {
+        for round in 1..=ROUNDS {
+            let pause = Duration::from_micros((round * 7919 % 9000) as u64);
+            tokio::time::sleep(pause).await;
+            ask_to_make_room(tokio::task::block_in_place(|| service(&system)));
+            ended(&systemd, round).await;
+        }
+        done.store(true, Ordering::Relaxed);
+    };
+    let (begun, ()) = tokio::join!(join_all(verifications), restarts);
+    let begun = begun.concat();
+    assert!(begun.len() > ROUNDS, "{begun:?}");
+    for number in begun {
+        let job = root.job(root.manager.get_job(number).await.unwrap()).await;
+        let (result, _, message) = wait::within("the verification", job.wait()).await.unwrap();
+        assert_eq!(result, "completed", "job {number}: {message}");
+    }
+}
+
+async fn verify(
+    manager: &ManagerProxy<'_>,
+    backup: &OwnedObjectPath,
+) -> zbus::Result<(u32, OwnedObjectPath)> {
+    let connection = manager.inner().connection();
+    let interface = Some("org.example.Backup1.Backup");
+    let options = Options::new();
+    let reply = connection
+        .call_method(Some(BUS_NAME), backup, interface, "Verify", &options)
+        .await?;
+    reply.body().deserialize()
+}

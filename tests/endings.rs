@@ -236,6 +236,36 @@ async fn existing_targets_of_a_failed_backup_hold_nothing_that_looks_good() {
     assert_eq!(fs::metadata(&target).unwrap().len(), 0);
 }
 
+/// Whoever can write to the directory can put a link where the image is about to get its name.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_whose_file_was_replaced_has_failed_and_what_took_its_place_stays() {
+    let scene = Scene::new(32 * MIB).await;
+    let directory = scene.system.dir().join("targets");
+    fs::create_dir(&directory).unwrap();
+    let (target, elsewhere) = (directory.join("a.qcow2"), scene.system.dir().join("elsewhere"));
+    fs::write(&elsewhere, "mine").unwrap();
+    let document = format!(
+        "<domainbackup><disks><disk name='vdb'><target file='{}'/></disk></disks></domainbackup>",
+        target.display()
+    );
+    let job = scene.caller.start("web", &document).await;
+    scene.reaches(&job, 0, "running").await;
+    let [partial] = files_below(&directory).try_into().unwrap();
+    let partial: String = partial;
+    let link = scene.system.dir().join("link");
+    std::os::unix::fs::symlink(&elsewhere, &link).unwrap();
+    fs::rename(&link, directory.join(&partial)).unwrap();
+    let (result, name, message) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!(
+        (&*result, name),
+        ("failed", format!("{OURS}TargetInvalid")),
+        "{message}"
+    );
+    assert!(message.contains("put in place of"), "{message}");
+    assert_eq!(fs::read_link(&target).unwrap(), elsewhere);
+    assert_eq!(fs::read(&elsewhere).unwrap(), b"mine");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_cannot_be_read_fails_the_backup() {
     let system = System::start();

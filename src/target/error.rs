@@ -85,6 +85,8 @@ pub enum Error {
     DeviceInUse { disk: String, target: String },
     #[error("{target} has {free} bytes of free space where the backup takes at least {needed}")]
     NoSpace { target: String, needed: u64, free: u64 },
+    #[error("disk '{disk}': something else was put in place of {target} while it was being written")]
+    Replaced { disk: String, target: String },
     #[error("disk '{disk}': its target is not there any more since the service was started again")]
     Gone { disk: String },
     #[error("disk '{disk}': its base, backup {backup}, was removed: start the backup again")]
@@ -162,6 +164,7 @@ impl Error {
             | Self::NotQcow2 { disk, .. }
             | Self::Parent { disk, .. }
             | Self::NoParent { disk, .. }
+            | Self::Replaced { disk, .. }
             | Self::Gone { disk }
             | Self::IsSource { disk, .. }
             | Self::Locked { disk, .. }
@@ -197,6 +200,7 @@ impl Error {
             | Self::WrongType { .. }
             | Self::WrongSize { .. }
             | Self::NotQcow2 { .. }
+            | Self::Replaced { .. }
             | Self::Gone { .. }
             | Self::NotTheBackups { .. }
             | Self::Immovable { .. }

@@ -163,12 +163,20 @@ fn parent(path: &Path) -> Result<(OwnedFd, OsString), Error> {
 
 impl Partial {
     /// Gives the file its own name, if nobody took it meanwhile, and makes that durable.
-    pub fn publish(&mut self, disk: &str, label: &str) -> Result<(), Error> {
+    pub fn publish(&mut self, id: FileId, disk: &str, label: &str) -> Result<(), Error> {
         if self.renamed {
             // Where renaming is linking and unlinking, a former process may not have come to the latter.
             let _ = rustix::fs::unlinkat(&self.directory, &self.partial, AtFlags::empty());
         } else {
             self.rename(disk, label)?;
+        }
+        // Others may be able to write to the directory.
+        let found = rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW);
+        if !found.is_ok_and(|there| FileId::of(&there) == id) {
+            return Err(Error::Replaced {
+                disk: disk.to_owned(),
+                target: label.to_owned(),
+            });
         }
         rustix::fs::fsync(&self.directory).map_err(|errno| Error::io("fsync the directory of", label, errno))
     }

@@ -298,7 +298,7 @@ impl Targets {
         for target in &mut self.targets {
             progress.add(1);
             if let Publication::Rename(partial) = &mut target.publication {
-                let published = partial.publish(&target.disk, &target.label);
+                let published = partial.publish(target.id, &target.disk, &target.label);
                 published.map_err(|error| error.of(&target.disk))?;
             }
         }

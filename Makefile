@@ -19,7 +19,7 @@ POWER_CUTS = 20
 
 # How long each parser is fuzzed, and which.
 FUZZ_SECONDS = 600
-FUZZ_TARGETS = qmp document options manifest configuration
+FUZZ_TARGETS = qmp document options manifest header configuration
 
 # Where to install to. The bus and polkit read their policies below /usr only, so there is no /usr/local by default.
 DESTDIR =

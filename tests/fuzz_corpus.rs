@@ -43,6 +43,11 @@ fn a_manifest_that_is_read_is_written_and_read_as_the_same() {
 }
 
 #[test]
+fn a_header_that_is_taken_names_no_other_file() {
+    replay("header", properties::header);
+}
+
+#[test]
 fn a_configuration_that_is_read_leads_nowhere_else() {
     replay("configuration", properties::configuration);
 }

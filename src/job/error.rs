@@ -152,8 +152,8 @@ impl Error {
             | Self::NotClosed
             | Self::HostRestarted
             | Self::NotFound(_) => Kind::DomainUnreachable,
-            Self::Stalled { .. } => Kind::Stalled,
-            Self::Exchanged | Self::ExportIdle { .. } => Kind::TargetInvalid,
+            Self::Stalled { .. } | Self::ExportIdle { .. } => Kind::Stalled,
+            Self::Exchanged => Kind::TargetInvalid,
             Self::Target(error) => error.kind(),
             Self::NoDefinition { .. } | Self::NoSpeed { .. } => Kind::Unsupported,
             Self::Image(error) => error.kind(),

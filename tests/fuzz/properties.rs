@@ -10,6 +10,7 @@ use backupd::catalog::{Manifest, ManifestError};
 use backupd::config::{Config, DEFAULT_STORE};
 use backupd::definition::{self, CheckpointDefinition, Definition, Position};
 use backupd::domain::Content;
+use backupd::qcow2;
 use backupd::qmp::{LineTooLong, Lines, Message};
 use zbus::DBusError;
 use zbus::wire::serialized::{Context, Data};
@@ -175,6 +176,35 @@ pub fn manifest(data: &[u8]) {
     let again = Manifest::parse(&written).expect("what is written can be read");
     assert_eq!(again, manifest);
     assert_eq!(again.to_json().expect("a manifest is JSON"), written);
+}
+
+/// An image's header: the first byte chooses whether it is to have a backing file.
+pub fn header(data: &[u8]) {
+    let [has_backing, bytes @ ..] = data else { return };
+    let expected = qcow2::Expected {
+        virtual_size: 1 << 20,
+        backing: (has_backing % 2 == 1).then(|| ("../a/vda.qcow2".to_owned(), definition::Format::Qcow2)),
+    };
+    let image = rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC).expect("memory is a file");
+    rustix::io::write(&image, bytes).expect("it is written to");
+    match qcow2::check(&image, &expected) {
+        Err(error) => assert_bounded(&error),
+        Ok(()) => {
+            // No other file is opened by it: it has the size and the backing file, and no external data file.
+            assert_eq!(bytes[24..32], expected.virtual_size.to_be_bytes());
+            let number = |at: usize| {
+                bytes[at..at + 4]
+                    .iter()
+                    .fold(0, |number, byte| number << 8 | *byte as usize)
+            };
+            let backing = &bytes[number(12)..][..number(16)];
+            match &expected.backing {
+                None => assert_eq!(bytes[8..16], [0; 8]),
+                Some((name, _)) => assert_eq!(backing, name.as_bytes()),
+            }
+            assert!(number(4) == 2 || bytes[79] & 4 == 0);
+        }
+    }
 }
 
 /// The service's configuration, and a domain's file.

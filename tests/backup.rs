@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use backupd::catalog::Manifest;
 use common::System;
 use common::caller::{Caller, assert_completed, brief};
+use common::chain::{directories, id};
 use common::disk::Disk;
 use common::proxies::{Options, slowly};
 use common::storage::{LoopDevice, files_below, holds, identical};
@@ -241,8 +242,27 @@ async fn the_holes_of_a_huge_disk_cost_neither_time_nor_space_nor_bandwidth() {
     for (offset, pattern) in data {
         assert!(holds(&image, "qcow2", offset, MIB / 16, pattern), "{offset}");
     }
+    vm.write("vda", 5 * TIB, MIB / 16, 0x44);
+    vm.write("vda", 9 * TIB, MIB / 16, 0x55);
+    assert_completed(&caller.start("web", "").await).await;
     vm.quit();
-    assert!(identical(&image, "qcow2", vm.source_path("vda"), "qcow2"));
+    let newest = directories(&system.store().join("web")).remove(1);
+    assert!(identical(
+        &newest.join("vda.qcow2"),
+        "qcow2",
+        vm.source_path("vda"),
+        "qcow2"
+    ));
+    // A restored image has as little.
+    let restored = system.dir().join("restored.qcow2");
+    let disk = format!("vda={}", restored.display());
+    let output = system
+        .clients()
+        .backupctl(0, &["restore", &id(&newest), "--disk", &disk]);
+    assert_eq!(output.status, 0, "{}", output.stderr);
+    let taken = fs::metadata(&restored).unwrap().blocks() * 512;
+    assert!(taken < 8 * MIB, "{taken}");
+    assert!(identical(&restored, "qcow2", vm.source_path("vda"), "qcow2"));
 }
 
 /// Of every format that QEMU writes, into every kind of target.

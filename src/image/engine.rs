@@ -49,9 +49,9 @@ impl Plan {
         }
     }
 
-    /// Adds a disk's images; gives the node that shows the disk. `number` tells disks apart.
-    pub fn source(&mut self, number: usize, chain: &OpenDisk) -> Result<String, Error> {
-        let mut top = Value::Null;
+    /// Adds a disk's images. `number` tells disks apart.
+    pub fn source(&mut self, number: usize, chain: &OpenDisk) -> Result<Source, Error> {
+        let (mut top, mut base) = (Value::Null, None);
         for (level, image) in chain.images.iter().enumerate() {
             let (file, node) = (format!("d{number}-{level}-file"), format!("d{number}-{level}"));
             self.nodes.push(json!({
@@ -68,9 +68,13 @@ impl Plan {
             self.images
                 .push((chain.disk.clone(), image.backup.clone(), node.clone()));
             self.names.extend([file, node.clone()]);
+            base.get_or_insert(node.clone());
             top = Value::String(node);
         }
-        Ok(top.as_str().unwrap_or_default().to_owned())
+        Ok(Source {
+            top: top.as_str().unwrap_or_default().to_owned(),
+            base: base.unwrap_or_default(),
+        })
     }
 
     /// Adds a file that is written to; gives its name.
@@ -87,6 +91,15 @@ impl Plan {
         ]);
         Ok(())
     }
+}
+
+/// The nodes of a disk's images.
+#[derive(Debug)]
+pub struct Source {
+    /// Shows the disk.
+    pub top: String,
+    /// Has no backing image.
+    pub base: String,
 }
 
 /// The running program. It is killed when this is dropped.

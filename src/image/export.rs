@@ -32,7 +32,7 @@ impl Export {
             });
         }
         for (number, disk) in chain.disks().iter().enumerate() {
-            exports.push((disk.disk.clone(), plan.source(number, &disk.open().await?)?));
+            exports.push((disk.disk.clone(), plan.source(number, &disk.open().await?)?.top));
         }
         plan.listen(&listener)?;
         let mut engine = Engine::start(plan).await?;

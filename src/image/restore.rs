@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::chain::OpenDisk;
-use super::engine::{Engine, PATIENCE, Plan};
+use super::engine::{Engine, PATIENCE, Plan, Source};
 use super::{Control, Error, Progress, blocking};
 use crate::definition::Format;
 use crate::error::is_no_space;
@@ -106,7 +106,7 @@ async fn work(
     let source = plan.source(0, chain)?;
     let name = plan.file(&target.file)?;
     let engine = running.insert(Engine::start(plan).await?);
-    copy(engine, chain, (&source, &name), &target, format, progress).await?;
+    copy(engine, chain, (source, &name), &target, format, progress).await?;
     if let Some(engine) = running.take() {
         engine.quit().await?;
     }
@@ -197,7 +197,7 @@ async fn format_target(chain: &OpenDisk, target: &Target<'_>, format: Format) ->
 async fn copy(
     engine: &mut Engine,
     chain: &OpenDisk,
-    (source, name): (&str, &str),
+    (source, name): (Source, &str),
     target: &Target<'_>,
     format: Format,
     progress: &Progress,
@@ -224,26 +224,39 @@ async fn copy(
     engine.execute("blockdev-add", node).await?;
     // The caller who passed the file can write to it: with a header that names another file, QEMU would write to that.
     engine.check(&["target-file", "target"]).await?;
-    // A mirror copies what is allocated anywhere in the chain and has the rest of the target read as zeroes, by holes where
-    // there can be holes; a backup job would reserve space for all of it.
-    let mirror = json!({
-        "job-id": JOB, "device": source, "target": "target", "sync": "full", "auto-dismiss": false,
-        "on-source-error": "report", "on-target-error": "report",
-    });
-    run(engine, chain, mirror, target, progress).await?;
-    for node in ["target", "target-file"] {
-        engine
-            .execute("blockdev-del", json!({ "node-name": node }))
-            .await?;
+    match is_fresh(target, format) && chain.images.iter().all(|image| image.format == Format::Qcow2) {
+        true => {
+            // As if the target was what all of them were made upon: only what one of them holds is copied, and a hole costs
+            // nothing.
+            let below = json!({ "node": "target", "overlay": source.base });
+            engine.execute("blockdev-snapshot", below).await?;
+            let commit = json!({
+                "job-id": JOB, "device": source.top, "base-node": "target", "auto-dismiss": false, "on-error": "report",
+            });
+            run(engine, chain, ("block-commit", commit), target, progress).await
+        }
+        false => {
+            // A mirror has the rest of the target read as zeroes, by holes where there can be holes; a backup job would reserve
+            // space for all of it.
+            let mirror = json!({
+                "job-id": JOB, "device": source.top, "target": "target", "sync": "full", "auto-dismiss": false,
+                "on-source-error": "report", "on-target-error": "report",
+            });
+            run(engine, chain, ("blockdev-mirror", mirror), target, progress).await
+        }
     }
-    Ok(())
 }
 
-/// Runs a mirror to its end.
+/// Whether it reads as zeroes as soon as it is formatted.
+fn is_fresh(target: &Target<'_>, format: Format) -> bool {
+    (format, target.media) != (Format::Raw, Media::Block)
+}
+
+/// Runs a job that copies to its end.
 async fn run(
     engine: &mut Engine,
     chain: &OpenDisk,
-    arguments: Value,
+    (command, arguments): (&str, Value),
     target: &Target<'_>,
     progress: &Progress,
 ) -> Result<(), Error> {
@@ -251,7 +264,7 @@ async fn run(
     let was_written = target.written.swap(true, Ordering::Relaxed);
     if let Err(error) = engine
         .client()
-        .query_within::<Value>(PATIENCE, "blockdev-mirror", arguments)
+        .query_within::<Value>(PATIENCE, command, arguments)
         .await
     {
         // A command that QEMU refuses has not begun: "Failed to get write lock" is the disk of a running VM.

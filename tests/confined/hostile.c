@@ -5,6 +5,8 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
+#include <linux/openat2.h>
 #include <netinet/in.h>
 #include <sched.h>
 #include <signal.h>
@@ -13,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/resource.h>
@@ -70,16 +73,22 @@ static int connects_to_port(int type)
     return connects(type, (struct sockaddr *)&address, sizeof address);
 }
 
-/* Its open files beside the standard ones; gives the last. */
-static int files(int *last)
+/* Its open files beside the standard ones; gives the first. */
+static int files(int *first)
 {
     int count = 0;
     for (int number = 3; number < 4096; number++)
-        if (fcntl(number, F_GETFD) >= 0) {
-            count++;
-            *last = number;
-        }
+        if (fcntl(number, F_GETFD) >= 0 && ++count == 1)
+            *first = number;
     return count;
+}
+
+static int sets_flags(int file)
+{
+    int flags = 0;
+    ioctl(file, FS_IOC_GETFLAGS, &flags);
+    flags |= FS_NODUMP_FL;
+    return ioctl(file, FS_IOC_SETFLAGS, &flags) == 0;
 }
 
 static int has_process(void)
@@ -110,12 +119,17 @@ int main(int argc, char **argv)
     attempt("its parent's environment", environ[0] != NULL);
     attempt("root's files", opens("/etc/shadow", O_RDONLY));
     attempt("another file of the store's", opens(VICTIM, O_RDONLY));
+    attempt("another file by a newer call",
+            syscall(SYS_openat2, AT_FDCWD, VICTIM, &(struct open_how){ .flags = O_RDONLY }, sizeof(struct open_how)) >= 0);
     attempt("writing to another file", opens(VICTIM, O_WRONLY));
     attempt("a directory's names", opendir("/var/lib") != NULL);
 #if !WRITES
     snprintf(name, sizeof name, "/dev/fd/%d", image);
     attempt("writing to its image", opens(name, O_RDWR));
 #endif
+    attempt("its image's mode", fchmod(image, 0666) == 0);
+    attempt("its image's flags", sets_flags(image));
+    attempt("signals by its image", fcntl(image, F_SETOWN, getppid()) == 0);
     attempt("a device", opens("/dev/null", O_RDWR));
     attempt("a block device", opens(DEVICE, O_RDONLY));
     attempt("a file in /tmp", opens(NEW, O_CREAT | O_RDWR));
@@ -143,6 +157,8 @@ int main(int argc, char **argv)
     attempt("tracing the service", ptrace(PTRACE_SEIZE, getppid(), 0, 0) == 0);
     attempt("the service's limits", prlimit(getppid(), RLIMIT_NOFILE, NULL, &(struct rlimit){ 0, 0 }) == 0);
     attempt("a process", has_process());
+    attempt("memory that others can get", syscall(SYS_memfd_create, "x", 0) >= 0);
+    attempt("a key", syscall(SYS_add_key, "user", "x", "x", 1, -2) >= 0);
     attempt("io_uring", syscall(SYS_io_uring_setup, 1, parameters) >= 0);
     attempt("outliving the service", prctl(PR_SET_PDEATHSIG, 0) == 0);
     attempt("its own limits", unlimits());

@@ -146,3 +146,27 @@ test_another_place_takes_a_drop_in() {
     systemctl restart backupd.service
     until_true "the service to reach the machine" knows web
 }
+
+# Of the service's storage daemon: a key of its status.
+engine_status() { # KEY
+    sed -n "s/^$1:[[:space:]]*//p" "/proc/$(pidof qemu-storage-daemon)/status"
+}
+
+test_a_program_that_reads_images_has_no_rights() {
+    local id export set
+    id=$(basename "$(dirname "$(newest_image web)")")
+    backupctl export "$id" --socket /run/confined.nbd >/run/export.out 2>&1 &
+    export=$!
+    until_true "the disk to be served" test -S /run/confined.nbd
+    until_true "its content" qemu-img info nbd+unix:///vda?socket=/run/confined.nbd
+    for set in CapInh CapPrm CapEff CapAmb; do
+        [ "$(engine_status $set)" = 0000000000000000 ] || fail "$set is $(engine_status $set)"
+    done
+    [ "$(engine_status NoNewPrivs)" = 1 ]
+    # The unit's filter, and its own.
+    [ "$(engine_status Seccomp_filters)" -gt 1 ]
+    [ "$(cat "/proc/$(pidof qemu-storage-daemon)/oom_score_adj")" = 1000 ]
+    not contains "$(journalctl --unit backupd.service --grep Landlock)" "no Landlock"
+    kill "$export"
+    wait "$export" || true
+}

@@ -17,7 +17,8 @@ mkdir -p "$group"
 echo $$ >"$group/cgroup.procs"
 
 # What the system writes is memory, and gone with it; the tree stays as it is. bpf(2): systemd keeps a service from
-# devices with it.
+# devices with it. Landlock: the service confines programs with it.
 SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network \
-    --volatile=overlay --directory="$tree" --machine=backupd-test-system --console=read-only --system-call-filter=bpf \
+    --volatile=overlay --directory="$tree" --machine=backupd-test-system --console=read-only \
+    --system-call-filter="bpf landlock_create_ruleset landlock_add_rule landlock_restrict_self" \
     --bind="$shared:/backupd-tests" --bind="$shared/units:/etc/systemd/system" "$@" systemd.wants=backupd-tests.service

@@ -32,9 +32,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_close_range,
     libc::SYS_dup,
     libc::SYS_dup3,
-    libc::SYS_fcntl,
     libc::SYS_flock,
-    libc::SYS_ioctl,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_fsync,
@@ -134,6 +132,50 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_execve,
 ];
 
+/// What fcntl(2) may do: duplicating, flags and locks, but nothing that sends a signal (`F_SETOWN`) or is kept in the file.
+const FILE_COMMANDS: &[libc::c_int] = &[
+    libc::F_DUPFD,
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_GETLK,
+    libc::F_SETLK,
+    libc::F_SETLKW,
+    libc::F_OFD_GETLK,
+    libc::F_OFD_SETLK,
+    libc::F_OFD_SETLKW,
+];
+
+/// What ioctl(2) may do: asking about files and devices (linux/fs.h, linux/blkzoned.h, scsi/sg.h, XFS), and giving back what is
+/// zero. A file's flags, keys and seals stay, loop devices stay attached, no command goes to a disk.
+const DEVICE_COMMANDS: &[u32] = &[
+    0x125e,      // BLKROGET
+    0x1260,      // BLKGETSIZE
+    0x1267,      // BLKSECTGET
+    0x1268,      // BLKSSZGET
+    0x1277,      // BLKDISCARD
+    0x1278,      // BLKIOMIN
+    0x1279,      // BLKIOOPT
+    0x127a,      // BLKALIGNOFF
+    0x127b,      // BLKPBSZGET
+    0x127c,      // BLKDISCARDZEROES
+    0x127e,      // BLKROTATIONAL
+    0x127f,      // BLKZEROOUT
+    0x8008_1272, // BLKGETSIZE64
+    0xc010_1282, // BLKREPORTZONE
+    0x8004_1284, // BLKGETZONESZ
+    0x8004_1285, // BLKGETNRZONES
+    0x2282,      // SG_GET_VERSION_NUM
+    0x5331,      // CDROM_GET_CAPABILITY
+    0x800c_581e, // XFS_IOC_DIOINFO
+    0xc020_660b, // FS_IOC_FIEMAP
+    0x5401,      // TCGETS
+    0x541b,      // FIONREAD
+    0x5421,      // FIONBIO
+];
+
 /// The older forms of some of them, which the C library uses on this architecture.
 #[cfg(target_arch = "x86_64")]
 const OLDER_CALLS: &[libc::c_long] = &[
@@ -192,11 +234,15 @@ fn filter(writes: bool) -> Result<BpfProgram, BackendError> {
     let own = u64::from(std::process::id());
     rules.insert(libc::SYS_tgkill, vec![is(0, own)?]);
     let names = [libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_TIMERSLACK];
-    let names: Result<_, _> = names
-        .iter()
-        .map(|name| is(0, u64::from(name.unsigned_abs())))
-        .collect();
-    rules.insert(libc::SYS_prctl, names?);
+    rules.insert(
+        libc::SYS_prctl,
+        one_of(0, names.map(i32::unsigned_abs).into_iter())?,
+    );
+    rules.insert(
+        libc::SYS_fcntl,
+        one_of(1, FILE_COMMANDS.iter().map(|it| it.unsigned_abs()))?,
+    );
+    rules.insert(libc::SYS_ioctl, one_of(1, DEVICE_COMMANDS.iter().copied())?);
     let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
     SeccompFilter::new(rules, refused, SeccompAction::Allow, architecture)?.try_into()
@@ -206,6 +252,10 @@ fn filter(writes: bool) -> Result<BpfProgram, BackendError> {
 fn flags(argument: u8, mask: libc::c_int, value: libc::c_int) -> Result<SeccompRule, BackendError> {
     let operator = SeccompCmpOp::MaskedEq(u64::from(mask.unsigned_abs()));
     rule(argument, operator, u64::from(value.unsigned_abs()))
+}
+
+fn one_of(argument: u8, values: impl Iterator<Item = u32>) -> Result<Vec<SeccompRule>, BackendError> {
+    values.map(|value| is(argument, value.into())).collect()
 }
 
 fn is(argument: u8, value: u64) -> Result<SeccompRule, BackendError> {

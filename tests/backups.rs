@@ -346,14 +346,15 @@ async fn who_may_not_read_a_domain_knows_of_no_backup_of_it() {
         let listed = list(caller, &[]).await;
         listed.into_iter().map(|backup| backup.3).collect()
     };
-    assert_eq!(names(&root).await, ["mine", "web"]);
+    let unique = format!("{USER}:mine");
+    assert_eq!(names(&root).await, [&*unique, "web"]);
     assert_eq!(names(&user).await, ["mine", "web"]);
     assert_eq!(names(&other).await, [""; 0]);
     // When the domains are gone, still.
     drop((mine, vm));
     fs::remove_file(system.dir().join("etc/domains.d/web.toml")).unwrap();
     system.wait_for_no_domain("web");
-    system.wait_for_no_domain("mine");
+    system.wait_for_no_domain(&unique);
     assert_eq!(names(&user).await, ["mine", "web"]);
     assert_eq!(names(&other).await, [""; 0]);
 

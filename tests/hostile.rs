@@ -8,19 +8,21 @@ mod imposters;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use backupd::catalog::Manifest;
 use backupd::qmp::{Client, Error, MAX_LINE};
-use common::System;
 use common::caller::Caller;
+use common::clients::USER;
 use common::disk::Disk;
 use common::peer::{Imposter, Peer};
 use common::proxies::{DomainProxy, JobProxy, Options, error_name};
 use common::proxy::Proxy;
 use common::storage::files_below;
 use common::wait::{DEADLINE, until_async, within};
+use common::{System, polkit};
 use futures_util::future::join_all;
-use imposters::{FAILING, REACHABLE, UNREACHABLE};
+use imposters::{FAILING, FLOODED, FLOODS, REACHABLE, UNREACHABLE};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
@@ -349,5 +351,52 @@ async fn the_service_survives_every_imposter_and_goes_on_serving_others() {
     assert!(!log.contains("panicked"), "{log}");
     assert!(log.len() < MIB, "{} bytes of log", log.len());
     assert_eq!(system.daemon().pid(), pid);
+    assert_eq!(system.stop_daemon(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_machines_of_one_user_do_not_fill_the_services_memory() {
+    const MACHINES: usize = 32;
+    const MOST_GROWTH: u64 = 128;
+    let mut system = System::setup()
+        .rules(&polkit::allow(USER, &["service.register-domain"]))
+        .start();
+    let pid = system.daemon().pid();
+    let user = Caller::of_user(&system, USER).await;
+    let root = Caller::new(&system).await;
+    let before = memory(pid, "VmHWM") >> 10;
+    let flooding = FLOODS
+        .iter()
+        .cycle()
+        .take(MACHINES)
+        .enumerate()
+        .map(|(number, play)| {
+            let user = &user;
+            async move {
+                let (ours, theirs) = Peer::pair();
+                let playing = tokio::spawn(play(theirs));
+                // Some are refused, because they say too much.
+                let registered = user
+                    .register(&format!("flood{number}"), ours.into_std().unwrap().into())
+                    .await;
+                (playing, registered.is_ok())
+            }
+        });
+    let flooding = join_all(flooding).await;
+    let registered = flooding.iter().filter(|(_, registered)| *registered).count();
+    let of_events = MACHINES.div_ceil(FLOODS.len());
+    assert!(registered >= of_events, "{registered}");
+    until_async("all to have said enough", || async {
+        let listed = within("an answer", root.manager.list_domains()).await.unwrap();
+        assert!(listed.len() <= MACHINES);
+        (FLOODED.load(Ordering::SeqCst) == of_events).then_some(())
+    })
+    .await;
+    let most = memory(pid, "VmHWM") >> 10;
+    println!("{registered} of {MACHINES} registered: from {before} to {most} MiB");
+    assert!(most - before < MOST_GROWTH, "from {before} to {most} MiB");
+    for (playing, _) in &flooding {
+        playing.abort();
+    }
     assert_eq!(system.stop_daemon(), Some(0));
 }

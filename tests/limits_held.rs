@@ -80,7 +80,9 @@ async fn registered_domains_are_counted_until_their_qemu_or_their_connection_goe
     let _roots = [register(&root, "root1").await, register(&root, "root2").await];
     assert_register_limit("registered-domains", &root, "more").await;
     assert_register_limit("registered-domains", &third, "more").await;
-    assert_eq!(names(&root).await, ["others", "root1", "root2", "users"]);
+    let others = format!("{OTHER_USER}:others");
+    let of_user = |name| format!("{USER}:{name}");
+    assert_eq!(names(&root).await, [&others, "root1", "root2", &of_user("users")]);
     // Domains of the administrator's are not counted.
     system.write_domain_file("configured", "monitor = \"/nowhere\"\n");
     wait::until("the configured domain", || system.domain_path("configured"));
@@ -92,7 +94,7 @@ async fn registered_domains_are_counted_until_their_qemu_or_their_connection_goe
     let _last = register_when_possible(&one, "last").await;
     assert_eq!(
         names(&root).await,
-        ["configured", "last", "others", "root1", "root2"]
+        ["configured", &of_user("last"), &others, "root1", "root2"]
     );
 }
 
@@ -210,7 +212,7 @@ async fn descriptors_are_counted_while_a_backup_or_a_registered_domain_holds_the
     let roots = three.start(&root, "b").await;
     assert_register_limit("descriptors", &other, "more").await;
     assert_register_limit("descriptors", &root, "more").await;
-    assert_eq!(names(&root).await, ["a", "b", "others"]);
+    assert_eq!(names(&root).await, ["a", "b", &format!("{OTHER_USER}:others")]);
     assert_eq!(root.manager.list_jobs().await.unwrap().len(), 2);
 
     cancel(&users).await;

@@ -8,17 +8,19 @@ use std::os::fd::{AsFd, OwnedFd};
 use common::System;
 use common::authority::{Answer, Authority, Question};
 use common::caller::{Caller, assert_completed, brief};
-use common::clients::{OTHER_USER, USER};
+use common::clients::{OTHER_USER, ROOT, USER};
 use common::disk::Disk;
 use common::polkit;
 use common::proxies::{Options, error_name};
 use common::storage::{files_below, holds};
-use common::vm::Vm;
+use common::vm::{Builder, Vm};
 use common::wait;
 use zbus::wire::OwnedObjectPath;
 
 const MIB: u64 = 1 << 20;
 const NO_SUCH_DOMAIN: &str = "org.example.Backup1.Error.NoSuchDomain";
+const ACCESS_DENIED: &str = "org.freedesktop.DBus.Error.AccessDenied";
+const UNREACHABLE: &str = "org.example.Backup1.Error.DomainUnreachable";
 const INVALID_ARGS: &str = "org.freedesktop.DBus.Error.InvalidArgs";
 const NEEDS_PASSWORD: &str = "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired";
 const TO_DESCRIPTOR: &str =
@@ -60,12 +62,14 @@ async fn a_registered_domain_is_seen_by_its_owner_and_root_only() {
     let mut other = Caller::of_user(&system, OTHER_USER).await;
     other.manager.subscribe().await.unwrap();
     let path = register(&owner, "mine", &vm).await.unwrap();
-    for caller in [&owner, &root] {
-        assert_eq!(names(caller).await, ["mine"]);
-        assert_eq!(caller.manager.get_domain("mine").await.unwrap(), path);
+    let unique = format!("{USER}:mine");
+    for (caller, name) in [(&owner, "mine"), (&root, &*unique)] {
+        assert_eq!(names(caller).await, [name]);
+        assert_eq!(caller.manager.get_domain(name).await.unwrap(), path);
+        assert_eq!(caller.manager.get_domain(&unique).await.unwrap(), path);
     }
     assert_eq!(names(&other).await, [""; 0]);
-    for name in ["mine", vm.uuid()] {
+    for name in ["mine", vm.uuid(), &unique] {
         let refused = other.manager.get_domain(name).await.unwrap_err();
         assert_eq!(error_name(&refused), NO_SUCH_DOMAIN);
         let refused = other.try_start(name, "", &[], Options::new()).await.unwrap_err();
@@ -75,7 +79,7 @@ async fn a_registered_domain_is_seen_by_its_owner_and_root_only() {
     let again = Caller::of_user(&system, USER).await;
     assert_eq!(names(&again).await, ["mine"]);
     // What the other subscriber heard up to a backup's end says nothing of it.
-    let job = root.complete("mine", "").await;
+    let job = root.complete(&unique, "").await;
     let heard = brief(&other.signals_until("JobEnded").await);
     let job = job.inner().path();
     assert_eq!(
@@ -102,10 +106,11 @@ async fn a_rule_can_show_a_users_domains_to_another() {
     let owner = Caller::of_user(&system, USER).await;
     register(&owner, "mine", &vm).await.unwrap();
     let other = Caller::of_user(&system, OTHER_USER).await;
-    assert_eq!(names(&other).await, ["mine"]);
+    let unique = format!("{USER}:mine");
+    assert_eq!(names(&other).await, [&*unique]);
     // To see is not to have a backup made.
     let refused = other
-        .try_start("mine", "", &[], Options::new())
+        .try_start(&unique, "", &[], Options::new())
         .await
         .unwrap_err();
     assert_eq!(error_name(&refused), NEEDS_PASSWORD);
@@ -229,7 +234,7 @@ async fn a_name_whose_first_bearer_polkit_does_not_answer_about_means_no_other()
     })
     .await;
     let refused = owner.try_start("web", "", &[], Options::new()).await.unwrap_err();
-    assert_eq!(error_name(&refused), NO_SUCH_DOMAIN);
+    assert_eq!(error_name(&refused), ACCESS_DENIED);
     // Hidden for certain, it is another matter.
     authority
         .decide_by(move |question| match about_configured(question) {
@@ -242,4 +247,97 @@ async fn a_name_whose_first_bearer_polkit_does_not_answer_about_means_no_other()
     })
     .await;
     authority.stop(&system).await;
+}
+
+/// A machine that has the name and the UUID of another one.
+fn impostor(system: &System, of: &Vm) -> Vm {
+    let builder = Builder::new(&system.dir().join("impostor"), of.name()).uuid(of.uuid());
+    builder.disk(Disk::new("vda", 4 * MIB).fill(0, MIB, 0x66)).start()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_never_means_what_a_less_trusted_user_has_registered_under_it() {
+    let mut system = system("");
+    let web = system.configured(system.vm("web").disk(Disk::new("vda", 4 * MIB)).running());
+    let impostor = impostor(&system, &web);
+    let root = Caller::new(&system).await;
+    root.complete("web", "").await;
+    let before = files_below(&system.store());
+    let mallory = Caller::of_user(&system, USER).await;
+    let unique = format!("{USER}:web");
+    system.remove_domain_file("web");
+    let path = register(&mallory, "web", &impostor).await.unwrap();
+    let ctl = |arguments: &[&str]| system.clients().backupctl(ROOT, arguments);
+    for arguments in [
+        &["create", "web"][..],
+        &["create", web.uuid()],
+        &["create", "--instance", "--", "web"],
+        &["create", "--instance", "--", &unique],
+    ] {
+        let output = ctl(arguments);
+        assert_eq!(output.status, 1, "{arguments:?}: {}", output.stderr);
+        assert!(output.stderr.contains("no domain '"), "{}", output.stderr);
+        assert!(output.stderr.contains(&unique), "{}", output.stderr);
+    }
+    assert_eq!(files_below(&system.store()), before);
+    let refused = ctl(&["--json", "create", "web"]);
+    assert!(refused.stderr.contains(NO_SUCH_DOMAIN), "{refused:?}");
+    // To her it is her own; to root it has a name, too.
+    assert_eq!(mallory.manager.get_domain("web").await.unwrap(), path);
+    ctl(&["create", &unique]).expect_success();
+    let new = files_below(&system.store());
+    let new: Vec<_> = new.iter().filter(|file| !before.contains(file)).collect();
+    assert!(
+        !new.is_empty() && new.iter().all(|file| file.starts_with(&unique)),
+        "{new:?}"
+    );
+    // Every list says whose they are.
+    let owner = polkit::user_name(USER);
+    for list in [&["domains"][..], &["jobs", "--all"], &["backups"]] {
+        let text = ctl(list).expect_success();
+        let line = text.lines().find(|line| line.contains(&unique));
+        assert!(line.is_some_and(|line| line.contains(&owner)), "{list:?}: {text}");
+        let json = ctl(&[&["--json"], list].concat()).expect_success();
+        let json: Vec<serde_json::Value> = match serde_json::from_str(&json).unwrap() {
+            serde_json::Value::Array(list) => list,
+            other => panic!("{other}"),
+        };
+        let named = |value: &&serde_json::Value| value["name"] == *unique || value["domain"] == *unique;
+        let theirs: Vec<_> = json.iter().filter(named).collect();
+        assert!(
+            !theirs.is_empty() && theirs.iter().all(|value| value["owner"] == USER),
+            "{json:?}"
+        );
+    }
+    let own = ctl(&["backups", "web"]).expect_success();
+    assert!(own.contains("web") && !own.contains(&unique), "{own}");
+    for by in ["web", web.uuid()] {
+        let text = ctl(&["prune", by, "--keep-last", "1", "--dry-run"]).expect_success();
+        assert!(text.contains("web") && !text.contains(&unique), "{text}");
+    }
+    assert_eq!(system.stop_daemon(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_uuid_means_no_other_users_domain_while_the_configured_one_is_down() {
+    let mut system = system("");
+    let mut web = system.configured(system.vm("web").running());
+    let impostor = impostor(&system, &web);
+    let uuid = web.uuid().to_owned();
+    let root = Caller::new(&system).await;
+    let mallory = Caller::of_user(&system, USER).await;
+    let configured = root.manager.get_domain("web").await.unwrap();
+    register(&mallory, "own", &impostor).await.unwrap();
+    assert_eq!(root.manager.get_domain(&uuid).await.unwrap(), configured);
+    web.kill();
+    system.stop_daemon();
+    // Nobody knows its UUID now.
+    system.start_daemon();
+    let root = Caller::new(&system).await;
+    let mallory = Caller::of_user(&system, USER).await;
+    register(&mallory, "own", &impostor).await.unwrap();
+    let refused = root.try_start(&uuid, "", &[], Options::new()).await.unwrap_err();
+    assert_eq!(error_name(&refused), NO_SUCH_DOMAIN);
+    let refused = root.try_start("web", "", &[], Options::new()).await.unwrap_err();
+    assert_eq!(error_name(&refused), UNREACHABLE);
 }

@@ -503,18 +503,19 @@ async fn members_of_a_group_see_what_one_user_registered() {
     let annas = anna.register("annas", &machines[0]).await.unwrap();
     let _berts = bert.register("berts", &machines[1]).await.unwrap();
     let helper = User::new(&system, OPERATOR).await;
-    assert_eq!(helper.listed().await, ["annas"]);
-    let path = helper.manager.get_domain("annas").await.unwrap();
+    let [shown, hidden] = [(ANNA, "annas"), (BERT, "berts")].map(|(of, name)| format!("{}:{name}", of.uid));
+    assert_eq!(helper.listed().await, [&*shown]);
+    let path = helper.manager.get_domain(&shown).await.unwrap();
     assert_eq!(path.as_str(), annas.inner().path().as_str());
     let seen = DomainProxy::new(&helper.connection, path).await.unwrap();
     assert_eq!(seen.disks().await.unwrap().len(), 1);
-    let hidden = helper.manager.get_domain("berts").await.unwrap_err();
+    let hidden = helper.manager.get_domain(&hidden).await.unwrap_err();
     assert_eq!(error_name(&hidden), NO_SUCH_DOMAIN);
     assert_eq!(bert.listed().await, ["berts"], "another user");
     // To see it is no more than that.
     let open = open_file(&system, "open");
-    assert_eq!(helper.copy_into("annas", &open).await, no(PASSWORD));
-    assert_eq!(helper.back_up("annas", "").await, no(PASSWORD));
+    assert_eq!(helper.copy_into(&shown, &open).await, no(PASSWORD));
+    assert_eq!(helper.back_up(&shown, "").await, no(PASSWORD));
     let options = slowly(MIB / 4);
     let files = vec![(&open).into()];
     let (_, job) = annas.create_backup(OPEN_FILE, files, options).await.unwrap();

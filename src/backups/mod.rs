@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 use crate::activity::Activity;
 use crate::catalog::{self, Backup, BackupFilter, BackupKey, Catalog, Cursor, DomainRecord};
 use crate::config::{Config, Deadlines, Store};
-use crate::domain::{Domain, Identity, NOBODY, Origin, Registry};
+use crate::domain::{Domain, Identity, NOBODY, Origin, Registry, registered};
 use crate::job::{self, Jobs};
 use crate::offload::Queue;
 use crate::target;
@@ -111,33 +111,48 @@ impl Backups {
         self.domains.same_or_absent(identity(record))
     }
 
-    /// Whether a backup is one of the domain that has that name, or UUID, now. Of a name that no domain has now: the ones
-    /// that had it.
-    pub(super) fn is_of(&self, record: &DomainRecord, wanted: &str) -> bool {
+    /// Whether a backup is one of the domain that the user means by that name, or UUID, now. Of a name that no domain has now:
+    /// the ones that had it. Those of what another user has registered are meant only by `UID:NAME`.
+    fn is_of(&self, record: &DomainRecord, wanted: &str, uid: u32) -> bool {
         let identity = identity(record);
         let uuid: Option<uuid::Uuid> = wanted.parse().ok();
-        uuid.is_some() && uuid == identity.uuid
-            || self
-                .domains
-                .same(&identity)
-                .is_some_and(|domain| domain.name == wanted)
-            || record.name == wanted && self.domains.identified(&identity).is_none()
+        let called = |domain: Arc<Domain>| domain.identity().is_called(wanted, uid);
+        uuid.is_some() && uuid == identity.uuid && identity.is_trusted_by(uid)
+            || self.domains.same(&identity).is_some_and(called)
+            || identity.is_called(wanted, uid) && self.domains.identified(&identity).is_none()
     }
 
-    /// With the UUIDs of the domains that have the name now.
+    /// With the UUIDs of the domains that have the name now, and the name as the records have it.
     fn with_uuids(&self, filter: &BackupFilter) -> BackupFilter {
+        let Some(wanted) = &filter.domain else {
+            return filter.clone();
+        };
         let domains = self.domains.list().into_iter();
-        let named = domains.filter(|domain| filter.domain.as_ref() == Some(&domain.name));
+        let named = domains.filter(|domain| domain.identity().is_called(wanted, filter.uid));
         BackupFilter {
             uuids: named.filter_map(|domain| domain.snapshot().uuid).collect(),
+            domain: Some(
+                registered(wanted)
+                    .map_or(wanted.as_str(), |(_, name)| name)
+                    .to_owned(),
+            ),
             ..filter.clone()
         }
     }
 
     fn is_wanted(&self, filter: &BackupFilter, record: &DomainRecord) -> bool {
         let wanted = filter.domain.as_deref();
-        wanted.is_none_or(|wanted| self.is_of(record, wanted))
+        wanted.is_none_or(|wanted| self.is_of(record, wanted, filter.uid))
     }
+}
+
+/// A name by which that user means the domain of a backup.
+pub fn domain_name(backup: &Backup, uid: u32) -> String {
+    let identity = Identity {
+        name: backup.manifest.domain.name.clone(),
+        ..identity(&backup.domain)
+    };
+    identity.name_for(uid)
 }
 
 fn identity(record: &DomainRecord) -> Identity {

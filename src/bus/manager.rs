@@ -68,7 +68,7 @@ async fn list_domains(context: &Context, call: &Call) -> Answer {
         let uuid = domain::uuid(&snapshot);
         (
             domain_path(listed.id),
-            &listed.name,
+            listed.name_for(call.caller.uid),
             uuid,
             snapshot.state.as_str(),
         )

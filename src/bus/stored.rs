@@ -8,6 +8,7 @@ use super::call::{Answer, Call, Handle};
 use super::object::Properties;
 use super::options::{self, Dictionary};
 use super::{Context, backup_path, job_path};
+use crate::backups::domain_name;
 use crate::catalog::Backup;
 use crate::job::Job;
 use crate::service::RestoreRequest;
@@ -38,7 +39,7 @@ type BackupTuple = (
 pub async fn list(context: &Context, call: &Call) -> Answer {
     let wanted = options::backups(call.arguments::<Dictionary>()?)?;
     let page = context.service.list_backups(&call.caller, wanted).await?;
-    let listed: Vec<_> = page.backups.iter().map(tuple).collect();
+    let listed: Vec<_> = page.backups.iter().map(|backup| tuple(backup, call)).collect();
     call.reply(&(listed, page.next.unwrap_or_default()))
 }
 
@@ -59,7 +60,7 @@ pub async fn prune(context: &Context, call: &Call) -> Answer {
     let judged = pruned.judged.iter().map(|judged| {
         let backup = &judged.backup;
         (
-            &backup.manifest.domain.name,
+            domain_name(backup, call.caller.uid),
             &backup.key.store,
             &backup.key.id,
             time(backup),
@@ -173,12 +174,12 @@ pub fn properties(backup: &Backup) -> Properties {
     ]
 }
 
-fn tuple(backup: &Backup) -> BackupTuple {
+fn tuple(backup: &Backup, call: &Call) -> BackupTuple {
     (
         backup_path(backup.object),
         backup.key.id.clone(),
         backup.manifest.name.clone().unwrap_or_default(),
-        backup.manifest.domain.name.clone(),
+        domain_name(backup, call.caller.uid),
         uuid(backup),
         backup.key.store.clone(),
         backup.manifest.kind.as_str(),

@@ -107,8 +107,9 @@ impl Backup {
 /// Which backups are wanted; what is not said does not matter.
 #[derive(Debug, Clone, Default)]
 pub struct BackupFilter {
-    /// A name or a UUID.
+    /// A name or a UUID, as the user with this number means it.
     pub domain: Option<String>,
+    pub uid: u32,
     /// UUIDs of domains that have that name now, and may have had another.
     pub uuids: Vec<uuid::Uuid>,
     pub store: Option<String>,

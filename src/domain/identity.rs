@@ -59,6 +59,26 @@ impl Identity {
     pub fn unique_name(&self) -> String {
         unique_name(self.origin, self.owner, &self.name)
     }
+
+    /// Whether its name and UUID are its own for that user: who asks for a name must not get what somebody less trusted calls
+    /// so.
+    pub fn is_trusted_by(&self, uid: u32) -> bool {
+        self.origin == Origin::Configured || self.owner == uid
+    }
+
+    /// Whether that user means it by this name: its name, or `UID:NAME` if a user registered it.
+    pub fn is_called(&self, name: &str, uid: u32) -> bool {
+        self.is_trusted_by(uid) && self.name == name
+            || self.origin == Origin::Registered && self.unique_name() == name
+    }
+
+    /// A name by which that user means it.
+    pub fn name_for(&self, uid: u32) -> String {
+        match self.is_trusted_by(uid) {
+            true => self.name.clone(),
+            false => self.unique_name(),
+        }
+    }
 }
 
 impl Domain {

@@ -19,6 +19,7 @@ pub use disks::{Bitmap, Disk, DiskLookup, find_disk};
 pub use identity::{Identity, NOBODY, Reach};
 pub use monitor::{Greeter, Link, OLDEST, Phase};
 pub use outside::Outside;
+pub use owner::name as user_name;
 pub use registry::{Change, Registration, Registry};
 
 use std::path::PathBuf;
@@ -29,6 +30,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::error::{Kind, shown};
+use crate::quota::Share;
 use crate::socket::Dialer;
 use crate::{qmp, quota};
 
@@ -39,6 +41,10 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 pub enum Error {
     #[error("no domain '{0}'")]
     NoSuchDomain(String),
+    #[error("no domain '{name}': other users have registered {others}, and only these names mean those")]
+    OnlyOthers { name: String, others: String },
+    #[error("several domains have the UUID {0}: name one of them")]
+    Ambiguous(String),
     #[error("domain '{name}' cannot be reached: {why}")]
     Unreachable { name: String, why: String },
     #[error(
@@ -64,9 +70,11 @@ impl Error {
 
     pub fn kind(&self) -> Kind {
         match self {
-            Self::NoSuchDomain(_) => Kind::NoSuchDomain,
+            Self::NoSuchDomain(_) | Self::OnlyOthers { .. } => Kind::NoSuchDomain,
             Self::Unreachable { .. } => Kind::DomainUnreachable,
-            Self::InvalidName(_) | Self::NameTaken(_) | Self::NotASocket { .. } => Kind::InvalidArgs,
+            Self::Ambiguous(_) | Self::InvalidName(_) | Self::NameTaken(_) | Self::NotASocket { .. } => {
+                Kind::InvalidArgs
+            }
             Self::TooManyRegistered(_) => Kind::LimitsExceeded,
             Self::Monitor { source, .. } if source.is_refusal() => Kind::QemuError,
             Self::Monitor { .. } => Kind::DomainUnreachable,
@@ -174,6 +182,8 @@ pub struct Snapshot {
     pub outside: Arc<[Outside]>,
     /// Paths, as QEMU sees them, of every file and device that its block nodes have open.
     pub files: Arc<[PathBuf]>,
+    /// What it takes of its user's memory here.
+    share: Option<Arc<Share>>,
 }
 
 impl Snapshot {
@@ -186,7 +196,21 @@ impl Snapshot {
             disks: Arc::from([]),
             outside: Arc::from([]),
             files: Arc::from([]),
+            share: None,
         }
+    }
+
+    /// About how many bytes it takes.
+    fn weight(&self) -> usize {
+        /// What an allocation takes beside its bytes.
+        const EACH: usize = 16;
+        let bitmaps = self.disks.iter().flat_map(|disk| &disk.bitmaps);
+        let bitmaps = bitmaps.map(|bitmap| size_of_val(bitmap) + bitmap.name.len() + EACH);
+        let files = self
+            .files
+            .iter()
+            .map(|file| size_of_val(file) + file.as_os_str().len() + EACH);
+        size_of_val(&*self.disks) + bitmaps.chain(files).sum::<usize>()
     }
 }
 
@@ -247,6 +271,11 @@ impl Domain {
     /// what the administrator configured, nor of what another user registered.
     pub fn unique_name(&self) -> String {
         unique_name(self.origin, self.owner, &self.name)
+    }
+
+    /// The name under which that user finds it, and is shown it; see [`Identity::name_for`].
+    pub fn name_for(&self, uid: u32) -> String {
+        self.identity().name_for(uid)
     }
 
     fn was_reached(&self) -> bool {
@@ -357,6 +386,12 @@ fn unique_name(origin: Origin, owner: u32, name: &str) -> String {
         Origin::Configured => name.to_owned(),
         Origin::Registered => format!("{owner}{SEPARATOR}{name}"),
     }
+}
+
+/// The two parts of `UID:NAME`, which is no domain's own name.
+pub fn registered(name: &str) -> Option<(u32, &str)> {
+    let (owner, name) = name.split_once(SEPARATOR)?;
+    Some((owner.parse().ok()?, name))
 }
 
 /// Stands between a user's number and a name in [`Domain::unique_name`].

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -19,6 +20,7 @@ use super::presence::Presence;
 use super::retry::{After, Retry};
 use super::{Domain, Migration, PATIENCE, Snapshot, State};
 use crate::qmp::{self, Client, Driver, EventsError, Schema};
+use crate::quota::Quota;
 use crate::socket::{self, Dialer};
 
 /// The oldest QEMU that can be backed up: `flat` of `query-named-block-nodes` came with it.
@@ -27,6 +29,9 @@ pub const OLDEST: &str = "5.0";
 /// How long a QEMU that has answered just now may take to list its block nodes.
 const GRAPH_PATIENCE: Duration = Duration::from_secs(30);
 
+/// Between two looks at a QEMU that its events cause.
+const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
+
 /// A connected monitor.
 #[derive(Debug)]
 pub struct Link {
@@ -34,6 +39,8 @@ pub struct Link {
     pub schema: Schema,
     /// The process that listens on the socket: QEMU, or who opened the socket for it.
     pub peer: Option<u32>,
+    /// Who pays for what is known of it, if that is a user.
+    memory: Option<(Quota, u32)>,
     /// Descriptor sets that QEMU kept although they were removed (it does, up to version 8, of a stopped machine).
     pub kept_descriptors: Mutex<BTreeSet<u64>>,
 }
@@ -143,7 +150,7 @@ async fn connect(monitor: &Dialer) -> Result<(Link, Driver), ConnectError> {
     let stream = monitor.connect(PATIENCE).await?;
     let peer = peer(&stream);
     let (client, driver) = Client::open(stream, PATIENCE).await?;
-    Ok((Link::new(client, peer), driver))
+    Ok((Link::new(client, peer, None), driver))
 }
 
 pub(super) fn peer(stream: &UnixStream) -> Option<u32> {
@@ -154,12 +161,24 @@ pub(super) fn peer(stream: &UnixStream) -> Option<u32> {
 impl Link {
     /// Asks QEMU for all that a snapshot holds.
     pub async fn inspect(&self) -> qmp::Result<Snapshot> {
-        inspect(self).await
+        let mut snapshot = inspect(self).await?;
+        if let Some((quota, uid)) = &self.memory {
+            let share = quota.take(*uid, snapshot.weight());
+            let share = share.map_err(|exceeded| {
+                let limit = exceeded.limit >> 20;
+                qmp::Error::NotQmp(format!(
+                    "the VMs that user {uid} has registered say more of themselves than {limit} MiB"
+                ))
+            })?;
+            snapshot.share = Some(Arc::new(share));
+        }
+        Ok(snapshot)
     }
 
-    pub(super) fn new(client: Client, peer: Option<u32>) -> Self {
+    pub(super) fn new(client: Client, peer: Option<u32>, memory: Option<(Quota, u32)>) -> Self {
         Self {
             client,
+            memory,
             schema: Schema::default(),
             peer,
             kept_descriptors: Mutex::default(),
@@ -176,7 +195,7 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
             .map_err(|_| "it did not describe itself in time".to_owned())?
             .map_err(|error| error.to_string())?;
         check_version(&link).await?;
-        let first = inspect(&link).await.map_err(|error| error.to_string())?;
+        let first = link.inspect().await.map_err(|error| error.to_string())?;
         domain.snapshot.send_modify(|snapshot| snapshot.uuid = first.uuid);
         // What hangs then, a backup will meet.
         let _ = tokio::time::timeout(PATIENCE, greet(greeters, domain, &link, &first)).await;
@@ -184,13 +203,17 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
         let link = Arc::new(link);
         tracing::info!(domain = domain.name, "monitor is up");
         domain.phase.send_replace(Phase::Up(link.clone()));
+        let mut looked = Instant::now();
         loop {
             match events.next().await {
                 Ok(event) if !changes_something(&event.name) => {}
                 Ok(_) | Err(EventsError::Missed) => {
-                    // One look tells of all that came before it: the jobs of many disks end at once.
+                    // One look tells of all that came before it: the jobs of many disks end at once, and a peer can send as many as
+                    // it likes.
+                    tokio::time::sleep_until(looked + BETWEEN_LOOKS).await;
                     while events.next_now().is_some() {}
-                    match inspect(&link).await {
+                    looked = Instant::now();
+                    match link.inspect().await {
                         Ok(fresh) => drop(domain.snapshot.send_replace(fresh)),
                         Err(error) => {
                             tracing::warn!(domain = domain.name, %error, "the domain's state is unknown")
@@ -299,6 +322,7 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
         disks: disks.into(),
         outside: devices.outside().into(),
         files: graph::host_files(&nodes).into(),
+        share: None,
     })
 }
 

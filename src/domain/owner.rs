@@ -8,7 +8,7 @@ use nix::unistd::{Uid, User};
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The name of a user as polkit's rules know it (`subject.user`), which is its number where it has no name. Blocks.
-pub(super) fn name(uid: u32) -> String {
+pub fn name(uid: u32) -> String {
     let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
     user.map_or_else(|| uid.to_string(), |user| user.name)
 }

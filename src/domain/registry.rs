@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::sync::broadcast;
+use tokio::sync::{Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
@@ -18,12 +18,21 @@ use super::directory::{DomainFile, Watch};
 use super::monitor::{self, Greeter, Greeters, Link};
 use super::presence::Presence;
 use super::{Directories, Domain, Error, Identity, Origin, Phase, check_new_name, owner};
-use crate::qmp::Client;
-use crate::quota::{Quota, Share};
+use crate::qmp::{Bounds, Client};
+use crate::quota::{Limits, Quota, Share};
 use crate::socket::{Dialer, Purpose};
 
 /// How long a monitor that a caller passes may take to greet.
 const GREETING: Duration = Duration::from_secs(1);
+/// The longest line of a QEMU that a user registers, in bytes: some hundreds of block nodes take 1 MiB. And how many of one
+/// user's may send a long one at a time.
+const LONGEST_LINE: usize = 4 << 20;
+const LONG_LINES: usize = 2;
+/// What the service may know of the domains that users register, in bytes. A usual one takes some KiB.
+const MEMORY: Limits = Limits {
+    per_user: 32 << 20,
+    in_all: 256 << 20,
+};
 /// Changes that a listener may lag behind.
 const CHANGES: usize = 1024;
 
@@ -74,6 +83,9 @@ pub struct Registry {
     absent: Mutex<Absent>,
     changes: broadcast::Sender<Change>,
     quota: Quota,
+    memory: Quota,
+    /// Turns for long lines, by user.
+    turns: Mutex<HashMap<u32, Weak<Semaphore>>>,
     presence: Presence,
     greeters: Arc<Greeters>,
     stop: CancellationToken,
@@ -87,6 +99,8 @@ impl Registry {
         let (presence, news) = Presence::open()?;
         let registry = Arc::new(Self {
             quota,
+            memory: Quota::new("monitor-memory", MEMORY),
+            turns: Mutex::default(),
             presence: presence.clone(),
             greeters: Arc::new(Greeters::new(None)),
             domains: Mutex::default(),
@@ -135,24 +149,32 @@ impl Registry {
         Some(entry.domain.clone())
     }
 
-    /// Every domain that has this name or UUID, in groups: those of an earlier group come before those of a later one, and
-    /// several in a group cannot be told apart. By name before by UUID; configured ones, `uid`'s own, those of others.
+    /// Every domain that `uid` means by this name or UUID, in groups: those of an earlier group come before those of a later one,
+    /// and several in a group cannot be told apart. By name before by UUID; configured ones, `uid`'s own. What another user
+    /// registered has no name but `UID:NAME`, and its UUID means nothing: nobody gets it in place of a domain that is not there.
     pub fn find(&self, name_or_uuid: &str, uid: u32) -> Vec<Vec<Arc<Domain>>> {
         let uuid = Uuid::try_parse(name_or_uuid).ok();
-        let mut groups: BTreeMap<(bool, u8), Vec<Arc<Domain>>> = BTreeMap::new();
+        let mut groups: BTreeMap<(bool, bool), Vec<Arc<Domain>>> = BTreeMap::new();
         for Entry { domain, .. } in self.lock().values() {
-            let named = domain.name == name_or_uuid;
-            if !named && (uuid.is_none() || domain.snapshot.borrow().uuid != uuid) {
-                continue;
+            let identity = domain.identity();
+            let named = identity.is_called(name_or_uuid, uid);
+            if named || uuid.is_some() && identity.uuid == uuid && identity.is_trusted_by(uid) {
+                let place = (!named, domain.origin != Origin::Configured);
+                groups.entry(place).or_default().push(domain.clone());
             }
-            let whose = match domain.origin {
-                Origin::Configured => 0,
-                Origin::Registered if domain.is_own(uid) => 1,
-                Origin::Registered => 2,
-            };
-            groups.entry((!named, whose)).or_default().push(domain.clone());
         }
         groups.into_values().collect()
+    }
+
+    /// Those with this name or UUID that other users have registered.
+    pub fn others(&self, name_or_uuid: &str, uid: u32) -> Vec<Arc<Domain>> {
+        let uuid = Uuid::try_parse(name_or_uuid).ok();
+        let mut others = self.list();
+        others.retain(|domain| {
+            let same = domain.name == name_or_uuid || uuid.is_some() && domain.snapshot.borrow().uuid == uuid;
+            domain.is_foreign(uid) && same
+        });
+        others
     }
 
     /// Takes over the monitor of a caller's own QEMU: `socket` must be connected, and not have been read from.
@@ -171,7 +193,11 @@ impl Registry {
             .map_err(|error| not_a_socket(name, error.to_string()))?;
         let stream = stream(name, socket)?;
         let peer = monitor::peer(&stream);
-        let opened = Client::open(stream, GREETING).await;
+        let bounds = Bounds {
+            longest: LONGEST_LINE,
+            turns: Some(self.turns_of(uid)),
+        };
+        let opened = Client::open_within(bounds, stream, GREETING).await;
         let (client, driver) = opened.map_err(|source| Error::Monitor {
             name: name.to_owned(),
             source,
@@ -191,7 +217,8 @@ impl Registry {
         let registry = self.clone();
         let served = domain.clone();
         self.tasks.spawn(async move {
-            let (link, greeters) = (Link::new(client, peer), registry.greeters.clone());
+            let memory = Some((registry.memory.clone(), uid));
+            let (link, greeters) = (Link::new(client, peer, memory), registry.greeters.clone());
             monitor::serve_once(served.clone(), link, driver, greeters, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
             // What is held is held until here: a backup may have kept the monitor after the domain had gone.
@@ -201,6 +228,17 @@ impl Registry {
         // The caller gets a domain that answers, or the reason why it does not.
         domain.link().await?;
         Ok(domain)
+    }
+
+    fn turns_of(&self, uid: u32) -> Arc<Semaphore> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turns| turns.strong_count() > 0);
+        let known = turns.get(&uid).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let new = Arc::new(Semaphore::new(LONG_LINES));
+            turns.insert(uid, Arc::downgrade(&new));
+            new
+        })
     }
 
     /// Lets go of what a connection registered, which has left; a backup that runs is brought to its end first.

@@ -310,7 +310,7 @@ impl Footprint {
             }
             loop {
                 match events.next().await {
-                    Ok(event) if event.name == "JOB_STATUS_CHANGE" && event.data["id"] == job => break,
+                    Ok(event) if event.name == "JOB_STATUS_CHANGE" && event.data()["id"] == job => break,
                     Ok(_) => {}
                     // The query tells what happened, or that the connection is gone.
                     Err(EventsError::Missed | EventsError::Closed) => break,

@@ -90,7 +90,8 @@ impl Tracker {
 
     /// Takes an event in; true if it changed something.
     pub fn event(&mut self, event: &Event) -> bool {
-        let text = |key: &str| event.data.get(key).and_then(Value::as_str);
+        let data = event.data();
+        let text = |key: &str| data.get(key).and_then(Value::as_str);
         let id = if event.name.starts_with("BLOCK_JOB_") {
             text("device")
         } else {
@@ -101,14 +102,14 @@ impl Tracker {
         };
         match event.name.as_str() {
             "BLOCK_JOB_COMPLETED" => {
-                job.progress(&event.data);
+                job.progress(&data);
                 job.verdict = Some(match text("error") {
                     None => Verdict::Completed,
                     Some(message) => job.failed(message),
                 });
             }
             "BLOCK_JOB_CANCELLED" => {
-                job.progress(&event.data);
+                job.progress(&data);
                 job.verdict = Some(Verdict::Cancelled);
             }
             "BLOCK_JOB_ERROR" => job.operation = text("operation").map(str::to_owned),
@@ -189,10 +190,7 @@ mod tests {
     }
 
     fn event(name: &str, data: Value) -> Event {
-        Event {
-            name: name.into(),
-            data,
-        }
+        Event::for_test(name, &data)
     }
 
     fn conclude(tracker: &mut Tracker) {

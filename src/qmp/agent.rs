@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 
 use super::client::read_line;
 use super::message::{Refusal, parse};
-use super::wire::Wire;
+use super::wire::{MAX_LINE, Wire};
 use super::{Error, Result};
 
 const SYNC: &str = "guest-sync-delimited";
@@ -37,7 +37,7 @@ impl Agent {
     /// The agent at the other end of a connection on which somebody may have asked something before.
     pub fn over(stream: UnixStream, patience: Duration) -> Self {
         Self {
-            wire: Wire::new(stream),
+            wire: Wire::new(stream, MAX_LINE),
             patience,
         }
     }

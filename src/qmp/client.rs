@@ -9,12 +9,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
-use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::driver::{Driver, Failure, Request};
+use super::driver::{Bounds, Driver, Failure, Reply, Request};
 use super::message::{Event, Message, head, parse};
 use super::wire::{Wire, WireError};
 use super::{Error, Result, Schema};
@@ -22,8 +21,8 @@ use crate::fault;
 
 /// Commands that wait for their turn, in all clients of a connection. More make the next caller wait.
 const QUEUE: usize = 64;
-/// Events that a reader may lag behind before it is notified that it missed some.
-const EVENTS: usize = 1024;
+/// Events that a reader may lag behind before it is notified that it missed some: 1 MiB with the longest ones.
+const EVENTS: usize = 256;
 /// Why a connection ended that nobody ended.
 pub(super) const CLOSED: &str = "it was shut down";
 
@@ -75,7 +74,16 @@ impl Client {
     ///
     /// `patience` bounds the greeting and the negotiation together.
     pub async fn open(stream: UnixStream, patience: Duration) -> Result<(Client, Driver)> {
-        let mut wire = Wire::new(stream);
+        Self::open_within(Bounds::default(), stream, patience).await
+    }
+
+    /// The same with bounds for what the peer may send.
+    pub async fn open_within(
+        bounds: Bounds,
+        stream: UnixStream,
+        patience: Duration,
+    ) -> Result<(Client, Driver)> {
+        let mut wire = Wire::new(stream, bounds.longest);
         tokio::time::timeout(patience, greet(&mut wire))
             .await
             .map_err(|_| Error::NoGreeting(patience))??;
@@ -88,7 +96,7 @@ impl Client {
             next_id: Arc::new(AtomicU64::new(1)),
             ended: ended.clone(),
         };
-        Ok((client, Driver::new(wire, receiver, events, ended)))
+        Ok((client, Driver::new((wire, bounds), receiver, events, ended)))
     }
 
     /// Events from now on. To miss none that a command causes, call this before the command.
@@ -141,15 +149,13 @@ impl Client {
 
     /// What this QEMU can do, from `query-qmp-schema`.
     pub async fn schema(&self) -> Result<Schema> {
-        self.query("query-qmp-schema", json!({})).await.map(Schema::new)
+        const COMMAND: &str = "query-qmp-schema";
+        let reply = self.send(COMMAND, json!({}), None).await?;
+        fault::answered(COMMAND);
+        Schema::read(reply.text.get()).map_err(|error| unexpected(COMMAND, &error))
     }
 
-    async fn send(
-        &self,
-        command: &str,
-        arguments: Value,
-        descriptor: Option<OwnedFd>,
-    ) -> Result<Box<RawValue>> {
+    async fn send(&self, command: &str, arguments: Value, descriptor: Option<OwnedFd>) -> Result<Reply> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let mut line = json!({ "execute": command, "arguments": arguments, "id": id })
             .to_string()
@@ -179,11 +185,15 @@ impl Client {
 }
 
 /// Reads a reply as what the command is known to return.
-fn read<T: DeserializeOwned>(command: &str, reply: &RawValue) -> Result<T> {
-    serde_json::from_str(reply.get()).map_err(|error| Error::UnexpectedReply {
+fn read<T: DeserializeOwned>(command: &str, reply: &Reply) -> Result<T> {
+    serde_json::from_str(reply.text.get()).map_err(|error| unexpected(command, &error))
+}
+
+fn unexpected(command: &str, error: &serde_json::Error) -> Error {
+    Error::UnexpectedReply {
         command: command.to_owned(),
         detail: head(&error.to_string(), 512),
-    })
+    }
 }
 
 async fn greet(wire: &mut Wire) -> Result<()> {

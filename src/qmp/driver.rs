@@ -6,13 +6,15 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use serde_json::value::RawValue;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::client::CLOSED;
 use super::message::{Event, Message, Refusal};
-use super::wire::{Wire, WireError};
+use super::wire::{MAX_LINE, Wire, WireError};
 
 /// Commands without a reply, and bytes of commands that the peer has not read, beyond which no other is sent. A backup of
 /// as many disks as there can be has one of 100 kB; the rest of it, and all else, is small.
@@ -27,8 +29,40 @@ pub(super) struct Request {
     pub reply: oneshot::Sender<Answer>,
 }
 
+/// What the lines of a peer may take of memory.
+#[derive(Debug, Clone)]
+pub struct Bounds {
+    /// The longest line, in bytes.
+    pub longest: usize,
+    /// Who has one of these may send a long line; who shares them waits for one another.
+    pub turns: Option<Arc<Semaphore>>,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            longest: MAX_LINE,
+            turns: None,
+        }
+    }
+}
+
+/// A line that needs no turn, in bytes. QEMU's schema is shorter.
+const SHORT: usize = 256 << 10;
+/// How long a turn is waited for, and lasts.
+const TURN: Duration = Duration::from_secs(30);
+
+type Turn = Arc<OwnedSemaphorePermit>;
+
 /// A reply as it came: who asked knows what to read it as, and some are large.
-pub(super) type Answer = std::result::Result<Box<RawValue>, Failure>;
+#[derive(Debug)]
+pub(super) struct Reply {
+    pub text: Box<RawValue>,
+    /// Lasts as long as the text does.
+    _turn: Option<Turn>,
+}
+
+pub(super) type Answer = std::result::Result<Reply, Failure>;
 
 #[derive(Debug)]
 pub(super) enum Failure {
@@ -40,6 +74,9 @@ pub(super) enum Failure {
 /// The half that owns the socket.
 pub struct Driver {
     wire: Wire,
+    turns: Option<Arc<Semaphore>>,
+    /// With its end.
+    turn: Option<(Turn, Instant)>,
     requests: mpsc::Receiver<Request>,
     events: broadcast::Sender<Arc<Event>>,
     ended: Arc<OnceLock<Arc<str>>>,
@@ -52,13 +89,15 @@ pub struct Driver {
 
 impl Driver {
     pub(super) fn new(
-        wire: Wire,
+        (wire, bounds): (Wire, Bounds),
         requests: mpsc::Receiver<Request>,
         events: broadcast::Sender<Arc<Event>>,
         ended: Arc<OnceLock<Arc<str>>>,
     ) -> Self {
         Self {
             wire,
+            turns: bounds.turns,
+            turn: None,
             requests,
             events,
             ended,
@@ -98,13 +137,28 @@ impl Driver {
                     None => return Ok(()),
                 },
                 ready = self.wire.ready() => ready?,
+                () = until(self.turn.as_ref().map(|(_, end)| *end)) => return Err(WireError::Slow),
             }
             let turned = self.wire.turn();
             while let Some(line) = self.wire.next_line()? {
                 self.dispatch(&line)?;
             }
             turned?;
+            self.take_turn().await?;
         }
+    }
+
+    /// Takes a turn for a line that becomes long, and gives it back when that is whole; its text may still be kept.
+    async fn take_turn(&mut self) -> std::result::Result<(), WireError> {
+        let Some(turns) = &self.turns else { return Ok(()) };
+        if self.wire.unfinished() <= SHORT {
+            self.turn = None;
+        } else if self.turn.is_none() {
+            let turn = timeout(TURN, turns.clone().acquire_owned()).await;
+            let turn = turn.ok().and_then(std::result::Result::ok);
+            self.turn = Some((Arc::new(turn.ok_or(WireError::NoTurn)?), Instant::now() + TURN));
+        }
+        Ok(())
     }
 
     fn accept(&mut self, request: Request) {
@@ -162,12 +216,17 @@ impl Driver {
         let message = Message::parse(line).map_err(|error| WireError::Io(std::io::Error::other(error)))?;
         match message {
             Message::Event(event) => {
-                tracing::trace!(event = event.name, data = %event.data, "QMP event");
+                tracing::trace!(event = event.name, data = %event.data(), "QMP event");
                 // Nobody listens: nobody needs it.
                 let _ = self.events.send(Arc::new(event));
             }
             Message::Reply { id, answer } => {
-                let answer = answer.map(ToOwned::to_owned).map_err(Failure::Refused);
+                let turn = self.turn.as_ref().map(|(turn, _)| turn.clone());
+                let reply = |text: &RawValue| Reply {
+                    text: text.to_owned(),
+                    _turn: turn,
+                };
+                let answer = answer.map(reply).map_err(Failure::Refused);
                 self.settle(id, answer);
             }
         }
@@ -192,5 +251,12 @@ impl Driver {
                 }
             }
         }
+    }
+}
+
+async fn until(end: Option<Instant>) {
+    match end {
+        Some(end) => sleep_until(end).await,
+        None => std::future::pending().await,
     }
 }

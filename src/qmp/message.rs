@@ -9,8 +9,12 @@ use serde_json::value::RawValue;
 
 use super::{Error, Result};
 
-/// The longest event, in bytes: so many are kept for each reader that lags behind. QEMU's own take a few hundred.
+/// The longest event, in bytes. QEMU's own take a few hundred.
 const MAX_EVENT: usize = 16 << 10;
+/// The longest name of an event, and the longest data that is kept, in bytes: of so many events as a reader may lag behind. What
+/// somebody waits for is shorter, and told by a query too.
+const MAX_EVENT_NAME: usize = 64;
+const MAX_EVENT_DATA: usize = 4 << 10;
 /// The longest message of QEMU's that is passed on, in characters. It can hold the names of files, which can be JSON themselves.
 const MAX_WORDS: usize = 8 << 10;
 
@@ -18,7 +22,25 @@ const MAX_WORDS: usize = 8 << 10;
 #[derive(Debug, Clone)]
 pub struct Event {
     pub name: String,
-    pub data: Value,
+    /// As it came: as values it can take 16 times the memory.
+    data: Option<Box<RawValue>>,
+}
+
+impl Event {
+    #[cfg(test)]
+    pub fn for_test(name: &str, data: &Value) -> Self {
+        let data = serde_json::value::to_raw_value(data).expect("a value can be written");
+        Self {
+            name: name.to_owned(),
+            data: Some(data),
+        }
+    }
+
+    /// What the event says; null if that is nothing, or more than any event that is waited for.
+    pub fn data(&self) -> Value {
+        let data = self.data.as_ref().map(|data| serde_json::from_str(data.get()));
+        data.and_then(std::result::Result::ok).unwrap_or_default()
+    }
 }
 
 /// QEMU's no to a command.
@@ -74,7 +96,12 @@ impl<'a> Message<'a> {
                 let why = format!("the event {} has {} bytes", head(&name, 64), line.len());
                 return Err(Error::NotQmp(why));
             }
-            let data = data.map_or(Ok(Value::Null), |data| parse(data.get().as_bytes()))?;
+            let name = head(&name, MAX_EVENT_NAME);
+            // What is nested without end is no event.
+            data.map(|data| parse::<Value>(data.get().as_bytes()))
+                .transpose()?;
+            let data = data.filter(|data| data.get().len() <= MAX_EVENT_DATA);
+            let data = data.map(ToOwned::to_owned);
             return Ok(Self::Event(Event { name, data }));
         }
         let answer = match (error, value) {

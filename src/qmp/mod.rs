@@ -18,7 +18,7 @@ mod wire;
 
 pub use agent::Agent;
 pub use client::{Client, Events, EventsError};
-pub use driver::Driver;
+pub use driver::{Bounds, Driver};
 pub use lines::{LineTooLong, Lines};
 pub use message::{Event, Message, Refusal, words};
 pub use schema::Schema;

@@ -1,86 +1,124 @@
 //! What a QEMU can do, read from `query-qmp-schema`: features are asked for by name, never by version.
+//!
+//! A peer may describe any number of commands. The reply is read in passes over its text, and of it only the answers to the
+//! questions that the service has are kept.
 
-use std::collections::{HashMap, HashSet};
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::marker::PhantomData;
 
 use serde::Deserialize;
+use serde::de::{Deserializer, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 
-#[derive(Debug, Deserialize)]
-struct Entity {
-    name: String,
-    #[serde(rename = "meta-type")]
-    meta_type: String,
-    #[serde(rename = "arg-type")]
-    arg_type: Option<String>,
-    #[serde(default)]
-    members: Vec<Member>,
-}
+/// The commands that are asked about, and their arguments that are. What is not here is not there.
+const QUESTIONS: &[(&str, &[&str])] = &[
+    ("add-fd", &["opaque"]),
+    ("blockdev-add", &["node-name"]),
+    ("blockdev-backup", &["auto-dismiss", "filter-node-name", "x-perf"]),
+    ("blockdev-create", &[]),
+    ("query-named-block-nodes", &["flat"]),
+    ("query-qmp-schema", &[]),
+    ("set-action", &["shutdown"]),
+    ("transaction", &["actions", "properties"]),
+    ("x-debug-query-block-graph", &[]),
+];
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Member {
-    Named {
-        name: String,
-    },
-    /// A branch of an alternate has no name.
-    Other(serde::de::IgnoredAny),
-}
-
-impl Member {
-    fn name(self) -> Option<String> {
-        match self {
-            Self::Named { name } => Some(name),
-            Self::Other(_) => None,
-        }
-    }
-}
-
-/// The reply of `query-qmp-schema`, indexed.
+/// The answers.
 #[derive(Debug, Default)]
 pub struct Schema {
-    /// Each with the object that its arguments are, if it has some.
-    commands: HashMap<String, Option<String>>,
-    /// Names of members. Kept once, however many commands share them.
-    arguments: HashMap<String, Vec<String>>,
+    commands: BTreeSet<&'static str>,
+    arguments: BTreeSet<(&'static str, &'static str)>,
+}
+
+#[derive(Deserialize)]
+struct Entity<'a> {
+    #[serde(borrow)]
+    name: Cow<'a, str>,
+    #[serde(rename = "meta-type", borrow)]
+    meta_type: Cow<'a, str>,
+    #[serde(rename = "arg-type", borrow, default)]
+    arg_type: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    members: Option<&'a RawValue>,
+}
+
+/// A branch of an alternate has no name.
+#[derive(Deserialize)]
+struct Member<'a> {
+    #[serde(borrow, default)]
+    name: Option<Cow<'a, str>>,
 }
 
 impl Schema {
-    pub(super) fn new(Entities(entities): Entities) -> Self {
-        let (commands, others): (Vec<_>, Vec<_>) = entities
-            .into_iter()
-            .partition(|entity| entity.meta_type == "command");
-        let commands: HashMap<_, _> = commands
-            .into_iter()
-            .map(|command| (command.name, command.arg_type))
-            .collect();
-        let used: HashSet<&str> = commands.values().flatten().map(String::as_str).collect();
-        let arguments = others
-            .into_iter()
-            .filter(|entity| entity.meta_type == "object" && used.contains(entity.name.as_str()))
-            .map(|entity| {
-                (
-                    entity.name,
-                    entity.members.into_iter().filter_map(Member::name).collect(),
-                )
-            })
-            .collect();
-        Self { commands, arguments }
+    pub(super) fn read(text: &str) -> serde_json::Result<Self> {
+        let mut schema = Self::default();
+        // Each with the name of the object that its arguments are.
+        let mut taken: Vec<(&str, &[&str], String)> = Vec::new();
+        each(text, |entity: Entity<'_>| {
+            let asked = QUESTIONS.iter().find(|(command, _)| *command == entity.name);
+            if let Some((command, arguments)) = asked
+                && entity.meta_type == "command"
+                && schema.commands.insert(command)
+                && let Some(object) = entity.arg_type
+            {
+                taken.push((command, arguments, object.into_owned()));
+            }
+        })?;
+        each(text, |entity: Entity<'_>| {
+            let Some(members) = entity.members.filter(|_| entity.meta_type == "object") else {
+                return;
+            };
+            for (command, arguments, _) in taken.iter().filter(|(.., object)| *object == entity.name) {
+                let known = each(members.get(), |member: Member<'_>| {
+                    let argument = arguments
+                        .iter()
+                        .find(|argument| member.name.as_deref() == Some(**argument));
+                    schema
+                        .arguments
+                        .extend(argument.map(|argument| (*command, *argument)));
+                });
+                // What is no list of members is none that is asked about.
+                drop(known);
+            }
+        })?;
+        Ok(schema)
     }
 
     pub fn has_command(&self, command: &str) -> bool {
-        self.commands.contains_key(command)
+        self.commands.contains(command)
     }
 
     /// Whether `command` exists and takes `argument` at its top level.
     pub fn command_takes(&self, command: &str, argument: &str) -> bool {
-        let arguments = self.commands.get(command).and_then(Option::as_ref);
-        let names = arguments.and_then(|object| self.arguments.get(object));
-        names.is_some_and(|names| names.iter().any(|name| name == argument))
+        self.arguments.contains(&(command, argument))
     }
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(transparent)]
-pub(super) struct Entities(Vec<Entity>);
+/// Looks at each element of a JSON list, one after another.
+fn each<'a, T: Deserialize<'a>>(text: &'a str, look: impl FnMut(T)) -> serde_json::Result<()> {
+    struct Each<T, F>(F, PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>, F: FnMut(T)> Visitor<'de> for Each<T, F> {
+        type Value = ();
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<(), A::Error> {
+            while let Some(element) = list.next_element()? {
+                self.0(element);
+            }
+            Ok(())
+        }
+    }
+
+    let mut read = serde_json::Deserializer::from_str(text);
+    read.deserialize_seq(Each(look, PhantomData))?;
+    read.end()
+}
 
 #[cfg(test)]
 mod tests {
@@ -88,33 +126,46 @@ mod tests {
     use serde_json::{Value, json};
 
     fn schema(entities: Value) -> Schema {
-        Schema::new(serde_json::from_value(entities).unwrap())
+        Schema::read(&entities.to_string()).unwrap()
     }
 
     #[test]
     fn commands_are_known_with_their_arguments() {
         let schema = schema(json!([
-            { "name": "transaction", "meta-type": "command", "arg-type": "12", "ret-type": "0" },
             { "name": "12", "meta-type": "object", "members": [{ "name": "actions", "type": "[5]" }] },
-            { "name": "quit", "meta-type": "command" },
+            { "name": "transaction", "meta-type": "command", "arg-type": "12", "ret-type": "0" },
+            { "name": "set-action", "meta-type": "command", "arg-type": "14" },
+            { "name": "blockdev-create", "meta-type": "command" },
             { "name": "STOP", "meta-type": "event", "arg-type": "12" },
             { "name": "13", "meta-type": "alternate", "members": [{ "type": "int" }] },
+            { "name": "14", "meta-type": "object", "members": [{ "type": "int" }, { "name": "shutdown" }] },
         ]));
         assert!(schema.command_takes("transaction", "actions"));
         assert!(!schema.command_takes("transaction", "properties"));
-        assert!(schema.has_command("quit") && !schema.command_takes("quit", "actions"));
+        assert!(schema.command_takes("set-action", "shutdown"));
+        assert!(schema.has_command("blockdev-create") && !schema.command_takes("blockdev-create", "actions"));
         assert!(!schema.has_command("STOP") && !schema.has_command("12"));
     }
 
     #[test]
-    fn what_many_commands_share_is_kept_once() {
+    fn what_is_not_asked_about_is_not_kept() {
         let members: Vec<Value> = (0..2000).map(|_| json!({ "name": "x".repeat(50) })).collect();
         let mut entities = vec![json!({ "name": "o", "meta-type": "object", "members": members })];
         entities.extend(
             (0..10_000).map(|n| json!({ "name": n.to_string(), "meta-type": "command", "arg-type": "o" })),
         );
+        entities.extend(
+            (0..2).map(|_| json!({ "name": "transaction", "meta-type": "command", "arg-type": "o" })),
+        );
         let schema = schema(Value::Array(entities));
-        assert_eq!(schema.commands.len(), 10_000);
-        assert_eq!(schema.arguments.values().map(Vec::len).sum::<usize>(), 2000);
+        assert_eq!(schema.commands.len(), 1);
+        assert!(schema.arguments.is_empty());
+    }
+
+    #[test]
+    fn what_is_no_schema_is_refused() {
+        for text in ["7", "{}", "[7]", "[{\"name\": 1}]", "[] []"] {
+            assert!(Schema::read(text).is_err(), "{text}");
+        }
     }
 }

@@ -25,8 +25,12 @@ const READ_CHUNK: usize = 64 << 10;
 pub enum WireError {
     #[error("the peer closed it")]
     EndOfFile,
-    #[error("the peer sent more than {MAX_LINE} bytes without a newline")]
-    LineTooLong,
+    #[error("the peer sent more than {0} bytes without a newline")]
+    LineTooLong(usize),
+    #[error("what the peer sends is too long while others of the same user do the same")]
+    NoTurn,
+    #[error("the peer does not end a long line")]
+    Slow,
     #[error("the peer sent an open file, which no QEMU does")]
     Descriptor,
     #[error("{0}")]
@@ -45,15 +49,18 @@ pub struct Wire {
     stream: Socket,
     incoming: Lines,
     outgoing: VecDeque<Outgoing>,
+    longest: usize,
     /// Bytes in `outgoing`, sent ones of its first line too.
     queued: usize,
 }
 
 impl Wire {
-    pub fn new(stream: UnixStream) -> Self {
+    /// `longest` bounds a line of the peer's, in bytes.
+    pub fn new(stream: UnixStream, longest: usize) -> Self {
         Self {
             stream: Socket::new(stream),
-            incoming: Lines::new(MAX_LINE),
+            incoming: Lines::new(longest),
+            longest,
             outgoing: VecDeque::new(),
             queued: 0,
         }
@@ -86,6 +93,12 @@ impl Wire {
         self.queued = self.outgoing.iter().map(|line| line.bytes.len()).sum();
     }
 
+    /// Bytes of a line that is not whole.
+    pub fn unfinished(&mut self) -> usize {
+        self.incoming.forget_taken();
+        self.incoming.held()
+    }
+
     /// Waits until the socket can be read, or written if something is queued. Cancel-safe: moves no byte.
     pub async fn ready(&self) -> io::Result<()> {
         let interest = if self.outgoing.is_empty() {
@@ -105,7 +118,7 @@ impl Wire {
                 stream.try_io(Interest::READABLE, || receive(stream, chunk))
             }),
             // Who hung up may have said something before, which tokio need not know of yet.
-            Err(error) => self.receive(MAX_LINE, receive).and(Err(error)),
+            Err(error) => self.receive(self.longest, receive).and(Err(error)),
         }
     }
 
@@ -135,7 +148,7 @@ impl Wire {
     pub fn next_line(&mut self) -> Result<Option<Vec<u8>>, WireError> {
         self.incoming
             .next_line()
-            .map_err(|LineTooLong| WireError::LineTooLong)
+            .map_err(|LineTooLong| WireError::LineTooLong(self.longest))
     }
 
     fn send(&mut self) -> Result<(), WireError> {

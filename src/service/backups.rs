@@ -63,7 +63,8 @@ type Seen = HashMap<DomainRecord, bool>;
 
 impl Service {
     /// Backups that `caller` may know of.
-    pub async fn list_backups(&self, caller: &Caller, wanted: BackupsWanted) -> Result<BackupPage> {
+    pub async fn list_backups(&self, caller: &Caller, mut wanted: BackupsWanted) -> Result<BackupPage> {
+        wanted.filter.uid = caller.uid;
         self.can_list(caller).await?;
         if let Some(store) = &wanted.filter.store {
             self.known_store(store)?;
@@ -205,7 +206,8 @@ impl Service {
     }
 
     /// Removes the backups that no rule keeps, of the domains that `caller` may know of; or says only which.
-    pub async fn prune(&self, caller: &Caller, wanted: PruneWanted) -> Result<Pruned> {
+    pub async fn prune(&self, caller: &Caller, mut wanted: PruneWanted) -> Result<Pruned> {
+        wanted.filter.uid = caller.uid;
         self.can_list(caller).await?;
         if let Some(store) = &wanted.filter.store {
             self.known_store(store)?;

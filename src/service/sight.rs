@@ -11,8 +11,8 @@ use futures_util::future::join_all;
 use super::{Service, details};
 use crate::access::{self, Caller, Details, Look, Permission};
 use crate::catalog::EndedJob;
-use crate::domain::{self, Domain};
-use crate::error::{Error, Kind, Result};
+use crate::domain::{self, Domain, Identity};
+use crate::error::{Error, Kind, Result, shown};
 use crate::job::Job;
 
 impl Service {
@@ -23,13 +23,33 @@ impl Service {
             match whole(group, looks)?.as_slice() {
                 [] => {}
                 [one] => return Ok(one.clone()),
-                // Several users' own, to one who sees them all.
-                _ => break,
+                _ => return Err(domain::Error::Ambiguous(shown(name)).into()),
             }
         }
         // The same for a domain that is hidden as for one that was never there.
         self.confirm(caller, name).await?;
-        Err(domain::Error::no_such_domain(name).into())
+        Err(match self.others(caller, name).await {
+            None => domain::Error::no_such_domain(name),
+            Some(others) => domain::Error::OnlyOthers {
+                name: shown(name),
+                others,
+            },
+        }
+        .into())
+    }
+
+    /// What others have registered under that name, as far as `caller` may know of it: up to so many names.
+    async fn others(&self, caller: &Caller, name: &str) -> Option<String> {
+        const MOST: usize = 3;
+        let mut others = self.domains.others(name, caller.uid);
+        others.truncate(MOST);
+        let looks = join_all(others.iter().map(|domain| self.view(caller, domain, false))).await;
+        let others = whole(others, looks).ok()?;
+        let names = others
+            .iter()
+            .map(|domain| format!("'{}'", shown(&domain.unique_name())));
+        let names: Vec<_> = names.collect();
+        (!names.is_empty()).then(|| names.join(", "))
     }
 
     /// The domains that `caller` may know of, by name.
@@ -143,7 +163,7 @@ impl Service {
         let looks = join_all(jobs.iter().map(|job| self.view_job(caller, job))).await;
         let known: HashSet<u32> = jobs.iter().map(|job| job.id).collect();
         let jobs = whole(jobs, looks)?;
-        let mut listed: Vec<ListedJob> = jobs.iter().map(|job| ListedJob::of(job)).collect();
+        let mut listed: Vec<ListedJob> = jobs.iter().map(|job| ListedJob::of(job, caller)).collect();
         if ended {
             // Each of them takes memory until it is sent.
             let share = self.lists.share(caller.uid).await;
@@ -172,9 +192,13 @@ impl Service {
         Ok(history
             .into_iter()
             .filter(|(job, domain)| is_of(job, caller.uid) || read.contains(&domain.id))
-            .map(|(job, _)| ListedJob {
+            .map(|(job, domain)| ListedJob {
                 id: job.id,
-                domain: job.domain.name,
+                domain: Identity {
+                    name: job.domain.name,
+                    ..domain.identity()
+                }
+                .name_for(caller.uid),
                 state: job.result,
             })
             .collect())
@@ -192,17 +216,17 @@ impl Service {
 #[derive(Debug)]
 pub struct ListedJob {
     pub id: u32,
-    /// The name.
+    /// The name under which the caller knows it.
     pub domain: String,
     /// The word of the interface.
     pub state: String,
 }
 
 impl ListedJob {
-    fn of(job: &Job) -> Self {
+    fn of(job: &Job, caller: &Caller) -> Self {
         Self {
             id: job.id,
-            domain: job.domain.name.clone(),
+            domain: job.domain.name_for(caller.uid),
             state: job.status().state_word().to_owned(),
         }
     }

@@ -1,5 +1,8 @@
 //! Imposters: what stands on a monitor's socket in place of QEMU, each with what is said of it.
 
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
@@ -293,4 +296,85 @@ fn circle() -> Value {
         "nodes": others.chain((0..2000).map(node)).collect::<Vec<_>>(),
         "edges": (0..2000).map(edge).collect::<Vec<_>>(),
     })
+}
+
+/// Those that fill the memory of who listens, one of each sort a turn.
+pub const FLOODS: [Play; 3] = [
+    |peer| Box::pin(flood_with_events(peer)),
+    |peer| Box::pin(flood_with(peer, "query-qmp-schema", &SCHEMA)),
+    |peer| Box::pin(flood_with(peer, "query-named-block-nodes", &BITMAPS)),
+];
+
+/// How many have said all that they have to say.
+pub static FLOODED: AtomicUsize = AtomicUsize::new(0);
+
+/// As long as a registered domain's line may be.
+const LONG: usize = 4 * MIB - 1024;
+/// More than anybody keeps.
+const EVENTS: usize = 1100;
+
+/// Numbers, which take 16 times as much in memory as in the text.
+static EVENT: LazyLock<String> = LazyLock::new(|| {
+    let numbers = vec!["0"; (16 << 10) / 2 - 50].join(",");
+    format!("{{\"event\": \"FLOOD\", \"data\": [{numbers}]}}\n")
+});
+
+/// Commands that no QEMU has.
+static SCHEMA: LazyLock<String> = LazyLock::new(|| {
+    let known = schema().to_string();
+    let mut text = known.trim_end_matches(']').to_owned();
+    for number in 0.. {
+        let entity =
+            format!(",{{\"name\":\"made-up-{number}\",\"meta-type\":\"command\",\"arg-type\":\"nodes\"}}");
+        if text.len() + entity.len() > LONG {
+            break;
+        }
+        text.push_str(&entity);
+    }
+    text.push(']');
+    text
+});
+
+/// An image with as many bitmaps as there is room for.
+static BITMAPS: LazyLock<String> = LazyLock::new(|| {
+    let bitmap = "{\"name\":\"b\",\"recording\":true}";
+    let bitmaps = vec![bitmap; LONG / (bitmap.len() + 1) - 10].join(",");
+    format!(
+        "[{{\"node-name\":\"0\",\"drv\":\"qcow2\",\"file\":\"/x\",\"image\":{{\"virtual-size\":1}},\
+          \"dirty-bitmaps\":[{bitmaps}]}}]"
+    )
+});
+
+/// Says what asks for a look, and does not answer: whatever else comes meanwhile is kept for who waits.
+async fn flood_with_events(mut peer: Peer) {
+    peer.greet().await;
+    let mut looks = 0;
+    while looks < 2 {
+        let Some(command) = peer.try_receive_at_any_time().await else {
+            return;
+        };
+        looks += usize::from(command.name() == "qom-list");
+        peer.answer(&command, plain(command.name())).await;
+    }
+    peer.event("STOP", json!({})).await;
+    for _ in 0..EVENTS {
+        if peer.say_bytes(EVENT.as_bytes()).await.is_err() {
+            break;
+        }
+    }
+    FLOODED.fetch_add(1, Ordering::SeqCst);
+    within_a_while(peer.into_stream()).await;
+}
+
+/// Answers one command with much, and asks for another look with each answer.
+async fn flood_with(peer: Peer, command: &'static str, with: &'static str) {
+    converse(peer, move |name, id| {
+        let reply = match name {
+            _ if name == command => format!("{{\"return\": {with}, \"id\": {id}}}\n"),
+            "query-block" => reply(&json!([drive("vda")]), id),
+            _ => reply(&plain(name), id),
+        };
+        format!("{reply}{{\"event\": \"STOP\"}}\n")
+    })
+    .await;
 }

@@ -13,6 +13,7 @@ use crate::error::{Error, Result, Status};
 use crate::job::nothing_if_empty;
 use crate::list::print;
 use crate::output::{Table, complain, escape};
+use crate::owner;
 use crate::proxy::Service;
 use crate::units;
 
@@ -254,6 +255,7 @@ impl Backup {
             "name": nothing_if_empty(&self.name),
             "domain": self.domain,
             "domain-uuid": nothing_if_empty(&self.uuid),
+            "owner": owner::json(&self.domain),
             "store": self.store,
             "kind": self.kind,
             "parent": nothing_if_empty(&self.parent),
@@ -345,6 +347,8 @@ fn text(backups: &[Backup], branches: Branches, now: SystemTime) -> String {
     if foreign {
         headings.push("SERVICE");
     }
+    let owned = backups.iter().any(|backup| owner::of(&backup.domain).is_some());
+    headings.extend(owned.then_some("OWNER"));
     let mut table = Table::new(&headings).right(&[4, 6]);
     let mut problems = String::new();
     for (before, backup) in tree(backups, branches) {
@@ -373,6 +377,8 @@ fn text(backups: &[Backup], branches: Branches, now: SystemTime) -> String {
                 (_, service) => service,
             });
         }
+        let shown = owner::shown(owner::of(&backup.domain));
+        cells.extend(owned.then_some(&*shown));
         table.cells(&cells);
         if !backup.problem.is_empty() {
             problems.push_str(&format!("{}: {}\n", escape(&backup.id), escape(&backup.problem)));
@@ -532,6 +538,7 @@ mod tests {
                 "kind",
                 "name",
                 "own",
+                "owner",
                 "parent",
                 "path",
                 "problem",

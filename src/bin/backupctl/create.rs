@@ -18,7 +18,7 @@ use crate::follow::{Ending, Follow, OnInterrupt};
 use crate::found;
 use crate::interrupt::{Interrupt, Interrupts};
 use crate::output;
-use crate::proxy::{DomainDisk, Job, Service};
+use crate::proxy::{CONFIGURED, DomainDisk, Job, Service};
 use crate::summary::Summary;
 use crate::view::{self, View};
 
@@ -128,6 +128,13 @@ async fn start(
     let mut options = options(args);
     if let Some(checkpoint) = &prepared.checkpoint {
         options.insert("checkpoint", Variant::from(checkpoint.clone()));
+    }
+    if args.instance {
+        // A timer of the administrator's backs up what the administrator has made known.
+        let (source, _) = service.source(&service.domain(&args.domain).await?).await?;
+        if source != CONFIGURED {
+            return Err(Error::NotConfigured(args.domain.clone()));
+        }
     }
     let since = jiff::Timestamp::now();
     let call = service.create_backup(&args.domain, &prepared.document, files.descriptors(), options);

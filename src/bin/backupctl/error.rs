@@ -55,6 +55,9 @@ pub enum Error {
         /// The job of that number, and the id of the backup that it made, if it made one.
         job: Option<(u32, String)>,
     },
+    /// A unit names a domain that no file describes.
+    #[error("no domain '{0}' is configured: units back up no other. Add its file to /etc/backupd/domains.d")]
+    NotConfigured(String),
     /// Arguments that only turn out to be wrong together, or with what the service knows.
     #[error("{0}")]
     Usage(String),
@@ -140,6 +143,7 @@ impl Error {
     pub fn name(&self) -> String {
         let standard = match self {
             Self::Call { name, .. } => return name.clone(),
+            Self::NotConfigured(_) => return format!("{ERROR_PREFIX}NoSuchDomain"),
             Self::NoBus(_) => "NoServer",
             Self::BusLost(_) | Self::LostJob { .. } | Self::LostService => "Disconnected",
             Self::Protocol(_) => "InconsistentMessage",

@@ -2,12 +2,14 @@
 
 use std::io::{self, IsTerminal};
 
+use futures_util::future::try_join_all;
 use serde_json::{Value, json};
 
 use crate::error::{Result, Status};
 use crate::job::nothing_if_empty;
 use crate::output::{self, Table, escape_lines};
-use crate::proxy::{DomainDisk, Service};
+use crate::owner;
+use crate::proxy::{CONFIGURED, DomainDisk, Service};
 use crate::units;
 
 /// Prints an answer as JSON or as text.
@@ -23,14 +25,24 @@ pub fn print(json: bool, value: impl FnOnce() -> Value, text: impl FnOnce() -> S
 /// `domains`
 pub async fn domains(service: &Service, with_disks: bool, json: bool) -> Result<Status> {
     let domains = service.domains().await?;
-    let mut table = Table::new(&["NAME", "STATE", "UUID"]);
+    let sources = domains.iter().map(|domain| service.source(&domain.path));
+    let sources = try_join_all(sources).await?;
+    // Where only the administrator makes VMs known, nobody need read whose they are.
+    let owned = sources.iter().any(|(source, _)| source != CONFIGURED);
+    let mut headings = vec!["NAME", "STATE", "UUID"];
+    headings.extend(owned.then_some("OWNER"));
+    let mut table = Table::new(&headings);
     let mut disk_table =
         Table::new(&["DOMAIN", "DISK", "SIZE", "FORMAT", "WRITABLE", "LEFT OUT", "NODE"]).right(&[2]);
     let mut values = Vec::new();
-    for domain in &domains {
-        table.row([&domain.name, &domain.state, &domain.uuid]);
+    for (domain, (source, owner)) in domains.iter().zip(&sources) {
+        let shown = owner::shown(Some(*owner));
+        let mut cells = vec![&*domain.name, &domain.state, &domain.uuid];
+        cells.extend(owned.then_some(&*shown));
+        table.cells(&cells);
         let mut value = json!({
             "path": domain.path, "name": domain.name, "uuid": domain.uuid, "state": domain.state,
+            "source": source, "owner": owner,
         });
         if with_disks {
             let disks = service.disks(&domain.path).await?;
@@ -73,13 +85,24 @@ pub async fn jobs(service: &Service, all: bool, json: bool) -> Result<Status> {
     let jobs = service.jobs(all).await?;
     let values = || {
         jobs.iter()
-            .map(|job| json!({ "id": job.id, "path": job.path, "domain": job.domain, "state": job.state }))
+            .map(|job| {
+                json!({
+                    "id": job.id, "path": job.path, "domain": job.domain, "owner": owner::json(&job.domain),
+                    "state": job.state,
+                })
+            })
             .collect()
     };
     let text = || {
-        let mut table = Table::new(&["JOB", "DOMAIN", "STATE"]).right(&[0]);
+        let owned = jobs.iter().any(|job| owner::of(&job.domain).is_some());
+        let mut headings = vec!["JOB", "DOMAIN", "STATE"];
+        headings.extend(owned.then_some("OWNER"));
+        let mut table = Table::new(&headings).right(&[0]);
         for job in &jobs {
-            table.row([&job.id.to_string(), &job.domain, &job.state]);
+            let (id, shown) = (job.id.to_string(), owner::shown(owner::of(&job.domain)));
+            let mut cells = vec![&*id, &job.domain, &job.state];
+            cells.extend(owned.then_some(&*shown));
+            table.cells(&cells);
         }
         table.to_string()
     };

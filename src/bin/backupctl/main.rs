@@ -22,6 +22,7 @@ mod job;
 mod list;
 mod manual;
 mod output;
+mod owner;
 mod protect;
 mod proxy;
 mod prune;

@@ -58,6 +58,9 @@ pub struct JobLine {
     pub state: String,
 }
 
+/// The source of a domain that the administrator has made known.
+pub const CONFIGURED: &str = "configured";
+
 /// A disk of a domain.
 #[derive(Debug, Clone)]
 pub struct DomainDisk {
@@ -84,6 +87,8 @@ type DiskTuple = (String, String, u64, String, bool, String);
 #[zbus(signature = "dict", rename_all = "PascalCase")]
 struct DomainProperties {
     name: Option<String>,
+    owner: Option<u32>,
+    source: Option<String>,
     disks: Option<Vec<DiskTuple>>,
     encrypted: Option<Vec<String>>,
 }
@@ -176,6 +181,15 @@ impl Service {
     async fn domain_properties(&self, path: &str) -> Result<DomainProperties> {
         self.call(path, PROPERTIES_INTERFACE, "GetAll", &(DOMAIN_INTERFACE,))
             .await
+    }
+
+    /// The source of the domain at this path, and the user whose it is.
+    pub async fn source(&self, path: &str) -> Result<(String, u32)> {
+        let properties = self.domain_properties(path).await?;
+        Ok((
+            properties.source.unwrap_or_default(),
+            properties.owner.unwrap_or_default(),
+        ))
     }
 
     /// The disks of the domain at this path.

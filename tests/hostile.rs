@@ -6,7 +6,7 @@ mod common;
 mod imposters;
 
 use std::fs::{self, File};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -362,28 +362,27 @@ async fn the_machines_of_one_user_do_not_fill_the_services_memory() {
         .rules(&polkit::allow(USER, &["service.register-domain"]))
         .start();
     let pid = system.daemon().pid();
-    let user = Caller::of_user(&system, USER).await;
     let root = Caller::new(&system).await;
     let before = memory(pid, "VmHWM") >> 10;
-    let flooding = FLOODS
-        .iter()
-        .cycle()
-        .take(MACHINES)
-        .enumerate()
-        .map(|(number, play)| {
-            let user = &user;
-            async move {
-                let (ours, theirs) = Peer::pair();
-                let playing = tokio::spawn(play(theirs));
-                // Some are refused, because they say too much.
-                let registered = user
-                    .register(&format!("flood{number}"), ours.into_std().unwrap().into())
-                    .await;
-                (playing, registered.is_ok())
-            }
-        });
+    let flooding = FLOODS.iter().cycle().take(MACHINES).enumerate();
+    let flooding = flooding.map(|(number, play)| {
+        let system = &system;
+        async move {
+            // The calls of one connection wait for each other.
+            let user = Caller::of_user(system, USER).await;
+            let (ours, theirs) = Peer::pair();
+            let playing = tokio::spawn(play(theirs));
+            let (name, socket) = (format!("flood{number}"), OwnedFd::from(ours.into_std().unwrap()));
+            let registering = user
+                .manager
+                .register_domain(&name, socket.as_fd().into(), Options::new());
+            // Some are refused, because they say too much, and some wait for the others.
+            let registered = tokio::time::timeout(DEADLINE, registering).await;
+            (playing, matches!(registered, Ok(Ok(_))), user)
+        }
+    });
     let flooding = join_all(flooding).await;
-    let registered = flooding.iter().filter(|(_, registered)| *registered).count();
+    let registered = flooding.iter().filter(|(_, registered, _)| *registered).count();
     let of_events = MACHINES.div_ceil(FLOODS.len());
     assert!(registered >= of_events, "{registered}");
     until_async("all to have said enough", || async {
@@ -395,7 +394,7 @@ async fn the_machines_of_one_user_do_not_fill_the_services_memory() {
     let most = memory(pid, "VmHWM") >> 10;
     println!("{registered} of {MACHINES} registered: from {before} to {most} MiB");
     assert!(most - before < MOST_GROWTH, "from {before} to {most} MiB");
-    for (playing, _) in &flooding {
+    for (playing, ..) in &flooding {
         playing.abort();
     }
     assert_eq!(system.stop_daemon(), Some(0));

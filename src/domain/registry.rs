@@ -27,7 +27,7 @@ const GREETING: Duration = Duration::from_secs(1);
 /// The longest line of a QEMU that a user registers, in bytes: some hundreds of block nodes take 1 MiB. And how many of one
 /// user's may send a long one at a time.
 const LONGEST_LINE: usize = 4 << 20;
-const LONG_LINES: usize = 2;
+const LONG_LINES: usize = 1;
 /// What the service may know of the domains that users register, in bytes. A usual one takes some KiB.
 const MEMORY: Limits = Limits {
     per_user: 32 << 20,

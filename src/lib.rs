@@ -13,6 +13,7 @@ pub mod catalog;
 pub mod clock;
 pub mod config;
 pub mod definition;
+pub mod digest;
 pub mod domain;
 pub mod error;
 pub mod fault;

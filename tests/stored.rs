@@ -296,15 +296,15 @@ async fn what_could_not_be_looked_at_is_not_damaged() {
     assert!(output.stdout.contains("unknown"), "{}", output.stdout);
     // Damage that is seen beside it is told and remembered all the same.
     let mut changed = manifest(&full);
-    let sum = changed["disks"][0]["sha256"].as_str().unwrap().to_owned();
-    changed["disks"][0]["sha256"] = "0f".repeat(32).into();
+    let sum = changed["disks"][0]["blake3"].as_str().unwrap().to_owned();
+    changed["disks"][0]["blake3"] = "0f".repeat(32).into();
     write_manifest(&full, &changed);
     root.manager.rescan(Options::new()).await.unwrap();
     let verified = job(&root, call(&root, &full, "Verify", &Options::new()).await).await;
     assert!(verified.wait().await.unwrap().1.ends_with("ChainBroken"));
     assert_eq!(states(&root).await[0].0, "damaged");
     // The next look counts.
-    changed["disks"][0]["sha256"] = sum.into();
+    changed["disks"][0]["blake3"] = sum.into();
     write_manifest(&full, &changed);
     killed.remove();
     root.manager.rescan(Options::new()).await.unwrap();

@@ -17,6 +17,7 @@ use crate::catalog::{
     PROTECTED_NAME,
 };
 use crate::definition::Format;
+use crate::digest::{Algorithm, Digest};
 use crate::fault::{self, Point};
 use crate::image::{self, Chain, Control, Output};
 use crate::offload::{Progress, watched};
@@ -184,7 +185,10 @@ impl Backups {
             .ok_or_else(|| Error::stalled(stall))??
             .ok_or(Error::Stopping)?;
         disk.length = Some(digest.length);
-        disk.sha256 = digest.sha256;
+        disk.set_digest(digest.blake3.map(|hex| Digest {
+            algorithm: Algorithm::Blake3,
+            hex,
+        }));
         disk.parent = None;
         Ok(())
     }

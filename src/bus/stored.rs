@@ -13,7 +13,7 @@ use crate::catalog::Backup;
 use crate::job::Job;
 use crate::service::RestoreRequest;
 
-/// A disk on the bus: name, file, format, virtual size, length, SHA-256, base.
+/// A disk on the bus: name, file, format, virtual size, length, digest, base.
 type DiskTuple = (String, String, String, u64, u64, String, String);
 
 /// A backup as the list tells it: object, id, name, domain's name, its UUID, store, kind, parent, time, state, problem,
@@ -225,7 +225,7 @@ fn disks(backup: &Backup) -> Vec<DiskTuple> {
                 disk.format.as_str().to_owned(),
                 disk.virtual_size,
                 disk.length.unwrap_or(0),
-                disk.sha256.clone().unwrap_or_default(),
+                disk.digest().map(|digest| digest.to_string()).unwrap_or_default(),
                 disk.parent
                     .as_ref()
                     .map(|parent| parent.backup.clone())

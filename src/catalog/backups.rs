@@ -452,6 +452,7 @@ mod tests {
             format: Format::Qcow2,
             virtual_size: 1 << 20,
             length: None,
+            blake3: None,
             sha256: None,
             parent,
             bitmap: None,

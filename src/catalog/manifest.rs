@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::{DEFINITION_NAME, MANIFEST_NAME, PROTECTED_NAME};
 use crate::definition::{Format, MAX_DESCRIPTION_BYTES, is_checkpoint_name, is_valid_name};
+use crate::digest::{Algorithm, Digest, is_hex};
 use crate::domain::Outside;
 use crate::error::shown;
 
@@ -147,7 +148,10 @@ pub struct Disk {
     /// Bytes that the file has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub length: Option<u64>,
-    /// Of the file, in lower-case hexadecimal digits, as `sha256sum` prints it.
+    /// Of the file, in lower-case hexadecimal digits, as `b3sum` prints it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blake3: Option<String>,
+    /// The same as `sha256sum` prints it, where an older service recorded that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
     /// The backing image, which has the data that is not in this one.
@@ -156,6 +160,28 @@ pub struct Disk {
     /// The dirty bitmap on the domain's disk that has recorded from this backup's instant on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap: Option<String>,
+}
+
+impl Disk {
+    /// Of its image's file.
+    pub fn digest(&self) -> Option<Digest> {
+        let of = |algorithm, hex: &Option<String>| {
+            let hex = hex.clone()?;
+            Some(Digest { algorithm, hex })
+        };
+        of(Algorithm::Blake3, &self.blake3).or_else(|| of(Algorithm::Sha256, &self.sha256))
+    }
+
+    /// Replaces it.
+    pub fn set_digest(&mut self, digest: Option<Digest>) {
+        (self.blake3, self.sha256) = match digest {
+            None => (None, None),
+            Some(digest) => match digest.algorithm {
+                Algorithm::Blake3 => (Some(digest.hex), None),
+                Algorithm::Sha256 => (None, Some(digest.hex)),
+            },
+        };
+    }
 }
 
 /// What its maker says of a checkpoint.
@@ -306,8 +332,13 @@ impl Manifest {
             require(is_image_name(file), "an image's file name", file)?;
             distinct(names.insert(name), "name", name)?;
             distinct(files.insert(file), "file", file)?;
-            if let Some(sha256) = &disk.sha256 {
-                require(is_sha256(sha256), "a SHA-256 checksum", sha256)?;
+            for (hex, what) in [
+                (&disk.blake3, "a BLAKE3 digest"),
+                (&disk.sha256, "a SHA-256 digest"),
+            ] {
+                if let Some(hex) = hex {
+                    require(is_hex(hex), what, hex)?;
+                }
             }
             if let Some(bitmap) = &disk.bitmap {
                 require(is_bitmap_name(bitmap), "a bitmap's name", bitmap)?;
@@ -383,10 +414,6 @@ fn is_image_name(name: &str) -> bool {
     is_file_name(name) && ![MANIFEST_NAME, DEFINITION_NAME, PROTECTED_NAME].contains(&name)
 }
 
-pub(super) fn is_sha256(text: &str) -> bool {
-    text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-}
-
 /// Bitmaps in a qcow2 image have names of at most 1023 bytes (QEMU's docs/interop/qcow2).
 fn is_bitmap_name(name: &str) -> bool {
     (1..=1023).contains(&name.len()) && !name.contains(char::is_control)
@@ -454,6 +481,7 @@ mod tests {
             format,
             virtual_size,
             length: None,
+            blake3: None,
             sha256: None,
             parent: None,
             bitmap: None,
@@ -552,7 +580,7 @@ mod tests {
         let mut incremental = manifest();
         incremental.kind = Kind::Incremental;
         incremental.disks[0].length = Some(393_216);
-        incremental.disks[0].sha256 = Some("0f".repeat(32));
+        incremental.disks[0].blake3 = Some("0f".repeat(32));
         incremental.disks[0].bitmap = Some("backupd-20261123T055937Z-10ebf9b0-0".into());
         incremental.disks[0].parent = Some(Parent {
             backup: "20261122T055937Z-00000000".into(),
@@ -597,9 +625,11 @@ mod tests {
         assert!(error.to_string().contains("full backup"), "{error}");
         let error = refused(&|manifest| manifest.disks[0].format = Format::Raw);
         assert!(error.to_string().contains("is raw"), "{error}");
-        for sha256 in ["", "0f", &"0F".repeat(32), &"0g".repeat(32)] {
-            let error = refused(&|manifest| manifest.disks[0].sha256 = Some(sha256.into()));
-            assert!(error.to_string().contains("SHA-256"), "{sha256}: {error}");
+        for hex in ["", "0f", &"0F".repeat(32), &"0g".repeat(32)] {
+            let error = refused(&|manifest| manifest.disks[0].sha256 = Some(hex.into()));
+            assert!(error.to_string().contains("SHA-256"), "{hex}: {error}");
+            let error = refused(&|manifest| manifest.disks[0].blake3 = Some(hex.into()));
+            assert!(error.to_string().contains("BLAKE3"), "{hex}: {error}");
         }
     }
 

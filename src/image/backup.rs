@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::{Error, Fault, Finding};
 use crate::catalog::{self, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::definition::Format;
+use crate::digest::Digest;
 use crate::error::shown;
 use crate::qcow2::{self, Expected, HeaderError};
 use crate::target::{self, Held, Sharing, Shelf};
@@ -146,7 +147,7 @@ impl Backup {
                 backing: parent.map(|(parent, format)| (parent.relative_path(), format)),
             },
             length: found,
-            sha256: disk.sha256.clone(),
+            digest: disk.digest(),
             file,
         };
         image.check_header()?;
@@ -160,7 +161,7 @@ pub struct Image {
     pub backup: String,
     pub format: Format,
     pub length: u64,
-    pub sha256: Option<String>,
+    pub digest: Option<Digest>,
     pub file: Arc<OwnedFd>,
     expected: Expected,
 }

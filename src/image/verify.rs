@@ -6,7 +6,6 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::backup::{Image, Location};
@@ -14,6 +13,7 @@ use super::chain::{Links, OpenDisk, for_each_link};
 use super::{Control, Error, Fault, Finding, Progress, blocking, check};
 use crate::catalog;
 use crate::definition::Format;
+use crate::digest::{Algorithm, Digest, Hasher};
 use crate::qcow2::HeaderError;
 use crate::target::{Held, Shelf};
 
@@ -177,7 +177,7 @@ impl Survey {
             };
             for (disk, image) in look.images {
                 verified.bytes += image.length;
-                if image.sha256.is_none() {
+                if image.digest.is_none() {
                     verified.unrecorded.push(disk.clone());
                 }
                 let fault = read(&image, control).await?;
@@ -280,7 +280,7 @@ async fn read(image: &Image, control: Control<'_>) -> Result<Option<Fault>, Erro
         .await?;
     let changed = match sum {
         Err(errno) => return Ok(Some(Fault::Header(HeaderError::Io(errno)))),
-        Ok(sum) => image.sha256.as_ref().is_some_and(|recorded| *recorded != sum),
+        Ok(sum) => image.digest.as_ref().is_some_and(|recorded| *recorded != sum),
     };
     let checked = match image.format {
         Format::Qcow2 => check::check(image, control).await?,
@@ -294,13 +294,14 @@ async fn read(image: &Image, control: Control<'_>) -> Result<Option<Fault>, Erro
     })
 }
 
-/// The file's SHA-256, as `sha256sum` prints it. Read also where none is recorded: what cannot be read is found so.
+/// The file's digest, of the algorithm that was recorded. Read also where none was: what cannot be read is found so.
 fn checksum(
     image: &Image,
     progress: &Progress,
     stop: &CancellationToken,
-) -> Result<Result<String, Errno>, Error> {
-    let mut hash = Sha256::new();
+) -> Result<Result<Digest, Errno>, Error> {
+    let algorithm = image.digest.as_ref().map(|digest| digest.algorithm);
+    let mut hash = Hasher::new(algorithm.unwrap_or(Algorithm::Blake3));
     let mut chunk = vec![0; CHUNK];
     let mut position = 0;
     loop {
@@ -318,6 +319,5 @@ fn checksum(
             Err(errno) => return Ok(Err(errno)),
         }
     }
-    let digest = hash.finalize();
-    Ok(Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect()))
+    Ok(Ok(hash.finish()))
 }

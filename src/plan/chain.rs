@@ -532,7 +532,7 @@ mod tests {
             (both.clone(), named("alone-id"), None),
         ] {
             let error = choose(&disk, &earlier, &wanted, refused).unwrap_err();
-            assert_eq!(error.kind(), crate::error::Kind::ChainBroken, "{error}");
+            assert_eq!(error.kind(), crate::error::Kind::CannotIncrement, "{error}");
         }
         assert_eq!(choose(&both, &earlier, &Wanted::Full, None), Ok(Mode::default()));
     }

@@ -5,11 +5,11 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{Advice, SeekFrom, fadvise};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::Error;
 use super::sparse::Digger;
+use crate::digest::{Algorithm, Hasher};
 use crate::offload::Progress;
 
 /// How much is read at a time, in bytes.
@@ -19,8 +19,9 @@ const PIECE: usize = 1 << 20;
 pub struct FileDigest {
     /// In bytes.
     pub length: u64,
-    /// SHA-256 of the file's bytes, in lower-case hexadecimal digits; of files in a store.
-    pub sha256: Option<String>,
+    /// BLAKE3 of the file's bytes, in lower-case hexadecimal digits; of files in a store.
+    #[serde(default)]
+    pub blake3: Option<String>,
 }
 
 impl FileDigest {
@@ -61,7 +62,7 @@ pub(super) fn read(
 ) -> Result<Option<FileDigest>, Errno> {
     // A device has a size, too, but not one that stat(2) knows.
     let length = rustix::fs::seek(file, SeekFrom::End(0))?;
-    let mut hash = (reading != Reading::WriteBack).then(Sha256::new);
+    let mut hash = (reading != Reading::WriteBack).then(|| Hasher::new(Algorithm::Blake3));
     let (mut piece, mut offset) = (vec![0; PIECE], 0);
     while offset < length {
         if cancel.is_cancelled() {
@@ -93,8 +94,8 @@ pub(super) fn read(
     if let Some(digger) = digger {
         digger.end(length);
     }
-    let sha256 = hash.map(|hash| hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
-    Ok(Some(FileDigest { length, sha256 }))
+    let blake3 = hash.map(|hash| hash.finish().hex);
+    Ok(Some(FileDigest { length, blake3 }))
 }
 
 #[cfg(test)]
@@ -113,9 +114,8 @@ mod tests {
         for reading in [Reading::Digest, Reading::DigestAndWriteBack] {
             let digest = read(&abc(), reading, None, &progress, &CancellationToken::new());
             let digest = digest.unwrap().unwrap();
-            // FIPS 180-2, B.1.
-            let sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-            assert_eq!((digest.length, digest.sha256.as_deref()), (3, Some(sha256)));
+            let blake3 = blake3::hash(b"abc").to_hex();
+            assert_eq!((digest.length, digest.blake3.as_deref()), (3, Some(&*blake3)));
         }
         assert_eq!(progress.get().0, 6);
     }

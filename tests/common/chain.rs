@@ -62,6 +62,13 @@ pub fn write_manifest(backup: &Path, manifest: &Value) {
     std::fs::write(backup.join("manifest.json"), manifest.to_string()).expect("the manifest is written");
 }
 
+/// What the manifest says of such a file, as `b3sum` prints it.
+#[track_caller]
+pub fn digest(file: &Path) -> String {
+    let content = std::fs::read(file).expect("the image is read");
+    blake3::hash(&content).to_hex().to_string()
+}
+
 /// An incremental backup on another one, made up: its images are empty overlays. Its time is `after` hours after the
 /// parent's. Returns its directory.
 #[track_caller]
@@ -81,7 +88,7 @@ pub fn increment(parent: &Path, after: i64) -> PathBuf {
             .expect("it is there")
             .len();
         disk["length"] = json!(length);
-        disk["sha256"] = json!("0f".repeat(32));
+        disk["blake3"] = json!("0f".repeat(32));
         disk["parent"] = json!({ "backup": parent_id, "file": file });
     }
     std::fs::write(directory.join("backup.xml"), "<domainbackup/>").expect("the document is written");

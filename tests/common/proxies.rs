@@ -7,7 +7,7 @@ use zbus::wire::{ObjectPath, OwnedObjectPath, Type, Variant};
 
 pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 
-/// A disk of a backup: name, file, format, virtual size, length, SHA-256, parent.
+/// A disk of a backup: name, file, format, virtual size, length, digest, parent.
 pub type BackupDisk = (String, String, String, u64, u64, String, String);
 /// A line of `ListBackups`: object, id, name, domain, UUID, store, kind, parent, time, state, problem, disks, service, whether
 /// keep rules apply.

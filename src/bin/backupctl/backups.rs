@@ -17,7 +17,7 @@ use crate::owner;
 use crate::proxy::Service;
 use crate::units;
 
-/// A disk on the bus: name, file, format, virtual size, length, SHA-256, base.
+/// A disk on the bus: name, file, format, virtual size, length, digest, base.
 type DiskTuple = (String, String, String, u64, u64, String, String);
 
 /// A backup as `ListBackups` tells it.
@@ -52,20 +52,21 @@ pub struct Image {
     /// Bytes of the file, if that is known.
     pub length: Option<u64>,
     /// Of the file; nothing if it is not known.
-    pub sha256: String,
+    pub digest: String,
     /// Its base, or nothing.
     pub parent: String,
 }
 
 impl Image {
     fn of(disk: Disk) -> Self {
+        let digest = disk.digest().map(|digest| digest.to_string());
         Self {
             disk: disk.name,
             file: disk.file,
             format: disk.format.as_str().to_owned(),
             virtual_size: disk.virtual_size,
             length: disk.length,
-            sha256: disk.sha256.unwrap_or_default(),
+            digest: digest.unwrap_or_default(),
             parent: disk.parent.map(|parent| parent.backup).unwrap_or_default(),
         }
     }
@@ -113,13 +114,13 @@ impl From<BackupTuple> for Backup {
         let disks = disks
             .into_iter()
             .map(
-                |(disk, file, format, virtual_size, length, sha256, parent)| Image {
+                |(disk, file, format, virtual_size, length, digest, parent)| Image {
                     disk,
                     file,
                     format,
                     virtual_size,
                     length: Some(length).filter(|length| *length > 0),
-                    sha256,
+                    digest,
                     parent,
                 },
             )
@@ -244,7 +245,7 @@ impl Backup {
             .map(|disk| {
                 json!({
                     "name": disk.disk, "file": disk.file, "format": disk.format, "virtual-size": disk.virtual_size,
-                    "length": disk.length, "sha256": nothing_if_empty(&disk.sha256),
+                    "length": disk.length, "digest": nothing_if_empty(&disk.digest),
                     "parent": nothing_if_empty(&disk.parent),
                 })
             })
@@ -553,12 +554,12 @@ mod tests {
         assert_eq!(
             keys(&value["disks"][0]),
             [
+                "digest",
                 "file",
                 "format",
                 "length",
                 "name",
                 "parent",
-                "sha256",
                 "virtual-size"
             ]
         );

@@ -160,13 +160,13 @@ impl World {
             }
             Action::Seal => {
                 self.durable = true;
-                let sha256 = Some(format!("{:?}", self.content));
+                let blake3 = Some(format!("{:?}", self.content));
                 Fact::Sealed {
-                    digests: vec![FileDigest { length: 1, sha256 }],
+                    digests: vec![FileDigest { length: 1, blake3 }],
                 }
             }
             Action::Prove => match state {
-                State::Sealed { digests, .. } if digests[0].sha256 == Some(format!("{:?}", self.content)) => {
+                State::Sealed { digests, .. } if digests[0].blake3 == Some(format!("{:?}", self.content)) => {
                     Fact::Proven
                 }
                 _ => stopped("torn"),

@@ -326,3 +326,74 @@ async fn the_command_deletes_what_is_named_in_any_order() {
     assert_eq!(unknown.status, 1);
     assert!(unknown.stderr.contains("backupctl backups"), "{}", unknown.stderr);
 }
+
+/// A chain of three whose last one is another domain's, which a rule speaks of by its name.
+async fn shared_chain(rule: &str) -> (System, Vm, [String; 3]) {
+    let user = polkit::user_name(USER);
+    let rules = format!(
+        "polkit.addRule(function(action, subject) {{
+            if (subject.user != '{user}') return;
+            var other = action.lookup('domain_name') == 'other';
+            {rule}
+            if (action.id == 'org.example.backup1.backup.delete' && !other) return polkit.Result.YES;
+        }});"
+    );
+    let mut system = System::setup().rules(&rules).start();
+    let vm = machine(&system);
+    let root = Caller::new(&system).await;
+    let ids = chain(&system, &root).await.map(|path| id(&path));
+    system.stop_daemon();
+    let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
+    let uuid = "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10";
+    let sql = "UPDATE backups SET domain_name = 'other', domain_uuid = ?1 WHERE id = ?2";
+    assert_eq!(catalog.execute(sql, [uuid, &ids[2]]).unwrap(), 1);
+    drop(catalog);
+    system.start_daemon();
+    (system, vm, ids)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_goes_with_a_backup_needs_the_right_to_delete_it_too() {
+    let (system, _vm, ids) = shared_chain("").await;
+    let user = Caller::of_user(&system, USER).await;
+    for option in ["with-descendants", "merge"] {
+        let refused = delete(&user, &ids[0], &[option]).await.unwrap_err();
+        let name = error_name(&refused);
+        assert!(
+            name.ends_with("InteractiveAuthorizationRequired"),
+            "{option}: {refused}"
+        );
+    }
+    assert_eq!(listed(&user).await.len(), 3);
+    let root = Caller::new(&system).await;
+    let (gone, _) = delete(&root, &ids[0], &["with-descendants"]).await.unwrap();
+    assert_eq!(gone.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dependents_that_are_hidden_are_counted_and_not_named() {
+    let hide = "if (other) return polkit.Result.NO;";
+    let (system, _vm, ids) = shared_chain(hide).await;
+    let user = Caller::of_user(&system, USER).await;
+    assert_eq!(listed(&user).await.len(), 2);
+    for options in [
+        &[][..],
+        &["with-descendants"],
+        &["merge"],
+        &["with-descendants", "dry-run"],
+    ] {
+        let refused = delete(&user, &ids[0], options).await.unwrap_err();
+        assert!(
+            error_name(&refused).ends_with("HasDescendants"),
+            "{options:?}: {refused}"
+        );
+        let text = refused.to_string();
+        assert!(
+            text.contains("2 other backups") && text.contains(&ids[1]),
+            "{options:?}: {text}"
+        );
+        assert!(!text.contains(&ids[2]), "{options:?}: {text}");
+    }
+    let root = Caller::new(&system).await;
+    assert_eq!(listed(&root).await.len(), 3);
+}

@@ -3,10 +3,13 @@
 mod common;
 
 use common::System;
+use common::caller::Caller;
 use common::calls::{self, create_asking, end_of};
 use common::clients::{OTHER_USER, ROOT, USER};
 use common::dialog::{Agent, Dialog};
 use common::disk::Disk;
+use common::polkit;
+use common::proxies::error_name;
 use common::storage::files_below;
 use common::vm::{Residue, Vm};
 use common::wait;
@@ -180,4 +183,28 @@ async fn a_user_has_as_many_dialogs_at_a_time_as_the_configuration_says() {
     dialog.answer_as_administrator().await;
     end_of(&mut third).unwrap();
     scene.wait_for_backup();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dialog_says_whose_a_registered_domain_is() {
+    let rules = polkit::allow(USER, &["service.register-domain"]);
+    let system = System::setup().rules(&rules).start();
+    let vm = system.vm("mine").disk(Disk::new("vda", MIB)).start();
+    let owner = Caller::of_user(&system, USER).await;
+    for name in ["we\u{200b}b", "w\u{202e}eb", "web\u{e0001}", "\u{feff}web"] {
+        let refused = owner
+            .register(name, vm.monitor_stream().into())
+            .await
+            .unwrap_err();
+        assert!(error_name(&refused).ends_with("InvalidArgs"), "{refused}");
+    }
+    owner.register("web", vm.monitor_stream().into()).await.unwrap();
+    let mut agent = Agent::start(&system).await;
+    let _call = create_asking(&system, &agent, "call", USER, "web").await;
+    let dialog = agent.opened().await;
+    let name = format!(
+        "the virtual machine web of the user {} into",
+        polkit::user_name(USER)
+    );
+    assert!(dialog.message.contains(&name), "{}", dialog.message);
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::{chown, symlink};
 use std::path::{Path, PathBuf};
 
 use common::System;
+use common::authority::{Answer, Authority};
 use common::caller::{Caller, cancel};
 use common::clients::{OTHER_USER, ROOT, USER};
 use common::disk::Disk;
@@ -92,8 +93,22 @@ async fn jobs_that_ended_long_ago_are_listed_when_asked_for_and_answer_as_ever()
     assert_eq!(listed(&user, all()).await, history);
     let job = user.job(user.manager.get_job(1).await.unwrap()).await;
     assert_eq!(told(&user, &job).await, before);
+    // Ten minutes after the end, who started it has the rights of anybody else.
     let late = job.cancel().await.unwrap_err();
-    assert!(late.to_string().contains("has ended already"), "{late}");
+    assert!(
+        error_name(&late).ends_with("InteractiveAuthorizationRequired"),
+        "{late}"
+    );
+    let root = Caller::new(&system).await;
+    let late = root
+        .job(job.inner().path().to_owned().into())
+        .await
+        .cancel()
+        .await;
+    assert_eq!(
+        error_name(&late.unwrap_err()),
+        "org.example.Backup1.Error.JobEnded"
+    );
 
     // The next one is one more, listed once.
     user.complete_full("web", "").await;
@@ -372,4 +387,109 @@ async fn a_store_from_elsewhere_gives_no_user_a_right() {
     system.set_rules("");
     let user = Caller::of_user(&system, USER).await;
     assert_eq!(listed(&user, all()).await, [entry(1, "completed")]);
+}
+
+/// Changes what is on record while the service is not running.
+fn change(system: &System, sql: &str) {
+    let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
+    assert!(catalog.execute(sql, []).unwrap() > 0, "{sql}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_user_of_a_number_has_no_part_in_the_jobs_of_the_one_before() {
+    let rules = polkit::allow(USER, &["domain.backup"]) + &polkit::deny(USER, &["domain.read"]);
+    let mut system = System::setup().rules(&rules).start();
+    let _vm = machine(&system);
+    let user = Caller::of_user(&system, USER).await;
+    let job = user.complete("web", "").await;
+    let id = job.id().await.unwrap();
+    let find = async |system: &System| {
+        let user = Caller::of_user(system, USER).await;
+        let found = user.manager.get_job(id).await.map(drop);
+        let listed = listed(&user, all()).await.len();
+        (found.map_err(|error| error_name(&error)), listed)
+    };
+    let missing = "org.example.Backup1.Error.NoSuchJob".to_owned();
+    assert_eq!(find(&system).await, (Ok(()), 1));
+    system.start_daemon();
+    assert_eq!(find(&system).await, (Ok(()), 1), "it ended a moment ago");
+    system.stop_daemon();
+    change(&system, "UPDATE jobs SET started_by_name = 'somebody'");
+    system.start_daemon();
+    assert_eq!(find(&system).await, (Err(missing.clone()), 0));
+    system.stop_daemon();
+    let name = polkit::user_name(USER);
+    change(&system, &format!("UPDATE jobs SET started_by_name = '{name}'"));
+    system.start_daemon();
+    assert_eq!(find(&system).await, (Ok(()), 1));
+    system.stop_daemon();
+    a_day_passes(&system);
+    system.start_daemon();
+    assert_eq!(
+        find(&system).await,
+        (Err(missing), 0),
+        "only whoever may read the domain"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_user_of_a_number_does_not_see_the_backups_of_the_one_before() {
+    let rules = polkit::allow(USER, &["domain.backup", "service.register-domain"]);
+    let mut system = System::setup().rules(&rules).start();
+    let vm = system.vm("mine").disk(Disk::new("vda", MIB)).start();
+    let user = Caller::of_user(&system, USER).await;
+    user.register("mine", vm.monitor_stream().into()).await.unwrap();
+    user.complete("mine", "").await;
+    user.connection.close().await.unwrap();
+    let listed = async |system: &System| {
+        let user = Caller::of_user(system, USER).await;
+        let backups = user.manager.list_backups(Options::new()).await.unwrap().0.len();
+        (backups, listed(&user, all()).await.len())
+    };
+    system.start_daemon();
+    assert_eq!(listed(&system).await, (1, 1));
+    system.stop_daemon();
+    change(&system, "UPDATE backups SET domain_owner_name = 'somebody'");
+    change(
+        &system,
+        "UPDATE jobs SET domain_owner_name = 'somebody', started_by_name = 'somebody'",
+    );
+    system.start_daemon();
+    assert_eq!(listed(&system).await, (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_asks_as_little_however_many_domains_another_user_had() {
+    let mut system = System::setup().without_polkit().start();
+    let authority = Authority::start(&system, |_| Answer::Yes).await;
+    let _vm = machine(&system);
+    let root = Caller::new(&system).await;
+    root.complete("web", "").await;
+    system.stop_daemon();
+    change(
+        &system,
+        "WITH RECURSIVE number(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 400) \
+         INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, started_by, start_time, \
+             plan, speed, step, state, end_time, result, disks, left_in_qemu, left_on_disk) \
+         SELECT 'id-' || n, 'vm' || n, 'registered', 4000, 'mallory', 4000, 0, plan, 0, 'ended', state, n, 'completed', \
+             disks, 0, 0 FROM number, jobs WHERE id = 1",
+    );
+    a_day_passes(&system);
+    let see_foreign = "org.example.backup1.domain.see-foreign";
+    authority
+        .decide(move |action| {
+            if action == see_foreign {
+                Answer::No
+            } else {
+                Answer::Yes
+            }
+        })
+        .await;
+    system.start_daemon();
+    let user = Caller::of_user(&system, USER).await;
+    assert_eq!(listed(&user, all()).await.len(), 1);
+    assert_eq!(authority.count(see_foreign), 1);
+    // Who sees them is asked about each, because a rule may hide one by its name.
+    authority.decide(|_| Answer::Yes).await;
+    assert_eq!(listed(&user, all()).await.len(), 401);
 }

@@ -148,7 +148,7 @@ async fn names_that_mean_nothing() {
     assert_eq!(error_name(&error), format!("{OURS}NoSuchDomain"));
     assert!(error.to_string().contains("no domain 'ghost'"), "{error}");
     let error = scene.caller.manager.get_job(77).await.unwrap_err();
-    assert_eq!(error_name(&error), format!("{OURS}JobEnded"));
+    assert_eq!(error_name(&error), format!("{OURS}NoSuchJob"));
     let other = "<domainbackup>\n <disks>\n  <disk name='vdz'/>\n </disks>\n</domainbackup>";
     scene
         .refuses_document(other, "NoSuchDisk", &["line 3, column 3", "'vdz'"])

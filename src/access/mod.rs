@@ -52,6 +52,8 @@ pub struct Caller {
     /// The connection's unique name on the bus, which no other connection ever has again.
     pub name: String,
     pub uid: u32,
+    /// The user's name, if no other user gets the number soon.
+    pub user: Option<String>,
     /// The message allows that its user is asked for a password.
     pub interactive: bool,
     /// Cancelled when the call only waits: what its connection called after it need not wait for it any more.
@@ -230,15 +232,7 @@ impl Access {
             Some(false) => return Look::Refused,
             None => {}
         }
-        let decision = self.ask_silently(caller, permission, details, GLANCE).await;
-        let look = match &decision {
-            Decision::Granted | Decision::GrantedForAWhile => Look::Allowed,
-            Decision::Challenge | Decision::Denied => Look::Refused,
-            Decision::Failed(reason) => {
-                self.complain(reason, permission);
-                Look::Unknown
-            }
-        };
+        let (look, decision) = self.look_once(caller, permission, details).await;
         if look != Look::Unknown && decision != Decision::GrantedForAWhile {
             let allowed = look == Look::Allowed;
             self.cache
@@ -255,13 +249,30 @@ impl Access {
         permission: Permission,
         details: &Details,
     ) -> Result<(), Error> {
-        match self.ask_silently(caller, permission, details, GLANCE).await {
+        self.glance(caller, permission, details).await.allowed().map(drop)
+    }
+
+    /// Looks as [`Access::look`] does, and remembers nothing.
+    pub async fn glance(&self, caller: &Caller, permission: Permission, details: &Details) -> Look {
+        self.look_once(caller, permission, details).await.0
+    }
+
+    async fn look_once(
+        &self,
+        caller: &Caller,
+        permission: Permission,
+        details: &Details,
+    ) -> (Look, Decision) {
+        let decision = self.ask_silently(caller, permission, details, GLANCE).await;
+        let look = match &decision {
+            Decision::Granted | Decision::GrantedForAWhile => Look::Allowed,
+            Decision::Challenge | Decision::Denied => Look::Refused,
             Decision::Failed(reason) => {
-                self.complain(&reason, permission);
-                Err(Error::Unknown)
+                self.complain(reason, permission);
+                Look::Unknown
             }
-            _ => Ok(()),
-        }
+        };
+        (look, decision)
     }
 
     /// Logs that the authority failed, not more often than anybody reads it.

@@ -221,6 +221,7 @@ mod tests {
                 name: name.into(),
                 uid: 0,
                 interactive: false,
+                user: None,
                 turn: Default::default(),
             };
             let answer = polkit

@@ -33,6 +33,7 @@ fn caller() -> Caller {
         name: ":1.7".into(),
         uid: 1000,
         interactive: false,
+        user: None,
         turn: Default::default(),
     }
 }

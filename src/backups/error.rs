@@ -12,10 +12,15 @@ const MOST_NAMED: usize = 3;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error(
-        "{} on backup {id} ({}): delete them first, all of them together ('with-descendants'), or make them independent ('merge')",
-        count(.others), some(.others)
+        "{} on backup {id}{}: delete them first, all of them together ('with-descendants'), or make them independent ('merge')",
+        count(others.len() + hidden), named(.others)
     )]
-    HasDescendants { id: String, others: Vec<String> },
+    HasDescendants {
+        id: String,
+        others: Vec<String>,
+        /// Further ones, which the caller may not know of.
+        hidden: usize,
+    },
     #[error(
         "{} on backup {id} and {} not on record ({}): run 'backupctl rescan', then try again",
         depend(.others), are(.others), some(.others)
@@ -108,8 +113,15 @@ impl From<Error> for crate::error::Error {
     }
 }
 
-fn count(others: &[String]) -> String {
-    match others.len() {
+fn named(others: &[String]) -> String {
+    match others {
+        [] => String::new(),
+        others => format!(" ({})", some(others)),
+    }
+}
+
+fn count(others: usize) -> String {
+    match others {
         1 => "1 other backup lies".into(),
         count => format!("{count} other backups lie"),
     }

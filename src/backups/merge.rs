@@ -54,6 +54,7 @@ impl Backups {
         chains.check_understood(&unwanted.ids)?;
         let dependents = chains.dependents(&unwanted.ids);
         chains.check_known(&unwanted.ids, &dependents)?;
+        unwanted.check_allowed(&dependents)?;
         Ok(dependents)
     }
 

@@ -107,6 +107,7 @@ impl Backups {
                 ids: [judged.backup.key.id.clone()].into(),
                 with_descendants: false,
                 merge: false,
+                only: None,
             };
             let freed = match allowed {
                 Allowed::Nothing => {

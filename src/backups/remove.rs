@@ -33,6 +33,24 @@ pub struct Unwanted {
     pub with_descendants: bool,
     /// Dependents are made independent before, and stay.
     pub merge: bool,
+    /// Nothing but these is removed or changed; anything, where there are none.
+    pub only: Option<BTreeSet<String>>,
+}
+
+impl Unwanted {
+    /// Refuses what nobody was asked about: a dependent that came since.
+    pub(super) fn check_allowed(&self, ids: &[String]) -> Result<(), Error> {
+        let Some(only) = &self.only else { return Ok(()) };
+        let others: Vec<String> = ids.iter().filter(|id| !only.contains(*id)).cloned().collect();
+        match others.is_empty() {
+            true => Ok(()),
+            false => Err(Error::HasDescendants {
+                id: self.ids.iter().next().cloned().unwrap_or_default(),
+                hidden: others.len(),
+                others: Vec::new(),
+            }),
+        }
+    }
 }
 
 /// What went, or would go.
@@ -94,6 +112,7 @@ impl Backups {
             return Err(Error::HasDescendants {
                 id: unwanted.ids.iter().next().cloned().unwrap_or_default(),
                 others: vec![other.clone()],
+                hidden: 0,
             });
         }
         self.check_running(unwanted, &order).await?;
@@ -175,6 +194,20 @@ impl Backups {
         Ok(())
     }
 
+    /// The named backups and all their dependents, as far as they are on record.
+    pub async fn with_dependents(&self, unwanted: &Unwanted) -> Result<Vec<Backup>, Error> {
+        let chains = self.chains(&unwanted.store, &unwanted.domain).await?;
+        let mut backups = Vec::new();
+        for id in order(&chains.links, &unwanted.ids, true)? {
+            match self.record(unwanted, &id).await {
+                Ok(backup) => backups.push(backup),
+                Err(Error::Gone(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(backups)
+    }
+
     /// What would go.
     async fn count(&self, unwanted: &Unwanted, order: Vec<String>) -> Result<Removed, Error> {
         let mut removed = Removed::default();
@@ -204,6 +237,7 @@ impl Backups {
         chains.check_removable(&order.iter().cloned().collect())?;
         chains.check_known(&unwanted.ids, &order)?;
         chains.check_unprotected(&order)?;
+        unwanted.check_allowed(&order)?;
         Ok(order)
     }
 
@@ -418,6 +452,7 @@ fn order(links: &[Link], ids: &BTreeSet<String>, with_descendants: bool) -> Resu
         return Err(Error::HasDescendants {
             id: ids.iter().next().cloned().unwrap_or_default(),
             others: others.into_iter().map(str::to_owned).collect(),
+            hidden: 0,
         });
     }
     // The youngest first: those without dependents among the others. Loops go last.

@@ -43,15 +43,22 @@ pub struct Call {
 }
 
 impl Call {
-    /// `uid` is the user of the visitor's connection; `share` counts what came with the message.
+    /// `user` is that of the visitor's connection, by number and lasting name; `share` counts what came with the message.
     /// `turn` ends with the call's turn.
-    pub fn new(message: Message, visit: Visit, uid: u32, share: Share, turn: CancellationToken) -> Self {
+    pub fn new(
+        message: Message,
+        visit: Visit,
+        user: (u32, Option<String>),
+        share: Share,
+        turn: CancellationToken,
+    ) -> Self {
         let header = message.header();
         let text = |part: Option<&str>| part.unwrap_or_default().to_owned();
         Self {
             caller: Caller {
                 name: text(header.sender().map(|name| name.as_str())),
-                uid,
+                uid: user.0,
+                user: user.1,
                 interactive: header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH),
                 turn,
             },

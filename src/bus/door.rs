@@ -197,7 +197,8 @@ impl Door {
             .service
             .hold_descriptors(uid, message.data().fds().len())?;
         let replies = wants_reply(&message);
-        let call = Call::new(message, visit, uid, share, place.turn());
+        let user = (uid, visit.peer.user(uid).await);
+        let call = Call::new(message, visit, user, share, place.turn());
         let answer = place.run(context.answer(&call)).await;
         if !replies {
             tokio::time::sleep(PAUSE).await;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::call::Call;
 use super::peers::Peer;
 use super::signals::{Announcement, Audience, Listening, announce, follow_domain, follow_job};
 use crate::activity::Activity;
@@ -49,10 +48,8 @@ impl Follower {
     }
 
     /// Has a caller that waits for a job of its user's hear of all that it does: the connection that started it may be gone.
-    pub fn listen(&self, job: &Job, call: &Call) {
-        if job.is_of(call.caller.uid) {
-            self.listening.add(job, call.peer());
-        }
+    pub fn listen(&self, job: &Job, peer: &Peer) {
+        self.listening.add(job, peer);
     }
 
     /// Forgets a connection that has left.

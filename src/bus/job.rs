@@ -126,7 +126,9 @@ pub async fn call(context: &Context, call: &Call, job: &Arc<Job>) -> Answer {
         }
         "Wait" => {
             call.no_arguments()?;
-            context.follower.listen(job, call);
+            if context.service.is_starter(&call.caller, job) {
+                context.follower.listen(job, call.peer());
+            }
             call.while_present(async { Ok(job.wait().await) }).await?;
             call.reply(&result(&job.status()))
         }
@@ -163,7 +165,7 @@ pub async fn properties(job: &Job) -> Properties {
         ("Domain", Variant::from(domain_path(job.domain.id))),
         ("Mode", Variant::from(job.plan.mode())),
         ("Backup", Variant::from(job.backup().to_owned())),
-        ("StartedByUID", Variant::from(job.started_by)),
+        ("StartedByUID", Variant::from(job.started_by.uid)),
         ("StartTime", Variant::from(start_time)),
         (
             "Increments",

@@ -15,6 +15,7 @@ use super::error::{BusError, Result};
 use super::follower::Follower;
 use super::turn::Line;
 use crate::access::Caller;
+use crate::domain::owner;
 use crate::error::Kind;
 use crate::quota::{Quota, Share};
 use crate::service::Service;
@@ -29,6 +30,8 @@ const MOST_UNKNOWN: usize = 128;
 pub struct Peer {
     name: String,
     uid: OnceCell<u32>,
+    /// The name of that user, if it lasts.
+    user: OnceCell<Option<String>>,
     calls: AtomicUsize,
     line: Arc<Line>,
     subscription: Mutex<Option<Share>>,
@@ -40,11 +43,17 @@ impl Peer {
         Self {
             name: name.to_owned(),
             uid: OnceCell::new(),
+            user: OnceCell::new(),
             calls: AtomicUsize::new(0),
             line: Arc::default(),
             subscription: Mutex::new(None),
             left: CancellationToken::new(),
         }
+    }
+
+    /// The name of the connection's user, if no other user gets the number soon.
+    pub async fn user(&self, uid: u32) -> Option<String> {
+        self.user.get_or_init(|| owner::lasting_name(uid)).await.clone()
     }
 
     /// The connection's unique name.
@@ -157,6 +166,7 @@ impl Peers {
             Some(Caller {
                 name: peer.name.clone(),
                 uid: *peer.uid.get()?,
+                user: peer.user.get().cloned().flatten(),
                 // Signals ask nobody for a password.
                 interactive: false,
                 turn: CancellationToken::new(),

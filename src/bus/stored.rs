@@ -110,7 +110,7 @@ async fn restore(context: &Context, call: &Call, backup: &Backup) -> Answer {
     };
     let grant = call.while_present(authorise).await?;
     // From here on the caller may leave: its disks are restored.
-    let job = service.restore(grant, call.caller.uid, backup, request).await?;
+    let job = service.restore(grant, &call.caller, backup, request).await?;
     started(context, call, job).await
 }
 
@@ -120,7 +120,7 @@ async fn verify(context: &Context, call: &Call, backup: &Backup) -> Answer {
     let authorise = async { Ok(service.authorise_verify(&call.caller, backup).await?) };
     let grant = call.while_present(authorise).await?;
     let none = call.descriptors(&[])?;
-    let job = service.verify(grant, call.caller.uid, backup, none).await?;
+    let job = service.verify(grant, &call.caller, backup, none).await?;
     started(context, call, job).await
 }
 
@@ -140,7 +140,7 @@ async fn export(context: &Context, call: &Call, backup: &Backup) -> Answer {
     let grant = call.while_present(authorise).await?;
     // Its end is on record, even if the caller leaves before it begins.
     let left = async move { peer.left().await };
-    let started_export = service.export(grant, call.caller.uid, backup, (disks, listener), left);
+    let started_export = service.export(grant, &call.caller, backup, (disks, listener), left);
     let job = started_export.await?;
     started(context, call, job).await
 }

@@ -26,6 +26,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema-8.sql"),
     include_str!("schema-9.sql"),
     include_str!("schema-10.sql"),
+    include_str!("schema-11.sql"),
 ];
 /// How long a predecessor may take to let go.
 const PATIENCE: Duration = Duration::from_secs(2);

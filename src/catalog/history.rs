@@ -11,19 +11,14 @@ use super::{Catalog, DomainRecord, Error, JobRecord};
 pub struct EndedJob {
     pub id: u32,
     pub domain: DomainRecord,
-    pub started_by: u32,
     pub result: String,
-    /// See [`JobRecord::imported`].
-    pub imported: bool,
 }
 
 fn ended(row: &Row) -> Result<EndedJob, Error> {
     Ok(EndedJob {
         id: row.get("id")?,
         domain: domain(row)?,
-        started_by: row.get("started_by")?,
         result: row.get("result")?,
-        imported: row.get("imported")?,
     })
 }
 
@@ -44,7 +39,7 @@ impl Catalog {
         self.run(|connection| {
             // The index has all of that.
             let columns = format!(
-                "SELECT id, {DOMAIN}, started_by, result, imported FROM jobs INDEXED BY ended_jobs \
+                "SELECT id, {DOMAIN}, result FROM jobs INDEXED BY ended_jobs \
                  WHERE step = 'ended' ORDER BY id"
             );
             let mut statement = connection.prepare(&columns)?;

@@ -5,7 +5,9 @@ use rusqlite::{Connection, Params, Row, named_params, params};
 
 use super::backups::keep_backup;
 use super::record::ENDED;
-use super::{BackupRecord, Catalog, DomainRecord, Ended, Error, JobRecord, JobState, Leftover, NewJob};
+use super::{
+    BackupRecord, Catalog, DomainRecord, Ended, Error, JobRecord, JobState, Leftover, NewJob, Starter,
+};
 
 impl Catalog {
     /// Takes a job in, before anything of it exists, and gives it a number that no other job ever has.
@@ -13,8 +15,8 @@ impl Catalog {
         self.run(move |connection| {
             let mut insert = connection.prepare(
                 "INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid, \
-                     started_by, start_time, plan, speed, step, state) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 'preparing', ?11)",
+                     started_by, start_time, plan, speed, step, state, started_by_name) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 'preparing', ?11, ?12)",
             )?;
             insert.execute(params![
                 job.backup_id,
@@ -23,16 +25,19 @@ impl Catalog {
                 job.domain.owner,
                 job.domain.owner_name,
                 job.domain.uuid.map(|uuid| uuid.to_string()),
-                job.started_by,
+                job.started_by.uid,
                 job.start_time.as_microsecond(),
                 job.plan,
                 job.speed.cast_signed(),
                 job.state,
+                job.started_by.name.unwrap_or_default(),
             ])?;
             let id = connection.last_insert_rowid();
             let found = select(connection, "id = ?1", [id])?;
             let missing = || Error::Statement("a job that was just recorded is missing".into());
-            found.into_iter().next().ok_or_else(missing)
+            let mut record = found.into_iter().next().ok_or_else(missing)?;
+            record.started_by.connection = job.started_by.connection;
+            Ok(record)
         })
         .await
     }
@@ -72,7 +77,7 @@ impl Catalog {
         .await
     }
 
-    /// The outcome, with the backup that it made; and keeps no more than `history` jobs of which nothing is left.
+    /// The outcome, with the backup that it made; and keeps no more than `history` jobs of that user's of which nothing is left.
     pub async fn end(
         &self,
         id: u32,
@@ -81,10 +86,14 @@ impl Catalog {
         history: u32,
     ) -> Result<(), Error> {
         self.run(move |connection| {
+            let error = ended.error.as_deref().unwrap_or_default();
+            let bytes = ended.state.len() + ended.disks.len() + error.len();
+            let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
             let transaction = connection.transaction()?;
             let changed = transaction.execute(
                 "UPDATE jobs SET step = 'ended', end_time = :time, result = :result, error = :error, disks = :disks, \
-                     state = :state, left_in_qemu = :qemu, left_on_disk = :disk WHERE id = :id AND step <> 'ended'",
+                     state = :state, left_in_qemu = :qemu, left_on_disk = :disk, \
+                     bytes = length(CAST(plan AS BLOB)) + :bytes WHERE id = :id AND step <> 'ended'",
                 named_params! {
                     ":id": id,
                     ":time": ended.time.as_microsecond(),
@@ -94,13 +103,16 @@ impl Catalog {
                     ":state": ended.state,
                     ":qemu": ended.left_in_qemu,
                     ":disk": ended.left_on_disk,
+                    ":bytes": bytes,
                 },
             )?;
             one_changed(id, changed)?;
             if let Some(backup) = &backup {
                 keep_backup(&transaction, backup, &domain_of(&transaction, id)?)?;
             }
-            forget_oldest(&transaction, history)?;
+            let user = "SELECT imported, started_by FROM jobs WHERE id = ?1";
+            let user = transaction.query_row(user, [id], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            forget_oldest(&transaction, user, history)?;
             Ok(transaction.commit()?)
         })
         .await
@@ -141,13 +153,31 @@ fn one_changed(id: u32, changed: usize) -> Result<(), Error> {
     }
 }
 
-/// Forgets the jobs that ended first, but for `history` of them, and those of which something may be left.
-pub(super) fn forget_oldest(connection: &Connection, history: u32) -> rusqlite::Result<()> {
+/// The most that the history of one user takes, in bytes.
+const MOST_BYTES: u32 = 32 << 20;
+/// Ended jobs of one user that may have left something in the QEMU of a registered domain. Nobody else connects to that QEMU
+/// again, so a user who registers domains could have as many as it likes.
+const MOST_UNSETTLED: u32 = 100;
+
+/// Forgets the jobs of one user that ended first, but for `history` of them, and those of which something may be left. `user`
+/// says whether they were found in a store, and the number; those found in a store count as one user's.
+pub(super) fn forget_oldest(
+    connection: &Connection,
+    user: (bool, u32),
+    history: u32,
+) -> rusqlite::Result<()> {
+    // All that this reads is in the index.
     let mut delete = connection.prepare(
-        "DELETE FROM jobs WHERE step = 'ended' AND NOT left_in_qemu AND NOT left_on_disk AND (end_time, id) <= \
-             (SELECT end_time, id FROM jobs WHERE step = 'ended' ORDER BY end_time DESC, id DESC LIMIT 1 OFFSET ?1)",
+        "DELETE FROM jobs WHERE id IN (SELECT id FROM ( \
+             SELECT id, left_on_disk, left_in_qemu, domain_source, \
+                 row_number() OVER newest AS place, sum(bytes) OVER newest AS bytes, \
+                 sum(left_in_qemu) OVER newest AS unsettled \
+             FROM jobs INDEXED BY ended_jobs_by_user \
+             WHERE step = 'ended' AND imported = ?1 AND (imported OR started_by = ?2) \
+             WINDOW newest AS (ORDER BY end_time DESC, id DESC ROWS UNBOUNDED PRECEDING)) \
+         WHERE NOT left_on_disk AND iif(left_in_qemu, domain_source = 'registered' AND unsettled > ?5, place > ?3 OR bytes > ?4))",
     )?;
-    delete.execute([history])?;
+    delete.execute(params![user.0, user.1, history, MOST_BYTES, MOST_UNSETTLED])?;
     Ok(())
 }
 
@@ -211,7 +241,11 @@ fn read(row: &Row) -> Result<JobRecord, Error> {
         id,
         backup_id: row.get("backup_id")?,
         domain: domain(row)?,
-        started_by: row.get("started_by")?,
+        started_by: Starter {
+            uid: row.get("started_by")?,
+            name: Some(row.get("started_by_name")?).filter(|name: &String| !name.is_empty()),
+            connection: None,
+        },
         start_time: time(row.get("start_time")?)?,
         plan: row.get("plan")?,
         speed: row.get::<_, i64>("speed")?.cast_unsigned(),
@@ -234,6 +268,14 @@ mod tests {
 
     use super::*;
 
+    fn starter(uid: u32) -> Starter {
+        Starter {
+            uid,
+            name: Some(format!("user{uid}")),
+            connection: None,
+        }
+    }
+
     fn new_job(number: u32) -> NewJob {
         NewJob {
             backup_id: format!("20261123T000000Z-{number:08x}"),
@@ -244,7 +286,7 @@ mod tests {
                 owner_name: "root".into(),
                 uuid: Some(Uuid::from_u128(7)),
             },
-            started_by: 1000,
+            started_by: starter(1000),
             start_time: Timestamp::UNIX_EPOCH,
             plan: "{}".into(),
             speed: u64::MAX,
@@ -310,6 +352,66 @@ mod tests {
         assert_eq!(left(catalog.ended_since(since, 10).await.unwrap()), [5]);
         catalog.cleared(1, Leftover::OnDisk).await.unwrap();
         assert!(catalog.unsettled().await.unwrap().is_empty());
+    }
+
+    /// The numbers of the jobs on record after each of these users has started as many, in turn.
+    async fn kept(catalog: &Catalog, users: &[u32], jobs: u32, ended: impl Fn(u32) -> Ended) -> Vec<u32> {
+        for number in 1..=jobs {
+            let new = NewJob {
+                started_by: starter(users[number as usize % users.len()]),
+                ..new_job(number)
+            };
+            let id = catalog.begin(new).await.unwrap().id;
+            catalog.end(id, ended(number), None, 3).await.unwrap();
+        }
+        let history = catalog.history().await.unwrap();
+        history.iter().map(|job| job.id).collect()
+    }
+
+    #[tokio::test]
+    async fn one_users_jobs_push_out_no_other_users() {
+        let (_directory, catalog) = catalog().await;
+        let first = catalog.begin(new_job(100)).await.unwrap().id;
+        catalog.end(first, ended(0, false), None, 3).await.unwrap();
+        let kept = kept(&catalog, &[1001, 1002], 20, |number| {
+            ended(i64::from(number), false)
+        })
+        .await;
+        assert_eq!(kept, [1, 16, 17, 18, 19, 20, 21]);
+    }
+
+    #[tokio::test]
+    async fn the_history_of_one_user_is_bounded_in_bytes_too() {
+        let (_directory, catalog) = catalog().await;
+        let long = |number| Ended {
+            disks: format!("\"{}\"", "x".repeat(MOST_BYTES as usize / 2)),
+            ..ended(i64::from(number), false)
+        };
+        assert_eq!(kept(&catalog, &[1001], 5, long).await, [5]);
+    }
+
+    #[tokio::test]
+    async fn what_may_be_left_in_registered_domains_is_bounded() {
+        let (_directory, catalog) = catalog().await;
+        for number in 1..=MOST_UNSETTLED + 20 {
+            let mut new = new_job(number);
+            new.domain.source = if number % 10 == 0 {
+                "configured"
+            } else {
+                "registered"
+            }
+            .into();
+            let id = catalog.begin(new).await.unwrap().id;
+            let outcome = Ended {
+                left_in_qemu: true,
+                ..ended(i64::from(number), false)
+            };
+            catalog.end(id, outcome, None, 3).await.unwrap();
+        }
+        let history = catalog.history().await.unwrap();
+        let configured = history.iter().filter(|job| job.domain.source == "configured");
+        assert_eq!(configured.count(), 12, "a configured domain can be reached again");
+        assert_eq!(history.len(), MOST_UNSETTLED as usize + 2);
     }
 
     #[tokio::test]

@@ -53,7 +53,7 @@ impl Catalog {
     }
 
     /// Takes in backups that were found in a store, all or none; what came of each is in the order of the backups. Numbers up
-    /// to `last` stay with the jobs that have them, or had. Keeps no more than `history` jobs.
+    /// to `last` stay with the jobs that have them, or had. Keeps no more than `history` jobs that were taken in.
     pub async fn take_in(
         &self,
         found: Vec<StoredBackup>,
@@ -64,7 +64,7 @@ impl Catalog {
             let transaction = connection.transaction()?;
             let taken = found.iter().map(|found| take_in(&transaction, found, last));
             let taken = taken.collect::<Result<_, _>>()?;
-            forget_oldest(&transaction, history)?;
+            forget_oldest(&transaction, (true, 0), history)?;
             transaction.commit()?;
             Ok(taken)
         })
@@ -135,7 +135,7 @@ fn insert_job(connection: &Connection, found: &StoredBackup, last: u32) -> rusql
         ":owner": job.domain.owner,
         ":owner_name": job.domain.owner_name,
         ":uuid": job.domain.uuid.map(|uuid| uuid.to_string()),
-        ":started_by": job.started_by,
+        ":started_by": job.started_by.uid,
         ":start_time": job.start_time.as_microsecond(),
         ":plan": job.plan,
         ":speed": job.speed.cast_signed(),

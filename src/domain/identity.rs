@@ -98,12 +98,20 @@ impl Domain {
         let id = Uuid::new_v4().as_u64_pair().1;
         let mut domain = Self::new(id, identity, Phase::Down { why, gone: false });
         domain.lost_name = lost_name;
+        domain.absent = true;
         Arc::new(domain)
     }
 
     /// Whether it is configured too, or is registered by the same user.
     fn is_of_kin(&self, identity: &Identity) -> bool {
-        self.origin == identity.origin && (self.origin == Origin::Configured || self.owner == identity.owner)
+        self.origin == identity.origin && (self.origin == Origin::Configured || self.is_of_owner(identity))
+    }
+
+    /// Whether it has the same owner. The number may be another user's by now, which the names show if both are known.
+    fn is_of_owner(&self, identity: &Identity) -> bool {
+        let number = self.owner.to_string();
+        let (now, then) = (&self.owner_name, &identity.owner_name);
+        self.owner == identity.owner && (now == then || *now == number || *then == number)
     }
 
     /// The name for the authority. If another domain has the name now, a rule for that one must not match this one.
@@ -139,6 +147,7 @@ impl Registry {
     pub fn same(&self, identity: &Identity) -> Option<Arc<Domain>> {
         let uuid = |known: &Domain| known.snapshot.borrow().uuid;
         if let Some(named) = self.identified(identity)
+            && named.is_of_kin(identity)
             // The UUID of a QEMU that was never reached is not known. A domain that claims that UUID under another name meanwhile
             // does not get this one's backups.
             && (uuid(&named) == identity.uuid || !named.was_reached())

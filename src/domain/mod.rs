@@ -8,7 +8,7 @@ mod graph;
 mod identity;
 mod monitor;
 mod outside;
-mod owner;
+pub mod owner;
 pub mod poweroff;
 mod presence;
 mod registry;
@@ -32,6 +32,7 @@ use uuid::Uuid;
 use crate::error::{Kind, shown};
 use crate::quota::Share;
 use crate::socket::Dialer;
+use crate::text::is_invisible;
 use crate::{qmp, quota};
 
 /// How long a monitor may take to greet, and a query to be answered, while nothing but looking is done.
@@ -48,7 +49,7 @@ pub enum Error {
     #[error("domain '{name}' cannot be reached: {why}")]
     Unreachable { name: String, why: String },
     #[error(
-        "'{0}' cannot be a domain's name: it must have 1 to 128 bytes, no '/' and no control characters, not start \
+        "'{0}' cannot be a domain's name: it must have 1 to 128 bytes, no '/' and no control or format characters, not start \
          with '.' or with a number and ':', and be no UUID"
     )]
     InvalidName(String),
@@ -230,6 +231,8 @@ pub struct Domain {
     pub checkpoints: CheckpointPolicy,
     /// It stands for one that is not known any more, and whose name another has.
     lost_name: bool,
+    /// It stands for one that is not known now.
+    absent: bool,
     snapshot: watch::Sender<Snapshot>,
     phase: watch::Sender<Phase>,
     /// How many need the monitor to stay connected, even if the domain is not known any more.
@@ -261,6 +264,7 @@ impl Domain {
             agent: None,
             checkpoints: CheckpointPolicy::default(),
             lost_name: false,
+            absent: false,
             snapshot: watch::Sender::new(snapshot),
             phase: watch::Sender::new(phase),
             holds: watch::Sender::new(0),
@@ -280,6 +284,18 @@ impl Domain {
 
     fn was_reached(&self) -> bool {
         self.snapshot.borrow().reached
+    }
+
+    /// Whether it is another user's own, to a user of that number and lasting name. A domain that is known is its user's as long
+    /// as the connection is there that registered it; of former ones only the name tells whose they were.
+    pub fn is_foreign_to(&self, uid: u32, name: Option<&str>) -> bool {
+        self.is_foreign(uid)
+            || self.origin == Origin::Registered && self.absent && name != Some(self.owner_name.as_str())
+    }
+
+    /// Whether nothing is known of it but what is on record.
+    pub fn is_absent(&self) -> bool {
+        self.absent
     }
 
     /// Whether it is another user's own.
@@ -410,7 +426,8 @@ pub fn is_domain_name(name: &str) -> bool {
 
 /// Whether a caller may give a domain of its own this name. A UUID could be taken for another domain's.
 pub fn check_new_name(name: &str) -> Result<(), Error> {
-    if is_domain_name(name) && Uuid::try_parse(name).is_err() {
+    // A dialog or a list would show it as another name.
+    if is_domain_name(name) && Uuid::try_parse(name).is_err() && !name.contains(is_invisible) {
         return Ok(());
     }
     Err(Error::InvalidName(shown(name)))

@@ -54,7 +54,7 @@ impl Jobs {
         if job.cancel().await.is_err() {
             return false;
         }
-        tracing::warn!(job = job.id, domain = domain.name, started_by = job.started_by, %why, "a backup is ended for another one");
+        tracing::warn!(job = job.id, domain = domain.name, started_by = job.started_by.uid, %why, "a backup is ended for another one");
         tokio::time::timeout(self.patience(), job.wait()).await.is_ok()
     }
 
@@ -73,7 +73,7 @@ impl Jobs {
 
 impl Job {
     fn displaceable(&self, uid: u32) -> Option<Displaced> {
-        if uid != ROOT || self.started_by == ROOT {
+        if uid != ROOT || self.started_by.uid == ROOT {
             return None;
         }
         let status = self.status.borrow();

@@ -18,7 +18,7 @@ use super::record::{self, Residue, to_text};
 use super::rescan::{self, Rescan};
 use super::{Error, Job, backup, blocking, quiesce, watched};
 use crate::activity::{Activity, Use};
-use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob};
+use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, Starter};
 use crate::clock;
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Link, Registry};
@@ -308,7 +308,7 @@ impl Jobs {
         &self,
         domain: &Domain,
         plan: &Plan,
-        started_by: u32,
+        started_by: Starter,
         start_time: Timestamp,
     ) -> Result<JobRecord, Error> {
         let new = NewJob {
@@ -536,7 +536,8 @@ impl Jobs {
         };
         let domain = record::identity(record.id, &record.domain)
             .map(|identity| self.setting.domains.same_or_absent(identity))?;
-        let job = Job::ended(&record, domain, self.setting.catalog.clone())?;
+        let mut job = Job::ended(&record, domain, self.setting.catalog.clone())?;
+        job.past = true;
         Ok(Some(Arc::new(job)))
     }
 

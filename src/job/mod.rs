@@ -52,7 +52,7 @@ use uuid::Uuid;
 use manager::Setting;
 use outcome::{outcome, show_ended};
 
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Starter};
 use crate::domain::Domain;
 use crate::fault;
 use crate::offload::{self, Progress};
@@ -87,9 +87,11 @@ pub struct Job {
     /// The domain's, as it was when the job started.
     domain_uuid: Option<Uuid>,
     /// The user that started it.
-    pub started_by: u32,
+    pub started_by: Starter,
     /// It was found in a store: who started it is as the store says, and gives nobody a right.
     imported: bool,
+    /// It ended long ago.
+    past: bool,
     pub start_time: Timestamp,
     pub plan: Plan,
     status: watch::Sender<Status>,
@@ -108,9 +110,13 @@ pub struct Job {
 }
 
 impl Job {
-    /// Whether it is that user's own.
-    pub fn is_of(&self, uid: u32) -> bool {
-        !self.imported && self.started_by == uid
+    /// Whether it is that user's own. A number alone is no identity for ever: another user may have it by now.
+    pub fn is_of(&self, user: &Starter) -> bool {
+        if self.imported || self.past {
+            return false;
+        }
+        let has_ended = self.status.borrow().outcome.is_some();
+        self.started_by.is_same(user, has_ended)
     }
 
     /// What is known now; answers at once.

@@ -158,8 +158,9 @@ impl Job {
             backup_id: record.backup_id.clone(),
             domain_uuid: record.domain.uuid,
             domain,
-            started_by: record.started_by,
+            started_by: record.started_by.clone(),
             imported: record.imported,
+            past: false,
             start_time: record.start_time,
             status: watch::Sender::new(status),
             decision: Mutex::new(match cancelled {

@@ -11,7 +11,7 @@ use super::{DiskState, DiskStatus, Error, backup, watched};
 use crate::backups::finish_removal;
 use crate::catalog::{
     BackupRecord, DEFINITION_NAME, DomainDir, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
-    StoredBackup, Taken,
+    Starter, StoredBackup, Taken,
 };
 use crate::definition::{self, Definition, Format};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
@@ -420,7 +420,11 @@ fn stored_backup(
         job: NewJob {
             backup_id: manifest.id.clone(),
             domain: domain_record(identity),
-            started_by: manifest.started_by,
+            started_by: Starter {
+                uid: manifest.started_by,
+                name: None,
+                connection: None,
+            },
             start_time: manifest.started,
             speed: plan.bandwidth,
             plan: text(to_text(&plan))?,

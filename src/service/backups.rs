@@ -1,11 +1,12 @@
 //! The stored backups, for callers who may read their domains. For all others they do not exist.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
+use super::sight::Owners;
 use super::{Service, details};
 use crate::access::{Caller, Details, Permission};
 use crate::backups::{self, Allowed, Change, PATIENCE, Pruned, Removed, Unwanted, Verdict};
@@ -59,7 +60,29 @@ pub struct BackupPage {
 }
 
 /// What has been found out about who may read which domain.
-type Seen = HashMap<DomainRecord, bool>;
+#[derive(Default)]
+struct Seen {
+    domains: HashMap<DomainRecord, bool>,
+    owners: Owners,
+}
+
+/// Backups that depend on another.
+#[derive(Default)]
+struct Dependents {
+    /// Those that the caller may know of.
+    ids: Vec<String>,
+    hidden: usize,
+}
+
+impl Dependents {
+    fn into_error(self, backup: &Backup) -> backups::Error {
+        backups::Error::HasDescendants {
+            id: backup.key.id.clone(),
+            others: self.ids,
+            hidden: self.hidden,
+        }
+    }
+}
 
 impl Service {
     /// Backups that `caller` may know of.
@@ -78,7 +101,7 @@ impl Service {
         // store that is slow.
         let share = self.lists.share(caller.uid).await;
         let deadline = Instant::now() + PATIENCE;
-        let (mut listed, mut bytes, mut seen) = (Vec::new(), 0, Seen::new());
+        let (mut listed, mut bytes, mut seen) = (Vec::new(), 0, Seen::default());
         loop {
             let turn = share.turn().await;
             let found = self.backups.after(&wanted.filter, &after, deadline).await;
@@ -114,8 +137,8 @@ impl Service {
         let deadline = Instant::now() + PATIENCE;
         let found = self.backups.get(object, deadline).await.map_err(unreadable)?;
         let Some(backup) = found else { return Ok(None) };
-        let seen = &mut Seen::new();
-        let allowed = self.views_backup(caller, &backup.domain, seen).await?;
+        let domain = self.backups.domain(&backup.domain);
+        let allowed = self.view(caller, &domain, true).await.allowed()?;
         Ok(allowed.then_some(backup))
     }
 
@@ -134,7 +157,7 @@ impl Service {
         let turn = self.lists.take(caller.uid).await;
         let found = self.backups.named(prefix).await.map_err(unreadable)?;
         drop(turn);
-        let (mut known, mut seen) = (Vec::new(), Seen::new());
+        let (mut known, mut seen) = (Vec::new(), Seen::default());
         for (key, object, domain) in found {
             // One that cannot be told from one that is hidden is not there.
             if store.is_none_or(|store| store == key.store)
@@ -181,20 +204,58 @@ impl Service {
 
     /// Removes a backup, or says only what would go.
     pub async fn delete_backup(&self, caller: &Caller, backup: &Backup, how: Deletion) -> Result<Removed> {
-        // Who may know of it may know what would go with it.
+        let permission = Permission::BackupDelete;
         if !how.dry_run {
             let details = self.backup_details(backup);
-            let permission = Permission::BackupDelete;
             drop(self.access.require(caller, permission, &details, None).await?);
         }
-        let unwanted = Unwanted {
+        let mut unwanted = Unwanted {
             store: backup.key.store.clone(),
             domain: backup.key.domain.clone(),
             ids: [backup.key.id.clone()].into(),
             with_descendants: how.with_descendants,
             merge: how.merge,
+            only: None,
         };
-        Ok(self.backups.remove(unwanted, how.dry_run).await?)
+        if how.with_descendants || how.merge {
+            let all = self.backups.with_dependents(&unwanted).await?;
+            let others = self.seen_of(caller, backup, &all).await?;
+            if others.hidden > 0 {
+                return Err(others.into_error(backup).into());
+            }
+            // A directory has backups of several domains where the VM got another UUID.
+            let domains: HashSet<&DomainRecord> = all.iter().map(|backup| &backup.domain).collect();
+            for domain in domains.into_iter().filter(|domain| **domain != backup.domain) {
+                if !how.dry_run {
+                    let details = details(&self.backups.domain(domain)).with("store", &backup.key.store);
+                    drop(self.access.require(caller, permission, &details, None).await?);
+                }
+            }
+            unwanted.only = Some(all.into_iter().map(|backup| backup.key.id).collect());
+        }
+        match self.backups.remove(unwanted.clone(), how.dry_run).await {
+            Err(backups::Error::HasDescendants { .. }) if unwanted.only.is_none() => {
+                let all = self.backups.with_dependents(&unwanted).await?;
+                Err(self
+                    .seen_of(caller, backup, &all)
+                    .await?
+                    .into_error(backup)
+                    .into())
+            }
+            removed => Ok(removed?),
+        }
+    }
+
+    /// The dependents of `backup` that `caller` may know of, and how many others there are.
+    async fn seen_of(&self, caller: &Caller, backup: &Backup, all: &[Backup]) -> Result<Dependents> {
+        let (mut dependents, mut seen) = (Dependents::default(), Seen::default());
+        for other in all.iter().filter(|other| other.key != backup.key) {
+            match self.views_backup(caller, &other.domain, &mut seen).await? {
+                true => dependents.ids.push(other.key.id.clone()),
+                false => dependents.hidden += 1,
+            }
+        }
+        Ok(dependents)
     }
 
     /// Keeps a backup from being removed, by anybody and by any rule, or no longer. Who may delete it may do that.
@@ -216,7 +277,7 @@ impl Service {
             let text = "nothing would be kept: at least one of the rules must be above 0";
             return Err(Error::new(Kind::InvalidArgs, text));
         }
-        let (mut groups, mut seen) = (Vec::new(), Seen::new());
+        let (mut groups, mut seen) = (Vec::new(), Seen::default());
         for (group, owners) in self.backups.groups(wanted.filter).await? {
             let Some(retention) = wanted.retention.or_else(|| self.backups.policy(&group.store)) else {
                 continue;
@@ -291,12 +352,13 @@ impl Service {
     }
 
     async fn views_backup(&self, caller: &Caller, domain: &DomainRecord, seen: &mut Seen) -> Result<bool> {
-        if let Some(allowed) = seen.get(domain) {
+        if let Some(allowed) = seen.domains.get(domain) {
             return Ok(*allowed);
         }
-        let look = self.view(caller, &self.backups.domain(domain), true).await;
-        let allowed = look.allowed()?;
-        seen.insert(domain.clone(), allowed);
+        let known = self.backups.domain(domain);
+        let allowed = !self.hides_owner(caller, &known, &mut seen.owners).await?
+            && self.view(caller, &known, true).await.allowed()?;
+        seen.domains.insert(domain.clone(), allowed);
         Ok(allowed)
     }
 }

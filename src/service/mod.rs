@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use crate::access::{Access, Basis, Caller, Details, Permission};
 use crate::backups::Backups;
+use crate::catalog::Starter;
 use crate::config::{Config, Store};
 use crate::domain::{self, Domain, Origin, Registration, Registry};
 use crate::error::{Error, Kind, Result};
@@ -149,6 +150,11 @@ impl Service {
         Ok(job.set_speed(bytes_per_second).await?)
     }
 
+    /// Whether `caller` has the rights of who started `job`.
+    pub fn is_starter(&self, caller: &Caller, job: &Job) -> bool {
+        job.is_of(&starter(caller))
+    }
+
     /// Passes only the user who started `job`, and callers with `permission` for all its targets.
     async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<()> {
         let of_stored = job.plan.task.stored().map(|stored| {
@@ -168,7 +174,7 @@ impl Service {
             }
         };
         for details in asked {
-            let grant = match job.is_of(caller.uid) {
+            let grant = match self.is_starter(caller, job) {
                 true => self.access.implied(caller, permission, &details, Basis::Starter),
                 false => {
                     self.access
@@ -190,11 +196,27 @@ impl Service {
     }
 }
 
+/// The caller, as whoever starts a job.
+fn starter(caller: &Caller) -> Starter {
+    Starter {
+        uid: caller.uid,
+        name: caller.user.clone(),
+        connection: Some(caller.name.clone()),
+    }
+}
+
 /// The details of a question to the authority about a domain.
 fn details(domain: &Domain) -> Details {
     let uuid = domain.snapshot().uuid;
+    let name = domain.told_name();
+    // For the dialog: a user may have given a domain the name of a configured one.
+    let told = match domain.origin {
+        Origin::Configured => name.clone(),
+        Origin::Registered => format!("{name} of the user {}", domain.owner_name),
+    };
     sight::service_details()
-        .with("domain_name", domain.told_name())
+        .with("domain", told)
+        .with("domain_name", name)
         .with(
             "domain_uuid",
             uuid.map(|uuid| uuid.to_string()).unwrap_or_default(),

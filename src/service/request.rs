@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 
-use super::{Descriptors, Service, details};
+use super::{Descriptors, Service, details, starter};
 use crate::access::{Basis, Caller, Details, Grant, Permission};
 use crate::clock;
 use crate::definition::{self, Definition, Target};
@@ -41,8 +40,7 @@ pub struct Authorised {
     link: Arc<Link>,
     snapshot: Snapshot,
     grants: Vec<Grant>,
-    uid: u32,
-    turn: CancellationToken,
+    caller: Caller,
 }
 
 impl Service {
@@ -120,8 +118,7 @@ impl Service {
                     link,
                     snapshot,
                     grants,
-                    uid: caller.uid,
-                    turn: caller.turn.clone(),
+                    caller: caller.clone(),
                 });
             }
             disks = snapshot.disks;
@@ -150,13 +147,13 @@ impl Service {
             link,
             snapshot,
             grants,
-            uid,
-            turn,
+            caller,
         } = authorised;
+        let uid = caller.uid;
         let start_time = clock::now();
         let share = request.files.share;
         let reserved = self.jobs.reserve(&domain, uid, share.clone());
-        turn.cancel();
+        caller.turn.cancel();
         let reservation = match reserved {
             Err(job::Error::Busy { .. }) if self.jobs.displace(&domain, uid).await => {
                 self.jobs.reserve(&domain, uid, share)?
@@ -174,7 +171,10 @@ impl Service {
             Destination::Store { name, .. } => self.jobs.store_mark(name).await?,
             Destination::Caller => None,
         };
-        let record = self.jobs.begin(&domain, &plan, uid, start_time).await?;
+        let record = self
+            .jobs
+            .begin(&domain, &plan, starter(&caller), start_time)
+            .await?;
         let prepared = self
             .prepare(plan, &domain, (uid, &record.backup_id), request.files.files, mark)
             .await;

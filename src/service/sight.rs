@@ -3,7 +3,7 @@
 //! Seeing a domain means knowing that it exists; reading it means knowing its disks and jobs, and requires seeing it.
 //! A domain that a user registered is seen by that user and root, and by others only if a rule allows it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use futures_util::future::join_all;
@@ -110,7 +110,7 @@ impl Service {
 
     /// What `caller` may know of `domain`: all of it, or that it exists.
     pub(super) async fn view(&self, caller: &Caller, domain: &Domain, all: bool) -> Look {
-        let foreign = domain.is_foreign(caller.uid);
+        let foreign = domain.is_foreign_to(caller.uid, caller.user.as_deref());
         let permissions = [
             (Permission::DomainSeeForeign, foreign),
             (Permission::DomainGetattr, true),
@@ -184,14 +184,21 @@ impl Service {
         caller: &Caller,
         history: Vec<(EndedJob, Arc<Domain>)>,
     ) -> Result<Vec<ListedJob>> {
-        let others = history.iter().filter(|(job, _)| !is_of(job, caller.uid));
-        let domains: BTreeMap<u64, &Arc<Domain>> = others.map(|(_, domain)| (domain.id, domain)).collect();
-        let looks = join_all(domains.values().map(|domain| self.view(caller, domain, true))).await;
-        let read = whole(domains.into_keys().collect(), looks)?;
+        let domains = history.iter().map(|(_, domain)| (domain.id, domain));
+        let domains: BTreeMap<u64, &Arc<Domain>> = domains.collect();
+        let mut owners = Owners::default();
+        let mut asked = Vec::new();
+        for domain in domains.into_values() {
+            if !self.hides_owner(caller, domain, &mut owners).await? {
+                asked.push(domain);
+            }
+        }
+        let looks = join_all(asked.iter().map(|domain| self.view(caller, domain, true))).await;
+        let read = whole(asked.iter().map(|domain| domain.id).collect(), looks)?;
         let read: HashSet<u64> = read.into_iter().collect();
         Ok(history
             .into_iter()
-            .filter(|(job, domain)| is_of(job, caller.uid) || read.contains(&domain.id))
+            .filter(|(_, domain)| read.contains(&domain.id))
             .map(|(job, domain)| ListedJob {
                 id: job.id,
                 domain: Identity {
@@ -204,13 +211,43 @@ impl Service {
             .collect())
     }
 
+    /// Whether `caller` sees none of the former domains of this one's owner: of these a list puts one question to polkit for each
+    /// owner, without a name, because a user can have had any number of them. Domains that are known now are limited, and asked
+    /// about one by one.
+    pub(super) async fn hides_owner(
+        &self,
+        caller: &Caller,
+        domain: &Domain,
+        owners: &mut Owners,
+    ) -> Result<bool> {
+        if !domain.is_absent() || !domain.is_foreign_to(caller.uid, caller.user.as_deref()) {
+            return Ok(false);
+        }
+        let owner = (domain.owner, domain.owner_name.clone());
+        if let Some(hides) = owners.get(&owner) {
+            return Ok(*hides);
+        }
+        let details = service_details()
+            .with("domain", "")
+            .with("domain_name", "")
+            .with("domain_uuid", "")
+            .with("domain_owner", &domain.owner_name);
+        let permission = Permission::DomainSeeForeign;
+        let hides = !self.access.glance(caller, permission, &details).await.allowed()?;
+        owners.insert(owner, hides);
+        Ok(hides)
+    }
+
     async fn view_job(&self, caller: &Caller, job: &Job) -> Look {
-        if job.is_of(caller.uid) {
+        if self.is_starter(caller, job) {
             return Look::Allowed;
         }
         self.view(caller, &job.domain, true).await
     }
 }
+
+/// Owners of former domains, by number and name, and whether none of these is seen.
+pub(super) type Owners = HashMap<(u32, String), bool>;
 
 /// A line of the list of jobs.
 #[derive(Debug)]
@@ -232,11 +269,6 @@ impl ListedJob {
     }
 }
 
-/// Whether a job of the history is that user's own, as [`Job::is_of`] says.
-fn is_of(job: &EndedJob, uid: u32) -> bool {
-    !job.imported && job.started_by == uid
-}
-
 /// A list without what is refused. One that may lack something for another reason would be taken for all that there is.
 fn whole<T>(objects: Vec<T>, looks: Vec<Look>) -> std::result::Result<Vec<T>, access::Error> {
     if looks.contains(&Look::Unknown) {
@@ -251,6 +283,7 @@ fn whole<T>(objects: Vec<T>, looks: Vec<Look>) -> std::result::Result<Vec<T>, ac
 /// The details of a question about a domain that is not there.
 fn unknown_domain(name: &str) -> Details {
     service_details()
+        .with("domain", name)
         .with("domain_name", name)
         .with("domain_uuid", "")
         .with("domain_owner", "")

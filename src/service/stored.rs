@@ -8,7 +8,7 @@ use rustix::net::SocketType;
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 
 use super::request::disk_list;
-use super::{Descriptors, Service};
+use super::{Descriptors, Service, starter};
 use crate::access::{Caller, Grant, Permission};
 use crate::catalog::{Backup, BackupKey};
 use crate::clock;
@@ -48,7 +48,7 @@ impl Service {
     pub async fn restore(
         &self,
         grant: Grant,
-        uid: u32,
+        caller: &Caller,
         backup: &Backup,
         request: RestoreRequest,
     ) -> Result<Arc<Job>> {
@@ -59,13 +59,16 @@ impl Service {
         if disks.iter().collect::<BTreeSet<_>>().len() < disks.len() {
             return Err(Error::new(Kind::InvalidArgs, "a disk is named twice"));
         }
-        let turn = self.jobs.turn(uid, files.share)?;
+        let turn = self.jobs.turn(caller.uid, files.share)?;
         let chain = self.chain(backup, disks.clone()).await?;
         let domain = self.backups.domain(&backup.domain);
         let plan = Plan::of_stored(Task::Restore(stored(backup)), disk_plans(&chain, &disks, format));
-        let record = self.jobs.begin(&domain, &plan, uid, clock::now()).await?;
+        let record = self
+            .jobs
+            .begin(&domain, &plan, starter(caller), clock::now())
+            .await?;
         let prepared = self
-            .prepare(plan, &domain, (uid, &record.backup_id), files.files, None)
+            .prepare(plan, &domain, (caller.uid, &record.backup_id), files.files, None)
             .await;
         let (turn, (plan, targets)) = self.jobs.prepared(record.id, turn, prepared).await?;
         let work = Work::Restore(Box::new((chain, targets)));
@@ -85,11 +88,11 @@ impl Service {
     pub async fn verify(
         &self,
         grant: Grant,
-        uid: u32,
+        caller: &Caller,
         backup: &Backup,
         files: Descriptors,
     ) -> Result<Arc<Job>> {
-        let turn = self.jobs.turn(uid, files.share)?;
+        let turn = self.jobs.turn(caller.uid, files.share)?;
         let location = Location {
             domain: backup.key.domain.clone(),
             id: backup.key.id.clone(),
@@ -99,7 +102,10 @@ impl Service {
             .await?;
         let domain = self.backups.domain(&backup.domain);
         let plan = Plan::of_stored(Task::Verify(stored(backup)), Vec::new());
-        let record = self.jobs.begin(&domain, &plan, uid, clock::now()).await?;
+        let record = self
+            .jobs
+            .begin(&domain, &plan, starter(caller), clock::now())
+            .await?;
         let work = Work::Verify(survey);
         let job = self.jobs.start_stored(turn, domain, (plan, record), work);
         grant.record(job.id);
@@ -111,12 +117,12 @@ impl Service {
     pub async fn export(
         &self,
         grant: Grant,
-        uid: u32,
+        caller: &Caller,
         backup: &Backup,
         (disks, listener): (Vec<String>, Descriptors),
         left: impl Future<Output = ()> + Send + 'static,
     ) -> Result<Arc<Job>> {
-        let turn = self.jobs.turn(uid, listener.share)?;
+        let turn = self.jobs.turn(caller.uid, listener.share)?;
         let Ok([socket]) = <[OwnedFd; 1]>::try_from(listener.files) else {
             return Err(Error::new(Kind::InvalidArgs, "an export has one socket"));
         };
@@ -129,7 +135,10 @@ impl Service {
         };
         let domain = self.backups.domain(&backup.domain);
         let plan = Plan::of_stored(Task::Export(stored(backup)), Vec::new());
-        let record = self.jobs.begin(&domain, &plan, uid, clock::now()).await?;
+        let record = self
+            .jobs
+            .begin(&domain, &plan, starter(caller), clock::now())
+            .await?;
         let work = Work::Export(Box::new(Served {
             export,
             left: Box::pin(left),

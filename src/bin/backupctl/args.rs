@@ -146,7 +146,8 @@ pub enum Command {
     /// Restore disks from a backup
     ///
     /// Each disk becomes one image without a backing file, as the disk was at the backup's point in time.
-    /// The backup is only read. Needs neither the service nor any right but to read the store's files.
+    /// The backup is only read. The service reads it, if polkit allows it. With --from this program reads the store
+    /// itself: that needs no service, and no right but to read the store's files.
     Restore(Box<Restore>),
     /// Verify that backups are not damaged
     ///

@@ -340,7 +340,7 @@ fn manifest(
         job.plan.kind(),
         job.backup_id.clone(),
         job.id,
-        job.started_by,
+        job.started_by.uid,
         domain,
         job.start_time,
         copying.point_in_time,

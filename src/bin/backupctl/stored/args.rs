@@ -51,9 +51,9 @@ pub struct Export {
     /// Read this store's directory, without the service
     #[arg(long, value_name = "STORE_PATH", value_hint = ValueHint::DirPath)]
     pub from: Option<PathBuf>,
-    /// Export only this disk; can be given more than once
+    /// Export only this disk [default: all of them]
     #[arg(long, value_name = "DISK")]
-    pub disk: Vec<String>,
+    pub disk: Option<String>,
     /// The UNIX socket to make, which only you can connect to
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub socket: PathBuf,

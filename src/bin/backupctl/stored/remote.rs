@@ -211,13 +211,9 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
 pub async fn export(service: &Service, args: &Export, json: bool, ask_password: bool) -> Result<Status> {
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
     let backup = service.stored(&args.backup).await?;
-    let (disk, disks) = match args.disk.as_slice() {
-        [] => ("", backup.disks.into_iter().map(|(name, _)| name).collect()),
-        [one] => (one.as_str(), vec![one.clone()]),
-        _ => {
-            let text = "the service serves one disk, or without --disk all of them";
-            return Err(Error::Usage(text.to_owned()));
-        }
+    let (disk, disks) = match &args.disk {
+        None => ("", backup.disks.into_iter().map(|(name, _)| name).collect()),
+        Some(one) => (one.as_str(), vec![one.clone()]),
     };
     let (socket, listener) = export::listen(&args.socket)?;
     let agent = Agent::start(ask_password).await;

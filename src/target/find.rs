@@ -127,3 +127,80 @@ impl Found {
         self.unknown = true;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::catalog::{self, DomainDir, Kind, MANIFEST_NAME, Manifest};
+    use crate::offload::Progress;
+    use crate::plan::Task;
+
+    const ID: &str = "20261123T055937Z-10ebf9b0";
+
+    /// A store with an image of a backup, in a directory of that name.
+    fn store(directory: &str, manifest: bool) -> (tempfile::TempDir, Plan) {
+        let store = tempfile::tempdir().unwrap();
+        let backup = store.path().join("web").join(directory);
+        std::fs::create_dir_all(&backup).unwrap();
+        std::fs::write(backup.join("vda.raw"), [1; 512]).unwrap();
+        let mut disk = DiskPlan::of_stored("vda", 512, 512, Format::Raw, 0);
+        disk.place = Place::InStore {
+            file_name: "vda.raw".to_owned(),
+        };
+        let mut plan = Plan::of_stored(Task::Backup, vec![disk]);
+        plan.destination = Destination::Store {
+            name: "default".to_owned(),
+            path: store.path().to_owned(),
+            directory: DomainDir::new("web"),
+            sequence: 1,
+            service: uuid::Uuid::nil(),
+        };
+        if manifest {
+            let domain = catalog::Domain {
+                name: "web".to_owned(),
+                uuid: None,
+            };
+            let now = Timestamp::UNIX_EPOCH;
+            let mut manifest = Manifest::new(Kind::Full, ID.to_owned(), 1, 0, domain, now, now);
+            manifest.disks.push(catalog::Disk {
+                name: "vda".to_owned(),
+                file: "vda.raw".to_owned(),
+                format: Format::Raw,
+                virtual_size: 512,
+                length: Some(512),
+                blake3: None,
+                sha256: None,
+                parent: None,
+                bitmap: None,
+            });
+            std::fs::write(backup.join(MANIFEST_NAME), manifest.to_json().unwrap()).unwrap();
+        }
+        (store, plan)
+    }
+
+    fn find_and_discard(plan: &Plan) -> bool {
+        let found = Targets::find(plan, ID, None, true);
+        assert!(found.lost.is_none() && !found.unknown, "{:?}", found.lost);
+        found.targets.discard(&Progress::default())
+    }
+
+    #[test]
+    fn what_is_discarded_is_what_was_not_published() {
+        let (store, plan) = store(&format!(".{ID}.partial"), false);
+        let staged: Vec<_> = store.path().join("web").read_dir().unwrap().collect();
+        assert_eq!(staged.len(), 1);
+        assert!(find_and_discard(&plan));
+        assert!(!store.path().join("web").exists(), "nothing is left");
+    }
+
+    #[test]
+    fn a_published_backup_is_never_discarded() {
+        let (store, plan) = store(ID, true);
+        assert!(find_and_discard(&plan));
+        drop(Targets::find(&plan, ID, None, true));
+        let image = store.path().join("web").join(ID).join("vda.raw");
+        assert_eq!(std::fs::read(image).unwrap(), [1; 512]);
+    }
+}

@@ -15,7 +15,7 @@ use common::caller::Caller;
 use common::chain::{directories, id};
 use common::clients::USER;
 use common::disk::Disk;
-use common::made::{FIRST, Store, backupctl, text};
+use common::made::{FIRST, Store, backupctl, run, text};
 use common::process::{self, Output, Process};
 use common::proxies::Options;
 use common::stand_in::{HANGS, StandIn};
@@ -302,6 +302,10 @@ async fn a_storage_daemon_that_serves_has_no_rights() {
     .await;
     let engine = child_of(system.daemon().pid(), "qemu-storage-daemon");
     assert_confined(engine, NONE);
+    // It locks what it reads all the same.
+    let image = full.join("vda.qcow2");
+    let write = run("qemu-io", &["-f", "qcow2", "-c", "write 0 512", text(&image)]);
+    assert!(write.stderr.contains("lock"), "{}{}", write.stdout, write.stderr);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -130,7 +130,7 @@ int main(int argc, char **argv)
     attempt("its image's mode", fchmod(image, 0666) == 0);
     attempt("its image's flags", sets_flags(image));
     attempt("signals by its image", fcntl(image, F_SETOWN, getppid()) == 0);
-    attempt("a device", opens("/dev/null", O_RDWR));
+    attempt("a device", opens("/dev/zero", O_RDWR));
     attempt("a block device", opens(DEVICE, O_RDONLY));
     attempt("a file in /tmp", opens(NEW, O_CREAT | O_RDWR));
     attempt("a directory in /tmp", mkdir(NEW "-directory", 0700) == 0);

@@ -37,7 +37,6 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_fstatfs,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
-    libc::SYS_sync_file_range,
     libc::SYS_fallocate,
     libc::SYS_ftruncate,
     libc::SYS_fadvise64,
@@ -195,18 +194,8 @@ const OLDER_CALLS: &[libc::c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER_CALLS: &[libc::c_long] = &[];
 
-/// Whether there is a filter for this machine's processor.
-pub const IS_SUPPORTED: bool = cfg!(any(
-    target_arch = "x86_64",
-    target_arch = "aarch64",
-    target_arch = "riscv64"
-));
-
 /// Keeps this process, and what it executes, from all other calls. If `writes` is false, it can open files for reading only.
 pub fn restrict(writes: bool) -> Result<(), Error> {
-    if !IS_SUPPORTED {
-        return Ok(());
-    }
     let filter = filter(writes).map_err(seccompiler::Error::Backend)?;
     Ok(seccompiler::apply_filter(&filter)?)
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, Scope,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
 use super::PassedFile;
@@ -33,8 +33,9 @@ pub fn is_supported() -> bool {
     handled.and_then(Ruleset::create).is_ok()
 }
 
-/// Keeps this process, and what it executes, from all files, sockets and processes but those that `program` needs.
-pub fn restrict(files: &[PassedFile], program: &Path) -> Result<(), RulesetError> {
+/// Keeps this process, and what it executes, from all files, sockets and processes but those that `program` needs. False if
+/// the kernel cannot.
+pub fn restrict(files: &[PassedFile], program: &Path) -> Result<bool, RulesetError> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let run = AccessFs::ReadFile | AccessFs::Execute;
     let mut rules = Ruleset::default()
@@ -55,6 +56,8 @@ pub fn restrict(files: &[PassedFile], program: &Path) -> Result<(), RulesetError
     for file in LOADERS_FILES {
         rules = allow(rules, file, AccessFs::ReadFile.into())?;
     }
+    // QEMU finds out by it whether the kernel has locks of open files. Without it, it would lock no image.
+    rules = allow(rules, "/dev/null", AccessFs::ReadFile | AccessFs::WriteFile)?;
     for file in loaders() {
         rules = allow(rules, file, run)?;
     }
@@ -65,10 +68,19 @@ pub fn restrict(files: &[PassedFile], program: &Path) -> Result<(), RulesetError
         if file.writable {
             access |= AccessFs::WriteFile | AccessFs::Truncate;
         }
-        rules = allow(rules, file.path(), access)?;
+        // A file that no directory has (memfd_create(2)) takes no rule and needs none: Landlock lets everybody open it again who
+        // has it open.
+        if !has_no_place(*file) {
+            rules = allow(rules, file.path(), access)?;
+        }
     }
-    rules.no_new_privs(true).restrict_self()?;
-    Ok(())
+    let status = rules.no_new_privs(true).restrict_self()?;
+    Ok(status.ruleset != RulesetStatus::NotEnforced)
+}
+
+/// Whether it is in the kernel's own file system of memory, where it has no name.
+fn has_no_place(file: PassedFile) -> bool {
+    std::fs::read_link(file.path()).is_ok_and(|name| name.to_string_lossy().starts_with("/memfd:"))
 }
 
 /// Adds a rule for what is there.

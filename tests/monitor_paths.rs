@@ -175,7 +175,7 @@ async fn an_agent_is_reached_as_a_monitor_is() {
             })
             .await;
             let job = caller.start("web", quiesced).await;
-            assert_failed(&job, "QemuError", word).await;
+            assert_failed(&job, "QuiesceFailed", word).await;
         }
     };
     let link = theirs.join("web.qga");

@@ -9,9 +9,11 @@ const FIRST: Duration = Duration::from_millis(100);
 const LAST: Duration = Duration::from_secs(5);
 /// The same where somebody else has the monitor: while a try waits in QEMU's queue, the monitor becomes the service's if that
 /// client loses its connection for a moment.
-const FIRST_OF_SILENT: Duration = Duration::from_secs(5);
-/// Where trying again is of little use.
-const LAST_OF_FUTILE: Duration = Duration::from_secs(120);
+const FIRST_OF_SILENT: Duration = Duration::from_secs(2);
+/// A QEMU that was stopped for a while is found again soon enough for the backup that waits for it.
+const LAST_OF_SILENT: Duration = Duration::from_secs(30);
+/// Where somebody has to change something first.
+const LAST_OF_REFUSED: Duration = Duration::from_secs(120);
 /// After this pause without success a monitor that is not there is tried only when something happens to its path.
 const LAST_BEFORE_REST: Duration = Duration::from_secs(1);
 /// Not everything is an event: what a symbolic link points to, or who begins to listen at a socket that is there.
@@ -57,9 +59,9 @@ impl Retry {
         let longest = match after {
             After::Silence => {
                 self.pause = self.pause.max(FIRST_OF_SILENT);
-                LAST_OF_FUTILE
+                LAST_OF_SILENT
             }
-            After::Refusal => LAST_OF_FUTILE,
+            After::Refusal => LAST_OF_REFUSED,
             After::Failure | After::Absence => LAST,
         };
         let pause = if rests { RARELY } else { self.pause };
@@ -92,6 +94,6 @@ mod tests {
             retry.wait(After::Silence).await;
             tries += 1;
         }
-        assert!((30..40).contains(&tries), "{tries}");
+        assert!((120..125).contains(&tries), "{tries}");
     }
 }

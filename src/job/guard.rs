@@ -223,7 +223,7 @@ async fn thaw(agent: UnixStream, dialer: &Dialer, patience: Duration) -> qmp::Re
     let mut thawed = Agent::over(agent, patience).thaw().await;
     for _ in 0..TRIES {
         // Only who hung up can be there again; who is silent has been told.
-        if !matches!(thawed, Err(qmp::Error::Closed(_))) {
+        if !matches!(thawed, Err(qmp::Error::Closed(_) | qmp::Error::NotConnected(_))) {
             break;
         }
         tokio::time::sleep(PAUSE).await;

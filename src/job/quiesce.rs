@@ -241,7 +241,7 @@ pub async fn thaw_again(domain: &Domain) {
 /// An agent that answers.
 pub(super) async fn reach(dialer: &Dialer, patience: Duration) -> qmp::Result<Agent> {
     let stream = dialer.connect(patience).await;
-    let stream = stream.map_err(|error| qmp::Error::Closed(error.to_string().into()))?;
+    let stream = stream.map_err(|error| qmp::Error::NotConnected(error.to_string().into()))?;
     Agent::open(stream, patience).await
 }
 

@@ -46,6 +46,9 @@ pub enum Error {
     /// The connection is gone, so no reply will come. The command may have been executed.
     #[error("the monitor's connection is closed: {0}")]
     Closed(Arc<str>),
+    /// There is no connection, for this reason.
+    #[error("{0}")]
+    NotConnected(Arc<str>),
     /// The peer reads or answers nothing while others wait for it already. The command was not sent.
     #[error("{command} was not sent: the monitor has not answered {unanswered} commands before it")]
     Unanswered { command: String, unanswered: usize },

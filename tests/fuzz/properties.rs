@@ -54,7 +54,7 @@ fn message(line: &[u8]) {
     let (id, answer) = match Message::parse(line) {
         Err(error) => return assert_bounded(&error),
         Ok(Message::Event(event)) => {
-            let again = serde_json::json!({ "event": event.name, "data": event.data }).to_string();
+            let again = serde_json::json!({ "event": event.name, "data": event.data() }).to_string();
             let Ok(Message::Event(again)) = Message::parse(again.as_bytes()) else {
                 panic!("an event that is said again is none: {again}");
             };

@@ -194,18 +194,18 @@ impl Backups {
         Ok(())
     }
 
-    /// The named backups and all their dependents, as far as they are on record.
-    pub async fn with_dependents(&self, unwanted: &Unwanted) -> Result<Vec<Backup>, Error> {
+    /// The named backups and all their dependents; those that are not on record by their ids.
+    pub async fn with_dependents(&self, unwanted: &Unwanted) -> Result<(Vec<Backup>, Vec<String>), Error> {
         let chains = self.chains(&unwanted.store, &unwanted.domain).await?;
-        let mut backups = Vec::new();
+        let (mut backups, mut unknown) = (Vec::new(), Vec::new());
         for id in order(&chains.links, &unwanted.ids, true)? {
             match self.record(unwanted, &id).await {
                 Ok(backup) => backups.push(backup),
-                Err(Error::Gone(_)) => {}
+                Err(Error::Gone(id)) => unknown.push(id),
                 Err(error) => return Err(error),
             }
         }
-        Ok(backups)
+        Ok((backups, unknown))
     }
 
     /// What would go.

@@ -218,7 +218,8 @@ impl Service {
             only: None,
         };
         if how.with_descendants || how.merge {
-            let all = self.backups.with_dependents(&unwanted).await?;
+            // Those that are not on record refuse it later.
+            let (all, _) = self.backups.with_dependents(&unwanted).await?;
             let others = self.seen_of(caller, backup, &all).await?;
             if others.hidden > 0 {
                 return Err(others.into_error(backup).into());
@@ -235,12 +236,11 @@ impl Service {
         }
         match self.backups.remove(unwanted.clone(), how.dry_run).await {
             Err(backups::Error::HasDescendants { .. }) if unwanted.only.is_none() => {
-                let all = self.backups.with_dependents(&unwanted).await?;
-                Err(self
-                    .seen_of(caller, backup, &all)
-                    .await?
-                    .into_error(backup)
-                    .into())
+                let (all, unknown) = self.backups.with_dependents(&unwanted).await?;
+                let mut others = self.seen_of(caller, backup, &all).await?;
+                // Nobody here has a right in them, and who is to remove them has to know which they are.
+                others.ids.extend(unknown);
+                Err(others.into_error(backup).into())
             }
             removed => Ok(removed?),
         }

@@ -143,7 +143,7 @@ async fn known(root: &Caller, path: OwnedObjectPath, name: &'static str) -> Know
         backup: backups[0].0.clone(),
         backup_id: backups[0].1.clone(),
         hidden: name == "secret",
-        registered: name == "mine",
+        registered: name == "2:mine",
     }
 }
 
@@ -395,7 +395,7 @@ async fn every_member_does_for_everybody_what_the_table_says() {
     let domains = [
         known(root, root.manager.get_domain("web").await.unwrap(), "web").await,
         known(root, root.manager.get_domain("secret").await.unwrap(), "secret").await,
-        known(root, registered, "mine").await,
+        known(root, registered, "2:mine").await,
     ];
     for backup in ["web", "secret", "2:mine"] {
         for directory in directories(&system.store().join(backup)) {
@@ -425,7 +425,7 @@ async fn every_member_does_for_everybody_what_the_table_says() {
                         "{who} {member} {name}: {expected} expected, {found} found: {text}"
                     ));
                 }
-                if !person.sees(domain) && domain.name != "mine" {
+                if !person.sees(domain) && domain.name != "2:mine" {
                     assert!(
                         !text.contains("secret") || member.contains("Domain") || member == "CreateBackup",
                         "{text}"

@@ -24,9 +24,12 @@ fn machine(system: &System) -> Vm {
     system.configured(system.vm("web").disk(disk).running())
 }
 
-/// A backup that copies so many bytes a second.
+/// A full backup that copies so many bytes a second.
 async fn start(caller: &Caller, document: &str, rate: u64) -> JobProxy<'static> {
-    let options = Options::from([("bandwidth", Variant::from(rate))]);
+    let options = Options::from([
+        ("bandwidth", Variant::from(rate)),
+        ("incremental", Variant::from("full")),
+    ]);
     caller.start_with("web", document, &[], options).await
 }
 

@@ -103,6 +103,13 @@ impl Quota {
         })
     }
 
+    /// Whether a user can take one more now.
+    pub fn has_room(&self, uid: u32) -> bool {
+        let held = self.lock();
+        let own = held.by_user.get(&uid).copied().unwrap_or(0);
+        (uid == 0 || own < self.limits.per_user) && held.in_all < self.limits.in_all
+    }
+
     fn lock(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }

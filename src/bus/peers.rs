@@ -128,6 +128,13 @@ impl Peers {
         Ok(Visit { peer, share })
     }
 
+    /// Whether another call of this connection would be let in, if its user is known.
+    pub fn has_room(&self, name: &str) -> bool {
+        let peer = self.lock().get(name).cloned();
+        let uid = peer.and_then(|peer| peer.uid.get().copied());
+        uid.is_none_or(|uid| self.calls.has_room(uid))
+    }
+
     /// The user that the visitor's connection authenticated as, from the bus, which is asked once.
     pub async fn uid(&self, connection: &Connection, visit: &mut Visit) -> Result<u32> {
         let peer = visit.peer.clone();

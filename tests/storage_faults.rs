@@ -234,6 +234,31 @@ async fn storage_that_hangs_while_data_comes_fails_its_backup_in_time_and_keeps_
     scene.assert_as_before().await;
 }
 
+/// A further backup's commands would have QEMU wait for the write that hangs, and the guest with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_whose_target_hangs_is_not_backed_up_elsewhere_and_goes_on() {
+    let scene = Scene::new().await;
+    let job = scene.begin().await;
+    scene.storage.hang(Operation::Write);
+    scene.storage.affected().await;
+    job.set_speed(0).await.unwrap();
+    assert_failed(&job, "Stalled", "no progress").await;
+    for _ in 0..2 {
+        let next = scene.caller.try_start("web", "", &[], Options::new());
+        let refused = within("an answer", next).await.unwrap_err();
+        assert_eq!(error_name(&refused), format!("{OURS}Busy"), "{refused}");
+        assert!(
+            refused.to_string().contains("still has something of job"),
+            "{refused}"
+        );
+        assert_ne!(scene.vm.residue(), scene.before, "QEMU answers");
+    }
+    assert!(scene.storage.is_hanging());
+    scene.storage.heal();
+    scene.assert_as_before().await;
+    scene.caller.complete("web", "").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_backup_that_is_cancelled_while_its_storage_hangs_ends_in_time() {
     let scene = Scene::new().await;
@@ -305,6 +330,9 @@ async fn storage_that_hangs_before_anything_is_copied_refuses_the_backup_in_time
     assert_eq!(name, format!("{OURS}Stalled"), "{message}");
     assert!(message.contains("no progress"), "{message}");
     scene.assert_others_are_served().await;
+    // Nothing of it is in QEMU, so the machine can be backed up elsewhere.
+    scene.caller.complete("web", "").await;
+    assert!(scene.storage.is_hanging());
     scene.storage.heal();
     until_async("the machine to be free for the next", || async {
         let next = scene.caller.try_start("web", DOCUMENT, &[], Options::new()).await;

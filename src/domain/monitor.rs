@@ -22,6 +22,7 @@ use super::{Domain, Migration, PATIENCE, Snapshot, State};
 use crate::qmp::{self, Client, Driver, EventsError, Schema};
 use crate::quota::Quota;
 use crate::socket::{self, Dialer};
+use crate::text::excerpt;
 
 /// The oldest QEMU that can be backed up: `flat` of `query-named-block-nodes` came with it.
 pub const OLDEST: &str = "5.0";
@@ -31,6 +32,9 @@ const GRAPH_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Between two looks at a QEMU that its events cause.
 const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
+/// How often a failure of them is logged at most, and how many bytes of what the peer said.
+const BETWEEN_RECORDS: Duration = Duration::from_secs(60);
+const MOST_SAID: usize = 256;
 
 /// A connected monitor.
 #[derive(Debug)]
@@ -203,7 +207,7 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
         let link = Arc::new(link);
         tracing::info!(domain = domain.name, "monitor is up");
         domain.phase.send_replace(Phase::Up(link.clone()));
-        let mut looked = Instant::now();
+        let (mut looked, mut told) = (Instant::now(), None::<Instant>);
         loop {
             match events.next().await {
                 Ok(event) if !changes_something(&event.name) => {}
@@ -215,9 +219,13 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
                     looked = Instant::now();
                     match link.inspect().await {
                         Ok(fresh) => drop(domain.snapshot.send_replace(fresh)),
-                        Err(error) => {
-                            tracing::warn!(domain = domain.name, %error, "the domain's state is unknown")
+                        // A peer can fail as often as it likes, with words of its own.
+                        Err(error) if told.is_none_or(|told| told.elapsed() >= BETWEEN_RECORDS) => {
+                            let error = excerpt(&error.to_string(), MOST_SAID);
+                            tracing::warn!(domain = domain.name, error, "the domain's state is unknown");
+                            told = Some(Instant::now());
                         }
+                        Err(_) => {}
                     }
                 }
                 Err(EventsError::Closed) => return Err::<std::convert::Infallible, String>("closed".into()),

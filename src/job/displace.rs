@@ -7,15 +7,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::{Job, Jobs, State};
+use super::manager::ROOT;
+use super::{Error, Job, Jobs, Reservation, State};
 use crate::domain::Domain;
 use crate::plan::{Destination, Task};
+use crate::quota::Share;
 
 /// Root's backups wait for none that copies less than this, in bytes a second.
 const LEAST_RATE: u64 = 1 << 20;
-/// Before that, how fast a backup is says nothing.
+/// Nor for one that would take longer than this.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+/// How fast a backup is in its first moments says nothing.
 const GRACE: Duration = Duration::from_secs(60);
-const ROOT: u32 = 0;
+/// How long what is not a job yet, and what was left of one, are waited for.
+const SHORTLY: Duration = Duration::from_secs(10);
 
 /// Why a backup was ended for another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +34,7 @@ impl fmt::Display for Displaced {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("root started a backup of the domain, and this one ")?;
         f.write_str(match self {
-            Self::Slow => "copied less than 1 MiB a second",
+            Self::Slow => "copied less than 1 MiB a second, or would have taken longer than a day",
             Self::Orphan => "was made for a connection that had left",
         })
     }
@@ -38,15 +43,11 @@ impl fmt::Display for Displaced {
 impl Jobs {
     /// Ends the domain's backup if it must not keep one of `uid`'s waiting, and waits for its end, for as long as anything that
     /// makes no progress is waited for. Whether the domain may be free now.
-    pub async fn displace(&self, domain: &Domain, uid: u32) -> bool {
-        let name = domain.unique_name();
-        let mut jobs = self.list().into_iter();
-        let running = jobs.find(|job| {
-            job.domain.unique_name() == name
-                && job.plan.task == Task::Backup
-                && job.status.borrow().outcome.is_none()
-        });
-        let Some((job, why)) = running.and_then(|job| Some((job.clone(), job.displaceable(uid)?))) else {
+    async fn displace(&self, name: &str, uid: u32) -> bool {
+        let Some((job, why)) = self
+            .running(name)
+            .and_then(|job| Some((job.clone(), job.displaceable(uid)?)))
+        else {
             return false;
         };
         // It says something of a job that ends as cancelled only.
@@ -54,8 +55,72 @@ impl Jobs {
         if job.cancel().await.is_err() {
             return false;
         }
-        tracing::warn!(job = job.id, domain = domain.name, started_by = job.started_by.uid, %why, "a backup is ended for another one");
+        tracing::warn!(job = job.id, domain = job.domain.name, started_by = job.started_by.uid, %why, "a backup is ended for another one");
         tokio::time::timeout(self.patience(), job.wait()).await.is_ok()
+    }
+
+    /// Waits a moment until QEMU has nothing more of the domain's ended jobs.
+    pub async fn nothing_left(&self, domain: &Domain) -> Result<(), Error> {
+        let (name, until) = (domain.unique_name(), tokio::time::Instant::now() + SHORTLY);
+        loop {
+            let freed = self.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            let Some(job) = self.left_in_qemu(&name) else {
+                return Ok(());
+            };
+            if tokio::time::timeout_at(until, freed).await.is_err() {
+                return Err(Error::Left { job });
+            }
+        }
+    }
+
+    fn running(&self, name: &str) -> Option<Arc<Job>> {
+        let mut jobs = self.list().into_iter();
+        jobs.find(|job| {
+            job.domain.unique_name() == name
+                && job.plan.task == Task::Backup
+                && job.status.borrow().outcome.is_none()
+        })
+    }
+
+    /// Takes the domain's only place. Root's backups come before those of others; what will be over in a moment is waited for.
+    /// `tried` is called when it is known whether the place was free.
+    pub async fn reserve_or_displace(
+        self: &Arc<Self>,
+        domain: &Arc<Domain>,
+        uid: u32,
+        descriptors: &Arc<Share>,
+        tried: impl FnOnce(),
+    ) -> Result<Reservation, Error> {
+        let name = domain.unique_name();
+        let mut reserved = self.reserve(domain, uid, descriptors.clone());
+        tried();
+        let until = tokio::time::Instant::now() + SHORTLY;
+        loop {
+            let may_wait = match &reserved {
+                Err(Error::Left { .. }) => true,
+                Err(Error::Busy { .. }) if uid == ROOT => match self.running(&name) {
+                    Some(job) if job.started_by.uid == ROOT => false,
+                    running => {
+                        self.await_place(&name);
+                        running.is_none() || self.displace(&name, uid).await
+                    }
+                },
+                _ => false,
+            };
+            if !may_wait {
+                return reserved;
+            }
+            let freed = self.freed.notified();
+            tokio::pin!(freed);
+            // Before the look, so that nothing is missed.
+            freed.as_mut().enable();
+            reserved = self.reserve(domain, uid, descriptors.clone());
+            if reserved.is_err() && tokio::time::timeout_at(until, freed).await.is_err() {
+                return reserved;
+            }
+        }
     }
 
     /// Takes notice when the connection that started the job has `left` the bus.
@@ -79,7 +144,8 @@ impl Job {
         let status = self.status.borrow();
         let copying =
             (status.state == State::Running).then(|| (status.bytes_done(), self.taken_up.elapsed()));
-        if is_slow(*self.speed.borrow(), copying) {
+        let left = status.bytes().saturating_sub(status.bytes_done());
+        if is_slow(*self.speed.borrow(), left, copying) {
             return Some(Displaced::Slow);
         }
         let orphan = self.plan.destination == Destination::Caller && self.is_orphan.load(Ordering::Relaxed);
@@ -87,10 +153,11 @@ impl Job {
     }
 }
 
-/// `limit` in bytes a second, 0 for none; `copying` is what was copied and in which time, while it copies.
-fn is_slow(limit: u64, copying: Option<(u64, Duration)>) -> bool {
-    let is_limited = (1..LEAST_RATE).contains(&limit);
-    let crawls = |(bytes, time): (u64, Duration)| time >= GRACE && bytes / time.as_secs().max(1) < LEAST_RATE;
+/// `limit` in bytes a second, 0 for none; `left` in bytes; `copying` is what was copied and in which time, while it copies.
+fn is_slow(limit: u64, left: u64, copying: Option<(u64, Duration)>) -> bool {
+    let least = LEAST_RATE.max(left / LONGEST.as_secs());
+    let is_limited = (1..least).contains(&limit);
+    let crawls = |(bytes, time): (u64, Duration)| time >= GRACE && bytes / time.as_secs().max(1) < least;
     is_limited || copying.is_some_and(crawls)
 }
 
@@ -101,12 +168,14 @@ mod tests {
     #[test]
     fn a_backup_is_slow_by_its_limit_or_by_what_it_copied() {
         let copied = |bytes, seconds| Some((bytes, Duration::from_secs(seconds)));
-        assert!(is_slow(1, None));
-        assert!(is_slow(LEAST_RATE - 1, copied(1 << 40, 1)));
-        assert!(!is_slow(0, None));
-        assert!(!is_slow(LEAST_RATE, None));
-        assert!(!is_slow(0, copied(0, 59)), "it has just begun");
-        assert!(is_slow(0, copied(60 << 20, 61)));
-        assert!(!is_slow(0, copied(61 << 20, 61)));
+        assert!(is_slow(1, 0, None));
+        assert!(is_slow(LEAST_RATE - 1, 0, copied(1 << 40, 1)));
+        assert!(!is_slow(0, 1 << 40, None));
+        assert!(!is_slow(LEAST_RATE, 1 << 30, None));
+        assert!(is_slow(LEAST_RATE, 1 << 40, None), "twelve days");
+        assert!(!is_slow(0, 0, copied(0, 59)), "it has just begun");
+        assert!(is_slow(0, 0, copied(60 << 20, 61)));
+        assert!(!is_slow(0, 0, copied(61 << 20, 61)));
+        assert!(is_slow(0, 1 << 40, copied(61 << 20, 61)));
     }
 }

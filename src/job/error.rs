@@ -25,6 +25,10 @@ pub enum Error {
     Rescanning,
     #[error("the store was exchanged for another while it was being read")]
     Exchanged,
+    #[error(
+        "QEMU still has something of job {job}, which has ended: it is removed as soon as QEMU and the storage of its target answer"
+    )]
+    Left { job: u32 },
     #[error("the service is stopping")]
     Stopping,
     #[error("{0}")]
@@ -110,6 +114,7 @@ impl Error {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Busy { .. }
+            | Self::Left { .. }
             | Self::TooLate { .. }
             | Self::Recovering { .. }
             | Self::Rescanning

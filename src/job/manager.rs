@@ -3,9 +3,10 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
+use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -32,6 +33,19 @@ use crate::target::Targets;
 /// How long an ended job can still be asked about, and how many at most.
 const KEEP: Duration = Duration::from_secs(600);
 const KEEP_AT_MOST: u32 = 100;
+
+/// For how long nobody else begins a backup of a domain after root found one under way.
+const AWAITED: Duration = Duration::from_secs(600);
+pub(super) const ROOT: u32 = 0;
+
+/// Why a domain cannot be backed up now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refused {
+    /// Another backup is under way, or comes first.
+    Taken,
+    /// QEMU still has something of that job, which has ended: its storage may hang, and a further command could freeze QEMU.
+    Left { job: u32 },
+}
 
 /// What every job works with.
 pub(super) struct Setting {
@@ -72,6 +86,8 @@ struct Table {
     busy: HashMap<String, usize>,
     /// What is still to be removed of ended jobs, by the unique name of the domain: one task each works on it, in order.
     sweeps: HashMap<String, VecDeque<Leftover>>,
+    /// Unique names of domains that root could not back up because of another user's backup, and until when others have to wait.
+    awaited: HashMap<String, Instant>,
     jobs: BTreeMap<u32, Arc<Job>>,
     /// What will forget the ended ones in time; gone with them, so that nothing is left of one that is forgotten earlier.
     forgetting: HashMap<u32, AbortHandle>,
@@ -87,6 +103,8 @@ pub struct Jobs {
     /// One reads a store again at a time, also without being asked.
     pub(super) rescanning: tokio::sync::Mutex<()>,
     pub(super) tasks: TaskTracker,
+    /// A domain's place, or what was left of a job in QEMU, is free.
+    pub(super) freed: Notify,
 }
 
 /// The right to run the only backup of a domain; given back when it is dropped.
@@ -114,17 +132,31 @@ impl Reservation {
     }
 }
 
-impl Drop for Reservation {
-    fn drop(&mut self) {
+/// What is kept for a job that is being prepared.
+pub trait Held: Send + 'static {
+    /// Lets others have what the job would have been alone with; what counts for its user stays.
+    fn make_room(&mut self) {}
+}
+
+impl Held for Reservation {
+    fn make_room(&mut self) {
         let mut table = self.jobs.lock();
-        for (domain, _) in &self.domains {
-            if let Entry::Occupied(mut entry) = table.busy.entry(domain.clone()) {
+        for (domain, _hold) in self.domains.drain(..) {
+            if let Entry::Occupied(mut entry) = table.busy.entry(domain) {
                 *entry.get_mut() -= 1;
                 if *entry.get() == 0 {
                     entry.remove();
                 }
             }
         }
+        drop(table);
+        self.jobs.freed.notify_waiters();
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.make_room();
     }
 }
 
@@ -166,6 +198,7 @@ impl Jobs {
                 at_stake: Activity::default(),
             },
             tasks: TaskTracker::new(),
+            freed: Notify::new(),
         });
         let greeter: Weak<Self> = Arc::downgrade(&jobs);
         jobs.setting.domains.set_greeter(greeter);
@@ -256,6 +289,7 @@ impl Jobs {
                 if let Some(queue) = jobs.lock().sweeps.get_mut(&domain) {
                     queue.pop_front();
                 }
+                jobs.freed.notify_waiters();
             }
         });
     }
@@ -361,11 +395,11 @@ impl Jobs {
     pub async fn prepared<H, T>(
         self: &Arc<Self>,
         id: u32,
-        held: H,
+        mut held: H,
         mut targets: JoinHandle<error::Result<T>>,
     ) -> error::Result<(H, T)>
     where
-        H: Send + 'static,
+        H: Held,
         T: Send + 'static,
     {
         let patience = self.patience();
@@ -379,6 +413,8 @@ impl Jobs {
                 }
             },
             Err(_) => {
+                // Nothing of it is in QEMU.
+                held.make_room();
                 let jobs = self.clone();
                 self.tasks.spawn(async move {
                     let discarded = async {
@@ -416,14 +452,13 @@ impl Jobs {
             return Err(Error::Stopping);
         }
         let share = self.quota.take(uid, 1)?;
-        match self.lock().busy.entry(domain.unique_name()) {
-            Entry::Vacant(entry) => drop(entry.insert(1)),
-            Entry::Occupied(_) => {
-                return Err(Error::Busy {
+        self.take_place(&domain.unique_name(), uid)
+            .map_err(|refused| match refused {
+                Refused::Taken => Error::Busy {
                     domain: domain.name.clone(),
-                });
-            }
-        }
+                },
+                Refused::Left { job } => Error::Left { job },
+            })?;
         Ok(Reservation {
             jobs: self.clone(),
             domains: vec![(domain.unique_name(), domain.hold())],
@@ -431,6 +466,38 @@ impl Jobs {
             _use: self.setting.activity.begin(),
             _token: token,
         })
+    }
+
+    fn take_place(&self, domain: &str, uid: u32) -> Result<(), Refused> {
+        if let Some(job) = self.left_in_qemu(domain) {
+            return Err(Refused::Left { job });
+        }
+        let mut table = self.lock();
+        let now = Instant::now();
+        table.awaited.retain(|_, until| *until > now);
+        if uid != ROOT && table.awaited.contains_key(domain) {
+            return Err(Refused::Taken);
+        }
+        match table.busy.entry(domain.to_owned()) {
+            Entry::Vacant(entry) => drop(entry.insert(1)),
+            Entry::Occupied(_) => return Err(Refused::Taken),
+        }
+        table.awaited.remove(domain);
+        Ok(())
+    }
+
+    /// The ended job that QEMU still has something of, by the unique name of its domain.
+    pub(super) fn left_in_qemu(&self, domain: &str) -> Option<u32> {
+        let table = self.lock();
+        let mut leftovers = table.sweeps.get(domain)?.iter();
+        let left = leftovers.find(|leftover| leftover.residue.in_qemu)?;
+        Some(left.job.id)
+    }
+
+    /// Has other users wait for root's backup of the domain.
+    pub(super) fn await_place(&self, domain: &str) {
+        let until = Instant::now() + AWAITED;
+        self.lock().awaited.insert(domain.to_owned(), until);
     }
 
     /// Whether a job works on the domain, or on its checkpoints.

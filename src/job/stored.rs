@@ -12,7 +12,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::backup::{self, discard};
 use super::error::Stopped;
-use super::manager::{Ending, Jobs, Setting};
+use super::manager::{Ending, Held, Jobs, Setting};
 use super::progress::Meter;
 use super::record::{self, Residue};
 use super::{DiskState, DiskStatus, Error, Job, Outcome, State, blocking, outcome, show_ended};
@@ -39,6 +39,8 @@ pub struct Turn {
     _uses: [Use; 2],
     _token: TaskTrackerToken,
 }
+
+impl Held for Turn {}
 
 /// The work of a job on a stored backup.
 pub enum Work {

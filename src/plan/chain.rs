@@ -432,7 +432,7 @@ mod tests {
             auto(&known, &[forged.clone(), backup("a", Some(1))]),
             Ok(("a".into(), true))
         );
-        assert_eq!(auto(&known, &[forged.clone()]), Err(Why::NotProven));
+        assert_eq!(auto(&known, std::slice::from_ref(&forged)), Err(Why::NotProven));
         let same_name = foreign("a", "since-a");
         let earlier = past(&[same_name, backup("a", Some(1))]);
         let found = choose(&known, &earlier, &named("before-a"), None);

@@ -105,6 +105,8 @@ impl Service {
             for place in &places {
                 grants.push(self.ask(caller, &domain, place).await?);
             }
+            // Before QEMU is asked for anything: where a target hangs, a look at it can be what freezes QEMU.
+            self.jobs.nothing_left(&domain).await?;
             let link = domain.link().await?;
             check_features(&link)?;
             let snapshot = domain.refresh().await?;
@@ -152,14 +154,9 @@ impl Service {
         let uid = caller.uid;
         let start_time = clock::now();
         let share = request.files.share;
-        let reserved = self.jobs.reserve(&domain, uid, share.clone());
-        caller.turn.cancel();
-        let reservation = match reserved {
-            Err(job::Error::Busy { .. }) if self.jobs.displace(&domain, uid).await => {
-                self.jobs.reserve(&domain, uid, share)?
-            }
-            reserved => reserved?,
-        };
+        let tried = || caller.turn.cancel();
+        let reserved = self.jobs.reserve_or_displace(&domain, uid, &share, tried);
+        let reservation = reserved.await?;
         let (plan, held) = self
             .plan(
                 (&request.definition, &request.options, request.files.files.len()),

@@ -56,8 +56,9 @@ pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
     let opens = |process: &u32| {
         let reading = name(*process).starts_with("qemu");
         let counts = |access: OFlags| reading || access != OFlags::RDONLY;
+        // The access first: it costs least, and anybody can open anything as a path only.
         descriptors(*process).any(|descriptor| {
-            descriptor.file().is_some_and(touches) && descriptor.access().is_some_and(counts)
+            descriptor.access().is_some_and(counts) && descriptor.file().is_some_and(&touches)
         })
     };
     let found = others.find(opens);

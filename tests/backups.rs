@@ -439,6 +439,7 @@ async fn a_catalog_of_the_first_version_is_brought_to_this_one() {
         ALTER TABLE jobs DROP COLUMN state; ALTER TABLE jobs ADD COLUMN files TEXT;
         ALTER TABLE jobs ADD COLUMN instant INTEGER; ALTER TABLE jobs ADD COLUMN quiesced INTEGER;
         ALTER TABLE jobs ADD COLUMN verdict TEXT; ALTER TABLE jobs ADD COLUMN holds_poweroff INTEGER NOT NULL DEFAULT 0;
+        DROP INDEX ended_jobs_by_user; ALTER TABLE jobs DROP COLUMN started_by_name; ALTER TABLE jobs DROP COLUMN bytes;
         DROP TABLE checkpoints; DROP TABLE service; DROP TABLE store_marks; DROP TABLE store_generations;
         DELETE FROM jobs WHERE id = 2; PRAGMA user_version = 1;";
     catalog.execute_batch(former).unwrap();

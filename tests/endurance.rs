@@ -55,11 +55,14 @@ fn idle_time() -> Duration {
     Duration::from_secs(if full().is_some() { 60 } else { 5 })
 }
 
+/// Longer than an event of a domain's is left to others that may follow it, before the domain is looked at.
+const QUIET: Duration = Duration::from_millis(1500);
+
 /// Waits until everything that was to be done is done: no thread wakes up for a while.
 async fn rest(pid: u32) {
     wait::until_async("the service to rest", async || {
         let before = Activity::of(pid);
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::time::sleep(QUIET).await;
         (Activity::of(pid).wakeups_since(&before) == 0).then_some(())
     })
     .await;

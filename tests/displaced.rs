@@ -81,7 +81,7 @@ async fn a_users_backup_that_copies_as_it_should_is_waited_for() {
     );
     let running = start(&user, &document, MIB).await;
     assert_busy(&root).await;
-    // Whoever started it hears of its end no more.
+    // The user who started it no longer receives its end.
     let number = running.id().await.unwrap();
     let path = root.manager.get_job(number).await.unwrap();
     user.connection.close().await.unwrap();
@@ -91,4 +91,18 @@ async fn a_users_backup_that_copies_as_it_should_is_waited_for() {
     assert_displaced(&ended, "had left").await;
     assert_completed(&root.job(next).await).await;
     assert!(!targets.join("a.qcow2").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_root_was_refused_no_other_user_comes_first() {
+    let system = system(&["domain.read", "domain.backup"]);
+    let _vm = machine(&system);
+    let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
+    let running = start(&user, "", MIB).await;
+    assert_busy(&root).await;
+    running.cancel().await.unwrap();
+    wait::within("the end", running.wait()).await.unwrap();
+    assert_busy(&user).await;
+    assert_completed(&root.start("web", "").await).await;
+    assert_completed(&user.start("web", "").await).await;
 }

@@ -1,6 +1,6 @@
-//! Backups that would keep a domain from being backed up for good, and end when root starts one of it.
+//! Displacement: root's backup cancels another user's that would block the domain for a long time.
 //!
-//! A domain has one backup at a time. Whoever may make one could begin it and never let it end.
+//! A domain has one backup at a time. A user who may back it up could start a backup that never ends.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,20 +13,20 @@ use crate::domain::Domain;
 use crate::plan::{Destination, Task};
 use crate::quota::Share;
 
-/// Root's backups wait for none that copies less than this, in bytes a second.
+/// Root's backup displaces one that copies less than this, in bytes a second.
 const LEAST_RATE: u64 = 1 << 20;
-/// Nor for one that would take longer than this.
+/// Root's backup displaces one that would take longer than this.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
-/// How fast a backup is in its first moments says nothing.
+/// The rate of a backup is not judged before it has copied for this long.
 const GRACE: Duration = Duration::from_secs(60);
-/// How long what is not a job yet, and what was left of one, are waited for.
+/// The timeout for a reservation that is no job yet, and for the residue of an ended job.
 const SHORTLY: Duration = Duration::from_secs(10);
 
 /// Why a backup was ended for another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Displaced {
     Slow,
-    /// Nobody hears of its end, and it is not in a store.
+    /// The connection that started it has left, and its target is the caller's own.
     Orphan,
 }
 
@@ -154,9 +154,10 @@ impl Job {
 }
 
 /// `limit` in bytes a second, 0 for none; `left` in bytes; `copying` is what was copied and in which time, while it copies.
+/// Before QEMU copies, `left` is the virtual size, which says nothing about how long a sparse disk takes.
 fn is_slow(limit: u64, left: u64, copying: Option<(u64, Duration)>) -> bool {
     let least = LEAST_RATE.max(left / LONGEST.as_secs());
-    let is_limited = (1..least).contains(&limit);
+    let is_limited = (1..LEAST_RATE).contains(&limit);
     let crawls = |(bytes, time): (u64, Duration)| time >= GRACE && bytes / time.as_secs().max(1) < least;
     is_limited || copying.is_some_and(crawls)
 }
@@ -172,7 +173,10 @@ mod tests {
         assert!(is_slow(LEAST_RATE - 1, 0, copied(1 << 40, 1)));
         assert!(!is_slow(0, 1 << 40, None));
         assert!(!is_slow(LEAST_RATE, 1 << 30, None));
-        assert!(is_slow(LEAST_RATE, 1 << 40, None), "twelve days");
+        assert!(
+            !is_slow(100 << 20, 16 << 40, None),
+            "a sparse disk may hold little"
+        );
         assert!(!is_slow(0, 0, copied(0, 59)), "it has just begun");
         assert!(is_slow(0, 0, copied(60 << 20, 61)));
         assert!(!is_slow(0, 0, copied(61 << 20, 61)));

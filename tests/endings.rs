@@ -236,7 +236,7 @@ async fn existing_targets_of_a_failed_backup_hold_nothing_that_looks_good() {
     assert_eq!(fs::metadata(&target).unwrap().len(), 0);
 }
 
-/// Whoever can write to the directory can put a link where the image is about to get its name.
+/// A user who can write to the directory can replace the staged image by a link before it is published.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_whose_file_was_replaced_has_failed_and_what_took_its_place_stays() {
     let scene = Scene::new(32 * MIB).await;

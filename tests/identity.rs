@@ -487,7 +487,7 @@ async fn a_backup_goes_on_whose_vm_was_renamed_while_no_service_was_there() {
     assert_eq!(vm.residue().jobs, [""; 0]);
 }
 
-/// Whoever may read a backup knows its bitmap's name, and can write to a store that is carried about.
+/// A reader of a backup knows its bitmap's name, and can write to a store on removable media.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_built_upon_a_manifest_that_this_service_did_not_write() {
     let (_directory, table, nightly) = nightly(9);

@@ -1,8 +1,8 @@
 //! The proof that this service wrote a manifest.
 //!
-//! Others can write to a store, and whoever may read a backup knows its id and the names of its bitmaps. A manifest that they
-//! made up may be restored and verified like any other, but nothing is backed up incrementally on it: the VM's bitmap says
-//! nothing of an image that this service did not make.
+//! Other users and hosts can write to a store, and every reader of a backup knows its id and the names of its bitmaps. A forged
+//! manifest can be restored and verified like any other. It is never the base of an incremental backup, because the VM's bitmap
+//! does not describe an image that this service did not make.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};

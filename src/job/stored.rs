@@ -1,4 +1,4 @@
-//! Jobs upon stored backups: restoring one, verifying some, and serving one to whoever started it.
+//! Jobs upon stored backups: restoring one, verifying some, and serving one to the caller that started the job.
 //!
 //! They run in a process of the service's own, so that none of them survives it: what a former service left unfinished has
 //! failed.

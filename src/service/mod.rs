@@ -196,7 +196,7 @@ impl Service {
     }
 }
 
-/// The caller, as whoever starts a job.
+/// The caller as the starter of a job.
 fn starter(caller: &Caller) -> Starter {
     Starter {
         uid: caller.uid,

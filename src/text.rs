@@ -16,15 +16,10 @@ pub fn is_invisible(c: char) -> bool {
 
 /// `text` with such characters written out, in at most `most` bytes. What is left out is marked by an ellipsis.
 pub fn excerpt(text: &str, most: usize) -> String {
-    const MARK: char = '…';
     let mut excerpt = String::new();
     // How much of it stays if not all of it fits.
     let mut whole = 0;
-    for c in text.chars() {
-        let escaped: String = match is_invisible(c) {
-            true => c.escape_default().collect(),
-            false => c.escape_debug().collect(),
-        };
+    for escaped in text.chars().map(escaped) {
         if excerpt.len() + escaped.len() > most {
             excerpt.truncate(whole);
             excerpt.push(MARK);
@@ -36,6 +31,41 @@ pub fn excerpt(text: &str, most: usize) -> String {
         }
     }
     excerpt
+}
+
+/// `text` as [`excerpt`] writes it, in at most `most` bytes, but with its end where it does not fit: of a path, that says more than
+/// the middle. The length and a digest identify the whole text.
+pub fn abridged(text: &str, most: usize) -> String {
+    let whole = excerpt(text, usize::MAX);
+    if whole.len() <= most {
+        return whole;
+    }
+    let digest = blake3::hash(text.as_bytes()).to_hex();
+    let note = format!(" ({} bytes, BLAKE3 {}…)", text.len(), &digest[..16]);
+    let room = most.saturating_sub(note.len() + MARK.len_utf8());
+    let mut tail = Vec::new();
+    let mut left = room / 2;
+    for c in text.chars().rev().map(escaped) {
+        if c.len() > left {
+            break;
+        }
+        left -= c.len();
+        tail.push(c);
+    }
+    let tail: String = tail.into_iter().rev().collect();
+    // It ends with the mark.
+    let head = excerpt(text, room - tail.len() + MARK.len_utf8());
+    format!("{head}{tail}{note}")
+}
+
+/// Marks what is left out.
+const MARK: char = '…';
+
+fn escaped(c: char) -> String {
+    match is_invisible(c) {
+        true => c.escape_default().collect(),
+        false => c.escape_debug().collect(),
+    }
 }
 
 #[cfg(test)]
@@ -63,5 +93,25 @@ mod tests {
         assert_eq!(excerpt(&"\u{e0001}".repeat(900), 256).len(), 9 * 28 + 3);
         assert!(excerpt(&"漢".repeat(900), 256).len() <= 256);
         assert_eq!(excerpt("a\"\n\\", 99), "a\\\"\\n\\\\");
+    }
+
+    #[test]
+    fn an_abridged_text_has_its_head_its_tail_its_length_and_a_digest() {
+        assert_eq!(abridged("/srv/a.qcow2", 256), "/srv/a.qcow2");
+        let path = |name: &str| format!("/srv/{}/{name}", "x".repeat(900));
+        let (one, other) = (abridged(&path("one"), 256), abridged(&path("other"), 256));
+        assert!(
+            one.starts_with("/srv/xxx") && one.contains("xx/one (909 bytes, BLAKE3 "),
+            "{one}"
+        );
+        assert!(other.contains("xx/other (911 bytes, "), "{other}");
+        assert_eq!(one.matches(MARK).count(), 2, "{one}");
+        for text in ["\u{e0001}", "漢", "a", "\n"] {
+            let long = abridged(&text.repeat(5000), 256);
+            assert!(long.len() <= 256 && long.len() > 180, "{} {long}", long.len());
+        }
+        // The same head and tail, and the same length.
+        let middle = |c: &str| format!("{}{c}{}", "x".repeat(500), "x".repeat(500));
+        assert_ne!(abridged(&middle("y"), 256), abridged(&middle("z"), 256));
     }
 }

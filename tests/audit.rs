@@ -158,6 +158,9 @@ async fn a_granted_backup_has_one_record_with_its_job() {
     let sender = caller.connection.unique_name().unwrap().to_string();
     for record in &records {
         assert_eq!(part(record, "SENDER"), sender);
+        assert_eq!(part(record, "PID"), std::process::id().to_string());
+        let comm = std::fs::read_to_string("/proc/self/comm").unwrap();
+        assert_eq!(part(record, "COMM"), comm.trim_end());
         for (detail, expected) in [
             ("DRIVER", "QEMU"),
             ("DOMAIN_NAME", "web"),
@@ -242,8 +245,44 @@ async fn refusals_cannot_fill_the_journal_and_every_grant_is_on_record() {
         );
     }
     assert_eq!(part(refused[0], "COUNT"), "");
+    assert!(
+        part(refused[0], "TARGET_NAME").contains(" (3605 bytes, BLAKE3 "),
+        "{:?}",
+        refused[0]
+    );
     assert!(part(refused[0], "TARGET_NAME").len() <= 256, "{:?}", refused[0]);
     assert_eq!(part(refused[1], "COUNT"), (CALLS - 1).to_string());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_of_a_speed_cannot_fill_the_journal() {
+    const CALLS: usize = 40;
+    let rules = polkit::allow(USER, &["domain.backup"]);
+    let mut system = System::setup().rules(&rules).journal().start();
+    let slow = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11).slow(16 * MIB);
+    let _vm = machine(&system, "web", slow);
+    let user = Caller::of_user(&system, USER).await;
+    let job = user.start("web", "").await;
+    for speed in 0..CALLS {
+        job.set_speed((speed as u64 + 16) << 20).await.unwrap();
+    }
+    job.cancel().await.unwrap();
+    wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!(system.stop_daemon(), Some(0));
+    let records = system.journal().records();
+    let changes: Vec<_> = records
+        .iter()
+        .filter(|record| record.all("BACKUPD_ACTION") == [SET_SPEED])
+        .collect();
+    let [first, further] = changes.as_slice() else {
+        panic!("{changes:?}")
+    };
+    for record in [first, further] {
+        let parts = ["OUTCOME", "BASIS", "UID", "JOB"].map(|name| part(record, name));
+        assert_eq!(parts, ["granted", "starter", &USER.to_string(), "1"]);
+    }
+    assert!(part(first, "SENDER").starts_with(':') && part(first, "COUNT").is_empty());
+    assert_eq!(part(further, "COUNT"), (CALLS - 1).to_string());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,16 +1,19 @@
-//! One record in the log for each decision on a call that changes something; of many refusals a count ([`super::refusals`]).
+//! One record in the log for each decision on a call that changes something; a count where they repeat ([`super::repeats`]).
 //!
 //! In the journal each fact is a field of its own (`BACKUPD_ACTION=`, `BACKUPD_UID=`, …), so that an administrator can ask
 //! for them. Whatever a caller could have chosen is escaped: no text of a caller's can pass for a record or a part of one.
 
-use super::refusals::{Key, Refusals};
+use super::repeats::{Group, Key, Repeats};
 use super::{Caller, Details, Permission};
-use crate::text::excerpt;
+use crate::text::{abridged, excerpt};
 
 /// The target of the records' events.
 const TARGET: &str = "backupd::audit";
 /// The longest detail of a record, in bytes.
 const MOST_BYTES: usize = 256;
+/// The kernel's limit for the name of a process is 15 bytes (proc_pid_comm(5)).
+const MOST_OF_NAME: usize = 64;
+const GRANTED: &str = "granted";
 /// Keeps a log filter from leaving them out.
 pub const DIRECTIVE: &str = "backupd::audit=info";
 
@@ -45,10 +48,21 @@ struct Record {
 }
 
 impl Record {
+    fn key(&self, outcome: &'static str, job: Option<u32>) -> Key {
+        Key {
+            uid: self.caller.uid,
+            action: self.permission.action(),
+            outcome,
+            basis: self.basis.as_str(),
+            job,
+        }
+    }
+
     fn write(&self, outcome: &'static str, job: Option<u32>) {
         let action = self.permission.action();
         let (uid, sender) = (self.caller.uid, escaped(&self.caller.name));
         let basis = self.basis.as_str();
+        let process = self.caller.process.as_ref();
         let detail = |key| self.details.get(key).map(escaped);
         let name = detail("domain_name");
         // Some permissions are about no domain.
@@ -63,6 +77,8 @@ impl Record {
             basis,
             uid,
             sender,
+            pid = process.map(|process| process.id),
+            comm = process.map(|process| excerpt(&process.name, MOST_OF_NAME)),
             job,
             driver = detail("driver"),
             domain_name = name,
@@ -94,10 +110,19 @@ impl Grant {
         }))
     }
 
-    /// Records that `job` came of it, or is what it is about.
+    /// Records that it started `job`.
     pub fn record(mut self, job: u32) {
         if let Some(record) = self.0.take() {
-            record.write("granted", Some(job));
+            record.write(GRANTED, Some(job));
+        }
+    }
+
+    /// Records that it is about a `job` that is there. The same call can be granted as often as it is made.
+    pub(super) fn record_repeatable(mut self, repeats: &Repeats, job: u32) {
+        if let Some(record) = self.0.take()
+            && repeats.is_first(Group::Grants, record.key(GRANTED, Some(job)))
+        {
+            record.write(GRANTED, Some(job));
         }
     }
 }
@@ -105,46 +130,58 @@ impl Grant {
 impl Drop for Grant {
     fn drop(&mut self) {
         if let Some(record) = self.0.take() {
-            record.write("granted", None);
+            record.write(GRANTED, None);
         }
     }
 }
 
 /// Records a no: `denied`, `challenge` (a password would help) or `failed` (the authority could not say).
 pub(super) fn refused(
-    refusals: &Refusals,
+    repeats: &Repeats,
     caller: &Caller,
     permission: Permission,
     details: &Details,
     outcome: &'static str,
     job: Option<u32>,
 ) {
-    if refusals.is_first((caller.uid, permission.action(), outcome)) {
-        let record = Record {
-            caller: caller.clone(),
-            permission,
-            details: details.clone(),
-            basis: Basis::Polkit,
-        };
+    let record = Record {
+        caller: caller.clone(),
+        permission,
+        details: details.clone(),
+        basis: Basis::Polkit,
+    };
+    let group = match caller.user {
+        Some(_) => Group::Accounts,
+        None => Group::Nameless,
+    };
+    if repeats.is_first(group, record.key(outcome, None)) {
         record.write(outcome, job);
     }
 }
 
-/// Records further refusals like one that is on record.
-pub(super) fn refused_again((uid, action, outcome): Key, count: u64) {
+/// Records further decisions of a kind that is on record.
+pub(super) fn repeated(key: Key, count: u64) {
+    let Key {
+        uid,
+        action,
+        outcome,
+        basis,
+        job,
+    } = key;
     tracing::info!(
         target: TARGET,
         action,
         outcome,
-        basis = Basis::Polkit.as_str(),
+        basis,
         uid,
+        job,
         count,
         "{outcome}: user {uid}, {action}, {count} more times",
     );
 }
 
 fn escaped(text: &str) -> String {
-    excerpt(text, MOST_BYTES)
+    abridged(text, MOST_BYTES)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 mod audit;
 mod cache;
 mod polkit;
-mod refusals;
+mod repeats;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -28,7 +28,7 @@ use crate::error::Kind;
 use crate::quota::{Exceeded, Quota};
 use crate::turns::Turns;
 use cache::Cache;
-use refusals::Refusals;
+use repeats::Repeats;
 
 /// Silent questions at a time, in all and of a user. The authority answers one after the other; with the password dialogs of
 /// the default limit these are fewer than the bus allows a connection to have in flight (128 with dbus-daemon).
@@ -54,10 +54,20 @@ pub struct Caller {
     pub uid: u32,
     /// The user's name, if no other user gets the number soon.
     pub user: Option<String>,
+    /// The process that made the connection, as the bus knows it.
+    pub process: Option<Process>,
     /// The message allows that its user is asked for a password.
     pub interactive: bool,
     /// Cancelled when the call only waits: what its connection called after it need not wait for it any more.
     pub turn: CancellationToken,
+}
+
+/// A process, for the record only: its number can be another's by now, and it chose its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    pub id: u32,
+    /// Its `comm` (proc_pid_comm(5)) at the connection's first call.
+    pub name: String,
 }
 
 /// Facts about the object and the request, for the administrator's rules: what the service itself verified, and of a domain's
@@ -166,7 +176,7 @@ pub struct Access {
     cache: Cache,
     turns: Turns,
     dialogs: Quota,
-    refusals: Refusals,
+    repeats: Repeats,
     /// When a failure of the authority was logged last.
     complained: Mutex<Option<Instant>>,
 }
@@ -179,7 +189,7 @@ impl Access {
             cache: Cache::default(),
             turns: Turns::new(TURNS, TURNS_OF_A_USER),
             dialogs,
-            refusals: Refusals::new(audit::refused_again),
+            repeats: Repeats::new(audit::repeated),
             complained: Mutex::default(),
         }
     }
@@ -208,13 +218,18 @@ impl Access {
             }
             Err(exceeded) => (exceeded.into(), "denied"),
         };
-        audit::refused(&self.refusals, caller, permission, details, outcome, job);
+        audit::refused(&self.repeats, caller, permission, details, outcome, job);
         Err(error)
     }
 
     /// What follows from the caller's own part in the object, without asking the authority.
     pub fn implied(&self, caller: &Caller, permission: Permission, details: &Details, basis: Basis) -> Grant {
         Grant::new(caller, permission, details, basis)
+    }
+
+    /// Records a grant for a `job` that is there; a count where the same one repeats.
+    pub fn record_repeatable(&self, grant: Grant, job: u32) {
+        grant.record_repeatable(&self.repeats, job);
     }
 
     /// Whether `caller` has `permission` as things stand, of an object whose id is never another's; nobody is asked for a
@@ -284,9 +299,9 @@ impl Access {
         }
     }
 
-    /// Has the records of refusals written that are only counted yet.
+    /// Writes the counts of repeated decisions that are not on record yet.
     pub fn flush(&self) {
-        self.refusals.flush();
+        self.repeats.flush();
     }
 
     /// Forgets what was decided for a connection that has gone.

@@ -222,6 +222,7 @@ mod tests {
                 uid: 0,
                 interactive: false,
                 user: None,
+                process: None,
                 turn: Default::default(),
             };
             let answer = polkit

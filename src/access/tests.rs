@@ -34,6 +34,7 @@ fn caller() -> Caller {
         uid: 1000,
         interactive: false,
         user: None,
+        process: None,
         turn: Default::default(),
     }
 }

@@ -59,6 +59,7 @@ impl Call {
                 name: text(header.sender().map(|name| name.as_str())),
                 uid: user.0,
                 user: user.1,
+                process: visit.peer.process(),
                 interactive: header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH),
                 turn,
             },

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use futures_util::StreamExt;
 use tokio::sync::{OnceCell, oneshot};
@@ -14,7 +14,7 @@ use zbus::names::{BusName, UniqueName};
 use super::error::{BusError, Result};
 use super::follower::Follower;
 use super::turn::Line;
-use crate::access::Caller;
+use crate::access::{Caller, Process};
 use crate::domain::owner;
 use crate::error::Kind;
 use crate::quota::{Quota, Share};
@@ -32,6 +32,7 @@ pub struct Peer {
     uid: OnceCell<u32>,
     /// The name of that user, if it lasts.
     user: OnceCell<Option<String>>,
+    process: OnceLock<Process>,
     calls: AtomicUsize,
     line: Arc<Line>,
     subscription: Mutex<Option<Share>>,
@@ -44,6 +45,7 @@ impl Peer {
             name: name.to_owned(),
             uid: OnceCell::new(),
             user: OnceCell::new(),
+            process: OnceLock::new(),
             calls: AtomicUsize::new(0),
             line: Arc::default(),
             subscription: Mutex::new(None),
@@ -54,6 +56,11 @@ impl Peer {
     /// The name of the connection's user, if no other user gets the number soon.
     pub async fn user(&self, uid: u32) -> Option<String> {
         self.user.get_or_init(|| owner::lasting_name(uid)).await.clone()
+    }
+
+    /// The process that made the connection; nothing before the user is known, or if the bus does not know it.
+    pub fn process(&self) -> Option<Process> {
+        self.process.get().cloned()
     }
 
     /// The connection's unique name.
@@ -141,7 +148,13 @@ impl Peers {
         let uid = peer.uid.get_or_try_init(async || {
             let name = UniqueName::try_from(peer.name.as_str())?;
             let bus = DBusProxy::new(connection).await?;
-            Ok(bus.get_connection_unix_user(BusName::from(name)).await?)
+            let credentials = bus.get_connection_credentials(BusName::from(name)).await?;
+            if let Some(id) = credentials.process_id() {
+                // Only this closure sets it, and it runs until it has an answer.
+                let _ = peer.process.set(process(id).await);
+            }
+            let unknown = || zbus::Error::Failure("it has no user".to_owned());
+            credentials.unix_user_id().ok_or_else(unknown)
         });
         let uid = *uid.await.map_err(|error: zbus::Error| {
             // It has left before anything was known of it, and its leaving may have been told already.
@@ -174,6 +187,7 @@ impl Peers {
                 name: peer.name.clone(),
                 uid: *peer.uid.get()?,
                 user: peer.user.get().cloned().flatten(),
+                process: peer.process(),
                 // Signals ask nobody for a password.
                 interactive: false,
                 turn: CancellationToken::new(),
@@ -222,6 +236,16 @@ impl Peers {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Peer>>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn process(id: u32) -> Process {
+    let name = tokio::task::spawn_blocking(move || std::fs::read(format!("/proc/{id}/comm")));
+    // It may have ended.
+    let name = name.await.ok().and_then(std::io::Result::ok).unwrap_or_default();
+    Process {
+        id,
+        name: String::from_utf8_lossy(name.trim_ascii_end()).into_owned(),
     }
 }
 

@@ -182,7 +182,7 @@ impl Service {
                         .await?
                 }
             };
-            grant.record(job.id);
+            self.access.record_repeatable(grant, job.id);
         }
         Ok(())
     }

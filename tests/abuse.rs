@@ -1,19 +1,17 @@
 //! What no library would send: descriptors that a call does not speak of, or speaks of more often than it has them. None of
 //! it costs the service more than was passed, nor anybody else a backup.
 
-mod common;
-
 use std::fs::File;
 use std::os::fd::AsFd;
 
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::clients::USER;
+use crate::common::disk::Disk;
+use crate::common::proxies::slowly;
+use crate::common::raw::{Body, Client, Target};
+use crate::common::vm::Vm;
 use backupd::names::{JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::clients::USER;
-use common::disk::Disk;
-use common::proxies::slowly;
-use common::raw::{Body, Client, Target};
-use common::vm::Vm;
 
 const MIB: u64 = 1 << 20;
 const CREATE: Target = Target {
@@ -128,7 +126,7 @@ async fn descriptors_that_come_with_a_call_that_takes_none_are_refused_and_close
     for _ in 0..40 {
         client.wait_for("org.freedesktop.DBus.Error.");
     }
-    common::wait::until("the service to close them", || {
+    crate::common::wait::until("the service to close them", || {
         (descriptors(&mut system) <= before + 4).then_some(())
     });
     assert_completed(&job).await;
@@ -140,7 +138,7 @@ async fn calls_that_are_too_long_are_refused_before_they_are_read() {
     let caller = Caller::of_user(&system, USER).await;
     let refused = caller.manager.get_domain(&"x".repeat(3 << 20)).await.unwrap_err();
     assert_eq!(
-        common::proxies::error_name(&refused),
+        crate::common::proxies::error_name(&refused),
         "org.freedesktop.DBus.Error.LimitsExceeded"
     );
 }

@@ -1,16 +1,14 @@
 //! Who may do what, with the real polkitd and real ordinary users.
 
-mod common;
-
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::clients::{OTHER_USER, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{Options, error_name, slowly};
-use common::storage::files_below;
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::clients::{OTHER_USER, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{Options, error_name, slowly};
+use crate::common::storage::files_below;
+use crate::common::vm::Vm;
+use crate::common::wait;
 
 const MIB: u64 = 1 << 20;
 const DENIED: &str = "org.freedesktop.DBus.Error.AccessDenied";
@@ -252,7 +250,7 @@ async fn others_hear_only_that_a_job_began_and_ended() {
     let command = system
         .clients()
         .command(USER, "gdbus", &["monitor", "--system", "--dest", BUS]);
-    let monitor = common::process::Process::start("gdbus-monitor", system.dir(), command);
+    let monitor = crate::common::process::Process::start("gdbus-monitor", system.dir(), command);
     let monitor_says = |what: &str| {
         wait::until(&format!("the monitor to say {what:?}"), || {
             monitor.stdout().contains(what).then_some(())
@@ -280,7 +278,7 @@ async fn a_subscriber_hears_of_backups_that_others_started() {
     let mut subscriber = Caller::new(&system).await;
     subscriber.manager.subscribe().await.unwrap();
     starter.complete("web", "").await;
-    let names = |signals: Vec<common::caller::Signal>| {
+    let names = |signals: Vec<crate::common::caller::Signal>| {
         signals.into_iter().map(|signal| signal.name).collect::<Vec<_>>()
     };
     let heard = names(subscriber.signals_until("JobEnded").await);

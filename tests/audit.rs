@@ -1,26 +1,24 @@
 //! The audit trail: one record in the journal for each decision on a call that changes something, which nobody's words
 //! can forge.
 
-mod common;
-
 use std::io::{IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 
-use common::System;
-use common::authority::{Answer, Authority};
-use common::caller::{Caller, assert_completed};
-use common::calls;
-use common::clients::{OTHER_USER, ROOT, THIRD_USER, USER};
-use common::disk::Disk;
-use common::journal::{self, Journal, Record};
-use common::polkit;
-use common::proxies::{DomainProxy, Options, error_name};
-use common::storage::files_below;
-use common::test_directory;
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::authority::{Answer, Authority};
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::calls;
+use crate::common::clients::{OTHER_USER, ROOT, THIRD_USER, USER};
+use crate::common::disk::Disk;
+use crate::common::journal::{self, Journal, Record};
+use crate::common::polkit;
+use crate::common::proxies::{DomainProxy, Options, error_name};
+use crate::common::storage::files_below;
+use crate::common::test_directory;
+use crate::common::vm::Vm;
+use crate::common::wait;
 use rustix::fs::MemfdFlags;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 

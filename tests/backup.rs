@@ -1,20 +1,18 @@
 //! Backups that are good: what is in the images, where they are, and what is told of them.
 
-mod common;
-
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed, brief};
+use crate::common::chain::{directories, id};
+use crate::common::disk::Disk;
+use crate::common::proxies::{Options, slowly};
+use crate::common::storage::{LoopDevice, files_below, holds, identical};
+use crate::common::vm::Vm;
 use backupd::catalog::Manifest;
-use common::System;
-use common::caller::{Caller, assert_completed, brief};
-use common::chain::{directories, id};
-use common::disk::Disk;
-use common::proxies::{Options, slowly};
-use common::storage::{LoopDevice, files_below, holds, identical};
-use common::vm::Vm;
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
@@ -305,8 +303,8 @@ async fn data_below_an_overlay_is_copied_too() {
     let dir = system.dir().join("chain");
     fs::create_dir(&dir).unwrap();
     let qemu_img = |arguments: &[&str]| {
-        common::process::run({
-            let mut command = common::process::bound("qemu-img");
+        crate::common::process::run({
+            let mut command = crate::common::process::bound("qemu-img");
             command.args(arguments);
             command
         })
@@ -315,9 +313,9 @@ async fn data_below_an_overlay_is_copied_too() {
     let (base, top) = (dir.join("base.qcow2"), dir.join("top.qcow2"));
     let (base, top) = (base.to_str().unwrap(), top.to_str().unwrap());
     qemu_img(&["create", "-q", "-f", "qcow2", base, "16M"]);
-    let mut command = common::process::bound("qemu-io");
+    let mut command = crate::common::process::bound("qemu-io");
     command.args(["-f", "qcow2", "-c", "write -P 0x55 0 4M", base]);
-    common::process::run(command).expect_success();
+    crate::common::process::run(command).expect_success();
     qemu_img(&["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top]);
     let mut vm = system
         .vm("web")
@@ -398,9 +396,9 @@ async fn existing_files_are_written_into_where_the_caller_says_so() {
     let mut vm = web(&system);
     let caller = Caller::new(&system).await;
     let (a, b) = (system.dir().join("a.qcow2"), system.dir().join("b.raw"));
-    let mut command = common::process::bound("qemu-img");
+    let mut command = crate::common::process::bound("qemu-img");
     command.args(["create", "-q", "-f", "qcow2", a.to_str().unwrap(), "64M"]);
-    common::process::run(command).expect_success();
+    crate::common::process::run(command).expect_success();
     fs::write(&b, vec![0xff; 32 << 20]).unwrap();
     let text = document(&format!(
         "<disk name='vda'><target file='{}'/></disk>
@@ -489,7 +487,7 @@ async fn two_machines_are_backed_up_at_the_same_time() {
     let first = caller.start_with("one", "", &[], options()).await;
     let second = caller.start_with("two", "", &[], options()).await;
     for job in [&first, &second] {
-        common::wait::until_async("both to run", || async {
+        crate::common::wait::until_async("both to run", || async {
             (job.state().await.unwrap() == "running").then_some(())
         })
         .await;
@@ -530,7 +528,7 @@ async fn progress_rate_and_end_are_told_while_it_runs() {
     let caller = Caller::new(&system).await;
     let options = slowly(4 * MIB);
     let job = caller.start_with("web", "", &[], options).await;
-    common::wait::until_async("some progress", || async {
+    crate::common::wait::until_async("some progress", || async {
         let (rate, end) = (job.rate().await.unwrap(), job.expected_end_time().await.unwrap());
         (job.progress().await.unwrap() > 0.0 && rate > 0 && end > 0).then_some(())
     })

@@ -1,18 +1,16 @@
 //! The command-line client against the real service: what it prints, what it makes, and how it exits.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use common::System;
-use common::clients::{OTHER_USER, ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::process::Output;
-use common::storage::{files_below, identical};
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::clients::{OTHER_USER, ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::process::Output;
+use crate::common::storage::{files_below, identical};
+use crate::common::vm::Vm;
+use crate::common::wait;
 use rustix::process::Signal;
 use serde_json::Value;
 

@@ -1,20 +1,18 @@
 //! The backups in the stores, as the service tells of them and `backupctl backups` shows them: real ones, and chains made by
 //! hand on top of those.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
-use common::System;
-use common::caller::Caller;
-use common::chain::{directories, id, increment, manifest, write_manifest};
-use common::clients::{OTHER_USER, ROOT, USER};
-use common::disk::Disk;
-use common::made::{ALL, Store, run, text};
-use common::polkit;
-use common::proxies::{ListedBackup, Options, error_name};
-use common::vm::Vm;
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::chain::{directories, id, increment, manifest, write_manifest};
+use crate::common::clients::{OTHER_USER, ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::made::{ALL, Store, run, text};
+use crate::common::polkit;
+use crate::common::proxies::{ListedBackup, Options, error_name};
+use crate::common::vm::Vm;
 use serde_json::{Value, json};
 use zbus::wire::{OwnedObjectPath, Variant};
 
@@ -95,7 +93,7 @@ async fn a_backup_tells_what_its_manifest_says_in_the_list_and_as_an_object() {
         &id, &name, &domain, &uuid, &store, &kind, &parent, &state, &problem,
     ];
     let expected = [
-        &common::chain::id(&first),
+        &crate::common::chain::id(&first),
         "first",
         "web",
         vm.uuid(),
@@ -370,7 +368,7 @@ async fn who_may_not_read_a_domain_knows_of_no_backup_of_it() {
     let prefix = other.manager.get_backup("2").await.unwrap_err();
     assert_eq!(error_name(&prefix), "org.example.Backup1.Error.NoSuchBackup");
     // Nor does it stand in the way of the only one that somebody sees.
-    let foreign = Caller::of_user(&system, common::clients::THIRD_USER).await;
+    let foreign = Caller::of_user(&system, crate::common::clients::THIRD_USER).await;
     assert_eq!(names(&foreign).await, ["web"]);
     assert_eq!(foreign.manager.get_backup("2").await.unwrap(), web.0);
     let several = root.manager.get_backup("2").await.unwrap_err();
@@ -469,7 +467,7 @@ async fn a_store_is_read_where_no_service_is_and_by_an_ordinary_user() {
     fs::rename(system.store(), &carried).unwrap();
     let mut chown = std::process::Command::new("chown");
     chown.args(["-R", "nobody"]).arg(&carried);
-    common::process::run(chown).expect_success();
+    crate::common::process::run(chown).expect_success();
     let link = system.dir().join("usb");
     std::os::unix::fs::symlink(&carried, &link).unwrap();
     let from = link.to_str().unwrap();

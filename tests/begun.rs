@@ -1,17 +1,15 @@
 //! The answer of CreateBackup: when it comes, the backup has begun.
 
-mod common;
-
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::disk::Disk;
-use common::process;
-use common::proxies::{Options, error_name};
-use common::storage::files_below;
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::disk::Disk;
+use crate::common::process;
+use crate::common::proxies::{Options, error_name};
+use crate::common::storage::files_below;
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;

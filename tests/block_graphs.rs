@@ -1,16 +1,14 @@
 //! Machines whose block graphs are deep or wide: they are known, and backed up with all that their disks hold.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::caller::Caller;
-use common::disk::{Disk, Kind};
-use common::peer::{Imposter, Peer};
-use common::proxies::{DomainProxy, JobProxy, Options, error_name};
-use common::recorded::read;
-use common::{System, process, wait};
+use crate::common::caller::Caller;
+use crate::common::disk::{Disk, Kind};
+use crate::common::peer::{Imposter, Peer};
+use crate::common::proxies::{DomainProxy, JobProxy, Options, error_name};
+use crate::common::recorded::read;
+use crate::common::{System, process, wait};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;

@@ -2,15 +2,13 @@
 //!
 //! A test knows byte for byte what a disk held at the instant of each backup, and every backup is read by `qemu-img` alone.
 
-mod common;
-
 use std::process::Command;
 
-use common::caller::{Caller, assert_completed, assert_failed, cancel};
-use common::chain::digest;
-use common::proxies::{Options, error_name};
-use common::recorded::{DISKS, Recorded, SIZE, backup_id};
-use common::{System, process, wait};
+use crate::common::caller::{Caller, assert_completed, assert_failed, cancel};
+use crate::common::chain::digest;
+use crate::common::proxies::{Options, error_name};
+use crate::common::recorded::{DISKS, Recorded, SIZE, backup_id};
+use crate::common::{System, process, wait};
 use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 use zbus::wire::Variant;

@@ -1,16 +1,14 @@
 //! Checkpoints with names and documents, with and without a backup: what there is of them is what is on the disks, and nothing
 //! but the service's own bitmaps is ever touched.
 
-mod common;
-
-use common::System;
-use common::caller::{Caller, assert_completed, cancel};
-use common::clients::{ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{DomainProxy, ListedCheckpoint, Options, error_name};
-use common::storage::files_below;
-use common::vm::Vm;
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed, cancel};
+use crate::common::clients::{ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{DomainProxy, ListedCheckpoint, Options, error_name};
+use crate::common::storage::files_below;
+use crate::common::vm::Vm;
 use serde_json::{Value, json};
 use zbus::wire::Variant;
 

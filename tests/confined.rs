@@ -1,7 +1,5 @@
 //! The programs that read images, which others wrote, reach nothing but the files that they get, whatever they try.
 
-mod common;
-
 use std::fs::{self, File};
 use std::net::{TcpListener, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
@@ -10,18 +8,18 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::System;
-use common::caller::Caller;
-use common::chain::{directories, id};
-use common::clients::USER;
-use common::disk::Disk;
-use common::made::{FIRST, Store, backupctl, run, text};
-use common::process::{self, Output, Process};
-use common::proxies::Options;
-use common::stand_in::{HANGS, StandIn};
-use common::storage::LoopDevice;
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::chain::{directories, id};
+use crate::common::clients::USER;
+use crate::common::disk::Disk;
+use crate::common::made::{FIRST, Store, backupctl, run, text};
+use crate::common::process::{self, Output, Process};
+use crate::common::proxies::Options;
+use crate::common::stand_in::{HANGS, StandIn};
+use crate::common::storage::LoopDevice;
+use crate::common::vm::Vm;
+use crate::common::wait;
 use rustix::process::Pid;
 use tempfile::TempDir;
 use zbus::wire::{OwnedObjectPath, Variant};
@@ -43,7 +41,7 @@ struct Surroundings {
 
 impl Surroundings {
     fn new(bus: &str) -> Self {
-        let place = common::test_directory();
+        let place = crate::common::test_directory();
         let file = place.path().join("device");
         File::create(&file).unwrap().set_len(MIB).unwrap();
         let device = LoopDevice::attach(&file, MIB);
@@ -100,7 +98,7 @@ impl Surroundings {
     /// How much the program tries, all of which root reaches.
     #[track_caller]
     fn tries(&self, writes: bool) -> usize {
-        let place = common::test_directory();
+        let place = crate::common::test_directory();
         let program = self.hostile(place.path(), "unconfined", 0, writes);
         let mut command = Command::new("sh");
         let image = place.path().join("image");
@@ -178,7 +176,7 @@ fn file_of_a_user(path: &Path) -> File {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hostile_program_of_the_services_reaches_nothing() {
-    let place = common::test_directory();
+    let place = crate::common::test_directory();
     let system = System::setup()
         .environment("PATH", &StandIn::path_below(place.path()))
         .start();
@@ -310,7 +308,7 @@ async fn a_storage_daemon_that_serves_has_no_rights() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_of_a_user_s_is_opened_by_one_capability() {
-    let place = common::test_directory();
+    let place = crate::common::test_directory();
     let path = StandIn::path_below(place.path());
     let system = System::setup().environment("PATH", &path).start();
     let _vm = machine(&system);

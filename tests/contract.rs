@@ -1,20 +1,18 @@
 //! The files of the system agree with each other and with the running service: the interface descriptions in `dbus/`
 //! are the contract, and what is missing from one of the other files would show only on somebody's machine.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs;
 
+use crate::common::System;
+use crate::common::bus::project_file;
+use crate::common::caller::assert_completed;
+use crate::common::clients::ROOT;
+use crate::common::disk::Disk;
+use crate::common::proxies::{JobProxy, ManagerProxy, Options};
 use backupd::names::{
     BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
 };
-use common::System;
-use common::bus::project_file;
-use common::caller::assert_completed;
-use common::clients::ROOT;
-use common::disk::Disk;
-use common::proxies::{JobProxy, ManagerProxy, Options};
 use zbus_xml::{ArgDirection, Interface, Node};
 
 /// Interfaces of the bus's own that callers may use, with the members the policy lets through.

@@ -1,7 +1,7 @@
 //! The `<domainbackup>` language, case by case: `tests/definitions/valid` holds documents beside what they are
 //! written back as, `invalid` holds documents beside the error that refuses them (its kind, then its text). The same
 //! of `<domaincheckpoint>` in `checkpoint-valid` and `checkpoint-invalid`.
-//! `UPDATE=1 cargo test --test definition` rewrites the expectations; read the difference before keeping it.
+//! `UPDATE=1 cargo test --test tests definition::` rewrites the expectations; read the difference before keeping it.
 
 use std::collections::BTreeSet;
 use std::fs;

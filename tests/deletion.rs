@@ -1,22 +1,20 @@
 //! Deleting backups: what goes, in which order, what stays, and what a service that dies in between leaves to the next one.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::chain::{directories, id, increment};
+use crate::common::clients::{ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{Options, error_name};
+use crate::common::storage::files_below;
+use crate::common::vm::Vm;
+use crate::common::wait;
 use backupd::fault::Point;
-use common::System;
-use common::caller::Caller;
-use common::chain::{directories, id, increment};
-use common::clients::{ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{Options, error_name};
-use common::storage::files_below;
-use common::vm::Vm;
-use common::wait;
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 use zbus::wire::Variant;
@@ -265,7 +263,7 @@ async fn a_rescan_finishes_what_nobody_remembers() {
     assert_eq!(listed(&root).await.len(), 2);
 }
 
-fn backupctl(system: &System, arguments: &[&str]) -> common::process::Output {
+fn backupctl(system: &System, arguments: &[&str]) -> crate::common::process::Output {
     system.clients().backupctl(ROOT, arguments)
 }
 

@@ -1,17 +1,15 @@
 //! Targets that are the caller's own open files: a backup that would be gone with its last descriptor is not begun.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::disk::Disk;
-use common::proxies::{Options, error_name};
-use common::storage::holds;
-use common::vm::Vm;
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::disk::Disk;
+use crate::common::proxies::{Options, error_name};
+use crate::common::storage::holds;
+use crate::common::vm::Vm;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use zbus::wire::Variant;
 

@@ -1,18 +1,16 @@
 //! What polkit's rules are told of a request is true, and is what is executed.
 
-mod common;
-
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::clients::USER;
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{Options, error_name, slowly};
-use common::storage::{LoopDevice, files_below};
-use common::vm::Vm;
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::clients::USER;
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{Options, error_name, slowly};
+use crate::common::storage::{LoopDevice, files_below};
+use crate::common::vm::Vm;
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
@@ -234,7 +232,7 @@ async fn a_rule_about_cancelling_can_say_which_backup() {
         if !may {
             job.cancel().await.unwrap();
         }
-        let (result, _, _) = common::wait::within("the end", job.wait()).await.unwrap();
+        let (result, _, _) = crate::common::wait::within("the end", job.wait()).await.unwrap();
         assert_eq!(result, "cancelled");
     }
 }

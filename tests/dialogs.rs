@@ -1,18 +1,16 @@
 //! Password dialogs: what an ordinary user is asked, and what becomes of the call however the dialog ends.
 
-mod common;
-
-use common::System;
-use common::caller::Caller;
-use common::calls::{self, create_asking, end_of};
-use common::clients::{OTHER_USER, ROOT, USER};
-use common::dialog::{Agent, Dialog};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::error_name;
-use common::storage::files_below;
-use common::vm::{Residue, Vm};
-use common::wait;
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::calls::{self, create_asking, end_of};
+use crate::common::clients::{OTHER_USER, ROOT, USER};
+use crate::common::dialog::{Agent, Dialog};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::error_name;
+use crate::common::storage::files_below;
+use crate::common::vm::{Residue, Vm};
+use crate::common::wait;
 
 const MIB: u64 = 1 << 20;
 const BACKUP: &str = "org.example.backup1.domain.backup";
@@ -27,7 +25,7 @@ struct Scene {
 }
 
 impl Scene {
-    async fn new(setup: common::Setup) -> Self {
+    async fn new(setup: crate::common::Setup) -> Self {
         let system = setup.start();
         let disk = Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11);
         let vm = system.configured(system.vm("web").disk(disk));
@@ -40,7 +38,7 @@ impl Scene {
     }
 
     /// A user's `CreateBackup` that waits for its dialog.
-    async fn ask(&mut self, name: &str, uid: u32) -> (common::process::Process, Dialog) {
+    async fn ask(&mut self, name: &str, uid: u32) -> (crate::common::process::Process, Dialog) {
         let call = create_asking(&self.system, &self.agent, name, uid, "web").await;
         let dialog = self.agent.opened().await;
         assert_eq!(dialog.action, BACKUP);

@@ -1,15 +1,13 @@
 //! A backup that its starter never lets end keeps nobody from root's.
 
-mod common;
-
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::clients::{OTHER_USER as OTHER, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{JobProxy, Options, error_name};
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::clients::{OTHER_USER as OTHER, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{JobProxy, Options, error_name};
+use crate::common::vm::Vm;
+use crate::common::wait;
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;

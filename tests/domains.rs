@@ -1,7 +1,5 @@
 //! The domains that the service knows: how they come and go, what is told of them, and the names of their disks.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,14 +7,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 
-use common::System;
-use common::caller::{Caller, assert_completed, brief};
-use common::disk::{Disk, Kind};
-use common::peer::{GREETING, Peer};
-use common::proxies::{DomainProxy, Options, error_name, slowly};
-use common::storage::{holds, identical};
-use common::vm::Vm;
-use common::wait::{until_async, within};
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed, brief};
+use crate::common::disk::{Disk, Kind};
+use crate::common::peer::{GREETING, Peer};
+use crate::common::proxies::{DomainProxy, Options, error_name, slowly};
+use crate::common::storage::{holds, identical};
+use crate::common::vm::Vm;
+use crate::common::wait::{until_async, within};
 use serde_json::json;
 use zbus::wire::OwnedObjectPath;
 
@@ -387,7 +385,7 @@ async fn a_file_that_comes_changes_and_goes_takes_effect_and_subscribers_are_tol
     caller.signals_until("JobEnded").await;
     // The first QEMU's monitor is free.
     let observer = until_async("the monitor to be let go", || async {
-        common::observer::Observer::connect(&one.monitor_path())
+        crate::common::observer::Observer::connect(&one.monitor_path())
     });
     drop(observer.await);
 
@@ -954,7 +952,7 @@ async fn a_registered_domain_goes_with_the_connection_that_registered_it() {
     owner.connection.close().await.unwrap();
     let gone = watcher.signals_until("DomainRemoved").await;
     assert!(brief(&gone).contains(&format!("DomainRemoved {path}")));
-    common::caller::assert_completed(&job).await;
+    crate::common::caller::assert_completed(&job).await;
     wait_for_no_domain(&watcher, "mine").await;
     // Its QEMU takes another client.
     register(&watcher, "mine", vm.monitor_stream()).await.unwrap();

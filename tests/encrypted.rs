@@ -1,19 +1,17 @@
 //! Disks that QEMU decrypts: a backup has them in plain text, and says so.
 
-mod common;
-
 use std::path::Path;
 use std::process::Command;
 
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::clients::ROOT;
-use common::disk::Disk;
-use common::process;
-use common::proxies::DomainProxy;
-use common::recorded::backup_id;
-use common::storage::holds;
-use common::wait;
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::clients::ROOT;
+use crate::common::disk::Disk;
+use crate::common::process;
+use crate::common::proxies::DomainProxy;
+use crate::common::recorded::backup_id;
+use crate::common::storage::holds;
+use crate::common::wait;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;

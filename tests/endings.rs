@@ -1,16 +1,14 @@
 //! Backups that do not complete: cancelled, failed, or with QEMU gone. What is told is true, and nothing is left.
 
-mod common;
-
 use std::fs;
 
-use common::System;
-use common::caller::{Caller, Signal, brief};
-use common::disk::Disk;
-use common::proxies::{JobProxy, Options, error_name, slowly};
-use common::storage::{Tmpfs, files_below};
-use common::vm::{Residue, Vm};
-use common::wait;
+use crate::common::System;
+use crate::common::caller::{Caller, Signal, brief};
+use crate::common::disk::Disk;
+use crate::common::proxies::{JobProxy, Options, error_name, slowly};
+use crate::common::storage::{Tmpfs, files_below};
+use crate::common::vm::{Residue, Vm};
+use crate::common::wait;
 use serde_json::json;
 use zbus::wire::Variant;
 
@@ -167,7 +165,7 @@ async fn many_cancels_at_many_moments_end_as_they_say() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_that_runs_full_fails_the_backup_and_both_disks_say_so() {
-    let small = common::test_directory();
+    let small = crate::common::test_directory();
     let full = Tmpfs::mount(&small.path().join("full"), 24 * MIB);
     let mut scene = Scene::new(32 * MIB).await;
     let document = format!(
@@ -178,11 +176,11 @@ async fn a_target_that_runs_full_fails_the_backup_and_both_disks_say_so() {
     );
     // Somebody else takes the space that was free at the start.
     let mount = |size: u64| {
-        let mut command = common::process::bound("mount");
+        let mut command = crate::common::process::bound("mount");
         command
             .args(["-o", &format!("remount,size={size}")])
             .arg(full.path());
-        common::process::run(command).expect_success();
+        crate::common::process::run(command).expect_success();
     };
     mount(256 * MIB);
     // Slow enough that the space is gone before it is needed.
@@ -218,9 +216,9 @@ async fn a_target_that_runs_full_fails_the_backup_and_both_disks_say_so() {
 async fn existing_targets_of_a_failed_backup_hold_nothing_that_looks_good() {
     let mut scene = Scene::new(32 * MIB).await;
     let target = scene.system.dir().join("existing.qcow2");
-    let mut command = common::process::bound("qemu-img");
+    let mut command = crate::common::process::bound("qemu-img");
     command.args(["create", "-q", "-f", "qcow2", target.to_str().unwrap(), "128M"]);
-    common::process::run(command).expect_success();
+    crate::common::process::run(command).expect_success();
     let document = format!(
         "<domainbackup><disks><disk name='vdb'><target file='{}'/></disk></disks></domainbackup>",
         target.display()

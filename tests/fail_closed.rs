@@ -5,24 +5,22 @@
 //! service may remember for a while that a connection could see the machine; so each call comes from a connection of its
 //! own, but where the test says otherwise.
 
-mod common;
-
+use crate::common::System;
+use crate::common::authority::{Answer, Authority};
+use crate::common::caller::Caller;
+use crate::common::calls::{self, create_asking, end_of};
+use crate::common::clients::{ROOT, USER};
+use crate::common::dialog::Agent;
+use crate::common::disk::Disk;
+use crate::common::eavesdropper::Eavesdropper;
+use crate::common::polkit;
+use crate::common::proxies::{Options, error_name};
+use crate::common::storage::files_below;
+use crate::common::vm::{Residue, Vm};
+use crate::common::wait;
 use backupd::names::{
     BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
 };
-use common::System;
-use common::authority::{Answer, Authority};
-use common::caller::Caller;
-use common::calls::{self, create_asking, end_of};
-use common::clients::{ROOT, USER};
-use common::dialog::Agent;
-use common::disk::Disk;
-use common::eavesdropper::Eavesdropper;
-use common::polkit;
-use common::proxies::{Options, error_name};
-use common::storage::files_below;
-use common::vm::{Residue, Vm};
-use common::wait;
 use serde::Serialize;
 use zbus::wire::DynamicType;
 

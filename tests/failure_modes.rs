@@ -1,18 +1,16 @@
 //! A machine that changes, is changed by others, stands still or ends while a backup of it runs. `docs/failure-modes.md`
 //! tells users what these tests show.
 
-mod common;
-
 use std::path::PathBuf;
 
-use common::System;
-use common::caller::{Caller, assert_completed, assert_failed};
-use common::disk::{Disk, Kind};
-use common::proxies::{JobProxy, Options, error_name, slowly};
-use common::proxy::Proxy;
-use common::storage::{files_below, holds};
-use common::vm::{Builder, Residue, Vm};
-use common::wait::{until_async, within};
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed, assert_failed};
+use crate::common::disk::{Disk, Kind};
+use crate::common::proxies::{JobProxy, Options, error_name, slowly};
+use crate::common::proxy::Proxy;
+use crate::common::storage::{files_below, holds};
+use crate::common::vm::{Builder, Residue, Vm};
+use crate::common::wait::{until_async, within};
 use serde_json::{Value, json};
 use zbus::wire::Variant;
 
@@ -113,12 +111,12 @@ impl Scene {
     /// An empty image beside the machine's, as a node in its QEMU.
     fn add_node(&self, name: &str, size: u64) {
         let path = self.system.dir().join(name);
-        let mut create = common::process::bound("qemu-img");
+        let mut create = crate::common::process::bound("qemu-img");
         create
             .args(["create", "-q", "-f", "qcow2"])
             .arg(&path)
             .arg(size.to_string());
-        common::process::run(create).expect_success();
+        crate::common::process::run(create).expect_success();
         let node = json!({
             "driver": "qcow2", "node-name": name, "file": { "driver": "file", "filename": path },
         });
@@ -185,7 +183,7 @@ async fn a_guest_that_powers_off_during_a_backup_that_is_cancelled_is_off_then()
     let job = scene.begin().await;
     scene.vm.guest().power_off();
     scene.domain_state("shut off").await;
-    common::caller::cancel(&job).await;
+    crate::common::caller::cancel(&job).await;
     scene.vm.wait_for_end();
     assert_eq!(files_below(&scene.system.store()), [""; 0]);
 }
@@ -203,7 +201,7 @@ async fn a_guest_may_power_off_though_something_of_a_backup_stays_in_its_qemu() 
         "blockdev-add",
         json!({ "driver": "raw", "node-name": "theirs", "file": target, "read-only": true }),
     );
-    common::caller::cancel(&job).await;
+    crate::common::caller::cancel(&job).await;
     assert_ne!(scene.vm.residue(), scene.before);
     scene.vm.guest().power_off();
     scene.vm.wait_for_end();
@@ -313,7 +311,7 @@ async fn a_drive_that_goes_with_its_device_takes_the_backup_along() {
     assert_eq!(files_below(&scene.system.store()), [""; 0]);
     // The drive's own nodes go too, a moment later.
     scene.before.nodes.retain(|node| node.starts_with("vda"));
-    common::wait::until("the drive to be gone", || {
+    crate::common::wait::until("the drive to be gone", || {
         (scene.vm.residue().nodes == scene.before.nodes).then_some(())
     });
     scene.caller.complete("web", "").await;
@@ -465,7 +463,7 @@ async fn a_migration_fails_while_a_backup_runs_and_works_afterwards() {
     let job = scene.begin().await;
     let migrate = || {
         scene.vm.qmp("migrate", json!({ "uri": "exec:cat>/dev/null" }));
-        common::wait::until("the migration's end", || {
+        crate::common::wait::until("the migration's end", || {
             let status = scene.vm.qmp("query-migrate", json!({}))["status"].clone();
             [json!("completed"), json!("failed")]
                 .contains(&status)

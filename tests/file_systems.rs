@@ -1,20 +1,18 @@
 //! Stores and targets on file systems that cannot do everything: network file systems, FUSE.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::clients::ROOT;
-use common::disk::Disk;
-use common::hanging::{Hanging, Limits};
-use common::proxies::{Options, error_name};
-use common::storage::{files_below, holds};
-use common::vm::Vm;
-use common::{process, wait};
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::clients::ROOT;
+use crate::common::disk::Disk;
+use crate::common::hanging::{Hanging, Limits};
+use crate::common::proxies::{Options, error_name};
+use crate::common::storage::{files_below, holds};
+use crate::common::vm::Vm;
+use crate::common::{process, wait};
 
 const MIB: u64 = 1 << 20;
 const INVALID: &str = "org.example.Backup1.Error.TargetInvalid";
@@ -198,7 +196,7 @@ impl MountPoint {
     const STORE: &str = "<domainbackup><store name='disk'/></domainbackup>";
 
     async fn new() -> Self {
-        let place = common::test_directory();
+        let place = crate::common::test_directory();
         let path = place.path().join("mnt");
         fs::create_dir(&path).unwrap();
         let system = System::setup().store("disk", &path).start();
@@ -328,7 +326,7 @@ async fn a_backup_in_the_lower_layer_of_an_overlay_is_refused_before_any_other_i
         scene.ids().into_iter().find(|id| !before.contains(id)).unwrap()
     };
     let (first, second) = (back_up().await, back_up().await);
-    let layers = common::test_directory();
+    let layers = crate::common::test_directory();
     let _overlay = Mounted::overlay(&scene.path, layers.path());
     let third = back_up().await;
     let before = all_below(&scene.path);

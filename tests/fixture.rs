@@ -1,16 +1,15 @@
 //! The fixture's own tests: what the other tests stand on, without the service.
 
-mod common;
-
-use common::bus::Bus;
-use common::clients::{Clients, OTHER_USER, USER};
-use common::disk::{Disk, Kind};
-use common::polkit::{self, POLKIT_NAME, Polkit};
-use common::process::Output;
-use common::storage::{self, LoopDevice, Tmpfs};
-use common::vm::Builder;
-use common::{System, test_directory};
+use crate::common::bus::Bus;
+use crate::common::clients::{Clients, OTHER_USER, USER};
+use crate::common::disk::{Disk, Kind};
+use crate::common::polkit::{self, POLKIT_NAME, Polkit};
+use crate::common::process::Output;
+use crate::common::storage::{self, LoopDevice, Tmpfs};
+use crate::common::vm::Builder;
+use crate::common::{System, test_directory};
 use serde_json::json;
+use std::path::Path;
 
 const MIB: u64 = 1 << 20;
 
@@ -65,8 +64,10 @@ fn polkit_knows_every_action_of_the_policy_and_can_be_taken_away() {
             &[""],
         )
         .expect_success();
-    let text =
-        std::fs::read_to_string(common::bus::project_file("polkit/org.example.backup1.policy")).unwrap();
+    let text = std::fs::read_to_string(crate::common::bus::project_file(
+        "polkit/org.example.backup1.policy",
+    ))
+    .unwrap();
     let ids: Vec<&str> = text
         .split("<action id=\"")
         .skip(1)
@@ -95,7 +96,7 @@ fn only_root_may_own_the_name() {
             &["org.example.Backup1", "0"],
         )
     };
-    request(common::clients::ROOT).expect_success();
+    request(crate::common::clients::ROOT).expect_success();
     let refused = request(USER);
     assert!(refused.stderr.contains("AccessDenied"), "{refused:?}");
 }
@@ -250,4 +251,28 @@ fn small_file_systems_and_block_devices_come_and_go() {
     vm.write("vda", MIB, MIB, 5);
     vm.quit();
     assert!(storage::holds(&backing, "raw", MIB, MIB, 5));
+}
+
+/// A file that is part of no program would be tests that never run.
+#[test]
+fn every_file_of_tests_is_part_of_a_program() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let manifest = std::fs::read_to_string(root.join("Cargo.toml")).unwrap();
+    let modules = std::fs::read_to_string(root.join("tests/main.rs")).unwrap();
+    let mut found = 0;
+    for entry in std::fs::read_dir(root.join("tests")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "rs") {
+            continue;
+        }
+        found += 1;
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        let program = format!("path = \"tests/{name}.rs\"");
+        let module = format!("mod {name};");
+        assert!(
+            manifest.contains(&program) || modules.lines().any(|line| line == module),
+            "tests/{name}.rs is neither a module of tests/main.rs nor a program of Cargo.toml"
+        );
+    }
+    assert!(found > 30, "{found} files are found");
 }

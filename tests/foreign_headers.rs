@@ -1,8 +1,6 @@
 //! A file that is written to can be the caller's own, who has it open, too: no header that the caller puts there has QEMU open
 //! another file for a change, or connect to anybody.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -11,11 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use common::System;
-use common::caller::Caller;
-use common::disk::Disk;
-use common::proxies::slowly;
-use common::vm::Vm;
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::disk::Disk;
+use crate::common::proxies::slowly;
+use crate::common::vm::Vm;
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
@@ -74,11 +72,11 @@ impl Scene {
         let vm = system.configured(system.vm("web").disk(disk).running());
         let victim = system.dir().join("victim");
         let made = system.dir().join("made");
-        let mut create = common::process::bound("qemu-img");
+        let mut create = crate::common::process::bound("qemu-img");
         create.args(["create", "-q", "-f", "qcow2", "-o"]);
         create.arg(format!("data_file={}", victim.display()));
         create.arg(&made).arg(SIZE.to_string());
-        common::process::run(create).expect_success();
+        crate::common::process::run(create).expect_success();
         let header = fs::read(&made).unwrap()[..1024].to_vec();
         fs::write(&victim, vec![0x5e; 4 * SIZE as usize]).unwrap();
         fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
@@ -100,10 +98,10 @@ impl Scene {
     /// Backs up into a file of the caller's while a thread of the caller's puts the header there.
     async fn race(&self, caller: &Caller, by_path: bool) {
         let target = self.system.dir().join("target");
-        let mut create = common::process::bound("qemu-img");
+        let mut create = crate::common::process::bound("qemu-img");
         create.args(["create", "-q", "-f", "qcow2"]).arg(&target);
         create.arg(SIZE.to_string());
-        common::process::run(create).expect_success();
+        crate::common::process::run(create).expect_success();
         let racer = Racer::start(&target, self.header.clone());
         let (place, files) = if by_path {
             (format!("<target file='{}'/>", target.display()), Vec::new())
@@ -122,7 +120,7 @@ impl Scene {
         // Refused, failed or completed: the file is the caller's to spoil.
         if let Ok(path) = caller.try_start("web", &document, &files, options).await {
             let job = caller.job(path).await;
-            common::wait::until_async("the backup's end", || async {
+            crate::common::wait::until_async("the backup's end", || async {
                 let state = job.state().await.unwrap();
                 ["completed", "failed", "cancelled"]
                     .contains(&state.as_str())

@@ -1,8 +1,6 @@
 //! The other end of a monitor is another user's process: nothing that it does to the socket, or has open, keeps the service, or
 //! anybody else, from anything.
 
-mod common;
-
 use std::fs::File;
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -12,15 +10,15 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use common::caller::{Caller, assert_completed};
-use common::chain::{directories, id};
-use common::clients::{ROOT, USER};
-use common::disk::Disk;
-use common::peer::{Peer, StandIn};
-use common::proxies::Options;
-use common::vm::Vm;
-use common::wait::{until_async, within};
-use common::{System, polkit};
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::chain::{directories, id};
+use crate::common::clients::{ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::peer::{Peer, StandIn};
+use crate::common::proxies::Options;
+use crate::common::vm::Vm;
+use crate::common::wait::{until_async, within};
+use crate::common::{System, polkit};
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::Signal;

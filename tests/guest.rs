@@ -3,22 +3,20 @@
 //!
 //! Kernel, agent and shell are those of Debian packages that `tests/setup.sh` fetched; nothing of them is installed.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use common::System;
-use common::bus::project_file;
-use common::caller::Caller;
-use common::disk::Disk;
-use common::initramfs::{Initramfs, find, parts};
-use common::process;
-use common::proxies::Options;
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::bus::project_file;
+use crate::common::caller::Caller;
+use crate::common::disk::Disk;
+use crate::common::initramfs::{Initramfs, find, parts};
+use crate::common::process;
+use crate::common::proxies::Options;
+use crate::common::vm::Vm;
+use crate::common::wait;
 
 const MIB: u64 = 1 << 20;
 /// Whoever is backed up without is like after a power cut: the journal is to be gone through.

@@ -1,18 +1,16 @@
 //! What the service remembers of backups that ended long ago, and how it finds the backups of its stores again.
 
-mod common;
-
 use std::os::unix::fs::{chown, symlink};
 use std::path::{Path, PathBuf};
 
-use common::System;
-use common::authority::{Answer, Authority};
-use common::caller::{Caller, cancel};
-use common::clients::{OTHER_USER, ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{JobProxy, Options, error_name, slowly};
-use common::vm::Vm;
+use crate::common::System;
+use crate::common::authority::{Answer, Authority};
+use crate::common::caller::{Caller, cancel};
+use crate::common::clients::{OTHER_USER, ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{JobProxy, Options, error_name, slowly};
+use crate::common::vm::Vm;
 use serde_json::{Value, json};
 use zbus::wire::Variant;
 

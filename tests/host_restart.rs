@@ -3,19 +3,17 @@
 //! The service is ended at a point, what a power cut would take from the images is taken, and the next service runs in another
 //! boot. `make power-cuts` does the same to a whole host.
 
-mod common;
-
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::disk::Disk;
-use common::proxies::Options;
-use common::storage::{files_below, identical};
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::disk::Disk;
+use crate::common::proxies::Options;
+use crate::common::storage::{files_below, identical};
+use crate::common::vm::Vm;
+use crate::common::wait;
 
 const MIB: u64 = 1 << 20;
 

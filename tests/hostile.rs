@@ -1,8 +1,6 @@
 //! Peers that no QEMU is: whatever a monitor says, or does not, there is no panic, no hang, no memory without end, and an
 //! error that says what was wrong. `tests/qmp.rs` has the client's own rules; here are whole sessions, and the service.
 
-mod common;
-#[path = "hostile/imposters.rs"]
 mod imposters;
 
 use std::fs::{self, File};
@@ -10,17 +8,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::common::caller::Caller;
+use crate::common::clients::USER;
+use crate::common::disk::Disk;
+use crate::common::peer::{Imposter, Peer};
+use crate::common::proxies::{DomainProxy, JobProxy, Options, error_name};
+use crate::common::proxy::Proxy;
+use crate::common::storage::files_below;
+use crate::common::wait::{DEADLINE, until_async, within};
+use crate::common::{System, polkit};
 use backupd::catalog::Manifest;
 use backupd::qmp::{Client, Error, MAX_LINE};
-use common::caller::Caller;
-use common::clients::USER;
-use common::disk::Disk;
-use common::peer::{Imposter, Peer};
-use common::proxies::{DomainProxy, JobProxy, Options, error_name};
-use common::proxy::Proxy;
-use common::storage::files_below;
-use common::wait::{DEADLINE, until_async, within};
-use common::{System, polkit};
 use futures_util::future::join_all;
 use imposters::{FAILING, FLOODED, FLOODS, REACHABLE, UNREACHABLE};
 use serde_json::{Value, json};

@@ -1,21 +1,19 @@
 //! A domain is its UUID: a renamed one keeps its backups, another one under the same name does not get them, and a service
 //! leaves alone what another one made.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::chain::{directories, directories_if_any, id, manifest, write_manifest};
+use crate::common::clients::{ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{ListedBackup, Options, PrunedBackup, error_name, slowly};
+use crate::common::vm::{Builder, Vm};
+use crate::common::wait;
 use backupd::config::Config;
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::chain::{directories, directories_if_any, id, manifest, write_manifest};
-use common::clients::{ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{ListedBackup, Options, PrunedBackup, error_name, slowly};
-use common::vm::{Builder, Vm};
-use common::wait;
 use serde_json::{Value, json};
 use zbus::wire::Variant;
 
@@ -105,7 +103,7 @@ fn lose_catalog(system: &mut System) {
 
 /// A store `nightly` that keeps so many.
 fn nightly(keep_last: u32) -> (tempfile::TempDir, String, PathBuf) {
-    let directory = common::test_directory();
+    let directory = crate::common::test_directory();
     let path = directory.path().join("nightly");
     fs::create_dir(&path).unwrap();
     let table = format!(
@@ -175,7 +173,7 @@ async fn another_vm_under_the_same_name_inherits_prunes_and_shows_nothing_of_the
     assert_eq!(ids(&user, "").await, olds);
     root.complete_full("web", NIGHTLY).await;
     // Its own rule counts its own.
-    common::wait::until("the pruning", || {
+    crate::common::wait::until("the pruning", || {
         (ids_in(&store.join("web")).len() == 2).then_some(())
     });
     assert_eq!(ids_in(&store.join("web"))[0], olds[1]);
@@ -329,7 +327,7 @@ async fn rules_leave_alone_what_another_service_made_until_it_is_adopted() {
     assert_eq!((&found.1, &found.12, found.13), (&first.1, &first.12, false));
     root.complete_full("web", NIGHTLY).await;
     root.complete_full("web", NIGHTLY).await;
-    common::wait::until("the pruning", || {
+    crate::common::wait::until("the pruning", || {
         (ids_in(&store.join("web")).len() == 2).then_some(())
     });
     let left = ids_in(&store.join("web"));
@@ -407,7 +405,7 @@ async fn the_order_of_making_counts_whatever_the_clock_said() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_of_a_store_that_keeps_no_checkpoints_takes_none_from_the_first() {
-    let directory = common::test_directory();
+    let directory = crate::common::test_directory();
     // The first by its name, too.
     let copy = directory.path().join("archive");
     let table = format!(
@@ -422,7 +420,7 @@ async fn a_copy_of_a_store_that_keeps_no_checkpoints_takes_none_from_the_first()
     let full = ids(&root, "web").await.remove(0);
     let mut command = std::process::Command::new("cp");
     command.arg("-a").arg(system.store()).arg(&copy);
-    common::process::run(command).expect_success();
+    crate::common::process::run(command).expect_success();
     lose_catalog(&mut system);
     system.wait_for_domain("web");
     let root = Caller::new(&system).await;
@@ -500,7 +498,7 @@ async fn nothing_is_built_upon_a_manifest_that_this_service_did_not_write() {
     fs::create_dir_all(forged.parent().unwrap()).unwrap();
     let mut copy = std::process::Command::new("cp");
     copy.arg("-a").arg(&genuine).arg(&forged);
-    common::process::run(copy).expect_success();
+    crate::common::process::run(copy).expect_success();
     let mut content = manifest(&forged);
     content["id"] = json!(id(&forged));
     content["instant"] = json!("9999-12-01T00:00:00Z");

@@ -1,21 +1,19 @@
 //! Images that somebody else has open: disks of VMs that the service does not know, and of tools.
 
-mod common;
-
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::disk::Disk;
+use crate::common::process::{self, Process};
+use crate::common::proxies::{Options, error_name};
+use crate::common::proxy::Proxy;
+use crate::common::storage::LoopDevice;
+use crate::common::vm::Vm;
+use crate::common::wait;
 use backupd::target::is_in_use;
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::disk::Disk;
-use common::process::{self, Process};
-use common::proxies::{Options, error_name};
-use common::proxy::Proxy;
-use common::storage::LoopDevice;
-use common::vm::Vm;
-use common::wait;
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
@@ -161,7 +159,7 @@ async fn an_image_that_a_tool_has_open_is_not_written() {
     for (path, format) in [(&served, "qcow2"), (&read, "raw")] {
         let document = by_path(path, "file", format);
         assert_completed(&scene.caller.start_with("web", &document, &[], reuse()).await).await;
-        assert!(common::storage::holds(path, format, 0, MIB, 0x11));
+        assert!(crate::common::storage::holds(path, format, 0, MIB, 0x11));
     }
 }
 
@@ -209,7 +207,7 @@ async fn a_qemu_that_starts_while_a_backup_is_prepared_is_kept_out_of_its_target
             };
             let (job, ()) = tokio::join!(start, passed);
             assert_completed(&job).await;
-            assert!(common::storage::holds(&target, format, 0, MIB, 0x11));
+            assert!(crate::common::storage::holds(&target, format, 0, MIB, 0x11));
         }
         // QEMU up to version 8 still has the descriptor, since its guest is stopped: a lock that was left would be seen.
         write(&target, format).expect_success();

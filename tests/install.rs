@@ -1,14 +1,12 @@
 //! `make install` puts every file where the system looks for it, with its paths filled in, and needs no bus to do so.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::bus::project_file;
-use common::{process, storage, test_directory};
+use crate::common::bus::project_file;
+use crate::common::{process, storage, test_directory};
 
 #[test]
 fn install_fills_a_directory() {

@@ -1,15 +1,13 @@
 //! What checkpoints keep people from doing with their disks, and how they get out of the way: reverting to an internal snapshot,
 //! and resizing after a crash.
 
-mod common;
-
 use std::process::Command;
 
-use common::caller::{Caller, assert_completed};
-use common::clients::ROOT;
-use common::proxies::{DomainProxy, Options, error_name};
-use common::recorded::{DISKS, Recorded, SIZE};
-use common::{process, wait};
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::clients::ROOT;
+use crate::common::proxies::{DomainProxy, Options, error_name};
+use crate::common::recorded::{DISKS, Recorded, SIZE};
+use crate::common::{process, wait};
 use serde_json::json;
 use zbus::wire::Variant;
 

@@ -1,22 +1,20 @@
 //! How much callers may make grow: each limit of the configuration binds where it is set, says its name, and what was held
 //! is given back when it ends.
 
-mod common;
-
 use std::fs;
 
-use common::System;
-use common::authority::{Answer, Authority};
-use common::caller::{Caller, assert_completed, cancel};
-use common::clients::{OTHER_USER, THIRD_USER, USER};
-use common::daemon::Daemon;
-use common::disk::Disk;
-use common::eavesdropper::Eavesdropper;
-use common::polkit;
-use common::proxies::{Options, assert_limit, slowly};
-use common::storage::files_below;
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::authority::{Answer, Authority};
+use crate::common::caller::{Caller, assert_completed, cancel};
+use crate::common::clients::{OTHER_USER, THIRD_USER, USER};
+use crate::common::daemon::Daemon;
+use crate::common::disk::Disk;
+use crate::common::eavesdropper::Eavesdropper;
+use crate::common::polkit;
+use crate::common::proxies::{Options, assert_limit, slowly};
+use crate::common::storage::files_below;
+use crate::common::vm::Vm;
+use crate::common::wait;
 use tokio::task::JoinHandle;
 use zbus::wire::OwnedObjectPath;
 

@@ -1,20 +1,18 @@
 //! What callers hand over and the service holds: monitors of registered domains, and descriptors.
 
-mod common;
-
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use common::System;
-use common::caller::{Caller, cancel};
-use common::clients::{OTHER_USER, THIRD_USER, USER};
-use common::disk::Disk;
-use common::peer::{Peer, StandIn};
-use common::polkit;
-use common::proxies::{JobProxy, Options, assert_limit, error_name, slowly};
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::caller::{Caller, cancel};
+use crate::common::clients::{OTHER_USER, THIRD_USER, USER};
+use crate::common::disk::Disk;
+use crate::common::peer::{Peer, StandIn};
+use crate::common::polkit;
+use crate::common::proxies::{JobProxy, Options, assert_limit, error_name, slowly};
+use crate::common::vm::Vm;
+use crate::common::wait;
 use zbus::wire::OwnedObjectPath;
 
 const MIB: u64 = 1 << 20;

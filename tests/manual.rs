@@ -1,12 +1,10 @@
 //! The example configuration and the manual pages tell of every key, with its true default.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
+use crate::common::bus::project_file;
 use backupd::config::Config;
-use common::bus::project_file;
 
 fn read(path: &str) -> String {
     fs::read_to_string(project_file(path)).unwrap_or_else(|e| panic!("{path}: {e}"))

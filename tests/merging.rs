@@ -1,21 +1,19 @@
 //! Deleting what others lie on, when these are to stay: they get images of their own of all that they show.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::common::caller::Caller;
+use crate::common::chain::{digest, directories};
+use crate::common::clients::ROOT;
+use crate::common::disk::Disk;
+use crate::common::hanging::{Hanging, Limits, Operation};
+use crate::common::proxies::{Options, error_name};
+use crate::common::vm::Vm;
+use crate::common::{System, process, wait};
 use backupd::fault::Point;
-use common::caller::Caller;
-use common::chain::{digest, directories};
-use common::clients::ROOT;
-use common::disk::Disk;
-use common::hanging::{Hanging, Limits, Operation};
-use common::proxies::{Options, error_name};
-use common::vm::Vm;
-use common::{System, process, wait};
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 use zbus::wire::Variant;
@@ -363,7 +361,7 @@ async fn what_comes_to_lie_on_a_backup_while_others_are_merged_keeps_it() {
     assert!(error_name(&busy).ends_with("Busy"), "{busy}");
     assert!(busy.to_string().contains("builds upon"), "{busy}");
     job.set_speed(0).await.unwrap();
-    common::caller::assert_completed(&job).await;
+    crate::common::caller::assert_completed(&job).await;
     let target = PathBuf::from(&job.disks().await.unwrap()[0].4);
     let fifth = target
         .parent()

@@ -1,22 +1,20 @@
 //! The paths of monitors and agents lead through directories in which other users have a hand: nobody leads the service to
 //! somebody else's socket, nor takes libvirt's from it.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::{chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use common::System;
-use common::agent::Agent;
-use common::caller::{Caller, as_user, assert_failed};
-use common::clients::{OTHER_USER, USER};
-use common::disk::Disk;
-use common::peer::{Imposter, Peer};
-use common::proxies::Options;
-use common::vm::Vm;
-use common::wait::until_async;
+use crate::common::System;
+use crate::common::agent::Agent;
+use crate::common::caller::{Caller, as_user, assert_failed};
+use crate::common::clients::{OTHER_USER, USER};
+use crate::common::disk::Disk;
+use crate::common::peer::{Imposter, Peer};
+use crate::common::proxies::Options;
+use crate::common::vm::Vm;
+use crate::common::wait::until_async;
 
 const MIB: u64 = 1 << 20;
 

@@ -1,19 +1,17 @@
 //! The order in which the calls of one connection take effect, and in which it hears of what happens.
 
-mod common;
-
 use std::time::{Duration, Instant};
 
+use crate::common::System;
+use crate::common::authority::{Answer, Authority};
+use crate::common::caller::{Caller, assert_completed, cancel};
+use crate::common::clients::USER;
+use crate::common::disk::Disk;
+use crate::common::proxies::{Options, slowly};
+use crate::common::proxy::Proxy;
+use crate::common::vm::Vm;
+use crate::common::wait;
 use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
-use common::System;
-use common::authority::{Answer, Authority};
-use common::caller::{Caller, assert_completed, cancel};
-use common::clients::USER;
-use common::disk::Disk;
-use common::proxies::{Options, slowly};
-use common::proxy::Proxy;
-use common::vm::Vm;
-use common::wait;
 use futures_util::future::join_all;
 use serde::Serialize;
 use serde_json::json;
@@ -141,7 +139,7 @@ async fn checkpoints_are_made_and_removed_in_the_order_of_the_calls() {
             &(Options::new(),),
         );
         send(&caller, std::slice::from_ref(&list)).await;
-        let domain = common::proxies::DomainProxy::new(&caller.connection, domain.as_str())
+        let domain = crate::common::proxies::DomainProxy::new(&caller.connection, domain.as_str())
             .await
             .unwrap();
         assert_eq!(

@@ -1,19 +1,17 @@
 //! A death of the client or of the service leaves no process of QEMU's, no lock and no partial file.
 
-mod common;
-
 use std::fs;
 
-use common::System;
-use common::caller::Caller;
-use common::chain::{directories, id};
-use common::disk::Disk;
-use common::made::{FIRST, Store, backupctl, run, text};
-use common::process::{self, Process};
-use common::proxies::Options;
-use common::stand_in::{HANGS, StandIn, wait_for_end};
-use common::storage::{files_below, identical};
-use common::wait;
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::chain::{directories, id};
+use crate::common::disk::Disk;
+use crate::common::made::{FIRST, Store, backupctl, run, text};
+use crate::common::process::{self, Process};
+use crate::common::proxies::Options;
+use crate::common::stand_in::{HANGS, StandIn, wait_for_end};
+use crate::common::storage::{files_below, identical};
+use crate::common::wait;
 use rustix::process::Signal;
 use zbus::wire::Variant;
 
@@ -133,7 +131,7 @@ fn a_socket_that_nobody_listens_on_any_more_is_replaced() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_dies_leaves_no_process() {
-    let place = common::test_directory();
+    let place = crate::common::test_directory();
     let hanging = StandIn::new(place.path(), "qemu-storage-daemon", HANGS);
     let mut system = System::setup().environment("PATH", &hanging.path()).start();
     let disk = Disk::new("vda", 1 << 20).fill(0, 1 << 20, 0x11);

@@ -1,17 +1,15 @@
 //! Data of a machine that QEMU does not read: no backup holds it, and every place where a user looks says so.
 
-mod common;
-
 use std::fs::File;
 
-use common::caller::{Caller, assert_completed};
-use common::clients::ROOT;
-use common::disk::Disk;
-use common::process::{self, Process};
-use common::proxies::{DomainProxy, Options, error_name};
-use common::recorded::backup_id;
-use common::vm::Vm;
-use common::{System, wait};
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::clients::ROOT;
+use crate::common::disk::Disk;
+use crate::common::process::{self, Process};
+use crate::common::proxies::{DomainProxy, Options, error_name};
+use crate::common::recorded::backup_id;
+use crate::common::vm::Vm;
+use crate::common::{System, wait};
 use serde_json::{Value, json};
 use zbus::wire::Variant;
 

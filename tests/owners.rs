@@ -1,20 +1,18 @@
 //! Domains that users register: whose they are, who sees them, and what they are called.
 
-mod common;
-
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
-use common::System;
-use common::authority::{Answer, Authority, Question};
-use common::caller::{Caller, assert_completed, brief};
-use common::clients::{OTHER_USER, ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{Options, error_name};
-use common::storage::{files_below, holds};
-use common::vm::{Builder, Vm};
-use common::wait;
+use crate::common::System;
+use crate::common::authority::{Answer, Authority, Question};
+use crate::common::caller::{Caller, assert_completed, brief};
+use crate::common::clients::{OTHER_USER, ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{Options, error_name};
+use crate::common::storage::{files_below, holds};
+use crate::common::vm::{Builder, Vm};
+use crate::common::wait;
 use zbus::wire::OwnedObjectPath;
 
 const MIB: u64 = 1 << 20;

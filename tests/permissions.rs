@@ -1,24 +1,22 @@
 //! Every member of every interface, called by every sort of user on every sort of domain, held against the table of
 //! permissions.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::chain::directories;
+use crate::common::clients::{OTHER_USER, ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{Options, error_name, slowly};
+use crate::common::vm::Vm;
+use crate::common::wait;
 use backupd::access::{FREE, Permission, TABLE};
 use backupd::names::{
     BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
 };
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::chain::directories;
-use common::clients::{OTHER_USER, ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{Options, error_name, slowly};
-use common::vm::Vm;
-use common::wait;
 use zbus::wire::{OwnedObjectPath, Variant};
 
 const MIB: u64 = 1 << 20;

@@ -1,21 +1,19 @@
 //! Who hears what: nobody learns of a machine that it may not see from what goes over the bus, and whoever may not look any
 //! more hears no more.
 
-mod common;
-
 use std::fs;
 use std::time::{Duration, Instant};
 
+use crate::common::System;
+use crate::common::caller::{Caller, Signal, brief};
+use crate::common::clients::{OTHER_USER, ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::process::Process;
+use crate::common::proxies::{JobProxy, error_name, slowly};
+use crate::common::vm::Vm;
+use crate::common::wait;
 use backupd::names::{BUS_NAME, JOB_INTERFACE, ROOT_PATH};
-use common::System;
-use common::caller::{Caller, Signal, brief};
-use common::clients::{OTHER_USER, ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::process::Process;
-use common::proxies::{JobProxy, error_name, slowly};
-use common::vm::Vm;
-use common::wait;
 use zbus::Connection;
 
 const MIB: u64 = 1 << 20;

@@ -1,19 +1,17 @@
 //! What may go and what not, of those that nobody asked to be deleted: protected backups, and young ones.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::System;
-use common::caller::Caller;
-use common::chain::{copy, digest, directories, id, increment, manifest, write_manifest};
-use common::clients::{ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{Options, error_name};
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::chain::{copy, digest, directories, id, increment, manifest, write_manifest};
+use crate::common::clients::{ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{Options, error_name};
+use crate::common::vm::Vm;
+use crate::common::wait;
 use serde_json::Value;
 use zbus::wire::{OwnedVariant, Variant};
 

@@ -1,19 +1,17 @@
 //! Pruning: by rules that a call says, and by those of a store, with real backups and some that are made up.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::System;
-use common::caller::Caller;
-use common::chain::{copy, directories, id, increment};
-use common::clients::{ROOT, USER};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{Options, PrunedBackup, error_name};
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::chain::{copy, directories, id, increment};
+use crate::common::clients::{ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{Options, PrunedBackup, error_name};
+use crate::common::vm::Vm;
+use crate::common::wait;
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 use zbus::wire::Variant;

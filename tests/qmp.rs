@@ -1,7 +1,5 @@
 //! The QMP client: against a peer that does what no QEMU should, and against a real QEMU.
 
-mod common;
-
 use std::fs::File;
 use std::future::Future;
 use std::io::{Read, Write};
@@ -13,11 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
+use crate::common::disk::Disk;
+use crate::common::peer::{GREETING, Peer};
+use crate::common::vm::{Builder, Vm};
+use crate::common::wait::{self, DEADLINE, within};
 use backupd::qmp::{Client, Error, EventsError, MAX_LINE};
-use common::disk::Disk;
-use common::peer::{GREETING, Peer};
-use common::vm::{Builder, Vm};
-use common::wait::{self, DEADLINE, within};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -1055,7 +1053,7 @@ async fn real(vm: &Vm) -> (Client, JoinHandle<Arc<str>>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn qemu_answers_refuses_and_tells_events() {
-    let dir = common::test_directory();
+    let dir = crate::common::test_directory();
     let vm = machine(dir.path());
     let (client, driver) = real(&vm).await;
     let mut events = client.events();
@@ -1085,7 +1083,7 @@ async fn qemu_answers_refuses_and_tells_events() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_client_on_a_monitor_gets_no_greeting_until_the_first_has_gone() {
-    let dir = common::test_directory();
+    let dir = crate::common::test_directory();
     let vm = machine(dir.path());
     let (client, driver) = real(&vm).await;
     let stream = vm.monitor_stream();
@@ -1107,7 +1105,7 @@ async fn a_second_client_on_a_monitor_gets_no_greeting_until_the_first_has_gone(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_schema_of_qemu_tells_what_it_can_do() {
-    let dir = common::test_directory();
+    let dir = crate::common::test_directory();
     let vm = machine(dir.path());
     let (client, _driver) = real(&vm).await;
     let schema = client.schema().await.unwrap();
@@ -1149,7 +1147,7 @@ async fn the_schema_of_qemu_tells_what_it_can_do() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn descriptors_that_are_passed_at_once_land_each_in_its_own_set() {
-    let dir = common::test_directory();
+    let dir = crate::common::test_directory();
     let vm = machine(dir.path());
     let (client, _driver) = real(&vm).await;
     let paths: Vec<_> = (0..40)
@@ -1190,7 +1188,7 @@ async fn descriptors_that_are_passed_at_once_land_each_in_its_own_set() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_qemu_that_is_killed_fails_what_waits() {
-    let dir = common::test_directory();
+    let dir = crate::common::test_directory();
     let mut vm = machine(dir.path());
     let (client, driver) = real(&vm).await;
     let mut events = client.events();
@@ -1212,7 +1210,7 @@ async fn a_qemu_that_is_killed_fails_what_waits() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_last_events_of_a_qemu_that_quits_are_delivered() {
-    let dir = common::test_directory();
+    let dir = crate::common::test_directory();
     let vm = machine(dir.path());
     let (client, driver) = real(&vm).await;
     let mut events = client.events();

@@ -1,18 +1,16 @@
 //! Freezing the guest's file systems around a backup's instant, with a guest agent that the test plays.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use common::System;
-use common::agent::{Agent, Answer};
-use common::caller::{Caller, assert_failed};
-use common::disk::Disk;
-use common::proxies::JobProxy;
-use common::storage::{files_below, identical};
-use common::vm::{Residue, Vm};
-use common::wait::within;
+use crate::common::System;
+use crate::common::agent::{Agent, Answer};
+use crate::common::caller::{Caller, assert_failed};
+use crate::common::disk::Disk;
+use crate::common::proxies::JobProxy;
+use crate::common::storage::{files_below, identical};
+use crate::common::vm::{Residue, Vm};
+use crate::common::wait::within;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -172,10 +170,10 @@ async fn file_systems_are_frozen_before_the_instant_and_thawed_after_it() {
 
 /// Waits until QEMU has closed an image: it holds a lock on it until then.
 fn closed(image: &Path) {
-    common::wait::until("QEMU to close its image", || {
+    crate::common::wait::until("QEMU to close its image", || {
         let mut command = std::process::Command::new("qemu-img");
         command.arg("info").arg(image);
-        common::process::run(command).success().then_some(())
+        crate::common::process::run(command).success().then_some(())
     });
 }
 
@@ -185,7 +183,7 @@ async fn a_guest_is_thawed_while_its_data_is_still_copied() {
     let agent = Agent::good(&scene.agent_path());
     let text = "<domainbackup><bandwidth>65536</bandwidth><quiesce mode='require'/></domainbackup>";
     let job = scene.caller.start("web", text).await;
-    common::wait::until_async("the backup to run", || async {
+    crate::common::wait::until_async("the backup to run", || async {
         (job.state().await.unwrap() == "running").then_some(())
     })
     .await;
@@ -375,7 +373,7 @@ async fn a_backup_that_is_cancelled_while_the_agent_freezes_is_thawed() {
     let started = scene.caller.start("web", &document);
     let cancelled = async {
         let freezing = || async { agent.seen().contains(&FREEZE.to_owned()).then_some(()) };
-        common::wait::until_async("the freeze", freezing).await;
+        crate::common::wait::until_async("the freeze", freezing).await;
         let other = Caller::new(&scene.system).await;
         let job = other.job(other.manager.get_job(1).await.unwrap()).await;
         job.cancel().await.unwrap();

@@ -1,18 +1,16 @@
 //! Bad input: each has its error, says what and where, and nothing is touched: no file, no node, no job.
 
-mod common;
-
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use common::System;
-use common::caller::{Caller, assert_completed};
-use common::disk::Disk;
-use common::proxies::{Options, error_name};
-use common::storage::{LoopDevice, Tmpfs, files_below};
-use common::vm::{Residue, Vm};
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::disk::Disk;
+use crate::common::proxies::{Options, error_name};
+use crate::common::storage::{LoopDevice, Tmpfs, files_below};
+use crate::common::vm::{Residue, Vm};
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
@@ -299,9 +297,9 @@ async fn existing_targets_that_are_missing_or_of_the_wrong_kind_or_size() {
         .refuses_reuse(&raw, "TargetInvalid", &["8 bytes", "67108864"])
         .await;
     let small = scene.target("small");
-    let mut command = common::process::bound("qemu-img");
+    let mut command = crate::common::process::bound("qemu-img");
     command.args(["create", "-q", "-f", "qcow2", small.to_str().unwrap(), "32M"]);
-    common::process::run(command).expect_success();
+    crate::common::process::run(command).expect_success();
     scene
         .refuses_reuse(&file(&small), "TargetInvalid", &["33554432 bytes", "67108864"])
         .await;
@@ -558,9 +556,9 @@ async fn space_that_is_reserved_or_zero_is_not_needed_in_the_target() {
     let system = System::start();
     let image = |name: &str, options: &str, format: &str| {
         let path = system.dir().join(name);
-        let mut command = common::process::bound("qemu-img");
+        let mut command = crate::common::process::bound("qemu-img");
         command.args(["create", "-q", "-f", format, "-o", options]);
-        common::process::run({
+        crate::common::process::run({
             command.arg(&path).arg((300 * MIB).to_string());
             command
         })
@@ -588,13 +586,19 @@ async fn space_that_is_reserved_or_zero_is_not_needed_in_the_target() {
             path.display()
         );
         assert_completed(&caller.start("thick", &document).await).await;
-        assert!(common::storage::holds(&path, "qcow2", 100 * MIB, 4 * MIB, 0x22));
+        assert!(crate::common::storage::holds(
+            &path,
+            "qcow2",
+            100 * MIB,
+            4 * MIB,
+            0x22
+        ));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn stores_that_somebody_else_could_swap() {
-    let outside = common::test_directory();
+    let outside = crate::common::test_directory();
     let path = |name: &str| outside.path().join(name);
     for name in ["writable", "foreign", "real"] {
         fs::create_dir(path(name)).unwrap();
@@ -644,7 +648,7 @@ async fn a_machine_that_cannot_be_reached() {
     scene
         .system
         .write_domain_file("gone", &format!("monitor = \"{}\"\n", gone.display()));
-    common::wait::until_async("the domain gone", || async {
+    crate::common::wait::until_async("the domain gone", || async {
         scene.caller.manager.get_domain("gone").await.ok()
     })
     .await;

@@ -1,22 +1,20 @@
 //! A command that is refused changes nothing of what it was to write to.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use common::System;
-use common::caller::Caller;
-use common::chain::{directories, id};
-use common::clients::{ROOT, USER};
-use common::disk::Disk;
-use common::process::Output;
-use common::proxies::Options;
-use common::proxy::Proxy;
-use common::storage::{LoopDevice, files_below, holds};
-use common::vm::Vm;
-use common::wait;
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::chain::{directories, id};
+use crate::common::clients::{ROOT, USER};
+use crate::common::disk::Disk;
+use crate::common::process::Output;
+use crate::common::proxies::Options;
+use crate::common::proxy::Proxy;
+use crate::common::storage::{LoopDevice, files_below, holds};
+use crate::common::vm::Vm;
+use crate::common::wait;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 8 * MIB;

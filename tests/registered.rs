@@ -1,18 +1,16 @@
 //! Registered domains whose connection ends: nothing of them is waited for, because nobody can connect to them again. And
 //! which other domains a backup asks.
 
-mod common;
-
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use common::caller::{Caller, assert_completed};
-use common::disk::Disk;
-use common::peer::StandIn;
-use common::proxies::{JobProxy, Options, slowly};
-use common::vm::Vm;
-use common::{System, wait};
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::disk::Disk;
+use crate::common::peer::StandIn;
+use crate::common::proxies::{JobProxy, Options, slowly};
+use crate::common::vm::Vm;
+use crate::common::{System, wait};
 use rustix::process::Signal;
 
 const MIB: u64 = 1 << 20;

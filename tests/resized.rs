@@ -1,18 +1,16 @@
 //! Disks that are made smaller and larger between two backups: QEMU forgets what was recorded of what it cut off, so the next
 //! backup has to copy them whole.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::caller::{Caller, assert_completed, assert_failed};
-use common::disk::Disk;
-use common::proxies::{JobProxy, Options};
-use common::proxy::Proxy;
-use common::recorded::{DISKS, Recorded, SIZE, read};
-use common::vm::Vm;
-use common::{System, process};
+use crate::common::caller::{Caller, assert_completed, assert_failed};
+use crate::common::disk::Disk;
+use crate::common::proxies::{JobProxy, Options};
+use crate::common::proxy::Proxy;
+use crate::common::recorded::{DISKS, Recorded, SIZE, read};
+use crate::common::vm::Vm;
+use crate::common::{System, process};
 use serde_json::json;
 
 const KIB: u64 = 1 << 10;

@@ -3,21 +3,19 @@
 //! At every point between two steps of a backup the service is ended as if by SIGKILL. After it has started again the backup
 //! has an outcome, and everything agrees with it: what the job tells, what is in the store, what is left in QEMU.
 
-mod common;
-
 use std::fmt::Write;
 use std::path::Path;
 
-use common::System;
-use common::caller::{Caller, assert_completed, brief};
-use common::clients::{ROOT, USER};
-use common::daemon::Daemon;
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{Options, slowly};
-use common::storage::{LoopDevice, files_below, identical};
-use common::vm::{Residue, Vm};
-use common::wait;
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed, brief};
+use crate::common::clients::{ROOT, USER};
+use crate::common::daemon::Daemon;
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{Options, slowly};
+use crate::common::storage::{LoopDevice, files_below, identical};
+use crate::common::vm::{Residue, Vm};
+use crate::common::wait;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;

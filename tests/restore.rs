@@ -1,7 +1,5 @@
 //! Stored backups, read by `backupctl` alone: restored to what they were, and exported.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -9,14 +7,14 @@ use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use crate::common::made::{ALL, FIRST, FULL, MIB, SECOND, SIZE, Store, backupctl, run, text, write_at};
+use crate::common::process::{self, Process};
+use crate::common::stand_in::{HANGS, StandIn, wait_for_end};
+use crate::common::storage::{LoopDevice, Tmpfs, files_below, holds, identical};
+use crate::common::wait;
 use backupd::definition::Format;
 use backupd::image::{self, Chain, Control, Fault, Output, Progress};
 use backupd::target::{Sharing, Shelf};
-use common::made::{ALL, FIRST, FULL, MIB, SECOND, SIZE, Store, backupctl, run, text, write_at};
-use common::process::{self, Process};
-use common::stand_in::{HANGS, StandIn, wait_for_end};
-use common::storage::{LoopDevice, Tmpfs, files_below, holds, identical};
-use common::wait;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;

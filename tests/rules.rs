@@ -4,23 +4,21 @@
 //! The users and groups of the examples do not exist on the machine that tests run on; those of every Debian take their
 //! place in the text.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Command;
 
+use crate::common::bus::project_file;
+use crate::common::caller::{Caller, connect_as};
+use crate::common::disk::Disk;
+use crate::common::polkit;
+use crate::common::proxies::{DomainProxy, JobProxy, ManagerProxy, Options, error_name, slowly};
+use crate::common::vm::Vm;
+use crate::common::{System, process, storage, test_directory, wait};
 use backupd::access::{Implicit, TABLE};
 use backupd::config::Limits;
-use common::bus::project_file;
-use common::caller::{Caller, connect_as};
-use common::disk::Disk;
-use common::polkit;
-use common::proxies::{DomainProxy, JobProxy, ManagerProxy, Options, error_name, slowly};
-use common::vm::Vm;
-use common::{System, process, storage, test_directory, wait};
 use zbus::wire::OwnedObjectPath;
 
 /// Everything in `docs/polkit-rules`.

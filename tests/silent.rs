@@ -1,17 +1,15 @@
 //! Calls that want no reply: they are carried out, and only the reply is not sent.
 
-mod common;
-
+use crate::common::System;
+use crate::common::authority::{Answer, Authority};
+use crate::common::caller::Caller;
+use crate::common::clients::USER;
+use crate::common::disk::Disk;
+use crate::common::proxies::{Options, slowly};
+use crate::common::storage::files_below;
+use crate::common::vm::Vm;
+use crate::common::wait;
 use backupd::names::{BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
-use common::System;
-use common::authority::{Answer, Authority};
-use common::caller::Caller;
-use common::clients::USER;
-use common::disk::Disk;
-use common::proxies::{Options, slowly};
-use common::storage::files_below;
-use common::vm::Vm;
-use common::wait;
 use futures_util::StreamExt;
 use serde::Serialize;
 use serde_json::json;

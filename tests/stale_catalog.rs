@@ -1,21 +1,19 @@
 //! The store is the truth: what a catalog that is an old copy does not know of, what another service made, and what was put there
 //! by hand is neither taken back nor removed from under what depends on it.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::chain::{copy, directories, id, increment, manifest, write_manifest};
+use crate::common::clients::ROOT;
+use crate::common::disk::Disk;
+use crate::common::proxies::{JobProxy, Options, PrunedBackup, error_name, slowly};
+use crate::common::storage::files_below;
+use crate::common::vm::Vm;
+use crate::common::wait;
 use backupd::fault::Point;
-use common::System;
-use common::caller::Caller;
-use common::chain::{copy, directories, id, increment, manifest, write_manifest};
-use common::clients::ROOT;
-use common::disk::Disk;
-use common::proxies::{JobProxy, Options, PrunedBackup, error_name, slowly};
-use common::storage::files_below;
-use common::vm::Vm;
-use common::wait;
 use serde_json::json;
 use zbus::wire::Variant;
 

@@ -1,21 +1,19 @@
 //! Storage that fails, fills up, is taken away or stops answering while a backup goes there. `docs/failure-modes.md` tells
 //! users what these tests show, together with some in `refusals`, `endings` and `truth`.
 
-mod common;
-
 use std::process::Command;
 use std::time::Duration;
 
-use common::System;
-use common::caller::{Caller, assert_completed, assert_failed};
-use common::clients::ROOT;
-use common::disk::Disk;
-use common::hanging::{Hanging, Operation};
-use common::process;
-use common::proxies::{JobProxy, Options, error_name, slowly};
-use common::storage::{Tmpfs, files_below};
-use common::vm::{Residue, Vm};
-use common::wait::{until_async, within};
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed, assert_failed};
+use crate::common::clients::ROOT;
+use crate::common::disk::Disk;
+use crate::common::hanging::{Hanging, Operation};
+use crate::common::process;
+use crate::common::proxies::{JobProxy, Options, error_name, slowly};
+use crate::common::storage::{Tmpfs, files_below};
+use crate::common::vm::{Residue, Vm};
+use crate::common::wait::{until_async, within};
 use fuser::Errno;
 
 const MIB: u64 = 1 << 20;
@@ -37,7 +35,7 @@ struct Scene {
 impl Scene {
     /// What hangs may do so for a few seconds, more than a loaded machine takes for a sign of life.
     async fn new() -> Self {
-        let place = common::test_directory();
+        let place = crate::common::test_directory();
         let path = place.path().join("shaky");
         let system = System::setup()
             .store("shaky", &path)
@@ -97,7 +95,7 @@ impl Scene {
     }
 }
 
-fn machine(system: &System, name: &str) -> common::vm::Builder {
+fn machine(system: &System, name: &str) -> crate::common::vm::Builder {
     system
         .vm(name)
         .disk(Disk::new("vda", 256 * MIB).fill(0, 128 * MIB, 0x11))
@@ -166,7 +164,7 @@ fn remount(path: &std::path::Path, options: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_read_only_or_has_no_inodes_left_is_refused_at_once() {
-    let place = common::test_directory();
+    let place = crate::common::test_directory();
     let store = Tmpfs::mount(&place.path().join("store"), 512 * MIB);
     let system = System::setup().store("shaky", store.path()).start();
     let vm = system.configured(machine(&system, "web"));
@@ -197,7 +195,7 @@ async fn a_store_that_is_read_only_or_has_no_inodes_left_is_refused_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_below_a_mount_point_is_not_there_while_nothing_is_mounted() {
-    let place = common::test_directory();
+    let place = crate::common::test_directory();
     let mount_point = place.path().join("disk");
     let path = mount_point.join("backups");
     let system = System::setup().store("shaky", &path).start();

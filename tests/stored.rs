@@ -1,24 +1,22 @@
 //! Stored backups through the service: restored into open files, served, verified; and what a service that ends leaves.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::caller::{Caller, assert_completed};
-use common::chain::{directories, id, increment, manifest, write_manifest};
-use common::clients::{ROOT, USER};
-use common::disk::{Disk, Kind};
-use common::polkit;
-use common::process;
-use common::proxies::{JobProxy, Options, assert_limit, error_name};
-use common::stand_in::{HANGS, IS_KILLED, STOPS_AND_FINDS_NOTHING, StandIn, go_on, wait_for_end};
-use common::storage::{files_below, identical};
-use common::vm::Vm;
-use common::wait;
-use common::{Setup, System};
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::chain::{directories, id, increment, manifest, write_manifest};
+use crate::common::clients::{ROOT, USER};
+use crate::common::disk::{Disk, Kind};
+use crate::common::polkit;
+use crate::common::process;
+use crate::common::proxies::{JobProxy, Options, assert_limit, error_name};
+use crate::common::stand_in::{HANGS, IS_KILLED, STOPS_AND_FINDS_NOTHING, StandIn, go_on, wait_for_end};
+use crate::common::storage::{files_below, identical};
+use crate::common::vm::Vm;
+use crate::common::wait;
+use crate::common::{Setup, System};
 use rustix::process::{Signal, kill_process};
 use tempfile::TempDir;
 use zbus::wire::{OwnedObjectPath, Variant};
@@ -264,7 +262,7 @@ async fn what_is_damaged_is_found_told_and_remembered_with_all_that_lies_on_it()
 
 /// A service that finds this program of QEMU's before the real one.
 fn with_program(setup: Setup, name: &str, statements: &str) -> (System, StandIn, TempDir) {
-    let place = common::test_directory();
+    let place = crate::common::test_directory();
     let program = StandIn::new(place.path(), name, statements);
     let system = setup.environment("PATH", &program.path()).start();
     (system, program, place)

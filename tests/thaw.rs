@@ -1,21 +1,19 @@
 //! A freeze of the guest's file systems ends within seconds, whatever becomes of QEMU, the agent and the service.
 
-mod common;
-
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use common::System;
-use common::agent::{Agent, Answer};
-use common::caller::{Caller, assert_completed, assert_failed};
-use common::disk::Disk;
-use common::proxies::{JobProxy, Options};
-use common::storage::files_below;
-use common::vm::{Residue, Vm};
-use common::wait;
+use crate::common::System;
+use crate::common::agent::{Agent, Answer};
+use crate::common::caller::{Caller, assert_completed, assert_failed};
+use crate::common::disk::Disk;
+use crate::common::proxies::{JobProxy, Options};
+use crate::common::storage::files_below;
+use crate::common::vm::{Residue, Vm};
+use crate::common::wait;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 

@@ -1,23 +1,21 @@
 //! What a backup says of itself is true also when QEMU, its monitor, its disks, the storage or the service change under
 //! it at the worst moment.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use common::System;
-use common::agent::{Agent, Answer};
-use common::caller::{Caller, assert_completed, assert_failed, brief};
-use common::clients::USER;
-use common::disk::Disk;
-use common::proxies::{DomainProxy, JobProxy, Options, error_name, slowly};
-use common::proxy::{Hold, Proxy};
-use common::storage::{Immutable, LoopDevice, Tmpfs, files_below, holds, identical};
-use common::vm::{Builder, Residue, Vm};
-use common::wait::{self, until_async, within};
+use crate::common::System;
+use crate::common::agent::{Agent, Answer};
+use crate::common::caller::{Caller, assert_completed, assert_failed, brief};
+use crate::common::clients::USER;
+use crate::common::disk::Disk;
+use crate::common::proxies::{DomainProxy, JobProxy, Options, error_name, slowly};
+use crate::common::proxy::{Hold, Proxy};
+use crate::common::storage::{Immutable, LoopDevice, Tmpfs, files_below, holds, identical};
+use crate::common::vm::{Builder, Residue, Vm};
+use crate::common::wait::{self, until_async, within};
 use rustix::process::Signal;
 use serde_json::json;
 use zbus::wire::Variant;
@@ -296,9 +294,9 @@ async fn an_overlay_below_a_raw_node_is_copied_with_what_lies_below_it() {
     let system = System::start();
     let [base, top] = ["base.qcow2", "top.qcow2"].map(|name| system.dir().join(name));
     let run = |program: &str, arguments: &[&str]| {
-        let mut command = common::process::bound(program);
+        let mut command = crate::common::process::bound(program);
         command.args(arguments);
-        common::process::run(command).expect_success()
+        crate::common::process::run(command).expect_success()
     };
     let (base, top) = (base.to_str().unwrap(), top.to_str().unwrap());
     run("qemu-img", &["create", "-q", "-f", "qcow2", base, "16M"]);
@@ -564,7 +562,7 @@ async fn who_waited_for_the_end_can_start_the_next_one_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_full_when_the_backup_is_recorded_fails_it() {
-    let dir = common::test_directory();
+    let dir = crate::common::test_directory();
     let store = Tmpfs::mount(&dir.path().join("store"), 64 * MIB);
     let mut scene = Scene::of(System::setup().store("small", store.path()).start()).await;
     // The last that is asked of QEMU; it has closed the images.

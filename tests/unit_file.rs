@@ -1,15 +1,13 @@
 //! The unit is without fault for systemd, its sandbox is as tight as it says, and `systemd/README.md` tells of every key.
 //! That the service works in that sandbox is what `make test-system` shows.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::bus::project_file;
-use common::{process, test_directory};
+use crate::common::bus::project_file;
+use crate::common::{process, test_directory};
 use serde::Deserialize;
 
 /// In tenths, as systemd-analyze counts them.

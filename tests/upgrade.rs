@@ -1,22 +1,20 @@
 //! A service that is to make room for another version of it ends nothing that a restart would lose, and no call is lost.
 
-mod common;
-
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::common::System;
+use crate::common::activation::{Activation, Systemd};
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::chain::{directories, id};
+use crate::common::disk::Disk;
+use crate::common::hanging::{Hanging, Limits, Operation};
+use crate::common::proxies::{JobProxy, ManagerProxy, Options, slowly};
+use crate::common::vm::Vm;
+use crate::common::wait;
 use backupd::names::BUS_NAME;
-use common::System;
-use common::activation::{Activation, Systemd};
-use common::caller::{Caller, assert_completed};
-use common::chain::{directories, id};
-use common::disk::Disk;
-use common::hanging::{Hanging, Limits, Operation};
-use common::proxies::{JobProxy, ManagerProxy, Options, slowly};
-use common::vm::Vm;
-use common::wait;
 use futures_util::future::join_all;
 use rustix::process::{Pid, Signal, kill_process};
 use zbus::wire::{OwnedObjectPath, Variant};

@@ -1,16 +1,14 @@
 //! Stored backups, verified by `backupctl` alone: what is damaged is found, with all that lies on it, and nothing else is.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use common::made::{
+use crate::common::made::{
     ALL, DIFFERENTIAL, FIRST, FULL, MIB, SECOND, SIZE, Store, backupctl, run, text, write_at,
 };
-use common::process::{self, Output, Process};
-use common::stand_in::{IS_KILLED, STOPS_AND_FINDS_NOTHING, StandIn, go_on};
-use common::storage::files_below;
+use crate::common::process::{self, Output, Process};
+use crate::common::stand_in::{IS_KILLED, STOPS_AND_FINDS_NOTHING, StandIn, go_on};
+use crate::common::storage::files_below;
 use serde_json::Value;
 
 #[test]

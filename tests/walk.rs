@@ -4,31 +4,25 @@
 //!
 //! `BACKUPD_WALK_SEED` repeats a walk, `BACKUPD_WALK_STEPS` makes it longer.
 
-mod common;
-#[path = "walk/failures.rs"]
 mod failures;
-#[path = "walk/host.rs"]
 mod host;
-#[path = "walk/ledger.rs"]
 mod ledger;
-#[path = "walk/neighbours.rs"]
 mod neighbours;
-#[path = "walk/removals.rs"]
 mod removals;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use common::caller::Caller;
-use common::clients::ROOT;
-use common::dice::Dice;
-use common::hanging::{Hanging, Limits};
-use common::proxies::{JobProxy, ListedBackup, Options};
-use common::recorded::{CLUSTER, DISKS, Recorded, SIZE};
-use common::storage::Tmpfs;
-use common::vm::Residue;
-use common::{System, wait};
+use crate::common::caller::Caller;
+use crate::common::clients::ROOT;
+use crate::common::dice::Dice;
+use crate::common::hanging::{Hanging, Limits};
+use crate::common::proxies::{JobProxy, ListedBackup, Options};
+use crate::common::recorded::{CLUSTER, DISKS, Recorded, SIZE};
+use crate::common::storage::Tmpfs;
+use crate::common::vm::Residue;
+use crate::common::{System, wait};
 use host::Clock;
 use ledger::{Content, Ledger, Whose};
 use neighbours::Neighbour;
@@ -343,7 +337,7 @@ impl Walk {
             }
             // Since a backup that the disks have no checkpoint of any more, or that is not there.
             Err(error) => {
-                let name = common::proxies::error_name(&error);
+                let name = crate::common::proxies::error_name(&error);
                 assert!(
                     what == "since" && name.ends_with("CannotIncrement"),
                     "{what}: {error}"
@@ -376,7 +370,7 @@ impl Walk {
     }
 }
 
-fn with_stores(stores: &BTreeMap<&'static str, PathBuf>) -> common::Setup {
+fn with_stores(stores: &BTreeMap<&'static str, PathBuf>) -> crate::common::Setup {
     let stores = stores.iter();
     stores.fold(System::setup(), |setup, (name, path)| setup.store(name, path))
 }

@@ -1,6 +1,6 @@
 //! The service itself, as a process on the private bus.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use backupd::names::BUS_NAME;
@@ -15,7 +15,6 @@ pub type Environment = Vec<(String, String)>;
 
 pub struct Daemon {
     process: Process,
-    config: PathBuf,
 }
 
 impl Daemon {
@@ -81,16 +80,11 @@ impl Daemon {
         command.envs(environment.iter().cloned());
         Self {
             process: Process::start("backupd", dir, command),
-            config: config.to_owned(),
         }
     }
 
     pub fn pid(&self) -> u32 {
         self.process.pid()
-    }
-
-    pub fn config(&self) -> &Path {
-        &self.config
     }
 
     /// All that this one and its predecessors in the same system logged.

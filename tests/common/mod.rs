@@ -4,7 +4,7 @@
 //! Waits are for conditions, with a deadline (`wait`); nothing outlives its test (`process`). The tests need root:
 //! polkitd and ordinary callers are started from it.
 
-// Every test file compiles this module for itself and uses its own part of it.
+// Each program of tests, and the benchmark, compiles this module for itself and uses its own part of it.
 #![allow(dead_code)]
 
 pub mod activation;

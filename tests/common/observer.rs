@@ -72,14 +72,6 @@ impl Observer {
         Some(self.events.remove(position))
     }
 
-    /// Every event that came until now and was not taken, in order.
-    pub fn events(&mut self) -> &[Value] {
-        while let Some(message) = self.look() {
-            self.events.push(message);
-        }
-        &self.events
-    }
-
     #[track_caller]
     fn next_message(&mut self) -> Value {
         let began = Instant::now();

@@ -299,15 +299,6 @@ impl Vm {
         })
     }
 
-    /// The events that came and were not taken, in order.
-    pub fn events(&self) -> Vec<Value> {
-        self.observer
-            .lock()
-            .expect("no test panics inside")
-            .events()
-            .to_vec()
-    }
-
     /// What is in QEMU now of all that a backup makes.
     #[track_caller]
     pub fn residue(&self) -> Residue {

@@ -5,10 +5,10 @@ use std::os::fd::OwnedFd;
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt};
 
-use super::common::System;
-use super::common::caller::Caller;
-use super::common::peer::StandIn;
-use super::common::vm::Vm;
+use crate::common::System;
+use crate::common::caller::Caller;
+use crate::common::peer::StandIn;
+use crate::common::vm::Vm;
 
 /// Domains that one connection has registered.
 pub struct Crowd<'a> {

@@ -6,9 +6,9 @@ use std::fs;
 use backupd::names::BUS_NAME;
 use zbus::wire::Variant;
 
-use super::common::System;
-use super::common::measure::Footprint;
-use super::common::vm::Vm;
+use crate::common::System;
+use crate::common::measure::Footprint;
+use crate::common::vm::Vm;
 
 const KIB: u64 = 1 << 10;
 

@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
-use super::common::peer::{GREETING, Peer, schema, schema_with};
+use crate::common::peer::{GREETING, Peer, schema, schema_with};
 
 const MIB: usize = 1 << 20;
 

@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io::Write;
 
-use super::common::caller::cancel;
-use super::common::proxies::slowly;
-use super::common::recorded::DISKS;
-use super::common::wait;
 use super::{MIB, Walk};
+use crate::common::caller::cancel;
+use crate::common::proxies::slowly;
+use crate::common::recorded::DISKS;
+use crate::common::wait;
 
 impl Walk {
     pub async fn cancelled(&mut self) -> &'static str {

@@ -10,12 +10,12 @@ use backupd::fault::Point;
 use jiff::{SignedDuration, Timestamp};
 use zbus::wire::Variant;
 
-use super::common::dice::Dice;
-use super::common::proxies::{JobProxy, Options, error_name};
-use super::common::{Setup, wait};
 use super::ledger::Whose;
 use super::removals::delete;
 use super::{STORES, Walk};
+use crate::common::dice::Dice;
+use crate::common::proxies::{JobProxy, Options, error_name};
+use crate::common::{Setup, wait};
 
 /// Points at which the images of a backup may not be durable.
 const NOT_DURABLE: [&str; 5] = [

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::common::chain::manifest;
-use super::common::proxies::JobProxy;
-use super::common::recorded::read;
+use crate::common::chain::manifest;
+use crate::common::proxies::JobProxy;
+use crate::common::recorded::read;
 
 /// What disks hold, by name.
 pub type Content = BTreeMap<&'static str, Vec<u8>>;

@@ -2,15 +2,15 @@
 
 use zbus::wire::Variant;
 
-use super::common::caller::Caller;
-use super::common::disk::Disk;
-use super::common::proxies::{Options, slowly};
-use super::common::recorded::{DISKS, Recorded, SIZE};
-use super::common::vm::{Builder, Residue, Vm};
-use super::common::{Setup, wait};
 use super::ledger::Whose;
 use super::removals::{delete, prune};
 use super::{MIB, Walk, start};
+use crate::common::caller::Caller;
+use crate::common::disk::Disk;
+use crate::common::proxies::{Options, slowly};
+use crate::common::recorded::{DISKS, Recorded, SIZE};
+use crate::common::vm::{Builder, Residue, Vm};
+use crate::common::{Setup, wait};
 
 /// What ours is called, now the one, now the other.
 const NAMES: [&str; 2] = ["web", "www"];

@@ -6,10 +6,10 @@ use jiff::SignedDuration;
 use zbus::wire::Variant;
 
 use super::Walk;
-use super::common::caller::Caller;
-use super::common::proxies::{Options, PrunedBackup};
-use super::common::wait;
 use super::ledger::{Held, Whose};
+use crate::common::caller::Caller;
+use crate::common::proxies::{Options, PrunedBackup};
+use crate::common::wait;
 
 /// By how much clocks may differ before a backup is from the future.
 const SLACK: SignedDuration = SignedDuration::from_mins(1);

@@ -139,6 +139,24 @@ async fn data_that_does_not_become_durable_is_no_backup() {
     }
 }
 
+/// The storage reports an error once, to the write-back that is started early. The final fsync succeeds.
+#[tokio::test(flavor = "multi_thread")]
+async fn data_that_an_early_write_back_lost_is_no_backup() {
+    let scene = Scene::new().await;
+    let job = scene.begin().await;
+    scene.storage.fail(Operation::Fsync, Errno::EIO);
+    scene.storage.affected().await;
+    scene.storage.heal();
+    let progress = job.progress().await.unwrap();
+    assert!(
+        progress < 1.0,
+        "QEMU still copied when the error came: {progress}"
+    );
+    job.set_speed(0).await.unwrap();
+    assert_failed(&job, "Internal", "cannot fsync").await;
+    scene.assert_as_before().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_over_quota_or_read_only_or_out_of_order_is_refused_at_once() {
     for (errno, error, text) in [

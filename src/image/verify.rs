@@ -3,6 +3,8 @@
 //! Each is read once, after its bases, and nothing is changed. Every problem is reported.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::{ControlFlow, Range};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -13,7 +15,7 @@ use super::chain::{Links, OpenDisk, for_each_link};
 use super::{Control, Error, Fault, Finding, Progress, blocking, check};
 use crate::catalog;
 use crate::definition::Format;
-use crate::digest::{Algorithm, Digest, Hasher};
+use crate::digest::{self, Algorithm, Digest, Hasher, Reading, Watch};
 use crate::qcow2::HeaderError;
 use crate::target::{Held, Shelf};
 
@@ -275,18 +277,20 @@ pub async fn check_sums(chain: &OpenDisk, control: Control<'_>) -> Result<(), Er
 async fn read(image: &Image, control: Control<'_>) -> Result<Option<Fault>, Error> {
     let (of, counted, stop) = (image.clone(), control.progress.clone(), control.cancel.clone());
     let sum = blocking(move || checksum(&of, &counted, &stop));
-    let sum = control
-        .watch("the store", || control.progress.get().0, sum)
-        .await?;
-    let changed = match sum {
+    let sum = control.watch("the store", || control.progress.get().0, sum);
+    let check = async {
+        match image.format {
+            Format::Qcow2 => check::check(image, control).await,
+            Format::Raw => Ok(Ok(())),
+        }
+    };
+    // The check waits for little of the image, and for a program.
+    let (sum, checked) = tokio::join!(sum, check);
+    let changed = match sum? {
         Err(errno) => return Ok(Some(Fault::Header(HeaderError::Io(errno)))),
         Ok(sum) => image.digest.as_ref().is_some_and(|recorded| *recorded != sum),
     };
-    let checked = match image.format {
-        Format::Qcow2 => check::check(image, control).await?,
-        Format::Raw => Ok(()),
-    };
-    Ok(match checked {
+    Ok(match checked? {
         // What is known for sure comes before what could not be looked at.
         Err(fault) if changed && !fault.is_damage() => Some(Fault::Checksum),
         Err(fault) => Some(fault),
@@ -301,23 +305,74 @@ fn checksum(
     stop: &CancellationToken,
 ) -> Result<Result<Digest, Errno>, Error> {
     let algorithm = image.digest.as_ref().map(|digest| digest.algorithm);
-    let mut hash = Hasher::new(algorithm.unwrap_or(Algorithm::Blake3));
-    let mut chunk = vec![0; CHUNK];
-    let mut position = 0;
+    let taken = match algorithm {
+        Some(Algorithm::Sha256) => in_order(&image.file, progress, stop),
+        Some(Algorithm::Blake3) | None => in_parallel(&image.file, progress, stop),
+    };
+    match taken {
+        Ok(Some(digest)) => Ok(Ok(digest)),
+        Ok(None) => Err(Error::Cancelled),
+        Err(errno) => Ok(Err(errno)),
+    }
+}
+
+/// Nothing if it is stopped.
+fn in_order(file: &OwnedFd, progress: &Progress, stop: &CancellationToken) -> Result<Option<Digest>, Errno> {
+    let (mut hash, mut chunk, mut position) = (Hasher::new(Algorithm::Sha256), vec![0; CHUNK], 0);
     loop {
         if stop.is_cancelled() {
-            return Err(Error::Cancelled);
+            return Ok(None);
         }
-        match rustix::io::pread(&image.file, &mut chunk, position) {
-            Ok(0) => break,
+        match rustix::io::pread(file, &mut chunk, position) {
+            Ok(0) => return Ok(Some(hash.finish())),
             Ok(count) => {
                 hash.update(&chunk[..count]);
                 position += count as u64;
                 progress.add(count as u64);
             }
             Err(Errno::INTR) => {}
-            Err(errno) => return Ok(Err(errno)),
+            Err(errno) => return Err(errno),
         }
     }
-    Ok(Ok(hash.finish()))
+}
+
+/// With all processors. Nothing if it is stopped.
+fn in_parallel(
+    file: &OwnedFd,
+    progress: &Progress,
+    stop: &CancellationToken,
+) -> Result<Option<Digest>, Errno> {
+    let length = rustix::fs::fstat(file)?.st_size;
+    let reading = Reading::new(file, u64::try_from(length).unwrap_or(0));
+    let failed = CancellationToken::new();
+    let threads = digest::threads().min(reading.pieces());
+    digest::in_threads(threads, || {
+        let worked = reading.work(&mut Eyes {
+            progress,
+            stops: [stop, &failed],
+        });
+        if worked.is_err() {
+            // The other threads' work is in vain.
+            failed.cancel();
+        }
+        worked.map(drop)
+    })?;
+    Ok(reading.digest())
+}
+
+struct Eyes<'a> {
+    progress: &'a Progress,
+    stops: [&'a CancellationToken; 2],
+}
+
+impl Watch for Eyes<'_> {
+    fn read(&mut self, _: u64, bytes: &[u8]) -> ControlFlow<()> {
+        self.progress.add(bytes.len() as u64);
+        match self.stops.iter().any(|stop| stop.is_cancelled()) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+
+    fn done(&mut self, _: Range<u64>) {}
 }

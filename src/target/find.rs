@@ -5,7 +5,7 @@
 
 use super::identity::FileId;
 use super::parents::Parents;
-use super::{BackupName, Error, Target, Targets, block, file, store};
+use super::{BackupName, Error, Target, Targets, Writeback, block, file, store};
 use crate::definition::Format;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
 
@@ -30,6 +30,7 @@ impl Targets {
                 targets: Vec::new(),
                 store: None,
                 parents: Parents::default(),
+                writeback: Writeback::default(),
                 settled: false,
             },
             lost: None,
@@ -79,6 +80,7 @@ impl Targets {
                 Err(error) => found.fail(error),
             }
         }
+        found.targets.set_writeback();
         found
     }
 

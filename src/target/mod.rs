@@ -49,24 +49,20 @@ pub use space::device_for_restore;
 pub use store::{Published, ensure as ensure_store, partial_backup};
 pub use writeback::Writeback;
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FileType;
 use tokio_util::sync::CancellationToken;
 
-use digest::Reading;
-use sparse::Digger;
+use digest::{How, Run};
 
 use crate::fault;
 use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
 
-/// How many images are made durable at a time.
-const WORKERS: usize = 4;
 /// What a failed backup leaves of a block device's beginning: nothing that has a header.
 pub const WIPED_HEAD: u64 = 1 << 20;
 
@@ -156,6 +152,7 @@ pub struct Targets {
     store: Option<store::Partial>,
     /// The backing images.
     parents: Parents,
+    writeback: Writeback,
     /// Published, discarded, or left to a later process: nothing is to be done when it is dropped.
     settled: bool,
 }
@@ -169,6 +166,7 @@ impl Targets {
             targets: Vec::new(),
             store: None,
             parents: Parents::hold(plan)?,
+            writeback: Writeback::default(),
             settled: false,
         };
         if let Destination::Store { path, directory, .. } = &plan.destination {
@@ -193,6 +191,7 @@ impl Targets {
         }
         space::check(&targets.targets, &plan.disks, &plan.task, around.process)?;
         check::unused(&mut targets.targets, around)?;
+        targets.set_writeback();
         fault::passed("prepared");
         Ok(targets)
     }
@@ -232,21 +231,28 @@ impl Targets {
         self.targets.iter().map(|target| target.id).collect()
     }
 
-    /// For early write-back, while data is still being copied. Not of images in a store: they are read again for their digest,
-    /// and what is written back leaves the memory, so that the device would have to read it.
-    pub fn writeback(&self) -> Writeback {
-        let sent = self.targets.iter().filter(|_| !self.in_store());
-        sent.map(|target| target.file.clone()).collect()
+    /// Sends to the device what is written, while more is being copied. Images in a store stay in memory, because they are read
+    /// once more for their digests.
+    pub fn writeback(&self) -> &Writeback {
+        &self.writeback
     }
 
-    /// Makes the data durable; returns the digests, in the plan's order, or nothing if it is cancelled. Several disks at a
-    /// time. Nothing has its final name yet. QEMU has let go of the targets.
+    /// Makes the data durable; returns the digests, in the plan's order, or nothing if it is cancelled. Nothing has its final name
+    /// yet. QEMU has let go of the targets, so no byte changes between its digest and its fsync.
     pub fn seal(
         &self,
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Option<Vec<FileDigest>>, Error> {
-        self.each(|target| target.seal(self.in_store(), progress, cancel))
+        let how = match self.in_store() {
+            true => How::DigestAndWriteBack,
+            false => How::WriteBack,
+        };
+        let end = |index: usize| {
+            self.writeback.check(index)?;
+            self.targets[index].make_durable(how)
+        };
+        self.go_through(how, end, progress, cancel)
     }
 
     /// Whether the images are what `digests` say, in the plan's order; nothing if it is cancelled.
@@ -256,35 +262,36 @@ impl Targets {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Option<bool>, Error> {
-        let found = self.each(|target| target.digest(self.in_store(), progress, cancel))?;
+        let how = match self.in_store() {
+            true => How::Digest,
+            false => How::WriteBack,
+        };
+        let found = self.go_through(how, |_| Ok(()), progress, cancel)?;
         Ok(found.map(|found| found == digests))
     }
 
-    /// The digest that `find` gives of each target, in the plan's order; nothing if one gives nothing.
-    fn each(
+    fn set_writeback(&mut self) {
+        let again = |target: &Target| self.store.as_ref()?.open_again(target);
+        self.writeback = Writeback::new(&self.targets, again);
+    }
+
+    fn go_through(
         &self,
-        find: impl Fn(&Target) -> Result<Option<FileDigest>, Error> + Sync,
+        how: How,
+        end: impl Fn(usize) -> Result<(), Error> + Sync,
+        progress: &Progress,
+        cancel: &CancellationToken,
     ) -> Result<Option<Vec<FileDigest>>, Error> {
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut found = Vec::new();
-            while let Some(target) = self.targets.get(next.fetch_add(1, Ordering::Relaxed)) {
-                found.push((target.id, find(target)?));
-            }
-            Ok::<_, Error>(found)
+        let failed = |index: usize, errno| {
+            let target = &self.targets[index];
+            Error::io("read", &target.label, errno).of(&target.disk)
         };
-        let workers = self.targets.len().min(WORKERS);
-        let found = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
-            let found = workers.into_iter().map(|worker| match worker.join() {
-                Ok(found) => found,
-                Err(panic) => std::panic::resume_unwind(panic),
-            });
-            found.collect::<Result<Vec<_>, Error>>()
-        })?;
-        let found: HashMap<FileId, Option<FileDigest>> = found.into_iter().flatten().collect();
-        let digests = self.targets.iter().map(|target| found.get(&target.id)?.clone());
-        Ok(digests.collect())
+        let runs = self.targets.iter().enumerate().map(|(index, target)| {
+            let run = Run::new(&target.file, how, target.sparse && how == How::DigestAndWriteBack);
+            run.map_err(|errno| failed(index, errno))
+        });
+        let runs = runs.collect::<Result<Vec<_>, _>>()?;
+        digest::go_through(&runs, end, failed, progress, cancel)
     }
 
     /// Gives everything its final name, durably. `records` are names and contents of the files that go beside a
@@ -423,53 +430,16 @@ impl Target {
         &self.written
     }
 
-    fn seal(
-        &self,
-        with_checksum: bool,
-        progress: &Progress,
-        cancel: &CancellationToken,
-    ) -> Result<Option<FileDigest>, Error> {
-        let reading = match with_checksum {
-            true => Reading::DigestAndWriteBack,
-            false => Reading::WriteBack,
-        };
-        let digger = (with_checksum && self.sparse).then(|| Digger::new(&self.file));
-        let dug = digger.is_some();
-        let digest = self.read(reading, digger, progress, cancel)?;
-        if digest.is_some() {
+    /// All of it was gone through.
+    fn make_durable(&self, how: How) -> Result<(), Error> {
+        self.fsync()?;
+        if self.sparse && how == How::WriteBack {
+            // After the data is durable, or what is still on its way could be taken for a hole.
+            sparse::dig(&self.file)
+                .map_err(|errno| Error::io("make sparse", &self.label, errno).of(&self.disk))?;
             self.fsync()?;
-            if self.sparse && !dug {
-                // After the data is durable, or what is still on its way could be taken for a hole.
-                sparse::dig(&self.file)
-                    .map_err(|errno| Error::io("make sparse", &self.label, errno).of(&self.disk))?;
-                self.fsync()?;
-            }
         }
-        Ok(digest)
-    }
-
-    fn digest(
-        &self,
-        with_checksum: bool,
-        progress: &Progress,
-        cancel: &CancellationToken,
-    ) -> Result<Option<FileDigest>, Error> {
-        let reading = match with_checksum {
-            true => Reading::Digest,
-            false => Reading::WriteBack,
-        };
-        self.read(reading, None, progress, cancel)
-    }
-
-    fn read(
-        &self,
-        reading: Reading,
-        digger: Option<Digger>,
-        progress: &Progress,
-        cancel: &CancellationToken,
-    ) -> Result<Option<FileDigest>, Error> {
-        let digest = digest::read(&self.file, reading, digger, progress, cancel);
-        digest.map_err(|errno| Error::io("read", &self.label, errno).of(&self.disk))
+        Ok(())
     }
 
     fn fsync(&self) -> Result<(), Error> {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::identity::FileId;
 use super::inventory::{Shelf, read_file};
 use super::removal::{removed_name, sweep};
 use super::{BackupName, Error, Publication, Target, mark, naming};
@@ -266,6 +267,17 @@ impl Partial {
             file_name: file_name.to_owned(),
         };
         Target::new(disk, label, file, publication)
+    }
+
+    /// The image of the target's once more, as another open file; nothing if that can't be had.
+    pub fn open_again(&self, target: &Target) -> Option<OwnedFd> {
+        let Publication::InStore { file_name } = &target.publication else {
+            return None;
+        };
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.directory, file_name, flags, Mode::empty()).ok()?;
+        let stat = rustix::fs::fstat(&file).ok()?;
+        (FileId::of(&stat) == target.id).then_some(file)
     }
 
     pub fn remove_file(&self, file_name: &str) -> io::Result<()> {

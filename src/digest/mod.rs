@@ -1,5 +1,11 @@
 //! Digests of files: how they are taken and written. Knows bytes only.
 
+mod parallel;
+mod pieces;
+
+pub use parallel::{Reading, Watch, Worked, in_threads, threads};
+use pieces::{Part, Pieces};
+
 use std::fmt;
 
 use sha2::{Digest as _, Sha256};
@@ -50,10 +56,9 @@ impl Hasher {
         }
     }
 
-    /// Uses all processors, if there are many bytes. Blocks.
     pub fn update(&mut self, bytes: &[u8]) {
         match self {
-            Self::Blake3(hasher) => drop(hasher.update_rayon(bytes)),
+            Self::Blake3(hasher) => drop(hasher.update(bytes)),
             Self::Sha256(hasher) => hasher.update(bytes),
         }
     }

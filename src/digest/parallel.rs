@@ -1,0 +1,216 @@
+//! Reads files by several threads for their BLAKE3 digests.
+
+use std::num::NonZeroU64;
+use std::ops::{ControlFlow, Range};
+use std::os::fd::OwnedFd;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{Advice, fadvise};
+use rustix::io::Errno;
+
+use super::{Digest, Part, Pieces};
+
+/// How much is read at a time, in bytes: little enough to be in a processor's cache when it is hashed.
+const BUFFER: usize = 256 << 10;
+/// Memory is the limit with more.
+const MOST_THREADS: usize = 32;
+
+/// How many threads read at a time: as many as this process may use processors.
+pub fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |count| count.get().min(MOST_THREADS))
+}
+
+/// Does `work` in so many threads, this one included, and waits for all of them. Returns the first error.
+pub fn in_threads<E: Send>(count: usize, work: impl Fn() -> Result<(), E> + Sync) -> Result<(), E> {
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..count).map(|_| scope.spawn(&work)).collect();
+        let own = work();
+        let others: Vec<_> = others
+            .into_iter()
+            .map(|thread| match thread.join() {
+                Ok(worked) => worked,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })
+            .collect();
+        others.into_iter().fold(own, Result::and)
+    })
+}
+
+/// A file of which the digest is taken, by as many threads as call [`Reading::work`].
+#[derive(Debug)]
+pub struct Reading<'a> {
+    file: &'a OwnedFd,
+    pieces: Pieces,
+    backwards: bool,
+    parts: Vec<OnceLock<Part>>,
+    /// How many pieces threads have taken, and how many they have not finished.
+    taken: AtomicU64,
+    unfinished: AtomicU64,
+}
+
+/// Hears of what a thread reads.
+pub trait Watch {
+    /// The thread has read bytes; a break ends its work.
+    fn read(&mut self, offset: u64, bytes: &[u8]) -> ControlFlow<()>;
+    /// The thread has read this piece whole.
+    fn done(&mut self, piece: Range<u64>);
+}
+
+/// How a thread's work ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Worked {
+    /// The watch ended it.
+    Stopped,
+    /// Other threads may still read.
+    Done,
+    /// All is read, and no other thread is given this answer.
+    Last,
+}
+
+impl<'a> Reading<'a> {
+    /// The first `length` bytes of a file.
+    pub fn new(file: &'a OwnedFd, length: u64) -> Self {
+        let pieces = Pieces::of(length);
+        Self {
+            file,
+            pieces,
+            backwards: false,
+            parts: (0..pieces.count()).map(|_| OnceLock::new()).collect(),
+            taken: AtomicU64::new(0),
+            unfinished: AtomicU64::new(pieces.count()),
+        }
+    }
+
+    /// The same, from the end to the beginning. A file that was just written, and does not fit into memory, has its end there:
+    /// reading it first leaves that much less to be read from the device.
+    pub fn backwards(file: &'a OwnedFd, length: u64) -> Self {
+        Self {
+            backwards: true,
+            ..Self::new(file, length)
+        }
+    }
+
+    /// How many pieces there are to read.
+    pub fn pieces(&self) -> usize {
+        self.parts.len()
+    }
+
+    /// Reads pieces until none is left that no thread has taken.
+    pub fn work(&self, watch: &mut impl Watch) -> Result<Worked, Errno> {
+        let mut buffer = Vec::new();
+        let mut next = self.take();
+        while let Some(index) = next {
+            // The device reads the next piece while this one is hashed.
+            next = self.take();
+            buffer.resize(BUFFER, 0);
+            match self.read(index, &mut buffer, watch)? {
+                Worked::Done => {}
+                ended => return Ok(ended),
+            }
+        }
+        Ok(Worked::Done)
+    }
+
+    /// The digest, once a thread has finished the last piece.
+    pub fn digest(&self) -> Option<Digest> {
+        let parts: Option<Vec<Part>> = self.parts.iter().map(|part| part.get().copied()).collect();
+        Some(self.pieces.join(&parts?))
+    }
+
+    fn take(&self) -> Option<u64> {
+        let (count, taken) = (self.pieces.count(), self.taken.fetch_add(1, Ordering::Relaxed));
+        if taken >= count {
+            return None;
+        }
+        let index = match self.backwards {
+            true => count - 1 - taken,
+            false => taken,
+        };
+        let range = self.pieces.range(index);
+        if let Some(length) = NonZeroU64::new(range.end - range.start) {
+            // Advice: where it is not taken, each read waits.
+            let _ = fadvise(self.file, range.start, Some(length), Advice::WillNeed);
+        }
+        Some(index)
+    }
+
+    fn read(&self, index: u64, buffer: &mut [u8], watch: &mut impl Watch) -> Result<Worked, Errno> {
+        let (mut hasher, range) = (self.pieces.hasher(index), self.pieces.range(index));
+        let mut offset = range.start;
+        while offset < range.end {
+            let wanted = buffer.len().min((range.end - offset) as usize);
+            let count =
+                rustix::io::retry_on_intr(|| rustix::io::pread(self.file, &mut buffer[..wanted], offset))?;
+            if count == 0 {
+                // It was longer when its length was taken: another process truncates it.
+                return Err(Errno::IO);
+            }
+            hasher.update(&buffer[..count]);
+            if watch.read(offset, &buffer[..count]).is_break() {
+                return Ok(Worked::Stopped);
+            }
+            offset += count as u64;
+        }
+        watch.done(range);
+        // Nobody else has taken the piece.
+        let _ = self.parts[index as usize].set(hasher.finish());
+        Ok(match self.unfinished.fetch_sub(1, Ordering::AcqRel) {
+            1 => Worked::Last,
+            _ => Worked::Done,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    struct Count(u64, u64);
+
+    impl Watch for Count {
+        fn read(&mut self, _: u64, bytes: &[u8]) -> ControlFlow<()> {
+            self.0 += bytes.len() as u64;
+            ControlFlow::Continue(())
+        }
+
+        fn done(&mut self, piece: Range<u64>) {
+            self.1 += piece.end - piece.start;
+        }
+    }
+
+    #[test]
+    fn several_threads_give_the_digest_of_one_and_one_of_them_is_the_last() {
+        for length in [0, 1, 4 << 20, (17 << 20) + 12_345] {
+            let bytes: Vec<u8> = (0..length).map(|at| (at >> 7) as u8 ^ at as u8).collect();
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&bytes).unwrap();
+            let (file, length) = (OwnedFd::from(file), length as u64);
+            for reading in [Reading::new(&file, length), Reading::backwards(&file, length)] {
+                let work = || {
+                    let mut count = Count(0, 0);
+                    let last = reading.work(&mut count).unwrap();
+                    assert_eq!(count.0, count.1);
+                    (u64::from(last == Worked::Last), count.0)
+                };
+                let threads: Vec<(u64, u64)> = std::thread::scope(|scope| {
+                    let threads: Vec<_> = (0..3).map(|_| scope.spawn(work)).collect();
+                    threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+                });
+                assert_eq!(threads.iter().map(|(last, _)| last).sum::<u64>(), 1);
+                assert_eq!(threads.iter().map(|(_, read)| read).sum::<u64>(), length);
+                assert_eq!(reading.digest().unwrap().hex, *blake3::hash(&bytes).to_hex());
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_truncated_meanwhile_is_an_error() {
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        rustix::fs::ftruncate(&file, 1000).unwrap();
+        let reading = Reading::new(&file, 1001);
+        assert_eq!(reading.work(&mut Count(0, 0)), Err(Errno::IO));
+        assert!(reading.digest().is_none());
+    }
+}

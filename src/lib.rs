@@ -1,9 +1,37 @@
 //! backupd: backs up running QEMU virtual machines for callers on the system bus.
 //!
-//! One library, two binaries: `backupd` (the service) and `backupctl` (its command line). A request goes
-//! `bus` → `service` → `definition` → `access` → `plan` → `job` → `image` → `target` → `qcow2` → `qmp`, with `domain` telling which
-//! virtual machines there are, and `backups` beside `job` what becomes of a backup when it is made. A module may use
-//! those after it on that way and never those before it.
+//! One library, two programs: `backupd` (the service) and `backupctl` (its command line). A call comes in at the top of this
+//! table and goes down. A module uses modules further down only; `tests/structure.rs` checks that.
+//!
+//! | module | is |
+//! | --- | --- |
+//! | `bus` | D-Bus messages into calls, results into replies, changes into signals |
+//! | `service` | the way of a request: parse, resolve, authorise, plan, start |
+//! | `backups` | what becomes of stored backups: delete, merge, prune, check |
+//! | `job` | the state machine that runs a plan, its journal, and recovery |
+//! | `image` | the programs that read images (`qemu-img`, `qemu-storage-daemon`), confined: restore, export, verify |
+//! | `target` | files, devices and directories that a backup is written to: prepared, published, discarded, removed |
+//! | `plan` | a request with every default made explicit. Pure |
+//! | `catalog` | SQLite: jobs, their journal and history, backups, checkpoints; and the manifest in a store |
+//! | `domain` | which virtual machines there are, their disks and their monitors |
+//! | `access` | who may do what: polkit, the table of permissions, the audit record |
+//! | `config` | the configuration file |
+//! | `qcow2` | the headers of qcow2 images |
+//! | `definition` | `<domainbackup>` and `<domaincheckpoint>` documents |
+//! | `qmp` | the QEMU Machine Protocol |
+//! | `quota` | limits for each user, and for all |
+//! | `socket` | UNIX sockets at paths in which other users may have a hand |
+//! | `path` | files at such paths |
+//! | `error` | the kinds of failure, and the value that carries one to the caller |
+//! | `offload` | blocking work off the runtime |
+//! | `activity` | how long the service has been unused |
+//! | `supervisor` | notifications to systemd |
+//! | `fault` | points at which a test ends the service |
+//! | `turns` | turns at what only a few callers do at a time |
+//! | `digest` | digests of files |
+//! | `text` | characters that a reader does not see |
+//! | `names` | names on the bus |
+//! | `clock` | the time of day |
 
 pub mod access;
 pub mod activity;

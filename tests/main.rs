@@ -67,6 +67,7 @@ mod silent;
 mod stale_catalog;
 mod storage_faults;
 mod stored;
+mod structure;
 mod thaw;
 mod truth;
 mod unit_file;

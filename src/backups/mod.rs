@@ -30,7 +30,7 @@ use crate::target;
 pub use error::Error;
 pub use look::PATIENCE;
 pub use prune::{Allowed, Group, Pruned, Verdict};
-pub use remove::{Removed, Unwanted, finish_removal};
+pub use remove::{Removed, Unwanted};
 pub use store::{Inventory, Stored, read_store};
 
 /// Backups that are read, and looked at, at a time.

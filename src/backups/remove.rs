@@ -8,19 +8,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Backups, Error, Place};
-use crate::catalog::{
-    Backup, BackupKey, DEFINITION_NAME, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME,
-};
+use crate::catalog::{Backup, BackupKey, Link};
 use crate::fault::{self, Point};
 use crate::offload::Progress;
 use crate::plan::{Destination, Plan};
-use crate::target::{self, BackupName, Removal, Replacement, Shelf};
+use crate::target::{self, BackupName, Removal, Replacement};
 
-/// What lies beside a backup's images; the manifest, which tells what the others are, last.
-const RECORDS: [&str; 3] = [DEFINITION_NAME, PROTECTED_NAME, MANIFEST_NAME];
-
-/// A look at a backup's directory, which may not be there: its store, its name, its images and its records.
-type Find<T> = fn(&Path, BackupName, &[&str], &[&str]) -> Result<Option<T>, target::Error>;
+/// A look at a backup's directory, which may not be there: its store, its name and its images.
+type Find<T> = fn(&Path, BackupName, &[&str]) -> Result<Option<T>, target::Error>;
 
 /// Backups of one domain's in one store that are to go.
 #[derive(Debug, Clone)]
@@ -281,7 +276,7 @@ impl Backups {
             .path
             .clone();
         let (key, manifest) = (backup.key.clone(), backup.manifest.clone());
-        let find = move |_: &Progress| find(&path, name(&key), &images(&manifest), &RECORDS);
+        let find = move |_: &Progress| find(&path, name(&key), &manifest.images());
         self.blocking(&backup.key.store, find).await
     }
 
@@ -398,34 +393,6 @@ pub(super) fn name(key: &BackupKey) -> BackupName<'_> {
     BackupName {
         domain: &key.domain,
         id: &key.id,
-    }
-}
-
-fn images(manifest: &Manifest) -> Vec<&str> {
-    manifest.disks.iter().map(|disk| disk.file.as_str()).collect()
-}
-
-/// Goes on with the removal of a backup of which nothing is on record; does nothing if somebody is at it. Blocks.
-pub fn finish_removal(
-    store: &Path,
-    domain: &str,
-    id: &str,
-    progress: &Progress,
-) -> Result<(), target::Error> {
-    let Some(shelf) = Shelf::of_store(store)?.below(domain)? else {
-        return Ok(());
-    };
-    let Some(directory) = shelf.below(&target::removed_name(id))? else {
-        return Ok(());
-    };
-    // It goes last: where it is not there, neither is anything that it would name.
-    let manifest = directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES);
-    let manifest = manifest.ok().and_then(|(bytes, _)| Manifest::parse(&bytes).ok());
-    let images = manifest.as_ref().map(images).unwrap_or_default();
-    match Removal::hold(store, BackupName { domain, id }, &images, &RECORDS) {
-        Ok(Some(removal)) if removal.is_begun() => removal.remove(progress).map(drop),
-        Ok(_) | Err(target::Error::InUse { .. }) => Ok(()),
-        Err(error) => Err(error),
     }
 }
 

@@ -224,6 +224,11 @@ fn is_zero(number: &u64) -> bool {
 }
 
 impl Manifest {
+    /// The names of the image files.
+    pub fn images(&self) -> Vec<&str> {
+        self.disks.iter().map(|disk| disk.file.as_str()).collect()
+    }
+
     /// Of a backup without a disk yet.
     pub fn new(
         kind: Kind,

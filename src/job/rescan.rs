@@ -8,7 +8,6 @@ use super::manager::Setting;
 use super::mark::mark;
 use super::record::{domain_record, journal, to_text};
 use super::{DiskState, DiskStatus, Error, backup, watched};
-use crate::backups::finish_removal;
 use crate::catalog::{
     BackupRecord, DEFINITION_NAME, DomainDir, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
     Starter, StoredBackup, Taken,
@@ -220,8 +219,14 @@ impl Look<'_> {
                 }
             }
             if let Some(id) = target::removed_backup(name) {
-                let (path, domain, id) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
-                let finish = move |progress: &Progress| finish_removal(&path, &domain, &id, progress);
+                let (path, domain, at) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
+                let finish = move |progress: &Progress| {
+                    let name = BackupName {
+                        domain: &domain,
+                        id: &at,
+                    };
+                    target::finish_removal(&path, name, progress)
+                };
                 if let Err(error) = self.within(finish).await {
                     let path = self.path.join(directory).join(name);
                     self.rescan.problem(&path, &error.to_string());

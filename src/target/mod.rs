@@ -43,7 +43,7 @@ pub use mark::{DIRECTORY as STORE_DIRECTORY, check_mark, check_mark_of, make_mar
 pub use opener::{Opener, opener};
 pub use parents::Parents;
 pub use protection::protect;
-pub use removal::{Removal, removed_backup, removed_name};
+pub use removal::{Removal, finish_removal, removed_backup, removed_name};
 pub use replacement::{Replacement, replaced_backup};
 pub use space::device_for_restore;
 pub use store::{Published, ensure as ensure_store, partial_backup};

@@ -12,11 +12,15 @@ use rustix::io::Errno;
 use super::inventory::{Held, Sharing, Shelf};
 use super::store::names_in;
 use super::{BackupName, Error, naming};
+use crate::catalog::{DEFINITION_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::fault::{self, Point};
 use crate::offload::Progress;
 
 /// What [`Stat::st_blocks`] counts in.
 const BLOCK: u64 = 512;
+
+/// What lies beside a backup's images; the manifest last, because it names these.
+const RECORDS: [&str; 3] = [DEFINITION_NAME, PROTECTED_NAME, MANIFEST_NAME];
 
 /// A backup's directory that is nobody else's, and is about to go.
 #[derive(Debug)]
@@ -54,26 +58,36 @@ pub fn sweep(domain: &OwnedFd) {
     }
 }
 
+/// Goes on with the removal of a backup that the catalog has no record of. Does nothing if it has not begun, or if another
+/// process is at it. Blocks.
+pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Result<(), Error> {
+    let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
+        return Ok(());
+    };
+    let Some(directory) = domain.below(&removed_name(name.id))? else {
+        return Ok(());
+    };
+    // It goes last: where it is not there, neither is anything that it would name.
+    let manifest = directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES);
+    let manifest = manifest.ok().and_then(|(bytes, _)| Manifest::parse(&bytes).ok());
+    let images = manifest.as_ref().map(Manifest::images).unwrap_or_default();
+    match Removal::hold(store, name, &images) {
+        Ok(Some(removal)) if removal.is_begun() => removal.remove(progress).map(drop),
+        Ok(_) | Err(Error::InUse { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 impl Removal {
     /// Takes the directory of a backup for oneself, under either of its names; nothing if it is not there. `images` are the
-    /// files that its manifest names, and `records` those that lie beside them, the manifest last. Blocks.
-    pub fn hold(
-        store: &Path,
-        name: BackupName,
-        images: &[&str],
-        records: &[&str],
-    ) -> Result<Option<Self>, Error> {
-        Self::find(store, name, images, records, true)
+    /// files that its manifest names. Blocks.
+    pub fn hold(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
+        Self::find(store, name, images, true)
     }
 
     /// As [`Self::hold`], of one that is to be renamed: fails if its file system could not do that.
-    pub fn hold_to_rename(
-        store: &Path,
-        name: BackupName,
-        images: &[&str],
-        records: &[&str],
-    ) -> Result<Option<Self>, Error> {
-        let held = Self::hold(store, name, images, records)?;
+    pub fn hold_to_rename(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
+        let held = Self::hold(store, name, images)?;
         let Some(removal) = held.as_ref().filter(|held| !held.begun) else {
             return Ok(held);
         };
@@ -87,23 +101,12 @@ impl Removal {
     }
 
     /// How many bytes would be free without it; nothing if it is not there. Keeps nobody from using it. Blocks.
-    pub fn space_of(
-        store: &Path,
-        name: BackupName,
-        images: &[&str],
-        records: &[&str],
-    ) -> Result<Option<u64>, Error> {
-        let found = Self::find(store, name, images, records, false)?;
+    pub fn space_of(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<u64>, Error> {
+        let found = Self::find(store, name, images, false)?;
         Ok(found.map(|found| found.space))
     }
 
-    fn find(
-        store: &Path,
-        name: BackupName,
-        images: &[&str],
-        records: &[&str],
-        hold: bool,
-    ) -> Result<Option<Self>, Error> {
+    fn find(store: &Path, name: BackupName, images: &[&str], hold: bool) -> Result<Option<Self>, Error> {
         let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
             // Nobody removes that: the whole store may be elsewhere.
             return Err(Error::NotThere {
@@ -125,19 +128,19 @@ impl Removal {
                 space: 0,
                 _held: held,
             };
-            removal.take_stock(images, records)?;
+            removal.take_stock(images)?;
             return Ok(Some(removal));
         }
         Ok(None)
     }
 
     /// Finds what is to go, all of which must be the backup's.
-    fn take_stock(&mut self, images: &[&str], records: &[&str]) -> Result<(), Error> {
+    fn take_stock(&mut self, images: &[&str]) -> Result<(), Error> {
         let mut names =
             names_in(self.directory.descriptor()).map_err(|errno| self.failed("read", "", errno))?;
         naming::without_held_open(&mut names);
         for name in &names {
-            let known = images.contains(&name.as_str()) || records.contains(&name.as_str());
+            let known = images.contains(&name.as_str()) || RECORDS.contains(&name.as_str());
             let stat = match known {
                 true => self.stat(name)?,
                 false => None,
@@ -151,7 +154,7 @@ impl Removal {
                 self.space += stat.st_blocks.cast_unsigned() * BLOCK;
             }
         }
-        let listed = images.iter().chain(records);
+        let listed = images.iter().chain(&RECORDS);
         let there = listed.filter(|listed| names.iter().any(|name| name == **listed));
         self.files = there.map(|name| (*name).to_owned()).collect();
         Ok(())
@@ -224,8 +227,6 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
-    const RECORDS: [&str; 2] = ["backup.xml", "manifest.json"];
-
     /// A store with a backup `a` of `web`; below `/root` or wherever only root and the service's user have a hand.
     fn store() -> tempfile::TempDir {
         let directory = tempfile::Builder::new().tempdir_in("/var/tmp").unwrap();
@@ -246,7 +247,7 @@ mod tests {
             domain: "web",
             id: "a",
         };
-        Removal::hold(store, name, &["vda.qcow2", "vdb.qcow2"], &RECORDS)
+        Removal::hold(store, name, &["vda.qcow2", "vdb.qcow2"])
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Knows TOML and paths; does not open any store or domain.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::definition;
 use crate::quota::{self, Quota};
+use crate::size::parse_size;
 
 pub const DEFAULT_PATH: &str = "/etc/backupd/backupd.toml";
 /// The store that a backup goes to when its document names none.
@@ -56,6 +57,12 @@ pub struct Store {
     /// with 0.
     #[serde(default = "checkpoints")]
     pub checkpoints: usize,
+    /// How many backups into it run at once; others wait. Nothing: only the host's limit counts.
+    #[serde(default)]
+    pub jobs_at_once: Option<NonZeroUsize>,
+    /// In bytes a second, all backups into it together. Nothing: no limit.
+    #[serde(default, deserialize_with = "bandwidth")]
+    pub bandwidth: Option<NonZeroU64>,
     /// How many backups of each domain are kept, by each rule; nothing is removed where all are 0.
     #[serde(default)]
     pub keep_last: u32,
@@ -89,6 +96,8 @@ impl Store {
         Self {
             path,
             checkpoints: checkpoints(),
+            jobs_at_once: None,
+            bandwidth: None,
             keep_last: 0,
             keep_hourly: 0,
             keep_daily: 0,
@@ -139,9 +148,12 @@ pub struct Limits {
     /// Calls that have not been answered. Waiting for a job's end is one.
     pub calls_per_user: usize,
     pub calls: usize,
-    /// Backups under way.
+    /// Jobs that run or wait.
     pub jobs_per_user: usize,
     pub jobs: usize,
+    /// Backups that run at the same time; others wait.
+    pub jobs_at_once_per_user: NonZeroUsize,
+    pub jobs_at_once: NonZeroUsize,
     pub registered_domains_per_user: usize,
     pub registered_domains: usize,
     /// Connections that hear signals of backups that others started.
@@ -161,11 +173,19 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
+        const fn places(places: usize) -> NonZeroUsize {
+            match NonZeroUsize::new(places) {
+                Some(places) => places,
+                None => NonZeroUsize::MIN,
+            }
+        }
         Self {
             calls_per_user: 64,
             calls: 1024,
-            jobs_per_user: 16,
-            jobs: 128,
+            jobs_per_user: 64,
+            jobs: 1024,
+            jobs_at_once_per_user: places(4),
+            jobs_at_once: places(8),
             registered_domains_per_user: 32,
             registered_domains: 256,
             subscriptions_per_user: 16,
@@ -358,6 +378,22 @@ impl Config {
     }
 }
 
+/// Bytes a second such as `100M`, as `backupctl create --bandwidth` has it; at most what QEMU's number with a sign holds.
+fn bandwidth<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<NonZeroU64>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let wrong = |why: &dyn std::fmt::Display| {
+        serde::de::Error::custom(format!(
+            "'{text}' is no number of bytes a second such as \"100M\": {why}"
+        ))
+    };
+    let bytes = parse_size(&text).map_err(|error| wrong(&error))?;
+    match NonZeroU64::new(bytes) {
+        Some(bytes) if i64::try_from(bytes.get()).is_ok() => Ok(Some(bytes)),
+        Some(_) => Err(wrong(&"it is too large")),
+        None => Err(wrong(&"it must be at least 1")),
+    }
+}
+
 /// A time in words: `36h`, `7 days`, `0s`. A day has 24 hours.
 fn span<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
@@ -507,6 +543,27 @@ mod tests {
         for wrong in ["7", "\"soon\"", "\"-1d\"", "\"1 month\""] {
             assert!(at_least(&format!("keep-at-least = {wrong}")).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_stores_bandwidth_is_a_size() {
+        let store = |line: &str| {
+            let text = format!("[store.default]\npath = \"/b\"\n{line}");
+            toml::from_str::<Config>(&text).map(|config| config.stores["default"].clone())
+        };
+        assert_eq!(store("").unwrap().bandwidth, None);
+        assert_eq!(
+            store("bandwidth = \"100M\"").unwrap().bandwidth,
+            NonZeroU64::new(100 << 20)
+        );
+        for wrong in ["\"0\"", "\"fast\"", "\"-1\"", "\"9000000000G\"", "100"] {
+            assert!(store(&format!("bandwidth = {wrong}")).is_err(), "{wrong}");
+        }
+        assert_eq!(
+            store("jobs-at-once = 2").unwrap().jobs_at_once,
+            NonZeroUsize::new(2)
+        );
+        assert!(store("jobs-at-once = 0").is_err());
     }
 
     #[test]

@@ -29,6 +29,7 @@
 //! | `fault` | points at which a test ends the service |
 //! | `turns` | turns at what only a few callers do at a time |
 //! | `digest` | digests of files |
+//! | `size` | sizes in bytes, as people write them |
 //! | `text` | characters that a reader does not see |
 //! | `names` | names on the bus |
 //! | `clock` | the time of day |
@@ -55,6 +56,7 @@ pub mod qcow2;
 pub mod qmp;
 pub mod quota;
 pub mod service;
+pub mod size;
 pub mod socket;
 pub mod supervisor;
 pub mod target;

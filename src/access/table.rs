@@ -172,6 +172,7 @@ pub static TABLE: [Entry; 14] = [
             "Job.NotInBackup",
             "Job.Encrypted",
             "Job.State",
+            "Job.QueuePosition",
             "Job.Progress",
             "Job.Bytes",
             "Job.BytesDone",

@@ -160,12 +160,9 @@ impl Backups {
     /// Makes sure that no job that has not ended, as far as is on record, builds upon one of these: also one that nobody works on
     /// at this moment, when it holds nothing.
     async fn check_running(&self, unwanted: &Unwanted, order: &[String]) -> Result<(), Error> {
-        for job in self.catalog.unsettled().await? {
+        for job in self.catalog.under_way().await? {
             // One that cannot be read could build upon any of them.
             let job = job?;
-            if job.has_ended() {
-                continue;
-            }
             let plan: Plan = serde_json::from_str(&job.plan).map_err(|error| {
                 tracing::error!(job = job.id, %error, "the plan of a job cannot be read");
                 Error::Catalog

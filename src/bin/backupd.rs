@@ -150,13 +150,14 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
         activity.clone(),
     ));
     backups.recover().await?;
-    let resumed = jobs.recover().await?;
+    let recovered = jobs.recover().await?;
     jobs.settle_stores();
     let at_stake = jobs.at_stake().clone();
     let service = Arc::new(Service::new(domains, jobs, backups, access, &config));
-    resumed.iter().for_each(|job| service.follow(job.clone()));
+    recovered.jobs.iter().for_each(|job| service.follow(job.clone()));
+    service.requeue(recovered.queued);
     let connection = zbus::connection::Builder::system().build().await?;
-    let published = bus::publish(connection, service.clone(), &config, resumed, &activity).await?;
+    let published = bus::publish(connection, service.clone(), &config, recovered.jobs, &activity).await?;
     supervisor::ready();
     tracing::info!("ready");
     let prober = published.prober();
@@ -176,6 +177,7 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
         // the name.
         let _ = published.withdraw().await;
     }
+    service.close_queue();
     published.finish_calls().await;
     service.shut_down().await;
     published.close().await;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use zbus::wire::Variant;
+use zbus::wire::{OwnedObjectPath, Variant};
 
 use super::call::{Answer, Call};
 use super::error::name;
@@ -16,7 +16,7 @@ use crate::plan::{DiskPlan, Mode};
 pub type DiskTuple = (String, String, u64, u64, String, String);
 
 /// How much of a disk is copied: its name, mode, the backup that it goes on from, and why from none.
-type IncrementTuple = (String, &'static str, String, &'static str);
+pub type IncrementTuple = (String, &'static str, String, &'static str);
 
 fn increment(disk: &DiskPlan) -> IncrementTuple {
     let (since, why) = match &disk.mode {
@@ -29,6 +29,10 @@ fn increment(disk: &DiskPlan) -> IncrementTuple {
 /// The changing properties, on the bus.
 #[derive(Debug, Clone, PartialEq)]
 pub struct View {
+    pub domain: OwnedObjectPath,
+    pub increments: Vec<IncrementTuple>,
+    pub not_in_backup: Vec<(String, String)>,
+    pub encrypted: Vec<String>,
     pub state: &'static str,
     pub progress: f64,
     pub bytes: u64,
@@ -43,12 +47,16 @@ pub struct View {
 }
 
 impl View {
-    pub fn of(status: &Status) -> Self {
+    pub fn of(job: &Job, status: &Status) -> Self {
         let (_, error_name, error_message) = result(status);
         let end = status
             .expected_end
             .and_then(|end| u64::try_from(end.as_microsecond()).ok());
         Self {
+            domain: domain_path(job.domain.id),
+            increments: job.plan.disks.iter().map(increment).collect(),
+            not_in_backup: not_in_backup(job),
+            encrypted: encrypted(job),
             state: status.state_word(),
             progress: status.progress(),
             bytes: status.bytes(),
@@ -155,25 +163,24 @@ async fn cancel(context: &Context, call: &Call, job: &Job, disk: Option<&str>) -
     call.reply(&())
 }
 
-pub async fn properties(job: &Job) -> Properties {
+pub async fn properties(context: &Context, job: &Job) -> Properties {
     job.look().await;
-    let view = View::of(&job.status());
+    let position = context.service.jobs.position(job.id);
+    let view = View::of(job, &job.status());
     // Before 1970 on a machine without a clock.
     let start_time = u64::try_from(job.start_time.as_microsecond()).unwrap_or(0);
     vec![
         ("Id", Variant::from(job.id)),
-        ("Domain", Variant::from(domain_path(job.domain.id))),
+        ("Domain", Variant::from(view.domain)),
         ("Mode", Variant::from(job.plan.mode())),
         ("Backup", Variant::from(job.backup().to_owned())),
         ("StartedByUID", Variant::from(job.started_by.uid)),
         ("StartTime", Variant::from(start_time)),
-        (
-            "Increments",
-            Variant::from(job.plan.disks.iter().map(increment).collect::<Vec<_>>()),
-        ),
-        ("NotInBackup", Variant::from(not_in_backup(job))),
-        ("Encrypted", Variant::from(encrypted(job))),
+        ("Increments", Variant::from(view.increments)),
+        ("NotInBackup", Variant::from(view.not_in_backup)),
+        ("Encrypted", Variant::from(view.encrypted)),
         ("State", Variant::from(view.state)),
+        ("QueuePosition", Variant::from(position)),
         ("Progress", Variant::from(view.progress)),
         ("Bytes", Variant::from(view.bytes)),
         ("BytesDone", Variant::from(view.bytes_done)),

@@ -306,12 +306,12 @@ fn domain_view(snapshot: &Snapshot) -> DomainView {
 pub async fn follow_job(job: Arc<Job>, audience: Audience) {
     let mut statuses = job.statuses();
     let path = job_path(job.id);
-    let mut told = View::of(&statuses.borrow_and_update());
+    let mut told = View::of(&job, &statuses.borrow_and_update());
     loop {
         // What is sent is read last: polkit may take its time, and a caller may have read newer values by then.
         let to = audience.readers(&job.domain, audience.listeners.of(job.id)).await;
         let status = statuses.borrow_and_update().clone();
-        let view = View::of(&status);
+        let view = View::of(&job, &status);
         if !to.is_empty() && status.outcome.is_none() {
             job.look_on();
         }
@@ -378,6 +378,26 @@ async fn end_disks(status: &Status, to: &Listeners, path: &OwnedObjectPath, audi
 
 fn job_changes(told: &View, view: &View) -> Changed {
     changes([
+        (
+            "Domain",
+            view.domain != told.domain,
+            Variant::from(view.domain.clone()),
+        ),
+        (
+            "Increments",
+            view.increments != told.increments,
+            Variant::from(view.increments.clone()),
+        ),
+        (
+            "NotInBackup",
+            view.not_in_backup != told.not_in_backup,
+            Variant::from(view.not_in_backup.clone()),
+        ),
+        (
+            "Encrypted",
+            view.encrypted != told.encrypted,
+            Variant::from(view.encrypted.clone()),
+        ),
         ("State", view.state != told.state, Variant::from(view.state)),
         (
             "Progress",

@@ -155,7 +155,7 @@ async fn of_interface(
     let properties = match object {
         Object::Root => manager::properties(),
         Object::Domain(domain) => domain::properties(context, call, domain).await?,
-        Object::Job(job) => job::properties(job).await,
+        Object::Job(job) => job::properties(context, job).await,
         Object::Backup(backup) => stored::properties(backup),
         Object::Above(_) | Object::Domains | Object::Jobs | Object::Backups => Vec::new(),
     };

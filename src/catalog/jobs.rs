@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use rusqlite::{Connection, Params, Row, named_params, params};
 
 use super::backups::keep_backup;
-use super::record::ENDED;
+use super::record::{ENDED, QUEUED};
 use super::{
     BackupRecord, Catalog, DomainRecord, Ended, Error, JobRecord, JobState, Leftover, NewJob, Starter,
 };
@@ -16,7 +16,7 @@ impl Catalog {
             let mut insert = connection.prepare(
                 "INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid, \
                      started_by, start_time, plan, speed, step, state, started_by_name) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 'preparing', ?11, ?12)",
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
             )?;
             insert.execute(params![
                 job.backup_id,
@@ -29,7 +29,8 @@ impl Catalog {
                 job.start_time.as_microsecond(),
                 job.plan,
                 job.speed.cast_signed(),
-                job.state,
+                job.state.step,
+                job.state.text,
                 job.started_by.name.unwrap_or_default(),
             ])?;
             let id = connection.last_insert_rowid();
@@ -55,6 +56,16 @@ impl Catalog {
         self.run(move |connection| {
             let sql = "UPDATE jobs SET step = ?2, state = ?3 WHERE id = ?1 AND step <> ?4";
             let changed = connection.execute(sql, params![id, state.step, state.text, ENDED])?;
+            one_changed(id, changed)
+        })
+        .await
+    }
+
+    /// A job leaves the queue with this plan.
+    pub async fn dequeued(&self, id: u32, plan: String, state: JobState) -> Result<(), Error> {
+        self.run(move |connection| {
+            let sql = "UPDATE jobs SET plan = ?2, step = ?3, state = ?4 WHERE id = ?1 AND step = ?5";
+            let changed = connection.execute(sql, params![id, plan, state.step, state.text, QUEUED])?;
             one_changed(id, changed)
         })
         .await
@@ -127,10 +138,20 @@ impl Catalog {
         self.change(sql, move |update| update.execute([id])).await
     }
 
+    /// Jobs that have begun and have not ended. One that cannot be read is an error of its own.
+    pub async fn under_way(&self) -> Result<Vec<Result<JobRecord, Error>>, Error> {
+        self.each("step <> 'ended' AND step <> 'queued' ORDER BY id")
+            .await
+    }
+
     /// Jobs that have not ended, or of which something may be left. One that cannot be read is an error of its own.
     pub async fn unsettled(&self) -> Result<Vec<Result<JobRecord, Error>>, Error> {
-        self.run(|connection| {
-            let condition = "step <> 'ended' OR left_in_qemu OR left_on_disk ORDER BY id";
+        self.each("step <> 'ended' OR left_in_qemu OR left_on_disk ORDER BY id")
+            .await
+    }
+
+    async fn each(&self, condition: &'static str) -> Result<Vec<Result<JobRecord, Error>>, Error> {
+        self.run(move |connection| {
             let mut statement = connection.prepare(&format!("SELECT * FROM jobs WHERE {condition}"))?;
             let mut rows = statement.query([])?;
             let mut jobs = Vec::new();
@@ -290,7 +311,10 @@ mod tests {
             start_time: Timestamp::UNIX_EPOCH,
             plan: "{}".into(),
             speed: u64::MAX,
-            state: "first".into(),
+            state: JobState {
+                step: "preparing",
+                text: "first".into(),
+            },
         }
     }
 

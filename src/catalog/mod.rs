@@ -31,7 +31,7 @@ pub use manifest::{
     Checkpoint, Disk, Domain, Kind, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest, ManifestError, Parent,
 };
 pub use proof::Key;
-pub use record::{DomainRecord, Ended, JobRecord, JobState, Leftover, NewJob, Starter};
+pub use record::{DomainRecord, Ended, JobRecord, JobState, Leftover, NewJob, QUEUED, Starter};
 pub use rescan::{StoredBackup, Taken};
 pub use standing::{Standing, There};
 

@@ -6,6 +6,9 @@ use uuid::Uuid;
 /// The step of a job that has ended; those before it are the job's own words.
 pub(super) const ENDED: &str = "ended";
 
+/// The step of a job that nothing was done for.
+pub const QUEUED: &str = "queued";
+
 /// A domain, as it was when its backup began.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct DomainRecord {
@@ -69,8 +72,7 @@ pub struct NewJob {
     /// JSON, in a form that only its writer knows.
     pub plan: String,
     pub speed: u64,
-    /// JSON; see [`JobState::text`].
-    pub state: String,
+    pub state: JobState,
 }
 
 /// How far a job is. What it says is durable before the next thing is done.

@@ -139,7 +139,7 @@ fn insert_job(connection: &Connection, found: &StoredBackup, last: u32) -> rusql
         ":start_time": job.start_time.as_microsecond(),
         ":plan": job.plan,
         ":speed": job.speed.cast_signed(),
-        ":state": job.state,
+        ":state": job.state.text,
         ":end_time": found.end_time.as_microsecond(),
         ":disks": found.disks,
     })?;

@@ -4,6 +4,8 @@
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
+
 use super::disk::disk_name;
 use super::parse::{Seen, description, name, require, unknown_word, unsupported};
 use super::xml::{Tag, Xml, trim};
@@ -15,7 +17,8 @@ const CHILDREN: &[&str] = &["name", "description", "creationTime", "parent", "di
 const WORDS: [&str; 3] = ["auto", "full", "no"];
 
 /// A checkpoint as a caller describes it. `None` means that the document does not say.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct CheckpointDefinition {
     /// A name that [`is_checkpoint_name`](super::is_checkpoint_name).
     pub name: Option<String>,
@@ -30,11 +33,12 @@ pub struct CheckpointDefinition {
 }
 
 /// What the document says about one disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointDisk {
     /// As the document names it; 1 to 255 bytes without control characters.
     pub name: String,
     /// Of the `<disk>` tag.
+    #[serde(skip)]
     pub at: Position,
     /// It has a bitmap from the checkpoint's instant on.
     pub bitmap: bool,

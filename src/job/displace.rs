@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::manager::ROOT;
-use super::{Error, Job, Jobs, Reservation, State};
+use super::queue::Claim;
+use super::{Entered, Error, Job, Jobs, State};
 use crate::domain::Domain;
 use crate::plan::{Destination, Task};
 use crate::quota::Share;
@@ -80,21 +81,23 @@ impl Jobs {
         jobs.find(|job| {
             job.domain.unique_name() == name
                 && job.plan.task == Task::Backup
+                && job.status.borrow().state != State::Queued
                 && job.status.borrow().outcome.is_none()
         })
     }
 
-    /// Takes the domain's only place. Root's backups come before those of others; what will be over in a moment is waited for.
-    /// `tried` is called when it is known whether the place was free.
-    pub async fn reserve_or_displace(
+    /// Takes the domain's only place, and one among the backups that run or in the queue. Root's backups come before those of
+    /// others; what will be over in a moment is waited for. `tried` is called when it is known whether the place was free.
+    pub async fn enter_or_displace(
         self: &Arc<Self>,
         domain: &Arc<Domain>,
-        uid: u32,
-        descriptors: &Arc<Share>,
+        claim: Claim,
+        (descriptors, passes_files): (&Arc<Share>, bool),
         tried: impl FnOnce(),
-    ) -> Result<Reservation, Error> {
-        let name = domain.unique_name();
-        let mut reserved = self.reserve(domain, uid, descriptors.clone());
+    ) -> Result<Entered, Error> {
+        let (name, uid) = (claim.domain.clone(), claim.uid);
+        let enter = || self.enter(domain, claim.clone(), descriptors.clone(), passes_files);
+        let mut reserved = enter();
         tried();
         let until = tokio::time::Instant::now() + SHORTLY;
         loop {
@@ -116,7 +119,7 @@ impl Jobs {
             tokio::pin!(freed);
             // Before the look, so that nothing is missed.
             freed.as_mut().enable();
-            reserved = self.reserve(domain, uid, descriptors.clone());
+            reserved = enter();
             if reserved.is_err() && tokio::time::timeout_at(until, freed).await.is_err() {
                 return reserved;
             }
@@ -145,7 +148,7 @@ impl Job {
         let copying =
             (status.state == State::Running).then(|| (status.bytes_done(), self.taken_up.elapsed()));
         let left = status.bytes().saturating_sub(status.bytes_done());
-        if is_slow(*self.speed.borrow(), left, copying) {
+        if is_slow(self.speed.limits().own, left, copying) {
             return Some(Displaced::Slow);
         }
         let orphan = self.plan.destination == Destination::Caller && self.is_orphan.load(Ordering::Relaxed);

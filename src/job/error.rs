@@ -10,7 +10,7 @@ use crate::{catalog, qmp, quota, target};
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error(
-        "a backup of domain '{domain}' is under way, or work on its checkpoints: wait for its end, or cancel it"
+        "a backup of domain '{domain}' is queued or under way, or work on its checkpoints: wait for its end, or cancel it"
     )]
     Busy { domain: String },
     #[error("job {id} has ended already: {outcome}")]
@@ -31,6 +31,18 @@ pub enum Error {
     Left { job: u32 },
     #[error("the service is stopping")]
     Stopping,
+    #[error("the host restarted while the backup was queued: start it again")]
+    HostRestartedBefore,
+    #[error(
+        "the service was restarted while the backup was queued, and the caller's open files went with it: start it again"
+    )]
+    FilesGone,
+    #[error("the domain's QEMU cannot be reached any more since the backup was queued: {0}")]
+    DomainGone(&'static str),
+    #[error("the domain's disks are others than when the backup was asked for: start it again")]
+    OtherDisks,
+    #[error("{0}")]
+    NotStarted(crate::error::Error),
     #[error("{0}")]
     TooMany(#[from] quota::Exceeded),
     #[error(
@@ -123,7 +135,11 @@ impl Error {
             | Self::Changed { .. }
             | Self::Resized { .. }
             | Self::Interrupted
+            | Self::HostRestartedBefore
+            | Self::FilesGone
+            | Self::OtherDisks
             | Self::NotResumed => Kind::Busy,
+            Self::NotStarted(error) => error.kind,
             Self::Migration(Migration::Left) => Kind::DomainUnreachable,
             Self::Migration(Migration::Leaving | Migration::Coming) => Kind::Busy,
             Self::Ended { .. } => Kind::JobEnded,
@@ -155,6 +171,7 @@ impl Error {
             | Self::NoAnswer { .. }
             | Self::Forgotten
             | Self::NotClosed
+            | Self::DomainGone(_)
             | Self::HostRestarted
             | Self::NotFound(_) => Kind::DomainUnreachable,
             Self::Stalled { .. } | Self::ExportIdle { .. } => Kind::Stalled,

@@ -6,20 +6,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::{AbortHandle, JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use super::bandwidth::Bandwidth;
 use super::boot::BootId;
 use super::footprint::Footprint;
 use super::generation::Generations;
+use super::queue::{Claim, Places, Queue, Ticket};
+use super::queued::{Place, Requeued};
 use super::record::{self, Residue, to_text};
 use super::rescan::{self, Rescan};
 use super::{Error, Job, backup, blocking, quiesce, watched};
 use crate::activity::{Activity, Use};
-use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, Starter};
+use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, QUEUED, Starter};
 use crate::clock;
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Link, Registry};
@@ -40,11 +43,22 @@ pub(super) const ROOT: u32 = 0;
 
 /// Why a domain cannot be backed up now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Refused {
+pub(super) enum Refused {
     /// Another backup is under way, or comes first.
     Taken,
     /// QEMU still has something of that job, which has ended: its storage may hang, and a further command could freeze QEMU.
     Left { job: u32 },
+}
+
+impl Refused {
+    pub fn of(self, domain: &Domain) -> Error {
+        match self {
+            Self::Taken => Error::Busy {
+                domain: domain.name.clone(),
+            },
+            Self::Left { job } => Error::Left { job },
+        }
+    }
 }
 
 /// What every job works with.
@@ -64,6 +78,8 @@ pub(super) struct Setting {
     /// Of that, what a restart of the service would end: it runs in processes of the service's own.
     pub at_stake: Activity,
     pub generations: Generations,
+    /// Of the stores.
+    pub bandwidth: Bandwidth,
 }
 
 /// How the work on a job ended.
@@ -79,11 +95,16 @@ struct Leftover {
     residue: Residue,
 }
 
-#[derive(Default)]
-struct Table {
+pub(super) struct Table {
+    /// The backups that run and those that wait.
+    pub queue: Queue,
+    /// Those who wait for the places.
+    pub waiting: HashMap<Ticket, oneshot::Sender<Place>>,
+    /// The jobs that wait.
+    pub tickets: HashMap<u32, Ticket>,
     /// Unique names of domains that have backups under way or about to start, and how many. A domain that comes in place of
     /// another has its name, and may be the same VM. More than one only after a restart of the service.
-    busy: HashMap<String, usize>,
+    pub busy: HashMap<String, usize>,
     /// What is still to be removed of ended jobs, by the unique name of the domain: one task each works on it, in order.
     sweeps: HashMap<String, VecDeque<Leftover>>,
     /// Unique names of domains that root could not back up because of another user's backup, and until when others have to wait.
@@ -91,6 +112,20 @@ struct Table {
     jobs: BTreeMap<u32, Arc<Job>>,
     /// What will forget the ended ones in time; gone with them, so that nothing is left of one that is forgotten earlier.
     forgetting: HashMap<u32, AbortHandle>,
+}
+
+impl Table {
+    /// Whether that user's work on a domain may be the next one.
+    pub fn check_place(&mut self, domain: &str, uid: u32) -> Result<(), Refused> {
+        let now = Instant::now();
+        self.awaited.retain(|_, until| *until > now);
+        let comes_first = uid == ROOT || !self.awaited.contains_key(domain);
+        if !comes_first || self.busy.contains_key(domain) {
+            return Err(Refused::Taken);
+        }
+        self.awaited.remove(domain);
+        Ok(())
+    }
 }
 
 /// All jobs.
@@ -103,6 +138,8 @@ pub struct Jobs {
     /// One reads a store again at a time, also without being asked.
     pub(super) rescanning: tokio::sync::Mutex<()>,
     pub(super) tasks: TaskTracker,
+    /// No queued backup starts any more: the service is about to stop.
+    pub(super) closed: CancellationToken,
     /// A domain's place, or what was left of a job in QEMU, is free.
     pub(super) freed: Notify,
 }
@@ -113,15 +150,31 @@ pub struct Reservation {
     jobs: Arc<Jobs>,
     /// By their unique names: two where one was renamed between two processes of the service.
     domains: Vec<(String, Hold)>,
+    /// Among the backups that run.
+    claim: Option<Claim>,
+    _kept: Kept,
+}
+
+/// What is counted from a call to the end of its backup.
+pub(super) struct Kept {
     /// Of jobs, and of the caller's descriptors that the backup writes to. What a former process began counts for nobody.
-    _shares: Option<(Share, Arc<Share>)>,
-    /// The service does not leave while a backup runs.
+    _shares: Option<(Share, Option<Arc<Share>>)>,
+    /// The service does not leave before.
     _use: Use,
     /// The service does not stop before it is given back.
     _token: TaskTrackerToken,
 }
 
 impl Reservation {
+    pub(super) fn new(jobs: Arc<Jobs>, domain: (String, Hold), claim: Option<Claim>, kept: Kept) -> Self {
+        Self {
+            jobs,
+            domains: vec![domain],
+            claim,
+            _kept: kept,
+        }
+    }
+
     /// Takes another domain's place too, whoever has it: it is the same VM, under the name that it has now.
     pub(super) fn add(&mut self, domain: &Arc<Domain>) {
         let name = domain.unique_name();
@@ -140,17 +193,9 @@ pub trait Held: Send + 'static {
 
 impl Held for Reservation {
     fn make_room(&mut self) {
-        let mut table = self.jobs.lock();
-        for (domain, _hold) in self.domains.drain(..) {
-            if let Entry::Occupied(mut entry) = table.busy.entry(domain) {
-                *entry.get_mut() -= 1;
-                if *entry.get() == 0 {
-                    entry.remove();
-                }
-            }
-        }
-        drop(table);
-        self.jobs.freed.notify_waiters();
+        let domains: Vec<_> = self.domains.drain(..).collect();
+        let names = domains.iter().map(|(domain, _hold)| domain.as_str());
+        self.jobs.give_back(names, self.claim.take().as_ref());
     }
 }
 
@@ -158,6 +203,14 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         self.make_room();
     }
+}
+
+/// What an earlier process of the service left.
+#[derive(Default)]
+pub struct Recovered {
+    pub jobs: Vec<Arc<Job>>,
+    /// Those of them that wait for their places.
+    pub queued: Vec<Requeued>,
 }
 
 /// All that a job needs to start.
@@ -182,7 +235,17 @@ impl Jobs {
     ) -> Arc<Self> {
         let jobs = Arc::new(Self {
             quota: config.limits.of_jobs(),
-            table: Mutex::default(),
+            table: Mutex::new(Table {
+                queue: Queue::new(Places::of(config)),
+                waiting: HashMap::new(),
+                tickets: HashMap::new(),
+                busy: HashMap::new(),
+                sweeps: HashMap::new(),
+                awaited: HashMap::new(),
+                jobs: BTreeMap::new(),
+                forgetting: HashMap::new(),
+            }),
+            closed: CancellationToken::new(),
             asked_to_rescan: tokio::sync::Mutex::default(),
             rescanning: tokio::sync::Mutex::default(),
             setting: Setting {
@@ -192,6 +255,7 @@ impl Jobs {
                 deadlines: config.deadlines,
                 boot,
                 history: config.limits.history,
+                bandwidth: Bandwidth::of(&config.stores),
                 stores: config.stores.clone(),
                 stop: CancellationToken::new(),
                 activity,
@@ -217,7 +281,7 @@ impl Jobs {
 
     /// Takes up the jobs that an earlier process of the service left, which are returned, and those that ended lately. A job
     /// whose record cannot be read is logged, and stays as it is: a service of another version may be able to.
-    pub async fn recover(self: &Arc<Self>) -> Result<Vec<Arc<Job>>, Error> {
+    pub async fn recover(self: &Arc<Self>) -> Result<Recovered, Error> {
         let keep = SignedDuration::try_from(KEEP).unwrap_or(SignedDuration::ZERO);
         let since = clock::now().checked_sub(keep).unwrap_or(Timestamp::MIN);
         for record in self.setting.catalog.ended_since(since, KEEP_AT_MOST).await? {
@@ -229,21 +293,25 @@ impl Jobs {
                 Err(error) => tracing::error!(%error, "a job is left out of the list"),
             }
         }
-        let mut resumed = Vec::new();
+        let mut resumed = Recovered::default();
         for record in self.setting.catalog.unsettled().await? {
             let recovered = match record {
-                Ok(record) => self.recover_one(record).await,
+                Ok(record) => self.recover_one(record, &mut resumed).await,
                 Err(error) => Err(error.into()),
             };
             match recovered {
-                Ok(job) => resumed.extend(job),
+                Ok(()) => {}
                 Err(error) => tracing::error!(%error, "a job is not recovered"),
             }
         }
         Ok(resumed)
     }
 
-    async fn recover_one(self: &Arc<Self>, record: JobRecord) -> Result<Option<Arc<Job>>, Error> {
+    async fn recover_one(
+        self: &Arc<Self>,
+        record: JobRecord,
+        recovered: &mut Recovered,
+    ) -> Result<(), Error> {
         if record.has_ended() {
             let residue = Residue {
                 in_qemu: record.left_in_qemu,
@@ -252,15 +320,23 @@ impl Jobs {
             };
             let job = Arc::new(self.ended(&record)?);
             self.sweep(Leftover { job, residue });
-            return Ok(None);
+            return Ok(());
+        }
+        if record.step == QUEUED {
+            let (job, requeued) = self.recover_queued(&record)?;
+            recovered.jobs.push(job);
+            recovered.queued.extend(requeued);
+            return Ok(());
         }
         if record::plan(&record)?.task == Task::Backup {
-            return self.resume(record).map(Some);
+            recovered.jobs.push(self.resume(record)?);
+            return Ok(());
         }
         let identity = record::identity(record.id, &record.domain)?;
         let job = self.end_lost(&record, identity).await?;
         self.forget_later(job.id);
-        Ok(Some(job))
+        recovered.jobs.push(job);
+        Ok(())
     }
 
     fn ended(&self, record: &JobRecord) -> Result<Job, Error> {
@@ -311,14 +387,15 @@ impl Jobs {
         let domain = self.setting.domains.identified_or_absent(identity);
         let plan = record::plan(&record)?;
         let journal = record::read_journal(&record)?;
-        let mut reservation = Reservation {
-            jobs: self.clone(),
-            domains: Vec::new(),
-            _shares: None,
-            _use: self.setting.activity.begin(),
-            _token: self.tasks.token(),
-        };
-        reservation.add(&domain);
+        // It runs, whether there is a place or not.
+        let claim = Claim::of(record.started_by.uid, &domain, &plan);
+        let mut table = self.lock();
+        table.queue.resume(&claim);
+        *table.busy.entry(claim.domain.clone()).or_default() += 1;
+        drop(table);
+        let place = (claim.domain.clone(), domain.hold());
+        let kept = self.keep(None, self.tasks.token());
+        let reservation = Reservation::new(self.clone(), place, Some(claim), kept);
         let job = Arc::new(Job::new(
             &record,
             domain,
@@ -345,6 +422,17 @@ impl Jobs {
         started_by: Starter,
         start_time: Timestamp,
     ) -> Result<JobRecord, Error> {
+        let state = backup::State::Preparing;
+        self.take_in(domain, plan, (started_by, start_time), &state).await
+    }
+
+    pub(super) async fn take_in(
+        &self,
+        domain: &Domain,
+        plan: &Plan,
+        (started_by, start_time): (Starter, Timestamp),
+        state: &backup::State,
+    ) -> Result<JobRecord, Error> {
         let new = NewJob {
             backup_id: Self::new_backup_id(start_time),
             domain: record::domain_record(domain.identity()),
@@ -352,7 +440,7 @@ impl Jobs {
             start_time,
             plan: to_text(plan)?,
             speed: plan.bandwidth,
-            state: record::journal(&backup::State::Preparing, self.setting.boot)?.text,
+            state: record::journal(state, self.setting.boot)?,
         };
         let record = self.setting.catalog.begin(new).await?;
         fault::passed("recorded");
@@ -383,6 +471,11 @@ impl Jobs {
         work: impl FnOnce(&Progress) -> T + Send + 'static,
     ) -> Result<T, Error> {
         watched(&self.setting, "the store", work).await
+    }
+
+    /// How long a domain that was connected before is waited for.
+    pub fn reconnect_patience(&self) -> Duration {
+        self.setting.deadlines.reconnect()
     }
 
     /// How long what makes no progress is waited for.
@@ -453,19 +546,41 @@ impl Jobs {
         }
         let share = self.quota.take(uid, 1)?;
         self.take_place(&domain.unique_name(), uid)
-            .map_err(|refused| match refused {
-                Refused::Taken => Error::Busy {
-                    domain: domain.name.clone(),
-                },
-                Refused::Left { job } => Error::Left { job },
-            })?;
-        Ok(Reservation {
-            jobs: self.clone(),
-            domains: vec![(domain.unique_name(), domain.hold())],
-            _shares: Some((share, descriptors)),
+            .map_err(|refused| refused.of(domain))?;
+        let kept = self.keep(Some((share, Some(descriptors))), token);
+        let place = (domain.unique_name(), domain.hold());
+        Ok(Reservation::new(self.clone(), place, None, kept))
+    }
+
+    pub(super) fn keep(&self, shares: Option<(Share, Option<Arc<Share>>)>, token: TaskTrackerToken) -> Kept {
+        Kept {
+            _shares: shares,
             _use: self.setting.activity.begin(),
             _token: token,
-        })
+        }
+    }
+
+    /// Lets others have these domains, and the place of a backup that ran.
+    pub(super) fn give_back<'a>(
+        self: &Arc<Self>,
+        domains: impl Iterator<Item = &'a str>,
+        claim: Option<&Claim>,
+    ) {
+        let mut table = self.lock();
+        for domain in domains {
+            if let Some(count) = table.busy.get_mut(domain) {
+                *count -= 1;
+                if *count == 0 {
+                    table.busy.remove(domain);
+                }
+            }
+        }
+        if let Some(claim) = claim {
+            table.queue.end(claim);
+        }
+        drop(table);
+        self.give_places();
+        self.freed.notify_waiters();
     }
 
     fn take_place(&self, domain: &str, uid: u32) -> Result<(), Refused> {
@@ -473,16 +588,8 @@ impl Jobs {
             return Err(Refused::Left { job });
         }
         let mut table = self.lock();
-        let now = Instant::now();
-        table.awaited.retain(|_, until| *until > now);
-        if uid != ROOT && table.awaited.contains_key(domain) {
-            return Err(Refused::Taken);
-        }
-        match table.busy.entry(domain.to_owned()) {
-            Entry::Vacant(entry) => drop(entry.insert(1)),
-            Entry::Occupied(_) => return Err(Refused::Taken),
-        }
-        table.awaited.remove(domain);
+        table.check_place(domain, uid)?;
+        table.busy.insert(domain.to_owned(), 1);
         Ok(())
     }
 
@@ -531,7 +638,7 @@ impl Jobs {
         job
     }
 
-    async fn run(
+    pub(super) async fn run(
         &self,
         job: &Arc<Job>,
         link: Arc<Link>,
@@ -547,7 +654,9 @@ impl Jobs {
             Ok(()) => backup::Fact::Prepared { files },
             Err(error) => backup::Fact::Stopped(driver.verdict(error.into())),
         };
-        driver.drive(backup::State::Preparing, fact, reservation).await
+        driver
+            .drive(backup::State::Preparing, fact, Some(reservation))
+            .await
     }
 
     /// What is to be done when the work on a job has ended.
@@ -645,6 +754,7 @@ impl Jobs {
     /// Waits until what cannot be left has ended. What QEMU copies goes on there, and a later process of the service goes on
     /// with it.
     pub async fn shut_down(&self) {
+        self.closed.cancel();
         self.setting.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
@@ -675,7 +785,7 @@ impl Jobs {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Table> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -4,6 +4,7 @@
 //! begins, so that a later process of the service can resume. Must not know permissions or signals.
 
 mod backup;
+mod bandwidth;
 mod boot;
 mod chain;
 mod checkpoints;
@@ -17,6 +18,8 @@ mod manager;
 mod mark;
 mod outcome;
 mod progress;
+mod queue;
+mod queued;
 mod quiesce;
 mod record;
 mod release;
@@ -24,6 +27,8 @@ mod rescan;
 mod running;
 mod scan;
 mod sentinel;
+mod settled;
+mod speed;
 mod status;
 mod stored;
 mod track;
@@ -35,7 +40,9 @@ pub use checkpoints::{Checkpoint, definition as checkpoint_definition, named};
 pub use displace::Displaced;
 pub use error::Error;
 pub use guard::watch as watch_frozen_guest;
-pub use manager::{Jobs, Reservation, Start};
+pub use manager::{Jobs, Recovered, Reservation, Start};
+pub use queue::Claim;
+pub use queued::{Entered, InLine, Making, Planned, QueuedRequest, Requeued};
 pub use rescan::Rescan;
 pub use status::{DiskState, DiskStatus, Outcome, State, Status};
 pub use stored::{Served, Turn, Work};
@@ -51,6 +58,8 @@ use uuid::Uuid;
 
 use manager::Setting;
 use outcome::{outcome, show_ended};
+use settled::Settled;
+use speed::Speed;
 
 use crate::catalog::{Catalog, Starter};
 use crate::domain::Domain;
@@ -83,7 +92,8 @@ pub struct Job {
     pub id: u32,
     /// The backup's name in a store.
     pub backup_id: String,
-    pub domain: Arc<Domain>,
+    /// Found anew when the job leaves the queue.
+    pub domain: Settled<Arc<Domain>>,
     /// The domain's, as it was when the job started.
     domain_uuid: Option<Uuid>,
     /// The user that started it.
@@ -93,16 +103,16 @@ pub struct Job {
     /// It ended long ago.
     past: bool,
     pub start_time: Timestamp,
-    pub plan: Plan,
+    /// Made anew when the job leaves the queue.
+    pub plan: Settled<Plan>,
     status: watch::Sender<Status>,
     decision: Mutex<Decision>,
     cancel: CancellationToken,
-    /// By this process of the service.
-    taken_up: Instant,
+    /// By this process of the service; for a job that was queued, from when it left the queue.
+    taken_up: Settled<Instant>,
     /// The connection that started it has left the bus, or was one of an earlier process's.
     is_orphan: AtomicBool,
-    /// Bytes a second, all disks together; 0 is unlimited.
-    speed: watch::Sender<u64>,
+    speed: Speed,
     /// When somebody looked last, and when QEMU was asked last.
     looks: watch::Sender<Option<Instant>>,
     asked: watch::Sender<Option<Instant>>,
@@ -190,7 +200,7 @@ impl Job {
                 outcome: outcome.as_str(),
             });
         }
-        self.speed.send_replace(bytes_per_second);
+        self.speed.set_own(bytes_per_second);
         if let Err(error) = self.catalog.speed_set(self.id, bytes_per_second).await {
             tracing::warn!(job = self.id, %error, "the job's limit is not on record");
         }

@@ -10,8 +10,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::boot::BootId;
+use super::speed::Speed;
 use super::{Decision, DiskState, DiskStatus, Error, Job, Outcome, State, Status, backup};
-use crate::catalog::{self, Catalog, DomainRecord, Ended, JobRecord, JobState};
+use crate::catalog::{self, Catalog, DomainRecord, Ended, JobRecord, JobState, QUEUED};
 use crate::clock;
 use crate::domain::{Domain, Identity, Origin};
 use crate::plan::Plan;
@@ -142,6 +143,13 @@ impl Job {
     ) -> Self {
         let cancelled = record.cancel_requested;
         let mut status = first_status(&plan, &record.backup_id);
+        if record.step == QUEUED {
+            status.state = State::Queued;
+            status
+                .disks
+                .iter_mut()
+                .for_each(|disk| disk.state = DiskState::Queued);
+        }
         if let Ok((_, state)) = read_journal(record) {
             status.frozen = state.frozen();
             status.quiesce_problem = state.quiesce_problem().map(str::to_owned);
@@ -157,7 +165,7 @@ impl Job {
             id: record.id,
             backup_id: record.backup_id.clone(),
             domain_uuid: record.domain.uuid,
-            domain,
+            domain: domain.into(),
             started_by: record.started_by.clone(),
             imported: record.imported,
             past: false,
@@ -169,18 +177,27 @@ impl Job {
                 false => Decision::Open,
             }),
             cancel,
-            taken_up: Instant::now(),
+            taken_up: Instant::now().into(),
             is_orphan: AtomicBool::new(earlier),
-            speed: watch::Sender::new(record.speed),
+            speed: Speed::new(record.speed),
             looks: watch::Sender::new(None),
             asked: watch::Sender::new(None),
             catalog,
-            plan,
+            plan: plan.into(),
         }
     }
 
+    /// It leaves the queue: what it does is decided by what there is now.
+    pub(super) fn leave_queue(&self, domain: Arc<Domain>, plan: Plan) {
+        let disks = first_status(&plan, &self.backup_id).disks;
+        self.domain.settle(domain);
+        self.plan.settle(plan);
+        self.taken_up.settle(Instant::now());
+        self.update(|status| (status.state, status.disks) = (State::Preparing, disks));
+    }
+
     /// Whose disks it copies: the VM with the recorded UUID, whichever has its former name now.
-    pub(super) fn identity(&self) -> Identity {
+    pub fn identity(&self) -> Identity {
         Identity {
             uuid: self.domain_uuid,
             ..self.domain.identity()

@@ -433,7 +433,7 @@ fn stored_backup(
             start_time: manifest.started,
             speed: plan.bandwidth,
             plan: text(to_text(&plan))?,
-            state: text(journal(&ended, BootId::nil()).map(|state| state.text))?,
+            state: journal(&ended, BootId::nil()).map_err(|error| error.to_string())?,
         },
         end_time,
         disks: text(to_text(&disks))?,

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use super::bandwidth::Part;
 use super::error::Stopped;
 use super::footprint::Footprint;
 use super::progress::{Meter, share};
@@ -22,6 +23,16 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// What QEMU copies at a time at most, in bytes: a limit can make that take long.
 const CHUNK: u64 = 64 << 20;
 
+/// What came of a command for a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Done,
+    /// The job ended just now.
+    Ended,
+    /// QEMU does not answer. It will do it later.
+    Silent,
+}
+
 /// The running jobs, and what is to be done while they run.
 pub struct Running<'a> {
     job: &'a Job,
@@ -29,6 +40,7 @@ pub struct Running<'a> {
     tracker: Tracker,
     meter: Meter,
     scan: Scan,
+    part: &'a Part,
     /// Limit and number of running disks that QEMU knows; nothing if that is not known.
     shared: Option<(u64, usize)>,
     /// When something moved last, or was not meant to.
@@ -42,7 +54,12 @@ pub struct Running<'a> {
 impl<'a> Running<'a> {
     /// Jobs that were just started with this limit, in bytes a second, all disks together; or, without one, that QEMU may
     /// have from before. Nothing may move for `stall` at most.
-    pub fn new(job: &'a Job, footprint: &'a Footprint, speed: Option<u64>, stall: Duration) -> Self {
+    pub fn new(
+        job: &'a Job,
+        footprint: &'a Footprint,
+        (speed, part): (Option<u64>, &'a Part),
+        stall: Duration,
+    ) -> Self {
         let disks = job.plan.disks.iter().enumerate();
         let jobs = disks.map(|(index, disk)| (footprint.names.block_job(index), disk.virtual_size));
         Self {
@@ -51,6 +68,7 @@ impl<'a> Running<'a> {
             tracker: Tracker::new(jobs),
             meter: Meter::new(),
             scan: Scan::new(job),
+            part,
             shared: speed.map(|speed| (speed, job.plan.disks.len())),
             moved: Instant::now(),
             stall,
@@ -104,8 +122,11 @@ impl<'a> Running<'a> {
         let mut asked = Instant::now();
         self.show();
         while !self.tracker.all_concluded() {
-            let speed = *speeds.borrow_and_update();
-            self.share(speed).await?;
+            speeds.mark_unchanged();
+            let speed = self.part.claim();
+            if self.share(speed).await? {
+                self.part.confirm(speed);
+            }
             let pace = match self.job.is_looked_at() {
                 true => PROGRESS,
                 false if self.scan.is_open() => PROGRESS,
@@ -230,15 +251,15 @@ impl<'a> Running<'a> {
     async fn cancel(&self) -> Result<(), Stopped> {
         for tracked in self.tracker.jobs() {
             let arguments = json!({ "device": tracked.job, "force": true });
-            if self.tell("block-job-cancel", arguments).await? {
+            if self.tell("block-job-cancel", arguments).await? != Told::Ended {
                 break;
             }
         }
         Ok(())
     }
 
-    /// Divides the limit among the disks that still run, whenever one of the two changes.
-    async fn share(&mut self, speed: u64) -> Result<(), Stopped> {
+    /// Divides the limit among the disks that still run, whenever one of the two changes. Whether QEMU knows it.
+    async fn share(&mut self, speed: u64) -> Result<bool, Stopped> {
         let running: Vec<_> = self
             .tracker
             .jobs()
@@ -247,22 +268,28 @@ impl<'a> Running<'a> {
             .collect();
         let known = self.shared.replace((speed, running.len()));
         if known.map(|(speed, disks)| share(speed, disks)) == Some(share(speed, running.len())) {
-            return Ok(());
+            return Ok(true);
         }
+        // Under the former limit it may not have been meant to move.
+        self.moved = Instant::now();
         for tracked in &running {
             let arguments = json!({ "device": tracked.job, "speed": share(speed, running.len()) });
-            self.tell("block-job-set-speed", arguments).await?;
+            if self.tell("block-job-set-speed", arguments).await? == Told::Silent {
+                // It is told again.
+                self.shared = None;
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// Has QEMU do something with a job; false if the job ended just now. A QEMU that is silent will do it later.
-    async fn tell(&self, command: &str, arguments: serde_json::Value) -> Result<bool, Stopped> {
+    /// Has QEMU do something with a job.
+    async fn tell(&self, command: &str, arguments: serde_json::Value) -> Result<Told, Stopped> {
         let client = self.footprint.client();
         match tokio::time::timeout(ANSWER, client.execute(command, arguments)).await {
-            Err(_silent) => Ok(true),
-            Ok(Err(error)) if error.is_refusal() => Ok(false),
-            Ok(result) => Ok(result.map(|_| true)?),
+            Err(_) => Ok(Told::Silent),
+            Ok(Err(error)) if error.is_refusal() => Ok(Told::Ended),
+            Ok(result) => Ok(result.map(|_| Told::Done)?),
         }
     }
 

@@ -10,6 +10,8 @@ use crate::error::Error;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
+    /// It waits for its place among the backups that run; nothing of it exists.
+    Queued,
     /// The targets are made ready in QEMU; nothing is copied yet.
     Preparing,
     Running,
@@ -40,6 +42,7 @@ impl Outcome {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskState {
+    Queued,
     Preparing,
     Running,
     /// All is copied; the other disks are waited for.
@@ -57,6 +60,7 @@ pub enum DiskState {
 impl DiskState {
     pub fn as_str(&self) -> &'static str {
         match self {
+            Self::Queued => "queued",
             Self::Preparing => "preparing",
             Self::Running => "running",
             Self::Waiting => "waiting",
@@ -103,6 +107,7 @@ impl Status {
     pub fn state_word(&self) -> &'static str {
         match (&self.outcome, self.state) {
             (Some(outcome), _) => outcome.as_str(),
+            (None, State::Queued) => "queued",
             (None, State::Preparing) => "preparing",
             (None, State::Running) => "running",
             (None, State::Finishing) => "finishing",

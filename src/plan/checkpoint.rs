@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use super::{DiskPlan, Error};
 use crate::catalog::Checkpoint;
 use crate::config::Store;
@@ -9,7 +11,8 @@ use crate::definition::{CheckpointDefinition, Format, Position};
 use crate::domain::{Disk, DiskLookup, find_disk};
 
 /// What a call wants of the checkpoint that its backup begins.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum CheckpointOption {
     /// None is made.
     No,

@@ -33,7 +33,8 @@ use crate::definition::{
 use crate::domain::{Disk, DiskLookup, Outside, find_disk};
 
 /// What a call says beside its document.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Options {
     /// Targets exist and are written into.
     pub reuse_external: bool,
@@ -49,7 +50,8 @@ pub struct Options {
 }
 
 /// How much a call wants to be copied of the disks of which the document says nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Incremental {
     /// What changed since the newest backup in the store, of each disk of which that is known.
     Auto,

@@ -6,12 +6,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::ptr;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Destination, Place, Plan, choose, selected, store_name};
 use crate::definition::{Definition, DiskDefinition, Target};
 use crate::domain::Disk;
 
 /// A place that a request names and the disks that go there, as it is put to the authority.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Requested {
     pub kind: PlaceKind,
     /// The store's name or the path; empty for the caller's own descriptors.
@@ -21,7 +23,8 @@ pub struct Requested {
 }
 
 /// Whose place it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum PlaceKind {
     /// The administrator's: a store.
     Store,

@@ -6,6 +6,7 @@
 mod backups;
 mod base;
 mod checkpoints;
+mod queued;
 mod request;
 mod sight;
 mod stored;
@@ -185,6 +186,11 @@ impl Service {
             self.access.record_repeatable(grant, job.id);
         }
         Ok(())
+    }
+
+    /// Starts no queued backup any more, and has nobody wait for one: the next process of the service goes on with the queue.
+    pub fn close_queue(&self) {
+        self.jobs.close_queue();
     }
 
     /// Ends everything that works for the service. Backups that QEMU is making go on there.

@@ -12,7 +12,7 @@ use crate::clock;
 use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Origin, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
-use crate::job::{self, Job, Start};
+use crate::job::{self, Claim, Entered, Job, Reservation, Start};
 use crate::plan::{self, CheckpointOption, Destination, Options, PlaceKind, Plan, Requested};
 use crate::target::{self, Around, Holder, Sources, Targets};
 
@@ -26,21 +26,22 @@ const ATTEMPTS: usize = 3;
 /// A request as it came, in types.
 #[derive(Debug)]
 pub struct Request {
-    definition: Definition,
-    options: Options,
-    files: Descriptors,
+    pub(super) definition: Definition,
+    pub(super) options: Options,
+    pub(super) files: Descriptors,
 }
 
 /// A request that its caller may make, on the domain that it may be made on, and on the disks that it was then found to
 /// be about. Only [`Service::authorise`] makes one, and it is what is executed: nothing in it changes in between.
 #[derive(Debug)]
 pub struct Authorised {
-    request: Request,
-    domain: Arc<Domain>,
+    pub(super) request: Request,
+    pub(super) places: Vec<Requested>,
+    pub(super) domain: Arc<Domain>,
     link: Arc<Link>,
-    snapshot: Snapshot,
-    grants: Vec<Grant>,
-    caller: Caller,
+    pub(super) snapshot: Snapshot,
+    pub(super) grants: Vec<Grant>,
+    pub(super) caller: Caller,
 }
 
 impl Service {
@@ -105,17 +106,11 @@ impl Service {
             for place in &places {
                 grants.push(self.ask(caller, &domain, place).await?);
             }
-            // Before QEMU is asked for anything: where a target hangs, a look at it can be what freezes QEMU.
-            self.jobs.nothing_left(&domain).await?;
-            let link = domain.link().await?;
-            check_features(&link)?;
-            let snapshot = domain.refresh().await?;
-            if let Some(migration) = snapshot.migration {
-                return Err(job::Error::Migration(migration).into());
-            }
+            let (link, snapshot) = self.ask_qemu(&domain).await?;
             if plan::requested(&request.definition, &snapshot.disks) == places {
                 return Ok(Authorised {
                     request,
+                    places,
                     domain,
                     link,
                     snapshot,
@@ -126,6 +121,19 @@ impl Service {
             disks = snapshot.disks;
         }
         Err(job::Error::Unsettled.into())
+    }
+
+    /// What the domain's QEMU says of its disks, if they can be backed up.
+    pub(super) async fn ask_qemu(&self, domain: &Domain) -> Result<(Arc<Link>, Snapshot)> {
+        // Before QEMU is asked for anything: where a target hangs, a look at it can be what freezes QEMU.
+        self.jobs.nothing_left(domain).await?;
+        let link = domain.link().await?;
+        check_features(&link)?;
+        let snapshot = domain.refresh().await?;
+        match snapshot.migration {
+            Some(migration) => Err(job::Error::Migration(migration).into()),
+            None => Ok((link, snapshot)),
+        }
     }
 
     async fn ask(&self, caller: &Caller, domain: &Domain, place: &Requested) -> Result<Grant> {
@@ -141,8 +149,28 @@ impl Service {
         Ok(self.access.require(caller, permission, &details, None).await?)
     }
 
-    /// Checks and prepares everything, then starts the job, which reports how it goes on and ends.
-    pub async fn start(&self, authorised: Authorised) -> Result<Arc<Job>> {
+    /// Checks and prepares everything, then starts the job, which reports how it goes on and ends. Where there is no place for
+    /// it now, the job is queued.
+    pub async fn start(self: &Arc<Self>, authorised: Authorised) -> Result<Arc<Job>> {
+        let (request, caller) = (&authorised.request, &authorised.caller);
+        let store = plan::store(&request.definition, &self.stores)?;
+        let claim = Claim {
+            uid: caller.uid,
+            domain: authorised.domain.unique_name(),
+            store: store.map(|(name, _)| name.to_owned()),
+        };
+        let descriptors = (&request.files.share, !request.files.files.is_empty());
+        let tried = || caller.turn.cancel();
+        let entered = self
+            .jobs
+            .enter_or_displace(&authorised.domain, claim, descriptors, tried);
+        match entered.await? {
+            Entered::Now(reservation) => self.start_now(authorised, reservation).await,
+            Entered::Later(line) => self.start_later(authorised, line).await,
+        }
+    }
+
+    async fn start_now(&self, authorised: Authorised, reservation: Reservation) -> Result<Arc<Job>> {
         let Authorised {
             request,
             domain,
@@ -150,13 +178,10 @@ impl Service {
             snapshot,
             grants,
             caller,
+            ..
         } = authorised;
         let uid = caller.uid;
         let start_time = clock::now();
-        let share = request.files.share;
-        let tried = || caller.turn.cancel();
-        let reserved = self.jobs.reserve_or_displace(&domain, uid, &share, tried);
-        let reservation = reserved.await?;
         let (plan, held) = self
             .plan(
                 (&request.definition, &request.options, request.files.files.len()),
@@ -199,9 +224,19 @@ impl Service {
     }
 
     /// Waits until the backup has begun: what the guest writes from then on is in no image. Fails with what prevented it. If
-    /// it takes longer than [`BEGIN`], the job stays as it is.
+    /// it takes longer than [`BEGIN`], the job stays as it is. It also stays if it is queued and the service is about to stop:
+    /// the next process goes on with the queue.
     pub async fn begun(&self, job: &Job) -> Result<()> {
-        job.begun(BEGIN).await
+        let goes_on = async {
+            self.jobs.queue_is_closed().await;
+            if !job.is_queued() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            begun = job.begun(BEGIN) => begun,
+            () = goes_on => Ok(()),
+        }
     }
 
     /// Begins to prepare the targets, on a thread that may wait for storage.

@@ -87,6 +87,10 @@ pub enum Error {
     NoSpace { target: String, needed: u64, free: u64 },
     #[error("disk '{disk}': something else was put in place of {target} while it was being written")]
     Replaced { disk: String, target: String },
+    #[error(
+        "{target}: another file, device or directory is there than when the backup was asked for: start it again"
+    )]
+    PlaceChanged { target: String },
     #[error("disk '{disk}': its target is not there any more since the service was started again")]
     Gone { disk: String },
     #[error("disk '{disk}': its base, backup {backup}, was removed: start the backup again")]
@@ -201,6 +205,7 @@ impl Error {
             | Self::WrongSize { .. }
             | Self::NotQcow2 { .. }
             | Self::Replaced { .. }
+            | Self::PlaceChanged { .. }
             | Self::Gone { .. }
             | Self::NotTheBackups { .. }
             | Self::Immovable { .. }

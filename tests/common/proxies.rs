@@ -140,7 +140,7 @@ pub trait Job {
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn id(&self) -> zbus::Result<u32>;
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property(emits_changed_signal = "false"))]
     fn domain(&self) -> zbus::Result<OwnedObjectPath>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn mode(&self) -> zbus::Result<String>;
@@ -150,14 +150,16 @@ pub trait Job {
     fn backup(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn start_time(&self) -> zbus::Result<u64>;
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property(emits_changed_signal = "false"))]
     fn increments(&self) -> zbus::Result<Vec<(String, String, String, String)>>;
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property(emits_changed_signal = "false"))]
     fn not_in_backup(&self) -> zbus::Result<Vec<(String, String)>>;
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property(emits_changed_signal = "false"))]
     fn encrypted(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn queue_position(&self) -> zbus::Result<u32>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn progress(&self) -> zbus::Result<f64>;
     #[zbus(property(emits_changed_signal = "false"))]

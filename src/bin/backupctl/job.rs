@@ -20,6 +20,7 @@ pub struct Properties {
     started_by_uid: Option<u32>,
     start_time: Option<u64>,
     state: Option<String>,
+    queue_position: Option<u32>,
     progress: Option<f64>,
     bytes: Option<u64>,
     bytes_done: Option<u64>,
@@ -74,7 +75,7 @@ impl Increment {
 pub struct Disk {
     /// Its name.
     pub name: String,
-    /// `preparing`, `running`, `waiting`, `finishing`, `completed`, `failed` or `cancelled`.
+    /// `queued`, `preparing`, `running`, `waiting`, `finishing`, `completed`, `failed` or `cancelled`.
     pub state: String,
     /// Bytes to copy.
     pub bytes: u64,
@@ -105,8 +106,10 @@ pub struct Snapshot {
     pub started_by: u32,
     /// When, in µs since the epoch.
     pub start_time: u64,
-    /// `preparing`, `running`, `finishing`, `completed`, `failed` or `cancelled`.
+    /// `queued`, `preparing`, `running`, `finishing`, `completed`, `failed` or `cancelled`.
     pub state: String,
+    /// The place in the queue when that was read, from 1 on; 0 for none.
+    pub position: u32,
     /// 0 to 1.
     pub progress: f64,
     /// Bytes to copy.
@@ -146,6 +149,22 @@ pub struct Outcome {
     pub message: String,
 }
 
+/// The state of a job that waits for its place among those that run.
+pub const QUEUED: &str = "queued";
+
+/// A job's state, with its place in the queue where that is known: `queued (3)`.
+pub fn state_text(state: &str, position: u32) -> String {
+    match position {
+        0 => state.to_owned(),
+        position => format!("{state} ({position})"),
+    }
+}
+
+/// The place in the queue; `null` where there is none.
+pub fn position_json(position: u32) -> Option<u32> {
+    (position > 0).then_some(position)
+}
+
 /// Whether a job in this state will change no more.
 pub fn has_ended(state: &str) -> bool {
     matches!(state, "completed" | "failed" | "cancelled")
@@ -167,6 +186,10 @@ impl Snapshot {
         set(&mut self.started_by, changed.started_by_uid);
         set(&mut self.start_time, changed.start_time);
         set(&mut self.state, changed.state);
+        set(&mut self.position, changed.queue_position);
+        if self.state != QUEUED {
+            self.position = 0;
+        }
         set(&mut self.bytes, changed.bytes);
         set(&mut self.bytes_done, changed.bytes_done);
         // It follows from the other two, and need not be told again with them.
@@ -282,6 +305,7 @@ impl Snapshot {
             "started_by_uid": self.started_by,
             "start_time": self.start_time,
             "state": self.state,
+            "queue_position": position_json(self.position),
             "progress": self.progress,
             "bytes": self.bytes,
             "bytes_done": self.bytes_done,
@@ -305,7 +329,7 @@ impl Snapshot {
         };
         field("Job", self.id.to_string());
         field("Domain", self.domain_label().to_owned());
-        field("State", self.state.clone());
+        field("State", state_text(&self.state, self.position));
         field("Mode", self.mode.clone());
         if !self.backup.is_empty() {
             field("Backup", self.backup.clone());
@@ -319,7 +343,7 @@ impl Snapshot {
                 "Data",
                 format!("{} of {}", units::size(self.bytes_done), units::size(self.bytes)),
             );
-        } else {
+        } else if self.state != QUEUED {
             field("Progress", self.progress_text());
         }
         if self.frozen_time > 0 {
@@ -425,6 +449,7 @@ mod tests {
                 "not_in_backup",
                 "path",
                 "progress",
+                "queue_position",
                 "quiesce_problem",
                 "rate",
                 "start_time",

@@ -2,14 +2,14 @@
 
 use std::io::{self, IsTerminal};
 
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use serde_json::{Value, json};
 
 use crate::error::{Result, Status};
-use crate::job::nothing_if_empty;
+use crate::job::{QUEUED, nothing_if_empty, position_json, state_text};
 use crate::output::{self, Table, escape_lines};
 use crate::owner;
-use crate::proxy::{CONFIGURED, DomainDisk, Service};
+use crate::proxy::{CONFIGURED, DomainDisk, JobLine, Service};
 use crate::units;
 
 /// Prints an answer as JSON or as text.
@@ -83,12 +83,15 @@ fn disk_json(disk: &DomainDisk) -> Value {
 /// `jobs`
 pub async fn jobs(service: &Service, all: bool, json: bool) -> Result<Status> {
     let jobs = service.jobs(all).await?;
+    let positions = jobs.iter().map(|job| position(service, job));
+    let positions = join_all(positions).await;
     let values = || {
         jobs.iter()
-            .map(|job| {
+            .zip(&positions)
+            .map(|(job, position)| {
                 json!({
                     "id": job.id, "path": job.path, "domain": job.domain, "owner": owner::json(&job.domain),
-                    "state": job.state,
+                    "state": job.state, "queue_position": position_json(*position),
                 })
             })
             .collect()
@@ -98,15 +101,25 @@ pub async fn jobs(service: &Service, all: bool, json: bool) -> Result<Status> {
         let mut headings = vec!["JOB", "DOMAIN", "STATE"];
         headings.extend(owned.then_some("OWNER"));
         let mut table = Table::new(&headings).right(&[0]);
-        for job in &jobs {
+        for (job, position) in jobs.iter().zip(&positions) {
             let (id, shown) = (job.id.to_string(), owner::shown(owner::of(&job.domain)));
-            let mut cells = vec![&*id, &job.domain, &job.state];
+            let state = state_text(&job.state, *position);
+            let mut cells = vec![&*id, &job.domain, &state];
             cells.extend(owned.then_some(&*shown));
             table.cells(&cells);
         }
         table.to_string()
     };
     print(json, values, text)
+}
+
+/// A job's place in the queue; 0 where it is in none any more.
+async fn position(service: &Service, job: &JobLine) -> u32 {
+    if job.state != QUEUED {
+        return 0;
+    }
+    let snapshot = service.job_at(job.id, job.path.clone()).snapshot().await;
+    snapshot.map_or(0, |snapshot| snapshot.position)
 }
 
 /// `rescan`

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::bars::{Bars, Row};
-use crate::job::Snapshot;
+use crate::job::{Snapshot, state_text};
 use crate::output::{self, escape};
 
 /// At most one line of progress in this time; changes of state are shown at once.
@@ -113,7 +113,11 @@ impl View for Lines {
             output::complain(&format!("{}: {}{error}", escape(&disk.name), escape(&disk.state)));
         }
         if job {
-            output::complain(&format!("job {}: {}", snapshot.id, escape(&snapshot.state)));
+            output::complain(&format!(
+                "job {}: {}",
+                snapshot.id,
+                escape(&state_text(&snapshot.state, snapshot.position))
+            ));
         }
         let due = self.progress.is_none_or(|last| last.elapsed() >= PROGRESS_LINES);
         if due && snapshot.state == "running" && snapshot.bytes_done != self.bytes_done {

@@ -45,7 +45,7 @@ impl Driver<'_> {
                 rehearse = true;
             }
             if rehearse {
-                let actions = self.actions(footprint, targets, *self.job.speed.borrow());
+                let actions = self.actions(footprint, targets, self.job.speed.limits().effective());
                 footprint.rehearse(&self.job.plan.disks, actions).await?;
             }
             footprint.make_checkpoints(self.job).await
@@ -76,6 +76,8 @@ impl Driver<'_> {
 
     /// Makes the targets' nodes in QEMU. What was half made is removed by its name.
     pub(super) async fn open_targets(&mut self) -> Result<Fact, Stopped> {
+        // Before it copies: those that copy already give it their parts.
+        self.part = Some(self.setting.bandwidth.join(self.job));
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         let holds_poweroff = self
             .in_qemu(async {
@@ -106,7 +108,8 @@ impl Driver<'_> {
     pub(super) async fn start(&mut self, holds_poweroff: bool) -> Result<Fact, Stopped> {
         let job = self.job;
         let mut freeze = self.freeze.take().ok_or(Error::Interrupted)?;
-        let speed = *job.speed.borrow();
+        let part = self.part.as_ref().ok_or(Error::Interrupted)?;
+        let speed = part.claim();
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         // From before the transaction: its jobs can end before its reply is read.
         let events = footprint.client().events();
@@ -197,13 +200,21 @@ impl Driver<'_> {
     /// Follows the block jobs to QEMU's verdict on them, those of this process or of an earlier one.
     pub(super) async fn follow(&mut self) -> Result<Fact, Stopped> {
         let started = self.started.take();
+        let join = || self.setting.bandwidth.join(self.job);
+        // Given back when all is copied.
+        let part = self.part.take().unwrap_or_else(join);
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         targets.unlock();
         let (events, speed) = match started {
             Some((events, speed)) => (events, Some(speed)),
             None => (footprint.client().events(), None),
         };
-        let mut running = Running::new(self.job, footprint, speed, self.setting.deadlines.stall());
+        let mut running = Running::new(
+            self.job,
+            footprint,
+            (speed, &part),
+            self.setting.deadlines.stall(),
+        );
         running.show_running();
         tokio::select! {
             ended = running.run(events, &self.setting.stop) => ended?,

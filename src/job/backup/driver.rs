@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::state::{self, Action, Fact, State, Verdict};
 use crate::catalog::BackupRecord;
 use crate::fault;
+use crate::job::bandwidth::Part;
 use crate::job::error::Stopped;
 use crate::job::footprint::Footprint;
 use crate::job::manager::{Ending, Setting};
@@ -30,6 +31,8 @@ pub(in crate::job) struct Driver<'a> {
     pub(in crate::job) targets: Option<Targets>,
     /// Where this process is about to freeze the guest, or has tried to.
     pub(super) freeze: Option<Freeze>,
+    /// Of its store's bandwidth, while it copies.
+    pub(super) part: Option<Part>,
     /// The transaction's events and its limit in bytes a second, where this process started it.
     pub(super) started: Option<(Events, u64)>,
     /// QEMU has nothing of the backup, because it is another process than the one that had.
@@ -51,6 +54,7 @@ impl<'a> Driver<'a> {
             footprint: None,
             targets: None,
             freeze: None,
+            part: None,
             started: None,
             qemu_is_gone: false,
             unknown: false,
@@ -65,9 +69,8 @@ impl<'a> Driver<'a> {
         mut self,
         state: State,
         fact: Fact,
-        reservation: Reservation,
+        mut reservation: Option<Reservation>,
     ) -> Ending {
-        let mut reservation = Some(reservation);
         let mut recorded = state.clone();
         let (mut state, mut action) = state::next(state, fact);
         loop {

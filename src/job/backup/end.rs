@@ -31,6 +31,7 @@ impl Driver<'_> {
     /// Removes all that QEMU has of the backup. The guest's power-off comes first, whatever becomes of the rest. Where
     /// something hangs QEMU is not asked for the rest: it would wait, and the guest with it.
     pub(super) async fn release(&mut self, state: &State) -> Fact {
+        self.part = None;
         self.show_finishing();
         let undo = state.verdict();
         let stalled = undo.is_some_and(|verdict| verdict.stalled);

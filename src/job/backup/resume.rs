@@ -101,7 +101,9 @@ pub(in crate::job) async fn resume(
     {
         footprint.holds_poweroff();
     }
-    driver.drive(state, Fact::Resumed(evidence), reservation).await
+    driver
+        .drive(state, Fact::Resumed(evidence), Some(reservation))
+        .await
 }
 
 /// Finds the domain's QEMU; an error if the service stops before.
@@ -174,6 +176,20 @@ pub(in crate::job) async fn thaw(record: JobRecord, setting: &Setting) {
         let thawed = quiesce::thaw_again(&domain);
         setting.stop.run_until_cancelled(thawed).await;
     }
+}
+
+/// A backup that has its final name although its job is on record as queued: the catalog is an old copy. Nothing of any other
+/// queued backup exists, or nothing that counts.
+pub(in crate::job) async fn find_published(job: &Arc<Job>, setting: &Setting) -> Option<Targets> {
+    let found = find_targets(job, Known::default(), setting);
+    let found = tokio::time::timeout(setting.deadlines.stall(), found)
+        .await
+        .ok()?;
+    if found.targets.published().is_some() {
+        return Some(found.targets);
+    }
+    blocking(setting, move || drop(found)).await;
+    None
 }
 
 async fn find_targets(job: &Arc<Job>, known: Known, setting: &Setting) -> Found {

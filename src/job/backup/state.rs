@@ -8,7 +8,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::QUEUED;
 use crate::error::Error as Failure;
+use crate::job::queued::QueuedRequest;
 use crate::job::{DiskStatus, Error, Outcome};
 use crate::target::{FileDigest, FileId};
 
@@ -16,6 +18,8 @@ use crate::target::{FileDigest, FileId};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
+    /// It waits for its place among the backups that run; nothing of it exists.
+    Queued(Box<QueuedRequest>),
     /// The targets are being created; nothing that existed before has changed.
     Preparing,
     /// QEMU opens what existed before, and closes it again: nothing of that has changed.
@@ -346,7 +350,7 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
             };
             return undo(state, verdict);
         }
-        State::Preparing | State::Checking { .. } | State::Writing { .. } => {
+        State::Queued(_) | State::Preparing | State::Checking { .. } | State::Writing { .. } => {
             return fail(state, Error::Interrupted.into());
         }
         // What was not durable is gone, and nobody can say which part of it.
@@ -386,6 +390,14 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
     (state, action)
 }
 
+/// The end of a backup that nothing was done for.
+fn withdrawn(verdict: Verdict) -> State {
+    State::Ended(Ended {
+        undone: Some(verdict),
+        ..Ended::default()
+    })
+}
+
 /// Brings a backup to nothing: first in QEMU, which writes to the targets, then the targets.
 fn undo(state: State, verdict: Verdict) -> (State, Action) {
     use Action::{Announce, Discard, Release};
@@ -402,6 +414,7 @@ fn undo(state: State, verdict: Verdict) -> (State, Action) {
         ..undo(Some(copying.files), copying.holds_poweroff)
     };
     match state {
+        State::Queued(_) => (withdrawn(verdict), Announce),
         State::Preparing => {
             let undo = undo(None, false);
             (State::Discarding { undo, in_qemu: false }, Discard)
@@ -434,7 +447,7 @@ fn published(state: &State) -> State {
             State::Released { in_qemu, .. }
             | State::Sealed { in_qemu, .. }
             | State::Discarding { in_qemu, .. } => *in_qemu,
-            State::Preparing => false,
+            State::Queued(_) | State::Preparing => false,
             _ => true,
         },
         holds_poweroff: state.holds_poweroff(),
@@ -460,6 +473,7 @@ impl State {
     /// One word, for the log and the record.
     pub fn name(&self) -> &'static str {
         match self {
+            Self::Queued(_) => QUEUED,
             Self::Preparing => "preparing",
             Self::Checking { .. } => "checking",
             Self::Writing { .. } => "writing",

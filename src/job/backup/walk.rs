@@ -9,7 +9,8 @@ use jiff::Timestamp;
 
 use super::state::{Action, Ended, Evidence, Fact, Reached, State, Verdict, next};
 use crate::error::{Error, Kind};
-use crate::job::Outcome;
+use crate::job::{Outcome, QueuedRequest};
+use crate::plan::Options;
 use crate::target::{FileDigest, FileId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -338,6 +339,38 @@ fn an_undisturbed_backup_completes_in_the_fixed_order() {
         "ended",
     ];
     assert_eq!(names, order);
+}
+
+fn queued() -> State {
+    State::Queued(Box::new(QueuedRequest {
+        document: String::new(),
+        options: Options::default(),
+        places: Vec::new(),
+        pinned: Vec::new(),
+        passes_files: false,
+    }))
+}
+
+#[test]
+fn a_queued_backup_ends_without_anything_to_undo() {
+    let verdict = Verdict {
+        outcome: Outcome::Cancelled,
+        disks: Vec::new(),
+        stalled: false,
+    };
+    let (state, action) = next(queued(), Fact::Stopped(verdict.clone()));
+    assert_eq!(
+        (action, state.verdict()),
+        (Some(Action::Announce), Some(&verdict))
+    );
+    assert_eq!(state.files(), None);
+    // The record is old: the backup is complete.
+    let mut world = World::new();
+    walk(&mut world, prepared(), |_| None);
+    (world.record, world.announced) = ((1, queued()), None);
+    let evidence = world.evidence();
+    walk(&mut world, evidence, |_| None);
+    assert!(is_completed(&world) && world.named);
 }
 
 #[test]

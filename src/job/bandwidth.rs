@@ -1,0 +1,195 @@
+//! The bandwidth of a store, divided among the backups that copy into it.
+//!
+//! What they copy together is never more than the store's bandwidth: a backup gets more only when QEMU has confirmed that
+//! another one copies less. A backup with a lower limit of its own leaves the rest to the others. It divides numbers and
+//! sends no command.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Job;
+use crate::config::Store;
+use crate::plan::Destination;
+
+/// The stores that have a limit.
+#[derive(Debug)]
+pub struct Bandwidth(BTreeMap<String, Arc<Pool>>);
+
+#[derive(Debug)]
+struct Pool {
+    /// Bytes a second.
+    limit: u64,
+    members: Mutex<Members>,
+}
+
+#[derive(Debug, Default)]
+struct Members {
+    came: u64,
+    by_number: BTreeMap<u64, Member>,
+}
+
+/// A backup that copies, or is about to.
+#[derive(Debug)]
+struct Member {
+    job: Arc<Job>,
+    /// It may copy so much.
+    granted: u64,
+    /// QEMU may still copy so much.
+    in_qemu: u64,
+}
+
+impl Member {
+    fn in_use(&self) -> u64 {
+        self.granted.max(self.in_qemu)
+    }
+}
+
+/// A backup's part; what it has is given back when it is dropped.
+#[derive(Debug)]
+pub struct Part {
+    pool: Option<Arc<Pool>>,
+    number: u64,
+    job: Arc<Job>,
+}
+
+impl Bandwidth {
+    pub fn of(stores: &BTreeMap<String, Store>) -> Self {
+        let limited = stores.iter().filter_map(|(name, store)| {
+            let pool = Pool {
+                limit: store.bandwidth?.get(),
+                members: Mutex::default(),
+            };
+            Some((name.clone(), Arc::new(pool)))
+        });
+        Self(limited.collect())
+    }
+
+    /// Gives a backup its part before it begins to copy.
+    pub fn join(&self, job: &Arc<Job>) -> Part {
+        let pool = match &job.plan.destination {
+            Destination::Store { name, .. } => self.0.get(name).cloned(),
+            Destination::Caller => None,
+        };
+        let number = pool.as_ref().map_or(0, |pool| pool.join(job));
+        let job = job.clone();
+        Part { pool, number, job }
+    }
+}
+
+impl Part {
+    /// The speed that QEMU is about to be given.
+    pub fn claim(&self) -> u64 {
+        let Some(pool) = &self.pool else {
+            return self.job.speed.limits().effective();
+        };
+        let mut members = pool.lock();
+        // The limit of its own may be another one.
+        members.divide(pool.limit);
+        let speed = self.job.speed.limits().effective();
+        if let Some(member) = members.by_number.get_mut(&self.number) {
+            member.in_qemu = member.in_qemu.max(speed);
+        }
+        speed
+    }
+
+    /// QEMU has confirmed the speed.
+    pub fn confirm(&self, speed: u64) {
+        if let Some(pool) = &self.pool {
+            let mut members = pool.lock();
+            if let Some(member) = members.by_number.get_mut(&self.number) {
+                member.in_qemu = speed;
+            }
+            members.divide(pool.limit);
+        }
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        if let Some(pool) = &self.pool {
+            let mut members = pool.lock();
+            members.by_number.remove(&self.number);
+            members.divide(pool.limit);
+        }
+    }
+}
+
+impl Pool {
+    fn join(&self, job: &Arc<Job>) -> u64 {
+        let mut members = self.lock();
+        members.came += 1;
+        let number = members.came;
+        let member = Member {
+            job: job.clone(),
+            granted: 0,
+            in_qemu: 0,
+        };
+        members.by_number.insert(number, member);
+        members.divide(self.limit);
+        number
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Members> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Members {
+    /// Lowers at once, and raises by what is free.
+    fn divide(&mut self, limit: u64) {
+        let own: Vec<u64> = self
+            .by_number
+            .values()
+            .map(|member| member.job.speed.limits().own)
+            .collect();
+        let shares = shares(limit, &own);
+        for (member, share) in self.by_number.values_mut().zip(&shares) {
+            member.granted = member.granted.min(*share);
+        }
+        let in_use = self
+            .by_number
+            .values()
+            .map(Member::in_use)
+            .fold(0, u64::saturating_add);
+        let mut free = limit.saturating_sub(in_use);
+        for (member, share) in self.by_number.values_mut().zip(&shares) {
+            let before = member.in_use();
+            member.granted = (*share).min(before.saturating_add(free));
+            free -= member.in_use() - before;
+            // To QEMU, 0 is no limit.
+            member.job.speed.set_share(member.granted.max(1));
+        }
+    }
+}
+
+/// The share of each of those that have these limits of their own; 0 is no limit.
+fn shares(limit: u64, own: &[u64]) -> Vec<u64> {
+    let bound = |own: u64| if own == 0 { u64::MAX } else { own };
+    let mut order: Vec<usize> = (0..own.len()).collect();
+    order.sort_by_key(|index| bound(own[*index]));
+    let mut shares = vec![0; own.len()];
+    let mut rest = limit;
+    for (done, index) in order.into_iter().enumerate() {
+        let fair = rest / (own.len() - done) as u64;
+        shares[index] = fair.min(bound(own[index]));
+        rest -= shares[index];
+    }
+    shares
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_of_its_own_leaves_the_rest_to_the_others() {
+        assert_eq!(shares(100, &[]), [0; 0]);
+        assert_eq!(shares(100, &[0]), [100]);
+        assert_eq!(shares(100, &[0, 0, 0]), [33, 33, 34]);
+        assert_eq!(shares(100, &[0, 10, 0]), [45, 10, 45]);
+        assert_eq!(shares(100, &[60, 10, 0]), [45, 10, 45]);
+        assert_eq!(shares(100, &[30, 10, 0]), [30, 10, 60]);
+        assert_eq!(shares(100, &[200]), [100]);
+        assert_eq!(shares(1, &[0, 0]), [0, 1]);
+    }
+}

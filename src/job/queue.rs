@@ -1,0 +1,411 @@
+//! The queue of backups: how many run at once, and which one is next. Pure: it starts nothing and waits for nothing.
+//!
+//! Places are limited for the host, for each store, and for each user. A free place goes by turns to root and to the other
+//! users, and among these to the user with the fewest running backups. A user's own backups keep their order. One of root's
+//! backups may run beside a full set of places, so that no number of users' backups keeps root waiting.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use super::manager::ROOT;
+use crate::config::{Config, Limits};
+
+/// How many backups run at once.
+#[derive(Debug, Clone)]
+pub struct Places {
+    host: usize,
+    per_user: usize,
+    /// Of the stores that have a limit.
+    stores: BTreeMap<String, usize>,
+}
+
+impl Places {
+    pub fn of(config: &Config) -> Self {
+        let Limits {
+            jobs_at_once,
+            jobs_at_once_per_user,
+            ..
+        } = config.limits;
+        let stores = config.stores.iter();
+        Self {
+            host: jobs_at_once.get(),
+            per_user: jobs_at_once_per_user.get(),
+            stores: stores
+                .filter_map(|(name, store)| Some((name.clone(), store.jobs_at_once?.get())))
+                .collect(),
+        }
+    }
+}
+
+/// What a backup needs a place for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    pub uid: u32,
+    /// The unique name of its domain.
+    pub domain: String,
+    /// Nothing where its targets are in none.
+    pub store: Option<String>,
+}
+
+/// Names a waiting backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
+#[derive(Debug)]
+struct Waiting {
+    ticket: Ticket,
+    claim: Claim,
+}
+
+/// How many run, and when a place was given last.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Share {
+    running: usize,
+    served: u64,
+}
+
+/// Who has how many places.
+#[derive(Debug, Clone, Default)]
+struct Taken {
+    root: Share,
+    /// All users but root together, and each of them.
+    others: Share,
+    users: HashMap<u32, Share>,
+    /// All, and root's.
+    stores: HashMap<String, (usize, usize)>,
+    /// Counts the places that were given.
+    given: u64,
+}
+
+impl Taken {
+    fn user(&self, uid: u32) -> Share {
+        self.users.get(&uid).copied().unwrap_or_default()
+    }
+
+    fn take(&mut self, claim: &Claim) {
+        self.given += 1;
+        let served = self.given;
+        let of_class = match claim.uid {
+            ROOT => &mut self.root,
+            _ => &mut self.others,
+        };
+        for share in [of_class, self.users.entry(claim.uid).or_default()] {
+            share.running += 1;
+            share.served = served;
+        }
+        if let Some(store) = &claim.store {
+            let (all, root) = self.stores.entry(store.clone()).or_default();
+            *all += 1;
+            *root += usize::from(claim.uid == ROOT);
+        }
+    }
+
+    fn give_back(&mut self, claim: &Claim) {
+        let of_class = match claim.uid {
+            ROOT => &mut self.root,
+            _ => &mut self.others,
+        };
+        of_class.running = of_class.running.saturating_sub(1);
+        if let Some(share) = self.users.get_mut(&claim.uid) {
+            share.running = share.running.saturating_sub(1);
+        }
+        if let Some(store) = &claim.store
+            && let Some((all, root)) = self.stores.get_mut(store)
+        {
+            *all = all.saturating_sub(1);
+            *root = root.saturating_sub(usize::from(claim.uid == ROOT));
+        }
+    }
+
+    fn has_place(&self, claim: &Claim, places: &Places) -> bool {
+        let all = self.root.running + self.others.running;
+        let (in_store, of_root) = claim
+            .store
+            .as_ref()
+            .and_then(|store| self.stores.get(store))
+            .copied()
+            .unwrap_or_default();
+        let limit = claim.store.as_ref().and_then(|store| places.stores.get(store));
+        let store_has = limit.is_none_or(|limit| in_store < *limit);
+        match claim.uid {
+            ROOT => (all < places.host || self.root.running == 0) && (store_has || of_root == 0),
+            uid => all < places.host && self.user(uid).running < places.per_user && store_has,
+        }
+    }
+
+    /// The place of a claim in the order: the least is next.
+    fn rank(&self, claim: &Claim) -> (Share, Share) {
+        match claim.uid {
+            ROOT => (self.root, Share::default()),
+            uid => (self.others, self.user(uid)),
+        }
+    }
+}
+
+/// The backups that run and those that wait.
+#[derive(Debug)]
+pub struct Queue {
+    places: Places,
+    taken: Taken,
+    /// In the order in which they came.
+    waiting: VecDeque<Waiting>,
+    came: u64,
+}
+
+impl Queue {
+    pub fn new(places: Places) -> Self {
+        Self {
+            places,
+            taken: Taken::default(),
+            waiting: VecDeque::new(),
+            came: 0,
+        }
+    }
+
+    /// Adds a backup at the end.
+    pub fn join(&mut self, claim: Claim) -> Ticket {
+        self.came += 1;
+        let ticket = Ticket(self.came);
+        self.waiting.push_back(Waiting { ticket, claim });
+        ticket
+    }
+
+    /// Removes a backup that waits no more.
+    pub fn leave(&mut self, ticket: Ticket) {
+        self.waiting.retain(|waiting| waiting.ticket != ticket);
+        self.forget_users();
+    }
+
+    /// Gives a place to the next backup that can have one, if there is one. `is_free` says whether nothing else works on a
+    /// domain.
+    pub fn next(&mut self, is_free: impl Fn(&str) -> bool) -> Option<(Ticket, Claim)> {
+        let can_start = |waiting: &Waiting| {
+            is_free(&waiting.claim.domain)
+                && self.taken.has_place(&waiting.claim, &self.places)
+                // Root's backup of a domain comes before another user's.
+                && (waiting.claim.uid == ROOT || !self.waits_as_root(&waiting.claim.domain))
+        };
+        let index = first(
+            &self.taken,
+            self.waiting
+                .iter()
+                .map(|waiting| can_start(waiting).then_some(&waiting.claim)),
+        )?;
+        let Waiting { ticket, claim } = self.waiting.remove(index)?;
+        self.taken.take(&claim);
+        Some((ticket, claim))
+    }
+
+    /// Counts a backup that runs already.
+    pub fn resume(&mut self, claim: &Claim) {
+        self.taken.take(claim);
+    }
+
+    /// Takes a place back.
+    pub fn end(&mut self, claim: &Claim) {
+        self.taken.give_back(claim);
+        self.forget_users();
+    }
+
+    /// Whether another backup keeps one of that user's from joining: each domain has at most one that waits, and one more of
+    /// root's.
+    pub fn keeps_out(&self, domain: &str, uid: u32) -> bool {
+        match uid {
+            ROOT => self.waits_as_root(domain),
+            _ => self.waiting.iter().any(|waiting| waiting.claim.domain == domain),
+        }
+    }
+
+    fn waits_as_root(&self, domain: &str) -> bool {
+        let mut waiting = self.waiting.iter();
+        waiting.any(|waiting| waiting.claim.domain == domain && waiting.claim.uid == ROOT)
+    }
+
+    /// The place of a waiting backup in the order in which all would start now; 1 is the next. A backup whose store, domain or
+    /// user has no place free lets later ones pass.
+    pub fn position(&self, ticket: Ticket) -> Option<u32> {
+        let mut taken = self.taken.clone();
+        let mut waiting: Vec<_> = self.waiting.iter().collect();
+        for position in 1.. {
+            let index = first(&taken, waiting.iter().map(|waiting| Some(&waiting.claim)))?;
+            let next = waiting.remove(index);
+            if next.ticket == ticket {
+                return Some(position);
+            }
+            taken.take(&next.claim);
+        }
+        None
+    }
+
+    /// While somebody waits, it counts when each user was served last.
+    fn forget_users(&mut self) {
+        if self.waiting.is_empty() {
+            self.taken.users.retain(|_, share| share.running > 0);
+        }
+    }
+}
+
+/// Which of the claims is first; of equals, the one that came first.
+fn first<'a>(taken: &Taken, claims: impl Iterator<Item = Option<&'a Claim>>) -> Option<usize> {
+    let ranked = claims
+        .enumerate()
+        .filter_map(|(index, claim)| Some((taken.rank(claim?), index)));
+    ranked.min().map(|(_, index)| index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue(host: usize, per_user: usize, stores: &[(&str, usize)]) -> Queue {
+        let stores = stores.iter().map(|(name, limit)| ((*name).to_owned(), *limit));
+        Queue::new(Places {
+            host,
+            per_user,
+            stores: stores.collect(),
+        })
+    }
+
+    fn claim(uid: u32, domain: &str, store: &str) -> Claim {
+        Claim {
+            uid,
+            domain: domain.to_owned(),
+            store: Some(store.to_owned()),
+        }
+    }
+
+    /// The domains that start now, in order.
+    fn start(queue: &mut Queue) -> Vec<Claim> {
+        std::iter::from_fn(|| Some(queue.next(|_| true)?.1)).collect()
+    }
+
+    fn domains(claims: &[Claim]) -> String {
+        claims
+            .iter()
+            .map(|claim| claim.domain.as_str())
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
+    #[test]
+    fn users_take_turns_whatever_each_has_queued_before() {
+        let mut queue = queue(1, 1, &[]);
+        for domain in ["a1", "a2", "a3", "a4"] {
+            queue.join(claim(1000, domain, "s"));
+        }
+        for domain in ["b1", "b2"] {
+            queue.join(claim(1001, domain, "s"));
+        }
+        queue.join(claim(1002, "c1", "s"));
+        let mut order = Vec::new();
+        loop {
+            let started = start(&mut queue);
+            let [one] = started.as_slice() else { break };
+            order.push(one.clone());
+            queue.end(one);
+        }
+        assert_eq!(domains(&order), "a1 b1 c1 a2 b2 a3 a4");
+        assert!(queue.taken.users.is_empty(), "no user is remembered");
+    }
+
+    #[test]
+    fn who_comes_again_and_again_keeps_nobody_waiting() {
+        let mut queue = queue(1, 1, &[]);
+        queue.join(claim(1000, "a1", "s"));
+        queue.join(claim(1000, "a2", "s"));
+        queue.join(claim(1001, "b", "s"));
+        let mut order = Vec::new();
+        for uid in [1002, 1001, 1002, 1001] {
+            queue.join(claim(uid, "again", "s"));
+            let started = start(&mut queue);
+            queue.end(&started[0]);
+            order.extend(started);
+        }
+        assert_eq!(domains(&order), "a1 b again a2");
+    }
+
+    #[test]
+    fn root_has_every_other_place_and_one_beside_all() {
+        let mut queue = queue(2, 2, &[]);
+        for uid in 1000..1006 {
+            queue.join(claim(uid, &format!("u{uid}"), "s"));
+        }
+        assert_eq!(domains(&start(&mut queue)), "u1000 u1001");
+        for domain in ["r1", "r2", "r3"] {
+            queue.join(claim(ROOT, domain, "s"));
+        }
+        assert_eq!(domains(&start(&mut queue)), "r1", "beside the users'");
+        queue.end(&claim(1000, "u1000", "s"));
+        assert_eq!(domains(&start(&mut queue)), "", "two run");
+        queue.end(&claim(ROOT, "r1", "s"));
+        assert_eq!(domains(&start(&mut queue)), "r2");
+        queue.end(&claim(1001, "u1001", "s"));
+        assert_eq!(domains(&start(&mut queue)), "u1002", "root has one already");
+        queue.end(&claim(ROOT, "r2", "s"));
+        assert_eq!(domains(&start(&mut queue)), "r3");
+    }
+
+    #[test]
+    fn a_user_has_no_more_places_than_its_own_and_a_store_no_more_than_its() {
+        let mut queue = queue(8, 3, &[("slow", 1)]);
+        for domain in ["a1", "a2"] {
+            queue.join(claim(1000, domain, "slow"));
+        }
+        for domain in ["a3", "a4", "a5"] {
+            queue.join(claim(1000, domain, "s"));
+        }
+        queue.join(claim(1001, "b1", "slow"));
+        assert_eq!(domains(&start(&mut queue)), "a1 a3 a4");
+        queue.end(&claim(1000, "a1", "slow"));
+        assert_eq!(domains(&start(&mut queue)), "b1 a5");
+        queue.join(claim(ROOT, "r1", "slow"));
+        assert_eq!(domains(&start(&mut queue)), "r1", "one of root's beside it");
+        queue.end(&claim(1001, "b1", "slow"));
+        assert_eq!(domains(&start(&mut queue)), "", "the store has root's");
+        queue.end(&claim(ROOT, "r1", "slow"));
+        assert_eq!(domains(&start(&mut queue)), "", "the user has its two others");
+        queue.end(&claim(1000, "a3", "s"));
+        assert_eq!(domains(&start(&mut queue)), "a2");
+    }
+
+    #[test]
+    fn a_domain_has_one_at_a_time_and_roots_comes_first() {
+        let mut queue = queue(4, 4, &[]);
+        queue.join(claim(1000, "web", "s"));
+        assert!(queue.keeps_out("web", 1000) && queue.keeps_out("web", 1001));
+        assert!(!queue.keeps_out("web", ROOT) && !queue.keeps_out("db", 1000));
+        queue.join(claim(ROOT, "web", "s"));
+        assert!(queue.keeps_out("web", ROOT));
+        assert_eq!(queue.next(|_| false), None);
+        let (_, first) = queue.next(|_| true).unwrap();
+        assert_eq!(first.uid, ROOT);
+        assert_eq!(queue.next(|domain| domain != "web"), None, "the domain is busy");
+        queue.end(&first);
+        assert_eq!(queue.next(|_| true).unwrap().1.uid, 1000);
+    }
+
+    #[test]
+    fn positions_are_the_order_of_starts() {
+        let mut queue = queue(1, 1, &[]);
+        queue.join(claim(1000, "a1", "s"));
+        assert_eq!(domains(&start(&mut queue)), "a1");
+        let tickets: Vec<_> = [
+            (1000, "a2"),
+            (1000, "a3"),
+            (1001, "b1"),
+            (ROOT, "r1"),
+            (ROOT, "r2"),
+        ]
+        .into_iter()
+        .map(|(uid, domain)| (queue.join(claim(uid, domain, "s")), domain))
+        .collect();
+        let mut order: Vec<_> = tickets
+            .iter()
+            .map(|(ticket, domain)| (queue.position(*ticket).unwrap(), *domain))
+            .collect();
+        order.sort_unstable();
+        assert_eq!(order, [(1, "r1"), (2, "b1"), (3, "r2"), (4, "a2"), (5, "a3")]);
+        queue.leave(tickets[2].0);
+        assert_eq!(queue.position(tickets[2].0), None);
+        assert_eq!(queue.position(tickets[0].0), Some(2));
+    }
+}

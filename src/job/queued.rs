@@ -1,0 +1,466 @@
+//! Backups that wait for their places: how one joins the queue, leaves it, and is found again after a restart.
+//!
+//! Nothing of a queued backup exists but its record. What the caller asked for, and was authorised for, is in that record and
+//! does not change. Everything else is looked at when the backup leaves the queue.
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+use tokio::task::{JoinError, JoinHandle};
+
+use super::backup::{self, Driver, Evidence, Fact, Reached, State as Step};
+use super::error::Stopped;
+use super::manager::{Ending, Held, Jobs, Kept, Refused, Reservation};
+use super::queue::{Claim, Ticket};
+use super::record::{self, to_text};
+use super::{Error, Job, State, blocking};
+use crate::activity::Use;
+use crate::catalog::{JobRecord, Starter};
+use crate::domain::{Domain, Link};
+use crate::error;
+use crate::fault;
+use crate::plan::{Destination, Options, Plan, Requested};
+use crate::quota::Share;
+use crate::target::{Parents, Pinned, Targets};
+
+/// A request that waits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct QueuedRequest {
+    /// The document. Devices have their own names in it.
+    pub document: String,
+    pub options: Options,
+    /// What the caller was authorised for.
+    pub places: Vec<Requested>,
+    pub pinned: Vec<Pinned>,
+    /// Targets are open files of the caller's: they do not outlive this process.
+    pub passes_files: bool,
+}
+
+/// A job that an earlier process of the service left in the queue.
+pub struct Requeued {
+    pub job: Arc<Job>,
+    pub request: Box<QueuedRequest>,
+    pub line: InLine,
+    /// An earlier process queued it.
+    from_record: bool,
+}
+
+/// What came of asking for a place.
+pub enum Entered {
+    Now(Reservation),
+    Later(InLine),
+}
+
+/// A place in the queue's sense: a domain, and a backup more that runs. Given back when it is dropped.
+pub(super) struct Place {
+    jobs: Arc<Jobs>,
+    claim: Option<Claim>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(claim) = self.claim.take() {
+            self.jobs
+                .give_back(std::iter::once(claim.domain.as_str()), Some(&claim));
+        }
+    }
+}
+
+/// A backup in the queue. It leaves the queue when this is dropped.
+#[must_use]
+pub struct InLine {
+    jobs: Arc<Jobs>,
+    ticket: Ticket,
+    place: oneshot::Receiver<Place>,
+    kept: Option<Kept>,
+    /// What it needs would not outlive the service.
+    _at_stake: Option<Use>,
+}
+
+impl Drop for InLine {
+    fn drop(&mut self) {
+        let mut table = self.jobs.lock();
+        table.queue.leave(self.ticket);
+        let waiting = table.waiting.remove(&self.ticket);
+        table.tickets.retain(|_, ticket| *ticket != self.ticket);
+        drop(table);
+        drop(waiting);
+        // One of root's may have kept another one of its domain waiting.
+        self.jobs.give_places();
+    }
+}
+
+impl InLine {
+    /// Waits for the place.
+    async fn reserve(mut self, domain: &Arc<Domain>) -> Option<Reservation> {
+        let place = (&mut self.place).await.ok()?;
+        self.into_reservation(place, domain)
+    }
+
+    fn into_reservation(mut self, mut place: Place, domain: &Arc<Domain>) -> Option<Reservation> {
+        let claim = place.claim.take()?;
+        let held = (claim.domain.clone(), domain.hold());
+        let kept = self.kept.take()?;
+        Some(Reservation::new(self.jobs.clone(), held, Some(claim), kept))
+    }
+}
+
+/// What a backup is to be, when it leaves the queue.
+pub struct Planned {
+    pub domain: Arc<Domain>,
+    pub link: Arc<Link>,
+    pub plan: Plan,
+    /// The bases stay until the targets hold them.
+    pub held: Parents,
+    /// Begins to make the targets.
+    pub make: Box<dyn FnOnce(Plan) -> BoxFuture<'static, Making> + Send>,
+}
+
+/// The thread that makes the targets.
+pub struct Making(pub JoinHandle<error::Result<(Plan, Targets)>>);
+
+impl Claim {
+    pub(super) fn of(uid: u32, domain: &Domain, plan: &Plan) -> Self {
+        Self {
+            uid,
+            domain: domain.unique_name(),
+            store: match &plan.destination {
+                Destination::Store { name, .. } => Some(name.clone()),
+                Destination::Caller => None,
+            },
+        }
+    }
+}
+
+impl Jobs {
+    /// Takes the domain's only place and one among the backups that run, or else one in the queue. Says at once if the domain
+    /// has none.
+    pub fn enter(
+        self: &Arc<Self>,
+        domain: &Arc<Domain>,
+        claim: Claim,
+        descriptors: Arc<Share>,
+        passes_files: bool,
+    ) -> Result<Entered, Error> {
+        // First, so that a stop that is not seen here waits for it.
+        let token = self.tasks.token();
+        if self.setting.stop.is_cancelled() {
+            return Err(Error::Stopping);
+        }
+        let share = self.quota.take(claim.uid, 1)?;
+        if let Some(job) = self.left_in_qemu(&claim.domain) {
+            return Err(Error::Left { job });
+        }
+        let mut table = self.lock();
+        if table.queue.keeps_out(&claim.domain, claim.uid) {
+            return Err(Refused::Taken.of(domain));
+        }
+        table
+            .check_place(&claim.domain, claim.uid)
+            .map_err(|refused| refused.of(domain))?;
+        drop(table);
+        let kept = self.keep(Some((share, Some(descriptors))), token);
+        let mut line = self.line_up(claim, kept, passes_files);
+        self.give_places();
+        match line.place.try_recv() {
+            Ok(place) => {
+                let reservation = line.into_reservation(place, domain);
+                reservation.map(Entered::Now).ok_or(Error::Stopping)
+            }
+            Err(_) => Ok(Entered::Later(line)),
+        }
+    }
+
+    fn line_up(self: &Arc<Self>, claim: Claim, kept: Kept, passes_files: bool) -> InLine {
+        let (sender, place) = oneshot::channel();
+        let mut table = self.lock();
+        let ticket = table.queue.join(claim);
+        table.waiting.insert(ticket, sender);
+        drop(table);
+        InLine {
+            jobs: self.clone(),
+            ticket,
+            place,
+            kept: Some(kept),
+            _at_stake: passes_files.then(|| self.setting.at_stake.begin()),
+        }
+    }
+
+    /// Gives all free places to those who are next.
+    pub(super) fn give_places(self: &Arc<Self>) {
+        let mut given = Vec::new();
+        let mut guard = self.lock();
+        let table = &mut *guard;
+        while let Some((ticket, claim)) = table.queue.next(|domain| !table.busy.contains_key(domain)) {
+            table.busy.insert(claim.domain.clone(), 1);
+            let place = Place {
+                jobs: self.clone(),
+                claim: Some(claim),
+            };
+            given.push((table.waiting.remove(&ticket), place));
+        }
+        drop(guard);
+        for (waiting, place) in given {
+            // A place that nobody takes is given back when it is dropped, which takes the lock.
+            drop(waiting.map(|waiting| waiting.send(place)));
+        }
+    }
+
+    /// No queued backup starts any more, and nobody waits for one to start: the service is about to stop.
+    pub fn close_queue(&self) {
+        self.closed.cancel();
+    }
+
+    /// Waits for [`Jobs::close_queue`].
+    pub async fn queue_is_closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    /// The place of a job in the queue, from 1 on; 0 where it is in none.
+    pub fn position(&self, id: u32) -> u32 {
+        let table = self.lock();
+        let ticket = table.tickets.get(&id);
+        ticket
+            .and_then(|ticket| table.queue.position(*ticket))
+            .unwrap_or(0)
+    }
+
+    /// Has a backup wait. `plan` is what it would be now, and `begin` makes what it will be when it leaves the queue.
+    pub async fn queue<F>(
+        self: &Arc<Self>,
+        (line, domain, plan): (InLine, &Arc<Domain>, Plan),
+        started: (Starter, jiff::Timestamp),
+        request: QueuedRequest,
+        begin: impl FnOnce(Arc<Job>) -> F,
+    ) -> Result<Arc<Job>, Error>
+    where
+        F: Future<Output = error::Result<Planned>> + Send + 'static,
+    {
+        let request = Box::new(request);
+        let step = Step::Queued(request.clone());
+        let record = self.take_in(domain, &plan, started, &step).await?;
+        let job = Job::new(&record, domain.clone(), plan, self.setting.catalog.clone(), false);
+        let job = Arc::new(job);
+        self.insert(job.clone());
+        self.start_queued(
+            Requeued {
+                job: job.clone(),
+                request,
+                line,
+                from_record: false,
+            },
+            begin,
+        );
+        Ok(job)
+    }
+
+    /// Has a backup wait that is on record.
+    pub fn start_queued<F>(self: &Arc<Self>, requeued: Requeued, begin: impl FnOnce(Arc<Job>) -> F)
+    where
+        F: Future<Output = error::Result<Planned>> + Send + 'static,
+    {
+        let job = requeued.job.clone();
+        self.lock().tickets.insert(job.id, requeued.line.ticket);
+        self.give_places();
+        tracing::info!(job = job.id, domain = job.domain.name, "backup queued");
+        let (jobs, begin) = (self.clone(), begin(job.clone()));
+        self.tasks.spawn(async move {
+            let ending = jobs.run_queued(requeued, begin).await;
+            jobs.after(&job, ending).await;
+        });
+    }
+
+    async fn run_queued(
+        self: &Arc<Self>,
+        requeued: Requeued,
+        begin: impl Future<Output = error::Result<Planned>>,
+    ) -> Ending {
+        let Requeued {
+            job,
+            request,
+            line,
+            from_record,
+        } = requeued;
+        let job = &job;
+        let request = match from_record {
+            true => match self.find_published(job, request).await {
+                Ok(request) => request,
+                Err(ending) => return ending,
+            },
+            false => request,
+        };
+        let planned = async {
+            let reservation = line.reserve(&job.domain).await.ok_or(Stopped::Detached)?;
+            fault::passed("left the queue");
+            let planned = begin.await.map_err(Error::NotStarted)?;
+            Ok::<_, Stopped>((reservation, planned))
+        };
+        let planned = tokio::select! {
+            biased;
+            () = self.closed.cancelled() => Err(Stopped::Detached),
+            () = job.cancel.cancelled() => Err(Stopped::Cancelled),
+            planned = planned => planned,
+        };
+        let (reservation, planned) = match planned {
+            Ok(planned) => planned,
+            Err(Stopped::Detached) => return Ending::Detached,
+            Err(stopped) => return self.end_queued(job, request, stopped, None).await,
+        };
+        let Planned {
+            domain,
+            link,
+            plan,
+            held,
+            make,
+        } = planned;
+        job.leave_queue(domain, plan);
+        if let Err(error) = self.record_start(job).await {
+            return self
+                .end_queued(job, request, error.into(), Some(reservation))
+                .await;
+        }
+        let patience = self.patience();
+        let Making(mut making) = make(job.plan.clone()).await;
+        let failed = |error: JoinError| error::Error::new(error::Kind::Internal, error.to_string());
+        let made = tokio::time::timeout(patience, &mut making).await;
+        drop(tokio::task::spawn_blocking(move || drop(held)));
+        match made {
+            Ok(made) => match made.map_err(failed).flatten() {
+                Ok((_, targets)) => self.run(job, link, targets, reservation).await,
+                Err(error) => {
+                    let stopped = Error::NotStarted(error).into();
+                    self.end_queued(job, request, stopped, Some(reservation)).await
+                }
+            },
+            Err(_) => {
+                self.abandon(Making(making), reservation);
+                let stopped = Error::stalled("the target", patience).into();
+                let driver = Driver::new(job, &self.setting);
+                let fact = Fact::Stopped(driver.verdict(stopped));
+                driver.drive(Step::Preparing, fact, None).await
+            }
+        }
+    }
+
+    /// Takes in a backup that is complete although its job is on record as queued.
+    async fn find_published(
+        &self,
+        job: &Arc<Job>,
+        request: Box<QueuedRequest>,
+    ) -> Result<Box<QueuedRequest>, Ending> {
+        let found = backup::find_published(job, &self.setting).await;
+        job.recovered(found.is_some());
+        let Some(targets) = found else {
+            return Ok(request);
+        };
+        let mut driver = Driver::new(job, &self.setting);
+        driver.targets = Some(targets);
+        let evidence = Evidence {
+            same_boot: true,
+            cancel_requested: false,
+            published: true,
+            lost: None,
+            qemu: Reached::Gone,
+            disks: Vec::new(),
+        };
+        let step = Step::Queued(request);
+        Err(driver.drive(step, Fact::Resumed(evidence), None).await)
+    }
+
+    /// Ends a backup that nothing was made of.
+    async fn end_queued(
+        &self,
+        job: &Arc<Job>,
+        request: Box<QueuedRequest>,
+        stopped: Stopped,
+        reservation: Option<Reservation>,
+    ) -> Ending {
+        let driver = Driver::new(job, &self.setting);
+        let fact = Fact::Stopped(driver.verdict(stopped));
+        driver.drive(Step::Queued(request), fact, reservation).await
+    }
+
+    /// What the job will do is on record before anything of it is made.
+    async fn record_start(&self, job: &Job) -> Result<(), Error> {
+        let state = record::journal(&Step::Preparing, self.setting.boot)?;
+        let plan = to_text(&*job.plan)?;
+        Ok(self.setting.catalog.dequeued(job.id, plan, state).await?)
+    }
+
+    /// Leaves the thread that makes the targets, which hangs, to itself: what it makes is discarded there.
+    fn abandon(self: &Arc<Self>, Making(making): Making, mut reservation: Reservation) {
+        // Nothing of it is in QEMU.
+        reservation.make_room();
+        let jobs = self.clone();
+        self.tasks.spawn(async move {
+            let discarded = async {
+                if let Ok(made) = making.await {
+                    blocking(&jobs.setting, move || drop(made)).await;
+                }
+            };
+            jobs.setting.stop.run_until_cancelled(discarded).await;
+            drop(reservation);
+        });
+    }
+
+    /// Takes a queued job of an earlier process up again, or ends it with the reason why it cannot go on.
+    pub(super) fn recover_queued(
+        self: &Arc<Self>,
+        record: &JobRecord,
+    ) -> Result<(Arc<Job>, Option<Requeued>), Error> {
+        let (boot, step) = record::read_journal(record)?;
+        let Step::Queued(request) = step else {
+            return Err(Error::Interrupted);
+        };
+        let identity = record::identity(record.id, &record.domain)?;
+        let domain = self.setting.domains.identified_or_absent(identity);
+        let plan = record::plan(record)?;
+        let claim = Claim::of(record.started_by.uid, &domain, &plan);
+        let job = Job::new(record, domain, plan, self.setting.catalog.clone(), true);
+        let job = Arc::new(job);
+        self.insert(job.clone());
+        let ended = match () {
+            () if record.cancel_requested => Some(Stopped::Cancelled),
+            () if boot != self.setting.boot => Some(Error::HostRestartedBefore.into()),
+            () if request.passes_files => Some(Error::FilesGone.into()),
+            () => None,
+        };
+        if let Some(stopped) = ended {
+            let (jobs, ended) = (self.clone(), job.clone());
+            self.tasks.spawn(async move {
+                let request = match stopped {
+                    Stopped::Cancelled => Ok(request),
+                    _ => jobs.find_published(&ended, request).await,
+                };
+                let ending = match request {
+                    Ok(request) => jobs.end_queued(&ended, request, stopped, None).await,
+                    Err(ending) => ending,
+                };
+                jobs.after(&ended, ending).await;
+            });
+            return Ok((job, None));
+        }
+        // It was within the limits when it joined; others may have joined since.
+        let share = self.quota.take(claim.uid, 1).ok();
+        let kept = self.keep(share.map(|share| (share, None)), self.tasks.token());
+        let line = self.line_up(claim, kept, false);
+        let requeued = Requeued {
+            job: job.clone(),
+            request,
+            line,
+            from_record: true,
+        };
+        Ok((job, Some(requeued)))
+    }
+}
+
+impl Job {
+    /// Whether it waits for its place.
+    pub fn is_queued(&self) -> bool {
+        let status = self.status.borrow();
+        status.state == State::Queued && status.outcome.is_none()
+    }
+}

@@ -1,0 +1,34 @@
+//! A value that a job has provisionally until it leaves the queue.
+
+use std::ops::Deref;
+use std::sync::OnceLock;
+
+/// The value that is valid now: the last one once there is one.
+#[derive(Debug)]
+pub struct Settled<T> {
+    first: T,
+    last: OnceLock<T>,
+}
+
+impl<T> Settled<T> {
+    /// Sets the value that stays. It is set once.
+    pub(super) fn settle(&self, last: T) {
+        let first = self.last.set(last).is_ok();
+        debug_assert!(first, "a job leaves the queue once");
+    }
+}
+
+impl<T> From<T> for Settled<T> {
+    fn from(first: T) -> Self {
+        let last = OnceLock::new();
+        Self { first, last }
+    }
+}
+
+impl<T> Deref for Settled<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.last.get().unwrap_or(&self.first)
+    }
+}

@@ -1,0 +1,147 @@
+//! Requests that wait in the queue: authorised at the call, carried out when it is their turn.
+//!
+//! polkit is asked once, at the call. What was authorised is what runs: the same places, the same disks of the same domain, or
+//! nothing.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::request::{Authorised, Request};
+use super::{Service, starter};
+use crate::clock;
+use crate::definition::{self, Definition};
+use crate::domain::{Domain, Reach};
+use crate::error::Result;
+use crate::job::{self, InLine, Job, Making, Planned, QueuedRequest, Requeued};
+use crate::offload::Progress;
+use crate::plan::{self, Destination, Options, Requested};
+use crate::target::{self, Pinned};
+
+/// A request that waits, in types.
+struct Queued {
+    definition: Definition,
+    options: Options,
+    places: Vec<Requested>,
+    pinned: Vec<Pinned>,
+    files: Vec<OwnedFd>,
+}
+
+impl Service {
+    /// Queues a request. Errors that can be known now are returned now.
+    pub(super) async fn start_later(
+        self: &Arc<Self>,
+        authorised: Authorised,
+        line: InLine,
+    ) -> Result<Arc<Job>> {
+        let Authorised {
+            request,
+            places,
+            domain,
+            snapshot,
+            grants,
+            caller,
+            ..
+        } = authorised;
+        let Request {
+            definition,
+            options,
+            files,
+        } = request;
+        let files = files.files;
+        let asked = (&definition, &options, files.len());
+        let (plan, held) = self.plan(asked, &domain, &snapshot).await?;
+        let pin = move |_: &Progress| {
+            drop(held);
+            target::pin(&plan).map(|pinned| (plan, pinned))
+        };
+        let (plan, pinned) = self.jobs.in_store(pin).await?.map_err(job::Error::Target)?;
+        let kept = QueuedRequest {
+            document: definition.to_xml(),
+            options: options.clone(),
+            places: places.clone(),
+            pinned: pinned.clone(),
+            passes_files: !files.is_empty(),
+        };
+        let queued = Queued {
+            definition,
+            options,
+            places,
+            pinned,
+            files,
+        };
+        let started = (starter(&caller), clock::now());
+        let service = self.clone();
+        let begin = |job: Arc<Job>| async move { service.begin_queued(&job, queued).await };
+        let job = self
+            .jobs
+            .queue((line, &domain, plan), started, kept, begin)
+            .await?;
+        self.follow(job.clone());
+        for grant in grants {
+            grant.record(job.id);
+        }
+        Ok(job)
+    }
+
+    /// Goes on with the queue of an earlier process of the service.
+    pub fn requeue(self: &Arc<Self>, queued: Vec<Requeued>) {
+        for requeued in queued {
+            let (service, request) = (self.clone(), requeued.request.clone());
+            self.jobs.start_queued(requeued, |job| async move {
+                let queued = service.read_queued(*request)?;
+                service.begin_queued(&job, queued).await
+            });
+        }
+    }
+
+    fn read_queued(&self, request: QueuedRequest) -> Result<Queued> {
+        Ok(Queued {
+            definition: definition::parse(&request.document)?,
+            options: request.options,
+            places: request.places,
+            pinned: request.pinned,
+            files: Vec::new(),
+        })
+    }
+
+    /// Makes the plan of a request that was queued: by what there is now, and within what was authorised.
+    async fn begin_queued(self: &Arc<Self>, job: &Job, queued: Queued) -> Result<Planned> {
+        let domain = self.same_domain(job).await?;
+        let (link, snapshot) = self.ask_qemu(&domain).await?;
+        if plan::requested(&queued.definition, &snapshot.disks) != queued.places {
+            return Err(job::Error::OtherDisks.into());
+        }
+        let asked = (&queued.definition, &queued.options, queued.files.len());
+        let (plan, held) = self.plan(asked, &domain, &snapshot).await?;
+        let mark = match &plan.destination {
+            Destination::Store { name, .. } => self.jobs.store_mark(name).await?,
+            Destination::Caller => None,
+        };
+        let Queued { pinned, files, .. } = queued;
+        let look = move |_: &Progress| target::check_pinned(&pinned);
+        self.jobs.in_store(look).await?.map_err(job::Error::Target)?;
+        let (service, uid, id) = (self.clone(), job.started_by.uid, job.backup_id.clone());
+        let backed_up = domain.clone();
+        let make = move |plan| async move {
+            let making = service.prepare(plan, &backed_up, (uid, &id), files, mark);
+            Making(making.await)
+        };
+        Ok(Planned {
+            domain,
+            link,
+            plan,
+            held,
+            make: Box::new(|plan| Box::pin(make(plan))),
+        })
+    }
+
+    /// The domain that the job is for, under whatever name.
+    async fn same_domain(&self, job: &Job) -> Result<Arc<Domain>> {
+        let patience = self.jobs.reconnect_patience();
+        match self.domains.reach(&job.identity(), patience).await {
+            Reach::Connected(domain, _) => Ok(domain),
+            Reach::Gone => Err(job::Error::DomainGone("it has ended").into()),
+            Reach::Late => Err(job::Error::DomainGone("it is not connected").into()),
+        }
+    }
+}

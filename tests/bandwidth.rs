@@ -1,0 +1,140 @@
+//! The bandwidth of a store is shared by the backups that copy into it.
+
+use serde_json::json;
+
+use crate::common::caller::{Caller, cancel};
+use crate::common::disk::Disk;
+use crate::common::proxies::{JobProxy, Options, slowly};
+use crate::common::proxy::Proxy;
+use crate::common::vm::Vm;
+use crate::common::{System, test_directory, wait};
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const INTO: &str = "<domainbackup><store name='shared'/></domainbackup>";
+
+/// A machine behind a go-between.
+fn machine(system: &System, name: &str, disks: &[&str]) -> (Vm, Proxy) {
+    let disk = |disk: &&str| Disk::new(disk, 64 * MIB).fill(0, 64 * MIB, 0x11);
+    let machine = system.vm(name).running();
+    let machine = disks
+        .iter()
+        .map(disk)
+        .fold(machine, |machine, disk| machine.disk(disk));
+    let vm = machine.start();
+    let proxy = Proxy::start(&system.dir().join(format!("{name}.proxy")), &vm.monitor_path());
+    system.write_domain_file(name, &format!("monitor = \"{}\"\n", proxy.path().display()));
+    system.wait_for_domain(name);
+    (vm, proxy)
+}
+
+/// The speed of all block jobs of a machine together, by its QEMU.
+fn speed(vm: &Vm) -> u64 {
+    let jobs = vm.qmp("query-block-jobs", json!({}));
+    let speeds = jobs
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|job| job["speed"].as_u64().unwrap());
+    speeds.sum()
+}
+
+async fn reaches(vm: &Vm, expected: u64) {
+    wait::until_async(&format!("a speed of {expected}"), async || {
+        (speed(vm) == expected).then_some(())
+    })
+    .await;
+}
+
+async fn full(caller: &Caller, domain: &str) -> JobProxy<'static> {
+    let options = Options::from([("incremental", Variant::from("full"))]);
+    caller.start_with(domain, INTO, &[], options).await
+}
+
+fn system(store: &tempfile::TempDir) -> System {
+    let path = store.path().display();
+    let store = format!("[store.shared]\npath = \"{path}\"\nbandwidth = \"4M\"");
+    System::setup().table(&store).start()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backups_into_a_store_share_its_bandwidth_and_leave_each_other_what_they_may_not_use() {
+    let store = test_directory();
+    let system = system(&store);
+    let (a, _to_a) = machine(&system, "a", &["vda", "vdb"]);
+    let (b, _to_b) = machine(&system, "b", &["vda"]);
+    let (c, _to_c) = machine(&system, "c", &["vda"]);
+    let caller = Caller::new(&system).await;
+    let first = full(&caller, "a").await;
+    reaches(&a, 4 * MIB).await;
+    let second = full(&caller, "b").await;
+    reaches(&a, 2 * MIB).await;
+    reaches(&b, 2 * MIB).await;
+    // It leaves what it may not use to the others, from its beginning or later.
+    let third = caller.start_with("c", INTO, &[], slowly(MIB)).await;
+    reaches(&c, MIB).await;
+    reaches(&a, 3 * MIB / 2).await;
+    reaches(&b, 3 * MIB / 2).await;
+    second.set_speed(MIB).await.unwrap();
+    reaches(&b, MIB).await;
+    reaches(&a, 2 * MIB).await;
+    // A limit above the share changes nothing.
+    first.set_speed(100 * MIB).await.unwrap();
+    third.set_speed(0).await.unwrap();
+    reaches(&c, 3 * MIB / 2).await;
+    reaches(&a, 3 * MIB / 2).await;
+    cancel(&third).await;
+    reaches(&a, 3 * MIB).await;
+    cancel(&second).await;
+    reaches(&a, 4 * MIB).await;
+    // No other store has a part in it.
+    let other = caller.start_with("b", "", &[], slowly(3 * MIB)).await;
+    reaches(&b, 3 * MIB).await;
+    assert_eq!(speed(&a), 4 * MIB);
+    cancel(&other).await;
+    cancel(&first).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_gets_its_share_only_when_another_has_given_it_up() {
+    let store = test_directory();
+    let system = system(&store);
+    let (a, to_a) = machine(&system, "a", &["vda"]);
+    let (b, _to_b) = machine(&system, "b", &["vda"]);
+    let caller = Caller::new(&system).await;
+    let first = full(&caller, "a").await;
+    reaches(&a, 4 * MIB).await;
+    let held = to_a.hold("block-job-set-speed", |_| true);
+    let second = full(&caller, "b").await;
+    held.reached();
+    // All is the first one's, as far as is known: 1, for 0 is no limit.
+    assert_eq!((speed(&a), speed(&b)), (4 * MIB, 1));
+    held.pass();
+    reaches(&a, 2 * MIB).await;
+    reaches(&b, 2 * MIB).await;
+    for job in [first, second] {
+        cancel(&job).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_goes_on_after_a_restart_has_its_share_again() {
+    let store = test_directory();
+    let mut system = system(&store);
+    let (a, _to_a) = machine(&system, "a", &["vda"]);
+    let (b, _to_b) = machine(&system, "b", &["vda"]);
+    let caller = Caller::new(&system).await;
+    let first = full(&caller, "a").await;
+    let second = full(&caller, "b").await;
+    for vm in [&a, &b] {
+        reaches(vm, 2 * MIB).await;
+    }
+    system.kill_daemon();
+    system.start_daemon();
+    let caller = Caller::new(&system).await;
+    let again = async |job: &JobProxy<'_>| caller.job(job.inner().path().to_owned().into()).await;
+    let (first, second) = (again(&first).await, again(&second).await);
+    wait::until_async("the first to be cancelled", async || first.cancel().await.ok()).await;
+    reaches(&b, 4 * MIB).await;
+    cancel(&second).await;
+}

@@ -1,0 +1,382 @@
+//! Backups beyond the places for those that run at once: their order, and what becomes of them while they wait.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+
+use crate::common::caller::{Caller, assert_completed, cancel};
+use crate::common::clients::{OTHER_USER as OTHER, ROOT, USER};
+use crate::common::disk::{Disk, Kind};
+use crate::common::proxies::{JobProxy, Options, assert_limit, error_name, slowly};
+use crate::common::proxy::Proxy;
+use crate::common::vm::Vm;
+use crate::common::{Setup, System, polkit, wait};
+use serde_json::json;
+use tokio::task::JoinHandle;
+use zbus::wire::OwnedObjectPath;
+
+const MIB: u64 = 1 << 20;
+
+/// Where so many backups run at once.
+fn setup(places: usize) -> Setup {
+    let rights = ["domain.getattr", "domain.read", "domain.backup", "domain.export"];
+    let rules = [USER, OTHER].map(|uid| polkit::allow(uid, &rights));
+    System::setup().rules(&rules.concat()).table(&format!(
+        "[limits]\njobs-at-once = {places}\njobs-at-once-per-user = {places}"
+    ))
+}
+
+/// A machine whose backup, at the speed of [`slowly`], takes longer than any test.
+fn machine(system: &System, name: &str) -> Vm {
+    let disk = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11);
+    system.configured(system.vm(name).disk(disk).running())
+}
+
+/// A backup that was queued, and its call, which waits.
+struct Queued {
+    job: JobProxy<'static>,
+    call: JoinHandle<zbus::Result<(u32, OwnedObjectPath)>>,
+}
+
+async fn queue(caller: &Caller, domain: &str, document: &str, options: Options<'static>) -> Queued {
+    queue_into(caller, domain, document, &[], options).await
+}
+
+async fn queue_into(
+    caller: &Caller,
+    domain: &str,
+    document: &str,
+    files: &[OwnedFd],
+    options: Options<'static>,
+) -> Queued {
+    let known: Vec<u32> = ids(caller).await;
+    let (manager, domain, document) = (caller.manager.clone(), domain.to_owned(), document.to_owned());
+    let files: Vec<OwnedFd> = files.iter().map(|file| file.try_clone().unwrap()).collect();
+    let call = tokio::spawn(async move {
+        let files = files.iter().map(zbus::Fd::from).collect();
+        manager.create_backup(&domain, &document, files, options).await
+    });
+    let path = wait::until_async("the job", async || {
+        assert!(!call.is_finished(), "it waits");
+        let jobs = caller.manager.list_jobs().await.unwrap();
+        let new = jobs.into_iter().find(|(id, ..)| !known.contains(id));
+        new.map(|(_, path, ..)| path)
+    });
+    let job = caller.job(path.await).await;
+    assert_eq!(job.state().await.unwrap(), "queued");
+    Queued { job, call }
+}
+
+async fn ids(caller: &Caller) -> Vec<u32> {
+    let jobs = caller.manager.list_jobs().await.unwrap();
+    jobs.into_iter().map(|(id, ..)| id).collect()
+}
+
+async fn ended(queued: Queued) {
+    wait::within("the call", queued.call).await.unwrap().unwrap();
+    assert_completed(&queued.job).await;
+}
+
+/// The jobs that were completed, in the order in which they ended.
+async fn completed(caller: &mut Caller, count: usize) -> Vec<u32> {
+    let mut order = Vec::new();
+    while order.len() < count {
+        let signals = caller.signals_until("JobEnded").await;
+        let last = signals.last().unwrap();
+        if last.arguments[2].contains("completed") {
+            order.push(last.arguments[0].parse().unwrap());
+        }
+    }
+    order
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_without_a_place_waits_and_everybody_sees_its_position() {
+    let system = setup(1).start();
+    let machines = ["a", "b", "c"].map(|name| machine(&system, name));
+    let before = machines[1].residue();
+    let mut root = Caller::new(&system).await;
+    let running = root.start_with("a", "", &[], slowly(MIB)).await;
+    let first = queue(&root, "b", "", Options::new()).await;
+    let second = queue(&root, "c", "", Options::new()).await;
+    for (queued, position) in [(&first, 1), (&second, 2)] {
+        assert_eq!(queued.job.queue_position().await.unwrap(), position);
+    }
+    assert_eq!(running.queue_position().await.unwrap(), 0);
+    let (one, two) = (first.job.id().await.unwrap(), second.job.id().await.unwrap());
+    let listed = system.clients().backupctl(ROOT, &["jobs"]).expect_success();
+    assert!(
+        listed.contains("queued (1)") && listed.contains("queued (2)"),
+        "{listed}"
+    );
+    let number = two.to_string();
+    let shown = system
+        .clients()
+        .backupctl(ROOT, &["show", &number])
+        .expect_success();
+    assert!(shown.contains("queued (2)"), "{shown}");
+    let json = system
+        .clients()
+        .backupctl(ROOT, &["--json", "show", &number])
+        .expect_success();
+    assert!(
+        json.contains("\"queue_position\":2") || json.contains("\"queue_position\": 2"),
+        "{json}"
+    );
+    // Nothing of it is there.
+    assert_eq!(machines[1].residue(), before);
+    assert!(!system.store().join("b").exists());
+    running.cancel().await.unwrap();
+    assert_eq!(completed(&mut root, 2).await, [one, two]);
+    ended(first).await;
+    ended(second).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn users_take_turns_and_root_waits_for_none() {
+    let system = setup(1).start();
+    let _machines = ["a", "b", "c", "d", "e"].map(|name| machine(&system, name));
+    let mut root = Caller::new(&system).await;
+    let (user, other) = (
+        Caller::of_user(&system, USER).await,
+        Caller::of_user(&system, OTHER).await,
+    );
+    let running = user.start_with("a", "", &[], slowly(MIB)).await;
+    let mut users = Vec::new();
+    for domain in ["b", "c"] {
+        users.push(queue(&user, domain, "", Options::new()).await);
+    }
+    let others = queue(&other, "d", "", Options::new()).await;
+    assert_eq!(others.job.queue_position().await.unwrap(), 1);
+    // All places are the users', and one of root's runs beside them.
+    assert_completed(&root.start("e", "").await).await;
+    // So does one of a domain that a user's backup waits for.
+    assert_completed(&root.start("b", "").await).await;
+    let mut order = Vec::new();
+    for queued in [&others, &users[0], &users[1]] {
+        assert_eq!(queued.job.state().await.unwrap(), "queued");
+        order.push(queued.job.id().await.unwrap());
+    }
+    completed(&mut root, 2).await;
+    running.cancel().await.unwrap();
+    assert_eq!(completed(&mut root, 3).await, order);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_domain_has_one_that_waits_and_roots_comes_first() {
+    let system = setup(1).start();
+    let _machines = ["a", "b"].map(|name| machine(&system, name));
+    let root = Caller::new(&system).await;
+    let (user, other) = (
+        Caller::of_user(&system, USER).await,
+        Caller::of_user(&system, OTHER).await,
+    );
+    let running = root.start_with("a", "", &[], slowly(MIB)).await;
+    let users = queue(&user, "b", "", Options::new()).await;
+    for caller in [&user, &other] {
+        let refused = caller.try_start("b", "", &[], Options::new()).await.unwrap_err();
+        assert!(error_name(&refused).ends_with("Busy"), "{refused}");
+    }
+    let roots = queue(&root, "b", "", slowly(MIB)).await;
+    let refused = root.try_start("b", "", &[], Options::new()).await.unwrap_err();
+    assert!(error_name(&refused).ends_with("Busy"), "{refused}");
+    running.cancel().await.unwrap();
+    wait::within("the call", roots.call).await.unwrap().unwrap();
+    assert_eq!(roots.job.state().await.unwrap(), "running");
+    assert_eq!(users.job.state().await.unwrap(), "queued");
+    roots.job.cancel().await.unwrap();
+    ended(users).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queued_backup_that_is_cancelled_ends_at_once_and_touches_nothing() {
+    let system = setup(1).start();
+    let machines = ["a", "b"].map(|name| machine(&system, name));
+    let before = machines[1].residue();
+    let user = Caller::of_user(&system, USER).await;
+    let running = user.start_with("a", "", &[], slowly(MIB)).await;
+    let queued = queue(&user, "b", "", Options::new()).await;
+    queued.job.cancel().await.unwrap();
+    let (result, ..) = wait::within("the end", queued.job.wait()).await.unwrap();
+    assert_eq!(result, "cancelled");
+    let refused = wait::within("the call", queued.call).await.unwrap().unwrap_err();
+    assert!(error_name(&refused).ends_with("Cancelled"), "{refused}");
+    assert_eq!(running.state().await.unwrap(), "running");
+    assert_eq!(machines[1].residue(), before);
+    assert!(!system.store().join("b").exists());
+    // The domain is free.
+    let again = queue(&user, "b", "", Options::new()).await;
+    cancel(&running).await;
+    ended(again).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_refuse_what_is_beyond_the_queue() {
+    let rules = polkit::allow(USER, &["domain.backup"]);
+    let system = System::setup()
+        .rules(&rules)
+        .table("[limits]\njobs-per-user = 2\njobs = 3\njobs-at-once = 1\njobs-at-once-per-user = 1")
+        .start();
+    let _machines = ["a", "b", "c", "d"].map(|name| machine(&system, name));
+    let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
+    let running = user.start_with("a", "", &[], slowly(MIB)).await;
+    let queued = queue(&user, "b", "", Options::new()).await;
+    assert_limit(
+        "jobs-per-user",
+        user.try_start("c", "", &[], Options::new()).await,
+    );
+    let roots = root.start_with("c", "", &[], slowly(MIB)).await;
+    assert_limit("jobs", root.try_start("d", "", &[], Options::new()).await);
+    cancel(&roots).await;
+    cancel(&running).await;
+    ended(queued).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_has_its_own_number_of_places_and_keeps_no_other_waiting() {
+    let setup = setup(8);
+    let slow = crate::common::test_directory();
+    let store = format!(
+        "[store.slow]\npath = \"{}\"\njobs-at-once = 1",
+        slow.path().display()
+    );
+    let system = setup.table(&store).start();
+    let _machines = ["a", "b", "c"].map(|name| machine(&system, name));
+    let user = Caller::of_user(&system, USER).await;
+    let document = "<domainbackup><store name='slow'/></domainbackup>";
+    let running = user.start_with("a", document, &[], slowly(MIB)).await;
+    let queued = queue(&user, "b", document, Options::new()).await;
+    assert_completed(&user.start("c", "").await).await;
+    assert_eq!(queued.job.state().await.unwrap(), "queued");
+    cancel(&running).await;
+    ended(queued).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_queue_goes_on_after_a_restart_but_for_open_files() {
+    let mut system = setup(1).start();
+    let _machines = ["a", "b", "c"].map(|name| machine(&system, name));
+    let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
+    let running = user.start_with("a", "", &[], slowly(MIB)).await;
+    let first = queue(&user, "b", "", Options::new()).await;
+    let file = system.dir().join("file.qcow2");
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(file)
+        .unwrap();
+    let document =
+        "<domainbackup><disks><disk name='vda' type='fd'><target fd='0'/></disk></disks></domainbackup>";
+    let second = queue_into(&user, "c", document, &[file.into()], Options::new()).await;
+    let (one, two) = (first.job.id().await.unwrap(), second.job.id().await.unwrap());
+    system.stop_daemon();
+    // Who waits for a queued backup to begin is told that there is the job.
+    wait::within("the call", first.call).await.unwrap().unwrap();
+    system.start_daemon();
+    let job = root.job(root.manager.get_job(two).await.unwrap()).await;
+    let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!(result, "failed");
+    assert!(message.contains("open files"), "{message}");
+    let job = root.job(root.manager.get_job(one).await.unwrap()).await;
+    assert_eq!(job.state().await.unwrap(), "queued");
+    assert_eq!(job.queue_position().await.unwrap(), 1);
+    assert_eq!(job.started_by_uid().await.unwrap(), USER);
+    // Also if it was not asked to end.
+    system.kill_daemon();
+    system.start_daemon();
+    assert_eq!(job.state().await.unwrap(), "queued");
+    let path = running.inner().path().to_owned();
+    root.job(path.into()).await.cancel().await.unwrap();
+    assert_completed(&job).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queued_backup_ends_with_the_host() {
+    let mut system = setup(1).start();
+    let _machines = ["a", "b"].map(|name| machine(&system, name));
+    let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
+    let _running = user.start_with("a", "", &[], slowly(MIB)).await;
+    let queued = queue(&user, "b", "", Options::new()).await;
+    let number = queued.job.id().await.unwrap();
+    system.kill_daemon();
+    system.start_daemon_in_another_boot();
+    let job = root.job(root.manager.get_job(number).await.unwrap()).await;
+    let (result, error, message) = wait::within("the end", job.wait()).await.unwrap();
+    assert_eq!(result, "failed");
+    assert!(
+        error.ends_with("Busy") && message.contains("host restarted"),
+        "{message}"
+    );
+    assert!(!system.store().join("b").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_authorised_is_what_runs_or_nothing() {
+    let system = setup(1).start();
+    let _machines = ["a", "c"].map(|name| machine(&system, name));
+    let disk = Disk::new("vda", MIB).kind(Kind::Scsi);
+    let changed = system.configured(system.vm("b").disk(disk).running());
+    let user = Caller::of_user(&system, USER).await;
+    let running = user.start_with("a", "", &[], slowly(MIB)).await;
+    let disks = queue(&user, "b", "", Options::new()).await;
+    let targets = system.dir().join("targets");
+    fs::create_dir(&targets).unwrap();
+    let document = format!(
+        "<domainbackup><disks><disk name='vda'><target file='{}/c.qcow2'/></disk></disks></domainbackup>",
+        targets.display()
+    );
+    let paths = queue(&user, "c", &document, Options::new()).await;
+    let image = image(&system, "more.qcow2");
+    let file = json!({ "driver": "file", "filename": image });
+    changed.qmp(
+        "blockdev-add",
+        json!({ "driver": "qcow2", "node-name": "more", "file": file }),
+    );
+    let device = json!({ "driver": "scsi-hd", "id": "vdb", "drive": "more", "bus": "scsi.0" });
+    changed.qmp("device_add", device);
+    fs::rename(&targets, system.dir().join("kept")).unwrap();
+    fs::create_dir(&targets).unwrap();
+    cancel(&running).await;
+    for (queued, why) in [
+        (disks, "disks are others"),
+        (paths, "another file, device or directory"),
+    ] {
+        let refused = wait::within("the call", queued.call).await.unwrap().unwrap_err();
+        assert!(refused.to_string().contains(why), "{refused}");
+        let (result, _, message) = wait::within("the end", queued.job.wait()).await.unwrap();
+        assert_eq!(result, "failed");
+        assert!(message.contains(why), "{message}");
+    }
+    assert!(!system.store().join("b").exists());
+    assert_eq!(fs::read_dir(&targets).unwrap().count(), 0);
+}
+
+fn image(system: &System, name: &str) -> String {
+    let path = system.dir().join(name);
+    let mut create = crate::common::process::bound("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("1M");
+    crate::common::process::run(create).expect_success();
+    path.display().to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_asks_nothing_of_other_machines() {
+    let system = System::start();
+    let machines = ["a", "b", "c"].map(|name| {
+        let disk = Disk::new("vda", MIB).fill(0, MIB, 0x11);
+        let vm = system.vm(name).disk(disk).running().start();
+        let proxy = Proxy::start(&system.dir().join(format!("{name}.proxy")), &vm.monitor_path());
+        system.write_domain_file(name, &format!("monitor = \"{}\"\n", proxy.path().display()));
+        system.wait_for_domain(name);
+        (vm, proxy)
+    });
+    let root = Caller::new(&system).await;
+    // Also the first backup into the store, which makes it, is over.
+    for (_, proxy) in &machines {
+        proxy.take_heard();
+    }
+    root.complete("a", "").await;
+    for (_, proxy) in &machines[1..] {
+        assert_eq!(proxy.take_heard(), [""; 0]);
+    }
+}

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::common::System;
 use crate::common::caller::{Caller, assert_completed};
 use crate::common::disk::Disk;
+use crate::common::hanging::{Hanging, Limits, Operation};
 use crate::common::process::{self, Process};
 use crate::common::proxies::{Options, error_name};
 use crate::common::proxy::Proxy;
@@ -128,6 +129,22 @@ async fn a_disk_of_a_vm_that_nobody_made_known_is_not_written() {
     scene.refuses(&file, "file", "raw").await;
     let above = LoopDevice::attach(unknown.source_path("vdb"), SIZE);
     scene.refuses(above.device(), "dev", "raw").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loop_device_whose_storage_does_not_answer_keeps_no_backup_waiting() {
+    let scene = Scene::new().await;
+    let target = image(&scene, "target.raw", "raw");
+    let storage = Hanging::mount(&scene.system.dir().join("theirs"), Limits::default());
+    let theirs = LoopDevice::attach(&storage.path().join("disk"), SIZE);
+    storage.hang(Operation::Any);
+    let document = by_path(&target, "file", "raw");
+    let started = scene.caller.start_with("web", &document, &[], reuse());
+    let job = wait::within("the backup to begin", started).await;
+    assert_completed(&job).await;
+    assert!(!storage.is_hanging(), "nobody asked it");
+    storage.heal();
+    drop(theirs);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,10 +5,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, FileType, OFlags, Stat, StatxFlags, makedev};
+use rustix::fs::{AtFlags, CWD, FileType, OFlags, Stat, Statx, StatxFlags, makedev};
 use serde::{Deserialize, Serialize};
 
+use super::budget::Budget;
 use super::lock::has_image_lock;
+use super::loops;
 
 /// A regular file or a device, independent of links to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -29,6 +31,16 @@ impl FileId {
         }
     }
 
+    pub(super) fn of_statx(stat: &Statx) -> Self {
+        match FileType::from_raw_mode(stat.stx_mode.into()) {
+            FileType::BlockDevice => Self::Device(makedev(stat.stx_rdev_major, stat.stx_rdev_minor)),
+            _ => Self::File {
+                device: makedev(stat.stx_dev_major, stat.stx_dev_minor),
+                inode: stat.stx_ino,
+            },
+        }
+    }
+
     pub(super) fn at(path: &Path) -> Option<Self> {
         Self::and_owner_at(path).map(|(id, _)| id)
     }
@@ -37,14 +49,7 @@ impl FileId {
     fn and_owner_at(path: &Path) -> Option<(Self, u32)> {
         let known = AtFlags::STATX_DONT_SYNC;
         let found = rustix::fs::statx(CWD, path, known, StatxFlags::BASIC_STATS).ok()?;
-        let id = match FileType::from_raw_mode(found.stx_mode.into()) {
-            FileType::BlockDevice => Self::Device(makedev(found.stx_rdev_major, found.stx_rdev_minor)),
-            _ => Self::File {
-                device: makedev(found.stx_dev_major, found.stx_dev_minor),
-                inode: found.stx_ino,
-            },
-        };
-        Some((id, found.stx_uid))
+        Some((Self::of_statx(&found), found.stx_uid))
     }
 }
 
@@ -64,8 +69,6 @@ pub struct Holder {
 const DEVICES: &str = "/sys/dev/block";
 /// Descriptors of one process that are looked at. A QEMU has some hundreds.
 const MOST_OF_PROCESS: usize = 16 << 10;
-/// Descriptors of all processes of one user that are looked at: nobody makes that take long. Root's are not counted.
-const MOST_OF_USER: usize = 64 << 10;
 
 /// Files and devices that no backup may write into, and the domains whose they are.
 #[derive(Debug, Default)]
@@ -105,24 +108,24 @@ impl Sources {
                 None => open.values().copied().for_each(count),
             }
         }
-        // Files only: of two partitions of one disk, either is free while the other is a source.
-        let made_of = ids.iter().flat_map(|(id, domain)| {
-            let files = related(*id).into_iter();
-            let files = files.filter(|id| matches!(id, FileId::File { .. }));
-            files.map(|id| (id, domain.clone()))
-        });
-        let made_of: Vec<_> = made_of.collect();
-        made_of.into_iter().for_each(|(id, domain)| {
-            ids.entry(id).or_insert(domain);
-        });
         Self(ids)
     }
 
     /// The domain of which writing to `id` would write to a file: `id` is one, or a disk with one as its partition, or a
     /// partition of one, or a device made of one, or a device or file of which one is made.
     pub(super) fn holder(&self, id: FileId) -> Option<&str> {
-        let holder = related(id).iter().find_map(|id| self.0.get(id))?;
-        Some(holder)
+        let wanted = related(id);
+        if let Some(domain) = wanted.iter().find_map(|id| self.0.get(id)) {
+            return Some(domain);
+        }
+        // Files only: of two partitions of one disk, either is free while the other is a source.
+        let is_made_of_it = |source: FileId| {
+            let mut parts = related_to(source, Behind::OfOthers(&wanted)).into_iter();
+            parts.any(|part| matches!(part, FileId::File { .. }) && wanted.contains(&part))
+        };
+        let mut devices = self.0.iter().filter(|(id, _)| matches!(id, FileId::Device(_)));
+        let (_, domain) = devices.find(|(source, _)| is_made_of_it(**source))?;
+        Some(domain)
     }
 }
 
@@ -194,17 +197,13 @@ pub(super) fn descriptors(process: u32) -> impl Iterator<Item = Descriptor> {
 
 /// A process that has QEMU's locks on one of these files, as far as this process may see. Blocks.
 pub(super) fn locker(files: &[FileId]) -> Option<u32> {
-    let mut left: HashMap<u32, usize> = HashMap::new();
+    let mut budget = Budget::new();
     processes().find(|process| {
         let Some(user) = user_of(*process) else {
             return false;
         };
-        let left = left.entry(user).or_insert(MOST_OF_USER);
         descriptors(*process)
-            .take_while(|_| {
-                *left = if user == 0 { *left } else { left.saturating_sub(1) };
-                *left > 0
-            })
+            .take_while(|_| budget.take(user))
             .any(|descriptor| {
                 descriptor.name().is_some()
                     && descriptor.file().is_some_and(|id| files.contains(&id))
@@ -225,7 +224,8 @@ pub(super) fn sharing(id: FileId) -> Vec<FileId> {
     if all.iter().any(|id| matches!(id, FileId::File { .. })) {
         let loops = std::fs::read_dir(DEVICES).into_iter().flatten();
         for directory in loops.filter_map(|entry| std::fs::canonicalize(entry.ok()?.path()).ok()) {
-            let file = backing_file(&directory).and_then(|file| FileId::at(&file));
+            let file =
+                backing_file(&directory).and_then(|file| loops::look(&file, |device| is_on(device, &all)));
             if file.is_some_and(|file| all.contains(&file)) {
                 all.extend(device_at(&directory).into_iter().flat_map(related));
             }
@@ -255,14 +255,33 @@ fn node_of(device: u64) -> Option<PathBuf> {
     Some(Path::new("/dev").join(name))
 }
 
-/// A file or device, and the files and devices that share bytes with it, as `/sys/dev/block` shows them.
+/// A file or device, and the files and devices that share bytes with it, as `/sys/dev/block` shows them. Waits for the storage of
+/// the file of a loop device: only for what the caller's own target is, or is made of.
 pub(super) fn related(id: FileId) -> Vec<FileId> {
-    related_in(Path::new(DEVICES), id)
+    related_to(id, Behind::Own)
+}
+
+pub(super) fn related_to(id: FileId, behind: Behind) -> Vec<FileId> {
+    related_in(Path::new(DEVICES), id, behind)
+}
+
+/// Whose the files of loop devices are.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Behind<'a> {
+    /// The caller's own: storage that does not answer is waited for.
+    Own,
+    /// Somebody's, while these are looked for: storage is waited for only if one of these is on it too.
+    OfOthers(&'a [FileId]),
+}
+
+fn is_on(device: u64, files: &[FileId]) -> bool {
+    let mut files = files.iter();
+    files.any(|file| matches!(file, FileId::File { device: of, .. } if *of == device))
 }
 
 /// What is made of it, and what it is made of. What is made of the same is not related: of two logical volumes of one group, and
 /// two partitions of one disk, neither has the other's bytes.
-fn related_in(devices: &Path, id: FileId) -> Vec<FileId> {
+fn related_in(devices: &Path, id: FileId, behind: Behind) -> Vec<FileId> {
     let made_of_it = reach(devices, id, |directory| {
         let mut others = below(&directory.join("holders"));
         others.extend(below(directory));
@@ -273,7 +292,11 @@ fn related_in(devices: &Path, id: FileId) -> Vec<FileId> {
         if directory.join("partition").exists() {
             others.extend(directory.parent().and_then(device_at));
         }
-        others.extend(backing_file(directory).and_then(|file| FileId::at(&file)));
+        let look = |file: PathBuf| match behind {
+            Behind::Own => FileId::at(&file),
+            Behind::OfOthers(wanted) => loops::look(&file, |device| is_on(device, wanted)),
+        };
+        others.extend(backing_file(directory).and_then(look));
         others
     });
     made_of_it
@@ -381,7 +404,7 @@ mod tests {
             (second, set(&[second, disk, one, other])),
             (disk, set(&[disk, first, second, one, other])),
         ] {
-            assert_eq!(set(&related_in(sys.path(), id)), related, "{id:?}");
+            assert_eq!(set(&related_in(sys.path(), id, Behind::Own)), related, "{id:?}");
         }
     }
 

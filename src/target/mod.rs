@@ -5,6 +5,7 @@
 //! process of the service.
 
 mod block;
+mod budget;
 mod check;
 mod descriptor;
 mod digest;
@@ -17,6 +18,7 @@ mod identity;
 mod inside;
 mod inventory;
 mod lock;
+mod loops;
 mod mark;
 mod naming;
 mod opener;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-use super::identity::{FileId, descriptors, processes, related, user_of};
+use super::identity::{Behind, FileId, descriptors, processes, related, related_to, user_of};
 
 /// A process that has a file or device open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
     let touches = |open: FileId| {
         shared.contains(&open)
             || matches!(open, FileId::Device(_))
-                && related(open)
+                && related_to(open, Behind::OfOthers(&shared))
                     .iter()
                     .any(|id| matches!(id, FileId::File { .. }) && shared.contains(id))
     };

@@ -248,6 +248,8 @@ pub struct Deadlines {
     pub export_idle_seconds: NonZeroU32,
     /// For a monitor that was lost during a backup to be there again, and a domain after a restart of the service.
     pub reconnect_seconds: NonZeroU32,
+    /// For restores, exports, verifications and deletions when another version of the service is to start.
+    pub upgrade_seconds: NonZeroU32,
 }
 
 impl Default for Deadlines {
@@ -264,6 +266,7 @@ impl Default for Deadlines {
             freeze_seconds: seconds(5),
             export_idle_seconds: seconds(8 * 3600),
             reconnect_seconds: seconds(30),
+            upgrade_seconds: seconds(24 * 3600),
         }
     }
 }
@@ -287,6 +290,10 @@ impl Deadlines {
 
     pub fn reconnect(&self) -> Duration {
         duration(self.reconnect_seconds)
+    }
+
+    pub fn upgrade(&self) -> Duration {
+        duration(self.upgrade_seconds)
     }
 }
 

@@ -104,3 +104,41 @@ async fn after_root_was_refused_no_other_user_comes_first() {
     assert_completed(&root.start("web", "").await).await;
     assert_completed(&user.start("web", "").await).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_calls_of_root_at_a_time_keep_nobody_out_afterwards() {
+    let system = system(&["domain.read", "domain.backup"]);
+    let _vm = machine(&system);
+    let user = Caller::of_user(&system, USER).await;
+    let (one, other) = (Caller::new(&system).await, Caller::new(&system).await);
+    let held = start(&user, "", 1).await;
+    // The one that has the place takes longer than the other one waits.
+    let options = || Options::from([("bandwidth", Variant::from(MIB))]);
+    let (first, second) = tokio::join!(
+        one.try_start("web", "", &[], options()),
+        other.try_start("web", "", &[], options())
+    );
+    assert_displaced(&held, "less than 1 MiB a second").await;
+    assert!(first.is_ok() != second.is_ok(), "{first:?} {second:?}");
+    let begun = one.job(first.or(second).unwrap()).await;
+    begun.cancel().await.unwrap();
+    wait::within("the end", begun.wait()).await.unwrap();
+    assert_completed(&user.start("web", "").await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_its_starter_cancels_names_nobody_elses() {
+    let system = system(&["domain.read", "domain.backup"]);
+    let _vm = machine(&system);
+    let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
+    let held = start(&user, "", 1).await;
+    // It is decided, and QEMU is yet to be asked.
+    held.cancel().await.unwrap();
+    let started = root.try_start("web", "", &[], Options::new()).await;
+    let (result, _, message) = wait::within("the end", held.wait()).await.unwrap();
+    assert_eq!(
+        (result.as_str(), message.as_str()),
+        ("cancelled", "the job was cancelled")
+    );
+    assert_completed(&root.job(started.unwrap()).await).await;
+}

@@ -11,10 +11,11 @@ use crate::common::agent::Agent;
 use crate::common::caller::{Caller, as_user, assert_failed};
 use crate::common::clients::{OTHER_USER, USER};
 use crate::common::disk::Disk;
+use crate::common::hanging::{Hanging, Limits, Operation};
 use crate::common::peer::{Imposter, Peer};
 use crate::common::proxies::Options;
 use crate::common::vm::Vm;
-use crate::common::wait::until_async;
+use crate::common::wait::{self, until_async};
 
 const MIB: u64 = 1 << 20;
 
@@ -246,4 +247,29 @@ async fn a_qemu_of_libvirts_is_reached_by_another_monitor_only() {
     assert_refused(&mut system, &caller, "libvirts", &["is libvirt's own connection"]).await;
     system.domain_file("web", &vm);
     system.wait_for_domain("web");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn monitors_on_storage_that_does_not_answer_keep_nobody_waiting() {
+    let system = System::start();
+    let root = Caller::new(&system).await;
+    let storage = Hanging::mount(&system.dir().join("storage"), Limits::default());
+    storage.hang(Operation::Any);
+    for name in ["one", "two", "three"] {
+        configure(&system, name, &storage.path().join(name), "");
+    }
+    storage.affected().await;
+    // They are connected to first, for five seconds, and then waited for by their paths.
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(8);
+    while std::time::Instant::now() < until {
+        wait::within("an answer", root.manager.list_domains())
+            .await
+            .unwrap();
+    }
+    let web = machine(&system, "web");
+    system.domain_file("web", &web);
+    system.wait_for_domain("web");
+    wait::within("a backup", root.complete("web", "")).await;
+    assert!(storage.is_hanging());
+    storage.heal();
 }

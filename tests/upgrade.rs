@@ -1,6 +1,7 @@
 //! A service that is to make room for another version of it ends nothing that a restart would lose, and no call is lost.
 
 use std::fs::{self, File};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -121,6 +122,27 @@ async fn a_backup_goes_on_while_the_service_makes_room() {
     ended(&systemd, 1).await;
     let job = root.job(root.manager.get_job(number).await.unwrap()).await;
     assert_completed(&job).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_keeps_a_new_version_from_starting_for_a_bounded_time() {
+    let system = System::setup()
+        .table("[deadlines]\nupgrade-seconds = 1")
+        .on_demand(Activation::Systemd)
+        .start();
+    let systemd = Systemd::start(&system, None).await;
+    let vm = system.vm("web").disk(Disk::new("vda", MIB)).start();
+    system.domain_file("web", &vm);
+    let root = Caller::new(&system).await;
+    root.complete("web", "").await;
+    let listener = UnixListener::bind(system.dir().join("nbd")).unwrap();
+    let body = ("", zbus::Fd::from(&listener), Options::new());
+    let (number, export) = call(&root, &backup(&system), "Export", &body).await;
+    assert_eq!(export.state().await.unwrap(), "running");
+    ask_to_make_room(service(&system));
+    ended(&systemd, 1).await;
+    let known = root.job(root.manager.get_job(number).await.unwrap()).await;
+    assert_eq!(known.state().await.unwrap(), "failed");
 }
 
 /// Verifications that begin at all moments of the way out: each is finished by the service that began it.

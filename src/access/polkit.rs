@@ -30,7 +30,7 @@ pub struct Polkit {
 }
 
 thread_local! {
-    /// The library's proxy of polkit, on the thread that runs the context: it has to stay to be told of changes.
+    /// The library's proxy of polkit, on the thread that runs the context: it receives the signal of changes only while it is there.
     static AUTHORITY: OnceCell<polkit_rs::Authority> = const { OnceCell::new() };
 }
 

@@ -167,7 +167,7 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
         _ = terminate.recv() => Ok(None),
         _ = interrupt.recv() => Ok(None),
         () = published.lost() => Err(Fatal::BusLost),
-        left = leave(idle_exit, (&activity, &at_stake), &mut make_room, &published) => left.map(Some).map_err(Fatal::Bus),
+        left = leave((idle_exit, config.deadlines.upgrade()), (&activity, &at_stake), &mut make_room, &published) => left.map(Some).map_err(Fatal::Bus),
     };
     watchdog.abort();
     tracing::info!("stopping");
@@ -184,28 +184,41 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     ended.map(|left| left.unwrap_or(End::Done))
 }
 
-/// Returns when the service is not needed (for so long, `idle_exit`), or has made room for another version of it.
+/// Returns when the service is not needed (for so long, `idle_exit`), or has made room for another version of it (after
+/// `upgrade`, at the latest).
 async fn leave(
-    idle_exit: Option<Duration>,
+    (idle_exit, upgrade): (Option<Duration>, Duration),
     (activity, at_stake): (&Activity, &Activity),
     make_room: &mut Signal,
     published: &Published,
 ) -> Result<End, zbus::Error> {
     match leave_when_idle(idle_exit, activity, make_room, published).await? {
         Some(end) => Ok(end),
-        None => leave_when_nothing_is_lost(at_stake, published).await,
+        None => leave_when_nothing_is_lost(upgrade, at_stake, published).await,
     }
 }
 
 /// Returns when nothing runs that a restart would end, and the name is given up. What is asked for until then is begun: a
 /// user's restore is worth more than the moment at which a new version starts. Calls that begin nothing do not delay it: anybody
-/// could keep an old version in work by them.
-async fn leave_when_nothing_is_lost(at_stake: &Activity, published: &Published) -> Result<End, zbus::Error> {
+/// could keep an old version in work by them. After `longest` the jobs end with the service: a user who may restore could
+/// otherwise keep a mended version from starting.
+async fn leave_when_nothing_is_lost(
+    longest: Duration,
+    at_stake: &Activity,
+    published: &Published,
+) -> Result<End, zbus::Error> {
     tracing::info!(
-        "asked to make room: it ends as soon as no restore, export, verification or deletion runs"
+        "asked to make room: it ends as soon as no restore, export, verification or deletion runs, or in {longest:?}"
     );
+    let latest = tokio::time::Instant::now() + longest;
     loop {
-        let rest = at_stake.rest(Duration::ZERO).await;
+        let rest = tokio::time::timeout_at(latest, at_stake.rest(Duration::ZERO));
+        let Ok(rest) = rest.await else {
+            tracing::warn!("the jobs that run end with the service: it has waited for them for {longest:?}");
+            supervisor::stopping().await;
+            published.withdraw().await?;
+            return Ok(End::StartAgain);
+        };
         published.withdraw().await?;
         published.settle_calls().await;
         if at_stake.lasts(rest) {

@@ -2,15 +2,21 @@
 //!
 //! Knows paths; not the files' purpose, nor who waits. One inotify instance serves all, for a user has few of them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use inotify::{Event, EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+/// How long a look at a path is waited for. It goes on afterwards, and no other one is begun before its end.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// What the one instance watches.
 #[derive(Clone)]
@@ -20,6 +26,10 @@ struct Watched {
     watches: Watches,
     /// Who waits for what in a directory.
     waiting: HashMap<WatchDescriptor, Vec<(OsString, Arc<Notify>)>>,
+    /// Looks at paths that may have just got a watch, which the kernel shares between all that want the same directory.
+    looks: usize,
+    /// Directories that nobody waits for. Their watches end when no look is under way.
+    unneeded: HashSet<WatchDescriptor>,
 }
 
 /// The source of all news; see [`Presence::tell`].
@@ -31,6 +41,8 @@ pub(super) struct Sight {
     path: PathBuf,
     news: Arc<Notify>,
     place: Option<Place>,
+    look: Option<JoinHandle<Option<Place>>>,
+    is_gone: Arc<AtomicBool>,
 }
 
 /// A directory, and what is waited for in it.
@@ -53,6 +65,8 @@ impl Presence {
         let watched = Watched {
             watches: inotify.watches(),
             waiting: HashMap::new(),
+            looks: 0,
+            unneeded: HashSet::new(),
         };
         let news = inotify.into_event_stream(vec![0; 4096])?;
         Ok((Self(Arc::new(Mutex::new(watched))), news))
@@ -77,6 +91,8 @@ impl Presence {
             path: path.to_owned(),
             news: Arc::default(),
             place: None,
+            look: None,
+            is_gone: Arc::default(),
         }
     }
 
@@ -101,54 +117,74 @@ impl Watched {
         }
     }
 
-    fn watch(&mut self, directory: &Path) -> io::Result<WatchDescriptor> {
-        let mask = WatchMask::CREATE
-            | WatchMask::MOVED_TO
-            | WatchMask::ATTRIB
-            | WatchMask::DELETE_SELF
-            | WatchMask::MOVE_SELF
-            | WatchMask::ONLYDIR;
-        self.watches.add(directory, mask)
-    }
-
-    fn forget(&mut self, (directory, name): Place, news: &Arc<Notify>) {
-        let Some(here) = self.waiting.get_mut(&directory) else {
+    fn forget(&mut self, (directory, name): &Place, news: &Arc<Notify>) {
+        let Some(here) = self.waiting.get_mut(directory) else {
             return;
         };
-        here.retain(|(of, other)| *of != name || !Arc::ptr_eq(other, news));
+        here.retain(|(of, other)| of != name || !Arc::ptr_eq(other, news));
         if here.is_empty() {
-            self.waiting.remove(&directory);
-            // The directory may be gone, and the watch with it.
-            let _ = self.watches.remove(directory);
+            self.waiting.remove(directory);
+            self.unneeded.insert(directory.clone());
+        }
+        self.sweep();
+    }
+
+    fn sweep(&mut self) {
+        if self.looks > 0 {
+            return;
+        }
+        for directory in std::mem::take(&mut self.unneeded) {
+            if !self.waiting.contains_key(&directory) {
+                // The directory may be gone, and the watch with it.
+                let _ = self.watches.remove(directory);
+            }
         }
     }
 }
 
 impl Sight {
     /// Aims at the path in its directory, or at the next part of it in the nearest one above that exists. That may be
-    /// another after each news.
-    pub fn aim(&mut self) -> Aim {
-        let mut watched = self.presence.lock();
-        let place = nearest(&self.path).and_then(|(directory, name)| match watched.watch(directory) {
-            Ok(watch) => Some((watch, name.to_owned())),
-            Err(error) => {
-                tracing::debug!("{}: cannot be watched: {error}", directory.display());
-                None
-            }
-        });
+    /// another after each news. Storage that does not answer keeps one thread, and nobody else.
+    pub async fn aim(&mut self) -> Aim {
+        let mut look = self.look.take().unwrap_or_else(|| self.begin());
+        let Ok(place) = tokio::time::timeout(LOOK, &mut look).await else {
+            self.look = Some(look);
+            return Aim::Blind;
+        };
+        let place = place.ok().flatten();
         // A directory that is made again is watched by another number, even under the same name.
         if place == self.place {
             return place.map_or(Aim::Blind, |_| Aim::Held);
         }
-        if let Some((directory, name)) = place.clone() {
-            let here = watched.waiting.entry(directory).or_default();
-            here.push((name, self.news.clone()));
-        }
         let aim = place.as_ref().map_or(Aim::Blind, |_| Aim::New);
         if let Some(before) = std::mem::replace(&mut self.place, place) {
-            watched.forget(before, &self.news);
+            self.presence.lock().forget(&before, &self.news);
         }
         aim
+    }
+
+    /// Looks at the path on a thread that may wait for storage.
+    fn begin(&self) -> JoinHandle<Option<Place>> {
+        let (presence, path, before) = (self.presence.clone(), self.path.clone(), self.place.clone());
+        let (news, is_gone) = (self.news.clone(), self.is_gone.clone());
+        let mut watched = presence.lock();
+        watched.looks += 1;
+        let mut watches = watched.watches.clone();
+        drop(watched);
+        tokio::task::spawn_blocking(move || {
+            let place = watch(&mut watches, &path);
+            let mut watched = presence.lock();
+            watched.looks -= 1;
+            if let Some((directory, name)) = place.clone().filter(|_| place != before) {
+                if is_gone.load(Ordering::Relaxed) {
+                    watched.unneeded.insert(directory);
+                } else {
+                    watched.waiting.entry(directory).or_default().push((name, news));
+                }
+            }
+            watched.sweep();
+            place
+        })
     }
 
     /// Waits for news; what came before this is called counts.
@@ -159,8 +195,33 @@ impl Sight {
 
 impl Drop for Sight {
     fn drop(&mut self) {
-        if let Some(place) = self.place.take() {
-            self.presence.lock().forget(place, &self.news);
+        let mut watched = self.presence.lock();
+        self.is_gone.store(true, Ordering::Relaxed);
+        // A look that has ended without being asked for its result has added one more.
+        let is_own = |(_, news): &(OsString, Arc<Notify>)| Arc::ptr_eq(news, &self.news);
+        let places = watched.waiting.iter().flat_map(|(directory, here)| {
+            let own = here.iter().filter(|waiting| is_own(waiting));
+            own.map(|(name, _)| (directory.clone(), name.clone()))
+        });
+        let places: Vec<Place> = places.collect();
+        places.iter().for_each(|place| watched.forget(place, &self.news));
+    }
+}
+
+/// Has the kernel watch the nearest directory. Blocks.
+fn watch(watches: &mut Watches, path: &Path) -> Option<Place> {
+    let mask = WatchMask::CREATE
+        | WatchMask::MOVED_TO
+        | WatchMask::ATTRIB
+        | WatchMask::DELETE_SELF
+        | WatchMask::MOVE_SELF
+        | WatchMask::ONLYDIR;
+    let (directory, name) = nearest(path)?;
+    match watches.add(directory, mask) {
+        Ok(watch) => Some((watch, name.to_owned())),
+        Err(error) => {
+            tracing::debug!("{}: cannot be watched: {error}", directory.display());
+            None
         }
     }
 }
@@ -198,19 +259,19 @@ mod tests {
         let above = tempfile::tempdir().unwrap();
         let path = above.path().join("a/b/c");
         let mut sight = presence.sight(&path);
-        assert_eq!((sight.aim(), sight.aim()), (Aim::New, Aim::Held));
+        assert_eq!((sight.aim().await, sight.aim().await), (Aim::New, Aim::Held));
         for part in ["a", "a/b"] {
             fs::create_dir(above.path().join(part)).unwrap();
             news(&sight).await;
-            assert_eq!(sight.aim(), Aim::New);
+            assert_eq!(sight.aim().await, Aim::New);
         }
         fs::write(&path, "").unwrap();
         news(&sight).await;
-        assert_eq!(sight.aim(), Aim::Held);
+        assert_eq!(sight.aim().await, Aim::Held);
         fs::rename(above.path().join("a"), above.path().join("z")).unwrap();
         fs::remove_dir_all(above.path().join("z")).unwrap();
         news(&sight).await;
-        assert_eq!(sight.aim(), Aim::New);
+        assert_eq!(sight.aim().await, Aim::New);
         fs::create_dir(above.path().join("a")).unwrap();
         news(&sight).await;
     }
@@ -220,9 +281,9 @@ mod tests {
         let presence = open();
         let directory = tempfile::tempdir().unwrap();
         let mut sights = ["a", "b", "a"].map(|name| presence.sight(&directory.path().join(name)));
-        sights
-            .iter_mut()
-            .for_each(|sight| assert_eq!(sight.aim(), Aim::New));
+        for sight in &mut sights {
+            assert_eq!(sight.aim().await, Aim::New);
+        }
         fs::write(directory.path().join("b"), "").unwrap();
         fs::write(directory.path().join("a"), "").unwrap();
         // Events come in order: after the last one, all have come.
@@ -232,5 +293,17 @@ mod tests {
         assert!(sights[0].news().now_or_never().is_none(), "not of the other");
         drop(sights);
         assert!(presence.lock().waiting.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_look_whose_sight_is_gone_leaves_no_watch() {
+        let presence = open();
+        let directory = tempfile::tempdir().unwrap();
+        let sight = presence.sight(&directory.path().join("a"));
+        let look = sight.begin();
+        drop(sight);
+        look.await.unwrap();
+        let watched = presence.lock();
+        assert!(watched.waiting.is_empty() && watched.unneeded.is_empty() && watched.looks == 0);
     }
 }

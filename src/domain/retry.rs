@@ -48,7 +48,7 @@ impl Retry {
 
     /// Waits until the next try.
     pub async fn wait(&mut self, after: After) {
-        let rests = match self.sight.aim() {
+        let rests = match self.sight.aim().await {
             Aim::Held => after == After::Absence && self.pause > LAST_BEFORE_REST,
             Aim::New => {
                 self.pause = FIRST;

@@ -51,9 +51,7 @@ impl Jobs {
         else {
             return false;
         };
-        // It says something of a job that ends as cancelled only.
-        job.update(|status| status.displaced = Some(why));
-        if job.cancel().await.is_err() {
+        if job.cancel_because(why).await.is_err() {
             return false;
         }
         tracing::warn!(job = job.id, domain = job.domain.name, started_by = job.started_by.uid, %why, "a backup is ended for another one");
@@ -99,7 +97,7 @@ impl Jobs {
         let enter = || self.enter(domain, claim.clone(), descriptors.clone(), passes_files);
         let mut reserved = enter();
         tried();
-        let until = tokio::time::Instant::now() + SHORTLY;
+        let mut until = tokio::time::Instant::now() + SHORTLY;
         loop {
             let may_wait = match &reserved {
                 Err(Error::Left { .. }) => true,
@@ -107,7 +105,12 @@ impl Jobs {
                     Some(job) if job.started_by.uid == ROOT => false,
                     running => {
                         self.await_place(&name);
-                        running.is_none() || self.displace(&name, uid).await
+                        let is_displaced = running.is_some() && self.displace(&name, uid).await;
+                        if is_displaced {
+                            // Its end is known a moment before its place is free.
+                            until = tokio::time::Instant::now() + SHORTLY;
+                        }
+                        running.is_none() || is_displaced
                     }
                 },
                 _ => false,

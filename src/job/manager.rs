@@ -1,7 +1,7 @@
 //! The jobs of the service: those that run, one a domain, and those that ended lately.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -109,6 +109,8 @@ pub(super) struct Table {
     sweeps: HashMap<String, VecDeque<Leftover>>,
     /// Unique names of domains that root could not back up because of another user's backup, and until when others have to wait.
     awaited: HashMap<String, Instant>,
+    /// Of the names in `busy`, those whose place root has.
+    of_root: HashSet<String>,
     jobs: BTreeMap<u32, Arc<Job>>,
     /// What will forget the ended ones in time; gone with them, so that nothing is left of one that is forgotten earlier.
     forgetting: HashMap<u32, AbortHandle>,
@@ -124,6 +126,10 @@ impl Table {
             return Err(Refused::Taken);
         }
         self.awaited.remove(domain);
+        match uid {
+            ROOT => self.of_root.insert(domain.to_owned()),
+            _ => self.of_root.remove(domain),
+        };
         Ok(())
     }
 }
@@ -242,6 +248,7 @@ impl Jobs {
                 busy: HashMap::new(),
                 sweeps: HashMap::new(),
                 awaited: HashMap::new(),
+                of_root: HashSet::new(),
                 jobs: BTreeMap::new(),
                 forgetting: HashMap::new(),
             }),
@@ -572,6 +579,7 @@ impl Jobs {
                 *count -= 1;
                 if *count == 0 {
                     table.busy.remove(domain);
+                    table.of_root.remove(domain);
                 }
             }
         }
@@ -601,10 +609,13 @@ impl Jobs {
         Some(left.job.id)
     }
 
-    /// Has other users wait for root's backup of the domain.
+    /// Has other users wait for root's backup of the domain, unless that has the place already.
     pub(super) fn await_place(&self, domain: &str) {
         let until = Instant::now() + AWAITED;
-        self.lock().awaited.insert(domain.to_owned(), until);
+        let mut table = self.lock();
+        if !table.of_root.contains(domain) {
+            table.awaited.insert(domain.to_owned(), until);
+        }
     }
 
     /// Whether a job works on the domain, or on its checkpoints.

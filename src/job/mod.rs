@@ -150,17 +150,29 @@ impl Job {
     /// Asks for the end of the whole backup and returns without waiting for it. What was accepted here never ends as
     /// completed, whatever becomes of the service.
     pub async fn cancel(&self) -> Result<(), Error> {
-        self.decide_to_cancel()?;
+        self.decide_to_cancel(None)?;
+        self.record_cancel().await;
+        Ok(())
+    }
+
+    /// The same for another backup. If it is cancelled already, that is not why.
+    pub(super) async fn cancel_because(&self, why: Displaced) -> Result<(), Error> {
+        self.decide_to_cancel(Some(why))?;
+        self.record_cancel().await;
+        Ok(())
+    }
+
+    async fn record_cancel(&self) {
         if let Err(error) = self.catalog.cancel_requested(self.id).await {
             tracing::error!(job = self.id, %error, "that the job is cancelled is not on record");
         }
         fault::passed("cancel requested");
-        Ok(())
     }
 
-    fn decide_to_cancel(&self) -> Result<(), Error> {
+    fn decide_to_cancel(&self, why: Option<Displaced>) -> Result<(), Error> {
         let mut decision = self.decision();
-        match (&self.status.borrow().outcome, *decision) {
+        let outcome = self.status.borrow().outcome.clone();
+        match (&outcome, *decision) {
             (Some(Outcome::Cancelled), _) | (None, Decision::CancelRequested) => Ok(()),
             (Some(outcome), _) => Err(Error::Ended {
                 id: self.id,
@@ -172,6 +184,9 @@ impl Job {
             (None, Decision::Recovering) => Err(Error::Recovering { id: self.id }),
             (None, Decision::Open) => {
                 *decision = Decision::CancelRequested;
+                if why.is_some() {
+                    self.update(|status| status.displaced = why);
+                }
                 self.cancel.cancel();
                 Ok(())
             }

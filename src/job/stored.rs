@@ -291,9 +291,10 @@ impl Looked {
         Self { read, at }
     }
 
-    /// Whether nothing was read for so long. Where that is not known, it is read from.
+    /// Whether nothing was read for so long. Where that cannot be known, the export ends after that time: it keeps a backup from
+    /// being removed.
     fn is_idle(&mut self, read: Option<u64>, patience: Duration) -> bool {
-        if read.is_none() || read != self.read {
+        if read.is_some() && read != self.read {
             *self = Self::new(read);
         }
         self.at.elapsed() >= patience
@@ -438,5 +439,22 @@ fn stopped(error: image::Error) -> Stopped {
     match error {
         image::Error::Cancelled => Stopped::Cancelled,
         error => Stopped::Failed(Error::Image(Box::new(error))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_export_is_idle_after_that_time_also_where_reads_are_not_counted() {
+        let patience = Duration::from_secs(60);
+        let mut looked = Looked::new(Some(7));
+        let before = |looked: &mut Looked| looked.at = Instant::now().checked_sub(patience).unwrap();
+        before(&mut looked);
+        assert!(!looked.is_idle(Some(8), patience), "it was read from");
+        assert!(!looked.is_idle(Some(8), patience));
+        before(&mut looked);
+        assert!(looked.is_idle(None, patience));
     }
 }

@@ -158,6 +158,9 @@ impl Footprint {
         // A target goes before the file below it: "…-target" sorts after "…-file".
         self.delete(self.nodes().await?.into_iter().rev()).await?;
         self.remove_descriptors().await?;
+        if let Some(histogram) = &self.histogram {
+            self.remove_histograms(histogram).await?;
+        }
         if self.is_holding_poweroff() {
             poweroff::let_go(&self.link()).await?;
             self.poweroff_let_go();

@@ -88,7 +88,7 @@ demo:
 # service logs at its default level is part of what it costs.
 bench: export RUST_LOG = info
 bench: setup
-	$(PRIVATELY) $(CARGO) bench --locked --bench backup
+	$(PRIVATELY) $(CARGO) bench --locked --bench backup --bench night
 
 # One after the other: what is measured is then not the others' work.
 endurance: export BACKUPD_ENDURANCE = $(ENDURANCE_BACKUPS)

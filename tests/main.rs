@@ -42,7 +42,6 @@ mod identity;
 mod image_locks;
 mod install;
 mod internal_snapshots;
-mod latency;
 mod limits;
 mod limits_held;
 mod manual;

@@ -6,14 +6,11 @@
 //!
 //! Then it makes incremental backups of disks of several sizes of which the same much has changed.
 //!
-//! Then a guest writes while it is backed up into a slow target; `cargo bench --bench backup -- gentle` measures that alone.
-//!
 //! `BACKUPD_BENCH_DIR` is where the images go (10 GiB, removed at the end), `BACKUPD_BENCH_ROUNDS` how many rounds.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
-mod gentle;
 mod hand;
 mod increments;
 mod latency;
@@ -54,26 +51,13 @@ fn rounds() -> usize {
 }
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match arguments.first().map(String::as_str) {
-        Some(gentle::GUEST) => gentle::guest(),
-        Some("gentle") => report::print_gentle(&runtime().block_on(gentle::measure())),
-        _ => everything(),
-    }
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread()
+    let rounds = rounds();
+    let workspace = Workspace::create();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
         .build()
-        .expect("a runtime is made")
-}
-
-fn everything() {
-    let rounds = rounds();
-    let workspace = Workspace::create();
-    let runtime = runtime();
+        .expect("a runtime is made");
     let memory_store = Tmpfs::mount(&workspace.path().join("memory"), MEMORY_STORE);
     let mut system = System::setup()
         .store(ON_DEVICE, &workspace.store())
@@ -140,5 +124,4 @@ fn everything() {
         &[("idle", idle), ("busy", busy)],
         &increments,
     );
-    report::print_gentle(&runtime.block_on(gentle::measure()));
 }

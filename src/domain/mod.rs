@@ -13,6 +13,7 @@ pub mod poweroff;
 mod presence;
 mod registry;
 mod retry;
+mod schemas;
 
 pub use directory::{CheckpointPolicy, Content, Directories, FileError};
 pub use disks::{Bitmap, Disk, DiskLookup, find_disk};
@@ -229,8 +230,6 @@ pub struct Domain {
     /// The guest agent's socket, if there is one.
     pub agent: Option<Dialer>,
     pub checkpoints: CheckpointPolicy,
-    /// How long its guest's writes may take during a backup, in milliseconds; 0 is no limit.
-    pub max_latency: Option<u32>,
     /// It stands for one that is not known any more, and whose name another has.
     lost_name: bool,
     /// It stands for one that is not known now.
@@ -265,7 +264,6 @@ impl Domain {
             owner_name: identity.owner_name,
             agent: None,
             checkpoints: CheckpointPolicy::default(),
-            max_latency: None,
             lost_name: false,
             absent: false,
             snapshot: watch::Sender::new(snapshot),

@@ -1,7 +1,7 @@
 //! The supervised monitor of one domain: connect, ask, listen, and connect again.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -18,8 +18,10 @@ use super::graph::{self, BlockInfo, Edges, Graph, Node};
 use super::outside::{self, Devices, Property};
 use super::presence::Presence;
 use super::retry::{After, Retry};
-use super::{Domain, Migration, PATIENCE, Snapshot, State};
-use crate::qmp::{self, Client, Driver, EventsError, Schema};
+use super::schemas::{Key, Schemas};
+use super::{Disk, Domain, Migration, Origin, PATIENCE, Snapshot, State};
+use crate::names::IN_QEMU;
+use crate::qmp::{self, Client, Driver, Event, EventsError, Schema};
 use crate::quota::Quota;
 use crate::socket::{self, Dialer};
 use crate::text::excerpt;
@@ -30,6 +32,8 @@ pub const OLDEST: &str = "5.0";
 /// How long a QEMU that has answered just now may take to list its block nodes.
 const GRAPH_PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long the events of one burst take to come.
+const BURST: Duration = Duration::from_millis(50);
 /// Between two looks at a QEMU that its events cause.
 const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
 /// How often a failure of them is logged at most, and how many bytes of what the peer said.
@@ -40,11 +44,13 @@ const MOST_SAID: usize = 256;
 #[derive(Debug)]
 pub struct Link {
     pub client: Client,
-    pub schema: Schema,
+    pub schema: Arc<Schema>,
     /// The process that listens on the socket: QEMU, or who opened the socket for it.
     pub peer: Option<u32>,
     /// Who pays for what is known of it, if that is a user.
     memory: Option<(Quota, u32)>,
+    /// The VM's, as soon as QEMU was asked: it stays the same as long as QEMU runs.
+    uuid: OnceLock<Option<Uuid>>,
     /// Descriptor sets that QEMU kept although they were removed (it does, up to version 8, of a stopped machine).
     pub kept_descriptors: Mutex<BTreeSet<u64>>,
 }
@@ -56,6 +62,12 @@ pub trait Greeter: Send + Sync {
 
 /// The one greeter that there is, as soon as there is one.
 pub(super) type Greeters = watch::Sender<Option<Weak<dyn Greeter>>>;
+
+/// What all monitors have together.
+pub(super) struct Shared {
+    pub greeters: Greeters,
+    pub schemas: Schemas,
+}
 
 async fn greet(greeters: &Greeters, domain: &Domain, link: &Link, snapshot: &Snapshot) {
     let mut known = greeters.subscribe();
@@ -85,7 +97,7 @@ pub(super) async fn supervise(
     domain: Arc<Domain>,
     monitor: Dialer,
     presence: Presence,
-    greeters: Arc<Greeters>,
+    shared: Arc<Shared>,
     stop: CancellationToken,
 ) {
     let path = &monitor.address().path;
@@ -95,7 +107,7 @@ pub(super) async fn supervise(
         let attempt = stop.run_until_cancelled(async {
             let (link, driver) = connect(&monitor).await?;
             retry = Retry::new(&presence, path);
-            Ok::<_, ConnectError>(serve(&domain, link, driver, &greeters).await)
+            Ok::<_, ConnectError>(serve(&domain, link, driver, &shared).await)
         });
         let (why, after): (Arc<str>, After) = match attempt.await {
             None => return domain.down("the service is letting it go", false),
@@ -119,10 +131,10 @@ pub(super) async fn serve_once(
     domain: Arc<Domain>,
     link: Link,
     driver: Driver,
-    greeters: Arc<Greeters>,
+    shared: Arc<Shared>,
     stop: CancellationToken,
 ) {
-    let serving = serve(&domain, link, driver, &greeters);
+    let serving = serve(&domain, link, driver, &shared);
     let ended = stop.run_until_cancelled(serving).await;
     // It cannot be connected to again: for code that waits for it, it has ended.
     domain.down(ended.as_deref().unwrap_or("the service is letting it go"), true);
@@ -179,30 +191,54 @@ impl Link {
         Ok(snapshot)
     }
 
+    /// Asks QEMU for its disks only. What it passes through of the guest's commands is not known then.
+    pub async fn disks(&self) -> qmp::Result<Vec<Disk>> {
+        let (drives, nodes, edges) = blocks(self).await?;
+        disks_of(drives, &nodes, edges.as_ref(), &Devices::of([]))
+    }
+
+    /// Asks QEMU whether its disks are, or will be, another's.
+    pub async fn migration(&self) -> qmp::Result<Option<Migration>> {
+        let status = self
+            .client
+            .query_within::<StatusReply>(PATIENCE, "query-status", json!({}));
+        Ok(Migration::from_run_state(&status.await?.status))
+    }
+
+    async fn uuid(&self) -> qmp::Result<Option<Uuid>> {
+        if let Some(known) = self.uuid.get() {
+            return Ok(*known);
+        }
+        let reply = self
+            .client
+            .query_within::<UuidReply>(PATIENCE, "query-uuid", json!({}));
+        // QEMU answers the nil UUID where none was given.
+        let uuid = Some(reply.await?.uuid).filter(|uuid| !uuid.is_nil());
+        Ok(*self.uuid.get_or_init(|| uuid))
+    }
+
     pub(super) fn new(client: Client, peer: Option<u32>, memory: Option<(Quota, u32)>) -> Self {
         Self {
             client,
             memory,
-            schema: Schema::default(),
+            schema: Arc::default(),
             peer,
+            uuid: OnceLock::new(),
             kept_descriptors: Mutex::default(),
         }
     }
 }
 
 /// Runs the connection: asks first, then follows QEMU's events. Gives the reason of its end.
-async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greeters) -> Arc<str> {
+async fn serve(domain: &Domain, mut link: Link, driver: Driver, shared: &Shared) -> Arc<str> {
     let work = async {
         let mut events = link.client.events();
-        link.schema = tokio::time::timeout(PATIENCE, link.client.schema())
-            .await
-            .map_err(|_| "it did not describe itself in time".to_owned())?
-            .map_err(|error| error.to_string())?;
+        link.schema = schema(domain, &link, &shared.schemas).await?;
         check_version(&link).await?;
         let first = link.inspect().await.map_err(|error| error.to_string())?;
         domain.snapshot.send_modify(|snapshot| snapshot.uuid = first.uuid);
         // What hangs then, a backup will meet.
-        let _ = tokio::time::timeout(PATIENCE, greet(greeters, domain, &link, &first)).await;
+        let _ = tokio::time::timeout(PATIENCE, greet(&shared.greeters, domain, &link, &first)).await;
         domain.snapshot.send_replace(first);
         let link = Arc::new(link);
         tracing::info!(domain = domain.name, "monitor is up");
@@ -210,11 +246,12 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
         let (mut looked, mut told) = (Instant::now(), None::<Instant>);
         loop {
             match events.next().await {
-                Ok(event) if !changes_something(&event.name) => {}
+                Ok(event) if !changes_something(&event) => {}
                 Ok(_) | Err(EventsError::Missed) => {
                     // One look tells of all that came before it: the jobs of many disks end at once, and a peer can send as many as
                     // it likes.
-                    tokio::time::sleep_until(looked + BETWEEN_LOOKS).await;
+                    let next = (looked + BETWEEN_LOOKS).max(Instant::now() + BURST);
+                    tokio::time::sleep_until(next).await;
                     while events.next_now().is_some() {}
                     looked = Instant::now();
                     match link.inspect().await {
@@ -240,6 +277,27 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
     }
 }
 
+/// What the QEMU can do; only the first one of its kind is asked.
+async fn schema(domain: &Domain, link: &Link, schemas: &Schemas) -> Result<Arc<Schema>, String> {
+    let key = match (domain.origin, link.peer) {
+        (Origin::Configured, Some(process)) => Key::of(process, link.client.version()),
+        _ => None,
+    };
+    if let Some(known) = key.as_ref().and_then(|key| schemas.get(key)) {
+        tracing::debug!(domain = domain.name, "its schema is known");
+        return Ok(known);
+    }
+    let asked = tokio::time::timeout(PATIENCE, link.client.schema()).await;
+    let schema = asked
+        .map_err(|_| "it did not describe itself in time".to_owned())?
+        .map_err(|error| error.to_string())?;
+    let schema = Arc::new(schema);
+    if let Some(key) = key {
+        schemas.keep(key, &schema);
+    }
+    Ok(schema)
+}
+
 /// What every look at a QEMU needs: without it its disks cannot even be listed.
 async fn check_version(link: &Link) -> Result<(), String> {
     if link.schema.command_takes("query-named-block-nodes", "flat") {
@@ -254,7 +312,20 @@ async fn check_version(link: &Link) -> Result<(), String> {
 }
 
 /// Events after which the state or the disks may be others (`qapi/run-state.json`, `qapi/qdev.json`, …).
-fn changes_something(event: &str) -> bool {
+fn changes_something(event: &Event) -> bool {
+    let is_end = matches!(event.name.as_str(), "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED");
+    // The service's own jobs leave the disks as they are, and so does any backup.
+    let leaves_disks = || {
+        let data = event.data();
+        let is_own = data["device"]
+            .as_str()
+            .is_some_and(|job| job.starts_with(IN_QEMU));
+        is_own || data["type"] == "backup"
+    };
+    is_end && !leaves_disks() || is_change(&event.name)
+}
+
+fn is_change(event: &str) -> bool {
     matches!(
         event,
         "STOP"
@@ -267,8 +338,6 @@ fn changes_something(event: &str) -> bool {
             | "GUEST_PANICKED"
             | "DEVICE_DELETED"
             | "DEVICE_TRAY_MOVED"
-            | "BLOCK_JOB_COMPLETED"
-            | "BLOCK_JOB_CANCELLED"
     )
 }
 
@@ -298,9 +367,30 @@ struct StatusReply {
 async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
     let client = &link.client;
     let (uuid, status) = tokio::try_join!(
-        client.query_within::<UuidReply>(PATIENCE, "query-uuid", json!({})),
+        link.uuid(),
         client.query_within::<StatusReply>(PATIENCE, "query-status", json!({})),
     )?;
+    let (drives, nodes, edges) = blocks(link).await?;
+    let devices = Devices::of([
+        (outside::PERIPHERAL, devices(client, outside::PERIPHERAL).await?),
+        (outside::ANONYMOUS, devices(client, outside::ANONYMOUS).await?),
+    ]);
+    let disks = disks_of(drives, &nodes, edges.as_ref(), &devices)?;
+    Ok(Snapshot {
+        uuid,
+        reached: true,
+        state: State::from_run_state(&status.status),
+        migration: Migration::from_run_state(&status.status),
+        disks: disks.into(),
+        outside: devices.outside().into(),
+        files: graph::host_files(&nodes).into(),
+        share: None,
+    })
+}
+
+/// What QEMU says of its block layer.
+async fn blocks(link: &Link) -> qmp::Result<(Vec<BlockInfo>, Vec<Node>, Option<Edges>)> {
+    let client = &link.client;
     // One after another: QEMU takes a while for each where there are thousands of nodes, and every answer is progress.
     let drives = client.query_within::<Vec<BlockInfo>>(GRAPH_PATIENCE, "query-block", json!({}));
     let drives = drives.await?;
@@ -314,24 +404,18 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
         }
         false => None,
     };
-    let devices = Devices::of([
-        (outside::PERIPHERAL, devices(client, outside::PERIPHERAL).await?),
-        (outside::ANONYMOUS, devices(client, outside::ANONYMOUS).await?),
-    ]);
-    let disks = Graph::of(&nodes, edges.as_ref())
-        .and_then(|graph| disks::disks(drives, &graph, &devices))
-        .ok_or_else(|| qmp::Error::NotQmp("it claims disks that no QEMU has".into()))?;
-    Ok(Snapshot {
-        // QEMU answers the nil UUID where none was given.
-        uuid: Some(uuid.uuid).filter(|uuid| !uuid.is_nil()),
-        reached: true,
-        state: State::from_run_state(&status.status),
-        migration: Migration::from_run_state(&status.status),
-        disks: disks.into(),
-        outside: devices.outside().into(),
-        files: graph::host_files(&nodes).into(),
-        share: None,
-    })
+    Ok((drives, nodes, edges))
+}
+
+fn disks_of(
+    drives: Vec<BlockInfo>,
+    nodes: &[Node],
+    edges: Option<&Edges>,
+    devices: &Devices,
+) -> qmp::Result<Vec<Disk>> {
+    let graph = Graph::of(nodes, edges);
+    let disks = graph.and_then(|graph| disks::disks(drives, &graph, devices));
+    disks.ok_or_else(|| qmp::Error::NotQmp("it claims disks that no QEMU has".into()))
 }
 
 async fn devices(client: &Client, path: &str) -> qmp::Result<Vec<Property>> {

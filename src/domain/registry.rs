@@ -15,8 +15,9 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use super::directory::{DomainFile, Watch};
-use super::monitor::{self, Greeter, Greeters, Link};
+use super::monitor::{self, Greeter, Greeters, Link, Shared};
 use super::presence::Presence;
+use super::schemas::Schemas;
 use super::{Directories, Domain, Error, Identity, Origin, Phase, check_new_name, owner};
 use crate::qmp::{Bounds, Client};
 use crate::quota::{Limits, Quota, Share};
@@ -87,7 +88,7 @@ pub struct Registry {
     /// Turns for long lines, by user.
     turns: Mutex<HashMap<u32, Weak<Semaphore>>>,
     presence: Presence,
-    greeters: Arc<Greeters>,
+    shared: Arc<Shared>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -102,7 +103,10 @@ impl Registry {
             memory: Quota::new("monitor-memory", MEMORY),
             turns: Mutex::default(),
             presence: presence.clone(),
-            greeters: Arc::new(Greeters::new(None)),
+            shared: Arc::new(Shared {
+                greeters: Greeters::new(None),
+                schemas: Schemas::default(),
+            }),
             domains: Mutex::default(),
             absent: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES),
@@ -121,7 +125,7 @@ impl Registry {
 
     /// Who looks at the disks of each domain that connects. Until there is one, none is connected.
     pub fn set_greeter(&self, greeter: Weak<dyn Greeter>) {
-        self.greeters.send_replace(Some(greeter));
+        self.shared.greeters.send_replace(Some(greeter));
     }
 
     /// What comes and goes from now on.
@@ -218,8 +222,8 @@ impl Registry {
         let served = domain.clone();
         self.tasks.spawn(async move {
             let memory = Some((registry.memory.clone(), uid));
-            let (link, greeters) = (Link::new(client, peer, memory), registry.greeters.clone());
-            monitor::serve_once(served.clone(), link, driver, greeters, stop).await;
+            let (link, shared) = (Link::new(client, peer, memory), registry.shared.clone());
+            monitor::serve_once(served.clone(), link, driver, shared, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
             // What is held is held until here: a backup may have kept the monitor after the domain had gone.
             drop((place, share));
@@ -286,7 +290,6 @@ impl Registry {
         if let EntryKind::Configured(file) = &kind {
             let agent = |address| Dialer::new(address, Purpose::Agent);
             (domain.agent, domain.checkpoints) = (file.agent.clone().map(agent), file.checkpoints);
-            domain.max_latency = file.max_latency;
         }
         let domain = Arc::new(domain);
         let stop = self.stop.child_token();
@@ -328,12 +331,12 @@ impl Registry {
             let owner = (file.owner, file.owner_name.clone());
             let monitor = Dialer::new(file.monitor.clone(), Purpose::Monitor);
             let (domain, stop) = self.add(&mut domains, &name, owner, EntryKind::Configured(file));
-            let (presence, greeters) = (self.presence.clone(), self.greeters.clone());
+            let (presence, shared) = (self.presence.clone(), self.shared.clone());
             self.tasks.spawn(monitor::supervise(
                 domain.clone(),
                 monitor,
                 presence,
-                greeters,
+                shared,
                 stop,
             ));
             come.push(domain);

@@ -7,6 +7,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
@@ -158,8 +159,23 @@ impl Footprint {
     /// Removes the checkpoints on the domain's disks that no later backup goes on from: of backups that failed, were removed,
     /// or are older than those that their store records from; and those that do not have everything, which would also keep
     /// the disk from being resized.
-    pub async fn settle_checkpoints(&self, setting: &Setting) -> Result<(), Error> {
-        settle(&self.link(), &self.domain, setting).await
+    ///
+    /// `kept` are the disks as they were seen last: they are asked for again if that was another QEMU, or if a node of this job
+    /// was in place of one.
+    pub async fn settle_checkpoints(
+        &self,
+        kept: Option<(Arc<Link>, Vec<Disk>)>,
+        setting: &Setting,
+    ) -> Result<(), Error> {
+        let link = self.link();
+        match kept {
+            Some((of, disks))
+                if Arc::ptr_eq(&of, &link) && !disks.iter().any(|disk| self.names.own(&disk.node)) =>
+            {
+                settle_disks(&link, &self.domain, &disks, setting).await
+            }
+            _ => settle(&link, &self.domain, setting).await,
+        }
     }
 }
 
@@ -183,7 +199,7 @@ fn without_checkpoint(job: &Job, disk: &DiskPlan, source: qmp::Error) -> Result<
 
 /// See [`Footprint::settle_checkpoints`]. Nothing else is done to the domain's checkpoints meanwhile.
 pub(super) async fn settle(link: &Link, domain: &Domain, setting: &Setting) -> Result<(), Error> {
-    let disks = link.inspect().await.map_err(Error::Lost)?.disks;
+    let disks = link.disks().await.map_err(Error::Lost)?;
     settle_disks(link, domain, &disks, setting).await
 }
 

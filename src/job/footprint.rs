@@ -9,12 +9,12 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
-use super::latency::Histogram;
 use super::manager::Setting;
 use super::track::JobInfo;
 use super::{Error, Job};
 use crate::definition::Format;
-use crate::domain::{Domain, Link, Snapshot};
+use crate::domain::{Disk, Domain, Link};
+use crate::names::IN_QEMU;
 use crate::plan::DiskPlan;
 use crate::qmp::{self, Client, Events, EventsError};
 use crate::target::{Media, Target};
@@ -26,7 +26,7 @@ pub struct Names(String);
 impl Names {
     /// `tag` is 8 characters that no other backup has.
     pub fn new(tag: &str) -> Self {
-        Self(format!("backupd-{tag}"))
+        Self(format!("{IN_QEMU}{tag}"))
     }
 
     pub fn block_job(&self, disk: usize) -> String {
@@ -67,14 +67,6 @@ impl Names {
         name.strip_prefix(&self.0)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
     }
-}
-
-/// That of the job, if it has one; by its tag it is known again.
-fn histogram(job: &Job, tag: &str) -> Option<Histogram> {
-    let most = Duration::from_millis(job.plan.max_latency?.get().into());
-    // A backup's tag is 8 hexadecimal digits.
-    let mark = u32::from_str_radix(tag, 16).unwrap_or(0);
-    Some(Histogram::new(most, mark))
 }
 
 /// QEMU's text for the action `abort`.
@@ -127,10 +119,10 @@ pub struct Footprint {
     /// The monitor's connection; another one after it was lost.
     link: Mutex<Arc<Link>>,
     pub names: Names,
+    /// The descriptor sets that were passed, and over which connection.
+    pub(super) passed: Mutex<Option<(Arc<Link>, BTreeSet<u64>)>>,
     /// How long a lost monitor may take to come back.
     reconnect: Duration,
-    /// Set on the guest's disks, if the backup's speed depends on how long their writes take.
-    pub histogram: Option<Histogram>,
     /// The guest's power-off is held back until all is released.
     holds_poweroff: AtomicBool,
 }
@@ -144,7 +136,7 @@ impl Footprint {
             domain,
             link: Mutex::new(link),
             names: Names::new(tag),
-            histogram: histogram(job, tag),
+            passed: Mutex::default(),
             reconnect: setting.deadlines.reconnect(),
             holds_poweroff: AtomicBool::new(false),
         }
@@ -256,15 +248,29 @@ impl Footprint {
             why: error.to_string(),
         })?;
         let arguments = json!({ "opaque": self.names.block_job(index) });
-        let client = self.client();
-        let added = client.execute_with_descriptor("add-fd", arguments, descriptor);
+        let link = self.link();
+        let added = link
+            .client
+            .execute_with_descriptor("add-fd", arguments, descriptor);
         let added = added.await.map_err(prepare)?;
-        added.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| {
+        let set = added.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| {
             prepare(qmp::Error::UnexpectedReply {
                 command: "add-fd".into(),
                 detail: "no fdset-id".into(),
             })
-        })
+        })?;
+        self.remember_set(&link, set);
+        Ok(set)
+    }
+
+    fn remember_set(&self, link: &Arc<Link>, set: u64) {
+        let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *passed {
+            Some((of, sets)) if Arc::ptr_eq(of, link) => drop(sets.insert(set)),
+            // What was passed over another connection is looked for.
+            Some(_) => *passed = None,
+            None => *passed = Some((link.clone(), BTreeSet::from([set]))),
+        }
     }
 
     async fn open_file(&self, index: usize, target: &Target, set: u64) -> Result<(), Error> {
@@ -306,6 +312,25 @@ impl Footprint {
         }
     }
 
+    /// Waits for the event that a job has one of these statuses. `events` are from before the command that leads there.
+    pub(super) async fn becomes(&self, events: &mut Events, job: &str, statuses: &[&str]) -> qmp::Result<()> {
+        loop {
+            match events.next().await {
+                Ok(event) if event.name == "JOB_STATUS_CHANGE" => {
+                    let data = event.data();
+                    let has = |status: &&str| data["status"] == **status;
+                    if data["id"] == job && statuses.iter().any(has) {
+                        return Ok(());
+                    }
+                }
+                Ok(_) => {}
+                Err(EventsError::Missed | EventsError::Closed) => {
+                    return self.reached(events, job, statuses).await.map(drop);
+                }
+            }
+        }
+    }
+
     /// Waits until a job has one of these statuses; nothing if it is gone.
     pub(super) async fn reached(
         &self,
@@ -331,9 +356,9 @@ impl Footprint {
         }
     }
 
-    /// What the domain's QEMU says of itself now.
-    pub async fn inspect(&self) -> qmp::Result<Snapshot> {
-        self.link().inspect().await
+    /// What the domain's QEMU says of its disks now.
+    pub async fn disks(&self) -> qmp::Result<Vec<Disk>> {
+        self.link().disks().await
     }
 
     pub async fn query_jobs_within(&self, patience: Duration) -> qmp::Result<Vec<JobInfo>> {

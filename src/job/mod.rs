@@ -14,7 +14,6 @@ mod error;
 mod footprint;
 mod generation;
 mod guard;
-mod latency;
 mod manager;
 mod mark;
 mod outcome;

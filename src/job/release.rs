@@ -4,12 +4,12 @@
 //! that died, makes no difference.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Error;
 use super::footprint::Footprint;
@@ -61,6 +61,9 @@ impl Footprint {
     }
 
     async fn try_close_images(&self, disks: usize) -> qmp::Result<bool> {
+        if self.try_dismiss_and_close(disks).await? {
+            return Ok(true);
+        }
         self.end_jobs().await?;
         let nodes = self.nodes().await?;
         let whole = (0..disks).all(|disk| nodes.contains(&self.names.file_node(disk)));
@@ -69,6 +72,77 @@ impl Footprint {
             self.delete(images.filter(|node| nodes.contains(node))).await?;
         }
         Ok(whole)
+    }
+
+    /// The same without a look at what QEMU has: where it has all jobs and images by their names, it is the one that wrote them.
+    /// False if it refused something.
+    async fn try_dismiss_and_close(&self, disks: usize) -> qmp::Result<bool> {
+        let jobs = (0..disks).map(|disk| ("job-dismiss", json!({ "id": self.names.block_job(disk) })));
+        let images = (0..disks).map(|disk| {
+            (
+                "blockdev-del",
+                json!({ "node-name": self.names.target_node(disk) }),
+            )
+        });
+        self.all_done(jobs.chain(images)).await
+    }
+
+    async fn all_done(&self, commands: impl Iterator<Item = (&'static str, Value)>) -> qmp::Result<bool> {
+        for (command, arguments) in commands {
+            match self.client().execute(command, arguments).await {
+                Err(error) if error.is_refusal() => return Ok(false),
+                result => drop(result?),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Removes everything of a job whose images were closed just now: as a rule, nothing but the nodes of the files is left.
+    pub async fn release_closed(&self, disks: usize) -> Result<(), Error> {
+        match self.try_release_closed(disks).await {
+            Ok(true) => Ok(()),
+            // It looks at what there is.
+            Ok(false) | Err(_) => self.release().await,
+        }
+    }
+
+    async fn try_release_closed(&self, disks: usize) -> qmp::Result<bool> {
+        let Some(sets) = self.passed_sets() else {
+            return Ok(false);
+        };
+        let files =
+            (0..disks).map(|disk| ("blockdev-del", json!({ "node-name": self.names.file_node(disk) })));
+        if !self.all_done(files).await? {
+            return Ok(false);
+        }
+        let link = self.link();
+        for set in &sets {
+            let arguments = json!({ "fdset-id": set });
+            link.client.execute("remove-fd", arguments).await?;
+        }
+        let left = self.query_descriptors().await?;
+        let left = left
+            .iter()
+            .map(|set| set.fdset_id)
+            .filter(|set| sets.contains(set));
+        link.kept_descriptors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(left);
+        self.end_hold().await?;
+        Ok(true)
+    }
+
+    /// The descriptor sets of the job, if no earlier backup had to leave any, and if all were passed over this connection.
+    fn passed_sets(&self) -> Option<BTreeSet<u64>> {
+        let link = self.link();
+        let kept = link
+            .kept_descriptors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+        let (of, sets) = passed.as_ref()?;
+        (kept.is_empty() && Arc::ptr_eq(of, &link)).then(|| sets.clone())
     }
 
     /// Has QEMU empty files that it was passed and that nobody else here has open, so that what is in them is not taken for a
@@ -158,9 +232,10 @@ impl Footprint {
         // A target goes before the file below it: "…-target" sorts after "…-file".
         self.delete(self.nodes().await?.into_iter().rev()).await?;
         self.remove_descriptors().await?;
-        if let Some(histogram) = &self.histogram {
-            self.remove_histograms(histogram).await?;
-        }
+        self.end_hold().await
+    }
+
+    async fn end_hold(&self) -> qmp::Result<()> {
         if self.is_holding_poweroff() {
             poweroff::let_go(&self.link()).await?;
             self.poweroff_let_go();

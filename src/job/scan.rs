@@ -8,15 +8,15 @@
 use super::error::Stopped;
 use super::footprint::Footprint;
 use super::{Error, Job};
-use crate::domain::Snapshot;
+use crate::domain::Disk;
 use crate::qmp;
 
 /// Whether the disks were those of the plan when QEMU said `now`: no other image was above them.
-pub fn check_snapshot(job: &Job, footprint: &Footprint, now: &Snapshot) -> Result<(), Stopped> {
+pub fn check_snapshot(job: &Job, footprint: &Footprint, now: &[Disk]) -> Result<(), Stopped> {
     for (index, planned) in job.plan.disks.iter().enumerate() {
         // By its node: a disk without an id of its own is called like its node, which is our filter just now.
         let filter = footprint.names.filter_node(index);
-        let mut disks = now.disks.iter();
+        let mut disks = now.iter();
         if !disks.any(|disk| disk.node == planned.node || disk.node == filter) {
             let disk = planned.name.clone();
             return Err(Error::Changed { disk }.into());
@@ -58,7 +58,7 @@ impl Scan {
         if self.is_proven(&totals) {
             return Ok(());
         }
-        match footprint.inspect().await {
+        match footprint.disks().await {
             // It has much to write before it gets to answers.
             Err(qmp::Error::TimedOut { .. }) => return Ok(()),
             now => check_snapshot(job, footprint, &now.map_err(Error::Lost)?)?,

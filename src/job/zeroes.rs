@@ -39,13 +39,15 @@ impl Footprint {
             "job-id": job, "device": source, "target": slice, "sync": "full", "auto-dismiss": false,
         });
         execute("blockdev-mirror", mirror).await?;
-        self.reached(&mut events, &job, &["ready", "concluded"]).await?;
+        self.becomes(&mut events, &job, &["ready", "concluded"]).await?;
         match execute("job-cancel", json!({ "id": job })).await {
             // It has ended by itself: what it wrote will be looked at.
-            Err(error) if error.is_refusal() => {}
-            result => result?,
+            Err(error) if error.is_refusal() => drop(self.reached(&mut events, &job, &["concluded"]).await?),
+            result => {
+                result?;
+                self.becomes(&mut events, &job, &["concluded"]).await?;
+            }
         }
-        self.reached(&mut events, &job, &["concluded"]).await?;
         execute("job-dismiss", json!({ "id": job })).await?;
         for node in [slice, source] {
             execute("blockdev-del", json!({ "node-name": node })).await?;

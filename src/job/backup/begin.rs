@@ -1,6 +1,7 @@
 //! The first half of a backup: from its targets to completed block jobs.
 
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -9,12 +10,11 @@ use super::driver::Driver;
 use super::state::Fact;
 use crate::clock;
 use crate::definition::Format;
-use crate::domain::{Snapshot, poweroff};
+use crate::domain::{Disk, Link, poweroff};
 use crate::fault;
 use crate::job::error::Stopped;
 use crate::job::footprint::{Footprint, Names};
 use crate::job::guard::Limits;
-use crate::job::latency::Latency;
 use crate::job::progress::share;
 use crate::job::quiesce::Freeze;
 use crate::job::running::Running;
@@ -77,7 +77,6 @@ impl Driver<'_> {
 
     /// Makes the targets' nodes in QEMU. What was half made is removed by its name.
     pub(super) async fn open_targets(&mut self) -> Result<Fact, Stopped> {
-        self.job.speed.set_latency(Latency::first_limit(&self.job.plan));
         // Before it copies: those that copy already give it their parts.
         self.part = Some(self.setting.bandwidth.join(self.job));
         let (footprint, targets) = (self.footprint()?, self.targets()?);
@@ -86,7 +85,10 @@ impl Driver<'_> {
                 for (index, (target, disk)) in targets.iter().zip(&self.job.plan.disks).enumerate() {
                     footprint.open_target(index, target, disk).await?;
                 }
-                footprint.check_headers(&self.job.plan.disks).await?;
+                // Nobody else can open what the service has just made in a store.
+                if !targets.in_store() {
+                    footprint.check_headers(&self.job.plan.disks).await?;
+                }
                 Ok(self.job.plan.hold_poweroff && poweroff::can_hold(&footprint.link()).await)
             })
             .await?;
@@ -182,10 +184,7 @@ impl Driver<'_> {
             .map(|(index, (target, disk))| {
                 let mut action = action(&footprint.names, index, target, disk, share(speed, disks.len()));
                 if has_workers {
-                    action["data"]["x-perf"] = match disk.small_steps {
-                        true => json!({ "max-workers": 1, "max-chunk": SMALL_STEP }),
-                        false => json!({ "max-workers": WORKERS }),
-                    };
+                    action["data"]["x-perf"] = json!({ "max-workers": WORKERS });
                 }
                 action
             })
@@ -194,9 +193,14 @@ impl Driver<'_> {
 
     /// Whether what is copied from now on is the VM's own.
     pub(super) async fn check_start(&self) -> Result<(), Stopped> {
-        let now = self.check_sources().await?;
+        self.check_sources().await?;
         // Some versions begin to copy a disk that another QEMU writes to already.
-        match now.migration {
+        let link = self.footprint()?.link();
+        let ask = || {
+            let link = link.clone();
+            async move { link.migration().await }
+        };
+        match self.ask(ask).await? {
             Some(migration) => Err(Error::Migration(migration).into()),
             None => Ok(()),
         }
@@ -235,12 +239,29 @@ impl Driver<'_> {
     }
 
     /// Whether what is being copied is what the guest writes to: a snapshot that another client made while the targets were
-    /// prepared has put a new image above it. Returns what QEMU says of itself.
-    async fn check_sources(&self) -> Result<Snapshot, Stopped> {
+    /// prepared has put a new image above it.
+    async fn check_sources(&self) -> Result<(), Stopped> {
         let footprint = self.footprint()?;
+        let link = footprint.link();
+        let ask = || {
+            let link = link.clone();
+            async move { link.disks().await }
+        };
+        let now = self.ask(ask).await?;
+        check_snapshot(self.job, footprint, &now)?;
+        sentinel::check_sizes(&self.job.plan, &now)?;
+        self.keep_disks(&link, now);
+        Ok(())
+    }
+
+    /// Asks QEMU, however long it takes to answer while it copies.
+    async fn ask<T, F: Future<Output = qmp::Result<T>>>(
+        &self,
+        question: impl Fn() -> F,
+    ) -> Result<T, Stopped> {
         let look = async {
             loop {
-                match footprint.inspect().await {
+                match question().await {
                     // It has much to write before it gets to answers. The copying goes on meanwhile.
                     Err(qmp::Error::TimedOut { .. }) => {}
                     result => return result.map_err(Error::Lost),
@@ -253,10 +274,12 @@ impl Driver<'_> {
             () = self.job.cancel.cancelled() => return Err(Stopped::Cancelled),
             () = self.setting.stop.cancelled() => return Err(Stopped::Detached),
         };
-        let now = now.map_err(|_| Error::stalled("QEMU", patience))??;
-        check_snapshot(self.job, footprint, &now)?;
-        sentinel::check_sizes(&self.job.plan, &now.disks)?;
-        Ok(now)
+        Ok(now.map_err(|_| Error::stalled("QEMU", patience))??)
+    }
+
+    fn keep_disks(&self, link: &Arc<Link>, disks: Vec<Disk>) {
+        let mut kept = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        *kept = Some((link.clone(), disks));
     }
 }
 
@@ -265,9 +288,6 @@ fn now() -> Timestamp {
     let now = clock::now();
     Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
 }
-
-/// What is copied at a time, in bytes, where the guest's writes are not to wait: a cluster of the image.
-const SMALL_STEP: u64 = 1 << 16;
 
 fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> Value {
     let sync = match &disk.mode {

@@ -2,11 +2,12 @@
 //!
 //! [`state::next`]: super::state::next
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::state::{self, Action, Fact, State, Verdict};
 use crate::catalog::BackupRecord;
+use crate::domain::{Disk, Link};
 use crate::fault;
 use crate::job::bandwidth::Part;
 use crate::job::error::Stopped;
@@ -33,6 +34,8 @@ pub(in crate::job) struct Driver<'a> {
     pub(super) freeze: Option<Freeze>,
     /// Of its store's bandwidth, while it copies.
     pub(super) part: Option<Part>,
+    /// What QEMU said of its disks last, over which connection. From then on nobody else changes their checkpoints.
+    pub(super) disks: Mutex<Option<(Arc<Link>, Vec<Disk>)>>,
     /// The transaction's events and its limit in bytes a second, where this process started it.
     pub(super) started: Option<(Events, u64)>,
     /// QEMU has nothing of the backup, because it is another process than the one that had.
@@ -55,6 +58,7 @@ impl<'a> Driver<'a> {
             targets: None,
             freeze: None,
             part: None,
+            disks: Mutex::default(),
             started: None,
             qemu_is_gone: false,
             unknown: false,

@@ -1,5 +1,6 @@
 //! The second half of a backup: from block jobs that completed or failed to the outcome.
 
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -47,7 +48,14 @@ impl Driver<'_> {
         if self.resumed && undo.is_some() && state.files().is_some() {
             self.empty_lost_files(footprint).await;
         }
-        let released = tokio::time::timeout(self.setting.deadlines.stall(), footprint.release()).await;
+        let is_closed = matches!(state, State::Closed(_)) && !self.resumed;
+        let released = async {
+            match is_closed {
+                true => footprint.release_closed(self.job.plan.disks.len()).await,
+                false => footprint.release().await,
+            }
+        };
+        let released = tokio::time::timeout(self.setting.deadlines.stall(), released).await;
         let why = match released {
             Ok(Ok(())) => return Fact::Released { in_qemu: false },
             Ok(Err(error)) => error.to_string(),
@@ -284,7 +292,8 @@ impl Driver<'_> {
     }
 
     async fn settle_checkpoints(&self, footprint: &crate::job::footprint::Footprint) {
-        let settled = footprint.settle_checkpoints(self.setting);
+        let kept = self.disks.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let settled = footprint.settle_checkpoints(kept, self.setting);
         let why = match tokio::time::timeout(self.setting.deadlines.stall(), settled).await {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error.to_string(),

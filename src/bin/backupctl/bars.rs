@@ -181,6 +181,12 @@ impl Meter {
     pub fn rate(&self) -> Option<u64> {
         self.rate.map(|rate| rate as u64)
     }
+
+    /// How long the rest takes at this rate; nothing while it stands still.
+    pub fn left(&self, done: u64, total: u64) -> Option<Duration> {
+        let rate = self.rate().filter(|rate| *rate > 0)?;
+        Some(Duration::from_secs(total.saturating_sub(done).div_ceil(rate)))
+    }
 }
 
 #[cfg(test)]
@@ -196,6 +202,8 @@ mod tests {
             meter.observe(start + Duration::from_secs(second), second * 1000);
         }
         assert_eq!(meter.rate(), Some(1000));
+        assert_eq!(meter.left(4000, 6500), Some(Duration::from_secs(3)));
+        assert_eq!(Meter::default().left(4000, 6500), None);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use backupd::image::{self, Progress};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::bars::{Bars, Row};
+use crate::bars::{Bars, Meter, Row};
 use crate::interrupt::Interrupts;
 use crate::output::{self, escape};
 use crate::units;
@@ -18,7 +18,12 @@ use crate::view::{self, PROGRESS_LINES};
 const LOOK: Duration = Duration::from_millis(200);
 
 /// Shows it.
-pub enum Show {
+pub struct Show {
+    way: Way,
+    meter: Meter,
+}
+
+enum Way {
     Json(Option<(u64, u64)>),
     Bars(Bars),
     Lines(Instant),
@@ -26,39 +31,46 @@ pub enum Show {
 
 impl Show {
     pub fn choose(json: bool) -> Self {
-        match (json, io::stderr().is_terminal()) {
-            (true, _) => Self::Json(None),
-            (false, true) => Self::Bars(Bars::default()),
-            (false, false) => Self::Lines(Instant::now()),
-        }
+        let way = match (json, io::stderr().is_terminal()) {
+            (true, _) => Way::Json(None),
+            (false, true) => Way::Bars(Bars::default()),
+            (false, false) => Way::Lines(Instant::now()),
+        };
+        let meter = Meter::default();
+        Self { way, meter }
     }
 
     fn update(&mut self, label: &str, (done, total): (u64, u64), state: &str) {
-        match self {
-            Self::Json(last) if *last != Some((done, total)) => {
+        self.meter.observe(Instant::now(), done);
+        let left = self.meter.left(done, total).filter(|_| state == "running");
+        match &mut self.way {
+            Way::Json(last) if *last != Some((done, total)) => {
                 *last = Some((done, total));
                 view::event(json!({
                     "event": "progress", "of": label, "state": state, "bytes_done": done, "bytes": total,
+                    "seconds_left": left.map(|left| left.as_secs()),
                 }));
             }
-            Self::Bars(bars) => bars.set(Row {
+            Way::Bars(bars) => bars.set(Row {
                 label: label.to_owned(),
                 done,
                 total,
                 state: state.to_owned(),
                 rate: None,
             }),
-            Self::Lines(last) if last.elapsed() >= PROGRESS_LINES => {
+            Way::Lines(last) if last.elapsed() >= PROGRESS_LINES => {
                 *last = Instant::now();
                 let (done, total) = (units::size(done), units::size(total));
-                output::complain(&format!("{}: {done} of {total}", escape(label)));
+                let left = left.map(|left| format!(", {} left", units::remaining(left)));
+                let left = left.unwrap_or_default();
+                output::complain(&format!("{}: {done} of {total}{left}", escape(label)));
             }
-            Self::Json(_) | Self::Lines(_) => {}
+            Way::Json(_) | Way::Lines(_) => {}
         }
     }
 
     pub fn finish(&mut self) {
-        if let Self::Bars(bars) = self {
+        if let Way::Bars(bars) = &mut self.way {
             bars.finish();
         }
     }

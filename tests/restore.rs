@@ -317,6 +317,7 @@ fn a_header_that_is_exchanged_after_it_was_checked_gives_nobody_another_file() {
     let output = Output {
         file: file.into(),
         format: Format::Raw,
+        kept: false,
         written: &written,
     };
     let restored = runtime.block_on(image::restore(&disk, output, control));

@@ -169,19 +169,23 @@ impl Backups {
         let output = Output {
             file: copy,
             format: Format::Qcow2,
+            kept: true,
             // It is in no backup yet, and goes with the replacement.
             written: &AtomicBool::new(false),
         };
         image::restore(images, output, control).await?;
-        if !image::shows_the_same(images, &target, control).await? {
+        let (stop, stall, file) = (self.stop.clone(), self.deadlines.stall(), target.clone());
+        let digest = move |progress: &Progress| FileDigest::of(&file, progress, &stop);
+        let (same, digest) = tokio::join!(
+            image::shows_the_same(images, &target, control),
+            watched(&self.activity, stall, digest),
+        );
+        if !same? {
             return Err(Error::NotTheSame {
                 id: chain.manifest.id.clone(),
                 disk: disk.name.clone(),
             });
         }
-        let (stop, stall) = (self.stop.clone(), self.deadlines.stall());
-        let digest = move |progress: &Progress| FileDigest::of(&target, progress, &stop);
-        let digest = watched(&self.activity, stall, digest).await;
         let digest = digest
             .ok_or_else(|| Error::stalled(stall))??
             .ok_or(Error::Stopping)?;

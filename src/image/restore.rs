@@ -1,5 +1,6 @@
 //! Restores a disk from its chain of images into one image without a backing file.
 
+use std::convert::Infallible;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use crate::definition::Format;
 use crate::error::is_no_space;
 use crate::qcow2::Empty;
 use crate::qmp::EventsError;
-use crate::target::Media;
+use crate::target::{Media, Pace, Writeback};
 
 /// How often progress is asked for. The end is not waited for by asking.
 const LOOK: Duration = Duration::from_millis(250);
@@ -34,6 +35,8 @@ pub struct Output<'a> {
     pub file: OwnedFd,
     /// The format that the disk gets there.
     pub format: Format,
+    /// It is read again at once, so it stays in memory.
+    pub kept: bool,
     /// Set before the first byte changes. While it is not set, the target is as it was.
     pub written: &'a AtomicBool,
 }
@@ -42,6 +45,8 @@ pub struct Output<'a> {
 struct Target<'a> {
     file: Arc<OwnedFd>,
     media: Media,
+    kept: bool,
+    writeback: Writeback,
     written: &'a AtomicBool,
 }
 
@@ -106,19 +111,39 @@ async fn work(
     let source = plan.source(0, chain)?;
     let name = plan.file(&target.file)?;
     let engine = running.insert(Engine::start(plan).await?);
-    copy(engine, chain, (source, &name), &target, format, progress).await?;
+    let copied = copy(engine, chain, (source, &name), &target, format, progress);
+    tokio::select! {
+        copied = copied => copied?,
+        failed = write_back(&target) => match failed? {},
+    }
     if let Some(engine) = running.take() {
         engine.quit().await?;
     }
     sync(chain, &target, steps).await
 }
 
+/// Sends what is copied to the device while more comes, so that less is left for the end. Goes on until it is dropped.
+async fn write_back(target: &Target<'_>) -> Result<Infallible, Error> {
+    let mut pace = Pace::default();
+    loop {
+        tokio::time::sleep(pace.pause()).await;
+        let writeback = target.writeback.clone();
+        // An error is found at the end.
+        let started = blocking(move || Ok(writeback.start().unwrap_or_default())).await?;
+        pace = pace.after(started);
+    }
+}
+
 /// Makes the target durable, piece by piece, so that slow storage shows progress and is distinguished from storage that hangs:
 /// the final fsync does not wait for data that was written back before.
 async fn sync(chain: &OpenDisk, target: &Target<'_>, steps: &AtomicU64) -> Result<(), Error> {
     let failed = |errno| Error::system(&chain.disk, "made durable", errno);
+    let sent = target.writeback.clone();
+    if let Some(errno) = blocking(move || Ok(sent.failure())).await? {
+        return Err(failed(errno));
+    }
     let length = rustix::fs::seek(&target.file, SeekFrom::End(0)).map_err(failed)?;
-    for offset in (0..length).step_by(PIECE) {
+    for offset in (0..length).step_by(PIECE).filter(|_| !target.kept) {
         let file = target.file.clone();
         // Advice: where it is not taken, the end takes longer.
         let sent = blocking(move || {
@@ -139,6 +164,7 @@ async fn inspect<'a>(chain: &OpenDisk, output: Output<'a>) -> Result<Target<'a>,
     let Output {
         file,
         format,
+        kept,
         written,
     } = output;
     let (file, media) = blocking(move || {
@@ -166,7 +192,13 @@ async fn inspect<'a>(chain: &OpenDisk, output: Output<'a>) -> Result<Target<'a>,
         Ok((Arc::new(file), media))
     })
     .await?;
-    Ok(Target { file, media, written })
+    Ok(Target {
+        writeback: Writeback::of_file(file.clone(), media, kept),
+        file,
+        media,
+        kept,
+        written,
+    })
 }
 
 /// Makes of the target an empty disk of that format; a raw device stays as it is.

@@ -235,6 +235,7 @@ async fn restore_all(
         let output = Output {
             file: descriptor,
             format: planned.format,
+            kept: false,
             written: target.written(),
         };
         let work = async { image::restore(&disk.open().await?, output, control).await };

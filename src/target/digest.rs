@@ -37,7 +37,7 @@ impl FileDigest {
         cancel: &CancellationToken,
     ) -> Result<Option<Self>, Error> {
         let failed = |errno| Error::io("read", "an image", errno);
-        let run = Run::new(file, How::Digest, false).map_err(failed)?;
+        let run = Run::new(file, How::Digest).map_err(failed)?;
         let digests = go_through(&[run], |_| Ok(()), |_, errno| failed(errno), progress, cancel)?;
         Ok(digests.and_then(|mut digests| digests.pop()))
     }
@@ -64,14 +64,16 @@ pub(super) struct Run<'a> {
     reading: Option<Reading<'a>>,
     /// A thread sends all of it to the device.
     sent: AtomicBool,
+    /// What was written back before, up to there: it need not be sent.
+    clean: u64,
     /// Its zeroes become holes.
     digs: bool,
     no_holes: AtomicBool,
 }
 
 impl<'a> Run<'a> {
-    /// Of all bytes that the file has now. With `digs`, zeroes become holes where the content is read.
-    pub(super) fn new(file: &'a OwnedFd, how: How, digs: bool) -> Result<Self, Errno> {
+    /// Of all bytes that the file has now.
+    pub(super) fn new(file: &'a OwnedFd, how: How) -> Result<Self, Errno> {
         // A device has a size, too, but not one that stat(2) knows.
         let length = rustix::fs::seek(file, SeekFrom::End(0))?;
         Ok(Self {
@@ -84,9 +86,20 @@ impl<'a> Run<'a> {
                 How::WriteBack => None,
             },
             sent: AtomicBool::new(false),
-            digs,
+            clean: 0,
+            digs: false,
             no_holes: AtomicBool::new(false),
         })
+    }
+
+    /// Zeroes become holes where the content is read.
+    pub(super) fn digging(self) -> Self {
+        Self { digs: true, ..self }
+    }
+
+    /// Most of what is before `end` was written back already.
+    pub(super) fn clean_to(self, end: u64) -> Self {
+        Self { clean: end, ..self }
     }
 
     /// One thread's part of it; each piece counts as progress.
@@ -98,7 +111,7 @@ impl<'a> Run<'a> {
         let mut digger = Digger::new(self.file, &self.no_holes);
         match &self.reading {
             Some(reading) => reading.work(&mut Eyes {
-                sent: (self.how == How::DigestAndWriteBack).then_some(self.file),
+                sent: (self.how == How::DigestAndWriteBack).then_some((self.file, self.clean)),
                 digger: self.digs.then_some(&mut digger),
                 progress,
                 cancel,
@@ -137,7 +150,7 @@ fn send(file: &OwnedFd, piece: Range<u64>) {
 }
 
 struct Eyes<'a, 'b> {
-    sent: Option<&'a OwnedFd>,
+    sent: Option<(&'a OwnedFd, u64)>,
     digger: Option<&'a mut Digger<'b>>,
     progress: &'a Progress,
     cancel: &'a CancellationToken,
@@ -159,7 +172,9 @@ impl Watch for Eyes<'_, '_> {
         if let Some(digger) = &mut self.digger {
             digger.end(piece.end);
         }
-        if let Some(file) = self.sent {
+        if let Some((file, clean)) = self.sent
+            && piece.end > clean
+        {
             send(file, piece);
         }
     }
@@ -233,10 +248,7 @@ mod tests {
         let files = [file(&large), file(small), file(b""), file(&large)];
         let total: usize = 2 * large.len() + small.len();
         for how in [How::Digest, How::DigestAndWriteBack, How::WriteBack] {
-            let runs: Vec<Run> = files
-                .iter()
-                .map(|file| Run::new(file, how, false).unwrap())
-                .collect();
+            let runs: Vec<Run> = files.iter().map(|file| Run::new(file, how).unwrap()).collect();
             let ends = std::sync::Mutex::new(Vec::new());
             let (progress, cancel) = (Progress::default(), CancellationToken::new());
             let end = |index| {
@@ -261,7 +273,7 @@ mod tests {
     #[test]
     fn an_error_at_the_end_of_one_file_is_the_error_of_all() {
         let files = [file(&vec![1; 9 << 20]), file(&vec![2; 9 << 20])];
-        let runs = [0, 1].map(|index| Run::new(&files[index], How::Digest, false).unwrap());
+        let runs = [0, 1].map(|index| Run::new(&files[index], How::Digest).unwrap());
         let (progress, cancel) = (Progress::default(), CancellationToken::new());
         let end = |index| match index {
             0 => Err(failed(index, Errno::IO)),

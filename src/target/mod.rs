@@ -51,7 +51,7 @@ pub use removal::{Removal, finish_removal, removed_backup, removed_name};
 pub use replacement::{Replacement, replaced_backup};
 pub use space::device_for_restore;
 pub use store::{Published, ensure as ensure_store, partial_backup};
-pub use writeback::Writeback;
+pub use writeback::{Pace, Writeback};
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -146,6 +146,19 @@ impl Target {
     /// A descriptor of the same open file, for QEMU.
     pub fn descriptor(&self) -> io::Result<OwnedFd> {
         Ok(rustix::io::fcntl_dupfd_cloexec(&self.file, 3)?)
+    }
+}
+
+/// Durable files that nobody reads again soon. Closing them waits for their storage.
+#[derive(Debug, Default)]
+pub struct Cached(Vec<Arc<OwnedFd>>);
+
+impl Cached {
+    /// Gives the memory to others. Blocks.
+    pub fn release(self) {
+        for file in self.0 {
+            let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+        }
     }
 }
 
@@ -291,8 +304,12 @@ impl Targets {
             Error::io("read", &target.label, errno).of(&target.disk)
         };
         let runs = self.targets.iter().enumerate().map(|(index, target)| {
-            let run = Run::new(&target.file, how, target.sparse && how == How::DigestAndWriteBack);
-            run.map_err(|errno| failed(index, errno))
+            let run = Run::new(&target.file, how).map_err(|errno| failed(index, errno))?;
+            Ok::<_, Error>(match how {
+                // A qcow2 image has clusters that are mostly empty, and tables.
+                How::DigestAndWriteBack => run.digging().clean_to(self.writeback.clean_to(index)),
+                How::Digest | How::WriteBack => run,
+            })
         });
         let runs = runs.collect::<Result<Vec<_>, _>>()?;
         digest::go_through(&runs, end, failed, progress, cancel)
@@ -321,6 +338,11 @@ impl Targets {
     /// Each file counts as progress.
     pub fn discard(mut self, progress: &Progress) -> bool {
         self.clear(progress)
+    }
+
+    /// Its pages in memory, which are of no use to the backup any more.
+    pub fn cached(&self) -> Cached {
+        Cached(self.targets.iter().map(|target| target.file.clone()).collect())
     }
 
     /// Leaves everything as it is: it is published, or a later process of the service resumes it. The backing images

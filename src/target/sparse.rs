@@ -62,7 +62,7 @@ impl<'a> Digger<'a> {
         if let Err(errno) = punch(self.file, start, end)
             && !self.refused.swap(true, Ordering::Relaxed)
         {
-            tracing::warn!(%errno, "an image cannot be made sparse");
+            tracing::debug!(%errno, "an image cannot be made sparse");
         }
     }
 }

@@ -3,7 +3,7 @@
 //! [`state::next`]: super::state::next
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::state::{self, Action, Fact, State, Verdict};
 use crate::catalog::BackupRecord;
@@ -17,7 +17,7 @@ use crate::job::quiesce::Freeze;
 use crate::job::record::Residue;
 use crate::job::{self, Error, Job, Outcome, Reservation, show_ended};
 use crate::qmp::Events;
-use crate::target::{Parents, Targets};
+use crate::target::{Cached, Parents, Targets};
 
 /// How often it is tried to record an outcome.
 const RETRY: Duration = Duration::from_secs(1);
@@ -47,6 +47,8 @@ pub(in crate::job) struct Driver<'a> {
     pub(super) made: Option<BackupRecord>,
     /// The bases stay until the backup is on record.
     pub(super) parents: Parents,
+    /// What is in memory of the published images.
+    pub(super) cached: Cached,
 }
 
 impl<'a> Driver<'a> {
@@ -65,6 +67,7 @@ impl<'a> Driver<'a> {
             resumed: false,
             made: None,
             parents: Parents::default(),
+            cached: Cached::default(),
         }
     }
 
@@ -93,11 +96,14 @@ impl<'a> Driver<'a> {
             }
             let Some(todo) = action else { break };
             fault::passed(&format!("before {}", todo.name()));
+            let began = Instant::now();
             let fact = match self.perform(&state, todo, &mut reservation).await {
                 Ok(fact) => fact,
                 Err(Stopped::Detached) => return self.detach().await,
                 Err(stopped) => Fact::Stopped(self.verdict(stopped)),
             };
+            let took = began.elapsed();
+            tracing::debug!(job = self.job.id, step = todo.name(), ?took, "step done");
             fault::passed(&format!("after {}", todo.name()));
             (state, action) = state::next(state, fact);
         }

@@ -224,6 +224,7 @@ impl Driver<'_> {
         };
         match published {
             Ok(()) => {
+                self.cached = targets.cached();
                 self.parents = targets.leave();
                 Ok(())
             }
@@ -289,6 +290,8 @@ impl Driver<'_> {
         // Before anybody hears of the end: who waits for it may start the next one at once.
         drop(reservation);
         job.update(|status| status.outcome = Some(outcome));
+        let cached = std::mem::take(&mut self.cached);
+        blocking(self.setting, move || cached.release()).await;
     }
 
     async fn settle_checkpoints(&self, footprint: &crate::job::footprint::Footprint) {

@@ -52,6 +52,7 @@ pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
         let output = Output {
             file: place.descriptor()?,
             format,
+            kept: false,
             written: place.written(),
         };
         let work = async { image::restore(&disk.open().await?, output, control).await };

@@ -84,7 +84,7 @@ test-system: deb
 demo:
 	@QEMU='$(QEMU)' CARGO='$(CARGO)' tests/demo.sh
 
-# BACKUPD_BENCH_DIR=DIR chooses where its 10 GiB go, BACKUPD_BENCH_ROUNDS=N how often everything is measured. What the
+# BACKUPD_BENCH_DIR=DIR chooses where its 12 GiB go, BACKUPD_BENCH_ROUNDS=N how often everything is measured. What the
 # service logs at its default level is part of what it costs.
 bench: export RUST_LOG = info
 bench: setup

@@ -25,6 +25,17 @@ pub struct Increment {
     pub image: u64,
 }
 
+/// Incremental backups of a disk that has not changed, from the call to the signal, in seconds.
+pub async fn unchanged(caller: &mut Caller, vm: &Vm, rounds: usize) -> Vec<f64> {
+    back_up(caller, vm, "full").await;
+    let mut measured = Vec::new();
+    // They are short.
+    for _ in 0..rounds * 5 {
+        measured.push(back_up(caller, vm, "auto").await.seconds);
+    }
+    measured
+}
+
 /// The measurements of each size, in the order of [`SIZES`].
 pub async fn measure(system: &System, caller: &mut Caller, rounds: usize) -> [Vec<Increment>; 3] {
     let machines: Vec<Vm> = SIZES.iter().map(|gib| machine(system, *gib)).collect();

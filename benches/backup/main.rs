@@ -4,20 +4,25 @@
 //! device that others use too, only numbers of the same minutes can be compared. It is a report: it ends well whether
 //! the targets are met or not.
 //!
-//! Then it makes incremental backups of disks of several sizes of which the same much has changed.
+//! Then it makes incremental backups of disks of several sizes of which the same much has changed, restores, verifies, merges and
+//! compresses, and backs up a huge disk without data, each beside the tool that does the same by hand.
 //!
-//! `BACKUPD_BENCH_DIR` is where the images go (10 GiB, removed at the end), `BACKUPD_BENCH_ROUNDS` how many rounds.
+//! `BACKUPD_BENCH_DIR` is where the images go (12 GiB, removed at the end), `BACKUPD_BENCH_ROUNDS` how many rounds.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
+mod compression;
 mod hand;
+mod holes;
 mod increments;
 mod latency;
 mod memory;
 mod methods;
+mod pair;
 mod qmp;
 mod report;
+mod stored;
 mod workspace;
 
 use common::System;
@@ -26,11 +31,14 @@ use common::disk::Disk;
 use common::storage::Tmpfs;
 use methods::{Method, Sample};
 use qmp::Monitor;
+use report::Report;
 use workspace::Workspace;
 
 /// The machines' names in the service.
 const LARGE: &str = "large";
 const SMALL: &str = "small";
+const HUGE: &str = "huge";
+const SOFT: &str = "soft";
 /// The stores' names: one on the device that is measured, one in memory.
 const ON_DEVICE: &str = "device";
 const IN_MEMORY: &str = "memory";
@@ -114,14 +122,29 @@ fn main() {
         order.rotate_left(round % Method::ALL.len());
         samples.extend(order.map(|method| (method, measure(method, false))));
     }
+    eprintln!("small disks");
     let latency = runtime.block_on(latency::measure(&system, &mut caller, &small));
-    drop((large, small));
+    let unchanged = runtime.block_on(increments::unchanged(&mut caller, &small, rounds));
     let increments = runtime.block_on(increments::measure(&system, &mut caller, rounds));
-    report::print(
+    eprintln!("stored backups");
+    let mut times = runtime.block_on(stored::measure(&mut caller, &workspace, &large, rounds));
+    drop((large, small));
+    eprintln!("compression and holes");
+    let compressed = compression::measure(&system, &mut caller, &workspace, rounds);
+    let (compressed, mut sizes) = runtime.block_on(compressed);
+    times.extend(compressed);
+    let holes = runtime.block_on(holes::measure(&system, &mut caller, &workspace, rounds));
+    times.extend(holes.times);
+    sizes.extend(holes.sizes);
+    report::print(&Report {
         rounds,
-        &samples,
-        &latency,
-        &[("idle", idle), ("busy", busy)],
-        &increments,
-    );
+        samples: &samples,
+        latency: &latency,
+        unchanged: &unchanged,
+        memory: &[("idle", idle), ("busy", busy)],
+        increments: &increments,
+        times: &times,
+        sizes: &sizes,
+        alone: &holes.alone,
+    });
 }

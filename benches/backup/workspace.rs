@@ -19,7 +19,11 @@ const REGIONS: u64 = 16;
 
 const CHUNK: usize = 1 << 20;
 /// What a run takes at most, with room to spare.
-const NEEDED: u64 = 10 << 30;
+const NEEDED: u64 = 12 << 30;
+/// Of the image that compresses well, all of it data.
+pub const SOFT: u64 = 512 << 20;
+/// What a measurement needs of free memory, in bytes.
+const TOUCHED: usize = 2 << 30;
 /// For what a device does with deleted data in its own time.
 const REST: Duration = Duration::from_secs(1);
 
@@ -63,6 +67,11 @@ impl Workspace {
         self.path().join("source.qcow2")
     }
 
+    /// An image that compresses to about half of its size, qcow2.
+    pub fn soft(&self) -> PathBuf {
+        self.path().join("soft.qcow2")
+    }
+
     /// What the image holds, one stretch after the other.
     pub fn data(&self) -> PathBuf {
         self.path().join("data")
@@ -96,9 +105,23 @@ impl Workspace {
                 image.write_all_at(&chunk, region * (IMAGE_SIZE / REGIONS) + offset)?;
             }
         }
+        self.make_image(&raw, &self.source())?;
+        let mut image = File::create(&raw)?;
+        for offset in (0..SOFT).step_by(CHUNK) {
+            noise.fill(&mut chunk);
+            // Half of each page, as of files that are text and pictures.
+            for page in chunk.chunks_mut(4096) {
+                page[2048..].fill((offset >> 20) as u8);
+            }
+            image.write_all(&chunk)?;
+        }
+        self.make_image(&raw, &self.soft())
+    }
+
+    fn make_image(&self, raw: &Path, image: &Path) -> io::Result<()> {
         let mut convert = Command::new("qemu-img");
         convert.args(["convert", "-f", "raw", "-O", "qcow2"]);
-        convert.arg(&raw).arg(self.source());
+        convert.arg(raw).arg(image);
         process::run(convert).expect_success();
         fs::remove_file(raw)
     }
@@ -108,11 +131,13 @@ impl Workspace {
     pub fn settle(&self) {
         rustix::fs::sync();
         std::thread::sleep(REST);
-        for file in [self.data(), self.source()] {
+        for file in [self.data(), self.source(), self.soft()] {
             let mut file = File::open(file).expect("it is there");
             io::copy(&mut file, &mut Discard).expect("it is read");
         }
         rustix::fs::sync();
+        // In a virtual machine, memory that was free for a while is the host's again, and slow to be had back.
+        drop(std::hint::black_box(vec![1_u8; TOUCHED]));
     }
 
     /// What was made since the last [`Workspace::remove_targets`].

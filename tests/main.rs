@@ -35,6 +35,7 @@ mod foreign_headers;
 mod foreign_peers;
 mod fuzz_corpus;
 mod guest;
+mod guest_writes;
 mod history;
 mod host_restart;
 mod hostile;

@@ -18,7 +18,7 @@ mod schemas;
 pub use directory::{CheckpointPolicy, Content, Directories, FileError};
 pub use disks::{Bitmap, Disk, DiskLookup, find_disk};
 pub use identity::{Identity, NOBODY, Reach};
-pub use monitor::{Greeter, Link, OLDEST, Phase};
+pub use monitor::{Greeter, Link, OLDEST, Phase, RunState};
 pub use outside::Outside;
 pub use owner::name as user_name;
 pub use registry::{Change, Registration, Registry};

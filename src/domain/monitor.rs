@@ -197,12 +197,20 @@ impl Link {
         disks_of(drives, &nodes, edges.as_ref(), &Devices::of([]))
     }
 
-    /// Asks QEMU whether its disks are, or will be, another's.
-    pub async fn migration(&self) -> qmp::Result<Option<Migration>> {
+    /// Asks QEMU what it does with the guest.
+    pub async fn run_state(&self) -> qmp::Result<RunState> {
         let status = self
             .client
             .query_within::<StatusReply>(PATIENCE, "query-status", json!({}));
-        Ok(Migration::from_run_state(&status.await?.status))
+        Ok(RunState(status.await?.status))
+    }
+
+    /// Lets the guest run.
+    pub async fn resume_guest(&self) -> qmp::Result<()> {
+        let resumed = self
+            .client
+            .query_within::<serde_json::Value>(PATIENCE, "cont", json!({}));
+        resumed.await.map(drop)
     }
 
     async fn uuid(&self) -> qmp::Result<Option<Uuid>> {
@@ -357,6 +365,27 @@ struct Version {
 struct UuidReply {
     #[serde(rename = "UUID")]
     uuid: Uuid,
+}
+
+/// QEMU's `RunState` (`qapi/run-state.json`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunState(String);
+
+impl RunState {
+    pub fn is_running(&self) -> bool {
+        self.0 == "running"
+    }
+
+    /// Whether QEMU paused the guest because an I/O request of it failed (`werror`, `rerror` of a device). It repeats the
+    /// request when the guest runs again.
+    pub fn is_io_error(&self) -> bool {
+        self.0 == "io-error"
+    }
+
+    /// Whether QEMU's disks are, or will be, another's.
+    pub fn migration(&self) -> Option<Migration> {
+        Migration::from_run_state(&self.0)
+    }
 }
 
 #[derive(Deserialize)]

@@ -10,7 +10,7 @@ use super::driver::Driver;
 use super::state::Fact;
 use crate::clock;
 use crate::definition::Format;
-use crate::domain::{Disk, Link, poweroff};
+use crate::domain::{Disk, Link, RunState, poweroff};
 use crate::fault;
 use crate::job::error::Stopped;
 use crate::job::footprint::{Footprint, Names};
@@ -165,7 +165,7 @@ impl Driver<'_> {
         };
         fault::passed("begun");
         let quiesced = thawed.quiesced?;
-        self.check_start().await?;
+        self.guest_ran = self.check_start().await?.is_running();
         tracing::info!(job = job.id, domain = job.domain.name, "backup started");
         self.started = Some((events, speed));
         Ok(Fact::Started {
@@ -191,18 +191,19 @@ impl Driver<'_> {
             .collect()
     }
 
-    /// Whether what is copied from now on is the VM's own.
-    pub(super) async fn check_start(&self) -> Result<(), Stopped> {
+    /// Whether what is copied from now on is the VM's own. Returns what QEMU does with the guest.
+    pub(super) async fn check_start(&self) -> Result<RunState, Stopped> {
         self.check_sources().await?;
         // Some versions begin to copy a disk that another QEMU writes to already.
         let link = self.footprint()?.link();
         let ask = || {
             let link = link.clone();
-            async move { link.migration().await }
+            async move { link.run_state().await }
         };
-        match self.ask(ask).await? {
+        let state = self.ask(ask).await?;
+        match state.migration() {
             Some(migration) => Err(Error::Migration(migration).into()),
-            None => Ok(()),
+            None => Ok(state),
         }
     }
 

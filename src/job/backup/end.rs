@@ -10,6 +10,7 @@ use super::state::{Copying, Fact, State};
 use crate::catalog::{self, BackupRecord};
 use crate::job::chain::checkpoint_name;
 use crate::job::error::Stopped;
+use crate::job::footprint::Footprint;
 use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown, blocking};
 use crate::offload::{self, Progress, unless_stalled};
 use crate::plan::{Destination, Place};
@@ -57,7 +58,12 @@ impl Driver<'_> {
         };
         let released = tokio::time::timeout(self.setting.deadlines.stall(), released).await;
         let why = match released {
-            Ok(Ok(())) => return Fact::Released { in_qemu: false },
+            Ok(Ok(())) => {
+                if undo.is_some() && self.guest_ran {
+                    self.resume_guest(footprint).await;
+                }
+                return Fact::Released { in_qemu: false };
+            }
             Ok(Err(error)) => error.to_string(),
             Err(_) => "it does not answer".to_owned(),
         };
@@ -69,8 +75,38 @@ impl Driver<'_> {
         Fact::Released { in_qemu: true }
     }
 
+    /// Resumes the guest if QEMU paused it because the target failed.
+    ///
+    /// A guest's write to a part that is not copied yet fails with the target (copy-before-write). By default, a device pauses
+    /// the guest if the target is full (`werror=enospc`). Without the backup, the repeated write reaches the disk. If the disk
+    /// itself failed, QEMU pauses the guest again.
+    async fn resume_guest(&self, footprint: &Footprint) {
+        let link = footprint.link();
+        let resumed = async {
+            match link.run_state().await?.is_io_error() {
+                true => link.resume_guest().await.map(|()| true),
+                false => Ok(false),
+            }
+        };
+        let (job, domain) = (self.job.id, &self.job.domain.name);
+        match resumed.await {
+            Ok(true) => tracing::warn!(
+                job,
+                domain,
+                "QEMU had paused the guest because the backup's target failed: it runs again"
+            ),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(
+                job,
+                domain,
+                %error,
+                "QEMU may have paused the guest because the backup's target failed: check the VM"
+            ),
+        }
+    }
+
     /// A file that a caller had passed went with the earlier process; only QEMU still has it.
-    async fn empty_lost_files(&self, footprint: &crate::job::footprint::Footprint) {
+    async fn empty_lost_files(&self, footprint: &Footprint) {
         let disks = self.job.plan.disks.iter().enumerate();
         let passed = disks.filter(|(_, disk)| matches!(disk.place, Place::Descriptor(_)));
         let passed: Vec<usize> = passed.map(|(index, _)| index).collect();
@@ -294,7 +330,7 @@ impl Driver<'_> {
         blocking(self.setting, move || cached.release()).await;
     }
 
-    async fn settle_checkpoints(&self, footprint: &crate::job::footprint::Footprint) {
+    async fn settle_checkpoints(&self, footprint: &Footprint) {
         let kept = self.disks.lock().unwrap_or_else(PoisonError::into_inner).take();
         let settled = footprint.settle_checkpoints(kept, self.setting);
         let why = match tokio::time::timeout(self.setting.deadlines.stall(), settled).await {

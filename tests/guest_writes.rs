@@ -1,0 +1,99 @@
+//! The guest of a VM whose backup's target fails while the guest writes: a Linux that writes to its disk all the time.
+//!
+//! QEMU copies a part of the disk to the target before the guest overwrites it. If that fails, so does the guest's write.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use crate::common::bus::project_file;
+use crate::common::caller::{Caller, assert_failed};
+use crate::common::disk::Disk;
+use crate::common::initramfs::{Initramfs, parts};
+use crate::common::proxies::slowly;
+use crate::common::storage::Tmpfs;
+use crate::common::vm::Vm;
+use crate::common::wait;
+use crate::common::{System, test_directory};
+
+const MIB: u64 = 1 << 20;
+const DOCUMENT: &str = "<domainbackup><store name='small'/></domainbackup>";
+
+struct Scene {
+    system: System,
+    store: Tmpfs,
+    vm: Vm,
+    serial: PathBuf,
+    _place: tempfile::TempDir,
+}
+
+impl Scene {
+    /// Returns when the guest writes.
+    fn boot() -> Self {
+        let place = test_directory();
+        let store = Tmpfs::mount(&place.path().join("store"), 40 * MIB);
+        let system = System::setup().store("small", store.path()).start();
+        let dir = system.dir().to_owned();
+        let archive = Initramfs::new(&dir, &project_file("tests/guest/writer.sh")).pack();
+        let serial = dir.join("serial");
+        let kernel = parts().join("vmlinuz").display().to_string();
+        let vm = system
+            .vm("linux")
+            .disk(Disk::new("vda", 20 * MIB).raw().fill(0, 20 * MIB, 0x5a))
+            .extra(&["-m", "256", "-kernel", &kernel])
+            .extra(&["-initrd", &archive.display().to_string()])
+            .extra(&["-append", "console=ttyS0 quiet panic=-1"])
+            .extra(&["-serial", &format!("file:{}", serial.display())])
+            .running();
+        let vm = system.configured(vm);
+        let scene = Self {
+            system,
+            store,
+            vm,
+            serial,
+            _place: place,
+        };
+        scene.writes_on();
+        scene
+    }
+
+    fn output(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.serial).unwrap_or_default()).into_owned()
+    }
+
+    fn written(&self) -> usize {
+        self.output()
+            .lines()
+            .filter(|line| line.starts_with("written "))
+            .count()
+    }
+
+    /// Waits until the guest has written more.
+    fn writes_on(&self) {
+        let (before, began) = (self.written(), Instant::now());
+        while self.written() < before + 3 {
+            let waited = began.elapsed() < wait::DEADLINE;
+            assert!(waited, "the guest does not write:\n{}", self.output());
+            std::thread::sleep(wait::STEP);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_a_full_target_paused_runs_again_and_loses_no_write() {
+    let scene = Scene::boot();
+    let caller = Caller::new(&scene.system).await;
+    let job = caller.start_with("linux", DOCUMENT, &[], slowly(MIB / 4)).await;
+    fs::write(scene.store.path().join("filler"), vec![1; 40 * MIB as usize]).unwrap_err();
+    scene.vm.wait_event("BLOCK_IO_ERROR", |data| {
+        data["action"] == "stop" && data["nospace"] == true
+    });
+    assert_failed(&job, "NoSpace", "No space left on device").await;
+    scene.writes_on();
+    assert!(!scene.output().contains("failed"), "{}", scene.output());
+    assert_eq!(
+        scene.vm.qmp("query-status", serde_json::json!({}))["status"],
+        "running"
+    );
+    assert!(scene.vm.residue().jobs.is_empty());
+}

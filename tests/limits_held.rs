@@ -5,9 +5,10 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use crate::common::System;
-use crate::common::caller::{Caller, cancel};
+use crate::common::caller::{Caller, assert_failed, cancel};
 use crate::common::clients::{OTHER_USER, THIRD_USER, USER};
 use crate::common::disk::Disk;
+use crate::common::hanging::{Hanging, Limits, Operation};
 use crate::common::peer::{Peer, StandIn};
 use crate::common::polkit;
 use crate::common::proxies::{JobProxy, Options, assert_limit, error_name, slowly};
@@ -224,4 +225,39 @@ async fn descriptors_are_counted_while_a_backup_or_a_registered_domain_holds_the
     .await;
     cancel(&user.job(again).await).await;
     assert_eq!((a.residue(), b.residue()), (before_a, before_b));
+}
+
+/// A thread that storage blocks ends when the storage answers. Until then it counts as the job that it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn work_that_storage_blocks_counts_for_its_user_until_it_returns() {
+    let rights = ["domain.getattr", "domain.read", "domain.backup", "domain.export"];
+    let system = System::setup()
+        .rules(&polkit::allow(USER, &rights))
+        .table("[limits]\njobs-per-user = 1\n[deadlines]\nstall-seconds = 2")
+        .start();
+    let vm = system
+        .vm("web")
+        .disk(Disk::new("vda", MIB).fill(0, MIB, 1))
+        .running();
+    let _vm = system.configured(vm);
+    let user = Caller::of_user(&system, USER).await;
+    let storage = Hanging::mount(&system.dir().join("fuse"), Limits::default());
+    let document =
+        "<domainbackup><disks><disk name='vda' type='fd'><target fd='0'/></disk></disks></domainbackup>";
+    let open = |name: &str| -> OwnedFd {
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true);
+        options.open(storage.path().join(name)).unwrap().into()
+    };
+    let target = open("a");
+    storage.hang(Operation::Fsync);
+    let job = user.start_with("web", document, &[target], Options::new()).await;
+    assert_failed(&job, "Stalled", "made no progress").await;
+    let mut options = File::options();
+    options.read(true).write(true).create_new(true);
+    let again: OwnedFd = options.open(system.dir().join("b")).unwrap().into();
+    let start = || user.try_start("web", document, std::slice::from_ref(&again), Options::new());
+    assert_limit("jobs-per-user", start().await);
+    storage.heal();
+    wait::until_async("the blocked work to return", async || start().await.ok()).await;
 }

@@ -158,13 +158,16 @@ pub struct Reservation {
     domains: Vec<(String, Hold)>,
     /// Among the backups that run.
     claim: Option<Claim>,
-    _kept: Kept,
+    kept: Kept,
 }
+
+/// A user's shares of the jobs, and of the caller's descriptors that a backup writes to.
+pub(super) type Shares = Arc<(Share, Option<Arc<Share>>)>;
 
 /// What is counted from a call to the end of its backup.
 pub(super) struct Kept {
-    /// Of jobs, and of the caller's descriptors that the backup writes to. What a former process began counts for nobody.
-    _shares: Option<(Share, Option<Arc<Share>>)>,
+    /// What a former process began counts for nobody.
+    shares: Option<Shares>,
     /// The service does not leave before.
     _use: Use,
     /// The service does not stop before it is given back.
@@ -177,8 +180,13 @@ impl Reservation {
             jobs,
             domains: vec![domain],
             claim,
-            _kept: kept,
+            kept,
         }
+    }
+
+    /// For work that may outlast the backup, on a thread that storage blocks.
+    pub(super) fn shares(&self) -> Option<Shares> {
+        self.kept.shares.clone()
     }
 
     /// Takes another domain's place too, whoever has it: it is the same VM, under the name that it has now.
@@ -561,7 +569,7 @@ impl Jobs {
 
     pub(super) fn keep(&self, shares: Option<(Share, Option<Arc<Share>>)>, token: TaskTrackerToken) -> Kept {
         Kept {
-            _shares: shares,
+            shares: shares.map(Arc::new),
             _use: self.setting.activity.begin(),
             _token: token,
         }

@@ -12,7 +12,7 @@ use crate::fault;
 use crate::job::bandwidth::Part;
 use crate::job::error::Stopped;
 use crate::job::footprint::Footprint;
-use crate::job::manager::{Ending, Setting};
+use crate::job::manager::{Ending, Setting, Shares};
 use crate::job::quiesce::Freeze;
 use crate::job::record::Residue;
 use crate::job::{self, Error, Job, Outcome, Reservation, show_ended};
@@ -47,6 +47,8 @@ pub(in crate::job) struct Driver<'a> {
     /// An earlier process began the backup.
     pub(super) resumed: bool,
     pub(super) made: Option<BackupRecord>,
+    /// Work that storage blocks keeps them until it returns: each such thread counts.
+    pub(super) shares: Option<Shares>,
     /// The bases stay until the backup is on record.
     pub(super) parents: Parents,
     /// What is in memory of the published images.
@@ -69,6 +71,7 @@ impl<'a> Driver<'a> {
             unknown: false,
             resumed: false,
             made: None,
+            shares: None,
             parents: Parents::default(),
             cached: Cached::default(),
         }
@@ -81,6 +84,7 @@ impl<'a> Driver<'a> {
         fact: Fact,
         mut reservation: Option<Reservation>,
     ) -> Ending {
+        self.shares = reservation.as_ref().and_then(Reservation::shares);
         let mut recorded = state.clone();
         let (mut state, mut action) = state::next(state, fact);
         loop {

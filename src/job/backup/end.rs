@@ -159,7 +159,9 @@ impl Driver<'_> {
         let (progress, interrupt) = (Progress::default(), CancellationToken::new());
         let _interrupt = interrupt.clone().drop_guard();
         let (counted, interrupted) = (progress.clone(), interrupt.clone());
+        let shares = self.shares.clone();
         let work = blocking(self.setting, move || {
+            let _shares = shares;
             let result = work(&targets, &counted, &interrupted);
             // If nobody waits for it any more, it is discarded here.
             (targets, result)
@@ -237,8 +239,9 @@ impl Driver<'_> {
         records: Vec<(&'static str, Vec<u8>)>,
     ) -> Result<(), Stopped> {
         let (job, progress) = (self.job.clone(), Progress::default());
-        let counted = progress.clone();
+        let (counted, shares) = (progress.clone(), self.shares.clone());
         let work = blocking(self.setting, move || {
+            let _shares = shares;
             let records: Vec<(&str, &[u8])> = records
                 .iter()
                 .map(|(name, content)| (*name, content.as_slice()))
@@ -324,7 +327,7 @@ impl Driver<'_> {
             self.settle_checkpoints(&footprint).await;
         }
         // Before anybody hears of the end: who waits for it may start the next one at once.
-        drop(reservation);
+        drop((reservation, self.shares.take()));
         job.update(|status| status.outcome = Some(outcome));
         let cached = std::mem::take(&mut self.cached);
         blocking(self.setting, move || cached.release()).await;

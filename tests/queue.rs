@@ -8,6 +8,7 @@ use crate::common::clients::{OTHER_USER as OTHER, ROOT, USER};
 use crate::common::disk::{Disk, Kind};
 use crate::common::proxies::{JobProxy, Options, assert_limit, error_name, slowly};
 use crate::common::proxy::Proxy;
+use crate::common::storage::LoopDevice;
 use crate::common::vm::Vm;
 use crate::common::{Setup, System, polkit, wait};
 use serde_json::json;
@@ -349,6 +350,69 @@ async fn what_was_authorised_is_what_runs_or_nothing() {
     }
     assert!(!system.store().join("b").exists());
     assert_eq!(fs::read_dir(&targets).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queued_backup_writes_to_no_other_device_of_the_same_number() {
+    let system = setup(1).start();
+    let _a = machine(&system, "a");
+    let _b = system.configured(
+        system
+            .vm("b")
+            .disk(Disk::new("vda", 4 * MIB).fill(0, 4 * MIB, 0x22))
+            .running(),
+    );
+    let root = Caller::new(&system).await;
+    let (meant, other) = (system.dir().join("meant"), system.dir().join("other"));
+    for (path, byte) in [(&meant, 0xaa), (&other, 0xbb)] {
+        fs::write(path, vec![byte; 8 * MIB as usize]).unwrap();
+    }
+    let device = LoopDevice::attach(&meant, 0);
+    let document = format!(
+        "<domainbackup><disks><disk name='vda' type='block'><driver type='raw'/><target dev='{}'/></disk></disks></domainbackup>",
+        device.device().display()
+    );
+    for exchanged in [false, true] {
+        let running = root.start_with("a", "", &[], slowly(1)).await;
+        let queued = queue(&root, "b", &document, Options::new()).await;
+        if exchanged {
+            device.exchange(&other);
+        }
+        cancel(&running).await;
+        if !exchanged {
+            ended(queued).await;
+            assert!(
+                fs::read(&meant).unwrap()[..4 * MIB as usize]
+                    .iter()
+                    .all(|byte| *byte == 0x22)
+            );
+            continue;
+        }
+        let refused = wait::within("the call", queued.call).await.unwrap().unwrap_err();
+        assert!(refused.to_string().contains("another device"), "{refused}");
+        let (result, error, message) = wait::within("the end", queued.job.wait()).await.unwrap();
+        assert_eq!(result, "failed");
+        assert!(
+            error.ends_with("TargetInvalid") && message.contains("another device"),
+            "{error}: {message}"
+        );
+        assert!(fs::read(&other).unwrap().iter().all(|byte| *byte == 0xbb));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_not_there_is_refused_at_once() {
+    let system = setup(1).start();
+    let _machines = ["a", "b"].map(|name| machine(&system, name));
+    let root = Caller::new(&system).await;
+    let _running = root.start_with("a", "", &[], slowly(1)).await;
+    let document = "<domainbackup><disks><disk name='vda' type='block'><driver type='raw'/><target dev='/dev/no-such-device'/></disk></disks></domainbackup>";
+    let refused = root
+        .try_start("b", document, &[], Options::new())
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("does not exist"), "{refused}");
+    assert_eq!(ids(&root).await.len(), 1);
 }
 
 fn image(system: &System, name: &str) -> String {

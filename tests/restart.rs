@@ -483,6 +483,43 @@ async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_nothing_th
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_came_in_place_of_a_target_is_left_as_it_is() {
+    for (exchanged, rebooted) in [(false, false), (true, false), (false, true)] {
+        let mut scene = Scene::new();
+        let (meant, other) = (scene.system.dir().join("meant"), scene.system.dir().join("other"));
+        for path in [&meant, &other] {
+            std::fs::write(path, vec![MARK; DEVICE]).unwrap();
+        }
+        let device = LoopDevice::attach(&meant, 0);
+        let document = format!(
+            "<domainbackup><disks><disk name='vdb' type='block'><driver type='raw'/><target dev='{}'/></disk></disks></domainbackup>",
+            device.device().display()
+        );
+        let caller = Caller::new(&scene.system).await;
+        let job = caller.start_with("web", &document, &[], slowly(2 * MIB)).await;
+        wait::until_async("some progress", || async {
+            (job.progress().await.unwrap() > 0.0).then_some(())
+        })
+        .await;
+        scene.system.kill_daemon();
+        scene.vm.kill();
+        if exchanged {
+            device.exchange(&other);
+        }
+        if rebooted {
+            scene.system.enter_another_boot();
+        }
+        let (result, _, message) = found_out(&mut scene, 1).await;
+        assert_eq!(result, "failed", "{message}");
+        let is_wiped = std::fs::read(&meant).unwrap()[..MIB as usize]
+            .iter()
+            .all(|byte| *byte == 0);
+        assert_eq!(is_wiped, !exchanged && !rebooted, "{exchanged} {rebooted}");
+        assert!(std::fs::read(&other).unwrap().iter().all(|byte| *byte == MARK));
+    }
+}
+
 /// What the next service tells of a job that it was not there for.
 async fn found_out(scene: &mut Scene, id: u32) -> (String, String, String) {
     scene.system.start_daemon();

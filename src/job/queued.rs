@@ -23,7 +23,7 @@ use crate::error;
 use crate::fault;
 use crate::plan::{Destination, Options, Plan, Requested};
 use crate::quota::Share;
-use crate::target::{Parents, Pinned, Targets};
+use crate::target::{Devices, Parents, Pinned, Targets};
 
 /// A request that waits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +35,7 @@ pub struct QueuedRequest {
     /// What the caller was authorised for.
     pub places: Vec<Requested>,
     pub pinned: Vec<Pinned>,
+    pub devices: Devices,
     /// Targets are open files of the caller's: they do not outlive this process.
     pub passes_files: bool,
 }

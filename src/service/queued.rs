@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::job::{self, InLine, Job, Making, Planned, QueuedRequest, Requeued};
 use crate::offload::Progress;
 use crate::plan::{self, Destination, Options, Requested};
-use crate::target::{self, Pinned};
+use crate::target::{self, Devices, Pinned};
 
 /// A request that waits, in types.
 struct Queued {
@@ -23,6 +23,7 @@ struct Queued {
     options: Options,
     places: Vec<Requested>,
     pinned: Vec<Pinned>,
+    devices: Devices,
     files: Vec<OwnedFd>,
 }
 
@@ -46,20 +47,23 @@ impl Service {
             definition,
             options,
             files,
+            devices,
         } = request;
         let files = files.files;
         let asked = (&definition, &options, files.len());
         let (plan, held) = self.plan(asked, &domain, &snapshot).await?;
         let pin = move |_: &Progress| {
             drop(held);
-            target::pin(&plan).map(|pinned| (plan, pinned))
+            devices.check_known(&plan)?;
+            target::pin(&plan).map(|pinned| (plan, pinned, devices))
         };
-        let (plan, pinned) = self.jobs.in_store(pin).await?.map_err(job::Error::Target)?;
+        let (plan, pinned, devices) = self.jobs.in_store(pin).await?.map_err(job::Error::Target)?;
         let kept = QueuedRequest {
             document: definition.to_xml(),
             options: options.clone(),
             places: places.clone(),
             pinned: pinned.clone(),
+            devices: devices.clone(),
             passes_files: !files.is_empty(),
         };
         let queued = Queued {
@@ -67,6 +71,7 @@ impl Service {
             options,
             places,
             pinned,
+            devices,
             files,
         };
         let started = (starter(&caller), clock::now());
@@ -100,6 +105,7 @@ impl Service {
             options: request.options,
             places: request.places,
             pinned: request.pinned,
+            devices: request.devices,
             files: Vec::new(),
         })
     }
@@ -117,13 +123,18 @@ impl Service {
             Destination::Store { name, .. } => self.jobs.store_mark(name).await?,
             Destination::Caller => None,
         };
-        let Queued { pinned, files, .. } = queued;
+        let Queued {
+            pinned,
+            devices,
+            files,
+            ..
+        } = queued;
         let look = move |_: &Progress| target::check_pinned(&pinned);
         self.jobs.in_store(look).await?.map_err(job::Error::Target)?;
         let (service, uid, id) = (self.clone(), job.started_by.uid, job.backup_id.clone());
         let backed_up = domain.clone();
         let make = move |plan| async move {
-            let making = service.prepare(plan, &backed_up, (uid, &id), files, mark);
+            let making = service.prepare(plan, &backed_up, (uid, &id), files, (mark, devices));
             Making(making.await)
         };
         Ok(Planned {

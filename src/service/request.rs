@@ -14,7 +14,7 @@ use crate::domain::{Domain, Link, Origin, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Claim, Entered, Job, Reservation, Start};
 use crate::plan::{self, CheckpointOption, Destination, Options, PlaceKind, Plan, Requested};
-use crate::target::{self, Around, Holder, Sources, Targets};
+use crate::target::{self, Around, Devices, Holder, Sources, Targets};
 
 /// How long a backup of one domain waits for news of the others.
 const LOOK: Duration = Duration::from_millis(500);
@@ -29,6 +29,8 @@ pub struct Request {
     pub(super) definition: Definition,
     pub(super) options: Options,
     pub(super) files: Descriptors,
+    /// The devices that the document names.
+    pub(super) devices: Devices,
 }
 
 /// A request that its caller may make, on the domain that it may be made on, and on the disks that it was then found to
@@ -85,6 +87,7 @@ impl Service {
             definition,
             options,
             files,
+            devices: Devices::default(),
         })
     }
 
@@ -198,7 +201,13 @@ impl Service {
             .begin(&domain, &plan, starter(&caller), start_time)
             .await?;
         let prepared = self
-            .prepare(plan, &domain, (uid, &record.backup_id), request.files.files, mark)
+            .prepare(
+                plan,
+                &domain,
+                (uid, &record.backup_id),
+                request.files.files,
+                (mark, request.devices),
+            )
             .await;
         let (reservation, (plan, targets)) = self.jobs.prepared(record.id, reservation, prepared).await?;
         // The targets hold it themselves now.
@@ -246,7 +255,7 @@ impl Service {
         domain: &Domain,
         (uid, backup_id): (u32, &str),
         files: Vec<OwnedFd>,
-        mark: Option<String>,
+        (mark, devices): (Option<String>, Devices),
     ) -> JoinHandle<Result<(Plan, Targets)>> {
         // A new file is nobody's disk.
         let others = match plan.writes_into_existing() {
@@ -273,6 +282,7 @@ impl Service {
                 process,
                 for_root: uid == 0,
                 mark,
+                devices,
             };
             let targets = Targets::prepare(&plan, &id, &files, &around)?;
             Ok((plan, targets))
@@ -294,14 +304,15 @@ impl Service {
     }
 }
 
-/// Gives every device that the document names its own name, so that the one that is asked about is the one that is
-/// opened. What cannot be found keeps its name, and is refused by it after the question.
+/// Gives every device that the document names its own name, and remembers which device that is, so that the one that is asked
+/// about is the one that is opened. What cannot be found keeps its name, and is refused by it after the question.
 async fn settle_devices(mut request: Request) -> Result<Request> {
     let settled = tokio::task::spawn_blocking(move || {
         for disk in request.definition.disks.iter_mut().flatten() {
             if let Some(Target::Block(path)) = &mut disk.target
                 && let Some(device) = target::device_path(path)
             {
+                request.devices.add(&device);
                 *path = device;
             }
         }

@@ -18,7 +18,7 @@ use crate::image::{self, Chain, Export, Location, Survey};
 use crate::job::{self, Job, Served, Work};
 use crate::offload::Progress;
 use crate::plan::{DiskPlan, Plan, Stored, Task};
-use crate::target::{self, Shelf};
+use crate::target::{self, Devices, Shelf};
 
 /// Disks of a backup that are to be restored, each into the descriptor at its place.
 #[derive(Debug)]
@@ -68,7 +68,13 @@ impl Service {
             .begin(&domain, &plan, starter(caller), clock::now())
             .await?;
         let prepared = self
-            .prepare(plan, &domain, (caller.uid, &record.backup_id), files.files, None)
+            .prepare(
+                plan,
+                &domain,
+                (caller.uid, &record.backup_id),
+                files.files,
+                (None, Devices::default()),
+            )
             .await;
         let (turn, (plan, targets)) = self.jobs.prepared(record.id, turn, prepared).await?;
         let work = Work::Restore(Box::new((chain, targets)));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::identity::FileId;
+use super::device::TargetId;
 use super::{Error, Media, Publication, Target};
 use crate::path::{Trust, open_directory};
 
@@ -20,7 +20,7 @@ pub fn device_path(path: &Path) -> Option<PathBuf> {
 }
 
 /// Finds a device again that a former process had open. QEMU may still hold it for that backup alone.
-pub fn find(disk: &str, path: &Path, id: FileId) -> Result<Option<Target>, Error> {
+pub fn find(disk: &str, path: &Path, id: TargetId) -> Result<Option<Target>, Error> {
     let label = path.display().to_string();
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Ok(None);
@@ -35,7 +35,7 @@ pub fn find(disk: &str, path: &Path, id: FileId) -> Result<Option<Target>, Error
     let file = rustix::fs::openat(&directory, name, flags, Mode::empty())
         .map_err(|errno| Error::io("open", &label, errno))?;
     let target = Target::new(disk, label, file, Publication::InPlace)?;
-    Ok((target.id == id).then_some(target))
+    Ok(id.is(&target).then_some(target))
 }
 
 /// Opens a device for this backup alone: the kernel refuses one that is mounted or otherwise in use. No link is followed:

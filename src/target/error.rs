@@ -83,6 +83,14 @@ pub enum Error {
     Unnameable { disk: String, target: String },
     #[error("disk '{disk}': {target} is in use by the system, as a file system or otherwise")]
     DeviceInUse { disk: String, target: String },
+    #[error(
+        "disk '{disk}': {target} is another device than when the backup was asked for: check which one it is, and start the backup again"
+    )]
+    DeviceExchanged { disk: String, target: String },
+    #[error(
+        "disk '{disk}': there is no place for a backup into {target} now, and it cannot be queued: the kernel does not identify the device (no 'diskseq' in /sys), so another one could come in its place. Try again later"
+    )]
+    Unidentified { disk: String, target: String },
     #[error("{target} has {free} bytes of free space where the backup takes at least {needed}")]
     NoSpace { target: String, needed: u64, free: u64 },
     #[error("disk '{disk}': something else was put in place of {target} while it was being written")]
@@ -177,7 +185,9 @@ impl Error {
             | Self::Nameless { disk, .. }
             | Self::Linked { disk, .. }
             | Self::Unnameable { disk, .. }
-            | Self::DeviceInUse { disk, .. } => Some(disk),
+            | Self::DeviceInUse { disk, .. }
+            | Self::DeviceExchanged { disk, .. }
+            | Self::Unidentified { disk, .. } => Some(disk),
             Self::Io { disk, .. } => disk.as_deref(),
             _ => None,
         }
@@ -195,7 +205,7 @@ impl Error {
             },
             Self::Parent { .. } => Kind::ChainBroken,
             Self::NoParent { .. } => Kind::CannotIncrement,
-            Self::InUse { .. } => Kind::Busy,
+            Self::InUse { .. } | Self::Unidentified { .. } => Kind::Busy,
             Self::NoStore => Kind::Internal,
             Self::Missing { .. }
             | Self::NoDirectory { .. }
@@ -221,7 +231,8 @@ impl Error {
             | Self::Nameless { .. }
             | Self::Linked { .. }
             | Self::Unnameable { .. }
-            | Self::DeviceInUse { .. } => Kind::TargetInvalid,
+            | Self::DeviceInUse { .. }
+            | Self::DeviceExchanged { .. } => Kind::TargetInvalid,
         }
     }
 }

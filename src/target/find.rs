@@ -3,6 +3,7 @@
 //! The record identifies each file, from the moment on at which it could hold something of value. Other files are not
 //! touched.
 
+use super::device::TargetId;
 use super::identity::FileId;
 use super::parents::Parents;
 use super::{BackupName, Error, Target, Targets, Writeback, block, file, store};
@@ -24,7 +25,7 @@ impl Targets {
     /// Looks for the targets of `plan` for the backup `backup`. `files` is what [`Targets::files`] said when they were made;
     /// without it nothing was written yet, and they are found by names that no other backup has. In another boot a device may
     /// have another number: in a store, where nobody else writes, a file is known by its name and inode then. Blocks.
-    pub fn find(plan: &Plan, backup: &str, files: Option<&[FileId]>, same_boot: bool) -> Found {
+    pub fn find(plan: &Plan, backup: &str, files: Option<&[TargetId]>, same_boot: bool) -> Found {
         let mut found = Found {
             targets: Targets {
                 targets: Vec::new(),
@@ -90,7 +91,7 @@ impl Targets {
         disk: &DiskPlan,
         index: usize,
         backup: &str,
-        id: Option<FileId>,
+        id: Option<TargetId>,
         same_boot: bool,
     ) -> Result<Option<Target>, Error> {
         let found = match (&disk.place, id) {
@@ -106,18 +107,26 @@ impl Targets {
             }
             // Nothing was written into what was there before.
             (Place::File(_), None) if plan.reuse_external => None,
-            (Place::File(path), id) => file::find(&disk.name, path, backup, index, id)?,
-            (Place::Block(path), Some(id)) => block::find(&disk.name, path, id)?,
+            (Place::File(path), id) => file::find(&disk.name, path, backup, index, id.map(TargetId::file))?,
+            // In another boot its name and number can be those of another disk, and an incomplete backup is wiped.
+            (Place::Block(path), Some(id)) if same_boot => block::find(&disk.name, path, id)?,
+            (Place::Block(path), Some(_)) => {
+                let target = path.display();
+                tracing::warn!(disk = disk.name, %target, "the incomplete backup on this device is left: the host restarted, and it may be another device");
+                None
+            }
             (Place::Block(_), None) => None,
             // It was the caller's, and went with the process that it was passed to.
             (Place::Descriptor(_), _) => None,
         };
         let in_store = matches!(disk.place, Place::InStore { .. });
-        let same = |target: &Target, id: FileId| match (target.id, id) {
-            (FileId::File { inode: now, .. }, FileId::File { inode: then, .. }) if in_store && !same_boot => {
+        let same = |target: &Target, id: TargetId| match (target.id, id) {
+            (FileId::File { inode: now, .. }, TargetId::File { inode: then, .. })
+                if in_store && !same_boot =>
+            {
                 now == then
             }
-            (now, then) => now == then,
+            _ => id.is(target),
         };
         Ok(found.filter(|target| id.is_none_or(|id| same(target, id))))
     }

@@ -66,7 +66,7 @@ pub struct Holder {
 }
 
 /// Links to the directories of all block devices, by their numbers.
-const DEVICES: &str = "/sys/dev/block";
+pub(super) const DEVICES: &str = "/sys/dev/block";
 /// Descriptors of one process that are looked at. A QEMU has some hundreds.
 const MOST_OF_PROCESS: usize = 16 << 10;
 
@@ -333,7 +333,7 @@ pub(super) fn backing_files(id: FileId) -> Vec<PathBuf> {
 }
 
 /// The directory of a device below `/sys`.
-fn directory_of(devices: &Path, device: u64) -> Option<PathBuf> {
+pub(super) fn directory_of(devices: &Path, device: u64) -> Option<PathBuf> {
     let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     std::fs::canonicalize(devices.join(number)).ok()
 }

@@ -8,6 +8,7 @@ mod block;
 mod budget;
 mod check;
 mod descriptor;
+mod device;
 mod digest;
 mod error;
 mod file;
@@ -33,6 +34,7 @@ mod store;
 mod writeback;
 
 pub use block::device_path;
+pub use device::{Devices, TargetId};
 pub use digest::FileDigest;
 pub use error::Error;
 pub use find::Found;
@@ -61,6 +63,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::FileType;
 use tokio_util::sync::CancellationToken;
 
+use device::DeviceId;
 use digest::{How, Run};
 
 use crate::fault;
@@ -90,6 +93,8 @@ pub struct Around {
     pub for_root: bool,
     /// The mark of the store, where the targets are in one.
     pub mark: Option<String>,
+    /// The devices that the caller was authorised for.
+    pub devices: Devices,
 }
 
 /// What lies behind a target's descriptor.
@@ -120,6 +125,8 @@ pub struct Target {
     /// Closing it waits for its storage, so the last one who has it is somebody who may wait.
     file: Arc<OwnedFd>,
     id: FileId,
+    /// A block device, where the kernel identifies it.
+    device: Option<DeviceId>,
     publication: Publication,
     /// Content that was there before may have been changed.
     written: AtomicBool,
@@ -195,9 +202,11 @@ impl Targets {
         }
         for (index, disk) in plan.disks.iter().enumerate() {
             let target = targets.open(plan, disk, index, id, files);
-            targets
-                .targets
-                .push(target.map_err(|error| error.of(&disk.name))?);
+            let target = target.map_err(|error| error.of(&disk.name))?;
+            if let Place::Block(path) = &disk.place {
+                around.devices.check(path, &target)?;
+            }
+            targets.targets.push(target);
         }
         for (target, disk) in targets.targets.iter().zip(&plan.disks) {
             check::source(target, around)?;
@@ -244,8 +253,8 @@ impl Targets {
     }
 
     /// Which files the targets are, in the plan's order.
-    pub fn files(&self) -> Vec<FileId> {
-        self.targets.iter().map(|target| target.id).collect()
+    pub fn files(&self) -> Vec<TargetId> {
+        self.targets.iter().map(TargetId::of).collect()
     }
 
     /// Sends to the device what is written, while more is being copied. Images in a store stay in memory, because they are read
@@ -433,6 +442,7 @@ impl Target {
             label,
             media,
             id: FileId::of(&stat),
+            device: DeviceId::of_stat(&stat),
             file: Arc::new(file),
             publication,
             written: AtomicBool::new(false),

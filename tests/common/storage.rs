@@ -1,9 +1,10 @@
 //! Places that a test writes to: small file systems, block devices, and what is in an image.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::process;
+use super::{process, wait};
 
 /// A tmpfs of a fixed size, for running out of space; unmounted on drop. The service sees it, so it can't be in a mount
 /// namespace of the test's own; it is mounted inside the test's directory, and `make test` runs all tests in one mount
@@ -65,6 +66,23 @@ impl LoopDevice {
 
     pub fn device(&self) -> &Path {
         &self.device
+    }
+
+    /// Detaches its file, and attaches another one: the device keeps its name and number.
+    #[track_caller]
+    pub fn exchange(&self, file: &Path) {
+        let device = self.device.as_os_str();
+        let losetup = |arguments: [&OsStr; 2]| {
+            let mut command = Command::new("losetup");
+            command.args(arguments);
+            process::run(command).expect_success();
+        };
+        losetup(["--detach".as_ref(), device]);
+        // Who has it open just now keeps the file attached.
+        let name = self.device.file_name().expect("a device has a name");
+        let attached = Path::new("/sys/block").join(name).join("loop");
+        wait::until("the file to be detached", || (!attached.exists()).then_some(()));
+        losetup([device, file.as_os_str()]);
     }
 }
 

@@ -18,12 +18,12 @@ use crate::job::manager::{Ending, Setting};
 use crate::job::record::{self, Residue};
 use crate::job::{Error, Job, Reservation, blocking, quiesce};
 use crate::offload::Progress;
-use crate::target::{FileId, Found, Targets};
+use crate::target::{Found, TargetId, Targets};
 
 /// Which files the targets of a backup are, as far as is on record.
 #[derive(Debug, Default)]
 struct Known {
-    files: Option<Vec<FileId>>,
+    files: Option<Vec<TargetId>>,
     /// Devices may have other numbers in another boot.
     same_boot: bool,
 }
@@ -34,7 +34,7 @@ impl Known {
             return Self::default();
         };
         Self {
-            files: state.files().map(<[FileId]>::to_vec),
+            files: state.files().map(<[TargetId]>::to_vec),
             same_boot: boot == setting.boot,
         }
     }
@@ -56,7 +56,7 @@ pub(in crate::job) async fn resume(
     );
     let same_boot = boot == setting.boot;
     let known = Known {
-        files: state.files().map(<[FileId]>::to_vec),
+        files: state.files().map(<[TargetId]>::to_vec),
         same_boot,
     };
     let patience = setting.deadlines.stall();

@@ -12,7 +12,7 @@ use crate::catalog::QUEUED;
 use crate::error::Error as Failure;
 use crate::job::queued::QueuedRequest;
 use crate::job::{DiskStatus, Error, Outcome};
-use crate::target::{FileDigest, FileId};
+use crate::target::{FileDigest, TargetId};
 
 /// How far a backup is. What a state says is durable before its action begins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,12 +23,12 @@ pub enum State {
     /// The targets are being created; nothing that existed before has changed.
     Preparing,
     /// QEMU opens what existed before, and closes it again: nothing of that has changed.
-    Checking { files: Vec<FileId> },
+    Checking { files: Vec<TargetId> },
     /// The targets may be emptied and written to.
-    Writing { files: Vec<FileId> },
+    Writing { files: Vec<TargetId> },
     /// QEMU may have begun to copy, not before `not_before`.
     Starting {
-        files: Vec<FileId>,
+        files: Vec<TargetId>,
         not_before: Timestamp,
         holds_poweroff: bool,
         /// The guest may be frozen from here on.
@@ -61,7 +61,7 @@ pub enum State {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Copying {
-    pub files: Vec<FileId>,
+    pub files: Vec<TargetId>,
     pub point_in_time: Timestamp,
     /// The guest's file systems were frozen at the point in time.
     pub quiesced: bool,
@@ -78,7 +78,7 @@ pub struct Copying {
 pub struct Undo {
     pub verdict: Verdict,
     /// Nothing while no target may have been written to.
-    pub files: Option<Vec<FileId>>,
+    pub files: Option<Vec<TargetId>>,
     pub holds_poweroff: bool,
     pub frozen_us: u64,
     pub quiesce_problem: Option<String>,
@@ -100,7 +100,7 @@ pub struct Verdict {
 pub struct Ended {
     /// Nothing where it completed.
     pub undone: Option<Verdict>,
-    pub files: Option<Vec<FileId>>,
+    pub files: Option<Vec<TargetId>>,
     /// What may be left at the end; what is left now the catalog says.
     #[serde(skip)]
     pub in_qemu: bool,
@@ -171,7 +171,7 @@ impl Action {
 pub enum Fact {
     /// The targets are there, under the names of their staging.
     Prepared {
-        files: Vec<FileId>,
+        files: Vec<TargetId>,
     },
     Checked,
     Formatted,
@@ -490,7 +490,7 @@ impl State {
     }
 
     /// Which files the targets are, from the moment on at which one may have been written to.
-    pub fn files(&self) -> Option<&[FileId]> {
+    pub fn files(&self) -> Option<&[TargetId]> {
         match self {
             Self::Writing { files } | Self::Starting { files, .. } => Some(files),
             Self::Ended(ended) => ended.files.as_deref(),

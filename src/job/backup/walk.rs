@@ -11,7 +11,7 @@ use super::state::{Action, Ended, Evidence, Fact, Reached, State, Verdict, next}
 use crate::error::{Error, Kind};
 use crate::job::{Outcome, QueuedRequest};
 use crate::plan::Options;
-use crate::target::{FileDigest, FileId};
+use crate::target::{Devices, FileDigest, TargetId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Content {
@@ -261,7 +261,7 @@ fn cancelled() -> Verdict {
 
 fn prepared() -> Fact {
     Fact::Prepared {
-        files: vec![FileId::Device(7)],
+        files: vec![TargetId::Device(7)],
     }
 }
 
@@ -347,6 +347,7 @@ fn queued() -> State {
         options: Options::default(),
         places: Vec::new(),
         pinned: Vec::new(),
+        devices: Devices::default(),
         passes_files: false,
     }))
 }

@@ -448,3 +448,19 @@ async fn a_backup_asks_nothing_of_other_machines() {
         assert_eq!(proxy.take_heard(), [""; 0]);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_crawls_keeps_no_other_waiting() {
+    let system = setup(1).start();
+    let _machines = ["slow", "next"].map(|name| machine(&system, name));
+    let (user, other) = (
+        Caller::of_user(&system, USER).await,
+        Caller::of_user(&system, OTHER).await,
+    );
+    let slow = user.start_with("slow", "", &[], slowly(1)).await;
+    let next = queue(&other, "next", "", Options::new()).await;
+    assert_completed(&next.job).await;
+    next.call.await.unwrap().unwrap();
+    assert_eq!(slow.state().await.unwrap(), "running");
+    cancel(&slow).await;
+}

@@ -1,6 +1,7 @@
-//! Displacement: root's backup cancels another user's that would block the domain for a long time.
+//! Backups that crawl: root's backup cancels another user's that would block the domain for a long time, and waiting backups get
+//! the places of those that crawl.
 //!
-//! A domain has one backup at a time. A user who may back it up could start a backup that never ends.
+//! A domain has one backup at a time, and the host a few. A user, or a QEMU, could make a backup that never ends.
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,6 +21,8 @@ const LEAST_RATE: u64 = 1 << 20;
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 /// The rate of a backup is not judged before it has copied for this long.
 const GRACE: Duration = Duration::from_secs(60);
+/// How often backups are judged while others wait.
+const LOOK: Duration = Duration::from_secs(5);
 /// The timeout for a reservation that is no job yet, and for the residue of an ended job.
 const SHORTLY: Duration = Duration::from_secs(10);
 
@@ -129,6 +132,37 @@ impl Jobs {
         }
     }
 
+    /// While backups wait, lets them have the places of those that crawl. Ends when none waits.
+    pub(super) fn watch_crawling(self: &Arc<Self>) {
+        let jobs = self.clone();
+        self.tasks.spawn(async move {
+            let stop = &jobs.setting.stop;
+            while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
+                let mut table = jobs.lock();
+                if table.queue.is_empty() {
+                    table.is_watched = false;
+                    return;
+                }
+                drop(table);
+                jobs.pass_crawling();
+            }
+        });
+    }
+
+    fn pass_crawling(self: &Arc<Self>) {
+        let crawling = self.list().into_iter().filter(|job| job.crawls());
+        for job in crawling {
+            if self.lock().queue.crawl(&job.domain.unique_name()) {
+                tracing::info!(
+                    job = job.id,
+                    domain = job.domain.name,
+                    "others start beside this backup, because it copies less than 1 MiB a second, or would take longer than a day"
+                );
+            }
+        }
+        self.give_places();
+    }
+
     /// Takes notice when the connection that started the job has `left` the bus.
     pub fn watch_starter(self: &Arc<Self>, job: &Arc<Job>, left: impl Future<Output = ()> + Send + 'static) {
         let (jobs, job) = (self.clone(), job.clone());
@@ -147,15 +181,23 @@ impl Job {
         if uid != ROOT || self.started_by.uid == ROOT {
             return None;
         }
-        let status = self.status.borrow();
-        let copying =
-            (status.state == State::Running).then(|| (status.bytes_done(), self.taken_up.elapsed()));
-        let left = status.bytes().saturating_sub(status.bytes_done());
-        if is_slow(self.speed.limits().own, left, copying) {
+        if self.crawls() {
             return Some(Displaced::Slow);
         }
         let orphan = self.plan.destination == Destination::Caller && self.is_orphan.load(Ordering::Relaxed);
         orphan.then_some(Displaced::Orphan)
+    }
+
+    /// Whether it is a backup that runs, and would take very long.
+    fn crawls(&self) -> bool {
+        let status = self.status.borrow();
+        if self.plan.task != Task::Backup || status.state == State::Queued || status.outcome.is_some() {
+            return false;
+        }
+        let copying =
+            (status.state == State::Running).then(|| (status.bytes_done(), self.taken_up.elapsed()));
+        let left = status.bytes().saturating_sub(status.bytes_done());
+        is_slow(self.speed.limits().own, left, copying)
     }
 }
 

@@ -111,6 +111,8 @@ pub(super) struct Table {
     awaited: HashMap<String, Instant>,
     /// Of the names in `busy`, those whose place root has.
     of_root: HashSet<String>,
+    /// A task looks for backups that crawl while others wait.
+    pub(super) is_watched: bool,
     jobs: BTreeMap<u32, Arc<Job>>,
     /// What will forget the ended ones in time; gone with them, so that nothing is left of one that is forgotten earlier.
     forgetting: HashMap<u32, AbortHandle>,
@@ -257,6 +259,7 @@ impl Jobs {
                 sweeps: HashMap::new(),
                 awaited: HashMap::new(),
                 of_root: HashSet::new(),
+                is_watched: false,
                 jobs: BTreeMap::new(),
                 forgetting: HashMap::new(),
             }),

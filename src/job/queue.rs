@@ -3,6 +3,8 @@
 //! Places are limited for the host, for each store, and for each user. A free place goes by turns to root and to the other
 //! users, and among these to the user with the fewest running backups. A user's own backups keep their order. One of root's
 //! backups may run beside a full set of places, so that no number of users' backups keeps root waiting.
+//!
+//! A backup that crawls while others wait gives its place to them and runs on. It still counts for its user.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -56,6 +58,13 @@ struct Waiting {
     claim: Claim,
 }
 
+#[derive(Debug)]
+struct Running {
+    claim: Claim,
+    /// It runs without a place. At most as many do as the host has places.
+    crawls: bool,
+}
+
 /// How many run, and when a place was given last.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Share {
@@ -105,14 +114,25 @@ impl Taken {
             _ => &mut self.others,
         };
         of_class.running = of_class.running.saturating_sub(1);
-        if let Some(share) = self.users.get_mut(&claim.uid) {
-            share.running = share.running.saturating_sub(1);
-        }
+        self.give_back_of_user(claim.uid);
         if let Some(store) = &claim.store
             && let Some((all, root)) = self.stores.get_mut(store)
         {
             *all = all.saturating_sub(1);
             *root = root.saturating_sub(usize::from(claim.uid == ROOT));
+        }
+    }
+
+    /// Counts a backup for its user only.
+    fn give_place(&mut self, claim: &Claim) {
+        let of_user = self.user(claim.uid);
+        self.give_back(claim);
+        self.users.insert(claim.uid, of_user);
+    }
+
+    fn give_back_of_user(&mut self, uid: u32) {
+        if let Some(share) = self.users.get_mut(&uid) {
+            share.running = share.running.saturating_sub(1);
         }
     }
 
@@ -149,6 +169,10 @@ pub struct Queue {
     /// In the order in which they came.
     waiting: VecDeque<Waiting>,
     came: u64,
+    /// By domain.
+    running: HashMap<String, Running>,
+    /// Each backup's place in the order, until something changes it.
+    positions: Option<HashMap<Ticket, u32>>,
 }
 
 impl Queue {
@@ -158,11 +182,14 @@ impl Queue {
             taken: Taken::default(),
             waiting: VecDeque::new(),
             came: 0,
+            running: HashMap::new(),
+            positions: None,
         }
     }
 
     /// Adds a backup at the end.
     pub fn join(&mut self, claim: Claim) -> Ticket {
+        self.positions = None;
         self.came += 1;
         let ticket = Ticket(self.came);
         self.waiting.push_back(Waiting { ticket, claim });
@@ -171,6 +198,7 @@ impl Queue {
 
     /// Removes a backup that waits no more.
     pub fn leave(&mut self, ticket: Ticket) {
+        self.positions = None;
         self.waiting.retain(|waiting| waiting.ticket != ticket);
         self.forget_users();
     }
@@ -191,19 +219,48 @@ impl Queue {
                 .map(|waiting| can_start(waiting).then_some(&waiting.claim)),
         )?;
         let Waiting { ticket, claim } = self.waiting.remove(index)?;
-        self.taken.take(&claim);
+        self.resume(&claim);
         Some((ticket, claim))
     }
 
     /// Counts a backup that runs already.
     pub fn resume(&mut self, claim: &Claim) {
+        self.positions = None;
         self.taken.take(claim);
+        let running = Running {
+            claim: claim.clone(),
+            crawls: false,
+        };
+        self.running.insert(claim.domain.clone(), running);
     }
 
     /// Takes a place back.
     pub fn end(&mut self, claim: &Claim) {
-        self.taken.give_back(claim);
+        self.positions = None;
+        match self.running.remove(&claim.domain) {
+            Some(running) if running.crawls => self.taken.give_back_of_user(claim.uid),
+            _ => self.taken.give_back(claim),
+        }
         self.forget_users();
+    }
+
+    /// Lets others have the place of the domain's backup, which runs on. Returns whether it had one.
+    pub fn crawl(&mut self, domain: &str) -> bool {
+        let crawling = self.running.values().filter(|running| running.crawls).count();
+        let Some(running) = self.running.get_mut(domain) else {
+            return false;
+        };
+        if running.crawls || crawling >= self.places.host {
+            return false;
+        }
+        running.crawls = true;
+        self.positions = None;
+        self.taken.give_place(&running.claim);
+        true
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
     }
 
     /// Whether another backup keeps one of that user's from joining: each domain has at most one that waits, and one more of
@@ -222,18 +279,10 @@ impl Queue {
 
     /// The place of a waiting backup in the order in which all would start now; 1 is the next. A backup whose store, domain or
     /// user has no place free lets later ones pass.
-    pub fn position(&self, ticket: Ticket) -> Option<u32> {
-        let mut taken = self.taken.clone();
-        let mut waiting: Vec<_> = self.waiting.iter().collect();
-        for position in 1.. {
-            let index = first(&taken, waiting.iter().map(|waiting| Some(&waiting.claim)))?;
-            let next = waiting.remove(index);
-            if next.ticket == ticket {
-                return Some(position);
-            }
-            taken.take(&next.claim);
-        }
-        None
+    pub fn position(&mut self, ticket: Ticket) -> Option<u32> {
+        let (taken, waiting) = (&self.taken, &self.waiting);
+        let positions = self.positions.get_or_insert_with(|| order(taken, waiting));
+        positions.get(&ticket).copied()
     }
 
     /// While somebody waits, it counts when each user was served last.
@@ -242,6 +291,22 @@ impl Queue {
             self.taken.users.retain(|_, share| share.running > 0);
         }
     }
+}
+
+/// The places in the order in which all would start now.
+fn order(taken: &Taken, waiting: &VecDeque<Waiting>) -> HashMap<Ticket, u32> {
+    let mut taken = taken.clone();
+    let mut waiting: Vec<_> = waiting.iter().collect();
+    let mut positions = HashMap::new();
+    for position in 1.. {
+        let Some(index) = first(&taken, waiting.iter().map(|waiting| Some(&waiting.claim))) else {
+            break;
+        };
+        let next = waiting.remove(index);
+        positions.insert(next.ticket, position);
+        taken.take(&next.claim);
+    }
+    positions
 }
 
 /// Which of the claims is first; of equals, the one that came first.
@@ -365,6 +430,44 @@ mod tests {
         assert_eq!(domains(&start(&mut queue)), "", "the user has its two others");
         queue.end(&claim(1000, "a3", "s"));
         assert_eq!(domains(&start(&mut queue)), "a2");
+    }
+
+    #[test]
+    fn a_backup_that_crawls_gives_its_place_to_others_and_counts_for_its_user() {
+        let mut queue = queue(2, 1, &[("s", 2)]);
+        let slow = [claim(1000, "a", "s"), claim(1001, "b", "s")];
+        slow.iter().for_each(|claim| drop(queue.join(claim.clone())));
+        assert_eq!(domains(&start(&mut queue)), "a b");
+        queue.join(claim(1000, "a2", "s"));
+        queue.join(claim(1002, "c", "s"));
+        queue.join(claim(ROOT, "r1", "s"));
+        queue.join(claim(ROOT, "r2", "s"));
+        assert_eq!(domains(&start(&mut queue)), "r1");
+        assert!(queue.crawl("a") && !queue.crawl("a") && !queue.crawl("c"));
+        assert_eq!(domains(&start(&mut queue)), "", "root's has the place");
+        assert!(queue.crawl("b"));
+        assert_eq!(domains(&start(&mut queue)), "c");
+        assert!(!queue.crawl("r1"), "not more than the host has places");
+        queue.end(&slow[0]);
+        assert!(queue.crawl("r1"));
+        assert_eq!(domains(&start(&mut queue)), "r2");
+        queue.end(&claim(1002, "c", "s"));
+        assert_eq!(
+            domains(&start(&mut queue)),
+            "a2",
+            "the first of its user has ended"
+        );
+        for claim in [
+            &claim(ROOT, "r1", "s"),
+            &claim(ROOT, "r2", "s"),
+            &slow[1],
+            &claim(1000, "a2", "s"),
+        ] {
+            queue.end(claim);
+        }
+        let taken = &queue.taken;
+        assert_eq!((taken.root.running, taken.others.running), (0, 0));
+        assert!(taken.users.is_empty() && taken.stores.values().all(|counts| *counts == (0, 0)));
     }
 
     #[test]

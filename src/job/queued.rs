@@ -180,7 +180,11 @@ impl Jobs {
         let mut table = self.lock();
         let ticket = table.queue.join(claim);
         table.waiting.insert(ticket, sender);
+        let is_watched = std::mem::replace(&mut table.is_watched, true);
         drop(table);
+        if !is_watched {
+            self.watch_crawling();
+        }
         InLine {
             jobs: self.clone(),
             ticket,
@@ -222,10 +226,10 @@ impl Jobs {
 
     /// The place of a job in the queue, from 1 on; 0 where it is in none.
     pub fn position(&self, id: u32) -> u32 {
-        let table = self.lock();
-        let ticket = table.tickets.get(&id);
+        let mut table = self.lock();
+        let ticket = table.tickets.get(&id).copied();
         ticket
-            .and_then(|ticket| table.queue.position(*ticket))
+            .and_then(|ticket| table.queue.position(ticket))
             .unwrap_or(0)
     }
 

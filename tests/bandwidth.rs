@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::common::caller::{Caller, cancel};
+use crate::common::caller::{Caller, assert_failed, cancel};
 use crate::common::disk::Disk;
 use crate::common::proxies::{JobProxy, Options, slowly};
 use crate::common::proxy::Proxy;
@@ -52,8 +52,13 @@ async fn full(caller: &Caller, domain: &str) -> JobProxy<'static> {
 }
 
 fn system(store: &tempfile::TempDir) -> System {
+    limited(store, "4M", "")
+}
+
+/// One whose store has this bandwidth, with more of the configuration.
+fn limited(store: &tempfile::TempDir, bandwidth: &str, more: &str) -> System {
     let path = store.path().display();
-    let store = format!("[store.shared]\npath = \"{path}\"\nbandwidth = \"4M\"");
+    let store = format!("[store.shared]\npath = \"{path}\"\nbandwidth = \"{bandwidth}\"\n{more}");
     System::setup().table(&store).start()
 }
 
@@ -115,6 +120,23 @@ async fn a_backup_gets_its_share_only_when_another_has_given_it_up() {
     for job in [first, second] {
         cancel(&job).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_never_confirms_a_speed_loses_its_share() {
+    let store = test_directory();
+    let system = limited(&store, "1M", "[deadlines]\nstall-seconds = 5");
+    let (a, to_a) = machine(&system, "a", &["vda"]);
+    let (b, _to_b) = machine(&system, "b", &["vda"]);
+    let caller = Caller::new(&system).await;
+    let first = full(&caller, "a").await;
+    reaches(&a, MIB).await;
+    // All else is answered, and the progress is true.
+    to_a.lose("block-job-set-speed");
+    let second = full(&caller, "b").await;
+    assert_failed(&first, "Stalled", "QEMU made no progress for 5 seconds").await;
+    reaches(&b, MIB).await;
+    cancel(&second).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -537,6 +537,31 @@ async fn a_qemu_that_stands_still_for_too_long_fails_its_backup_and_is_cleaned_u
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_stands_still_when_its_speed_is_changed_keeps_no_backup_running_for_ever() {
+    // Longer than a change of the speed and a question about the progress are waited for.
+    let system = System::setup().table("[deadlines]\nstall-seconds = 11").start();
+    let mut vms = ["web", "db"].map(|name| system.configured(disks(system.vm(name))));
+    let caller = Caller::new(&system).await;
+    let mut jobs = Vec::new();
+    for (name, vm) in ["web", "db"].into_iter().zip(&mut vms) {
+        let job = caller.start_with(name, "", &[], slowly(MIB)).await;
+        until_async("the copying", async || {
+            (job.progress().await.unwrap() > 0.0).then_some(())
+        })
+        .await;
+        vm.freeze();
+        job.set_speed(2 * MIB).await.unwrap();
+        jobs.push(job);
+    }
+    jobs[0].cancel().await.unwrap();
+    let (ended, ()) = tokio::join!(
+        within("the end of the cancelled backup", jobs[0].wait()),
+        assert_failed(&jobs[1], "Stalled", "made no progress for 11 seconds"),
+    );
+    assert_eq!(ended.unwrap().0, "cancelled");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_monitor_that_is_lost_in_the_middle_and_comes_back_makes_no_difference() {
     let (scene, proxy) = Scene::with_proxy().await;
     let job = scene.begin().await;

@@ -29,6 +29,7 @@ mod scan;
 mod sentinel;
 mod settled;
 mod speed;
+mod stall;
 mod status;
 mod stored;
 mod track;

@@ -10,7 +10,8 @@ use super::error::Stopped;
 use super::footprint::Footprint;
 use super::progress::{Meter, share};
 use super::scan::Scan;
-use super::track::{Phase, Tracker, Verdict};
+use super::stall::Stall;
+use super::track::{JobInfo, Phase, Tracker, Verdict};
 use super::{DiskState, Error, Job, State};
 use crate::clock;
 use crate::qmp::{self, Events, EventsError};
@@ -20,8 +21,8 @@ const PROGRESS: Duration = Duration::from_millis(500);
 const UNSEEN: Duration = Duration::from_secs(10);
 /// How long QEMU may take to answer until it counts as silent; what it was told is not lost.
 const ANSWER: Duration = Duration::from_secs(5);
-/// What QEMU copies at a time at most, in bytes: a limit can make that take long.
-const CHUNK: u64 = 64 << 20;
+/// How often it is checked at most whether the time without progress is over.
+const CHECK: Duration = Duration::from_secs(1);
 
 /// What came of a command for a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,10 +44,9 @@ pub struct Running<'a> {
     part: &'a Part,
     /// Limit and number of running disks that QEMU knows; nothing if that is not known.
     shared: Option<(u64, usize)>,
-    /// When something moved last, or was not meant to.
-    moved: Instant,
-    /// How long nothing may move.
-    stall: Duration,
+    stall: Stall,
+    /// Whether QEMU left the last question about the jobs unanswered.
+    silent: bool,
     /// Whether it is certain that this QEMU has the jobs.
     found: bool,
 }
@@ -70,8 +70,8 @@ impl<'a> Running<'a> {
             scan: Scan::new(job),
             part,
             shared: speed.map(|speed| (speed, job.plan.disks.len())),
-            moved: Instant::now(),
-            stall,
+            stall: Stall::new(stall, Instant::now()),
+            silent: false,
             found: speed.is_some(),
         }
     }
@@ -92,24 +92,47 @@ impl<'a> Running<'a> {
             }
             events = self.footprint.client().events();
             (self.shared, self.found) = (None, false);
+            // A connection that is lost again and again is no progress.
+            self.check_stall()?;
         }
     }
 
     /// Whether QEMU has all the jobs: it is the one that they were started in. Takes in how they stand.
     async fn find(&mut self) -> Result<(), Stopped> {
         let infos = loop {
-            match self.footprint.query_jobs_within(ANSWER).await {
-                Err(qmp::Error::TimedOut { .. }) => self.check_stall(0)?,
-                infos => break infos?,
+            match self.query().await? {
+                Some(infos) => break infos,
+                None => self.check_stall()?,
             }
         };
         let known = |job: &str| infos.iter().any(|info| info.id == job);
         if !self.tracker.jobs().iter().all(|tracked| known(&tracked.job)) {
             return Err(Stopped::Failed(Error::Forgotten));
         }
+        let before = self.tracker.done();
         self.tracker.query(&infos);
+        self.take_progress(before, &infos);
         self.found = true;
         Ok(())
+    }
+
+    /// How the jobs stand; nothing if QEMU does not answer.
+    async fn query(&mut self) -> Result<Option<Vec<JobInfo>>, Stopped> {
+        let infos = match self.footprint.query_jobs_within(ANSWER).await {
+            Err(qmp::Error::TimedOut { .. }) => None,
+            infos => Some(infos?),
+        };
+        self.silent = infos.is_none();
+        Ok(infos)
+    }
+
+    /// Whether there was progress since so many bytes were done. A job that another client has paused need not make any.
+    fn take_progress(&mut self, before: u64, infos: &[JobInfo]) {
+        let ours = |id: &str| self.tracker.jobs().iter().any(|job| job.job == id);
+        let paused = infos.iter().any(|info| info.status == "paused" && ours(&info.id));
+        if self.tracker.done() != before || paused {
+            self.stall.moved(Instant::now());
+        }
     }
 
     async fn follow(&mut self, events: &mut Events) -> Result<(), Stopped> {
@@ -123,23 +146,25 @@ impl<'a> Running<'a> {
         self.show();
         while !self.tracker.all_concluded() {
             speeds.mark_unchanged();
-            let speed = self.part.claim();
-            if self.share(speed).await? {
-                self.part.confirm(speed);
+            if !self.job.cancel.is_cancelled() {
+                let speed = self.part.claim();
+                if self.share(speed).await? {
+                    self.part.confirm(speed);
+                }
             }
             let pace = match self.job.is_looked_at() {
                 true => PROGRESS,
                 false if self.scan.is_open() => PROGRESS,
-                false => UNSEEN.min(self.stall),
+                false => UNSEEN.min(self.stall.limit()),
             };
+            let left = self.stall.left(Instant::now()).max(CHECK);
             tokio::select! {
                 event = events.next() => match event {
                     Ok(event) => {
-                        if !self.tracker.event(&event) {
-                            continue;
+                        if self.tracker.event(&event) {
+                            self.stall.moved(Instant::now());
+                            self.show();
                         }
-                        self.moved = Instant::now();
-                        self.show();
                     }
                     // Of a closed connection this says why it was closed.
                     Err(EventsError::Missed | EventsError::Closed) => self.ask(events).await?,
@@ -148,6 +173,8 @@ impl<'a> Running<'a> {
                     self.ask(events).await?;
                     asked = Instant::now();
                 }
+                // The time is checked below.
+                () = tokio::time::sleep(left) => {}
                 () = self.job.cancel.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.cancel().await?;
@@ -156,34 +183,28 @@ impl<'a> Running<'a> {
                 Ok(()) = speeds.changed() => {}
                 Ok(()) = looks.changed() => {}
             }
-            self.check_stall(speed)?;
+            self.check_stall()?;
         }
         Ok(())
     }
 
-    fn check_stall(&self, speed: u64) -> Result<(), Stopped> {
-        let disks = self.tracker.jobs().len();
-        let chunk = match share(speed, disks) {
-            0 => Duration::ZERO,
-            // A job that is to end does not wait for its limit.
-            _ if self.job.cancel.is_cancelled() => Duration::ZERO,
-            limit => Duration::from_secs(CHUNK / limit),
-        };
-        let patience = self.stall.max(chunk);
-        if self.moved.elapsed() < patience {
-            return Ok(());
+    fn check_stall(&mut self) -> Result<(), Stopped> {
+        let now = Instant::now();
+        if self.job.cancel.is_cancelled() {
+            self.stall.cancel(now);
         }
-        Err(Stopped::Failed(Error::Stalled {
-            what: "the copying",
-            seconds: patience.as_secs(),
-        }))
+        let known = self.shared.filter(|_| !self.silent);
+        let pace = known.map(|(speed, disks)| share(speed, disks));
+        match self.stall.check(now, pace) {
+            Some((what, patience)) => Err(Stopped::Failed(Error::stalled(what, patience))),
+            None => Ok(()),
+        }
     }
 
     /// Asks how the jobs stand. That QEMU does not answer is nothing new.
     async fn ask(&mut self, events: &mut Events) -> Result<(), Stopped> {
-        let infos = match self.footprint.query_jobs_within(ANSWER).await {
-            Err(qmp::Error::TimedOut { .. }) => return Ok(()),
-            infos => infos?,
+        let Some(infos) = self.query().await? else {
+            return Ok(());
         };
         // What QEMU said before it answered says more than the answer.
         while let Some(event) = events.next_now() {
@@ -192,12 +213,8 @@ impl<'a> Running<'a> {
         let before = self.tracker.done();
         self.tracker.query(&infos);
         self.look().await?;
+        self.take_progress(before, &infos);
         let done = self.tracker.done();
-        let ours = |id: &str| self.tracker.jobs().iter().any(|job| job.job == id);
-        let paused = infos.iter().any(|info| info.status == "paused" && ours(&info.id));
-        if done != before || paused {
-            self.moved = Instant::now();
-        }
         let rate = self.meter.measure(Instant::now(), done);
         let end = self
             .meter
@@ -213,7 +230,7 @@ impl<'a> Running<'a> {
 
     /// Looks what QEMU copies, as long as it may be silent: to answer that, it reads from every image.
     async fn look(&mut self) -> Result<(), Stopped> {
-        let (totals, left) = (self.totals(), self.stall.saturating_sub(self.moved.elapsed()));
+        let (totals, left) = (self.totals(), self.stall.left(Instant::now()));
         let look = self.scan.look(self.job, self.footprint, totals);
         let look = tokio::time::timeout(left.max(ANSWER), look);
         match self.job.cancel.run_until_cancelled(look).await {
@@ -270,8 +287,7 @@ impl<'a> Running<'a> {
         if known.map(|(speed, disks)| share(speed, disks)) == Some(share(speed, running.len())) {
             return Ok(true);
         }
-        // Under the former limit it may not have been meant to move.
-        self.moved = Instant::now();
+        self.stall.tells(Instant::now());
         for tracked in &running {
             let arguments = json!({ "device": tracked.job, "speed": share(speed, running.len()) });
             if self.tell("block-job-set-speed", arguments).await? == Told::Silent {
@@ -280,6 +296,7 @@ impl<'a> Running<'a> {
                 return Ok(false);
             }
         }
+        self.stall.confirmed();
         Ok(true)
     }
 

@@ -22,6 +22,8 @@ use super::wait;
 /// What becomes of a command that was kept.
 enum Fate {
     Pass,
+    /// It is lost, and the connection goes on.
+    Lost,
     /// It is lost with its connection; the next connection is served.
     Cut,
     /// It is lost with its connection, and nobody listens any more.
@@ -38,6 +40,8 @@ struct Point {
 struct Shared {
     listener: UnixListener,
     points: Mutex<Vec<Point>>,
+    /// The names of the commands that are lost.
+    lost: Mutex<Vec<&'static str>>,
     /// The names of all commands that came.
     heard: Mutex<Vec<String>>,
     /// Both ends of the connection that is served.
@@ -68,6 +72,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             listener: UnixListener::bind(path).expect("the proxy's socket is made"),
             points: Mutex::default(),
+            lost: Mutex::default(),
             heard: Mutex::default(),
             streams: Mutex::default(),
             budget: Mutex::default(),
@@ -99,6 +104,11 @@ impl Proxy {
     /// The names of the commands that the service has sent since this was asked last.
     pub fn take_heard(&self) -> Vec<String> {
         std::mem::take(&mut lock(&self.shared.heard))
+    }
+
+    /// From now on no command of that name reaches QEMU, and none is answered.
+    pub fn lose(&self, name: &'static str) {
+        lock(&self.shared.lost).push(name);
     }
 
     /// Keeps the next command of that name whose arguments fit.
@@ -177,6 +187,7 @@ impl Shared {
         while let Some((line, descriptors)) = receive(service)? {
             match self.fate(&line) {
                 Fate::Pass => send(qemu, &line, &descriptors)?,
+                Fate::Lost => {}
                 Fate::Cut => break,
                 Fate::Gone => {
                     // First, so that nobody comes in between.
@@ -207,6 +218,9 @@ impl Shared {
         let command: Value = serde_json::from_slice(line).expect("the service speaks JSON");
         let name = command["execute"].as_str().unwrap_or_default();
         lock(&self.heard).push(name.to_owned());
+        if lock(&self.lost).contains(&name) {
+            return Fate::Lost;
+        }
         let mut points = lock(&self.points);
         let found = points
             .iter_mut()

@@ -151,6 +151,34 @@ fn a_definition_is_passed_as_it_is_and_dumped_as_it_was_resolved() {
 }
 
 #[test]
+fn a_dumped_definition_has_references_for_invisible_characters_and_is_the_same_document() {
+    let system = System::start();
+    let _vm = machine(&system);
+    let dir = system.dir().join("a\u{202e}\u{200b}\u{2028}\u{feff}\u{e0001}b");
+    fs::create_dir(&dir).unwrap();
+    let image = dir.join("vda.qcow2");
+    let definition = system.dir().join("backup.xml");
+    let text = format!(
+        "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+        image.display()
+    );
+    fs::write(&definition, text).unwrap();
+    let create = ["create", "web", "--definition", definition.to_str().unwrap()];
+    root(&system, &create).expect_success();
+    let dumped = root(&system, &["dump", "1"]).expect_success();
+    assert!(
+        dumped.contains("/a&#x202e;&#x200b;&#x2028;&#xfeff;&#xe0001;b/vda.qcow2"),
+        "{dumped}"
+    );
+    let shown = |c: char| c == '\n' || !backupd::text::is_invisible(c);
+    assert!(dumped.chars().all(shown), "{dumped:?}");
+    fs::remove_file(&image).unwrap();
+    fs::write(&definition, dumped).unwrap();
+    root(&system, &create).expect_success();
+    assert!(image.exists());
+}
+
+#[test]
 fn what_there_is_is_listed_as_text_and_as_json() {
     let system = System::start();
     let vm = machine(&system);

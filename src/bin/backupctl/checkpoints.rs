@@ -1,14 +1,12 @@
 //! `checkpoints` and `checkpoint`: the checkpoints on a domain's disks.
 
-use std::io::{self, IsTerminal};
-
 use serde_json::{Value, json};
 
 use crate::args::CheckpointCommand;
 use crate::document;
 use crate::error::{Result, Status};
 use crate::list::print;
-use crate::output::{Table, escape_lines};
+use crate::output::{self, Table, escape_lines};
 use crate::proxy::Service;
 use crate::units;
 
@@ -63,10 +61,7 @@ pub async fn run(service: &Service, command: &CheckpointCommand, json: bool) -> 
             print(
                 json,
                 || json!({ "domain": domain, "name": name, "definition": document }),
-                || match io::stdout().is_terminal() {
-                    true => escape_lines(&document),
-                    false => document.clone(),
-                },
+                || output::xml(&document),
             )
         }
     }

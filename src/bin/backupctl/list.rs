@@ -1,7 +1,5 @@
 //! The commands that make one call and print its result.
 
-use std::io::{self, IsTerminal};
-
 use futures_util::future::{join_all, try_join_all};
 use serde_json::{Value, json};
 
@@ -187,10 +185,7 @@ pub async fn dump(service: &Service, id: u32, json: bool) -> Result<Status> {
     print(
         json,
         || json!({ "id": id, "definition": document }),
-        || match io::stdout().is_terminal() {
-            true => escape_lines(&document),
-            // Into a file it goes as it is: it may be given to --definition again.
-            false => document.clone(),
-        },
+        // It may be given to --definition again.
+        || output::xml(&document),
     )
 }

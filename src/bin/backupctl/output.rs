@@ -18,6 +18,20 @@ pub fn escape_lines(text: &str) -> String {
     escape_except(text, |c| c == '\n' || c == '\t')
 }
 
+/// An XML document of the service with such characters as character references: it stays the same document, for a terminal and
+/// for a program. Line ends and tabs stay. The service writes no comments and no CDATA, which have no references.
+pub fn xml(document: &str) -> String {
+    let mut escaped = String::with_capacity(document.len());
+    for c in document.chars() {
+        match c {
+            '\n' | '\t' => escaped.push(c),
+            c if is_invisible(c) => escaped.push_str(&format!("&#x{:x};", u32::from(c))),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
 fn escape_except(text: &str, keep: impl Fn(char) -> bool) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -153,6 +167,19 @@ mod tests {
         let line = json(&value);
         assert!(!line.chars().any(is_invisible), "{line}");
         assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), value);
+    }
+
+    #[test]
+    fn an_xml_document_is_escaped_and_stays_the_same() {
+        let document = "<file name='a\u{202e}\u{200b}\u{2028}\u{feff}\u{e0001}é漢&amp;'>\n\t</file>\n";
+        let written = xml(document);
+        let references = "&#x202e;&#x200b;&#x2028;&#xfeff;&#xe0001;";
+        assert_eq!(
+            written,
+            format!("<file name='a{references}é漢&amp;'>\n\t</file>\n")
+        );
+        let read = |text: &str| quick_xml::escape::unescape(text).unwrap().into_owned();
+        assert_eq!(read(&written), read(document));
     }
 
     #[test]

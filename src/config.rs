@@ -16,6 +16,8 @@ use crate::size::parse_size;
 pub const DEFAULT_PATH: &str = "/etc/backupd/backupd.toml";
 /// The store that a backup goes to when its document names none.
 pub const DEFAULT_STORE: &str = "default";
+/// The longest that the guest's writes can be allowed to take, in milliseconds.
+pub const MAX_LATENCY: u32 = 60_000;
 /// The longest time that can be set: more than a century, and no clock overflows.
 const MOST_SECONDS: Duration = Duration::from_secs(u32::MAX as u64);
 
@@ -117,6 +119,9 @@ pub struct Config {
     /// How long nobody must have needed the service before it leaves; nothing where it never does.
     #[serde(rename = "idle-exit-seconds", deserialize_with = "seconds")]
     pub idle_exit: Option<Duration>,
+    /// How long the guest's writes may take during a backup, in milliseconds; 0 is no limit.
+    #[serde(deserialize_with = "max_latency")]
+    pub max_latency: u32,
     pub bus: Bus,
     pub limits: Limits,
     pub deadlines: Deadlines,
@@ -311,6 +316,7 @@ impl Default for Config {
             state_directory: "/var/lib/backupd".into(),
             domain_directories: vec!["/etc/backupd/domains.d".into(), "/run/backupd/domains.d".into()],
             idle_exit: Some(Duration::from_secs(120)),
+            max_latency: 0,
             bus: Bus::default(),
             limits: Limits::default(),
             deadlines: Deadlines::default(),
@@ -415,6 +421,18 @@ fn span<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error
         .to_duration(relative)
         .map_err(|error| wrong(error.to_string()))?;
     Duration::try_from(duration).map_err(|error| wrong(error.to_string()))
+}
+
+/// How long the guest's writes may take, in milliseconds.
+pub fn max_latency<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let most = u32::deserialize(deserializer)?;
+    match most {
+        0..=MAX_LATENCY => Ok(most),
+        _ => {
+            let text = format!("{most} is no time of 0 to {MAX_LATENCY} milliseconds");
+            Err(serde::de::Error::custom(text))
+        }
+    }
 }
 
 /// A length of time, whole seconds or not; 0 is none.

@@ -43,6 +43,7 @@ mod identity;
 mod image_locks;
 mod install;
 mod internal_snapshots;
+mod latency;
 mod limits;
 mod limits_held;
 mod manual;

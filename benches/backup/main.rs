@@ -7,12 +7,15 @@
 //! Then it makes incremental backups of disks of several sizes of which the same much has changed, restores, verifies, merges and
 //! compresses, and backs up a huge disk without data, each beside the tool that does the same by hand.
 //!
+//! Then a guest writes while it is backed up into a slow target; `cargo bench --bench backup -- gentle` measures that alone.
+//!
 //! `BACKUPD_BENCH_DIR` is where the images go (12 GiB, removed at the end), `BACKUPD_BENCH_ROUNDS` how many rounds.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
 mod compression;
+mod gentle;
 mod hand;
 mod holes;
 mod increments;
@@ -59,13 +62,26 @@ fn rounds() -> usize {
 }
 
 fn main() {
-    let rounds = rounds();
-    let workspace = Workspace::create();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
+        Some(gentle::GUEST) => gentle::guest(),
+        Some("gentle") => report::print_gentle(&runtime().block_on(gentle::measure())),
+        _ => everything(),
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
         .build()
-        .expect("a runtime is made");
+        .expect("a runtime is made")
+}
+
+fn everything() {
+    let rounds = rounds();
+    let workspace = Workspace::create();
+    let runtime = runtime();
     let memory_store = Tmpfs::mount(&workspace.path().join("memory"), MEMORY_STORE);
     let mut system = System::setup()
         .store(ON_DEVICE, &workspace.store())
@@ -147,4 +163,5 @@ fn main() {
         sizes: &sizes,
         alone: &holes.alone,
     });
+    report::print_gentle(&runtime.block_on(gentle::measure()));
 }

@@ -1,5 +1,6 @@
 //! The table, and what it means for the targets.
 
+use crate::gentle::{MOST, Phase, RATE};
 use crate::increments::{Increment, SIZES};
 use crate::latency::Latency;
 use crate::memory::Memory;
@@ -253,4 +254,62 @@ fn print_increments(increments: &[Vec<Increment>; 3]) -> f64 {
         );
     }
     seconds[2] / seconds[0]
+}
+
+/// Of 100 values, 99 are at most this.
+fn percentile_99(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let last = values.len().saturating_sub(1);
+    values.get(last * 99 / 100).copied().unwrap_or(f64::NAN)
+}
+
+/// How long the guest's writes took; the last phase is the one with the option.
+pub fn print_gentle(phases: &[Phase]) {
+    let mib = f64::from(1 << 20);
+    let rate = RATE as f64 / mib;
+    println!(
+        "\na guest that writes 4 KiB at a time, 250 a second at most; the target takes {rate} MiB/s (FUSE)\n"
+    );
+    println!(
+        "{:<29} {:>7} {:>9} {:>9} {:>9} {:>8} {:>9}",
+        "", "writes", "median", "p99", "longest", "seconds", "MiB/s"
+    );
+    let milliseconds = |seconds: f64| format!("{:.1} ms", seconds * 1000.0);
+    let speed = |phase: &Phase| phase.backup.map(|(seconds, bytes)| bytes as f64 / mib / seconds);
+    for phase in phases {
+        println!(
+            "{:<29} {:>7} {:>9} {:>9} {:>9} {:>8} {:>9}",
+            phase.name,
+            phase.writes.len(),
+            milliseconds(median(phase.writes.iter().copied())),
+            milliseconds(percentile_99(&phase.writes)),
+            milliseconds(phase.writes.iter().copied().fold(0.0, f64::max)),
+            phase
+                .backup
+                .map_or_else(String::new, |(seconds, _)| format!("{seconds:.1}")),
+            speed(phase).map_or_else(String::new, |speed| format!("{speed:.1}")),
+        );
+    }
+    let (Some(idle), Some(with)) = (phases.first(), phases.last()) else {
+        return;
+    };
+    let (before, during) = (percentile_99(&idle.writes), percentile_99(&with.writes));
+    let allowed = (2.0 * before).max(MOST as f64 / 1000.0);
+    let part = speed(with).unwrap_or(f64::NAN) / rate;
+    println!();
+    for (what, met, value) in [
+        (
+            "p99 with max-latency <= 2 x that without a backup, or 10 ms",
+            during <= allowed,
+            milliseconds(during),
+        ),
+        (
+            "speed with max-latency >= 0.8 of what the target takes",
+            part >= 0.8,
+            format!("{part:.2}"),
+        ),
+    ] {
+        println!("{what:<62} {value:>9}  {}", if met { "met" } else { "missed" });
+    }
 }

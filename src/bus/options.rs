@@ -7,6 +7,7 @@ use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, Seq
 use zbus::wire::{OwnedVariant, Signature, Type};
 
 use super::error::{BusError, Result};
+use crate::config::MAX_LATENCY;
 use crate::definition::{Format, Quiesce, is_valid_name};
 use crate::error::{Kind, shown};
 use crate::plan::retention::Rule;
@@ -118,6 +119,15 @@ pub fn backup(dictionary: Dictionary) -> Result<(plan::Options, Option<String>)>
             ("reuse-external", value) => return Err(wrong_type(&key, &value, "b")),
             ("bandwidth", Value::U64(bandwidth)) => options.bandwidth = Some(bandwidth),
             ("bandwidth", value) => return Err(wrong_type(&key, &value, "t")),
+            ("max-latency", Value::U64(most)) => {
+                let allowed = u32::try_from(most).ok().filter(|most| *most <= MAX_LATENCY);
+                options.max_latency = Some(allowed.ok_or_else(|| {
+                    invalid(format!(
+                        "option 'max-latency': {most} ms is more than {MAX_LATENCY} ms"
+                    ))
+                })?);
+            }
+            ("max-latency", value) => return Err(wrong_type(&key, &value, "t")),
             ("allow-poweroff", Value::Bool(allow)) => options.allow_poweroff = allow,
             ("allow-poweroff", value) => return Err(wrong_type(&key, &value, "b")),
             ("require-all-disks", Value::Bool(require)) => options.require_all_disks = require,
@@ -327,6 +337,10 @@ mod tests {
     fn known_options_are_taken_in() {
         assert!(parse("reuse-external", true).unwrap().reuse_external);
         assert_eq!(parse("bandwidth", 7u64).unwrap().bandwidth, Some(7));
+        for most in [0, 10, MAX_LATENCY] {
+            let parsed = parse("max-latency", u64::from(most)).unwrap();
+            assert_eq!(parsed.max_latency, Some(most));
+        }
         for mode in [Quiesce::No, Quiesce::Try, Quiesce::Require] {
             assert_eq!(parse("quiesce", mode.as_str()).unwrap().quiesce, Some(mode));
         }
@@ -347,6 +361,18 @@ mod tests {
         let (name, text) = refused("bandwith", 7u64);
         assert!(
             name.ends_with("InvalidArgs") && text.contains("'bandwith'"),
+            "{name}: {text}"
+        );
+        for most in [u64::from(MAX_LATENCY) + 1, (1 << 32) + 10, u64::MAX] {
+            let (name, text) = refused("max-latency", most);
+            assert!(
+                name.ends_with("InvalidArgs") && text.contains("'max-latency'") && text.contains("60000 ms"),
+                "{name}: {text}"
+            );
+        }
+        let (name, text) = refused("max-latency", "10");
+        assert!(
+            name.ends_with("InvalidArgs") && text.contains("'s'") && text.contains("'t'"),
             "{name}: {text}"
         );
         let (name, text) = refused("bandwidth", "fast");

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use futures_util::{FutureExt, StreamExt};
 use inotify::{EventMask, Inotify, WatchMask};
 use rustix::fs::{Mode, OFlags};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::is_domain_name;
+use crate::config;
 use crate::socket::{Address, User};
 
 /// A domain's file is a few lines; more is a mistake.
@@ -26,6 +27,7 @@ pub(super) struct DomainFile {
     pub monitor: Address,
     pub agent: Option<Address>,
     pub checkpoints: CheckpointPolicy,
+    pub max_latency: Option<u32>,
 }
 
 /// On which of a domain's disks backups into a store begin checkpoints.
@@ -48,6 +50,13 @@ pub struct Content {
     pub user: Option<User>,
     #[serde(default)]
     pub checkpoints: CheckpointPolicy,
+    /// How long the guest's writes may take during a backup, in milliseconds; 0 is no limit.
+    #[serde(default, deserialize_with = "max_latency")]
+    pub max_latency: Option<u32>,
+}
+
+fn max_latency<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    config::max_latency(deserializer).map(Some)
 }
 
 impl Content {
@@ -244,6 +253,7 @@ fn read_file(path: &Path) -> Result<(String, DomainFile), FileError> {
         monitor: address(content.monitor),
         agent: content.agent.map(address),
         checkpoints: content.checkpoints,
+        max_latency: content.max_latency,
     };
     Ok((name.to_owned(), file))
 }
@@ -291,6 +301,21 @@ mod tests {
         assert_eq!(policy("checkpoints = 'always'"), Ok(CheckpointPolicy::Always));
         let error = policy("checkpoints = 'never'").unwrap_err();
         assert!(error.contains("never") && error.contains("line 2"), "{error}");
+    }
+
+    #[test]
+    fn a_file_says_how_long_the_guests_writes_may_take() {
+        let most = |line: &str| {
+            let content = Content::parse(&format!("monitor = '/run/a.qmp'\n{line}"));
+            content
+                .map(|content| content.max_latency)
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(most(""), Ok(None));
+        assert_eq!(most("max-latency = 0"), Ok(Some(0)));
+        assert_eq!(most("max-latency = 10"), Ok(Some(10)));
+        let error = most("max-latency = 60001").unwrap_err();
+        assert!(error.contains("60001") && error.contains("line 2"), "{error}");
     }
 
     #[test]

@@ -12,6 +12,8 @@ use super::outside::Devices;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
     pub name: String,
+    /// QEMU's path of the guest's device; empty if it is longer than any should be.
+    pub device: String,
     /// The node to read: the drive's root node without filters such as `throttle`, so that the guest's own limits
     /// do not slow a backup down. Empty without a medium.
     pub node: String,
@@ -78,6 +80,7 @@ impl Disk {
     pub fn for_test(name: &str, alias: &str, writable: bool, medium: bool) -> Self {
         Self {
             name: name.into(),
+            device: format!("/machine/peripheral/{name}"),
             node: if medium {
                 format!("node-{name}")
             } else {
@@ -124,6 +127,7 @@ pub fn find_disk<'a>(disks: &'a [Disk], name: &str) -> DiskLookup<'a> {
 }
 
 const MAX_NAME: usize = 255;
+const MAX_DEVICE: usize = 1024;
 
 /// The disks of all drives; none if the peer claims what no QEMU does.
 pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph, devices: &Devices) -> Option<Vec<Disk>> {
@@ -152,7 +156,8 @@ pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph, devices: &Devices) ->
 fn disk(drive: BlockInfo, graph: &Graph, devices: &Devices) -> Option<Disk> {
     let device = drive.qdev.as_deref().and_then(device_id).map(str::to_owned);
     // A drive that no device uses is no disk of the guest.
-    let passed_through = devices.passed_through(drive.qdev.as_deref()?);
+    let qdev = drive.qdev?;
+    let passed_through = devices.passed_through(&qdev);
     let drive_id = Some(drive.device).filter(|id| !id.is_empty());
     let root = drive
         .inserted
@@ -179,6 +184,9 @@ fn disk(drive: BlockInfo, graph: &Graph, devices: &Devices) -> Option<Disk> {
     let writable = drive.inserted.as_ref().is_some_and(|inserted| !inserted.ro);
     Some(Disk {
         name,
+        device: Some(qdev)
+            .filter(|path| path.len() <= MAX_DEVICE)
+            .unwrap_or_default(),
         node: source.unwrap_or_default().to_owned(),
         virtual_size,
         allocated: node.map_or(0, |node| graph.allocated(node)).min(virtual_size),

@@ -230,6 +230,8 @@ pub struct Domain {
     /// The guest agent's socket, if there is one.
     pub agent: Option<Dialer>,
     pub checkpoints: CheckpointPolicy,
+    /// How long its guest's writes may take during a backup, in milliseconds; 0 is no limit.
+    pub max_latency: Option<u32>,
     /// It stands for one that is not known any more, and whose name another has.
     lost_name: bool,
     /// It stands for one that is not known now.
@@ -264,6 +266,7 @@ impl Domain {
             owner_name: identity.owner_name,
             agent: None,
             checkpoints: CheckpointPolicy::default(),
+            max_latency: None,
             lost_name: false,
             absent: false,
             snapshot: watch::Sender::new(snapshot),

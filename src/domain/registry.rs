@@ -290,6 +290,7 @@ impl Registry {
         if let EntryKind::Configured(file) = &kind {
             let agent = |address| Dialer::new(address, Purpose::Agent);
             (domain.agent, domain.checkpoints) = (file.agent.clone().map(agent), file.checkpoints);
+            domain.max_latency = file.max_latency;
         }
         let domain = Arc::new(domain);
         let stop = self.stop.child_token();

@@ -140,7 +140,7 @@ impl Members {
         let own: Vec<u64> = self
             .by_number
             .values()
-            .map(|member| member.job.speed.limits().own)
+            .map(|member| member.job.speed.limits().without_share())
             .collect();
         let shares = shares(limit, &own);
         for (member, share) in self.by_number.values_mut().zip(&shares) {

@@ -50,6 +50,11 @@ pub enum Error {
         OLDEST
     )]
     TooOld,
+    #[error(
+        "QEMU cannot count the guest's writes by how long they take, which 'max-latency' needs: make the backup without it, or \
+         use QEMU 4.0 or later"
+    )]
+    NoHistograms,
     #[error("{}", migration_text(.0))]
     Migration(Migration),
     #[error("disk '{disk}': {source}")]
@@ -146,7 +151,7 @@ impl Error {
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
             Self::TooMany(_) => Kind::LimitsExceeded,
             Self::CancelledBefore { .. } => Kind::Cancelled,
-            Self::TooOld => Kind::Unsupported,
+            Self::TooOld | Self::NoHistograms => Kind::Unsupported,
             Self::NoSuchCheckpoint { .. } => Kind::NoSuchCheckpoint,
             Self::TooManyCheckpoints { .. } => Kind::LimitsExceeded,
             Self::Prepare { source, .. }

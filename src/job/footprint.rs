@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
+use super::latency::Histogram;
 use super::manager::Setting;
 use super::track::JobInfo;
 use super::{Error, Job};
@@ -69,6 +70,14 @@ impl Names {
     }
 }
 
+/// That of the job, if it has one; by its tag it is known again.
+fn histogram(job: &Job, tag: &str) -> Option<Histogram> {
+    let most = Duration::from_millis(job.plan.max_latency?.get().into());
+    // A backup's tag is 8 hexadecimal digits.
+    let mark = u32::from_str_radix(tag, 16).unwrap_or(0);
+    Some(Histogram::new(most, mark))
+}
+
 /// QEMU's text for the action `abort`.
 const ABORTED: &str = "Transaction aborted using Abort action";
 
@@ -123,6 +132,8 @@ pub struct Footprint {
     pub(super) passed: Mutex<Option<(Arc<Link>, BTreeSet<u64>)>>,
     /// How long a lost monitor may take to come back.
     reconnect: Duration,
+    /// Set on the guest's disks, if the backup's speed depends on how long their writes take.
+    pub histogram: Option<Histogram>,
     /// The guest's power-off is held back until all is released.
     holds_poweroff: AtomicBool,
 }
@@ -137,6 +148,7 @@ impl Footprint {
             link: Mutex::new(link),
             names: Names::new(tag),
             passed: Mutex::default(),
+            histogram: histogram(job, tag),
             reconnect: setting.deadlines.reconnect(),
             holds_poweroff: AtomicBool::new(false),
         }

@@ -14,6 +14,7 @@ mod error;
 mod footprint;
 mod generation;
 mod guard;
+mod latency;
 mod manager;
 mod mark;
 mod outcome;

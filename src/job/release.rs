@@ -129,7 +129,7 @@ impl Footprint {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .extend(left);
-        self.end_hold().await?;
+        self.restore_settings().await?;
         Ok(true)
     }
 
@@ -232,10 +232,14 @@ impl Footprint {
         // A target goes before the file below it: "…-target" sorts after "…-file".
         self.delete(self.nodes().await?.into_iter().rev()).await?;
         self.remove_descriptors().await?;
-        self.end_hold().await
+        self.restore_settings().await
     }
 
-    async fn end_hold(&self) -> qmp::Result<()> {
+    /// Removes the histograms of the guest's disks, and ends the hold on its power-off.
+    async fn restore_settings(&self) -> qmp::Result<()> {
+        if let Some(histogram) = &self.histogram {
+            self.remove_histograms(histogram).await?;
+        }
         if self.is_holding_poweroff() {
             poweroff::let_go(&self.link()).await?;
             self.poweroff_let_go();

@@ -477,6 +477,7 @@ fn plan(
         },
         reuse_external: false,
         task: Task::Backup,
+        max_latency: None,
         bandwidth: document.and_then(|document| document.bandwidth).unwrap_or(0),
         quiesce: document.and_then(|document| document.quiesce),
         hold_poweroff: true,
@@ -484,6 +485,8 @@ fn plan(
             .disks
             .iter()
             .map(|disk| DiskPlan {
+                device: String::new(),
+                small_steps: false,
                 name: disk.name.clone(),
                 node: String::new(),
                 virtual_size: disk.virtual_size,

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::bandwidth::Part;
 use super::error::Stopped;
 use super::footprint::Footprint;
+use super::latency::Latency;
 use super::progress::{Meter, share};
 use super::scan::Scan;
 use super::stall::Stall;
@@ -42,6 +43,7 @@ pub struct Running<'a> {
     meter: Meter,
     scan: Scan,
     part: &'a Part,
+    latency: Option<Latency>,
     /// Limit and number of running disks that QEMU knows; nothing if that is not known.
     shared: Option<(u64, usize)>,
     stall: Stall,
@@ -60,6 +62,7 @@ impl<'a> Running<'a> {
         (speed, part): (Option<u64>, &'a Part),
         stall: Duration,
     ) -> Self {
+        job.speed.set_latency(Latency::first_limit(&job.plan));
         let disks = job.plan.disks.iter().enumerate();
         let jobs = disks.map(|(index, disk)| (footprint.names.block_job(index), disk.virtual_size));
         Self {
@@ -69,6 +72,7 @@ impl<'a> Running<'a> {
             meter: Meter::new(),
             scan: Scan::new(job),
             part,
+            latency: Latency::of(&job.plan, footprint.histogram.clone()),
             shared: speed.map(|speed| (speed, job.plan.disks.len())),
             stall: Stall::new(stall, Instant::now()),
             silent: false,
@@ -141,6 +145,7 @@ impl<'a> Running<'a> {
         }
         let mut speeds = self.job.speed.subscribe();
         let mut looks = self.job.looks.subscribe();
+        self.begin_latency().await?;
         let mut cancelled = false;
         let mut asked = Instant::now();
         self.show();
@@ -175,6 +180,7 @@ impl<'a> Running<'a> {
                 }
                 // The time is checked below.
                 () = tokio::time::sleep(left) => {}
+                () = due(self.latency.as_ref()) => self.sample(events).await?,
                 () = self.job.cancel.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.cancel().await?;
@@ -203,15 +209,9 @@ impl<'a> Running<'a> {
 
     /// Asks how the jobs stand. That QEMU does not answer is nothing new.
     async fn ask(&mut self, events: &mut Events) -> Result<(), Stopped> {
-        let Some(infos) = self.query().await? else {
+        let Some((before, infos)) = self.ask_jobs(events).await? else {
             return Ok(());
         };
-        // What QEMU said before it answered says more than the answer.
-        while let Some(event) = events.next_now() {
-            self.tracker.event(&event);
-        }
-        let before = self.tracker.done();
-        self.tracker.query(&infos);
         self.look().await?;
         self.take_progress(before, &infos);
         let done = self.tracker.done();
@@ -225,6 +225,59 @@ impl<'a> Running<'a> {
         });
         self.job.asked.send_replace(Some(Instant::now()));
         self.show();
+        Ok(())
+    }
+
+    /// Takes in how the jobs stand. Returns that, and the bytes that were done before; nothing if QEMU does not answer.
+    async fn ask_jobs(&mut self, events: &mut Events) -> Result<Option<(u64, Vec<JobInfo>)>, Stopped> {
+        let Some(infos) = self.query().await? else {
+            return Ok(None);
+        };
+        // What QEMU said before it answered says more than the answer.
+        while let Some(event) = events.next_now() {
+            self.tracker.event(&event);
+        }
+        let before = self.tracker.done();
+        self.tracker.query(&infos);
+        Ok(Some((before, infos)))
+    }
+
+    /// Has QEMU count the guest's writes, if the speed depends on them.
+    async fn begin_latency(&mut self) -> Result<(), Stopped> {
+        let Some(latency) = &mut self.latency else {
+            return Ok(());
+        };
+        match latency.begin(self.footprint).await {
+            Err(closed @ qmp::Error::Closed(_)) => Err(closed.into()),
+            Err(error) => {
+                tracing::warn!(job = self.job.id, %error, "the speed follows the mean of the guest's writes only");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Sets the speed by how long the guest's writes take. What QEMU does not say changes nothing.
+    async fn sample(&mut self, events: &mut Events) -> Result<(), Stopped> {
+        let devices = match self.footprint.query_devices().await {
+            Err(closed @ qmp::Error::Closed(_)) => return Err(closed.into()),
+            devices => devices.ok(),
+        };
+        let mut answered = false;
+        if devices.is_some()
+            && let Some((before, infos)) = self.ask_jobs(events).await?
+        {
+            self.take_progress(before, &infos);
+            answered = true;
+        }
+        let done = self.tracker.done();
+        let (Some(latency), now) = (&mut self.latency, Instant::now()) else {
+            return Ok(());
+        };
+        match devices.filter(|_| answered) {
+            Some(devices) => self.job.speed.set_latency(latency.step(now, &devices, done)),
+            None => latency.skip(now),
+        }
         Ok(())
     }
 
@@ -345,5 +398,13 @@ impl<'a> Running<'a> {
             None if verdicts.iter().any(|verdict| *verdict != Verdict::Completed) => Err(Stopped::Cancelled),
             None => Ok(()),
         }
+    }
+}
+
+/// Waits until QEMU is to be asked how long the guest's writes take; for ever if the speed does not depend on them.
+async fn due(latency: Option<&Latency>) {
+    match latency {
+        Some(latency) => tokio::time::sleep_until(latency.due().into()).await,
+        None => std::future::pending().await,
     }
 }

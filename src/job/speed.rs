@@ -9,14 +9,25 @@ pub struct Limits {
     pub own: u64,
     /// Its share of the bandwidth of its store.
     pub share: u64,
+    /// What its guest's writes leave for it.
+    pub latency: u64,
 }
 
 impl Limits {
     /// What QEMU may copy in a second.
     pub fn effective(self) -> u64 {
-        let limits = [self.own, self.share].into_iter();
-        limits.filter(|limit| *limit > 0).min().unwrap_or(0)
+        least([self.own, self.share, self.latency])
     }
+
+    /// What it can make use of, whatever the others do.
+    pub fn without_share(self) -> u64 {
+        least([self.own, self.latency])
+    }
+}
+
+fn least<const N: usize>(limits: [u64; N]) -> u64 {
+    let limits = limits.into_iter().filter(|limit| *limit > 0);
+    limits.min().unwrap_or(0)
 }
 
 /// The limits of one backup, and those who follow them.
@@ -25,8 +36,10 @@ pub struct Speed(watch::Sender<Limits>);
 
 impl Speed {
     pub fn new(own: u64) -> Self {
-        let share = 0;
-        Self(watch::Sender::new(Limits { own, share }))
+        Self(watch::Sender::new(Limits {
+            own,
+            ..Limits::default()
+        }))
     }
 
     pub fn limits(&self) -> Limits {
@@ -42,13 +55,18 @@ impl Speed {
         self.0.send_modify(|limits| limits.own = own);
     }
 
-    /// Wakes those who follow it only if it changes something.
     pub fn set_share(&self, share: u64) {
-        self.0.send_if_modified(|limits| {
-            let changed = limits.share != share;
-            limits.share = share;
-            changed
-        });
+        self.set(|limits| &mut limits.share, share);
+    }
+
+    pub fn set_latency(&self, latency: u64) {
+        self.set(|limits| &mut limits.latency, latency);
+    }
+
+    /// Wakes those who follow it only if it changes something.
+    fn set(&self, which: fn(&mut Limits) -> &mut u64, value: u64) {
+        self.0
+            .send_if_modified(|limits| std::mem::replace(which(limits), value) != value);
     }
 }
 
@@ -58,8 +76,20 @@ mod tests {
 
     #[test]
     fn the_least_limit_counts_and_0_is_none() {
-        for (own, share, effective) in [(0, 0, 0), (5, 0, 5), (0, 7, 7), (5, 7, 5), (9, 7, 7)] {
-            assert_eq!(Limits { own, share }.effective(), effective);
+        for ([own, share, latency], effective, without_share) in [
+            ([0, 0, 0], 0, 0),
+            ([5, 0, 0], 5, 5),
+            ([0, 7, 0], 7, 0),
+            ([5, 7, 0], 5, 5),
+            ([9, 7, 0], 7, 9),
+            ([9, 7, 3], 3, 3),
+            ([0, 7, 8], 7, 8),
+        ] {
+            let limits = Limits { own, share, latency };
+            assert_eq!(
+                (limits.effective(), limits.without_share()),
+                (effective, without_share)
+            );
         }
     }
 }

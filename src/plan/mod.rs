@@ -19,6 +19,7 @@ pub use error::Error;
 pub use requested::{PlaceKind, Requested, requested};
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,8 @@ pub struct Options {
     pub reuse_external: bool,
     /// Bytes a second, all disks together.
     pub bandwidth: Option<u64>,
+    /// How long the guest's writes may take, in milliseconds; 0 is no limit. Nothing: as the configuration says.
+    pub max_latency: Option<u32>,
     pub quiesce: Option<Quiesce>,
     pub incremental: Option<Incremental>,
     pub checkpoint: Option<CheckpointOption>,
@@ -69,6 +72,9 @@ pub struct Plan {
     pub reuse_external: bool,
     /// Bytes a second, all disks together; 0 is unlimited.
     pub bandwidth: u64,
+    /// How long the guest's writes may take, in milliseconds, before the backup becomes slower.
+    #[serde(default)]
+    pub max_latency: Option<NonZeroU32>,
     pub quiesce: Option<Quiesce>,
     /// A guest that powers off is kept, paused, until the backup has ended.
     pub hold_poweroff: bool,
@@ -142,6 +148,9 @@ pub struct DiskPlan {
     pub name: String,
     /// QEMU's node to read.
     pub node: String,
+    /// QEMU's path of the guest's device.
+    #[serde(default)]
+    pub device: String,
     /// What the guest sees, in bytes; the target gets exactly that.
     pub virtual_size: u64,
     /// What the data takes at most, as far as is known, in bytes.
@@ -156,6 +165,9 @@ pub struct DiskPlan {
     pub only_allocated: bool,
     pub format: Format,
     pub compress: Option<Compression>,
+    /// It is copied in small steps, one after the other, so that a write of the guest's waits for little of it.
+    #[serde(default)]
+    pub small_steps: bool,
     #[serde(default)]
     pub mode: Mode,
     /// A later backup can go on from this one: what is written from its instant on is recorded.
@@ -170,6 +182,7 @@ impl DiskPlan {
         Self {
             name: name.to_owned(),
             node: String::new(),
+            device: String::new(),
             virtual_size,
             estimate,
             source: None,
@@ -177,6 +190,7 @@ impl DiskPlan {
             only_allocated: true,
             format,
             compress: None,
+            small_steps: false,
             mode: Mode::default(),
             checkpoint: false,
             place: Place::Descriptor(index),
@@ -273,6 +287,10 @@ pub fn resolve(
         disk_plan(disk, asked, settings, past, &wanted)
     });
     let mut planned = planned.collect::<Result<Vec<_>, _>>()?;
+    let max_latency = options.max_latency.and_then(NonZeroU32::new);
+    for disk in &mut planned {
+        disk.small_steps = max_latency.is_some();
+    }
     let checkpoint = checkpoint::of_backup(
         options.checkpoint.as_ref(),
         settings,
@@ -296,6 +314,7 @@ pub fn resolve(
             None => Destination::Caller,
         },
         reuse_external: options.reuse_external,
+        max_latency,
         bandwidth: agreed("bandwidth", definition.bandwidth, options.bandwidth)?.unwrap_or(0),
         quiesce: agreed("quiesce", definition.quiesce, options.quiesce)?,
         hold_poweroff: !options.allow_poweroff,
@@ -346,6 +365,7 @@ impl Plan {
             destination: Destination::Caller,
             reuse_external: false,
             bandwidth: 0,
+            max_latency: None,
             quiesce: None,
             hold_poweroff: false,
             checkpoint: None,
@@ -581,6 +601,8 @@ fn disk_plan(
     Ok(DiskPlan {
         name: disk.name.clone(),
         node: disk.node.clone(),
+        device: disk.device.clone(),
+        small_steps: false,
         virtual_size: disk.virtual_size,
         estimate,
         source: disk.source.clone(),

@@ -15,6 +15,7 @@ use serde_json::value::RawValue;
 /// The commands that are asked about, and their arguments that are. What is not here is not there.
 const QUESTIONS: &[(&str, &[&str])] = &[
     ("add-fd", &["opaque"]),
+    ("block-latency-histogram-set", &[]),
     ("blockdev-add", &["node-name"]),
     ("blockdev-backup", &["auto-dismiss", "filter-node-name", "x-perf"]),
     ("blockdev-create", &[]),

@@ -4,9 +4,13 @@ use super::Service;
 use crate::definition::Definition;
 use crate::domain::{Domain, Snapshot};
 use crate::error::Result;
+use crate::job;
 use crate::offload::Progress;
 use crate::plan::{self, Incremental, Mode, Options, Plan};
 use crate::target::{self, Parents};
+
+/// QEMU's command to count the guest's writes by how long they take, since QEMU 4.0.
+const COUNTS_LATENCIES: &str = "block-latency-histogram-set";
 
 impl Service {
     /// Makes the plan, and keeps what it depends on from being removed. A base that goes between the choice and the hold is no
@@ -17,6 +21,7 @@ impl Service {
         domain: &Domain,
         snapshot: &Snapshot,
     ) -> Result<(Plan, Parents)> {
+        let options = &self.with_defaults(options, domain).await?;
         let mut store = match plan::store(definition, &self.stores)? {
             Some(store) => Some(self.jobs.choose_store(domain, &snapshot.disks, store).await?),
             None => None,
@@ -45,6 +50,21 @@ impl Service {
             gone.flat_map(|earlier| &mut earlier.disks)
                 .for_each(|disk| disk.images = None);
         }
+    }
+
+    /// The options with what the configuration says. What QEMU cannot do is refused here, before anything is touched.
+    async fn with_defaults(&self, options: &Options, domain: &Domain) -> Result<Options> {
+        let most = options
+            .max_latency
+            .or(domain.max_latency)
+            .unwrap_or(self.max_latency);
+        if most > 0 && !domain.link().await?.schema.has_command(COUNTS_LATENCIES) {
+            return Err(job::Error::NoHistograms.into());
+        }
+        Ok(Options {
+            max_latency: Some(most),
+            ..options.clone()
+        })
     }
 
     async fn hold(&self, plan: Plan) -> Result<std::result::Result<(Plan, Parents), target::Error>> {

@@ -55,6 +55,8 @@ pub struct Service {
     /// Of descriptors that came with calls.
     descriptors: Quota,
     document_bytes: usize,
+    /// How long the guest's writes may take during a backup, in milliseconds, where neither the call nor the domain's file says it.
+    max_latency: u32,
     /// Long lists that are being made.
     lists: Turns,
 }
@@ -75,6 +77,7 @@ impl Service {
             stores: config.stores.clone(),
             descriptors: config.limits.of_descriptors(),
             document_bytes: config.limits.document_bytes,
+            max_latency: config.max_latency,
             lists: Turns::new(READS, LISTS_OF_A_USER),
         }
     }

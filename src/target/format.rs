@@ -11,8 +11,9 @@ use crate::qcow2::Empty;
 
 /// Large clusters keep metadata small, and a full backup writes whole ones; in bytes.
 const CLUSTER_SIZE: u32 = 1 << 20;
-/// What changed is copied in whole clusters: as small as what a bitmap tells apart.
-const INCREMENT_CLUSTER_SIZE: u32 = 1 << 16;
+/// What changed is copied in whole clusters: as small as what a bitmap tells apart. A write of the guest's to what is not copied
+/// yet waits until a whole cluster is: the smallest that QEMU copies (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
+const SMALL_CLUSTER_SIZE: u32 = 1 << 16;
 
 impl Target {
     /// A raw device stays as it is.
@@ -42,11 +43,12 @@ pub fn format(file: &OwnedFd, media: Media, format: Format, empty: &Empty) -> Re
 
 pub(super) fn empty_image(disk: &DiskPlan) -> Empty {
     let (cluster_size, backing) = match &disk.mode {
+        Mode::Full { .. } if disk.small_steps => (SMALL_CLUSTER_SIZE, None),
         Mode::Full { .. } => (CLUSTER_SIZE, None),
         // For readers of the image: QEMU gets none while it writes.
         Mode::Since(base) => {
             let name = base.parent().relative_path();
-            (INCREMENT_CLUSTER_SIZE, Some((name, Format::Qcow2)))
+            (SMALL_CLUSTER_SIZE, Some((name, Format::Qcow2)))
         }
     };
     Empty {

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use fuser::{
     BackgroundSession, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
@@ -56,7 +56,16 @@ type Held = Box<dyn FnOnce(&mut Tree, Option<Errno>) + Send>;
 struct Control {
     disturbed: Option<(Operation, Effect)>,
     held: Vec<Held>,
+    pace: Option<Pace>,
     affected: usize,
+}
+
+/// A device that writes one request after the other.
+#[derive(Clone, Copy)]
+struct Pace {
+    bytes_per_second: u64,
+    /// When it is done with all that it was given.
+    done: Instant,
 }
 
 /// What the file system cannot do, as many that are no disk's.
@@ -162,6 +171,15 @@ impl Hanging {
     /// From now on each of these takes so long; one moves 128 KiB at most.
     pub fn slow_down(&self, what: Operation, pause: Duration) {
         self.disturb(what, Effect::Slow(pause));
+    }
+
+    /// From now on it takes so many bytes a second, in the order in which they come.
+    pub fn limit(&self, bytes_per_second: u64) {
+        let done = Instant::now();
+        lock(&self.control).pace = Some(Pace {
+            bytes_per_second,
+            done,
+        });
     }
 
     fn disturb(&self, what: Operation, effect: Effect) {
@@ -347,6 +365,17 @@ impl Tree {
 }
 
 impl Server {
+    /// Waits until so many bytes are written. Nothing else is answered meanwhile.
+    fn take_time(&self, bytes: usize) {
+        let done = lock(&self.control).pace.as_mut().map(|pace| {
+            let time = Duration::from_secs_f64(bytes as f64 / pace.bytes_per_second as f64);
+            pace.done = pace.done.max(Instant::now()) + time;
+            pace.done
+        });
+        let left = done.map(|done| done.saturating_duration_since(Instant::now()));
+        std::thread::sleep(left.unwrap_or_default());
+    }
+
     /// Carries an operation out now, or when the file system answers again.
     fn pass(&self, what: Operation, operation: impl FnOnce(&mut Tree, Option<Errno>) + Send + 'static) {
         let mut control = lock(&self.control);
@@ -617,6 +646,7 @@ impl Filesystem for Server {
         reply: ReplyWrite,
     ) {
         let data = data.to_owned();
+        self.take_time(data.len());
         answer!(
             self,
             Operation::Write,

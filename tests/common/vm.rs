@@ -1,6 +1,7 @@
 //! Virtual machines for tests: a real QEMU without a guest, stopped before its first instruction (`-S`), software
 //! emulation only. What a guest would write, the test writes with [`Vm::write`], through the same devices.
 
+use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -183,6 +184,8 @@ pub struct Residue {
     /// As `NODE/NAME`; a bitmap without a name ends with the slash.
     pub bitmaps: Vec<String>,
     pub fdsets: Vec<i64>,
+    /// Latency histograms: as `DEVICE/KIND`.
+    pub histograms: Vec<String>,
 }
 
 impl Vm {
@@ -315,6 +318,7 @@ impl Vm {
                 .iter()
                 .filter_map(|set| set["fdset-id"].as_i64())
                 .collect(),
+            histograms: self.histograms().into_keys().collect(),
         };
         for node in list("query-named-block-nodes") {
             let name = text(&node["node-name"]);
@@ -331,6 +335,31 @@ impl Vm {
         residue.bitmaps.sort();
         residue.fdsets.sort();
         residue
+    }
+
+    /// The boundaries of the latency histograms that are set, in ns, by `DEVICE/KIND`, such as `vda/wr`.
+    #[track_caller]
+    pub fn histograms(&self) -> BTreeMap<String, Vec<u64>> {
+        let devices = self.qmp("query-blockstats", json!({}));
+        let mut found = BTreeMap::new();
+        for device in devices.as_array().into_iter().flatten() {
+            let path = device["qdev"].as_str().unwrap_or_default();
+            let id = path.strip_prefix("/machine/peripheral/").unwrap_or(path);
+            let id = id.split('/').next().unwrap_or_default();
+            for (key, value) in device["stats"].as_object().into_iter().flatten() {
+                if let Some(kind) = key.strip_suffix("_latency_histogram") {
+                    let boundaries = serde_json::from_value(value["boundaries"].clone());
+                    found.insert(format!("{id}/{kind}"), boundaries.expect("they are numbers"));
+                }
+            }
+        }
+        found
+    }
+
+    /// QEMU's path of the device of a disk.
+    #[track_caller]
+    pub fn device_path(&self, disk: &str) -> String {
+        self.disk(disk).0.qom_path()
     }
 
     /// The checkpoints on a disk, by name, in order: where later backups can go on from.

@@ -300,6 +300,9 @@ pub struct Create {
     /// Write at most so many bytes a second, all disks together, such as 50M
     #[arg(long, value_name = "N", value_parser = units::parse_size)]
     pub bandwidth: Option<u64>,
+    /// Go slower while the guest's writes take longer than so many ms; 0: no limit [default: as configured]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(0..=60_000))]
+    pub max_latency: Option<u32>,
     /// Write into targets that exist instead of making new ones
     #[arg(long)]
     pub reuse_external: bool,
@@ -536,6 +539,8 @@ mod tests {
             "backupctl create web --disk =x",
             "backupctl create web --disk a=",
             "backupctl create web --bandwidth fast",
+            "backupctl create web --max-latency 60001",
+            "backupctl create web --max-latency 5ms",
             "backupctl create web --format vmdk",
             "backupctl create web --quiesce maybe",
             "backupctl show",
@@ -551,13 +556,14 @@ mod tests {
     #[test]
     fn every_option_of_create_is_read() {
         let create = create(
-            "backupctl create web --disk a=x=y --disk b=z --format qcow2 --compress zlib --bandwidth 1.5M \
+            "backupctl create web --disk a=x=y --disk b=z --format qcow2 --compress zlib --bandwidth 1.5M --max-latency 10 \
              --reuse-external --quiesce require --own-files --detach --json",
         );
         assert_eq!(create.disk[0].disk, "a");
         assert_eq!(create.disk[0].file, PathBuf::from("x=y"));
         assert_eq!(create.disk.len(), 2);
         assert_eq!(create.bandwidth, Some(3 << 19));
+        assert_eq!(create.max_latency, Some(10));
         assert_eq!(create.compress.map(Compress::word), Some("zlib"));
         assert_eq!(create.quiesce.map(Quiesce::word), Some("require"));
         assert!(create.own_files && create.detach && create.reuse_external);

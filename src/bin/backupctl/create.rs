@@ -163,6 +163,9 @@ fn options(args: &Create) -> HashMap<&'static str, Variant<'static>> {
     if let Some(bandwidth) = args.bandwidth {
         options.insert("bandwidth", Variant::from(bandwidth));
     }
+    if let Some(most) = args.max_latency {
+        options.insert("max-latency", Variant::from(u64::from(most)));
+    }
     if args.require_all_disks {
         options.insert("require-all-disks", Variant::from(true));
     }
@@ -405,10 +408,11 @@ mod tests {
     #[test]
     fn options_have_the_types_of_the_interface() {
         let options = options(&create(
-            "--bandwidth 5M --reuse-external --quiesce try --incremental full",
+            "--bandwidth 5M --max-latency 10 --reuse-external --quiesce try --incremental full",
         ));
         assert_eq!(options["incremental"], Variant::from("full"));
         assert_eq!(options["bandwidth"], Variant::U64(5 << 20));
+        assert_eq!(options["max-latency"], Variant::U64(10));
         assert_eq!(options["reuse-external"], Variant::Bool(true));
         assert_eq!(options["quiesce"], Variant::from("try"));
     }

@@ -15,6 +15,7 @@ use crate::fault;
 use crate::job::error::Stopped;
 use crate::job::footprint::{Footprint, Names};
 use crate::job::guard::Limits;
+use crate::job::latency::Latency;
 use crate::job::progress::share;
 use crate::job::quiesce::Freeze;
 use crate::job::running::Running;
@@ -77,6 +78,7 @@ impl Driver<'_> {
 
     /// Makes the targets' nodes in QEMU. What was half made is removed by its name.
     pub(super) async fn open_targets(&mut self) -> Result<Fact, Stopped> {
+        self.job.speed.set_latency(Latency::first_limit(&self.job.plan));
         // Before it copies: those that copy already give it their parts.
         self.part = Some(self.setting.bandwidth.join(self.job));
         let (footprint, targets) = (self.footprint()?, self.targets()?);
@@ -184,7 +186,10 @@ impl Driver<'_> {
             .map(|(index, (target, disk))| {
                 let mut action = action(&footprint.names, index, target, disk, share(speed, disks.len()));
                 if has_workers {
-                    action["data"]["x-perf"] = json!({ "max-workers": WORKERS });
+                    action["data"]["x-perf"] = match disk.small_steps {
+                        true => json!({ "max-workers": 1, "max-chunk": SMALL_STEP }),
+                        false => json!({ "max-workers": WORKERS }),
+                    };
                 }
                 action
             })
@@ -289,6 +294,9 @@ fn now() -> Timestamp {
     let now = clock::now();
     Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
 }
+
+/// What is copied at a time, in bytes, where the guest's writes are not to wait: a cluster of the image.
+const SMALL_STEP: u64 = 1 << 16;
 
 fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> Value {
     let sync = match &disk.mode {

@@ -1,0 +1,198 @@
+//! How long the guest's writes take during a backup into a slow target, with and without `max-latency`.
+//!
+//! The guest is a Linux with this program as its first process after the shell: it writes 4 KiB past its cache at random places of
+//! its disk, one after the other with a pause between them, and says how long each took. The target is a FUSE file system that takes
+//! [`RATE`] bytes a second, in the order in which they come.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::common::System;
+use crate::common::caller::{Caller, assert_completed};
+use crate::common::disk::Disk;
+use crate::common::hanging::{Hanging, Limits};
+use crate::common::initramfs::{Initramfs, parts};
+use crate::common::proxies::Options;
+
+/// The first argument with which this program is the guest's.
+pub const GUEST: &str = "--guest";
+/// What the target takes, in bytes a second.
+pub const RATE: u64 = 20 << 20;
+/// In milliseconds.
+pub const MOST: u64 = 10;
+const DISK: u64 = 192 << 20;
+const NAME: &str = "linux";
+const IDLE: Duration = Duration::from_secs(8);
+/// Between two of the guest's writes.
+const PAUSE: Duration = Duration::from_millis(4);
+const BLOCK: usize = 4096;
+/// So many at a time are said.
+const BATCH: usize = 25;
+
+/// What was measured in one phase.
+#[derive(Debug)]
+pub struct Phase {
+    pub name: &'static str,
+    /// How long each write of the guest's took, in seconds.
+    pub writes: Vec<f64>,
+    /// How long the backup took, in seconds, and how many bytes the target was given; nothing while there was none.
+    pub backup: Option<(f64, u64)>,
+}
+
+/// The guest's part. Never returns.
+pub fn guest() -> ! {
+    let disk = fs::OpenOptions::new()
+        .write(true)
+        .custom_flags(rustix::fs::OFlags::DIRECT.bits().cast_signed())
+        .open("/dev/vda")
+        .expect("the disk is there");
+    let mut port = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/ttyS0")
+        .expect("the port is there");
+    let mut buffer = vec![0x5a_u8; 2 * BLOCK];
+    let start = buffer.as_ptr().align_offset(BLOCK);
+    let block = &mut buffer[start..start + BLOCK];
+    let blocks = DISK / BLOCK as u64;
+    // A generator of Lehmer's: each run writes to the same places.
+    let mut random = 1_u64;
+    loop {
+        let mut line = String::from("took");
+        for _ in 0..BATCH {
+            random = random * 48271 % 0x7fff_ffff;
+            let offset = random % blocks * BLOCK as u64;
+            block[..8].copy_from_slice(&random.to_le_bytes());
+            let began = Instant::now();
+            disk.write_all_at(block, offset).expect("the guest writes");
+            line += &format!(" {}", began.elapsed().as_micros());
+            std::thread::sleep(PAUSE);
+        }
+        writeln!(port, "{line}").expect("the guest speaks");
+    }
+}
+
+const INIT: &str = r"#!/bin/busybox sh
+PATH=/bin:/sbin
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+for pass in 1 2 3 4 5; do
+    for module in /modules/*.ko; do insmod $module 2>/dev/null; done
+done
+until [ -b /dev/vda ]; do usleep 10000; done
+exec /bin/writer --guest
+";
+
+struct Scene {
+    system: System,
+    caller: Caller,
+    serial: PathBuf,
+    _vm: crate::common::vm::Vm,
+}
+
+impl Scene {
+    async fn boot() -> Self {
+        let system = System::start();
+        let dir = system.dir().to_owned();
+        let init = dir.join("init");
+        fs::write(&init, INIT).expect("the guest's script is written");
+        let initramfs = Initramfs::new(&dir, &init);
+        let own = std::env::current_exe().expect("this program has a path");
+        initramfs.program(&own, "/bin/writer");
+        let archive = initramfs.pack();
+        let disk = dir.join("disk.raw");
+        fill(&disk);
+        let serial = dir.join("serial");
+        let vm = system
+            .vm(NAME)
+            .disk(Disk::new("vda", 0).raw().at(&disk))
+            .extra(&[
+                "-m",
+                "512",
+                "-kernel",
+                &parts().join("vmlinuz").display().to_string(),
+                "-initrd",
+                &archive.display().to_string(),
+                "-append",
+                "console=ttyS0 quiet panic=-1",
+                "-serial",
+                &format!("file:{}", serial.display()),
+            ])
+            .running();
+        let vm = system.configured(vm);
+        let scene = Self {
+            caller: Caller::new(&system).await,
+            system,
+            serial,
+            _vm: vm,
+        };
+        crate::common::wait::until("the guest to write", || {
+            (!scene.writes(0).0.is_empty()).then_some(())
+        });
+        scene
+    }
+
+    /// How long the writes took that the guest has told of from that byte on, in seconds; and the byte after them.
+    fn writes(&self, from: usize) -> (Vec<f64>, usize) {
+        let said = fs::read(&self.serial).unwrap_or_default();
+        let end = said
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |last| last + 1);
+        let whole = String::from_utf8_lossy(&said[from.min(end)..end]).into_owned();
+        let lines = whole.lines().filter_map(|line| line.trim().strip_prefix("took "));
+        let numbers = lines.flat_map(str::split_whitespace);
+        let writes = numbers.filter_map(|number| number.parse::<f64>().ok());
+        (writes.map(|microseconds| microseconds / 1e6).collect(), end)
+    }
+
+    async fn back_up(&self, name: &'static str, target: &Path, options: Options<'_>) -> Phase {
+        let image = target.join("vda.qcow2");
+        let document = format!(
+            "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+            image.display()
+        );
+        let (_, from) = self.writes(0);
+        let began = Instant::now();
+        let job = self.caller.start_with(NAME, &document, &[], options).await;
+        assert_completed(&job).await;
+        let took = began.elapsed().as_secs_f64();
+        let (writes, _) = self.writes(from);
+        let bytes = fs::metadata(&image).expect("there is an image").len();
+        fs::remove_file(&image).expect("the image is removed");
+        Phase {
+            name,
+            writes,
+            backup: Some((took, bytes)),
+        }
+    }
+}
+
+/// Data that is not zeroes, so that all is copied.
+fn fill(path: &Path) {
+    let mut file = File::create(path).expect("the disk is made");
+    let block = [0xa5_u8; 1 << 20];
+    for _ in 0..DISK >> 20 {
+        file.write_all(&block).expect("the disk is filled");
+    }
+}
+
+pub async fn measure() -> Vec<Phase> {
+    let scene = Scene::boot().await;
+    let (_, from) = scene.writes(0);
+    tokio::time::sleep(IDLE).await;
+    let idle = Phase {
+        name: "no backup",
+        writes: scene.writes(from).0,
+        backup: None,
+    };
+    let slow = Hanging::mount(&scene.system.dir().join("slow"), Limits::default());
+    slow.limit(RATE);
+    let without = scene.back_up("backup", slow.path(), Options::new()).await;
+    let most = Options::from([("max-latency", MOST.into())]);
+    let with = scene.back_up("backup, max-latency 10", slow.path(), most).await;
+    vec![idle, without, with]
+}

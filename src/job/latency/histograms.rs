@@ -1,0 +1,345 @@
+//! QEMU's histograms of how long the guest's writes took: `block-latency-histogram-set` and `query-blockstats`, since QEMU 4.0.
+//!
+//! QEMU can only remove all histograms of a device at once. So none is set on a device that has any.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::{Value, json};
+
+use super::window::Counts;
+use crate::job::footprint::Footprint;
+use crate::qmp;
+
+/// How long QEMU may take to answer until it counts as silent.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Somebody else's histogram with more bins than this is not looked at.
+const MOST_BINS: usize = 1024;
+/// Of latencies with an exponential distribution, the 99th percentile is so many times their mean: ln 100.
+const P99_OF_MEAN: f64 = 4.6;
+
+/// The histogram of one job: what it counts apart, and a boundary by which it is known again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Histogram {
+    most: Duration,
+    boundaries: [u64; 3],
+}
+
+impl Histogram {
+    /// `most` is how long a write may take; `mark` is a number that no other job has, of 32 bits at most.
+    pub fn new(most: Duration, mark: u32) -> Self {
+        // No write takes so long: 52 days. Whole numbers of JSON are exact up to 2^53.
+        const MARK: u64 = 1 << 52;
+        let nanoseconds = nanoseconds(most);
+        let three_quarters = nanoseconds / 4 * 3;
+        // A bin ends before its boundary, which is to be in it.
+        let boundaries = [three_quarters + 1, nanoseconds + 1, MARK + u64::from(mark)];
+        Self { most, boundaries }
+    }
+
+    pub fn most(&self) -> Duration {
+        self.most
+    }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// An entry of `query-blockstats`, as far as it says how long the guest's writes took.
+#[derive(Debug, Deserialize)]
+pub struct Device {
+    #[serde(default)]
+    qdev: Option<String>,
+    stats: Stats,
+}
+
+#[derive(Debug, Deserialize)]
+struct Stats {
+    wr_operations: u64,
+    wr_total_time_ns: u64,
+    #[serde(default)]
+    rd_latency_histogram: Option<IgnoredAny>,
+    #[serde(default)]
+    wr_latency_histogram: Option<Bins>,
+    #[serde(default)]
+    zone_append_latency_histogram: Option<IgnoredAny>,
+    #[serde(default)]
+    flush_latency_histogram: Option<IgnoredAny>,
+}
+
+/// Bin `n` has what took less than boundary `n`, and the last one has the rest.
+#[derive(Debug, Deserialize)]
+struct Bins {
+    boundaries: Vec<u64>,
+    bins: Vec<u64>,
+}
+
+impl Device {
+    /// Whether it is the one with that path.
+    pub fn is(&self, path: &str) -> bool {
+        self.qdev.as_deref() == Some(path)
+    }
+
+    fn has(&self, histogram: &Histogram) -> bool {
+        let writes = self.stats.wr_latency_histogram.as_ref();
+        writes.is_some_and(|writes| writes.boundaries == histogram.boundaries)
+    }
+
+    fn has_other_than_of_writes(&self) -> bool {
+        let Stats {
+            rd_latency_histogram,
+            zone_append_latency_histogram,
+            flush_latency_histogram,
+            ..
+        } = &self.stats;
+        let others = [
+            rd_latency_histogram,
+            zone_append_latency_histogram,
+            flush_latency_histogram,
+        ];
+        others.iter().any(|other| other.is_some())
+    }
+
+    fn has_any(&self) -> bool {
+        self.stats.wr_latency_histogram.is_some() || self.has_other_than_of_writes()
+    }
+}
+
+/// What a device has counted since somebody began to.
+#[derive(Debug, PartialEq)]
+pub enum Reading {
+    /// By a histogram that tells what is allowed from what is not.
+    Counted(Counts),
+    /// All that is known is how long all of them took together.
+    Summed { writes: u64, nanoseconds: u64 },
+}
+
+/// What a device says, by its histogram if that is of use.
+pub fn reading(device: &Device, histogram: &Histogram) -> Reading {
+    let counted = device.stats.wr_latency_histogram.as_ref();
+    match counted.and_then(|writes| writes.counts(histogram)) {
+        Some(counts) => Reading::Counted(counts),
+        None => Reading::Summed {
+            writes: device.stats.wr_operations,
+            nanoseconds: device.stats.wr_total_time_ns,
+        },
+    }
+}
+
+impl Bins {
+    /// Nothing if they do not tell late writes from others.
+    fn counts(&self, own: &Histogram) -> Option<Counts> {
+        if self.bins.len() != self.boundaries.len() + 1 || self.bins.len() > MOST_BINS {
+            return None;
+        }
+        let [three_quarters, most, _] = own.boundaries;
+        // Somebody else's may tell only these two apart.
+        let fast = match self.boundaries == own.boundaries {
+            true => three_quarters,
+            false => self
+                .boundaries
+                .iter()
+                .copied()
+                .rfind(|end| (most / 2..=most).contains(end))?,
+        };
+        let mut counts = Counts::default();
+        let ends = self.boundaries.iter().copied().chain([u64::MAX]);
+        for (end, bin) in ends.zip(&self.bins) {
+            let count = match end {
+                end if end <= fast => &mut counts.fast,
+                end if end <= most => &mut counts.near,
+                _ => &mut counts.late,
+            };
+            *count = count.saturating_add(*bin);
+        }
+        Some(counts)
+    }
+}
+
+impl Reading {
+    /// What was written since an earlier one; nothing if it cannot be told because somebody began anew.
+    pub fn since(&self, earlier: &Self, most: Duration) -> Option<Counts> {
+        match (self, earlier) {
+            (Self::Counted(now), Self::Counted(then)) => Some(Counts {
+                fast: now.fast.checked_sub(then.fast)?,
+                near: now.near.checked_sub(then.near)?,
+                late: now.late.checked_sub(then.late)?,
+            }),
+            (
+                Self::Summed { writes, nanoseconds },
+                Self::Summed {
+                    writes: then,
+                    nanoseconds: nanoseconds_then,
+                },
+            ) => {
+                let writes = writes.checked_sub(*then)?;
+                let nanoseconds = nanoseconds.checked_sub(*nanoseconds_then)?;
+                let nearly_all = nanoseconds as f64 / writes.max(1) as f64 * P99_OF_MEAN / 1e9;
+                let mut counts = Counts::default();
+                *match nearly_all / most.as_secs_f64() {
+                    part if part <= 0.75 => &mut counts.fast,
+                    part if part <= 1.0 => &mut counts.near,
+                    _ => &mut counts.late,
+                } = writes;
+                Some(counts)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Footprint {
+    pub async fn query_devices(&self) -> qmp::Result<Vec<Device>> {
+        self.client()
+            .query_within(ANSWER, "query-blockstats", json!({}))
+            .await
+    }
+
+    /// Sets the histogram on those of the devices that have none.
+    pub async fn set_histograms(&self, histogram: &Histogram, devices: &[&str]) -> qmp::Result<()> {
+        let found = self.query_devices().await?;
+        for device in found
+            .iter()
+            .filter(|found| devices.iter().any(|path| found.is(path)))
+        {
+            let Some(path) = device.qdev.as_deref().filter(|_| !device.has(histogram)) else {
+                continue;
+            };
+            if device.has_any() {
+                tracing::info!(
+                    device = path,
+                    "it has a latency histogram already, which is left as it is"
+                );
+                continue;
+            }
+            let arguments = json!({ "id": path, "boundaries-write": histogram.boundaries });
+            // A device on its way out. Until it is gone, how long its writes take on average has to do.
+            if let Some(error) = self.change_histograms(arguments).await? {
+                tracing::warn!(device = path, %error, "cannot count the guest's writes by how long they take");
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the histogram from every device that has it.
+    pub async fn remove_histograms(&self, histogram: &Histogram) -> qmp::Result<()> {
+        let found = self.query_devices().await?;
+        for device in found.iter().filter(|device| device.has(histogram)) {
+            let Some(path) = device.qdev.as_deref() else {
+                continue;
+            };
+            if device.has_other_than_of_writes() {
+                tracing::warn!(
+                    device = path,
+                    "somebody set other latency histograms during the backup: QEMU could only remove those as well, so all stay"
+                );
+                continue;
+            }
+            // It is refused for a device that is gone, and its histogram with it.
+            self.change_histograms(json!({ "id": path })).await?;
+        }
+        Ok(())
+    }
+
+    /// Returns QEMU's error if it refused.
+    async fn change_histograms(&self, arguments: Value) -> qmp::Result<Option<qmp::Error>> {
+        let client = self.client();
+        match client
+            .query_within(ANSWER, "block-latency-histogram-set", arguments)
+            .await
+        {
+            Ok(IgnoredAny) => Ok(None),
+            Err(error) if error.is_refusal() => Ok(Some(error)),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOST: Duration = Duration::from_millis(10);
+
+    fn device(stats: Value) -> Device {
+        let mut all = json!({ "wr_operations": 0, "wr_total_time_ns": 0 });
+        all.as_object_mut()
+            .unwrap()
+            .extend(stats.as_object().unwrap().clone());
+        serde_json::from_value(json!({ "device": "", "qdev": "/machine/peripheral/a", "stats": all }))
+            .unwrap()
+    }
+
+    fn bins(boundaries: &[u64], bins: &[u64]) -> Device {
+        device(json!({ "wr_latency_histogram": { "boundaries": boundaries, "bins": bins } }))
+    }
+
+    fn counts(fast: u64, near: u64, late: u64) -> Counts {
+        Counts { fast, near, late }
+    }
+
+    #[test]
+    fn each_job_knows_its_own_histogram() {
+        let (one, other) = (Histogram::new(MOST, 1), Histogram::new(MOST, 2));
+        let device = bins(&one.boundaries, &[5, 4, 3, 2]);
+        assert!(device.has(&one) && !device.has(&other) && device.has_any());
+        assert!(!device.has_other_than_of_writes());
+        assert_eq!(reading(&device, &one), Reading::Counted(counts(5, 4, 5)));
+        let longest = Histogram::new(Duration::from_secs(60), u32::MAX);
+        assert!(longest.boundaries.is_sorted() && longest.boundaries[2] < 1 << 53);
+        let shortest = Histogram::new(Duration::from_millis(1), 0);
+        assert!(shortest.boundaries.windows(2).all(|pair| pair[0] < pair[1]));
+    }
+
+    #[test]
+    fn any_histogram_of_somebody_else_is_seen() {
+        for name in ["rd", "wr", "flush", "zone_append"] {
+            let histogram = json!({ "boundaries": [10], "bins": [0, 0] });
+            let device = device(json!({ (format!("{name}_latency_histogram")): histogram }));
+            assert!(device.has_any(), "{name}");
+            assert_eq!(device.has_other_than_of_writes(), name != "wr");
+        }
+        assert!(!device(json!({})).has_any());
+    }
+
+    #[test]
+    fn somebody_elses_histogram_is_used_where_it_tells_late_from_not_late() {
+        let own = Histogram::new(MOST, 1);
+        let useful = bins(&[1_000_000, 6_000_000, 50_000_000], &[7, 5, 3, 1]);
+        assert_eq!(reading(&useful, &own), Reading::Counted(counts(12, 0, 4)));
+        let coarse = bins(&[9_000_000], &[7, 5]);
+        assert_eq!(reading(&coarse, &own), Reading::Counted(counts(7, 0, 5)));
+        let sum = Reading::Summed {
+            writes: 0,
+            nanoseconds: 0,
+        };
+        for useless in [
+            bins(&[1_000_000, 100_000_000], &[1, 2, 3]),
+            bins(&[8_000_000], &[1]),
+            bins(&vec![8_000_000; MOST_BINS], &vec![0; MOST_BINS + 1]),
+            device(json!({})),
+        ] {
+            assert_eq!(reading(&useless, &own), sum);
+        }
+    }
+
+    #[test]
+    fn without_a_histogram_the_mean_stands_for_the_slowest_writes() {
+        let sum = |writes, milliseconds: u64| Reading::Summed {
+            writes,
+            nanoseconds: milliseconds * 1_000_000,
+        };
+        let since = |now: Reading, then: Reading| now.since(&then, MOST);
+        assert_eq!(since(sum(110, 110), sum(10, 10)), Some(counts(100, 0, 0)));
+        assert_eq!(since(sum(100, 200), sum(0, 0)), Some(counts(0, 100, 0)));
+        assert_eq!(since(sum(100, 300), sum(0, 0)), Some(counts(0, 0, 100)));
+        assert_eq!(since(sum(5, 5), sum(5, 5)), Some(counts(0, 0, 0)));
+        assert_eq!(since(sum(4, 5), sum(5, 5)), None);
+        let counted = |late| Reading::Counted(counts(0, 0, late));
+        assert_eq!(counted(3).since(&counted(1), MOST), Some(counts(0, 0, 2)));
+        assert_eq!(counted(1).since(&counted(3), MOST), None, "somebody set it anew");
+        assert_eq!(counted(1).since(&sum(0, 0), MOST), None);
+    }
+}

@@ -24,8 +24,6 @@ const MANY: usize = 200;
 /// The targets, for each VM.
 const MOST_PROCESSOR: f64 = 25.0;
 const MOST_COMMANDS: usize = 40;
-/// How many more a backup takes that was queued: its domain is looked at a second time.
-const WHEN_QUEUED: usize = 6;
 /// Those of a host of idle domains.
 const MOST_IDLE_RSS: u64 = 30 << 10;
 

@@ -159,6 +159,9 @@ pub struct Limits {
     /// Backups that run at the same time; others wait.
     pub jobs_at_once_per_user: NonZeroUsize,
     pub jobs_at_once: NonZeroUsize,
+    /// What is on record of the backups that wait.
+    pub queued_bytes_per_user: usize,
+    pub queued_bytes: usize,
     pub registered_domains_per_user: usize,
     pub registered_domains: usize,
     /// Connections that hear signals of backups that others started.
@@ -191,6 +194,8 @@ impl Default for Limits {
             jobs: 1024,
             jobs_at_once_per_user: places(4),
             jobs_at_once: places(8),
+            queued_bytes_per_user: 8 << 20,
+            queued_bytes: 64 << 20,
             registered_domains_per_user: 32,
             registered_domains: 256,
             subscriptions_per_user: 16,
@@ -212,6 +217,11 @@ impl Limits {
 
     pub fn of_jobs(&self) -> Quota {
         quota("jobs", self.jobs_per_user, self.jobs)
+    }
+
+    /// A quarter of it is root's alone.
+    pub fn of_queued(&self) -> Quota {
+        quota("queued-bytes", self.queued_bytes_per_user, self.queued_bytes).for_root(self.queued_bytes / 4)
     }
 
     pub fn of_registered_domains(&self) -> Quota {

@@ -43,6 +43,8 @@ struct Held {
 pub struct Quota {
     key: &'static str,
     limits: Limits,
+    /// So much of `in_all` no other user than root gets.
+    for_root: usize,
     held: Arc<Mutex<Held>>,
     activity: Option<Activity>,
 }
@@ -63,6 +65,7 @@ impl Quota {
         Self {
             key,
             limits,
+            for_root: 0,
             held: Arc::default(),
             activity: None,
         }
@@ -72,6 +75,19 @@ impl Quota {
     pub fn keeping(mut self, activity: &Activity) -> Self {
         self.activity = Some(activity.clone());
         self
+    }
+
+    /// The same, with so much of the limit in all that is for root alone.
+    pub fn for_root(mut self, count: usize) -> Self {
+        self.for_root = count;
+        self
+    }
+
+    fn in_all_for(&self, uid: u32) -> usize {
+        match uid {
+            0 => self.limits.in_all,
+            _ => self.limits.in_all.saturating_sub(self.for_root),
+        }
     }
 
     /// Takes `count` for a user, all or nothing.
@@ -84,10 +100,11 @@ impl Quota {
                 limit: self.limits.per_user,
             });
         }
-        if held.in_all + count > self.limits.in_all {
+        let in_all = self.in_all_for(uid);
+        if held.in_all + count > in_all {
             return Err(Exceeded {
                 key: self.key.to_owned(),
-                limit: self.limits.in_all,
+                limit: in_all,
             });
         }
         held.in_all += count;
@@ -107,7 +124,7 @@ impl Quota {
     pub fn has_room(&self, uid: u32) -> bool {
         let held = self.lock();
         let own = held.by_user.get(&uid).copied().unwrap_or(0);
-        (uid == 0 || own < self.limits.per_user) && held.in_all < self.limits.in_all
+        (uid == 0 || own < self.limits.per_user) && held.in_all < self.in_all_for(uid)
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
@@ -158,6 +175,18 @@ mod tests {
         assert_eq!((error.key.as_str(), error.limit), ("calls", 3));
         drop(shares);
         let _share = quota.take(1000, 1).unwrap();
+    }
+
+    #[test]
+    fn root_has_room_that_no_other_user_gets() {
+        let quota = quota().for_root(1);
+        let _one = quota.take(1000, 1).unwrap();
+        let _other = quota.take(1001, 1).unwrap();
+        let error = quota.take(1002, 1).unwrap_err();
+        assert_eq!((error.key.as_str(), error.limit), ("calls", 2));
+        assert!(!quota.has_room(1002) && quota.has_room(0));
+        let _roots = quota.take(0, 1).unwrap();
+        quota.take(0, 1).unwrap_err();
     }
 
     #[test]

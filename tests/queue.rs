@@ -233,6 +233,85 @@ async fn limits_refuse_what_is_beyond_the_queue() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_user_whose_queued_requests_take_too_much_keeps_no_other_from_queueing() {
+    let rules = [USER, OTHER].map(|uid| polkit::allow(uid, &["domain.backup"]));
+    let mut system = System::setup()
+        .rules(&rules.concat())
+        .table(
+            "[limits]\njobs-at-once = 1\njobs-at-once-per-user = 1\nqueued-bytes-per-user = 16384\nqueued-bytes = 65536",
+        )
+        .start();
+    let _machines = ["a", "b", "c", "d", "e"].map(|name| machine(&system, name));
+    let (user, other) = (
+        Caller::of_user(&system, USER).await,
+        Caller::of_user(&system, OTHER).await,
+    );
+    let root = Caller::new(&system).await;
+    let running = root.start_with("a", "", &[], slowly(1)).await;
+    // It is in the request and in the plan.
+    let document = format!(
+        "<domainbackup><description>{}</description></domainbackup>",
+        "x".repeat(4000)
+    );
+    let limit = "queued-bytes-per-user";
+    let first = queue(&user, "b", &document, Options::new()).await;
+    assert_limit(limit, user.try_start("c", &document, &[], Options::new()).await);
+    assert_eq!(ids(&root).await.len(), 2, "nothing is left of it");
+    let others = queue(&other, "c", &document, Options::new()).await;
+    let roots = queue(&root, "d", &document, Options::new()).await;
+    // What is on record is counted again.
+    let ids = [&first, &others, &roots].map(|queued| queued.job.inner().path().to_owned());
+    system.kill_daemon();
+    system.start_daemon();
+    system.wait_for_domain("e");
+    assert_limit(limit, user.try_start("e", &document, &[], Options::new()).await);
+    let [first, others, roots] = ids.map(|path| root.job(path.into()));
+    let (first, others, roots) = (first.await, others.await, roots.await);
+    first.cancel().await.unwrap();
+    wait::within("the end", first.wait()).await.unwrap();
+    let again = queue(&user, "e", &document, Options::new()).await;
+    let running = root.job(running.inner().path().to_owned().into()).await;
+    running.cancel().await.unwrap();
+    ended(again).await;
+    assert_completed(&others).await;
+    assert_completed(&roots).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_counts_as_at_the_call_and_an_administrator_ends_what_is_queued() {
+    let mut system = setup(1).start();
+    let _machines = ["a", "b", "c"].map(|name| machine(&system, name));
+    let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
+    let running = root.start_with("a", "", &[], slowly(1)).await;
+    let runs = queue(&user, "b", "", Options::new()).await;
+    let ends = queue(&user, "c", "", Options::new()).await;
+    let number = ends.job.id().await.unwrap().to_string();
+    let paths = [&running, &runs.job, &ends.job].map(|job| job.inner().path().to_owned());
+    system.set_rules(&polkit::deny(
+        USER,
+        &["domain.getattr", "domain.read", "domain.backup"],
+    ));
+    user.connection.clone().close().await.unwrap();
+    system.kill_daemon();
+    system.start_daemon();
+    let listed = system.clients().backupctl(ROOT, &["jobs"]).expect_success();
+    assert!(
+        listed.contains("queued (1)") && listed.contains("queued (2)"),
+        "{listed}"
+    );
+    system
+        .clients()
+        .backupctl(ROOT, &["cancel", &number])
+        .expect_success();
+    let [running, runs, ends] = paths.map(|path| root.job(path.into()));
+    let (running, runs, ends) = (running.await, runs.await, ends.await);
+    let (result, ..) = wait::within("the end", ends.wait()).await.unwrap();
+    assert_eq!(result, "cancelled");
+    running.cancel().await.unwrap();
+    assert_completed(&runs).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_store_has_its_own_number_of_places_and_keeps_no_other_waiting() {
     let setup = setup(8);
     let slow = crate::common::test_directory();

@@ -150,6 +150,16 @@ impl Catalog {
             .await
     }
 
+    /// A job that is queued.
+    pub async fn queued_job(&self, id: u32) -> Result<JobRecord, Error> {
+        self.run(move |connection| {
+            let found = select(connection, "step = ?2 AND id = ?1", params![id, QUEUED])?;
+            let missing = || Error::Statement(format!("job {id} is not on record as queued"));
+            found.into_iter().next().ok_or_else(missing)
+        })
+        .await
+    }
+
     async fn each(&self, condition: &'static str) -> Result<Vec<Result<JobRecord, Error>>, Error> {
         self.run(move |connection| {
             let mut statement = connection.prepare(&format!("SELECT * FROM jobs WHERE {condition}"))?;

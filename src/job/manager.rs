@@ -22,7 +22,7 @@ use super::record::{self, Residue, to_text};
 use super::rescan::{self, Rescan};
 use super::{Error, Job, backup, blocking, quiesce, watched};
 use crate::activity::{Activity, Use};
-use crate::catalog::{Catalog, EndedJob, JobRecord, NewJob, QUEUED, Starter};
+use crate::catalog::{Catalog, EndedJob, JobRecord, JobState, NewJob, QUEUED, Starter};
 use crate::clock;
 use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Hold, Link, Registry};
@@ -140,6 +140,8 @@ impl Table {
 pub struct Jobs {
     table: Mutex<Table>,
     pub(super) quota: Quota,
+    /// Bytes on record of the queued ones.
+    pub(super) queued: Quota,
     pub(super) setting: Setting,
     /// Callers that have the stores read again: one at a time.
     asked_to_rescan: tokio::sync::Mutex<()>,
@@ -251,6 +253,7 @@ impl Jobs {
     ) -> Arc<Self> {
         let jobs = Arc::new(Self {
             quota: config.limits.of_jobs(),
+            queued: config.limits.of_queued(),
             table: Mutex::new(Table {
                 queue: Queue::new(Places::of(config)),
                 waiting: HashMap::new(),
@@ -440,26 +443,29 @@ impl Jobs {
         started_by: Starter,
         start_time: Timestamp,
     ) -> Result<JobRecord, Error> {
-        let state = backup::State::Preparing;
-        self.take_in(domain, plan, (started_by, start_time), &state).await
+        let state = record::journal(&backup::State::Preparing, self.setting.boot)?;
+        let new = Self::new_job(domain, plan, (started_by, start_time), state)?;
+        self.take_in(new).await
     }
 
-    pub(super) async fn take_in(
-        &self,
+    pub(super) fn new_job(
         domain: &Domain,
         plan: &Plan,
         (started_by, start_time): (Starter, Timestamp),
-        state: &backup::State,
-    ) -> Result<JobRecord, Error> {
-        let new = NewJob {
+        state: JobState,
+    ) -> Result<NewJob, Error> {
+        Ok(NewJob {
             backup_id: Self::new_backup_id(start_time),
             domain: record::domain_record(domain.identity()),
             started_by,
             start_time,
             plan: to_text(plan)?,
             speed: plan.bandwidth,
-            state: record::journal(state, self.setting.boot)?,
-        };
+            state,
+        })
+    }
+
+    pub(super) async fn take_in(&self, new: NewJob) -> Result<JobRecord, Error> {
         let record = self.setting.catalog.begin(new).await?;
         fault::passed("recorded");
         Ok(record)

@@ -43,8 +43,9 @@ pub struct QueuedRequest {
 /// A job that an earlier process of the service left in the queue.
 pub struct Requeued {
     pub job: Arc<Job>,
-    pub request: Box<QueuedRequest>,
-    pub line: InLine,
+    line: InLine,
+    /// What its record takes. Nothing where the limits were lowered since.
+    room: Option<Share>,
     /// An earlier process queued it.
     from_record: bool,
 }
@@ -233,6 +234,13 @@ impl Jobs {
             .unwrap_or(0)
     }
 
+    /// What the caller of a queued job asked for. It is kept in the catalog only, because it can be as large as a document.
+    pub async fn queued_request(&self, id: u32) -> Result<QueuedRequest, Error> {
+        let record = self.setting.catalog.queued_job(id).await?;
+        let (_, request) = record::queued_request(&record)?;
+        Ok(request)
+    }
+
     /// Has a backup wait. `plan` is what it would be now, and `begin` makes what it will be when it leaves the queue.
     pub async fn queue<F>(
         self: &Arc<Self>,
@@ -244,17 +252,19 @@ impl Jobs {
     where
         F: Future<Output = error::Result<Planned>> + Send + 'static,
     {
-        let request = Box::new(request);
-        let step = Step::Queued(request.clone());
-        let record = self.take_in(domain, &plan, started, &step).await?;
+        let uid = started.0.uid;
+        let state = record::queued_journal(request, self.setting.boot)?;
+        let new = Self::new_job(domain, &plan, started, state)?;
+        let room = self.queued.take(uid, new.plan.len() + new.state.text.len())?;
+        let record = self.take_in(new).await?;
         let job = Job::new(&record, domain.clone(), plan, self.setting.catalog.clone(), false);
         let job = Arc::new(job);
         self.insert(job.clone());
         self.start_queued(
             Requeued {
                 job: job.clone(),
-                request,
                 line,
+                room: Some(room),
                 from_record: false,
             },
             begin,
@@ -285,18 +295,14 @@ impl Jobs {
     ) -> Ending {
         let Requeued {
             job,
-            request,
             line,
+            room,
             from_record,
         } = requeued;
         let job = &job;
-        let request = match from_record {
-            true => match self.find_published(job, request).await {
-                Ok(request) => request,
-                Err(ending) => return ending,
-            },
-            false => request,
-        };
+        if from_record && let Some(ending) = self.find_published(job).await {
+            return ending;
+        }
         let planned = async {
             let reservation = line.reserve(&job.domain).await.ok_or(Stopped::Detached)?;
             fault::passed("left the queue");
@@ -312,7 +318,7 @@ impl Jobs {
         let (reservation, planned) = match planned {
             Ok(planned) => planned,
             Err(Stopped::Detached) => return Ending::Detached,
-            Err(stopped) => return self.end_queued(job, request, stopped, None).await,
+            Err(stopped) => return self.end_queued(job, stopped, None).await,
         };
         let Planned {
             domain,
@@ -323,10 +329,9 @@ impl Jobs {
         } = planned;
         job.leave_queue(domain, plan);
         if let Err(error) = self.record_start(job).await {
-            return self
-                .end_queued(job, request, error.into(), Some(reservation))
-                .await;
+            return self.end_queued(job, error.into(), Some(reservation)).await;
         }
+        drop(room);
         let patience = self.patience();
         let Making(mut making) = make(job.plan.clone()).await;
         let failed = |error: JoinError| error::Error::new(error::Kind::Internal, error.to_string());
@@ -337,7 +342,7 @@ impl Jobs {
                 Ok((_, targets)) => self.run(job, link, targets, reservation).await,
                 Err(error) => {
                     let stopped = Error::NotStarted(error).into();
-                    self.end_queued(job, request, stopped, Some(reservation)).await
+                    self.end_queued(job, stopped, Some(reservation)).await
                 }
             },
             Err(_) => {
@@ -351,16 +356,10 @@ impl Jobs {
     }
 
     /// Takes in a backup that is complete although its job is on record as queued.
-    async fn find_published(
-        &self,
-        job: &Arc<Job>,
-        request: Box<QueuedRequest>,
-    ) -> Result<Box<QueuedRequest>, Ending> {
+    async fn find_published(&self, job: &Arc<Job>) -> Option<Ending> {
         let found = backup::find_published(job, &self.setting).await;
         job.recovered(found.is_some());
-        let Some(targets) = found else {
-            return Ok(request);
-        };
+        let targets = found?;
         let mut driver = Driver::new(job, &self.setting);
         driver.targets = Some(targets);
         let evidence = Evidence {
@@ -371,21 +370,15 @@ impl Jobs {
             qemu: Reached::Gone,
             disks: Vec::new(),
         };
-        let step = Step::Queued(request);
-        Err(driver.drive(step, Fact::Resumed(evidence), None).await)
+        let fact = Fact::Resumed(evidence);
+        Some(driver.drive(Step::Queued, fact, None).await)
     }
 
     /// Ends a backup that nothing was made of.
-    async fn end_queued(
-        &self,
-        job: &Arc<Job>,
-        request: Box<QueuedRequest>,
-        stopped: Stopped,
-        reservation: Option<Reservation>,
-    ) -> Ending {
+    async fn end_queued(&self, job: &Arc<Job>, stopped: Stopped, reservation: Option<Reservation>) -> Ending {
         let driver = Driver::new(job, &self.setting);
         let fact = Fact::Stopped(driver.verdict(stopped));
-        driver.drive(Step::Queued(request), fact, reservation).await
+        driver.drive(Step::Queued, fact, reservation).await
     }
 
     /// What the job will do is on record before anything of it is made.
@@ -416,10 +409,9 @@ impl Jobs {
         self: &Arc<Self>,
         record: &JobRecord,
     ) -> Result<(Arc<Job>, Option<Requeued>), Error> {
-        let (boot, step) = record::read_journal(record)?;
-        let Step::Queued(request) = step else {
-            return Err(Error::Interrupted);
-        };
+        let (boot, request) = record::queued_request(record)?;
+        let passes_files = request.passes_files;
+        drop(request);
         let identity = record::identity(record.id, &record.domain)?;
         let domain = self.setting.domains.identified_or_absent(identity);
         let plan = record::plan(record)?;
@@ -430,19 +422,19 @@ impl Jobs {
         let ended = match () {
             () if record.cancel_requested => Some(Stopped::Cancelled),
             () if boot != self.setting.boot => Some(Error::HostRestartedBefore.into()),
-            () if request.passes_files => Some(Error::FilesGone.into()),
+            () if passes_files => Some(Error::FilesGone.into()),
             () => None,
         };
         if let Some(stopped) = ended {
             let (jobs, ended) = (self.clone(), job.clone());
             self.tasks.spawn(async move {
-                let request = match stopped {
-                    Stopped::Cancelled => Ok(request),
-                    _ => jobs.find_published(&ended, request).await,
+                let published = match stopped {
+                    Stopped::Cancelled => None,
+                    _ => jobs.find_published(&ended).await,
                 };
-                let ending = match request {
-                    Ok(request) => jobs.end_queued(&ended, request, stopped, None).await,
-                    Err(ending) => ending,
+                let ending = match published {
+                    Some(ending) => ending,
+                    None => jobs.end_queued(&ended, stopped, None).await,
                 };
                 jobs.after(&ended, ending).await;
             });
@@ -450,12 +442,14 @@ impl Jobs {
         }
         // It was within the limits when it joined; others may have joined since.
         let share = self.quota.take(claim.uid, 1).ok();
+        let bytes = record.plan.len() + record.state.len();
+        let room = self.queued.take(claim.uid, bytes).ok();
         let kept = self.keep(share.map(|share| (share, None)), self.tasks.token());
         let line = self.line_up(claim, kept, false);
         let requeued = Requeued {
             job: job.clone(),
-            request,
             line,
+            room,
             from_record: true,
         };
         Ok((job, Some(requeued)))

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::boot::BootId;
+use super::queued::QueuedRequest;
 use super::speed::Speed;
 use super::{Decision, DiskState, DiskStatus, Error, Job, Outcome, State, Status, backup};
 use crate::catalog::{self, Catalog, DomainRecord, Ended, JobRecord, JobState, QUEUED};
@@ -48,6 +49,9 @@ struct Journal {
     /// The boot of the host in which it was written.
     boot: BootId,
     state: backup::State,
+    /// Of a job that is queued.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    request: Option<QueuedRequest>,
 }
 
 /// The version that this program writes and reads.
@@ -60,19 +64,40 @@ struct Versioned {
 }
 
 pub fn journal(state: &backup::State, boot: BootId) -> Result<JobState, Error> {
+    of_journal(state.clone(), None, boot)
+}
+
+/// Of a job that is queued.
+pub fn queued_journal(request: QueuedRequest, boot: BootId) -> Result<JobState, Error> {
+    of_journal(backup::State::Queued, Some(request), boot)
+}
+
+fn of_journal(state: backup::State, request: Option<QueuedRequest>, boot: BootId) -> Result<JobState, Error> {
+    let step = state.name();
     let journal = Journal {
         version: VERSION,
         boot,
-        state: state.clone(),
+        state,
+        request,
     };
-    Ok(JobState {
-        step: state.name(),
-        text: to_text(&journal)?,
-    })
+    let text = to_text(&journal)?;
+    Ok(JobState { step, text })
 }
 
 /// How far a job was, and in which boot that was written.
 pub fn read_journal(record: &JobRecord) -> Result<(BootId, backup::State), Error> {
+    let Journal { boot, state, .. } = whole_journal(record)?;
+    Ok((boot, state))
+}
+
+/// What the caller of a queued job asked for, and in which boot.
+pub fn queued_request(record: &JobRecord) -> Result<(BootId, QueuedRequest), Error> {
+    let Journal { boot, request, .. } = whole_journal(record)?;
+    let request = request.ok_or_else(|| unreadable(record.id, "its request is missing"))?;
+    Ok((boot, request))
+}
+
+fn whole_journal(record: &JobRecord) -> Result<Journal, Error> {
     let Versioned { version } = read(record.id, Some(&record.state))?;
     if version != VERSION {
         return Err(unreadable(
@@ -80,8 +105,7 @@ pub fn read_journal(record: &JobRecord) -> Result<(BootId, backup::State), Error
             &format!("a service of another version wrote it: {version}"),
         ));
     }
-    let Journal { boot, state, .. } = read(record.id, Some(&record.state))?;
-    Ok((boot, state))
+    read(record.id, Some(&record.state))
 }
 
 pub fn domain_record(identity: Identity) -> DomainRecord {

@@ -9,23 +9,13 @@ use std::sync::Arc;
 use super::request::{Authorised, Request};
 use super::{Service, starter};
 use crate::clock;
-use crate::definition::{self, Definition};
+use crate::definition;
 use crate::domain::{Domain, Reach};
 use crate::error::Result;
 use crate::job::{self, InLine, Job, Making, Planned, QueuedRequest, Requeued};
 use crate::offload::Progress;
-use crate::plan::{self, Destination, Options, Requested};
-use crate::target::{self, Devices, Pinned};
-
-/// A request that waits, in types.
-struct Queued {
-    definition: Definition,
-    options: Options,
-    places: Vec<Requested>,
-    pinned: Vec<Pinned>,
-    devices: Devices,
-    files: Vec<OwnedFd>,
-}
+use crate::plan::{self, Destination};
+use crate::target;
 
 impl Service {
     /// Queues a request. Errors that can be known now are returned now.
@@ -60,23 +50,15 @@ impl Service {
         let (plan, pinned, devices) = self.jobs.in_store(pin).await?.map_err(job::Error::Target)?;
         let kept = QueuedRequest {
             document: definition.to_xml(),
-            options: options.clone(),
-            places: places.clone(),
-            pinned: pinned.clone(),
-            devices: devices.clone(),
-            passes_files: !files.is_empty(),
-        };
-        let queued = Queued {
-            definition,
             options,
             places,
             pinned,
             devices,
-            files,
+            passes_files: !files.is_empty(),
         };
         let started = (starter(&caller), clock::now());
         let service = self.clone();
-        let begin = |job: Arc<Job>| async move { service.begin_queued(&job, queued).await };
+        let begin = |job: Arc<Job>| async move { service.begin_queued(&job, files).await };
         let job = self
             .jobs
             .queue((line, &domain, plan), started, kept, begin)
@@ -91,44 +73,28 @@ impl Service {
     /// Goes on with the queue of an earlier process of the service.
     pub fn requeue(self: &Arc<Self>, queued: Vec<Requeued>) {
         for requeued in queued {
-            let (service, request) = (self.clone(), requeued.request.clone());
-            self.jobs.start_queued(requeued, |job| async move {
-                let queued = service.read_queued(*request)?;
-                service.begin_queued(&job, queued).await
-            });
+            let service = self.clone();
+            let begin = |job: Arc<Job>| async move { service.begin_queued(&job, Vec::new()).await };
+            self.jobs.start_queued(requeued, begin);
         }
-    }
-
-    fn read_queued(&self, request: QueuedRequest) -> Result<Queued> {
-        Ok(Queued {
-            definition: definition::parse(&request.document)?,
-            options: request.options,
-            places: request.places,
-            pinned: request.pinned,
-            devices: request.devices,
-            files: Vec::new(),
-        })
     }
 
     /// Makes the plan of a request that was queued: by what there is now, and within what was authorised.
-    async fn begin_queued(self: &Arc<Self>, job: &Job, queued: Queued) -> Result<Planned> {
+    async fn begin_queued(self: &Arc<Self>, job: &Job, files: Vec<OwnedFd>) -> Result<Planned> {
+        let request = self.jobs.queued_request(job.id).await?;
+        let definition = definition::parse(&request.document)?;
         let domain = self.same_domain(job).await?;
         let (link, snapshot) = self.ask_qemu(&domain).await?;
-        if plan::requested(&queued.definition, &snapshot.disks) != queued.places {
+        if plan::requested(&definition, &snapshot.disks) != request.places {
             return Err(job::Error::OtherDisks.into());
         }
-        let asked = (&queued.definition, &queued.options, queued.files.len());
+        let asked = (&definition, &request.options, files.len());
         let (plan, held) = self.plan(asked, &domain, &snapshot).await?;
         let mark = match &plan.destination {
             Destination::Store { name, .. } => self.jobs.store_mark(name).await?,
             Destination::Caller => None,
         };
-        let Queued {
-            pinned,
-            devices,
-            files,
-            ..
-        } = queued;
+        let QueuedRequest { pinned, devices, .. } = request;
         let look = move |_: &Progress| target::check_pinned(&pinned);
         self.jobs.in_store(look).await?.map_err(job::Error::Target)?;
         let (service, uid, id) = (self.clone(), job.started_by.uid, job.backup_id.clone());

@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::catalog::QUEUED;
 use crate::error::Error as Failure;
-use crate::job::queued::QueuedRequest;
 use crate::job::{DiskStatus, Error, Outcome};
 use crate::target::{FileDigest, TargetId};
 
@@ -19,7 +18,7 @@ use crate::target::{FileDigest, TargetId};
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// It waits for its place among the backups that run; nothing of it exists.
-    Queued(Box<QueuedRequest>),
+    Queued,
     /// The targets are being created; nothing that existed before has changed.
     Preparing,
     /// QEMU opens what existed before, and closes it again: nothing of that has changed.
@@ -350,7 +349,7 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
             };
             return undo(state, verdict);
         }
-        State::Queued(_) | State::Preparing | State::Checking { .. } | State::Writing { .. } => {
+        State::Queued | State::Preparing | State::Checking { .. } | State::Writing { .. } => {
             return fail(state, Error::Interrupted.into());
         }
         // What was not durable is gone, and nobody can say which part of it.
@@ -414,7 +413,7 @@ fn undo(state: State, verdict: Verdict) -> (State, Action) {
         ..undo(Some(copying.files), copying.holds_poweroff)
     };
     match state {
-        State::Queued(_) => (withdrawn(verdict), Announce),
+        State::Queued => (withdrawn(verdict), Announce),
         State::Preparing => {
             let undo = undo(None, false);
             (State::Discarding { undo, in_qemu: false }, Discard)
@@ -447,7 +446,7 @@ fn published(state: &State) -> State {
             State::Released { in_qemu, .. }
             | State::Sealed { in_qemu, .. }
             | State::Discarding { in_qemu, .. } => *in_qemu,
-            State::Queued(_) | State::Preparing => false,
+            State::Queued | State::Preparing => false,
             _ => true,
         },
         holds_poweroff: state.holds_poweroff(),
@@ -473,7 +472,7 @@ impl State {
     /// One word, for the log and the record.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Queued(_) => QUEUED,
+            Self::Queued => QUEUED,
             Self::Preparing => "preparing",
             Self::Checking { .. } => "checking",
             Self::Writing { .. } => "writing",

@@ -9,9 +9,8 @@ use jiff::Timestamp;
 
 use super::state::{Action, Ended, Evidence, Fact, Reached, State, Verdict, next};
 use crate::error::{Error, Kind};
-use crate::job::{Outcome, QueuedRequest};
-use crate::plan::Options;
-use crate::target::{Devices, FileDigest, TargetId};
+use crate::job::Outcome;
+use crate::target::{FileDigest, TargetId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Content {
@@ -341,17 +340,6 @@ fn an_undisturbed_backup_completes_in_the_fixed_order() {
     assert_eq!(names, order);
 }
 
-fn queued() -> State {
-    State::Queued(Box::new(QueuedRequest {
-        document: String::new(),
-        options: Options::default(),
-        places: Vec::new(),
-        pinned: Vec::new(),
-        devices: Devices::default(),
-        passes_files: false,
-    }))
-}
-
 #[test]
 fn a_queued_backup_ends_without_anything_to_undo() {
     let verdict = Verdict {
@@ -359,7 +347,7 @@ fn a_queued_backup_ends_without_anything_to_undo() {
         disks: Vec::new(),
         stalled: false,
     };
-    let (state, action) = next(queued(), Fact::Stopped(verdict.clone()));
+    let (state, action) = next(State::Queued, Fact::Stopped(verdict.clone()));
     assert_eq!(
         (action, state.verdict()),
         (Some(Action::Announce), Some(&verdict))
@@ -368,7 +356,7 @@ fn a_queued_backup_ends_without_anything_to_undo() {
     // The record is old: the backup is complete.
     let mut world = World::new();
     walk(&mut world, prepared(), |_| None);
-    (world.record, world.announced) = ((1, queued()), None);
+    (world.record, world.announced) = ((1, State::Queued), None);
     let evidence = world.evidence();
     walk(&mut world, evidence, |_| None);
     assert!(is_completed(&world) && world.named);

@@ -200,7 +200,7 @@ async fn histograms_of_somebody_else_stay_as_they_were() {
     cancel(&job).await;
     assert_eq!(vm.histograms(), before);
 
-    // One that somebody sets instead of the backup's own.
+    // A histogram that another client sets in place of the backup's own.
     set("vda", "boundaries", &[5]);
     vm.qmp(
         "block-latency-histogram-set",

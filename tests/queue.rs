@@ -350,7 +350,7 @@ async fn the_queue_goes_on_after_a_restart_but_for_open_files() {
     let second = queue_into(&user, "c", document, &[file.into()], Options::new()).await;
     let (one, two) = (first.job.id().await.unwrap(), second.job.id().await.unwrap());
     system.stop_daemon();
-    // Who waits for a queued backup to begin is told that there is the job.
+    // A call for a queued backup returns the job before it has begun.
     wait::within("the call", first.call).await.unwrap().unwrap();
     system.start_daemon();
     let job = root.job(root.manager.get_job(two).await.unwrap()).await;

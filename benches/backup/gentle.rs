@@ -74,14 +74,8 @@ pub fn guest() -> ! {
     }
 }
 
-const INIT: &str = r"#!/bin/busybox sh
-PATH=/bin:/sbin
-/bin/busybox --install -s /bin
-mount -t devtmpfs dev /dev
-mount -t proc proc /proc
-for pass in 1 2 3 4 5; do
-    for module in /modules/*.ko; do insmod $module 2>/dev/null; done
-done
+const INIT: &str = "#!/bin/busybox sh
+. /boot.sh
 until [ -b /dev/vda ]; do usleep 10000; done
 exec /bin/writer --guest
 ";
@@ -135,7 +129,7 @@ impl Scene {
         scene
     }
 
-    /// How long the writes took that the guest has told of from that byte on, in seconds; and the byte after them.
+    /// The latencies that the guest printed from that byte on, in seconds; and the byte after them.
     fn writes(&self, from: usize) -> (Vec<f64>, usize) {
         let said = fs::read(&self.serial).unwrap_or_default();
         let end = said

@@ -211,7 +211,7 @@ impl Job {
         }
     }
 
-    /// It leaves the queue: what it does is decided by what there is now.
+    /// The job leaves the queue, with the plan for the domain and its disks as they are now.
     pub(super) fn leave_queue(&self, domain: Arc<Domain>, plan: Plan) {
         let disks = first_status(&plan, &self.backup_id).disks;
         self.domain.settle(domain);

@@ -101,7 +101,7 @@ impl Footprint {
     pub async fn release_closed(&self, disks: usize) -> Result<(), Error> {
         match self.try_release_closed(disks).await {
             Ok(true) => Ok(()),
-            // It looks at what there is.
+            // The slow way lists what QEMU has.
             Ok(false) | Err(_) => self.release().await,
         }
     }

@@ -344,7 +344,7 @@ impl<'a> Running<'a> {
         for tracked in &running {
             let arguments = json!({ "device": tracked.job, "speed": share(speed, running.len()) });
             if self.tell("block-job-set-speed", arguments).await? == Told::Silent {
-                // It is told again.
+                // The next turn of the loop repeats the command.
                 self.shared = None;
                 return Ok(false);
             }

@@ -42,7 +42,7 @@ impl Stall {
         (self.spent, self.counted) = (Duration::ZERO, now);
     }
 
-    /// QEMU is told a speed. Telling it again changes nothing.
+    /// The service sends QEMU a speed. Sending it again changes nothing.
     pub fn tells(&mut self, now: Instant) {
         self.unconfirmed.get_or_insert(now);
     }

@@ -79,7 +79,7 @@ impl Service {
         }
     }
 
-    /// Makes the plan of a request that was queued: by what there is now, and within what was authorised.
+    /// Plans a queued request for the domain and its disks as they are now, within what was authorised.
     async fn begin_queued(self: &Arc<Self>, job: &Job, files: Vec<OwnedFd>) -> Result<Planned> {
         let request = self.jobs.queued_request(job.id).await?;
         let definition = definition::parse(&request.document)?;

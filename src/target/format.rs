@@ -11,8 +11,8 @@ use crate::qcow2::Empty;
 
 /// Large clusters keep metadata small, and a full backup writes whole ones; in bytes.
 const CLUSTER_SIZE: u32 = 1 << 20;
-/// What changed is copied in whole clusters: as small as what a bitmap tells apart. A write of the guest's to what is not copied
-/// yet waits until a whole cluster is: the smallest that QEMU copies (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
+/// An incremental backup copies whole clusters, so they are as small as a bitmap's granularity. A guest's write to a part that is not
+/// copied yet waits for a whole cluster; QEMU copies none that is smaller (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
 const SMALL_CLUSTER_SIZE: u32 = 1 << 16;
 
 impl Target {

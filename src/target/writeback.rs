@@ -15,9 +15,9 @@ use super::{Error, Media, Target};
 
 /// How much must have come since the last time to be worth a write-back, in bytes.
 const ENOUGH: u64 = 16 << 20;
-/// How soon what was copied is sent on its way: a fast disk copies some ten MiB meanwhile.
+/// The shortest pause between two write-backs. A fast disk copies some ten MiB in that time.
 const SOON: Duration = Duration::from_millis(20);
-/// The longest time between two looks when little comes, and between two write-backs to a slow device.
+/// The longest pause, when little is copied or the device is slow.
 const SELDOM: Duration = Duration::from_secs(1);
 /// A busy device has one part in so many of the time for others' fsyncs.
 const REST: u32 = 8;
@@ -162,7 +162,7 @@ impl Writeback {
         }]))
     }
 
-    /// Waits for a write-back that is under way. The error that one was told, which the final fsync may not be told again. Blocks.
+    /// Waits for a write-back that runs. Returns its error, which the kernel may not report to the final fsync again. Blocks.
     pub fn failure(&self) -> Option<Errno> {
         let states = self.0.iter().map(|early| early.state.lock());
         let mut states = states.map(|state| state.unwrap_or_else(PoisonError::into_inner));

@@ -365,7 +365,7 @@ impl Tree {
 }
 
 impl Server {
-    /// Waits until so many bytes are written. Nothing else is answered meanwhile.
+    /// Takes as long as a device of that speed. Nothing else is answered in that time.
     fn take_time(&self, bytes: usize) {
         let done = lock(&self.control).pace.as_mut().map(|pace| {
             let time = Duration::from_secs_f64(bytes as f64 / pace.bytes_per_second as f64);

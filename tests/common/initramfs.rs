@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::bus::project_file;
 use super::process;
 
 /// What tests/setup.sh fetched.
@@ -40,7 +41,7 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// With a shell and all modules, and this script as its first process. It is made in `dir`.
+    /// With a shell and all modules, and this script as its first process, which sources `/boot.sh`. It is made in `dir`.
     #[track_caller]
     pub fn new(dir: &Path, init: &Path) -> Self {
         let new = Self {
@@ -52,6 +53,7 @@ impl Initramfs {
         }
         new.put(&new.parts.join("busybox"), "/bin/busybox");
         new.put(init, "/init");
+        new.put(&project_file("tests/common/boot.sh"), "/boot.sh");
         for module in fs::read_dir(new.parts.join("modules")).expect("there are modules") {
             let module = module.expect("the modules are readable");
             let name = module.file_name();

@@ -1,15 +1,7 @@
 #!/bin/busybox sh
 # The first process of the Linux guest of tests/guest.rs: a disk that is written to all the time, and an agent. What it says
 # on its serial port, the test reads.
-PATH=/bin:/sbin
-/bin/busybox --install -s /bin
-mount -t devtmpfs dev /dev
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-# Without what says which needs which: each is tried until those that it needs are there.
-for pass in 1 2 3 4 5; do
-    for module in /modules/*.ko; do insmod "$module" 2>/dev/null; done
-done
+. /boot.sh
 until [ -b /dev/vda ]; do usleep 10000; done
 mount -t ext4 /dev/vda /data
 port=

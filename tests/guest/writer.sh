@@ -1,13 +1,7 @@
 #!/bin/busybox sh
 # The first process of the Linux guest of tests/guest_writes.rs: it writes to its disk all the time, from the end of the first
 # 20 MiB to the beginning, each block durable before the next one, and reports the result on its serial port.
-PATH=/bin:/sbin
-/bin/busybox --install -s /bin
-mount -t devtmpfs dev /dev
-mount -t proc proc /proc
-for pass in 1 2 3 4 5; do
-    for module in /modules/*.ko; do insmod "$module" 2>/dev/null; done
-done
+. /boot.sh
 until [ -b /dev/vda ]; do usleep 10000; done
 count=0
 while :; do

@@ -1,18 +1,10 @@
 #!/bin/busybox sh
 # The first process of the Linux of tests/power_cuts.rs: mounts the disks, starts a bus and polkit, and then runs each line
 # that comes on its second serial port. After the output of a line comes "= " and its exit status.
-PATH=/bin:/usr/bin
-/bin/busybox --install -s /bin
-mount -t devtmpfs dev /dev
-mount -t proc proc /proc
-mount -t sysfs sys /sys
+. /boot.sh
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /tmp
 ln -s /proc/self/fd /dev/fd
-# There is no list of what depends on what: each is tried until those that it needs are there.
-for pass in 1 2 3 4 5; do
-    for module in /modules/*.ko; do insmod "$module" 2>/dev/null && rm "$module"; done
-done
 until [ -b /dev/vdc ]; do usleep 10000; done
 
 stty -F /dev/ttyS1 raw -echo

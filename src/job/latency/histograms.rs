@@ -107,16 +107,16 @@ impl Device {
     }
 }
 
-/// What a device has counted since somebody began to.
+/// The writes of a device, as it reports them since it was created or its histogram was set.
 #[derive(Debug, PartialEq)]
 pub enum Reading {
-    /// By a histogram that tells what is allowed from what is not.
+    /// By a histogram with a boundary near the allowed latency.
     Counted(Counts),
     /// All that is known is how long all of them took together.
     Summed { writes: u64, nanoseconds: u64 },
 }
 
-/// What a device says, by its histogram if that is of use.
+/// The writes of a device, by its histogram if that has a boundary near the allowed latency.
 pub fn reading(device: &Device, histogram: &Histogram) -> Reading {
     let counted = device.stats.wr_latency_histogram.as_ref();
     match counted.and_then(|writes| writes.counts(histogram)) {
@@ -159,7 +159,7 @@ impl Bins {
 }
 
 impl Reading {
-    /// What was written since an earlier one; nothing if it cannot be told because somebody began anew.
+    /// The writes since an earlier reading; nothing if the counters were reset in between.
     pub fn since(&self, earlier: &Self, most: Duration) -> Option<Counts> {
         match (self, earlier) {
             (Self::Counted(now), Self::Counted(then)) => Some(Counts {

@@ -77,8 +77,7 @@ impl Latency {
         self.due
     }
 
-    /// Has QEMU count the writes of each disk by how long they took. A disk whose writes somebody else has counted that way is
-    /// left alone.
+    /// Sets a histogram of the writes' latency on each disk that has none. A histogram of another client stays.
     pub async fn begin(&mut self, footprint: &Footprint) -> qmp::Result<()> {
         let devices: Vec<&str> = self.disks.iter().map(|disk| disk.device.as_str()).collect();
         footprint.set_histograms(&self.histogram, &devices).await

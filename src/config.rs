@@ -215,8 +215,9 @@ impl Limits {
         quota("calls", self.calls_per_user, self.calls)
     }
 
+    /// A quarter of it is root's alone.
     pub fn of_jobs(&self) -> Quota {
-        quota("jobs", self.jobs_per_user, self.jobs)
+        quota("jobs", self.jobs_per_user, self.jobs).for_root(self.jobs / 4)
     }
 
     /// A quarter of it is root's alone.

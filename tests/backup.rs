@@ -598,7 +598,7 @@ async fn a_digest_is_of_the_published_file_though_the_guest_writes_all_the_time(
     let raw = document("<disk name='vdb' ><driver type='raw'/></disk><disk name='vda'/>");
     for document in [String::new(), raw] {
         // Slow enough for many early write-backs, while the guest's writes have areas copied out of their order.
-        let job = caller.start_with("web", &document, &[], slowly(192 * MIB)).await;
+        let job = caller.start_with("web", &document, &[], slowly(64 * MIB)).await;
         let mut writes = 0;
         while job.state().await.unwrap() == "running" {
             let at = (writes * 37) % 128 * MIB;

@@ -47,7 +47,7 @@ async fn assert_refused(system: &mut System, caller: &Caller, name: &str, words:
     })
     .await;
     assert!(told.len() < 1000, "{told}");
-    let log = system.daemon().log();
+    let log = std::fs::read_to_string(system.dir().join("backupd.log")).unwrap();
     let lines = log.lines().filter(|line| line.contains("WARN"));
     let told = lines.filter(|line| line.contains(name) && words.iter().all(|word| line.contains(word)));
     assert_eq!(told.count(), 1, "{log}");
@@ -259,12 +259,25 @@ async fn monitors_on_storage_that_does_not_answer_keep_nobody_waiting() {
         configure(&system, name, &storage.path().join(name), "");
     }
     storage.affected().await;
-    // They are connected to first, for five seconds, and then waited for by their paths.
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(8);
-    while std::time::Instant::now() < until {
+    let answers = async || {
         wait::within("an answer", root.manager.list_domains())
             .await
             .unwrap();
+    };
+    // Connecting fails first, and then the service looks at the paths.
+    wait::until_async("the first tries to fail", || async {
+        answers().await;
+        let log = std::fs::read_to_string(system.dir().join("backupd.log")).unwrap();
+        let failed = |name: &str| {
+            let name = format!("{name:?}");
+            log.lines()
+                .any(|line| line.contains("monitor is down") && line.contains(&name))
+        };
+        ["one", "two", "three"].into_iter().all(failed).then_some(())
+    })
+    .await;
+    for _ in 0..20 {
+        answers().await;
     }
     let web = machine(&system, "web");
     system.domain_file("web", &web);

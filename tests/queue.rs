@@ -72,6 +72,15 @@ async fn ids(caller: &Caller) -> Vec<u32> {
     jobs.into_iter().map(|(id, ..)| id).collect()
 }
 
+impl Queued {
+    /// The call fails for that reason, or has returned the job while it was queued.
+    async fn refused(&mut self, why: &str) {
+        if let Err(refused) = wait::within("the call", &mut self.call).await.unwrap() {
+            assert!(refused.to_string().contains(why), "{refused}");
+        }
+    }
+}
+
 async fn ended(queued: Queued) {
     wait::within("the call", queued.call).await.unwrap().unwrap();
     assert_completed(&queued.job).await;
@@ -91,7 +100,7 @@ async fn completed(caller: &mut Caller, count: usize) -> Vec<u32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_without_a_place_waits_and_everybody_sees_its_position() {
+async fn a_backup_without_a_place_waits_and_shows_its_position() {
     let system = setup(1).start();
     let machines = ["a", "b", "c"].map(|name| machine(&system, name));
     let before = machines[1].residue();
@@ -247,7 +256,7 @@ async fn a_user_whose_queued_requests_take_too_much_keeps_no_other_from_queueing
         Caller::of_user(&system, OTHER).await,
     );
     let root = Caller::new(&system).await;
-    let running = root.start_with("a", "", &[], slowly(1)).await;
+    let running = root.start_with("a", "", &[], slowly(MIB)).await;
     // It is in the request and in the plan.
     let document = format!(
         "<domainbackup><description>{}</description></domainbackup>",
@@ -282,7 +291,7 @@ async fn a_right_counts_as_at_the_call_and_an_administrator_ends_what_is_queued(
     let mut system = setup(1).start();
     let _machines = ["a", "b", "c"].map(|name| machine(&system, name));
     let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
-    let running = root.start_with("a", "", &[], slowly(1)).await;
+    let running = root.start_with("a", "", &[], slowly(MIB)).await;
     let runs = queue(&user, "b", "", Options::new()).await;
     let ends = queue(&user, "c", "", Options::new()).await;
     let number = ends.job.id().await.unwrap().to_string();
@@ -417,12 +426,11 @@ async fn what_was_authorised_is_what_runs_or_nothing() {
     fs::rename(&targets, system.dir().join("kept")).unwrap();
     fs::create_dir(&targets).unwrap();
     cancel(&running).await;
-    for (queued, why) in [
+    for (mut queued, why) in [
         (disks, "disks are others"),
         (paths, "another file, device or directory"),
     ] {
-        let refused = wait::within("the call", queued.call).await.unwrap().unwrap_err();
-        assert!(refused.to_string().contains(why), "{refused}");
+        queued.refused(why).await;
         let (result, _, message) = wait::within("the end", queued.job.wait()).await.unwrap();
         assert_eq!(result, "failed");
         assert!(message.contains(why), "{message}");
@@ -452,8 +460,8 @@ async fn a_queued_backup_writes_to_no_other_device_of_the_same_number() {
         device.device().display()
     );
     for exchanged in [false, true] {
-        let running = root.start_with("a", "", &[], slowly(1)).await;
-        let queued = queue(&root, "b", &document, Options::new()).await;
+        let running = root.start_with("a", "", &[], slowly(MIB)).await;
+        let mut queued = queue(&root, "b", &document, Options::new()).await;
         if exchanged {
             device.exchange(&other);
         }
@@ -467,8 +475,7 @@ async fn a_queued_backup_writes_to_no_other_device_of_the_same_number() {
             );
             continue;
         }
-        let refused = wait::within("the call", queued.call).await.unwrap().unwrap_err();
-        assert!(refused.to_string().contains("another device"), "{refused}");
+        queued.refused("another device").await;
         let (result, error, message) = wait::within("the end", queued.job.wait()).await.unwrap();
         assert_eq!(result, "failed");
         assert!(
@@ -484,7 +491,7 @@ async fn a_device_that_is_not_there_is_refused_at_once() {
     let system = setup(1).start();
     let _machines = ["a", "b"].map(|name| machine(&system, name));
     let root = Caller::new(&system).await;
-    let _running = root.start_with("a", "", &[], slowly(1)).await;
+    let _running = root.start_with("a", "", &[], slowly(MIB)).await;
     let document = "<domainbackup><disks><disk name='vda' type='block'><driver type='raw'/><target dev='/dev/no-such-device'/></disk></disks></domainbackup>";
     let refused = root
         .try_start("b", document, &[], Options::new())

@@ -23,7 +23,7 @@ pub struct Night {
     processor: u64,
     /// The most that was seen, in KiB.
     pub rss: u64,
-    /// QMP commands for a VM, from the call on, until a second after the last backup's end.
+    /// QMP commands for a VM, from the call on, until two seconds after the last backup's end.
     pub commands: usize,
 }
 

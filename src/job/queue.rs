@@ -1,8 +1,8 @@
 //! The queue of backups: how many run at once, and which one is next. Pure: it starts nothing and waits for nothing.
 //!
 //! Places are limited for the host, for each store, and for each user. A free place goes by turns to root and to the other
-//! users, and among these to the user with the fewest running backups. A user's own backups keep their order. One of root's
-//! backups may run beside a full set of places, so that no number of users' backups keeps root waiting.
+//! users, and among these to the user with the fewest running backups. A user's own backups keep their order. If none of root's
+//! backups runs, one may run beside a full set of places.
 //!
 //! A backup that crawls while others wait gives its place to them and runs on. It still counts for its user.
 

@@ -5,6 +5,7 @@ use std::ops::{ControlFlow, Range};
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::Builder;
 
 use rustix::fs::{Advice, fadvise};
 use rustix::io::Errno;
@@ -21,10 +22,13 @@ pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |count| count.get().min(MOST_THREADS))
 }
 
-/// Does `work` in so many threads, this one included, and waits for all of them. Returns the first error.
+/// Does `work` in at most so many threads, this one included, and waits for all of them. Returns the first error.
+///
+/// The kernel refuses a thread with EAGAIN at the limit of the control group or the user. The others do its part then.
 pub fn in_threads<E: Send>(count: usize, work: impl Fn() -> Result<(), E> + Sync) -> Result<(), E> {
     std::thread::scope(|scope| {
-        let others: Vec<_> = (1..count).map(|_| scope.spawn(&work)).collect();
+        let spawn = |_| Builder::new().spawn_scoped(scope, &work).ok();
+        let others: Vec<_> = (1..count).map_while(spawn).collect();
         let own = work();
         let others: Vec<_> = others
             .into_iter()
@@ -206,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_truncated_meanwhile_is_an_error() {
+    fn a_file_that_is_truncated_during_the_read_is_an_error() {
         let file = OwnedFd::from(tempfile::tempfile().unwrap());
         rustix::fs::ftruncate(&file, 1000).unwrap();
         let reading = Reading::new(&file, 1001);

@@ -104,10 +104,9 @@ fn left_of(count: usize) -> usize {
 
 fn subtree(parts: &[Part]) -> ChainingValue {
     match parts {
-        [] => ChainingValue::default(),
         [Part::Subtree(value)] => *value,
-        // Only one that is alone is whole.
-        [Part::Whole(hash)] => *hash.as_bytes(),
+        // `split_at` leaves at least one part on each side, and only a piece that is alone has a whole part.
+        [] | [Part::Whole(_)] => unreachable!("there are several pieces, each with a subtree"),
         parts => {
             let (left, right) = parts.split_at(left_of(parts.len()));
             merge_subtrees_non_root(&subtree(left), &subtree(right), Mode::Hash)

@@ -15,7 +15,7 @@ use super::chain::{Links, OpenDisk, for_each_link};
 use super::{Control, Error, Fault, Finding, Progress, blocking, check};
 use crate::catalog;
 use crate::definition::Format;
-use crate::digest::{self, Algorithm, Digest, Hasher, Reading, Watch};
+use crate::digest::{self, Algorithm, Digest, Reading, Sha256Hasher, Watch};
 use crate::qcow2::HeaderError;
 use crate::target::{Held, Shelf};
 
@@ -284,7 +284,7 @@ async fn read(image: &Image, control: Control<'_>) -> Result<Option<Fault>, Erro
             Format::Raw => Ok(Ok(())),
         }
     };
-    // The check waits for little of the image, and for a program.
+    // `qemu-img check` reads only metadata, so it runs beside the checksum.
     let (sum, checked) = tokio::join!(sum, check);
     let changed = match sum? {
         Err(errno) => return Ok(Some(Fault::Header(HeaderError::Io(errno)))),
@@ -318,7 +318,7 @@ fn checksum(
 
 /// Nothing if it is stopped.
 fn in_order(file: &OwnedFd, progress: &Progress, stop: &CancellationToken) -> Result<Option<Digest>, Errno> {
-    let (mut hash, mut chunk, mut position) = (Hasher::new(Algorithm::Sha256), vec![0; CHUNK], 0);
+    let (mut hash, mut chunk, mut position) = (Sha256Hasher::default(), vec![0; CHUNK], 0);
     loop {
         if stop.is_cancelled() {
             return Ok(None);
@@ -347,7 +347,7 @@ fn in_parallel(
     let failed = CancellationToken::new();
     let threads = digest::threads().min(reading.pieces());
     digest::in_threads(threads, || {
-        let worked = reading.work(&mut Eyes {
+        let worked = reading.work(&mut Watcher {
             progress,
             stops: [stop, &failed],
         });
@@ -360,12 +360,12 @@ fn in_parallel(
     Ok(reading.digest())
 }
 
-struct Eyes<'a> {
+struct Watcher<'a> {
     progress: &'a Progress,
     stops: [&'a CancellationToken; 2],
 }
 
-impl Watch for Eyes<'_> {
+impl Watch for Watcher<'_> {
     fn read(&mut self, _: u64, bytes: &[u8]) -> ControlFlow<()> {
         self.progress.add(bytes.len() as u64);
         match self.stops.iter().any(|stop| stop.is_cancelled()) {

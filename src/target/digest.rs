@@ -110,7 +110,7 @@ impl<'a> Run<'a> {
     fn work(&self, progress: &Progress, cancel: &CancellationToken) -> Result<Worked, Errno> {
         let mut digger = Digger::new(self.file, &self.no_holes);
         match &self.reading {
-            Some(reading) => reading.work(&mut Eyes {
+            Some(reading) => reading.work(&mut Watcher {
                 sent: (self.how == How::DigestAndWriteBack).then_some((self.file, self.clean)),
                 digger: self.digs.then_some(&mut digger),
                 progress,
@@ -149,14 +149,14 @@ fn send(file: &OwnedFd, piece: Range<u64>) {
     }
 }
 
-struct Eyes<'a, 'b> {
+struct Watcher<'a, 'b> {
     sent: Option<(&'a OwnedFd, u64)>,
     digger: Option<&'a mut Digger<'b>>,
     progress: &'a Progress,
     cancel: &'a CancellationToken,
 }
 
-impl Watch for Eyes<'_, '_> {
+impl Watch for Watcher<'_, '_> {
     fn read(&mut self, offset: u64, bytes: &[u8]) -> ControlFlow<()> {
         if let Some(digger) = &mut self.digger {
             digger.read(offset, bytes);

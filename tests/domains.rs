@@ -977,15 +977,3 @@ async fn a_service_that_starts_again_knows_configured_domains_and_no_registered_
         .unwrap();
     assert!(!system.daemon().log().contains("panicked"));
 }
-
-#[test]
-fn what_a_qemu_can_do_is_asked_of_the_first_of_its_version_only() {
-    let mut system = System::start();
-    let known = |system: &mut System| system.daemon().log().matches("its schema is known").count();
-    let machine =
-        |system: &System, name: &str| system.configured(system.vm(name).disk(Disk::new("vda", 1 << 20)));
-    let _first = machine(&system, "a");
-    assert_eq!(known(&mut system), 0);
-    let _second = machine(&system, "b");
-    assert_eq!(known(&mut system), 1);
-}

@@ -13,7 +13,6 @@ pub mod poweroff;
 mod presence;
 mod registry;
 mod retry;
-mod schemas;
 
 pub use directory::{CheckpointPolicy, Content, Directories, FileError};
 pub use disks::{Bitmap, Disk, DiskLookup, find_disk};

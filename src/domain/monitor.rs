@@ -18,8 +18,7 @@ use super::graph::{self, BlockInfo, Edges, Graph, Node};
 use super::outside::{self, Devices, Property};
 use super::presence::Presence;
 use super::retry::{After, Retry};
-use super::schemas::{Key, Schemas};
-use super::{Disk, Domain, Migration, Origin, PATIENCE, Snapshot, State};
+use super::{Disk, Domain, Migration, PATIENCE, Snapshot, State};
 use crate::names::IN_QEMU;
 use crate::qmp::{self, Client, Driver, Event, EventsError, Schema};
 use crate::quota::Quota;
@@ -44,7 +43,7 @@ const MOST_SAID: usize = 256;
 #[derive(Debug)]
 pub struct Link {
     pub client: Client,
-    pub schema: Arc<Schema>,
+    pub schema: Schema,
     /// The process that listens on the socket: QEMU, or who opened the socket for it.
     pub peer: Option<u32>,
     /// Who pays for what is known of it, if that is a user.
@@ -62,12 +61,6 @@ pub trait Greeter: Send + Sync {
 
 /// The one greeter that there is, as soon as there is one.
 pub(super) type Greeters = watch::Sender<Option<Weak<dyn Greeter>>>;
-
-/// What all monitors have together.
-pub(super) struct Shared {
-    pub greeters: Greeters,
-    pub schemas: Schemas,
-}
 
 async fn greet(greeters: &Greeters, domain: &Domain, link: &Link, snapshot: &Snapshot) {
     let mut known = greeters.subscribe();
@@ -97,7 +90,7 @@ pub(super) async fn supervise(
     domain: Arc<Domain>,
     monitor: Dialer,
     presence: Presence,
-    shared: Arc<Shared>,
+    greeters: Arc<Greeters>,
     stop: CancellationToken,
 ) {
     let path = &monitor.address().path;
@@ -107,7 +100,7 @@ pub(super) async fn supervise(
         let attempt = stop.run_until_cancelled(async {
             let (link, driver) = connect(&monitor).await?;
             retry = Retry::new(&presence, path);
-            Ok::<_, ConnectError>(serve(&domain, link, driver, &shared).await)
+            Ok::<_, ConnectError>(serve(&domain, link, driver, &greeters).await)
         });
         let (why, after): (Arc<str>, After) = match attempt.await {
             None => return domain.down("the service is letting it go", false),
@@ -131,10 +124,10 @@ pub(super) async fn serve_once(
     domain: Arc<Domain>,
     link: Link,
     driver: Driver,
-    shared: Arc<Shared>,
+    greeters: Arc<Greeters>,
     stop: CancellationToken,
 ) {
-    let serving = serve(&domain, link, driver, &shared);
+    let serving = serve(&domain, link, driver, &greeters);
     let ended = stop.run_until_cancelled(serving).await;
     // It cannot be connected to again: for code that waits for it, it has ended.
     domain.down(ended.as_deref().unwrap_or("the service is letting it go"), true);
@@ -229,7 +222,7 @@ impl Link {
         Self {
             client,
             memory,
-            schema: Arc::default(),
+            schema: Schema::default(),
             peer,
             uuid: OnceLock::new(),
             kept_descriptors: Mutex::default(),
@@ -238,15 +231,15 @@ impl Link {
 }
 
 /// Runs the connection: asks first, then follows QEMU's events. Gives the reason of its end.
-async fn serve(domain: &Domain, mut link: Link, driver: Driver, shared: &Shared) -> Arc<str> {
+async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greeters) -> Arc<str> {
     let work = async {
         let mut events = link.client.events();
-        link.schema = schema(domain, &link, &shared.schemas).await?;
+        link.schema = schema(&link).await?;
         check_version(&link).await?;
         let first = link.inspect().await.map_err(|error| error.to_string())?;
         domain.snapshot.send_modify(|snapshot| snapshot.uuid = first.uuid);
         // What hangs then, a backup will meet.
-        let _ = tokio::time::timeout(PATIENCE, greet(&shared.greeters, domain, &link, &first)).await;
+        let _ = tokio::time::timeout(PATIENCE, greet(greeters, domain, &link, &first)).await;
         domain.snapshot.send_replace(first);
         let link = Arc::new(link);
         tracing::info!(domain = domain.name, "monitor is up");
@@ -285,25 +278,12 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, shared: &Shared)
     }
 }
 
-/// What the QEMU can do; only the first one of its kind is asked.
-async fn schema(domain: &Domain, link: &Link, schemas: &Schemas) -> Result<Arc<Schema>, String> {
-    let key = match (domain.origin, link.peer) {
-        (Origin::Configured, Some(process)) => Key::of(process, link.client.version()),
-        _ => None,
-    };
-    if let Some(known) = key.as_ref().and_then(|key| schemas.get(key)) {
-        tracing::debug!(domain = domain.name, "its schema is known");
-        return Ok(known);
-    }
+/// Asks the QEMU what it can do. Each is asked: its answer may be false, and then concerns only its own domain.
+async fn schema(link: &Link) -> Result<Schema, String> {
     let asked = tokio::time::timeout(PATIENCE, link.client.schema()).await;
-    let schema = asked
+    asked
         .map_err(|_| "it did not describe itself in time".to_owned())?
-        .map_err(|error| error.to_string())?;
-    let schema = Arc::new(schema);
-    if let Some(key) = key {
-        schemas.keep(key, &schema);
-    }
-    Ok(schema)
+        .map_err(|error| error.to_string())
 }
 
 /// What every look at a QEMU needs: without it its disks cannot even be listed.

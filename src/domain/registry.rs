@@ -15,9 +15,8 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use super::directory::{DomainFile, Watch};
-use super::monitor::{self, Greeter, Greeters, Link, Shared};
+use super::monitor::{self, Greeter, Greeters, Link};
 use super::presence::Presence;
-use super::schemas::Schemas;
 use super::{Directories, Domain, Error, Identity, Origin, Phase, check_new_name, owner};
 use crate::qmp::{Bounds, Client};
 use crate::quota::{Limits, Quota, Share};
@@ -88,7 +87,7 @@ pub struct Registry {
     /// Turns for long lines, by user.
     turns: Mutex<HashMap<u32, Weak<Semaphore>>>,
     presence: Presence,
-    shared: Arc<Shared>,
+    greeters: Arc<Greeters>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -103,10 +102,7 @@ impl Registry {
             memory: Quota::new("monitor-memory", MEMORY),
             turns: Mutex::default(),
             presence: presence.clone(),
-            shared: Arc::new(Shared {
-                greeters: Greeters::new(None),
-                schemas: Schemas::default(),
-            }),
+            greeters: Arc::new(Greeters::new(None)),
             domains: Mutex::default(),
             absent: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES),
@@ -125,7 +121,7 @@ impl Registry {
 
     /// Who looks at the disks of each domain that connects. Until there is one, none is connected.
     pub fn set_greeter(&self, greeter: Weak<dyn Greeter>) {
-        self.shared.greeters.send_replace(Some(greeter));
+        self.greeters.send_replace(Some(greeter));
     }
 
     /// What comes and goes from now on.
@@ -222,8 +218,8 @@ impl Registry {
         let served = domain.clone();
         self.tasks.spawn(async move {
             let memory = Some((registry.memory.clone(), uid));
-            let (link, shared) = (Link::new(client, peer, memory), registry.shared.clone());
-            monitor::serve_once(served.clone(), link, driver, shared, stop).await;
+            let (link, greeters) = (Link::new(client, peer, memory), registry.greeters.clone());
+            monitor::serve_once(served.clone(), link, driver, greeters, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
             // What is held is held until here: a backup may have kept the monitor after the domain had gone.
             drop((place, share));
@@ -332,12 +328,12 @@ impl Registry {
             let owner = (file.owner, file.owner_name.clone());
             let monitor = Dialer::new(file.monitor.clone(), Purpose::Monitor);
             let (domain, stop) = self.add(&mut domains, &name, owner, EntryKind::Configured(file));
-            let (presence, shared) = (self.presence.clone(), self.shared.clone());
+            let (presence, greeters) = (self.presence.clone(), self.greeters.clone());
             self.tasks.spawn(monitor::supervise(
                 domain.clone(),
                 monitor,
                 presence,
-                shared,
+                greeters,
                 stop,
             ));
             come.push(domain);

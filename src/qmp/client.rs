@@ -21,8 +21,6 @@ use crate::fault;
 
 /// Commands that wait for their turn, in all clients of a connection. More make the next caller wait.
 const QUEUE: usize = 64;
-/// A version that is longer is cut, in bytes.
-const LONGEST_VERSION: usize = 1024;
 /// Events that a reader may lag behind before it is notified that it missed some: 1 MiB with the longest ones.
 const EVENTS: usize = 256;
 /// Why a connection ended that nobody ended.
@@ -67,8 +65,6 @@ pub struct Client {
     requests: mpsc::Sender<Request>,
     events: broadcast::WeakSender<Arc<Event>>,
     next_id: Arc<AtomicU64>,
-    /// QEMU's version as it greets with it, as JSON.
-    version: Arc<str>,
     /// Why the connection ended, once it has.
     ended: Arc<OnceLock<Arc<str>>>,
 }
@@ -88,7 +84,7 @@ impl Client {
         patience: Duration,
     ) -> Result<(Client, Driver)> {
         let mut wire = Wire::new(stream, bounds.longest);
-        let version = tokio::time::timeout(patience, greet(&mut wire))
+        tokio::time::timeout(patience, greet(&mut wire))
             .await
             .map_err(|_| Error::NoGreeting(patience))??;
         let (requests, receiver) = mpsc::channel(QUEUE);
@@ -98,15 +94,9 @@ impl Client {
             requests,
             events: events.downgrade(),
             next_id: Arc::new(AtomicU64::new(1)),
-            version,
             ended: ended.clone(),
         };
         Ok((client, Driver::new((wire, bounds), receiver, events, ended)))
-    }
-
-    /// QEMU's version as it greets with it, as JSON.
-    pub fn version(&self) -> &Arc<str> {
-        &self.version
     }
 
     /// Events from now on. To miss none that a command causes, call this before the command.
@@ -206,18 +196,12 @@ fn unexpected(command: &str, error: &serde_json::Error) -> Error {
     }
 }
 
-/// Gives the peer's version.
-async fn greet(wire: &mut Wire) -> Result<Arc<str>> {
+async fn greet(wire: &mut Wire) -> Result<()> {
     let greeting = read_line(wire).await?;
     let greeting: Value = parse(&greeting)?;
-    let Some(said) = greeting.get("QMP") else {
+    if greeting.get("QMP").is_none() {
         return Err(Error::NotQmp("its first line is no QMP greeting".into()));
-    };
-    let version = said.get("version").map(Value::to_string).unwrap_or_default();
-    let version: Arc<str> = version
-        .get(..LONGEST_VERSION.min(version.len()))
-        .unwrap_or_default()
-        .into();
+    }
     wire.queue(0, b"{\"execute\":\"qmp_capabilities\",\"id\":0}\n".to_vec(), None);
     loop {
         let line = read_line(wire).await?;
@@ -228,7 +212,7 @@ async fn greet(wire: &mut Wire) -> Result<Arc<str>> {
                 let why = format!("it refused qmp_capabilities: {}", refusal.description);
                 return Err(Error::NotQmp(why));
             }
-            Message::Reply { id: Some(0), .. } => return Ok(version),
+            Message::Reply { id: Some(0), .. } => return Ok(()),
             Message::Reply { .. } | Message::Event(_) => {}
         }
     }

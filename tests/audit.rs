@@ -284,6 +284,64 @@ async fn changes_of_a_speed_cannot_fill_the_journal() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_grant_to_cancel_is_on_record_for_each_target_and_speeds_for_each_process() {
+    let mut system = System::setup().journal().start();
+    let slow = |name| Disk::new(name, 64 * MIB).fill(0, 64 * MIB, 0x11).slow(16 * MIB);
+    let _vm = system.configured(system.vm("web").disk(slow("vda")).disk(slow("vdb")));
+    let targets = ["a", "b"].map(|name| system.dir().join(name).display().to_string());
+    let [a, b] = &targets;
+    let document = format!(
+        "<domainbackup><disks><disk name='vda'><target file='{a}'/></disk>\
+         <disk name='vdb'><target file='{b}'/></disk></disks></domainbackup>"
+    );
+    let root = Caller::new(&system).await;
+    let job = root.start("web", &document).await;
+    for speed in [16, 17, 18] {
+        job.set_speed(speed << 20).await.unwrap();
+    }
+    let path = job.inner().path().to_string();
+    let other = format!("{JOB}.SetSpeed");
+    calls::call_on(system.clients(), ROOT, &path, &other, &["20971520"]).unwrap();
+    job.cancel_disk("vda").await.unwrap();
+    // It may have ended by now.
+    let _ = job.cancel().await;
+    cancelled(&root, &path).await;
+    assert_eq!(system.stop_daemon(), Some(0));
+    let records = system.journal().records();
+    let of_action = |action: &str| {
+        let of_action = records
+            .iter()
+            .filter(|record| record.all("BACKUPD_ACTION") == [action]);
+        of_action.collect::<Vec<_>>()
+    };
+    let both = |records: &[&Record]| {
+        assert_eq!(
+            records
+                .iter()
+                .map(|record| part(record, "TARGET_NAME"))
+                .collect::<Vec<_>>(),
+            targets
+        )
+    };
+    let cancels = of_action(ABORT);
+    assert_eq!(cancels.len(), 4, "{cancels:?}");
+    both(&cancels[..2]);
+    both(&cancels[2..]);
+    let speeds = of_action(SET_SPEED);
+    assert_eq!(speeds.len(), 5, "{speeds:?}");
+    both(&speeds[..2]);
+    both(&speeds[2..4]);
+    let process = std::process::id().to_string();
+    assert_eq!(part(speeds[0], "PID"), process);
+    assert_ne!(part(speeds[2], "PID"), process);
+    // The second and third call; what is not counted yet is recorded at the end.
+    assert_eq!(
+        (part(speeds[4], "PID"), part(speeds[4], "COUNT")),
+        (process, "2".into())
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn looking_leaves_no_record() {
     let mut system = System::setup().journal().start();
     let _vm = machine(&system, "web", disk());

@@ -48,13 +48,15 @@ struct Record {
 }
 
 impl Record {
-    fn key(&self, outcome: &'static str, job: Option<u32>) -> Key {
+    /// Of a refusal. It names no process: a user could fill all places with processes of its own.
+    fn key(&self, outcome: &'static str) -> Key {
         Key {
             uid: self.caller.uid,
             action: self.permission.action(),
             outcome,
             basis: self.basis.as_str(),
-            job,
+            process: None,
+            job: None,
         }
     }
 
@@ -110,20 +112,27 @@ impl Grant {
         }))
     }
 
-    /// Records that it started `job`.
+    /// Records that it started `job`, or is about it.
     pub fn record(mut self, job: u32) {
         if let Some(record) = self.0.take() {
             record.write(GRANTED, Some(job));
         }
     }
 
-    /// Records that it is about a `job` that is there. The same call can be granted as often as it is made.
-    pub(super) fn record_repeatable(mut self, repeats: &Repeats, job: u32) {
-        if let Some(record) = self.0.take()
-            && repeats.is_first(Group::Grants, record.key(GRANTED, Some(job)))
-        {
-            record.write(GRANTED, Some(job));
-        }
+    /// Whether it is the first of its kind about `job`. Otherwise it is counted.
+    pub(super) fn is_first(&self, repeats: &Repeats, job: u32) -> bool {
+        let Some(record) = &self.0 else { return false };
+        let key = Key {
+            process: record.caller.process.as_ref().map(|process| process.id),
+            job: Some(job),
+            ..record.key(GRANTED)
+        };
+        repeats.is_first(Group::Grants, key)
+    }
+
+    /// Leaves no record: its call is counted.
+    pub fn leave_to_count(mut self) {
+        self.0 = None;
     }
 }
 
@@ -154,7 +163,7 @@ pub(super) fn refused(
         Some(_) => Group::Accounts,
         None => Group::Nameless,
     };
-    if repeats.is_first(group, record.key(outcome, None)) {
+    if repeats.is_first(group, record.key(outcome)) {
         record.write(outcome, job);
     }
 }
@@ -166,6 +175,7 @@ pub(super) fn repeated(key: Key, count: u64) {
         action,
         outcome,
         basis,
+        process,
         job,
     } = key;
     tracing::info!(
@@ -174,6 +184,7 @@ pub(super) fn repeated(key: Key, count: u64) {
         outcome,
         basis,
         uid,
+        pid = process,
         job,
         count,
         "{outcome}: user {uid}, {action}, {count} more times",

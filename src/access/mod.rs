@@ -227,9 +227,10 @@ impl Access {
         Grant::new(caller, permission, details, basis)
     }
 
-    /// Records a grant for a `job` that is there; a count where the same one repeats.
-    pub fn record_repeatable(&self, grant: Grant, job: u32) {
-        grant.record_repeatable(&self.repeats, job);
+    /// Whether `grant` is the first of its kind about `job` in the last minute. Otherwise it is counted, and need not be
+    /// recorded.
+    pub fn is_first(&self, grant: &Grant, job: u32) -> bool {
+        grant.is_first(&self.repeats, job)
     }
 
     /// Whether `caller` has `permission` as things stand, of an object whose id is never another's; nobody is asked for a

@@ -1,8 +1,8 @@
 //! Counts decisions that repeat, so that nobody can fill the journal with them.
 //!
-//! Nobody needs a right to be refused, and the starter of a job may change its speed as often as it likes. Either could rotate
+//! A refusal needs no right, and the starter of a job may change its speed as often as it likes. Either could rotate
 //! everything else out of the journal. The first of each kind is recorded at once. Further ones are counted, and recorded as
-//! one number a minute.
+//! one number a minute. Every other grant is a record of its own.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -13,6 +13,8 @@ use std::time::Duration;
 const PERIOD: Duration = Duration::from_secs(60);
 /// Kinds of decisions that are counted, in each group.
 const MOST: usize = 1024;
+/// Processes of a user whose grants for one job are counted separately. Further ones count as one: each user can start many.
+const MOST_PROCESSES: usize = 16;
 /// No user has this number (chown(2) reserves it).
 const OTHERS: u32 = u32::MAX;
 
@@ -23,6 +25,8 @@ pub struct Key {
     pub action: &'static str,
     pub outcome: &'static str,
     pub basis: &'static str,
+    /// The process of a granted call's connection, if it is known.
+    pub process: Option<u32>,
     /// The job that a granted call is about.
     pub job: Option<u32>,
 }
@@ -63,6 +67,17 @@ impl Repeats {
     pub fn is_first(&self, group: Group, mut key: Key) -> bool {
         let mut groups = self.lock();
         let counted = &mut groups[group as usize];
+        if key.process.is_some() && !counted.contains_key(&key) {
+            let of_user = |other: &&Key| {
+                Key {
+                    process: None,
+                    ..**other
+                } == Key { process: None, ..key }
+            };
+            if counted.keys().filter(of_user).count() >= MOST_PROCESSES {
+                key.process = None;
+            }
+        }
         if counted.len() >= MOST && !counted.contains_key(&key) {
             if group == Group::Grants {
                 return true;
@@ -137,6 +152,7 @@ mod tests {
             action,
             outcome,
             basis: "polkit",
+            process: None,
             job: None,
         }
     }
@@ -190,6 +206,20 @@ mod tests {
         assert!(!repeats.is_first(Group::Accounts, account));
         repeats.flush();
         assert!(WRITTEN.lock().unwrap().contains(&(account, 1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn processes_are_counted_separately_but_not_without_end() {
+        let repeats = repeats();
+        let grant = |process| Key {
+            process: Some(process),
+            job: Some(1),
+            ..refusal(1000, "f", "granted")
+        };
+        let is_first = |process: &u32| repeats.is_first(Group::Grants, grant(*process));
+        // The first of those that count as one is recorded too.
+        assert_eq!((1..1000).filter(is_first).count(), MOST_PROCESSES + 1);
+        assert_eq!((1..1000).filter(is_first).count(), 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -177,6 +177,8 @@ impl Service {
                 asked.collect()
             }
         };
+        // The speed can be changed as often as one likes. The targets of one call are recorded together, or count as one.
+        let mut is_first = None;
         for details in asked {
             let grant = match self.is_starter(caller, job) {
                 true => self.access.implied(caller, permission, &details, Basis::Starter),
@@ -186,7 +188,12 @@ impl Service {
                         .await?
                 }
             };
-            self.access.record_repeatable(grant, job.id);
+            let is_recorded = permission != Permission::DomainSetSpeed
+                || *is_first.get_or_insert_with(|| self.access.is_first(&grant, job.id));
+            match is_recorded {
+                true => grant.record(job.id),
+                false => grant.leave_to_count(),
+            }
         }
         Ok(())
     }

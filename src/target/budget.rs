@@ -1,4 +1,4 @@
-//! How many descriptors of other users' processes are looked at, so that nobody makes a look take long.
+//! How many descriptors of other users' processes are looked at, so that no user makes a look take long.
 
 use std::collections::HashMap;
 
@@ -10,9 +10,14 @@ const FIRST_HIGH: u32 = 1 << 16;
 /// Numbers that are another user's (subuid(5)).
 const SUBORDINATES: &str = "/etc/subuid";
 
+/// The user whose budget the descriptors of a process are taken from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Payer {
+pub enum Payer {
+    /// Its processes are not counted.
+    Root,
     User(u32),
+    /// A user whose number no account has, and whose range is not known.
+    High(u32),
     /// All subordinate numbers of the user in that line.
     Subordinates(usize),
 }
@@ -22,7 +27,7 @@ struct Range {
     count: u32,
 }
 
-/// What is left. Root's processes are not counted.
+/// What is left.
 pub struct Budget {
     ranges: Vec<(Range, Payer)>,
     left: HashMap<Payer, usize>,
@@ -54,16 +59,34 @@ impl Budget {
         }
     }
 
-    /// Whether one more descriptor of this user's may be looked at.
-    pub fn take(&mut self, uid: u32) -> bool {
+    /// The user who started a process, if it is there. Blocks.
+    ///
+    /// That is the real user ID: a set-user-ID program has inherited its descriptors from the user who started it.
+    pub fn payer_of(&self, process: u32) -> Option<Payer> {
+        let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+        real_user(&status).map(|uid| self.payer(uid))
+    }
+
+    fn payer(&self, uid: u32) -> Payer {
         if uid == 0 {
-            return true;
+            return Payer::Root;
         }
         let mut ranges = self.ranges.iter();
         let range = ranges.find(|(range, _)| uid.checked_sub(range.first).is_some_and(|n| n < range.count));
-        let payer = range.map_or(Payer::User(uid), |(_, payer)| *payer);
+        match range {
+            Some((_, payer)) => *payer,
+            None if uid >= FIRST_HIGH => Payer::High(uid),
+            None => Payer::User(uid),
+        }
+    }
+
+    /// Whether one more descriptor of this user's may be looked at.
+    pub fn take(&mut self, payer: Payer) -> bool {
+        if payer == Payer::Root {
+            return true;
+        }
         let left = self.left.entry(payer).or_insert(MOST_OF_USER);
-        let is_high = range.is_none() && uid >= FIRST_HIGH;
+        let is_high = matches!(payer, Payer::High(_));
         if *left == 0 || (is_high && self.left_of_high == 0) {
             return false;
         }
@@ -73,6 +96,12 @@ impl Budget {
     }
 }
 
+/// The first number of `Uid:`, of `/proc/PID/status` (proc_pid_status(5)). The kernel escapes newlines in the name before it.
+fn real_user(status: &str) -> Option<u32> {
+    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    ids.split_whitespace().next()?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,7 +109,8 @@ mod tests {
     fn taken(budget: &mut Budget, users: impl IntoIterator<Item = u32>, each: usize) -> usize {
         let mut taken = 0;
         for uid in users {
-            taken += (0..each).filter(|_| budget.take(uid)).count();
+            let payer = budget.payer(uid);
+            taken += (0..each).filter(|_| budget.take(payer)).count();
         }
         taken
     }
@@ -89,15 +119,29 @@ mod tests {
     fn subordinate_numbers_are_one_users() {
         let mut budget = Budget::of("anna:100000:65536\nbob:165536:65536\nanna:300000:10\nnonsense\n");
         assert_eq!(taken(&mut budget, 100_000..165_536, 32), MOST_OF_USER);
-        assert!(!budget.take(300_009), "the second range is anna's too");
-        assert!(budget.take(165_536) && budget.take(1000) && budget.take(64_055) && budget.take(0));
+        assert_eq!(
+            taken(&mut budget, [300_009], 1),
+            0,
+            "the second range is anna's too"
+        );
+        assert_eq!(taken(&mut budget, [165_536, 1000, 64_055, 0], 1), 4);
+    }
+
+    #[test]
+    fn a_set_user_id_program_is_paid_for_by_who_started_it() {
+        let status = "Name:\tUid:\\nUid:\nUmask:\t0022\nPid:\t7\nUid:\t1000\t0\t0\t0\nGid:\t5\t5\t5\t5\n";
+        assert_eq!(real_user(status), Some(1000));
+        assert_eq!(real_user("Name:\ta\n"), None);
+        let budget = Budget::of("");
+        let own = budget.payer(rustix::process::getuid().as_raw());
+        assert_eq!(budget.payer_of(std::process::id()), Some(own));
     }
 
     #[test]
     fn high_numbers_of_nobody_known_are_bounded_in_sum_and_take_nothing_from_accounts() {
         let mut budget = Budget::of("");
         assert_eq!(taken(&mut budget, 100_000..165_536, 32), MOST_OF_HIGH);
-        assert!(!budget.take(200_000));
+        assert_eq!(taken(&mut budget, [200_000], 1), 0);
         assert_eq!(taken(&mut budget, [1000], 2 * MOST_OF_USER), MOST_OF_USER);
         assert_eq!(taken(&mut budget, [0], 2 * MOST_OF_USER), 2 * MOST_OF_USER);
     }

@@ -145,7 +145,7 @@ fn open_files(process: u32, owner: Option<u32>) -> HashMap<PathBuf, FileId> {
     open.collect()
 }
 
-/// Whose a process is. One that has become another user is root's.
+/// The owner of a process: its effective user, or root if it has changed its user or runs a set-user-ID program.
 pub(super) fn user_of(process: u32) -> Option<u32> {
     let metadata = std::fs::metadata(format!("/proc/{process}")).ok()?;
     Some(metadata.uid())
@@ -199,11 +199,11 @@ pub(super) fn descriptors(process: u32) -> impl Iterator<Item = Descriptor> {
 pub(super) fn locker(files: &[FileId]) -> Option<u32> {
     let mut budget = Budget::new();
     processes().find(|process| {
-        let Some(user) = user_of(*process) else {
+        let Some(payer) = budget.payer_of(*process) else {
             return false;
         };
         descriptors(*process)
-            .take_while(|_| budget.take(user))
+            .take_while(|_| budget.take(payer))
             .any(|descriptor| {
                 descriptor.name().is_some()
                     && descriptor.file().is_some_and(|id| files.contains(&id))

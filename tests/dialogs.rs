@@ -2,12 +2,13 @@
 
 use crate::common::System;
 use crate::common::caller::Caller;
-use crate::common::calls::{self, create_asking, end_of};
+use crate::common::calls::{self, asking, create_asking, end_of};
+use crate::common::chain::{copy, directories, id, increment};
 use crate::common::clients::{OTHER_USER, ROOT, USER};
 use crate::common::dialog::{Agent, Dialog};
 use crate::common::disk::Disk;
 use crate::common::polkit;
-use crate::common::proxies::error_name;
+use crate::common::proxies::{Options, error_name};
 use crate::common::storage::files_below;
 use crate::common::vm::{Residue, Vm};
 use crate::common::wait;
@@ -205,4 +206,72 @@ async fn a_dialog_says_whose_a_registered_domain_is() {
         polkit::user_name(USER)
     );
     assert!(dialog.message.contains(&name), "{}", dialog.message);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dialog_names_all_backups_that_would_go() {
+    let mut scene = Scene::new(System::setup()).await;
+    let root = Caller::new(&scene.system).await;
+    root.complete_full("web", "").await;
+    let [newest] = directories(&scene.system.store().join("web")).try_into().unwrap();
+    let base = copy(&newest, -48);
+    let lower = increment(&base, 1);
+    let upper = increment(&lower, 1);
+    root.manager.rescan(Options::new()).await.unwrap();
+    let ids = [&base, &lower, &upper].map(|path| id(path));
+
+    let prune = ("/org/example/Backup1", "org.example.Backup1.Prune");
+    let rules = ["'web'", "{'keep-last': <uint64 1>}"];
+    let mut call = asking(&scene.system, &scene.agent, ("prune", USER), prune, &rules).await;
+    let dialog = scene.agent.opened().await;
+    assert_named(
+        &dialog,
+        &ids,
+        " (3 backups) of the virtual machine web in the store default",
+    );
+    dialog.dismiss();
+    assert_eq!(end_of(&mut call).unwrap_err().name, DENIED);
+
+    // The same directory has backups of another domain.
+    scene.system.stop_daemon();
+    let catalog = rusqlite::Connection::open(scene.system.dir().join("state/catalog.sqlite")).unwrap();
+    let uuid = "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10";
+    let sql = "UPDATE backups SET domain_name = 'other', domain_uuid = ?1 WHERE id IN (?2, ?3)";
+    assert_eq!(catalog.execute(sql, [uuid, &ids[1], &ids[2]]).unwrap(), 2);
+    drop(catalog);
+    scene.system.start_daemon();
+    let root = Caller::new(&scene.system).await;
+    let path = root.manager.get_backup(&ids[0]).await.unwrap();
+    let delete = (path.as_str(), "org.example.Backup1.Backup.Delete");
+    let options = ["{'with-descendants': <true>}"];
+    let mut call = asking(&scene.system, &scene.agent, ("delete", USER), delete, &options).await;
+    let dialog = scene.agent.opened().await;
+    assert_named(
+        &dialog,
+        &ids[..1],
+        " of the virtual machine web in the store default",
+    );
+    dialog.answer_as_administrator().await;
+    let dialog = scene.agent.opened().await;
+    assert_named(
+        &dialog,
+        &ids[1..],
+        " (2 backups) of the virtual machine other in the store default",
+    );
+    dialog.dismiss();
+    assert_eq!(end_of(&mut call).unwrap_err().name, DENIED);
+    let left = directories(&scene.system.store().join("web"));
+    assert_eq!(left.len(), 4);
+}
+
+/// The dialog names these backups, in any order, and goes on like that.
+#[track_caller]
+fn assert_named(dialog: &Dialog, ids: &[String], further: &str) {
+    let message = &dialog.message;
+    let (_, named) = message.split_once(" the backup ").expect("it names a backup");
+    let (named, _) = named.split_once(further).unwrap_or_else(|| panic!("{message}"));
+    let (mut named, mut ids) = (named.split(", ").collect::<Vec<_>>(), ids.to_vec());
+    named.sort_unstable();
+    ids.sort_unstable();
+    assert_eq!(named, ids, "{message}");
 }

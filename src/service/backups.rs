@@ -16,10 +16,13 @@ use crate::error::{Error, Kind, Result, shown};
 use crate::job::{Job, Outcome};
 use crate::plan::Destination;
 use crate::plan::retention::Retention;
+use crate::text::excerpt;
 
 /// Backups that a call lists at most, and bytes of their manifests; there is always one more page.
 const MOST_LISTED: usize = 1000;
 const MOST_BYTES: usize = 4 << 20;
+/// Bytes of the ids of several backups in one question.
+const MOST_OF_IDS: usize = 128;
 
 /// Which backups a call asks for.
 #[derive(Debug, Default)]
@@ -228,7 +231,11 @@ impl Service {
             let domains: HashSet<&DomainRecord> = all.iter().map(|backup| &backup.domain).collect();
             for domain in domains.into_iter().filter(|domain| **domain != backup.domain) {
                 if !how.dry_run {
-                    let details = details(&self.backups.domain(domain)).with("store", &backup.key.store);
+                    let of_domain = all.iter().filter(|backup| backup.domain == *domain);
+                    let ids = of_domain.map(|backup| backup.key.id.as_str());
+                    let details = details(&self.backups.domain(domain))
+                        .with("backup_id", named_together(ids))
+                        .with("store", &backup.key.store);
                     drop(self.access.require(caller, permission, &details, None).await?);
                 }
             }
@@ -298,7 +305,10 @@ impl Service {
             let going: BTreeSet<String> = going.map(|judged| judged.backup.key.id.clone()).collect();
             if !going.is_empty() && !wanted.dry_run {
                 for owner in owners {
-                    let details = details(&self.backups.domain(owner)).with("store", &group.store);
+                    let ids = going.iter().map(String::as_str);
+                    let details = details(&self.backups.domain(owner))
+                        .with("backup_id", named_together(ids))
+                        .with("store", &group.store);
                     let permission = Permission::BackupDelete;
                     drop(self.access.require(caller, permission, &details, None).await?);
                 }
@@ -360,6 +370,19 @@ impl Service {
             && self.view(caller, &known, true).await.allowed()?;
         seen.domains.insert(domain.clone(), allowed);
         Ok(allowed)
+    }
+}
+
+/// What a question about several backups calls them: their ids, as far as a dialog has room for them, and how many they are.
+fn named_together<'a>(ids: impl Iterator<Item = &'a str>) -> String {
+    let ids: Vec<&str> = ids.collect();
+    match ids.as_slice() {
+        [id] => (*id).to_owned(),
+        ids => format!(
+            "{} ({} backups)",
+            excerpt(&ids.join(", "), MOST_OF_IDS),
+            ids.len()
+        ),
     }
 }
 

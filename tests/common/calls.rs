@@ -75,24 +75,25 @@ pub fn create(clients: &Clients, uid: u32, domain: &str, document: &str) -> Resu
 
 /// `CreateBackup` whose user may be asked, by this agent. Its end is [`end_of`].
 pub async fn create_asking(system: &System, agent: &Agent, name: &str, uid: u32, domain: &str) -> Process {
-    let domain = text(domain);
-    let arguments = [
-        "call",
-        "--system",
-        "--interactive",
-        "--timeout",
-        TIMEOUT,
-        "--dest",
-        BUS_NAME,
-        "--object-path",
-        ROOT_PATH,
-        "--method",
-        CREATE,
-        &domain,
-        "''",
-        "@ah []",
-        "@a{sv} {}",
-    ];
+    let arguments = [&text(domain), "''", "@ah []", "@a{sv} {}"];
+    asking(system, agent, (name, uid), (ROOT_PATH, CREATE), &arguments).await
+}
+
+/// A call of an object's method, with its interface, whose user may be asked, by this agent. `as_whom` are the process's name
+/// and user.
+pub async fn asking(
+    system: &System,
+    agent: &Agent,
+    as_whom: (&str, u32),
+    (path, method): (&str, &str),
+    arguments: &[&str],
+) -> Process {
+    let ((name, uid), options) = (
+        as_whom,
+        ["call", "--system", "--interactive", "--timeout", TIMEOUT],
+    );
+    let of_what = ["--dest", BUS_NAME, "--object-path", path, "--method", method];
+    let arguments = [&options[..], &of_what, arguments].concat();
     agent.run(system, name, uid, "gdbus", &arguments).await
 }
 

@@ -334,10 +334,11 @@ impl Jobs {
         recovered: &mut Recovered,
     ) -> Result<(), Error> {
         if record.has_ended() {
+            let of_state = record::read_journal(&record).map(|(_, state)| Residue::of(&state));
             let residue = Residue {
                 in_qemu: record.left_in_qemu,
                 on_disk: record.left_on_disk,
-                holds_poweroff: record::read_journal(&record).is_ok_and(|(_, state)| state.holds_poweroff()),
+                ..of_state.unwrap_or_default()
             };
             let job = Arc::new(self.ended(&record)?);
             self.sweep(Leftover { job, residue });

@@ -26,6 +26,8 @@ pub struct Residue {
     pub on_disk: bool,
     /// In QEMU: the guest's power-off is still held back.
     pub holds_poweroff: bool,
+    /// In QEMU: it may have paused the guest because the target failed.
+    pub may_have_paused_guest: bool,
 }
 
 impl Residue {
@@ -35,6 +37,7 @@ impl Residue {
                 in_qemu: ended.in_qemu,
                 on_disk: ended.on_disk,
                 holds_poweroff: ended.holds_poweroff,
+                may_have_paused_guest: state.may_have_paused_guest(),
             },
             _ => Self::default(),
         }

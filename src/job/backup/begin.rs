@@ -167,7 +167,7 @@ impl Driver<'_> {
         };
         fault::passed("begun");
         let quiesced = thawed.quiesced?;
-        self.guest_ran = self.check_start().await?.is_running();
+        let guest_ran = self.check_start().await?.is_running();
         tracing::info!(job = job.id, domain = job.domain.name, "backup started");
         self.started = Some((events, speed));
         Ok(Fact::Started {
@@ -175,6 +175,7 @@ impl Driver<'_> {
             quiesced,
             frozen: thawed.frozen,
             quiesce_problem: thawed.problem,
+            guest_ran,
         })
     }
 

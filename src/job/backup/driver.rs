@@ -38,8 +38,6 @@ pub(in crate::job) struct Driver<'a> {
     pub(super) disks: Mutex<Option<(Arc<Link>, Vec<Disk>)>>,
     /// The transaction's events and its limit in bytes a second, where this process started it.
     pub(super) started: Option<(Events, u64)>,
-    /// The guest ran when QEMU began to copy; false where this process did not see that.
-    pub(super) guest_ran: bool,
     /// QEMU has nothing of the backup, because it is another process than the one that had.
     pub(super) qemu_is_gone: bool,
     /// Some targets could not be looked for: something may be left of them.
@@ -66,7 +64,6 @@ impl<'a> Driver<'a> {
             part: None,
             disks: Mutex::default(),
             started: None,
-            guest_ran: false,
             qemu_is_gone: false,
             unknown: false,
             resumed: false,

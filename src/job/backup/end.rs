@@ -59,8 +59,8 @@ impl Driver<'_> {
         let released = tokio::time::timeout(self.setting.deadlines.stall(), released).await;
         let why = match released {
             Ok(Ok(())) => {
-                if undo.is_some() && self.guest_ran {
-                    self.resume_guest(footprint).await;
+                if state.may_have_paused_guest() {
+                    resume_guest(self.job, footprint).await;
                 }
                 return Fact::Released { in_qemu: false };
             }
@@ -73,36 +73,6 @@ impl Driver<'_> {
             "QEMU still has something of the backup: it is removed later"
         );
         Fact::Released { in_qemu: true }
-    }
-
-    /// Resumes the guest if QEMU paused it because the target failed.
-    ///
-    /// A guest's write to a part that is not copied yet fails with the target (copy-before-write). By default, a device pauses
-    /// the guest if the target is full (`werror=enospc`). Without the backup, the repeated write reaches the disk. If the disk
-    /// itself failed, QEMU pauses the guest again.
-    async fn resume_guest(&self, footprint: &Footprint) {
-        let link = footprint.link();
-        let resumed = async {
-            match link.run_state().await?.is_io_error() {
-                true => link.resume_guest().await.map(|()| true),
-                false => Ok(false),
-            }
-        };
-        let (job, domain) = (self.job.id, &self.job.domain.name);
-        match resumed.await {
-            Ok(true) => tracing::warn!(
-                job,
-                domain,
-                "QEMU had paused the guest because the backup's target failed: it runs again"
-            ),
-            Ok(false) => {}
-            Err(error) => tracing::warn!(
-                job,
-                domain,
-                %error,
-                "QEMU may have paused the guest because the backup's target failed: check the VM"
-            ),
-        }
     }
 
     /// A file that a caller had passed went with the earlier process; only QEMU still has it.
@@ -431,4 +401,34 @@ fn manifest(
         .prove(key)
         .and_then(|()| manifest.to_json())
         .map_err(|error| Error::Record(error.to_string()))
+}
+
+/// Resumes the guest if QEMU paused it because the target failed.
+///
+/// A guest's write to a part that is not copied yet fails with the target (copy-before-write). By default, a device pauses
+/// the guest if the target is full (`werror=enospc`). Without the backup, the repeated write reaches the disk. If the disk
+/// itself failed, QEMU pauses the guest again.
+pub(super) async fn resume_guest(job: &Job, footprint: &Footprint) {
+    let link = footprint.link();
+    let resumed = async {
+        match link.run_state().await?.is_io_error() {
+            true => link.resume_guest().await.map(|()| true),
+            false => Ok(false),
+        }
+    };
+    let (job, domain) = (job.id, &job.domain.name);
+    match resumed.await {
+        Ok(true) => tracing::warn!(
+            job,
+            domain,
+            "QEMU had paused the guest because the backup's target failed: it runs again"
+        ),
+        Ok(false) => {}
+        Err(error) => tracing::warn!(
+            job,
+            domain,
+            %error,
+            "QEMU may have paused the guest because the backup's target failed: check the VM"
+        ),
+    }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::driver::Driver;
+use super::end::resume_guest;
 use super::state::{Evidence, Fact, Reached, State};
 use crate::catalog::{JobRecord, Leftover};
 use crate::definition::Quiesce;
@@ -144,8 +145,9 @@ impl Driver<'_> {
         if !there || self.job.plan.quiesce == Some(Quiesce::Require) {
             return Err(Error::Interrupted.into());
         }
-        self.check_start().await?;
+        let guest_ran = self.check_start().await?.is_running();
         Ok(Fact::Started {
+            guest_ran,
             point_in_time: *not_before,
             quiesced: false,
             frozen: Duration::ZERO,
@@ -231,7 +233,12 @@ pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Se
                         footprint.holds_poweroff();
                     }
                     match footprint.release_gently().await {
-                        Ok(()) => return true,
+                        Ok(()) => {
+                            if residue.may_have_paused_guest {
+                                resume_guest(job, &footprint).await;
+                            }
+                            return true;
+                        }
                         Err(error) => {
                             tracing::warn!(job = job.id, %error, "QEMU still has something of the backup");
                             tokio::time::sleep(setting.deadlines.reconnect()).await;

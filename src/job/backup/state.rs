@@ -69,6 +69,9 @@ pub struct Copying {
     /// Why they were not, though that was to be tried.
     pub quiesce_problem: Option<String>,
     pub holds_poweroff: bool,
+    /// The guest ran when QEMU began to copy.
+    #[serde(default)]
+    pub guest_ran: bool,
 }
 
 /// A backup that comes to nothing.
@@ -79,6 +82,9 @@ pub struct Undo {
     /// Nothing while no target may have been written to.
     pub files: Option<Vec<TargetId>>,
     pub holds_poweroff: bool,
+    /// The guest ran when QEMU began to copy.
+    #[serde(default)]
+    pub guest_ran: bool,
     pub frozen_us: u64,
     pub quiesce_problem: Option<String>,
 }
@@ -106,6 +112,9 @@ pub struct Ended {
     #[serde(skip)]
     pub on_disk: bool,
     pub holds_poweroff: bool,
+    /// The guest ran when QEMU began to copy what came to nothing.
+    #[serde(default)]
+    pub guest_ran: bool,
     pub frozen_us: u64,
     pub quiesce_problem: Option<String>,
 }
@@ -186,6 +195,7 @@ pub enum Fact {
         quiesced: bool,
         frozen: Duration,
         quiesce_problem: Option<String>,
+        guest_ran: bool,
     },
     Copied,
     Closed,
@@ -272,6 +282,7 @@ pub fn next(state: State, fact: Fact) -> (State, Option<Action>) {
                 quiesced,
                 frozen,
                 quiesce_problem,
+                guest_ran,
             },
         ) => {
             let copying = Copying {
@@ -281,6 +292,7 @@ pub fn next(state: State, fact: Fact) -> (State, Option<Action>) {
                 frozen_us: u64::try_from(frozen.as_micros()).unwrap_or(u64::MAX),
                 quiesce_problem,
                 holds_poweroff,
+                guest_ran,
             };
             (State::Running(copying), Follow)
         }
@@ -404,10 +416,12 @@ fn undo(state: State, verdict: Verdict) -> (State, Action) {
         verdict: verdict.clone(),
         files,
         holds_poweroff,
+        guest_ran: false,
         frozen_us: 0,
         quiesce_problem: None,
     };
     let undo_copying = |copying: Copying| Undo {
+        guest_ran: copying.guest_ran,
         frozen_us: copying.frozen_us,
         quiesce_problem: copying.quiesce_problem,
         ..undo(Some(copying.files), copying.holds_poweroff)
@@ -463,6 +477,7 @@ fn undone(undo: Undo, in_qemu: bool, on_disk: bool) -> State {
         in_qemu,
         on_disk,
         holds_poweroff: undo.holds_poweroff,
+        guest_ran: undo.guest_ran,
         frozen_us: undo.frozen_us,
         quiesce_problem: undo.quiesce_problem,
     })
@@ -509,6 +524,14 @@ impl State {
                 self.copying().is_some_and(|copying| copying.holds_poweroff)
                     || self.undo().is_some_and(|undo| undo.holds_poweroff)
             }
+        }
+    }
+
+    /// Whether a backup came to nothing during which QEMU may have paused the guest.
+    pub fn may_have_paused_guest(&self) -> bool {
+        match self {
+            Self::Ended(ended) => ended.guest_ran,
+            _ => self.undo().is_some_and(|undo| undo.guest_ran),
         }
     }
 

@@ -235,6 +235,7 @@ impl World {
 
 fn started() -> Fact {
     Fact::Started {
+        guest_ran: true,
         point_in_time: Timestamp::UNIX_EPOCH,
         quiesced: false,
         frozen: std::time::Duration::ZERO,

@@ -535,6 +535,57 @@ async fn a_backup_asks_nothing_of_other_machines() {
     }
 }
 
+/// A machine that gets another name while its backup waits for one of two places.
+async fn renamed(system: &System, user: &Caller) -> (Vm, [JobProxy<'static>; 2], Queued) {
+    let uuid = "5c1d9d0e-0f3f-4b52-9d0a-0d6c3e1f7a11";
+    let disk = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x22);
+    let vm = system.configured(system.vm("before").uuid(uuid).disk(disk).running());
+    let running = [
+        user.start_with("a", "", &[], slowly(MIB)).await,
+        user.start_with("b", "", &[], slowly(MIB)).await,
+    ];
+    let queued = queue(user, "before", "", slowly(MIB)).await;
+    system.remove_domain_file("before");
+    system.domain_file("after", &vm);
+    system.wait_for_domain("after");
+    (vm, running, queued)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_renamed_while_its_backup_waits_has_one_backup_at_a_time() {
+    let system = setup(2).start();
+    let _machines = ["a", "b", "c"].map(|name| machine(&system, name));
+    let user = Caller::of_user(&system, USER).await;
+    let (_vm, [a, b], first) = renamed(&system, &user).await;
+    let second = queue(&user, "after", "", Options::new()).await;
+    cancel(&a).await;
+    wait::within("the call", first.call).await.unwrap().unwrap();
+    assert_eq!(first.job.state().await.unwrap(), "running");
+    cancel(&b).await;
+    // There is a place, which the second one would have had before it.
+    assert_completed(&user.start("c", "").await).await;
+    assert_eq!(second.job.state().await.unwrap(), "queued");
+    cancel(&first.job).await;
+    ended(second).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queued_backup_ends_whose_machine_has_another_one_under_another_name() {
+    let system = setup(2).start();
+    let _machines = ["a", "b"].map(|name| machine(&system, name));
+    let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
+    let (vm, running, queued) = renamed(&system, &user).await;
+    let other = root.start_with("after", "", &[], slowly(MIB)).await;
+    for job in running {
+        cancel(&job).await;
+    }
+    let refused = wait::within("the call", queued.call).await.unwrap().unwrap_err();
+    assert!(error_name(&refused).ends_with("Busy"), "{refused}");
+    assert_eq!(other.state().await.unwrap(), "running");
+    assert_eq!(vm.residue().jobs.len(), 1);
+    cancel(&other).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_crawls_keeps_no_other_waiting() {
     let system = setup(1).start();

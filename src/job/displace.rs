@@ -107,7 +107,7 @@ impl Jobs {
                 Err(Error::Busy { .. }) if uid == ROOT => match self.running(&name) {
                     Some(job) if job.started_by.uid == ROOT => false,
                     running => {
-                        self.await_place(&name);
+                        self.lock().busy.await_root(&name);
                         let is_displaced = running.is_some() && self.displace(&name, uid).await;
                         if is_displaced {
                             // Its end is known a moment before its place is free.
@@ -132,8 +132,13 @@ impl Jobs {
         }
     }
 
-    /// While backups wait, lets them have the places of those that crawl. Ends when none waits.
+    /// While backups wait, lets them have the places of those that crawl. Ends when none waits. One task does it.
     pub(super) fn watch_crawling(self: &Arc<Self>) {
+        let mut table = self.lock();
+        if table.queue.is_empty() || std::mem::replace(&mut table.is_watched, true) {
+            return;
+        }
+        drop(table);
         let jobs = self.clone();
         self.tasks.spawn(async move {
             let stop = &jobs.setting.stop;
@@ -152,7 +157,11 @@ impl Jobs {
     fn pass_crawling(self: &Arc<Self>) {
         let crawling = self.list().into_iter().filter(|job| job.crawls());
         for job in crawling {
-            if self.lock().queue.crawl(&job.domain.unique_name()) {
+            let mut table = self.lock();
+            let ticket = table.tickets.get(&job.id).copied();
+            let passed = ticket.is_some_and(|ticket| table.queue.crawl(ticket));
+            drop(table);
+            if passed {
                 tracing::info!(
                     job = job.id,
                     domain = job.domain.name,

@@ -1,9 +1,9 @@
 //! The jobs of the service: those that run, one a domain, and those that ended lately.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Notify, oneshot};
@@ -14,6 +14,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::bandwidth::Bandwidth;
 use super::boot::BootId;
+use super::busy::Busy;
 use super::footprint::Footprint;
 use super::generation::Generations;
 use super::queue::{Claim, Places, Queue, Ticket};
@@ -37,8 +38,6 @@ use crate::target::Targets;
 const KEEP: Duration = Duration::from_secs(600);
 const KEEP_AT_MOST: u32 = 100;
 
-/// For how long nobody else begins a backup of a domain after root found one under way.
-const AWAITED: Duration = Duration::from_secs(600);
 pub(super) const ROOT: u32 = 0;
 
 /// Why a domain cannot be backed up now.
@@ -100,17 +99,11 @@ pub(super) struct Table {
     pub queue: Queue,
     /// Those who wait for the places.
     pub waiting: HashMap<Ticket, oneshot::Sender<Place>>,
-    /// The jobs that wait.
+    /// Of the jobs that wait or run.
     pub tickets: HashMap<u32, Ticket>,
-    /// Unique names of domains that have backups under way or about to start, and how many. A domain that comes in place of
-    /// another has its name, and may be the same VM. More than one only after a restart of the service.
-    pub busy: HashMap<String, usize>,
+    pub busy: Busy,
     /// What is still to be removed of ended jobs, by the unique name of the domain: one task each works on it, in order.
     sweeps: HashMap<String, VecDeque<Leftover>>,
-    /// Unique names of domains that root could not back up because of another user's backup, and until when others have to wait.
-    awaited: HashMap<String, Instant>,
-    /// Of the names in `busy`, those whose place root has.
-    of_root: HashSet<String>,
     /// A task looks for backups that crawl while others wait.
     pub(super) is_watched: bool,
     jobs: BTreeMap<u32, Arc<Job>>,
@@ -119,20 +112,20 @@ pub(super) struct Table {
 }
 
 impl Table {
+    /// The ended job that QEMU still has something of, by the unique name of its domain.
+    fn left_in_qemu(&self, domain: &str) -> Option<u32> {
+        let mut leftovers = self.sweeps.get(domain)?.iter();
+        let left = leftovers.find(|leftover| leftover.residue.in_qemu)?;
+        Some(left.job.id)
+    }
+
     /// Whether that user's work on a domain may be the next one.
-    pub fn check_place(&mut self, domain: &str, uid: u32) -> Result<(), Refused> {
-        let now = Instant::now();
-        self.awaited.retain(|_, until| *until > now);
-        let comes_first = uid == ROOT || !self.awaited.contains_key(domain);
-        if !comes_first || self.busy.contains_key(domain) {
-            return Err(Refused::Taken);
+    pub fn check_place(&self, domain: &str, uid: u32) -> Result<(), Refused> {
+        match self.left_in_qemu(domain) {
+            Some(job) => Err(Refused::Left { job }),
+            None if self.busy.lets_in(domain, uid) => Ok(()),
+            None => Err(Refused::Taken),
         }
-        self.awaited.remove(domain);
-        match uid {
-            ROOT => self.of_root.insert(domain.to_owned()),
-            _ => self.of_root.remove(domain),
-        };
-        Ok(())
     }
 }
 
@@ -158,10 +151,11 @@ pub struct Jobs {
 #[must_use]
 pub struct Reservation {
     jobs: Arc<Jobs>,
-    /// By their unique names: two where one was renamed between two processes of the service.
+    uid: u32,
+    /// By their unique names: two where one was renamed while its backup waited, or between two processes of the service.
     domains: Vec<(String, Hold)>,
     /// Among the backups that run.
-    claim: Option<Claim>,
+    ticket: Option<Ticket>,
     kept: Kept,
 }
 
@@ -179,11 +173,18 @@ pub(super) struct Kept {
 }
 
 impl Reservation {
-    pub(super) fn new(jobs: Arc<Jobs>, domain: (String, Hold), claim: Option<Claim>, kept: Kept) -> Self {
+    /// Of a domain that is the user's already.
+    pub(super) fn new(
+        jobs: Arc<Jobs>,
+        (domain, uid): ((String, Hold), u32),
+        ticket: Option<Ticket>,
+        kept: Kept,
+    ) -> Self {
         Self {
             jobs,
+            uid,
             domains: vec![domain],
-            claim,
+            ticket,
             kept,
         }
     }
@@ -196,10 +197,26 @@ impl Reservation {
     /// Takes another domain's place too, whoever has it: it is the same VM, under the name that it has now.
     pub(super) fn add(&mut self, domain: &Arc<Domain>) {
         let name = domain.unique_name();
-        if self.domains.iter().all(|(known, _)| *known != name) {
-            *self.jobs.lock().busy.entry(name.clone()).or_default() += 1;
+        if !self.has(&name) {
+            self.jobs.lock().busy.begin(&name, self.uid);
             self.domains.push((name, domain.hold()));
         }
+    }
+
+    /// The same, unless other work on the domain is under way, or comes first.
+    pub(super) fn try_add(&mut self, domain: &Arc<Domain>) -> Result<(), Error> {
+        let name = domain.unique_name();
+        if !self.has(&name) {
+            self.jobs
+                .take_place(&name, self.uid)
+                .map_err(|refused| refused.of(domain))?;
+            self.domains.push((name, domain.hold()));
+        }
+        Ok(())
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.domains.iter().any(|(known, _)| known == name)
     }
 }
 
@@ -213,7 +230,7 @@ impl Held for Reservation {
     fn make_room(&mut self) {
         let domains: Vec<_> = self.domains.drain(..).collect();
         let names = domains.iter().map(|(domain, _hold)| domain.as_str());
-        self.jobs.give_back(names, self.claim.take().as_ref());
+        self.jobs.give_back(names, self.uid, self.ticket.take());
     }
 }
 
@@ -258,10 +275,8 @@ impl Jobs {
                 queue: Queue::new(Places::of(config)),
                 waiting: HashMap::new(),
                 tickets: HashMap::new(),
-                busy: HashMap::new(),
+                busy: Busy::default(),
                 sweeps: HashMap::new(),
-                awaited: HashMap::new(),
-                of_root: HashSet::new(),
                 is_watched: false,
                 jobs: BTreeMap::new(),
                 forgetting: HashMap::new(),
@@ -411,13 +426,14 @@ impl Jobs {
         let journal = record::read_journal(&record)?;
         // It runs, whether there is a place or not.
         let claim = Claim::of(record.started_by.uid, &domain, &plan);
+        let place = ((claim.domain.clone(), domain.hold()), claim.uid);
         let mut table = self.lock();
-        table.queue.resume(&claim);
-        *table.busy.entry(claim.domain.clone()).or_default() += 1;
+        table.busy.begin(&claim.domain, claim.uid);
+        let ticket = table.queue.resume(claim);
+        table.tickets.insert(record.id, ticket);
         drop(table);
-        let place = (claim.domain.clone(), domain.hold());
         let kept = self.keep(None, self.tasks.token());
-        let reservation = Reservation::new(self.clone(), place, Some(claim), kept);
+        let reservation = Reservation::new(self.clone(), place, Some(ticket), kept);
         let job = Arc::new(Job::new(
             &record,
             domain,
@@ -520,17 +536,13 @@ impl Jobs {
         H: Held,
         T: Send + 'static,
     {
-        let patience = self.patience();
-        let failed = |error: JoinError| error::Error::new(error::Kind::Internal, error.to_string());
-        match tokio::time::timeout(patience, &mut targets).await {
-            Ok(prepared) => match prepared.map_err(failed).flatten() {
-                Ok(prepared) => Ok((held, prepared)),
-                Err(error) => {
-                    self.withdraw(id).await;
-                    Err(error)
-                }
-            },
-            Err(_) => {
+        match self.made(&mut targets).await {
+            Some(Ok(prepared)) => Ok((held, prepared)),
+            Some(Err(error)) => {
+                self.withdraw(id).await;
+                Err(error)
+            }
+            None => {
                 // Nothing of it is in QEMU.
                 held.make_room();
                 let jobs = self.clone();
@@ -546,9 +558,23 @@ impl Jobs {
                     jobs.setting.stop.run_until_cancelled(discarded).await;
                     drop(held);
                 });
-                Err(Error::stalled("the target", patience).into())
+                Err(self.target_stalled().into())
             }
         }
+    }
+
+    /// What the thread that prepares the targets came to; nothing if it hangs.
+    pub(super) async fn made<T>(
+        &self,
+        targets: &mut JoinHandle<error::Result<T>>,
+    ) -> Option<error::Result<T>> {
+        let failed = |error: JoinError| error::Error::new(error::Kind::Internal, error.to_string());
+        let made = tokio::time::timeout(self.patience(), targets).await.ok()?;
+        Some(made.map_err(failed).flatten())
+    }
+
+    pub(super) fn target_stalled(&self) -> Error {
+        Error::stalled("the target", self.patience())
     }
 
     /// A name for a backup, or a checkpoint, that sorts by time and that no other has.
@@ -573,7 +599,7 @@ impl Jobs {
         self.take_place(&domain.unique_name(), uid)
             .map_err(|refused| refused.of(domain))?;
         let kept = self.keep(Some((share, Some(descriptors))), token);
-        let place = (domain.unique_name(), domain.hold());
+        let place = ((domain.unique_name(), domain.hold()), uid);
         Ok(Reservation::new(self.clone(), place, None, kept))
     }
 
@@ -589,20 +615,16 @@ impl Jobs {
     pub(super) fn give_back<'a>(
         self: &Arc<Self>,
         domains: impl Iterator<Item = &'a str>,
-        claim: Option<&Claim>,
+        uid: u32,
+        ticket: Option<Ticket>,
     ) {
         let mut table = self.lock();
         for domain in domains {
-            if let Some(count) = table.busy.get_mut(domain) {
-                *count -= 1;
-                if *count == 0 {
-                    table.busy.remove(domain);
-                    table.of_root.remove(domain);
-                }
-            }
+            table.busy.end(domain, uid);
         }
-        if let Some(claim) = claim {
-            table.queue.end(claim);
+        if let Some(ended) = ticket {
+            table.queue.end(ended);
+            table.tickets.retain(|_, ticket| *ticket != ended);
         }
         drop(table);
         self.give_places();
@@ -610,35 +632,20 @@ impl Jobs {
     }
 
     fn take_place(&self, domain: &str, uid: u32) -> Result<(), Refused> {
-        if let Some(job) = self.left_in_qemu(domain) {
-            return Err(Refused::Left { job });
-        }
         let mut table = self.lock();
         table.check_place(domain, uid)?;
-        table.busy.insert(domain.to_owned(), 1);
+        table.busy.begin(domain, uid);
         Ok(())
     }
 
     /// The ended job that QEMU still has something of, by the unique name of its domain.
     pub(super) fn left_in_qemu(&self, domain: &str) -> Option<u32> {
-        let table = self.lock();
-        let mut leftovers = table.sweeps.get(domain)?.iter();
-        let left = leftovers.find(|leftover| leftover.residue.in_qemu)?;
-        Some(left.job.id)
-    }
-
-    /// Has other users wait for root's backup of the domain, unless that has the place already.
-    pub(super) fn await_place(&self, domain: &str) {
-        let until = Instant::now() + AWAITED;
-        let mut table = self.lock();
-        if !table.of_root.contains(domain) {
-            table.awaited.insert(domain.to_owned(), until);
-        }
+        self.lock().left_in_qemu(domain)
     }
 
     /// Whether a job works on the domain, or on its checkpoints.
     pub(super) fn is_busy(&self, domain: &Domain) -> bool {
-        self.lock().busy.contains_key(&domain.unique_name())
+        self.lock().busy.contains(&domain.unique_name())
     }
 
     /// Starts the job and returns at once.
@@ -658,7 +665,12 @@ impl Jobs {
             self.setting.catalog.clone(),
             false,
         ));
-        self.lock().jobs.insert(job.id, job.clone());
+        let mut table = self.lock();
+        table.jobs.insert(job.id, job.clone());
+        if let Some(ticket) = reservation.ticket {
+            table.tickets.insert(job.id, ticket);
+        }
+        drop(table);
         let (jobs, running) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
             let ending = jobs.run(&running, link, targets, reservation).await;
@@ -690,14 +702,15 @@ impl Jobs {
 
     /// What is to be done when the work on a job has ended.
     pub(super) async fn after(self: &Arc<Self>, job: &Arc<Job>, ending: Ending) {
+        let is_queued = job.is_queued();
         let residue = match ending {
             Ending::Ended(residue) => residue,
             Ending::Detached => {
-                tracing::info!(
-                    job = job.id,
-                    domain = job.domain.name,
-                    "the backup goes on without the service"
-                );
+                let (job, domain) = (job.id, &job.domain.name);
+                match is_queued {
+                    true => tracing::info!(job, domain, "the backup stays queued"),
+                    false => tracing::info!(job, domain, "the backup goes on without the service"),
+                }
                 return;
             }
         };

@@ -6,6 +6,7 @@
 mod backup;
 mod bandwidth;
 mod boot;
+mod busy;
 mod chain;
 mod checkpoints;
 mod directory;

@@ -48,7 +48,7 @@ pub struct Claim {
     pub store: Option<String>,
 }
 
-/// Names a waiting backup.
+/// Names a backup that waits or runs. A domain can have two that run after a restart of the service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ticket(u64);
 
@@ -169,8 +169,7 @@ pub struct Queue {
     /// In the order in which they came.
     waiting: VecDeque<Waiting>,
     came: u64,
-    /// By domain.
-    running: HashMap<String, Running>,
+    running: HashMap<Ticket, Running>,
     /// Each backup's place in the order, until something changes it.
     positions: Option<HashMap<Ticket, u32>>,
 }
@@ -190,24 +189,29 @@ impl Queue {
     /// Adds a backup at the end.
     pub fn join(&mut self, claim: Claim) -> Ticket {
         self.positions = None;
-        self.came += 1;
-        let ticket = Ticket(self.came);
+        let ticket = self.ticket();
         self.waiting.push_back(Waiting { ticket, claim });
         ticket
     }
 
-    /// Removes a backup that waits no more.
-    pub fn leave(&mut self, ticket: Ticket) {
-        self.positions = None;
-        self.waiting.retain(|waiting| waiting.ticket != ticket);
-        self.forget_users();
+    fn ticket(&mut self) -> Ticket {
+        self.came += 1;
+        Ticket(self.came)
     }
 
-    /// Gives a place to the next backup that can have one, if there is one. `is_free` says whether nothing else works on a
-    /// domain.
-    pub fn next(&mut self, is_free: impl Fn(&str) -> bool) -> Option<(Ticket, Claim)> {
+    /// Removes a waiting backup. Returns whether it waited.
+    pub fn leave(&mut self, ticket: Ticket) -> bool {
+        self.positions = None;
+        let before = self.waiting.len();
+        self.waiting.retain(|waiting| waiting.ticket != ticket);
+        self.forget_users();
+        self.waiting.len() < before
+    }
+
+    /// Gives a place to the next backup that can have one, if there is one. `is_free` says whether the domain lets it in.
+    pub fn next(&mut self, is_free: impl Fn(&Claim) -> bool) -> Option<(Ticket, Claim)> {
         let can_start = |waiting: &Waiting| {
-            is_free(&waiting.claim.domain)
+            is_free(&waiting.claim)
                 && self.taken.has_place(&waiting.claim, &self.places)
                 // Root's backup of a domain comes before another user's.
                 && (waiting.claim.uid == ROOT || !self.waits_as_root(&waiting.claim.domain))
@@ -219,35 +223,41 @@ impl Queue {
                 .map(|waiting| can_start(waiting).then_some(&waiting.claim)),
         )?;
         let Waiting { ticket, claim } = self.waiting.remove(index)?;
-        self.resume(&claim);
+        self.run(ticket, claim.clone());
         Some((ticket, claim))
     }
 
     /// Counts a backup that runs already.
-    pub fn resume(&mut self, claim: &Claim) {
-        self.positions = None;
-        self.taken.take(claim);
-        let running = Running {
-            claim: claim.clone(),
-            crawls: false,
-        };
-        self.running.insert(claim.domain.clone(), running);
+    pub fn resume(&mut self, claim: Claim) -> Ticket {
+        let ticket = self.ticket();
+        self.run(ticket, claim);
+        ticket
     }
 
-    /// Takes a place back.
-    pub fn end(&mut self, claim: &Claim) {
+    fn run(&mut self, ticket: Ticket, claim: Claim) {
         self.positions = None;
-        match self.running.remove(&claim.domain) {
-            Some(running) if running.crawls => self.taken.give_back_of_user(claim.uid),
-            _ => self.taken.give_back(claim),
+        self.taken.take(&claim);
+        let running = Running { claim, crawls: false };
+        self.running.insert(ticket, running);
+    }
+
+    /// Takes the place of a running backup back.
+    pub fn end(&mut self, ticket: Ticket) {
+        let Some(Running { claim, crawls }) = self.running.remove(&ticket) else {
+            return;
+        };
+        self.positions = None;
+        match crawls {
+            true => self.taken.give_back_of_user(claim.uid),
+            false => self.taken.give_back(&claim),
         }
         self.forget_users();
     }
 
-    /// Lets others have the place of the domain's backup, which runs on. Returns whether it had one.
-    pub fn crawl(&mut self, domain: &str) -> bool {
+    /// Lets others have the place of a backup, which runs on. Returns whether it had one.
+    pub fn crawl(&mut self, ticket: Ticket) -> bool {
         let crawling = self.running.values().filter(|running| running.crawls).count();
-        let Some(running) = self.running.get_mut(domain) else {
+        let Some(running) = self.running.get_mut(&ticket) else {
             return false;
         };
         if running.crawls || crawling >= self.places.host {
@@ -343,6 +353,22 @@ mod tests {
         std::iter::from_fn(|| Some(queue.next(|_| true)?.1)).collect()
     }
 
+    /// The ticket of the domain's running backup.
+    fn running(queue: &Queue, domain: &str) -> Option<Ticket> {
+        let mut running = queue.running.iter();
+        let (ticket, _) = running.find(|(_, running)| running.claim.domain == domain)?;
+        Some(*ticket)
+    }
+
+    fn end(queue: &mut Queue, domain: &str) {
+        let ticket = running(queue, domain).unwrap();
+        queue.end(ticket);
+    }
+
+    fn crawl(queue: &mut Queue, domain: &str) -> bool {
+        running(queue, domain).is_some_and(|ticket| queue.crawl(ticket))
+    }
+
     fn domains(claims: &[Claim]) -> String {
         claims
             .iter()
@@ -366,14 +392,14 @@ mod tests {
             let started = start(&mut queue);
             let [one] = started.as_slice() else { break };
             order.push(one.clone());
-            queue.end(one);
+            end(&mut queue, &one.domain);
         }
         assert_eq!(domains(&order), "a1 b1 c1 a2 b2 a3 a4");
         assert!(queue.taken.users.is_empty(), "no user is remembered");
     }
 
     #[test]
-    fn who_comes_again_and_again_keeps_nobody_waiting() {
+    fn a_user_that_queues_again_and_again_delays_no_other() {
         let mut queue = queue(1, 1, &[]);
         queue.join(claim(1000, "a1", "s"));
         queue.join(claim(1000, "a2", "s"));
@@ -382,7 +408,7 @@ mod tests {
         for uid in [1002, 1001, 1002, 1001] {
             queue.join(claim(uid, "again", "s"));
             let started = start(&mut queue);
-            queue.end(&started[0]);
+            end(&mut queue, &started[0].domain);
             order.extend(started);
         }
         assert_eq!(domains(&order), "a1 b again a2");
@@ -399,13 +425,13 @@ mod tests {
             queue.join(claim(ROOT, domain, "s"));
         }
         assert_eq!(domains(&start(&mut queue)), "r1", "beside the users'");
-        queue.end(&claim(1000, "u1000", "s"));
+        end(&mut queue, "u1000");
         assert_eq!(domains(&start(&mut queue)), "", "two run");
-        queue.end(&claim(ROOT, "r1", "s"));
+        end(&mut queue, "r1");
         assert_eq!(domains(&start(&mut queue)), "r2");
-        queue.end(&claim(1001, "u1001", "s"));
+        end(&mut queue, "u1001");
         assert_eq!(domains(&start(&mut queue)), "u1002", "root has one already");
-        queue.end(&claim(ROOT, "r2", "s"));
+        end(&mut queue, "r2");
         assert_eq!(domains(&start(&mut queue)), "r3");
     }
 
@@ -420,52 +446,59 @@ mod tests {
         }
         queue.join(claim(1001, "b1", "slow"));
         assert_eq!(domains(&start(&mut queue)), "a1 a3 a4");
-        queue.end(&claim(1000, "a1", "slow"));
+        end(&mut queue, "a1");
         assert_eq!(domains(&start(&mut queue)), "b1 a5");
         queue.join(claim(ROOT, "r1", "slow"));
         assert_eq!(domains(&start(&mut queue)), "r1", "one of root's beside it");
-        queue.end(&claim(1001, "b1", "slow"));
+        end(&mut queue, "b1");
         assert_eq!(domains(&start(&mut queue)), "", "the store has root's");
-        queue.end(&claim(ROOT, "r1", "slow"));
+        end(&mut queue, "r1");
         assert_eq!(domains(&start(&mut queue)), "", "the user has its two others");
-        queue.end(&claim(1000, "a3", "s"));
+        end(&mut queue, "a3");
         assert_eq!(domains(&start(&mut queue)), "a2");
     }
 
     #[test]
     fn a_backup_that_crawls_gives_its_place_to_others_and_counts_for_its_user() {
         let mut queue = queue(2, 1, &[("s", 2)]);
-        let slow = [claim(1000, "a", "s"), claim(1001, "b", "s")];
-        for claim in &slow {
-            queue.join(claim.clone());
-        }
+        queue.join(claim(1000, "a", "s"));
+        queue.join(claim(1001, "b", "s"));
         assert_eq!(domains(&start(&mut queue)), "a b");
         queue.join(claim(1000, "a2", "s"));
         queue.join(claim(1002, "c", "s"));
         queue.join(claim(ROOT, "r1", "s"));
         queue.join(claim(ROOT, "r2", "s"));
         assert_eq!(domains(&start(&mut queue)), "r1");
-        assert!(queue.crawl("a") && !queue.crawl("a") && !queue.crawl("c"));
+        assert!(crawl(&mut queue, "a") && !crawl(&mut queue, "a") && !crawl(&mut queue, "c"));
         assert_eq!(domains(&start(&mut queue)), "", "root's has the place");
-        assert!(queue.crawl("b"));
+        assert!(crawl(&mut queue, "b"));
         assert_eq!(domains(&start(&mut queue)), "c");
-        assert!(!queue.crawl("r1"), "not more than the host has places");
-        queue.end(&slow[0]);
-        assert!(queue.crawl("r1"));
+        assert!(!crawl(&mut queue, "r1"), "not more than the host has places");
+        end(&mut queue, "a");
+        assert!(crawl(&mut queue, "r1"));
         assert_eq!(domains(&start(&mut queue)), "r2");
-        queue.end(&claim(1002, "c", "s"));
+        end(&mut queue, "c");
         assert_eq!(
             domains(&start(&mut queue)),
             "a2",
             "the first of its user has ended"
         );
-        for claim in [
-            &claim(ROOT, "r1", "s"),
-            &claim(ROOT, "r2", "s"),
-            &slow[1],
-            &claim(1000, "a2", "s"),
-        ] {
-            queue.end(claim);
+        for domain in ["r1", "r2", "b", "a2"] {
+            end(&mut queue, domain);
+        }
+        let taken = &queue.taken;
+        assert_eq!((taken.root.running, taken.others.running), (0, 0));
+        assert!(taken.users.is_empty() && taken.stores.values().all(|counts| *counts == (0, 0)));
+    }
+
+    #[test]
+    fn two_that_run_for_one_domain_after_a_restart_count_each_for_itself() {
+        let mut queue = queue(2, 2, &[("s", 2)]);
+        let first = queue.resume(claim(1000, "web", "s"));
+        let second = queue.resume(claim(ROOT, "web", "other"));
+        assert!(queue.crawl(first));
+        for ticket in [second, first, first] {
+            queue.end(ticket);
         }
         let taken = &queue.taken;
         assert_eq!((taken.root.running, taken.others.running), (0, 0));
@@ -483,8 +516,12 @@ mod tests {
         assert_eq!(queue.next(|_| false), None);
         let (_, first) = queue.next(|_| true).unwrap();
         assert_eq!(first.uid, ROOT);
-        assert_eq!(queue.next(|domain| domain != "web"), None, "the domain is busy");
-        queue.end(&first);
+        assert_eq!(
+            queue.next(|claim| claim.domain != "web"),
+            None,
+            "the domain is busy"
+        );
+        end(&mut queue, &first.domain);
         assert_eq!(queue.next(|_| true).unwrap().1.uid, 1000);
     }
 

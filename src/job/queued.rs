@@ -8,11 +8,11 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
-use tokio::task::{JoinError, JoinHandle};
+use tokio::task::JoinHandle;
 
 use super::backup::{self, Driver, Evidence, Fact, Reached, State as Step};
 use super::error::Stopped;
-use super::manager::{Ending, Held, Jobs, Kept, Refused, Reservation};
+use super::manager::{Ending, Held, Jobs, Kept, ROOT, Refused, Reservation, Table};
 use super::queue::{Claim, Ticket};
 use super::record::{self, to_text};
 use super::{Error, Job, State, blocking};
@@ -56,17 +56,18 @@ pub enum Entered {
     Later(InLine),
 }
 
-/// A place in the queue's sense: a domain, and a backup more that runs. Given back when it is dropped.
+/// The right to run: the domain, and one of the places. Given back when it is dropped.
 pub(super) struct Place {
     jobs: Arc<Jobs>,
-    claim: Option<Claim>,
+    /// Nothing once a reservation has it.
+    held: Option<(Ticket, Claim)>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Some(claim) = self.claim.take() {
-            self.jobs
-                .give_back(std::iter::once(claim.domain.as_str()), Some(&claim));
+        if let Some((ticket, claim)) = self.held.take() {
+            let domain = std::iter::once(claim.domain.as_str());
+            self.jobs.give_back(domain, claim.uid, Some(ticket));
         }
     }
 }
@@ -85,9 +86,11 @@ pub struct InLine {
 impl Drop for InLine {
     fn drop(&mut self) {
         let mut table = self.jobs.lock();
-        table.queue.leave(self.ticket);
+        // Else it has its place, or has given it back.
+        if table.queue.leave(self.ticket) {
+            table.tickets.retain(|_, ticket| *ticket != self.ticket);
+        }
         let waiting = table.waiting.remove(&self.ticket);
-        table.tickets.retain(|_, ticket| *ticket != self.ticket);
         drop(table);
         drop(waiting);
         // One of root's may have kept another one of its domain waiting.
@@ -103,10 +106,10 @@ impl InLine {
     }
 
     fn into_reservation(mut self, mut place: Place, domain: &Arc<Domain>) -> Option<Reservation> {
-        let claim = place.claim.take()?;
-        let held = (claim.domain.clone(), domain.hold());
         let kept = self.kept.take()?;
-        Some(Reservation::new(self.jobs.clone(), held, Some(claim), kept))
+        let (ticket, claim) = place.held.take()?;
+        let held = ((claim.domain, domain.hold()), claim.uid);
+        Some(Reservation::new(self.jobs.clone(), held, Some(ticket), kept))
     }
 }
 
@@ -125,14 +128,19 @@ pub struct Planned {
 pub struct Making(pub JoinHandle<error::Result<(Plan, Targets)>>);
 
 impl Claim {
-    pub(super) fn of(uid: u32, domain: &Domain, plan: &Plan) -> Self {
+    /// `store` is the name of the one that its targets are in, if they are in one.
+    pub fn new(uid: u32, domain: &Domain, store: Option<&str>) -> Self {
         Self {
             uid,
             domain: domain.unique_name(),
-            store: match &plan.destination {
-                Destination::Store { name, .. } => Some(name.clone()),
-                Destination::Caller => None,
-            },
+            store: store.map(str::to_owned),
+        }
+    }
+
+    pub(super) fn of(uid: u32, domain: &Domain, plan: &Plan) -> Self {
+        match &plan.destination {
+            Destination::Store { name, .. } => Self::new(uid, domain, Some(name)),
+            Destination::Caller => Self::new(uid, domain, None),
         }
     }
 }
@@ -153,39 +161,36 @@ impl Jobs {
             return Err(Error::Stopping);
         }
         let share = self.quota.take(claim.uid, 1)?;
-        if let Some(job) = self.left_in_qemu(&claim.domain) {
-            return Err(Error::Left { job });
-        }
-        let mut table = self.lock();
-        if table.queue.keeps_out(&claim.domain, claim.uid) {
-            return Err(Refused::Taken.of(domain));
-        }
-        table
-            .check_place(&claim.domain, claim.uid)
-            .map_err(|refused| refused.of(domain))?;
-        drop(table);
         let kept = self.keep(Some((share, Some(descriptors))), token);
-        let mut line = self.line_up(claim, kept, passes_files);
+        let mut table = self.lock();
+        // The same lock as for the entry: of two calls at once one is refused.
+        let free = match table.queue.keeps_out(&claim.domain, claim.uid) {
+            true => Err(Refused::Taken),
+            false => table.check_place(&claim.domain, claim.uid),
+        };
+        free.map_err(|refused| refused.of(domain))?;
+        let mut line = self.line_up(&mut table, claim, kept, passes_files);
+        drop(table);
         self.give_places();
         match line.place.try_recv() {
             Ok(place) => {
                 let reservation = line.into_reservation(place, domain);
                 reservation.map(Entered::Now).ok_or(Error::Stopping)
             }
-            Err(_) => Ok(Entered::Later(line)),
+            Err(_) => {
+                self.watch_crawling();
+                Ok(Entered::Later(line))
+            }
         }
     }
 
-    fn line_up(self: &Arc<Self>, claim: Claim, kept: Kept, passes_files: bool) -> InLine {
+    fn line_up(self: &Arc<Self>, table: &mut Table, claim: Claim, kept: Kept, passes_files: bool) -> InLine {
         let (sender, place) = oneshot::channel();
-        let mut table = self.lock();
+        if claim.uid == ROOT {
+            table.busy.is_here(&claim.domain);
+        }
         let ticket = table.queue.join(claim);
         table.waiting.insert(ticket, sender);
-        let is_watched = std::mem::replace(&mut table.is_watched, true);
-        drop(table);
-        if !is_watched {
-            self.watch_crawling();
-        }
         InLine {
             jobs: self.clone(),
             ticket,
@@ -199,14 +204,16 @@ impl Jobs {
     pub(super) fn give_places(self: &Arc<Self>) {
         let mut given = Vec::new();
         let mut guard = self.lock();
-        let table = &mut *guard;
-        while let Some((ticket, claim)) = table.queue.next(|domain| !table.busy.contains_key(domain)) {
-            table.busy.insert(claim.domain.clone(), 1);
+        let Table {
+            queue, busy, waiting, ..
+        } = &mut *guard;
+        while let Some((ticket, claim)) = queue.next(|claim| busy.lets_in(&claim.domain, claim.uid)) {
+            busy.begin(&claim.domain, claim.uid);
             let place = Place {
                 jobs: self.clone(),
-                claim: Some(claim),
+                held: Some((ticket, claim)),
             };
-            given.push((table.waiting.remove(&ticket), place));
+            given.push((waiting.remove(&ticket), place));
         }
         drop(guard);
         for (waiting, place) in given {
@@ -280,6 +287,7 @@ impl Jobs {
         let job = requeued.job.clone();
         self.lock().tickets.insert(job.id, requeued.line.ticket);
         self.give_places();
+        self.watch_crawling();
         tracing::info!(job = job.id, domain = job.domain.name, "backup queued");
         let (jobs, begin) = (self.clone(), begin(job.clone()));
         self.tasks.spawn(async move {
@@ -300,13 +308,19 @@ impl Jobs {
             from_record,
         } = requeued;
         let job = &job;
-        if from_record && let Some(ending) = self.find_published(job).await {
-            return ending;
+        if from_record {
+            match self.find_published(job).await {
+                Ok(None) => {}
+                Ok(Some(ending)) => return ending,
+                Err(stalled) => return self.end_early(job, Step::Queued, stalled.into(), None).await,
+            }
         }
         let planned = async {
-            let reservation = line.reserve(&job.domain).await.ok_or(Stopped::Detached)?;
+            let mut reservation = line.reserve(&job.domain).await.ok_or(Stopped::Detached)?;
             fault::passed("left the queue");
             let planned = begin.await.map_err(Error::NotStarted)?;
+            // It may have another name by now, under which others know it.
+            reservation.try_add(&planned.domain)?;
             Ok::<_, Stopped>((reservation, planned))
         };
         let planned = tokio::select! {
@@ -318,7 +332,7 @@ impl Jobs {
         let (reservation, planned) = match planned {
             Ok(planned) => planned,
             Err(Stopped::Detached) => return Ending::Detached,
-            Err(stopped) => return self.end_queued(job, stopped, None).await,
+            Err(stopped) => return self.end_early(job, Step::Queued, stopped, None).await,
         };
         let Planned {
             domain,
@@ -329,37 +343,36 @@ impl Jobs {
         } = planned;
         job.leave_queue(domain, plan);
         if let Err(error) = self.record_start(job).await {
-            return self.end_queued(job, error.into(), Some(reservation)).await;
+            return self
+                .end_early(job, Step::Queued, error.into(), Some(reservation))
+                .await;
         }
         drop(room);
-        let patience = self.patience();
         let Making(mut making) = make(job.plan.clone()).await;
-        let failed = |error: JoinError| error::Error::new(error::Kind::Internal, error.to_string());
-        let made = tokio::time::timeout(patience, &mut making).await;
+        let made = self.made(&mut making).await;
         drop(tokio::task::spawn_blocking(move || drop(held)));
         match made {
-            Ok(made) => match made.map_err(failed).flatten() {
-                Ok((_, targets)) => self.run(job, link, targets, reservation).await,
-                Err(error) => {
-                    let stopped = Error::NotStarted(error).into();
-                    self.end_queued(job, stopped, Some(reservation)).await
-                }
-            },
-            Err(_) => {
+            Some(Ok((_, targets))) => self.run(job, link, targets, reservation).await,
+            Some(Err(error)) => {
+                let stopped = Error::NotStarted(error).into();
+                self.end_early(job, Step::Queued, stopped, Some(reservation))
+                    .await
+            }
+            None => {
                 self.abandon(Making(making), reservation);
-                let stopped = Error::stalled("the target", patience).into();
-                let driver = Driver::new(job, &self.setting);
-                let fact = Fact::Stopped(driver.verdict(stopped));
-                driver.drive(Step::Preparing, fact, None).await
+                let stopped = self.target_stalled().into();
+                self.end_early(job, Step::Preparing, stopped, None).await
             }
         }
     }
 
     /// Takes in a backup that is complete although its job is on record as queued.
-    async fn find_published(&self, job: &Arc<Job>) -> Option<Ending> {
+    async fn find_published(&self, job: &Arc<Job>) -> Result<Option<Ending>, Error> {
         let found = backup::find_published(job, &self.setting).await;
-        job.recovered(found.is_some());
-        let targets = found?;
+        job.recovered(matches!(found, Ok(Some(_))));
+        let Some(targets) = found? else {
+            return Ok(None);
+        };
         let mut driver = Driver::new(job, &self.setting);
         driver.targets = Some(targets);
         let evidence = Evidence {
@@ -371,14 +384,20 @@ impl Jobs {
             disks: Vec::new(),
         };
         let fact = Fact::Resumed(evidence);
-        Some(driver.drive(Step::Queued, fact, None).await)
+        Ok(Some(driver.drive(Step::Queued, fact, None).await))
     }
 
-    /// Ends a backup that nothing was made of.
-    async fn end_queued(&self, job: &Arc<Job>, stopped: Stopped, reservation: Option<Reservation>) -> Ending {
+    /// Ends a backup before it has targets: nothing was made of one that is [`Step::Queued`].
+    async fn end_early(
+        &self,
+        job: &Arc<Job>,
+        step: Step,
+        stopped: Stopped,
+        reservation: Option<Reservation>,
+    ) -> Ending {
         let driver = Driver::new(job, &self.setting);
         let fact = Fact::Stopped(driver.verdict(stopped));
-        driver.drive(Step::Queued, fact, reservation).await
+        driver.drive(step, fact, reservation).await
     }
 
     /// What the job will do is on record before anything of it is made.
@@ -429,12 +448,13 @@ impl Jobs {
             let (jobs, ended) = (self.clone(), job.clone());
             self.tasks.spawn(async move {
                 let published = match stopped {
-                    Stopped::Cancelled => None,
+                    Stopped::Cancelled => Ok(None),
                     _ => jobs.find_published(&ended).await,
                 };
                 let ending = match published {
-                    Some(ending) => ending,
-                    None => jobs.end_queued(&ended, stopped, None).await,
+                    Ok(Some(ending)) => ending,
+                    // It ends in any case: why it cannot go on says more than that its storage hangs.
+                    Ok(None) | Err(_) => jobs.end_early(&ended, Step::Queued, stopped, None).await,
                 };
                 jobs.after(&ended, ending).await;
             });
@@ -445,7 +465,7 @@ impl Jobs {
         let bytes = record.plan.len() + record.state.len();
         let room = self.queued.take(claim.uid, bytes).ok();
         let kept = self.keep(share.map(|share| (share, None)), self.tasks.token());
-        let line = self.line_up(claim, kept, false);
+        let line = self.line_up(&mut self.lock(), claim, kept, false);
         let requeued = Requeued {
             job: job.clone(),
             line,

@@ -1,4 +1,4 @@
-//! A value that a job has provisionally until it leaves the queue.
+//! A value that is provisional until the job leaves the queue, and final from then on.
 
 use std::ops::Deref;
 use std::sync::OnceLock;

@@ -157,11 +157,7 @@ impl Service {
     pub async fn start(self: &Arc<Self>, authorised: Authorised) -> Result<Arc<Job>> {
         let (request, caller) = (&authorised.request, &authorised.caller);
         let store = plan::store(&request.definition, &self.stores)?;
-        let claim = Claim {
-            uid: caller.uid,
-            domain: authorised.domain.unique_name(),
-            store: store.map(|(name, _)| name.to_owned()),
-        };
+        let claim = Claim::new(caller.uid, &authorised.domain, store.map(|(name, _)| name));
         let descriptors = (&request.files.share, !request.files.files.is_empty());
         let tried = || caller.turn.cancel();
         let entered = self

@@ -181,25 +181,46 @@ pub(in crate::job) async fn thaw(record: JobRecord, setting: &Setting) {
 }
 
 /// A backup that has its final name although its job is on record as queued: the catalog is an old copy. Nothing of any other
-/// queued backup exists, or nothing that counts.
-pub(in crate::job) async fn find_published(job: &Arc<Job>, setting: &Setting) -> Option<Targets> {
-    let found = find_targets(job, Known::default(), setting);
-    let found = tokio::time::timeout(setting.deadlines.stall(), found)
-        .await
-        .ok()?;
-    if found.targets.published().is_some() {
-        return Some(found.targets);
+/// queued backup exists, or nothing that counts, which is removed. An error if the storage hangs.
+pub(in crate::job) async fn find_published(
+    job: &Arc<Job>,
+    setting: &Setting,
+) -> Result<Option<Targets>, Error> {
+    let patience = setting.deadlines.stall();
+    let sought = job.clone();
+    let find = move || Untaken(Some(find(&sought, &Known::default()).targets));
+    let found = tokio::time::timeout(patience, blocking(setting, find)).await;
+    let mut untaken = found.map_err(|_| Error::stalled("the storage", patience))?;
+    let targets = untaken.0.take();
+    if targets
+        .as_ref()
+        .is_some_and(|targets| targets.published().is_some())
+    {
+        return Ok(targets);
     }
-    blocking(setting, move || drop(found)).await;
-    None
+    blocking(setting, move || drop(targets)).await;
+    Ok(None)
+}
+
+/// What a thread found. It is left as it is where nobody takes it any more: from then on another step of the job may use it.
+struct Untaken(Option<Targets>);
+
+impl Drop for Untaken {
+    fn drop(&mut self) {
+        if let Some(targets) = self.0.take() {
+            drop(targets.leave());
+        }
+    }
+}
+
+fn find(job: &Job, known: &Known) -> Found {
+    let files = known.files.as_deref();
+    Targets::find(&job.plan, &job.backup_id, files, known.same_boot)
 }
 
 async fn find_targets(job: &Arc<Job>, known: Known, setting: &Setting) -> Found {
     let job = job.clone();
-    blocking(setting, move || {
-        Targets::find(&job.plan, &job.backup_id, known.files.as_deref(), known.same_boot)
-    })
-    .await
+    blocking(setting, move || find(&job, &known)).await
 }
 
 /// Removes what may be left of a job that has ended, as soon as it can be reached, and records that.

@@ -1,0 +1,109 @@
+//! The domains that have work under way, and those that root waits for. Pure but for the clock.
+//!
+//! A domain has one backup, or one change of its checkpoints, at a time. After a restart of the service it can have two: an
+//! earlier process left one whose storage hangs, and began another.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::manager::ROOT;
+
+/// For how long nobody else begins a backup of a domain after root found one under way.
+const AWAITED: Duration = Duration::from_secs(600);
+
+/// By the unique names of the domains. A domain that comes in place of another has its name, and may be the same VM.
+#[derive(Debug, Default)]
+pub struct Busy {
+    work: HashMap<String, Work>,
+    /// Domains that root could not back up because of another user's backup, and until when others have to wait.
+    awaited: HashMap<String, Instant>,
+}
+
+/// How much is under way on a domain.
+#[derive(Debug, Default)]
+struct Work {
+    all: usize,
+    of_root: usize,
+}
+
+impl Busy {
+    pub fn contains(&self, domain: &str) -> bool {
+        self.work.contains_key(domain)
+    }
+
+    /// Whether that user's work on the domain may begin.
+    pub fn lets_in(&self, domain: &str, uid: u32) -> bool {
+        let now = Instant::now();
+        let is_awaited = || self.awaited.get(domain).is_some_and(|until| *until > now);
+        !self.contains(domain) && (uid == ROOT || !is_awaited())
+    }
+
+    /// That user's work begins, whatever else is under way.
+    pub fn begin(&mut self, domain: &str, uid: u32) {
+        let work = self.work.entry(domain.to_owned()).or_default();
+        work.all += 1;
+        if uid == ROOT {
+            work.of_root += 1;
+            self.is_here(domain);
+        }
+    }
+
+    /// That user's work is over.
+    pub fn end(&mut self, domain: &str, uid: u32) {
+        let Some(work) = self.work.get_mut(domain) else {
+            return;
+        };
+        work.all -= 1;
+        work.of_root -= usize::from(uid == ROOT);
+        if work.all == 0 {
+            self.work.remove(domain);
+        }
+    }
+
+    /// Has other users wait for root's backup of the domain, unless one of root's is under way already.
+    pub fn await_root(&mut self, domain: &str) {
+        let now = Instant::now();
+        self.awaited.retain(|_, until| *until > now);
+        if self.work.get(domain).is_none_or(|work| work.of_root == 0) {
+            self.awaited.insert(domain.to_owned(), now + AWAITED);
+        }
+    }
+
+    /// Root's backup of the domain runs, or is in the queue, where it comes before the others.
+    pub fn is_here(&mut self, domain: &str) {
+        self.awaited.remove(domain);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const USER: u32 = 1000;
+
+    #[test]
+    fn an_awaited_domain_is_kept_for_root_until_root_has_come() {
+        let mut busy = Busy::default();
+        busy.begin("web", USER);
+        assert!(!busy.lets_in("web", ROOT) && busy.lets_in("db", USER));
+        busy.await_root("web");
+        busy.end("web", USER);
+        assert!(!busy.lets_in("web", USER) && busy.lets_in("web", ROOT));
+        busy.begin("web", ROOT);
+        busy.await_root("web");
+        busy.end("web", ROOT);
+        assert!(busy.lets_in("web", USER), "it was root's own that was in the way");
+    }
+
+    #[test]
+    fn a_domain_with_two_is_free_after_both() {
+        let mut busy = Busy::default();
+        busy.begin("web", ROOT);
+        busy.begin("web", USER);
+        busy.end("web", ROOT);
+        assert!(busy.contains("web"));
+        busy.await_root("web");
+        busy.end("web", USER);
+        assert!(!busy.contains("web") && !busy.lets_in("web", USER));
+    }
+}

@@ -43,6 +43,7 @@ pub use checkpoints::{Checkpoint, definition as checkpoint_definition, named};
 pub use displace::Displaced;
 pub use error::Error;
 pub use guard::watch as watch_frozen_guest;
+pub use latency::can_follow_latency;
 pub use manager::{Jobs, Recovered, Reservation, Start};
 pub use queue::Claim;
 pub use queued::{Entered, InLine, Making, Planned, QueuedRequest, Requeued};

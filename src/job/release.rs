@@ -235,16 +235,16 @@ impl Footprint {
         self.restore_settings().await
     }
 
-    /// Removes the histograms of the guest's disks, and ends the hold on its power-off.
+    /// Ends the hold on the guest's power-off, and removes the histograms of its disks.
     async fn restore_settings(&self) -> qmp::Result<()> {
-        if let Some(histogram) = &self.histogram {
-            self.remove_histograms(histogram).await?;
-        }
         if self.is_holding_poweroff() {
             poweroff::let_go(&self.link()).await?;
             self.poweroff_let_go();
         }
-        Ok(())
+        match &self.histogram {
+            Some(histogram) => self.remove_histograms(histogram).await,
+            None => Ok(()),
+        }
     }
 
     /// Our nodes, by name.

@@ -9,9 +9,6 @@ use crate::offload::Progress;
 use crate::plan::{self, Incremental, Mode, Options, Plan};
 use crate::target::{self, Parents};
 
-/// QEMU's command to count the guest's writes by how long they take, since QEMU 4.0.
-const COUNTS_LATENCIES: &str = "block-latency-histogram-set";
-
 impl Service {
     /// Makes the plan, and keeps what it depends on from being removed. A base that goes between the choice and the hold is no
     /// reason to fail where the choice was the service's: it chooses once more, without that one.
@@ -58,7 +55,7 @@ impl Service {
             .max_latency
             .or(domain.max_latency)
             .unwrap_or(self.max_latency);
-        if most > 0 && !domain.link().await?.schema.has_command(COUNTS_LATENCIES) {
+        if most > 0 && !job::can_follow_latency(&domain.link().await?.schema) {
             return Err(job::Error::NoHistograms.into());
         }
         Ok(Options {

@@ -12,12 +12,19 @@ use super::window::Counts;
 use crate::job::footprint::Footprint;
 use crate::qmp;
 
+/// Sets a device's histograms, or removes all of them.
+const SET: &str = "block-latency-histogram-set";
 /// How long QEMU may take to answer until it counts as silent.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Somebody else's histogram with more bins than this is not looked at.
 const MOST_BINS: usize = 1024;
 /// Of latencies with an exponential distribution, the 99th percentile is so many times their mean: ln 100.
 const P99_OF_MEAN: f64 = 4.6;
+
+/// Whether a backup's speed can follow the latency of the guest's writes with such a QEMU.
+pub fn can_follow_latency(schema: &qmp::Schema) -> bool {
+    schema.has_command(SET)
+}
 
 /// The histogram of one job: what it counts apart, and a boundary by which it is known again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -237,8 +244,10 @@ impl Footprint {
                 );
                 continue;
             }
-            // It is refused for a device that is gone, and its histogram with it.
-            self.change_histograms(json!({ "id": path })).await?;
+            if let Some(error) = self.change_histograms(json!({ "id": path })).await? {
+                // As a rule the device is gone, and its histogram with it.
+                tracing::info!(device = path, %error, "its latency histogram is not removed");
+            }
         }
         Ok(())
     }
@@ -246,10 +255,7 @@ impl Footprint {
     /// Returns QEMU's error if it refused.
     async fn change_histograms(&self, arguments: Value) -> qmp::Result<Option<qmp::Error>> {
         let client = self.client();
-        match client
-            .query_within(ANSWER, "block-latency-histogram-set", arguments)
-            .await
-        {
+        match client.query_within(ANSWER, SET, arguments).await {
             Ok(IgnoredAny) => Ok(None),
             Err(error) if error.is_refusal() => Ok(Some(error)),
             Err(error) => Err(error),

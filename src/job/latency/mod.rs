@@ -7,7 +7,7 @@ mod controller;
 mod histograms;
 mod window;
 
-pub use histograms::Histogram;
+pub use histograms::{Histogram, can_follow_latency};
 
 use std::time::{Duration, Instant};
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use crate::common::caller::{Caller, assert_completed, cancel};
 use crate::common::clients::{OTHER_USER as OTHER, ROOT, USER};
@@ -402,19 +403,22 @@ async fn a_queued_backup_ends_with_the_host() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_authorised_is_what_runs_or_nothing() {
     let system = setup(1).start();
-    let _machines = ["a", "c"].map(|name| machine(&system, name));
+    let _machines = ["a", "c", "d"].map(|name| machine(&system, name));
     let disk = Disk::new("vda", MIB).kind(Kind::Scsi);
     let changed = system.configured(system.vm("b").disk(disk).running());
     let user = Caller::of_user(&system, USER).await;
     let running = user.start_with("a", "", &[], slowly(MIB)).await;
     let disks = queue(&user, "b", "", Options::new()).await;
-    let targets = system.dir().join("targets");
-    fs::create_dir(&targets).unwrap();
-    let document = format!(
-        "<domainbackup><disks><disk name='vda'><target file='{}/c.qcow2'/></disk></disks></domainbackup>",
-        targets.display()
-    );
-    let paths = queue(&user, "c", &document, Options::new()).await;
+    let (targets, again) = (system.dir().join("targets"), system.dir().join("again"));
+    let into = |directory: &Path| {
+        fs::create_dir(directory).unwrap();
+        format!(
+            "<domainbackup><disks><disk name='vda'><target file='{}/c.qcow2'/></disk></disks></domainbackup>",
+            directory.display()
+        )
+    };
+    let paths = queue(&user, "c", &into(&targets), Options::new()).await;
+    let made_again = queue(&user, "d", &into(&again), Options::new()).await;
     let image = image(&system, "more.qcow2");
     let file = json!({ "driver": "file", "filename": image });
     changed.qmp(
@@ -425,10 +429,14 @@ async fn what_was_authorised_is_what_runs_or_nothing() {
     changed.qmp("device_add", device);
     fs::rename(&targets, system.dir().join("kept")).unwrap();
     fs::create_dir(&targets).unwrap();
+    // ext4 and XFS give it the number of the one before.
+    fs::remove_dir(&again).unwrap();
+    fs::create_dir(&again).unwrap();
     cancel(&running).await;
     for (mut queued, why) in [
         (disks, "disks are others"),
         (paths, "another file, device or directory"),
+        (made_again, "another file, device or directory"),
     ] {
         queued.refused(why).await;
         let (result, _, message) = wait::within("the end", queued.job.wait()).await.unwrap();
@@ -436,7 +444,9 @@ async fn what_was_authorised_is_what_runs_or_nothing() {
         assert!(message.contains(why), "{message}");
     }
     assert!(!system.store().join("b").exists());
-    assert_eq!(fs::read_dir(&targets).unwrap().count(), 0);
+    for directory in [targets, again] {
+        assert_eq!(fs::read_dir(directory).unwrap().count(), 0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

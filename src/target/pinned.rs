@@ -1,8 +1,8 @@
-//! The identity of the places that a caller named by path, from the call until the backup leaves the queue.
+//! The identity of the places that a caller named by path, from when the backup is queued until it leaves the queue.
 
 use std::path::{Path, PathBuf};
 
-use rustix::fs::AtFlags;
+use rustix::fs::{AtFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -11,15 +11,35 @@ use super::identity::FileId;
 use crate::path::{Trust, open_directory};
 use crate::plan::{Place, Plan};
 
-/// A path, and what was there when it was authorised.
+/// A path, and what was there when the backup was queued.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Pinned {
     path: PathBuf,
     is_device: bool,
-    directory: FileId,
+    directory: Inode,
     /// Nothing where there was no file.
-    file: Option<FileId>,
+    file: Option<Inode>,
+}
+
+/// A file or directory, and when it was made. ext4 and XFS give the number of a removed one to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Inode {
+    id: FileId,
+    /// Seconds and nanoseconds, where the file system knows them. Not of a device: its node can be made again.
+    born: Option<(i64, u32)>,
+}
+
+impl Inode {
+    fn of(stat: &Statx) -> Self {
+        let id = FileId::of_statx(stat);
+        let is_known = matches!(id, FileId::File { .. }) && stat.stx_mask & StatxFlags::BTIME.bits() != 0;
+        Self {
+            id,
+            born: is_known.then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec)),
+        }
+    }
 }
 
 /// Looks what is at the paths of a plan; none in a store, and none of descriptors. Blocks.
@@ -57,17 +77,18 @@ impl Pinned {
             false => Trust::Named,
         };
         let directory = open_directory(parent, trust)?;
-        let of_directory =
-            rustix::fs::fstat(&directory).map_err(|errno| Error::io("look up", &label, errno))?;
-        let file = match rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => Some(FileId::of(&stat)),
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let of_directory = rustix::fs::statx(&directory, "", AtFlags::EMPTY_PATH, wanted)
+            .map_err(|errno| Error::io("look up", &label, errno))?;
+        let file = match rustix::fs::statx(&directory, name, AtFlags::SYMLINK_NOFOLLOW, wanted) {
+            Ok(stat) => Some(Inode::of(&stat)),
             Err(Errno::NOENT) => None,
             Err(errno) => return Err(Error::io("look up", &label, errno)),
         };
         Ok(Self {
             path: path.to_owned(),
             is_device,
-            directory: FileId::of(&of_directory),
+            directory: Inode::of(&of_directory),
             file,
         })
     }
@@ -78,6 +99,34 @@ mod tests {
     use std::fs;
 
     use super::*;
+
+    #[test]
+    fn what_is_made_again_is_another_even_with_the_same_number() {
+        let above = tempfile::tempdir_in("/var/tmp").unwrap();
+        let below = above.path().join("targets");
+        let path = below.join("a");
+        let make = || {
+            fs::create_dir(&below).unwrap();
+            fs::write(&path, "").unwrap();
+            vec![Pinned::at(&path, false).unwrap()]
+        };
+        let then = make();
+        check_pinned(&then).unwrap();
+        let now = loop {
+            fs::remove_dir_all(&below).unwrap();
+            let now = make();
+            // The kernel's clock for files moves only some hundred times a second.
+            if now[0].directory.born != then[0].directory.born && now[0].file != then[0].file {
+                break now;
+            }
+        };
+        assert!(check_pinned(&then).is_err());
+        // As where the numbers are used again.
+        let (mut file, mut directory) = (now.clone(), now);
+        file[0].file.as_mut().unwrap().born = then[0].file.unwrap().born;
+        directory[0].directory.born = then[0].directory.born;
+        assert!(check_pinned(&file).is_err() && check_pinned(&directory).is_err());
+    }
 
     #[test]
     fn another_file_or_directory_at_the_path_is_noticed() {

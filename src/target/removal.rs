@@ -22,7 +22,7 @@ const BLOCK: u64 = 512;
 /// What lies beside a backup's images; the manifest last, because it names these.
 const RECORDS: [&str; 3] = [DEFINITION_NAME, PROTECTED_NAME, MANIFEST_NAME];
 
-/// A backup's directory that is nobody else's, and is about to go.
+/// A backup's directory that no other process uses, and that is to be removed.
 #[derive(Debug)]
 pub struct Removal {
     domain: Shelf,
@@ -31,7 +31,7 @@ pub struct Removal {
     id: String,
     /// It has the name already that says that it is being removed.
     begun: bool,
-    /// What is in it, the last one last: while that is there, it tells what the others were.
+    /// What is in it. The manifest is the last: it names the others.
     files: Vec<String>,
     /// Bytes on the disk that are free when it is gone.
     space: u64,
@@ -58,8 +58,8 @@ pub fn sweep(domain: &OwnedFd) {
     }
 }
 
-/// Goes on with the removal of a backup that the catalog has no record of. Does nothing if it has not begun, or if another
-/// process is at it. Blocks.
+/// Resumes the removal of a backup that the catalog has no record of. Does nothing if it has not begun, or if another
+/// process is removing it. Blocks.
 pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Result<(), Error> {
     let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
         return Ok(());
@@ -100,7 +100,7 @@ impl Removal {
         }
     }
 
-    /// How many bytes would be free without it; nothing if it is not there. Keeps nobody from using it. Blocks.
+    /// How many bytes would be free without it; nothing if it is not there. Takes no lock. Blocks.
     pub fn space_of(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<u64>, Error> {
         let found = Self::find(store, name, images, false)?;
         Ok(found.map(|found| found.space))
@@ -108,7 +108,7 @@ impl Removal {
 
     fn find(store: &Path, name: BackupName, images: &[&str], hold: bool) -> Result<Option<Self>, Error> {
         let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
-            // Nobody removes that: the whole store may be elsewhere.
+            // The service never removes that: the whole store may be elsewhere.
             return Err(Error::NotThere {
                 path: store.join(name.domain).display().to_string(),
             });
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backup_goes_as_a_whole_and_can_be_gone_on_with() {
+    fn a_backup_goes_as_a_whole_and_its_removal_can_be_resumed() {
         let store = store();
         let removal = hold(store.path()).unwrap().unwrap();
         assert!(!removal.is_begun());

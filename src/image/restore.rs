@@ -139,7 +139,7 @@ async fn write_back(target: &Target<'_>) -> Result<Infallible, Error> {
 async fn sync(chain: &OpenDisk, target: &Target<'_>, steps: &AtomicU64) -> Result<(), Error> {
     let failed = |errno| Error::system(&chain.disk, "made durable", errno);
     let sent = target.writeback.clone();
-    if let Some(errno) = blocking(move || Ok(sent.failure())).await? {
+    if let Some(errno) = blocking(move || Ok(sent.close())).await? {
         return Err(failed(errno));
     }
     let length = rustix::fs::seek(&target.file, SeekFrom::End(0)).map_err(failed)?;

@@ -217,7 +217,6 @@ impl Targets {
         }
         space::check(&targets.targets, &plan.disks, &plan.task, around.process)?;
         check::unused(&mut targets.targets, around)?;
-        targets.set_writeback();
         fault::passed("prepared");
         Ok(targets)
     }
@@ -225,11 +224,12 @@ impl Targets {
     /// Empties what was there before: the point of no return for existing files. Raw images get their size, others an empty
     /// image. Each counts as progress.
     pub fn format(&mut self, plan: &Plan, progress: &Progress) -> Result<(), Error> {
-        let mut targets = self.targets.iter_mut().zip(&plan.disks);
-        targets.try_for_each(|(target, disk)| {
+        for (target, disk) in self.targets.iter_mut().zip(&plan.disks) {
             progress.add(1);
-            target.format(disk).map_err(|error| error.of(&disk.name))
-        })
+            target.format(disk).map_err(|error| error.of(&disk.name))?;
+        }
+        self.set_writeback();
+        Ok(())
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Target> {
@@ -275,7 +275,7 @@ impl Targets {
             false => How::WriteBack,
         };
         let end = |index: usize| {
-            self.writeback.check(index)?;
+            self.writeback.close_target(index)?;
             self.targets[index].make_durable(how)
         };
         self.go_through(how, end, progress, cancel)
@@ -296,6 +296,7 @@ impl Targets {
         Ok(found.map(|found| found == digests))
     }
 
+    /// The targets have the lengths with which the copying begins.
     fn set_writeback(&mut self) {
         let again = |target: &Target| self.store.as_ref()?.open_again(target);
         self.writeback = Writeback::new(&self.targets, again);

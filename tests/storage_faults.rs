@@ -15,6 +15,7 @@ use crate::common::storage::{Tmpfs, files_below};
 use crate::common::vm::{Residue, Vm};
 use crate::common::wait::{until_async, within};
 use fuser::Errno;
+use rustix::process::Signal;
 
 const MIB: u64 = 1 << 20;
 /// How long nothing may move.
@@ -155,6 +156,50 @@ async fn data_that_an_early_write_back_lost_is_no_backup() {
     job.set_speed(0).await.unwrap();
     assert_failed(&job, "Internal", "cannot fsync").await;
     scene.assert_as_before().await;
+}
+
+/// The storage reports an error once, to a write-back that runs when the service is stopped. The next service's fsyncs succeed.
+#[tokio::test(flavor = "multi_thread")]
+async fn data_that_a_write_back_lost_while_the_service_stopped_is_no_backup() {
+    let mut scene = Scene::new().await;
+    let job = scene.begin().await;
+    let path = job.inner().path().to_owned();
+    scene.storage.hang(Operation::Fsync);
+    scene.storage.affected().await;
+    scene.system.daemon().process().signal(Signal::TERM);
+    let mut log = String::new();
+    until_async("the service to leave the backup", || {
+        log = scene.system.daemon().log();
+        let left = log.contains("leaving the backup to a later process");
+        async move { left.then_some(()) }
+    })
+    .await;
+    scene.storage.fail_held(Errno::EIO);
+    scene.system.wait_for_death();
+    scene.system.start_daemon();
+    scene.system.wait_for_domain("web");
+    scene.caller = Caller::new(&scene.system).await;
+    let job = scene.caller.job(path.into()).await;
+    assert_failed(&job, "Internal", "cannot fsync").await;
+    scene.assert_as_before().await;
+}
+
+/// A raw image has its full length before anything is copied.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raw_image_is_written_back_again_and_again_while_it_is_copied() {
+    let scene = Scene::new().await;
+    let document = "<domainbackup><store name='shaky'/><disks>
+        <disk name='vda'><driver type='raw'/></disk><disk name='vdb' backup='no'/></disks></domainbackup>";
+    scene
+        .storage
+        .slow_down(Operation::Fsync, Duration::from_millis(1));
+    let options = slowly(32 * MIB);
+    let job = scene.caller.start_with("web", document, &[], options).await;
+    scene.storage.affected_often(4).await;
+    let progress = job.progress().await.unwrap();
+    assert!(progress < 1.0, "it was written back at the end: {progress}");
+    job.set_speed(0).await.unwrap();
+    assert_completed(&job).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -263,6 +263,12 @@ impl Targets {
         &self.writeback
     }
 
+    /// Lets no write-back begin any more, and waits for those that run. Fails if one has failed: no later process would have that
+    /// reported. Blocks.
+    pub fn close_writeback(&self) -> Result<(), Error> {
+        (0..self.targets.len()).try_for_each(|index| self.writeback.close_target(index))
+    }
+
     /// Makes the data durable; returns the digests, in the plan's order, or nothing if it is cancelled. Nothing has its final name
     /// yet. QEMU has let go of the targets, so no byte changes between its digest and its fsync.
     pub fn seal(

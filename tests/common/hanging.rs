@@ -190,8 +190,13 @@ impl Hanging {
 
     /// Waits until somebody has met with the disturbance.
     pub async fn affected(&self) {
+        self.affected_often(1).await;
+    }
+
+    /// Waits until so many operations have met with it.
+    pub async fn affected_often(&self, count: usize) {
         wait::until_async("somebody to use the file system", || async {
-            (lock(&self.control).affected > 0).then_some(())
+            (lock(&self.control).affected >= count).then_some(())
         })
         .await;
     }
@@ -203,13 +208,22 @@ impl Hanging {
 
     /// Everything works again, and what hung is carried out.
     pub fn heal(&self) {
+        self.answer(None);
+    }
+
+    /// Everything works again, and what hung has failed, once.
+    pub fn fail_held(&self, errno: Errno) {
+        self.answer(Some(errno));
+    }
+
+    fn answer(&self, fault: Option<Errno>) {
         let held = {
             let mut control = lock(&self.control);
             control.disturbed = None;
             std::mem::take(&mut control.held)
         };
         for operation in held {
-            operation(&mut lock(&self.tree), None);
+            operation(&mut lock(&self.tree), fault);
         }
     }
 }

@@ -88,7 +88,12 @@ impl<'a> Driver<'a> {
             if state != recorded {
                 match self.record(&state).await {
                     Ok(()) => recorded = state.clone(),
-                    Err(Stopped::Detached) => return self.detach().await,
+                    // It has an end, and its targets are durable or given up.
+                    Err(Stopped::Detached) => {
+                        // This is the outcome, which nothing can change any more.
+                        let _ = self.detach().await;
+                        return Ending::Detached;
+                    }
                     // It is undone in any case. The next process finds it as it was on record, and undoes it again.
                     Err(_) if state.verdict().is_some() => {}
                     Err(stopped) => {
@@ -103,7 +108,10 @@ impl<'a> Driver<'a> {
             let began = Instant::now();
             let fact = match self.perform(&state, todo, &mut reservation).await {
                 Ok(fact) => fact,
-                Err(Stopped::Detached) => return self.detach().await,
+                Err(Stopped::Detached) => match self.detach().await {
+                    Ok(()) => return Ending::Detached,
+                    Err(error) => Fact::Stopped(self.verdict(error.into())),
+                },
                 Err(stopped) => Fact::Stopped(self.verdict(stopped)),
             };
             let took = began.elapsed();
@@ -202,13 +210,27 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Leaves the backup to a later process of the service.
-    async fn detach(self) -> Ending {
-        let Self { targets, setting, .. } = self;
-        if let Some(targets) = targets {
-            job::blocking(setting, move || drop(targets.leave())).await;
+    /// Leaves the backup to a later process of the service. Fails if a write-back has failed: the kernel reports that once, and no
+    /// fsync of the later process would find it.
+    async fn detach(&mut self) -> Result<(), Error> {
+        let Some(targets) = self.targets.take() else {
+            return Ok(());
+        };
+        tracing::debug!(job = self.job.id, "leaving the backup to a later process");
+        let failed = job::blocking(self.setting, move || match targets.close_writeback() {
+            Ok(()) => {
+                drop(targets.leave());
+                None
+            }
+            Err(error) => Some((targets, error)),
+        });
+        match failed.await {
+            None => Ok(()),
+            Some((targets, error)) => {
+                self.targets = Some(targets);
+                Err(Error::Target(error))
+            }
         }
-        Ending::Detached
     }
 
     pub(super) fn footprint(&self) -> Result<&Footprint, Error> {

@@ -22,13 +22,14 @@
 //! | `quota` | limits for each user, and for all |
 //! | `socket` | UNIX sockets at paths in which other users may have a hand |
 //! | `path` | files at such paths |
+//! | `digest` | digests of files |
+//! | `model` | plain values: identifiers, formats, digests, the manifest. Pure |
 //! | `error` | the kinds of failure, and the value that carries one to the caller |
 //! | `offload` | blocking work off the runtime |
 //! | `activity` | how long the service has been unused |
 //! | `supervisor` | notifications to systemd |
 //! | `fault` | points at which a test ends the service |
 //! | `turns` | turns at what only a few callers do at a time |
-//! | `digest` | digests of files |
 //! | `size` | sizes in bytes, as people write them |
 //! | `text` | characters that a reader does not see |
 //! | `names` | names on the bus |
@@ -48,6 +49,7 @@ pub mod error;
 pub mod fault;
 pub mod image;
 pub mod job;
+pub mod model;
 pub mod names;
 pub mod offload;
 pub mod path;

@@ -12,7 +12,7 @@ use crate::common::disk::Disk;
 use crate::common::proxies::{Options, slowly};
 use crate::common::storage::{LoopDevice, files_below, holds, identical};
 use crate::common::vm::Vm;
-use backupd::catalog::Manifest;
+use backupd::model::Manifest;
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;

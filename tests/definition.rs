@@ -8,11 +8,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use backupd::definition::{
-    BackupMode, CheckpointDefinition, CheckpointRef, Compression, Definition, DiskDefinition, Error, Format,
-    MAX_BYTES, Position, Quiesce, StoreRef, Target, is_backup_id, is_checkpoint_name, is_valid_name, parse,
-    parse_checkpoint,
+    BackupMode, CheckpointDefinition, CheckpointRef, Definition, DiskDefinition, Error, MAX_BYTES, Position,
+    Quiesce, StoreRef, Target, parse, parse_checkpoint,
 };
 use backupd::error::Kind;
+use backupd::model::{Compression, Format, is_backup_id, is_checkpoint_name, is_valid_name};
 
 #[test]
 fn a_valid_document_is_written_back_as_expected() {

@@ -17,7 +17,7 @@ use crate::common::proxy::Proxy;
 use crate::common::storage::files_below;
 use crate::common::wait::{DEADLINE, until_async, within};
 use crate::common::{System, polkit};
-use backupd::catalog::Manifest;
+use backupd::model::Manifest;
 use backupd::qmp::{Client, Error, MAX_LINE};
 use futures_util::future::join_all;
 use imposters::{FAILING, FLOODED, FLOODS, REACHABLE, UNREACHABLE};

@@ -8,7 +8,8 @@ use std::path::Path;
 
 use super::look::is_absent;
 use super::{Backups, Error};
-use crate::catalog::{BackupState, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestError};
+use crate::catalog::{BackupState, Link};
+use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use crate::offload::Progress;
 use crate::target::{self, Shelf};
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::catalog::ManifestError;
 use crate::error::Kind;
+use crate::model::ManifestError;
 use crate::{catalog, image, target};
 
 /// Ids that a text names.

@@ -9,7 +9,8 @@ use rustix::io::Errno;
 use tokio::time::Instant;
 
 use super::Backups;
-use crate::catalog::{self, Backup, BackupKey, BackupState, Disk, Looked, MANIFEST_NAME, MAX_MANIFEST_BYTES};
+use crate::catalog::{self, Backup, BackupKey, BackupState, Looked};
+use crate::model::{Disk, MANIFEST_NAME, MAX_MANIFEST_BYTES};
 use crate::target::{self, Shelf};
 
 /// How long who asks waits for a look. What was found the last time is told if it takes longer.

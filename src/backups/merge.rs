@@ -12,14 +12,13 @@ use std::sync::atomic::AtomicBool;
 
 use super::remove::name;
 use super::{Backups, Error, Unwanted};
-use crate::catalog::{
-    Backup, BackupKey, BackupState, DEFINITION_NAME, Disk, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest,
-    PROTECTED_NAME,
-};
-use crate::definition::Format;
-use crate::digest::{Algorithm, Digest};
+use crate::catalog::{Backup, BackupKey, BackupState};
 use crate::fault::{self, Point};
 use crate::image::{self, Chain, Control, Output};
+use crate::model::{
+    Algorithm, DEFINITION_NAME, Digest, Disk, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest,
+    PROTECTED_NAME,
+};
 use crate::offload::{Progress, watched};
 use crate::target::{self, FileDigest, Replacement, Shelf};
 

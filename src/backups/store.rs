@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::look::images_amiss;
-use crate::catalog::{self, BackupState, Link, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
+use crate::catalog::{self, BackupState, Link};
+use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::target::{self, Shelf};
 
 /// A backup as its store has it.

@@ -8,8 +8,9 @@ use zbus::wire::{OwnedVariant, Signature, Type};
 
 use super::error::{BusError, Result};
 use crate::config::MAX_LATENCY;
-use crate::definition::{Format, Quiesce, is_valid_name};
+use crate::definition::Quiesce;
 use crate::error::{Kind, shown};
+use crate::model::{Format, is_valid_name};
 use crate::plan::retention::Rule;
 use crate::plan::{self, Incremental};
 use crate::service::{BackupsWanted, Deletion, PruneWanted};

@@ -4,7 +4,8 @@ use rusqlite::{Connection, Params, Row, named_params, params};
 
 use super::chains::settle;
 use super::jobs::{DOMAIN, domain};
-use super::{Catalog, DomainRecord, Error, Manifest};
+use super::{Catalog, DomainRecord, Error};
+use crate::model::Manifest;
 
 /// Bytes of manifests that are read at a time, but for one manifest.
 const BATCH_BYTES: usize = 1 << 20;
@@ -419,8 +420,7 @@ fn state(row: &Row) -> rusqlite::Result<(BackupState, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::{Disk, Domain, Kind, Parent};
-    use crate::definition::Format;
+    use crate::model::{Disk, Domain, Format, Kind, Parent};
 
     fn owner(owner: u32) -> DomainRecord {
         DomainRecord {

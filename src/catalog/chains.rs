@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use rusqlite::{Connection, params};
 
 use super::jobs::DOMAIN_KEY;
-use super::{BackupKey, BackupState, Catalog, DomainDir, DomainRecord, Error};
+use super::{BackupKey, BackupState, Catalog, DomainRecord, Error};
+use crate::model::DomainDir;
 
 /// A backup among those of its domain in its store.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,7 +4,8 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, ToSql, params};
 
 use super::jobs::DOMAIN_KEY;
-use super::{Catalog, Error, Manifest};
+use super::{Catalog, Error};
+use crate::model::Manifest;
 
 /// Deleted ones that are remembered of a domain, and of all domains of a user that is not root.
 const DELETED: u32 = 64;

@@ -1,35 +1,12 @@
 //! The records of the directory of a domain's backups in a store.
 
 use std::collections::BTreeSet;
-use std::fmt;
 
 use rusqlite::params;
-use serde::{Deserialize, Serialize};
 
 use super::jobs::{DOMAIN, DOMAIN_KEY, domain};
 use super::{Catalog, DomainRecord, Error};
-
-/// The name of the directory in a store that a domain's backups are in. Chains do not leave it, because an image refers to
-/// its backing file by a relative path.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct DomainDir(String);
-
-impl DomainDir {
-    pub fn new(name: impl Into<String>) -> Self {
-        Self(name.into())
-    }
-
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for DomainDir {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(&self.0)
-    }
-}
+use crate::model::DomainDir;
 
 /// A directory that has backups of a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]

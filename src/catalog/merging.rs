@@ -4,7 +4,8 @@ use rusqlite::{OptionalExtension, params};
 
 use super::backups::key;
 use super::chains::settle;
-use super::{BackupKey, Catalog, Error, Manifest};
+use super::{BackupKey, Catalog, Error};
+use crate::model::Manifest;
 
 impl Catalog {
     /// Remembers what a backup's manifest (JSON) will be, "" if that is not known yet; or that it stays what it is.

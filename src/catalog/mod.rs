@@ -13,7 +13,6 @@ mod error;
 mod generations;
 mod history;
 mod jobs;
-mod manifest;
 mod marks;
 mod merging;
 mod proof;
@@ -24,12 +23,9 @@ mod standing;
 pub use backups::{Backup, BackupFilter, BackupKey, BackupRecord, BackupState, Cursor, Looked};
 pub use chains::{Link, Stored, broken};
 pub use checkpoints::{Begun, CheckpointRecord, Recorded};
-pub use directory::{DirectoryState, DomainDir, Used};
+pub use directory::{DirectoryState, Used};
 pub use error::Error;
 pub use history::EndedJob;
-pub use manifest::{
-    Checkpoint, Disk, Domain, Kind, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest, ManifestError, Parent,
-};
 pub use proof::Key;
 pub use record::{DomainRecord, Ended, JobRecord, JobState, Leftover, NewJob, QUEUED, Starter};
 pub use rescan::{StoredBackup, Taken};
@@ -41,11 +37,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rusqlite::{Connection, Statement};
 use uuid::Uuid;
 
-/// Names of the records that lie beside a backup's images.
-pub const MANIFEST_NAME: &str = "manifest.json";
-pub const DEFINITION_NAME: &str = "backup.xml";
-/// A file beside them: as long as it is there, nobody removes the backup.
-pub const PROTECTED_NAME: &str = "protected";
 /// The catalog's file name in the state directory.
 pub const FILE_NAME: &str = "catalog.sqlite";
 /// The name of the key's file beside it.

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use blake3::Hash;
 
-use super::Manifest;
+use crate::model::Manifest;
 
 const KEY_BYTES: usize = blake3::KEY_LEN;
 
@@ -97,7 +97,7 @@ mod tests {
     use jiff::Timestamp;
 
     use super::*;
-    use crate::catalog::{Domain, Kind};
+    use crate::model::{Domain, Kind};
 
     fn manifest() -> Manifest {
         let domain = Domain {

@@ -9,12 +9,11 @@ use serde::{Deserialize, Serialize};
 use super::disk::disk_name;
 use super::parse::{Seen, description, name, require, unknown_word, unsupported};
 use super::xml::{Tag, Xml, trim};
-use super::{Error, Feature, MAX_BYTES, MAX_DISKS, Position, is_backup_id, write};
+use super::{Error, Feature, MAX_BYTES, MAX_DISKS, Position, write};
+use crate::model::is_reserved;
 
 const ROOT: &str = "domaincheckpoint";
 const CHILDREN: &[&str] = &["name", "description", "creationTime", "parent", "disks"];
-/// What options say in the place of a checkpoint's name.
-const WORDS: [&str; 3] = ["auto", "full", "no"];
 
 /// A checkpoint as a caller describes it. `None` means that the document does not say.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,11 +48,6 @@ impl CheckpointDefinition {
     pub fn to_xml(&self) -> String {
         write::checkpoint(self)
     }
-}
-
-/// Whether a word is taken, so that no checkpoint can be called so: it would not be found.
-pub(super) fn is_reserved(name: &str) -> bool {
-    WORDS.contains(&name) || is_backup_id(name)
 }
 
 /// Reads a document.

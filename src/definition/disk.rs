@@ -9,10 +9,8 @@ use super::attribute::Attribute;
 use super::parse::{Seen, checkpoint, number, require, unknown_word, unsupported};
 use super::target::{Place, TargetKind, target};
 use super::xml::{Tag, Xml};
-use super::{
-    BackupMode, Compression, DiskDefinition, Error, Feature, Format, MAX_DISK_NAME_BYTES, MAX_DISKS,
-    Position, Target,
-};
+use super::{BackupMode, DiskDefinition, Error, Feature, MAX_DISK_NAME_BYTES, MAX_DISKS, Position, Target};
+use crate::model::{Compression, Format};
 
 const DISKS_CHILDREN: &[&str] = &["disk"];
 const DISK_CHILDREN: &[&str] = &["driver", "target"];

@@ -5,8 +5,9 @@
 
 use std::fmt;
 
-use super::{MAX_BYTES, MAX_DISKS, MAX_NAME_BYTES, Position};
+use super::{MAX_BYTES, MAX_DISKS, Position};
 use crate::error::Kind;
+use crate::model::MAX_NAME_BYTES;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {

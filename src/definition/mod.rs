@@ -23,6 +23,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::{Compression, Format};
 pub use checkpoint::{CheckpointDefinition, CheckpointDisk, parse_checkpoint};
 pub use error::{Error, Feature, PathProblem};
 pub use parse::parse;
@@ -30,8 +31,6 @@ pub use parse::parse;
 /// The longest document that is looked at, in bytes. Checked before anything else.
 pub const MAX_BYTES: usize = 1 << 20;
 
-const MAX_NAME_BYTES: usize = 128;
-pub(crate) const MAX_DESCRIPTION_BYTES: usize = 4096;
 const MAX_DISKS: usize = 256;
 const MAX_DISK_NAME_BYTES: usize = 255;
 /// PATH_MAX counts the NUL that ends a path, which is not in the document.
@@ -171,54 +170,6 @@ impl DiskDefinition {
     }
 }
 
-/// The format of what is written into the target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    Qcow2,
-    Raw,
-}
-
-impl Format {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Format::Qcow2 => "qcow2",
-            Format::Raw => "raw",
-        }
-    }
-
-    pub fn from_word(word: &str) -> Option<Self> {
-        [Format::Qcow2, Format::Raw]
-            .into_iter()
-            .find(|format| format.as_str() == word)
-    }
-}
-
-/// How the clusters of a qcow2 target are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Compression {
-    Zstd,
-    Zlib,
-}
-
-impl Compression {
-    const WORDS: &'static [&'static str] = &["zstd", "zlib"];
-
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Compression::Zstd => "zstd",
-            Compression::Zlib => "zlib",
-        }
-    }
-
-    pub fn from_word(word: &str) -> Option<Self> {
-        [Compression::Zstd, Compression::Zlib]
-            .into_iter()
-            .find(|compression| compression.as_str() == word)
-    }
-}
-
 /// Where one disk's data goes. Paths are absolute, free of `.`, `..` and control characters, and don't end in
 /// a slash; nothing else is known of them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -227,30 +178,4 @@ pub enum Target {
     Block(PathBuf),
     /// An index into the descriptors that came with the document.
     Fd(u32),
-}
-
-/// The rule for a backup's and a store's name: `[A-Za-z0-9_-][A-Za-z0-9_.-]*`, at most 128 bytes. It is
-/// libvirt's rule for the name of a checkpoint, and makes the name safe as a file's name.
-pub fn is_valid_name(name: &str) -> bool {
-    name.len() <= MAX_NAME_BYTES
-        && !name.is_empty()
-        && !name.starts_with('.')
-        && name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.'))
-}
-
-/// Whether a checkpoint can be called so: a valid name that means nothing else where checkpoints are named.
-pub fn is_checkpoint_name(name: &str) -> bool {
-    is_valid_name(name) && !checkpoint::is_reserved(name)
-}
-
-/// Whether it looks like the id of a backup: `20261123T055907Z-10ebf9b0`.
-pub fn is_backup_id(text: &str) -> bool {
-    let digits = |text: &str, count| text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit());
-    let hexadecimal = |text: &str| text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let parts = text
-        .split_once("Z-")
-        .and_then(|(time, unique)| Some((time.split_once('T')?, unique)));
-    parts.is_some_and(|((date, time), unique)| digits(date, 8) && digits(time, 6) && hexadecimal(unique))
 }

@@ -4,10 +4,8 @@
 use super::attribute::Attribute;
 use super::disk;
 use super::xml::{Tag, Xml, trim};
-use super::{
-    CheckpointRef, Definition, Error, Feature, MAX_BYTES, MAX_DESCRIPTION_BYTES, Quiesce, StoreRef,
-    is_valid_name,
-};
+use super::{CheckpointRef, Definition, Error, Feature, MAX_BYTES, Quiesce, StoreRef};
+use crate::model::{MAX_DESCRIPTION_BYTES, is_valid_name};
 
 const ROOT: &str = "domainbackup";
 const CHILDREN: &[&str] = &[

@@ -18,7 +18,6 @@ pub use directory::{CheckpointPolicy, Content, Directories, FileError};
 pub use disks::{Bitmap, Disk, DiskLookup, find_disk};
 pub use identity::{Identity, NOBODY, Reach};
 pub use monitor::{Greeter, Link, OLDEST, Phase, RunState};
-pub use outside::Outside;
 pub use owner::name as user_name;
 pub use registry::{Change, Registration, Registry};
 
@@ -30,6 +29,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::error::{Kind, shown};
+use crate::model::Outside;
 use crate::quota::Share;
 use crate::socket::Dialer;
 use crate::text::is_invisible;

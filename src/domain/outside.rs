@@ -4,7 +4,9 @@
 
 use std::collections::HashMap;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+
+use crate::model::Outside;
 
 /// Devices that are looked at; a machine has fewer.
 const MAX_DEVICES: usize = 4096;
@@ -30,17 +32,6 @@ const TYPES: [&str; 10] = [
 /// Disks that are in the block layer, but are written to by SCSI commands that it passes through as they are (SG_IO): a backup
 /// would be of no single point in time, and no bitmap would record what is written.
 const PASSED_THROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
-
-/// A device of which a backup has nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Outside {
-    /// Its id, else its path in QEMU's object model.
-    pub name: String,
-    /// Its type in QEMU's object model, such as `vhost-user-blk-pci`.
-    #[serde(rename = "type")]
-    pub kind: String,
-}
 
 /// An entry of `qom-list`.
 #[derive(Debug, Deserialize)]

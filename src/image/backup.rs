@@ -9,10 +9,8 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::{Error, Fault, Finding};
-use crate::catalog::{self, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
-use crate::definition::Format;
-use crate::digest::Digest;
 use crate::error::shown;
+use crate::model::{self, Digest, Format, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::qcow2::{self, Expected, HeaderError};
 use crate::target::{self, Held, Sharing, Shelf};
 
@@ -114,13 +112,13 @@ impl Backup {
     }
 
     /// The length of an image's file, if it is there.
-    pub fn file_size(&self, disk: &catalog::Disk) -> Option<u64> {
+    pub fn file_size(&self, disk: &model::Disk) -> Option<u64> {
         self.shelf.file_size(&disk.file).ok()
     }
 
     /// Opens an image and compares its length and header with the manifests; `backing` is the format of its backing
     /// image, if it has one. Blocks.
-    pub fn image(&self, disk: &catalog::Disk, backing: Option<Format>) -> Result<Image, Fault> {
+    pub fn image(&self, disk: &model::Disk, backing: Option<Format>) -> Result<Image, Fault> {
         let file = match self.shelf.open_file(&disk.file) {
             Err(target::Error::Io {
                 errno: Errno::NOENT, ..

@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use super::backup::{Backup, Image};
 use super::{Error, Fault, Finding};
-use crate::catalog::{self, Manifest};
-use crate::definition::Format;
+use crate::model::{self, Format, Manifest};
 use crate::target::{Held, Shelf};
 
 /// Images of one disk, one on the other. What QEMU can open is more; a service that makes chains ends them earlier.
@@ -128,7 +127,7 @@ pub(super) struct Links<'a> {
 }
 
 /// A disk's image in the manifest of its backup.
-type Link = (Arc<Backup>, catalog::Disk);
+type Link = (Arc<Backup>, model::Disk);
 
 impl<'a> Links<'a> {
     pub fn new(domain: &'a Shelf) -> Self {
@@ -148,7 +147,7 @@ impl<'a> Links<'a> {
     }
 
     /// What lies below the image of `disk` in backup `id`.
-    pub fn parent(&mut self, disk: &catalog::Disk) -> Result<Option<Link>, Fault> {
+    pub fn parent(&mut self, disk: &model::Disk) -> Result<Option<Link>, Fault> {
         let Some(parent) = &disk.parent else {
             return Ok(None);
         };
@@ -161,7 +160,7 @@ impl<'a> Links<'a> {
         Ok(Some((backup, found)))
     }
 
-    fn disk(&mut self, id: &str, disk: &catalog::Disk) -> Result<DiskChain, Error> {
+    fn disk(&mut self, id: &str, disk: &model::Disk) -> Result<DiskChain, Error> {
         let top = self
             .backup(id)
             .map_err(|fault| damaged(id, Some(&disk.name), fault))?;
@@ -195,7 +194,7 @@ impl<'a> Links<'a> {
 pub(super) fn for_each_link(
     links: &mut Links,
     top: Link,
-    mut visit: impl FnMut(&Arc<Backup>, &catalog::Disk, Option<&Link>) -> Result<(), Fault>,
+    mut visit: impl FnMut(&Arc<Backup>, &model::Disk, Option<&Link>) -> Result<(), Fault>,
 ) -> Result<(), Finding> {
     let mut seen = HashSet::new();
     let too_deep = Finding {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::chain::OpenDisk;
 use super::process::{IMG, Inherited, Words, nothing};
 use super::{Control, Error, blocking};
-use crate::definition::Format;
+use crate::model::Format;
 
 /// Compares all that a guest would see of a disk with a qcow2 image without a backing file; false if they differ.
 pub async fn shows_the_same(chain: &OpenDisk, image: &OwnedFd, control: Control<'_>) -> Result<bool, Error> {

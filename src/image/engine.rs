@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use super::chain::OpenDisk;
 use super::process::{END, Inherited, STORAGE_DAEMON, Words};
 use super::{Error, Fault, Finding};
-use crate::definition::Format;
+use crate::model::Format;
 use crate::qmp::{self, Client};
 
 /// Clients of an export at a time: each can have it hold requests in memory.

@@ -3,8 +3,8 @@
 use rustix::io::Errno;
 
 use super::chain::MAX_DEPTH;
-use crate::catalog::ManifestError;
 use crate::error::{Kind, shown};
+use crate::model::ManifestError;
 use crate::qcow2::HeaderError;
 use crate::target;
 

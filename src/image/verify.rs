@@ -13,9 +13,8 @@ use tokio_util::sync::CancellationToken;
 use super::backup::{Image, Location};
 use super::chain::{Links, OpenDisk, for_each_link};
 use super::{Control, Error, Fault, Finding, Progress, blocking, check};
-use crate::catalog;
-use crate::definition::Format;
-use crate::digest::{self, Algorithm, Digest, Reading, Sha256Hasher, Watch};
+use crate::digest::{self, Reading, Sha256Hasher, Watch};
+use crate::model::{self, Algorithm, Digest, Format};
 use crate::qcow2::HeaderError;
 use crate::target::{Held, Shelf};
 
@@ -218,7 +217,7 @@ fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
         parents: BTreeSet::new(),
         _held: None,
     };
-    let found = |disk: Option<&catalog::Disk>, fault| Finding {
+    let found = |disk: Option<&model::Disk>, fault| Finding {
         backup: location.id.clone(),
         disk: disk.map(|disk| disk.name.clone()),
         fault,

@@ -18,10 +18,10 @@ use super::manager::Setting;
 use super::record::domain_record;
 use super::watched;
 use super::{Error, Job, Jobs, sentinel};
-use crate::catalog::{self, DomainDir, Key, Manifest, Standing, Stored, There};
+use crate::catalog::{Key, Standing, Stored, There};
 use crate::config::Store;
-use crate::definition::is_backup_id;
 use crate::domain::{CheckpointPolicy, Disk, Domain, Greeter, Link, Snapshot};
+use crate::model::{self, DomainDir, Manifest, is_backup_id};
 use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Earlier, EarlierDisk, checkpoint_of_sentinel, sentinel_name};
 use crate::qmp;
@@ -123,7 +123,7 @@ fn look(
 }
 
 /// Whether an image is there, as far as its length tells.
-fn is_whole(directory: &Shelf, disk: &catalog::Disk) -> bool {
+fn is_whole(directory: &Shelf, disk: &model::Disk) -> bool {
     match (directory.file_size(&disk.file), disk.length) {
         (Ok(length), Some(then)) => length == then,
         (Ok(length), None) => length > 0,

@@ -411,8 +411,9 @@ fn time_of(id: &str) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::{self, Kind, Manifest};
     use crate::domain::Bitmap;
+    use crate::model;
+    use crate::model::{Kind, Manifest};
 
     const IDS: [&str; 4] = [
         "20261123T055901Z-10ebf9b0",
@@ -448,12 +449,12 @@ mod tests {
     }
 
     fn backup(id: &str, name: Option<&str>, second: i64) -> Recorded {
-        let domain = catalog::Domain {
+        let domain = model::Domain {
             name: "web".into(),
             uuid: None,
         };
         let mut manifest = Manifest::new(Kind::Full, id.into(), 1, 0, domain, at(second), at(second));
-        manifest.checkpoint = name.map(|name| catalog::Checkpoint {
+        manifest.checkpoint = name.map(|name| model::Checkpoint {
             name: Some(name.into()),
             description: None,
         });

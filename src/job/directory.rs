@@ -10,11 +10,10 @@ use std::path::PathBuf;
 use super::manager::Setting;
 use super::record::domain_record;
 use super::{Error, watched};
-use crate::catalog::{
-    DirectoryState, DomainDir, DomainRecord, MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest, Used,
-};
+use crate::catalog::{DirectoryState, DomainRecord, Used};
 use crate::config::Store;
 use crate::domain::{Domain, Identity};
+use crate::model::{DomainDir, MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest};
 use crate::offload::Progress;
 use crate::target::{self, Shelf};
 

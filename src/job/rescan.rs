@@ -8,12 +8,10 @@ use super::manager::Setting;
 use super::mark::mark;
 use super::record::{domain_record, journal, to_text};
 use super::{DiskState, DiskStatus, Error, backup, watched};
-use crate::catalog::{
-    BackupRecord, DEFINITION_NAME, DomainDir, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, NewJob,
-    Starter, StoredBackup, Taken,
-};
-use crate::definition::{self, Definition, Format};
+use crate::catalog::{BackupRecord, NewJob, Starter, StoredBackup, Taken};
+use crate::definition::{self, Definition};
 use crate::domain::{Identity, NOBODY, Origin, Registry};
+use crate::model::{DEFINITION_NAME, DomainDir, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::offload::Progress;
 use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
 use crate::target::{self, BackupName, Replacement, Shelf};

@@ -7,9 +7,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Existing, Past};
-use crate::catalog::{Kind, Parent};
 use crate::definition::Position;
 use crate::domain::Disk;
+use crate::model::{Kind, Parent};
 
 /// The most images that it takes to read a backup's disk. Each is one more that can be damaged.
 pub const MAX_IMAGES: u32 = 32;

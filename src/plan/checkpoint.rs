@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{DiskPlan, Error};
-use crate::catalog::Checkpoint;
 use crate::config::Store;
-use crate::definition::{CheckpointDefinition, Format, Position};
+use crate::definition::{CheckpointDefinition, Position};
 use crate::domain::{Disk, DiskLookup, find_disk};
+use crate::model::{Checkpoint, Format};
 
 /// What a call wants of the checkpoint that its backup begins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,8 +4,8 @@ use std::fmt;
 
 use super::{Obstacle, Why};
 use crate::definition::Position;
-use crate::domain::Outside;
 use crate::error::Kind;
+use crate::model::Outside;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {

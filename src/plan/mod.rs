@@ -25,13 +25,12 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::catalog::{Checkpoint, DomainDir, Kind};
 use crate::config::{DEFAULT_STORE, Store};
 use crate::definition::{
-    BackupMode, CheckpointRef, Compression, Definition, DiskDefinition, Format, Position, Quiesce, StoreRef,
-    Target,
+    BackupMode, CheckpointRef, Definition, DiskDefinition, Position, Quiesce, StoreRef, Target,
 };
-use crate::domain::{Disk, DiskLookup, Outside, find_disk};
+use crate::domain::{Disk, DiskLookup, find_disk};
+use crate::model::{Checkpoint, Compression, DomainDir, Format, Kind, Outside};
 
 /// What a call says beside its document.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

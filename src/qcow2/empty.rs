@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use rustix::io::{Errno, Result};
 
 use super::header::{BACKING_FORMAT, END, MAGIC};
-use crate::definition::{Compression, Format};
+use crate::model::{Compression, Format};
 
 const VERSION: u32 = 3;
 /// With the type of compression, and up to a multiple of 8.

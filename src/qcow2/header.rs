@@ -4,8 +4,8 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
-use crate::definition::Format;
 use crate::error::shown;
+use crate::model::Format;
 
 pub(super) const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
 /// Of version 2; what has version 3 says its own.

@@ -4,7 +4,7 @@ use rustix::io::Errno;
 
 use super::lock::user_of_image;
 use super::{Around, Error, ImageLock, Media, Opener, Publication, Target, inside, is_in_use};
-use crate::definition::Format;
+use crate::model::Format;
 use crate::plan::{DiskPlan, Place, Task};
 
 /// qcow2's magic and where its header has the version and the virtual size, big-endian

@@ -7,7 +7,7 @@ use super::device::TargetId;
 use super::identity::FileId;
 use super::parents::Parents;
 use super::{BackupName, Error, Target, Targets, Writeback, block, file, store};
-use crate::definition::Format;
+use crate::model::Format;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
 
 /// What is there of a backup's places.
@@ -144,7 +144,8 @@ mod tests {
     use jiff::Timestamp;
 
     use super::*;
-    use crate::catalog::{self, DomainDir, Kind, MANIFEST_NAME, Manifest};
+    use crate::model;
+    use crate::model::{DomainDir, Kind, MANIFEST_NAME, Manifest};
     use crate::offload::Progress;
     use crate::plan::Task;
 
@@ -169,13 +170,13 @@ mod tests {
             service: uuid::Uuid::nil(),
         };
         if manifest {
-            let domain = catalog::Domain {
+            let domain = model::Domain {
                 name: "web".to_owned(),
                 uuid: None,
             };
             let now = Timestamp::UNIX_EPOCH;
             let mut manifest = Manifest::new(Kind::Full, ID.to_owned(), 1, 0, domain, now, now);
-            manifest.disks.push(catalog::Disk {
+            manifest.disks.push(model::Disk {
                 name: "vda".to_owned(),
                 file: "vda.raw".to_owned(),
                 format: Format::Raw,

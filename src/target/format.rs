@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 
 use super::{Error, Media, Target};
-use crate::definition::Format;
+use crate::model::Format;
 use crate::plan::{DiskPlan, Mode};
 use crate::qcow2::Empty;
 

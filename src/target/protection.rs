@@ -7,7 +7,7 @@ use rustix::io::Errno;
 
 use super::inventory::{Sharing, Shelf};
 use super::{BackupName, Error};
-use crate::catalog::PROTECTED_NAME;
+use crate::model::PROTECTED_NAME;
 
 /// Protects a backup, or no longer, durably. Blocks.
 pub fn protect(store: &Path, name: BackupName, protected: bool) -> Result<(), Error> {

@@ -12,8 +12,8 @@ use rustix::io::Errno;
 use super::inventory::{Held, Sharing, Shelf};
 use super::store::names_in;
 use super::{BackupName, Error, naming};
-use crate::catalog::{DEFINITION_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::fault::{self, Point};
+use crate::model::{DEFINITION_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::offload::Progress;
 
 /// What [`Stat::st_blocks`] counts in.

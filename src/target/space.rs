@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::format::empty_image;
 use super::{Error, Media, Target};
-use crate::definition::Format;
+use crate::model::Format;
 use crate::plan::{DiskPlan, Mode, Task};
 
 /// So many pages of an image are looked at, evenly spread over its data.

@@ -14,8 +14,8 @@ use super::identity::FileId;
 use super::inventory::{Shelf, read_file};
 use super::removal::{removed_name, sweep};
 use super::{BackupName, Error, Publication, Target, mark, naming};
-use crate::catalog::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::fault::{self, Point};
+use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::path::{self, Trust, check_trust, open_directory};
 
 const DIRECTORY_MODE: Mode = Mode::RWXU;

@@ -6,10 +6,10 @@
 use std::path::Path;
 
 use backupd::bus::options;
-use backupd::catalog::{Manifest, ManifestError};
 use backupd::config::{Config, DEFAULT_STORE};
 use backupd::definition::{self, CheckpointDefinition, Definition, Position};
 use backupd::domain::Content;
+use backupd::model::{Format, Manifest, ManifestError};
 use backupd::qcow2;
 use backupd::qmp::{LineTooLong, Lines, Message};
 use zbus::DBusError;
@@ -183,7 +183,7 @@ pub fn header(data: &[u8]) {
     let [has_backing, bytes @ ..] = data else { return };
     let expected = qcow2::Expected {
         virtual_size: 1 << 20,
-        backing: (has_backing % 2 == 1).then(|| ("../a/vda.qcow2".to_owned(), definition::Format::Qcow2)),
+        backing: (has_backing % 2 == 1).then(|| ("../a/vda.qcow2".to_owned(), Format::Qcow2)),
     };
     let image = rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC).expect("memory is a file");
     rustix::io::write(&image, bytes).expect("it is written to");

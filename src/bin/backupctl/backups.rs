@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use backupd::backups::{Stored, read_store};
-use backupd::catalog::Disk;
+use backupd::model::Disk;
 use serde_json::{Value, json};
 use zbus::OwnedObjectPath;
 

@@ -12,6 +12,7 @@ use crate::job::chain::checkpoint_name;
 use crate::job::error::Stopped;
 use crate::job::footprint::Footprint;
 use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown, blocking};
+use crate::model;
 use crate::offload::{self, Progress, unless_stalled};
 use crate::plan::{Destination, Place};
 use crate::target::{self, FileDigest, Targets};
@@ -178,8 +179,8 @@ impl Driver<'_> {
         self.name_all(
             targets,
             vec![
-                (catalog::MANIFEST_NAME, manifest),
-                (catalog::DEFINITION_NAME, document.into_bytes()),
+                (model::MANIFEST_NAME, manifest),
+                (model::DEFINITION_NAME, document.into_bytes()),
             ],
         )
         .await?;
@@ -354,11 +355,11 @@ fn manifest(
     digests: &[FileDigest],
     key: &catalog::Key,
 ) -> Result<Vec<u8>, Error> {
-    let domain = catalog::Domain {
+    let domain = model::Domain {
         name: job.domain.name.clone(),
         uuid: job.domain_uuid,
     };
-    let mut manifest = catalog::Manifest::new(
+    let mut manifest = model::Manifest::new(
         job.plan.kind(),
         job.backup_id.clone(),
         job.id,
@@ -383,7 +384,7 @@ fn manifest(
     manifest.not_in_backup = job.plan.outside.clone();
     let disks = job.plan.disks.iter().zip(digests).enumerate();
     let in_store = disks.filter_map(|(index, (disk, digest))| match &disk.place {
-        Place::InStore { file_name } => Some(catalog::Disk {
+        Place::InStore { file_name } => Some(model::Disk {
             name: disk.name.clone(),
             file: file_name.clone(),
             format: disk.format,

@@ -42,7 +42,7 @@ pub async fn restore(service: &Service, args: &Restore, json: bool, ask_password
     });
     let mut places = open_places(args, &wanted.collect::<Vec<_>>(), &backup.id)?;
     let mut formats = places.iter().map(|place| format(args, place));
-    let format = formats.next().unwrap_or(backupd::definition::Format::Qcow2);
+    let format = formats.next().unwrap_or(backupd::model::Format::Qcow2);
     if formats.any(|other| other != format) {
         let text = "files and devices together need one --format: without it they get different ones";
         return Err(Error::Usage(text.to_owned()));

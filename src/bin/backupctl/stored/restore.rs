@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use backupd::config::Deadlines;
-use backupd::definition::Format;
 use backupd::image::{self, Control, Output, Progress};
+use backupd::model::Format;
 use backupd::plan::DiskPlan;
 use backupd::target;
 use serde_json::json;

@@ -112,17 +112,17 @@ async fn follow(ours: tokio::net::UnixStream, steps: &[Step]) -> Seen {
                 .map(|schema| assert!(schema.command_takes("transaction", "properties"))),
             "add-fd" => {
                 let descriptor = OwnedFd::from(File::open("/dev/null").unwrap());
-                let added = client.execute_with_descriptor(name, arguments, descriptor);
+                let added = client.raw_with_descriptor(name, arguments, descriptor);
                 added.await.map(drop)
             }
-            _ => client.execute(name, arguments).await.map(drop),
+            _ => client.raw(name, arguments).await.map(drop),
         };
         match result {
             Ok(()) => seen.replies += 1,
             Err(error) => {
                 closed(&error);
                 // And so is every later one.
-                closed(&client.execute(name, json!({})).await.unwrap_err());
+                closed(&client.raw(name, json!({})).await.unwrap_err());
                 break;
             }
         }

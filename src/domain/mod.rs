@@ -343,10 +343,10 @@ impl Domain {
         }
     }
 
-    /// The process behind the monitor's socket, while it is connected.
+    /// The process behind the monitor, while it is connected; see [`crate::qmp::Monitor::process`].
     pub fn process(&self) -> Option<u32> {
         match &*self.phase.borrow() {
-            Phase::Up(link) => link.peer,
+            Phase::Up(link) => link.client.process(),
             Phase::Connecting | Phase::Down { .. } => None,
         }
     }

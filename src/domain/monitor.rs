@@ -7,7 +7,6 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +19,7 @@ use super::presence::Presence;
 use super::retry::{After, Retry};
 use super::{Disk, Domain, Migration, PATIENCE, Snapshot, State};
 use crate::names::IN_QEMU;
+use crate::qmp::block::JobEvent;
 use crate::qmp::{self, Client, Driver, Event, EventsError, Schema};
 use crate::quota::Quota;
 use crate::socket::{self, Dialer};
@@ -44,8 +44,6 @@ const MOST_SAID: usize = 256;
 pub struct Link {
     pub client: Client,
     pub schema: Schema,
-    /// The process that listens on the socket: QEMU, or who opened the socket for it.
-    pub peer: Option<u32>,
     /// Who pays for what is known of it, if that is a user.
     memory: Option<(Quota, u32)>,
     /// The VM's, as soon as QEMU was asked: it stays the same as long as QEMU runs.
@@ -157,14 +155,8 @@ impl ConnectError {
 
 async fn connect(monitor: &Dialer) -> Result<(Link, Driver), ConnectError> {
     let stream = monitor.connect(PATIENCE).await?;
-    let peer = peer(&stream);
     let (client, driver) = Client::open(stream, PATIENCE).await?;
-    Ok((Link::new(client, peer, None), driver))
-}
-
-pub(super) fn peer(stream: &UnixStream) -> Option<u32> {
-    let pid = stream.peer_cred().ok()?.pid()?;
-    u32::try_from(pid).ok().filter(|pid| *pid != 0)
+    Ok((Link::new(client, None), driver))
 }
 
 impl Link {
@@ -194,7 +186,7 @@ impl Link {
     pub async fn run_state(&self) -> qmp::Result<RunState> {
         let status = self
             .client
-            .query_within::<StatusReply>(PATIENCE, "query-status", json!({}));
+            .raw_query_within::<StatusReply>(PATIENCE, "query-status", json!({}));
         Ok(RunState(status.await?.status))
     }
 
@@ -202,7 +194,7 @@ impl Link {
     pub async fn resume_guest(&self) -> qmp::Result<()> {
         let resumed = self
             .client
-            .query_within::<serde_json::Value>(PATIENCE, "cont", json!({}));
+            .raw_query_within::<serde_json::Value>(PATIENCE, "cont", json!({}));
         resumed.await.map(drop)
     }
 
@@ -212,18 +204,17 @@ impl Link {
         }
         let reply = self
             .client
-            .query_within::<UuidReply>(PATIENCE, "query-uuid", json!({}));
+            .raw_query_within::<UuidReply>(PATIENCE, "query-uuid", json!({}));
         // QEMU answers the nil UUID where none was given.
         let uuid = Some(reply.await?.uuid).filter(|uuid| !uuid.is_nil());
         Ok(*self.uuid.get_or_init(|| uuid))
     }
 
-    pub(super) fn new(client: Client, peer: Option<u32>, memory: Option<(Quota, u32)>) -> Self {
+    pub(super) fn new(client: Client, memory: Option<(Quota, u32)>) -> Self {
         Self {
             client,
             memory,
             schema: Schema::default(),
-            peer,
             uuid: OnceLock::new(),
             kept_descriptors: Mutex::default(),
         }
@@ -292,7 +283,7 @@ async fn check_version(link: &Link) -> Result<(), String> {
         return Ok(());
     }
     let client = &link.client;
-    let version = client.query_within::<VersionReply>(PATIENCE, "query-version", json!({}));
+    let version = client.raw_query_within::<VersionReply>(PATIENCE, "query-version", json!({}));
     let Version { major, minor, micro } = version.await.map_err(|error| error.to_string())?.qemu;
     Err(format!(
         "QEMU {major}.{minor}.{micro} is too old: version {OLDEST} or later is needed"
@@ -301,16 +292,14 @@ async fn check_version(link: &Link) -> Result<(), String> {
 
 /// Events after which the state or the disks may be others (`qapi/run-state.json`, `qapi/qdev.json`, …).
 fn changes_something(event: &Event) -> bool {
-    let is_end = matches!(event.name.as_str(), "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED");
-    // The service's own jobs leave the disks as they are, and so does any backup.
-    let leaves_disks = || {
-        let data = event.data();
-        let is_own = data["device"]
-            .as_str()
-            .is_some_and(|job| job.starts_with(IN_QEMU));
-        is_own || data["type"] == "backup"
-    };
-    is_end && !leaves_disks() || is_change(&event.name)
+    match JobEvent::of(event) {
+        // The service's own jobs leave the disks as they are, and so does any backup.
+        Some(JobEvent::Completed(end) | JobEvent::Cancelled(end)) => {
+            !end.device.starts_with(IN_QEMU) && end.kind.as_deref() != Some("backup")
+        }
+        Some(JobEvent::StatusChange(_) | JobEvent::Error(_)) => false,
+        None => is_change(&event.name),
+    }
 }
 
 fn is_change(event: &str) -> bool {
@@ -326,6 +315,8 @@ fn is_change(event: &str) -> bool {
             | "GUEST_PANICKED"
             | "DEVICE_DELETED"
             | "DEVICE_TRAY_MOVED"
+            | "BLOCK_JOB_COMPLETED"
+            | "BLOCK_JOB_CANCELLED"
     )
 }
 
@@ -377,7 +368,7 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
     let client = &link.client;
     let (uuid, status) = tokio::try_join!(
         link.uuid(),
-        client.query_within::<StatusReply>(PATIENCE, "query-status", json!({})),
+        client.raw_query_within::<StatusReply>(PATIENCE, "query-status", json!({})),
     )?;
     let (drives, nodes, edges) = blocks(link).await?;
     let devices = Devices::of([
@@ -401,14 +392,15 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
 async fn blocks(link: &Link) -> qmp::Result<(Vec<BlockInfo>, Vec<Node>, Option<Edges>)> {
     let client = &link.client;
     // One after another: QEMU takes a while for each where there are thousands of nodes, and every answer is progress.
-    let drives = client.query_within::<Vec<BlockInfo>>(GRAPH_PATIENCE, "query-block", json!({}));
+    let drives = client.raw_query_within::<Vec<BlockInfo>>(GRAPH_PATIENCE, "query-block", json!({}));
     let drives = drives.await?;
     let flat = json!({ "flat": true });
-    let nodes = client.query_within::<Vec<Node>>(GRAPH_PATIENCE, "query-named-block-nodes", flat);
+    let nodes = client.raw_query_within::<Vec<Node>>(GRAPH_PATIENCE, "query-named-block-nodes", flat);
     let nodes = nodes.await?;
     let edges = match link.schema.has_command("x-debug-query-block-graph") {
         true => {
-            let edges = client.query_within::<Edges>(GRAPH_PATIENCE, "x-debug-query-block-graph", json!({}));
+            let edges =
+                client.raw_query_within::<Edges>(GRAPH_PATIENCE, "x-debug-query-block-graph", json!({}));
             Some(edges.await?)
         }
         false => None,
@@ -429,7 +421,7 @@ fn disks_of(
 
 async fn devices(client: &Client, path: &str) -> qmp::Result<Vec<Property>> {
     client
-        .query_within(PATIENCE, "qom-list", json!({ "path": path }))
+        .raw_query_within(PATIENCE, "qom-list", json!({ "path": path }))
         .await
 }
 

@@ -60,7 +60,7 @@ pub async fn let_go(link: &Link) -> qmp::Result<()> {
     if !owed {
         return Ok(());
     }
-    match link.client.execute("quit", json!({})).await {
+    match link.client.raw("quit", json!({})).await {
         // It was quicker than its answer.
         Err(qmp::Error::Closed(_)) => Ok(()),
         result => result.map(drop),
@@ -69,7 +69,7 @@ pub async fn let_go(link: &Link) -> qmp::Result<()> {
 
 async fn set_action(link: &Link, shutdown: &str) -> qmp::Result<()> {
     let action = json!({ "shutdown": shutdown });
-    link.client.execute("set-action", action).await.map(drop)
+    link.client.raw("set-action", action).await.map(drop)
 }
 
 #[derive(Deserialize)]
@@ -78,7 +78,7 @@ struct Status {
 }
 
 async fn run_state(link: &Link) -> qmp::Result<String> {
-    let status: Status = link.client.query("query-status", json!({})).await?;
+    let status: Status = link.client.raw_query("query-status", json!({})).await?;
     Ok(status.status)
 }
 
@@ -87,7 +87,7 @@ async fn ending(link: &Link) -> Option<Actions> {
     if !link.schema.command_takes("set-action", "shutdown") {
         return None;
     }
-    let pid = link.peer?;
+    let pid = link.client.process()?;
     // In /proc, yet it waits for a process that is busy with its memory.
     let read = tokio::task::spawn_blocking(move || command_line(pid));
     // It is gone, or not ours to see.

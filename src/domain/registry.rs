@@ -192,7 +192,6 @@ impl Registry {
             .try_clone()
             .map_err(|error| not_a_socket(name, error.to_string()))?;
         let stream = stream(name, socket)?;
-        let peer = monitor::peer(&stream);
         let bounds = Bounds {
             longest: LONGEST_LINE,
             turns: Some(self.turns_of(uid)),
@@ -218,7 +217,7 @@ impl Registry {
         let served = domain.clone();
         self.tasks.spawn(async move {
             let memory = Some((registry.memory.clone(), uid));
-            let (link, greeters) = (Link::new(client, peer, memory), registry.greeters.clone());
+            let (link, greeters) = (Link::new(client, memory), registry.greeters.clone());
             monitor::serve_once(served.clone(), link, driver, greeters, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
             // What is held is held until here: a backup may have kept the monitor after the domain had gone.

@@ -183,7 +183,7 @@ impl Engine {
 
     /// Runs a command that takes no time to speak of.
     pub async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
-        match self.client.query_within(PATIENCE, command, arguments).await {
+        match self.client.raw_query_within(PATIENCE, command, arguments).await {
             Ok(reply) => Ok(reply),
             Err(error) => Err(self.explain(error).await),
         }

@@ -296,7 +296,7 @@ async fn run(
     let was_written = target.written.swap(true, Ordering::Relaxed);
     if let Err(error) = engine
         .client()
-        .query_within::<Value>(PATIENCE, command, arguments)
+        .raw_query_within::<Value>(PATIENCE, command, arguments)
         .await
     {
         // A command that QEMU refuses has not begun: "Failed to get write lock" is the disk of a running VM.
@@ -307,7 +307,11 @@ async fn run(
     }
     let mut finishing = false;
     loop {
-        let jobs = match engine.client().query::<Vec<Job>>("query-jobs", json!({})).await {
+        let jobs = match engine
+            .client()
+            .raw_query::<Vec<Job>>("query-jobs", json!({}))
+            .await
+        {
             Ok(jobs) => jobs,
             Err(error) => return Err(engine.explain(error).await),
         };

@@ -149,7 +149,7 @@ impl Footprint {
         };
         for (index, disk) in disks {
             let actions = sentinel::checkpoint(disk, &checkpoint_name(&job.backup_id, index), &marks);
-            if let Err(error) = self.client().execute("transaction", actions).await {
+            if let Err(error) = self.client().raw("transaction", actions).await {
                 without_checkpoint(job, disk, error)?;
             }
         }
@@ -238,7 +238,7 @@ async fn settle_disks(link: &Link, domain: &Domain, disks: &[Disk], setting: &Se
         let cleared = disk.has_snapshots && domain.checkpoints == CheckpointPolicy::Auto;
         for name in unwanted(disk, cleared, &uses, &setting.stores) {
             let actions = json!({ "actions": removal(disk, name) });
-            match link.client.execute("transaction", actions).await {
+            match link.client.raw("transaction", actions).await {
                 // A block job of somebody's reads it just now, or it is gone already.
                 Err(error) if error.is_refusal() => {
                     tracing::info!(disk = disk.name, %error, "a checkpoint is removed later");

@@ -298,7 +298,7 @@ fn existing(checkpoints: &[Checkpoint]) -> Vec<Existing> {
 /// All of it or nothing, and on all disks at one instant.
 async fn transaction(link: &Link, actions: Vec<Value>, setting: &Setting) -> Result<(), Error> {
     let patience = setting.deadlines.stall();
-    let done = link.client.execute("transaction", json!({ "actions": actions }));
+    let done = link.client.raw("transaction", json!({ "actions": actions }));
     match tokio::time::timeout(patience, done).await {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) => Err(Error::Bitmaps(error)),

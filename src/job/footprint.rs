@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 
 use super::latency::Histogram;
 use super::manager::Setting;
-use super::track::JobInfo;
 use super::{Error, Job};
 use crate::domain::{Disk, Domain, Link};
 use crate::model::Format;
 use crate::names::IN_QEMU;
 use crate::plan::DiskPlan;
-use crate::qmp::{self, Client, Events, EventsError};
+use crate::qmp::block::{JobEvent, JobInfo, JobStatus, QueryJobs};
+use crate::qmp::{self, Client, Event, Events, EventsError};
 use crate::target::{Media, Target};
 
 /// The names of one job's things in QEMU. Node names have at most 31 bytes.
@@ -207,18 +207,18 @@ impl Footprint {
         for (target, disk) in targets.iter().zip(disks) {
             let node = json!({ "driver": "null-co", "node-name": target, "size": disk.virtual_size });
             client
-                .execute("blockdev-add", node)
+                .raw("blockdev-add", node)
                 .await
                 .map_err(Error::Transaction)?;
         }
         // Fails when all before it have been prepared.
         actions.push(json!({ "type": "abort", "data": {} }));
         // Not grouped, which later versions do not have for that action: no job of it begins.
-        let refused = client.execute("transaction", json!({ "actions": actions })).await;
+        let refused = client.raw("transaction", json!({ "actions": actions })).await;
         for target in targets {
             let node = json!({ "node-name": target });
             client
-                .execute("blockdev-del", node)
+                .raw("blockdev-del", node)
                 .await
                 .map_err(Error::Transaction)?;
         }
@@ -261,9 +261,7 @@ impl Footprint {
         })?;
         let arguments = json!({ "opaque": self.names.block_job(index) });
         let link = self.link();
-        let added = link
-            .client
-            .execute_with_descriptor("add-fd", arguments, descriptor);
+        let added = link.client.raw_with_descriptor("add-fd", arguments, descriptor);
         let added = added.await.map_err(prepare)?;
         let set = added.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| {
             prepare(qmp::Error::UnexpectedReply {
@@ -298,7 +296,7 @@ impl Footprint {
     }
 
     async fn prepare(&self, target: &Target, command: &str, arguments: Value) -> Result<(), Error> {
-        let done = self.client().execute(command, arguments).await;
+        let done = self.client().raw(command, arguments).await;
         done.map(drop).map_err(|source| Error::Prepare {
             disk: target.disk.clone(),
             source,
@@ -311,7 +309,7 @@ impl Footprint {
     pub async fn check_headers(&self, disks: &[DiskPlan]) -> Result<(), Error> {
         let nodes: Vec<Opened> = self
             .client()
-            .query("query-named-block-nodes", json!({ "flat": true }))
+            .raw_query("query-named-block-nodes", json!({ "flat": true }))
             .await
             .map_err(Error::Lost)?;
         let foreign: BTreeSet<String> = nodes.into_iter().filter_map(Opened::with_data_file).collect();
@@ -325,17 +323,19 @@ impl Footprint {
     }
 
     /// Waits for the event that a job has one of these statuses. `events` are from before the command that leads there.
-    pub(super) async fn becomes(&self, events: &mut Events, job: &str, statuses: &[&str]) -> qmp::Result<()> {
+    pub(super) async fn becomes(
+        &self,
+        events: &mut Events,
+        job: &str,
+        statuses: &[JobStatus],
+    ) -> qmp::Result<()> {
         loop {
             match events.next().await {
-                Ok(event) if event.name == "JOB_STATUS_CHANGE" => {
-                    let data = event.data();
-                    let has = |status: &&str| data["status"] == **status;
-                    if data["id"] == job && statuses.iter().any(has) {
+                Ok(event) => {
+                    if changed(&event, job).is_some_and(|status| statuses.contains(&status)) {
                         return Ok(());
                     }
                 }
-                Ok(_) => {}
                 Err(EventsError::Missed | EventsError::Closed) => {
                     return self.reached(events, job, statuses).await.map(drop);
                 }
@@ -348,18 +348,18 @@ impl Footprint {
         &self,
         events: &mut Events,
         job: &str,
-        statuses: &[&str],
+        statuses: &[JobStatus],
     ) -> qmp::Result<Option<JobInfo>> {
         loop {
             let infos = self.query_jobs().await?;
             match infos.into_iter().find(|info| info.id == job) {
-                Some(info) if statuses.contains(&info.status.as_str()) => return Ok(Some(info)),
+                Some(info) if statuses.contains(&info.status) => return Ok(Some(info)),
                 Some(_) => {}
                 None => return Ok(None),
             }
             loop {
                 match events.next().await {
-                    Ok(event) if event.name == "JOB_STATUS_CHANGE" && event.data()["id"] == job => break,
+                    Ok(event) if changed(&event, job).is_some() => break,
                     Ok(_) => {}
                     // The query tells what happened, or that the connection is gone.
                     Err(EventsError::Missed | EventsError::Closed) => break,
@@ -374,12 +374,19 @@ impl Footprint {
     }
 
     pub async fn query_jobs_within(&self, patience: Duration) -> qmp::Result<Vec<JobInfo>> {
-        let client = self.client();
-        client.query_within(patience, "query-jobs", json!({})).await
+        self.client().execute_within(patience, QueryJobs {}).await
     }
 
     pub async fn query_jobs(&self) -> qmp::Result<Vec<JobInfo>> {
-        self.client().query("query-jobs", json!({})).await
+        self.client().execute(QueryJobs {}).await
+    }
+}
+
+/// The job's new status, if the event says that.
+fn changed(event: &Event, job: &str) -> Option<JobStatus> {
+    match JobEvent::of(event)? {
+        JobEvent::StatusChange(change) if change.id == job => Some(change.status),
+        _ => None,
     }
 }
 

@@ -13,10 +13,10 @@ use serde_json::{Value, json};
 
 use super::Error;
 use super::footprint::Footprint;
-use super::track::JobInfo;
 use super::zeroes::Part;
 use crate::domain::poweroff;
 use crate::qmp;
+use crate::qmp::block::{JobCancel, JobDismiss, JobInfo, JobStatus};
 use crate::target::WIPED_HEAD;
 
 /// How long QEMU may take to end a cancelled job when it is only looked at, not listened to.
@@ -89,7 +89,7 @@ impl Footprint {
 
     async fn all_done(&self, commands: impl Iterator<Item = (&'static str, Value)>) -> qmp::Result<bool> {
         for (command, arguments) in commands {
-            match self.client().execute(command, arguments).await {
+            match self.client().raw(command, arguments).await {
                 Err(error) if error.is_refusal() => return Ok(false),
                 result => drop(result?),
             }
@@ -118,7 +118,7 @@ impl Footprint {
         let link = self.link();
         for set in &sets {
             let arguments = json!({ "fdset-id": set });
-            link.client.execute("remove-fd", arguments).await?;
+            link.client.raw("remove-fd", arguments).await?;
         }
         let left = self.query_descriptors().await?;
         let left = left
@@ -165,7 +165,7 @@ impl Footprint {
                 }
                 Some(_) => {
                     let arguments = json!({ "node-name": file, "size": 0 });
-                    self.client().execute("block_resize", arguments).await?;
+                    self.client().raw("block_resize", arguments).await?;
                 }
                 None => {}
             }
@@ -256,7 +256,7 @@ impl Footprint {
     async fn drivers(&self) -> qmp::Result<BTreeMap<String, String>> {
         let nodes: Vec<Node> = self
             .client()
-            .query("query-named-block-nodes", json!({ "flat": true }))
+            .raw_query("query-named-block-nodes", json!({ "flat": true }))
             .await?;
         let nodes = nodes.into_iter().map(|node| (node.node_name, node.drv));
         Ok(nodes.filter(|(name, _)| self.names.own(name)).collect())
@@ -265,7 +265,7 @@ impl Footprint {
     async fn delete(&self, nodes: impl Iterator<Item = String>) -> qmp::Result<()> {
         for node in nodes {
             self.client()
-                .execute("blockdev-del", json!({ "node-name": node }))
+                .raw("blockdev-del", json!({ "node-name": node }))
                 .await?;
         }
         Ok(())
@@ -286,7 +286,7 @@ impl Footprint {
         let sets = self.query_descriptors().await?;
         let removals = sets.iter().filter(|set| ours(set)).map(|set| {
             let arguments = json!({ "fdset-id": set.fdset_id });
-            link.client.execute("remove-fd", arguments)
+            link.client.raw("remove-fd", arguments)
         });
         // All at once: what had to be left can be as many as there were backups.
         try_join_all(removals).await?;
@@ -297,7 +297,7 @@ impl Footprint {
     }
 
     async fn query_descriptors(&self) -> qmp::Result<Vec<FdsetInfo>> {
-        self.client().query("query-fdsets", json!({})).await
+        self.client().raw_query("query-fdsets", json!({})).await
     }
 
     async fn own_jobs(&self) -> qmp::Result<Vec<JobInfo>> {
@@ -317,17 +317,18 @@ impl Footprint {
                 return Ok(());
             }
             for info in &own {
-                let (command, arguments) = match info.status.as_str() {
-                    "concluded" => ("job-dismiss", json!({ "id": info.id })),
-                    _ => ("job-cancel", json!({ "id": info.id })),
+                let (client, id) = (self.client(), info.id.as_str());
+                let done = match info.status {
+                    JobStatus::Concluded => client.execute(JobDismiss { id }).await,
+                    _ => client.execute(JobCancel { id }).await,
                 };
-                match self.client().execute(command, arguments).await {
+                match done {
                     // It went on meanwhile; the next look tells.
                     Err(error) if error.is_refusal() => {}
                     result => drop(result?),
                 }
             }
-            if own.iter().any(|info| info.status != "concluded") {
+            if own.iter().any(|info| info.status != JobStatus::Concluded) {
                 tokio::time::sleep(POLL).await;
             }
         }
@@ -337,5 +338,5 @@ impl Footprint {
 /// Whether a job does something that it did not do when it was looked at before, or nothing that could hang.
 fn moves(job: &JobInfo, before: &[JobInfo]) -> bool {
     let then = before.iter().find(|then| then.id == job.id);
-    job.status != "running" || then.is_some_and(|then| then.current_progress != job.current_progress)
+    job.status != JobStatus::Running || then.is_some_and(|then| then.current_progress != job.current_progress)
 }

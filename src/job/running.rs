@@ -12,9 +12,10 @@ use super::latency::Latency;
 use super::progress::{Meter, share};
 use super::scan::Scan;
 use super::stall::Stall;
-use super::track::{JobInfo, Phase, Tracker, Verdict};
+use super::track::{Phase, Tracker, Verdict};
 use super::{DiskState, Error, Job, State};
 use crate::clock;
+use crate::qmp::block::{JobEvent, JobInfo, JobStatus};
 use crate::qmp::{self, Events, EventsError};
 
 /// How often the progress is asked for while somebody looks, and while nobody does.
@@ -133,7 +134,9 @@ impl<'a> Running<'a> {
     /// Whether there was progress since so many bytes were done. A job that another client has paused need not make any.
     fn take_progress(&mut self, before: u64, infos: &[JobInfo]) {
         let ours = |id: &str| self.tracker.jobs().iter().any(|job| job.job == id);
-        let paused = infos.iter().any(|info| info.status == "paused" && ours(&info.id));
+        let paused = infos
+            .iter()
+            .any(|info| info.status == JobStatus::Paused && ours(&info.id));
         if self.tracker.done() != before || paused {
             self.stall.moved(Instant::now());
         }
@@ -166,7 +169,7 @@ impl<'a> Running<'a> {
             tokio::select! {
                 event = events.next() => match event {
                     Ok(event) => {
-                        if self.tracker.event(&event) {
+                        if JobEvent::of(&event).is_some_and(|event| self.tracker.event(&event)) {
                             self.stall.moved(Instant::now());
                             self.show();
                         }
@@ -235,7 +238,9 @@ impl<'a> Running<'a> {
         };
         // What QEMU said before it answered says more than the answer.
         while let Some(event) = events.next_now() {
-            self.tracker.event(&event);
+            if let Some(event) = JobEvent::of(&event) {
+                self.tracker.event(&event);
+            }
         }
         let before = self.tracker.done();
         self.tracker.query(&infos);
@@ -356,7 +361,7 @@ impl<'a> Running<'a> {
     /// Has QEMU do something with a job.
     async fn tell(&self, command: &str, arguments: serde_json::Value) -> Result<Told, Stopped> {
         let client = self.footprint.client();
-        match tokio::time::timeout(ANSWER, client.execute(command, arguments)).await {
+        match tokio::time::timeout(ANSWER, client.raw(command, arguments)).await {
             Err(_) => Ok(Told::Silent),
             Ok(Err(error)) if error.is_refusal() => Ok(Told::Ended),
             Ok(result) => Ok(result.map(|_| Told::Done)?),

@@ -114,7 +114,7 @@ impl Footprint {
     async fn are_marked(&self, marks: &Marks) -> qmp::Result<bool> {
         let client = self.client();
         let nodes: Vec<Marked> = client
-            .query("query-named-block-nodes", json!({ "flat": true }))
+            .raw_query("query-named-block-nodes", json!({ "flat": true }))
             .await?;
         let is_set = |node: &Marked| node.bitmaps.iter().any(|bitmap| bitmap.count > 0);
         let set: BTreeSet<String> = nodes
@@ -130,9 +130,9 @@ impl Footprint {
         let (client, mark) = (self.client(), self.names.mark(index));
         // Zeroes are written over what is not known to be zero: less would not be written at all.
         let node = json!({ "driver": "null-co", "node-name": mark, "size": size, "read-zeroes": false });
-        client.execute("blockdev-add", node).await?;
+        client.raw("blockdev-add", node).await?;
         let bitmap = json!({ "node": mark, "name": MARK, "granularity": GRANULARITY });
-        client.execute("block-dirty-bitmap-add", bitmap).await?;
+        client.raw("block-dirty-bitmap-add", bitmap).await?;
         let part = Part {
             node: &mark,
             offset,
@@ -145,7 +145,7 @@ impl Footprint {
     pub(super) async fn forget_marks(&self, marks: Marks) -> qmp::Result<()> {
         for mark in marks.into_values() {
             let arguments = json!({ "node-name": mark });
-            self.client().execute("blockdev-del", arguments).await?;
+            self.client().raw("blockdev-del", arguments).await?;
         }
         Ok(())
     }

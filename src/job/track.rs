@@ -3,24 +3,7 @@
 //! Pure. In a grouped transaction QEMU ends all jobs together: success is a COMPLETED for each; when one fails, the
 //! others are CANCELLED first and the failing one COMPLETED with an error last; when one is cancelled, all are.
 
-use serde::Deserialize;
-use serde_json::Value;
-
-use crate::qmp::{self, Event};
-
-/// An entry of `query-jobs`.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct JobInfo {
-    pub id: String,
-    pub status: String,
-    #[serde(default)]
-    pub current_progress: u64,
-    #[serde(default)]
-    pub total_progress: u64,
-    #[serde(default, deserialize_with = "qmp::words")]
-    pub error: Option<String>,
-}
+use crate::qmp::block::{BlockJobEnd, JobEvent, JobInfo, JobStatus};
 
 /// Characters that are kept of why a disk's job failed, and of the word for what it did: a job can have 256 disks, and all of that
 /// is on record. QEMU's own are the C library's few words for an error number.
@@ -94,42 +77,34 @@ impl Tracker {
     }
 
     /// Takes an event in; true if it changed something.
-    pub fn event(&mut self, event: &Event) -> bool {
-        let data = event.data();
-        let text = |key: &str| data.get(key).and_then(Value::as_str);
-        let id = if event.name.starts_with("BLOCK_JOB_") {
-            text("device")
-        } else {
-            text("id")
-        };
-        let Some(job) = id.and_then(|id| self.0.iter_mut().find(|job| job.job == id)) else {
+    pub fn event(&mut self, event: &JobEvent) -> bool {
+        let Some(job) = self.0.iter_mut().find(|job| job.job == event.job()) else {
             return false;
         };
-        match event.name.as_str() {
-            "BLOCK_JOB_COMPLETED" => {
-                job.progress(&data);
-                job.verdict = Some(match text("error") {
+        match event {
+            JobEvent::Completed(end) => {
+                job.progress(end);
+                job.verdict = Some(match &end.error {
                     None => Verdict::Completed,
                     Some(message) => job.failed(message),
                 });
             }
-            "BLOCK_JOB_CANCELLED" => {
-                job.progress(&data);
+            JobEvent::Cancelled(end) => {
+                job.progress(end);
                 job.verdict = Some(Verdict::Cancelled);
             }
-            "BLOCK_JOB_ERROR" => {
-                let operation = text("operation");
+            JobEvent::Error(error) => {
+                let operation = error.operation.as_ref();
                 job.operation = operation.map(|text| text.chars().take(MOST_OF_OPERATION).collect());
             }
-            "JOB_STATUS_CHANGE" => match text("status") {
-                Some("waiting" | "pending") => {
+            JobEvent::StatusChange(change) => match change.status {
+                JobStatus::Waiting | JobStatus::Pending => {
                     job.phase = Phase::Waiting;
                     job.done = job.total;
                 }
-                Some("concluded") => job.phase = Phase::Concluded,
+                JobStatus::Concluded => job.phase = Phase::Concluded,
                 _ => return false,
             },
-            _ => return false,
         }
         true
     }
@@ -145,9 +120,9 @@ impl Tracker {
                 job.done = info.current_progress.min(info.total_progress);
                 job.total = info.total_progress;
             }
-            match info.status.as_str() {
-                "waiting" | "pending" => job.phase = Phase::Waiting,
-                "concluded" => {
+            match info.status {
+                JobStatus::Waiting | JobStatus::Pending => job.phase = Phase::Waiting,
+                JobStatus::Concluded => {
                     job.phase = Phase::Concluded;
                     if job.verdict.is_none() {
                         job.verdict = Some(match info.error.as_deref() {
@@ -180,9 +155,8 @@ impl Tracked {
         }
     }
 
-    fn progress(&mut self, data: &Value) {
-        let number = |key| data.get(key).and_then(Value::as_u64);
-        if let (Some(total), Some(done)) = (number("len"), number("offset")) {
+    fn progress(&mut self, end: &BlockJobEnd) {
+        if let (Some(total), Some(done)) = (end.len, end.offset) {
             self.total = total;
             self.done = done.min(total);
         }
@@ -192,22 +166,39 @@ impl Tracked {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::qmp::block::{BlockJobError, JobStatusChange};
 
     fn tracker() -> Tracker {
         Tracker::new([("a".into(), 10), ("b".into(), 20)])
     }
 
-    fn event(name: &str, data: Value) -> Event {
-        Event::for_test(name, &data)
+    fn status(id: &str, status: JobStatus) -> JobEvent {
+        JobEvent::StatusChange(JobStatusChange {
+            id: id.into(),
+            status,
+        })
+    }
+
+    fn end(id: &str) -> BlockJobEnd {
+        BlockJobEnd {
+            device: id.into(),
+            ..BlockJobEnd::default()
+        }
+    }
+
+    fn info(id: &str, error: Option<&str>) -> JobInfo {
+        JobInfo {
+            id: id.into(),
+            status: JobStatus::Concluded,
+            current_progress: 5,
+            total_progress: 10,
+            error: error.map(str::to_owned),
+        }
     }
 
     fn conclude(tracker: &mut Tracker) {
         for id in ["a", "b"] {
-            tracker.event(&event(
-                "JOB_STATUS_CHANGE",
-                json!({ "id": id, "status": "concluded" }),
-            ));
+            tracker.event(&status(id, JobStatus::Concluded));
         }
         assert!(tracker.all_concluded());
     }
@@ -215,19 +206,17 @@ mod tests {
     #[test]
     fn a_disk_that_copied_all_is_cancelled_with_the_others() {
         let mut tracker = tracker();
-        tracker.event(&event(
-            "JOB_STATUS_CHANGE",
-            json!({ "id": "a", "status": "waiting" }),
-        ));
+        tracker.event(&status("a", JobStatus::Waiting));
         assert_eq!(
             (tracker.jobs()[0].phase, tracker.jobs()[0].done),
             (Phase::Waiting, 10)
         );
         for id in ["a", "b"] {
-            tracker.event(&event(
-                "BLOCK_JOB_CANCELLED",
-                json!({ "device": id, "len": 10, "offset": 10 }),
-            ));
+            tracker.event(&JobEvent::Cancelled(BlockJobEnd {
+                len: Some(10),
+                offset: Some(10),
+                ..end(id)
+            }));
         }
         conclude(&mut tracker);
         assert_eq!(tracker.verdicts(), [Verdict::Cancelled, Verdict::Cancelled]);
@@ -236,15 +225,15 @@ mod tests {
     #[test]
     fn a_failure_has_its_operation_and_the_others_are_cancelled() {
         let mut tracker = tracker();
-        tracker.event(&event(
-            "BLOCK_JOB_ERROR",
-            json!({ "device": "b", "operation": "write", "action": "report" }),
-        ));
-        tracker.event(&event("BLOCK_JOB_CANCELLED", json!({ "device": "a" })));
-        tracker.event(&event(
-            "BLOCK_JOB_COMPLETED",
-            json!({ "device": "b", "error": "No space left on device" }),
-        ));
+        tracker.event(&JobEvent::Error(BlockJobError {
+            device: "b".into(),
+            operation: Some("write".into()),
+        }));
+        tracker.event(&JobEvent::Cancelled(end("a")));
+        tracker.event(&JobEvent::Completed(BlockJobEnd {
+            error: Some("No space left on device".into()),
+            ..end("b")
+        }));
         conclude(&mut tracker);
         let failed = Verdict::Failed {
             operation: "write".into(),
@@ -256,13 +245,6 @@ mod tests {
     #[test]
     fn missed_events_are_made_up_for_by_asking() {
         let mut tracker = tracker();
-        let info = |id: &str, error: Option<&str>| JobInfo {
-            id: id.into(),
-            status: "concluded".into(),
-            current_progress: 5,
-            total_progress: 10,
-            error: error.map(str::to_owned),
-        };
         tracker.query(&[
             info("a", Some(CANCELED)),
             info("b", Some("Input/output error")),
@@ -278,12 +260,10 @@ mod tests {
     #[test]
     fn numbers_and_words_that_no_qemu_says_are_bounded() {
         let mut tracker = tracker();
-        let infos = ["a", "b"].map(|id| {
-            let info = json!({
-                "id": id, "status": "concluded", "error": "x".repeat(1 << 20),
-                "current-progress": u64::MAX, "total-progress": u64::MAX,
-            });
-            serde_json::from_value(info).unwrap()
+        let infos = ["a", "b"].map(|id| JobInfo {
+            current_progress: u64::MAX,
+            total_progress: u64::MAX,
+            ..info(id, Some(&"x".repeat(1 << 20)))
         });
         tracker.query(&infos);
         assert_eq!((tracker.done(), tracker.total()), (u64::MAX, u64::MAX));
@@ -293,11 +273,9 @@ mod tests {
     }
 
     #[test]
-    fn jobs_of_others_and_unknown_events_change_nothing() {
+    fn jobs_of_others_change_nothing() {
         let mut tracker = tracker();
-        assert!(!tracker.event(&event("BLOCK_JOB_CANCELLED", json!({ "device": "other" }))));
-        assert!(!tracker.event(&event("BLOCK_JOB_READY", json!({ "device": "a" }))));
-        assert!(!tracker.event(&event("SOMETHING_NEW", json!({ "id": "a" }))));
+        assert!(!tracker.event(&JobEvent::Cancelled(end("other"))));
         assert_eq!(tracker.verdicts(), [Verdict::Unknown, Verdict::Unknown]);
     }
 }

@@ -1,9 +1,11 @@
 //! Zeroes that QEMU writes into a part of a node, without a guest: a mirror job copies them from a node that reads as zeroes.
 
-use serde_json::{Value, json};
-
 use super::footprint::Footprint;
 use crate::qmp;
+use crate::qmp::block::{
+    BlockdevAdd, BlockdevDel, BlockdevMirror, BlockdevOptions, Driver, JobCancel, JobDismiss, JobStatus,
+    MirrorSync,
+};
 
 /// A part of a node, in bytes.
 pub(super) struct Part<'a> {
@@ -23,34 +25,45 @@ impl Footprint {
             names.mark_job(index),
         );
         let client = self.client();
-        let execute =
-            async |command: &str, arguments: Value| client.execute(command, arguments).await.map(drop);
-        let node = json!({
-            "driver": "raw", "node-name": slice, "file": part.node, "offset": part.offset, "size": part.length,
-        });
-        execute("blockdev-add", node).await?;
-        let node = json!({
-            "driver": "null-co", "node-name": source, "size": part.length, "read-zeroes": true,
-        });
-        execute("blockdev-add", node).await?;
+        let zeroes = Driver::NullCo {
+            size: part.length,
+            read_zeroes: Some(true),
+        };
+        let part = Driver::Raw {
+            file: part.node.to_owned().into(),
+            offset: Some(part.offset),
+            size: Some(part.length),
+        };
+        for (node, driver) in [(&slice, part), (&source, zeroes)] {
+            let node = BlockdevOptions::named(node, driver);
+            client.execute(BlockdevAdd(node)).await?;
+        }
         // It is no backup job, because those warn in QEMU's log of targets without clusters.
         let mut events = client.events();
-        let mirror = json!({
-            "job-id": job, "device": source, "target": slice, "sync": "full", "auto-dismiss": false,
-        });
-        execute("blockdev-mirror", mirror).await?;
-        self.becomes(&mut events, &job, &["ready", "concluded"]).await?;
-        match execute("job-cancel", json!({ "id": job })).await {
+        let mirror = BlockdevMirror {
+            job_id: &job,
+            device: &source,
+            target: &slice,
+            sync: MirrorSync::Full,
+            auto_dismiss: false,
+            on_source_error: None,
+            on_target_error: None,
+        };
+        client.execute(mirror).await?;
+        let ended = [JobStatus::Concluded];
+        self.becomes(&mut events, &job, &[JobStatus::Ready, JobStatus::Concluded])
+            .await?;
+        match client.execute(JobCancel { id: &job }).await {
             // It has ended by itself: what it wrote will be looked at.
-            Err(error) if error.is_refusal() => drop(self.reached(&mut events, &job, &["concluded"]).await?),
+            Err(error) if error.is_refusal() => drop(self.reached(&mut events, &job, &ended).await?),
             result => {
                 result?;
-                self.becomes(&mut events, &job, &["concluded"]).await?;
+                self.becomes(&mut events, &job, &ended).await?;
             }
         }
-        execute("job-dismiss", json!({ "id": job })).await?;
-        for node in [slice, source] {
-            execute("blockdev-del", json!({ "node-name": node })).await?;
+        client.execute(JobDismiss { id: &job }).await?;
+        for node_name in [&slice, &source] {
+            client.execute(BlockdevDel { node_name }).await?;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
-use super::client::read_line;
+use super::connection::read_line;
 use super::message::{Refusal, parse};
 use super::wire::{MAX_LINE, Wire};
 use super::{Error, Result};

@@ -12,8 +12,9 @@ use serde_json::value::RawValue;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::client::CLOSED;
+use super::connection::CLOSED;
 use super::message::{Event, Message, Refusal};
+use super::monitor::Reply;
 use super::wire::{MAX_LINE, Wire, WireError};
 
 /// Commands without a reply, and bytes of commands that the peer has not read, beyond which no other is sent. A backup of
@@ -52,15 +53,7 @@ const SHORT: usize = 256 << 10;
 /// How long a turn is waited for, and lasts.
 const TURN: Duration = Duration::from_secs(30);
 
-type Turn = Arc<OwnedSemaphorePermit>;
-
-/// A reply as it came: who asked knows what to read it as, and some are large.
-#[derive(Debug)]
-pub(super) struct Reply {
-    pub text: Box<RawValue>,
-    /// Lasts as long as the text does.
-    _turn: Option<Turn>,
-}
+pub(super) type Turn = Arc<OwnedSemaphorePermit>;
 
 pub(super) type Answer = std::result::Result<Reply, Failure>;
 

@@ -3,6 +3,7 @@
 //! A peer may say anything within a line's length. So only what its kind of message needs is read, and what is kept or
 //! passed on is bounded: a line that JSON's values would take many times over in memory stays the text that it is.
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -36,10 +37,14 @@ impl Event {
         }
     }
 
-    /// What the event says; null if that is nothing, or more than any event that is waited for.
+    /// The event's data as `T`; nothing if it is something else, or longer than any event that is waited for.
+    pub(super) fn read<T: DeserializeOwned>(&self) -> Option<T> {
+        serde_json::from_str(self.data.as_ref()?.get()).ok()
+    }
+
+    /// The event's data; null if there is none, or more than any event that is waited for has.
     pub fn data(&self) -> Value {
-        let data = self.data.as_ref().map(|data| serde_json::from_str(data.get()));
-        data.and_then(std::result::Result::ok).unwrap_or_default()
+        self.read().unwrap_or_default()
     }
 }
 

@@ -1,26 +1,35 @@
 //! The QEMU Machine Protocol: JSON lines on a UNIX stream socket, with file descriptors beside them.
 //!
-//! This module knows the protocol and nothing about backups or domains; nobody outside it sees JSON on a
-//! socket. [`Client::open`] does the greeting and gives two halves: a [`Client`] that is cloned freely, and a
-//! [`Driver`] that owns the socket and runs until the peer closes, the peer breaks the protocol, or the last
-//! client is dropped. The code that opens the connection owns the driver and decides where it runs.
+//! This module knows the protocol and nothing about backups or domains; no code outside it writes or reads a command's
+//! JSON. A [`Client`] executes typed commands over a [`Monitor`], which is a way to reach one QEMU. [`Client::open`] makes
+//! one of a socket: it does the greeting and gives a client, which is cloned freely, and a [`Driver`] that owns the socket
+//! and runs until the peer closes, the peer breaks the protocol, or the last client is dropped. The code that opens the
+//! connection owns the driver and decides where it runs.
 //!
 //! Source of the rules: QEMU's `docs/interop/qmp-spec` and `qapi/*.json`.
 
 mod agent;
+pub mod block;
 mod client;
+mod command;
+mod connection;
 mod driver;
+mod events;
 mod lines;
 mod message;
+mod monitor;
 mod receive;
 mod schema;
 mod wire;
 
 pub use agent::Agent;
-pub use client::{Client, Events, EventsError};
+pub use client::Client;
+pub use command::{Command, Done};
 pub use driver::{Bounds, Driver};
+pub use events::{Events, EventsError};
 pub use lines::{LineTooLong, Lines};
 pub use message::{Event, Message, Refusal, words};
+pub use monitor::{Call, Monitor, Reply};
 pub use schema::Schema;
 pub use wire::MAX_LINE;
 

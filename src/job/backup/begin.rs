@@ -138,7 +138,7 @@ impl Driver<'_> {
         let written: Vec<bool> = targets.iter().map(Target::mark_written).collect();
         let client = footprint.client();
         let starting = async {
-            let started = tokio::time::timeout(patience, client.execute("transaction", transaction)).await;
+            let started = tokio::time::timeout(patience, client.raw("transaction", transaction)).await;
             (started, now())
         };
         tokio::pin!(starting);

@@ -200,7 +200,7 @@ impl Reading {
 impl Footprint {
     pub async fn query_devices(&self) -> qmp::Result<Vec<Device>> {
         self.client()
-            .query_within(ANSWER, "query-blockstats", json!({}))
+            .raw_query_within(ANSWER, "query-blockstats", json!({}))
             .await
     }
 
@@ -255,7 +255,7 @@ impl Footprint {
     /// Returns QEMU's error if it refused.
     async fn change_histograms(&self, arguments: Value) -> qmp::Result<Option<qmp::Error>> {
         let client = self.client();
-        match client.query_within(ANSWER, SET, arguments).await {
+        match client.raw_query_within(ANSWER, SET, arguments).await {
             Ok(IgnoredAny) => Ok(None),
             Err(error) if error.is_refusal() => Ok(Some(error)),
             Err(error) => Err(error),

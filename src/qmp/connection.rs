@@ -1,0 +1,169 @@
+//! The monitor at the other end of a socket: commands, their replies, and events, through the driver that owns the socket.
+//!
+//! Commands go whole over a channel, so a dropped future leaves neither half a line on the wire nor a reply that
+//! another command could take for its own.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use serde::Serialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+use tokio::net::UnixStream;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::driver::{Bounds, Driver, Failure, Request};
+use super::events::Events;
+use super::message::{Event, Message, parse};
+use super::monitor::{Call, Monitor, Reply};
+use super::wire::{Wire, WireError};
+use super::{Error, Result};
+
+/// Commands that wait for their turn, in all clients of a connection. More make the next caller wait.
+const QUEUE: usize = 64;
+/// Events that a reader may lag behind before it is notified that it missed some: 1 MiB with the longest ones.
+const EVENTS: usize = 256;
+/// Why a connection ended that nobody ended.
+pub(super) const CLOSED: &str = "it was shut down";
+
+/// One end of a connection. It closes when this is dropped.
+#[derive(Debug)]
+pub(super) struct Connection {
+    requests: mpsc::Sender<Request>,
+    events: broadcast::WeakSender<Arc<Event>>,
+    next_id: AtomicU64,
+    /// Why the connection ended, once it has.
+    ended: Arc<OnceLock<Arc<str>>>,
+    process: Option<u32>,
+}
+
+impl Connection {
+    pub(super) async fn open(
+        bounds: Bounds,
+        stream: UnixStream,
+        patience: Duration,
+    ) -> Result<(Self, Driver)> {
+        let process = peer(&stream);
+        let mut wire = Wire::new(stream, bounds.longest);
+        tokio::time::timeout(patience, greet(&mut wire))
+            .await
+            .map_err(|_| Error::NoGreeting(patience))??;
+        let (requests, receiver) = mpsc::channel(QUEUE);
+        let (events, _) = broadcast::channel(EVENTS);
+        let ended = Arc::<OnceLock<Arc<str>>>::default();
+        let connection = Self {
+            requests,
+            events: events.downgrade(),
+            next_id: AtomicU64::new(1),
+            ended: ended.clone(),
+            process,
+        };
+        Ok((connection, Driver::new((wire, bounds), receiver, events, ended)))
+    }
+
+    async fn exchange(&self, call: Call) -> Result<Reply> {
+        let Call {
+            command,
+            arguments,
+            descriptor,
+        } = call;
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        let request = Request {
+            id,
+            line: line(&command, &arguments, id),
+            descriptor,
+            reply,
+        };
+        let closed = || Error::Closed(self.ended.get().cloned().unwrap_or_else(|| CLOSED.into()));
+        self.requests.send(request).await.map_err(|_| closed())?;
+        answer
+            .await
+            .map_err(|_| closed())?
+            .map_err(|failure| match failure {
+                Failure::Refused(refusal) => refusal.of(&command),
+                Failure::NotSent { unanswered } => Error::Unanswered { command, unanswered },
+                Failure::Closed(reason) => Error::Closed(reason),
+            })
+    }
+}
+
+impl Monitor for Connection {
+    fn send(&self, call: Call) -> BoxFuture<'_, Result<Reply>> {
+        Box::pin(self.exchange(call))
+    }
+
+    fn events(&self) -> Events {
+        match self.events.upgrade() {
+            Some(events) => Events(events.subscribe()),
+            None => Events::closed(),
+        }
+    }
+
+    fn process(&self) -> Option<u32> {
+        self.process
+    }
+}
+
+fn peer(stream: &UnixStream) -> Option<u32> {
+    let pid = stream.peer_cred().ok()?.pid()?;
+    u32::try_from(pid).ok().filter(|pid| *pid != 0)
+}
+
+fn line(command: &str, arguments: &RawValue, id: u64) -> Vec<u8> {
+    #[derive(Serialize)]
+    struct Line<'a> {
+        execute: &'a str,
+        arguments: &'a RawValue,
+        id: u64,
+    }
+
+    let line = Line {
+        execute: command,
+        arguments,
+        id,
+    };
+    let mut line = serde_json::to_vec(&line).expect("a line is a string, JSON and a number");
+    line.push(b'\n');
+    line
+}
+
+async fn greet(wire: &mut Wire) -> Result<()> {
+    let greeting = read_line(wire).await?;
+    let greeting: Value = parse(&greeting)?;
+    if greeting.get("QMP").is_none() {
+        return Err(Error::NotQmp("its first line is no QMP greeting".into()));
+    }
+    wire.queue(0, b"{\"execute\":\"qmp_capabilities\",\"id\":0}\n".to_vec(), None);
+    loop {
+        let line = read_line(wire).await?;
+        match Message::parse(&line)? {
+            Message::Reply {
+                answer: Err(refusal), ..
+            } => {
+                let why = format!("it refused qmp_capabilities: {}", refusal.description);
+                return Err(Error::NotQmp(why));
+            }
+            Message::Reply { id: Some(0), .. } => return Ok(()),
+            Message::Reply { .. } | Message::Event(_) => {}
+        }
+    }
+}
+
+pub(super) async fn read_line(wire: &mut Wire) -> Result<Vec<u8>> {
+    let mut turned = Ok(());
+    loop {
+        if let Some(line) = wire.next_line().map_err(closed)? {
+            return Ok(line);
+        }
+        turned.map_err(closed)?;
+        wire.ready().await.map_err(|error| closed(error.into()))?;
+        turned = wire.turn();
+    }
+}
+
+fn closed(error: WireError) -> Error {
+    Error::Closed(error.to_string().into())
+}

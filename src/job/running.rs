@@ -26,9 +26,9 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// How often it is checked at most whether the time without progress is over.
 const CHECK: Duration = Duration::from_secs(1);
 
-/// What came of a command for a job.
+/// How QEMU answered a command for a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Told {
+enum Reply {
     Done,
     /// The job ended just now.
     Ended,
@@ -326,7 +326,7 @@ impl<'a> Running<'a> {
     async fn cancel(&self) -> Result<(), Stopped> {
         for tracked in self.tracker.jobs() {
             let arguments = json!({ "device": tracked.job, "force": true });
-            if self.tell("block-job-cancel", arguments).await? != Told::Ended {
+            if self.send("block-job-cancel", arguments).await? != Reply::Ended {
                 break;
             }
         }
@@ -345,10 +345,10 @@ impl<'a> Running<'a> {
         if known.map(|(speed, disks)| share(speed, disks)) == Some(share(speed, running.len())) {
             return Ok(true);
         }
-        self.stall.tells(Instant::now());
+        self.stall.sends(Instant::now());
         for tracked in &running {
             let arguments = json!({ "device": tracked.job, "speed": share(speed, running.len()) });
-            if self.tell("block-job-set-speed", arguments).await? == Told::Silent {
+            if self.send("block-job-set-speed", arguments).await? == Reply::Silent {
                 // The next turn of the loop repeats the command.
                 self.shared = None;
                 return Ok(false);
@@ -358,13 +358,13 @@ impl<'a> Running<'a> {
         Ok(true)
     }
 
-    /// Has QEMU do something with a job.
-    async fn tell(&self, command: &str, arguments: serde_json::Value) -> Result<Told, Stopped> {
+    /// Sends a command for a job.
+    async fn send(&self, command: &str, arguments: serde_json::Value) -> Result<Reply, Stopped> {
         let client = self.footprint.client();
         match tokio::time::timeout(ANSWER, client.raw(command, arguments)).await {
-            Err(_) => Ok(Told::Silent),
-            Ok(Err(error)) if error.is_refusal() => Ok(Told::Ended),
-            Ok(result) => Ok(result.map(|_| Told::Done)?),
+            Err(_) => Ok(Reply::Silent),
+            Ok(Err(error)) if error.is_refusal() => Ok(Reply::Ended),
+            Ok(result) => Ok(result.map(|_| Reply::Done)?),
         }
     }
 

@@ -43,7 +43,7 @@ impl Stall {
     }
 
     /// The service sends QEMU a speed. Sending it again changes nothing.
-    pub fn tells(&mut self, now: Instant) {
+    pub fn sends(&mut self, now: Instant) {
         self.unconfirmed.get_or_insert(now);
     }
 
@@ -135,7 +135,7 @@ mod tests {
     fn a_changed_speed_does_not_start_the_wait_again() {
         let mut clock = Clock::new();
         for pace in 0..9 {
-            clock.1.tells(clock.0);
+            clock.1.sends(clock.0);
             clock.1.confirmed();
             assert_eq!(clock.after(1, Some(pace << 30)), None);
         }
@@ -146,7 +146,7 @@ mod tests {
     fn a_speed_that_is_not_confirmed_stalls_a_copy_whose_progress_is_reported() {
         let mut clock = Clock::new();
         for _ in 0..9 {
-            clock.1.tells(clock.0);
+            clock.1.sends(clock.0);
             assert_eq!(clock.after(1, None), None);
             clock.1.moved(clock.0);
         }
@@ -160,7 +160,7 @@ mod tests {
         for _ in 0..9 {
             clock.1.cancel(clock.0);
             clock.1.moved(clock.0);
-            clock.1.tells(clock.0);
+            clock.1.sends(clock.0);
             assert_eq!(clock.after(1, Some(1)), None);
         }
         assert_eq!(clock.after(1, Some(1)), Some("the cancelled copying"));

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::common::caller::{Caller, assert_failed, cancel};
 use crate::common::disk::Disk;
 use crate::common::proxies::{JobProxy, Options, slowly};
-use crate::common::proxy::Proxy;
+use crate::common::proxy::{Hold, Proxy};
 use crate::common::vm::Vm;
 use crate::common::{System, test_directory, wait};
 use zbus::wire::Variant;
@@ -122,21 +122,73 @@ async fn a_backup_gets_its_share_only_when_another_has_given_it_up() {
     }
 }
 
+/// A backup by a QEMU that does not confirm speeds, which fails and is not cancelled yet, and another one. The first has had all.
+async fn unconfirmed(
+    store: &tempfile::TempDir,
+    patience: u32,
+) -> (System, Vec<(Vm, Proxy)>, Hold, JobProxy<'static>) {
+    let system = limited(store, "1M", &format!("[deadlines]\nstall-seconds = {patience}"));
+    let machines = vec![machine(&system, "a", &["vda"]), machine(&system, "b", &["vda"])];
+    let caller = Caller::new(&system).await;
+    let first = full(&caller, "a").await;
+    let (a, to_a) = &machines[0];
+    reaches(a, MIB).await;
+    // All else is answered, and the progress is true.
+    to_a.lose("block-job-set-speed");
+    let cancel = to_a.hold("job-cancel", |_| true);
+    let second = full(&caller, "b").await;
+    let why = format!("QEMU made no progress for {patience} seconds");
+    assert_failed(&first, "Stalled", &why).await;
+    (system, machines, cancel, second)
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_qemu_that_never_confirms_a_speed_loses_its_share() {
+async fn a_failed_backup_keeps_its_share_until_qemu_has_ended_it() {
     let store = test_directory();
-    let system = limited(&store, "1M", "[deadlines]\nstall-seconds = 5");
+    let (_system, machines, ended, second) = unconfirmed(&store, 10).await;
+    let [(a, _), (b, _)] = &machines[..] else {
+        unreachable!()
+    };
+    ended.reached();
+    assert_eq!((speed(a), speed(b)), (MIB, 1));
+    ended.pass();
+    reaches(b, MIB).await;
+    cancel(&second).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_never_ends_a_failed_backup_loses_its_share() {
+    let store = test_directory();
+    let (_system, machines, _ended, second) = unconfirmed(&store, 5).await;
+    reaches(&machines[1].0, MIB).await;
+    assert_eq!(speed(&machines[0].0), MIB);
+    cancel(&second).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_no_backup_gets_what_another_one_may_still_copy() {
+    let store = test_directory();
+    let mut system = system(&store);
     let (a, to_a) = machine(&system, "a", &["vda"]);
     let (b, _to_b) = machine(&system, "b", &["vda"]);
     let caller = Caller::new(&system).await;
     let first = full(&caller, "a").await;
-    reaches(&a, MIB).await;
-    // All else is answered, and the progress is true.
-    to_a.lose("block-job-set-speed");
+    reaches(&a, 4 * MIB).await;
+    system.kill_daemon();
+    std::fs::remove_file(system.dir().join("etc/domains.d/a.toml")).unwrap();
+    system.start_daemon();
+    system.wait_for_domain("b");
+    let caller = Caller::new(&system).await;
     let second = full(&caller, "b").await;
-    assert_failed(&first, "Stalled", "QEMU made no progress for 5 seconds").await;
-    reaches(&b, MIB).await;
-    cancel(&second).await;
+    assert_eq!((speed(&a), speed(&b)), (4 * MIB, 1));
+    system.write_domain_file("a", &format!("monitor = \"{}\"\n", to_a.path().display()));
+    for vm in [&a, &b] {
+        reaches(vm, 2 * MIB).await;
+    }
+    let first = caller.job(first.inner().path().to_owned().into()).await;
+    for job in [first, second] {
+        cancel(&job).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

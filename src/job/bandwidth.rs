@@ -44,7 +44,7 @@ impl Member {
     }
 }
 
-/// A backup's part; what it has is given back when it is dropped.
+/// A backup's part. It is given back when it is dropped: not before QEMU has stopped copying.
 #[derive(Debug)]
 pub struct Part {
     pool: Option<Arc<Pool>>,
@@ -66,11 +66,21 @@ impl Bandwidth {
 
     /// Gives a backup its part before it begins to copy.
     pub fn join(&self, job: &Arc<Job>) -> Part {
+        self.add(job, |_| 0)
+    }
+
+    /// Gives a backup its part that an earlier process began: until QEMU has confirmed another speed, it may copy as much as the
+    /// store's bandwidth.
+    pub fn resume(&self, job: &Arc<Job>) -> Part {
+        self.add(job, |limit| limit)
+    }
+
+    fn add(&self, job: &Arc<Job>, in_qemu: impl FnOnce(u64) -> u64) -> Part {
         let pool = match &job.plan.destination {
             Destination::Store { name, .. } => self.0.get(name).cloned(),
             Destination::Caller => None,
         };
-        let number = pool.as_ref().map_or(0, |pool| pool.join(job));
+        let number = pool.as_ref().map_or(0, |pool| pool.add(job, in_qemu(pool.limit)));
         let job = job.clone();
         Part { pool, number, job }
     }
@@ -115,14 +125,14 @@ impl Drop for Part {
 }
 
 impl Pool {
-    fn join(&self, job: &Arc<Job>) -> u64 {
+    fn add(&self, job: &Arc<Job>, in_qemu: u64) -> u64 {
         let mut members = self.lock();
         members.came += 1;
         let number = members.came;
         let member = Member {
             job: job.clone(),
             granted: 0,
-            in_qemu: 0,
+            in_qemu,
         };
         members.by_number.insert(number, member);
         members.divide(self.limit);

@@ -8,11 +8,11 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::{AbortHandle, JoinError, JoinHandle};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use super::bandwidth::Bandwidth;
+use super::bandwidth::{Bandwidth, Part};
 use super::boot::BootId;
 use super::busy::Busy;
 use super::footprint::Footprint;
@@ -83,7 +83,8 @@ pub(super) struct Setting {
 
 /// How the work on a job ended.
 pub(super) enum Ending {
-    Ended(Residue),
+    /// With its part of a store's bandwidth, if QEMU may still copy.
+    Ended(Residue, Option<Part>),
     /// A later process of the service resumes it.
     Detached,
 }
@@ -92,6 +93,8 @@ pub(super) enum Ending {
 struct Leftover {
     job: Arc<Job>,
     residue: Residue,
+    /// Its part of a store's bandwidth is given back when this is dropped.
+    _part: Option<DropGuard>,
 }
 
 pub(super) struct Table {
@@ -356,7 +359,11 @@ impl Jobs {
                 ..of_state.unwrap_or_default()
             };
             let job = Arc::new(self.ended(&record)?);
-            self.sweep(Leftover { job, residue });
+            self.sweep(Leftover {
+                job,
+                residue,
+                _part: None,
+            });
             return Ok(());
         }
         if record.step == QUEUED {
@@ -441,12 +448,17 @@ impl Jobs {
             self.setting.catalog.clone(),
             true,
         ));
+        let (boot, state) = &journal;
+        // Before another backup begins.
+        let part =
+            (*boot == self.setting.boot && state.may_copy()).then(|| self.setting.bandwidth.resume(&job));
         let mut table = self.lock();
         table.jobs.insert(job.id, job.clone());
         drop(table);
         let (jobs, resumed) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
-            let ending = backup::resume(&job, &record, journal, reservation, &jobs.setting).await;
+            let has = (reservation, part);
+            let ending = backup::resume(&job, &record, journal, has, &jobs.setting).await;
             jobs.after(&job, ending).await;
         });
         Ok(resumed)
@@ -703,8 +715,8 @@ impl Jobs {
     /// What is to be done when the work on a job has ended.
     pub(super) async fn after(self: &Arc<Self>, job: &Arc<Job>, ending: Ending) {
         let is_queued = job.is_queued();
-        let residue = match ending {
-            Ending::Ended(residue) => residue,
+        let (residue, part) = match ending {
+            Ending::Ended(residue, part) => (residue, part),
             Ending::Detached => {
                 let (job, domain) = (job.id, &job.domain.name);
                 match is_queued {
@@ -724,7 +736,24 @@ impl Jobs {
         self.sweep(Leftover {
             job: job.clone(),
             residue,
+            _part: part
+                .filter(|_| residue.in_qemu)
+                .map(|part| self.give_back_later(part)),
         });
+    }
+
+    /// Gives a part of a store's bandwidth back when the guard is dropped, or when QEMU has had the time in which everything
+    /// must make progress: one that never stops must not slow the others down for ever.
+    fn give_back_later(&self, part: Part) -> DropGuard {
+        let over = CancellationToken::new();
+        let guard = over.clone().drop_guard();
+        let (stop, patience) = (self.setting.stop.clone(), self.patience());
+        self.tasks.spawn(async move {
+            let over = tokio::time::timeout(patience, over.cancelled());
+            stop.run_until_cancelled(over).await;
+            drop(part);
+        });
+        guard
     }
 
     /// An ended job is kept while somebody may ask for it, but it does not keep the service from stopping.

@@ -156,7 +156,7 @@ impl Jobs {
         record_end(job, setting, &outcome).await;
         drop(turn);
         job.update(|status| status.outcome = Some(outcome));
-        Ending::Ended(Residue::default())
+        Ending::Ended(Residue::default(), None)
     }
 
     /// Ends a job that went with a former process of the service.

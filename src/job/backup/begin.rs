@@ -216,21 +216,17 @@ impl Driver<'_> {
     /// Follows the block jobs to QEMU's verdict on them, those of this process or of an earlier one.
     pub(super) async fn follow(&mut self) -> Result<Fact, Stopped> {
         let started = self.started.take();
-        let join = || self.setting.bandwidth.join(self.job);
-        // Given back when all is copied.
-        let part = self.part.take().unwrap_or_else(join);
+        if self.part.is_none() {
+            self.part = Some(self.setting.bandwidth.resume(self.job));
+        }
+        let part = self.part.as_ref().ok_or(Error::Interrupted)?;
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         targets.unlock();
         let (events, speed) = match started {
             Some((events, speed)) => (events, Some(speed)),
             None => (footprint.client().events(), None),
         };
-        let mut running = Running::new(
-            self.job,
-            footprint,
-            (speed, &part),
-            self.setting.deadlines.stall(),
-        );
+        let mut running = Running::new(self.job, footprint, (speed, part), self.setting.deadlines.stall());
         running.show_running();
         tokio::select! {
             ended = running.run(events, &self.setting.stop) => ended?,
@@ -242,6 +238,7 @@ impl Driver<'_> {
         if !running.is_proven() {
             self.check_sources().await?;
         }
+        self.part = None;
         Ok(Fact::Copied)
     }
 

@@ -32,7 +32,7 @@ pub(in crate::job) struct Driver<'a> {
     pub(in crate::job) targets: Option<Targets>,
     /// Where this process is about to freeze the guest, or has tried to.
     pub(super) freeze: Option<Freeze>,
-    /// Of its store's bandwidth, while it copies.
+    /// Of its store's bandwidth, while QEMU may copy.
     pub(super) part: Option<Part>,
     /// What QEMU said of its disks last, over which connection. From then on nobody else changes their checkpoints.
     pub(super) disks: Mutex<Option<(Arc<Link>, Vec<Disk>)>>,
@@ -119,7 +119,7 @@ impl<'a> Driver<'a> {
             fault::passed(&format!("after {}", todo.name()));
             (state, action) = state::next(state, fact);
         }
-        Ending::Ended(Residue::of(&state))
+        Ending::Ended(Residue::of(&state), self.part)
     }
 
     async fn perform(

@@ -34,18 +34,24 @@ impl Driver<'_> {
     /// Removes all that QEMU has of the backup. The guest's power-off comes first, whatever becomes of the rest. Where
     /// something hangs QEMU is not asked for the rest: it would wait, and the guest with it.
     pub(super) async fn release(&mut self, state: &State) -> Fact {
-        self.part = None;
         self.show_finishing();
+        let in_qemu = self.release_all(state).await;
+        if !in_qemu {
+            self.part = None;
+        }
+        Fact::Released { in_qemu }
+    }
+
+    /// Returns whether QEMU may still have something.
+    async fn release_all(&self, state: &State) -> bool {
         let undo = state.verdict();
         let stalled = undo.is_some_and(|verdict| verdict.stalled);
         let Some(footprint) = &self.footprint else {
-            return Fact::Released {
-                in_qemu: !self.qemu_is_gone,
-            };
+            return !self.qemu_is_gone;
         };
         footprint.let_poweroff_go(BRIEFLY).await;
         if stalled {
-            return Fact::Released { in_qemu: true };
+            return true;
         }
         if self.resumed && undo.is_some() && state.files().is_some() {
             self.empty_lost_files(footprint).await;
@@ -63,7 +69,7 @@ impl Driver<'_> {
                 if state.may_have_paused_guest() {
                     resume_guest(self.job, footprint).await;
                 }
-                return Fact::Released { in_qemu: false };
+                return false;
             }
             Ok(Err(error)) => error.to_string(),
             Err(_) => "it does not answer".to_owned(),
@@ -73,7 +79,7 @@ impl Driver<'_> {
             why,
             "QEMU still has something of the backup: it is removed later"
         );
-        Fact::Released { in_qemu: true }
+        true
     }
 
     /// A file that a caller had passed went with the earlier process; only QEMU still has it.

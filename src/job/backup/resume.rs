@@ -12,6 +12,7 @@ use crate::catalog::{JobRecord, Leftover};
 use crate::definition::Quiesce;
 use crate::domain::Reach;
 use crate::error;
+use crate::job::bandwidth::Part;
 use crate::job::boot::BootId;
 use crate::job::error::Stopped;
 use crate::job::footprint::Footprint;
@@ -46,7 +47,7 @@ pub(in crate::job) async fn resume(
     job: &Arc<Job>,
     record: &JobRecord,
     (boot, state): (BootId, State),
-    mut reservation: Reservation,
+    (mut reservation, part): (Reservation, Option<Part>),
     setting: &Setting,
 ) -> Ending {
     tracing::info!(
@@ -64,6 +65,7 @@ pub(in crate::job) async fn resume(
     let found = tokio::time::timeout(patience, find_targets(job, known, setting)).await;
     let mut driver = Driver::new(job, setting);
     driver.resumed = true;
+    driver.part = part;
     let mut evidence = Evidence {
         same_boot,
         cancel_requested: record.cancel_requested,

@@ -527,6 +527,11 @@ impl State {
         }
     }
 
+    /// Whether QEMU may be copying.
+    pub fn may_copy(&self) -> bool {
+        matches!(self, Self::Starting { .. } | Self::Running(_) | Self::Undoing(_))
+    }
+
     /// Whether a backup came to nothing during which QEMU may have paused the guest.
     pub fn may_have_paused_guest(&self) -> bool {
         match self {

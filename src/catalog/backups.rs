@@ -420,7 +420,7 @@ fn state(row: &Row) -> rusqlite::Result<(BackupState, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Disk, Domain, Format, Kind, Parent};
+    use crate::model::{Disk, Domain, Format, Kind, Parent, Unknown};
 
     fn owner(owner: u32) -> DomainRecord {
         DomainRecord {
@@ -436,6 +436,7 @@ mod tests {
         let domain = Domain {
             name: "web".into(),
             uuid: None,
+            unknown: Unknown::new(),
         };
         let time = jiff::Timestamp::UNIX_EPOCH;
         let mut manifest = Manifest::new(Kind::Full, id.into(), 1, 0, domain, time, time);
@@ -456,6 +457,7 @@ mod tests {
             sha256: None,
             parent,
             bitmap: None,
+            unknown: Unknown::new(),
         });
         BackupRecord {
             id: id.into(),

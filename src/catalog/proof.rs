@@ -97,12 +97,13 @@ mod tests {
     use jiff::Timestamp;
 
     use super::*;
-    use crate::model::{Domain, Kind};
+    use crate::model::{Domain, Kind, Unknown};
 
     fn manifest() -> Manifest {
         let domain = Domain {
             name: "web".into(),
             uuid: None,
+            unknown: Unknown::new(),
         };
         let now = Timestamp::UNIX_EPOCH;
         Manifest::new(Kind::Full, "a".into(), 1, 0, domain, now, now)

@@ -452,6 +452,7 @@ mod tests {
         let domain = model::Domain {
             name: "web".into(),
             uuid: None,
+            unknown: model::Unknown::new(),
         };
         let mut manifest = Manifest::new(Kind::Full, id.into(), 1, 0, domain, at(second), at(second));
         manifest.checkpoint = name.map(|name| model::Checkpoint {

@@ -16,7 +16,7 @@ pub use id::DomainDir;
 pub use kind::Kind;
 pub use manifest::{
     Checkpoint, DEFINITION_NAME, Disk, Domain, MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest,
-    ManifestError, PROTECTED_NAME, Parent,
+    ManifestError, PROTECTED_NAME, Parent, Unknown,
 };
 pub use name::{
     MAX_DESCRIPTION_BYTES, MAX_NAME_BYTES, is_backup_id, is_checkpoint_name, is_reserved, is_valid_name,

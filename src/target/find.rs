@@ -173,6 +173,7 @@ mod tests {
             let domain = model::Domain {
                 name: "web".to_owned(),
                 uuid: None,
+                unknown: model::Unknown::new(),
             };
             let now = Timestamp::UNIX_EPOCH;
             let mut manifest = Manifest::new(Kind::Full, ID.to_owned(), 1, 0, domain, now, now);
@@ -186,6 +187,7 @@ mod tests {
                 sha256: None,
                 parent: None,
                 bitmap: None,
+                unknown: model::Unknown::new(),
             });
             std::fs::write(backup.join(MANIFEST_NAME), manifest.to_json().unwrap()).unwrap();
         }

@@ -364,6 +364,7 @@ fn manifest(
     let domain = model::Domain {
         name: job.domain.name.clone(),
         uuid: job.domain_uuid,
+        unknown: model::Unknown::new(),
     };
     let mut manifest = model::Manifest::new(
         job.plan.kind(),
@@ -400,6 +401,7 @@ fn manifest(
             sha256: None,
             parent: disk.mode.parent(),
             bitmap: disk.checkpoint.then(|| checkpoint_name(&job.backup_id, index)),
+            unknown: model::Unknown::new(),
         }),
         Place::File(_) | Place::Block(_) | Place::Descriptor(_) => None,
     });

@@ -25,17 +25,21 @@ pub const PROTECTED_NAME: &str = "protected";
 pub const MAX_MANIFEST_BYTES: usize = 1 << 20;
 /// Goes up when all of it is another. An older reader is kept from misunderstanding one thing by `requires`.
 const VERSION: u64 = 1;
-/// What a manifest may require of its reader, and this one knows.
+/// Features that this reader knows.
 const FEATURES: &[&str] = &[];
 /// The highest number in the order of making.
 pub const MAX_SEQUENCE: u64 = 1 << 53;
 
-/// Fields that are not known here are optional ones of a newer service: they are not read, and not written again.
+/// A backup's record in its store.
+///
+/// Unknown fields of the manifest, its domain and its disks are optional ones of a newer service. They are kept when the
+/// manifest is written again, so their values must not depend on the bytes of the images, which merging replaces. A field
+/// without which a reader would misread the backup is named in `requires`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Manifest {
     version: u64,
-    /// What a reader must know to read it right.
+    /// Features that a reader must know.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     requires: Vec<String>,
     /// The backup's name in its store.
@@ -77,13 +81,20 @@ pub struct Manifest {
     /// See [`Manifest::prove`]; in lower-case hexadecimal digits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proof: Option<String>,
+    #[serde(flatten)]
+    unknown: Unknown,
 }
+
+/// Fields that this version does not know, by name.
+pub type Unknown = serde_json::Map<String, serde_json::Value>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Domain {
     pub name: String,
     pub uuid: Option<Uuid>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,9 +118,11 @@ pub struct Disk {
     /// The backing image, which has the data that is not in this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<Parent>,
-    /// The dirty bitmap on the domain's disk that has recorded from this backup's instant on.
+    /// The dirty bitmap on the domain's disk that has recorded since this backup's point in time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap: Option<String>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 impl Disk {
@@ -210,6 +223,7 @@ impl Manifest {
             not_in_backup: Vec::new(),
             disks: Vec::new(),
             proof: None,
+            unknown: Unknown::new(),
         }
     }
 

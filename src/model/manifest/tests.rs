@@ -40,6 +40,7 @@ fn manifest() -> Manifest {
     let domain = Domain {
         name: "web".into(),
         uuid: Some("6f8c2c5e-3d5f-4a55-9a3e-2f1f6d1c9a10".parse().unwrap()),
+        unknown: Unknown::new(),
     };
     let disk = |name: &str, file: &str, format, virtual_size| Disk {
         name: name.into(),
@@ -51,6 +52,7 @@ fn manifest() -> Manifest {
         sha256: None,
         parent: None,
         bitmap: None,
+        unknown: Unknown::new(),
     };
     let started = "2026-11-23T05:59:37.123456789Z".parse().unwrap();
     let instant = "2026-11-23T05:59:38Z".parse().unwrap();
@@ -133,6 +135,7 @@ fn what_need_not_be_said_is_read_as_not_said() {
         domain: Domain {
             name: "web".into(),
             uuid: None,
+            unknown: Unknown::new(),
         },
         ..manifest()
     };
@@ -216,14 +219,29 @@ fn a_newer_manifest_is_told_from_a_broken_one() {
 }
 
 #[test]
-fn fields_of_a_newer_service_are_ignored_unless_the_manifest_requires_them() {
+fn unknown_fields_are_kept_unless_the_manifest_requires_them() {
     let newer = WRITTEN
         .replace("\"quiesced\"", "\"tpm\": { \"file\": \"tpm\" },\n  \"quiesced\"")
         .replace("\"name\": \"web\"", "\"name\": \"web\", \"title\": \"Web\"")
         .replace("\"format\": \"raw\"", "\"format\": \"raw\", \"serial\": 1");
-    assert_eq!(Manifest::parse(newer.as_bytes()).unwrap(), manifest());
+    let read = Manifest::parse(newer.as_bytes()).unwrap();
+    let known = |mut manifest: Manifest| {
+        manifest.unknown.clear();
+        manifest.domain.unknown.clear();
+        manifest.disks.iter_mut().for_each(|disk| disk.unknown.clear());
+        manifest
+    };
+    assert_eq!(known(read.clone()), manifest());
+    let mut changed = read.clone();
+    changed.kind = Kind::Full;
+    changed.disks[0].length = Some(393_216);
+    let written: Value = serde_json::from_slice(&changed.to_json().unwrap()).unwrap();
+    assert_eq!(written["tpm"]["file"], "tpm");
+    assert_eq!(written["domain"]["title"], "Web");
+    assert_eq!(written["disks"][1]["serial"], 1);
+    assert_eq!(Manifest::parse(&changed.to_json().unwrap()).unwrap(), changed);
     let none = newer.replace("\"job\": 7", "\"job\": 7, \"requires\": []");
-    assert_eq!(Manifest::parse(none.as_bytes()).unwrap(), manifest());
+    assert_eq!(Manifest::parse(none.as_bytes()).unwrap(), read);
     // Whatever else such a manifest has.
     let required = newer
         .replace("\"job\": 7", "\"requires\": [\"split-images\"]")

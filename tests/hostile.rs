@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 
 use crate::common::caller::Caller;
 use crate::common::clients::USER;
+use crate::common::command::raw;
 use crate::common::disk::Disk;
 use crate::common::peer::{Imposter, Peer};
 use crate::common::proxies::{DomainProxy, JobProxy, Options, error_name};
@@ -112,17 +113,17 @@ async fn follow(ours: tokio::net::UnixStream, steps: &[Step]) -> Seen {
                 .map(|schema| assert!(schema.command_takes("transaction", "properties"))),
             "add-fd" => {
                 let descriptor = OwnedFd::from(File::open("/dev/null").unwrap());
-                let added = client.raw_with_descriptor(name, arguments, descriptor);
+                let added = client.execute_with_descriptor(raw(name, arguments), descriptor);
                 added.await.map(drop)
             }
-            _ => client.raw(name, arguments).await.map(drop),
+            _ => client.execute(raw(name, arguments)).await.map(drop),
         };
         match result {
             Ok(()) => seen.replies += 1,
             Err(error) => {
                 closed(&error);
                 // And so is every later one.
-                closed(&client.raw(name, json!({})).await.unwrap_err());
+                closed(&client.execute(raw(name, json!({}))).await.unwrap_err());
                 break;
             }
         }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
+use crate::common::command::{raw, raw_as};
 use crate::common::disk::Disk;
 use crate::common::peer::{GREETING, Peer};
 use crate::common::vm::{Builder, Vm};
@@ -187,7 +188,7 @@ async fn events_and_strange_replies_inside_the_negotiation_do_not_disturb_it() {
     });
     let (client, driver) = opened.unwrap();
     let driver = tokio::spawn(driver.run());
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
         peer.answer(&command, json!({ "status": "running" })).await;
     });
@@ -215,7 +216,7 @@ async fn say_endlessly(mut stream: UnixStream) -> usize {
 async fn a_line_without_end_is_an_error_and_not_memory() {
     let (client, driver, peer) = connected().await;
     let (reply, said, reason) = tokio::join!(
-        client.raw("query-status", json!({})),
+        client.execute(raw("query-status", json!({}))),
         say_endlessly(peer.into_stream()),
         ended(driver)
     );
@@ -250,13 +251,13 @@ fn reply_of_length(id: &Value, length: usize) -> Vec<u8> {
 #[tokio::test]
 async fn a_line_of_the_greatest_length_is_read_and_a_longer_one_is_not() {
     let (client, driver, mut peer) = connected().await;
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
         let line = reply_of_length(&command.command["id"], MAX_LINE);
         peer.say_bytes(&line).await.unwrap();
     });
     assert!(reply.unwrap().as_str().unwrap().len() > MAX_LINE - 100);
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
         let line = reply_of_length(&command.command["id"], MAX_LINE + 1);
         // The driver may hang up before it has read the last of it.
@@ -278,7 +279,7 @@ async fn garbage_between_replies_ends_the_connection_with_a_reason() {
         "\u{1}",
     ] {
         let (client, driver, mut peer) = connected().await;
-        let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+        let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
             peer.receive().await;
             peer.say(garbage).await;
         });
@@ -299,7 +300,7 @@ async fn json_that_is_nested_without_end_is_an_error_and_no_crash() {
         peer.say(nested(100)).await;
         assert_eq!(within("the event", events.next()).await.unwrap().name, "DEEP");
         // As a reply it is nothing that anybody reads, and the connection goes on.
-        let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+        let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
             let command = peer.receive().await;
             let data = format!("{}0{}", open.repeat(500_000), close.repeat(500_000));
             peer.say(format!(
@@ -315,7 +316,7 @@ async fn json_that_is_nested_without_end_is_an_error_and_no_crash() {
         );
         for (depth, word) in [(1_000, "recursion"), (500_000, "DEEP has")] {
             let (client, driver, mut peer) = connected().await;
-            let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+            let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
                 peer.receive().await;
                 peer.say(nested(depth)).await;
             });
@@ -330,13 +331,13 @@ async fn json_that_is_nested_without_end_is_an_error_and_no_crash() {
 #[tokio::test]
 async fn words_of_qemus_are_told_up_to_a_bound() {
     let (client, _driver, mut peer) = connected().await;
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
         peer.refuse(&command, &"é".repeat(4 * MIB)).await;
     });
     let text = reply.unwrap_err().to_string();
     assert!(text.contains("refused query-status: ééé") && text.len() < 20_000);
-    let (reply, ()) = tokio::join!(client.raw_query::<u64>("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw_as::<u64>("query-status", json!({}))), async {
         let command = peer.receive().await;
         peer.answer(&command, json!("x".repeat(4 * MIB))).await;
     });
@@ -349,7 +350,7 @@ async fn words_of_qemus_are_told_up_to_a_bound() {
 async fn many_commands_at_once_answered_in_any_order_get_their_own_replies() {
     let (client, _driver, mut peer) = connected().await;
     let count = 300;
-    let commands = (0..count).map(|number| client.raw("echo", json!({ "number": number })));
+    let commands = (0..count).map(|number| client.execute(raw("echo", json!({ "number": number }))));
     let (replies, ()) = tokio::join!(join_all(commands), async {
         let mut received = Vec::new();
         for _ in 0..count {
@@ -384,7 +385,7 @@ async fn many_commands_at_once_answered_in_any_order_get_their_own_replies() {
 #[tokio::test]
 async fn replies_to_no_command_are_ignored() {
     let (client, _driver, mut peer) = connected().await;
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
         for id in [
             json!(4711),
@@ -406,7 +407,7 @@ async fn replies_to_no_command_are_ignored() {
         peer.answer(&command, json!("twice")).await;
     });
     assert_eq!(reply.unwrap(), "right");
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
         peer.answer(&command, json!("next")).await;
     });
@@ -417,7 +418,7 @@ async fn replies_to_no_command_are_ignored() {
 async fn a_reply_of_another_shape_is_an_error_and_the_connection_goes_on() {
     let (client, _driver, mut peer) = connected().await;
     for (value, good) in [(json!("text"), false), (json!(7), true)] {
-        let (reply, ()) = tokio::join!(client.raw_query::<u64>("query-number", json!({})), async {
+        let (reply, ()) = tokio::join!(client.execute(raw_as::<u64>("query-number", json!({}))), async {
             let command = peer.receive().await;
             peer.answer(&command, value).await;
         });
@@ -434,12 +435,12 @@ async fn a_command_whose_patience_ends_is_told_so_and_its_late_reply_is_ignored(
     let (client, _driver, mut peer) = connected().await;
     let patience = Duration::from_millis(100);
     let late = client
-        .raw_query_within::<Value>(patience, "query-slow", json!({}))
+        .execute_within(patience, raw("query-slow", json!({})))
         .await;
     assert!(
         matches!(late, Err(Error::TimedOut { command, after }) if command == "query-slow" && after == patience)
     );
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let slow = peer.receive().await;
         let command = peer.receive().await;
         peer.answer(&slow, json!("late")).await;
@@ -483,7 +484,7 @@ async fn every_reader_gets_every_event_since_it_asked() {
 
 /// All events that the peer sent before have been handed out when its answer to this has come.
 async fn in_step(client: &Client, peer: &mut Peer) {
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
         peer.answer(&command, json!({})).await;
     });
@@ -527,9 +528,10 @@ async fn a_lost_connection_fails_everything_that_waits_with_the_reason() {
     let (client, driver, mut peer) = connected().await;
     let mut events = client.events();
     let file = || OwnedFd::from(File::open("/dev/null").unwrap());
-    let commands = join_all((0..100).map(|_| client.raw("query-status", json!({}))));
+    let commands = join_all((0..100).map(|_| client.execute(raw("query-status", json!({})))));
     // The second one waits for the reply to the first.
-    let descriptors = join_all((0..2).map(|_| client.raw_with_descriptor("add-fd", json!({}), file())));
+    let descriptors =
+        join_all((0..2).map(|_| client.execute_with_descriptor(raw("add-fd", json!({})), file())));
     let (replies, added, next, ()) = tokio::join!(commands, descriptors, events.next(), async {
         for _ in 0..101 {
             peer.receive().await;
@@ -541,7 +543,7 @@ async fn a_lost_connection_fails_everything_that_waits_with_the_reason() {
     }
     assert_eq!(next.map(drop), Err(EventsError::Closed));
     assert_eq!(&*ended(driver).await, "the peer closed it");
-    let after = within("the answer", client.raw("query-status", json!({}))).await;
+    let after = within("the answer", client.execute(raw("query-status", json!({})))).await;
     assert_closed(&after.unwrap_err(), "the peer closed it");
     assert_eq!(client.events().next().await.map(drop), Err(EventsError::Closed));
 }
@@ -552,7 +554,7 @@ async fn what_the_peer_said_before_it_hung_up_still_counts() {
     for _ in 0..50 {
         let (client, driver, mut peer) = connected().await;
         let mut events = client.events();
-        let first = client.raw("quit", json!({}));
+        let first = client.execute(raw("quit", json!({})));
         let mut first = pin!(first);
         let command = tokio::select! {
             _ = &mut first => panic!("nobody answered"),
@@ -561,7 +563,7 @@ async fn what_the_peer_said_before_it_hung_up_still_counts() {
         peer.answer(&command, json!("bye")).await;
         peer.event("SHUTDOWN", json!({})).await;
         drop(peer);
-        let second = client.raw("query-status", json!({}));
+        let second = client.execute(raw("query-status", json!({})));
         let (first, second) = tokio::join!(first, second);
         assert_eq!(first.unwrap(), "bye");
         assert!(is_closed(&second));
@@ -587,7 +589,7 @@ async fn the_connection_closes_with_the_last_client() {
 #[tokio::test]
 async fn a_driver_that_is_dropped_fails_what_waits() {
     let (client, driver, mut peer) = connected().await;
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         peer.receive().await;
         driver.abort();
     });
@@ -640,7 +642,7 @@ async fn dialogue(says: usize, reads: usize) -> (bool, bool, usize, usize) {
         };
         let driver = tokio::spawn(driver.run());
         let mut events = client.events();
-        let reply = client.raw("query-status", json!({})).await;
+        let reply = client.execute(raw("query-status", json!({}))).await;
         let good = match &reply {
             Ok(value) => value == "good",
             Err(error) => !matches!(error, Error::Closed(_)),
@@ -687,7 +689,7 @@ async fn a_peer_that_reads_slowly_gets_whole_lines() {
     let count = 20;
     let commands = (0..count).map(|number| {
         let text = char::from(b'a' + number).to_string().repeat(20_000);
-        client.raw("echo", json!({ "number": number, "text": text }))
+        client.execute(raw("echo", json!({ "number": number, "text": text })))
     });
     let (replies, ()) = tokio::join!(join_all(commands), async {
         for number in 0..count {
@@ -709,7 +711,7 @@ async fn replies_and_events_are_read_while_the_peer_does_not_read() {
     let (ours, peer) = narrow_pair();
     let (client, _driver, mut peer) = connected_over(ours, peer).await;
     let mut events = client.events();
-    let long = client.raw("echo", json!({ "text": "x".repeat(MIB) }));
+    let long = client.execute(raw("echo", json!({ "text": "x".repeat(MIB) })));
     let ((), reply) = tokio::join!(
         async {
             for number in 0..500 {
@@ -734,15 +736,15 @@ async fn a_command_that_is_dropped_halfway_leaves_no_half_line() {
     let (client, _driver, mut peer) = connected_over(ours, peer).await;
     for round in 0..5 {
         // Too long for the socket: the driver is in its middle when the future goes.
-        let dropped = client.raw("dropped", json!({ "text": "x".repeat(100_000) }));
+        let dropped = client.execute(raw("dropped", json!({ "text": "x".repeat(100_000) })));
         tokio::select! {
             biased;
             _ = dropped => panic!("nobody answered"),
             () = async { for _ in 0..10 { tokio::task::yield_now().await } } => {}
         }
         // And one that the driver has not even seen.
-        begin_and_drop(client.raw("unseen", json!({}))).await;
-        let (reply, ()) = tokio::join!(client.raw("echo", json!({ "round": round })), async {
+        begin_and_drop(client.execute(raw("unseen", json!({})))).await;
+        let (reply, ()) = tokio::join!(client.execute(raw("echo", json!({ "round": round }))), async {
             let dropped = peer.receive().await;
             assert_eq!(dropped.name(), "dropped");
             assert_eq!(
@@ -791,13 +793,13 @@ async fn a_peer_that_never_stops_talking_lets_others_have_their_turn() {
 async fn a_peer_that_answers_nothing_is_asked_no_more_than_so_much() {
     let (client, _driver, mut peer) = connected().await;
     let asked = 1024;
-    let waiting = join_all((0..asked).map(|number| client.raw("echo", json!({ "number": number }))));
+    let waiting = join_all((0..asked).map(|number| client.execute(raw("echo", json!({ "number": number })))));
     let (replies, ()) = tokio::join!(waiting, async {
         let mut received = Vec::new();
         for _ in 0..asked {
             received.push(peer.receive().await);
         }
-        let refused = within("the refusal", client.raw("one-more", json!({}))).await;
+        let refused = within("the refusal", client.execute(raw("one-more", json!({})))).await;
         match refused {
             Err(Error::Unanswered { command, unanswered }) => {
                 assert_eq!((command.as_str(), unanswered), ("one-more", asked));
@@ -825,13 +827,13 @@ async fn a_peer_that_reads_nothing_makes_nothing_grow() {
     for _ in 0..40 {
         tokio::select! {
             biased;
-            _ = client.raw("echo", json!({ "text": text })) => panic!("nobody answered, and nothing is full"),
+            _ = client.execute(raw("echo", json!({ "text": text }))) => panic!("nobody answered, and nothing is full"),
             () = async { for _ in 0..10 { tokio::task::yield_now().await } } => {}
         }
     }
-    let waiting = join_all((0..20).map(|_| client.raw("echo", json!({ "text": text }))));
+    let waiting = join_all((0..20).map(|_| client.execute(raw("echo", json!({ "text": text })))));
     let (replies, ()) = tokio::join!(waiting, async {
-        let refused = within("the refusal", client.raw("one-more", json!({}))).await;
+        let refused = within("the refusal", client.execute(raw("one-more", json!({})))).await;
         assert!(matches!(refused, Err(Error::Unanswered { .. })), "{refused:?}");
         drop(peer);
     });
@@ -853,14 +855,14 @@ async fn commands_that_nobody_waits_for_leave_room_for_others() {
     let (client, _driver, mut peer) = connected().await;
     let mut received = Vec::new();
     for number in 0..5000 {
-        let abandoned = client.raw("echo", json!({ "number": number }));
+        let abandoned = client.execute(raw("echo", json!({ "number": number })));
         tokio::select! {
             _ = abandoned => panic!("nobody answered"),
             command = peer.receive() => received.push(command),
         }
     }
     // Late replies are no replies to another.
-    let (reply, ()) = tokio::join!(client.raw("last", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("last", json!({}))), async {
         let last = peer.receive().await;
         for command in &received {
             peer.answer(command, json!("late")).await;
@@ -874,20 +876,20 @@ async fn commands_that_nobody_waits_for_leave_room_for_others() {
 async fn a_descriptor_that_nobody_waits_for_still_keeps_the_next_one_waiting() {
     let (client, _driver, mut peer) = connected().await;
     let file = || OwnedFd::from(File::open("/dev/null").unwrap());
-    let first = client.raw_with_descriptor("add-fd", json!({ "opaque": "first" }), file());
+    let first = client.execute_with_descriptor(raw("add-fd", json!({ "opaque": "first" })), file());
     let first = tokio::select! {
         _ = first => panic!("nobody answered"),
         command = peer.receive() => command,
     };
     // So many that what nobody waits for is forgotten.
     for _ in 0..1100 {
-        let abandoned = client.raw("echo", json!({}));
+        let abandoned = client.execute(raw("echo", json!({})));
         tokio::select! {
             _ = abandoned => panic!("nobody answered"),
             _ = peer.receive() => {}
         }
     }
-    let second = client.raw_with_descriptor("add-fd", json!({ "opaque": "second" }), file());
+    let second = client.execute_with_descriptor(raw("add-fd", json!({ "opaque": "second" })), file());
     let (reply, ()) = tokio::join!(second, async {
         in_step(&client, &mut peer).await;
         peer.answer(&first, json!({ "fdset-id": 1 })).await;
@@ -922,9 +924,9 @@ async fn a_descriptor_comes_with_the_first_byte_of_its_command_and_no_copy_is_ke
     let (reader, writer) = std::io::pipe().unwrap();
     // Lines without one lie before and after it in the socket.
     let (before, added, after, ()) = tokio::join!(
-        client.raw("before", json!({})),
-        client.raw_with_descriptor("add-fd", json!({ "opaque": "o" }), writer.into()),
-        client.raw("after", json!({})),
+        client.execute(raw("before", json!({}))),
+        client.execute_with_descriptor(raw("add-fd", json!({ "opaque": "o" })), writer.into()),
+        client.execute(raw("after", json!({}))),
         async {
             for name in ["before", "add-fd", "after"] {
                 let mut command = peer.receive().await;
@@ -950,7 +952,7 @@ async fn a_descriptor_of_a_long_line_comes_once_and_first() {
     let (client, _driver, mut peer) = connected_over(ours, peer).await;
     let arguments = json!({ "opaque": "x".repeat(100_000) });
     let (reply, ()) = tokio::join!(
-        client.raw_with_descriptor("add-fd", arguments, file_of("long")),
+        client.execute_with_descriptor(raw("add-fd", arguments), file_of("long")),
         async {
             let mut command = peer.receive().await;
             assert_eq!(
@@ -967,12 +969,13 @@ async fn a_descriptor_of_a_long_line_comes_once_and_first() {
 #[tokio::test]
 async fn the_next_descriptor_is_not_sent_before_the_last_one_was_answered() {
     let (client, _driver, mut peer) = connected().await;
-    let add = |text: &str| client.raw_with_descriptor("add-fd", json!({ "opaque": text }), file_of(text));
+    let add =
+        |text: &str| client.execute_with_descriptor(raw("add-fd", json!({ "opaque": text })), file_of(text));
     let (first, second, third, other, ()) = tokio::join!(
         add("first"),
         add("second"),
         add("third"),
-        client.raw("other", json!({})),
+        client.execute(raw("other", json!({}))),
         async {
             for name in ["first", "second", "third"] {
                 let mut command = peer.receive().await;
@@ -1002,12 +1005,13 @@ async fn the_next_descriptor_is_not_sent_before_the_last_one_was_answered() {
 #[tokio::test]
 async fn a_dropped_descriptor_keeps_the_others_waiting_until_it_was_answered() {
     let (client, _driver, mut peer) = connected().await;
-    let add = |text: &str| client.raw_with_descriptor("add-fd", json!({ "opaque": text }), file_of(text));
+    let add =
+        |text: &str| client.execute_with_descriptor(raw("add-fd", json!({ "opaque": text })), file_of(text));
     let dropped = tokio::select! {
         _ = add("dropped") => panic!("nobody answered"),
         command = peer.receive() => command,
     };
-    let (next, other, ()) = tokio::join!(add("next"), client.raw("other", json!({})), async {
+    let (next, other, ()) = tokio::join!(add("next"), client.execute(raw("other", json!({}))), async {
         let other = peer.receive().await;
         assert_eq!(other.name(), "other");
         peer.answer(&other, json!({})).await;
@@ -1029,7 +1033,7 @@ async fn a_dropped_descriptor_keeps_the_others_waiting_until_it_was_answered() {
 
 /// The driver has dealt with all that it was told before, and sent no descriptor.
 async fn in_step_without_descriptors(client: &Client, peer: &mut Peer) {
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
         assert_eq!(command.name(), "query-status");
         peer.answer(&command, json!({})).await;
@@ -1056,16 +1060,20 @@ async fn qemu_answers_refuses_and_tells_events() {
     let dir = crate::common::test_directory();
     let vm = machine(dir.path());
     let (client, driver) = real(&vm).await;
+    assert_eq!(client.process(), Some(vm.pid()));
     let mut events = client.events();
-    let status: Value = client.raw_query("query-status", json!({})).await.unwrap();
+    let status: Value = client.execute(raw("query-status", json!({}))).await.unwrap();
     assert_eq!(status["running"], false);
-    let error = client.raw("no-such-command", json!({})).await.unwrap_err();
+    let error = client
+        .execute(raw("no-such-command", json!({})))
+        .await
+        .unwrap_err();
     assert!(
         matches!(&error, Error::Refused { class, .. } if class == "CommandNotFound"),
         "{error:?}"
     );
     let error = client
-        .raw("job-dismiss", json!({ "id": "none" }))
+        .execute(raw("job-dismiss", json!({ "id": "none" })))
         .await
         .unwrap_err();
     assert!(
@@ -1078,7 +1086,7 @@ async fn qemu_answers_refuses_and_tells_events() {
     assert_eq!(&*ended(driver).await, "it was shut down");
     // QEMU takes the next client.
     let (client, _driver) = real(&vm).await;
-    client.raw("query-status", json!({})).await.unwrap();
+    client.execute(raw("query-status", json!({}))).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1092,10 +1100,15 @@ async fn a_second_client_on_a_monitor_gets_no_greeting_until_the_first_has_gone(
     let error = second.map(drop).unwrap_err();
     assert!(matches!(error, Error::NoGreeting(_)), "{error:?}");
     assert!(error.to_string().contains("another client"), "{error}");
-    client.raw("query-status", json!({})).await.unwrap();
+    client.execute(raw("query-status", json!({}))).await.unwrap();
     drop(client);
     ended(driver).await;
-    real(&vm).await.0.raw("query-status", json!({})).await.unwrap();
+    real(&vm)
+        .await
+        .0
+        .execute(raw("query-status", json!({})))
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1155,10 +1168,10 @@ async fn descriptors_that_are_passed_at_once_land_each_in_its_own_set() {
             .create_new(true)
             .open(path)
             .unwrap();
-        client.raw_with_descriptor("add-fd", json!({ "opaque": path }), file.into())
+        client.execute_with_descriptor(raw("add-fd", json!({ "opaque": path })), file.into())
     });
     // Others talk meanwhile.
-    let others = join_all((0..40).map(|_| client.raw("query-status", json!({}))));
+    let others = join_all((0..40).map(|_| client.execute(raw("query-status", json!({})))));
     let (added, others) = within("the replies", async { tokio::join!(join_all(adding), others) }).await;
     assert!(others.iter().all(Result::is_ok));
     let mut sets = std::collections::BTreeSet::new();
@@ -1172,7 +1185,7 @@ async fn descriptors_that_are_passed_at_once_land_each_in_its_own_set() {
         let link = std::fs::read_link(format!("/proc/{}/fd/{}", vm.pid(), added["fd"])).unwrap();
         assert_eq!(&link, path);
     }
-    let listed: Value = client.raw_query("query-fdsets", json!({})).await.unwrap();
+    let listed: Value = client.execute(raw("query-fdsets", json!({}))).await.unwrap();
     assert_eq!(listed.as_array().unwrap().len(), paths.len());
     for set in listed.as_array().unwrap() {
         assert_eq!(set["fds"].as_array().unwrap().len(), 1, "{set}");
@@ -1189,7 +1202,7 @@ async fn a_qemu_that_is_killed_fails_what_waits() {
     let mut events = client.events();
     // It stays connected and does not answer.
     vm.freeze();
-    let (reply, ()) = tokio::join!(client.raw("query-status", json!({})), async {
+    let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         tokio::task::yield_now().await;
         tokio::task::block_in_place(|| vm.kill());
     });
@@ -1209,7 +1222,7 @@ async fn the_last_events_of_a_qemu_that_quits_are_delivered() {
     let vm = machine(dir.path());
     let (client, driver) = real(&vm).await;
     let mut events = client.events();
-    client.raw("quit", json!({})).await.unwrap();
+    client.execute(raw("quit", json!({}))).await.unwrap();
     let mut names = Vec::new();
     while let Ok(event) = within("an event", events.next()).await {
         names.push(event.name.clone());

@@ -45,14 +45,19 @@ fn first_name(path: &str) -> String {
     path[..end.unwrap_or(path.len())].to_owned()
 }
 
-/// The modules of the crate that the code of a file names, its tests and comments left out.
-fn used_by(code: &str) -> BTreeSet<String> {
-    let code = code.split("#[cfg(test)]\nmod tests {").next().unwrap();
+/// The code of a file without its tests and comments.
+fn code_of(file: &str) -> String {
+    let code = file.split("#[cfg(test)]\nmod tests {").next().unwrap();
     let lines = code
         .lines()
         .map(|line| line.split("//").next().unwrap())
         .filter(|line| !line.starts_with("#!["));
-    let code: String = lines.flat_map(|line| [line, "\n"]).collect();
+    lines.flat_map(|line| [line, "\n"]).collect()
+}
+
+/// The modules of the crate that the code of a file names.
+fn used_by(file: &str) -> BTreeSet<String> {
+    let code = code_of(file);
     let mut used = BTreeSet::new();
     for after in code.split("crate::").skip(1) {
         match after.strip_prefix('{') {
@@ -114,4 +119,36 @@ fn uses_are_found_in_code_and_not_in_comments_or_tests() {
         used_by(code).into_iter().collect::<Vec<_>>(),
         ["clock", "qmp", "quota", "text"]
     );
+}
+
+/// The names of the commands that a file of `qmp` declares.
+fn commands_of(code: &str) -> Vec<String> {
+    let declared = code.split("command!(").skip(1);
+    let names = declared.filter_map(|arguments| arguments.split(')').next()?.split('"').nth(1));
+    names.map(str::to_owned).collect()
+}
+
+#[test]
+fn commands_are_written_as_json_in_qmp_only() {
+    let commands: BTreeSet<String> = files_of("qmp")
+        .iter()
+        .flat_map(|file| commands_of(&code_of(&read(file))))
+        .collect();
+    assert!(
+        commands.contains("blockdev-add") && commands.len() > 20,
+        "{commands:?}"
+    );
+    let others = layers().into_iter().filter(|module| module != "qmp");
+    let files = others.flat_map(|module| files_of(&module));
+    for file in files.filter(|file| !file.ends_with("tests.rs")) {
+        let code = code_of(&read(&file));
+        let names = commands.iter().map(|name| format!("\"{name}\""));
+        for raw in ["json!", "\"execute\""]
+            .map(str::to_owned)
+            .into_iter()
+            .chain(names)
+        {
+            assert!(!code.contains(&raw), "{} has {raw}", file.display());
+        }
+    }
 }

@@ -5,8 +5,9 @@
 
 use std::path::PathBuf;
 
-use super::graph::{BlockInfo, Graph, MAX_DISKS, Node};
+use super::graph::{Graph, MAX_DISKS};
 use super::outside::Devices;
+use crate::qmp::block::{BlockDeviceInfo, BlockInfo};
 
 /// One drive of the guest. A drive without a medium has an empty `node`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -190,15 +191,15 @@ fn disk(drive: BlockInfo, graph: &Graph, devices: &Devices) -> Option<Disk> {
         node: source.unwrap_or_default().to_owned(),
         virtual_size,
         allocated: node.map_or(0, |node| graph.allocated(node)).min(virtual_size),
-        source: node.and_then(Node::source_file),
-        format: node.map(|node| node.driver.clone()).unwrap_or_default(),
+        source: node.and_then(BlockDeviceInfo::source_file),
+        format: node.map(|node| node.drv.clone()).unwrap_or_default(),
         writable,
         passed_through,
         encrypted: node.is_some_and(|node| graph.is_encrypted(node)),
         has_backing: node.is_some_and(|node| graph.has_backing(node)),
-        keeps_bitmaps: writable && node.is_some_and(Node::keeps_bitmaps),
-        has_snapshots: node.is_some_and(Node::has_snapshots),
-        bitmaps: node.map(Node::bitmaps).unwrap_or_default(),
+        keeps_bitmaps: writable && node.is_some_and(BlockDeviceInfo::keeps_bitmaps),
+        has_snapshots: node.is_some_and(BlockDeviceInfo::has_snapshots),
+        bitmaps: node.map(BlockDeviceInfo::bitmaps).unwrap_or_default(),
         aliases: names,
     })
 }
@@ -214,6 +215,7 @@ fn device_id(qdev: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qmp::block::Inserted;
 
     #[test]
     fn a_name_wins_over_an_alias_and_a_shared_alias_is_ambiguous() {
@@ -237,13 +239,20 @@ mod tests {
 
     #[test]
     fn a_disk_is_never_called_nothing() {
-        let drives = |drives| serde_json::from_value(drives).unwrap();
-        let named = drives(serde_json::json!([
-            { "device": "", "qdev": "" },
-            { "device": "", "qdev": "/machine/peripheral/", "inserted": { "node-name": "n", "ro": false } },
-            { "device": "d", "qdev": "" },
-        ]));
-        let disks = disks(named, &Graph::of(&[], None).unwrap(), &Devices::of([])).unwrap();
+        let drive = |device: &str, qdev: &str, node: Option<&str>| BlockInfo {
+            device: device.to_owned(),
+            qdev: Some(qdev.to_owned()),
+            inserted: node.map(|node_name| Inserted {
+                node_name: node_name.to_owned(),
+                ro: false,
+            }),
+        };
+        let drives = vec![
+            drive("", "", None),
+            drive("", "/machine/peripheral/", Some("n")),
+            drive("d", "", None),
+        ];
+        let disks = disks(drives, &Graph::of(&[], None).unwrap(), &Devices::of([])).unwrap();
         let names: Vec<_> = disks.iter().map(|disk| disk.name.as_str()).collect();
         assert_eq!(names, ["n", "d"]);
     }

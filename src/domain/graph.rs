@@ -6,10 +6,8 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
-use serde::Deserialize;
-use serde::de::IgnoredAny;
-
 use super::disks::Bitmap;
+use crate::qmp::block::{BlockDeviceInfo, BlockDirtyInfo, XDbgBlockGraph};
 
 /// More disks, and longer names, than any machine has: a peer that says so is not QEMU.
 pub(super) const MAX_DISKS: usize = 256;
@@ -25,93 +23,16 @@ const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "copy-before-write"];
 /// So many of them are looked through. Whatever node is reached has the same content.
 const MAX_FILTERS: usize = 64;
 
-/// An entry of `query-block`.
-#[derive(Debug, Deserialize)]
-pub(super) struct BlockInfo {
-    pub device: String,
-    #[serde(default)]
-    pub qdev: Option<String>,
-    #[serde(default)]
-    pub inserted: Option<Inserted>,
-}
-
-#[derive(Debug, Deserialize)]
-pub(super) struct Inserted {
-    #[serde(rename = "node-name")]
-    pub node_name: String,
-    pub ro: bool,
-}
-
-/// An entry of `query-named-block-nodes` with `flat`: each image once. Otherwise it has all images below it as well, which
-/// makes the reply quadratic in the depth of a chain.
-#[derive(Debug, Deserialize)]
-pub(super) struct Node {
-    #[serde(rename = "node-name", default)]
-    pub name: String,
-    #[serde(rename = "drv")]
-    pub driver: String,
-    pub file: String,
-    pub image: Image,
-    #[serde(default)]
-    backing_file: Option<String>,
-    #[serde(rename = "dirty-bitmaps", default)]
-    bitmaps: Vec<BitmapInfo>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-pub(super) struct Image {
-    #[serde(rename = "virtual-size")]
-    pub virtual_size: u64,
-    #[serde(rename = "actual-size", default)]
-    actual_size: u64,
-    #[serde(default)]
-    encrypted: bool,
-    #[serde(rename = "format-specific", default)]
-    specific: Option<Specific>,
-    /// Internal ones; not there if there are none.
-    #[serde(default)]
-    snapshots: Vec<IgnoredAny>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Specific {
-    #[serde(default)]
-    data: SpecificData,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct SpecificData {
-    /// The version of a qcow2 image: "0.10" is 2, "1.1" is 3.
-    #[serde(default)]
-    compat: Option<String>,
-}
-
-/// Those without a name are somebody's block job's.
-#[derive(Debug, Deserialize)]
-struct BitmapInfo {
-    #[serde(default)]
-    name: Option<String>,
-    #[serde(default)]
-    count: u64,
-    recording: bool,
-    #[serde(default)]
-    persistent: bool,
-    #[serde(default)]
-    inconsistent: bool,
-    #[serde(default)]
-    busy: bool,
-}
-
-impl Node {
+impl BlockDeviceInfo {
     /// Whether it can keep dirty bitmaps (qcow2 from version 3 on, QEMU's docs/interop/qcow2).
     pub fn keeps_bitmaps(&self) -> bool {
-        let specific = self.image.specific.as_ref();
+        let specific = self.image.format_specific.as_ref();
         let version = specific.and_then(|specific| specific.data.compat.as_deref());
-        self.driver == "qcow2" && version.is_some_and(|version| version != "0.10")
+        self.drv == "qcow2" && version.is_some_and(|version| version != "0.10")
     }
 
     pub fn bitmaps(&self) -> Vec<Bitmap> {
-        let named = |info: &BitmapInfo| {
+        let named = |info: &BlockDirtyInfo| {
             let name = info.name.clone()?;
             Some(Bitmap {
                 name,
@@ -121,7 +42,7 @@ impl Node {
             })
         };
         let good = |bitmap: &Bitmap| (1..=MAX_BITMAP_NAME).contains(&bitmap.name.len());
-        let bitmaps = self.bitmaps.iter().take(MAX_BITMAPS).filter_map(named);
+        let bitmaps = self.dirty_bitmaps.iter().take(MAX_BITMAPS).filter_map(named);
         bitmaps.filter(good).collect()
     }
 
@@ -133,42 +54,18 @@ impl Node {
     /// The file of an image, where what is in the file is what the guest sees: it isn't encrypted, and holds no internal
     /// snapshots.
     pub fn source_file(&self) -> Option<PathBuf> {
-        let plain = ["qcow2", "raw"].contains(&self.driver.as_str()) && !self.image.encrypted;
+        let plain = ["qcow2", "raw"].contains(&self.drv.as_str()) && !self.image.encrypted;
         (plain && !self.has_snapshots()).then(|| self.file.as_str().into())
     }
 
     fn is_filter(&self) -> bool {
-        FILTERS.contains(&self.driver.as_str())
+        FILTERS.contains(&self.drv.as_str())
     }
-}
-
-/// The reply of `x-debug-query-block-graph`: the only command in all supported versions that tells the children
-/// of a node. Unstable by name, so its absence is survived.
-#[derive(Debug, Default, Deserialize)]
-pub(super) struct Edges {
-    nodes: Vec<GraphNode>,
-    edges: Vec<GraphEdge>,
-}
-
-#[derive(Debug, Deserialize)]
-struct GraphNode {
-    id: u64,
-    name: String,
-    /// Back ends and jobs are in the graph too, and may be called like a node.
-    #[serde(rename = "type")]
-    kind: String,
-}
-
-#[derive(Debug, Deserialize)]
-struct GraphEdge {
-    parent: u64,
-    child: u64,
-    name: String,
 }
 
 /// The nodes and their children, by name, to be asked often: a peer's can be many.
 pub(super) struct Graph<'a> {
-    nodes: HashMap<&'a str, &'a Node>,
+    nodes: HashMap<&'a str, &'a BlockDeviceInfo>,
     file: HashMap<&'a str, &'a str>,
     backing: HashMap<&'a str, &'a str>,
     data_file: HashMap<&'a str, &'a str>,
@@ -178,14 +75,14 @@ pub(super) struct Graph<'a> {
 
 impl<'a> Graph<'a> {
     /// Nothing if the peer claims what no QEMU has. `edges` is there if QEMU can tell them.
-    pub fn of(nodes: &'a [Node], edges: Option<&'a Edges>) -> Option<Self> {
-        let too_long = |node: &Node| node.file.len() > MAX_PATH;
+    pub fn of(nodes: &'a [BlockDeviceInfo], edges: Option<&'a XDbgBlockGraph>) -> Option<Self> {
+        let too_long = |node: &BlockDeviceInfo| node.file.len() > MAX_PATH;
         if nodes.len() > MAX_NODES || nodes.iter().any(too_long) {
             return None;
         }
         let children = |name: &str| edges.map_or_else(HashMap::new, |edges| children(edges, name));
         Some(Self {
-            nodes: nodes.iter().map(|node| (node.name.as_str(), node)).collect(),
+            nodes: nodes.iter().map(|node| (node.node_name.as_str(), node)).collect(),
             file: children("file"),
             backing: children("backing"),
             data_file: children("data-file"),
@@ -193,7 +90,7 @@ impl<'a> Graph<'a> {
         })
     }
 
-    pub fn node(&self, name: &str) -> Option<&'a Node> {
+    pub fn node(&self, name: &str) -> Option<&'a BlockDeviceInfo> {
         self.nodes.get(name).copied()
     }
 
@@ -201,7 +98,7 @@ impl<'a> Graph<'a> {
     pub fn unfiltered(&self, root: &'a str) -> &'a str {
         let mut name = root;
         for _ in 0..MAX_FILTERS {
-            let filter = self.node(name).is_some_and(Node::is_filter);
+            let filter = self.node(name).is_some_and(BlockDeviceInfo::is_filter);
             match self
                 .file
                 .get(name)
@@ -215,9 +112,9 @@ impl<'a> Graph<'a> {
     }
 
     /// Whether data may lie in an image below this one.
-    pub fn has_backing(&self, node: &Node) -> bool {
+    pub fn has_backing(&self, node: &BlockDeviceInfo) -> bool {
         match self.has_edges {
-            true => self.backing.contains_key(node.name.as_str()),
+            true => self.backing.contains_key(node.node_name.as_str()),
             // The image's header names one, which need not be open.
             false => node.backing_file.is_some(),
         }
@@ -225,17 +122,17 @@ impl<'a> Graph<'a> {
 
     /// Whether QEMU decrypts this image or one that it reads for it: what the guest sees is not encrypted where a backup has
     /// it.
-    pub fn is_encrypted(&self, node: &'a Node) -> bool {
+    pub fn is_encrypted(&self, node: &'a BlockDeviceInfo) -> bool {
         let (mut seen, mut next) = (HashSet::new(), vec![node]);
         while let Some(node) = next.pop() {
-            if !seen.insert(node.name.as_str()) {
+            if !seen.insert(node.node_name.as_str()) {
                 continue;
             }
             if node.image.encrypted {
                 return true;
             }
             for children in [&self.file, &self.backing, &self.data_file] {
-                let child = children.get(node.name.as_str());
+                let child = children.get(node.node_name.as_str());
                 next.extend(child.and_then(|child| self.node(child)));
             }
         }
@@ -244,7 +141,7 @@ impl<'a> Graph<'a> {
 
     /// What an image and all that are below it take on the host, in bytes; of the image alone where QEMU cannot tell which
     /// those are.
-    pub fn allocated(&self, node: &'a Node) -> u64 {
+    pub fn allocated(&self, node: &'a BlockDeviceInfo) -> u64 {
         let mut sum = 0u64;
         let mut next = Some(node);
         for _ in 0..self.nodes.len() {
@@ -256,7 +153,7 @@ impl<'a> Graph<'a> {
                     &self.backing
                 }
             };
-            let below = children.get(node.name.as_str());
+            let below = children.get(node.node_name.as_str());
             next = below.and_then(|below| self.node(below));
         }
         sum
@@ -264,7 +161,7 @@ impl<'a> Graph<'a> {
 }
 
 /// By the name of the parent: the child that hangs on it by that edge.
-fn children<'a>(edges: &'a Edges, edge: &str) -> HashMap<&'a str, &'a str> {
+fn children<'a>(edges: &'a XDbgBlockGraph, edge: &str) -> HashMap<&'a str, &'a str> {
     let drivers = || edges.nodes.iter().filter(|node| node.kind == "block-driver");
     let names: HashMap<u64, &str> = drivers().map(|node| (node.id, node.name.as_str())).collect();
     let mut below = HashMap::new();
@@ -281,8 +178,9 @@ fn children<'a>(edges: &'a Edges, edge: &str) -> HashMap<&'a str, &'a str> {
 }
 
 /// Paths of the host's files and devices below the nodes, as QEMU was given them.
-pub(super) fn host_files(nodes: &[Node]) -> Vec<PathBuf> {
-    let protocol = |node: &&Node| matches!(node.driver.as_str(), "file" | "host_device" | "host_cdrom");
+pub(super) fn host_files(nodes: &[BlockDeviceInfo]) -> Vec<PathBuf> {
+    let protocol =
+        |node: &&BlockDeviceInfo| matches!(node.drv.as_str(), "file" | "host_device" | "host_cdrom");
     let mut files: Vec<PathBuf> = nodes
         .iter()
         .filter(protocol)
@@ -296,32 +194,35 @@ pub(super) fn host_files(nodes: &[Node]) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::qmp::block::{ImageInfo, XDbgBlockGraphEdge, XDbgBlockGraphNode};
 
-    fn node(name: &str, driver: &str, actual_size: u64) -> Node {
-        Node {
-            name: name.into(),
-            driver: driver.into(),
-            file: String::new(),
-            image: Image {
+    fn node(name: &str, driver: &str, actual_size: u64) -> BlockDeviceInfo {
+        BlockDeviceInfo {
+            node_name: name.into(),
+            drv: driver.into(),
+            image: ImageInfo {
                 actual_size,
-                ..Image::default()
+                ..ImageInfo::default()
             },
-            backing_file: None,
-            bitmaps: Vec::new(),
+            ..BlockDeviceInfo::default()
         }
     }
 
-    fn edges(nodes: &[&str], edges: &[(u64, u64, &str)]) -> Edges {
-        let nodes = nodes.iter().enumerate();
-        let nodes = nodes.map(|(id, name)| json!({ "id": id, "name": name, "type": "block-driver" }));
-        let edges = edges.iter();
-        let edges =
-            edges.map(|(parent, child, name)| json!({ "parent": parent, "child": child, "name": name }));
-        serde_json::from_value(json!({
-            "nodes": nodes.collect::<Vec<_>>(), "edges": edges.collect::<Vec<_>>(),
-        }))
-        .unwrap()
+    fn edges(nodes: &[&str], edges: &[(u64, u64, &str)]) -> XDbgBlockGraph {
+        let nodes = (0..).zip(nodes).map(|(id, name)| XDbgBlockGraphNode {
+            id,
+            name: (*name).to_owned(),
+            kind: "block-driver".to_owned(),
+        });
+        let edges = edges.iter().map(|(parent, child, name)| XDbgBlockGraphEdge {
+            parent: *parent,
+            child: *child,
+            name: (*name).to_owned(),
+        });
+        XDbgBlockGraph {
+            nodes: nodes.collect(),
+            edges: edges.collect(),
+        }
     }
 
     #[test]

@@ -5,22 +5,26 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use serde::Deserialize;
-use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::disks;
-use super::graph::{self, BlockInfo, Edges, Graph, Node};
-use super::outside::{self, Devices, Property};
+use super::graph::{self, Graph};
+use super::outside::{self, Devices};
 use super::presence::Presence;
 use super::retry::{After, Retry};
 use super::{Disk, Domain, Migration, PATIENCE, Snapshot, State};
 use crate::names::IN_QEMU;
-use crate::qmp::block::JobEvent;
-use crate::qmp::{self, Client, Driver, Event, EventsError, Schema};
+use crate::qmp::block::{
+    BlockDeviceInfo, BlockInfo, JobEvent, QueryBlock, QueryNamedBlockNodes, XDbgBlockGraph,
+    XDebugQueryBlockGraph,
+};
+use crate::qmp::machine::{
+    Cont, ObjectPropertyInfo, QomList, QueryStatus, QueryUuid, QueryVersion, VersionTriple,
+};
+use crate::qmp::{self, Client, Done, Driver, Event, EventsError, Feature, Schema};
 use crate::quota::Quota;
 use crate::socket::{self, Dialer};
 use crate::text::excerpt;
@@ -184,28 +188,21 @@ impl Link {
 
     /// Asks QEMU what it does with the guest.
     pub async fn run_state(&self) -> qmp::Result<RunState> {
-        let status = self
-            .client
-            .raw_query_within::<StatusReply>(PATIENCE, "query-status", json!({}));
+        let status = self.client.execute_within(PATIENCE, QueryStatus {});
         Ok(RunState(status.await?.status))
     }
 
     /// Lets the guest run.
     pub async fn resume_guest(&self) -> qmp::Result<()> {
-        let resumed = self
-            .client
-            .raw_query_within::<serde_json::Value>(PATIENCE, "cont", json!({}));
-        resumed.await.map(drop)
+        let Done = self.client.execute_within(PATIENCE, Cont {}).await?;
+        Ok(())
     }
 
     async fn uuid(&self) -> qmp::Result<Option<Uuid>> {
         if let Some(known) = self.uuid.get() {
             return Ok(*known);
         }
-        let reply = self
-            .client
-            .raw_query_within::<UuidReply>(PATIENCE, "query-uuid", json!({}));
-        // QEMU answers the nil UUID where none was given.
+        let reply = self.client.execute_within(PATIENCE, QueryUuid {});
         let uuid = Some(reply.await?.uuid).filter(|uuid| !uuid.is_nil());
         Ok(*self.uuid.get_or_init(|| uuid))
     }
@@ -279,12 +276,11 @@ async fn schema(link: &Link) -> Result<Schema, String> {
 
 /// What every look at a QEMU needs: without it its disks cannot even be listed.
 async fn check_version(link: &Link) -> Result<(), String> {
-    if link.schema.command_takes("query-named-block-nodes", "flat") {
+    if link.schema.has(Feature::FlatNodeList) {
         return Ok(());
     }
-    let client = &link.client;
-    let version = client.raw_query_within::<VersionReply>(PATIENCE, "query-version", json!({}));
-    let Version { major, minor, micro } = version.await.map_err(|error| error.to_string())?.qemu;
+    let version = link.client.execute_within(PATIENCE, QueryVersion {});
+    let VersionTriple { major, minor, micro } = version.await.map_err(|error| error.to_string())?.qemu;
     Err(format!(
         "QEMU {major}.{minor}.{micro} is too old: version {OLDEST} or later is needed"
     ))
@@ -320,24 +316,6 @@ fn is_change(event: &str) -> bool {
     )
 }
 
-#[derive(Deserialize)]
-struct VersionReply {
-    qemu: Version,
-}
-
-#[derive(Deserialize)]
-struct Version {
-    major: u64,
-    minor: u64,
-    micro: u64,
-}
-
-#[derive(Deserialize)]
-struct UuidReply {
-    #[serde(rename = "UUID")]
-    uuid: Uuid,
-}
-
 /// QEMU's `RunState` (`qapi/run-state.json`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunState(String);
@@ -359,17 +337,9 @@ impl RunState {
     }
 }
 
-#[derive(Deserialize)]
-struct StatusReply {
-    status: String,
-}
-
 async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
     let client = &link.client;
-    let (uuid, status) = tokio::try_join!(
-        link.uuid(),
-        client.raw_query_within::<StatusReply>(PATIENCE, "query-status", json!({})),
-    )?;
+    let (uuid, status) = tokio::try_join!(link.uuid(), client.execute_within(PATIENCE, QueryStatus {}),)?;
     let (drives, nodes, edges) = blocks(link).await?;
     let devices = Devices::of([
         (outside::PERIPHERAL, devices(client, outside::PERIPHERAL).await?),
@@ -389,20 +359,18 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
 }
 
 /// What QEMU says of its block layer.
-async fn blocks(link: &Link) -> qmp::Result<(Vec<BlockInfo>, Vec<Node>, Option<Edges>)> {
+async fn blocks(link: &Link) -> qmp::Result<(Vec<BlockInfo>, Vec<BlockDeviceInfo>, Option<XDbgBlockGraph>)> {
     let client = &link.client;
     // One after another: QEMU takes a while for each where there are thousands of nodes, and every answer is progress.
-    let drives = client.raw_query_within::<Vec<BlockInfo>>(GRAPH_PATIENCE, "query-block", json!({}));
-    let drives = drives.await?;
-    let flat = json!({ "flat": true });
-    let nodes = client.raw_query_within::<Vec<Node>>(GRAPH_PATIENCE, "query-named-block-nodes", flat);
-    let nodes = nodes.await?;
-    let edges = match link.schema.has_command("x-debug-query-block-graph") {
-        true => {
-            let edges =
-                client.raw_query_within::<Edges>(GRAPH_PATIENCE, "x-debug-query-block-graph", json!({}));
-            Some(edges.await?)
-        }
+    let drives = client.execute_within(GRAPH_PATIENCE, QueryBlock {}).await?;
+    let nodes = QueryNamedBlockNodes { flat: true };
+    let nodes = client.execute_within(GRAPH_PATIENCE, nodes).await?;
+    let edges = match link.schema.has(Feature::BlockGraph) {
+        true => Some(
+            client
+                .execute_within(GRAPH_PATIENCE, XDebugQueryBlockGraph {})
+                .await?,
+        ),
         false => None,
     };
     Ok((drives, nodes, edges))
@@ -410,8 +378,8 @@ async fn blocks(link: &Link) -> qmp::Result<(Vec<BlockInfo>, Vec<Node>, Option<E
 
 fn disks_of(
     drives: Vec<BlockInfo>,
-    nodes: &[Node],
-    edges: Option<&Edges>,
+    nodes: &[BlockDeviceInfo],
+    edges: Option<&XDbgBlockGraph>,
     devices: &Devices,
 ) -> qmp::Result<Vec<Disk>> {
     let graph = Graph::of(nodes, edges);
@@ -419,10 +387,8 @@ fn disks_of(
     disks.ok_or_else(|| qmp::Error::NotQmp("it claims disks that no QEMU has".into()))
 }
 
-async fn devices(client: &Client, path: &str) -> qmp::Result<Vec<Property>> {
-    client
-        .raw_query_within(PATIENCE, "qom-list", json!({ "path": path }))
-        .await
+async fn devices(client: &Client, path: &str) -> qmp::Result<Vec<ObjectPropertyInfo>> {
+    client.execute_within(PATIENCE, QomList { path }).await
 }
 
 impl Domain {

@@ -4,9 +4,9 @@
 
 use std::collections::HashMap;
 
-use serde::Deserialize;
-
 use crate::model::Outside;
+
+use crate::qmp::machine::ObjectPropertyInfo;
 
 /// Devices that are looked at; a machine has fewer.
 const MAX_DEVICES: usize = 4096;
@@ -33,23 +33,14 @@ const TYPES: [&str; 10] = [
 /// would be of no single point in time, and no bitmap would record what is written.
 const PASSED_THROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
 
-/// An entry of `qom-list`.
-#[derive(Debug, Deserialize)]
-pub(super) struct Property {
-    name: String,
-    /// `child<TYPE>` of a device.
-    #[serde(rename = "type")]
-    kind: String,
-}
-
 /// The types of a machine's devices, by their paths in QEMU's object model.
 pub(super) struct Devices(HashMap<String, String>);
 
 impl Devices {
     /// `lists` are the replies about these paths.
-    pub fn of<const N: usize>(lists: [(&str, Vec<Property>); N]) -> Self {
+    pub fn of<const N: usize>(lists: [(&str, Vec<ObjectPropertyInfo>); N]) -> Self {
         let devices = lists.into_iter().flat_map(|(path, properties)| {
-            let device = move |property: Property| {
+            let device = move |property: ObjectPropertyInfo| {
                 let kind = property
                     .kind
                     .strip_prefix("child<")?
@@ -114,22 +105,27 @@ fn has_type(kind: &str, types: &[&str]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn devices() -> Devices {
-        let list = |list| serde_json::from_value(list).unwrap();
-        let named = list(json!([
-            { "name": "type", "type": "string" },
-            { "name": "vdb", "type": "child<vhost-user-blk-pci>" },
-            { "name": "vda", "type": "child<virtio-blk-pci>" },
-            { "name": "share", "type": "child<vhost-user-fs-pci>" },
-            { "name": "net", "type": "child<vhost-user-gpio-pci>" },
-            { "name": "sda", "type": "child<scsi-block>" },
-        ]));
-        let anonymous = list(json!([
-            { "name": "device[0]", "type": "child<nvdimm>" },
-            { "name": "device[1]", "type": "child<scsi-generic>" },
-        ]));
+        let list = |list: &[(&str, &str)]| {
+            let property = |(name, kind): &(&str, &str)| ObjectPropertyInfo {
+                name: (*name).to_owned(),
+                kind: (*kind).to_owned(),
+            };
+            list.iter().map(property).collect()
+        };
+        let named = list(&[
+            ("type", "string"),
+            ("vdb", "child<vhost-user-blk-pci>"),
+            ("vda", "child<virtio-blk-pci>"),
+            ("share", "child<vhost-user-fs-pci>"),
+            ("net", "child<vhost-user-gpio-pci>"),
+            ("sda", "child<scsi-block>"),
+        ]);
+        let anonymous = list(&[
+            ("device[0]", "child<nvdimm>"),
+            ("device[1]", "child<scsi-generic>"),
+        ]);
         Devices::of([(PERIPHERAL, named), (ANONYMOUS, anonymous)])
     }
 

@@ -7,11 +7,9 @@
 use std::fs::File;
 use std::io::{self, Read};
 
-use serde::Deserialize;
-use serde_json::json;
-
 use super::Link;
-use crate::qmp;
+use crate::qmp::machine::{QueryStatus, Quit, SetAction, ShutdownAction};
+use crate::qmp::{self, Feature};
 
 /// As long as Linux lets a command line be.
 const MAX_COMMAND_LINE: u64 = 6 << 20;
@@ -39,7 +37,7 @@ pub async fn hold(link: &Link) -> qmp::Result<bool> {
     if !can_hold(link).await || run_state(link).await? == "shutdown" {
         return Ok(false);
     }
-    set_action(link, "pause").await?;
+    set_action(link, ShutdownAction::Pause).await?;
     Ok(true)
 }
 
@@ -50,7 +48,7 @@ pub async fn let_go(link: &Link) -> qmp::Result<()> {
         return Ok(());
     };
     // First the action, then the look: a guest that powers off between the two needs nobody.
-    set_action(link, "poweroff").await?;
+    set_action(link, ShutdownAction::Poweroff).await?;
     let owed = match run_state(link).await?.as_str() {
         "shutdown" => true,
         // While a power-off is put off, QEMU pauses a guest that panics where it would have ended.
@@ -60,31 +58,24 @@ pub async fn let_go(link: &Link) -> qmp::Result<()> {
     if !owed {
         return Ok(());
     }
-    match link.client.raw("quit", json!({})).await {
+    match link.client.execute(Quit {}).await {
         // It was quicker than its answer.
         Err(qmp::Error::Closed(_)) => Ok(()),
         result => result.map(drop),
     }
 }
 
-async fn set_action(link: &Link, shutdown: &str) -> qmp::Result<()> {
-    let action = json!({ "shutdown": shutdown });
-    link.client.raw("set-action", action).await.map(drop)
-}
-
-#[derive(Deserialize)]
-struct Status {
-    status: String,
+async fn set_action(link: &Link, shutdown: ShutdownAction) -> qmp::Result<()> {
+    link.client.execute(SetAction { shutdown }).await.map(drop)
 }
 
 async fn run_state(link: &Link) -> qmp::Result<String> {
-    let status: Status = link.client.raw_query("query-status", json!({})).await?;
-    Ok(status.status)
+    Ok(link.client.execute(QueryStatus {}).await?.status)
 }
 
 /// What the QEMU behind the link was started to do; nothing where that cannot be known, or not be changed (before version 6).
 async fn ending(link: &Link) -> Option<Actions> {
-    if !link.schema.command_takes("set-action", "shutdown") {
+    if !link.schema.has(Feature::ShutdownAction) {
         return None;
     }
     let pid = link.client.process()?;
@@ -148,7 +139,14 @@ fn is_qemu(program: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::Stdio;
+    use std::sync::Arc;
+
     use super::*;
+    use crate::qmp::fake::Fake;
+    use crate::qmp::machine::StatusInfo;
+    use crate::qmp::{Done, Schema};
 
     fn of(line: &str) -> Option<Actions> {
         let mut bytes: Vec<u8> = line
@@ -220,6 +218,79 @@ mod tests {
             assert_eq!(of(line), None, "{line}");
         }
         assert_eq!(actions(b""), None);
+    }
+
+    /// A process with that command line, killed on drop.
+    struct Started(std::process::Child);
+
+    impl Started {
+        fn new(name: &str, option: &str) -> Self {
+            let mut command = std::process::Command::new("sh");
+            command.arg0(name).args(["-c", "read wait", option]);
+            let child = command.stdin(Stdio::piped()).spawn().unwrap();
+            // Spawning waits until the program is executed, so it has its command line.
+            Self(child)
+        }
+
+        fn link(&self, fake: &Arc<Fake>) -> Link {
+            let mut link = Link::new(fake.client(), None);
+            link.schema = Schema::for_test(&[("set-action", "shutdown")]);
+            link
+        }
+
+        fn fake(&self) -> Arc<Fake> {
+            Fake::new(Some(self.0.id()))
+        }
+    }
+
+    impl Drop for Started {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn status(status: &str) -> StatusInfo {
+        StatusInfo {
+            status: status.to_owned(),
+        }
+    }
+
+    fn set(shutdown: ShutdownAction) -> SetAction {
+        SetAction { shutdown }
+    }
+
+    #[tokio::test]
+    async fn a_power_off_is_put_off_and_takes_effect_afterwards() {
+        let qemu = Started::new("qemu-system-x86_64", "-nodefaults");
+        let fake = qemu.fake();
+        let link = qemu.link(&fake);
+        fake.expect(QueryStatus {}, &status("running"))
+            .expect(set(ShutdownAction::Pause), &Done);
+        assert!(hold(&link).await.unwrap());
+        fake.expect(set(ShutdownAction::Poweroff), &Done)
+            .expect(QueryStatus {}, &status("shutdown"))
+            .expect_close(Quit {});
+        let_go(&link).await.unwrap();
+        fake.assert_done();
+        // A guest that did not power off goes on.
+        fake.expect(set(ShutdownAction::Poweroff), &Done)
+            .expect(QueryStatus {}, &status("running"));
+        let_go(&link).await.unwrap();
+        fake.assert_done();
+    }
+
+    #[tokio::test]
+    async fn a_qemu_that_stays_by_itself_or_that_is_not_known_is_left_as_it_is() {
+        let stays = Started::new("qemu-system-x86_64", "-no-shutdown");
+        let manager = Started::new("libvirtd", "-nodefaults");
+        let fakes = [stays.fake(), manager.fake(), Fake::new(None)];
+        for fake in fakes {
+            // A command would be one that the fake does not expect.
+            let link = stays.link(&fake);
+            assert!(!hold(&link).await.unwrap());
+            let_go(&link).await.unwrap();
+        }
     }
 
     #[test]

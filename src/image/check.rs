@@ -4,12 +4,12 @@ use std::os::fd::AsFd;
 use std::process::Stdio;
 
 use serde::Deserialize;
-use serde_json::json;
 use tokio::io::AsyncReadExt;
 
 use super::backup::Image;
 use super::process::{IMG, Inherited, Words, nothing};
 use super::{Control, Error, Fault, blocking};
+use crate::qmp::block::{BlockdevOptions, Driver};
 
 /// The longest report that is read.
 const MAX_REPORT: u64 = 64 << 10;
@@ -35,11 +35,9 @@ pub async fn check(image: &Image, control: Control<'_>) -> Result<Result<(), Fau
     let mut inherited = Inherited::new();
     inherited.add_memory((image.length / BYTES_PER_BYTE).min(MOST_MEMORY));
     // Its backing image is checked separately.
-    let file = json!({ "driver": "file", "filename": inherited.add(image.file.as_fd())? });
-    let name = format!(
-        "json:{}",
-        json!({ "driver": "qcow2", "backing": null, "file": file })
-    );
+    let filename = inherited.add(image.file.as_fd())?;
+    let file = BlockdevOptions::new(None, Driver::File { filename }).into();
+    let name = BlockdevOptions::new(None, Driver::Qcow2 { file, backing: None }).filename();
     let memory = inherited.memory();
     let arguments = ["check", "--output=json", &name].map(str::to_owned);
     let started = IMG.start(arguments, nothing()?, Stdio::piped(), inherited);

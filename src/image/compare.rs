@@ -3,32 +3,23 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Stdio;
 
-use serde_json::{Value, json};
-
 use super::chain::OpenDisk;
 use super::process::{IMG, Inherited, Words, nothing};
 use super::{Control, Error, blocking};
 use crate::model::Format;
+use crate::qmp::block::{BlockdevOptions, BlockdevRef, Driver};
 
 /// Compares all that a guest would see of a disk with a qcow2 image without a backing file; false if they differ.
 pub async fn shows_the_same(chain: &OpenDisk, image: &OwnedFd, control: Control<'_>) -> Result<bool, Error> {
     let mut inherited = Inherited::new();
-    let mut node = Value::Null;
+    let mut node = None;
     for image in &chain.images {
-        let file = inherited.add(image.file.as_fd())?;
-        let mut above = described(image.format, &file);
-        if image.format == Format::Qcow2 {
-            above["backing"] = node;
-        }
-        node = above;
+        let filename = inherited.add(image.file.as_fd())?;
+        node = Some(described(image.format, filename, node));
     }
-    let mut other = described(Format::Qcow2, &inherited.add(image.as_fd())?);
-    other["backing"] = Value::Null;
-    let arguments = [
-        "compare".to_owned(),
-        format!("json:{node}"),
-        format!("json:{other}"),
-    ];
+    let other = described(Format::Qcow2, inherited.add(image.as_fd())?, None);
+    let node = node.as_ref().map_or_else(String::new, BlockdevOptions::filename);
+    let arguments = ["compare".to_owned(), node, other.filename()];
     let mut child = IMG.start(arguments, nothing()?, Stdio::null(), inherited)?;
     let mut words = child.stderr.take().map(Words::listen);
     let status = super::process::wait(&mut child, "qemu-img compare", control).await?;
@@ -56,7 +47,18 @@ pub async fn shows_the_same(chain: &OpenDisk, image: &OwnedFd, control: Control<
     }
 }
 
-fn described(format: Format, file: &str) -> Value {
-    let file = json!({ "driver": "file", "filename": file });
-    json!({ "driver": format.as_str(), "file": file })
+fn described(format: Format, filename: String, backing: Option<BlockdevOptions>) -> BlockdevOptions {
+    let file = BlockdevOptions::new(None, Driver::File { filename }).into();
+    let driver = match format {
+        Format::Qcow2 => Driver::Qcow2 {
+            file,
+            backing: backing.map(BlockdevRef::from),
+        },
+        Format::Raw => Driver::Raw {
+            file,
+            offset: None,
+            size: None,
+        },
+    };
+    BlockdevOptions::new(None, driver)
 }

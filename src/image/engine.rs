@@ -9,8 +9,6 @@ use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::time::Duration;
 
-use serde::Deserialize;
-use serde_json::{Value, json};
 use tokio::process::Child;
 use tokio::task::JoinHandle;
 
@@ -18,7 +16,11 @@ use super::chain::OpenDisk;
 use super::process::{END, Inherited, STORAGE_DAEMON, Words};
 use super::{Error, Fault, Finding};
 use crate::model::Format;
-use crate::qmp::{self, Client};
+use crate::qmp::block::{
+    BlockDeviceInfo, BlockdevAdd, BlockdevOptions, BlockdevRef, Driver, QueryNamedBlockNodes,
+};
+use crate::qmp::machine::Quit;
+use crate::qmp::{self, Client, Command};
 
 /// Clients of an export at a time: each can have it hold requests in memory.
 const MOST_CLIENTS: u32 = 16;
@@ -31,8 +33,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Plan {
     inherited: Inherited,
     arguments: Vec<String>,
-    /// What is opened read-only, in order: arguments of `blockdev-add`.
-    nodes: Vec<Value>,
+    /// What is opened read-only, in order.
+    nodes: Vec<BlockdevOptions>,
     names: BTreeSet<String>,
     /// The disk, backup and node of each image.
     images: Vec<(String, String, String)>,
@@ -51,28 +53,36 @@ impl Plan {
 
     /// Adds a disk's images. `number` tells disks apart.
     pub fn source(&mut self, number: usize, chain: &OpenDisk) -> Result<Source, Error> {
-        let (mut top, mut base) = (Value::Null, None);
+        let (mut top, mut base) = (None::<String>, None);
         for (level, image) in chain.images.iter().enumerate() {
             let (file, node) = (format!("d{number}-{level}-file"), format!("d{number}-{level}"));
-            self.nodes.push(json!({
-                "driver": "file", "node-name": file, "read-only": true,
-                "filename": self.inherited.add(image.file.as_fd())?,
-            }));
-            let mut format = json!({
-                "driver": image.format.as_str(), "node-name": node, "file": file, "read-only": true,
-            });
-            if image.format == Format::Qcow2 {
-                format["backing"] = top;
+            let filename = self.inherited.add(image.file.as_fd())?;
+            let below = BlockdevRef::from(file.clone());
+            let format = match image.format {
+                Format::Qcow2 => Driver::Qcow2 {
+                    file: below,
+                    backing: top.map(BlockdevRef::from),
+                },
+                Format::Raw => Driver::Raw {
+                    file: below,
+                    offset: None,
+                    size: None,
+                },
+            };
+            for (name, driver) in [(&file, Driver::File { filename }), (&node, format)] {
+                self.nodes.push(BlockdevOptions {
+                    read_only: Some(true),
+                    ..BlockdevOptions::named(name, driver)
+                });
             }
-            self.nodes.push(format);
             self.images
                 .push((chain.disk.clone(), image.backup.clone(), node.clone()));
             self.names.extend([file, node.clone()]);
             base.get_or_insert(node.clone());
-            top = Value::String(node);
+            top = Some(node);
         }
         Ok(Source {
-            top: top.as_str().unwrap_or_default().to_owned(),
+            top: top.unwrap_or_default(),
             base: base.unwrap_or_default(),
         })
     }
@@ -112,13 +122,6 @@ pub struct Engine {
     /// The nodes that show the images, and the disk, backup and node of each.
     names: BTreeSet<String>,
     images: Vec<(String, String, String)>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Node {
-    #[serde(rename = "node-name")]
-    name: String,
-    image: Value,
 }
 
 impl Engine {
@@ -169,7 +172,7 @@ impl Engine {
         // Two nodes an image.
         for (nodes, (disk, backup, _)) in plan.nodes.chunks(2).zip(&plan.images) {
             for node in nodes {
-                let added = engine.execute("blockdev-add", node.clone()).await;
+                let added = engine.execute(BlockdevAdd(node.clone())).await;
                 added.map_err(|error| error.about(backup, disk))?;
             }
         }
@@ -182,8 +185,8 @@ impl Engine {
     }
 
     /// Runs a command that takes no time to speak of.
-    pub async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
-        match self.client.raw_query_within(PATIENCE, command, arguments).await {
+    pub async fn execute<C: Command>(&mut self, command: C) -> Result<C::Reply, Error> {
+        match self.client.execute_within(PATIENCE, command).await {
             Ok(reply) => Ok(reply),
             Err(error) => Err(self.explain(error).await),
         }
@@ -211,23 +214,11 @@ impl Engine {
     pub async fn check(&mut self, added: &[&str]) -> Result<(), Error> {
         let mut names = self.names.clone();
         names.extend(added.iter().map(|name| (*name).to_owned()));
-        let reply = self
-            .execute("query-named-block-nodes", json!({ "flat": true }))
-            .await?;
-        let nodes: Vec<Node> = serde_json::from_value(reply).map_err(|error| Error::Engine {
-            why: format!("query-named-block-nodes: {error}"),
-        })?;
-        let found: BTreeSet<String> = nodes.iter().map(|node| node.name.clone()).collect();
-        let external = |node: &&Node| {
-            let data = node.image.pointer("/format-specific/data/data-file");
-            data.is_some()
-                || node
-                    .image
-                    .get("encrypted")
-                    .is_some_and(|encrypted| encrypted == true)
-        };
+        let nodes = self.execute(QueryNamedBlockNodes { flat: true }).await?;
+        let found: BTreeSet<String> = nodes.iter().map(|node| node.node_name.clone()).collect();
+        let external = |node: &&BlockDeviceInfo| node.image.has_data_file() || node.image.encrypted;
         let exchanged = match nodes.iter().find(external) {
-            Some(node) => Some(node.name.as_str()),
+            Some(node) => Some(node.node_name.as_str()),
             None if found != names => Some(""),
             None => None,
         };
@@ -270,7 +261,7 @@ impl Engine {
 
     /// Has it close everything, and waits until it has ended.
     pub async fn quit(mut self) -> Result<(), Error> {
-        self.execute("quit", json!({})).await?;
+        self.execute(Quit {}).await?;
         let status = tokio::time::timeout(END, self.child.wait()).await;
         match status {
             Ok(Ok(status)) if status.success() => Ok(()),

@@ -2,11 +2,10 @@
 
 use std::os::fd::OwnedFd;
 
-use serde_json::json;
-
 use super::Error;
 use super::chain::{Chain, DiskChain};
 use super::engine::{Engine, Plan};
+use crate::qmp::block::BlockExportAdd;
 
 /// Images of all disks that are served together. Each is a descriptor, here and in the program that serves them.
 const MAX_IMAGES: usize = 512;
@@ -37,10 +36,13 @@ impl Export {
         plan.listen(&listener)?;
         let mut engine = Engine::start(plan).await?;
         for (number, (name, node)) in exports.iter().enumerate() {
-            let export = json!({
-                "type": "nbd", "id": format!("export{number}"), "node-name": node, "name": name, "writable": false,
-            });
-            engine.execute("block-export-add", export).await?;
+            let export = BlockExportAdd {
+                id: &format!("export{number}"),
+                node_name: node,
+                name,
+                writable: false,
+            };
+            engine.execute(export).await?;
         }
         Ok(Self { engine, chain })
     }

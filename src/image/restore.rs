@@ -8,8 +8,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{Advice, FileType, SeekFrom};
-use serde::Deserialize;
-use serde_json::{Value, json};
 
 use super::chain::OpenDisk;
 use super::engine::{Engine, PATIENCE, Plan, Source};
@@ -17,12 +15,19 @@ use super::{Control, Error, Progress, blocking};
 use crate::error::is_no_space;
 use crate::model::Format;
 use crate::qcow2::Empty;
-use crate::qmp::EventsError;
+use crate::qmp::block::{
+    BlockCommit, BlockJobCancel, BlockdevAdd, BlockdevMirror, BlockdevOptions, BlockdevSnapshot,
+    CacheOptions, DetectZeroes, Discard, Driver, JobDismiss, JobStatus, MirrorSync, OnError, QueryJobs,
+};
+use crate::qmp::{Command, Done, EventsError};
 use crate::target::{Media, Pace, Writeback};
 
 /// How often progress is asked for. The end is not waited for by asking.
 const LOOK: Duration = Duration::from_millis(250);
 const JOB: &str = "restore";
+/// The target's nodes.
+const TARGET: &str = "target";
+const TARGET_FILE: &str = "target-file";
 /// Of a restored image, in bytes: what QEMU's own tools take by themselves.
 const CLUSTER_SIZE: u32 = 1 << 16;
 /// How much is sent to the device at a time, in bytes.
@@ -56,23 +61,12 @@ impl Target<'_> {
         self.written.store(true, Ordering::Relaxed);
     }
 
-    fn driver(&self) -> &'static str {
+    fn driver(&self, filename: String) -> Driver {
         match self.media {
-            Media::Regular => "file",
-            Media::Block => "host_device",
+            Media::Regular => Driver::File { filename },
+            Media::Block => Driver::HostDevice { filename },
         }
     }
-}
-
-/// A job as `query-jobs` shows it.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Job {
-    id: String,
-    status: String,
-    current_progress: u64,
-    total_progress: u64,
-    error: Option<String>,
 }
 
 /// Copies the disk as the chain shows it into a regular file, whose content is lost, or onto a block device that is large
@@ -237,44 +231,66 @@ async fn copy(
     let size = chain.virtual_size();
     format_target(chain, target, format).await?;
     // It is made durable at the end, once; until then it is worth nothing.
-    let cache = json!({ "direct": false, "no-flush": true });
-    let node = json!({
-        "driver": target.driver(), "node-name": "target-file", "filename": name,
-        "discard": "unmap", "cache": cache,
+    let cache = Some(CacheOptions {
+        direct: Some(false),
+        no_flush: true,
     });
-    engine.execute("blockdev-add", node).await?;
-    let mut node = json!({
-        "driver": format.as_str(), "node-name": "target", "file": "target-file",
-        "discard": "unmap", "detect-zeroes": "unmap", "cache": cache,
-    });
-    match format {
-        Format::Qcow2 => node["backing"] = Value::Null,
-        // A device can be larger than the disk: the rest of it is not the disk's.
-        Format::Raw if target.media == Media::Block => node["size"] = size.into(),
-        Format::Raw => {}
-    }
-    engine.execute("blockdev-add", node).await?;
+    let node = BlockdevOptions {
+        discard: Some(Discard::Unmap),
+        cache,
+        ..BlockdevOptions::named(TARGET_FILE, target.driver(name.to_owned()))
+    };
+    engine.execute(BlockdevAdd(node)).await?;
+    let file = TARGET_FILE.to_owned().into();
+    let driver = match format {
+        Format::Qcow2 => Driver::Qcow2 { file, backing: None },
+        Format::Raw => Driver::Raw {
+            file,
+            offset: None,
+            // A device can be larger than the disk: the rest of it is not the disk's.
+            size: (target.media == Media::Block).then_some(size),
+        },
+    };
+    let node = BlockdevOptions {
+        discard: Some(Discard::Unmap),
+        detect_zeroes: Some(DetectZeroes::Unmap),
+        cache,
+        ..BlockdevOptions::named(TARGET, driver)
+    };
+    engine.execute(BlockdevAdd(node)).await?;
     // The caller who passed the file can write to it: with a header that names another file, QEMU would write to that.
-    engine.check(&["target-file", "target"]).await?;
+    engine.check(&[TARGET_FILE, TARGET]).await?;
     match is_fresh(target, format) && chain.images.iter().all(|image| image.format == Format::Qcow2) {
         true => {
             // As if the target was what all of them were made upon: only what one of them holds is copied, and a hole costs
             // nothing.
-            let below = json!({ "node": "target", "overlay": source.base });
-            engine.execute("blockdev-snapshot", below).await?;
-            let commit = json!({
-                "job-id": JOB, "device": source.top, "base-node": "target", "auto-dismiss": false, "on-error": "report",
-            });
-            run(engine, chain, ("block-commit", commit), target, progress).await
+            let below = BlockdevSnapshot {
+                node: TARGET,
+                overlay: &source.base,
+            };
+            engine.execute(below).await?;
+            let commit = BlockCommit {
+                job_id: JOB,
+                device: &source.top,
+                base_node: TARGET,
+                auto_dismiss: false,
+                on_error: OnError::Report,
+            };
+            run(engine, chain, commit, target, progress).await
         }
         false => {
             // A mirror has the rest of the target read as zeroes, by holes where there can be holes; a backup job would reserve
             // space for all of it.
-            let mirror = json!({
-                "job-id": JOB, "device": source.top, "target": "target", "sync": "full", "auto-dismiss": false,
-                "on-source-error": "report", "on-target-error": "report",
-            });
-            run(engine, chain, ("blockdev-mirror", mirror), target, progress).await
+            let mirror = BlockdevMirror {
+                job_id: JOB,
+                device: &source.top,
+                target: TARGET,
+                sync: MirrorSync::Full,
+                auto_dismiss: false,
+                on_source_error: Some(OnError::Report),
+                on_target_error: Some(OnError::Report),
+            };
+            run(engine, chain, mirror, target, progress).await
         }
     }
 }
@@ -288,17 +304,13 @@ fn is_fresh(target: &Target<'_>, format: Format) -> bool {
 async fn run(
     engine: &mut Engine,
     chain: &OpenDisk,
-    (command, arguments): (&str, Value),
+    command: impl Command<Reply = Done>,
     target: &Target<'_>,
     progress: &Progress,
 ) -> Result<(), Error> {
     let mut events = engine.client().events();
     let was_written = target.written.swap(true, Ordering::Relaxed);
-    if let Err(error) = engine
-        .client()
-        .raw_query_within::<Value>(PATIENCE, command, arguments)
-        .await
-    {
+    if let Err(error) = engine.client().execute_within(PATIENCE, command).await {
         // A command that QEMU refuses has not begun: "Failed to get write lock" is the disk of a running VM.
         if error.is_refusal() {
             target.written.store(was_written, Ordering::Relaxed);
@@ -307,11 +319,7 @@ async fn run(
     }
     let mut finishing = false;
     loop {
-        let jobs = match engine
-            .client()
-            .raw_query::<Vec<Job>>("query-jobs", json!({}))
-            .await
-        {
+        let jobs = match engine.client().execute(QueryJobs {}).await {
             Ok(jobs) => jobs,
             Err(error) => return Err(engine.explain(error).await),
         };
@@ -323,14 +331,17 @@ async fn run(
             });
         };
         progress.set(job.current_progress, job.total_progress);
-        match (job.status.as_str(), job.error) {
-            ("concluded", None) => break,
-            ("concluded", Some(why)) => return Err(failed(chain, why)),
-            ("ready", _) if !finishing => {
+        match (job.status, job.error) {
+            (JobStatus::Concluded, None) => break,
+            (JobStatus::Concluded, Some(why)) => return Err(failed(chain, why)),
+            (JobStatus::Ready, _) if !finishing => {
                 finishing = true;
                 // Not "complete", which would have others use the target instead of the source.
-                let finish = json!({ "device": JOB, "force": false });
-                engine.execute("block-job-cancel", finish).await?;
+                let finish = BlockJobCancel {
+                    device: JOB,
+                    force: false,
+                };
+                engine.execute(finish).await?;
             }
             _ => {}
         }
@@ -340,7 +351,7 @@ async fn run(
             tokio::task::yield_now().await;
         }
     }
-    engine.execute("job-dismiss", json!({ "id": JOB })).await?;
+    engine.execute(JobDismiss { id: JOB }).await?;
     Ok(())
 }
 

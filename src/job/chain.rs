@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
-use serde_json::{Value, json};
 
 use super::footprint::Footprint;
 use super::manager::Setting;
@@ -25,6 +24,7 @@ use crate::model::{self, DomainDir, Manifest, is_backup_id};
 use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Earlier, EarlierDisk, checkpoint_of_sentinel, sentinel_name};
 use crate::qmp;
+use crate::qmp::block::{BlockDirtyBitmap, Transaction, TransactionAction};
 use crate::target::Shelf;
 
 /// Earlier backups that are looked at: the newest. What is to go on from an older one is made as a full one.
@@ -149,7 +149,7 @@ impl Footprint {
         };
         for (index, disk) in disks {
             let actions = sentinel::checkpoint(disk, &checkpoint_name(&job.backup_id, index), &marks);
-            if let Err(error) = self.client().raw("transaction", actions).await {
+            if let Err(error) = self.client().execute(Transaction::of(actions)).await {
                 without_checkpoint(job, disk, error)?;
             }
         }
@@ -237,8 +237,7 @@ async fn settle_disks(link: &Link, domain: &Domain, disks: &[Disk], setting: &Se
     for disk in disks {
         let cleared = disk.has_snapshots && domain.checkpoints == CheckpointPolicy::Auto;
         for name in unwanted(disk, cleared, &uses, &setting.stores) {
-            let actions = json!({ "actions": removal(disk, name) });
-            match link.client.raw("transaction", actions).await {
+            match link.client.execute(Transaction::of(removal(disk, name))).await {
                 // A block job of somebody's reads it just now, or it is gone already.
                 Err(error) if error.is_refusal() => {
                     tracing::info!(disk = disk.name, %error, "a checkpoint is removed later");
@@ -251,12 +250,14 @@ async fn settle_disks(link: &Link, domain: &Domain, disks: &[Disk], setting: &Se
 }
 
 /// The actions of a transaction that remove a checkpoint from a disk with its sentinel, or as much of both as is there.
-pub(super) fn removal(disk: &Disk, checkpoint: &str) -> Vec<Value> {
+pub(super) fn removal(disk: &Disk, checkpoint: &str) -> Vec<TransactionAction> {
     let names = [checkpoint.to_owned(), sentinel_name(checkpoint)];
     let there = names.into_iter().filter(|name| disk.bitmap(name).is_some());
     let remove = |name: String| {
-        let data = json!({ "node": disk.node, "name": name });
-        json!({ "type": "block-dirty-bitmap-remove", "data": data })
+        TransactionAction::BlockDirtyBitmapRemove(BlockDirtyBitmap {
+            node: disk.node.clone(),
+            name,
+        })
     };
     there.map(remove).collect()
 }
@@ -511,8 +512,11 @@ mod tests {
         assert_eq!(gone, [names[0].as_str(), names[2].as_str()]);
         let removed = |name: &str| -> Vec<String> {
             let actions = removal(&disk, name);
-            let name = |action: &Value| action["data"]["name"].as_str().unwrap().to_owned();
-            actions.iter().map(name).collect()
+            let name = |action| match action {
+                TransactionAction::BlockDirtyBitmapRemove(bitmap) => bitmap.name,
+                other => panic!("{other:?}"),
+            };
+            actions.into_iter().map(name).collect()
         };
         assert_eq!(removed(&names[0]), [names[0].clone(), sentinel_name(&names[0])]);
         assert_eq!(removed(&names[1]), [names[1].clone()]);

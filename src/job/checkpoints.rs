@@ -10,7 +10,6 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
-use serde_json::{Value, json};
 
 use super::chain::{checkpoint_name, checkpoints, earlier, own, removal, settle};
 use super::directory::choose;
@@ -24,6 +23,8 @@ use crate::definition::{CheckpointDefinition, CheckpointDisk, Position};
 use crate::domain::{CheckpointPolicy, Disk, Domain, Link};
 use crate::error;
 use crate::plan::{self, ChosenStore, Existing, Past};
+use crate::qmp::Done;
+use crate::qmp::block::{BlockDirtyBitmapAdd, Transaction, TransactionAction};
 
 /// Checkpoints without a backup that a domain can have.
 const MOST_ALONE: u32 = 64;
@@ -223,8 +224,13 @@ impl Jobs {
             Begun::TooManyOfOwner { most } => return too_many("the domains of its owner have", most),
         }
         let add = disks.iter().enumerate().map(|(index, disk)| {
-            let data = json!({ "node": disk.node, "name": checkpoint_name(&id, index), "persistent": true });
-            json!({ "type": "block-dirty-bitmap-add", "data": data })
+            TransactionAction::BlockDirtyBitmapAdd(BlockDirtyBitmapAdd {
+                node: disk.node.clone(),
+                name: checkpoint_name(&id, index),
+                granularity: None,
+                persistent: Some(true),
+                disabled: None,
+            })
         });
         let made = transaction(&link, add.collect(), &self.setting).await;
         let recorded = match &made {
@@ -248,7 +254,7 @@ impl Jobs {
             let disk = disks.iter().find(|disk| disk.name == record.disk)?;
             Some(removal(disk, &record.bitmap))
         });
-        let remove: Vec<Value> = records.flatten().collect();
+        let remove: Vec<TransactionAction> = records.flatten().collect();
         if !remove.is_empty() {
             transaction(&link, remove, &self.setting).await?;
         }
@@ -269,7 +275,7 @@ impl Jobs {
     async fn delete_all(&self, domain: &Domain) -> error::Result<()> {
         let link = domain.link().await?;
         let disks = domain.refresh().await?.disks;
-        let remove: Vec<Value> = disks
+        let remove: Vec<TransactionAction> = disks
             .iter()
             .flat_map(|disk| own(disk).flat_map(|name| removal(disk, name)))
             .collect();
@@ -296,11 +302,11 @@ fn existing(checkpoints: &[Checkpoint]) -> Vec<Existing> {
 }
 
 /// All of it or nothing, and on all disks at one instant.
-async fn transaction(link: &Link, actions: Vec<Value>, setting: &Setting) -> Result<(), Error> {
+async fn transaction(link: &Link, actions: Vec<TransactionAction>, setting: &Setting) -> Result<(), Error> {
     let patience = setting.deadlines.stall();
-    let done = link.client.raw("transaction", json!({ "actions": actions }));
+    let done = link.client.execute(Transaction::of(actions));
     match tokio::time::timeout(patience, done).await {
-        Ok(Ok(_)) => Ok(()),
+        Ok(Ok(Done)) => Ok(()),
         Ok(Err(error)) => Err(Error::Bitmaps(error)),
         Err(_) => Err(Error::NoAnswer {
             seconds: patience.as_secs(),

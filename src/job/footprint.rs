@@ -5,10 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use serde::Deserialize;
-use serde::de::IgnoredAny;
-use serde_json::{Value, json};
-
 use super::latency::Histogram;
 use super::manager::Setting;
 use super::{Error, Job};
@@ -16,8 +12,12 @@ use crate::domain::{Disk, Domain, Link};
 use crate::model::Format;
 use crate::names::IN_QEMU;
 use crate::plan::DiskPlan;
-use crate::qmp::block::{JobEvent, JobInfo, JobStatus, QueryJobs};
-use crate::qmp::{self, Client, Event, Events, EventsError};
+use crate::qmp::block::{
+    AddFd, BlockdevAdd, BlockdevDel, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, Discard,
+    Driver, JobEvent, JobInfo, JobStatus, QueryJobs, QueryNamedBlockNodes, RemoveFd, Transaction,
+    TransactionAction, fdset_file,
+};
+use crate::qmp::{self, Client, Done, Event, Events, EventsError};
 use crate::target::{Media, Target};
 
 /// The names of one job's things in QEMU. Node names have at most 31 bytes.
@@ -82,45 +82,10 @@ fn histogram(job: &Job, tag: &str) -> Option<Histogram> {
 const ABORTED: &str = "Transaction aborted using Abort action";
 
 /// The service makes the data durable itself, once, before it publishes: QEMU's flushes on the way only cost.
-fn cache() -> Value {
-    json!({ "no-flush": true })
-}
-
-/// An entry of `query-named-block-nodes`, as far as it tells of another file.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Opened {
-    #[serde(default)]
-    node_name: String,
-    image: OpenedImage,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct OpenedImage {
-    #[serde(default)]
-    format_specific: Option<Specific>,
-}
-
-#[derive(Deserialize)]
-struct Specific {
-    #[serde(default)]
-    data: SpecificData,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct SpecificData {
-    #[serde(default)]
-    data_file: Option<IgnoredAny>,
-}
-
-impl Opened {
-    /// The node's name, if its image names a file for its data.
-    fn with_data_file(self) -> Option<String> {
-        self.image.format_specific?.data.data_file.map(|_| self.node_name)
-    }
-}
+const CACHE: CacheOptions = CacheOptions {
+    direct: None,
+    no_flush: true,
+};
 
 /// What one job has in one QEMU.
 pub struct Footprint {
@@ -190,42 +155,52 @@ impl Footprint {
     pub async fn check_target(&self, index: usize, target: &Target) -> Result<(), Error> {
         let set = self.pass(index, target).await?;
         self.open_file(index, target, set).await?;
-        let node = json!({ "node-name": self.names.file_node(index) });
-        self.prepare(target, "blockdev-del", node).await?;
-        self.prepare(target, "remove-fd", json!({ "fdset-id": set }))
-            .await?;
+        let client = self.client();
+        let prepare = prepare(target);
+        let node_name = &self.names.file_node(index);
+        client.execute(BlockdevDel { node_name }).await.map_err(prepare)?;
+        client
+            .execute(RemoveFd { fdset_id: set })
+            .await
+            .map_err(prepare)?;
         Ok(())
     }
 
     /// Has QEMU prepare the transaction with targets that keep nothing, and take it back: what it refuses, such as a disk that
     /// another job has, it refuses before anything is overwritten.
-    pub async fn rehearse(&self, disks: &[DiskPlan], mut actions: Vec<Value>) -> Result<(), Error> {
+    pub async fn rehearse(
+        &self,
+        disks: &[DiskPlan],
+        mut actions: Vec<TransactionAction>,
+    ) -> Result<(), Error> {
         let client = self.client();
         let targets: Vec<String> = (0..disks.len())
             .map(|index| self.names.target_node(index))
             .collect();
         for (target, disk) in targets.iter().zip(disks) {
-            let node = json!({ "driver": "null-co", "node-name": target, "size": disk.virtual_size });
+            let null = Driver::NullCo {
+                size: disk.virtual_size,
+                read_zeroes: None,
+            };
+            let node = BlockdevOptions::named(target, null);
             client
-                .raw("blockdev-add", node)
+                .execute(BlockdevAdd(node))
                 .await
                 .map_err(Error::Transaction)?;
         }
-        // Fails when all before it have been prepared.
-        actions.push(json!({ "type": "abort", "data": {} }));
+        actions.push(TransactionAction::Abort {});
         // Not grouped, which later versions do not have for that action: no job of it begins.
-        let refused = client.raw("transaction", json!({ "actions": actions })).await;
-        for target in targets {
-            let node = json!({ "node-name": target });
+        let refused = client.execute(Transaction::of(actions)).await;
+        for node_name in &targets {
             client
-                .raw("blockdev-del", node)
+                .execute(BlockdevDel { node_name })
                 .await
                 .map_err(Error::Transaction)?;
         }
         match refused {
             Err(error) if error.is_refusal() && error.to_string().contains(ABORTED) => Ok(()),
             Err(error) => Err(Error::Transaction(error)),
-            Ok(_) => Err(Error::Interrupted),
+            Ok(Done) => Err(Error::Interrupted),
         }
     }
 
@@ -233,42 +208,36 @@ impl Footprint {
     pub async fn open_target(&self, index: usize, target: &Target, disk: &DiskPlan) -> Result<(), Error> {
         let set = self.pass(index, target).await?;
         self.open_file(index, target, set).await?;
-        let mut node = json!({
-            "driver": disk.format.as_str(), "node-name": self.names.target_node(index),
-            "file": self.names.file_node(index),
-            "cache": cache(), "discard": "unmap", "detect-zeroes": "unmap",
-        });
-        match disk.format {
-            // Null, or QEMU would open what a header names.
-            Format::Qcow2 => node["backing"] = Value::Null,
-            // A device may be larger than the disk, and QEMU wants equal sizes.
-            Format::Raw if target.media == Media::Block => node["size"] = json!(disk.virtual_size),
-            Format::Raw => {}
-        }
-        self.prepare(target, "blockdev-add", node).await?;
-        Ok(())
+        let file = BlockdevRef::from(self.names.file_node(index));
+        let driver = match disk.format {
+            Format::Qcow2 => Driver::Qcow2 { file, backing: None },
+            Format::Raw => Driver::Raw {
+                file,
+                offset: None,
+                // A device may be larger than the disk, and QEMU wants equal sizes.
+                size: (target.media == Media::Block).then_some(disk.virtual_size),
+            },
+        };
+        let node = BlockdevOptions {
+            cache: Some(CACHE),
+            discard: Some(Discard::Unmap),
+            detect_zeroes: Some(DetectZeroes::Unmap),
+            ..BlockdevOptions::named(self.names.target_node(index), driver)
+        };
+        let added = self.client().execute(BlockdevAdd(node)).await;
+        added.map(drop).map_err(prepare(target))
     }
 
     /// Passes a target's descriptor; returns the number of its set.
     async fn pass(&self, index: usize, target: &Target) -> Result<u64, Error> {
-        let prepare = |source| Error::Prepare {
-            disk: target.disk.clone(),
-            source,
-        };
         let descriptor = target.descriptor().map_err(|error| Error::Descriptor {
             disk: target.disk.clone(),
             why: error.to_string(),
         })?;
-        let arguments = json!({ "opaque": self.names.block_job(index) });
+        let opaque = &self.names.block_job(index);
         let link = self.link();
-        let added = link.client.raw_with_descriptor("add-fd", arguments, descriptor);
-        let added = added.await.map_err(prepare)?;
-        let set = added.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| {
-            prepare(qmp::Error::UnexpectedReply {
-                command: "add-fd".into(),
-                detail: "no fdset-id".into(),
-            })
-        })?;
+        let added = link.client.execute_with_descriptor(AddFd { opaque }, descriptor);
+        let set = added.await.map_err(prepare(target))?.fdset_id;
         self.remember_set(&link, set);
         Ok(set)
     }
@@ -284,35 +253,31 @@ impl Footprint {
     }
 
     async fn open_file(&self, index: usize, target: &Target, set: u64) -> Result<(), Error> {
+        let filename = fdset_file(set);
         let driver = match target.media {
-            Media::Regular => "file",
-            Media::Block => "host_device",
+            Media::Regular => Driver::File { filename },
+            Media::Block => Driver::HostDevice { filename },
         };
-        let node = json!({
-            "driver": driver, "node-name": self.names.file_node(index), "filename": format!("/dev/fdset/{set}"),
-            "cache": cache(), "discard": "unmap",
-        });
-        self.prepare(target, "blockdev-add", node).await
-    }
-
-    async fn prepare(&self, target: &Target, command: &str, arguments: Value) -> Result<(), Error> {
-        let done = self.client().raw(command, arguments).await;
-        done.map(drop).map_err(|source| Error::Prepare {
-            disk: target.disk.clone(),
-            source,
-        })
+        let node = BlockdevOptions {
+            cache: Some(CACHE),
+            discard: Some(Discard::Unmap),
+            ..BlockdevOptions::named(self.names.file_node(index), driver)
+        };
+        let added = self.client().execute(BlockdevAdd(node)).await;
+        added.map(drop).map_err(prepare(target))
     }
 
     /// Whether QEMU has opened the target as it was written here, and nothing else: another process with the target open can have
     /// written a header that names another file, which QEMU opens with its rights. For all targets at once, because the reply has
     /// every node.
     pub async fn check_headers(&self, disks: &[DiskPlan]) -> Result<(), Error> {
-        let nodes: Vec<Opened> = self
+        let nodes = self
             .client()
-            .raw_query("query-named-block-nodes", json!({ "flat": true }))
+            .execute(QueryNamedBlockNodes { flat: true })
             .await
             .map_err(Error::Lost)?;
-        let foreign: BTreeSet<String> = nodes.into_iter().filter_map(Opened::with_data_file).collect();
+        let foreign = nodes.into_iter().filter(|node| node.image.has_data_file());
+        let foreign: BTreeSet<String> = foreign.map(|node| node.node_name).collect();
         let mut disks = disks.iter().enumerate();
         match disks.find(|(index, _)| foreign.contains(&self.names.target_node(*index))) {
             Some((_, disk)) => Err(Error::ForeignHeader {
@@ -379,6 +344,14 @@ impl Footprint {
 
     pub async fn query_jobs(&self) -> qmp::Result<Vec<JobInfo>> {
         self.client().execute(QueryJobs {}).await
+    }
+}
+
+/// The error of a command for a target.
+fn prepare(target: &Target) -> impl Fn(qmp::Error) -> Error + Copy {
+    |source| Error::Prepare {
+        disk: target.disk.clone(),
+        source,
     }
 }
 

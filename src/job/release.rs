@@ -8,42 +8,22 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
-use serde::Deserialize;
-use serde_json::{Value, json};
 
 use super::Error;
 use super::footprint::Footprint;
 use super::zeroes::Part;
 use crate::domain::poweroff;
-use crate::qmp;
-use crate::qmp::block::{JobCancel, JobDismiss, JobInfo, JobStatus};
+use crate::qmp::block::{
+    BlockResize, BlockdevDel, FdsetFdInfo, FdsetInfo, JobCancel, JobDismiss, JobInfo, JobStatus, QueryFdsets,
+    QueryNamedBlockNodes, RemoveFd,
+};
+use crate::qmp::{self, Done};
 use crate::target::WIPED_HEAD;
 
 /// How long QEMU may take to end a cancelled job when it is only looked at, not listened to.
 const POLL: Duration = Duration::from_millis(100);
 /// How often a job that hangs is looked at.
 const LOOK: Duration = Duration::from_secs(1);
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct FdsetInfo {
-    fdset_id: u64,
-    fds: Vec<FdInfo>,
-}
-
-#[derive(Deserialize)]
-struct FdInfo {
-    #[serde(default)]
-    opaque: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Node {
-    #[serde(default)]
-    node_name: String,
-    drv: String,
-}
 
 impl Footprint {
     /// Has QEMU forget the jobs and close the images, of so many disks, that it was done with.
@@ -77,21 +57,17 @@ impl Footprint {
     /// The same without a look at what QEMU has: where it has all jobs and images by their names, it is the one that wrote them.
     /// False if it refused something.
     async fn try_dismiss_and_close(&self, disks: usize) -> qmp::Result<bool> {
-        let jobs = (0..disks).map(|disk| ("job-dismiss", json!({ "id": self.names.block_job(disk) })));
-        let images = (0..disks).map(|disk| {
-            (
-                "blockdev-del",
-                json!({ "node-name": self.names.target_node(disk) }),
-            )
-        });
-        self.all_done(jobs.chain(images)).await
-    }
-
-    async fn all_done(&self, commands: impl Iterator<Item = (&'static str, Value)>) -> qmp::Result<bool> {
-        for (command, arguments) in commands {
-            match self.client().raw(command, arguments).await {
-                Err(error) if error.is_refusal() => return Ok(false),
-                result => drop(result?),
+        let client = self.client();
+        for disk in 0..disks {
+            let id = &self.names.block_job(disk);
+            if is_refused(client.execute(JobDismiss { id }).await)? {
+                return Ok(false);
+            }
+        }
+        for disk in 0..disks {
+            let node_name = &self.names.target_node(disk);
+            if is_refused(client.execute(BlockdevDel { node_name }).await)? {
+                return Ok(false);
             }
         }
         Ok(true)
@@ -110,15 +86,15 @@ impl Footprint {
         let Some(sets) = self.passed_sets() else {
             return Ok(false);
         };
-        let files =
-            (0..disks).map(|disk| ("blockdev-del", json!({ "node-name": self.names.file_node(disk) })));
-        if !self.all_done(files).await? {
-            return Ok(false);
-        }
         let link = self.link();
-        for set in &sets {
-            let arguments = json!({ "fdset-id": set });
-            link.client.raw("remove-fd", arguments).await?;
+        for disk in 0..disks {
+            let node_name = &self.names.file_node(disk);
+            if is_refused(link.client.execute(BlockdevDel { node_name }).await)? {
+                return Ok(false);
+            }
+        }
+        for fdset_id in sets.iter().copied() {
+            link.client.execute(RemoveFd { fdset_id }).await?;
         }
         let left = self.query_descriptors().await?;
         let left = left
@@ -164,8 +140,11 @@ impl Footprint {
                     self.write_zeroes(*disk, head).await?;
                 }
                 Some(_) => {
-                    let arguments = json!({ "node-name": file, "size": 0 });
-                    self.client().raw("block_resize", arguments).await?;
+                    let empty = BlockResize {
+                        node_name: &file,
+                        size: 0,
+                    };
+                    self.client().execute(empty).await?;
                 }
                 None => {}
             }
@@ -254,19 +233,14 @@ impl Footprint {
 
     /// The drivers of the job's nodes.
     async fn drivers(&self) -> qmp::Result<BTreeMap<String, String>> {
-        let nodes: Vec<Node> = self
-            .client()
-            .raw_query("query-named-block-nodes", json!({ "flat": true }))
-            .await?;
+        let nodes = self.client().execute(QueryNamedBlockNodes { flat: true }).await?;
         let nodes = nodes.into_iter().map(|node| (node.node_name, node.drv));
         Ok(nodes.filter(|(name, _)| self.names.own(name)).collect())
     }
 
     async fn delete(&self, nodes: impl Iterator<Item = String>) -> qmp::Result<()> {
         for node in nodes {
-            self.client()
-                .raw("blockdev-del", json!({ "node-name": node }))
-                .await?;
+            self.client().execute(BlockdevDel { node_name: &node }).await?;
         }
         Ok(())
     }
@@ -280,13 +254,13 @@ impl Footprint {
         };
         let earlier = kept().clone();
         let ours = |set: &FdsetInfo| {
-            let own = |fd: &FdInfo| fd.opaque.as_deref().is_some_and(|opaque| self.names.own(opaque));
+            let own = |fd: &FdsetFdInfo| fd.opaque.as_deref().is_some_and(|opaque| self.names.own(opaque));
             earlier.contains(&set.fdset_id) || set.fds.iter().any(own)
         };
         let sets = self.query_descriptors().await?;
         let removals = sets.iter().filter(|set| ours(set)).map(|set| {
-            let arguments = json!({ "fdset-id": set.fdset_id });
-            link.client.raw("remove-fd", arguments)
+            let fdset_id = set.fdset_id;
+            link.client.execute(RemoveFd { fdset_id })
         });
         // All at once: what had to be left can be as many as there were backups.
         try_join_all(removals).await?;
@@ -297,7 +271,7 @@ impl Footprint {
     }
 
     async fn query_descriptors(&self) -> qmp::Result<Vec<FdsetInfo>> {
-        self.client().raw_query("query-fdsets", json!({})).await
+        self.client().execute(QueryFdsets {}).await
     }
 
     async fn own_jobs(&self) -> qmp::Result<Vec<JobInfo>> {
@@ -322,16 +296,21 @@ impl Footprint {
                     JobStatus::Concluded => client.execute(JobDismiss { id }).await,
                     _ => client.execute(JobCancel { id }).await,
                 };
-                match done {
-                    // It went on meanwhile; the next look tells.
-                    Err(error) if error.is_refusal() => {}
-                    result => drop(result?),
-                }
+                // If it is refused, the job went on; the next look tells.
+                is_refused(done)?;
             }
             if own.iter().any(|info| info.status != JobStatus::Concluded) {
                 tokio::time::sleep(POLL).await;
             }
         }
+    }
+}
+
+/// Whether QEMU refused to do it; an error if that is not known.
+fn is_refused(result: qmp::Result<Done>) -> qmp::Result<bool> {
+    match result {
+        Err(error) if error.is_refusal() => Ok(true),
+        result => result.map(|Done| false),
     }
 }
 

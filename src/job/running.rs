@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::bandwidth::Part;
@@ -15,8 +14,8 @@ use super::stall::Stall;
 use super::track::{Phase, Tracker, Verdict};
 use super::{DiskState, Error, Job, State};
 use crate::clock;
-use crate::qmp::block::{JobEvent, JobInfo, JobStatus};
-use crate::qmp::{self, Events, EventsError};
+use crate::qmp::block::{BlockJobCancel, BlockJobSetSpeed, JobEvent, JobInfo, JobStatus};
+use crate::qmp::{self, Command, Done, Events, EventsError};
 
 /// How often the progress is asked for while somebody looks, and while nobody does.
 const PROGRESS: Duration = Duration::from_millis(500);
@@ -325,8 +324,11 @@ impl<'a> Running<'a> {
     /// next one is tried.
     async fn cancel(&self) -> Result<(), Stopped> {
         for tracked in self.tracker.jobs() {
-            let arguments = json!({ "device": tracked.job, "force": true });
-            if self.send("block-job-cancel", arguments).await? != Reply::Ended {
+            let cancel = BlockJobCancel {
+                device: &tracked.job,
+                force: true,
+            };
+            if self.send(cancel).await? != Reply::Ended {
                 break;
             }
         }
@@ -347,8 +349,11 @@ impl<'a> Running<'a> {
         }
         self.stall.sends(Instant::now());
         for tracked in &running {
-            let arguments = json!({ "device": tracked.job, "speed": share(speed, running.len()) });
-            if self.send("block-job-set-speed", arguments).await? == Reply::Silent {
+            let limit = BlockJobSetSpeed {
+                device: &tracked.job,
+                speed: share(speed, running.len()),
+            };
+            if self.send(limit).await? == Reply::Silent {
                 // The next turn of the loop repeats the command.
                 self.shared = None;
                 return Ok(false);
@@ -359,12 +364,12 @@ impl<'a> Running<'a> {
     }
 
     /// Sends a command for a job.
-    async fn send(&self, command: &str, arguments: serde_json::Value) -> Result<Reply, Stopped> {
+    async fn send(&self, command: impl Command<Reply = Done>) -> Result<Reply, Stopped> {
         let client = self.footprint.client();
-        match tokio::time::timeout(ANSWER, client.raw(command, arguments)).await {
+        match tokio::time::timeout(ANSWER, client.execute(command)).await {
             Err(_) => Ok(Reply::Silent),
             Ok(Err(error)) if error.is_refusal() => Ok(Reply::Ended),
-            Ok(result) => Ok(result.map(|_| Reply::Done)?),
+            Ok(result) => Ok(result.map(|Done| Reply::Done)?),
         }
     }
 

@@ -10,15 +10,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Deserialize;
-use serde_json::{Value, json};
-
 use super::Error;
 use super::footprint::Footprint;
 use super::zeroes::Part;
 use crate::domain::Disk;
 use crate::plan::{DiskPlan, Mode, Plan, sentinel_name, was_never_smaller};
 use crate::qmp;
+use crate::qmp::block::{
+    BlockDeviceInfo, BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapMerge, BlockdevAdd, BlockdevDel,
+    BlockdevMirror, BlockdevOptions, Driver, QueryNamedBlockNodes, TransactionAction,
+};
 
 /// What one bit of a bitmap stands for, in bytes: as small as the clusters of an incremental backup's image.
 pub(super) const GRANULARITY: u64 = 1 << 16;
@@ -35,28 +36,37 @@ fn last_granule(size: u64) -> (u64, u64) {
 }
 
 /// The actions of a transaction that make a checkpoint of this name and its sentinel on a disk, or neither.
-pub(super) fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Value {
+pub(super) fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Vec<TransactionAction> {
     let add = |name: &str, disabled: bool| {
-        let data = json!({
-            "node": disk.node, "name": name, "persistent": true, "disabled": disabled, "granularity": GRANULARITY,
-        });
-        json!({ "type": "block-dirty-bitmap-add", "data": data })
+        TransactionAction::BlockDirtyBitmapAdd(BlockDirtyBitmapAdd {
+            node: disk.node.clone(),
+            name: name.to_owned(),
+            granularity: Some(GRANULARITY),
+            persistent: Some(true),
+            disabled: Some(disabled),
+        })
     };
     let mut actions = vec![add(name, false)];
     // An empty disk cannot be made smaller.
     if let Some(mark) = marks.get(&disk.virtual_size) {
         let sentinel = sentinel_name(name);
         let merge = |target: &str| {
-            let bitmaps = [json!({ "node": mark, "name": MARK })];
-            let data = json!({ "node": disk.node, "target": target, "bitmaps": bitmaps });
-            json!({ "type": "block-dirty-bitmap-merge", "data": data })
+            let mark = BlockDirtyBitmap {
+                node: mark.clone(),
+                name: MARK.to_owned(),
+            };
+            TransactionAction::BlockDirtyBitmapMerge(BlockDirtyBitmapMerge {
+                node: disk.node.clone(),
+                target: target.to_owned(),
+                bitmaps: vec![mark],
+            })
         };
         actions.push(add(&sentinel, true));
         actions.push(merge(&sentinel));
         // A cut inside a granule clears nothing: the last one is copied always.
         actions.push(merge(name));
     }
-    json!({ "actions": actions })
+    actions
 }
 
 /// Whether no disk was made smaller since the plan was made, so that what the backup goes on from is whole. Asked when the block
@@ -75,21 +85,6 @@ pub(super) fn check_sizes(plan: &Plan, disks: &[Disk]) -> Result<(), Error> {
     Ok(())
 }
 
-/// An entry of `query-named-block-nodes`, as far as it tells what was written.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Marked {
-    #[serde(default)]
-    node_name: String,
-    #[serde(rename = "dirty-bitmaps", default)]
-    bitmaps: Vec<Count>,
-}
-
-#[derive(Deserialize)]
-struct Count {
-    count: u64,
-}
-
 impl Footprint {
     /// Makes the nodes for disks of these sizes; 0 needs none. `forget_marks` removes them, and so does `release`.
     pub(super) async fn make_marks(&self, sizes: impl Iterator<Item = u64>) -> qmp::Result<Marks> {
@@ -103,7 +98,7 @@ impl Footprint {
         match marks.is_empty() || self.are_marked(&marks).await? {
             true => Ok(marks),
             false => Err(qmp::Error::Refused {
-                command: "blockdev-mirror".into(),
+                command: BlockdevMirror::NAME.into(),
                 class: "GenericError".into(),
                 description: "nothing was written".into(),
             }),
@@ -112,11 +107,8 @@ impl Footprint {
 
     /// Whether something is set in the bitmap of each.
     async fn are_marked(&self, marks: &Marks) -> qmp::Result<bool> {
-        let client = self.client();
-        let nodes: Vec<Marked> = client
-            .raw_query("query-named-block-nodes", json!({ "flat": true }))
-            .await?;
-        let is_set = |node: &Marked| node.bitmaps.iter().any(|bitmap| bitmap.count > 0);
+        let nodes = self.client().execute(QueryNamedBlockNodes { flat: true }).await?;
+        let is_set = |node: &BlockDeviceInfo| node.dirty_bitmaps.iter().any(|bitmap| bitmap.count > 0);
         let set: BTreeSet<String> = nodes
             .into_iter()
             .filter(is_set)
@@ -129,10 +121,20 @@ impl Footprint {
         let (offset, length) = last_granule(size);
         let (client, mark) = (self.client(), self.names.mark(index));
         // Zeroes are written over what is not known to be zero: less would not be written at all.
-        let node = json!({ "driver": "null-co", "node-name": mark, "size": size, "read-zeroes": false });
-        client.raw("blockdev-add", node).await?;
-        let bitmap = json!({ "node": mark, "name": MARK, "granularity": GRANULARITY });
-        client.raw("block-dirty-bitmap-add", bitmap).await?;
+        let null = Driver::NullCo {
+            size,
+            read_zeroes: Some(false),
+        };
+        let node = BlockdevOptions::named(&mark, null);
+        client.execute(BlockdevAdd(node)).await?;
+        let bitmap = BlockDirtyBitmapAdd {
+            node: mark.clone(),
+            name: MARK.to_owned(),
+            granularity: Some(GRANULARITY),
+            persistent: None,
+            disabled: None,
+        };
+        client.execute(bitmap).await?;
         let part = Part {
             node: &mark,
             offset,
@@ -144,8 +146,7 @@ impl Footprint {
 
     pub(super) async fn forget_marks(&self, marks: Marks) -> qmp::Result<()> {
         for mark in marks.into_values() {
-            let arguments = json!({ "node-name": mark });
-            self.client().raw("blockdev-del", arguments).await?;
+            self.client().execute(BlockdevDel { node_name: &mark }).await?;
         }
         Ok(())
     }

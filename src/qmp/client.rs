@@ -4,8 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde::Serialize;
 use serde_json::value::to_raw_value;
 use tokio::net::UnixStream;
 
@@ -74,41 +73,6 @@ impl Client {
         reply.unwrap_or_else(|_| Err(Error::TimedOut { command: name, after }))
     }
 
-    /// A command that has no type yet.
-    pub async fn raw(&self, command: &str, arguments: Value) -> Result<Value> {
-        self.raw_query(command, arguments).await
-    }
-
-    pub async fn raw_with_descriptor(
-        &self,
-        command: &str,
-        arguments: Value,
-        descriptor: OwnedFd,
-    ) -> Result<Value> {
-        let reply = self.send(command, &arguments, Some(descriptor)).await?;
-        serde_json::from_str(reply.text.get()).map_err(|error| unexpected(command, &error))
-    }
-
-    pub async fn raw_query<T: DeserializeOwned>(&self, command: &str, arguments: Value) -> Result<T> {
-        let reply = self.send(command, &arguments, None).await?;
-        serde_json::from_str(reply.text.get()).map_err(|error| unexpected(command, &error))
-    }
-
-    pub async fn raw_query_within<T: DeserializeOwned>(
-        &self,
-        after: Duration,
-        command: &str,
-        arguments: Value,
-    ) -> Result<T> {
-        let reply = tokio::time::timeout(after, self.raw_query(command, arguments)).await;
-        reply.unwrap_or_else(|_| {
-            Err(Error::TimedOut {
-                command: command.to_owned(),
-                after,
-            })
-        })
-    }
-
     /// What this QEMU can do, from `query-qmp-schema`.
     pub async fn schema(&self) -> Result<Schema> {
         const COMMAND: &str = "query-qmp-schema";
@@ -125,7 +89,7 @@ impl Client {
     async fn send(
         &self,
         command: &str,
-        arguments: &impl serde::Serialize,
+        arguments: &impl Serialize,
         descriptor: Option<OwnedFd>,
     ) -> Result<Reply> {
         let call = Call {
@@ -143,5 +107,48 @@ fn unexpected(command: &str, error: &serde_json::Error) -> Error {
     Error::UnexpectedReply {
         command: command.to_owned(),
         detail: head(&error.to_string(), 512),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::qmp::Done;
+    use crate::qmp::block::{AddFd, AddfdInfo, BlockdevDel, RemoveFd};
+    use crate::qmp::fake::Fake;
+    use serde_json::json;
+
+    #[tokio::test]
+    async fn a_command_goes_to_the_monitor_and_its_reply_comes_back_in_its_type() {
+        let fake = Fake::new(Some(7));
+        fake.expect_text(AddFd { opaque: "o" }, &json!({ "fdset-id": 3, "fd": 9 }))
+            .expect(RemoveFd { fdset_id: 3 }, &Done);
+        let client = fake.client();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let added = client.execute_with_descriptor(AddFd { opaque: "o" }, null.into());
+        let AddfdInfo { fdset_id } = added.await.unwrap();
+        assert_eq!(client.execute(RemoveFd { fdset_id }).await.unwrap(), Done);
+        assert_eq!(client.process(), Some(7));
+        fake.assert_done();
+    }
+
+    #[tokio::test]
+    async fn a_reply_without_a_field_is_an_error_that_names_command_and_field() {
+        let fake = Fake::new(None);
+        fake.expect_text(AddFd { opaque: "o" }, &json!({ "fd": 9 }));
+        let error = fake.client().execute(AddFd { opaque: "o" }).await.unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("add-fd") && text.contains("fdset-id"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_command_that_qemu_refuses_is_a_refusal() {
+        let fake = Fake::new(None);
+        let delete = BlockdevDel { node_name: "n" };
+        fake.expect_refusal(delete, "in use");
+        let error = fake.client().execute(delete).await.unwrap_err();
+        assert!(
+            error.is_refusal() && error.to_string().contains("blockdev-del: in use"),
+            "{error}"
+        );
     }
 }

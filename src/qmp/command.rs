@@ -13,6 +13,7 @@ pub trait Command: Serialize {
 
 /// The reply of a command that returns nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(Serialize))]
 #[serde(from = "IgnoredAny")]
 pub struct Done;
 
@@ -22,14 +23,18 @@ impl From<IgnoredAny> for Done {
     }
 }
 
-/// Declares that a type is the arguments of the command of that name, and which reply the command has.
+/// Declares that a type is the arguments of the command of that name, its `NAME`, and which reply the command has.
 macro_rules! command {
     ($arguments:ty, $name:literal, $reply:ty) => {
+        impl $arguments {
+            pub const NAME: &'static str = $name;
+        }
+
         impl $crate::qmp::Command for $arguments {
             type Reply = $reply;
 
             fn name(&self) -> &str {
-                $name
+                Self::NAME
             }
         }
     };

@@ -15,7 +15,10 @@ mod command;
 mod connection;
 mod driver;
 mod events;
+#[cfg(test)]
+pub(crate) mod fake;
 mod lines;
+pub mod machine;
 mod message;
 mod monitor;
 mod receive;
@@ -30,7 +33,7 @@ pub use events::{Events, EventsError};
 pub use lines::{LineTooLong, Lines};
 pub use message::{Event, Message, Refusal, words};
 pub use monitor::{Call, Monitor, Reply};
-pub use schema::Schema;
+pub use schema::{Feature, Schema};
 pub use wire::MAX_LINE;
 
 use std::sync::Arc;

@@ -44,3 +44,10 @@ pub struct Reply {
     /// Lasts as long as the text does.
     pub(super) _turn: Option<Turn>,
 }
+
+impl Reply {
+    /// What a monitor of another kind than the socket received.
+    pub fn new(text: Box<RawValue>) -> Self {
+        Self { text, _turn: None }
+    }
+}

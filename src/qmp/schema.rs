@@ -26,6 +26,23 @@ const QUESTIONS: &[(&str, &[&str])] = &[
     ("x-debug-query-block-graph", &[]),
 ];
 
+/// What only some QEMUs can do, as far as the service uses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Feature {
+    /// [`super::block::QueryNamedBlockNodes`] with `flat`.
+    FlatNodeList,
+    /// [`super::block::XDebugQueryBlockGraph`].
+    BlockGraph,
+    /// [`super::block::Transaction::grouped`], with backups.
+    GroupedBackups,
+    /// [`super::block::BackupPerf`].
+    BackupPerf,
+    /// [`super::block::BlockLatencyHistogramSet`].
+    LatencyHistograms,
+    /// [`super::machine::SetAction`].
+    ShutdownAction,
+}
+
 /// The answers.
 #[derive(Debug, Default)]
 pub struct Schema {
@@ -85,6 +102,28 @@ impl Schema {
             }
         })?;
         Ok(schema)
+    }
+
+    /// That of a QEMU that has these commands with these arguments, and no others.
+    #[cfg(test)]
+    pub fn for_test(arguments: &[(&'static str, &'static str)]) -> Self {
+        Self {
+            commands: arguments.iter().map(|(command, _)| *command).collect(),
+            arguments: arguments.iter().copied().collect(),
+        }
+    }
+
+    pub fn has(&self, feature: Feature) -> bool {
+        match feature {
+            Feature::FlatNodeList => self.command_takes("query-named-block-nodes", "flat"),
+            Feature::BlockGraph => self.has_command("x-debug-query-block-graph"),
+            Feature::GroupedBackups => {
+                self.command_takes("transaction", "properties") && self.has_command("blockdev-backup")
+            }
+            Feature::BackupPerf => self.command_takes("blockdev-backup", "x-perf"),
+            Feature::LatencyHistograms => self.has_command("block-latency-histogram-set"),
+            Feature::ShutdownAction => self.command_takes("set-action", "shutdown"),
+        }
     }
 
     pub fn has_command(&self, command: &str) -> bool {

@@ -14,6 +14,7 @@ use crate::domain::{Domain, Link, Origin, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Claim, Entered, Job, Reservation, Start};
 use crate::plan::{self, CheckpointOption, Destination, Options, PlaceKind, Plan, Requested};
+use crate::qmp::Feature;
 use crate::target::{self, Around, Devices, Holder, Sources, Targets};
 
 /// How long a backup of one domain waits for news of the others.
@@ -336,10 +337,8 @@ pub(super) fn disk_list(disks: &[String]) -> String {
 
 /// What every backup needs of QEMU.
 fn check_features(link: &Link) -> Result<()> {
-    let schema = &link.schema;
-    let grouped = schema.command_takes("transaction", "properties");
-    if grouped && schema.has_command("blockdev-backup") {
-        return Ok(());
+    match link.schema.has(Feature::GroupedBackups) {
+        true => Ok(()),
+        false => Err(job::Error::TooOld.into()),
     }
-    Err(job::Error::TooOld.into())
 }

@@ -15,6 +15,7 @@ pub mod caller;
 pub mod calls;
 pub mod chain;
 pub mod clients;
+pub mod command;
 pub mod daemon;
 pub mod dialog;
 pub mod dice;

@@ -4,7 +4,6 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use jiff::Timestamp;
-use serde_json::{Value, json};
 
 use super::driver::Driver;
 use super::state::Fact;
@@ -24,7 +23,10 @@ use crate::job::{Error, sentinel, watched};
 use crate::model::Format;
 use crate::offload::Progress;
 use crate::plan::{DiskPlan, Mode};
-use crate::qmp;
+use crate::qmp::block::{
+    BackupPerf, BackupSync, BitmapSyncMode, BlockdevBackup, OnError, Transaction, TransactionAction,
+};
+use crate::qmp::{self, Done, Feature};
 use crate::target::{Media, Target, Targets};
 
 /// How many parts of a disk QEMU copies at a time, up to 1 MiB each. With its default of 64 the buffers don't fit into a processor's
@@ -119,10 +121,7 @@ impl Driver<'_> {
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         // From before the transaction: its jobs can end before its reply is read.
         let events = footprint.client().events();
-        let transaction = json!({
-            "actions": self.actions(footprint, targets, speed),
-            "properties": { "completion-mode": "grouped" },
-        });
+        let transaction = Transaction::grouped(self.actions(footprint, targets, speed));
         if job.cancel.is_cancelled() {
             return Err(Stopped::Cancelled);
         }
@@ -138,7 +137,7 @@ impl Driver<'_> {
         let written: Vec<bool> = targets.iter().map(Target::mark_written).collect();
         let client = footprint.client();
         let starting = async {
-            let started = tokio::time::timeout(patience, client.raw("transaction", transaction)).await;
+            let started = tokio::time::timeout(patience, client.execute(transaction)).await;
             (started, now())
         };
         tokio::pin!(starting);
@@ -153,7 +152,7 @@ impl Driver<'_> {
             None => starting.await,
         };
         match started {
-            Ok(Ok(_)) => {}
+            Ok(Ok(Done)) => {}
             Ok(Err(error)) => {
                 // A transaction is atomic: QEMU wrote nothing for one that it refused.
                 if error.is_refusal() {
@@ -179,20 +178,15 @@ impl Driver<'_> {
         })
     }
 
-    fn actions(&self, footprint: &Footprint, targets: &Targets, speed: u64) -> Vec<Value> {
+    fn actions(&self, footprint: &Footprint, targets: &Targets, speed: u64) -> Vec<TransactionAction> {
         let disks = &self.job.plan.disks;
-        let has_workers = footprint.link().schema.command_takes("blockdev-backup", "x-perf");
+        let has_workers = footprint.link().schema.has(Feature::BackupPerf);
         let actions = targets.iter().zip(disks).enumerate();
         actions
             .map(|(index, (target, disk))| {
-                let mut action = action(&footprint.names, index, target, disk, share(speed, disks.len()));
-                if has_workers {
-                    action["data"]["x-perf"] = match disk.small_steps {
-                        true => json!({ "max-workers": 1, "max-chunk": SMALL_STEP }),
-                        false => json!({ "max-workers": WORKERS }),
-                    };
-                }
-                action
+                let mut backup = backup(&footprint.names, index, target, disk, share(speed, disks.len()));
+                backup.x_perf = has_workers.then(|| perf(disk));
+                TransactionAction::BlockdevBackup(backup)
             })
             .collect()
     }
@@ -296,36 +290,45 @@ fn now() -> Timestamp {
 /// What is copied at a time, in bytes, where the guest's writes are not to wait: a cluster of the image.
 const SMALL_STEP: u64 = 1 << 16;
 
-fn action(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> Value {
-    let sync = match &disk.mode {
-        Mode::Since(_) => "bitmap",
+fn perf(disk: &DiskPlan) -> BackupPerf {
+    match disk.small_steps {
+        true => BackupPerf {
+            max_workers: 1,
+            max_chunk: Some(SMALL_STEP),
+        },
+        false => BackupPerf {
+            max_workers: WORKERS,
+            max_chunk: None,
+        },
+    }
+}
+
+fn backup(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> BlockdevBackup {
+    let (sync, bitmap) = match &disk.mode {
+        Mode::Since(base) => (BackupSync::Bitmap, Some(base.bitmap.clone())),
         // A raw device is not empty before.
         Mode::Full { .. }
             if disk.is_scanned() && (disk.format, target.media) != (Format::Raw, Media::Block) =>
         {
-            "top"
+            (BackupSync::Top, None)
         }
-        Mode::Full { .. } => "full",
+        Mode::Full { .. } => (BackupSync::Full, None),
     };
-    let mut data = json!({
-        "job-id": names.block_job(index),
-        "device": disk.node,
-        "target": names.target_node(index),
-        "filter-node-name": names.filter_node(index),
-        "sync": sync,
-        "speed": speed,
-        "auto-dismiss": false,
-        // Anything else than an error would stop the job, or let the guest's writes fail, or retry for ever.
-        "on-source-error": "report",
-        "on-target-error": "report",
-    });
-    if let Mode::Since(base) = &disk.mode {
-        data["bitmap"] = json!(base.bitmap);
+    BlockdevBackup {
+        job_id: names.block_job(index),
+        device: disk.node.clone(),
+        target: names.target_node(index),
+        filter_node_name: names.filter_node(index),
+        sync,
         // It keeps what it has recorded: a later backup can start from the same checkpoint.
-        data["bitmap-mode"] = json!("never");
+        bitmap_mode: bitmap.is_some().then_some(BitmapSyncMode::Never),
+        bitmap,
+        compress: disk.compress.is_some().then_some(true),
+        speed,
+        auto_dismiss: false,
+        // Anything else than an error would stop the job, or let the guest's writes fail, or retry for ever.
+        on_source_error: OnError::Report,
+        on_target_error: OnError::Report,
+        x_perf: None,
     }
-    if disk.compress.is_some() {
-        data["compress"] = json!(true);
-    }
-    json!({ "type": "blockdev-backup", "data": data })
 }

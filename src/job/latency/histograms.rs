@@ -4,16 +4,13 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
-use serde::de::IgnoredAny;
-use serde_json::{Value, json};
-
 use super::window::Counts;
 use crate::job::footprint::Footprint;
-use crate::qmp;
+use crate::qmp::block::{
+    BlockDeviceStats, BlockLatencyHistogramInfo, BlockLatencyHistogramSet, BlockStats, QueryBlockstats,
+};
+use crate::qmp::{self, Done, Feature};
 
-/// Sets a device's histograms, or removes all of them.
-const SET: &str = "block-latency-histogram-set";
 /// How long QEMU may take to answer until it counts as silent.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Somebody else's histogram with more bins than this is not looked at.
@@ -23,7 +20,7 @@ const P99_OF_MEAN: f64 = 4.6;
 
 /// Whether a backup's speed can follow the latency of the guest's writes with such a QEMU.
 pub fn can_follow_latency(schema: &qmp::Schema) -> bool {
-    schema.has_command(SET)
+    schema.has(Feature::LatencyHistograms)
 }
 
 /// The histogram of one job: what it counts apart, and a boundary by which it is known again.
@@ -54,36 +51,7 @@ fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// An entry of `query-blockstats`, as far as it says how long the guest's writes took.
-#[derive(Debug, Deserialize)]
-pub struct Device {
-    #[serde(default)]
-    qdev: Option<String>,
-    stats: Stats,
-}
-
-#[derive(Debug, Deserialize)]
-struct Stats {
-    wr_operations: u64,
-    wr_total_time_ns: u64,
-    #[serde(default)]
-    rd_latency_histogram: Option<IgnoredAny>,
-    #[serde(default)]
-    wr_latency_histogram: Option<Bins>,
-    #[serde(default)]
-    zone_append_latency_histogram: Option<IgnoredAny>,
-    #[serde(default)]
-    flush_latency_histogram: Option<IgnoredAny>,
-}
-
-/// Bin `n` has what took less than boundary `n`, and the last one has the rest.
-#[derive(Debug, Deserialize)]
-struct Bins {
-    boundaries: Vec<u64>,
-    bins: Vec<u64>,
-}
-
-impl Device {
+impl BlockStats {
     /// Whether it is the one with that path.
     pub fn is(&self, path: &str) -> bool {
         self.qdev.as_deref() == Some(path)
@@ -95,7 +63,7 @@ impl Device {
     }
 
     fn has_other_than_of_writes(&self) -> bool {
-        let Stats {
+        let BlockDeviceStats {
             rd_latency_histogram,
             zone_append_latency_histogram,
             flush_latency_histogram,
@@ -124,7 +92,7 @@ pub enum Reading {
 }
 
 /// The writes of a device, by its histogram if that has a boundary near the allowed latency.
-pub fn reading(device: &Device, histogram: &Histogram) -> Reading {
+pub fn reading(device: &BlockStats, histogram: &Histogram) -> Reading {
     let counted = device.stats.wr_latency_histogram.as_ref();
     match counted.and_then(|writes| writes.counts(histogram)) {
         Some(counts) => Reading::Counted(counts),
@@ -135,7 +103,7 @@ pub fn reading(device: &Device, histogram: &Histogram) -> Reading {
     }
 }
 
-impl Bins {
+impl BlockLatencyHistogramInfo {
     /// Nothing if they do not tell late writes from others.
     fn counts(&self, own: &Histogram) -> Option<Counts> {
         if self.bins.len() != self.boundaries.len() + 1 || self.bins.len() > MOST_BINS {
@@ -198,10 +166,8 @@ impl Reading {
 }
 
 impl Footprint {
-    pub async fn query_devices(&self) -> qmp::Result<Vec<Device>> {
-        self.client()
-            .raw_query_within(ANSWER, "query-blockstats", json!({}))
-            .await
+    pub async fn query_devices(&self) -> qmp::Result<Vec<BlockStats>> {
+        self.client().execute_within(ANSWER, QueryBlockstats {}).await
     }
 
     /// Sets the histogram on those of the devices that have none.
@@ -221,9 +187,12 @@ impl Footprint {
                 );
                 continue;
             }
-            let arguments = json!({ "id": path, "boundaries-write": histogram.boundaries });
+            let set = BlockLatencyHistogramSet {
+                id: path,
+                boundaries_write: Some(&histogram.boundaries),
+            };
             // A device on its way out. Until it is gone, how long its writes take on average has to do.
-            if let Some(error) = self.change_histograms(arguments).await? {
+            if let Some(error) = self.change_histograms(set).await? {
                 tracing::warn!(device = path, %error, "cannot count the guest's writes by how long they take");
             }
         }
@@ -244,7 +213,11 @@ impl Footprint {
                 );
                 continue;
             }
-            if let Some(error) = self.change_histograms(json!({ "id": path })).await? {
+            let remove = BlockLatencyHistogramSet {
+                id: path,
+                boundaries_write: None,
+            };
+            if let Some(error) = self.change_histograms(remove).await? {
                 // As a rule the device is gone, and its histogram with it.
                 tracing::info!(device = path, %error, "its latency histogram is not removed");
             }
@@ -253,10 +226,12 @@ impl Footprint {
     }
 
     /// Returns QEMU's error if it refused.
-    async fn change_histograms(&self, arguments: Value) -> qmp::Result<Option<qmp::Error>> {
-        let client = self.client();
-        match client.raw_query_within(ANSWER, SET, arguments).await {
-            Ok(IgnoredAny) => Ok(None),
+    async fn change_histograms(
+        &self,
+        change: BlockLatencyHistogramSet<'_>,
+    ) -> qmp::Result<Option<qmp::Error>> {
+        match self.client().execute_within(ANSWER, change).await {
+            Ok(Done) => Ok(None),
             Err(error) if error.is_refusal() => Ok(Some(error)),
             Err(error) => Err(error),
         }
@@ -266,20 +241,26 @@ impl Footprint {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde::de::IgnoredAny;
 
     const MOST: Duration = Duration::from_millis(10);
 
-    fn device(stats: Value) -> Device {
-        let mut all = json!({ "wr_operations": 0, "wr_total_time_ns": 0 });
-        all.as_object_mut()
-            .unwrap()
-            .extend(stats.as_object().unwrap().clone());
-        serde_json::from_value(json!({ "device": "", "qdev": "/machine/peripheral/a", "stats": all }))
-            .unwrap()
+    fn device(stats: BlockDeviceStats) -> BlockStats {
+        BlockStats {
+            qdev: Some("/machine/peripheral/a".into()),
+            stats,
+        }
     }
 
-    fn bins(boundaries: &[u64], bins: &[u64]) -> Device {
-        device(json!({ "wr_latency_histogram": { "boundaries": boundaries, "bins": bins } }))
+    fn bins(boundaries: &[u64], bins: &[u64]) -> BlockStats {
+        let histogram = BlockLatencyHistogramInfo {
+            boundaries: boundaries.into(),
+            bins: bins.into(),
+        };
+        device(BlockDeviceStats {
+            wr_latency_histogram: Some(histogram),
+            ..BlockDeviceStats::default()
+        })
     }
 
     fn counts(fast: u64, near: u64, late: u64) -> Counts {
@@ -301,13 +282,29 @@ mod tests {
 
     #[test]
     fn any_histogram_of_somebody_else_is_seen() {
-        for name in ["rd", "wr", "flush", "zone_append"] {
-            let histogram = json!({ "boundaries": [10], "bins": [0, 0] });
-            let device = device(json!({ (format!("{name}_latency_histogram")): histogram }));
-            assert!(device.has_any(), "{name}");
-            assert_eq!(device.has_other_than_of_writes(), name != "wr");
+        let any = || Some(IgnoredAny);
+        let none = BlockDeviceStats::default;
+        let others = [
+            BlockDeviceStats {
+                rd_latency_histogram: any(),
+                ..none()
+            },
+            BlockDeviceStats {
+                flush_latency_histogram: any(),
+                ..none()
+            },
+            BlockDeviceStats {
+                zone_append_latency_histogram: any(),
+                ..none()
+            },
+        ];
+        for stats in others {
+            let device = device(stats);
+            assert!(device.has_any() && device.has_other_than_of_writes());
         }
-        assert!(!device(json!({})).has_any());
+        let writes = bins(&[10], &[0, 0]);
+        assert!(writes.has_any() && !writes.has_other_than_of_writes());
+        assert!(!device(none()).has_any());
     }
 
     #[test]
@@ -325,7 +322,7 @@ mod tests {
             bins(&[1_000_000, 100_000_000], &[1, 2, 3]),
             bins(&[8_000_000], &[1]),
             bins(&vec![8_000_000; MOST_BINS], &vec![0; MOST_BINS + 1]),
-            device(json!({})),
+            device(BlockDeviceStats::default()),
         ] {
             assert_eq!(reading(&useless, &own), sum);
         }

@@ -12,12 +12,13 @@ pub use histograms::{Histogram, can_follow_latency};
 use std::time::{Duration, Instant};
 
 use controller::Controller;
-use histograms::{Device, Reading, reading};
+use histograms::{Reading, reading};
 use window::Window;
 
 use super::footprint::Footprint;
 use crate::plan::Plan;
 use crate::qmp;
+use crate::qmp::block::BlockStats;
 
 /// How often QEMU is asked for the guest's writes.
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -90,7 +91,7 @@ impl Latency {
 
     /// Takes in what QEMU says of its devices, and how many bytes were copied by `now`; returns the speed, in bytes a second, all
     /// disks together.
-    pub fn step(&mut self, now: Instant, devices: &[Device], copied: u64) -> u64 {
+    pub fn step(&mut self, now: Instant, devices: &[BlockStats], copied: u64) -> u64 {
         self.due = now + INTERVAL;
         for disk in &mut self.disks {
             let found = devices.iter().find(|device| device.is(&disk.device));

@@ -22,6 +22,39 @@ pub struct BlockdevMirror<'a> {
 
 command!(BlockdevMirror<'_>, "blockdev-mirror", Done);
 
+/// Copies the images from `device` down to `base_node`, without the latter, into that.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockCommit<'a> {
+    pub job_id: &'a str,
+    pub device: &'a str,
+    pub base_node: &'a str,
+    pub auto_dismiss: bool,
+    pub on_error: OnError,
+}
+
+command!(BlockCommit<'_>, "block-commit", Done);
+
+/// Ends a block job. One that is ready completes without a switch to its target, unless it is forced.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct BlockJobCancel<'a> {
+    /// The job's id.
+    pub device: &'a str,
+    pub force: bool,
+}
+
+command!(BlockJobCancel<'_>, "block-job-cancel", Done);
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct BlockJobSetSpeed<'a> {
+    /// The job's id.
+    pub device: &'a str,
+    /// In bytes a second; 0 has no limit.
+    pub speed: u64,
+}
+
+command!(BlockJobSetSpeed<'_>, "block-job-set-speed", Done);
+
 /// What is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]

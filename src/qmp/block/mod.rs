@@ -2,10 +2,20 @@
 //!
 //! A command borrows its names. What is collected before it is sent, such as nodes and actions, owns them.
 
+mod bitmaps;
 mod events;
+mod fdsets;
+mod graph;
 mod jobs;
 mod nodes;
+mod stats;
+mod transaction;
 
+pub use bitmaps::*;
 pub use events::*;
+pub use fdsets::*;
+pub use graph::*;
 pub use jobs::*;
 pub use nodes::*;
+pub use stats::*;
+pub use transaction::*;

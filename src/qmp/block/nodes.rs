@@ -21,6 +21,38 @@ pub struct BlockdevDel<'a> {
 
 command!(BlockdevDel<'_>, "blockdev-del", Done);
 
+/// Sets the size of a node, in bytes.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockResize<'a> {
+    pub node_name: &'a str,
+    pub size: u64,
+}
+
+command!(BlockResize<'_>, "block_resize", Done);
+
+/// Makes `node` the backing image of `overlay`.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct BlockdevSnapshot<'a> {
+    pub node: &'a str,
+    pub overlay: &'a str,
+}
+
+command!(BlockdevSnapshot<'_>, "blockdev-snapshot", Done);
+
+/// Serves a node over NBD.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(tag = "type", rename = "nbd", rename_all = "kebab-case")]
+pub struct BlockExportAdd<'a> {
+    pub id: &'a str,
+    pub node_name: &'a str,
+    /// The export's name for clients.
+    pub name: &'a str,
+    pub writable: bool,
+}
+
+command!(BlockExportAdd<'_>, "block-export-add", Done);
+
 /// A node: also of QEMU's programs, which take one as JSON on their command lines.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -54,6 +86,12 @@ impl BlockdevOptions {
 
     pub fn named(node_name: impl Into<String>, driver: Driver) -> Self {
         Self::new(Some(node_name.into()), driver)
+    }
+
+    /// The file name by which QEMU's programs open it.
+    pub fn filename(&self) -> String {
+        let node = serde_json::to_string(self).expect("options are strings and numbers");
+        format!("json:{node}")
     }
 }
 
@@ -204,6 +242,9 @@ mod tests {
         let file = json!({ "driver": "file", "filename": "/dev/fd/9" });
         let below = json!({ "driver": "qcow2", "file": file, "backing": null });
         assert_eq!(to_value(&base).unwrap(), below);
+        let filename = base.filename();
+        let read: Value = serde_json::from_str(filename.strip_prefix("json:").unwrap()).unwrap();
+        assert_eq!(read, below);
         let top = Driver::Qcow2 {
             file: "top-file".to_owned().into(),
             backing: Some(base.into()),

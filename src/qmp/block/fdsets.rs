@@ -1,0 +1,53 @@
+//! Sets of descriptors, which a node opens as `/dev/fdset/ID`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::qmp::Done;
+use crate::qmp::command::command;
+
+/// Adds the descriptor that comes with it to a new set.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct AddFd<'a> {
+    /// QEMU lists it with the descriptor.
+    pub opaque: &'a str,
+}
+
+command!(AddFd<'_>, "add-fd", AddfdInfo);
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct AddfdInfo {
+    pub fdset_id: u64,
+}
+
+/// Removes a set. QEMU closes its descriptors when no node has them open.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RemoveFd {
+    pub fdset_id: u64,
+}
+
+command!(RemoveFd, "remove-fd", Done);
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryFdsets {}
+
+command!(QueryFdsets, "query-fdsets", Vec<FdsetInfo>);
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FdsetInfo {
+    pub fdset_id: u64,
+    pub fds: Vec<FdsetFdInfo>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct FdsetFdInfo {
+    #[serde(default)]
+    pub opaque: Option<String>,
+}
+
+/// The file name of a set for a node.
+pub fn fdset_file(fdset_id: u64) -> String {
+    format!("/dev/fdset/{fdset_id}")
+}

@@ -1,0 +1,93 @@
+//! QEMU's commands for the machine as a whole, with its own names (`qapi/run-state.json`, `qapi/misc.json`, `qapi/qom.json`).
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::Done;
+use super::command::command;
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryStatus {}
+
+command!(QueryStatus, "query-status", StatusInfo);
+
+#[derive(Debug, Clone, Deserialize)]
+#[cfg_attr(test, derive(Serialize))]
+pub struct StatusInfo {
+    /// QEMU's `RunState`.
+    pub status: String,
+}
+
+/// Lets the guest run.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Cont {}
+
+command!(Cont, "cont", Done);
+
+/// Ends QEMU.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Quit {}
+
+command!(Quit, "quit", Done);
+
+/// Sets what QEMU does when the guest powers off.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct SetAction {
+    pub shutdown: ShutdownAction,
+}
+
+command!(SetAction, "set-action", Done);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShutdownAction {
+    /// It ends.
+    Poweroff,
+    /// It stays, and the guest is paused.
+    Pause,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryUuid {}
+
+command!(QueryUuid, "query-uuid", UuidInfo);
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct UuidInfo {
+    /// Nil where the VM has none.
+    #[serde(rename = "UUID")]
+    pub uuid: Uuid,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryVersion {}
+
+command!(QueryVersion, "query-version", VersionInfo);
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct VersionInfo {
+    pub qemu: VersionTriple,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct VersionTriple {
+    pub major: u64,
+    pub minor: u64,
+    pub micro: u64,
+}
+
+/// Lists the properties of an object.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QomList<'a> {
+    pub path: &'a str,
+}
+
+command!(QomList<'_>, "qom-list", Vec<ObjectPropertyInfo>);
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct ObjectPropertyInfo {
+    pub name: String,
+    /// `child<TYPE>` of an object below.
+    #[serde(rename = "type")]
+    pub kind: String,
+}

@@ -115,14 +115,14 @@ fn peer(stream: &UnixStream) -> Option<u32> {
 fn line(command: &str, arguments: &RawValue, id: u64) -> Vec<u8> {
     #[derive(Serialize)]
     struct Line<'a> {
-        execute: &'a str,
         arguments: &'a RawValue,
+        execute: &'a str,
         id: u64,
     }
 
     let line = Line {
-        execute: command,
         arguments,
+        execute: command,
         id,
     };
     let mut line = serde_json::to_vec(&line).expect("a line is a string, JSON and a number");

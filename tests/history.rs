@@ -9,7 +9,7 @@ use crate::common::caller::{Caller, cancel};
 use crate::common::clients::{OTHER_USER, ROOT, USER};
 use crate::common::disk::Disk;
 use crate::common::polkit;
-use crate::common::proxies::{JobProxy, Options, error_name, slowly};
+use crate::common::proxies::{DomainProxy, JobProxy, Options, error_name, slowly};
 use crate::common::vm::Vm;
 use serde_json::{Value, json};
 use zbus::wire::Variant;
@@ -454,6 +454,81 @@ async fn the_next_user_of_a_number_does_not_see_the_backups_of_the_one_before() 
     );
     system.start_daemon();
     assert_eq!(listed(&system).await, (0, 0));
+}
+
+/// Registers the machine and backs it up. Returns the kind of the backup, and the name of its directory in the store.
+async fn back_up_own(system: &System, vm: &Vm) -> (Caller, String, String) {
+    let user = Caller::of_user(system, USER).await;
+    user.register("mine", vm.monitor_stream().into()).await.unwrap();
+    let job = user.complete("mine", "").await;
+    let image = PathBuf::from(&job.disks().await.unwrap()[0].4);
+    let backup = image.parent().unwrap();
+    let manifest = std::fs::read(backup.join("manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    let directory = backup.parent().unwrap().file_name().unwrap().to_str().unwrap();
+    let kind = manifest["kind"].as_str().unwrap();
+    (user, kind.to_owned(), directory.to_owned())
+}
+
+async fn own_domain(user: &Caller) -> DomainProxy<'static> {
+    let path = user.manager.get_domain("mine").await.unwrap();
+    DomainProxy::new(&user.connection, path).await.unwrap()
+}
+
+/// How many backups a user sees, and whether the user sees what the checkpoint `kept` is. Its bitmap is on the disk in any case.
+async fn seen(user: &Caller) -> (usize, bool) {
+    let backups = user.manager.list_backups(Options::new()).await.unwrap().0;
+    let domain = own_domain(user).await;
+    let checkpoints = domain.list_checkpoints(Options::new()).await.unwrap();
+    let kept = checkpoints.iter().any(|checkpoint| checkpoint.0 == "kept");
+    (backups.len(), kept)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_user_of_a_number_continues_no_chain_of_the_one_before() {
+    let rules = polkit::allow(
+        USER,
+        &["domain.backup", "service.register-domain", "domain.checkpoint"],
+    );
+    let mut system = System::setup().rules(&rules).start();
+    let vm = system.vm("mine").disk(Disk::new("vda", MIB)).start();
+    let own = format!("{USER}:mine");
+    let (user, kind, directory) = back_up_own(&system, &vm).await;
+    assert_eq!((&*kind, &directory), ("full", &own));
+    let domain = own_domain(&user).await;
+    let kept = "<domaincheckpoint><name>kept</name></domaincheckpoint>";
+    domain.create_checkpoint(kept, Options::new()).await.unwrap();
+    assert_eq!(seen(&user).await, (1, true));
+    drop((user, domain));
+    system.start_daemon();
+    let (user, kind, directory) = back_up_own(&system, &vm).await;
+    assert_eq!((&*kind, &directory), ("incremental", &own), "the same user");
+    assert_eq!(seen(&user).await, (2, true));
+    drop(user);
+    system.stop_daemon();
+    let another = |table: &str| {
+        change(
+            &system,
+            &format!("UPDATE {table} SET domain_owner_name = 'somebody'"),
+        )
+    };
+    ["backups", "jobs"].into_iter().for_each(another);
+    change(
+        &system,
+        &format!(
+            "UPDATE checkpoints SET owner_name = 'somebody', domain = replace(domain, ':{}:', ':somebody:')",
+            polkit::user_name(USER)
+        ),
+    );
+    system.start_daemon();
+    let (user, kind, directory) = back_up_own(&system, &vm).await;
+    assert_eq!(kind, "full");
+    assert!(directory.starts_with(&format!("{own}-")), "{directory}");
+    assert_eq!(seen(&user).await, (1, false));
+    let job = user.complete("mine", "").await;
+    let image = PathBuf::from(&job.disks().await.unwrap()[0].4);
+    assert!(image.starts_with(system.store().join(directory)), "its own chain");
+    assert_eq!(seen(&user).await, (2, false));
 }
 
 #[tokio::test(flavor = "multi_thread")]

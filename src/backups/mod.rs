@@ -119,7 +119,7 @@ impl Backups {
         let called = |domain: Arc<Domain>| domain.identity().is_called(wanted, uid);
         uuid.is_some() && uuid == identity.uuid && identity.is_trusted_by(uid)
             || self.domains.same(&identity).is_some_and(called)
-            || identity.is_called(wanted, uid) && self.domains.identified(&identity).is_none()
+            || identity.is_called(wanted, uid) && !self.domains.has_name_of(&identity)
     }
 
     /// With the UUIDs of the domains that have the name now, and the name as the records have it.

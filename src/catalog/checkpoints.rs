@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, ToSql, params};
 
 use super::jobs::DOMAIN_KEY;
-use super::{Catalog, Error};
+use super::{Catalog, DomainRecord, Error};
 use crate::model::Manifest;
 
 /// Deleted ones that are remembered of a domain, and of all domains of a user that is not root.
@@ -49,37 +49,40 @@ impl Catalog {
     /// other that is being made for the domain: one that seems to be came to nothing.
     pub async fn begin_checkpoint(
         &self,
-        domain: String,
-        owner: u32,
+        whose: DomainRecord,
         checkpoint: CheckpointRecord,
         most: u32,
     ) -> Result<Begun, Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
+            let (domain, owner) = (whose.key(), (whose.owner, &whose.owner_name));
             let stale = "UPDATE checkpoints SET state = 'deleted' WHERE domain = ?1 AND state = 'making'";
             transaction.execute(stale, [&domain])?;
-            forget_deleted(&transaction, "domain", &domain)?;
-            if owner != 0 {
-                forget_deleted(&transaction, "owner", &owner)?;
+            let of_domain: (_, &[&dyn ToSql]) = ("domain = ?1", &[&domain]);
+            let of_owner: (_, &[&dyn ToSql]) = ("owner = ?1 AND owner_name = ?2", &[&owner.0, &owner.1]);
+            let is_root = owner.0 == 0;
+            forget_deleted(&transaction, of_domain)?;
+            if !is_root {
+                forget_deleted(&transaction, of_owner)?;
             }
-            let count = |sql: &str, value: &dyn ToSql| {
-                transaction.query_row(sql, [value], |row| row.get::<_, u32>(0))
+            let count = |(which, values): (&str, &[&dyn ToSql])| {
+                let sql = format!("SELECT count(*) FROM checkpoints WHERE {which} AND state <> 'deleted'");
+                transaction.query_row(&sql, values, |row| row.get::<_, u32>(0))
             };
-            let of_domain = "SELECT count(*) FROM checkpoints WHERE domain = ?1 AND state <> 'deleted'";
-            if count(of_domain, &domain)? >= most {
+            if count(of_domain)? >= most {
                 return Ok(Begun::TooMany { most });
             }
-            let of_owner = "SELECT count(*) FROM checkpoints WHERE owner = ?1 AND state <> 'deleted'";
-            if owner != 0 && count(of_owner, &owner)? >= OF_A_USER {
+            if !is_root && count(of_owner)? >= OF_A_USER {
                 return Ok(Begun::TooManyOfOwner { most: OF_A_USER });
             }
             transaction.execute(
-                "INSERT INTO checkpoints (domain, id, owner, name, description, time, state) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'making')",
+                "INSERT INTO checkpoints (domain, id, owner, owner_name, name, description, time, state) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'making')",
                 params![
                     domain,
                     checkpoint.id,
-                    owner,
+                    owner.0,
+                    owner.1,
                     checkpoint.name,
                     checkpoint.description,
                     checkpoint.time.as_microsecond(),
@@ -163,11 +166,11 @@ fn recorded(connection: &Connection, domain: &str, id: &str) -> Result<Recorded,
     })
 }
 
-/// Of the deleted ones with that value in that column, all but the newest.
-fn forget_deleted(connection: &Connection, column: &str, value: &dyn ToSql) -> Result<(), Error> {
-    let deleted = format!("FROM checkpoints WHERE {column} = ?1 AND state = 'deleted'");
-    let sql = format!("DELETE {deleted} AND rowid NOT IN (SELECT rowid {deleted} ORDER BY id DESC LIMIT ?2)");
-    connection.execute(&sql, params![value, DELETED])?;
+/// Of the deleted ones that fit the condition, all but the newest.
+fn forget_deleted(connection: &Connection, (which, values): (&str, &[&dyn ToSql])) -> Result<(), Error> {
+    let deleted = format!("FROM checkpoints WHERE {which} AND state = 'deleted'");
+    let newest = format!("SELECT rowid {deleted} ORDER BY id DESC LIMIT {DELETED}");
+    connection.execute(&format!("DELETE {deleted} AND rowid NOT IN ({newest})"), values)?;
     Ok(())
 }
 
@@ -186,6 +189,17 @@ fn read(row: &Row) -> Result<CheckpointRecord, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A domain without a UUID.
+    fn web(source: &str, owner: u32, owner_name: &str) -> DomainRecord {
+        DomainRecord {
+            name: "web".into(),
+            source: source.into(),
+            owner,
+            owner_name: owner_name.into(),
+            uuid: None,
+        }
+    }
 
     fn record(second: u32) -> CheckpointRecord {
         CheckpointRecord {
@@ -206,7 +220,9 @@ mod tests {
             found.unwrap().remove(0)
         };
         assert_eq!(said("web").await, Recorded::Unknown);
-        let begun = catalog.begin_checkpoint("web".into(), 0, record(1), 2).await;
+        let begun = catalog
+            .begin_checkpoint(web("configured", 0, "root"), record(1), 2)
+            .await;
         assert_eq!(begun.unwrap(), Begun::Yes);
         assert_eq!(said("web").await, Recorded::Gone);
         assert_eq!(catalog.checkpoints("web".into()).await.unwrap(), []);
@@ -229,24 +245,29 @@ mod tests {
     async fn there_are_so_many_and_no_more_and_what_came_to_nothing_does_not_count() {
         let directory = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(&directory.path().join("c")).unwrap();
+        let whose = web("registered", 1000, "anna");
+        let key = whose.key();
         let begin = async |second| {
-            let begun = catalog
-                .begin_checkpoint("web".into(), 1000, record(second), 2)
-                .await;
+            let begun = catalog.begin_checkpoint(whose.clone(), record(second), 2).await;
             begun.unwrap()
         };
         for second in [1, 2] {
             assert_eq!(begin(second).await, Begun::Yes);
-            let made = catalog.checkpoint_made("web".into(), record(second).id, record(second).time);
+            let made = catalog.checkpoint_made(key.clone(), record(second).id, record(second).time);
             made.await.unwrap();
         }
         assert_eq!(begin(3).await, Begun::TooMany { most: 2 });
         catalog
-            .checkpoint_deleted("web".into(), record(1).id)
+            .checkpoint_deleted(key.clone(), record(1).id)
             .await
             .unwrap();
         assert_eq!(begin(3).await, Begun::Yes);
         // Nothing came of that one.
         assert_eq!(begin(4).await, Begun::Yes);
+        // The next user of the number has none of them.
+        let next = web("registered", 1000, "bob");
+        assert_eq!(catalog.checkpoints(next.key()).await.unwrap(), []);
+        let begun = catalog.begin_checkpoint(next, record(5), 1).await;
+        assert_eq!(begun.unwrap(), Begun::Yes);
     }
 }

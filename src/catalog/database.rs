@@ -27,6 +27,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema-9.sql"),
     include_str!("schema-10.sql"),
     include_str!("schema-11.sql"),
+    include_str!("schema-12.sql"),
 ];
 /// How long a predecessor may take to let go.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -253,6 +254,49 @@ mod tests {
         let found: Vec<Option<String>> = found.map(Result::unwrap).collect();
         let expected = [Some("web"), Some("1000:web"), Some("7:web"), None];
         assert_eq!(found, expected.map(|name| name.map(str::to_owned)));
+    }
+
+    #[test]
+    fn a_checkpoint_of_before_stays_its_users_if_only_one_had_the_number() {
+        let (_directory, path) = directory();
+        let former = former(&path, 11);
+        for (id, owner, name) in [("a", 1000, "anna"), ("b", 1001, "bert"), ("c", 1001, "carl")] {
+            let job = "INSERT INTO jobs (backup_id, domain_name, domain_source, domain_owner, domain_owner_name, started_by, \
+                           start_time, plan, speed, step) VALUES (?1, 'web', 'registered', ?2, ?3, 0, 0, '{}', 0, 'ended')";
+            former.execute(job, rusqlite::params![id, owner, name]).unwrap();
+        }
+        for (domain, owner) in [
+            (":u", 0),
+            ("web", 0),
+            ("0:web", 0),
+            ("1000:web", 1000),
+            ("1000::u", 1000),
+            ("1001:web", 1001),
+            ("1002:web", 1002),
+        ] {
+            let checkpoint =
+                "INSERT INTO checkpoints (domain, id, owner, time, state) VALUES (?1, ?1, ?2, 0, 'made')";
+            former
+                .execute(checkpoint, rusqlite::params![domain, owner])
+                .unwrap();
+        }
+        drop(former);
+        let catalog = open(&path).unwrap();
+        let mut select = catalog
+            .prepare("SELECT domain FROM checkpoints ORDER BY rowid")
+            .unwrap();
+        let found = select.query_map([], |row| row.get::<_, String>(0)).unwrap();
+        let found: Vec<String> = found.map(Result::unwrap).collect();
+        let expected = [
+            ":u",
+            "web",
+            "0:root:web",
+            "1000:anna:web",
+            "1000:anna::u",
+            "1001::web",
+            "1002::web",
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -92,7 +92,7 @@ mod tests {
         let catalog = Catalog::open(&directory.path().join("c")).unwrap();
         for (source, uuid, expected) in [
             ("configured", None, "web"),
-            ("registered", None, "7:web"),
+            ("registered", None, "7:anna:web"),
             (
                 "configured",
                 Some(Uuid::from_u128(1)),
@@ -101,7 +101,7 @@ mod tests {
             (
                 "registered",
                 Some(Uuid::from_u128(1)),
-                "7::00000000-0000-0000-0000-000000000001",
+                "7:anna::00000000-0000-0000-0000-000000000001",
             ),
         ] {
             let record = DomainRecord {
@@ -113,7 +113,8 @@ mod tests {
             };
             assert_eq!(record.key(), expected);
             let sql = format!(
-                "SELECT {DOMAIN_KEY} FROM (SELECT ?1 AS domain_source, 7 AS domain_owner, 'web' AS domain_name, ?2 AS domain_uuid)"
+                "SELECT {DOMAIN_KEY} FROM (SELECT ?1 AS domain_source, 7 AS domain_owner, 'anna' AS domain_owner_name, \
+                     'web' AS domain_name, ?2 AS domain_uuid)"
             );
             let found = catalog.run(move |connection| {
                 let uuid = uuid.map(|uuid| uuid.to_string());

@@ -229,9 +229,9 @@ pub(super) fn select(
 /// The columns of a [`DomainRecord`].
 pub(super) const DOMAIN: &str = "domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid";
 
-/// [`DomainRecord::key`] of a row. As in the index of schema 8, so that this is used.
-pub(super) const DOMAIN_KEY: &str =
-    "iif(domain_source = 'configured', '', domain_owner || ':') || coalesce(':' || domain_uuid, domain_name)";
+/// [`DomainRecord::key`] of a row. As in the index of schema 12, so that this is used.
+pub(super) const DOMAIN_KEY: &str = "iif(domain_source = 'configured', '', domain_owner || ':' || domain_owner_name || ':') \
+     || coalesce(':' || domain_uuid, domain_name)";
 
 pub(super) fn domain(row: &Row) -> Result<DomainRecord, Error> {
     let uuid: Option<String> = row.get("domain_uuid")?;

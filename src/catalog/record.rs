@@ -22,11 +22,12 @@ pub struct DomainRecord {
 
 impl DomainRecord {
     /// Names the domain, whatever it is called: by its UUID, or by its name if it has none; among the configured ones or
-    /// those of its owner. No domain has such a name.
+    /// those of its owner, who is a number and a name. No domain has such a name.
     pub fn key(&self) -> String {
         let owner = match self.source == "configured" {
             true => String::new(),
-            false => format!("{}:", self.owner),
+            // No user's name has a colon (passwd(5)).
+            false => format!("{}:{}:", self.owner, self.owner_name),
         };
         match self.uuid {
             Some(uuid) => format!("{owner}:{uuid}"),

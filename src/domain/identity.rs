@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
-use super::{Domain, Link, Origin, Phase, Registry, SEPARATOR, is_domain_name, owner, unique_name};
+use super::{Domain, Link, Origin, Phase, Registry, SEPARATOR, is_domain_name, unique_name};
 
 /// How long a domain whose connection has ended may take to be registered again.
 const AGAIN: Duration = Duration::from_secs(60);
@@ -38,20 +38,20 @@ pub const NOBODY: u32 = u32::MAX;
 
 impl Identity {
     /// The domain of that name and UUID whose backups are in `directory` of a store; nothing if no domain can have the name.
-    /// The directories of registered domains, and no others, begin with the owner's number. Blocks.
+    /// The directories of registered domains, and no others, begin with the owner's number. These are nobody's: the user who
+    /// has that number here, or now, need not be the owner.
     pub fn in_directory(directory: &str, name: &str, uuid: Option<Uuid>) -> Option<Self> {
-        let owner = directory
-            .split_once(SEPARATOR)
-            .and_then(|(owner, _)| owner.parse().ok());
-        let (origin, owner) = match owner {
-            None => (Origin::Configured, 0),
-            Some(owner) => (Origin::Registered, owner),
+        let owner = directory.split_once(SEPARATOR);
+        let is_registered = owner.is_some_and(|(owner, _)| owner.parse::<u32>().is_ok());
+        let (origin, owner, owner_name) = match is_registered {
+            false => (Origin::Configured, 0, "root".to_owned()),
+            true => (Origin::Registered, NOBODY, NOBODY.to_string()),
         };
         is_domain_name(name).then(|| Self {
             name: name.to_owned(),
             origin,
             owner,
-            owner_name: owner::name(owner),
+            owner_name,
             uuid: uuid.filter(|uuid| !uuid.is_nil()),
         })
     }
@@ -102,16 +102,10 @@ impl Domain {
         Arc::new(domain)
     }
 
-    /// Whether it is configured too, or is registered by the same user.
+    /// Whether it is configured too, or is registered by the same user: the number may be another one's by now.
     fn is_of_kin(&self, identity: &Identity) -> bool {
-        self.origin == identity.origin && (self.origin == Origin::Configured || self.is_of_owner(identity))
-    }
-
-    /// Whether it has the same owner. The number may be another user's by now, which the names show if both are known.
-    fn is_of_owner(&self, identity: &Identity) -> bool {
-        let number = self.owner.to_string();
-        let (now, then) = (&self.owner_name, &identity.owner_name);
-        self.owner == identity.owner && (now == then || *now == number || *then == number)
+        let is_owners = || self.owner == identity.owner && self.owner_name == identity.owner_name;
+        self.origin == identity.origin && (self.origin == Origin::Configured || is_owners())
     }
 
     /// The name for the authority. If another domain has the name now, a rule for that one must not match this one.
@@ -131,6 +125,15 @@ impl Domain {
 impl Registry {
     /// The domain of that name and owner, if it is known.
     pub fn identified(&self, identity: &Identity) -> Option<Arc<Domain>> {
+        self.bearer(identity).filter(|domain| domain.is_of_kin(identity))
+    }
+
+    /// Whether a domain has the name now, be it another one.
+    pub fn has_name_of(&self, identity: &Identity) -> bool {
+        self.bearer(identity).is_some()
+    }
+
+    fn bearer(&self, identity: &Identity) -> Option<Arc<Domain>> {
         let name = identity.unique_name();
         self.list()
             .into_iter()
@@ -147,7 +150,6 @@ impl Registry {
     pub fn same(&self, identity: &Identity) -> Option<Arc<Domain>> {
         let uuid = |known: &Domain| known.snapshot.borrow().uuid;
         if let Some(named) = self.identified(identity)
-            && named.is_of_kin(identity)
             // The UUID of a QEMU that was never reached is not known. A domain that claims that UUID under another name meanwhile
             // does not get this one's backups.
             && (uuid(&named) == identity.uuid || !named.was_reached())
@@ -164,7 +166,7 @@ impl Registry {
         match self.same(&identity) {
             Some(known) => known,
             None => {
-                let renamed = self.identified(&identity).is_some();
+                let renamed = self.has_name_of(&identity);
                 self.stand_in(identity, renamed)
             }
         }

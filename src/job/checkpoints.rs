@@ -213,10 +213,11 @@ impl Jobs {
             description: definition.description,
             time: now,
         };
-        let (id, key) = (record.id.clone(), domain_record(domain.identity()).key());
+        let (id, whose) = (record.id.clone(), domain_record(domain.identity()));
+        let key = whose.key();
         let name = record.name.clone().unwrap_or_else(|| id.clone());
         let catalog = &self.setting.catalog;
-        let begun = catalog.begin_checkpoint(key.clone(), domain.owner, record, MOST_ALONE);
+        let begun = catalog.begin_checkpoint(whose, record, MOST_ALONE);
         let too_many = |of, most| Err(Error::TooManyCheckpoints { of, most }.into());
         match begun.await.map_err(Error::from)? {
             Begun::Yes => {}

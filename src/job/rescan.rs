@@ -10,7 +10,7 @@ use super::record::{domain_record, journal, to_text};
 use super::{DiskState, DiskStatus, Error, backup, watched};
 use crate::catalog::{BackupRecord, NewJob, Starter, StoredBackup, Taken};
 use crate::definition::{self, Definition};
-use crate::domain::{Identity, NOBODY, Origin, Registry};
+use crate::domain::{Identity, Registry};
 use crate::model::{DEFINITION_NAME, DomainDir, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::offload::Progress;
 use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
@@ -380,21 +380,13 @@ fn stored_backup(
     let (domain, uuid) = (&manifest.domain.name, manifest.domain.uuid);
     let identity = Identity::in_directory(directory, domain, uuid)
         .ok_or_else(|| format!("{MANIFEST_NAME}: no domain can be called '{domain}'"))?;
-    let identity = match identity.origin {
-        // A user of that number here need not be the one whose it was.
-        Origin::Registered => Identity {
-            owner: NOBODY,
-            owner_name: NOBODY.to_string(),
+    let identity = match domains.same(&identity) {
+        Some(known) => Identity {
+            owner: known.owner,
+            owner_name: known.owner_name.clone(),
             ..identity
         },
-        Origin::Configured => match domains.same(&identity) {
-            Some(known) => Identity {
-                owner: known.owner,
-                owner_name: known.owner_name.clone(),
-                ..identity
-            },
-            None => identity,
-        },
+        None => identity,
     };
     let plan = plan(
         (store, store_path, directory),

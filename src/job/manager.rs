@@ -541,7 +541,7 @@ impl Jobs {
     pub async fn prepared<H, T>(
         self: &Arc<Self>,
         id: u32,
-        mut held: H,
+        held: H,
         mut targets: JoinHandle<error::Result<T>>,
     ) -> error::Result<(H, T)>
     where
@@ -555,24 +555,37 @@ impl Jobs {
                 Err(error)
             }
             None => {
-                // Nothing of it is in QEMU.
-                held.make_room();
-                let jobs = self.clone();
-                self.tasks.spawn(async move {
-                    let discarded = async {
-                        // What it made is discarded, which can wait for storage, too.
-                        if let Ok(made) = targets.await {
-                            blocking(&jobs.setting, move || drop(made)).await;
-                        }
-                        jobs.withdraw(id).await;
-                    };
-                    // The next process finds the record, and does it.
-                    jobs.setting.stop.run_until_cancelled(discarded).await;
-                    drop(held);
-                });
+                self.abandon(targets, held, Some(id));
                 Err(self.target_stalled().into())
             }
         }
+    }
+
+    /// Leaves a thread that hangs while it prepares targets to itself: what it makes is discarded there. Then the record of the
+    /// job is `withdrawn`, if that is not its end.
+    pub(super) fn abandon<T: Send + 'static>(
+        self: &Arc<Self>,
+        targets: JoinHandle<error::Result<T>>,
+        mut held: impl Held,
+        withdrawn: Option<u32>,
+    ) {
+        // Nothing of it is in QEMU.
+        held.make_room();
+        let jobs = self.clone();
+        self.tasks.spawn(async move {
+            let discarded = async {
+                // This can wait for storage, too.
+                if let Ok(made) = targets.await {
+                    blocking(&jobs.setting, move || drop(made)).await;
+                }
+                if let Some(id) = withdrawn {
+                    jobs.withdraw(id).await;
+                }
+            };
+            // Otherwise the next process finds the record, and does it.
+            jobs.setting.stop.run_until_cancelled(discarded).await;
+            drop(held);
+        });
     }
 
     /// What the thread that prepares the targets came to; nothing if it hangs.

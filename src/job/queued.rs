@@ -12,10 +12,10 @@ use tokio::task::JoinHandle;
 
 use super::backup::{self, Driver, Evidence, Fact, Reached, State as Step};
 use super::error::Stopped;
-use super::manager::{Ending, Held, Jobs, Kept, ROOT, Refused, Reservation, Table};
+use super::manager::{Ending, Jobs, Kept, ROOT, Refused, Reservation, Table};
 use super::queue::{Claim, Ticket};
 use super::record::{self, to_text};
-use super::{Error, Job, State, blocking};
+use super::{Error, Job, State};
 use crate::activity::Use;
 use crate::catalog::{JobRecord, Starter};
 use crate::domain::{Domain, Link};
@@ -359,7 +359,7 @@ impl Jobs {
                     .await
             }
             None => {
-                self.abandon(Making(making), reservation);
+                self.abandon(making, reservation, None);
                 let stopped = self.target_stalled().into();
                 self.end_early(job, Step::Preparing, stopped, None).await
             }
@@ -405,22 +405,6 @@ impl Jobs {
         let state = record::journal(&Step::Preparing, self.setting.boot)?;
         let plan = to_text(&*job.plan)?;
         Ok(self.setting.catalog.dequeued(job.id, plan, state).await?)
-    }
-
-    /// Leaves the thread that makes the targets, which hangs, to itself: what it makes is discarded there.
-    fn abandon(self: &Arc<Self>, Making(making): Making, mut reservation: Reservation) {
-        // Nothing of it is in QEMU.
-        reservation.make_room();
-        let jobs = self.clone();
-        self.tasks.spawn(async move {
-            let discarded = async {
-                if let Ok(made) = making.await {
-                    blocking(&jobs.setting, move || drop(made)).await;
-                }
-            };
-            jobs.setting.stop.run_until_cancelled(discarded).await;
-            drop(reservation);
-        });
     }
 
     /// Takes a queued job of an earlier process up again, or ends it with the reason why it cannot go on.

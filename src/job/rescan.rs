@@ -476,7 +476,6 @@ fn plan(
             .iter()
             .map(|disk| DiskPlan {
                 device: String::new(),
-                small_steps: false,
                 name: disk.name.clone(),
                 node: String::new(),
                 virtual_size: disk.virtual_size,

@@ -164,9 +164,6 @@ pub struct DiskPlan {
     pub only_allocated: bool,
     pub format: Format,
     pub compress: Option<Compression>,
-    /// It is copied in small steps, one after the other, so that a write of the guest's waits for little of it.
-    #[serde(default)]
-    pub small_steps: bool,
     #[serde(default)]
     pub mode: Mode,
     /// A later backup can go on from this one: what is written from its instant on is recorded.
@@ -189,7 +186,6 @@ impl DiskPlan {
             only_allocated: true,
             format,
             compress: None,
-            small_steps: false,
             mode: Mode::default(),
             checkpoint: false,
             place: Place::Descriptor(index),
@@ -287,9 +283,6 @@ pub fn resolve(
     });
     let mut planned = planned.collect::<Result<Vec<_>, _>>()?;
     let max_latency = options.max_latency.and_then(NonZeroU32::new);
-    for disk in &mut planned {
-        disk.small_steps = max_latency.is_some();
-    }
     let checkpoint = checkpoint::of_backup(
         options.checkpoint.as_ref(),
         settings,
@@ -345,6 +338,11 @@ impl Plan {
     /// What the backup is, as a whole.
     pub fn kind(&self) -> Kind {
         chain::kind(self.disks.iter().map(|disk| &disk.mode))
+    }
+
+    /// Whether it is copied in small steps, one after the other, so that a write of the guest's waits for little of it.
+    pub fn copies_in_small_steps(&self) -> bool {
+        self.max_latency.is_some()
     }
 
     /// Whether something is written into that is there already, and that another domain may have open.
@@ -601,7 +599,6 @@ fn disk_plan(
         name: disk.name.clone(),
         node: disk.node.clone(),
         device: disk.device.clone(),
-        small_steps: false,
         virtual_size: disk.virtual_size,
         estimate,
         source: disk.source.clone(),

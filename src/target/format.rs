@@ -17,13 +17,13 @@ const SMALL_CLUSTER_SIZE: u32 = 1 << 16;
 
 impl Target {
     /// A raw device stays as it is.
-    pub(super) fn format(&mut self, disk: &DiskPlan) -> Result<(), Error> {
+    pub(super) fn format(&mut self, disk: &DiskPlan, small_steps: bool) -> Result<(), Error> {
         if (disk.format, self.media) == (Format::Raw, Media::Block) {
             return Ok(());
         }
         self.mark_written();
         self.sparse = disk.format == Format::Raw;
-        let formatted = format(&self.file, self.media, disk.format, &empty_image(disk));
+        let formatted = format(&self.file, self.media, disk.format, &empty_image(disk, small_steps));
         formatted.map_err(|errno| Error::io("format", &self.label, errno))
     }
 }
@@ -41,9 +41,10 @@ pub fn format(file: &OwnedFd, media: Media, format: Format, empty: &Empty) -> Re
     }
 }
 
-pub(super) fn empty_image(disk: &DiskPlan) -> Empty {
+/// See [`crate::plan::Plan::copies_in_small_steps`].
+pub(super) fn empty_image(disk: &DiskPlan, small_steps: bool) -> Empty {
     let (cluster_size, backing) = match &disk.mode {
-        Mode::Full { .. } if disk.small_steps => (SMALL_CLUSTER_SIZE, None),
+        Mode::Full { .. } if small_steps => (SMALL_CLUSTER_SIZE, None),
         Mode::Full { .. } => (CLUSTER_SIZE, None),
         // For readers of the image: QEMU gets none while it writes.
         Mode::Since(base) => {

@@ -215,7 +215,7 @@ impl Targets {
             check::names(target, &disk.place, &plan.task)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
-        space::check(&targets.targets, &plan.disks, &plan.task, around.process)?;
+        space::check(&targets.targets, plan, around.process)?;
         check::unused(&mut targets.targets, around)?;
         fault::passed("prepared");
         Ok(targets)
@@ -224,9 +224,10 @@ impl Targets {
     /// Empties what was there before: the point of no return for existing files. Raw images get their size, others an empty
     /// image. Each counts as progress.
     pub fn format(&mut self, plan: &Plan, progress: &Progress) -> Result<(), Error> {
+        let small_steps = plan.copies_in_small_steps();
         for (target, disk) in self.targets.iter_mut().zip(&plan.disks) {
             progress.add(1);
-            target.format(disk).map_err(|error| error.of(&disk.name))?;
+            target.format(disk, small_steps).map_err(|error| error.of(&disk.name))?;
         }
         self.set_writeback();
         Ok(())

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use super::format::empty_image;
 use super::{Error, Media, Target};
 use crate::model::Format;
-use crate::plan::{DiskPlan, Mode, Task};
+use crate::plan::{DiskPlan, Mode, Plan, Task};
 
 /// So many pages of an image are looked at, evenly spread over its data.
 const SAMPLES: u64 = 512;
@@ -29,8 +29,8 @@ struct Need {
 }
 
 /// What the targets of a plan need, compared with what is free. `process` is the QEMU that has the disks open. Blocks.
-pub fn check(targets: &[Target], disks: &[DiskPlan], task: &Task, process: Option<u32>) -> Result<(), Error> {
-    let bounds = Bounds { task, process };
+pub fn check(targets: &[Target], plan: &Plan, process: Option<u32>) -> Result<(), Error> {
+    let (disks, bounds) = (&plan.disks, Bounds { plan, process });
     let mut systems: HashMap<u64, Need> = HashMap::new();
     for (index, (target, disk)) in targets.iter().zip(disks).enumerate() {
         if target.media == Media::Block {
@@ -123,23 +123,23 @@ fn compare(label: &str, free: u64, most: u64, least: impl FnOnce() -> u64) -> Re
 }
 
 struct Bounds<'a> {
-    task: &'a Task,
+    plan: &'a Plan,
     process: Option<u32>,
 }
 
 impl Bounds<'_> {
     /// How long an image with so many bytes of data is. A device takes it with its tables, or not at all.
     fn in_device(&self, disk: &DiskPlan, data: u64) -> u64 {
-        match self.task {
+        match self.plan.task {
             // What is known of a stored image is its length.
             Task::Restore(_) => data,
-            _ => empty_image(disk).length_with(data),
+            _ => empty_image(disk, self.plan.copies_in_small_steps()).length_with(data),
         }
     }
 
     /// What a disk's image takes at least, in bytes; 0 where that can't be known.
     fn least(&self, disk: &DiskPlan) -> u64 {
-        if matches!(self.task, Task::Restore(_)) {
+        if matches!(self.plan.task, Task::Restore(_)) {
             // Stored images hold hardly any zeroes: QEMU finds them when it makes the images.
             return disk.estimate;
         }

@@ -181,11 +181,12 @@ impl Driver<'_> {
     fn actions(&self, footprint: &Footprint, targets: &Targets, speed: u64) -> Vec<TransactionAction> {
         let disks = &self.job.plan.disks;
         let has_workers = footprint.link().schema.has(Feature::BackupPerf);
+        let small_steps = self.job.plan.copies_in_small_steps();
         let actions = targets.iter().zip(disks).enumerate();
         actions
             .map(|(index, (target, disk))| {
                 let mut backup = backup(&footprint.names, index, target, disk, share(speed, disks.len()));
-                backup.x_perf = has_workers.then(|| perf(disk));
+                backup.x_perf = has_workers.then(|| perf(small_steps));
                 TransactionAction::BlockdevBackup(backup)
             })
             .collect()
@@ -290,8 +291,8 @@ fn now() -> Timestamp {
 /// What is copied at a time, in bytes, where the guest's writes are not to wait: a cluster of the image.
 const SMALL_STEP: u64 = 1 << 16;
 
-fn perf(disk: &DiskPlan) -> BackupPerf {
-    match disk.small_steps {
+fn perf(small_steps: bool) -> BackupPerf {
+    match small_steps {
         true => BackupPerf {
             max_workers: 1,
             max_chunk: Some(SMALL_STEP),

@@ -11,6 +11,7 @@ use crate::common::disk::Disk;
 use crate::common::hanging::{Hanging, Operation};
 use crate::common::process;
 use crate::common::proxies::{JobProxy, Options, error_name, slowly};
+use crate::common::proxy::Proxy;
 use crate::common::storage::{Tmpfs, files_below};
 use crate::common::vm::{Residue, Vm};
 use crate::common::wait::{until_async, within};
@@ -254,6 +255,36 @@ async fn a_store_that_is_read_only_or_has_no_inodes_left_is_refused_at_once() {
     }
     caller.complete("web", DOCUMENT).await;
     assert_eq!(vm.residue(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_target_is_recognised_in_whatever_language_qemu_reports_it() {
+    let place = crate::common::test_directory();
+    let full = Tmpfs::mount(&place.path().join("full"), 256 * MIB);
+    let system = System::start();
+    let disk = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11);
+    let vm = system.vm("web").disk(disk).running().start();
+    let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
+    let german = "Auf dem Gerät ist kein Speicherplatz mehr verfügbar";
+    proxy.translate("No space left on device", german);
+    system.write_domain_file("web", &format!("monitor = \"{}\"\n", proxy.path().display()));
+    system.wait_for_domain("web");
+    let (caller, before) = (Caller::new(&system).await, vm.residue());
+    let target = full.path().join("a.qcow2");
+    let document = format!(
+        "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+        target.display()
+    );
+    let job = caller.start_with("web", &document, &[], slowly(MIB)).await;
+    std::fs::write(full.path().join("filler"), vec![1; 256 * MIB as usize]).unwrap_err();
+    job.set_speed(0).await.unwrap();
+    let why = format!(
+        "disk 'vda': {german}. The reason is probably that the file system of {} is full",
+        target.display()
+    );
+    assert_failed(&job, "NoSpace", &why).await;
+    assert_eq!(vm.residue(), before);
+    assert!(!target.exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]

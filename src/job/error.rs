@@ -67,6 +67,16 @@ pub enum Error {
     Transaction(qmp::Error),
     #[error("disk '{disk}': {message}")]
     Copy { disk: String, message: String },
+    #[error(
+        "disk '{disk}': {message}. The reason is probably that the file system of {target} is full, because it has {free} bytes of \
+         free space: free some, or choose another target"
+    )]
+    ProbablyFull {
+        disk: String,
+        message: String,
+        target: String,
+        free: u64,
+    },
     #[error("job {id} was cancelled before the backup had begun")]
     CancelledBefore { id: u32 },
     #[error("the connection to QEMU was lost during the backup: {0}")]
@@ -163,6 +173,7 @@ impl Error {
                 Kind::DomainUnreachable
             }
             Self::Copy { message, .. } if is_no_space(message) => Kind::NoSpace,
+            Self::ProbablyFull { .. } => Kind::NoSpace,
             Self::Prepare { .. }
             | Self::Checkpoint { .. }
             | Self::Bitmaps(_)
@@ -209,7 +220,7 @@ impl Error {
             | Self::Resized { disk }
             | Self::Checkpoint { disk, .. }
             | Self::ForeignHeader { disk } => Some((disk, "prepare")),
-            Self::Copy { disk, .. } => Some((disk, "copy")),
+            Self::Copy { disk, .. } | Self::ProbablyFull { disk, .. } => Some((disk, "copy")),
             Self::Image(error) => error.disk().map(|disk| (disk, "restore")),
             Self::Target(error) => error.disk().map(|disk| (disk, "publish")),
             _ => None,

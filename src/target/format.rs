@@ -23,7 +23,12 @@ impl Target {
         }
         self.mark_written();
         self.sparse = disk.format == Format::Raw;
-        let formatted = format(&self.file, self.media, disk.format, &empty_image(disk, small_steps));
+        let formatted = format(
+            &self.file,
+            self.media,
+            disk.format,
+            &empty_image(disk, small_steps),
+        );
         formatted.map_err(|errno| Error::io("format", &self.label, errno))
     }
 }

@@ -227,7 +227,9 @@ impl Targets {
         let small_steps = plan.copies_in_small_steps();
         for (target, disk) in self.targets.iter_mut().zip(&plan.disks) {
             progress.add(1);
-            target.format(disk, small_steps).map_err(|error| error.of(&disk.name))?;
+            target
+                .format(disk, small_steps)
+                .map_err(|error| error.of(&disk.name))?;
         }
         self.set_writeback();
         Ok(())

@@ -67,14 +67,23 @@ pub fn check(targets: &[Target], plan: &Plan, process: Option<u32>) -> Result<()
             });
             needed.fold(0, u64::saturating_add)
         };
-        compare(&target.label, free_space(target)?, need.most, least)?;
+        let free = free_space(&target.file)
+            .map_err(|errno| Error::io("find the free space of", &target.label, errno))?;
+        compare(&target.label, free, need.most, least)?;
     }
     Ok(())
 }
 
-fn free_space(target: &Target) -> Result<u64, Error> {
-    let system = rustix::fs::fstatvfs(&target.file)
-        .map_err(|errno| Error::io("find the free space of", &target.label, errno))?;
+impl Target {
+    /// Returns what finds the free space of the file system that a file is on, in bytes, and blocks; nothing for a device.
+    pub fn free_space(&self) -> Option<impl FnOnce() -> Result<u64, Errno> + Send + use<>> {
+        let file = (self.media == Media::Regular).then(|| self.file.clone())?;
+        Some(move || free_space(&file))
+    }
+}
+
+fn free_space(file: &OwnedFd) -> Result<u64, Errno> {
+    let system = rustix::fs::fstatvfs(file)?;
     Ok(system.f_bavail.saturating_mul(system.f_frsize))
 }
 

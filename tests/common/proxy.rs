@@ -42,6 +42,8 @@ struct Shared {
     points: Mutex<Vec<Point>>,
     /// The names of the commands that are lost.
     lost: Mutex<Vec<&'static str>>,
+    /// What QEMU says is passed on with these words in place of those.
+    translation: Mutex<Option<(&'static str, &'static str)>>,
     /// The names of all commands that came.
     heard: Mutex<Vec<String>>,
     /// Both ends of the connection that is served.
@@ -73,6 +75,7 @@ impl Proxy {
             listener: UnixListener::bind(path).expect("the proxy's socket is made"),
             points: Mutex::default(),
             lost: Mutex::default(),
+            translation: Mutex::default(),
             heard: Mutex::default(),
             streams: Mutex::default(),
             budget: Mutex::default(),
@@ -109,6 +112,11 @@ impl Proxy {
     /// From now on no command of that name reaches QEMU, and none is answered.
     pub fn lose(&self, name: &'static str) {
         lock(&self.shared.lost).push(name);
+    }
+
+    /// Passes on what QEMU says with `to` in place of `from`.
+    pub fn translate(&self, from: &'static str, to: &'static str) {
+        *lock(&self.shared.translation) = Some((from, to));
     }
 
     /// Keeps the next command of that name whose arguments fit.
@@ -201,14 +209,29 @@ impl Shared {
 
     fn pass_on(&self, mut from: &UnixStream, mut to: &UnixStream, budget: usize) -> io::Result<()> {
         let mut chunk = [0; 4096];
+        let mut said = Vec::new();
         let mut passed = 0;
         while passed < budget {
             let count = from.read(&mut chunk)?.min(budget - passed);
             if count == 0 {
                 break;
             }
-            to.write_all(&chunk[..count])?;
             passed += count;
+            let translation = *lock(&self.translation);
+            match translation {
+                None => to.write_all(&chunk[..count])?,
+                Some((words, others)) => {
+                    // Whole lines: one can come in pieces.
+                    said.extend_from_slice(&chunk[..count]);
+                    let whole = said
+                        .iter()
+                        .rposition(|byte| *byte == b'\n')
+                        .map_or(0, |last| last + 1);
+                    let lines: Vec<u8> = said.drain(..whole).collect();
+                    let lines = String::from_utf8(lines).expect("QEMU speaks UTF-8");
+                    to.write_all(lines.replace(words, others).as_bytes())?;
+                }
+            }
             self.passed.store(passed, Ordering::SeqCst);
         }
         Ok(())

@@ -6,9 +6,11 @@ use std::sync::{Arc, PoisonError};
 use jiff::Timestamp;
 
 use super::driver::Driver;
+use super::end::BRIEFLY;
 use super::state::Fact;
 use crate::clock;
 use crate::domain::{Disk, Link, RunState, poweroff};
+use crate::error::is_no_space;
 use crate::fault;
 use crate::job::error::Stopped;
 use crate::job::footprint::{Footprint, Names};
@@ -19,7 +21,7 @@ use crate::job::quiesce::Freeze;
 use crate::job::running::Running;
 use crate::job::scan::check_snapshot;
 use crate::job::writeback::write_back;
-use crate::job::{Error, sentinel, watched};
+use crate::job::{Error, blocking, sentinel, watched};
 use crate::model::Format;
 use crate::offload::Progress;
 use crate::plan::{DiskPlan, Mode};
@@ -32,6 +34,8 @@ use crate::target::{Media, Target, Targets};
 /// How many parts of a disk QEMU copies at a time, up to 1 MiB each. With its default of 64 the buffers don't fit into a processor's
 /// cache, which makes copying in memory a quarter slower, and a guest's write waits for more of them where the target is slow.
 const WORKERS: u32 = 16;
+/// The most that QEMU copies at once, in bytes: less is left where it found no more space (`BLOCK_COPY_MAX_BUFFER` in block-copy.c).
+const COPIED_AT_ONCE: u64 = 1 << 20;
 
 impl Driver<'_> {
     /// Has QEMU open what existed before, makes the checkpoints' bitmaps, and asks the guest's agent whether it can freeze:
@@ -227,7 +231,9 @@ impl Driver<'_> {
             ended = running.run(events, &self.setting.stop) => ended?,
             failed = write_back(targets, self.setting) => match failed? {},
         }
-        running.judge()?;
+        if let Err(stopped) = running.judge() {
+            return Err(self.explain(targets, stopped).await);
+        }
         // QEMU first looks for what an image holds. A snapshot that another client makes meanwhile turns that look to a
         // new, empty image.
         if !running.is_proven() {
@@ -235,6 +241,30 @@ impl Driver<'_> {
         }
         self.part = None;
         Ok(Fact::Copied)
+    }
+
+    /// QEMU words the reason in the language of its user, because a display sets the locale, and has no number for it. If the words
+    /// are not known and the target's file system is full, that is taken for the reason.
+    async fn explain(&self, targets: &Targets, stopped: Stopped) -> Stopped {
+        let (disk, message) = match stopped {
+            Stopped::Failed(Error::Copy { disk, message }) if !is_no_space(&message) => (disk, message),
+            stopped => return stopped,
+        };
+        let target = targets.iter().find(|target| target.disk == disk);
+        if let Some(target) = target
+            && let Some(look) = target.free_space()
+            && let Ok(Ok(free)) = tokio::time::timeout(BRIEFLY, blocking(self.setting, look)).await
+            && free < COPIED_AT_ONCE
+        {
+            let target = target.label.clone();
+            return Stopped::Failed(Error::ProbablyFull {
+                disk,
+                message,
+                target,
+                free,
+            });
+        }
+        Stopped::Failed(Error::Copy { disk, message })
     }
 
     /// Whether what is being copied is what the guest writes to: a snapshot that another client made while the targets were

@@ -18,7 +18,7 @@ use crate::plan::{Destination, Place};
 use crate::target::{self, FileDigest, Targets};
 
 /// How long what hung before may take to be undone before the outcome is announced.
-const BRIEFLY: Duration = Duration::from_secs(2);
+pub(super) const BRIEFLY: Duration = Duration::from_secs(2);
 
 impl Driver<'_> {
     /// Has QEMU forget the jobs and close the images. Their outcome is on record.

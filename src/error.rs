@@ -22,7 +22,7 @@ pub enum Kind {
     /// There is no base for an incremental backup of a disk.
     CannotIncrement,
     NoSuchBackup,
-    HasDescendants,
+    HasDependents,
     Protected,
     InvalidDefinition,
     Unsupported,

@@ -79,14 +79,14 @@ async fn what_others_lie_on_stays_and_the_youngest_goes_first() {
     refused(
         &root,
         &ids[0],
-        "Error.HasDescendants",
+        "Error.HasDependents",
         &format!("2 other backups lie on backup {}", ids[0]),
     )
     .await;
-    refused(&root, &ids[1], "Error.HasDescendants", &ids[2]).await;
+    refused(&root, &ids[1], "Error.HasDependents", &ids[2]).await;
     assert_eq!(listed(&root).await, ids);
 
-    let (would_go, would_free) = delete(&root, &ids[0], &["dry-run", "with-descendants"])
+    let (would_go, would_free) = delete(&root, &ids[0], &["dry-run", "with-dependents"])
         .await
         .unwrap();
     assert_eq!(would_go, [&ids[2], &ids[1], &ids[0]].map(Clone::clone));
@@ -98,7 +98,7 @@ async fn what_others_lie_on_stays_and_the_youngest_goes_first() {
     assert!(freed > 0 && !backups[2].exists(), "{freed}");
     let never = root.manager.get_backup(&ids[2]).await.unwrap_err();
     assert_eq!(error_name(&never), "org.example.Backup1.Error.NoSuchBackup");
-    let (gone, rest) = delete(&root, &ids[0], &["with-descendants"]).await.unwrap();
+    let (gone, rest) = delete(&root, &ids[0], &["with-dependents"]).await.unwrap();
     assert_eq!(gone, [&ids[1], &ids[0]].map(Clone::clone));
     assert_eq!(freed + rest, would_free);
     assert_eq!(files_below(&system.store()), [""; 0]);
@@ -118,7 +118,7 @@ async fn what_is_used_and_what_is_not_the_backups_stays() {
     // Somebody reads the base: none of those on it goes either.
     let reading = fs::File::open(&backups[0]).unwrap();
     flock(&reading, FlockOperation::LockShared).unwrap();
-    let busy = delete(&root, &ids[0], &["with-descendants"]).await.unwrap_err();
+    let busy = delete(&root, &ids[0], &["with-dependents"]).await.unwrap_err();
     assert_eq!(error_name(&busy), "org.example.Backup1.Error.Busy");
     drop(reading);
     let outside = system.dir().join("outside");
@@ -180,7 +180,7 @@ async fn only_who_may_delete_does() {
         .replace("@USER", &polkit::user_name(USER));
     system.set_rules(&rule);
     let user = Caller::of_user(&system, USER).await;
-    let password = delete(&user, &ids[1], &["with-descendants"]).await.unwrap_err();
+    let password = delete(&user, &ids[1], &["with-dependents"]).await.unwrap_err();
     assert_eq!(error_name(&password), expected);
     delete(&user, &ids[2], &[]).await.unwrap();
     assert_eq!(listed(&root).await, ids[..2]);
@@ -215,7 +215,7 @@ async fn what_a_service_that_dies_leaves_the_next_one_finishes() {
         system.start_dying_daemon(point);
         let root = Caller::new(&system).await;
         // The youngest is at that point, and nothing of the others has gone.
-        delete(&root, &ids[0], &["with-descendants"]).await.unwrap_err();
+        delete(&root, &ids[0], &["with-dependents"]).await.unwrap_err();
         system.wait_for_death();
         assert_eq!(removing(&system), 1, "{point:?}");
         system.start_daemon();
@@ -237,7 +237,7 @@ async fn what_a_service_that_dies_leaves_the_next_one_finishes() {
         system.start_daemon();
         system.wait_for_domain("web");
         let root = Caller::new(&system).await;
-        delete(&root, &ids[0], &["with-descendants"]).await.unwrap();
+        delete(&root, &ids[0], &["with-dependents"]).await.unwrap();
         assert_settled(&system, point, 0);
     }
 }
@@ -284,7 +284,7 @@ async fn the_command_deletes_what_is_named_in_any_order() {
     let refused = backupctl(&system, &["delete", &ids[0]]);
     assert_eq!(refused.status, 1);
     assert!(
-        refused.stderr.contains("2 other backups lie on") && refused.stderr.contains("--with-descendants"),
+        refused.stderr.contains("2 other backups lie on") && refused.stderr.contains("--with-dependents"),
         "{}",
         refused.stderr
     );
@@ -354,7 +354,7 @@ async fn shared_chain(rule: &str) -> (System, Vm, [String; 3]) {
 async fn what_goes_with_a_backup_needs_the_right_to_delete_it_too() {
     let (system, _vm, ids) = shared_chain("").await;
     let user = Caller::of_user(&system, USER).await;
-    for option in ["with-descendants", "merge"] {
+    for option in ["with-dependents", "merge"] {
         let refused = delete(&user, &ids[0], &[option]).await.unwrap_err();
         let name = error_name(&refused);
         assert!(
@@ -364,7 +364,7 @@ async fn what_goes_with_a_backup_needs_the_right_to_delete_it_too() {
     }
     assert_eq!(listed(&user).await.len(), 3);
     let root = Caller::new(&system).await;
-    let (gone, _) = delete(&root, &ids[0], &["with-descendants"]).await.unwrap();
+    let (gone, _) = delete(&root, &ids[0], &["with-dependents"]).await.unwrap();
     assert_eq!(gone.len(), 3);
 }
 
@@ -376,13 +376,13 @@ async fn dependents_that_are_hidden_are_counted_and_not_named() {
     assert_eq!(listed(&user).await.len(), 2);
     for options in [
         &[][..],
-        &["with-descendants"],
+        &["with-dependents"],
         &["merge"],
-        &["with-descendants", "dry-run"],
+        &["with-dependents", "dry-run"],
     ] {
         let refused = delete(&user, &ids[0], options).await.unwrap_err();
         assert!(
-            error_name(&refused).ends_with("HasDescendants"),
+            error_name(&refused).ends_with("HasDependents"),
             "{options:?}: {refused}"
         );
         let text = refused.to_string();

@@ -243,7 +243,7 @@ async fn a_dialog_names_all_backups_that_would_go() {
     let root = Caller::new(&scene.system).await;
     let path = root.manager.get_backup(&ids[0]).await.unwrap();
     let delete = (path.as_str(), "org.example.Backup1.Backup.Delete");
-    let options = ["{'with-descendants': <true>}"];
+    let options = ["{'with-dependents': <true>}"];
     let mut call = asking(&scene.system, &scene.agent, ("delete", USER), delete, &options).await;
     let dialog = scene.agent.opened().await;
     assert_named(

@@ -331,7 +331,7 @@ async fn a_backup_in_the_lower_layer_of_an_overlay_is_refused_before_any_other_i
     let third = back_up().await;
     let before = all_below(&scene.path);
     for arguments in [
-        ["--with-descendants", &first],
+        ["--with-dependents", &first],
         ["--merge", &first],
         ["--merge", &second],
     ] {

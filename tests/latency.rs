@@ -313,7 +313,7 @@ async fn a_limit_out_of_bounds_is_refused_before_anything_is_touched() {
     let caller = Caller::new(&system).await;
     for (value, text) in [
         (60_001u64.into(), "60001 ms is more than 60000 ms"),
-        ("10".into(), "has type 's' where 't' is expected"),
+        ("10".into(), "has type 's' instead of 't'"),
     ] {
         let options = Options::from([("max-latency", value)]);
         let refused = caller.try_start("web", "", &[], options).await.unwrap_err();

@@ -275,7 +275,7 @@ async fn what_is_in_use_or_damaged_is_not_merged_and_nothing_is_changed() {
     scene.assert_there(&all).await;
     drop(reader);
     let both = scene
-        .delete(&first, &["merge", "with-descendants"])
+        .delete(&first, &["merge", "with-dependents"])
         .await
         .unwrap_err();
     assert!(error_name(&both).ends_with("InvalidArgs"), "{both}");

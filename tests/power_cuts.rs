@@ -132,7 +132,7 @@ impl Cuts {
             }
             Work::DeleteWithDependents => {
                 flight.removed = self.ledger.with_dependents(&id);
-                format!("quietly backupctl delete {id} --with-descendants")
+                format!("quietly backupctl delete {id} --with-dependents")
             }
             _ => {
                 flight.removed = self.ledger.all_but_newest(store);

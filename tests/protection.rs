@@ -105,7 +105,7 @@ async fn a_protected_backup_stays_until_it_is_not_protected_any_more() {
     for (backup, options) in [
         (&on_it, &[][..]),
         (&on_it, &["dry-run"]),
-        (&old, &["with-descendants"]),
+        (&old, &["with-dependents"]),
     ] {
         let refused = delete(&root, &id(backup), options).await.unwrap_err();
         assert_eq!(error_name(&refused), "org.example.Backup1.Error.Protected");

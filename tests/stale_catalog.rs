@@ -176,14 +176,7 @@ async fn a_catalog_of_before_an_incremental_does_not_let_its_base_go() {
     assert_eq!(kind(&next).await, "incremental");
     let [full, incremental] = backups(&system).try_into().unwrap();
     let caller = put_back(&mut system, &aside).await;
-    refused(
-        &caller,
-        &id(&full),
-        &[],
-        "Error.HasDescendants",
-        &id(&incremental),
-    )
-    .await;
+    refused(&caller, &id(&full), &[], "Error.HasDependents", &id(&incremental)).await;
     assert!(full.exists() && incremental.exists());
     // What is not known was read again, without being asked.
     let complete = [&full, &incremental].map(|backup| (id(backup), "complete".to_owned()));
@@ -221,20 +214,13 @@ async fn what_a_backup_that_is_not_on_record_depends_on_stays() {
     // As another host's service leaves it, or `cp`.
     let unknown = increment(&full, -1);
     let files = files_below(&system.store());
-    for options in [&[][..], &["with-descendants"], &["merge"]] {
+    for options in [&[][..], &["with-dependents"], &["merge"]] {
         let text = match options {
             [] => "1 other backup lies on",
             _ => "is not on record",
         };
-        refused(&caller, &id(&full), options, "Error.HasDescendants", text).await;
-        refused(
-            &caller,
-            &id(&full),
-            options,
-            "Error.HasDescendants",
-            &id(&unknown),
-        )
-        .await;
+        refused(&caller, &id(&full), options, "Error.HasDependents", text).await;
+        refused(&caller, &id(&full), options, "Error.HasDependents", &id(&unknown)).await;
     }
     let (judged, _) = caller.manager.prune("web", last(1)).await.unwrap();
     let kept = |backup: &Path, why: &str| (id(backup), "kept".to_owned(), why.to_owned());
@@ -243,7 +229,7 @@ async fn what_a_backup_that_is_not_on_record_depends_on_stays() {
     assert_eq!(files_below(&system.store()), files);
 
     caller.manager.rescan(Options::new()).await.unwrap();
-    delete(&caller, &id(&full), &["with-descendants"]).await.unwrap();
+    delete(&caller, &id(&full), &["with-dependents"]).await.unwrap();
     assert_eq!(backups(&system), [newest]);
 }
 
@@ -295,7 +281,7 @@ async fn of_two_damaged_manifests_none_keeps_the_other_and_both_keep_what_is_goo
         let refused = delete(&caller, &id(good), &[]).await.unwrap_err();
         let name = error_name(&refused);
         assert!(
-            name.ends_with("ChainBroken") || name.ends_with("HasDescendants"),
+            name.ends_with("ChainBroken") || name.ends_with("HasDependents"),
             "{refused}"
         );
     }
@@ -303,7 +289,7 @@ async fn of_two_damaged_manifests_none_keeps_the_other_and_both_keep_what_is_goo
     refused(
         &caller,
         &id(&full),
-        &["with-descendants"],
+        &["with-dependents"],
         "Error.ChainBroken",
         "manifest.json",
     )
@@ -348,7 +334,7 @@ async fn a_change_of_another_service_is_noticed_before_anything_is_removed() {
     let next = one.complete("web", "").await;
     assert_eq!(kind(&next).await, "incremental");
     let [full, incremental] = backups(&first).try_into().unwrap();
-    refused(&other, &id(&full), &[], "Error.HasDescendants", &id(&incremental)).await;
+    refused(&other, &id(&full), &[], "Error.HasDependents", &id(&incremental)).await;
     assert_eq!(listed(&other).await.len(), 2);
     // And what that one removes, this one knows.
     delete(&other, &id(&incremental), &[]).await.unwrap();

@@ -525,7 +525,7 @@ async fn a_deletion_that_is_slow_is_waited_for_as_long_as_it_moves() {
 /// What would go with a backup.
 async fn preview(caller: &Caller, id: &str) -> zbus::Result<zbus::Message> {
     let path = caller.manager.get_backup(id).await?;
-    let options = Options::from([("dry-run", true.into()), ("with-descendants", true.into())]);
+    let options = Options::from([("dry-run", true.into()), ("with-dependents", true.into())]);
     let (name, interface) = (Some("org.example.Backup1"), Some("org.example.Backup1.Backup"));
     let asking = caller
         .connection

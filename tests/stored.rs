@@ -616,7 +616,7 @@ async fn what_is_deleted_while_its_chain_is_verified_is_reported_as_removed() {
     let first = stopped.wait_for_stop();
     let gone = system
         .clients()
-        .backupctl(ROOT, &["delete", "--with-descendants", &ids[1]]);
+        .backupctl(ROOT, &["delete", "--with-dependents", &ids[1]]);
     stopped.remove();
     go_on(first);
     gone.expect_success();

@@ -79,7 +79,7 @@ const KINDS: [&str; 22] = [
     "reboot",
     "restart",
     "merge",
-    "with-descendants",
+    "with-dependents",
     "prune",
     "another boot",
     "another boot in a merge",
@@ -234,7 +234,7 @@ impl Walk {
             }
             947..955 => self.restart(),
             955..960 => self.delete("merge").await,
-            960..964 => self.delete("with-descendants").await,
+            960..964 => self.delete("with-dependents").await,
             964..973 => self.prune().await,
             973..977 => self.incident(Incident::AnotherBoot).await,
             977..980 => self.incident(Incident::AnotherBootInMerge).await,

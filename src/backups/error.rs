@@ -12,10 +12,10 @@ const MOST_NAMED: usize = 3;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error(
-        "{} on backup {id}{}: delete them first, all of them together ('with-descendants'), or make them independent ('merge')",
+        "{} on backup {id}{}: delete them first, all of them together ('with-dependents'), or make them independent ('merge')",
         count(others.len() + hidden), named(.others)
     )]
-    HasDescendants {
+    HasDependents {
         id: String,
         others: Vec<String>,
         /// Further ones, which the caller may not know of.
@@ -70,7 +70,7 @@ pub enum Error {
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
-            Self::HasDescendants { .. } | Self::NotOnRecord { .. } => Kind::HasDescendants,
+            Self::HasDependents { .. } | Self::NotOnRecord { .. } => Kind::HasDependents,
             Self::Unreadable { why, .. } if why.is_damage() => Kind::ChainBroken,
             Self::Unreadable { .. } => Kind::Unsupported,
             Self::Protected { .. } => Kind::Protected,

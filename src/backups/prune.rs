@@ -105,7 +105,7 @@ impl Backups {
                 store: group.store.clone(),
                 domain: group.domain.clone(),
                 ids: [judged.backup.key.id.clone()].into(),
-                with_descendants: false,
+                with_dependents: false,
                 merge: false,
                 only: None,
             };

@@ -25,7 +25,7 @@ pub struct Unwanted {
     pub domain: String,
     pub ids: BTreeSet<String>,
     /// With all dependents.
-    pub with_descendants: bool,
+    pub with_dependents: bool,
     /// Dependents are made independent before, and stay.
     pub merge: bool,
     /// Nothing but these is removed or changed; anything, where there are none.
@@ -39,7 +39,7 @@ impl Unwanted {
         let others: Vec<String> = ids.iter().filter(|id| !only.contains(*id)).cloned().collect();
         match others.is_empty() {
             true => Ok(()),
-            false => Err(Error::HasDescendants {
+            false => Err(Error::HasDependents {
                 id: self.ids.iter().next().cloned().unwrap_or_default(),
                 hidden: others.len(),
                 others: Vec::new(),
@@ -104,7 +104,7 @@ impl Backups {
         // A backup that is used as base is held, so from here on these get no new dependents.
         let again = self.order(unwanted, false).await?;
         if let Some(other) = again.iter().find(|id| !order.contains(id)) {
-            return Err(Error::HasDescendants {
+            return Err(Error::HasDependents {
                 id: unwanted.ids.iter().next().cloned().unwrap_or_default(),
                 others: vec![other.clone()],
                 hidden: 0,
@@ -225,7 +225,7 @@ impl Backups {
                 link.parents.retain(|parent| !unwanted.ids.contains(parent));
             }
         }
-        let order = order(&chains.links, &unwanted.ids, unwanted.with_descendants)?;
+        let order = order(&chains.links, &unwanted.ids, unwanted.with_dependents)?;
         chains.check_removable(&order.iter().cloned().collect())?;
         chains.check_known(&unwanted.ids, &order)?;
         chains.check_unprotected(&order)?;
@@ -394,7 +394,7 @@ pub(super) fn name(key: &BackupKey) -> BackupName<'_> {
 }
 
 /// These and, if wanted, their dependents: each before its bases.
-fn order(links: &[Link], ids: &BTreeSet<String>, with_descendants: bool) -> Result<Vec<String>, Error> {
+fn order(links: &[Link], ids: &BTreeSet<String>, with_dependents: bool) -> Result<Vec<String>, Error> {
     let mut above: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for link in links {
         for parent in &link.parents {
@@ -412,8 +412,8 @@ fn order(links: &[Link], ids: &BTreeSet<String>, with_descendants: bool) -> Resu
             }
         }
     }
-    if !with_descendants && !others.is_empty() {
-        return Err(Error::HasDescendants {
+    if !with_dependents && !others.is_empty() {
+        return Err(Error::HasDependents {
             id: ids.iter().next().cloned().unwrap_or_default(),
             others: others.into_iter().map(str::to_owned).collect(),
             hidden: 0,

@@ -1,4 +1,4 @@
-//! The common part of `CreateBackup` of the root object and of a domain.
+//! `CreateBackup`, shared by the root object and the domain objects.
 
 use std::sync::Arc;
 
@@ -7,21 +7,21 @@ use super::options::{self, Dictionary};
 use super::{Context, job_path};
 use crate::domain::Domain;
 
-/// The domain that a call is about.
-pub enum Wanted<'a> {
+/// The domain that a backup call names.
+pub enum DomainRef<'a> {
     Named(&'a str),
-    /// The one whose object was called, whatever has its name by now.
+    /// The domain whose object was called, even if another domain has its name by now.
     This(Arc<Domain>),
 }
 
-/// Definition, files, options.
+/// Definition, descriptors, options.
 pub type BackupArguments = (String, Vec<Handle>, Dictionary);
 
 /// Starts a backup.
 pub async fn create_backup(
     context: &Context,
     call: &Call,
-    domain: Wanted<'_>,
+    domain: DomainRef<'_>,
     (definition, files, options): BackupArguments,
 ) -> Answer {
     let (service, caller) = (&context.service, &call.caller);
@@ -34,16 +34,16 @@ pub async fn create_backup(
     let authorised = call
         .while_present(async {
             let domain = match domain {
-                Wanted::Named(name) => service.domain(caller, name).await?,
-                Wanted::This(domain) => domain,
+                DomainRef::Named(name) => service.domain(caller, name).await?,
+                DomainRef::This(domain) => domain,
             };
             Ok(service.authorise(caller, domain, request).await?)
         })
         .await?;
-    // From here on the caller may leave: its backup is made.
+    // From here on the caller may disconnect: the service makes the backup anyway.
     let job = service.start(authorised).await?;
     let peer = call.peer().clone();
-    service.watch_starter(&job, async move { peer.left().await });
+    service.watch_starter(&job, async move { peer.disconnected().await });
     context.follower.add_job(job.clone(), call.peer()).await;
     service.begun(&job).await?;
     call.reply(&(job.id, job_path(job.id)))

@@ -11,17 +11,17 @@ use zbus::message::Flags;
 use zbus::wire::{DynamicType, Signature, Type};
 
 use super::error::{BusError, Result};
-use super::peers::{Peer, Visit};
+use super::peers::{InFlight, Peer};
 use crate::access::Caller;
 use crate::error::Kind;
 use crate::quota::Share;
 use crate::service::Descriptors;
 
-/// The reply of a method, or why it has none.
+/// The reply of a method, or its error.
 pub type Answer = Result<Message>;
 
-/// An index into what came with a call (`h`), as the library resolves it: the number of the message's own descriptor. Unlike
-/// the library's owned type it duplicates nothing: a caller can name one descriptor as often as fits into a message.
+/// A descriptor argument (`h`). zbus resolves the index to the number of the message's own descriptor. Unlike
+/// `zbus::OwnedFd`, this type duplicates nothing: a caller can name one descriptor as often as fits into a message.
 #[derive(Debug, Deserialize)]
 #[serde(transparent)]
 pub struct Handle(i32);
@@ -30,11 +30,11 @@ impl Type for Handle {
     const SIGNATURE: &'static Signature = zbus::Fd::SIGNATURE;
 }
 
-/// A call that was let in.
+/// An admitted method call.
 pub struct Call {
     message: Message,
-    visit: Visit,
-    /// Of the descriptors that came with it.
+    in_flight: InFlight,
+    /// Counts the descriptors of the message against the user's limit.
     share: Arc<Share>,
     pub caller: Caller,
     pub path: String,
@@ -43,11 +43,11 @@ pub struct Call {
 }
 
 impl Call {
-    /// `user` is that of the visitor's connection, by number and lasting name; `share` counts what came with the message.
-    /// `turn` ends with the call's turn.
+    /// `user` is the uid of the sender, and the user's name if that is lasting. `share` counts the message's
+    /// descriptors. The call cancels `turn` to end its turn early.
     pub fn new(
         message: Message,
-        visit: Visit,
+        in_flight: InFlight,
         user: (u32, Option<String>),
         share: Share,
         turn: CancellationToken,
@@ -59,26 +59,26 @@ impl Call {
                 name: text(header.sender().map(|name| name.as_str())),
                 uid: user.0,
                 user: user.1,
-                process: visit.peer.process(),
+                process: in_flight.peer.process(),
                 interactive: header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH),
                 turn,
             },
             path: text(header.path().map(|path| path.as_str())),
             interface: text(header.interface().map(|name| name.as_str())),
             member: text(header.member().map(|name| name.as_str())),
-            visit,
+            in_flight,
             share: Arc::new(share),
             message,
         }
     }
 
-    /// The arguments, which must be exactly those that the method takes.
+    /// The arguments. Their signature must be exactly that of the method.
     pub fn arguments<T: Type + DeserializeOwned>(&self) -> Result<T> {
         let body = self.message.body();
         let (found, expected) = (body.signature(), T::SIGNATURE);
         if found != expected {
             let text = format!(
-                "{} takes '{}', and was called with '{}'",
+                "{} takes '{}' but was called with '{}'",
                 self.member,
                 expected.to_string_no_parens(),
                 found.to_string_no_parens()
@@ -88,7 +88,7 @@ impl Call {
         let passed = self.message.data().fds().len();
         if passed > 0 && !expected.to_string().contains('h') {
             let text = format!(
-                "{} takes no descriptors, and {passed} came with the call",
+                "{} takes no descriptors, but the call passes {passed}",
                 self.member
             );
             return Err(BusError::new(Kind::InvalidArgs, text));
@@ -98,14 +98,14 @@ impl Call {
             .map_err(|error| BusError::new(Kind::InvalidArgs, text(error)))
     }
 
-    /// The descriptors that came with the call, in the order in which its arguments name them: each once.
+    /// The descriptors of the message, in the order of `named`. Each must be named exactly once.
     pub fn descriptors(&self, named: &[Handle]) -> Result<Descriptors> {
         let data = self.message.data();
         let passed = data.fds();
         let invalid = |text: String| BusError::new(Kind::InvalidArgs, text);
         if named.len() != passed.len() {
             let text = format!(
-                "the call names {} descriptors, and {} came with it",
+                "the call names {} descriptors, but passes {}",
                 named.len(),
                 passed.len()
             );
@@ -115,14 +115,15 @@ impl Call {
         let mut files = Vec::new();
         for Handle(number) in named {
             let index = passed.iter().position(|fd| fd.as_raw_fd() == *number);
-            let index = index
-                .ok_or_else(|| invalid("the call names a descriptor that did not come with it".into()))?;
+            let index =
+                index.ok_or_else(|| invalid("the call names a descriptor that it does not pass".into()))?;
             if std::mem::replace(&mut taken[index], true) {
                 return Err(invalid("the call names a descriptor twice".into()));
             }
             let file = rustix::io::fcntl_dupfd_cloexec(passed[index].as_fd(), 3);
-            files
-                .push(file.map_err(|errno| BusError::new(Kind::Internal, format!("a descriptor: {errno}")))?);
+            let failed =
+                |errno| BusError::new(Kind::Internal, format!("cannot duplicate a descriptor: {errno}"));
+            files.push(file.map_err(failed)?);
         }
         Ok(Descriptors {
             files,
@@ -134,7 +135,7 @@ impl Call {
         *self.message.body().signature() != Signature::Unit
     }
 
-    /// Makes sure that there are none.
+    /// Refuses a call that has arguments.
     pub fn no_arguments(&self) -> Result<()> {
         self.arguments::<()>()
     }
@@ -145,14 +146,14 @@ impl Call {
     }
 
     pub fn peer(&self) -> &Arc<Peer> {
-        &self.visit.peer
+        &self.in_flight.peer
     }
 
-    /// Goes on with `work` only as long as the caller is there.
+    /// Runs `work`, and drops it if the caller disconnects first.
     pub async fn while_present<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             result = work => result,
-            () = self.peer().left() => Err(BusError::new(Kind::AccessDenied, "the caller has left the bus")),
+            () = self.peer().disconnected() => Err(BusError::new(Kind::AccessDenied, "the caller has left the bus")),
         }
     }
 
@@ -164,7 +165,7 @@ impl Call {
         BusError::new(Kind::UnknownInterface, format!("no interface '{name}'"))
     }
 
-    /// What is said of a path that has no object: a hidden object answers no other way.
+    /// The error for a path without an object. A hidden object gets the same error.
     pub fn no_object(&self) -> BusError {
         BusError::new(Kind::UnknownObject, format!("no object '{}'", self.path))
     }

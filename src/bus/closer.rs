@@ -1,31 +1,32 @@
-//! Closes descriptors that came with calls, on a thread that may block.
+//! Closes the descriptors of calls on a thread that may block.
 //!
-//! What a caller passes can be anything, and the last close of some things waits: of a connected socket with `SO_LINGER` (see
-//! socket(7)) for as long as its sender said. So a message with descriptors is dropped last on a thread that may block.
+//! A caller can pass any descriptor, and the last close of some blocks: a connected socket with `SO_LINGER` blocks for
+//! as long as its sender set (socket(7)). So the last reference to a message with descriptors is dropped on a blocking
+//! thread.
 
 use tokio::sync::mpsc;
 use zbus::fdo::DBusProxy;
 use zbus::{Connection, Message};
 
-/// Messages that wait to be dropped; more are dropped at once.
+/// While fewer messages than this wait, the task waits for the connection's reader before it drops them.
 const MOST_PATIENT: usize = 256;
 
-/// A message with descriptors: as long as it is held, to close what was duplicated of it is nothing.
+/// A message with descriptors. While it is held, closing a duplicate of its descriptors cannot block.
 #[derive(Debug)]
-pub struct Held(Option<Message>);
+pub struct HeldMessage(Option<Message>);
 
-impl Held {
+impl HeldMessage {
     pub fn of(message: &Message) -> Self {
         let holds = !message.data().fds().is_empty();
         Self(holds.then(|| message.clone()))
     }
 }
 
-/// The way to the task.
+/// The sending side: any number of these.
 #[derive(Clone)]
 pub struct Closer(mpsc::UnboundedSender<Message>);
 
-/// The task's side.
+/// The task.
 pub struct Work {
     waiting: mpsc::UnboundedReceiver<Message>,
     connection: Connection,
@@ -37,8 +38,8 @@ pub fn new(connection: Connection) -> (Closer, Work) {
 }
 
 impl Closer {
-    /// Closes what came with a message that its last user has dropped.
-    pub fn close(&self, held: Held) {
+    /// Queues a message for closing. The caller has dropped all its other references to the message.
+    pub fn close(&self, held: HeldMessage) {
         if let Some(message) = held.0 {
             // Without the task the service is about to end.
             let _ = self.0.send(message);
@@ -47,24 +48,24 @@ impl Closer {
 }
 
 impl Work {
-    /// Closes until there is no [`Closer`] any more.
+    /// Closes messages until every [`Closer`] is dropped.
     pub async fn run(mut self) {
         while let Some(first) = self.waiting.recv().await {
             let mut messages = vec![first];
             while let Ok(more) = self.waiting.try_recv() {
                 messages.push(more);
             }
-            // Under a flood of calls, close first and answer later: descriptors run out first.
+            // Under a flood of calls, descriptors run out first, so closing must not wait for the bus.
             if messages.len() < MOST_PATIENT {
                 self.let_reader_go_on().await;
             }
-            // Not waited for: what hangs keeps nothing else from being closed.
+            // Not awaited: a close that hangs must not delay the others.
             tokio::task::spawn_blocking(move || messages.into_iter().for_each(close));
         }
     }
 
-    /// The connection's reader may still hold the messages. When it has read the answer to something that was asked after
-    /// they came, it does not. What is asked, every bus answers; a ping is refused by some, which log that.
+    /// The connection's reader may still hold the messages. It has dropped them once it has read the reply to a later
+    /// request. Every bus answers `GetId`. Some buses refuse `Ping`, and log that.
     async fn let_reader_go_on(&self) {
         let answer = async { DBusProxy::new(&self.connection).await?.get_id().await };
         if let Err(error) = answer.await {
@@ -75,7 +76,8 @@ impl Work {
 
 fn close(message: Message) {
     for descriptor in message.data().fds() {
-        // Nobody waits for what the service does not want. On what is no socket it does nothing.
+        // With lingering disabled, close(2) of a socket returns at once. Descriptors that are not sockets refuse the
+        // option.
         let _ = rustix::net::sockopt::set_socket_linger(descriptor, None);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use zbus::wire::Variant;
 
 use super::Context;
-use super::backup::{BackupArguments, Wanted, create_backup};
+use super::backup::{BackupArguments, DomainRef, create_backup};
 use super::call::{Answer, Call};
 use super::error::Result;
 use super::object::Properties;
@@ -15,7 +15,7 @@ use crate::error::{Error, Kind};
 use crate::job::Checkpoint;
 use crate::service::WhichCheckpoints;
 
-/// A disk on the bus: name, node, virtual size, format, writable, and why it is not backed up unless it is named.
+/// A disk on the bus: name, node, virtual size in bytes, format, writable, and why a backup skips it by default.
 pub type DiskTuple = (String, String, u64, String, bool, String);
 
 /// A checkpoint on the bus: name, parent's name, time, backup's id, store, and (disk, bitmap, state) of each disk.
@@ -25,7 +25,7 @@ pub async fn call(context: &Context, call: &Call, domain: &Arc<Domain>) -> Answe
     match call.member.as_str() {
         "CreateBackup" => {
             let arguments: BackupArguments = call.arguments()?;
-            create_backup(context, call, Wanted::This(domain.clone()), arguments).await
+            create_backup(context, call, DomainRef::This(domain.clone()), arguments).await
         }
         "CreateCheckpoint" | "DeleteCheckpoint" | "ListCheckpoints" | "GetCheckpointDefinition" => {
             checkpoint(context, call, domain).await
@@ -42,7 +42,7 @@ async fn checkpoint(context: &Context, call: &Call, domain: &Arc<Domain>) -> Ans
             let (document, options): (String, Dictionary) = call.arguments()?;
             options::none(&options)?;
             let definition = service.checkpoint_definition(&document)?;
-            // From here on the caller may leave: its checkpoint is made.
+            // From here on the caller may disconnect: the service makes the checkpoint anyway.
             let made = service.create_checkpoint(may().await?, caller, domain.clone(), definition);
             call.reply(&made.await?)
         }
@@ -51,7 +51,7 @@ async fn checkpoint(context: &Context, call: &Call, domain: &Arc<Domain>) -> Ans
             let which = match options::delete_checkpoint(options)? {
                 true if name.is_empty() => WhichCheckpoints::All,
                 true => {
-                    let text = "option 'all': the name must be empty then".to_owned();
+                    let text = "option 'all': leave the name empty".to_owned();
                     return Err(Error::new(Kind::InvalidArgs, text).into());
                 }
                 false => WhichCheckpoints::Named(name),
@@ -76,7 +76,7 @@ async fn checkpoint(context: &Context, call: &Call, domain: &Arc<Domain>) -> Ans
 
 fn checkpoints(found: &[Checkpoint]) -> Vec<CheckpointTuple> {
     let mut parent = "";
-    let mut told = Vec::new();
+    let mut sent = Vec::new();
     for checkpoint in found {
         let (backup, store) = match &checkpoint.store {
             Some(store) => (checkpoint.id.clone(), store.clone()),
@@ -86,7 +86,7 @@ fn checkpoints(found: &[Checkpoint]) -> Vec<CheckpointTuple> {
             let state = if record.good { "good" } else { "inconsistent" };
             (record.disk.clone(), record.bitmap.clone(), state.to_owned())
         });
-        told.push((
+        sent.push((
             checkpoint.name.clone(),
             parent.to_owned(),
             checkpoint.time.as_microsecond().max(0).cast_unsigned(),
@@ -96,10 +96,10 @@ fn checkpoints(found: &[Checkpoint]) -> Vec<CheckpointTuple> {
         ));
         parent = &checkpoint.name;
     }
-    told
+    sent
 }
 
-/// To know that a domain is there is not to know what it has and does.
+/// Requires the right to read the domain. The right to see that a domain exists is not enough.
 pub async fn properties(context: &Context, call: &Call, domain: &Domain) -> Result<Properties> {
     context.service.require_read(&call.caller, domain).await?;
     let snapshot = domain.snapshot();
@@ -114,7 +114,7 @@ pub async fn properties(context: &Context, call: &Call, domain: &Domain) -> Resu
     ])
 }
 
-/// The changing properties, on the bus.
+/// The UUID on the bus; empty if it is not known.
 pub fn uuid(snapshot: &Snapshot) -> String {
     snapshot.uuid.map(|uuid| uuid.to_string()).unwrap_or_default()
 }
@@ -137,7 +137,7 @@ pub fn disks(snapshot: &Snapshot) -> Vec<DiskTuple> {
     disks.chain(outside).collect()
 }
 
-/// The disks that QEMU decrypts.
+/// The disks that QEMU decrypts for the guest.
 pub fn encrypted(snapshot: &Snapshot) -> Vec<String> {
     let disks = snapshot.disks.iter().filter(|disk| disk.encrypted);
     disks.map(|disk| disk.name.clone()).collect()

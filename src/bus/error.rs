@@ -1,4 +1,4 @@
-//! The one table from kinds of failure to D-Bus error names, and the value that interface methods fail with.
+//! Maps kinds of failure to D-Bus error names, and carries a failure to the caller.
 
 use zbus::message::Header;
 use zbus::names::ErrorName;
@@ -16,7 +16,7 @@ pub const fn name(kind: Kind) -> &'static str {
         Kind::NoSuchCheckpoint => "org.example.Backup1.Error.NoSuchCheckpoint",
         Kind::ChainBroken => "org.example.Backup1.Error.ChainBroken",
         Kind::CannotIncrement => "org.example.Backup1.Error.CannotIncrement",
-        Kind::HasDescendants => "org.example.Backup1.Error.HasDescendants",
+        Kind::HasDependents => "org.example.Backup1.Error.HasDependents",
         Kind::Protected => "org.example.Backup1.Error.Protected",
         Kind::NoSuchBackup => "org.example.Backup1.Error.NoSuchBackup",
         Kind::InvalidDefinition => "org.example.Backup1.Error.InvalidDefinition",
@@ -46,7 +46,7 @@ pub const fn name(kind: Kind) -> &'static str {
     }
 }
 
-/// A failure as it goes out.
+/// A failure that is sent as an error reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BusError(Error);
 
@@ -61,7 +61,7 @@ impl BusError {
         Self(Error::new(kind, message))
     }
 
-    /// A message that nobody sent gives nobody a right.
+    /// A message without a sender cannot be authorised.
     pub fn no_sender() -> Self {
         Self::new(Kind::AccessDenied, "the message has no sender")
     }

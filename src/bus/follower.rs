@@ -1,4 +1,4 @@
-//! Follows domains, jobs and backups and has their changes signalled: one task that starts one for each of them.
+//! Follows domains, jobs and backups, and emits signals for their changes. One task spawns a task for each of them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::peers::Peer;
-use super::signals::{Announcement, Audience, Listening, announce, follow_domain, follow_job};
+use super::signals::{Announcement, Emitter, JobListeners, announce, follow_domain, follow_job};
 use crate::activity::Activity;
 use crate::domain::Domain;
 use crate::job::Job;
@@ -18,67 +18,68 @@ enum Command {
         job: Arc<Job>,
         done: oneshot::Sender<()>,
     },
-    /// One that a former process of the service started, and announced.
+    /// A job that a previous instance of the service started and announced.
     ResumeJob(Arc<Job>),
     Finish,
 }
 
-/// The way to the task.
+/// The handle of the task.
 #[derive(Clone)]
 pub struct Follower {
     commands: mpsc::UnboundedSender<Command>,
-    listening: Listening,
+    listening: JobListeners,
 }
 
 impl Follower {
-    /// Returns when the job's start was announced. `starter` hears of all that it does.
+    /// Returns when the start of the job is announced. `starter` receives all signals of the job.
     pub async fn add_job(&self, job: Arc<Job>, starter: &Peer) {
         self.listening.add(&job, starter);
         let (done, announced) = oneshot::channel();
-        // Bounded by the calls in flight; and where the task is gone, the service is leaving the bus.
+        // Calls in flight bound the queue. Without the task the service is leaving the bus.
         if self.commands.send(Command::AddJob { job, done }).is_ok() {
             let _ = announced.await;
         }
     }
 
-    /// Has the rest told of a job that a former process of the service started.
+    /// Emits the remaining signals of a job that a previous instance of the service started.
     pub fn resume_job(&self, job: Arc<Job>) {
-        // Where the task is gone, the service is leaving the bus.
+        // Without the task the service is leaving the bus.
         let _ = self.commands.send(Command::ResumeJob(job));
     }
 
-    /// Has a caller that waits for a job of its user's hear of all that it does: the connection that started it may be gone.
+    /// Sends all signals of a job also to a caller of the same user that waits for it. The connection that started the
+    /// job may be gone.
     pub fn listen(&self, job: &Job, peer: &Peer) {
         self.listening.add(job, peer);
     }
 
-    /// Forgets a connection that has left.
+    /// Removes a connection that has disconnected.
     pub fn forget_caller(&self, name: &str) {
         self.listening.leave(name);
     }
 
-    /// Ends the task when everything that has ended is announced.
+    /// Ends the task after it has announced every ended job.
     pub fn finish(&self) {
-        // It has ended already.
+        // The task may have ended already.
         let _ = self.commands.send(Command::Finish);
     }
 }
 
-/// The task's side.
+/// The task.
 pub struct Work {
     commands: mpsc::UnboundedReceiver<Command>,
     service: Arc<Service>,
-    audience: Audience,
+    emitter: Emitter,
     activity: Activity,
 }
 
-pub fn new(service: Arc<Service>, audience: Audience, activity: Activity) -> (Follower, Work) {
+pub fn new(service: Arc<Service>, emitter: Emitter, activity: Activity) -> (Follower, Work) {
     let (sender, commands) = mpsc::unbounded_channel();
-    let listening = audience.listening().clone();
+    let listening = emitter.listening().clone();
     let work = Work {
         commands,
         service,
-        audience,
+        emitter,
         activity,
     };
     let follower = Follower {
@@ -90,9 +91,9 @@ pub fn new(service: Arc<Service>, audience: Audience, activity: Activity) -> (Fo
 
 impl Work {
     fn follow(&self, job: Arc<Job>) -> impl Future<Output = ()> + use<> {
-        // A job ends before its end is signalled.
+        // The activity lasts until the end is signalled, which is after the job has ended.
         let used = self.activity.begin();
-        let following = follow_job(job, self.audience.clone());
+        let following = follow_job(job, self.emitter.clone());
         async move {
             following.await;
             drop(used);
@@ -103,16 +104,16 @@ impl Work {
     pub async fn run(mut self) {
         let mut changes = self.service.domains.changes();
         let mut backups = self.service.backup_changes();
-        let mut domains = Domains::new(self.audience.clone());
+        let mut domains = Domains::new(self.emitter.clone());
         let mut jobs = JoinSet::new();
-        domains.synchronise(&self.service, &self.audience);
+        domains.synchronise(&self.service, &self.emitter);
         loop {
             tokio::select! {
                 command = self.commands.recv() => match command {
                     Some(Command::AddJob { job, done }) => {
-                        self.audience.job_started(&job).await;
+                        self.emitter.job_started(&job).await;
                         jobs.spawn(self.follow(job));
-                        // Who asked may have gone.
+                        // The caller may have disconnected.
                         let _ = done.send(());
                     }
                     Some(Command::ResumeJob(job)) => {
@@ -120,39 +121,39 @@ impl Work {
                     }
                     Some(Command::Finish) | None => break,
                 },
-                // Changes may have been missed: only the present state counts.
+                // Changes may have been missed, so only the present state counts.
                 change = changes.recv() => match change {
                     Err(broadcast::error::RecvError::Closed) => break,
                     Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {
-                        domains.synchronise(&self.service, &self.audience);
+                        domains.synchronise(&self.service, &self.emitter);
                     }
                 },
-                // Who missed some lists them.
+                // A client that missed signals calls `ListBackups`.
                 Ok(change) = backups.recv() => domains.announce(Announcement::Backup(change)),
                 Some(_) = domains.tasks.join_next() => {}
                 Some(_) = jobs.join_next() => {}
             }
         }
-        // The last signals of jobs that have ended are on their way. The others go on without the service.
-        self.audience.leave();
+        // Jobs that have ended still emit their last signals. The others continue in QEMU without the service.
+        self.emitter.leave();
         while jobs.join_next().await.is_some() {}
         domains.tasks.shutdown().await;
     }
 }
 
-/// The domains that are followed, with the tasks that tell of their changes.
+/// The followed domains, and the tasks that emit their signals.
 struct Domains {
     followed: HashMap<u64, (Arc<Domain>, AbortHandle)>,
-    /// A task of its own tells who came and went: it asks for each listener, and nobody waits for that.
+    /// `DomainAdded` and `DomainRemoved` have their own task, because it asks polkit about each subscriber.
     announcements: mpsc::UnboundedSender<Announcement>,
     tasks: JoinSet<()>,
 }
 
 impl Domains {
-    fn new(audience: Audience) -> Self {
+    fn new(emitter: Emitter) -> Self {
         let (announcements, received) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
-        tasks.spawn(announce(received, audience));
+        tasks.spawn(announce(received, emitter));
         Self {
             followed: HashMap::new(),
             announcements,
@@ -160,8 +161,8 @@ impl Domains {
         }
     }
 
-    /// Follows the domains that there are, and announces which came and went.
-    fn synchronise(&mut self, service: &Service, audience: &Audience) {
+    /// Follows exactly the current domains, and announces additions and removals.
+    fn synchronise(&mut self, service: &Service, emitter: &Emitter) {
         let now = service.domains.list();
         let ids: HashSet<u64> = now.iter().map(|domain| domain.id).collect();
         let gone: Vec<_> = self.followed.extract_if(|id, _| !ids.contains(id)).collect();
@@ -172,14 +173,14 @@ impl Domains {
         for domain in now {
             if !self.followed.contains_key(&domain.id) {
                 self.announce(Announcement::Added(domain.clone()));
-                let changes = self.tasks.spawn(follow_domain(domain.clone(), audience.clone()));
+                let changes = self.tasks.spawn(follow_domain(domain.clone(), emitter.clone()));
                 self.followed.insert(domain.id, (domain, changes));
             }
         }
     }
 
     fn announce(&self, announcement: Announcement) {
-        // Its task ends after this is dropped.
+        // The task ends only after this sender is dropped.
         let _ = self.announcements.send(announcement);
     }
 }

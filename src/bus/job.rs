@@ -1,4 +1,4 @@
-//! `org.example.Backup1.Job`: one backup.
+//! `org.example.Backup1.Job`: one job.
 
 use std::sync::Arc;
 
@@ -12,10 +12,10 @@ use crate::error::Kind;
 use crate::job::{DiskState, DiskStatus, Job, Outcome, Status};
 use crate::plan::{DiskPlan, Mode};
 
-/// A disk on the bus: name, state, bytes in all, bytes done, target, error.
+/// A disk on the bus: name, state, bytes in total, bytes done, target, error.
 pub type DiskTuple = (String, String, u64, u64, String, String);
 
-/// How much of a disk is copied: its name, mode, the backup that it goes on from, and why from none.
+/// The copied part of a disk: its name, mode, base backup, and the reason for a full copy.
 pub type IncrementTuple = (String, &'static str, String, &'static str);
 
 fn increment(disk: &DiskPlan) -> IncrementTuple {
@@ -26,7 +26,7 @@ fn increment(disk: &DiskPlan) -> IncrementTuple {
     (disk.name.clone(), disk.mode.as_str(), since, why)
 }
 
-/// The changing properties, on the bus.
+/// The changing properties on the bus.
 #[derive(Debug, Clone, PartialEq)]
 pub struct View {
     pub domain: OwnedObjectPath,
@@ -72,7 +72,7 @@ impl View {
     }
 }
 
-/// The domain's devices that the backup does not hold, on the bus: name and type.
+/// The domain's devices that are not in the backup, on the bus: name and type.
 fn not_in_backup(job: &Job) -> Vec<(String, String)> {
     let devices = job.plan.outside.iter();
     devices
@@ -102,7 +102,7 @@ fn disk(disk: &DiskStatus) -> DiskTuple {
     )
 }
 
-/// The outcome of a job as `Wait` and `Completed` tell it: result, error name, message. Nothing while it has none.
+/// The outcome of a job for `Wait` and `Completed`: result, error name, message. All empty while the job runs.
 pub fn result(status: &Status) -> (&'static str, &'static str, String) {
     let Some(outcome) = &status.outcome else {
         return <_>::default();
@@ -167,7 +167,7 @@ pub async fn properties(context: &Context, job: &Job) -> Properties {
     job.look().await;
     let position = context.service.jobs.position(job.id);
     let view = View::of(job, &job.status());
-    // Before 1970 on a machine without a clock.
+    // The time is negative if the host's clock was not set.
     let start_time = u64::try_from(job.start_time.as_microsecond()).unwrap_or(0);
     vec![
         ("Id", Variant::from(job.id)),

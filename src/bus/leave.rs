@@ -1,32 +1,33 @@
-//! Leaving the bus without losing a call, and the check that the service still answers.
+//! Leaves the bus without losing a call, and probes that the service still answers.
 //!
-//! Until it gives up its name, the service gets every call that is sent to the name; afterwards the bus holds calls back
-//! and has the service started for them. The bus handles messages in order, so the reply to `ReleaseName` comes after the
-//! last call that the service got by its name: when the reply is there and all before it is let in, it is known whether
-//! anybody called. If somebody did, the name is taken again, and the service goes on as if it had never thought of
-//! leaving; what the bus held back meanwhile, it delivers as soon as the name has an owner.
+//! The service owns its name until it releases it. Afterwards the bus queues calls to the name and has the service
+//! started. The bus handles messages in order, so the reply to `ReleaseName` follows the last call that was sent to the
+//! name. When the service has admitted all calls before that reply, it knows whether a client called. If so, it takes
+//! the name again and continues. The bus then delivers the calls that it queued.
 //!
-//! With systemd there is a second thing to get right. The bus does not start the service itself but asks systemd, once for
-//! all the calls that it holds back; and to start a unit that is active is nothing. So a call that comes after the name was
-//! given up and before systemd knows that the service ends would wait for nobody. `STOPPING=1` makes systemd keep further
-//! starts until the service has ended; but there is no way back from it: the unit is deactivating from then on, will be
-//! killed when its time is over, and is not even sent a signal when it is to be stopped. Said *before* the name is given
-//! up, it would let calls in that the service must answer and has no time for: a subscription, a domain, a backup. Said
-//! *after*, it leaves a gap. So it is said after, when nobody has called, and systemd is asked whether it was asked to
-//! start anything in the gap: it counts the jobs that it ever installed, those that turn out to be nothing too. The
-//! order is
+//! systemd adds a second race. The bus asks systemd to start the service, once for all queued calls, and starting an
+//! active unit does nothing. A call that comes after the release, and before systemd knows that the service ends, would
+//! wait forever.
+//! `STOPPING=1` makes systemd delay further starts until the service has ended, but it is irreversible. The unit is
+//! deactivating from then on. systemd kills it after a timeout, and sends no signal for a later stop request. If the
+//! service sent `STOPPING=1` *before* it releases the name, it could receive calls that it has no time for: a
+//! subscription, a domain, a backup. If it sends it *after*, there is a gap.
+//!
+//! So the service sends it after the release, when no client has called. Then it asks systemd whether there was a start
+//! request in the gap. systemd counts all jobs that it ever installed, including those without effect. The order is
 //!
 //! 1. read systemd's count;
-//! 2. give up the name and let in what had come: if somebody called, take the name again and go on;
-//! 3. `STOPPING=1`, and wait until systemd has taken note of it (`BARRIER=1`);
-//! 4. read the count again. Whatever start systemd saw before this is counted, whatever it sees later is kept. If the count
-//!    is the same, end. If it is not, or cannot be read, end with the status by which systemd starts the service again
-//!    ([`crate::supervisor::START_AGAIN`]), which then gets what the bus holds back. A start of another unit has the same
-//!    effect, and does no harm.
+//! 2. release the name and admit pending calls; if there was one, take the name again and continue;
+//! 3. send `STOPPING=1`, and wait until systemd has processed it (`BARRIER=1`);
+//! 4. read the count again. Every earlier start request is counted, and every later one is delayed until the service
+//!    has ended. If the count is the same, the service ends. If the count differs or cannot be read, the service ends
+//!    with the status that makes systemd start it again ([`crate::supervisor::START_AGAIN`]). The new instance gets the
+//!    queued calls. A start of another unit also changes the count, which is harmless.
 //!
-//! Nobody can hold back calls to the unique name, which some libraries use once they know it. Those that come before the
-//! name is given up are like all others; later ones are refused for as long as there is a connection
-//! ([`super::Published::close`]), and then by the bus. Such a caller has been told by then that the name has no owner.
+//! The bus cannot queue calls to the unique name, which some libraries use once they know it. The service handles such
+//! calls normally until it releases the name. Later ones are refused: by the service while it is connected
+//! ([`super::Published::close`]), then by the bus. By then such a caller has received the signal that the name has no
+//! owner.
 
 use std::time::Duration;
 
@@ -40,13 +41,13 @@ use super::Published;
 use super::standard::{PEER, PROPERTIES};
 use crate::names::{BUS_NAME, ROOT_PATH};
 
-/// How long systemd may take to answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Timeout for systemd's answer.
+const TIMEOUT: Duration = Duration::from_secs(5);
 const SYSTEMD: &str = "org.freedesktop.systemd1";
 const SYSTEMD_PATH: &str = "/org/freedesktop/systemd1";
 const SYSTEMD_MANAGER: &str = "org.freedesktop.systemd1.Manager";
 
-/// Takes the name that callers know.
+/// Takes the well-known name.
 pub(super) async fn take_name(connection: &Connection) -> zbus::Result<()> {
     let bus = DBusProxy::new(connection).await?;
     let flags = RequestNameFlags::DO_NOT_QUEUE;
@@ -56,7 +57,7 @@ pub(super) async fn take_name(connection: &Connection) -> zbus::Result<()> {
     }
 }
 
-/// Whether the bus starts the service for a call.
+/// Whether the bus starts the service on demand.
 pub(super) async fn is_started_on_demand(connection: &Connection) -> zbus::Result<bool> {
     let bus = DBusProxy::new(connection).await?;
     let names = bus.list_activatable_names().await?;
@@ -68,16 +69,16 @@ fn name() -> WellKnownName<'static> {
 }
 
 impl Published {
-    /// Gives up the name. When this returns, whatever was sent to it before is let in.
+    /// Releases the name. When this returns, every call that was sent to the name is admitted.
     pub async fn withdraw(&self) -> zbus::Result<()> {
         let bus = DBusProxy::new(&self.connection).await?;
         match bus.release_name(name()).await? {
             ReleaseNameReply::Released => {}
             ReleaseNameReply::NonExistent | ReleaseNameReply::NotOwner => {
-                tracing::debug!("the name was not the service's");
+                tracing::debug!("the service did not own its name");
             }
         }
-        self.door.let_all_in().await;
+        self.admission.drain().await;
         Ok(())
     }
 
@@ -86,7 +87,7 @@ impl Published {
         take_name(&self.connection).await
     }
 
-    /// How many jobs systemd has ever installed; nothing where it does not say.
+    /// The number of jobs that systemd ever installed; `None` if systemd does not report it.
     pub async fn jobs_of_systemd(&self) -> Option<u32> {
         let count = async {
             let systemd = Proxy::new(&self.connection, SYSTEMD, SYSTEMD_PATH, PROPERTIES).await?;
@@ -96,10 +97,10 @@ impl Published {
             let count = count.ok_or(zbus::Error::InvalidReply)?;
             u32::try_from(count)
         };
-        match tokio::time::timeout(PATIENCE, count).await {
+        match tokio::time::timeout(TIMEOUT, count).await {
             Ok(Ok(count)) => Some(count),
             Ok(Err(error)) => {
-                tracing::debug!(%error, "systemd does not say how many jobs it had");
+                tracing::debug!(%error, "systemd does not report its number of jobs");
                 None
             }
             Err(_) => {
@@ -109,18 +110,17 @@ impl Published {
         }
     }
 
-    /// Asks the service whether it still answers.
+    /// Probes whether the service still answers.
     pub fn prober(&self) -> Prober {
         Prober(self.connection.clone())
     }
 }
 
-/// Calls the service as anybody does.
+/// Calls the service over the bus, as any client does.
 pub struct Prober(Connection);
 
 impl Prober {
-    /// Returns when a call has gone to the bus, come in at the door, been answered by a task of its own, and the answer has
-    /// come back.
+    /// Returns when a `Ping` has gone to the bus and back, through the admission of calls and a task of its own.
     pub async fn probe(&self) -> zbus::Result<()> {
         let own = self.0.unique_name().ok_or(zbus::Error::Unsupported)?;
         self.0

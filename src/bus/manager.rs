@@ -2,7 +2,7 @@
 
 use zbus::wire::Variant;
 
-use super::backup::{Wanted, create_backup};
+use super::backup::{DomainRef, create_backup};
 use super::call::{Answer, Call, Handle};
 use super::object::Properties;
 use super::options::{self, Dictionary};
@@ -19,7 +19,7 @@ pub async fn call(context: &Context, call: &Call) -> Answer {
             create_backup(
                 context,
                 call,
-                Wanted::Named(&domain),
+                DomainRef::Named(&domain),
                 (definition, files, options),
             )
             .await
@@ -86,15 +86,16 @@ async fn register_domain(context: &Context, call: &Call) -> Answer {
             Ok(service.register_domain(&call.caller, &name, monitor).await?)
         })
         .await;
-    // It may have left at any point of that, and its leaving may have been dealt with before there was a domain.
-    if call.peer().has_left() {
+    // The caller may have disconnected before the domain existed. Then its disconnection was handled too early to
+    // remove it.
+    if call.peer().is_disconnected() {
         context.service.forget_caller(&call.caller.name);
     }
     call.reply(&domain_path(registered?.id))
 }
 
 async fn list_jobs(context: &Context, call: &Call) -> Answer {
-    // The options came later: who does not know of them calls without.
+    // Version 1 had no options, so older clients call without.
     let options = match call.has_arguments() {
         true => call.arguments::<Dictionary>()?,
         false => {

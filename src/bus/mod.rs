@@ -1,14 +1,14 @@
-//! The service on the bus: messages into calls, results into replies, changes into signals.
+//! The D-Bus interface: method calls into calls of the service, results into replies, changes into signals.
 //!
-//! The only place that knows D-Bus, and no place for decisions. A call comes in at the [`door`]; its path is looked up for
-//! its caller ([`object`]); the [`router`] finds the module of its interface, which turns the arguments into a call of the
+//! Only this module knows D-Bus, and it takes no decisions. The [`admission`] admits a call. [`object`] looks up its
+//! path for the caller. The [`router`] finds the module of its interface, which turns the arguments into a call of the
 //! service.
 
+mod admission;
 mod backup;
 mod call;
 mod closer;
 mod domain;
-mod door;
 mod error;
 mod follower;
 mod job;
@@ -40,12 +40,12 @@ use crate::config::Config;
 use crate::job::Job;
 use crate::names::ROOT_PATH;
 use crate::service::Service;
-use door::Door;
+use admission::Admission;
 use follower::Follower;
 use peers::Peers;
-use signals::Audience;
+use signals::Emitter;
 
-/// What every call works with.
+/// The shared state of all calls.
 #[derive(Clone)]
 struct Context {
     connection: Connection,
@@ -58,9 +58,9 @@ struct Context {
 /// The service while it is on the bus.
 pub struct Published {
     connection: Connection,
-    /// Whether the bus starts the service for a call.
+    /// Whether the bus starts the service on demand.
     pub on_demand: bool,
-    door: Door,
+    admission: Admission,
     receiving: JoinHandle<()>,
     follower: Follower,
     following: JoinHandle<()>,
@@ -69,8 +69,8 @@ pub struct Published {
     lost: CancellationToken,
 }
 
-/// Puts `service` on the bus of `connection` and takes the name when everything is there. `resumed` are jobs of a former
-/// process, whose ends nobody has heard of. Whoever needs the service from then on is counted in `activity`.
+/// Serves `service` on the bus of `connection`, and takes the name when everything is ready. `resumed` are jobs of a
+/// previous instance, whose ends are not announced yet. `activity` counts every use of the service from then on.
 pub async fn publish(
     connection: Connection,
     service: Arc<Service>,
@@ -81,13 +81,13 @@ pub async fn publish(
     let limits = &config.limits;
     let subscriptions = limits.of_subscriptions().keeping(activity);
     let peers = Arc::new(Peers::new(limits.of_calls(), subscriptions));
-    let audience = Audience::new(
+    let emitter = Emitter::new(
         service.clone(),
         peers.clone(),
         connection.clone(),
         config.bus.signals,
     );
-    let (follower, work) = follower::new(service.clone(), audience, activity.clone());
+    let (follower, work) = follower::new(service.clone(), emitter, activity.clone());
     let (ready, watches) = oneshot::channel();
     let lost = CancellationToken::new();
     let (watch, end) = (
@@ -103,10 +103,10 @@ pub async fn publish(
         watch.await;
         end.cancel();
     });
-    // Without it callers that leave would be missed.
+    // Without this task the service would miss callers that disconnect.
     watches
         .await
-        .map_err(|_| zbus::Error::Failure("the bus does not tell who leaves".into()))?;
+        .map_err(|_| zbus::Error::Failure("the bus does not report disconnected clients".into()))?;
     let rule = MatchRule::builder().msg_type(Type::MethodCall).build()?;
     let calls = MessageStream::for_match_rule(rule, &connection, None).await?;
     let (closer, closing) = closer::new(connection.clone());
@@ -117,18 +117,18 @@ pub async fn publish(
         follower: follower.clone(),
         activity: activity.clone(),
     };
-    let (door, arrivals) = Door::new(context, closer, calls);
-    let receiving = tokio::spawn(door.clone().receive(arrivals));
+    let (admission, incoming) = Admission::new(context, closer, calls);
+    let receiving = tokio::spawn(admission.clone().receive(incoming));
     let following = tokio::spawn(work.run());
     let closing = tokio::spawn(closing.run());
     let on_demand = leave::is_started_on_demand(&connection).await?;
     leave::take_name(&connection).await?;
-    // Under the name by which listeners know the service.
+    // After the name is taken, because clients match signals by that name.
     resumed.into_iter().for_each(|job| follower.resume_job(job));
     Ok(Published {
         connection,
         on_demand,
-        door,
+        admission,
         receiving,
         follower,
         following,
@@ -144,26 +144,26 @@ impl Published {
         self.lost.cancelled().await;
     }
 
-    /// Returns when the calls in flight have begun what they ask for, or take long.
+    /// Returns when the calls in flight have started their work, or after a timeout.
     pub async fn settle_calls(&self) {
-        self.door.settle().await;
+        self.admission.settle().await;
     }
 
-    /// Brings the calls in flight to their end. Nothing comes by the name any more (see [`Published::withdraw`]); what comes
-    /// by the unique name is refused from now on.
+    /// Ends the calls in flight. No calls arrive by the name any more (see [`Published::withdraw`]), and calls to the
+    /// unique name are refused from now on.
     pub async fn finish_calls(&self) {
-        self.door.close().await;
+        self.admission.close().await;
     }
 
-    /// Announces what has ended, and leaves the bus.
+    /// Announces ended jobs, and leaves the bus.
     pub async fn close(self) {
         self.follower.finish();
-        // It ends by itself, or by a panic, which aborts.
+        // The task ends by itself, or by a panic, which aborts the process.
         let _ = self.following.await;
-        // Where the bus is gone, so is whatever could come.
+        // Without a bus no message can arrive.
         if let Ok(bus) = DBusProxy::new(&self.connection).await {
             let _ = bus.get_id().await;
-            self.door.let_all_in().await;
+            self.admission.drain().await;
         }
         for task in [self.receiving, self.watching, self.closing] {
             task.abort();
@@ -172,7 +172,7 @@ impl Published {
     }
 }
 
-/// Says nothing about the domain: an id is a random number.
+/// The id is a random number, so the path reveals nothing about the domain.
 fn domain_path(id: u64) -> OwnedObjectPath {
     path(format!("{ROOT_PATH}/domain/{id:016x}"))
 }
@@ -186,6 +186,6 @@ fn job_path(id: u32) -> OwnedObjectPath {
 }
 
 fn path(path: String) -> OwnedObjectPath {
-    // The root's path, a word and a number: always a path.
+    // The root's path, a word and a number: always a valid path.
     ObjectPath::from_string_unchecked(path).into()
 }

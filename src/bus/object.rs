@@ -1,7 +1,7 @@
-//! Looks up objects for a caller. Objects that the caller may not see do not exist for it.
+//! Looks up objects for a caller. An object that the caller may not see does not exist for that caller.
 //!
-//! No state is kept for an object. A path is looked up among domains, jobs and backups. If the caller may not see the
-//! object, the answer is the same, byte for byte, as for a path that never existed.
+//! Objects have no state here: a path is looked up among domains, jobs and backups. For a hidden object the reply is
+//! the same, byte for byte, as for a path that never existed.
 
 use std::sync::Arc;
 
@@ -15,25 +15,25 @@ use crate::domain::Domain;
 use crate::job::Job;
 use crate::names::{BACKUP_INTERFACE, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
 
-/// The properties of an object, by their names.
+/// The properties of an object, by name.
 pub type Properties = Vec<(&'static str, Variant<'static>)>;
 
-/// An object that the caller may know of.
+/// An object that the caller may see.
 pub enum Object {
     Root,
     Domain(Arc<Domain>),
     Job(Arc<Job>),
     Backup(Box<Backup>),
-    /// A path that leads to the root object, by its next part.
+    /// A path above the root object; holds the next part of the root's path.
     Above(&'static str),
-    /// The paths above all domains, all jobs and all backups.
+    /// The parents of all domains, all jobs and all backups.
     Domains,
     Jobs,
     Backups,
 }
 
 impl Object {
-    /// The interface of its own, beside the standard ones.
+    /// The object's interface beside the standard ones.
     pub fn interface(&self) -> Option<&'static str> {
         match self {
             Self::Root => Some(MANAGER_INTERFACE),
@@ -84,7 +84,7 @@ impl Context {
     }
 }
 
-/// The part of the root's path that comes after `path`.
+/// The next part of the root's path after `path`.
 fn above(path: &str) -> Option<&'static str> {
     let rest = match path {
         "" => None,

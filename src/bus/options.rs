@@ -1,4 +1,4 @@
-//! The `a{sv}` at the end of a call: every key is known, of its type, and there once, or the call is refused.
+//! The options (`a{sv}`) at the end of a call. Each key must be known, have the right type, and occur once.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,12 +15,12 @@ use crate::plan::retention::Rule;
 use crate::plan::{self, Incremental};
 use crate::service::{BackupsWanted, Deletion, PruneWanted};
 
-/// The keys with their values, as they came.
+/// The keys and values of a call.
 #[derive(Debug, Default)]
 pub struct Dictionary(BTreeMap<String, Value>);
 
-/// A value of a type that an option has. Others are not even read: an array of variants could hold as many descriptors or
-/// bytes as a message has room for, each of which costs more here than there.
+/// A value of one of the types that options have. Other types are refused unread: an array of variants could hold as
+/// many descriptors or bytes as fit into a message, and each costs the service more than the caller.
 #[derive(Debug)]
 enum Value {
     Bool(bool),
@@ -63,7 +63,7 @@ impl<'de> Visitor<'de> for Keys {
             let value = map.next_value_seed(OfKey(&key))?;
             if dictionary.insert(key.clone(), value).is_some() {
                 return Err(de::Error::custom(format!(
-                    "option '{}' is there twice",
+                    "option '{}' is given twice",
                     shown(&key)
                 )));
             }
@@ -72,7 +72,7 @@ impl<'de> Visitor<'de> for Keys {
     }
 }
 
-/// The value of a key: a variant, which comes as its signature and what has it.
+/// Deserialises the value of a key: a variant, which consists of a signature and a value.
 struct OfKey<'a>(&'a str);
 
 impl<'de> DeserializeSeed<'de> for OfKey<'_> {
@@ -99,7 +99,7 @@ impl<'de> Visitor<'de> for OfKey<'_> {
             Signature::Str => variant.next_element()?.map(Value::Str),
             other => {
                 let text = format!(
-                    "option '{}' has type '{}', where options have 'b', 't' or 's'",
+                    "option '{}' has type '{}'; options have 'b', 't' or 's'",
                     shown(self.0),
                     shown(&other.to_string())
                 );
@@ -110,7 +110,7 @@ impl<'de> Visitor<'de> for OfKey<'_> {
     }
 }
 
-/// Options of `CreateBackup`, and what is said of the checkpoint.
+/// Options of `CreateBackup`. The checkpoint option is returned as text.
 pub fn backup(dictionary: Dictionary) -> Result<(plan::Options, Option<String>)> {
     let mut options = plan::Options::default();
     let mut checkpoint = None;
@@ -137,7 +137,7 @@ pub fn backup(dictionary: Dictionary) -> Result<(plan::Options, Option<String>)>
                 let quiesce = Quiesce::from_word(&word);
                 options.quiesce = Some(quiesce.ok_or_else(|| {
                     invalid(format!(
-                        "option 'quiesce': '{}' is none of 'no', 'try' and 'require'",
+                        "option 'quiesce': '{}' is not 'no', 'try' or 'require'",
                         shown(&word)
                     ))
                 })?);
@@ -165,7 +165,7 @@ fn incremental(word: String) -> Result<Incremental> {
     }
 }
 
-/// The option of `ListJobs`: whether those are listed too that ended long ago.
+/// The option of `ListJobs`: whether to list jobs that ended long ago too.
 pub fn list(dictionary: Dictionary) -> Result<bool> {
     let mut ended = false;
     for (key, value) in dictionary.0 {
@@ -178,7 +178,7 @@ pub fn list(dictionary: Dictionary) -> Result<bool> {
     Ok(ended)
 }
 
-/// The option of `Rescan`: whether keep rules are to apply to all that is found.
+/// The option of `Rescan`: whether keep rules apply to every backup that is found.
 pub fn rescan(dictionary: Dictionary) -> Result<bool> {
     let mut adopt = false;
     for (key, value) in dictionary.0 {
@@ -217,7 +217,7 @@ pub fn prune(dictionary: Dictionary) -> Result<PruneWanted> {
         match (key.as_str(), Rule::from_key(&key), value) {
             (_, Some(rule), Value::U64(count)) => {
                 let retention = wanted.retention.get_or_insert_default();
-                // As good as all of them.
+                // More than any number of backups.
                 retention.set(rule, u32::try_from(count).unwrap_or(u32::MAX));
             }
             (_, Some(_), value) => return Err(wrong_type(&key, &value, "t")),
@@ -236,15 +236,16 @@ pub fn delete(dictionary: Dictionary) -> Result<Deletion> {
     let mut options = Deletion::default();
     for (key, value) in dictionary.0 {
         match (key.as_str(), value) {
-            ("with-descendants", Value::Bool(with)) => options.with_descendants = with,
+            ("with-dependents", Value::Bool(with)) => options.with_dependents = with,
             ("dry-run", Value::Bool(dry)) => options.dry_run = dry,
             ("merge", Value::Bool(merge)) => options.merge = merge,
-            ("with-descendants" | "merge" | "dry-run", value) => return Err(wrong_type(&key, &value, "b")),
+            ("with-dependents" | "merge" | "dry-run", value) => return Err(wrong_type(&key, &value, "b")),
             _ => return Err(unknown(&key)),
         }
     }
-    if options.merge && options.with_descendants {
-        let text = "options 'merge' and 'with-descendants': what lies on the backup either stays or goes";
+    if options.merge && options.with_dependents {
+        let text =
+            "options 'merge' and 'with-dependents': give only one, because 'merge' keeps the dependents";
         return Err(invalid(text.into()));
     }
     Ok(options)
@@ -270,7 +271,7 @@ pub fn restore(dictionary: Dictionary) -> Result<Format> {
     Ok(format)
 }
 
-/// Options of `DeleteCheckpoint`: whether all go.
+/// Options of `DeleteCheckpoint`: whether to delete all checkpoints.
 pub fn delete_checkpoint(dictionary: Dictionary) -> Result<bool> {
     let mut all = false;
     for (key, value) in dictionary.0 {
@@ -294,7 +295,7 @@ pub fn none(dictionary: &Dictionary) -> Result<()> {
 fn wrong_type(key: &str, value: &Value, expected: &str) -> BusError {
     let found = value.signature();
     invalid(format!(
-        "option '{key}' has type '{found}' where '{expected}' is expected"
+        "option '{key}' has type '{found}' instead of '{expected}'"
     ))
 }
 
@@ -315,7 +316,7 @@ mod tests {
     use zbus::wire::serialized::Context;
     use zbus::wire::{LE, to_bytes};
 
-    /// Through a message's bytes, as it comes.
+    /// Reads the options from the bytes of a message.
     fn read(key: &str, value: Variant<'static>) -> std::result::Result<Dictionary, String> {
         let context = Context::new(LE, 0);
         let bytes = to_bytes(context, &HashMap::from([(key, value)])).unwrap();
@@ -335,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn known_options_are_taken_in() {
+    fn known_options_are_parsed() {
         assert!(parse("reuse-external", true).unwrap().reuse_external);
         assert_eq!(parse("bandwidth", 7u64).unwrap().bandwidth, Some(7));
         for most in [0, 10, MAX_LATENCY] {
@@ -358,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unknown_or_of_another_type_is_refused_by_name() {
+    fn unknown_options_and_wrong_types_are_refused_by_name() {
         let (name, text) = refused("bandwith", 7u64);
         assert!(
             name.ends_with("InvalidArgs") && text.contains("'bandwith'"),

@@ -13,30 +13,30 @@ use zbus::names::{BusName, UniqueName};
 
 use super::error::{BusError, Result};
 use super::follower::Follower;
-use super::turn::Line;
+use super::turn::CallQueue;
 use crate::access::{Caller, Process};
 use crate::domain::owner;
 use crate::error::Kind;
 use crate::quota::{Quota, Share};
 use crate::service::Service;
 
-/// Connections that are known at a time; more than a bus has by default.
+/// The most connections that are known at a time. A bus has fewer by default.
 const MOST_PEERS: usize = 8192;
-/// Calls in flight of a connection whose user is not known yet: what a bus lets through.
+/// The most calls in flight of a connection whose user is not known yet: the bus's own default limit.
 const MOST_UNKNOWN: usize = 128;
 
-/// Another connection.
+/// Another connection on the bus.
 #[derive(Debug)]
 pub struct Peer {
     name: String,
     uid: OnceCell<u32>,
-    /// The name of that user, if it lasts.
+    /// The user's name, if the user is lasting (see [`owner::lasting_name`]).
     user: OnceCell<Option<String>>,
     process: OnceLock<Process>,
     calls: AtomicUsize,
-    line: Arc<Line>,
+    queue: Arc<CallQueue>,
     subscription: Mutex<Option<Share>>,
-    left: CancellationToken,
+    disconnected: CancellationToken,
 }
 
 impl Peer {
@@ -47,18 +47,18 @@ impl Peer {
             user: OnceCell::new(),
             process: OnceLock::new(),
             calls: AtomicUsize::new(0),
-            line: Arc::default(),
+            queue: Arc::default(),
             subscription: Mutex::new(None),
-            left: CancellationToken::new(),
+            disconnected: CancellationToken::new(),
         }
     }
 
-    /// The name of the connection's user, if no other user gets the number soon.
+    /// The name of the connection's user, unless another user may get the uid soon.
     pub async fn user(&self, uid: u32) -> Option<String> {
         self.user.get_or_init(|| owner::lasting_name(uid)).await.clone()
     }
 
-    /// The process that made the connection; nothing before the user is known, or if the bus does not know it.
+    /// The process that opened the connection. `None` until the user is known, or if the bus does not know it.
     pub fn process(&self) -> Option<Process> {
         self.process.get().cloned()
     }
@@ -68,18 +68,18 @@ impl Peer {
         &self.name
     }
 
-    /// Its calls, in the order in which they take effect.
-    pub fn line(&self) -> &Arc<Line> {
-        &self.line
+    /// The connection's calls, in the order in which they take effect.
+    pub fn queue(&self) -> &Arc<CallQueue> {
+        &self.queue
     }
 
-    /// Ends when the connection has left the bus.
-    pub async fn left(&self) {
-        self.left.cancelled().await;
+    /// Waits until the connection has left the bus.
+    pub async fn disconnected(&self) {
+        self.disconnected.cancelled().await;
     }
 
-    pub fn has_left(&self) -> bool {
-        self.left.is_cancelled()
+    pub fn is_disconnected(&self) -> bool {
+        self.disconnected.is_cancelled()
     }
 
     fn subscription(&self) -> MutexGuard<'_, Option<Share>> {
@@ -91,20 +91,20 @@ impl Peer {
     }
 }
 
-/// A call that was let in, while it is in flight.
+/// An admitted call while it is in flight.
 #[derive(Debug)]
-pub struct Visit {
+pub struct InFlight {
     pub peer: Arc<Peer>,
     share: Option<Share>,
 }
 
-impl Drop for Visit {
+impl Drop for InFlight {
     fn drop(&mut self) {
         self.peer.calls.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// All that are known.
+/// All known connections.
 pub struct Peers {
     known: Mutex<HashMap<String, Arc<Peer>>>,
     calls: Quota,
@@ -120,52 +120,55 @@ impl Peers {
         }
     }
 
-    /// Lets a call of this connection in, if there is room. Asks nobody: the connection's user may not be known yet.
-    pub fn enter(&self, name: &str) -> Result<Visit> {
-        let peer = self.meet(name)?;
+    /// Admits a call of this connection if the limits allow it. Does not wait for the bus: the user may not be known
+    /// yet.
+    pub fn admit(&self, name: &str) -> Result<InFlight> {
+        let peer = self.peer_named(name)?;
         let share = match peer.uid.get() {
             Some(uid) => Some(self.calls.take(*uid, 1)?),
             None if peer.calls.load(Ordering::Relaxed) >= MOST_UNKNOWN => {
-                let text = format!("{MOST_UNKNOWN} calls came before the bus said whose they are: try again");
+                let text =
+                    format!("{MOST_UNKNOWN} calls arrived before the bus reported their user: try again");
                 return Err(BusError::new(Kind::LimitsExceeded, text));
             }
             None => None,
         };
         peer.calls.fetch_add(1, Ordering::Relaxed);
-        Ok(Visit { peer, share })
+        Ok(InFlight { peer, share })
     }
 
-    /// Whether another call of this connection would be let in, if its user is known.
+    /// Whether another call of this connection would be admitted. True if its user is not known.
     pub fn has_room(&self, name: &str) -> bool {
         let peer = self.lock().get(name).cloned();
         let uid = peer.and_then(|peer| peer.uid.get().copied());
         uid.is_none_or(|uid| self.calls.has_room(uid))
     }
 
-    /// The user that the visitor's connection authenticated as, from the bus, which is asked once.
-    pub async fn uid(&self, connection: &Connection, visit: &mut Visit) -> Result<u32> {
-        let peer = visit.peer.clone();
+    /// The user that authenticated the connection. The bus is asked once for each connection.
+    pub async fn uid(&self, connection: &Connection, in_flight: &mut InFlight) -> Result<u32> {
+        let peer = in_flight.peer.clone();
         let uid = peer.uid.get_or_try_init(async || {
             let name = UniqueName::try_from(peer.name.as_str())?;
             let bus = DBusProxy::new(connection).await?;
             let credentials = bus.get_connection_credentials(BusName::from(name)).await?;
             if let Some(id) = credentials.process_id() {
-                // Only this closure sets it, and it runs until it has an answer.
+                // Only this closure sets it, and it runs until it succeeds.
                 let _ = peer.process.set(process(id).await);
             }
-            let unknown = || zbus::Error::Failure("it has no user".to_owned());
+            let unknown = || zbus::Error::Failure("it has no UNIX user".to_owned());
             credentials.unix_user_id().ok_or_else(unknown)
         });
         let uid = *uid.await.map_err(|error: zbus::Error| {
-            // It has left before anything was known of it, and its leaving may have been told already.
+            // The connection disconnected before its user was known, and its disconnection may have been handled
+            // already.
             self.forget(&peer);
             BusError::new(
                 Kind::AccessDenied,
-                format!("the bus does not say whose connection this is: {error}"),
+                format!("the bus does not report the caller's user: {error}"),
             )
         })?;
-        if visit.share.is_none() {
-            visit.share = Some(self.calls.take(uid, 1)?);
+        if in_flight.share.is_none() {
+            in_flight.share = Some(self.calls.take(uid, 1)?);
         }
         Ok(uid)
     }
@@ -178,7 +181,7 @@ impl Peers {
         Ok(())
     }
 
-    /// Those that want the detailed signals.
+    /// The connections that subscribed to detailed signals.
     pub fn subscribers(&self) -> Vec<Caller> {
         let known = self.lock();
         let subscribed = known.values().filter(|peer| peer.subscription().is_some());
@@ -188,7 +191,7 @@ impl Peers {
                 uid: *peer.uid.get()?,
                 user: peer.user.get().cloned().flatten(),
                 process: peer.process(),
-                // Signals ask nobody for a password.
+                // polkit must not ask for a password because of a signal.
                 interactive: false,
                 turn: CancellationToken::new(),
             })
@@ -196,18 +199,18 @@ impl Peers {
         callers.collect()
     }
 
-    /// Whether a connection that has called is still there.
+    /// Whether a connection that has called is still connected.
     pub fn is_there(&self, name: &str) -> bool {
         self.lock().contains_key(name)
     }
 
-    fn meet(&self, name: &str) -> Result<Arc<Peer>> {
+    fn peer_named(&self, name: &str) -> Result<Arc<Peer>> {
         let mut known = self.lock();
         if let Some(peer) = known.get(name) {
             return Ok(peer.clone());
         }
         if known.len() >= MOST_PEERS {
-            let text = format!("{MOST_PEERS} connections call: try again later");
+            let text = format!("the service already has {MOST_PEERS} clients: try again later");
             return Err(BusError::new(Kind::LimitsExceeded, text));
         }
         let peer = Arc::new(Peer::new(name));
@@ -221,10 +224,10 @@ impl Peers {
             known.remove(&peer.name);
         }
         drop(known);
-        peer.left.cancel();
+        peer.disconnected.cancel();
     }
 
-    /// What is to be done when a connection has left.
+    /// Handles the disconnection of a client.
     fn leave(&self, name: &str, service: &Service, follower: &Follower) {
         let peer = self.lock().get(name).cloned();
         if let Some(peer) = peer {
@@ -241,7 +244,7 @@ impl Peers {
 
 async fn process(id: u32) -> Process {
     let name = tokio::task::spawn_blocking(move || std::fs::read(format!("/proc/{id}/comm")));
-    // It may have ended.
+    // The process may have ended.
     let name = name.await.ok().and_then(std::io::Result::ok).unwrap_or_default();
     Process {
         id,
@@ -249,7 +252,7 @@ async fn process(id: u32) -> Process {
     }
 }
 
-/// Follows who leaves, until the bus itself is gone. Says through `ready` when it misses nobody any more.
+/// Follows disconnecting clients until the bus closes the connection. Signals `ready` when it misses none any more.
 pub async fn watch(
     connection: Connection,
     peers: Arc<Peers>,
@@ -258,17 +261,17 @@ pub async fn watch(
 ) {
     let departures = async {
         let bus = DBusProxy::new(&connection).await?;
-        // Argument 2 is the new owner: nobody.
+        // Argument 2 is the new owner: none.
         bus.receive_name_owner_changed_with_args(&[(2, "")]).await
     };
     let mut departures = match departures.await {
         Ok(departures) => departures,
         Err(error) => {
-            tracing::error!(%error, "cannot follow who leaves the bus");
+            tracing::error!(%error, "cannot follow clients that leave the bus");
             return;
         }
     };
-    // Who waits for it has gone: then nobody needs it.
+    // Without a receiver nobody waits for this.
     let _ = ready.send(());
     while let Some(departure) = departures.next().await {
         if let Ok(args) = departure.args()
@@ -293,39 +296,39 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_of_an_unknown_user_has_so_many_places_and_gets_them_back() {
+    fn a_connection_of_an_unknown_user_has_a_limit_of_calls_in_flight() {
         let peers = peers(1);
-        let visits: Vec<_> = (0..MOST_UNKNOWN).map(|_| peers.enter(":1.1").unwrap()).collect();
-        assert!(peers.enter(":1.1").is_err());
-        assert!(peers.enter(":1.2").is_ok(), "others are not kept out");
-        drop(visits);
-        assert!(peers.enter(":1.1").is_ok());
+        let all_in_flight: Vec<_> = (0..MOST_UNKNOWN).map(|_| peers.admit(":1.1").unwrap()).collect();
+        assert!(peers.admit(":1.1").is_err());
+        assert!(peers.admit(":1.2").is_ok(), "others are not kept out");
+        drop(all_in_flight);
+        assert!(peers.admit(":1.1").is_ok());
     }
 
     #[test]
-    fn all_connections_of_a_user_share_the_users_places() {
+    fn all_connections_of_a_user_share_the_users_limit() {
         let peers = peers(2);
         for name in [":1.1", ":1.2", ":1.3"] {
-            peers.meet(name).unwrap().uid.set(1000).unwrap();
+            peers.peer_named(name).unwrap().uid.set(1000).unwrap();
         }
-        let _first = peers.enter(":1.1").unwrap();
-        let second = peers.enter(":1.2").unwrap();
-        assert!(peers.enter(":1.3").is_err());
+        let _first = peers.admit(":1.1").unwrap();
+        let second = peers.admit(":1.2").unwrap();
+        assert!(peers.admit(":1.3").is_err());
         drop(second);
-        assert!(peers.enter(":1.3").is_ok());
+        assert!(peers.admit(":1.3").is_ok());
     }
 
     #[test]
-    fn who_is_forgotten_has_left_and_holds_nothing() {
+    fn a_forgotten_peer_is_disconnected_and_holds_no_share() {
         let peers = peers(1);
-        let visit = peers.enter(":1.1").unwrap();
-        let peer = visit.peer.clone();
+        let in_flight = peers.admit(":1.1").unwrap();
+        let peer = in_flight.peer.clone();
         peer.uid.set(1000).unwrap();
         peers.subscribe(&peer, 1000).unwrap();
         assert_eq!(peers.subscribers().len(), 1);
         peers.forget(&peer);
-        assert!(peer.has_left() && peers.subscribers().is_empty() && peers.lock().is_empty());
-        drop((visit, peer));
+        assert!(peer.is_disconnected() && peers.subscribers().is_empty() && peers.lock().is_empty());
+        drop((in_flight, peer));
         let _share = peers.subscriptions.take(1000, 1).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! From an object and an interface to the module that answers.
+//! Finds the module that answers a call, by object and interface.
 
 use super::call::{Answer, Call};
 use super::object::Object;
@@ -7,7 +7,7 @@ use super::{Context, domain, job, manager, standard, stored};
 impl Context {
     pub async fn answer(&self, call: &Call) -> Answer {
         if call.interface == standard::PEER {
-            // It is there at every path (D-Bus specification, "org.freedesktop.DBus.Peer").
+            // `Peer` exists at every path (D-Bus specification, "org.freedesktop.DBus.Peer").
             return standard::peer(call).await;
         }
         let Some(object) = self.object(call).await? else {

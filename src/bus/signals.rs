@@ -1,8 +1,8 @@
-//! Signals, and their receivers.
+//! Emits signals, and selects their receivers.
 //!
-//! Detailed signals go to the connection that started a job and to subscribers that may read the domain at that moment,
-//! each by itself; `DomainAdded` and `DomainRemoved` to those that may see it. Signals for everybody carry a number and a path.
-//! On a host with one user the administrator can send every signal to everybody.
+//! Detailed signals are unicast to the connection that started a job and to subscribers that may read the domain at
+//! that moment. `DomainAdded` and `DomainRemoved` go to subscribers that may see the domain. Broadcast signals carry
+//! only a number and a path. On a host with one user the administrator can configure that all signals are broadcast.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,34 +33,34 @@ const PACE: Duration = Duration::from_millis(500);
 
 type Changed = HashMap<&'static str, Variant<'static>>;
 
-/// Those who listen.
+/// The receivers of signals.
 #[derive(Clone)]
-pub struct Audience {
+pub struct Emitter {
     service: Arc<Service>,
     peers: Arc<Peers>,
     connection: Connection,
     signals: Signals,
-    listeners: Listening,
-    /// The service leaves: what has not ended goes on without it.
+    listeners: JobListeners,
+    /// Cancelled when the service leaves the bus. Unfinished jobs continue without it.
     leaving: CancellationToken,
 }
 
-/// The connections that hear all of a job of their user's, by job: who started it, and who waits for it.
+/// The connections that receive all signals of a job of their user: the starter and those that wait. By job.
 #[derive(Clone, Default)]
-pub struct Listening(Arc<Mutex<HashMap<u32, HashSet<String>>>>);
+pub struct JobListeners(Arc<Mutex<HashMap<u32, HashSet<String>>>>);
 
-/// How many of them.
+/// The most such connections of a job.
 const MOST_LISTENERS: usize = 16;
 
-impl Listening {
-    /// Adds a connection, until the job has ended or the connection has left.
+impl JobListeners {
+    /// Adds a connection until the job ends or the connection disconnects.
     pub fn add(&self, job: &Job, peer: &Peer) {
-        // Whoever comes after the end has the answer from the call itself.
+        // After the end the call itself returns the outcome.
         if job.status().outcome.is_none() {
             self.insert(job.id, peer.name());
         }
-        // Its leaving may have been dealt with before it was added.
-        if peer.has_left() {
+        // Its disconnection may have been handled before it was added.
+        if peer.is_disconnected() {
             self.leave(peer.name());
         }
     }
@@ -73,7 +73,7 @@ impl Listening {
         }
     }
 
-    /// Makes room for others.
+    /// Removes a disconnected connection, which makes room for others.
     pub fn leave(&self, name: &str) {
         let mut listening = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         listening.retain(|_, names| {
@@ -93,10 +93,10 @@ impl Listening {
     }
 }
 
-/// Whom a detailed signal goes to.
+/// The receivers of a detailed signal.
 enum Listeners {
     All,
-    /// By their unique names.
+    /// By unique name.
     Each(HashSet<String>),
 }
 
@@ -109,29 +109,29 @@ impl Listeners {
     }
 }
 
-impl Audience {
+impl Emitter {
     pub fn new(service: Arc<Service>, peers: Arc<Peers>, connection: Connection, signals: Signals) -> Self {
         Self {
             service,
             peers,
             connection,
             signals,
-            listeners: Listening::default(),
+            listeners: JobListeners::default(),
             leaving: CancellationToken::new(),
         }
     }
 
-    /// Has nothing more told of jobs that have not ended.
+    /// Stops the signals of jobs that have not ended.
     pub fn leave(&self) {
         self.leaving.cancel();
     }
 
-    /// Who hears all of a job of its own.
-    pub fn listening(&self) -> &Listening {
+    /// The connections that receive all signals of a job.
+    pub fn listening(&self) -> &JobListeners {
         &self.listeners
     }
 
-    /// Subscribers that may read `domain` now, and those of these others that have not left.
+    /// Subscribers that may read `domain` now, and those of `others` that are still connected.
     async fn readers(&self, domain: &Domain, others: HashSet<String>) -> Listeners {
         if self.signals == Signals::Broadcast {
             return Listeners::All;
@@ -143,32 +143,32 @@ impl Audience {
         Listeners::Each(readers.chain(others).collect())
     }
 
-    /// Subscribers that may know of `domain` now.
-    async fn seers(&self, domain: &Domain) -> Listeners {
+    /// Subscribers that may see `domain` now.
+    async fn viewers(&self, domain: &Domain) -> Listeners {
         if self.signals == Signals::Broadcast {
             return Listeners::All;
         }
         let subscribers = self.peers.subscribers();
-        let sees = join_all(subscribers.iter().map(|it| self.service.sees(it, domain))).await;
-        Listeners::Each(allowed(&subscribers, &sees).collect())
+        let answers = join_all(subscribers.iter().map(|it| self.service.sees(it, domain))).await;
+        Listeners::Each(allowed(&subscribers, &answers).collect())
     }
 
-    async fn tell_seers(&self, domain: &Domain, name: &str) {
-        let (seers, path) = (self.seers(domain).await, domain_path(domain.id));
-        self.tell(&seers, &root(), MANAGER_INTERFACE, name, &(&path,))
+    async fn emit_to_viewers(&self, domain: &Domain, name: &str) {
+        let (viewers, path) = (self.viewers(domain).await, domain_path(domain.id));
+        self.emit(&viewers, &root(), MANAGER_INTERFACE, name, &(&path,))
             .await;
     }
 
-    async fn tell_of_backup(&self, change: &Change) {
+    async fn emit_backup_change(&self, change: &Change) {
         let Change::Removed(backup) = change;
         let domain = self.service.domain_of(backup);
         let readers = self.readers(&domain, HashSet::new()).await;
         let path = backup_path(backup.object);
-        self.tell(&readers, &root(), MANAGER_INTERFACE, "BackupRemoved", &(&path,))
+        self.emit(&readers, &root(), MANAGER_INTERFACE, "BackupRemoved", &(&path,))
             .await;
     }
 
-    async fn tell<B>(&self, to: &Listeners, path: &OwnedObjectPath, interface: &str, name: &str, body: &B)
+    async fn emit<B>(&self, to: &Listeners, path: &OwnedObjectPath, interface: &str, name: &str, body: &B)
     where
         B: Serialize + Type,
     {
@@ -182,7 +182,7 @@ impl Audience {
         }
     }
 
-    async fn tell_all<B: Serialize + Type>(&self, name: &str, body: &B) {
+    async fn broadcast<B: Serialize + Type>(&self, name: &str, body: &B) {
         self.send(None, &root(), MANAGER_INTERFACE, name, body).await;
     }
 
@@ -196,22 +196,22 @@ impl Audience {
     ) where
         B: Serialize + Type,
     {
-        // Without a destination it would go to everybody.
+        // Without a destination the bus would broadcast the signal.
         let to = match destination(to) {
             Ok(to) => to,
             Err(error) => {
-                tracing::error!(%error, signal = name, "a signal was not sent: its receiver has no name of the bus");
+                tracing::error!(%error, signal = name, "a signal was not sent: its receiver has an invalid bus name");
                 return;
             }
         };
         if let Err(error) = self.connection.emit_signal(to, path, interface, name, body).await {
-            tracing::warn!(%error, signal = name, "a signal could not be sent");
+            tracing::warn!(%error, signal = name, "cannot send a signal");
         }
     }
 
-    async fn tell_changed(&self, to: &Listeners, path: &OwnedObjectPath, interface: &str, changed: &Changed) {
+    async fn emit_changes(&self, to: &Listeners, path: &OwnedObjectPath, interface: &str, changed: &Changed) {
         let invalidated: &[&str] = &[];
-        self.tell(
+        self.emit(
             to,
             path,
             PROPERTIES,
@@ -222,7 +222,8 @@ impl Audience {
     }
 }
 
-/// The one connection that a signal goes to, or everybody: an error is not everybody.
+/// The destination of a signal; `None` broadcasts it. An invalid name is an error, because it must not cause a
+/// broadcast.
 fn destination(to: Option<&String>) -> Result<Option<BusName<'_>>, zbus::Error> {
     to.map(|name| BusName::try_from(name.as_str())).transpose()
 }
@@ -233,15 +234,16 @@ fn allowed(subscribers: &[Caller], answers: &[bool]) -> impl Iterator<Item = Str
     allowed.map(|(subscriber, _)| subscriber.name.clone())
 }
 
-/// What the root object tells.
-impl Audience {
-    /// To everybody: nothing but number and path.
+/// Signals of the root object.
+impl Emitter {
+    /// Broadcast: only the number and the path.
     pub async fn job_started(&self, job: &Job) {
-        self.tell_all("JobStarted", &(job.id, job_path(job.id))).await;
+        self.broadcast("JobStarted", &(job.id, job_path(job.id))).await;
     }
 
     async fn job_ended(&self, job: &Job, word: &str) {
-        self.tell_all("JobEnded", &(job.id, job_path(job.id), word)).await;
+        self.broadcast("JobEnded", &(job.id, job_path(job.id), word))
+            .await;
     }
 }
 
@@ -249,42 +251,42 @@ impl Audience {
 pub enum Announcement {
     Added(Arc<Domain>),
     Removed(Arc<Domain>),
-    /// Of a backup in a store.
+    /// A change of a backup in a store.
     Backup(Change),
 }
 
-/// Tells of domains and backups that come and go, in the order in which they do, until nothing more can come.
-pub async fn announce(mut announcements: mpsc::UnboundedReceiver<Announcement>, audience: Audience) {
+/// Emits signals for domains and backups that are added or removed, in order, until the channel closes.
+pub async fn announce(mut announcements: mpsc::UnboundedReceiver<Announcement>, emitter: Emitter) {
     while let Some(announcement) = announcements.recv().await {
         match announcement {
-            Announcement::Added(domain) => audience.tell_seers(&domain, "DomainAdded").await,
-            Announcement::Removed(domain) => audience.tell_seers(&domain, "DomainRemoved").await,
-            Announcement::Backup(change) => audience.tell_of_backup(&change).await,
+            Announcement::Added(domain) => emitter.emit_to_viewers(&domain, "DomainAdded").await,
+            Announcement::Removed(domain) => emitter.emit_to_viewers(&domain, "DomainRemoved").await,
+            Announcement::Backup(change) => emitter.emit_backup_change(&change).await,
         }
     }
 }
 
-/// `PropertiesChanged` of one domain, for as long as this runs.
-pub async fn follow_domain(domain: Arc<Domain>, audience: Audience) {
+/// Emits `PropertiesChanged` of one domain while it runs.
+pub async fn follow_domain(domain: Arc<Domain>, emitter: Emitter) {
     let mut snapshots = domain.snapshots();
     let path = domain_path(domain.id);
-    let mut told = domain_view(&snapshots.borrow_and_update());
-    // The sender is the domain's own.
+    let mut sent = domain_view(&snapshots.borrow_and_update());
+    // The domain owns the sender, so this does not fail.
     while snapshots.changed().await.is_ok() {
-        // What is sent is read last: polkit may take its time, and a caller may have read newer values by then.
-        let readers = audience.readers(&domain, HashSet::new()).await;
+        // Read the values last: polkit may take long, and a caller may have read newer values by then.
+        let readers = emitter.readers(&domain, HashSet::new()).await;
         let view = domain_view(&snapshots.borrow_and_update());
         let changed = changes([
-            ("UUID", view.0 != told.0, Variant::from(view.0.clone())),
-            ("State", view.1 != told.1, Variant::from(view.1)),
-            ("Disks", view.2 != told.2, Variant::from(view.2.clone())),
-            ("Encrypted", view.3 != told.3, Variant::from(view.3.clone())),
+            ("UUID", view.0 != sent.0, Variant::from(view.0.clone())),
+            ("State", view.1 != sent.1, Variant::from(view.1)),
+            ("Disks", view.2 != sent.2, Variant::from(view.2.clone())),
+            ("Encrypted", view.3 != sent.3, Variant::from(view.3.clone())),
         ]);
         if !changed.is_empty() {
-            audience
-                .tell_changed(&readers, &path, DOMAIN_INTERFACE, &changed)
+            emitter
+                .emit_changes(&readers, &path, DOMAIN_INTERFACE, &changed)
                 .await;
-            told = view;
+            sent = view;
             tokio::time::sleep(PACE).await;
         }
     }
@@ -301,64 +303,64 @@ fn domain_view(snapshot: &Snapshot) -> DomainView {
     )
 }
 
-/// Signals of one job, to its end: `PropertiesChanged` while it goes on; then each disk's signal, `Completed`, and
-/// `JobEnded`, in that order.
-pub async fn follow_job(job: Arc<Job>, audience: Audience) {
+/// Emits the signals of one job until its end: `PropertiesChanged` while it runs, then each disk's signal, `Completed`,
+/// and `JobEnded`.
+pub async fn follow_job(job: Arc<Job>, emitter: Emitter) {
     let mut statuses = job.statuses();
     let path = job_path(job.id);
-    let mut told = View::of(&job, &statuses.borrow_and_update());
+    let mut sent = View::of(&job, &statuses.borrow_and_update());
     loop {
-        // What is sent is read last: polkit may take its time, and a caller may have read newer values by then.
-        let to = audience.readers(&job.domain, audience.listeners.of(job.id)).await;
+        // Read the values last: polkit may take long, and a caller may have read newer values by then.
+        let to = emitter.readers(&job.domain, emitter.listeners.of(job.id)).await;
         let status = statuses.borrow_and_update().clone();
         let view = View::of(&job, &status);
         if !to.is_empty() && status.outcome.is_none() {
             job.look_on();
         }
-        let changed = job_changes(&told, &view);
+        let changed = job_changes(&sent, &view);
         if !changed.is_empty() {
-            audience.tell_changed(&to, &path, JOB_INTERFACE, &changed).await;
-            told = view;
+            emitter.emit_changes(&to, &path, JOB_INTERFACE, &changed).await;
+            sent = view;
         }
         if let Some(outcome) = &status.outcome {
-            end_disks(&status, &to, &path, &audience).await;
-            audience
-                .tell(&to, &path, JOB_INTERFACE, "Completed", &result(&status))
+            end_disks(&status, &to, &path, &emitter).await;
+            emitter
+                .emit(&to, &path, JOB_INTERFACE, "Completed", &result(&status))
                 .await;
-            audience.job_ended(&job, outcome.as_str()).await;
-            audience.listeners.end(job.id);
+            emitter.job_ended(&job, outcome.as_str()).await;
+            emitter.listeners.end(job.id);
             return;
         }
-        if audience.leaving.is_cancelled() {
+        if emitter.leaving.is_cancelled() {
             return;
         }
         let next = async {
             if changed.is_empty() {
-                // The sender is the job's own.
+                // The job owns the sender, so this does not fail.
                 let _ = statuses.changed().await;
             } else {
-                // The next change waits for its turn; the end does not.
+                // The next change waits for the pace. The end of the job does not.
                 let end = statuses.wait_for(|status| status.outcome.is_some());
                 let _ = tokio::time::timeout(PACE, end).await;
             }
         };
-        // Either way the loop looks at what there is.
-        let _ = audience.leaving.run_until_cancelled(next).await;
+        // The loop reads the current state in either case.
+        let _ = emitter.leaving.run_until_cancelled(next).await;
     }
 }
 
-async fn end_disks(status: &Status, to: &Listeners, path: &OwnedObjectPath, audience: &Audience) {
+async fn end_disks(status: &Status, to: &Listeners, path: &OwnedObjectPath, emitter: &Emitter) {
     for disk in &status.disks {
         let name = &disk.name;
         match &disk.state {
             DiskState::Completed => {
-                audience
-                    .tell(to, path, JOB_INTERFACE, "BlockJobCompleted", &(name, disk.done))
+                emitter
+                    .emit(to, path, JOB_INTERFACE, "BlockJobCompleted", &(name, disk.done))
                     .await;
             }
             DiskState::Failed { operation, message } => {
-                audience
-                    .tell(
+                emitter
+                    .emit(
                         to,
                         path,
                         JOB_INTERFACE,
@@ -368,77 +370,77 @@ async fn end_disks(status: &Status, to: &Listeners, path: &OwnedObjectPath, audi
                     .await;
             }
             _ => {
-                audience
-                    .tell(to, path, JOB_INTERFACE, "BlockJobCancelled", &(name,))
+                emitter
+                    .emit(to, path, JOB_INTERFACE, "BlockJobCancelled", &(name,))
                     .await
             }
         }
     }
 }
 
-fn job_changes(told: &View, view: &View) -> Changed {
+fn job_changes(sent: &View, view: &View) -> Changed {
     changes([
         (
             "Domain",
-            view.domain != told.domain,
+            view.domain != sent.domain,
             Variant::from(view.domain.clone()),
         ),
         (
             "Increments",
-            view.increments != told.increments,
+            view.increments != sent.increments,
             Variant::from(view.increments.clone()),
         ),
         (
             "NotInBackup",
-            view.not_in_backup != told.not_in_backup,
+            view.not_in_backup != sent.not_in_backup,
             Variant::from(view.not_in_backup.clone()),
         ),
         (
             "Encrypted",
-            view.encrypted != told.encrypted,
+            view.encrypted != sent.encrypted,
             Variant::from(view.encrypted.clone()),
         ),
-        ("State", view.state != told.state, Variant::from(view.state)),
+        ("State", view.state != sent.state, Variant::from(view.state)),
         (
             "Progress",
-            view.progress != told.progress,
+            view.progress != sent.progress,
             Variant::from(view.progress),
         ),
-        ("Bytes", view.bytes != told.bytes, Variant::from(view.bytes)),
+        ("Bytes", view.bytes != sent.bytes, Variant::from(view.bytes)),
         (
             "BytesDone",
-            view.bytes_done != told.bytes_done,
+            view.bytes_done != sent.bytes_done,
             Variant::from(view.bytes_done),
         ),
-        ("Rate", view.rate != told.rate, Variant::from(view.rate)),
+        ("Rate", view.rate != sent.rate, Variant::from(view.rate)),
         (
             "ExpectedEndTime",
-            view.expected_end_time != told.expected_end_time,
+            view.expected_end_time != sent.expected_end_time,
             Variant::from(view.expected_end_time),
         ),
         (
             "FrozenTime",
-            view.frozen_time != told.frozen_time,
+            view.frozen_time != sent.frozen_time,
             Variant::from(view.frozen_time),
         ),
         (
             "QuiesceProblem",
-            view.quiesce_problem != told.quiesce_problem,
+            view.quiesce_problem != sent.quiesce_problem,
             Variant::from(view.quiesce_problem.clone()),
         ),
         (
             "Disks",
-            view.disks != told.disks,
+            view.disks != sent.disks,
             Variant::from(view.disks.clone()),
         ),
         (
             "ErrorName",
-            view.error_name != told.error_name,
+            view.error_name != sent.error_name,
             Variant::from(view.error_name),
         ),
         (
             "ErrorMessage",
-            view.error_message != told.error_message,
+            view.error_message != sent.error_message,
             Variant::from(view.error_message.clone()),
         ),
     ])
@@ -458,7 +460,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_receiver_whose_name_is_none_makes_no_signal_one_for_everybody() {
+    fn an_invalid_receiver_name_does_not_cause_a_broadcast() {
         assert!(destination(Some(&"nobody".to_owned())).is_err());
         assert!(destination(Some(&String::new())).is_err());
         assert!(destination(Some(&":1.7".to_owned())).unwrap().is_some());
@@ -466,8 +468,8 @@ mod tests {
     }
 
     #[test]
-    fn connections_that_left_keep_nobody_from_hearing_of_a_job() {
-        let listening = Listening::default();
+    fn disconnected_listeners_make_room_for_others() {
+        let listening = JobListeners::default();
         for number in 0..=MOST_LISTENERS {
             listening.insert(1, &format!(":1.{number}"));
         }

@@ -19,7 +19,7 @@ pub const PEER: &str = "org.freedesktop.DBus.Peer";
 
 const STANDARD: [&str; 3] = [INTROSPECTABLE, PROPERTIES, PEER];
 
-/// The contract, as it is shipped, and the interfaces that every object has.
+/// The installed interface descriptions, and those of the standard interfaces.
 const MANAGER_XML: &str = include_str!("../../dbus/org.example.Backup1.xml");
 const DOMAIN_XML: &str = include_str!("../../dbus/org.example.Backup1.Domain.xml");
 const JOB_XML: &str = include_str!("../../dbus/org.example.Backup1.Job.xml");
@@ -48,11 +48,11 @@ async fn machine_id() -> Result<String, BusError> {
     let read = tokio::task::spawn_blocking(|| std::fs::read_to_string("/etc/machine-id")).await;
     match read {
         Ok(Ok(id)) => Ok(id.trim_end().to_owned()),
-        _ => Err(BusError::new(Kind::Internal, "the machine has no id")),
+        _ => Err(BusError::new(Kind::Internal, "cannot read /etc/machine-id")),
     }
 }
 
-/// Tells of the objects below only those that the caller may know of.
+/// Lists only the child objects that the caller may see.
 pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> Answer {
     if call.member != "Introspect" {
         return Err(call.unknown_method());
@@ -73,7 +73,7 @@ pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> 
             jobs.iter().map(|job| last(job_path(job.id).as_str())).collect()
         }
         Object::Backups => {
-            // The first page: ListBackups returns all.
+            // The first page only; `ListBackups` returns all.
             let page = context
                 .service
                 .list_backups(&call.caller, BackupsWanted::default())
@@ -92,7 +92,7 @@ pub async fn introspectable(context: &Context, call: &Call, object: &Object) -> 
     };
     let mut xml = format!("{DOCTYPE}<node>\n{own}{STANDARD_XML}");
     for name in below {
-        // Parts of paths need no escaping.
+        // Parts of paths need no XML escaping.
         let _ = writeln!(xml, "  <node name=\"{name}\"/>");
     }
     xml.push_str("</node>\n");
@@ -103,7 +103,7 @@ fn last(path: &str) -> String {
     path.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
-/// The part of a description that is the interface itself.
+/// The `<interface>` element of a description.
 fn interface_of(description: &'static str) -> &'static str {
     let start = description.find("  <interface");
     let end = description.rfind("</node>");
@@ -113,7 +113,7 @@ fn interface_of(description: &'static str) -> &'static str {
     }
 }
 
-/// `Get`, `GetAll`, and `Set`, which is refused: no property can be set.
+/// `Get` and `GetAll`; `Set` is refused, because no property can be set.
 pub async fn properties(context: &Context, call: &Call, object: &Object) -> Answer {
     match call.member.as_str() {
         "Get" => {
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_shipped_descriptions_hold_an_interface_each() {
+    fn each_shipped_description_contains_one_interface() {
         for description in [MANAGER_XML, DOMAIN_XML, JOB_XML, BACKUP_XML] {
             let interface = interface_of(description);
             assert!(interface.trim_end().ends_with("</interface>"), "{interface}");

@@ -16,7 +16,7 @@ use crate::service::RestoreRequest;
 /// A disk on the bus: name, file, format, virtual size, length, digest, base.
 type DiskTuple = (String, String, String, u64, u64, String, String);
 
-/// A backup as the list tells it: object, id, name, domain's name, its UUID, store, kind, parent, time, state, problem,
+/// An entry of `ListBackups`: object, id, name, domain's name, its UUID, store, kind, parent, time, state, problem,
 /// disks, service, whether keep rules apply.
 type BackupTuple = (
     OwnedObjectPath,
@@ -109,7 +109,7 @@ async fn restore(context: &Context, call: &Call, backup: &Backup) -> Answer {
         Ok(asked.await?)
     };
     let grant = call.while_present(authorise).await?;
-    // From here on the caller may leave: its disks are restored.
+    // From here on the caller may disconnect: the service restores its disks anyway.
     let job = service.restore(grant, &call.caller, backup, request).await?;
     started(context, call, job).await
 }
@@ -138,8 +138,8 @@ async fn export(context: &Context, call: &Call, backup: &Backup) -> Answer {
     let (service, peer) = (&context.service, call.peer().clone());
     let authorise = async { Ok(service.authorise_restore(&call.caller, backup, &disks).await?) };
     let grant = call.while_present(authorise).await?;
-    // Its end is on record, even if the caller leaves before it begins.
-    let left = async move { peer.left().await };
+    // The end of the export is recorded even if the caller disconnects before its start.
+    let left = async move { peer.disconnected().await };
     let started_export = service.export(grant, &call.caller, backup, (disks, listener), left);
     let job = started_export.await?;
     started(context, call, job).await
@@ -193,7 +193,7 @@ fn tuple(backup: &Backup, call: &Call) -> BackupTuple {
     )
 }
 
-/// The one that made it, if that is known.
+/// The id of the service instance that made the backup; empty if not known.
 fn service(backup: &Backup) -> String {
     let service = backup.manifest.service;
     service.map(|service| service.to_string()).unwrap_or_default()
@@ -204,14 +204,14 @@ fn uuid(backup: &Backup) -> String {
     uuid.map(|uuid| uuid.to_string()).unwrap_or_default()
 }
 
-/// The newest, if its disks have several.
+/// The newest parent, if the disks have several.
 fn parent(backup: &Backup) -> String {
     let parents = backup.manifest.parents();
     parents.last().map(|id| (*id).to_owned()).unwrap_or_default()
 }
 
 fn time(backup: &Backup) -> u64 {
-    // Before 1970 on a machine without a clock.
+    // The time is negative if the host's clock was not set.
     u64::try_from(backup.manifest.instant.as_microsecond()).unwrap_or(0)
 }
 

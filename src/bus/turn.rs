@@ -1,14 +1,14 @@
 //! The order in which the calls of one connection take effect.
 //!
-//! Calls run side by side, each in a task of its own, so their order must be kept on purpose. A call that changes something
-//! has a turn, from when every earlier call of its connection has had its own. The turn ends
+//! Calls run concurrently, each in its own task, so this module keeps their order. A call that changes something gets
+//! its turn when the turns of all earlier calls of its connection have ended. A turn ends
 //!
-//! - with the call's answer, or
-//! - when the call has taken effect and only waits: `CreateBackup` when its domain is reserved for it, or
-//! - when a person is asked for a password, or
-//! - after [`LONGEST`]: storage or a QEMU that hangs keeps no later call waiting for longer.
+//! - with the reply, or
+//! - when the call has taken effect and only waits: `CreateBackup` after it has reserved the domain, or
+//! - when polkit asks a person for a password, or
+//! - after [`TURN_TIMEOUT`], so that hung storage or a hung QEMU delays later calls no longer than that.
 //!
-//! A call that only reads begins when the changes before it have had their turns, and has none itself: nothing waits for it.
+//! A call that only reads starts after the turns of earlier changes. It has no turn, so no later call waits for it.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,10 +17,10 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-/// How long a turn lasts at most.
-const LONGEST: Duration = Duration::from_secs(5);
+/// The longest duration of a turn.
+const TURN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Methods that only read. Any other is taken to change something.
+/// Methods that only read. All others count as changes.
 pub const READING: [&str; 15] = [
     "Get",
     "GetAll",
@@ -39,9 +39,9 @@ pub const READING: [&str; 15] = [
     "Wait",
 ];
 
-/// The calls of one connection that have not had their turns.
+/// The calls of one connection whose turns have not ended.
 #[derive(Debug, Default)]
-pub struct Line {
+pub struct CallQueue {
     waiting: Mutex<Waiting>,
     moved: Notify,
 }
@@ -52,26 +52,26 @@ struct Waiting {
     numbers: BTreeSet<u64>,
 }
 
-/// A call's place in the line.
+/// A call's position in the queue.
 #[derive(Debug)]
-pub struct Place {
-    line: Arc<Line>,
+pub struct Ticket {
+    queue: Arc<CallQueue>,
     number: u64,
-    /// Ends the turn before the call does.
+    /// Ends the turn before the call ends.
     turn: CancellationToken,
 }
 
-impl Line {
-    /// Lines up a call of this method, in the order in which calls came.
-    pub fn join(self: &Arc<Self>, member: &str) -> Place {
+impl CallQueue {
+    /// Queues a call of this method, in the order of arrival.
+    pub fn join(self: &Arc<Self>, member: &str) -> Ticket {
         let mut waiting = self.lock();
         waiting.came += 1;
         let number = waiting.came;
         if !READING.contains(&member) {
             waiting.numbers.insert(number);
         }
-        Place {
-            line: self.clone(),
+        Ticket {
+            queue: self.clone(),
             number,
             turn: CancellationToken::new(),
         }
@@ -82,32 +82,32 @@ impl Line {
     }
 }
 
-impl Place {
-    /// Cancelled by the call when it has taken effect.
+impl Ticket {
+    /// The call cancels this token when it has taken effect.
     pub fn turn(&self) -> CancellationToken {
         self.turn.clone()
     }
 
-    /// Does `work` when it is the call's turn, and ends the turn as soon as possible.
+    /// Runs `work` when it is the call's turn, and ends the turn as early as possible.
     pub async fn run<T>(self, work: impl Future<Output = T>) -> T {
-        self.come_up().await;
+        self.wait_for_turn().await;
         tokio::pin!(work);
         tokio::select! {
             biased;
             done = &mut work => return done,
-            _ = tokio::time::timeout(LONGEST, self.turn.cancelled()) => {}
+            _ = tokio::time::timeout(TURN_TIMEOUT, self.turn.cancelled()) => {}
         }
         drop(self);
         work.await
     }
 
-    async fn come_up(&self) {
+    async fn wait_for_turn(&self) {
         loop {
-            let moved = self.line.moved.notified();
+            let moved = self.queue.moved.notified();
             tokio::pin!(moved);
-            // Before the look, so that no move is missed.
+            // Registered before the check, so that no notification is missed.
             moved.as_mut().enable();
-            let first = self.line.lock().numbers.first().copied();
+            let first = self.queue.lock().numbers.first().copied();
             if first.is_none_or(|first| first >= self.number) {
                 return;
             }
@@ -116,10 +116,10 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Ticket {
     fn drop(&mut self) {
-        self.line.lock().numbers.remove(&self.number);
-        self.line.moved.notify_waiters();
+        self.queue.lock().numbers.remove(&self.number);
+        self.queue.moved.notify_waiters();
     }
 }
 
@@ -129,15 +129,15 @@ mod tests {
     use futures_util::FutureExt;
 
     #[tokio::test(start_paused = true)]
-    async fn a_change_waits_for_the_changes_before_it_and_reading_keeps_nobody_waiting() {
-        let line = Arc::new(Line::default());
-        let reading = line.join("Wait");
-        let first = line.join("SetSpeed");
-        let (second, third) = (line.join("SetSpeed"), line.join("GetAll"));
+    async fn a_change_waits_for_earlier_changes_but_not_for_reads() {
+        let queue = Arc::new(CallQueue::default());
+        let reading = queue.join("Wait");
+        let first = queue.join("SetSpeed");
+        let (second, third) = (queue.join("SetSpeed"), queue.join("GetAll"));
         let mut waits = Box::pin(reading.run(std::future::pending::<()>()));
         assert!(waits.as_mut().now_or_never().is_none());
         first.run(std::future::ready(())).now_or_never().unwrap();
-        let mut runs = Box::pin(second.run(tokio::time::sleep(LONGEST / 2)));
+        let mut runs = Box::pin(second.run(tokio::time::sleep(TURN_TIMEOUT / 2)));
         let mut reads = Box::pin(third.run(std::future::ready(())));
         assert!(runs.as_mut().now_or_never().is_none());
         assert!(
@@ -150,9 +150,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_turn_ends_when_the_call_only_waits_or_takes_too_long() {
-        let line = Arc::new(Line::default());
+        let queue = Arc::new(CallQueue::default());
         for gives_up in [true, false] {
-            let (waits, next) = (line.join("CreateBackup"), line.join("Cancel"));
+            let (waits, next) = (queue.join("CreateBackup"), queue.join("Cancel"));
             let turn = waits.turn();
             let mut waiting = Box::pin(waits.run(std::future::pending::<()>()));
             assert!(waiting.as_mut().now_or_never().is_none());
@@ -160,7 +160,7 @@ mod tests {
             assert!(next.as_mut().now_or_never().is_none());
             match gives_up {
                 true => turn.cancel(),
-                false => tokio::time::advance(LONGEST).await,
+                false => tokio::time::advance(TURN_TIMEOUT).await,
             }
             assert!(waiting.as_mut().now_or_never().is_none());
             next.now_or_never().unwrap();
@@ -168,9 +168,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_that_never_had_its_turn_is_waited_for_no_more() {
-        let line = Arc::new(Line::default());
-        let (first, second, third) = (line.join("Cancel"), line.join("Cancel"), line.join("Cancel"));
+    async fn a_dropped_call_does_not_block_later_calls() {
+        let queue = Arc::new(CallQueue::default());
+        let (first, second, third) = (queue.join("Cancel"), queue.join("Cancel"), queue.join("Cancel"));
         drop(second);
         let mut third = Box::pin(third.run(std::future::ready(())));
         assert!(

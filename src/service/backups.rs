@@ -37,7 +37,7 @@ pub struct BackupsWanted {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Deletion {
     /// With all dependents.
-    pub with_descendants: bool,
+    pub with_dependents: bool,
     /// Dependents are made independent, and stay.
     pub merge: bool,
     /// Only reports what would be removed.
@@ -79,7 +79,7 @@ struct Dependents {
 
 impl Dependents {
     fn into_error(self, backup: &Backup) -> backups::Error {
-        backups::Error::HasDescendants {
+        backups::Error::HasDependents {
             id: backup.key.id.clone(),
             others: self.ids,
             hidden: self.hidden,
@@ -216,11 +216,11 @@ impl Service {
             store: backup.key.store.clone(),
             domain: backup.key.domain.clone(),
             ids: [backup.key.id.clone()].into(),
-            with_descendants: how.with_descendants,
+            with_dependents: how.with_dependents,
             merge: how.merge,
             only: None,
         };
-        if how.with_descendants || how.merge {
+        if how.with_dependents || how.merge {
             // Those that are not on record refuse it later.
             let (all, _) = self.backups.with_dependents(&unwanted).await?;
             let others = self.seen_of(caller, backup, &all).await?;
@@ -242,7 +242,7 @@ impl Service {
             unwanted.only = Some(all.into_iter().map(|backup| backup.key.id).collect());
         }
         match self.backups.remove(unwanted.clone(), how.dry_run).await {
-            Err(backups::Error::HasDescendants { .. }) if unwanted.only.is_none() => {
+            Err(backups::Error::HasDependents { .. }) if unwanted.only.is_none() => {
                 let (all, unknown) = self.backups.with_dependents(&unwanted).await?;
                 let mut others = self.seen_of(caller, backup, &all).await?;
                 // Nobody here has a right in them, and who is to remove them has to know which they are.

@@ -91,16 +91,16 @@ pub enum Command {
     /// Delete backups from their stores
     ///
     /// Dependents are deleted first. A backup with dependents stays, unless these are named too, or
-    /// --with-descendants or --merge is given.
+    /// --with-dependents or --merge is given.
     Delete {
         /// The backups: their ids, or at least the date and time of each (20261101T000000Z)
         #[arg(required = true)]
         backups: Vec<String>,
         /// Delete all their dependents too
         #[arg(long)]
-        with_descendants: bool,
+        with_dependents: bool,
         /// Make their dependents independent first; takes time and space
-        #[arg(long, conflicts_with = "with_descendants")]
+        #[arg(long, conflicts_with = "with_dependents")]
         merge: bool,
         /// Only show what would be deleted
         #[arg(long)]

@@ -15,7 +15,7 @@ use crate::units;
 #[derive(Debug, Clone, Copy)]
 pub struct Deletion {
     /// With all dependents.
-    pub with_descendants: bool,
+    pub with_dependents: bool,
     /// Dependents are made independent, and stay.
     pub merge: bool,
     /// Only what would go is shown.
@@ -85,7 +85,7 @@ async fn delete_all(service: &Service, found: &BTreeMap<String, String>, how: De
                     gone.extend(ids);
                     freed += bytes;
                 }
-                Err(error) if error.has_descendants() => {
+                Err(error) if error.has_dependents() => {
                     left.insert(0, (id, path));
                     refused = Some(error);
                 }
@@ -100,8 +100,8 @@ async fn delete_all(service: &Service, found: &BTreeMap<String, String>, how: De
 }
 
 async fn what_would_go(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Gone> {
-    let descendants = Deletion {
-        with_descendants: true,
+    let with_dependents = Deletion {
+        with_dependents: true,
         merge: false,
         dry_run: true,
     };
@@ -117,8 +117,8 @@ async fn what_would_go(service: &Service, found: &BTreeMap<String, String>, how:
             freed += bytes;
             continue;
         }
-        let (ids, bytes) = service.delete(path, descendants).await?;
-        if !how.with_descendants && ids.iter().any(|id| !found.contains_key(id)) {
+        let (ids, bytes) = service.delete(path, with_dependents).await?;
+        if !how.with_dependents && ids.iter().any(|id| !found.contains_key(id)) {
             // It says why not.
             service.delete(path, how).await?;
         }

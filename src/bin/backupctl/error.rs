@@ -215,8 +215,8 @@ impl Error {
     }
 
     /// Whether a backup stays because of its dependents.
-    pub fn has_descendants(&self) -> bool {
-        matches!(self, Self::Call { name, .. } if matches!(Known::of(name), Some(Known::Ours("HasDescendants"))))
+    pub fn has_dependents(&self) -> bool {
+        matches!(self, Self::Call { name, .. } if matches!(Known::of(name), Some(Known::Ours("HasDependents"))))
     }
 
     /// Whether a backup that was there is not there any more.
@@ -332,8 +332,8 @@ pub fn hint_for(name: &str) -> Option<&'static str> {
         Known::Ours("NoSuchJob") => "`backupctl jobs --all` lists the jobs that you may see",
         Known::Ours("NoSuchBackup") => "`backupctl backups` lists the backups in the stores",
         Known::Ours("Protected") => "`backupctl backups` shows which backups are protected",
-        Known::Ours("HasDescendants") => {
-            "`backupctl backups` shows which lie on it; --with-descendants deletes them too"
+        Known::Ours("HasDependents") => {
+            "`backupctl backups` shows which lie on it; --with-dependents deletes them too"
         }
         Known::Ours("NoSuchDisk") => "`backupctl domains --disks` lists the disks of each domain",
         Known::Ours("NoSuchStore") => "stores are configured in /etc/backupd/backupd.toml",

@@ -114,12 +114,12 @@ async fn run(cli: &Cli) -> Result<Status> {
         }
         Command::Delete {
             backups,
-            with_descendants,
+            with_dependents,
             merge,
             dry_run,
         } => {
             let how = delete::Deletion {
-                with_descendants: *with_descendants,
+                with_dependents: *with_dependents,
                 merge: *merge,
                 dry_run: *dry_run,
             };

@@ -182,7 +182,7 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
             ),
             (
                 "See what would go with it",
-                "backupctl delete --with-descendants --dry-run 20261123T055937Z-10ebf9b0",
+                "backupctl delete --with-dependents --dry-run 20261123T055937Z-10ebf9b0",
             ),
         ],
         "protect" => &[(

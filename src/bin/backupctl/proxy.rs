@@ -291,7 +291,7 @@ impl Service {
     /// Deletes the backup at that path, or only says what would go: ids, and bytes freed.
     pub async fn delete(&self, path: &str, how: Deletion) -> Result<(Vec<String>, u64)> {
         let options = HashMap::from([
-            ("with-descendants", Variant::from(how.with_descendants)),
+            ("with-dependents", Variant::from(how.with_dependents)),
             ("merge", Variant::from(how.merge)),
             ("dry-run", Variant::from(how.dry_run)),
         ]);

@@ -1,8 +1,8 @@
-//! Admits calls: checks the limits, and finds the caller's user.
+//! Admits method calls: checks the limits, finds the caller's user, and runs each call in its own task.
 //!
-//! The library's own object server starts a task for whatever arrives, tells apart by itself which objects there are, and
-//! holds locks while a property is read: it can neither be kept from growing nor be made to hide anything from one caller
-//! and not from another. So the service takes the messages themselves, as the library advises in such a case.
+//! The object server of zbus does not fit. It starts a task for every message without a limit. It holds locks while a
+//! property is read, and it cannot hide an object from one caller only. zbus advises to read the message stream
+//! directly in such a case.
 
 use std::time::Duration;
 
@@ -15,50 +15,51 @@ use zbus::{DBusError, Message, MessageStream};
 
 use super::Context;
 use super::call::Call;
-use super::closer::{Closer, Held};
+use super::closer::{Closer, HeldMessage};
 use super::error::{BusError, Result};
-use super::peers::Visit;
-use super::turn::{Place, READING};
+use super::peers::InFlight;
+use super::turn::{READING, Ticket};
 use crate::activity::Activity;
 use crate::error::Kind;
 
-/// The longest call, in bytes: a document of the longest length that can be configured, and as much again. The bus itself
-/// lets through 16 times that, and a caller could have 64 of them at a time.
+/// The longest call, in bytes: twice the longest document that can be configured. The bus lets through 16 times that,
+/// and a connection may have 64 such calls in flight.
 const MOST_BYTES: usize = 2 << 20;
 
-/// How long a call without a reply keeps its place of its user's after it was carried out. The bus limits only calls that have
-/// a reply; without a pause, a flood of others would be carried out as fast as it comes, and everybody would wait behind it.
+/// How long a call without a reply keeps its share of the user's limit after it was carried out. The bus limits only
+/// calls that expect a reply. Without this pause the service would carry out a flood of other calls as fast as it
+/// arrives, and delay everybody.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// How long the end waits for calls that need nothing but their own time.
+/// How long the service waits at its end for calls that wait neither for a job nor for a person.
 const LAST_CALLS: Duration = Duration::from_secs(3);
 
-/// Calls in flight, each in a task of its own.
+/// The calls in flight.
 #[derive(Clone)]
-pub struct Door {
+pub struct Admission {
     context: Context,
     closer: Closer,
-    /// Who wants to know when all that has come is let in.
+    /// Requests from [`Admission::drain`].
     checks: mpsc::UnboundedSender<oneshot::Sender<()>>,
-    /// Nothing more is let in, and what could wait for hours ends.
+    /// Refuses new calls, and ends those that could last for hours.
     closing: CancellationToken,
-    /// All that is left ends.
+    /// Ends all remaining calls.
     closed: CancellationToken,
     tasks: TaskTracker,
-    /// Those of them that may begin something.
+    /// The calls in flight that may start something.
     calls: Activity,
 }
 
-/// What comes in at the door.
-pub struct Arrivals {
+/// Incoming messages, and requests from [`Admission::drain`].
+pub struct Incoming {
     pub messages: MessageStream,
     checks: mpsc::UnboundedReceiver<oneshot::Sender<()>>,
 }
 
-impl Door {
-    pub fn new(context: Context, closer: Closer, messages: MessageStream) -> (Self, Arrivals) {
+impl Admission {
+    pub fn new(context: Context, closer: Closer, messages: MessageStream) -> (Self, Incoming) {
         let (sender, checks) = mpsc::unbounded_channel();
-        let door = Self {
+        let admission = Self {
             context,
             closer,
             checks: sender,
@@ -67,51 +68,51 @@ impl Door {
             tasks: TaskTracker::new(),
             calls: Activity::default(),
         };
-        (door, Arrivals { messages, checks })
+        (admission, Incoming { messages, checks })
     }
 
-    /// Takes calls until the bus is gone, or nobody has the door any more. Never waits for anything of the bus but room to
-    /// write: what is not taken from the stream keeps every other message waiting.
-    pub async fn receive(self, mut arrivals: Arrivals) {
+    /// Takes calls until the bus closes the connection or every `Admission` is dropped. On the bus it waits only for
+    /// room to write, because a full stream delays every other message of the connection.
+    pub async fn receive(self, mut incoming: Incoming) {
         loop {
             tokio::select! {
-                message = arrivals.messages.next() => match message {
+                message = incoming.messages.next() => match message {
                     Some(Ok(message)) => self.admit(message).await,
                     // The stream ends after an error.
                     Some(Err(_)) => {}
                     None => return,
                 },
-                Some(check) = arrivals.checks.recv() => {
-                    while let Some(Some(message)) = arrivals.messages.next().now_or_never() {
+                Some(check) = incoming.checks.recv() => {
+                    while let Some(Some(message)) = incoming.messages.next().now_or_never() {
                         if let Ok(message) = message {
                             self.admit(message).await;
                         }
                     }
-                    // Who asked has gone.
+                    // The requester may have been dropped.
                     let _ = check.send(());
                 }
             }
         }
     }
 
-    /// Returns when every call is let in that the connection's reader has read. It reads in order: if something came
-    /// after a call and is known, the call is let in.
-    pub async fn let_all_in(&self) {
+    /// Returns when every call is admitted that the connection's reader has read. The reader works in order: after it
+    /// has delivered a later message, all earlier calls are admitted.
+    pub async fn drain(&self) {
         let (check, done) = oneshot::channel();
-        // Where nobody receives any more, the bus is gone, and nothing is left to be let in.
+        // Without a receiver the bus is gone, and no call can arrive.
         if self.checks.send(check).is_ok() {
             let _ = done.await;
         }
     }
 
-    /// Returns when what has been let in has begun what it asks for, or takes its time, as a person who is asked for a password.
+    /// Returns when every admitted call has started its work or waits for a person, or after [`LAST_CALLS`].
     pub async fn settle(&self) {
-        // No new ones come while the name is given up, except from callers that use the unique name.
+        // While the name is released, only callers that use the unique name can add calls.
         let _ = tokio::time::timeout(LAST_CALLS, self.calls.rest(Duration::ZERO)).await;
     }
 
-    /// Refuses further calls and ends those in flight. A call that waits for a backup, or for a person, gets the error that
-    /// the service is stopping; any other is answered, if it does not take too long.
+    /// Refuses further calls and ends those in flight. A call that waits for a job or for a person gets the error that
+    /// the service is stopping. The others have [`LAST_CALLS`] to be answered.
     pub async fn close(&self) {
         self.closing.cancel();
         self.tasks.close();
@@ -122,42 +123,43 @@ impl Door {
     }
 
     async fn admit(&self, message: Message) {
-        let held = Held::of(&message);
+        let held = HeldMessage::of(&message);
         let header = message.header();
         let own = self.context.connection.unique_name();
         if own.is_some_and(|own| header.sender() == Some(own.inner())) {
-            // The service's own question whether it answers.
-            let (door, reply) = (self.clone(), Message::method_return(&header).build(&()));
-            self.tasks.spawn(async move { door.context.send(reply).await });
+            // The service's own liveness probe, see [`super::Prober`].
+            let (admission, reply) = (self.clone(), Message::method_return(&header).build(&()));
+            self.tasks
+                .spawn(async move { admission.context.send(reply).await });
             return;
         }
         let member = header.member().map(|member| member.as_str());
         let member = member.unwrap_or_default();
-        // The bus limits only calls that have a reply, so others can come by the thousand. One that only reads is nothing without a
-        // reply, and nobody hears why one is refused: neither costs more than a look.
+        // The bus limits only calls that expect a reply, so others can arrive by the thousand. Without a reply, a
+        // reading call has no effect and a refusal reaches nobody. So both are dropped here.
         let sender = header.sender().map(|sender| sender.as_str()).unwrap_or_default();
         if !wants_reply(&message) && (READING.contains(&member) || !self.context.peers.has_room(sender)) {
             drop(message);
             return self.closer.close(held);
         }
-        let visit = match header.sender() {
+        let in_flight = match header.sender() {
             Some(_) if self.closing.is_cancelled() => Err(stopping()),
             Some(_) if message.data().len() > MOST_BYTES => Err(BusError::new(
                 Kind::LimitsExceeded,
-                format!("a call may have at most {MOST_BYTES} bytes"),
+                format!("the call is longer than {} MiB", MOST_BYTES >> 20),
             )),
-            Some(sender) => self.context.peers.enter(sender.as_str()),
+            Some(sender) => self.context.peers.admit(sender.as_str()),
             None => Err(BusError::no_sender()),
         };
-        match visit {
-            Ok(visit) => {
-                let door = self.clone();
-                let place = visit.peer.line().join(member);
+        match in_flight {
+            Ok(in_flight) => {
+                let admission = self.clone();
+                let ticket = in_flight.peer.queue().join(member);
                 let used = self.context.activity.begin();
                 let call = (!waits_for_jobs(&message)).then(|| self.calls.begin());
                 self.tasks.spawn(async move {
-                    door.serve(message, visit, place).await;
-                    door.closer.close(held);
+                    admission.serve(message, in_flight, ticket).await;
+                    admission.closer.close(held);
                     drop((used, call));
                 });
             }
@@ -171,15 +173,15 @@ impl Door {
         }
     }
 
-    async fn serve(&self, message: Message, visit: Visit, place: Place) {
+    async fn serve(&self, message: Message, in_flight: InFlight, ticket: Ticket) {
         let end = match waits_for_others(&message) {
             true => &self.closing,
             false => &self.closed,
         };
         let answer = tokio::select! {
-            // A known result is returned.
+            // If both are ready, the caller gets the result.
             biased;
-            answer = self.answer(message.clone(), visit, place) => answer,
+            answer = self.answer(message.clone(), in_flight, ticket) => answer,
             () = end.cancelled() => Err(stopping()),
         };
         if !wants_reply(&message) {
@@ -192,16 +194,16 @@ impl Door {
         self.context.send(reply).await;
     }
 
-    async fn answer(&self, message: Message, mut visit: Visit, place: Place) -> Result<Message> {
+    async fn answer(&self, message: Message, mut in_flight: InFlight, ticket: Ticket) -> Result<Message> {
         let context = &self.context;
-        let uid = context.peers.uid(&context.connection, &mut visit).await?;
+        let uid = context.peers.uid(&context.connection, &mut in_flight).await?;
         let share = context
             .service
             .hold_descriptors(uid, message.data().fds().len())?;
         let replies = wants_reply(&message);
-        let user = (uid, visit.peer.user(uid).await);
-        let call = Call::new(message, visit, user, share, place.turn());
-        let answer = place.run(context.answer(&call)).await;
+        let user = (uid, in_flight.peer.user(uid).await);
+        let call = Call::new(message, in_flight, user, share, ticket.turn());
+        let answer = ticket.run(context.answer(&call)).await;
         if !replies {
             tokio::time::sleep(PAUSE).await;
         }
@@ -209,13 +211,14 @@ impl Door {
     }
 }
 
-/// Whether the caller waits for an answer (D-Bus specification, "NO_REPLY_EXPECTED": the call is carried out all the same).
+/// Whether the caller expects a reply. A call with `NO_REPLY_EXPECTED` is carried out all the same (D-Bus
+/// specification).
 fn wants_reply(call: &Message) -> bool {
     let flags = call.header().primary().flags();
     !flags.contains(Flags::NO_REPLY_EXPECTED)
 }
 
-/// Whether the call may last as long as a backup, or as a person who is asked for a password.
+/// Whether the call may last as long as a job, or until a person has entered a password.
 fn waits_for_others(call: &Message) -> bool {
     call.header()
         .primary()
@@ -224,7 +227,7 @@ fn waits_for_others(call: &Message) -> bool {
         || waits_for_jobs(call)
 }
 
-/// Whether the call begins nothing, and may last as long as a backup.
+/// Whether the call only waits for a job to end.
 fn waits_for_jobs(call: &Message) -> bool {
     call.header()
         .member()

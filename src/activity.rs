@@ -1,7 +1,7 @@
-//! Counts the uses of the service, and how long there has been none.
+//! Counts the uses of the service, and measures how long it has been unused.
 //!
-//! Each call, backup, subscription and registered domain holds a [`Use`] for as long as it
-//! lasts. Must not know their kinds, nor what happens at an idle exit.
+//! Each call, backup, subscription and registered domain holds a [`Use`] while it lasts. This module does not know
+//! their kinds, nor the effect of idleness.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,20 +13,20 @@ use tokio::time::Instant;
 struct Count {
     now: usize,
     ever: u64,
-    /// When the last one ended.
+    /// When the last use ended.
     free_since: Instant,
 }
 
-/// Counts who needs the service.
+/// Counts uses of the service.
 #[derive(Debug, Clone)]
 pub struct Activity(Arc<watch::Sender<Count>>);
 
-/// Keeps the service; dropped when it is not needed for this any more.
+/// A use of the service, until it is dropped.
 #[derive(Debug)]
 #[must_use = "it ends when it is dropped"]
 pub struct Use(Activity);
 
-/// A time at which nobody needed the service.
+/// A period without uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rest {
     ever: u64,
@@ -48,17 +48,17 @@ impl Activity {
         self.0.send_if_modified(|count| {
             count.now += 1;
             count.ever += 1;
-            // Only the first and the last wake who waits here: calls may be many.
+            // Only the first and the last use wake waiters, because there may be many calls.
             count.now == 1
         });
         Use(self.clone())
     }
 
-    /// Waits until nobody has needed the service for `time` on end.
+    /// Waits until the service has been unused for `time` without interruption.
     pub async fn rest(&self, time: Duration) -> Rest {
         let mut counts = self.0.subscribe();
         loop {
-            // The sender is its own.
+            // `self` owns the sender, so the channel stays open.
             let Ok(count) = counts.wait_for(|count| count.now == 0).await.map(|count| *count) else {
                 return std::future::pending().await;
             };
@@ -70,15 +70,15 @@ impl Activity {
         }
     }
 
-    /// Whether nobody has needed the service since, not even for a moment.
+    /// Whether the period has lasted until now, without even a short use.
     pub fn lasts(&self, rest: Rest) -> bool {
         let count = self.0.borrow();
         count.now == 0 && count.ever == rest.ever
     }
 
-    /// Waits until somebody needs the service.
+    /// Waits until the period ends.
     pub async fn end_of(&self, rest: Rest) {
-        // The sender is its own.
+        // `self` owns the sender, so the channel stays open.
         let _ = self.0.subscribe().wait_for(|count| count.ever != rest.ever).await;
     }
 }
@@ -102,7 +102,7 @@ mod tests {
     const TIME: Duration = Duration::from_secs(120);
 
     #[tokio::test(start_paused = true)]
-    async fn a_rest_begins_when_the_last_use_ends_and_counts_anew_after_each() {
+    async fn a_rest_begins_when_the_last_use_ends() {
         let activity = Activity::default();
         let began = Instant::now();
         let (first, second) = (activity.begin(), activity.begin());
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_use_ends_a_rest_even_if_it_is_over_already() {
+    async fn a_short_use_ends_a_rest() {
         let activity = Activity::default();
         let rest = activity.rest(TIME).await;
         drop(activity.begin());
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nothing_wakes_up_while_somebody_needs_the_service() {
+    async fn a_rest_does_not_begin_during_a_use() {
         let activity = Activity::default();
         let _use = activity.begin();
         let resting = tokio::time::timeout(1000 * TIME, activity.rest(TIME));

@@ -1,6 +1,6 @@
-//! The service's configuration file, of the administrator's. Read once, at the start.
+//! The administrator's configuration file, read once at the start.
 //!
-//! Knows TOML and paths; does not open any store or domain.
+//! Knows TOML and paths. Opens no store and no domain.
 
 use std::collections::BTreeMap;
 use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
@@ -14,16 +14,16 @@ use crate::quota::{self, Quota};
 use crate::size::parse_size;
 
 pub const DEFAULT_PATH: &str = "/etc/backupd/backupd.toml";
-/// The store that a backup goes to when its document names none.
+/// The store of backups whose document names none.
 pub const DEFAULT_STORE: &str = "default";
-/// The longest that the guest's writes can be allowed to take, in milliseconds.
+/// The upper limit of `max-latency`, in milliseconds.
 pub const MAX_LATENCY: u32 = 60_000;
-/// The longest time that can be set: more than a century, and no clock overflows.
+/// The upper limit of durations: more than a century, and no clock overflows.
 const MOST_SECONDS: Duration = Duration::from_secs(u32::MAX as u64);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{path}: cannot be read: {source}", path = path.display())]
+    #[error("{path}: cannot read the file: {source}", path = path.display())]
     Read { path: PathBuf, source: std::io::Error },
     #[error("{path}: {source}", path = path.display())]
     Syntax {
@@ -37,12 +37,12 @@ pub enum Error {
         value: PathBuf,
     },
     #[error(
-        "{path}: store '{name}': a store's name has letters, digits, '_', '-' and '.', does not start with '.', \
-         and is at most 64 bytes long",
+        "{path}: store '{name}': invalid name. Use 1 to 64 letters, digits, '_', '-' and '.', and do not begin \
+         with '.'",
         path = path.display()
     )]
     StoreName { path: PathBuf, name: String },
-    #[error("{path}: limits.document-bytes: {value} is more than {most}", path = path.display())]
+    #[error("{path}: limits.document-bytes: {value} is more than {most} bytes", path = path.display())]
     DocumentBytes {
         path: PathBuf,
         value: usize,
@@ -50,22 +50,22 @@ pub enum Error {
     },
 }
 
-/// One place on this host that holds backups.
+/// A directory on this host that holds backups.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Store {
     pub path: PathBuf,
-    /// Since how many of a domain's newest backups what changes is recorded: so many an incremental backup can go on from. None
-    /// with 0.
+    /// How many bitmaps are kept on each disk, one for each of the domain's newest backups. An incremental backup needs
+    /// such a base; 0 disables incremental backups.
     #[serde(default = "checkpoints")]
     pub checkpoints: usize,
-    /// How many backups into it run at once; others wait. Nothing: only the host's limit counts.
+    /// How many backups into the store run at once; others wait. `None`: only the limit of the host applies.
     #[serde(default)]
     pub jobs_at_once: Option<NonZeroUsize>,
-    /// In bytes a second, all backups into it together. Nothing: no limit.
+    /// In bytes per second, for all backups into the store together. `None`: no limit.
     #[serde(default, deserialize_with = "bandwidth")]
     pub bandwidth: Option<NonZeroU64>,
-    /// How many backups of each domain are kept, by each rule; nothing is removed where all are 0.
+    /// Keep rules for each domain: how many backups each rule keeps. If all are 0, nothing is pruned.
     #[serde(default)]
     pub keep_last: u32,
     #[serde(default)]
@@ -78,7 +78,7 @@ pub struct Store {
     pub keep_monthly: u32,
     #[serde(default)]
     pub keep_yearly: u32,
-    /// Younger backups stay: a caller who may only make backups cannot push out the earlier ones at once.
+    /// Younger backups are never pruned. So a caller that may only make backups cannot force out earlier ones at once.
     #[serde(default = "one_day", deserialize_with = "span")]
     pub keep_at_least: Duration,
 }
@@ -87,13 +87,13 @@ const fn one_day() -> Duration {
     Duration::from_secs(24 * 60 * 60)
 }
 
-/// A newest one, and some to go back to if that is damaged or pruned. Each costs the guest's writes a little.
+/// The newest, and some more to start from if that is damaged or pruned. Each bitmap slows down guest writes a little.
 const fn checkpoints() -> usize {
     4
 }
 
 impl Store {
-    /// A store in which everything is kept.
+    /// A store that keeps all backups.
     pub fn at(path: PathBuf) -> Self {
         Self {
             path,
@@ -116,10 +116,10 @@ impl Store {
 pub struct Config {
     pub state_directory: PathBuf,
     pub domain_directories: Vec<PathBuf>,
-    /// How long nobody must have needed the service before it leaves; nothing where it never does.
+    /// How long the service stays unused before it exits; `None`: it never exits.
     #[serde(rename = "idle-exit-seconds", deserialize_with = "seconds")]
     pub idle_exit: Option<Duration>,
-    /// How long the guest's writes may take during a backup, in milliseconds; 0 is no limit.
+    /// The bound of the latency of guest writes during a backup, in milliseconds; 0 disables it.
     #[serde(deserialize_with = "max_latency")]
     pub max_latency: u32,
     pub bus: Bus,
@@ -129,14 +129,14 @@ pub struct Config {
     pub stores: BTreeMap<String, Store>,
 }
 
-/// Who hears the detailed signals.
+/// The receivers of detailed signals.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Signals {
-    /// Who started the job, and subscribers that may read the domain.
+    /// The starter of the job, and subscribers that may read the domain.
     #[default]
     Private,
-    /// Everybody on the bus: for a machine of one user.
+    /// All clients of the bus, for a host with one user.
     Broadcast,
 }
 
@@ -146,36 +146,36 @@ pub struct Bus {
     pub signals: Signals,
 }
 
-/// How much callers may make grow. What is counted `per-user` does not bind root.
+/// Limits on what callers can allocate. Root is exempt from those `per-user`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Limits {
-    /// Calls that have not been answered. Waiting for a job's end is one.
+    /// Unanswered calls. A `Wait` for a job is one.
     pub calls_per_user: usize,
     pub calls: usize,
-    /// Jobs that run or wait.
+    /// Running and queued jobs.
     pub jobs_per_user: usize,
     pub jobs: usize,
     /// Backups that run at the same time; others wait.
     pub jobs_at_once_per_user: NonZeroUsize,
     pub jobs_at_once: NonZeroUsize,
-    /// What is on record of the backups that wait.
+    /// Recorded bytes of queued backups.
     pub queued_bytes_per_user: usize,
     pub queued_bytes: usize,
     pub registered_domains_per_user: usize,
     pub registered_domains: usize,
-    /// Connections that hear signals of backups that others started.
+    /// Connections that receive the signals of other users' jobs.
     pub subscriptions_per_user: usize,
     pub subscriptions: usize,
-    /// Questions for a password that wait for their answer.
+    /// Open password dialogs.
     pub password_dialogs_per_user: usize,
     pub password_dialogs: usize,
-    /// Descriptors that came with calls and are held: targets, and monitors of registered domains.
+    /// Open descriptors of calls: targets, and monitors of registered domains.
     pub descriptors_per_user: usize,
     pub descriptors: usize,
-    /// Jobs that have ended and are remembered.
+    /// Recorded jobs that have ended.
     pub history: u32,
-    /// Size of a backup document, in bytes; can only be lowered.
+    /// The longest document, in bytes. Can only be lowered.
     pub document_bytes: usize,
 }
 
@@ -215,12 +215,12 @@ impl Limits {
         quota("calls", self.calls_per_user, self.calls)
     }
 
-    /// A quarter of it is root's alone.
+    /// A quarter of the limit is reserved for root.
     pub fn of_jobs(&self) -> Quota {
         quota("jobs", self.jobs_per_user, self.jobs).for_root(self.jobs / 4)
     }
 
-    /// A quarter of it is root's alone.
+    /// A quarter of the limit is reserved for root.
     pub fn of_queued(&self) -> Quota {
         quota("queued-bytes", self.queued_bytes_per_user, self.queued_bytes).for_root(self.queued_bytes / 4)
     }
@@ -250,21 +250,21 @@ impl Limits {
     }
 }
 
-/// How long something that makes no progress is waited for, in seconds; at least 1.
+/// Timeouts in seconds, at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Deadlines {
-    /// Without progress, wherever QEMU or storage is waited for. There is no limit on how long anything takes in all.
+    /// The longest time without progress of QEMU or storage. The total duration has no limit.
     pub stall_seconds: NonZeroU32,
-    /// For the guest's agent to freeze.
+    /// For the guest agent to freeze.
     pub freeze_wait_seconds: NonZeroU32,
-    /// From when it has frozen to the thaw. What has not begun by then is not quiesced.
+    /// From the freeze to the thaw. A backup whose point in time comes later is not quiesced.
     pub freeze_seconds: NonZeroU32,
-    /// For an export that nobody reads from.
+    /// For an export without reads.
     pub export_idle_seconds: NonZeroU32,
-    /// For a monitor that was lost during a backup to be there again, and a domain after a restart of the service.
+    /// For a monitor to reconnect: lost during a backup, or of a domain after a restart of the service.
     pub reconnect_seconds: NonZeroU32,
-    /// For restores, exports, verifications and deletions when another version of the service is to start.
+    /// For restores, exports, verifications and deletions to end when another version of the service is installed.
     pub upgrade_seconds: NonZeroU32,
 }
 
@@ -337,7 +337,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads `path`, or [`DEFAULT_PATH`] where none is given. Only the default may be missing.
+    /// Loads `path`, or [`DEFAULT_PATH`] without one. Only the default file may be missing.
     pub fn load(path: Option<&Path>) -> Result<Self, Error> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
         let text = match std::fs::read_to_string(file) {
@@ -353,7 +353,7 @@ impl Config {
         Self::parse(&text, file)
     }
 
-    /// Reads the text of a file; `path` is for errors.
+    /// Parses the text of a file; `path` is for errors.
     pub fn parse(text: &str, path: &Path) -> Result<Self, Error> {
         let mut config: Config = toml::from_str(text).map_err(|source| Error::Syntax {
             path: path.to_owned(),
@@ -402,12 +402,12 @@ impl Config {
     }
 }
 
-/// Bytes a second such as `100M`, as `backupctl create --bandwidth` has it; at most what QEMU's number with a sign holds.
+/// Parses bytes per second such as `100M`, like `backupctl create --bandwidth`. QEMU's limit is a signed 64-bit number.
 fn bandwidth<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<NonZeroU64>, D::Error> {
     let text = String::deserialize(deserializer)?;
     let wrong = |why: &dyn std::fmt::Display| {
         serde::de::Error::custom(format!(
-            "'{text}' is no number of bytes a second such as \"100M\": {why}"
+            "'{text}' is not a number of bytes per second such as \"100M\": {why}"
         ))
     };
     let bytes = parse_size(&text).map_err(|error| wrong(&error))?;
@@ -418,11 +418,13 @@ fn bandwidth<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<NonZer
     }
 }
 
-/// A time in words: `36h`, `7 days`, `0s`. A day has 24 hours.
+/// Parses a duration such as `36h`, `7 days`, `0s`. A day has 24 hours.
 fn span<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     let wrong = |why: String| {
-        serde::de::Error::custom(format!("'{text}' is no time such as \"36h\" or \"7d\": {why}"))
+        serde::de::Error::custom(format!(
+            "'{text}' is not a duration such as \"36h\" or \"7d\": {why}"
+        ))
     };
     let span: jiff::Span = text
         .parse()
@@ -434,25 +436,25 @@ fn span<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error
     Duration::try_from(duration).map_err(|error| wrong(error.to_string()))
 }
 
-/// How long the guest's writes may take, in milliseconds.
+/// Parses a latency in milliseconds.
 pub fn max_latency<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let most = u32::deserialize(deserializer)?;
     match most {
         0..=MAX_LATENCY => Ok(most),
         _ => {
-            let text = format!("{most} is no time of 0 to {MAX_LATENCY} milliseconds");
+            let text = format!("{most} is not in the range 0 to {MAX_LATENCY} ms");
             Err(serde::de::Error::custom(text))
         }
     }
 }
 
-/// A length of time, whole seconds or not; 0 is none.
+/// Parses a duration in seconds, with or without fraction; 0 is `None`.
 fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     let seconds = f64::deserialize(deserializer)?;
     match Duration::try_from_secs_f64(seconds) {
         Ok(time) if time <= MOST_SECONDS => Ok(Some(time).filter(|time| !time.is_zero())),
         _ => {
-            let text = format!("{seconds} is no time of 0 to {} seconds", MOST_SECONDS.as_secs());
+            let text = format!("{seconds} is not in the range 0 to {} s", MOST_SECONDS.as_secs());
             Err(serde::de::Error::custom(text))
         }
     }
@@ -472,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_has_a_default_store_in_the_state_directory() {
+    fn an_empty_configuration_has_a_default_store_in_the_state_directory() {
         let config = parse("state-directory = '/srv/state'").unwrap();
         assert_eq!(config.stores[DEFAULT_STORE].path, Path::new("/srv/state/backups"));
         assert_eq!(config.domain_directories.len(), 2);
@@ -499,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn signals_are_private_unless_the_administrator_says_otherwise() {
+    fn signals_are_private_by_default() {
         assert_eq!(parse("").unwrap().bus.signals, Signals::Private);
         let broadcast = parse("[bus]\nsignals = 'broadcast'").unwrap();
         assert_eq!(broadcast.bus.signals, Signals::Broadcast);
@@ -508,9 +510,9 @@ mod tests {
     }
 
     #[test]
-    fn the_example_file_and_the_manual_page_say_the_defaults() {
+    fn the_example_file_and_the_manual_page_state_the_defaults() {
         let example = include_str!("../docs/backupd.toml");
-        // Text has a space after its mark; settings have none.
+        // In the example, text has a space after the comment mark; settings have none.
         let set: String = example
             .lines()
             .map(|line| {
@@ -530,7 +532,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_is_never_none() {
+    fn a_deadline_is_at_least_one_second() {
         let deadlines = parse("[deadlines]\nstall-seconds = 5").unwrap().deadlines;
         assert_eq!(deadlines.stall(), Duration::from_secs(5));
         assert_eq!(deadlines.freeze(), Deadlines::default().freeze());
@@ -539,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn the_service_leaves_after_so_many_seconds_or_never() {
+    fn idle_exit_takes_seconds_or_never() {
         let idle_exit = |text: &str| parse(text).unwrap().idle_exit;
         assert_eq!(idle_exit(""), Some(Duration::from_secs(120)));
         assert_eq!(idle_exit("idle-exit-seconds = 30"), Some(Duration::from_secs(30)));
@@ -560,7 +562,7 @@ mod tests {
     }
 
     #[test]
-    fn how_long_a_backup_stays_is_said_in_words() {
+    fn keep_at_least_is_a_duration_in_words() {
         let at_least = |line: &str| {
             let text = format!("[store.default]\npath = \"/b\"\n{line}");
             let config: Result<Config, _> = toml::from_str(&text);

@@ -1,42 +1,42 @@
-//! Sudden ends of the service, for tests: points at which a test can have it die as if by SIGKILL.
+//! Crash points for tests: a test can let the service die at one of them as by SIGKILL.
 //!
-//! Every action of a backup, every QMP command that changes something, and every step of a removal and of a merge is such a
-//! point by itself. `BACKUPD_TEST_DIE_AT=NAME` chooses one; `BACKUPD_TEST_POINTS=FILE` makes the service write the
-//! names of the points that it passes to a file, a line each. Only in builds with debug assertions.
+//! Crash points are every action of a backup, every QMP command that changes something, and every step of a removal and
+//! a merge. `BACKUPD_TEST_DIE_AT=NAME` chooses one. With `BACKUPD_TEST_POINTS=FILE` the service appends the name of
+//! each point that it passes to a file. Only in builds with debug assertions.
 
 use std::fmt;
 use std::io::Write;
 use std::sync::OnceLock;
 
-/// A step of a removal, of a merge, or of a publication.
+/// A step of a removal, a merge or a publication.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Point {
     /// The records are beside the images, and nothing has its final name.
     BeforeRename,
-    /// Something has its final name.
+    /// A file or directory has its final name.
     Renamed,
-    /// New images of a backup are there, beside the former ones.
+    /// The new images of a merge exist beside the present ones.
     MergeMade,
-    /// It is on record what its manifest will be.
+    /// The catalog has the future manifest.
     MergeRecorded,
-    /// The former ones are moved aside, where they can't be exchanged, and nothing is in their place.
+    /// The present images are moved aside, on file systems without exchange, and nothing is in their place.
     MergeMovedAside,
-    /// They are in its place, and it is not on record.
+    /// The new images are in place, and the catalog does not know it.
     MergeExchanged,
-    /// It is on record, and the former ones are still there.
+    /// The catalog knows it, and the former images still exist.
     Merged,
-    /// It is on record that a backup is being removed, and all of it is there.
+    /// The catalog knows of the removal, and the backup is complete.
     RemovalRecorded,
-    /// Its directory has a name that says so.
+    /// The name of the directory says that it is being removed.
     RemovalRenamed,
-    /// The first of its files is gone.
+    /// The first file is removed.
     RemovalBegun,
-    /// All of it is gone but its record.
+    /// All files are removed; the record in the catalog remains.
     RemovalEmptied,
 }
 
 impl Point {
-    /// Those of a backup that is removed.
+    /// The steps of a removal.
     pub const REMOVAL: [Self; 4] = [
         Self::RemovalRecorded,
         Self::RemovalRenamed,
@@ -44,7 +44,7 @@ impl Point {
         Self::RemovalEmptied,
     ];
 
-    /// Those of a backup that is made independent of its base.
+    /// The steps of a merge.
     pub const MERGE: [Self; 4] = [
         Self::MergeMade,
         Self::MergeRecorded,
@@ -52,7 +52,7 @@ impl Point {
         Self::Merged,
     ];
 
-    /// The same on a file system that cannot exchange two directories.
+    /// The steps of a merge on a file system that cannot exchange two directories.
     pub const MERGE_BY_MOVING: [Self; 5] = [
         Self::MergeMade,
         Self::MergeRecorded,
@@ -61,7 +61,7 @@ impl Point {
         Self::Merged,
     ];
 
-    /// What a test calls it.
+    /// The name that a test uses.
     pub fn name(self) -> String {
         format!("{self:?}")
     }
@@ -73,17 +73,17 @@ impl fmt::Display for Point {
     }
 }
 
-/// Names the point at which the service dies.
+/// The environment variable with the chosen point.
 pub const VARIABLE: &str = "BACKUPD_TEST_DIE_AT";
-/// Names the file that the points passed are written to.
+/// The environment variable with the file for the names of passed points.
 pub const POINTS_VARIABLE: &str = "BACKUPD_TEST_POINTS";
 
-/// Dies here, if a test wants it.
+/// Dies here if a test has chosen this point.
 pub fn point(here: Point) {
     passed(&here.name());
 }
 
-/// Dies after this QMP command was answered, if a test wants it. A query changes nothing.
+/// Dies after the reply to this QMP command, if a test has chosen that. Queries change nothing, so they are not crash points.
 pub fn answered(command: &str) {
     let harmless = ["query-", "qom-", "qmp_"];
     if cfg!(debug_assertions) && !harmless.iter().any(|part| command.contains(part)) {
@@ -91,7 +91,7 @@ pub fn answered(command: &str) {
     }
 }
 
-/// Dies at the point of that name, if a test wants it.
+/// Dies if a test has chosen the point of this name.
 pub fn passed(name: &str) {
     static CHOSEN: OnceLock<Option<String>> = OnceLock::new();
     static POINTS: OnceLock<Option<String>> = OnceLock::new();
@@ -100,12 +100,12 @@ pub fn passed(name: &str) {
     }
     if let Some(points) = POINTS.get_or_init(|| std::env::var(POINTS_VARIABLE).ok()) {
         let file = std::fs::OpenOptions::new().append(true).create(true).open(points);
-        // A test that misses a name fails.
+        // A test fails if a name is missing.
         let _ = file.and_then(|mut file| file.write_all(format!("{name}\n").as_bytes()));
     }
     let chosen = CHOSEN.get_or_init(|| std::env::var(VARIABLE).ok());
     if chosen.as_deref() == Some(name) {
-        // At once, with no chance to clean anything up. It cannot fail on oneself.
+        // At once and without any cleanup. Killing the own process cannot fail.
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
 }

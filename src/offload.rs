@@ -1,4 +1,4 @@
-//! Blocking work, done off the runtime and watched for progress. Does not know what the work is.
+//! Runs blocking work outside the runtime, and watches its progress. Does not know the work.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,15 +9,15 @@ use tokio::time::Instant;
 
 use crate::activity::Activity;
 
-/// How often work is looked at.
+/// How often the progress is checked.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// How far some work is. Clones are the same one.
+/// The progress of work. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Progress(Arc<(AtomicU64, AtomicU64)>);
 
 impl Progress {
-    /// Bytes done, and in all as far as it is known.
+    /// Bytes done, and bytes in total as far as known.
     pub fn get(&self) -> (u64, u64) {
         let (done, total) = &*self.0;
         (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed))
@@ -33,8 +33,8 @@ impl Progress {
     }
 }
 
-/// Runs `work` on a thread that may wait for storage. The service stays until it returns, though nobody may wait for it any
-/// more: a process does not end before the last of its threads does, and no other is started before that.
+/// Runs `work` on a thread that may block. The service does not exit until it returns, even if nobody awaits it any
+/// more. A process ends only after its last thread, and no new instance starts before that.
 pub async fn blocking<T: Send + 'static>(
     activity: &Activity,
     work: impl FnOnce() -> T + Send + 'static,
@@ -47,13 +47,13 @@ pub async fn blocking<T: Send + 'static>(
     };
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        // Nobody cancels it, and the runtime outlives every job: it panicked.
+        // The task is never cancelled, and the runtime outlives every job. So it panicked.
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
 
-/// The same, for work that reports its progress; nothing if it makes none for `patience`. The thread then goes on unwatched, and
-/// the result is dropped there.
+/// As [`blocking`], for work that reports its progress. Returns `None` if there is none for `patience`. The thread then
+/// continues unwatched, and drops the result.
 pub async fn watched<T: Send + 'static>(
     activity: &Activity,
     patience: Duration,
@@ -65,8 +65,8 @@ pub async fn watched<T: Send + 'static>(
     unless_stalled(|| progress.get(), patience, work).await
 }
 
-/// The result of `work`; nothing if what `moved` gives stays the same for `patience`. However long the work takes in all does
-/// not matter. Work that runs on a thread goes on there unwatched, and its result is dropped there.
+/// The result of `work`, or `None` if the value of `moved` stays the same for `patience`. The total duration has no
+/// limit. Work on a thread continues unwatched, and its result is dropped there.
 pub async fn unless_stalled<T, M: PartialEq>(
     moved: impl Fn() -> M,
     patience: Duration,
@@ -87,14 +87,14 @@ pub async fn unless_stalled<T, M: PartialEq>(
     }
 }
 
-/// Storage that is asked for one thing at a time: where it hangs, it keeps one thread, however often it is asked.
+/// Serialises access to one storage: hung storage blocks one thread, no matter how many tasks use it.
 pub struct Queue {
     turn: Arc<Semaphore>,
-    /// Who has the turn makes no progress: nobody need wait for it.
+    /// The running work makes no progress, so waiting tasks give up.
     hangs: watch::Sender<bool>,
 }
 
-/// Until it is dropped, nobody else has the turn.
+/// The right to run, until it is dropped.
 pub type Turn = OwnedSemaphorePermit;
 
 impl Default for Queue {
@@ -107,8 +107,8 @@ impl Default for Queue {
 }
 
 impl Queue {
-    /// Runs `work` as [`watched`] does when it has the turn. To wait for that is no sign that the storage hangs, because who has
-    /// it is watched as well: nothing is returned only if one of the two makes no progress.
+    /// Runs `work` as [`watched`] does, in its turn. Waiting for the turn does not count as a stall, because the
+    /// running work is watched too. Returns `None` only if either makes no progress.
     pub async fn watched<T: Send + 'static>(
         &self,
         activity: &Activity,
@@ -119,7 +119,7 @@ impl Queue {
         let mut stuck = self.hangs.subscribe();
         let turn = tokio::select! {
             biased;
-            // Nobody closes it.
+            // The semaphore is never closed.
             turn = self.turn.clone().acquire_owned() => turn.ok()?,
             _ = stuck.wait_for(|hangs| *hangs) => return None,
         };
@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn slow_work_that_makes_progress_is_waited_for() {
+    async fn slow_work_that_makes_progress_is_not_stalled() {
         let progress = Progress::default();
         let counted = progress.clone();
         let work = async move {
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn to_wait_for_a_turn_is_not_to_stall() {
+    async fn waiting_for_a_turn_is_not_a_stall() {
         let (activity, queue) = (Activity::default(), Queue::default());
         let patience = Duration::from_millis(600);
         let slow = |progress: &Progress| {
@@ -174,7 +174,7 @@ mod tests {
             }
         };
         let since = Instant::now();
-        // Each gives the turn back when it is done.
+        // Each task returns its turn when it is done.
         let all = (0..4).map(|_| async { queue.watched(&activity, patience, slow).await.is_some() });
         let done = futures_util::future::join_all(all).await;
         assert_eq!(done, [true; 4]);
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nobody_waits_for_who_stalls_and_the_next_one_has_the_turn_afterwards() {
+    async fn waiting_tasks_give_up_behind_stalled_work() {
         let (activity, queue) = (Activity::default(), Queue::default());
         let patience = Duration::from_millis(50);
         let (go_on, held) = std::sync::mpsc::channel::<()>();

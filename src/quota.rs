@@ -1,7 +1,7 @@
-//! How much of a thing one user may hold at a time, and all users together.
+//! Limits how much of a resource a user holds, and all users together.
 //!
-//! Code that lets a caller allocate something takes a share first and keeps it with the allocation. The administrator
-//! sets the limits; root, who could take anything by other ways, is bound only by those for all.
+//! Code that lets a caller allocate something takes a share first, and keeps it with the allocation. The administrator
+//! sets the limits. Root is bound only by the total limits, because root has other ways to exhaust a host.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,17 +9,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::activity::{Activity, Use};
 use crate::error::Kind;
 
-/// Limits of one thing: for each user, and for all together.
+/// The limits of one resource: for each user, and in total.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     pub per_user: usize,
     pub in_all: usize,
 }
 
-/// The limit that was reached, by its name in the configuration's `[limits]`.
+/// The reached limit, by its name in `[limits]` of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the limit '{key}' ({limit}) is reached: try again when less is under way, or have the administrator raise it"
+    "the limit '{key}' ({limit}) is reached: try again later, or ask the administrator to raise it in [limits]"
 )]
 pub struct Exceeded {
     pub key: String,
@@ -38,18 +38,18 @@ struct Held {
     in_all: usize,
 }
 
-/// The count of one thing.
+/// The count of one resource.
 #[derive(Debug, Clone)]
 pub struct Quota {
     key: &'static str,
     limits: Limits,
-    /// So much of `in_all` no other user than root gets.
+    /// The part of `in_all` that is reserved for root.
     for_root: usize,
     held: Arc<Mutex<Held>>,
     activity: Option<Activity>,
 }
 
-/// What somebody holds; given back when it is dropped.
+/// Units that a user holds, until it is dropped.
 #[derive(Debug)]
 #[must_use = "it is given back when it is dropped"]
 pub struct Share {
@@ -60,7 +60,7 @@ pub struct Share {
 }
 
 impl Quota {
-    /// `key` is the name of the limit in all; with `-per-user` it is that for each user.
+    /// `key` is the name of the total limit. The limit for each user has the suffix `-per-user`.
     pub fn new(key: &'static str, limits: Limits) -> Self {
         Self {
             key,
@@ -71,13 +71,13 @@ impl Quota {
         }
     }
 
-    /// The same, of a thing for which the service is needed as long as anybody holds some of it.
+    /// Also counts each share as a use of the service.
     pub fn keeping(mut self, activity: &Activity) -> Self {
         self.activity = Some(activity.clone());
         self
     }
 
-    /// The same, with so much of the limit in all that is for root alone.
+    /// Reserves a part of the total limit for root.
     pub fn for_root(mut self, count: usize) -> Self {
         self.for_root = count;
         self
@@ -90,7 +90,7 @@ impl Quota {
         }
     }
 
-    /// Takes `count` for a user, all or nothing.
+    /// Takes `count` units for a user, or none.
     pub fn take(&self, uid: u32, count: usize) -> Result<Share, Exceeded> {
         let mut held = self.lock();
         let own = held.by_user.get(&uid).copied().unwrap_or(0);
@@ -120,7 +120,7 @@ impl Quota {
         })
     }
 
-    /// Whether a user can take one more now.
+    /// Whether the user can take one more unit now.
     pub fn has_room(&self, uid: u32) -> bool {
         let held = self.lock();
         let own = held.by_user.get(&uid).copied().unwrap_or(0);
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_gets_so_much_and_no_more_until_it_gives_back() {
+    fn a_user_is_limited_until_it_returns_a_share() {
         let quota = quota();
         let first = quota.take(1000, 1).unwrap();
         let _second = quota.take(1000, 1).unwrap();
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn all_together_get_so_much_root_included() {
+    fn the_total_limit_binds_root_too() {
         let quota = quota();
         let shares = quota.take(0, 3).unwrap();
         let error = quota.take(1000, 1).unwrap_err();
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn root_has_room_that_no_other_user_gets() {
+    fn a_part_of_the_total_limit_is_reserved_for_root() {
         let quota = quota().for_root(1);
         let _one = quota.take(1000, 1).unwrap();
         let _other = quota.take(1001, 1).unwrap();
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_takes_nothing_and_nobody_is_remembered() {
+    fn a_refused_share_takes_nothing() {
         let quota = quota();
         quota.take(1000, 3).unwrap_err();
         drop(quota.take(1000, 2).unwrap());

@@ -1,6 +1,6 @@
-//! Supervision by systemd: notifications (sd_notify(3)), and the exit status that systemd acts on.
+//! Supervision by systemd: notifications (sd_notify(3)) and exit statuses.
 //!
-//! Without systemd, nothing is sent. `bus::leave` explains the order of notifications at an idle exit.
+//! Without systemd it sends nothing. `bus::leave` explains the order of notifications at an idle exit.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -9,40 +9,40 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::net::unix::pipe;
 
-/// The exit status by which systemd starts the service again at once (`RestartForceExitStatus=` of the unit): EX_TEMPFAIL of
-/// sysexits.h.
-pub const START_AGAIN: u8 = 75;
+/// The exit status for an immediate restart (`RestartForceExitStatus=` of the unit): EX_TEMPFAIL of sysexits.h.
+pub const RESTART: u8 = 75;
 
-/// The exit status by which systemd does not start the service again (`RestartPreventExitStatus=`), so that callers hear at
-/// once that it cannot be started: EX_CONFIG of sysexits.h.
-pub const LEAVE_IT: u8 = 78;
+/// The exit status that prevents a restart (`RestartPreventExitStatus=`), so that callers get an error at once:
+/// EX_CONFIG of sysexits.h.
+pub const DO_NOT_RESTART: u8 = 78;
 
-/// How long systemd may take to read what it was told.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// The watchdog is fed so many times in the time that it waits.
-const MEALS: u32 = 3;
+/// Timeout for systemd to read a notification.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Keep-alive messages per watchdog timeout.
+const PINGS: u32 = 3;
 
-/// Whether systemd, or what does its work, looks after the service.
+/// Whether a service manager supervises the service.
 pub fn is_there() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
-/// The service can be called.
+/// Notifies systemd that the service accepts calls.
 pub fn ready() {
-    tell(&[NotifyState::Ready]);
+    notify(&[NotifyState::Ready]);
 }
 
-/// The service will end; returns when that is known. From then on systemd keeps a start of the service until it has ended.
+/// Notifies systemd that the service will end, and waits until systemd has read that. From then on systemd delays a
+/// start of the service until it has ended.
 pub async fn stopping() {
-    tell(&[NotifyState::Stopping]);
-    match tokio::time::timeout(PATIENCE, barrier()).await {
+    notify(&[NotifyState::Stopping]);
+    match tokio::time::timeout(TIMEOUT, barrier()).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(%error, "the service manager could not be waited for"),
-        Err(_) => tracing::warn!("the service manager does not read what it is told"),
+        Ok(Err(error)) => tracing::warn!(%error, "cannot wait for the service manager"),
+        Err(_) => tracing::warn!("the service manager does not read notifications"),
     }
 }
 
-/// Waits until systemd has read what it was told: then it closes what came with this.
+/// Waits until systemd has read all notifications. Then systemd closes the pipe that comes with this one (`BARRIER=1`).
 async fn barrier() -> io::Result<()> {
     if !is_there() {
         return Ok(());
@@ -51,37 +51,37 @@ async fn barrier() -> io::Result<()> {
     sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[sender.as_fd()])?;
     drop(sender);
     let mut byte = [0];
-    // Nobody writes, so this is the end of it.
+    // Nobody writes to the pipe, so it becomes readable when the other end is closed.
     receiver.readable().await?;
     receiver.try_read(&mut byte).map(drop)
 }
 
-/// Tells systemd again and again that the service is alive, each time after `probe` has shown it. Where the unit has no
-/// watchdog, this does nothing.
+/// Sends keep-alive messages to systemd's watchdog, each after a successful `probe`. Does nothing if the unit has no
+/// watchdog.
 pub async fn feed_watchdog<E: std::fmt::Display>(probe: impl AsyncFnMut() -> Result<(), E>) {
     if let Some(time) = sd_notify::watchdog_enabled() {
-        feed(time, probe, || tell(&[NotifyState::Watchdog])).await;
+        feed(time, probe, || notify(&[NotifyState::Watchdog])).await;
     }
 }
 
 async fn feed<E: std::fmt::Display>(
     time: Duration,
     mut probe: impl AsyncFnMut() -> Result<(), E>,
-    mut meal: impl FnMut(),
+    mut ping: impl FnMut(),
 ) {
     loop {
-        // However long it takes: if it takes too long, systemd ends the service, which is stuck.
+        // Without a timeout: systemd's watchdog ends a service that is stuck here.
         match probe().await {
-            Ok(()) => meal(),
+            Ok(()) => ping(),
             Err(error) => tracing::warn!(%error, "the service did not answer its own call"),
         }
-        tokio::time::sleep(time / MEALS).await;
+        tokio::time::sleep(time / PINGS).await;
     }
 }
 
-fn tell(states: &[NotifyState]) {
+fn notify(states: &[NotifyState]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "the service manager could not be told");
+        tracing::warn!(%error, "cannot notify the service manager");
     }
 }
 
@@ -93,28 +93,28 @@ mod tests {
 
     const TIME: Duration = Duration::from_secs(180);
 
-    /// How often the watchdog is fed in 100 times its time.
-    async fn meals(probe: impl AsyncFnMut() -> Result<(), io::Error>) -> u32 {
-        let meals = Cell::new(0);
-        let feeding = feed(TIME, probe, || meals.set(meals.get() + 1));
+    /// How many keep-alive messages are sent in 100 watchdog timeouts.
+    async fn pings(probe: impl AsyncFnMut() -> Result<(), io::Error>) -> u32 {
+        let count = Cell::new(0);
+        let feeding = feed(TIME, probe, || count.set(count.get() + 1));
         assert!(tokio::time::timeout(100 * TIME, feeding).await.is_err());
-        meals.get()
+        count.get()
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_watchdog_is_fed_in_time_as_long_as_the_service_answers() {
-        assert!(meals(async || Ok(())).await > 200);
+        assert!(pings(async || Ok(())).await > 200);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_watchdog_is_not_fed_by_a_service_that_is_stuck() {
-        assert_eq!(meals(async || std::future::pending().await).await, 0);
-        assert_eq!(meals(async || Err(io::ErrorKind::Other.into())).await, 0);
+        assert_eq!(pings(async || std::future::pending().await).await, 0);
+        assert_eq!(pings(async || Err(io::ErrorKind::Other.into())).await, 0);
         let answers = Cell::new(2);
         let stuck_later = async || match answers.replace(answers.get() - 1) {
             0 => std::future::pending().await,
             _ => Ok(()),
         };
-        assert_eq!(meals(stuck_later).await, 2);
+        assert_eq!(pings(stuck_later).await, 2);
     }
 }

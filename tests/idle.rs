@@ -210,7 +210,7 @@ async fn assert_answered((serial, mut answers): (u32, zbus::MessageStream)) {
 async fn a_call_that_comes_while_it_gives_up_its_name_makes_it_stay() {
     let mut system = on_demand(Activation::Bus).start();
     let caller = Caller::new(&system).await;
-    let left = |system: &System| system.bus().log().matches("it leaves").count();
+    let left = |system: &System| system.bus().log().matches("leaving the bus").count();
     let mut stayed = false;
     // A machine that has other things to do may be late with stopping the bus.
     for _ in 0..20 {
@@ -230,7 +230,7 @@ async fn a_call_that_comes_while_it_gives_up_its_name_makes_it_stay() {
         }
     }
     assert!(stayed, "it went on");
-    assert!(system.bus().log().contains("it stays"));
+    assert!(system.bus().log().contains("staying on the bus"));
     leaves(&system).await;
 }
 
@@ -345,7 +345,7 @@ async fn storm(activation: Activation) {
     println!(
         "{ROUNDS} rounds, {lives} lives, {backups} backups; it stayed {} times, was started again {} times, started for \
          nothing {} times",
-        log.matches("it stays").count(),
+        log.matches("staying on the bus").count(),
         systemd
             .as_ref()
             .map_or(0, |it| it.ends().iter().filter(|end| **end == 75).count()),

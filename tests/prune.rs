@@ -241,7 +241,7 @@ async fn the_command_shows_what_is_kept_and_why() {
         .backupctl(ROOT, &["prune", "web", "--keep-last", "0"]);
     assert_eq!(nothing.status, 1, "{nothing:?}");
     assert!(
-        nothing.stderr.contains("nothing would be kept"),
+        nothing.stderr.contains("the keep rules keep nothing"),
         "{}",
         nothing.stderr
     );

@@ -1,30 +1,31 @@
-//! One record in the log for each decision on a call that changes something; a count where they repeat ([`super::repeats`]).
+//! Writes one journal record for each decision on a call that changes something. Repeated decisions are counted
+//! ([`super::repeats`]).
 //!
-//! In the journal each fact is a field of its own (`BACKUPD_ACTION=`, `BACKUPD_UID=`, …), so that an administrator can ask
-//! for them. Whatever a caller could have chosen is escaped: no text of a caller's can pass for a record or a part of one.
+//! Each fact is a journal field (`BACKUPD_ACTION=`, `BACKUPD_UID=`, …), so that an administrator can filter by it. All
+//! text that a caller may have chosen is escaped, so that it cannot look like a record or a part of one.
 
 use super::repeats::{Group, Key, Repeats};
 use super::{Caller, Details, Permission};
 use crate::text::{abridged, excerpt};
 
-/// The target of the records' events.
+/// The `tracing` target of the records.
 const TARGET: &str = "backupd::audit";
 /// The longest detail of a record, in bytes.
 const MOST_BYTES: usize = 256;
-/// The kernel's limit for the name of a process is 15 bytes (proc_pid_comm(5)).
+/// The kernel limits the name of a process to 15 bytes (proc_pid_comm(5)).
 const MOST_OF_NAME: usize = 64;
 const GRANTED: &str = "granted";
-/// Keeps a log filter from leaving them out.
+/// Keeps these records even if the log filter would drop them.
 pub const DIRECTIVE: &str = "backupd::audit=info";
 
-/// On what grounds a decision was made.
+/// The grounds of a decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Basis {
-    /// The authority was asked.
+    /// The authority decided.
     Polkit,
     /// The caller started the job.
     Starter,
-    /// The domain is the caller's own, and so is the place.
+    /// The domain is the caller's own, and so is the target.
     Owner,
 }
 
@@ -38,7 +39,7 @@ impl Basis {
     }
 }
 
-/// A decision that is to be recorded.
+/// A decision to record.
 #[derive(Debug)]
 struct Record {
     caller: Caller,
@@ -48,7 +49,7 @@ struct Record {
 }
 
 impl Record {
-    /// Of a refusal. It names no process: a user could fill all places with processes of its own.
+    /// The key of a refusal. It holds no process, because a user could fill the table with processes of its own.
     fn key(&self, outcome: &'static str) -> Key {
         Key {
             uid: self.caller.uid,
@@ -67,7 +68,7 @@ impl Record {
         let process = self.caller.process.as_ref();
         let detail = |key| self.details.get(key).map(escaped);
         let name = detail("domain_name");
-        // Some permissions are about no domain.
+        // Some permissions do not concern a domain.
         let about = name
             .as_ref()
             .map(|name| format!(", domain '{name}'"))
@@ -97,7 +98,7 @@ impl Record {
     }
 }
 
-/// A yes. It is recorded with the job that came of it, or, when it is dropped, without one.
+/// A granted permission. It is recorded with the job that it started, or without one when it is dropped.
 #[derive(Debug)]
 #[must_use = "it is recorded when it is dropped"]
 pub struct Grant(Option<Record>);
@@ -112,14 +113,14 @@ impl Grant {
         }))
     }
 
-    /// Records that it started `job`, or is about it.
+    /// Records that the grant started or concerns `job`.
     pub fn record(mut self, job: u32) {
         if let Some(record) = self.0.take() {
             record.write(GRANTED, Some(job));
         }
     }
 
-    /// Whether it is the first of its kind about `job`. Otherwise it is counted.
+    /// Whether this is the first grant of its kind for `job`. Later ones are counted.
     pub(super) fn is_first(&self, repeats: &Repeats, job: u32) -> bool {
         let Some(record) = &self.0 else { return false };
         let key = Key {
@@ -130,7 +131,7 @@ impl Grant {
         repeats.is_first(Group::Grants, key)
     }
 
-    /// Leaves no record: its call is counted.
+    /// Drops the grant without a record, because [`Grant::is_first`] counted it.
     pub fn leave_to_count(mut self) {
         self.0 = None;
     }
@@ -144,7 +145,7 @@ impl Drop for Grant {
     }
 }
 
-/// Records a no: `denied`, `challenge` (a password would help) or `failed` (the authority could not say).
+/// Records a refusal: `denied`, `challenge` (a password would help) or `failed` (the authority could not decide).
 pub(super) fn refused(
     repeats: &Repeats,
     caller: &Caller,
@@ -168,7 +169,7 @@ pub(super) fn refused(
     }
 }
 
-/// Records further decisions of a kind that is on record.
+/// Records the number of further decisions of a recorded kind.
 pub(super) fn repeated(key: Key, count: u64) {
     let Key {
         uid,
@@ -200,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_a_caller_chose_can_end_a_line() {
+    fn a_callers_text_cannot_end_a_line() {
         let text = escaped("web\nBACKUPD_OUTCOME=granted\u{1b}[2J\u{2028}\u{202e}");
         assert_eq!(text, "web\\nBACKUPD_OUTCOME=granted\\u{1b}[2J\\u{2028}\\u{202e}");
     }

@@ -1,7 +1,8 @@
-//! A cache of the authority's answers about reading.
+//! Caches the authority's answers to read permissions.
 //!
-//! A desktop asks the same a hundred times a minute. Only answers without a password dialog are cached, yes as well as no.
-//! They are dropped when the authority reports a change, when the caller leaves, and after half a minute.
+//! A desktop asks the same question a hundred times a minute. The cache holds answers, positive and negative, that
+//! needed no password dialog. It drops them when the authority reports a change, when the caller disconnects, and after
+//! half a minute.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,18 +14,18 @@ use uuid::Uuid;
 use super::Permission;
 
 const KEEP: Duration = Duration::from_secs(30);
-/// Answers that are kept at most, of one caller and in all.
+/// Limits of the cached answers, for each caller and in total.
 const MOST_OF_A_CALLER: usize = 4096;
 const MOST: usize = 65536;
 
-/// The object of a question: a domain, by its id and the UUID that is known of it, or nothing for the service itself. What
-/// was answered of a domain whose UUID was not known yet says nothing of it afterwards.
+/// The object of a question: a domain, by its id and known UUID; or `None` for the service itself. An answer about a
+/// domain whose UUID was unknown does not apply once it is known.
 pub type Object = Option<(u64, Option<Uuid>)>;
 
 #[derive(Debug, Clone, Copy)]
 struct Answer {
     given: Instant,
-    /// The authority's generation before it was asked.
+    /// The authority's generation before the question.
     generation: u64,
     allowed: bool,
 }
@@ -41,7 +42,7 @@ struct Kept {
 pub struct Cache(Mutex<Kept>);
 
 impl Cache {
-    /// What was answered, if it still counts in this generation.
+    /// The cached answer, if it is still valid in this generation.
     pub fn get(&self, caller: &str, permission: Permission, object: Object, generation: u64) -> Option<bool> {
         let kept = self.lock();
         let answer = kept.by_caller.get(caller)?.get(&(permission, object))?;
@@ -59,7 +60,7 @@ impl Cache {
             kept.sweep(generation);
         }
         if kept.count >= MOST {
-            // The authority is asked each time.
+            // A full cache stores nothing, so the authority decides each time.
             return;
         }
         let answers = kept.by_caller.entry(caller.to_owned()).or_default();
@@ -74,7 +75,7 @@ impl Cache {
         kept.count = kept.count + after - before;
     }
 
-    /// Forgets a caller that has left.
+    /// Drops the answers of a caller that has disconnected.
     pub fn forget(&self, caller: &str) {
         let mut kept = self.lock();
         if let Some(answers) = kept.by_caller.remove(caller) {
@@ -110,7 +111,7 @@ mod tests {
     const READ: Permission = Permission::DomainRead;
 
     #[tokio::test(start_paused = true)]
-    async fn an_answer_counts_for_half_a_minute() {
+    async fn an_answer_is_valid_for_half_a_minute() {
         let cache = Cache::default();
         cache.put(":1.1", READ, Some((1, None)), 0, true);
         tokio::time::advance(KEEP - Duration::from_secs(1)).await;
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_is_for_one_caller_permission_object_and_generation() {
+    async fn an_answer_applies_to_one_caller_permission_object_and_generation() {
         let cache = Cache::default();
         cache.put(":1.1", READ, Some((1, None)), 7, false);
         assert_eq!(cache.get(":1.1", READ, Some((1, None)), 7), Some(false));
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_full_cache_keeps_what_it_has_and_makes_room_of_what_is_old() {
+    async fn a_full_cache_keeps_valid_answers_and_drops_expired_ones() {
         let cache = Cache::default();
         for caller in 0..MOST / MOST_OF_A_CALLER {
             for object in 0..=MOST_OF_A_CALLER as u64 {

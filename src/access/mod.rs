@@ -1,8 +1,8 @@
-//! Access control: the permissions of callers on objects.
+//! Access control: decides which permissions a caller has on an object.
 //!
-//! One table of permissions, one question ([`Access::require`] where something is to change, [`Access::look`] where
-//! somebody only looks), and an [`Authority`] that answers it. Nothing else in the service knows polkit. Every error is a
-//! no; the reason goes to the log, not to the caller.
+//! A table lists the permissions. [`Access::require`] checks one before a change, [`Access::look`] before a read. An
+//! [`Authority`] answers. No other module knows polkit. An error denies the permission; its reason goes to the log and
+//! not to the caller.
 
 mod audit;
 mod cache;
@@ -30,48 +30,48 @@ use crate::turns::Turns;
 use cache::Cache;
 use repeats::Repeats;
 
-/// Silent questions at a time, in all and of a user. The authority answers one after the other; with the password dialogs of
-/// the default limit these are fewer than the bus allows a connection to have in flight (128 with dbus-daemon).
+/// The most silent questions in flight, in total and for a user. The authority answers sequentially. Together with the
+/// default limit of password dialogs these are fewer calls than the bus allows a connection (128 with dbus-daemon).
 const TURNS: usize = 96;
 const TURNS_OF_A_USER: usize = 48;
 
-/// How long the authority may take for a glance once it is asked: others wait for it.
+/// Timeout of a read question once the authority is asked. It is short because other callers wait.
 const GLANCE: Duration = Duration::from_secs(2);
-/// The same for a question that needs nobody's password.
+/// Timeout of other questions without a password dialog.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The same with the wait for a turn.
+/// Timeout of a question including the wait for its turn.
 const WHOLE_PATIENCE: Duration = Duration::from_secs(20);
-/// The least time between two complaints about the authority in the log.
+/// The least time between two log messages about a failing authority.
 const QUIET: Duration = Duration::from_secs(10);
-/// How long a question may take that needs a password.
+/// Timeout of a question with a password dialog.
 const INTERACTIVE_PATIENCE: Duration = Duration::from_secs(600);
 
-/// Who asks.
+/// The sender of a call.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// The connection's unique name on the bus, which no other connection ever has again.
+    /// The connection's unique bus name. The bus never reuses it.
     pub name: String,
     pub uid: u32,
-    /// The user's name, if no other user gets the number soon.
+    /// The user's name, unless another user may get the uid soon.
     pub user: Option<String>,
-    /// The process that made the connection, as the bus knows it.
+    /// The process that opened the connection, as the bus reports it.
     pub process: Option<Process>,
-    /// The message allows that its user is asked for a password.
+    /// Whether the message allows a password dialog (`ALLOW_INTERACTIVE_AUTHORIZATION`).
     pub interactive: bool,
-    /// Cancelled when the call only waits: what its connection called after it need not wait for it any more.
+    /// Cancelled when the call only waits. Later calls of the connection need not wait for it any more.
     pub turn: CancellationToken,
 }
 
-/// A process, for the record only: its number can be another's by now, and it chose its name.
+/// A process, for audit records only: the pid may be reused, and the process chose its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
     pub id: u32,
-    /// Its `comm` (proc_pid_comm(5)) at the connection's first call.
+    /// Its `comm` (proc_pid_comm(5)) at the first call of the connection.
     pub name: String,
 }
 
-/// Facts about the object and the request, for the administrator's rules: what the service itself verified, and of a domain's
-/// UUID and disks what its QEMU says.
+/// Facts about the object and the request, for the administrator's polkit rules. The service verified them, except a
+/// domain's UUID and disks, which its QEMU reports.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Details(Vec<(&'static str, String)>);
 
@@ -92,30 +92,30 @@ impl Details {
     }
 }
 
-/// What an authority says.
+/// An authority's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
     Granted,
-    /// Yes, because of a password that somebody gave not long ago.
+    /// Granted because of a password that was given recently.
     GrantedForAWhile,
-    /// It would have to ask the user, and was not allowed to.
+    /// The authority would have to ask the user, but the caller did not allow that.
     Challenge,
     Denied,
-    /// It could not say. That is a no.
+    /// The authority could not decide. The permission is denied.
     Failed(String),
 }
 
-/// What comes of a glance.
+/// The result of a read question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Look {
     Allowed,
     Refused,
-    /// The authority could not say. That is a no, but nothing to make a list of.
+    /// The authority could not decide. The permission is denied, and lists fail because they could be incomplete.
     Unknown,
 }
 
 impl Look {
-    /// Whether it is a yes; an error if the authority could not say.
+    /// Whether the permission is granted; an error if the authority could not decide.
     pub fn allowed(self) -> Result<bool, Error> {
         match self {
             Self::Allowed => Ok(true),
@@ -125,7 +125,7 @@ impl Look {
     }
 }
 
-/// Answers questions about callers. Dropping the answer withdraws the question.
+/// Answers questions about callers. Dropping the future withdraws the question.
 pub trait Authority: Send + Sync {
     fn check<'a>(
         &'a self,
@@ -134,7 +134,7 @@ pub trait Authority: Send + Sync {
         details: &'a Details,
     ) -> BoxFuture<'a, Decision>;
 
-    /// Another number whenever earlier answers no longer count.
+    /// A number that changes when earlier answers become invalid.
     fn generation(&self) -> u64;
 }
 
@@ -144,13 +144,11 @@ pub enum Error {
     Denied(Permission),
     #[error("{} needs a password: call again and allow interactive authorisation", .0.action())]
     NeedsInteraction(Permission),
-    /// Too many wait for a password.
+    /// Too many questions wait for a password.
     #[error("{0}")]
     Dialogs(#[from] Exceeded),
-    /// The authority did not answer: neither what may be done is known, nor what may be seen.
-    #[error(
-        "polkit could not be asked or did not answer, so nothing is allowed: check that it runs, then try again"
-    )]
+    /// The authority did not answer, so it is unknown what the caller may do or see.
+    #[error("polkit did not answer, so the service allows nothing: check that polkit runs, then try again")]
     Unknown,
 }
 
@@ -170,19 +168,19 @@ impl From<Error> for crate::error::Error {
     }
 }
 
-/// The one place where permissions are asked for.
+/// Checks permissions. The only place that asks the authority.
 pub struct Access {
     authority: Arc<dyn Authority>,
     cache: Cache,
     turns: Turns,
     dialogs: Quota,
     repeats: Repeats,
-    /// When a failure of the authority was logged last.
+    /// When a failure of the authority was last logged.
     complained: Mutex<Option<Instant>>,
 }
 
 impl Access {
-    /// `dialogs` counts the questions that wait for somebody's password.
+    /// `dialogs` limits the questions that wait for a password.
     pub fn new(authority: Arc<dyn Authority>, dialogs: Quota) -> Self {
         Self {
             authority,
@@ -194,8 +192,8 @@ impl Access {
         }
     }
 
-    /// Goes on only if `caller` has `permission` for something that changes something; may ask the caller's user if the
-    /// caller allows that. `job` is the one that it is about, if there is one already. Records the decision.
+    /// Requires `permission` for a change, and records the decision. If the caller allows it, the authority may ask the
+    /// caller's user for a password. `job` is the existing job that the change concerns.
     pub async fn require(
         &self,
         caller: &Caller,
@@ -207,7 +205,7 @@ impl Access {
             Ok(Decision::Granted | Decision::GrantedForAWhile) => {
                 return Ok(Grant::new(caller, permission, details, Basis::Polkit));
             }
-            // It could be asked, and there was nobody to ask: calling again would not help.
+            // The authority would ask, but nobody answers dialogs for this caller. Calling again would not help.
             Ok(Decision::Challenge) if !caller.interactive => {
                 (Error::NeedsInteraction(permission), "challenge")
             }
@@ -222,19 +220,18 @@ impl Access {
         Err(error)
     }
 
-    /// What follows from the caller's own part in the object, without asking the authority.
+    /// Grants a permission without asking the authority, because the caller owns or started the object.
     pub fn implied(&self, caller: &Caller, permission: Permission, details: &Details, basis: Basis) -> Grant {
         Grant::new(caller, permission, details, basis)
     }
 
-    /// Whether `grant` is the first of its kind about `job` in the last minute. Otherwise it is counted, and need not be
-    /// recorded.
+    /// Whether `grant` is the first of its kind for `job` within a minute. Later ones are counted and need no record.
     pub fn is_first(&self, grant: &Grant, job: u32) -> bool {
         grant.is_first(&self.repeats, job)
     }
 
-    /// Whether `caller` has `permission` as things stand, of an object whose id is never another's; nobody is asked for a
-    /// password.
+    /// Whether `caller` has a read permission. No password dialog appears. The answer is cached, so ids of objects must
+    /// be unique for ever.
     pub async fn look(
         &self,
         caller: &Caller,
@@ -257,8 +254,8 @@ impl Access {
         look
     }
 
-    /// Fails if the authority cannot be asked now. An object is reported missing only after this question, which no
-    /// earlier answer stands in for: otherwise a failing authority would show which names exist.
+    /// Fails if the authority cannot be asked now. The service asks this, uncached, before it reports an object as
+    /// missing. Otherwise a failing authority would reveal which names exist.
     pub async fn confirm(
         &self,
         caller: &Caller,
@@ -268,7 +265,7 @@ impl Access {
         self.glance(caller, permission, details).await.allowed().map(drop)
     }
 
-    /// Looks as [`Access::look`] does, and remembers nothing.
+    /// As [`Access::look`], but without the cache.
     pub async fn glance(&self, caller: &Caller, permission: Permission, details: &Details) -> Look {
         self.look_once(caller, permission, details).await.0
     }
@@ -291,26 +288,26 @@ impl Access {
         (look, decision)
     }
 
-    /// Logs that the authority failed, not more often than anybody reads it.
+    /// Logs a failure of the authority, at most once in [`QUIET`].
     fn complain(&self, reason: &str, permission: Permission) {
         let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
         if last.is_none_or(|last| last.elapsed() >= QUIET) {
             *last = Some(Instant::now());
-            tracing::error!(reason, "the authority failed: {} is denied", permission.action());
+            tracing::error!(reason, "polkit failed, so {} is denied", permission.action());
         }
     }
 
-    /// Writes the counts of repeated decisions that are not on record yet.
+    /// Records the pending counts of repeated decisions.
     pub fn flush(&self) {
         self.repeats.flush();
     }
 
-    /// Forgets what was decided for a connection that has gone.
+    /// Drops the cached answers for a disconnected caller.
     pub fn forget(&self, caller: &str) {
         self.cache.forget(caller);
     }
 
-    /// Asks without a dialog first: most questions need none, and those that do are counted.
+    /// Asks without a dialog first, because most questions need none. Questions with a dialog are counted.
     async fn ask(
         &self,
         caller: &Caller,
@@ -338,10 +335,10 @@ impl Access {
             interactive: false,
             ..caller.clone()
         };
-        // The timeout of the question starts with its turn: a caller with many questions waits, but gets its answers.
+        // The timeout of the question starts with its turn, so that a caller with many questions gets all its answers.
         let question = async {
             let Some(_turn) = self.turns.take(caller.uid).await else {
-                return Decision::Failed("there are no more questions".into());
+                return Decision::Failed("the service is stopping".into());
             };
             within(
                 patience,

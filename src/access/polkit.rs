@@ -1,8 +1,8 @@
-//! polkit, through polkit-rs.
+//! The [`Authority`] that asks polkit, through polkit-rs.
 //!
-//! The library delivers its answers to a GLib main context, so one thread does nothing but run such a context; questions
-//! are sent to it and answers come back over a channel. The subject of a question is the sender's unique bus name,
-//! which, unlike a process id, is never used again.
+//! polkit-rs delivers answers to a GLib main context. One thread runs such a context: it receives questions and returns
+//! answers over channels. The subject of a question is the caller's unique bus name, because that, unlike a pid, is
+//! never reused.
 
 use std::cell::OnceCell;
 use std::io;
@@ -21,7 +21,7 @@ use tokio::sync::oneshot;
 
 use super::{Authority, Caller, Decision, Details};
 
-/// The system's polkit. Its thread ends when this is dropped.
+/// The connection to polkit. Its thread ends when this is dropped.
 pub struct Polkit {
     context: MainContext,
     main_loop: MainLoop,
@@ -30,12 +30,13 @@ pub struct Polkit {
 }
 
 thread_local! {
-    /// The library's proxy of polkit, on the thread that runs the context: it receives the signal of changes only while it is there.
+    /// The library's proxy of polkit, on the thread of the main context. It receives the `Changed` signal only while it
+    /// exists.
     static AUTHORITY: OnceCell<polkit_rs::Authority> = const { OnceCell::new() };
 }
 
 impl Polkit {
-    /// Starts the thread; polkit itself is not contacted before the first question.
+    /// Starts the thread. The first question contacts polkit.
     pub fn start() -> io::Result<Self> {
         let context = MainContext::new();
         let main_loop = MainLoop::new(Some(&context), false);
@@ -43,7 +44,7 @@ impl Polkit {
         let thread = std::thread::Builder::new().name("polkit".into()).spawn(move || {
             if owned.with_thread_default(|| running.run()).is_err() {
                 tracing::error!(
-                    "the main context for polkit belongs to another thread: everything will be denied"
+                    "another thread owns the GLib main context for polkit, so everything is denied"
                 );
             }
         })?;
@@ -59,22 +60,22 @@ impl Polkit {
 impl Drop for Polkit {
     fn drop(&mut self) {
         let main_loop = self.main_loop.clone();
-        // From inside the context, so that it is not missed if the loop is still about to run.
+        // Queued in the context: a loop that has not started yet would miss a direct call.
         self.context.invoke(move || main_loop.quit());
         if let Some(thread) = self.thread.take() {
-            // It has nothing to say if it panicked: the panic aborts.
+            // The thread returns nothing, and a panic aborts the process.
             let _ = thread.join();
         }
     }
 }
 
-/// How long polkit has to give up a question by itself, of a caller that has left.
+/// How long polkit has to withdraw the question of a disconnected caller by itself.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Withdraws the question, and closes its password dialog, when nobody waits for the answer any more.
+/// Withdraws the question, and closes its password dialog, when the future of the answer is dropped.
 ///
-/// Not at once: polkit itself withdraws the questions of a caller that has left, and version 122 locks up for good
-/// if a withdrawal and the dialog's answer arrive at that moment. After an answer, this does nothing.
+/// It does so after a delay. polkit itself withdraws the questions of a disconnected caller. Version 122 hangs for good
+/// if a withdrawal and the dialog's answer arrive at that moment. After an answer this does nothing.
 struct Withdraw {
     cancellable: gio::Cancellable,
     context: MainContext,
@@ -141,11 +142,13 @@ struct Question {
 impl Question {
     /// Runs on the context's thread.
     fn ask(self, answer: oneshot::Sender<Decision>) {
-        // A receiver that is gone has withdrawn the question.
+        // A dropped receiver has withdrawn the question.
         let reply = move |decision| drop(answer.send(decision));
-        // The library panics on a name that is none.
+        // The library panics on an invalid name.
         if !gio::dbus_is_unique_name(&self.caller.name) {
-            return reply(Decision::Failed("the caller's name is no unique name".into()));
+            return reply(Decision::Failed(
+                "the caller's name is not a unique bus name".into(),
+            ));
         }
         let authority = match authority(&self.generation) {
             Ok(authority) => authority,
@@ -172,15 +175,15 @@ impl Question {
     }
 }
 
-/// The proxy, made with the first question that finds polkit there.
+/// The proxy, created by the first question that reaches polkit.
 fn authority(generation: &Arc<AtomicU64>) -> Result<polkit_rs::Authority, glib::Error> {
     AUTHORITY.with(|kept| {
         if let Some(authority) = kept.get() {
             return Ok(authority.clone());
         }
         let authority = polkit_rs::Authority::sync(gio::Cancellable::NONE)?;
-        // Rules or actions changed, somebody came or left, a password was given or its time is over; polkit was
-        // restarted, perhaps with other rules.
+        // polkit emits `Changed` when rules or actions change, a session starts or ends, a password is given or
+        // expires. A restart of polkit may bring other rules.
         let next = |generation: &Arc<AtomicU64>| {
             let generation = generation.clone();
             move |_: &polkit_rs::Authority| {
@@ -188,7 +191,7 @@ fn authority(generation: &Arc<AtomicU64>) -> Result<polkit_rs::Authority, glib::
             }
         };
         authority.connect_changed(next(generation));
-        // Older versions tell of sessions with the other changes, and have no signal of this name.
+        // Older versions report session changes by `Changed`, and have no signal of this name.
         if SignalId::lookup("sessions-changed", polkit_rs::Authority::static_type()).is_some() {
             authority.connect_sessions_changed(next(generation));
         }
@@ -228,7 +231,7 @@ mod tests {
             let answer = polkit
                 .check(&caller, "org.example.backup1.domain.read", &Details::default())
                 .await;
-            let expected = Decision::Failed("the caller's name is no unique name".into());
+            let expected = Decision::Failed("the caller's name is not a unique bus name".into());
             assert_eq!(answer, expected, "{name:?}");
         }
     }

@@ -1,24 +1,25 @@
-//! Counts decisions that repeat, so that nobody can fill the journal with them.
+//! Counts repeated decisions, so that no user can fill the journal with them.
 //!
-//! A refusal needs no right, and the starter of a job may change its speed as often as it likes. Either could rotate
-//! everything else out of the journal. The first of each kind is recorded at once. Further ones are counted, and recorded as
-//! one number a minute. Every other grant is a record of its own.
+//! A refusal needs no permission, and the starter of a job may change its speed without limit. Either could rotate all
+//! other records out of the journal. The first decision of each kind is recorded at once. Further ones are counted, and
+//! the count is recorded once a minute. All other grants are recorded one by one.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How often the count is recorded.
+/// The period of the counts.
 const PERIOD: Duration = Duration::from_secs(60);
-/// Kinds of decisions that are counted, in each group.
+/// The most kinds of decisions that are counted, in each group.
 const MOST: usize = 1024;
-/// Processes of a user whose grants for one job are counted separately. Further ones count as one: each user can start many.
+/// The most processes of a user whose grants for one job are counted separately. Further processes share one count,
+/// because a user can start many.
 const MOST_PROCESSES: usize = 16;
-/// No user has this number (chown(2) reserves it).
+/// The uid of a shared count. No user has it, because chown(2) reserves it.
 const OTHERS: u32 = u32::MAX;
 
-/// What decisions are counted by.
+/// The kind of a decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
     pub uid: u32,
@@ -31,13 +32,13 @@ pub struct Key {
     pub job: Option<u32>,
 }
 
-/// Decisions whose kinds are limited together. Each account has a bounded number of kinds, but a user with subordinate numbers
-/// (subuid(5)) has 65,536 users without a name: these must not take the places of accounts.
+/// Decisions that share one limit of kinds. Each account has a bounded number of kinds. A user with subordinate uids
+/// (subuid(5)) has 65,536 users without a name, which must not use up the limit for accounts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Group {
-    /// Refusals of users that have a name. Beyond [`MOST`] kinds, further users count as one.
+    /// Refusals of users that have a name. Beyond [`MOST`] kinds, further users share one count.
     Accounts,
-    /// Refusals of users without a name. The same.
+    /// Refusals of users without a name, with the same limit.
     Nameless,
     /// Grants. Beyond [`MOST`] kinds, each is recorded.
     Grants,
@@ -45,7 +46,7 @@ pub enum Group {
 
 const GROUPS: usize = 3;
 
-/// Writes a count: of which kind, and how many.
+/// Records the count of a kind.
 type Write = fn(Key, u64);
 
 /// The kinds that were recorded in the last minute, each with the number of further decisions.
@@ -63,7 +64,7 @@ impl Repeats {
         }
     }
 
-    /// Whether this one is to be recorded now. Otherwise it is counted.
+    /// Whether to record this decision now. Otherwise it is counted.
     pub fn is_first(&self, group: Group, mut key: Key) -> bool {
         let mut groups = self.lock();
         let counted = &mut groups[group as usize];
@@ -99,7 +100,7 @@ impl Repeats {
         }
     }
 
-    /// Records the count each minute, until there is none.
+    /// Records the count each minute, and ends after a minute without decisions.
     async fn follow(&self, group: Group, key: Key) {
         loop {
             tokio::time::sleep(PERIOD).await;
@@ -115,7 +116,7 @@ impl Repeats {
         }
     }
 
-    /// Records what was counted until now.
+    /// Records all pending counts.
     pub fn flush(&self) {
         let groups = std::mem::take(&mut *self.lock());
         for (key, count) in groups.into_iter().flatten() {
@@ -158,7 +159,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_first_is_recorded_at_once_and_the_others_once_a_minute_as_a_count() {
+    async fn the_first_decision_is_recorded_at_once_and_the_others_once_a_minute_as_a_count() {
         let repeats = repeats();
         let is_first = |uid, outcome| repeats.is_first(Group::Accounts, refusal(uid, "a", outcome));
         assert!(is_first(1000, "denied"));
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_was_counted_is_recorded_at_the_end() {
+    async fn pending_counts_are_recorded_at_the_end() {
         let repeats = repeats();
         for _ in 0..8 {
             repeats.is_first(Group::Accounts, refusal(1000, "b", "denied"));
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn many_users_take_no_more_memory_than_some() {
+    async fn many_users_take_bounded_memory() {
         let repeats = repeats();
         let is_first = |uid: &u32| repeats.is_first(Group::Nameless, refusal(*uid, "c", "denied"));
         assert_eq!((0..100_000).filter(is_first).count(), MOST + 1);
@@ -196,7 +197,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn users_without_a_name_hide_no_account() {
+    async fn users_without_a_name_do_not_hide_accounts() {
         let repeats = repeats();
         for uid in 100_000..165_536 {
             repeats.is_first(Group::Nameless, refusal(uid, "d", "denied"));
@@ -209,7 +210,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn processes_are_counted_separately_but_not_without_end() {
+    async fn a_limited_number_of_processes_is_counted_separately() {
         let repeats = repeats();
         let grant = |process| Key {
             process: Some(process),
@@ -217,13 +218,13 @@ mod tests {
             ..refusal(1000, "f", "granted")
         };
         let is_first = |process: &u32| repeats.is_first(Group::Grants, grant(*process));
-        // The first of those that count as one is recorded too.
+        // The first decision of the shared count is recorded too.
         assert_eq!((1..1000).filter(is_first).count(), MOST_PROCESSES + 1);
         assert_eq!((1..1000).filter(is_first).count(), 0);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_first_grant_of_each_job_is_recorded_however_many_there_are() {
+    async fn the_first_grant_of_each_job_is_always_recorded() {
         let repeats = repeats();
         let grant = |job| Key {
             job: Some(job),
@@ -238,7 +239,7 @@ mod tests {
         assert_eq!(
             again.count(),
             MOST,
-            "those that have no place are recorded each time"
+            "grants beyond the limit are recorded each time"
         );
     }
 }

@@ -1,51 +1,50 @@
-//! The table of objects and permissions: names, answers without a rule of the administrator's, and
-//! the members of the interface that need each. [`Permission::DomainRead`] implies the permissions to see the domain;
-//! that is not repeated.
+//! The table of permissions: polkit action, default answer, texts, and the D-Bus members that need each permission.
+//! [`Permission::DomainRead`] implies the permissions to see the domain, so the table does not repeat those.
 //!
-//! The shipped `.policy` file is the same table in polkit's language; tests compare table, policy and interface.
+//! The shipped `.policy` file holds the same table for polkit. Tests compare table, policy and interface.
 
-/// The permissions, and the kind of object of each.
+/// The permissions, each on one kind of object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Permission {
-    /// Look at the list of domains at all.
+    /// List domains at all.
     ServiceSearchDomains,
-    /// Make a domain known by passing its monitor.
+    /// Register a domain by passing its monitor.
     ServiceRegisterDomain,
-    /// Have the records of the backups in the stores made anew.
+    /// Rescan the stores, which rewrites the catalog.
     ServiceRescan,
-    /// Know that a domain exists, its name, UUID and state.
+    /// See that a domain exists, with its name, UUID and state.
     DomainGetattr,
-    /// The same of a domain that another user registered, beside [`Permission::DomainGetattr`].
+    /// See a domain that another user registered. Needed in addition to [`Permission::DomainGetattr`].
     DomainSeeForeign,
-    /// Know its disks, its jobs and its backups.
+    /// Read a domain's disks, jobs and backups.
     DomainRead,
-    /// Have a backup of it made in a store of the administrator's.
+    /// Back up a domain into a configured store.
     DomainBackup,
-    /// Have its data brought to a place of the caller's.
+    /// Back up a domain to a target of the caller's choice.
     DomainExport,
-    /// Cancel somebody else's backup of it.
+    /// Cancel another user's backup of the domain.
     DomainAbort,
-    /// Change the speed of somebody else's backup of it.
+    /// Change the speed of another user's backup of the domain.
     DomainSetSpeed,
-    /// Make and remove records of what is written to its disks from an instant on.
+    /// Make and remove checkpoints, which record writes to the disks from a point in time on.
     DomainCheckpoint,
-    /// Remove a backup of it from a store of the administrator's.
+    /// Delete or protect a backup of the domain in a store.
     BackupDelete,
-    /// Have the data of a backup of it.
+    /// Read the data of a backup of the domain.
     BackupRestore,
-    /// Have a backup of it read through for damage.
+    /// Verify a backup of the domain.
     BackupVerify,
 }
 
-/// What is answered where no rule says otherwise.
+/// The default answer, if no polkit rule decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Implicit {
     Yes,
     No,
     /// An administrator's password, each time.
     Administrator,
-    /// The same, but at the machine itself one is enough for a while. polkit keeps it for the action, not for the details:
-    /// consent for one domain covers the next.
+    /// An administrator's password, which polkit keeps for a while in an active local session. polkit keeps it for the
+    /// action and not for the details: consent for one domain covers the next.
     AdministratorKept,
 }
 
@@ -67,18 +66,19 @@ pub struct Entry {
     pub permission: Permission,
     /// The polkit action.
     pub action: &'static str,
-    /// For people who read the list of actions.
+    /// Shown in lists of actions, for example by pkaction(1).
     pub description: &'static str,
-    /// For people who are asked for a password.
+    /// Shown in the password dialog.
     pub message: &'static str,
     pub implicit: Implicit,
-    /// Methods and properties that need it, as `INTERFACE.MEMBER`; those of the root interface without the interface.
+    /// Methods and properties that need the permission, as `INTERFACE.MEMBER`; members of the root interface without
+    /// `INTERFACE`.
     pub members: &'static [&'static str],
 }
 
 const CREATE: &[&str] = &["CreateBackup", "Domain.CreateBackup"];
 
-/// Every permission that there is, once.
+/// All permissions, one row each.
 pub static TABLE: [Entry; 14] = [
     Entry {
         permission: Permission::ServiceSearchDomains,
@@ -91,7 +91,7 @@ pub static TABLE: [Entry; 14] = [
     Entry {
         permission: Permission::ServiceRegisterDomain,
         action: "org.example.backup1.service.register-domain",
-        description: "Make a virtual machine known to the backup service",
+        description: "Register a virtual machine with the backup service",
         message: "Authentication is required to register the virtual machine $(domain_name) for backups",
         implicit: Implicit::AdministratorKept,
         members: &["RegisterDomain"],
@@ -99,8 +99,8 @@ pub static TABLE: [Entry; 14] = [
     Entry {
         permission: Permission::ServiceRescan,
         action: "org.example.backup1.service.rescan",
-        description: "Look through the stores for backups",
-        message: "Authentication is required to look through the stores for backups",
+        description: "Rescan the stores for backups",
+        message: "Authentication is required to rescan the stores for backups",
         implicit: Implicit::AdministratorKept,
         members: &["Rescan"],
     },
@@ -123,8 +123,8 @@ pub static TABLE: [Entry; 14] = [
     Entry {
         permission: Permission::DomainRead,
         action: "org.example.backup1.domain.read",
-        description: "Watch a virtual machine and its backups",
-        message: "Authentication is required to watch the virtual machine $(domain)",
+        description: "View a virtual machine's disks, jobs and backups",
+        message: "Authentication is required to view the disks, jobs and backups of the virtual machine $(domain)",
         implicit: Implicit::Yes,
         members: &[
             "ListJobs",
@@ -202,15 +202,15 @@ pub static TABLE: [Entry; 14] = [
     Entry {
         permission: Permission::DomainExport,
         action: "org.example.backup1.domain.export",
-        description: "Copy a virtual machine's data out",
-        message: "Authentication is required to copy the data of the virtual machine $(domain) out: $(target_kind) $(target)",
+        description: "Back up a virtual machine to any target",
+        message: "Authentication is required to copy the data of the virtual machine $(domain) to: $(target_kind) $(target)",
         implicit: Implicit::Administrator,
         members: CREATE,
     },
     Entry {
         permission: Permission::DomainAbort,
         action: "org.example.backup1.domain.abort",
-        description: "Cancel somebody else's backup of a virtual machine",
+        description: "Cancel another user's backup of a virtual machine",
         message: "Authentication is required to cancel the backup of the virtual machine $(domain)",
         implicit: Implicit::AdministratorKept,
         members: &["Job.Cancel", "Job.CancelDisk"],
@@ -218,7 +218,7 @@ pub static TABLE: [Entry; 14] = [
     Entry {
         permission: Permission::DomainSetSpeed,
         action: "org.example.backup1.domain.set-speed",
-        description: "Change the speed of somebody else's backup of a virtual machine",
+        description: "Change the speed of another user's backup of a virtual machine",
         message: "Authentication is required to change the speed of the backup of the virtual machine $(domain)",
         implicit: Implicit::AdministratorKept,
         members: &["Job.SetSpeed"],
@@ -234,7 +234,7 @@ pub static TABLE: [Entry; 14] = [
     Entry {
         permission: Permission::BackupDelete,
         action: "org.example.backup1.backup.delete",
-        description: "Delete a backup of a virtual machine, or protect it from that",
+        description: "Delete or protect a backup of a virtual machine",
         message: "Authentication is required to delete, protect or unprotect the backup $(backup_id) of the virtual machine $(domain) in the store $(store)",
         implicit: Implicit::Administrator,
         members: &["Prune", "Backup.Delete", "Backup.Protect"],
@@ -257,11 +257,11 @@ pub static TABLE: [Entry; 14] = [
     },
 ];
 
-/// Members that everybody on the bus may use: they tell of nothing.
+/// Members that every user of the bus may use, because they reveal nothing.
 pub const FREE: [&str; 3] = ["Version", "Subscribe", "Unsubscribe"];
 
 impl Permission {
-    /// Its row: the rows are in the order of the permissions.
+    /// The row of the permission. The rows are in the order of the permissions.
     pub fn entry(self) -> &'static Entry {
         &TABLE[self as usize]
     }
@@ -278,7 +278,7 @@ mod tests {
     use std::collections::HashSet;
 
     #[test]
-    fn the_rows_are_in_the_order_of_the_permissions_and_each_has_an_action_of_its_own() {
+    fn rows_are_in_the_order_of_permissions_and_actions_are_unique() {
         for (index, entry) in TABLE.iter().enumerate() {
             assert_eq!(entry.permission as usize, index, "{}", entry.action);
         }
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_rule_everybody_may_look_and_nobody_may_change() {
+    fn without_a_rule_everybody_may_read_and_nobody_may_change() {
         let free: Vec<_> = TABLE
             .iter()
             .filter(|entry| entry.implicit == Implicit::Yes)

@@ -1,11 +1,11 @@
-//! Tests of the handling of an authority's answers.
+//! Tests of [`Access`] with simulated authorities.
 
 use std::collections::HashMap;
 
 use super::*;
 use crate::quota::Limits;
 
-/// Answers by action; denies what it has no answer for.
+/// Answers by action, and denies all other actions.
 struct Fixed(HashMap<&'static str, Decision>);
 
 impl Fixed {
@@ -59,7 +59,7 @@ async fn ask(decision: Decision) -> Result<(), Error> {
 }
 
 #[tokio::test]
-async fn what_nothing_is_known_of_is_a_no() {
+async fn an_unknown_action_is_denied() {
     let access = access(Fixed::with(Permission::DomainAbort.action(), Decision::Granted));
     assert_eq!(require(&access, &caller()).await, Err(Error::Denied(BACKUP)));
     assert!(
@@ -71,7 +71,7 @@ async fn what_nothing_is_known_of_is_a_no() {
 }
 
 #[tokio::test]
-async fn every_answer_but_granted_is_a_no() {
+async fn every_answer_except_granted_denies() {
     assert_eq!(ask(Decision::Granted).await, Ok(()));
     assert_eq!(ask(Decision::GrantedForAWhile).await, Ok(()));
     assert_eq!(ask(Decision::Denied).await, Err(Error::Denied(BACKUP)));
@@ -82,7 +82,7 @@ async fn every_answer_but_granted_is_a_no() {
     );
 }
 
-/// Never answers who may be asked for a password; refers everybody else to that.
+/// Does not answer interactive questions, and answers the others with a challenge.
 struct Silent;
 
 impl Authority for Silent {
@@ -99,7 +99,7 @@ impl Authority for Silent {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_authority_that_never_answers_is_a_no() {
+async fn an_authority_that_never_answers_denies() {
     let access = access(Silent);
     let silent = Caller { uid: 7, ..caller() };
     assert_eq!(require(&access, &silent).await, Err(Error::Unknown));
@@ -117,7 +117,7 @@ async fn an_authority_that_never_answers_is_a_no() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn dialogs_are_counted_and_one_that_is_withdrawn_gives_its_place_back() {
+async fn dialogs_are_limited_and_a_withdrawn_one_frees_its_share() {
     let access = access(Silent);
     let interactive = Caller {
         interactive: true,
@@ -133,11 +133,11 @@ async fn dialogs_are_counted_and_one_that_is_withdrawn_gives_its_place_back() {
         _ = first => panic!("nobody answers"),
         refused = second => assert_eq!(refused.unwrap_err().kind(), Kind::LimitsExceeded),
     }
-    // The first was dropped.
+    // The first dialog was dropped, which freed its share.
     assert_eq!(require(&access, &interactive).await, Err(Error::Unknown));
 }
 
-/// Counts what it is asked.
+/// Counts the questions.
 #[derive(Default)]
 struct Counting {
     asked: std::sync::atomic::AtomicU64,
@@ -174,7 +174,7 @@ async fn asked_for_two_looks(answer: Decision, between: impl AsyncFn(&Counting, 
 }
 
 #[tokio::test]
-async fn a_silent_answer_is_kept_until_the_authority_or_the_caller_changes() {
+async fn a_silent_answer_is_cached_until_the_authority_or_the_caller_changes() {
     for answer in [Decision::Granted, Decision::Denied, Decision::Challenge] {
         assert_eq!(asked_for_two_looks(answer, async |_, _| ()).await, 1);
     }
@@ -189,7 +189,7 @@ async fn a_silent_answer_is_kept_until_the_authority_or_the_caller_changes() {
 }
 
 #[tokio::test]
-async fn what_a_password_brought_and_what_failed_is_not_kept() {
+async fn granted_passwords_and_failures_are_not_cached() {
     assert_eq!(
         asked_for_two_looks(Decision::GrantedForAWhile, async |_, _| ()).await,
         2
@@ -201,7 +201,7 @@ async fn what_a_password_brought_and_what_failed_is_not_kept() {
 }
 
 #[tokio::test]
-async fn what_changes_something_is_asked_each_time() {
+async fn changes_are_never_answered_from_the_cache() {
     let counting = Arc::new(Counting {
         answers: vec![Decision::Granted, Decision::Denied],
         ..Counting::default()
@@ -211,7 +211,7 @@ async fn what_changes_something_is_asked_each_time() {
     assert_eq!(require(&access, &caller()).await, Err(Error::Denied(BACKUP)));
 }
 
-/// Takes its time for every answer.
+/// Delays every answer.
 struct Slow;
 
 impl Authority for Slow {
@@ -228,7 +228,7 @@ impl Authority for Slow {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_asks_much_waits_for_its_turns_and_gets_every_answer() {
+async fn a_caller_with_many_questions_gets_every_answer() {
     let access = access(Slow);
     let (caller, details) = (caller(), Details::default());
     let looks = (0..500).map(|object| access.look(&caller, READ, Some((object, None)), &details));

@@ -46,7 +46,7 @@ pub enum Error {
     BuiltUpon { id: String, job: u32 },
     #[error("no backup '{0}' any more")]
     Gone(String),
-    #[error("the configuration has no store '{0}' any more")]
+    #[error("store '{0}' is not configured any more")]
     NoStore(String),
     #[error("{0}")]
     Target(#[from] target::Error),

@@ -1,4 +1,4 @@
-//! The service: reads its configuration, connects to the system bus, and stops on a signal or when the bus is gone.
+//! The service: loads its configuration, connects to the system bus, and exits on a signal or when the bus is gone.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,12 +21,12 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// How long the first look at the configured domains may delay the start: who calls the service into being wants to
-/// find them, but not to wait for one that hangs.
-const FIRST_LOOK: Duration = Duration::from_secs(2);
+/// How long the first probe of the configured domains may delay the start. A caller that activates the service expects
+/// its domains, but must not wait for one that hangs.
+const FIRST_PROBE: Duration = Duration::from_secs(2);
 
-/// How long the end waits for what blocks.
-const LAST_WORK: Duration = Duration::from_secs(1);
+/// Timeout for blocked threads at the end.
+const LAST_THREADS: Duration = Duration::from_secs(1);
 
 /// Backs up running QEMU virtual machines for callers on the system bus.
 #[derive(Parser)]
@@ -35,7 +35,7 @@ struct Arguments {
     /// The configuration file [default: /etc/backupd/backupd.toml]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Thaw a guest if the service does not. For the service itself.
+    /// Thaw a guest if the service does not (internal)
     #[arg(long, hide = true)]
     thaw_guard: bool,
 }
@@ -44,7 +44,7 @@ struct Arguments {
 enum Fatal {
     #[error("{0}")]
     Config(#[from] config::Error),
-    #[error("the default store cannot be used: {0}")]
+    #[error("cannot use the default store: {0}")]
     Store(#[from] target::Error),
     #[error("{0}")]
     Catalog(#[from] catalog::Error),
@@ -52,7 +52,7 @@ enum Fatal {
     Jobs(#[from] job::Error),
     #[error("{0}")]
     Backups(#[from] backups::Error),
-    #[error("the domain directories cannot be watched: {0}")]
+    #[error("cannot watch the domain directories: {0}")]
     Domains(std::io::Error),
     #[error("{0}")]
     System(#[from] std::io::Error),
@@ -63,22 +63,22 @@ enum Fatal {
 }
 
 impl Fatal {
-    /// Whether it is the same at every start, until somebody does something about it.
-    fn stays(&self) -> bool {
+    /// Whether every start fails in the same way until an administrator acts.
+    fn is_permanent(&self) -> bool {
         match self {
             Self::Config(_) | Self::Store(_) => true,
-            // The process before this one may not have ended yet.
+            // The previous instance may not have ended yet.
             Self::Catalog(error) => !matches!(error, catalog::Error::InUse { .. }),
             _ => false,
         }
     }
 }
 
-/// How the service ended, when nothing is wrong.
+/// The result of a regular end.
 enum End {
-    /// It was told to, or nobody needs it.
+    /// The service was stopped, or is unused.
     Done,
-    /// Nobody needs it, but somebody may have called while it left; or another version is to take over.
+    /// A client may have called while the unused service left the bus, or another version is installed.
     StartAgain,
 }
 
@@ -88,17 +88,17 @@ fn main() -> ExitCode {
     }
     let arguments = Arguments::parse();
     start_log();
-    die_of_panics();
+    abort_on_panic();
     if arguments.thaw_guard {
         return job::watch_frozen_guest();
     }
     match start(arguments) {
         Ok(End::Done) => ExitCode::SUCCESS,
-        Ok(End::StartAgain) => supervisor::START_AGAIN.into(),
+        Ok(End::StartAgain) => supervisor::RESTART.into(),
         Err(error) => {
             tracing::error!("{error}");
-            match error.stays() {
-                true => supervisor::LEAVE_IT.into(),
+            match error.is_permanent() {
+                true => supervisor::DO_NOT_RESTART.into(),
                 false => ExitCode::FAILURE,
             }
         }
@@ -111,13 +111,13 @@ fn start(arguments: Arguments) -> Result<End, Fatal> {
         .enable_all()
         .build()?;
     let ended = runtime.block_on(run(arguments));
-    // All that matters is done: what still blocks is the closing of something that a caller passed.
-    runtime.shutdown_timeout(LAST_WORK);
+    // All work is done. A thread that still blocks only closes a caller's descriptor.
+    runtime.shutdown_timeout(LAST_THREADS);
     ended
 }
 
 async fn run(arguments: Arguments) -> Result<End, Fatal> {
-    // Before anything that could take a while, so that no request to stop is missed.
+    // First, so that no stop request is missed.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut make_room = signal(SignalKind::user_defined1())?;
@@ -139,7 +139,7 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     let jobs = Jobs::new(domains.clone(), catalog.clone(), &config, boot, activity.clone());
     jobs.thaw().await?;
     let known = domains.list();
-    let settled = known.iter().map(|domain| domain.settled(FIRST_LOOK));
+    let settled = known.iter().map(|domain| domain.settled(FIRST_PROBE));
     futures_util::future::join_all(settled).await;
     let access = Access::new(Arc::new(Polkit::start()?), limits.of_password_dialogs());
     let backups = Arc::new(Backups::new(
@@ -173,8 +173,8 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     tracing::info!("stopping");
     if !matches!(ended, Ok(Some(_))) {
         supervisor::stopping().await;
-        // What came by the name until now is served; further calls are for the next process. Where the bus is gone, so is
-        // the name.
+        // Calls that came by the name until now are served; later ones are for the next instance. The release fails
+        // only without a bus.
         let _ = published.withdraw().await;
     }
     service.close_queue();
@@ -184,8 +184,8 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     ended.map(|left| left.unwrap_or(End::Done))
 }
 
-/// Returns when the service is not needed (for so long, `idle_exit`), or has made room for another version of it (after
-/// `upgrade`, at the latest).
+/// Returns when the service is unused for `idle_exit`, or has made room for another version, at the latest after
+/// `upgrade`.
 async fn leave(
     (idle_exit, upgrade): (Option<Duration>, Duration),
     (activity, at_stake): (&Activity, &Activity),
@@ -194,27 +194,29 @@ async fn leave(
 ) -> Result<End, zbus::Error> {
     match leave_when_idle(idle_exit, activity, make_room, published).await? {
         Some(end) => Ok(end),
-        None => leave_when_nothing_is_lost(upgrade, at_stake, published).await,
+        None => leave_for_upgrade(upgrade, at_stake, published).await,
     }
 }
 
-/// Returns when nothing runs that a restart would end, and the name is given up. What is asked for until then is begun: a
-/// user's restore is worth more than the moment at which a new version starts. Calls that begin nothing do not delay it: anybody
-/// could keep an old version in work by them. After `longest` the jobs end with the service: a user who may restore could
-/// otherwise keep a mended version from starting.
-async fn leave_when_nothing_is_lost(
+/// Returns when no job runs that a restart would end, and the name is released.
+///
+/// Jobs that are requested until then are started, because a user's restore matters more than the time of an upgrade.
+/// Other calls do not delay the end, because any user could keep an old version running with them. After `longest` the
+/// jobs end with the service. Otherwise a user with that permission could prevent an upgrade.
+async fn leave_for_upgrade(
     longest: Duration,
     at_stake: &Activity,
     published: &Published,
 ) -> Result<End, zbus::Error> {
     tracing::info!(
-        "asked to make room: it ends as soon as no restore, export, verification or deletion runs, or in {longest:?}"
+        "asked to make room for another version: the service ends after the running restores, exports, verifications and \
+         deletions, at the latest in {longest:?}"
     );
     let latest = tokio::time::Instant::now() + longest;
     loop {
         let rest = tokio::time::timeout_at(latest, at_stake.rest(Duration::ZERO));
         let Ok(rest) = rest.await else {
-            tracing::warn!("the jobs that run end with the service: it has waited for them for {longest:?}");
+            tracing::warn!("the running jobs did not end within {longest:?}, so they end with the service");
             supervisor::stopping().await;
             published.withdraw().await?;
             return Ok(End::StartAgain);
@@ -229,11 +231,11 @@ async fn leave_when_nothing_is_lost(
     }
 }
 
-/// Returns when nobody has needed the service for so long, its name is given up, and nobody called meanwhile: see
-/// `bus::leave` for the order of all this. Returns nothing if it is asked to make room before.
+/// Returns when the service is unused for `time`, its name is released, and no client called in between; `bus::leave`
+/// explains the order. Returns `None` if it is asked to make room before.
 ///
-/// Configured domains do not keep it running. Between calls it only follows their state, for subscribers; the next start
-/// connects to the monitor again. That is impossible for a registered one.
+/// Configured domains are not a use of the service. Between calls it only follows their state for subscribers, and the
+/// next instance connects to their monitors again. For a registered domain that is impossible.
 async fn leave_when_idle(
     time: Option<Duration>,
     activity: &Activity,
@@ -244,16 +246,16 @@ async fn leave_when_idle(
         let rest = async {
             match time {
                 Some(time) => (activity.rest(time).await, time),
-                // Nobody would start it again, or it is not wanted.
+                // The bus would not start it again, or idle exit is disabled.
                 None => std::future::pending().await,
             }
         };
-        // Not while the name is given up.
+        // Handled only while the service owns its name.
         let (rest, time) = tokio::select! {
             rest = rest => rest,
             _ = make_room.recv() => return Ok(None),
         };
-        tracing::info!("nobody has needed the service for {time:?}: it leaves");
+        tracing::info!("the service is unused for {time:?}: leaving the bus");
         let systemd = supervisor::is_there();
         let before = if systemd {
             published.jobs_of_systemd().await
@@ -262,7 +264,7 @@ async fn leave_when_idle(
         };
         published.withdraw().await?;
         if !activity.lasts(rest) {
-            tracing::info!("somebody called: it stays");
+            tracing::info!("a client called: staying on the bus");
             published.stay().await?;
         } else if systemd {
             supervisor::stopping().await;
@@ -277,8 +279,8 @@ async fn leave_when_idle(
     }
 }
 
-/// A panic is the end of the service, not of one task: who waits for that task would wait for ever.
-fn die_of_panics() {
+/// Aborts on a panic. Otherwise only one task would end, and its waiters would wait for ever.
+fn abort_on_panic() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         report(info);
@@ -287,19 +289,19 @@ fn die_of_panics() {
     }));
 }
 
-/// To the journal where there is one, else to standard error.
+/// Logs to the journal if there is one, else to standard error.
 fn start_log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    // The records of who was allowed what are never filtered out.
+    // Audit records are never filtered out.
     let filter = match AUDIT_DIRECTIVE.parse() {
         Ok(audit) => filter.add_directive(audit),
-        // It is always one.
+        // The directive is always valid.
         Err(_) => filter,
     };
     let registry = tracing_subscriber::registry().with(filter);
     let journal = std::env::var_os("JOURNAL_STREAM").and_then(|_| tracing_journald::layer().ok());
     match journal {
-        // Fields are `BACKUPD_…=` there.
+        // Fields become `BACKUPD_…=`.
         Some(journal) => registry
             .with(journal.with_field_prefix(Some("BACKUPD".into())))
             .init(),

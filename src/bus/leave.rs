@@ -21,7 +21,7 @@
 //! 3. send `STOPPING=1`, and wait until systemd has processed it (`BARRIER=1`);
 //! 4. read the count again. Every earlier start request is counted, and every later one is delayed until the service
 //!    has ended. If the count is the same, the service ends. If the count differs or cannot be read, the service ends
-//!    with the status that makes systemd start it again ([`crate::supervisor::START_AGAIN`]). The new instance gets the
+//!    with the status that makes systemd start it again ([`crate::supervisor::RESTART`]). The new instance gets the
 //!    queued calls. A start of another unit also changes the count, which is harmless.
 //!
 //! The bus cannot queue calls to the unique name, which some libraries use once they know it. The service handles such

@@ -1,5 +1,5 @@
-//! The attributes of a tag, and the XML declaration, which looks like one. As [`super::xml`], it knows XML and
-//! none of the language's words.
+//! The attributes of a tag, and the XML declaration, which has the same syntax. As [`super::xml`], it knows XML and no
+//! words of the language.
 
 use std::borrow::Cow;
 
@@ -8,7 +8,7 @@ use quick_xml::events::attributes::{AttrError, Attributes};
 use super::Error;
 use super::xml::{Tag, Xml, is_space};
 
-/// An attribute with its value as the document means it: references resolved, white space normalised.
+/// An attribute with its parsed value: references resolved, white space normalised.
 pub(super) struct Attribute<'a> {
     pub name: &'static str,
     pub value: Cow<'a, str>,
@@ -16,7 +16,7 @@ pub(super) struct Attribute<'a> {
 }
 
 impl<'a> Xml<'a> {
-    /// The attributes of a tag in the order of `known`.
+    /// The attributes of a tag, in the order of `known`.
     pub fn attributes<const N: usize>(
         &self,
         tag: &Tag<'a>,
@@ -33,7 +33,7 @@ impl<'a> Xml<'a> {
             let Some(index) = known.iter().position(|name| *name == key) else {
                 return Err(self.unknown_attribute(offset, key, tag, known));
             };
-            // Always: the iterator gives out pieces of what it got.
+            // Always borrowed, because the iterator returns slices of its input.
             let Cow::Borrowed(raw) = attribute.value else {
                 return Err(self.malformed(offset, "unreadable attribute"));
             };
@@ -51,7 +51,7 @@ impl<'a> Xml<'a> {
         if tag.offset != self.base {
             return Err(self.malformed(
                 tag.offset,
-                "an XML declaration that is not at the document's beginning",
+                "the XML declaration is not at the beginning of the document",
             ));
         }
         let [version, encoding, standalone] = self.attributes(tag, &["version", "encoding", "standalone"])?;
@@ -102,8 +102,8 @@ impl<'a> Xml<'a> {
         }
     }
 
-    /// An attribute's value (XML 1.0, 3.3.3). Not quick-xml's `normalized_value`, which can't say where a bad
-    /// reference is and lets characters through that XML does not allow.
+    /// An attribute's value (XML 1.0, 3.3.3). quick-xml's `normalized_value` does not fit: it reports no position of a
+    /// bad reference, and accepts characters that XML forbids.
     fn value(&self, raw: &'a str) -> Result<Cow<'a, str>, Error> {
         if !raw.contains(['&', '<', '\t', '\r', '\n']) {
             return Ok(Cow::Borrowed(raw));
@@ -116,7 +116,7 @@ impl<'a> Xml<'a> {
                 '<' => {
                     return Err(self.malformed(
                         offset + index,
-                        "'<' in the value of an attribute; it is written &lt;, or a quote is missing before it",
+                        "'<' in an attribute value; write &lt;, or add the missing quote before it",
                     ));
                 }
                 '&' => {
@@ -127,7 +127,7 @@ impl<'a> Xml<'a> {
                     value.push(self.resolve(&rest[..end], offset + index)?);
                     characters.nth(rest[..end].chars().count());
                 }
-                // A line break is one character, however it is written.
+                // CR LF counts as one line break.
                 '\r' if characters.as_str().starts_with('\n') => {}
                 '\t' | '\r' | '\n' => value.push(' '),
                 character => value.push(character),
@@ -150,12 +150,12 @@ impl<'a> Xml<'a> {
                 };
             }
             AttrError::ExpectedEq(end) | AttrError::ExpectedValue(end) => {
-                (end, "an attribute without a value; it is written name='value'")
+                (end, "an attribute without a value; write name='value'")
             }
             AttrError::UnquotedValue(end) => (end, "an attribute's value without quotes around it"),
             AttrError::ExpectedQuote(end, _) => (end, "an attribute's value without its closing quote"),
         };
-        // What quick-xml counts is where it missed something; the attribute's name stands before that.
+        // quick-xml reports the offset of the missing character. The attribute's name precedes it.
         let before = tag.content.get(..end).unwrap_or_default();
         let before = before.trim_end_matches(|c| is_space(c) || c == '=');
         let start = before.rfind(is_space).map_or(0, |space| space + 1);

@@ -1,6 +1,7 @@
-//! The `<domaincheckpoint>` document. The words are libvirt's; what XML is, and what a name is, is as in a backup's.
+//! The `<domaincheckpoint>` document, with libvirt's elements. XML syntax and names are those of a `<domainbackup>`.
 //!
-//! What libvirt only writes (`<creationTime>`, `<parent>`) can stand in a document that is given back, and has no effect.
+//! libvirt only writes `<creationTime>` and `<parent>`. A document that a client passes back may contain them; they
+//! have no effect.
 
 use std::collections::HashMap;
 
@@ -15,42 +16,42 @@ use crate::model::is_reserved;
 const ROOT: &str = "domaincheckpoint";
 const CHILDREN: &[&str] = &["name", "description", "creationTime", "parent", "disks"];
 
-/// A checkpoint as a caller describes it. `None` means that the document does not say.
+/// A checkpoint as a caller describes it. `None` means that the document leaves it to the service.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct CheckpointDefinition {
-    /// A name that [`is_checkpoint_name`](super::is_checkpoint_name).
+    /// A name that passes [`is_checkpoint_name`](super::is_checkpoint_name).
     pub name: Option<String>,
     /// Free text, at most 4096 bytes.
     pub description: Option<String>,
-    /// In seconds since 1970. The service's to say.
+    /// In seconds since 1970. Set by the service.
     pub creation_time: Option<u64>,
-    /// The checkpoint before. The service's to say.
+    /// The previous checkpoint. Set by the service.
     pub parent: Option<String>,
-    /// The disks that the document lists, in its order; at least one of them is to have a checkpoint.
+    /// The disks in the order of the document; at least one has a checkpoint.
     pub disks: Option<Vec<CheckpointDisk>>,
 }
 
-/// What the document says about one disk.
+/// The entry of one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointDisk {
-    /// As the document names it; 1 to 255 bytes without control characters.
+    /// The name in the document; 1 to 255 bytes without control characters.
     pub name: String,
-    /// Of the `<disk>` tag.
+    /// The position of the `<disk>` tag.
     #[serde(skip)]
     pub at: Position,
-    /// It has a bitmap from the checkpoint's instant on.
+    /// Whether the disk gets a bitmap at the checkpoint.
     pub bitmap: bool,
 }
 
 impl CheckpointDefinition {
-    /// The document that means this, pretty-printed. [`parse_checkpoint`] makes the same of it, positions aside.
+    /// The document, pretty-printed. [`parse_checkpoint`] of it returns the same value except for positions.
     pub fn to_xml(&self) -> String {
         write::checkpoint(self)
     }
 }
 
-/// Reads a document.
+/// Parses a document.
 pub fn parse_checkpoint(text: &str) -> Result<CheckpointDefinition, Error> {
     if text.len() > MAX_BYTES {
         return Err(Error::TooLarge { bytes: text.len() });

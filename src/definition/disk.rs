@@ -1,7 +1,7 @@
-//! `<disks>`: each disk by itself, then all of them together.
+//! `<disks>`: parses each disk, then checks all of them together.
 //!
-//! What a disk with `backup='no'` says beside its name has no effect, in libvirt as here: its elements and
-//! attributes have to be ones of the language, their values are not judged.
+//! As in libvirt, everything but the name of a disk with `backup='no'` has no effect. Its elements and attributes must
+//! be known, but their values are not checked.
 
 use std::collections::HashMap;
 
@@ -15,10 +15,10 @@ use crate::model::{Compression, Format};
 const DISKS_CHILDREN: &[&str] = &["disk"];
 const DISK_CHILDREN: &[&str] = &["driver", "target"];
 
-/// The disks of a document, and what the rest of it has to agree with.
+/// The disks of a document, and facts that other elements must agree with.
 pub(super) struct Disks {
     pub list: Vec<DiskDefinition>,
-    /// Where the first `<target>` of a selected disk is.
+    /// The position of the first `<target>` of a selected disk.
     pub first_target: Option<Position>,
 }
 
@@ -133,7 +133,7 @@ fn disk<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<(DiskDefinition, Option<
         }
     }
     if let Some(index) = index {
-        // libvirt writes it into the documents that it gives out, and ignores it in those that it gets.
+        // libvirt writes `index` into its output and ignores it in its input.
         number(xml, "disk", &index)?;
     }
     let kind = match &kind {
@@ -172,7 +172,7 @@ fn disk<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<(DiskDefinition, Option<
     Ok((disk, target_at))
 }
 
-/// libvirt's rule: a disk that names a checkpoint is backed up since that.
+/// libvirt's rule: a disk that names a checkpoint is backed up incrementally since that checkpoint.
 fn mode(
     xml: &Xml<'_>,
     backupmode: Option<Attribute<'_>>,
@@ -224,7 +224,7 @@ struct Children {
     target: Option<(Target, Position)>,
 }
 
-/// What stands in a `<disk>`. Without a kind the disk is left out: the values in it are not judged.
+/// Parses the children of a `<disk>`. Without a `kind` the disk is not selected, so their values are not checked.
 fn children<'a>(xml: &mut Xml<'a>, disk: &Tag<'a>, kind: Option<TargetKind>) -> Result<Children, Error> {
     let mut children = Children::default();
     let mut seen = Seen::default();

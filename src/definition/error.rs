@@ -1,7 +1,7 @@
-//! The errors of a document, with the facts in fields, and their texts.
+//! The errors of a document: facts in fields, and their texts.
 //!
-//! Each text begins with the position, names the offending word, and the correct one if that is known.
-//! Callers' words are quoted through [`Quoted`], so that no text grows without bound or breaks a log line.
+//! Each text begins with the position and quotes the wrong word. It names the correct word if that is known. [`Quoted`]
+//! quotes callers' words, so that a text has bounded length and cannot break a log line.
 
 use std::fmt;
 
@@ -37,10 +37,10 @@ pub enum Error {
     Doctype { at: Position },
     #[error(
         "{at}: unknown entity '&{};'; there are &amp; &lt; &gt; &apos; &quot; and numbers like &#38; \
-         (a plain '&' is written &amp;)", Quoted(.name)
+         (write a plain '&' as &amp;)", Quoted(.name)
     )]
     UnknownEntity { at: Position, name: String },
-    #[error("{at}: '&{};' refers to no character that XML allows", Quoted(.reference))]
+    #[error("{at}: '&{};' refers to a character that XML does not allow", Quoted(.reference))]
     BadReference { at: Position, reference: String },
     #[error("{at}: <{name}> is not closed before the document ends")]
     UnclosedElement { at: Position, name: String },
@@ -50,11 +50,13 @@ pub enum Error {
         expected: String,
         found: String,
     },
-    #[error("{at}: </{}> closes nothing", Quoted(.name))]
+    #[error("{at}: </{}> has no start tag", Quoted(.name))]
     UnmatchedEnd { at: Position, name: String },
 
-    // What stands where
-    #[error("{at}: '{}' has to go: there are no namespaces in this language", Quoted(.name))]
+    // Structure
+    #[error(
+        "{at}: '{}' uses namespaces, which are not supported; remove the prefix or the declaration", Quoted(.name)
+    )]
     Namespaced { at: Position, name: String },
     #[error("{at}: unknown element <{}> in <{parent}>, which takes {}", Quoted(.name), Elements(.known))]
     UnknownElement {
@@ -80,7 +82,7 @@ pub enum Error {
         parent: &'static str,
         first: Position,
     },
-    #[error("{at}: attribute '{}' of <{element}> a second time; the first is at {first}", Quoted(.name))]
+    #[error("{at}: a second attribute '{}' of <{element}>; the first is at {first}", Quoted(.name))]
     DuplicateAttribute {
         at: Position,
         name: String,
@@ -133,8 +135,8 @@ pub enum Error {
         value: String,
     },
     #[error(
-        "{at}: '{}' is not a valid name for {what}; use letters, digits, '_', '-' and, not at the beginning, '.', \
-         1 to {MAX_NAME_BYTES} characters", Quoted(.name)
+        "{at}: '{}' is not a valid name for {what}; use 1 to {MAX_NAME_BYTES} \
+         letters, digits, '_', '-' and '.', and do not begin with '.'", Quoted(.name)
     )]
     InvalidName {
         at: Position,
@@ -142,8 +144,8 @@ pub enum Error {
         name: String,
     },
     #[error(
-        "{at}: a checkpoint cannot be called '{}'; 'auto', 'full', 'no' and what looks like a backup's id mean \
-         something else", Quoted(.name)
+        "{at}: a checkpoint cannot have the name '{}'; 'auto', 'full', 'no' and names in the form of a backup id \
+         are reserved", Quoted(.name)
     )]
     ReservedName { at: Position, name: String },
     #[error("{at}: the creation time '{}' is not a whole number of seconds since 1970", Quoted(.value))]
@@ -177,14 +179,14 @@ pub enum Error {
         problem: PathProblem,
     },
 
-    // What does not go together
+    // Contradictions
     #[error("{at}: {what} belongs to pull mode; this backup is a push")]
     PullOnly { at: Position, what: &'static str },
     #[error("{at}: 'incremental' contradicts backupmode='full'; remove one of the two")]
     IncrementalFull { at: Position },
     #[error("{at}: a raw image can't be compressed; use type='qcow2' or remove 'compress'")]
     CompressedRaw { at: Position },
-    #[error("{at}: '{found}' is not for the target of a disk of type '{kind}', which takes '{wanted}'")]
+    #[error("{at}: '{found}' does not apply to the target of a disk of type '{kind}'; use '{wanted}'")]
     TargetAttribute {
         at: Position,
         found: &'static str,
@@ -198,13 +200,13 @@ pub enum Error {
         kind: &'static str,
         wanted: &'static str,
     },
-    #[error("{at}: disk '{}' a second time; the first is at {first}", Quoted(.disk))]
+    #[error("{at}: disk '{}' is listed twice; the first is at {first}", Quoted(.disk))]
     DiskTwice {
         at: Position,
         disk: String,
         first: Position,
     },
-    #[error("{at}: the target '{}' is already that of disk '{}' ({first})", Quoted(.target), Quoted(.disk))]
+    #[error("{at}: the target '{}' is already used by disk '{}' ({first})", Quoted(.target), Quoted(.disk))]
     TargetTwice {
         at: Position,
         target: String,
@@ -214,18 +216,20 @@ pub enum Error {
     #[error("{at}: more than {MAX_DISKS} disks")]
     TooManyDisks { at: Position },
     #[error(
-        "{at}: no disk selected: none is listed without backup='no'; without <disks> every writable disk is"
+        "{at}: no disk is selected: list a disk without backup='no', or remove <disks> to select every writable disk"
     )]
     NoDiskSelected { at: Position },
     #[error(
-        "{at}: no disk with a checkpoint: none is listed without checkpoint='no'; without <disks> every disk has one \
-         that can"
+        "{at}: no disk has a checkpoint: list a disk without checkpoint='no', or remove <disks> to include every \
+         disk that can have one"
     )]
     NoDiskRecorded { at: Position },
-    #[error("{at}: a target beside <store> ({store}); the service chooses the files in a store: remove one")]
+    #[error(
+        "{at}: <target> contradicts <store> ({store}), because the service chooses the files in a store; remove one"
+    )]
     StoreAndTarget { at: Position, store: Position },
     #[error(
-        "{at}: disk '{}' has no target but disk '{}' has ({other_at}); name one for each disk or for none",
+        "{at}: disk '{}' has no target but disk '{}' has ({other_at}); give every disk a target, or none",
         Quoted(.disk), Quoted(.other)
     )]
     MixedTargets {
@@ -239,7 +243,7 @@ pub enum Error {
     Unsupported { at: Position, feature: Feature },
 }
 
-/// What the language knows and the service does not do yet.
+/// Parts of the language that the service does not support yet.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Feature {
     #[error("mode='pull' is not supported; use mode='push'")]
@@ -250,7 +254,7 @@ pub enum Feature {
     SecurityLabel,
     #[error("an encrypted target (<encryption>) is not supported")]
     Encryption,
-    #[error("a bitmap of one's own (bitmap='…') is not supported; remove it: the service names its bitmaps")]
+    #[error("bitmap='…' is not supported; remove it, because the service names its bitmaps")]
     OwnBitmap,
     #[error("driver type '{}' is not supported; use 'qcow2' or 'raw'", Quoted(.0))]
     DriverType(String),
@@ -283,7 +287,7 @@ impl From<Error> for crate::error::Error {
     }
 }
 
-/// A caller's word as it may stand in a message: its first 64 characters, unprintable ones escaped.
+/// A caller's word for a message: its first 64 characters, unprintable ones escaped.
 struct Quoted<'a>(&'a str);
 
 const QUOTED_CHARACTERS: usize = 64;

@@ -1,13 +1,12 @@
-//! The `<domainbackup>` and `<domaincheckpoint>` documents: what a caller asks for, as types, and the way from XML to them
-//! and back.
+//! The `<domainbackup>` and `<domaincheckpoint>` documents: their types, parser and writer.
 //!
-//! The language is libvirt's, with a few additions (`<name>`, `<description>`, `<store>`, `<bandwidth>`,
-//! `<quiesce>`, disks of `type='fd'`, `compress`). What libvirt accepts for a push backup means the same here;
-//! what is not done yet is refused as unsupported, by name.
+//! The language is libvirt's with additions: `<name>`, `<description>`, `<store>`, `<bandwidth>`, `<quiesce>`, disks of
+//! `type='fd'`, `compress`. A document that libvirt accepts for a push backup has the same meaning here. Unsupported
+//! parts are refused by name.
 //!
-//! This module is pure. It may not open a file, ask a QEMU, or know D-Bus: whether a disk, a store or a file
-//! exists is for those to say who come later. A [`Definition`] that [`parse`] returned is consistent in itself:
-//! no disk twice, no target twice, targets for all disks or for none.
+//! This module is pure: it opens no file, asks no QEMU and knows no D-Bus. Its callers check whether a disk, a store or
+//! a file exists. A [`Definition`] from [`parse`] is consistent in itself: no disk twice, no target twice, targets for
+//! all disks or for none.
 
 mod attribute;
 mod checkpoint;
@@ -28,16 +27,16 @@ pub use checkpoint::{CheckpointDefinition, CheckpointDisk, parse_checkpoint};
 pub use error::{Error, Feature, PathProblem};
 pub use parse::parse;
 
-/// The longest document that is looked at, in bytes. Checked before anything else.
+/// The longest accepted document, in bytes. Checked first.
 pub const MAX_BYTES: usize = 1 << 20;
 
 const MAX_DISKS: usize = 256;
 const MAX_DISK_NAME_BYTES: usize = 255;
-/// PATH_MAX counts the NUL that ends a path, which is not in the document.
+/// PATH_MAX includes the terminating NUL, which a document does not contain.
 const MAX_PATH_BYTES: usize = 4095;
 
-/// A place in the document, both counted from 1; columns count characters, not bytes. 0:0 stands for
-/// something that no document said.
+/// A position in the document. Lines and columns count from 1, columns in characters. 0:0 means that the value did not
+/// come from a document.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
     pub line: u32,
@@ -50,66 +49,66 @@ impl fmt::Display for Position {
     }
 }
 
-/// A backup as a caller describes it. `None` means that the document does not say; the default value says
-/// nothing at all, which means: every writable disk, full, into the default store.
+/// A backup as a caller describes it. `None` leaves a choice to the service. The default value means: every writable
+/// disk, full, into the default store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Definition {
-    /// A name that [`is_valid_name`].
+    /// A name that passes [`is_valid_name`].
     pub name: Option<String>,
     /// Free text, at most 4096 bytes.
     pub description: Option<String>,
-    /// Where the service is to choose the files. Never together with a disk's target.
+    /// The store for the images. Excludes targets of disks.
     pub store: Option<StoreRef>,
-    /// Bytes a second, all disks together; never 0.
+    /// Bytes per second for all disks together; never 0.
     pub bandwidth: Option<u64>,
     pub quiesce: Option<Quiesce>,
-    /// What all disks are backed up since that say nothing else.
+    /// The base of all disks that name none themselves.
     pub incremental: Option<CheckpointRef>,
-    /// The disks that the document lists, in its order; at least one of them is to be backed up.
+    /// The disks in the order of the document; at least one is selected.
     pub disks: Option<Vec<DiskDefinition>>,
 }
 
 impl Definition {
-    /// The document that means this, pretty-printed. [`parse`] makes the same of it, positions aside.
+    /// The document, pretty-printed. [`parse`] of it returns the same value except for positions.
     ///
-    /// Characters that XML 1.0 can't carry at all (most control characters; no parsed document has them) become
-    /// U+FFFD, as do the bytes of a path that are not UTF-8.
+    /// Characters that XML 1.0 cannot represent become U+FFFD. These are most control characters, which no parsed
+    /// document contains. So do bytes of a path that are not UTF-8.
     pub fn to_xml(&self) -> String {
         write::definition(self)
     }
 }
 
-/// A store, by its name in the service's configuration.
+/// A store, by its name in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreRef {
     pub name: String,
     pub at: Position,
 }
 
-/// A checkpoint, by its name: an instant since when it is known what changed on a disk.
+/// A checkpoint, by name: a point in time from which the changes of a disk are known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckpointRef {
     pub name: String,
     pub at: Position,
 }
 
-/// How much of a disk is copied.
+/// The extent of a disk's copy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BackupMode {
     Full,
-    /// What changed since a checkpoint: this one, or that of the document as a whole or of the call.
+    /// Copies the changes since this checkpoint, or else since that of the document or the call.
     Incremental(Option<CheckpointRef>),
 }
 
-/// Whether the guest's file systems are frozen for the instant of the backup.
+/// Whether the guest's file systems are frozen at the point in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Quiesce {
-    /// As where nothing is said.
+    /// Not frozen. The default.
     No,
-    /// If the guest agent can; else the backup is made without.
+    /// Frozen if the guest agent is able to. The backup does not depend on it.
     Try,
-    /// No backup without it.
+    /// Frozen, or the backup fails.
     Require,
 }
 
@@ -131,24 +130,23 @@ impl Quiesce {
     }
 }
 
-/// What the document says about one disk. A disk that is left out (`backup` is false) has nothing but a name:
-/// whatever else the document said about it has no effect, as in libvirt.
+/// The entry of one disk. As in libvirt, a disk that is not selected (`backup` is false) has only a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskDefinition {
-    /// As the document names it; 1 to 255 bytes without control characters.
+    /// The name in the document; 1 to 255 bytes without control characters.
     pub name: String,
-    /// Of the `<disk>` tag.
+    /// The position of the `<disk>` tag.
     pub at: Position,
     pub backup: bool,
     pub format: Option<Format>,
-    /// Only where the format is not raw.
+    /// Only if the format is not raw.
     pub compress: Option<Compression>,
     pub mode: Option<BackupMode>,
     pub target: Option<Target>,
 }
 
 impl DiskDefinition {
-    /// A disk that is to be backed up, with nothing else said about it.
+    /// A selected disk with default settings.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -161,7 +159,7 @@ impl DiskDefinition {
         }
     }
 
-    /// A disk that is left out.
+    /// A disk that is not selected.
     pub fn left_out(name: impl Into<String>) -> Self {
         Self {
             backup: false,
@@ -170,12 +168,12 @@ impl DiskDefinition {
     }
 }
 
-/// Where one disk's data goes. Paths are absolute, free of `.`, `..` and control characters, and don't end in
-/// a slash; nothing else is known of them.
+/// The target of one disk. Paths are absolute, without `.`, `..`, control characters and trailing slash; nothing else
+/// is checked.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Target {
     File(PathBuf),
     Block(PathBuf),
-    /// An index into the descriptors that came with the document.
+    /// An index into the descriptors of the call.
     Fd(u32),
 }

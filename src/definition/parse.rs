@@ -1,5 +1,5 @@
-//! The root of the document and its children, except `<disks>`. Knows the words of the language and the rules
-//! between its parts; what is XML is [`super::xml`]'s.
+//! Parses the root element and its children, except `<disks>`. Knows the words of the language and the rules between
+//! its parts; [`super::xml`] knows XML.
 
 use super::attribute::Attribute;
 use super::disk;
@@ -20,7 +20,7 @@ const CHILDREN: &[&str] = &[
 const MODES: &[&str] = &["push"];
 const UNITS: &[&str] = &["bytes", "KB", "KiB", "MB", "MiB", "GB", "GiB", "TB", "TiB"];
 
-/// Reads a document. An empty one is an error here: what nothing means is the caller's to say.
+/// Parses a document. An empty document is an error here; the caller decides whether it means the defaults.
 pub fn parse(text: &str) -> Result<Definition, Error> {
     if text.len() > MAX_BYTES {
         return Err(Error::TooLarge { bytes: text.len() });
@@ -93,7 +93,7 @@ fn incremental<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<CheckpointRef, Er
     checkpoint(xml, trim(&content), tag.offset)
 }
 
-/// A checkpoint that is named there.
+/// The checkpoint that an attribute or element names.
 pub(super) fn checkpoint(xml: &Xml<'_>, name: &str, offset: usize) -> Result<CheckpointRef, Error> {
     let (name, at) = (name.to_owned(), xml.at(offset));
     match is_valid_name(&name) {
@@ -162,7 +162,7 @@ fn bandwidth<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<u64, Error> {
     if !value.bytes().all(|byte| byte.is_ascii_digit()) || value.bytes().all(|byte| byte == b'0') {
         return Err(Error::Bandwidth { at, value });
     }
-    // All digits: what can't be parsed is too large.
+    // The value has only digits, so a parse error means overflow.
     let bytes = value.parse().ok().and_then(|value: u64| value.checked_mul(scale));
     bytes.ok_or_else(|| Error::BandwidthOverflow {
         at,
@@ -171,7 +171,7 @@ fn bandwidth<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<u64, Error> {
     })
 }
 
-/// libvirt's words for units (its `virScaleInteger`): in any case, a letter alone means the binary one.
+/// libvirt's units (`virScaleInteger`), in any case. A letter alone means the binary unit.
 fn scale(unit: &str) -> Option<u64> {
     let unit = unit.to_ascii_lowercase();
     if matches!(&*unit, "b" | "byte" | "bytes") {
@@ -185,12 +185,12 @@ fn scale(unit: &str) -> Option<u64> {
     }
 }
 
-/// Which of an element's children were there already, and where.
+/// The children that an element had so far, with their offsets.
 #[derive(Default)]
 pub(super) struct Seen(Vec<(&'static str, usize)>);
 
 impl Seen {
-    /// Holds a child with one of the `names` to being the first of its name.
+    /// Refuses a second child of the same name, if `names` contains it.
     pub fn once(
         &mut self,
         xml: &Xml<'_>,
@@ -250,7 +250,7 @@ pub(super) fn require<'a>(
     })
 }
 
-/// Digits alone: `u32`'s own parser would take a sign, too.
+/// Accepts digits only; `u32::from_str` would accept a sign too.
 pub(super) fn number(xml: &Xml<'_>, element: &'static str, attribute: &Attribute<'_>) -> Result<u32, Error> {
     let digits = attribute.value.bytes().all(|byte| byte.is_ascii_digit());
     match attribute.value.parse() {

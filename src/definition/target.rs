@@ -1,4 +1,4 @@
-//! `<target>`: the target of one disk, as far as the document alone defines it.
+//! Parses `<target>`: the target of one disk.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use super::parse::{number, require, unsupported};
 use super::xml::{Tag, Xml};
 use super::{Error, Feature, MAX_PATH_BYTES, PathProblem, Position, Target};
 
-/// The `type` of a disk: what kind of target it takes.
+/// The `type` of a disk, which determines the attribute of its target.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum TargetKind {
     File,
@@ -31,7 +31,7 @@ impl TargetKind {
     }
 }
 
-/// Without a kind the disk is left out, and its target is read for its form only.
+/// Without a `kind` the disk is not selected, so only the form of its target is checked.
 pub(super) fn target<'a>(
     xml: &mut Xml<'a>,
     tag: &Tag<'a>,
@@ -104,7 +104,7 @@ fn path(xml: &Xml<'_>, attribute: Attribute<'_>) -> Result<PathBuf, Error> {
     Err(Error::Path { at, path, problem })
 }
 
-/// What two disks can't share: a path is the same whether it is said to be a file or a block device.
+/// The identity of a target, which two disks must not share. A path is the same for a file and a block device.
 #[derive(PartialEq, Eq, Hash)]
 pub(super) enum Place {
     Path(PathBuf),

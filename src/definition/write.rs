@@ -1,4 +1,4 @@
-//! From types to XML. Knows the look of a document and how text is escaped, and no rule about what is allowed.
+//! Writes documents: knows their layout and XML escaping, but not which values are allowed.
 
 use super::{BackupMode, CheckpointDefinition, CheckpointDisk, Definition, DiskDefinition, Target};
 
@@ -38,7 +38,7 @@ fn disk(out: &mut Lines, disk: &DiskDefinition) {
     attributes += &attribute("backup", if disk.backup { "yes" } else { "no" });
     let mut children = Lines::default();
 
-    // What stands beside backup='no' has no effect; writing it would only look as if it had.
+    // The children of a disk with backup='no' have no effect, so they are not written.
     if disk.backup {
         match &disk.mode {
             None => {}
@@ -125,14 +125,14 @@ impl Lines {
 }
 
 fn attribute(name: &str, value: &str) -> String {
-    // A reader makes a space of every line break and tab in an attribute's value that is not written as a
-    // reference (XML 1.0, 3.3.3).
+    // A reader replaces a literal line break or tab in an attribute value by a space (XML 1.0, 3.3.3).
     let value = escape(value, |c| matches!(c, '\'' | '"' | '\t' | '\n' | '\r'));
     format!(" {name}='{value}'")
 }
 
 fn text(value: &str) -> String {
-    // Line breaks and tabs stay readable; a carriage return would be read as a line feed (XML 1.0, 2.11).
+    // Line breaks and tabs stay readable. A reader would turn a literal carriage return into a line feed (XML 1.0,
+    // 2.11).
     escape(value, |c| c == '\r')
 }
 

@@ -1,7 +1,7 @@
-//! Well-formed XML with positions: quick-xml's events, and the checks of XML 1.0 that it leaves to its user
-//! (legal characters, entities, white space between attributes, one root). Knows no element's name.
+//! Well-formed XML with positions: quick-xml's events, and the checks of XML 1.0 that quick-xml leaves out (legal
+//! characters, entities, white space between attributes, one root). Knows no element names.
 //!
-//! The callers walk a fixed grammar and refuse what they don't know, so nothing nests deeper than that grammar.
+//! The callers follow a fixed grammar and refuse unknown elements, which bounds the depth of nesting.
 
 use std::borrow::Cow;
 use std::cell::Cell;
@@ -13,7 +13,7 @@ use quick_xml::events::{BytesRef, Event};
 
 use super::{Error, Position};
 
-/// A start tag; `offset` is that of its `<`.
+/// A start tag; `offset` is the offset of its `<`.
 #[derive(Clone, Copy)]
 pub(super) struct Tag<'a> {
     pub name: &'a str,
@@ -24,8 +24,8 @@ pub(super) struct Tag<'a> {
 enum Node<'a> {
     Open(Tag<'a>),
     Close,
-    /// `plain` is false for what came from a reference or a CDATA section: even white space of that origin may
-    /// not stand outside the root.
+    /// `plain` is false for text from a reference or a CDATA section. Outside the root, even white space from these is
+    /// refused.
     Text {
         text: Cow<'a, str>,
         offset: usize,
@@ -37,16 +37,16 @@ enum Node<'a> {
 pub(super) struct Xml<'a> {
     pub text: &'a str,
     reader: Reader<&'a [u8]>,
-    /// Where the reader's first byte is in `text`.
+    /// The offset of the reader's first byte in `text`.
     pub base: usize,
-    /// The last position that was counted, so that asking for many of them in order reads the text only once.
+    /// The last computed position. Positions in ascending order need only one pass over the text.
     mark: Cell<(usize, Position)>,
 }
 
-/// quick-xml takes a leading byte order mark away without counting it.
+/// quick-xml skips a leading byte order mark without counting it.
 const BYTE_ORDER_MARK: char = '\u{feff}';
 
-/// XML 1.0, 2.2 (a `char` can't be a surrogate).
+/// Whether XML 1.0, 2.2 allows the character. A `char` is never a surrogate.
 pub(super) fn is_legal(character: char) -> bool {
     !matches!(
         character,
@@ -58,7 +58,7 @@ pub(super) fn is_space(character: char) -> bool {
     matches!(character, ' ' | '\t' | '\r' | '\n')
 }
 
-/// Without the white space of XML around it.
+/// The text without leading and trailing XML white space.
 pub(super) fn trim(text: &str) -> &str {
     text.trim_matches(is_space)
 }
@@ -67,7 +67,7 @@ impl<'a> Xml<'a> {
     pub fn new(text: &'a str) -> Result<Self, Error> {
         let body = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
         let base = text.len() - body.len();
-        // No byte order mark is left for the reader to take away, or its offsets would not be ours.
+        // The reader gets no byte order mark, because it would skip it and shift its offsets.
         let marked = body.starts_with(BYTE_ORDER_MARK);
         let mut reader = Reader::from_str(if marked { "" } else { body });
         reader.config_mut().expand_empty_elements = true;
@@ -114,7 +114,7 @@ impl<'a> Xml<'a> {
         position
     }
 
-    /// The root's start tag, which has to have that name.
+    /// The root's start tag, which must have this name.
     pub fn root(&mut self, wanted: &'static str) -> Result<Tag<'a>, Error> {
         let Some(root) = self.outside()? else {
             let at = self.at(self.offset());
@@ -129,7 +129,7 @@ impl<'a> Xml<'a> {
         })
     }
 
-    /// Holds the rest of the document, after the root's end tag, to being nothing.
+    /// Refuses content after the root element.
     pub fn finish(&mut self) -> Result<(), Error> {
         match self.outside()? {
             Some(tag) => Err(Error::SecondRoot {
@@ -144,7 +144,7 @@ impl<'a> Xml<'a> {
         loop {
             match self.next()? {
                 Node::Open(tag) => return Ok(Some(tag)),
-                // The reader itself refuses an end tag here.
+                // The reader refuses an unmatched end tag itself.
                 Node::Close | Node::End => return Ok(None),
                 Node::Text { text, offset, plain } => {
                     let text = if plain { trim(&text) } else { &text };
@@ -158,7 +158,7 @@ impl<'a> Xml<'a> {
         }
     }
 
-    /// The next element in `parent`, or `None` after its end tag. Text is refused.
+    /// The next element in `parent`; `None` at its end tag. Text is refused.
     pub fn child(&mut self, parent: &Tag<'_>) -> Result<Option<Tag<'a>>, Error> {
         loop {
             match self.next()? {
@@ -185,7 +185,7 @@ impl<'a> Xml<'a> {
         }
     }
 
-    /// Reads to the end of an element that takes nothing but text.
+    /// Reads to the end of an element that takes only text, and returns the text.
     pub fn content(&mut self, tag: &Tag<'_>) -> Result<String, Error> {
         let mut content = String::new();
         loop {
@@ -198,14 +198,14 @@ impl<'a> Xml<'a> {
         }
     }
 
-    /// What an element is that its parent has no place for.
+    /// The error for an element that its parent does not take.
     pub fn unknown_element(&self, tag: &Tag<'_>, parent: &Tag<'_>, known: &'static [&'static str]) -> Error {
         let at = self.at(tag.offset);
         let name = tag.name.to_owned();
         match name {
             _ if name.is_empty() => self.malformed(
                 tag.offset,
-                "'<' without an element's name; a plain '<' is written &lt;",
+                "'<' without an element's name; write a plain '<' as &lt;",
             ),
             _ if name.contains(':') => Error::Namespaced { at, name },
             _ => Error::UnknownElement {
@@ -217,7 +217,7 @@ impl<'a> Xml<'a> {
         }
     }
 
-    /// What `&reference;` stands for.
+    /// The character that `&reference;` refers to.
     pub(super) fn resolve(&self, reference: &str, offset: usize) -> Result<char, Error> {
         let character = match BytesRef::new(reference).resolve_char_ref() {
             Ok(Some(character)) if is_legal(character) => Some(character),
@@ -239,11 +239,11 @@ impl<'a> Xml<'a> {
     }
 
     fn offset(&self) -> usize {
-        // Can't be cut: it is never more than the text's length.
+        // Not truncated: it is at most the length of the text.
         self.base + self.reader.buffer_position() as usize
     }
 
-    /// Where a piece of the document begins in it.
+    /// The offset of `piece`, a slice of the document.
     pub(super) fn offset_of(&self, piece: &str) -> usize {
         piece.as_ptr() as usize - self.text.as_ptr() as usize
     }
@@ -257,7 +257,7 @@ impl<'a> Xml<'a> {
         loop {
             let offset = self.offset();
             let rest = &self.text[offset..];
-            // Before the reader looks at it: what a DOCTYPE holds is not worth reading.
+            // Checked before the reader parses the DOCTYPE, which may be large.
             if rest.starts_with("<!D") || rest.starts_with("<!d") {
                 return Err(Error::Doctype { at: self.at(offset) });
             }
@@ -278,7 +278,7 @@ impl<'a> Xml<'a> {
                 Event::End(_) => return Ok(Node::Close),
                 Event::Text(text) => {
                     if let Some(index) = text.find("]]>") {
-                        return Err(self.malformed(offset + index, "']]>' in text; it is written ]]&gt;"));
+                        return Err(self.malformed(offset + index, "']]>' in text; write it as ]]&gt;"));
                     }
                     let text = text.xml10_content();
                     return Ok(Node::Text {
@@ -311,7 +311,7 @@ impl<'a> Xml<'a> {
                         );
                     }
                     target if target.eq_ignore_ascii_case("xml") => {
-                        return Err(self.malformed(offset, "the XML declaration is written <?xml …?>"));
+                        return Err(self.malformed(offset, "write the XML declaration as <?xml …?>"));
                     }
                     _ => {}
                 },
@@ -337,10 +337,7 @@ impl<'a> Xml<'a> {
     }
 
     pub(super) fn lone_ampersand(&self, offset: usize) -> Error {
-        self.malformed(
-            offset,
-            "'&' without a ';' that ends it; a plain '&' is written &amp;",
-        )
+        self.malformed(offset, "'&' without a closing ';'; write a plain '&' as &amp;")
     }
 
     fn unclosed(&self, tag: &Tag<'_>) -> Error {
@@ -350,7 +347,7 @@ impl<'a> Xml<'a> {
         }
     }
 
-    /// `offset` is where the reader stood before it failed: at the `<` or `&` that it could not read.
+    /// `offset` is the offset of the `<` or `&` that the reader could not parse.
     fn bad_xml(&self, offset: usize, error: XmlError) -> Error {
         let at = self.at(offset);
         match error {

@@ -1,4 +1,5 @@
-//! The stored backups, for callers who may read their domains. For all others they do not exist.
+//! Stored backups: list, find, delete, protect, prune. For callers that may not read its domain, a backup does not
+//! exist.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -6,7 +7,7 @@ use std::sync::Arc;
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
-use super::sight::Owners;
+use super::visibility::Owners;
 use super::{Service, details};
 use crate::access::{Caller, Details, Permission};
 use crate::backups::{self, Allowed, Change, PATIENCE, Pruned, Removed, Unwanted, Verdict};
@@ -18,61 +19,62 @@ use crate::plan::Destination;
 use crate::plan::retention::Retention;
 use crate::text::excerpt;
 
-/// Backups that a call lists at most, and bytes of their manifests; there is always one more page.
+/// Limits of one page of `ListBackups`: the number of backups, and the bytes of their manifests. A page holds at least
+/// one backup.
 const MOST_LISTED: usize = 1000;
 const MOST_BYTES: usize = 4 << 20;
-/// Bytes of the ids of several backups in one question.
+/// The most bytes of ids in one polkit question about several backups.
 const MOST_OF_IDS: usize = 128;
 
-/// Which backups a call asks for.
+/// The filter and page of `ListBackups`.
 #[derive(Debug, Default)]
 pub struct BackupsWanted {
     pub filter: BackupFilter,
-    /// The end of the page before.
+    /// The end of the previous page.
     pub after: Option<String>,
     pub at_most: Option<usize>,
 }
 
-/// How a backup is to be deleted.
+/// Options of a deletion.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Deletion {
-    /// With all dependents.
+    /// Deletes all dependents too.
     pub with_dependents: bool,
-    /// Dependents are made independent, and stay.
+    /// Makes the dependents independent before, and keeps them.
     pub merge: bool,
-    /// Only reports what would be removed.
+    /// Reports the backups that would be deleted, and deletes nothing.
     pub dry_run: bool,
 }
 
-/// Which backups a call prunes, and how.
+/// The filter and options of a prune.
 #[derive(Debug, Default)]
 pub struct PruneWanted {
     pub filter: BackupFilter,
-    /// The stores' own rules, if none are said.
+    /// Replaces the keep rules of the stores.
     pub retention: Option<Retention>,
     pub dry_run: bool,
 }
 
-/// A part of the list.
+/// A page of the list.
 #[derive(Debug)]
 pub struct BackupPage {
-    /// By store, directory and the order of making.
+    /// Sorted by store, directory and sequence.
     pub backups: Vec<Backup>,
-    /// Where the next page begins, if there may be one.
+    /// The start of the next page, if there may be one.
     pub next: Option<String>,
 }
 
-/// What has been found out about who may read which domain.
+/// Answers of the authority about former owners and domains, kept for one call.
 #[derive(Default)]
 struct Seen {
     domains: HashMap<DomainRecord, bool>,
     owners: Owners,
 }
 
-/// Backups that depend on another.
+/// The backups that depend on another.
 #[derive(Default)]
 struct Dependents {
-    /// Those that the caller may know of.
+    /// The ids that the caller may see.
     ids: Vec<String>,
     hidden: usize,
 }
@@ -88,7 +90,7 @@ impl Dependents {
 }
 
 impl Service {
-    /// Backups that `caller` may know of.
+    /// Lists backups that `caller` may see.
     pub async fn list_backups(&self, caller: &Caller, mut wanted: BackupsWanted) -> Result<BackupPage> {
         wanted.filter.uid = caller.uid;
         self.can_list(caller).await?;
@@ -100,8 +102,8 @@ impl Service {
             None => Cursor::default(),
         };
         let at_most = wanted.at_most.unwrap_or(MOST_LISTED).clamp(1, MOST_LISTED);
-        // Held for one read at a time: nobody waits for polkit's answers to another user, nor for more than a read of a
-        // store that is slow.
+        // Held for one page read at a time. So no user waits for polkit's answers to another user, nor longer than one
+        // read of a slow store.
         let share = self.lists.share(caller.uid).await;
         let deadline = Instant::now() + PATIENCE;
         let (mut listed, mut bytes, mut seen) = (Vec::new(), 0, Seen::default());
@@ -118,13 +120,13 @@ impl Service {
             };
             after = last.cursor();
             for backup in found {
-                // A list that may lack something for another reason would be taken for all that there is.
+                // An error instead of a partial list, because the caller would take a partial list for complete.
                 if !self.views_backup(caller, &backup.domain, &mut seen).await? {
                     continue;
                 }
                 bytes += backup.text.len();
                 if listed.len() >= at_most || bytes > MOST_BYTES && !listed.is_empty() {
-                    // It begins after one that the caller knows.
+                    // The page starts after a backup that the caller may see.
                     return Ok(BackupPage {
                         next: listed.last().map(|last: &Backup| place(&last.cursor())),
                         backups: listed,
@@ -135,7 +137,7 @@ impl Service {
         }
     }
 
-    /// The backup of that object, if `caller` may know of it.
+    /// The backup with this object number, if `caller` may see it.
     pub async fn backup(&self, caller: &Caller, object: u64) -> Result<Option<Backup>> {
         let deadline = Instant::now() + PATIENCE;
         let found = self.backups.get(object, deadline).await.map_err(unreadable)?;
@@ -145,8 +147,8 @@ impl Service {
         Ok(allowed.then_some(backup))
     }
 
-    /// The object of the backup whose id that is, or begins like that; with the store and a slash before it where several
-    /// stores have it.
+    /// The object number of the backup with this id, or with an id that begins so. `STORE/` before it selects the store
+    /// if several stores contain such an id.
     pub async fn find_backup(&self, caller: &Caller, id: &str) -> Result<u64> {
         let (store, prefix) = match id.split_once('/') {
             Some((store, prefix)) => (Some(store), prefix),
@@ -162,7 +164,7 @@ impl Service {
         drop(turn);
         let (mut known, mut seen) = (Vec::new(), Seen::default());
         for (key, object, domain) in found {
-            // One that cannot be told from one that is hidden is not there.
+            // A hidden backup counts as missing, so it cannot make an id ambiguous.
             if store.is_none_or(|store| store == key.store)
                 && self.views_backup(caller, &domain, &mut seen).await?
             {
@@ -180,7 +182,7 @@ impl Service {
             [(_, object)] => Ok(*object),
             [(first, _), (second, _), ..] => {
                 let text = format!(
-                    "'{}' can be backup {} or {}: write more of it",
+                    "'{}' is ambiguous: it can be backup {} or {}. Give more characters",
                     shown(id),
                     place_of(first),
                     place_of(second)
@@ -190,12 +192,12 @@ impl Service {
         }
     }
 
-    /// The backups that come and go from now on.
+    /// The stream of added and removed backups.
     pub fn backup_changes(&self) -> broadcast::Receiver<Change> {
         self.backups.changes()
     }
 
-    /// The domain that a backup is of, or what stands for it.
+    /// The domain of a backup, or a stand-in if the domain is gone.
     pub fn domain_of(&self, backup: &Backup) -> Arc<Domain> {
         self.backups.domain(&backup.domain)
     }
@@ -205,7 +207,7 @@ impl Service {
         self.backups.store(name).map(drop).ok_or_else(missing)
     }
 
-    /// Removes a backup, or says only what would go.
+    /// Deletes a backup, or with `dry_run` only reports the result.
     pub async fn delete_backup(&self, caller: &Caller, backup: &Backup, how: Deletion) -> Result<Removed> {
         let permission = Permission::BackupDelete;
         if !how.dry_run {
@@ -221,13 +223,13 @@ impl Service {
             only: None,
         };
         if how.with_dependents || how.merge {
-            // Those that are not on record refuse it later.
+            // Backups that are not in the catalog refuse the deletion later.
             let (all, _) = self.backups.with_dependents(&unwanted).await?;
-            let others = self.seen_of(caller, backup, &all).await?;
+            let others = self.visible_dependents(caller, backup, &all).await?;
             if others.hidden > 0 {
                 return Err(others.into_error(backup).into());
             }
-            // A directory has backups of several domains where the VM got another UUID.
+            // A directory can hold backups of several domains if the VM's UUID changed.
             let domains: HashSet<&DomainRecord> = all.iter().map(|backup| &backup.domain).collect();
             for domain in domains.into_iter().filter(|domain| **domain != backup.domain) {
                 if !how.dry_run {
@@ -244,8 +246,8 @@ impl Service {
         match self.backups.remove(unwanted.clone(), how.dry_run).await {
             Err(backups::Error::HasDependents { .. }) if unwanted.only.is_none() => {
                 let (all, unknown) = self.backups.with_dependents(&unwanted).await?;
-                let mut others = self.seen_of(caller, backup, &all).await?;
-                // Nobody here has a right in them, and who is to remove them has to know which they are.
+                let mut others = self.visible_dependents(caller, backup, &all).await?;
+                // The catalog has no owner for them, and the caller must know which backups to delete first.
                 others.ids.extend(unknown);
                 Err(others.into_error(backup).into())
             }
@@ -253,8 +255,13 @@ impl Service {
         }
     }
 
-    /// The dependents of `backup` that `caller` may know of, and how many others there are.
-    async fn seen_of(&self, caller: &Caller, backup: &Backup, all: &[Backup]) -> Result<Dependents> {
+    /// The dependents of `backup` that `caller` may see, and the number of the others.
+    async fn visible_dependents(
+        &self,
+        caller: &Caller,
+        backup: &Backup,
+        all: &[Backup],
+    ) -> Result<Dependents> {
         let (mut dependents, mut seen) = (Dependents::default(), Seen::default());
         for other in all.iter().filter(|other| other.key != backup.key) {
             match self.views_backup(caller, &other.domain, &mut seen).await? {
@@ -265,7 +272,7 @@ impl Service {
         Ok(dependents)
     }
 
-    /// Keeps a backup from being removed, by anybody and by any rule, or no longer. Who may delete it may do that.
+    /// Protects a backup from deletion and pruning, or ends the protection. Requires the permission to delete it.
     pub async fn protect_backup(&self, caller: &Caller, backup: &Backup, protected: bool) -> Result<()> {
         let details = self.backup_details(backup);
         let permission = Permission::BackupDelete;
@@ -273,7 +280,7 @@ impl Service {
         Ok(self.backups.protect(backup, protected).await?)
     }
 
-    /// Removes the backups that no rule keeps, of the domains that `caller` may know of; or says only which.
+    /// Prunes the backups of all domains that `caller` may see. With `dry_run` it only reports the result.
     pub async fn prune(&self, caller: &Caller, mut wanted: PruneWanted) -> Result<Pruned> {
         wanted.filter.uid = caller.uid;
         self.can_list(caller).await?;
@@ -281,7 +288,7 @@ impl Service {
             self.known_store(store)?;
         }
         if wanted.retention.is_some_and(|retention| retention.is_nothing()) {
-            let text = "nothing would be kept: at least one of the rules must be above 0";
+            let text = "the keep rules keep nothing: set at least one of them above 0";
             return Err(Error::new(Kind::InvalidArgs, text));
         }
         let (mut groups, mut seen) = (Vec::new(), Seen::default());
@@ -295,7 +302,7 @@ impl Service {
         }
         let mut pruned = Pruned::default();
         let mut allowed = Vec::new();
-        // Nothing goes before all may go.
+        // No backup is removed before every permission is granted.
         for (group, retention, owners) in &groups {
             let would = self.backups.prune(group, retention, Allowed::Nothing).await?;
             let going = would
@@ -330,7 +337,7 @@ impl Service {
         Ok(pruned)
     }
 
-    /// Whether `caller` may know of all of them: what is in one directory goes or stays together.
+    /// Whether `caller` may see all owners of a directory: the backups of one directory are pruned together.
     async fn sees_all(&self, caller: &Caller, owners: &[DomainRecord], seen: &mut Seen) -> Result<bool> {
         for owner in owners {
             if !self.views_backup(caller, owner, seen).await? {
@@ -340,7 +347,7 @@ impl Service {
         Ok(true)
     }
 
-    /// Has done what is due when `job` has ended.
+    /// Prunes as configured after `job` has ended.
     pub fn follow(&self, job: Arc<Job>) {
         let Destination::Store { name, directory, .. } = &job.plan.destination else {
             return;
@@ -354,7 +361,7 @@ impl Service {
         self.backups.follow(ended);
     }
 
-    /// The details of a question to the authority about a backup in a store.
+    /// The polkit details of a backup in a store.
     pub(super) fn backup_details(&self, backup: &Backup) -> Details {
         details(&self.backups.domain(&backup.domain))
             .with("backup_id", &backup.key.id)
@@ -373,7 +380,7 @@ impl Service {
     }
 }
 
-/// What a question about several backups calls them: their ids, as far as a dialog has room for them, and how many they are.
+/// Names several backups in a polkit question: as many ids as fit, and their number.
 fn named_together<'a>(ids: impl Iterator<Item = &'a str>) -> String {
     let ids: Vec<&str> = ids.collect();
     match ids.as_slice() {
@@ -386,12 +393,12 @@ fn named_together<'a>(ids: impl Iterator<Item = &'a str>) -> String {
     }
 }
 
-/// As [`Service::find_backup`] takes it.
+/// The form `STORE/ID` that [`Service::find_backup`] takes.
 fn place_of(key: &BackupKey) -> String {
     format!("{}/{}", key.store, key.id)
 }
 
-/// A place in the list, as a page's end tells it.
+/// The `after` value of the position in the list.
 fn place(cursor: &Cursor) -> String {
     let Cursor {
         store,
@@ -413,11 +420,11 @@ fn cursor(place: &str) -> Result<Cursor> {
             id: (*id).to_owned(),
         });
     }
-    let text = format!("option 'after': '{}' is no end of a page", shown(place));
+    let text = format!("option 'after': '{}' is not the end of a page", shown(place));
     Err(Error::new(Kind::InvalidArgs, text))
 }
 
-/// Whose they are is not known, so neither who may hear of it.
+/// The owner of an unreadable backup is unknown, so the error contains no details.
 fn unreadable(error: catalog::Error) -> Error {
     backups::Error::from(error).into()
 }

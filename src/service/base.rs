@@ -1,4 +1,4 @@
-//! Choosing what a new backup depends on, and holding it.
+//! Chooses the base of a new backup, and locks it against removal.
 
 use super::Service;
 use crate::definition::Definition;
@@ -10,8 +10,8 @@ use crate::plan::{self, Incremental, Mode, Options, Plan};
 use crate::target::{self, Parents};
 
 impl Service {
-    /// Makes the plan, and keeps what it depends on from being removed. A base that goes between the choice and the hold is no
-    /// reason to fail where the choice was the service's: it chooses once more, without that one.
+    /// Makes the plan, and locks its bases against removal. If a base is removed in between and the service chose it,
+    /// the service chooses once more without it.
     pub(super) async fn plan(
         &self,
         (definition, options, files): (&Definition, &Options, usize),
@@ -40,7 +40,10 @@ impl Service {
                 Err(error) if !may_choose || chosen_before => return Err(error.into()),
                 Err(error) => error,
             };
-            tracing::info!(domain = domain.name, %error, "what the backup was to depend on is going: another base is chosen");
+            tracing::info!(
+                domain = domain.name, %error,
+                "the base is being removed, so the service chooses another one"
+            );
             chosen_before = true;
             let earlier = store.iter_mut().flat_map(|store| &mut store.past.earlier);
             let gone = earlier.filter(|earlier| bases.contains(&earlier.id));
@@ -49,7 +52,7 @@ impl Service {
         }
     }
 
-    /// The options with what the configuration says. What QEMU cannot do is refused here, before anything is touched.
+    /// Completes the options from the configuration, and refuses options that this QEMU does not support.
     async fn with_defaults(&self, options: &Options, domain: &Domain) -> Result<Options> {
         let most = options
             .max_latency

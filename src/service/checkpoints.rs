@@ -1,4 +1,4 @@
-//! A domain's checkpoints, for callers who may see or change them.
+//! A domain's checkpoints: create, delete, list.
 
 use std::sync::Arc;
 
@@ -9,16 +9,16 @@ use crate::domain::Domain;
 use crate::error::{Error, Kind, Result};
 use crate::job::{self, Checkpoint};
 
-/// Which checkpoints are removed.
+/// The checkpoints to delete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WhichCheckpoints {
-    /// By its name, or the id of its backup.
+    /// By name, or by the id of its backup.
     Named(String),
     All,
 }
 
 impl Service {
-    /// Reads the document of a checkpoint; an empty one means every default.
+    /// Parses the document of a checkpoint; an empty one means all defaults.
     pub fn checkpoint_definition(&self, document: &str) -> Result<CheckpointDefinition> {
         self.check_length(document)?;
         match document.trim().is_empty() {
@@ -27,7 +27,7 @@ impl Service {
         }
     }
 
-    /// Asks whether `caller` may make and remove checkpoints of a domain.
+    /// Requires the permission to make and remove checkpoints of a domain.
     pub async fn may_checkpoint(&self, caller: &Caller, domain: &Domain) -> Result<Grant> {
         let permission = Permission::DomainCheckpoint;
         Ok(self
@@ -36,7 +36,7 @@ impl Service {
             .await?)
     }
 
-    /// Makes a checkpoint without a backup; gives its name.
+    /// Makes a checkpoint without a backup, and returns its name.
     pub async fn create_checkpoint(
         &self,
         grant: Grant,
@@ -51,7 +51,7 @@ impl Service {
         self.jobs.create_checkpoint(reservation, domain, definition).await
     }
 
-    /// Removes checkpoints. The backups that they began with stay.
+    /// Deletes checkpoints. Their backups remain.
     pub async fn delete_checkpoint(
         &self,
         grant: Grant,
@@ -69,7 +69,7 @@ impl Service {
         }
     }
 
-    /// The checkpoints that the domain's disks have now, from the oldest on.
+    /// The checkpoints on the domain's disks, oldest first.
     pub async fn checkpoints(&self, caller: &Caller, domain: &Domain) -> Result<Vec<Checkpoint>> {
         self.require_read(caller, domain).await?;
         let disks = domain.refresh().await?.disks;
@@ -90,9 +90,9 @@ impl Service {
     }
 }
 
-/// Hides details of the catalog's file from callers who may only read.
+/// Hides details of the catalog from callers, which may only read.
 fn unreadable(error: job::Error) -> Error {
-    tracing::error!(%error, "the checkpoints cannot be looked up");
-    let text = "the checkpoints cannot be looked up: the service's log has the reason";
+    tracing::error!(%error, "cannot read the checkpoints");
+    let text = "cannot read the checkpoints: the service's log has the reason";
     Error::new(Kind::Internal, text)
 }

@@ -1,21 +1,21 @@
-//! Handles a request, from a caller's words to a running job.
+//! Handles requests, from the caller's arguments to a running job.
 //!
-//! Calls `definition`, `access`, `plan`, `target` and `job` in their order. Knows no D-Bus: the bus turns messages into
-//! these calls and their results into replies.
+//! Calls `definition`, `access`, `plan`, `target` and `job` in this order. Knows no D-Bus: the bus maps messages to
+//! these calls and their results to replies.
 
 mod backups;
 mod base;
 mod checkpoints;
 mod queued;
 mod request;
-mod sight;
 mod stored;
+mod visibility;
 
 pub use backups::{BackupsWanted, Deletion, PruneWanted};
 pub use checkpoints::WhichCheckpoints;
 pub use request::{Authorised, Request};
-pub use sight::ListedJob;
 pub use stored::RestoreRequest;
+pub use visibility::ListedJob;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -31,33 +31,34 @@ use crate::job::{Job, Jobs, Rescan};
 use crate::quota::{Quota, Share};
 use crate::turns::Turns;
 
-/// Open files of a caller's, and the count of them, which is held as long as any of them is.
+/// A caller's open descriptors, and their share of the user's limit.
 #[derive(Debug)]
 pub struct Descriptors {
     pub files: Vec<OwnedFd>,
     pub share: Arc<Share>,
 }
 
-/// Long lists of a user's that are made at a time, which bounds the memory for them; and reads for such lists, of all users.
+/// Bounds the memory for long lists: the lists in flight of a user, and the page reads of all users.
 const LISTS_OF_A_USER: usize = 2;
 const READS: usize = 4;
 
-/// The driver of the domains, a detail for rules.
+/// The driver of all domains, a detail for polkit rules.
 const DRIVER: &str = "QEMU";
 
-/// All that the service is, apart from the bus.
+/// The service without its D-Bus interface.
 pub struct Service {
     pub domains: Arc<Registry>,
     pub jobs: Arc<Jobs>,
     backups: Arc<Backups>,
     access: Access,
     stores: BTreeMap<String, Store>,
-    /// Of descriptors that came with calls.
+    /// Limits the descriptors of calls.
     descriptors: Quota,
     document_bytes: usize,
-    /// How long the guest's writes may take during a backup, in milliseconds, where neither the call nor the domain's file says it.
+    /// The default bound of the latency of guest writes during a backup, in milliseconds. The call and the domain's
+    /// file override it.
     max_latency: u32,
-    /// Long lists that are being made.
+    /// Limits long lists.
     lists: Turns,
 }
 
@@ -82,12 +83,12 @@ impl Service {
         }
     }
 
-    /// Counts descriptors that a user passes, from when they come.
+    /// Counts descriptors that a user passes, from their arrival.
     pub fn hold_descriptors(&self, uid: u32, count: usize) -> Result<Share> {
         Ok(self.descriptors.take(uid, count)?)
     }
 
-    /// Takes over a monitor of the caller's own.
+    /// Registers a domain by a QMP monitor that the caller passes.
     pub async fn register_domain(
         &self,
         caller: &Caller,
@@ -97,15 +98,16 @@ impl Service {
         domain::check_new_name(name)?;
         let share = monitor.share;
         let Ok([monitor]) = <[OwnedFd; 1]>::try_from(monitor.files) else {
-            return Err(Error::new(Kind::InvalidArgs, "a domain has one monitor"));
+            return Err(Error::new(Kind::InvalidArgs, "pass exactly one monitor"));
         };
-        let details = sight::service_details().with("domain_name", name);
+        let details = visibility::service_details().with("domain_name", name);
         let grant = self
             .access
             .require(caller, Permission::ServiceRegisterDomain, &details, None)
             .await?;
         drop(grant);
-        // Of a name that the caller may not see it must not learn that it is taken: the domains have names of their own.
+        // A hidden domain must not reveal that its name is taken. Registered domains have a separate namespace, so it
+        // need not.
         if let Ok(taken) = self.domain(caller, name).await
             && taken.origin == Origin::Configured
         {
@@ -120,10 +122,10 @@ impl Service {
         Ok(self.domains.register(registration, monitor).await?)
     }
 
-    /// Makes the records of the backups in the stores those that the stores have. `adopt` has keep rules apply to all of
-    /// them, whichever service made them.
+    /// Rewrites the catalog from the contents of the stores. With `adopt`, keep rules apply to all found backups, even
+    /// to those of other service instances.
     pub async fn rescan(&self, caller: &Caller, adopt: bool) -> Result<Rescan> {
-        let details = sight::service_details();
+        let details = visibility::service_details();
         let grant = self
             .access
             .require(caller, Permission::ServiceRescan, &details, None)
@@ -132,13 +134,13 @@ impl Service {
         Ok(self.jobs.rescan(adopt).await?)
     }
 
-    /// Forgets a connection that has left: what was decided for it, and the domains that it registered.
+    /// Drops the cached permissions of a disconnected client, and the domains that it registered.
     pub fn forget_caller(&self, name: &str) {
         self.access.forget(name);
         self.domains.release(name);
     }
 
-    /// Cancels `job`, or one disk of it and so all of it. Who started it may.
+    /// Cancels `job`, or one disk of it and thereby the whole job. The starter needs no permission.
     pub async fn cancel(&self, caller: &Caller, job: &Job, disk: Option<&str>) -> Result<()> {
         self.control(caller, job, Permission::DomainAbort).await?;
         match disk {
@@ -148,18 +150,18 @@ impl Service {
         Ok(())
     }
 
-    /// Limits `job` to `bytes_per_second`, all disks together; 0 is unlimited. Who started it may.
+    /// Limits `job` to `bytes_per_second` for all disks together; 0 is unlimited. The starter needs no permission.
     pub async fn set_speed(&self, caller: &Caller, job: &Job, bytes_per_second: u64) -> Result<()> {
         self.control(caller, job, Permission::DomainSetSpeed).await?;
         Ok(job.set_speed(bytes_per_second).await?)
     }
 
-    /// Whether `caller` has the rights of who started `job`.
+    /// Whether `caller` is the user that started `job`.
     pub fn is_starter(&self, caller: &Caller, job: &Job) -> bool {
         job.is_of(&starter(caller))
     }
 
-    /// Passes only the user who started `job`, and callers with `permission` for all its targets.
+    /// Admits the starter of `job`, and callers with `permission` on all its targets.
     async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<()> {
         let of_stored = job.plan.task.stored().map(|stored| {
             details(&job.domain)
@@ -177,7 +179,8 @@ impl Service {
                 asked.collect()
             }
         };
-        // The speed can be changed as often as one likes. The targets of one call are recorded together, or count as one.
+        // The speed may change without limit, so its records are counted. The targets of one call share one decision
+        // about that.
         let mut is_first = None;
         for details in asked {
             let grant = match self.is_starter(caller, job) {
@@ -198,12 +201,12 @@ impl Service {
         Ok(())
     }
 
-    /// Starts no queued backup any more, and has nobody wait for one: the next process of the service goes on with the queue.
+    /// Stops starting queued backups, and ends the calls that wait for one. The next instance continues the queue.
     pub fn close_queue(&self) {
         self.jobs.close_queue();
     }
 
-    /// Ends everything that works for the service. Backups that QEMU is making go on there.
+    /// Stops all work of the service. Running backups continue in QEMU.
     pub async fn shut_down(&self) {
         self.jobs.shut_down().await;
         self.backups.shut_down().await;
@@ -212,7 +215,7 @@ impl Service {
     }
 }
 
-/// The caller as the starter of a job.
+/// The caller, as the starter of a job.
 fn starter(caller: &Caller) -> Starter {
     Starter {
         uid: caller.uid,
@@ -221,17 +224,17 @@ fn starter(caller: &Caller) -> Starter {
     }
 }
 
-/// The details of a question to the authority about a domain.
+/// The polkit details of a domain.
 fn details(domain: &Domain) -> Details {
     let uuid = domain.snapshot().uuid;
     let name = domain.told_name();
-    // For the dialog: a user may have given a domain the name of a configured one.
-    let told = match domain.origin {
+    // The dialog names the owner, because a user can register a domain under the name of a configured one.
+    let shown = match domain.origin {
         Origin::Configured => name.clone(),
         Origin::Registered => format!("{name} of the user {}", domain.owner_name),
     };
-    sight::service_details()
-        .with("domain", told)
+    visibility::service_details()
+        .with("domain", shown)
         .with("domain_name", name)
         .with(
             "domain_uuid",

@@ -1,7 +1,7 @@
-//! Requests that wait in the queue: authorised at the call, carried out when it is their turn.
+//! Queued requests: authorised at the call, planned and started in their turn.
 //!
-//! polkit is asked once, at the call. What was authorised is what runs: the same places, the same disks of the same domain, or
-//! nothing.
+//! polkit decides once, at the call. The job that starts later has the authorised targets and the same disks of the
+//! same domain, or it fails.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::plan::{self, Destination};
 use crate::target;
 
 impl Service {
-    /// Queues a request. Errors that can be known now are returned now.
+    /// Queues a request. Fails with the errors that are already known.
     pub(super) async fn start_later(
         self: &Arc<Self>,
         authorised: Authorised,
@@ -70,7 +70,7 @@ impl Service {
         Ok(job)
     }
 
-    /// Goes on with the queue of an earlier process of the service.
+    /// Continues the queue of a previous instance.
     pub fn requeue(self: &Arc<Self>, queued: Vec<Requeued>) {
         for requeued in queued {
             let service = self.clone();
@@ -79,7 +79,7 @@ impl Service {
         }
     }
 
-    /// Plans a queued request for the domain and its disks as they are now, within what was authorised.
+    /// Plans a queued request for the current domain and disks, within its authorisation.
     async fn begin_queued(self: &Arc<Self>, job: &Job, files: Vec<OwnedFd>) -> Result<Planned> {
         let request = self.jobs.queued_request(job.id).await?;
         let definition = definition::parse(&request.document)?;
@@ -112,7 +112,7 @@ impl Service {
         })
     }
 
-    /// The domain that the job is for, under whatever name.
+    /// The domain of the job, even under another name.
     async fn same_domain(&self, job: &Job) -> Result<Arc<Domain>> {
         let patience = self.jobs.reconnect_patience();
         match self.domains.reach(&job.identity(), patience).await {

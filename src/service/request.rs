@@ -1,4 +1,4 @@
-//! A request for a backup: read, authorised, and started as it was authorised.
+//! Backup requests: parsed, authorised, and started exactly as authorised.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -17,14 +17,14 @@ use crate::plan::{self, CheckpointOption, Destination, Options, PlaceKind, Plan,
 use crate::qmp::Feature;
 use crate::target::{self, Around, Devices, Holder, Sources, Targets};
 
-/// How long a backup of one domain waits for news of the others.
+/// Timeout for the other domains' answers about their open files.
 const LOOK: Duration = Duration::from_millis(500);
-/// How long a call waits for its backup to begin: less than the 25 s after which callers of D-Bus give up.
+/// How long `CreateBackup` waits for the backup to begin. Less than the D-Bus clients' default timeout of 25 s.
 const BEGIN: Duration = Duration::from_secs(20);
-/// How often a request is put to the authority again because the domain has other disks now.
+/// How often a request is authorised again because the domain's disks have changed.
 const ATTEMPTS: usize = 3;
 
-/// A request as it came, in types.
+/// A parsed request.
 #[derive(Debug)]
 pub struct Request {
     pub(super) definition: Definition,
@@ -34,8 +34,8 @@ pub struct Request {
     pub(super) devices: Devices,
 }
 
-/// A request that its caller may make, on the domain that it may be made on, and on the disks that it was then found to
-/// be about. Only [`Service::authorise`] makes one, and it is what is executed: nothing in it changes in between.
+/// An authorised request, with its domain and the disks that the authorisation covers. Only [`Service::authorise`]
+/// creates one, and the service executes it unchanged.
 #[derive(Debug)]
 pub struct Authorised {
     pub(super) request: Request,
@@ -48,7 +48,7 @@ pub struct Authorised {
 }
 
 impl Service {
-    /// What a call says of the checkpoint that its backup begins: a document, or a word.
+    /// Parses the `checkpoint` option: a document, or `no`.
     pub fn checkpoint_option(&self, text: &str) -> Result<CheckpointOption> {
         let named = |error: Error| Error::new(error.kind, format!("option 'checkpoint': {error}"));
         match text {
@@ -67,17 +67,17 @@ impl Service {
         }
     }
 
-    /// Holds a document to the configured limit.
+    /// Enforces the configured limit of document length.
     pub(super) fn check_length(&self, document: &str) -> Result<()> {
         let (bytes, limit) = (document.len(), self.document_bytes);
         if bytes <= limit {
             return Ok(());
         }
-        let text = format!("the document has {bytes} bytes, and the limit 'document-bytes' is {limit}");
+        let text = format!("the document has {bytes} bytes; the limit 'document-bytes' is {limit} bytes");
         Err(Error::new(Kind::LimitsExceeded, text))
     }
 
-    /// Reads a request; an empty document means every default.
+    /// Parses a request; an empty document means all defaults.
     pub fn request(&self, document: &str, options: Options, files: Descriptors) -> Result<Request> {
         self.check_length(document)?;
         let definition = match document.trim().is_empty() {
@@ -92,10 +92,10 @@ impl Service {
         })
     }
 
-    /// Asks whether `caller` may have that backup. Nothing is touched; dropping this withdraws the question.
+    /// Requires the permissions for the backup. Changes nothing; dropping the future withdraws the question.
     ///
-    /// The question is about disks and devices as they are. If they are found to be others when QEMU is asked, which is
-    /// not done for callers that may not have a backup, the question is put again.
+    /// The authorisation covers the known disks and devices. Only then the service asks QEMU, and authorises again if
+    /// the disks differ.
     pub async fn authorise(
         &self,
         caller: &Caller,
@@ -127,9 +127,9 @@ impl Service {
         Err(job::Error::Unsettled.into())
     }
 
-    /// What the domain's QEMU says of its disks, if they can be backed up.
+    /// The disks as QEMU reports them, if they can be backed up.
     pub(super) async fn ask_qemu(&self, domain: &Domain) -> Result<(Arc<Link>, Snapshot)> {
-        // Before QEMU is asked for anything: where a target hangs, a look at it can be what freezes QEMU.
+        // Before any query: a target that hangs can freeze QEMU when QEMU queries it.
         self.jobs.nothing_left(domain).await?;
         let link = domain.link().await?;
         check_features(&link)?;
@@ -146,15 +146,14 @@ impl Service {
             PlaceKind::Store => Permission::DomainBackup,
             PlaceKind::File | PlaceKind::Block | PlaceKind::Fd => Permission::DomainExport,
         };
-        // The user who passed its monitor can read all its data without the service.
+        // The user who passed the monitor can read all the VM's data without the service.
         if place.kind == PlaceKind::Fd && domain.is_own(caller.uid) {
             return Ok(self.access.implied(caller, permission, &details, Basis::Owner));
         }
         Ok(self.access.require(caller, permission, &details, None).await?)
     }
 
-    /// Checks and prepares everything, then starts the job, which reports how it goes on and ends. Where there is no place for
-    /// it now, the job is queued.
+    /// Prepares the backup and starts its job. If it cannot start now, the job is queued.
     pub async fn start(self: &Arc<Self>, authorised: Authorised) -> Result<Arc<Job>> {
         let (request, caller) = (&authorised.request, &authorised.caller);
         let store = plan::store(&request.definition, &self.stores)?;
@@ -207,7 +206,7 @@ impl Service {
             )
             .await;
         let (reservation, (plan, targets)) = self.jobs.prepared(record.id, reservation, prepared).await?;
-        // The targets hold it themselves now.
+        // The targets hold the bases themselves now.
         drop(tokio::task::spawn_blocking(move || drop(held)));
         let job = self.jobs.start(Start {
             reservation,
@@ -224,14 +223,14 @@ impl Service {
         Ok(job)
     }
 
-    /// Takes notice when the connection that started a backup has left the bus.
+    /// Notifies the job when the connection that started it disconnects.
     pub fn watch_starter(&self, job: &Arc<Job>, left: impl Future<Output = ()> + Send + 'static) {
         self.jobs.watch_starter(job, left);
     }
 
-    /// Waits until the backup has begun: what the guest writes from then on is in no image. Fails with what prevented it. If
-    /// it takes longer than [`BEGIN`], the job stays as it is. It also stays if it is queued and the service is about to stop:
-    /// the next process goes on with the queue.
+    /// Waits until the backup has begun: later writes of the guest are in no image. Returns the error if the job fails
+    /// before. After [`BEGIN`] it returns and leaves the job as it is. It also returns if the job is queued and the
+    /// service stops, because the next instance continues the queue.
     pub async fn begun(&self, job: &Job) -> Result<()> {
         let goes_on = async {
             self.jobs.queue_is_closed().await;
@@ -245,7 +244,7 @@ impl Service {
         }
     }
 
-    /// Begins to prepare the targets, on a thread that may wait for storage.
+    /// Starts to prepare the targets on a thread that may block.
     pub(super) async fn prepare(
         &self,
         plan: Plan,
@@ -254,7 +253,7 @@ impl Service {
         files: Vec<OwnedFd>,
         (mark, devices): (Option<String>, Devices),
     ) -> JoinHandle<Result<(Plan, Targets)>> {
-        // A new file is nobody's disk.
+        // No VM can have a new file open.
         let others = match plan.writes_into_existing() {
             true => self.refresh_others(domain).await,
             false => Vec::new(),
@@ -270,7 +269,7 @@ impl Service {
             .collect();
         let process = domain.process();
         let id = backup_id.to_owned();
-        // It may take longer than anybody waits for it.
+        // The thread may outlive the call's timeout.
         let needed = self.jobs.need_service();
         tokio::task::spawn_blocking(move || {
             let _needed = needed;
@@ -286,9 +285,9 @@ impl Service {
         })
     }
 
-    /// The domains whose word counts for a backup of this one, asked what they have open: a disk that was added is no event.
-    /// One that does not answer in time is known as it was. What another user has registered says nothing here and costs nothing: its
-    /// disks are known by QEMU's locks.
+    /// The other domains whose open files matter for a backup of this one. The service asks each for its current disks,
+    /// because QEMU emits no event for an added disk. A domain that does not answer in time counts with its last known
+    /// disks. Domains of other users are not asked, because their disks are protected by QEMU's locks.
     async fn refresh_others(&self, domain: &Domain) -> Vec<Arc<Domain>> {
         let mut others = self.domains.list();
         others.retain(|other| !other.is_foreign(domain.owner));
@@ -301,8 +300,8 @@ impl Service {
     }
 }
 
-/// Gives every device that the document names its own name, and remembers which device that is, so that the one that is asked
-/// about is the one that is opened. What cannot be found keeps its name, and is refused by it after the question.
+/// Replaces each device path of the document by the canonical one, and records the device number. So the authorised
+/// device is the one that is opened. A path without a device stays, and is refused after the authorisation.
 async fn settle_devices(mut request: Request) -> Result<Request> {
     let settled = tokio::task::spawn_blocking(move || {
         for disk in request.definition.disks.iter_mut().flatten() {
@@ -320,7 +319,7 @@ async fn settle_devices(mut request: Request) -> Result<Request> {
         .map_err(|error| Error::new(Kind::Internal, error.to_string()))
 }
 
-/// The details of a question to the authority about the part of a backup of `domain` with this target.
+/// The polkit details of the part of a backup with this target.
 pub(super) fn backup_details(domain: &Domain, place: &Requested) -> Details {
     details(domain)
         .with("mode", "push")
@@ -329,13 +328,13 @@ pub(super) fn backup_details(domain: &Domain, place: &Requested) -> Details {
         .with("disks", disk_list(&place.disks))
 }
 
-/// Names of disks, for rules. QEMU's own have no commas in them.
+/// Joins the names of disks for polkit rules. Commas in names are escaped; QEMU's own names have none.
 pub(super) fn disk_list(disks: &[String]) -> String {
     let disks: Vec<String> = disks.iter().map(|disk| disk.replace(',', "%2C")).collect();
     disks.join(",")
 }
 
-/// What every backup needs of QEMU.
+/// Refuses a QEMU that lacks commands which every backup needs.
 fn check_features(link: &Link) -> Result<()> {
     match link.schema.has(Feature::GroupedBackups) {
         true => Ok(()),

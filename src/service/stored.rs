@@ -1,4 +1,4 @@
-//! What is done with stored backups, for who may: restored into a caller's open files, served to it, verified.
+//! Jobs on stored backups: restore into a caller's open files, export over NBD, verify.
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -20,7 +20,7 @@ use crate::offload::Progress;
 use crate::plan::{DiskPlan, Plan, Stored, Task};
 use crate::target::{self, Devices, Shelf};
 
-/// Disks of a backup that are to be restored, each into the descriptor at its place.
+/// The disks to restore, each into the descriptor at the same index.
 #[derive(Debug)]
 pub struct RestoreRequest {
     pub disks: Vec<String>,
@@ -29,7 +29,7 @@ pub struct RestoreRequest {
 }
 
 impl Service {
-    /// Asks whether `caller` may have the data of these disks of a backup; all of them where none is named.
+    /// Requires the permission to read these disks of a backup; without names, all disks.
     pub async fn authorise_restore(
         &self,
         caller: &Caller,
@@ -44,7 +44,7 @@ impl Service {
         Ok(self.access.require(caller, permission, &details, None).await?)
     }
 
-    /// Starts to restore disks into files that the caller has open.
+    /// Starts a job that restores disks into the caller's open files.
     pub async fn restore(
         &self,
         grant: Grant,
@@ -54,10 +54,10 @@ impl Service {
     ) -> Result<Arc<Job>> {
         let RestoreRequest { disks, files, format } = request;
         if disks.is_empty() {
-            return Err(Error::new(Kind::InvalidArgs, "no disk is named"));
+            return Err(Error::new(Kind::InvalidArgs, "name at least one disk"));
         }
         if disks.iter().collect::<BTreeSet<_>>().len() < disks.len() {
-            return Err(Error::new(Kind::InvalidArgs, "a disk is named twice"));
+            return Err(Error::new(Kind::InvalidArgs, "name each disk only once"));
         }
         let turn = self.jobs.turn(caller.uid, files.share)?;
         let chain = self.chain(backup, disks.clone()).await?;
@@ -83,14 +83,14 @@ impl Service {
         Ok(job)
     }
 
-    /// Asks whether `caller` may have a backup read through.
+    /// Requires the permission to verify a backup.
     pub async fn authorise_verify(&self, caller: &Caller, backup: &Backup) -> Result<Grant> {
         let details = self.backup_details(backup);
         let permission = Permission::BackupVerify;
         Ok(self.access.require(caller, permission, &details, None).await?)
     }
 
-    /// Starts to verify a backup and all its bases. `files` are none.
+    /// Starts a job that verifies a backup and all its bases. `files` is empty.
     pub async fn verify(
         &self,
         grant: Grant,
@@ -118,8 +118,8 @@ impl Service {
         Ok(job)
     }
 
-    /// Serves a disk of a backup, or all of them, over NBD for reading, on a socket that the caller listens on, until it has
-    /// `left`.
+    /// Serves one disk of a backup or all of them read-only over NBD, on the caller's listening socket, until `left`
+    /// completes.
     pub async fn export(
         &self,
         grant: Grant,
@@ -130,7 +130,7 @@ impl Service {
     ) -> Result<Arc<Job>> {
         let turn = self.jobs.turn(caller.uid, listener.share)?;
         let Ok([socket]) = <[OwnedFd; 1]>::try_from(listener.files) else {
-            return Err(Error::new(Kind::InvalidArgs, "an export has one socket"));
+            return Err(Error::new(Kind::InvalidArgs, "pass exactly one socket"));
         };
         check_listener(&socket)?;
         let chain = self.chain(backup, disks).await?;
@@ -154,7 +154,7 @@ impl Service {
         Ok(job)
     }
 
-    /// The images of a backup's disks; of all of them where none is named.
+    /// The images of the named disks; without names, of all disks.
     async fn chain(&self, backup: &Backup, disks: Vec<String>) -> Result<Chain> {
         let (domain, id) = (backup.key.domain.clone(), backup.key.id.clone());
         self.in_store(backup, move |store| {
@@ -170,7 +170,7 @@ impl Service {
         .await
     }
 
-    /// Does something with the backup's store that may take longer than anybody waits.
+    /// Runs `work` on the backup's store, with a timeout for hung storage.
     async fn in_store<T: Send + 'static>(
         &self,
         backup: &Backup,
@@ -178,14 +178,14 @@ impl Service {
     ) -> Result<T> {
         let name = &backup.key.store;
         let store = self.backups.store(name).ok_or_else(|| {
-            let text = format!("the configuration has no store '{}' any more", shown(name));
+            let text = format!("store '{}' is not configured any more", shown(name));
             Error::new(Kind::NoSuchStore, text)
         })?;
         let (path, key) = (store.path.clone(), backup.key.clone());
         let known = self.backups.known_mark(name).await?;
         let work = move |_: &Progress| {
             let store = Shelf::of_store(&path)?;
-            // Of an empty mount point nobody learns what is wrong with a backup.
+            // If the store is not mounted, report that and not a missing backup.
             if let Some(known) = known
                 && is_absent(&store, &key)
             {
@@ -203,7 +203,7 @@ impl Service {
     }
 }
 
-/// Whether nothing has that backup's name. Blocks.
+/// Whether the backup's directory does not exist. Blocks.
 fn is_absent(store: &Shelf, key: &BackupKey) -> bool {
     match store.below(&key.domain) {
         Ok(Some(domain)) => matches!(domain.below(&key.id), Ok(None)),
@@ -230,7 +230,7 @@ fn disk_plans(chain: &Chain, disks: &[String], format: Format) -> Vec<DiskPlan> 
     plans.collect()
 }
 
-/// What clients of the caller's connect to, and nothing else.
+/// Requires a listening UNIX stream socket.
 fn check_listener(socket: &OwnedFd) -> Result<()> {
     let listens = socket_domain(socket) == Ok(rustix::net::AddressFamily::UNIX)
         && socket_type(socket) == Ok(SocketType::STREAM)
@@ -238,7 +238,7 @@ fn check_listener(socket: &OwnedFd) -> Result<()> {
     match listens {
         true => Ok(()),
         false => {
-            let text = "an export needs a listening UNIX stream socket";
+            let text = "pass a listening UNIX stream socket";
             Err(Error::new(Kind::InvalidArgs, text))
         }
     }

@@ -1,7 +1,7 @@
 //! Visibility of domains and their objects for callers.
 //!
-//! Seeing a domain means knowing that it exists; reading it means knowing its disks and jobs, and requires seeing it.
-//! A domain that a user registered is seen by that user and root, and by others only if a rule allows it.
+//! A caller that sees a domain knows its existence. A caller that reads it also knows its disks and jobs; this requires
+//! seeing it. A domain that a user registered is visible to that user and root, and to others only by a polkit rule.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -16,17 +16,17 @@ use crate::error::{Error, Kind, Result, shown};
 use crate::job::Job;
 
 impl Service {
-    /// The domain of that name or UUID, if `caller` may know of it.
+    /// The domain with this name or UUID, if `caller` may see it.
     pub async fn domain(&self, caller: &Caller, name: &str) -> Result<Arc<Domain>> {
         for group in self.domains.find(name, caller.uid) {
             let looks = join_all(group.iter().map(|domain| self.view(caller, domain, false))).await;
-            match whole(group, looks)?.as_slice() {
+            match complete(group, looks)?.as_slice() {
                 [] => {}
                 [one] => return Ok(one.clone()),
                 _ => return Err(domain::Error::Ambiguous(shown(name)).into()),
             }
         }
-        // The same for a domain that is hidden as for one that was never there.
+        // Hidden and missing domains get the same answer.
         self.confirm(caller, name).await?;
         Err(match self.others(caller, name).await {
             None => domain::Error::no_such_domain(name),
@@ -38,13 +38,13 @@ impl Service {
         .into())
     }
 
-    /// What others have registered under that name, as far as `caller` may know of it: up to so many names.
+    /// The names of other users' domains under that name, as far as `caller` may see them.
     async fn others(&self, caller: &Caller, name: &str) -> Option<String> {
         const MOST: usize = 3;
         let mut others = self.domains.others(name, caller.uid);
         others.truncate(MOST);
         let looks = join_all(others.iter().map(|domain| self.view(caller, domain, false))).await;
-        let others = whole(others, looks).ok()?;
+        let others = complete(others, looks).ok()?;
         let names = others
             .iter()
             .map(|domain| format!("'{}'", shown(&domain.unique_name())));
@@ -52,7 +52,7 @@ impl Service {
         (!names.is_empty()).then(|| names.join(", "))
     }
 
-    /// The domains that `caller` may know of, by name.
+    /// The domains that `caller` may see, by name.
     pub async fn list_domains(&self, caller: &Caller) -> Result<Vec<Arc<Domain>>> {
         let permission = Permission::ServiceSearchDomains;
         let details = service_details();
@@ -63,10 +63,10 @@ impl Service {
         }
         let domains = self.domains.list();
         let looks = join_all(domains.iter().map(|domain| self.view(caller, domain, false))).await;
-        Ok(whole(domains, looks)?)
+        Ok(complete(domains, looks)?)
     }
 
-    /// The domain of that number, if `caller` may know of it.
+    /// The domain with this id, if `caller` may see it.
     pub async fn domain_of_id(&self, caller: &Caller, id: u64) -> Result<Option<Arc<Domain>>> {
         let Some(domain) = self.domains.get(id) else {
             return Ok(None);
@@ -75,14 +75,14 @@ impl Service {
         Ok(allowed.then_some(domain))
     }
 
-    /// Fails if polkit cannot be asked. Whatever is called missing, hidden or not there, is called so only after this.
+    /// Fails if polkit cannot be asked. The service calls this before it reports an object as missing, hidden or not.
     pub async fn confirm(&self, caller: &Caller, name: &str) -> Result<()> {
         let details = unknown_domain(name);
         let permission = Permission::DomainGetattr;
         Ok(self.access.confirm(caller, permission, &details).await?)
     }
 
-    /// The same for a list, which may be empty: an earlier answer will do.
+    /// As [`Service::confirm`] for a list, which may be empty. A cached answer suffices.
     pub(super) async fn can_list(&self, caller: &Caller) -> Result<()> {
         let details = unknown_domain("");
         let permission = Permission::DomainGetattr;
@@ -90,7 +90,7 @@ impl Service {
         Ok(look.allowed().map(drop)?)
     }
 
-    /// Fails unless `caller` may know what `domain` has and does.
+    /// Fails unless `caller` may read `domain`.
     pub async fn require_read(&self, caller: &Caller, domain: &Domain) -> Result<()> {
         match self.view(caller, domain, true).await.allowed()? {
             true => Ok(()),
@@ -98,17 +98,17 @@ impl Service {
         }
     }
 
-    /// Whether `caller` may know that `domain` exists.
+    /// Whether `caller` may see `domain`.
     pub async fn sees(&self, caller: &Caller, domain: &Domain) -> bool {
         self.view(caller, domain, false).await == Look::Allowed
     }
 
-    /// Whether `caller` may know what `domain` has and does.
+    /// Whether `caller` may read `domain`.
     pub async fn reads(&self, caller: &Caller, domain: &Domain) -> bool {
         self.view(caller, domain, true).await == Look::Allowed
     }
 
-    /// What `caller` may know of `domain`: all of it, or that it exists.
+    /// Whether `caller` may see `domain`, or with `all` read it.
     pub(super) async fn view(&self, caller: &Caller, domain: &Domain, all: bool) -> Look {
         let foreign = domain.is_foreign_to(caller.uid, caller.user.as_deref());
         let permissions = [
@@ -129,7 +129,7 @@ impl Service {
         Look::Allowed
     }
 
-    /// The job of that number, if `caller` started it or may read its domain.
+    /// The job with this number, if `caller` started it or may read its domain.
     pub async fn job(&self, caller: &Caller, id: u32) -> Result<Arc<Job>> {
         match self.job_of_id(caller, id).await? {
             Some(job) => Ok(job),
@@ -140,14 +140,14 @@ impl Service {
         }
     }
 
-    /// The same, or nothing.
+    /// As [`Service::job`], but `None` if there is no such job.
     pub async fn job_of_id(&self, caller: &Caller, id: u32) -> Result<Option<Arc<Job>>> {
         let found = self.jobs.find(id).await.map_err(|error| {
-            // Whose it is is not known, so neither who may hear of it.
-            tracing::error!(job = id, %error, "a job cannot be looked up");
+            // The owner of an unreadable job is unknown, so the error contains no details.
+            tracing::error!(job = id, %error, "cannot read a job");
             Error::new(
                 Kind::Internal,
-                "the jobs cannot be looked up: the service's log has the reason",
+                "cannot read the jobs: the service's log has the reason",
             )
         });
         let Some(job) = found? else { return Ok(None) };
@@ -155,17 +155,17 @@ impl Service {
         Ok(allowed.then_some(job))
     }
 
-    /// Jobs that `caller` started or whose domain it may read, by number: those that run or ended lately, or with `ended`
-    /// all of which there still is a record.
+    /// The jobs that `caller` started or whose domain it may read, by number. Lists active and recent jobs; with
+    /// `ended` all recorded jobs.
     pub async fn list_jobs(&self, caller: &Caller, ended: bool) -> Result<Vec<ListedJob>> {
         self.can_list(caller).await?;
         let jobs = self.jobs.list();
         let looks = join_all(jobs.iter().map(|job| self.view_job(caller, job))).await;
         let known: HashSet<u32> = jobs.iter().map(|job| job.id).collect();
-        let jobs = whole(jobs, looks)?;
+        let jobs = complete(jobs, looks)?;
         let mut listed: Vec<ListedJob> = jobs.iter().map(|job| ListedJob::of(job, caller)).collect();
         if ended {
-            // Each of them takes memory until it is sent.
+            // The list takes memory until it is sent.
             let share = self.lists.share(caller.uid).await;
             let turn = share.turn().await;
             let mut history = self.jobs.history().await?;
@@ -178,7 +178,7 @@ impl Service {
         Ok(listed)
     }
 
-    /// Those that `caller` may know of. Each domain is asked about once, however many jobs it has.
+    /// The jobs that `caller` may see. Each domain is asked about once.
     async fn readable(
         &self,
         caller: &Caller,
@@ -194,7 +194,7 @@ impl Service {
             }
         }
         let looks = join_all(asked.iter().map(|domain| self.view(caller, domain, true))).await;
-        let read = whole(asked.iter().map(|domain| domain.id).collect(), looks)?;
+        let read = complete(asked.iter().map(|domain| domain.id).collect(), looks)?;
         let read: HashSet<u64> = read.into_iter().collect();
         Ok(history
             .into_iter()
@@ -211,9 +211,9 @@ impl Service {
             .collect())
     }
 
-    /// Whether `caller` sees none of the former domains of this one's owner: of these a list puts one question to polkit for each
-    /// owner, without a name, because a user can have had any number of them. Domains that are known now are limited, and asked
-    /// about one by one.
+    /// Whether `caller` sees none of the former domains of this domain's owner. A list asks polkit one question for
+    /// each owner of former domains, without a name, because a user can have had any number of them. Current domains
+    /// are limited, so the list asks about each.
     pub(super) async fn hides_owner(
         &self,
         caller: &Caller,
@@ -246,16 +246,16 @@ impl Service {
     }
 }
 
-/// Owners of former domains, by number and name, and whether none of these is seen.
+/// Owners of former domains, by uid and name, and whether all their former domains are hidden.
 pub(super) type Owners = HashMap<(u32, String), bool>;
 
-/// A line of the list of jobs.
+/// An entry of the list of jobs.
 #[derive(Debug)]
 pub struct ListedJob {
     pub id: u32,
-    /// The name under which the caller knows it.
+    /// The name by which the caller knows the domain.
     pub domain: String,
-    /// The word of the interface.
+    /// The state on the bus.
     pub state: String,
 }
 
@@ -269,8 +269,9 @@ impl ListedJob {
     }
 }
 
-/// A list without what is refused. One that may lack something for another reason would be taken for all that there is.
-fn whole<T>(objects: Vec<T>, looks: Vec<Look>) -> std::result::Result<Vec<T>, access::Error> {
+/// Filters a list by the answers. If an answer is unknown, it fails instead, because the caller would take a partial
+/// list for complete.
+fn complete<T>(objects: Vec<T>, looks: Vec<Look>) -> std::result::Result<Vec<T>, access::Error> {
     if looks.contains(&Look::Unknown) {
         return Err(access::Error::Unknown);
     }
@@ -280,7 +281,7 @@ fn whole<T>(objects: Vec<T>, looks: Vec<Look>) -> std::result::Result<Vec<T>, ac
         .collect())
 }
 
-/// The details of a question about a domain that is not there.
+/// The polkit details of a domain that does not exist.
 fn unknown_domain(name: &str) -> Details {
     service_details()
         .with("domain", name)
@@ -289,7 +290,7 @@ fn unknown_domain(name: &str) -> Details {
         .with("domain_owner", "")
 }
 
-/// The details of a question to the authority without a domain.
+/// The polkit details of the service itself.
 pub(super) fn service_details() -> Details {
     Details::default().with("driver", super::DRIVER)
 }

@@ -282,7 +282,11 @@ fn who_waits_when_the_service_goes_and_comes_again_hears_the_end() {
         });
         assert_eq!(root(&system, &["speed", "1", "0"]).status, 0);
         assert_eq!(create.wait(), 0, "{}", create.log());
-        assert!(create.log().contains("service has gone"), "{}", create.log());
+        assert!(
+            create.log().contains("service has left the bus"),
+            "{}",
+            create.log()
+        );
         wait::until("the end to be told to all", || {
             all.stdout().contains("job-ended").then_some(())
         });

@@ -307,9 +307,9 @@ async fn the_command_deletes_what_is_named_in_any_order() {
     // An empty id, the number of a job, and a beginning that is too short.
     for (wanted, words) in [
         ("", "no backup ''"),
-        ("1", "'1' is no backup, but a job: job 1 is about backup"),
-        ("2026", "too little of an id"),
-        (&ids[0][..15], "too little of an id"),
+        ("1", "'1' is a job, not a backup: job 1 is about backup"),
+        ("2026", "too short an id"),
+        (&ids[0][..15], "too short an id"),
     ] {
         let refused = backupctl(&system, &["delete", wanted]);
         assert_ne!(refused.status, 0, "{wanted}");

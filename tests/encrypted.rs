@@ -15,7 +15,7 @@ use crate::common::wait;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-const SAID: &str = "its image is encrypted (LUKS); this backup of it is not";
+const SAID: &str = "its image is encrypted (LUKS), but this backup is not";
 
 /// Makes an encrypted image and QEMU's arguments for a disk of it.
 fn encrypted(directory: &Path, name: &str, format: &str) -> Vec<String> {

@@ -364,7 +364,7 @@ async fn a_backup_whose_store_is_not_mounted_is_not_damaged() {
     for arguments in [["verify", "--all"], ["verify", &id]] {
         let looked = run(&arguments);
         assert_eq!(looked.status, 1, "{}{}", looked.stdout, looked.stderr);
-        for words in ["0 good, 0 damaged, 1 not known", "store 'disk'", ".backupd/store"] {
+        for words in ["0 good, 0 damaged, 1 unknown", "store 'disk'", ".backupd/store"] {
             assert!(looked.stdout.contains(words), "{words}: {}", looked.stdout);
         }
     }
@@ -380,5 +380,5 @@ async fn a_backup_whose_store_is_not_mounted_is_not_damaged() {
     // In an empty store nothing is wrong.
     run(&["delete", &id]).expect_success();
     let alone = run(&["verify", "--all", "--from", from]).expect_success();
-    assert!(alone.contains("There is no backup"), "{alone}");
+    assert!(alone.contains("There are no backups"), "{alone}");
 }

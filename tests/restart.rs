@@ -641,7 +641,7 @@ async fn backupctl_reports_the_end_of_a_backup_whose_service_died_before_it_answ
         let mut create = scene.system.clients().start_backupctl(&name, ROOT, &arguments);
         scene.system.wait_for_death();
         wait::until("backupctl to miss the service", || {
-            create.log().contains("has gone").then_some(())
+            create.log().contains("has left the bus").then_some(())
         });
         scene.system.start_daemon();
         let status = create.wait();

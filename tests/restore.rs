@@ -79,7 +79,7 @@ fn a_block_device_gets_the_disk_and_keeps_what_is_behind_it() {
     let disk = format!("vda={}", device.device().display());
     let output = store.run("restore", FIRST, &["--disk", &disk]);
     assert_eq!(output.status, 0, "{}", output.stderr);
-    let note = "is larger than the disk: its last 4.0 MiB have their old content";
+    let note = "is larger than the disk: its last 4.0 MiB keep their old content";
     assert!(output.stdout.contains(note), "{}", output.stdout);
     drop(device);
     let (head, tail) = (fs::File::open(&file).unwrap(), vec![0xee; (4 * MIB) as usize]);

@@ -623,7 +623,7 @@ async fn what_is_deleted_while_its_chain_is_verified_is_reported_as_removed() {
     assert_eq!(verify.wait(), 0, "{}{}", verify.stdout(), verify.log());
     let said = verify.stdout();
     assert!(
-        said.contains("1 good, 0 damaged, 0 not known, 2 removed meanwhile"),
+        said.contains("1 good, 0 damaged, 0 unknown, 2 removed during the check"),
         "{said}"
     );
     for id in &ids[1..] {

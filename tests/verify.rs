@@ -265,16 +265,12 @@ fn a_qemu_img_that_is_killed_says_nothing_about_an_image() {
     let unknown = verify();
     assert_eq!(unknown.status, 1, "{}{}", unknown.stdout, unknown.stderr);
     assert!(
-        unknown.stdout.contains("0 good, 0 damaged, 4 not known"),
+        unknown.stdout.contains("0 good, 0 damaged, 4 unknown"),
         "{}",
         unknown.stdout
     );
     killed.remove();
-    assert!(
-        verify()
-            .expect_success()
-            .contains("4 good, 0 damaged, 0 not known")
-    );
+    assert!(verify().expect_success().contains("4 good, 0 damaged, 0 unknown"));
 }
 
 #[test]
@@ -295,7 +291,7 @@ fn a_backup_that_is_removed_meanwhile_is_not_damaged() {
     assert_eq!(verify.wait(), 0, "{}{}", verify.stdout(), verify.log());
     let said = verify.stdout();
     assert!(
-        said.contains("3 good, 0 damaged, 0 not known, 1 removed meanwhile"),
+        said.contains("3 good, 0 damaged, 0 unknown, 1 removed during the check"),
         "{said}"
     );
 }

@@ -1,7 +1,7 @@
-//! The polkit agent that asks for a password on the terminal.
+//! Starts the polkit agent that asks for a password on the terminal.
 //!
-//! A desktop has an agent of its own. `pkttyagent --fallback` steps back where there is one, and is missing where
-//! polkit is: then nobody asks, and the service says that the caller isn't authorised.
+//! A desktop session has its own agent; `pkttyagent --fallback` yields to it. Without `pkttyagent` nobody asks, and the
+//! service reports that the caller is not authorised.
 
 use std::io::{self, IsTerminal};
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
-/// How long the agent may take to announce itself.
+/// Timeout for the agent to become ready.
 const START: Duration = Duration::from_secs(3);
 
 /// A running agent. It ends when this is dropped.
@@ -20,12 +20,12 @@ const START: Duration = Duration::from_secs(3);
 pub struct Agent(Child);
 
 impl Agent {
-    /// Starts one if it makes sense: there is a terminal, and a user who could be asked for something.
+    /// Starts an agent if there is a terminal and the user is not root.
     pub async fn start(ask_password: bool) -> Option<Self> {
         if !ask_password || !io::stdin().is_terminal() || rustix::process::geteuid().is_root() {
             return None;
         }
-        // Its standard output is the descriptor that it closes when it is ready: the dialog is on /dev/tty.
+        // The agent closes its standard output when it is ready. Its dialog uses /dev/tty.
         let mut child = Command::new("pkttyagent")
             .args(["--notify-fd", "1", "--fallback", "--process"])
             .arg(std::process::id().to_string())
@@ -39,7 +39,7 @@ impl Agent {
         {
             let mut nothing = [0; 64];
             let closed = async { while matches!(ready.read(&mut nothing).await, Ok(1..)) {} };
-            // An agent that isn't ready by now may be later.
+            // A slow agent may become ready later.
             let _ = tokio::time::timeout(START, closed).await;
         }
         Some(agent)
@@ -48,8 +48,8 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // SIGTERM lets it put the terminal right again, and SIGCONT reaches it if it was stopped for reading from
-        // the background. All of it may fail because the agent has ended by itself.
+        // SIGTERM lets the agent restore the terminal. SIGCONT wakes it if the terminal stopped it as a background
+        // process. Both fail harmlessly if it has ended.
         let pid = Pid::from_child(&self.0);
         let _ = kill_process(pid, Signal::TERM);
         let _ = kill_process(pid, Signal::CONT);

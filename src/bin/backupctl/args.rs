@@ -1,4 +1,4 @@
-//! The command line.
+//! The command line: commands, options and help texts.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use crate::stored::args::{Export, Restore, Verify};
 use crate::{instance, units};
 
-/// Backs up running QEMU virtual machines through the backup service.
+/// Back up running QEMU virtual machines through backupd
 #[derive(Debug, Parser)]
 #[command(name = "backupctl", version, max_term_width = 100)]
 pub struct Cli {
@@ -18,12 +18,12 @@ pub struct Cli {
     /// Fail instead of asking for a password
     #[arg(long, global = true, display_order = 900)]
     pub no_ask_password: bool,
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// The subcommands.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// List the virtual machines that you may see
@@ -34,30 +34,30 @@ pub enum Command {
     },
     /// Back up a virtual machine
     ///
-    /// Without further options, every writable disk is copied to the default store, as it is at the start of the
-    /// backup: the changes since the newest backup there if they are known, else the whole disk.
+    /// Without options it copies every writable disk into the default store, as the disk is at one point in time. If
+    /// the changes since the newest backup there are known, it copies only these, else the whole disk.
     Create(Box<Create>),
-    /// List the jobs that are running or ended a short while ago
+    /// List running and recent jobs
     Jobs {
-        /// List all that have ended, as long as the service's history goes back
+        /// List all recorded jobs
         #[arg(long)]
         all: bool,
     },
-    /// Show one job
+    /// Show a job
     Show {
-        /// The job's number
+        /// The job number
         job: u32,
     },
     /// Follow a job until it ends, or all jobs until interrupted
     ///
-    /// With a job's number, the exit status is the job's result.
+    /// With a job number, the exit status is the result of the job.
     Watch {
-        /// The job's number
+        /// The job number
         job: Option<u32>,
     },
     /// Cancel a job
     Cancel {
-        /// The job's number
+        /// The job number
         job: u32,
         /// Cancel this disk, and with it the whole job
         #[arg(long)]
@@ -65,23 +65,23 @@ pub enum Command {
     },
     /// Change the speed limit of a running job
     Speed {
-        /// The job's number
+        /// The job number
         job: u32,
-        /// Bytes a second for all disks together, such as 50M; 0 for no limit
+        /// Bytes per second for all disks together, such as 50M; 0: no limit
         #[arg(value_parser = units::parse_size)]
         limit: u64,
     },
     /// Print the document of a job, with all defaults filled in
     Dump {
-        /// The job's number
+        /// The job number
         job: u32,
     },
     /// List stored backups as a tree
     Backups {
-        /// Only those of this virtual machine: its name or UUID
+        /// Only backups of this VM, by name or UUID
         #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: Option<String>,
-        /// Only those in this store
+        /// Only backups in this store
         #[arg(long, value_name = "STORE", conflicts_with = "from", value_parser = NonEmptyStringValueParser::new())]
         store: Option<String>,
         /// Read the store in this directory, without the service
@@ -90,54 +90,56 @@ pub enum Command {
     },
     /// Delete backups from their stores
     ///
-    /// Dependents are deleted first. A backup with dependents stays, unless these are named too, or
-    /// --with-dependents or --merge is given.
+    /// A backup with dependents is kept, unless you name its dependents too, or give --with-dependents or --merge.
+    /// Dependents are deleted before their base.
     Delete {
-        /// The backups: their ids, or at least the date and time of each (20261101T000000Z)
+        /// Ids of the backups, or unique beginnings of ids
+        ///
+        /// The beginning needs at least date and time, as in 20261101T000000Z.
         #[arg(required = true)]
         backups: Vec<String>,
         /// Delete all their dependents too
         #[arg(long)]
         with_dependents: bool,
-        /// Make their dependents independent first; takes time and space
+        /// Make dependents independent first (copies data)
         #[arg(long, conflicts_with = "with_dependents")]
         merge: bool,
-        /// Only show what would be deleted
+        /// Print the backups without deleting them
         #[arg(long)]
         dry_run: bool,
     },
-    /// Protect backups from deletion, by users and by rules
+    /// Protect backups from deletion and pruning
     ///
-    /// A file beside each backup's manifest says so, to every service that uses the store. Needs the right to delete them.
+    /// A file beside the manifest of each backup marks it as protected, for every service that uses the store. You need
+    /// the permission to delete the backups.
     Protect {
-        /// The backups: their ids, or the beginnings of them
+        /// Ids of the backups, or unique beginnings of ids
         #[arg(required = true)]
         backups: Vec<String>,
     },
-    /// Let backups be deleted again
+    /// End the protection of backups
     Unprotect {
-        /// The backups: their ids, or the beginnings of them
+        /// Ids of the backups, or unique beginnings of ids
         #[arg(required = true)]
         backups: Vec<String>,
     },
-    /// Delete the backups that no rule keeps
+    /// Delete the backups that no keep rule keeps
     ///
-    /// Without any of the --keep options, the rules of each store in the service's configuration count. The bases of a
-    /// kept backup are kept.
+    /// Without --keep options, the configured keep rules of each store apply. The bases of a kept backup are kept.
     Prune(Prune),
-    /// List the checkpoints that a virtual machine's disks have now
+    /// List the checkpoints of a VM
     Checkpoints {
-        /// The virtual machine's name or UUID
+        /// The name or UUID of the VM
         #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: String,
     },
-    /// Make a checkpoint without a backup, remove one, or show its document
+    /// Create, delete or dump a checkpoint
     #[command(subcommand, subcommand_value_name = "ACTION")]
     Checkpoint(CheckpointCommand),
-    /// Read the stores again, and update the records of backups
+    /// Rescan the stores and update the catalog
     ///
-    /// For a service that lost its catalog, and for stores from another host. The keep rules apply only to
-    /// backups that this service made: with --adopt, to all that are in the stores now.
+    /// Use it after the catalog was lost, and for a store from another host. Keep rules apply only to backups that this
+    /// service made. With --adopt, they apply to all backups that are in the stores now.
     Rescan {
         /// Apply the keep rules to backups of other services too
         #[arg(long)]
@@ -145,19 +147,20 @@ pub enum Command {
     },
     /// Restore disks from a backup
     ///
-    /// Each disk becomes one image without a backing file, as the disk was at the backup's point in time.
-    /// The backup is only read. The service reads it, if polkit allows it. With --from this program reads the store
-    /// itself: that needs no service, and no right but to read the store's files.
+    /// Each disk becomes one image without a backing file, as the disk was at the point in time of the backup.
+    ///
+    /// The service reads the backup, if polkit allows it. With --from, backupctl reads the store itself: that needs no
+    /// service, only the right to read the files of the store.
     Restore(Box<Restore>),
     /// Verify that backups are not damaged
     ///
-    /// Checks the manifests, the chain, and each image's digest and structure, of the backup and of all its bases.
-    /// Nothing is changed.
+    /// It checks the backup and all its bases: the manifests, the chain, and the digest and structure of each image. It
+    /// changes nothing.
     Verify(Verify),
-    /// Serve a backup's disks over NBD, for reading
+    /// Serve the disks of a backup read-only over NBD
     ///
-    /// Prints an NBD URI a disk and serves until it is interrupted. Copy files from it, or start a VM
-    /// with an overlay on it.
+    /// It prints an NBD URI for each disk, and serves until you interrupt it. Copy files from it, or start a VM with an
+    /// overlay on it.
     Export(Export),
     /// Print the completions for a shell
     #[command(hide = true)]
@@ -176,37 +179,37 @@ pub enum Command {
 /// The options of `prune`.
 #[derive(Debug, Args)]
 pub struct Prune {
-    /// Only those of this virtual machine: its name or UUID
+    /// Only backups of this VM, by name or UUID
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub domain: Option<String>,
-    /// Only those in this store
+    /// Only backups in this store
     #[arg(long, value_name = "STORE", value_parser = NonEmptyStringValueParser::new())]
     pub store: Option<String>,
-    /// Keep the newest N
+    /// Keep the newest N backups
     #[arg(long, value_name = "N")]
     pub keep_last: Option<u32>,
-    /// Keep the newest of each of the last N hours that have one
+    /// Keep the newest backup of each of the last N hours with one
     #[arg(long, value_name = "N")]
     pub keep_hourly: Option<u32>,
-    /// Keep the newest of each of the last N days that have one
+    /// Keep the newest backup of each of the last N days with one
     #[arg(long, value_name = "N")]
     pub keep_daily: Option<u32>,
-    /// Keep the newest of each of the last N weeks that have one
+    /// Keep the newest backup of each of the last N weeks with one
     #[arg(long, value_name = "N")]
     pub keep_weekly: Option<u32>,
-    /// Keep the newest of each of the last N months that have one
+    /// Keep the newest backup of each of the last N months with one
     #[arg(long, value_name = "N")]
     pub keep_monthly: Option<u32>,
-    /// Keep the newest of each of the last N years that have one
+    /// Keep the newest backup of each of the last N years with one
     #[arg(long, value_name = "N")]
     pub keep_yearly: Option<u32>,
-    /// Only show what would be kept and deleted
+    /// Print the decisions without deleting backups
     #[arg(long)]
     pub dry_run: bool,
 }
 
 impl Prune {
-    /// The rules that are given, by the names of the call's options.
+    /// The given keep rules, by the option names of the D-Bus call.
     pub fn rules(&self) -> Vec<(&'static str, u32)> {
         let rules = [
             ("keep-last", self.keep_last),
@@ -226,37 +229,39 @@ impl Prune {
 pub enum CheckpointCommand {
     /// Make a checkpoint without a backup
     Create {
-        /// The virtual machine's name or UUID
+        /// The name or UUID of the VM
         #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: String,
-        /// Its name [default: a unique one]
+        /// The name of the checkpoint [default: a unique one]
         #[arg(long)]
         name: Option<String>,
-        /// Its description
+        /// A description
         #[arg(long, value_name = "TEXT")]
         description: Option<String>,
-        /// Only on this disk; can be given once for each disk [default: all that can have one]
+        /// Only this disk; repeat the option for more disks
+        ///
+        /// Without the option, all disks that can have a checkpoint get one.
         #[arg(long)]
         disk: Vec<String>,
     },
-    /// Remove a checkpoint from the disks; its backup stays
+    /// Delete a checkpoint from the disks and keep its backup
     Delete {
-        /// The virtual machine's name or UUID
+        /// The name or UUID of the VM
         #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: String,
-        /// The checkpoint's name, or the id of its backup
+        /// The name of the checkpoint, or the id of its backup
         #[arg(required_unless_present = "all")]
         name: Option<String>,
-        /// Remove all checkpoints that this service has on the disks
+        /// Delete all checkpoints that this service has on the disks
         #[arg(long, conflicts_with = "name")]
         all: bool,
     },
     /// Print the document of a checkpoint
     Dump {
-        /// The virtual machine's name or UUID
+        /// The name or UUID of the VM
         #[arg(value_parser = NonEmptyStringValueParser::new())]
         domain: String,
-        /// The checkpoint's name, or the id of its backup
+        /// The name of the checkpoint, or the id of its backup
         name: String,
     },
 }
@@ -266,59 +271,72 @@ pub enum CheckpointCommand {
 #[command(group(ArgGroup::new("place").args(["store", "to", "disk", "definition"])))]
 #[command(group(ArgGroup::new("named_files").args(["to", "disk"])))]
 pub struct Create {
-    /// The virtual machine's name or UUID
+    /// The name or UUID of the VM
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub domain: String,
-    /// The name is the instance of a unit (backupd-backup@.service), as systemd-escape makes it
+    /// Read DOMAIN as the instance of backupd-backup@.service, as systemd-escape writes it
     #[arg(long, hide = true)]
     pub instance: bool,
-    /// Let the service choose the files, in this store
+    /// Write into this store
     #[arg(long, value_name = "STORE", value_parser = NonEmptyStringValueParser::new())]
     pub store: Option<String>,
-    /// Write one image a disk into this directory, as DIR/DISK.FORMAT
+    /// Write one image per disk into this directory
+    ///
+    /// The files are called DIR/DISK.FORMAT.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub to: Option<PathBuf>,
-    /// Copy only this disk, into this file or block device; can be given once for each disk
+    /// Copy this disk to a file or block device
+    ///
+    /// Repeat the option for more disks. Other disks are not copied.
     #[arg(long, value_name = "DISK=FILE", value_parser = parse_disk, value_hint = ValueHint::FilePath)]
     pub disk: Vec<DiskFile>,
-    /// Send this <domainbackup> document as it is; - reads standard input
+    /// Send this <domainbackup> document; - reads standard input
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
         conflicts_with_all = ["format", "compress", "own_files"])]
     pub definition: Option<PathBuf>,
     /// The format of the images [default: qcow2]
     #[arg(long, value_enum)]
     pub format: Option<Format>,
-    /// Compress the images, which have to be qcow2
+    /// Compress the images (qcow2 only)
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compress>,
-    /// Copy all ("full"), or the changes since this checkpoint or backup [default: auto]
+    /// Copy the whole disks, or changes since a base [default: auto]
+    ///
+    /// "full" copies the whole disks. The name of a checkpoint or the id of a backup selects the base. "auto" uses the
+    /// newest backup in the store as base, if the changes since then are known.
     #[arg(long, value_name = "auto|full|CHECKPOINT", conflicts_with = "named_files")]
     pub incremental: Option<String>,
-    /// Name the backup's checkpoint in a store, or make none ("no") [default: as the backup]
+    /// Name the checkpoint of the backup, or make none ("no")
+    ///
+    /// By default a backup in a store begins a checkpoint with the name of the backup.
     #[arg(long, value_name = "NAME|no", conflicts_with = "named_files")]
     pub checkpoint: Option<String>,
-    /// Write at most so many bytes a second, all disks together, such as 50M
+    /// Limit bytes per second for all disks together, such as 50M
     #[arg(long, value_name = "N", value_parser = units::parse_size)]
     pub bandwidth: Option<u64>,
-    /// Go slower while the guest's writes take longer than so many ms; 0: no limit [default: as configured]
+    /// Slow down while guest writes take longer than MS milliseconds
+    ///
+    /// 0 disables it. The default is set in the configuration.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(0..=60_000))]
     pub max_latency: Option<u32>,
-    /// Write into targets that exist instead of making new ones
+    /// Write into existing targets
     #[arg(long)]
     pub reuse_external: bool,
-    /// Freeze the guest's file systems through its agent: try it, or fail without it
+    /// Freeze the guest's file systems through its agent
     #[arg(long, value_enum, value_name = "MODE")]
     pub quiesce: Option<Quiesce>,
-    /// Let QEMU end if its guest powers off, which fails the backup
+    /// Let QEMU exit on a guest's power-off, which fails the backup
     #[arg(long)]
     pub allow_poweroff: bool,
-    /// Fail if the VM has data that no backup can hold, such as a vhost-user disk
+    /// Fail if the VM has data that no backup can hold
+    ///
+    /// An example is a vhost-user disk, which QEMU cannot read.
     #[arg(long)]
     pub require_all_disks: bool,
-    /// Open the target files with your own rights, so that they belong to you
+    /// Open the target files as yourself, so that you own them
     #[arg(long, requires = "named_files")]
     pub own_files: bool,
-    /// Don't wait until the backup has ended
+    /// Don't wait for the end of the backup
     #[arg(long)]
     pub detach: bool,
 }
@@ -328,18 +346,18 @@ pub struct Create {
 pub struct DiskFile {
     /// The disk's name.
     pub disk: String,
-    /// Where its data goes.
+    /// The target of its data.
     pub file: PathBuf,
 }
 
-/// A file can have `=` in its name, a disk can't here.
+/// A file name can contain `=`; the name of a disk cannot.
 pub fn parse_disk(text: &str) -> Result<DiskFile, String> {
     match text.split_once('=') {
         Some((disk, file)) if !disk.is_empty() && !file.is_empty() => Ok(DiskFile {
             disk: disk.to_owned(),
             file: file.into(),
         }),
-        _ => Err("expected the disk's name, \"=\" and a file, as in vda=/backup/vda.qcow2".to_owned()),
+        _ => Err("expected DISK=FILE, such as vda=/backup/vda.qcow2".to_owned()),
     }
 }
 
@@ -362,10 +380,10 @@ impl Format {
     }
 }
 
-/// A way to compress qcow2.
+/// A compression method of qcow2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Compress {
-    /// Fast and good
+    /// Fast and strong
     Zstd,
     /// For readers older than QEMU 5.1
     Zlib,
@@ -381,19 +399,19 @@ impl Compress {
     }
 }
 
-/// How much freezing the guest's file systems matters.
+/// The importance of a file system freeze.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Quiesce {
-    /// Don't
+    /// Do not freeze
     No,
-    /// Go on without if the guest can't
+    /// Freeze if the guest can, else continue
     Try,
-    /// Fail if the guest can't
+    /// Freeze, or fail
     Require,
 }
 
 impl Quiesce {
-    /// The word in the call's options.
+    /// The word in the options of the call.
     pub fn word(self) -> &'static str {
         match self {
             Self::No => "no",
@@ -404,7 +422,7 @@ impl Quiesce {
 }
 
 impl Cli {
-    /// Parses the program's arguments, and checks what clap's own rules can't say.
+    /// Parses the arguments, and checks rules that clap cannot express.
     pub fn parse_checked(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Self, clap::Error> {
         let mut cli = Self::try_parse_from(args)?;
         if let Command::Create(create) = &mut cli.command {
@@ -426,7 +444,7 @@ impl Create {
         Err(create.unwrap_or_else(|| clap::Error::raw(kind, message)))
     }
 
-    /// Puts the name in the place of what stands for it.
+    /// Replaces the unit's instance by the name that it encodes.
     fn resolve(&mut self) -> Result<(), clap::Error> {
         if self.instance {
             self.domain = match instance::name(&self.domain) {
@@ -441,7 +459,7 @@ impl Create {
         if self.compress.is_some() && self.format == Some(Format::Raw) {
             return Self::fail(
                 clap::error::ErrorKind::ArgumentConflict,
-                "raw images can't be compressed: --compress goes with --format qcow2 only".to_owned(),
+                "raw images cannot be compressed: use --format qcow2 or remove --compress".to_owned(),
             );
         }
         for (index, disk) in self.disk.iter().enumerate() {
@@ -479,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn the_instance_of_a_unit_is_the_name_that_it_stands_for() {
+    fn the_instance_of_a_unit_is_decoded_to_a_name() {
         let named = |line: &str| create(line).domain;
         assert_eq!(
             named(r"backupctl create --instance -- web\x20server-1"),
@@ -513,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_name_is_not_every_virtual_machine() {
+    fn an_empty_name_does_not_select_every_vm() {
         for line in [
             &["prune", "", "--keep-last", "1"][..],
             &["prune", "--store", ""],
@@ -529,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_malformed_is_a_usage_error() {
+    fn missing_and_malformed_arguments_are_usage_errors() {
         let lines = [
             "backupctl",
             "backupctl create",
@@ -554,7 +572,7 @@ mod tests {
     }
 
     #[test]
-    fn every_option_of_create_is_read() {
+    fn every_option_of_create_is_parsed() {
         let create = create(
             "backupctl create web --disk a=x=y --disk b=z --format qcow2 --compress zlib --bandwidth 1.5M --max-latency 10 \
              --reuse-external --quiesce require --own-files --detach --json",
@@ -570,7 +588,7 @@ mod tests {
     }
 
     #[test]
-    fn what_applies_to_all_commands_can_stand_anywhere() {
+    fn global_options_are_accepted_anywhere() {
         assert!(parse("backupctl --json jobs").unwrap().json);
         assert!(parse("backupctl jobs --json").unwrap().json);
         assert!(
@@ -581,7 +599,7 @@ mod tests {
     }
 
     #[test]
-    fn a_definition_goes_with_what_is_not_in_it() {
+    fn a_definition_allows_options_that_it_does_not_contain() {
         let create =
             create("backupctl create web --definition - --bandwidth 5M --quiesce try --reuse-external");
         assert_eq!(create.definition, Some(PathBuf::from("-")));

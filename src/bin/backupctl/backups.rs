@@ -1,4 +1,4 @@
-//! The backups in stores: a row for each, as a tree of bases and dependents.
+//! Lists stored backups: one row each, as a tree of bases and dependents.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -20,7 +20,7 @@ use crate::units;
 /// A disk on the bus: name, file, format, virtual size, length, digest, base.
 type DiskTuple = (String, String, String, u64, u64, String, String);
 
-/// A backup as `ListBackups` tells it.
+/// An entry of `ListBackups`.
 pub type BackupTuple = (
     OwnedObjectPath,
     String,
@@ -38,22 +38,22 @@ pub type BackupTuple = (
     bool,
 );
 
-/// A disk's image.
+/// The image of a disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Image {
     /// The disk.
     pub disk: String,
-    /// The file's name.
+    /// The name of the file.
     pub file: String,
     /// `qcow2` or `raw`.
     pub format: String,
-    /// Bytes that the guest sees.
+    /// The size that the guest sees, in bytes.
     pub virtual_size: u64,
-    /// Bytes of the file, if that is known.
+    /// The size of the file in bytes, if known.
     pub length: Option<u64>,
-    /// Of the file; nothing if it is not known.
+    /// The digest of the file; empty if not known.
     pub digest: String,
-    /// Its base, or nothing.
+    /// The id of the base; empty for a full image.
     pub parent: String,
 }
 
@@ -75,35 +75,35 @@ impl Image {
 /// A backup in a store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Backup {
-    /// The object.
+    /// The object path.
     pub path: String,
-    /// The name of its directory.
+    /// The id, which is the name of the backup's directory.
     pub id: String,
-    /// As its document had it, or nothing.
+    /// The name from the document, or empty.
     pub name: String,
     /// The domain's name.
     pub domain: String,
-    /// Its UUID, or nothing.
+    /// The UUID of the domain, or empty.
     pub uuid: String,
     /// The store's name.
     pub store: String,
     /// `full`, `incremental` or `differential`.
     pub kind: String,
-    /// Its base, or nothing.
+    /// The id of the base, or empty.
     pub parent: String,
-    /// The instant that it shows, in µs since the epoch.
+    /// The point in time, in µs since the epoch.
     pub time: u64,
     /// `complete`, `damaged` or `missing`.
     pub state: String,
-    /// What is wrong, or nothing.
+    /// The problem, or empty.
     pub problem: String,
-    /// Nobody removes it.
+    /// Whether it is protected from deletion.
     pub protected: bool,
     /// Its images.
     pub disks: Vec<Image>,
-    /// The service that made it, or nothing.
+    /// The id of the service that made it, or empty.
     pub service: String,
-    /// Keep rules apply to it; nothing where no service was asked.
+    /// Whether keep rules apply to it; `None` if no service was asked.
     pub own: Option<bool>,
 }
 
@@ -137,7 +137,7 @@ impl From<BackupTuple> for Backup {
             time,
             state,
             problem,
-            // Asked for by itself.
+            // An own query sets it.
             protected: false,
             disks,
             service,
@@ -146,7 +146,7 @@ impl From<BackupTuple> for Backup {
     }
 }
 
-/// `backups`
+/// `backupctl backups`
 pub async fn list(
     service: &Service,
     domain: Option<&str>,
@@ -157,9 +157,9 @@ pub async fn list(
     print_list(&backups, json)
 }
 
-/// `backups --from`
+/// `backupctl backups --from`
 pub fn list_store(path: &Path, domain: Option<&str>, json: bool) -> Result<Status> {
-    // A link that its user names leads where it may.
+    // The path may lead over symbolic links, because the user's own rights apply.
     let path = path
         .canonicalize()
         .map_err(|error| Error::Usage(format!("{}: {error}", path.display())))?;
@@ -192,7 +192,7 @@ fn print_list(backups: &[Backup], json: bool) -> Result<Status> {
 }
 
 impl Backup {
-    /// One that no service told of.
+    /// A backup that was read without the service.
     fn of(stored: Stored, store: &str) -> Self {
         let Stored {
             manifest,
@@ -227,7 +227,7 @@ impl Backup {
         }
     }
 
-    /// Bytes of its images; nothing where that is not known of all.
+    /// The size of all images in bytes; `None` if one of them is unknown.
     fn size(&self) -> Option<u64> {
         self.disks.iter().map(|disk| disk.length).sum()
     }
@@ -272,12 +272,12 @@ impl Backup {
     }
 }
 
-/// What the tree is drawn with.
+/// The characters that draw the tree.
 #[derive(Debug, Clone, Copy)]
 pub struct Branches {
-    /// Before one that has others after it, and before what is below that one.
+    /// For a backup with later siblings: before itself, and before its dependents.
     inner: [&'static str; 2],
-    /// The same of the last.
+    /// The same for the last sibling.
     last: [&'static str; 2],
 }
 
@@ -291,7 +291,7 @@ impl Branches {
         last: ["└─", "  "],
     };
 
-    /// Lines where the locale says that they can be shown (locale(7)), into a file too.
+    /// Draws lines if the locale has UTF-8 (locale(7)), in files too.
     fn of_locale() -> Self {
         let set = ["LC_ALL", "LC_CTYPE", "LANG"].map(std::env::var_os);
         let locale = set.into_iter().flatten().find(|value| !value.is_empty());
@@ -303,9 +303,9 @@ impl Branches {
     }
 }
 
-/// Each backup after its base, with the lines of the tree before it.
+/// Each backup after its base, with its tree lines.
 fn tree<'a>(backups: &'a [Backup], branches: Branches) -> Vec<(String, &'a Backup)> {
-    // No two backups in a store have the same id, whosever they are.
+    // Ids are unique in a store, across domains.
     let place = |of: &'a Backup, id: &'a str| (of.store.as_str(), id);
     let known: BTreeSet<_> = backups.iter().map(|backup| place(backup, &backup.id)).collect();
     let mut below: BTreeMap<_, Vec<&Backup>> = BTreeMap::new();
@@ -318,7 +318,7 @@ fn tree<'a>(backups: &'a [Backup], branches: Branches) -> Vec<(String, &'a Backu
         }
     }
     let mut lines = Vec::new();
-    // Not by calls of itself: chains can be long.
+    // Iterative, because chains can be long.
     let mut left: Vec<(String, String, &Backup)> = roots
         .into_iter()
         .rev()
@@ -343,7 +343,7 @@ fn text(backups: &[Backup], branches: Branches, now: SystemTime) -> String {
     let mut headings = vec![
         "DOMAIN", "STORE", "BACKUP", "TIME", "AGE", "KIND", "SIZE", "STATE",
     ];
-    // Who has one host only need not read about others.
+    // A host with one service needs no column for it.
     let foreign = backups.iter().any(|backup| backup.own == Some(false));
     if foreign {
         headings.push("SERVICE");
@@ -397,11 +397,11 @@ fn text(backups: &[Backup], branches: Branches, now: SystemTime) -> String {
     }
 }
 
-/// By how many µs clocks may differ.
+/// The accepted clock difference, in µs.
 const CLOCK_SLACK: u128 = 60_000_000;
 
-/// Says how many backups have a point in time later than `now`, or than one of the same VM in the same store that was made
-/// after them; nothing if there are none. `made` has store, VM and time in µs, in the order of making.
+/// A note on how many backups have a point in time later than `now`, or than a backup of the same VM and store that was
+/// made after them. Empty if there are none. `made` lists store, VM and time in µs, in the order of making.
 pub fn future_note<'a>(
     made: impl DoubleEndedIterator<Item = ((&'a str, &'a str), u64)>,
     now: SystemTime,
@@ -418,9 +418,11 @@ pub fn future_note<'a>(
     }
     match count {
         0 => String::new(),
-        1 => "1 backup is from the future: a clock was wrong. It does not count as newest.\n".into(),
+        1 => "1 backup is from the future: a clock was wrong. It does not count as the newest.\n".into(),
         count => {
-            format!("{count} backups are from the future: a clock was wrong. They do not count as newest.\n")
+            format!(
+                "{count} backups are from the future: a clock was wrong. They do not count as the newest.\n"
+            )
         }
     }
 }
@@ -448,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_says_who_made_a_backup_where_somebody_else_did() {
+    fn a_table_shows_the_service_of_each_backup_if_there_are_several() {
         let of = |service: &str, own| Backup {
             service: service.into(),
             own: Some(own),
@@ -473,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_on_another_is_drawn_below_it() {
+    fn a_dependent_is_drawn_below_its_base() {
         let backups = [
             backup("a", ""),
             backup("b", "a"),
@@ -495,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_chain_is_no_deep_one() {
+    fn a_long_chain_does_not_overflow_the_stack() {
         let backups: Vec<_> = (0..3000)
             .map(|number| backup(&number.to_string(), &format!("{}", number - 1)))
             .collect();
@@ -503,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn a_size_is_told_where_all_of_it_is_known() {
+    fn a_size_is_known_if_all_images_have_one() {
         let image = |length| Image {
             length,
             ..Image::default()
@@ -520,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn the_keys_of_json_stay() {
+    fn the_keys_of_json_are_stable() {
         let mut backup = backup("a", "");
         backup.disks.push(Image::default());
         let value = backup.json();

@@ -8,22 +8,22 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::output::escape;
 use crate::{job, units};
 
-/// What one bar shows.
+/// The content of one bar.
 #[derive(Debug, Clone)]
 pub struct Row {
-    /// What stands before the bar, and tells the bars apart.
+    /// The label before the bar; unique for each bar.
     pub label: String,
     /// Bytes done.
     pub done: u64,
-    /// Bytes in all.
+    /// Bytes in total.
     pub total: u64,
-    /// A word for the state.
+    /// The state.
     pub state: String,
-    /// Bytes a second, or `None` to work it out from what was done when.
+    /// Bytes per second; `None` to measure it.
     pub rate: Option<u64>,
 }
 
-/// Bars that appear when they are first set.
+/// Progress bars that appear with their first row.
 pub struct Bars {
     all: MultiProgress,
     bars: HashMap<String, (ProgressBar, Meter)>,
@@ -43,7 +43,7 @@ impl Default for Bars {
 }
 
 impl Bars {
-    /// Shows a row, in its own bar.
+    /// Shows a row in its own bar.
     pub fn set(&mut self, row: Row) {
         let now = Instant::now();
         if !self.bars.contains_key(&row.label) {
@@ -53,7 +53,7 @@ impl Bars {
             return;
         };
         meter.observe(now, row.done);
-        // A backup of nothing is not stuck at its start.
+        // An empty backup must not look stuck.
         let full = row.total == 0 && row.state == "completed";
         bar.set_length(if full { 1 } else { row.total });
         bar.set_position(if full { 1 } else { row.done });
@@ -73,9 +73,9 @@ impl Bars {
     fn add(&mut self, label: &str) {
         let shown = escape(label);
         self.width = self.width.max(shown.chars().count());
-        // Not 0: a bar of nothing is full before it is first set.
+        // Not 0, because an empty bar counts as full before its first row.
         let bar = self.all.add(ProgressBar::new(1));
-        // The template is a constant, so this can't fail; a bar with the default style would do as well.
+        // The template is constant, so this does not fail.
         if let Ok(style) = ProgressStyle::with_template("{prefix} [{wide_bar}] {percent:>3}% {msg}") {
             bar.set_style(style.progress_chars("=> "));
         }
@@ -86,7 +86,7 @@ impl Bars {
         }
     }
 
-    /// Takes a bar away.
+    /// Removes a bar.
     pub fn remove(&mut self, label: &str) {
         if let Some((bar, _)) = self.bars.remove(label) {
             bar.finish_and_clear();
@@ -101,24 +101,24 @@ impl Bars {
         }
     }
 
-    /// Leaves the bars as they are, and the cursor below them: indicatif leaves it at the end of the last one.
+    /// Keeps the bars, and moves the cursor below them; indicatif leaves it at the end of the last bar.
     pub fn finish(&mut self) {
         if !self.bars.is_empty() && !self.paused {
-            // The bars would be drawn once more, or cleared, when they are dropped.
+            // Otherwise dropping the bars would redraw or clear them.
             self.pause();
             crate::output::complain("");
         }
     }
 
-    /// Leaves the terminal alone until [`Bars::resume`].
+    /// Stops drawing until [`Bars::resume`].
     pub fn pause(&mut self) {
         self.paused = true;
-        // What is drawn stays as it is: the terminal may have written "^C" behind it, and a cursor that has moved
-        // can't clear it any more. The bars are drawn anew below.
+        // The drawn bars remain. The terminal may have printed "^C" behind them, and indicatif cannot clear them after
+        // the cursor has moved. [`Bars::resume`] draws new bars below.
         self.all.set_draw_target(ProgressDrawTarget::hidden());
     }
 
-    /// Shows the bars again.
+    /// Draws the bars again.
     pub fn resume(&mut self) {
         self.paused = false;
         self.all.set_draw_target(ProgressDrawTarget::stderr());
@@ -128,7 +128,7 @@ impl Bars {
     }
 }
 
-/// `1.0 GiB/2.0 GiB  512 MiB/s    ETA 0:08 running`, in columns that leave room for a bar in 80 of them.
+/// `1.0 GiB/2.0 GiB  512 MiB/s    ETA 0:08 running`, in columns that leave room for a bar in 80 columns.
 fn message(row: &Row, rate: Option<u64>) -> String {
     let bytes = format!("{}/{}", units::size(row.done), units::size(row.total));
     let (speed, left) = match rate {
@@ -141,7 +141,7 @@ fn message(row: &Row, rate: Option<u64>) -> String {
     format!("{bytes:>17} {speed:>10} {left:>11} {:<9}", escape(&row.state))
 }
 
-/// Works out a rate from what was done when, with the last few seconds counting most.
+/// Measures a rate, smoothed over the last few seconds.
 #[derive(Debug, Default)]
 pub struct Meter {
     last: Option<(Instant, u64)>,
@@ -149,22 +149,22 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Over how many seconds the rate is smoothed.
+    /// The period of smoothing, in seconds.
     const SMOOTHING: f64 = 3.0;
 
-    /// Takes a new reading.
+    /// Adds a reading.
     pub fn observe(&mut self, now: Instant, done: u64) {
         let Some((then, before)) = self.last else {
             self.last = Some((now, done));
             return;
         };
         let seconds = now.saturating_duration_since(then).as_secs_f64();
-        // Before anything is copied there is nothing to measure.
+        // There is no rate before the first byte.
         if done == 0 {
             self.last = Some((now, 0));
             return;
         }
-        // Two readings close to each other say more about the clock than about the disk.
+        // Readings in quick succession measure the clock more than the disk.
         if seconds < 0.2 {
             return;
         }
@@ -177,12 +177,12 @@ impl Meter {
         self.last = Some((now, done));
     }
 
-    /// Bytes a second, after two readings.
+    /// Bytes per second, after two readings.
     pub fn rate(&self) -> Option<u64> {
         self.rate.map(|rate| rate as u64)
     }
 
-    /// How long the rest takes at this rate; nothing while it stands still.
+    /// The remaining time at this rate; `None` while the rate is 0.
     pub fn left(&self, done: u64, total: u64) -> Option<Duration> {
         let rate = self.rate().filter(|rate| *rate > 0)?;
         Some(Duration::from_secs(total.saturating_sub(done).div_ceil(rate)))
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn the_time_before_the_first_byte_does_not_count() {
+    fn the_time_before_the_first_byte_is_not_measured() {
         let start = Instant::now();
         let mut meter = Meter::default();
         for second in 0..5u64 {

@@ -10,10 +10,10 @@ use crate::output::{self, Table, escape_lines};
 use crate::proxy::Service;
 use crate::units;
 
-/// A checkpoint as `ListCheckpoints` has it: name, parent, time, backup, store, and (disk, bitmap, state) of each disk.
+/// An entry of `ListCheckpoints`: name, parent, time, backup, store, and (disk, bitmap, state) of each disk.
 pub type CheckpointTuple = (String, String, u64, String, String, Vec<(String, String, String)>);
 
-/// `checkpoints`
+/// `backupctl checkpoints`
 pub async fn list(service: &Service, domain: &str, json: bool) -> Result<Status> {
     let domain = service.domain(domain).await?;
     let checkpoints = service.checkpoints(&domain).await?;
@@ -24,7 +24,7 @@ pub async fn list(service: &Service, domain: &str, json: bool) -> Result<Status>
     )
 }
 
-/// `checkpoint`
+/// `backupctl checkpoint`
 pub async fn run(service: &Service, command: &CheckpointCommand, json: bool) -> Result<Status> {
     match command {
         CheckpointCommand::Create {
@@ -42,7 +42,7 @@ pub async fn run(service: &Service, command: &CheckpointCommand, json: bool) -> 
                 || format!("{}\n", escape_lines(&name)),
             )
         }
-        // The arguments have either a name or --all.
+        // clap requires either a name or --all.
         CheckpointCommand::Delete { domain, name, all: _ } => {
             let path = service.domain(domain).await?;
             service.delete_checkpoint(&path, name.as_deref()).await?;
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_is_of_no_use_is_marked_and_what_is_not_there_is_null() {
+    fn an_inconsistent_disk_is_marked_and_missing_values_are_null() {
         let lines = [line("monday", "b1", "good"), line("alone", "", "inconsistent")];
         let text = text(&lines);
         assert!(

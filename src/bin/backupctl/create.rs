@@ -1,4 +1,4 @@
-//! `backupctl create`: makes the request, starts the backup, and waits for it.
+//! `backupctl create`: builds the request, starts the backup, and waits for it.
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal};
@@ -22,7 +22,7 @@ use crate::proxy::{CONFIGURED, DomainDisk, Job, Service};
 use crate::summary::Summary;
 use crate::view::{self, View};
 
-/// After a signal, how long an answer that may be on its way is waited for.
+/// Timeout for a pending reply after a signal.
 const LAST_ANSWER: Duration = Duration::from_secs(2);
 
 /// Runs the command.
@@ -38,9 +38,9 @@ pub async fn run(service: &Service, args: &Create, json: bool, ask_password: boo
     };
     let agent = Agent::start(ask_password).await;
     let (job, interrupted) = start(service, args, &prepared, &files, &mut interrupts).await?;
-    // Not earlier: the user may have taken some time to type a password.
+    // Measured from here, because the user may have needed time for a password.
     let begun = Instant::now();
-    // From here on the terminal belongs to the progress; the starter may cancel without a password.
+    // From here on the progress uses the terminal. The starter needs no password to cancel.
     drop(agent);
     if json {
         view::event(json!({ "event": "started", "id": job.id, "path": job.path }));
@@ -58,13 +58,13 @@ pub async fn run(service: &Service, args: &Create, json: bool, ask_password: boo
         view.note(&format!("Job {} of {domain} started", job.id));
     }
     let ending = match interrupted {
-        Some(Interrupt::Terminate) => Ok((Ending::Left, None)),
+        Some(Interrupt::Terminate) => Ok((Ending::Detached, None)),
         _ => follow(service, &job, view.as_mut(), interrupted, &mut interrupts).await,
     };
     let ending = match ending {
         Ok(ending) => ending,
         Err(error) => {
-            // Nobody knows how it goes on, so nothing that it may be writing into is taken away.
+            // The job's fate is unknown, so its files must remain.
             files.keep();
             return Err(error);
         }
@@ -80,9 +80,9 @@ pub async fn run(service: &Service, args: &Create, json: bool, ask_password: boo
                 took: Some(begun.elapsed()),
                 own_targets: &prepared.own_targets(args),
             };
-            summary.tell(json)
+            summary.print(json)
         }
-        (Ending::Left, _) => {
+        (Ending::Detached, _) => {
             files.keep();
             left(job.id, json);
             Ok(Status::Failed)
@@ -90,13 +90,13 @@ pub async fn run(service: &Service, args: &Create, json: bool, ask_password: boo
     }
 }
 
-/// Says that the backup goes on without the client.
+/// Reports that the backup continues without the client.
 pub fn left(id: u32, json: bool) {
     if json {
         view::event(json!({ "event": "detached", "id": id }));
     } else {
         output::complain(&format!(
-            "Job {id} goes on. `backupctl watch {id}` follows it, `backupctl cancel {id}` cancels it."
+            "Job {id} continues. `backupctl watch {id}` follows it, `backupctl cancel {id}` cancels it."
         ));
     }
 }
@@ -116,8 +116,8 @@ async fn follow(
     Ok((ending, Some(follow.snapshot)))
 }
 
-/// Starts the backup. A signal that comes meanwhile is handed on with the job if the answer still arrives: going away
-/// at once could leave a backup running that nobody knows of.
+/// Starts the backup. If a signal arrives first, waits for the pending reply and returns job and signal. Exiting at
+/// once could leave a backup that the user does not know of.
 async fn start(
     service: &Service,
     args: &Create,
@@ -130,7 +130,7 @@ async fn start(
         options.insert("checkpoint", Variant::from(checkpoint.clone()));
     }
     if args.instance {
-        // A timer of the administrator's backs up what the administrator has made known.
+        // An administrator's timer backs up only configured VMs.
         let (source, _) = service.source(&service.domain(&args.domain).await?).await?;
         if source != CONFIGURED {
             return Err(Error::NotConfigured(args.domain.clone()));
@@ -140,7 +140,7 @@ async fn start(
     let call = service.create_backup(&args.domain, &prepared.document, files.descriptors(), options);
     let call = async {
         match call.await {
-            Err(error) if error.is_in_doubt() => found::begun(service, &args.domain, since, error).await,
+            Err(error) if error.is_in_doubt() => found::started(service, &args.domain, since, error).await,
             started => started,
         }
     };
@@ -181,10 +181,10 @@ fn options(args: &Create) -> HashMap<&'static str, Variant<'static>> {
     options
 }
 
-/// What is sent, and the files that it names with the disk of each.
+/// The document, and the files that it names, each with its disk.
 struct Prepared {
     document: String,
-    /// What is said of the checkpoint.
+    /// The value of the `checkpoint` option.
     checkpoint: Option<String>,
     files: Vec<(String, PathBuf)>,
 }
@@ -211,7 +211,7 @@ impl Prepared {
                 files: Vec::new(),
             });
         }
-        // The service knows the disks. They only matter here if each of them has to be named.
+        // Only needed if the document must list every disk.
         let named =
             args.to.is_some() || args.disk.is_empty() && (args.format.is_some() || args.compress.is_some());
         let disks = match named {
@@ -278,11 +278,11 @@ impl Prepared {
     }
 }
 
-/// The file for a disk. Its name comes from QEMU: it must not lead out of the directory.
+/// The file name for a disk. QEMU chooses the disk's name, so the file name must not lead out of the directory.
 pub fn file_name(disk: &str, format: &str) -> Result<String> {
     if disk.is_empty() || disk.starts_with('.') || disk.contains(['/', '\0']) {
         return Err(Error::Usage(format!(
-            "disk \"{disk}\" has a name that can't be a file's name: use --disk to name its file"
+            "the name of disk \"{disk}\" cannot be a file name: use --disk to choose one"
         )));
     }
     Ok(format!("{disk}.{format}"))
@@ -292,15 +292,15 @@ fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).map_err(|error| Error::Usage(format!("{}: {error}", path.display())))
 }
 
-/// The service opens it by this path, which has to be text to be in a document.
+/// The document contains the path as text, and the service opens it.
 fn target(path: &Path) -> Result<Target> {
     let Some(text) = path.to_str() else {
         return Err(Error::Usage(format!(
-            "{} is not valid UTF-8: with --own-files it can be used",
+            "{} is not valid UTF-8: use --own-files",
             path.display()
         )));
     };
-    // What can't be looked at from here is taken for a file; the service looks for itself.
+    // A path that the client cannot examine counts as a file. The service examines it itself.
     let block = path
         .metadata()
         .is_ok_and(|metadata| metadata.file_type().is_block_device());
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_for_no_disk_is_an_error_and_not_a_backup_of_everything() {
+    fn a_directory_without_disks_is_an_error() {
         let result = Prepared::make(&create("--to /backup"), &[disk("cd", "", true, "empty")]);
         assert!(matches!(result, Err(Error::Usage(_))));
     }

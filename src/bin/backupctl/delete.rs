@@ -1,4 +1,4 @@
-//! `delete`: several backups, dependents first.
+//! `backupctl delete`: deletes several backups, dependents first.
 
 use std::collections::BTreeMap;
 
@@ -11,18 +11,18 @@ use crate::proxy::Service;
 use crate::stored::identifies;
 use crate::units;
 
-/// How backups are to be deleted.
+/// The options of a deletion.
 #[derive(Debug, Clone, Copy)]
 pub struct Deletion {
-    /// With all dependents.
+    /// Deletes all dependents too.
     pub with_dependents: bool,
-    /// Dependents are made independent, and stay.
+    /// Makes dependents independent first, and keeps them.
     pub merge: bool,
-    /// Only what would go is shown.
+    /// Only prints the backups that would be deleted.
     pub dry_run: bool,
 }
 
-/// `delete`
+/// `backupctl delete`
 pub async fn run(service: &Service, backups: &[String], how: Deletion, json: bool) -> Result<Status> {
     let mut found = BTreeMap::new();
     for backup in backups {
@@ -30,17 +30,17 @@ pub async fn run(service: &Service, backups: &[String], how: Deletion, json: boo
         found.insert(id, path);
     }
     let dry_run = how.dry_run;
-    let (gone, freed) = match dry_run {
-        true => what_would_go(service, &found, how).await?,
+    let (deleted, freed) = match dry_run {
+        true => preview(service, &found, how).await?,
         false => delete_all(service, &found, how).await?,
     };
     print(
         json,
-        || json!({ "removed": gone, "freed": freed, "dry-run": dry_run }),
+        || json!({ "removed": deleted, "freed": freed, "dry-run": dry_run }),
         || {
             let mut text = String::new();
             let word = if dry_run { "would be deleted" } else { "deleted" };
-            for id in &gone {
+            for id in &deleted {
                 text.push_str(&format!("{}: {word}\n", escape(id)));
             }
             let word = if dry_run { "would be free" } else { "freed" };
@@ -50,7 +50,7 @@ pub async fn run(service: &Service, backups: &[String], how: Deletion, json: boo
     )
 }
 
-/// The object and the id of the backup that is meant, for a command that destroys data.
+/// The object path and id of the given backup. Refuses a short beginning of an id, because the command destroys data.
 async fn whole_id(service: &Service, wanted: &str) -> Result<(String, String)> {
     let found = service.backup(wanted).await;
     if matches!(&found, Ok((_, id)) if identifies(wanted, id)) {
@@ -66,64 +66,64 @@ async fn whole_id(service: &Service, wanted: &str) -> Result<(String, String)> {
     }
 }
 
-/// Ids of what is gone, in that order, and bytes freed.
-type Gone = (Vec<String>, u64);
+/// The deleted ids in order, and the freed bytes.
+type Deleted = (Vec<String>, u64);
 
-async fn delete_all(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Gone> {
-    let (mut gone, mut freed) = (Vec::new(), 0);
-    let mut left: Vec<_> = found.iter().collect();
-    while !left.is_empty() {
-        let (before, mut refused) = (left.len(), None);
-        // The youngest first: it may depend on another of them. An id is only as exact as a second, so a refused one is tried
-        // again after another.
-        for (id, path) in std::mem::take(&mut left).into_iter().rev() {
-            if gone.contains(id) {
+async fn delete_all(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Deleted> {
+    let (mut deleted, mut freed) = (Vec::new(), 0);
+    let mut remaining: Vec<_> = found.iter().collect();
+    while !remaining.is_empty() {
+        let (before, mut refused) = (remaining.len(), None);
+        // The newest first, because it may depend on others. Ids have a resolution of one second, so a refused backup
+        // is tried again after another one.
+        for (id, path) in std::mem::take(&mut remaining).into_iter().rev() {
+            if deleted.contains(id) {
                 continue;
             }
             match service.delete(path, how).await {
                 Ok((ids, bytes)) => {
-                    gone.extend(ids);
+                    deleted.extend(ids);
                     freed += bytes;
                 }
                 Err(error) if error.has_dependents() => {
-                    left.insert(0, (id, path));
+                    remaining.insert(0, (id, path));
                     refused = Some(error);
                 }
                 Err(error) => return Err(error),
             }
         }
-        if let Some(error) = refused.filter(|_| left.len() == before) {
+        if let Some(error) = refused.filter(|_| remaining.len() == before) {
             return Err(error);
         }
     }
-    Ok((gone, freed))
+    Ok((deleted, freed))
 }
 
-async fn what_would_go(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Gone> {
+async fn preview(service: &Service, found: &BTreeMap<String, String>, how: Deletion) -> Result<Deleted> {
     let with_dependents = Deletion {
         with_dependents: true,
         merge: false,
         dry_run: true,
     };
-    let (mut gone, mut freed) = (Vec::new(), 0);
-    // The oldest first: its error names all dependents.
+    let (mut deleted, mut freed) = (Vec::new(), 0);
+    // The oldest first, because its error names all dependents.
     for (id, path) in found {
-        if gone.contains(id) {
+        if deleted.contains(id) {
             continue;
         }
         if how.merge {
             let (ids, bytes) = service.delete(path, how).await?;
-            gone.extend(ids);
+            deleted.extend(ids);
             freed += bytes;
             continue;
         }
         let (ids, bytes) = service.delete(path, with_dependents).await?;
         if !how.with_dependents && ids.iter().any(|id| !found.contains_key(id)) {
-            // It says why not.
+            // This fails with the reason.
             service.delete(path, how).await?;
         }
-        gone.extend(ids);
+        deleted.extend(ids);
         freed += bytes;
     }
-    Ok((gone, freed))
+    Ok((deleted, freed))
 }

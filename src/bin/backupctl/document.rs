@@ -1,49 +1,49 @@
-//! The `<domainbackup>` and `<domaincheckpoint>` documents that the client makes from its options, or reads from a file.
+//! The `<domainbackup>` and `<domaincheckpoint>` documents: built from options, or read from a file.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-/// The service takes no longer document.
+/// The service's limit of document length.
 pub const MAX_DOCUMENT: u64 = 1024 * 1024;
 
-/// Why there is no document.
+/// The error of a document.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file can't be read.
+    /// The file cannot be read.
     #[error("cannot read the definition from {path}: {source}")]
     Read {
-        /// The file's name as the user gave it.
+        /// The name of the file as the user gave it.
         path: String,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// The file is longer than the service takes.
+    /// The file is too long for the service.
     #[error("the definition in {path} is longer than 1 MiB")]
     TooLong {
-        /// The file's name as the user gave it.
+        /// The name of the file as the user gave it.
         path: String,
     },
-    /// The file isn't text.
+    /// The file is not text.
     #[error("the definition in {path} is not valid UTF-8")]
     NotUtf8 {
-        /// The file's name as the user gave it.
+        /// The name of the file as the user gave it.
         path: String,
     },
-    /// XML 1.0 has no way to write this character, not even as a reference.
-    #[error("{what} \"{text}\" has a character that can't be in an XML document")]
+    /// XML 1.0 cannot represent this character, not even as a reference.
+    #[error("{what} \"{text}\" contains a character that XML cannot represent")]
     Character {
-        /// What the text is: a disk's name, a file, …
+        /// The kind of text: the name of a disk, a path, …
         what: &'static str,
         /// The text.
         text: String,
     },
 }
 
-/// Where one disk's data goes.
+/// The target of a disk's data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
-    /// Where the store wants it.
+    /// A file that the store chooses.
     Store,
     /// A file at this absolute path.
     File(String),
@@ -58,25 +58,25 @@ pub enum Target {
 pub struct Disk {
     /// The disk's name.
     pub name: String,
-    /// Where its data goes.
+    /// The target of its data.
     pub target: Target,
 }
 
-/// What a document says. Nothing of it set is the empty document: all disks into the default store.
+/// The content of a document. The default value is the empty document: all disks into the default store.
 #[derive(Debug, Default)]
 pub struct Request {
     /// The store by name.
     pub store: Option<String>,
-    /// The disks; none means all that are writable.
+    /// The disks; empty for all writable disks.
     pub disks: Vec<Disk>,
-    /// The images' format.
+    /// The format of the images.
     pub format: Option<&'static str>,
-    /// The images' compression.
+    /// The compression of the images.
     pub compress: Option<&'static str>,
 }
 
 impl Request {
-    /// The document, or the empty text where every default will do.
+    /// The document; empty if all values are defaults.
     pub fn document(&self) -> Result<String, Error> {
         if self.store.is_none() && self.disks.is_empty() {
             return Ok(String::new());
@@ -125,13 +125,13 @@ impl Request {
         };
         match (self.format, self.compress) {
             (None, None) => String::new(),
-            // Only qcow2 can be compressed.
+            // Only qcow2 supports compression.
             (format, _) => format!("<driver type='{}'{compress}/>", format.unwrap_or("qcow2")),
         }
     }
 }
 
-/// The document of a checkpoint, or the empty text where every default will do.
+/// The document of a checkpoint; empty if all values are defaults.
 pub fn checkpoint(name: Option<&str>, description: Option<&str>, disks: &[String]) -> Result<String, Error> {
     if name.is_none() && description.is_none() && disks.is_empty() {
         return Ok(String::new());
@@ -157,8 +157,8 @@ pub fn checkpoint(name: Option<&str>, description: Option<&str>, disks: &[String
     Ok(text)
 }
 
-/// `text` for an attribute between single quotes. Line ends and tabs are references: a parser would turn
-/// them into blanks otherwise.
+/// Escapes `text` for an attribute in single quotes. Line breaks and tabs become references, because a parser replaces
+/// literal ones by spaces.
 fn attribute(what: &'static str, text: &str) -> Result<String, Error> {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -181,7 +181,7 @@ fn attribute(what: &'static str, text: &str) -> Result<String, Error> {
     Ok(escaped)
 }
 
-/// Reads a document from a file, or from standard input where `path` is `-`.
+/// Reads a document from a file, or from standard input if `path` is `-`.
 pub fn read(path: &Path) -> Result<String, Error> {
     let (name, text) = if path == Path::new("-") {
         ("standard input".to_owned(), read_bounded(io::stdin().lock()))
@@ -198,7 +198,7 @@ pub fn read(path: &Path) -> Result<String, Error> {
     }
 }
 
-/// At most one byte more than is allowed, so that too much shows without all of it being read.
+/// Reads at most one byte more than the limit, to detect a longer document without reading all of it.
 fn read_bounded(from: impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     from.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes)?;
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_xml_cannot_say_is_refused() {
+    fn characters_that_xml_cannot_represent_are_refused() {
         let request = Request {
             store: Some("a\x1bb".into()),
             ..Request::default()

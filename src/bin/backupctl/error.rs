@@ -1,4 +1,4 @@
-//! The client's errors, their exit statuses, and hints for the user.
+//! The errors of backupctl, their exit statuses, and hints for the user.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,107 +8,109 @@ use backupd::image;
 use backupd::names::ERROR_PREFIX;
 use zbus::DBusError as _;
 
-use crate::stored::PlaceError;
+use crate::stored::TargetError;
 use crate::{document, files, output};
 
 const STANDARD_PREFIX: &str = "org.freedesktop.DBus.Error.";
 
-/// Everything that ends the program without a backup's result.
+/// Errors that end the program without a job's outcome.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The service, or the bus in its place, answered with an error.
+    /// The service, or the bus on its behalf, returned an error.
     #[error("{message}")]
     Call {
         /// The D-Bus name of the error.
         name: String,
-        /// What the sender of the error says about it.
+        /// The message of the error.
         message: String,
     },
-    /// There is no system bus to talk to.
+    /// There is no system bus.
     #[error("cannot connect to the system bus: {0}")]
     NoBus(zbus::Error),
     /// The connection to the bus broke.
     #[error("the connection to the system bus is lost: {0}")]
     BusLost(io::Error),
-    /// An answer doesn't have the documented shape.
-    #[error("the service answered something unexpected: {0}")]
+    /// A reply has an unexpected signature.
+    #[error("the service sent an unexpected reply: {0}")]
     Protocol(zbus::Error),
-    /// The service or the bus went away while a job was followed.
+    /// The service or the bus was lost while a job was followed.
     #[error("lost the backup service; job {id} may still be running ({reason})")]
     LostJob {
         /// The job's number.
         id: u32,
-        /// What was seen of it.
+        /// The error of the last call.
         reason: String,
     },
-    /// The service went away while its jobs were watched.
+    /// The service was lost while all jobs were watched.
     #[error("the backup service has left the bus")]
     LostService,
-    /// The user interrupted the program before the service had answered.
-    #[error("interrupted before the service had answered")]
+    /// The user interrupted the program before the service replied.
+    #[error("interrupted before the service replied")]
     Interrupted,
-    /// A command that destroys data was given too little of an id.
+    /// An id was too short for a command that destroys data.
     #[error("'{wanted}' {}", abbreviated(.job))]
     Abbreviated {
-        /// What was given.
+        /// The given id.
         wanted: String,
-        /// The job of that number, and the id of the backup that it made, if it made one.
+        /// The job with that number, and the id of its backup or an empty text.
         job: Option<(u32, String)>,
     },
-    /// A unit names a domain that no file describes.
-    #[error("no domain '{0}' is configured: units back up no other. Add its file to /etc/backupd/domains.d")]
+    /// A unit names a domain without a configuration file.
+    #[error(
+        "domain '{0}' is not configured, and units back up only configured domains. Add its file to /etc/backupd/domains.d"
+    )]
     NotConfigured(String),
-    /// Arguments that only turn out to be wrong together, or with what the service knows.
+    /// Arguments that contradict each other, or that the service's state forbids.
     #[error("{0}")]
     Usage(String),
-    /// A document can't be read or made.
+    /// A document cannot be read or built.
     #[error(transparent)]
     Document(#[from] document::Error),
-    /// A file that the client opens itself can't be.
+    /// A file that the client opens itself cannot be opened.
     #[error(transparent)]
     Files(#[from] files::Error),
-    /// A stored backup can't be read, or isn't what it was.
+    /// A stored backup cannot be read, or is damaged.
     #[error(transparent)]
     Image(#[from] image::Error),
-    /// A restored disk can't go where it should.
+    /// A restored disk cannot be written to its target.
     #[error(transparent)]
-    Place(#[from] PlaceError),
-    /// A store that is read without the service can't be.
+    Place(#[from] TargetError),
+    /// A store cannot be read without the service.
     #[error("{0}")]
     Store(#[from] backupd::target::Error),
-    /// A directory that is to be read as a store is none.
-    #[error("{}: has no backup in it, and is not a store (it has no directory .backupd): is it mounted?", .0.display())]
+    /// The given directory is not a store.
+    #[error("{} contains no backup and is not a store (it has no directory .backupd): is it mounted?", .0.display())]
     NoStore(PathBuf),
-    /// The system refuses what the program needs to run at all.
+    /// The system refuses a resource that the program needs.
     #[error("cannot start: {0}")]
     Setup(io::Error),
-    /// Output can't be written.
+    /// The output cannot be written.
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
 }
 
-/// The result of nearly everything here.
+/// The result type of this program.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What the program's exit status says.
+/// The exit status of the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// The backup completed, or what was asked was done.
+    /// The job completed, or the command succeeded.
     Completed = 0,
-    /// The backup failed, how it ended is not known, or something else went wrong.
+    /// The job failed, its outcome is unknown, or another error occurred.
     Failed = 1,
-    /// The command line was wrong.
+    /// A usage error.
     Usage = 2,
-    /// The backup was cancelled.
+    /// The job was cancelled.
     Cancelled = 3,
-    /// The caller is not authorised, or didn't authenticate.
+    /// The caller is not authorised, or did not authenticate.
     NotAuthorised = 4,
     /// A stored backup is damaged.
     Damaged = 5,
 }
 
 impl Status {
-    /// The status for a job's result word.
+    /// The exit status for the result of a job.
     pub fn of_result(result: &str) -> Self {
         match result {
             "completed" => Self::Completed,
@@ -139,7 +141,7 @@ impl From<zbus::Error> for Error {
 }
 
 impl Error {
-    /// The D-Bus name that says best what this is. What happened in the client has a standard name too.
+    /// The D-Bus name that describes the error best. Errors of the client map to standard names.
     pub fn name(&self) -> String {
         let standard = match self {
             Self::Call { name, .. } => return name.clone(),
@@ -154,7 +156,7 @@ impl Error {
             Self::Files(files::Error::Exists { .. }) => "FileExists",
             Self::Files(files::Error::TooMany { .. }) => "LimitsExceeded",
             Self::Files(_) | Self::Store(_) | Self::NoStore(_) => "IOError",
-            Self::Place(PlaceError::Exists { .. } | PlaceError::Partial { .. }) => "FileExists",
+            Self::Place(TargetError::Exists { .. } | TargetError::Partial { .. }) => "FileExists",
             Self::Place(_) => "IOError",
             Self::Image(error) => match error.kind() {
                 Kind::InvalidArgs => "InvalidArgs",
@@ -165,7 +167,7 @@ impl Error {
         format!("{STANDARD_PREFIX}{standard}")
     }
 
-    /// The exit status that this ends the program with.
+    /// The exit status for this error.
     pub fn status(&self) -> Status {
         match self {
             Self::Usage(_) | Self::Abbreviated { .. } => Status::Usage,
@@ -183,27 +185,27 @@ impl Error {
         }
     }
 
-    /// Whether the service went while it was asked, or is not there, and may come back; or the bus gave up on it.
+    /// Whether the service left the bus during the call or is absent and may return, or the bus gave up the call.
     pub fn is_away(&self) -> bool {
         let Self::Call { name, .. } = self else {
             return false;
         };
         match Known::of(name) {
             Some(Known::Standard(name)) => {
-                // Where the bus itself starts the service, the former process may not have made room for it yet.
+                // If the bus starts the service, the previous instance may not have ended yet.
                 name.starts_with("Spawn.")
                     || matches!(
                         name,
                         "NoReply" | "Timeout" | "TimedOut" | "ServiceUnknown" | "NameHasNoOwner"
                     )
             }
-            // What a call is answered with that neither starts nor changes anything when the service stops.
+            // A stopping service returns this for calls that it did not carry out.
             Some(Known::Ours(name)) => name == "Busy",
             None => false,
         }
     }
 
-    /// Whether a call may have been carried out: the service went while it was asked.
+    /// Whether the call may have been carried out: the service left the bus during the call.
     pub fn is_in_doubt(&self) -> bool {
         let Self::Call { name, .. } = self else {
             return false;
@@ -214,12 +216,12 @@ impl Error {
         )
     }
 
-    /// Whether a backup stays because of its dependents.
+    /// Whether a backup was not deleted because it has dependents.
     pub fn has_dependents(&self) -> bool {
         matches!(self, Self::Call { name, .. } if matches!(Known::of(name), Some(Known::Ours("HasDependents"))))
     }
 
-    /// Whether a backup that was there is not there any more.
+    /// Whether an earlier listed backup is gone.
     pub fn is_no_such_backup(&self) -> bool {
         matches!(self, Self::Call { name, .. } if matches!(
             Known::of(name),
@@ -227,7 +229,7 @@ impl Error {
         ))
     }
 
-    /// Whether a store or target is not as it must be: not mounted, for example, or it hangs.
+    /// Whether a store or target is unusable: not mounted, for example, or hanging.
     pub fn is_target_invalid(&self) -> bool {
         matches!(self, Self::Call { name, .. } if matches!(
             Known::of(name),
@@ -235,7 +237,7 @@ impl Error {
         ))
     }
 
-    /// Whether the bus said that no answer will come: its connection or the service is gone, or it gave up.
+    /// Whether no reply will come, because the service or the connection is gone, or the bus gave up.
     pub fn no_answer(&self) -> bool {
         match self {
             Self::BusLost(_) => true,
@@ -255,35 +257,33 @@ impl Error {
         }
     }
 
-    /// What the user can do about it, where that is known.
+    /// A hint on how to solve the problem, if there is one.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Call { name, .. } => hint_for(name).map(str::to_owned),
             Self::NoBus(_) => Some(
-                "is D-Bus running on this machine? In a container, its socket /run/dbus/system_bus_socket has to \
-                 be passed in"
+                "is D-Bus running on this host? In a container, pass in its socket \
+                 /run/dbus/system_bus_socket"
                     .into(),
             ),
             Self::LostJob { id, .. } => Some(format!(
-                "`backupctl show {id}` tells more when the service is back"
+                "`backupctl show {id}` shows its state when the service is back"
             )),
             Self::Interrupted => {
-                Some("if a job was started all the same, `backupctl jobs` lists it".to_owned())
+                Some("if the service started a job anyway, `backupctl jobs` lists it".to_owned())
             }
             Self::Files(files::Error::Exists { .. }) => {
-                Some("--reuse-external writes into files that exist".to_owned())
+                Some("--reuse-external writes into existing files".to_owned())
             }
-            Self::Place(PlaceError::Exists { .. }) => {
-                Some("--force replaces files that exist".to_owned())
-            }
+            Self::Place(TargetError::Exists { .. }) => Some("--force replaces existing files".to_owned()),
             Self::Image(image::Error::Damaged(finding)) if finding.fault.is_damage() => {
-                Some("`backupctl verify` tells all that is wrong; an earlier backup may be good".to_owned())
+                Some("`backupctl verify` lists all damage; an earlier backup may be good".to_owned())
             }
             _ => None,
         }
     }
 
-    /// Tells the user, on standard error.
+    /// Prints the error on standard error.
     pub fn report(&self, json: bool) {
         if json {
             let error = serde_json::json!({ "error": self.name(), "message": self.to_string() });
@@ -300,11 +300,11 @@ impl Error {
 fn abbreviated(job: &Option<(u32, String)>) -> String {
     match job {
         Some((job, backup)) if backup.is_empty() => {
-            format!("is no backup: job {job} keeps none in a store")
+            format!("is a job, not a backup: job {job} has no backup in a store")
         }
-        Some((job, backup)) => format!("is no backup, but a job: job {job} is about backup {backup}"),
+        Some((job, backup)) => format!("is a job, not a backup: job {job} is about backup {backup}"),
         None => {
-            "is too little of an id for a command that destroys data: give all of it, or its date and time \
+            "is too short an id for a command that destroys data: give the whole id, or at least its date and time \
                  (20261101T000000Z)"
                 .to_owned()
         }
@@ -333,37 +333,33 @@ pub fn hint_for(name: &str) -> Option<&'static str> {
         Known::Ours("NoSuchBackup") => "`backupctl backups` lists the backups in the stores",
         Known::Ours("Protected") => "`backupctl backups` shows which backups are protected",
         Known::Ours("HasDependents") => {
-            "`backupctl backups` shows which lie on it; --with-dependents deletes them too"
+            "`backupctl backups` shows the dependents; --with-dependents deletes them too"
         }
         Known::Ours("NoSuchDisk") => "`backupctl domains --disks` lists the disks of each domain",
         Known::Ours("NoSuchStore") => "stores are configured in /etc/backupd/backupd.toml",
-        Known::Ours("ChainBroken") => {
-            "`backupctl verify` tells all that is wrong; an earlier backup may be good"
-        }
+        Known::Ours("ChainBroken") => "`backupctl verify` lists all damage; an earlier backup may be good",
         Known::Ours("CannotIncrement") => {
-            "without --incremental a backup is made all the same, a full one where it has to be"
+            "without --incremental the service makes the backup anyway, if necessary a full one"
         }
         Known::Ours("Stalled") => {
-            "is the storage slow, or a server that it is on gone? [deadlines] stall-seconds sets the limit"
+            "is the storage slow, or its server down? [deadlines] stall-seconds sets the limit"
         }
         Known::Ours("QuiesceFailed") => "without --quiesce the backup is crash-consistent",
         Known::Ours("JobEnded") => "`backupctl jobs --all` shows how it ended",
-        Known::Ours("TargetExists") => "--reuse-external writes into targets that exist",
+        Known::Ours("TargetExists") => "--reuse-external writes into existing targets",
         Known::Ours("Busy") => "`backupctl jobs` shows what is running",
-        Known::Ours("DomainUnreachable") => {
-            "is the virtual machine running, and is its monitor socket right?"
-        }
+        Known::Ours("DomainUnreachable") => "is the VM running, and is the path of its monitor socket right?",
         Known::Standard("AccessDenied") => {
-            "polkit or the bus refused it: authenticate as an administrator, or have a polkit rule allow it"
+            "polkit or the bus refused it: authenticate as an administrator, or add a polkit rule that allows it"
         }
         Known::Standard("InteractiveAuthorizationRequired") => {
             "run it without --no-ask-password, from a terminal or a desktop session"
         }
         Known::Standard("ServiceUnknown" | "NameHasNoOwner" | "NoReply" | "TimedOut") => {
-            "is backupd installed and able to start? `systemctl status backupd` tells more"
+            "is backupd installed, and can it start? `systemctl status backupd` shows details"
         }
         Known::Standard(name) if name.starts_with("Spawn.") => {
-            "backupd can't be started: `systemctl status backupd` tells more"
+            "backupd cannot start: `systemctl status backupd` shows details"
         }
         _ => return None,
     })
@@ -424,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_job_may_go_on_and_says_so() {
+    fn the_error_of_a_lost_job_says_that_it_may_be_running() {
         let error = Error::LostJob {
             id: 7,
             reason: "gone".into(),

@@ -1,4 +1,4 @@
-//! Target files that the client opens itself, so that they belong to the caller and are made with its rights.
+//! Target files that the client opens, so that they belong to the caller and the caller's rights apply.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -7,38 +7,38 @@ use std::path::{Path, PathBuf};
 
 use crate::output;
 
-/// dbus-daemon takes no message with more descriptors than this.
+/// The limit of dbus-daemon for descriptors in a message.
 pub const MAX_FILES: usize = 16;
 
-/// Why a file can't be passed.
+/// The error of a file that cannot be passed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It exists, and writing into it wasn't asked for.
+    /// The file exists, and --reuse-external is not given.
     #[error("{} exists", path.display())]
     Exists {
         /// The file.
         path: PathBuf,
     },
-    /// It can't be opened or made.
+    /// The file cannot be opened or created.
     #[error("cannot open {}: {source}", path.display())]
     Open {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// The bus doesn't pass so many.
+    /// The bus passes fewer files.
     #[error(
-        "{count} files are more than the {MAX_FILES} that the bus passes in one message (its limit max_message_unix_fds): \
-         leave out --own-files, and the service makes them"
+        "the bus passes at most {MAX_FILES} files in one message (max_message_unix_fds), not {count}: \
+         omit --own-files, so that the service creates them"
     )]
     TooMany {
-        /// How many were asked for.
+        /// The number of requested files.
         count: usize,
     },
 }
 
-/// The open files of one backup. The ones that were made here are removed again unless [`OwnFiles::keep`] is called.
+/// The open files of one backup. Dropping removes the created ones, unless [`OwnFiles::keep`] is called.
 #[derive(Debug, Default)]
 pub struct OwnFiles {
     files: Vec<OwnFile>,
@@ -52,16 +52,16 @@ struct OwnFile {
 }
 
 impl OwnFiles {
-    /// Opens a file for each path: exclusively made with mode 0600, or an existing one where `reuse` is set.
+    /// Opens a file for each path: a new one with mode 0600, or with `reuse` an existing one.
     pub fn open<'a>(paths: impl IntoIterator<Item = &'a Path>, reuse: bool) -> Result<Self, Error> {
-        // On an error the ones made so far go with `opened`.
+        // On an error, dropping `opened` removes the created files.
         let mut opened = Self::default();
         let paths: Vec<&Path> = paths.into_iter().collect();
         if paths.len() > MAX_FILES {
             return Err(Error::TooMany { count: paths.len() });
         }
         for path in paths {
-            // The standard library sets O_CLOEXEC itself, and O_EXCL with `create_new`.
+            // The standard library sets O_CLOEXEC, and O_EXCL with `create_new`.
             let file = OpenOptions::new()
                 .read(true)
                 .write(true)
@@ -89,7 +89,7 @@ impl OwnFiles {
         self.files.iter().map(|own| zbus::Fd::from(&own.file)).collect()
     }
 
-    /// The files stay: the backup completed, or somebody is still writing into them.
+    /// Keeps the files: the backup completed, or QEMU may still write to them.
     pub fn keep(mut self) {
         self.files.clear();
     }
@@ -106,7 +106,7 @@ impl Drop for OwnFiles {
     }
 }
 
-/// Removes a file if its path still leads to it: somebody may have put another one there.
+/// Removes a file if its path still leads to it; another process may have replaced it.
 fn remove(own: &OwnFile) -> io::Result<()> {
     let ours = own.file.metadata()?;
     match fs::symlink_metadata(&own.path) {
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn when_one_file_exists_none_is_left_behind() {
+    fn if_one_file_exists_all_new_ones_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let (a, b) = (dir.path().join("a"), dir.path().join("b"));
         fs::write(&b, "mine").unwrap();
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_took_the_name_is_not_removed() {
+    fn a_file_that_replaced_an_own_file_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         let files = OwnFiles::open([path.as_path()], false).unwrap();

@@ -1,4 +1,4 @@
-//! Follows one job to its end: progress to a view, signals of the user to the job.
+//! Follows a job to its end: passes progress to a view, and the user's signals to the job.
 
 use std::time::{Duration, Instant};
 
@@ -14,31 +14,31 @@ use crate::output;
 use crate::proxy::{Job, Service, Signal};
 use crate::view::View;
 
-/// Without news for so long, the properties are read: signals may go elsewhere.
+/// After this time without signals the client reads the properties, because signals may not reach it.
 pub const QUIET: Duration = Duration::from_secs(1);
 
-/// How long a service that has gone may take to be there again.
+/// How long the client waits for a service that has left the bus.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What Ctrl-C means.
+/// The effect of Ctrl-C.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnInterrupt {
-    /// It is about the backup: ask, or cancel it where there is nobody to ask.
+    /// It concerns the backup: ask the user, or cancel the job if there is no terminal.
     Backup,
-    /// It is about the program.
+    /// It ends only the program.
     Leave,
 }
 
-/// How following a job ended.
+/// The end of following a job.
 #[derive(Debug)]
 pub enum Ending {
     /// The job has ended, with this outcome.
     Ended(Outcome),
-    /// The user didn't want to wait any longer. The job goes on.
-    Left,
+    /// The user stopped waiting. The job continues.
+    Detached,
 }
 
-/// What one of the calls on the way, or the question, came to.
+/// The result of a pending call, or of the question.
 enum Event {
     Waited(Result<Outcome>),
     Read(Result<Box<Snapshot>>),
@@ -51,7 +51,7 @@ pub struct Follow<'a> {
     job: &'a Job,
     view: &'a mut dyn View,
     on_interrupt: OnInterrupt,
-    /// What is known of the job.
+    /// The known state of the job.
     pub snapshot: Snapshot,
     pending: FuturesUnordered<BoxFuture<'a, Event>>,
     asking: bool,
@@ -80,7 +80,7 @@ impl<'a> Follow<'a> {
         })
     }
 
-    /// Follows the job. `Wait` is what says how it ended; signals are only good for the progress.
+    /// Follows the job. The result comes from `Wait`; signals only carry progress.
     pub async fn run(&mut self, service: &Service, interrupts: &mut Interrupts) -> Result<Ending> {
         let ending = self.until_the_end(service, interrupts).await;
         self.view.finish();
@@ -89,7 +89,7 @@ impl<'a> Follow<'a> {
 
     async fn until_the_end(&mut self, service: &Service, interrupts: &mut Interrupts) -> Result<Ending> {
         let job = self.job;
-        // Without signals there is still the reading of properties.
+        // Without signals the client still reads the properties.
         let mut signals = match service.signals().await {
             Ok(signals) => signals,
             Err(_) => mpsc::unbounded_channel().1,
@@ -110,14 +110,14 @@ impl<'a> Follow<'a> {
                         self.snapshot.apply(*changed);
                         self.show();
                     }
-                    Some(Signal::Gone) => self.view.note("The backup service has gone: waiting for it to be there again"),
+                    Some(Signal::Gone) => self.view.note("The backup service has left the bus: waiting for its return"),
                     Some(_) => {}
-                    // The reading of properties goes on.
+                    // The client still reads the properties.
                     None => listening = false,
                 },
                 interrupt = interrupts.next() => {
                     if self.interrupted(interrupt) {
-                        return Ok(Ending::Left);
+                        return Ok(Ending::Detached);
                     }
                 }
                 _ = tick.tick() => {
@@ -129,9 +129,9 @@ impl<'a> Follow<'a> {
         }
     }
 
-    /// Treats a signal that came earlier as if it came now.
+    /// Handles a signal that arrived earlier.
     pub fn interrupt(&mut self, interrupt: Interrupt) {
-        // A first Ctrl-C never leaves: it asks or cancels.
+        // A first Ctrl-C asks or cancels, so it does not end the program.
         let _ = self.interrupted(interrupt);
     }
 
@@ -159,12 +159,12 @@ impl<'a> Follow<'a> {
         match event {
             Event::Waited(outcome) => {
                 if self.asking {
-                    // The line with the question is not finished.
+                    // Ends the line with the question.
                     output::complain("");
                     self.view.resume();
                 }
                 let outcome = outcome?;
-                // The last word on each disk. A job that can't be read any more has still ended as it has.
+                // The final state of each disk. If the read fails, the outcome is still known.
                 if let Ok(properties) = self.job.properties_without_asking().await {
                     self.snapshot.apply(properties);
                 }
@@ -173,7 +173,7 @@ impl<'a> Follow<'a> {
             }
             Event::Read(snapshot) => {
                 self.reading = false;
-                // On an error `Wait` says what is wrong, or the next reading succeeds.
+                // On an error, `Wait` reports the problem or the next read succeeds.
                 self.news = Instant::now();
                 if let Ok(snapshot) = snapshot {
                     self.snapshot = *snapshot;
@@ -193,7 +193,7 @@ impl<'a> Follow<'a> {
                 self.view.resume();
                 match answer {
                     Answer::Cancel => self.cancel(),
-                    Answer::Detach => return Ok(Some(Ending::Left)),
+                    Answer::Detach => return Ok(Some(Ending::Detached)),
                     Answer::Continue => {}
                 }
             }
@@ -201,13 +201,13 @@ impl<'a> Follow<'a> {
         Ok(None)
     }
 
-    /// Whether to leave.
+    /// Handles a signal. Returns whether to stop waiting.
     fn interrupted(&mut self, interrupt: Interrupt) -> bool {
         if self.asking {
             output::complain("");
             self.view.resume();
         }
-        // A second Ctrl-C, while the question stands or without a terminal while the job is being cancelled, leaves.
+        // A second Ctrl-C stops waiting: during the question, or without a terminal while the job is being cancelled.
         if interrupt == Interrupt::Terminate || self.on_interrupt == OnInterrupt::Leave || self.asking {
             return true;
         }
@@ -235,7 +235,8 @@ impl<'a> Follow<'a> {
     }
 }
 
-/// Waits for the end, also when the service is started again meanwhile, or the bus limits how long one call may take.
+/// Waits for the end of the job. Calls again after a restart of the service, or if the bus limits the duration of a
+/// call.
 async fn wait(job: &Job) -> Result<Outcome> {
     loop {
         let error = match job.wait().await {
@@ -248,7 +249,7 @@ async fn wait(job: &Job) -> Result<Outcome> {
     }
 }
 
-/// Asks, until it is there again, a service that did not answer.
+/// Reads the job after a failed call, until the service is back.
 async fn ask_again(job: &Job, error: &Error) -> Result<Snapshot> {
     let since = Instant::now();
     loop {
@@ -266,7 +267,7 @@ async fn ask_again(job: &Job, error: &Error) -> Result<Snapshot> {
     }
 }
 
-/// An error about a job that exists: if nobody answers any more, the backup may still go on.
+/// Converts an error about a job. If the service is gone, the backup may still be running.
 fn lost(id: u32, error: Error) -> Error {
     if error.no_answer() {
         Error::LostJob {

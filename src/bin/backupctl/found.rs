@@ -1,4 +1,4 @@
-//! The backup that was begun by a service that ended before it answered.
+//! Finds the backup that a service started before it ended without a reply.
 
 use std::time::Instant;
 
@@ -10,17 +10,17 @@ use crate::job::Snapshot;
 use crate::output;
 use crate::proxy::{Job, JobLine, Service};
 
-/// Jobs that are looked at: those of other domains, and of stores that were read again, may be newer.
+/// The most jobs to examine. Newer jobs of other domains or rescans may precede the wanted one.
 const LOOKED_AT: usize = 100;
 
-/// The job that was put on record for a call since `since`: the next process of the service resumes or undoes it. The `error` of
-/// the call if there is none.
-pub async fn begun(service: &Service, domain: &str, since: Timestamp, error: Error) -> Result<Job> {
+/// The job that the service recorded for a call since `since`. The next instance resumes it or rolls it back. Returns
+/// `error`, the error of the call, if there is no such job.
+pub async fn started(service: &Service, domain: &str, since: Timestamp, error: Error) -> Result<Job> {
     let until = Timestamp::now();
-    output::complain("The backup service has gone: looking for the backup that it may have begun");
+    output::complain("The backup service has left the bus: looking for the backup that it may have started");
     let asked = Instant::now();
     loop {
-        // A service that is started by the call needs no pause; one that is not there yet does.
+        // The call itself activates the service. A pause is needed only if that fails.
         match service.jobs(true).await {
             Ok(lines) => return find(service, domain, (since, until), lines).await?.ok_or(error),
             Err(away) if away.is_away() && asked.elapsed() < PATIENCE => tokio::time::sleep(QUIET).await,
@@ -35,12 +35,12 @@ async fn find(
     (since, until): (Timestamp, Timestamp),
     mut lines: Vec<JobLine>,
 ) -> Result<Option<Job>> {
-    // The domain need not be known yet, nor have the name that it is asked for by.
+    // The service may not know the domain yet, and `domain` may be its UUID.
     let path = service.without_asking().domain(domain).await.ok();
     let caller = rustix::process::geteuid().as_raw();
     let called = |snapshot: &Snapshot| {
         let time = Timestamp::from_microsecond(i64::try_from(snapshot.start_time).ok()?).ok()?;
-        // The service's times are of whole µs.
+        // The service's times have a resolution of 1 µs.
         let since = Timestamp::from_microsecond(since.as_microsecond()).ok()?;
         Some(since <= time && time <= until)
     };

@@ -1,12 +1,11 @@
-//! Unescapes the instance of a systemd unit to the name of a VM.
+//! Decodes the instance of a systemd unit to the name of a VM.
 
-/// The name that an instance stands for: `\xNN` is a byte of it.
+/// The name that an instance encodes: `\xNN` stands for a byte.
 ///
-/// systemd's own rule (systemd.unit(5), "String escaping for inclusion in unit names") has `-` stand for `/`. No virtual machine
-/// has a slash in its name and many have a dash, so here a dash is one: `web-1` is good as it is, and what `systemd-escape` makes
-/// of it too.
+/// systemd decodes `-` to `/` (systemd.unit(5), "String escaping for inclusion in unit names"). VM names contain no
+/// slash but often a hyphen, so here a hyphen stays a hyphen. Both `web-1` and the output of `systemd-escape` work.
 pub fn name(instance: &str) -> Result<String, String> {
-    let wrong = || format!("{instance:?} is no name as systemd-escape makes it");
+    let wrong = || format!("{instance:?} is not a name that systemd-escape has escaped");
     let mut parts = instance.split("\\x");
     let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
     for part in parts {
@@ -27,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_systemd_escapes_is_what_it_was() {
+    fn the_output_of_systemd_escape_decodes_to_its_input() {
         for text in [
             "web",
             "web-1",
@@ -53,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dash_is_a_dash() {
+    fn a_hyphen_stays_a_hyphen() {
         assert_eq!(name("web-1"), Ok("web-1".into()));
         assert_eq!(
             name("4dea22b3-1d52-d8f3-2516-782e98ab3fa0"),
@@ -62,7 +61,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_escapes_so_is_refused() {
+    fn invalid_escapes_are_refused() {
         for text in ["\\x", "\\x2", "\\xzz", "\\x+1", "\\xff", "\\x2\u{e9}"] {
             assert!(name(text).is_err(), "{text}");
         }

@@ -1,30 +1,30 @@
-//! Ctrl-C, SIGTERM and SIGHUP while a job is followed, and the question that Ctrl-C asks.
+//! Handles Ctrl-C, SIGTERM and SIGHUP while following a job, and asks the question after Ctrl-C.
 
 use std::io::{self, IsTerminal, Write};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
-/// A signal that wants the program to end.
+/// A signal that requests the program's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Interrupt {
     /// Ctrl-C.
     User,
-    /// SIGTERM, or SIGHUP: the terminal was closed.
+    /// SIGTERM, or SIGHUP after the terminal was closed.
     Terminate,
 }
 
-/// Catches these signals from the time it is made.
+/// Catches these signals while it exists.
 #[derive(Debug)]
 pub struct Interrupts {
     user: Signal,
     terminate: Signal,
-    /// Nothing where it was ignored at the start, as by nohup(1): it stays ignored.
+    /// `None` if SIGHUP was ignored at the start, as by nohup(1). It stays ignored.
     hangup: Option<Signal>,
 }
 
 impl Interrupts {
-    /// From now on the signals don't end the program by themselves.
+    /// Catches the signals. They do not end the program any more.
     pub fn catch() -> io::Result<Self> {
         Ok(Self {
             user: signal(SignalKind::interrupt())?,
@@ -36,7 +36,7 @@ impl Interrupts {
         })
     }
 
-    /// The next signal. No signal is lost when this is dropped before it is ready.
+    /// The next signal. Dropping the future loses no signal.
     pub async fn next(&mut self) -> Interrupt {
         let hangup = async {
             match &mut self.hangup {
@@ -52,7 +52,7 @@ impl Interrupts {
     }
 }
 
-/// Whether SIGHUP is ignored, from the mask `SigIgn` of proc_pid_status(5).
+/// Whether SIGHUP is ignored, from `SigIgn` of proc_pid_status(5).
 fn ignores_hangup() -> io::Result<bool> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -61,19 +61,19 @@ fn ignores_hangup() -> io::Result<bool> {
     Ok(mask.is_some_and(|mask| mask & bit != 0))
 }
 
-/// What the user wants to become of the backup.
+/// The user's decision about the backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     /// Cancel it.
     Cancel,
-    /// Leave it running, and end the program.
+    /// Let it run, and end the program.
     Detach,
-    /// Go on waiting.
+    /// Continue to wait.
     Continue,
 }
 
 impl Answer {
-    /// What isn't clearly one of the others is the one that changes nothing.
+    /// Parses an answer. An unclear one means [`Self::Continue`].
     fn read(line: &str) -> Self {
         match line.trim().to_lowercase().as_str() {
             "c" | "cancel" => Self::Cancel,
@@ -83,26 +83,26 @@ impl Answer {
     }
 }
 
-/// Whether there is somebody to ask.
+/// Whether a user can answer a question.
 pub fn can_ask() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-/// Asks what shall become of the backup.
+/// Asks for the decision about the backup.
 pub async fn ask() -> Answer {
     let mut err = io::stderr();
-    // Where the question can't be shown there will be no answer either.
+    // If the question cannot be shown, no answer will come either.
     let _ = write!(err, "\nCancel the backup, detach, or continue? [c/d/N] ");
     let _ = err.flush();
     let (sender, receiver) = oneshot::channel();
-    // A thread of its own: a read from a terminal can't be interrupted, and it must not hold up the program's end.
+    // In its own thread, because a read from a terminal cannot be interrupted and must not delay the program's end.
     std::thread::spawn(move || {
         let mut line = String::new();
         let answer = match io::stdin().read_line(&mut line) {
             Ok(_) => Answer::read(&line),
             Err(_) => Answer::Continue,
         };
-        // Nobody listens any more if the backup has ended meanwhile.
+        // The receiver is gone if the backup has ended.
         let _ = sender.send(answer);
     });
     receiver.await.unwrap_or(Answer::Continue)
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_clear_answer_changes_something() {
+    fn only_a_clear_answer_has_an_effect() {
         assert_eq!(Answer::read("c\n"), Answer::Cancel);
         assert_eq!(Answer::read(" Cancel \n"), Answer::Cancel);
         assert_eq!(Answer::read("D\n"), Answer::Detach);

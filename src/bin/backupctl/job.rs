@@ -8,7 +8,7 @@ use zbus::{DeserializeDict, OwnedObjectPath, Type};
 use crate::output::{Table, escape};
 use crate::units;
 
-/// A job's properties, or those of them that changed.
+/// The properties of a job, or the changed ones.
 #[derive(Debug, Default, DeserializeDict, Type)]
 #[zbus(signature = "dict", rename_all = "PascalCase")]
 pub struct Properties {
@@ -36,31 +36,30 @@ pub struct Properties {
     error_message: Option<String>,
 }
 
-/// What is said of a disk that QEMU decrypts.
-pub const PLAIN_TEXT: &str = "its image is encrypted (LUKS); this backup of it is not";
+/// The note on a disk that QEMU decrypts.
+pub const PLAIN_TEXT: &str = "its image is encrypted (LUKS), but this backup is not";
 
-/// A disk as `Disks` has it: name, state, bytes, bytes done, target, error.
+/// An entry of `Disks`: name, state, bytes, bytes done, target, error.
 type DiskTuple = (String, String, u64, u64, String, String);
 
-/// How much of a disk is copied, as `Increments` has it: its name, mode, since which backup, why from none.
+/// An entry of `Increments`: disk, mode, base backup, reason for a full copy.
 type IncrementTuple = (String, String, String, String);
 
-/// How much of a disk is copied.
+/// The extent of a disk's copy.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Increment {
     /// The disk's name.
     pub disk: String,
     /// `full`, `incremental` or `differential`.
     pub mode: String,
-    /// The backup that it goes on from, or nothing.
+    /// The id of the base, or empty.
     pub since: String,
-    /// Why it is full, or nothing.
+    /// The reason for a full copy, or empty.
     pub why: String,
 }
 
 impl Increment {
-    /// What a user does not expect to hear otherwise: nothing of a disk that is full because that was asked for, or because
-    /// nothing else can be.
+    /// A note for the user; `None` if the disk is full because the user asked for that or no base can exist.
     pub fn text(&self) -> Option<String> {
         match (self.mode.as_str(), self.why.as_str()) {
             ("full", "" | "requested" | "outside" | "raw" | "first") => None,
@@ -81,78 +80,78 @@ pub struct Disk {
     pub bytes: u64,
     /// Bytes copied.
     pub done: u64,
-    /// Where they go.
+    /// The target of its data.
     pub target: String,
-    /// What went wrong.
+    /// The error, or empty.
     pub error: String,
 }
 
-/// Everything that is known of a job.
+/// The known state of a job.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Snapshot {
     /// The job's number.
     pub id: u32,
-    /// Its object.
+    /// Its object path.
     pub path: String,
-    /// The object of its domain.
+    /// The object path of its domain.
     pub domain_path: String,
-    /// The name of its domain, where it can be read.
+    /// The name of its domain, if the caller may read it.
     pub domain: Option<String>,
-    /// `push`, `restore` or `verify`.
+    /// `push`, `restore`, `verify` or `export`.
     pub mode: String,
-    /// The id of the backup that it makes in a store, or reads.
+    /// The id of the backup in a store that it writes or reads.
     pub backup: String,
-    /// Who started it.
+    /// The uid of its starter.
     pub started_by: u32,
-    /// When, in µs since the epoch.
+    /// The start time, in µs since the epoch.
     pub start_time: u64,
     /// `queued`, `preparing`, `running`, `finishing`, `completed`, `failed` or `cancelled`.
     pub state: String,
-    /// The place in the queue when that was read, from 1 on; 0 for none.
+    /// The position in the queue when it was read, from 1; 0 if not queued.
     pub position: u32,
-    /// 0 to 1.
+    /// From 0 to 1.
     pub progress: f64,
     /// Bytes to copy.
     pub bytes: u64,
     /// Bytes copied.
     pub bytes_done: u64,
-    /// Bytes a second.
+    /// Bytes per second.
     pub rate: u64,
-    /// When it will have ended, in µs since the epoch; 0 where that isn't known.
+    /// The expected end, in µs since the epoch; 0 if not known.
     pub expected_end: u64,
-    /// How long the guest's file systems were frozen, in µs.
+    /// The duration of the guest's file system freeze, in µs.
     pub frozen_time: u64,
-    /// Why they were not frozen, though that was to be tried, or nothing.
+    /// The reason why an attempted freeze failed, or empty.
     pub quiesce_problem: String,
     /// Its disks.
     pub disks: Vec<Disk>,
-    /// How much of them is copied.
+    /// The extent of each disk's copy.
     pub increments: Vec<Increment>,
-    /// What the machine has that the backup does not hold: names and types.
+    /// Devices of the VM that are not in the backup: names and types.
     pub not_in_backup: Vec<(String, String)>,
-    /// The disks that QEMU decrypts: what the backup has of them is plain text.
+    /// The disks that QEMU decrypts. The backup contains their plain text.
     pub encrypted: Vec<String>,
-    /// The D-Bus name of what went wrong.
+    /// The D-Bus name of the error.
     pub error_name: String,
-    /// What went wrong.
+    /// The error message.
     pub error_message: String,
 }
 
-/// How a job ended.
+/// The end of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
     /// `completed`, `failed` or `cancelled`.
     pub result: String,
-    /// The D-Bus name of what went wrong, or nothing.
+    /// The D-Bus name of the error, or empty.
     pub error_name: String,
-    /// What went wrong, or nothing.
+    /// The error message, or empty.
     pub message: String,
 }
 
-/// The state of a job that waits for its place among those that run.
+/// The state of a job that waits in the queue.
 pub const QUEUED: &str = "queued";
 
-/// A job's state, with its place in the queue where that is known: `queued (3)`.
+/// The state of a job, with its position in the queue: `queued (3)`.
 pub fn state_text(state: &str, position: u32) -> String {
     match position {
         0 => state.to_owned(),
@@ -160,12 +159,12 @@ pub fn state_text(state: &str, position: u32) -> String {
     }
 }
 
-/// The place in the queue; `null` where there is none.
+/// The position in the queue; `null` if not queued.
 pub fn position_json(position: u32) -> Option<u32> {
     (position > 0).then_some(position)
 }
 
-/// Whether a job in this state will change no more.
+/// Whether a job in this state has ended.
 pub fn has_ended(state: &str) -> bool {
     matches!(state, "completed" | "failed" | "cancelled")
 }
@@ -177,7 +176,7 @@ fn set<T>(to: &mut T, from: Option<T>) {
 }
 
 impl Snapshot {
-    /// Takes over what changed.
+    /// Applies changed properties.
     pub fn apply(&mut self, changed: Properties) {
         set(&mut self.id, changed.id);
         set(&mut self.domain_path, changed.domain.map(|path| path.to_string()));
@@ -192,7 +191,7 @@ impl Snapshot {
         }
         set(&mut self.bytes, changed.bytes);
         set(&mut self.bytes_done, changed.bytes_done);
-        // It follows from the other two, and need not be told again with them.
+        // Derived from the other two, because a signal may omit it.
         if self.bytes > 0 {
             self.progress = self.bytes_done as f64 / self.bytes as f64;
         }
@@ -231,17 +230,17 @@ impl Snapshot {
         }
     }
 
-    /// How much of a disk is copied, if that is known.
+    /// The extent of a disk's copy, if known.
     pub fn increment(&self, disk: &str) -> Option<&Increment> {
         self.increments.iter().find(|increment| increment.disk == disk)
     }
 
-    /// The domain's name, or its object's path. Not escaped.
+    /// The name of the domain, or its object path. Not escaped.
     pub fn domain_label(&self) -> &str {
         self.domain.as_deref().unwrap_or(&self.domain_path)
     }
 
-    /// How the job ended, if its properties say so.
+    /// The outcome of the job, if its properties contain it.
     pub fn outcome(&self) -> Option<Outcome> {
         has_ended(&self.state).then(|| Outcome {
             result: self.state.clone(),
@@ -250,7 +249,7 @@ impl Snapshot {
         })
     }
 
-    /// How long the job has been going on, by this machine's clock.
+    /// The time since the start of the job, by this host's clock.
     pub fn age(&self) -> Option<Duration> {
         let started = UNIX_EPOCH.checked_add(Duration::from_micros(self.start_time))?;
         SystemTime::now()
@@ -259,7 +258,7 @@ impl Snapshot {
             .filter(|_| self.start_time > 0)
     }
 
-    /// How much longer it will take, if the service knows.
+    /// The remaining time, if the service knows it.
     pub fn remaining(&self) -> Option<Duration> {
         let end = UNIX_EPOCH.checked_add(Duration::from_micros(self.expected_end))?;
         end.duration_since(SystemTime::now()).ok()
@@ -321,7 +320,7 @@ impl Snapshot {
         })
     }
 
-    /// All of it for people.
+    /// All properties as text.
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut field = |name: &str, value: String| {
@@ -385,7 +384,7 @@ impl Snapshot {
     }
 }
 
-/// An empty text is `null` in JSON: there is no such thing.
+/// `null` in JSON for an empty text.
 pub fn nothing_if_empty(text: &str) -> Option<&str> {
     (!text.is_empty()).then_some(text)
 }
@@ -395,7 +394,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_leaves_the_rest_as_it_was() {
+    fn a_change_keeps_the_other_properties() {
         let mut snapshot = Snapshot {
             id: 7,
             state: "running".into(),
@@ -426,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn the_keys_of_json_stay() {
+    fn the_keys_of_json_are_stable() {
         let value = Snapshot::default().json();
         let mut keys: Vec<_> = value.as_object().unwrap().keys().map(String::as_str).collect();
         keys.sort_unstable();

@@ -1,4 +1,4 @@
-//! The commands that make one call and print its result.
+//! Commands that make one call and print the result.
 
 use futures_util::future::{join_all, try_join_all};
 use serde_json::{Value, json};
@@ -10,7 +10,7 @@ use crate::owner;
 use crate::proxy::{CONFIGURED, DomainDisk, JobLine, Service};
 use crate::units;
 
-/// Prints an answer as JSON or as text.
+/// Prints a result as JSON or as text.
 pub fn print(json: bool, value: impl FnOnce() -> Value, text: impl FnOnce() -> String) -> Result<Status> {
     if json {
         output::print_json(&value())?;
@@ -20,12 +20,12 @@ pub fn print(json: bool, value: impl FnOnce() -> Value, text: impl FnOnce() -> S
     Ok(Status::Completed)
 }
 
-/// `domains`
+/// `backupctl domains`
 pub async fn domains(service: &Service, with_disks: bool, json: bool) -> Result<Status> {
     let domains = service.domains().await?;
     let sources = domains.iter().map(|domain| service.source(&domain.path));
     let sources = try_join_all(sources).await?;
-    // Where only the administrator makes VMs known, nobody need read whose they are.
+    // If all VMs are configured, a column of owners is useless.
     let owned = sources.iter().any(|(source, _)| source != CONFIGURED);
     let mut headings = vec!["NAME", "STATE", "UUID"];
     headings.extend(owned.then_some("OWNER"));
@@ -78,7 +78,7 @@ fn disk_json(disk: &DomainDisk) -> Value {
     })
 }
 
-/// `jobs`
+/// `backupctl jobs`
 pub async fn jobs(service: &Service, all: bool, json: bool) -> Result<Status> {
     let jobs = service.jobs(all).await?;
     let positions = jobs.iter().map(|job| position(service, job));
@@ -111,7 +111,7 @@ pub async fn jobs(service: &Service, all: bool, json: bool) -> Result<Status> {
     print(json, values, text)
 }
 
-/// A job's place in the queue; 0 where it is in none any more.
+/// The position of a job in the queue; 0 if it has left the queue.
 async fn position(service: &Service, job: &JobLine) -> u32 {
     if job.state != QUEUED {
         return 0;
@@ -120,7 +120,7 @@ async fn position(service: &Service, job: &JobLine) -> u32 {
     snapshot.map_or(0, |snapshot| snapshot.position)
 }
 
-/// `rescan`
+/// `backupctl rescan`
 pub async fn rescan(service: &Service, adopt: bool, json: bool) -> Result<Status> {
     let (backups, problems) = service.rescan(adopt).await?;
     print(
@@ -132,7 +132,7 @@ pub async fn rescan(service: &Service, adopt: bool, json: bool) -> Result<Status
                 backups => format!("There are {backups} backups in the stores\n"),
             };
             for problem in &problems {
-                text.push_str(&format!("not taken in: {}\n", escape_lines(problem)));
+                text.push_str(&format!("skipped: {}\n", escape_lines(problem)));
             }
             text
         },
@@ -143,13 +143,13 @@ pub async fn rescan(service: &Service, adopt: bool, json: bool) -> Result<Status
     })
 }
 
-/// `show`
+/// `backupctl show`
 pub async fn show(service: &Service, id: u32, json: bool) -> Result<Status> {
     let snapshot = service.job(id).await?.snapshot().await?;
     print(json, || snapshot.json(), || snapshot.text())
 }
 
-/// `cancel`
+/// `backupctl cancel`
 pub async fn cancel(service: &Service, id: u32, disk: Option<&str>, json: bool) -> Result<Status> {
     let job = service.job(id).await?;
     match disk {
@@ -163,7 +163,7 @@ pub async fn cancel(service: &Service, id: u32, disk: Option<&str>, json: bool) 
     )
 }
 
-/// `speed`
+/// `backupctl speed`
 pub async fn speed(service: &Service, id: u32, limit: u64, json: bool) -> Result<Status> {
     service.job(id).await?.set_speed(limit).await?;
     print(
@@ -176,7 +176,7 @@ pub async fn speed(service: &Service, id: u32, limit: u64, json: bool) -> Result
     )
 }
 
-/// `dump`
+/// `backupctl dump`
 pub async fn dump(service: &Service, id: u32, json: bool) -> Result<Status> {
     let mut document = service.job(id).await?.definition().await?;
     if !json && !document.ends_with('\n') {
@@ -185,7 +185,7 @@ pub async fn dump(service: &Service, id: u32, json: bool) -> Result<Status> {
     print(
         json,
         || json!({ "id": id, "definition": document }),
-        // It may be given to --definition again.
+        // The output is valid input for --definition.
         || output::xml(&document),
     )
 }

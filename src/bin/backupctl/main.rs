@@ -1,8 +1,8 @@
-//! backupctl: the backup service on the command line.
+//! backupctl: the command line of the backup service.
 //!
-//! `args` is the command line; `create`, `watch`, `list`, `backups`, `delete`, `prune` and `checkpoints` hold the commands;
-//! `follow` waits for a job, `view` and `bars` show it, `summary` says how it ended; `stored` reads backups without the
-//! service. `proxy` is the only file that knows the service's calls and signals.
+//! `args` defines the command line. `create`, `watch`, `list`, `backups`, `delete`, `prune` and `checkpoints` hold the
+//! commands. `follow` waits for a job, `view` and `bars` show its progress, and `summary` prints its outcome. `stored`
+//! reads backups without the service. Only `proxy` knows the calls and signals of the service.
 
 mod agent;
 mod args;
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     let json = arguments.iter().any(|argument| argument == "--json");
     let cli = match Cli::parse_checked(arguments) {
         Ok(cli) => cli,
-        // Help and the version come as "errors" that go to standard output.
+        // clap returns help and version as errors for standard output.
         Err(error) if json && error.use_stderr() => {
             let text = error.render().to_string();
             let text = text.trim().trim_start_matches("error: ");
@@ -85,7 +85,7 @@ async fn run(cli: &Cli) -> Result<Status> {
     let json = cli.json;
     let ask_password = !cli.no_ask_password;
     let service = Service::connect(ask_password).await?;
-    // For as long as the call takes. `create` and `watch` keep their own, for the terminal is theirs later on.
+    // Lives as long as the call. `create` and `watch` have their own, because they use the terminal afterwards.
     let _agent = match cli.command {
         Command::Show { .. }
         | Command::Cancel { .. }
@@ -134,7 +134,7 @@ async fn run(cli: &Cli) -> Result<Status> {
         Command::Restore(args) => stored::remote::restore(&service, args, json, ask_password).await,
         Command::Verify(args) => stored::remote::verify(&service, args, json, ask_password).await,
         Command::Export(args) => stored::remote::export(&service, args, json, ask_password).await,
-        // These need no bus and are done by now.
+        // Handled before, because they need no bus.
         Command::Completions { .. } | Command::Man { .. } => Ok(Status::Completed),
     }
 }

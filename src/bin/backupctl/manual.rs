@@ -1,4 +1,4 @@
-//! Shell completions and manual pages, written when the program is installed.
+//! Shell completions and manual pages, generated at installation.
 
 use std::fs;
 use std::io;
@@ -19,7 +19,7 @@ pub fn completions(shell: Shell) -> Result<()> {
     Ok(output::print(&String::from_utf8_lossy(&script))?)
 }
 
-/// Writes a page for the program and one for each of its subcommands.
+/// Writes a page for the program and one for each command.
 pub fn pages(dir: &Path) -> Result<()> {
     for (name, page) in all_pages()? {
         fs::write(dir.join(name), page)?;
@@ -27,7 +27,7 @@ pub fn pages(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The commands that are meant for users. clap can't take one away again, so this builds them up anew.
+/// The commands for users. clap cannot remove a command, so this rebuilds the program without the hidden ones.
 fn visible() -> clap::Command {
     let full = Cli::command();
     let mut command = clap::Command::new("backupctl").disable_help_subcommand(true);
@@ -54,7 +54,7 @@ fn all_pages() -> io::Result<Vec<(String, Vec<u8>)>> {
     Ok(pages)
 }
 
-/// The page of a command, and those of the commands below it.
+/// Adds the page of a command, and those of its subcommands.
 fn add_pages(command: &clap::Command, name: &str, pages: &mut Vec<(String, Vec<u8>)>) -> io::Result<()> {
     pages.push((format!("{name}.1"), page(command, name)?));
     for subcommand in command
@@ -68,8 +68,8 @@ fn add_pages(command: &clap::Command, name: &str, pages: &mut Vec<(String, Vec<u
 
 fn page(command: &clap::Command, name: &str) -> io::Result<Vec<u8>> {
     let man = Man::new(command.clone().display_name(name.to_owned()));
-    // clap_mangen leaves an empty date out, and what follows moves to its place. There is no date: a page is the
-    // same whenever it is made.
+    // clap_mangen would omit an empty date, and the other fields of `.TH` would move. The date is empty because a page
+    // must not depend on the time of the build.
     let source = concat!("backupd ", env!("CARGO_PKG_VERSION"));
     let title = roff(&name.to_uppercase());
     let mut page = format!(".TH {title} 1 \"\" \"{source}\" \"User Commands\"\n").into_bytes();
@@ -93,12 +93,12 @@ fn page(command: &clap::Command, name: &str) -> io::Result<Vec<u8>> {
     Ok(page)
 }
 
-/// A text as it is: backslashes and hyphens mean something else to roff.
+/// Escapes backslashes and hyphens for roff.
 fn roff(text: &str) -> String {
     text.replace('\\', "\\e").replace('-', "\\-")
 }
 
-/// A line as it is: so does a dot at its start.
+/// Escapes a line for roff, including a dot at its start.
 fn quoted(line: &str) -> String {
     format!("\\&{}", roff(line))
 }
@@ -106,19 +106,19 @@ fn quoted(line: &str) -> String {
 const EXIT_STATUS: &str = r#".SH "EXIT STATUS"
 .TP
 .B 0
-The backup completed; for a command that waits for no backup, what was asked was done.
+Success: the job completed. For a command that does not wait for a job, the service did what you asked.
 .TP
 .B 1
-The backup failed, or it goes on and nobody waits for its result, or something else went wrong.
+The job failed, the command stopped waiting for a running job, or another error occurred.
 .TP
 .B 2
-The command line is wrong.
+Usage error on the command line.
 .TP
 .B 3
-The backup was cancelled.
+The job was cancelled.
 .TP
 .B 4
-You are not authorised, or authentication was needed and could not be asked for.
+You are not authorised, or a password was needed and could not be asked for.
 .TP
 .B 5
 A stored backup is damaged.
@@ -128,50 +128,50 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
     match command {
         "domains" => &[
             ("List the virtual machines", "backupctl domains"),
-            ("List their disks, too", "backupctl domains --disks"),
+            ("List them with their disks", "backupctl domains --disks"),
         ],
         "create" => &[
             (
-                "All disks of a virtual machine into the default store",
+                "Back up all disks of a VM into the default store",
                 "backupctl create web",
             ),
             (
-                "Compressed, not faster than 50 MiB/s, into a store of the configuration",
+                "Back up into a configured store, compressed, with at most 50 MiB/s",
                 "backupctl create web --store nightly --compress zstd --bandwidth 50M",
             ),
             (
-                "With the guest's file systems flushed and frozen for the instant",
+                "Freeze the guest's file systems at the point in time",
                 "backupctl create web --quiesce require",
             ),
             (
-                "One disk into a file of your own",
+                "Copy one disk to a file that you own",
                 "backupctl create web --disk vda=vda.qcow2 --own-files",
             ),
             (
-                "Raw images of all disks into a directory",
+                "Write raw images of all disks into a directory",
                 "backupctl create web --to /backup/web --format raw",
             ),
             (
-                "With a document of your own",
+                "Send your own document",
                 "backupctl create web --definition backup.xml",
             ),
             (
-                "For a script: start it, and wait for it later",
+                "Start a backup in a script, and wait for it later",
                 "id=$(backupctl create web --detach --json | jq .id); backupctl watch $id",
             ),
         ],
         "jobs" => &[
-            ("List the backups", "backupctl jobs"),
-            ("List all that there is a record of", "backupctl jobs --all"),
+            ("List running and recent jobs", "backupctl jobs"),
+            ("List all recorded jobs", "backupctl jobs --all"),
         ],
         "backups" => &[
             ("List all backups", "backupctl backups"),
             (
-                "Those of one VM in one store",
+                "List the backups of one VM in one store",
                 "backupctl backups web --store nightly",
             ),
             (
-                "Those in a store from another host",
+                "List the backups in a store from another host",
                 "backupctl backups --from /mnt/usb/backups",
             ),
         ],
@@ -181,33 +181,36 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
                 "backupctl delete 20261123T055937Z",
             ),
             (
-                "See what would go with it",
+                "Print the backups that would be deleted with it",
                 "backupctl delete --with-dependents --dry-run 20261123T055937Z-10ebf9b0",
             ),
         ],
         "protect" => &[(
-            "Keep a backup whatever the rules say",
+            "Keep a backup regardless of the keep rules",
             "backupctl protect 20261123T055937Z-10ebf9b0",
         )],
-        "unprotect" => &[("Let it go again", "backupctl unprotect 20261123T055937Z-10ebf9b0")],
+        "unprotect" => &[(
+            "End the protection",
+            "backupctl unprotect 20261123T055937Z-10ebf9b0",
+        )],
         "prune" => &[
             (
-                "Show which backups of a VM would be kept",
+                "Print which backups of a VM would be kept",
                 "backupctl prune web --keep-daily 7 --keep-weekly 4 --dry-run",
             ),
             (
-                "By the rules of a store in the configuration",
+                "Prune by the configured keep rules of a store",
                 "backupctl prune --store nightly",
             ),
         ],
         "checkpoints" => &[("List the checkpoints of a VM", "backupctl checkpoints web")],
         "checkpoint" | "checkpoint-create" => &[
             (
-                "Record what is written from now on",
+                "Record the writes from now on",
                 "backupctl checkpoint create web --name before-upgrade",
             ),
             (
-                "The same with a backup, which a later one can go on from",
+                "Make a backup that a later one can use as base by this name",
                 "backupctl create web --checkpoint before-upgrade",
             ),
         ],
@@ -215,53 +218,59 @@ fn examples(command: &str) -> &'static [(&'static str, &'static str)] {
             "Stop recording, and keep the backup",
             "backupctl checkpoint delete web before-upgrade",
         )],
-        "checkpoint-dump" => &[("See what it is", "backupctl checkpoint dump web before-upgrade")],
+        "checkpoint-dump" => &[(
+            "Print the document of a checkpoint",
+            "backupctl checkpoint dump web before-upgrade",
+        )],
         "rescan" => &[
-            ("Find the backups in the stores", "backupctl rescan"),
+            ("Update the catalog from the stores", "backupctl rescan"),
             (
-                "Take over a store whose host is gone, with its keep rules",
+                "Adopt a store of another host, and apply keep rules to its backups",
                 "backupctl rescan --adopt",
             ),
         ],
         "show" => &[("Show job 7", "backupctl show 7")],
         "watch" => &[
             ("Wait for job 7", "backupctl watch 7"),
-            ("Watch everything as JSON", "backupctl watch --json"),
+            ("Watch all jobs as JSON", "backupctl watch --json"),
         ],
         "cancel" => &[("Cancel job 7", "backupctl cancel 7")],
         "speed" => &[
             ("Slow job 7 down", "backupctl speed 7 20M"),
-            ("Take its limit away", "backupctl speed 7 0"),
+            ("Remove its limit", "backupctl speed 7 0"),
         ],
         "dump" => &[(
-            "Make a document of your own out of one with all defaults",
+            "Save the document of a job with all defaults, to edit it",
             "backupctl dump 7 > backup.xml",
         )],
         "restore" => &[
             (
-                "All disks of a backup, on a host that has only the store",
+                "Restore all disks on a host that has only the store",
                 "backupctl restore 20261123T0559 --from /mnt/backups --to /var/lib/machines",
             ),
             (
-                "One disk onto a block device",
+                "Restore one disk onto a block device",
                 "backupctl restore 20261123T055937Z --from /mnt/backups --disk vda=/dev/vg0/web",
             ),
         ],
         "verify" => &[
             (
-                "One backup, and its bases",
+                "Verify one backup and its bases",
                 "backupctl verify 20261123T0559 --from /mnt/backups",
             ),
-            ("All of a store", "backupctl verify --all --from /mnt/backups"),
+            (
+                "Verify all backups of a store",
+                "backupctl verify --all --from /mnt/backups",
+            ),
         ],
         "export" => &[(
-            "Look into a disk as it was; nbdcopy, guestfish and qemu-img take the URI that is printed",
+            "Serve a disk; pass the printed URI to nbdcopy, guestfish or qemu-img",
             "backupctl export 20261123T0559 --from /mnt/backups --disk vda --socket /run/user/1000/vda.nbd",
         )],
         _ => &[
             ("List the virtual machines", "backupctl domains"),
-            ("Back one up and wait for it", "backupctl create web"),
-            ("See what is running", "backupctl jobs"),
+            ("Back up a VM, and wait for the end", "backupctl create web"),
+            ("List running and recent jobs", "backupctl jobs"),
         ],
     }
 }
@@ -323,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn completions_offer_what_users_need() {
+    fn completions_offer_visible_commands_only() {
         let mut script = Vec::new();
         clap_complete::generate(Shell::Bash, &mut visible(), "backupctl", &mut script);
         let script = String::from_utf8(script).unwrap();

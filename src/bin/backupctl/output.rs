@@ -1,25 +1,26 @@
-//! Output to the standard streams: escaped for a terminal, in aligned tables, or as JSON lines.
+//! Output to the standard streams: escaped text, aligned tables and JSON lines.
 //!
-//! Names, paths and messages come from the service, and from QEMU behind it. None of them may move the cursor,
-//! change the window's title or reorder what is read.
+//! Names, paths and messages come from the service and from QEMU. They must not move the cursor, change the window's
+//! title or reorder text.
 
 use std::io::{self, Write};
 
 use backupd::text::is_invisible;
 use serde_json::Value;
 
-/// `text` with everything that isn't plain text written out, as in `\n` or `\u{1b}`.
+/// Escapes control and invisible characters, as in `\n` or `\u{1b}`.
 pub fn escape(text: &str) -> String {
     escape_except(text, |_| false)
 }
 
-/// Like [`escape`], but for a text of several lines: line ends and tabs stay.
+/// Like [`escape`], but keeps line breaks and tabs.
 pub fn escape_lines(text: &str) -> String {
     escape_except(text, |c| c == '\n' || c == '\t')
 }
 
-/// An XML document of the service with such characters as character references: it stays the same document, for a terminal and
-/// for a program. Line ends and tabs stay. The service writes no comments and no CDATA, which have no references.
+/// Replaces invisible characters in the service's XML by character references, so that the document is safe on a
+/// terminal and keeps its meaning. Line breaks and tabs stay. The service writes no comments and no CDATA, where
+/// references do not work.
 pub fn xml(document: &str) -> String {
     let mut escaped = String::with_capacity(document.len());
     for c in document.chars() {
@@ -44,12 +45,13 @@ fn escape_except(text: &str, keep: impl Fn(char) -> bool) -> String {
     escaped
 }
 
-/// One line of JSON. What [`escape`] would escape is written as `\uXXXX`, which means the same to a reader.
+/// One line of JSON. Characters that [`escape`] would escape become `\uXXXX`, which has the same meaning.
 pub fn json(value: &Value) -> String {
     let plain = value.to_string();
     let mut line = String::with_capacity(plain.len());
     for c in plain.chars() {
-        // It can only be inside of a string. JSON writes what is beyond the basic plane as two surrogates (RFC 8259, section 7).
+        // Such a character only occurs in strings. JSON encodes characters beyond the basic plane as two surrogates
+        // (RFC 8259, section 7).
         if is_invisible(c) {
             for unit in c.encode_utf16(&mut [0; 2]) {
                 line.push_str(&format!("\\u{unit:04x}"));
@@ -61,7 +63,7 @@ pub fn json(value: &Value) -> String {
     line
 }
 
-/// Rows of text under a heading, each column as wide as its widest cell.
+/// Text rows with headings; each column is as wide as its widest cell.
 pub struct Table {
     rows: Vec<Vec<String>>,
     right: Vec<usize>,
@@ -77,13 +79,13 @@ impl Table {
         }
     }
 
-    /// Aligns these columns, counted from 0, to the right.
+    /// Aligns these columns (from 0) to the right.
     pub fn right(mut self, columns: &[usize]) -> Self {
         self.right = columns.to_vec();
         self
     }
 
-    /// Adds a row. Its cells are escaped here; an empty one is shown as `-`.
+    /// Adds a row and escapes its cells. An empty cell shows `-`.
     pub fn row<const N: usize>(&mut self, cells: [&str; N]) {
         self.cells(&cells);
     }
@@ -127,7 +129,7 @@ impl std::fmt::Display for Table {
     }
 }
 
-/// Writes to standard output. A reader that has gone, such as `head`, is no failure.
+/// Writes to standard output. A closed pipe, as by `head`, is not an error.
 pub fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -143,7 +145,7 @@ pub fn print_json(value: &Value) -> io::Result<()> {
 
 /// Writes a line to standard error.
 pub fn complain(line: &str) {
-    // There is nowhere left to report a failure to.
+    // A failure cannot be reported anywhere.
     let _ = writeln!(io::stderr(), "{line}");
 }
 
@@ -162,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_escaped_and_means_the_same() {
+    fn json_is_escaped_and_keeps_its_meaning() {
         let value = serde_json::json!({ "name": "a\x1b\u{9b}\u{202e}\u{200b}\u{e0001}\n\"" });
         let line = json(&value);
         assert!(!line.chars().any(is_invisible), "{line}");
@@ -170,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn an_xml_document_is_escaped_and_stays_the_same() {
+    fn an_xml_document_is_escaped_and_keeps_its_meaning() {
         let document = "<file name='a\u{202e}\u{200b}\u{2028}\u{feff}\u{e0001}é漢&amp;'>\n\t</file>\n";
         let written = xml(document);
         let references = "&#x202e;&#x200b;&#x2028;&#xfeff;&#xe0001;";

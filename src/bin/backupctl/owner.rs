@@ -1,14 +1,14 @@
-//! Tells whose a domain is: what other users have registered is named `UID:NAME`.
+//! The owner in a domain's name: a domain of another user has the name `UID:NAME`.
 
 use backupd::domain::{self, NOBODY};
 use serde_json::Value;
 
-/// The user who registered a domain of this name, if that is another one.
+/// The owner of the domain, if that is another user.
 pub fn of(name: &str) -> Option<u32> {
     domain::registered(name).map(|(owner, _)| owner)
 }
 
-/// A cell of a table.
+/// The owner for a table.
 pub fn shown(owner: Option<u32>) -> String {
     match owner {
         None => "-".to_owned(),
@@ -17,7 +17,7 @@ pub fn shown(owner: Option<u32>) -> String {
     }
 }
 
-/// The number, or null.
+/// The uid, or null.
 pub fn json(name: &str) -> Value {
     of(name).into()
 }

@@ -1,4 +1,4 @@
-//! `protect` and `unprotect`.
+//! `backupctl protect` and `backupctl unprotect`.
 
 use serde_json::json;
 
@@ -7,10 +7,10 @@ use crate::list::print;
 use crate::output::escape;
 use crate::proxy::Service;
 
-/// Keeps backups from being deleted, or no longer.
+/// Protects backups from deletion, or ends their protection.
 pub async fn run(service: &Service, backups: &[String], protected: bool, json: bool) -> Result<Status> {
     let mut found = Vec::new();
-    // Nothing is changed before all are known.
+    // Finds all backups before it changes one.
     for backup in backups {
         found.push(service.backup(backup).await?);
     }

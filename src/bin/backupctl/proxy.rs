@@ -1,4 +1,4 @@
-//! The service's objects as seen from here: calls that may ask for a password and never time out, and signals.
+//! Proxies of the service's objects: calls without timeout that may ask for a password, and signals.
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
@@ -32,10 +32,10 @@ pub struct Service {
     flags: MethodFlags,
 }
 
-/// One line of `ListDomains`.
+/// An entry of `ListDomains`.
 #[derive(Debug)]
 pub struct DomainLine {
-    /// The object.
+    /// The object path.
     pub path: String,
     /// Its name.
     pub name: String,
@@ -45,12 +45,12 @@ pub struct DomainLine {
     pub state: String,
 }
 
-/// One line of `ListJobs`.
+/// An entry of `ListJobs`.
 #[derive(Debug)]
 pub struct JobLine {
     /// The job's number.
     pub id: u32,
-    /// The object.
+    /// The object path.
     pub path: String,
     /// The name of the domain.
     pub domain: String,
@@ -58,7 +58,7 @@ pub struct JobLine {
     pub state: String,
 }
 
-/// The source of a domain that the administrator has made known.
+/// The source of configured domains.
 pub const CONFIGURED: &str = "configured";
 
 /// A disk of a domain.
@@ -66,21 +66,21 @@ pub const CONFIGURED: &str = "configured";
 pub struct DomainDisk {
     /// Its name in documents.
     pub name: String,
-    /// QEMU's node; nothing where there is no medium.
+    /// The node in QEMU; empty without a medium.
     pub node: String,
-    /// Bytes that the guest sees.
+    /// The size that the guest sees, in bytes.
     pub size: u64,
-    /// The source's format.
+    /// The format of the source.
     pub format: String,
     /// Whether the guest can write to it.
     pub writable: bool,
-    /// Why a backup that names no disks leaves it out, or nothing.
+    /// The reason why a backup skips it by default, or empty.
     pub left_out: String,
     /// Whether QEMU decrypts it.
     pub encrypted: bool,
 }
 
-/// A disk as `Disks` has it: name, node, size, format, writable, and why it is not backed up unless it is named.
+/// An entry of `Disks`: name, node, size, format, writable, and why a backup skips it by default.
 type DiskTuple = (String, String, u64, String, bool, String);
 
 #[derive(Debug, Default, DeserializeDict, Type)]
@@ -93,7 +93,7 @@ struct DomainProperties {
     encrypted: Option<Vec<String>>,
 }
 
-/// A disk as a backup's `Disks` has it, its name first.
+/// An entry of a backup's `Disks`; the name comes first.
 type StoredDisk = (String, String, String, u64, u64, String, String);
 
 #[derive(Debug, Default, DeserializeDict, Type)]
@@ -105,23 +105,23 @@ struct BackupProperties {
     disks: Option<Vec<StoredDisk>>,
 }
 
-/// A signal of the service.
+/// A signal from the service.
 #[derive(Debug)]
 pub enum Signal {
-    /// Properties of the job at this path changed.
+    /// Properties of the job at this path have changed.
     Changed(String, Box<Properties>),
-    /// A job began.
+    /// A job has started.
     Started(u32, String),
-    /// A job ended with this result.
+    /// A job has ended with this result.
     Ended(u32, String, String),
     /// The service has left the bus.
     Gone,
 }
 
 impl Service {
-    /// Connects to the system bus, or to the one that `DBUS_SYSTEM_BUS_ADDRESS` names.
+    /// Connects to the system bus; `DBUS_SYSTEM_BUS_ADDRESS` overrides its address.
     pub async fn connect(ask_password: bool) -> Result<Self> {
-        // No method timeout: a password dialog takes as long as the user does, `Wait` as long as the backup.
+        // Without a method timeout, because a password dialog or `Wait` can last for hours.
         let connection = Connection::system().await.map_err(Error::NoBus)?;
         let flags = if ask_password {
             MethodFlags::ALLOW_INTERACTIVE_AUTH
@@ -131,7 +131,7 @@ impl Service {
         Ok(Self { connection, flags })
     }
 
-    /// The same service, for calls that must not open a password dialog.
+    /// The service for calls that must not open a password dialog.
     pub fn without_asking(&self) -> Self {
         Self {
             connection: self.connection.clone(),
@@ -152,7 +152,7 @@ impl Service {
     {
         let proxy = zbus::Proxy::new(&self.connection, BUS_NAME, path, interface).await?;
         let reply = proxy.call_with_flags(method, self.flags, body).await?;
-        // Only a call that wants no reply has none.
+        // Only a call with NO_REPLY_EXPECTED has no reply.
         reply.ok_or(Error::Protocol(zbus::Error::InvalidReply))
     }
 
@@ -170,7 +170,7 @@ impl Service {
         Ok(lines.collect())
     }
 
-    /// The object of a domain, by name or UUID.
+    /// The object path of a domain, by name or UUID.
     pub async fn domain(&self, name: &str) -> Result<String> {
         let path: OwnedObjectPath = self
             .call(ROOT_PATH, MANAGER_INTERFACE, "GetDomain", &(name,))
@@ -183,7 +183,7 @@ impl Service {
             .await
     }
 
-    /// The source of the domain at this path, and the user whose it is.
+    /// The source of the domain at this path, and its owner.
     pub async fn source(&self, path: &str) -> Result<(String, u32)> {
         let properties = self.domain_properties(path).await?;
         Ok((
@@ -211,7 +211,7 @@ impl Service {
         Ok(disks.collect())
     }
 
-    /// The jobs that the caller may see: those that run or ended a short while ago, or all of the history.
+    /// The jobs that the caller may see: active and recent ones, or with `all` the whole history.
     pub async fn jobs(&self, all: bool) -> Result<Vec<JobLine>> {
         let options = HashMap::from([("ended", Variant::from(all))]);
         let lines: Vec<(u32, OwnedObjectPath, String, String)> = self
@@ -226,7 +226,7 @@ impl Service {
         Ok(lines.collect())
     }
 
-    /// The backups in stores that the caller may see, by store, domain and time.
+    /// The stored backups that the caller may see, by store, domain and time.
     pub async fn backups(&self, domain: Option<&str>, store: Option<&str>) -> Result<Vec<Backup>> {
         let mut backups = self.listed(domain, store, HashMap::new()).await?;
         let only = HashMap::from([("protected", Variant::from(true))]);
@@ -261,7 +261,7 @@ impl Service {
         }
     }
 
-    /// The object of the backup whose id that is, or begins like that; and its id.
+    /// The object path and id of the backup with this id, or with an id that begins so.
     pub async fn backup(&self, id: &str) -> Result<(String, String)> {
         let path: OwnedObjectPath = self
             .call(ROOT_PATH, MANAGER_INTERFACE, "GetBackup", &(id,))
@@ -273,10 +273,10 @@ impl Service {
         Ok((path.to_string(), id))
     }
 
-    /// If that is the number of a job: the number, and the id of the backup that the job is about.
+    /// If `number` is a job: its number, and the id of its backup.
     pub async fn backup_of_job(&self, number: &str) -> Option<(u32, String)> {
         let id: u32 = number.parse().ok()?;
-        // What cannot be asked about is no job for this caller.
+        // A job that the caller cannot see counts as missing.
         let path: OwnedObjectPath = self
             .call(ROOT_PATH, MANAGER_INTERFACE, "GetJob", &(id,))
             .await
@@ -288,7 +288,7 @@ impl Service {
         Some((id, String::try_from(backup).ok()?))
     }
 
-    /// Deletes the backup at that path, or only says what would go: ids, and bytes freed.
+    /// Deletes the backup at this path, or with `dry_run` only reports the result: ids and freed bytes.
     pub async fn delete(&self, path: &str, how: Deletion) -> Result<(Vec<String>, u64)> {
         let options = HashMap::from([
             ("with-dependents", Variant::from(how.with_dependents)),
@@ -298,14 +298,14 @@ impl Service {
         self.call(path, BACKUP_INTERFACE, "Delete", &(options,)).await
     }
 
-    /// Keeps the backup at that path from being removed, or no longer.
+    /// Protects the backup at this path from deletion, or ends the protection.
     pub async fn protect(&self, path: &str, protected: bool) -> Result<()> {
         let options: HashMap<&str, Variant> = HashMap::new();
         self.call(path, BACKUP_INTERFACE, "Protect", &(protected, options))
             .await
     }
 
-    /// The backup whose id that is, or begins like that.
+    /// The backup with this id, or with an id that begins so.
     pub async fn stored(&self, id: &str) -> Result<Stored> {
         let path: OwnedObjectPath = self
             .call(ROOT_PATH, MANAGER_INTERFACE, "GetBackup", &(id,))
@@ -323,7 +323,7 @@ impl Service {
         })
     }
 
-    /// Starts to restore disks of the backup at that path, each into an open file.
+    /// Starts to restore disks of the backup at this path, each into an open file.
     pub async fn restore(&self, path: &str, targets: Vec<(String, OwnedFd)>, format: &str) -> Result<Job> {
         let files = targets.iter().map(|(disk, file)| (disk, zbus::Fd::from(file)));
         let options = HashMap::from([("format", Variant::from(format))]);
@@ -332,7 +332,7 @@ impl Service {
         Ok(self.job_at(id, path.to_string()))
     }
 
-    /// Starts to verify the backup at that path.
+    /// Starts to verify the backup at this path.
     pub async fn verify(&self, path: &str) -> Result<Job> {
         let options: HashMap<&str, Variant> = HashMap::new();
         let (id, path): (u32, OwnedObjectPath) =
@@ -340,7 +340,7 @@ impl Service {
         Ok(self.job_at(id, path.to_string()))
     }
 
-    /// Has a disk of the backup at that path, or all of them, served on a listening socket while this connection is there.
+    /// Serves one disk or all disks of the backup at this path on a listening socket, while this connection exists.
     pub async fn export(&self, path: &str, disk: &str, listener: OwnedFd) -> Result<Job> {
         let options: HashMap<&str, Variant> = HashMap::new();
         let body = (disk, zbus::Fd::from(&listener), options);
@@ -348,7 +348,7 @@ impl Service {
         Ok(self.job_at(id, path.to_string()))
     }
 
-    /// Deletes the backups that no rule keeps, or only says which; and the bytes freed.
+    /// Deletes the backups that no rule keeps, or with `dry_run` only reports them. Returns decisions and freed bytes.
     pub async fn prune(&self, options: &Prune) -> Result<(Vec<JudgedTuple>, u64)> {
         let rules = options.rules();
         let rules = rules
@@ -367,7 +367,7 @@ impl Service {
             .await
     }
 
-    /// Has the stores looked through: how many backups there are, and what could not be taken for one.
+    /// Rescans the stores. Returns the number of backups, and the problems of skipped ones.
     pub async fn rescan(&self, adopt: bool) -> Result<(u32, Vec<String>)> {
         let mut options: HashMap<&str, Variant> = HashMap::new();
         if adopt {
@@ -384,14 +384,14 @@ impl Service {
             .await
     }
 
-    /// Makes a checkpoint without a backup; gives its name.
+    /// Makes a checkpoint without a backup, and returns its name.
     pub async fn create_checkpoint(&self, path: &str, definition: &str) -> Result<String> {
         let options: HashMap<&str, Variant> = HashMap::new();
         let body = (definition, options);
         self.call(path, DOMAIN_INTERFACE, "CreateCheckpoint", &body).await
     }
 
-    /// Removes a checkpoint, or all.
+    /// Deletes a checkpoint, or all without a name.
     pub async fn delete_checkpoint(&self, path: &str, name: Option<&str>) -> Result<()> {
         let mut options: HashMap<&str, Variant> = HashMap::new();
         if name.is_none() {
@@ -413,7 +413,7 @@ impl Service {
         Ok(self.job_at(id, path.to_string()))
     }
 
-    /// The job with this number at this path.
+    /// The job with this number and path.
     pub fn job_at(&self, id: u32, path: String) -> Job {
         Job {
             service: self.clone(),
@@ -437,12 +437,12 @@ impl Service {
         Ok(self.job_at(id, path.to_string()))
     }
 
-    /// Asks for the detailed signals of the domains that the caller may read.
+    /// Subscribes to the detailed signals of the domains that the caller may read.
     pub async fn subscribe(&self) -> Result<()> {
         self.call(ROOT_PATH, MANAGER_INTERFACE, "Subscribe", &()).await
     }
 
-    /// The service's signals from now on. The service has to be running.
+    /// The signals of the service from now on. The service must be running.
     pub async fn signals(&self) -> Result<mpsc::UnboundedReceiver<Signal>> {
         let bus = zbus::fdo::DBusProxy::new(&self.connection).await?;
         let mut owners = bus.receive_name_owner_changed_with_args(&[(0, BUS_NAME)]).await?;
@@ -451,8 +451,8 @@ impl Service {
             .await
             .map_err(zbus::Error::from)?;
         let mut signals = self.signals_of(owner.inner()).await?;
-        // zbus stops reading from the bus, replies included, when nobody takes signals off a stream. This task
-        // always does, so that its user may await a call meanwhile. What piles up is small: a few changes a second.
+        // zbus stops reading from the bus, replies included, while a signal stream is full. This task always drains the
+        // stream, so its user can await calls. The queue stays short, because there are only a few signals a second.
         let (sender, receiver) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             loop {
@@ -475,7 +475,7 @@ impl Service {
         Ok(receiver)
     }
 
-    /// Only what this very connection sends: anybody can send a signal that looks the same.
+    /// Only signals of this connection, because any client can send signals that look the same.
     async fn signals_of(
         &self,
         owner: &UniqueName<'_>,
@@ -514,13 +514,13 @@ fn read_signal(message: &Message) -> Option<Signal> {
     }
 }
 
-/// One job of the service.
+/// A job of the service.
 #[derive(Debug, Clone)]
 pub struct Job {
     service: Service,
-    /// Its number.
+    /// The number.
     pub id: u32,
-    /// Its object.
+    /// The object path.
     pub path: String,
 }
 
@@ -540,7 +540,7 @@ impl Job {
             .await
     }
 
-    /// All its properties, if they can be had without asking the user.
+    /// All properties, without opening a password dialog.
     pub async fn properties_without_asking(&self) -> Result<Properties> {
         self.service
             .without_asking()
@@ -549,7 +549,7 @@ impl Job {
             .await
     }
 
-    /// All that is known of it, with its domain's name where the caller may read that.
+    /// The state of the job, with the name of its domain if the caller may read that.
     pub async fn snapshot(&self) -> Result<Snapshot> {
         let mut snapshot = Snapshot {
             id: self.id,
@@ -579,12 +579,12 @@ impl Job {
         self.call("Cancel", &()).await
     }
 
-    /// Cancels it by way of one disk.
+    /// Cancels the job because of one disk.
     pub async fn cancel_disk(&self, disk: &str) -> Result<()> {
         self.call("CancelDisk", &(disk,)).await
     }
 
-    /// Limits its speed to so many bytes a second.
+    /// Limits the speed, in bytes per second.
     pub async fn set_speed(&self, bytes_per_second: u64) -> Result<()> {
         self.call("SetSpeed", &(bytes_per_second,)).await
     }

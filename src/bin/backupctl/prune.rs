@@ -1,4 +1,4 @@
-//! `prune`: which backups are kept and why, and which go.
+//! `backupctl prune`: prints the kept backups with the reason, and the removed ones.
 
 use std::time::SystemTime;
 
@@ -13,10 +13,10 @@ use crate::output::Table;
 use crate::proxy::Service;
 use crate::units;
 
-/// A backup as `Prune` tells of it: domain, store, id, time, verdict, reason.
+/// A decision of `Prune`: domain, store, id, time, verdict, reason.
 pub type JudgedTuple = (String, String, String, u64, String, String);
 
-/// `prune`
+/// `backupctl prune`
 pub async fn run(service: &Service, options: &Prune, json: bool) -> Result<Status> {
     let (judged, freed) = service.prune(options).await?;
     print(
@@ -36,8 +36,7 @@ fn value((domain, store, id, time, verdict, reason): &JudgedTuple) -> Value {
 
 fn text(judged: &[JudgedTuple], freed: u64, dry_run: bool, now: SystemTime) -> String {
     if judged.is_empty() {
-        return "Nothing to prune: no backup is there, or no rule is given and none in the configuration\n"
-            .into();
+        return "Nothing to prune: there is no backup, or no keep rule is given or configured\n".into();
     }
     let mut table = Table::new(&["DOMAIN", "STORE", "BACKUP", "TIME", "VERDICT", "REASON"]);
     for (domain, store, id, time, verdict, reason) in judged {
@@ -61,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_kept_says_why_and_what_goes_is_counted() {
+    fn kept_backups_have_reasons_and_removed_ones_are_counted() {
         let judged = |id: &str, verdict: &str, reason: &str| -> JudgedTuple {
             let [domain, store] = ["web", "default"].map(str::to_owned);
             (domain, store, id.into(), 0, verdict.into(), reason.into())

@@ -1,4 +1,4 @@
-//! The lines that are printed at the end of a backup.
+//! The lines that `backupctl create` and `watch` print at the end of a job.
 
 use std::time::Duration;
 
@@ -9,21 +9,21 @@ use crate::job::{Outcome, PLAIN_TEXT, Snapshot, nothing_if_empty};
 use crate::output::{self, escape};
 use crate::units;
 
-/// The result of a backup, and its images.
+/// The outcome of a job, and its images.
 pub struct Summary<'a> {
-    /// The last that was seen of the job.
+    /// The last known state of the job.
     pub snapshot: &'a Snapshot,
-    /// How it ended.
+    /// The outcome.
     pub outcome: &'a Outcome,
-    /// How long it took, where that is known.
+    /// The duration, if known.
     pub took: Option<Duration>,
-    /// Where each disk's data is, for those that the client opened itself.
+    /// The paths of the files that the client opened itself, by disk.
     pub own_targets: &'a [(String, String)],
 }
 
 impl Summary<'_> {
-    /// Tells the user, and says with which status to exit.
-    pub fn tell(&self, json: bool) -> Result<Status> {
+    /// Prints the summary, and returns the exit status.
+    pub fn print(&self, json: bool) -> Result<Status> {
         if json {
             output::print_json(&self.json())?;
         } else if self.outcome.result == "completed" {
@@ -41,7 +41,7 @@ impl Summary<'_> {
 
     fn rate(&self) -> Option<u64> {
         let seconds = self.took?.as_secs_f64();
-        // What took no time to speak of has no rate to speak of.
+        // A rate over less than 0.1 s is meaningless.
         (seconds >= 0.1).then(|| (self.snapshot.bytes_done as f64 / seconds) as u64)
     }
 
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_completed_backup_says_where_its_images_are() {
+    fn the_summary_of_a_completed_backup_names_its_images() {
         let summary = Summary {
             snapshot: &snapshot(),
             outcome: &outcome("completed", "", ""),
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_backup_goes_on_from_is_told() {
+    fn the_summary_names_the_base_of_an_incremental_backup() {
         let mut snapshot = snapshot();
         let increment = |mode: &str, since: &str, why: &str| crate::job::Increment {
             disk: "vda".into(),
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quiesced_backup_says_how_long_the_guest_stood_still() {
+    fn the_summary_of_a_quiesced_backup_has_the_frozen_time() {
         let mut snapshot = snapshot();
         snapshot.frozen_time = 40_327;
         let summary = Summary {
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backup_that_was_not_quiesced_says_why() {
+    fn the_summary_of_an_unquiesced_backup_has_the_reason() {
         let mut snapshot = snapshot();
         snapshot.quiesce_problem = "the agent\nfroze none".into();
         let summary = Summary {
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_backup_says_why_and_names_no_image() {
+    fn the_summary_of_a_failed_backup_has_the_reason_and_no_image() {
         let mut snapshot = snapshot();
         snapshot.disks[0].state = "failed".into();
         snapshot.disks[0].error = "No space\nleft".into();
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn the_callers_own_files_are_named_by_their_paths() {
+    fn own_files_are_named_by_their_paths() {
         let own = [("vda".to_owned(), "/home/me/vda.qcow2".to_owned())];
         let summary = Summary {
             snapshot: &snapshot(),

@@ -1,4 +1,4 @@
-//! Sizes, rates and times: read from the command line and written for people.
+//! Sizes, rates and times: parsed from the command line and formatted for people.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut value = bytes as f64;
     let mut unit = 0;
-    // 1023.95 would be written "1024.0": the next unit is the better one from there.
+    // 1023.95 would become "1024.0", so the next unit begins there.
     while value >= 1023.95 && unit + 1 < UNITS.len() {
         value /= 1024.0;
         unit += 1;
@@ -21,12 +21,12 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// Bytes a second.
+/// Bytes per second.
 pub fn rate(bytes_per_second: u64) -> String {
     format!("{}/s", size(bytes_per_second))
 }
 
-/// A duration to about two figures: `0.4 s`, `12 s`, `2 min 05 s`, `1 h 03 min`.
+/// A duration with about two digits: `0.4 s`, `12 s`, `2 min 05 s`, `1 h 03 min`.
 pub fn duration(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
@@ -37,7 +37,7 @@ pub fn duration(time: Duration) -> String {
     }
 }
 
-/// How long ago something was, to one figure: `40 s`, `5 min`, `3 h`, `12 days`.
+/// An age in its largest unit: `40 s`, `5 min`, `3 h`, `12 days`.
 pub fn age(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
@@ -48,7 +48,7 @@ pub fn age(time: Duration) -> String {
     }
 }
 
-/// The same for what should take next to no time: `41 ms`.
+/// A duration that may be very short: `41 ms`.
 pub fn brief(time: Duration) -> String {
     match time.as_micros().div_ceil(1000) {
         milliseconds @ 0..1000 => format!("{milliseconds} ms"),
@@ -56,12 +56,12 @@ pub fn brief(time: Duration) -> String {
     }
 }
 
-/// A time that is still to go, where tenths of a second mean nothing.
+/// A remaining time, without tenths of a second.
 pub fn remaining(time: Duration) -> String {
     duration(Duration::from_secs(time.as_secs_f64().ceil() as u64)).replace(".0 s", " s")
 }
 
-/// A time that is still to go, in little room: `0:08`, `12:34`, `1:02:03`.
+/// A remaining time in short form: `0:08`, `12:34`, `1:02:03`.
 pub fn countdown(time: Duration) -> String {
     let seconds = time.as_secs();
     let (hours, minutes, seconds) = (seconds / 3600, seconds % 3600 / 60, seconds % 60);
@@ -72,7 +72,7 @@ pub fn countdown(time: Duration) -> String {
     }
 }
 
-/// A time in µs since the epoch, in the user's time zone; `-` for 0, which means "not known".
+/// A time in µs since the epoch, in the user's time zone; `-` for 0, which means unknown.
 pub fn timestamp(microseconds: u64) -> String {
     let time = i64::try_from(microseconds)
         .ok()
@@ -92,7 +92,7 @@ pub fn clock() -> String {
     jiff::Zoned::now().strftime("%H:%M:%S").to_string()
 }
 
-/// How much of `total` is done, in whole percent; never 100 before it is all.
+/// The done part of `total` in whole percent; 100 only if all is done.
 pub fn percent(done: u64, total: u64) -> u64 {
     if total == 0 {
         return 0;
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn hundred_percent_is_only_all_of_it() {
+    fn a_hundred_percent_means_all_bytes() {
         assert_eq!(percent(0, 0), 0);
         assert_eq!(percent(999, 1000), 99);
         assert_eq!(percent(1000, 1000), 100);

@@ -1,4 +1,4 @@
-//! Shows the progress of one backup: bars on a terminal, lines elsewhere, or JSON.
+//! Shows the progress of a job: bars on a terminal, lines elsewhere, or JSON.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -9,24 +9,24 @@ use crate::bars::{Bars, Row};
 use crate::job::{Snapshot, state_text};
 use crate::output::{self, escape};
 
-/// At most one line of progress in this time; changes of state are shown at once.
+/// The least time between two progress lines. Changes of state are shown at once.
 pub const PROGRESS_LINES: Duration = Duration::from_secs(5);
 
-/// Shows what happens to a backup while it is followed.
+/// Shows the progress of a followed job.
 pub trait View {
-    /// Something may have changed.
+    /// Shows a state that may have changed.
     fn update(&mut self, snapshot: &Snapshot);
-    /// Something to tell the user in between.
+    /// Shows a message to the user.
     fn note(&mut self, text: &str);
-    /// No more will come.
+    /// Ends the output.
     fn finish(&mut self) {}
-    /// Leaves the terminal to somebody else.
+    /// Stops drawing on the terminal.
     fn pause(&mut self) {}
-    /// Takes the terminal back.
+    /// Draws on the terminal again.
     fn resume(&mut self) {}
 }
 
-/// The view for these circumstances.
+/// The view for this output.
 pub fn choose(json: bool, terminal: bool) -> Box<dyn View> {
     match (json, terminal) {
         (true, _) => Box::new(Json::default()),
@@ -35,7 +35,7 @@ pub fn choose(json: bool, terminal: bool) -> Box<dyn View> {
     }
 }
 
-/// Tells which states are new since the last look.
+/// Detects changes of state since the last update.
 #[derive(Default)]
 struct States {
     job: String,
@@ -43,7 +43,7 @@ struct States {
 }
 
 impl States {
-    /// The disks whose state changed, as indexes, and whether the job's did.
+    /// The indexes of the disks with a changed state, and whether the job's state has changed.
     fn changed(&mut self, snapshot: &Snapshot) -> (Vec<usize>, bool) {
         let job = self.job != snapshot.state;
         self.job.clone_from(&snapshot.state);
@@ -58,7 +58,7 @@ impl States {
     }
 }
 
-/// A progress bar a disk.
+/// A progress bar for each disk.
 #[derive(Default)]
 struct Terminal {
     bars: Bars,
@@ -94,7 +94,7 @@ impl View for Terminal {
     }
 }
 
-/// A line for each change of state, and now and then one for the progress.
+/// A line for each change of state, and a periodic line for the progress.
 #[derive(Default)]
 struct Lines {
     states: States,
@@ -132,7 +132,7 @@ impl View for Lines {
     }
 }
 
-/// An object a line on standard output for each event.
+/// One JSON object per event and line, on standard output.
 #[derive(Default)]
 struct Json {
     states: States,
@@ -163,14 +163,14 @@ impl View for Json {
     }
 }
 
-/// The event that carries all properties of a job.
+/// The event with all properties of a job.
 pub fn progress(mut snapshot: Value) -> Value {
     snapshot["event"] = "progress".into();
     snapshot
 }
 
-/// Prints an event. A standard output that can't be written to is no reason to leave a backup alone: the
-/// result is printed in the same way, and a failure of that is reported.
+/// Prints an event. A write error does not stop the client from following the job. The final result is printed in the
+/// same way, and its error is reported.
 pub fn event(value: Value) {
     let _ = output::print_json(&value);
 }
@@ -181,7 +181,7 @@ mod tests {
     use crate::job::Disk;
 
     #[test]
-    fn a_state_is_new_once() {
+    fn a_changed_state_is_reported_once() {
         let mut states = States::default();
         let mut snapshot = Snapshot {
             state: "running".into(),

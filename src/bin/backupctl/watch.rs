@@ -1,4 +1,4 @@
-//! `backupctl watch`: one job until it ends, or all jobs until the user interrupts it.
+//! `backupctl watch`: follows one job until it ends, or all jobs until the user interrupts it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IsTerminal};
@@ -27,7 +27,7 @@ pub async fn one(service: &Service, id: u32, json: bool, ask_password: bool) -> 
     let agent = Agent::start(ask_password).await;
     let prepare = async {
         let job = service.job(id).await?;
-        // Somebody else may have started it. Without its signals its properties are read now and then.
+        // Another user may have started the job. Without signals the client polls the properties.
         let _ = service.subscribe().await;
         Ok::<_, Error>(job)
     };
@@ -43,22 +43,22 @@ pub async fn one(service: &Service, id: u32, json: bool, ask_password: bool) -> 
             let summary = Summary {
                 snapshot: &follow.snapshot,
                 outcome: &outcome,
-                // When a job ended is not among its properties.
+                // The time of the end is not a property.
                 took: follow.snapshot.age().filter(|_| was_running),
                 own_targets: &[],
             };
-            summary.tell(json)
+            summary.print(json)
         }
-        Ending::Left => {
+        Ending::Detached => {
             left(id, json);
             Ok(Status::Failed)
         }
     }
 }
 
-/// Follows all jobs. Being interrupted is how this ends.
+/// Follows all jobs until the user interrupts it.
 pub async fn all(service: &Service, json: bool) -> Result<Status> {
-    // A job of somebody else that begins must not open a password dialog.
+    // A new job of another user must not open a password dialog.
     let service = service.without_asking();
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
     let terminal = io::stderr().is_terminal() && io::stdout().is_terminal();
@@ -83,7 +83,8 @@ pub async fn all(service: &Service, json: bool) -> Result<Status> {
 
 struct Watch {
     jobs: BTreeMap<u32, Watched>,
-    /// Whose end was told: after the service was away, a signal may tell what a question told before.
+    /// The jobs whose end was printed. After a restart of the service, a signal may report an end that a query has
+    /// reported before.
     ended: BTreeSet<u32>,
     out: Out,
 }
@@ -115,12 +116,12 @@ impl Watch {
                     }
                     Some(signal) => self.signal(service, signal).await?,
                 },
-                _ = tick.tick() => self.look().await?,
+                _ = tick.tick() => self.poll().await?,
             }
         }
     }
 
-    /// Subscribes to all signals, and reads the present state.
+    /// Subscribes to all signals, and reads the current state.
     async fn attach(&mut self, service: &Service) -> Result<UnboundedReceiver<Signal>> {
         service.subscribe().await?;
         let signals = service.signals().await?;
@@ -129,7 +130,7 @@ impl Watch {
                 self.begin(service.job_at(line.id, line.path), false).await?;
             }
         }
-        // What was running before the service went and is not now.
+        // Jobs that ended while the service was away.
         let known: Vec<Job> = self.jobs.values().map(|watched| watched.job.clone()).collect();
         for job in known {
             match job.snapshot().await {
@@ -146,7 +147,7 @@ impl Watch {
         Ok(signals)
     }
 
-    /// The same with a service that has gone, as soon as it is there again.
+    /// As [`Watch::attach`], after the service has left the bus. Waits for its return.
     async fn attach_again(&mut self, service: &Service) -> Result<UnboundedReceiver<Signal>> {
         let since = Instant::now();
         loop {
@@ -176,11 +177,11 @@ impl Watch {
         }
     }
 
-    /// Reads the jobs of which no signal told anything for a while.
-    async fn look(&mut self) -> Result<()> {
+    /// Reads the jobs without recent signals.
+    async fn poll(&mut self) -> Result<()> {
         for job in self.jobs.values_mut().filter(|job| job.news.elapsed() >= QUIET) {
             job.news = Instant::now();
-            // Where this fails, `JobEnded` or the service's end will tell.
+            // If this fails, `JobEnded` or the service's departure will follow.
             if let Ok(properties) = job.job.properties().await {
                 job.snapshot.apply(properties);
                 self.out.progress(job)?;
@@ -190,12 +191,12 @@ impl Watch {
     }
 
     async fn begin(&mut self, job: Job, new: bool) -> Result<()> {
-        // It may be in the list already, which was asked for after the signals.
+        // The list was queried after the subscription, so it may contain the job already.
         if self.jobs.contains_key(&job.id) {
             return Ok(());
         }
         let what = if new { "started" } else { "is running" };
-        // The signal goes to everybody; what it is about may not be for this user's eyes.
+        // The signal is broadcast, but this user may not be allowed to see the job.
         let Ok(snapshot) = job.snapshot().await else {
             return self.out.started(job.id, &job.path, None, what);
         };
@@ -221,7 +222,7 @@ impl Watch {
     }
 }
 
-/// What tells a job's bar from the others.
+/// The unique label of a job's bar.
 fn label(snapshot: &Snapshot) -> String {
     format!("{} {}", snapshot.id, snapshot.domain_label())
 }
@@ -242,7 +243,7 @@ impl Out {
         Ok(())
     }
 
-    /// What became of the service: it is `gone`, or `back`.
+    /// Prints that the service is `gone` or `back`.
     fn service(&mut self, what: &str) -> Result<()> {
         match self {
             Self::Json => Ok(output::print_json(
@@ -258,7 +259,7 @@ impl Out {
         }
     }
 
-    /// A job that cannot be asked about any more.
+    /// Prints that a job cannot be queried any more.
     fn lost(&mut self, id: u32, snapshot: Option<Snapshot>, error: &Error) -> Result<()> {
         self.remove(snapshot.as_ref());
         if let Self::Json = self {

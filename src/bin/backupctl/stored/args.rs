@@ -10,21 +10,31 @@ use crate::args::{DiskFile, Format, parse_disk};
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("target").args(["to", "disk"]).required(true)))]
 pub struct Restore {
-    /// The backup's id, or as much of its beginning as no other has; with STORE/ before it, or with --from DOMAIN/, of that one
+    /// The id of the backup, or a unique beginning of it
+    ///
+    /// Write STORE/ID to select the store; with --from, DOMAIN/ID to select the VM.
     pub backup: String,
-    /// Read this store's directory, without the service
+    /// Read the store in this directory, without the service
     #[arg(long, value_name = "STORE_PATH", value_hint = ValueHint::DirPath)]
     pub from: Option<PathBuf>,
-    /// Restore all disks into new files in this directory, as DIR/DISK.FORMAT
+    /// Restore all disks into new files in this directory
+    ///
+    /// The files are called DIR/DISK.FORMAT.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub to: Option<PathBuf>,
-    /// Restore only this disk, into this new file or onto this block device; can be given once for each disk
+    /// Restore this disk into a new file or onto a block device
+    ///
+    /// Repeat the option for more disks.
     #[arg(long, value_name = "DISK=FILE", value_parser = parse_disk, value_hint = ValueHint::FilePath)]
     pub disk: Vec<DiskFile>,
-    /// The format of what is restored [default: qcow2, and raw on block devices]
+    /// The format of the restored images
+    ///
+    /// The default is qcow2, and raw on block devices.
     #[arg(long, value_enum)]
     pub format: Option<Format>,
-    /// Replace files that exist; each stays as it is until what replaces it is complete
+    /// Replace existing files
+    ///
+    /// Each file remains unchanged until its replacement is complete.
     #[arg(long)]
     pub force: bool,
 }
@@ -33,12 +43,14 @@ pub struct Restore {
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("which").args(["backup", "all"]).required(true)))]
 pub struct Verify {
-    /// The backup's id, or as much of its beginning as no other has; with STORE/ before it, or with --from DOMAIN/, of that one
+    /// The id of the backup, or a unique beginning of it
+    ///
+    /// Write STORE/ID to select the store; with --from, DOMAIN/ID to select the VM.
     pub backup: Option<String>,
-    /// Verify all backups of the store, or that you may see
+    /// Verify all backups in the store, or all that you may see
     #[arg(long)]
     pub all: bool,
-    /// Read this store's directory, without the service
+    /// Read the store in this directory, without the service
     #[arg(long, value_name = "STORE_PATH", value_hint = ValueHint::DirPath)]
     pub from: Option<PathBuf>,
 }
@@ -46,15 +58,17 @@ pub struct Verify {
 /// The options of `export`.
 #[derive(Debug, Args)]
 pub struct Export {
-    /// The backup's id, or as much of its beginning as no other has; with STORE/ before it, or with --from DOMAIN/, of that one
+    /// The id of the backup, or a unique beginning of it
+    ///
+    /// Write STORE/ID to select the store; with --from, DOMAIN/ID to select the VM.
     pub backup: String,
-    /// Read this store's directory, without the service
+    /// Read the store in this directory, without the service
     #[arg(long, value_name = "STORE_PATH", value_hint = ValueHint::DirPath)]
     pub from: Option<PathBuf>,
-    /// Export only this disk [default: all of them]
+    /// Export only this disk [default: all disks]
     #[arg(long, value_name = "DISK")]
     pub disk: Option<String>,
-    /// The UNIX socket to make, which only you can connect to
+    /// The UNIX socket to create; only you can connect to it
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub socket: PathBuf,
 }

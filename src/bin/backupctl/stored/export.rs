@@ -1,4 +1,4 @@
-//! `backupctl export`: a backup's disks over NBD, read-only, until the user interrupts it.
+//! `backupctl export`: serves the disks of a backup read-only over NBD, until the user interrupts it.
 
 use std::fs;
 use std::io;
@@ -18,12 +18,12 @@ use crate::error::{Error, Result, Status};
 use crate::interrupt::Interrupts;
 use crate::output;
 
-/// A socket's file, which goes with it.
+/// The socket's file. Dropping removes it.
 pub struct Socket(PathBuf);
 
 impl Socket {
-    /// Tells how a disk is reached there.
-    pub fn tell(&self, disk: &str, json: bool) -> Result<()> {
+    /// Prints the NBD URI of a disk.
+    pub fn print(&self, disk: &str, json: bool) -> Result<()> {
         let uri = format!(
             "nbd+unix:///{}?socket={}",
             encoded(disk.as_bytes(), ""),
@@ -39,12 +39,12 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Somebody else may have removed it.
+        // Another process may have removed it.
         let _ = fs::remove_file(&self.0);
     }
 }
 
-/// Serves until a signal comes: being interrupted is how this ends.
+/// Serves until the user interrupts it.
 pub async fn run(args: &Export, from: &Path, json: bool) -> Result<Status> {
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
     let store = open_store(from)?;
@@ -57,7 +57,7 @@ pub async fn run(args: &Export, from: &Path, json: bool) -> Result<Status> {
         _ = interrupts.next() => return Ok(Status::Completed),
     };
     for disk in export.chain().disks() {
-        socket.tell(&disk.disk, json)?;
+        socket.print(&disk.disk, json)?;
     }
     tokio::select! {
         error = export.ended() => Err(error.into()),
@@ -65,7 +65,7 @@ pub async fn run(args: &Export, from: &Path, json: bool) -> Result<Status> {
     }
 }
 
-/// Makes a socket that nobody else can connect to.
+/// Creates a socket that no other user can connect to.
 pub fn listen(path: &Path) -> Result<(Socket, OwnedFd)> {
     let fail = |error| Error::Usage(format!("cannot listen on {}: {error}", path.display()));
     let path = std::path::absolute(path).map_err(fail)?;
@@ -83,14 +83,14 @@ pub fn listen(path: &Path) -> Result<(Socket, OwnedFd)> {
     Ok((Socket(path), listener.into()))
 }
 
-/// Whether it is a socket of a program that was killed: nobody listens on it.
+/// Whether the socket is a leftover of a killed program, so that nobody listens on it.
 fn is_abandoned(path: &Path) -> bool {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket());
     is_socket
         && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
-/// As in a URI, but for what is `kept`.
+/// Percent-encodes bytes, except those in `kept`.
 fn encoded(bytes: &[u8], kept: &str) -> String {
     let encode = |byte: &u8| match char::from(*byte) {
         plain if plain.is_ascii_alphanumeric() || "-._~".contains(plain) || kept.contains(plain) => {

@@ -1,16 +1,16 @@
-//! Stored backups: restored, exported and verified, through the service (`remote`), or by this program itself with the
-//! user's own rights on the store.
+//! Stored backups: restore, export and verify. Through the service (`remote`), or directly with the user's own rights
+//! on the store.
 
 pub mod args;
 mod export;
 mod partial;
-mod place;
 mod progress;
 pub mod remote;
 mod restore;
+mod restore_target;
 mod verify;
 
-pub use place::Error as PlaceError;
+pub use restore_target::Error as TargetError;
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ use backupd::target::Shelf;
 use crate::args::Command;
 use crate::error::{Error, Result, Status};
 
-/// Runs one of the commands without the service, if it says where its store is; nothing for the others.
+/// Runs a command with `--from` without the service. `None` for all other commands.
 pub fn run(command: &Command, json: bool) -> Option<Result<Status>> {
     let runtime = || {
         if let Some(why) = image::is_confinement_incomplete() {
@@ -48,7 +48,7 @@ pub fn run(command: &Command, json: bool) -> Option<Result<Status>> {
     }
 }
 
-/// The store at a path, which may be relative and lead over links: it is the user's own.
+/// Opens the store at a path of the user's, which may be relative and lead over symbolic links.
 fn open_store(path: &Path) -> Result<Shelf> {
     let path = path
         .canonicalize()
@@ -56,15 +56,15 @@ fn open_store(path: &Path) -> Result<Shelf> {
     Ok(Shelf::of_users_store(&path).map_err(image::Error::from)?)
 }
 
-/// Whether this is enough of a backup's id for a command that destroys data: all of it, or at least its date and time. A shorter
-/// beginning can be a typing error, or the number of a job.
+/// Whether `wanted` suffices as an id for a command that destroys data: the whole id, or at least date and time. A
+/// shorter beginning could be a typing error, or the number of a job.
 pub fn identifies(wanted: &str, id: &str) -> bool {
     const DATE_AND_TIME: usize = "20261101T000000Z".len();
     let given = wanted.rsplit('/').next().unwrap_or_default();
     given == id || given.len() >= DATE_AND_TIME && id.starts_with(given)
 }
 
-/// Opens the backup that the user means, with all or some of its disks.
+/// Opens the given backup, with all or some of its disks.
 fn open_chain(store: &Shelf, backup: &str, disks: Option<&[&str]>) -> Result<(Location, Chain)> {
     let location = image::find(store, backup)?;
     let gone = || image::Error::NoSuchBackup {

@@ -1,7 +1,8 @@
-//! A file that gets its name when it is complete.
+//! A staging file that gets its name when it is complete.
 //!
-//! Until then it has no name (open(2), `O_TMPFILE`), so a death of this program leaves nothing. On file systems that lack
-//! this it has a hidden name and is locked; the next restore into the directory removes one without a lock.
+//! Before publication it has no name (open(2), `O_TMPFILE`), so a killed program leaves nothing. On file systems
+//! without `O_TMPFILE` it has a hidden name and a lock. The next restore into the directory removes such files without
+//! a lock.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -13,27 +14,27 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, linkat, renameat_with};
 use rustix::io::Errno;
 
-use super::place::Error;
+use super::restore_target::Error;
 
-/// A new file, for its owner alone. It is gone when this is dropped before it is published.
+/// A new file with mode 0600. Dropping it before publication removes it.
 #[derive(Debug)]
 pub struct Partial {
     pub file: File,
-    /// The name that it gets.
+    /// The final name.
     path: PathBuf,
-    /// The name beside it that it has until then, or for the moment in which it replaces another.
+    /// The hidden name: before publication, or for the moment in which it replaces another file.
     hidden: PathBuf,
     is_named: bool,
 }
 
 impl Partial {
-    /// Makes it in the directory of `path`. `id` is of the backup.
+    /// Creates the staging file in the directory of `path`, for the backup `id`.
     pub fn create(path: &Path, id: &str) -> Result<Self, Error> {
         let hidden = hidden(path, id)?;
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let (file, is_named) = match rustix::fs::open(directory(path), flags, Mode::RUSR | Mode::WUSR) {
             Ok(file) => (File::from(file), false),
-            // A kernel or a file system without it; a directory that is not there is reported by the other way.
+            // The kernel or file system lacks `O_TMPFILE`. If the directory is missing, the other way reports it.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOSYS | Errno::NOENT) => {
                 (create_named(&hidden)?, true)
             }
@@ -47,7 +48,7 @@ impl Partial {
         })
     }
 
-    /// Gives the file its name, durably. Only where it `replaces` something, something may have that name.
+    /// Publishes the file durably. An existing file is replaced only with `replaces`.
     pub fn publish(&mut self, replaces: bool) -> Result<(), Error> {
         let named = match (self.is_named, replaces) {
             (false, false) => self.link(&self.path),
@@ -59,7 +60,7 @@ impl Partial {
             io::ErrorKind::AlreadyExists => Error::Exists {
                 path: self.path.clone(),
             },
-            _ => Error::io("give its name to", &self.path)(error),
+            _ => Error::io("rename the complete file to", &self.path)(error),
         })?;
         self.is_named = false;
         let directory = directory(&self.path);
@@ -72,7 +73,7 @@ impl Partial {
         fs::rename(&self.hidden, &self.path)
     }
 
-    /// Gives a name to a file that has none; not one that something else has.
+    /// Links a file without name; fails if the name exists.
     fn link(&self, name: &Path) -> io::Result<()> {
         let file = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         Ok(linkat(CWD, file, CWD, name, AtFlags::SYMLINK_FOLLOW)?)
@@ -89,7 +90,7 @@ impl Partial {
         Ok(())
     }
 
-    /// Removes it. It has no name any more, or never had one.
+    /// Removes the file. It has lost its name, or never had one.
     pub fn discard(&mut self) -> io::Result<()> {
         match std::mem::take(&mut self.is_named) {
             true => fs::remove_file(&self.hidden),
@@ -115,7 +116,7 @@ fn hidden(path: &Path, id: &str) -> Result<PathBuf, Error> {
     Ok(path.with_file_name(hidden))
 }
 
-/// Makes a file under that name, which nobody else makes at the same time.
+/// Creates a file with the hidden name. Fails if another process does so at the same time.
 fn create_named(hidden: &Path) -> Result<File, Error> {
     loop {
         let created = OpenOptions::new()
@@ -138,16 +139,16 @@ fn create_named(hidden: &Path) -> Result<File, Error> {
             }
             Err(error) => return Err(Error::io("create", hidden)(error)),
         };
-        // A file system without locks says so when somebody else wants to remove it.
+        // On a file system without locks, the process that wants to remove it gets the error.
         let _ = file.try_lock();
-        // Somebody may have taken it for abandoned before it was locked.
-        if file.metadata().map_err(Error::io("look at", hidden))?.nlink() > 0 {
+        // Another process may have removed it as abandoned before it was locked.
+        if file.metadata().map_err(Error::io("stat", hidden))?.nlink() > 0 {
             return Ok(file);
         }
     }
 }
 
-/// Removes a partial file whose program has ended. Returns false where it is still being written.
+/// Removes the staging file of a program that has ended. Returns false if it is still being written.
 fn remove_abandoned(hidden: &Path) -> io::Result<bool> {
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
     let file = match OpenOptions::new().read(true).custom_flags(flags).open(hidden) {
@@ -163,10 +164,10 @@ fn remove_abandoned(hidden: &Path) -> io::Result<bool> {
     }
 }
 
-/// Renames to a name that nothing has.
+/// Renames, but fails if `to` exists.
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // A file system without that flag: a hard link does not replace anything either.
+        // Without RENAME_NOREPLACE, a hard link does not replace a file either.
         Err(Errno::INVAL | Errno::NOSYS) => {
             fs::hard_link(from, to)?;
             fs::remove_file(from)
@@ -180,7 +181,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hidden_file_is_removed_when_nobody_writes_it_any_more() {
+    fn an_abandoned_hidden_file_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let hidden = dir.path().join(".vda.raw.id.partial");
         let writing = create_named(&hidden).unwrap();
@@ -193,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_a_hidden_name_is_published_and_discarded_as_one_without() {
+    fn a_file_with_a_hidden_name_is_published_and_discarded_too() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vda.raw");
         let hidden = hidden(&path, "id").unwrap();

@@ -17,7 +17,7 @@ use crate::view::{self, PROGRESS_LINES};
 
 const LOOK: Duration = Duration::from_millis(200);
 
-/// Shows it.
+/// Shows progress.
 pub struct Show {
     way: Way,
     meter: Meter,
@@ -76,7 +76,7 @@ impl Show {
     }
 }
 
-/// Waits for `work` and shows how far it is. The first signal cancels it; then its end is waited for, which is soon.
+/// Waits for `work` and shows its progress. The first signal cancels it, and then it ends soon.
 pub async fn follow<T>(
     show: &mut Show,
     label: &str,

@@ -1,5 +1,5 @@
-//! The same commands through the service, for backups in its stores: files are opened here, with the user's own rights, and
-//! passed; the service reads the backup.
+//! Restore, verify and export through the service. The client opens the files with the user's own rights and passes
+//! them; the service reads the backup.
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
@@ -10,7 +10,7 @@ use backupd::names::ERROR_PREFIX;
 use serde_json::{Value, json};
 
 use super::args::{Export, Restore, Verify};
-use super::restore::{Restored, RestoredDisk, Wanted, format, open_places};
+use super::restore::{Restored, RestoredDisk, Wanted, format, open_targets};
 use super::{export, verify};
 use crate::agent::Agent;
 use crate::error::{Error, Result, Status};
@@ -35,57 +35,57 @@ pub async fn restore(service: &Service, args: &Restore, json: bool, ask_password
         let known = backup.disks.iter().find(|(disk, _)| disk == name);
         Wanted {
             name,
-            // The service refuses one that the backup does not have.
+            // The service refuses a disk that the backup does not contain.
             virtual_size: known.map_or(0, |(_, size)| *size),
             estimate: 0,
         }
     });
-    let mut places = open_places(args, &wanted.collect::<Vec<_>>(), &backup.id)?;
-    let mut formats = places.iter().map(|place| format(args, place));
+    let mut targets = open_targets(args, &wanted.collect::<Vec<_>>(), &backup.id)?;
+    let mut formats = targets.iter().map(|target| format(args, target));
     let format = formats.next().unwrap_or(backupd::model::Format::Qcow2);
     if formats.any(|other| other != format) {
-        let text = "files and devices together need one --format: without it they get different ones";
+        let text = "give --format when you restore to files and devices together, because their default formats differ";
         return Err(Error::Usage(text.to_owned()));
     }
-    // A job for as many disks as the bus passes descriptors in one message.
-    for (disks, places) in disks.chunks(MAX_FILES).zip(places.chunks(MAX_FILES)) {
-        let mut targets = Vec::new();
-        for (disk, place) in disks.iter().zip(places) {
-            targets.push((disk.clone(), place.descriptor()?));
+    // One job for as many disks as the bus passes descriptors in one message.
+    for (disks, targets) in disks.chunks(MAX_FILES).zip(targets.chunks(MAX_FILES)) {
+        let mut descriptors = Vec::new();
+        for (disk, target) in disks.iter().zip(targets) {
+            descriptors.push((disk.clone(), target.descriptor()?));
         }
         let agent = Agent::start(ask_password).await;
         let job = tokio::select! {
-            job = service.restore(&backup.path, targets, format.as_str()) => job?,
+            job = service.restore(&backup.path, descriptors, format.as_str()) => job?,
             _ = interrupts.next() => return Err(Error::Interrupted),
         };
         drop(agent);
         let followed = follow(service, &job, &mut interrupts, json).await;
         if followed.is_err() {
-            // The service may still write: nothing is wiped.
-            for place in places.iter().filter(|place| place.is_device()) {
-                let path = escape(&place.path().display().to_string());
+            // The service may still write, so the client wipes nothing.
+            for target in targets.iter().filter(|target| target.is_device()) {
+                let path = escape(&target.path().display().to_string());
                 output::complain(&format!(
-                    "backupctl: {path} may hold a part of the disk: restore it again"
+                    "backupctl: {path} may contain a part of the disk: restore it again"
                 ));
             }
         }
         completed(followed?.0)?;
-        // If a later job fails, none of the disks is restored.
-        for place in places {
-            place.written().store(true, Ordering::Relaxed);
+        // If a later job fails, no disk is published.
+        for target in targets {
+            target.written().store(true, Ordering::Relaxed);
         }
     }
-    for place in &mut places {
-        place.publish()?;
+    for target in &mut targets {
+        target.publish()?;
     }
     let mut restored = Vec::new();
-    for (name, place) in disks.iter().zip(&places) {
+    for (name, target) in disks.iter().zip(&targets) {
         let size = backup.disks.iter().find(|(disk, _)| disk == name);
         restored.push(RestoredDisk {
             name,
             format,
-            path: place.path(),
-            behind: size.map_or(Ok(0), |(_, size)| place.bytes_behind(*size))?,
+            path: target.path(),
+            behind: size.map_or(Ok(0), |(_, size)| target.bytes_behind(*size))?,
         });
     }
     let restored = Restored {
@@ -94,13 +94,13 @@ pub async fn restore(service: &Service, args: &Restore, json: bool, ask_password
         took: began.elapsed(),
         disks: restored,
     };
-    restored.tell(json)
+    restored.print(json)
 }
 
 /// `backupctl verify` without `--from`.
 pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: bool) -> Result<Status> {
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
-    // By store and id: ids are one's own in a store only.
+    // By store and id, because ids are unique only in a store.
     let mut wanted: Vec<(String, String, String)> = match &args.backup {
         Some(backup) => {
             let backup = service.stored(backup).await?;
@@ -113,13 +113,13 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
     };
     let mut verified: Vec<(String, Value)> = Vec::new();
     let mut unreachable: BTreeMap<String, String> = BTreeMap::new();
-    // The youngest first: its bases are verified with it.
+    // The newest first, because its bases are verified with it.
     while let Some((store, id, path)) = wanted.pop() {
-        let place = |id: &str| format!("{store}/{id}");
-        if verified.iter().any(|(known, _)| *known == place(&id)) {
+        let path_of = |id: &str| format!("{store}/{id}");
+        if verified.iter().any(|(known, _)| *known == path_of(&id)) {
             continue;
         }
-        let mut tell = |id: &str, (state, message): (&str, Option<&str>), bytes: u64| {
+        let mut add = |id: &str, (state, message): (&str, Option<&str>), bytes: u64| {
             let findings: Vec<Value> = message
                 .map(|message| json!({ "disk": null, "message": message }))
                 .into_iter()
@@ -130,24 +130,24 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
             if json {
                 view::event(object.clone());
             }
-            verified.push((place(id), object));
+            verified.push((path_of(id), object));
         };
         if let Some(why) = unreachable.get(&store) {
-            tell(&id, ("unknown", Some(why)), 0);
+            add(&id, ("unknown", Some(why)), 0);
             continue;
         }
         let agent = Agent::start(ask_password).await;
         let job = service.verify(&path).await;
         drop(agent);
         let job = match job {
-            // Those that were listed may be deleted or pruned before it is their turn.
+            // Listed backups may be deleted or pruned before their turn.
             Err(error) if args.backup.is_none() && error.is_no_such_backup() => {
-                tell(&id, ("removed", None), 0);
+                add(&id, ("removed", None), 0);
                 continue;
             }
             Err(error) if error.is_target_invalid() => {
                 let why = error.to_string();
-                tell(&id, ("unknown", Some(&why)), 0);
+                add(&id, ("unknown", Some(&why)), 0);
                 unreachable.insert(store, why);
                 continue;
             }
@@ -165,7 +165,7 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
         };
         let removed_meanwhile = outcome.error_name == format!("{ERROR_PREFIX}NoSuchBackup");
         let is_gone = |id: &str| match there.iter().find(|backup| backup.id == id) {
-            // Its directory has another name already, and the service is just about to forget it.
+            // Its directory is renamed already, and the service is about to remove its record.
             Some(backup) => removed_meanwhile && backup.state == "missing",
             None => true,
         };
@@ -176,16 +176,16 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
                 _ if is_gone(&row.name) => ("removed", None),
                 _ => ("unknown", Some(outcome.message.as_str())),
             };
-            tell(&row.name, found, row.bytes);
+            add(&row.name, found, row.bytes);
         }
     }
     verified.sort_by(|(one, _), (other, _)| one.cmp(other));
-    let text = |(place, object): &(String, Value)| {
+    let text = |(target, object): &(String, Value)| {
         let (state, size) = (
             object["state"].as_str().unwrap_or_default(),
             units::size(object["bytes"].as_u64().unwrap_or(0)),
         );
-        let mut text = format!("{}: {state}, {size}\n", escape(place));
+        let mut text = format!("{}: {state}, {size}\n", escape(target));
         for finding in object["findings"].as_array().into_iter().flatten() {
             let message = finding["message"].as_str().unwrap_or_default();
             text.push_str(&format!("  {}\n", escape(message)));
@@ -204,7 +204,7 @@ pub async fn verify(service: &Service, args: &Verify, json: bool, ask_password: 
         unknown: count("unknown"),
         removed: count("removed"),
     };
-    counts.tell(verified.iter().map(text).collect(), json)
+    counts.print(verified.iter().map(text).collect(), json)
 }
 
 /// `backupctl export` without `--from`.
@@ -223,16 +223,16 @@ pub async fn export(service: &Service, args: &Export, json: bool, ask_password: 
     };
     drop(agent);
     for disk in &disks {
-        socket.tell(disk, json)?;
+        socket.print(disk, json)?;
     }
-    // It ends when this program does. Before, somebody can cancel it, or nobody uses it.
+    // The export ends with this program, when it is cancelled, or when no client uses it.
     tokio::select! {
         outcome = job.wait() => completed(outcome?).map(|()| Status::Completed),
         _ = interrupts.next() => Ok(Status::Completed),
     }
 }
 
-/// Follows a job that is nothing without this program: a signal cancels it.
+/// Follows a job that is useless without this program, so a signal cancels it.
 async fn follow(
     service: &Service,
     job: &Job,
@@ -245,8 +245,8 @@ async fn follow(
     let snapshot = follow.snapshot.clone();
     match ending {
         Ending::Ended(outcome) => Ok((outcome, snapshot)),
-        Ending::Left => {
-            // What has ended cannot be cancelled, and what is waited for says how it ended.
+        Ending::Detached => {
+            // An ended job cannot be cancelled. `Wait` returns its outcome in any case.
             let _ = job.cancel().await;
             Ok((job.wait().await?, snapshot))
         }
@@ -263,17 +263,17 @@ fn completed(outcome: Outcome) -> Result<()> {
     }
 }
 
-/// A backup as the service knows it.
+/// A stored backup, as the service reports it.
 #[derive(Debug)]
 pub struct Stored {
-    /// The object.
+    /// The object path.
     pub path: String,
-    /// Its id.
+    /// The id.
     pub id: String,
-    /// The domain's name.
+    /// The name of the domain.
     pub domain: String,
-    /// The store's name.
+    /// The name of the store.
     pub store: String,
-    /// The names and virtual sizes of its disks.
+    /// The names of its disks, and their virtual sizes in bytes.
     pub disks: Vec<(String, u64)>,
 }

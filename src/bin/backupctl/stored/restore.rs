@@ -1,4 +1,4 @@
-//! `backupctl restore`: disks of a backup, from a store.
+//! `backupctl restore`: restores disks of a backup in a store.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,8 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::args::Restore;
-use super::place::{self, Place};
 use super::progress::{Show, follow};
+use super::restore_target::{self, RestoreTarget};
 use super::{identifies, open_chain, open_store};
 use crate::args;
 use crate::create::file_name;
@@ -23,7 +23,7 @@ use crate::interrupt::Interrupts;
 use crate::output::{self, escape};
 use crate::units;
 
-/// Restores the disks, and gives them their names when all are complete.
+/// Restores the disks, and publishes all files when every disk is complete.
 pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
     let began = Instant::now();
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
@@ -39,21 +39,21 @@ pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
         virtual_size: disk.virtual_size(),
         estimate: disk.estimate(),
     });
-    let mut places = open_places(args, &disks.collect::<Vec<_>>(), &location.id)?;
+    let mut targets = open_targets(args, &disks.collect::<Vec<_>>(), &location.id)?;
     let (mut show, cancel) = (Show::choose(json), CancellationToken::new());
     let mut restored = Vec::new();
-    for (disk, place) in chain.disks().iter().zip(&mut places) {
-        let (format, progress) = (format(args, place), Progress::default());
+    for (disk, target) in chain.disks().iter().zip(&mut targets) {
+        let (format, progress) = (format(args, target), Progress::default());
         let control = Control {
             progress: &progress,
             cancel: &cancel,
             stall: Deadlines::default().stall(),
         };
         let output = Output {
-            file: place.descriptor()?,
+            file: target.descriptor()?,
             format,
             kept: false,
-            written: place.written(),
+            written: target.written(),
         };
         let work = async { image::restore(&disk.open().await?, output, control).await };
         let done = follow(&mut show, &disk.disk, &progress, &mut interrupts, &cancel, work).await;
@@ -64,66 +64,68 @@ pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
         restored.push((
             disk.disk.as_str(),
             format,
-            place.bytes_behind(disk.virtual_size())?,
+            target.bytes_behind(disk.virtual_size())?,
         ));
     }
     show.finish();
-    for place in &mut places {
-        place.publish()?;
+    for target in &mut targets {
+        target.publish()?;
     }
-    let disks = restored.into_iter().zip(&places);
+    let disks = restored.into_iter().zip(&targets);
     let restored = Restored {
         id: &location.id,
         domain: &chain.manifest.domain.name,
         took: began.elapsed(),
         disks: disks
-            .map(|((name, format, behind), place)| RestoredDisk {
+            .map(|((name, format, behind), target)| RestoredDisk {
                 name,
                 format,
-                path: place.path(),
+                path: target.path(),
                 behind,
             })
             .collect(),
     };
-    restored.tell(json)
+    restored.print(json)
 }
 
-/// A disk that is to be restored.
+/// A disk to restore.
 pub struct Wanted<'a> {
     /// Its name.
     pub name: &'a str,
-    /// Bytes that the guest sees.
+    /// The size that the guest sees, in bytes.
     pub virtual_size: u64,
-    /// Bytes that the content takes at most; 0 if only the service knows.
+    /// The most bytes of its content; 0 if only the service knows.
     pub estimate: u64,
 }
 
-/// Opens the places of all disks of the backup `id`, and checks them. Changes nothing that is there.
-pub fn open_places(args: &Restore, disks: &[Wanted<'_>], id: &str) -> Result<Vec<Place>> {
+/// Opens and checks the targets of all disks of the backup `id`. Changes no existing file.
+pub fn open_targets(args: &Restore, disks: &[Wanted<'_>], id: &str) -> Result<Vec<RestoreTarget>> {
     let paths = disks.iter().map(|disk| Ok((disk.name, path(args, disk.name)?)));
     let paths = paths.collect::<Result<Vec<_>>>()?;
-    place::check_distinct(&paths)?;
-    let places = paths.iter().map(|(_, path)| Place::open(path, id, args.force));
-    let places = places.collect::<std::result::Result<Vec<_>, _>>()?;
-    require_whole_id(args, &places, id)?;
-    for (disk, place) in disks.iter().zip(&places) {
-        if let Some(size) = place.device_size()? {
+    restore_target::check_distinct(&paths)?;
+    let targets = paths
+        .iter()
+        .map(|(_, path)| RestoreTarget::open(path, id, args.force));
+    let targets = targets.collect::<std::result::Result<Vec<_>, _>>()?;
+    require_whole_id(args, &targets, id)?;
+    for (disk, target) in disks.iter().zip(&targets) {
+        if let Some(size) = target.device_size()? {
             let plan = DiskPlan::of_stored(
                 disk.name,
                 disk.virtual_size,
                 disk.estimate,
-                format(args, place),
+                format(args, target),
                 0,
             );
-            target::device_for_restore(&plan, &place.path().display().to_string(), size)?;
+            target::device_for_restore(&plan, &target.path().display().to_string(), size)?;
         }
     }
-    Ok(places)
+    Ok(targets)
 }
 
-/// What replaces files or overwrites devices wants more than the beginning of an id.
-fn require_whole_id(args: &Restore, places: &[Place], id: &str) -> Result<()> {
-    let destroys = args.force || places.iter().any(Place::is_device);
+/// Refuses a short beginning of an id if files are replaced or devices overwritten.
+fn require_whole_id(args: &Restore, targets: &[RestoreTarget], id: &str) -> Result<()> {
+    let destroys = args.force || targets.iter().any(RestoreTarget::is_device);
     match destroys && !identifies(&args.backup, id) {
         true => Err(Error::Abbreviated {
             wanted: args.backup.clone(),
@@ -133,32 +135,32 @@ fn require_whole_id(args: &Restore, places: &[Place], id: &str) -> Result<()> {
     }
 }
 
-/// The present state.
+/// The result of a restore.
 pub struct Restored<'a> {
-    /// The backup.
+    /// The id of the backup.
     pub id: &'a str,
-    /// Its domain's name.
+    /// The name of its domain.
     pub domain: &'a str,
-    /// How long it took.
+    /// The duration.
     pub took: Duration,
     /// Its disks.
     pub disks: Vec<RestoredDisk<'a>>,
 }
 
-/// A disk that was restored.
+/// A restored disk.
 pub struct RestoredDisk<'a> {
     /// Its name.
     pub name: &'a str,
-    /// Its format there.
+    /// The format of the target.
     pub format: Format,
-    /// Where it is.
+    /// The path of the target.
     pub path: &'a Path,
     /// Bytes of a device behind the end of the disk.
     pub behind: u64,
 }
 
 impl RestoredDisk<'_> {
-    /// Bytes of the device that still have their old content. An image in another format takes the device for itself.
+    /// Bytes of the device with their old content. Formats other than raw use the whole device.
     fn unchanged(&self) -> u64 {
         match self.format {
             Format::Raw => self.behind,
@@ -168,8 +170,8 @@ impl RestoredDisk<'_> {
 }
 
 impl Restored<'_> {
-    /// Tells the user.
-    pub fn tell(&self, json: bool) -> Result<Status> {
+    /// Prints the result.
+    pub fn print(&self, json: bool) -> Result<Status> {
         if json {
             let disks = self.disks.iter().map(|disk| {
                 json!({
@@ -194,7 +196,7 @@ impl Restored<'_> {
             if disk.unchanged() > 0 {
                 let unchanged = units::size(disk.unchanged());
                 text.push_str(&format!(
-                    "note: {path} is larger than the disk: its last {unchanged} have their old content\n"
+                    "note: {path} is larger than the disk: its last {unchanged} keep their old content\n"
                 ));
             }
         }
@@ -203,7 +205,7 @@ impl Restored<'_> {
     }
 }
 
-/// Where a disk goes.
+/// The target path of a disk.
 fn path(args: &Restore, disk: &str) -> Result<PathBuf> {
     match (&args.to, args.disk.iter().find(|given| given.disk == disk)) {
         (_, Some(given)) => Ok(given.file.clone()),
@@ -211,16 +213,18 @@ fn path(args: &Restore, disk: &str) -> Result<PathBuf> {
             let format = args.format.unwrap_or(args::Format::Qcow2);
             Ok(directory.join(file_name(disk, format.word())?))
         }
-        (None, None) => Err(Error::Usage(format!("where disk \"{disk}\" goes is not said"))),
+        (None, None) => Err(Error::Usage(format!(
+            "disk \"{disk}\" has no target: use --to or --disk"
+        ))),
     }
 }
 
-/// The format that it gets there.
-pub fn format(args: &Restore, place: &Place) -> Format {
+/// The format of the disk on this target.
+pub fn format(args: &Restore, target: &RestoreTarget) -> Format {
     match args.format {
         Some(args::Format::Raw) => Format::Raw,
         Some(args::Format::Qcow2) => Format::Qcow2,
-        None if place.is_device() => Format::Raw,
+        None if target.is_device() => Format::Raw,
         None => Format::Qcow2,
     }
 }

@@ -17,7 +17,7 @@ use crate::interrupt::Interrupts;
 use crate::output::{self, escape};
 use crate::{units, view};
 
-/// Verifies one backup and all its bases, or all of a store.
+/// Verifies one backup with its bases, or all backups of a store.
 pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
     let store = open_store(from)?;
@@ -50,10 +50,11 @@ pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
         unknown: verified.len() - damaged - good - removed,
         removed,
     };
-    counts.tell(verified.iter().map(lines).collect(), json)
+    counts.print(verified.iter().map(lines).collect(), json)
 }
 
-/// All backups of a store. A directory without any is an error unless it is marked as a store: its file system may not be mounted.
+/// All backups of a store. A directory without backups is an error unless it is marked as a store, because its file
+/// system may not be mounted.
 fn all(store: &Shelf) -> Result<Vec<Location>> {
     let found = image::all(store)?;
     if found.is_empty() && store.below(STORE_DIRECTORY)?.is_none() {
@@ -62,21 +63,21 @@ fn all(store: &Shelf) -> Result<Vec<Location>> {
     Ok(found)
 }
 
-/// How many backups there are of each state.
+/// The number of backups in each state.
 pub struct Counts {
-    /// Nothing is wrong with them.
+    /// Without damage.
     pub good: usize,
-    /// They, or their bases, have changed.
+    /// Damaged, or with a damaged base.
     pub damaged: usize,
-    /// They could not be looked at.
+    /// Not verified because of an error.
     pub unknown: usize,
-    /// They were deleted or pruned before they could be looked at.
+    /// Deleted or pruned before their turn.
     pub removed: usize,
 }
 
 impl Counts {
-    /// Tells the user, after the `text` about each of them, and says with which status to exit.
-    pub fn tell(&self, text: String, json: bool) -> Result<Status> {
+    /// Prints the `text` about the backups and the counts, and returns the exit status.
+    pub fn print(&self, text: String, json: bool) -> Result<Status> {
         let Self {
             good,
             damaged,
@@ -90,11 +91,11 @@ impl Counts {
             }))?;
         } else {
             let mut sum = match good + damaged + unknown + removed {
-                0 => "There is no backup".to_owned(),
-                _ => format!("{good} good, {damaged} damaged, {unknown} not known"),
+                0 => "There are no backups".to_owned(),
+                _ => format!("{good} good, {damaged} damaged, {unknown} unknown"),
             };
             if *removed > 0 {
-                sum.push_str(&format!(", {removed} removed meanwhile"));
+                sum.push_str(&format!(", {removed} removed during the check"));
             }
             output::print(&format!("{text}{sum}\n"))?;
         }
@@ -111,7 +112,7 @@ fn state(verified: &Verified) -> &'static str {
         (true, _) => "good",
         (_, true) => "damaged",
         _ if verified.is_removed() => "removed",
-        // Something could not be looked at.
+        // An error prevented the verification.
         _ => "unknown",
     }
 }
@@ -146,7 +147,7 @@ fn lines(verified: &Verified) -> String {
     }
     for disk in &verified.unrecorded {
         text.push_str(&format!(
-            "  disk {}: the manifest has no checksum, so its content could not be compared\n",
+            "  disk {}: the manifest has no digest, so the content was not compared\n",
             escape(disk)
         ));
     }

@@ -15,48 +15,48 @@ use rustix::fs::OFlags;
 use super::partial::{Partial, directory};
 use crate::output;
 
-/// What a restore that did not end leaves of a device's beginning: nothing that has a header.
+/// How much of a device's beginning an unfinished restore wipes: all image headers.
 const WIPED_HEAD: usize = 1 << 20;
 
-/// Why a disk cannot go where it should.
+/// The error of a target.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file is there, and replacing it wasn't asked for.
+    /// The file exists, and --force is not given.
     #[error("{} exists", path.display())]
     Exists {
         /// The file.
         path: PathBuf,
     },
-    /// Another restore into the same file runs.
-    #[error("{} is being written: another restore to there is running", path.display())]
+    /// Another restore into the same file is running.
+    #[error("another restore is writing {}", path.display())]
     Partial {
-        /// The file that another one has begun.
+        /// The staging file of the other restore.
         path: PathBuf,
     },
-    /// The kernel says that the device is used.
-    #[error("{} is in use, as a file system or otherwise", path.display())]
+    /// The kernel reports the device as busy.
+    #[error("{} is in use, for example as a file system", path.display())]
     InUse {
         /// The device.
         path: PathBuf,
     },
-    /// It is a directory or something stranger.
+    /// The target is a directory or another type of file.
     #[error("{} is neither a regular file nor a block device", path.display())]
     WrongType {
-        /// What it is not.
+        /// The target.
         path: PathBuf,
     },
-    /// It is the disk of a VM, which runs; or another program works on it.
+    /// A running VM or another QEMU program uses the target.
     #[error(
-        "{} is open in QEMU, qemu-img or qemu-storage-daemon: shut that down, or choose another place",
+        "{} is open in QEMU, qemu-img or qemu-storage-daemon: shut it down, or choose another target",
         path.display()
     )]
     UsedByQemu {
         /// The file or device.
         path: PathBuf,
     },
-    /// A process may write to it, with or without QEMU's locks.
+    /// A process has the target open for writing, with or without QEMU's locks.
     #[error(
-        "{} is open in {} (process {}): end that, or choose another place",
+        "{} is open in {} (process {}): end that process, or choose another target",
         path.display(), opener.name, opener.process
     )]
     Open {
@@ -65,32 +65,32 @@ pub enum Error {
         /// The process.
         opener: Opener,
     },
-    /// It would be a file of a store, or replace one.
-    #[error("{} is in the store or backup {}: choose a place outside of all stores", path.display(), store.display())]
+    /// The target is in a store.
+    #[error("{} is in the store or backup {}: choose a target outside of all stores", path.display(), store.display())]
     InStore {
         /// The file.
         path: PathBuf,
         /// The store's directory, or the backup's.
         store: PathBuf,
     },
-    /// Each disk would replace or overwrite the other.
+    /// Two disks have the same target.
     #[error("disks '{first}' and '{second}' have the same target, {}", path.display())]
     SameTarget {
         /// A disk.
         first: String,
         /// A later one.
         second: String,
-        /// Where both would go.
+        /// The common target.
         path: PathBuf,
     },
-    /// The system refuses something.
+    /// The system reports an error.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried.
+        /// The failed action.
         action: &'static str,
-        /// With what.
+        /// The file or device.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -102,12 +102,13 @@ impl Error {
     }
 }
 
-/// An open place. Unless it is published, a new file is removed with it, and a device is wiped if this program wrote to it.
+/// An open target. Dropping it before publication removes a new file, and wipes a device if this program has written to
+/// it.
 #[derive(Debug)]
-pub struct Place {
+pub struct RestoreTarget {
     path: PathBuf,
     kind: Kind,
-    /// Content of a device may have been changed. What the service writes, the service wipes.
+    /// Whether this program may have changed the device. The service wipes after its own writes.
     written: AtomicBool,
 }
 
@@ -115,7 +116,7 @@ pub struct Place {
 enum Kind {
     File {
         partial: Partial,
-        /// What it replaces.
+        /// The file to replace.
         old: Option<OwnedFd>,
     },
     Device {
@@ -124,10 +125,10 @@ enum Kind {
     },
 }
 
-impl Place {
-    /// Opens a device, or makes a file that is to have that name. `id` is of the backup.
+impl RestoreTarget {
+    /// Opens a device, or creates a staging file for the name. `id` is the id of the backup.
     pub fn open(path: &Path, id: &str, force: bool) -> Result<Self, Error> {
-        // What a link leads to is replaced, not the link.
+        // If the path is a symbolic link, its target is replaced.
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let there = match fs::symlink_metadata(&path) {
             Ok(there) if there.file_type().is_block_device() => return Self::device(path),
@@ -135,20 +136,20 @@ impl Place {
             Ok(_) if !force => return Err(Error::Exists { path }),
             Ok(there) => Some(there),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(Error::io("look at", &path)(error)),
+            Err(error) => return Err(Error::io("stat", &path)(error)),
         };
         check_directory(&path)?;
         let old = there.as_ref().map(|_| open_old(&path)).transpose()?;
         let partial = Partial::create(&path, id)?;
-        let place = Self {
+        let target = Self {
             path,
             kind: Kind::File { partial, old },
             written: AtomicBool::new(false),
         };
         if let Some(there) = there {
-            place.belong_as(&there)?;
+            target.copy_owner_and_mode(&there)?;
         }
-        Ok(place)
+        Ok(target)
     }
 
     fn device(path: PathBuf) -> Result<Self, Error> {
@@ -163,7 +164,7 @@ impl Place {
                 _ => Error::io("open", &path)(error),
             })?;
         check_unused(&path, device.as_fd())?;
-        let stat = rustix::fs::fstat(&device).map_err(|errno| Error::io("look at", &path)(errno.into()))?;
+        let stat = rustix::fs::fstat(&device).map_err(|errno| Error::io("stat", &path)(errno.into()))?;
         for directory in target::directories_behind(FileId::of(&stat)) {
             check_outside(&path, directory)?;
         }
@@ -184,10 +185,10 @@ impl Place {
         }
     }
 
-    /// Gives the new file the owner and mode of the one that it replaces: who used that one can use this.
-    fn belong_as(&self, there: &Metadata) -> Result<(), Error> {
+    /// Gives the new file the owner and mode of the replaced one, so that the same users can use it.
+    fn copy_owner_and_mode(&self, there: &Metadata) -> Result<(), Error> {
         let file = self.file();
-        let made = file.metadata().map_err(Error::io("look at", &self.path))?;
+        let made = file.metadata().map_err(Error::io("stat", &self.path))?;
         if (made.uid(), made.gid()) != (there.uid(), there.gid()) {
             std::os::unix::fs::fchown(file, Some(there.uid()), Some(there.gid()))
                 .map_err(Error::io("keep the owner of", &self.path))?;
@@ -204,7 +205,7 @@ impl Place {
         matches!(self.kind, Kind::Device { .. })
     }
 
-    /// Bytes of a device; nothing of a file.
+    /// The size of a device in bytes; `None` for a file.
     pub fn device_size(&self) -> Result<Option<u64>, Error> {
         let Kind::Device { device, .. } = &self.kind else {
             return Ok(None);
@@ -214,12 +215,12 @@ impl Place {
         found.map(Some).map_err(Error::io("measure", &self.path))
     }
 
-    /// Bytes of a device behind the first `size`.
+    /// Bytes of a device behind the first `size` bytes.
     pub fn bytes_behind(&self, size: u64) -> Result<u64, Error> {
         Ok(self.device_size()?.map_or(0, |found| found.saturating_sub(size)))
     }
 
-    /// Whether earlier content may have been changed. It is set before each write.
+    /// Whether existing content may have been changed. Set before each write.
     pub fn written(&self) -> &AtomicBool {
         &self.written
     }
@@ -231,11 +232,11 @@ impl Place {
             .map_err(Error::io("duplicate", &self.path))
     }
 
-    /// Gives the file its name, durably; or leaves the device as it is now.
+    /// Publishes the file durably. A device stays as it is.
     pub fn publish(&mut self) -> Result<(), Error> {
         match &mut self.kind {
             Kind::File { partial, old } => {
-                // A VM may have been started meanwhile.
+                // A VM may have been started in the meantime.
                 if let Some(old) = old {
                     check_unused(&self.path, old.as_fd())?;
                 }
@@ -249,7 +250,7 @@ impl Place {
     }
 }
 
-/// Which file or device a path leads to, or would be a new file's.
+/// The identity of a file or device, existing or future.
 #[derive(PartialEq)]
 enum Entry {
     There(FileId),
@@ -272,10 +273,10 @@ impl Entry {
     }
 }
 
-/// Refuses places, with their disks, of which two are one, whatever their paths are.
-pub fn check_distinct(places: &[(&str, PathBuf)]) -> Result<(), Error> {
+/// Refuses two disks with the same target, even under different paths.
+pub fn check_distinct(targets: &[(&str, PathBuf)]) -> Result<(), Error> {
     let mut known: Vec<(&str, Entry)> = Vec::new();
-    for (disk, path) in places {
+    for (disk, path) in targets {
         let entry = Entry::of(path);
         if let Some((first, _)) = known.iter().find(|(_, other)| *other == entry) {
             return Err(Error::SameTarget {
@@ -289,10 +290,10 @@ pub fn check_distinct(places: &[(&str, PathBuf)]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Nothing is made in a store, and nothing in it is replaced, whatever is forced.
+/// Refuses targets in a store, even with --force.
 fn check_directory(path: &Path) -> Result<(), Error> {
     let directory = directory(path);
-    // One that is not there is reported when the file is made.
+    // If the directory does not exist, creating the file reports it.
     let directory = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
     check_outside(path, directory)
 }
@@ -309,27 +310,27 @@ fn check_outside(path: &Path, directory: PathBuf) -> Result<(), Error> {
     }
 }
 
-/// Opens what is to be replaced, which no VM may use, whatever is forced.
+/// Opens the file to replace. A VM must not use it, even with --force.
 fn open_old(path: &Path) -> Result<OwnedFd, Error> {
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
     let old = OpenOptions::new()
         .read(true)
         .custom_flags(flags)
         .open(path)
-        .map_err(Error::io("find out whether a VM uses", path))?;
+        .map_err(Error::io("check whether a VM uses", path))?;
     check_unused(path, old.as_fd())?;
     Ok(old.into())
 }
 
-/// The same check as for the targets of a backup, and of all processes that this one may look into.
+/// The same check as for targets of backups, across all processes that this one may inspect.
 fn check_unused(path: &Path, file: BorrowedFd<'_>) -> Result<(), Error> {
-    let failed = Error::io("find out whether a VM uses", path);
+    let failed = Error::io("check whether a VM uses", path);
     let file = file.try_clone_to_owned();
     let used = file.and_then(|file| match target::is_in_use(&file)? {
         true => Ok(Some(Error::UsedByQemu {
             path: path.to_owned(),
         })),
-        // A QEMU has no locks while it waits for a migration, after one, and with `locking=off`.
+        // QEMU holds no locks with `locking=off`, and around a migration.
         false => Ok(target::opener(&file)?.map(|opener| Error::Open {
             path: path.to_owned(),
             opener,
@@ -338,7 +339,7 @@ fn check_unused(path: &Path, file: BorrowedFd<'_>) -> Result<(), Error> {
     used.map_err(failed)?.map_or(Ok(()), Err)
 }
 
-impl Drop for Place {
+impl Drop for RestoreTarget {
     fn drop(&mut self) {
         let cleared = match &mut self.kind {
             Kind::File { partial, .. } => partial.discard(),
@@ -353,7 +354,7 @@ impl Drop for Place {
         if let Err(error) = cleared {
             let path = output::escape(&self.path.display().to_string());
             output::complain(&format!(
-                "backupctl: what was begun of {path} cannot be removed: {error}"
+                "backupctl: cannot discard the incomplete {path}: {error}"
             ));
         }
     }
@@ -364,43 +365,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_has_its_name_when_it_is_published_and_no_earlier() {
+    fn a_file_gets_its_name_at_publication() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vda.raw");
-        let mut place = Place::open(&path, "id", false).unwrap();
+        let mut target = RestoreTarget::open(&path, "id", false).unwrap();
         assert!(!path.exists());
-        place.publish().unwrap();
-        drop(place);
+        target.publish().unwrap();
+        drop(target);
         assert!(path.exists());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         assert!(matches!(
-            Place::open(&path, "id", false),
+            RestoreTarget::open(&path, "id", false),
             Err(Error::Exists { .. })
         ));
     }
 
     #[test]
-    fn what_was_not_published_is_gone_and_what_it_would_have_replaced_is_not() {
+    fn a_discarded_file_is_removed_and_the_old_one_is_kept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vda.raw");
         fs::write(&path, "mine").unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
-        drop(Place::open(&path, "id", true).unwrap());
+        drop(RestoreTarget::open(&path, "id", true).unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"mine");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        Place::open(&path, "id", true).unwrap().publish().unwrap();
+        RestoreTarget::open(&path, "id", true).unwrap().publish().unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"");
         assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o640);
     }
 
     #[test]
-    fn a_file_that_came_meanwhile_is_not_replaced() {
+    fn a_file_that_was_created_in_between_is_not_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vda.raw");
-        let mut place = Place::open(&path, "id", false).unwrap();
+        let mut target = RestoreTarget::open(&path, "id", false).unwrap();
         fs::write(&path, "mine").unwrap();
-        assert!(matches!(place.publish(), Err(Error::Exists { .. })));
-        drop(place);
+        assert!(matches!(target.publish(), Err(Error::Exists { .. })));
+        drop(target);
         assert_eq!(fs::read(&path).unwrap(), b"mine");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }

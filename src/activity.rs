@@ -23,7 +23,7 @@ pub struct Activity(Arc<watch::Sender<Count>>);
 
 /// A use of the service, until it is dropped.
 #[derive(Debug)]
-#[must_use = "it ends when it is dropped"]
+#[must_use = "a use ends when it is dropped"]
 pub struct Use(Activity);
 
 /// A period without uses.

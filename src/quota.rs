@@ -51,7 +51,7 @@ pub struct Quota {
 
 /// Units that a user holds, until it is dropped.
 #[derive(Debug)]
-#[must_use = "it is given back when it is dropped"]
+#[must_use = "a share ends when it is dropped"]
 pub struct Share {
     quota: Quota,
     uid: u32,

@@ -100,7 +100,7 @@ impl Record {
 
 /// A granted permission. It is recorded with the job that it started, or without one when it is dropped.
 #[derive(Debug)]
-#[must_use = "it is recorded when it is dropped"]
+#[must_use = "a grant is recorded when it is dropped"]
 pub struct Grant(Option<Record>);
 
 impl Grant {

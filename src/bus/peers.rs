@@ -1,4 +1,4 @@
-//! The service's callers on the bus: their users, their shares of the limits, and their leaving.
+//! The clients on the bus: their users, their shares of the limits, and their disconnection.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};

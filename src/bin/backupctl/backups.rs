@@ -41,7 +41,6 @@ pub type BackupTuple = (
 /// The image of a disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Image {
-    /// The disk.
     pub disk: String,
     /// The name of the file.
     pub file: String,
@@ -75,17 +74,14 @@ impl Image {
 /// A backup in a store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Backup {
-    /// The object path.
     pub path: String,
     /// The id, which is the name of the backup's directory.
     pub id: String,
     /// The name from the document, or empty.
     pub name: String,
-    /// The domain's name.
     pub domain: String,
     /// The UUID of the domain, or empty.
     pub uuid: String,
-    /// The store's name.
     pub store: String,
     /// `full`, `incremental` or `differential`.
     pub kind: String,
@@ -99,7 +95,6 @@ pub struct Backup {
     pub problem: String,
     /// Whether it is protected from deletion.
     pub protected: bool,
-    /// Its images.
     pub disks: Vec<Image>,
     /// The id of the service that made it, or empty.
     pub service: String,

@@ -13,11 +13,9 @@ use crate::{job, units};
 pub struct Row {
     /// The label before the bar; unique for each bar.
     pub label: String,
-    /// Bytes done.
     pub done: u64,
     /// Bytes in total.
     pub total: u64,
-    /// The state.
     pub state: String,
     /// Bytes per second; `None` to measure it.
     pub rate: Option<u64>,

@@ -25,7 +25,6 @@ use crate::view::{self, View};
 /// Timeout for a pending reply after a signal.
 const LAST_ANSWER: Duration = Duration::from_secs(2);
 
-/// Runs the command.
 pub async fn run(service: &Service, args: &Create, json: bool, ask_password: bool) -> Result<Status> {
     let prepared = Prepared::new(service, args).await?;
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;

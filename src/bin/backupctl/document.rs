@@ -15,7 +15,6 @@ pub enum Error {
     Read {
         /// The name of the file as the user gave it.
         path: String,
-        /// The system's error.
         source: io::Error,
     },
     /// The file is too long for the service.
@@ -35,7 +34,6 @@ pub enum Error {
     Character {
         /// The kind of text: the name of a disk, a path, …
         what: &'static str,
-        /// The text.
         text: String,
     },
 }
@@ -56,16 +54,13 @@ pub enum Target {
 /// One `<disk>` of a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
-    /// The disk's name.
     pub name: String,
-    /// The target of its data.
     pub target: Target,
 }
 
 /// The content of a document. The default value is the empty document: all disks into the default store.
 #[derive(Debug, Default)]
 pub struct Request {
-    /// The store by name.
     pub store: Option<String>,
     /// The disks; empty for all writable disks.
     pub disks: Vec<Disk>,

@@ -18,12 +18,7 @@ const STANDARD_PREFIX: &str = "org.freedesktop.DBus.Error.";
 pub enum Error {
     /// The service, or the bus on its behalf, returned an error.
     #[error("{message}")]
-    Call {
-        /// The D-Bus name of the error.
-        name: String,
-        /// The message of the error.
-        message: String,
-    },
+    Call { name: String, message: String },
     /// There is no system bus.
     #[error("cannot connect to the system bus: {0}")]
     NoBus(zbus::Error),
@@ -36,7 +31,6 @@ pub enum Error {
     /// The service or the bus was lost while a job was followed.
     #[error("lost the backup service; job {id} may still be running ({reason})")]
     LostJob {
-        /// The job's number.
         id: u32,
         /// The error of the last call.
         reason: String,
@@ -50,7 +44,6 @@ pub enum Error {
     /// An id was too short for a command that destroys data.
     #[error("'{wanted}' {}", abbreviated(.job))]
     Abbreviated {
-        /// The given id.
         wanted: String,
         /// The job with that number, and the id of its backup or an empty text.
         job: Option<(u32, String)>,

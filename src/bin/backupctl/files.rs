@@ -15,18 +15,10 @@ pub const MAX_FILES: usize = 16;
 pub enum Error {
     /// The file exists, and --reuse-external is not given.
     #[error("{} exists", path.display())]
-    Exists {
-        /// The file.
-        path: PathBuf,
-    },
+    Exists { path: PathBuf },
     /// The file cannot be opened or created.
     #[error("cannot open {}: {source}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        source: io::Error,
-    },
+    Open { path: PathBuf, source: io::Error },
     /// The bus passes fewer files.
     #[error(
         "the bus passes at most {MAX_FILES} files in one message (max_message_unix_fds), not {count}: \

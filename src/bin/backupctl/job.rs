@@ -48,7 +48,6 @@ type IncrementTuple = (String, String, String, String);
 /// The extent of a disk's copy.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Increment {
-    /// The disk's name.
     pub disk: String,
     /// `full`, `incremental` or `differential`.
     pub mode: String,
@@ -72,7 +71,6 @@ impl Increment {
 /// One disk of a job.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Disk {
-    /// Its name.
     pub name: String,
     /// `queued`, `preparing`, `running`, `waiting`, `finishing`, `completed`, `failed` or `cancelled`.
     pub state: String,
@@ -80,7 +78,6 @@ pub struct Disk {
     pub bytes: u64,
     /// Bytes copied.
     pub done: u64,
-    /// The target of its data.
     pub target: String,
     /// The error, or empty.
     pub error: String,
@@ -89,9 +86,7 @@ pub struct Disk {
 /// The known state of a job.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Snapshot {
-    /// The job's number.
     pub id: u32,
-    /// Its object path.
     pub path: String,
     /// The object path of its domain.
     pub domain_path: String,
@@ -123,7 +118,6 @@ pub struct Snapshot {
     pub frozen_time: u64,
     /// The reason why an attempted freeze failed, or empty.
     pub quiesce_problem: String,
-    /// Its disks.
     pub disks: Vec<Disk>,
     /// The extent of each disk's copy.
     pub increments: Vec<Increment>,
@@ -131,9 +125,7 @@ pub struct Snapshot {
     pub not_in_backup: Vec<(String, String)>,
     /// The disks that QEMU decrypts. The backup contains their plain text.
     pub encrypted: Vec<String>,
-    /// The D-Bus name of the error.
     pub error_name: String,
-    /// The error message.
     pub error_message: String,
 }
 

@@ -35,11 +35,8 @@ pub struct Service {
 /// An entry of `ListDomains`.
 #[derive(Debug)]
 pub struct DomainLine {
-    /// The object path.
     pub path: String,
-    /// Its name.
     pub name: String,
-    /// Its UUID.
     pub uuid: String,
     /// `running`, `paused`, `shut off`, …
     pub state: String,
@@ -48,13 +45,9 @@ pub struct DomainLine {
 /// An entry of `ListJobs`.
 #[derive(Debug)]
 pub struct JobLine {
-    /// The job's number.
     pub id: u32,
-    /// The object path.
     pub path: String,
-    /// The name of the domain.
     pub domain: String,
-    /// The job's state.
     pub state: String,
 }
 
@@ -156,7 +149,6 @@ impl Service {
         reply.ok_or(Error::Protocol(zbus::Error::InvalidReply))
     }
 
-    /// The domains that the caller may see.
     pub async fn domains(&self) -> Result<Vec<DomainLine>> {
         let lines: Vec<(OwnedObjectPath, String, String, String)> = self
             .call(ROOT_PATH, MANAGER_INTERFACE, "ListDomains", &())
@@ -192,7 +184,6 @@ impl Service {
         ))
     }
 
-    /// The disks of the domain at this path.
     pub async fn disks(&self, path: &str) -> Result<Vec<DomainDisk>> {
         let properties = self.domain_properties(path).await?;
         let encrypted = properties.encrypted.unwrap_or_default();
@@ -377,7 +368,6 @@ impl Service {
             .await
     }
 
-    /// The checkpoints of the domain at this path.
     pub async fn checkpoints(&self, path: &str) -> Result<Vec<CheckpointTuple>> {
         let options: HashMap<&str, Variant> = HashMap::new();
         self.call(path, DOMAIN_INTERFACE, "ListCheckpoints", &(options,))
@@ -401,19 +391,16 @@ impl Service {
         self.call(path, DOMAIN_INTERFACE, "DeleteCheckpoint", &body).await
     }
 
-    /// The document of a checkpoint.
     pub async fn checkpoint_definition(&self, path: &str, name: &str) -> Result<String> {
         self.call(path, DOMAIN_INTERFACE, "GetCheckpointDefinition", &(name,))
             .await
     }
 
-    /// The job with this number.
     pub async fn job(&self, id: u32) -> Result<Job> {
         let path: OwnedObjectPath = self.call(ROOT_PATH, MANAGER_INTERFACE, "GetJob", &(id,)).await?;
         Ok(self.job_at(id, path.to_string()))
     }
 
-    /// The job with this number and path.
     pub fn job_at(&self, id: u32, path: String) -> Job {
         Job {
             service: self.clone(),
@@ -422,7 +409,6 @@ impl Service {
         }
     }
 
-    /// Starts a backup.
     pub async fn create_backup(
         &self,
         domain: &str,
@@ -518,9 +504,7 @@ fn read_signal(message: &Message) -> Option<Signal> {
 #[derive(Debug, Clone)]
 pub struct Job {
     service: Service,
-    /// The number.
     pub id: u32,
-    /// The object path.
     pub path: String,
 }
 
@@ -533,7 +517,6 @@ impl Job {
         self.service.call(&self.path, JOB_INTERFACE, method, body).await
     }
 
-    /// All its properties.
     pub async fn properties(&self) -> Result<Properties> {
         self.service
             .call(&self.path, PROPERTIES_INTERFACE, "GetAll", &(JOB_INTERFACE,))
@@ -564,7 +547,6 @@ impl Job {
         Ok(snapshot)
     }
 
-    /// Waits until it has ended.
     pub async fn wait(&self) -> Result<Outcome> {
         let (result, error_name, message): (String, String, String) = self.call("Wait", &()).await?;
         Ok(Outcome {
@@ -574,7 +556,6 @@ impl Job {
         })
     }
 
-    /// Cancels it.
     pub async fn cancel(&self) -> Result<()> {
         self.call("Cancel", &()).await
     }
@@ -589,7 +570,6 @@ impl Job {
         self.call("SetSpeed", &(bytes_per_second,)).await
     }
 
-    /// Its document with all defaults filled in.
     pub async fn definition(&self) -> Result<String> {
         self.call("GetDefinition", &()).await
     }

@@ -13,7 +13,6 @@ use crate::units;
 pub struct Summary<'a> {
     /// The last known state of the job.
     pub snapshot: &'a Snapshot,
-    /// The outcome.
     pub outcome: &'a Outcome,
     /// The duration, if known.
     pub took: Option<Duration>,

@@ -20,7 +20,6 @@ use crate::summary::Summary;
 use crate::units;
 use crate::view::{self, PROGRESS_LINES};
 
-/// Follows one job.
 pub async fn one(service: &Service, id: u32, json: bool, ask_password: bool) -> Result<Status> {
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
     let mut view = view::choose(json, io::stderr().is_terminal());

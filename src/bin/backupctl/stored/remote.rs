@@ -266,13 +266,9 @@ fn completed(outcome: Outcome) -> Result<()> {
 /// A stored backup, as the service reports it.
 #[derive(Debug)]
 pub struct Stored {
-    /// The object path.
     pub path: String,
-    /// The id.
     pub id: String,
-    /// The name of the domain.
     pub domain: String,
-    /// The name of the store.
     pub store: String,
     /// The names of its disks, and their virtual sizes in bytes.
     pub disks: Vec<(String, u64)>,

@@ -90,7 +90,6 @@ pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
 
 /// A disk to restore.
 pub struct Wanted<'a> {
-    /// Its name.
     pub name: &'a str,
     /// The size that the guest sees, in bytes.
     pub virtual_size: u64,
@@ -137,19 +136,14 @@ fn require_whole_id(args: &Restore, targets: &[RestoreTarget], id: &str) -> Resu
 
 /// The result of a restore.
 pub struct Restored<'a> {
-    /// The id of the backup.
     pub id: &'a str,
-    /// The name of its domain.
     pub domain: &'a str,
-    /// The duration.
     pub took: Duration,
-    /// Its disks.
     pub disks: Vec<RestoredDisk<'a>>,
 }
 
 /// A restored disk.
 pub struct RestoredDisk<'a> {
-    /// Its name.
     pub name: &'a str,
     /// The format of the target.
     pub format: Format,

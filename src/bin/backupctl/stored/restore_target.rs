@@ -23,10 +23,7 @@ const WIPED_HEAD: usize = 1 << 20;
 pub enum Error {
     /// The file exists, and --force is not given.
     #[error("{} exists", path.display())]
-    Exists {
-        /// The file.
-        path: PathBuf,
-    },
+    Exists { path: PathBuf },
     /// Another restore into the same file is running.
     #[error("another restore is writing {}", path.display())]
     Partial {
@@ -35,40 +32,25 @@ pub enum Error {
     },
     /// The kernel reports the device as busy.
     #[error("{} is in use, for example as a file system", path.display())]
-    InUse {
-        /// The device.
-        path: PathBuf,
-    },
+    InUse { path: PathBuf },
     /// The target is a directory or another type of file.
     #[error("{} is neither a regular file nor a block device", path.display())]
-    WrongType {
-        /// The target.
-        path: PathBuf,
-    },
+    WrongType { path: PathBuf },
     /// A running VM or another QEMU program uses the target.
     #[error(
         "{} is open in QEMU, qemu-img or qemu-storage-daemon: shut it down, or choose another target",
         path.display()
     )]
-    UsedByQemu {
-        /// The file or device.
-        path: PathBuf,
-    },
+    UsedByQemu { path: PathBuf },
     /// A process has the target open for writing, with or without QEMU's locks.
     #[error(
         "{} is open in {} (process {}): end that process, or choose another target",
         path.display(), opener.name, opener.process
     )]
-    Open {
-        /// The file or device.
-        path: PathBuf,
-        /// The process.
-        opener: Opener,
-    },
+    Open { path: PathBuf, opener: Opener },
     /// The target is in a store.
     #[error("{} is in the store or backup {}: choose a target outside of all stores", path.display(), store.display())]
     InStore {
-        /// The file.
         path: PathBuf,
         /// The store's directory, or the backup's.
         store: PathBuf,
@@ -76,21 +58,15 @@ pub enum Error {
     /// Two disks have the same target.
     #[error("disks '{first}' and '{second}' have the same target, {}", path.display())]
     SameTarget {
-        /// A disk.
         first: String,
-        /// A later one.
         second: String,
-        /// The common target.
         path: PathBuf,
     },
     /// The system reports an error.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// The failed action.
         action: &'static str,
-        /// The file or device.
         path: PathBuf,
-        /// The system's error.
         source: io::Error,
     },
 }

@@ -38,7 +38,7 @@ fn good_backups_are_good() {
         disk.remove("length");
     });
     let one = store.run("verify", FIRST, &[]).expect_success();
-    assert!(one.contains("has no checksum"), "{one}");
+    assert!(one.contains("has no digest"), "{one}");
 }
 
 /// The state of each backup after `verify --all`, and what is said.

@@ -215,14 +215,12 @@ impl Limits {
         quota("calls", self.calls_per_user, self.calls)
     }
 
-    /// A quarter of the limit is reserved for root.
     pub fn of_jobs(&self) -> Quota {
-        quota("jobs", self.jobs_per_user, self.jobs).for_root(self.jobs / 4)
+        quota("jobs", self.jobs_per_user, self.jobs)
     }
 
-    /// A quarter of the limit is reserved for root.
     pub fn of_queued(&self) -> Quota {
-        quota("queued-bytes", self.queued_bytes_per_user, self.queued_bytes).for_root(self.queued_bytes / 4)
+        quota("queued-bytes", self.queued_bytes_per_user, self.queued_bytes)
     }
 
     pub fn of_registered_domains(&self) -> Quota {
@@ -602,6 +600,35 @@ mod tests {
             NonZeroUsize::new(2)
         );
         assert!(store("jobs-at-once = 0").is_err());
+    }
+
+    #[test]
+    fn all_users_together_leave_root_a_part_of_each_limit() {
+        let limits = Limits::default();
+        for quota in [
+            limits.of_calls(),
+            limits.of_jobs(),
+            limits.of_queued(),
+            limits.of_registered_domains(),
+            limits.of_subscriptions(),
+            limits.of_password_dialogs(),
+            limits.of_descriptors(),
+        ] {
+            let mut held = Vec::new();
+            for uid in 1.. {
+                let before = held.len();
+                // Bytes by the MiB.
+                let sizes = [1 << 20, 1];
+                for size in sizes {
+                    held.extend(std::iter::from_fn(|| quota.take(uid, size).ok()));
+                }
+                if held.len() == before {
+                    break;
+                }
+            }
+            assert!(!quota.has_room(1000), "{quota:?}");
+            let _root = quota.take(0, 1).unwrap();
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Limits how much of a resource a user holds, and all users together.
 //!
 //! Code that lets a caller allocate something takes a share first, and keeps it with the allocation. The administrator
-//! sets the limits. Root is bound only by the total limits, because root has other ways to exhaust a host.
+//! sets the limits. Root is bound only by the total limits, because root has other ways to exhaust a host. A part of each is
+//! reserved for root, so that all other users together do not keep the administrator out.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,6 +16,9 @@ pub struct Limits {
     pub per_user: usize,
     pub in_all: usize,
 }
+
+/// One part in so many of each total limit is reserved for root.
+const ROOTS: usize = 4;
 
 /// The reached limit, by its name in `[limits]` of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -38,13 +42,22 @@ struct Held {
     in_all: usize,
 }
 
+impl Held {
+    fn of(&self, uid: u32) -> usize {
+        self.by_user.get(&uid).copied().unwrap_or(0)
+    }
+
+    /// Units of all users except root.
+    fn of_users(&self) -> usize {
+        self.in_all - self.of(0)
+    }
+}
+
 /// The count of one resource.
 #[derive(Debug, Clone)]
 pub struct Quota {
     key: &'static str,
     limits: Limits,
-    /// The part of `in_all` that is reserved for root.
-    for_root: usize,
     held: Arc<Mutex<Held>>,
     activity: Option<Activity>,
 }
@@ -65,7 +78,6 @@ impl Quota {
         Self {
             key,
             limits,
-            for_root: 0,
             held: Arc::default(),
             activity: None,
         }
@@ -77,36 +89,10 @@ impl Quota {
         self
     }
 
-    /// Reserves a part of the total limit for root.
-    pub fn for_root(mut self, count: usize) -> Self {
-        self.for_root = count;
-        self
-    }
-
-    fn in_all_for(&self, uid: u32) -> usize {
-        match uid {
-            0 => self.limits.in_all,
-            _ => self.limits.in_all.saturating_sub(self.for_root),
-        }
-    }
-
     /// Takes `count` units for a user, or none.
     pub fn take(&self, uid: u32, count: usize) -> Result<Share, Exceeded> {
         let mut held = self.lock();
-        let own = held.by_user.get(&uid).copied().unwrap_or(0);
-        if uid != 0 && own + count > self.limits.per_user {
-            return Err(Exceeded {
-                key: format!("{}-per-user", self.key),
-                limit: self.limits.per_user,
-            });
-        }
-        let in_all = self.in_all_for(uid);
-        if held.in_all + count > in_all {
-            return Err(Exceeded {
-                key: self.key.to_owned(),
-                limit: in_all,
-            });
-        }
+        self.check(&held, uid, count)?;
         held.in_all += count;
         if count > 0 {
             *held.by_user.entry(uid).or_default() += count;
@@ -122,9 +108,23 @@ impl Quota {
 
     /// Whether the user can take one more unit now.
     pub fn has_room(&self, uid: u32) -> bool {
-        let held = self.lock();
-        let own = held.by_user.get(&uid).copied().unwrap_or(0);
-        (uid == 0 || own < self.limits.per_user) && held.in_all < self.in_all_for(uid)
+        self.check(&self.lock(), uid, 1).is_ok()
+    }
+
+    fn check(&self, held: &Held, uid: u32, count: usize) -> Result<(), Exceeded> {
+        let Limits { per_user, in_all } = self.limits;
+        let of_users = in_all - in_all / ROOTS;
+        let exceeded = |key: String, limit| Err(Exceeded { key, limit });
+        if uid != 0 && held.of(uid) + count > per_user {
+            return exceeded(format!("{}-per-user", self.key), per_user);
+        }
+        if uid != 0 && held.of_users() + count > of_users {
+            return exceeded(self.key.to_owned(), of_users);
+        }
+        if held.in_all + count > in_all {
+            return exceeded(self.key.to_owned(), in_all);
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
@@ -178,15 +178,21 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_the_total_limit_is_reserved_for_root() {
-        let quota = quota().for_root(1);
-        let _one = quota.take(1000, 1).unwrap();
-        let _other = quota.take(1001, 1).unwrap();
-        let error = quota.take(1002, 1).unwrap_err();
-        assert_eq!((error.key.as_str(), error.limit), ("calls", 2));
-        assert!(!quota.has_room(1002) && quota.has_room(0));
+    fn a_part_of_the_total_limit_is_reserved_for_root_and_used_first() {
+        let limits = Limits {
+            per_user: 2,
+            in_all: 4,
+        };
+        let quota = Quota::new("calls", limits);
+        let users = [1000, 1001, 1002].map(|uid| quota.take(uid, 1).unwrap());
+        let error = quota.take(1003, 1).unwrap_err();
+        assert_eq!((error.key.as_str(), error.limit), ("calls", 3));
+        assert!(!quota.has_room(1003) && quota.has_room(0));
         let _roots = quota.take(0, 1).unwrap();
         quota.take(0, 1).unwrap_err();
+        drop(users);
+        // Root's does not count as the users'.
+        let _users = [1000, 1001, 1002].map(|uid| quota.take(uid, 1).unwrap());
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! Turns at something that is done for a few callers at a time. Each user has only a part of the turns, so that one user's
-//! thousand requests do not keep the others waiting.
+//! thousand requests do not keep the others waiting. A quarter of the turns is root's: all other users together could take the rest.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,7 +8,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 #[derive(Debug)]
 pub struct Turns {
-    all: Arc<Semaphore>,
+    users: Arc<Semaphore>,
+    root: Arc<Semaphore>,
     per_user: usize,
     by_user: Mutex<HashMap<u32, Arc<Semaphore>>>,
 }
@@ -27,10 +28,12 @@ pub struct Share {
 }
 
 impl Turns {
-    /// So many at a time in all, and of one user.
+    /// So many at a time in all, and of one user. Root has at least one.
     pub fn new(all: usize, per_user: usize) -> Self {
+        let roots = all / 4;
         Self {
-            all: Arc::new(Semaphore::new(all)),
+            users: Arc::new(Semaphore::new(all - roots)),
+            root: Arc::new(Semaphore::new(roots.max(1))),
             per_user,
             by_user: Mutex::default(),
         }
@@ -49,7 +52,10 @@ impl Turns {
     pub async fn share(&self, uid: u32) -> Share {
         Share {
             own: self.of(uid).acquire_owned().await.ok(),
-            all: self.all.clone(),
+            all: match uid {
+                0 => self.root.clone(),
+                _ => self.users.clone(),
+            },
         }
     }
 
@@ -84,6 +90,15 @@ mod tests {
         assert!(turns.take(1001).now_or_never().is_some());
         drop(held);
         assert!(turns.take(1000).now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn all_users_together_do_not_keep_root_waiting() {
+        let turns = Turns::new(4, 1);
+        let _users = [1000, 1001, 1002].map(|uid| turns.take(uid).now_or_never().unwrap());
+        assert!(turns.take(1003).now_or_never().is_none());
+        let _root = turns.take(0).now_or_never().unwrap();
+        assert!(turns.take(0).now_or_never().is_none());
     }
 
     #[tokio::test]

@@ -97,6 +97,35 @@ async fn calls_in_flight_are_counted_over_all_connections_of_a_user_until_they_a
     assert_limit("calls-per-user", one.manager.list_domains().await);
 }
 
+/// As root's timers do.
+#[tokio::test(flavor = "multi_thread")]
+async fn root_is_served_while_all_other_users_together_have_every_place_that_they_get() {
+    let system = System::setup()
+        .table("[limits]\ncalls-per-user = 2\ncalls = 4")
+        .start();
+    let _web = machine(&system, "web");
+    let root = Caller::new(&system).await;
+    let path = try_slowly(&root, "web").await.unwrap();
+    let mut heard = Eavesdropper::start(&system, path.as_str()).await;
+    let one = known(&system, USER).await;
+    let other = known(&system, OTHER_USER).await;
+    let third = known(&system, THIRD_USER).await;
+    let mut waiting = Vec::new();
+    for caller in [&one, &one, &other] {
+        waiting.push(wait_for(caller, &path, &mut heard).await);
+    }
+    for caller in [&other, &third] {
+        assert_limit("calls", caller.manager.list_domains().await);
+    }
+    root.manager.list_domains().await.unwrap();
+    root.job(path.clone()).await.cancel().await.unwrap();
+    for waiting in waiting {
+        let (result, _, _) = wait::within("the answer", waiting).await.unwrap().unwrap();
+        assert_eq!(result, "cancelled");
+    }
+    third.manager.list_domains().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn backups_under_way_are_counted_until_they_end() {
     let rules = [USER, OTHER_USER].map(|uid| polkit::allow(uid, &["domain.backup"]));

@@ -15,8 +15,10 @@ use inotify::{Event, EventMask, EventStream, Inotify, WatchDescriptor, WatchMask
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-/// How long a look at a path is waited for. It goes on afterwards, and no other one is begun before its end.
+/// How long a look at a path is waited for. It goes on afterwards, and no other one at the path is begun before its end.
 const LOOK: Duration = Duration::from_secs(5);
+/// How often a look begins again because others took away the watch that it had got.
+const TRIES: usize = 8;
 
 /// What the one instance watches.
 #[derive(Clone)]
@@ -26,10 +28,8 @@ struct Watched {
     watches: Watches,
     /// Who waits for what in a directory.
     waiting: HashMap<WatchDescriptor, Vec<(OsString, Arc<Notify>)>>,
-    /// Looks at paths that may have just got a watch, which the kernel shares between all that want the same directory.
-    looks: usize,
-    /// Directories that nobody waits for. Their watches end when no look is under way.
-    unneeded: HashSet<WatchDescriptor>,
+    /// Paths that are looked at. Storage that does not answer keeps one thread a path, however often it is asked for.
+    looking: HashSet<PathBuf>,
 }
 
 /// The source of all news; see [`Presence::tell`].
@@ -65,8 +65,7 @@ impl Presence {
         let watched = Watched {
             watches: inotify.watches(),
             waiting: HashMap::new(),
-            looks: 0,
-            unneeded: HashSet::new(),
+            looking: HashSet::new(),
         };
         let news = inotify.into_event_stream(vec![0; 4096])?;
         Ok((Self(Arc::new(Mutex::new(watched))), news))
@@ -94,6 +93,46 @@ impl Presence {
             look: None,
             is_gone: Arc::default(),
         }
+    }
+
+    /// Adds `news` to those that wait at the place that `watch` gives; it waits at `before` already. Blocks as `watch` does.
+    ///
+    /// The kernel has one watch of a directory, and whoever waits there last ends it. That can happen between `watch` and the lock. So
+    /// `watch` is asked again once nobody ends it any more: the kernel gives no number twice.
+    fn wait_at(
+        &self,
+        before: Option<Place>,
+        news: &Arc<Notify>,
+        is_gone: &AtomicBool,
+        mut watch: impl FnMut() -> Option<Place>,
+    ) -> Option<Place> {
+        let mut added = None;
+        for _ in 0..TRIES {
+            let place = watch();
+            let mut watched = self.lock();
+            if place == added {
+                return place;
+            }
+            if let Some(added) = added.take() {
+                watched.forget(&added, news);
+            }
+            let new = place.clone()?;
+            if is_gone.load(Ordering::Relaxed) {
+                watched.remove_unneeded(&new.0);
+                return None;
+            }
+            if place == before {
+                return place;
+            }
+            watched
+                .waiting
+                .entry(new.0)
+                .or_default()
+                .push((new.1, news.clone()));
+            added = place;
+        }
+        self.lock().forget(&added?, news);
+        None
     }
 
     fn lock(&self) -> MutexGuard<'_, Watched> {
@@ -124,20 +163,15 @@ impl Watched {
         here.retain(|(of, other)| of != name || !Arc::ptr_eq(other, news));
         if here.is_empty() {
             self.waiting.remove(directory);
-            self.unneeded.insert(directory.clone());
+            self.remove_unneeded(directory);
         }
-        self.sweep();
     }
 
-    fn sweep(&mut self) {
-        if self.looks > 0 {
-            return;
-        }
-        for directory in std::mem::take(&mut self.unneeded) {
-            if !self.waiting.contains_key(&directory) {
-                // The directory may be gone, and the watch with it.
-                let _ = self.watches.remove(directory);
-            }
+    /// Ends the kernel's watch of a directory that nobody waits for. A look that has just got the same watch notices it.
+    fn remove_unneeded(&mut self, directory: &WatchDescriptor) {
+        if !self.waiting.contains_key(directory) {
+            // The directory may be gone, and the watch with it.
+            let _ = self.watches.remove(directory.clone());
         }
     }
 }
@@ -146,7 +180,9 @@ impl Sight {
     /// Aims at the path in its directory, or at the next part of it in the nearest one above that exists. That may be
     /// another after each news. Storage that does not answer keeps one thread, and nobody else.
     pub async fn aim(&mut self) -> Aim {
-        let mut look = self.look.take().unwrap_or_else(|| self.begin());
+        let Some(mut look) = self.look.take().or_else(|| self.begin()) else {
+            return Aim::Blind;
+        };
         let Ok(place) = tokio::time::timeout(LOOK, &mut look).await else {
             self.look = Some(look);
             return Aim::Blind;
@@ -163,27 +199,19 @@ impl Sight {
         aim
     }
 
-    /// Looks at the path on a thread that may wait for storage.
-    fn begin(&self) -> JoinHandle<Option<Place>> {
-        let (presence, path, before) = (self.presence.clone(), self.path.clone(), self.place.clone());
-        let (news, is_gone) = (self.news.clone(), self.is_gone.clone());
+    /// Looks at the path on a thread that may wait for storage; nothing if another look at it has not ended.
+    fn begin(&self) -> Option<JoinHandle<Option<Place>>> {
+        let (path, before) = (self.path.clone(), self.place.clone());
+        let (presence, news, is_gone) = (self.presence.clone(), self.news.clone(), self.is_gone.clone());
         let mut watched = presence.lock();
-        watched.looks += 1;
         let mut watches = watched.watches.clone();
-        drop(watched);
-        tokio::task::spawn_blocking(move || {
-            let place = watch(&mut watches, &path);
-            let mut watched = presence.lock();
-            watched.looks -= 1;
-            if let Some((directory, name)) = place.clone().filter(|_| place != before) {
-                if is_gone.load(Ordering::Relaxed) {
-                    watched.unneeded.insert(directory);
-                } else {
-                    watched.waiting.entry(directory).or_default().push((name, news));
-                }
-            }
-            watched.sweep();
-            place
+        watched.looking.insert(path.clone()).then(|| {
+            let presence = presence.clone();
+            tokio::task::spawn_blocking(move || {
+                let place = presence.wait_at(before, &news, &is_gone, || watch(&mut watches, &path));
+                presence.lock().looking.remove(&path);
+                place
+            })
         })
     }
 
@@ -295,15 +323,66 @@ mod tests {
         assert!(presence.lock().waiting.is_empty());
     }
 
+    /// Whether the kernel has no such watch any more.
+    fn is_removed(presence: &Presence, (directory, _): Place) -> bool {
+        presence.lock().watches.remove(directory).is_err()
+    }
+
     #[tokio::test]
     async fn a_look_whose_sight_is_gone_leaves_no_watch() {
         let presence = open();
         let directory = tempfile::tempdir().unwrap();
         let sight = presence.sight(&directory.path().join("a"));
-        let look = sight.begin();
+        let mut watches = presence.lock().watches.clone();
+        let mut got = None;
+        sight.is_gone.store(true, Ordering::Relaxed);
+        let place = presence.wait_at(None, &sight.news, &sight.is_gone, || {
+            got = watch(&mut watches, &sight.path);
+            got.clone()
+        });
+        assert_eq!(place, None);
+        assert!(presence.lock().waiting.is_empty() && is_removed(&presence, got.unwrap()));
+    }
+
+    /// As where its storage does not answer.
+    #[tokio::test]
+    async fn a_look_that_does_not_end_keeps_no_watch_and_gets_no_second_thread() {
+        let presence = open();
+        let directory = tempfile::tempdir().unwrap();
+        let hanging = directory.path().join("hanging");
+        presence.lock().looking.insert(hanging.clone());
+        assert_eq!(presence.sight(&hanging).aim().await, Aim::Blind);
+
+        let mut other = presence.sight(&directory.path().join("a"));
+        assert_eq!(other.aim().await, Aim::New);
+        let place = other.place.clone().unwrap();
+        drop(other);
+        assert!(is_removed(&presence, place));
+
+        presence.lock().looking.remove(&hanging);
+        assert_eq!(presence.sight(&hanging).aim().await, Aim::New);
+    }
+
+    #[tokio::test]
+    async fn a_watch_that_another_takes_away_during_the_look_is_made_again() {
+        let presence = open();
+        let directory = tempfile::tempdir().unwrap();
+        let mut other = Some(presence.sight(&directory.path().join("other")));
+        assert_eq!(other.as_mut().unwrap().aim().await, Aim::New);
+        let shared = other.as_ref().unwrap().place.clone().unwrap();
+
+        let sight = presence.sight(&directory.path().join("a"));
+        let mut watches = presence.lock().watches.clone();
+        let place = presence.wait_at(None, &sight.news, &sight.is_gone, || {
+            let place = watch(&mut watches, &sight.path);
+            drop(other.take());
+            place
+        });
+        assert_ne!(place.unwrap().0, shared.0);
+        fs::write(directory.path().join("a"), "").unwrap();
+        news(&sight).await;
+        assert_eq!(presence.lock().waiting.len(), 1);
         drop(sight);
-        look.await.unwrap();
-        let watched = presence.lock();
-        assert!(watched.waiting.is_empty() && watched.unneeded.is_empty() && watched.looks == 0);
+        assert!(presence.lock().waiting.is_empty());
     }
 }

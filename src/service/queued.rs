@@ -95,12 +95,13 @@ impl Service {
             Destination::Caller => None,
         };
         let QueuedRequest { pinned, devices, .. } = request;
-        let look = move |_: &Progress| target::check_pinned(&pinned);
+        let then = pinned.clone();
+        let look = move |_: &Progress| target::check_pinned(&then);
         self.jobs.in_store(look).await?.map_err(job::Error::Target)?;
         let (service, uid, id) = (self.clone(), job.started_by.uid, job.backup_id.clone());
         let backed_up = domain.clone();
         let make = move |plan| async move {
-            let making = service.prepare(plan, &backed_up, (uid, &id), files, (mark, devices));
+            let making = service.prepare(plan, &backed_up, (uid, &id), files, (mark, devices, pinned));
             Making(making.await)
         };
         Ok(Planned {

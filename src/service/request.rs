@@ -15,7 +15,7 @@ use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Claim, Entered, Job, Reservation, Start};
 use crate::plan::{self, CheckpointOption, Destination, Options, PlaceKind, Plan, Requested};
 use crate::qmp::Feature;
-use crate::target::{self, Around, Devices, Holder, Sources, Targets};
+use crate::target::{self, Around, Devices, Holder, Pinned, Sources, Targets};
 
 /// Timeout for the other domains' answers about their open files.
 const LOOK: Duration = Duration::from_millis(500);
@@ -202,7 +202,7 @@ impl Service {
                 &domain,
                 (uid, &record.backup_id),
                 request.files.files,
-                (mark, request.devices),
+                (mark, request.devices, Vec::new()),
             )
             .await;
         let (reservation, (plan, targets)) = self.jobs.prepared(record.id, reservation, prepared).await?;
@@ -251,7 +251,7 @@ impl Service {
         domain: &Domain,
         (uid, backup_id): (u32, &str),
         files: Vec<OwnedFd>,
-        (mark, devices): (Option<String>, Devices),
+        (mark, devices, pinned): (Option<String>, Devices, Vec<Pinned>),
     ) -> JoinHandle<Result<(Plan, Targets)>> {
         // No VM can have a new file open.
         let others = match plan.writes_into_existing() {
@@ -279,6 +279,7 @@ impl Service {
                 for_root: uid == 0,
                 mark,
                 devices,
+                pinned,
             };
             let targets = Targets::prepare(&plan, &id, &files, &around)?;
             Ok((plan, targets))

@@ -73,7 +73,7 @@ impl Service {
                 &domain,
                 (caller.uid, &record.backup_id),
                 files.files,
-                (None, Devices::default()),
+                (None, Devices::default(), Vec::new()),
             )
             .await;
         let (turn, (plan, targets)) = self.jobs.prepared(record.id, turn, prepared).await?;

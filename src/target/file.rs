@@ -162,6 +162,10 @@ fn parent(path: &Path) -> Result<(OwnedFd, OsString), Error> {
 }
 
 impl Partial {
+    pub(super) fn directory(&self) -> &OwnedFd {
+        &self.directory
+    }
+
     /// Gives the file its own name, if nobody took it meanwhile, and makes that durable.
     pub fn publish(&mut self, id: FileId, disk: &str, label: &str) -> Result<(), Error> {
         if self.renamed {

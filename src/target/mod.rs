@@ -95,6 +95,8 @@ pub struct Around {
     pub mark: Option<String>,
     /// The devices that the caller was authorised for.
     pub devices: Devices,
+    /// What was at the paths when the backup was queued.
+    pub pinned: Vec<Pinned>,
 }
 
 /// What lies behind a target's descriptor.
@@ -205,6 +207,9 @@ impl Targets {
             let target = target.map_err(|error| error.of(&disk.name))?;
             if let Place::Block(path) = &disk.place {
                 around.devices.check(path, &target)?;
+            }
+            if let Place::File(path) | Place::Block(path) = &disk.place {
+                pinned::check_opened(&around.pinned, path, &target)?;
             }
             targets.targets.push(target);
         }

@@ -1,13 +1,14 @@
-//! The identity of the places that a caller named by path, from when the backup is queued until it leaves the queue.
+//! The identity of the places that a caller named by path, from when the backup is queued until they are open.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::Error;
 use super::identity::FileId;
+use super::{Error, Publication, Target};
 use crate::path::{Trust, open_directory};
 use crate::plan::{Place, Plan};
 
@@ -31,7 +32,13 @@ struct Inode {
     born: Option<(i64, u32)>,
 }
 
+const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
+
 impl Inode {
+    fn of_open(file: impl AsFd) -> Result<Self, Errno> {
+        rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, WANTED).map(|stat| Self::of(&stat))
+    }
+
     fn of(stat: &Statx) -> Self {
         let id = FileId::of_statx(stat);
         let is_known = matches!(id, FileId::File { .. }) && stat.stx_mask & StatxFlags::BTIME.bits() != 0;
@@ -59,14 +66,40 @@ pub fn check_pinned(then: &[Pinned]) -> Result<(), Error> {
     for then in then {
         let now = Pinned::at(&then.path, then.is_device)?;
         if now.directory != then.directory || then.file.is_some() && now.file != then.file {
-            let target = then.path.display().to_string();
-            return Err(Error::PlaceChanged { target });
+            return Err(then.changed());
+        }
+    }
+    Ok(())
+}
+
+/// The same for a target that was opened, or made, at `path`: the path may have got another meaning since it was looked at. Blocks.
+pub(super) fn check_opened(then: &[Pinned], path: &Path, target: &Target) -> Result<(), Error> {
+    let failed = |errno| Error::io("look up", &target.label, errno);
+    for then in then.iter().filter(|then| then.path == path) {
+        let is_same = match &target.publication {
+            Publication::Rename(partial) => {
+                Inode::of_open(partial.directory()).map_err(failed)? == then.directory
+            }
+            Publication::InPlace => {
+                let now = Inode::of_open(&target.file).map_err(failed)?;
+                then.file.is_none_or(|then| now == then)
+            }
+            Publication::InStore { .. } => true,
+        };
+        if !is_same {
+            return Err(then.changed());
         }
     }
     Ok(())
 }
 
 impl Pinned {
+    fn changed(&self) -> Error {
+        Error::PlaceChanged {
+            target: self.path.display().to_string(),
+        }
+    }
+
     fn at(path: &Path, is_device: bool) -> Result<Self, Error> {
         let label = path.display().to_string();
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
@@ -77,10 +110,8 @@ impl Pinned {
             false => Trust::Named,
         };
         let directory = open_directory(parent, trust)?;
-        let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let of_directory = rustix::fs::statx(&directory, "", AtFlags::EMPTY_PATH, wanted)
-            .map_err(|errno| Error::io("look up", &label, errno))?;
-        let file = match rustix::fs::statx(&directory, name, AtFlags::SYMLINK_NOFOLLOW, wanted) {
+        let of_directory = Inode::of_open(&directory).map_err(|errno| Error::io("look up", &label, errno))?;
+        let file = match rustix::fs::statx(&directory, name, AtFlags::SYMLINK_NOFOLLOW, WANTED) {
             Ok(stat) => Some(Inode::of(&stat)),
             Err(Errno::NOENT) => None,
             Err(errno) => return Err(Error::io("look up", &label, errno)),
@@ -88,7 +119,7 @@ impl Pinned {
         Ok(Self {
             path: path.to_owned(),
             is_device,
-            directory: Inode::of(&of_directory),
+            directory: of_directory,
             file,
         })
     }
@@ -99,6 +130,30 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::target::file;
+
+    #[test]
+    fn a_path_that_changes_between_the_look_and_the_opening_is_noticed() {
+        let above = tempfile::tempdir_in("/var/tmp").unwrap();
+        let (path, new) = (above.path().join("a"), above.path().join("b"));
+        fs::write(&path, "").unwrap();
+        let then = [&path, &new].map(|path| Pinned::at(path, false).unwrap());
+        let existing = file::open_existing("vda", &path).unwrap();
+        check_opened(&then, &path, &existing).unwrap();
+        let made = file::create("vda", &new, "1", 0).unwrap();
+        check_opened(&then, &new, &made).unwrap();
+
+        // As where the inode's number is used again.
+        let mut reused = then.clone();
+        reused[0].file.as_mut().unwrap().born = Some((1, 1));
+        reused[1].directory.born = Some((1, 1));
+        assert!(check_opened(&reused, &path, &existing).is_err());
+        assert!(check_opened(&reused, &new, &made).is_err());
+        fs::rename(&path, above.path().join("kept")).unwrap();
+        fs::write(&path, "").unwrap();
+        let other = file::open_existing("vda", &path).unwrap();
+        assert!(check_opened(&then, &path, &other).is_err());
+    }
 
     #[test]
     fn what_is_made_again_is_another_even_with_the_same_number() {

@@ -191,11 +191,16 @@ async fn a_raw_image_is_written_back_again_and_again_while_it_is_copied() {
     let scene = Scene::new().await;
     let document = "<domainbackup><store name='shaky'/><disks>
         <disk name='vda'><driver type='raw'/></disk><disk name='vdb' backup='no'/></disks></domainbackup>";
+    let options = slowly(32 * MIB);
+    let job = scene.caller.start_with("web", document, &[], options).await;
+    until_async("some progress", || async {
+        (job.progress().await.unwrap() > 0.0).then_some(())
+    })
+    .await;
+    // Only those are counted that come while data does: the preparation has some, and so has the end.
     scene
         .storage
         .slow_down(Operation::Fsync, Duration::from_millis(1));
-    let options = slowly(32 * MIB);
-    let job = scene.caller.start_with("web", document, &[], options).await;
     scene.storage.affected_often(4).await;
     let progress = job.progress().await.unwrap();
     assert!(progress < 1.0, "it was written back at the end: {progress}");

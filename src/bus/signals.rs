@@ -273,8 +273,9 @@ pub async fn follow_domain(domain: Arc<Domain>, emitter: Emitter) {
     let mut sent = domain_view(&snapshots.borrow_and_update());
     // The domain owns the sender, so this does not fail.
     while snapshots.changed().await.is_ok() {
-        // Read the values last: polkit may take long, and a caller may have read newer values by then.
-        let readers = emitter.readers(&domain, HashSet::new()).await;
+        // Read the values last: polkit may take long, and a caller may have read newer values by then. The futures are on the heap,
+        // because many domains are idle, and these take more memory than the rest of the task.
+        let readers = Box::pin(emitter.readers(&domain, HashSet::new())).await;
         let view = domain_view(&snapshots.borrow_and_update());
         let changed = changes([
             ("UUID", view.0 != sent.0, Variant::from(view.0.clone())),
@@ -283,9 +284,7 @@ pub async fn follow_domain(domain: Arc<Domain>, emitter: Emitter) {
             ("Encrypted", view.3 != sent.3, Variant::from(view.3.clone())),
         ]);
         if !changed.is_empty() {
-            emitter
-                .emit_changes(&readers, &path, DOMAIN_INTERFACE, &changed)
-                .await;
+            Box::pin(emitter.emit_changes(&readers, &path, DOMAIN_INTERFACE, &changed)).await;
             sent = view;
             tokio::time::sleep(PACE).await;
         }

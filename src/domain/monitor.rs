@@ -99,10 +99,11 @@ pub(super) async fn supervise(
     let mut retry = Retry::new(&presence, path);
     let mut told: Arc<str> = "".into();
     loop {
+        // On the heap, as what `serve` does now and then: hundreds of domains are idle, and would keep room for all of it.
         let attempt = stop.run_until_cancelled(async {
-            let (link, driver) = connect(&monitor).await?;
+            let (link, driver) = Box::pin(connect(&monitor)).await?;
             retry = Retry::new(&presence, path);
-            Ok::<_, ConnectError>(serve(&domain, link, driver, &greeters).await)
+            Ok::<_, ConnectError>(Box::pin(serve(&domain, link, driver, &greeters)).await)
         });
         let (why, after): (Arc<str>, After) = match attempt.await {
             None => return domain.down("the service is letting it go", false),
@@ -222,12 +223,14 @@ impl Link {
 async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greeters) -> Arc<str> {
     let work = async {
         let mut events = link.client.events();
-        link.schema = schema(&link).await?;
-        check_version(&link).await?;
-        let first = link.inspect().await.map_err(|error| error.to_string())?;
+        link.schema = Box::pin(schema(&link)).await?;
+        Box::pin(check_version(&link)).await?;
+        let first = Box::pin(link.inspect())
+            .await
+            .map_err(|error| error.to_string())?;
         domain.snapshot.send_modify(|snapshot| snapshot.uuid = first.uuid);
         // What hangs then, a backup will meet.
-        let _ = tokio::time::timeout(PATIENCE, greet(greeters, domain, &link, &first)).await;
+        let _ = tokio::time::timeout(PATIENCE, Box::pin(greet(greeters, domain, &link, &first))).await;
         domain.snapshot.send_replace(first);
         let link = Arc::new(link);
         tracing::info!(domain = domain.name, "monitor is up");
@@ -243,7 +246,7 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
                     tokio::time::sleep_until(next).await;
                     while events.next_now().is_some() {}
                     looked = Instant::now();
-                    match link.inspect().await {
+                    match Box::pin(link.inspect()).await {
                         Ok(fresh) => drop(domain.snapshot.send_replace(fresh)),
                         // A peer can fail as often as it likes, with words of its own.
                         Err(error) if told.is_none_or(|told| told.elapsed() >= BETWEEN_RECORDS) => {

@@ -12,27 +12,26 @@ use serde::Serialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 use tokio::net::UnixStream;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use super::driver::{Bounds, Driver, Failure, Request};
-use super::events::Events;
-use super::message::{Event, Message, parse};
+use super::events::{Events, Readers, Speaker};
+use super::message::{Message, parse};
 use super::monitor::{Call, Monitor, Reply};
 use super::wire::{Wire, WireError};
 use super::{Error, Result};
 
 /// Commands that wait for their turn, in all clients of a connection. More make the next caller wait.
 const QUEUE: usize = 64;
-/// Events that a reader may lag behind before it is notified that it missed some: 1 MiB with the longest ones.
-const EVENTS: usize = 256;
 /// Why a connection ended that nobody ended.
 pub(super) const CLOSED: &str = "it was shut down";
 
 /// One end of a connection. It closes when this is dropped.
 #[derive(Debug)]
 pub(super) struct Connection {
-    requests: mpsc::Sender<Request>,
-    events: broadcast::WeakSender<Arc<Event>>,
+    /// On the heap: a channel has room for dozens of them from the start.
+    requests: mpsc::Sender<Box<Request>>,
+    readers: Readers,
     next_id: AtomicU64,
     /// Why the connection ended, once it has.
     ended: Arc<OnceLock<Arc<str>>>,
@@ -51,16 +50,16 @@ impl Connection {
             .await
             .map_err(|_| Error::NoGreeting(patience))??;
         let (requests, receiver) = mpsc::channel(QUEUE);
-        let (events, _) = broadcast::channel(EVENTS);
+        let speaker = Speaker::new();
         let ended = Arc::<OnceLock<Arc<str>>>::default();
         let connection = Self {
             requests,
-            events: events.downgrade(),
+            readers: speaker.readers(),
             next_id: AtomicU64::new(1),
             ended: ended.clone(),
             process,
         };
-        Ok((connection, Driver::new((wire, bounds), receiver, events, ended)))
+        Ok((connection, Driver::new((wire, bounds), receiver, speaker, ended)))
     }
 
     async fn exchange(&self, call: Call) -> Result<Reply> {
@@ -71,12 +70,12 @@ impl Connection {
         } = call;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
-        let request = Request {
+        let request = Box::new(Request {
             id,
             line: line(&command, &arguments, id),
             descriptor,
             reply,
-        };
+        });
         let closed = || Error::Closed(self.ended.get().cloned().unwrap_or_else(|| CLOSED.into()));
         self.requests.send(request).await.map_err(|_| closed())?;
         answer
@@ -96,10 +95,7 @@ impl Monitor for Connection {
     }
 
     fn events(&self) -> Events {
-        match self.events.upgrade() {
-            Some(events) => Events(events.subscribe()),
-            None => Events::closed(),
-        }
+        self.readers.add()
     }
 
     fn process(&self) -> Option<u32> {

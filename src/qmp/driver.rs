@@ -9,11 +9,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use serde_json::value::RawValue;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::connection::CLOSED;
-use super::message::{Event, Message, Refusal};
+use super::events::Speaker;
+use super::message::{Message, Refusal};
 use super::monitor::Reply;
 use super::wire::{MAX_LINE, Wire, WireError};
 
@@ -21,6 +22,9 @@ use super::wire::{MAX_LINE, Wire, WireError};
 /// as many disks as there can be has one of 100 kB; the rest of it, and all else, is small.
 const MAX_UNANSWERED: usize = 1024;
 const MAX_QUEUED: usize = 4 << 20;
+
+/// Lines after which others have their turn, if so many come at once.
+const MANY: usize = 256;
 
 #[derive(Debug)]
 pub(super) struct Request {
@@ -70,8 +74,8 @@ pub struct Driver {
     turns: Option<Arc<Semaphore>>,
     /// With its end.
     turn: Option<(Turn, Instant)>,
-    requests: mpsc::Receiver<Request>,
-    events: broadcast::Sender<Arc<Event>>,
+    requests: mpsc::Receiver<Box<Request>>,
+    speaker: Speaker,
     ended: Arc<OnceLock<Arc<str>>>,
     pending: HashMap<u64, oneshot::Sender<Answer>>,
     /// QEMU keeps the descriptors of the last message only, until the command takes them: a second command
@@ -83,8 +87,8 @@ pub struct Driver {
 impl Driver {
     pub(super) fn new(
         (wire, bounds): (Wire, Bounds),
-        requests: mpsc::Receiver<Request>,
-        events: broadcast::Sender<Arc<Event>>,
+        requests: mpsc::Receiver<Box<Request>>,
+        speaker: Speaker,
         ended: Arc<OnceLock<Arc<str>>>,
     ) -> Self {
         Self {
@@ -92,7 +96,7 @@ impl Driver {
             turns: bounds.turns,
             turn: None,
             requests,
-            events,
+            speaker,
             ended,
             pending: HashMap::new(),
             descriptor_in_flight: None,
@@ -109,7 +113,7 @@ impl Driver {
         // Set only here, and this runs once.
         let _ = self.ended.set(reason.clone());
         self.requests.close();
-        let queued = std::iter::from_fn(|| self.requests.try_recv().ok());
+        let queued = std::iter::from_fn(|| self.requests.try_recv().ok().map(|request| *request));
         let unsent = self
             .waiting_for_descriptor
             .drain(..)
@@ -126,18 +130,26 @@ impl Driver {
         loop {
             tokio::select! {
                 request = self.requests.recv() => match request {
-                    Some(request) => self.accept(request),
+                    Some(request) => self.accept(*request),
                     None => return Ok(()),
                 },
                 ready = self.wire.ready() => ready?,
                 () = until(self.turn.as_ref().map(|(_, end)| *end)) => return Err(WireError::Slow),
             }
             let turned = self.wire.turn();
+            let mut handled = 0;
             while let Some(line) = self.wire.next_line()? {
                 self.dispatch(&line)?;
+                handled += 1;
             }
+            // A connection is idle most of the time, and there are many.
+            self.wire.forget_taken();
             turned?;
             self.take_turn().await?;
+            if handled >= MANY {
+                // A peer that never stops lets others have their turn.
+                tokio::task::yield_now().await;
+            }
         }
     }
 
@@ -210,8 +222,7 @@ impl Driver {
         match message {
             Message::Event(event) => {
                 tracing::trace!(event = event.name, data = %event.data(), "QMP event");
-                // Nobody listens: nobody needs it.
-                let _ = self.events.send(Arc::new(event));
+                self.speaker.say(event);
             }
             Message::Reply { id, answer } => {
                 let turn = self.turn.as_ref().map(|(turn, _)| turn.clone());

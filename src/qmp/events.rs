@@ -1,13 +1,19 @@
-//! The events of a monitor, as a reader of its own receives them.
+//! The events of a monitor: each reader has a queue of its own, which takes memory for what it holds.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::broadcast;
+use tokio::sync::Notify;
 
-use super::Event;
+use super::message::Event;
+
+/// Events that a reader may lag behind before it is notified that it missed some: 1 MiB with the longest ones.
+const MOST: usize = 256;
+/// A queue that grew beyond this is given back when it is empty.
+const KEEP_CAPACITY: usize = 16;
 
 /// The events since [`super::Monitor::events`] was called.
-pub struct Events(pub(super) broadcast::Receiver<Arc<Event>>);
+pub struct Events(Arc<Reader>);
 
 /// Why there is no next event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,28 +24,179 @@ pub enum EventsError {
     Closed,
 }
 
-impl Events {
-    /// The events of a connection that is closed.
-    pub(super) fn closed() -> Self {
-        Self(broadcast::channel(1).1)
+#[derive(Debug, Default)]
+struct Reader {
+    queue: Mutex<Queue>,
+    news: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    events: VecDeque<Arc<Event>>,
+    /// The oldest ones had to go.
+    missed: bool,
+    closed: bool,
+}
+
+impl Queue {
+    fn push(&mut self, event: Arc<Event>) {
+        if self.events.len() >= MOST {
+            self.events.pop_front();
+            self.missed = true;
+        }
+        self.events.push_back(event);
     }
 
+    fn pop(&mut self) -> Option<Arc<Event>> {
+        let event = self.events.pop_front();
+        if self.events.is_empty() && self.events.capacity() > KEEP_CAPACITY {
+            self.events = VecDeque::new();
+        }
+        event
+    }
+}
+
+impl Reader {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Events {
     /// The next event that is there already: after a reply, all that QEMU sent before it.
     pub fn next_now(&mut self) -> Option<Arc<Event>> {
-        loop {
-            match self.0.try_recv() {
-                Ok(event) => return Some(event),
-                Err(broadcast::error::TryRecvError::Lagged(_)) => {}
-                Err(_) => return None,
-            }
-        }
+        let mut queue = self.0.lock();
+        queue.missed = false;
+        queue.pop()
     }
 
     /// Waits for the next event. Cancel-safe.
     pub async fn next(&mut self) -> Result<Arc<Event>, EventsError> {
-        self.0.recv().await.map_err(|error| match error {
-            broadcast::error::RecvError::Lagged(_) => EventsError::Missed,
-            broadcast::error::RecvError::Closed => EventsError::Closed,
-        })
+        // A peer that never stops lets others have their turn.
+        tokio::task::coop::consume_budget().await;
+        loop {
+            {
+                let mut queue = self.0.lock();
+                if std::mem::take(&mut queue.missed) {
+                    return Err(EventsError::Missed);
+                }
+                if let Some(event) = queue.pop() {
+                    return Ok(event);
+                }
+                if queue.closed {
+                    return Err(EventsError::Closed);
+                }
+            }
+            // What came since is remembered.
+            self.0.news.notified().await;
+        }
+    }
+}
+
+/// All readers of a monitor's events; nothing once it is closed. Clones are the same.
+#[derive(Debug, Clone)]
+pub(super) struct Readers(Arc<Mutex<Option<Vec<Arc<Reader>>>>>);
+
+impl Readers {
+    /// One more, of what is said from now on.
+    pub fn add(&self) -> Events {
+        let reader = Arc::<Reader>::default();
+        match &mut *self.lock() {
+            Some(readers) => {
+                forget_those_that_left(readers);
+                readers.push(reader.clone());
+            }
+            None => reader.lock().closed = true,
+        }
+        Events(reader)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<Arc<Reader>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn forget_those_that_left(readers: &mut Vec<Arc<Reader>>) {
+    readers.retain(|reader| Arc::strong_count(reader) > 1);
+}
+
+/// The connection's side. Its readers read what was said before it is dropped.
+#[derive(Debug)]
+pub(super) struct Speaker(Readers);
+
+impl Speaker {
+    pub fn new() -> Self {
+        Self(Readers(Arc::new(Mutex::new(Some(Vec::new())))))
+    }
+
+    pub fn readers(&self) -> Readers {
+        self.0.clone()
+    }
+
+    /// Hands out an event. A reader that lags behind keeps nobody waiting.
+    pub fn say(&self, event: Event) {
+        let event = Arc::new(event);
+        if let Some(readers) = &mut *self.0.lock() {
+            forget_those_that_left(readers);
+            for reader in readers {
+                reader.lock().push(event.clone());
+                reader.news.notify_one();
+            }
+        }
+    }
+}
+
+impl Drop for Speaker {
+    fn drop(&mut self) {
+        for reader in self.0.lock().take().into_iter().flatten() {
+            reader.lock().closed = true;
+            reader.news.notify_one();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn event(number: usize) -> Event {
+        Event::for_test(&number.to_string(), &json!(null))
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_lags_behind_is_notified_and_keeps_no_other_one_waiting() {
+        let speaker = Speaker::new();
+        let (mut slow, mut quick) = (speaker.readers().add(), speaker.readers().add());
+        for number in 0..=MOST {
+            speaker.say(event(number));
+            assert_eq!(quick.next().await.unwrap().name, number.to_string());
+        }
+        assert_eq!(slow.next().await.unwrap_err(), EventsError::Missed);
+        for number in 1..=MOST {
+            assert_eq!(slow.next().await.unwrap().name, number.to_string());
+        }
+        assert_eq!(slow.0.lock().events.capacity(), 0, "memory is given back");
+        for number in 0..=MOST {
+            speaker.say(event(number));
+        }
+        assert_eq!(std::iter::from_fn(|| slow.next_now()).count(), MOST);
+        speaker.say(event(8));
+        assert_eq!(slow.next().await.unwrap().name, "8");
+    }
+
+    #[tokio::test]
+    async fn readers_hear_what_was_said_before_the_end_and_those_that_left_hold_nothing() {
+        let speaker = Speaker::new();
+        let readers = speaker.readers();
+        let mut stays = readers.add();
+        drop(readers.add());
+        speaker.say(event(1));
+        assert_eq!(readers.lock().as_ref().unwrap().len(), 1);
+        drop(speaker);
+        assert_eq!(stays.next().await.unwrap().name, "1");
+        assert_eq!(stays.next().await.unwrap_err(), EventsError::Closed);
+        assert_eq!(readers.add().next().await.unwrap_err(), EventsError::Closed);
     }
 }

@@ -7,15 +7,15 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde_json::value::to_raw_value;
 use serde_json::{Value, json, to_value};
-use tokio::sync::broadcast;
 
+use super::events::Speaker;
 use super::monitor::{Call, Monitor, Reply};
-use super::{Client, Command, Error, Event, Events, Result};
+use super::{Client, Command, Error, Events, Result};
 
 #[derive(Debug)]
 pub struct Fake {
     process: Option<u32>,
-    events: broadcast::Sender<Arc<Event>>,
+    speaker: Speaker,
     steps: Mutex<VecDeque<Step>>,
 }
 
@@ -30,7 +30,7 @@ impl Fake {
     pub fn new(process: Option<u32>) -> Arc<Self> {
         Arc::new(Self {
             process,
-            events: broadcast::channel(16).0,
+            speaker: Speaker::new(),
             steps: Mutex::default(),
         })
     }
@@ -92,7 +92,7 @@ impl Monitor for Fake {
     }
 
     fn events(&self) -> Events {
-        Events(self.events.subscribe())
+        self.speaker.readers().add()
     }
 
     fn process(&self) -> Option<u32> {

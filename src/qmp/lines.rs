@@ -1,7 +1,7 @@
 //! Bytes to lines: whatever a peer says, cut at its newlines. Bounded, and pure: knows no socket and no JSON.
 
 /// A buffer that grew beyond this for one long line is given back.
-const KEEP_CAPACITY: usize = 4 << 10;
+const KEEP_CAPACITY: usize = 1 << 10;
 
 /// A line is longer than it may be, as far as it came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

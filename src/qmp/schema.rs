@@ -4,7 +4,6 @@
 //! questions that the service has are kept.
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -43,12 +42,9 @@ pub enum Feature {
     ShutdownAction,
 }
 
-/// The answers.
+/// The answers, in the order of the questions: the lowest bit of each is the command, the next ones are its arguments.
 #[derive(Debug, Default)]
-pub struct Schema {
-    commands: BTreeSet<&'static str>,
-    arguments: BTreeSet<(&'static str, &'static str)>,
-}
+pub struct Schema([u8; QUESTIONS.len()]);
 
 #[derive(Deserialize)]
 struct Entity<'a> {
@@ -73,29 +69,24 @@ impl Schema {
     pub(super) fn read(text: &str) -> serde_json::Result<Self> {
         let mut schema = Self::default();
         // Each with the name of the object that its arguments are.
-        let mut taken: Vec<(&str, &[&str], String)> = Vec::new();
+        let mut taken: Vec<(usize, String)> = Vec::new();
         each(text, |entity: Entity<'_>| {
-            let asked = QUESTIONS.iter().find(|(command, _)| *command == entity.name);
-            if let Some((command, arguments)) = asked
+            if let Some(index) = question(&entity.name)
                 && entity.meta_type == "command"
-                && schema.commands.insert(command)
-                && let Some(object) = entity.arg_type
+                && schema.0[index] == 0
             {
-                taken.push((command, arguments, object.into_owned()));
+                schema.0[index] = 1;
+                taken.extend(entity.arg_type.map(|object| (index, object.into_owned())));
             }
         })?;
         each(text, |entity: Entity<'_>| {
             let Some(members) = entity.members.filter(|_| entity.meta_type == "object") else {
                 return;
             };
-            for (command, arguments, _) in taken.iter().filter(|(.., object)| *object == entity.name) {
+            for (index, _) in taken.iter().filter(|(_, object)| *object == entity.name) {
                 let known = each(members.get(), |member: Member<'_>| {
-                    let argument = arguments
-                        .iter()
-                        .find(|argument| member.name.as_deref() == Some(**argument));
-                    schema
-                        .arguments
-                        .extend(argument.map(|argument| (*command, *argument)));
+                    let bit = member.name.and_then(|name| argument(*index, &name));
+                    schema.0[*index] |= bit.unwrap_or(0);
                 });
                 // What is no list of members is none that is asked about.
                 drop(known);
@@ -107,10 +98,13 @@ impl Schema {
     /// That of a QEMU that has these commands with these arguments, and no others.
     #[cfg(test)]
     pub fn for_test(arguments: &[(&'static str, &'static str)]) -> Self {
-        Self {
-            commands: arguments.iter().map(|(command, _)| *command).collect(),
-            arguments: arguments.iter().copied().collect(),
+        let mut schema = Self::default();
+        for (command, word) in arguments {
+            if let Some(index) = question(command) {
+                schema.0[index] |= 1 | argument(index, word).unwrap_or(0);
+            }
         }
+        schema
     }
 
     pub fn has(&self, feature: Feature) -> bool {
@@ -127,13 +121,24 @@ impl Schema {
     }
 
     pub fn has_command(&self, command: &str) -> bool {
-        self.commands.contains(command)
+        question(command).is_some_and(|index| self.0[index] != 0)
     }
 
     /// Whether `command` exists and takes `argument` at its top level.
     pub fn command_takes(&self, command: &str, argument: &str) -> bool {
-        self.arguments.contains(&(command, argument))
+        question(command)
+            .is_some_and(|index| self::argument(index, argument).is_some_and(|bit| self.0[index] & bit != 0))
     }
+}
+
+fn question(command: &str) -> Option<usize> {
+    QUESTIONS.iter().position(|(asked, _)| *asked == command)
+}
+
+/// The bit of an argument in the answer to the question at `index`.
+fn argument(index: usize, argument: &str) -> Option<u8> {
+    let place = QUESTIONS[index].1.iter().position(|asked| *asked == argument);
+    place.map(|place| 2 << place)
 }
 
 /// Looks at each element of a JSON list, one after another.
@@ -198,8 +203,17 @@ mod tests {
             (0..2).map(|_| json!({ "name": "transaction", "meta-type": "command", "arg-type": "o" })),
         );
         let schema = schema(Value::Array(entities));
-        assert_eq!(schema.commands.len(), 1);
-        assert!(schema.arguments.is_empty());
+        assert!(schema.has_command("transaction") && !schema.command_takes("transaction", "actions"));
+        assert_eq!(schema.0.iter().map(|answer| u32::from(*answer)).sum::<u32>(), 1);
+    }
+
+    #[test]
+    fn each_question_has_a_bit_for_each_of_its_arguments() {
+        for (index, (command, arguments)) in QUESTIONS.iter().enumerate() {
+            assert_eq!(question(command), Some(index));
+            let bits: u8 = arguments.iter().map(|word| argument(index, word).unwrap()).sum();
+            assert_eq!(bits.count_ones() as usize, arguments.len());
+        }
     }
 
     #[test]

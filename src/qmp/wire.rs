@@ -93,9 +93,13 @@ impl Wire {
         self.queued = self.outgoing.iter().map(|line| line.bytes.len()).sum();
     }
 
-    /// Bytes of a line that is not whole.
-    pub fn unfinished(&mut self) -> usize {
+    /// Gives back the memory of lines that were taken.
+    pub fn forget_taken(&mut self) {
         self.incoming.forget_taken();
+    }
+
+    /// Bytes of a line that is not whole, once those that were taken are forgotten.
+    pub fn unfinished(&self) -> usize {
         self.incoming.held()
     }
 

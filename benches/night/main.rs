@@ -3,7 +3,7 @@
 //! Each VM is a QEMU without a guest (`-S`) that has one small disk. All of them are asked for at once, as timers do. Where so
 //! many QEMUs do not fit, idle domains are peers in this process that answer as a real QEMU answered.
 //!
-//! `BACKUPD_BENCH_VMS` is how many VMs the night has.
+//! `BACKUPD_BENCH_VMS` is how many VMs the night has. `cargo bench --bench night -- idle` measures the idle domains alone.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -40,6 +40,9 @@ fn main() {
         .enable_all()
         .build()
         .expect("a runtime is made");
+    if std::env::args().any(|argument| argument == "idle") {
+        return print_idle(&runtime.block_on(idle::measure()));
+    }
     let mut nights = Vec::new();
     for count in [FEW, many()] {
         eprintln!("{count} VMs");
@@ -71,15 +74,7 @@ fn report(nights: &[Night], idle: &idle::Idle) {
             night.rss as f64 / 1024.0,
         );
     }
-    println!(
-        "\n{} idle domains: RSS {:.1} MiB, {} wakeups in {} s; started and connected in {:.1} s with {:.1} CPU ms each",
-        idle.domains,
-        idle.rss as f64 / 1024.0,
-        idle.wakeups,
-        idle.watched.as_secs(),
-        idle.connected.as_secs_f64(),
-        idle.processor as f64 / idle.domains as f64,
-    );
+    print_idle(idle);
     println!("\ntargets");
     let target = |what: &str, met: bool, value: String| {
         println!("{what:<62} {value:>9}  {}", if met { "met" } else { "missed" });
@@ -112,6 +107,18 @@ fn report(nights: &[Night], idle: &idle::Idle) {
         format!("{:.1} MiB", idle.rss as f64 / 1024.0),
     );
     target("and no wakeups", idle.wakeups == 0, idle.wakeups.to_string());
+}
+
+fn print_idle(idle: &idle::Idle) {
+    println!(
+        "\n{} idle domains: RSS {:.1} MiB, {} wakeups in {} s; started and connected in {:.1} s with {:.1} CPU ms each",
+        idle.domains,
+        idle.rss as f64 / 1024.0,
+        idle.wakeups,
+        idle.watched.as_secs(),
+        idle.connected.as_secs_f64(),
+        idle.processor as f64 / idle.domains as f64,
+    );
 }
 
 fn milliseconds(time: Duration) -> f64 {

@@ -1,7 +1,7 @@
-//! The kinds of failure for callers, and the one value that carries a failure to one.
+//! The kinds of failure that callers see, and the value that carries a failure to them.
 //!
-//! Every module has its own error enum with the facts in its fields and says which [`Kind`] each variant is;
-//! `bus::error` holds the one table from kinds to D-Bus error names. This module knows neither.
+//! Every module has its own error enum, keeps the facts in its fields and maps each variant to a [`Kind`]. `bus::error`
+//! holds the only table from kinds to D-Bus error names. This module knows neither.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::text::excerpt;
 
-/// What a failure means to the caller. One kind is one D-Bus error name.
+/// The meaning of a failure for the caller. Each kind has one D-Bus error name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Kind {
     NoSuchDomain,
@@ -19,7 +19,7 @@ pub enum Kind {
     NoSuchCheckpoint,
     /// A stored backup, or one of its bases, is damaged.
     ChainBroken,
-    /// There is no base for an incremental backup of a disk.
+    /// A disk has no base for an incremental backup.
     CannotIncrement,
     NoSuchBackup,
     HasDependents,
@@ -36,7 +36,7 @@ pub enum Kind {
     Stalled,
     /// The guest's file systems could not be frozen or thawed.
     QuiesceFailed,
-    /// The job has ended, so nothing can be changed about it.
+    /// The job has ended, so it can no longer be changed.
     JobEnded,
     Cancelled,
     Internal,
@@ -51,7 +51,7 @@ pub enum Kind {
     PropertyReadOnly,
 }
 
-/// A failure on its way to a caller: what it means, and a text that says what was wrong, where, and what to do.
+/// A failure as the caller sees it: its kind, and a message with the object, the reason and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Error {
     pub kind: Kind,
@@ -62,21 +62,21 @@ impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self {
             kind,
-            // A string on the bus holds no NUL, and some of the text is QEMU's.
+            // A D-Bus string cannot contain NUL, and QEMU wrote some of the messages.
             message: message.into().replace('\0', "\u{fffd}"),
         }
     }
 }
 
-/// How the C library words ENOSPC and EDQUOT. QEMU's job errors carry this text and no number.
+/// The C library's messages for ENOSPC and EDQUOT. QEMU's job errors contain this text and no errno.
 const NO_SPACE: [&str; 2] = ["No space left on device", "Disk quota exceeded"];
 
-/// Whether QEMU's words for a failure mean that the storage is full.
+/// Returns true if QEMU's error message means that the storage is full.
 pub fn is_no_space(text: &str) -> bool {
     NO_SPACE.iter().any(|known| text.contains(known))
 }
 
-/// What somebody typed, as a part of a text: bounded, and without control characters.
+/// Quotes a caller's input in a message: bounded, and with control characters escaped.
 pub fn shown(text: &str) -> String {
     let head: String = text.chars().take(128).collect();
     excerpt(&head, usize::MAX)

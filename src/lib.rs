@@ -1,37 +1,37 @@
 //! backupd: backs up running QEMU virtual machines for callers on the system bus.
 //!
-//! One library, two programs: `backupd` (the service) and `backupctl` (its command line). A call comes in at the top of this
-//! table and goes down. A module uses modules further down only; `tests/structure.rs` checks that.
+//! One library, two programs: `backupd` (the service) and `backupctl` (its command line). A call enters at the top of
+//! this table and moves down. A module uses only modules further down; `tests/structure.rs` checks that.
 //!
 //! | module | is |
 //! | --- | --- |
 //! | `bus` | D-Bus messages into calls, results into replies, changes into signals |
-//! | `service` | the way of a request: parse, resolve, authorise, plan, start |
-//! | `backups` | what becomes of stored backups: delete, merge, prune, check |
+//! | `service` | request handling: parse, resolve, authorise, plan, start |
+//! | `backups` | operations on stored backups: delete, merge, prune, check |
 //! | `job` | the state machine that runs a plan, its journal, and recovery |
 //! | `image` | the programs that read images (`qemu-img`, `qemu-storage-daemon`), confined: restore, export, verify |
 //! | `target` | files, devices and directories that a backup is written to: prepared, published, discarded, removed |
 //! | `plan` | a request with every default made explicit. Pure |
 //! | `catalog` | SQLite: jobs, their journal and history, backups, checkpoints; and the manifest in a store |
-//! | `domain` | which virtual machines there are, their disks and their monitors |
-//! | `access` | who may do what: polkit, the table of permissions, the audit record |
+//! | `domain` | the known virtual machines, their disks and their monitors |
+//! | `access` | authorisation: polkit, the table of permissions, the audit record |
 //! | `config` | the configuration file |
 //! | `qcow2` | the headers of qcow2 images |
 //! | `definition` | `<domainbackup>` and `<domaincheckpoint>` documents |
 //! | `qmp` | the QEMU Machine Protocol |
-//! | `quota` | limits for each user, and for all |
-//! | `socket` | UNIX sockets at paths in which other users may have a hand |
-//! | `path` | files at such paths |
+//! | `quota` | limits for each user, and for all users |
+//! | `socket` | UNIX sockets at paths that other users can change |
+//! | `path` | files at paths that other users can change |
 //! | `digest` | digests of files |
 //! | `model` | plain values: identifiers, formats, digests, the manifest. Pure |
 //! | `error` | the kinds of failure, and the value that carries one to the caller |
 //! | `offload` | blocking work off the runtime |
-//! | `activity` | how long the service has been unused |
+//! | `activity` | idle time of the service |
 //! | `supervisor` | notifications to systemd |
 //! | `fault` | points at which a test ends the service |
-//! | `turns` | turns at what only a few callers do at a time |
+//! | `turns` | limits on concurrent work, shared fairly between users |
 //! | `size` | sizes in bytes, as people write them |
-//! | `text` | characters that a reader does not see |
+//! | `text` | invisible characters in text |
 //! | `names` | names on the bus |
 //! | `clock` | the time of day |
 

@@ -1,6 +1,7 @@
-//! Opens files by paths in which other users may have a hand, so that nothing can be replaced on the way.
+//! Opens files by paths that other users can change, without a race.
 //!
-//! Every component is opened from the one before it: so a path is resolved once. Does not know what the file is for.
+//! Opens every component relative to the directory before it, so a path is resolved only once. Must not know what the
+//! file is used for.
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
@@ -10,46 +11,49 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{CWD, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-/// As many as the kernel follows (path_resolution(7)).
+/// The kernel follows as many (path_resolution(7)).
 const MOST_LINKS: usize = 40;
-/// Directories below each other: each is open while those below it are looked for.
+/// The deepest path. Each directory of it stays open until the path is resolved.
 const DEEPEST: usize = 256;
 
-/// Who may have a hand in the directories of a path.
+/// The users that are allowed to control the directories of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trust {
-    /// Anybody: the caller named the path and was authorised for it.
+    /// Any user: the caller named the path and was authorised for it.
     Named,
-    /// Root and the service's user only: data is kept there for the administrator.
+    /// Only root and the service's user, because the administrator's data is kept there.
     Administrator,
 }
 
-/// Which symbolic links are followed.
+/// Selects the symbolic links that are followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Links {
     None,
-    /// Those that only root and the service's user can make or change: all directories above them are theirs.
+    /// Links that only root and the service's user can create or change: they own all directories above.
     Administrators,
 }
 
-/// Why a path leads nowhere, or is not followed.
+/// A path cannot be resolved, or must not be followed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error("{path}: does not exist")]
     NotThere { path: String },
-    #[error("{path}: is no directory")]
+    #[error("{path}: is not a directory")]
     NotADirectory { path: String },
-    #[error("{path}: is a symbolic link: name the directory that it points to")]
+    #[error("{path}: is a symbolic link. Name the directory that it points to")]
     SymbolicLink { path: String },
     #[error(
-        "{link}: is a symbolic link, and {directory} {why}: others than root could point it elsewhere. Name the file that it points to"
+        "{link}: is a symbolic link, and {directory} {why}: users other than root could redirect it. Name the file \
+         that it points to"
     )]
     UntrustedLink {
         link: String,
         directory: String,
         why: String,
     },
-    #[error("{path}: {why}: others than root could exchange what lies below it")]
+    #[error(
+        "{path}: {why}: users other than root could replace the files below it. Change its owner or mode"
+    )]
     Untrusted { path: String, why: String },
     #[error("{path}: leads through too many symbolic links or directories")]
     TooLong { path: String },
@@ -61,24 +65,24 @@ pub enum Error {
     },
 }
 
-/// A file that a path leads to.
+/// A file that a path resolves to.
 #[derive(Debug)]
 pub struct Found {
-    /// As a path only (`O_PATH`).
+    /// Opened with `O_PATH`.
     pub file: OwnedFd,
     pub stat: Stat,
-    /// Without symbolic links.
+    /// The path without symbolic links.
     pub path: PathBuf,
 }
 
-/// A directory on the way, from the root on.
+/// A directory on the path that is being resolved.
 struct Step {
     directory: OwnedFd,
     path: PathBuf,
     stat: Stat,
 }
 
-/// Opens the directory at an absolute `path`, which has no symbolic links in it.
+/// Opens the directory at an absolute `path` without symbolic links.
 pub fn open_directory(path: &Path, trust: Trust) -> Result<OwnedFd, Error> {
     let found = find(path, trust, Links::None)?;
     if FileType::from_raw_mode(found.stat.st_mode) != FileType::Directory {
@@ -88,7 +92,7 @@ pub fn open_directory(path: &Path, trust: Trust) -> Result<OwnedFd, Error> {
     rustix::fs::openat(&found.file, ".", flags, Mode::empty()).map_err(io("open", path))
 }
 
-/// Opens what an absolute `path` leads to. `trust` counts for every directory on the way.
+/// Resolves an absolute `path`. Checks `trust` for every directory on the way.
 pub fn find(path: &Path, trust: Trust, links: Links) -> Result<Found, Error> {
     let mut steps = vec![open_root()?];
     let mut next: Vec<OsString> = backwards(path);
@@ -138,7 +142,7 @@ pub fn find(path: &Path, trust: Trust, links: Links) -> Result<Found, Error> {
             _ => return Err(Error::NotADirectory { path: shown(&path) }),
         }
     }
-    // The first one stays.
+    // The loop never removes the root.
     steps.pop().map_or_else(
         || Err(Error::NotThere { path: shown(path) }),
         |Step {
@@ -176,7 +180,7 @@ fn open_below(above: &Step, name: &OsString, path: &Path) -> Result<OwnedFd, Err
     })
 }
 
-/// The names of a path, the first one last.
+/// Splits a path into names, last name first.
 fn backwards(path: &Path) -> Vec<OsString> {
     let names = path
         .components()
@@ -185,12 +189,13 @@ fn backwards(path: &Path) -> Vec<OsString> {
     names.map(|name| name.as_os_str().to_owned()).collect()
 }
 
-/// Whether only root and the service's user could have made a link in the last of these directories.
+/// Checks that only root and the service's user could have created this link, which is in the last of these
+/// directories.
 fn check_link(steps: &[Step], link: &Stat, path: &Path) -> Result<(), Error> {
     let Some((last, above)) = steps.split_last() else {
         return Ok(());
     };
-    // In a directory with the sticky bit others can make links, but not change those of others.
+    // In a sticky directory, users can create links but cannot change the links of others.
     let checks = above.iter().map(|step| (step, check_trust(&step.stat, false)));
     let checks = checks.chain([(last, check_trust(&last.stat, !is_administrators(link)))]);
     for (step, checked) in checks {
@@ -207,8 +212,8 @@ fn is_administrators(stat: &Stat) -> bool {
     [0, rustix::process::geteuid().as_raw()].contains(&stat.st_uid)
 }
 
-/// Whether only root and the service's user can change what is in a directory, or, in one with the sticky bit
-/// that is not the `last`, what they own there.
+/// Checks that only root and the service's user can change the entries of a directory. In a sticky directory that is
+/// not the `last`, it suffices that they own the entry.
 pub fn check_trust(stat: &Stat, last: bool) -> Result<(), String> {
     if !is_administrators(stat) {
         return Err(format!("belongs to user {}", stat.st_uid));
@@ -242,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_of_roots_is_followed_and_one_in_anothers_directory_is_not() {
+    fn a_link_of_root_is_followed_unless_another_user_owns_the_directory() {
         let dir = tempfile::tempdir().unwrap();
         let (place, link) = (dir.path().join("place"), dir.path().join("link"));
         fs::create_dir_all(place.join("below")).unwrap();
@@ -261,11 +266,11 @@ mod tests {
             error.contains("place belongs to user 65534") && error.contains("absolute: is a symbolic link"),
             "{error}"
         );
-        assert!(follow(&place.join("below/file")).is_ok(), "there is no link");
+        assert!(follow(&place.join("below/file")).is_ok(), "the path has no link");
     }
 
     #[test]
-    fn a_link_in_a_directory_with_the_sticky_bit_counts_if_it_is_roots() {
+    fn a_link_in_a_sticky_directory_is_followed_only_if_root_owns_it() {
         let dir = tempfile::tempdir().unwrap();
         let (file, link) = (dir.path().join("file"), dir.path().join("link"));
         fs::write(&file, "").unwrap();
@@ -280,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_of_links_ends() {
+    fn a_loop_of_links_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         symlink("other", dir.path().join("one")).unwrap();
         symlink("one", dir.path().join("other")).unwrap();

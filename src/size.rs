@@ -1,17 +1,17 @@
 //! Sizes in bytes, as people write them.
 
-/// Why a text is not a size.
+/// The reasons why a text is not a size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
-    /// There is no number at the start.
+    /// The text does not start with a number.
     #[error("a size is a number with an optional suffix, such as 50M, 1.5GiB or 800KB")]
     NoNumber,
-    /// What follows the number is no unit.
+    /// An unknown unit follows the number.
     #[error(
         "unknown unit \"{0}\": use B, K, M, G, T (or KiB, MiB, …: powers of 1024) or KB, MB, … (powers of 1000)"
     )]
     Unit(String),
-    /// The number of bytes doesn't fit.
+    /// The number of bytes exceeds 64 bits.
     #[error("the size is too large")]
     TooLarge,
 }
@@ -30,7 +30,8 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
         return Err(SizeError::NoNumber);
     }
     let whole: u64 = whole.parse().map_err(|_| SizeError::TooLarge)?;
-    // Integers all the way: a float would round sizes above 2^53. Eighteen places are less than a byte of any unit.
+    // Uses integers because a float would round sizes above 2^53. Eighteen decimal places resolve less than one byte of
+    // any unit.
     let fraction = &fraction[..fraction.len().min(18)];
     let places = 10u128.pow(fraction.len() as u32);
     let part: u128 = fraction.parse().unwrap_or(0);
@@ -85,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_is_refused() {
+    fn invalid_sizes_are_refused() {
         for text in ["", "M", ".5M", "1.", "1.2.3", "-1"] {
             assert!(parse_size(text).is_err(), "{text}");
         }

@@ -1,8 +1,8 @@
-//! Characters that a reader does not see, or that change how a reader sees others.
+//! Invisible characters, and characters that change how others are displayed.
 
-/// Whether `c` is a control or format character, or has no width of its own: with those, two names look the same, or a line
-/// is read in another order. Unicode's general categories Cc, Cf, Zl and Zp, the variation selectors, and letters that are
-/// blank.
+/// Returns true for control and format characters and for characters without width. They make two names look the same
+/// or reorder a line. They are Unicode's general categories Cc, Cf, Zl and Zp, the variation selectors, and blank
+/// letters.
 pub fn is_invisible(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -14,10 +14,10 @@ pub fn is_invisible(c: char) -> bool {
             | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
 }
 
-/// `text` with such characters written out, in at most `most` bytes. What is left out is marked by an ellipsis.
+/// Returns `text` with invisible characters escaped, in at most `most` bytes. An ellipsis marks omitted text.
 pub fn excerpt(text: &str, most: usize) -> String {
     let mut excerpt = String::new();
-    // How much of it stays if not all of it fits.
+    // The length to keep if not all of the text fits.
     let mut whole = 0;
     for escaped in text.chars().map(escaped) {
         if excerpt.len() + escaped.len() > most {
@@ -33,8 +33,8 @@ pub fn excerpt(text: &str, most: usize) -> String {
     excerpt
 }
 
-/// `text` as [`excerpt`] writes it, in at most `most` bytes, but with its end where it does not fit: of a path, that says more than
-/// the middle. The length and a digest identify the whole text.
+/// Returns `text` escaped as by [`excerpt`], in at most `most` bytes, but omits the middle: the end of a path
+/// identifies it better. The length and a digest identify the whole text.
 pub fn abridged(text: &str, most: usize) -> String {
     let whole = excerpt(text, usize::MAX);
     if whole.len() <= most {
@@ -53,12 +53,12 @@ pub fn abridged(text: &str, most: usize) -> String {
         tail.push(c);
     }
     let tail: String = tail.into_iter().rev().collect();
-    // It ends with the mark.
+    // The head ends with the mark.
     let head = excerpt(text, room - tail.len() + MARK.len_utf8());
     format!("{head}{tail}{note}")
 }
 
-/// Marks what is left out.
+/// Marks omitted text.
 const MARK: char = '…';
 
 fn escaped(c: char) -> String {
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_seen_is_written_out() {
+    fn invisible_characters_are_escaped() {
         for c in
             "\u{200b}\u{200d}\u{202e}\u{2028}\u{2066}\u{feff}\u{e0001}\u{fe0f}\u{3164}\u{ad}\u{1b}\n".chars()
         {
@@ -110,7 +110,7 @@ mod tests {
             let long = abridged(&text.repeat(5000), 256);
             assert!(long.len() <= 256 && long.len() > 180, "{} {long}", long.len());
         }
-        // The same head and tail, and the same length.
+        // Two texts with the same head, tail and length.
         let middle = |c: &str| format!("{}{c}{}", "x".repeat(500), "x".repeat(500));
         assert_ne!(abridged(&middle("y"), 256), abridged(&middle("z"), 256));
     }

@@ -1,5 +1,5 @@
-//! Turns at something that is done for a few callers at a time. Each user has only a part of the turns, so that one user's
-//! thousand requests do not keep the others waiting. A quarter of the turns is root's: all other users together could take the rest.
+//! Limits concurrent work. Each user can take only a part of all permits, so the requests of one user do not block
+//! other users. A quarter of the permits is reserved for root, because all other users together could take the rest.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,21 +14,21 @@ pub struct Turns {
     by_user: Mutex<HashMap<u32, Arc<Semaphore>>>,
 }
 
-/// The right to do one such thing.
+/// A permit for one piece of work.
 pub struct Turn {
     _all: OwnedSemaphorePermit,
     _own: OwnedSemaphorePermit,
 }
 
-/// One user's right, which is worth something only while it is that user's turn among all.
+/// A permit of one user's part. Work also needs a permit of all users: see [`Share::turn`].
 pub struct Share {
-    // Nothing closes the semaphore.
+    // `None` never occurs because nothing closes the semaphore.
     own: Option<OwnedSemaphorePermit>,
     all: Arc<Semaphore>,
 }
 
 impl Turns {
-    /// So many at a time in all, and of one user. Root has at least one.
+    /// Allows `all` pieces of work at a time, and `per_user` for each user. Root gets at least one permit.
     pub fn new(all: usize, per_user: usize) -> Self {
         let roots = all / 4;
         Self {
@@ -39,7 +39,7 @@ impl Turns {
         }
     }
 
-    /// Waits for a turn of this user's.
+    /// Waits for a permit for this user.
     pub async fn take(&self, uid: u32) -> Option<Turn> {
         let share = self.share(uid).await;
         Some(Turn {
@@ -48,7 +48,7 @@ impl Turns {
         })
     }
 
-    /// Waits until the user has fewer than its part under way: for what takes turns again and again.
+    /// Waits until this user has a free permit of its part. For work that takes and returns a permit repeatedly.
     pub async fn share(&self, uid: u32) -> Share {
         Share {
             own: self.of(uid).acquire_owned().await.ok(),
@@ -61,7 +61,7 @@ impl Turns {
 
     fn of(&self, uid: u32) -> Arc<Semaphore> {
         let mut by_user = self.by_user.lock().unwrap_or_else(PoisonError::into_inner);
-        // Every holder of a turn, and everyone who waits for one, holds a reference.
+        // Each holder of a permit and each waiter holds a reference.
         by_user.retain(|_, turns| Arc::strong_count(turns) > 1);
         let turns = by_user
             .entry(uid)
@@ -71,7 +71,7 @@ impl Turns {
 }
 
 impl Share {
-    /// Waits for a turn among all users.
+    /// Waits for a permit of all users.
     pub async fn turn(&self) -> Option<OwnedSemaphorePermit> {
         self.all.clone().acquire_owned().await.ok()
     }
@@ -83,7 +83,7 @@ mod tests {
     use futures_util::FutureExt;
 
     #[tokio::test]
-    async fn one_user_cannot_have_every_turn() {
+    async fn one_user_cannot_take_all_permits() {
         let turns = Turns::new(6, 3);
         let held: Vec<_> = (0..3).map(|_| turns.take(1000).now_or_never().unwrap()).collect();
         assert!(turns.take(1000).now_or_never().is_none());
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn all_users_together_do_not_keep_root_waiting() {
+    async fn all_users_together_do_not_block_root() {
         let turns = Turns::new(4, 1);
         let _users = [1000, 1001, 1002].map(|uid| turns.take(uid).now_or_never().unwrap());
         assert!(turns.take(1003).now_or_never().is_none());
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn users_without_questions_are_not_remembered() {
+    async fn users_without_work_are_not_stored() {
         let turns = Turns::new(6, 3);
         drop(turns.take(1000).await);
         drop(turns.take(1001).await);
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_share_without_a_turn_keeps_no_other_user_waiting() {
+    async fn a_share_without_a_permit_blocks_no_other_user() {
         let turns = Turns::new(1, 1);
         let idle = turns.share(1000).await;
         assert!(turns.share(1000).now_or_never().is_none());

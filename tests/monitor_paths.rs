@@ -143,7 +143,7 @@ async fn a_domains_file_says_whose_the_sockets_have_to_be() {
         &mut system,
         &caller,
         "unknown",
-        &["there is no user 'nobody-at-all'"],
+        &["user 'nobody-at-all' does not exist"],
     )
     .await;
     add(&system, "roots", 0, "\"nobody\"");

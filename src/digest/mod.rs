@@ -1,4 +1,4 @@
-//! Digests of files: how they are taken and written. Knows bytes only.
+//! Computes digests of files. Knows bytes only.
 
 mod parallel;
 mod pieces;
@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::model::{Algorithm, Digest};
 
-/// Takes the SHA-256 digest of the bytes that it is given, in order.
+/// Computes the SHA-256 digest of the bytes in the order of the calls.
 #[derive(Debug, Default)]
 pub struct Sha256Hasher(Sha256);
 
@@ -37,7 +37,7 @@ mod tests {
     use crate::model::is_hex;
 
     #[test]
-    fn digests_are_the_ones_that_everybody_takes() {
+    fn digests_equal_those_of_other_programs() {
         let mut sha256 = Sha256Hasher::default();
         for part in ["a", "", "bc"] {
             sha256.update(part.as_bytes());
@@ -46,7 +46,7 @@ mod tests {
         let mut piece = pieces.hasher(0);
         piece.update(b"abc");
         for (taken, digest) in [
-            // Of b3sum 1.5.
+            // Printed by b3sum 1.5.
             (
                 pieces.join(&[piece.finish()]),
                 "blake3:6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85",

@@ -1,4 +1,4 @@
-//! Reads files by several threads for their BLAKE3 digests.
+//! Computes BLAKE3 digests of files in several threads.
 
 use std::num::NonZeroU64;
 use std::ops::{ControlFlow, Range};
@@ -12,19 +12,20 @@ use rustix::io::Errno;
 
 use super::{Digest, Part, Pieces};
 
-/// How much is read at a time, in bytes: little enough to be in a processor's cache when it is hashed.
+/// Bytes per read: small enough to stay in a processor's cache until they are hashed.
 const BUFFER: usize = 256 << 10;
-/// Memory is the limit with more.
+/// More threads gain nothing because memory bandwidth is the limit.
 const MOST_THREADS: usize = 32;
 
-/// How many threads read at a time: as many as this process may use processors.
+/// Returns the number of reading threads: the processors that this process may use, up to a maximum.
 pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |count| count.get().min(MOST_THREADS))
 }
 
-/// Does `work` in at most so many threads, this one included, and waits for all of them. Returns the first error.
+/// Runs `work` in at most `count` threads, including the current one, and waits for all. Returns the first error.
 ///
-/// The kernel refuses a thread with EAGAIN at the limit of the control group or the user. The others do its part then.
+/// The kernel refuses a new thread with EAGAIN at the limit of the control group or user. Then the other threads do the
+/// work.
 pub fn in_threads<E: Send>(count: usize, work: impl Fn() -> Result<(), E> + Sync) -> Result<(), E> {
     std::thread::scope(|scope| {
         let spawn = |_| Builder::new().spawn_scoped(scope, &work).ok();
@@ -41,34 +42,34 @@ pub fn in_threads<E: Send>(count: usize, work: impl Fn() -> Result<(), E> + Sync
     })
 }
 
-/// A file of which the digest is taken, by as many threads as call [`Reading::work`].
+/// A file whose digest is computed by every thread that calls [`Reading::work`].
 #[derive(Debug)]
 pub struct Reading<'a> {
     file: &'a OwnedFd,
     pieces: Pieces,
     backwards: bool,
     parts: Vec<OnceLock<Part>>,
-    /// How many pieces threads have taken, and how many they have not finished.
+    /// Counts of pieces that threads have taken, and of pieces that are not finished.
     taken: AtomicU64,
     unfinished: AtomicU64,
 }
 
-/// Hears of what a thread reads.
+/// Observes the bytes that a thread reads.
 pub trait Watch {
-    /// The thread has read bytes; a break ends its work.
+    /// A thread has read `bytes`; a break stops it.
     fn read(&mut self, offset: u64, bytes: &[u8]) -> ControlFlow<()>;
-    /// The thread has read this piece whole.
+    /// A thread has read all of this piece.
     fn done(&mut self, piece: Range<u64>);
 }
 
 /// How a thread's work ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Worked {
-    /// The watch ended it.
+    /// The watch stopped the thread.
     Stopped,
     /// Other threads may still read.
     Done,
-    /// All is read, and no other thread is given this answer.
+    /// All pieces are read. Exactly one thread gets this result.
     Last,
 }
 
@@ -86,8 +87,8 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// The same, from the end to the beginning. A file that was just written, and does not fit into memory, has its end there:
-    /// reading it first leaves that much less to be read from the device.
+    /// As [`Reading::new`], but from the end to the beginning. The end of a file that was just written is still in the
+    /// page cache if the file is larger than memory, so reading it first saves device reads.
     pub fn backwards(file: &'a OwnedFd, length: u64) -> Self {
         Self {
             backwards: true,
@@ -100,7 +101,7 @@ impl<'a> Reading<'a> {
         self.parts.len()
     }
 
-    /// Reads pieces until none is left that no thread has taken.
+    /// Reads pieces until threads have taken all of them.
     pub fn work(&self, watch: &mut impl Watch) -> Result<Worked, Errno> {
         let mut buffer = Vec::new();
         let mut next = self.take();
@@ -133,7 +134,7 @@ impl<'a> Reading<'a> {
         };
         let range = self.pieces.range(index);
         if let Some(length) = NonZeroU64::new(range.end - range.start) {
-            // Advice: where it is not taken, each read waits.
+            // Only advice: if the kernel ignores it, each read waits for the device.
             let _ = fadvise(self.file, range.start, Some(length), Advice::WillNeed);
         }
         Some(index)
@@ -147,7 +148,7 @@ impl<'a> Reading<'a> {
             let count =
                 rustix::io::retry_on_intr(|| rustix::io::pread(self.file, &mut buffer[..wanted], offset))?;
             if count == 0 {
-                // It was longer when its length was taken: another process truncates it.
+                // The file is shorter than before, so another process is truncating it.
                 return Err(Errno::IO);
             }
             hasher.update(&buffer[..count]);
@@ -157,7 +158,7 @@ impl<'a> Reading<'a> {
             offset += count as u64;
         }
         watch.done(range);
-        // Nobody else has taken the piece.
+        // Only this thread has taken the piece.
         let _ = self.parts[index as usize].set(hasher.finish());
         Ok(match self.unfinished.fetch_sub(1, Ordering::AcqRel) {
             1 => Worked::Last,
@@ -185,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn several_threads_give_the_digest_of_one_and_one_of_them_is_the_last() {
+    fn several_threads_give_the_digest_of_one_and_exactly_one_is_the_last() {
         for length in [0, 1, 4 << 20, (17 << 20) + 12_345] {
             let bytes: Vec<u8> = (0..length).map(|at| (at >> 7) as u8 ^ at as u8).collect();
             let mut file = tempfile::tempfile().unwrap();

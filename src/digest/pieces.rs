@@ -1,7 +1,7 @@
-//! The BLAKE3 digest of bytes that come in pieces, in any order.
+//! The BLAKE3 digest of a file that is hashed in pieces, in any order.
 //!
-//! BLAKE3 is a binary tree of chunks of 1 KiB. A piece of a power of two of bytes, at a multiple of its length, is a whole
-//! subtree, so pieces are hashed independently and joined at the end (section 2.1 of the BLAKE3 paper).
+//! BLAKE3 is a binary tree of chunks of 1 KiB. A piece whose length is a power of two, at a multiple of that length, is
+//! a complete subtree. So pieces are hashed independently and joined at the end (section 2.1 of the BLAKE3 paper).
 
 use std::ops::Range;
 
@@ -9,28 +9,28 @@ use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, me
 
 use super::{Algorithm, Digest};
 
-/// The smallest piece, in bytes: large enough to be worth the joining.
+/// The smallest piece, in bytes: large enough that joining costs little.
 const SMALLEST: u64 = 4 << 20;
-/// Pieces are larger where there would be more of them than this, which bounds the memory for their parts to 2 MiB.
+/// The highest number of pieces; larger files get larger pieces. This bounds the memory for their parts to 2 MiB.
 const MOST: u64 = 1 << 16;
 
-/// How bytes are divided into pieces.
+/// The division of a file into pieces.
 #[derive(Debug, Clone, Copy)]
 pub struct Pieces {
     length: u64,
     size: u64,
 }
 
-/// What the digest needs of one piece.
+/// The result of hashing one piece.
 #[derive(Debug, Clone, Copy)]
 pub enum Part {
-    /// There is no other piece.
+    /// The only piece.
     Whole(blake3::Hash),
     Subtree(ChainingValue),
 }
 
 impl Pieces {
-    /// The pieces of so many bytes.
+    /// Divides `length` bytes into pieces.
     pub fn of(length: u64) -> Self {
         let mut size = SMALLEST;
         while length.div_ceil(size) > MOST {
@@ -39,7 +39,7 @@ impl Pieces {
         Self { length, size }
     }
 
-    /// How many there are: at least one, which is empty if there are no bytes.
+    /// The number of pieces: at least one, which is empty if there are no bytes.
     pub fn count(&self) -> u64 {
         self.length.div_ceil(self.size).max(1)
     }
@@ -59,7 +59,7 @@ impl Pieces {
         }
     }
 
-    /// The digest of all pieces. `parts` are theirs, in order.
+    /// Joins the parts of all pieces, given in order, to the digest.
     pub fn join(&self, parts: &[Part]) -> Digest {
         let hash = match parts {
             [Part::Whole(hash)] => *hash,
@@ -75,7 +75,7 @@ impl Pieces {
     }
 }
 
-/// Takes the part of one piece.
+/// Hashes one piece.
 #[derive(Debug)]
 pub struct PieceHasher {
     hasher: Box<blake3::Hasher>,
@@ -83,12 +83,12 @@ pub struct PieceHasher {
 }
 
 impl PieceHasher {
-    /// The next bytes of the piece.
+    /// Adds the next bytes of the piece.
     pub fn update(&mut self, bytes: &[u8]) {
         self.hasher.update(bytes);
     }
 
-    /// The part of the piece, which all its bytes were given for.
+    /// Returns the part of the piece after all its bytes were added.
     pub fn finish(&self) -> Part {
         match self.is_whole {
             true => Part::Whole(self.hasher.finalize()),
@@ -97,7 +97,7 @@ impl PieceHasher {
     }
 }
 
-/// How many of the pieces are below the left child: the largest power of two that leaves one for the right child.
+/// The number of pieces below the left child: the largest power of two that leaves one for the right child.
 fn left_of(count: usize) -> usize {
     count.div_ceil(2).next_power_of_two()
 }
@@ -105,7 +105,7 @@ fn left_of(count: usize) -> usize {
 fn subtree(parts: &[Part]) -> ChainingValue {
     match parts {
         [Part::Subtree(value)] => *value,
-        // `split_at` leaves at least one part on each side, and only a piece that is alone has a whole part.
+        // `split_at` leaves at least one part on each side, and only a single piece is `Whole`.
         [] | [Part::Whole(_)] => unreachable!("there are several pieces, each with a subtree"),
         parts => {
             let (left, right) = parts.split_at(left_of(parts.len()));
@@ -118,7 +118,7 @@ fn subtree(parts: &[Part]) -> ChainingValue {
 mod tests {
     use super::*;
 
-    /// Pieces of another size, which the digest must not depend on.
+    /// Divides by another size of pieces; the digest must not depend on it.
     fn pieces(length: usize, size: u64) -> Pieces {
         let length = length as u64;
         Pieces { length, size }

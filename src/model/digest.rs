@@ -1,13 +1,13 @@
-//! Digests of images, as they are recorded.
+//! Digests of images.
 
 use std::fmt;
 
-/// How a digest is taken.
+/// The hash function of a digest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Algorithm {
     /// <https://github.com/BLAKE3-team/BLAKE3-specs>; `b3sum` prints the same.
     Blake3,
-    /// FIPS 180-4, of backups that an older service made; `sha256sum` prints the same.
+    /// FIPS 180-4, used by older versions of the service; `sha256sum` prints the same.
     Sha256,
 }
 
@@ -20,7 +20,7 @@ impl Algorithm {
     }
 }
 
-/// Of a file's bytes, in lower-case hexadecimal digits.
+/// The digest of a file, in lower-case hexadecimal digits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Digest {
     pub algorithm: Algorithm,
@@ -33,7 +33,7 @@ impl fmt::Display for Digest {
     }
 }
 
-/// Whether a text has the form of a digest of either algorithm: 32 bytes.
+/// Returns true if the text is 32 bytes in lower-case hexadecimal digits, as a digest of either algorithm is.
 pub fn is_hex(text: &str) -> bool {
     text.len() == 64
         && text

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The format of what is written into the target.
+/// The format of a target image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The name of the directory in a store that a domain's backups are in. Chains do not leave it, because an image refers to
+/// The directory of a store that holds a domain's backups. A chain never spans two directories because an image names
 /// its backing file by a relative path.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]

@@ -4,11 +4,11 @@
 pub const MAX_NAME_BYTES: usize = 128;
 /// The longest description of a backup or a checkpoint, in bytes.
 pub const MAX_DESCRIPTION_BYTES: usize = 4096;
-/// Values of the option `incremental` that are not the name of a checkpoint.
+/// Values of the option `incremental` that cannot name a checkpoint.
 const RESERVED: [&str; 3] = ["auto", "full", "no"];
 
-/// The rule for a backup's and a store's name: `[A-Za-z0-9_-][A-Za-z0-9_.-]*`, at most 128 bytes. It is
-/// libvirt's rule for the name of a checkpoint, and makes the name safe as a file's name.
+/// The names that a backup and a store can have: `[A-Za-z0-9_-][A-Za-z0-9_.-]*`, at most 128 bytes. libvirt has the
+/// same rule for checkpoints. Such a name is also a safe file name.
 pub fn is_valid_name(name: &str) -> bool {
     name.len() <= MAX_NAME_BYTES
         && !name.is_empty()
@@ -23,7 +23,7 @@ pub fn is_checkpoint_name(name: &str) -> bool {
     is_valid_name(name) && !is_reserved(name)
 }
 
-/// Whether it looks like the id of a backup: `20261123T055907Z-10ebf9b0`.
+/// Returns true if the text has the form of a backup id: `20261123T055907Z-10ebf9b0`.
 pub fn is_backup_id(text: &str) -> bool {
     let digits = |text: &str, count| text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit());
     let hexadecimal = |text: &str| text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -33,7 +33,8 @@ pub fn is_backup_id(text: &str) -> bool {
     parts.is_some_and(|((date, time), unique)| digits(date, 8) && digits(time, 6) && hexadecimal(unique))
 }
 
-/// Whether commands and options give this name another meaning, so that no checkpoint with it would be found.
+/// Returns true if commands and options give this name another meaning, so a checkpoint with this name could not be
+/// found.
 pub fn is_reserved(name: &str) -> bool {
     RESERVED.contains(&name) || is_backup_id(name)
 }

@@ -1,14 +1,14 @@
-//! Devices whose data no backup can hold.
+//! Devices whose data a backup cannot include.
 
 use serde::{Deserialize, Serialize};
 
-/// A device of which a backup has nothing.
+/// A device whose data is not in the backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Outside {
-    /// Its id, else its path in QEMU's object model.
+    /// The device's id, or else its path in QEMU's object model.
     pub name: String,
-    /// Its type in QEMU's object model, such as `vhost-user-blk-pci`.
+    /// The device's type in QEMU's object model, such as `vhost-user-blk-pci`.
     #[serde(rename = "type")]
     pub kind: String,
 }

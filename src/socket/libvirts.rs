@@ -1,17 +1,19 @@
-//! Knows libvirt's own sockets of a VM. QEMU serves one client at a time: who takes such a socket locks libvirt out.
+//! Recognises libvirt's own sockets of a VM. QEMU serves one client at a time, so another client of such a socket locks
+//! libvirt out.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// As long as Linux lets a command line be.
+/// The longest command line that Linux allows, in bytes.
 const MAX_COMMAND_LINE: u64 = 6 << 20;
-/// The programs of libvirt's that listen at the monitors of their QEMUs, to which they pass the socket.
+/// The libvirt programs that listen on the monitor sockets and pass them to QEMU.
 const DAEMONS: [&str; 2] = ["libvirtd", "virtqemud"];
 
-/// Whether libvirt connects to that socket itself: its monitor of a VM, `.../libvirt/qemu/.../domain-1-web/monitor.sock`, and the
-/// guest agent's channel `org.qemu.guest_agent.0` below its directories. Other sockets there are the administrator's, because
-/// security modules let QEMU make some only there.
+/// Returns true if libvirt itself connects to that socket. These are a VM's monitor,
+/// `.../libvirt/qemu/.../domain-1-web/monitor.sock`, and the guest agent's channel `org.qemu.guest_agent.0` below
+/// libvirt's directories. Other sockets there are the administrator's, because security modules let QEMU create sockets
+/// only there.
 pub(super) fn is_one(path: &Path) -> bool {
     let names: Vec<&str> = path.iter().filter_map(|name| name.to_str()).collect();
     let Some((name, above)) = names.split_last() else {
@@ -28,13 +30,14 @@ pub(super) fn is_one(path: &Path) -> bool {
     }
 }
 
-/// `domain-NUMBER-NAME`.
+/// The form is `domain-NUMBER-NAME`.
 fn is_domain_directory(name: &str) -> bool {
     let rest = name.strip_prefix("domain-").and_then(|rest| rest.split_once('-'));
     rest.is_some_and(|(number, _)| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Whether the process that listens at `path` does so for libvirt. Blocks for as long as that process is busy with its memory.
+/// Returns true if the process that listens at `path` does so for libvirt. Blocks while that process holds its memory
+/// map lock.
 pub(super) fn is_behind(process: u32, path: &Path) -> bool {
     let name = std::fs::read_to_string(format!("/proc/{process}/comm"));
     if name.is_ok_and(|name| DAEMONS.contains(&name.trim_end())) {
@@ -43,11 +46,12 @@ pub(super) fn is_behind(process: u32, path: &Path) -> bool {
     let mut line = Vec::new();
     let read = File::open(format!("/proc/{process}/cmdline"))
         .and_then(|file| file.take(MAX_COMMAND_LINE).read_to_end(&mut line));
-    // One that is gone, or not to be seen, says nothing.
+    // A process that has ended or is hidden is not counted as libvirt's.
     read.is_ok() && is_monitor_of(&line, path)
 }
 
-/// Whether `path` is the monitor that libvirt gave a QEMU of this command line, whose arguments each end with a zero byte.
+/// Returns true if `path` is the monitor that libvirt gave to the QEMU with this command line. Each argument ends with
+/// a zero byte.
 fn is_monitor_of(command_line: &[u8], path: &Path) -> bool {
     let arguments: Vec<String> = command_line
         .split(|byte| *byte == 0)
@@ -69,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libvirts_own_sockets_are_known_by_their_places() {
+    fn sockets_of_libvirt_are_recognised_by_their_paths() {
         for path in [
             "/var/lib/libvirt/qemu/domain-1-web/monitor.sock",
             "/run/libvirt/qemu/3-web/monitor.sock",
@@ -93,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn only_libvirts_monitor_of_a_machine_is_libvirts() {
+    fn only_the_monitor_of_libvirt_is_recognised_in_a_command_line() {
         let line = |monitor: &str| {
             let own = "socket,id=own,path=/run/own.sock,server=on";
             let libvirts = "socket,id=charmonitor,path=/run/libvirts.sock,server=on,wait=off";
@@ -116,7 +120,7 @@ mod tests {
         assert!(is_libvirts(line("charmonitor"), "/run/libvirts.sock"));
         assert!(
             !is_libvirts(line("charmonitor"), "/run/own.sock"),
-            "a monitor beside it"
+            "an additional monitor"
         );
         assert!(!is_libvirts(line("own"), "/run/libvirts.sock"));
     }

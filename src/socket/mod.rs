@@ -1,7 +1,7 @@
-//! Connects to a UNIX socket at a path in which other users may have a hand: no link of theirs leads the service to somebody
-//! else's socket, and the program that listens is the owner's.
+//! Connects to a UNIX socket at a path that other users can change. Links of other users are not followed, and the
+//! listening program must belong to the socket's owner.
 //!
-//! Does not know what is spoken there.
+//! Must not know the protocol on the socket.
 
 mod libvirts;
 
@@ -19,22 +19,22 @@ use tokio::time::timeout;
 
 use crate::path::{self, Found, Links, Trust, find};
 
-/// Where a socket is, and whose it has to be.
+/// Path of a socket and the user that must own it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Address {
     pub path: PathBuf,
-    /// Where it is not said, anybody's: then the listener has to be the socket's owner, or root.
+    /// The required owner. If absent, any user may own the socket, but the listener must be its owner or root.
     pub user: Option<User>,
 }
 
-/// What listens there.
+/// The service that listens on a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     Monitor,
     Agent,
 }
 
-/// A user, as the administrator says it.
+/// A user as the administrator wrote it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum User {
@@ -42,34 +42,39 @@ pub enum User {
     Name(String),
 }
 
-/// Why there is no connection.
+/// The reasons why no connection is made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{}: there is no such socket", path.display())]
+    #[error("{}: the socket does not exist", path.display())]
     Absent { path: PathBuf },
-    #[error("{}: nobody listens there", path.display())]
+    #[error("{}: no program listens there", path.display())]
     NobodyListens { path: PathBuf },
     #[error("{0}")]
     Path(path::Error),
-    #[error("{}: is no socket", path.display())]
+    #[error("{}: is not a socket", path.display())]
     NotASocket { path: PathBuf },
-    #[error("{}: has other names beside this one (hard links), so it may be another program's socket", path.display())]
+    #[error(
+        "{}: has several names (hard links), so it may be the socket of another program. Remove the other names",
+        path.display()
+    )]
     Linked { path: PathBuf },
     #[error(
-        "{}: is libvirt's own connection to this VM, and libvirt would hang if it were taken. Give the VM a monitor of its own for backups: \
-         a further '-qmp unix:PATH,server=on,wait=off' in <qemu:commandline>, or none while libvirt has to manage it alone",
+        "{}: is libvirt's own connection to this VM, and libvirt would hang if the service used it. Give the VM a \
+         separate monitor for backups with another '-qmp unix:PATH,server=on,wait=off' in <qemu:commandline>, or \
+         configure none while only libvirt manages it",
         path.display()
     )]
     Libvirts { path: PathBuf },
     #[error(
-        "{}: belongs to user {owner}, and not to '{user}', whom 'user' in the domain's file names",
+        "{}: belongs to user {owner}, but 'user' in the domain's file names '{user}'",
         path.display()
     )]
     Owner { path: PathBuf, owner: u32, user: String },
-    #[error("'user' in the domain's file: there is no user '{0}'")]
+    #[error("'user' in the domain's file: user '{0}' does not exist")]
     NoUser(String),
     #[error(
-        "{}: belongs to user {owner}, but a program of user {listener} listens there: remove the socket, and start that program as the socket's owner",
+        "{}: belongs to user {owner}, but a program of user {listener} listens there. Remove the socket, and start \
+         that program as the socket's owner",
         path.display()
     )]
     Listener {
@@ -77,27 +82,31 @@ pub enum Error {
         owner: u32,
         listener: u32,
     },
-    #[error("{}: another program is connected there, and others wait: give the service a socket of its own", path.display())]
+    #[error(
+        "{}: another program is connected, and the queue of connections is full. Create a monitor socket for backups \
+         only",
+        path.display()
+    )]
     Full { path: PathBuf },
-    #[error("{}: it cannot be looked at in time: does its file system answer?", path.display())]
+    #[error("{}: it cannot be opened in time. Check whether its file system responds", path.display())]
     TimedOut { path: PathBuf },
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
 }
 
 impl Error {
-    /// Whether there is no program behind the path now: nothing is wrong with it.
+    /// Returns true if no program listens at the path now, which is not a fault of the path.
     pub fn is_absence(&self) -> bool {
         matches!(self, Self::Absent { .. } | Self::NobodyListens { .. })
     }
 
-    /// Whether somebody has to change something: nothing else helps.
+    /// Returns true if retrying cannot help: the administrator has to change something.
     pub fn is_refusal(&self) -> bool {
         !self.is_absence() && !matches!(self, Self::Full { .. } | Self::TimedOut { .. } | Self::Io { .. })
     }
 }
 
-/// Connects to one address. Clones look for it one after another: where its file system hangs, it keeps one thread.
+/// Connects to one address. Clones resolve the path one at a time, so a hung file system blocks only one thread.
 #[derive(Debug, Clone)]
 pub struct Dialer {
     address: Address,
@@ -118,7 +127,7 @@ impl Dialer {
         &self.address
     }
 
-    /// A connection to who listens there, within `patience`.
+    /// Connects to the program that listens there, within `patience`.
     pub async fn connect(&self, patience: Duration) -> Result<UnixStream, Error> {
         let connected = timeout(patience, self.dial()).await;
         connected.unwrap_or_else(|_| {
@@ -130,7 +139,7 @@ impl Dialer {
     async fn dial(&self) -> Result<UnixStream, Error> {
         let address = self.address.clone();
         let (found, wanted) = self.in_turn(move || look(&address)).await??;
-        // The very socket that was looked at, whatever has its name by now.
+        // Connects to the socket that was checked, even if its path has been replaced since.
         let through = format!("/proc/self/fd/{}", found.file.as_raw_fd());
         let stream = UnixStream::connect(through).await;
         let stream = stream.map_err(|error| self.failed(error))?;
@@ -149,7 +158,7 @@ impl Dialer {
         Ok(stream)
     }
 
-    /// Runs what may hang on a thread. If it does, no other is started until it returns.
+    /// Runs `work`, which may hang, on a blocking thread. Starts no other until it returns.
     async fn in_turn<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -159,7 +168,7 @@ impl Dialer {
             let _turn = turn;
             work()
         });
-        // A panic aborts the service, and nothing cancels this.
+        // A panic aborts the service, and this task is never cancelled.
         done.await.map_err(|error| self.failed(io::Error::other(error)))
     }
 
@@ -168,17 +177,17 @@ impl Dialer {
         match error.kind() {
             ErrorKind::NotFound => Error::Absent { path },
             ErrorKind::ConnectionRefused => Error::NobodyListens { path },
-            // Its backlog is full (unix(7)).
+            // The listener's backlog is full (unix(7)).
             ErrorKind::WouldBlock => Error::Full { path },
             _ => Error::Io { path, error },
         }
     }
 }
 
-/// The socket, and the user whose it has to be if that is said.
+/// Returns the socket, and the uid of its required owner if one is configured.
 fn look(address: &Address) -> Result<(Found, Option<u32>), Error> {
     let path = || address.path.clone();
-    // Also one that is not there now: it is still not to be taken when it comes.
+    // Also refused if it does not exist now, because libvirt may create it later.
     if libvirts::is_one(&address.path) {
         return Err(Error::Libvirts { path: path() });
     }
@@ -192,7 +201,7 @@ fn look(address: &Address) -> Result<(Found, Option<u32>), Error> {
     if FileType::from_raw_mode(found.stat.st_mode) != FileType::Socket {
         return Err(Error::NotASocket { path: path() });
     }
-    // Who may write to a directory can put any file into it by another name, where the kernel does not protect hard links.
+    // Users who can write to the directory can hard-link any file into it unless the kernel protects hard links.
     if found.stat.st_nlink > 1 {
         return Err(Error::Linked { path: path() });
     }
@@ -214,7 +223,7 @@ fn look(address: &Address) -> Result<(Found, Option<u32>), Error> {
     Ok((found, wanted))
 }
 
-/// Blocks.
+/// Resolves the user's number. Blocks.
 fn number(user: &User) -> Result<u32, Error> {
     match user {
         User::Number(number) => Ok(*number),
@@ -225,8 +234,9 @@ fn number(user: &User) -> Result<u32, Error> {
     }
 }
 
-/// The kernel keeps the user who called listen(2) (SO_PEERCRED, socket(7)). Where no user is said, root may listen at another's
-/// socket: service managers do that for programs of users, as does a QEMU that was started by root and has become another user.
+/// The kernel reports the user that called listen(2) (SO_PEERCRED, socket(7)). Without a required owner, root may
+/// listen at another user's socket: service managers do that, and so does a QEMU that root started and that then
+/// changed its user.
 fn check_listener(path: &Path, listener: u32, owner: u32, wanted: Option<u32>) -> Result<(), Error> {
     if listener == owner || (wanted.is_none() && listener == 0) {
         return Ok(());

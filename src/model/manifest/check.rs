@@ -1,4 +1,4 @@
-//! The values that the fields of a manifest can have.
+//! Checks the values of a manifest's fields.
 
 use std::collections::BTreeSet;
 
@@ -8,11 +8,11 @@ use super::{
 use crate::error::shown;
 use crate::model::{Format, Kind, MAX_DESCRIPTION_BYTES, Outside, is_checkpoint_name, is_hex, is_valid_name};
 
-/// The longest name that a file, and so a backup, a domain or a disk, can have.
+/// The longest name of a file, in bytes. Names of backups, domains and disks become file names.
 const MAX_NAME_BYTES: usize = 255;
 
 impl Manifest {
-    /// Fails if a value could lead out of the backup's directory, or contradicts another.
+    /// Fails if a value could name a file outside the backup's directory, or contradicts another value.
     pub(super) fn check(&self) -> Result<(), ManifestError> {
         require(is_file_name(&self.id), "a backup's id", &self.id)?;
         require(
@@ -108,7 +108,7 @@ fn distinct(first: bool, what: &'static str, value: &str) -> Result<(), Manifest
     })
 }
 
-/// Names one file in a directory, neither the directory nor one above it, and none that is hidden.
+/// Returns true if the name denotes a visible file inside one directory: not the directory itself and no parent of it.
 fn is_file_name(name: &str) -> bool {
     is_disk_name(name) && !name.starts_with('.') && !name.contains('/')
 }
@@ -117,12 +117,12 @@ fn is_image_name(name: &str) -> bool {
     is_file_name(name) && ![MANIFEST_NAME, DEFINITION_NAME, PROTECTED_NAME].contains(&name)
 }
 
-/// Bitmaps in a qcow2 image have names of at most 1023 bytes (QEMU's docs/interop/qcow2).
+/// QEMU limits names of bitmaps in qcow2 images to 1023 bytes (its docs/interop/qcow2).
 fn is_bitmap_name(name: &str) -> bool {
     (1..=1023).contains(&name.len()) && !name.contains(char::is_control)
 }
 
-/// What QEMU calls a disk can hold a slash.
+/// QEMU's name of a disk may contain a slash.
 fn is_disk_name(name: &str) -> bool {
     (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.contains(char::is_control)
 }
@@ -131,7 +131,7 @@ fn is_description(text: &str) -> bool {
     text.len() <= MAX_DESCRIPTION_BYTES && is_text(text)
 }
 
-/// What a document's text can hold.
+/// Returns true if an XML document can contain the text.
 fn is_text(text: &str) -> bool {
     !text.contains(|c: char| c < ' ' && !matches!(c, '\t' | '\n' | '\r'))
 }

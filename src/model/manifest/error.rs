@@ -2,33 +2,33 @@
 
 use super::{MAX_MANIFEST_BYTES, MAX_SEQUENCE, VERSION};
 
-/// Why some bytes are no manifest.
+/// The reasons why bytes are not a valid manifest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ManifestError {
-    #[error("it has {bytes} bytes, where a manifest has at most {MAX_MANIFEST_BYTES}")]
+    #[error("it has {bytes} bytes; the maximum is {MAX_MANIFEST_BYTES} bytes")]
     TooLong { bytes: usize },
-    #[error("a newer backupd wrote it: its version is {found}, and this one reads up to {VERSION}")]
+    #[error("a newer backupd wrote it: its version is {found}, and this backupd supports up to {VERSION}")]
     Newer { found: u64 },
-    #[error("it has version {found}, which no backupd ever wrote")]
+    #[error("its version {found} does not exist")]
     NoSuchVersion { found: u64 },
-    #[error("it requires '{feature}', which this backupd does not know: a newer one wrote it")]
+    #[error("it requires '{feature}', which this backupd does not support: a newer backupd wrote it")]
     Requires { feature: String },
-    #[error("its number in the order of making, {found}, is above {MAX_SEQUENCE}")]
+    #[error("its sequence number {found} is above {MAX_SEQUENCE}")]
     Sequence { found: u64 },
     #[error("{message}")]
     Syntax { message: String },
-    #[error("'{value}' cannot be {what}")]
+    #[error("'{value}' is not valid as {what}")]
     Text { what: &'static str, value: String },
     #[error("it lists no disk")]
     NoDisks,
-    #[error("disk '{disk}' lies on {on}")]
+    #[error("disk '{disk}' has as backing file {on}")]
     Parent { disk: String, on: &'static str },
     #[error("two disks have the {what} '{value}'")]
     SameDisk { what: &'static str, value: String },
 }
 
 impl ManifestError {
-    /// Whether it is no manifest, of no service: a newer one would make no more of it.
+    /// Returns true if no version of the service can read it. False if a newer version may be able to.
     pub fn is_damage(&self) -> bool {
         !matches!(self, Self::Newer { .. } | Self::Requires { .. })
     }

@@ -1,7 +1,7 @@
-//! The manifest, to and from its bytes.
+//! The manifest of a backup, and its JSON encoding.
 //!
-//! The reader may be another host than the writer, and the bytes untrusted. So nothing that [`Manifest::parse`]
-//! returns can lead out of the backup's own directory. Pure: opens no file.
+//! Another host may have written the bytes, so they are not trusted: no value that [`Manifest::parse`] returns can name
+//! a file outside the backup's directory. Pure: opens no file.
 
 mod check;
 mod error;
@@ -16,18 +16,18 @@ use super::{Algorithm, Digest, Format, Kind, Outside};
 use crate::error::shown;
 pub use error::ManifestError;
 
-/// Names of the records that lie beside a backup's images.
+/// Names of the records beside a backup's images.
 pub const MANIFEST_NAME: &str = "manifest.json";
 pub const DEFINITION_NAME: &str = "backup.xml";
-/// A file beside them: as long as it is there, nobody removes the backup.
+/// An empty file beside the images. While it exists, the service does not delete the backup.
 pub const PROTECTED_NAME: &str = "protected";
-/// The longest manifest that is looked at. One of the most disks that a domain can have takes a fifth of it.
+/// The longest manifest that is read, in bytes. A manifest with the maximum number of disks takes a fifth of it.
 pub const MAX_MANIFEST_BYTES: usize = 1 << 20;
-/// Goes up when all of it is another. An older reader is kept from misunderstanding one thing by `requires`.
+/// Increases when the whole format changes. A single new feature that old readers must not ignore goes into `requires`.
 const VERSION: u64 = 1;
-/// Features that this reader knows.
+/// The features in `requires` that this version supports.
 const FEATURES: &[&str] = &[];
-/// The highest number in the order of making.
+/// The highest sequence number. A 64-bit float still represents it exactly.
 pub const MAX_SEQUENCE: u64 = 1 << 53;
 
 /// A backup's record in its store.
@@ -39,19 +39,20 @@ pub const MAX_SEQUENCE: u64 = 1 << 53;
 #[serde(rename_all = "kebab-case")]
 pub struct Manifest {
     version: u64,
-    /// Features that a reader must know.
+    /// Features that a reader must support to interpret the manifest correctly.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     requires: Vec<String>,
     /// The backup's name in its store.
     pub id: String,
-    /// The job that made it, by its number in the service that ran it.
+    /// The number that the job had in the service that ran it.
     pub job: u32,
-    /// The user that started it.
+    /// The user who started the job.
     pub started_by: u32,
-    /// The service that made it.
+    /// The service instance that created the backup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<Uuid>,
-    /// The order of making in the directory: above that of all backups that were there then. Clocks can go wrong.
+    /// The order of creation in the domain's directory: higher than that of all backups that existed then. Clocks can
+    /// be wrong.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub sequence: u64,
     pub domain: Domain,
@@ -60,25 +61,25 @@ pub struct Manifest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
     pub kind: Kind,
-    /// When the call came, and the instant that the images show; RFC 3339, UTC.
+    /// Time of the request, and point in time of the images; RFC 3339, UTC.
     pub started: Timestamp,
     pub instant: Timestamp,
-    /// Whether the guest's file systems were frozen at that instant.
+    /// Whether the guest's file systems were frozen at that point in time.
     pub quiesced: bool,
-    /// For how many µs they were frozen, where they were.
+    /// How long the file systems were frozen, in µs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen_us: Option<u64>,
-    /// Why they were not, though that was to be tried.
+    /// The reason why the requested freeze failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quiesce_problem: Option<String>,
-    /// What is said of the checkpoint that began with it; without a name it is called as the backup.
+    /// Name and description of the checkpoint of this backup. Without a name, the checkpoint has the backup's id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<Checkpoint>,
-    /// Devices of the domain whose data no backup could hold.
+    /// Devices of the domain whose data is not in the backup.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_in_backup: Vec<Outside>,
     pub disks: Vec<Disk>,
-    /// See [`Manifest::prove`]; in lower-case hexadecimal digits.
+    /// See [`Manifest::prove`]; lower-case hexadecimal digits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proof: Option<String>,
     #[serde(flatten)]
@@ -101,24 +102,24 @@ pub struct Domain {
 #[serde(rename_all = "kebab-case")]
 pub struct Disk {
     pub name: String,
-    /// Relative to the manifest.
+    /// Path relative to the manifest.
     pub file: String,
     pub format: Format,
-    /// Bytes that the guest sees.
+    /// Size of the disk that the guest sees, in bytes.
     pub virtual_size: u64,
-    /// Bytes that the file has.
+    /// Length of the file, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub length: Option<u64>,
-    /// Of the file, in lower-case hexadecimal digits, as `b3sum` prints it.
+    /// BLAKE3 digest of the file, in lower-case hexadecimal digits, as `b3sum` prints it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blake3: Option<String>,
-    /// The same as `sha256sum` prints it, where an older service recorded that.
+    /// SHA-256 digest that an older version of the service recorded, as `sha256sum` prints it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
-    /// The backing image, which has the data that is not in this one.
+    /// The backing image, which holds the data that this image does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<Parent>,
-    /// The dirty bitmap on the domain's disk that has recorded since this backup's point in time.
+    /// The dirty bitmap on the domain's disk that records changes since this backup's point in time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap: Option<String>,
     #[serde(flatten)]
@@ -126,7 +127,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Of its image's file.
+    /// The digest of the image file.
     pub fn digest(&self) -> Option<Digest> {
         let of = |algorithm, hex: &Option<String>| {
             let hex = hex.clone()?;
@@ -135,7 +136,7 @@ impl Disk {
         of(Algorithm::Blake3, &self.blake3).or_else(|| of(Algorithm::Sha256, &self.sha256))
     }
 
-    /// Replaces it.
+    /// Replaces the digest; `None` removes it.
     pub fn set_digest(&mut self, digest: Option<Digest>) {
         (self.blake3, self.sha256) = match digest {
             None => (None, None),
@@ -147,7 +148,7 @@ impl Disk {
     }
 }
 
-/// What its maker says of a checkpoint.
+/// Name and description of a checkpoint, as its creator chose them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Checkpoint {
@@ -157,24 +158,24 @@ pub struct Checkpoint {
     pub description: Option<String>,
 }
 
-/// An image of an earlier backup of the same domain in the same store.
+/// The image of an earlier backup of the same domain in the same store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Parent {
     /// The backup's id.
     pub backup: String,
-    /// Relative to that backup's manifest.
+    /// Path relative to the manifest of that backup.
     pub file: String,
 }
 
 impl Parent {
-    /// Its name in the image's header: a path relative to the directory of the dependent.
+    /// The path in the dependent image's header, relative to the directory of the dependent.
     pub fn relative_path(&self) -> String {
         format!("../{}/{}", self.backup, self.file)
     }
 }
 
-/// What every version of the manifest has.
+/// The fields that every version of the manifest has.
 #[derive(Deserialize)]
 struct Versioned {
     version: u64,
@@ -192,7 +193,7 @@ impl Manifest {
         self.disks.iter().map(|disk| disk.file.as_str()).collect()
     }
 
-    /// Of a backup without a disk yet.
+    /// Creates a manifest without disks.
     pub fn new(
         kind: Kind,
         id: String,
@@ -227,12 +228,12 @@ impl Manifest {
         }
     }
 
-    /// Reads a file's content. Whatever it gives, [`Manifest::to_json`] writes, and reads again as the same.
+    /// Parses a manifest file. [`Manifest::to_json`] writes the result so that it parses to an equal value.
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         if bytes.len() > MAX_MANIFEST_BYTES {
             return Err(ManifestError::TooLong { bytes: bytes.len() });
         }
-        // By itself first: a newer manifest has fields, and values of fields, that nobody here knows.
+        // Parsed separately and first, because the other fields of a newer manifest may be unknown.
         let Versioned {
             version: found,
             requires,
@@ -252,14 +253,14 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The file's content.
+    /// Encodes the manifest as JSON.
     pub fn to_json(&self) -> Result<Vec<u8>, serde_json::Error> {
         let mut json = serde_json::to_vec_pretty(self)?;
         json.push(b'\n');
         Ok(json)
     }
 
-    /// The bases of this one's images: it cannot be read without them.
+    /// The direct bases, which this backup cannot be read without.
     pub fn parents(&self) -> BTreeSet<&str> {
         let parents = self.disks.iter().filter_map(|disk| disk.parent.as_ref());
         parents.map(|parent| parent.backup.as_str()).collect()
@@ -272,7 +273,7 @@ fn read<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, ManifestError> {
     })
 }
 
-/// A parser's words can hold as much of the file as it likes.
+/// The parser's message can quote the file, so it is bounded.
 fn one_line(message: &str) -> String {
     let printable = message
         .chars()

@@ -1,4 +1,4 @@
-//! Manifests as they are written and refused.
+//! Tests of writing, reading and refusing manifests.
 
 use super::*;
 use crate::model::MAX_DESCRIPTION_BYTES;
@@ -76,7 +76,7 @@ fn manifest() -> Manifest {
     }
 }
 
-/// What is said of the manifest above with something else at `pointer`.
+/// Parses the manifest above with `value` at `pointer`, and returns the error.
 fn refused(pointer: &str, value: Value) -> ManifestError {
     let mut json: Value = serde_json::from_str(WRITTEN).unwrap();
     *json.pointer_mut(pointer).unwrap() = value;
@@ -84,13 +84,13 @@ fn refused(pointer: &str, value: Value) -> ManifestError {
 }
 
 #[test]
-fn the_bytes_are_what_they_always_were_and_are_read_as_what_was_written() {
+fn the_encoding_is_stable_and_is_read_as_it_was_written() {
     assert_eq!(String::from_utf8(manifest().to_json().unwrap()).unwrap(), WRITTEN);
     assert_eq!(Manifest::parse(WRITTEN.as_bytes()).unwrap(), manifest());
 }
 
 #[test]
-fn what_a_checkpoint_is_called_is_kept_and_means_nothing_else() {
+fn the_name_of_a_checkpoint_is_kept_and_reserved_names_are_refused() {
     let mut named = manifest();
     named.checkpoint = Some(Checkpoint {
         name: Some("monday".into()),
@@ -106,7 +106,7 @@ fn what_a_checkpoint_is_called_is_kept_and_means_nothing_else() {
 }
 
 #[test]
-fn what_is_not_in_the_backup_is_named() {
+fn devices_that_are_not_in_the_backup_are_listed() {
     let mut lacking = manifest();
     lacking.not_in_backup = vec![Outside {
         name: "vdx".into(),
@@ -120,7 +120,7 @@ fn what_is_not_in_the_backup_is_named() {
 }
 
 #[test]
-fn what_need_not_be_said_is_read_as_not_said() {
+fn absent_optional_fields_stay_absent() {
     let most = Manifest {
         frozen_us: Some(41_327),
         quiesce_problem: Some("the agent froze none".into()),
@@ -145,7 +145,7 @@ fn what_need_not_be_said_is_read_as_not_said() {
 }
 
 #[test]
-fn what_an_image_lies_on_is_named_and_is_another_backups() {
+fn the_backing_file_belongs_to_another_backup() {
     let mut incremental = manifest();
     incremental.kind = Kind::Incremental;
     incremental.disks[0].length = Some(393_216);
@@ -203,7 +203,7 @@ fn what_an_image_lies_on_is_named_and_is_another_backups() {
 }
 
 #[test]
-fn a_newer_manifest_is_told_from_a_broken_one() {
+fn a_newer_manifest_is_distinguished_from_a_damaged_one() {
     let newer = br#"{"version":2,"id":{"store":"x"},"chain":[],"disks":[]}"#;
     let error = Manifest::parse(newer).unwrap_err();
     assert_eq!(error, ManifestError::Newer { found: 2 });
@@ -242,7 +242,7 @@ fn unknown_fields_are_kept_unless_the_manifest_requires_them() {
     assert_eq!(Manifest::parse(&changed.to_json().unwrap()).unwrap(), changed);
     let none = newer.replace("\"job\": 7", "\"job\": 7, \"requires\": []");
     assert_eq!(Manifest::parse(none.as_bytes()).unwrap(), read);
-    // Whatever else such a manifest has.
+    // Unknown content of such a manifest does not matter.
     let required = newer
         .replace("\"job\": 7", "\"requires\": [\"split-images\"]")
         .replace("\"disks\": [", "\"disks\": [ 7,");
@@ -253,7 +253,7 @@ fn unknown_fields_are_kept_unless_the_manifest_requires_them() {
 }
 
 #[test]
-fn who_made_it_and_in_which_order_is_kept() {
+fn the_service_and_the_sequence_number_are_kept() {
     let made = Manifest {
         service: Some(Uuid::from_u128(7)),
         sequence: MAX_SEQUENCE,
@@ -271,7 +271,7 @@ fn who_made_it_and_in_which_order_is_kept() {
 }
 
 #[test]
-fn a_field_that_is_missing_or_twice_there_is_named() {
+fn the_error_names_a_missing_or_repeated_field() {
     let missing = WRITTEN.replace("  \"job\": 7,\n", "");
     let twice = WRITTEN.replace("\"job\": 7,", "\"job\": 7,\n  \"job\": 7,");
     let more = format!("{WRITTEN}{{}}");
@@ -282,7 +282,7 @@ fn a_field_that_is_missing_or_twice_there_is_named() {
 }
 
 #[test]
-fn a_name_that_leads_out_of_the_directory_is_refused() {
+fn a_name_outside_the_directory_is_refused() {
     let long = "x".repeat(256);
     for bad in [
         "",
@@ -309,7 +309,7 @@ fn a_name_that_leads_out_of_the_directory_is_refused() {
 }
 
 #[test]
-fn every_other_text_is_checked_for_what_it_may_be() {
+fn every_other_text_is_checked() {
     for (pointer, bad) in [
         ("/name", "a b"),
         ("/name", ""),
@@ -331,7 +331,7 @@ fn every_other_text_is_checked_for_what_it_may_be() {
 }
 
 #[test]
-fn there_is_a_disk_and_no_two_are_alike() {
+fn a_manifest_has_disks_and_no_two_have_a_name_or_file_in_common() {
     assert_eq!(refused("/disks", json!([])), ManifestError::NoDisks);
     for (pointer, value, what) in [
         ("/disks/1/name", "vda", "name"),
@@ -346,7 +346,7 @@ fn there_is_a_disk_and_no_two_are_alike() {
 }
 
 #[test]
-fn what_is_too_long_is_not_looked_at() {
+fn a_manifest_that_is_too_long_is_not_parsed() {
     let bytes = vec![b' '; MAX_MANIFEST_BYTES + 1];
     assert!(matches!(
         Manifest::parse(&bytes).unwrap_err(),

@@ -103,7 +103,7 @@ fn a_device_that_is_too_small_is_refused() {
     let output = store.run("restore", FIRST, &["--disk", &disk]);
     assert_eq!(output.status, 1);
     assert!(
-        output.stderr.contains("where the disk has 67108864"),
+        output.stderr.contains("but the disk has 67108864"),
         "{}",
         output.stderr
     );
@@ -144,7 +144,7 @@ fn disks_with_many_images_together_are_restored_one_by_one() {
     let socket = store.dir.path().join("socket");
     let output = store.run("export", &last, &["--socket", text(&socket)]);
     assert_eq!(output.status, 1);
-    let limit = "needs 600 images open at the same time, and 512 is the limit: name one disk";
+    let limit = "requires 600 open images, but the limit is 512. Name one disk";
     assert!(output.stderr.contains(limit), "{}", output.stderr);
 }
 
@@ -192,7 +192,7 @@ fn a_backup_is_found_by_the_beginning_of_its_id() {
     let store = Store::new();
     let out = store.out();
     for (backup, words) in [
-        ("2026", "say more of it"),
+        ("2026", "Use a longer prefix"),
         ("2027", "no backup '2027'"),
         ("db/20261101", "no backup"),
         ("..", "no backup"),

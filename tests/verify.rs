@@ -91,23 +91,28 @@ fn damage(words: &str, damaged: &[&str], status: i32, change: impl FnOnce(&Store
 
 #[test]
 fn a_bit_that_flipped_is_found_with_all_that_lies_on_it() {
-    damage("does not have the checksum", &[FIRST, SECOND], 0, |store| {
-        let image = store.vda(FIRST);
-        let end = image.metadata().unwrap().len();
-        write_at(&image, end - 1, &[0x77]);
-    });
-    damage("does not have the checksum", &ALL, 0, |store| {
+    damage(
+        "the checksum of its image differs",
+        &[FIRST, SECOND],
+        0,
+        |store| {
+            let image = store.vda(FIRST);
+            let end = image.metadata().unwrap().len();
+            write_at(&image, end - 1, &[0x77]);
+        },
+    );
+    damage("the checksum of its image differs", &ALL, 0, |store| {
         write_at(&store.backup(FULL).join("vdb.raw"), 5000, &[1]);
     });
 }
 
 #[test]
 fn a_file_that_was_cut_short_or_is_gone_is_found() {
-    damage("bytes where its manifest says", &ALL, 5, |store| {
+    damage("bytes, but its manifest records", &ALL, 5, |store| {
         let image = fs::File::options().write(true).open(store.vda(FULL)).unwrap();
         image.set_len(image.metadata().unwrap().len() - 65536).unwrap();
     });
-    damage("its image vda.qcow2 is not there", &[FIRST, SECOND], 5, |store| {
+    damage("its image vda.qcow2 is missing", &[FIRST, SECOND], 5, |store| {
         fs::remove_file(store.vda(FIRST)).unwrap();
     });
     let of_raw = "its raw image has 8388607 bytes";
@@ -125,24 +130,24 @@ fn a_file_that_was_cut_short_or_is_gone_is_found() {
 
 #[test]
 fn a_chain_that_is_broken_is_found() {
-    damage("which is not there", &[FIRST, SECOND], 5, |store| {
+    damage("is not in the store", &[FIRST, SECOND], 5, |store| {
         fs::remove_dir_all(store.backup(FULL)).unwrap();
         fs::remove_dir_all(store.backup(DIFFERENTIAL)).unwrap();
     });
-    damage("it lies on itself", &[FIRST, SECOND], 5, |store| {
+    damage("it depends on itself", &[FIRST, SECOND], 5, |store| {
         store.change_manifest(FIRST, |manifest| {
             manifest["disks"][0]["parent"]["backup"] = SECOND.into();
         });
     });
-    damage("does not have", &[FIRST, SECOND], 5, |store| {
+    damage("does not contain", &[FIRST, SECOND], 5, |store| {
         store.change_manifest(FIRST, |manifest| {
             manifest["disks"][0]["parent"]["file"] = "vdz.qcow2".into();
         });
     });
-    damage("its manifest is no manifest", &[FIRST, SECOND], 5, |store| {
+    damage("its manifest is invalid", &[FIRST, SECOND], 5, |store| {
         fs::write(store.backup(FIRST).join("manifest.json"), "{").unwrap();
     });
-    damage("is that of another backup", &[FIRST, SECOND], 5, |store| {
+    damage("belongs to another backup", &[FIRST, SECOND], 5, |store| {
         store.change_manifest(FIRST, |manifest| manifest["id"] = SECOND.into());
     });
 }
@@ -188,7 +193,7 @@ fn a_header_that_names_another_file_is_found() {
         store.record(FULL);
     });
     damage(
-        "says that its backing file is 'raw'",
+        "gives its backing file the format 'raw'",
         &[FIRST, SECOND],
         5,
         |store| {
@@ -236,20 +241,15 @@ fn a_header_that_makes_no_sense_is_found() {
         write_at(&store.vda(FIRST), 7, &[9]);
         store.record(FIRST);
     });
-    damage("is no qcow2 image", &[FIRST, SECOND], 5, |store| {
+    damage("is not a qcow2 image", &[FIRST, SECOND], 5, |store| {
         write_at(&store.vda(FIRST), 0, b"RAW!");
         store.record(FIRST);
     });
-    damage(
-        "bytes for the guest where the manifest says",
-        &[FIRST, SECOND],
-        5,
-        |store| {
-            store.change_manifest(FIRST, |manifest| {
-                manifest["disks"][0]["virtual-size"] = (SIZE - 512).into()
-            });
-        },
-    );
+    damage("has a virtual size of", &[FIRST, SECOND], 5, |store| {
+        store.change_manifest(FIRST, |manifest| {
+            manifest["disks"][0]["virtual-size"] = (SIZE - 512).into()
+        });
+    });
 }
 
 #[test]

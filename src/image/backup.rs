@@ -14,7 +14,7 @@ use crate::model::{self, Digest, Format, MANIFEST_NAME, MAX_MANIFEST_BYTES, Mani
 use crate::qcow2::{self, Expected, HeaderError};
 use crate::target::{self, Held, Sharing, Shelf};
 
-/// Where a backup is in its store: the names of two directories, one in the other.
+/// The path of a backup in its store: the domain's directory, and the backup's directory in it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Location {
     pub domain: String,
@@ -27,7 +27,7 @@ impl std::fmt::Display for Location {
     }
 }
 
-/// All backups of a store, whole or not. Blocks.
+/// Returns all backups of a store, including incomplete ones. Blocks.
 pub fn all(store: &Shelf) -> Result<Vec<Location>, Error> {
     let mut found = Vec::new();
     let visible = |names: Vec<String>| names.into_iter().filter(|name| !name.starts_with('.'));
@@ -47,7 +47,7 @@ pub fn all(store: &Shelf) -> Result<Vec<Location>, Error> {
     Ok(found)
 }
 
-/// Whether a directory is a backup's, by its manifest; also of a store that no service uses. Blocks.
+/// Returns true if a directory has a valid manifest, in any store. Blocks.
 pub fn is_backup(directory: &Path) -> bool {
     let limit = MAX_MANIFEST_BYTES as u64;
     let mut content = Vec::new();
@@ -56,8 +56,7 @@ pub fn is_backup(directory: &Path) -> bool {
     read.is_ok() && Manifest::parse(&content).is_ok()
 }
 
-/// The one backup whose id is `wanted` or begins with it; with its domain's directory and a slash before it, only there.
-/// Blocks.
+/// Returns the only backup whose id is `wanted` or begins with it. `DIRECTORY/ID` searches only this directory. Blocks.
 pub fn find(store: &Shelf, wanted: &str) -> Result<Location, Error> {
     let (domain, prefix) = match wanted.split_once('/') {
         Some((domain, prefix)) => (Some(domain), prefix),
@@ -82,7 +81,7 @@ pub fn find(store: &Shelf, wanted: &str) -> Result<Location, Error> {
     }
 }
 
-/// A backup that stays as it is for as long as this is there.
+/// A backup that cannot change while this exists, because its directory is locked.
 #[derive(Debug)]
 pub struct Backup {
     pub manifest: Manifest,
@@ -111,12 +110,12 @@ impl Backup {
         self.held.clone()
     }
 
-    /// The length of an image's file, if it is there.
+    /// The length of an image's file, if it exists.
     pub fn file_size(&self, disk: &model::Disk) -> Option<u64> {
         self.shelf.file_size(&disk.file).ok()
     }
 
-    /// Opens an image and compares its length and header with the manifests; `backing` is the format of its backing
+    /// Opens an image and compares its length and header with the manifests. `backing` is the format of its backing
     /// image, if it has one. Blocks.
     pub fn image(&self, disk: &model::Disk, backing: Option<Format>) -> Result<Image, Fault> {
         let file = match self.shelf.open_file(&disk.file) {
@@ -169,7 +168,7 @@ impl Image {
         self.expected.virtual_size
     }
 
-    /// Holds the image's header, as it is now, against what the manifests say. Blocks.
+    /// Compares the image's current header with the manifests. Blocks.
     pub fn check_header(&self) -> Result<(), Fault> {
         let (found, virtual_size) = (self.length, self.expected.virtual_size);
         match self.format {
@@ -179,7 +178,7 @@ impl Image {
         }
     }
 
-    /// What is to be told of a fault of this image.
+    /// Converts a fault of this image to an error.
     pub fn damaged(&self, fault: Fault) -> Error {
         Error::Damaged(Finding {
             backup: self.backup.clone(),

@@ -1,4 +1,4 @@
-//! A backup's disks, each with all images of its chain. Their backups are held; the images are opened disk by disk.
+//! The chains of a backup's disks. Their backups stay locked; the images are opened disk by disk.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -8,37 +8,37 @@ use super::{Error, Fault, Finding};
 use crate::model::{self, Format, Manifest};
 use crate::target::{Held, Shelf};
 
-/// Images of one disk, one on the other. What QEMU can open is more; a service that makes chains ends them earlier.
+/// The maximum number of images in a chain. QEMU can open more, and the service creates shorter chains.
 pub const MAX_DEPTH: usize = 64;
 
-/// A backup, with its bases. None of them can be changed while this exists.
+/// A backup with its bases. None of them can change while this exists.
 #[derive(Debug)]
 pub struct Chain {
     pub manifest: Manifest,
     disks: Vec<DiskChain>,
 }
 
-/// One disk's chain. None of its images was damaged at first sight.
+/// The chain of one disk. Its images passed the checks of their lengths and headers.
 #[derive(Debug, Clone)]
 pub struct DiskChain {
     pub disk: String,
-    /// From the image without a backing image on.
+    /// Ordered from the image without a backing image upwards.
     links: Vec<(Link, Option<Format>)>,
     virtual_size: u64,
     estimate: u64,
 }
 
-/// One disk's images, open, each the backing image of the next. Each is a descriptor.
+/// The open images of one disk, each the backing image of the next. Each uses one descriptor.
 #[derive(Debug, Clone)]
 pub struct OpenDisk {
     pub disk: String,
     pub(super) images: Vec<Image>,
-    /// What is open is to stay as it is.
+    /// Locks that keep the open images from changing.
     _held: Vec<Arc<Held>>,
 }
 
 impl Chain {
-    /// Opens the backup `id` in its domain's directory: of all its disks, or of those that are `wanted`. Blocks.
+    /// Opens the backup `id` in its domain's directory with all its disks, or only the `wanted` ones. Blocks.
     pub fn open(domain: &Shelf, id: &str, wanted: Option<&[&str]>) -> Result<Self, Error> {
         let mut links = Links::new(domain);
         let top = links.backup(id).map_err(|fault| damaged(id, None, fault))?;
@@ -68,17 +68,17 @@ impl Chain {
 }
 
 impl DiskChain {
-    /// Bytes that the content takes at most.
+    /// Estimated maximum of the content, in bytes.
     pub fn estimate(&self) -> u64 {
         self.estimate
     }
 
-    /// Bytes that the guest sees.
+    /// Size of the disk that the guest sees, in bytes.
     pub fn virtual_size(&self) -> u64 {
         self.virtual_size
     }
 
-    /// How many images there are to be opened.
+    /// The number of images in the chain.
     pub fn length(&self) -> usize {
         self.links.len()
     }
@@ -106,7 +106,7 @@ impl DiskChain {
 }
 
 impl OpenDisk {
-    /// Bytes that the guest sees.
+    /// Size of the disk that the guest sees, in bytes.
     pub fn virtual_size(&self) -> u64 {
         self.images.last().map_or(0, Image::virtual_size)
     }
@@ -126,7 +126,7 @@ pub(super) struct Links<'a> {
     backups: BTreeMap<String, Result<Arc<Backup>, Fault>>,
 }
 
-/// A disk's image in the manifest of its backup.
+/// A disk's image as the manifest of its backup describes it.
 type Link = (Arc<Backup>, model::Disk);
 
 impl<'a> Links<'a> {
@@ -146,7 +146,7 @@ impl<'a> Links<'a> {
         backup
     }
 
-    /// What lies below the image of `disk` in backup `id`.
+    /// Returns the backing image of `disk`.
     pub fn parent(&mut self, disk: &model::Disk) -> Result<Option<Link>, Fault> {
         let Some(parent) = &disk.parent else {
             return Ok(None);
@@ -166,7 +166,7 @@ impl<'a> Links<'a> {
             .map_err(|fault| damaged(id, Some(&disk.name), fault))?;
         let mut links = Vec::new();
         let top = (top, disk.clone());
-        // Before anything is opened: that there is an end, and where.
+        // Checks that the chain ends before any image is opened.
         for_each_link(self, top.clone(), |_, _, _| Ok(())).map_err(Error::Damaged)?;
         let mut files = 0_u64;
         let mut virtual_size = None;
@@ -190,7 +190,7 @@ impl<'a> Links<'a> {
     }
 }
 
-/// Follows a chain from an image to the one without a base, and says where that fails.
+/// Follows a chain from an image down to the one without a base. Reports where that fails.
 pub(super) fn for_each_link(
     links: &mut Links,
     top: Link,

@@ -1,4 +1,4 @@
-//! `qemu-img check` of one image.
+//! Runs `qemu-img check` on one image.
 
 use std::os::fd::AsFd;
 use std::process::Stdio;
@@ -7,15 +7,16 @@ use serde::Deserialize;
 use tokio::io::AsyncReadExt;
 
 use super::backup::Image;
-use super::process::{IMG, Inherited, Words, nothing};
+use super::process::{IMG, Inherited, StderrTail, nothing};
 use super::{Control, Error, Fault, blocking};
 use crate::qmp::block::{BlockdevOptions, Driver};
 
-/// The longest report that is read.
+/// The longest report that is read, in bytes.
 const MAX_REPORT: u64 = 64 << 10;
 
-/// A checker counts the uses of each cluster: 2 bytes for 64 KiB in what QEMU makes by itself, and as much again while its table
-/// grows. A header can have it count 8 bytes for each 512, of a sparse file that takes no space: that is not followed.
+/// qemu-img counts the uses of each cluster: 2 bytes for each 64 KiB in QEMU's default images, and twice that while its
+/// table grows. A hostile header can require 8 bytes for each 512 bytes of a sparse file, which costs its author no
+/// space. The limit prevents that.
 const BYTES_PER_BYTE: u64 = 4096;
 const MOST_MEMORY: u64 = 4 << 30;
 
@@ -28,13 +29,13 @@ struct Report {
     check_errors: u64,
 }
 
-/// Has the image's own structure checked. Leaked clusters are no damage: they hold nothing.
+/// Checks the structure of an image. Leaked clusters are not damage, because they hold no data.
 ///
-/// qemu-img reads the header itself, so the header is checked again afterwards: an exchanged one is reported.
+/// qemu-img reads the header itself, so the header is checked again afterwards. A replaced header is reported.
 pub async fn check(image: &Image, control: Control<'_>) -> Result<Result<(), Fault>, Error> {
     let mut inherited = Inherited::new();
     inherited.add_memory((image.length / BYTES_PER_BYTE).min(MOST_MEMORY));
-    // Its backing image is checked separately.
+    // The backing image is checked separately.
     let filename = inherited.add(image.file.as_fd())?;
     let file = BlockdevOptions::new(None, Driver::File { filename }).into();
     let name = BlockdevOptions::new(None, Driver::Qcow2 { file, backing: None }).filename();
@@ -43,16 +44,18 @@ pub async fn check(image: &Image, control: Control<'_>) -> Result<Result<(), Fau
     let started = IMG.start(arguments, nothing()?, Stdio::piped(), inherited);
     let mut child = match started {
         Ok(child) => child,
-        // Memory or processes are short; the next image may have better luck. That it is not installed is said once.
+        // Memory or processes are short, so the next image may succeed. A missing program is an error of the whole
+        // call.
         Err(Error::NotStarted { why, .. }) => return Ok(Err(Fault::NotChecked(why))),
         Err(error) => return Err(error),
     };
     let (output, errors) = (child.stdout.take(), child.stderr.take());
-    let mut words = errors.map(Words::listen);
+    let mut words = errors.map(StderrTail::listen);
     let report = async {
         let mut report = Vec::new();
         if let Some(output) = output {
-            // What cannot be read is no report; a longer one ends the program, which writes to nobody.
+            // An unreadable report counts as none. A longer one ends the program, because it then writes to a closed
+            // pipe.
             let _ = output.take(MAX_REPORT).read_to_end(&mut report).await;
         }
         report
@@ -69,7 +72,7 @@ pub async fn check(image: &Image, control: Control<'_>) -> Result<Result<(), Fau
         return Ok(Err(fault));
     }
     Ok(match (status.code(), serde_json::from_slice::<Report>(&report)) {
-        // 3: leaks.
+        // Exit status 3: leaked clusters.
         (Some(0 | 3), Ok(report)) if report.corruptions == 0 && report.check_errors == 0 => Ok(()),
         (_, Ok(report)) if report.corruptions > 0 || report.check_errors > 0 => Err(Fault::Inconsistent {
             corruptions: report.corruptions,

@@ -4,12 +4,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::Stdio;
 
 use super::chain::OpenDisk;
-use super::process::{IMG, Inherited, Words, nothing};
+use super::process::{IMG, Inherited, StderrTail, nothing};
 use super::{Control, Error, blocking};
 use crate::model::Format;
 use crate::qmp::block::{BlockdevOptions, BlockdevRef, Driver};
 
-/// Compares all that a guest would see of a disk with a qcow2 image without a backing file; false if they differ.
+/// Compares everything that a guest sees of a disk with a qcow2 image without a backing file. Returns false if they
+/// differ.
 pub async fn shows_the_same(chain: &OpenDisk, image: &OwnedFd, control: Control<'_>) -> Result<bool, Error> {
     let mut inherited = Inherited::new();
     let mut node = None;
@@ -21,9 +22,9 @@ pub async fn shows_the_same(chain: &OpenDisk, image: &OwnedFd, control: Control<
     let node = node.as_ref().map_or_else(String::new, BlockdevOptions::filename);
     let arguments = ["compare".to_owned(), node, other.filename()];
     let mut child = IMG.start(arguments, nothing()?, Stdio::null(), inherited)?;
-    let mut words = child.stderr.take().map(Words::listen);
+    let mut words = child.stderr.take().map(StderrTail::listen);
     let status = super::process::wait(&mut child, "qemu-img compare", control).await?;
-    // It read the headers itself: one that was exchanged meanwhile could have had it read something else.
+    // qemu-img read the headers itself. With a replaced header, it could have read other files.
     let images = chain.images.clone();
     blocking(move || {
         for image in &images {
@@ -40,7 +41,7 @@ pub async fn shows_the_same(chain: &OpenDisk, image: &OwnedFd, control: Control<
                 Some(words) => words.last().await,
                 None => String::new(),
             };
-            Err(Error::Engine {
+            Err(Error::StorageDaemon {
                 why: format!("qemu-img compare: {status}: {said}"),
             })
         }

@@ -8,54 +8,55 @@ use crate::model::ManifestError;
 use crate::qcow2::HeaderError;
 use crate::target;
 
-/// What is wrong with a backup or one of its images.
+/// A fault of a backup or one of its images.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    #[error("it is not there")]
+    #[error("it does not exist")]
     Missing,
-    #[error("it was removed before it could be looked at")]
+    #[error("it was deleted before it could be verified")]
     Removed,
     #[error("{0}")]
     Unreadable(Box<target::Error>),
-    #[error("its manifest is no manifest: {0}")]
+    #[error("its manifest is invalid: {0}")]
     Manifest(ManifestError),
-    #[error("its manifest is that of another backup, {}", shown(.found))]
+    #[error("its manifest belongs to another backup, {}", shown(.found))]
     OtherId { found: String },
-    #[error("its image {} is not there", shown(.file))]
+    #[error("its image {} is missing", shown(.file))]
     NoImage { file: String },
-    #[error("it lies on {}/{}, which backup {} does not have", shown(.backup), shown(.file), shown(.backup))]
+    #[error("it depends on {}/{}, which backup {} does not contain", shown(.backup), shown(.file), shown(.backup))]
     NoSuchParent { backup: String, file: String },
-    #[error("it lies on backup {}, which is not there", shown(.backup))]
+    #[error("its base {} is not in the store", shown(.backup))]
     NoParent { backup: String },
-    #[error("it lies on itself")]
+    #[error("it depends on itself")]
     Loop,
-    #[error("it lies on more than {MAX_DEPTH} images, one on the other")]
+    #[error("its chain has more than {MAX_DEPTH} images")]
     TooDeep,
-    #[error("its image has {found} bytes where its manifest says {recorded}")]
+    #[error("its image has {found} bytes, but its manifest records {recorded} bytes")]
     Length { found: u64, recorded: u64 },
-    #[error("its raw image has {found} bytes where the disk has {virtual_size}")]
+    #[error("its raw image has {found} bytes, but the disk has {virtual_size} bytes")]
     RawLength { found: u64, virtual_size: u64 },
     #[error("its image {0}")]
     Header(HeaderError),
-    #[error("its image does not have the checksum of its manifest: what is in it has changed")]
+    #[error("the checksum of its image differs from its manifest, so its content has changed")]
     Checksum,
     #[error("qemu-img finds {corruptions} corruptions and {errors} errors in its image")]
     Inconsistent { corruptions: u64, errors: u64 },
     #[error("qemu-img cannot check its image: {0}")]
     NotChecked(String),
-    #[error("its image's header was exchanged while it was being read")]
+    #[error("the header of its image was replaced while it was being read")]
     Exchanged,
-    #[error("it lies on backup {}, which is damaged", shown(.backup))]
+    #[error("its base {} is damaged", shown(.backup))]
     LiesOnDamaged { backup: String },
 }
 
 impl Fault {
-    /// Whether what is there shows that the backup is not what it was. False if it could not be looked at, now or by this user:
-    /// storage that does not answer, a program that was killed. Then nothing is known, and another look may find it good.
+    /// Returns true if the fault proves that the backup has changed. False if the backup could not be read now or by
+    /// this user: storage that does not respond, a program that was killed. Its state is then unknown, and a later
+    /// check may find it good.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Unreadable(error) => match **error {
-                // What has the name of a file, or of a directory, is none; or nothing has it.
+                // The path has no file or directory, or one of another type.
                 target::Error::Io { errno, .. } => matches!(
                     errno,
                     Errno::NOENT | Errno::NOTDIR | Errno::ISDIR | Errno::LOOP | Errno::INVAL
@@ -63,13 +64,13 @@ impl Fault {
                 _ => false,
             },
             Self::Header(HeaderError::Io(_)) | Self::NotChecked(_) | Self::Removed => false,
-            // An error of qemu-img's own says as little about the image as one of the system's.
+            // qemu-img's own errors show as little about the image as errors of the system.
             Self::Inconsistent { corruptions, .. } => *corruptions > 0,
             _ => true,
         }
     }
 
-    /// What a call that found it fails with.
+    /// Returns the kind of error that a call reports for this fault.
     pub fn kind(&self) -> Kind {
         match self {
             fault if fault.is_damage() => Kind::ChainBroken,
@@ -87,11 +88,11 @@ impl From<target::Error> for Fault {
     }
 }
 
-/// A fault, and where it is.
+/// A fault and its location.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     pub backup: String,
-    /// Nothing where it is about the backup as a whole.
+    /// `None` if the fault concerns the whole backup.
     pub disk: Option<String>,
     pub fault: Fault,
 }
@@ -110,7 +111,7 @@ impl std::fmt::Display for Finding {
 pub enum Error {
     #[error("no backup '{}' in {store}", shown(.wanted))]
     NoSuchBackup { wanted: String, store: String },
-    #[error("'{}' can be {first} or {second}: say more of it", shown(.wanted))]
+    #[error("'{}' matches {first} and {second}. Use a longer prefix", shown(.wanted))]
     Ambiguous {
         wanted: String,
         first: String,
@@ -127,7 +128,7 @@ pub enum Error {
     #[error(transparent)]
     Target(#[from] target::Error),
     #[error(
-        "backup {}: serving these disks needs {images} images open at the same time, and {most} is the limit: name one disk",
+        "backup {}: serving these disks requires {images} open images, but the limit is {most}. Name one disk",
         shown(.backup)
     )]
     TooManyImages {
@@ -135,18 +136,18 @@ pub enum Error {
         images: usize,
         most: usize,
     },
-    #[error("{program} is not installed: install it (on Debian, package {package})")]
+    #[error("{program} is not installed. Install it (on Debian, package {package})")]
     NotInstalled {
         program: &'static str,
         package: &'static str,
     },
-    #[error("{program} cannot be started: {why}")]
+    #[error("cannot start {program}: {why}")]
     NotStarted { program: &'static str, why: String },
     #[error("qemu-storage-daemon failed: {why}")]
-    Engine { why: String },
-    #[error("disk '{}' cannot be copied: {why}", shown(.disk))]
+    StorageDaemon { why: String },
+    #[error("cannot copy disk '{}': {why}", shown(.disk))]
     Copy { disk: String, why: String },
-    #[error("disk '{}': no space left where it goes", shown(.disk))]
+    #[error("disk '{}': no space left on its target", shown(.disk))]
     NoSpace { disk: String },
     #[error("disk '{}': its target {why}", shown(.disk))]
     BadTarget { disk: String, why: String },
@@ -170,17 +171,17 @@ impl Error {
         }
     }
 
-    /// Says which image QEMU's words are about: it knows none by a name.
+    /// Adds the image to QEMU's message, because QEMU knows only descriptors.
     pub(super) fn about(self, backup: &str, disk: &str) -> Self {
         match self {
-            Self::Engine { why } => Self::Engine {
+            Self::StorageDaemon { why } => Self::StorageDaemon {
                 why: format!("backup {}, disk '{}': {why}", shown(backup), shown(disk)),
             },
             error => error,
         }
     }
 
-    /// The disk that it is about, where it is about one.
+    /// The disk that the error is about, if any.
     pub fn disk(&self) -> Option<&str> {
         match self {
             Self::Copy { disk, .. } | Self::NoSpace { disk } | Self::BadTarget { disk, .. } => Some(disk),
@@ -198,7 +199,7 @@ impl Error {
             Self::Damaged(finding) => finding.fault.kind(),
             Self::TooManyImages { .. } => Kind::LimitsExceeded,
             Self::NotInstalled { .. } | Self::NotStarted { .. } => Kind::Unsupported,
-            Self::Engine { .. } | Self::Copy { .. } => Kind::QemuError,
+            Self::StorageDaemon { .. } | Self::Copy { .. } => Kind::QemuError,
             Self::NoSpace { .. } => Kind::NoSpace,
             Self::BadTarget { .. } => Kind::TargetInvalid,
             Self::Stalled { .. } => Kind::Stalled,

@@ -1,26 +1,26 @@
-//! A backup's disks over NBD, for reading.
+//! Serves a backup's disks read-only over NBD.
 
 use std::os::fd::OwnedFd;
 
 use super::Error;
 use super::chain::{Chain, DiskChain};
-use super::engine::{Engine, Plan};
+use super::storage_daemon::{DaemonSpec, StorageDaemon};
 use crate::qmp::block::BlockExportAdd;
 
-/// Images of all disks that are served together. Each is a descriptor, here and in the program that serves them.
+/// The maximum number of images that are served together. Each uses a descriptor here and in the serving program.
 const MAX_IMAGES: usize = 512;
 
 /// The disks of a backup, served until this is dropped.
 #[derive(Debug)]
 pub struct Export {
-    engine: Engine,
+    daemon: StorageDaemon,
     chain: Chain,
 }
 
 impl Export {
     /// Serves each disk under its own name, on a listening socket.
     pub async fn start(chain: Chain, listener: OwnedFd) -> Result<Self, Error> {
-        let mut plan = Plan::new();
+        let mut spec = DaemonSpec::new();
         let mut exports = Vec::new();
         let images: usize = chain.disks().iter().map(DiskChain::length).sum();
         if images > MAX_IMAGES {
@@ -31,10 +31,10 @@ impl Export {
             });
         }
         for (number, disk) in chain.disks().iter().enumerate() {
-            exports.push((disk.disk.clone(), plan.source(number, &disk.open().await?)?.top));
+            exports.push((disk.disk.clone(), spec.source(number, &disk.open().await?)?.top));
         }
-        plan.listen(&listener)?;
-        let mut engine = Engine::start(plan).await?;
+        spec.listen(&listener)?;
+        let mut daemon = StorageDaemon::start(spec).await?;
         for (number, (name, node)) in exports.iter().enumerate() {
             let export = BlockExportAdd {
                 id: &format!("export{number}"),
@@ -42,22 +42,22 @@ impl Export {
                 name,
                 writable: false,
             };
-            engine.execute(export).await?;
+            daemon.execute(export).await?;
         }
-        Ok(Self { engine, chain })
+        Ok(Self { daemon, chain })
     }
 
     pub fn chain(&self) -> &Chain {
         &self.chain
     }
 
-    /// How many bytes it has read so far, for its clients above all; nothing where the kernel does not count that.
+    /// Returns how many bytes the program has read, mostly for its clients; `None` if the kernel does not count them.
     pub fn bytes_read(&self) -> Option<u64> {
-        self.engine.bytes_read()
+        self.daemon.bytes_read()
     }
 
-    /// Waits until it ends, which it does not do by itself.
+    /// Waits until the program ends, which it does only if it fails.
     pub async fn ended(&mut self) -> Error {
-        self.engine.ended().await
+        self.daemon.ended().await
     }
 }

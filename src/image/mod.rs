@@ -1,20 +1,20 @@
-//! Reading stored backups: they are found with all their bases, restored, exported and verified.
+//! Reads stored backups with all their bases: restores, exports and verifies them.
 //!
-//! The images were written by QEMU processes that belong to users, so nothing in them decides what is opened: every file is
-//! opened here, below the store's directory, its header is compared with the manifest, and the program that reads it (a
-//! `qemu-storage-daemon` or `qemu-img` of our own) gets descriptors and the chain. A backup is never
-//! changed, and cannot be changed by others meanwhile: its directory is held. Knows neither jobs nor callers.
+//! QEMU processes that belong to users wrote the images, so no content of an image decides which file is opened. The
+//! service opens every file below the store's directory, and compares its header with the manifest. A separate
+//! `qemu-storage-daemon` or `qemu-img` then gets descriptors and the chain. A backup is never changed, and a lock on
+//! its directory prevents changes by others. Must not know jobs or callers.
 
 mod backup;
 mod chain;
 mod check;
 mod compare;
 mod confine;
-mod engine;
 mod error;
 mod export;
 mod process;
 mod restore;
+mod storage_daemon;
 mod tether;
 mod verify;
 mod watch;
@@ -32,7 +32,7 @@ pub use tether::become_tethered;
 pub use verify::{Survey, Verified, check_sums};
 pub use watch::Control;
 
-/// Runs `work` where it keeps nobody waiting.
+/// Runs `work` on a blocking thread.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {

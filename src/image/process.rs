@@ -1,6 +1,6 @@
-//! Programs of QEMU's that work on images for us, with descriptors of ours.
+//! Starts QEMU's programs, which work on images with descriptors of this service.
 //!
-//! They get no path but `/dev/fd/N`, and are confined to the files that they get (`confine`).
+//! They get no path but `/dev/fd/N`, and can access only the passed files (`confine`).
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -18,17 +18,18 @@ use super::confine::{Grants, PassedFile};
 use super::watch::work_of;
 use super::{Control, Error, tether};
 
-/// How much is kept of what a program says when it fails.
-const MAX_WORDS: usize = 2048;
-/// How long a program's last words may take once it has ended, or its input is closed.
+/// How much of a failing program's standard error is kept, in bytes.
+const MAX_STDERR: usize = 2048;
+/// How long to wait for the rest of a program's standard error after it has ended.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// What a program may fill of memory by itself, most of it stacks: 64 threads of 8 MiB each do the input and output.
+/// The memory of a program without images, mostly stacks: 64 I/O threads of 8 MiB each.
 const PROGRAM_MEMORY: u64 = 1 << 30;
-/// And for each image: QEMU's caches have 32 MiB at most, the tables that it keeps whole as much again.
+/// The additional memory for each image: QEMU's caches have at most 32 MiB, and the tables that it keeps whole as much
+/// again.
 const IMAGE_MEMORY: u64 = 128 << 20;
 
-/// A program, and the Debian package that has it.
+/// A program and its Debian package.
 #[derive(Debug, Clone, Copy)]
 pub struct Program {
     pub name: &'static str,
@@ -45,8 +46,8 @@ pub const IMG: Program = Program {
 };
 
 impl Program {
-    /// Starts it, confined, with `input` as its standard input, and what it is to inherit. Killed when what is returned is dropped,
-    /// and when this process ends.
+    /// Starts the program confined, with `input` as its standard input and the `inherited` descriptors. It is killed
+    /// when the returned child is dropped, and when this process ends.
     pub fn start(
         self,
         arguments: impl IntoIterator<Item = String>,
@@ -70,7 +71,7 @@ impl Program {
             .stdin(Stdio::from(input))
             .stdout(output)
             .stderr(Stdio::piped())
-            // Ctrl-C on a terminal is for us: what it ends is ended from here.
+            // Ctrl-C on a terminal is for this process, which then ends the program.
             .process_group(0)
             .kill_on_drop(true);
         let started = tether::start(move || inherited.pass(|| command.spawn()));
@@ -78,18 +79,18 @@ impl Program {
     }
 }
 
-/// Descriptors for one program, open under the same numbers in it, and the memory that it may take.
+/// Descriptors for one program, with the same numbers in it, and its memory limit.
 #[derive(Debug)]
 pub struct Inherited {
     files: Vec<OwnedFd>,
     grants: Grants,
 }
 
-/// Between the making of descriptors that a program inherits and their end no other program is started: it would get them
-/// too.
+/// Serialises starts: while inheritable descriptors are open, another program must not start, because it would inherit
+/// them too.
 static STARTING: Mutex<()> = Mutex::new(());
 
-/// Starts a program that inherits nothing: not while another one that does is started.
+/// Starts a program that inherits nothing, while no other program with inherited descriptors is being started.
 pub fn start_alone<T>(start: impl FnOnce() -> T) -> T {
     let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
     start()
@@ -106,7 +107,7 @@ impl Inherited {
         }
     }
 
-    /// Lets the program fill so many bytes of memory more.
+    /// Raises the memory limit by so many bytes.
     pub fn add_memory(&mut self, bytes: u64) {
         self.grants.memory = self.grants.memory.saturating_add(bytes);
     }
@@ -115,12 +116,12 @@ impl Inherited {
         self.grants.memory
     }
 
-    /// A file's name in the program, which can open it as it is open here.
+    /// Passes a file. Returns its path in the program, which can open it with the same access mode.
     pub fn add(&mut self, file: BorrowedFd) -> Result<String, Error> {
         self.add_memory(IMAGE_MEMORY);
         let number = self.duplicate(file)?;
-        let flags = rustix::fs::fcntl_getfl(file).map_err(|errno| Error::Engine {
-            why: format!("a descriptor cannot be looked at: {errno}"),
+        let flags = rustix::fs::fcntl_getfl(file).map_err(|errno| Error::StorageDaemon {
+            why: format!("cannot read the flags of a descriptor: {errno}"),
         })?;
         self.grants.files.push(PassedFile {
             number,
@@ -129,7 +130,7 @@ impl Inherited {
         Ok(format!("/dev/fd/{number}"))
     }
 
-    /// A socket's number in the program.
+    /// Passes a socket. Returns its number in the program.
     pub fn add_socket(&mut self, socket: BorrowedFd) -> Result<i32, Error> {
         let number = self.duplicate(socket)?;
         self.grants.others.push(number);
@@ -137,20 +138,20 @@ impl Inherited {
     }
 
     fn duplicate(&mut self, file: BorrowedFd) -> Result<i32, Error> {
-        let copy = rustix::io::fcntl_dupfd_cloexec(file, 3).map_err(|errno| Error::Engine {
-            why: format!("a descriptor cannot be duplicated: {errno}"),
+        let copy = rustix::io::fcntl_dupfd_cloexec(file, 3).map_err(|errno| Error::StorageDaemon {
+            why: format!("cannot duplicate a descriptor: {errno}"),
         })?;
         let number = copy.as_raw_fd();
         self.files.push(copy);
         Ok(number)
     }
 
-    /// Runs `start`; what it starts has the descriptors, and nobody has them afterwards but that.
+    /// Runs `start`, whose process inherits the descriptors. They are closed here afterwards.
     fn pass<T>(self, start: impl FnOnce() -> T) -> Result<T, Error> {
         let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         for file in &self.files {
-            rustix::io::fcntl_setfd(file, FdFlags::empty()).map_err(|errno| Error::Engine {
-                why: format!("a descriptor cannot be passed on: {errno}"),
+            rustix::io::fcntl_setfd(file, FdFlags::empty()).map_err(|errno| Error::StorageDaemon {
+                why: format!("cannot make a descriptor inheritable: {errno}"),
             })?;
         }
         let started = start();
@@ -159,22 +160,23 @@ impl Inherited {
     }
 }
 
-/// The input of a program that reads none.
+/// Opens /dev/null as the input of a program that reads none.
 pub fn nothing() -> Result<OwnedFd, Error> {
     let opened = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-    opened.map_err(|errno| Error::Engine {
-        why: format!("/dev/null: {errno}"),
+    opened.map_err(|errno| Error::StorageDaemon {
+        why: format!("cannot open /dev/null: {errno}"),
     })
 }
 
-/// A program's standard error, up to the length that is reported. The rest is read too, so that the program never blocks.
+/// A program's standard error, up to the length that is reported. The rest is read too, so that the program never
+/// blocks.
 #[derive(Debug)]
-pub struct Words {
+pub struct StderrTail {
     text: Arc<Mutex<Vec<u8>>>,
     reader: JoinHandle<()>,
 }
 
-impl Words {
+impl StderrTail {
     pub fn listen(mut stream: impl AsyncRead + Unpin + Send + 'static) -> Self {
         let text = Arc::<Mutex<Vec<u8>>>::default();
         let kept = text.clone();
@@ -182,16 +184,16 @@ impl Words {
             let mut chunk = [0; 1024];
             while let Ok(count @ 1..) = stream.read(&mut chunk).await {
                 let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                let room = MAX_WORDS - kept.len();
+                let room = MAX_STDERR - kept.len();
                 kept.extend_from_slice(&chunk[..count.min(room)]);
             }
         });
         Self { text, reader }
     }
 
-    /// All that it said, once it has ended.
+    /// Returns all that the program printed, once it has ended.
     pub async fn last(&mut self) -> String {
-        // A child of the program may keep the stream open: report what has been read.
+        // A child of the program may keep the stream open, so the text may be incomplete.
         let _ = tokio::time::timeout(LAST_WORDS, &mut self.reader).await;
         let text = self.text.lock().unwrap_or_else(PoisonError::into_inner);
         let text = String::from_utf8_lossy(&text);
@@ -200,27 +202,27 @@ impl Words {
     }
 }
 
-impl Drop for Words {
+impl Drop for StderrTail {
     fn drop(&mut self) {
         self.reader.abort();
     }
 }
 
-/// Waits until a program has ended by itself. One that does nothing is killed, as one that is cancelled.
+/// Waits until a program has ended by itself. Kills it if it makes no progress or is cancelled.
 pub async fn wait(child: &mut Child, what: &'static str, control: Control<'_>) -> Result<ExitStatus, Error> {
     let process = child.id();
     let ended = async {
-        child.wait().await.map_err(|error| Error::Engine {
+        child.wait().await.map_err(|error| Error::StorageDaemon {
             why: error.to_string(),
         })
     };
     let status = control.watch(what, || work_of(process), ended).await;
     if status.is_err() {
-        // One that cannot be killed has ended, or ends when its storage answers.
+        // If kill fails, the program has ended, or ends when its storage responds.
         let _ = tokio::time::timeout(END, child.kill()).await;
     }
     status
 }
 
-/// How long a program that was told to end may take.
+/// How long a program may take to end after it was asked to.
 pub const END: Duration = Duration::from_secs(60);

@@ -1,4 +1,4 @@
-//! Restores a disk from its chain of images into one image without a backing file.
+//! Restores a disk from its chain into one image without a backing file.
 
 use std::convert::Infallible;
 use std::num::NonZeroU64;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::fs::{Advice, FileType, SeekFrom};
 
 use super::chain::OpenDisk;
-use super::engine::{Engine, PATIENCE, Plan, Source};
+use super::storage_daemon::{DaemonSpec, PATIENCE, Source, StorageDaemon};
 use super::{Control, Error, Progress, blocking};
 use crate::error::is_no_space;
 use crate::model::Format;
@@ -22,31 +22,31 @@ use crate::qmp::block::{
 use crate::qmp::{Command, Done, EventsError};
 use crate::target::{Media, Pace, Writeback};
 
-/// How often progress is asked for. The end is not waited for by asking.
+/// How often progress is polled. The end is reported by an event.
 const LOOK: Duration = Duration::from_millis(250);
 const JOB: &str = "restore";
-/// The target's nodes.
+/// The names of the target's nodes.
 const TARGET: &str = "target";
 const TARGET_FILE: &str = "target-file";
-/// Of a restored image, in bytes: what QEMU's own tools take by themselves.
+/// Cluster size of a restored image in bytes: the default of QEMU's tools.
 const CLUSTER_SIZE: u32 = 1 << 16;
 /// How much is sent to the device at a time, in bytes.
 const PIECE: usize = 16 << 20;
 
-/// Where a disk is restored to.
+/// The target of a restore.
 #[derive(Debug)]
 pub struct Output<'a> {
     /// A regular file or a block device.
     pub file: OwnedFd,
-    /// The format that the disk gets there.
+    /// The format of the restored disk.
     pub format: Format,
-    /// It is read again at once, so it stays in memory.
+    /// The file is read again at once, so it stays in the page cache.
     pub kept: bool,
-    /// Set before the first byte changes. While it is not set, the target is as it was.
+    /// Set before the first byte changes. While it is not set, the target is unchanged.
     pub written: &'a AtomicBool,
 }
 
-/// The target, and what it is.
+/// The target and its type.
 struct Target<'a> {
     file: Arc<OwnedFd>,
     media: Media,
@@ -56,7 +56,7 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
-    /// From here on the content may be another.
+    /// Records that the content may have changed.
     fn mark_written(&self) {
         self.written.store(true, Ordering::Relaxed);
     }
@@ -69,13 +69,13 @@ impl Target<'_> {
     }
 }
 
-/// Copies the disk as the chain shows it into a regular file, whose content is lost, or onto a block device that is large
-/// enough. What reads as zeroes takes no space where the target's storage can do that. Durable when this returns.
+/// Copies the disk as the chain shows it into a regular file, whose content is lost, or onto a block device that is
+/// large enough. Zeroes take no space if the target's storage supports that. The data is durable when this returns.
 ///
-/// When this fails or is dropped, and `output.written` is set, the target holds an incomplete disk. Cancelling waits until
-/// nothing writes any more; dropping does not.
+/// If this fails or is dropped, and `output.written` is set, the target holds an incomplete disk. Cancelling waits
+/// until nothing is written any more; dropping does not.
 pub async fn restore(chain: &OpenDisk, output: Output<'_>, control: Control<'_>) -> Result<(), Error> {
-    let (mut engine, steps) = (None, AtomicU64::new(0));
+    let (mut daemon, steps) = (None, AtomicU64::new(0));
     let moved = || {
         control
             .progress
@@ -83,53 +83,54 @@ pub async fn restore(chain: &OpenDisk, output: Output<'_>, control: Control<'_>)
             .0
             .wrapping_add(steps.load(Ordering::Relaxed))
     };
-    let work = work(chain, output, control.progress, &steps, &mut engine);
+    let work = work(chain, output, control.progress, &steps, &mut daemon);
     let done = control.watch("the restore", moved, work).await;
-    if let (Err(_), Some(engine)) = (&done, engine) {
-        engine.kill().await;
+    if let (Err(_), Some(daemon)) = (&done, daemon) {
+        daemon.kill().await;
     }
     done
 }
 
-/// Every step that is none of the copy's own counts in `steps`.
+/// `steps` counts the steps other than copying, so that each shows progress.
 async fn work(
     chain: &OpenDisk,
     output: Output<'_>,
     progress: &Progress,
     steps: &AtomicU64,
-    running: &mut Option<Engine>,
+    running: &mut Option<StorageDaemon>,
 ) -> Result<(), Error> {
     let format = output.format;
     let target = inspect(chain, output).await?;
-    let mut plan = Plan::new();
-    let source = plan.source(0, chain)?;
-    let name = plan.file(&target.file)?;
-    let engine = running.insert(Engine::start(plan).await?);
-    let copied = copy(engine, chain, (source, &name), &target, format, progress);
+    let mut spec = DaemonSpec::new();
+    let source = spec.source(0, chain)?;
+    let name = spec.file(&target.file)?;
+    let daemon = running.insert(StorageDaemon::start(spec).await?);
+    let copied = copy(daemon, chain, (source, &name), &target, format, progress);
     tokio::select! {
         copied = copied => copied?,
         failed = write_back(&target) => match failed? {},
     }
-    if let Some(engine) = running.take() {
-        engine.quit().await?;
+    if let Some(daemon) = running.take() {
+        daemon.quit().await?;
     }
     sync(chain, &target, steps).await
 }
 
-/// Sends what is copied to the device while more comes, so that less is left for the end. Goes on until it is dropped.
+/// Starts write-back of copied data while copying continues, so that less remains for the end. Runs until it is
+/// dropped.
 async fn write_back(target: &Target<'_>) -> Result<Infallible, Error> {
     let mut pace = Pace::default();
     loop {
         tokio::time::sleep(pace.pause()).await;
         let writeback = target.writeback.clone();
-        // An error is found at the end.
+        // The final check reports errors.
         let started = blocking(move || Ok(writeback.start().unwrap_or_default())).await?;
         pace = pace.after(started);
     }
 }
 
-/// Makes the target durable, piece by piece, so that slow storage shows progress and is distinguished from storage that hangs:
-/// the final fsync does not wait for data that was written back before.
+/// Makes the target durable piece by piece, so that slow storage shows progress and is distinguished from storage that
+/// hangs. The final fsync does not wait for data that is already written back.
 async fn sync(chain: &OpenDisk, target: &Target<'_>, steps: &AtomicU64) -> Result<(), Error> {
     let failed = |errno| Error::system(&chain.disk, "made durable", errno);
     let sent = target.writeback.clone();
@@ -139,7 +140,7 @@ async fn sync(chain: &OpenDisk, target: &Target<'_>, steps: &AtomicU64) -> Resul
     let length = rustix::fs::seek(&target.file, SeekFrom::End(0)).map_err(failed)?;
     for offset in (0..length).step_by(PIECE).filter(|_| !target.kept) {
         let file = target.file.clone();
-        // Advice: where it is not taken, the end takes longer.
+        // Only advice: if the kernel ignores it, the final fsync takes longer.
         let sent = blocking(move || {
             let _ = rustix::fs::fadvise(&file, offset, NonZeroU64::new(PIECE as u64), Advice::DontNeed);
             Ok(())
@@ -152,7 +153,7 @@ async fn sync(chain: &OpenDisk, target: &Target<'_>, steps: &AtomicU64) -> Resul
         .await
 }
 
-/// Finds out what the target is, and whether a device is large enough. Changes nothing.
+/// Determines the type of the target, and whether a device is large enough. Changes nothing.
 async fn inspect<'a>(chain: &OpenDisk, output: Output<'a>) -> Result<Target<'a>, Error> {
     let (disk, size) = (chain.disk.clone(), chain.virtual_size());
     let Output {
@@ -162,7 +163,7 @@ async fn inspect<'a>(chain: &OpenDisk, output: Output<'a>) -> Result<Target<'a>,
         written,
     } = output;
     let (file, media) = blocking(move || {
-        let stat = rustix::fs::fstat(&file).map_err(|errno| Error::system(&disk, "looked at", errno))?;
+        let stat = rustix::fs::fstat(&file).map_err(|errno| Error::system(&disk, "inspected", errno))?;
         let media = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => Media::Regular,
             FileType::BlockDevice => {
@@ -171,7 +172,7 @@ async fn inspect<'a>(chain: &OpenDisk, output: Output<'a>) -> Result<Target<'a>,
                 if format == Format::Raw && found < size {
                     return Err(Error::BadTarget {
                         disk,
-                        why: format!("has {found} bytes where the disk has {size}"),
+                        why: format!("has {found} bytes, but the disk has {size} bytes"),
                     });
                 }
                 Media::Block
@@ -195,7 +196,7 @@ async fn inspect<'a>(chain: &OpenDisk, output: Output<'a>) -> Result<Target<'a>,
     })
 }
 
-/// Makes of the target an empty disk of that format; a raw device stays as it is.
+/// Formats the target as an empty disk; a raw device stays unchanged.
 async fn format_target(chain: &OpenDisk, target: &Target<'_>, format: Format) -> Result<(), Error> {
     if (format, target.media) == (Format::Raw, Media::Block) {
         return Ok(());
@@ -221,7 +222,7 @@ async fn format_target(chain: &OpenDisk, target: &Target<'_>, format: Format) ->
 }
 
 async fn copy(
-    engine: &mut Engine,
+    daemon: &mut StorageDaemon,
     chain: &OpenDisk,
     (source, name): (Source, &str),
     target: &Target<'_>,
@@ -230,7 +231,7 @@ async fn copy(
 ) -> Result<(), Error> {
     let size = chain.virtual_size();
     format_target(chain, target, format).await?;
-    // It is made durable at the end, once; until then it is worth nothing.
+    // The target is made durable once, at the end. Until then it is incomplete anyway.
     let cache = Some(CacheOptions {
         direct: Some(false),
         no_flush: true,
@@ -240,14 +241,14 @@ async fn copy(
         cache,
         ..BlockdevOptions::named(TARGET_FILE, target.driver(name.to_owned()))
     };
-    engine.execute(BlockdevAdd(node)).await?;
+    daemon.execute(BlockdevAdd(node)).await?;
     let file = TARGET_FILE.to_owned().into();
     let driver = match format {
         Format::Qcow2 => Driver::Qcow2 { file, backing: None },
         Format::Raw => Driver::Raw {
             file,
             offset: None,
-            // A device can be larger than the disk: the rest of it is not the disk's.
+            // A device can be larger than the disk, so QEMU must not touch the rest.
             size: (target.media == Media::Block).then_some(size),
         },
     };
@@ -257,18 +258,18 @@ async fn copy(
         cache,
         ..BlockdevOptions::named(TARGET, driver)
     };
-    engine.execute(BlockdevAdd(node)).await?;
-    // The caller who passed the file can write to it: with a header that names another file, QEMU would write to that.
-    engine.check(&[TARGET_FILE, TARGET]).await?;
+    daemon.execute(BlockdevAdd(node)).await?;
+    // The caller who passed the file can write to it. If its header named another file, QEMU would write to that file.
+    daemon.check(&[TARGET_FILE, TARGET]).await?;
     match is_fresh(target, format) && chain.images.iter().all(|image| image.format == Format::Qcow2) {
         true => {
-            // As if the target was what all of them were made upon: only what one of them holds is copied, and a hole costs
+            // Inserts the target below the chain. The commit job then copies only allocated data, and holes cost
             // nothing.
             let below = BlockdevSnapshot {
                 node: TARGET,
                 overlay: &source.base,
             };
-            engine.execute(below).await?;
+            daemon.execute(below).await?;
             let commit = BlockCommit {
                 job_id: JOB,
                 device: &source.top,
@@ -276,11 +277,11 @@ async fn copy(
                 auto_dismiss: false,
                 on_error: OnError::Report,
             };
-            run(engine, chain, commit, target, progress).await
+            run(daemon, chain, commit, target, progress).await
         }
         false => {
-            // A mirror has the rest of the target read as zeroes, by holes where there can be holes; a backup job would reserve
-            // space for all of it.
+            // A mirror job makes the rest of the target read as zeroes, with holes where possible. A backup job would
+            // allocate space for all of it.
             let mirror = BlockdevMirror {
                 job_id: JOB,
                 device: &source.top,
@@ -290,44 +291,44 @@ async fn copy(
                 on_source_error: Some(OnError::Report),
                 on_target_error: Some(OnError::Report),
             };
-            run(engine, chain, mirror, target, progress).await
+            run(daemon, chain, mirror, target, progress).await
         }
     }
 }
 
-/// Whether it reads as zeroes as soon as it is formatted.
+/// Returns true if the target reads as zeroes after formatting.
 fn is_fresh(target: &Target<'_>, format: Format) -> bool {
     (format, target.media) != (Format::Raw, Media::Block)
 }
 
-/// Runs a job that copies to its end.
+/// Runs a copy job until it ends.
 async fn run(
-    engine: &mut Engine,
+    daemon: &mut StorageDaemon,
     chain: &OpenDisk,
     command: impl Command<Reply = Done>,
     target: &Target<'_>,
     progress: &Progress,
 ) -> Result<(), Error> {
-    let mut events = engine.client().events();
+    let mut events = daemon.client().events();
     let was_written = target.written.swap(true, Ordering::Relaxed);
-    if let Err(error) = engine.client().execute_within(PATIENCE, command).await {
-        // A command that QEMU refuses has not begun: "Failed to get write lock" is the disk of a running VM.
+    if let Err(error) = daemon.client().execute_within(PATIENCE, command).await {
+        // A command that QEMU refuses has not begun. "Failed to get write lock" means the disk of a running VM.
         if error.is_refusal() {
             target.written.store(was_written, Ordering::Relaxed);
         }
-        return Err(engine.explain(error).await);
+        return Err(daemon.explain(error).await);
     }
     let mut finishing = false;
     loop {
-        let jobs = match engine.client().execute(QueryJobs {}).await {
+        let jobs = match daemon.client().execute(QueryJobs {}).await {
             Ok(jobs) => jobs,
-            Err(error) => return Err(engine.explain(error).await),
+            Err(error) => return Err(daemon.explain(error).await),
         };
         let job = jobs.into_iter().find(|job| job.id == JOB);
         let Some(job) = job else {
             return Err(Error::Copy {
                 disk: chain.disk.clone(),
-                why: "its job is gone".to_owned(),
+                why: "its job has disappeared".to_owned(),
             });
         };
         progress.set(job.current_progress, job.total_progress);
@@ -336,22 +337,22 @@ async fn run(
             (JobStatus::Concluded, Some(why)) => return Err(failed(chain, why)),
             (JobStatus::Ready, _) if !finishing => {
                 finishing = true;
-                // Not "complete", which would have others use the target instead of the source.
+                // `block-job-complete` would make the source's users use the target.
                 let finish = BlockJobCancel {
                     device: JOB,
                     force: false,
                 };
-                engine.execute(finish).await?;
+                daemon.execute(finish).await?;
             }
             _ => {}
         }
-        // A job's end is an event; what was missed is asked for.
+        // An event reports the job's end. Polling finds it if the event was missed.
         let next = tokio::time::timeout(LOOK, events.next()).await;
         if let Ok(Err(EventsError::Closed)) = next {
             tokio::task::yield_now().await;
         }
     }
-    engine.execute(JobDismiss { id: JOB }).await?;
+    daemon.execute(JobDismiss { id: JOB }).await?;
     Ok(())
 }
 

@@ -1,8 +1,8 @@
-//! Programs that are confined, and end with the process that started them, however that ends.
+//! Starts programs that are confined, and that end with this process, however it ends.
 //!
-//! The kernel signals a program when the thread that started it ends (prctl(2), `PR_SET_PDEATHSIG`). The program has to ask for
-//! that itself, and confine itself, so this program runs first, in a mode of its own: it does both, and then becomes the
-//! other program. The settings survive execve(2), the signal not fork(2). Knows nothing of QEMU.
+//! The kernel signals a program when the thread that started it ends (prctl(2), `PR_SET_PDEATHSIG`). The program must
+//! request that and confine itself. So this executable runs first, in a separate mode, does both, and then executes the
+//! other program. The settings survive execve(2), but the signal does not survive fork(2). Must not know QEMU.
 
 use std::ffi::OsStr;
 use std::io;
@@ -17,17 +17,17 @@ use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
 use super::confine::{self, Grants};
 
-/// The mode of this program that becomes another one: `PROGRAM --tethered PARENT GRANTS NAME FILE ARGUMENT…`
+/// The mode of this executable that becomes another program: `PROGRAM --tethered PARENT GRANTS NAME FILE ARGUMENT…`
 const SWITCH: &str = "--tethered";
 
-/// Where execvp(3) looks without PATH.
+/// The directories that execvp(3) searches without PATH.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 
-/// Whether this process's program has that mode.
+/// Whether the running executable supports that mode.
 static ABLE: AtomicBool = AtomicBool::new(false);
 
-/// What `main` does first: becomes another program if it was started for that. Without this call, programs are started that do
-/// not end with this process, and are not confined: tests of the library do so.
+/// Must be the first call of `main`: becomes another program if it was started for that. Without this call, as in tests
+/// of the library, programs are not confined and do not end with this process.
 pub fn become_tethered() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);
     if arguments.next().as_deref() != Some(OsStr::new(SWITCH)) {
@@ -46,30 +46,30 @@ pub fn become_tethered() -> Option<ExitCode> {
         return Some(ExitCode::from(2));
     };
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        eprintln!("it cannot be tied to its parent: {error}");
+        eprintln!("cannot set the signal for the end of the parent: {error}");
         return Some(ExitCode::FAILURE);
     }
-    // The parent can have ended before the kernel was asked.
+    // The parent may have ended before the request.
     if getppid() != Some(parent) {
         return Some(ExitCode::FAILURE);
     }
     if let Err(error) = confine::enter(&grants, Path::new(&file)) {
-        eprintln!("it cannot be confined: {error}");
+        eprintln!("cannot confine the program: {error}");
         return Some(ExitCode::FAILURE);
     }
     let error = Command::new(&file).arg0(name).args(arguments).exec();
-    eprintln!("{} cannot be executed: {error}", file.display());
+    eprintln!("cannot execute {}: {error}", file.display());
     Some(ExitCode::FAILURE)
 }
 
-/// A command that runs the program of that name with nothing but what it is granted, and ends with this process. It has to be
+/// Returns a command that runs the named program confined to its grants, and that ends with this process. It must be
 /// started by [`start`].
 pub fn command(name: &str, grants: &Grants) -> io::Result<tokio::process::Command> {
     let file = find(name)?;
     if !ABLE.load(Ordering::Relaxed) {
         return Ok(tokio::process::Command::new(file));
     }
-    // The very program that runs, though a newer one may have its name.
+    // The running executable, even if a newer one has replaced it.
     let mut command = tokio::process::Command::new("/proc/self/exe");
     command
         .env_clear()
@@ -80,7 +80,7 @@ pub fn command(name: &str, grants: &Grants) -> io::Result<tokio::process::Comman
     Ok(command)
 }
 
-/// Looks for a program as execvp(3) does, so that a missing one is known before the start.
+/// Searches for a program as execvp(3) does, so that a missing one is known before the start.
 fn find(name: &str) -> io::Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
     let is_program =
@@ -93,7 +93,8 @@ fn find(name: &str) -> io::Result<PathBuf> {
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// Runs `start` on the thread that lives as long as the process: the kernel takes the thread for the parent.
+/// Runs `start` on a thread that lives as long as the process, because the kernel regards the starting thread as the
+/// parent.
 pub fn start<T: Send + 'static>(start: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     static STARTER: OnceLock<mpsc::Sender<Work>> = OnceLock::new();
     let starter = STARTER.get_or_init(|| {
@@ -102,11 +103,11 @@ pub fn start<T: Send + 'static>(start: impl FnOnce() -> T + Send + 'static) -> i
         sender
     });
     let (sender, answer) = mpsc::sync_channel(1);
-    // tokio notices the end of a child by the runtime that it was started in.
+    // tokio reports the end of a child through the runtime in which it was started.
     let runtime = tokio::runtime::Handle::try_current();
     let work: Work = Box::new(move || {
         let _entered = runtime.as_ref().map(|runtime| runtime.enter());
-        // Nobody waits for it any more only if this process ends.
+        // The receiver is gone only while this process ends.
         let _ = sender.send(start());
     });
     let gone = |_| io::Error::other("the thread that starts programs has ended");
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_is_found_as_a_shell_finds_it() {
+    fn a_program_is_found_in_the_path() {
         assert!(find("sh").unwrap().is_file());
         assert_eq!(
             find("no-such-program").unwrap_err().kind(),
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn every_program_is_started_by_one_thread() {
+    fn one_thread_starts_every_program() {
         let by = || std::thread::current().id();
         let first = start(by).unwrap();
         assert_ne!(first, by());

@@ -1,6 +1,6 @@
-//! Checks stored backups for damage.
+//! Verifies stored backups: checks them for damage.
 //!
-//! Each is read once, after its bases, and nothing is changed. Every problem is reported.
+//! Reads each backup once, after its bases, changes nothing, and reports every fault.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::{ControlFlow, Range};
@@ -20,37 +20,37 @@ use crate::target::{Held, Shelf};
 
 const CHUNK: usize = 1 << 20;
 
-/// What was found of one backup.
+/// The result of verifying one backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verified {
     pub location: Location,
     pub findings: Vec<Finding>,
-    /// Disks whose image has no checksum in the manifest: older services recorded none.
+    /// Disks whose image has no checksum in the manifest, because an older version created it.
     pub unrecorded: Vec<String>,
-    /// Bytes that were read.
+    /// Bytes of the images that were read.
     pub bytes: u64,
 }
 
 impl Verified {
-    /// Whether it cannot be restored as it was.
+    /// Returns true if the backup cannot be restored unchanged.
     pub fn is_damaged(&self) -> bool {
         self.findings.iter().any(|finding| finding.fault.is_damage())
     }
 
-    /// Whether it was removed before it could be looked at: then there is nothing to be said about it.
+    /// Returns true if the backup was deleted before it could be verified, so nothing is known about it.
     pub fn is_removed(&self) -> bool {
         self.findings
             .iter()
             .any(|finding| finding.fault == Fault::Removed)
     }
 
-    /// Whether nothing is wrong with it.
+    /// Returns true if no fault was found.
     pub fn is_good(&self) -> bool {
         self.findings.is_empty()
     }
 }
 
-/// Backups that are to be verified, each after its bases.
+/// The backups to verify, each after its bases.
 #[derive(Debug)]
 pub struct Survey {
     store: Arc<Shelf>,
@@ -58,22 +58,22 @@ pub struct Survey {
     bytes: u64,
 }
 
-/// A backup that is to be verified.
+/// A backup to verify.
 #[derive(Debug)]
 struct Surveyed {
     location: Location,
-    /// That there are to read.
+    /// Bytes to read.
     bytes: u64,
-    /// Its directory was there.
+    /// Whether its directory existed.
     there: bool,
 }
 
-/// One backup's images, and what was found without reading them whole.
+/// The images of one backup, and the faults that were found without reading all of them.
 struct Look {
     images: Vec<(String, Image)>,
     findings: Vec<Finding>,
     parents: BTreeSet<String>,
-    /// Nobody removes or replaces it while it is read.
+    /// Keeps the backup from being removed or replaced while it is read.
     _held: Option<Arc<Held>>,
 }
 
@@ -93,7 +93,8 @@ impl Survey {
     }
 
     fn add(&mut self, wanted: &Location, seen: &mut BTreeSet<Location>) {
-        // An unreadable backup is reported when it is verified. Two visits each: before its bases, and after them.
+        // Faults of unreadable backups are reported later. Each backup is visited twice: before its bases and after
+        // them.
         let mut ahead = vec![(wanted.clone(), None)];
         while let Some((location, after)) = ahead.pop() {
             if let Some(bytes) = after {
@@ -140,13 +141,13 @@ impl Survey {
         }
     }
 
-    /// What will be verified, in this order, and how many bytes there are to read of each.
+    /// Returns the backups in the order of verification, with the bytes to read of each.
     pub fn backups(&self) -> impl Iterator<Item = (&Location, u64)> {
         let backups = self.backups.iter();
         backups.map(|surveyed| (&surveyed.location, surveyed.bytes))
     }
 
-    /// Verifies them, and tells of each as soon as it is done. When this is dropped, it ends soon.
+    /// Verifies the backups, and reports each to `tell` as soon as it is done. Stops soon after it is dropped.
     pub async fn verify(
         self,
         control: Control<'_>,
@@ -165,7 +166,8 @@ impl Survey {
             let (store, place) = (self.store.clone(), location.clone());
             let mut look = blocking(move || look(&store, &place)).await?;
             for finding in look.findings.iter_mut().filter(|_| there) {
-                // It was there a moment ago. Nobody loses a whole directory by accident just then: it was deleted, or pruned.
+                // The directory existed a moment ago, so a user or a keep rule deleted it. An accident at this moment
+                // is improbable.
                 if finding.backup == location.id && finding.fault == Fault::Missing {
                     finding.fault = Fault::Removed;
                 }
@@ -209,7 +211,7 @@ impl Survey {
     }
 }
 
-/// What can be seen of a backup without reading its images whole. Blocks.
+/// Checks everything except the content of the images. Blocks.
 fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
     let mut look = Look {
         images: Vec::new(),
@@ -237,9 +239,9 @@ fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
     look._held = Some(backup.held());
     look.parents = backup.manifest.parents().into_iter().map(str::to_owned).collect();
     for disk in &backup.manifest.disks {
-        // Those below are looked at for themselves; here it matters that there is an end.
+        // The bases are checked separately. Here only the length of the chain counts.
         let linked = for_each_link(&mut links, (backup.clone(), disk.clone()), |_, _, _| Ok(()));
-        // Where that cannot be said, the manifest below is damaged, and found so.
+        // If that fails, the base's manifest is damaged, and its own check reports it.
         let below = links
             .parent(disk)
             .ok()
@@ -256,7 +258,7 @@ fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
     Ok(look)
 }
 
-/// Reads all images of a disk, and holds them against the checksums that are recorded of them.
+/// Reads all images of a disk and compares them with their recorded checksums.
 pub async fn check_sums(chain: &OpenDisk, control: Control<'_>) -> Result<(), Error> {
     let stop = control.cancel.child_token();
     let _stop_when_dropped = stop.clone().drop_guard();
@@ -272,7 +274,7 @@ pub async fn check_sums(chain: &OpenDisk, control: Control<'_>) -> Result<(), Er
     Ok(())
 }
 
-/// Reads an image whole.
+/// Reads all of an image.
 async fn read(image: &Image, control: Control<'_>) -> Result<Option<Fault>, Error> {
     let (of, counted, stop) = (image.clone(), control.progress.clone(), control.cancel.clone());
     let sum = blocking(move || checksum(&of, &counted, &stop));
@@ -290,14 +292,14 @@ async fn read(image: &Image, control: Control<'_>) -> Result<Option<Fault>, Erro
         Ok(sum) => image.digest.as_ref().is_some_and(|recorded| *recorded != sum),
     };
     Ok(match checked? {
-        // What is known for sure comes before what could not be looked at.
+        // A proven fault takes precedence over a check that could not run.
         Err(fault) if changed && !fault.is_damage() => Some(Fault::Checksum),
         Err(fault) => Some(fault),
         Ok(()) => changed.then_some(Fault::Checksum),
     })
 }
 
-/// The file's digest, of the algorithm that was recorded. Read also where none was: what cannot be read is found so.
+/// Returns the file's digest by the recorded algorithm. Without a record the file is read too, to find read errors.
 fn checksum(
     image: &Image,
     progress: &Progress,
@@ -315,7 +317,7 @@ fn checksum(
     }
 }
 
-/// Nothing if it is stopped.
+/// Returns `None` if it is stopped.
 fn in_order(file: &OwnedFd, progress: &Progress, stop: &CancellationToken) -> Result<Option<Digest>, Errno> {
     let (mut hash, mut chunk, mut position) = (Sha256Hasher::default(), vec![0; CHUNK], 0);
     loop {
@@ -335,7 +337,7 @@ fn in_order(file: &OwnedFd, progress: &Progress, stop: &CancellationToken) -> Re
     }
 }
 
-/// With all processors. Nothing if it is stopped.
+/// Uses all processors. Returns `None` if it is stopped.
 fn in_parallel(
     file: &OwnedFd,
     progress: &Progress,
@@ -351,7 +353,7 @@ fn in_parallel(
             stops: [stop, &failed],
         });
         if worked.is_err() {
-            // The other threads' work is in vain.
+            // The digest has failed, so the other threads stop.
             failed.cancel();
         }
         worked.map(drop)

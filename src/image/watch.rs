@@ -1,4 +1,4 @@
-//! Ends work on images that is cancelled, or that makes no progress.
+//! Ends work on images that is cancelled or makes no progress.
 
 use std::time::Duration;
 
@@ -7,19 +7,19 @@ use tokio_util::sync::CancellationToken;
 use super::{Error, Progress};
 use crate::offload::unless_stalled;
 
-/// Under which conditions work on images goes on.
+/// Progress, cancellation and timeout of work on images.
 #[derive(Debug, Clone, Copy)]
 pub struct Control<'a> {
-    /// How far it is.
+    /// The progress of the work.
     pub progress: &'a Progress,
     pub cancel: &'a CancellationToken,
-    /// How long it may make no progress.
+    /// How long the work may make no progress.
     pub stall: Duration,
 }
 
 impl Control<'_> {
-    /// The result of `work`, unless it is cancelled or nothing has moved for too long. Its total time does not matter. `moved` gives
-    /// a number that is another one after each step.
+    /// Returns the result of `work`, unless it is cancelled or makes no progress for too long. Total time is not
+    /// limited. `moved` returns a number that changes with each step.
     pub(super) async fn watch<T>(
         &self,
         what: &'static str,
@@ -36,8 +36,8 @@ impl Control<'_> {
     }
 }
 
-/// A number that changes while a process reads, writes or computes (proc_pid_io(5), proc_pid_stat(5)); the same one for a process
-/// that has ended.
+/// Returns a number that changes while a process reads, writes or computes (proc_pid_io(5), proc_pid_stat(5)). It is
+/// constant for a process that has ended.
 pub(super) fn work_of(process: Option<u32>) -> u64 {
     let read = |name| process.and_then(|id| std::fs::read_to_string(format!("/proc/{id}/{name}")).ok());
     let io = read("io").unwrap_or_default();
@@ -48,7 +48,7 @@ pub(super) fn work_of(process: Option<u32>) -> u64 {
             .then(|| value.parse::<u64>().ok())?
     });
     let stat = read("stat").unwrap_or_default();
-    // The name, in brackets, can have spaces; user and system time are fields 14 and 15.
+    // The name, in brackets, may contain spaces. User and system time are fields 14 and 15.
     let fields = stat
         .rsplit(')')
         .next()
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn work_that_moves_is_waited_for_and_work_that_does_not_is_given_up() {
+    async fn work_that_makes_progress_may_take_long_and_stalled_work_fails() {
         let (progress, cancel) = (Progress::default(), CancellationToken::new());
         let control = Control {
             progress: &progress,
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_works_is_seen_to() {
+    fn the_work_of_a_process_is_noticed() {
         let own = Some(std::process::id());
         let before = work_of(own);
         std::fs::read("/proc/self/maps").unwrap();

@@ -1,7 +1,8 @@
-//! An empty image, written without QEMU.
+//! Writes an empty image without QEMU.
 //!
-//! `blockdev-create` and `qemu-img create` open the header that they have just written once more, to give the image its size.
-//! If another process can write to the file, they would open, and truncate, the file that its header names by then.
+//! `blockdev-create` and `qemu-img create` reopen the header that they have just written, to set the image's size. If
+//! another process can write to the file, it can change the header first, and QEMU opens and truncates the file that it
+//! names.
 
 use std::os::fd::AsFd;
 
@@ -11,40 +12,40 @@ use super::header::{BACKING_FORMAT, END, MAGIC};
 use crate::model::{Compression, Format};
 
 const VERSION: u32 = 3;
-/// With the type of compression, and up to a multiple of 8.
+/// Includes the type of compression, padded to a multiple of 8.
 const HEADER_LENGTH: usize = 112;
-/// The bit of `incompatible_features` for another type of compression than zlib.
+/// The bit of `incompatible_features` that declares a compression type other than zlib.
 const OTHER_COMPRESSION: u64 = 1 << 3;
 const ZSTD: u8 = 1;
-/// Reference counts of 16 bits each.
+/// Each reference count has 16 bits.
 const REFCOUNT_ORDER: u32 = 4;
-/// In clusters, in an image whose refcounts fit into one block of its refcount table.
+/// Size in clusters, if one refcount block suffices.
 const HEADER_AND_REFCOUNT_TABLE: u64 = 2;
-/// Of a table: an L1, L2 or refcount table's.
+/// Size of an entry in an L1, L2 or refcount table, in bytes.
 const ENTRY: u64 = 8;
-/// The greatest L1 table that QEMU opens, in bytes.
+/// The largest L1 table that QEMU opens, in bytes.
 const MOST_L1: u64 = 32 << 20;
 /// The longest name of a backing file that QEMU opens.
 const MOST_BACKING_NAME: usize = 1023;
 
-/// An image of which every byte is that of its backing file, or zero.
+/// An image without data of its own: every byte reads from the backing file, or as zero.
 #[derive(Debug, Clone)]
 pub struct Empty {
-    /// What the guest sees, in bytes.
+    /// Size of the disk that the guest sees, in bytes.
     pub virtual_size: u64,
-    /// In bytes, a power of two from 512 to 2 MiB.
+    /// Bytes, a power of two from 512 to 2 MiB.
     pub cluster_size: u32,
     pub compression: Option<Compression>,
-    /// The name and format that the header is to name.
+    /// Name and format of the backing file in the header.
     pub backing: Option<(String, Format)>,
 }
 
-/// Bytes of an image that are not zero, and where.
+/// Non-zero bytes of an image and their offset.
 type Piece = (u64, Vec<u8>);
 
 impl Empty {
-    /// Writes the image into a regular file, whose former content is lost. Takes no more space than it needs. What no image
-    /// can be is an error before a byte changes.
+    /// Replaces the content of a regular file by the image, as a sparse file. An impossible image is an error before a
+    /// byte changes.
     pub fn write_to_file(&self, file: impl AsFd) -> Result<()> {
         let (pieces, length) = self.layout()?;
         for length in [0, length] {
@@ -55,7 +56,7 @@ impl Empty {
             .try_for_each(|(offset, bytes)| write(&file, *offset, bytes))
     }
 
-    /// Writes the image to the beginning of a block device, whose content there is lost.
+    /// Writes the image to the start of a block device, whose content there is lost.
     pub fn write_to_device(&self, device: impl AsFd) -> Result<()> {
         let (pieces, length) = self.layout()?;
         let zeroes = vec![0; self.cluster_size as usize];
@@ -67,14 +68,14 @@ impl Empty {
             .try_for_each(|(offset, bytes)| write(&device, *offset, bytes))
     }
 
-    /// How long the image is at least when it holds so many bytes of data that is not compressed, in bytes.
+    /// Returns the least length of the image in bytes when it holds `data` bytes of uncompressed data.
     pub fn length_with(&self, data: u64) -> u64 {
         let cluster = u64::from(self.cluster_size);
         let data = data.div_ceil(cluster);
         let l2_tables = data.div_ceil(cluster / ENTRY);
         let l1_table = (self.l1_entries() * ENTRY).div_ceil(cluster);
         let counted = HEADER_AND_REFCOUNT_TABLE + l1_table + l2_tables + data;
-        // One that is not full is there even in an empty image.
+        // Even an empty image has a partly filled refcount block.
         let refcount_blocks = counted.div_ceil(self.counts_in_block() - 1);
         (counted + refcount_blocks) * cluster
     }
@@ -88,7 +89,7 @@ impl Empty {
         (u64::from(self.cluster_size) * 8) >> REFCOUNT_ORDER
     }
 
-    /// The clusters are, in this order: the header, the refcount table, its only block, the L1 table.
+    /// Order of the clusters: header, refcount table, its only refcount block, L1 table.
     fn layout(&self) -> Result<(Vec<Piece>, u64)> {
         let cluster = u64::from(self.cluster_size);
         let l1_entries = self.l1_entries();
@@ -139,7 +140,7 @@ impl Empty {
         header.extend(l1_entries.to_be_bytes());
         header.extend((3 * cluster).to_be_bytes());
         header.extend(cluster.to_be_bytes());
-        // Clusters of the refcount table; then no snapshots.
+        // Clusters of the refcount table; then the number and offset of snapshots.
         header.extend(1_u32.to_be_bytes());
         header.extend(0_u32.to_be_bytes());
         header.extend(0_u64.to_be_bytes());
@@ -206,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn qemu_finds_the_image_that_it_would_have_made() {
+    fn an_empty_image_equals_the_one_that_qemu_img_creates() {
         let dir = tempfile::tempdir().unwrap();
         let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
         let base = ("../base/vda.qcow2".to_owned(), Format::Qcow2);
@@ -235,7 +236,7 @@ mod tests {
                         }
                         let status = create.arg(&theirs).arg(virtual_size.to_string()).status();
                         assert!(status.unwrap().success(), "{what}");
-                        // The name of the file itself and what it takes on the disk are not the image's.
+                        // The file's own name and its allocated size are not part of the image.
                         let look = |path| {
                             let mut found = qemu_img(&["info", "--output=json"], path);
                             for key in ["filename", "full-backing-filename", "actual-size", "children"] {
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_as_long_as_its_data_and_tables() {
+    fn the_computed_length_covers_data_and_tables() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         let size: u64 = 64 << 20;
@@ -284,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_on_a_device_does_not_show_what_was_there() {
+    fn an_image_on_a_device_hides_the_former_content() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("device");
         std::fs::write(&path, vec![0xa5; 8 << 20]).unwrap();
@@ -301,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_image_can_be_is_an_error() {
+    fn an_impossible_image_is_an_error() {
         let file = tempfile::tempfile().unwrap();
         assert!(empty(u64::MAX, 1 << 16).write_to_file(&file).is_err());
         assert!(empty(1 << 40, 512).write_to_file(&file).is_err());

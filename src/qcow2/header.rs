@@ -1,4 +1,4 @@
-//! Reads the names of other files in a header, and compares them with the manifest. Reads only the image's first cluster.
+//! Reads the file names in a qcow2 header and compares them with the manifest. Reads only the image's first cluster.
 
 use std::os::fd::OwnedFd;
 
@@ -8,7 +8,7 @@ use crate::error::shown;
 use crate::model::Format;
 
 pub(super) const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
-/// Of version 2; what has version 3 says its own.
+/// Length of a version 2 header. A version 3 header contains its length.
 const SHORT_HEADER: usize = 72;
 const LEAST_CLUSTER_BITS: u32 = 9;
 const MOST_CLUSTER_BITS: u32 = 21;
@@ -25,25 +25,25 @@ const ENCRYPTION: u32 = 0x0537_be77;
 pub enum HeaderError {
     #[error("cannot be read: {0}")]
     Io(Errno),
-    #[error("is no qcow2 image")]
+    #[error("is not a qcow2 image")]
     NotQcow2,
-    #[error("is qcow2 of version {0}, where 2 and 3 are known")]
+    #[error("is qcow2 of version {0}; only 2 and 3 are supported")]
     Version(u32),
-    #[error("has a header that makes no sense: {0}")]
+    #[error("has an invalid header: {0}")]
     Malformed(&'static str),
     #[error("is marked as corrupt")]
     Corrupt,
     #[error("is encrypted")]
     Encrypted,
-    #[error("names an external data file: what that is was never part of the backup")]
+    #[error("names an external data file, which was never part of the backup")]
     ExternalData,
-    #[error("has {found} bytes for the guest where the manifest says {recorded}")]
+    #[error("has a virtual size of {found} bytes, but the manifest records {recorded} bytes")]
     VirtualSize { found: u64, recorded: u64 },
-    #[error("names the backing file '{found}' where the manifest has {}", Quoted(.wanted.as_deref()))]
+    #[error("names the backing file '{found}' but the manifest records {}", Quoted(.wanted.as_deref()))]
     Backing { found: String, wanted: Option<String> },
-    #[error("names no backing file where the manifest has '{wanted}'")]
+    #[error("names no backing file, but the manifest records '{wanted}'")]
     NoBacking { wanted: String },
-    #[error("says that its backing file is '{found}', which is {wanted}")]
+    #[error("gives its backing file the format '{found}', but it is {wanted}")]
     BackingFormat { found: String, wanted: &'static str },
 }
 
@@ -58,7 +58,7 @@ impl std::fmt::Display for Quoted<'_> {
     }
 }
 
-/// What the manifests say of an image.
+/// The values that the manifests record of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
     pub virtual_size: u64,
@@ -66,7 +66,7 @@ pub struct Expected {
     pub backing: Option<(String, Format)>,
 }
 
-/// Reads the header of an image, and says what in it is not as expected. Blocks.
+/// Compares the header of an image with the expected values. Blocks.
 pub fn check(image: &OwnedFd, expected: &Expected) -> Result<(), HeaderError> {
     let mut head = read(image, SHORT_HEADER)?;
     if head.len() < SHORT_HEADER || number(&head, 0)? != MAGIC {
@@ -74,13 +74,13 @@ pub fn check(image: &OwnedFd, expected: &Expected) -> Result<(), HeaderError> {
     }
     let cluster_bits = number(&head, 20)?;
     if !(LEAST_CLUSTER_BITS..=MOST_CLUSTER_BITS).contains(&cluster_bits) {
-        return Err(HeaderError::Malformed("its clusters have an impossible size"));
+        return Err(HeaderError::Malformed("its cluster size is out of range"));
     }
     head = read(image, 1 << cluster_bits)?;
     Header { head }.check(expected)
 }
 
-/// As much as is there, up to `length` bytes from the start.
+/// Reads up to `length` bytes from the start.
 fn read(image: &OwnedFd, length: usize) -> Result<Vec<u8>, HeaderError> {
     let mut bytes = vec![0; length];
     let mut done = 0;
@@ -99,9 +99,7 @@ fn read(image: &OwnedFd, length: usize) -> Result<Vec<u8>, HeaderError> {
 fn slice(bytes: &[u8], from: usize, length: usize) -> Result<&[u8], HeaderError> {
     let end = from.checked_add(length);
     let slice = end.and_then(|end| bytes.get(from..end));
-    slice.ok_or(HeaderError::Malformed(
-        "something in it ends beyond its first cluster",
-    ))
+    slice.ok_or(HeaderError::Malformed("a field ends beyond the first cluster"))
 }
 
 fn number(bytes: &[u8], from: usize) -> Result<u32, HeaderError> {
@@ -115,7 +113,7 @@ fn long_number(bytes: &[u8], from: usize) -> Result<u64, HeaderError> {
     Ok(u64::from(number(bytes, from)?) << 32 | u64::from(number(bytes, from + 4)?))
 }
 
-/// The first cluster of what has qcow2's magic.
+/// The first cluster of a file that starts with qcow2's magic number.
 struct Header {
     head: Vec<u8>,
 }
@@ -172,7 +170,7 @@ impl Header {
         slice(&self.head, offset, length as usize).map(Some)
     }
 
-    /// Goes through the header's extensions, which begin where the header ends; gives the backing file's format.
+    /// Reads the header extensions, which follow the header, and returns the format of the backing file.
     fn extensions(&self, header_length: usize) -> Result<Option<&[u8]>, HeaderError> {
         let (mut position, mut format) = (header_length, None);
         let end = match usize::try_from(long_number(&self.head, 8)?) {

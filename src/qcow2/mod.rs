@@ -1,6 +1,6 @@
-//! The layout of qcow2 images, as far as it is read and written here: what a header names, and an empty image.
+//! Reads and writes the parts of qcow2 that the service needs: the file names in a header, and an empty image.
 //!
-//! It is QEMU's `docs/interop/qcow2`. Knows open files and nothing else; all of it blocks.
+//! The format is QEMU's `docs/interop/qcow2`. Knows open files and nothing else. Every function blocks.
 
 mod empty;
 mod header;

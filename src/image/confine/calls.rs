@@ -1,8 +1,8 @@
-//! The system calls that a program that reads images makes, and no other.
+//! The system calls that a program needs to read images. All others are refused.
 //!
-//! Beside Landlock it refuses what that cannot: changing modes and owners of root's files, making sockets (an older kernel's
-//! Landlock lets it connect to UNIX sockets), signals, other processes. All others fail as calls that the kernel does
-//! not have: the C library then does with older ones.
+//! Complements Landlock, which cannot refuse these: changing modes and owners of root's files, creating sockets,
+//! sending signals, accessing other processes. An older kernel's Landlock also does not prevent connections to UNIX
+//! sockets. Other calls fail with ENOSYS, so that the C library falls back to older ones.
 
 use std::collections::BTreeMap;
 
@@ -14,9 +14,9 @@ use seccompiler::{
 
 use super::Error;
 
-/// Allowed with any arguments.
+/// Calls that are allowed with any arguments.
 const CALLS: &[libc::c_long] = &[
-    // What is open.
+    // Open files.
     libc::SYS_read,
     libc::SYS_readv,
     libc::SYS_pread64,
@@ -43,7 +43,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_readahead,
     libc::SYS_copy_file_range,
     libc::SYS_getdents64,
-    // Names, as far as Landlock lets them be opened.
+    // Paths, as far as Landlock lets them be opened.
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
     libc::SYS_newfstatat,
@@ -82,7 +82,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_restart_syscall,
-    // Its own signals.
+    // The process's own signals.
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigpending,
     libc::SYS_rt_sigprocmask,
@@ -100,7 +100,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_epoll_pwait2,
     libc::SYS_eventfd2,
     libc::SYS_pipe2,
-    // Sockets that it has: none can be made, connected or bound.
+    // Inherited sockets. The program can neither create, connect nor bind one.
     libc::SYS_accept,
     libc::SYS_accept4,
     libc::SYS_listen,
@@ -113,7 +113,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_sendto,
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
-    // What it is.
+    // Identity of the process, and system information.
     libc::SYS_getpid,
     libc::SYS_getppid,
     libc::SYS_gettid,
@@ -131,7 +131,8 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_execve,
 ];
 
-/// What fcntl(2) may do: duplicating, flags and locks, but nothing that sends a signal (`F_SETOWN`) or is kept in the file.
+/// Commands of fcntl(2): duplication, flags and locks. Excluded are commands that send signals (`F_SETOWN`) or change
+/// the file.
 const FILE_COMMANDS: &[libc::c_int] = &[
     libc::F_DUPFD,
     libc::F_DUPFD_CLOEXEC,
@@ -147,8 +148,8 @@ const FILE_COMMANDS: &[libc::c_int] = &[
     libc::F_OFD_SETLKW,
 ];
 
-/// What ioctl(2) may do: asking about files and devices (linux/fs.h, linux/blkzoned.h, scsi/sg.h, XFS), and giving back what is
-/// zero. A file's flags, keys and seals stay, loop devices stay attached, no command goes to a disk.
+/// Commands of ioctl(2): queries of files and devices (linux/fs.h, linux/blkzoned.h, scsi/sg.h, XFS), and discarding
+/// zeroes. The program can neither change a file's flags or keys, detach loop devices, nor send commands to a disk.
 const DEVICE_COMMANDS: &[u32] = &[
     0x125e,      // BLKROGET
     0x1260,      // BLKGETSIZE
@@ -175,7 +176,7 @@ const DEVICE_COMMANDS: &[u32] = &[
     0x5421,      // FIONBIO
 ];
 
-/// The older forms of some of them, which the C library uses on this architecture.
+/// Older forms of some calls, which the C library uses on this architecture.
 #[cfg(target_arch = "x86_64")]
 const OLDER_CALLS: &[libc::c_long] = &[
     libc::SYS_access,
@@ -194,7 +195,8 @@ const OLDER_CALLS: &[libc::c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER_CALLS: &[libc::c_long] = &[];
 
-/// Keeps this process, and what it executes, from all other calls. If `writes` is false, it can open files for reading only.
+/// Restricts this process, and the program that it executes, to these calls. If `writes` is false, it can open files
+/// for reading only.
 pub fn restrict(writes: bool) -> Result<(), Error> {
     let filter = filter(writes).map_err(seccompiler::Error::Backend)?;
     Ok(seccompiler::apply_filter(&filter)?)
@@ -205,7 +207,7 @@ fn filter(writes: bool) -> Result<BpfProgram, BackendError> {
     for call in CALLS.iter().chain(OLDER_CALLS) {
         rules.insert(*call, Vec::new());
     }
-    // Nothing new, and nothing emptied: what it writes to has its size.
+    // Prevents creation and truncation of files. The files that it writes to already have their size.
     let mut changing = libc::O_CREAT | (libc::O_TMPFILE & !libc::O_DIRECTORY) | libc::O_TRUNC;
     if !writes {
         changing |= libc::O_ACCMODE;
@@ -213,12 +215,12 @@ fn filter(writes: bool) -> Result<BpfProgram, BackendError> {
     rules.insert(libc::SYS_openat, vec![flags(2, changing, 0)?]);
     #[cfg(target_arch = "x86_64")]
     rules.insert(libc::SYS_open, vec![flags(1, changing, 0)?]);
-    // Threads, not processes.
+    // Allows threads but no processes.
     rules.insert(
         libc::SYS_clone,
         vec![flags(0, libc::CLONE_THREAD, libc::CLONE_THREAD)?],
     );
-    // Its own limits and threads, by which abort(3) ends it.
+    // The process's own limits and threads; abort(3) signals its own thread.
     rules.insert(libc::SYS_prlimit64, vec![is(0, 0)?]);
     let own = u64::from(std::process::id());
     rules.insert(libc::SYS_tgkill, vec![is(0, own)?]);
@@ -237,7 +239,7 @@ fn filter(writes: bool) -> Result<BpfProgram, BackendError> {
     SeccompFilter::new(rules, refused, SeccompAction::Allow, architecture)?.try_into()
 }
 
-/// An argument that has these of the `mask`'s bits.
+/// Matches an argument whose bits in `mask` equal `value`.
 fn flags(argument: u8, mask: libc::c_int, value: libc::c_int) -> Result<SeccompRule, BackendError> {
     let operator = SeccompCmpOp::MaskedEq(u64::from(mask.unsigned_abs()));
     rule(argument, operator, u64::from(value.unsigned_abs()))
@@ -251,7 +253,7 @@ fn is(argument: u8, value: u64) -> Result<SeccompRule, BackendError> {
     rule(argument, SeccompCmpOp::Eq, value)
 }
 
-/// The upper half of an argument that the kernel takes for an `int` can be anything.
+/// Compares 32 bits, because the kernel ignores the upper half of an `int` argument.
 fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
     let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?;
     SeccompRule::new(vec![condition])

@@ -1,4 +1,4 @@
-//! Capabilities: none, but for a file that cannot be opened again without one.
+//! Drops all capabilities, except one for files that cannot be reopened without it.
 
 use rustix::fs::{Access, AtFlags, CWD};
 use rustix::io::Errno;
@@ -9,10 +9,10 @@ use rustix::thread::{
 
 use super::PassedFile;
 
-/// Drops all capabilities, for this process and what it executes.
+/// Drops all capabilities of this process and of the program that it executes.
 ///
-/// The program opens passed files by `/proc/self/fd`, which takes the right to the file that an open by its name would take. A
-/// caller's own target of mode 0600 is such a file: for it `CAP_DAC_OVERRIDE` stays. Landlock admits it to no other file.
+/// The program opens passed files by `/proc/self/fd`, which requires the same permission as an open by name. A caller's
+/// own target of mode 0600 would fail, so `CAP_DAC_OVERRIDE` is kept for it. Landlock denies access to any other file.
 pub fn drop_for(files: &[PassedFile]) -> Result<(), Errno> {
     let has = capabilities(None)?;
     let sets = |effective, permitted| CapabilitySets {
@@ -26,12 +26,12 @@ pub fn drop_for(files: &[PassedFile]) -> Result<(), Errno> {
         kept = CapabilitySet::DAC_OVERRIDE;
     }
     set_capabilities(None, sets(has.permitted, has.permitted))?;
-    // With no_new_privs an empty permitted set stays empty whatever is in the bounding set, which a service without CAP_SETPCAP
-    // cannot change.
+    // With no_new_privs, an empty permitted set stays empty regardless of the bounding set. A service without
+    // CAP_SETPCAP cannot change the bounding set.
     if has.permitted.contains(CapabilitySet::SETPCAP) {
         for capability in CapabilitySet::all().difference(kept).iter() {
             match remove_capability_from_bounding_set(capability) {
-                // The kernel does not know it.
+                // The kernel does not have this capability.
                 Ok(()) | Err(Errno::INVAL) => {}
                 Err(errno) => return Err(errno),
             }
@@ -41,7 +41,7 @@ pub fn drop_for(files: &[PassedFile]) -> Result<(), Errno> {
     set_capabilities(None, sets(CapabilitySet::empty(), kept))
 }
 
-/// Whether this process can open it again with what capabilities it has in effect.
+/// Returns true if this process can reopen the file with its effective capabilities.
 fn opens(file: PassedFile) -> bool {
     let access = match file.writable {
         true => Access::READ_OK | Access::WRITE_OK,

@@ -1,4 +1,4 @@
-//! Landlock: the program and what it loads, the passed files, and nothing else of the system.
+//! Landlock: allows the program and its libraries, the passed files, and no other part of the system.
 
 use std::path::Path;
 
@@ -9,10 +9,10 @@ use landlock::{
 
 use super::PassedFile;
 
-/// The newest version that is used; of an older kernel's, as much as there is. A newer one is used when it is tested.
+/// The newest tested version of Landlock. An older kernel enforces the part that it supports.
 const NEWEST: ABI = ABI::V10;
 
-/// Where programs load libraries and modules from. Readable for everybody, so they tell nothing.
+/// The directories of libraries and modules. Every user can read them, so they reveal no secrets.
 const LIBRARIES: [&str; 8] = [
     "/usr/lib",
     "/usr/lib32",
@@ -23,18 +23,18 @@ const LIBRARIES: [&str; 8] = [
     "/nix/store",
     "/gnu/store",
 ];
-/// Where the loader of libraries finds them (ld.so(8)).
+/// The files of the dynamic loader (ld.so(8)).
 const LOADERS_FILES: [&str; 2] = ["/etc/ld.so.cache", "/etc/ld.so.preload"];
 
-/// Whether the kernel has Landlock.
+/// Returns true if the kernel has Landlock.
 pub fn is_supported() -> bool {
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
     let handled = ruleset.handle_access(AccessFs::from_all(ABI::V1));
     handled.and_then(Ruleset::create).is_ok()
 }
 
-/// Keeps this process, and what it executes, from all files, sockets and processes but those that `program` needs. False if
-/// the kernel cannot.
+/// Restricts this process, and the program that it executes, to the files that `program` needs: no sockets, no other
+/// processes. Returns false if the kernel lacks Landlock.
 pub fn restrict(files: &[PassedFile], program: &Path) -> Result<bool, RulesetError> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let run = AccessFs::ReadFile | AccessFs::Execute;
@@ -46,7 +46,7 @@ pub fn restrict(files: &[PassedFile], program: &Path) -> Result<bool, RulesetErr
     for directory in LIBRARIES {
         rules = allow(rules, directory, read)?;
     }
-    // One that was not installed by the distribution has its libraries beside it.
+    // A program outside the distribution may have its libraries beside it.
     let prefix = program.parent().filter(|directory| directory.ends_with("bin"));
     if let Some(prefix) = prefix.and_then(Path::parent) {
         for directory in ["lib", "lib64"] {
@@ -56,20 +56,21 @@ pub fn restrict(files: &[PassedFile], program: &Path) -> Result<bool, RulesetErr
     for file in LOADERS_FILES {
         rules = allow(rules, file, AccessFs::ReadFile.into())?;
     }
-    // QEMU finds out by it whether the kernel has locks of open files. Without it, it would lock no image.
+    // QEMU uses it to find out whether the kernel has locks of open file descriptions. Without it, QEMU would not lock
+    // images.
     rules = allow(rules, "/dev/null", AccessFs::ReadFile | AccessFs::WriteFile)?;
     for file in loaders() {
         rules = allow(rules, file, run)?;
     }
     rules = allow(rules, program, run)?;
     for file in files {
-        // With the ioctls of a block device: its size, and giving back what is zero.
+        // Includes the ioctls of a block device: its size, and discarding zeroes.
         let mut access = AccessFs::ReadFile | AccessFs::IoctlDev;
         if file.writable {
             access |= AccessFs::WriteFile | AccessFs::Truncate;
         }
-        // A file that no directory has (memfd_create(2)) takes no rule and needs none: Landlock lets everybody open it again who
-        // has it open.
+        // An anonymous file (memfd_create(2)) has no path, so it can have no rule. It needs none: Landlock lets a
+        // process reopen such a file.
         if !has_no_place(*file) {
             rules = allow(rules, file.path(), access)?;
         }
@@ -78,12 +79,12 @@ pub fn restrict(files: &[PassedFile], program: &Path) -> Result<bool, RulesetErr
     Ok(status.ruleset != RulesetStatus::NotEnforced)
 }
 
-/// Whether it is in the kernel's own file system of memory, where it has no name.
+/// Returns true if the file is anonymous, in the kernel's internal memory file system.
 fn has_no_place(file: PassedFile) -> bool {
     std::fs::read_link(file.path()).is_ok_and(|name| name.to_string_lossy().starts_with("/memfd:"))
 }
 
-/// Adds a rule for what is there.
+/// Adds a rule if the path exists.
 fn allow(
     rules: RulesetCreated,
     path: impl AsRef<Path>,
@@ -95,7 +96,7 @@ fn allow(
     }
 }
 
-/// The programs that the kernel starts to load another one's libraries: of this program, and so of the distribution's.
+/// Returns the dynamic loaders of this process, and so of the distribution's programs.
 fn loaders() -> Vec<std::path::PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let files = maps

@@ -1,8 +1,9 @@
-//! The sandbox of the programs that read images: no capability, no file but those passed, no network, no other process.
+//! The sandbox of the programs that read images: no capabilities, no files but those passed, no network, no other
+//! processes.
 //!
-//! What a program parses was written by others, so the program is taken for theirs: it has nothing that is not needed for
-//! this one piece of work. The process confines itself and then executes the program (`tether`); nothing here can be undone.
-//! docs/security.md has the table of what is left on which kernel. Must not know images or QEMU.
+//! Others wrote the data that a program parses, so the program itself is not trusted and gets only the rights for this
+//! task. The process confines itself and then executes the program (`tether`). The confinement is irrevocable.
+//! docs/security.md has a table of the remaining rights for each kernel. Must not know images or QEMU.
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
 mod calls;
@@ -17,18 +18,18 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 use serde::{Deserialize, Serialize};
 
-/// What one program gets. Its standard descriptors stay open in any case.
+/// The rights of one program. Its standard descriptors always stay open.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Grants {
-    /// Files that it opens again by the number of their descriptor.
+    /// Files that the program reopens by their descriptor numbers.
     pub files: Vec<PassedFile>,
     /// Further descriptors that it inherits.
     pub others: Vec<RawFd>,
-    /// How much memory it can fill, in bytes.
+    /// The memory that it can fill, in bytes.
     pub memory: u64,
 }
 
-/// An open file that is passed.
+/// An open file that is passed to the program.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct PassedFile {
     pub number: RawFd,
@@ -36,7 +37,7 @@ pub struct PassedFile {
 }
 
 impl PassedFile {
-    /// The name by which the process that has it opens it again.
+    /// The path by which the process reopens the file.
     fn path(self) -> String {
         format!("/proc/self/fd/{}", self.number)
     }
@@ -44,30 +45,31 @@ impl PassedFile {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("its descriptors: {0}")]
+    #[error("cannot close descriptors: {0}")]
     Descriptors(io::Error),
-    #[error("its limits: {0}")]
+    #[error("cannot set resource limits: {0}")]
     Limits(Errno),
-    #[error("its capabilities: {0}")]
+    #[error("cannot drop capabilities: {0}")]
     Capabilities(Errno),
-    #[error("Landlock: {0}")]
+    #[error("cannot apply Landlock: {0}")]
     Landlock(#[from] landlock::RulesetError),
-    #[error("its system calls: {0}")]
+    #[error("cannot filter system calls: {0}")]
     Calls(#[from] seccompiler::Error),
 }
 
-/// Whether the compiler of filters knows this processor: those for which there is `calls`.
+/// Whether seccompiler supports this processor. `calls` exists only then.
 const HAS_FILTER: bool = cfg!(any(
     target_arch = "x86_64",
     target_arch = "aarch64",
     target_arch = "riscv64"
 ));
 
-/// Why programs that read images are confined less than they could be on this machine; nothing where they are confined.
+/// Returns the reason why this machine cannot confine programs fully; `None` if it can.
 pub fn is_incomplete() -> Option<&'static str> {
     if !files::is_supported() {
         Some(
-            "the kernel has no Landlock: programs that read images have no capability, but could open other files of the user that \
+            "the kernel has no Landlock: programs that read images have no capabilities, but can open other files of \
+             the user that \
              runs them",
         )
     } else if !HAS_FILTER {
@@ -77,13 +79,14 @@ pub fn is_incomplete() -> Option<&'static str> {
     }
 }
 
-/// Address space beyond the memory that a program can fill: programs, libraries, and what allocators reserve for each thread.
+/// Address space beyond the usable memory: programs, libraries, and the reservations of allocators for each thread.
 const RESERVED: u64 = 16 << 30;
 
-/// Confines this process, which must have one thread, for ever. All that is left to do is to execute `program`.
+/// Confines this process irrevocably. It must have one thread, and may only execute `program` afterwards.
 pub fn enter(grants: &Grants, program: &Path) -> Result<(), Error> {
     close_others(grants).map_err(Error::Descriptors)?;
-    // If memory is short, a checker is lost rather than the service or a VM. Where this is not possible, the limit remains.
+    // If memory is short, the kernel kills this program rather than the service or a VM. If this fails, the limit
+    // remains.
     let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
     for (resource, most) in [
         (Resource::Data, grants.memory),
@@ -96,14 +99,14 @@ pub fn enter(grants: &Grants, program: &Path) -> Result<(), Error> {
     capabilities::drop_for(&grants.files).map_err(Error::Capabilities)?;
     rustix::thread::set_no_new_privs(true).map_err(Error::Capabilities)?;
     let has_landlock = files::restrict(&grants.files, program)?;
-    // The last: it refuses the calls that all this took. Where Landlock keeps no file from being opened, one that writes nothing
-    // opens none for writing: its images are not locked then, see `files`.
+    // Last, because it refuses the calls above. Without Landlock, a program that writes no image may open no file for
+    // writing. Then its images are not locked, see `files`.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))]
     calls::restrict(has_landlock || grants.files.iter().any(|file| file.writable))?;
     Ok(())
 }
 
-/// Closes what the service's own parent may have left open.
+/// Closes descriptors that the service's parent may have left open.
 fn close_others(grants: &Grants) -> io::Result<()> {
     let files = grants.files.iter().map(|file| file.number);
     let kept: Vec<RawFd> = files.chain(grants.others.iter().copied()).collect();
@@ -120,13 +123,13 @@ fn close_others(grants: &Grants) -> io::Result<()> {
         .into_iter()
         .filter(|number| *number > 2 && !kept.contains(number))
     {
-        // One of them was the directory's, which is closed already.
+        // The directory's own descriptor is closed already.
         let _ = nix::unistd::close(number);
     }
     Ok(())
 }
 
-/// Lowers a limit, for ever. A lower one stays.
+/// Lowers a limit irrevocably. A lower one stays.
 fn limit(resource: Resource, most: u64) -> Result<(), Errno> {
     let now = rustix::process::getrlimit(resource);
     let lower = |limit: Option<u64>| Some(limit.map_or(most, |limit| limit.min(most)));

@@ -1,7 +1,7 @@
-//! A `qemu-storage-daemon` of our own, with a chain's images as its block nodes.
+//! A `qemu-storage-daemon` of this service, with a chain's images as its block nodes.
 //!
-//! Images are opened read-only, with the backing files of the manifests, never those of a header. A header that names
-//! other files, because it was exchanged after it was checked, is noticed before a byte of the image is used.
+//! Images are opened read-only, with the backing files from the manifests and never from a header. If a header was
+//! replaced after the check and names other files, that is noticed before the image is used.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,7 +13,7 @@ use tokio::process::Child;
 use tokio::task::JoinHandle;
 
 use super::chain::OpenDisk;
-use super::process::{END, Inherited, STORAGE_DAEMON, Words};
+use super::process::{END, Inherited, STORAGE_DAEMON, StderrTail};
 use super::{Error, Fault, Finding};
 use crate::model::Format;
 use crate::qmp::block::{
@@ -22,25 +22,25 @@ use crate::qmp::block::{
 use crate::qmp::machine::Quit;
 use crate::qmp::{self, Client, Command};
 
-/// Clients of an export at a time: each can have it hold requests in memory.
+/// The maximum number of clients of an export, because each can make the program hold requests in memory.
 const MOST_CLIENTS: u32 = 16;
 
-/// How long it may take to start, and to answer a command that only opens or closes something.
+/// How long the program may take to start, or to answer a command that only opens or closes something.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What is passed to an engine, and what it is started with.
+/// The descriptors and arguments of a storage daemon.
 #[derive(Debug)]
-pub struct Plan {
+pub struct DaemonSpec {
     inherited: Inherited,
     arguments: Vec<String>,
-    /// What is opened read-only, in order.
+    /// Nodes to open read-only, in order.
     nodes: Vec<BlockdevOptions>,
     names: BTreeSet<String>,
     /// The disk, backup and node of each image.
     images: Vec<(String, String, String)>,
 }
 
-impl Plan {
+impl DaemonSpec {
     pub fn new() -> Self {
         Self {
             inherited: Inherited::new(),
@@ -51,7 +51,7 @@ impl Plan {
         }
     }
 
-    /// Adds a disk's images. `number` tells disks apart.
+    /// Adds a disk's images. `number` distinguishes the disks.
     pub fn source(&mut self, number: usize, chain: &OpenDisk) -> Result<Source, Error> {
         let (mut top, mut base) = (None::<String>, None);
         for (level, image) in chain.images.iter().enumerate() {
@@ -87,12 +87,12 @@ impl Plan {
         })
     }
 
-    /// Adds a file that is written to; gives its name.
+    /// Adds a file to write to, and returns its name.
     pub fn file(&mut self, file: &OwnedFd) -> Result<String, Error> {
         self.inherited.add(file.as_fd())
     }
 
-    /// Has it serve NBD on a listening socket.
+    /// Makes the daemon serve NBD on a listening socket.
     pub fn listen(&mut self, listener: &OwnedFd) -> Result<(), Error> {
         let number = self.inherited.add_socket(listener.as_fd())?;
         self.arguments.extend([
@@ -106,28 +106,28 @@ impl Plan {
 /// The nodes of a disk's images.
 #[derive(Debug)]
 pub struct Source {
-    /// Shows the disk.
+    /// The node that shows the disk.
     pub top: String,
-    /// Has no backing image.
+    /// The node without a backing image.
     pub base: String,
 }
 
-/// The running program. It is killed when this is dropped.
+/// The running program. Dropping this kills it.
 #[derive(Debug)]
-pub struct Engine {
+pub struct StorageDaemon {
     client: Client,
     driver: JoinHandle<()>,
     child: Child,
-    words: Words,
-    /// The nodes that show the images, and the disk, backup and node of each.
+    words: StderrTail,
+    /// The image nodes, and the disk, backup and node of each.
     names: BTreeSet<String>,
     images: Vec<(String, String, String)>,
 }
 
-impl Engine {
-    /// Starts it and opens the images.
-    pub async fn start(plan: Plan) -> Result<Self, Error> {
-        let io = |error: std::io::Error| Error::Engine {
+impl StorageDaemon {
+    /// Starts the program and opens the images.
+    pub async fn start(spec: DaemonSpec) -> Result<Self, Error> {
+        let io = |error: std::io::Error| Error::StorageDaemon {
             why: error.to_string(),
         };
         let (ours, its) = UnixStream::pair().map_err(io)?;
@@ -141,50 +141,50 @@ impl Engine {
         ]
         .map(str::to_owned)
         .into();
-        arguments.extend(plan.arguments);
+        arguments.extend(spec.arguments);
         let its = OwnedFd::from(its);
-        let mut child = STORAGE_DAEMON.start(arguments, its, Stdio::null(), plan.inherited)?;
-        let words = child.stderr.take().map(Words::listen);
-        let mut words = words.ok_or_else(|| Error::Engine {
+        let mut child = STORAGE_DAEMON.start(arguments, its, Stdio::null(), spec.inherited)?;
+        let words = child.stderr.take().map(StderrTail::listen);
+        let mut words = words.ok_or_else(|| Error::StorageDaemon {
             why: "it has no standard error".to_owned(),
         })?;
         let (client, driver) = match Client::open(ours, PATIENCE).await {
             Ok(opened) => opened,
             Err(error) => {
-                // It has ended, or will not be waited for.
+                // The program has ended, or is not waited for.
                 let _ = child.start_kill();
                 let said = words.last().await;
                 let why = if said.is_empty() { error.to_string() } else { said };
-                return Err(Error::Engine { why });
+                return Err(Error::StorageDaemon { why });
             }
         };
         let driver = tokio::spawn(async move {
             driver.run().await;
         });
-        let mut engine = Self {
+        let mut daemon = Self {
             client,
             driver,
             child,
             words,
-            names: plan.names,
-            images: plan.images.clone(),
+            names: spec.names,
+            images: spec.images.clone(),
         };
-        // Two nodes an image.
-        for (nodes, (disk, backup, _)) in plan.nodes.chunks(2).zip(&plan.images) {
+        // Each image has two nodes.
+        for (nodes, (disk, backup, _)) in spec.nodes.chunks(2).zip(&spec.images) {
             for node in nodes {
-                let added = engine.execute(BlockdevAdd(node.clone())).await;
+                let added = daemon.execute(BlockdevAdd(node.clone())).await;
                 added.map_err(|error| error.about(backup, disk))?;
             }
         }
-        engine.check(&[]).await?;
-        Ok(engine)
+        daemon.check(&[]).await?;
+        Ok(daemon)
     }
 
     pub fn client(&self) -> &Client {
         &self.client
     }
 
-    /// Runs a command that takes no time to speak of.
+    /// Runs a command that QEMU executes immediately.
     pub async fn execute<C: Command>(&mut self, command: C) -> Result<C::Reply, Error> {
         match self.client.execute_within(PATIENCE, command).await {
             Ok(reply) => Ok(reply),
@@ -192,7 +192,7 @@ impl Engine {
         }
     }
 
-    /// What became of a command, in the words of the program that ended where it did.
+    /// Explains the failure of a command. If the program ended, uses its own last words.
     pub async fn explain(&mut self, error: qmp::Error) -> Error {
         let why = match &error {
             qmp::Error::Closed(_) => {
@@ -206,11 +206,11 @@ impl Engine {
             }
             error => error.to_string(),
         };
-        Error::Engine { why }
+        Error::StorageDaemon { why }
     }
 
-    /// There are the nodes that were asked for, with those that were `added`, and no others: a header that names another file
-    /// would have made one.
+    /// Fails unless the program has exactly the requested nodes and the `added` ones. A header that names another file
+    /// would have created a further node.
     pub async fn check(&mut self, added: &[&str]) -> Result<(), Error> {
         let mut names = self.names.clone();
         names.extend(added.iter().map(|name| (*name).to_owned()));
@@ -233,33 +233,33 @@ impl Engine {
         }))
     }
 
-    /// Bytes that it has read so far, from files and from its monitor; nothing where the kernel does not count them (proc(5),
-    /// `rchar`).
+    /// Returns how many bytes the program has read from files and its monitor; `None` if the kernel does not count them
+    /// (proc(5), `rchar`).
     pub fn bytes_read(&self) -> Option<u64> {
         let counts = std::fs::read_to_string(format!("/proc/{}/io", self.child.id()?)).ok()?;
         let line = counts.lines().find_map(|line| line.strip_prefix("rchar: "));
         line?.parse().ok()
     }
 
-    /// Waits until it ends by itself, and says why.
+    /// Waits until the program ends by itself, and returns the reason.
     pub async fn ended(&mut self) -> Error {
-        // A child that cannot be waited for is as good as ended.
+        // A child that cannot be waited for counts as ended.
         let status = self.child.wait().await;
         let said = self.words.last().await;
         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-        Error::Engine {
+        Error::StorageDaemon {
             why: format!("it ended with {status}: {said}"),
         }
     }
 
-    /// Ends it at once, and waits until it has ended: from then on it writes nothing. One that hangs with its storage ends when
-    /// that answers, and is not waited for.
+    /// Kills the program and waits until it has ended, so that it writes nothing more. If it hangs with its storage, it
+    /// ends when that responds, and is not waited for longer.
     pub async fn kill(mut self) {
-        // One that cannot be killed has ended.
+        // If kill fails, the program has already ended.
         let _ = tokio::time::timeout(END, self.child.kill()).await;
     }
 
-    /// Has it close everything, and waits until it has ended.
+    /// Makes the program close everything, and waits until it has ended.
     pub async fn quit(mut self) -> Result<(), Error> {
         self.execute(Quit {}).await?;
         let status = tokio::time::timeout(END, self.child.wait()).await;
@@ -267,21 +267,21 @@ impl Engine {
             Ok(Ok(status)) if status.success() => Ok(()),
             Ok(Ok(status)) => {
                 let said = self.words.last().await;
-                Err(Error::Engine {
+                Err(Error::StorageDaemon {
                     why: format!("it ended with {status}: {said}"),
                 })
             }
-            Ok(Err(error)) => Err(Error::Engine {
+            Ok(Err(error)) => Err(Error::StorageDaemon {
                 why: error.to_string(),
             }),
-            Err(_) => Err(Error::Engine {
+            Err(_) => Err(Error::StorageDaemon {
                 why: "it does not end".to_owned(),
             }),
         }
     }
 }
 
-impl Drop for Engine {
+impl Drop for StorageDaemon {
     fn drop(&mut self) {
         self.driver.abort();
     }

@@ -217,7 +217,7 @@ async fn a_renamed_vm_keeps_its_history_and_its_chain() {
     assert!(text.contains("by-hand"), "{text}");
     // The rules count both.
     let expected = [
-        (full.clone(), "kept".to_owned(), format!("{second} lies on it")),
+        (full.clone(), "kept".to_owned(), format!("{second} depends on it")),
         (second.clone(), "kept".to_owned(), "last".to_owned()),
     ];
     assert_eq!(preview(&root, "www", 1).await, expected);

@@ -112,9 +112,9 @@ async fn a_protected_backup_stays_until_it_is_not_protected_any_more() {
         let text = format!("backupctl unprotect {}", id(&on_it));
         assert!(refused.to_string().contains(&text), "{refused}");
     }
-    let lies_on = format!("{} lies on it", id(&on_it));
+    let depends = format!("{} depends on it", id(&on_it));
     let kept = [
-        verdict(&old, "kept", &lies_on),
+        verdict(&old, "kept", &depends),
         verdict(&on_it, "kept", "protected"),
         verdict(&newest, "kept", "last"),
     ];

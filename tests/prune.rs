@@ -60,7 +60,7 @@ async fn what_no_rule_keeps_goes_and_what_a_kept_one_lies_on_stays() {
     let kept = increment(&base, 99);
     rescan(&root).await;
     let expected = [
-        verdict(&base, "kept", &format!("{} lies on it", id(&kept))),
+        verdict(&base, "kept", &format!("{} depends on it", id(&kept))),
         verdict(&first, "removed", ""),
         verdict(&second, "removed", ""),
         verdict(&dropped, "removed", ""),

@@ -1,8 +1,8 @@
 //! Chooses the base of a disk's new image, or the reason for a full one.
 //!
-//! The dirty bitmap on the disk decides: it has recorded all writes since the point in time of one earlier backup, whatever the
-//! disk's name was then, and only recorded writes can be copied incrementally. Pure: the caller has read the earlier backups
-//! and the disk's bitmaps.
+//! The dirty bitmap on the disk decides: it has recorded all writes since the point in time of one earlier backup, and
+//! only recorded writes can be copied incrementally. The disk's name does not matter. Pure: the caller has read the
+//! earlier backups and the disk's bitmaps.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,23 +11,23 @@ use crate::definition::Position;
 use crate::domain::Disk;
 use crate::model::{Kind, Parent};
 
-/// The most images that it takes to read a backup's disk. Each is one more that can be damaged.
+/// The maximum number of images in a chain. Damage to any of them breaks the backup.
 pub const MAX_IMAGES: u32 = 32;
 
-/// The bitmap beside a checkpoint's that tells whether the disk was smaller since then: nothing is set in it any more.
+/// Returns the name of a checkpoint's sentinel: a bitmap with only the disk's last granule set. QEMU clears it when the
+/// disk shrinks, and growing does not restore it.
 pub fn sentinel_name(checkpoint: &str) -> String {
     format!("{checkpoint}{SENTINEL}")
 }
 
-/// The checkpoint that a sentinel is of, by its name.
+/// Returns the name of the checkpoint that a sentinel belongs to.
 pub fn checkpoint_of_sentinel(name: &str) -> Option<&str> {
     name.strip_suffix(SENTINEL)
 }
 
 const SENTINEL: &str = "-end";
 
-/// Whether the disk has kept its size since a checkpoint, or has been larger only: nothing was cut off that its bitmap would
-/// have to show.
+/// Fails if the disk was smaller than now at any time since a checkpoint, because QEMU then lost a part of its bitmap.
 pub fn was_never_smaller(disk: &Disk, checkpoint: &str) -> Result<(), Why> {
     match disk.bitmap(&sentinel_name(checkpoint)) {
         _ if disk.virtual_size == 0 => Ok(()),
@@ -38,45 +38,45 @@ pub fn was_never_smaller(disk: &Disk, checkpoint: &str) -> Result<(), Why> {
     }
 }
 
-/// An earlier backup of the domain in the store that the new one goes to.
+/// An earlier backup of the domain in the store of the new one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Earlier {
     pub id: String,
-    /// The name of its checkpoint, where that has one of its own.
+    /// The name of its checkpoint, if that differs from the id.
     pub checkpoint: Option<String>,
-    /// This service wrote all of its manifest.
+    /// This service wrote this exact manifest.
     pub proven: bool,
     pub disks: Vec<EarlierDisk>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EarlierDisk {
-    /// Its image's file name in the backup's directory.
+    /// The image's file name in the backup's directory.
     pub file: String,
     pub virtual_size: u64,
-    /// The bitmap that has recorded on the disk since then.
+    /// The bitmap that has recorded changes of the disk since this backup.
     pub bitmap: Option<String>,
-    /// How many images it takes to read it; nothing if one of them is not what it was.
+    /// The number of images in the chain; `None` if one of them is damaged or missing.
     pub images: Option<u32>,
 }
 
-/// What a call wants of a disk.
+/// The kind of backup that a call requests for a disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Wanted {
-    /// What changed since the newest backup that it is known of; else all.
+    /// Incremental to the newest backup for which the disk has a bitmap, or else full.
     #[default]
     Auto,
     Full,
-    /// What changed since the newest one that it is known of, or nothing at all.
+    /// Incremental to the newest backup for which the disk has a bitmap, or else an error.
     Newest,
-    /// What changed since that backup, or nothing at all.
+    /// Incremental to this checkpoint, or else an error.
     Since {
         checkpoint: String,
         at: Position,
     },
 }
 
-/// What is copied of a disk.
+/// The part of a disk to copy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
@@ -85,7 +85,7 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// In libvirt's words where it has them.
+    /// Returns libvirt's term if it has one.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Full { .. } => "full",
@@ -116,7 +116,7 @@ pub struct Base {
     pub backup: String,
     pub file: String,
     pub bitmap: String,
-    /// It is the newest backup that there is.
+    /// It is the newest backup.
     pub newest: bool,
 }
 
@@ -129,42 +129,42 @@ impl Base {
     }
 }
 
-/// Why a disk is copied as a whole.
+/// The reason for a full copy of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Why {
-    /// The call wanted it.
+    /// The call requested it.
     Requested,
-    /// The data goes to a place of the caller's, where nothing is known of earlier ones.
+    /// The caller chose the target, and only stores record earlier backups.
     Outside,
-    /// The target is raw, without a backing file.
+    /// The target is raw, so it cannot have a backing file.
     Raw,
     /// The store has no earlier backup of the domain.
     First,
-    /// The disk's image cannot keep a record of what is written.
+    /// The disk's image cannot store dirty bitmaps.
     NoBitmaps,
-    /// The disk has no record that goes back to an earlier backup: it is new, or was given another image.
+    /// The disk has no bitmap since an earlier backup: it is new, or has another image.
     NoBitmap,
-    /// Its image holds internal snapshots, and a record would keep QEMU from reverting to them.
+    /// Its image holds internal snapshots, and QEMU cannot revert to them while it has a persistent bitmap.
     InternalSnapshots,
-    /// It has one that does not have everything, as after a crash of its QEMU.
+    /// The bitmap is incomplete, as after a crash of its QEMU.
     Inconsistent,
-    /// The disk has another size than then, or was smaller in between.
+    /// The disk has another size, or was smaller in between.
     Resized,
-    /// An image of the earlier backup is not what it was, or is gone.
+    /// An image of the earlier backup is damaged or missing.
     Damaged,
-    /// Another service made the earlier backup, or its manifest was changed.
+    /// Another service created the earlier backup, or its manifest was changed.
     NotProven,
-    /// It would take too many images to read it.
+    /// The chain would have too many images.
     ChainTooLong,
-    /// It was made by a service whose records are gone.
+    /// The catalog no longer has the reason.
     Unknown,
-    /// The checkpoint was made without a backup.
+    /// The checkpoint has no backup.
     NoBackup,
 }
 
 impl Why {
-    /// For programs.
+    /// The name in the D-Bus interface.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Requested => "requested",
@@ -184,32 +184,30 @@ impl Why {
         }
     }
 
-    /// For people.
+    /// The text for users.
     pub fn text(self) -> &'static str {
         match self {
-            Self::Requested => "a full backup was asked for",
-            Self::Outside => "only a store knows of earlier backups",
-            Self::Raw => "a raw image lies on nothing",
-            Self::First => "there is no earlier backup in the store",
-            Self::NoBitmaps => "its image cannot keep a record of what is written (qcow2 of version 3 can)",
-            Self::NoBitmap => "it has no record of what was written since then",
+            Self::Requested => "a full backup was requested",
+            Self::Outside => "only stores record earlier backups",
+            Self::Raw => "a raw image cannot have a backing file",
+            Self::First => "the store has no earlier backup",
+            Self::NoBitmaps => "its image cannot store dirty bitmaps (qcow2 version 3 can)",
+            Self::NoBitmap => "it has no dirty bitmap since then",
             Self::InternalSnapshots => {
-                "its image holds internal snapshots, and QEMU reverts to none of them while it records what is written"
+                "its image holds internal snapshots, and QEMU cannot revert to them while it has a dirty bitmap"
             }
-            Self::Inconsistent => "its record of what was written is not whole, as after a crash of its QEMU",
+            Self::Inconsistent => "its dirty bitmap is incomplete, as after a crash of its QEMU",
             Self::Resized => "its size has changed since then, even if it is the same again",
-            Self::Damaged => "an image of the earlier backup is not what it was, or is gone",
-            Self::NotProven => "another service made the earlier backup, or its manifest was changed",
-            Self::ChainTooLong => "it would take too many images to read it",
-            Self::Unknown => "it is not on record any more why",
-            Self::NoBackup => {
-                "the checkpoint was made without a backup, and there is nothing that what changed could lie on"
-            }
+            Self::Damaged => "an image of the earlier backup is damaged or missing",
+            Self::NotProven => "another service created the earlier backup, or its manifest was changed",
+            Self::ChainTooLong => "its chain would have too many images",
+            Self::Unknown => "the reason is no longer on record",
+            Self::NoBackup => "the checkpoint was made without a backup, so there is no base",
         }
     }
 }
 
-/// Chooses for one disk. `refused` is why none can be built upon at all.
+/// Chooses for one disk. `refused` is a reason that excludes every base.
 pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<Why>) -> Result<Mode, Error> {
     let earlier = past.earlier.as_slice();
     let found = match wanted {
@@ -221,7 +219,7 @@ pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<
                 |backup: &Earlier| backup.id == *checkpoint || backup.checkpoint.as_ref() == Some(checkpoint);
             let alone = |other: &Existing| other.is_called(checkpoint) && !other.has_backup;
             let mut called = earlier.iter().filter(|backup| is_called(backup));
-            // Another service's backup can have the same id or name.
+            // A backup of another service can have the same id or name.
             match called
                 .clone()
                 .find(|backup| backup.proven)
@@ -258,14 +256,14 @@ pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<
     }
 }
 
-/// The newest backup that the disk has a record since.
+/// Returns the newest backup for which the disk has a bitmap.
 fn newest(disk: &Disk, earlier: &[Earlier]) -> Result<Base, Why> {
     let mut first = None;
     for backup in earlier {
         match since(disk, backup, is_newest(backup, earlier)) {
             Ok(base) => return Ok(base),
-            // A record that goes back further has seen the same change of size; and a chain that is too long is ended by a
-            // full backup, not prolonged from further back.
+            // An older bitmap includes the same change of size. A chain that is too long ends with a full backup
+            // instead of being continued from an older base.
             Err(why @ (Why::Resized | Why::ChainTooLong)) => return Err(why),
             Err(Why::NoBitmap) => {}
             Err(why) => {
@@ -281,7 +279,7 @@ fn newest(disk: &Disk, earlier: &[Earlier]) -> Result<Base, Why> {
     })
 }
 
-/// Whether it is the newest that this service made.
+/// Returns true if this is the newest backup that this service created.
 fn is_newest(backup: &Earlier, earlier: &[Earlier]) -> bool {
     let newest = earlier.iter().find(|earlier| earlier.proven);
     newest.is_some_and(|newest| newest.id == backup.id)
@@ -300,7 +298,7 @@ fn since(disk: &Disk, backup: &Earlier, newest: bool) -> Result<Base, Why> {
             Why::NoBitmaps
         });
     };
-    // Anybody who reads a backup of this service's knows the name of its bitmap.
+    // Every reader of a backup of this service knows the name of its bitmap.
     if !backup.proven {
         return Err(Why::NotProven);
     }
@@ -323,7 +321,7 @@ fn since(disk: &Disk, backup: &Earlier, newest: bool) -> Result<Base, Why> {
     })
 }
 
-/// What a backup of disks with these modes is.
+/// Returns the kind of a backup whose disks have these modes.
 pub fn kind<'a>(modes: impl Iterator<Item = &'a Mode>) -> Kind {
     let mut kind = Kind::Full;
     for mode in modes {
@@ -397,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_backup_that_the_disk_has_a_record_since_is_built_upon() {
+    fn the_newest_backup_with_a_bitmap_on_the_disk_is_the_base() {
         let earlier = [backup("c", Some(3)), backup("b", Some(2)), backup("a", Some(1))];
         assert_eq!(
             auto(&disk(&["since-a", "since-c", "since-b"]), &earlier),
@@ -412,14 +410,14 @@ mod tests {
     }
 
     #[test]
-    fn it_is_found_by_its_record_whatever_the_disk_is_called_now() {
+    fn a_renamed_disk_keeps_its_base() {
         let mut renamed = disk(&["since-a"]);
         renamed.name = "vdx".into();
         assert_eq!(auto(&renamed, &[backup("a", Some(1))]), Ok(("a".into(), true)));
     }
 
     #[test]
-    fn nothing_is_built_upon_what_this_service_did_not_make() {
+    fn a_backup_of_another_service_is_never_a_base() {
         let foreign = |id: &str, bitmap: &str| {
             let mut backup = backup(id, Some(1));
             backup.proven = false;
@@ -445,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_is_passed_over_and_what_has_another_size_is_not_built_upon() {
+    fn a_damaged_base_is_skipped_and_another_size_makes_a_full_backup() {
         let both = disk(&["since-a", "since-b"]);
         assert_eq!(
             auto(&both, &[backup("b", None), backup("a", Some(1))]),
@@ -469,12 +467,12 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_was_smaller_or_may_have_been_is_copied_as_a_whole() {
+    fn a_disk_that_was_or_may_have_been_smaller_gets_a_full_backup() {
         let earlier = [backup("b", Some(2)), backup("a", Some(1))];
         let mut cut = disk(&["since-a", "since-b"]);
         cut.bitmaps[3].dirty = 0;
         assert_eq!(auto(&cut, &earlier), Err(Why::Resized));
-        // A record that goes back further has one of its own.
+        // An older checkpoint has its own sentinel.
         let mut unknown = disk(&["since-a", "since-b"]);
         unknown.bitmaps.remove(3);
         assert_eq!(auto(&unknown, &earlier), Ok(("a".into(), false)));
@@ -486,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_without_a_record_because_of_its_snapshots_says_so() {
+    fn a_disk_without_a_bitmap_because_of_its_snapshots_gives_that_reason() {
         let mut snapshots = disk(&[]);
         snapshots.has_snapshots = true;
         let earlier = [backup("a", Some(1))];
@@ -504,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_disk_has_nothing_that_could_be_cut_off() {
+    fn an_empty_disk_needs_no_sentinel() {
         let mut earlier = backup("a", Some(1));
         earlier.disks[0].virtual_size = 0;
         let mut empty = disk(&["since-a"]);
@@ -513,12 +511,12 @@ mod tests {
     }
 
     #[test]
-    fn what_was_named_is_what_is_built_upon_or_nothing() {
+    fn a_requested_base_is_used_or_the_backup_is_refused() {
         let earlier = past(&[backup("b", Some(2)), backup("a", Some(1))]);
         let both = disk(&["since-a", "since-b"]);
         for name in ["a", "before-a"] {
             let Ok(Mode::Since(base)) = choose(&both, &earlier, &named(name), None) else {
-                panic!("it is there");
+                panic!("the base exists");
             };
             assert_eq!((base.backup.as_str(), base.newest), ("a", false));
         }
@@ -538,7 +536,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backup_is_what_its_disks_are() {
+    fn the_kind_of_a_backup_follows_from_its_disks() {
         let full = Mode::default();
         let since = |newest| {
             Mode::Since(Base {

@@ -1,4 +1,4 @@
-//! The disks that have a checkpoint, and its name.
+//! Selects the disks of a checkpoint, and checks its name.
 
 use std::collections::BTreeMap;
 
@@ -10,20 +10,20 @@ use crate::definition::{CheckpointDefinition, Position};
 use crate::domain::{Disk, DiskLookup, find_disk};
 use crate::model::{Checkpoint, Format};
 
-/// What a call wants of the checkpoint that its backup begins.
+/// The checkpoint that a call requests with its backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CheckpointOption {
-    /// None is made.
+    /// No checkpoint.
     No,
     This(CheckpointDefinition),
 }
 
-/// A checkpoint that the domain has already.
+/// A checkpoint of the domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Existing {
     pub id: String,
-    /// The id where it has no other.
+    /// The name, or the id if it has no name.
     pub name: String,
     pub has_backup: bool,
 }
@@ -34,25 +34,27 @@ impl Existing {
     }
 }
 
-/// Why a disk can have no checkpoint.
+/// The reasons why a disk cannot have a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Obstacle {
     #[error("it has no medium")]
     NoMedium,
-    #[error("its image cannot keep a record of what is written (qcow2 of version 3 can)")]
+    #[error("its image cannot store dirty bitmaps (qcow2 version 3 can)")]
     NoBitmaps,
-    #[error("its backup is raw, and on that no later one can lie")]
+    #[error("its backup is raw, so it cannot be a backing file")]
     RawTarget,
     #[error(
-        "its image holds internal snapshots, which QEMU could not revert to then ('checkpoints = \"always\"' in the \
-         domain's file allows it)"
+        "its image holds internal snapshots, and QEMU cannot revert to them while it has a dirty bitmap. To allow \
+         it, set \
+         'checkpoints = \"always\"' in the domain's file"
     )]
     InternalSnapshots,
-    #[error("the store keeps none ('checkpoints' in the configuration)")]
+    #[error("the store keeps none. Set 'checkpoints' in the configuration")]
     Store,
 }
 
-/// Settles which disks of a backup have a checkpoint; gives what is said of it where the call describes it.
+/// Decides which disks of a backup have a checkpoint. Returns the checkpoint's name and description if the call
+/// requests one.
 pub(super) fn of_backup(
     wanted: Option<&CheckpointOption>,
     store: Option<&Store>,
@@ -103,7 +105,7 @@ fn require(planned: &DiskPlan, disks: &[Disk], store: &Store, at: Position) -> R
     Err(Error::NoCheckpoint { name, at, why })
 }
 
-/// Refuses a checkpoint that no disk can have, with the reason that is nearest to one.
+/// Fails if no disk can have a checkpoint. The error has the most specific reason.
 fn check_any(planned: &[DiskPlan], disks: &[Disk], store: &Store) -> Result<(), Error> {
     if planned.iter().any(|disk| disk.checkpoint) {
         return Ok(());
@@ -118,7 +120,7 @@ fn check_any(planned: &[DiskPlan], disks: &[Disk], store: &Store) -> Result<(), 
     }
 }
 
-/// Why a disk of a backup cannot have a checkpoint, if it cannot.
+/// The reason why this disk of a backup has no checkpoint.
 fn obstacle(planned: &DiskPlan, disks: &[Disk], store: &Store) -> Obstacle {
     let keeps = disks
         .iter()
@@ -131,7 +133,7 @@ fn obstacle(planned: &DiskPlan, disks: &[Disk], store: &Store) -> Obstacle {
     }
 }
 
-/// The disks that a checkpoint without a backup is made on.
+/// Returns the disks for a checkpoint without a backup.
 pub fn checkpoint<'a>(
     definition: &CheckpointDefinition,
     disks: &'a [Disk],
@@ -173,10 +175,10 @@ fn check_name(definition: &CheckpointDefinition, existing: &[Existing]) -> Resul
     }
 }
 
-/// The disks that a document lists, by their names: whether each is to have a checkpoint, and where that is said.
+/// The disks that a document lists, by name: whether each is to have a checkpoint, and the position of that request.
 type Listed<'a> = BTreeMap<&'a str, (bool, Position)>;
 
-/// The domain's disks that a document lists, by their names: whether they have a bitmap, and where it says so.
+/// Returns the domain's disks that a document lists.
 fn listed<'a>(definition: &CheckpointDefinition, disks: &'a [Disk]) -> Result<Option<Listed<'a>>, Error> {
     let Some(asked) = &definition.disks else {
         return Ok(None);
@@ -235,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_list_every_disk_that_can_has_one_and_with_one_those_of_it() {
+    fn without_a_list_every_able_disk_gets_a_checkpoint() {
         assert_eq!(of("<domaincheckpoint/>"), Ok(vec!["vda".into(), "vdb".into()]));
         let one = with("<disk name='drive-vdb'/><disk name='vda' checkpoint='no'/>");
         assert_eq!(of(&one), Ok(vec!["vdb".into()]));
@@ -246,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_have_one_is_refused_by_name() {
+    fn disks_that_cannot_have_a_checkpoint_are_refused_by_name() {
         for (disks, kind, text) in [
             ("<disk name='raw'/>", Kind::Unsupported, "'raw'"),
             ("<disk name='cd0'/>", Kind::Unsupported, "no medium"),
@@ -264,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_given_once() {
+    fn a_name_is_used_once() {
         let named = |name: &str| {
             of(&format!(
                 "<domaincheckpoint><name>{name}</name></domaincheckpoint>"

@@ -1,4 +1,4 @@
-//! Errors of a request for disks, stores or options that do not exist.
+//! Errors of planning: disks, stores or options that do not exist or do not fit.
 
 use std::fmt;
 
@@ -11,18 +11,18 @@ use crate::model::Outside;
 pub enum Error {
     #[error("{}the domain has no disk '{name}'", At(*at))]
     NoSuchDisk { name: String, at: Position },
-    #[error("{}several disks answer to '{name}': use the id of the disk's device", At(*at))]
+    #[error("{}'{name}' denotes several disks. Use the id of the disk's device", At(*at))]
     AmbiguousDisk { name: String, at: Position },
-    #[error("{}'{name}' is the same disk as '{first}': list each disk once", At(*at))]
+    #[error("{}'{name}' is the same disk as '{first}'. List each disk once", At(*at))]
     SameDisk {
         first: String,
         name: String,
         at: Position,
     },
-    #[error("{}disk '{name}' has no medium: leave it out", At(*at))]
+    #[error("{}disk '{name}' has no medium. Omit it", At(*at))]
     NoMedium { name: String, at: Position },
     #[error(
-        "{}disk '{name}' cannot be backed up: QEMU passes the guest's commands to it through ({kind}). Leave it out",
+        "{}disk '{name}' cannot be backed up: QEMU passes the guest's commands through to it ({kind}). Omit it",
         At(*at)
     )]
     PassedThrough {
@@ -31,25 +31,28 @@ pub enum Error {
         at: Position,
     },
     #[error(
-        "not in the backup would be: {}. QEMU cannot read them: back them up in another way, and leave the option \
-         'require-all-disks' out",
+        "the backup would not include {}, because QEMU cannot read them. Back them up in another way, and omit the \
+         option \
+         'require-all-disks'",
         devices(.0)
     )]
     NotInBackup(Vec<Outside>),
-    #[error("the domain has no writable disk with a medium: name the disks in the document")]
+    #[error("the domain has no writable disk with a medium. List the disks in the document")]
     NothingToBackUp,
-    #[error("{}no store '{name}' is configured", At(*at))]
+    #[error("{}store '{name}' is not configured", At(*at))]
     NoSuchStore { name: String, at: Position },
-    #[error("'reuse-external' is for targets that the caller names: a store's files are always new")]
+    #[error(
+        "'reuse-external' applies only to targets that the caller names, because files in a store are always new"
+    )]
     ReuseInStore,
-    #[error("{}target fd='{index}': the call came with {count} descriptors, counted from 0", At(*at))]
+    #[error("{}target fd='{index}': the call has {count} descriptors, numbered from 0", At(*at))]
     NoSuchFile { index: u32, count: usize, at: Position },
-    #[error("descriptor {index} of the call is used by no disk: leave it out")]
+    #[error("no disk uses descriptor {index} of the call. Omit it")]
     UnusedFile { index: usize },
-    #[error("{}the store has no checkpoint '{name}' of this domain: 'backupctl backups' lists them", At(*at))]
+    #[error("{}the store has no checkpoint '{name}' of this domain. 'backupctl backups' lists them", At(*at))]
     NoSuchCheckpoint { name: String, at: Position },
     #[error(
-        "{}disk '{disk}' cannot be backed up since {since}: {}; a full backup, or 'auto', can be made",
+        "{}cannot back up the changes of disk '{disk}' since {since}: {}. Request a full backup, or 'auto'",
         At(*at), why.text()
     )]
     CannotIncrement {
@@ -61,24 +64,24 @@ pub enum Error {
     #[error("option 'checkpoint': {0}")]
     Checkpoint(Box<Self>),
     #[error(
-        "only a backup into a store begins a checkpoint: leave the option out, or make the checkpoint by itself"
+        "only a backup into a store can create a checkpoint. Omit the option, or create the checkpoint separately"
     )]
     CheckpointOutside,
-    #[error("the domain has a checkpoint '{name}' already: choose another name, or delete that one")]
+    #[error("the domain already has a checkpoint '{name}'. Choose another name, or delete it")]
     CheckpointExists { name: String },
-    #[error("{}disk '{name}' is not backed up: its checkpoint would be none that a backup could go on from", At(*at))]
+    #[error("{}disk '{name}' is not backed up, so no later backup could start from its checkpoint", At(*at))]
     CheckpointNotBackedUp { name: String, at: Position },
-    #[error("{}disk '{name}' can have no checkpoint: {why}", At(*at))]
+    #[error("{}disk '{name}' cannot have a checkpoint: {why}", At(*at))]
     NoCheckpoint {
         name: String,
         at: Position,
         why: Obstacle,
     },
-    #[error("none of the disks can have a checkpoint: it takes a writable qcow2 image of version 3")]
+    #[error("none of the disks can have a checkpoint: it requires a writable qcow2 image of version 3")]
     NothingRecorded,
     #[error("none of the disks can have a checkpoint: disk '{first}': {why}")]
     NoneRecorded { first: String, why: Obstacle },
-    #[error("the document and the option '{what}' say different things")]
+    #[error("the document and the option '{what}' differ. Use one of them")]
     Disagreement { what: &'static str },
 }
 
@@ -119,7 +122,7 @@ impl From<Error> for crate::error::Error {
     }
 }
 
-/// Names and types, as many as a reader takes in.
+/// Lists names and types of the first 16 devices.
 fn devices(devices: &[Outside]) -> String {
     let shown = devices.iter().take(16);
     let mut text: Vec<String> = shown
@@ -131,7 +134,7 @@ fn devices(devices: &[Outside]) -> String {
     text.join(", ")
 }
 
-/// The place in the document in front of a text; nothing where the document did not say it.
+/// Prints the position in the document before a message; nothing if the document does not contain the value.
 struct At(Position);
 
 impl fmt::Display for At {

@@ -1,7 +1,7 @@
-//! Turns a caller's request into a plan, with every default made explicit.
+//! Turns a caller's request into a plan with every default made explicit.
 //!
-//! Pure: it combines a document, the options of a call, the domain's disks and the configured stores, and touches
-//! nothing. A [`Plan`] that exists names only disks that exist and have a medium, and one place for each.
+//! Pure: combines a document, the options of a call, the domain's disks and the configured stores, and performs no I/O.
+//! Every [`Plan`] names only disks that exist and have a medium, each with one target.
 
 mod chain;
 mod checkpoint;
@@ -32,81 +32,82 @@ use crate::definition::{
 use crate::domain::{Disk, DiskLookup, find_disk};
 use crate::model::{Checkpoint, Compression, DomainDir, Format, Kind, Outside};
 
-/// What a call says beside its document.
+/// The options of a call, beside its document.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Options {
-    /// Targets exist and are written into.
+    /// Overwrite existing targets.
     pub reuse_external: bool,
-    /// Bytes a second, all disks together.
+    /// Bytes a second for all disks together.
     pub bandwidth: Option<u64>,
-    /// How long the guest's writes may take, in milliseconds; 0 is no limit. Nothing: as the configuration says.
+    /// How long the guest's writes may take, in milliseconds; 0 disables the limit. `None` selects the configured
+    /// value.
     pub max_latency: Option<u32>,
     pub quiesce: Option<Quiesce>,
     pub incremental: Option<Incremental>,
     pub checkpoint: Option<CheckpointOption>,
-    /// A guest that powers off takes its QEMU, and so the backup, with it.
+    /// Let the guest power off during the backup, although that ends its QEMU and fails the backup.
     pub allow_poweroff: bool,
-    /// None is made that lacks data of the guest's that cannot be in it.
+    /// Refuse a backup that would lack data of the guest.
     pub require_all_disks: bool,
 }
 
-/// How much a call wants to be copied of the disks of which the document says nothing.
+/// The kind of backup for disks that the document does not specify.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Incremental {
-    /// What changed since the newest backup in the store, of each disk of which that is known.
+    /// For each disk, incremental to the newest backup in the store with a bitmap on it, or else full.
     Auto,
     Full,
-    /// What changed since that checkpoint.
+    /// Incremental to this checkpoint.
     Since(String),
 }
 
-/// What will be done, whole. Immutable once it is made. A later process of the service reads it again.
+/// A complete description of a job. Immutable. A later instance of the service reads it again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     pub name: Option<String>,
     pub description: Option<String>,
     pub destination: Destination,
     pub reuse_external: bool,
-    /// Bytes a second, all disks together; 0 is unlimited.
+    /// Bytes a second for all disks together; 0 is unlimited.
     pub bandwidth: u64,
-    /// How long the guest's writes may take, in milliseconds, before the backup becomes slower.
+    /// How long the guest's writes may take, in milliseconds, before the service slows the backup down.
     #[serde(default)]
     pub max_latency: Option<NonZeroU32>,
     pub quiesce: Option<Quiesce>,
-    /// A guest that powers off is kept, paused, until the backup has ended.
+    /// If the guest powers off, keep it paused until the backup has ended.
     pub hold_poweroff: bool,
-    /// What is said of the checkpoint that the backup begins.
+    /// Name and description of the backup's checkpoint.
     #[serde(default)]
     pub checkpoint: Option<Checkpoint>,
-    /// At least one; none where backups are verified or served.
+    /// At least one for a backup or restore; empty for verify and export.
     pub disks: Vec<DiskPlan>,
-    /// Disks of the domain that are left out.
+    /// Disks of the domain that are not backed up.
     pub excluded: Vec<String>,
-    /// What the domain has beside its disks, and disks that no backup can hold.
+    /// Devices and disks of the domain whose data no backup can include.
     #[serde(default)]
     pub outside: Vec<Outside>,
     #[serde(default)]
     pub task: Task,
 }
 
-/// What is done with the places.
+/// The operation of a job.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Task {
-    /// The domain's disks are copied to them.
+    /// Copies the domain's disks to the targets.
     #[default]
     Backup,
-    /// A stored backup's disks are.
+    /// Copies the disks of a stored backup to the targets.
     Restore(Stored),
-    /// There are none: stored backups are read.
+    /// Reads stored backups; has no targets.
     Verify(Stored),
-    /// There are none: a stored backup's disks are served.
+    /// Serves the disks of a stored backup; has no targets.
     Export(Stored),
 }
 
 impl Task {
-    /// The stored backup that it reads.
+    /// Returns the stored backup that the job reads.
     pub fn stored(&self) -> Option<&Stored> {
         match self {
             Self::Backup => None,
@@ -124,56 +125,56 @@ pub struct Stored {
     pub id: String,
 }
 
-/// Who chooses the places.
+/// The party that chooses the targets.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Destination {
-    /// The service does, inside a store.
+    /// The service, inside a store.
     Store {
         name: String,
         path: PathBuf,
         /// The domain's directory in the store.
         directory: DomainDir,
-        /// The backup's number in the order of making in that directory.
+        /// The backup's sequence number in that directory.
         sequence: u64,
-        /// The service that makes it.
+        /// The id of the service that creates it.
         service: Uuid,
     },
-    /// The caller named one for each disk.
+    /// The caller, one for each disk.
     Caller,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskPlan {
     pub name: String,
-    /// QEMU's node to read.
+    /// QEMU's node to read from.
     pub node: String,
     /// QEMU's path of the guest's device.
     #[serde(default)]
     pub device: String,
-    /// What the guest sees, in bytes; the target gets exactly that.
+    /// Size that the guest sees, in bytes. The target gets exactly this size.
     pub virtual_size: u64,
-    /// What the data takes at most, as far as is known, in bytes.
+    /// Estimated maximum of the data, in bytes.
     pub estimate: u64,
-    /// The file with the disk's data, as its QEMU has it open, where what is in it is also in the backup.
+    /// The file with the disk's data, as QEMU has it open. `None` if a part of it is not in the backup.
     #[serde(default)]
     pub source: Option<PathBuf>,
-    /// QEMU decrypts it: what is copied is plain text.
+    /// QEMU decrypts the disk, so the backup contains plain text.
     #[serde(default)]
     pub encrypted: bool,
-    /// What the disk's image does not have reads as zeroes, so that a copy of all of it can leave that out.
+    /// Unallocated parts of the disk's image read as zeroes, so a full copy can skip them.
     pub only_allocated: bool,
     pub format: Format,
     pub compress: Option<Compression>,
     #[serde(default)]
     pub mode: Mode,
-    /// A later backup can go on from this one: what is written from its instant on is recorded.
+    /// Record changes from this backup on, so that a later backup can start from it.
     #[serde(default)]
     pub checkpoint: bool,
     pub place: Place,
 }
 
 impl DiskPlan {
-    /// A disk of a stored backup that is restored into the caller's descriptor at `index`.
+    /// A disk of a stored backup to restore into the caller's descriptor at `index`.
     pub fn of_stored(name: &str, virtual_size: u64, estimate: u64, format: Format, index: u32) -> Self {
         Self {
             name: name.to_owned(),
@@ -193,10 +194,10 @@ impl DiskPlan {
     }
 }
 
-/// Where one disk's data goes.
+/// The target of one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Place {
-    /// A file of this name in the backup's own directory of a store.
+    /// A file of this name in the backup's directory in a store.
     InStore {
         file_name: String,
     },
@@ -206,13 +207,13 @@ pub enum Place {
     Descriptor(u32),
 }
 
-/// The formats that tell data from holes, as QEMU calls them: what is not allocated reads as zeroes where there is no backing
-/// file, in all drivers that support one (QEMU's `bdrv_co_block_status`). A raw image may tell so too, but of NBD and iSCSI a
-/// hole need not read as zeroes, and of a file QEMU takes all as allocated.
+/// QEMU's names of the formats that distinguish data from holes exactly. Without a backing file, unallocated parts read
+/// as zeroes in all drivers that support one (QEMU's `bdrv_co_block_status`). A raw image may report holes too. But
+/// holes on NBD and iSCSI need not read as zeroes, and QEMU treats all of a raw file as allocated.
 const EXACT_FORMATS: [&str; 3] = ["qcow2", "qed", "vmdk"];
 
 impl DiskPlan {
-    /// Whether QEMU first looks what the disk's image has, and copies only that.
+    /// Returns true if QEMU first finds the allocated parts of the disk's image, and copies only those.
     pub fn is_scanned(&self) -> bool {
         self.only_allocated && matches!(self.mode, Mode::Full { .. })
     }
@@ -225,33 +226,33 @@ pub struct ChosenStore<'a> {
     pub store: &'a Store,
     /// The domain's directory in the store.
     pub directory: DomainDir,
-    /// The new backup's number in the order of making in that directory.
+    /// The new backup's sequence number in that directory.
     pub sequence: u64,
     pub service: Uuid,
     pub past: Past,
 }
 
-/// What the domain has of former backups.
+/// The domain's earlier backups and checkpoints.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Past {
-    /// Its backups in the store that is asked for, from the newest on.
+    /// The domain's backups in the requested store, newest first.
     pub earlier: Vec<Earlier>,
     pub checkpoints: Vec<Existing>,
-    /// The administrator wants checkpoints also on disks whose images hold internal snapshots.
+    /// The administrator allows checkpoints on disks whose images hold internal snapshots.
     pub records_over_snapshots: bool,
 }
 
 impl Past {
-    /// Whether a backup may begin to record what is written to the disk, where its image can keep that.
+    /// Returns true if a backup may add a bitmap to the disk, provided that its image can store one.
     fn may_record(&self, disk: &Disk) -> bool {
         self.records_over_snapshots || !disk.has_snapshots
     }
 }
 
-/// Makes the plan.
+/// Creates the plan.
 ///
-/// `disks` are the domain's now, `outside` what it has beside them; `store` is the one that [`store`] returns; `files` counts the descriptors that came with
-/// the call.
+/// `disks` are the domain's current disks, and `outside` its other devices. `store` is the result of [`store`]. `files`
+/// is the number of descriptors in the call.
 pub fn resolve(
     definition: &Definition,
     options: &Options,
@@ -316,7 +317,7 @@ pub fn resolve(
     })
 }
 
-/// The store that a request goes to, with its name; nothing where it goes to places of the caller's.
+/// Returns the store that a request goes to, with its name; `None` if the caller chose the targets.
 pub fn store<'a>(
     definition: &'a Definition,
     stores: &'a BTreeMap<String, Store>,
@@ -335,17 +336,17 @@ pub fn store<'a>(
 }
 
 impl Plan {
-    /// What the backup is, as a whole.
+    /// Returns the kind of the whole backup.
     pub fn kind(&self) -> Kind {
         chain::kind(self.disks.iter().map(|disk| &disk.mode))
     }
 
-    /// Whether it is copied in small steps, one after the other, so that a write of the guest's waits for little of it.
+    /// Returns true if QEMU copies in small steps, one at a time, so that a guest's write waits only briefly.
     pub fn copies_in_small_steps(&self) -> bool {
         self.max_latency.is_some()
     }
 
-    /// Whether something is written into that is there already, and that another domain may have open.
+    /// Returns true if the plan writes to an existing target, which another domain may have open.
     pub fn writes_into_existing(&self) -> bool {
         self.disks.iter().any(|disk| match disk.place {
             Place::InStore { .. } => false,
@@ -354,7 +355,7 @@ impl Plan {
         })
     }
 
-    /// What is done with a stored backup.
+    /// Creates the plan of a job that reads a stored backup.
     pub fn of_stored(task: Task, disks: Vec<DiskPlan>) -> Self {
         Self {
             name: None,
@@ -373,7 +374,7 @@ impl Plan {
         }
     }
 
-    /// The word of the interface for what is done.
+    /// Returns the operation in the terms of the D-Bus interface.
     pub fn mode(&self) -> &'static str {
         match self.task {
             Task::Backup => "push",
@@ -383,7 +384,7 @@ impl Plan {
         }
     }
 
-    /// The document with every default filled in; every disk of the domain is in it.
+    /// Returns the document with every default filled in. It lists every disk of the domain.
     pub fn definition(&self) -> Definition {
         let included = self.disks.iter().map(|disk| DiskDefinition {
             name: disk.name.clone(),
@@ -439,7 +440,7 @@ fn store_name(definition: &Definition) -> (&str, Position) {
 
 type Chosen<'a> = Vec<(&'a Disk, Option<&'a DiskDefinition>)>;
 
-/// The disks to back up, with what the document says of each.
+/// Returns the disks to back up, with their elements of the document.
 fn choose<'a>(definition: &'a Definition, disks: &'a [Disk]) -> Result<Chosen<'a>, Error> {
     let Some(listed) = &definition.disks else {
         let all: Chosen = disks
@@ -487,7 +488,7 @@ fn choose<'a>(definition: &'a Definition, disks: &'a [Disk]) -> Result<Chosen<'a
     }
 }
 
-/// What no backup of the domain holds, in whatever way it is asked for.
+/// Returns the devices and disks that no backup of the domain can include.
 fn not_in_backup(disks: &[Disk], outside: &[Outside]) -> Vec<Outside> {
     let passed_through = disks.iter().filter_map(|disk| {
         Some(Outside {
@@ -516,7 +517,7 @@ fn check_files(definition: &Definition, count: usize) -> Result<(), Error> {
     }
 }
 
-/// What the document says and an option says too must agree.
+/// Merges a value that the document and an option can set. Fails if they differ.
 fn agreed<T: PartialEq>(
     what: &'static str,
     document: Option<T>,
@@ -528,7 +529,7 @@ fn agreed<T: PartialEq>(
     }
 }
 
-/// How much a request wants of one disk. What is said of the disk counts before what is said of all.
+/// Returns the kind of backup requested for one disk. A disk's own setting takes precedence.
 fn wanted(
     definition: &Definition,
     options: &Options,
@@ -583,7 +584,7 @@ fn disk_plan(
         Some(Target::Block(path)) => Place::Block(path.clone()),
         Some(Target::Fd(index)) => Place::Descriptor(*index),
     };
-    // Otherwise QEMU reserves space in a raw target for zeroes too.
+    // In other cases QEMU allocates space in a raw target for zeroes too.
     let whole = match format == Format::Raw && !only_allocated {
         true => disk.virtual_size,
         false => disk.allocated,
@@ -615,8 +616,8 @@ fn disk_plan(
     })
 }
 
-/// A disk's name as a file's: what could mean something to a shell or a path is written as `%XX`, so that two
-/// disks never share a name.
+/// Converts a disk's name to a file name. Characters that are special to a shell or a path become `%XX`, so two disks
+/// never get the same name.
 fn file_stem(disk: &str) -> String {
     let mut stem = String::with_capacity(disk.len());
     for (index, byte) in disk.bytes().enumerate() {

@@ -1,6 +1,6 @@
-//! The targets of a request, with their disks, for the questions to the authority.
+//! Lists the targets of a request with their disks, for the checks of authorisation.
 //!
-//! For a request before it is a plan, and for a plan: the two agree.
+//! Computed for a request before planning, and for its plan. Both results are equal.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,27 +12,27 @@ use super::{Destination, Place, Plan, choose, selected, store_name};
 use crate::definition::{Definition, DiskDefinition, Target};
 use crate::domain::Disk;
 
-/// A place that a request names and the disks that go there, as it is put to the authority.
+/// A target that a request names, with the disks that go there, as the authority is asked about it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Requested {
     pub kind: PlaceKind,
-    /// The store's name or the path; empty for the caller's own descriptors.
+    /// The store's name or the path; empty for the caller's descriptors.
     pub target: String,
-    /// Names of the domain's disks; none where the document does not fit the disks that are known.
+    /// The domain's disks; empty if the document does not match the known disks.
     pub disks: Vec<String>,
 }
 
-/// Whose place it is.
+/// The kind of a target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PlaceKind {
-    /// The administrator's: a store.
+    /// A store, which the administrator configured.
     Store,
-    /// A new or existing file by its path.
+    /// A new or existing file, by path.
     File,
-    /// A device by its path.
+    /// A device, by path.
     Block,
-    /// The caller's open files, all of a request together.
+    /// Files that the caller opened, all of a request together.
     Fd,
 }
 
@@ -47,7 +47,7 @@ impl PlaceKind {
     }
 }
 
-/// The distinct places that a request names, at least one; `disks` are the domain's as far as they are known.
+/// Returns the distinct targets that a request names, at least one. `disks` are the known disks of the domain.
 pub fn requested(definition: &Definition, disks: &[Disk]) -> Vec<Requested> {
     let chosen = choose(definition, disks).unwrap_or_default();
     let name_of = |asked: &DiskDefinition| {
@@ -74,7 +74,7 @@ pub fn requested(definition: &Definition, disks: &[Disk]) -> Vec<Requested> {
     }]
 }
 
-/// Each place once, with all disks that go there.
+/// Groups the disks by target.
 fn grouped(disks: impl Iterator<Item = ((PlaceKind, String), Option<String>)>) -> Vec<Requested> {
     let mut places: BTreeMap<(PlaceKind, String), Vec<String>> = BTreeMap::new();
     for (place, disk) in disks {
@@ -86,14 +86,14 @@ fn grouped(disks: impl Iterator<Item = ((PlaceKind, String), Option<String>)>) -
         .collect()
 }
 
-/// A path as rules compare it: `//a` is `/a`. Documents have no `.` and `..` in their paths.
+/// Normalises a path for rules: `//a` becomes `/a`. Documents have no `.` and `..` in their paths.
 fn normal(path: &Path) -> String {
     let path: PathBuf = path.components().collect();
     path.to_string_lossy().into_owned()
 }
 
 impl Plan {
-    /// The distinct places with the disks that go there, as they were put to the authority.
+    /// Returns the distinct targets with their disks, as the authority was asked about them.
     pub fn places(&self) -> Vec<Requested> {
         let store = match &self.destination {
             Destination::Store { name, .. } => name.clone(),

@@ -1,8 +1,8 @@
 //! Chooses the backups of a domain in a store to keep, by rules like restic's.
 //!
-//! `keep-daily N` keeps the newest backup of each of the last N days that have one, and so do the others for hours, weeks (from
-//! Monday on), months and years, in a time zone that is the caller's to say. Each rule counts by itself: one backup can be the
-//! last of its day and of its month. Pure: removes nothing.
+//! `keep-daily N` keeps the newest backup of each of the last N days that have one. The other rules do the same for
+//! hours, weeks (starting on Monday), months and years, in the caller's time zone. Each rule counts by itself: one
+//! backup can be the last of its day and of its month. Pure: removes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -14,7 +14,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::config::Store;
 
-/// How many are kept by each rule; 0 is none.
+/// How many backups each rule keeps; 0 disables the rule.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Retention {
     pub last: u32,
@@ -23,11 +23,11 @@ pub struct Retention {
     pub weekly: u32,
     pub monthly: u32,
     pub yearly: u32,
-    /// Younger ones stay, whatever the rules say, and take no older one's place.
+    /// Keep younger backups regardless of the rules. They do not displace older ones.
     pub at_least: Duration,
 }
 
-/// A rule.
+/// A keep rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rule {
     Last,
@@ -48,12 +48,12 @@ impl Rule {
         Self::Yearly,
     ];
 
-    /// The one of that key in options, and in the configuration.
+    /// Returns the rule with this key in options and the configuration.
     pub fn from_key(key: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|rule| rule.key() == key)
     }
 
-    /// What it is called in options, and in the configuration.
+    /// The key in options and the configuration.
     pub fn key(self) -> &'static str {
         match self {
             Self::Last => "keep-last",
@@ -65,8 +65,8 @@ impl Rule {
         }
     }
 
-    /// The beginning of the period that a time is in; the last ones are each a period of its own. An hour that the clocks
-    /// go through twice is two, which differ in the offset from UTC.
+    /// Returns the start of the period of a time. `keep-last` has no periods. An hour that occurs twice when clocks
+    /// change is two periods, which differ in their offset from UTC.
     fn period(self, time: Timestamp, zone: &TimeZone) -> Option<(DateTime, Option<Offset>)> {
         let civil = zone.to_datetime(time);
         let date = civil.date();
@@ -79,7 +79,7 @@ impl Rule {
             Self::Daily => date,
             Self::Weekly => {
                 let days = date.weekday().to_monday_zero_offset();
-                // The first days that there are have no Monday before them.
+                // The calendar's first week may have no Monday.
                 date.checked_sub(jiff::Span::new().days(days)).unwrap_or(date)
             }
             Self::Monthly => date.first_of_month(),
@@ -90,7 +90,7 @@ impl Rule {
 }
 
 impl Retention {
-    /// A store's own rules.
+    /// Returns a store's own rules.
     pub fn of_store(store: &Store) -> Self {
         Self {
             last: store.keep_last,
@@ -126,57 +126,57 @@ impl Retention {
         *field = count;
     }
 
-    /// Whether no rule keeps anything: that is nothing to remove backups by.
+    /// Returns true if no rule keeps anything. Such rules must not remove backups.
     pub fn is_nothing(&self) -> bool {
         Rule::ALL.into_iter().all(|rule| self.of(rule) == 0)
     }
 
-    /// Whether a backup of that instant is to stay for now. One from the future is.
+    /// Returns true if a backup is younger than `keep-at-least`. A backup from the future is.
     pub fn is_young(&self, instant: Timestamp, now: Timestamp) -> bool {
         let age = now.duration_since(instant);
         SignedDuration::try_from(self.at_least).is_ok_and(|least| !least.is_zero() && age < least)
     }
 }
 
-/// How a backup is.
+/// The condition of a backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Condition {
     Good,
-    /// It takes no other's place, and goes no earlier than if nothing were wrong.
+    /// It does not displace a good backup, and is kept as long as a good one would be.
     Damaged,
-    /// There is nothing to be removed.
+    /// There is nothing to remove.
     Missing,
 }
 
-/// By how much clocks may be wrong before a backup is taken to be from the future.
+/// How much clocks may differ before a backup counts as from the future.
 const SLACK: SignedDuration = SignedDuration::from_mins(1);
 
-/// A backup that may be kept.
+/// A backup for the rules to decide on.
 #[derive(Debug, Clone)]
 pub struct Candidate {
     pub id: String,
     pub instant: Timestamp,
     pub condition: Condition,
-    /// This service made or adopted it. Others are kept, and take no place.
+    /// This service created or adopted it. Other backups are always kept and do not count.
     pub own: bool,
-    /// Its bases.
+    /// The ids of its bases.
     pub parents: Vec<String>,
-    /// Why it is kept whatever the rules say.
+    /// Reasons to keep it regardless of the rules.
     pub anyway: Vec<Reason>,
 }
 
-/// Why a backup is kept.
+/// The reason why a backup is kept.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
     Rule(Rule),
-    /// Somebody said that it is to stay.
+    /// A user protected it.
     Protected,
     /// It is younger than `keep-at-least`.
     Young,
-    /// That one, which is kept, depends on it.
+    /// This kept backup depends on it.
     Base(String),
     Missing,
-    /// Another service made it.
+    /// Another service created it.
     Foreign,
 }
 
@@ -186,15 +186,15 @@ impl fmt::Display for Reason {
             Self::Rule(rule) => f.write_str(rule.key().trim_start_matches("keep-")),
             Self::Protected => f.write_str("protected"),
             Self::Young => f.write_str("keep-at-least"),
-            Self::Base(id) => write!(f, "{id} lies on it"),
+            Self::Base(id) => write!(f, "{id} depends on it"),
             Self::Missing => f.write_str("missing"),
             Self::Foreign => f.write_str("made by another service"),
         }
     }
 }
 
-/// The backups whose point in time is later than `now`, or than that of one that was made after them: a clock was wrong.
-/// `candidates` are in the order of making.
+/// Returns the backups whose point in time is later than `now` or than that of a backup created after them: a clock was
+/// wrong. `candidates` are in the order of creation.
 pub fn from_future(candidates: &[Candidate], now: Timestamp) -> BTreeSet<&str> {
     let mut earliest = now;
     let mut future = BTreeSet::new();
@@ -207,8 +207,8 @@ pub fn from_future(candidates: &[Candidate], now: Timestamp) -> BTreeSet<&str> {
     future
 }
 
-/// Why each backup is kept; those that are not in it go. `candidates` are in the order of making, which decides what is
-/// newest; times only say in which day or other period a backup is.
+/// Returns the reasons for each kept backup; all others are removed. `candidates` are in the order of creation, which
+/// decides which is newest. Times only select the day or other period.
 pub fn kept<'a>(
     candidates: &'a [Candidate],
     retention: &Retention,
@@ -223,8 +223,8 @@ pub fn kept<'a>(
         candidate.own && candidate.condition == Condition::Good && !future.contains(candidate.id.as_str())
     };
     let newest_first: Vec<&Candidate> = candidates.iter().rev().collect();
-    // Once as if the damaged ones and those from the future were not there, so that they take no good one's place; once as if those
-    // were not there either that are too young to go, so that many at once push nobody out; and once with all of them.
+    // Applies the rules three times. First without damaged backups and those from the future, so that they displace no
+    // good one. Then also without those too young to remove, so that many at once displace no older one. Last with all.
     let all: Vec<&Candidate> = newest_first.iter().filter(counts).copied().collect();
     let sound: Vec<&Candidate> = newest_first.iter().filter(sound).copied().collect();
     let settled = sound
@@ -278,7 +278,7 @@ fn keep_bases<'a>(candidates: &'a [Candidate], kept: &mut BTreeMap<&'a str, BTre
         .iter()
         .map(|candidate| (candidate.id.as_str(), candidate))
         .collect();
-    // What is missing needs nobody.
+    // A missing backup needs no bases.
     let needs = |id: &&str| !kept[*id].contains(&Reason::Missing);
     let mut left: Vec<&str> = kept.keys().copied().filter(needs).collect();
     while let Some(id) = left.pop() {
@@ -326,7 +326,7 @@ mod tests {
         texts.iter().map(|text| candidate(text)).collect()
     }
 
-    /// After all backups of the tests.
+    /// A time after all backups of the tests.
     fn now() -> Timestamp {
         "2030-01-01T00:00:00Z".parse().unwrap()
     }
@@ -339,7 +339,7 @@ mod tests {
         retention
     }
 
-    /// What is kept, in UTC, with the reasons.
+    /// Returns the kept backups in UTC, with the reasons.
     fn decided(texts: &[&str], rules: &[(Rule, u32)]) -> Vec<String> {
         decided_in(texts, rules, &TimeZone::UTC)
     }
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backup_from_the_future_takes_no_place_and_goes_no_earlier() {
+    fn a_backup_from_the_future_displaces_none_and_is_kept_as_long() {
         let times = [
             "2026-03-01T02:00",
             "2026-03-02T02:00",
@@ -372,7 +372,7 @@ mod tests {
         );
         let last = |count| decided(&times, &[(Rule::Last, count)]);
         assert_eq!(last(2), ["2026-03-03T02:00: last", "2026-03-04T02:00: last"]);
-        // What was made third is the third, and the one before it stays, too.
+        // The backup created third counts as third, and the one before it is kept too.
         assert_eq!(
             last(3),
             [
@@ -384,14 +384,14 @@ mod tests {
         );
         let daily = decided(&times, &[(Rule::Daily, 2)]);
         assert_eq!(daily, ["2026-03-03T02:00: daily", "2026-03-04T02:00: daily"]);
-        // Just made, with the clock as it still is, or was until now.
+        // The newest backup has a time in the future: the clock is wrong, or was until now.
         let newest = ["2026-03-01T02:00", "2026-03-02T02:00", "2038-01-19T02:00"];
         let kept = decided(&newest, &[(Rule::Last, 1)]);
         assert_eq!(kept, ["2026-03-02T02:00: last", "2038-01-19T02:00: last"]);
     }
 
     #[test]
-    fn clocks_that_differ_by_seconds_make_no_future() {
+    fn a_clock_difference_of_seconds_is_tolerated() {
         let mut two = candidates(&["2026-03-01T02:00", "2026-03-01T02:01"]);
         two.reverse();
         assert_eq!(from_future(&two, now()).len(), 0);
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hour_that_the_clocks_go_through_twice_is_two() {
+    fn an_hour_that_occurs_twice_is_two_periods() {
         let zone = TimeZone::posix("CET-1CEST,M3.5.0,M10.5.0/3").unwrap();
         // 01:30, 02:30 and 02:30 again, 03:30.
         let times = [
@@ -413,12 +413,12 @@ mod tests {
         let kept = decided_in(&times, &[(Rule::Hourly, 3)], &zone);
         let hours = times[1..].iter().map(|time| format!("{time}: hourly"));
         assert_eq!(kept, hours.collect::<Vec<_>>());
-        // A day that has 25 hours is one.
+        // A day of 25 hours is one period.
         assert_eq!(decided_in(&times, &[(Rule::Daily, 2)], &zone).len(), 1);
     }
 
     #[test]
-    fn what_another_service_made_stays_and_takes_no_place() {
+    fn backups_of_another_service_are_kept_and_displace_none() {
         let mut times = candidates(&[
             "2026-11-01T02:00",
             "2026-11-02T02:00<2026-11-01T02:00",
@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_ones_are_those_that_were_made_last_whatever_the_clock_said() {
+    fn keep_last_follows_the_order_of_creation_instead_of_the_clock() {
         let times = [
             "2026-11-03T02:00",
             "2026-11-04T02:00",
@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn of_each_day_the_newest_is_kept_and_days_without_one_do_not_count() {
+    fn the_newest_of_each_day_is_kept_and_empty_days_do_not_count() {
         let times = [
             "2026-11-01T02:00",
             "2026-11-01T14:00",
@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn hours_weeks_months_and_years_are_the_calendars() {
+    fn hours_weeks_months_and_years_follow_the_calendar() {
         // 2026-11-01 is a Sunday.
         let times = [
             "2024-12-31T23:59",
@@ -508,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn a_week_goes_on_over_the_end_of_a_year() {
+    fn a_week_continues_across_the_end_of_a_year() {
         // From Monday, 2024-12-30, to Sunday, 2025-01-05.
         let times = [
             "2024-12-29T12:00",
@@ -547,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn a_day_is_one_of_the_time_zone() {
+    fn a_day_follows_the_time_zone() {
         let zone = TimeZone::fixed(jiff::tz::offset(2));
         let times = ["2026-11-22T21:30", "2026-11-22T22:30", "2026-11-23T21:30"];
         let kept = decided_in(&times, &[(Rule::Daily, 2)], &zone);
@@ -557,7 +557,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_kept_one_lies_on_is_kept_and_says_why() {
+    fn bases_of_kept_backups_are_kept_with_the_reason() {
         let times = [
             "2026-11-01T02:00",
             "2026-11-02T02:00<2026-11-01T02:00",
@@ -569,18 +569,18 @@ mod tests {
         assert_eq!(
             kept,
             [
-                "2026-11-01T02:00: 2026-11-04T02:00 lies on it",
+                "2026-11-01T02:00: 2026-11-04T02:00 depends on it",
                 "2026-11-04T02:00: last",
                 "2026-11-05T02:00: last",
             ]
         );
         let kept = decided(&times, &[(Rule::Last, 3)]);
-        assert_eq!(kept[1], "2026-11-02T02:00: 2026-11-03T02:00 lies on it");
+        assert_eq!(kept[1], "2026-11-02T02:00: 2026-11-03T02:00 depends on it");
         assert!(
-            kept[0].contains("2026-11-02T02:00 lies on it, 2026-11-04T02:00"),
+            kept[0].contains("2026-11-02T02:00 depends on it, 2026-11-04T02:00"),
             "{kept:?}"
         );
-        // One with two bases, one of which is not known.
+        // A backup with two bases, one of them unknown.
         let two = [
             "2026-11-01T02:00",
             "2026-11-02T02:00<2026-11-01T02:00,2020-01-01T00:00",
@@ -589,7 +589,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_one_takes_no_good_ones_place_and_goes_no_earlier() {
+    fn a_damaged_backup_displaces_no_good_one_and_is_kept_as_long() {
         let times = [
             "2026-11-01T02:00",
             "2026-11-02T02:00!damaged",
@@ -611,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_one_stays_on_record_and_counts_for_nothing() {
+    fn a_missing_backup_stays_on_record_and_does_not_count() {
         let times = [
             "2026-11-01T02:00",
             "2026-11-02T02:00!missing<2026-11-01T02:00",
@@ -622,7 +622,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_anyway_is_kept_with_what_it_depends_on_and_young_ones_push_nobody_out() {
+    fn protected_backups_keep_their_bases_and_young_ones_displace_none() {
         let mut candidates = candidates(&[
             "2026-11-01T02:00",
             "2026-11-02T02:00<2026-11-01T02:00",
@@ -648,11 +648,11 @@ mod tests {
     }
 
     #[test]
-    fn young_is_what_is_not_as_old_as_was_asked_for() {
+    fn a_backup_is_young_until_it_reaches_the_minimum_age() {
         let mut rules = retention(&[(Rule::Last, 1)]);
         let time = |text: &str| text.parse::<Timestamp>().unwrap();
         let now = time("2026-11-04T02:00:00Z");
-        assert!(!rules.is_young(now, now), "nothing was asked for");
+        assert!(!rules.is_young(now, now), "no minimum age is set");
         rules.at_least = Duration::from_secs(86_400);
         assert!(rules.is_young(time("2026-11-03T02:00:01Z"), now));
         assert!(!rules.is_young(time("2026-11-03T02:00:00Z"), now));
@@ -661,7 +661,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_instant_is_no_reason_to_lose_both() {
+    fn one_of_two_backups_of_the_same_time_is_kept() {
         let mut twins = candidates(&["2026-11-01T02:00", "2026-11-01T02:00"]);
         twins[0].id = "a".into();
         twins[1].id = "b".into();
@@ -670,7 +670,7 @@ mod tests {
     }
 
     #[test]
-    fn something_is_kept_by_every_rule_and_nothing_by_none() {
+    fn every_rule_keeps_a_backup() {
         assert!(Retention::default().is_nothing());
         for rule in Rule::ALL {
             let retention = retention(&[(rule, 1)]);
@@ -681,7 +681,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thousand_nights_leave_what_the_words_say() {
+    fn the_rules_hold_over_a_thousand_nights() {
         let first: jiff::civil::Date = "2024-01-01".parse().unwrap();
         let nights: Vec<String> = (0..1000)
             .map(|night| {

@@ -1,4 +1,4 @@
-//! The rules of [`resolve`], one a test.
+//! Tests of [`resolve`], one rule each.
 
 use super::*;
 use crate::definition;
@@ -36,7 +36,7 @@ fn plan_with(document: &str, options: &Options, files: usize) -> Result<Plan, Er
 }
 
 #[test]
-fn what_no_backup_holds_is_in_the_plan_or_refuses_it() {
+fn devices_outside_the_backup_are_listed_or_refuse_the_plan() {
     let devices = [Outside {
         name: "vdx".into(),
         kind: "vhost-user-blk-pci".into(),
@@ -91,7 +91,7 @@ fn in_disks(disks: &str) -> String {
 }
 
 #[test]
-fn nothing_said_means_every_writable_disk_with_a_medium_into_the_default_store() {
+fn the_default_is_every_writable_disk_with_a_medium_into_the_default_store() {
     let plan = plan("").unwrap();
     let names: Vec<_> = plan.disks.iter().map(|disk| disk.name.as_str()).collect();
     assert_eq!(names, ["vda", "vdb"]);
@@ -115,7 +115,7 @@ fn nothing_said_means_every_writable_disk_with_a_medium_into_the_default_store()
 }
 
 #[test]
-fn a_list_of_disks_means_only_those() {
+fn a_list_selects_only_its_disks() {
     let plan = plan(&in_disks("<disk name='vdb'><driver type='raw'/></disk>")).unwrap();
     assert_eq!(plan.disks.len(), 1);
     assert_eq!(
@@ -128,7 +128,7 @@ fn a_list_of_disks_means_only_those() {
 }
 
 #[test]
-fn a_read_only_disk_is_backed_up_where_it_is_listed() {
+fn a_read_only_disk_is_backed_up_if_it_is_listed() {
     assert_eq!(
         plan(&in_disks("<disk name='cd0'/>")).unwrap().disks[0].name,
         "cd0"
@@ -136,7 +136,7 @@ fn a_read_only_disk_is_backed_up_where_it_is_listed() {
 }
 
 #[test]
-fn a_disk_is_found_by_its_drive_too_and_only_once() {
+fn a_disk_is_found_by_its_drive_and_may_be_listed_once() {
     assert_eq!(
         plan(&in_disks("<disk name='drive-a'/>")).unwrap().disks[0].name,
         "vda"
@@ -150,7 +150,7 @@ fn a_disk_is_found_by_its_drive_too_and_only_once() {
 }
 
 #[test]
-fn an_unknown_disk_is_named_with_its_place_even_if_it_is_left_out() {
+fn the_error_of_an_unknown_disk_has_its_position_even_if_it_is_excluded() {
     for attribute in ["", " backup='no'"] {
         let (kind, text) = refused(&in_disks(&format!(
             "<disk name='vdx'{attribute}/><disk name='vda'/>"
@@ -161,7 +161,7 @@ fn an_unknown_disk_is_named_with_its_place_even_if_it_is_left_out() {
 }
 
 #[test]
-fn a_disk_without_a_medium_is_refused_where_it_is_listed() {
+fn a_listed_disk_without_a_medium_is_refused() {
     let (kind, text) = refused(&in_disks("<disk name='cd1'/>"));
     assert_eq!(kind, Kind::InvalidDefinition);
     assert!(text.contains("'cd1' has no medium"), "{text}");
@@ -187,13 +187,13 @@ fn an_unknown_store_is_refused_by_name() {
         (kind, text.as_str()),
         (
             Kind::NoSuchStore,
-            "line 1, column 15: no store 'weekly' is configured"
+            "line 1, column 15: store 'weekly' is not configured"
         )
     );
 }
 
 #[test]
-fn descriptors_are_counted_and_all_used() {
+fn every_descriptor_must_exist_and_be_used() {
     let document = in_disks("<disk name='vda' type='fd'><target fd='1'/></disk>");
     let error = plan_with(&document, &Options::default(), 1).unwrap_err();
     assert!(
@@ -217,7 +217,7 @@ fn descriptors_are_counted_and_all_used() {
 }
 
 #[test]
-fn what_is_said_twice_must_agree() {
+fn document_and_options_must_agree() {
     let document = "<domainbackup><bandwidth>100</bandwidth></domainbackup>";
     let option = |bandwidth| Options {
         bandwidth: Some(bandwidth),
@@ -233,7 +233,7 @@ fn what_is_said_twice_must_agree() {
 }
 
 #[test]
-fn existing_targets_are_not_for_stores() {
+fn existing_targets_in_a_store_are_refused() {
     let options = Options {
         reuse_external: true,
         ..Options::default()
@@ -242,7 +242,7 @@ fn existing_targets_are_not_for_stores() {
 }
 
 #[test]
-fn the_resolved_document_means_the_same_plan() {
+fn the_resolved_document_gives_the_same_plan() {
     let documents = [
         String::new(),
         in_disks("<disk name='vdb' type='file'><driver type='raw'/><target file='/x/b'/></disk>"),
@@ -250,7 +250,7 @@ fn the_resolved_document_means_the_same_plan() {
     ];
     for document in documents {
         let mut first = plan(&document).unwrap();
-        // That a disk is copied as a whole is what is asked for then.
+        // The resolved document requests the full copy explicitly.
         for disk in first
             .disks
             .iter_mut()
@@ -264,7 +264,7 @@ fn the_resolved_document_means_the_same_plan() {
     }
 }
 
-/// Kind, target and disks of the places that a document names.
+/// Kind, target and disks of the targets that a document names.
 fn places(document: &str, disks: &[Disk]) -> Vec<String> {
     let definition = match document {
         "" => Definition::default(),
@@ -285,14 +285,14 @@ fn places(document: &str, disks: &[Disk]) -> Vec<String> {
 }
 
 #[test]
-fn a_store_is_asked_about_once_with_all_disks_that_go_there() {
+fn a_store_is_requested_once_with_all_its_disks() {
     assert_eq!(places("", &disks()), ["store default vda,vdb"]);
     let named = "<domainbackup><store name='n'/><disks><disk name='drive-b'/></disks></domainbackup>";
     assert_eq!(places(named, &disks()), ["store n vdb"]);
 }
 
 #[test]
-fn each_place_of_the_callers_is_asked_about_once_with_the_disks_that_go_there() {
+fn each_target_of_the_caller_is_requested_once_with_its_disks() {
     let mixed = in_disks(
         "<disk name='vdb' type='fd'><target fd='0'/></disk><disk name='vda' type='fd'><target fd='1'/></disk>
          <disk name='cd0' type='block'><target dev='/dev//x'/></disk>",
@@ -301,7 +301,7 @@ fn each_place_of_the_callers_is_asked_about_once_with_the_disks_that_go_there() 
 }
 
 #[test]
-fn a_plan_goes_to_the_places_that_were_asked_about() {
+fn a_plan_has_exactly_the_requested_targets() {
     let mixed = in_disks(
         "<disk name='drive-b' type='fd'><target fd='0'/></disk><disk name='vda' type='fd'><target fd='1'/></disk>
          <disk name='cd0'><target file='/x//y'/></disk>",
@@ -318,7 +318,7 @@ fn a_plan_goes_to_the_places_that_were_asked_about() {
 }
 
 #[test]
-fn where_a_document_does_not_fit_the_disks_no_disk_is_claimed() {
+fn a_document_that_does_not_match_the_disks_names_no_disk() {
     let unknown =
         in_disks("<disk name='vdx'><target file='/x'/></disk><disk name='vda'><target file='/y'/></disk>");
     assert_eq!(places(&unknown, &disks()), ["file /x ", "file /y "]);
@@ -326,7 +326,7 @@ fn where_a_document_does_not_fit_the_disks_no_disk_is_claimed() {
 }
 
 #[test]
-fn file_names_are_plain_and_differ_where_disks_differ() {
+fn file_names_are_plain_and_distinct() {
     assert_eq!(file_stem("vda"), "vda");
     assert_eq!(file_stem("#block123"), "%23block123");
     assert_eq!(file_stem("../x"), "%2E.%2Fx");

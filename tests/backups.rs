@@ -247,14 +247,14 @@ async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
     ];
     assert_eq!(drawn, expected, "{text}");
 
-    // An image that is not there, and all that lies on it.
+    // A missing image, and its dependents.
     let (image, aside) = (backups[1].join("vda.qcow2"), system.dir().join("aside"));
     fs::rename(&image, &aside).unwrap();
-    let lies_on = |id: &str, word: &str| format!("it lies on backup {id}, which is {word}");
+    let base_is = |id: &str, word: &str| format!("its base {id} is {word}");
     let missing = [
         whole[0].clone(),
-        entry(1, &ids[0], "missing", "vda.qcow2 is not there"),
-        entry(2, &ids[1], "damaged", &lies_on(&ids[1], "missing")),
+        entry(1, &ids[0], "missing", "vda.qcow2 is missing"),
+        entry(2, &ids[1], "damaged", &base_is(&ids[1], "missing")),
         whole[3].clone(),
     ];
     assert_eq!(states(&root).await, missing);
@@ -283,14 +283,14 @@ async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
         .set_len(7)
         .unwrap();
     let length = manifest(&backups[1])["disks"][0]["length"].clone();
-    let problem = format!("vda.qcow2 has 7 bytes, where it had {length}");
+    let problem = format!("vda.qcow2 has 7 bytes instead of {length}");
     assert_eq!(states(&root).await[1], entry(1, &ids[0], "damaged", &problem));
     let mut other = manifest(&backups[3]);
     other["description"] = json!("another");
     write_manifest(&backups[3], &other);
     let found = states(&root).await;
     assert_eq!(found[3][3], "damaged");
-    assert!(found[3][4].contains("is not what it was"), "{found:?}");
+    assert!(found[3][4].contains("has changed"), "{found:?}");
     let text = backupctl(&system, &["backups"]);
     assert!(
         text.contains(&format!("{}: vda.qcow2 has 7 bytes", ids[1])),
@@ -300,7 +300,7 @@ async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
     // A directory that is gone, until the stores are looked through.
     fs::remove_dir_all(&backups[0]).unwrap();
     let found = states(&root).await;
-    assert_eq!(found[0], entry(0, "", "missing", "its directory is not there"));
+    assert_eq!(found[0], entry(0, "", "missing", "its directory is missing"));
     assert_eq!(
         (found[1][3].as_str(), found[2][3].as_str()),
         ("damaged", "damaged")
@@ -317,7 +317,7 @@ async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
     assert_eq!(found.len(), 3);
     assert_eq!(
         found[2],
-        entry(3, &ids[0], "damaged", &lies_on(&ids[0], "not there"))
+        entry(3, &ids[0], "damaged", &base_is(&ids[0], "not there"))
     );
     let gone = root.manager.get_backup(&ids[0]).await.unwrap_err();
     assert_eq!(error_name(&gone), "org.example.Backup1.Error.NoSuchBackup");
@@ -498,7 +498,7 @@ async fn a_store_is_read_where_no_service_is_and_by_an_ordinary_user() {
     assert!(output.stderr.contains("manifest.json"), "{}", output.stderr);
     let text = output.stdout;
     assert!(
-        text.contains("vda.qcow2 is not there") && text.contains("which is missing"),
+        text.contains("vda.qcow2 is missing") && text.contains("its base "),
         "{text}"
     );
 }

@@ -80,7 +80,7 @@ async fn what_others_lie_on_stays_and_the_youngest_goes_first() {
         &root,
         &ids[0],
         "Error.HasDependents",
-        &format!("2 other backups lie on backup {}", ids[0]),
+        &format!("2 other backups depend on backup {}", ids[0]),
     )
     .await;
     refused(&root, &ids[1], "Error.HasDependents", &ids[2]).await;
@@ -284,11 +284,11 @@ async fn the_command_deletes_what_is_named_in_any_order() {
     let refused = backupctl(&system, &["delete", &ids[0]]);
     assert_eq!(refused.status, 1);
     assert!(
-        refused.stderr.contains("2 other backups lie on") && refused.stderr.contains("--with-dependents"),
+        refused.stderr.contains("2 other backups depend on") && refused.stderr.contains("--with-dependents"),
         "{}",
         refused.stderr
     );
-    // The others lie on the first: it goes with the second, not with the third.
+    // The others depend on the first: it is removed with the second, not with the third.
     let dry = backupctl(&system, &["delete", "--dry-run", &ids[0], &ids[2]]);
     assert_eq!(
         (dry.status, exists(&backups)),

@@ -1,4 +1,4 @@
-//! Deleting what others lie on, when these are to stay: they get images of their own of all that they show.
+//! Deleting backups that others depend on, after making these independent.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -279,7 +279,7 @@ async fn what_is_in_use_or_damaged_is_not_merged_and_nothing_is_changed() {
         .await
         .unwrap_err();
     assert!(error_name(&both).ends_with("InvalidArgs"), "{both}");
-    // An image that is not what it was does not become a good one.
+    // A damaged image does not become a good one.
     let image = scene.image(&second, "vda");
     let whole = std::fs::read(&image).unwrap();
     std::fs::write(&image, &whole[..whole.len() - 1]).unwrap();
@@ -359,7 +359,7 @@ async fn what_comes_to_lie_on_a_backup_while_others_are_merged_keeps_it() {
     process::run(copy).expect_success();
     let busy = scene.delete(&first, &["merge"]).await.unwrap_err();
     assert!(error_name(&busy).ends_with("Busy"), "{busy}");
-    assert!(busy.to_string().contains("builds upon"), "{busy}");
+    assert!(busy.to_string().contains("as its base"), "{busy}");
     job.set_speed(0).await.unwrap();
     crate::common::caller::assert_completed(&job).await;
     let target = PathBuf::from(&job.disks().await.unwrap()[0].4);

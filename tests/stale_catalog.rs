@@ -216,16 +216,16 @@ async fn what_a_backup_that_is_not_on_record_depends_on_stays() {
     let files = files_below(&system.store());
     for options in [&[][..], &["with-dependents"], &["merge"]] {
         let text = match options {
-            [] => "1 other backup lies on",
-            _ => "is not on record",
+            [] => "1 other backup depends on",
+            _ => "is not in the catalog",
         };
         refused(&caller, &id(&full), options, "Error.HasDependents", text).await;
         refused(&caller, &id(&full), options, "Error.HasDependents", &id(&unknown)).await;
     }
     let (judged, _) = caller.manager.prune("web", last(1)).await.unwrap();
     let kept = |backup: &Path, why: &str| (id(backup), "kept".to_owned(), why.to_owned());
-    let lies_on = format!("{} lies on it", id(&unknown));
-    assert_eq!(verdicts(&judged), [kept(&full, &lies_on), kept(&newest, "last")]);
+    let depends = format!("{} depends on it", id(&unknown));
+    assert_eq!(verdicts(&judged), [kept(&full, &depends), kept(&newest, "last")]);
     assert_eq!(files_below(&system.store()), files);
 
     caller.manager.rescan(Options::new()).await.unwrap();

@@ -1,7 +1,7 @@
-//! The dependencies in a domain's directory, as the store itself has them.
+//! Reads the dependencies between the backups of a domain's directory from the store itself.
 //!
-//! The catalog may be an old copy, and others may have written into the store: another host's service, a newer one, a person
-//! with `cp`. So every manifest there is read before a backup is removed or merged.
+//! The catalog may be stale, and others may have written to the store: another host's service, a newer version, a user
+//! with `cp`. So the service reads every manifest there before it removes or merges a backup.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,41 +13,42 @@ use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use crate::offload::Progress;
 use crate::target::{self, Shelf};
 
-/// The backups of a domain's directory and what they depend on.
+/// The backups of a domain's directory and their dependencies.
 pub(super) struct Chains {
     /// By id.
     pub links: Vec<Link>,
-    /// Those that are in the store and not on record.
+    /// Backups in the store that the catalog does not record.
     unknown: BTreeSet<String>,
-    /// Those that nobody removes, as the store says.
+    /// Backups that the store marks as protected.
     protected: BTreeSet<String>,
-    /// Those whose manifest cannot be read or understood, by id: what they depend on only the catalog may know.
+    /// Backups by id whose manifest cannot be read or parsed. Only the catalog may know their bases.
     obscure: BTreeMap<String, Obscure>,
 }
 
 struct Obscure {
     why: Error,
-    /// It is no manifest any more: another look, or a newer service, would make no more of it.
+    /// The manifest is damaged, so neither a retry nor a newer version can parse it.
     is_damaged: bool,
 }
 
-/// A backup's directory, as its manifest says.
+/// One backup's directory as its manifest describes it.
 struct Stored {
     id: String,
-    /// Where it is, for people.
+    /// The manifest's path, for messages.
     path: String,
     parents: Result<Vec<String>, Why>,
     protected: bool,
 }
 
-/// Why it is not known what a backup depends on.
+/// The reasons why a backup's bases are unknown.
 enum Why {
     Manifest(ManifestError),
     Store(target::Error),
 }
 
 impl Chains {
-    /// Those among `ids` and their dependents that are not on record, as an error: nobody here knows their files.
+    /// Fails if one of `ids` is not in the catalog, because the service does not know the files of such a backup.
+    /// `first` is the request.
     pub fn check_known(&self, first: &BTreeSet<String>, ids: &[String]) -> Result<(), Error> {
         let others = ids.iter().filter(|id| self.unknown.contains(*id));
         let others: Vec<String> = others.cloned().collect();
@@ -60,14 +61,15 @@ impl Chains {
         }
     }
 
-    /// Refuses to change anything beside a manifest that cannot be read or understood, unless it is one of `ids`.
+    /// Fails if a manifest other than those of `ids` cannot be read or parsed.
     pub fn check_understood(&self, ids: &BTreeSet<String>) -> Result<(), Error> {
         let mut others = self.obscure.iter().filter(|(id, _)| !ids.contains(*id));
         others.next().map_or(Ok(()), |(_, other)| Err(other.why.clone()))
     }
 
-    /// The same of removing `ids`. Damaged backups go all the same if no other depends on them, as far as is known: of two with
-    /// damaged manifests each would keep the other for ever. A good one stays, because a damaged one may depend on it.
+    /// As [`Self::check_understood`], for the removal of `ids`. If all of `ids` are damaged, other damaged backups do
+    /// not count, because two of them would block each other forever. They do count for a good backup, because a
+    /// damaged one may depend on it.
     pub fn check_removable(&self, ids: &BTreeSet<String>) -> Result<(), Error> {
         let is_damaged = |id: &String| self.obscure.get(id).is_some_and(|obscure| obscure.is_damaged);
         let others = self.obscure.iter().filter(|(id, _)| !ids.contains(*id));
@@ -75,7 +77,7 @@ impl Chains {
         others.next().map_or(Ok(()), |(_, other)| Err(other.why.clone()))
     }
 
-    /// Refuses to have protected ones among `ids` removed.
+    /// Fails if one of `ids` is protected.
     pub fn check_unprotected(&self, ids: &[String]) -> Result<(), Error> {
         match ids.iter().find(|id| self.is_protected(id)) {
             Some(id) => Err(Error::Protected { id: id.clone() }),
@@ -94,7 +96,7 @@ impl Chains {
         links.filter(|id| !ids.contains(*id)).cloned().collect()
     }
 
-    /// What backups that are not on record depend on, and which of them does.
+    /// Bases of backups that the catalog does not record: pairs of base and dependent.
     pub fn needed_by_unknown(&self) -> impl Iterator<Item = (&str, &str)> {
         let unknown = self.links.iter().filter(|link| self.unknown.contains(&link.id));
         unknown.flat_map(|link| {
@@ -105,8 +107,8 @@ impl Chains {
 }
 
 impl Backups {
-    /// What depends on what in a domain's directory. The store's word counts; the catalog's where the store has nothing that
-    /// can be understood.
+    /// Returns the dependencies in a domain's directory. The store's manifests take precedence; the catalog supplements
+    /// those that cannot be parsed.
     pub(super) async fn chains(&self, store: &str, domain: &str) -> Result<Chains, Error> {
         let (path, directory) = (self.path_of(store)?, domain.to_owned());
         let read = move |progress: &Progress| read_domain(&path, &directory, progress);
@@ -160,20 +162,20 @@ impl Backups {
     }
 }
 
-/// All directories that have a manifest, or may have one. Blocks.
+/// Reads every directory that has, or may have, a manifest. Blocks.
 fn read_domain(store: &Path, domain: &str, progress: &Progress) -> Result<Vec<Stored>, target::Error> {
     let Some(shelf) = Shelf::of_store(store)?.below(domain)? else {
         return Ok(Vec::new());
     };
     let mut stored = Vec::new();
-    // What is hidden is not finished, or is just going. Who makes one holds what it depends on.
+    // Hidden directories are in staging or being removed. A job in staging holds locks on its bases.
     for id in shelf.names()?.into_iter().filter(|name| !name.starts_with('.')) {
         let (parents, protected) = match shelf.below(&id) {
             Ok(None) => continue,
             Ok(Some(backup)) => {
                 let protected = backup.is_protected()?;
                 match backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) {
-                    // It is no backup any more; the catalog may know what it was.
+                    // No longer a backup; only the catalog may know its content.
                     Err(error) if is_absent(&error) && !protected => continue,
                     Err(error) if is_absent(&error) => (Ok(Vec::new()), protected),
                     Err(error) => (Err(Why::Store(error)), protected),

@@ -6,64 +6,64 @@ use crate::error::Kind;
 use crate::model::ManifestError;
 use crate::{catalog, image, target};
 
-/// Ids that a text names.
+/// The number of ids that a message lists.
 const MOST_NAMED: usize = 3;
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error(
-        "{} on backup {id}{}: delete them first, all of them together ('with-dependents'), or make them independent ('merge')",
+        "{} on backup {id}{}. Delete them first, delete all together ('with-dependents'), or make them independent \
+         ('merge')",
         count(others.len() + hidden), named(.others)
     )]
     HasDependents {
         id: String,
         others: Vec<String>,
-        /// Further ones, which the caller may not know of.
+        /// The number of dependents that the caller may not see.
         hidden: usize,
     },
     #[error(
-        "{} on backup {id} and {} not on record ({}): run 'backupctl rescan', then try again",
+        "{} on backup {id} and {} not in the catalog ({}). Run 'backupctl rescan', then try again",
         depend(.others), are(.others), some(.others)
     )]
     NotOnRecord { id: String, others: Vec<String> },
     #[error(
-        "{path} cannot be understood: {why}. What this backup depends on is not known, so no good backup beside it is removed: repair it, move its directory out of the store, or delete this backup first"
+        "cannot read {path}: {why}. The bases of this backup are unknown, so no good backup beside it is removed. \
+         Repair the file, move its directory out of the store, or delete this backup first"
     )]
     Unreadable { path: String, why: ManifestError },
-    #[error("backup {id} is protected: 'backupctl unprotect {id}' first, if it is to go")]
+    #[error("backup {id} is protected. Run 'backupctl unprotect {id}' before you delete it")]
     Protected { id: String },
-    #[error("backup {id} is not complete: {problem}: it cannot be merged")]
+    #[error("cannot merge backup {id} because it is not complete: {problem}")]
     NotComplete { id: String, problem: String },
-    #[error(
-        "disk '{disk}' of backup {id}: its new image does not show what its images show: nothing is changed"
-    )]
+    #[error("disk '{disk}' of backup {id}: the merged image differs from its chain. The backup is unchanged")]
     NotTheSame { id: String, disk: String },
     #[error("{0}")]
     Image(#[from] image::Error),
-    #[error("a manifest cannot be written: {0}")]
+    #[error("cannot write a manifest: {0}")]
     Manifest(String),
-    #[error("job {job} builds upon backup {id}: wait for its end, or cancel it")]
+    #[error("job {job} uses backup {id} as its base. Wait until it ends, or cancel it")]
     BuiltUpon { id: String, job: u32 },
-    #[error("no backup '{0}' any more")]
+    #[error("backup '{0}' no longer exists")]
     Gone(String),
-    #[error("store '{0}' is not configured any more")]
+    #[error("store '{0}' is no longer configured")]
     NoStore(String),
     #[error("{0}")]
     Target(#[from] target::Error),
     #[error("the store made no progress for {seconds} seconds ('stall-seconds' in the configuration)")]
     Stalled { seconds: u64 },
-    #[error("it cannot be found out whether the store '{store}' is as the catalog knows it: {source}")]
+    #[error("cannot compare the store '{store}' with the catalog: {source}")]
     Unsettled {
         store: String,
         source: Box<crate::error::Error>,
     },
     #[error("the service is stopping")]
     Stopping,
-    #[error("the backups cannot be looked up: the service's log has the reason")]
+    #[error("cannot read the catalog of backups. See the service's log for the reason")]
     Catalog,
-    #[error("{0}. Free some, then try again")]
+    #[error("{0}. Free some space, then try again")]
     CatalogFull(String),
-    #[error("{source}; these are gone already: {}", some(.gone))]
+    #[error("{source}. Already deleted: {}", some(.gone))]
     Partly { gone: Vec<String>, source: Box<Error> },
 }
 
@@ -99,7 +99,7 @@ impl Error {
 /// Hides details of the catalog from callers.
 impl From<catalog::Error> for Error {
     fn from(error: catalog::Error) -> Self {
-        tracing::error!(%error, "the backups cannot be looked up");
+        tracing::error!(%error, "cannot read the catalog of backups");
         match error {
             catalog::Error::Full => Self::CatalogFull(error.to_string()),
             _ => Self::Catalog,
@@ -122,8 +122,8 @@ fn named(others: &[String]) -> String {
 
 fn count(others: usize) -> String {
     match others {
-        1 => "1 other backup lies".into(),
-        count => format!("{count} other backups lie"),
+        1 => "1 other backup depends".into(),
+        count => format!("{count} other backups depend"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Checks that backups still exist unchanged, as far as possible without reading their images.
+//! Checks that backups still exist unchanged, without reading their images.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -13,20 +13,20 @@ use crate::catalog::{self, Backup, BackupKey, BackupState, Looked};
 use crate::model::{Disk, MANIFEST_NAME, MAX_MANIFEST_BYTES};
 use crate::target::{self, Shelf};
 
-/// How long who asks waits for a look. What was found the last time is told if it takes longer.
+/// How long a caller waits for the check. After that, the list shows the last known state.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What is looked for.
+/// A backup to check.
 struct Expected {
     key: BackupKey,
     text: String,
     disks: Vec<Disk>,
-    /// What is known.
+    /// The last known state.
     looked: Looked,
 }
 
 impl Backups {
-    /// Looks at the files of these backups; whether something is different from what was known before.
+    /// Checks the files of these backups. Returns true if a state differs from the last known one.
     pub(super) async fn look(&self, backups: &[Backup], deadline: Instant) -> Result<bool, catalog::Error> {
         let mut by_store: BTreeMap<&str, Vec<Expected>> = BTreeMap::new();
         for backup in backups {
@@ -39,7 +39,7 @@ impl Backups {
         }
         let (mut found, mut changed) = (Vec::new(), false);
         for (name, expected) in by_store {
-            // Of a store that the configuration does not have any more nothing new can be known.
+            // A store that was removed from the configuration cannot be checked.
             let Some(store) = self.stores.get(name) else {
                 continue;
             };
@@ -51,7 +51,7 @@ impl Backups {
                 let _looking = looking;
                 look_through(&path, &expected)
             });
-            // What comes later is looked for again.
+            // If the check takes longer, the next call repeats it.
             let Ok(Ok(looked)) = tokio::time::timeout_at(deadline, look).await else {
                 continue;
             };
@@ -72,31 +72,32 @@ impl Backups {
         Ok(true)
     }
 
-    /// What another service made of a backup is not amiss: the store is read again if it is not as the catalog knows it. Returns
-    /// whether it was, or nothing if that takes longer than until `deadline`.
+    /// Reads the store again if its generation is not the one in the catalog, because another service may have changed
+    /// a backup legitimately. Returns true if the store was read again, false if not, and `None` if that takes longer
+    /// than until `deadline`.
     async fn read_again(&self, store: &str, deadline: Instant) -> Option<bool> {
         let (jobs, stop, store) = (self.jobs.clone(), self.stop.clone(), store.to_owned());
         let needed = self.activity.begin();
-        // It goes on when nobody waits for it any more.
+        // Continues even if no caller waits.
         let reading = self.tasks.spawn(async move {
             let _needed = needed;
             stop.run_until_cancelled(jobs.settle_store(&store)).await
         });
         match tokio::time::timeout_at(deadline, reading).await {
             Ok(Ok(Some(Ok(read)))) => Some(read),
-            // Where the store cannot be compared with the catalog, what the look found counts.
+            // If the store cannot be compared with the catalog, the result of the check counts.
             Ok(Ok(Some(Err(_)))) => Some(false),
             Ok(Ok(None) | Err(_)) | Err(_) => None,
         }
     }
 }
 
-/// What a look at a store gave.
+/// The result of checking a store.
 #[derive(Default)]
 struct Seen {
-    /// Something is not as it was when the backup was made.
+    /// A backup is not as it was when it was created.
     amiss: bool,
-    /// What is different from what was known.
+    /// Backups whose state differs from the last known one.
     different: Vec<(BackupKey, Looked)>,
 }
 
@@ -115,7 +116,7 @@ fn look_through(path: &Path, expected: &[Expected]) -> Seen {
         let looked = match shelf {
             Ok(Some(shelf)) => look_at(shelf, backup),
             Ok(None) => Ok(gone()),
-            // Nothing can be said of what cannot be reached.
+            // The state of an unreachable backup is unknown.
             Err(_) => continue,
         };
         let Ok(looked) = looked else { continue };
@@ -128,7 +129,7 @@ fn look_through(path: &Path, expected: &[Expected]) -> Seen {
 }
 
 fn gone() -> Looked {
-    Some((BackupState::Missing, "its directory is not there".into()))
+    Some((BackupState::Missing, "its directory is missing".into()))
 }
 
 fn look_at(shelf: &Shelf, expected: &Expected) -> Result<Looked, target::Error> {
@@ -140,25 +141,25 @@ fn look_at(shelf: &Shelf, expected: &Expected) -> Result<Looked, target::Error> 
     }
     let problem = match backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) {
         Ok((bytes, _)) if bytes == expected.text.as_bytes() => return Ok(None),
-        Ok(_) => format!("{MANIFEST_NAME} is not what it was: 'backupctl rescan' reads it again"),
-        Err(error) if is_absent(&error) => format!("{MANIFEST_NAME} is not there"),
+        Ok(_) => format!("{MANIFEST_NAME} has changed. Run 'backupctl rescan' to read it again"),
+        Err(error) if is_absent(&error) => format!("{MANIFEST_NAME} is missing"),
         Err(error) => return Err(error),
     };
     Ok(Some((BackupState::Damaged, problem)))
 }
 
-/// What is wrong with a backup's images, as far as that can be told without reading them.
+/// Returns the first fault of a backup's images that is visible without reading them.
 pub(super) fn images_amiss(backup: &Shelf, disks: &[Disk]) -> Result<Looked, target::Error> {
     for Disk { file, length, .. } in disks {
         let size = match backup.file_size(file) {
             Ok(size) => size,
             Err(error) if is_absent(&error) => {
-                return Ok(Some((BackupState::Missing, format!("{file} is not there"))));
+                return Ok(Some((BackupState::Missing, format!("{file} is missing"))));
             }
             Err(error) => return Err(error),
         };
         if let Some(length) = length.filter(|length| *length != size) {
-            let problem = format!("{file} has {size} bytes, where it had {length}");
+            let problem = format!("{file} has {size} bytes instead of {length}");
             return Ok(Some((BackupState::Damaged, problem)));
         }
     }
@@ -166,7 +167,7 @@ pub(super) fn images_amiss(backup: &Shelf, disks: &[Disk]) -> Result<Looked, tar
 }
 
 pub(super) fn is_absent(error: &target::Error) -> bool {
-    // What has the name and is no file is not it.
+    // A directory or device with the file's name (EINVAL) counts as absent too.
     let absent = |errno: &Errno| *errno == Errno::INVAL || errno.kind() == ErrorKind::NotFound;
     matches!(error, target::Error::Io { errno, .. } if absent(errno))
 }

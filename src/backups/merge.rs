@@ -1,8 +1,8 @@
-//! Makes dependents independent, so that their bases can be removed: an image of the complete disk replaces the one with
-//! the changes.
+//! Makes dependents independent so that their bases can be removed: replaces each incremental image by an image of the
+//! complete disk.
 //!
-//! The new image is made beside the old one, compared with it, and replaces it atomically. The backup stays readable
-//! throughout, and its own dependents keep the same backing content under the same name.
+//! The service creates the new image beside the old one, compares both and replaces the old one atomically. The backup
+//! stays readable throughout, and its own dependents keep the same backing content under the same name.
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -23,7 +23,7 @@ use crate::offload::{Progress, watched};
 use crate::target::{self, FileDigest, Replacement, Shelf};
 
 impl Backups {
-    /// Makes the dependents of the unwanted backups independent, except those that are unwanted too.
+    /// Makes the dependents of the requested backups independent, except those that are to be removed too.
     pub(super) async fn merge(&self, unwanted: &Unwanted) -> Result<(), Error> {
         for id in self.dependents(unwanted).await? {
             let backup = self.complete(unwanted, &id).await?;
@@ -32,7 +32,7 @@ impl Backups {
         Ok(())
     }
 
-    /// The backups that a merge would change; refused if one of them cannot be read.
+    /// Returns the backups that a merge would change. Fails if one of them cannot be read.
     pub(super) async fn mergeable(&self, unwanted: &Unwanted) -> Result<Vec<String>, Error> {
         let dependents = self.dependents(unwanted).await?;
         for id in &dependents {
@@ -57,15 +57,15 @@ impl Backups {
         Ok(dependents)
     }
 
-    /// A dependent that may be merged.
+    /// Returns a dependent that can be merged.
     async fn complete(&self, unwanted: &Unwanted, id: &str) -> Result<Backup, Error> {
-        // The result of an earlier merge may not be known.
+        // Completes an earlier merge first, because its result may not be recorded.
         let backup = self.record(unwanted, id).await?;
         self.finish_merge(&backup.key).await?;
         let backup = self.record(unwanted, id).await?;
         match backup.state {
             BackupState::Complete => Ok(backup),
-            // A new image would hide the known damage of this backup or of its bases.
+            // A new image would hide known damage of this backup or its bases.
             _ => Err(Error::NotComplete {
                 id: backup.key.id.clone(),
                 problem: backup.problem.clone(),
@@ -75,7 +75,7 @@ impl Backups {
 
     async fn merge_one(&self, backup: Backup, gone: &BTreeSet<String>) -> Result<(), Error> {
         let path = self.store_path(&backup.key)?;
-        // A service that ends in between leaves nothing that the next one does not look for.
+        // Recorded first, so that the next start cleans up if the service ends in between.
         self.catalog
             .merging(backup.key.clone(), Some(String::new()))
             .await?;
@@ -86,14 +86,14 @@ impl Backups {
         };
         match (put, self.finish_merge(&backup.key).await) {
             (Ok(()), Err(error)) => {
-                tracing::warn!(backup = backup.key.id, %error, "what a backup's images were before is still there");
+                tracing::warn!(backup = backup.key.id, %error, "cannot remove the former images of a merged backup");
                 Ok(())
             }
             (put, _) => put,
         }
     }
 
-    /// Makes the new images and the manifest that is to tell of them.
+    /// Creates the new images and their manifest.
     async fn make_merged(
         &self,
         backup: &Backup,
@@ -111,11 +111,11 @@ impl Backups {
         let replacement = Arc::new(replacement);
         let mut manifest = backup.manifest.clone();
         for disk in &mut manifest.disks {
-            let lies_on_them = disk
+            let loses_base = disk
                 .parent
                 .as_ref()
                 .is_some_and(|parent| gone.contains(&parent.backup));
-            if lies_on_them {
+            if loses_base {
                 self.merge_disk(&backup.key.store, &chain, &replacement, disk)
                     .await?;
             } else {
@@ -169,7 +169,7 @@ impl Backups {
             file: copy,
             format: Format::Qcow2,
             kept: true,
-            // It is in no backup yet, and goes with the replacement.
+            // The file belongs to no backup yet, and is removed with the replacement.
             written: &AtomicBool::new(false),
         };
         image::restore(images, output, control).await?;
@@ -197,7 +197,7 @@ impl Backups {
         Ok(())
     }
 
-    /// Puts them in place. What the manifest will be is on record first: who finds it there later knows that it is right.
+    /// Replaces the images. Records the new manifest first, so that recovery recognises it in the store.
     async fn put_merged(
         &self,
         key: &BackupKey,
@@ -216,25 +216,26 @@ impl Backups {
         tracing::info!(
             backup = key.id,
             store = key.store,
-            "a backup lies on nothing any more"
+            "a backup was made independent of its bases"
         );
         Ok(())
     }
 
-    /// Has the record say what is in place. Other services are told first: what is on record is not looked at again.
+    /// Updates the record from the store. Raises the store's generation first, because recovery repeats that
+    /// only until the record is updated.
     async fn put_on_record(&self, key: &BackupKey) -> Result<(), Error> {
         self.jobs.raise_generation(&key.store).await;
         Ok(self.catalog.merged(key.clone()).await?)
     }
 
-    /// Finishes what a former process of the service began to put in place, or takes it back.
+    /// Completes or undoes a merge of a previous instance.
     pub(super) async fn recover_merge(&self, key: &BackupKey) -> Result<(), Error> {
         let _turn = self.place(&key.store)?.removal.lock().await;
         self.check_mark(&key.store).await?;
         self.finish_merge(key).await
     }
 
-    /// Holds the record against what is in the backup's place, and removes what is beside it.
+    /// Compares the record with the manifest in the store, and removes the files in staging.
     async fn finish_merge(&self, key: &BackupKey) -> Result<(), Error> {
         let (path, at) = (self.store_path(key)?, key.clone());
         let read = move |_: &Progress| {

@@ -1,7 +1,7 @@
-//! The backups that are there: found, and looked at whether they still are.
+//! Stored backups: lists them and checks that they still exist.
 //!
-//! The catalog remembers them; their stores have them. Knows catalog, stores and which domain is whose; not who may see what,
-//! nor how callers hear of it.
+//! The catalog records them, their stores hold them. Knows the catalog, the stores and the owners of domains. Must not
+//! know who may see a backup, nor D-Bus.
 
 mod chains;
 mod error;
@@ -33,30 +33,30 @@ pub use prune::{Allowed, Group, Pruned, Verdict};
 pub use remove::{Removed, Unwanted};
 pub use store::{Inventory, Stored, read_store};
 
-/// Backups that are read, and looked at, at a time.
+/// The number of backups that are read and checked at a time.
 const BATCH: u32 = 100;
-/// The most that an id's beginning can stand for before it says nothing.
+/// The highest number of matches for the beginning of an id. More matches than this are cut off.
 const MOST_NAMED: u32 = 1000;
 
-/// Looks at the same backups: after the first, their store may have been read again.
+/// How often the same backups are checked: the first check may cause the store to be read again.
 const LOOKS: usize = 2;
 
-/// Who works in a store.
+/// Serialises work in one store.
 #[derive(Default)]
 struct Place {
     /// One removal at a time.
     removal: tokio::sync::Mutex<()>,
-    /// For all that waits for the storage, beside a look.
+    /// Queues all blocking work in the store, except checks.
     queue: Queue,
 }
 
-/// Changes that a listener may lag behind.
+/// The number of changes that a slow listener may lag behind.
 const CHANGES: usize = 1024;
 
-/// What happened to the backups.
+/// A change of the stored backups.
 #[derive(Debug, Clone)]
 pub enum Change {
-    /// It was removed; its checkpoints and other data for future dependents are useless now.
+    /// The backup was removed, so its checkpoints and other data for future dependents are useless.
     Removed(Box<Backup>),
 }
 
@@ -64,15 +64,15 @@ pub enum Change {
 pub struct Backups {
     domains: Arc<Registry>,
     catalog: Catalog,
-    /// Knows whether the catalog is of the stores' generation.
+    /// Knows the stores' generations and whether the catalog matches them.
     jobs: Arc<Jobs>,
     stores: BTreeMap<String, Store>,
-    /// A look that hangs with its storage is not left alone.
+    /// Keeps the service running while a check hangs with its storage.
     activity: Activity,
-    /// Stores that are being looked at: one that hangs keeps one thread.
+    /// Stores that are being checked. A store that hangs blocks only one thread.
     looking: Arc<Mutex<BTreeSet<String>>>,
     deadlines: Deadlines,
-    /// By store.
+    /// By name of the store.
     places: BTreeMap<String, Place>,
     changes: broadcast::Sender<Change>,
     stop: CancellationToken,
@@ -106,13 +106,13 @@ impl Backups {
         }
     }
 
-    /// The domain that a backup is of, or what stands for it.
+    /// Returns the domain of a backup, or a placeholder if the service no longer knows it.
     pub fn domain(&self, record: &DomainRecord) -> Arc<Domain> {
         self.domains.same_or_absent(identity(record))
     }
 
-    /// Whether a backup is one of the domain that the user means by that name, or UUID, now. Of a name that no domain has now:
-    /// the ones that had it. Those of what another user has registered are meant only by `UID:NAME`.
+    /// Returns true if a backup belongs to the domain that the user means by this name or UUID. If no domain has the
+    /// name now, it means the domains that had it. Domains that another user registered match only `UID:NAME`.
     fn is_of(&self, record: &DomainRecord, wanted: &str, uid: u32) -> bool {
         let identity = identity(record);
         let uuid: Option<uuid::Uuid> = wanted.parse().ok();
@@ -122,7 +122,7 @@ impl Backups {
             || identity.is_called(wanted, uid) && !self.domains.has_name_of(&identity)
     }
 
-    /// With the UUIDs of the domains that have the name now, and the name as the records have it.
+    /// Adds the UUIDs of the domains that have the name now, and replaces the name by the recorded form.
     fn with_uuids(&self, filter: &BackupFilter) -> BackupFilter {
         let Some(wanted) = &filter.domain else {
             return filter.clone();
@@ -146,7 +146,7 @@ impl Backups {
     }
 }
 
-/// A name by which that user means the domain of a backup.
+/// Returns the name by which this user addresses the domain of a backup.
 pub fn domain_name(backup: &Backup, uid: u32) -> String {
     let identity = Identity {
         name: backup.manifest.domain.name.clone(),
@@ -171,7 +171,7 @@ fn identity(record: &DomainRecord) -> Identity {
             owner_name,
             uuid,
         },
-        // Nobody here ever wrote that: it is nobody's.
+        // The service never wrote such a source, so the backup belongs to no user.
         None => Identity {
             name,
             origin: Origin::Registered,
@@ -183,7 +183,8 @@ fn identity(record: &DomainRecord) -> Identity {
 }
 
 impl Backups {
-    /// The next backups after `after`, looked at unless that takes longer than until `deadline`; none if that was all.
+    /// Returns the next backups after `after`; empty at the end. Checks them unless that takes longer than until
+    /// `deadline`.
     pub async fn after(
         &self,
         filter: &BackupFilter,
@@ -214,7 +215,7 @@ impl Backups {
         }
     }
 
-    /// The backup of that object, looked at unless that takes longer than until `deadline`.
+    /// Returns the backup with this object number. Checks it unless that takes longer than until `deadline`.
     pub async fn get(&self, object: u64, deadline: Instant) -> Result<Option<Backup>, catalog::Error> {
         let mut found = self.catalog.backup(object).await?;
         for _ in 0..LOOKS {
@@ -226,12 +227,12 @@ impl Backups {
         Ok(found)
     }
 
-    /// The backups whose ids begin like that, where they lie, their objects, and whose they are.
+    /// Returns the backups whose ids begin with `prefix`: their keys, object numbers and domains.
     pub async fn named(&self, prefix: &str) -> Result<Vec<(BackupKey, u64, DomainRecord)>, catalog::Error> {
         self.catalog.backups_named(prefix.to_owned(), MOST_NAMED).await
     }
 
-    /// Makes sure that a store is the one that was used before, and not what else has its path while it isn't mounted.
+    /// Checks that a store is the one used before. While a file system is not mounted, another directory has its path.
     pub(super) async fn check_mark(&self, name: &str) -> Result<(), Error> {
         let store = self.store(name).ok_or_else(|| Error::NoStore(name.to_owned()))?;
         let Some(known) = self.known_mark(name).await? else {
@@ -242,12 +243,12 @@ impl Backups {
             .await
     }
 
-    /// The mark of the store that was used before, if one was.
+    /// Returns the mark of the store if it was used before.
     pub async fn known_mark(&self, name: &str) -> Result<Option<String>, Error> {
         Ok(self.catalog.store_mark(name.to_owned()).await?)
     }
 
-    /// Makes sure that what is on record of a store is what the store has.
+    /// Makes the catalog's records of a store equal to the store's content.
     async fn settle_store(&self, store: &str) -> Result<(), Error> {
         self.check_mark(store).await?;
         match self.jobs.settle_store(store).await {
@@ -260,17 +261,17 @@ impl Backups {
         }
     }
 
-    /// The store of that name in the configuration.
+    /// Returns the configured store of that name.
     pub fn store(&self, name: &str) -> Option<&Store> {
         self.stores.get(name)
     }
 
-    /// What comes and goes from now on.
+    /// Subscribes to changes of the backups.
     pub fn changes(&self) -> broadcast::Receiver<Change> {
         self.changes.subscribe()
     }
 
-    /// Ends what can be left, and waits for the rest.
+    /// Cancels work that can be cancelled, and waits for the rest.
     pub async fn shut_down(&self) {
         self.stop.cancel();
         self.tasks.close();
@@ -278,7 +279,7 @@ impl Backups {
     }
 
     fn tell_removed(&self, backup: Backup) {
-        // Nobody listens yet, at the start.
+        // While the service starts, there is no listener yet.
         let _ = self.changes.send(Change::Removed(Box::new(backup)));
     }
 
@@ -292,7 +293,7 @@ impl Backups {
     }
 }
 
-/// The turn to look at a store, given back when it is dropped.
+/// The exclusive right to check a store, until it is dropped.
 struct Looking {
     store: String,
     looking: Arc<Mutex<BTreeSet<String>>>,

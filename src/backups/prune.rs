@@ -1,4 +1,4 @@
-//! Removing the backups that no rule keeps.
+//! Prunes: removes the backups that no rule keeps.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,23 +13,23 @@ use crate::clock;
 use crate::plan::retention::{self, Candidate, Condition, Reason, Retention};
 use crate::target::Removal;
 
-/// The backups of one domain in one store.
+/// All backups of one domain in one store.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Group {
     pub store: String,
     /// The directory's name in the store.
     pub domain: String,
-    /// The domain's [`DomainRecord::key`]: others may have backups in the directory.
+    /// The domain's [`DomainRecord::key`], because several domains may share the directory.
     pub key: String,
 }
 
-/// What becomes of a backup.
+/// The result of pruning for one backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     Kept,
-    /// It is gone, or would be.
+    /// The backup was removed; in a dry run, it would be.
     Removed,
-    /// It was to go, and is there.
+    /// The removal failed, and the backup still exists.
     Failed,
 }
 
@@ -43,37 +43,37 @@ impl Verdict {
     }
 }
 
-/// A backup, and what becomes of it.
+/// A backup, and the decision of the rules about it.
 #[derive(Debug, Clone)]
-pub struct Judged {
+pub struct RetentionDecision {
     pub backup: Backup,
     pub verdict: Verdict,
-    /// Why it is kept, or still there.
+    /// The reason why it is kept, or why its removal failed.
     pub reason: String,
 }
 
-/// What may be removed of those that nothing keeps.
+/// Limits which of the backups that no rule keeps are removed.
 #[derive(Debug, Clone, Copy)]
 pub enum Allowed<'a> {
-    /// It is only said which would be.
+    /// A dry run.
     Nothing,
-    /// Those with these ids: what is done is what was asked about, and more may have come meanwhile.
+    /// Backups with these ids, about which the authority was asked. Others may have expired since.
     Only(&'a BTreeSet<String>),
-    /// Not the one that was just made, whatever time the others say that they are of.
+    /// All but this new backup, even if the others have later times.
     AllBut(&'a str),
 }
 
-/// What pruning a group did, or would do.
+/// The result of pruning a group, or of its dry run.
 #[derive(Debug, Default)]
 pub struct Pruned {
-    /// In the order of making.
-    pub judged: Vec<Judged>,
-    /// Bytes on the disk.
+    /// By sequence number.
+    pub judged: Vec<RetentionDecision>,
+    /// Bytes on disk.
     pub freed: u64,
 }
 
 impl Backups {
-    /// Removes the backups of a group that `retention` does not keep, or says only which.
+    /// Removes the backups of a group that `retention` does not keep. In a dry run, only reports them.
     pub async fn prune(
         self: &Arc<Self>,
         group: &Group,
@@ -85,7 +85,7 @@ impl Backups {
             judged: self.judge(group, retention).await?,
             freed: 0,
         };
-        // The youngest first: it may depend on another of them.
+        // Newest first, because it may depend on the others.
         for judged in pruned.judged.iter_mut().rev() {
             if judged.verdict != Verdict::Removed {
                 continue;
@@ -121,9 +121,10 @@ impl Backups {
             match freed {
                 Ok(freed) => pruned.freed += freed,
                 Err(error @ (Error::Stopping | Error::Stalled { .. })) => return Err(error),
-                // Its bases stay with it.
+                // The bases of this backup stay too: their removal is refused.
                 Err(error) => {
-                    tracing::warn!(backup = judged.backup.key.id, store = group.store, %error, "a backup stays");
+                    tracing::warn!(backup = judged.backup.key.id, store = group.store, %error, "cannot remove a \
+                        backup that no rule keeps");
                     judged.verdict = Verdict::Failed;
                     judged.reason = error.to_string();
                 }
@@ -132,7 +133,7 @@ impl Backups {
         Ok(pruned)
     }
 
-    /// The groups that have such backups, and whose they are: one domain's, under all names that it had.
+    /// Returns the groups that have matching backups, with the recorded owners: one domain under all its names.
     pub async fn groups(&self, filter: BackupFilter) -> Result<BTreeMap<Group, Vec<DomainRecord>>, Error> {
         let mut groups: BTreeMap<Group, Vec<_>> = BTreeMap::new();
         for (store, domain, record) in self.catalog.owners(self.with_uuids(&filter)).await? {
@@ -144,7 +145,7 @@ impl Backups {
         Ok(groups)
     }
 
-    async fn judge(&self, group: &Group, retention: &Retention) -> Result<Vec<Judged>, Error> {
+    async fn judge(&self, group: &Group, retention: &Retention) -> Result<Vec<RetentionDecision>, Error> {
         let mut backups = self.of_group(group).await?;
         backups.sort_by(|a, b| made(a).cmp(&made(b)));
         let chains = self.chains(&group.store, &group.domain).await?;
@@ -176,7 +177,7 @@ impl Backups {
                 None => Verdict::Removed,
             };
             let reasons: Vec<String> = reasons.into_iter().flatten().map(Reason::to_string).collect();
-            Judged {
+            RetentionDecision {
                 backup,
                 verdict,
                 reason: reasons.join(", "),
@@ -185,7 +186,7 @@ impl Backups {
         Ok(judged.collect())
     }
 
-    /// All backups of a group, looked at.
+    /// Returns all backups of a group after checking them.
     async fn of_group(&self, group: &Group) -> Result<Vec<Backup>, Error> {
         let filter = BackupFilter {
             store: Some(group.store.clone()),
@@ -215,13 +216,13 @@ impl Backups {
         }
     }
 
-    /// What a store's own rules are, if it has any.
+    /// Returns a store's own keep rules, if it has any.
     pub fn policy(&self, store: &str) -> Option<Retention> {
         let policy = Retention::of_store(self.store(store)?);
         Some(policy).filter(|policy| !policy.is_nothing())
     }
 
-    /// Does what is due when a backup has ended, which `ended` gives if it is good: prunes by the rules of its store.
+    /// Prunes the store by its rules when a backup has ended. `ended` returns the backup's key if it completed.
     pub fn follow(self: &Arc<Self>, ended: impl Future<Output = Option<BackupKey>> + Send + 'static) {
         let backups = self.clone();
         let used = self.activity.begin();
@@ -241,7 +242,7 @@ impl Backups {
             Ok(Some(backup)) => backup.domain,
             Ok(None) => return,
             Err(error) => {
-                tracing::warn!(store = key.store, %error, "the store could not be pruned");
+                tracing::warn!(store = key.store, %error, "cannot prune the store");
                 return;
             }
         };
@@ -255,14 +256,14 @@ impl Backups {
                 store = group.store,
                 domain = group.domain,
                 freed = pruned.freed,
-                "the store was pruned by its rules"
+                "pruned the store by its rules"
             ),
-            Err(error) => tracing::warn!(store = group.store, %error, "the store could not be pruned"),
+            Err(error) => tracing::warn!(store = group.store, %error, "cannot prune the store"),
         }
     }
 }
 
-/// The order of making.
+/// Sort key: the order of creation.
 fn made(backup: &Backup) -> (u64, Timestamp, &str) {
     (backup.manifest.sequence, backup.manifest.instant, &backup.key.id)
 }

@@ -1,7 +1,7 @@
-//! Removing backups: dependents first, each atomically.
+//! Removes backups, dependents first, each atomically.
 //!
-//! The removal is recorded in the catalog before the first file is removed, and the record is deleted after the last. If the
-//! service ends in between, the next start finishes it.
+//! The service records the removal in the catalog before it removes the first file, and deletes the record after the
+//! last. If the service ends in between, the next start completes the removal.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
@@ -14,26 +14,26 @@ use crate::offload::Progress;
 use crate::plan::{Destination, Plan};
 use crate::target::{self, BackupName, Removal, Replacement};
 
-/// A look at a backup's directory, which may not be there: its store, its name and its images.
+/// Inspects a backup's directory, which may be missing. The arguments are the store, the backup's name and its images.
 type Find<T> = fn(&Path, BackupName, &[&str]) -> Result<Option<T>, target::Error>;
 
-/// Backups of one domain's in one store that are to go.
+/// A request to remove backups of one domain in one store.
 #[derive(Debug, Clone)]
 pub struct Unwanted {
     pub store: String,
     /// The directory's name in the store.
     pub domain: String,
     pub ids: BTreeSet<String>,
-    /// With all dependents.
+    /// Also remove all dependents.
     pub with_dependents: bool,
-    /// Dependents are made independent before, and stay.
+    /// Make dependents independent before, and keep them.
     pub merge: bool,
-    /// Nothing but these is removed or changed; anything, where there are none.
+    /// The only backups that may be removed or changed; `None` allows all.
     pub only: Option<BTreeSet<String>>,
 }
 
 impl Unwanted {
-    /// Refuses what nobody was asked about: a dependent that came since.
+    /// Fails for backups that the authority was not asked about, such as a dependent created since.
     pub(super) fn check_allowed(&self, ids: &[String]) -> Result<(), Error> {
         let Some(only) = &self.only else { return Ok(()) };
         let others: Vec<String> = ids.iter().filter(|id| !only.contains(*id)).cloned().collect();
@@ -48,32 +48,32 @@ impl Unwanted {
     }
 }
 
-/// What went, or would go.
+/// The removed backups; in a dry run, those that would be removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// In the order in which they went.
+    /// In the order of removal.
     pub ids: Vec<String>,
-    /// Bytes on the disk that are free now.
+    /// Bytes on disk that were freed.
     pub freed: u64,
 }
 
-/// Whether the removal of a backup was begun, and what remains of it.
+/// Whether the removal of a backup has begun, and its remaining files.
 enum Begun {
     Yes(Option<Removal>),
     No,
 }
 
 impl Backups {
-    /// Removes backups, or says only what would go. What was begun goes on if nobody waits for it any more.
+    /// Removes backups; in a dry run, only reports them. A removal that has begun continues even if no caller waits.
     pub async fn remove(self: &Arc<Self>, unwanted: Unwanted, dry_run: bool) -> Result<Removed, Error> {
         self.settle_store(&unwanted.store).await?;
         if dry_run {
-            // It goes with who asks.
+            // A dry run ends with its caller.
             let order = self.order(&unwanted, true).await?;
             return self.count(&unwanted, order).await;
         }
         let backups = self.clone();
-        // First, so that a stop that is not seen here waits for it.
+        // Taken before the check of `stop`, so that a later stop waits for the removal.
         let token = self.tasks.token();
         if self.stop.is_cancelled() {
             return Err(Error::Stopping);
@@ -85,23 +85,23 @@ impl Backups {
         });
         match removing.await {
             Ok(removed) => removed,
-            // Nobody cancels it: it panicked.
+            // The task is never cancelled, so it panicked.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
     }
 
     async fn remove_now(&self, unwanted: &Unwanted) -> Result<Removed, Error> {
-        // What is found out here stays so.
+        // The lock keeps the following results valid.
         let _turn = self.place(&unwanted.store)?.removal.lock().await;
         self.check_mark(&unwanted.store).await?;
         if unwanted.merge {
-            // Everything that refuses the removal comes before the first dependent is changed.
+            // Every check that can refuse the removal runs before the first dependent is changed.
             self.check_merge(unwanted).await?;
             self.merge(unwanted).await?;
         }
         let order = self.order(unwanted, false).await?;
         let mut held = self.hold(unwanted, &order).await?;
-        // A backup that is used as base is held, so from here on these get no new dependents.
+        // A job locks its base, so from here on these backups get no new dependents.
         let again = self.order(unwanted, false).await?;
         if let Some(other) = again.iter().find(|id| !order.contains(id)) {
             return Err(Error::HasDependents {
@@ -135,7 +135,7 @@ impl Backups {
         Ok(removed)
     }
 
-    /// Takes the directories of these backups for itself; refused if one of them is in use, has other files or cannot be renamed.
+    /// Locks the directories of these backups. Fails if one is in use, has foreign files or cannot be renamed.
     async fn hold(&self, unwanted: &Unwanted, ids: &[String]) -> Result<Held, Error> {
         let mut held = Held::default();
         for id in ids {
@@ -146,8 +146,8 @@ impl Backups {
         Ok(held)
     }
 
-    /// Finds what refuses a merge, before anything is changed: a removal that is refused later has rewritten dependents for
-    /// nothing. They are held only for a moment: to read a base, the merge itself holds it.
+    /// Runs every check that can refuse a merge before anything changes. A later refusal would have rewritten
+    /// dependents in vain. Releases the locks at once, because the merge itself locks the bases that it reads.
     async fn check_merge(&self, unwanted: &Unwanted) -> Result<(), Error> {
         let order = self.order(unwanted, true).await?;
         self.check_running(unwanted, &order).await?;
@@ -157,14 +157,14 @@ impl Backups {
         Ok(())
     }
 
-    /// Makes sure that no job that has not ended, as far as is on record, builds upon one of these: also one that nobody works on
-    /// at this moment, when it holds nothing.
+    /// Fails if a recorded job that has not ended uses one of these backups as its base. That includes a job that does
+    /// not run at the moment and so holds no lock.
     async fn check_running(&self, unwanted: &Unwanted, order: &[String]) -> Result<(), Error> {
         for job in self.catalog.under_way().await? {
-            // One that cannot be read could build upon any of them.
+            // A job whose record cannot be read could depend on any of these backups.
             let job = job?;
             let plan: Plan = serde_json::from_str(&job.plan).map_err(|error| {
-                tracing::error!(job = job.id, %error, "the plan of a job cannot be read");
+                tracing::error!(job = job.id, %error, "cannot read the plan of a job");
                 Error::Catalog
             })?;
             let is_there = |destination: &Destination| match destination {
@@ -186,7 +186,8 @@ impl Backups {
         Ok(())
     }
 
-    /// The named backups and all their dependents; those that are not on record by their ids.
+    /// Returns the requested backups and all their dependents. Returns only the ids of those that the catalog does not
+    /// record.
     pub async fn with_dependents(&self, unwanted: &Unwanted) -> Result<(Vec<Backup>, Vec<String>), Error> {
         let chains = self.chains(&unwanted.store, &unwanted.domain).await?;
         let (mut backups, mut unknown) = (Vec::new(), Vec::new());
@@ -200,7 +201,7 @@ impl Backups {
         Ok((backups, unknown))
     }
 
-    /// What would go.
+    /// Reports the backups that would be removed.
     async fn count(&self, unwanted: &Unwanted, order: Vec<String>) -> Result<Removed, Error> {
         let mut removed = Removed::default();
         for id in order {
@@ -212,14 +213,15 @@ impl Backups {
         Ok(removed)
     }
 
-    /// The backups to remove, in that order; refused if one that stays depends on them.
+    /// Returns the backups to remove in order. Fails if a backup that is kept depends on them.
     async fn order(&self, unwanted: &Unwanted, as_if_merged: bool) -> Result<Vec<String>, Error> {
         let mut chains = self.chains(&unwanted.store, &unwanted.domain).await?;
         if unwanted.merge {
             chains.check_understood(&unwanted.ids)?;
         }
         if unwanted.merge && as_if_merged {
-            // As if they had no dependents. After the merge the catalog says so, and new dependents are noticed.
+            // Ignores the dependents that the merge will detach. After the merge, the catalog has no such links, so new
+            // dependents are noticed.
             let links = chains.links.iter_mut();
             for link in links.filter(|link| !unwanted.ids.contains(&link.id)) {
                 link.parents.retain(|parent| !unwanted.ids.contains(parent));
@@ -233,7 +235,7 @@ impl Backups {
         Ok(order)
     }
 
-    /// Keeps a backup from being removed, or no longer.
+    /// Sets or removes a backup's protection.
     pub async fn protect(&self, backup: &Backup, protected: bool) -> Result<(), Error> {
         let key = &backup.key;
         let _turn = self.place(&key.store)?.removal.lock().await;
@@ -261,7 +263,7 @@ impl Backups {
         found.ok_or_else(|| Error::Gone(id.to_owned()))
     }
 
-    /// Finds out about a backup's directory; nothing if it is not there.
+    /// Inspects a backup's directory; `None` if it is missing.
     pub(super) async fn in_store<T: Send + 'static>(
         &self,
         backup: &Backup,
@@ -285,14 +287,14 @@ impl Backups {
             Some(removal) => {
                 let (path, at) = (self.store_path(key)?, key.clone());
                 let remove = move |progress: &Progress| {
-                    // What a merge that was cut short left beside it.
+                    // Files that an interrupted merge left.
                     Replacement::clear(&path, name(&at), progress)?;
                     removal.remove(progress)
                 };
                 match self.blocking(&key.store, remove).await {
                     Ok(freed) => freed,
                     Err(error) => {
-                        // As long as it can be looked at; else the next start finds out.
+                        // Withdraws the record if no file was touched. If that fails, the next start decides.
                         let _ = self.unless_begun(backup).await;
                         return Err(error);
                     }
@@ -300,7 +302,7 @@ impl Backups {
             }
             None => 0,
         };
-        // Other services are told first: what is forgotten is not looked at again.
+        // The store's generation first, because recovery repeats this only while the record of the removal exists.
         self.jobs.raise_generation(&key.store).await;
         let gone = vec![(key.domain.clone(), key.id.clone())];
         self.catalog.forget(key.store.clone(), gone).await?;
@@ -308,13 +310,13 @@ impl Backups {
         Ok(freed)
     }
 
-    /// Finishes what a former process of the service began to remove.
+    /// Completes the merges and removals of a previous instance.
     pub async fn recover(self: &Arc<Self>) -> Result<(), Error> {
         for key in self.catalog.all_merging().await? {
             let backups = self.clone();
             self.tasks.spawn(async move {
                 if let Err(error) = backups.recover_merge(&key).await {
-                    tracing::warn!(backup = key.id, store = key.store, %error, "a backup's new images are not in place");
+                    tracing::warn!(backup = key.id, store = key.store, %error, "cannot complete the merge of a backup");
                 }
             });
         }
@@ -323,7 +325,7 @@ impl Backups {
             self.tasks.spawn(async move {
                 let (id, store) = (backup.key.id.clone(), backup.key.store.clone());
                 if let Err(error) = backups.finish(backup).await {
-                    tracing::warn!(backup = id, store, %error, "a backup that is being removed is not gone yet");
+                    tracing::warn!(backup = id, store, %error, "cannot complete the removal of a backup");
                 }
             });
         }
@@ -340,7 +342,7 @@ impl Backups {
         Ok(())
     }
 
-    /// Has a backup stay of which nothing was touched yet, and of which nobody was told that it went.
+    /// Withdraws the removal if no file was touched yet. No caller has received a success for it.
     async fn unless_begun(&self, backup: &Backup) -> Result<Begun, Error> {
         match self.in_store(backup, Removal::hold).await? {
             Some(removal) if !removal.is_begun() => {
@@ -357,8 +359,8 @@ impl Backups {
             .ok_or_else(|| Error::NoStore(store.to_owned()))
     }
 
-    /// Runs what waits for a store where it keeps nobody else waiting but those who want something of the same store. The
-    /// service stays until it returns.
+    /// Runs blocking work in a store. Only other work in the same store waits for it. The service keeps running until
+    /// it returns.
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         store: &str,
@@ -372,7 +374,7 @@ impl Backups {
     }
 }
 
-/// Backups that are nobody else's, and their directories where these are there. To let go of them can wait for their storage.
+/// Backups and their locked directories, if these exist. Releasing the locks can block on storage.
 #[derive(Default)]
 struct Held(VecDeque<(Backup, Option<Removal>)>);
 
@@ -380,7 +382,7 @@ impl Drop for Held {
     fn drop(&mut self) {
         let held = std::mem::take(&mut self.0);
         if !held.is_empty() {
-            // Nobody waits for it.
+            // No caller waits for it.
             drop(tokio::task::spawn_blocking(move || drop(held)));
         }
     }
@@ -393,7 +395,7 @@ pub(super) fn name(key: &BackupKey) -> BackupName<'_> {
     }
 }
 
-/// These and, if wanted, their dependents: each before its bases.
+/// Sorts these backups, and their dependents if wanted, so that each precedes its bases.
 fn order(links: &[Link], ids: &BTreeSet<String>, with_dependents: bool) -> Result<Vec<String>, Error> {
     let mut above: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for link in links {
@@ -419,7 +421,7 @@ fn order(links: &[Link], ids: &BTreeSet<String>, with_dependents: bool) -> Resul
             hidden: 0,
         });
     }
-    // The youngest first: those without dependents among the others. Loops go last.
+    // Newest first: backups without dependents among the others. Backups in a loop come last.
     let mut order: Vec<String> = Vec::new();
     while !all.is_empty() {
         let free: Vec<&str> = all
@@ -467,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn each_goes_before_what_it_lies_on() {
+    fn dependents_are_removed_before_their_bases() {
         let links = links(&[
             ("a", &[]),
             ("b", &["a"]),
@@ -483,18 +485,18 @@ mod tests {
         assert_eq!(order(&["e"], false).unwrap(), ["e"]);
         let refused = order(&["a"], false).unwrap_err();
         assert!(
-            refused.starts_with("3 other backups lie on backup a (b, c, d)"),
+            refused.starts_with("3 other backups depend on backup a (b, c, d)"),
             "{refused}"
         );
         let refused = order(&["b"], false).unwrap_err();
         assert!(
-            refused.starts_with("1 other backup lies on backup b (c)"),
+            refused.starts_with("1 other backup depends on backup b (c)"),
             "{refused}"
         );
     }
 
     #[test]
-    fn a_circle_is_no_reason_to_go_round_for_ever() {
+    fn a_loop_of_bases_terminates() {
         let links = links(&[("a", &["b"]), ("b", &["a"]), ("c", &["a"])]);
         assert_eq!(order(&links, &ids(&["a"]), true).unwrap(), ["c", "b", "a"]);
     }

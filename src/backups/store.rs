@@ -1,4 +1,4 @@
-//! The backups in a store, read from the store itself without the service, with the rights of the process.
+//! Reads the backups of a store directly, without the service, with the rights of the process.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,27 +8,27 @@ use crate::catalog::{self, BackupState, Link};
 use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::target::{self, Shelf};
 
-/// A backup as its store has it.
+/// A backup as its store describes it.
 #[derive(Debug)]
 pub struct Stored {
     pub manifest: Manifest,
     pub state: BackupState,
-    /// What is wrong, for people; empty if nothing is.
+    /// The fault for users; empty if there is none.
     pub problem: String,
-    /// Nobody removes it.
+    /// Must not be removed.
     pub protected: bool,
 }
 
-/// What there is in a store.
+/// The content of a store.
 #[derive(Debug, Default)]
 pub struct Inventory {
-    /// By the domains' directories and, in each, in the order of making.
+    /// Sorted by the domains' directories, then by sequence number.
     pub backups: Vec<Stored>,
-    /// What is there and cannot be taken for a backup, and why.
+    /// Directories that are not valid backups, with the reason.
     pub problems: Vec<String>,
 }
 
-/// Reads a store, whatever its place and owner. Blocks.
+/// Reads a store at any path and with any owner. Blocks.
 pub fn read_store(path: &Path) -> Result<Inventory, target::Error> {
     let store = Shelf::of_users_store(path)?;
     let mut inventory = Inventory::default();
@@ -61,7 +61,7 @@ fn read_domain(domain: &Shelf, problems: &mut Vec<String>) -> Result<Vec<Stored>
             Err(why) => problems.push(format!("{}: {why}", backup.path().display())),
         }
     }
-    // An id is only as exact as a second.
+    // By sequence number, because an id has a resolution of one second.
     backups.sort_by(|one, other| {
         let place = |stored: &Stored| (stored.manifest.sequence, stored.manifest.id.clone());
         place(one).cmp(&place(other))
@@ -84,7 +84,7 @@ fn read_backup(shelf: &Shelf, id: &str) -> Result<Stored, String> {
     let (bytes, _) = shelf.read(MANIFEST_NAME, MAX_MANIFEST_BYTES).map_err(text)?;
     let manifest = Manifest::parse(&bytes).map_err(|error| format!("{MANIFEST_NAME}: {error}"))?;
     if manifest.id != id {
-        return Err(format!("{MANIFEST_NAME} is that of '{}'", manifest.id));
+        return Err(format!("{MANIFEST_NAME} belongs to backup '{}'", manifest.id));
     }
     let amiss = images_amiss(shelf, &manifest.disks).map_err(text)?;
     let (state, problem) = amiss.unwrap_or((BackupState::Complete, String::new()));

@@ -1,16 +1,16 @@
-//! The records of backups in stores: their manifests, whose they are, and what is known to be wrong with them.
+//! The records of backups in stores: their manifests, their domains and their known faults.
 
 use rusqlite::{Connection, Params, Row, named_params, params};
 
-use super::chains::settle;
+use super::chains::propagate_damage;
 use super::jobs::{DOMAIN, domain};
 use super::{Catalog, DomainRecord, Error};
 use crate::model::Manifest;
 
-/// Bytes of manifests that are read at a time, but for one manifest.
+/// Bytes of manifests to read at a time. A single larger manifest exceeds it.
 const BATCH_BYTES: usize = 1 << 20;
 
-/// A backup in a store, to be taken in.
+/// A backup in a store, to be recorded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackupRecord {
     pub id: String,
@@ -19,11 +19,11 @@ pub struct BackupRecord {
     pub domain: String,
     /// JSON.
     pub manifest: String,
-    /// Nobody removes it, as its store has it.
+    /// Whether the store marks the backup as protected.
     pub protected: bool,
 }
 
-/// Which backup: where it lies.
+/// Identifies a backup by its location.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BackupKey {
     pub store: String,
@@ -32,7 +32,7 @@ pub struct BackupKey {
     pub id: String,
 }
 
-/// A place in the list of all backups: by store, directory, order of making and id.
+/// A position in the list of all backups, sorted by store, directory, sequence number and id.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Cursor {
     pub store: String,
@@ -42,14 +42,14 @@ pub struct Cursor {
     pub id: String,
 }
 
-/// Whether a backup is of use.
+/// Whether a backup can be restored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackupState {
-    /// Nothing is known to be wrong.
+    /// No fault is known.
     Complete,
-    /// Its content has changed; or a base is damaged or missing.
+    /// The content has changed, or a base is damaged or missing.
     Damaged,
-    /// It is not there, or not all of it.
+    /// The directory or an image does not exist.
     Missing,
 }
 
@@ -71,30 +71,30 @@ impl BackupState {
     }
 }
 
-/// All that is known of a backup.
+/// The record of a backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backup {
     pub key: BackupKey,
-    /// Names its object; never another's.
+    /// The number in its D-Bus object path. It is never reused.
     pub object: u64,
-    /// Whose it is.
+    /// The domain that it is a backup of.
     pub domain: DomainRecord,
     pub state: BackupState,
-    /// What is wrong, for people; empty if nothing is.
+    /// The fault for users; empty if there is none.
     pub problem: String,
-    /// What the last look at its files found.
+    /// The result of the last check of its files.
     pub looked: Looked,
-    /// This service made it, or adopted it: keep rules apply to it.
+    /// This service created or adopted it, so keep rules apply to it.
     pub own: bool,
-    /// Nobody removes it.
+    /// Must not be removed.
     pub protected: bool,
     pub manifest: Manifest,
-    /// The manifest as it was written.
+    /// The manifest exactly as it was written.
     pub text: String,
 }
 
 impl Backup {
-    /// Its place in the list of all backups.
+    /// The backup's position in the list of all backups.
     pub fn cursor(&self) -> Cursor {
         Cursor {
             store: self.key.store.clone(),
@@ -105,20 +105,20 @@ impl Backup {
     }
 }
 
-/// Which backups are wanted; what is not said does not matter.
+/// Selects backups; `None` matches all.
 #[derive(Debug, Clone, Default)]
 pub struct BackupFilter {
-    /// A name or a UUID, as the user with this number means it.
+    /// A name or UUID as the user `uid` means it.
     pub domain: Option<String>,
     pub uid: u32,
-    /// UUIDs of domains that have that name now, and may have had another.
+    /// UUIDs of the domains that have that name now. They may have had other names before.
     pub uuids: Vec<uuid::Uuid>,
     pub store: Option<String>,
     pub protected: Option<bool>,
 }
 
 impl BackupFilter {
-    /// A JSON list, as the records have them.
+    /// The UUIDs as a JSON list, in the form of the records.
     fn uuids(&self) -> String {
         let named = self.domain.as_deref().and_then(|domain| domain.parse().ok());
         let uuids = self.uuids.iter().copied().chain(named);
@@ -127,12 +127,12 @@ impl BackupFilter {
     }
 }
 
-/// What a look at a backup's files found: nothing amiss, or what.
+/// The result of checking a backup's files: a fault, or `None`.
 pub type Looked = Option<(BackupState, String)>;
 
 impl Catalog {
-    /// The next backups after `after`: at least one if there is one, at most `at_most`. Of a domain's name, also those that
-    /// another had under that name.
+    /// Returns the next backups after `after`: at least one if any follows, at most `at_most`. A name also matches
+    /// other domains that had it before.
     pub async fn backups_after(
         &self,
         filter: BackupFilter,
@@ -161,7 +161,8 @@ impl Catalog {
         .await
     }
 
-    /// The directories that have such backups, as (store, domain's directory), and whose these are.
+    /// Returns the directories that have matching backups, as (store, domain's directory), with the domains of their
+    /// backups.
     pub async fn owners(&self, filter: BackupFilter) -> Result<Vec<(String, String, DomainRecord)>, Error> {
         self.run(move |connection| {
             let sql = format!(
@@ -182,7 +183,7 @@ impl Catalog {
         .await
     }
 
-    /// The backup of that object.
+    /// Returns the backup with this object number.
     pub async fn backup(&self, object: u64) -> Result<Option<Backup>, Error> {
         self.run(move |connection| {
             let found = select(connection, "object = ?1", [object.cast_signed()])?;
@@ -191,7 +192,7 @@ impl Catalog {
         .await
     }
 
-    /// Where the backups lie whose ids begin so, at most so many, and whose they are; in the order of their ids.
+    /// Returns at most `at_most` backups whose ids begin with `prefix`, sorted by id: key, object number and domain.
     pub async fn backups_named(
         &self,
         prefix: String,
@@ -214,7 +215,7 @@ impl Catalog {
         .await
     }
 
-    /// The backup that lies there.
+    /// Returns the backup at this location.
     pub async fn backup_at(&self, key: BackupKey) -> Result<Option<Backup>, Error> {
         self.run(move |connection| {
             let condition = "store = ?1 AND domain = ?2 AND id = ?3";
@@ -224,13 +225,13 @@ impl Catalog {
         .await
     }
 
-    /// Applies keep rules to all backups in a store, whichever service made them.
+    /// Makes keep rules apply to all backups in a store, regardless of the service that created them.
     pub async fn adopt(&self, store: String) -> Result<(), Error> {
         let sql = "UPDATE backups SET adopted = 1 WHERE store = ?1";
         self.change(sql, move |update| update.execute([store])).await
     }
 
-    /// Remembers that a backup is being removed, or that it stays after all.
+    /// Records that the removal of a backup begins, or that it was withdrawn.
     pub async fn removing(&self, key: BackupKey, removing: bool) -> Result<(), Error> {
         let sql = "UPDATE backups SET removing = ?4 WHERE store = ?1 AND domain = ?2 AND id = ?3";
         self.change(sql, move |update| {
@@ -239,7 +240,7 @@ impl Catalog {
         .await
     }
 
-    /// Remembers whether a backup is protected.
+    /// Records whether a backup is protected.
     pub async fn protect(&self, key: BackupKey, protected: bool) -> Result<(), Error> {
         let sql = "UPDATE backups SET protected = ?4 WHERE store = ?1 AND domain = ?2 AND id = ?3";
         self.change(sql, move |update| {
@@ -248,7 +249,7 @@ impl Catalog {
         .await
     }
 
-    /// The backups that are being removed.
+    /// Returns the backups whose removal has begun.
     pub async fn all_removing(&self) -> Result<Vec<Backup>, Error> {
         self.run(|connection| select(connection, "removing ORDER BY id DESC", []))
             .await
@@ -266,27 +267,27 @@ impl Catalog {
                 let sql = "UPDATE backups SET look_state = ?4, look_problem = ?5 WHERE store = ?1 AND domain = ?2 AND id = ?3";
                 transaction.execute(sql, params![key.store, key.domain, key.id, state, problem])?;
             }
-            settle(&transaction, looked.iter().map(|(key, _)| key))?;
+            propagate_damage(&transaction, looked.iter().map(|(key, _)| key))?;
             Ok(transaction.commit()?)
         })
         .await
     }
 
-    /// Remembers what a check of a backup's content found: what is wrong, or nothing; and what that means for those that lie
-    /// on it.
+    /// Records the damage that a check of a backup's content found, or that there is none, and the effect on its
+    /// dependents.
     pub async fn checked(&self, key: BackupKey, damage: Option<String>) -> Result<(), Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
             let sql = "UPDATE backups SET damage = ?4 WHERE store = ?1 AND domain = ?2 AND id = ?3";
             let damage = damage.as_deref().unwrap_or_default();
             transaction.execute(sql, params![key.store, key.domain, key.id, damage])?;
-            settle(&transaction, [&key])?;
+            propagate_damage(&transaction, [&key])?;
             Ok(transaction.commit()?)
         })
         .await
     }
 
-    /// Forgets backups that are not in their store any more, given as (domain's directory, id).
+    /// Deletes the records of backups that are no longer in their store, given as (domain's directory, id).
     pub async fn forget(&self, store: String, gone: Vec<(String, String)>) -> Result<(), Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
@@ -302,14 +303,14 @@ impl Catalog {
                 let delete = "DELETE FROM backups WHERE store = ?1 AND domain = ?2 AND id = ?3";
                 transaction.execute(delete, params![key.store, key.domain, key.id])?;
             }
-            settle(&transaction, &gone)?;
+            propagate_damage(&transaction, &gone)?;
             Ok(transaction.commit()?)
         })
         .await
     }
 }
 
-/// Takes a backup in, or what is known of it now. Whose it is stays as it was.
+/// Inserts or updates the record of a backup. An update keeps the domain.
 pub(super) fn keep_backup(
     connection: &Connection,
     backup: &BackupRecord,
@@ -344,7 +345,7 @@ pub(super) fn keep_backup(
         domain: backup.domain.clone(),
         id: backup.id.clone(),
     };
-    settle(connection, [&key])?;
+    propagate_damage(connection, [&key])?;
     Ok(())
 }
 
@@ -406,7 +407,7 @@ fn looked(row: &Row) -> rusqlite::Result<Looked> {
     }
 }
 
-/// Apart from what a look found.
+/// The state without the result of the last check.
 fn state(row: &Row) -> rusqlite::Result<(BackupState, String)> {
     for column in ["damage", "broken"] {
         let problem: String = row.get(column)?;
@@ -493,14 +494,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_found_lasts_until_it_is_found_otherwise() {
+    async fn a_known_fault_lasts_until_a_check_finds_none() {
         let directory = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(&directory.path().join("catalog.sqlite")).unwrap();
         keep(&catalog, "b", Some("a"), 7).await;
-        let lies_on = |word: &str| format!("it lies on backup a, which is {word}");
+        let base_is = |word: &str| format!("its base a is {word}");
         assert_eq!(
             states(&catalog).await,
-            [state("b", "damaged", &lies_on("not there"))]
+            [state("b", "damaged", &base_is("not in the store"))]
         );
         keep(&catalog, "a", None, 7).await;
         let whole = [state("a", "complete", ""), state("b", "complete", "")];
@@ -509,22 +510,22 @@ mod tests {
         catalog.checked(key("a"), Some("bit rot".into())).await.unwrap();
         let damaged = [
             state("a", "damaged", "bit rot"),
-            state("b", "damaged", &lies_on("damaged")),
+            state("b", "damaged", &base_is("damaged")),
         ];
         assert_eq!(states(&catalog).await, damaged);
-        // To be found again in the store says nothing about what is in it.
+        // Recording a backup again does not show that its content is good.
         keep(&catalog, "a", None, 7).await;
         assert_eq!(states(&catalog).await, damaged);
         let missing = Some((BackupState::Missing, "gone".to_owned()));
         catalog.looked(vec![(key("a"), missing)]).await.unwrap();
         assert_eq!(states(&catalog).await[0], state("a", "missing", "gone"));
-        assert_eq!(states(&catalog).await[1].2, lies_on("missing"));
+        assert_eq!(states(&catalog).await[1].2, base_is("missing"));
         catalog.looked(vec![(key("a"), None)]).await.unwrap();
         assert_eq!(states(&catalog).await, damaged);
         catalog.checked(key("a"), None).await.unwrap();
         assert_eq!(states(&catalog).await, whole);
 
-        // Whose it is, and its object, stay as they were.
+        // The domain and the object number stay as they were.
         let before = catalog.backup_at(key("a")).await.unwrap().unwrap();
         keep(&catalog, "a", None, u32::MAX).await;
         assert_eq!(catalog.backup(before.object).await.unwrap().unwrap(), before);

@@ -8,29 +8,29 @@ use super::jobs::DOMAIN_KEY;
 use super::{BackupKey, BackupState, Catalog, DomainRecord, Error};
 use crate::model::DomainDir;
 
-/// A backup among those of its domain in its store.
+/// A backup and its dependencies in its domain's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
     pub id: String,
-    /// Its direct bases.
+    /// The direct bases.
     pub parents: Vec<String>,
-    /// Apart from its bases.
+    /// The state without that of its bases.
     pub own_state: BackupState,
-    /// Why it is of no use though nothing is wrong with itself.
+    /// The reason why its bases make it unusable; empty if they do not.
     pub broken: String,
 }
 
-/// A backup that a later one could be built upon.
+/// A backup that can be the base of a new one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stored {
     /// JSON.
     pub manifest: String,
-    /// A check of its content found it to be not what it was.
+    /// A check found that its content has changed.
     pub damaged: bool,
 }
 
 impl Catalog {
-    /// The newest backups of a domain in a directory of a store, at most so many, from the one that was made last on.
+    /// Returns at most `at_most` of a domain's newest backups in a directory of a store, newest first.
     pub async fn newest_backups(
         &self,
         store: String,
@@ -55,7 +55,7 @@ impl Catalog {
         .await
     }
 
-    /// All backups of a domain's directory in a store, by id.
+    /// Returns all backups of a domain's directory in a store, by id.
     pub async fn links(&self, store: String, domain: String) -> Result<Vec<Link>, Error> {
         self.run(move |connection| Ok(links(connection, &store, &domain)?))
             .await
@@ -80,7 +80,7 @@ fn links(connection: &Connection, store: &str, domain: &str) -> rusqlite::Result
 }
 
 /// Updates, for all backups of the same domains and stores as these, whether their bases are usable.
-pub(super) fn settle<'a>(
+pub(super) fn propagate_damage<'a>(
     connection: &Connection,
     changed: impl IntoIterator<Item = &'a BackupKey>,
 ) -> rusqlite::Result<()> {
@@ -102,20 +102,20 @@ pub(super) fn settle<'a>(
     Ok(())
 }
 
-/// Problems of backups whose bases are unusable, by their ids.
+/// Returns the problems of backups whose bases are unusable, by id.
 pub fn broken(links: &[Link]) -> BTreeMap<&str, String> {
     let known: BTreeSet<&str> = links.iter().map(|link| link.id.as_str()).collect();
     let mut above: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     let mut broken = BTreeMap::new();
     let mut reached = Vec::new();
-    let text = |parent: &str, word: &str| format!("it lies on backup {parent}, which is {word}");
+    let text = |parent: &str, word: &str| format!("its base {parent} is {word}");
     for link in links {
         for parent in &link.parents {
             above.entry(parent).or_default().push(&link.id);
             if !known.contains(parent.as_str()) {
                 broken.entry(link.id.as_str()).or_insert_with(|| {
                     reached.push(link.id.as_str());
-                    text(parent, "not there")
+                    text(parent, "not in the store")
                 });
             }
         }
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_on_something_that_is_of_no_use_is_of_none_either() {
+    fn damage_of_a_base_reaches_all_its_dependents() {
         use BackupState::{Complete, Damaged, Missing};
         let links = [
             link("a", &[], Complete),
@@ -163,7 +163,8 @@ mod tests {
             link("g", &["f"], Complete),
             link("h", &[], Missing),
             link("i", &["h"], Complete),
-            // A backup that is its own base is never made, but must not cause an endless loop.
+            // The service never creates a backup that is its own base, but such a manifest must not cause an endless
+            // loop.
             link("j", &["k"], Complete),
             link("k", &["j"], Damaged),
         ];
@@ -173,11 +174,11 @@ mod tests {
             (said("a"), said("b"), said("e"), said("h")),
             (None, None, None, None)
         );
-        assert_eq!(said("c"), Some("it lies on backup b, which is damaged"));
-        assert_eq!(said("d"), Some("it lies on backup c, which is damaged"));
-        assert_eq!(said("f"), Some("it lies on backup z, which is not there"));
-        assert_eq!(said("g"), Some("it lies on backup f, which is damaged"));
-        assert_eq!(said("i"), Some("it lies on backup h, which is missing"));
+        assert_eq!(said("c"), Some("its base b is damaged"));
+        assert_eq!(said("d"), Some("its base c is damaged"));
+        assert_eq!(said("f"), Some("its base z is not in the store"));
+        assert_eq!(said("g"), Some("its base f is damaged"));
+        assert_eq!(said("i"), Some("its base h is missing"));
         assert!(said("j").is_some());
     }
 }

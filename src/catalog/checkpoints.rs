@@ -7,22 +7,23 @@ use super::jobs::DOMAIN_KEY;
 use super::{Catalog, DomainRecord, Error};
 use crate::model::Manifest;
 
-/// Deleted ones that are remembered of a domain, and of all domains of a user that is not root.
+/// How many deleted checkpoints stay on record for each domain, and for each user other than root.
 const DELETED: u32 = 64;
-/// Others of all domains of such a user, to whom names of domains cost nothing.
+/// How many other checkpoints a user other than root may have. The limit per domain does not suffice, because a user
+/// can register any number of domains.
 const OF_A_USER: u32 = 1024;
 
 /// A checkpoint without a backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckpointRecord {
-    /// In the names of its bitmaps; never another's.
+    /// Part of the names of the checkpoint's bitmaps. It is never reused.
     pub id: String,
     pub name: Option<String>,
     pub description: Option<String>,
     pub time: Timestamp,
 }
 
-/// What came of a checkpoint that was to be taken in.
+/// The result of recording a new checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Begun {
     Yes,
@@ -30,23 +31,23 @@ pub enum Begun {
     TooManyOfOwner { most: u32 },
 }
 
-/// The meaning of an id in the name of a bitmap, for one domain. Says nothing about other domains' checkpoints.
+/// The meaning of the id in a bitmap's name for one domain. Does not cover checkpoints of other domains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recorded {
-    /// A backup in that store.
+    /// A backup in this store.
     Backup {
         store: String,
         manifest: Box<Manifest>,
     },
     Alone(CheckpointRecord),
-    /// Something that is not made yet, or is not there any more.
+    /// Its creation has not finished, or it was deleted.
     Gone,
     Unknown,
 }
 
 impl Catalog {
-    /// Takes a checkpoint in that is about to be made, unless the domain has `most` already, or its owner too many. There is no
-    /// other that is being made for the domain: one that seems to be came to nothing.
+    /// Records a checkpoint before its creation, unless the domain has `most` already or its owner has too many. The
+    /// caller creates one checkpoint of a domain at a time, so any other that is still in creation has failed.
     pub async fn begin_checkpoint(
         &self,
         whose: DomainRecord,
@@ -94,7 +95,7 @@ impl Catalog {
         .await
     }
 
-    /// It is on the domain's disks, and has recorded since that time at the latest.
+    /// Records that the checkpoint's bitmaps are on the domain's disks and record changes since `time` at the latest.
     pub async fn checkpoint_made(&self, domain: String, id: String, time: Timestamp) -> Result<(), Error> {
         let sql = "UPDATE checkpoints SET state = 'made', time = ?3 WHERE domain = ?1 AND id = ?2";
         self.change(sql, move |update| {
@@ -103,14 +104,14 @@ impl Catalog {
         .await
     }
 
-    /// It is to be on no disk any more; nothing if it is not on record.
+    /// Records that the checkpoint's bitmaps are to be removed from all disks. Does nothing if it is not on record.
     pub async fn checkpoint_deleted(&self, domain: String, id: String) -> Result<(), Error> {
         let sql = "UPDATE checkpoints SET state = 'deleted' WHERE domain = ?1 AND id = ?2";
         self.change(sql, move |update| update.execute(params![domain, id]))
             .await
     }
 
-    /// What these ids stand for to the domain of that [`super::DomainRecord::key`], in their order.
+    /// Returns the meaning of these ids for the domain with this [`super::DomainRecord::key`], in their order.
     pub async fn recorded(&self, domain: String, ids: Vec<String>) -> Result<Vec<Recorded>, Error> {
         self.run(move |connection| {
             let ids = ids.iter().map(|id| recorded(connection, &domain, id));
@@ -119,7 +120,7 @@ impl Catalog {
         .await
     }
 
-    /// The domain's checkpoints without a backup.
+    /// Returns the domain's checkpoints without a backup.
     pub async fn checkpoints(&self, domain: String) -> Result<Vec<CheckpointRecord>, Error> {
         self.run(move |connection| {
             let sql = "SELECT * FROM checkpoints WHERE domain = ?1 AND state = 'made'";
@@ -144,13 +145,13 @@ fn recorded(connection: &Connection, domain: &str, id: &str) -> Result<Recorded,
             _ => Recorded::Gone,
         });
     }
-    // The backup may be in several stores: they have the same manifest.
+    // Copies of the backup in several stores have the same manifest.
     let mut stored = connection.prepare(&format!(
         "SELECT store, manifest FROM backups WHERE {DOMAIN_KEY} = ?1 AND id = ?2 ORDER BY store LIMIT 1"
     ))?;
     let backup = stored.query_row([domain, id], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)));
     if let Some((store, manifest)) = backup.optional()? {
-        // What cannot be read is no reason to make no backup.
+        // An unreadable manifest must not prevent a backup.
         return Ok(match Manifest::parse(manifest.as_bytes()) {
             Ok(manifest) => Recorded::Backup {
                 store,
@@ -166,7 +167,7 @@ fn recorded(connection: &Connection, domain: &str, id: &str) -> Result<Recorded,
     })
 }
 
-/// Of the deleted ones that fit the condition, all but the newest.
+/// Deletes the records of all deleted checkpoints that match the condition, except the newest.
 fn forget_deleted(connection: &Connection, (which, values): (&str, &[&dyn ToSql])) -> Result<(), Error> {
     let deleted = format!("FROM checkpoints WHERE {which} AND state = 'deleted'");
     let newest = format!("SELECT rowid {deleted} ORDER BY id DESC LIMIT {DELETED}");
@@ -211,7 +212,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_is_there_from_when_it_is_made_until_it_is_deleted_and_only_to_its_domain() {
+    async fn a_checkpoint_exists_from_creation_to_deletion_for_its_domain_only() {
         let directory = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(&directory.path().join("c")).unwrap();
         let id = record(1).id;
@@ -231,7 +232,7 @@ mod tests {
         assert_eq!(said("web").await, Recorded::Alone(record(1)));
         assert_eq!(said("db").await, Recorded::Unknown);
         assert_eq!(catalog.checkpoints("web".into()).await.unwrap(), [record(1)]);
-        // Somebody else's is not deleted by its id.
+        // A checkpoint of another domain is not deleted by its id.
         catalog.checkpoint_deleted("db".into(), id.clone()).await.unwrap();
         assert_eq!(said("web").await, Recorded::Alone(record(1)));
         catalog
@@ -242,7 +243,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn there_are_so_many_and_no_more_and_what_came_to_nothing_does_not_count() {
+    async fn the_number_of_checkpoints_is_limited_and_failed_ones_do_not_count() {
         let directory = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(&directory.path().join("c")).unwrap();
         let whose = web("registered", 1000, "anna");
@@ -262,9 +263,9 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(begin(3).await, Begun::Yes);
-        // Nothing came of that one.
+        // The creation of that checkpoint failed.
         assert_eq!(begin(4).await, Begun::Yes);
-        // The next user of the number has none of them.
+        // The next user of the uid has none of them.
         let next = web("registered", 1000, "bob");
         assert_eq!(catalog.checkpoints(next.key()).await.unwrap(), []);
         let begun = catalog.begin_checkpoint(next, record(5), 1).await;

@@ -1,7 +1,7 @@
-//! The catalog's file: made, checked and brought to the version that this program knows.
+//! The catalog's file: creates, checks and migrates it.
 //!
-//! One SQLite database (<https://sqlite.org/wal.html>), in WAL mode with `synchronous=FULL`: commits are durable
-//! across a crash of the service and of the host. One process at a time holds it.
+//! One SQLite database (<https://sqlite.org/wal.html>), in WAL mode with `synchronous=FULL`: commits are durable across
+//! a crash of the service and of the host. Only one process can open it at a time.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -12,9 +12,9 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::Error;
 
-/// Marks the file as ours: "bkpd" (`PRAGMA application_id`).
+/// Marks the file as a catalog of this service: "bkpd" (`PRAGMA application_id`).
 const APPLICATION: i32 = 0x626b_7064;
-/// What brings a catalog from each version to the next; a new file goes through all of them.
+/// The migrations from each version to the next. A new file runs all of them.
 const MIGRATIONS: &[&str] = &[
     include_str!("schema-1.sql"),
     include_str!("schema-2.sql"),
@@ -29,10 +29,10 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema-11.sql"),
     include_str!("schema-12.sql"),
 ];
-/// How long a predecessor may take to let go.
+/// How long the previous instance may take to close the catalog.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Opens the catalog at `path`, and makes one only if there is nothing at all. Blocks.
+/// Opens the catalog at `path`. Creates it only if neither the file nor its log exists. Blocks.
 pub fn open(path: &Path) -> Result<Connection, Error> {
     let io = |action| {
         move |source| Error::Io {
@@ -54,12 +54,12 @@ pub fn open(path: &Path) -> Result<Connection, Error> {
             if log.exists() {
                 return Err(Error::Damaged {
                     path: path.to_owned(),
-                    why: format!("its log {} is there and it is not", log.display()),
+                    why: format!("its log {} exists without it", log.display()),
                 });
             }
             create(path)?;
         }
-        Err(error) => return Err(io("looked at")(error)),
+        Err(error) => return Err(io("inspect")(error)),
     }
     let opening = |error: rusqlite::Error| Error::opening(path, &error);
     let mut connection = connect(path, OpenFlags::empty()).map_err(opening)?;
@@ -68,7 +68,7 @@ pub fn open(path: &Path) -> Result<Connection, Error> {
     Ok(connection)
 }
 
-/// A catalog is never half made: it gets its name when it is whole.
+/// Creates the catalog atomically: renames it to its final name after it is complete.
 fn create(path: &Path) -> Result<(), Error> {
     let new = beside(path, ".new");
     let io = |action| {
@@ -79,7 +79,7 @@ fn create(path: &Path) -> Result<(), Error> {
         }
     };
     match std::fs::remove_file(&new) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(io("made")(error)),
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(io("create")(error)),
         _ => {}
     }
     let made = || {
@@ -88,12 +88,12 @@ fn create(path: &Path) -> Result<(), Error> {
         migrate(&mut connection)?;
         connection.close().map_err(|(_, error)| error)
     };
-    made().map_err(|error| io("made")(std::io::Error::other(error.to_string())))?;
+    made().map_err(|error| io("create")(std::io::Error::other(error.to_string())))?;
     let named = || {
         std::fs::rename(&new, path)?;
         File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
     };
-    named().map_err(io("made"))
+    named().map_err(io("create"))
 }
 
 fn connect(path: &Path, further: OpenFlags) -> rusqlite::Result<Connection> {
@@ -106,14 +106,14 @@ fn connect(path: &Path, further: OpenFlags) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Whether it is a catalog, of a version that is known, and in order.
+/// Fails unless the file is an undamaged catalog of a supported version.
 fn check(connection: &Connection, path: &Path) -> Result<(), Error> {
     let opening = |error: rusqlite::Error| Error::opening(path, &error);
     let number = |pragma| connection.pragma_query_value(None, pragma, |row| row.get::<_, i64>(0));
     connection
         .pragma_update(None, "locking_mode", "EXCLUSIVE")
         .map_err(opening)?;
-    // From here on nobody else has it.
+    // From here on this process has the file to itself.
     connection
         .execute_batch("BEGIN IMMEDIATE; COMMIT")
         .map_err(opening)?;
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_catalog_of_before_is_brought_forward_with_its_content() {
+    fn an_old_catalog_is_migrated_with_its_content() {
         let (_directory, path) = directory();
         let former = connect(&path, OpenFlags::SQLITE_OPEN_CREATE).unwrap();
         former.pragma_update(None, "application_id", APPLICATION).unwrap();
@@ -211,7 +211,7 @@ mod tests {
         assert_eq!(found.unwrap(), ("web".to_owned(), 0));
     }
 
-    /// A catalog of that version.
+    /// Creates a catalog of an earlier version.
     fn former(path: &Path, version: usize) -> Connection {
         let former = connect(path, OpenFlags::SQLITE_OPEN_CREATE).unwrap();
         former.pragma_update(None, "application_id", APPLICATION).unwrap();
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_of_a_former_version_gets_the_directory_that_its_backup_went_to() {
+    fn an_old_plan_gets_the_directory_of_its_backup() {
         let (_directory, path) = directory();
         let former = former(&path, 5);
         let insert = |id: &str, source: &str, owner: u32, plan: &str| {
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_of_before_stays_its_users_if_only_one_had_the_number() {
+    fn an_old_checkpoint_stays_its_owners_if_only_one_user_had_the_uid() {
         let (_directory, path) = directory();
         let former = former(&path, 11);
         for (id, owner, name) in [("a", 1000, "anna"), ("b", 1001, "bert"), ("c", 1001, "carl")] {
@@ -300,14 +300,14 @@ mod tests {
     }
 
     #[test]
-    fn two_do_not_have_it_at_a_time() {
+    fn two_processes_cannot_open_the_catalog() {
         let (_directory, path) = directory();
         let _first = open(&path).unwrap();
         assert!(matches!(open(&path), Err(Error::InUse { .. })));
     }
 
     #[test]
-    fn what_is_no_whole_catalog_is_refused_and_not_replaced() {
+    fn a_damaged_catalog_is_refused_and_not_replaced() {
         let (_directory, path) = directory();
         drop(open(&path).unwrap());
         let good = std::fs::read(&path).unwrap();
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_one_and_a_foreign_one_are_refused_with_what_to_do() {
+    fn a_newer_catalog_and_a_foreign_file_are_refused_with_a_remedy() {
         let (_directory, path) = directory();
         let connection = open(&path).unwrap();
         let newer = MIGRATIONS.len() as i64 + 1;
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_creation_that_was_cut_short_left_is_no_catalog() {
+    fn a_file_of_an_interrupted_creation_is_replaced() {
         let (_directory, path) = directory();
         std::fs::write(beside(&path, ".new"), "half").unwrap();
         drop(open(&path).unwrap());

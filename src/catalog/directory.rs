@@ -1,4 +1,4 @@
-//! The records of the directory of a domain's backups in a store.
+//! The records of the directories that hold a domain's backups in a store.
 
 use std::collections::BTreeSet;
 
@@ -12,23 +12,23 @@ use crate::model::DomainDir;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Used {
     pub directory: DomainDir,
-    /// What the domain was called when they were made.
+    /// The domain's names when the backups were created.
     pub names: BTreeSet<String>,
 }
 
-/// What is on record of a directory in a store.
+/// The records of a directory in a store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DirectoryState {
     pub ids: BTreeSet<String>,
-    /// Whose the backups in it are.
+    /// The domains of the backups in it.
     pub domains: Vec<DomainRecord>,
-    /// The highest number in the order of making.
+    /// The highest sequence number.
     pub highest: u64,
 }
 
 impl Catalog {
-    /// The directories in a store that have backups of a domain: the one with the newest backup first. Of a domain
-    /// without a UUID only the backups count that this service made or adopted.
+    /// Returns the directories in a store that have backups of a domain, sorted by their newest backup, newest first.
+    /// Without a UUID, only backups count that this service created or adopted.
     pub async fn directories(&self, store: String, whose: DomainRecord) -> Result<Vec<Used>, Error> {
         self.run(move |connection| {
             let mut select = connection.prepare(&format!(
@@ -55,7 +55,7 @@ impl Catalog {
         .await
     }
 
-    /// What is on record of a directory in a store.
+    /// Returns the records of a directory in a store.
     pub async fn directory(&self, store: String, directory: DomainDir) -> Result<DirectoryState, Error> {
         self.run(move |connection| {
             let place = params![store, directory.as_str()];

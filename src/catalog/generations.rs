@@ -1,4 +1,4 @@
-//! Which generation of each store the catalog knows: see `target::generation`.
+//! The generation of each store that the catalog's records describe. See `target::generation`.
 
 use rusqlite::{OptionalExtension, params};
 
@@ -8,7 +8,7 @@ const SET: &str = "INSERT INTO store_generations (store, generation) VALUES (?1,
      ON CONFLICT (store) DO UPDATE SET generation = excluded.generation";
 
 impl Catalog {
-    /// The generation of a store that the catalog's records are of; "" if it never had one.
+    /// Returns the generation of a store that the records describe; "" if there is none.
     pub async fn generation(&self, store: String) -> Result<String, Error> {
         self.run(move |connection| {
             let mut select =
@@ -19,14 +19,14 @@ impl Catalog {
         .await
     }
 
-    /// Remembers that the catalog's records are those of a store's generation.
+    /// Records that the catalog describes this generation of a store.
     pub async fn set_generation(&self, store: String, generation: String) -> Result<(), Error> {
         self.change(SET, move |set| set.execute(params![store, generation]))
             .await
     }
 
-    /// Remembers that a change of ours made one generation of a store into another. If the catalog did not know the one before,
-    /// it does not know this one either.
+    /// Records that this service changed a store from generation `before` to `now`. If the catalog did not describe
+    /// `before`, it does not describe `now` either.
     pub async fn raised_generation(&self, store: String, before: String, now: String) -> Result<(), Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
@@ -51,7 +51,7 @@ mod tests {
     use crate::catalog::Catalog;
 
     #[tokio::test]
-    async fn a_change_upon_a_generation_that_is_not_known_makes_nothing_known() {
+    async fn raising_an_unknown_generation_records_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(&directory.path().join("catalog.sqlite")).unwrap();
         let known = || async { catalog.generation("default".into()).await.unwrap() };

@@ -6,7 +6,7 @@ use rusqlite::{Row, params};
 use super::jobs::{DOMAIN, domain, select};
 use super::{Catalog, DomainRecord, Error, JobRecord};
 
-/// What a list says of an ended job.
+/// An entry in the list of ended jobs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EndedJob {
     pub id: u32,
@@ -23,7 +23,7 @@ fn ended(row: &Row) -> Result<EndedJob, Error> {
 }
 
 impl Catalog {
-    /// The last jobs that ended after `since`, at most so many, by number.
+    /// Returns at most `at_most` jobs that ended after `since`, sorted by number. Prefers the newest.
     pub async fn ended_since(&self, since: Timestamp, at_most: u32) -> Result<Vec<JobRecord>, Error> {
         self.run(move |connection| {
             let condition = "step = 'ended' AND end_time > ?1 ORDER BY id DESC LIMIT ?2";
@@ -34,10 +34,10 @@ impl Catalog {
         .await
     }
 
-    /// All jobs that have ended, by number: as many as the history keeps.
+    /// Returns all ended jobs that the history keeps, sorted by number.
     pub async fn history(&self) -> Result<Vec<EndedJob>, Error> {
         self.run(|connection| {
-            // The index has all of that.
+            // The index contains all of these columns.
             let columns = format!(
                 "SELECT id, {DOMAIN}, result FROM jobs INDEXED BY ended_jobs \
                  WHERE step = 'ended' ORDER BY id"
@@ -48,8 +48,8 @@ impl Catalog {
             while let Some(row) = rows.next()? {
                 match ended(row) {
                     Ok(job) => jobs.push(job),
-                    // One that cannot be understood hides no other.
-                    Err(error) => tracing::error!(%error, "a job is left out of the list"),
+                    // One unreadable record must not hide the others.
+                    Err(error) => tracing::error!(%error, "cannot list a job"),
                 }
             }
             Ok(jobs)
@@ -57,7 +57,7 @@ impl Catalog {
         .await
     }
 
-    /// The job of that number, if it has ended.
+    /// Returns the job with this number, if it has ended.
     pub async fn ended_job(&self, id: u32) -> Result<Option<JobRecord>, Error> {
         self.run(move |connection| {
             let found = select(connection, "step = 'ended' AND id = ?1", [id])?;

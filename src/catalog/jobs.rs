@@ -1,4 +1,4 @@
-//! Writing and reading the records of jobs: every step that must survive the service, and the outcome.
+//! Writes and reads the records of jobs: every step that must survive the service, and the outcome.
 
 use jiff::Timestamp;
 use rusqlite::{Connection, Params, Row, named_params, params};
@@ -10,7 +10,7 @@ use super::{
 };
 
 impl Catalog {
-    /// Takes a job in, before anything of it exists, and gives it a number that no other job ever has.
+    /// Records a job before it does anything, and gives it a number that is never reused.
     pub async fn begin(&self, job: NewJob) -> Result<JobRecord, Error> {
         self.run(move |connection| {
             let mut insert = connection.prepare(
@@ -43,7 +43,7 @@ impl Catalog {
         .await
     }
 
-    /// Forgets a job that never began and of which nothing is left.
+    /// Deletes the record of a job that never began and has no residue.
     pub async fn withdraw(&self, id: u32) -> Result<(), Error> {
         self.change("DELETE FROM jobs WHERE id = ?1", move |statement| {
             statement.execute([id])
@@ -51,7 +51,7 @@ impl Catalog {
         .await
     }
 
-    /// How far a job is, durably.
+    /// Records the state of a job durably.
     pub async fn reached(&self, id: u32, state: JobState) -> Result<(), Error> {
         self.run(move |connection| {
             let sql = "UPDATE jobs SET step = ?2, state = ?3 WHERE id = ?1 AND step <> ?4";
@@ -61,7 +61,7 @@ impl Catalog {
         .await
     }
 
-    /// A job leaves the queue with this plan.
+    /// Records that a job leaves the queue with this plan.
     pub async fn dequeued(&self, id: u32, plan: String, state: JobState) -> Result<(), Error> {
         self.run(move |connection| {
             let sql = "UPDATE jobs SET plan = ?2, step = ?3, state = ?4 WHERE id = ?1 AND step = ?5";
@@ -71,7 +71,7 @@ impl Catalog {
         .await
     }
 
-    /// That somebody was told that the job will not complete.
+    /// Records that a caller was promised that the job does not complete.
     pub async fn cancel_requested(&self, id: u32) -> Result<(), Error> {
         self.change(
             "UPDATE jobs SET cancel_requested = 1 WHERE id = ?1",
@@ -80,7 +80,7 @@ impl Catalog {
         .await
     }
 
-    /// The limit that was set while it ran, in bytes a second.
+    /// Records the limit that was set while the job runs, in bytes a second.
     pub async fn speed_set(&self, id: u32, speed: u64) -> Result<(), Error> {
         self.change("UPDATE jobs SET speed = ?2 WHERE id = ?1", move |update| {
             update.execute(params![id, speed.cast_signed()])
@@ -88,7 +88,8 @@ impl Catalog {
         .await
     }
 
-    /// The outcome, with the backup that it made; and keeps no more than `history` jobs of that user's of which nothing is left.
+    /// Records the outcome, and the backup if the job created one. Then trims the user's history to `history` jobs,
+    /// except those with residue.
     pub async fn end(
         &self,
         id: u32,
@@ -129,7 +130,7 @@ impl Catalog {
         .await
     }
 
-    /// Nothing of that is left any more.
+    /// Records that this residue of the job has been removed.
     pub async fn cleared(&self, id: u32, what: Leftover) -> Result<(), Error> {
         let sql = match what {
             Leftover::InQemu => "UPDATE jobs SET left_in_qemu = 0 WHERE id = ?1",
@@ -138,23 +139,23 @@ impl Catalog {
         self.change(sql, move |update| update.execute([id])).await
     }
 
-    /// Jobs that have begun and have not ended. One that cannot be read is an error of its own.
+    /// Returns the jobs that have begun and not ended. An unreadable record is an error of its own.
     pub async fn under_way(&self) -> Result<Vec<Result<JobRecord, Error>>, Error> {
         self.each("step <> 'ended' AND step <> 'queued' ORDER BY id")
             .await
     }
 
-    /// Jobs that have not ended, or of which something may be left. One that cannot be read is an error of its own.
+    /// Returns the jobs that have not ended or may have residue. An unreadable record is an error of its own.
     pub async fn unsettled(&self) -> Result<Vec<Result<JobRecord, Error>>, Error> {
         self.each("step <> 'ended' OR left_in_qemu OR left_on_disk ORDER BY id")
             .await
     }
 
-    /// A job that is queued.
+    /// Returns a queued job.
     pub async fn queued_job(&self, id: u32) -> Result<JobRecord, Error> {
         self.run(move |connection| {
             let found = select(connection, "step = ?2 AND id = ?1", params![id, QUEUED])?;
-            let missing = || Error::Statement(format!("job {id} is not on record as queued"));
+            let missing = || Error::Statement(format!("job {id} is not recorded as queued"));
             found.into_iter().next().ok_or_else(missing)
         })
         .await
@@ -174,30 +175,29 @@ impl Catalog {
     }
 }
 
-/// A step of a job that is not on record would be a step that nobody knows of.
+/// A state that matches no record would be lost, so it is an error.
 fn one_changed(id: u32, changed: usize) -> Result<(), Error> {
     match changed {
         1 => Ok(()),
-        _ => Err(Error::Statement(format!(
-            "job {id} is not on record as one that has not ended"
-        ))),
+        _ => Err(Error::Statement(format!("job {id} is not recorded as running"))),
     }
 }
 
-/// The most that the history of one user takes, in bytes.
+/// The maximum size of one user's history, in bytes.
 const MOST_BYTES: u32 = 32 << 20;
-/// Ended jobs of one user that may have left something in the QEMU of a registered domain. Nobody else connects to that QEMU
-/// again, so a user who registers domains could have as many as it likes.
+/// How many ended jobs of one user may have residue in the QEMU of a registered domain. The service never reconnects to
+/// such a QEMU, so without a limit a user could create any number of these records.
 const MOST_UNSETTLED: u32 = 100;
 
-/// Forgets the jobs of one user that ended first, but for `history` of them, and those of which something may be left. `user`
-/// says whether they were found in a store, and the number; those found in a store count as one user's.
+/// Deletes the records of the jobs of one user that ended first, except `history` of them and those that may have
+/// residue. `user` is whether the jobs were imported from a store, and the uid. All imported jobs count as those of one
+/// user.
 pub(super) fn forget_oldest(
     connection: &Connection,
     user: (bool, u32),
     history: u32,
 ) -> rusqlite::Result<()> {
-    // All that this reads is in the index.
+    // The index contains every column that this reads.
     let mut delete = connection.prepare(
         "DELETE FROM jobs WHERE id IN (SELECT id FROM ( \
              SELECT id, left_on_disk, left_in_qemu, domain_source, \
@@ -229,7 +229,8 @@ pub(super) fn select(
 /// The columns of a [`DomainRecord`].
 pub(super) const DOMAIN: &str = "domain_name, domain_source, domain_owner, domain_owner_name, domain_uuid";
 
-/// [`DomainRecord::key`] of a row. As in the index of schema 12, so that this is used.
+/// SQL for the [`DomainRecord::key`] of a row. Equal to the expression in the index of schema 12, so that SQLite uses
+/// that.
 pub(super) const DOMAIN_KEY: &str = "iif(domain_source = 'configured', '', domain_owner || ':' || domain_owner_name || ':') \
      || coalesce(':' || domain_uuid, domain_name)";
 
@@ -248,18 +249,18 @@ pub(super) fn domain(row: &Row) -> Result<DomainRecord, Error> {
     })
 }
 
-/// Whose a job is.
+/// Returns the domain of a job.
 pub(super) fn domain_of(connection: &Connection, id: u32) -> Result<DomainRecord, Error> {
     let mut select = connection.prepare(&format!("SELECT id, {DOMAIN} FROM jobs WHERE id = ?1"))?;
     let mut rows = select.query([id])?;
     let row = rows
         .next()?
-        .ok_or_else(|| Error::Statement(format!("job {id} is not on record")))?;
+        .ok_or_else(|| Error::Statement(format!("job {id} has no record")))?;
     domain(row)
 }
 
 fn wrong(id: u32, what: &str) -> Error {
-    let why = format!("its {what}");
+    let why = format!("its {what} is invalid");
     Error::Record { id, why }
 }
 
@@ -347,7 +348,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_step_is_there_when_the_catalog_is_opened_again() {
+    async fn every_step_survives_reopening_the_catalog() {
         let (directory, catalog) = catalog().await;
         let id = catalog.begin(new_job(1)).await.unwrap().id;
         let running = JobState {
@@ -369,7 +370,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_history_is_bounded_and_what_is_not_settled_stays() {
+    async fn the_history_is_bounded_and_keeps_jobs_with_residue() {
         let (_directory, catalog) = catalog().await;
         for number in 1..=5 {
             let id = catalog.begin(new_job(number)).await.unwrap().id;
@@ -388,7 +389,7 @@ mod tests {
         assert!(catalog.unsettled().await.unwrap().is_empty());
     }
 
-    /// The numbers of the jobs on record after each of these users has started as many, in turn.
+    /// Runs `jobs` jobs, of these users in turn, and returns the numbers that the history keeps.
     async fn kept(catalog: &Catalog, users: &[u32], jobs: u32, ended: impl Fn(u32) -> Ended) -> Vec<u32> {
         for number in 1..=jobs {
             let new = NewJob {
@@ -403,7 +404,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_users_jobs_push_out_no_other_users() {
+    async fn the_jobs_of_one_user_do_not_displace_those_of_another() {
         let (_directory, catalog) = catalog().await;
         let first = catalog.begin(new_job(100)).await.unwrap().id;
         catalog.end(first, ended(0, false), None, 3).await.unwrap();
@@ -425,7 +426,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_may_be_left_in_registered_domains_is_bounded() {
+    async fn the_number_of_jobs_with_residue_in_registered_domains_is_bounded() {
         let (_directory, catalog) = catalog().await;
         for number in 1..=MOST_UNSETTLED + 20 {
             let mut new = new_job(number);
@@ -444,12 +445,16 @@ mod tests {
         }
         let history = catalog.history().await.unwrap();
         let configured = history.iter().filter(|job| job.domain.source == "configured");
-        assert_eq!(configured.count(), 12, "a configured domain can be reached again");
+        assert_eq!(
+            configured.count(),
+            12,
+            "the service can reconnect to a configured domain"
+        );
         assert_eq!(history.len(), MOST_UNSETTLED as usize + 2);
     }
 
     #[tokio::test]
-    async fn a_step_of_a_job_that_is_not_on_record_is_an_error() {
+    async fn a_step_of_a_job_without_a_record_is_an_error() {
         let (_directory, catalog) = catalog().await;
         let state = JobState {
             step: "running",
@@ -475,7 +480,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_number_is_never_given_twice() {
+    async fn a_number_is_never_reused() {
         let (_directory, catalog) = catalog().await;
         let id = catalog.begin(new_job(1)).await.unwrap().id;
         catalog.withdraw(id).await.unwrap();

@@ -1,11 +1,11 @@
-//! The marks of the stores that were used (see `target::make_mark`).
+//! The marks of the stores that were used. See `target::make_mark`.
 
 use rusqlite::{OptionalExtension, params};
 
 use super::{Catalog, Error};
 
 impl Catalog {
-    /// The mark that a store had when it was used first, or when it was read again last; nothing if it was never used.
+    /// Returns the mark that a store had when it was first used or last read again; `None` if it was never used.
     pub async fn store_mark(&self, store: String) -> Result<Option<String>, Error> {
         self.run(move |connection| {
             let mut select = connection.prepare("SELECT mark FROM store_marks WHERE store = ?1")?;

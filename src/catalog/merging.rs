@@ -1,14 +1,15 @@
-//! Backups whose images are being replaced by others of the same content.
+//! Backups whose images a merge is replacing.
 
 use rusqlite::{OptionalExtension, params};
 
 use super::backups::key;
-use super::chains::settle;
+use super::chains::propagate_damage;
 use super::{BackupKey, Catalog, Error};
 use crate::model::Manifest;
 
 impl Catalog {
-    /// Remembers what a backup's manifest (JSON) will be, "" if that is not known yet; or that it stays what it is.
+    /// Records the future manifest (JSON) of a merge. "" means that the merge has begun or is being cleaned up; `None`
+    /// means that there is no merge.
     pub async fn merging(&self, of: BackupKey, manifest: Option<String>) -> Result<(), Error> {
         let sql = "UPDATE backups SET merging = ?4 WHERE store = ?1 AND domain = ?2 AND id = ?3";
         self.change(sql, move |update| {
@@ -17,7 +18,7 @@ impl Catalog {
         .await
     }
 
-    /// What the manifest of a backup will be, if it is to be another one.
+    /// Returns the future manifest of a backup if a merge is in progress.
     pub async fn being_merged(&self, of: BackupKey) -> Result<Option<String>, Error> {
         self.run(move |connection| {
             let sql = "SELECT merging FROM backups WHERE store = ?1 AND domain = ?2 AND id = ?3";
@@ -28,7 +29,7 @@ impl Catalog {
         .await
     }
 
-    /// The backups whose manifests are to be others.
+    /// Returns all backups with a merge in progress.
     pub async fn all_merging(&self) -> Result<Vec<BackupKey>, Error> {
         self.run(|connection| {
             let mut select = connection.prepare("SELECT * FROM backups WHERE merging IS NOT NULL")?;
@@ -38,7 +39,7 @@ impl Catalog {
         .await
     }
 
-    /// Remembers that the manifest of a backup is now what it was to be, and that there is something left of what was before.
+    /// Records that the backup has its future manifest now, and that the former images may still exist.
     pub async fn merged(&self, of: BackupKey) -> Result<(), Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
@@ -60,7 +61,7 @@ impl Catalog {
                      look_problem = '' WHERE {condition}"
             );
             transaction.execute(&sql, params![of.store, of.domain, of.id, parents.join("\n")])?;
-            settle(&transaction, [&of])?;
+            propagate_damage(&transaction, [&of])?;
             Ok(transaction.commit()?)
         })
         .await

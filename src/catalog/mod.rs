@@ -1,8 +1,8 @@
-//! The durable records: the jobs with every step that must survive, their outcomes, and the backups in the stores.
+//! The durable records: jobs with every step that must survive, their outcomes, and the backups in the stores.
 //!
-//! The service's own memory, in one SQLite file in its state directory; and the manifest beside the images of each backup,
-//! from which a store can be read on a host that never ran the service. Knows files and words; not QEMU, nor plans, nor
-//! callers: other modules' records are opaque text.
+//! One SQLite file in the state directory. The manifests beside the images repeat what is needed to read a store on
+//! another host. Knows files and plain values. Must not know QEMU, plans or callers: records of other modules are
+//! opaque text.
 
 mod backups;
 mod chains;
@@ -39,10 +39,10 @@ use uuid::Uuid;
 
 /// The catalog's file name in the state directory.
 pub const FILE_NAME: &str = "catalog.sqlite";
-/// The name of the key's file beside it.
+/// The file name of the key, in the same directory.
 const KEY_NAME: &str = "key";
 
-/// The open catalog. Clones are the same one. What is called is done, even if nobody waits for it any more.
+/// The open catalog. Clones share it. A call completes even if its caller no longer waits.
 #[derive(Debug, Clone)]
 pub struct Catalog {
     connection: Arc<Mutex<Connection>>,
@@ -51,15 +51,15 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// Opens the catalog at `path`, and makes one if there is none. Blocks.
+    /// Opens the catalog at `path`, or creates it. Blocks.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let connection = database::open(path)?;
         let service: String = connection.query_row("SELECT id FROM service", [], |row| row.get(0))?;
-        let wrong = |_| Error::Statement(format!("'{service}' is not a service's id"));
+        let wrong = |_| Error::Statement(format!("'{service}' is not a valid service id"));
         let key_path = path.with_file_name(KEY_NAME);
         let key = Key::open(&key_path).map_err(|source| Error::Io {
             path: key_path,
-            action: "read or made",
+            action: "read or create",
             source,
         })?;
         Ok(Self {
@@ -69,17 +69,17 @@ impl Catalog {
         })
     }
 
-    /// Names this service in the manifests that it writes.
+    /// The id of this service, which its manifests contain.
     pub fn service(&self) -> Uuid {
         self.service
     }
 
-    /// Proves the manifests that this service writes.
+    /// The key for the proofs in this service's manifests.
     pub fn key(&self) -> &Key {
         &self.key
     }
 
-    /// Runs `work` where it keeps nobody else waiting.
+    /// Runs `work` on a blocking thread.
     async fn run<T, W>(&self, work: W) -> Result<T, Error>
     where
         T: Send + 'static,
@@ -87,14 +87,14 @@ impl Catalog {
     {
         let catalog = self.connection.clone();
         let done = tokio::task::spawn_blocking(move || {
-            // A transaction that a panic left is rolled back when it is dropped.
+            // Dropping a transaction rolls it back, so a panic leaves none open.
             let mut connection = catalog.lock().unwrap_or_else(PoisonError::into_inner);
             work(&mut connection)
         });
         done.await.map_err(|error| Error::Statement(error.to_string()))?
     }
 
-    /// Runs one statement that changes something.
+    /// Runs one statement that changes records.
     async fn change<W>(&self, sql: &'static str, work: W) -> Result<(), Error>
     where
         W: FnOnce(&mut Statement) -> rusqlite::Result<usize> + Send + 'static,

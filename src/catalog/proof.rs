@@ -1,8 +1,8 @@
 //! The proof that this service wrote a manifest.
 //!
-//! Other users and hosts can write to a store, and every reader of a backup knows its id and the names of its bitmaps. A forged
-//! manifest can be restored and verified like any other. It is never the base of an incremental backup, because the VM's bitmap
-//! does not describe an image that this service did not make.
+//! Other users and hosts can write to a store, and every reader of a backup knows its id and the names of its bitmaps.
+//! A forged manifest can be restored and verified like any other. It is never the base of an incremental backup,
+//! because the VM's bitmap does not describe an image that this service did not create.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -16,7 +16,7 @@ use crate::model::Manifest;
 
 const KEY_BYTES: usize = blake3::KEY_LEN;
 
-/// What this service proves its manifests with. Nobody else can read it.
+/// The secret key that proves this service's manifests. Only the service can read it.
 #[derive(Clone)]
 pub struct Key([u8; KEY_BYTES]);
 
@@ -27,7 +27,8 @@ impl fmt::Debug for Key {
 }
 
 impl Key {
-    /// Reads the key at `path`, and makes one if there is none, or none of use. A new one costs each VM a full backup. Blocks.
+    /// Reads the key at `path`. Creates one if it is missing or damaged; then the next backup of each VM is full.
+    /// Blocks.
     pub fn open(path: &Path) -> io::Result<Self> {
         match std::fs::read(path) {
             Ok(bytes) => {
@@ -37,7 +38,7 @@ impl Key {
                 let path = path.display().to_string();
                 tracing::warn!(
                     path,
-                    "the key is damaged and is made anew: the next backups are full"
+                    "the key is damaged and is replaced: the next backup of each VM is full"
                 );
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -46,7 +47,7 @@ impl Key {
         Self::create(path)
     }
 
-    /// The key gets its name when it is whole and durable.
+    /// Creates the key atomically: renames the file to its final name after it is complete and durable.
     fn create(path: &Path) -> io::Result<Self> {
         let mut key = [0; KEY_BYTES];
         getrandom::fill(&mut key)?;
@@ -69,16 +70,16 @@ impl Key {
 }
 
 impl Manifest {
-    /// Adds the proof. What is changed afterwards is not proven.
+    /// Adds the proof. Every later change invalidates it.
     pub fn prove(&mut self, key: &Key) -> Result<(), serde_json::Error> {
         self.proof = Some(self.proof_by(key)?.to_hex().to_string());
         Ok(())
     }
 
-    /// Whether the service with that key wrote all of it.
+    /// Returns true if the service with that key wrote this exact manifest.
     pub fn is_proven(&self, key: &Key) -> bool {
         let proof = self.proof.as_deref().and_then(|proof| Hash::from_hex(proof).ok());
-        // Compared in a time that tells nothing.
+        // `Hash` compares in constant time, so the time does not reveal the expected proof.
         proof.is_some_and(|proof| self.proof_by(key).is_ok_and(|right| right == proof))
     }
 
@@ -110,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_manifest_is_proven_by_its_writer_as_long_as_nothing_changes() {
+    fn a_proof_holds_for_its_writer_until_the_manifest_changes() {
         let (ours, theirs) = (Key([1; KEY_BYTES]), Key([2; KEY_BYTES]));
         let mut proven = manifest();
         assert!(!proven.is_proven(&ours));
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_stays_and_is_its_owners_alone() {
+    fn a_key_persists_and_is_readable_by_its_owner_only() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
         let made = Key::open(&path).unwrap();

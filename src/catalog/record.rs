@@ -3,13 +3,13 @@
 use jiff::Timestamp;
 use uuid::Uuid;
 
-/// The step of a job that has ended; those before it are the job's own words.
+/// The step of a job that has ended. `job` defines the other steps.
 pub(super) const ENDED: &str = "ended";
 
-/// The step of a job that nothing was done for.
+/// The step of a job that has not begun.
 pub const QUEUED: &str = "queued";
 
-/// A domain, as it was when its backup began.
+/// A domain as it was when its backup began.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct DomainRecord {
     pub name: String,
@@ -21,8 +21,8 @@ pub struct DomainRecord {
 }
 
 impl DomainRecord {
-    /// Names the domain, whatever it is called: by its UUID, or by its name if it has none; among the configured ones or
-    /// those of its owner, who is a number and a name. No domain has such a name.
+    /// Identifies the domain independently of renaming: by its UUID, or by its name if it has none. Registered domains
+    /// are distinguished by the uid and the name of their owner. No domain can have such a name.
     pub fn key(&self) -> String {
         let owner = match self.source == "configured" {
             true => String::new(),
@@ -36,19 +36,19 @@ impl DomainRecord {
     }
 }
 
-/// The user who starts a job.
+/// The user who started a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Starter {
     pub uid: u32,
-    /// Its name, if no other user gets the number soon.
+    /// The user's name. `None` if the uid may soon belong to another user.
     pub name: Option<String>,
-    /// The connection on the bus. Not on record: it does not outlast the service.
+    /// The unique bus name. Not on record, because it does not outlive the service.
     pub connection: Option<String>,
 }
 
 impl Starter {
-    /// Whether `user` has the rights of who started a job. A number that somebody else may have by now gives none but to the
-    /// connection that used it, and only until the job `has_ended`.
+    /// Returns true if `user` has the rights of the user who started a job. A uid without a name grants them only to
+    /// the same bus connection, and only until the job has ended.
     pub fn is_same(&self, user: &Self, has_ended: bool) -> bool {
         if self.uid != user.uid {
             return false;
@@ -56,7 +56,7 @@ impl Starter {
         match (&self.name, &user.name) {
             (Some(then), Some(now)) => then == now,
             _ if has_ended => false,
-            // A former version did not record the name, and a service that was started again does not know the connection.
+            // Earlier versions did not record the name, and a restarted service does not know the connection.
             (None, Some(_)) => self.connection.is_none() || self.connection == user.connection,
             (_, None) => self.connection.is_some() && self.connection == user.connection,
         }
@@ -70,22 +70,22 @@ pub struct NewJob {
     pub domain: DomainRecord,
     pub started_by: Starter,
     pub start_time: Timestamp,
-    /// JSON, in a form that only its writer knows.
+    /// JSON that only `job` interprets.
     pub plan: String,
     pub speed: u64,
     pub state: JobState,
 }
 
-/// How far a job is. What it says is durable before the next thing is done.
+/// The state of a job, which is durable before the next action.
 #[derive(Debug, Clone)]
 pub struct JobState {
-    /// One word.
+    /// The step: one word.
     pub step: &'static str,
-    /// JSON; the job reads what it wrote.
+    /// JSON that only `job` interprets.
     pub text: String,
 }
 
-/// An outcome, and what may be left.
+/// An outcome and the possible residue.
 #[derive(Debug, Clone)]
 pub struct Ended {
     pub time: Timestamp,
@@ -100,7 +100,7 @@ pub struct Ended {
     pub left_on_disk: bool,
 }
 
-/// All that is known of a job.
+/// The record of a job.
 #[derive(Debug, Clone)]
 pub struct JobRecord {
     pub id: u32,
@@ -110,9 +110,9 @@ pub struct JobRecord {
     pub start_time: Timestamp,
     pub plan: String,
     pub speed: u64,
-    /// One word, see [`JobState`].
+    /// The step: one word, see [`JobState`].
     pub step: String,
-    /// JSON; the job reads what it wrote.
+    /// JSON that only `job` interprets.
     pub state: String,
     pub cancel_requested: bool,
     pub end_time: Option<Timestamp>,
@@ -121,11 +121,11 @@ pub struct JobRecord {
     pub disks: Option<String>,
     pub left_in_qemu: bool,
     pub left_on_disk: bool,
-    /// It was found in a store: who started it is as the store says, and gives nobody a right.
+    /// The job was imported from a store. Its starter is as the store records, and grants no rights.
     pub imported: bool,
 }
 
-/// What may be left of an ended job.
+/// The residue that an ended job may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Leftover {
     InQemu,
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_belongs_to_a_name_and_a_number_and_to_a_bare_number_only_by_its_connection() {
+    fn a_job_belongs_to_a_uid_with_its_name_or_to_the_connection_of_a_bare_uid() {
         let anna = starter(1000, "anna", ":1.1");
         assert!(anna.is_same(&starter(1000, "anna", ":1.9"), true));
         for other in [
@@ -171,7 +171,7 @@ mod tests {
         assert!(!service.is_same(&starter(61234, "", ":1.2"), false));
         let resumed = starter(61234, "", "");
         assert!(!resumed.is_same(&service, false));
-        let of_before = starter(1000, "", "");
-        assert!(of_before.is_same(&anna, false) && !of_before.is_same(&anna, true));
+        let recorded_without_name = starter(1000, "", "");
+        assert!(recorded_without_name.is_same(&anna, false) && !recorded_without_name.is_same(&anna, true));
     }
 }

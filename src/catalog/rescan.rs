@@ -1,4 +1,4 @@
-//! Updates the records from the stores: a manifest has everything that a complete backup's record needs.
+//! Updates the records from the stores: a manifest has everything that the record of a complete backup needs.
 
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, named_params};
@@ -7,14 +7,14 @@ use super::backups::keep_backup;
 use super::jobs::{domain_of, forget_oldest};
 use super::{BackupRecord, Catalog, Error, NewJob};
 
-/// Numbers above are left to jobs to come: a manifest from elsewhere could name the last one there is.
+/// Higher numbers are reserved for new jobs, because a foreign manifest could contain the highest possible number.
 const MOST_NUMBER: u32 = u32::MAX / 2;
 
-/// A backup as its store has it, and what is remembered of the job that made it if nobody here knows that job.
+/// A backup as its store describes it, with a job record to insert if the catalog has none.
 #[derive(Debug, Clone)]
 pub struct StoredBackup {
     pub backup: BackupRecord,
-    /// The job's number where it ran. Here it has another one if this one is taken.
+    /// The job's number on the host that ran it. The job gets another number here if this one is taken.
     pub number: u32,
     pub job: NewJob,
     pub end_time: Timestamp,
@@ -22,18 +22,18 @@ pub struct StoredBackup {
     pub disks: String,
 }
 
-/// What came of taking in a backup.
+/// The result of recording a backup from a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
     Kept,
-    /// Its job has not ended, or what that left is still being removed.
+    /// Its job has not ended, or its residue is still being removed.
     UnderWay,
-    /// Its job, which has this number, did not complete.
+    /// The job with this number created it and did not complete.
     NotGood(u32),
 }
 
 impl Catalog {
-    /// The backups in a store that are on record, as (domain's directory, id).
+    /// Returns the recorded backups of a store, as (domain's directory, id).
     pub async fn backups_in(&self, store: String) -> Result<Vec<(String, String)>, Error> {
         self.run(move |connection| {
             let mut select = connection.prepare("SELECT domain, id FROM backups WHERE store = ?1")?;
@@ -43,7 +43,7 @@ impl Catalog {
         .await
     }
 
-    /// The highest number that a job ever had.
+    /// Returns the highest number that a job ever had.
     pub async fn last_number(&self) -> Result<u32, Error> {
         self.run(|connection| {
             let mut select = connection.prepare("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")?;
@@ -52,8 +52,8 @@ impl Catalog {
         .await
     }
 
-    /// Takes in backups that were found in a store, all or none; what came of each is in the order of the backups. Numbers up
-    /// to `last` stay with the jobs that have them, or had. Keeps no more than `history` jobs that were taken in.
+    /// Records backups that were found in a store, all or none, and returns a result for each in their order. Does not
+    /// reuse numbers up to `last`. Keeps at most `history` imported jobs.
     pub async fn take_in(
         &self,
         found: Vec<StoredBackup>,
@@ -71,7 +71,7 @@ impl Catalog {
         .await
     }
 
-    /// Whether a job of that backup is on record.
+    /// Returns true if a job with this backup id is on record.
     pub async fn knows_backup(&self, backup_id: String) -> Result<bool, Error> {
         self.run(move |connection| {
             let mut select = connection.prepare("SELECT 1 FROM jobs WHERE backup_id = ?1")?;
@@ -81,7 +81,7 @@ impl Catalog {
     }
 }
 
-/// What is known of the job that made a backup.
+/// The record of the job that created a backup.
 struct Maker {
     id: u32,
     settled: bool,

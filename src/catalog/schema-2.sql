@@ -1,4 +1,4 @@
--- What lists and decisions need of a backup beside its manifest, which stays the truth for all else.
+-- Columns for lists and decisions. The manifest is authoritative for everything else.
 
 ALTER TABLE backups RENAME TO former_backups;
 
@@ -7,26 +7,26 @@ CREATE TABLE backups (
     -- The directory's name in the store.
     domain            TEXT    NOT NULL,
     id                TEXT    NOT NULL,
-    -- Names the backup's object. Random: it tells nobody how many there are.
+    -- The number in the backup's D-Bus object path. Random, so that it does not reveal how many backups there are.
     object            INTEGER NOT NULL UNIQUE,
-    -- Whose it is, as of its job; of one that was found in a store, as far as that gives nobody a right.
+    -- The domain, as its job recorded it. For an imported backup, only as far as that grants no rights.
     domain_name       TEXT    NOT NULL,
     domain_source     TEXT    NOT NULL,
     domain_owner      INTEGER NOT NULL,
     domain_owner_name TEXT    NOT NULL,
     domain_uuid       TEXT,
-    -- The backups that it lies on, a line each.
+    -- The direct bases, one a line.
     parents           TEXT    NOT NULL,
-    -- What the last look at its files found: '', 'missing' or 'damaged'; and in words.
+    -- The result of the last check of its files: '', 'missing' or 'damaged'; and the text.
     look_state        TEXT    NOT NULL DEFAULT '',
     look_problem      TEXT    NOT NULL DEFAULT '',
-    -- What a check of its content found, in words; '' is nothing.
+    -- The text of the damage that a check of the content found; '' is none.
     damage            TEXT    NOT NULL DEFAULT '',
-    -- Why it is of no use though nothing is wrong with itself: what is wrong with those that it lies on.
+    -- The text of the faults of its bases; '' is none.
     broken            TEXT    NOT NULL DEFAULT '',
-    -- It is to go, and may have gone in part.
+    -- The removal has begun, and may be partial.
     removing          INTEGER NOT NULL DEFAULT 0,
-    -- Last, so that the others can be read without it.
+    -- The last column, so that SQLite can read the others without it.
     manifest          TEXT    NOT NULL,
     PRIMARY KEY (store, domain, id)
 ) STRICT;
@@ -38,7 +38,7 @@ INSERT INTO backups (store, domain, id, object, domain_name, domain_source, doma
     SELECT former.store, former.domain, former.id, random(),
         coalesce(jobs.domain_name, former.manifest ->> '$.domain.name', former.domain),
         coalesce(jobs.domain_source, iif(former.domain = former.manifest ->> '$.domain.name', 'configured', 'registered')),
-        -- Of a registered domain nothing else tells the owner: it is nobody's here.
+        -- No other record has the owner of a registered domain, so the backup belongs to no user.
         coalesce(jobs.domain_owner, iif(former.domain = former.manifest ->> '$.domain.name', 0, 4294967295)),
         coalesce(jobs.domain_owner_name, iif(former.domain = former.manifest ->> '$.domain.name', 'root', '4294967295')),
         coalesce(jobs.domain_uuid, former.manifest ->> '$.domain.uuid'),

@@ -1,2 +1,2 @@
--- How long the guest's file systems were frozen for the instant, in µs; 0 where they were not, or it is not known.
+-- How long the guest's file systems were frozen, in µs; 0 if they were not, or if it is unknown.
 ALTER TABLE jobs ADD COLUMN frozen INTEGER NOT NULL DEFAULT 0;

@@ -1,3 +1,3 @@
--- What the manifest of a backup will be when its new images are in place; '' while these are being made, and while those of
--- before are still there; nothing of one that stays as it is.
+-- The backup's manifest after a merge in progress. '' while the new images are being created and while the old images
+-- still exist; NULL without a merge.
 ALTER TABLE backups ADD COLUMN merging TEXT;

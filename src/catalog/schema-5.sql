@@ -1,14 +1,14 @@
--- Checkpoints that were made without a backup. Those of backups are in the backups' manifests.
+-- Checkpoints without a backup. Those of backups are in the backups' manifests.
 CREATE TABLE checkpoints (
-    -- The name that no other domain has at the same time.
+    -- The domain's unique name.
     domain      TEXT    NOT NULL,
     id          TEXT    NOT NULL,
     owner       INTEGER NOT NULL,
     name        TEXT,
     description TEXT,
-    -- What is written from then on is recorded.
+    -- The point in time from which changes are recorded.
     time        INTEGER NOT NULL,
-    -- making, made, or deleted: its bitmaps are to go from disks that come back.
+    -- making, made, or deleted. The bitmaps of deleted ones are removed from disks that reappear.
     state       TEXT    NOT NULL,
     PRIMARY KEY (domain, id)
 ) STRICT;

@@ -1,4 +1,4 @@
--- The plan of a job that writes into a store names the domain's directory there.
+-- The plan of a job that writes to a store names the domain's directory there.
 UPDATE jobs SET plan = json_set(plan, '$.destination.Store.directory', coalesce(
         (SELECT backups.domain FROM backups
             WHERE backups.id = jobs.backup_id AND backups.store = jobs.plan ->> '$.destination.Store.name'),

@@ -1,5 +1,6 @@
--- One versioned JSON value says how far a job is, instead of a column for each part of it. `step` is its first word, for
--- conditions. Jobs that have not ended are recovered as if the host had restarted: nothing says in which boot they wrote.
+-- One versioned JSON value holds the state, instead of a column for each part of it. `step` repeats its first word for
+-- conditions. Jobs that have not ended are recovered as if the host had restarted, because old records do not name
+-- their boot.
 ALTER TABLE jobs ADD COLUMN state TEXT NOT NULL DEFAULT '';
 
 UPDATE jobs SET state = json_object('version', 1, 'boot', '00000000-0000-0000-0000-000000000000', 'state',

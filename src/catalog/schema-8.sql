@@ -1,17 +1,17 @@
--- Names this service in the manifests that it writes: a UUID of version 4, made once.
+-- The id of this service in its manifests: a UUID of version 4, created once.
 CREATE TABLE service (id TEXT NOT NULL) STRICT;
 INSERT INTO service (id) SELECT lower(hex(randomblob(4)) || '-' || hex(randomblob(2)) || '-4' || substr(hex(randomblob(2)), 2)
     || '-' || substr('89ab', 1 + (random() & 3), 1) || substr(hex(randomblob(2)), 2) || '-' || hex(randomblob(6)));
 
--- The order of making in a domain's directory; 0 where the manifest does not say. Backups of 0 come first, by their ids.
+-- The sequence number in a domain's directory; 0 if the manifest has none. Backups with 0 come first, sorted by id.
 ALTER TABLE backups ADD COLUMN sequence INTEGER NOT NULL DEFAULT 0;
--- Keep rules apply to it although another service made it, or nobody knows which one.
+-- Keep rules apply to the backup although another or an unknown service created it.
 ALTER TABLE backups ADD COLUMN adopted INTEGER NOT NULL DEFAULT 0;
--- The rules applied to all backups so far, and no manifest names a service yet.
+-- So far the rules applied to all backups, and no manifest names a service yet.
 UPDATE backups SET adopted = 1;
 
 CREATE INDEX backups_by_making ON backups (store, domain, sequence, id);
--- By the domain, whatever it is called: see DOMAIN_KEY in the code.
+-- By domain, independently of its name. See DOMAIN_KEY in the code.
 CREATE INDEX backups_by_domain ON backups (
     store, iif(domain_source = 'configured', '', domain_owner || ':') || coalesce(':' || domain_uuid, domain_name)
 );
@@ -20,7 +20,7 @@ UPDATE jobs SET plan = json_set(plan, '$.destination.Store.sequence', 0,
         '$.destination.Store.service', (SELECT id FROM service))
     WHERE json_valid(plan) AND json_type(plan, '$.destination.Store') = 'object';
 
--- A checkpoint belongs to the domain, whatever that is called.
+-- A checkpoint belongs to the domain independently of its name.
 UPDATE checkpoints SET domain = coalesce(
     (SELECT iif(domain_source = 'configured', '', domain_owner || ':') || ':' || domain_uuid FROM jobs
         WHERE iif(domain_source = 'configured', domain_name, domain_owner || ':' || domain_name) = checkpoints.domain

@@ -1,21 +1,21 @@
-//! The state of a backup, or a checkpoint, by its id alone.
+//! The status of a backup or checkpoint, by its id alone.
 
 use rusqlite::OptionalExtension;
 
 use super::{Catalog, Error};
 
-/// What is known of a backup, or a checkpoint, by its id.
+/// The status of a backup or checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
-    /// There is at least one: a copy of a store has the same ids.
+    /// At least one backup exists. A copy of a store has the same ids.
     There(Vec<There>),
-    /// It is a checkpoint without a backup.
+    /// A checkpoint without a backup.
     Alone,
     /// Its job has not ended.
     UnderWay,
-    /// It failed, or was removed; or was a checkpoint without a backup.
+    /// The job failed, or the backup or checkpoint was removed.
     Gone,
-    /// Nobody here ever heard of it.
+    /// The catalog has no record of this id.
     Unknown,
 }
 
@@ -30,7 +30,8 @@ pub struct There {
 }
 
 impl Catalog {
-    /// How things stand with these ids, in their order. `domain` is a [`super::DomainRecord::key`]. Nobody makes or deletes a checkpoint of `domain` meanwhile.
+    /// Returns the status of these ids in their order. `domain` is a [`super::DomainRecord::key`]. The caller prevents
+    /// concurrent changes of the domain's checkpoints.
     pub async fn standings(&self, domain: String, ids: Vec<String>) -> Result<Vec<Standing>, Error> {
         self.run(move |connection| {
             let mut alone = connection.prepare(
@@ -46,7 +47,8 @@ impl Catalog {
                 if let Some((state, own)) = state.optional()? {
                     return Ok(match (state.as_str(), own) {
                         ("made", _) => Standing::Alone,
-                        // The same machine may be known by another name, under which it is being made just now.
+                        // The same VM may be known by another name, under which the checkpoint is being created right
+                        // now.
                         ("making", false) => Standing::UnderWay,
                         _ => Standing::Gone,
                     });

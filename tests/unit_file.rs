@@ -110,7 +110,7 @@ fn the_exposure_is_at_most_one_and_a_half() {
 fn the_readme_gives_a_reason_for_every_key_that_is_not_set() {
     let readme = read("systemd/README.md");
     let (_, not_set) = readme
-        .split_once("## What is not set")
+        .split_once("## Settings that would break the service")
         .expect("the section is there");
     let rows: Vec<&str> = not_set.lines().filter(|line| line.starts_with("| `")).collect();
     for key in keys_of_systemd_analyze() {
@@ -132,7 +132,7 @@ fn the_readme_gives_a_reason_for_every_key_that_is_not_set() {
 #[test]
 fn the_readme_tells_of_every_key_that_is_set_and_of_no_other() {
     let readme = read("systemd/README.md");
-    let (_, set) = readme.split_once("## What is set").expect("the section is there");
+    let (_, set) = readme.split_once("## Settings\n").expect("the section is there");
     let (set, _) = set.split_once("\n## ").expect("a section follows");
     let told: BTreeSet<String> = set
         .lines()

@@ -24,7 +24,7 @@ test_an_upgrade_waits_for_what_it_would_end() {
     export=$!
     until_true "the disk to be served" test -S /run/export.nbd
     said=$(dpkg --install /backupd-tests/backupd.deb)
-    contains "$said" "the former version runs until"
+    contains "$said" "the previous version runs until"
     [ "$(main_pid)" = "$before" ]
     qemu-img info "nbd+unix:///vda?socket=/run/export.nbd"
     backupctl domains

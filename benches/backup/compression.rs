@@ -1,4 +1,4 @@
-//! Compressed backups beside `qemu-img convert -c`.
+//! Compares compressed backups with `qemu-img convert -c`.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::stored::{convert, delete, stored};
 use crate::workspace::{SOFT as SOFT_SIZE, Workspace};
 use crate::{DISK, ON_DEVICE, SOFT};
 
-/// The times and the sizes.
+/// Returns the times and the sizes.
 pub async fn measure(
     system: &System,
     caller: &mut Caller,

@@ -1,8 +1,8 @@
-//! How long the guest's writes take during a backup into a slow target, with and without `max-latency`.
+//! Measures the latency of the guest's writes during a backup into a slow target, with and without `max-latency`.
 //!
-//! The guest is a Linux with this program as its first process after the shell: it writes 4 KiB past its cache at random places of
-//! its disk, one after the other with a pause between them, and says how long each took. The target is a FUSE file system that takes
-//! [`RATE`] bytes a second, in the order in which they come.
+//! The guest is a Linux with this program as its first process after the shell. It writes 4 KiB, bypassing its cache,
+//! at random positions of its disk, one after the other with a pause in between, and prints each latency. The target is
+//! a FUSE file system that accepts [`RATE`] bytes a second, in the order of arrival.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -17,32 +17,32 @@ use crate::common::hanging::{Hanging, Limits};
 use crate::common::initramfs::{Initramfs, parts};
 use crate::common::proxies::Options;
 
-/// The first argument with which this program is the guest's.
+/// The first argument of this program inside the guest.
 pub const GUEST: &str = "--guest";
-/// What the target takes, in bytes a second.
+/// Throughput of the target, in bytes a second.
 pub const RATE: u64 = 20 << 20;
-/// In milliseconds.
+/// The value of `max-latency`, in milliseconds.
 pub const MOST: u64 = 10;
 const DISK: u64 = 192 << 20;
 const NAME: &str = "linux";
 const IDLE: Duration = Duration::from_secs(8);
-/// Between two of the guest's writes.
+/// The pause between two writes of the guest.
 const PAUSE: Duration = Duration::from_millis(4);
 const BLOCK: usize = 4096;
-/// So many at a time are said.
+/// The number of latencies that the guest prints at a time.
 const BATCH: usize = 25;
 
-/// What was measured in one phase.
+/// The results of one phase.
 #[derive(Debug)]
 pub struct Phase {
     pub name: &'static str,
-    /// How long each write of the guest's took, in seconds.
+    /// The latency of each write of the guest, in seconds.
     pub writes: Vec<f64>,
-    /// How long the backup took, in seconds, and how many bytes the target was given; nothing while there was none.
+    /// The duration of the backup in seconds, and the bytes that the target received; `None` without a backup.
     pub backup: Option<(f64, u64)>,
 }
 
-/// The guest's part. Never returns.
+/// The program inside the guest. Never returns.
 pub fn guest() -> ! {
     let disk = fs::OpenOptions::new()
         .write(true)
@@ -57,7 +57,7 @@ pub fn guest() -> ! {
     let start = buffer.as_ptr().align_offset(BLOCK);
     let block = &mut buffer[start..start + BLOCK];
     let blocks = DISK / BLOCK as u64;
-    // A generator of Lehmer's: each run writes to the same places.
+    // Lehmer's generator, so that each run writes to the same positions.
     let mut random = 1_u64;
     loop {
         let mut line = String::from("took");
@@ -129,7 +129,7 @@ impl Scene {
         scene
     }
 
-    /// The latencies that the guest printed from that byte on, in seconds; and the byte after them.
+    /// Returns the latencies that the guest printed from that byte on, in seconds, and the offset of the next byte.
     fn writes(&self, from: usize) -> (Vec<f64>, usize) {
         let said = fs::read(&self.serial).unwrap_or_default();
         let end = said
@@ -165,7 +165,7 @@ impl Scene {
     }
 }
 
-/// Data that is not zeroes, so that all is copied.
+/// Writes data that is not zeroes, so that all of it is copied.
 fn fill(path: &Path) {
     let mut file = File::create(path).expect("the disk is made");
     let block = [0xa5_u8; 1 << 20];

@@ -1,4 +1,4 @@
-//! A backup by hand over QMP with everything at QEMU's defaults, which is what other tools do.
+//! A backup by hand over QMP with QEMU's defaults, as other tools do it.
 
 use std::time::Instant;
 
@@ -11,8 +11,8 @@ use crate::workspace::{IMAGE_SIZE, Workspace};
 
 const JOB: &str = "by-hand";
 
-/// The copying ends with the job. QEMU's flushes are part of what is measured: those on the way, and the one when it
-/// closes the image.
+/// Copying ends with the job. The measurement includes QEMU's flushes: those during the job, and the one when it closes
+/// the image.
 pub fn back_up(monitor: &mut Monitor, workspace: &Workspace) -> Sample {
     monitor.forget_events();
     let file = workspace.target();
@@ -33,7 +33,7 @@ pub fn back_up(monitor: &mut Monitor, workspace: &Workspace) -> Sample {
     let completed = monitor.event("BLOCK_JOB_COMPLETED", |data| data["device"] == JOB);
     assert!(completed["data"].get("error").is_none(), "{completed}");
     let copied = began.elapsed().as_secs_f64();
-    // The job gives its nodes back when it is gone.
+    // The job releases its nodes when it disappears.
     monitor.event("JOB_STATUS_CHANGE", |data| {
         data["id"] == JOB && data["status"] == "null"
     });

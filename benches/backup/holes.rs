@@ -1,4 +1,4 @@
-//! A huge disk with next to no data: a hole costs no time and no space.
+//! Measures a huge disk with almost no data: a hole should cost neither time nor space.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::{DISK, HUGE};
 const SIZE: u64 = 16 << 40;
 const DATA: u64 = 64 << 10;
 
-/// What was measured: pairs of times and of sizes, and the service's own times.
+/// The results: pairs of times and of sizes, and the service's own times.
 pub struct Holes {
     pub times: Vec<Pair>,
     pub sizes: Vec<Pair>,
@@ -76,7 +76,7 @@ pub async fn measure(system: &System, caller: &mut Caller, workspace: &Workspace
     }
 }
 
-/// What a file takes of its file system, in bytes.
+/// The allocated size of a file, in bytes.
 fn taken(file: &Path) -> f64 {
     (file.metadata().expect("it is there").blocks() * 512) as f64
 }

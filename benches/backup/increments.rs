@@ -1,4 +1,4 @@
-//! What an incremental backup costs on disks of several sizes of which the same much has changed.
+//! Measures incremental backups of disks of several sizes with the same amount of changed data.
 
 use std::time::Instant;
 
@@ -9,34 +9,34 @@ use crate::common::proxies::Options;
 use crate::common::vm::Vm;
 use crate::{DISK, ON_DEVICE};
 
-/// What the guests see, in GiB.
+/// Sizes of the disks, in GiB.
 pub const SIZES: [u64; 3] = [1, 16, 64];
-/// What changes between two backups, in bytes, in stretches that lie evenly over the disk.
+/// Bytes that change between two backups, in stretches that are spread evenly over the disk.
 const CHANGED: u64 = 64 << 20;
 const STRETCHES: u64 = 64;
 
 /// One backup.
 #[derive(Debug, Clone, Copy)]
 pub struct Increment {
-    /// From the call to the signal that it is durable.
+    /// Duration from the call to the signal of the durable backup.
     pub seconds: f64,
-    /// What QEMU copied, and what the image takes, in bytes.
+    /// Bytes that QEMU copied, and the size of the image.
     pub copied: u64,
     pub image: u64,
 }
 
-/// Incremental backups of a disk that has not changed, from the call to the signal, in seconds.
+/// Measures incremental backups of an unchanged disk, from the call to the signal, in seconds.
 pub async fn unchanged(caller: &mut Caller, vm: &Vm, rounds: usize) -> Vec<f64> {
     back_up(caller, vm, "full").await;
     let mut measured = Vec::new();
-    // They are short.
+    // Many, because they are short.
     for _ in 0..rounds * 5 {
         measured.push(back_up(caller, vm, "auto").await.seconds);
     }
     measured
 }
 
-/// The measurements of each size, in the order of [`SIZES`].
+/// Returns the measurements of each size, in the order of [`SIZES`].
 pub async fn measure(system: &System, caller: &mut Caller, rounds: usize) -> [Vec<Increment>; 3] {
     let machines: Vec<Vm> = SIZES.iter().map(|gib| machine(system, *gib)).collect();
     for vm in &machines {
@@ -45,7 +45,7 @@ pub async fn measure(system: &System, caller: &mut Caller, rounds: usize) -> [Ve
     let mut measured = [const { Vec::new() }; 3];
     for round in 0..rounds {
         for turn in 0..SIZES.len() {
-            // So that none always comes after the same other one.
+            // Varies the order, so that none always follows the same other one.
             let index = (turn + round) % SIZES.len();
             change(&machines[index], SIZES[index] << 30, round as u8 + 1);
             measured[index].push(back_up(caller, &machines[index], "auto").await);

@@ -1,7 +1,7 @@
-//! How long the service itself takes: from the call to the transaction, and from QEMU's word to the caller's signal.
+//! Measures the service's own time: from the call to the transaction, and from QEMU's event to the caller's signal.
 //!
-//! Small disks, so that nothing is waited for that depends on how much there is to copy. What polkit takes is what
-//! passes between its questions and its answers on the bus, seen by a monitor of the bus.
+//! The disks are small, so that the amount of data does not matter. polkit's time is the time between its requests and
+//! its replies on the bus, as a monitor of the bus sees them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -21,23 +21,23 @@ use crate::{IN_MEMORY, ON_DEVICE, SMALL};
 
 const TIMES: usize = 20;
 
-/// In seconds, one of each a backup.
+/// Measurements in seconds, one for each backup.
 #[derive(Debug, Default)]
 pub struct Latency {
     /// From the call to the start of QEMU's block job.
     pub start: Vec<f64>,
-    /// Of that, what was spent waiting for polkit.
+    /// The part of that time that the service waits for polkit.
     pub polkit: Vec<f64>,
-    /// From QEMU's BLOCK_JOB_COMPLETED to the service's `Completed`, where making durable costs nothing.
+    /// From QEMU's BLOCK_JOB_COMPLETED to the service's `Completed`, with a store for which fsync costs nothing.
     pub signal: Vec<f64>,
-    /// The same on the device.
+    /// The same with a store on the device.
     pub signal_on_device: Vec<f64>,
 }
 
 pub async fn measure(system: &System, caller: &mut Caller, vm: &Vm) -> Latency {
     let questions = Questions::watch(system).await;
     let mut latency = Latency::default();
-    // The first two are not counted.
+    // The first two warm the caches and do not count.
     for round in 0..TIMES + 2 {
         for store in [IN_MEMORY, ON_DEVICE] {
             questions.forget();
@@ -88,7 +88,7 @@ async fn once(caller: &mut Caller, vm: &Vm, store: &str) -> Once {
     }
 }
 
-/// Questions to polkit by asker and serial number, with when they were asked and, once they were, answered.
+/// Requests to polkit by sender and serial number, with the times of the request and of the reply.
 type Asked = HashMap<(String, u32), (SystemTime, Option<SystemTime>)>;
 
 struct Questions(Arc<Mutex<Asked>>);
@@ -120,7 +120,7 @@ impl Questions {
         self.0.lock().expect("nobody panics inside").clear();
     }
 
-    /// What was spent waiting for answers; the service asks one question after the other.
+    /// Returns the time spent waiting for replies. The service sends one request after the other.
     fn waited_between(&self, from: SystemTime, to: SystemTime) -> f64 {
         let asked = self.0.lock().expect("nobody panics inside");
         let waits = asked.values().filter_map(|(asked, answered)| {

@@ -1,15 +1,17 @@
-//! How fast a backup is, beside what else could have made it; `make bench` runs it and prints one table.
+//! Measures the speed of backups in comparison with other methods. `make bench` runs it and prints one table.
 //!
-//! Every method copies the same 1 GiB of data in the same run, and the rounds go through all methods in turn: on a
-//! device that others use too, only numbers of the same minutes can be compared. It is a report: it ends well whether
-//! the targets are met or not.
+//! Every method copies the same 1 GiB of data in the same run, and each round runs all methods in turn: on a device
+//! with other users, only numbers of the same minutes are comparable. The result is a report, and a missed target is
+//! not an error.
 //!
-//! Then it makes incremental backups of disks of several sizes of which the same much has changed, restores, verifies, merges and
-//! compresses, and backs up a huge disk without data, each beside the tool that does the same by hand.
+//! Then it creates incremental backups of disks of several sizes with the same amount of changed data, restores,
+//! verifies, merges and compresses, and backs up a huge disk without data. Each is compared with the tool that does the
+//! same by hand.
 //!
-//! Then a guest writes while it is backed up into a slow target; `cargo bench --bench backup -- gentle` measures that alone.
+//! Then a guest writes during a backup into a slow target; `cargo bench --bench backup -- gentle` measures only that.
 //!
-//! `BACKUPD_BENCH_DIR` is where the images go (12 GiB, removed at the end), `BACKUPD_BENCH_ROUNDS` how many rounds.
+//! `BACKUPD_BENCH_DIR` is the directory of the images (12 GiB, removed at the end), `BACKUPD_BENCH_ROUNDS` the number
+//! of rounds.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -37,7 +39,7 @@ use qmp::Monitor;
 use report::Report;
 use workspace::Workspace;
 
-/// The machines' names in the service.
+/// The names of the VMs in the service.
 const LARGE: &str = "large";
 const SMALL: &str = "small";
 const HUGE: &str = "huge";
@@ -45,7 +47,7 @@ const SOFT: &str = "soft";
 /// The stores' names: one on the device that is measured, one in memory.
 const ON_DEVICE: &str = "device";
 const IN_MEMORY: &str = "memory";
-/// The disk of each machine.
+/// The disk of each VM.
 const DISK: &str = "vda";
 
 const SMALL_DISK: u64 = 64 << 20;
@@ -97,7 +99,7 @@ fn everything() {
     let small = system
         .vm(SMALL)
         .disk(Disk::new(DISK, SMALL_DISK).fill(0, 1 << 20, 0x5a))
-        // An older QEMU keeps every descriptor of a stopped machine: each backup would have more to put in order.
+        // An older QEMU keeps every descriptor of a stopped VM, so each backup would have more to clean up.
         .running()
         .start();
     for vm in [&large, &small] {
@@ -109,7 +111,7 @@ fn everything() {
     let mut monitor = Monitor::connect(&hand_socket);
     let idle = memory::settled(service);
 
-    // The round that is not counted has the caches warm, the memory watched, and what was copied compared.
+    // The round that does not count warms the caches, measures the memory, and compares the copies with the original.
     let watched = memory::Watch::start(service);
     let mut measure = |method: Method, checked: bool| -> Sample {
         workspace.settle();
@@ -134,7 +136,7 @@ fn everything() {
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
         let mut order = Method::ALL;
-        // So that none always comes after the same other one.
+        // Varies the order, so that none always follows the same other one.
         order.rotate_left(round % Method::ALL.len());
         samples.extend(order.map(|method| (method, measure(method, false))));
     }

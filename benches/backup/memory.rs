@@ -1,4 +1,4 @@
-//! How much memory the service takes.
+//! Measures the memory of the service.
 
 use std::fs;
 use std::sync::Arc;
@@ -7,17 +7,17 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 const STEP: Duration = Duration::from_millis(20);
-/// By then a process that has nothing to do has nothing to do.
+/// The time after which an idle process has finished its remaining work.
 const SETTLED: Duration = Duration::from_millis(500);
 
 /// In kibibytes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Memory {
-    /// Resident, with the whole of what it shares with other programs, such as libraries.
+    /// Resident, including all memory shared with other programs, such as libraries.
     pub rss: u64,
-    /// The part of that which nobody else has.
+    /// The part of it that no other process shares.
     pub private: u64,
-    /// Resident, with its share of what is shared.
+    /// Resident, with a proportional part of shared memory.
     pub pss: u64,
 }
 
@@ -46,13 +46,13 @@ impl Memory {
     }
 }
 
-/// What a process takes when it has been left alone for a moment.
+/// Returns the memory of a process after a short idle time.
 pub fn settled(process: u32) -> Memory {
     std::thread::sleep(SETTLED);
     Memory::of(process)
 }
 
-/// Looks again and again, until it is asked for the most that it saw.
+/// Samples repeatedly until the maximum is requested.
 pub struct Watch {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Memory>,

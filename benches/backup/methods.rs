@@ -1,4 +1,4 @@
-//! The ways to copy that are compared, but for the one by hand: how each is run and where its time begins and ends.
+//! The compared methods, except the one by hand: runs each, and defines the start and the end of its time.
 
 use std::fs::File;
 use std::path::Path;
@@ -26,17 +26,17 @@ impl Method {
     pub const ALL: [Self; 4] = [Self::Dd, Self::Service, Self::Convert, Self::ByHand];
 }
 
-/// How long one copy took, in seconds.
+/// The durations of one copy, in seconds.
 #[derive(Debug, Clone, Copy)]
 pub struct Sample {
-    /// Until all was copied; nothing where that cannot be told apart.
+    /// The time until all data was copied; `None` if the method does not report that.
     pub copied: Option<f64>,
-    /// Until it was durable, and its name too.
+    /// The time until the data and its name were durable.
     pub durable: f64,
 }
 
-/// From the call to the signal that all is over, which comes when the backup is durable and has its name. The copying
-/// ends where QEMU says so, by its own clock.
+/// Measures from the call to the signal of the end, which arrives when the backup is durable and published. Copying
+/// ends when QEMU reports it, by QEMU's clock.
 pub async fn service(caller: &mut Caller, vm: &Vm) -> Sample {
     let document = format!("<domainbackup><store name='{ON_DEVICE}'/></domainbackup>");
     let wall = SystemTime::now();
@@ -55,17 +55,17 @@ pub async fn service(caller: &mut Caller, vm: &Vm) -> Sample {
     }
 }
 
-/// Whether an event with this data is about a block job of the service's.
+/// Returns true if an event with this data concerns a block job of the service.
 pub fn is_backup_of_service(data: &Value) -> bool {
     let id = data["device"].as_str().or(data["id"].as_str());
-    // The job that makes the image is named "…-0-create".
+    // The job that creates the image is named "…-0-create".
     id.is_some_and(|id| id.starts_with("backupd-") && id.ends_with("-0"))
 }
 
-/// With the options that make it fastest.
+/// Uses the fastest options.
 pub fn convert(workspace: &Workspace) -> Sample {
     let mut command = Command::new("qemu-img");
-    // -U: the machine has the source open, and nothing writes to it.
+    // -U, because the VM has the source open; nothing writes to it.
     command.args(["convert", "-U", "-f", "qcow2", "-O", "qcow2", "-W", "-m", "8"]);
     command.arg(workspace.source()).arg(workspace.target());
     let began = Instant::now();
@@ -78,7 +78,7 @@ pub fn convert(workspace: &Workspace) -> Sample {
     }
 }
 
-/// What the device takes: the same bytes, from memory, into one file.
+/// Measures the device: writes the same bytes from memory into one file.
 pub fn dd(workspace: &Workspace) -> Sample {
     let mut command = Command::new("dd");
     command.args(["bs=1M", "conv=fsync", "status=none"]);
@@ -92,7 +92,7 @@ pub fn dd(workspace: &Workspace) -> Sample {
     }
 }
 
-/// fsync of a file and of its name.
+/// Calls fsync for a file and its directory.
 pub fn make_durable(file: &Path) {
     let directory = file.parent().expect("it is in a directory");
     for path in [file, directory] {

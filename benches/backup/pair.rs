@@ -1,4 +1,4 @@
-//! The service beside another tool that does the same.
+//! Measurements of the service and of another tool that does the same.
 
 use std::time::Instant;
 
@@ -6,7 +6,7 @@ use std::time::Instant;
 #[derive(Debug)]
 pub struct Pair {
     pub what: &'static str,
-    /// How many times as much as the other the service may take.
+    /// The limit for the service, as a multiple of the other tool.
     pub limit: f64,
     pub ours: Vec<f64>,
     pub others: Vec<f64>,
@@ -23,7 +23,7 @@ impl Pair {
     }
 }
 
-/// One number of the service's that has a limit of its own, in seconds.
+/// A measurement of the service with an absolute limit, in seconds.
 #[derive(Debug)]
 pub struct Single {
     pub what: &'static str,
@@ -31,7 +31,7 @@ pub struct Single {
     pub values: Vec<f64>,
 }
 
-/// How long `work` takes, in seconds.
+/// Returns the duration of `work`, in seconds.
 pub fn timed(work: impl FnOnce()) -> f64 {
     let began = Instant::now();
     work();

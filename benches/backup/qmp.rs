@@ -1,4 +1,4 @@
-//! A QMP connection for what is done by hand. It blocks, and loses no time: the tests' own looks only now and then.
+//! A blocking QMP connection for the methods by hand. The connection of the tests polls, which would lose time.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -42,7 +42,7 @@ impl Monitor {
         }
     }
 
-    /// The next event that fits, from those that came since [`Monitor::forget_events`].
+    /// Returns the next matching event since [`Monitor::forget_events`].
     pub fn event(&mut self, name: &str, fits: impl Fn(&Value) -> bool) -> Value {
         let fits = |event: &Value| event["event"] == name && fits(&event["data"]);
         if let Some(position) = self.events.iter().position(fits) {
@@ -68,13 +68,13 @@ impl Monitor {
     }
 }
 
-/// When QEMU says that an event happened; its clock is this machine's.
+/// Returns the time of an event. QEMU's clock is that of this host.
 pub fn time(event: &Value) -> SystemTime {
     let number = |key| event["timestamp"][key].as_u64().expect("an event has its time");
     UNIX_EPOCH + Duration::from_secs(number("seconds")) + Duration::from_micros(number("microseconds"))
 }
 
-/// From one time to a later one; 0 if the clock was set back in between.
+/// Returns the seconds between two times; 0 if the clock was set back in between.
 pub fn seconds_between(from: SystemTime, to: SystemTime) -> f64 {
     to.duration_since(from).unwrap_or_default().as_secs_f64()
 }

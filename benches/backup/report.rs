@@ -1,4 +1,4 @@
-//! The table, and what it means for the targets.
+//! Prints the table, and compares it with the targets.
 
 use crate::gentle::{MOST, Phase, RATE};
 use crate::increments::{Increment, SIZES};
@@ -12,16 +12,16 @@ const MOST_TIMES_DD: f64 = 1.15;
 const LEAST_TIMES_DEFAULTS: f64 = 1.5;
 const MOST_TO_START: f64 = 0.030;
 const MOST_RSS: u64 = 20 << 10;
-/// An incremental backup of the largest disk beside one of the smallest.
+/// The limit for the largest disk in comparison with the smallest.
 const MOST_TIMES_SMALLEST: f64 = 1.15;
 const MOST_UNCHANGED: f64 = 0.060;
 
-/// All that was measured.
+/// All measurements.
 pub struct Report<'a> {
     pub rounds: usize,
     pub samples: &'a [(Method, Sample)],
     pub latency: &'a Latency,
-    /// Seconds of incremental backups of a disk that has not changed.
+    /// Seconds of incremental backups of an unchanged disk.
     pub unchanged: &'a [f64],
     pub memory: &'a [(&'a str, Memory)],
     pub increments: &'a [Vec<Increment>; 3],
@@ -33,7 +33,7 @@ pub struct Report<'a> {
     pub alone: &'a [Single],
 }
 
-/// The middle one, or the mean of the two in the middle.
+/// The middle value, or the mean of the two middle ones.
 fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
@@ -45,7 +45,7 @@ fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     }
 }
 
-/// One method's column of numbers.
+/// The row of one method in the table.
 struct Row {
     copied: Option<f64>,
     durable: f64,
@@ -231,7 +231,7 @@ pub fn print(report: &Report) {
     }
 }
 
-/// Gives how many times as long the largest takes as the smallest.
+/// Returns the ratio of the largest disk's time to the smallest one's.
 fn print_increments(increments: &[Vec<Increment>; 3]) -> f64 {
     println!("\n64 MiB changed since the last backup, medians");
     println!(
@@ -256,7 +256,7 @@ fn print_increments(increments: &[Vec<Increment>; 3]) -> f64 {
     seconds[2] / seconds[0]
 }
 
-/// Of 100 values, 99 are at most this.
+/// The value that 99 of 100 values do not exceed.
 fn percentile_99(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
@@ -264,7 +264,7 @@ fn percentile_99(values: &[f64]) -> f64 {
     values.get(last * 99 / 100).copied().unwrap_or(f64::NAN)
 }
 
-/// How long the guest's writes took; the last phase is the one with the option.
+/// Prints the latencies of the guest's writes. The last phase has the option.
 pub fn print_gentle(phases: &[Phase]) {
     let mib = f64::from(1 << 20);
     let rate = RATE as f64 / mib;
@@ -305,7 +305,7 @@ pub fn print_gentle(phases: &[Phase]) {
             milliseconds(during),
         ),
         (
-            "speed with max-latency >= 0.8 of what the target takes",
+            "speed with max-latency >= 0.8 of the target's throughput",
             part >= 0.8,
             format!("{part:.2}"),
         ),

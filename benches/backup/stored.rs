@@ -1,4 +1,5 @@
-//! Calls upon stored backups, and each beside the tool that does the same by hand: restoring, verifying, merging.
+//! Measures operations on stored backups, each in comparison with the tool that does the same by hand: restore, verify,
+//! merge.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use crate::workspace::{IMAGE_SIZE, Workspace};
 use crate::{DISK, LARGE, ON_DEVICE};
 
 const INTERFACE: &str = "org.example.Backup1.Backup";
-/// What changes before the incremental backup that is merged: 64 stretches of 1 MiB.
+/// The changes before the incremental backup to merge: 64 stretches of 1 MiB.
 const STRETCHES: u64 = 64;
 const MIB: u64 = 1 << 20;
 
@@ -28,14 +29,14 @@ pub struct Stored {
     pub image: PathBuf,
 }
 
-/// The measurements, in rounds that go through all of them.
+/// Returns the measurements, taken in rounds that run all of them.
 pub async fn measure(caller: &mut Caller, workspace: &Workspace, vm: &Vm, rounds: usize) -> Vec<Pair> {
     let mut file = Pair::new("restore into a qcow2 file / convert + fsync", 1.0);
     let mut device = Pair::new("restore onto a device / convert + fsync", 1.0);
     let mut verify = Pair::new(
         match has_b3sum() {
             true => "verify / b3sum",
-            // Without its program: the same hashing by this one, in one thread for each processor.
+            // Without b3sum, this program hashes in one thread for each processor.
             false => "verify / hashing alone (b3sum is not installed)",
         },
         1.0 / 0.9,
@@ -98,7 +99,7 @@ pub async fn measure(caller: &mut Caller, workspace: &Workspace, vm: &Vm, rounds
     vec![file, device, verify, merge]
 }
 
-/// Makes a backup in the store on the device.
+/// Creates a backup in the store on the device.
 pub async fn back_up(caller: &mut Caller, domain: &str, incremental: &'static str) -> Stored {
     let document = format!("<domainbackup><store name='{ON_DEVICE}'/></domainbackup>");
     let options = Options::from([("incremental", incremental.into())]);
@@ -106,7 +107,7 @@ pub async fn back_up(caller: &mut Caller, domain: &str, incremental: &'static st
     stored(caller, &job).await
 }
 
-/// The backup that a job makes, once it is complete.
+/// Returns the backup of a job after it has completed.
 pub async fn stored(caller: &mut Caller, job: &JobProxy<'_>) -> Stored {
     completed(caller).await;
     let image = PathBuf::from(&job.disks().await.expect("the job answers")[0].4);
@@ -138,7 +139,7 @@ async fn call<B: serde::Serialize + zbus::DynamicType>(
     called.await.unwrap_or_else(|e| panic!("{method}: {e}"))
 }
 
-/// How long a job takes, from the call to the signal of its end.
+/// Returns the duration of a job, from the call to the signal of its end.
 async fn job<B: serde::Serialize + zbus::DynamicType>(
     caller: &mut Caller,
     backup: &Stored,
@@ -151,7 +152,7 @@ async fn job<B: serde::Serialize + zbus::DynamicType>(
     began.elapsed().as_secs_f64()
 }
 
-/// The same of a restore of the machine's disk, durable.
+/// Returns the duration of a restore of the VM's disk, including fsync.
 pub async fn restore(caller: &mut Caller, backup: &Stored, target: &File, format: &str) -> f64 {
     let targets = vec![(DISK, zbus::Fd::from(target))];
     let options = Options::from([("format", Variant::from(format))]);
@@ -165,7 +166,7 @@ pub async fn delete(caller: &Caller, backup: &Stored, options: &[&'static str]) 
     began.elapsed().as_secs_f64()
 }
 
-/// With the options that make it fastest, and durable.
+/// Uses the fastest options, and calls fsync.
 pub fn convert(source: &Path, target: &Path, options: &[&str]) -> f64 {
     timed(|| {
         let mut command = Command::new("qemu-img");
@@ -202,7 +203,7 @@ fn hash(image: &Path) -> f64 {
     })
 }
 
-/// Has the file in memory.
+/// Reads the file into the page cache.
 fn warm(file: &Path) {
     std::hint::black_box(std::fs::read(file).expect("it is read").len());
 }

@@ -1,4 +1,4 @@
-//! The directory of a run: the image that is copied, the same data as plain bytes, and the places for the copies.
+//! The directory of a run: the source image, the same data as plain bytes, and the directories of the copies.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -11,26 +11,26 @@ use std::time::Duration;
 use crate::common::process;
 use crate::common::storage::files_below;
 
-/// What the guest sees, in bytes.
+/// The virtual size of the image, in bytes.
 pub const IMAGE_SIZE: u64 = 4 << 30;
-/// How much of it holds data, in how many stretches that lie evenly over the image.
+/// The data in it in bytes, and the number of stretches, which are spread evenly over the image.
 pub const DATA: u64 = 1 << 30;
 const REGIONS: u64 = 16;
 
 const CHUNK: usize = 1 << 20;
-/// What a run takes at most, with room to spare.
+/// The disk space that a run needs, with a reserve, in bytes.
 const NEEDED: u64 = 12 << 30;
-/// Of the image that compresses well, all of it data.
+/// Size of the compressible image in bytes, all of it data.
 pub const SOFT: u64 = 512 << 20;
-/// What a measurement needs of free memory, in bytes.
+/// The free memory that a measurement needs, in bytes.
 const TOUCHED: usize = 2 << 30;
-/// For what a device does with deleted data in its own time.
+/// Time for the device's delayed work on deleted data.
 const REST: Duration = Duration::from_secs(1);
 
 pub struct Workspace(tempfile::TempDir);
 
 impl Workspace {
-    /// Makes the data and the image.
+    /// Creates the data and the image.
     pub fn create() -> Self {
         let parent = std::env::var_os("BACKUPD_BENCH_DIR")
             .filter(|dir| !dir.is_empty())
@@ -72,7 +72,7 @@ impl Workspace {
         self.path().join("soft.qcow2")
     }
 
-    /// What the image holds, one stretch after the other.
+    /// The content of the image, one stretch after the other.
     pub fn data(&self) -> PathBuf {
         self.path().join("data")
     }
@@ -86,7 +86,7 @@ impl Workspace {
         self.path().join("targets")
     }
 
-    /// Where a method that chooses no name itself writes to.
+    /// The path for methods that choose no name themselves.
     pub fn target(&self) -> PathBuf {
         self.targets().join("copy")
     }
@@ -109,7 +109,7 @@ impl Workspace {
         let mut image = File::create(&raw)?;
         for offset in (0..SOFT).step_by(CHUNK) {
             noise.fill(&mut chunk);
-            // Half of each page, as of files that are text and pictures.
+            // Half of each page, as in files that contain text and pictures.
             for page in chunk.chunks_mut(4096) {
                 page[2048..].fill((offset >> 20) as u8);
             }
@@ -126,8 +126,8 @@ impl Workspace {
         fs::remove_file(raw)
     }
 
-    /// Brings the machine into the state in which every measurement begins: what is read is in memory, and nothing of
-    /// an earlier measurement is still on its way to the device.
+    /// Restores the initial state of every measurement: the source is in the page cache, and no write of an earlier
+    /// measurement is pending.
     pub fn settle(&self) {
         rustix::fs::sync();
         std::thread::sleep(REST);
@@ -136,11 +136,11 @@ impl Workspace {
             io::copy(&mut file, &mut Discard).expect("it is read");
         }
         rustix::fs::sync();
-        // In a virtual machine, memory that was free for a while is the host's again, and slow to be had back.
+        // A virtual machine returns memory that was free for a while to its host, and gets it back slowly.
         drop(std::hint::black_box(vec![1_u8; TOUCHED]));
     }
 
-    /// What was made since the last [`Workspace::remove_targets`].
+    /// The copies since the last [`Workspace::remove_targets`].
     fn copies(&self) -> Vec<PathBuf> {
         let below = |dir: PathBuf| {
             files_below(&dir)
@@ -151,14 +151,14 @@ impl Workspace {
         [below(self.store()), below(self.targets())].concat()
     }
 
-    /// Fails if the copy is not one. To be fast with something else than the guest's data is no art.
+    /// Fails if a copy differs from the source, because copying other data fast proves nothing.
     pub fn compare(&self) {
         for copy in self.copies() {
             if copy.extension().is_some_and(|extension| extension != "qcow2") {
                 continue;
             }
             let mut compare = Command::new("qemu-img");
-            // The machine has the source open, and nothing writes to it.
+            // The VM has the source open; nothing writes to it.
             compare.args(["compare", "-U", "-f", "qcow2", "-F", "qcow2"]);
             compare.arg(self.source()).arg(copy);
             process::run(compare).expect_success();
@@ -167,7 +167,7 @@ impl Workspace {
 
     pub fn remove_targets(&self) {
         for copy in self.copies() {
-            // An older QEMU keeps descriptors of a stopped machine open: unlinking alone would not give the space back.
+            // An older QEMU keeps descriptors of a stopped VM open, so unlinking alone would not free the space.
             File::options()
                 .write(true)
                 .open(&copy)
@@ -191,7 +191,7 @@ impl Write for Discard {
     }
 }
 
-/// Bytes that nothing can compress and no two stretches of which are equal: xorshift64*.
+/// Incompressible bytes without equal stretches: xorshift64*.
 struct Noise(u64);
 
 impl Noise {

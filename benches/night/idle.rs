@@ -1,4 +1,4 @@
-//! A host of idle domains. They are peers in this process, which answer what a real QEMU answered.
+//! A host of idle domains. They are peers in this process that send the replies of a real QEMU.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,11 +14,11 @@ use crate::common::{System, wait};
 use crate::{machines, rss};
 
 const DOMAINS: usize = 500;
-/// By then a service that has nothing to do has nothing to do.
+/// The time after which an idle service has finished its remaining work.
 const SETTLED: Duration = Duration::from_secs(3);
 const WATCHED: Duration = Duration::from_secs(20);
 
-/// What the service asks of a QEMU that it connects to.
+/// The commands that the service sends to a QEMU after connecting.
 const ASKED: [&str; 7] = [
     "query-qmp-schema",
     "query-version",
@@ -37,7 +37,7 @@ pub struct Idle {
     pub watched: Duration,
     /// From the start of the service to the last connection.
     pub connected: Duration,
-    /// Milliseconds of the service's until then.
+    /// CPU time of the service until then, in milliseconds.
     pub processor: u64,
 }
 

@@ -1,4 +1,4 @@
-//! Many small VMs: the least that QEMU takes for one with a disk.
+//! Many small VMs: the smallest QEMU with a disk.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,7 +9,7 @@ use crate::common::proxy::Proxy;
 use crate::common::vm::qemu;
 use crate::common::{System, wait};
 
-/// Of which the commands are counted: a go-between takes time of the processors.
+/// The number of VMs whose commands are counted. The proxy that counts them takes processor time.
 const COUNTED: usize = 3;
 const TOGETHER: usize = 20;
 
@@ -19,7 +19,7 @@ pub struct Machines {
     _processes: Vec<Process>,
 }
 
-/// Starts so many VMs, and has the service connect to all of them.
+/// Starts `count` VMs, and waits until the service has connected to all.
 pub fn start(system: &mut System, count: usize) -> Machines {
     let names: Vec<String> = (0..count).map(|number| format!("vm{number:03}")).collect();
     let image = image(system.dir());
@@ -55,7 +55,7 @@ pub fn start(system: &mut System, count: usize) -> Machines {
     }
 }
 
-/// The disk of each.
+/// Creates the disk that each VM gets.
 fn image(directory: &Path) -> PathBuf {
     let image = directory.join("disk.qcow2");
     let mut create = Command::new("qemu-img");

@@ -1,9 +1,10 @@
-//! A night's run over all VMs of a host, and a host whose VMs are idle; a part of `make bench`.
+//! Measures a nightly backup of all VMs of a host, and a host with idle VMs. It is a part of `make bench`.
 //!
-//! Each VM is a QEMU without a guest (`-S`) that has one small disk. All of them are asked for at once, as timers do. Where so
-//! many QEMUs do not fit, idle domains are peers in this process that answer as a real QEMU answered.
+//! Each VM is a QEMU without a guest (`-S`) that has one small disk. All backups are requested at once, as timers do.
+//! If so many QEMUs do not fit into memory, idle domains are peers in this process that send the replies of a real
+//! QEMU.
 //!
-//! `BACKUPD_BENCH_VMS` is how many VMs the night has. `cargo bench --bench night -- idle` measures the idle domains alone.
+//! `BACKUPD_BENCH_VMS` is the number of VMs. `cargo bench --bench night -- idle` measures only the idle domains.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -17,14 +18,14 @@ use std::time::Duration;
 use common::System;
 use run::Night;
 
-/// Few VMs, to compare many with: what one costs must not depend on how many there are.
+/// A few VMs for comparison: the cost of one VM must not depend on their number.
 const FEW: usize = 20;
 const MANY: usize = 200;
 
 /// The targets, for each VM.
 const MOST_PROCESSOR: f64 = 25.0;
 const MOST_COMMANDS: usize = 40;
-/// Those of a host of idle domains.
+/// The target of a host of idle domains.
 const MOST_IDLE_RSS: u64 = 30 << 10;
 
 fn many() -> usize {
@@ -58,7 +59,7 @@ fn main() {
 }
 
 fn report(nights: &[Night], idle: &idle::Idle) {
-    println!("\na night's run: one disk of 64 MiB with 4 MiB of data each, all asked for at once\n");
+    println!("\na night's run: one disk of 64 MiB with 4 MiB of data each, all requested at once\n");
     println!(
         "{:<22} {:>8} {:>10} {:>12} {:>10} {:>9}",
         "", "seconds", "ms a VM", "CPU ms a VM", "commands", "RSS"

@@ -11,7 +11,7 @@ use crate::common::proxies::Options;
 use crate::machines::Machines;
 use crate::rss;
 
-/// Calls in flight of one connection: the bus allows 128.
+/// Calls in flight on one connection: the bus allows 128.
 const TOGETHER: usize = 50;
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -19,11 +19,11 @@ pub struct Night {
     pub machines: usize,
     pub kind: &'static str,
     pub wall: Duration,
-    /// Milliseconds of the service's, of all VMs.
+    /// CPU time of the service for all VMs, in milliseconds.
     processor: u64,
-    /// The most that was seen, in KiB.
+    /// The maximum RSS, in KiB.
     pub rss: u64,
-    /// QMP commands for a VM, from the call on, until two seconds after the last backup's end.
+    /// QMP commands for one VM, from the call until two seconds after the end of the last backup.
     pub commands: usize,
 }
 
@@ -70,7 +70,7 @@ pub async fn night(system: &mut System, machines: &Machines, kind: &'static str)
     for call in calls {
         call.await.expect("the call ends").expect("the backup begins");
     }
-    // What the last events cause.
+    // Waits for the effects of the last events.
     tokio::time::sleep(Duration::from_secs(2)).await;
     Night {
         machines: machines.names.len(),

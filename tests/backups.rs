@@ -317,7 +317,7 @@ async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
     assert_eq!(found.len(), 3);
     assert_eq!(
         found[2],
-        entry(3, &ids[0], "damaged", &base_is(&ids[0], "not there"))
+        entry(3, &ids[0], "damaged", &base_is(&ids[0], "not in the store"))
     );
     let gone = root.manager.get_backup(&ids[0]).await.unwrap_err();
     assert_eq!(error_name(&gone), "org.example.Backup1.Error.NoSuchBackup");

@@ -510,7 +510,10 @@ async fn nothing_is_built_upon_a_manifest_that_this_service_did_not_write() {
 
     let since = Options::from([("incremental", Variant::from("20991231T000000Z-ffffffff"))]);
     let refused = root.try_start("web", NIGHTLY, &[], since).await.unwrap_err();
-    assert!(refused.to_string().contains("another service made"), "{refused}");
+    assert!(
+        refused.to_string().contains("another service created"),
+        "{refused}"
+    );
     let job = root.start_with("web", NIGHTLY, &[], Options::new()).await;
     assert_completed(&job).await;
     let (disk, mode, base, why) = job.increments().await.unwrap().remove(0);

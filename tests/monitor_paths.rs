@@ -136,7 +136,7 @@ async fn a_domains_file_says_whose_the_sockets_have_to_be() {
         system.wait_for_domain(name);
     }
     add(&system, "another", USER, "\"daemon\"");
-    let words = [&*format!("belongs to user {USER}"), "not to 'daemon'"];
+    let words = [&*format!("belongs to user {USER}"), "names 'daemon'"];
     assert_refused(&mut system, &caller, "another", &words).await;
     add(&system, "unknown", USER, "\"nobody-at-all\"");
     assert_refused(

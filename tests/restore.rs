@@ -103,7 +103,7 @@ fn a_device_that_is_too_small_is_refused() {
     let output = store.run("restore", FIRST, &["--disk", &disk]);
     assert_eq!(output.status, 1);
     assert!(
-        output.stderr.contains("but the disk has 67108864"),
+        output.stderr.contains("where the disk has 67108864"),
         "{}",
         output.stderr
     );

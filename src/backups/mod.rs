@@ -1,7 +1,7 @@
 //! Stored backups: lists them and checks that they still exist.
 //!
 //! The catalog records them, their stores hold them. Knows the catalog, the stores and the owners of domains. Must not
-//! know who may see a backup, nor D-Bus.
+//! know permissions or D-Bus.
 
 mod chains;
 mod error;

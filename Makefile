@@ -21,6 +21,8 @@ POWER_CUTS = 20
 FUZZ_SECONDS = 600
 FUZZ_TARGETS = qmp document options manifest header configuration
 
+DENY_VERSION = 0.20.2
+
 # Where to install to. The bus and polkit read their policies below /usr only, so there is no /usr/local by default.
 DESTDIR =
 PREFIX = /usr
@@ -43,10 +45,11 @@ PRIVATELY = $(shell [ "$$(id -u)" = 0 ] && echo unshare --mount --)
 DEB_DIR = $(CARGO_TARGET_DIR)/debian
 DEB_VERSION =
 
-.PHONY: help setup build test test-system demo bench endurance power-cuts fuzz deb install clean
+.PHONY: help setup build lint test test-system demo bench endurance power-cuts fuzz deb install clean
 
 help:
 	@echo "make demo       a real backup of a real virtual machine, from nothing"
+	@echo "make lint       checks of shell scripts, man pages, and the licences and sources of dependencies"
 	@echo "make test       all tests; QEMU=/path/to/qemu-system-x86_64 chooses the QEMU"
 	@echo "make test-system"
 	@echo "                the package in a booted Debian 13, with each of both buses; as root"
@@ -73,6 +76,17 @@ test: setup
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(PRIVATELY) $(CARGO) test --locked --no-fail-fast -- --test-threads=$(TEST_THREADS) $(TEST_ARGS)
+
+# cargo-deny is compiled the first time, which takes a few minutes.
+lint:
+	@tests/setup.sh lint
+	grep -rlE --exclude-dir=target '^#!.*\<(ba)?sh$$' .ci tests systemd | xargs shellcheck -x -P SCRIPTDIR -S warning
+	@mkdir -p '$(CARGO_TARGET_DIR)/man'
+	$(CARGO) run --locked --quiet --bin backupctl -- man '$(CARGO_TARGET_DIR)/man'
+	mandoc -T lint -W warning docs/man/*
+	mandoc -T lint -W error '$(CARGO_TARGET_DIR)/man'/*
+	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install --locked --version $(DENY_VERSION) --no-default-features cargo-deny
+	$(CARGO) deny --locked --offline --config .ci/deny.toml check licenses bans sources
 
 # Takes root. The tree that it boots is kept in /var/cache/backupd-test-system (tests/system/run.sh); removing that makes a
 # new one, with the newest packages of Debian 13.

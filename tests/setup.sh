@@ -3,6 +3,7 @@
 # missing, when root, and says what it does. Quick and silent when nothing is missing.
 #
 #   setup.sh            for building and for the tests
+#   setup.sh lint       and for the checks of 'make lint'
 #   setup.sh package    and for making the Debian package
 #   setup.sh system     and for booting a system with it
 #
@@ -49,6 +50,10 @@ look() {
     program chattr e2fsprogs
     program mkfs.xfs xfsprogs
     [ -x /usr/lib/polkit-1/polkitd ] || need polkitd polkitd
+    if [ "$what" = lint ]; then
+        program shellcheck shellcheck
+        program mandoc mandoc
+    fi
     case $what in package | system)
         program dh debhelper
         program dpkg-buildpackage dpkg-dev

@@ -1,4 +1,5 @@
 #!/bin/busybox sh
+# shellcheck shell=dash
 # The first process of the Linux guest of tests/guest.rs: a disk that is written to all the time, and an agent. What it says
 # on its serial port, the test reads.
 . /boot.sh

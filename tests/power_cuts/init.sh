@@ -1,4 +1,5 @@
 #!/bin/busybox sh
+# shellcheck shell=dash
 # The first process of the Linux of tests/power_cuts.rs: mounts the disks, starts a bus and polkit, and then runs each line
 # that comes on its second serial port. After the output of a line comes "= " and its exit status.
 . /boot.sh

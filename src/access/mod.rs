@@ -1,6 +1,6 @@
 //! Access control: decides which permissions a caller has on an object.
 //!
-//! A table lists the permissions. [`Access::require`] checks one before a change, [`Access::look`] before a read. An
+//! A table lists the permissions. [`Access::require`] checks one before a change, [`Access::check_read`] before a read. An
 //! [`Authority`] answers. No other module knows polkit. An error denies the permission; its reason goes to the log and
 //! not to the caller.
 
@@ -36,15 +36,15 @@ const TURNS: usize = 96;
 const TURNS_OF_A_USER: usize = 48;
 
 /// Timeout of a read question once the authority is asked. It is short because other callers wait.
-const GLANCE: Duration = Duration::from_secs(2);
+const READ_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout of other questions without a password dialog.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout of a question including the wait for its turn.
-const WHOLE_PATIENCE: Duration = Duration::from_secs(20);
+const TOTAL_TIMEOUT: Duration = Duration::from_secs(20);
 /// The least time between two log messages about a failing authority.
-const QUIET: Duration = Duration::from_secs(10);
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Timeout of a question with a password dialog.
-const INTERACTIVE_PATIENCE: Duration = Duration::from_secs(600);
+const DIALOG_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The sender of a call.
 #[derive(Debug, Clone)]
@@ -107,14 +107,14 @@ pub enum Decision {
 
 /// The result of a read question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Look {
+pub enum ReadAnswer {
     Allowed,
     Refused,
     /// The authority could not decide. The permission is denied, and lists fail because they could be incomplete.
     Unknown,
 }
 
-impl Look {
+impl ReadAnswer {
     /// Whether the permission is granted; an error if the authority could not decide.
     pub fn allowed(self) -> Result<bool, Error> {
         match self {
@@ -176,7 +176,7 @@ pub struct Access {
     dialogs: Quota,
     repeats: Repeats,
     /// When a failure of the authority was last logged.
-    complained: Mutex<Option<Instant>>,
+    last_logged: Mutex<Option<Instant>>,
 }
 
 impl Access {
@@ -188,7 +188,7 @@ impl Access {
             turns: Turns::new(TURNS, TURNS_OF_A_USER),
             dialogs,
             repeats: Repeats::new(audit::repeated),
-            complained: Mutex::default(),
+            last_logged: Mutex::default(),
         }
     }
 
@@ -211,7 +211,7 @@ impl Access {
             }
             Ok(Decision::Challenge | Decision::Denied) => (Error::Denied(permission), "denied"),
             Ok(Decision::Failed(reason)) => {
-                self.complain(&reason, permission);
+                self.log_failure(&reason, permission);
                 (Error::Unknown, "failed")
             }
             Err(exceeded) => (exceeded.into(), "denied"),
@@ -232,26 +232,26 @@ impl Access {
 
     /// Whether `caller` has a read permission. No password dialog appears. The answer is cached, so ids of objects must
     /// be unique for ever.
-    pub async fn look(
+    pub async fn check_read(
         &self,
         caller: &Caller,
         permission: Permission,
         object: Object,
         details: &Details,
-    ) -> Look {
+    ) -> ReadAnswer {
         let generation = self.authority.generation();
         match self.cache.get(&caller.name, permission, object, generation) {
-            Some(true) => return Look::Allowed,
-            Some(false) => return Look::Refused,
+            Some(true) => return ReadAnswer::Allowed,
+            Some(false) => return ReadAnswer::Refused,
             None => {}
         }
-        let (look, decision) = self.look_once(caller, permission, details).await;
-        if look != Look::Unknown && decision != Decision::GrantedForAWhile {
-            let allowed = look == Look::Allowed;
+        let (answer, decision) = self.ask_read(caller, permission, details).await;
+        if answer != ReadAnswer::Unknown && decision != Decision::GrantedForAWhile {
+            let allowed = answer == ReadAnswer::Allowed;
             self.cache
                 .put(&caller.name, permission, object, generation, allowed);
         }
-        look
+        answer
     }
 
     /// Fails if the authority cannot be asked now. The service asks this, uncached, before it reports an object as
@@ -262,36 +262,44 @@ impl Access {
         permission: Permission,
         details: &Details,
     ) -> Result<(), Error> {
-        self.glance(caller, permission, details).await.allowed().map(drop)
+        self.check_read_uncached(caller, permission, details)
+            .await
+            .allowed()
+            .map(drop)
     }
 
-    /// As [`Access::look`], but without the cache.
-    pub async fn glance(&self, caller: &Caller, permission: Permission, details: &Details) -> Look {
-        self.look_once(caller, permission, details).await.0
-    }
-
-    async fn look_once(
+    /// As [`Access::check_read`], but without the cache.
+    pub async fn check_read_uncached(
         &self,
         caller: &Caller,
         permission: Permission,
         details: &Details,
-    ) -> (Look, Decision) {
-        let decision = self.ask_silently(caller, permission, details, GLANCE).await;
-        let look = match &decision {
-            Decision::Granted | Decision::GrantedForAWhile => Look::Allowed,
-            Decision::Challenge | Decision::Denied => Look::Refused,
-            Decision::Failed(reason) => {
-                self.complain(reason, permission);
-                Look::Unknown
-            }
-        };
-        (look, decision)
+    ) -> ReadAnswer {
+        self.ask_read(caller, permission, details).await.0
     }
 
-    /// Logs a failure of the authority, at most once in [`QUIET`].
-    fn complain(&self, reason: &str, permission: Permission) {
-        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.is_none_or(|last| last.elapsed() >= QUIET) {
+    async fn ask_read(
+        &self,
+        caller: &Caller,
+        permission: Permission,
+        details: &Details,
+    ) -> (ReadAnswer, Decision) {
+        let decision = self.ask_silently(caller, permission, details, READ_TIMEOUT).await;
+        let answer = match &decision {
+            Decision::Granted | Decision::GrantedForAWhile => ReadAnswer::Allowed,
+            Decision::Challenge | Decision::Denied => ReadAnswer::Refused,
+            Decision::Failed(reason) => {
+                self.log_failure(reason, permission);
+                ReadAnswer::Unknown
+            }
+        };
+        (answer, decision)
+    }
+
+    /// Logs a failure of the authority, at most once in [`LOG_INTERVAL`].
+    fn log_failure(&self, reason: &str, permission: Permission) {
+        let mut last = self.last_logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| last.elapsed() >= LOG_INTERVAL) {
             *last = Some(Instant::now());
             tracing::error!(reason, "polkit failed, so {} is denied", permission.action());
         }
@@ -314,14 +322,14 @@ impl Access {
         permission: Permission,
         details: &Details,
     ) -> Result<Decision, Exceeded> {
-        let decision = self.ask_silently(caller, permission, details, PATIENCE).await;
+        let decision = self.ask_silently(caller, permission, details, TIMEOUT).await;
         if decision != Decision::Challenge || !caller.interactive {
             return Ok(decision);
         }
         let _dialog = self.dialogs.take(caller.uid, 1)?;
         caller.turn.cancel();
         let question = self.authority.check(caller, permission.action(), details);
-        Ok(within(INTERACTIVE_PATIENCE, question).await)
+        Ok(within(DIALOG_TIMEOUT, question).await)
     }
 
     async fn ask_silently(
@@ -329,7 +337,7 @@ impl Access {
         caller: &Caller,
         permission: Permission,
         details: &Details,
-        patience: Duration,
+        timeout: Duration,
     ) -> Decision {
         let silent = Caller {
             interactive: false,
@@ -341,16 +349,16 @@ impl Access {
                 return Decision::Failed("the service is stopping".into());
             };
             within(
-                patience,
+                timeout,
                 self.authority.check(&silent, permission.action(), details),
             )
             .await
         };
-        within(WHOLE_PATIENCE, question).await
+        within(TOTAL_TIMEOUT, question).await
     }
 }
 
-async fn within(patience: Duration, question: impl Future<Output = Decision>) -> Decision {
-    let answer = tokio::time::timeout(patience, question).await;
-    answer.unwrap_or_else(|_| Decision::Failed(format!("no answer within {patience:?}")))
+async fn within(timeout: Duration, question: impl Future<Output = Decision>) -> Decision {
+    let answer = tokio::time::timeout(timeout, question).await;
+    answer.unwrap_or_else(|_| Decision::Failed(format!("no answer within {timeout:?}")))
 }

@@ -64,9 +64,9 @@ async fn an_unknown_action_is_denied() {
     assert_eq!(require(&access, &caller()).await, Err(Error::Denied(BACKUP)));
     assert!(
         access
-            .look(&caller(), READ, Some((1, None)), &Details::default())
+            .check_read(&caller(), READ, Some((1, None)), &Details::default())
             .await
-            != Look::Allowed
+            != ReadAnswer::Allowed
     );
 }
 
@@ -105,9 +105,9 @@ async fn an_authority_that_never_answers_denies() {
     assert_eq!(require(&access, &silent).await, Err(Error::Unknown));
     assert!(
         access
-            .look(&silent, READ, Some((1, None)), &Details::default())
+            .check_read(&silent, READ, Some((1, None)), &Details::default())
             .await
-            != Look::Allowed
+            != ReadAnswer::Allowed
     );
     let interactive = Caller {
         interactive: true,
@@ -157,18 +157,18 @@ impl Authority for Arc<Counting> {
     }
 }
 
-async fn asked_for_two_looks(answer: Decision, between: impl AsyncFn(&Counting, &Access)) -> u64 {
+async fn questions_for_two_checks(answer: Decision, between: impl AsyncFn(&Counting, &Access)) -> u64 {
     let counting = Arc::new(Counting {
         answers: vec![answer],
         ..Counting::default()
     });
     let access = access(counting.clone());
     access
-        .look(&caller(), READ, Some((1, None)), &Details::default())
+        .check_read(&caller(), READ, Some((1, None)), &Details::default())
         .await;
     between(&counting, &access).await;
     access
-        .look(&caller(), READ, Some((1, None)), &Details::default())
+        .check_read(&caller(), READ, Some((1, None)), &Details::default())
         .await;
     counting.asked.load(std::sync::atomic::Ordering::SeqCst)
 }
@@ -176,26 +176,26 @@ async fn asked_for_two_looks(answer: Decision, between: impl AsyncFn(&Counting, 
 #[tokio::test]
 async fn a_silent_answer_is_cached_until_the_authority_or_the_caller_changes() {
     for answer in [Decision::Granted, Decision::Denied, Decision::Challenge] {
-        assert_eq!(asked_for_two_looks(answer, async |_, _| ()).await, 1);
+        assert_eq!(questions_for_two_checks(answer, async |_, _| ()).await, 1);
     }
     let changed = async |authority: &Counting, _: &Access| {
         authority
             .generation
             .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
     };
-    assert_eq!(asked_for_two_looks(Decision::Granted, changed).await, 2);
+    assert_eq!(questions_for_two_checks(Decision::Granted, changed).await, 2);
     let left = async |_: &Counting, access: &Access| access.forget(&caller().name);
-    assert_eq!(asked_for_two_looks(Decision::Granted, left).await, 2);
+    assert_eq!(questions_for_two_checks(Decision::Granted, left).await, 2);
 }
 
 #[tokio::test]
 async fn granted_passwords_and_failures_are_not_cached() {
     assert_eq!(
-        asked_for_two_looks(Decision::GrantedForAWhile, async |_, _| ()).await,
+        questions_for_two_checks(Decision::GrantedForAWhile, async |_, _| ()).await,
         2
     );
     assert_eq!(
-        asked_for_two_looks(Decision::Failed("down".into()), async |_, _| ()).await,
+        questions_for_two_checks(Decision::Failed("down".into()), async |_, _| ()).await,
         2
     );
 }
@@ -217,7 +217,7 @@ struct Slow;
 impl Authority for Slow {
     fn check<'a>(&'a self, _: &'a Caller, _: &'static str, _: &'a Details) -> BoxFuture<'a, Decision> {
         Box::pin(async {
-            tokio::time::sleep(GLANCE / 4).await;
+            tokio::time::sleep(READ_TIMEOUT / 4).await;
             Decision::Granted
         })
     }
@@ -231,7 +231,7 @@ impl Authority for Slow {
 async fn a_caller_with_many_questions_gets_every_answer() {
     let access = access(Slow);
     let (caller, details) = (caller(), Details::default());
-    let looks = (0..500).map(|object| access.look(&caller, READ, Some((object, None)), &details));
-    let looks = futures_util::future::join_all(looks).await;
-    assert!(looks.iter().all(|look| *look == Look::Allowed));
+    let answers = (0..500).map(|object| access.check_read(&caller, READ, Some((object, None)), &details));
+    let answers = futures_util::future::join_all(answers).await;
+    assert!(answers.iter().all(|answer| *answer == ReadAnswer::Allowed));
 }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use super::attribute::Attribute;
 use super::parse::{Seen, checkpoint, number, require, unknown_word, unsupported};
-use super::target::{Place, TargetKind, target};
+use super::target::{TargetKey, TargetKind, target};
 use super::xml::{Tag, Xml};
 use super::{BackupMode, DiskDefinition, Error, Feature, MAX_DISK_NAME_BYTES, MAX_DISKS, Position, Target};
 use crate::model::{Compression, Format};
@@ -26,7 +26,7 @@ pub(super) fn disks<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<Disks, Error
     let [] = xml.attributes(tag, &[])?;
     let mut list: Vec<DiskDefinition> = Vec::new();
     let mut names = HashMap::new();
-    let mut targets: HashMap<Place, (String, Position)> = HashMap::new();
+    let mut targets: HashMap<TargetKey, (String, Position)> = HashMap::new();
     let mut first_target = None;
 
     while let Some(child) = xml.child(tag)? {
@@ -48,10 +48,10 @@ pub(super) fn disks<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<Disks, Error
         }
         if let (Some(target), Some(at)) = (&disk.target, target_at) {
             first_target = first_target.or(Some(at));
-            if let Some((other, first)) = targets.insert(Place::of(target), (disk.name.clone(), at)) {
+            if let Some((other, first)) = targets.insert(TargetKey::of(target), (disk.name.clone(), at)) {
                 return Err(Error::TargetTwice {
                     at,
-                    target: Place::of(target).to_string(),
+                    target: TargetKey::of(target).to_string(),
                     disk: other,
                     first,
                 });

@@ -106,25 +106,25 @@ fn path(xml: &Xml<'_>, attribute: Attribute<'_>) -> Result<PathBuf, Error> {
 
 /// The identity of a target, which two disks must not share. A path is the same for a file and a block device.
 #[derive(PartialEq, Eq, Hash)]
-pub(super) enum Place {
+pub(super) enum TargetKey {
     Path(PathBuf),
     Fd(u32),
 }
 
-impl Place {
+impl TargetKey {
     pub fn of(target: &Target) -> Self {
         match target {
-            Target::File(path) | Target::Block(path) => Place::Path(path.clone()),
-            Target::Fd(index) => Place::Fd(*index),
+            Target::File(path) | Target::Block(path) => TargetKey::Path(path.clone()),
+            Target::Fd(index) => TargetKey::Fd(*index),
         }
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for TargetKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Place::Path(path) => path.display().fmt(f),
-            Place::Fd(index) => write!(f, "fd {index}"),
+            TargetKey::Path(path) => path.display().fmt(f),
+            TargetKey::Fd(index) => write!(f, "fd {index}"),
         }
     }
 }

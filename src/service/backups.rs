@@ -66,7 +66,7 @@ pub struct BackupPage {
 
 /// Answers of the authority about former owners and domains, kept for one call.
 #[derive(Default)]
-struct Seen {
+struct KnownAnswers {
     domains: HashMap<DomainRecord, bool>,
     owners: Owners,
 }
@@ -106,7 +106,7 @@ impl Service {
         // read of a slow store.
         let share = self.lists.share(caller.uid).await;
         let deadline = Instant::now() + PATIENCE;
-        let (mut listed, mut bytes, mut seen) = (Vec::new(), 0, Seen::default());
+        let (mut listed, mut bytes, mut answers) = (Vec::new(), 0, KnownAnswers::default());
         loop {
             let turn = share.turn().await;
             let found = self.backups.after(&wanted.filter, &after, deadline).await;
@@ -121,7 +121,7 @@ impl Service {
             after = last.cursor();
             for backup in found {
                 // An error instead of a partial list, because the caller would take a partial list for complete.
-                if !self.views_backup(caller, &backup.domain, &mut seen).await? {
+                if !self.views_backup(caller, &backup.domain, &mut answers).await? {
                     continue;
                 }
                 bytes += backup.text.len();
@@ -162,11 +162,11 @@ impl Service {
         let turn = self.lists.take(caller.uid).await;
         let found = self.backups.named(prefix).await.map_err(unreadable)?;
         drop(turn);
-        let (mut known, mut seen) = (Vec::new(), Seen::default());
+        let (mut known, mut answers) = (Vec::new(), KnownAnswers::default());
         for (key, object, domain) in found {
             // A hidden backup counts as missing, so it cannot make an id ambiguous.
             if store.is_none_or(|store| store == key.store)
-                && self.views_backup(caller, &domain, &mut seen).await?
+                && self.views_backup(caller, &domain, &mut answers).await?
             {
                 known.push((key, object));
             }
@@ -262,9 +262,9 @@ impl Service {
         backup: &Backup,
         all: &[Backup],
     ) -> Result<Dependents> {
-        let (mut dependents, mut seen) = (Dependents::default(), Seen::default());
+        let (mut dependents, mut answers) = (Dependents::default(), KnownAnswers::default());
         for other in all.iter().filter(|other| other.key != backup.key) {
-            match self.views_backup(caller, &other.domain, &mut seen).await? {
+            match self.views_backup(caller, &other.domain, &mut answers).await? {
                 true => dependents.ids.push(other.key.id.clone()),
                 false => dependents.hidden += 1,
             }
@@ -291,12 +291,12 @@ impl Service {
             let text = "the keep rules keep nothing: set at least one of them above 0";
             return Err(Error::new(Kind::InvalidArgs, text));
         }
-        let (mut groups, mut seen) = (Vec::new(), Seen::default());
+        let (mut groups, mut answers) = (Vec::new(), KnownAnswers::default());
         for (group, owners) in self.backups.groups(wanted.filter).await? {
             let Some(retention) = wanted.retention.or_else(|| self.backups.policy(&group.store)) else {
                 continue;
             };
-            if self.sees_all(caller, &owners, &mut seen).await? {
+            if self.sees_all(caller, &owners, &mut answers).await? {
                 groups.push((group, retention, owners));
             }
         }
@@ -338,9 +338,14 @@ impl Service {
     }
 
     /// Whether `caller` may see all owners of a directory: the backups of one directory are pruned together.
-    async fn sees_all(&self, caller: &Caller, owners: &[DomainRecord], seen: &mut Seen) -> Result<bool> {
+    async fn sees_all(
+        &self,
+        caller: &Caller,
+        owners: &[DomainRecord],
+        answers: &mut KnownAnswers,
+    ) -> Result<bool> {
         for owner in owners {
-            if !self.views_backup(caller, owner, seen).await? {
+            if !self.views_backup(caller, owner, answers).await? {
                 return Ok(false);
             }
         }
@@ -368,14 +373,19 @@ impl Service {
             .with("store", &backup.key.store)
     }
 
-    async fn views_backup(&self, caller: &Caller, domain: &DomainRecord, seen: &mut Seen) -> Result<bool> {
-        if let Some(allowed) = seen.domains.get(domain) {
+    async fn views_backup(
+        &self,
+        caller: &Caller,
+        domain: &DomainRecord,
+        answers: &mut KnownAnswers,
+    ) -> Result<bool> {
+        if let Some(allowed) = answers.domains.get(domain) {
             return Ok(*allowed);
         }
         let known = self.backups.domain(domain);
-        let allowed = !self.hides_owner(caller, &known, &mut seen.owners).await?
+        let allowed = !self.hides_owner(caller, &known, &mut answers.owners).await?
             && self.view(caller, &known, true).await.allowed()?;
-        seen.domains.insert(domain.clone(), allowed);
+        answers.domains.insert(domain.clone(), allowed);
         Ok(allowed)
     }
 }

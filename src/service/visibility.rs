@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 
 use super::{Service, details};
-use crate::access::{self, Caller, Details, Look, Permission};
+use crate::access::{self, Caller, Details, Permission, ReadAnswer};
 use crate::catalog::EndedJob;
 use crate::domain::{self, Domain, Identity};
 use crate::error::{Error, Kind, Result, shown};
@@ -19,8 +19,8 @@ impl Service {
     /// The domain with this name or UUID, if `caller` may see it.
     pub async fn domain(&self, caller: &Caller, name: &str) -> Result<Arc<Domain>> {
         for group in self.domains.find(name, caller.uid) {
-            let looks = join_all(group.iter().map(|domain| self.view(caller, domain, false))).await;
-            match complete(group, looks)?.as_slice() {
+            let answers = join_all(group.iter().map(|domain| self.view(caller, domain, false))).await;
+            match complete(group, answers)?.as_slice() {
                 [] => {}
                 [one] => return Ok(one.clone()),
                 _ => return Err(domain::Error::Ambiguous(shown(name)).into()),
@@ -43,8 +43,8 @@ impl Service {
         const MOST: usize = 3;
         let mut others = self.domains.others(name, caller.uid);
         others.truncate(MOST);
-        let looks = join_all(others.iter().map(|domain| self.view(caller, domain, false))).await;
-        let others = complete(others, looks).ok()?;
+        let answers = join_all(others.iter().map(|domain| self.view(caller, domain, false))).await;
+        let others = complete(others, answers).ok()?;
         let names = others
             .iter()
             .map(|domain| format!("'{}'", shown(&domain.unique_name())));
@@ -56,14 +56,14 @@ impl Service {
     pub async fn list_domains(&self, caller: &Caller) -> Result<Vec<Arc<Domain>>> {
         let permission = Permission::ServiceSearchDomains;
         let details = service_details();
-        match self.access.look(caller, permission, None, &details).await {
-            Look::Allowed => {}
-            Look::Refused => return Err(access::Error::Denied(permission).into()),
-            Look::Unknown => return Err(access::Error::Unknown.into()),
+        match self.access.check_read(caller, permission, None, &details).await {
+            ReadAnswer::Allowed => {}
+            ReadAnswer::Refused => return Err(access::Error::Denied(permission).into()),
+            ReadAnswer::Unknown => return Err(access::Error::Unknown.into()),
         }
         let domains = self.domains.list();
-        let looks = join_all(domains.iter().map(|domain| self.view(caller, domain, false))).await;
-        Ok(complete(domains, looks)?)
+        let answers = join_all(domains.iter().map(|domain| self.view(caller, domain, false))).await;
+        Ok(complete(domains, answers)?)
     }
 
     /// The domain with this id, if `caller` may see it.
@@ -86,8 +86,8 @@ impl Service {
     pub(super) async fn can_list(&self, caller: &Caller) -> Result<()> {
         let details = unknown_domain("");
         let permission = Permission::DomainGetattr;
-        let look = self.access.look(caller, permission, None, &details).await;
-        Ok(look.allowed().map(drop)?)
+        let answer = self.access.check_read(caller, permission, None, &details).await;
+        Ok(answer.allowed().map(drop)?)
     }
 
     /// Fails unless `caller` may read `domain`.
@@ -100,16 +100,16 @@ impl Service {
 
     /// Whether `caller` may see `domain`.
     pub async fn sees(&self, caller: &Caller, domain: &Domain) -> bool {
-        self.view(caller, domain, false).await == Look::Allowed
+        self.view(caller, domain, false).await == ReadAnswer::Allowed
     }
 
     /// Whether `caller` may read `domain`.
     pub async fn reads(&self, caller: &Caller, domain: &Domain) -> bool {
-        self.view(caller, domain, true).await == Look::Allowed
+        self.view(caller, domain, true).await == ReadAnswer::Allowed
     }
 
     /// Whether `caller` may see `domain`, or with `all` read it.
-    pub(super) async fn view(&self, caller: &Caller, domain: &Domain, all: bool) -> Look {
+    pub(super) async fn view(&self, caller: &Caller, domain: &Domain, all: bool) -> ReadAnswer {
         let foreign = domain.is_foreign_to(caller.uid, caller.user.as_deref());
         let permissions = [
             (Permission::DomainSeeForeign, foreign),
@@ -120,13 +120,13 @@ impl Service {
         let object = Some((domain.id, domain.snapshot().uuid));
         for (permission, needed) in permissions {
             if needed {
-                let look = self.access.look(caller, permission, object, &details).await;
-                if look != Look::Allowed {
-                    return look;
+                let answer = self.access.check_read(caller, permission, object, &details).await;
+                if answer != ReadAnswer::Allowed {
+                    return answer;
                 }
             }
         }
-        Look::Allowed
+        ReadAnswer::Allowed
     }
 
     /// The job with this number, if `caller` started it or may read its domain.
@@ -160,9 +160,9 @@ impl Service {
     pub async fn list_jobs(&self, caller: &Caller, ended: bool) -> Result<Vec<ListedJob>> {
         self.can_list(caller).await?;
         let jobs = self.jobs.list();
-        let looks = join_all(jobs.iter().map(|job| self.view_job(caller, job))).await;
+        let answers = join_all(jobs.iter().map(|job| self.view_job(caller, job))).await;
         let known: HashSet<u32> = jobs.iter().map(|job| job.id).collect();
-        let jobs = complete(jobs, looks)?;
+        let jobs = complete(jobs, answers)?;
         let mut listed: Vec<ListedJob> = jobs.iter().map(|job| ListedJob::of(job, caller)).collect();
         if ended {
             // The list takes memory until it is sent.
@@ -193,8 +193,8 @@ impl Service {
                 asked.push(domain);
             }
         }
-        let looks = join_all(asked.iter().map(|domain| self.view(caller, domain, true))).await;
-        let read = complete(asked.iter().map(|domain| domain.id).collect(), looks)?;
+        let answers = join_all(asked.iter().map(|domain| self.view(caller, domain, true))).await;
+        let read = complete(asked.iter().map(|domain| domain.id).collect(), answers)?;
         let read: HashSet<u64> = read.into_iter().collect();
         Ok(history
             .into_iter()
@@ -233,14 +233,18 @@ impl Service {
             .with("domain_uuid", "")
             .with("domain_owner", &domain.owner_name);
         let permission = Permission::DomainSeeForeign;
-        let hides = !self.access.glance(caller, permission, &details).await.allowed()?;
+        let hides = !self
+            .access
+            .check_read_uncached(caller, permission, &details)
+            .await
+            .allowed()?;
         owners.insert(owner, hides);
         Ok(hides)
     }
 
-    async fn view_job(&self, caller: &Caller, job: &Job) -> Look {
+    async fn view_job(&self, caller: &Caller, job: &Job) -> ReadAnswer {
         if self.is_starter(caller, job) {
-            return Look::Allowed;
+            return ReadAnswer::Allowed;
         }
         self.view(caller, &job.domain, true).await
     }
@@ -271,13 +275,13 @@ impl ListedJob {
 
 /// Filters a list by the answers. If an answer is unknown, it fails instead, because the caller would take a partial
 /// list for complete.
-fn complete<T>(objects: Vec<T>, looks: Vec<Look>) -> std::result::Result<Vec<T>, access::Error> {
-    if looks.contains(&Look::Unknown) {
+fn complete<T>(objects: Vec<T>, answers: Vec<ReadAnswer>) -> std::result::Result<Vec<T>, access::Error> {
+    if answers.contains(&ReadAnswer::Unknown) {
         return Err(access::Error::Unknown);
     }
-    let seen = objects.into_iter().zip(looks);
+    let seen = objects.into_iter().zip(answers);
     Ok(seen
-        .filter_map(|(object, look)| (look == Look::Allowed).then_some(object))
+        .filter_map(|(object, answer)| (answer == ReadAnswer::Allowed).then_some(object))
         .collect())
 }
 

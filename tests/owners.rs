@@ -266,15 +266,15 @@ async fn a_name_never_means_what_a_less_trusted_user_has_registered_under_it() {
     system.remove_domain_file("web");
     let path = register(&mallory, "web", &impostor).await.unwrap();
     let ctl = |arguments: &[&str]| system.clients().backupctl(ROOT, arguments);
-    for arguments in [
-        &["create", "web"][..],
-        &["create", web.uuid()],
-        &["create", "--instance", "--", "web"],
-        &["create", "--instance", "--", &unique],
+    for (arguments, reason) in [
+        (&["create", "web"][..], "no domain '"),
+        (&["create", web.uuid()], "no domain '"),
+        (&["create", "--instance", "--", "web"], "no domain '"),
+        (&["create", "--instance", "--", &unique], "is not configured"),
     ] {
         let output = ctl(arguments);
         assert_eq!(output.status, 1, "{arguments:?}: {}", output.stderr);
-        assert!(output.stderr.contains("no domain '"), "{}", output.stderr);
+        assert!(output.stderr.contains(reason), "{}", output.stderr);
         assert!(output.stderr.contains(&unique), "{}", output.stderr);
     }
     assert_eq!(files_below(&system.store()), before);

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use super::look::is_absent;
+use super::probe::is_absent;
 use super::{Backups, Error};
 use crate::catalog::{BackupState, Link};
 use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestError};

@@ -230,7 +230,7 @@ impl Backups {
 
     /// Completes or undoes a merge of a previous instance.
     pub(super) async fn recover_merge(&self, key: &BackupKey) -> Result<(), Error> {
-        let _turn = self.place(&key.store)?.removal.lock().await;
+        let _turn = self.store_locks(&key.store)?.removal.lock().await;
         self.check_mark(&key.store).await?;
         self.finish_merge(key).await
     }

@@ -5,8 +5,8 @@
 
 mod chains;
 mod error;
-mod look;
 mod merge;
+mod probe;
 mod prune;
 mod remove;
 mod store;
@@ -28,7 +28,7 @@ use crate::offload::Queue;
 use crate::target;
 
 pub use error::Error;
-pub use look::PATIENCE;
+pub use probe::PATIENCE;
 pub use prune::{Allowed, Group, Pruned, Verdict};
 pub use remove::{Removed, Unwanted};
 pub use store::{Inventory, Stored, read_store};
@@ -39,11 +39,11 @@ const BATCH: u32 = 100;
 const MOST_NAMED: u32 = 1000;
 
 /// How often the same backups are checked: the first check may cause the store to be read again.
-const LOOKS: usize = 2;
+const PROBES: usize = 2;
 
 /// Serialises work in one store.
 #[derive(Default)]
-struct Place {
+struct StoreLocks {
     /// One removal at a time.
     removal: tokio::sync::Mutex<()>,
     /// Queues all blocking work in the store, except checks.
@@ -70,10 +70,10 @@ pub struct Backups {
     /// Keeps the service running while a check hangs with its storage.
     activity: Activity,
     /// Stores that are being checked. A store that hangs blocks only one thread.
-    looking: Arc<Mutex<BTreeSet<String>>>,
+    probing: Arc<Mutex<BTreeSet<String>>>,
     deadlines: Deadlines,
     /// By name of the store.
-    places: BTreeMap<String, Place>,
+    store_locks: BTreeMap<String, StoreLocks>,
     changes: broadcast::Sender<Change>,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -93,12 +93,12 @@ impl Backups {
             jobs,
             stores: config.stores.clone(),
             activity,
-            looking: Arc::default(),
+            probing: Arc::default(),
             deadlines: config.deadlines,
-            places: config
+            store_locks: config
                 .stores
                 .keys()
-                .map(|name| (name.clone(), Place::default()))
+                .map(|name| (name.clone(), StoreLocks::default()))
                 .collect(),
             changes: broadcast::Sender::new(CHANGES),
             stop: CancellationToken::new(),
@@ -204,8 +204,8 @@ impl Backups {
                 after = last;
                 continue;
             }
-            for _ in 0..LOOKS {
-                if !self.look(&found, deadline).await? {
+            for _ in 0..PROBES {
+                if !self.probe(&found, deadline).await? {
                     break;
                 }
                 found = read(after.clone()).await?;
@@ -218,8 +218,8 @@ impl Backups {
     /// Returns the backup with this object number. Checks it unless that takes longer than until `deadline`.
     pub async fn get(&self, object: u64, deadline: Instant) -> Result<Option<Backup>, catalog::Error> {
         let mut found = self.catalog.backup(object).await?;
-        for _ in 0..LOOKS {
-            if !self.look(found.as_slice(), deadline).await? {
+        for _ in 0..PROBES {
+            if !self.probe(found.as_slice(), deadline).await? {
                 break;
             }
             found = self.catalog.backup(object).await?;
@@ -278,31 +278,31 @@ impl Backups {
         self.tasks.wait().await;
     }
 
-    fn tell_removed(&self, backup: Backup) {
+    fn notify_removed(&self, backup: Backup) {
         // While the service starts, there is no listener yet.
         let _ = self.changes.send(Change::Removed(Box::new(backup)));
     }
 
-    fn begin_look(&self, store: &str) -> Option<Looking> {
-        let mut looking = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
-        looking.insert(store.to_owned()).then(|| Looking {
+    fn begin_probe(&self, store: &str) -> Option<ProbeSlot> {
+        let mut probing = self.probing.lock().unwrap_or_else(PoisonError::into_inner);
+        probing.insert(store.to_owned()).then(|| ProbeSlot {
             store: store.to_owned(),
-            looking: self.looking.clone(),
+            probing: self.probing.clone(),
             _needed: self.activity.begin(),
         })
     }
 }
 
 /// The exclusive right to check a store, until it is dropped.
-struct Looking {
+struct ProbeSlot {
     store: String,
-    looking: Arc<Mutex<BTreeSet<String>>>,
+    probing: Arc<Mutex<BTreeSet<String>>>,
     _needed: crate::activity::Use,
 }
 
-impl Drop for Looking {
+impl Drop for ProbeSlot {
     fn drop(&mut self) {
-        let mut looking = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
-        looking.remove(&self.store);
+        let mut probing = self.probing.lock().unwrap_or_else(PoisonError::into_inner);
+        probing.remove(&self.store);
     }
 }

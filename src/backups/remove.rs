@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Backups, Error, Place};
+use super::{Backups, Error, StoreLocks};
 use crate::catalog::{Backup, BackupKey, Link};
 use crate::fault::{self, Point};
 use crate::offload::Progress;
@@ -58,9 +58,9 @@ pub struct Removed {
 }
 
 /// Whether the removal of a backup has begun, and its remaining files.
-enum Begun {
-    Yes(Option<Removal>),
-    No,
+enum RemovalState {
+    Begun(Option<Removal>),
+    NotBegun,
 }
 
 impl Backups {
@@ -92,7 +92,7 @@ impl Backups {
 
     async fn remove_now(&self, unwanted: &Unwanted) -> Result<Removed, Error> {
         // The lock keeps the following results valid.
-        let _turn = self.place(&unwanted.store)?.removal.lock().await;
+        let _turn = self.store_locks(&unwanted.store)?.removal.lock().await;
         self.check_mark(&unwanted.store).await?;
         if unwanted.merge {
             // Every check that can refuse the removal runs before the first dependent is changed.
@@ -121,7 +121,7 @@ impl Backups {
                 Ok(freed) => {
                     removed.freed += freed;
                     removed.ids.push(backup.key.id.clone());
-                    self.tell_removed(backup);
+                    self.notify_removed(backup);
                 }
                 Err(source) if removed.ids.is_empty() => return Err(source),
                 Err(source) => {
@@ -136,8 +136,8 @@ impl Backups {
     }
 
     /// Locks the directories of these backups. Fails if one is in use, has foreign files or cannot be renamed.
-    async fn hold(&self, unwanted: &Unwanted, ids: &[String]) -> Result<Held, Error> {
-        let mut held = Held::default();
+    async fn hold(&self, unwanted: &Unwanted, ids: &[String]) -> Result<LockedBackups, Error> {
+        let mut held = LockedBackups::default();
         for id in ids {
             let backup = self.record(unwanted, id).await?;
             let removal = self.in_store(&backup, Removal::hold_to_rename).await?;
@@ -238,7 +238,7 @@ impl Backups {
     /// Sets or removes a backup's protection.
     pub async fn protect(&self, backup: &Backup, protected: bool) -> Result<(), Error> {
         let key = &backup.key;
-        let _turn = self.place(&key.store)?.removal.lock().await;
+        let _turn = self.store_locks(&key.store)?.removal.lock().await;
         let (path, at) = (self.store_path(key)?, key.clone());
         let protect = move |_: &Progress| target::protect(&path, name(&at), protected);
         self.blocking(&key.store, protect).await?;
@@ -295,7 +295,7 @@ impl Backups {
                     Ok(freed) => freed,
                     Err(error) => {
                         // Withdraws the record if no file was touched. If that fails, the next start decides.
-                        let _ = self.unless_begun(backup).await;
+                        let _ = self.withdraw_unless_begun(backup).await;
                         return Err(error);
                     }
                 }
@@ -333,28 +333,28 @@ impl Backups {
     }
 
     async fn finish(&self, backup: Backup) -> Result<(), Error> {
-        let _turn = self.place(&backup.key.store)?.removal.lock().await;
+        let _turn = self.store_locks(&backup.key.store)?.removal.lock().await;
         self.check_mark(&backup.key.store).await?;
-        if let Begun::Yes(removal) = self.unless_begun(&backup).await? {
+        if let RemovalState::Begun(removal) = self.withdraw_unless_begun(&backup).await? {
             self.remove_one(&backup, removal).await?;
-            self.tell_removed(backup);
+            self.notify_removed(backup);
         }
         Ok(())
     }
 
     /// Withdraws the removal if no file was touched yet. No caller has received a success for it.
-    async fn unless_begun(&self, backup: &Backup) -> Result<Begun, Error> {
+    async fn withdraw_unless_begun(&self, backup: &Backup) -> Result<RemovalState, Error> {
         match self.in_store(backup, Removal::hold).await? {
             Some(removal) if !removal.is_begun() => {
                 self.catalog.removing(backup.key.clone(), false).await?;
-                Ok(Begun::No)
+                Ok(RemovalState::NotBegun)
             }
-            removal => Ok(Begun::Yes(removal)),
+            removal => Ok(RemovalState::Begun(removal)),
         }
     }
 
-    pub(super) fn place(&self, store: &str) -> Result<&Place, Error> {
-        self.places
+    pub(super) fn store_locks(&self, store: &str) -> Result<&StoreLocks, Error> {
+        self.store_locks
             .get(store)
             .ok_or_else(|| Error::NoStore(store.to_owned()))
     }
@@ -366,7 +366,7 @@ impl Backups {
         store: &str,
         work: impl FnOnce(&Progress) -> Result<T, target::Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let (queue, patience) = (&self.place(store)?.queue, self.deadlines.stall());
+        let (queue, patience) = (&self.store_locks(store)?.queue, self.deadlines.stall());
         match queue.watched(&self.activity, patience, work).await {
             Some((_, done)) => Ok(done?),
             None => Err(Error::stalled(patience)),
@@ -376,9 +376,9 @@ impl Backups {
 
 /// Backups and their locked directories, if these exist. Releasing the locks can block on storage.
 #[derive(Default)]
-struct Held(VecDeque<(Backup, Option<Removal>)>);
+struct LockedBackups(VecDeque<(Backup, Option<Removal>)>);
 
-impl Drop for Held {
+impl Drop for LockedBackups {
     fn drop(&mut self) {
         let held = std::mem::take(&mut self.0);
         if !held.is_empty() {

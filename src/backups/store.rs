@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::look::images_amiss;
+use super::probe::image_fault;
 use crate::catalog::{self, BackupState, Link};
 use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::target::{self, Shelf};
@@ -86,8 +86,8 @@ fn read_backup(shelf: &Shelf, id: &str) -> Result<Stored, String> {
     if manifest.id != id {
         return Err(format!("{MANIFEST_NAME} belongs to backup '{}'", manifest.id));
     }
-    let amiss = images_amiss(shelf, &manifest.disks).map_err(text)?;
-    let (state, problem) = amiss.unwrap_or((BackupState::Complete, String::new()));
+    let fault = image_fault(shelf, &manifest.disks).map_err(text)?;
+    let (state, problem) = fault.unwrap_or((BackupState::Complete, String::new()));
     Ok(Stored {
         manifest,
         state,

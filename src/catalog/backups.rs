@@ -83,7 +83,7 @@ pub struct Backup {
     /// The fault for users; empty if there is none.
     pub problem: String,
     /// The result of the last check of its files.
-    pub looked: Looked,
+    pub probed: ProbeResult,
     /// This service created or adopted it, so keep rules apply to it.
     pub own: bool,
     /// Must not be removed.
@@ -128,7 +128,7 @@ impl BackupFilter {
 }
 
 /// The result of checking a backup's files: a fault, or `None`.
-pub type Looked = Option<(BackupState, String)>;
+pub type ProbeResult = Option<(BackupState, String)>;
 
 impl Catalog {
     /// Returns the next backups after `after`: at least one if any follows, at most `at_most`. A name also matches
@@ -256,18 +256,18 @@ impl Catalog {
     }
 
     /// Records the result of a check of backups' files, and its effect on their dependents.
-    pub async fn looked(&self, looked: Vec<(BackupKey, Looked)>) -> Result<(), Error> {
+    pub async fn record_probes(&self, probed: Vec<(BackupKey, ProbeResult)>) -> Result<(), Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
-            for (key, looked) in &looked {
-                let (state, problem) = match looked {
+            for (key, probed) in &probed {
+                let (state, problem) = match probed {
                     Some((state, problem)) => (state.as_str(), problem.as_str()),
                     None => ("", ""),
                 };
                 let sql = "UPDATE backups SET look_state = ?4, look_problem = ?5 WHERE store = ?1 AND domain = ?2 AND id = ?3";
                 transaction.execute(sql, params![key.store, key.domain, key.id, state, problem])?;
             }
-            propagate_damage(&transaction, looked.iter().map(|(key, _)| key))?;
+            propagate_damage(&transaction, probed.iter().map(|(key, _)| key))?;
             Ok(transaction.commit()?)
         })
         .await
@@ -380,9 +380,9 @@ fn read(row: &Row) -> Result<Backup, Error> {
     let key = key(row)?;
     let manifest = Manifest::parse(text.as_bytes())
         .map_err(|error| Error::Statement(format!("the manifest of backup {}: {error}", key.id)))?;
-    let looked = looked(row)?;
-    let (state, problem) = match &looked {
-        Some(looked) => looked.clone(),
+    let probed = probed(row)?;
+    let (state, problem) = match &probed {
+        Some(probed) => probed.clone(),
         None => state(row)?,
     };
     Ok(Backup {
@@ -391,7 +391,7 @@ fn read(row: &Row) -> Result<Backup, Error> {
         domain: domain(row)?,
         state,
         problem,
-        looked,
+        probed,
         own: row.get("own")?,
         protected: row.get("protected")?,
         manifest,
@@ -399,7 +399,7 @@ fn read(row: &Row) -> Result<Backup, Error> {
     })
 }
 
-fn looked(row: &Row) -> rusqlite::Result<Looked> {
+fn probed(row: &Row) -> rusqlite::Result<ProbeResult> {
     let state: String = row.get("look_state")?;
     match BackupState::parse(&state) {
         BackupState::Complete => Ok(None),
@@ -517,10 +517,10 @@ mod tests {
         keep(&catalog, "a", None, 7).await;
         assert_eq!(states(&catalog).await, damaged);
         let missing = Some((BackupState::Missing, "gone".to_owned()));
-        catalog.looked(vec![(key("a"), missing)]).await.unwrap();
+        catalog.record_probes(vec![(key("a"), missing)]).await.unwrap();
         assert_eq!(states(&catalog).await[0], state("a", "missing", "gone"));
         assert_eq!(states(&catalog).await[1].2, base_is("missing"));
-        catalog.looked(vec![(key("a"), None)]).await.unwrap();
+        catalog.record_probes(vec![(key("a"), None)]).await.unwrap();
         assert_eq!(states(&catalog).await, damaged);
         catalog.checked(key("a"), None).await.unwrap();
         assert_eq!(states(&catalog).await, whole);

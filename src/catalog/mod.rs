@@ -20,7 +20,7 @@ mod record;
 mod rescan;
 mod standing;
 
-pub use backups::{Backup, BackupFilter, BackupKey, BackupRecord, BackupState, Cursor, Looked};
+pub use backups::{Backup, BackupFilter, BackupKey, BackupRecord, BackupState, Cursor, ProbeResult};
 pub use chains::{Link, Stored, broken};
 pub use checkpoints::{Begun, CheckpointRecord, Recorded};
 pub use directory::{DirectoryState, Used};

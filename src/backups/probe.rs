@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use tokio::time::Instant;
 
 use super::Backups;
-use crate::catalog::{self, Backup, BackupKey, BackupState, Looked};
+use crate::catalog::{self, Backup, BackupKey, BackupState, ProbeResult};
 use crate::model::{Disk, MANIFEST_NAME, MAX_MANIFEST_BYTES};
 use crate::target::{self, Shelf};
 
@@ -22,19 +22,19 @@ struct Expected {
     text: String,
     disks: Vec<Disk>,
     /// The last known state.
-    looked: Looked,
+    probed: ProbeResult,
 }
 
 impl Backups {
     /// Checks the files of these backups. Returns true if a state differs from the last known one.
-    pub(super) async fn look(&self, backups: &[Backup], deadline: Instant) -> Result<bool, catalog::Error> {
+    pub(super) async fn probe(&self, backups: &[Backup], deadline: Instant) -> Result<bool, catalog::Error> {
         let mut by_store: BTreeMap<&str, Vec<Expected>> = BTreeMap::new();
         for backup in backups {
             by_store.entry(&backup.key.store).or_default().push(Expected {
                 key: backup.key.clone(),
                 text: backup.text.clone(),
                 disks: backup.manifest.disks.clone(),
-                looked: backup.looked.clone(),
+                probed: backup.probed.clone(),
             });
         }
         let (mut found, mut changed) = (Vec::new(), false);
@@ -43,32 +43,32 @@ impl Backups {
             let Some(store) = self.stores.get(name) else {
                 continue;
             };
-            let Some(looking) = self.begin_look(name) else {
+            let Some(slot) = self.begin_probe(name) else {
                 continue;
             };
             let path = store.path.clone();
-            let look = tokio::task::spawn_blocking(move || {
-                let _looking = looking;
-                look_through(&path, &expected)
+            let probe = tokio::task::spawn_blocking(move || {
+                let _slot = slot;
+                probe_store(&path, &expected)
             });
             // If the check takes longer, the next call repeats it.
-            let Ok(Ok(looked)) = tokio::time::timeout_at(deadline, look).await else {
+            let Ok(Ok(probed)) = tokio::time::timeout_at(deadline, probe).await else {
                 continue;
             };
-            if !looked.amiss {
-                found.extend(looked.different);
+            if !probed.faulty {
+                found.extend(probed.different);
                 continue;
             }
             match self.read_again(name, deadline).await {
                 Some(true) => changed = true,
-                Some(false) => found.extend(looked.different),
+                Some(false) => found.extend(probed.different),
                 None => {}
             }
         }
         if found.is_empty() {
             return Ok(changed);
         }
-        self.catalog.looked(found).await?;
+        self.catalog.record_probes(found).await?;
         Ok(true)
     }
 
@@ -94,18 +94,18 @@ impl Backups {
 
 /// The result of checking a store.
 #[derive(Default)]
-struct Seen {
+struct ProbeReport {
     /// A backup is not as it was when it was created.
-    amiss: bool,
+    faulty: bool,
     /// Backups whose state differs from the last known one.
-    different: Vec<(BackupKey, Looked)>,
+    different: Vec<(BackupKey, ProbeResult)>,
 }
 
 /// Blocks.
-fn look_through(path: &Path, expected: &[Expected]) -> Seen {
+fn probe_store(path: &Path, expected: &[Expected]) -> ProbeReport {
     let store = Shelf::of_store(path);
     let mut shelves: BTreeMap<&str, Result<Option<Shelf>, target::Error>> = BTreeMap::new();
-    let mut seen = Seen::default();
+    let mut report = ProbeReport::default();
     for backup in expected {
         let domain = &backup.key.domain;
         let shelf = shelves.entry(domain).or_insert_with(|| match &store {
@@ -113,31 +113,31 @@ fn look_through(path: &Path, expected: &[Expected]) -> Seen {
             Err(target::Error::NoDirectory { .. }) => Ok(None),
             Err(error) => Err(error.clone()),
         });
-        let looked = match shelf {
-            Ok(Some(shelf)) => look_at(shelf, backup),
+        let probed = match shelf {
+            Ok(Some(shelf)) => probe_backup(shelf, backup),
             Ok(None) => Ok(gone()),
             // The state of an unreachable backup is unknown.
             Err(_) => continue,
         };
-        let Ok(looked) = looked else { continue };
-        seen.amiss |= looked.is_some();
-        if looked != backup.looked {
-            seen.different.push((backup.key.clone(), looked));
+        let Ok(probed) = probed else { continue };
+        report.faulty |= probed.is_some();
+        if probed != backup.probed {
+            report.different.push((backup.key.clone(), probed));
         }
     }
-    seen
+    report
 }
 
-fn gone() -> Looked {
+fn gone() -> ProbeResult {
     Some((BackupState::Missing, "its directory is missing".into()))
 }
 
-fn look_at(shelf: &Shelf, expected: &Expected) -> Result<Looked, target::Error> {
+fn probe_backup(shelf: &Shelf, expected: &Expected) -> Result<ProbeResult, target::Error> {
     let Some(backup) = shelf.below(&expected.key.id)? else {
         return Ok(gone());
     };
-    if let Some(amiss) = images_amiss(&backup, &expected.disks)? {
-        return Ok(Some(amiss));
+    if let Some(fault) = image_fault(&backup, &expected.disks)? {
+        return Ok(Some(fault));
     }
     let problem = match backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) {
         Ok((bytes, _)) if bytes == expected.text.as_bytes() => return Ok(None),
@@ -149,7 +149,7 @@ fn look_at(shelf: &Shelf, expected: &Expected) -> Result<Looked, target::Error> 
 }
 
 /// Returns the first fault of a backup's images that is visible without reading them.
-pub(super) fn images_amiss(backup: &Shelf, disks: &[Disk]) -> Result<Looked, target::Error> {
+pub(super) fn image_fault(backup: &Shelf, disks: &[Disk]) -> Result<ProbeResult, target::Error> {
     for Disk { file, length, .. } in disks {
         let size = match backup.file_size(file) {
             Ok(size) => size,

@@ -22,10 +22,10 @@ pub(super) struct Chains {
     /// Backups that the store marks as protected.
     protected: BTreeSet<String>,
     /// Backups by id whose manifest cannot be read or parsed. Only the catalog may know their bases.
-    obscure: BTreeMap<String, Obscure>,
+    unreadable: BTreeMap<String, Unreadable>,
 }
 
-struct Obscure {
+struct Unreadable {
     why: Error,
     /// The manifest is damaged, so neither a retry nor a newer version can parse it.
     is_damaged: bool,
@@ -36,12 +36,12 @@ struct Stored {
     id: String,
     /// The manifest's path, for messages.
     path: String,
-    parents: Result<Vec<String>, Why>,
+    parents: Result<Vec<String>, ReadError>,
     protected: bool,
 }
 
 /// The reasons why a backup's bases are unknown.
-enum Why {
+enum ReadError {
     Manifest(ManifestError),
     Store(target::Error),
 }
@@ -63,7 +63,7 @@ impl Chains {
 
     /// Fails if a manifest other than those of `ids` cannot be read or parsed.
     pub fn check_understood(&self, ids: &BTreeSet<String>) -> Result<(), Error> {
-        let mut others = self.obscure.iter().filter(|(id, _)| !ids.contains(*id));
+        let mut others = self.unreadable.iter().filter(|(id, _)| !ids.contains(*id));
         others.next().map_or(Ok(()), |(_, other)| Err(other.why.clone()))
     }
 
@@ -71,8 +71,8 @@ impl Chains {
     /// not count, because two of them would block each other forever. They do count for a good backup, because a
     /// damaged one may depend on it.
     pub fn check_removable(&self, ids: &BTreeSet<String>) -> Result<(), Error> {
-        let is_damaged = |id: &String| self.obscure.get(id).is_some_and(|obscure| obscure.is_damaged);
-        let others = self.obscure.iter().filter(|(id, _)| !ids.contains(*id));
+        let is_damaged = |id: &String| self.unreadable.get(id).is_some_and(|entry| entry.is_damaged);
+        let others = self.unreadable.iter().filter(|(id, _)| !ids.contains(*id));
         let mut others = others.filter(|(_, other)| !(other.is_damaged && ids.iter().all(is_damaged)));
         others.next().map_or(Ok(()), |(_, other)| Err(other.why.clone()))
     }
@@ -117,7 +117,7 @@ impl Backups {
         let mut links: BTreeMap<String, Link> =
             recorded.into_iter().map(|link| (link.id.clone(), link)).collect();
         let (mut unknown, mut protected) = (BTreeSet::new(), BTreeSet::new());
-        let mut obscure = BTreeMap::new();
+        let mut unreadable = BTreeMap::new();
         for stored in stored {
             let Stored {
                 id, path, parents, ..
@@ -127,16 +127,16 @@ impl Backups {
             }
             let parents = match parents {
                 Ok(parents) => parents,
-                Err(Why::Manifest(why)) => {
+                Err(ReadError::Manifest(why)) => {
                     let is_damaged = why.is_damage();
                     let why = Error::Unreadable { path, why };
-                    obscure.insert(id, Obscure { why, is_damaged });
+                    unreadable.insert(id, Unreadable { why, is_damaged });
                     continue;
                 }
-                Err(Why::Store(error)) => {
+                Err(ReadError::Store(error)) => {
                     let why = error.into();
                     let is_damaged = false;
-                    obscure.insert(id, Obscure { why, is_damaged });
+                    unreadable.insert(id, Unreadable { why, is_damaged });
                     continue;
                 }
             };
@@ -157,7 +157,7 @@ impl Backups {
             links: links.into_values().collect(),
             unknown,
             protected,
-            obscure,
+            unreadable,
         })
     }
 }
@@ -178,11 +178,11 @@ fn read_domain(store: &Path, domain: &str, progress: &Progress) -> Result<Vec<St
                     // No longer a backup; only the catalog may know its content.
                     Err(error) if is_absent(&error) && !protected => continue,
                     Err(error) if is_absent(&error) => (Ok(Vec::new()), protected),
-                    Err(error) => (Err(Why::Store(error)), protected),
+                    Err(error) => (Err(ReadError::Store(error)), protected),
                     Ok((bytes, _)) => (parents(&bytes), protected),
                 }
             }
-            Err(error) => (Err(Why::Store(error)), false),
+            Err(error) => (Err(ReadError::Store(error)), false),
         };
         let path = shelf.path().join(&id).join(MANIFEST_NAME).display().to_string();
         progress.add(1);
@@ -196,7 +196,7 @@ fn read_domain(store: &Path, domain: &str, progress: &Progress) -> Result<Vec<St
     Ok(stored)
 }
 
-fn parents(manifest: &[u8]) -> Result<Vec<String>, Why> {
-    let manifest = Manifest::parse(manifest).map_err(Why::Manifest)?;
+fn parents(manifest: &[u8]) -> Result<Vec<String>, ReadError> {
+    let manifest = Manifest::parse(manifest).map_err(ReadError::Manifest)?;
     Ok(manifest.parents().into_iter().map(str::to_owned).collect())
 }

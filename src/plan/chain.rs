@@ -62,7 +62,7 @@ pub struct EarlierDisk {
 
 /// The kind of backup that a call requests for a disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Wanted {
+pub enum BaseRequest {
     /// Incremental to the newest backup for which the disk has a bitmap, or else full.
     #[default]
     Auto,
@@ -208,13 +208,18 @@ impl Why {
 }
 
 /// Chooses for one disk. `refused` is a reason that excludes every base.
-pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<Why>) -> Result<Mode, Error> {
+pub(super) fn choose(
+    disk: &Disk,
+    past: &Past,
+    wanted: &BaseRequest,
+    refused: Option<Why>,
+) -> Result<Mode, Error> {
     let earlier = past.earlier.as_slice();
     let found = match wanted {
-        Wanted::Full => return Ok(Mode::default()),
+        BaseRequest::Full => return Ok(Mode::default()),
         _ if refused.is_some() => Err(refused.unwrap_or(Why::Requested)),
-        Wanted::Auto | Wanted::Newest => newest(disk, earlier),
-        Wanted::Since { checkpoint, at } => {
+        BaseRequest::Auto | BaseRequest::Newest => newest(disk, earlier),
+        BaseRequest::Since { checkpoint, at } => {
             let is_called =
                 |backup: &Earlier| backup.id == *checkpoint || backup.checkpoint.as_ref() == Some(checkpoint);
             let alone = |other: &Existing| other.is_called(checkpoint) && !other.has_backup;
@@ -240,8 +245,8 @@ pub(super) fn choose(disk: &Disk, past: &Past, wanted: &Wanted, refused: Option<
     });
     match (found, wanted) {
         (Ok(base), _) => Ok(Mode::Since(base)),
-        (Err(why), Wanted::Auto) => Ok(Mode::Full { why }),
-        (Err(why), Wanted::Since { checkpoint, at }) => Err(Error::CannotIncrement {
+        (Err(why), BaseRequest::Auto) => Ok(Mode::Full { why }),
+        (Err(why), BaseRequest::Since { checkpoint, at }) => Err(Error::CannotIncrement {
             disk: disk.name.clone(),
             since: format!("'{checkpoint}'"),
             why,
@@ -381,14 +386,14 @@ mod tests {
     }
 
     fn auto(disk: &Disk, earlier: &[Earlier]) -> Result<(String, bool), Why> {
-        match choose(disk, &past(earlier), &Wanted::Auto, None).unwrap() {
+        match choose(disk, &past(earlier), &BaseRequest::Auto, None).unwrap() {
             Mode::Full { why } => Err(why),
             Mode::Since(base) => Ok((base.backup, base.newest)),
         }
     }
 
-    fn named(checkpoint: &str) -> Wanted {
-        Wanted::Since {
+    fn named(checkpoint: &str) -> BaseRequest {
+        BaseRequest::Since {
             checkpoint: checkpoint.into(),
             at: Position::default(),
         }
@@ -494,7 +499,7 @@ mod tests {
         always.records_over_snapshots = true;
         let why = Why::NoBitmap;
         assert_eq!(
-            choose(&snapshots, &always, &Wanted::Auto, None),
+            choose(&snapshots, &always, &BaseRequest::Auto, None),
             Ok(Mode::Full { why })
         );
         snapshots.bitmaps = disk(&["since-a"]).bitmaps;
@@ -524,7 +529,7 @@ mod tests {
         assert_eq!(error.kind(), crate::error::Kind::NoSuchCheckpoint);
         for (disk, wanted, refused) in [
             (disk(&["since-b"]), named("a"), None),
-            (disk(&[]), Wanted::Newest, None),
+            (disk(&[]), BaseRequest::Newest, None),
             (both.clone(), named("a"), Some(Why::Raw)),
             (both.clone(), named("alone"), None),
             (both.clone(), named("alone-id"), None),
@@ -532,7 +537,10 @@ mod tests {
             let error = choose(&disk, &earlier, &wanted, refused).unwrap_err();
             assert_eq!(error.kind(), crate::error::Kind::CannotIncrement, "{error}");
         }
-        assert_eq!(choose(&both, &earlier, &Wanted::Full, None), Ok(Mode::default()));
+        assert_eq!(
+            choose(&both, &earlier, &BaseRequest::Full, None),
+            Ok(Mode::default())
+        );
     }
 
     #[test]

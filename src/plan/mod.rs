@@ -12,7 +12,8 @@ pub mod retention;
 mod tests;
 
 pub use chain::{
-    Base, Earlier, EarlierDisk, Mode, Wanted, Why, checkpoint_of_sentinel, sentinel_name, was_never_smaller,
+    Base, BaseRequest, Earlier, EarlierDisk, Mode, Why, checkpoint_of_sentinel, sentinel_name,
+    was_never_smaller,
 };
 pub use checkpoint::{CheckpointOption, Existing, Obstacle, checkpoint};
 pub use error::Error;
@@ -534,8 +535,8 @@ fn wanted(
     definition: &Definition,
     options: &Options,
     asked: Option<&DiskDefinition>,
-) -> Result<Wanted, Error> {
-    let since = |checkpoint: &CheckpointRef| Wanted::Since {
+) -> Result<BaseRequest, Error> {
+    let since = |checkpoint: &CheckpointRef| BaseRequest::Since {
         checkpoint: checkpoint.name.clone(),
         at: checkpoint.at,
     };
@@ -544,19 +545,19 @@ fn wanted(
         (Some(document), Some(Incremental::Since(name))) if document.name == *name => since(document),
         (Some(_), Some(_)) => return disagreement,
         (Some(document), None) => since(document),
-        (None, Some(Incremental::Full)) => Wanted::Full,
-        (None, Some(Incremental::Since(name))) => Wanted::Since {
+        (None, Some(Incremental::Full)) => BaseRequest::Full,
+        (None, Some(Incremental::Since(name))) => BaseRequest::Since {
             checkpoint: name.clone(),
             at: Position::default(),
         },
-        (None, Some(Incremental::Auto) | None) => Wanted::Auto,
+        (None, Some(Incremental::Auto) | None) => BaseRequest::Auto,
     };
     match (asked.and_then(|asked| asked.mode.as_ref()), all) {
         (None, all) => Ok(all),
-        (Some(BackupMode::Full), _) => Ok(Wanted::Full),
-        (Some(BackupMode::Incremental(_)), Wanted::Full) => disagreement,
+        (Some(BackupMode::Full), _) => Ok(BaseRequest::Full),
+        (Some(BackupMode::Incremental(_)), BaseRequest::Full) => disagreement,
         (Some(BackupMode::Incremental(Some(checkpoint))), _) => Ok(since(checkpoint)),
-        (Some(BackupMode::Incremental(None)), Wanted::Auto) => Ok(Wanted::Newest),
+        (Some(BackupMode::Incremental(None)), BaseRequest::Auto) => Ok(BaseRequest::Newest),
         (Some(BackupMode::Incremental(None)), all) => Ok(all),
     }
 }
@@ -566,7 +567,7 @@ fn disk_plan(
     asked: Option<&DiskDefinition>,
     store: Option<&Store>,
     past: &Past,
-    wanted: &Wanted,
+    wanted: &BaseRequest,
 ) -> Result<DiskPlan, Error> {
     let format = asked.and_then(|asked| asked.format).unwrap_or(Format::Qcow2);
     let refused = match (store, format) {

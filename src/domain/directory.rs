@@ -1,6 +1,6 @@
-//! The domain directories: one TOML file a domain, read at the start and whenever something in them changes.
+//! The domain directories: one TOML file per domain, read at the start and after each change in a directory.
 //!
-//! Knows files; the registry decides what a file that came or went means.
+//! Knows files. The registry decides what an added or removed file means.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
@@ -16,10 +16,10 @@ use super::is_domain_name;
 use crate::config;
 use crate::socket::{Address, User};
 
-/// A domain's file is a few lines; more is a mistake.
+/// A domain file has a few lines; a larger file is a mistake.
 const MAX_BYTES: u64 = 64 << 10;
 
-/// What one file says, and whose it is.
+/// The content of one domain file, and its owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct DomainFile {
     pub owner: u32,
@@ -30,11 +30,11 @@ pub(super) struct DomainFile {
     pub max_latency: Option<u32>,
 }
 
-/// On which of a domain's disks backups into a store begin checkpoints.
+/// The disks of a domain on which a backup into a store creates checkpoints.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CheckpointPolicy {
-    /// On those whose images hold no internal snapshots, to which QEMU could not revert.
+    /// Disks whose images have no internal snapshots. QEMU cannot revert an image with dirty bitmaps to a snapshot.
     #[default]
     Auto,
     Always,
@@ -46,11 +46,11 @@ pub enum CheckpointPolicy {
 pub struct Content {
     pub monitor: PathBuf,
     pub agent: Option<PathBuf>,
-    /// Whose both sockets have to be.
+    /// The user that must own both sockets.
     pub user: Option<User>,
     #[serde(default)]
     pub checkpoints: CheckpointPolicy,
-    /// How long the guest's writes may take during a backup, in milliseconds; 0 is no limit.
+    /// The longest time that a write of the guest may take during a backup, in milliseconds. 0 means no limit.
     #[serde(default, deserialize_with = "max_latency")]
     pub max_latency: Option<u32>,
 }
@@ -78,7 +78,7 @@ impl Content {
     }
 }
 
-/// Why a file is left out.
+/// The reason why a domain file is ignored.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     #[error("{0}")]
@@ -87,19 +87,19 @@ pub enum FileError {
     Syntax(#[from] toml::de::Error),
     #[error("key '{key}': '{}' is not an absolute path", .value.display())]
     RelativePath { key: &'static str, value: PathBuf },
-    #[error("the file's name is no domain's name")]
+    #[error("the file name is not a valid domain name")]
     Name,
-    #[error("it can be written by others than root and user {owner}: not trusted")]
+    #[error("users other than root and user {owner} can write it: not trusted")]
     Writable { owner: u32 },
     #[error("it belongs to user {0}: not trusted")]
     Owner(u32),
-    #[error("it is no regular file of at most {MAX_BYTES} bytes")]
+    #[error("it is not a regular file of at most 64 KiB")]
     NotAFile,
     #[error("it is empty")]
     Empty,
 }
 
-/// The directories, and what is wrong in them that was logged already.
+/// The directories, and the errors in them that were logged already.
 #[derive(Debug)]
 pub struct Directories {
     paths: Vec<PathBuf>,
@@ -107,7 +107,7 @@ pub struct Directories {
 }
 
 impl Directories {
-    /// Where two directories hold a file of the same name, the earlier one counts.
+    /// If two directories have a file of the same name, the file in the earlier directory counts.
     pub fn new(paths: Vec<PathBuf>) -> Self {
         Self {
             paths,
@@ -115,28 +115,28 @@ impl Directories {
         }
     }
 
-    /// Reads all files. A bad one is logged once, with its line, and left out; the others count.
+    /// Reads all files. A file with an error is logged once, with the line, and ignored. The other files count.
     pub(super) fn read(&mut self) -> BTreeMap<String, DomainFile> {
         let mut domains = BTreeMap::new();
         let mut wrong = HashMap::new();
         for path in self.paths.iter().flat_map(|directory| files_in(directory)) {
             match read_file(&path) {
                 Ok((name, file)) => drop(domains.entry(name).or_insert(file)),
-                // It was made this moment and is still to be written: closing it is another event.
+                // The file was just created and is not written yet. Closing it is another event.
                 Err(FileError::Empty) => tracing::debug!("{}: it is empty", path.display()),
                 Err(error) => drop(wrong.insert(path, error.to_string())),
             }
         }
         for (path, error) in &wrong {
             if self.reported.get(path) != Some(error) {
-                tracing::error!("{}: {error}: the file is left out", path.display());
+                tracing::error!("{}: {error}: the file is ignored", path.display());
             }
         }
         self.reported = wrong;
         domains
     }
 
-    /// Starts to watch. What happens afterwards is seen by [`Watch::changed`]; read after this, not before.
+    /// Starts to watch. [`Watch::changed`] reports later changes only, so read the files after this call, not before.
     pub(super) fn watch(&self) -> io::Result<Watch> {
         let inotify = Inotify::init()?;
         let watches = inotify.watches();
@@ -151,7 +151,7 @@ impl Directories {
     }
 }
 
-/// Tells when to read again.
+/// Reports when to read the files again.
 pub(super) struct Watch {
     paths: Vec<PathBuf>,
     watches: inotify::Watches,
@@ -163,7 +163,7 @@ impl Watch {
     pub async fn changed(&mut self) -> io::Result<()> {
         loop {
             let first = self.stream.next().await.ok_or(io::ErrorKind::UnexpectedEof)??;
-            // A watch that ended is no news; the event that ended it was.
+            // The end of a watch is not a change: another event reported its cause.
             let mut news = !first.mask.contains(EventMask::IGNORED);
             while let Some(Some(event)) = self.stream.next().now_or_never() {
                 news |= !event?.mask.contains(EventMask::IGNORED);
@@ -175,8 +175,7 @@ impl Watch {
         }
     }
 
-    /// Watches each directory, and where it does not exist the nearest one above it that does. Adding a watch that
-    /// is there already changes nothing.
+    /// Watches each directory, or its nearest existing ancestor. Adding a watch that exists already has no effect.
     fn arm(&mut self) {
         let content = WatchMask::CLOSE_WRITE
             | WatchMask::CREATE
@@ -194,7 +193,7 @@ impl Watch {
             {
                 if let Err(error) = self.watches.add(ancestor, mask) {
                     tracing::error!(
-                        "{}: cannot be watched: {error}: changes need a restart",
+                        "{}: cannot watch it: {error}. Restart the service after changes",
                         ancestor.display()
                     );
                 }
@@ -208,7 +207,7 @@ fn files_in(directory: &Path) -> Vec<PathBuf> {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
         Err(error) => {
-            tracing::error!("{}: {error}: the directory is left out", directory.display());
+            tracing::error!("{}: {error}: the directory is ignored", directory.display());
             return Vec::new();
         }
     };
@@ -223,7 +222,7 @@ fn files_in(directory: &Path) -> Vec<PathBuf> {
 fn read_file(path: &Path) -> Result<(String, DomainFile), FileError> {
     let stem = path.file_stem().and_then(|stem| stem.to_str());
     let name = stem.filter(|name| is_domain_name(name)).ok_or(FileError::Name)?;
-    // Whatever it is, opening it waits for nobody.
+    // With O_NONBLOCK, opening a FIFO does not block.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = std::fs::File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(io::Error::from)?);
     let metadata = file.metadata()?;
@@ -289,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_says_whether_checkpoints_are_made_over_snapshots() {
+    fn a_file_sets_whether_disks_with_snapshots_get_checkpoints() {
         let policy = |line: &str| {
             let content = Content::parse(&format!("monitor = '/run/a.qmp'\n{line}"));
             content
@@ -304,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_says_how_long_the_guests_writes_may_take() {
+    fn a_file_sets_the_longest_write_of_the_guest() {
         let most = |line: &str| {
             let content = Content::parse(&format!("monitor = '/run/a.qmp'\n{line}"));
             content
@@ -331,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_others_may_write_is_not_trusted() {
+    fn a_file_that_other_users_can_write_is_not_trusted() {
         use std::os::unix::fs::PermissionsExt;
         let directory = directory(&[("a.toml", "monitor = '/first'\n")]);
         let path = directory.path().join("a.toml");

@@ -1,5 +1,5 @@
-//! A domain's disks, from QEMU's block layer: the names that callers use, the node to read, and what is known
-//! of its data.
+//! A domain's disks, from QEMU's block layer: the names that callers use, the node to read, and the properties of its
+//! data.
 //!
 //! The name of a disk is the id of its device, else its drive's id, else its node's name.
 
@@ -9,56 +9,57 @@ use super::graph::{Graph, MAX_DISKS};
 use super::outside::Devices;
 use crate::qmp::block::{BlockDeviceInfo, BlockInfo};
 
-/// One drive of the guest. A drive without a medium has an empty `node`.
+/// One drive of the guest. Without a medium, `node` is empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
     pub name: String,
-    /// QEMU's path of the guest's device; empty if it is longer than any should be.
+    /// QEMU's path of the guest's device. Empty if it is longer than [`MAX_DEVICE`] bytes.
     pub device: String,
     /// The node to read: the drive's root node without filters such as `throttle`, so that the guest's own limits
     /// do not slow a backup down. Empty without a medium.
     pub node: String,
-    /// What the guest sees, in bytes.
+    /// The size that the guest sees, in bytes.
     pub virtual_size: u64,
-    /// What the image and its backing chain take on the host, in bytes; at most `virtual_size`. An estimate.
+    /// The bytes that the image and its backing chain use on the host, at most `virtual_size`. An estimate.
     pub allocated: u64,
-    /// The file of its image, as its QEMU has it open, where what is in the file is what the guest sees: it isn't encrypted,
-    /// and holds no internal snapshots.
+    /// The file of the image, as QEMU has it open. `None` if the image is encrypted or has internal snapshots,
+    /// because then the file's content is not what the guest sees.
     pub source: Option<PathBuf>,
     /// QEMU's name of the image format.
     pub format: String,
     pub writable: bool,
-    /// The type of its device, where QEMU passes the guest's commands through and sees nothing of what they write.
+    /// The type of the device if QEMU passes the guest's SCSI commands through, so that QEMU does not see the guest's
+    /// writes.
     pub passed_through: Option<&'static str>,
-    /// Whether QEMU decrypts its image, or one below it (LUKS): a backup has what the guest sees, in plain text.
+    /// Whether QEMU decrypts the image or a backing image (LUKS). A backup has the guest's data in plain text.
     pub encrypted: bool,
-    /// Whether data may lie in a backing file below the image.
+    /// Whether the image has a backing file, which may have data.
     pub has_backing: bool,
-    /// Whether its image can keep dirty bitmaps (qcow2 from version 3 on, QEMU's docs/interop/qcow2).
+    /// Whether the image can keep dirty bitmaps (qcow2 from version 3 on, QEMU's docs/interop/qcow2).
     pub keeps_bitmaps: bool,
-    /// Whether its image holds internal snapshots: QEMU reverts to none of them while the image has dirty bitmaps
+    /// Whether the image has internal snapshots. QEMU cannot revert to them while the image has dirty bitmaps
     /// (`bdrv_snapshot_goto`).
     pub has_snapshots: bool,
-    /// The dirty bitmaps with a name that are on its image.
+    /// The named dirty bitmaps of the image.
     pub bitmaps: Vec<Bitmap>,
-    /// The other names by which it is found where they are unambiguous.
+    /// Other names that find the disk while they are unambiguous.
     aliases: Vec<String>,
 }
 
-/// A record of what was written to, from some instant on.
+/// A dirty bitmap: it records writes from a point in time on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bitmap {
     pub name: String,
-    /// It records; is kept with the image; and nothing was written that it does not have.
+    /// The bitmap is recording, is persistent, and has recorded every write.
     pub good: bool,
-    /// Something was written that it does not have, as when QEMU died: it is of no use to anybody.
+    /// The bitmap has missed writes, for example because QEMU was killed. Nobody can use it.
     pub inconsistent: bool,
-    /// What was written to, in bytes.
+    /// The number of dirty bytes.
     pub dirty: u64,
 }
 
 impl Disk {
-    /// Why a request that names no disks leaves it out; nothing where it is backed up.
+    /// Returns why a request that names no disks skips this disk, or `None` if it includes the disk.
     pub fn left_out(&self) -> Option<&'static str> {
         match self.passed_through {
             Some(kind) => Some(kind),
@@ -76,7 +77,7 @@ impl Disk {
         self.bitmaps.iter().find(|bitmap| bitmap.name == name)
     }
 
-    /// A disk as pure rules see it.
+    /// A disk for tests of the rules that need no QEMU.
     #[cfg(test)]
     pub fn for_test(name: &str, alias: &str, writable: bool, medium: bool) -> Self {
         Self {
@@ -103,16 +104,16 @@ impl Disk {
     }
 }
 
-/// Whom a name means.
+/// The result of a search for a disk.
 #[derive(Debug, PartialEq, Eq)]
 pub enum DiskLookup<'a> {
     Found(&'a Disk),
     Missing,
-    /// Several disks answer to it.
+    /// Several disks have this name.
     Ambiguous,
 }
 
-/// Finds a disk by its name, or by its device's id, drive's id or node's name where that is unambiguous.
+/// Finds a disk by its name, or by the id of its device or drive, or by its node's name, if that is unambiguous.
 pub fn find_disk<'a>(disks: &'a [Disk], name: &str) -> DiskLookup<'a> {
     if let Some(disk) = disks.iter().find(|disk| disk.name == name) {
         return DiskLookup::Found(disk);
@@ -130,7 +131,7 @@ pub fn find_disk<'a>(disks: &'a [Disk], name: &str) -> DiskLookup<'a> {
 const MAX_NAME: usize = 255;
 const MAX_DEVICE: usize = 1024;
 
-/// The disks of all drives; none if the peer claims what no QEMU does.
+/// Returns the disks of all drives, or `None` if the peer reports values that no QEMU has.
 pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph, devices: &Devices) -> Option<Vec<Disk>> {
     if drives.len() > MAX_DISKS {
         return None;
@@ -140,7 +141,7 @@ pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph, devices: &Devices) ->
         let Some(mut disk) = disk(drive, graph, devices) else {
             continue;
         };
-        // The id of one disk's device can be that of another's drive.
+        // The device id of one disk can be the drive id of another disk.
         while disks.iter().any(|other| other.name == disk.name) && !disk.aliases.is_empty() {
             disk.name = disk.aliases.remove(0);
         }
@@ -156,7 +157,7 @@ pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph, devices: &Devices) ->
 
 fn disk(drive: BlockInfo, graph: &Graph, devices: &Devices) -> Option<Disk> {
     let device = drive.qdev.as_deref().and_then(device_id).map(str::to_owned);
-    // A drive that no device uses is no disk of the guest.
+    // If no device uses a drive, it is not a disk of the guest.
     let qdev = drive.qdev?;
     let passed_through = devices.passed_through(&qdev);
     let drive_id = Some(drive.device).filter(|id| !id.is_empty());
@@ -204,7 +205,7 @@ fn disk(drive: BlockInfo, graph: &Graph, devices: &Devices) -> Option<Disk> {
     })
 }
 
-/// `qdev` is an id, or a QOM path that has one in it only under `/machine/peripheral/`.
+/// `qdev` is an id or a QOM path. Only a path under `/machine/peripheral/` has an id in it.
 fn device_id(qdev: &str) -> Option<&str> {
     match qdev.strip_prefix('/') {
         None => Some(qdev),
@@ -238,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_is_never_called_nothing() {
+    fn a_disk_never_has_an_empty_name() {
         let drive = |device: &str, qdev: &str, node: Option<&str>| BlockInfo {
             device: device.to_owned(),
             qdev: Some(qdev.to_owned()),

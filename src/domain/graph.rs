@@ -1,7 +1,7 @@
-//! QEMU's block graph as its monitor reports it: drives, nodes, and which node is below which.
+//! QEMU's block graph as its monitor reports it: drives, nodes, and the edges between nodes.
 //!
-//! Knows QEMU's replies; not which of the nodes is a disk of the guest. Every walk is a loop with a bound: a chain can be as
-//! deep as a peer likes, and have a circle.
+//! Knows QEMU's replies; not which of the nodes is a disk of the guest. Every walk is a bounded loop, because a peer
+//! can report a chain of any depth, or a cycle.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -9,22 +9,22 @@ use std::path::PathBuf;
 use super::disks::Bitmap;
 use crate::qmp::block::{BlockDeviceInfo, BlockDirtyInfo, XDbgBlockGraph};
 
-/// More disks, and longer names, than any machine has: a peer that says so is not QEMU.
+/// No VM has more disks or longer names. A peer that reports more is not QEMU.
 pub(super) const MAX_DISKS: usize = 256;
-/// The same of nodes: every backup of everybody looks at the files of all of them.
+/// The same limit for nodes. Every backup checks the files of all nodes of all domains.
 const MAX_NODES: usize = 16384;
 const MAX_PATH: usize = 4096;
-/// The same of dirty bitmaps on an image; a qcow2 image has room for 65535 (QEMU's docs/interop/qcow2).
+/// The same limit for the dirty bitmaps of an image. A qcow2 image has room for 65535 (QEMU's docs/interop/qcow2).
 const MAX_BITMAPS: usize = 65535;
 const MAX_BITMAP_NAME: usize = 1023;
 
-/// Filters that pass the guest's data through unchanged, so that the node below has the same content.
+/// Filters that pass the guest's data through unchanged, so the node below has the same content.
 const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "copy-before-write"];
-/// So many of them are looked through. Whatever node is reached has the same content.
+/// The most filters to walk through. Every node on the way has the same content.
 const MAX_FILTERS: usize = 64;
 
 impl BlockDeviceInfo {
-    /// Whether it can keep dirty bitmaps (qcow2 from version 3 on, QEMU's docs/interop/qcow2).
+    /// Whether the image can keep dirty bitmaps (qcow2 from version 3 on, QEMU's docs/interop/qcow2).
     pub fn keeps_bitmaps(&self) -> bool {
         let specific = self.image.format_specific.as_ref();
         let version = specific.and_then(|specific| specific.data.compat.as_deref());
@@ -46,13 +46,13 @@ impl BlockDeviceInfo {
         bitmaps.filter(good).collect()
     }
 
-    /// Whether it holds internal snapshots.
+    /// Whether the image has internal snapshots.
     pub fn has_snapshots(&self) -> bool {
         !self.image.snapshots.is_empty()
     }
 
-    /// The file of an image, where what is in the file is what the guest sees: it isn't encrypted, and holds no internal
-    /// snapshots.
+    /// The file of the image. `None` if the image is encrypted or has internal snapshots, because then the file's
+    /// content is not what the guest sees.
     pub fn source_file(&self) -> Option<PathBuf> {
         let plain = ["qcow2", "raw"].contains(&self.drv.as_str()) && !self.image.encrypted;
         (plain && !self.has_snapshots()).then(|| self.file.as_str().into())
@@ -63,18 +63,18 @@ impl BlockDeviceInfo {
     }
 }
 
-/// The nodes and their children, by name, to be asked often: a peer's can be many.
+/// The nodes and their children, by name. Lookups are fast, because a peer can report many nodes.
 pub(super) struct Graph<'a> {
     nodes: HashMap<&'a str, &'a BlockDeviceInfo>,
     file: HashMap<&'a str, &'a str>,
     backing: HashMap<&'a str, &'a str>,
     data_file: HashMap<&'a str, &'a str>,
-    /// QEMU told of the edges: what has none has no child.
+    /// QEMU reported the edges, so a node without an edge has no child.
     has_edges: bool,
 }
 
 impl<'a> Graph<'a> {
-    /// Nothing if the peer claims what no QEMU has. `edges` is there if QEMU can tell them.
+    /// Returns `None` if the peer reports values that no QEMU has. `edges` is `None` if QEMU cannot report them.
     pub fn of(nodes: &'a [BlockDeviceInfo], edges: Option<&'a XDbgBlockGraph>) -> Option<Self> {
         let too_long = |node: &BlockDeviceInfo| node.file.len() > MAX_PATH;
         if nodes.len() > MAX_NODES || nodes.iter().any(too_long) {
@@ -111,17 +111,17 @@ impl<'a> Graph<'a> {
         name
     }
 
-    /// Whether data may lie in an image below this one.
+    /// Whether the image has a backing image, which may have data.
     pub fn has_backing(&self, node: &BlockDeviceInfo) -> bool {
         match self.has_edges {
             true => self.backing.contains_key(node.node_name.as_str()),
-            // The image's header names one, which need not be open.
+            // The image's header names a backing image, which need not be open.
             false => node.backing_file.is_some(),
         }
     }
 
-    /// Whether QEMU decrypts this image or one that it reads for it: what the guest sees is not encrypted where a backup has
-    /// it.
+    /// Whether QEMU decrypts this image or an image that it reads for it. A backup then has the guest's data
+    /// unencrypted.
     pub fn is_encrypted(&self, node: &'a BlockDeviceInfo) -> bool {
         let (mut seen, mut next) = (HashSet::new(), vec![node]);
         while let Some(node) = next.pop() {
@@ -139,8 +139,8 @@ impl<'a> Graph<'a> {
         false
     }
 
-    /// What an image and all that are below it take on the host, in bytes; of the image alone where QEMU cannot tell which
-    /// those are.
+    /// The bytes that an image and its backing chain use on the host. If QEMU cannot report the chain, of the image
+    /// alone.
     pub fn allocated(&self, node: &'a BlockDeviceInfo) -> u64 {
         let mut sum = 0u64;
         let mut next = Some(node);
@@ -160,7 +160,7 @@ impl<'a> Graph<'a> {
     }
 }
 
-/// By the name of the parent: the child that hangs on it by that edge.
+/// Maps the name of each parent to its child along the edge of that name.
 fn children<'a>(edges: &'a XDbgBlockGraph, edge: &str) -> HashMap<&'a str, &'a str> {
     let drivers = || edges.nodes.iter().filter(|node| node.kind == "block-driver");
     let names: HashMap<u64, &str> = drivers().map(|node| (node.id, node.name.as_str())).collect();
@@ -177,7 +177,7 @@ fn children<'a>(edges: &'a XDbgBlockGraph, edge: &str) -> HashMap<&'a str, &'a s
     children
 }
 
-/// Paths of the host's files and devices below the nodes, as QEMU was given them.
+/// Paths of the host's files and devices below the nodes, as QEMU opened them.
 pub(super) fn host_files(nodes: &[BlockDeviceInfo]) -> Vec<PathBuf> {
     let protocol =
         |node: &&BlockDeviceInfo| matches!(node.drv.as_str(), "file" | "host_device" | "host_cdrom");
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_of_filters_ends() {
+    fn a_cycle_of_filters_ends() {
         let nodes = [node("a", "throttle", 0), node("b", "throttle", 0)];
         let edges = edges(&["a", "b"], &[(0, 1, "file"), (1, 0, "file")]);
         let graph = Graph::of(&nodes, Some(&edges)).unwrap();
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_encrypted_if_one_that_it_is_read_from_is() {
+    fn an_image_is_encrypted_if_an_image_below_it_is() {
         let mut nodes = [
             node("top", "qcow2", 1),
             node("base", "qcow2", 2),
@@ -255,11 +255,11 @@ mod tests {
         assert!(graph.is_encrypted(&nodes[0]));
         nodes[2].image.encrypted = false;
         let graph = Graph::of(&nodes, Some(&edges)).unwrap();
-        assert!(!graph.is_encrypted(&nodes[0]), "and a circle ends");
+        assert!(!graph.is_encrypted(&nodes[0]), "a cycle ends");
     }
 
     #[test]
-    fn a_circle_of_backing_images_ends() {
+    fn a_cycle_of_backing_images_ends() {
         let nodes = [node("a", "qcow2", 1), node("b", "qcow2", 2)];
         let edges = edges(&["a", "b"], &[(0, 1, "backing"), (1, 0, "backing")]);
         let graph = Graph::of(&nodes, Some(&edges)).unwrap();
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_takes_what_all_images_below_it_take_and_filters_take_nothing() {
+    fn the_size_of_an_image_includes_its_backing_chain_without_filters() {
         let nodes = [
             node("top", "qcow2", 1),
             node("limit", "throttle", 64),
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn without_edges_the_header_tells_whether_there_is_a_backing_image() {
+    fn without_edges_the_header_shows_the_backing_image() {
         let mut nodes = [node("top", "qcow2", 1), node("base", "qcow2", 2)];
         nodes[0].backing_file = Some("base.qcow2".into());
         let graph = Graph::of(&nodes, None).unwrap();

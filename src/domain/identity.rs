@@ -1,4 +1,5 @@
-//! The identity of a domain: its UUID, or its name and owner. It outlasts the domain's registration and the service.
+//! The identity of a domain: its UUID, or its name and owner. It outlasts the domain's registration and the service
+//! process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,22 +9,22 @@ use uuid::Uuid;
 
 use super::{Domain, Link, Origin, Phase, Registry, SEPARATOR, is_domain_name, unique_name};
 
-/// How long a domain whose connection has ended may take to be registered again.
+/// How long the service waits until a user registers a domain again whose connection has ended.
 const AGAIN: Duration = Duration::from_secs(60);
-/// Domains that are not known and are remembered.
+/// The most unknown domains for which the registry keeps a stand-in.
 const MAX_ABSENT: usize = 4096;
 
-/// What became of waiting for a domain's monitor.
+/// The result of waiting for a domain's monitor.
 #[derive(Debug)]
 pub enum Reach {
     Connected(Arc<Domain>, Arc<Link>),
-    /// Its QEMU has ended, or was registered and nobody can connect to it again.
+    /// QEMU has ended, or a user registered it and the service cannot connect to it again.
     Gone,
-    /// It did not come in time.
+    /// The monitor was not connected in time.
     Late,
 }
 
-/// What stays the same when a domain goes and comes again, or the service does.
+/// The properties that stay the same when a domain disappears and comes back, or the service restarts.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Identity {
     pub name: String,
@@ -33,13 +34,13 @@ pub struct Identity {
     pub uuid: Option<Uuid>,
 }
 
-/// The owner of a domain that no user here owns. No user has this number.
+/// The owner of a domain that no user of this host owns. No user has this number.
 pub const NOBODY: u32 = u32::MAX;
 
 impl Identity {
-    /// The domain of that name and UUID whose backups are in `directory` of a store; nothing if no domain can have the name.
-    /// The directories of registered domains, and no others, begin with the owner's number. These are nobody's: the user who
-    /// has that number here, or now, need not be the owner.
+    /// Returns the domain of that name and UUID whose backups are in `directory` of a store, or `None` if a domain
+    /// cannot have the name. Only the directories of registered domains begin with the owner's number. Such a domain
+    /// gets the owner [`NOBODY`], because the user with that number on this host, or today, need not be its owner.
     pub fn in_directory(directory: &str, name: &str, uuid: Option<Uuid>) -> Option<Self> {
         let owner = directory.split_once(SEPARATOR);
         let is_registered = owner.is_some_and(|(owner, _)| owner.parse::<u32>().is_ok());
@@ -60,19 +61,19 @@ impl Identity {
         unique_name(self.origin, self.owner, &self.name)
     }
 
-    /// Whether its name and UUID are its own for that user: who asks for a name must not get what somebody less trusted calls
-    /// so.
+    /// Whether this user may use the domain's plain name and UUID. Otherwise a less trusted user could register a
+    /// domain under a name that this user expects to be another domain.
     pub fn is_trusted_by(&self, uid: u32) -> bool {
         self.origin == Origin::Configured || self.owner == uid
     }
 
-    /// Whether that user means it by this name: its name, or `UID:NAME` if a user registered it.
+    /// Whether the name denotes this domain for that user: its name, or `UID:NAME` if a user registered it.
     pub fn is_called(&self, name: &str, uid: u32) -> bool {
         self.is_trusted_by(uid) && self.name == name
             || self.origin == Origin::Registered && self.unique_name() == name
     }
 
-    /// A name by which that user means it.
+    /// The name that denotes this domain for that user.
     pub fn name_for(&self, uid: u32) -> String {
         match self.is_trusted_by(uid) {
             true => self.name.clone(),
@@ -92,9 +93,9 @@ impl Domain {
         }
     }
 
-    /// What stands for a domain that is not known now. It has no monitor.
+    /// Creates a stand-in for an unknown domain. It has no monitor.
     fn absent(identity: Identity, lost_name: bool) -> Arc<Self> {
-        let why = "the domain is not known any more".into();
+        let why = "the service does not know the domain any more".into();
         let id = Uuid::new_v4().as_u64_pair().1;
         let mut domain = Self::new(id, identity, Phase::Down { why, gone: false });
         domain.lost_name = lost_name;
@@ -102,20 +103,22 @@ impl Domain {
         Arc::new(domain)
     }
 
-    /// Whether it is configured too, or is registered by the same user: the number may be another one's by now.
+    /// Whether both are configured, or the same user registered both. The name is compared too, because another user
+    /// can have the number by now.
     fn is_of_kin(&self, identity: &Identity) -> bool {
         let is_owners = || self.owner == identity.owner && self.owner_name == identity.owner_name;
         self.origin == identity.origin && (self.origin == Origin::Configured || is_owners())
     }
 
-    /// The name for the authority. If another domain has the name now, a rule for that one must not match this one.
+    /// The domain's name in polkit's rules. If another domain has the name now, a rule for that domain must not match
+    /// this one.
     pub fn told_name(&self) -> String {
         match self.lost_name {
             false => self.name.clone(),
             true => {
                 let uuid = self.snapshot.borrow().uuid;
                 let uuid = uuid.map(|uuid| uuid.to_string()).unwrap_or_default();
-                // No domain's name has a slash.
+                // A domain name cannot have a slash.
                 format!("{}/{uuid}", self.name)
             }
         }
@@ -123,12 +126,12 @@ impl Domain {
 }
 
 impl Registry {
-    /// The domain of that name and owner, if it is known.
+    /// Returns the domain of that name and owner, if it is known.
     pub fn identified(&self, identity: &Identity) -> Option<Arc<Domain>> {
         self.bearer(identity).filter(|domain| domain.is_of_kin(identity))
     }
 
-    /// Whether a domain has the name now, be it another one.
+    /// Whether any domain has the name now, even a different one.
     pub fn has_name_of(&self, identity: &Identity) -> bool {
         self.bearer(identity).is_some()
     }
@@ -140,18 +143,19 @@ impl Registry {
             .find(|domain| domain.unique_name() == name)
     }
 
-    /// The same, or something that stands for it.
+    /// Returns the domain of that name and owner, or a stand-in.
     pub fn identified_or_absent(&self, identity: Identity) -> Arc<Domain> {
         self.identified(&identity)
             .unwrap_or_else(|| self.absent(identity))
     }
 
-    /// The domain with that UUID, whatever it is called now; of that name, if it has no UUID.
+    /// Returns the domain with that UUID, even under another name. If the identity has no UUID, returns the domain of
+    /// that name.
     pub fn same(&self, identity: &Identity) -> Option<Arc<Domain>> {
         let uuid = |known: &Domain| known.snapshot.borrow().uuid;
         if let Some(named) = self.identified(identity)
-            // The UUID of a QEMU that was never reached is not known. A domain that claims that UUID under another name meanwhile
-            // does not get this one's backups.
+            // The UUID of a QEMU is unknown until the service has reached it once. Until then, a domain that reports
+            // this UUID under another name does not get the backups of this one.
             && (uuid(&named) == identity.uuid || !named.was_reached())
         {
             return Some(named);
@@ -161,7 +165,7 @@ impl Registry {
         self.list().into_iter().find(is_it)
     }
 
-    /// The same, or something that stands for it. That has no name if another domain has it now.
+    /// Returns the same domain, or a stand-in. The stand-in has no name if another domain has the name now.
     pub fn same_or_absent(&self, identity: Identity) -> Arc<Domain> {
         match self.same(&identity) {
             Some(known) => known,
@@ -176,8 +180,8 @@ impl Registry {
         self.stand_in(identity, false)
     }
 
-    /// What stands for a domain that is not known now: always the same for the same one, so that what is known of it, and
-    /// of who may see it, lasts.
+    /// Returns the stand-in of an unknown domain. The same identity always gets the same stand-in, so that its state
+    /// and its access rights last.
     fn stand_in(&self, identity: Identity, lost_name: bool) -> Arc<Domain> {
         let mut absent = self.lock_absent();
         let key = (identity, lost_name);
@@ -188,8 +192,8 @@ impl Registry {
         absent.entry(key.clone()).or_insert_with(stands).clone()
     }
 
-    /// Waits until the domain is known, under whatever name, and its monitor is connected. A registered one has ended with its connection, unless
-    /// its user registers it again soon: there is no path by which it could come back.
+    /// Waits until the domain is known, under any name, and its monitor is connected. A registered domain has ended
+    /// with its connection unless its user registers it again soon, because the service has no path to connect to.
     pub async fn reach(&self, identity: &Identity, patience: Duration) -> Reach {
         let (patience, otherwise) = match identity.origin {
             Origin::Configured => (patience, Reach::Late),
@@ -200,12 +204,12 @@ impl Registry {
                 let domain = self.appears(identity).await?;
                 tokio::select! {
                     link = domain.next_link(None, Duration::MAX) => match link {
-                        // Until it was reached, only its name was known.
+                        // Until the service has reached it, only its name is known.
                         Some(_) if !self.is_same(&domain, identity) => {}
                         Some(link) => return Some(Reach::Connected(domain.clone(), link)),
                         None => return domain.is_gone().then_some(Reach::Gone),
                     },
-                    // Another one may come in its place.
+                    // Another domain can replace it.
                     () = self.disappears(&domain) => {}
                 }
             }
@@ -233,7 +237,7 @@ impl Registry {
             if let Some(domain) = self.same(identity) {
                 return Some(domain);
             }
-            // Changes may have been missed: only the present state counts.
+            // The receiver may have missed changes, so only the present state counts.
             tokio::select! {
                 changed = changes.recv() => if let Err(RecvError::Closed) = changed {
                     return None;
@@ -243,7 +247,7 @@ impl Registry {
         }
     }
 
-    /// Waits until a domain of the same kin, of those that are known now, says that it has that UUID, under whatever name.
+    /// Waits until a known domain with the same origin and owner reports that UUID, under any name.
     async fn has_uuid(&self, identity: &Identity) {
         let kin = self
             .list()
@@ -258,7 +262,7 @@ impl Registry {
                     .await
                     .is_ok();
                 if !said {
-                    // It has gone.
+                    // The domain was removed.
                     std::future::pending::<()>().await;
                 }
             })

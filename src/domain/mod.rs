@@ -1,6 +1,6 @@
-//! The domains: their descriptions, their state as QEMU reports it, and a supervised monitor for each.
+//! The domains: their configuration, their state as QEMU reports it, and a supervised monitor for each.
 //!
-//! Knows domain files, monitors and disks. Does not know what a backup is, who may ask for one, or D-Bus.
+//! Knows domain files, monitors and disks; not backups, access rights or D-Bus.
 
 mod directory;
 mod disks;
@@ -35,22 +35,22 @@ use crate::socket::Dialer;
 use crate::text::is_invisible;
 use crate::{qmp, quota};
 
-/// How long a monitor may take to greet, and a query to be answered, while nothing but looking is done.
+/// How long the service waits for a monitor's greeting, and for the reply to a query.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("no domain '{0}'")]
     NoSuchDomain(String),
-    #[error("no domain '{name}': other users have registered {others}, and only these names mean those")]
+    #[error("no domain '{name}': other users have registered {others}. Use one of these names")]
     OnlyOthers { name: String, others: String },
-    #[error("several domains have the UUID {0}: name one of them")]
+    #[error("several domains have the UUID {0}. Use a name instead")]
     Ambiguous(String),
     #[error("domain '{name}' cannot be reached: {why}")]
     Unreachable { name: String, why: String },
     #[error(
-        "'{0}' cannot be a domain's name: it must have 1 to 128 bytes, no '/' and no control or format characters, not start \
-         with '.' or with a number and ':', and be no UUID"
+        "'{0}' cannot be a domain's name: use 1 to 128 bytes without '/', control or format characters. A name must \
+         not be a UUID or start with '.' or a number and ':'"
     )]
     InvalidName(String),
     #[error("a domain named '{0}' exists already")]
@@ -64,7 +64,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// No domain that the caller may see has this name or UUID.
+    /// The caller may see no domain with this name or UUID.
     pub fn no_such_domain(name: &str) -> Self {
         Self::NoSuchDomain(shown(name))
     }
@@ -89,12 +89,12 @@ impl From<Error> for crate::error::Error {
     }
 }
 
-/// Where a domain became known.
+/// How the service learned of a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Origin {
     /// A file in one of the domain directories.
     Configured,
-    /// A caller handed over its monitor's socket.
+    /// A caller passed the socket of its monitor.
     Registered,
 }
 
@@ -113,7 +113,7 @@ impl Origin {
     }
 }
 
-/// What a domain is doing, in libvirt's words.
+/// The state of a domain, in libvirt's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     Running,
@@ -136,8 +136,7 @@ impl State {
         }
     }
 
-    /// From QEMU's `RunState` word (`qapi/run-state.json`). Whatever is not running and has no word of its own
-    /// here has its CPUs stopped.
+    /// Maps QEMU's `RunState` (`qapi/run-state.json`). In every state without an arm here the CPUs are stopped.
     fn from_run_state(word: &str) -> Self {
         match word {
             "running" => Self::Running,
@@ -149,13 +148,13 @@ impl State {
     }
 }
 
-/// Where a migration has got to, as far as it takes the disks from this QEMU (`qapi/run-state.json`).
+/// The phase of a migration in which this QEMU does not own the disks, or loses them (`qapi/run-state.json`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Migration {
-    /// The disks are, or are about to become, those of another QEMU.
+    /// The destination QEMU owns the disks, or is about to.
     Leaving,
     Left,
-    /// They still are those of another QEMU.
+    /// The source QEMU still owns the disks.
     Coming,
 }
 
@@ -170,20 +169,20 @@ impl Migration {
     }
 }
 
-/// What QEMU said when it was asked last.
+/// The last state that QEMU reported.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     pub uuid: Option<Uuid>,
-    /// QEMU was asked at least once.
+    /// QEMU has answered at least once.
     pub reached: bool,
     pub state: State,
     pub migration: Option<Migration>,
     pub disks: Arc<[Disk]>,
-    /// Devices with data that is not on any of the disks.
+    /// Devices whose data is not on any of the disks.
     pub outside: Arc<[Outside]>,
-    /// Paths, as QEMU sees them, of every file and device that its block nodes have open.
+    /// Paths, as QEMU sees them, of each file and device that QEMU's block nodes have open.
     pub files: Arc<[PathBuf]>,
-    /// What it takes of its user's memory here.
+    /// The part of its user's memory quota that it uses.
     share: Option<Arc<Share>>,
 }
 
@@ -201,9 +200,9 @@ impl Snapshot {
         }
     }
 
-    /// About how many bytes it takes.
+    /// The approximate size in bytes.
     fn weight(&self) -> usize {
-        /// What an allocation takes beside its bytes.
+        /// The overhead of an allocation.
         const EACH: usize = 16;
         let bitmaps = self.disks.iter().flat_map(|disk| &disk.bitmaps);
         let bitmaps = bitmaps.map(|bitmap| size_of_val(bitmap) + bitmap.name.len() + EACH);
@@ -215,33 +214,33 @@ impl Snapshot {
     }
 }
 
-/// One virtual machine that is known here.
+/// A virtual machine that the service knows.
 #[derive(Debug)]
 pub struct Domain {
-    /// Never another's; says nothing about the domain, nor how many there are.
+    /// A random number that is never reused. It does not show how many domains there are.
     pub id: u64,
     pub name: String,
     pub origin: Origin,
-    /// The user that made it known.
+    /// The user that configured or registered it.
     pub owner: u32,
-    /// What polkit calls that user in its rules: the name, or the number where there is none.
+    /// The user's name in polkit's rules: the name, or the number if there is no name.
     pub owner_name: String,
     /// The guest agent's socket, if there is one.
     pub agent: Option<Dialer>,
     pub checkpoints: CheckpointPolicy,
-    /// How long its guest's writes may take during a backup, in milliseconds; 0 is no limit.
+    /// The longest time that a write of the guest may take during a backup, in milliseconds. 0 means no limit.
     pub max_latency: Option<u32>,
-    /// It stands for one that is not known any more, and whose name another has.
+    /// This is a stand-in for an unknown domain whose name another domain has.
     lost_name: bool,
-    /// It stands for one that is not known now.
+    /// This is a stand-in for an unknown domain.
     absent: bool,
     snapshot: watch::Sender<Snapshot>,
     phase: watch::Sender<Phase>,
-    /// How many need the monitor to stay connected, even if the domain is not known any more.
+    /// The number of [`Hold`]s, which keep the monitor connected even after the domain was removed.
     holds: watch::Sender<usize>,
 }
 
-/// Keeps a domain's monitor connected while a backup runs, whatever becomes of the domain's file meanwhile.
+/// Keeps a domain's monitor connected while a job runs, even if the domain's file is changed or removed.
 #[derive(Debug)]
 pub struct Hold(Arc<Domain>);
 
@@ -274,13 +273,13 @@ impl Domain {
         }
     }
 
-    /// A name that no other domain has at the same time, fit for a directory: what users register cannot take the name of
-    /// what the administrator configured, nor of what another user registered.
+    /// A name that no other domain has at the same time, fit for a directory. A domain that a user registers cannot
+    /// have the unique name of a configured domain, or of another user's domain.
     pub fn unique_name(&self) -> String {
         unique_name(self.origin, self.owner, &self.name)
     }
 
-    /// The name under which that user finds it, and is shown it; see [`Identity::name_for`].
+    /// The name that this user sees and uses; see [`Identity::name_for`].
     pub fn name_for(&self, uid: u32) -> String {
         self.identity().name_for(uid)
     }
@@ -289,19 +288,19 @@ impl Domain {
         self.snapshot.borrow().reached
     }
 
-    /// Whether it is another user's own, to a user of that number and lasting name. A domain that is known is its user's as long
-    /// as the connection is there that registered it; of former ones only the name tells whose they were.
+    /// Whether a user other than this one, given by number and lasting name, registered it. The connection that
+    /// registered a known domain proves its user. For an unknown domain, only the name does.
     pub fn is_foreign_to(&self, uid: u32, name: Option<&str>) -> bool {
         self.is_foreign(uid)
             || self.origin == Origin::Registered && self.absent && name != Some(self.owner_name.as_str())
     }
 
-    /// Whether nothing is known of it but what is on record.
+    /// Whether this is a stand-in: the service knows only what the catalog has.
     pub fn is_absent(&self) -> bool {
         self.absent
     }
 
-    /// Whether it is another user's own.
+    /// Whether another user registered it.
     pub fn is_foreign(&self, uid: u32) -> bool {
         self.origin == Origin::Registered && self.owner != uid
     }
@@ -316,23 +315,23 @@ impl Domain {
         Hold(self.clone())
     }
 
-    /// Waits until nobody holds it.
+    /// Waits until there is no [`Hold`].
     async fn released(&self) {
-        // The sender is its own.
+        // `self` owns the sender, so the wait cannot fail.
         let _ = self.holds.subscribe().wait_for(|holds| *holds == 0).await;
     }
 
-    /// What was known last; answers at once.
+    /// Returns the last known state without waiting.
     pub fn snapshot(&self) -> Snapshot {
         self.snapshot.borrow().clone()
     }
 
-    /// Tells of every new snapshot.
+    /// Reports every new snapshot.
     pub fn snapshots(&self) -> watch::Receiver<Snapshot> {
         self.snapshot.subscribe()
     }
 
-    /// The monitor, once the first try to connect has ended.
+    /// Returns the monitor after the first try to connect has ended.
     pub async fn link(&self) -> Result<Arc<Link>, Error> {
         let mut phase = self.phase.subscribe();
         let settled = phase.wait_for(|phase| !matches!(phase, Phase::Connecting)).await;
@@ -343,7 +342,7 @@ impl Domain {
         }
     }
 
-    /// The process behind the monitor, while it is connected; see [`crate::qmp::Monitor::process`].
+    /// The process at the other end of a connected monitor; see [`crate::qmp::Monitor::process`].
     pub fn process(&self) -> Option<u32> {
         match &*self.phase.borrow() {
             Phase::Up(link) => link.client.process(),
@@ -351,11 +350,11 @@ impl Domain {
         }
     }
 
-    /// The monitor's next connection, after `lost` if there was one before; nothing if there is none within `patience`, or if
-    /// it turns out that there is no QEMU any more.
+    /// Returns the monitor's next connection after `lost`, or any connection without `lost`. Returns `None` if there
+    /// is none within `patience`, or if QEMU has ended.
     pub async fn next_link(&self, lost: Option<&Arc<Link>>, patience: Duration) -> Option<Arc<Link>> {
         if self.origin == Origin::Registered && lost.is_some() {
-            // Its socket was handed over; nobody can connect to it again.
+            // The caller passed a connected socket, so the service cannot connect again.
             return None;
         }
         let mut phase = self.phase.subscribe();
@@ -370,18 +369,18 @@ impl Domain {
         }
     }
 
-    /// Whether it is known that its QEMU has ended.
+    /// Whether the service knows that QEMU has ended.
     pub fn is_gone(&self) -> bool {
         matches!(&*self.phase.borrow(), Phase::Down { gone: true, .. })
     }
 
     /// Waits until the monitor is connected or the last try has failed, for at most `patience`.
     pub async fn settled(&self, patience: Duration) {
-        // Whatever the outcome: the phase tells it to those who ask.
+        // The result does not matter here: callers read the phase.
         let _ = tokio::time::timeout(patience, self.link()).await;
     }
 
-    /// Asks QEMU for its state and disks now, and keeps the answer.
+    /// Asks QEMU for its state and disks now, and stores the reply.
     pub async fn refresh(&self) -> Result<Snapshot, Error> {
         let link = self.link().await?;
         let fresh = link.inspect().await.map_err(|source| Error::Monitor {
@@ -407,17 +406,17 @@ fn unique_name(origin: Origin, owner: u32, name: &str) -> String {
     }
 }
 
-/// The two parts of `UID:NAME`, which is no domain's own name.
+/// Splits `UID:NAME`. A domain's own name cannot have this form.
 pub fn registered(name: &str) -> Option<(u32, &str)> {
     let (owner, name) = name.split_once(SEPARATOR)?;
     Some((owner.parse().ok()?, name))
 }
 
-/// Stands between a user's number and a name in [`Domain::unique_name`].
+/// Separates the user's number from the name in [`Domain::unique_name`].
 const SEPARATOR: char = ':';
 
-/// Whether `name` may be a domain's: it becomes a directory's name in every store. One that looks like the directory of a
-/// registered domain is not.
+/// Whether `name` is a valid domain name. A store has a directory of that name, so a name that looks like the
+/// directory of a registered domain is not valid.
 pub fn is_domain_name(name: &str) -> bool {
     let bad = |c: char| c == '/' || c.is_control();
     let number = |text: &str| text.chars().all(|c| c.is_ascii_digit());
@@ -427,9 +426,10 @@ pub fn is_domain_name(name: &str) -> bool {
         && !name.split_once(SEPARATOR).is_some_and(|(head, _)| number(head))
 }
 
-/// Whether a caller may give a domain of its own this name. A UUID could be taken for another domain's.
+/// Checks whether a caller may register a domain under this name. A UUID could be mistaken for that of another
+/// domain.
 pub fn check_new_name(name: &str) -> Result<(), Error> {
-    // A dialog or a list would show it as another name.
+    // With invisible characters, a dialog or a list would show it as another name.
     if is_domain_name(name) && Uuid::try_parse(name).is_err() && !name.contains(is_invisible) {
         return Ok(());
     }
@@ -441,7 +441,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_uuid_is_no_new_name_but_may_be_a_files() {
+    fn a_caller_cannot_register_a_uuid_as_name_but_a_file_can_have_it() {
         let uuid = "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10";
         assert!(is_domain_name(uuid));
         assert!(check_new_name(uuid).is_err() && check_new_name("web").is_ok());

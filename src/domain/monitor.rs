@@ -1,4 +1,4 @@
-//! The supervised monitor of one domain: connect, ask, listen, and connect again.
+//! The supervised monitor of one domain: it connects, queries QEMU, follows its events, and reconnects.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -29,39 +29,39 @@ use crate::quota::Quota;
 use crate::socket::{self, Dialer};
 use crate::text::excerpt;
 
-/// The oldest QEMU that can be backed up: `flat` of `query-named-block-nodes` came with it.
+/// The oldest supported QEMU: it introduced `flat` of `query-named-block-nodes`.
 pub const OLDEST: &str = "5.0";
 
-/// How long a QEMU that has answered just now may take to list its block nodes.
+/// How long a QEMU that answers may take to list its block nodes.
 const GRAPH_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long the events of one burst take to come.
+/// The time in which the events of one burst arrive.
 const BURST: Duration = Duration::from_millis(50);
-/// Between two looks at a QEMU that its events cause.
-const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
-/// How often a failure of them is logged at most, and how many bytes of what the peer said.
-const BETWEEN_RECORDS: Duration = Duration::from_secs(60);
-const MOST_SAID: usize = 256;
+/// The least time between two queries that events cause.
+const QUERY_INTERVAL: Duration = Duration::from_secs(1);
+/// The least time between two log entries about failed queries.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+const MAX_LOGGED: usize = 256;
 
 /// A connected monitor.
 #[derive(Debug)]
 pub struct Link {
     pub client: Client,
     pub schema: Schema,
-    /// Who pays for what is known of it, if that is a user.
+    /// The memory quota and the user that its snapshots count against, if a user registered it.
     memory: Option<(Quota, u32)>,
-    /// The VM's, as soon as QEMU was asked: it stays the same as long as QEMU runs.
+    /// The VM's UUID, queried once. It stays the same as long as QEMU runs.
     uuid: OnceLock<Option<Uuid>>,
-    /// Descriptor sets that QEMU kept although they were removed (it does, up to version 8, of a stopped machine).
+    /// Descriptor sets that QEMU kept after their removal. QEMU up to version 8 does so while the VM is stopped.
     pub kept_descriptors: Mutex<BTreeSet<u64>>,
 }
 
-/// Who looks at a domain's disks when its monitor has connected, before anybody else can use it.
+/// Inspects a domain's disks when its monitor has connected, before any other code can use the monitor.
 pub trait Greeter: Send + Sync {
     fn greet<'a>(&'a self, domain: &'a Domain, link: &'a Link, snapshot: &'a Snapshot) -> BoxFuture<'a, ()>;
 }
 
-/// The one greeter that there is, as soon as there is one.
+/// The greeter, once it is set.
 pub(super) type Greeters = watch::Sender<Option<Weak<dyn Greeter>>>;
 
 async fn greet(greeters: &Greeters, domain: &Domain, link: &Link, snapshot: &Snapshot) {
@@ -73,21 +73,21 @@ async fn greet(greeters: &Greeters, domain: &Domain, link: &Link, snapshot: &Sna
     }
 }
 
-/// How far the connection is.
+/// The state of the connection.
 #[derive(Debug, Clone)]
 pub enum Phase {
-    /// The first try has not ended yet.
+    /// The first try to connect has not ended.
     Connecting,
     Up(Arc<Link>),
-    /// The last try failed, or the connection ended, with this reason. It is tried again.
+    /// The last try failed, or the connection ended. The service tries again.
     Down {
         why: Arc<str>,
-        /// Nobody listens at the monitor's socket: the QEMU that did has ended.
+        /// No process listens at the monitor's socket, so QEMU has ended.
         gone: bool,
     },
 }
 
-/// Connects, and connects again, until `stop`: the life of a configured domain.
+/// Connects and reconnects until `stop`. Runs once for each configured domain.
 pub(super) async fn supervise(
     domain: Arc<Domain>,
     monitor: Dialer,
@@ -97,24 +97,27 @@ pub(super) async fn supervise(
 ) {
     let path = &monitor.address().path;
     let mut retry = Retry::new(&presence, path);
-    let mut told: Arc<str> = "".into();
+    let mut logged: Arc<str> = "".into();
     loop {
-        // On the heap, as what `serve` does now and then: hundreds of domains are idle, and would keep room for all of it.
+        // On the heap, because hundreds of idle domains would otherwise keep room for the largest state of this
+        // future.
         let attempt = stop.run_until_cancelled(async {
             let (link, driver) = Box::pin(connect(&monitor)).await?;
             retry = Retry::new(&presence, path);
             Ok::<_, ConnectError>(Box::pin(serve(&domain, link, driver, &greeters)).await)
         });
         let (why, after): (Arc<str>, After) = match attempt.await {
-            None => return domain.down("the service is letting it go", false),
+            None => return domain.down("the service is disconnecting it", false),
             Some(Ok(reason)) => (reason, After::Failure),
             Some(Err(error)) => (error.to_string().into(), error.after()),
         };
-        match after == After::Refusal && told != why {
-            true => tracing::warn!(domain = domain.name, why = %why, "the monitor is not connected to"),
+        match after == After::Refusal && logged != why {
+            true => {
+                tracing::warn!(domain = domain.name, why = %why, "the service does not connect to the monitor")
+            }
             false => tracing::debug!(domain = domain.name, why = %why, "monitor is down"),
         }
-        told = why.clone();
+        logged = why.clone();
         domain.down(&why, after == After::Absence);
         if stop.run_until_cancelled(retry.wait(after)).await.is_none() {
             return;
@@ -122,7 +125,7 @@ pub(super) async fn supervise(
     }
 }
 
-/// Serves a connection that was handed over, until it ends or `stop`: the life of a registered domain.
+/// Serves a connection that a caller passed, until it ends or `stop`. Runs once for each registered domain.
 pub(super) async fn serve_once(
     domain: Arc<Domain>,
     link: Link,
@@ -132,8 +135,11 @@ pub(super) async fn serve_once(
 ) {
     let serving = serve(&domain, link, driver, &greeters);
     let ended = stop.run_until_cancelled(serving).await;
-    // It cannot be connected to again: for code that waits for it, it has ended.
-    domain.down(ended.as_deref().unwrap_or("the service is letting it go"), true);
+    // The service cannot connect to it again, so code that waits for it must see that it has ended.
+    domain.down(
+        ended.as_deref().unwrap_or("the service is disconnecting it"),
+        true,
+    );
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -149,7 +155,7 @@ impl ConnectError {
         match self {
             Self::Socket(error) if error.is_absence() => After::Absence,
             Self::Socket(error) if error.is_refusal() => After::Refusal,
-            // Somebody else has it, and is served first.
+            // QEMU serves another client first.
             Self::Socket(socket::Error::Full { .. }) | Self::Monitor(qmp::Error::NoGreeting(_)) => {
                 After::Silence
             }
@@ -165,7 +171,7 @@ async fn connect(monitor: &Dialer) -> Result<(Link, Driver), ConnectError> {
 }
 
 impl Link {
-    /// Asks QEMU for all that a snapshot holds.
+    /// Queries everything that a snapshot holds.
     pub async fn inspect(&self) -> qmp::Result<Snapshot> {
         let mut snapshot = inspect(self).await?;
         if let Some((quota, uid)) = &self.memory {
@@ -173,7 +179,7 @@ impl Link {
             let share = share.map_err(|exceeded| {
                 let limit = exceeded.limit >> 20;
                 qmp::Error::NotQmp(format!(
-                    "the VMs that user {uid} has registered say more of themselves than {limit} MiB"
+                    "the VMs that user {uid} has registered need more than {limit} MiB for their state"
                 ))
             })?;
             snapshot.share = Some(Arc::new(share));
@@ -181,19 +187,19 @@ impl Link {
         Ok(snapshot)
     }
 
-    /// Asks QEMU for its disks only. What it passes through of the guest's commands is not known then.
+    /// Queries the disks only. The result does not show which disks pass the guest's commands through.
     pub async fn disks(&self) -> qmp::Result<Vec<Disk>> {
         let (drives, nodes, edges) = blocks(self).await?;
         disks_of(drives, &nodes, edges.as_ref(), &Devices::of([]))
     }
 
-    /// Asks QEMU what it does with the guest.
+    /// Queries the run state.
     pub async fn run_state(&self) -> qmp::Result<RunState> {
         let status = self.client.execute_within(PATIENCE, QueryStatus {});
         Ok(RunState(status.await?.status))
     }
 
-    /// Lets the guest run.
+    /// Resumes the guest.
     pub async fn resume_guest(&self) -> qmp::Result<()> {
         let Done = self.client.execute_within(PATIENCE, Cont {}).await?;
         Ok(())
@@ -219,7 +225,7 @@ impl Link {
     }
 }
 
-/// Runs the connection: asks first, then follows QEMU's events. Gives the reason of its end.
+/// Runs the connection: queries QEMU first, then follows its events. Returns the reason of its end.
 async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greeters) -> Arc<str> {
     let work = async {
         let mut events = link.client.events();
@@ -229,30 +235,30 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
             .await
             .map_err(|error| error.to_string())?;
         domain.snapshot.send_modify(|snapshot| snapshot.uuid = first.uuid);
-        // What hangs then, a backup will meet.
+        // A greeter that hangs does not delay the domain: the next backup meets the same problem.
         let _ = tokio::time::timeout(PATIENCE, Box::pin(greet(greeters, domain, &link, &first))).await;
         domain.snapshot.send_replace(first);
         let link = Arc::new(link);
         tracing::info!(domain = domain.name, "monitor is up");
         domain.phase.send_replace(Phase::Up(link.clone()));
-        let (mut looked, mut told) = (Instant::now(), None::<Instant>);
+        let (mut queried, mut logged) = (Instant::now(), None::<Instant>);
         loop {
             match events.next().await {
                 Ok(event) if !changes_something(&event) => {}
                 Ok(_) | Err(EventsError::Missed) => {
-                    // One look tells of all that came before it: the jobs of many disks end at once, and a peer can send as many as
-                    // it likes.
-                    let next = (looked + BETWEEN_LOOKS).max(Instant::now() + BURST);
+                    // One query covers all earlier events. The jobs of many disks end at once, and a peer can send
+                    // any number of events.
+                    let next = (queried + QUERY_INTERVAL).max(Instant::now() + BURST);
                     tokio::time::sleep_until(next).await;
                     while events.next_now().is_some() {}
-                    looked = Instant::now();
+                    queried = Instant::now();
                     match Box::pin(link.inspect()).await {
                         Ok(fresh) => drop(domain.snapshot.send_replace(fresh)),
-                        // A peer can fail as often as it likes, with words of its own.
-                        Err(error) if told.is_none_or(|told| told.elapsed() >= BETWEEN_RECORDS) => {
-                            let error = excerpt(&error.to_string(), MOST_SAID);
+                        // A peer can cause any number of failures, with texts of its own.
+                        Err(error) if logged.is_none_or(|last| last.elapsed() >= LOG_INTERVAL) => {
+                            let error = excerpt(&error.to_string(), MAX_LOGGED);
                             tracing::warn!(domain = domain.name, error, "the domain's state is unknown");
-                            told = Some(Instant::now());
+                            logged = Some(Instant::now());
                         }
                         Err(_) => {}
                     }
@@ -262,14 +268,14 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
         }
     };
     tokio::select! {
-        // The driver knows why the connection ended; the work only notices.
+        // The driver knows why the connection ended; the work only sees that it did.
         biased;
         reason = driver.run() => reason,
         Err(reason) = work => reason.into(),
     }
 }
 
-/// Asks the QEMU what it can do. Each is asked: its answer may be false, and then concerns only its own domain.
+/// Queries the QMP schema. Each QEMU is queried, because a false reply then concerns only its own domain.
 async fn schema(link: &Link) -> Result<Schema, String> {
     let asked = tokio::time::timeout(PATIENCE, link.client.schema()).await;
     asked
@@ -277,7 +283,7 @@ async fn schema(link: &Link) -> Result<Schema, String> {
         .map_err(|error| error.to_string())
 }
 
-/// What every look at a QEMU needs: without it its disks cannot even be listed.
+/// Checks the version: without `flat`, QEMU cannot list its disks.
 async fn check_version(link: &Link) -> Result<(), String> {
     if link.schema.has(Feature::FlatNodeList) {
         return Ok(());
@@ -289,10 +295,10 @@ async fn check_version(link: &Link) -> Result<(), String> {
     ))
 }
 
-/// Events after which the state or the disks may be others (`qapi/run-state.json`, `qapi/qdev.json`, …).
+/// Whether the state or the disks may have changed after this event (`qapi/run-state.json`, `qapi/qdev.json`, …).
 fn changes_something(event: &Event) -> bool {
     match JobEvent::of(event) {
-        // The service's own jobs leave the disks as they are, and so does any backup.
+        // The service's own jobs, and backups of any client, do not change the disks.
         Some(JobEvent::Completed(end) | JobEvent::Cancelled(end)) => {
             !end.device.starts_with(IN_QEMU) && end.kind.as_deref() != Some("backup")
         }
@@ -328,13 +334,13 @@ impl RunState {
         self.0 == "running"
     }
 
-    /// Whether QEMU paused the guest because an I/O request of it failed (`werror`, `rerror` of a device). It repeats the
-    /// request when the guest runs again.
+    /// Whether QEMU paused the guest because one of its I/O requests failed (`werror`, `rerror` of a device). QEMU
+    /// repeats the request when the guest resumes.
     pub fn is_io_error(&self) -> bool {
         self.0 == "io-error"
     }
 
-    /// Whether QEMU's disks are, or will be, another's.
+    /// The migration phase in which another QEMU owns the disks, or is about to.
     pub fn migration(&self) -> Option<Migration> {
         Migration::from_run_state(&self.0)
     }
@@ -361,10 +367,10 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
     })
 }
 
-/// What QEMU says of its block layer.
+/// Queries QEMU's block layer.
 async fn blocks(link: &Link) -> qmp::Result<(Vec<BlockInfo>, Vec<BlockDeviceInfo>, Option<XDbgBlockGraph>)> {
     let client = &link.client;
-    // One after another: QEMU takes a while for each where there are thousands of nodes, and every answer is progress.
+    // One query after another: with thousands of nodes each takes a while, and every reply is progress.
     let drives = client.execute_within(GRAPH_PATIENCE, QueryBlock {}).await?;
     let nodes = QueryNamedBlockNodes { flat: true };
     let nodes = client.execute_within(GRAPH_PATIENCE, nodes).await?;
@@ -387,7 +393,7 @@ fn disks_of(
 ) -> qmp::Result<Vec<Disk>> {
     let graph = Graph::of(nodes, edges);
     let disks = graph.and_then(|graph| disks::disks(drives, &graph, devices));
-    disks.ok_or_else(|| qmp::Error::NotQmp("it claims disks that no QEMU has".into()))
+    disks.ok_or_else(|| qmp::Error::NotQmp("it reports disks that no QEMU has".into()))
 }
 
 async fn devices(client: &Client, path: &str) -> qmp::Result<Vec<ObjectPropertyInfo>> {

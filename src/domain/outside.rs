@@ -1,6 +1,6 @@
-//! Devices outside QEMU's block layer, whose data no backup can hold, because QEMU neither reads nor writes it.
+//! Devices outside QEMU's block layer. A backup cannot contain their data, because QEMU neither reads nor writes it.
 //!
-//! Knows the devices of a VM by their types in QEMU's object model; not what a backup is.
+//! Knows the devices of a VM by their types in QEMU's object model; not backups.
 
 use std::collections::HashMap;
 
@@ -8,14 +8,14 @@ use crate::model::Outside;
 
 use crate::qmp::machine::ObjectPropertyInfo;
 
-/// Devices that are looked at; a machine has fewer.
+/// The most devices to inspect; a VM has fewer.
 const MAX_DEVICES: usize = 4096;
 const MAX_NAME: usize = 255;
-/// Devices that are named; a manifest has room for them.
+/// The most devices to report; a manifest has room for them.
 const MAX_OUTSIDE: usize = 256;
 
-/// Types whose data another program has, or the guest writes to without QEMU. Each is the beginning of a type's name: what follows is
-/// the bus that it is on, as in `vhost-user-blk-pci-non-transitional`.
+/// Types whose data another program stores, or that the guest writes without QEMU. Each is the prefix of a type name;
+/// the rest is the bus, as in `vhost-user-blk-pci-non-transitional`.
 const TYPES: [&str; 10] = [
     "vhost-user-blk",
     "vhost-user-scsi",
@@ -29,15 +29,15 @@ const TYPES: [&str; 10] = [
     "usb-mtp",
 ];
 
-/// Disks that are in the block layer, but are written to by SCSI commands that it passes through as they are (SG_IO): a backup
-/// would be of no single point in time, and no bitmap would record what is written.
+/// Disks in the block layer to which QEMU passes the guest's SCSI commands through (SG_IO). QEMU does not see the
+/// writes, so a backup would not show one point in time, and no bitmap would record the writes.
 const PASSED_THROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
 
-/// The types of a machine's devices, by their paths in QEMU's object model.
+/// The types of a VM's devices, by their paths in QEMU's object model.
 pub(super) struct Devices(HashMap<String, String>);
 
 impl Devices {
-    /// `lists` are the replies about these paths.
+    /// `lists` has each path and the reply for it.
     pub fn of<const N: usize>(lists: [(&str, Vec<ObjectPropertyInfo>); N]) -> Self {
         let devices = lists.into_iter().flat_map(|(path, properties)| {
             let device = move |property: ObjectPropertyInfo| {
@@ -54,7 +54,7 @@ impl Devices {
         Self(devices.filter(short).take(MAX_DEVICES).collect())
     }
 
-    /// Those that are not in the block layer, by name.
+    /// Returns the devices outside the block layer, sorted by name.
     pub fn outside(&self) -> Vec<Outside> {
         let outside = self.0.iter().filter(|(_, kind)| has_type(kind, &TYPES));
         let mut outside: Vec<Outside> = outside
@@ -69,7 +69,7 @@ impl Devices {
         outside
     }
 
-    /// The type of the disk of a drive, whose `qdev` this is, if its guest's commands are passed through.
+    /// Returns the type of the device `qdev` if QEMU passes the guest's commands through.
     pub fn passed_through(&self, qdev: &str) -> Option<&'static str> {
         let path = match qdev.starts_with('/') {
             true => qdev.to_owned(),
@@ -80,7 +80,7 @@ impl Devices {
     }
 }
 
-/// Devices with an id, and those without.
+/// The paths of devices with an id, and of devices without.
 pub(super) const PERIPHERAL: &str = "/machine/peripheral";
 pub(super) const ANONYMOUS: &str = "/machine/peripheral-anon";
 
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_with_data_of_their_own_are_found_by_their_types() {
+    fn devices_outside_the_block_layer_are_found_by_their_types() {
         let found = devices().outside();
         let found: Vec<(&str, &str)> = found
             .iter()
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_whose_commands_are_passed_through_are_told_apart() {
+    fn disks_with_passed_through_commands_are_recognised() {
         let devices = devices();
         assert_eq!(devices.passed_through("sda"), Some("scsi-block"));
         let anonymous = "/machine/peripheral-anon/device[1]";

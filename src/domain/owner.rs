@@ -1,23 +1,23 @@
-//! The name of a user.
+//! Looks up the names of users.
 
 use std::time::Duration;
 
 use nix::unistd::{Uid, User};
 
-/// A directory of users somewhere on the network may take its time; a number says as much.
+/// How long a lookup may take: a user directory on the network can be slow, and the number serves as well.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The name of a user as polkit's rules know it (`subject.user`), which is its number where it has no name. Blocks.
+/// Returns the user's name in polkit's rules (`subject.user`): the name, or the number if there is no name. Blocks.
 pub fn name(uid: u32) -> String {
     let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
     user.map_or_else(|| uid.to_string(), |user| user.name)
 }
 
-/// Numbers that systemd gives to users of services that exist only while these run (`DynamicUser=`): the next service gets
-/// them again. See "Users, Groups, UIDs and GIDs on systemd Systems" (systemd.io/UIDS-GIDS).
+/// Numbers that systemd gives to the users of services only while these run (`DynamicUser=`), and then reuses. See
+/// "Users, Groups, UIDs and GIDs on systemd Systems" (systemd.io/UIDS-GIDS).
 const DYNAMIC: std::ops::RangeInclusive<u32> = 61184..=65519;
 
-/// The name of a user, if it has one and its number is not given to another user soon.
+/// Returns the name of a user, if there is one and systemd does not reuse the number.
 pub async fn lasting_name(uid: u32) -> Option<String> {
     if DYNAMIC.contains(&uid) {
         return None;
@@ -29,7 +29,7 @@ pub async fn lasting_name(uid: u32) -> Option<String> {
     (name != uid.to_string()).then_some(name)
 }
 
-/// The same, off the runtime.
+/// Looks up the name on a thread that may block. Returns the number after [`PATIENCE`].
 pub(super) async fn look_up(uid: u32) -> String {
     let name = tokio::task::spawn_blocking(move || name(uid));
     match tokio::time::timeout(PATIENCE, name).await {
@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_a_name_that_lasts_tells_one_user_from_the_next_of_the_number() {
+    async fn a_user_with_a_reusable_number_has_no_lasting_name() {
         assert_eq!(lasting_name(0).await.as_deref(), Some("root"));
         assert_eq!(lasting_name(1).await.as_deref(), Some(name(1).as_str()));
         for uid in [61184, 62000, 65519, 3_999_999_999] {

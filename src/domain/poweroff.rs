@@ -1,8 +1,9 @@
-//! Holds back a guest's power-off while a job needs its QEMU, and carries it out afterwards.
+//! Defers a guest's power-off while a job needs its QEMU, and carries it out afterwards.
 //!
-//! A QEMU that ends with its guest ends its block jobs too. `set-action` makes it pause instead, but no command returns
-//! the former setting; so it is set only if the command line shows that QEMU would have ended. Knows
-//! that command line, the command and the run state; not what QEMU is needed for.
+//! A QEMU that ends with its guest ends its block jobs too. `set-action` makes QEMU pause instead. No command returns
+//! the former setting, so the service sets it only if the command line shows that QEMU would have ended.
+//!
+//! Knows the command line, the command and the run state; not jobs.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -11,29 +12,31 @@ use super::Link;
 use crate::qmp::machine::{QueryStatus, Quit, SetAction, ShutdownAction};
 use crate::qmp::{self, Feature};
 
-/// As long as Linux lets a command line be.
+/// The longest command line that Linux allows.
 const MAX_COMMAND_LINE: u64 = 6 << 20;
 
-/// What a QEMU was started to do when its guest ends.
+/// The actions at the guest's end that the command line sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Actions {
-    /// It ends when the guest powers off, or asks for a reset that is none (`-no-reboot`).
+    /// QEMU ends when the guest powers off, or requests a reset that `-no-reboot` turns into a power-off.
     ends: bool,
-    /// It ends when the guest panics, too.
+    /// QEMU also ends when the guest panics.
     ends_on_panic: bool,
 }
 
-/// Whether [`hold`] would have an effect that [`let_go`] can take back: this QEMU takes the command, and ends when its
-/// guest powers off. What must survive the service is to be recorded after this and before [`hold`].
+/// Whether [`hold`] would have an effect that [`let_go`] can undo: this QEMU has the command, and ends when its guest
+/// powers off. The caller must journal the hold after this call and before [`hold`].
 pub async fn can_hold(link: &Link) -> bool {
     ending(link).await.is_some_and(|actions| actions.ends)
 }
 
-/// Puts a power-off of the guest off until [`let_go`]; true if it is. The guest is paused then, as after `-no-shutdown`.
+/// Defers a power-off of the guest until [`let_go`]. Returns true if it is deferred: the guest is paused at a
+/// power-off, as with `-no-shutdown`.
 ///
-/// After an error it may be put off all the same: letting go is right then, and does no harm where nothing is held.
+/// After an error the power-off may be deferred all the same. The caller then calls [`let_go`], which does no harm if
+/// nothing is deferred.
 pub async fn hold(link: &Link) -> qmp::Result<bool> {
-    // A guest that is off already was put off by somebody else.
+    // If the guest is off already, another program has deferred its power-off.
     if !can_hold(link).await || run_state(link).await? == "shutdown" {
         return Ok(false);
     }
@@ -41,17 +44,18 @@ pub async fn hold(link: &Link) -> qmp::Result<bool> {
     Ok(true)
 }
 
-/// Ends [`hold`], also one by an earlier run of the service: a power-off takes effect again, one that came meanwhile too.
+/// Ends [`hold`], even that of an earlier service process. Later power-offs take effect again, and so does a deferred
+/// one.
 pub async fn let_go(link: &Link) -> qmp::Result<()> {
-    // Its QEMU may have been started anew since, and otherwise.
+    // QEMU may have been restarted since, with other options.
     let Some(actions) = ending(link).await.filter(|actions| actions.ends) else {
         return Ok(());
     };
-    // First the action, then the look: a guest that powers off between the two needs nobody.
+    // Set the action first, then query the state: a guest that powers off in between ends QEMU by itself.
     set_action(link, ShutdownAction::Poweroff).await?;
     let owed = match run_state(link).await?.as_str() {
         "shutdown" => true,
-        // While a power-off is put off, QEMU pauses a guest that panics where it would have ended.
+        // While a power-off is deferred, QEMU pauses a guest that panics instead of ending.
         "guest-panicked" => actions.ends_on_panic,
         _ => false,
     };
@@ -59,7 +63,7 @@ pub async fn let_go(link: &Link) -> qmp::Result<()> {
         return Ok(());
     }
     match link.client.execute(Quit {}).await {
-        // It was quicker than its answer.
+        // QEMU ended before it replied.
         Err(qmp::Error::Closed(_)) => Ok(()),
         result => result.map(drop),
     }
@@ -73,15 +77,16 @@ async fn run_state(link: &Link) -> qmp::Result<String> {
     Ok(link.client.execute(QueryStatus {}).await?.status)
 }
 
-/// What the QEMU behind the link was started to do; nothing where that cannot be known, or not be changed (before version 6).
+/// Returns the actions that this QEMU was started with, or `None` if they are unknown or cannot be changed (before
+/// version 6).
 async fn ending(link: &Link) -> Option<Actions> {
     if !link.schema.has(Feature::ShutdownAction) {
         return None;
     }
     let pid = link.client.process()?;
-    // In /proc, yet it waits for a process that is busy with its memory.
+    // Reading this file of /proc can wait for a process that is busy with its memory.
     let read = tokio::task::spawn_blocking(move || command_line(pid));
-    // It is gone, or not ours to see.
+    // QEMU has ended, or the service may not read its command line.
     actions(&read.await.ok()?.ok()?)
 }
 
@@ -92,11 +97,11 @@ fn command_line(pid: u32) -> io::Result<Vec<u8>> {
     Ok(line)
 }
 
-/// Reads a command line, of arguments that each end with a zero byte. Nothing if it is not QEMU's: a manager that opened
-/// the socket for it says nothing of how it was started.
+/// Parses a command line whose arguments each end with a zero byte. Returns `None` if it is not QEMU's: a manager
+/// that opened QEMU's socket does not show how QEMU was started.
 ///
-/// Wherever "pause" is said it counts, also where QEMU would take it for the value of another option: the wrong way round
-/// a guest that was to stay would be ended.
+/// "pause" counts everywhere, even where QEMU would take it for the value of another option. The opposite error would
+/// end a guest that was to stay.
 fn actions(command_line: &[u8]) -> Option<Actions> {
     let mut arguments = command_line.split(|byte| *byte == 0).map(String::from_utf8_lossy);
     if !is_qemu(&arguments.next()?) {
@@ -107,7 +112,7 @@ fn actions(command_line: &[u8]) -> Option<Actions> {
         ends_on_panic: true,
     };
     while let Some(argument) = arguments.next() {
-        // QEMU takes one dash for as good as two, and no value after an equals sign.
+        // QEMU accepts one dash or two, and no value after an equals sign.
         let Some(option) = argument.strip_prefix('-') else {
             continue;
         };
@@ -123,7 +128,7 @@ fn actions(command_line: &[u8]) -> Option<Actions> {
                     }
                 }
             }
-            // It can hold any option, in a file that may be another by now.
+            // The file can have any option, and may have changed since.
             "readconfig" => return None,
             _ => {}
         }
@@ -131,7 +136,7 @@ fn actions(command_line: &[u8]) -> Option<Actions> {
     Some(actions)
 }
 
-/// Whether the first argument is what QEMU's system emulators are called by distributions.
+/// Whether the program has a name that distributions give to QEMU's system emulators.
 fn is_qemu(program: &str) -> bool {
     let name = program.rsplit('/').next().unwrap_or(program);
     name.starts_with("qemu-system-") || ["qemu-kvm", "kvm", "qemu"].contains(&name)
@@ -162,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_qemu_that_was_told_nothing_ends_with_its_guest() {
+    fn qemu_ends_with_its_guest_by_default() {
         for line in [
             "/usr/bin/qemu-system-x86_64 -m 64 -S",
             "qemu-system-aarch64",
@@ -175,16 +180,16 @@ mod tests {
     }
 
     #[test]
-    fn one_that_was_told_to_pause_however_it_was_said_does_not() {
+    fn qemu_stays_if_any_option_makes_it_pause() {
         for line in [
             "qemu-system-x86_64 -no-shutdown",
             "qemu-system-x86_64 -m 64 --no-shutdown -S",
             "qemu-system-x86_64 -action shutdown=pause",
             "qemu-system-x86_64 --action reboot=reset,shutdown=pause",
             "qemu-system-x86_64 -action shutdown=something-new",
-            // The last one counts for QEMU; with both, the safer one is assumed.
+            // QEMU uses the last option; with both, the service assumes the safer one.
             "qemu-system-x86_64 -no-shutdown -action shutdown=poweroff",
-            // A value of another option, which is no reason to look closer.
+            // The value of another option still counts as the option.
             "qemu-system-x86_64 -append -no-shutdown",
         ] {
             assert_eq!(of(line), both(false, true), "{line}");
@@ -192,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_panics_stays_where_that_was_said() {
+    fn a_panicked_guest_stays_if_an_option_says_so() {
         for line in [
             "qemu-system-x86_64 -action panic=pause",
             "qemu-system-x86_64 -action panic=none,shutdown=poweroff",
@@ -206,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_to_be_a_whole_command_line_of_qemu_says_nothing() {
+    fn a_command_line_that_may_not_be_all_of_qemus_is_ignored() {
         for line in [
             "",
             "/usr/sbin/libvirtd --timeout 120",
@@ -228,7 +233,7 @@ mod tests {
             let mut command = std::process::Command::new("sh");
             command.arg0(name).args(["-c", "read wait", option]);
             let child = command.stdin(Stdio::piped()).spawn().unwrap();
-            // Spawning waits until the program is executed, so it has its command line.
+            // `spawn` returns after the exec, so the process has its command line.
             Self(child)
         }
 
@@ -261,7 +266,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_power_off_is_put_off_and_takes_effect_afterwards() {
+    async fn a_power_off_is_deferred_and_takes_effect_afterwards() {
         let qemu = Started::new("qemu-system-x86_64", "-nodefaults");
         let fake = qemu.fake();
         let link = qemu.link(&fake);
@@ -273,7 +278,7 @@ mod tests {
             .expect_close(Quit {});
         let_go(&link).await.unwrap();
         fake.assert_done();
-        // A guest that did not power off goes on.
+        // A guest that did not power off continues.
         fake.expect(set(ShutdownAction::Poweroff), &Done)
             .expect(QueryStatus {}, &status("running"));
         let_go(&link).await.unwrap();
@@ -281,12 +286,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_qemu_that_stays_by_itself_or_that_is_not_known_is_left_as_it_is() {
+    async fn a_qemu_that_stays_or_is_unknown_gets_no_command() {
         let stays = Started::new("qemu-system-x86_64", "-no-shutdown");
         let manager = Started::new("libvirtd", "-nodefaults");
         let fakes = [stays.fake(), manager.fake(), Fake::new(None)];
         for fake in fakes {
-            // A command would be one that the fake does not expect.
+            // The fake panics at any command.
             let link = stays.link(&fake);
             assert!(!hold(&link).await.unwrap());
             let_go(&link).await.unwrap();

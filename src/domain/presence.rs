@@ -1,6 +1,7 @@
-//! Notifies when a file appears at a path, or is replaced, so that nobody has to poll for a socket.
+//! Notifies when a file appears at a path, or is replaced, so that the service need not poll for a socket.
 //!
-//! Knows paths; not the files' purpose, nor who waits. One inotify instance serves all, for a user has few of them.
+//! Knows paths; not what the files are for. One inotify instance serves all paths, because a user may have only a few
+//! instances.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -15,28 +16,29 @@ use inotify::{Event, EventMask, EventStream, Inotify, WatchDescriptor, WatchMask
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-/// How long a look at a path is waited for. It goes on afterwards, and no other one at the path is begun before its end.
+/// How long the caller waits for a probe of a path. The probe continues, and no second probe of the path begins
+/// before its end.
 const LOOK: Duration = Duration::from_secs(5);
-/// How often a look begins again because others took away the watch that it had got.
+/// The most restarts of a probe whose watch another task has removed.
 const TRIES: usize = 8;
 
-/// What the one instance watches.
+/// The paths that the inotify instance watches.
 #[derive(Clone)]
 pub(super) struct Presence(Arc<Mutex<Watched>>);
 
 struct Watched {
     watches: Watches,
-    /// Who waits for what in a directory.
+    /// By directory: the file names, and whom to notify.
     waiting: HashMap<WatchDescriptor, Vec<(OsString, Arc<Notify>)>>,
-    /// Paths that are looked at. Storage that does not answer keeps one thread a path, however often it is asked for.
+    /// Paths with a running probe. On storage that hangs, each path blocks one thread only.
     looking: HashSet<PathBuf>,
 }
 
-/// The source of all news; see [`Presence::tell`].
+/// The source of all events; see [`Presence::dispatch`].
 pub(super) type News = EventStream<Vec<u8>>;
 
-/// Sees what happens at one path, from the first [`Sight::aim`] on.
-pub(super) struct Sight {
+/// Watches one path, from the first [`PathWatch::rearm`] on.
+pub(super) struct PathWatch {
     presence: Presence,
     path: PathBuf,
     news: Arc<Notify>,
@@ -45,17 +47,17 @@ pub(super) struct Sight {
     is_gone: Arc<AtomicBool>,
 }
 
-/// A directory, and what is waited for in it.
+/// A directory, and the file name to wait for.
 type Place = (WatchDescriptor, OsString);
 
-/// What came of aiming at a path.
+/// The result of [`PathWatch::rearm`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Aim {
-    /// As before: whatever happened since then is news.
+pub(super) enum Armed {
+    /// The watch is unchanged: every change since then is reported.
     Held,
-    /// From now on: what happened just before may have been missed.
+    /// The watch is new: a change just before may have been missed.
     New,
-    /// Nothing is seen.
+    /// There is no watch.
     Blind,
 }
 
@@ -71,21 +73,21 @@ impl Presence {
         Ok((Self(Arc::new(Mutex::new(watched))), news))
     }
 
-    /// Tells everybody of their news, for as long as this runs.
-    pub async fn tell(self, mut news: News) {
+    /// Notifies each watch of its events, for as long as this runs.
+    pub async fn dispatch(self, mut news: News) {
         while let Some(event) = news.next().await {
             match event {
-                Ok(event) => self.lock().tell(&event),
+                Ok(event) => self.lock().dispatch(&event),
                 Err(error) => {
-                    tracing::error!(%error, "that monitors come is not noticed at once any more");
+                    tracing::error!(%error, "inotify failed: the service connects to new monitors later");
                     return;
                 }
             }
         }
     }
 
-    pub fn sight(&self, path: &Path) -> Sight {
-        Sight {
+    pub fn path_watch(&self, path: &Path) -> PathWatch {
+        PathWatch {
             presence: self.clone(),
             path: path.to_owned(),
             news: Arc::default(),
@@ -95,10 +97,12 @@ impl Presence {
         }
     }
 
-    /// Adds `news` to those that wait at the place that `watch` gives; it waits at `before` already. Blocks as `watch` does.
+    /// Registers `news` at the directory that `watch` returns; `before` is where it is registered already. Blocks as
+    /// `watch` does.
     ///
-    /// The kernel has one watch of a directory, and whoever waits there last ends it. That can happen between `watch` and the lock. So
-    /// `watch` is asked again once nobody ends it any more: the kernel gives no number twice.
+    /// The kernel has one watch per directory, and the last registration that is removed ends it. That can happen
+    /// between `watch` and the lock. So `watch` runs again after the registration, which keeps the watch alive; the
+    /// kernel never reuses a number.
     fn wait_at(
         &self,
         before: Option<Place>,
@@ -136,18 +140,18 @@ impl Presence {
     }
 
     fn lock(&self) -> MutexGuard<'_, Watched> {
-        // A panic aborts the service; there is no half-changed state to be met.
+        // A panic aborts the service, so no code sees half-changed state.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Watched {
-    fn tell(&mut self, event: &Event<OsString>) {
+    fn dispatch(&mut self, event: &Event<OsString>) {
         if event.mask.contains(EventMask::Q_OVERFLOW) {
             let all = self.waiting.values().flatten();
             return all.for_each(|(_, news)| news.notify_one());
         }
-        // What happens to the directory itself has no name.
+        // Events of the directory itself have no name.
         let here = self.waiting.get(&event.wd).into_iter().flatten();
         here.filter(|(name, _)| event.name.as_ref().is_none_or(|of| of == name))
             .for_each(|(_, news)| news.notify_one());
@@ -167,39 +171,40 @@ impl Watched {
         }
     }
 
-    /// Ends the kernel's watch of a directory that nobody waits for. A look that has just got the same watch notices it.
+    /// Ends the kernel's watch of a directory without registrations. A probe that has just got the same watch notices
+    /// it.
     fn remove_unneeded(&mut self, directory: &WatchDescriptor) {
         if !self.waiting.contains_key(directory) {
-            // The directory may be gone, and the watch with it.
+            // The directory may be removed, and the watch with it.
             let _ = self.watches.remove(directory.clone());
         }
     }
 }
 
-impl Sight {
-    /// Aims at the path in its directory, or at the next part of it in the nearest one above that exists. That may be
-    /// another after each news. Storage that does not answer keeps one thread, and nobody else.
-    pub async fn aim(&mut self) -> Aim {
+impl PathWatch {
+    /// Watches for the path in its directory, or for the next part of the path in its nearest existing ancestor. That
+    /// directory can change with each event. A probe of storage that hangs blocks one thread only.
+    pub async fn rearm(&mut self) -> Armed {
         let Some(mut look) = self.look.take().or_else(|| self.begin()) else {
-            return Aim::Blind;
+            return Armed::Blind;
         };
         let Ok(place) = tokio::time::timeout(LOOK, &mut look).await else {
             self.look = Some(look);
-            return Aim::Blind;
+            return Armed::Blind;
         };
         let place = place.ok().flatten();
-        // A directory that is made again is watched by another number, even under the same name.
+        // A directory that is created again has another watch number, even under the same name.
         if place == self.place {
-            return place.map_or(Aim::Blind, |_| Aim::Held);
+            return place.map_or(Armed::Blind, |_| Armed::Held);
         }
-        let aim = place.as_ref().map_or(Aim::Blind, |_| Aim::New);
+        let aim = place.as_ref().map_or(Armed::Blind, |_| Armed::New);
         if let Some(before) = std::mem::replace(&mut self.place, place) {
             self.presence.lock().forget(&before, &self.news);
         }
         aim
     }
 
-    /// Looks at the path on a thread that may wait for storage; nothing if another look at it has not ended.
+    /// Probes the path on a thread that may block. Returns `None` while another probe of the path runs.
     fn begin(&self) -> Option<JoinHandle<Option<Place>>> {
         let (path, before) = (self.path.clone(), self.place.clone());
         let (presence, news, is_gone) = (self.presence.clone(), self.news.clone(), self.is_gone.clone());
@@ -215,17 +220,17 @@ impl Sight {
         })
     }
 
-    /// Waits for news; what came before this is called counts.
+    /// Waits for an event. Events before this call count.
     pub async fn news(&self) {
         self.news.notified().await;
     }
 }
 
-impl Drop for Sight {
+impl Drop for PathWatch {
     fn drop(&mut self) {
         let mut watched = self.presence.lock();
         self.is_gone.store(true, Ordering::Relaxed);
-        // A look that has ended without being asked for its result has added one more.
+        // A probe that ended unobserved has added one more registration.
         let is_own = |(_, news): &(OsString, Arc<Notify>)| Arc::ptr_eq(news, &self.news);
         let places = watched.waiting.iter().flat_map(|(directory, here)| {
             let own = here.iter().filter(|waiting| is_own(waiting));
@@ -236,7 +241,7 @@ impl Drop for Sight {
     }
 }
 
-/// Has the kernel watch the nearest directory. Blocks.
+/// Makes the kernel watch the nearest existing directory. Blocks.
 fn watch(watches: &mut Watches, path: &Path) -> Option<Place> {
     let mask = WatchMask::CREATE
         | WatchMask::MOVED_TO
@@ -254,7 +259,7 @@ fn watch(watches: &mut Watches, path: &Path) -> Option<Place> {
     }
 }
 
-/// The lowest directory on the way to `path` that exists, and what is next on that way.
+/// Returns the nearest existing ancestor of `path`, and the next part of the path below it.
 fn nearest(path: &Path) -> Option<(&Path, &OsStr)> {
     let steps = path.ancestors().zip(path.ancestors().skip(1));
     let (next, directory) = steps.into_iter().find(|(_, directory)| directory.is_dir())?;
@@ -270,119 +275,125 @@ mod tests {
 
     use super::*;
 
-    async fn news(sight: &Sight) {
-        let news = tokio::time::timeout(Duration::from_secs(30), sight.news());
-        news.await.expect("there are news");
+    async fn news(path_watch: &PathWatch) {
+        let news = tokio::time::timeout(Duration::from_secs(30), path_watch.news());
+        news.await.expect("an event");
     }
 
     fn open() -> Presence {
         let (presence, news) = Presence::open().unwrap();
-        tokio::spawn(presence.clone().tell(news));
+        tokio::spawn(presence.clone().dispatch(news));
         presence
     }
 
     #[tokio::test]
-    async fn what_comes_to_be_in_a_directory_that_is_not_there_is_seen() {
+    async fn a_file_in_a_directory_that_appears_later_is_noticed() {
         let presence = open();
         let above = tempfile::tempdir().unwrap();
         let path = above.path().join("a/b/c");
-        let mut sight = presence.sight(&path);
-        assert_eq!((sight.aim().await, sight.aim().await), (Aim::New, Aim::Held));
+        let mut path_watch = presence.path_watch(&path);
+        assert_eq!(
+            (path_watch.rearm().await, path_watch.rearm().await),
+            (Armed::New, Armed::Held)
+        );
         for part in ["a", "a/b"] {
             fs::create_dir(above.path().join(part)).unwrap();
-            news(&sight).await;
-            assert_eq!(sight.aim().await, Aim::New);
+            news(&path_watch).await;
+            assert_eq!(path_watch.rearm().await, Armed::New);
         }
         fs::write(&path, "").unwrap();
-        news(&sight).await;
-        assert_eq!(sight.aim().await, Aim::Held);
+        news(&path_watch).await;
+        assert_eq!(path_watch.rearm().await, Armed::Held);
         fs::rename(above.path().join("a"), above.path().join("z")).unwrap();
         fs::remove_dir_all(above.path().join("z")).unwrap();
-        news(&sight).await;
-        assert_eq!(sight.aim().await, Aim::New);
+        news(&path_watch).await;
+        assert_eq!(path_watch.rearm().await, Armed::New);
         fs::create_dir(above.path().join("a")).unwrap();
-        news(&sight).await;
+        news(&path_watch).await;
     }
 
     #[tokio::test]
-    async fn each_hears_of_its_own_path_and_nothing_stays_behind() {
+    async fn each_watch_hears_of_its_own_path_and_leaves_nothing() {
         let presence = open();
         let directory = tempfile::tempdir().unwrap();
-        let mut sights = ["a", "b", "a"].map(|name| presence.sight(&directory.path().join(name)));
-        for sight in &mut sights {
-            assert_eq!(sight.aim().await, Aim::New);
+        let mut watches = ["a", "b", "a"].map(|name| presence.path_watch(&directory.path().join(name)));
+        for path_watch in &mut watches {
+            assert_eq!(path_watch.rearm().await, Armed::New);
         }
         fs::write(directory.path().join("b"), "").unwrap();
         fs::write(directory.path().join("a"), "").unwrap();
-        // Events come in order: after the last one, all have come.
-        news(&sights[0]).await;
-        news(&sights[2]).await;
-        assert!(sights[1].news().now_or_never().is_some());
-        assert!(sights[0].news().now_or_never().is_none(), "not of the other");
-        drop(sights);
+        // Events arrive in order: after the last one, all have arrived.
+        news(&watches[0]).await;
+        news(&watches[2]).await;
+        assert!(watches[1].news().now_or_never().is_some());
+        assert!(
+            watches[0].news().now_or_never().is_none(),
+            "no event of the other path"
+        );
+        drop(watches);
         assert!(presence.lock().waiting.is_empty());
     }
 
-    /// Whether the kernel has no such watch any more.
+    /// Whether the kernel has ended the watch.
     fn is_removed(presence: &Presence, (directory, _): Place) -> bool {
         presence.lock().watches.remove(directory).is_err()
     }
 
     #[tokio::test]
-    async fn a_look_whose_sight_is_gone_leaves_no_watch() {
+    async fn a_probe_whose_path_watch_is_dropped_leaves_no_watch() {
         let presence = open();
         let directory = tempfile::tempdir().unwrap();
-        let sight = presence.sight(&directory.path().join("a"));
+        let path_watch = presence.path_watch(&directory.path().join("a"));
         let mut watches = presence.lock().watches.clone();
         let mut got = None;
-        sight.is_gone.store(true, Ordering::Relaxed);
-        let place = presence.wait_at(None, &sight.news, &sight.is_gone, || {
-            got = watch(&mut watches, &sight.path);
+        path_watch.is_gone.store(true, Ordering::Relaxed);
+        let place = presence.wait_at(None, &path_watch.news, &path_watch.is_gone, || {
+            got = watch(&mut watches, &path_watch.path);
             got.clone()
         });
         assert_eq!(place, None);
         assert!(presence.lock().waiting.is_empty() && is_removed(&presence, got.unwrap()));
     }
 
-    /// As where its storage does not answer.
+    /// Simulates storage that hangs.
     #[tokio::test]
-    async fn a_look_that_does_not_end_keeps_no_watch_and_gets_no_second_thread() {
+    async fn a_probe_that_hangs_keeps_no_watch_and_gets_no_second_thread() {
         let presence = open();
         let directory = tempfile::tempdir().unwrap();
         let hanging = directory.path().join("hanging");
         presence.lock().looking.insert(hanging.clone());
-        assert_eq!(presence.sight(&hanging).aim().await, Aim::Blind);
+        assert_eq!(presence.path_watch(&hanging).rearm().await, Armed::Blind);
 
-        let mut other = presence.sight(&directory.path().join("a"));
-        assert_eq!(other.aim().await, Aim::New);
+        let mut other = presence.path_watch(&directory.path().join("a"));
+        assert_eq!(other.rearm().await, Armed::New);
         let place = other.place.clone().unwrap();
         drop(other);
         assert!(is_removed(&presence, place));
 
         presence.lock().looking.remove(&hanging);
-        assert_eq!(presence.sight(&hanging).aim().await, Aim::New);
+        assert_eq!(presence.path_watch(&hanging).rearm().await, Armed::New);
     }
 
     #[tokio::test]
-    async fn a_watch_that_another_takes_away_during_the_look_is_made_again() {
+    async fn a_watch_that_another_task_removes_during_the_probe_is_made_again() {
         let presence = open();
         let directory = tempfile::tempdir().unwrap();
-        let mut other = Some(presence.sight(&directory.path().join("other")));
-        assert_eq!(other.as_mut().unwrap().aim().await, Aim::New);
+        let mut other = Some(presence.path_watch(&directory.path().join("other")));
+        assert_eq!(other.as_mut().unwrap().rearm().await, Armed::New);
         let shared = other.as_ref().unwrap().place.clone().unwrap();
 
-        let sight = presence.sight(&directory.path().join("a"));
+        let path_watch = presence.path_watch(&directory.path().join("a"));
         let mut watches = presence.lock().watches.clone();
-        let place = presence.wait_at(None, &sight.news, &sight.is_gone, || {
-            let place = watch(&mut watches, &sight.path);
+        let place = presence.wait_at(None, &path_watch.news, &path_watch.is_gone, || {
+            let place = watch(&mut watches, &path_watch.path);
             drop(other.take());
             place
         });
         assert_ne!(place.unwrap().0, shared.0);
         fs::write(directory.path().join("a"), "").unwrap();
-        news(&sight).await;
+        news(&path_watch).await;
         assert_eq!(presence.lock().waiting.len(), 1);
-        drop(sight);
+        drop(path_watch);
         assert!(presence.lock().waiting.is_empty());
     }
 }

@@ -1,7 +1,7 @@
-//! The set of domains: those that files configure and those that callers register, each with its supervisor.
+//! The set of domains: domain files configure some, callers register others. Each has a supervisor.
 //!
-//! Configured domains and those of each user have separate names: a caller can neither take, nor probe, the name
-//! of a domain that it may not see.
+//! Configured domains and the domains of each user have separate names. So a caller can neither take nor probe the
+//! name of a domain that it may not see.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -24,37 +24,37 @@ use crate::socket::{Dialer, Purpose};
 
 /// How long a monitor that a caller passes may take to greet.
 const GREETING: Duration = Duration::from_secs(1);
-/// The longest line of a QEMU that a user registers, in bytes: some hundreds of block nodes take 1 MiB. And how many of one
-/// user's may send a long one at a time.
+/// The longest line of a QEMU that a user registers, in bytes (some hundreds of block nodes take 1 MiB); and how many
+/// monitors of one user may send a long line at a time.
 const LONGEST_LINE: usize = 4 << 20;
 const LONG_LINES: usize = 1;
-/// What the service may know of the domains that users register, in bytes. A usual one takes some KiB.
+/// The memory for the state of the domains that users register, in bytes. A usual domain takes some KiB.
 const MEMORY: Limits = Limits {
     per_user: 32 << 20,
     in_all: 256 << 20,
 };
-/// Changes that a listener may lag behind.
+/// The number of changes that a receiver may lag behind.
 const CHANGES: usize = 1024;
 
-/// What happened to the set.
+/// A change of the set.
 #[derive(Debug, Clone)]
 pub enum Change {
     Added(Arc<Domain>),
     Removed(Arc<Domain>),
 }
 
-/// What a caller says of a domain of its own.
+/// A caller's request to register a domain.
 #[derive(Debug)]
 pub struct Registration<'a> {
     pub name: &'a str,
     pub owner: u32,
-    /// The connection on whose presence the domain depends.
+    /// The caller's bus connection. The service removes the domain when it closes.
     pub sender: &'a str,
-    /// Counts the monitor's descriptor for as long as it is open.
+    /// Counts the monitor's descriptor while it is open.
     pub share: Arc<Share>,
 }
 
-/// Names are distinct among the configured domains, and among those of a user.
+/// Names are unique among the configured domains, and among the domains of a user.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Key {
     Configured(String),
@@ -73,18 +73,18 @@ enum EntryKind {
 }
 
 type Domains = BTreeMap<Key, Entry>;
-/// By identity, and whether another has its name.
+/// By identity, and whether another domain has the name.
 type Absent = HashMap<(Identity, bool), Arc<Domain>>;
 
-/// All domains that are known now.
+/// All known domains.
 pub struct Registry {
     domains: Mutex<Domains>,
-    /// What stands for domains that are not known, and jobs are of.
+    /// Stand-ins for unknown domains that have jobs or backups.
     absent: Mutex<Absent>,
     changes: broadcast::Sender<Change>,
     quota: Quota,
     memory: Quota,
-    /// Turns for long lines, by user.
+    /// Permits for long lines, by user.
     turns: Mutex<HashMap<u32, Weak<Semaphore>>>,
     presence: Presence,
     greeters: Arc<Greeters>,
@@ -93,7 +93,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Reads the directories and follows them from now on, until [`Registry::shut_down`]. `quota` counts the domains that
+    /// Reads the directories and follows their changes until [`Registry::shut_down`]. `quota` counts the domains that
     /// callers register.
     pub fn open(mut directories: Directories, quota: Quota) -> io::Result<Arc<Self>> {
         let (presence, news) = Presence::open()?;
@@ -112,24 +112,24 @@ impl Registry {
         let stop = registry.stop.clone();
         registry
             .tasks
-            .spawn(async move { stop.run_until_cancelled(presence.tell(news)).await });
+            .spawn(async move { stop.run_until_cancelled(presence.dispatch(news)).await });
         let watch = directories.watch()?;
         registry.apply(directories.read());
         registry.tasks.spawn(follow(registry.clone(), directories, watch));
         Ok(registry)
     }
 
-    /// Who looks at the disks of each domain that connects. Until there is one, none is connected.
+    /// Sets the code that inspects the disks of each domain when it connects. Until then, no domain connects.
     pub fn set_greeter(&self, greeter: Weak<dyn Greeter>) {
         self.greeters.send_replace(Some(greeter));
     }
 
-    /// What comes and goes from now on.
+    /// Reports the changes from now on.
     pub fn changes(&self) -> broadcast::Receiver<Change> {
         self.changes.subscribe()
     }
 
-    /// All domains, by name.
+    /// Returns all domains, sorted by name.
     pub fn list(&self) -> Vec<Arc<Domain>> {
         let domains = self.lock();
         let mut list: Vec<_> = domains.values().map(|entry| entry.domain.clone()).collect();
@@ -149,9 +149,12 @@ impl Registry {
         Some(entry.domain.clone())
     }
 
-    /// Every domain that `uid` means by this name or UUID, in groups: those of an earlier group come before those of a later one,
-    /// and several in a group cannot be told apart. By name before by UUID; configured ones, `uid`'s own. What another user
-    /// registered has no name but `UID:NAME`, and its UUID means nothing: nobody gets it in place of a domain that is not there.
+    /// Returns every domain that this name or UUID denotes for `uid`, in groups.
+    ///
+    /// - A match by name comes before a match by UUID, and a configured domain before one of `uid`'s own.
+    /// - Several domains in one group are ambiguous.
+    /// - The domain of another user has only the name `UID:NAME`, and its UUID does not count. So a user never gets
+    ///   it in place of a missing domain.
     pub fn find(&self, name_or_uuid: &str, uid: u32) -> Vec<Vec<Arc<Domain>>> {
         let uuid = Uuid::try_parse(name_or_uuid).ok();
         let mut groups: BTreeMap<(bool, bool), Vec<Arc<Domain>>> = BTreeMap::new();
@@ -166,7 +169,7 @@ impl Registry {
         groups.into_values().collect()
     }
 
-    /// Those with this name or UUID that other users have registered.
+    /// Returns the domains with this name or UUID that other users have registered.
     pub fn others(&self, name_or_uuid: &str, uid: u32) -> Vec<Arc<Domain>> {
         let uuid = Uuid::try_parse(name_or_uuid).ok();
         let mut others = self.list();
@@ -177,7 +180,8 @@ impl Registry {
         others
     }
 
-    /// Takes over the monitor of a caller's own QEMU: `socket` must be connected, and not have been read from.
+    /// Takes over the monitor of a caller's own QEMU. `socket` must be connected, and the caller must not have read
+    /// from it.
     pub async fn register(
         self: &Arc<Self>,
         registration: Registration<'_>,
@@ -187,7 +191,8 @@ impl Registry {
         check_new_name(name)?;
         check_name(&self.lock(), name, uid)?;
         let place = self.quota.take(uid, 1)?;
-        // Closed last, on a thread that may block: a socket can have things in its queue whose end takes time.
+        // This duplicate is closed last, on a thread that may block, because closing a socket can take time if its
+        // queue has data.
         let last = socket
             .try_clone()
             .map_err(|error| not_a_socket(name, error.to_string()))?;
@@ -208,7 +213,7 @@ impl Registry {
         };
         let (domain, stop) = {
             let mut domains = self.lock();
-            // Once more: another may have come while the peer was greeting.
+            // Check again: another domain may have taken the name while the peer was greeting.
             check_name(&domains, name, uid)?;
             self.add(&mut domains, name, (uid, owner_name), kind)
         };
@@ -220,11 +225,11 @@ impl Registry {
             let (link, greeters) = (Link::new(client, memory), registry.greeters.clone());
             monitor::serve_once(served.clone(), link, driver, greeters, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
-            // What is held is held until here: a backup may have kept the monitor after the domain had gone.
+            // The quota counts until here, because a backup may have kept the monitor after the domain was removed.
             drop((place, share));
             tokio::task::spawn_blocking(move || drop(last));
         });
-        // The caller gets a domain that answers, or the reason why it does not.
+        // The caller gets a domain that answers, or the reason why it does not answer.
         domain.link().await?;
         Ok(domain)
     }
@@ -240,7 +245,7 @@ impl Registry {
         })
     }
 
-    /// Lets go of what a connection registered, which has left; a backup that runs is brought to its end first.
+    /// Removes the domains that a closed connection registered. Running backups keep the monitor until they end.
     pub fn release(self: &Arc<Self>, sender: &str) {
         self.remove(|entry| matches!(&entry.kind, EntryKind::Registered { sender: of } if of == sender));
     }
@@ -253,7 +258,7 @@ impl Registry {
     }
 
     fn lock(&self) -> MutexGuard<'_, Domains> {
-        // A panic aborts the service; there is no half-changed set to be met.
+        // A panic aborts the service, so no code sees a half-changed set.
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -272,7 +277,7 @@ impl Registry {
             EntryKind::Configured(_) => (Key::Configured(name.to_owned()), Origin::Configured),
             EntryKind::Registered { .. } => (Key::Registered(owner, name.to_owned()), Origin::Registered),
         };
-        // Nobody can tell from the numbers that it sees how many it does not see.
+        // Random, so that the ids do not show how many hidden domains there are.
         let id = Uuid::new_v4().as_u64_pair().1;
         let identity = Identity {
             name: name.to_owned(),
@@ -298,7 +303,7 @@ impl Registry {
         (domain, stop)
     }
 
-    /// Lets go of domains that are not known any more.
+    /// Removes domains.
     fn remove(self: &Arc<Self>, gone: impl Fn(&Entry) -> bool) {
         let mut removed = Vec::new();
         self.lock().retain(|_, entry| {
@@ -314,7 +319,7 @@ impl Registry {
         }
     }
 
-    /// Makes the configured domains those that `files` say. One whose file did not change goes on undisturbed.
+    /// Adds and removes configured domains to match `files`. A domain whose file is unchanged keeps its connection.
     fn apply(self: &Arc<Self>, mut files: BTreeMap<String, DomainFile>) {
         self.remove(|entry| match &entry.kind {
             EntryKind::Configured(file) => files.get(&entry.domain.name) != Some(file),
@@ -342,12 +347,12 @@ impl Registry {
             .for_each(|domain| self.announce(Change::Added(domain)));
     }
 
-    /// Disconnects a domain that is not known any more, once no backup of it needs its monitor. A domain that comes in
-    /// its place on the same monitor is connected after that: QEMU serves one client at a time.
+    /// Disconnects a removed domain once no job needs its monitor. A new domain on the same monitor connects after
+    /// that, because QEMU serves one client at a time.
     fn retire(&self, domain: Arc<Domain>, stop: CancellationToken) {
         let all = self.stop.clone();
         self.tasks.spawn(async move {
-            // When all stop, this one does without being told.
+            // At shutdown, the parent token stops this domain too.
             if all.run_until_cancelled(domain.released()).await.is_some() {
                 stop.cancel();
             }
@@ -359,7 +364,7 @@ impl Registry {
             Change::Added(domain) => tracing::info!(domain = domain.name, "domain added"),
             Change::Removed(domain) => tracing::info!(domain = domain.name, "domain removed"),
         }
-        // Nobody listens yet, at the start.
+        // At the start there is no receiver yet.
         let _ = self.changes.send(change);
     }
 }
@@ -383,7 +388,7 @@ fn stream(name: &str, socket: OwnedFd) -> Result<tokio::net::UnixStream, Error> 
     let domain = rustix::net::sockopt::socket_domain(&socket).map_err(|error| not(error.to_string()))?;
     let kind = rustix::net::sockopt::socket_type(&socket).map_err(|error| not(error.to_string()))?;
     if domain != rustix::net::AddressFamily::UNIX || kind != rustix::net::SocketType::STREAM {
-        return Err(not("it is a socket of another kind".into()));
+        return Err(not("its type is not UNIX stream".into()));
     }
     let stream = std::os::unix::net::UnixStream::from(socket);
     stream.peer_addr().map_err(|error| not(error.to_string()))?;
@@ -397,14 +402,14 @@ async fn follow(registry: Arc<Registry>, mut directories: Directories, mut watch
     let stop = registry.stop.clone();
     while let Some(changed) = stop.run_until_cancelled(watch.changed()).await {
         if let Err(error) = changed {
-            tracing::error!(%error, "the domain directories are no longer watched: changes need a restart");
+            tracing::error!(%error, "the domain directories are no longer watched. Restart the service after changes");
             return;
         }
         let read = tokio::task::spawn_blocking(move || {
             let files = directories.read();
             (directories, files)
         });
-        // A panic aborts the service, and nothing cancels this task.
+        // A panic aborts the service, and no code cancels this task.
         let Ok((same, files)) = read.await else { return };
         directories = same;
         registry.apply(files);

@@ -1,60 +1,61 @@
-//! The times of further tries to connect to a monitor.
+//! The backoff between tries to connect to a monitor.
 
 use std::path::Path;
 use std::time::Duration;
 
-use super::presence::{Aim, Presence, Sight};
+use super::presence::{Armed, PathWatch, Presence};
 
 const FIRST: Duration = Duration::from_millis(100);
 const LAST: Duration = Duration::from_secs(5);
-/// The same where somebody else has the monitor: while a try waits in QEMU's queue, the monitor becomes the service's if that
-/// client loses its connection for a moment.
+/// The first pause while another client has the monitor. A try that waits in QEMU's queue takes the monitor over if
+/// that client loses its connection for a moment, so the service tries seldom.
 const FIRST_OF_SILENT: Duration = Duration::from_secs(2);
-/// A QEMU that was stopped for a while is found again soon enough for the backup that waits for it.
+/// The longest such pause: short enough for a backup that waits for a QEMU that was stopped for a while.
 const LAST_OF_SILENT: Duration = Duration::from_secs(30);
-/// Where somebody has to change something first.
+/// The longest pause while the administrator must change something first.
 const LAST_OF_REFUSED: Duration = Duration::from_secs(120);
-/// After this pause without success a monitor that is not there is tried only when something happens to its path.
+/// After a pause of this length without success, the service tries an absent monitor only at an event of its path.
 const LAST_BEFORE_REST: Duration = Duration::from_secs(1);
-/// Not everything is an event: what a symbolic link points to, or who begins to listen at a socket that is there.
+/// The pause between tries without an event. inotify does not report a new target of a symbolic link, or a process
+/// that begins to listen at an existing socket.
 const RARELY: Duration = Duration::from_secs(600);
 
-/// What came of the last try.
+/// The result of the last try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum After {
-    /// It was connected, or something else went wrong.
+    /// The monitor was connected, or the try failed in another way.
     Failure,
-    /// Nobody is there.
+    /// No process listens.
     Absence,
-    /// Somebody is there, and says nothing.
+    /// A process listens and does not greet.
     Silence,
-    /// What is there is not to be connected to.
+    /// The service must not connect to the socket.
     Refusal,
 }
 
-/// The tries of one monitor since it was connected last.
+/// The tries to connect to one monitor since its last connection.
 pub(super) struct Retry {
-    sight: Sight,
+    watch: PathWatch,
     pause: Duration,
 }
 
 impl Retry {
     pub fn new(presence: &Presence, monitor: &Path) -> Self {
         Self {
-            sight: presence.sight(monitor),
+            watch: presence.path_watch(monitor),
             pause: FIRST,
         }
     }
 
     /// Waits until the next try.
     pub async fn wait(&mut self, after: After) {
-        let rests = match self.sight.aim().await {
-            Aim::Held => after == After::Absence && self.pause > LAST_BEFORE_REST,
-            Aim::New => {
+        let rests = match self.watch.rearm().await {
+            Armed::Held => after == After::Absence && self.pause > LAST_BEFORE_REST,
+            Armed::New => {
                 self.pause = FIRST;
                 false
             }
-            Aim::Blind => false,
+            Armed::Blind => false,
         };
         let longest = match after {
             After::Silence => {
@@ -65,10 +66,10 @@ impl Retry {
             After::Failure | After::Absence => LAST,
         };
         let pause = if rests { RARELY } else { self.pause };
-        match tokio::time::timeout(pause, self.sight.news()).await {
+        match tokio::time::timeout(pause, self.watch.news()).await {
             Ok(()) => {
-                // A socket exists a moment before somebody listens. This also bounds the tries if somebody makes and removes it
-                // all the time.
+                // A socket exists a moment before its process listens. This pause also bounds the tries if a process
+                // creates and removes the socket in a loop.
                 tokio::time::sleep(FIRST).await;
                 self.pause = FIRST;
             }
@@ -84,7 +85,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn who_says_nothing_is_asked_less_and_less() {
+    async fn the_service_tries_a_silent_monitor_less_and_less() {
         let (presence, _news) = Presence::open().unwrap();
         let directory = tempfile::tempdir().unwrap();
         let mut retry = Retry::new(&presence, &directory.path().join("monitor"));

@@ -145,7 +145,7 @@ pub const UNREACHABLE: [(&str, Play, &str); 12] = [
                 Value::Array(vec![drive("d"); 10_000]),
             ))
         },
-        "claims disks that no QEMU has",
+        "reports disks that no QEMU has",
     ),
 ];
 

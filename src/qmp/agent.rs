@@ -1,6 +1,6 @@
-//! The guest agent's protocol: QMP's lines without a greeting, events or ids, on a socket of its own.
+//! The guest agent's protocol: QMP's lines, without greeting, events or ids, on a separate socket.
 //!
-//! Only what a backup needs of it. Source of the rules: QEMU's `qga/qapi-schema.json`.
+//! Has only the commands that a backup needs. Source of the rules: QEMU's `qga/qapi-schema.json`.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -19,14 +19,14 @@ const STATUS: &str = "guest-fsfreeze-status";
 const FREEZE: &str = "guest-fsfreeze-freeze";
 const THAW: &str = "guest-fsfreeze-thaw";
 
-/// An agent. The guest's file systems thaw by its thaw command, not when this is dropped.
+/// A connection to a guest agent. Dropping it does not thaw the guest's file systems; only the thaw command does.
 pub struct Agent {
     wire: Wire,
     patience: Duration,
 }
 
 impl Agent {
-    /// Waits until the agent at the other end of a new connection answers; `patience` bounds this and each later command.
+    /// Waits until the agent answers on a new connection. `patience` bounds this and each later command.
     pub async fn open(stream: UnixStream, patience: Duration) -> Result<Self> {
         let mut agent = Self::over(stream, patience);
         let token = agent.queue_sync();
@@ -34,7 +34,7 @@ impl Agent {
         Ok(agent)
     }
 
-    /// The agent at the other end of a connection on which somebody may have asked something before.
+    /// Uses a connection on which another client may have sent commands before.
     pub fn over(stream: UnixStream, patience: Duration) -> Self {
         Self {
             wire: Wire::new(stream, MAX_LINE),
@@ -42,12 +42,12 @@ impl Agent {
         }
     }
 
-    /// The same connection once more: QEMU serves one at a time.
+    /// Duplicates the connection's descriptor, because QEMU serves one connection at a time.
     pub fn duplicate(&self) -> io::Result<OwnedFd> {
         self.wire.duplicate()
     }
 
-    /// Whether the guest's file systems are frozen, by any tool.
+    /// Whether the guest's file systems are frozen, by any program.
     pub async fn is_frozen(&mut self) -> Result<bool> {
         self.queue(STATUS);
         let patience = self.patience;
@@ -55,24 +55,26 @@ impl Agent {
             match self.reply(STATUS).await?.as_str() {
                 Some("frozen") => Ok(true),
                 Some("thawed") => Ok(false),
-                _ => Err(unexpected(STATUS, "no state")),
+                _ => Err(unexpected(STATUS, "it has no state")),
             }
         };
         bounded(STATUS, patience, status).await
     }
 
-    /// Freezes the guest's file systems, for which it has so long; gives how many. It may go on if this is given up.
+    /// Freezes the guest's file systems within `patience`, and returns how many it froze. The guest may continue to
+    /// freeze after this future is dropped.
     pub async fn freeze(&mut self, patience: Duration) -> Result<u64> {
         self.queue(FREEZE);
         bounded(FREEZE, patience, self.count(FREEZE)).await
     }
 
-    /// Thaws them; gives how many. Told at once, whatever was asked before and is not answered yet.
+    /// Thaws the guest's file systems, and returns how many. The command is sent at once, even if earlier commands
+    /// have no reply yet.
     pub async fn thaw(&mut self) -> Result<u64> {
         let (token, patience) = (self.queue_sync(), self.patience);
         self.queue(THAW);
         let thaw = async {
-            // Answers to what was asked before can be anything.
+            // The replies to earlier commands can be anything.
             while let Err(error) = self.synchronise(token).await {
                 if let Error::Closed(_) = error {
                     return Err(error);
@@ -89,7 +91,7 @@ impl Agent {
     }
 
     fn queue_sync(&mut self) -> u64 {
-        // Fits into the signed number that the agent reads.
+        // The agent reads a signed 64-bit number.
         let token = uuid::Uuid::new_v4().as_u64_pair().0 >> 1;
         let arguments = json!({ "id": token });
         let mut line = vec![0xff];
@@ -103,7 +105,7 @@ impl Agent {
         token
     }
 
-    /// What an earlier client left unread is not taken for an answer to this one.
+    /// Skips replies that an earlier client left unread.
     async fn synchronise(&mut self, token: u64) -> Result<()> {
         loop {
             let reply = answer(&mut self.wire).await?;
@@ -115,7 +117,7 @@ impl Agent {
 
     async fn count(&mut self, command: &'static str) -> Result<u64> {
         let count = self.reply(command).await?.as_u64();
-        count.ok_or_else(|| unexpected(command, "no number"))
+        count.ok_or_else(|| unexpected(command, "it has no number"))
     }
 
     async fn reply(&mut self, command: &'static str) -> Result<Value> {
@@ -125,7 +127,7 @@ impl Agent {
             return Err(Refusal::new(word("class"), word("desc")).of(command));
         }
         let value = reply.get_mut("return").map(Value::take);
-        value.ok_or_else(|| unexpected(command, "no result"))
+        value.ok_or_else(|| unexpected(command, "it has no result"))
     }
 }
 
@@ -138,7 +140,7 @@ fn unexpected(command: &str, detail: &str) -> Error {
 
 async fn answer(wire: &mut Wire) -> Result<Value> {
     let line = read_line(wire).await?;
-    // The agent puts this byte, which is in no JSON, before the answer to guest-sync-delimited.
+    // The agent sends this byte, which JSON never has, before its reply to guest-sync-delimited.
     let start = line
         .iter()
         .rposition(|byte| *byte == 0xff)

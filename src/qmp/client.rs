@@ -16,19 +16,20 @@ use super::monitor::{Call, Monitor, Reply};
 use super::{Command, Error, Result, Schema};
 use crate::fault;
 
-/// A handle on a monitor. Cloning is cheap; a connection closes when the last one is dropped.
+/// A handle on a monitor. Cloning is cheap; dropping the last clone closes the connection.
 #[derive(Debug, Clone)]
 pub struct Client(Arc<dyn Monitor>);
 
 impl Client {
-    /// Waits for the greeting on a socket, negotiates no capability (none is needed), and gives the two halves.
+    /// Waits for the greeting on a socket, negotiates without capabilities (the service needs none), and returns the
+    /// client and the driver.
     ///
     /// `patience` bounds the greeting and the negotiation together.
     pub async fn open(stream: UnixStream, patience: Duration) -> Result<(Self, Driver)> {
         Self::open_within(Bounds::default(), stream, patience).await
     }
 
-    /// The same with bounds for what the peer may send.
+    /// Like [`Client::open`], with bounds for the peer's lines.
     pub async fn open_within(
         bounds: Bounds,
         stream: UnixStream,
@@ -52,12 +53,12 @@ impl Client {
         self.0.process()
     }
 
-    /// Executes a command. Cancel-safe: dropped, the command was either sent whole or not at all.
+    /// Executes a command. Cancel-safe: if the future is dropped, the command was either sent whole or not at all.
     pub async fn execute<C: Command>(&self, command: C) -> Result<C::Reply> {
         self.run(command, None).await
     }
 
-    /// Executes a command that comes with a descriptor.
+    /// Executes a command and passes a descriptor with it.
     pub async fn execute_with_descriptor<C: Command>(
         &self,
         command: C,
@@ -73,7 +74,7 @@ impl Client {
         reply.unwrap_or_else(|_| Err(Error::TimedOut { command: name, after }))
     }
 
-    /// What this QEMU can do, from `query-qmp-schema`.
+    /// Returns the features of this QEMU, from `query-qmp-schema`.
     pub async fn schema(&self) -> Result<Schema> {
         const COMMAND: &str = "query-qmp-schema";
         let none = serde_json::Map::new();

@@ -1,9 +1,9 @@
-//! Pairs a command with its reply, in types.
+//! Ties the type of a command to the type of its reply.
 
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
-/// A command: it is serialised as its arguments.
+/// A command, which serialises as its arguments.
 pub trait Command: Serialize {
     /// Unknown fields are ignored. A missing one is an [`super::Error::UnexpectedReply`] that names command and field.
     type Reply: DeserializeOwned;
@@ -23,7 +23,7 @@ impl From<IgnoredAny> for Done {
     }
 }
 
-/// Declares that a type is the arguments of the command of that name, its `NAME`, and which reply the command has.
+/// Implements [`Command`] for a type: its `NAME` and its reply.
 macro_rules! command {
     ($arguments:ty, $name:literal, $reply:ty) => {
         impl $arguments {

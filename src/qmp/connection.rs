@@ -1,7 +1,7 @@
-//! The monitor at the other end of a socket: commands, their replies, and events, through the driver that owns the socket.
+//! A monitor on a socket: sends commands to the driver, which owns the socket, and returns replies and events.
 //!
-//! Commands go whole over a channel, so a dropped future leaves neither half a line on the wire nor a reply that
-//! another command could take for its own.
+//! A command goes over a channel as a whole. So a dropped future leaves no partial line on the wire, and no reply
+//! that another command could take for its own.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -21,15 +21,15 @@ use super::monitor::{Call, Monitor, Reply};
 use super::wire::{Wire, WireError};
 use super::{Error, Result};
 
-/// Commands that wait for their turn, in all clients of a connection. More make the next caller wait.
+/// How many commands of all clients of a connection can wait to be sent. Further callers wait for room.
 const QUEUE: usize = 64;
-/// Why a connection ended that nobody ended.
+/// The reason if the service ended the connection.
 pub(super) const CLOSED: &str = "it was shut down";
 
-/// One end of a connection. It closes when this is dropped.
+/// The client's end of a connection. Dropping it closes the connection.
 #[derive(Debug)]
 pub(super) struct Connection {
-    /// On the heap: a channel has room for dozens of them from the start.
+    /// Boxed, because a channel allocates room for dozens of requests at once.
     requests: mpsc::Sender<Box<Request>>,
     readers: Readers,
     next_id: AtomicU64,
@@ -130,7 +130,7 @@ async fn greet(wire: &mut Wire) -> Result<()> {
     let greeting = read_line(wire).await?;
     let greeting: Value = parse(&greeting)?;
     if greeting.get("QMP").is_none() {
-        return Err(Error::NotQmp("its first line is no QMP greeting".into()));
+        return Err(Error::NotQmp("its first line is not a QMP greeting".into()));
     }
     wire.queue(0, b"{\"execute\":\"qmp_capabilities\",\"id\":0}\n".to_vec(), None);
     loop {

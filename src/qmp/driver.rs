@@ -1,7 +1,8 @@
-//! The driver half owns the socket: it sends commands in order, hands out replies and events, and reports why it ended.
+//! The driver owns the socket: it sends commands in order, delivers replies and events, and reports why the
+//! connection ended.
 //!
-//! A peer that does not read or answer makes nothing grow: replies that nobody waits for are dropped, and
-//! beyond a bound commands are refused.
+//! Memory stays bounded if a peer does not read or answer: the driver drops replies without a waiting caller, and
+//! refuses commands beyond a limit.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
@@ -18,12 +19,12 @@ use super::message::{Message, Refusal};
 use super::monitor::Reply;
 use super::wire::{MAX_LINE, Wire, WireError};
 
-/// Commands without a reply, and bytes of commands that the peer has not read, beyond which no other is sent. A backup of
-/// as many disks as there can be has one of 100 kB; the rest of it, and all else, is small.
+/// The driver sends no further command beyond this many unanswered commands, or unread bytes. A backup of the most
+/// disks has one command of 100 kB; all others are small.
 const MAX_UNANSWERED: usize = 1024;
 const MAX_QUEUED: usize = 4 << 20;
 
-/// Lines after which others have their turn, if so many come at once.
+/// After this many lines at once, the driver yields to other tasks.
 const MANY: usize = 256;
 
 #[derive(Debug)]
@@ -34,12 +35,12 @@ pub(super) struct Request {
     pub reply: oneshot::Sender<Answer>,
 }
 
-/// What the lines of a peer may take of memory.
+/// Bounds for the memory of a peer's lines.
 #[derive(Debug, Clone)]
 pub struct Bounds {
     /// The longest line, in bytes.
     pub longest: usize,
-    /// Who has one of these may send a long line; who shares them waits for one another.
+    /// Permits to send a long line. Peers that share the semaphore wait for each other.
     pub turns: Option<Arc<Semaphore>>,
 }
 
@@ -52,9 +53,9 @@ impl Default for Bounds {
     }
 }
 
-/// A line that needs no turn, in bytes. QEMU's schema is shorter.
+/// The longest line that needs no permit, in bytes. QEMU's schema is shorter.
 const SHORT: usize = 256 << 10;
-/// How long a turn is waited for, and lasts.
+/// How long a peer waits for a permit, and how long it may keep it.
 const TURN: Duration = Duration::from_secs(30);
 
 pub(super) type Turn = Arc<OwnedSemaphorePermit>;
@@ -68,18 +69,18 @@ pub(super) enum Failure {
     Closed(Arc<str>),
 }
 
-/// The half that owns the socket.
+/// The owner of the socket.
 pub struct Driver {
     wire: Wire,
     turns: Option<Arc<Semaphore>>,
-    /// With its end.
+    /// The permit, and the time at which it expires.
     turn: Option<(Turn, Instant)>,
     requests: mpsc::Receiver<Box<Request>>,
     speaker: Speaker,
     ended: Arc<OnceLock<Arc<str>>>,
     pending: HashMap<u64, oneshot::Sender<Answer>>,
-    /// QEMU keeps the descriptors of the last message only, until the command takes them: a second command
-    /// with a descriptor must wait for the reply to the first.
+    /// QEMU keeps only the last message's descriptors until a command takes them. So a second command with a
+    /// descriptor must wait for the reply to the first.
     descriptor_in_flight: Option<u64>,
     waiting_for_descriptor: VecDeque<Request>,
 }
@@ -104,13 +105,13 @@ impl Driver {
         }
     }
 
-    /// Runs the connection to its end and says why it ended. Everything that waits is failed with that.
+    /// Runs the connection to its end and returns the reason, with which all waiting commands fail.
     pub async fn run(mut self) -> Arc<str> {
         let reason: Arc<str> = match self.pump().await {
             Ok(()) => CLOSED.into(),
             Err(error) => error.to_string().into(),
         };
-        // Set only here, and this runs once.
+        // `run` consumes the driver, so the reason is set once.
         let _ = self.ended.set(reason.clone());
         self.requests.close();
         let queued = std::iter::from_fn(|| self.requests.try_recv().ok().map(|request| *request));
@@ -120,7 +121,7 @@ impl Driver {
             .chain(queued)
             .map(|request| request.reply);
         for reply in self.pending.drain().map(|(_, reply)| reply).chain(unsent) {
-            // A receiver that is gone has stopped waiting.
+            // If the caller has dropped the receiver, it does not need the reply.
             let _ = reply.send(Err(Failure::Closed(reason.clone())));
         }
         reason
@@ -142,18 +143,19 @@ impl Driver {
                 self.dispatch(&line)?;
                 handled += 1;
             }
-            // A connection is idle most of the time, and there are many.
+            // Many connections are idle most of the time.
             self.wire.forget_taken();
             turned?;
             self.take_turn().await?;
             if handled >= MANY {
-                // A peer that never stops lets others have their turn.
+                // Yields, so that a peer that never stops does not starve other tasks.
                 tokio::task::yield_now().await;
             }
         }
     }
 
-    /// Takes a turn for a line that becomes long, and gives it back when that is whole; its text may still be kept.
+    /// Takes a permit for a line that becomes long, and drops it when the line is complete. The reply may keep it
+    /// longer.
     async fn take_turn(&mut self) -> std::result::Result<(), WireError> {
         let Some(turns) = &self.turns else { return Ok(()) };
         if self.wire.unfinished() <= SHORT {
@@ -172,7 +174,7 @@ impl Driver {
         }
         if self.is_full() {
             let unanswered = self.unanswered();
-            // A receiver that is gone has stopped waiting.
+            // If the caller has dropped the receiver, it does not need the reply.
             let _ = request.reply.send(Err(Failure::NotSent { unanswered }));
             return;
         }
@@ -199,8 +201,8 @@ impl Driver {
         self.unanswered() >= MAX_UNANSWERED || self.wire.queued() >= MAX_QUEUED
     }
 
-    /// Forgets commands that nobody waits for any more: those that were sent, whose replies would be ignored, and takes
-    /// back those that were not.
+    /// Removes commands whose callers have gone. Replies to commands that were sent are ignored; unsent commands are
+    /// never sent.
     fn forget_abandoned(&mut self) {
         let Self {
             wire,
@@ -210,7 +212,7 @@ impl Driver {
             ..
         } = self;
         waiting_for_descriptor.retain(|request| !request.reply.is_closed());
-        // The next descriptor waits for this one's reply, even if its caller has left.
+        // The next descriptor waits for this command's reply, even if its caller has gone.
         let abandoned =
             |id, reply: &oneshot::Sender<Answer>| reply.is_closed() && *descriptor_in_flight != Some(id);
         wire.unqueue(|id| pending.get(&id).is_some_and(|reply| abandoned(id, reply)));
@@ -239,14 +241,14 @@ impl Driver {
 
     fn settle(&mut self, id: Option<u64>, result: Answer) {
         let Some((id, reply)) = id.and_then(|id| self.pending.remove_entry(&id)) else {
-            tracing::trace!(id, "a reply to no command that waits was ignored");
+            tracing::trace!(id, "ignored a reply without a waiting command");
             return;
         };
-        // A receiver that is gone has stopped waiting.
+        // If the caller has dropped the receiver, it does not need the reply.
         let _ = reply.send(result);
         if self.descriptor_in_flight == Some(id) {
             self.descriptor_in_flight = None;
-            // One that nobody waits for any more is not sent: nobody would know of its descriptor set.
+            // A command whose caller has gone is not sent, because no code would know its descriptor set.
             while let Some(next) = self.waiting_for_descriptor.pop_front() {
                 if !next.reply.is_closed() {
                     self.descriptor_in_flight = Some(next.id);

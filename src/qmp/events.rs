@@ -1,4 +1,4 @@
-//! The events of a monitor: each reader has a queue of its own, which takes memory for what it holds.
+//! The events of a monitor: each reader has its own queue, whose memory depends on its content.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,9 +7,9 @@ use tokio::sync::Notify;
 
 use super::message::Event;
 
-/// Events that a reader may lag behind before it is notified that it missed some: 1 MiB with the longest ones.
+/// How many events a reader may lag behind until it loses the oldest ones: 1 MiB with the longest events.
 const MOST: usize = 256;
-/// A queue that grew beyond this is given back when it is empty.
+/// An empty queue with more capacity than this frees it.
 const KEEP_CAPACITY: usize = 16;
 
 /// The events since [`super::Monitor::events`] was called.
@@ -18,7 +18,7 @@ pub struct Events(Arc<Reader>);
 /// Why there is no next event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EventsError {
-    /// Some were missed: ask QEMU how things stand, then go on.
+    /// The reader missed events. It must query QEMU's state, and can then continue.
     Missed,
     /// The connection is closed.
     Closed,
@@ -33,7 +33,7 @@ struct Reader {
 #[derive(Debug, Default)]
 struct Queue {
     events: VecDeque<Arc<Event>>,
-    /// The oldest ones had to go.
+    /// The oldest events were dropped.
     missed: bool,
     closed: bool,
 }
@@ -63,7 +63,7 @@ impl Reader {
 }
 
 impl Events {
-    /// The next event that is there already: after a reply, all that QEMU sent before it.
+    /// Returns the next event without waiting. After a reply, all events that QEMU sent before it are there.
     pub fn next_now(&mut self) -> Option<Arc<Event>> {
         let mut queue = self.0.lock();
         queue.missed = false;
@@ -72,7 +72,7 @@ impl Events {
 
     /// Waits for the next event. Cancel-safe.
     pub async fn next(&mut self) -> Result<Arc<Event>, EventsError> {
-        // A peer that never stops lets others have their turn.
+        // Yields, so that a peer that never stops does not starve other tasks.
         tokio::task::coop::consume_budget().await;
         loop {
             {
@@ -87,18 +87,18 @@ impl Events {
                     return Err(EventsError::Closed);
                 }
             }
-            // What came since is remembered.
+            // `Notify` stores a notification that came since.
             self.0.news.notified().await;
         }
     }
 }
 
-/// All readers of a monitor's events; nothing once it is closed. Clones are the same.
+/// All readers of a monitor's events, or `None` once the monitor is closed. Clones share them.
 #[derive(Debug, Clone)]
 pub(super) struct Readers(Arc<Mutex<Option<Vec<Arc<Reader>>>>>);
 
 impl Readers {
-    /// One more, of what is said from now on.
+    /// Adds a reader of the events from now on.
     pub fn add(&self) -> Events {
         let reader = Arc::<Reader>::default();
         match &mut *self.lock() {
@@ -120,7 +120,7 @@ fn forget_those_that_left(readers: &mut Vec<Arc<Reader>>) {
     readers.retain(|reader| Arc::strong_count(reader) > 1);
 }
 
-/// The connection's side. Its readers read what was said before it is dropped.
+/// The sender of the events. Its readers still get the events from before it is dropped.
 #[derive(Debug)]
 pub(super) struct Speaker(Readers);
 
@@ -133,7 +133,7 @@ impl Speaker {
         self.0.clone()
     }
 
-    /// Hands out an event. A reader that lags behind keeps nobody waiting.
+    /// Delivers an event to each reader. A slow reader delays no other reader.
     pub fn say(&self, event: Event) {
         let event = Arc::new(event);
         if let Some(readers) = &mut *self.0.lock() {
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reader_that_lags_behind_is_notified_and_keeps_no_other_one_waiting() {
+    async fn a_slow_reader_is_notified_and_delays_no_other_reader() {
         let speaker = Speaker::new();
         let (mut slow, mut quick) = (speaker.readers().add(), speaker.readers().add());
         for number in 0..=MOST {
@@ -177,7 +177,7 @@ mod tests {
         for number in 1..=MOST {
             assert_eq!(slow.next().await.unwrap().name, number.to_string());
         }
-        assert_eq!(slow.0.lock().events.capacity(), 0, "memory is given back");
+        assert_eq!(slow.0.lock().events.capacity(), 0, "the memory is freed");
         for number in 0..=MOST {
             speaker.say(event(number));
         }
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn readers_hear_what_was_said_before_the_end_and_those_that_left_hold_nothing() {
+    async fn readers_get_the_events_before_the_end_and_dropped_readers_hold_none() {
         let speaker = Speaker::new();
         let readers = speaker.readers();
         let mut stays = readers.add();

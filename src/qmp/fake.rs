@@ -1,4 +1,4 @@
-//! A monitor without a QEMU, for unit tests: it expects commands in an order, and answers as the test says.
+//! A monitor without QEMU, for unit tests: it expects commands in order and replies as the test sets.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -26,7 +26,7 @@ struct Step {
 }
 
 impl Fake {
-    /// `process` is that at the other end.
+    /// `process` is the process at the other end.
     pub fn new(process: Option<u32>) -> Arc<Self> {
         Arc::new(Self {
             process,
@@ -39,18 +39,18 @@ impl Fake {
         Client::over(self.clone())
     }
 
-    /// The next command, and its reply.
+    /// Expects a command and returns this reply.
     pub fn expect<C: Command<Reply: Serialize>>(&self, command: C, reply: &C::Reply) -> &Self {
         let reply = to_value(reply).expect("a reply can be written");
         self.push(&command, Ok(reply))
     }
 
-    /// The next command, and the JSON of its reply.
+    /// Expects a command and returns this JSON as its reply.
     pub fn expect_text(&self, command: impl Command, reply: &Value) -> &Self {
         self.push(&command, Ok(reply.clone()))
     }
 
-    /// The next command, and that QEMU refuses it.
+    /// Expects a command and refuses it.
     pub fn expect_refusal(&self, command: impl Command, description: &str) -> &Self {
         let error = Error::Refused {
             command: command.name().to_owned(),
@@ -60,7 +60,7 @@ impl Fake {
         self.push(&command, Err(error))
     }
 
-    /// The next command, at which the connection closes.
+    /// Expects a command, and closes the connection instead of a reply.
     pub fn expect_close(&self, command: impl Command) -> &Self {
         self.push(&command, Err(Error::Closed("the fake closed it".into())))
     }
@@ -72,7 +72,7 @@ impl Fake {
         self
     }
 
-    /// That all commands came.
+    /// Asserts that all expected commands came.
     pub fn assert_done(&self) {
         let steps = self.steps.lock().unwrap();
         assert!(steps.is_empty(), "these did not come: {steps:?}");

@@ -1,24 +1,24 @@
-//! Bytes to lines: whatever a peer says, cut at its newlines. Bounded, and pure: knows no socket and no JSON.
+//! Splits a peer's bytes into lines. Bounded and pure: knows neither sockets nor JSON.
 
-/// A buffer that grew beyond this for one long line is given back.
+/// A buffer that grew beyond this for a long line is freed.
 const KEEP_CAPACITY: usize = 1 << 10;
 
-/// A line is longer than it may be, as far as it came.
+/// The received part of a line exceeds the limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LineTooLong;
 
-/// What was read and is no line yet.
+/// Bytes that were read and not yet returned as lines.
 #[derive(Debug)]
 pub struct Lines {
     limit: usize,
     bytes: Vec<u8>,
-    /// Where in `bytes` the next line begins, and how far it was searched for its end already.
+    /// The offset of the next line in `bytes`, and where the search for its end continues.
     start: usize,
     searched: usize,
 }
 
 impl Lines {
-    /// `limit` bounds a line, in bytes without its newline.
+    /// `limit` is the longest line, in bytes without its newline.
     pub fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -32,12 +32,12 @@ impl Lines {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// Bytes that are held: of lines that are there, and of the one that is not whole yet.
+    /// Returns the buffered bytes: of complete lines, and of the incomplete one.
     pub fn held(&self) -> usize {
         self.bytes.len()
     }
 
-    /// The next whole line without its newline, if one is there.
+    /// Returns the next complete line without its newline, if there is one.
     pub fn next_line(&mut self) -> Result<Option<Vec<u8>>, LineTooLong> {
         let newline = self.bytes[self.searched..].iter().position(|byte| *byte == b'\n');
         let end = newline.map_or(self.bytes.len(), |offset| self.searched + offset);
@@ -54,8 +54,8 @@ impl Lines {
         Ok(Some(line))
     }
 
-    /// Gives back the memory of lines that were taken. For once in a while, not for once a line: many short lines would
-    /// each move all that follows them.
+    /// Frees the memory of returned lines. Callers do so once per batch, because each call moves all bytes that
+    /// follow.
     pub fn forget_taken(&mut self) {
         self.bytes.drain(..self.start);
         self.searched -= self.start;

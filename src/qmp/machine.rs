@@ -1,4 +1,5 @@
-//! QEMU's commands for the machine as a whole, with its own names (`qapi/run-state.json`, `qapi/misc.json`, `qapi/qom.json`).
+//! QEMU's commands for the VM as a whole, under QEMU's names (`qapi/run-state.json`, `qapi/misc.json`,
+//! `qapi/qom.json`).
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -18,7 +19,7 @@ pub struct StatusInfo {
     pub status: String,
 }
 
-/// Lets the guest run.
+/// Resumes the guest.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Cont {}
 
@@ -41,9 +42,9 @@ command!(SetAction, "set-action", Done);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ShutdownAction {
-    /// It ends.
+    /// QEMU ends.
     Poweroff,
-    /// It stays, and the guest is paused.
+    /// QEMU stays, and pauses the guest.
     Pause,
 }
 
@@ -54,7 +55,7 @@ command!(QueryUuid, "query-uuid", UuidInfo);
 
 #[derive(Debug, Clone, Copy, Deserialize)]
 pub struct UuidInfo {
-    /// Nil where the VM has none.
+    /// Nil if the VM has no UUID.
     #[serde(rename = "UUID")]
     pub uuid: Uuid,
 }
@@ -87,7 +88,7 @@ command!(QomList<'_>, "qom-list", Vec<ObjectPropertyInfo>);
 #[derive(Debug, Clone, Deserialize)]
 pub struct ObjectPropertyInfo {
     pub name: String,
-    /// `child<TYPE>` of an object below.
+    /// `child<TYPE>` for a child object.
     #[serde(rename = "type")]
     pub kind: String,
 }

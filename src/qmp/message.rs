@@ -1,7 +1,7 @@
-//! Parses one line of QEMU's. Pure.
+//! Parses one line from QEMU. Pure.
 //!
-//! A peer may say anything within a line's length. So only what its kind of message needs is read, and what is kept or
-//! passed on is bounded: a line that JSON's values would take many times over in memory stays the text that it is.
+//! A peer can send anything within a line's length. So the parser reads only the needed fields, and bounds everything
+//! that it keeps. Large values stay text, because as JSON values they would take many times the memory.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
@@ -12,18 +12,18 @@ use super::{Error, Result};
 
 /// The longest event, in bytes. QEMU's own take a few hundred.
 const MAX_EVENT: usize = 16 << 10;
-/// The longest name of an event, and the longest data that is kept, in bytes: of so many events as a reader may lag behind. What
-/// somebody waits for is shorter, and told by a query too.
+/// The longest name and the longest data of a stored event, in bytes; a reader may lag behind many events. The events
+/// that the service needs are shorter, and a query returns the same facts.
 const MAX_EVENT_NAME: usize = 64;
 const MAX_EVENT_DATA: usize = 4 << 10;
-/// The longest message of QEMU's that is passed on, in characters. It can hold the names of files, which can be JSON themselves.
+/// The longest error message of QEMU that is passed on, in characters. It can contain file names, which can be JSON.
 const MAX_WORDS: usize = 8 << 10;
 
-/// An asynchronous message of QEMU's. Unknown names are kept: a newer QEMU has more of them.
+/// An event. Unknown names are kept, because newer QEMUs have more events.
 #[derive(Debug, Clone)]
 pub struct Event {
     pub name: String,
-    /// As it came: as values it can take 16 times the memory.
+    /// Unparsed, because JSON values can take 16 times the memory.
     data: Option<Box<RawValue>>,
 }
 
@@ -37,18 +37,18 @@ impl Event {
         }
     }
 
-    /// The event's data as `T`; nothing if it is something else, or longer than any event that is waited for.
+    /// Returns the event's data as `T`, or `None` if it has another type or was too long to keep.
     pub(super) fn read<T: DeserializeOwned>(&self) -> Option<T> {
         serde_json::from_str(self.data.as_ref()?.get()).ok()
     }
 
-    /// The event's data; null if there is none, or more than any event that is waited for has.
+    /// Returns the event's data, or null if there is none or it was too long to keep.
     pub fn data(&self) -> Value {
         self.read().unwrap_or_default()
     }
 }
 
-/// QEMU's no to a command.
+/// QEMU's error reply to a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     pub class: String,
@@ -60,14 +60,14 @@ pub struct Refusal {
 pub enum Message<'a> {
     Event(Event),
     Reply {
-        /// That of the command; nothing where it is none that this client gives.
+        /// The id of the command, or `None` if this client gives no such id.
         id: Option<u64>,
-        /// As it came: who asked knows what to read it as, and some are large.
+        /// Unparsed: the caller knows its type, and some replies are large.
         answer: std::result::Result<&'a RawValue, Refusal>,
     },
 }
 
-/// One of the first three is there.
+/// A valid line has one of the first three fields.
 #[derive(Deserialize)]
 struct Line<'a> {
     #[serde(rename = "return", borrow)]
@@ -102,7 +102,7 @@ impl<'a> Message<'a> {
                 return Err(Error::NotQmp(why));
             }
             let name = head(&name, MAX_EVENT_NAME);
-            // What is nested without end is no event.
+            // Data that is nested too deeply is invalid.
             data.map(|data| parse::<Value>(data.get().as_bytes()))
                 .transpose()?;
             let data = data.filter(|data| data.get().len() <= MAX_EVENT_DATA);
@@ -141,7 +141,7 @@ impl Refusal {
     }
 }
 
-/// QEMU's message in a reply, up to the length that is passed on.
+/// Reads QEMU's error message, and truncates it.
 pub fn words<'de, D: Deserializer<'de>>(words: D) -> std::result::Result<Option<String>, D::Error> {
     let words = Option::<String>::deserialize(words)?;
     Ok(words.map(|words| head(&words, MAX_WORDS)))
@@ -156,8 +156,8 @@ pub(super) fn head(text: &str, most: usize) -> String {
 
 pub(super) fn parse<'a, T: Deserialize<'a>>(line: &'a [u8]) -> Result<T> {
     serde_json::from_slice(line).map_err(|error| {
-        // JSON's reader quotes what it did not want, whole.
+        // serde_json quotes the whole unexpected value.
         let why = head(&error.to_string(), 512);
-        Error::NotQmp(format!("a line is no message: {why}"))
+        Error::NotQmp(format!("a line is not a QMP message: {why}"))
     })
 }

@@ -1,10 +1,11 @@
 //! The QEMU Machine Protocol: JSON lines on a UNIX stream socket, with file descriptors beside them.
 //!
-//! This module knows the protocol and nothing about backups or domains; no code outside it writes or reads a command's
-//! JSON. A [`Client`] executes typed commands over a [`Monitor`], which is a way to reach one QEMU. [`Client::open`] makes
-//! one of a socket: it does the greeting and gives a client, which is cloned freely, and a [`Driver`] that owns the socket
-//! and runs until the peer closes, the peer breaks the protocol, or the last client is dropped. The code that opens the
-//! connection owns the driver and decides where it runs.
+//! Knows the protocol; not backups or domains. No code outside this module writes or reads a command's JSON.
+//!
+//! A [`Client`] executes typed commands over a [`Monitor`], which is a way to reach one QEMU. [`Client::open`]
+//! negotiates on a socket and returns a client, which can be cloned, and a [`Driver`]. The driver owns the socket. It
+//! runs until the peer closes the connection or breaks the protocol, or the last client is dropped. The code that
+//! opens the connection owns the driver and decides where it runs.
 //!
 //! Source of the rules: QEMU's `docs/interop/qmp-spec` and `qapi/*.json`.
 
@@ -39,13 +40,14 @@ pub use wire::MAX_LINE;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What can go wrong between a command and its reply.
+/// The errors of a command or a connection.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    /// The peer did not greet in time. A second client on a monitor socket meets this: QEMU serves one at a time.
-    #[error("the monitor did not greet within {0:?}: is another client connected to the same socket?")]
+    /// The peer did not greet in time. A second client on a monitor socket gets this error, because QEMU serves one
+    /// client at a time.
+    #[error("the monitor did not greet within {0:?}: another client may be connected to the same socket")]
     NoGreeting(Duration),
-    /// What came is not QMP.
+    /// The peer sent bytes that are not QMP.
     #[error("the peer does not speak QMP: {0}")]
     NotQmp(String),
     /// QEMU answered the command with an error.
@@ -55,25 +57,25 @@ pub enum Error {
         class: String,
         description: String,
     },
-    /// The connection is gone, so no reply will come. The command may have been executed.
+    /// The connection is closed, so no reply will come. QEMU may have executed the command.
     #[error("the monitor's connection is closed: {0}")]
     Closed(Arc<str>),
-    /// There is no connection, for this reason.
+    /// There is no connection. Has the reason.
     #[error("{0}")]
     NotConnected(Arc<str>),
-    /// The peer reads or answers nothing while others wait for it already. The command was not sent.
+    /// The peer does not read or answer, and too many commands wait already. The command was not sent.
     #[error("{command} was not sent: the monitor has not answered {unanswered} commands before it")]
     Unanswered { command: String, unanswered: usize },
-    /// No reply in time. The command may still be executed.
+    /// No reply came in time. QEMU may still execute the command.
     #[error("no answer to {command} within {after:?}")]
     TimedOut { command: String, after: Duration },
-    /// The reply does not have the shape that the command promises.
+    /// The reply does not have the type that the command promises.
     #[error("unexpected reply to {command}: {detail}")]
     UnexpectedReply { command: String, detail: String },
 }
 
 impl Error {
-    /// Whether QEMU itself said no: the connection is fine and the command was not executed.
+    /// Whether QEMU refused the command. The connection works, and the command was not executed.
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Refused { .. })
     }

@@ -1,9 +1,9 @@
-//! What a peer sends, read so that no other process decides whether this one waits.
+//! Reads a peer's bytes so that no other process can block this one.
 //!
-//! The user who passed a socket shares its open file description, and can make it block. And a message can carry open files.
-//! Without room for them the kernel closes them in the thread that reads; to close some (a socket with `SO_LINGER`, a file of a
-//! FUSE file system) takes as long as another process wants. So room is made for all that can come, and it is closed on a thread
-//! that nobody waits for. No QEMU sends any.
+//! The user who passed a socket shares its open file description, and can make it blocking. A message can also carry
+//! descriptors. Without room for them, the kernel closes them in the reading thread. Closing some takes as long as
+//! another process wants, such as a socket with `SO_LINGER` or a FUSE file. So the service receives all descriptors
+//! and closes them on a separate thread. QEMU never sends any.
 
 use std::io::{self, IoSliceMut};
 use std::mem::ManuallyDrop;
@@ -16,27 +16,30 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use tokio::net::UnixStream;
 
-/// Of control data, in bytes: for 253 descriptors (`SCM_MAX_FD` of the kernel), credentials, a security label, a pidfd.
+/// The size of the control data: room for 253 descriptors (`SCM_MAX_FD` of the kernel), credentials, a security label
+/// and a pidfd.
 const CONTROL: usize = 8 << 10;
-/// A message with the sender's pidfd: who shares the socket can ask for these. From the kernel's `linux/socket.h`.
+/// A control message with the sender's pidfd. A process that shares the socket can request these. From the kernel's
+/// `linux/socket.h`.
 const SCM_PIDFD: i32 = 4;
-/// Threads that may hang in a close: more than there are monitors that end at a time. What comes beyond stays open.
+/// The most threads that may hang in close(2): more than the monitors that end at a time. Further descriptors stay
+/// open.
 const MOST_CLOSING: usize = 1024;
-/// Of each of them, in bytes.
+/// The stack of such a thread, in bytes.
 const STACK: usize = 64 << 10;
 
 static CLOSING: AtomicUsize = AtomicUsize::new(0);
 
-/// What came.
+/// The result of a read.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Received {
-    /// So many bytes; none at the end.
+    /// The number of bytes. 0 at the end of the stream.
     Bytes(usize),
-    /// A message with descriptors, which are being closed.
+    /// The message had descriptors, which a thread is closing.
     Descriptors,
 }
 
-/// Reads into `bytes` what is there. Does not wait.
+/// Reads the available bytes into `bytes`. Does not wait.
 pub fn receive(socket: &impl AsRawFd, bytes: &mut [u8]) -> io::Result<Received> {
     let mut control = vec![0; CONTROL];
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
@@ -60,7 +63,7 @@ pub fn receive(socket: &impl AsRawFd, bytes: &mut [u8]) -> io::Result<Received> 
     Ok(Received::Descriptors)
 }
 
-/// A socket that keeps nobody waiting when it is dropped.
+/// A socket whose drop does not block.
 #[derive(Debug)]
 pub struct Socket(Option<UnixStream>);
 
@@ -80,19 +83,22 @@ impl Deref for Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Another process that has the socket goes on using it. If nobody has, the kernel closes what is still in its queue.
+        // Another process with the same socket can continue to use it. If there is none, the kernel closes the
+        // content of its queue.
         if let Some(Ok(socket)) = self.0.take().map(UnixStream::into_std) {
             apart(move || drop(socket));
         }
     }
 }
 
-/// Runs what may hang on a thread of its own; not in the runtime's, which are counted. Where there can be none, nothing is
-/// closed rather than that somebody waits.
+/// Runs work that may hang on a separate thread, because the runtime's threads are limited. If no thread can start,
+/// the work is not done, so that nothing blocks.
 fn apart(work: impl FnOnce() + Send + 'static) {
     if CLOSING.fetch_add(1, Ordering::Relaxed) >= MOST_CLOSING {
         CLOSING.fetch_sub(1, Ordering::Relaxed);
-        tracing::warn!("what peers of the service have sent does not close: it stays open");
+        tracing::warn!(
+            "too many descriptors from peers hang while they are closed: the service leaves this one open"
+        );
         std::mem::forget(work);
         return;
     }
@@ -106,13 +112,13 @@ fn apart(work: impl FnOnce() + Send + 'static) {
     });
     if let Err(error) = spawned {
         CLOSING.fetch_sub(1, Ordering::Relaxed);
-        tracing::warn!(%error, "what a peer of the service has sent cannot be closed");
+        tracing::warn!(%error, "cannot close a descriptor from a peer");
     }
 }
 
 fn close(descriptor: RawFd) {
-    // Nobody waits for what the service does not want; on what is no socket it does nothing. The same socket under another
-    // number, for only its owner can set that.
+    // Turn SO_LINGER off, so that closing a socket does not wait. On other files this fails, without effect.
+    // `set_socket_linger` needs an owned descriptor, so pidfd_getfd(2) duplicates this one.
     let same = pidfd_open(getpid(), PidfdFlags::empty())
         .and_then(|own| pidfd_getfd(own, descriptor, PidfdGetfdFlags::empty()));
     if let Ok(same) = &same {

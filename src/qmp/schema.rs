@@ -1,7 +1,7 @@
-//! What a QEMU can do, read from `query-qmp-schema`: features are asked for by name, never by version.
+//! The features of a QEMU, read from `query-qmp-schema`. Code asks for features by name, never by version.
 //!
-//! A peer may describe any number of commands. The reply is read in passes over its text, and of it only the answers to the
-//! questions that the service has are kept.
+//! A peer can describe any number of commands. The parser walks over the text and keeps only the answers to the
+//! service's questions.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// The commands that are asked about, and their arguments that are. What is not here is not there.
+/// The commands and arguments that the service asks about. All others count as absent.
 const QUESTIONS: &[(&str, &[&str])] = &[
     ("add-fd", &["opaque"]),
     ("block-latency-histogram-set", &[]),
@@ -25,7 +25,7 @@ const QUESTIONS: &[(&str, &[&str])] = &[
     ("x-debug-query-block-graph", &[]),
 ];
 
-/// What only some QEMUs can do, as far as the service uses it.
+/// Features that only some QEMUs have and that the service uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Feature {
     /// [`super::block::QueryNamedBlockNodes`] with `flat`.
@@ -42,7 +42,8 @@ pub enum Feature {
     ShutdownAction,
 }
 
-/// The answers, in the order of the questions: the lowest bit of each is the command, the next ones are its arguments.
+/// The answers, in the order of the questions. The lowest bit stands for the command, the next bits for its
+/// arguments.
 #[derive(Debug, Default)]
 pub struct Schema([u8; QUESTIONS.len()]);
 
@@ -68,7 +69,7 @@ struct Member<'a> {
 impl Schema {
     pub(super) fn read(text: &str) -> serde_json::Result<Self> {
         let mut schema = Self::default();
-        // Each with the name of the object that its arguments are.
+        // The index of each command, and the name of its arguments' object type.
         let mut taken: Vec<(usize, String)> = Vec::new();
         each(text, |entity: Entity<'_>| {
             if let Some(index) = question(&entity.name)
@@ -88,14 +89,14 @@ impl Schema {
                     let bit = member.name.and_then(|name| argument(*index, &name));
                     schema.0[*index] |= bit.unwrap_or(0);
                 });
-                // What is no list of members is none that is asked about.
+                // An invalid list of members answers no question.
                 drop(known);
             }
         })?;
         Ok(schema)
     }
 
-    /// That of a QEMU that has these commands with these arguments, and no others.
+    /// The schema of a QEMU that has only these commands and arguments.
     #[cfg(test)]
     pub fn for_test(arguments: &[(&'static str, &'static str)]) -> Self {
         let mut schema = Self::default();
@@ -141,7 +142,7 @@ fn argument(index: usize, argument: &str) -> Option<u8> {
     place.map(|place| 2 << place)
 }
 
-/// Looks at each element of a JSON list, one after another.
+/// Calls `look` for each element of a JSON list.
 fn each<'a, T: Deserialize<'a>>(text: &'a str, look: impl FnMut(T)) -> serde_json::Result<()> {
     struct Each<T, F>(F, PhantomData<T>);
 
@@ -193,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_asked_about_is_not_kept() {
+    fn only_the_answers_to_the_questions_are_kept() {
         let members: Vec<Value> = (0..2000).map(|_| json!({ "name": "x".repeat(50) })).collect();
         let mut entities = vec![json!({ "name": "o", "meta-type": "object", "members": members })];
         entities.extend(
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_schema_is_refused() {
+    fn a_reply_that_is_not_a_schema_is_refused() {
         for text in ["7", "{}", "[7]", "[{\"name\": 1}]", "[] []"] {
             assert!(Schema::read(text).is_err(), "{text}");
         }

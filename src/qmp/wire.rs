@@ -1,7 +1,7 @@
-//! Lines on the socket: a reader, and a writer that puts a descriptor into the same message as the
-//! first byte of its command.
+//! Lines on the socket: a reader, and a writer that sends a descriptor in the same message as the first byte of its
+//! command.
 //!
-//! Knows bytes, lines and descriptors; not commands and replies.
+//! Knows bytes, lines and descriptors; not commands or replies.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -15,8 +15,8 @@ use tokio::net::UnixStream;
 use super::lines::{LineTooLong, Lines};
 use super::receive::{Received, Socket, receive};
 
-/// The longest line that a peer may send, in bytes. QEMU's schema takes 120 kB to 250 kB, a domain with hundreds
-/// of block nodes about 1 MiB.
+/// The longest line of a peer, in bytes. QEMU's schema takes 120 kB to 250 kB, and the nodes of a domain with
+/// hundreds of block nodes about 1 MiB.
 pub const MAX_LINE: usize = 16 << 20;
 const READ_CHUNK: usize = 64 << 10;
 
@@ -27,11 +27,11 @@ pub enum WireError {
     EndOfFile,
     #[error("the peer sent more than {0} bytes without a newline")]
     LineTooLong(usize),
-    #[error("what the peer sends is too long while others of the same user do the same")]
+    #[error("the peer sends a long line while other monitors of the same user do so")]
     NoTurn,
-    #[error("the peer does not end a long line")]
+    #[error("the peer did not end a long line in time")]
     Slow,
-    #[error("the peer sent an open file, which no QEMU does")]
+    #[error("the peer sent a file descriptor, which QEMU never does")]
     Descriptor,
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -44,18 +44,18 @@ struct Outgoing {
     descriptor: Option<OwnedFd>,
 }
 
-/// The socket with what was read but is no line yet, and what is queued but not sent yet.
+/// The socket, the bytes that are not a complete line yet, and the queued lines that are not sent yet.
 pub struct Wire {
     stream: Socket,
     incoming: Lines,
     outgoing: VecDeque<Outgoing>,
     longest: usize,
-    /// Bytes in `outgoing`, sent ones of its first line too.
+    /// Bytes in `outgoing`, including the sent ones of its first line.
     queued: usize,
 }
 
 impl Wire {
-    /// `longest` bounds a line of the peer's, in bytes.
+    /// `longest` is the peer's longest line, in bytes.
     pub fn new(stream: UnixStream, longest: usize) -> Self {
         Self {
             stream: Socket::new(stream),
@@ -66,12 +66,13 @@ impl Wire {
         }
     }
 
-    /// The same socket once more.
+    /// Duplicates the socket's descriptor.
     pub fn duplicate(&self) -> io::Result<OwnedFd> {
         self.stream.as_fd().try_clone_to_owned()
     }
 
-    /// Queues one line; `bytes` ends with a newline. Sent by [`Wire::turn`]. `id` is what [`Wire::unqueue`] calls it.
+    /// Queues one line for [`Wire::turn`]. `bytes` ends with a newline. `id` identifies the line in
+    /// [`Wire::unqueue`].
     pub fn queue(&mut self, id: u64, bytes: Vec<u8>, descriptor: Option<OwnedFd>) {
         self.queued += bytes.len();
         self.outgoing.push_back(Outgoing {
@@ -82,28 +83,28 @@ impl Wire {
         });
     }
 
-    /// Bytes of the lines that are not sent whole.
+    /// Returns the bytes of the lines that are not completely sent.
     pub fn queued(&self) -> usize {
         self.queued
     }
 
-    /// Takes back lines of which no byte was sent.
+    /// Removes queued lines of which no byte was sent.
     pub fn unqueue(&mut self, unwanted: impl Fn(u64) -> bool) {
         self.outgoing.retain(|line| line.sent > 0 || !unwanted(line.id));
         self.queued = self.outgoing.iter().map(|line| line.bytes.len()).sum();
     }
 
-    /// Gives back the memory of lines that were taken.
+    /// Frees the memory of returned lines.
     pub fn forget_taken(&mut self) {
         self.incoming.forget_taken();
     }
 
-    /// Bytes of a line that is not whole, once those that were taken are forgotten.
+    /// Returns the bytes of the incomplete line. The caller calls [`Wire::forget_taken`] first.
     pub fn unfinished(&self) -> usize {
         self.incoming.held()
     }
 
-    /// Waits until the socket can be read, or written if something is queued. Cancel-safe: moves no byte.
+    /// Waits until the socket is readable, or writable if lines are queued. Cancel-safe: moves no byte.
     pub async fn ready(&self) -> io::Result<()> {
         let interest = if self.outgoing.is_empty() {
             Interest::READABLE
@@ -113,20 +114,21 @@ impl Wire {
         self.stream.ready(interest).await.map(drop)
     }
 
-    /// Sends what can be sent and reads what is there, without waiting. Lines can have come also where this fails.
+    /// Sends and reads as much as possible without waiting. Lines may have arrived even if this fails.
     pub fn turn(&mut self) -> Result<(), WireError> {
         self.incoming.forget_taken();
         match self.send() {
-            // A peer that sends without end gets its lines handled, and its bound checked, between the chunks.
+            // Reads one chunk at a time, so that the lines of a peer that never stops are handled and bounded in
+            // between.
             Ok(()) => self.receive(READ_CHUNK, |stream, chunk| {
                 stream.try_io(Interest::READABLE, || receive(stream, chunk))
             }),
-            // Who hung up may have said something before, which tokio need not know of yet.
+            // The peer may have sent data before it hung up, and tokio may not have reported it yet.
             Err(error) => self.receive(self.longest, receive).and(Err(error)),
         }
     }
 
-    /// Reads until nothing is there, or `enough` bytes are.
+    /// Reads until no bytes are available, or `enough` bytes are held.
     fn receive(
         &mut self,
         enough: usize,
@@ -148,7 +150,7 @@ impl Wire {
         }
     }
 
-    /// The next whole line without its newline, if one is there.
+    /// Returns the next complete line without its newline, if there is one.
     pub fn next_line(&mut self) -> Result<Option<Vec<u8>>, WireError> {
         self.incoming
             .next_line()
@@ -159,7 +161,7 @@ impl Wire {
         while let Some(next) = self.outgoing.front_mut() {
             match send_some(&self.stream, &next.bytes[next.sent..], next.descriptor.as_ref()) {
                 Ok(count) => {
-                    // The kernel has passed it on with the first byte; ours is done.
+                    // The kernel has passed the descriptor with the first byte, so this one can be closed.
                     next.descriptor = None;
                     next.sent += count;
                     if next.sent == next.bytes.len() {

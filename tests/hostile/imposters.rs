@@ -79,7 +79,7 @@ pub const UNREACHABLE: [(&str, Play, &str); 12] = [
     (
         "early-event",
         |peer| Box::pin(say_again_and_again(peer, b"{\"event\": \"STOP\"}\r\n".to_vec())),
-        "no QMP greeting",
+        "not a QMP greeting",
     ),
     ("hangs-up", |peer| Box::pin(async { drop(peer) }), "closed"),
     (

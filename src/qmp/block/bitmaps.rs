@@ -1,4 +1,4 @@
-//! Dirty bitmaps. Those of a node are in [`super::BlockDeviceInfo`].
+//! Commands for dirty bitmaps. [`super::BlockDeviceInfo`] lists the bitmaps of a node.
 
 use serde::Serialize;
 
@@ -10,13 +10,13 @@ use crate::qmp::command::command;
 pub struct BlockDirtyBitmapAdd {
     pub node: String,
     pub name: String,
-    /// How many bytes one bit stands for.
+    /// The bytes that one bit represents.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub granularity: Option<u64>,
-    /// Whether the node's image keeps it.
+    /// Whether the node's image stores it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub persistent: Option<bool>,
-    /// Whether it records nothing.
+    /// Whether it does not record writes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disabled: Option<bool>,
 }
@@ -30,7 +30,7 @@ pub struct BlockDirtyBitmap {
     pub name: String,
 }
 
-/// Sets in the bitmap `target` of a node what is set in others.
+/// Merges other bitmaps into the bitmap `target` of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BlockDirtyBitmapMerge {
     pub node: String,

@@ -11,7 +11,7 @@ pub enum JobEvent {
     StatusChange(JobStatusChange),
     Completed(BlockJobEnd),
     Cancelled(BlockJobEnd),
-    /// A block job could not read or write.
+    /// A block job had an I/O error.
     Error(BlockJobError),
 }
 
@@ -27,7 +27,7 @@ pub struct BlockJobEnd {
     pub device: String,
     #[serde(rename = "type", default)]
     pub kind: Option<String>,
-    /// How much was to be copied, and how much was, in bytes.
+    /// The bytes to copy, and the bytes copied.
     #[serde(default)]
     pub len: Option<u64>,
     #[serde(default)]
@@ -46,7 +46,7 @@ pub struct BlockJobError {
 }
 
 impl JobEvent {
-    /// Nothing where the event is of another kind, or not what QEMU sends.
+    /// Returns `None` for an event of another kind, or one that QEMU would not send.
     pub fn of(event: &Event) -> Option<Self> {
         Some(match event.name.as_str() {
             "JOB_STATUS_CHANGE" => Self::StatusChange(event.read()?),
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn other_events_and_those_that_no_qemu_sends_are_none() {
+    fn other_events_and_invalid_events_are_none() {
         assert_eq!(of("BLOCK_JOB_READY", &json!({ "device": "a" })), None);
         assert_eq!(of("JOB_STATUS_CHANGE", &json!({ "id": "a" })), None);
         assert_eq!(of("BLOCK_JOB_COMPLETED", &json!({ "device": 7 })), None);

@@ -1,14 +1,14 @@
-//! Sets of descriptors, which a node opens as `/dev/fdset/ID`.
+//! Descriptor sets. A node opens one as `/dev/fdset/ID`.
 
 use serde::{Deserialize, Serialize};
 
 use crate::qmp::Done;
 use crate::qmp::command::command;
 
-/// Adds the descriptor that comes with it to a new set.
+/// Adds the descriptor that the command passes to a new set.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct AddFd<'a> {
-    /// QEMU lists it with the descriptor.
+    /// A label that QEMU lists with the descriptor.
     pub opaque: &'a str,
 }
 
@@ -20,7 +20,7 @@ pub struct AddfdInfo {
     pub fdset_id: u64,
 }
 
-/// Removes a set. QEMU closes its descriptors when no node has them open.
+/// Removes a set. QEMU closes its descriptors once no node has them open.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RemoveFd {

@@ -1,4 +1,4 @@
-//! The block graph: drives, nodes, and which node is below which.
+//! The block graph: drives, nodes, and the edges between nodes.
 
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
@@ -28,8 +28,8 @@ pub struct Inserted {
     pub ro: bool,
 }
 
-/// With `flat`, each image is there once. Otherwise each node has all images below it as well, which makes the reply quadratic
-/// in the depth of a chain.
+/// With `flat`, the reply lists each image once. Otherwise it lists all backing images again for each node, so its
+/// size is quadratic in the depth of a chain.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct QueryNamedBlockNodes {
     pub flat: bool,
@@ -51,7 +51,7 @@ pub struct BlockDeviceInfo {
     pub drv: String,
     pub file: String,
     pub image: ImageInfo,
-    /// The one that the image's header names, which need not be open.
+    /// The backing file that the image's header names. It need not be open.
     #[serde(rename = "backing_file", default)]
     pub backing_file: Option<String>,
     #[serde(default)]
@@ -69,13 +69,13 @@ pub struct ImageInfo {
     pub encrypted: bool,
     #[serde(default)]
     pub format_specific: Option<ImageInfoSpecific>,
-    /// Internal ones; not there if there are none.
+    /// Internal snapshots. Absent if there are none.
     #[serde(default)]
     pub snapshots: Vec<IgnoredAny>,
 }
 
 impl ImageInfo {
-    /// Whether the image's data is in another file, which its header names.
+    /// Whether the image stores its data in another file, which its header names.
     pub fn has_data_file(&self) -> bool {
         let specific = self.format_specific.as_ref();
         specific.is_some_and(|specific| specific.data.data_file.is_some())
@@ -98,12 +98,12 @@ pub struct ImageInfoSpecificData {
     pub data_file: Option<IgnoredAny>,
 }
 
-/// A dirty bitmap of a node. Those without a name are somebody's block job's.
+/// A dirty bitmap of a node. A bitmap without a name belongs to a block job.
 #[derive(Debug, Default, Deserialize)]
 pub struct BlockDirtyInfo {
     #[serde(default)]
     pub name: Option<String>,
-    /// What is dirty, in bytes.
+    /// The dirty bytes.
     #[serde(default)]
     pub count: u64,
     pub recording: bool,
@@ -131,7 +131,7 @@ pub struct XDbgBlockGraph {
 pub struct XDbgBlockGraphNode {
     pub id: u64,
     pub name: String,
-    /// Back ends and jobs are in the graph too, and may be called like a node.
+    /// The graph also has back ends and jobs, which may have the name of a node.
     #[serde(rename = "type")]
     pub kind: String,
 }
@@ -149,7 +149,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_node_is_read_whatever_else_is_in_it_and_a_missing_field_is_named() {
+    fn a_node_with_unknown_fields_is_read_and_a_missing_field_is_named() {
         let nodes = json!([{
             "node-name": "n", "drv": "qcow2", "file": "/a.qcow2", "ro": false, "backing_file": "b.qcow2",
             "image": {

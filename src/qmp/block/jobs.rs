@@ -1,11 +1,11 @@
-//! Block jobs: started, listed, changed, and ended.
+//! Commands that start, list, change and end block jobs.
 
 use serde::{Deserialize, Serialize};
 
 use crate::qmp::command::command;
 use crate::qmp::{Done, words};
 
-/// Copies a node to another one, and from then on what is written to it.
+/// Copies a node to another node, and then each later write.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BlockdevMirror<'a> {
@@ -22,7 +22,7 @@ pub struct BlockdevMirror<'a> {
 
 command!(BlockdevMirror<'_>, "blockdev-mirror", Done);
 
-/// Copies the images from `device` down to `base_node`, without the latter, into that.
+/// Copies the data of the images from `device` down to, but not including, `base_node` into `base_node`.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BlockCommit<'a> {
@@ -35,7 +35,7 @@ pub struct BlockCommit<'a> {
 
 command!(BlockCommit<'_>, "block-commit", Done);
 
-/// Ends a block job. One that is ready completes without a switch to its target, unless it is forced.
+/// Cancels a block job. Without `force`, a ready job completes without switching to its target.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct BlockJobCancel<'a> {
     /// The job's id.
@@ -49,29 +49,29 @@ command!(BlockJobCancel<'_>, "block-job-cancel", Done);
 pub struct BlockJobSetSpeed<'a> {
     /// The job's id.
     pub device: &'a str,
-    /// In bytes a second; 0 has no limit.
+    /// In bytes per second. 0 means no limit.
     pub speed: u64,
 }
 
 command!(BlockJobSetSpeed<'_>, "block-job-set-speed", Done);
 
-/// What is copied.
+/// The data to copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MirrorSync {
-    /// What the image has itself.
+    /// The data of the top image only.
     Top,
-    /// What is read from the node.
+    /// All data that the node reads.
     Full,
-    /// What is written from then on.
+    /// Only later writes.
     None,
 }
 
-/// What a job does when it can't read or write.
+/// The action of a job at an I/O error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnError {
-    /// It fails.
+    /// The job fails.
     Report,
     Ignore,
     Enospc,
@@ -79,7 +79,7 @@ pub enum OnError {
     Auto,
 }
 
-/// Ends a job that runs, also by force.
+/// Cancels a running job by force.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct JobCancel<'a> {
     pub id: &'a str,
@@ -87,7 +87,7 @@ pub struct JobCancel<'a> {
 
 command!(JobCancel<'_>, "job-cancel", Done);
 
-/// Has QEMU forget a concluded job.
+/// Makes QEMU forget a concluded job.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct JobDismiss<'a> {
     pub id: &'a str,
@@ -122,14 +122,14 @@ pub enum JobStatus {
     Created,
     Running,
     Paused,
-    /// It keeps up with what is written.
+    /// The job has copied everything and copies new writes.
     Ready,
     Standby,
-    /// Until the other jobs of its transaction have come as far.
+    /// The job waits for the other jobs of its transaction.
     Waiting,
     Pending,
     Aborting,
-    /// It has ended, and QEMU remembers it until it is dismissed.
+    /// The job has ended. QEMU keeps it until a client dismisses it.
     Concluded,
     Null,
     #[serde(other)]

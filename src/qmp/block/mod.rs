@@ -1,6 +1,6 @@
-//! QEMU's commands for nodes, block jobs and bitmaps, with its own names (`qapi/block-core.json`, `qapi/job.json`).
+//! QEMU's commands for nodes, block jobs and bitmaps, under QEMU's names (`qapi/block-core.json`, `qapi/job.json`).
 //!
-//! A command borrows its names. What is collected before it is sent, such as nodes and actions, owns them.
+//! A command borrows its names. Nodes and actions, which callers collect before they send them, own theirs.
 
 mod bitmaps;
 mod events;

@@ -53,7 +53,7 @@ pub struct BlockExportAdd<'a> {
 
 command!(BlockExportAdd<'_>, "block-export-add", Done);
 
-/// A node: also of QEMU's programs, which take one as JSON on their command lines.
+/// The options of a node. QEMU's programs also take them as JSON on their command lines.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BlockdevOptions {
@@ -72,7 +72,7 @@ pub struct BlockdevOptions {
 }
 
 impl BlockdevOptions {
-    /// A node with QEMU's defaults. It has a name only where it is not part of another node's options.
+    /// Creates the options of a node with QEMU's defaults. A node inside another node's options has no name.
     pub fn new(node_name: Option<String>, driver: Driver) -> Self {
         Self {
             node_name,
@@ -88,7 +88,7 @@ impl BlockdevOptions {
         Self::new(Some(node_name.into()), driver)
     }
 
-    /// The file name by which QEMU's programs open it.
+    /// Returns the file name with which QEMU's programs open the node.
     pub fn filename(&self) -> String {
         let node = serde_json::to_string(self).expect("options are strings and numbers");
         format!("json:{node}")
@@ -120,16 +120,16 @@ pub enum Driver {
     },
     Qcow2 {
         file: BlockdevRef,
-        /// Always sent: without it QEMU opens the file that the image's header names.
+        /// Always sent, because without it QEMU opens the backing file that the image's header names.
         backing: Option<BlockdevRef>,
     },
 }
 
-/// A node below another one.
+/// A child node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum BlockdevRef {
-    /// By its name.
+    /// The name of an existing node.
     Reference(String),
     Definition(Box<BlockdevOptions>),
 }
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_qcow2_image_without_a_backing_image_says_so() {
+    fn a_qcow2_image_without_a_backing_image_is_sent_with_null() {
         let file = || {
             BlockdevOptions::new(
                 None,

@@ -1,4 +1,4 @@
-//! How long the guest's requests take.
+//! The latency of the guest's requests.
 
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ pub struct BlockStats {
     pub stats: BlockDeviceStats,
 }
 
-/// Since the device was created. A histogram counts since it was set.
+/// Counters since the device was created. A histogram counts since it was set.
 #[derive(Debug, Default, Deserialize)]
 pub struct BlockDeviceStats {
     pub wr_operations: u64,
@@ -34,14 +34,14 @@ pub struct BlockDeviceStats {
     pub flush_latency_histogram: Option<IgnoredAny>,
 }
 
-/// Bin `n` has what took less than boundary `n`, in nanoseconds, and the last one has the rest.
+/// Bin `n` counts the requests that took less than boundary `n`, in nanoseconds. The last bin has the rest.
 #[derive(Debug, Deserialize)]
 pub struct BlockLatencyHistogramInfo {
     pub boundaries: Vec<u64>,
     pub bins: Vec<u64>,
 }
 
-/// Sets a device's histogram of writes; without boundaries, removes all histograms of the device.
+/// Sets a device's histogram of writes. Without boundaries, removes all histograms of the device.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BlockLatencyHistogramSet<'a> {

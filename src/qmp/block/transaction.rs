@@ -1,4 +1,4 @@
-//! Transactions: all of their actions are done, at one point in time, or none.
+//! Transactions: QEMU does all of the actions at one point in time, or none.
 
 use serde::Serialize;
 
@@ -16,7 +16,7 @@ pub struct Transaction {
 command!(Transaction, "transaction", Done);
 
 impl Transaction {
-    /// Its jobs end each by itself.
+    /// Creates a transaction whose jobs end independently.
     pub fn of(actions: Vec<TransactionAction>) -> Self {
         Self {
             actions,
@@ -24,7 +24,7 @@ impl Transaction {
         }
     }
 
-    /// Its jobs complete all together, or none does.
+    /// Creates a transaction whose jobs complete together or fail together.
     pub fn grouped(actions: Vec<TransactionAction>) -> Self {
         let completion_mode = CompletionMode::Grouped;
         Self {
@@ -50,7 +50,7 @@ pub enum CompletionMode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "type", content = "data", rename_all = "kebab-case")]
 pub enum TransactionAction {
-    /// Fails when all actions before it have been prepared.
+    /// Fails after QEMU has prepared all earlier actions.
     Abort {},
     BlockDirtyBitmapAdd(BlockDirtyBitmapAdd),
     BlockDirtyBitmapRemove(BlockDirtyBitmap),
@@ -58,7 +58,7 @@ pub enum TransactionAction {
     BlockdevBackup(BlockdevBackup),
 }
 
-/// Copies a node as it is at that point in time.
+/// Copies a node as it is at the transaction's point in time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BlockdevBackup {
@@ -73,7 +73,7 @@ pub struct BlockdevBackup {
     pub bitmap_mode: Option<BitmapSyncMode>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compress: Option<bool>,
-    /// In bytes a second; 0 has no limit.
+    /// In bytes per second. 0 means no limit.
     pub speed: u64,
     pub auto_dismiss: bool,
     pub on_source_error: OnError,
@@ -82,19 +82,19 @@ pub struct BlockdevBackup {
     pub x_perf: Option<BackupPerf>,
 }
 
-/// What is copied.
+/// The data to copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BackupSync {
-    /// What is read from the node.
+    /// All data that the node reads.
     Full,
-    /// What the image has itself.
+    /// The data of the top image only.
     Top,
-    /// What is set in a bitmap.
+    /// The data that is dirty in a bitmap.
     Bitmap,
 }
 
-/// When the bitmap forgets what was copied.
+/// When QEMU clears the copied bits in the bitmap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BitmapSyncMode {
@@ -106,9 +106,9 @@ pub enum BitmapSyncMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BackupPerf {
-    /// How many parts are copied at a time.
+    /// How many chunks are copied at a time.
     pub max_workers: u32,
-    /// The largest part, in bytes.
+    /// The largest chunk, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_chunk: Option<u64>,
 }

@@ -95,7 +95,7 @@ fn a_user_that_a_rule_allows_gets_its_backup() {
 }
 
 #[test]
-fn a_rule_can_say_which_machine_goes_where() {
+fn a_rule_can_restrict_domains_and_targets() {
     let uuid = "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10";
     let system = System::setup()
         .rules(&format!(
@@ -124,7 +124,7 @@ fn a_rule_can_say_which_machine_goes_where() {
 }
 
 #[test]
-fn each_place_of_a_request_is_asked_about() {
+fn every_target_of_a_request_is_authorized() {
     let system = System::setup()
         .rules(
             "polkit.addRule(function(action, subject) {
@@ -145,7 +145,7 @@ fn each_place_of_a_request_is_asked_about() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_polkit_nobody_may_anything_not_even_root() {
+async fn no_caller_has_any_right_without_polkit() {
     let mut system = System::start();
     let vm = machine(&system, "web");
     let caller = Caller::new(&system).await;
@@ -167,7 +167,7 @@ async fn without_polkit_nobody_may_anything_not_even_root() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_started_a_backup_may_cancel_it_and_others_need_permission() {
+async fn the_starter_of_a_backup_may_cancel_it_and_others_need_permission() {
     let rules = polkit::allow(USER, &["domain.backup"]) + &polkit::allow(2, &["domain.abort"]);
     let system = System::setup().rules(&rules).start();
     let disk = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11).slow(16 * MIB);
@@ -191,7 +191,7 @@ async fn who_started_a_backup_may_cancel_it_and_others_need_permission() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hidden_machine_answers_like_one_that_never_was() {
+async fn a_hidden_domain_replies_like_a_missing_one() {
     let rules = "polkit.addRule(function(action, subject) {
         if (action.lookup('domain_name') == 'secret' && subject.user != 'root') return polkit.Result.NO;
     });";
@@ -293,7 +293,7 @@ async fn a_subscriber_hears_of_backups_that_others_started() {
 }
 
 #[test]
-fn the_bus_lets_only_root_own_the_name_and_nobody_call_what_is_no_method() {
+fn the_bus_policy_lets_only_root_own_the_name_and_passes_only_methods() {
     let system = System::start();
     let output = system
         .clients()

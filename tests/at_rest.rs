@@ -59,7 +59,7 @@ fn tries(system: &mut System) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn monitors_that_are_not_there_cost_nothing_and_are_noticed_when_they_come() {
+async fn absent_monitors_cost_nothing_and_are_connected_when_they_appear() {
     let mut system = System::setup().without_daemon().start();
     let (present, absent) = (system.dir().join("vms"), system.dir().join("not/yet"));
     fs::create_dir(&present).unwrap();

@@ -190,7 +190,7 @@ async fn a_refused_backup_has_one_record_and_no_job() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_decision_that_could_not_be_had_has_one_record() {
+async fn an_unavailable_decision_has_one_record() {
     let mut system = System::setup().without_polkit().journal().start();
     let authority = Authority::start(&system, |action| match action {
         BACKUP => Answer::Error,
@@ -253,7 +253,7 @@ async fn refusals_cannot_fill_the_journal_and_every_grant_is_on_record() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn changes_of_a_speed_cannot_fill_the_journal() {
+async fn bandwidth_changes_cannot_fill_the_journal() {
     const CALLS: usize = 40;
     let rules = polkit::allow(USER, &["domain.backup"]);
     let mut system = System::setup().rules(&rules).journal().start();
@@ -284,7 +284,7 @@ async fn changes_of_a_speed_cannot_fill_the_journal() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_grant_to_cancel_is_on_record_for_each_target_and_speeds_for_each_process() {
+async fn cancellations_are_recorded_for_each_target_and_bandwidths_for_each_process() {
     let mut system = System::setup().journal().start();
     let slow = |name| Disk::new(name, 64 * MIB).fill(0, 64 * MIB, 0x11).slow(16 * MIB);
     let _vm = system.configured(system.vm("web").disk(slow("vda")).disk(slow("vdb")));
@@ -342,7 +342,7 @@ async fn every_grant_to_cancel_is_on_record_for_each_target_and_speeds_for_each_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn looking_leaves_no_record() {
+async fn read_only_calls_leave_no_record() {
     let mut system = System::setup().journal().start();
     let _vm = machine(&system, "web", disk());
     for uid in [ROOT, USER] {
@@ -358,7 +358,7 @@ async fn looking_leaves_no_record() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_starter_is_on_record_as_such_and_others_by_what_polkit_said() {
+async fn records_name_the_starter_or_the_reply_of_polkit() {
     let rules = polkit::allow(USER, &["domain.backup"]);
     let mut system = System::setup().rules(&rules).journal().start();
     let slow = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11).slow(16 * MIB);
@@ -413,7 +413,7 @@ async fn cancelled(root: &Caller, path: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_target_is_called_forges_nothing() {
+async fn a_target_name_cannot_forge_audit_records() {
     let mut system = System::setup().journal().start();
     let _vm = machine(&system, "web", disk());
     let document = |path: &str| {
@@ -448,7 +448,7 @@ async fn what_a_target_is_called_forges_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_new_domain_is_called_forges_nothing() {
+async fn a_new_domain_name_cannot_forge_audit_records() {
     let mut system = System::setup().journal().start();
     let vm = system.vm("mine").disk(disk()).start();
     let root = Caller::new(&system).await;
@@ -475,7 +475,7 @@ async fn what_a_new_domain_is_called_forges_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_owner_is_on_record_as_such() {
+async fn records_name_the_owner_of_a_domain() {
     let rules = polkit::allow(USER, &["service.register-domain"]);
     let mut system = System::setup().rules(&rules).journal().start();
     let vm = system.vm("mine").disk(disk()).start();

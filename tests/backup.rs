@@ -118,7 +118,7 @@ async fn all_disks_of_a_running_machine_are_copied_into_the_default_store() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_written_after_the_instant_is_not_in_the_images() {
+async fn writes_after_the_point_in_time_are_not_in_the_images() {
     let system = System::start();
     let mut vm = web(&system);
     for disk in ["vda", "vdb"] {
@@ -276,7 +276,7 @@ async fn the_holes_of_a_huge_disk_cost_neither_time_nor_space_nor_bandwidth() {
 
 /// Of every format that QEMU writes, into every kind of target.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_an_image_has_is_copied_and_what_it_does_not_have_is_a_hole() {
+async fn allocated_clusters_are_copied_and_others_become_holes() {
     for format in ["qcow2", "qed", "vmdk", "vdi", "vhdx", "parallels"] {
         let system = System::start();
         let disk = Disk::new("vda", 64 * MIB).format(format).fill(5 * MIB, MIB, 0x11);
@@ -533,7 +533,7 @@ async fn the_backup_of_a_caller_that_leaves_at_once_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn progress_rate_and_end_are_told_while_it_runs() {
+async fn progress_rate_and_end_are_signalled_during_a_backup() {
     let system = System::start();
     let vm = web(&system);
     let caller = Caller::new(&system).await;

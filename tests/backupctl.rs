@@ -39,7 +39,7 @@ fn json(output: &Output) -> Vec<Value> {
 }
 
 #[test]
-fn create_waits_says_where_the_images_are_and_exits_with_0() {
+fn create_waits_prints_the_paths_of_the_images_and_exits_with_0() {
     let system = System::start();
     let mut vm = machine(&system);
     let output = root(&system, &["create", "web"]);
@@ -179,7 +179,7 @@ fn a_dumped_definition_has_references_for_invisible_characters_and_is_the_same_d
 }
 
 #[test]
-fn what_there_is_is_listed_as_text_and_as_json() {
+fn lists_are_printed_as_text_and_as_json() {
     let system = System::start();
     let vm = machine(&system);
     let domains = root(&system, &["domains"]).expect_success();
@@ -258,7 +258,7 @@ fn a_detached_backup_is_watched_and_cancelled_from_elsewhere() {
 }
 
 #[test]
-fn who_waits_when_the_service_goes_and_comes_again_hears_the_end() {
+fn a_waiting_backupctl_reports_the_end_after_a_service_restart() {
     for killed in [true, false] {
         let mut system = System::start();
         let _vm = machine(&system);

@@ -52,7 +52,7 @@ fn backupctl(system: &System, arguments: &[&str]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_tells_what_its_manifest_says_in_the_list_and_as_an_object() {
+async fn lists_and_objects_show_the_manifest_of_a_backup() {
     let mut system = System::start();
     let nightly = system.dir().join("nightly");
     system.stop_daemon();
@@ -202,7 +202,7 @@ async fn chain(system: &System, root: &Caller) -> [std::path::PathBuf; 4] {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
+async fn a_chain_is_listed_as_a_tree_and_dependents_of_a_missing_base_as_damaged() {
     let mut system = System::start();
     let _vm = machine(&system, "web");
     let root = Caller::new(&system).await;
@@ -325,7 +325,7 @@ async fn a_chain_is_a_tree_and_what_lies_on_what_is_gone_is_damaged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_may_not_read_a_domain_knows_of_no_backup_of_it() {
+async fn a_caller_without_the_read_right_sees_no_backup_of_the_domain() {
     let rules = polkit::allow(USER, &["service.register-domain", "domain.backup"])
         + &polkit::deny(OTHER_USER, &["domain.read"]);
     let system = System::setup().rules(&rules).start();

@@ -63,7 +63,7 @@ fn limited(store: &tempfile::TempDir, bandwidth: &str, more: &str) -> System {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn backups_into_a_store_share_its_bandwidth_and_leave_each_other_what_they_may_not_use() {
+async fn backups_share_the_bandwidth_of_a_store_and_redistribute_unused_shares() {
     let store = test_directory();
     let system = system(&store);
     let (a, _to_a) = machine(&system, "a", &["vda", "vdb"]);
@@ -101,7 +101,7 @@ async fn backups_into_a_store_share_its_bandwidth_and_leave_each_other_what_they
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_gets_its_share_only_when_another_has_given_it_up() {
+async fn a_backup_gets_a_share_only_after_another_released_it() {
     let store = test_directory();
     let system = system(&store);
     let (a, to_a) = machine(&system, "a", &["vda"]);
@@ -166,7 +166,7 @@ async fn a_qemu_that_never_ends_a_failed_backup_loses_its_share() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_restart_no_backup_gets_what_another_one_may_still_copy() {
+async fn no_backup_gets_a_share_after_a_restart_that_another_may_still_use() {
     let store = test_directory();
     let mut system = system(&store);
     let (a, to_a) = machine(&system, "a", &["vda"]);
@@ -192,7 +192,7 @@ async fn after_a_restart_no_backup_gets_what_another_one_may_still_copy() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_goes_on_after_a_restart_has_its_share_again() {
+async fn a_backup_resumed_after_a_restart_keeps_its_share() {
     let store = test_directory();
     let mut system = system(&store);
     let (a, _to_a) = machine(&system, "a", &["vda"]);

@@ -20,7 +20,7 @@ fn incremental(word: &str) -> Options<'_> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_base_that_is_just_going_is_passed_over_unless_it_was_asked_for() {
+async fn a_base_under_deletion_is_skipped_unless_it_was_requested() {
     let mut scene = Recorded::new();
     let (full, _) = scene.backup(Options::new()).await;
     scene.write("vda", MIB, MIB / 2, 0x22);
@@ -45,7 +45,7 @@ async fn a_base_that_is_just_going_is_passed_over_unless_it_was_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_backup_holds_what_changed_and_shows_what_there_was() {
+async fn each_backup_holds_only_changes_and_shows_the_whole_disk() {
     let mut scene = Recorded::new();
     let (full, said) = scene.backup(Options::new()).await;
     assert_eq!(said, ["vda full first", "vdb full first"]);
@@ -90,7 +90,7 @@ async fn each_backup_holds_what_changed_and_shows_what_there_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_written_while_a_backup_runs_is_in_the_next() {
+async fn writes_during_a_backup_are_in_the_next_one() {
     let mut scene = Recorded::new();
     scene.backup(Options::new()).await;
     scene.write("vda", 0, 2 * MIB, 0x21);
@@ -113,7 +113,7 @@ async fn what_is_written_while_a_backup_runs_is_in_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_comes_to_nothing_leaves_the_chain_as_it_was() {
+async fn a_backup_without_a_result_leaves_the_chain_unchanged() {
     let mut scene = Recorded::new();
     let (full, _) = scene.backup(Options::new()).await;
     scene.write("vda", MIB, MIB, 0x22);
@@ -131,7 +131,7 @@ async fn a_backup_that_comes_to_nothing_leaves_the_chain_as_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wherever_the_service_dies_the_chain_is_as_good_as_before() {
+async fn the_chain_stays_good_at_each_point_where_the_service_dies() {
     let mut scene = Recorded::new();
     scene.backup(Options::new()).await;
     scene.system.stop_daemon();
@@ -205,7 +205,7 @@ async fn wherever_the_service_dies_the_chain_is_as_good_as_before() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_go_on_begins_anew_and_says_why() {
+async fn a_chain_that_cannot_continue_starts_with_a_full_backup_and_its_reason() {
     let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
     // QEMU dies: what it had not written down of what was written is not known.
@@ -263,7 +263,7 @@ async fn what_cannot_go_on_begins_anew_and_says_why() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_lies_on_an_image_that_is_not_what_it_was() {
+async fn a_changed_image_is_never_used_as_a_base() {
     let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
     scene.write("vda", 0, MIB, 0x31);
@@ -288,7 +288,7 @@ async fn nothing_lies_on_an_image_that_is_not_what_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_parent_that_goes_while_a_backup_runs_fails_it() {
+async fn a_base_removed_during_a_backup_fails_it() {
     let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
     scene.write("vda", 0, 2 * MIB, 0x31);
@@ -307,7 +307,7 @@ async fn a_parent_that_goes_while_a_backup_runs_fails_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn checkpoints_are_few_and_others_bitmaps_are_left_alone() {
+async fn checkpoints_are_limited_and_foreign_bitmaps_stay() {
     let mut scene = Recorded::with(System::setup().table("[store.none]\npath = \"/mnt\"\ncheckpoints = 0"));
     let node = scene.vm().node_name("vda");
     for name in ["libvirt-1", "backupd-mine"] {
@@ -333,7 +333,7 @@ async fn checkpoints_are_few_and_others_bitmaps_are_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_document_says_of_each_disk_what_it_goes_on_from() {
+async fn a_document_chooses_the_base_of_each_disk() {
     let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
     scene.write("vda", 0, MIB, 0x31);
@@ -411,7 +411,7 @@ async fn a_document_says_of_each_disk_what_it_goes_on_from() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn disks_that_change_their_places_go_on_from_their_own_images() {
+async fn disks_that_swap_names_continue_from_their_own_images() {
     let mut scene = Recorded::new();
     scene.write("vda", 0, MIB, 0xaa);
     scene.write("vdb", 0, MIB, 0xbb);

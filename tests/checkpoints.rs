@@ -184,7 +184,7 @@ async fn a_document_chooses_the_disks_and_no_means_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_is_refused_by_name_before_anything_is_touched() {
+async fn impossible_checkpoints_are_refused_before_anything_changes() {
     let system = System::start();
     let vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -250,7 +250,7 @@ async fn what_cannot_be_is_refused_by_name_before_anything_is_touched() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_without_a_backup_stays_until_it_is_deleted_and_no_backup_goes_on_from_it() {
+async fn a_checkpoint_without_a_backup_stays_until_deleted_and_is_no_base() {
     let system = System::start();
     let mut vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -316,7 +316,7 @@ async fn one_without_a_backup_stays_until_it_is_deleted_and_no_backup_goes_on_fr
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_a_backup_runs_none_is_made_or_deleted_and_its_own_is_not_there_yet() {
+async fn a_running_backup_blocks_checkpoint_changes_and_shows_no_checkpoint_of_its_own() {
     let system = System::start();
     let vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -376,7 +376,7 @@ async fn a_service_that_dies_while_it_makes_one_leaves_nothing_that_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn there_are_so_many_without_a_backup_and_no_more() {
+async fn checkpoints_without_a_backup_are_limited_in_number() {
     let system = System::start();
     let vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -398,7 +398,7 @@ async fn there_are_so_many_without_a_backup_and_no_more() {
 
 /// A user's own machine can have bitmaps that are called as another's: it learns nothing by them, and changes nothing.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bitmap_that_is_called_as_anothers_tells_nothing_of_it() {
+async fn a_bitmap_with_the_name_of_another_users_checkpoint_reveals_nothing() {
     let rules = polkit::allow(USER, &["service.register-domain", "domain.checkpoint"]);
     let system = System::setup().rules(&rules).start();
     let vm = machine(&system);

@@ -175,7 +175,7 @@ fn file_of_a_user(path: &Path) -> File {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hostile_program_of_the_services_reaches_nothing() {
+async fn a_hostile_image_program_of_the_service_reaches_nothing() {
     let place = crate::common::test_directory();
     let system = System::setup()
         .environment("PATH", &StandIn::path_below(place.path()))
@@ -202,7 +202,7 @@ async fn a_hostile_program_of_the_services_reaches_nothing() {
 }
 
 #[test]
-fn a_hostile_program_of_the_clients_reaches_nothing() {
+fn a_hostile_image_program_of_the_client_reaches_nothing() {
     let store = Store::new();
     let around = Surroundings::new(&format!("unix:path={}", listening(store.dir.path()).display()));
     let hostile = around.hostile(store.dir.path(), "qemu-img", 1, false);
@@ -307,7 +307,7 @@ async fn a_storage_daemon_that_serves_has_no_rights() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_of_a_user_s_is_opened_by_one_capability() {
+async fn a_users_file_is_opened_with_one_capability() {
     let place = crate::common::test_directory();
     let path = StandIn::path_below(place.path());
     let system = System::setup().environment("PATH", &path).start();

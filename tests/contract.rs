@@ -115,7 +115,7 @@ fn the_bus_policy_lets_through_every_method_and_nothing_else() {
 }
 
 #[test]
-fn no_property_is_writable_and_each_says_how_its_changes_are_told() {
+fn no_property_is_writable_and_each_declares_its_change_signal() {
     for interface in all_described() {
         for property in interface.properties() {
             let what = format!("{}.{}", interface.name(), property.name());
@@ -138,7 +138,7 @@ fn no_property_is_writable_and_each_says_how_its_changes_are_told() {
 }
 
 #[test]
-fn names_agree_across_the_files_of_the_system() {
+fn names_agree_across_all_system_files() {
     let policy = read("dbus/org.example.Backup1.conf");
     let activation = read("dbus/org.example.Backup1.service");
     let unit = read("systemd/backupd.service");
@@ -253,7 +253,7 @@ fn assert_as_described(system: &System, object: &str, interface: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_running_service_is_as_described() {
+async fn the_running_service_matches_its_description() {
     let system = System::start();
     assert_as_described(&system, ROOT_PATH, MANAGER_INTERFACE);
 

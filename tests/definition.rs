@@ -79,7 +79,7 @@ fn an_invalid_checkpoint_is_refused_with_kind_place_and_reason() {
 }
 
 #[test]
-fn a_checkpoints_name_means_nothing_else() {
+fn the_name_of_a_checkpoint_has_one_meaning() {
     for name in [
         "before-upgrade",
         "20261123",
@@ -146,7 +146,7 @@ fn a_document_is_measured_before_it_is_read() {
 }
 
 #[test]
-fn nothing_is_not_a_document() {
+fn an_empty_text_is_not_a_document() {
     for text in ["", " ", "\n\t\r\n ", "\u{feff}", "\u{feff} \n"] {
         assert_eq!(parse(text), Err(Error::Empty), "{text:?}");
     }
@@ -237,7 +237,7 @@ fn a_damaged_document_is_read_or_refused() {
 }
 
 #[test]
-fn what_is_said_in_code_survives_xml() {
+fn values_set_in_code_survive_a_round_trip_through_xml() {
     let awkward = "a & b < c > d 'e' \"f\" \t\r\n]]> \u{85}\u{7f} \u{2028} ä 💾";
     let disk = DiskDefinition {
         format: Some(Format::Qcow2),
@@ -271,7 +271,7 @@ fn what_is_said_in_code_survives_xml() {
 }
 
 #[test]
-fn what_xml_cannot_carry_is_replaced() {
+fn characters_that_xml_cannot_carry_are_replaced() {
     let definition = Definition {
         description: Some("a\0b\u{1b}c\u{ffff}d".into()),
         ..Definition::default()
@@ -387,7 +387,7 @@ fn a_name_is_safe_as_the_name_of_a_file() {
 }
 
 #[test]
-fn unsupported_is_told_from_invalid() {
+fn unsupported_and_invalid_are_separate_errors() {
     let kind = |inner: &str| {
         let text = format!("<domainbackup>{inner}</domainbackup>");
         parse(&text).unwrap_err().kind()

@@ -70,7 +70,7 @@ async fn refused(caller: &Caller, id: &str, error: &str, text: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_others_lie_on_stays_and_the_youngest_goes_first() {
+async fn a_backup_with_dependents_stays_and_dependents_are_deleted_first() {
     let system = System::start();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
@@ -108,7 +108,7 @@ async fn what_others_lie_on_stays_and_the_youngest_goes_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_used_and_what_is_not_the_backups_stays() {
+async fn files_in_use_and_foreign_files_stay() {
     let system = System::start();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
@@ -158,7 +158,7 @@ async fn what_is_used_and_what_is_not_the_backups_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_who_may_delete_does() {
+async fn only_callers_with_the_delete_right_delete() {
     let rule = "polkit.addRule(function(action, subject) {
         if (action.id == 'org.example.backup1.backup.delete' && action.lookup('domain_name') == 'web'
             && action.lookup('store') == 'default' && action.lookup('backup_id') == '@BACKUP' && subject.user == '@USER')
@@ -205,7 +205,7 @@ fn removing(system: &System) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_service_that_dies_leaves_the_next_one_finishes() {
+async fn an_interrupted_deletion_is_finished_by_the_next_service() {
     let mut system = System::start();
     let _vm = machine(&system);
     for point in Point::REMOVAL {
@@ -243,7 +243,7 @@ async fn what_a_service_that_dies_leaves_the_next_one_finishes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rescan_finishes_what_nobody_remembers() {
+async fn a_rescan_finishes_deletions_that_are_not_in_the_catalog() {
     let system = System::start();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
@@ -275,7 +275,7 @@ fn exists(backups: &[PathBuf]) -> Vec<bool> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_command_deletes_what_is_named_in_any_order() {
+async fn the_command_deletes_the_named_backups_in_any_order() {
     let system = System::start();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
@@ -351,7 +351,7 @@ async fn shared_chain(rule: &str) -> (System, Vm, [String; 3]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_goes_with_a_backup_needs_the_right_to_delete_it_too() {
+async fn deleting_dependents_needs_the_right_to_delete_each_of_them() {
     let (system, _vm, ids) = shared_chain("").await;
     let user = Caller::of_user(&system, USER).await;
     for option in ["with-dependents", "merge"] {

@@ -67,7 +67,7 @@ impl Scene {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_administrator_who_is_told_what_it_is_about_lets_the_backup_run() {
+async fn an_administrator_sees_the_details_and_allows_the_backup() {
     let mut scene = Scene::new(System::setup()).await;
     let (mut call, dialog) = scene.ask("call", USER).await;
     assert!(dialog.message.contains("web"), "{}", dialog.message);
@@ -101,7 +101,7 @@ async fn a_dialog_that_is_dismissed_or_failed_denies_the_backup_and_leaves_nothi
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_that_leaves_takes_its_dialog_along_and_nothing_starts() {
+async fn a_caller_that_disconnects_closes_its_dialog_and_nothing_starts() {
     let mut scene = Scene::new(System::setup()).await;
     let (mut call, dialog) = scene.ask("gone", USER).await;
     call.kill();
@@ -120,7 +120,7 @@ async fn a_caller_that_leaves_takes_its_dialog_along_and_nothing_starts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_does_not_let_its_user_be_asked_opens_no_dialog() {
+async fn a_call_without_interactive_authorization_opens_no_dialog() {
     let scene = Scene::new(System::setup()).await;
     // Through the agent, so that it would be asked if anybody were.
     let arguments = [
@@ -151,7 +151,7 @@ async fn a_call_that_does_not_let_its_user_be_asked_opens_no_dialog() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_has_as_many_dialogs_at_a_time_as_the_configuration_says() {
+async fn the_configuration_limits_the_concurrent_dialogs_of_a_user() {
     let setup = System::setup().table("[limits]\npassword-dialogs-per-user = 1");
     let mut scene = Scene::new(setup).await;
     let (mut first, open) = scene.ask("first", USER).await;
@@ -185,7 +185,7 @@ async fn a_user_has_as_many_dialogs_at_a_time_as_the_configuration_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dialog_says_whose_a_registered_domain_is() {
+async fn a_dialog_names_the_owner_of_a_registered_domain() {
     let rules = polkit::allow(USER, &["service.register-domain"]);
     let system = System::setup().rules(&rules).start();
     let vm = system.vm("mine").disk(Disk::new("vda", MIB)).start();
@@ -209,7 +209,7 @@ async fn a_dialog_says_whose_a_registered_domain_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dialog_names_all_backups_that_would_go() {
+async fn a_dialog_names_all_backups_that_would_be_deleted() {
     let mut scene = Scene::new(System::setup()).await;
     let root = Caller::new(&scene.system).await;
     root.complete_full("web", "").await;

@@ -263,7 +263,7 @@ async fn a_disk_that_is_plugged_in_is_in_the_next_backup_and_one_that_is_pulled_
 // What is told of a domain.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn name_uuid_and_state_are_qemus() {
+async fn name_uuid_and_state_come_from_qemu() {
     let system = System::start();
     let vm = system
         .vm("web")
@@ -316,7 +316,7 @@ async fn name_uuid_and_state_are_qemus() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_uuid_that_two_domains_have_finds_neither_of_them() {
+async fn an_ambiguous_uuid_finds_no_domain() {
     let system = System::start();
     let uuid = "6f2c3b1e-0d4a-4c7e-9a43-5d0f3c2b1a00";
     let machines = ["one", "two"].map(|name| system.vm(name).uuid(uuid).start());
@@ -351,7 +351,7 @@ async fn a_domain_file_is_found_by_its_name_first_even_if_that_is_anothers_uuid(
 // Files.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_comes_changes_and_goes_takes_effect_and_subscribers_are_told() {
+async fn an_added_changed_or_removed_domain_file_takes_effect_and_is_signalled() {
     let system = System::start();
     let (mut one, mut two) = (machine(&system, "one", 0x11), machine(&system, "two", 0x22));
     let mut caller = Caller::new(&system).await;
@@ -403,7 +403,7 @@ async fn a_file_that_comes_changes_and_goes_takes_effect_and_subscribers_are_tol
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_did_not_subscribe_hears_of_no_domain() {
+async fn a_caller_without_subscription_hears_of_no_domain() {
     let system = System::start();
     let vm = machine(&system, "web", 1);
     let mut silent = Caller::new(&system).await;
@@ -508,7 +508,7 @@ async fn a_bad_file_is_logged_with_its_line_and_the_others_load() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_in_the_second_directory_counts_where_the_first_has_none_of_its_name() {
+async fn a_file_in_the_first_directory_overrides_one_in_the_second() {
     let system = System::start();
     let (one, two) = (machine(&system, "one", 0x11), machine(&system, "two", 0x22));
     let caller = Caller::new(&system).await;
@@ -539,7 +539,7 @@ async fn a_file_in_the_second_directory_counts_where_the_first_has_none_of_its_n
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_whose_domain_goes_meanwhile_is_made_and_leaves_nothing_in_qemu() {
+async fn a_backup_completes_after_its_domain_is_removed_and_leaves_nothing_in_qemu() {
     let system = System::start();
     let vm = system
         .vm("web")
@@ -638,7 +638,7 @@ async fn a_qemu_that_comes_later_and_one_that_comes_again_are_connected() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_monitor_that_is_no_qemu_is_unreachable_and_says_why() {
+async fn a_monitor_that_is_not_a_qemu_is_unreachable_with_a_reason() {
     let system = System::start();
     let path = system.dir().join("strange");
     let listener = UnixListener::bind(&path).unwrap();
@@ -745,7 +745,7 @@ async fn assert_let_go(stream: UnixStream) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_no_connected_stream_socket_is_refused() {
+async fn a_descriptor_that_is_not_a_connected_stream_socket_is_refused() {
     let system = System::start();
     let caller = Caller::new(&system).await;
     let file = File::create_new(system.dir().join("file")).unwrap();
@@ -858,7 +858,7 @@ async fn a_passed_socket_that_does_not_speak_qmp_is_refused_and_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_name_that_is_taken_or_no_name_is_refused() {
+async fn an_invalid_name_or_one_in_use_is_refused() {
     let system = System::start();
     let (configured, other) = (machine(&system, "web", 1), machine(&system, "other", 2));
     system.domain_file("web", &configured);

@@ -60,7 +60,7 @@ fn encrypted(directory: &Path, name: &str, format: &str) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_qemu_decrypts_is_said_to_be_plain_text_in_its_backup() {
+async fn a_disk_that_qemu_decrypts_is_reported_as_plain_text_in_its_backup() {
     let system = System::start();
     let mut arguments = encrypted(system.dir(), "vda", "luks");
     arguments.extend(encrypted(system.dir(), "vdb", "qcow2"));

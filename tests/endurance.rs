@@ -167,7 +167,7 @@ async fn running(job: &JobProxy<'_>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_many_backups_in_a_row_nothing_is_left_of_them_but_their_records() {
+async fn many_backups_in_a_row_leave_only_their_records() {
     let table = format!("[limits]\nhistory = {HISTORY}");
     let mut system = frugal(System::setup().table(&table)).start();
     let vm = system.configured(machine(&system));
@@ -252,7 +252,7 @@ const MOST_WAKEUPS: u64 = 20;
 const MOST_CROWD_GROWTH: u64 = 2048;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_domains_that_come_and_go_leave_nothing_and_cost_nothing_while_nothing_happens() {
+async fn many_domains_that_come_and_go_leave_no_residue_and_idle_at_no_cost() {
     let mut system = frugal(System::setup()).start();
     let (rounds, machines) = if full().is_some() { (10, 10) } else { (3, 2) };
     let machines: Vec<_> = (0..machines)
@@ -331,7 +331,7 @@ async fn many_domains_that_come_and_go_leave_nothing_and_cost_nothing_while_noth
 const ATTENTION: Duration = Duration::from_secs(6);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_progress_of_a_backup_that_nobody_looks_at_is_hardly_asked_for() {
+async fn progress_without_subscribers_is_rarely_queried() {
     let mut system = System::start();
     let disk = Disk::new("vda", 128 * MIB).fill(0, 96 * MIB, 0x11);
     let vm = system.vm("web").disk(disk).running().start();

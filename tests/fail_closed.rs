@@ -163,7 +163,7 @@ async fn polkit_that_crashes_while_a_password_is_asked_for_allows_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_authority_that_leaves_before_it_answers_allows_nothing() {
+async fn an_authority_that_disconnects_before_it_replies_allows_nothing() {
     let (scene, authority) = Scene::with_authority().await;
     authority.decide(all_but_backup(Answer::Silence)).await;
     let call = begin(Caller::new(&scene.system).await);
@@ -233,12 +233,12 @@ async fn an_answer_of_the_wrong_type_allows_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_authority_that_says_no_is_believed_of_root_too() {
+async fn a_denial_by_polkit_applies_to_root_too() {
     refuses(Answer::No, NO_SUCH_DOMAIN).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_authority_that_never_answers_allows_nothing_and_is_not_waited_for_for_ever() {
+async fn an_authority_that_never_replies_allows_nothing_and_times_out() {
     let (scene, authority) = Scene::with_authority().await;
     authority.decide(all_but_backup(Answer::Silence)).await;
     let call = begin(Caller::new(&scene.system).await);

@@ -150,7 +150,7 @@ async fn a_machine_that_is_reset_is_backed_up_all_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_that_is_paused_is_backed_up_meanwhile_and_goes_on_afterwards() {
+async fn a_paused_vm_is_backed_up_and_can_continue() {
     let scene = Scene::new(disks).await;
     let job = scene.begin().await;
     scene.vm.stop();
@@ -190,7 +190,7 @@ async fn a_guest_that_powers_off_during_a_backup_that_is_cancelled_is_off_then()
 
 /// Somebody uses the backup's target: it cannot be removed from QEMU.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guest_may_power_off_though_something_of_a_backup_stays_in_its_qemu() {
+async fn residue_of_a_backup_in_qemu_does_not_block_the_power_off() {
     let mut scene = Scene::new(|machine| disks(machine).guest()).await;
     let job = scene.begin().await;
     let nodes = scene.vm.qmp("query-named-block-nodes", json!({ "flat": true }));
@@ -291,7 +291,7 @@ async fn a_disk_that_is_unplugged_is_backed_up_to_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_drive_that_goes_with_its_device_takes_the_backup_along() {
+async fn a_drive_removed_with_its_device_fails_the_backup() {
     let mut scene = Scene::new(|machine| {
         machine
             .disk(Disk::new("vda", VDA).fill(0, VDA, 0x11))
@@ -319,7 +319,7 @@ async fn a_drive_that_goes_with_its_device_takes_the_backup_along() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_the_guest_does_not_let_go_is_backed_up() {
+async fn a_disk_that_the_guest_does_not_release_is_backed_up() {
     let scene = Scene::new(|machine| {
         let port = "pcie-root-port,id=hole,chassis=1";
         let node = "driver=null-co,node-name=plug,size=1048576,read-zeroes=on";
@@ -352,7 +352,7 @@ async fn a_disk_cannot_be_resized_while_it_is_backed_up_and_can_afterwards() {
 // Other tools.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_another_tool_mirrors_is_refused_by_its_qemu_and_said_to_be_busy() {
+async fn a_disk_mirrored_by_another_tool_is_reported_as_busy() {
     let scene = Scene::new(disks).await;
     scene.add_node("mirror", VDA);
     let with_node = scene.vm.residue();
@@ -373,7 +373,7 @@ async fn a_disk_that_another_tool_mirrors_is_refused_by_its_qemu_and_said_to_be_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_is_backed_up_cannot_be_mirrored_and_is_backed_up_by_others_too() {
+async fn a_disk_under_backup_cannot_be_mirrored_but_backed_up_by_other_tools() {
     let scene = Scene::new(disks).await;
     for name in ["mirror", "other"] {
         scene.add_node(name, VDA);
@@ -403,7 +403,7 @@ async fn a_disk_that_is_backed_up_cannot_be_mirrored_and_is_backed_up_by_others_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_made_by_another_tool_changes_nothing_of_the_instant() {
+async fn a_snapshot_by_another_tool_does_not_change_the_point_in_time() {
     let scene = Scene::new(disks).await;
     let job = scene.begin().await;
     let snapshot = json!({
@@ -421,7 +421,7 @@ async fn a_snapshot_made_by_another_tool_changes_nothing_of_the_instant() {
 
 /// QEMU copies what a disk's image has, and looks for that in whatever image is on top at the time.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_made_before_it_is_certain_that_qemu_has_found_the_holes_fails_the_backup() {
+async fn a_snapshot_before_qemu_has_found_the_holes_fails_the_backup() {
     for format in ["qcow2", "raw"] {
         let (
             Scene {
@@ -486,7 +486,7 @@ async fn a_migration_fails_while_a_backup_runs_and_works_afterwards() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_that_is_still_to_come_is_not_backed_up() {
+async fn the_destination_of_a_migration_is_not_backed_up() {
     let system = System::start();
     let vm = system.configured(disks(system.vm("web")).extra(&["-incoming", "defer"]));
     let caller = Caller::new(&system).await;
@@ -500,7 +500,7 @@ async fn a_machine_that_is_still_to_come_is_not_backed_up() {
 // QEMU, and the way to it.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_qemu_that_stands_still_keeps_nobody_else_waiting_and_goes_on() {
+async fn a_stopped_qemu_blocks_no_other_domain_and_its_backup_continues() {
     let mut scene = Scene::new(disks).await;
     let other = scene.system.configured(disks(scene.system.vm("other")));
     let job = scene.begin().await;
@@ -514,7 +514,7 @@ async fn a_qemu_that_stands_still_keeps_nobody_else_waiting_and_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_qemu_that_stands_still_for_too_long_fails_its_backup_and_is_cleaned_up_when_it_goes_on() {
+async fn a_qemu_stopped_for_too_long_fails_its_backup_and_is_cleaned_up_later() {
     let system = System::setup().table("[deadlines]\nstall-seconds = 2").start();
     let mut scene = Scene::of(system, disks).await;
     let job = scene.begin().await;
@@ -537,7 +537,7 @@ async fn a_qemu_that_stands_still_for_too_long_fails_its_backup_and_is_cleaned_u
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_qemu_that_stands_still_when_its_speed_is_changed_keeps_no_backup_running_for_ever() {
+async fn a_qemu_that_stops_during_a_bandwidth_change_fails_its_backup() {
     // Longer than a change of the speed and a question about the progress are waited for.
     let system = System::setup().table("[deadlines]\nstall-seconds = 11").start();
     let mut vms = ["web", "db"].map(|name| system.configured(disks(system.vm(name))));
@@ -562,7 +562,7 @@ async fn a_qemu_that_stands_still_when_its_speed_is_changed_keeps_no_backup_runn
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_monitor_that_is_lost_in_the_middle_and_comes_back_makes_no_difference() {
+async fn a_monitor_lost_and_restored_in_the_middle_does_not_affect_the_backup() {
     let (scene, proxy) = Scene::with_proxy().await;
     let job = scene.begin().await;
     for _ in 0..3 {
@@ -583,7 +583,7 @@ async fn a_monitor_that_is_lost_in_the_middle_and_comes_back_makes_no_difference
 // The page for users.
 
 #[test]
-fn every_test_that_the_page_names_is_there() {
+fn every_test_named_in_the_documentation_exists() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let page = std::fs::read_to_string(root.join("docs/failure-modes.md")).unwrap();
     let mut named = 0;

@@ -25,7 +25,7 @@ fn into_file(path: &Path) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_could_not_be_given_its_name_is_refused_before_anything_is_copied() {
+async fn a_file_that_cannot_be_renamed_is_refused_before_anything_is_copied() {
     let system = System::start();
     let vm = system.configured(
         system
@@ -71,7 +71,7 @@ async fn a_file_that_could_not_be_given_its_name_is_refused_before_anything_is_c
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_gets_its_name_by_a_link_where_renaming_could_replace() {
+async fn a_file_is_published_by_a_link_where_a_rename_could_overwrite() {
     let system = System::start();
     let _vm = system.configured(
         system
@@ -91,7 +91,7 @@ async fn a_file_gets_its_name_by_a_link_where_renaming_could_replace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_goes_though_its_images_are_open_and_its_directory_goes_when_they_are_closed() {
+async fn a_backup_with_open_images_is_deleted_and_its_directory_follows_on_close() {
     let mut system = System::setup().without_daemon().start();
     let limits = Limits {
         plain_rename: true,
@@ -272,7 +272,7 @@ fn all_below(path: &Path) -> Vec<PathBuf> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_is_not_mounted_takes_nothing() {
+async fn an_unmounted_store_gets_no_backup() {
     let scene = MountPoint::new().await;
     let disk = scene.disk("disk");
     let mounted = Mounted::bind(&disk, &scene.path);
@@ -292,7 +292,7 @@ async fn a_store_that_is_not_mounted_takes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_store_in_the_place_of_one_is_used_when_somebody_says_so() {
+async fn a_replaced_store_is_used_after_an_administrator_confirms_it() {
     let scene = MountPoint::new().await;
     let first = Mounted::bind(&scene.disk("first"), &scene.path);
     scene.caller.complete("web", MountPoint::STORE).await;

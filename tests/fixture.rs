@@ -190,7 +190,7 @@ fn residue_equals_itself_and_shows_what_is_added() {
 }
 
 #[test]
-fn two_machines_run_at_once_and_refusals_are_told() {
+fn two_vms_run_at_once_and_refusals_are_reported() {
     let dir = test_directory();
     let one = Builder::new(dir.path(), "one")
         .disk(Disk::new("vda", MIB))
@@ -212,7 +212,7 @@ fn two_machines_run_at_once_and_refusals_are_told() {
 }
 
 #[test]
-fn images_are_told_apart() {
+fn different_images_are_distinguished() {
     let dir = test_directory();
     let mut vm = Builder::new(dir.path(), "web")
         .disk(Disk::new("vda", 4 * MIB).fill(0, MIB, 7))

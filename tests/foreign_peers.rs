@@ -85,7 +85,7 @@ async fn assert_served(mut system: System, caller: &Caller) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_socket_that_is_made_blocking_keeps_nobody_waiting() {
+async fn a_socket_made_blocking_delays_nobody() {
     let (system, caller, shared, mut theirs) = registered().await;
     for _ in 0..20 {
         let flags = fcntl_getfl(&shared).unwrap();
@@ -109,7 +109,7 @@ async fn a_socket_that_the_caller_keeps_works_when_the_service_has_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_open_file_beside_a_line_ends_the_connection_and_keeps_nobody_waiting() {
+async fn an_unexpected_descriptor_closes_the_connection_and_delays_nobody() {
     let (system, caller, _shared, theirs) = registered().await;
     let (socket, _peer) = lingering();
     say_with(&theirs, EVENT, &socket);
@@ -128,7 +128,7 @@ async fn an_open_file_beside_a_line_ends_the_connection_and_keeps_nobody_waiting
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_nobody_reads_before_the_connection_ends_keeps_nobody_waiting() {
+async fn an_unread_descriptor_on_a_closed_connection_delays_nobody() {
     let mut system = System::start();
     let caller = Caller::new(&system).await;
     let path = system.dir().join("monitor");
@@ -187,7 +187,7 @@ fn reuse() -> Options<'static> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_another_users_machine_claims_keeps_nobody_from_a_backup_or_a_restore() {
+async fn false_claims_of_another_users_domain_block_no_backup_or_restore() {
     let (system, _vm, _user, peers) = claimed(3).await;
     let root = Caller::new(&system).await;
     let target = system.dir().join("target.qcow2");
@@ -228,7 +228,7 @@ async fn what_another_users_machine_claims_keeps_nobody_from_a_backup_or_a_resto
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn root_alone_is_told_who_has_a_target_open() {
+async fn only_root_learns_which_process_has_a_target_open() {
     let (system, mut vm, user, _peers) = claimed(1).await;
     let root = Caller::new(&system).await;
     let other = system.vm("other").disk(Disk::new("vda", 8 * MIB)).start();

@@ -23,7 +23,7 @@ fn replay(target: &str, property: fn(&[u8])) {
 }
 
 #[test]
-fn what_a_monitor_says_is_taken_apart_as_it_should() {
+fn output_of_a_monitor_is_parsed_correctly() {
     replay("qmp", properties::qmp);
 }
 

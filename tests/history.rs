@@ -69,7 +69,7 @@ async fn told(caller: &Caller, job: &JobProxy<'_>) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn jobs_that_ended_long_ago_are_listed_when_asked_for_and_answer_as_ever() {
+async fn jobs_that_ended_long_ago_are_listed_on_request() {
     let rules = polkit::allow(USER, &["domain.backup"]) + &polkit::deny(OTHER_USER, &["domain.read"]);
     let mut system = System::setup().rules(&rules).start();
     let vm = machine(&system);
@@ -137,7 +137,7 @@ async fn jobs_that_ended_long_ago_are_listed_when_asked_for_and_answer_as_ever()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_asked_of_the_list_is_what_it_knows() {
+async fn list_filters_match_the_listed_jobs() {
     let system = System::start();
     let caller = Caller::new(&system).await;
     for (key, value) in [("ended", Variant::from("yes")), ("endd", Variant::from(true))] {
@@ -181,7 +181,7 @@ fn start_anew(system: &mut System) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_catalog_is_made_again_from_the_stores() {
+async fn a_lost_catalog_is_rebuilt_from_the_stores() {
     let rules = polkit::allow(USER, &["domain.backup"]);
     let mut system = System::setup().rules(&rules).start();
     let _vm = machine(&system);
@@ -240,7 +240,7 @@ fn change_manifest(backup: &Path, change: impl FnOnce(&mut Value)) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
+async fn a_rescan_reports_bad_backups_and_removes_missing_ones_from_the_catalog() {
     let mut system = System::start();
     let _vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -317,7 +317,7 @@ async fn what_is_no_good_backup_is_told_and_what_is_gone_is_forgotten() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_is_not_good_is_not_taken_in_and_one_under_way_is_left_alone() {
+async fn a_rescan_imports_no_bad_backup_and_ignores_running_ones() {
     let mut system = System::start();
     let vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -350,7 +350,7 @@ async fn a_backup_that_is_not_good_is_not_taken_in_and_one_under_way_is_left_alo
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_from_elsewhere_gives_no_user_a_right() {
+async fn a_store_from_another_host_grants_no_rights() {
     let rules = polkit::allow(USER, &["domain.backup", "service.register-domain"])
         + &polkit::deny(USER, &["domain.read"]);
     let mut system = System::setup().rules(&rules).start();
@@ -394,7 +394,7 @@ fn change(system: &System, sql: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_next_user_of_a_number_has_no_part_in_the_jobs_of_the_one_before() {
+async fn the_next_user_of_a_uid_has_no_rights_over_earlier_jobs() {
     let rules = polkit::allow(USER, &["domain.backup"]) + &polkit::deny(USER, &["domain.read"]);
     let mut system = System::setup().rules(&rules).start();
     let _vm = machine(&system);
@@ -431,7 +431,7 @@ async fn the_next_user_of_a_number_has_no_part_in_the_jobs_of_the_one_before() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_next_user_of_a_number_does_not_see_the_backups_of_the_one_before() {
+async fn the_next_user_of_a_uid_does_not_see_earlier_backups() {
     let rules = polkit::allow(USER, &["domain.backup", "service.register-domain"]);
     let mut system = System::setup().rules(&rules).start();
     let vm = system.vm("mine").disk(Disk::new("vda", MIB)).start();
@@ -485,7 +485,7 @@ async fn seen(user: &Caller) -> (usize, bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_next_user_of_a_number_continues_no_chain_of_the_one_before() {
+async fn the_next_user_of_a_uid_continues_no_earlier_chain() {
     let rules = polkit::allow(
         USER,
         &["domain.backup", "service.register-domain", "domain.checkpoint"],
@@ -532,7 +532,7 @@ async fn the_next_user_of_a_number_continues_no_chain_of_the_one_before() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_asks_as_little_however_many_domains_another_user_had() {
+async fn a_list_sends_few_polkit_requests_for_many_foreign_domains() {
     let mut system = System::setup().without_polkit().start();
     let authority = Authority::start(&system, |_| Answer::Yes).await;
     let _vm = machine(&system);

@@ -144,7 +144,7 @@ async fn cut(steps: &[Step], says: usize, hears: usize) -> (Seen, usize, usize) 
 }
 
 #[tokio::test]
-async fn a_session_that_ends_at_any_byte_ends_in_order() {
+async fn a_session_cut_at_any_byte_ends_cleanly() {
     let steps = session();
     let (whole, all_said, all_heard) = cut(&steps, usize::MAX, usize::MAX).await;
     assert!(whole.replies > 20 && whole.events > 10, "{whole:?}");
@@ -195,7 +195,7 @@ async fn failed_job(caller: &Caller, domain: &str) -> Option<JobProxy<'static>> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_an_imposter_spoils_fails_with_its_reason_and_leaves_no_image() {
+async fn a_backup_of_an_imposter_fails_with_the_reason_and_leaves_no_image() {
     let mut system = System::start();
     let caller = Caller::new(&system).await;
     let mut imposters = Vec::new();

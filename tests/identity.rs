@@ -116,7 +116,7 @@ fn nightly(keep_last: u32) -> (tempfile::TempDir, String, PathBuf) {
 const NIGHTLY: &str = "<domainbackup><store name='nightly'/></domainbackup>";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_vm_under_the_same_name_inherits_prunes_and_shows_nothing_of_the_former() {
+async fn another_vm_under_the_same_name_gets_no_access_to_the_former_ones_backups() {
     let (_directory, table, store) = nightly(2);
     // Who may read "web" may read what has that name now.
     let rules = polkit::deny(USER, &["domain.read"]).replace(
@@ -240,7 +240,7 @@ async fn a_renamed_vm_keeps_its_history_and_its_chain() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_lost_its_records_gives_no_vm_the_directory_of_another() {
+async fn a_service_without_catalog_gives_no_vm_the_directory_of_another() {
     let mut system = System::start();
     let root = Caller::new(&system).await;
     let mut former = machine(&system, "former", "web", FORMER);
@@ -266,7 +266,7 @@ async fn a_service_that_lost_its_records_gives_no_vm_the_directory_of_another() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn vms_without_a_uuid_are_told_apart_by_their_names() {
+async fn vms_without_a_uuid_are_distinguished_by_their_names() {
     let system = System::start();
     let root = Caller::new(&system).await;
     let one = machine(&system, "one", "one", NONE);
@@ -310,7 +310,7 @@ async fn a_copy_with_the_same_uuid_stays_apart_while_both_are_known() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rules_leave_alone_what_another_service_made_until_it_is_adopted() {
+async fn keep_rules_ignore_foreign_backups_until_they_are_adopted() {
     let (_directory, table, store) = nightly(1);
     let mut system = System::setup().table(&table).start();
     let _vm = machine(&system, "one", "web", FORMER);
@@ -365,7 +365,7 @@ async fn rules_leave_alone_what_another_service_made_until_it_is_adopted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_order_of_making_counts_whatever_the_clock_said() {
+async fn the_order_of_creation_counts_and_not_the_clock() {
     let system = System::start();
     let _vm = machine(&system, "one", "web", FORMER);
     let root = Caller::new(&system).await;
@@ -437,7 +437,7 @@ async fn a_copy_of_a_store_that_keeps_no_checkpoints_takes_none_from_the_first()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_goes_on_whose_vm_was_renamed_while_no_service_was_there() {
+async fn a_backup_continues_after_its_vm_was_renamed_without_a_service() {
     let mut system = System::start();
     let vm = Builder::new(&system.dir().join("vm"), "before")
         .uuid(FORMER)
@@ -487,7 +487,7 @@ async fn a_backup_goes_on_whose_vm_was_renamed_while_no_service_was_there() {
 
 /// A reader of a backup knows its bitmap's name, and can write to a store on removable media.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_built_upon_a_manifest_that_this_service_did_not_write() {
+async fn a_foreign_manifest_is_never_used_as_a_base() {
     let (_directory, table, nightly) = nightly(9);
     let system = System::setup().table(&table).start();
     let vm = machine(&system, "one", "web", FORMER);

@@ -54,7 +54,7 @@ async fn leaves(system: &System) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_leaves_when_nobody_needs_it_and_is_there_again_for_the_next_call() {
+async fn the_idle_service_exits_and_is_started_by_the_next_call() {
     let system = on_demand(Activation::Bus).start();
     let caller = Caller::new(&system).await;
     for _ in 0..3 {
@@ -64,7 +64,7 @@ async fn it_leaves_when_nobody_needs_it_and_is_there_again_for_the_next_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_stays_where_nobody_would_start_it_again_and_where_it_is_told_to() {
+async fn the_service_stays_without_activation_and_when_configured_to() {
     let alone = System::setup().config(&idle_exit(IDLE)).start();
     let told = System::setup()
         .config("idle-exit-seconds = 0")
@@ -78,7 +78,7 @@ async fn it_stays_where_nobody_would_start_it_again_and_where_it_is_told_to() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_stays_while_somebody_is_subscribed() {
+async fn the_service_stays_during_a_subscription() {
     let system = on_demand(Activation::Bus).start();
     let caller = Caller::new(&system).await;
     caller.manager.subscribe().await.unwrap();
@@ -94,7 +94,7 @@ async fn it_stays_while_somebody_is_subscribed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_stays_while_a_domain_is_registered() {
+async fn the_service_stays_while_a_domain_is_registered() {
     let system = on_demand(Activation::Bus).start();
     let caller = Caller::new(&system).await;
     let (socket, qemu) = StandIn::start();
@@ -105,7 +105,7 @@ async fn it_stays_while_a_domain_is_registered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_stays_while_a_backup_runs_and_is_waited_for() {
+async fn the_service_stays_while_a_backup_runs() {
     let system = on_demand(Activation::Bus).start();
     let machine = system
         .vm("web")
@@ -127,7 +127,7 @@ async fn it_stays_while_a_backup_runs_and_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_stays_while_something_of_a_failed_backup_is_still_to_be_removed() {
+async fn the_service_stays_while_residue_of_a_failed_backup_remains() {
     let place = common::test_directory();
     let store = place.path().join("shaky");
     let system = on_demand(Activation::Bus)
@@ -160,7 +160,7 @@ async fn it_stays_while_something_of_a_failed_backup_is_still_to_be_removed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_stays_while_a_call_is_in_flight() {
+async fn the_service_stays_while_a_call_is_in_flight() {
     let mut system = on_demand(Activation::Bus).start();
     system.write_domain_file("web", "monitor = \"/nowhere/web.qmp\"\n");
     let root = Caller::new(&system).await;
@@ -207,7 +207,7 @@ async fn assert_answered((serial, mut answers): (u32, zbus::MessageStream)) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_comes_while_it_gives_up_its_name_makes_it_stay() {
+async fn a_call_during_the_release_of_the_name_keeps_the_service_running() {
     let mut system = on_demand(Activation::Bus).start();
     let caller = Caller::new(&system).await;
     let left = |system: &System| system.bus().log().matches("leaving the bus").count();
@@ -259,7 +259,7 @@ async fn a_call_that_came_before_the_service_was_stopped_is_answered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn systemd_hears_when_it_is_ready_and_when_it_leaves() {
+async fn the_service_notifies_systemd_of_its_start_and_exit() {
     let system = on_demand(Activation::Systemd).start();
     let systemd = Systemd::start(&system, None).await;
     let caller = Caller::new(&system).await;
@@ -277,7 +277,7 @@ async fn systemd_hears_when_it_is_ready_and_when_it_leaves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_has_itself_started_again_when_somebody_may_have_called_before_systemd_knew() {
+async fn the_service_requests_a_restart_if_a_call_may_have_raced_with_its_exit() {
     let system = on_demand(Activation::Systemd).start();
     let systemd = Systemd::start(&system, None).await;
     systemd.count_a_job_at_each_look();
@@ -364,12 +364,12 @@ fn logs(system: &System) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_call_is_lost_however_often_it_leaves_where_the_bus_starts_it() {
+async fn no_call_is_lost_when_the_bus_restarts_the_idle_service() {
     storm(Activation::Bus).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_call_is_lost_however_often_it_leaves_where_systemd_starts_it() {
+async fn no_call_is_lost_when_systemd_restarts_the_idle_service() {
     storm(Activation::Systemd).await;
 }
 

@@ -104,7 +104,7 @@ fn wait_for_lock(path: &Path) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_of_a_vm_that_nobody_made_known_is_not_written() {
+async fn a_disk_of_an_unknown_vm_is_not_overwritten() {
     let scene = Scene::new().await;
     let file = scene.system.dir().join("loop.img");
     let device = LoopDevice::attach(&file, SIZE);
@@ -181,7 +181,7 @@ async fn an_image_that_a_tool_has_open_is_not_written() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_qemu_that_starts_while_a_backup_is_prepared_is_kept_out_of_its_target() {
+async fn a_qemu_that_starts_during_preparation_cannot_open_the_target() {
     let system = System::start();
     let vm = system
         .vm("web")

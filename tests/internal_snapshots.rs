@@ -61,7 +61,7 @@ async fn a_disk_with_internal_snapshots_gets_no_checkpoint_and_can_be_reverted()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_takes_away_what_keeps_a_disk_from_a_snapshot_made_since() {
+async fn a_backup_removes_bitmaps_that_block_the_revert_to_a_newer_snapshot() {
     let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
     take_snapshot(&scene, "vda");
@@ -100,7 +100,7 @@ async fn the_domains_file_can_ask_for_checkpoints_over_snapshots() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_checkpoints_are_deleted_at_once_whoever_knows_of_them() {
+async fn all_checkpoints_are_deleted_at_once_including_unknown_ones() {
     let mut scene = Recorded::new();
     scene.backup(Options::new()).await;
     let domain = domain(&scene).await;
@@ -137,7 +137,7 @@ async fn all_checkpoints_are_deleted_at_once_whoever_knows_of_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bitmaps_that_are_of_no_use_go_when_the_machine_appears() {
+async fn useless_bitmaps_are_removed_when_the_domain_connects() {
     let mut scene = Recorded::new();
     scene.backup(Options::new()).await;
     scene.reboot();
@@ -160,7 +160,7 @@ async fn bitmaps_that_are_of_no_use_go_when_the_machine_appears() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_checkpoint_that_no_disk_can_have_is_refused_with_the_reason() {
+async fn a_checkpoint_that_no_disk_supports_is_refused_with_the_reason() {
     let scene = Recorded::new();
     for disk in DISKS {
         take_snapshot(&scene, disk);

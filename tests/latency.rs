@@ -177,7 +177,7 @@ async fn the_histograms_are_gone_after_every_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn histograms_of_somebody_else_stay_as_they_were() {
+async fn histograms_of_other_clients_stay_unchanged() {
     let (system, vm) = system();
     let vm = Arc::new(vm);
     let caller = Caller::new(&system).await;
@@ -276,7 +276,7 @@ async fn the_histograms_of_a_dead_service_are_removed_and_the_backup_goes_on_wit
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_domains_file_comes_before_the_configuration_and_the_call_before_both() {
+async fn the_call_overrides_the_domain_file_which_overrides_the_configuration() {
     let system = System::setup().config("max-latency = 1000").start();
     let vm = machine(&system).start();
     let caller = Caller::new(&system).await;

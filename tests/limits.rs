@@ -99,7 +99,7 @@ async fn calls_in_flight_are_counted_over_all_connections_of_a_user_until_they_a
 
 /// As root's timers do.
 #[tokio::test(flavor = "multi_thread")]
-async fn root_is_served_while_all_other_users_together_have_every_place_that_they_get() {
+async fn root_is_served_while_other_users_fill_their_limits() {
     let system = System::setup()
         .table("[limits]\ncalls-per-user = 2\ncalls = 4")
         .start();
@@ -282,7 +282,7 @@ fn a_configuration_with_a_bad_value_is_refused_by_key_and_line() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lists_that_one_user_waits_for_keep_no_other_user_waiting() {
+async fn slow_lists_of_one_user_delay_no_other_user() {
     let system = System::setup().without_polkit().start();
     let authority = Authority::start(&system, |_| Answer::Yes).await;
     let _vm = machine(&system, "web");

@@ -59,7 +59,7 @@ fn may_register(users: &[u32]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn registered_domains_are_counted_until_their_qemu_or_their_connection_goes() {
+async fn registered_domains_count_until_their_qemu_or_connection_ends() {
     let system = System::setup()
         .rules(&may_register(&[USER, OTHER_USER, THIRD_USER]))
         .table("[limits]\nregistered-domains-per-user = 1\nregistered-domains = 4")

@@ -213,7 +213,7 @@ fn lingering() -> (TcpStream, TcpStream) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_takes_its_time_to_close_keeps_nobody_waiting() {
+async fn a_slow_close_blocks_no_other_caller() {
     let _alone = ALONE.lock().await;
     let system = System::start();
     let caller = connect_as(&system, USER).await;

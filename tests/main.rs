@@ -1,38 +1,39 @@
-//! All tests that may run beside each other, as one program: it links what it tests once, and its threads stay busy to the
-//! end. `cargo test --test tests walk::` runs those of one file. What measures, or takes minutes by itself, is a program of
-//! its own (`Cargo.toml`).
+//! All tests that can run in parallel, as one program. The tests are linked once, and the threads stay busy until the end.
+//!
+//! `cargo test --test tests random_operations::` runs the tests of one file. Tests that measure, or that take minutes, are
+//! separate programs (`Cargo.toml`).
 
 mod common;
 
-mod abuse;
 mod access;
 mod audit;
 mod backup;
 mod backupctl;
 mod backups;
 mod bandwidth;
-mod begun;
 mod block_graphs;
+mod call_order;
 mod chains;
+mod changes_during_backup;
 mod checkpoints;
 mod confined;
 mod contract;
 mod contract_actions;
+mod create_backup_reply;
+mod data_outside_qemu;
 mod definition;
 mod deletion;
 mod descriptors;
-mod details;
 mod dialogs;
-mod displaced;
 mod domains;
 mod encrypted;
-mod endings;
 mod fail_closed;
 mod failure_modes;
 mod file_systems;
 mod fixture;
 mod foreign_headers;
 mod foreign_peers;
+mod freeze_limits;
 mod fuzz_corpus;
 mod guest;
 mod guest_writes;
@@ -43,38 +44,38 @@ mod identity;
 mod image_locks;
 mod install;
 mod internal_snapshots;
+mod job_outcomes;
 mod latency;
 mod limits;
 mod limits_held;
+mod malformed_calls;
 mod manual;
 mod merging;
 mod monitor_paths;
-mod order;
+mod no_reply_calls;
 mod orphans;
-mod outside;
 mod owners;
 mod permissions;
+mod polkit_details;
 mod privacy;
 mod protection;
 mod prune;
 mod qmp;
 mod queue;
 mod quiesce;
+mod random_operations;
 mod refusals;
 mod refused_targets;
 mod registered;
 mod resized;
 mod restart;
 mod restore;
+mod root_precedence;
 mod rules;
-mod silent;
 mod stale_catalog;
 mod storage_faults;
-mod stored;
+mod stored_backups;
 mod structure;
-mod thaw;
-mod truth;
 mod unit_file;
 mod upgrade;
 mod verify;
-mod walk;

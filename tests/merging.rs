@@ -160,7 +160,7 @@ fn read(image: &Path) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_lay_on_a_backup_that_is_deleted_shows_what_it_showed() {
+async fn dependents_of_a_deleted_backup_keep_their_content() {
     let scene = Scene::new().await;
     let [first, second, third, fourth] = scene.ids.clone().try_into().unwrap();
     let before = scene.manifest(&third);
@@ -195,12 +195,12 @@ async fn what_lay_on_a_backup_that_is_deleted_shows_what_it_showed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wherever_the_service_dies_every_backup_shows_what_it_showed() {
+async fn every_backup_keeps_its_content_at_each_point_where_the_service_dies() {
     dies_and_goes_on(Scene::new().await, &Point::MERGE).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_an_exchange_every_backup_shows_what_it_showed_wherever_the_service_dies() {
+async fn every_backup_keeps_its_content_without_renameat2_exchange_too() {
     let limits = Limits {
         plain_rename: true,
         no_links: true,
@@ -210,7 +210,7 @@ async fn without_an_exchange_every_backup_shows_what_it_showed_wherever_the_serv
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_lay_on_a_backup_shows_what_it_showed_in_a_store_with_links_and_without_an_exchange() {
+async fn dependents_keep_their_content_in_a_store_with_links_and_without_exchange() {
     let limits = Limits {
         plain_rename: true,
         ..Limits::default()
@@ -264,7 +264,7 @@ async fn dies_and_goes_on(mut scene: Scene, merge: &[Point]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_in_use_or_damaged_is_not_merged_and_nothing_is_changed() {
+async fn a_backup_in_use_or_damaged_is_not_merged_and_nothing_changes() {
     let scene = Scene::new().await;
     let [first, second, third, fourth] = scene.ids.clone().try_into().unwrap();
     let all = [first.as_str(), &second, &third, &fourth];
@@ -339,7 +339,7 @@ async fn a_merge_that_is_refused_has_changed_no_dependent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_comes_to_lie_on_a_backup_while_others_are_merged_keeps_it() {
+async fn a_new_dependent_keeps_its_base_while_others_are_merged() {
     let mut scene = Scene::new().await;
     let [first, second, third, fourth] = scene.ids.clone().try_into().unwrap();
     scene.vm.write("vda", 0, MIB, 0x77);
@@ -385,7 +385,7 @@ async fn what_comes_to_lie_on_a_backup_while_others_are_merged_keeps_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_copy_of_what_stays_is_waited_for_as_long_as_it_moves() {
+async fn a_merge_that_makes_progress_has_no_timeout() {
     let limit = std::time::Duration::from_secs(3);
     let setup = System::setup().table("[deadlines]\nstall-seconds = 3");
     let mut system = setup.without_daemon().start();

@@ -59,7 +59,7 @@ fn machine(system: &System, name: &str) -> Vm {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_in_a_users_directory_leads_to_no_other_machines_monitor() {
+async fn a_symbolic_link_in_a_users_directory_opens_no_foreign_monitor() {
     let mut system = System::start();
     let mail = machine(&system, "mail");
     let theirs = directory(&system, "theirs", USER);
@@ -78,7 +78,7 @@ async fn a_link_in_a_users_directory_leads_to_no_other_machines_monitor() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_of_roots_is_followed() {
+async fn a_symbolic_link_of_root_is_followed() {
     let system = System::start();
     let web = machine(&system, "web");
     let link = system.dir().join("machines");
@@ -90,7 +90,7 @@ async fn a_link_of_roots_is_followed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_listens_is_the_sockets_owner_or_root() {
+async fn the_listening_process_belongs_to_the_sockets_owner_or_root() {
     let mut system = System::start();
     let theirs = directory(&system, "theirs", USER);
     let caller = Caller::new(&system).await;
@@ -119,7 +119,7 @@ async fn who_listens_is_the_sockets_owner_or_root() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_domains_file_says_whose_the_sockets_have_to_be() {
+async fn a_domain_file_sets_the_required_owner_of_the_sockets() {
     let mut system = System::start();
     let theirs = directory(&system, "theirs", USER);
     let caller = Caller::new(&system).await;
@@ -250,7 +250,7 @@ async fn a_qemu_of_libvirts_is_reached_by_another_monitor_only() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn monitors_on_storage_that_does_not_answer_keep_nobody_waiting() {
+async fn monitors_on_hanging_storage_delay_nobody() {
     let system = System::start();
     let root = Caller::new(&system).await;
     let storage = Hanging::mount(&system.dir().join("storage"), Limits::default());

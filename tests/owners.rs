@@ -204,7 +204,7 @@ async fn a_name_that_the_caller_sees_is_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_name_whose_first_bearer_polkit_does_not_answer_about_means_no_other() {
+async fn a_name_resolves_to_no_other_domain_while_polkit_does_not_reply() {
     let system = System::setup().without_polkit().start();
     let authority = Authority::start(&system, |_| Answer::Yes).await;
     let (configured, mine) = (machine(&system, "web", 0x11), machine(&system, "mine", 0x22));

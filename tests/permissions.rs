@@ -357,7 +357,7 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_member_does_for_everybody_what_the_table_says() {
+async fn every_member_follows_the_permission_table_for_every_kind_of_caller() {
     let system = System::setup().rules(&rules()).start();
     let (web, secret, mine) = (
         slow_machine(&system, "web"),
@@ -437,7 +437,7 @@ async fn every_member_does_for_everybody_what_the_table_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_hidden_answers_like_what_never_was_whatever_is_called() {
+async fn calls_on_hidden_objects_get_the_reply_of_missing_ones() {
     let system = System::setup().rules(&rules()).start();
     let secret = slow_machine(&system, "secret");
     system.domain_file("secret", &secret);
@@ -522,7 +522,7 @@ async fn what_is_hidden_answers_like_what_never_was_whatever_is_called() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_may_not_list_domains_does_not_find_them_by_introspection() {
+async fn introspection_shows_no_domain_to_callers_without_the_list_right() {
     let system = System::setup()
         .rules(&polkit::deny(USER, &["service.search-domains"]))
         .start();

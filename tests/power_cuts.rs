@@ -331,7 +331,7 @@ fn setting(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn after_a_power_cut_each_listed_backup_restores_and_nothing_is_left_of_the_others() {
+fn every_listed_backup_restores_after_a_power_cut_and_others_leave_no_residue() {
     let seed = setting("BACKUPD_POWER_CUTS_SEED").unwrap_or(0x5eed);
     let count = setting("BACKUPD_POWER_CUTS").unwrap_or(CUTS);
     println!("BACKUPD_POWER_CUTS_SEED={seed}\n");

@@ -81,7 +81,7 @@ fn names(signals: &[Signal]) -> Vec<&str> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_listens_to_the_whole_bus_learns_nothing_of_machines_that_it_may_not_see() {
+async fn a_monitor_of_the_whole_bus_learns_nothing_of_hidden_domains() {
     let hide = "polkit.addRule(function(action, subject) {
         if (action.id == 'org.example.backup1.domain.getattr' && action.lookup('domain_name') == 'secret'
             && subject.user == 'nobody') return polkit.Result.NO;
@@ -203,7 +203,7 @@ async fn wait_for_sight(user: &Caller, seen: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rules_that_change_while_polkit_runs_count_at_once() {
+async fn changed_polkit_rules_apply_at_once() {
     let (system, _vm, _root, user) = with_subscriber().await;
     // Each answer is remembered, and would be for longer than this takes.
     for _ in 0..2 {
@@ -218,7 +218,7 @@ async fn rules_that_change_while_polkit_runs_count_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_subscriber_that_may_read_no_more_hears_no_more_not_even_of_a_backup_under_way() {
+async fn a_subscriber_without_the_read_right_hears_nothing_more() {
     let (system, _vm, root, mut user) = with_subscriber().await;
     let job = root.start_with("web", "", &[], slowly(MIB)).await;
     // It hears of it, and may look.
@@ -251,7 +251,7 @@ async fn a_subscriber_that_may_read_no_more_hears_no_more_not_even_of_a_backup_u
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_subscriber_hears_by_the_rules_of_a_polkit_that_was_started_again() {
+async fn a_restarted_polkit_decides_about_subscribers() {
     let (mut system, _vm, root, mut user) = with_subscriber().await;
     wait_for_sight(&user, true).await;
     system.set_rules(&polkit::deny(USER, &["domain.getattr"]));
@@ -305,14 +305,14 @@ fn assert_all_of_a_machine(mut heard: Vec<Signal>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_only_listens_hears_no_more_than_that_a_backup_began_and_ended() {
+async fn a_listener_without_subscription_sees_only_the_start_and_end_of_a_job() {
     let [plain, subscribed] = heard_of_a_machine(System::start()).await;
     assert_eq!(names(&plain), ["JobStarted", "JobEnded"]);
     assert_all_of_a_machine(subscribed);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_signals_are_for_everybody_who_only_listens_hears_all_once_and_so_do_subscribers() {
+async fn public_signals_reach_listeners_and_subscribers_once_each() {
     let setup = System::setup().table("[bus]\nsignals = \"broadcast\"");
     let [plain, subscribed] = heard_of_a_machine(setup.start()).await;
     assert_eq!(plain, subscribed);
@@ -320,7 +320,7 @@ async fn where_signals_are_for_everybody_who_only_listens_hears_all_once_and_so_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_tree_of_objects_has_for_each_user_what_it_may_see() {
+async fn the_object_tree_shows_each_user_only_visible_objects() {
     let rules = "polkit.addRule(function(action, subject) {
         if (action.lookup('domain_name') == 'secret' && subject.user != 'root') return polkit.Result.NO;
     });";

@@ -174,7 +174,7 @@ async fn backupctl_protects_and_shows_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_backups_in_a_row_push_out_none_of_before() {
+async fn many_backups_in_a_row_evict_no_older_ones() {
     let rules = "keep-last = 2\n";
     let system = System::setup()
         .rules(&polkit::allow(USER, &["domain.backup"]))

@@ -46,7 +46,7 @@ async fn rescan(caller: &Caller) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_no_rule_keeps_goes_and_what_a_kept_one_lies_on_stays() {
+async fn backups_that_no_rule_keeps_are_removed_except_bases_of_kept_ones() {
     let system = System::setup()
         .rules(&polkit::deny(USER, &["backup.delete"]))
         .start();
@@ -106,7 +106,7 @@ async fn what_no_rule_keeps_goes_and_what_a_kept_one_lies_on_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_is_not_there_loses_nothing() {
+async fn a_missing_store_loses_no_backup() {
     let system = System::start();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
@@ -158,7 +158,7 @@ fn with_rules() -> System {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_keeps_what_its_rules_say_after_each_backup_and_another_all() {
+async fn a_store_with_rules_is_pruned_after_each_backup_and_one_without_keeps_all() {
     let system = with_rules();
     let _vm = machine(&system);
     let mut root = Caller::new(&system).await;

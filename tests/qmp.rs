@@ -213,7 +213,7 @@ async fn say_endlessly(mut stream: UnixStream) -> usize {
 }
 
 #[tokio::test]
-async fn a_line_without_end_is_an_error_and_not_memory() {
+async fn an_endless_line_is_an_error_and_takes_no_memory() {
     let (client, driver, peer) = connected().await;
     let (reply, said, reason) = tokio::join!(
         client.execute(raw("query-status", json!({}))),
@@ -230,7 +230,7 @@ async fn a_line_without_end_is_an_error_and_not_memory() {
 }
 
 #[tokio::test]
-async fn a_greeting_without_end_is_an_error_and_not_memory() {
+async fn an_endless_greeting_is_an_error_and_takes_no_memory() {
     let (ours, peer) = Peer::pair();
     let (opened, said) = tokio::join!(Client::open(ours, DEADLINE), say_endlessly(peer.into_stream()));
     assert_closed(&opened.map(drop).unwrap_err(), "without a newline");
@@ -289,7 +289,7 @@ async fn garbage_between_replies_ends_the_connection_with_a_reason() {
 }
 
 #[tokio::test]
-async fn json_that_is_nested_without_end_is_an_error_and_no_crash() {
+async fn endlessly_nested_json_is_an_error_and_no_crash() {
     for (open, close) in [("[", "]"), (r#"{"a":"#, "}")] {
         let (client, driver, mut peer) = connected().await;
         let mut events = client.events();
@@ -329,7 +329,7 @@ async fn json_that_is_nested_without_end_is_an_error_and_no_crash() {
 }
 
 #[tokio::test]
-async fn words_of_qemus_are_told_up_to_a_bound() {
+async fn error_texts_of_qemu_are_truncated_in_reports() {
     let (client, _driver, mut peer) = connected().await;
     let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
@@ -431,7 +431,7 @@ async fn a_reply_of_another_shape_is_an_error_and_the_connection_goes_on() {
 }
 
 #[tokio::test]
-async fn a_command_whose_patience_ends_is_told_so_and_its_late_reply_is_ignored() {
+async fn a_command_fails_at_its_timeout_and_its_late_reply_is_ignored() {
     let (client, _driver, mut peer) = connected().await;
     let patience = Duration::from_millis(100);
     let late = client
@@ -492,7 +492,7 @@ async fn in_step(client: &Client, peer: &mut Peer) {
 }
 
 #[tokio::test]
-async fn a_reader_that_lags_is_told_that_it_missed_some_and_goes_on() {
+async fn a_lagging_reader_learns_that_it_missed_events_and_continues() {
     let (client, _driver, mut peer) = connected().await;
     let mut lagging = client.events();
     let mut following = client.events();
@@ -549,7 +549,7 @@ async fn a_lost_connection_fails_everything_that_waits_with_the_reason() {
 }
 
 #[tokio::test]
-async fn what_the_peer_said_before_it_hung_up_still_counts() {
+async fn messages_sent_before_a_hangup_still_count() {
     // Which of the two the driver sees first, its own command or the peer's end, is open: both, often.
     for _ in 0..50 {
         let (client, driver, mut peer) = connected().await;
@@ -1056,7 +1056,7 @@ async fn real(vm: &Vm) -> (Client, JoinHandle<Arc<str>>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn qemu_answers_refuses_and_tells_events() {
+async fn qemu_replies_refuses_and_sends_events() {
     let dir = crate::common::test_directory();
     let vm = machine(dir.path());
     let (client, driver) = real(&vm).await;
@@ -1112,7 +1112,7 @@ async fn a_second_client_on_a_monitor_gets_no_greeting_until_the_first_has_gone(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_schema_of_qemu_tells_what_it_can_do() {
+async fn the_schema_of_qemu_lists_its_features() {
     let dir = crate::common::test_directory();
     let vm = machine(dir.path());
     let (client, _driver) = real(&vm).await;

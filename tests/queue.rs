@@ -101,7 +101,7 @@ async fn completed(caller: &mut Caller, count: usize) -> Vec<u32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_without_a_place_waits_and_shows_its_position() {
+async fn a_backup_without_a_free_slot_waits_and_shows_its_position() {
     let system = setup(1).start();
     let machines = ["a", "b", "c"].map(|name| machine(&system, name));
     let before = machines[1].residue();
@@ -173,7 +173,7 @@ async fn users_take_turns_and_root_waits_for_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_domain_has_one_that_waits_and_roots_comes_first() {
+async fn a_domain_has_one_queued_backup_and_that_of_root_comes_first() {
     let system = setup(1).start();
     let _machines = ["a", "b"].map(|name| machine(&system, name));
     let root = Caller::new(&system).await;
@@ -221,7 +221,7 @@ async fn a_queued_backup_that_is_cancelled_ends_at_once_and_touches_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_refuse_what_is_beyond_the_queue() {
+async fn requests_beyond_the_queue_limits_are_refused() {
     let rules = polkit::allow(USER, &["domain.backup"]);
     let system = System::setup()
         .rules(&rules)
@@ -243,7 +243,7 @@ async fn limits_refuse_what_is_beyond_the_queue() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_whose_queued_requests_take_too_much_keeps_no_other_from_queueing() {
+async fn a_user_with_too_large_queued_requests_blocks_no_other_user() {
     let rules = [USER, OTHER].map(|uid| polkit::allow(uid, &["domain.backup"]));
     let mut system = System::setup()
         .rules(&rules.concat())
@@ -288,7 +288,7 @@ async fn a_user_whose_queued_requests_take_too_much_keeps_no_other_from_queueing
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_right_counts_as_at_the_call_and_an_administrator_ends_what_is_queued() {
+async fn a_right_is_checked_at_the_call_and_an_administrator_can_cancel_a_queued_backup() {
     let mut system = setup(1).start();
     let _machines = ["a", "b", "c"].map(|name| machine(&system, name));
     let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
@@ -322,7 +322,7 @@ async fn a_right_counts_as_at_the_call_and_an_administrator_ends_what_is_queued(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_has_its_own_number_of_places_and_keeps_no_other_waiting() {
+async fn a_store_has_its_own_slots_and_delays_no_other_store() {
     let setup = setup(8);
     let slow = crate::common::test_directory();
     let store = format!(
@@ -342,7 +342,7 @@ async fn a_store_has_its_own_number_of_places_and_keeps_no_other_waiting() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_queue_goes_on_after_a_restart_but_for_open_files() {
+async fn queued_backups_survive_a_restart_except_those_into_open_files() {
     let mut system = setup(1).start();
     let _machines = ["a", "b", "c"].map(|name| machine(&system, name));
     let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
@@ -381,7 +381,7 @@ async fn the_queue_goes_on_after_a_restart_but_for_open_files() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queued_backup_ends_with_the_host() {
+async fn a_queued_backup_fails_after_a_host_restart() {
     let mut system = setup(1).start();
     let _machines = ["a", "b"].map(|name| machine(&system, name));
     let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
@@ -401,7 +401,7 @@ async fn a_queued_backup_ends_with_the_host() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_authorised_is_what_runs_or_nothing() {
+async fn a_queued_backup_runs_as_authorised_or_not_at_all() {
     let system = setup(1).start();
     let _machines = ["a", "c", "d"].map(|name| machine(&system, name));
     let disk = Disk::new("vda", MIB).kind(Kind::Scsi);
@@ -520,7 +520,7 @@ fn image(system: &System, name: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_asks_nothing_of_other_machines() {
+async fn a_backup_queries_no_other_domain() {
     let system = System::start();
     let machines = ["a", "b", "c"].map(|name| {
         let disk = Disk::new("vda", MIB).fill(0, MIB, 0x11);
@@ -562,7 +562,7 @@ async fn renamed(system: &System, user: &Caller) -> (Vm, [JobProxy<'static>; 2],
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_that_is_renamed_while_its_backup_waits_has_one_backup_at_a_time() {
+async fn a_domain_renamed_during_a_queued_backup_has_one_backup_at_a_time() {
     let system = setup(2).start();
     let _machines = ["a", "b", "c"].map(|name| machine(&system, name));
     let user = Caller::of_user(&system, USER).await;
@@ -580,7 +580,7 @@ async fn a_machine_that_is_renamed_while_its_backup_waits_has_one_backup_at_a_ti
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queued_backup_ends_whose_machine_has_another_one_under_another_name() {
+async fn a_queued_backup_fails_when_its_renamed_domain_has_another_backup() {
     let system = setup(2).start();
     let _machines = ["a", "b"].map(|name| machine(&system, name));
     let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
@@ -597,7 +597,7 @@ async fn a_queued_backup_ends_whose_machine_has_another_one_under_another_name()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_crawls_keeps_no_other_waiting() {
+async fn a_crawling_backup_delays_no_other_backup() {
     let system = setup(1).start();
     let _machines = ["slow", "next"].map(|name| machine(&system, name));
     let (user, other) = (

@@ -196,7 +196,7 @@ async fn a_guest_is_thawed_while_its_data_is_still_copied() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_is_frozen_where_nobody_asked_for_it() {
+async fn no_guest_is_frozen_without_a_request() {
     let scene = Scene::new().await;
     let agent = Agent::good(&scene.agent_path());
     let job = scene.caller.complete("web", "").await;
@@ -207,7 +207,7 @@ async fn nobody_is_frozen_where_nobody_asked_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_an_earlier_client_left_unread_is_no_answer() {
+async fn unread_replies_to_an_earlier_client_are_discarded() {
     let scene = Scene::new().await;
     let agent = scene.agent(|command| match command {
         // Whole lines, an answer to another's question in step, and half a line.
@@ -221,7 +221,7 @@ async fn what_an_earlier_client_left_unread_is_no_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_an_agent_a_try_goes_on_and_a_requirement_fails() {
+async fn a_missing_agent_fails_only_a_required_freeze() {
     let scene = Scene::new().await;
     // Its socket is not there.
     scene
@@ -263,7 +263,7 @@ async fn a_machine_that_is_paused_is_not_frozen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_refuses_to_freeze_is_told_to_thaw() {
+async fn an_agent_that_refuses_to_freeze_gets_a_thaw() {
     let scene = Scene::new().await;
     let agent = scene.agent(|command| match command {
         FREEZE => Answer::Refusal("failed to freeze /home: device busy"),
@@ -279,7 +279,7 @@ async fn an_agent_that_refuses_to_freeze_is_told_to_thaw() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_hangs_up_or_talks_nonsense_is_a_failure_to_freeze() {
+async fn an_agent_that_hangs_up_or_sends_garbage_fails_the_freeze() {
     for bad in ["guest-sync-delimited", FREEZE] {
         for nonsense in [
             None,
@@ -309,7 +309,7 @@ async fn an_agent_that_hangs_up_or_talks_nonsense_is_a_failure_to_freeze() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_never_answers_the_freeze_is_given_up_and_told_to_thaw() {
+async fn an_agent_that_never_replies_to_the_freeze_gets_a_thaw() {
     let scene = Scene::new().await;
     let agent = scene.agent(|command| match command {
         FREEZE => Answer::Silence,
@@ -334,7 +334,7 @@ async fn a_freeze_may_take_longer_than_the_guest_may_be_frozen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_somebody_else_froze_stays_frozen_and_the_backup_says_why_it_is_not_quiesced() {
+async fn a_guest_frozen_by_another_tool_stays_frozen_and_the_backup_reports_the_reason() {
     let scene = Scene::new().await;
     let agent = Agent::good(&scene.agent_path());
     agent.freeze();

@@ -140,7 +140,7 @@ fn open(path: &Path, read: bool, write: bool) -> OwnedFd {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn names_that_mean_nothing() {
+async fn unknown_names_are_refused() {
     let scene = Scene::new().await;
     let error = scene.refused("ghost", "").await;
     assert_eq!(error_name(&error), format!("{OURS}NoSuchDomain"));
@@ -158,7 +158,7 @@ async fn names_that_mean_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn documents_that_cannot_be_read_or_are_not_supported() {
+async fn unreadable_or_unsupported_documents_are_refused() {
     let scene = Scene::new().await;
     scene
         .refuses_document("<domainbackup>\n <disks>", "InvalidDefinition", &["line 2"])
@@ -204,7 +204,7 @@ async fn documents_that_cannot_be_read_or_are_not_supported() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn options_that_are_unknown_of_another_type_or_contradict() {
+async fn unknown_mistyped_or_contradictory_options_are_refused() {
     let scene = Scene::new().await;
     let invalid = format!("{STANDARD}InvalidArgs");
     let options = Options::from([("bandwith", Variant::from(1u64))]);
@@ -239,7 +239,7 @@ async fn options_that_are_unknown_of_another_type_or_contradict() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_is_there_or_has_no_directory() {
+async fn an_existing_file_or_a_missing_directory_is_refused() {
     let scene = Scene::new().await;
     let there = scene.target("there");
     fs::write(&there, "precious").unwrap();
@@ -268,7 +268,7 @@ async fn a_file_that_is_there_or_has_no_directory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_directory_behind_a_symbolic_link() {
+async fn a_directory_behind_a_symbolic_link_is_refused() {
     let scene = Scene::new().await;
     fs::create_dir(scene.target("real")).unwrap();
     symlink("real", scene.target("link")).unwrap();
@@ -279,7 +279,7 @@ async fn a_directory_behind_a_symbolic_link() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn existing_targets_that_are_missing_or_of_the_wrong_kind_or_size() {
+async fn missing_or_unsuitable_existing_targets_are_refused() {
     let scene = Scene::new().await;
     scene
         .refuses_reuse(&file(&scene.target("none")), "TargetInvalid", &["does not exist"])
@@ -329,7 +329,7 @@ async fn existing_targets_that_are_missing_or_of_the_wrong_kind_or_size() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_of_a_machine_whatever_it_is_called() {
+async fn a_disk_of_a_vm_is_refused_as_target_under_any_name() {
     let scene = Scene::new().await;
     let other = scene
         .system
@@ -370,7 +370,7 @@ async fn a_disk_of_a_machine_whatever_it_is_called() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_existing_file_that_has_another_name_too() {
+async fn an_existing_file_with_a_second_link_is_refused() {
     let scene = Scene::new().await;
     let (named, other) = (scene.target("named"), scene.target("other"));
     fs::write(&other, "").unwrap();
@@ -385,7 +385,7 @@ async fn an_existing_file_that_has_another_name_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_file_for_two_disks() {
+async fn a_file_named_for_two_disks_is_refused() {
     let scene = Scene::new().await;
     let (a, b) = (scene.target("a"), scene.target("b"));
     fs::write(&a, "").unwrap();
@@ -411,7 +411,7 @@ async fn one_file_for_two_disks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn block_devices_that_are_none_in_use_or_too_small() {
+async fn block_devices_that_are_in_use_or_too_small_are_refused() {
     let scene = Scene::new().await;
     let block = |path: &Path, format: &str| {
         format!(
@@ -467,7 +467,7 @@ async fn block_devices_that_are_none_in_use_or_too_small() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn descriptors_that_cannot_be_written_or_do_not_fit() {
+async fn unwritable_or_unsuitable_descriptors_are_refused() {
     let scene = Scene::new().await;
     let error = format!("{OURS}TargetInvalid");
     let document =
@@ -541,7 +541,7 @@ async fn descriptors_that_cannot_be_written_or_do_not_fit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn too_little_space_for_what_the_disk_holds() {
+async fn a_target_with_too_little_space_is_refused() {
     let scene = Scene::new().await;
     let small = Tmpfs::mount(&scene.target("small"), 8 * MIB);
     let target = small.path().join("a.qcow2");
@@ -597,7 +597,7 @@ async fn space_that_is_reserved_or_zero_is_not_needed_in_the_target() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stores_that_somebody_else_could_swap() {
+async fn stores_in_directories_of_other_users_are_refused() {
     let outside = crate::common::test_directory();
     let path = |name: &str| outside.path().join(name);
     for name in ["writable", "foreign", "real"] {
@@ -642,7 +642,7 @@ async fn stores_that_somebody_else_could_swap() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_that_cannot_be_reached() {
+async fn an_unreachable_domain_is_refused() {
     let scene = Scene::new().await;
     let gone = scene.target("gone.qmp");
     scene
@@ -658,7 +658,7 @@ async fn a_machine_that_cannot_be_reached() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_backup_of_the_same_machine() {
+async fn a_second_backup_of_the_same_domain_is_refused() {
     let scene = Scene::new().await;
     let options = Options::from([("bandwidth", Variant::from(MIB))]);
     let job = scene.caller.start_with("web", "", &[], options).await;

@@ -174,7 +174,7 @@ async fn a_refused_restore_changes_no_byte_of_a_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_target_that_is_too_small_keeps_the_others_as_they_are() {
+async fn a_target_that_is_too_small_leaves_the_other_targets_unchanged() {
     let setting = setting_with(&["vda", "vdb"]).await;
     let large = Marked::device(&setting.system, "large", 2 * SIZE);
     let small = Marked::device(&setting.system, "small", 2 * MIB);
@@ -247,7 +247,7 @@ async fn a_device_that_is_made_of_a_file_of_a_store_is_not_written() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_may_not_restore_changes_no_byte_of_its_own_device() {
+async fn a_caller_without_the_restore_right_changes_no_byte_of_its_own_device() {
     let setting = setting().await;
     let system = &setting.system;
     let device = Marked::device(system, "users", 2 * SIZE);

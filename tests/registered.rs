@@ -50,7 +50,7 @@ fn rows(state: &Path) -> (u32, u32) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registered_machine_that_ends_during_a_backup_leaves_nothing_to_wait_for() {
+async fn a_registered_domain_that_ends_during_a_backup_leaves_no_open_job() {
     let mut system = System::start();
     let caller = Caller::new(&system).await;
     for round in 0..3 {
@@ -68,7 +68,7 @@ async fn a_registered_machine_that_ends_during_a_backup_leaves_nothing_to_wait_f
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_starts_again_waits_for_no_registered_machine_for_ever() {
+async fn a_restarted_service_does_not_wait_forever_for_a_registered_domain() {
     let mut system = System::setup()
         .table("[deadlines]\nreconnect-seconds = 1")
         .start();

@@ -194,7 +194,7 @@ async fn a_cut_while_the_backup_is_prepared_fails_it_and_the_next_is_full() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_marks_the_end_of_a_disk_goes_with_its_checkpoint() {
+async fn the_size_marker_bitmap_is_removed_with_its_checkpoint() {
     let mut scene = Recorded::new();
     let before = scene.vm().residue();
     let mut made = Vec::new();

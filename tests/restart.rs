@@ -242,7 +242,7 @@ async fn a_backup_into_a_store_survives_a_death_at_every_point() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_is_found_again_is_whole() {
+async fn a_resumed_backup_is_complete() {
     for point in [
         BEGUN,
         "before follow",
@@ -320,7 +320,7 @@ async fn a_cancelled_backup_stays_cancelled_after_a_death_at_every_point() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_whose_record_cannot_be_read_keeps_nothing_else_from_starting() {
+async fn an_unreadable_job_record_does_not_block_the_start() {
     for (column, value) in [
         ("state", r#"{"version":99}"#),
         ("plan", "no plan"),
@@ -391,7 +391,7 @@ async fn ends_well(mut scene: Scene, id: u32) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_is_killed_in_the_middle_goes_on_when_it_is_there_again() {
+async fn a_backup_continues_after_the_service_is_killed_and_restarted() {
     let mut scene = Scene::new();
     let id = slow_backup(&scene).await;
     scene.system.kill_daemon();
@@ -400,7 +400,7 @@ async fn a_service_that_is_killed_in_the_middle_goes_on_when_it_is_there_again()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_is_stopped_leaves_its_backup_to_the_next_one() {
+async fn a_backup_continues_after_the_service_is_stopped_and_restarted() {
     let mut scene = Scene::new();
     let id = slow_backup(&scene).await;
     assert_eq!(scene.system.stop_daemon(), Some(0));
@@ -443,7 +443,7 @@ async fn a_backup_of_a_machine_that_is_registered_again_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_nothing_that_looks_like_one() {
+async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_no_header() {
     for (format, is_device) in [("qcow2", false), ("raw", false), ("qcow2", true), ("raw", true)] {
         let mut scene = Scene::new();
         let mut path = scene.system.dir().join("mine");
@@ -484,7 +484,7 @@ async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_nothing_th
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_device_that_came_in_place_of_a_target_is_left_as_it_is() {
+async fn a_device_that_replaced_a_target_is_not_touched() {
     for (exchanged, rebooted) in [(false, false), (true, false), (false, true)] {
         let mut scene = Scene::new();
         let (meant, other) = (scene.system.dir().join("meant"), scene.system.dir().join("other"));
@@ -531,7 +531,7 @@ async fn found_out(scene: &mut Scene, id: u32) -> (String, String, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_ended_while_nobody_was_there_has_its_true_outcome() {
+async fn a_backup_that_ended_while_the_service_was_down_has_its_true_outcome() {
     for cancelled in [false, true] {
         let mut scene = Scene::new();
         let id = slow_backup(&scene).await;
@@ -567,7 +567,7 @@ async fn a_backup_that_ended_while_nobody_was_there_has_its_true_outcome() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_whose_qemu_ended_meanwhile_has_failed() {
+async fn a_backup_whose_qemu_ended_during_the_restart_fails() {
     let mut scene = Scene::new();
     let id = slow_backup(&scene).await;
     scene.system.kill_daemon();
@@ -582,7 +582,7 @@ async fn a_backup_whose_qemu_ended_meanwhile_has_failed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn jobs_that_ended_lately_answer_after_a_restart_as_before_it() {
+async fn recently_finished_jobs_have_the_same_properties_after_a_restart() {
     let mut scene = Scene::new();
     let caller = Caller::new(&scene.system).await;
     let job = caller.complete("web", "").await;
@@ -605,7 +605,7 @@ async fn jobs_that_ended_lately_answer_after_a_restart_as_before_it() {
 }
 
 #[test]
-fn a_catalog_that_cannot_be_read_stops_the_service_which_says_what_to_do() {
+fn an_unreadable_catalog_stops_the_service_with_advice() {
     let mut system = System::start();
     system.stop_daemon();
     let catalog = system.dir().join("state/catalog.sqlite");

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 #[test]
-fn every_point_of_a_chain_is_restored_as_it_was_in_either_format() {
+fn every_point_in_time_of_a_chain_is_restored_in_either_format() {
     let store = Store::new();
     let before = store.state();
     for id in ALL {
@@ -110,7 +110,7 @@ fn a_device_that_is_too_small_is_refused() {
 }
 
 #[test]
-fn a_file_that_exists_is_replaced_only_where_that_is_said() {
+fn an_existing_file_is_replaced_only_on_request() {
     let store = Store::new();
     let file = store.out().join("old");
     fs::write(&file, "mine").unwrap();
@@ -149,7 +149,7 @@ fn disks_with_many_images_together_are_restored_one_by_one() {
 }
 
 #[test]
-fn what_destroys_data_wants_the_date_and_time_of_a_backup() {
+fn overwriting_a_device_requires_the_date_and_time_of_a_backup() {
     let store = Store::new();
     let device = LoopDevice::attach(&store.dir.path().join("device"), SIZE);
     let disk = format!("vda={}", device.device().display());
@@ -172,7 +172,7 @@ fn what_destroys_data_wants_the_date_and_time_of_a_backup() {
 }
 
 #[test]
-fn what_does_not_fit_leaves_nothing() {
+fn a_restore_that_does_not_fit_leaves_no_residue() {
     let store = Store::new();
     let small = Tmpfs::mount(&store.dir.path().join("small"), 4 * MIB);
     for format in ["qcow2", "raw"] {
@@ -253,7 +253,7 @@ fn an_ordinary_user_restores_what_it_can_read() {
 }
 
 #[test]
-fn a_backup_that_is_being_changed_is_not_read() {
+fn a_backup_under_change_is_not_read() {
     let store = Store::new();
     let out = store.out();
     let shelf = Shelf::of_users_store(&store.path()).unwrap();
@@ -273,7 +273,7 @@ fn a_backup_that_is_being_changed_is_not_read() {
 
 /// A QEMU that still has the image open can write to it at any time.
 #[test]
-fn a_header_that_is_exchanged_after_it_was_checked_gives_nobody_another_file() {
+fn a_header_exchanged_after_its_check_exposes_no_other_file() {
     let store = Store::new();
     let secret = store.dir.path().join("secret");
     fs::write(&secret, vec![0x5e; SIZE as usize]).unwrap();
@@ -329,7 +329,7 @@ fn a_header_that_is_exchanged_after_it_was_checked_gives_nobody_another_file() {
 }
 
 #[test]
-fn what_is_interrupted_leaves_nothing() {
+fn an_interrupted_restore_leaves_no_residue() {
     let store = Store::new();
     let out = store.out();
     // It never answers, so that the restore is in its middle for as long as it takes.
@@ -355,7 +355,7 @@ fn what_is_interrupted_leaves_nothing() {
 }
 
 #[test]
-fn what_is_missing_on_the_machine_is_named() {
+fn missing_programs_are_named_in_the_error() {
     let store = Store::new();
     let out = store.out();
     let bin = store.dir.path().join("bin");

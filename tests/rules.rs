@@ -257,7 +257,7 @@ async fn a_group_backs_up_every_configured_machine_into_one_store() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_user_backs_up_one_machine_into_the_default_store() {
+async fn a_user_backs_up_a_single_domain_into_the_default_store() {
     let rules = example("50-backupd-anna-web.rules", &[("anna", ANNA.name)])
         + &ANNA.allowed("service.register-domain");
     let (system, store) = system_with_stores(&rules);
@@ -313,7 +313,7 @@ async fn operators_cancel_and_slow_down_what_others_started_and_start_nothing() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_no_of_an_example_counts_before_the_yes_of_another() {
+async fn an_example_that_denies_overrides_one_that_allows() {
     let mut names = EXAMPLES;
     names.sort_unstable();
     let (no_names, yes_names): (Vec<_>, Vec<_>) = names
@@ -374,7 +374,7 @@ async fn a_machine_is_hidden_from_all_but_one_group() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_user_exports_one_machine_into_files_below_one_directory() {
+async fn a_user_exports_a_single_domain_into_files_below_a_directory() {
     let place = test_directory();
     let dir = place.path().join("anna");
     let beside = place.path().join("annabel");
@@ -435,7 +435,7 @@ async fn one_user_exports_one_machine_into_files_below_one_directory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_user_exports_one_machine_into_files_of_her_own() {
+async fn a_user_exports_a_single_domain_into_her_own_files() {
     let rules = example(
         "50-backupd-anna-export-own-files.rules",
         &[("subject.user == \"anna\"", "subject.user == \"nobody\"")],
@@ -538,7 +538,7 @@ fn every_example_has_a_test() {
 }
 
 #[test]
-fn every_action_and_detail_that_is_written_about_exists() {
+fn every_documented_action_and_detail_exists() {
     let actions: BTreeSet<&str> = TABLE.iter().map(|entry| entry.action).collect();
     let documents = ["README.md", "docs/security.md"].map(str::to_owned);
     let examples = EXAMPLES.map(|name| format!("docs/polkit-rules/{name}"));
@@ -565,7 +565,7 @@ fn every_action_and_detail_that_is_written_about_exists() {
 }
 
 #[test]
-fn the_readme_tells_every_action_example_and_limit() {
+fn the_readme_names_every_action_example_and_limit() {
     let readme = fs::read_to_string(project_file("README.md")).unwrap();
     let rows: Vec<Vec<&str>> = readme
         .lines()

@@ -117,7 +117,7 @@ async fn copied_while_running(system: &System) -> PathBuf {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_runs_in_an_old_catalog_takes_its_complete_backup_in() {
+async fn a_job_running_in_an_old_catalog_records_its_complete_backup() {
     let mut system = System::start();
     let vm = machine(&system);
     let before = vm.residue();
@@ -139,7 +139,7 @@ async fn a_job_that_runs_in_an_old_catalog_takes_its_complete_backup_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_of_an_old_catalog_leaves_alone_what_it_cannot_vouch_for() {
+async fn a_job_of_an_old_catalog_touches_no_unrelated_backup() {
     let mut system = System::start();
     let _vm = machine(&system);
     let aside = copied_while_running(&system).await;
@@ -162,7 +162,7 @@ async fn a_job_of_an_old_catalog_leaves_alone_what_it_cannot_vouch_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_catalog_of_before_an_incremental_does_not_let_its_base_go() {
+async fn a_catalog_older_than_an_incremental_does_not_release_its_base() {
     let mut system = System::start();
     let _vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -188,7 +188,7 @@ async fn a_catalog_of_before_an_incremental_does_not_let_its_base_go() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_a_lost_catalog_knew_is_read_again_at_the_start() {
+async fn a_store_of_a_lost_catalog_is_scanned_at_startup() {
     let mut system = System::start();
     let _vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -204,7 +204,7 @@ async fn a_store_that_a_lost_catalog_knew_is_read_again_at_the_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_backup_that_is_not_on_record_depends_on_stays() {
+async fn the_base_of_an_unrecorded_backup_stays() {
     let system = System::start();
     let _vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -234,7 +234,7 @@ async fn what_a_backup_that_is_not_on_record_depends_on_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_manifest_that_is_not_understood_keeps_all_that_is_beside_it() {
+async fn an_unknown_manifest_format_protects_the_files_beside_it() {
     let system = System::start();
     let _vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -262,7 +262,7 @@ async fn a_manifest_that_is_not_understood_keeps_all_that_is_beside_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_damaged_manifests_none_keeps_the_other_and_both_keep_what_is_good() {
+async fn two_damaged_manifests_protect_good_backups_and_not_each_other() {
     let system = System::start();
     let _vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -359,7 +359,7 @@ async fn shared() -> (System, System, Vm, Caller) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_another_service_merged_or_removed_is_not_listed_as_damaged_or_missing() {
+async fn backups_merged_or_removed_by_another_service_are_listed_correctly() {
     let (first, _second, _vm, other) = shared().await;
     let [full, incremental] = backups(&first).try_into().unwrap();
     let one = Caller::new(&first).await;

@@ -108,7 +108,7 @@ fn machine(system: &System, name: &str) -> crate::common::vm::Builder {
 // Errors.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_storage_says_while_data_comes_is_the_backups_end() {
+async fn a_storage_error_during_the_copy_fails_the_backup() {
     // Of either disk: which one meets it first is chance.
     for (errno, error, text) in [
         (Errno::EIO, "QemuError", "': Input/output error"),
@@ -209,7 +209,7 @@ async fn a_raw_image_is_written_back_again_and_again_while_it_is_copied() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_over_quota_or_read_only_or_out_of_order_is_refused_at_once() {
+async fn a_store_over_quota_read_only_or_broken_is_refused_at_once() {
     for (errno, error, text) in [
         (Errno::EDQUOT, "NoSpace", "uota"),
         (Errno::EROFS, "TargetInvalid", "Read-only file system"),
@@ -293,7 +293,7 @@ async fn a_full_target_is_recognised_in_whatever_language_qemu_reports_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_below_a_mount_point_is_not_there_while_nothing_is_mounted() {
+async fn a_store_below_an_unmounted_mount_point_is_missing() {
     let place = crate::common::test_directory();
     let mount_point = place.path().join("disk");
     let path = mount_point.join("backups");
@@ -319,7 +319,7 @@ async fn a_store_below_a_mount_point_is_not_there_while_nothing_is_mounted() {
 // Silence.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn storage_that_hangs_while_data_comes_fails_its_backup_in_time_and_keeps_nobody_else_waiting() {
+async fn storage_that_hangs_during_the_copy_fails_its_backup_and_delays_no_other() {
     let scene = Scene::new().await;
     let job = scene.begin().await;
     scene.storage.hang(Operation::Any);
@@ -372,7 +372,7 @@ async fn a_slow_backup_that_is_cancelled_while_its_storage_hangs_ends_in_time() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn storage_that_hangs_when_data_is_to_be_durable_fails_its_backup_in_time() {
+async fn storage_that_hangs_during_fsync_fails_its_backup_in_time() {
     let scene = Scene::new().await;
     let job = scene.begin().await;
     scene.storage.hang(Operation::Fsync);
@@ -399,7 +399,7 @@ async fn slow_end(scene: &Scene) -> JobProxy<'static> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn storage_that_is_slow_is_waited_for_as_long_as_it_moves() {
+async fn slow_storage_that_makes_progress_has_no_timeout() {
     let scene = Scene::new().await;
     let since = std::time::Instant::now();
     let job = slow_end(&scene).await;
@@ -461,7 +461,7 @@ async fn delete(caller: &Caller, id: &str) -> zbus::Result<zbus::Message> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_hangs_keeps_no_list_waiting_and_loses_no_backup() {
+async fn a_store_that_hangs_blocks_no_list_and_loses_no_backup() {
     let scene = Scene::new().await;
     let caller = &scene.caller;
     caller.complete("web", DOCUMENT).await;
@@ -494,7 +494,7 @@ async fn a_store_that_hangs_keeps_no_list_waiting_and_loses_no_backup() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deletion_that_fails_in_between_is_gone_on_with() {
+async fn a_deletion_that_fails_halfway_is_resumed() {
     let scene = Scene::new().await;
     let caller = &scene.caller;
     caller.complete("web", DOCUMENT).await;
@@ -510,7 +510,7 @@ async fn a_deletion_that_fails_in_between_is_gone_on_with() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deletion_that_is_slow_is_waited_for_as_long_as_it_moves() {
+async fn a_slow_deletion_that_makes_progress_has_no_timeout() {
     let scene = Scene::new().await;
     let caller = &scene.caller;
     caller.complete("web", DOCUMENT).await;
@@ -539,7 +539,7 @@ async fn preview(caller: &Caller, id: &str) -> zbus::Result<zbus::Message> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn to_wait_for_ones_turn_at_slow_storage_is_not_to_stall() {
+async fn waiting_for_slow_storage_is_not_a_stall() {
     let scene = Scene::new().await;
     let caller = &scene.caller;
     for _ in 0..3 {
@@ -586,7 +586,7 @@ async fn to_wait_for_ones_turn_at_slow_storage_is_not_to_stall() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_can_not_be_read_now_is_not_called_damaged() {
+async fn a_temporarily_unreadable_backup_is_not_damaged() {
     let scene = Scene::new().await;
     let caller = &scene.caller;
     caller.complete("web", DOCUMENT).await;

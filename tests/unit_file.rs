@@ -84,7 +84,7 @@ fn systemd_finds_nothing_wrong_with_the_unit() {
 }
 
 #[test]
-fn systemd_finds_nothing_wrong_with_the_units_of_every_night() {
+fn systemd_finds_nothing_wrong_with_the_nightly_units() {
     let dir = test_directory();
     let service = installed(dir.path(), "backupd-backup@.service");
     installed(dir.path(), "backupd-backup@.timer");
@@ -130,7 +130,7 @@ fn the_readme_gives_a_reason_for_every_key_that_is_not_set() {
 }
 
 #[test]
-fn the_readme_tells_of_every_key_that_is_set_and_of_no_other() {
+fn the_readme_lists_exactly_the_keys_that_are_set() {
     let readme = read("systemd/README.md");
     let (_, set) = readme.split_once("## Settings\n").expect("the section is there");
     let (set, _) = set.split_once("\n## ").expect("a section follows");

@@ -75,7 +75,7 @@ async fn ended(systemd: &Systemd, times: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restore_ends_well_before_the_service_makes_room() {
+async fn a_restore_completes_before_an_upgraded_service_starts() {
     let (system, systemd, _vm, root) = supervised(MIB).await;
     root.complete("web", "").await;
     let storage = Hanging::mount(&system.dir().join("slow"), Limits::default());
@@ -110,7 +110,7 @@ async fn a_restore_ends_well_before_the_service_makes_room() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_goes_on_while_the_service_makes_room() {
+async fn a_backup_continues_during_an_upgrade() {
     let (system, systemd, _vm, root) = supervised(64 * MIB).await;
     let job = root.start_with("web", "", &[], slowly(16 * MIB)).await;
     let number = job.id().await.unwrap();
@@ -147,7 +147,7 @@ async fn an_export_keeps_a_new_version_from_starting_for_a_bounded_time() {
 
 /// Verifications that begin at all moments of the way out: each is finished by the service that began it.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_begins_while_the_service_makes_room_is_not_lost() {
+async fn work_that_starts_during_an_upgrade_is_not_lost() {
     const ROUNDS: usize = 12;
     const CALLERS: usize = 3;
     let (system, systemd, _vm, root) = supervised(MIB).await;

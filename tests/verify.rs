@@ -12,7 +12,7 @@ use crate::common::storage::files_below;
 use serde_json::Value;
 
 #[test]
-fn good_backups_are_good() {
+fn good_backups_pass_the_verification() {
     let store = Store::new();
     let before = store.state();
     let all = run(
@@ -90,7 +90,7 @@ fn damage(words: &str, damaged: &[&str], status: i32, change: impl FnOnce(&Store
 }
 
 #[test]
-fn a_bit_that_flipped_is_found_with_all_that_lies_on_it() {
+fn a_flipped_bit_is_found_with_all_dependents() {
     damage(
         "the checksum of its image differs",
         &[FIRST, SECOND],
@@ -274,7 +274,7 @@ fn a_qemu_img_that_is_killed_says_nothing_about_an_image() {
 }
 
 #[test]
-fn a_backup_that_is_removed_meanwhile_is_not_damaged() {
+fn a_backup_removed_during_a_verification_is_not_damaged() {
     let store = Store::new();
     // While the first image is checked, the next backup is removed, as a rule would.
     let stopped = StandIn::new(store.dir.path(), "qemu-img", STOPS_AND_FINDS_NOTHING);

@@ -59,7 +59,7 @@ fn document_with(disks: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_detail_of_a_backup_into_a_store_is_told() {
+async fn polkit_gets_every_detail_of_a_backup_into_a_store() {
     let uuid = "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10";
     let rules = rule(
         "backup",
@@ -80,7 +80,7 @@ async fn every_detail_of_a_backup_into_a_store_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rule_about_disks_binds_by_whatever_name_they_are_called() {
+async fn a_rule_about_disks_applies_to_every_name_of_a_disk() {
     let (_system, vm, caller) = known(&rule("backup", &[("disks", "vda")])).await;
     refused(&caller, "").await;
     refused(&caller, &document_with("<disk name='vdb'/>")).await;
@@ -115,7 +115,7 @@ async fn a_rule_about_disks_binds_by_whatever_name_they_are_called() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_was_added_unnoticed_is_not_backed_up_by_a_yes_for_the_others() {
+async fn a_disk_added_during_authorization_is_not_backed_up() {
     let (system, vm, caller) = known(&rule("backup", &[("disks", "vda,vdb")])).await;
     caller.complete("web", "").await;
     let before = files_below(&system.store());
@@ -132,7 +132,7 @@ async fn a_disk_that_was_added_unnoticed_is_not_backed_up_by_a_yes_for_the_other
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn to_have_a_backup_made_is_not_to_have_the_data_and_the_other_way_round() {
+async fn the_right_to_back_up_and_the_right_to_export_are_separate() {
     let rules = rule("backup", &[]);
     let (system, _vm, caller) = known(&rules).await;
     let target = system.dir().join("out.qcow2");
@@ -171,7 +171,7 @@ async fn to_have_a_backup_made_is_not_to_have_the_data_and_the_other_way_round()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rule_about_a_device_binds_by_whatever_name_it_is_called() {
+async fn a_rule_about_a_device_applies_to_every_name_of_the_device() {
     let backing = tempfile::tempdir().unwrap();
     let (good, bad) = (
         LoopDevice::attach(&backing.path().join("good"), 32 * MIB),
@@ -209,7 +209,7 @@ async fn a_rule_about_a_device_binds_by_whatever_name_it_is_called() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rule_about_cancelling_can_say_which_backup() {
+async fn a_rule_about_cancelling_can_name_the_backup() {
     let rules =
         ["abort", "set-speed"].map(|action| rule(action, &[("target_kind", "store"), ("disks", "vda")]));
     let (system, _vm, caller) = known(&rules.concat()).await;

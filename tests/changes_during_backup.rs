@@ -201,7 +201,7 @@ async fn a_monitor_that_comes_back_before_the_images_were_closed_changes_nothing
 // The domain's file and its disks change.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_a_domain_that_changed_is_backed_up_no_other_of_its_name_is_and_then_it_is_again() {
+async fn a_running_backup_of_a_replaced_domain_blocks_backups_under_its_name() {
     let vda = |vm: Builder| vm.disk(Disk::new("vda", 16 * MIB).fill(0, 8 * MIB, 0x11));
     let (system, mut vm, caller) = known(System::start(), vda).await;
     let before = vm.residue();
@@ -256,7 +256,7 @@ async fn while_a_domain_that_changed_is_backed_up_no_other_of_its_name_is_and_th
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_snapshot_made_by_another_client_just_before_the_instant_fails_the_backup() {
+async fn a_snapshot_by_another_client_just_before_the_point_in_time_fails_the_backup() {
     let scene = Scene::new().await;
     let hold = scene
         .proxy
@@ -292,7 +292,7 @@ async fn a_snapshot_made_by_another_client_just_before_the_instant_fails_the_bac
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_overlay_below_a_raw_node_is_copied_with_what_lies_below_it() {
+async fn an_overlay_below_a_raw_node_is_copied_with_its_backing_files() {
     let system = System::start();
     let [base, top] = ["base.qcow2", "top.qcow2"].map(|name| system.dir().join(name));
     let run = |program: &str, arguments: &[&str]| {
@@ -392,7 +392,7 @@ async fn a_device_is_untouched_by_a_backup_whose_guest_cannot_be_frozen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_device_that_a_cancelled_backup_wrote_to_has_no_head_that_looks_good() {
+async fn a_device_written_by_a_cancelled_backup_has_no_image_header() {
     for format in ["raw", "qcow2"] {
         let (system, vm, caller) = known(System::start(), vda).await;
         let before = vm.residue();
@@ -421,7 +421,7 @@ async fn a_device_that_a_cancelled_backup_wrote_to_has_no_head_that_looks_good()
 // What a machine has open is no target, whatever it is called and however it came there.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_that_was_added_to_another_machine_just_now_is_no_target() {
+async fn an_image_just_attached_to_another_vm_is_refused_as_target() {
     let (system, _vm, caller) = known(System::start(), vda).await;
     let other = system.configured(system.vm("other"));
     let added = system.dir().join("added.raw");
@@ -448,7 +448,7 @@ async fn an_image_that_was_added_to_another_machine_just_now_is_no_target() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_device_made_of_a_machines_image_is_no_target_nor_is_the_file_of_a_machines_device() {
+async fn loop_devices_and_files_behind_a_vms_disks_are_refused_as_targets() {
     let (system, vm, caller) = known(System::start(), vda).await;
     let backing = system.dir().join("backing.img");
     let below = LoopDevice::attach(&backing, 16 * MIB);
@@ -471,7 +471,7 @@ async fn a_device_made_of_a_machines_image_is_no_target_nor_is_the_file_of_a_mac
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_that_lost_its_name_to_another_is_still_no_target() {
+async fn an_image_that_was_renamed_away_is_still_refused_as_target() {
     let (system, _vm, caller) = known(System::start(), vda).await;
     let other = system.configured(
         system
@@ -493,7 +493,7 @@ async fn an_image_that_lost_its_name_to_another_is_still_no_target() {
 // Limits and places in the queue.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_largest_speed_is_none_in_effect() {
+async fn the_largest_bandwidth_equals_no_limit() {
     let mut scene = Scene::new().await;
     let speeds = |vm: &Vm| {
         let jobs = vm.qmp("query-block-jobs", json!({}));
@@ -549,7 +549,7 @@ async fn the_largest_speed_is_none_in_effect() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waited_for_the_end_can_start_the_next_one_at_once() {
+async fn a_caller_that_waited_for_the_end_can_start_the_next_backup_at_once() {
     let small = |vm: Builder| vm.disk(Disk::new("vda", MIB));
     let (_system, vm, caller) = known(System::start(), small).await;
     let before = vm.residue();
@@ -592,7 +592,7 @@ async fn a_store_that_is_full_when_the_backup_is_recorded_fails_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_cannot_be_given_its_name_failed() {
+async fn a_backup_that_cannot_be_renamed_to_its_final_name_fails() {
     let mut scene = Scene::new().await;
     let hold = scene.proxy.hold("query-fdsets", |_| true);
     let job = scene.caller.start("web", "").await;
@@ -614,7 +614,7 @@ async fn a_backup_that_cannot_be_given_its_name_failed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn files_of_which_one_cannot_be_given_its_name_are_all_taken_back() {
+async fn no_image_is_published_when_one_cannot_be_renamed() {
     let mut scene = Scene::new().await;
     let [one, other] = ["one", "other"].map(|name| scene.system.dir().join(name));
     for dir in [&one, &other] {
@@ -686,7 +686,7 @@ async fn assert_told_as_failed(caller: &mut Caller, job: &JobProxy<'_>) {
 // Who may not know of a machine.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_object_of_a_hidden_machine_answers_like_a_path_that_never_was() {
+async fn the_object_of_a_hidden_domain_replies_like_a_missing_path() {
     let rules = "polkit.addRule(function(action, subject) {
         if (action.lookup('domain_name') == 'secret' && subject.user != 'root') return polkit.Result.NO;
     });";
@@ -729,7 +729,7 @@ async fn the_object_of_a_hidden_machine_answers_like_a_path_that_never_was() {
 // The service is told to stop.
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_stops_while_a_backup_is_being_prepared_leaves_nothing_for_good() {
+async fn a_service_stopped_during_preparation_leaves_no_permanent_residue() {
     // While QEMU is asked for its disks, which it tells or not, and when the files are there already.
     for (command, answers) in [("query-block", true), ("query-block", false), ("add-fd", true)] {
         let mut scene = Scene::new().await;

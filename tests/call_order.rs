@@ -60,7 +60,7 @@ async fn send(caller: &Caller, messages: &[Message]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_last_speed_of_a_burst_is_the_one_that_stays() {
+async fn the_last_bandwidth_of_a_burst_stays() {
     let system = System::start();
     let vm = machine(&system);
     let caller = Caller::new(&system).await;
@@ -83,7 +83,7 @@ async fn the_last_speed_of_a_burst_is_the_one_that_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_last_of_many_subscriptions_and_their_ends_counts() {
+async fn the_last_of_many_subscribe_and_unsubscribe_calls_counts() {
     let system = System::start();
     let _vm = machine(&system);
     let mut listener = Caller::new(&system).await;
@@ -151,7 +151,7 @@ async fn checkpoints_are_made_and_removed_in_the_order_of_the_calls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_waits_for_a_password_or_for_an_end_keeps_no_later_one_waiting() {
+async fn a_call_that_waits_for_a_password_or_a_job_delays_no_later_call() {
     let system = System::setup().without_polkit().start();
     let authority = Authority::start(&system, |_| Answer::Yes).await;
     let _vm = machine(&system);
@@ -212,7 +212,7 @@ async fn a_backup_can_be_cancelled_on_the_connection_that_waits_for_it_to_begin(
 /// A subscriber about whom polkit does not answer delays all that is told: nothing that is told then may be older than what
 /// was read meanwhile.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_changes_are_told_is_never_older_than_what_was_read() {
+async fn signalled_values_are_never_older_than_values_read_before() {
     let system = System::setup().without_polkit().start();
     let authority = Authority::start(&system, |_| Answer::Yes).await;
     let _vm = machine(&system);
@@ -256,7 +256,7 @@ async fn what_changes_are_told_is_never_older_than_what_was_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waits_hears_of_a_job_however_many_have_waited_and_left() {
+async fn a_waiting_client_hears_of_a_job_after_many_waiters_left() {
     let system = System::start();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;

@@ -417,7 +417,7 @@ fn setting(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn after_every_step_each_backup_shows_what_there_was() {
+fn every_backup_has_the_expected_content_after_every_step() {
     let seeds = setting("BACKUPD_WALK_SEED").map_or(SEEDS.to_vec(), |seed| vec![seed]);
     let steps = setting("BACKUPD_WALK_STEPS").unwrap_or(STEPS.div_ceil(SEEDS.len() as u64));
     println!("BACKUPD_WALK_SEED={seeds:?}");

@@ -46,7 +46,7 @@ fn create(indices: &[u32], option: Option<Body>) -> Body {
 }
 
 #[test]
-fn a_descriptor_that_is_named_ten_thousand_times_is_not_made_ten_thousand() {
+fn a_descriptor_referenced_ten_thousand_times_is_not_duplicated() {
     let mut system = System::start();
     let _vm = machine(&system);
     let null = File::options().read(true).write(true).open("/dev/null").unwrap();
@@ -75,7 +75,7 @@ fn a_descriptor_that_is_named_ten_thousand_times_is_not_made_ten_thousand() {
 }
 
 #[test]
-fn options_hold_no_descriptors() {
+fn descriptors_in_options_are_refused() {
     let mut system = System::start();
     let _vm = machine(&system);
     let null = File::options().read(true).write(true).open("/dev/null").unwrap();

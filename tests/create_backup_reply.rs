@@ -36,7 +36,7 @@ impl Drop for Load {
 
 /// A program that flushes its database, calls, and goes on relies on this.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_written_after_the_answer_is_in_no_image() {
+async fn writes_after_the_reply_are_in_no_image() {
     let system = System::start();
     let vm = system.configured(
         system
@@ -71,7 +71,7 @@ async fn what_is_written_after_the_answer_is_in_no_image() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_prevents_a_backup_is_the_answer_and_leaves_nothing() {
+async fn a_backup_that_cannot_start_returns_the_error_and_leaves_no_residue() {
     let system = System::start();
     let vm = system.configured(
         system

@@ -205,7 +205,7 @@ async fn a_service_that_starts_again_does_not_thaw_what_it_did_not_freeze() {
 
 /// What systemd does to stop it: all that belongs to the service gets the signal.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_is_told_to_end_thaws_before() {
+async fn a_service_thaws_the_guest_before_it_stops() {
     let mut scene = Scene::new().await;
     let service = scene.system.daemon().pid();
     let agent = scene.agent(move |command| {
@@ -233,7 +233,7 @@ async fn a_service_that_is_told_to_end_thaws_before() {
 
 /// What systemd does with what a dead service left.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guard_is_not_ended_by_what_ends_the_service() {
+async fn signals_that_stop_the_service_do_not_stop_the_guard() {
     let mut scene = Scene::new().await;
     let service = scene.system.daemon().pid();
     let directory = scene.system.dir().to_owned();
@@ -257,7 +257,7 @@ async fn a_guard_is_not_ended_by_what_ends_the_service() {
 
 /// The guard is killed too. QEMU stands still: the next service cannot even look at the machine.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_next_service_thaws_before_all_else_if_nobody_else_could() {
+async fn the_next_service_thaws_first_after_service_and_guard_were_killed() {
     let mut scene = Scene::new().await;
     let (service, qemu) = (scene.system.daemon().pid(), scene.vm.pid());
     let agent = scene.agent(move |command| {
@@ -291,7 +291,7 @@ fn backups(vm: &Vm) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_qemu_that_is_slow_to_begin_is_not_waited_for_with_the_guest_frozen() {
+async fn a_slow_qemu_does_not_keep_the_guest_frozen() {
     for mode in ["try", "require"] {
         let scene = Scene::new().await;
         let qemu = scene.vm.pid();
@@ -317,7 +317,7 @@ async fn a_qemu_that_is_slow_to_begin_is_not_waited_for_with_the_guest_frozen() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_stands_still_is_not_waited_for_with_the_guest_frozen() {
+async fn a_stopped_service_does_not_keep_the_guest_frozen() {
     for mode in ["try", "require"] {
         let mut scene = Scene::new().await;
         let service = scene.system.daemon().pid();
@@ -348,7 +348,7 @@ async fn a_service_that_stands_still_is_not_waited_for_with_the_guest_frozen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_hangs_up_is_told_to_thaw_when_it_is_there_again() {
+async fn an_agent_that_hangs_up_gets_the_thaw_after_it_reconnects() {
     let scene = Scene::new().await;
     let agent = Agent::start(&scene.system.dir().join("qga"), |command| match command {
         FREEZE => Answer::HangUp,
@@ -360,7 +360,7 @@ async fn an_agent_that_hangs_up_is_told_to_thaw_when_it_is_there_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn how_long_the_guest_was_frozen_is_told_and_remembered() {
+async fn the_duration_of_a_freeze_is_reported_and_recorded() {
     let mut scene = Scene::new().await;
     let agent = scene.agent(|_| {});
     let started = Instant::now();
@@ -396,7 +396,7 @@ async fn how_long_the_guest_was_frozen_is_told_and_remembered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_says_no_gets_what_who_says_nothing_gets() {
+async fn an_explicit_quiesce_no_equals_the_default() {
     let scene = Scene::new().await;
     let agent = scene.agent(|_| {});
     for document in [quiesce("no"), String::new()] {

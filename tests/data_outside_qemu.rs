@@ -77,7 +77,7 @@ fn both() -> Vec<(String, String)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_qemu_does_not_read_is_named_as_not_in_the_backup() {
+async fn data_outside_qemu_is_listed_as_not_in_the_backup() {
     let scene = Scene::new();
     let caller = Caller::new(&scene.system).await;
     let path = caller.manager.get_domain("web").await.unwrap();
@@ -114,7 +114,7 @@ async fn what_qemu_does_not_read_is_named_as_not_in_the_backup() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_must_hold_everything_is_refused_where_it_cannot() {
+async fn a_backup_that_must_be_complete_is_refused_for_a_vm_with_data_outside_qemu() {
     let scene = Scene::new();
     let caller = Caller::new(&scene.system).await;
     let all = Options::from([("require-all-disks", Variant::from(true))]);

@@ -92,7 +92,7 @@ async fn states(caller: &Caller) -> Vec<(String, String)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn disks_are_restored_into_open_files_whatever_the_backup_lies_on() {
+async fn disks_are_restored_into_open_files_from_every_kind_of_backup() {
     let system = System::start();
     let mut vm = machine(&system);
     let mut root = Caller::new(&system).await;
@@ -185,7 +185,7 @@ async fn more_disks_than_one_message_passes_are_restored_through_the_service() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_restored_is_refused_and_nothing_is_written() {
+async fn an_impossible_restore_is_refused_and_writes_nothing() {
     let system = System::setup()
         .rules(&polkit::allow(USER, &["backup.verify"]))
         .start();
@@ -225,7 +225,7 @@ async fn what_cannot_be_restored_is_refused_and_nothing_is_written() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_damaged_is_found_told_and_remembered_with_all_that_lies_on_it() {
+async fn damage_is_reported_and_recorded_for_a_backup_and_its_dependents() {
     let system = System::start();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
@@ -269,7 +269,7 @@ fn with_program(setup: Setup, name: &str, statements: &str) -> (System, StandIn,
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_could_not_be_looked_at_is_not_damaged() {
+async fn an_unreadable_backup_is_not_recorded_as_damaged() {
     let (system, killed, _place) = with_program(System::setup(), "qemu-img", IS_KILLED);
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
@@ -470,7 +470,7 @@ async fn a_restore_that_is_cancelled_leaves_nothing_in_the_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restore_that_went_with_the_service_has_failed() {
+async fn a_restore_that_the_service_did_not_survive_is_recorded_as_failed() {
     let (mut system, hanging, _place) = hanging();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
@@ -578,7 +578,7 @@ async fn backupctl_passes_the_users_own_files_to_the_service() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_interrupts_backupctl_has_neither_a_job_nor_a_file() {
+async fn an_interrupted_backupctl_leaves_neither_a_job_nor_a_file() {
     let (system, hanging, _place) = hanging();
     let _vm = machine(&system);
     let root = Caller::new(&system).await;
@@ -597,7 +597,7 @@ async fn who_interrupts_backupctl_has_neither_a_job_nor_a_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_deleted_while_its_chain_is_verified_is_reported_as_removed() {
+async fn a_backup_deleted_during_a_verification_is_reported_as_removed() {
     // The first image is being checked until the others are deleted.
     let setup = System::setup();
     let (system, stopped, _place) = with_program(setup, "qemu-img", STOPS_AND_FINDS_NOTHING);

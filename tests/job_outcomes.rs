@@ -83,7 +83,7 @@ impl Scene {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cancelled_before_anything_is_copied() {
+async fn a_backup_is_cancelled_before_anything_is_copied() {
     let mut scene = Scene::new(32 * MIB).await;
     let job = scene.caller.start("web", "").await;
     job.cancel().await.unwrap();
@@ -93,7 +93,7 @@ async fn cancelled_before_anything_is_copied() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cancelled_in_the_middle() {
+async fn a_backup_is_cancelled_in_the_middle() {
     let mut scene = Scene::new(32 * MIB).await;
     let job = scene.caller.start("web", "").await;
     wait::until_async("some progress", || async {
@@ -105,7 +105,7 @@ async fn cancelled_in_the_middle() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cancelled_when_one_disk_has_all_its_data_by_either_disk() {
+async fn a_backup_is_cancelled_when_one_of_two_disks_is_copied() {
     for disk in ["vda", "vdb"] {
         let mut scene = Scene::new(32 * MIB).await;
         let job = scene.caller.start("web", "").await;
@@ -142,7 +142,7 @@ async fn a_good_backup_cannot_be_cancelled_any_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_cancels_at_many_moments_end_as_they_say() {
+async fn cancellation_at_any_moment_has_the_reported_result() {
     // Cancelling races with every step of a short backup. Whoever got "yes" sees "cancelled", and only then nothing is
     // there; whoever got "no" finds the backup.
     let scene = Scene::new(1 << 30).await;
@@ -213,7 +213,7 @@ async fn a_target_that_runs_full_fails_the_backup_and_both_disks_say_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn existing_targets_of_a_failed_backup_hold_nothing_that_looks_good() {
+async fn existing_targets_of_a_failed_backup_do_not_look_like_images() {
     let mut scene = Scene::new(32 * MIB).await;
     let target = scene.system.dir().join("existing.qcow2");
     let mut command = crate::common::process::bound("qemu-img");
@@ -331,7 +331,7 @@ async fn qemu_is_killed_in_the_middle() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn qemu_ends_in_order_in_the_middle() {
+async fn qemu_quits_in_the_middle() {
     let mut scene = Scene::new(32 * MIB).await;
     let job = scene.caller.start("web", "").await;
     scene.reaches(&job, 1, "running").await;

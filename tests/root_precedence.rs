@@ -46,7 +46,7 @@ async fn assert_displaced(job: &JobProxy<'_>, why: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn roots_backup_ends_a_users_that_is_limited_to_next_to_nothing() {
+async fn a_backup_of_root_cancels_a_users_that_is_almost_stopped() {
     let system = system(&["domain.read", "domain.backup"]);
     let vm = machine(&system);
     let (user, other) = (
@@ -106,7 +106,7 @@ async fn after_root_was_refused_no_other_user_comes_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_calls_of_root_at_a_time_keep_nobody_out_afterwards() {
+async fn two_concurrent_calls_of_root_block_nobody_afterwards() {
     let system = system(&["domain.read", "domain.backup"]);
     let _vm = machine(&system);
     let user = Caller::of_user(&system, USER).await;
@@ -127,7 +127,7 @@ async fn two_calls_of_root_at_a_time_keep_nobody_out_afterwards() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_that_its_starter_cancels_names_nobody_elses() {
+async fn a_backup_cancelled_by_its_starter_names_no_other_caller() {
     let system = system(&["domain.read", "domain.backup"]);
     let _vm = machine(&system);
     let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);

@@ -1,4 +1,4 @@
-//! A bus that has the service started when somebody calls it: by itself, or by systemd, for which the test stands in.
+//! A bus that starts the service at the first call: by itself, or through a stand-in for systemd.
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -17,7 +17,7 @@ use zbus::{Connection, Message, MessageStream};
 use super::System;
 use super::daemon::{Daemon, Environment};
 
-/// How a bus has the service started.
+/// How a bus starts the service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// The bus starts the program (`Exec=`).
@@ -28,12 +28,12 @@ pub enum Activation {
 
 const UNIT: &str = "backupd.service";
 const SYSTEMD: &str = "org.freedesktop.systemd1";
-/// What the unit has in `RestartForceExitStatus=`.
+/// The unit's `RestartForceExitStatus=`.
 const START_AGAIN: i32 = 75;
-/// How often the stand-in looks for the end of the service.
+/// How often the stand-in checks whether the service has ended.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// Writes what a bus with its socket in `dir` has to know.
+/// Writes the files that a bus with its socket in `dir` needs.
 pub fn configure(dir: &Path, config: &Path) {
     let services = dir.join("services");
     fs::create_dir_all(&services).expect("a directory is made");
@@ -46,7 +46,7 @@ pub fn configure(dir: &Path, config: &Path) {
         ),
     )
     .expect("the bus's configuration is written");
-    // Its parent does not stay, so it is bound to nobody's life; it ends when the bus does.
+    // The bus's helper does not stay, so the parent-death signal is not set; the service ends when the bus does.
     let program = format!(
         "/usr/bin/env DBUS_SYSTEM_BUS_ADDRESS=unix:path={} RUST_LOG=backupd=debug,info {} \
          --config {config}",
@@ -60,26 +60,27 @@ pub fn configure(dir: &Path, config: &Path) {
     .expect("the service's file is written");
 }
 
-/// What systemd knows of the unit.
+/// The state of the unit as systemd sees it.
 #[derive(Default)]
 struct Unit {
     daemon: Option<Daemon>,
-    /// It has said `STOPPING=1`.
+    /// The service has sent `STOPPING=1`.
     stopping: bool,
-    /// It is to be started when it has ended.
+    /// Whether to start the service after it has ended.
     start_queued: bool,
-    /// Jobs that were ever installed.
+    /// The number of jobs that were ever installed.
     jobs: u32,
-    /// Other units are started all the time.
+    /// Simulates other units that are started all the time.
     busy: bool,
-    /// Starts of the unit while it was active: systemd does nothing then.
+    /// Starts of the unit while it was active: systemd ignores them.
     starts_for_nothing: u32,
     messages: Vec<String>,
     ends: Vec<i32>,
 }
 
-/// Does what systemd does for a unit of `Type=notify` that the bus has started (checked against its sources: a start is
-/// nothing while the unit is active, and is kept while it is deactivating, which it is from `STOPPING=1` on).
+/// Does what systemd does for a unit of `Type=notify` that the bus has started (checked against its sources). systemd
+/// ignores a start while the unit is active, and queues it while the unit is deactivating, which begins with
+/// `STOPPING=1`.
 pub struct Systemd {
     unit: Arc<Mutex<Unit>>,
     task: JoinHandle<()>,
@@ -100,7 +101,7 @@ struct Launch {
 }
 
 impl Systemd {
-    /// Looks after the service of a system whose bus asks systemd; `watchdog` is the unit's `WatchdogSec=`.
+    /// Supervises the service of a system whose bus asks systemd; `watchdog` is the unit's `WatchdogSec=`.
     pub async fn start(system: &System, watchdog: Option<Duration>) -> Self {
         let socket = system.dir().join("notify");
         let notifications = UnixDatagram::bind(&socket).expect("a socket is made");
@@ -138,27 +139,28 @@ impl Systemd {
         self.unit.lock().expect("no panic while it is locked")
     }
 
-    /// What the service has told until now, a line each.
+    /// Returns the messages that the service has sent to systemd so far, a line each.
     pub fn messages(&self) -> Vec<String> {
         self.unit().messages.clone()
     }
 
-    /// How often the service said this.
+    /// Returns how often the service has sent this message.
     pub fn said(&self, message: &str) -> usize {
         self.unit().messages.iter().filter(|it| *it == message).count()
     }
 
-    /// The exit statuses of the service so far.
+    /// Returns the exit statuses of the service so far.
     pub fn ends(&self) -> Vec<i32> {
         self.unit().ends.clone()
     }
 
-    /// How often the bus had an active unit started: the call behind it waits for what nobody starts.
+    /// Returns how often the bus requested a start while the unit was active: no start follows, so the call behind it
+    /// waits.
     pub fn starts_for_nothing(&self) -> u32 {
         self.unit().starts_for_nothing
     }
 
-    /// From now on something is started whenever the service looks whether something was.
+    /// From now on, every time the service reads the number of jobs, one more has been started.
     pub fn count_a_job_at_each_look(&self) {
         self.unit().busy = true;
     }
@@ -190,10 +192,10 @@ impl Work {
         self.unit.lock().expect("no panic while it is locked")
     }
 
-    /// Reads what the service has told; always before anything that comes over the bus is handled.
+    /// Reads the messages of the service. The stand-in does this before it handles anything from the bus.
     fn hear(&self) {
         let mut buffer = [0; 4096];
-        // A descriptor that comes along is closed with this.
+        // Closes a descriptor that comes with the message.
         while let Ok(length) = self.notifications.recv(&mut buffer) {
             let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
             let mut unit = self.unit();
@@ -244,7 +246,7 @@ impl Work {
         let Some(status) = unit.daemon.as_mut().and_then(|daemon| daemon.process().ended()) else {
             return;
         };
-        // What it said last may have come meanwhile.
+        // The service may have sent a last message before it ended.
         drop(unit);
         self.hear();
         let mut unit = self.unit();

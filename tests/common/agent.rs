@@ -1,5 +1,5 @@
-//! A guest agent, played by the test on a UNIX socket as QEMU's character device would offer it: one client at a time,
-//! JSON lines, and the byte 0xFF that puts the two ends in step.
+//! A guest agent that the test plays on a UNIX socket, as QEMU's character device offers it: one client at a time,
+//! JSON lines, and the byte 0xFF that synchronises the two ends.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,23 +9,23 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-/// What the agent does about one command.
+/// The agent's reaction to one command.
 pub enum Answer {
-    /// What a good agent says.
+    /// The reply of a working agent.
     Proper,
     /// This refusal.
     Refusal(&'static str),
     /// These bytes.
     Raw(Vec<u8>),
-    /// These bytes, then what a good agent says.
+    /// These bytes, then the reply of a working agent.
     After(Vec<u8>),
-    /// Nothing; the connection stays.
+    /// No reply; the connection stays open.
     Silence,
-    /// It hangs up.
+    /// The agent closes the connection.
     HangUp,
 }
 
-/// The agent's side of the socket. Its threads end with their connections, and with the test's process.
+/// The agent's side of the socket. Its threads end with their connections, and with the test process.
 pub struct Agent {
     path: PathBuf,
     seen: Arc<Mutex<Vec<String>>>,
@@ -34,7 +34,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Listens on `path`. `behave` is asked about each command, by its name, before it is answered.
+    /// Listens on `path`. `behave` gets the name of each command and returns the reaction to it.
     pub fn start(path: &Path, mut behave: impl FnMut(&str) -> Answer + Send + 'static) -> Self {
         let listener = UnixListener::bind(path).expect("the agent's socket is made");
         let seen = Arc::<Mutex<Vec<String>>>::default();
@@ -43,7 +43,7 @@ impl Agent {
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let stream = stream.expect("a connection is accepted");
-                // A connection that is lost is the client's affair.
+                // The client deals with a lost connection.
                 let _ = serve(stream, &mut behave, &record, &state);
             }
         });
@@ -54,7 +54,7 @@ impl Agent {
         }
     }
 
-    /// An agent that does all that it is asked.
+    /// An agent that executes every command.
     pub fn good(path: &Path) -> Self {
         Self::start(path, |_| Answer::Proper)
     }
@@ -63,12 +63,12 @@ impl Agent {
         &self.path
     }
 
-    /// Another tool freezes the guest.
+    /// Freezes the guest as another tool.
     pub fn freeze(&self) {
         self.frozen.store(true, Ordering::SeqCst);
     }
 
-    /// And thaws it.
+    /// Thaws the guest as another tool.
     pub fn thaw(&self) {
         self.frozen.store(false, Ordering::SeqCst);
     }
@@ -77,7 +77,7 @@ impl Agent {
         self.frozen.load(Ordering::SeqCst)
     }
 
-    /// The commands that came, in order, without those that only put the ends in step or ask how it is.
+    /// Returns the received commands in order, without those that only synchronise or query the state.
     pub fn seen(&self) -> Vec<String> {
         let seen = self.seen.lock().expect("no test panics inside");
         let harmless = ["guest-sync-delimited", "guest-fsfreeze-status"];
@@ -85,7 +85,7 @@ impl Agent {
         commands.cloned().collect()
     }
 
-    /// All commands that came.
+    /// Returns all received commands.
     pub fn seen_all(&self) -> Vec<String> {
         self.seen.lock().expect("no test panics inside").clone()
     }
@@ -101,7 +101,7 @@ fn serve(
     let mut input = BufReader::new(stream);
     let mut line = Vec::new();
     while input.read_until(b'\n', &mut line)? > 0 {
-        // The byte makes the agent forget what came before it.
+        // The byte makes the agent discard the input before it.
         let start = line.iter().rposition(|byte| *byte == 0xff);
         let command: Value = serde_json::from_slice(&line[start.map_or(0, |at| at + 1)..])?;
         let name = command["execute"].as_str().unwrap_or_default().to_owned();

@@ -1,7 +1,7 @@
-//! A stand-in for polkitd, for what the real one can't be brought to say: errors, nonsense, nothing. It has polkit's
-//! name on the private bus and answers as the test wants.
+//! A stand-in for polkitd that replies as the test wants, also with errors, garbage or not at all. It owns polkit's
+//! name on the private bus.
 //!
-//! It reads its messages one by one instead of serving an interface, so that an answer may be of any type.
+//! It reads its messages one by one instead of serving an interface, so that a reply can have any type.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,29 +20,29 @@ use super::wait;
 const PATH: &str = "/org/freedesktop/PolicyKit1/Authority";
 const INTERFACE: &str = "org.freedesktop.PolicyKit1.Authority";
 
-/// What it says to one question.
+/// The reply to one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     Yes,
     No,
-    /// Not without a password.
+    /// A password is required.
     Challenge,
-    /// That it failed.
+    /// An error.
     Error,
-    /// Something of a type that answers don't have.
+    /// A reply of the wrong type.
     Garbage,
-    /// Nothing, for as long as it is there.
+    /// No reply while the stand-in runs.
     Silence,
 }
 
-/// A question as it came.
+/// A request as it was received.
 #[derive(Debug, Clone)]
 pub struct Question {
     pub action: String,
-    /// The unique name of who is asked about.
+    /// The unique name of the subject.
     pub caller: String,
     pub details: HashMap<String, String>,
-    /// A password may be asked for.
+    /// Whether the caller allows a password dialog.
     pub interactive: bool,
 }
 
@@ -62,7 +62,7 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// Takes polkit's name on a bus where polkit is not running. `decide` answers a question by its action.
+    /// Takes polkit's name on a bus where polkit is not running. `decide` returns the reply for an action.
     pub async fn start(system: &System, decide: impl Fn(&str) -> Answer + Send + 'static) -> Self {
         let_root_be_polkit(system);
         let connection = system.connect().await;
@@ -71,7 +71,7 @@ impl Authority {
             asked: Mutex::default(),
             withdrawn: Mutex::default(),
         });
-        // Before the name, so that no question is missed.
+        // Set up before the name is requested, so that no request is missed.
         let messages = MessageStream::from(&connection);
         let task = tokio::spawn(serve(connection.clone(), messages, state.clone()));
         connection
@@ -85,12 +85,12 @@ impl Authority {
         }
     }
 
-    /// Other answers from now on. It says so, as polkit does when its rules change.
+    /// Changes the replies, and sends `Changed`, as polkit does when its rules change.
     pub async fn decide(&self, decide: impl Fn(&str) -> Answer + Send + 'static) {
         self.decide_by(move |question| decide(&question.action)).await;
     }
 
-    /// The same by the whole question.
+    /// Like [`Authority::decide`], but `decide` gets the whole request.
     pub async fn decide_by(&self, decide: impl Fn(&Question) -> Answer + Send + 'static) {
         *lock(&self.state.decide) = Box::new(decide);
         self.connection
@@ -99,24 +99,24 @@ impl Authority {
             .expect("the bus is there");
     }
 
-    /// All questions until now, in order.
+    /// Returns all requests so far, in order.
     pub fn asked(&self) -> Vec<Question> {
         lock(&self.state.asked).clone()
     }
 
-    /// How often it was asked about this action.
+    /// Returns the number of requests for this action.
     pub fn count(&self, action: &str) -> usize {
         let asked = lock(&self.state.asked);
         asked.iter().filter(|question| question.action == action).count()
     }
 
-    /// Waits until it has been asked about this action.
+    /// Waits until a request for this action has come.
     pub async fn wait_for_question(&self, action: &str) {
         let what = format!("a question about {action}");
         wait::until_async(&what, || async { (self.count(action) > 0).then_some(()) }).await;
     }
 
-    /// Waits until somebody has withdrawn a question.
+    /// Waits until a caller has cancelled a request.
     pub async fn wait_for_withdrawal(&self) {
         wait::until_async("a question to be withdrawn", || async {
             (*lock(&self.state.withdrawn) > 0).then_some(())
@@ -124,7 +124,7 @@ impl Authority {
         .await;
     }
 
-    /// Leaves the bus; what was not answered yet never is.
+    /// Leaves the bus; open requests get no reply.
     pub async fn stop(self, system: &System) {
         self.task.abort();
         // The task has the other handle to the connection.
@@ -137,7 +137,7 @@ impl Authority {
 async fn serve(connection: Connection, mut messages: MessageStream, state: Arc<State>) {
     while let Some(Ok(message)) = messages.next().await {
         if message.message_type() == Type::MethodCall {
-            // A caller that is gone needs no answer.
+            // A caller that has disconnected needs no reply.
             let _ = answer(&connection, &message, &state).await;
         }
     }
@@ -205,7 +205,7 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// polkit's own policy lets only polkit's user have the name, so the bus's is amended; the bus reads it again.
+/// polkit's own policy lets only polkit's user own the name. This amends the policy of the bus and reloads it.
 fn let_root_be_polkit(system: &System) {
     let config = system.dir().join("bus.conf");
     let text = std::fs::read_to_string(&config).expect("the bus's configuration is read");

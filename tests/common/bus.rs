@@ -21,7 +21,7 @@ impl Bus {
         Self::start_with(dir, &[])
     }
 
-    /// The same, with further arguments for dbus-daemon.
+    /// Like [`Bus::start`], with further arguments for dbus-daemon.
     #[track_caller]
     pub fn start_with(dir: &Path, arguments: &[&str]) -> Self {
         let socket = dir.join("bus");
@@ -33,7 +33,7 @@ impl Bus {
         command.arg(format!("--config-file={}", config.display()));
         command.args(arguments);
         let mut process = Process::start("dbus-daemon", dir, command);
-        // The address is printed when the bus listens.
+        // dbus-daemon prints the address when it listens.
         let address = wait::until("the bus to print its address", || {
             process.assert_running();
             process.stdout().split_once('\n').map(|(line, _)| line.to_owned())
@@ -45,7 +45,7 @@ impl Bus {
         &self.address
     }
 
-    /// The process that owns a name on the bus now.
+    /// Returns the process that owns a name on the bus.
     pub fn name_owner(&self, name: &str) -> Option<u32> {
         let output = process::run(self.busctl(&[
             "call",
@@ -59,7 +59,7 @@ impl Bus {
         output.stdout.trim().strip_prefix("u ")?.parse().ok()
     }
 
-    /// Waits until `process` owns the name, and fails at once when it ends instead.
+    /// Waits until `process` owns the name, and fails at once if the process ends instead.
     #[track_caller]
     pub fn wait_for_owner(&self, name: &str, process: &mut Process) {
         wait::until(&format!("{name} to be owned"), || {
@@ -68,7 +68,7 @@ impl Bus {
         });
     }
 
-    /// Waits until nobody owns the name: the bus learns of an ended process a moment after its parent does.
+    /// Waits until the name has no owner: the bus learns of an ended process a moment after the parent does.
     #[track_caller]
     pub fn wait_for_no_owner(&self, name: &str) {
         wait::until(&format!("{name} to be free"), || {
@@ -76,14 +76,14 @@ impl Bus {
         });
     }
 
-    /// `busctl` on this bus, as root.
+    /// Returns a `busctl` command on this bus, as root.
     pub fn busctl(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("busctl");
         command.arg(format!("--address={}", self.address)).args(arguments);
         command
     }
 
-    /// A connection of this process, which is root's.
+    /// Connects this process, which is root.
     pub async fn connect(&self) -> zbus::Connection {
         zbus::connection::Builder::address(self.address.as_str())
             .build()
@@ -91,7 +91,7 @@ impl Bus {
             .expect("the private bus can be connected to")
     }
 
-    /// Lets nothing through any more (SIGSTOP), until [`Bus::thaw`].
+    /// Stops the bus (SIGSTOP) until [`Bus::thaw`].
     pub fn freeze(&mut self) {
         self.process.signal(Signal::STOP);
     }
@@ -100,23 +100,23 @@ impl Bus {
         self.process.signal(Signal::CONT);
     }
 
-    /// What the bus, and services that it started, wrote to standard error.
+    /// Returns the standard error of the bus and of services that it started.
     pub fn log(&self) -> String {
         self.process.log()
     }
 
-    /// Takes the bus away under everybody's feet.
+    /// Kills the bus while clients are connected.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 }
 
-/// A file of the project, by its path in the tree.
+/// Returns a file of the project, by its path in the tree.
 pub fn project_file(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// `system-bus.conf` with its paths filled in: the bus's socket, and the policy that the project ships.
+/// Returns `system-bus.conf` with its paths filled in: the bus's socket, and the policy that the project ships.
 pub fn configuration(socket: &Path, policy: &Path) -> String {
     include_str!("system-bus.conf")
         .replace("@socket@", &socket.display().to_string())

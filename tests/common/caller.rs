@@ -1,5 +1,4 @@
-//! A caller of the service in this process: root's, with proxies, and with every signal of the service that reaches it
-//! in the order in which it came.
+//! A caller of the service in this process, as root: proxies, and every signal of the service in the order of arrival.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,7 +21,7 @@ pub struct Caller {
     signals: MessageStream,
 }
 
-/// A signal as it came: its name and, as text, its arguments.
+/// A signal: its name, and its arguments as text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Signal {
     pub path: String,
@@ -30,10 +29,10 @@ pub struct Signal {
     pub arguments: Vec<String>,
 }
 
-/// Does something as an ordinary user, in its own group and no other, in this process. A thread has its own user as far as
-/// the kernel is concerned.
+/// Runs `work` as an ordinary user in this process, in the user's own group only. The kernel keeps credentials per
+/// thread.
 pub fn as_user<T: Send + 'static>(uid: u32, work: impl FnOnce() -> T + Send + 'static) -> T {
-    // A thread of its own, which ends with that: it never changes back.
+    // A new thread, which ends after the work: it never changes its user back.
     let working = std::thread::spawn(move || {
         let (user, group) = (Uid::from_raw(uid), Gid::from_raw(polkit::group(uid)));
         set_thread_groups(&[group]).expect("the groups are set");
@@ -44,8 +43,8 @@ pub fn as_user<T: Send + 'static>(uid: u32, work: impl FnOnce() -> T + Send + 's
     working.join().expect("it is done")
 }
 
-/// A socket to the bus of an ordinary user's, from this process: what the kernel says of the thread that connects is what the
-/// bus goes by (unix(7), SO_PEERCRED).
+/// Connects a socket to the bus as an ordinary user. The bus uses the credentials of the connecting thread (unix(7),
+/// SO_PEERCRED).
 pub fn socket_as(system: &System, uid: u32) -> UnixStream {
     let socket = system.dir().join("bus");
     as_user(uid, || {
@@ -53,7 +52,7 @@ pub fn socket_as(system: &System, uid: u32) -> UnixStream {
     })
 }
 
-/// A connection of an ordinary user's.
+/// Connects to the bus as an ordinary user.
 pub async fn connect_as(system: &System, uid: u32) -> Connection {
     let connected = zbus::connection::Builder::unix_stream(socket_as(system, uid))
         .user_id(uid)
@@ -62,12 +61,12 @@ pub async fn connect_as(system: &System, uid: u32) -> Connection {
 }
 
 impl Caller {
-    /// A caller that is root.
+    /// Returns a caller that is root.
     pub async fn new(system: &System) -> Self {
         Self::on(system.connect().await).await
     }
 
-    /// A caller that is an ordinary user.
+    /// Returns a caller that is an ordinary user.
     pub async fn of_user(system: &System, uid: u32) -> Self {
         Self::on(connect_as(system, uid).await).await
     }
@@ -95,7 +94,7 @@ impl Caller {
             .expect("a proxy is made")
     }
 
-    /// Starts a backup, which must be accepted. It may fail before it has begun.
+    /// Starts a backup; the service must accept it. The backup may still fail before it begins.
     pub async fn start(&self, domain: &str, document: &str) -> JobProxy<'static> {
         self.start_with(domain, document, &[], Options::new()).await
     }
@@ -111,7 +110,7 @@ impl Caller {
         started.expect("the backup is accepted")
     }
 
-    /// A job that was made, also if its backup did not begin and the call failed with what prevented it.
+    /// Starts a job, and returns it also if its backup did not begin and the call failed with the reason.
     pub async fn start_job(
         &self,
         domain: &str,
@@ -152,14 +151,14 @@ impl Caller {
         started.map(|(_, path)| path)
     }
 
-    /// Runs a backup to its end, which must be good.
+    /// Runs a backup to its end; it must complete.
     pub async fn complete(&self, domain: &str, document: &str) -> JobProxy<'static> {
         let job = self.start(domain, document).await;
         assert_completed(&job).await;
         job
     }
 
-    /// The same, of all that the disks hold, whatever earlier backups there are.
+    /// Like [`Caller::complete`], with a full backup.
     pub async fn complete_full(&self, domain: &str, document: &str) -> JobProxy<'static> {
         let full = Options::from([("incremental", Variant::from("full"))]);
         let job = self.start_with(domain, document, &[], full).await;
@@ -167,7 +166,7 @@ impl Caller {
         job
     }
 
-    /// Hands over a monitor: a connected socket.
+    /// Registers a domain with a connected monitor socket.
     pub async fn register(&self, name: &str, socket: OwnedFd) -> zbus::Result<OwnedObjectPath> {
         let registering = self
             .manager
@@ -175,14 +174,14 @@ impl Caller {
         wait::within("RegisterDomain", registering).await
     }
 
-    /// Every signal but `PropertiesChanged` that comes up to and with this one.
+    /// Returns every signal except `PropertiesChanged` up to and including this one.
     pub async fn signals_until(&mut self, name: &str) -> Vec<Signal> {
         let mut seen = self.all_signals_until(name).await;
         seen.retain(|signal| signal.name != "PropertiesChanged");
         seen
     }
 
-    /// Every signal that comes up to and with this one.
+    /// Returns every signal up to and including this one.
     pub async fn all_signals_until(&mut self, name: &str) -> Vec<Signal> {
         let mut seen = Vec::new();
         loop {
@@ -196,9 +195,9 @@ impl Caller {
         }
     }
 
-    /// Every signal that the service has sent by now and that was not taken yet.
+    /// Returns every signal that the service has sent so far and that was not taken yet.
     pub async fn signals_so_far(&mut self) -> Vec<Signal> {
-        // Its answer comes after all that it sent before; any answer does.
+        // The bus keeps the order, so the reply to any call comes after all signals that were sent before it.
         let peer = Some("org.freedesktop.DBus.Peer");
         let ping = self
             .connection
@@ -213,7 +212,7 @@ impl Caller {
         seen
     }
 
-    /// All properties of an object's interface.
+    /// Returns all properties of an object's interface.
     pub async fn properties(&self, path: &str, interface: &str) -> HashMap<String, OwnedVariant> {
         let message = self
             .connection
@@ -230,7 +229,7 @@ impl Caller {
     }
 }
 
-/// Waits for the end of a job, which must be good.
+/// Waits for the end of a job, which must be successful.
 pub async fn assert_completed(job: &JobProxy<'_>) {
     let ended = wait::within("the end of the backup", job.wait())
         .await
@@ -238,7 +237,7 @@ pub async fn assert_completed(job: &JobProxy<'_>) {
     assert_eq!(ended, ("completed".to_owned(), String::new(), String::new()));
 }
 
-/// The end of a job, which must be this error of the service's own with this in its text.
+/// Waits for the end of a job, which must fail with this error of the service and this text.
 pub async fn assert_failed(job: &JobProxy<'_>, error: &str, text: &str) {
     let (result, name, message) = wait::within("the end of the backup", job.wait()).await.unwrap();
     let expected = format!("org.example.Backup1.Error.{error}");
@@ -246,7 +245,7 @@ pub async fn assert_failed(job: &JobProxy<'_>, error: &str, text: &str) {
     assert!(message.contains(text), "{text:?} in {message:?}");
 }
 
-/// Cancels a job that has begun, and waits for its end.
+/// Cancels a running job, and waits for its end.
 pub async fn cancel(job: &JobProxy<'_>) {
     job.cancel().await.expect("the job can be cancelled");
     let (result, _, _) = wait::within("the end of the backup", job.wait())
@@ -255,7 +254,7 @@ pub async fn cancel(job: &JobProxy<'_>) {
     assert_eq!(result, "cancelled");
 }
 
-/// Names and arguments, in order.
+/// Returns names and arguments, in order.
 pub fn brief(signals: &[Signal]) -> Vec<String> {
     signals
         .iter()

@@ -1,4 +1,4 @@
-//! Calls of ordinary users, through `gdbus`: it tells errors by their names, and may let the user be asked.
+//! Calls of ordinary users through `gdbus`, which prints the names of errors and can allow interactive authorization.
 
 use super::System;
 use super::clients::Clients;
@@ -8,10 +8,10 @@ use super::process::{Output, Process};
 const BUS_NAME: &str = "org.example.Backup1";
 const ROOT_PATH: &str = "/org/example/Backup1";
 const CREATE: &str = "org.example.Backup1.CreateBackup";
-/// In seconds; longer than any test waits, so that it is the service that ends a call.
+/// The timeout in seconds: longer than any test waits, so that only the service ends a call.
 const TIMEOUT: &str = "120";
 
-/// The name and the text of the error that a call ended with.
+/// The name and the text of the error of a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     pub name: String,
@@ -19,7 +19,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// From what `gdbus call` wrote to standard error.
+    /// Parses the standard error of `gdbus call`.
     #[track_caller]
     pub fn read(stderr: &str) -> Self {
         let error = stderr.trim().strip_prefix("Error: GDBus.Error:");
@@ -33,7 +33,7 @@ impl Refusal {
     }
 }
 
-/// The end of a call: what it answered, or its error.
+/// Returns the reply of a call, or its error.
 #[track_caller]
 pub fn outcome(output: Output) -> Result<String, Refusal> {
     if output.success() {
@@ -42,7 +42,7 @@ pub fn outcome(output: Output) -> Result<String, Refusal> {
     Err(Refusal::read(&output.stderr))
 }
 
-/// A method of the root object, without asking anybody for a password. Arguments are GVariant text.
+/// Calls a method of the root object without interactive authorization. Arguments are GVariant text.
 #[track_caller]
 pub fn call(clients: &Clients, uid: u32, method: &str, arguments: &[&str]) -> Result<String, Refusal> {
     call_on(
@@ -54,7 +54,7 @@ pub fn call(clients: &Clients, uid: u32, method: &str, arguments: &[&str]) -> Re
     )
 }
 
-/// The same of any object; the method with its interface.
+/// Calls a method, named with its interface, of any object.
 #[track_caller]
 pub fn call_on(
     clients: &Clients,
@@ -66,21 +66,21 @@ pub fn call_on(
     outcome(clients.gdbus_call(uid, BUS_NAME, path, method, arguments))
 }
 
-/// `CreateBackup` without asking anybody for a password.
+/// Calls `CreateBackup` without interactive authorization.
 #[track_caller]
 pub fn create(clients: &Clients, uid: u32, domain: &str, document: &str) -> Result<String, Refusal> {
     let arguments = [&text(domain), &text(document), "@ah []", "@a{sv} {}"];
     call(clients, uid, "CreateBackup", &arguments)
 }
 
-/// `CreateBackup` whose user may be asked, by this agent. Its end is [`end_of`].
+/// Calls `CreateBackup` with interactive authorization through this agent. [`end_of`] returns its end.
 pub async fn create_asking(system: &System, agent: &Agent, name: &str, uid: u32, domain: &str) -> Process {
     let arguments = [&text(domain), "''", "@ah []", "@a{sv} {}"];
     asking(system, agent, (name, uid), (ROOT_PATH, CREATE), &arguments).await
 }
 
-/// A call of an object's method, with its interface, whose user may be asked, by this agent. `as_whom` are the process's name
-/// and user.
+/// Calls a method, named with its interface, with interactive authorization through this agent. `as_whom` holds the
+/// name and the user of the process.
 pub async fn asking(
     system: &System,
     agent: &Agent,
@@ -108,7 +108,7 @@ pub fn end_of(call: &mut Process) -> Result<String, Refusal> {
     })
 }
 
-/// A string as GVariant text.
+/// Quotes a string as GVariant text.
 fn text(value: &str) -> String {
     format!("'{}'", value.replace('\\', "\\\\").replace('\'', "\\'"))
 }

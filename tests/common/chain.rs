@@ -1,4 +1,4 @@
-//! Chains of backups made by hand: images and manifests as a store holds them, beside what real backups left.
+//! Chains of handmade backups: images and manifests as a store holds them, next to those of real backups.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 
 use super::process;
 
-/// The directory of each backup of a domain's, by time. One that is removed meanwhile is none.
+/// Returns the directories of a domain's backups by time. It skips a backup that is removed during the call.
 #[track_caller]
 pub fn directories(domain: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(domain).expect("the domain's directory is there");
     let paths = entries.map(|entry| entry.expect("it is read").path());
     let shown = paths.filter(|path| !path.to_string_lossy().contains("/."));
-    // Their names tell the second only.
+    // The names have a resolution of one second.
     let mut found: Vec<_> = shown
         .filter_map(|path| match std::fs::read(path.join("manifest.json")) {
             Ok(bytes) => Some((instant(&parse(&bytes)), path)),
@@ -25,7 +25,7 @@ pub fn directories(domain: &Path) -> Vec<PathBuf> {
     found.into_iter().map(|(_, path)| path).collect()
 }
 
-/// The same, where there may have been no backup yet.
+/// Like [`backups`], but the domain may have no backup yet.
 #[track_caller]
 pub fn directories_if_any(domain: &Path) -> Vec<PathBuf> {
     match domain.exists() {
@@ -34,7 +34,7 @@ pub fn directories_if_any(domain: &Path) -> Vec<PathBuf> {
     }
 }
 
-/// The id of the backup in a directory.
+/// Returns the id of the backup in a directory.
 #[track_caller]
 pub fn id(backup: &Path) -> String {
     let name = backup.file_name().expect("it has a name");
@@ -62,15 +62,15 @@ pub fn write_manifest(backup: &Path, manifest: &Value) {
     std::fs::write(backup.join("manifest.json"), manifest.to_string()).expect("the manifest is written");
 }
 
-/// What the manifest says of such a file, as `b3sum` prints it.
+/// Returns the digest of a file as the manifest has it, in the format of `b3sum`.
 #[track_caller]
 pub fn digest(file: &Path) -> String {
     let content = std::fs::read(file).expect("the image is read");
     blake3::hash(&content).to_hex().to_string()
 }
 
-/// An incremental backup on another one, made up: its images are empty overlays. Its time is `after` hours after the
-/// parent's. Returns its directory.
+/// Makes an incremental backup that depends on another one; its images are empty overlays. Its time is `after` hours
+/// after the parent's. Returns its directory.
 #[track_caller]
 pub fn increment(parent: &Path, after: i64) -> PathBuf {
     let (parent_id, mut made) = (id(parent), manifest(parent));
@@ -96,7 +96,7 @@ pub fn increment(parent: &Path, after: i64) -> PathBuf {
     directory
 }
 
-/// A full backup like another one, made up: a copy of it, so many hours later or earlier. Returns its directory.
+/// Makes a full backup as a copy of another one, so many hours later or earlier. Returns its directory.
 #[track_caller]
 pub fn copy(of: &Path, hours: i64) -> PathBuf {
     let mut made = manifest(of);
@@ -110,7 +110,7 @@ pub fn copy(of: &Path, hours: i64) -> PathBuf {
     directory
 }
 
-/// Gives a manifest another time, and the id of a new directory beside `beside`, which is made.
+/// Changes the time in a manifest and gives it the id of a new directory next to `beside`, which is created.
 fn renamed(made: &mut Value, beside: &Path, hours: i64) -> PathBuf {
     for key in ["started", "instant"] {
         let time: jiff::Timestamp = made[key].as_str().unwrap().parse().unwrap();

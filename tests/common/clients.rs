@@ -1,4 +1,4 @@
-//! Callers of the service: commands run as root or as an ordinary user, with the private bus as their system bus.
+//! Callers of the service: commands of root or of ordinary users, with the private bus as their system bus.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,12 +9,12 @@ use super::process::{self, Output, Process};
 pub const ROOT: u32 = 0;
 /// An ordinary user of every Debian machine (polkit's rules need one with a name): `nobody`.
 pub const USER: u32 = 65534;
-/// Another one: `daemon`, who on Debian is nobody special.
+/// Another ordinary user: `daemon`, which has no special rights on Debian.
 pub const OTHER_USER: u32 = 1;
-/// And another: `bin`.
+/// A third ordinary user: `bin`.
 pub const THIRD_USER: u32 = 2;
 
-/// The caller's side of one bus.
+/// Runs the clients of one bus.
 pub struct Clients {
     address: String,
     dir: PathBuf,
@@ -28,7 +28,7 @@ impl Clients {
         }
     }
 
-    /// A command that runs `program` as a user.
+    /// Returns a command that runs `program` as a user.
     pub fn command(&self, uid: u32, program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Command {
         let mut command = if uid == ROOT {
             process::bound(program)
@@ -42,7 +42,7 @@ impl Clients {
         command
     }
 
-    /// Runs a program as a user, to its end.
+    /// Runs a program as a user to its end.
     #[track_caller]
     pub fn run(&self, uid: u32, program: &str, arguments: &[&str]) -> Output {
         process::run(self.command(uid, program, arguments))
@@ -78,13 +78,13 @@ impl Clients {
         self.run(uid, "gdbus", &[&call, arguments].concat())
     }
 
-    /// The project's own client, to its end.
+    /// Runs backupctl to its end.
     #[track_caller]
     pub fn backupctl(&self, uid: u32, arguments: &[&str]) -> Output {
         process::run(self.command(uid, self.backupctl_path(), arguments))
     }
 
-    /// The project's own client, beside the test. Its output is in `NAME.out` and `NAME.log` too.
+    /// Runs backupctl in parallel with the test. `NAME.out` and `NAME.log` receive its output too.
     #[track_caller]
     pub fn start_backupctl(&self, name: &str, uid: u32, arguments: &[&str]) -> Process {
         Process::start(
@@ -94,12 +94,12 @@ impl Clients {
         )
     }
 
-    /// A copy of backupctl in the test's directory: the build's own may be where ordinary users can't go.
+    /// Copies backupctl into the test's directory, because ordinary users may have no access to the build directory.
     fn backupctl_path(&self) -> PathBuf {
         let copy = self.dir.join("backupctl");
         if !copy.exists() {
-            // By `cp`, in a process of its own: a file that this process had open for writing while another thread
-            // forks could not be executed ("text file busy").
+            // `cp` copies it in a process of its own. If this process had the file open for writing while another
+            // thread forks, the file could not be executed ("text file busy").
             let mut command = Command::new("cp");
             command
                 .args(["--reflink=auto", env!("CARGO_BIN_EXE_backupctl")])

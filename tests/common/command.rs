@@ -1,4 +1,4 @@
-//! QMP commands of any name, also of one that no QEMU has.
+//! QMP commands of any name, also of names that QEMU does not have.
 
 use std::marker::PhantomData;
 
@@ -13,12 +13,12 @@ pub struct Raw<'a, T> {
     reply: PhantomData<fn() -> T>,
 }
 
-/// A command whose reply can be anything.
+/// Returns a command whose reply can be anything.
 pub fn raw(name: &str, arguments: Value) -> Raw<'_, Value> {
     raw_as(name, arguments)
 }
 
-/// A command whose reply is a `T`.
+/// Returns a command whose reply is a `T`.
 pub fn raw_as<T>(name: &str, arguments: Value) -> Raw<'_, T> {
     Raw {
         name,

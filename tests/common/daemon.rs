@@ -1,4 +1,4 @@
-//! The service itself, as a process on the private bus.
+//! The service as a process on the private bus.
 
 use std::path::Path;
 use std::process::Command;
@@ -10,7 +10,7 @@ use super::bus::{Bus, project_file};
 use super::journal::Journal;
 use super::process::{self, Process};
 
-/// Further variables that the service is started with.
+/// Further environment variables of the service.
 pub type Environment = Vec<(String, String)>;
 
 pub struct Daemon {
@@ -18,8 +18,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts backupd with the configuration file `config`; ready when it owns its name. Its log is `backupd.log` in
-    /// `dir`, printed when the test fails.
+    /// Starts backupd with the configuration file `config`, and returns when it owns its name. Its log is
+    /// `backupd.log` in `dir`, which is printed when the test fails.
     #[track_caller]
     pub fn start(bus: &Bus, dir: &Path, config: &Path, environment: &Environment) -> Self {
         let mut daemon = Self::start_supervised(bus.address(), dir, config, environment);
@@ -27,7 +27,8 @@ impl Daemon {
         daemon
     }
 
-    /// The same, logging to this journal. It runs in a mount namespace of its own, where the test's socket is journald's.
+    /// Like [`Daemon::start`], but the service logs to this journal. It runs in a mount namespace where the test's
+    /// socket replaces journald's.
     #[track_caller]
     pub fn start_journaled(bus: &Bus, dir: &Path, config: &Path, journal: &Journal) -> Self {
         let mut command = process::bound("unshare");
@@ -36,22 +37,22 @@ impl Daemon {
             .arg(project_file("tests/common/journal.sh"))
             .arg(journal.dir())
             .arg(env!("CARGO_BIN_EXE_backupd"));
-        // What it holds does not matter: a service manager would name its stream, and the service asks only whether
-        // there is one.
+        // The value does not matter: a service manager would name its stream, and the service only checks that the
+        // variable exists.
         let journal = vec![("JOURNAL_STREAM".to_owned(), "0:0".to_owned())];
         let mut daemon = Self::launch(bus.address(), dir, config, command, &journal);
         bus.wait_for_owner(BUS_NAME, &mut daemon.process);
         daemon
     }
 
-    /// Starts it and does not wait: for configurations that it refuses.
+    /// Starts the service without waiting: for configurations that it refuses.
     #[track_caller]
     pub fn start_unready(bus: &Bus, dir: &Path, config: &Path) -> Self {
         let command = process::bound(env!("CARGO_BIN_EXE_backupd"));
         Self::launch(bus.address(), dir, config, command, &Environment::new())
     }
 
-    /// The same, with what somebody else puts into its environment.
+    /// Like the function above, with further environment variables.
     #[track_caller]
     pub fn start_supervised(address: &str, dir: &Path, config: &Path, environment: &Environment) -> Self {
         let command = process::bound(env!("CARGO_BIN_EXE_backupd"));
@@ -73,7 +74,7 @@ impl Daemon {
             std::env::var("RUST_LOG").unwrap_or_else(|_| "backupd=debug,info".to_owned()),
         );
         command.env("RUST_BACKTRACE", "1");
-        // What the test process was given by a service manager is not for this one.
+        // Removes the variables that a service manager has set for the test process.
         for name in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM"] {
             command.env_remove(name);
         }
@@ -87,19 +88,19 @@ impl Daemon {
         self.process.pid()
     }
 
-    /// All that this one and its predecessors in the same system logged.
+    /// Returns the log of this service and of its predecessors in the same system.
     pub fn log(&self) -> String {
         self.process.log()
     }
 
-    /// Asks it to end (SIGTERM) and returns its exit status once it has.
+    /// Sends SIGTERM, and returns the exit status.
     #[track_caller]
     pub fn stop(&mut self) -> i32 {
         self.process.signal(Signal::TERM);
         self.process.wait()
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();
     }

@@ -1,10 +1,9 @@
-//! The password dialogs of ordinary users, played by the test: an authentication agent on the private bus, and programs
-//! whose questions come to it.
+//! The password dialogs of ordinary users, played by the test: an authentication agent on the private bus, and
+//! programs whose requests reach it.
 //!
-//! polkit asks the agent that is registered for exactly the process that calls (its id and the time of its start), so
-//! the process has to be there before it calls: it waits for a line on its standard input and then becomes the program.
-//! Root may register an agent for anybody's process, and may say itself that somebody's password was right; so nobody
-//! needs a password here.
+//! polkit asks the agent that is registered for exactly the calling process (its id and start time). So the process
+//! must exist before it calls: it waits for a line on its standard input and then executes the program. Root may
+//! register an agent for any process, and may confirm any password; so the tests need no password.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -27,22 +26,22 @@ const AGENT_PATH: &str = "/org/example/Test/AuthenticationAgent";
 const AUTHORITY_PATH: &str = "/org/freedesktop/PolicyKit1/Authority";
 const AUTHORITY: &str = "org.freedesktop.PolicyKit1.Authority";
 
-/// Subjects and identities, as polkit writes them: a kind, and what it is known by.
+/// Subjects and identities as polkit writes them: a kind and details.
 type Subject = (String, HashMap<String, OwnedVariant>);
 
-/// An agent; polkit forgets it when it is dropped.
+/// An agent. Dropping it unregisters it at polkit.
 pub struct Agent {
     connection: Connection,
     opened: mpsc::UnboundedReceiver<Dialog>,
     count: Arc<AtomicUsize>,
 }
 
-/// A dialog that is open. One that is dropped is one whose password was wrong.
+/// An open dialog. Dropping it counts as a wrong password.
 pub struct Dialog {
     pub action: String,
-    /// What the user reads.
+    /// The text that the user reads.
     pub message: String,
-    /// Of polkit's own; what the service told polkit of the request is in the message or nowhere.
+    /// Details from polkit itself. Details of the service are in the message or nowhere.
     pub details: HashMap<String, String>,
     cookie: String,
     connection: Connection,
@@ -50,7 +49,7 @@ pub struct Dialog {
     cancelled: CancellationToken,
 }
 
-/// How a dialog ends on the user's side.
+/// How the user ends a dialog.
 enum End {
     Answered,
     Dismissed,
@@ -78,7 +77,7 @@ impl Agent {
         }
     }
 
-    /// Starts a program as a user, whose dialogs open here. Its output is in `NAME.out` and `NAME.log`.
+    /// Starts a program as a user; its dialogs open here. Its output is in `NAME.out` and `NAME.log`.
     pub async fn run(
         &self,
         system: &System,
@@ -121,20 +120,20 @@ impl Agent {
         dialog.expect("the agent is on the bus")
     }
 
-    /// How many have opened until now.
+    /// Returns how many dialogs have opened so far.
     pub fn count(&self) -> usize {
         self.count.load(Ordering::SeqCst)
     }
 }
 
 impl Dialog {
-    /// The administrator's password, and it is right.
+    /// Confirms the dialog with an administrator's password.
     pub async fn answer_as_administrator(self) {
         self.try_answer().await.expect("polkit takes the answer");
         self.end(End::Answered);
     }
 
-    /// The same while the dialog stays as it is: for one that may be over.
+    /// Confirms the dialog like [`Dialog::answer_as_administrator`] and keeps it, because it may be closed already.
     pub async fn try_answer(&self) -> zbus::Result<()> {
         let root = ("unix-user", HashMap::from([("uid", Variant::from(0_u32))]));
         // The first argument is the agent's user: root, who registered it, or in newer versions the subject's.
@@ -156,13 +155,13 @@ impl Dialog {
         refused.map_or(Ok(()), Err)
     }
 
-    /// The user closes the dialog.
+    /// Closes the dialog as the user.
     pub fn dismiss(self) {
         self.end(End::Dismissed);
     }
 
     fn end(self, end: End) {
-        // A dialog that was cancelled meanwhile is over, however it would have ended.
+        // If polkit cancelled the dialog first, the way it would have ended does not matter.
         let _ = self.end.send(end);
     }
 
@@ -176,14 +175,14 @@ impl Dialog {
 struct Screen {
     opened: mpsc::UnboundedSender<Dialog>,
     count: Arc<AtomicUsize>,
-    /// By cookie.
+    /// Dialogs by cookie.
     open: Mutex<HashMap<String, CancellationToken>>,
 }
 
 #[derive(Debug, zbus::DBusError)]
 #[zbus(prefix = "org.freedesktop.PolicyKit1.Error")]
 enum Refusal {
-    /// By this name polkit knows that the dialog was closed.
+    /// polkit recognises a closed dialog by this error name.
     Cancelled(String),
 }
 
@@ -205,7 +204,7 @@ impl Screen {
         self.lock().insert(cookie.clone(), cancelled.clone());
         let (end, ended) = oneshot::channel();
         self.count.fetch_add(1, Ordering::SeqCst);
-        // A test that has dropped its agent has left the dialog.
+        // If the test has dropped its agent, the dialog is closed.
         let _ = self.opened.send(Dialog {
             action,
             message,
@@ -217,15 +216,15 @@ impl Screen {
         });
         let end = tokio::select! {
             biased;
-            // No answer: polkit waits for none any more, and one that comes while polkitd 122 is about to cancel a second
-            // time (for the caller that left, then for the service that withdraws its question) makes it hang for ever.
+            // No reply: polkit does not wait for one any more. A reply that arrives while polkitd 122 is about to
+            // cancel a second time (first for the disconnected caller, then for the service) makes polkitd hang.
             () = cancelled.cancelled() => std::future::pending().await,
             end = ended => end.ok(),
         };
         self.lock().remove(&cookie);
         match end {
             Some(End::Dismissed) => Err(Refusal::Cancelled("the dialog was closed".to_owned())),
-            // polkit looks at whether somebody vouched for the user, not at this.
+            // polkit checks whether root has confirmed the user, and ignores this value.
             Some(End::Answered) | None => Ok(()),
         }
     }
@@ -244,10 +243,10 @@ impl Screen {
     }
 }
 
-/// When a process was started, in the kernel's count, from proc(5).
+/// Returns the start time of a process in clock ticks, from proc(5).
 fn start_time(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process is there");
-    // The program's name may hold anything, so the fields are counted from its end: this is the 22nd of all.
+    // The program's name can contain anything, so the fields are counted from its end. The start time is field 22.
     let (_, fields) = stat.rsplit_once(") ").expect("a name is in parentheses");
     let time = fields.split(' ').nth(19).expect("there are more fields");
     time.parse().expect("the time is a number")

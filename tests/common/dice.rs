@@ -1,6 +1,6 @@
-//! Chance that a seed decides.
+//! Random numbers from a seed.
 
-/// Random numbers that a seed decides (xorshift64*, G. Marsaglia and S. Vigna).
+/// A random number generator with a seed (xorshift64*, G. Marsaglia and S. Vigna).
 pub struct Dice(u64);
 
 impl Dice {
@@ -15,7 +15,7 @@ impl Dice {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11
     }
 
-    /// Less than `sides`.
+    /// Returns a number less than `sides`.
     pub fn roll(&mut self, sides: u64) -> u64 {
         self.next() % sides
     }

@@ -1,4 +1,4 @@
-//! The disks of a test's virtual machine: what QEMU is told for each kind and style, and how their images are made.
+//! The disks of a test VM: QEMU's arguments for each kind and style, and how their images are created.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,26 +7,26 @@ use serde_json::{Value, json};
 
 use super::process;
 
-/// The device that the guest would see. Each kind has its own way to the block layer, and so its own names.
+/// The device that the guest sees. Each kind is connected to the block layer in its own way, and so has its own names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Virtio,
     Scsi,
     Ide,
-    /// An IDE drive without a medium; everything else that a disk says is ignored.
+    /// An IDE drive without a medium; all other settings of the disk are ignored.
     EmptyCdrom,
 }
 
-/// How the disk is given to QEMU.
+/// How the disk is passed to QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
     /// Named nodes: `ID-file` under `ID-format` (under `ID-throttle`).
     Blockdev,
-    /// `-drive if=none,id=drive-ID`, as scripts do; the nodes have names that QEMU made up.
+    /// `-drive if=none,id=drive-ID`, as scripts do it; QEMU generates the node names.
     Drive,
 }
 
-/// One disk of a machine to be.
+/// One disk of a VM that is not started yet.
 #[derive(Debug, Clone)]
 pub struct Disk {
     pub(super) id: String,
@@ -43,7 +43,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A writable virtio disk, qcow2, empty, `-blockdev` style. `size` in bytes; `id` is the device's.
+    /// Returns a writable virtio disk: qcow2, empty, `-blockdev` style. `size` is in bytes; `id` is the device's.
     pub fn new(id: &str, size: u64) -> Self {
         Self {
             id: id.to_owned(),
@@ -74,7 +74,7 @@ impl Disk {
         self
     }
 
-    /// Another of QEMU's formats that `qemu-img` can make.
+    /// Uses another format that `qemu-img` can create.
     pub fn format(mut self, format: &'static str) -> Self {
         self.format = format;
         self
@@ -96,20 +96,20 @@ impl Disk {
         self
     }
 
-    /// Lets what the guest discards take no space any more. `-blockdev` style only.
+    /// Frees the space of data that the guest discards. `-blockdev` style only.
     pub fn discard(mut self) -> Self {
         self.discard = true;
         self
     }
 
-    /// Makes reading and writing the file slow, whatever the service asks for: a backup is sure to be in its middle for
-    /// a while. Bytes a second; `-blockdev` style only.
+    /// Limits the throughput of the file, independently of the service, so that a backup stays in progress for a
+    /// while. Bytes a second; `-blockdev` style only.
     pub fn slow(mut self, bytes_per_second: u64) -> Self {
         self.slow = Some(bytes_per_second);
         self
     }
 
-    /// Puts the image here (a file that exists is used as it is, so is a block device) instead of beside the sockets.
+    /// Puts the image at this path instead of next to the sockets. An existing file or block device is used as it is.
     pub fn at(mut self, path: &Path) -> Self {
         self.path = Some(path.to_owned());
         self
@@ -121,7 +121,7 @@ impl Disk {
         self
     }
 
-    /// The path by which `qemu-io` in the monitor finds the device: an id alone is not found for virtio.
+    /// Returns the path by which `qemu-io` in the monitor finds the device: for virtio the id alone is not enough.
     pub(super) fn qom_path(&self) -> String {
         match self.kind {
             Kind::Virtio => format!("/machine/peripheral/{}/virtio-backend", self.id),
@@ -129,13 +129,13 @@ impl Disk {
         }
     }
 
-    /// Makes the image, with its fills.
+    /// Creates the image and writes its patterns.
     pub(super) fn create(&self, path: &Path) {
         if !path.exists() {
             let mut create = Command::new("qemu-img");
             create.args(["create", "-q", "-f", self.format]);
             if self.format == "qcow2" && self.fills.is_empty() && (1..=1 << 30).contains(&self.size) {
-                // Else a backup of it has nothing to copy, and ends at once whatever its limit is.
+                // Without data a backup of the disk would end at once, whatever its limit is.
                 create.args(["-o", "preallocation=metadata"]);
             }
             create.arg(path).arg(self.size.to_string());
@@ -155,7 +155,7 @@ impl Disk {
         }
     }
 
-    /// QEMU's arguments for the block nodes and the device; `path` is absolute. `ide` counts IDE ports.
+    /// Returns QEMU's arguments for the block nodes and the device; `path` is absolute. `ide` counts IDE ports.
     pub(super) fn arguments(&self, path: &Path, ide: &mut u32) -> Vec<String> {
         let id = &self.id;
         let mut port = || {
@@ -226,7 +226,7 @@ impl Disk {
             }));
             top = node;
         }
-        // The groups must be there before the nodes that name them.
+        // QEMU needs the throttle groups before the nodes that refer to them.
         let mut groups = Vec::new();
         let mut group = |name: String, limits: Value| {
             let object = json!({ "qom-type": "throttle-group", "id": name, "limits": limits });

@@ -1,4 +1,5 @@
-//! Somebody who hears calls between others on the private bus, so that a test knows that one is under way.
+//! A monitor of the private bus that sees calls between other clients, so that a test knows that a call is in
+//! progress.
 
 use futures_util::StreamExt;
 use zbus::fdo::MonitoringProxy;
@@ -14,7 +15,7 @@ pub struct Eavesdropper {
 }
 
 impl Eavesdropper {
-    /// Hears every call of methods of this object, whoever's it is, from now on.
+    /// From now on, receives every method call on this object, from any caller.
     pub async fn start(system: &System, object: &str) -> Self {
         let connection = system.connect().await;
         let rule = MatchRule::builder()
@@ -33,12 +34,12 @@ impl Eavesdropper {
         }
     }
 
-    /// Waits for the next one. The bus has passed it on by then.
+    /// Waits for the next call. The bus has delivered it by then.
     pub async fn next(&mut self) -> Message {
         loop {
             let message = wait::within("a call to be heard", self.messages.next()).await;
             let message = message.expect("the bus is there").expect("a message is read");
-            // What this connection was sent of its own is no call of this object's.
+            // Messages to this connection itself are not calls of the object.
             let path = message.header().path().map(ToString::to_string);
             if message.message_type() == Type::MethodCall && path.as_deref() == Some(&self.object) {
                 return message;

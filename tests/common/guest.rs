@@ -1,6 +1,6 @@
-//! A guest of half a sector: it says that it is there, waits for a word on its serial port, and powers off or crashes.
+//! A guest of half a sector. It reports that it runs, waits for a byte on its serial port, and powers off or panics.
 //!
-//! A machine with [`super::vm::Builder::guest`] boots it with the firmware that QEMU comes with.
+//! A VM with [`super::vm::Builder::guest`] boots it with QEMU's own firmware.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,13 +14,13 @@ use super::wait::DEADLINE;
 const CODE: &[u8] = &[
     0xba, 0xf8, 0x03,       //      mov dx, 0x3f8
     0xb0, b'R',             //      mov al, 'R'
-    0xee,                   //      out dx, al          says that it runs
+    0xee,                   //      out dx, al          reports that it runs
     0xba, 0xfd, 0x03,       //      mov dx, 0x3fd
     0xec,                   // 1:   in  al, dx
-    0xa8, 0x01,             //      test al, 1          until a byte is there
+    0xa8, 0x01,             //      test al, 1          waits for a byte
     0x74, 0xfb,             //      jz  1b
     0xba, 0xf8, 0x03,       //      mov dx, 0x3f8
-    0xec,                   //      in  al, dx          takes it
+    0xec,                   //      in  al, dx          reads it
     0x3c, b'P',             //      cmp al, 'P'
     0x74, 0x08,             //      je  2f
     0xba, 0x05, 0x05,       //      mov dx, 0x505
@@ -32,14 +32,15 @@ const CODE: &[u8] = &[
     0xef,                   //      out dx, ax
     0xeb, 0xfe,             //      jmp $
 ];
-/// What the firmware wants at the end of the sector.
+/// The signature that the firmware requires at the end of the sector.
 const SIGNATURE: [u8; 2] = [0x55, 0xaa];
 const IMAGE: usize = 1 << 20;
 
-/// Its end of the serial port.
+/// The host's end of the serial port.
 pub struct Guest(UnixStream);
 
-/// QEMU's arguments for it; makes its image in `dir`. The disk is read-only, so that no backup is made of it.
+/// Returns QEMU's arguments for the guest and creates its image in `dir`. The disk is read-only, so that it is not
+/// backed up.
 pub(super) fn arguments(dir: &Path) -> Vec<String> {
     let mut image = vec![0; IMAGE];
     image[..CODE.len()].copy_from_slice(CODE);
@@ -65,7 +66,7 @@ pub(super) fn arguments(dir: &Path) -> Vec<String> {
 }
 
 impl Guest {
-    /// To be connected before the machine runs: what nobody listens to is lost.
+    /// Connects to the serial port. Must be called before the VM runs: QEMU drops output without a listener.
     pub(super) fn connect(dir: &Path) -> Self {
         let port = UnixStream::connect(dir.join("port")).expect("the serial port accepts a connection");
         port.set_read_timeout(Some(DEADLINE))
@@ -73,7 +74,7 @@ impl Guest {
         Self(port)
     }
 
-    /// Waits until it has booted.
+    /// Waits until the guest has booted.
     #[track_caller]
     pub(super) fn wait_for_boot(&mut self) {
         let mut word = [0];
@@ -81,13 +82,13 @@ impl Guest {
         assert_eq!(&word, b"R", "the guest says that it runs");
     }
 
-    /// The guest powers the machine off.
+    /// Makes the guest power the VM off.
     pub fn power_off(&mut self) {
-        self.0.write_all(b"P").expect("the guest is told");
+        self.0.write_all(b"P").expect("the command reaches the guest");
     }
 
-    /// The guest's kernel, so to say, panics.
+    /// Makes the guest panic.
     pub fn panic(&mut self) {
-        self.0.write_all(b"C").expect("the guest is told");
+        self.0.write_all(b"C").expect("the command reaches the guest");
     }
 }

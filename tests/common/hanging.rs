@@ -1,7 +1,7 @@
-//! A file system of the test's own (FUSE), to fail or to stop answering when the test wants it: what no real one does on
-//! demand. Everybody who uses it waits for it as for a dead server.
+//! A FUSE file system of the test's own, which fails or hangs on demand. A process that uses it waits as for a dead
+//! server.
 //!
-//! It is mounted by this process and goes with it: what waits for an answer then has an error.
+//! This process serves the mount, so the mount ends with it; waiting operations then fail with an error.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
@@ -22,22 +22,22 @@ use fuser::{
 use super::process;
 use super::wait;
 
-/// Nothing is remembered by the kernel: each look is a question.
+/// The kernel caches no attributes: every lookup reaches the file system.
 const TTL: Duration = Duration::ZERO;
 const BLOCK: u32 = 4096;
 const BLOCKS: u64 = 1 << 20;
 
-/// What is disturbed.
+/// The operation that is disturbed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
-    /// Where reads are disturbed when a file is created, none of it is kept in the kernel's cache.
+    /// If reads are disturbed when a file is created, the kernel caches none of its data.
     Read,
     Write,
     Fsync,
     Create,
-    /// Of files and directories.
+    /// Lookups and attributes of files and directories.
     Remove,
-    /// Whatever is asked, as with a server that is gone.
+    /// Every operation, as with a server that is gone.
     Any,
 }
 
@@ -45,11 +45,11 @@ pub enum Operation {
 enum Effect {
     Fail(Errno),
     Hang,
-    /// Each takes so long.
+    /// Each operation takes this long.
     Slow(Duration),
 }
 
-/// An operation that is to be carried out, or to fail.
+/// An operation to execute, or to fail.
 type Held = Box<dyn FnOnce(&mut Tree, Option<Errno>) + Send>;
 
 #[derive(Default)]
@@ -60,39 +60,39 @@ struct Control {
     affected: usize,
 }
 
-/// A device that writes one request after the other.
+/// A device that processes one request after the other.
 #[derive(Clone, Copy)]
 struct Pace {
     bytes_per_second: u64,
-    /// When it is done with all that it was given.
+    /// The time at which it has finished all its requests.
     done: Instant,
 }
 
-/// What the file system cannot do, as many that are no disk's.
+/// Features that the file system lacks, as many network file systems do.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Limits {
-    /// It renames only as rename(2) does: replacing.
+    /// It has only rename(2), which replaces the target.
     pub plain_rename: bool,
     pub no_links: bool,
-    /// A file that is removed while it is open gets a hidden name until it is closed.
+    /// A file that is removed while it is open keeps a hidden name until it is closed.
     pub keeps_open_files: bool,
 }
 
 struct Node {
     entries: Option<BTreeMap<OsString, u64>>,
-    /// Sparse, and without a name.
+    /// The content: sparse, and the file has no name.
     content: File,
     mode: u16,
     links: u32,
-    /// How often it is open.
+    /// The number of open handles.
     open: usize,
-    /// The directory and the name that it has only until it is closed.
+    /// The directory and the hidden name that the file has until it is closed.
     kept: Option<(u64, OsString)>,
 }
 
 struct Tree {
     nodes: HashMap<u64, Node>,
-    /// The number of the newest node. None is used twice.
+    /// The number of the newest node. Numbers are never reused.
     newest: u64,
     limits: Limits,
 }
@@ -102,10 +102,10 @@ struct Server {
     tree: Arc<Mutex<Tree>>,
 }
 
-/// The mounted file system; unmounted on drop, when all that hangs has been let go on.
+/// The mounted file system. Dropping it resumes all waiting operations and unmounts it.
 ///
-/// Whoever uses it can only be ended when it answers: it must be dropped before the service and the machines, so made after
-/// them.
+/// A process that waits for it can end only when it responds. So it must be dropped before the service and the VMs,
+/// and created after them.
 pub struct Hanging {
     path: PathBuf,
     _place: Option<tempfile::TempDir>,
@@ -119,7 +119,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Hanging {
-    /// Mounts it on a new directory in `place`, which goes with it. It is root's, and works.
+    /// Mounts it on a new directory in `place`, which is removed with it. Root owns it, and it works.
     #[track_caller]
     pub fn mount_in(place: tempfile::TempDir, name: &str) -> Self {
         let path = place.path().join(name);
@@ -128,7 +128,7 @@ impl Hanging {
         mounted
     }
 
-    /// Mounts one with limits on `path`, which is made.
+    /// Mounts a file system with limits on `path`, which is created.
     #[track_caller]
     pub fn mount(path: &Path, limits: Limits) -> Self {
         let path = path.to_owned();
@@ -158,22 +158,22 @@ impl Hanging {
         &self.path
     }
 
-    /// From now on this fails with `errno`, such as [`Errno::EDQUOT`].
+    /// From now on this operation fails with `errno`, such as [`Errno::EDQUOT`].
     pub fn fail(&self, what: Operation, errno: Errno) {
         self.disturb(what, Effect::Fail(errno));
     }
 
-    /// From now on this is not answered, until [`Hanging::heal`].
+    /// From now on this operation hangs, until [`Hanging::heal`].
     pub fn hang(&self, what: Operation) {
         self.disturb(what, Effect::Hang);
     }
 
-    /// From now on each of these takes so long; one moves 128 KiB at most.
+    /// From now on each of these operations takes this long; one transfers 128 KiB at most.
     pub fn slow_down(&self, what: Operation, pause: Duration) {
         self.disturb(what, Effect::Slow(pause));
     }
 
-    /// From now on it takes so many bytes a second, in the order in which they come.
+    /// From now on it accepts so many bytes a second, in the order of arrival.
     pub fn limit(&self, bytes_per_second: u64) {
         let done = Instant::now();
         lock(&self.control).pace = Some(Pace {
@@ -188,12 +188,12 @@ impl Hanging {
         control.affected = 0;
     }
 
-    /// Waits until somebody has met with the disturbance.
+    /// Waits until an operation was disturbed.
     pub async fn affected(&self) {
         self.affected_often(1).await;
     }
 
-    /// Waits until so many operations have met with it.
+    /// Waits until so many operations were disturbed.
     pub async fn affected_often(&self, count: usize) {
         wait::until_async("somebody to use the file system", || async {
             (lock(&self.control).affected >= count).then_some(())
@@ -201,17 +201,17 @@ impl Hanging {
         .await;
     }
 
-    /// Whether somebody waits for an answer.
+    /// Whether an operation waits for a reply.
     pub fn is_hanging(&self) -> bool {
         !lock(&self.control).held.is_empty()
     }
 
-    /// Everything works again, and what hung is carried out.
+    /// Ends the disturbance and executes the waiting operations.
     pub fn heal(&self) {
         self.answer(None);
     }
 
-    /// Everything works again, and what hung has failed, once.
+    /// Ends the disturbance and fails the waiting operations, once.
     pub fn fail_held(&self, errno: Errno) {
         self.answer(Some(errno));
     }
@@ -327,7 +327,7 @@ impl Tree {
         self.forget(number)
     }
 
-    /// Lets go of a file that has no name and is not open.
+    /// Removes a file that has no name and no open handle.
     fn forget(&mut self, number: u64) -> Result<(), Errno> {
         let node = self.node(number)?;
         if node.links == 0 && node.open == 0 {
@@ -379,7 +379,7 @@ impl Tree {
 }
 
 impl Server {
-    /// Takes as long as a device of that speed. Nothing else is answered in that time.
+    /// Takes the time that a device of that speed takes. No other request is answered in that time.
     fn take_time(&self, bytes: usize) {
         let done = lock(&self.control).pace.as_mut().map(|pace| {
             let time = Duration::from_secs_f64(bytes as f64 / pace.bytes_per_second as f64);
@@ -390,7 +390,7 @@ impl Server {
         std::thread::sleep(left.unwrap_or_default());
     }
 
-    /// Carries an operation out now, or when the file system answers again.
+    /// Executes an operation now, or when the file system responds again.
     fn pass(&self, what: Operation, operation: impl FnOnce(&mut Tree, Option<Errno>) + Send + 'static) {
         let mut control = lock(&self.control);
         let fault = match control.disturbed {
@@ -401,7 +401,7 @@ impl Server {
                     Effect::Fail(errno) => Some(errno),
                     Effect::Slow(pause) => {
                         let tree = Arc::clone(&self.tree);
-                        // Whatever else is asked is answered.
+                        // All other operations are answered.
                         std::thread::spawn(move || {
                             std::thread::sleep(pause);
                             operation(&mut lock(&tree), None);
@@ -417,7 +417,7 @@ impl Server {
     }
 }
 
-/// Answers with the result of `$run`, which is a closure of the tree, or with the error of a disturbance.
+/// Replies with the result of `$run`, a closure of the tree, or with the error of a disturbance.
 macro_rules! answer {
     ($server:expr, $what:expr, $reply:ident, $run:expr, $done:expr) => {
         $server.pass($what, move |tree, fault| {

@@ -1,5 +1,5 @@
-//! A root file system in memory for the Linux guests of tests: a shell, kernel modules, and programs of this machine with
-//! their libraries. Kernel, modules and shell are those of Debian packages that `tests/setup.sh` fetched.
+//! A root file system in memory for the Linux guests of tests: a shell, kernel modules, and programs of this host with
+//! their libraries. `tests/setup.sh` fetches the kernel, modules and shell from Debian packages.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +9,7 @@ use std::process::Command;
 use super::bus::project_file;
 use super::process;
 
-/// What tests/setup.sh fetched.
+/// The files that `tests/setup.sh` fetched.
 #[track_caller]
 pub fn parts() -> PathBuf {
     let cache = std::env::var_os("XDG_CACHE_HOME").filter(|cache| !cache.is_empty());
@@ -24,7 +24,7 @@ pub fn parts() -> PathBuf {
     parts
 }
 
-/// Where a program of this machine is. The system's directories are not always in PATH.
+/// Returns the path of a program of this host. The system's directories are not always in PATH.
 #[track_caller]
 pub fn find(program: &str) -> PathBuf {
     let mut found = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"]
@@ -41,7 +41,7 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// With a shell and all modules, and this script as its first process, which sources `/boot.sh`. It is made in `dir`.
+    /// Creates it in `dir` with a shell, all modules, and this script as the first process, which sources `/boot.sh`.
     #[track_caller]
     pub fn new(dir: &Path, init: &Path) -> Self {
         let new = Self {
@@ -67,7 +67,7 @@ impl Initramfs {
         fs::create_dir_all(path).expect("a directory is made");
     }
 
-    /// A copy of a file. Every user can read and run it.
+    /// Copies a file. Every user can read and execute the copy.
     #[track_caller]
     pub fn put(&self, from: &Path, to: &str) {
         let to = self.place(to);
@@ -75,13 +75,13 @@ impl Initramfs {
         fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).expect("its mode is set");
     }
 
-    /// A file with this text.
+    /// Writes a file with this text.
     pub fn write(&self, text: &str, to: &str) {
         fs::write(self.place(to), text).expect("a file is written");
     }
 
-    /// A program, or a plugin of one, with the libraries that it is linked with. Without the debugging information, which
-    /// would take more memory than the guest has.
+    /// Copies a program, or a plugin of one, with the libraries that it is linked with. Debugging information is
+    /// removed, because it would take more memory than the guest has.
     #[track_caller]
     pub fn program(&self, from: &Path, to: &str) {
         self.put(from, to);

@@ -1,8 +1,8 @@
-//! The journal of a test: a socket where journald's would be, whose records are kept in memory.
+//! The journal of a test: a socket in place of journald's, whose records are kept in memory.
 //!
-//! The protocol is journald's native one. A datagram is a record, or brings a descriptor of a file that is one; a record
-//! is fields, each `KEY=value` and a line end, or `KEY`, a line end, the value's length in eight bytes, the value and a
-//! line end.
+//! The protocol is journald's native one. A datagram is a record, or passes a descriptor of a file that contains one.
+//! A record is a list of fields: `KEY=value` and a newline, or `KEY`, a newline, the value's length in eight bytes,
+//! the value and a newline.
 
 use std::fs::{self, File};
 use std::io::{IoSliceMut, Read, Seek};
@@ -16,17 +16,17 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 
 use super::wait;
 
-/// More than a datagram can be (`net.core.wmem_max`): the writer sends longer records as files.
+/// Larger than any datagram (`net.core.wmem_max`): the writer sends longer records as files.
 const LONGEST: usize = 1 << 20;
-/// The field of the records by which the test knows how far the journal was read.
+/// The field of the marker records that show how far the journal was read.
 const MARK: &str = "TEST_MARK";
 
-/// One record: its fields in the order in which they came. A name may come more than once.
+/// One record: its fields in order. A name can occur more than once.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Record(pub Vec<(String, Vec<u8>)>);
 
 impl Record {
-    /// All values of a field, as text.
+    /// Returns all values of a field, as text.
     pub fn all(&self, name: &str) -> Vec<String> {
         let named = self.0.iter().filter(|(field, _)| field == name);
         named
@@ -34,7 +34,7 @@ impl Record {
             .collect()
     }
 
-    /// The value of a field that comes exactly once.
+    /// Returns the value of a field that occurs exactly once.
     #[track_caller]
     pub fn one(&self, name: &str) -> String {
         let mut all = self.all(name);
@@ -43,7 +43,7 @@ impl Record {
     }
 }
 
-/// The journal. Its thread ends with the test's process.
+/// The journal. Its thread ends with the test process.
 pub struct Journal {
     dir: PathBuf,
     records: Arc<Mutex<Vec<Result<Record, String>>>>,
@@ -51,7 +51,7 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Makes the socket, in `dir`, and listens.
+    /// Creates the socket in `dir`, and listens.
     #[track_caller]
     pub fn start(dir: &Path) -> Self {
         let dir = dir.join("run-systemd");
@@ -62,7 +62,7 @@ impl Journal {
         std::thread::spawn(move || {
             let mut buffer = vec![0; LONGEST];
             loop {
-                // A writer asks with an empty datagram whether there is a journal.
+                // A writer checks with an empty datagram whether a journal exists.
                 if let Some(record) = receive(&socket, &mut buffer).transpose() {
                     kept.lock().unwrap_or_else(PoisonError::into_inner).push(record);
                 }
@@ -75,20 +75,20 @@ impl Journal {
         }
     }
 
-    /// What takes the place of /run/systemd for who is to write here.
+    /// The directory that replaces /run/systemd for processes that log to this journal.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The socket itself.
+    /// Returns the path of the socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("journal/socket")
     }
 
-    /// All records that were written before this call.
+    /// Returns all records that were written before this call.
     #[track_caller]
     pub fn records(&self) -> Vec<Record> {
-        // Datagrams come in order, so what was written before the mark has been read when the mark has.
+        // Datagrams keep their order, so all records before the marker have been read when the marker has.
         let mark = self.marks.fetch_add(1, Ordering::SeqCst).to_string();
         let writer = UnixDatagram::unbound().expect("a socket is made");
         let sent = writer.send_to(format!("{MARK}={mark}\n").as_bytes(), self.socket());
@@ -111,7 +111,7 @@ impl Journal {
     }
 }
 
-/// The next datagram's record; none where it is empty.
+/// Returns the record of the next datagram; `None` if it is empty.
 fn receive(socket: &UnixDatagram, buffer: &mut [u8]) -> Result<Option<Record>, String> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -130,7 +130,7 @@ fn receive(socket: &UnixDatagram, buffer: &mut [u8]) -> Result<Option<Record>, S
     if let Some(descriptor) = files.flatten().next() {
         let mut file = File::from(descriptor);
         let mut bytes = Vec::new();
-        // The writer's place in the file is this one's too.
+        // The writer's file offset is shared with this descriptor.
         file.rewind()
             .and_then(|()| file.read_to_end(&mut bytes))
             .map_err(|error| error.to_string())?;
@@ -142,7 +142,7 @@ fn receive(socket: &UnixDatagram, buffer: &mut [u8]) -> Result<Option<Record>, S
     }
 }
 
-/// Reads one record. What journald would drop is an error here: nothing may depend on it.
+/// Parses one record. A field that journald would drop is an error here, because the service must not rely on it.
 pub fn parse(mut bytes: &[u8]) -> Result<Record, String> {
     let mut record = Record::default();
     while !bytes.is_empty() {
@@ -172,6 +172,6 @@ fn field_name(name: &[u8]) -> Result<String, String> {
     let text = String::from_utf8_lossy(name).into_owned();
     match name.first() {
         Some(first) if first.is_ascii_uppercase() && name.iter().all(good) && name.len() <= 64 => Ok(text),
-        _ => Err(format!("{text:?} is no field's name")),
+        _ => Err(format!("{text:?} is not the name of a field")),
     }
 }

@@ -1,5 +1,5 @@
-//! A store that was made without the service: images by `qemu-img`, manifests by hand, so that what reads it is held against the
-//! format and not against what the service would write.
+//! A store that was made without the service: images by `qemu-img`, manifests by hand. Readers are so tested against
+//! the format and not against the service's own output.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -20,8 +20,8 @@ pub const SECOND: &str = "20261103T000000Z-cccccccc";
 pub const DIFFERENTIAL: &str = "20261104T000000Z-dddddddd";
 pub const ALL: [&str; 4] = [FULL, FIRST, SECOND, DIFFERENTIAL];
 
-/// A store with a chain of one domain: a full backup, two incrementals and a differential, of which the full one has a raw
-/// disk too.
+/// A store with a chain of one domain: a full backup, two incrementals and a differential. The full one has a raw disk
+/// too.
 pub struct Store {
     pub dir: tempfile::TempDir,
 }
@@ -71,7 +71,7 @@ impl Store {
         self.backup(id).join("vda.qcow2")
     }
 
-    /// A new directory for what is restored.
+    /// Returns a new directory for restored files.
     pub fn out(&self) -> PathBuf {
         let out = self.dir.path().join("out");
         fs::create_dir_all(&out).unwrap();
@@ -95,7 +95,7 @@ impl Store {
         }
     }
 
-    /// The manifest of a backup as its files are now.
+    /// Returns the manifest of a backup for its present files.
     fn manifest(&self, id: &str, kind: &str, parent: Option<&str>, raw: bool) {
         let disk = |name: &str, format: &str, size: u64| {
             let file = format!("{name}.{format}");
@@ -121,7 +121,7 @@ impl Store {
         self.write_manifest(id, &manifest);
     }
 
-    /// Adds a chain of so many backups of one empty disk, of which the last one has `disks` disks, all on the same chain.
+    /// Adds a chain of so many backups of one empty disk. The last one has `disks` disks, all on the same chain.
     /// Returns the id of the last.
     pub fn deep_chain(&self, length: usize, disks: usize) -> String {
         let ids: Vec<String> = (0..length)
@@ -157,7 +157,7 @@ impl Store {
         self.write_manifest(id, &manifest);
     }
 
-    /// Has the manifest say what there is now: what was changed on purpose is not found by its checksum.
+    /// Updates the manifest to the present files, so that the checksum does not reveal a deliberate change.
     pub fn record(&self, id: &str) {
         let path = self.vda(id);
         let sum = run("sha256sum", &[text(&path)]).expect_success();
@@ -175,7 +175,7 @@ impl Store {
         process::run(run)
     }
 
-    /// What is there, and when it was changed last.
+    /// Returns the files with their modification times.
     pub fn state(&self) -> Vec<(String, u64, i64, i64)> {
         let files = files_below(&self.path()).into_iter();
         files

@@ -1,16 +1,16 @@
-//! What a process holds and how often it was awake, as the kernel counts it.
+//! Resource use and wakeups of a process, as the kernel counts them.
 
 use std::collections::HashMap;
 use std::fs;
 use std::str::FromStr;
 
-/// Milliseconds of the unit in which the kernel tells processor time (proc(5): USER_HZ, 100 a second).
+/// Milliseconds of one unit of processor time (proc(5): USER_HZ, 100 a second).
 const TICK: u64 = 10;
 
-/// What a process holds now.
+/// The resources of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Footprint {
-    /// KiB of memory of its own: what it has allocated, without what comes from files.
+    /// Anonymous memory in KiB, without memory that is backed by files.
     pub memory: u64,
     pub descriptors: usize,
     pub threads: usize,
@@ -28,18 +28,18 @@ impl Footprint {
     }
 }
 
-/// How many descriptors a process has open.
+/// Returns the number of open descriptors of a process.
 #[track_caller]
 pub fn descriptors(pid: u32) -> usize {
     entries(pid, "fd").len()
 }
 
-/// What a process has done up to now.
+/// The activity of a process up to now.
 #[derive(Debug, Clone)]
 pub struct Activity {
     /// Milliseconds of processor time.
     pub processor: u64,
-    /// By thread: how often it had nothing more to do, and slept.
+    /// By thread: the number of voluntary context switches, that is, how often it went to sleep.
     sleeps: HashMap<String, u64>,
 }
 
@@ -47,11 +47,11 @@ impl Activity {
     #[track_caller]
     pub fn of(pid: u32) -> Self {
         let stat = read(pid, "stat");
-        // The name before it can hold anything.
+        // The name before it can contain anything.
         let (_, rest) = stat.rsplit_once(')').expect("a process has a name");
         let fields: Vec<_> = rest.split_whitespace().collect();
         let ticks: u64 = parse::<u64>(fields[11]) + parse::<u64>(fields[12]);
-        // A thread that ends meanwhile has no say.
+        // A thread that ends during the scan is not counted.
         let sleeps = entries(pid, "task").into_iter().filter_map(|thread| {
             let status = fs::read_to_string(format!("/proc/{pid}/task/{thread}/status")).ok()?;
             Some((thread, field(&status, "voluntary_ctxt_switches:")))
@@ -62,14 +62,14 @@ impl Activity {
         }
     }
 
-    /// How often a thread of it woke up, and slept again, since `before`; without those that have ended.
+    /// Returns how often a thread woke up and slept again since `before`, without threads that have ended.
     pub fn wakeups_since(&self, before: &Self) -> u64 {
         let since = |(thread, sleeps): (&String, &u64)| sleeps - before.sleeps.get(thread).unwrap_or(&0);
         self.sleeps.iter().map(since).sum()
     }
 }
 
-/// The value in the middle.
+/// Returns the median.
 #[track_caller]
 pub fn median<T: Ord + Copy>(values: impl IntoIterator<Item = T>) -> T {
     let mut values: Vec<_> = values.into_iter().collect();
@@ -89,7 +89,7 @@ fn entries(pid: u32, directory: &str) -> Vec<String> {
     names.map(|name| name.to_string_lossy().into_owned()).collect()
 }
 
-/// The number after `name` at the beginning of a line.
+/// Returns the number after `name` at the beginning of a line.
 #[track_caller]
 fn field(text: &str, name: &str) -> u64 {
     let rest = text.lines().find_map(|line| line.strip_prefix(name));

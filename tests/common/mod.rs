@@ -1,10 +1,10 @@
-//! The fixture of the integration tests: a private system bus, polkit on it, the service, and virtual machines, all of
-//! them real and each test's own, so that tests run side by side. [`System`] puts the parts together.
+//! The fixture of the integration tests: a private system bus, polkit, the service and VMs. All are real, and each
+//! test has its own, so that tests run in parallel. [`System`] combines the parts.
 //!
-//! Waits are for conditions, with a deadline (`wait`); nothing outlives its test (`process`). The tests need root:
-//! polkitd and ordinary callers are started from it.
+//! Tests wait for conditions with a deadline (`wait`), and no process outlives its test (`process`). The tests need
+//! root, which starts polkitd and the ordinary callers.
 
-// Each program of tests, and the benchmark, compiles this module for itself and uses its own part of it.
+// Each test program and the benchmark compile this module separately and use different parts of it.
 #![allow(dead_code)]
 
 pub mod activation;
@@ -63,7 +63,7 @@ pub fn test_directory() -> tempfile::TempDir {
         rustix::process::geteuid().is_root(),
         "these tests need root: they run polkitd and ordinary users"
     );
-    // Short, since paths of sockets are bounded to 107 bytes.
+    // Short, because the path of a socket is limited to 107 bytes.
     let dir = tempfile::Builder::new()
         .prefix("bkp-")
         .tempdir()
@@ -72,7 +72,7 @@ pub fn test_directory() -> tempfile::TempDir {
     dir
 }
 
-/// What a [`System`] is made from.
+/// The settings of a [`System`].
 #[derive(Default)]
 pub struct Setup {
     rules: String,
@@ -87,57 +87,57 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Rules for polkit (see [`polkit::allow`]), added to those already given.
+    /// Adds rules for polkit (see [`polkit::allow`]).
     pub fn rules(mut self, rules: &str) -> Self {
         self.rules.push_str(rules);
         self
     }
 
-    /// A store beside the default one.
+    /// Adds a store beside the default one.
     pub fn store(mut self, name: &str, path: &Path) -> Self {
         self.stores.push((name.to_owned(), path.to_owned()));
         self
     }
 
-    /// Further lines for the configuration file: top-level keys, put before the tables.
+    /// Adds top-level keys to the configuration file, before the tables.
     pub fn config(mut self, lines: &str) -> Self {
         self.config.push_str(lines);
         self.config.push('\n');
         self
     }
 
-    /// A table for the configuration file, with its header: `"[limits]\nkey = 1"`.
+    /// Adds a table to the configuration file, with its header: `"[limits]\nkey = 1"`.
     pub fn table(mut self, lines: &str) -> Self {
         self.tables.push_str(lines);
         self.tables.push('\n');
         self
     }
 
-    /// A variable that the service is started with, each time.
+    /// Adds an environment variable of the service, for each start.
     pub fn environment(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// A system whose service logs to a journal of the test's own: see [`System::journal`].
+    /// Makes the service log to a journal of the test's own: see [`System::journal`].
     pub fn journal(mut self) -> Self {
         self.journal = true;
         self
     }
 
-    /// A system whose polkit is not there.
+    /// Leaves out polkit.
     pub fn without_polkit(mut self) -> Self {
         self.no_polkit = true;
         self
     }
 
-    /// A system whose service is not started yet: see [`System::start_daemon`].
+    /// Leaves the service stopped: see [`System::start_daemon`].
     pub fn without_daemon(mut self) -> Self {
         self.no_daemon = true;
         self
     }
 
-    /// A system whose service is started by the first call.
+    /// Lets the first call start the service.
     pub fn on_demand(mut self, activation: Activation) -> Self {
         self.activation = Some(activation);
         self.without_daemon()
@@ -192,10 +192,10 @@ impl Setup {
     }
 }
 
-/// A bus with polkit and the service on it. The parts end in the order of the fields: those that depend first.
+/// A bus with polkit and the service on it. The fields are dropped in order: dependent parts first.
 pub struct System {
     daemon: Option<Daemon>,
-    /// What the service is started with.
+    /// Environment variables of the service.
     environment: Environment,
     journal: Option<Journal>,
     polkit: Option<Polkit>,
@@ -205,7 +205,7 @@ pub struct System {
 }
 
 impl System {
-    /// With everything at its default: no rules of the administrator's, one store.
+    /// Starts everything with the defaults: no administrator's rules, one store.
     #[track_caller]
     pub fn start() -> Self {
         Self::setup().start()
@@ -215,12 +215,12 @@ impl System {
         Setup::default()
     }
 
-    /// The test's directory.
+    /// Returns the test's directory.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The default store's path.
+    /// Returns the default store's path.
     pub fn store(&self) -> PathBuf {
         self.dir().join("backups")
     }
@@ -241,7 +241,7 @@ impl System {
         &self.clients
     }
 
-    /// The journal that the service logs to, of a system set up with [`Setup::journal`].
+    /// Returns the journal of the service in a system with [`Setup::journal`].
     #[track_caller]
     pub fn journal(&self) -> &Journal {
         self.journal
@@ -254,7 +254,7 @@ impl System {
         self.daemon.as_mut().expect("the service was started")
     }
 
-    /// Starts the service; again after [`System::stop_daemon`] or a kill.
+    /// Starts the service, for the first time or after [`System::stop_daemon`] or a kill.
     #[track_caller]
     pub fn start_daemon(&mut self) {
         self.stop_daemon();
@@ -265,7 +265,7 @@ impl System {
         });
     }
 
-    /// Starts the service so that it will die, as if by SIGKILL, at this point.
+    /// Starts the service with an order to die at this point, as if by SIGKILL.
     #[track_caller]
     pub fn start_dying_daemon(&mut self, point: impl std::fmt::Display) {
         self.environment
@@ -274,7 +274,7 @@ impl System {
         self.environment.pop();
     }
 
-    /// Starts the service as if the host had restarted since the last one.
+    /// Starts the service as if the host had restarted since the last start.
     #[track_caller]
     pub fn start_daemon_in_another_boot(&mut self) {
         self.enter_another_boot();
@@ -282,7 +282,7 @@ impl System {
         self.environment.pop();
     }
 
-    /// The same for each service that is started from now on.
+    /// Simulates a new boot for every later start of the service.
     pub fn enter_another_boot(&mut self) {
         let name = "BACKUPD_BOOT_ID";
         let boot = uuid::Uuid::new_v4().to_string();
@@ -290,7 +290,7 @@ impl System {
         self.environment.push((name.to_owned(), boot));
     }
 
-    /// Starts the service so that it writes down the points at which it could die; see [`System::passed_points`].
+    /// Starts the service with an order to record the points at which it could die; see [`System::passed_points`].
     #[track_caller]
     pub fn start_recording_daemon(&mut self) {
         let points = self.points_file().display().to_string();
@@ -299,8 +299,7 @@ impl System {
         self.environment.pop();
     }
 
-    /// The points that such a service has passed since `first`, and not before, each once, in the order in which it came to
-    /// them.
+    /// Returns the points that the service has passed since `first`, and not before, each once and in order.
     #[track_caller]
     pub fn passed_points(&self, first: &str) -> Vec<String> {
         let passed = std::fs::read_to_string(self.points_file()).unwrap();
@@ -318,7 +317,7 @@ impl System {
         self.dir().join("points")
     }
 
-    /// Waits until the service has ended by itself, and its name is free.
+    /// Waits until the service has ended and its name is free.
     #[track_caller]
     pub fn wait_for_death(&mut self) {
         let mut daemon = self.daemon.take().expect("the service was started");
@@ -326,7 +325,7 @@ impl System {
         self.bus.wait_for_no_owner(BUS_NAME);
     }
 
-    /// Ends the service in order, if it runs, and returns its exit status once its name is free.
+    /// Stops the service if it runs, and returns its exit status once its name is free.
     #[track_caller]
     pub fn stop_daemon(&mut self) -> Option<i32> {
         let status = self.daemon.take().map(|mut daemon| daemon.stop());
@@ -334,7 +333,7 @@ impl System {
         status
     }
 
-    /// Ends the service as a crash would (SIGKILL).
+    /// Kills the service (SIGKILL), as in a crash.
     #[track_caller]
     pub fn kill_daemon(&mut self) {
         if let Some(mut daemon) = self.daemon.take() {
@@ -343,7 +342,7 @@ impl System {
         self.bus.wait_for_no_owner(BUS_NAME);
     }
 
-    /// polkitd with other rules, from now on.
+    /// Restarts polkitd with other rules.
     #[track_caller]
     pub fn set_rules(&mut self, rules: &str) {
         match &mut self.polkit {
@@ -352,28 +351,28 @@ impl System {
         }
     }
 
-    /// Rules that come before the others, or none any more, while polkitd runs on: it takes notice a moment later.
+    /// Sets rules that precede the others, or removes them, while polkitd runs; it notices a moment later.
     #[track_caller]
     pub fn write_further_rules(&self, rules: Option<&str>) {
         let polkit = self.polkit.as_ref().expect("polkit was started");
         polkit.write_further_rules(rules);
     }
 
-    /// polkitd that does not know the project's actions, as after a bad installation, until [`System::set_rules`].
+    /// Restarts polkitd without the project's actions, as after a bad installation, until [`System::set_rules`].
     #[track_caller]
     pub fn unregister_actions(&mut self) {
         let polkit = self.polkit.as_mut().expect("polkit was started");
         polkit.restart_without_actions(&self.bus);
     }
 
-    /// polkitd that says nothing more (SIGSTOP); the bus goes on delivering to it.
+    /// Stops polkitd (SIGSTOP); the bus still delivers messages to it.
     #[track_caller]
     pub fn freeze_polkit(&mut self) {
         let process = self.polkit.as_mut().and_then(Polkit::process);
         process.expect("polkit runs").signal(Signal::STOP);
     }
 
-    /// Ends polkitd as a crash would (SIGKILL), frozen or not.
+    /// Kills polkitd (SIGKILL), stopped or not, as in a crash.
     #[track_caller]
     pub fn stop_polkit(&mut self) {
         if let Some(polkit) = &mut self.polkit {
@@ -381,17 +380,17 @@ impl System {
         }
     }
 
-    /// A connection of this process, root's, to the bus.
+    /// Connects this process, as root, to the bus.
     pub async fn connect(&self) -> zbus::Connection {
         self.bus.connect().await
     }
 
-    /// A machine to be, in the test's directory. The service does not know it yet.
+    /// Returns a builder of a VM in the test's directory. The service does not know the VM yet.
     pub fn vm(&self, name: &str) -> vm::Builder {
         vm::Builder::new(self.dir(), name)
     }
 
-    /// Starts a machine that the service knows under its own name; returns when the service has reached it.
+    /// Starts a VM and configures it in the service under its own name; returns when the service is connected to it.
     #[track_caller]
     pub fn configured(&self, machine: vm::Builder) -> Vm {
         let vm = machine.start();
@@ -400,14 +399,14 @@ impl System {
         vm
     }
 
-    /// Makes a machine known to the service as `name`: writes its file in `domains.d` all at once, as managers should.
-    /// Returns the file's path.
+    /// Configures a domain as `name`: writes its file in `domains.d` atomically, as managers should. Returns the
+    /// file's path.
     #[track_caller]
     pub fn domain_file(&self, name: &str, vm: &Vm) -> PathBuf {
         self.write_domain_file(name, &format!("monitor = \"{}\"\n", vm.monitor_path().display()))
     }
 
-    /// The same with any text.
+    /// Configures a domain with any text as its file.
     #[track_caller]
     pub fn write_domain_file(&self, name: &str, text: &str) -> PathBuf {
         let path = self.dir().join("etc/domains.d").join(format!("{name}.toml"));
@@ -417,7 +416,7 @@ impl System {
         path
     }
 
-    /// Has the service forget a machine.
+    /// Removes a domain's file, and waits until the service does not know it.
     #[track_caller]
     pub fn remove_domain_file(&self, name: &str) {
         let path = self.dir().join("etc/domains.d").join(format!("{name}.toml"));
@@ -425,7 +424,7 @@ impl System {
         self.wait_for_no_domain(name);
     }
 
-    /// Waits until the service knows the domain and is connected to its QEMU; returns its object path.
+    /// Waits until the service is connected to the domain's QEMU; returns the object path.
     #[track_caller]
     pub fn wait_for_domain(&self, name: &str) -> String {
         wait::until(&format!("the domain {name}"), || {
@@ -446,7 +445,7 @@ impl System {
         });
     }
 
-    /// The domain's object path, if root may see it now.
+    /// Returns the domain's object path, if root can see it.
     pub fn domain_path(&self, name: &str) -> Option<String> {
         let call = [
             "call",

@@ -1,5 +1,5 @@
-//! The test's own QMP connection: a small blocking client that knows nothing of the service's, so that what it sees
-//! can be held against what the service says.
+//! The test's own QMP connection: a small blocking client that shares no code with the service's, so that it can check
+//! the service's reports.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::wait::DEADLINE;
 
-/// How long one look for input takes, so that several threads can share a connection behind a lock.
+/// The timeout of one read, short so that several threads can share a connection behind a lock.
 const LOOK: Duration = Duration::from_millis(20);
 
 pub struct Observer {
@@ -21,7 +21,7 @@ pub struct Observer {
 }
 
 impl Observer {
-    /// Connects, reads the greeting and enters command mode; `None` when nobody listens (yet).
+    /// Connects, reads the greeting and enters command mode; `None` if no process listens (yet).
     pub fn connect(socket: &Path) -> Option<Self> {
         let stream = UnixStream::connect(socket).ok()?;
         stream.set_read_timeout(Some(LOOK)).expect("a timeout can be set");
@@ -39,14 +39,15 @@ impl Observer {
         Some(observer)
     }
 
-    /// Runs a command; QEMU's own refusal is the `Err`. Events that come meanwhile are kept.
+    /// Runs a command; QEMU's refusal is the `Err`. Events that arrive before the reply are kept.
     #[track_caller]
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         self.next_id += 1;
         let id = self.next_id;
         let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         line.push('\n');
-        // In one piece: QEMU acts when the object is whole, and after `quit` nobody reads a newline that is late.
+        // Sent in one write: QEMU executes a command when the object is complete, and after `quit` it reads no late
+        // newline.
         self.stream
             .write_all(line.as_bytes())
             .unwrap_or_else(|e| panic!("{command} to QEMU: {e}"));
@@ -63,7 +64,7 @@ impl Observer {
         }
     }
 
-    /// Removes and returns the first kept event that fits, looking for new input once.
+    /// Removes and returns the first matching event, after one check for new input.
     pub fn take_event(&mut self, mut fits: impl FnMut(&Value) -> bool) -> Option<Value> {
         while let Some(message) = self.look() {
             self.events.push(message);
@@ -87,7 +88,7 @@ impl Observer {
         }
     }
 
-    /// One message, when one is complete now or soon.
+    /// Returns one message, if it is complete within the timeout.
     fn look(&mut self) -> Option<Value> {
         loop {
             if let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {

@@ -1,5 +1,5 @@
-//! The other end of a monitor's connection, played by the test: what a real QEMU would not do, or not when the test
-//! wants it.
+//! The other end of a monitor's connection, played by the test, for behaviour that a real QEMU does not have, or not
+//! on demand.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
@@ -18,7 +18,7 @@ use super::wait;
 
 pub const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}"#;
 
-/// What a QEMU says of itself that is not too old.
+/// The schema of a supported QEMU.
 pub fn schema() -> Value {
     json!([
         { "name": "query-named-block-nodes", "meta-type": "command", "arg-type": "nodes" },
@@ -26,7 +26,7 @@ pub fn schema() -> Value {
     ])
 }
 
-/// The same with further entities.
+/// Returns the schema with further entities.
 pub fn schema_with(entities: Value) -> Value {
     let mut all = [schema(), entities];
     Value::Array(
@@ -37,7 +37,7 @@ pub fn schema_with(entities: Value) -> Value {
     )
 }
 
-/// A line that came, and the descriptors that came with its first byte and with any other byte of it.
+/// A received line, the descriptors that came with its first byte, and those that came with any other byte.
 pub struct Received {
     pub command: Value,
     pub descriptors: Vec<OwnedFd>,
@@ -50,11 +50,11 @@ impl Received {
     }
 }
 
-/// A monitor's socket with the test behind it, for a domain that a file configures; gone when this is dropped.
+/// A monitor's socket that the test serves, for a configured domain. Dropping it removes the socket.
 pub struct Imposter(tokio::task::JoinHandle<()>);
 
 impl Imposter {
-    /// Plays each connection, one after another as QEMU would.
+    /// Serves one connection after another, as QEMU does.
     #[track_caller]
     pub fn listen<P: Future<Output = ()> + Send>(
         path: &Path,
@@ -66,7 +66,7 @@ impl Imposter {
         )
     }
 
-    /// The same on a socket that was made by somebody else.
+    /// Serves a socket that was created elsewhere.
     #[track_caller]
     pub fn on<P: Future<Output = ()> + Send>(
         listener: std::os::unix::net::UnixListener,
@@ -88,19 +88,19 @@ impl Drop for Imposter {
     }
 }
 
-/// What the test plays in place of a QEMU that a caller registers; gone when this is dropped.
+/// A peer that the test plays as the QEMU of a registered domain. Dropping it closes the connection.
 pub struct StandIn {
     task: tokio::task::JoinHandle<()>,
     commands: Arc<AtomicUsize>,
 }
 
 impl StandIn {
-    /// Returns the end for `RegisterDomain` too.
+    /// Returns the descriptor for `RegisterDomain`, and the peer.
     pub fn start() -> (OwnedFd, Self) {
         Self::claiming(&[])
     }
 
-    /// One that says that it has these files open.
+    /// Returns a peer that claims to have these files open.
     pub fn claiming(files: &[&str]) -> (OwnedFd, Self) {
         let (ours, theirs) = Peer::pair();
         let ours = ours.into_std().expect("a socket can be handed over");
@@ -120,7 +120,7 @@ impl StandIn {
         (ours.into(), Self { task, commands })
     }
 
-    /// How many commands have come, without that of the greeting.
+    /// Returns how many commands have come, without that of the greeting.
     pub fn commands(&self) -> usize {
         self.commands.load(Ordering::SeqCst)
     }
@@ -134,12 +134,12 @@ impl Drop for StandIn {
 
 pub struct Peer {
     stream: UnixStream,
-    /// Lines that were looked at and put back.
+    /// Lines that were read and put back.
     kept: VecDeque<Received>,
 }
 
 impl Peer {
-    /// Two connected ends: the one under test, and this one.
+    /// Returns two connected ends: the one under test, and the peer.
     pub fn pair() -> (UnixStream, Self) {
         let (ours, theirs) = UnixStream::pair().expect("sockets are made");
         (ours, Self::new(theirs))
@@ -152,17 +152,17 @@ impl Peer {
         }
     }
 
-    /// The bare socket, for what is no dialogue.
+    /// Returns the bare socket, for input that is not QMP.
     pub fn into_stream(self) -> UnixStream {
         self.stream
     }
 
-    /// Says bytes as they are.
+    /// Sends bytes unchanged.
     pub async fn say_bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
         wait::within("the other end to read", self.stream.write_all(bytes)).await
     }
 
-    /// Says lines, each with the line end that QEMU uses.
+    /// Sends a line with QEMU's line ending.
     pub async fn say(&mut self, line: impl std::fmt::Display) {
         let line = format!("{line}\r\n");
         self.say_bytes(line.as_bytes())
@@ -170,7 +170,7 @@ impl Peer {
             .expect("the other end reads");
     }
 
-    /// Greets, and accepts whatever comes as `qmp_capabilities`.
+    /// Sends the greeting, and accepts any command as `qmp_capabilities`.
     pub async fn greet(&mut self) {
         self.say(GREETING).await;
         let received = self.receive().await;
@@ -193,7 +193,7 @@ impl Peer {
             .await;
     }
 
-    /// Answers as a QEMU without disks does, until the other end closes.
+    /// Replies like a QEMU without disks until the other end closes.
     pub async fn play_qemu(self) {
         self.play_counted_qemu(|| (), Vec::new()).await;
     }
@@ -213,12 +213,12 @@ impl Peer {
         }
     }
 
-    /// The next command; one must come.
+    /// Returns the next command; fails if none comes.
     pub async fn receive(&mut self) -> Received {
         self.try_receive().await.expect("the other end stays")
     }
 
-    /// The next command; nothing where the other end has closed. Half a line is a failure.
+    /// Returns the next command, or `None` if the other end has closed. An incomplete line is a failure.
     pub async fn try_receive(&mut self) -> Option<Received> {
         if let Some(kept) = self.kept.pop_front() {
             return Some(kept);
@@ -249,12 +249,12 @@ impl Peer {
         Some(received)
     }
 
-    /// The same, however long the other end has nothing to say.
+    /// Like [`Peer::try_receive`], without a timeout.
     pub async fn try_receive_at_any_time(&mut self) -> Option<Received> {
         let peek = || Ok(recv(&self.stream, &mut [0; 1], RecvFlags::PEEK)?);
         loop {
             self.stream.readable().await.expect("a socket can be waited for");
-            // What is said of the socket may be old; that it is empty is certain.
+            // The readiness of the socket may be stale, but an empty socket is certain.
             match self.stream.try_io(Interest::READABLE, peek) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 _ => return self.try_receive().await,
@@ -262,7 +262,7 @@ impl Peer {
         }
     }
 
-    /// One byte, with the descriptors that lie exactly there; a larger buffer would not tell where.
+    /// Reads one byte with the descriptors attached to it; a larger buffer would hide their position.
     async fn byte(&mut self) -> Option<(u8, Vec<OwnedFd>)> {
         loop {
             self.stream.readable().await.expect("a socket can be waited for");
@@ -277,7 +277,7 @@ impl Peer {
                 Ok(0) => return None,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                // It closed with bytes of ours unread.
+                // The other end has closed with unread bytes.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return None,
                 Err(error) => panic!("reading from the other end: {error}"),
             }

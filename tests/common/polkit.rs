@@ -1,8 +1,8 @@
 //! A real polkitd on a private bus, with the project's actions and the rules of the test.
 //!
-//! polkitd reads fixed directories, so it runs in a mount namespace of its own where others lie over them. It changes
-//! its user, which clears the parent-death signal; what takes it along when the test process is killed is the bus,
-//! which dies then: polkitd ends when it loses its connection.
+//! polkitd reads fixed directories, so it runs in a mount namespace with other directories mounted over them. It
+//! changes its user, which clears the parent-death signal. When the test process is killed, the bus dies, and polkitd
+//! ends because it loses its connection.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use super::bus::{Bus, project_file};
 use super::process::{self, Process};
 
 pub const POLKIT_NAME: &str = "org.freedesktop.PolicyKit1";
-/// The project's actions, by their path in the tree.
+/// Returns the file of the project's actions.
 const ACTIONS: &str = "polkit/org.example.backup1.policy";
 
 pub struct Polkit {
@@ -21,7 +21,7 @@ pub struct Polkit {
 }
 
 impl Polkit {
-    /// Starts polkitd with one rules file of this text (JavaScript; "" for none). Ready when it owns its name.
+    /// Starts polkitd with one file of rules (JavaScript; "" for none), and returns when it owns its name.
     #[track_caller]
     pub fn start(bus: &Bus, dir: &Path, rules: &str) -> Self {
         let dir = dir.join("polkit");
@@ -37,7 +37,7 @@ impl Polkit {
         polkit
     }
 
-    /// Ends polkitd, if it runs, and starts it with these rules and the project's actions.
+    /// Stops polkitd, if it runs, and starts it with these rules and the project's actions.
     #[track_caller]
     pub fn restart(&mut self, bus: &Bus, rules: &str) {
         self.stop(bus);
@@ -51,7 +51,7 @@ impl Polkit {
         self.launch(bus, rules);
     }
 
-    /// The same without rules and without the project's actions, which the next [`Polkit::restart`] brings back.
+    /// Restarts polkitd without rules and without the project's actions, which the next [`Polkit::restart`] restores.
     #[track_caller]
     pub fn restart_without_actions(&mut self, bus: &Bus) {
         self.stop(bus);
@@ -59,7 +59,7 @@ impl Polkit {
         self.launch(bus, "");
     }
 
-    /// Where polkitd finds a copy of this file.
+    /// Returns the path where polkitd finds a copy of this file.
     fn action_file(&self, file: &Path) -> PathBuf {
         let name = file.file_name().expect("a file has a name");
         self.dir.join("actions").join(name)
@@ -79,10 +79,10 @@ impl Polkit {
         self.process = Some(process);
     }
 
-    /// A second file of rules, or none, which polkitd finds by itself a moment later and goes on.
+    /// Writes or removes a second file of rules, which the running polkitd notices a moment later.
     #[track_caller]
     pub fn write_further_rules(&self, rules: Option<&str>) {
-        // Rules of files that come first are asked first.
+        // polkit evaluates files in the order of their names.
         let path = self.dir.join("rules/10-further.rules");
         match rules {
             Some(rules) => fs::write(path, rules).expect("the rules are written"),
@@ -90,7 +90,7 @@ impl Polkit {
         }
     }
 
-    /// Ends polkitd; returns when its name is free.
+    /// Stops polkitd; returns when its name is free.
     #[track_caller]
     pub fn stop(&mut self, bus: &Bus) {
         if let Some(mut process) = self.process.take() {
@@ -99,23 +99,24 @@ impl Polkit {
         }
     }
 
-    /// polkitd itself, while it runs.
+    /// Returns the process of polkitd, if it runs.
     pub fn process(&mut self) -> Option<&mut Process> {
         self.process.as_mut()
     }
 }
 
-/// A rules file that lets one user do some of the project's actions, named without their common prefix: `domain.backup`.
+/// Returns rules that allow one user some of the project's actions, named without their common prefix:
+/// `domain.backup`.
 pub fn allow(uid: u32, actions: &[&str]) -> String {
     answer(uid, actions, "YES")
 }
 
-/// A rules file that forbids them.
+/// Returns rules that deny them.
 pub fn deny(uid: u32, actions: &[&str]) -> String {
     answer(uid, actions, "NO")
 }
 
-/// A user of a rule is a name, and an ordinary uid of a test has none, so it must be one of passwd(5) here.
+/// Rules name a user, and an ordinary uid of a test has no name, so the uid must be in passwd(5).
 fn answer(uid: u32, actions: &[&str], answer: &str) -> String {
     let user = user_name(uid);
     let ids: Vec<String> = actions
@@ -130,19 +131,19 @@ fn answer(uid: u32, actions: &[&str], answer: &str) -> String {
     )
 }
 
-/// The name of a uid in /etc/passwd.
+/// Returns the name of a uid from /etc/passwd.
 #[track_caller]
 pub fn user_name(uid: u32) -> String {
     entry(uid).swap_remove(0)
 }
 
-/// The primary group of a uid.
+/// Returns the primary group of a uid.
 #[track_caller]
 pub fn group(uid: u32) -> u32 {
     entry(uid)[3].parse().expect("a group is a number")
 }
 
-/// Its line in passwd(5), by fields.
+/// Returns the line of a uid in passwd(5), split into fields.
 #[track_caller]
 fn entry(uid: u32) -> Vec<String> {
     let passwd = fs::read_to_string("/etc/passwd").expect("/etc/passwd is readable");

@@ -1,9 +1,9 @@
-//! Programs that a test starts: none outlives the test, however the test ends.
+//! Programs that a test starts. No program outlives the test, however the test ends.
 //!
-//! Drop kills. For a test process that is itself killed, the kernel does: every program is started through
-//! `setpriv --pdeathsig KILL`. That signal comes when the *thread* that started the program ends, not the process
-//! (prctl(2), PR_SET_PDEATHSIG), so all of them are started by one thread that never ends: otherwise a program would
-//! be killed with the test's thread, or with some idle worker of a runtime.
+//! Dropping a process kills it. If the test process itself is killed, the kernel kills the programs: each is started
+//! through `setpriv --pdeathsig KILL`. The kernel sends that signal when the *thread* that started the program ends
+//! (prctl(2), PR_SET_PDEATHSIG). So one thread that never ends starts all programs; otherwise a program would be
+//! killed with the test's thread or an idle worker of a runtime.
 
 use std::fs::File;
 use std::io;
@@ -16,14 +16,14 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::wait::{self, DEADLINE};
 
-/// A command that runs `program` bound to this process's life.
+/// Returns a command that runs `program` and dies with this process.
 pub fn bound(program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command
 }
 
-/// A command that runs `program` as an ordinary user in no group of the machine, bound to this process's life.
+/// Returns a command that runs `program` as an ordinary user without groups of the host, and dies with this process.
 pub fn bound_as(uid: u32, program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command
@@ -43,7 +43,7 @@ fn spawn(command: Command) -> io::Result<Child> {
         std::thread::spawn(move || {
             for (mut command, answer) in requests {
                 let child = command.spawn();
-                // The command goes back too: the descriptors that it holds are closed by its owner, not some time later.
+                // The command is returned too: its owner closes the descriptors that it holds, at a known time.
                 let _ = answer.send((command, child));
             }
         });
@@ -56,10 +56,10 @@ fn spawn(command: Command) -> io::Result<Child> {
     answer.recv().expect("the spawner thread answers").1
 }
 
-/// What a finished program left.
+/// The result of a finished program.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// The exit status; 128 + N when signal N ended it.
+    /// The exit status; 128 + N when signal N killed the program.
     pub status: i32,
     pub stdout: String,
     pub stderr: String,
@@ -70,7 +70,7 @@ impl Output {
         self.status == 0
     }
 
-    /// Its standard output, when it succeeded; else the test fails with what it said.
+    /// Returns the standard output; fails with all output if the program failed.
     #[track_caller]
     pub fn expect_success(self) -> String {
         assert!(
@@ -84,7 +84,7 @@ impl Output {
     }
 }
 
-/// Runs a command to its end and returns what it said. A command that is not bound is fine here: it is waited for.
+/// Runs a command to its end and returns its output. An unbound command is fine here because the test waits for it.
 #[track_caller]
 pub fn run(mut command: Command) -> Output {
     command
@@ -108,7 +108,7 @@ fn status_number(status: ExitStatus) -> i32 {
         .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
-/// A program that runs beside the test. Its standard output and error go to files.
+/// A program that runs in parallel with the test. Its standard output and error go to files.
 pub struct Process {
     child: Child,
     name: String,
@@ -118,14 +118,14 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`, which should come from [`bound`]; its output goes to `NAME.out` and `NAME.log` in `dir`, after
-    /// what an earlier process of that name wrote there.
+    /// Starts `command`, which should come from [`bound`]. Its output is appended to `NAME.out` and `NAME.log` in
+    /// `dir`.
     #[track_caller]
     pub fn start(name: &str, dir: &Path, command: Command) -> Self {
         Self::launch(name, dir, command, Stdio::null())
     }
 
-    /// The same with a pipe to its standard input, which is closed when the returned end of it is dropped.
+    /// Starts a command with a pipe as its standard input, which is closed when the returned end is dropped.
     #[track_caller]
     pub fn start_with_input(name: &str, dir: &Path, command: Command) -> (Self, ChildStdin) {
         let mut process = Self::launch(name, dir, command, Stdio::piped());
@@ -159,17 +159,17 @@ impl Process {
         self.child.id()
     }
 
-    /// All that it wrote to standard error until now.
+    /// Returns the standard error so far.
     pub fn log(&self) -> String {
         read(&self.log)
     }
 
-    /// All that it wrote to standard output until now.
+    /// Returns the standard output so far.
     pub fn stdout(&self) -> String {
         read(&self.out)
     }
 
-    /// Its exit status when it has ended, as in [`Output::status`].
+    /// Returns the exit status if the program has ended, as in [`Output::status`].
     pub fn ended(&mut self) -> Option<i32> {
         if self.ended.is_none() {
             self.ended = self
@@ -181,7 +181,7 @@ impl Process {
         self.ended
     }
 
-    /// Fails the test with the program's last words when it has ended.
+    /// Fails the test with the end of the program's log if the program has ended.
     #[track_caller]
     pub fn assert_running(&mut self) {
         if let Some(status) = self.ended() {
@@ -194,14 +194,14 @@ impl Process {
         }
     }
 
-    /// Waits for its end and returns the exit status.
+    /// Waits for the end of the program and returns the exit status.
     #[track_caller]
     pub fn wait(&mut self) -> i32 {
         let what = format!("{} to end", self.name);
         wait::until(&what, || self.ended())
     }
 
-    /// Sends a signal, if it still runs.
+    /// Sends a signal if the program still runs.
     pub fn signal(&mut self, signal: Signal) {
         if self.ended().is_none() {
             let pid = Pid::from_raw(self.child.id() as i32).expect("a child has a pid");
@@ -209,7 +209,7 @@ impl Process {
         }
     }
 
-    /// SIGKILL, and waits for the end.
+    /// Sends SIGKILL, and waits for the end.
     pub fn kill(&mut self) {
         self.signal(Signal::KILL);
         self.wait();

@@ -1,5 +1,5 @@
-//! The service's interfaces as a client in this process sees them. Written by hand from `dbus/*.xml` and used by no
-//! code of the service's, so that a mistake in its own client is not repeated here.
+//! The service's interfaces as proxies. They are written by hand from `dbus/*.xml` and share no code with backupctl,
+//! so that they do not repeat its mistakes.
 
 use std::collections::HashMap;
 
@@ -9,8 +9,8 @@ pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 
 /// A disk of a backup: name, file, format, virtual size, length, digest, parent.
 pub type BackupDisk = (String, String, String, u64, u64, String, String);
-/// A line of `ListBackups`: object, id, name, domain, UUID, store, kind, parent, time, state, problem, disks, service, whether
-/// keep rules apply.
+/// A row of `ListBackups`: object, id, name, domain, UUID, store, kind, parent, time, state, problem, disks, service,
+/// whether keep rules apply.
 #[derive(Debug, Clone, serde::Deserialize, Type)]
 pub struct ListedBackup(
     pub OwnedObjectPath,
@@ -29,17 +29,17 @@ pub struct ListedBackup(
     pub bool,
 );
 
-/// For a backup that takes its time: all is copied, whatever earlier ones there are, at so many bytes a second.
+/// Options of a slow backup: full, with so many bytes a second.
 pub fn slowly(bytes_per_second: u64) -> Options<'static> {
     Options::from([
         ("bandwidth", Variant::from(bytes_per_second)),
         ("incremental", Variant::from("full")),
     ])
 }
-/// What `Prune` says of a backup: domain, store, id, time, verdict, reason.
+/// A row of `Prune`: domain, store, id, time, verdict, reason.
 pub type PrunedBackup = (String, String, String, u64, String, String);
 
-/// A line of `ListCheckpoints`: name, parent, time, backup, store, disks (name, bitmap, state).
+/// A row of `ListCheckpoints`: name, parent, time, backup, store, disks (name, bitmap, state).
 pub type ListedCheckpoint = (String, String, u64, String, String, Vec<(String, String, String)>);
 
 #[zbus::proxy(
@@ -191,7 +191,7 @@ pub trait Job {
     fn completed(&self, result: &str, error_name: &str, message: &str) -> zbus::Result<()>;
 }
 
-/// The D-Bus error name of a refused call.
+/// Returns the D-Bus error name of a refused call.
 #[track_caller]
 pub fn error_name(error: &zbus::Error) -> String {
     match error {
@@ -201,7 +201,7 @@ pub fn error_name(error: &zbus::Error) -> String {
     }
 }
 
-/// The call was refused because of the limit of this name.
+/// Checks that a call was refused because of the limit of this name.
 #[track_caller]
 pub fn assert_limit<T: std::fmt::Debug>(key: &str, result: zbus::Result<T>) {
     let error = result.expect_err("the call is refused");

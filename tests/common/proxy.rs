@@ -1,5 +1,5 @@
-//! A go-between on the way from the service to a real QEMU's monitor: it passes everything on as it came, descriptors
-//! too, but keeps the command that the test waits for until the test has said what becomes of it.
+//! A proxy between the service and the monitor of a real QEMU. It forwards everything unchanged, descriptors too, and
+//! can hold one command until the test decides about it.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -19,14 +19,14 @@ use serde_json::Value;
 
 use super::wait;
 
-/// What becomes of a command that was kept.
+/// The test's decision about a held command.
 enum Fate {
     Pass,
-    /// It is lost, and the connection goes on.
+    /// The command is dropped, and the connection continues.
     Lost,
-    /// It is lost with its connection; the next connection is served.
+    /// The command is dropped with its connection; the proxy serves the next connection.
     Cut,
-    /// It is lost with its connection, and nobody listens any more.
+    /// The command is dropped with its connection, and the proxy stops listening.
     Gone,
 }
 
@@ -40,27 +40,27 @@ struct Point {
 struct Shared {
     listener: UnixListener,
     points: Mutex<Vec<Point>>,
-    /// The names of the commands that are lost.
+    /// The names of the commands that the proxy drops.
     lost: Mutex<Vec<&'static str>>,
-    /// What QEMU says is passed on with these words in place of those.
+    /// Texts that the proxy replaces in QEMU's output.
     translation: Mutex<Option<(&'static str, &'static str)>>,
-    /// The names of all commands that came.
+    /// The names of all received commands.
     heard: Mutex<Vec<String>>,
-    /// Both ends of the connection that is served.
+    /// Both ends of the current connection.
     streams: Mutex<Vec<UnixStream>>,
-    /// Of the next connection: how much of what QEMU says is passed on before both ends are hung up.
+    /// For the next connection: the bytes of QEMU's output to forward before both ends are closed.
     budget: Mutex<Option<usize>>,
-    /// How much of what QEMU said was passed on over the last connection.
+    /// The bytes of QEMU's output that were forwarded over the last connection.
     passed: AtomicUsize,
 }
 
-/// The go-between; it hangs up on both sides when it is dropped.
+/// The proxy. Dropping it closes both connections.
 pub struct Proxy {
     path: PathBuf,
     shared: Arc<Shared>,
 }
 
-/// A command to come. Dropped, it is passed on.
+/// A command to be held. Dropping this forwards the command.
 pub struct Hold {
     what: String,
     reached: Receiver<()>,
@@ -68,7 +68,7 @@ pub struct Hold {
 }
 
 impl Proxy {
-    /// Listens on `path`, and goes between who connects there and `monitor`, one connection at a time.
+    /// Listens on `path`, and forwards one connection at a time to `monitor`.
     #[track_caller]
     pub fn start(path: &Path, monitor: &Path) -> Self {
         let shared = Arc::new(Shared {
@@ -93,33 +93,33 @@ impl Proxy {
         &self.path
     }
 
-    /// Hangs up now, and again when QEMU has said so many bytes over the next connection.
+    /// Closes the connection now, and the next one after so many bytes of QEMU's output.
     pub fn cut_after(&self, bytes: usize) {
         *lock(&self.shared.budget) = Some(bytes);
         self.shared.hang_up();
     }
 
-    /// How many bytes of QEMU's were passed on over the connection that is served, or was last.
+    /// Returns the bytes of QEMU's output that were forwarded over the current or last connection.
     pub fn passed(&self) -> usize {
         self.shared.passed.load(Ordering::SeqCst)
     }
 
-    /// The names of the commands that the service has sent since this was asked last.
+    /// Returns the names of the commands that the service has sent since the last call.
     pub fn take_heard(&self) -> Vec<String> {
         std::mem::take(&mut lock(&self.shared.heard))
     }
 
-    /// From now on no command of that name reaches QEMU, and none is answered.
+    /// From now on drops all commands of that name; they get no reply.
     pub fn lose(&self, name: &'static str) {
         lock(&self.shared.lost).push(name);
     }
 
-    /// Passes on what QEMU says with `to` in place of `from`.
+    /// Replaces `from` with `to` in QEMU's output.
     pub fn translate(&self, from: &'static str, to: &'static str) {
         *lock(&self.shared.translation) = Some((from, to));
     }
 
-    /// Keeps the next command of that name whose arguments fit.
+    /// Holds the next command of that name with matching arguments.
     pub fn hold(&self, name: &str, fits: impl FnMut(&Value) -> bool + Send + 'static) -> Hold {
         let (reached, was_reached) = channel();
         let (decide, fate) = channel();
@@ -155,12 +155,12 @@ impl Hold {
         self.decide(Fate::Pass);
     }
 
-    /// Hangs up on both sides instead. Who connects again is served.
+    /// Closes both connections instead. The proxy serves the next connection.
     pub fn cut(self) {
         self.decide(Fate::Cut);
     }
 
-    /// Hangs up on both sides instead, and serves nobody any more.
+    /// Closes both connections instead, and refuses new ones.
     pub fn cut_for_good(self) {
         self.decide(Fate::Gone);
     }
@@ -173,9 +173,9 @@ impl Hold {
 impl Shared {
     fn run(self: &Arc<Self>, monitor: &Path) {
         while let Ok((service, _)) = self.listener.accept() {
-            // Where QEMU is gone, who connected is let go.
+            // Without QEMU, the client's connection is closed.
             if let Ok(qemu) = UnixStream::connect(monitor) {
-                // A connection that is lost on one side is lost on the other: that is all there is to do.
+                // A connection that is lost on one side is closed on the other.
                 let _ = self.serve(&service, &qemu);
                 self.hang_up();
             }
@@ -198,7 +198,7 @@ impl Shared {
                 Fate::Lost => {}
                 Fate::Cut => break,
                 Fate::Gone => {
-                    // First, so that nobody comes in between.
+                    // Done first, so that no connection is accepted in between.
                     self.close();
                     break;
                 }
@@ -221,7 +221,7 @@ impl Shared {
             match translation {
                 None => to.write_all(&chunk[..count])?,
                 Some((words, others)) => {
-                    // Whole lines: one can come in pieces.
+                    // Whole lines, because a text can arrive in pieces.
                     said.extend_from_slice(&chunk[..count]);
                     let whole = said
                         .iter()
@@ -253,19 +253,19 @@ impl Shared {
         let Some(point) = point else {
             return Fate::Pass;
         };
-        // A test that has ended meanwhile wants nothing any more.
+        // The test may have ended.
         let _ = point.reached.send(());
         point.fate.recv().unwrap_or(Fate::Pass)
     }
 
-    /// Who connects from now on is refused.
+    /// From now on connections are refused.
     fn close(&self) {
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 
     fn hang_up(&self) {
         for stream in lock(&self.streams).drain(..) {
-            // The other end may have done it before.
+            // The other end may have closed it before.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -275,8 +275,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no test panics inside")
 }
 
-/// The next line and the descriptors that came with it; nothing when the other end has closed. Byte by byte: a larger
-/// buffer would not tell where the descriptors lie.
+/// Returns the next line and its descriptors; `None` when the other end has closed. Reads byte by byte, because a
+/// larger buffer would hide the position of the descriptors.
 fn receive(stream: &UnixStream) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     let (mut line, mut descriptors) = (Vec::new(), Vec::new());
     loop {
@@ -299,7 +299,7 @@ fn receive(stream: &UnixStream) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     }
 }
 
-/// Sends a line with its descriptors beside its first byte.
+/// Sends a line with the descriptors attached to its first byte.
 fn send(mut stream: &UnixStream, line: &[u8], descriptors: &[OwnedFd]) -> io::Result<()> {
     let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];

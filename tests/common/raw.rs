@@ -1,5 +1,5 @@
-//! A client that says on the bus what no library would: messages made of bytes, with descriptors that their bodies do not
-//! speak of, or speak of too often (D-Bus specification, "Message Protocol").
+//! A D-Bus client that sends messages that no library would: handmade bytes, with descriptors that the body does not
+//! refer to, or refers to too often (D-Bus specification, "Message Protocol").
 
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -37,14 +37,14 @@ impl Body {
         self
     }
 
-    /// An array of descriptors, all of them the first that comes with the message, as a variant (`ah`).
+    /// Appends a variant with an array of descriptors (`ah`), all of them the first descriptor of the message.
     pub fn descriptors(mut self, count: u32) -> Self {
         self = self.signature("ah").number(4 * count);
         self.0.resize(self.0.len() + 4 * count as usize, 0);
         self
     }
 
-    /// The same, each in a variant of its own (`av`).
+    /// Appends the same descriptors, each in its own variant (`av`).
     pub fn descriptors_in_variants(mut self, count: u32) -> Self {
         self = self.signature("av").number(8 * count);
         for _ in 0..count {
@@ -53,7 +53,7 @@ impl Body {
         self
     }
 
-    /// A dictionary (`a{sv}`) with this as its only entry, whose padding counts from its own beginning.
+    /// Appends a dictionary (`a{sv}`) with this single entry, whose padding counts from its own start.
     pub fn dictionary(mut self, entry: Self) -> Self {
         self = self.number(entry.0.len() as u32).align(8);
         self.0.extend(entry.0);
@@ -67,7 +67,7 @@ impl Body {
         self
     }
 
-    /// A header field with its code.
+    /// Appends a header field with its code.
     fn field(mut self, code: u8, signature: &str, value: impl FnOnce(Self) -> Self) -> Self {
         self = self.align(8);
         self.0.push(code);
@@ -75,7 +75,7 @@ impl Body {
     }
 }
 
-/// What is called.
+/// The called object and method.
 #[derive(Clone, Copy)]
 pub struct Target<'a> {
     pub path: &'a str,
@@ -90,7 +90,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// A connection of an ordinary user's that may pass descriptors.
+    /// Connects an ordinary user with support for descriptors.
     pub fn connect(system: &System, uid: u32) -> Self {
         let mut stream = socket_as(system, uid);
         stream
@@ -119,7 +119,7 @@ impl Client {
         client
     }
 
-    /// Calls the service and waits for nothing.
+    /// Sends a call to the service and does not wait.
     pub fn send(&mut self, target: Target, signature: &str, body: Body, descriptors: &[BorrowedFd]) {
         self.call(BUS_NAME, target, signature, body, descriptors);
     }
@@ -137,7 +137,7 @@ impl Client {
         if !descriptors.is_empty() {
             fields = fields.field(9, "u", |it| it.number(descriptors.len() as u32));
         }
-        // A call (1) without flags, of the protocol's version 1.
+        // A method call (1) without flags, protocol version 1.
         let mut message = Body(b"l\x01\x00\x01".to_vec())
             .number(body.0.len() as u32)
             .number(self.serial)
@@ -164,14 +164,14 @@ impl Client {
         self.stream.write_all(rest).expect("the bus reads");
     }
 
-    /// Waits until the bus has said this, as it stands in a message, since the last time.
+    /// Waits until the bus has sent these bytes since the last call.
     #[track_caller]
     pub fn wait_for(&mut self, word: &str) {
         let end = wait::until(&format!("the bus to say {word:?}"), || {
             let place = |bytes: &[u8]| bytes.windows(word.len()).position(|part| part == word.as_bytes());
             if place(&self.received).is_none() {
                 let mut buffer = [0; 65536];
-                // Nothing yet, where it fails.
+                // An error means no data yet.
                 let count = self.stream.read(&mut buffer).unwrap_or(0);
                 self.received.extend(&buffer[..count]);
             }

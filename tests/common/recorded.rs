@@ -1,4 +1,4 @@
-//! A machine of which is known byte for byte what its disks hold, and what they held at the instant of each backup.
+//! A VM with recorded disk contents: those of now, and those at the point in time of each backup.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,21 +13,21 @@ use super::vm::Vm;
 use super::{Setup, System, process};
 
 const MIB: u64 = 1 << 20;
-/// Of each disk, in bytes.
+/// The size of each disk, in bytes.
 pub const SIZE: u64 = 4 * MIB;
-/// Of their images.
+/// The cluster size of the images.
 pub const CLUSTER: u64 = 1 << 16;
 
-/// A machine with two disks of which is known what they hold, and what they held at each backup.
+/// A VM with two disks, whose contents are recorded for each backup.
 pub struct Recorded {
     pub system: System,
     pub vm: Option<Vm>,
-    /// What the service knows it as.
+    /// The domain name in the service.
     pub name: String,
-    /// If it is not its own.
+    /// The UUID, if it is not the VM's own.
     uuid: Option<String>,
     pub now: BTreeMap<&'static str, Vec<u8>>,
-    /// By id.
+    /// The contents at each backup, by id.
     pub backups: BTreeMap<String, BTreeMap<&'static str, Vec<u8>>>,
 }
 
@@ -42,7 +42,7 @@ impl Recorded {
         Self::with_uuid(setup, None)
     }
 
-    /// With the UUID of another machine, if one is given.
+    /// Starts a VM, with the UUID of another one if given.
     pub fn with_uuid(setup: Setup, uuid: Option<String>) -> Self {
         let system = setup.start();
         let mut scene = Self {
@@ -60,7 +60,7 @@ impl Recorded {
         scene
     }
 
-    /// Starts the machine, with the disks that it had.
+    /// Starts the VM with its present disks.
     pub fn boot(&mut self) {
         let mut machine = self.system.vm("web").running();
         if let Some(uuid) = &self.uuid {
@@ -79,7 +79,7 @@ impl Recorded {
         self.vm.as_ref().expect("the machine runs")
     }
 
-    /// Has the service know it under another name.
+    /// Renames the domain in the service.
     pub fn rename(&mut self, to: &str) {
         self.system.remove_domain_file(&self.name);
         self.name = to.to_owned();
@@ -97,7 +97,7 @@ impl Recorded {
         self.holds(disk, offset, length, 0);
     }
 
-    /// Discards what is there, in whole clusters: it reads as zeroes then.
+    /// Discards whole clusters, which then read as zeroes.
     pub fn discard(&mut self, disk: &'static str, offset: u64, length: u64) {
         assert!(offset.is_multiple_of(CLUSTER) && length.is_multiple_of(CLUSTER));
         self.vm().discard(disk, offset, length);
@@ -109,13 +109,13 @@ impl Recorded {
         content[offset as usize..(offset + length) as usize].fill(pattern);
     }
 
-    /// Ends QEMU in order, and starts it again.
+    /// Stops QEMU and starts it again.
     pub fn reboot(&mut self) {
         self.vm.take().expect("the machine runs").quit();
         self.boot();
     }
 
-    /// Ends QEMU as a crash would, and starts it again. What was flushed before is there.
+    /// Kills QEMU as in a crash, and starts it again. Flushed data is kept.
     pub fn crash(&mut self) {
         let mut vm = self.vm.take().expect("the machine runs");
         DISKS.iter().for_each(|disk| vm.flush(disk));
@@ -124,7 +124,7 @@ impl Recorded {
         self.boot();
     }
 
-    /// Makes a backup, which must be good; gives its id, and what was copied of each disk: mode and reason.
+    /// Makes a backup, which must complete; returns its id, and the mode and reason of each disk.
     pub async fn backup(&mut self, options: Options<'_>) -> (String, Vec<String>) {
         let caller = Caller::new(&self.system).await;
         let job = caller.start_with("web", "", &[], options).await;
@@ -155,7 +155,7 @@ impl Recorded {
         serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
     }
 
-    /// Every backup shows what there was at its instant.
+    /// Checks that every backup has the contents of its point in time.
     #[track_caller]
     pub fn check(&self) {
         for (id, disks) in &self.backups {
@@ -170,7 +170,7 @@ impl Recorded {
         }
     }
 
-    /// The checkpoints on the disks are those of these backups.
+    /// Checks that the disks have exactly the checkpoints of these backups.
     #[track_caller]
     pub fn assert_checkpoints(&self, ids: &[&str]) {
         for (index, disk) in DISKS.iter().enumerate() {
@@ -182,7 +182,7 @@ impl Recorded {
     }
 }
 
-/// What a reader of an image sees.
+/// Returns the content of an image as a reader sees it.
 #[track_caller]
 pub fn read(image: &Path) -> Vec<u8> {
     let raw = image.with_extension("read");
@@ -194,7 +194,7 @@ pub fn read(image: &Path) -> Vec<u8> {
     content
 }
 
-/// The id of the backup that a job makes in a store.
+/// Returns the id of the backup that a job makes in a store.
 pub async fn backup_id(job: &JobProxy<'_>) -> String {
     let disks = job.disks().await.unwrap();
     let target = PathBuf::from(&disks[0].4);

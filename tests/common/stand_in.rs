@@ -1,5 +1,5 @@
-//! Programs in place of QEMU's, which the service and the client find first: in C, because the sandbox of the real ones
-//! runs the program alone, and no script.
+//! Programs that the service and backupctl find instead of QEMU's tools. They are in C, because the sandbox executes
+//! only the program itself and no script.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,15 +9,15 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{process, wait};
 
-/// It does nothing, for ever.
+/// Hangs forever.
 pub const HANGS: &str = "poll(0, 0, -1);";
-/// It is killed at once.
+/// Is killed at once.
 pub const IS_KILLED: &str = "raise(SIGKILL);";
-/// A check that is stopped, and then finds nothing wrong.
+/// A check that is stopped, and then finds no error.
 pub const STOPS_AND_FINDS_NOTHING: &str =
     r#"raise(SIGSTOP); puts("{\"corruptions\": 0, \"check-errors\": 0}");"#;
 
-/// Where it is, below the directory that it is made in.
+/// The program's path below the directory in which it is created.
 const DIRECTORY: &str = "stand-in";
 
 pub struct StandIn {
@@ -25,7 +25,8 @@ pub struct StandIn {
 }
 
 impl StandIn {
-    /// Makes a program of that name in a directory below `parent` that has nothing else, of the statements of its `main`.
+    /// Creates a program of that name in a new directory below `parent`; the arguments are the statements of its
+    /// `main`.
     #[track_caller]
     pub fn new(parent: &Path, name: &str, statements: &str) -> Self {
         let includes = ["poll", "signal", "stdio"].map(|name| format!("#include <{name}.h>\n"));
@@ -33,7 +34,7 @@ impl StandIn {
         Self::compile(parent, name, &(includes.concat() + &main))
     }
 
-    /// The same of a whole text.
+    /// Creates a program from a complete source text.
     #[track_caller]
     pub fn compile(parent: &Path, name: &str, text: &str) -> Self {
         let directory = parent.join(DIRECTORY);
@@ -46,13 +47,13 @@ impl StandIn {
         Self { program }
     }
 
-    /// A PATH in which it comes first.
+    /// Returns a PATH in which the program comes first.
     pub fn path(&self) -> String {
         let parent = self.program.ancestors().nth(2).expect("it is below one");
         Self::path_below(parent)
     }
 
-    /// The same for what is still to be made.
+    /// Returns that PATH for a program that is created later.
     pub fn path_below(parent: &Path) -> String {
         format!(
             "{}:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -64,12 +65,12 @@ impl StandIn {
         &self.program
     }
 
-    /// From here on the real program is found.
+    /// Removes the program, so that the real one is found.
     pub fn remove(&self) {
         fs::remove_file(&self.program).unwrap();
     }
 
-    /// A process that runs it.
+    /// Returns a process that runs the program.
     pub fn running(&self) -> Option<Pid> {
         let processes = fs::read_dir("/proc").unwrap();
         let numbers = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
@@ -84,7 +85,7 @@ impl StandIn {
         wait::until("the program to have started", || self.running())
     }
 
-    /// Waits until it has stopped itself.
+    /// Waits until the program has stopped itself.
     #[track_caller]
     pub fn wait_for_stop(&self) -> Pid {
         wait::until("the program to have stopped", || {

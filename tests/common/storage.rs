@@ -1,4 +1,4 @@
-//! Places that a test writes to: small file systems, block devices, and what is in an image.
+//! Storage that a test writes to: small file systems, block devices, and the contents of images.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -6,15 +6,15 @@ use std::process::Command;
 
 use super::{process, wait};
 
-/// A tmpfs of a fixed size, for running out of space; unmounted on drop. The service sees it, so it can't be in a mount
-/// namespace of the test's own; it is mounted inside the test's directory, and `make test` runs all tests in one mount
-/// namespace, which takes it along even if the test process is killed.
+/// A tmpfs of a fixed size, to test a full file system. Dropping it unmounts it. The service must see it, so it cannot
+/// be in the test's own mount namespace. It is mounted inside the test's directory; `make test` runs all tests in one
+/// mount namespace, so the mount ends with them even if the test process is killed.
 pub struct Tmpfs {
     path: PathBuf,
 }
 
 impl Tmpfs {
-    /// Mounts it on `path`, which is made. `size` in bytes, a multiple of the page size.
+    /// Mounts it on `path`, which is created. `size` is in bytes, a multiple of the page size.
     #[track_caller]
     pub fn mount(path: &Path, size: u64) -> Self {
         std::fs::create_dir_all(path).expect("the mount point is made");
@@ -45,13 +45,13 @@ impl Drop for Tmpfs {
     }
 }
 
-/// A block device over a file; detached on drop.
+/// A loop device over a file. Dropping it detaches the file.
 pub struct LoopDevice {
     device: PathBuf,
 }
 
 impl LoopDevice {
-    /// Attaches `file`, which is made with this size in bytes (sparse) when it isn't there.
+    /// Attaches `file`. A missing file is created sparse with this size in bytes.
     #[track_caller]
     pub fn attach(file: &Path, size: u64) -> Self {
         if !file.exists() {
@@ -68,7 +68,7 @@ impl LoopDevice {
         &self.device
     }
 
-    /// Detaches its file, and attaches another one: the device keeps its name and number.
+    /// Detaches the file and attaches another one: the device keeps its name and number.
     #[track_caller]
     pub fn exchange(&self, file: &Path) {
         let device = self.device.as_os_str();
@@ -78,7 +78,7 @@ impl LoopDevice {
             process::run(command).expect_success();
         };
         losetup(["--detach".as_ref(), device]);
-        // Who has it open just now keeps the file attached.
+        // A process that has the device open keeps the file attached.
         let name = self.device.file_name().expect("a device has a name");
         let attached = Path::new("/sys/block").join(name).join("loop");
         wait::until("the file to be detached", || (!attached.exists()).then_some(()));
@@ -88,7 +88,7 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        // A device that is still open goes when it is closed.
+        // The kernel detaches a device that is still open when it is closed.
         let mut command = Command::new("losetup");
         command.arg("--detach").arg(&self.device);
         let output = process::run(command);
@@ -98,8 +98,8 @@ impl Drop for LoopDevice {
     }
 }
 
-/// Whether two images hold the same data, as `qemu-img compare` sees it: guest-visible content, and the same virtual
-/// size up to zeroes. Both must be closed by QEMU. Formats as in `qemu-img -f`.
+/// Compares two images with `qemu-img compare`: the content that the guest sees, and the virtual size up to trailing
+/// zeroes. QEMU must have closed both. Formats as in `qemu-img -f`.
 #[track_caller]
 pub fn identical(one: &Path, one_format: &str, other: &Path, other_format: &str) -> bool {
     let mut command = Command::new("qemu-img");
@@ -115,7 +115,7 @@ pub fn identical(one: &Path, one_format: &str, other: &Path, other_format: &str)
     }
 }
 
-/// Whether `length` bytes at `offset` of an image are all `pattern`. The image must be closed by QEMU.
+/// Whether `length` bytes at `offset` of an image are all `pattern`. QEMU must have closed the image.
 #[track_caller]
 pub fn holds(image: &Path, format: &str, offset: u64, length: u64, pattern: u8) -> bool {
     let mut command = Command::new("qemu-io");
@@ -137,8 +137,8 @@ pub fn holds(image: &Path, format: &str, offset: u64, length: u64, pattern: u8) 
     true
 }
 
-/// Every file below a directory, as sorted paths relative to it: what a backup left. Empty when it isn't there. What the service
-/// keeps of its own in a store is left out.
+/// Returns every file below a directory, as sorted relative paths, to find residue of a backup. Returns nothing if the
+/// directory does not exist. Leaves out the files that the service keeps in a store for itself.
 pub fn files_below(dir: &Path) -> Vec<String> {
     fn walk(dir: &Path, base: &Path, found: &mut Vec<String>) {
         for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -164,7 +164,7 @@ pub fn files_below(dir: &Path) -> Vec<String> {
     found
 }
 
-/// A directory in which nothing can be made, renamed or removed, not even by root; as before on drop.
+/// A directory in which no file can be created, renamed or removed, not even by root. Dropping this restores it.
 pub struct Immutable {
     path: PathBuf,
 }

@@ -1,5 +1,5 @@
-//! Virtual machines for tests: a real QEMU without a guest, stopped before its first instruction (`-S`), software
-//! emulation only. What a guest would write, the test writes with [`Vm::write`], through the same devices.
+//! VMs for tests: a real QEMU without a guest, stopped before its first instruction (`-S`), with software emulation
+//! only. The test performs the guest's writes with [`Vm::write`] through the same devices.
 
 use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
@@ -16,12 +16,12 @@ use super::observer::Observer;
 use super::process::{self, Process};
 use super::wait;
 
-/// How the names begin of the bitmaps that backups into a store leave on purpose.
+/// The prefix of the bitmaps that backups into a store keep on purpose.
 const CHECKPOINT: &str = "backupd-2";
-/// And how those end that stand beside them.
+/// The suffix of the size marker bitmaps beside them.
 const SENTINEL: &str = "-end";
 
-/// Of the same machine the same.
+/// Returns a UUID that is always the same for this name in this directory.
 fn uuid_of(dir: &Path, name: &str) -> String {
     let half = |part: u8| {
         let mut hasher = std::hash::DefaultHasher::new();
@@ -31,7 +31,7 @@ fn uuid_of(dir: &Path, name: &str) -> String {
     uuid::Uuid::from_u64_pair(half(0), half(1)).to_string()
 }
 
-/// A machine to be; from [`super::System::vm`] or [`Builder::new`].
+/// A VM that is not started yet; from [`super::System::vm`] or [`Builder::new`].
 pub struct Builder {
     name: String,
     uuid: String,
@@ -43,7 +43,8 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// One that has its own UUID, and has it again when it is started again. Its images, sockets and logs are in a new directory NAME in `dir` (absolute).
+    /// Returns a VM with its own UUID, which it keeps over restarts. Its images, sockets and logs are in a new
+    /// directory NAME in `dir` (absolute).
     pub fn new(dir: &Path, name: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -66,27 +67,27 @@ impl Builder {
         self
     }
 
-    /// Further arguments for QEMU, after all others.
+    /// Adds arguments for QEMU, after all others.
     pub fn extra(mut self, arguments: &[&str]) -> Self {
         self.extra
             .extend(arguments.iter().map(|argument| (*argument).to_owned()));
         self
     }
 
-    /// Lets the processor run (there is nothing to boot: the firmware says so and waits). Otherwise the machine is
-    /// stopped, and nothing writes but the test.
+    /// Lets the processor run; there is nothing to boot, so the firmware waits. Otherwise the VM is stopped, and only
+    /// the test writes.
     pub fn running(mut self) -> Self {
         self.running = true;
         self
     }
 
-    /// A guest that runs, and can power off: see [`Vm::guest`].
+    /// Adds a guest that runs and can power off: see [`Vm::guest`].
     pub fn guest(mut self) -> Self {
         self.guest = true;
         self
     }
 
-    /// Makes the images and starts QEMU; ready when its monitor answers, and its guest has booted, if it has one.
+    /// Creates the images and starts QEMU; returns when its monitor answers and its guest, if any, has booted.
     #[track_caller]
     pub fn start(self) -> Vm {
         std::fs::create_dir_all(&self.dir).expect("the machine's directory is made");
@@ -142,7 +143,7 @@ impl Builder {
     }
 }
 
-/// The QEMU to test with. A machine without one fails its tests: a test that is skipped proves nothing.
+/// Returns the QEMU to test with. Without one the tests fail, because a skipped test proves nothing.
 #[track_caller]
 pub fn qemu() -> PathBuf {
     if let Some(chosen) = std::env::var_os("BACKUPD_TEST_QEMU").filter(|value| !value.is_empty()) {
@@ -164,7 +165,7 @@ pub fn qemu() -> PathBuf {
         )
 }
 
-/// A machine that runs; killed on drop.
+/// A running VM. Dropping it kills QEMU.
 pub struct Vm {
     name: String,
     uuid: String,
@@ -175,16 +176,16 @@ pub struct Vm {
     process: Process,
 }
 
-/// What a backup could leave behind in QEMU. Two of these are equal when nothing was left, or taken away. What it leaves on
-/// purpose is not in it: see [`Vm::checkpoints`].
+/// Everything that a backup could leave behind in QEMU. Two of these are equal when a backup left no residue and
+/// removed nothing else. Bitmaps that a backup keeps on purpose are not included: see [`Vm::checkpoints`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Residue {
     pub jobs: Vec<String>,
     pub nodes: Vec<String>,
-    /// As `NODE/NAME`; a bitmap without a name ends with the slash.
+    /// As `NODE/NAME`; an entry without a name ends with the slash.
     pub bitmaps: Vec<String>,
     pub fdsets: Vec<i64>,
-    /// Latency histograms: as `DEVICE/KIND`.
+    /// Latency histograms as `DEVICE/KIND`.
     pub histograms: Vec<String>,
 }
 
@@ -198,7 +199,7 @@ impl Vm {
         self
     }
 
-    /// The guest of a machine that was made with one.
+    /// Returns the guest of a VM that was created with one.
     #[track_caller]
     pub fn guest(&mut self) -> &mut Guest {
         self.guest.as_mut().expect("the machine has a guest")
@@ -216,23 +217,23 @@ impl Vm {
         self.process.pid()
     }
 
-    /// The monitor socket that is the service's: QEMU takes one connection at a time on it.
+    /// Returns the path of the service's monitor socket. QEMU serves one connection at a time on it.
     pub fn monitor_path(&self) -> PathBuf {
         self.dir.join("service")
     }
 
-    /// A connection to the service's monitor that nobody has read from, to be handed over with `RegisterDomain`.
+    /// Connects to the service's monitor without reading from it, for `RegisterDomain`.
     pub fn monitor_stream(&self) -> UnixStream {
         UnixStream::connect(self.monitor_path()).expect("QEMU's monitor accepts a connection")
     }
 
-    /// The image of a disk. Look into it only when QEMU has ended.
+    /// Returns the image of a disk. Read it only after QEMU has ended.
     #[track_caller]
     pub fn source_path(&self, disk: &str) -> &Path {
         &self.disk(disk).1
     }
 
-    /// The image's format, as `qemu-img -f` wants it.
+    /// Returns the image's format as in `qemu-img -f`.
     #[track_caller]
     pub fn source_format(&self, disk: &str) -> &'static str {
         self.disk(disk).0.format
@@ -250,19 +251,19 @@ impl Vm {
         self.qemu_io(disk, &format!("write -P {pattern} {offset} {length}"));
     }
 
-    /// Writes zeroes as the guest would, which the image may keep without any data.
+    /// Writes zeroes as the guest would; the image may store them without data.
     #[track_caller]
     pub fn write_zeroes(&self, disk: &str, offset: u64, length: u64) {
         self.qemu_io(disk, &format!("write -z {offset} {length}"));
     }
 
-    /// Says as the guest would that it needs what is there no more. What it reads there then is not certain.
+    /// Discards as the guest would. The content of the range is undefined afterwards.
     #[track_caller]
     pub fn discard(&self, disk: &str, offset: u64, length: u64) {
         self.qemu_io(disk, &format!("discard {offset} {length}"));
     }
 
-    /// Flushes as the guest would: after it, and while nothing is written, a copy of the image's file is whole.
+    /// Flushes as the guest would. Until the next write, a copy of the image's file is complete.
     #[track_caller]
     pub fn flush(&self, disk: &str) {
         self.qemu_io(disk, "flush");
@@ -272,18 +273,18 @@ impl Vm {
     fn qemu_io(&self, disk: &str, what: &str) {
         let line = format!("qemu-io -d {} \"{what}\"", self.disk(disk).0.qom_path());
         let said = self.qmp("human-monitor-command", json!({ "command-line": line }));
-        // The monitor's answer is empty on success; "wrote …" goes to QEMU's standard output.
+        // The monitor's reply is empty on success; "wrote …" goes to QEMU's standard output.
         assert_eq!(said, "", "{line}");
     }
 
-    /// Runs a QMP command on the test's own connection, which must succeed.
+    /// Runs a QMP command on the test's own connection; it must succeed.
     #[track_caller]
     pub fn qmp(&self, command: &str, arguments: Value) -> Value {
         self.try_qmp(command, arguments)
             .unwrap_or_else(|error| panic!("{command}: {error}"))
     }
 
-    /// The same, with QEMU's refusal as the `Err`.
+    /// Runs a QMP command; QEMU's refusal is the `Err`.
     #[track_caller]
     pub fn try_qmp(&self, command: &str, arguments: Value) -> Result<Value, Value> {
         self.observer
@@ -292,8 +293,8 @@ impl Vm {
             .execute(command, arguments)
     }
 
-    /// Waits for an event that fits, from those that came since the start and were not taken yet; takes and returns it.
-    /// Other threads can use the machine meanwhile.
+    /// Waits for a matching event among all events since the start that were not taken yet, and takes it. Other
+    /// threads can use the VM while this waits.
     #[track_caller]
     pub fn wait_event(&self, name: &str, mut fits: impl FnMut(&Value) -> bool) -> Value {
         wait::until(&format!("QEMU's {name}"), || {
@@ -302,7 +303,7 @@ impl Vm {
         })
     }
 
-    /// What is in QEMU now of all that a backup makes.
+    /// Returns the objects of the kinds that a backup creates in QEMU.
     #[track_caller]
     pub fn residue(&self) -> Residue {
         let list = |command| match self.qmp(command, json!({})) {
@@ -337,7 +338,7 @@ impl Vm {
         residue
     }
 
-    /// The boundaries of the latency histograms that are set, in ns, by `DEVICE/KIND`, such as `vda/wr`.
+    /// Returns the boundaries of the latency histograms in ns, by `DEVICE/KIND`, such as `vda/wr`.
     #[track_caller]
     pub fn histograms(&self) -> BTreeMap<String, Vec<u64>> {
         let devices = self.qmp("query-blockstats", json!({}));
@@ -356,13 +357,13 @@ impl Vm {
         found
     }
 
-    /// QEMU's path of the device of a disk.
+    /// Returns QEMU's path of the device of a disk.
     #[track_caller]
     pub fn device_path(&self, disk: &str) -> String {
         self.disk(disk).0.qom_path()
     }
 
-    /// The checkpoints on a disk, by name, in order: where later backups can go on from.
+    /// Returns the checkpoints on a disk by name, in order.
     #[track_caller]
     pub fn checkpoints(&self, disk: &str) -> Vec<String> {
         let mut names = self.own_bitmaps(disk);
@@ -370,7 +371,8 @@ impl Vm {
         names
     }
 
-    /// The checkpoints on a disk that have a bitmap beside them that tells whether the disk was smaller since.
+    /// Returns the checkpoints on a disk that have a size marker bitmap, which shows whether the disk was smaller
+    /// since.
     #[track_caller]
     pub fn sentinels(&self, disk: &str) -> Vec<String> {
         let names = self.own_bitmaps(disk);
@@ -391,7 +393,7 @@ impl Vm {
         names
     }
 
-    /// The node that the guest writes to, of a disk that was given by `-blockdev`.
+    /// Returns the node that the guest writes to, for a disk in `-blockdev` style.
     #[track_caller]
     fn node(&self, disk: &str) -> Value {
         let drives = self.qmp("query-block", json!({}));
@@ -406,26 +408,26 @@ impl Vm {
             .expect("the disk has a node")
     }
 
-    /// The name of that node.
+    /// Returns the name of that node.
     #[track_caller]
     pub fn node_name(&self, disk: &str) -> String {
         let node = self.node(disk);
         node["node-name"].as_str().expect("a node has a name").to_owned()
     }
 
-    /// Lets the processor run, or go on.
+    /// Starts or resumes the processor.
     #[track_caller]
     pub fn cont(&self) {
         self.qmp("cont", json!({}));
     }
 
-    /// Stops the processor; the block layer, and so a backup, goes on.
+    /// Stops the processor; the block layer, and so a backup, continues.
     #[track_caller]
     pub fn stop(&self) {
         self.qmp("stop", json!({}));
     }
 
-    /// Freezes the whole QEMU (SIGSTOP): its monitors stay connected and say nothing.
+    /// Stops QEMU (SIGSTOP): its monitors stay connected and do not respond.
     pub fn freeze(&mut self) {
         self.process.signal(Signal::STOP);
     }
@@ -435,19 +437,19 @@ impl Vm {
         self.process.signal(Signal::CONT);
     }
 
-    /// SIGKILL, as a crash would be.
+    /// Kills QEMU (SIGKILL), as in a crash.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// Waits until QEMU has ended by itself, in order.
+    /// Waits until QEMU has ended by itself with success.
     #[track_caller]
     pub fn wait_for_end(&mut self) {
         let status = self.process.wait();
         assert_eq!(status, 0, "QEMU ends in order: {}", self.process.log());
     }
 
-    /// Ends QEMU in order, so that its images are closed and can be compared.
+    /// Stops QEMU with `quit`, so that its images are closed and can be compared.
     #[track_caller]
     pub fn quit(&mut self) {
         self.qmp("quit", json!({}));

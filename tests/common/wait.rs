@@ -1,15 +1,15 @@
-//! Waiting for a condition, never for a length of time.
+//! Waits for conditions, never for a length of time.
 
 use std::time::{Duration, Instant};
 
-/// After this long without what it waits for, a test fails. Generous, since a loaded machine with software emulation
-/// may be slow; a test that passes does not come near it.
+/// A test fails after this time without the condition. It is generous, because a loaded host with software emulation
+/// may be slow; a passing test does not come near it.
 pub const DEADLINE: Duration = Duration::from_secs(30);
-/// How often a condition is looked at.
+/// The interval between two checks of a condition.
 pub const STEP: Duration = Duration::from_millis(10);
 
-/// Looks until `condition` gives a value, and fails the test when it does not in [`DEADLINE`]. `what` completes the
-/// sentence "waited for …".
+/// Polls until `condition` returns a value, and fails the test after [`DEADLINE`]. `what` completes the sentence
+/// "waited for …".
 #[track_caller]
 pub fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     let began = Instant::now();
@@ -26,7 +26,7 @@ pub fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// The same in a test that must let its runtime go on: for conditions on proxies in this process.
+/// Polls without blocking the test's runtime: for conditions on proxies in this process.
 pub async fn until_async<T, F: Future<Output = Option<T>>>(
     what: &str,
     mut condition: impl FnMut() -> F,
@@ -45,7 +45,7 @@ pub async fn until_async<T, F: Future<Output = Option<T>>>(
     }
 }
 
-/// Bounds a future, such as the next signal of a stream, by [`DEADLINE`].
+/// Limits a future, such as the next signal of a stream, to [`DEADLINE`].
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(DEADLINE, future).await {
         Ok(value) => value,

@@ -482,7 +482,10 @@ async fn a_migration_fails_while_a_backup_runs_and_works_afterwards() {
         error_name(&refused),
         "org.example.Backup1.Error.DomainUnreachable"
     );
-    assert!(refused.to_string().contains("migrated away"), "{refused}");
+    assert!(
+        refused.to_string().contains("migrated to another host"),
+        "{refused}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -284,7 +284,7 @@ async fn an_unmounted_store_gets_no_backup() {
     assert!(refused.contains(".backupd/store"), "{refused}");
     // Looking for it changes nothing as long as it isn't there.
     let scanned = scene.rescan();
-    assert!(scanned.contains("is it mounted"), "{scanned}");
+    assert!(scanned.contains("Check that the store is mounted"), "{scanned}");
     scene.refuses("its mark (.backupd/store) is missing").await;
     let _mounted = Mounted::bind(&disk, &scene.path);
     scene.caller.complete("web", MountPoint::STORE).await;

@@ -340,7 +340,7 @@ async fn a_stopped_service_does_not_keep_the_guest_frozen() {
                 assert_completed(&job).await;
                 assert_eq!(manifest(&job).await["quiesced"], false);
             }
-            _ => assert_failed(&job, QUIESCE_FAILED, "cannot be frozen").await,
+            _ => assert_failed(&job, QUIESCE_FAILED, "cannot freeze the guest's file systems").await,
         }
         assert_eq!(wait_for_thaw(&agent, 1)[..2], [FREEZE, THAW]);
         assert_eq!(scene.vm.residue(), scene.before);
@@ -355,7 +355,7 @@ async fn an_agent_that_hangs_up_gets_the_thaw_after_it_reconnects() {
         _ => Answer::Proper,
     });
     let job = scene.start("require").await;
-    assert_failed(&job, QUIESCE_FAILED, "cannot be frozen").await;
+    assert_failed(&job, QUIESCE_FAILED, "cannot freeze the guest's file systems").await;
     assert_eq!(wait_for_thaw(&agent, 1), [FREEZE, THAW]);
 }
 
@@ -376,7 +376,7 @@ async fn the_duration_of_a_freeze_is_reported_and_recorded() {
         (&true.into(), &frozen.into())
     );
     let log = scene.system.daemon().log();
-    assert!(log.contains("file systems are thawed"), "{log}");
+    assert!(log.contains("file systems thawed"), "{log}");
     // By a service that knows it from its catalog, and by one that knows it from the store.
     let path = job.inner().path().clone();
     scene.system.stop_daemon();

@@ -268,11 +268,11 @@ async fn a_rescan_reports_bad_backups_and_removes_missing_ones_from_the_catalog(
     let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
     assert_eq!(found, 1, "{problems:#?}");
     let expected = [
-        (&partial, "was not finished"),
+        (&partial, "staging directory of an unknown job"),
         (&backups[1], "manifest.json: EOF"),
         (&backups[2], "vda.qcow2: No such file"),
-        (&backups[3], "that of 'another'"),
-        (&backups[4], "no domain can be called '1000:db'"),
+        (&backups[3], "belongs to backup 'another'"),
+        (&backups[4], "'1000:db' is not a valid name of a domain"),
         (&backups[5], "newer backupd"),
         (&backups[7], "belongs to user 7"),
     ];
@@ -311,7 +311,10 @@ async fn a_rescan_reports_bad_backups_and_removes_missing_ones_from_the_catalog(
     std::fs::create_dir(system.store()).unwrap();
     let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
     assert_eq!((found, problems.len()), (0, 1), "{problems:#?}");
-    assert!(problems[0].contains("is it mounted?"), "{problems:#?}");
+    assert!(
+        problems[0].contains("Check that the store is mounted"),
+        "{problems:#?}"
+    );
     system.stop_daemon();
     assert_eq!(records(&system), names);
 }
@@ -338,10 +341,7 @@ async fn a_rescan_imports_no_bad_backup_and_ignores_running_ones() {
     let directory = backups(&system)
         .into_iter()
         .find(|path| !path.to_str().unwrap().contains("/."));
-    let expected = format!(
-        "{}: job 1, which made it, did not complete",
-        directory.unwrap().display()
-    );
+    let expected = format!("{}: its job 1 did not complete", directory.unwrap().display());
     assert!(problems[0].starts_with(&expected), "{problems:#?}");
     cancel(&running).await;
     system.stop_daemon();

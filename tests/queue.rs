@@ -366,7 +366,7 @@ async fn queued_backups_survive_a_restart_except_those_into_open_files() {
     let job = root.job(root.manager.get_job(two).await.unwrap()).await;
     let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
     assert_eq!(result, "failed");
-    assert!(message.contains("open files"), "{message}");
+    assert!(message.contains("files that the caller had passed"), "{message}");
     let job = root.job(root.manager.get_job(one).await.unwrap()).await;
     assert_eq!(job.state().await.unwrap(), "queued");
     assert_eq!(job.queue_position().await.unwrap(), 1);
@@ -434,7 +434,7 @@ async fn a_queued_backup_runs_as_authorised_or_not_at_all() {
     fs::create_dir(&again).unwrap();
     cancel(&running).await;
     for (mut queued, why) in [
-        (disks, "disks are others"),
+        (disks, "disks changed"),
         (paths, "another file, device or directory"),
         (made_again, "another file, device or directory"),
     ] {

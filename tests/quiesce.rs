@@ -299,7 +299,11 @@ async fn an_agent_that_hangs_up_or_sends_garbage_fails_the_freeze() {
                 None => Answer::HangUp,
             });
             scene
-                .fails_and_leaves_nothing("require", QUIESCE_FAILED, "cannot be frozen")
+                .fails_and_leaves_nothing(
+                    "require",
+                    QUIESCE_FAILED,
+                    "cannot freeze the guest's file systems",
+                )
                 .await;
             assert!(!scene.complete("try").await.1, "{bad} {nonsense:?}");
             let frozen = agent.seen().iter().filter(|command| *command == FREEZE).count();
@@ -339,7 +343,7 @@ async fn a_guest_frozen_by_another_tool_stays_frozen_and_the_backup_reports_the_
     let agent = Agent::good(&scene.agent_path());
     agent.freeze();
     scene
-        .fails_and_leaves_nothing("require", QUIESCE_FAILED, "frozen already")
+        .fails_and_leaves_nothing("require", QUIESCE_FAILED, "another tool has frozen them")
         .await;
     let (backup, quiesced) = scene.complete("try").await;
     assert!(!quiesced);
@@ -348,7 +352,7 @@ async fn a_guest_frozen_by_another_tool_stays_frozen_and_the_backup_reports_the_
     let manifest = std::fs::read(backup.join("manifest.json")).unwrap();
     let manifest: Value = serde_json::from_slice(&manifest).unwrap();
     let why = manifest["quiesce-problem"].as_str().unwrap();
-    assert!(why.contains("frozen already"), "{why}");
+    assert!(why.contains("another tool has frozen them"), "{why}");
     // The job tells the same, to programs and to people.
     let job = scene.caller.manager.get_job(2).await.unwrap();
     let job = scene.caller.job(job).await;

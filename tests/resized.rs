@@ -184,7 +184,7 @@ async fn a_cut_while_the_backup_is_prepared_fails_it_and_the_next_is_full() {
     });
     let (job, vm_again) = tokio::join!(starting, cut);
     vm = vm_again.unwrap();
-    assert_failed(&job, "Busy", "was made smaller").await;
+    assert_failed(&job, "Busy", "shrank").await;
     let (image, how) = back_up(&caller).await;
     assert_eq!(how, "full resized");
     let mut content = vec![0x51; MIB as usize];

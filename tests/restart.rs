@@ -344,7 +344,7 @@ async fn an_unreadable_job_record_does_not_block_the_start() {
         scene.system.wait_for_domain("other");
         let caller = Caller::new(&scene.system).await;
         caller.complete("other", "").await;
-        assert!(scene.system.daemon().log().contains("a job is not recovered"));
+        assert!(scene.system.daemon().log().contains("cannot recover a job"));
         // A service that can read it finds it as it was.
         scene.system.stop_daemon();
         let catalog = rusqlite::Connection::open(scene.system.dir().join("state/catalog.sqlite")).unwrap();
@@ -382,7 +382,7 @@ async fn ends_well(mut scene: Scene, id: u32) {
         .try_start("web", "", &[], Options::new())
         .await
         .unwrap_err();
-    assert!(again.to_string().contains("under way"), "{again}");
+    assert!(again.to_string().contains("is busy"), "{again}");
     job.set_speed(0).await.unwrap();
     let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
     assert_eq!((result.as_str(), message.as_str()), ("completed", ""));

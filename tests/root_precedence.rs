@@ -86,7 +86,7 @@ async fn a_users_backup_that_copies_as_it_should_is_waited_for() {
     let root_starts = async || root.try_start("web", "", &[], Options::new()).await.ok();
     let next = wait::until_async("the place to be free", root_starts).await;
     let ended = root.job(path).await;
-    assert_displaced(&ended, "had left").await;
+    assert_displaced(&ended, "has left the bus").await;
     assert_completed(&root.job(next).await).await;
     assert!(!targets.join("a.qcow2").exists());
 }

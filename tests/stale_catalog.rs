@@ -184,7 +184,7 @@ async fn a_catalog_older_than_an_incremental_does_not_release_its_base() {
     let next = caller.complete("web", "").await;
     assert_eq!(kind(&next).await, "incremental");
     let log = system.daemon().log();
-    assert!(log.contains("the store is not as the catalog knows it"), "{log}");
+    assert!(log.contains("the catalog does not match the store"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -171,7 +171,7 @@ async fn data_that_a_write_back_lost_while_the_service_stopped_is_no_backup() {
     let mut log = String::new();
     until_async("the service to leave the backup", || {
         log = scene.system.daemon().log();
-        let left = log.contains("leaving the backup to a later process");
+        let left = log.contains("leaving the backup to a later instance of the service");
         async move { left.then_some(()) }
     })
     .await;
@@ -284,7 +284,7 @@ async fn a_full_target_is_recognised_in_whatever_language_qemu_reports_it() {
     std::fs::write(full.path().join("filler"), vec![1; 256 * MIB as usize]).unwrap_err();
     job.set_speed(0).await.unwrap();
     let why = format!(
-        "disk 'vda': {german}. The reason is probably that the file system of {} is full",
+        "disk 'vda': {german}. The file system of {} is probably full",
         target.display()
     );
     assert_failed(&job, "NoSpace", &why).await;
@@ -345,7 +345,7 @@ async fn a_vm_whose_target_hangs_is_not_backed_up_elsewhere_and_goes_on() {
         let refused = within("an answer", next).await.unwrap_err();
         assert_eq!(error_name(&refused), format!("{OURS}Busy"), "{refused}");
         assert!(
-            refused.to_string().contains("still has something of job"),
+            refused.to_string().contains("still has objects of job"),
             "{refused}"
         );
         assert_ne!(scene.vm.residue(), scene.before, "QEMU answers");

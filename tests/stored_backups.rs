@@ -487,7 +487,10 @@ async fn a_restore_that_the_service_did_not_survive_is_recorded_as_failed() {
     let restored = root.job(root.manager.get_job(number).await.unwrap()).await;
     let (result, _, message) = restored.wait().await.unwrap();
     assert_eq!(result, "failed");
-    assert!(message.contains("the service was ended"), "{message}");
+    assert!(
+        message.contains("the service restarted during the job"),
+        "{message}"
+    );
     assert_eq!(restored.mode().await.unwrap(), "restore");
     let jobs = root.manager.list_jobs().await.unwrap();
     assert!(

@@ -1,8 +1,8 @@
-//! The bandwidth of a store, divided among the backups that copy into it.
+//! Divides the bandwidth of a store among the backups that copy into it.
 //!
-//! What they copy together is never more than the store's bandwidth: a backup gets more only when QEMU has confirmed that
-//! another one copies less. A backup with a lower limit of its own leaves the rest to the others. It divides numbers and
-//! sends no command.
+//! Together they never copy more than the store's bandwidth: a backup gets more only after QEMU has confirmed that
+//! another one copies less. A backup with a lower limit of its own leaves the rest to the others. Only computes speeds,
+//! and sends no command.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,9 +32,9 @@ struct Members {
 #[derive(Debug)]
 struct Member {
     job: Arc<Job>,
-    /// It may copy so much.
+    /// The speed that it may use.
     granted: u64,
-    /// QEMU may still copy so much.
+    /// The speed that QEMU may still use.
     in_qemu: u64,
 }
 
@@ -44,7 +44,7 @@ impl Member {
     }
 }
 
-/// A backup's part. It is given back when it is dropped: not before QEMU has stopped copying.
+/// A backup's part of the bandwidth. The owner drops it, which returns it, only after QEMU has stopped copying.
 #[derive(Debug)]
 pub struct Part {
     pool: Option<Arc<Pool>>,
@@ -64,13 +64,13 @@ impl Bandwidth {
         Self(limited.collect())
     }
 
-    /// Gives a backup its part before it begins to copy.
+    /// Adds a backup that has not begun to copy.
     pub fn join(&self, job: &Arc<Job>) -> Part {
         self.add(job, |_| 0)
     }
 
-    /// Gives a backup its part that an earlier process began: until QEMU has confirmed another speed, it may copy as much as the
-    /// store's bandwidth.
+    /// Adds a backup that an earlier instance began. Until QEMU has confirmed another speed, the backup may copy with
+    /// the store's whole bandwidth.
     pub fn resume(&self, job: &Arc<Job>) -> Part {
         self.add(job, |limit| limit)
     }
@@ -87,13 +87,13 @@ impl Bandwidth {
 }
 
 impl Part {
-    /// The speed that QEMU is about to be given.
+    /// Returns the speed that the caller is about to send to QEMU.
     pub fn claim(&self) -> u64 {
         let Some(pool) = &self.pool else {
             return self.job.speed.limits().effective();
         };
         let mut members = pool.lock();
-        // The limit of its own may be another one.
+        // The backup's own limit may have changed.
         members.divide(pool.limit);
         let speed = self.job.speed.limits().effective();
         if let Some(member) = members.by_number.get_mut(&self.number) {
@@ -102,7 +102,7 @@ impl Part {
         speed
     }
 
-    /// QEMU has confirmed the speed.
+    /// Reports that QEMU has confirmed the speed.
     pub fn confirm(&self, speed: u64) {
         if let Some(pool) = &self.pool {
             let mut members = pool.lock();
@@ -145,7 +145,7 @@ impl Pool {
 }
 
 impl Members {
-    /// Lowers at once, and raises by what is free.
+    /// Lowers speeds at once, and raises them only by what is free.
     fn divide(&mut self, limit: u64) {
         let own: Vec<u64> = self
             .by_number
@@ -166,13 +166,13 @@ impl Members {
             let before = member.in_use();
             member.granted = (*share).min(before.saturating_add(free));
             free -= member.in_use() - before;
-            // To QEMU, 0 is no limit.
+            // For QEMU, 0 means unlimited.
             member.job.speed.set_share(member.granted.max(1));
         }
     }
 }
 
-/// The share of each of those that have these limits of their own; 0 is no limit.
+/// Returns the share of each backup, given the backups' own limits; 0 means no own limit.
 fn shares(limit: u64, own: &[u64]) -> Vec<u64> {
     let bound = |own: u64| if own == 0 { u64::MAX } else { own };
     let mut order: Vec<usize> = (0..own.len()).collect();
@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_of_its_own_leaves_the_rest_to_the_others() {
+    fn a_backup_with_a_low_limit_leaves_the_rest_to_the_others() {
         assert_eq!(shares(100, &[]), [0; 0]);
         assert_eq!(shares(100, &[0]), [100]);
         assert_eq!(shares(100, &[0, 0, 0]), [33, 33, 34]);

@@ -1,4 +1,4 @@
-//! The boot id of the host: data of an earlier boot that was not made durable may be lost.
+//! The boot id of the host. Data that was not durable before a reboot may be lost.
 
 use std::io;
 
@@ -6,13 +6,13 @@ use uuid::Uuid;
 
 /// Set by the unit file, because the unit hides `/proc/sys` from the service.
 const VARIABLE: &str = "BACKUPD_BOOT_ID";
-/// As proc(5) describes it.
+/// Documented in proc(5).
 const FILE: &str = "/proc/sys/kernel/random/boot_id";
 
 /// A boot of the host.
 pub type BootId = Uuid;
 
-/// The boot in which this process runs.
+/// Returns the boot in which this process runs.
 pub fn current() -> io::Result<BootId> {
     let text = match std::env::var(VARIABLE) {
         Ok(text) => text,

@@ -1,25 +1,25 @@
-//! The domains that have work under way, and those that root waits for. Pure but for the clock.
+//! The domains with running work, and those that are kept for root. Pure except for the clock.
 //!
-//! A domain has one backup, or one change of its checkpoints, at a time. After a restart of the service it can have two: an
-//! earlier process left one whose storage hangs, and began another.
+//! A domain has one backup, or one change of its checkpoints, at a time. After a restart of the service it can have
+//! two: the hanging job of an earlier instance, and a later one.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::manager::ROOT;
 
-/// For how long nobody else begins a backup of a domain after root found one under way.
+/// How long other users must wait after root found a backup of another user running.
 const AWAITED: Duration = Duration::from_secs(600);
 
-/// By the unique names of the domains. A domain that comes in place of another has its name, and may be the same VM.
+/// Keyed by the domains' unique names. A domain that replaces another has the same name, and may be the same VM.
 #[derive(Debug, Default)]
 pub struct Busy {
     work: HashMap<String, Work>,
-    /// Domains that root could not back up because of another user's backup, and until when others have to wait.
+    /// Domains that root could not back up because of another user's backup, and until when others must wait.
     awaited: HashMap<String, Instant>,
 }
 
-/// How much is under way on a domain.
+/// The number of running jobs of a domain.
 #[derive(Debug, Default)]
 struct Work {
     all: usize,
@@ -31,14 +31,14 @@ impl Busy {
         self.work.contains_key(domain)
     }
 
-    /// Whether that user's work on the domain may begin.
+    /// Returns whether this user's work on the domain may begin.
     pub fn lets_in(&self, domain: &str, uid: u32) -> bool {
         let now = Instant::now();
         let is_awaited = || self.awaited.get(domain).is_some_and(|until| *until > now);
         !self.contains(domain) && (uid == ROOT || !is_awaited())
     }
 
-    /// That user's work begins, whatever else is under way.
+    /// Counts this user's work, even if other work on the domain runs.
     pub fn begin(&mut self, domain: &str, uid: u32) {
         let work = self.work.entry(domain.to_owned()).or_default();
         work.all += 1;
@@ -48,7 +48,7 @@ impl Busy {
         }
     }
 
-    /// That user's work is over.
+    /// Removes this user's work from the count.
     pub fn end(&mut self, domain: &str, uid: u32) {
         let Some(work) = self.work.get_mut(domain) else {
             return;
@@ -60,7 +60,7 @@ impl Busy {
         }
     }
 
-    /// Has other users wait for root's backup of the domain, unless one of root's is under way already.
+    /// Makes other users wait for root's backup of the domain, unless work of root's already runs.
     pub fn await_root(&mut self, domain: &str) {
         let now = Instant::now();
         self.awaited.retain(|_, until| *until > now);
@@ -69,7 +69,7 @@ impl Busy {
         }
     }
 
-    /// Root's backup of the domain runs, or is in the queue, where it comes before the others.
+    /// Ends that wait: root's backup of the domain runs, or is in the queue, where it precedes others.
     pub fn is_here(&mut self, domain: &str) {
         self.awaited.remove(domain);
     }

@@ -1,8 +1,9 @@
 //! The bases that earlier backups provide: their images in the store, and the checkpoints on the domain's disks.
 //!
-//! A checkpoint is a persistent dirty bitmap that records from a backup's point in time on. Its name has the backup's id in it, so
-//! no other record is needed: it is pending until its backup is in the catalog, and usable from then on.
-//! Bitmaps with other names belong to other programs and are left alone. A checkpoint without a backup has an id of the same form.
+//! A checkpoint is a persistent dirty bitmap that records writes since a backup's point in time. Its name contains the
+//! backup's id, so its status follows from the catalog: pending until the backup is recorded, usable afterwards. A
+//! checkpoint without a backup has an id of the same form. Bitmaps with other names belong to other programs and stay
+//! untouched.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -27,26 +28,25 @@ use crate::qmp;
 use crate::qmp::block::{BlockDirtyBitmap, Transaction, TransactionAction};
 use crate::target::Shelf;
 
-/// Earlier backups that are looked at: the newest. What is to go on from an older one is made as a full one.
+/// The number of newest backups that are considered as bases. A backup that would need an older base is full.
 const LOOKED_AT: u32 = 256;
-/// How many checkpoints on a disk that are not on record are left to the service that made them.
+/// How many checkpoints of unknown origin stay on each disk, for the service that created them.
 const UNKNOWN: usize = 16;
 
-/// The name of the bitmap that records what is written to a disk from a backup's instant on. `disk` is its index in the
-/// backup's plan.
+/// Returns the name of the bitmap that records a disk's writes since the backup's point in time. `disk` is the disk's
+/// index in the backup's plan.
 pub(super) fn checkpoint_name(backup_id: &str, disk: usize) -> String {
     format!("backupd-{backup_id}-{disk}")
 }
 
-/// The backup from whose instant on a bitmap of that name records.
+/// Returns the id of the backup at whose point in time the bitmap was created.
 fn backup_of(checkpoint: &str) -> Option<&str> {
     let (id, disk) = checkpoint.strip_prefix("backupd-")?.rsplit_once('-')?;
     let number = !disk.is_empty() && disk.bytes().all(|byte| byte.is_ascii_digit());
     (number && is_backup_id(id)).then_some(id)
 }
 
-/// The backups of a domain in a directory of a store, from the one that was made last on, and what of them can be built
-/// upon.
+/// Returns the backups of a domain in a directory of a store, the newest first, with their usability as bases.
 pub(super) async fn earlier(
     setting: &Setting,
     (store, path): (&str, PathBuf),
@@ -74,7 +74,8 @@ fn look(
     key: &Key,
     progress: &Progress,
 ) -> Vec<Earlier> {
-    // What cannot be looked at cannot be built upon, nor can the new backup be put there, which says why.
+    // After a failure no image counts as usable, so the backup is full. If the store is not usable at all, the backup
+    // fails later with the store's error.
     let shelf = Shelf::of_store(store).and_then(|store| store.below(directory.as_str()));
     let shelf = shelf.ok().flatten();
     let parsed = stored.iter().filter_map(|stored| {
@@ -122,7 +123,7 @@ fn look(
     earlier
 }
 
-/// Whether an image is there, as far as its length tells.
+/// Returns whether an image exists and has its recorded length.
 fn is_whole(directory: &Shelf, disk: &model::Disk) -> bool {
     match (directory.file_size(&disk.file), disk.length) {
         (Ok(length), Some(then)) => length == then,
@@ -132,9 +133,10 @@ fn is_whole(directory: &Shelf, disk: &model::Disk) -> bool {
 }
 
 impl Footprint {
-    /// Begins to record on every disk of which the plan says so. It is done before the backup's instant, for a bitmap cannot
-    /// be added in the same transaction: what is written in between is copied once more by the next backup. A disk that
-    /// takes no more is backed up all the same, and the next time as a whole, unless the call described the checkpoint.
+    /// Creates the checkpoints of the plan. QEMU cannot add a bitmap and start the backup in one transaction, so the
+    /// bitmaps come first. The next backup therefore copies the writes in between again. If QEMU refuses a bitmap, the
+    /// disk is still backed up, and its next backup is full. If the request describes the checkpoint, the backup fails
+    /// instead.
     pub async fn make_checkpoints(&self, job: &Job) -> Result<(), Error> {
         let planned = job.plan.disks.iter().enumerate();
         let disks: Vec<(usize, &DiskPlan)> = planned.filter(|(_, disk)| disk.checkpoint).collect();
@@ -144,7 +146,7 @@ impl Footprint {
         let sizes = disks.iter().map(|(_, disk)| disk.virtual_size);
         let marks = match self.make_marks(sizes).await {
             Ok(marks) => marks,
-            // Their bitmaps are removed with the rest.
+            // `release` removes the nodes together with the other objects.
             Err(error) => return without_checkpoint(job, first, error),
         };
         for (index, disk) in disks {
@@ -156,12 +158,12 @@ impl Footprint {
         self.forget_marks(marks).await.map_err(Error::Lost)
     }
 
-    /// Removes the checkpoints on the domain's disks that no later backup goes on from: of backups that failed, were removed,
-    /// or are older than those that their store records from; and those that do not have everything, which would also keep
-    /// the disk from being resized.
+    /// Removes checkpoints that no later backup will use as a base. These are checkpoints of failed or removed backups,
+    /// and those beyond the number that their store keeps. Inconsistent ones are removed too, because they also prevent
+    /// resizing of the disk.
     ///
-    /// `kept` are the disks as they were seen last: they are asked for again if that was another QEMU, or if a node of this job
-    /// was in place of one.
+    /// `kept` is the last known state of the disks. It is queried again if it comes from another QEMU, or if it shows a
+    /// node of this job in place of a disk.
     pub async fn settle_checkpoints(
         &self,
         kept: Option<(Arc<Link>, Vec<Disk>)>,
@@ -179,7 +181,7 @@ impl Footprint {
     }
 }
 
-/// A disk of which QEMU keeps no record.
+/// Handles a disk on which QEMU cannot create the checkpoint.
 fn without_checkpoint(job: &Job, disk: &DiskPlan, source: qmp::Error) -> Result<(), Error> {
     if !source.is_refusal() {
         return Err(Error::Lost(source));
@@ -192,23 +194,24 @@ fn without_checkpoint(job: &Job, disk: &DiskPlan, source: qmp::Error) -> Result<
         job = job.id,
         disk = disk.name,
         error = %source,
-        "no later backup of the disk can go on from this one"
+        "cannot create the checkpoint of the disk; its next backup will be full"
     );
     Ok(())
 }
 
-/// See [`Footprint::settle_checkpoints`]. Nothing else is done to the domain's checkpoints meanwhile.
+/// See [`Footprint::settle_checkpoints`]. The caller makes sure that nothing else changes the domain's checkpoints at
+/// the same time.
 pub(super) async fn settle(link: &Link, domain: &Domain, setting: &Setting) -> Result<(), Error> {
     let disks = link.disks().await.map_err(Error::Lost)?;
     settle_disks(link, domain, &disks, setting).await
 }
 
 impl Greeter for Jobs {
-    /// Removes what nobody needs, and what keeps the disks from being resized or reverted, when a QEMU comes that has it: its
-    /// next backup may be far away. While a job works on the domain, its end does.
+    /// Removes useless checkpoints, and those that prevent resizing or reverting the disks, when a QEMU connects: the
+    /// domain's next backup may be far away. If a job works on the domain, the job does this at its end.
     fn greet<'a>(&'a self, domain: &'a Domain, link: &'a Link, snapshot: &'a Snapshot) -> BoxFuture<'a, ()> {
         Box::pin(async move {
-            // What arrives by a migration is still another QEMU's.
+            // During an incoming migration, the source QEMU still owns the disks.
             if self.is_busy(domain) || snapshot.migration.is_some() {
                 return;
             }
@@ -217,7 +220,7 @@ impl Greeter for Jobs {
                 tracing::warn!(
                     domain = domain.name,
                     %error,
-                    "checkpoints that are of no use stay until the next backup"
+                    "cannot remove useless checkpoints; the next backup tries again"
                 );
             }
         })
@@ -238,9 +241,9 @@ async fn settle_disks(link: &Link, domain: &Domain, disks: &[Disk], setting: &Se
         let cleared = disk.has_snapshots && domain.checkpoints == CheckpointPolicy::Auto;
         for name in unwanted(disk, cleared, &uses, &setting.stores) {
             match link.client.execute(Transaction::of(removal(disk, name))).await {
-                // A block job of somebody's reads it just now, or it is gone already.
+                // A block job of another client reads the bitmap, or the bitmap is gone already.
                 Err(error) if error.is_refusal() => {
-                    tracing::info!(disk = disk.name, %error, "a checkpoint is removed later");
+                    tracing::info!(disk = disk.name, %error, "cannot remove a checkpoint yet");
                 }
                 result => drop(result.map_err(Error::Lost)?),
             }
@@ -249,7 +252,8 @@ async fn settle_disks(link: &Link, domain: &Domain, disks: &[Disk], setting: &Se
     Ok(())
 }
 
-/// The actions of a transaction that remove a checkpoint from a disk with its sentinel, or as much of both as is there.
+/// Returns the actions that remove a checkpoint and its sentinel from a disk, as far as they exist. The caller puts
+/// them into one transaction.
 pub(super) fn removal(disk: &Disk, checkpoint: &str) -> Vec<TransactionAction> {
     let names = [checkpoint.to_owned(), sentinel_name(checkpoint)];
     let there = names.into_iter().filter(|name| disk.bitmap(name).is_some());
@@ -262,38 +266,38 @@ pub(super) fn removal(disk: &Disk, checkpoint: &str) -> Vec<TransactionAction> {
     there.map(remove).collect()
 }
 
-/// All checkpoints of which something is on a disk, by their bitmaps' names.
+/// Returns the bitmap names of all checkpoints on a disk, including those of which only the sentinel remains.
 pub(super) fn own(disk: &Disk) -> impl Iterator<Item = &str> {
     checkpoints(disk).map(|(_, name)| name).chain(orphans(disk))
 }
 
-/// Checkpoints that are not there any more, and whose sentinels are.
+/// Returns the checkpoints of which only the sentinel remains.
 fn orphans(disk: &Disk) -> impl Iterator<Item = &str> {
     let names = disk.bitmaps.iter().map(|bitmap| bitmap.name.as_str());
     let of = names.filter_map(checkpoint_of_sentinel);
     of.filter(|name| backup_of(name).is_some() && disk.bitmap(name).is_none())
 }
 
-/// Our bitmaps on a disk, as (backup's id, bitmap's name).
+/// Returns this service's bitmaps on a disk, as (backup's id, bitmap's name).
 pub(super) fn checkpoints(disk: &Disk) -> impl Iterator<Item = (&str, &str)> {
     let names = disk.bitmaps.iter().map(|bitmap| bitmap.name.as_str());
     names.filter_map(|name| backup_of(name).map(|id| (id, name)))
 }
 
-/// What a checkpoint is of use for.
+/// The use of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Use {
-    /// Backups into these stores go on from it: at least one.
+    /// It can be the base for backups into these stores. There is at least one.
     Base(Vec<Order>),
-    /// Somebody made it for a use of his own, and deletes it.
+    /// Somebody created it without a backup, and deletes it explicitly.
     Alone,
-    /// They may.
+    /// Its backup is not complete yet.
     Pending,
     None,
     Unknown,
 }
 
-/// A backup's place in the order of making in a directory of a store.
+/// The position of a backup among those in a directory of a store.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Order {
     store: String,
@@ -329,7 +333,7 @@ impl Use {
     }
 }
 
-/// The checkpoints of a disk that nobody needs. `cleared` is whether those of backups go, too, for its image's internal
+/// Returns the useless checkpoints of a disk. `cleared`: checkpoints of backups go too, because the image has internal
 /// snapshots.
 fn unwanted<'a>(
     disk: &'a Disk,
@@ -338,7 +342,7 @@ fn unwanted<'a>(
     stores: &BTreeMap<String, Store>,
 ) -> Vec<&'a str> {
     let mut found: Vec<(&str, &str)> = checkpoints(disk).collect();
-    // The newest first: what is not known has nothing but its name to go by.
+    // The newest first: for checkpoints of unknown origin, only the name shows the age.
     found.sort_by_key(|(id, _)| Reverse(*id));
     let (bases, mut unknown) = (needed(&found, uses, stores), 0);
     let inconsistent = |name: &str| disk.bitmap(name).is_some_and(|bitmap| bitmap.inconsistent);
@@ -361,8 +365,8 @@ fn unwanted<'a>(
         .collect()
 }
 
-/// The backups that a store's next ones go on from: as many as the store has checkpoints, from the one that was made last
-/// on, for each directory. A backup that several stores have is needed if one of them needs it.
+/// Returns the backups that serve as bases for the next ones: for each directory, as many of the newest as the store
+/// keeps checkpoints. A backup in several stores is needed if one of them needs it.
 fn needed<'a>(
     found: &[(&'a str, &str)],
     uses: &'a BTreeMap<&str, Use>,
@@ -379,7 +383,7 @@ fn needed<'a>(
     for (order, id) in orders {
         let count = counts.entry((&order.store, &order.directory)).or_default();
         *count += 1;
-        // What a store that is not configured now needs when it is again is not known.
+        // If a store is not configured at the moment, the service does not know how many checkpoints it keeps.
         if stores
             .get(&order.store)
             .is_none_or(|store| *count <= store.checkpoints)
@@ -391,7 +395,7 @@ fn needed<'a>(
 }
 
 impl Job {
-    /// Whether its end changes which checkpoints are of use.
+    /// Returns whether the end of the job can make checkpoints useless.
     pub(super) fn has_checkpoints(&self) -> bool {
         matches!(self.plan.destination, Destination::Store { .. })
     }
@@ -445,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn only_our_bitmaps_are_known_by_their_names() {
+    fn only_bitmaps_of_this_service_are_recognised() {
         assert_eq!(backup_of(&checkpoint_name(&id(7), 12)), Some(id(7).as_str()));
         for name in [
             "backupd-20261123T055907Z-10ebf9b0",
@@ -466,14 +470,14 @@ mod tests {
             store: store.into(),
             directory: directory.into(),
             sequence: sequence.into(),
-            // Whatever the clock said.
+            // The clock may have been wrong at any time.
             instant: Timestamp::from_second(100 - i64::from(sequence)).unwrap(),
         }
     }
 
     #[test]
     fn a_checkpoint_of_a_backup_in_two_stores_stays_while_one_of_them_needs_it() {
-        // The copy of the store keeps none.
+        // The copy of the store keeps no checkpoint.
         let both = |second| Use::Base(vec![order(second, "none", "web"), order(second, "s", "web")]);
         assert_eq!(kept(&[1, 2, 3, 4], both), [3, 4]);
         let copied = |second| Use::Base(vec![order(second, "none", "web")]);
@@ -481,13 +485,13 @@ mod tests {
     }
 
     #[test]
-    fn what_another_domain_goes_on_from_takes_no_place_of_this_ones() {
+    fn checkpoints_of_another_domain_do_not_count_for_this_one() {
         let two = |second| Use::Base(vec![order(second, "s", if second < 3 { "web" } else { "copy" })]);
         assert_eq!(kept(&[1, 2, 3, 4], two), [1, 2, 3, 4]);
     }
 
     #[test]
-    fn a_sentinel_goes_with_its_checkpoint_and_one_without_goes_too() {
+    fn a_sentinel_is_removed_with_its_checkpoint_or_without_one() {
         let mut disk = disk(&[1, 2]);
         let names = [1, 2, 3].map(|second| checkpoint_name(&id(second), 0));
         for name in [
@@ -525,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn where_an_image_holds_snapshots_only_what_somebody_made_on_purpose_stays() {
+    fn with_internal_snapshots_only_explicit_checkpoints_stay() {
         let disk = disk(&[1, 2, 3]);
         let ids = [1, 2, 3].map(id);
         let uses = [Use::Base(vec![order(1, "s", "web")]), Use::Alone, Use::Pending];
@@ -539,10 +543,10 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_of_each_store_stay_and_those_of_no_backup_go() {
+    fn the_newest_of_each_store_stay_and_those_without_a_backup_go() {
         let there = |second: u32, store: &str| Use::Base(vec![order(second, store, "web")]);
         assert_eq!(kept(&[1, 2, 3, 4], |second| there(second, "s")), [3, 4]);
-        // By the order of making, not by their names.
+        // Ordered by sequence number, not by name.
         assert_eq!(kept(&[1, 2, 3, 4], |second| there(9 - second, "s")), [1, 2]);
         let two_stores = |second| there(second, if second % 2 == 0 { "s" } else { "unconfigured" });
         assert_eq!(kept(&[1, 2, 3, 4, 6], two_stores), [1, 3, 4, 6]);

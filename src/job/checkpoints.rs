@@ -1,8 +1,8 @@
-//! The checkpoints that a domain has: listed, made without a backup, and removed.
+//! Lists, creates and deletes the checkpoints of a domain.
 //!
-//! The bitmaps on the disks are authoritative; the catalog only says what they mean. A new checkpoint is recorded as pending
-//! before its bitmaps are made: if the service ends in between, the next start that settles the domain's checkpoints
-//! removes them.
+//! The bitmaps on the disks are authoritative; the catalog only adds their names and times. The catalog records a new
+//! checkpoint as pending before QEMU creates its bitmaps. If the service ends in between, the next clean-up of the
+//! domain's checkpoints removes them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,34 +26,35 @@ use crate::plan::{self, ChosenStore, Existing, Past};
 use crate::qmp::Done;
 use crate::qmp::block::{BlockDirtyBitmapAdd, Transaction, TransactionAction};
 
-/// Checkpoints without a backup that a domain can have.
+/// The maximum number of checkpoints without a backup that a domain can have.
 const MOST_ALONE: u32 = 64;
-/// Checkpoints, and bitmaps of them, that are looked at: the newest. No honest machine comes near.
+/// Only the newest checkpoints and bitmaps up to these limits are read. They protect the service against a malicious
+/// guest's QEMU; real VMs have far fewer.
 const MOST_LOOKED_AT: usize = 1024;
 const MOST_BITMAPS: usize = 16384;
 
-/// A checkpoint that the domain has now.
+/// An existing checkpoint of the domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// In the names of its bitmaps; that of its backup, if it has one.
+    /// The id in the names of its bitmaps. If the checkpoint has a backup, the backup has the same id.
     pub id: String,
-    /// The id where it has no other.
+    /// The name, or the id if it has no name.
     pub name: String,
     pub description: Option<String>,
-    /// What is written from then on is recorded.
+    /// The point in time from which the bitmaps record writes.
     pub time: Timestamp,
-    /// The store that its backup is in.
+    /// The store of its backup, if it has one.
     pub store: Option<String>,
-    /// Those of the domain's disks now that have it.
+    /// The present disks of the domain that have this checkpoint.
     pub disks: Vec<Record>,
 }
 
-/// What a disk has of a checkpoint.
+/// The bitmap of a checkpoint on one disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     pub disk: String,
     pub bitmap: String,
-    /// It has everything that was written.
+    /// The bitmap has recorded all writes.
     pub good: bool,
 }
 
@@ -71,7 +72,7 @@ impl Checkpoint {
     }
 }
 
-/// The checkpoint of that name, the newest if there are several, and the one before it.
+/// Returns the checkpoint with this name (the newest if there are several), and the one before it.
 pub fn named<'a>(
     checkpoints: &'a [Checkpoint],
     name: &str,
@@ -86,7 +87,7 @@ pub fn named<'a>(
     Ok((&checkpoints[index], before))
 }
 
-/// The document of a checkpoint, with all of the domain's disks.
+/// Returns the document of a checkpoint. It lists all disks of the domain.
 pub fn definition(
     checkpoint: &Checkpoint,
     parent: Option<&Checkpoint>,
@@ -107,17 +108,18 @@ pub fn definition(
 }
 
 impl Jobs {
-    /// A store with the domain's directory there, and what the domain has of former backups that a new one into the store
-    /// could go on from.
+    /// Returns a store with the domain's directory in it. The result includes the earlier backups and checkpoints that
+    /// a new backup into the store can start from.
     pub async fn choose_store<'a>(
         &self,
         domain: &Domain,
         disks: &[Disk],
         (name, store): (&'a str, &'a Store),
     ) -> Result<ChosenStore<'a>, Error> {
-        // Where that fails, nothing can be built upon what is there, and the store says why when the backup is put there.
+        // After a failure the backup cannot be incremental. If the store is not usable, the backup fails later with the
+        // store's error.
         if let Err(error) = self.settle_store(name).await {
-            tracing::warn!(store = name, %error, "it is not known whether the store is as the catalog knows it");
+            tracing::warn!(store = name, %error, "cannot compare the store with the catalog");
         }
         let (directory, sequence) = choose(&self.setting, domain, name, store).await?;
         let past = Past {
@@ -135,7 +137,7 @@ impl Jobs {
         })
     }
 
-    /// The checkpoints of a domain with these disks, from the oldest on.
+    /// Returns the checkpoints of a domain with these disks, the oldest first.
     pub async fn checkpoints(&self, domain: &Domain, disks: &[Disk]) -> Result<Vec<Checkpoint>, Error> {
         let found = on_disks(disks);
         let ids: Vec<String> = found.keys().map(|id| (*id).to_owned()).collect();
@@ -145,7 +147,7 @@ impl Jobs {
         Ok(joined(found, recorded, catalog.checkpoints(key).await?))
     }
 
-    /// Makes a checkpoint without a backup; returns its name. Atomic, also if the caller leaves.
+    /// Creates a checkpoint without a backup, and returns its name. Atomic, even if the caller disconnects.
     pub async fn create_checkpoint(
         self: &Arc<Self>,
         reservation: Reservation,
@@ -153,14 +155,14 @@ impl Jobs {
         definition: CheckpointDefinition,
     ) -> error::Result<String> {
         let jobs = self.clone();
-        self.whatever_comes(async move {
+        self.to_the_end(async move {
             let _reservation = reservation;
             jobs.create(&domain, definition).await
         })
         .await
     }
 
-    /// Removes a checkpoint from the domain's disks. Its backup, if it has one, stays.
+    /// Deletes a checkpoint from the domain's disks. Its backup, if it has one, remains.
     pub async fn delete_checkpoint(
         self: &Arc<Self>,
         reservation: Reservation,
@@ -168,29 +170,30 @@ impl Jobs {
         name: String,
     ) -> error::Result<()> {
         let jobs = self.clone();
-        self.whatever_comes(async move {
+        self.to_the_end(async move {
             let _reservation = reservation;
             jobs.delete(&domain, &name).await
         })
         .await
     }
 
-    /// Removes all bitmaps with this service's names from the domain's disks, whichever service made them. Backups stay.
+    /// Removes all bitmaps with names of this kind from the domain's disks, even if another backupd created them.
+    /// Backups remain.
     pub async fn delete_checkpoints(
         self: &Arc<Self>,
         reservation: Reservation,
         domain: Arc<Domain>,
     ) -> error::Result<()> {
         let jobs = self.clone();
-        self.whatever_comes(async move {
+        self.to_the_end(async move {
             let _reservation = reservation;
             jobs.delete_all(&domain).await
         })
         .await
     }
 
-    /// Does something to its end, even if the caller goes or the service stops.
-    async fn whatever_comes<T: Send + 'static>(
+    /// Completes `work` even if the caller disconnects or the service stops.
+    async fn to_the_end<T: Send + 'static>(
         &self,
         work: impl Future<Output = error::Result<T>> + Send + 'static,
     ) -> error::Result<T> {
@@ -236,13 +239,13 @@ impl Jobs {
         let made = transaction(&link, add.collect(), &self.setting).await;
         let recorded = match &made {
             Ok(()) => catalog.checkpoint_made(key, id, clock::now()).await,
-            // It may be there all the same, where it was not refused.
+            // Unless QEMU refused the transaction, the bitmaps may exist. Without the record, `tidy` removes them.
             Err(_) => catalog.checkpoint_deleted(key, id).await,
         };
         let result = made.and(recorded.map_err(Error::from));
         tidy(&link, domain, &self.setting).await;
         result?;
-        tracing::info!(domain = domain.name, name, "a checkpoint was made");
+        tracing::info!(domain = domain.name, name, "checkpoint created");
         Ok(name)
     }
 
@@ -263,11 +266,7 @@ impl Jobs {
         let forgotten = self.setting.catalog.checkpoint_deleted(key, id).await;
         forgotten.map_err(Error::from)?;
         tidy(&link, domain, &self.setting).await;
-        tracing::info!(
-            domain = domain.name,
-            name = checkpoint.name,
-            "a checkpoint was removed"
-        );
+        tracing::info!(domain = domain.name, name = checkpoint.name, "checkpoint deleted");
         Ok(())
     }
 }
@@ -289,11 +288,7 @@ impl Jobs {
             let forgotten = catalog.checkpoint_deleted(key.clone(), record.id).await;
             forgotten.map_err(Error::from)?;
         }
-        tracing::info!(
-            domain = domain.name,
-            bitmaps = count,
-            "all checkpoints were removed"
-        );
+        tracing::info!(domain = domain.name, bitmaps = count, "all checkpoints deleted");
         Ok(())
     }
 }
@@ -302,7 +297,7 @@ fn existing(checkpoints: &[Checkpoint]) -> Vec<Existing> {
     checkpoints.iter().map(Checkpoint::existing).collect()
 }
 
-/// All of it or nothing, and on all disks at one instant.
+/// Runs all actions atomically, and on all disks at the same point in time.
 async fn transaction(link: &Link, actions: Vec<TransactionAction>, setting: &Setting) -> Result<(), Error> {
     let patience = setting.deadlines.stall();
     let done = link.client.execute(Transaction::of(actions));
@@ -315,7 +310,7 @@ async fn transaction(link: &Link, actions: Vec<TransactionAction>, setting: &Set
     }
 }
 
-/// What is left then, the next backup removes.
+/// Removes useless bitmaps. If this fails, the next backup removes them.
 async fn tidy(link: &Link, domain: &Domain, setting: &Setting) {
     let settled = tokio::time::timeout(setting.deadlines.stall(), settle(link, domain, setting));
     let why = match settled.await {
@@ -326,11 +321,11 @@ async fn tidy(link: &Link, domain: &Domain, setting: &Setting) {
     tracing::warn!(
         domain = domain.name,
         why,
-        "checkpoints that are of no use stay until later"
+        "cannot remove useless checkpoints; the next backup tries again"
     );
 }
 
-/// What the disks have of checkpoints, by their ids.
+/// Returns the bitmaps of checkpoints on the disks, by the checkpoints' ids.
 fn on_disks(disks: &[Disk]) -> BTreeMap<&str, Vec<Record>> {
     let mut found: BTreeMap<&str, Vec<Record>> = BTreeMap::new();
     for disk in disks {
@@ -357,7 +352,8 @@ fn on_disks(disks: &[Disk]) -> BTreeMap<&str, Vec<Record>> {
     found
 }
 
-/// `recorded` is what is known of each that was found, in its order; `alone` are those that are on record.
+/// Joins the bitmaps `found` with the catalog. `recorded` has the same order as `found`; `alone` are the recorded
+/// checkpoints without a backup.
 fn joined(
     found: BTreeMap<&str, Vec<Record>>,
     recorded: Vec<Recorded>,
@@ -371,7 +367,7 @@ fn joined(
         store: None,
         disks,
     };
-    // Those whose disks are all gone can still be deleted.
+    // Checkpoints without any bitmap are listed too, so that the caller can delete their records.
     let missing = alone
         .into_iter()
         .filter(|record| !found.contains_key(record.id.as_str()))
@@ -392,7 +388,7 @@ fn joined(
                 }
             }
             Recorded::Gone => continue,
-            // Of another service, or of another domain whose image this was.
+            // Created by another backupd, or for another domain that used this image.
             Recorded::Unknown => Checkpoint {
                 id: id.to_owned(),
                 name: id.to_owned(),
@@ -407,7 +403,7 @@ fn joined(
     checkpoints
 }
 
-/// When the id was made.
+/// Returns the time in an id.
 fn time_of(id: &str) -> Timestamp {
     let time = id.split_once("Z-").map_or(id, |(time, _)| time);
     DateTime::strptime("%Y%m%dT%H%M%S", time)
@@ -473,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_listed_is_on_the_disks_and_called_as_the_catalog_says() {
+    fn checkpoints_come_from_the_disks_and_their_names_from_the_catalog() {
         let mut disks = [disk("vda", &IDS), disk("vdb", &IDS[..1])];
         disks[0].bitmaps[0].inconsistent = true;
         let recorded = vec![
@@ -518,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn of_what_is_not_known_the_id_tells_the_time() {
+    fn an_unknown_checkpoint_has_the_time_in_its_id() {
         let disks = [disk("vda", &IDS[..1])];
         let found = joined(on_disks(&disks), vec![Recorded::Unknown], Vec::new());
         assert_eq!(
@@ -530,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_claims_to_have_endlessly_many_costs_no_more() {
+    fn a_domain_with_very_many_bitmaps_costs_a_bounded_amount() {
         let ids: Vec<String> = (0..3000)
             .map(|second| format!("20261123T{second:06}Z-10ebf9b0"))
             .collect();
@@ -544,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_of_one_name_the_newest_is_meant() {
+    fn the_newest_of_several_checkpoints_with_one_name_is_used() {
         let disks = [disk("vda", &IDS[..2])];
         let recorded = vec![backup(IDS[0], Some("m"), 2), backup(IDS[1], Some("m"), 1)];
         let found = joined(on_disks(&disks), recorded, Vec::new());

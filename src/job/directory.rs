@@ -1,8 +1,8 @@
-//! The directory of a domain's backups in a store, and the next number in the order of making there.
+//! Chooses the directory of a domain's backups in a store, and the next sequence number in it.
 //!
-//! A domain is its UUID: it keeps the directory with its backups under any name, and does not use the directory of another
-//! one that had its name. The catalog knows the backups of this service; for other backups in a directory, the
-//! manifests say which domain's they are.
+//! The UUID identifies a domain: it keeps its directory under any name, and does not use the directory of another
+//! domain that had its name. The catalog knows the backups of this service. For other backups, the manifests name the
+//! domain.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use crate::model::{DomainDir, MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_SEQUENCE, M
 use crate::offload::Progress;
 use crate::target::{self, Shelf};
 
-/// The directory in a store that a domain's next backup goes to, and its number there.
+/// Returns the directory in a store for a domain's next backup, and the backup's sequence number.
 pub(super) async fn choose(
     setting: &Setting,
     domain: &Domain,
@@ -48,14 +48,14 @@ pub(super) async fn choose(
             return Ok((directory, found.next));
         }
     }
-    // Nobody else has a directory with the whole UUID. If somebody made one, the backups in it stay apart all the same:
-    // chains and rules go by the domain.
+    // No other domain uses a directory with the whole UUID. Even if somebody created one, chains and keep rules
+    // separate its backups by domain.
     let found = look.at(&last, &whose).await?;
     Ok((last, found.next))
 }
 
-/// The directory that the domain goes on in: one that it used under its present name, or one of a former name that no other
-/// domain with the same UUID has now, such as the machine of which it is a copy.
+/// Returns the directory that the domain continues to use. That is the one used under its present name. Otherwise it is
+/// one of a former name, unless another domain with the same UUID (such as the original of a clone) has that name now.
 fn own_directory<'a>(used: &'a [Used], domain: &Domain, setting: &Setting) -> Option<&'a Used> {
     if let Some(named) = used.iter().find(|used| used.names.contains(&domain.name)) {
         return Some(named);
@@ -80,8 +80,8 @@ fn own_directory<'a>(used: &'a [Used], domain: &Domain, setting: &Setting) -> Op
     used.iter().find(|used| !is_anothers(used))
 }
 
-/// Names for a new directory, the most readable first. Whether another domain has it is looked up: what follows the name
-/// can be part of another domain's name.
+/// Returns candidate names for a new directory, the most readable first. The caller checks that no other domain uses
+/// them, because another domain's name can contain the suffix.
 fn candidates(domain: &Domain, whose: &DomainRecord, setting: &Setting) -> Vec<DomainDir> {
     let name = domain.unique_name();
     let unique = whose.uuid.unwrap_or(setting.catalog.service());
@@ -94,11 +94,11 @@ fn candidates(domain: &Domain, whose: &DomainRecord, setting: &Setting) -> Vec<D
     ]
 }
 
-/// The entries of a directory.
+/// The contents of a directory.
 struct Found {
-    /// Backups of other domains.
+    /// It has backups of other domains.
     others: bool,
-    /// The next number in the order of making.
+    /// The next sequence number.
     next: u64,
 }
 
@@ -125,7 +125,7 @@ impl Look<'_> {
             let (name, uuid) = (&manifest.domain.name, manifest.domain.uuid);
             let identity = Identity::in_directory(directory.as_str(), name, uuid);
             let same = identity.is_some_and(|identity| domain_record(identity).key() == key);
-            // Another host has other domains without a UUID.
+            // Without a UUID, a domain of another host can have the same name.
             same && (whose.uuid.is_some() || manifest.service == Some(service))
         };
         let on_disk = manifests.iter().map(|manifest| manifest.sequence).max();
@@ -136,8 +136,8 @@ impl Look<'_> {
     }
 }
 
-/// The manifests in a directory of the backups that are not on record. Blocks. What cannot be looked at is no reason to
-/// refuse a backup here: if nothing can be put there either, that fails and says why.
+/// Returns the manifests of backups that the catalog does not record. Blocks. Ignores unreadable entries: if the store
+/// is unusable, publishing the backup fails later with the reason.
 fn unknown(
     store: &std::path::Path,
     directory: &DomainDir,

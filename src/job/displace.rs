@@ -1,7 +1,8 @@
-//! Backups that crawl: root's backup cancels another user's that would block the domain for a long time, and waiting backups get
-//! the places of those that crawl.
+//! Crawling backups: root's backup cancels a slow one that blocks the domain, and waiting backups get the places of
+//! slow ones.
 //!
-//! A domain has one backup at a time, and the host a few. A user, or a QEMU, could make a backup that never ends.
+//! A domain has one backup at a time, and the host a limited number. A user, or a malicious QEMU, could start a backup
+//! that never ends.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,22 +16,22 @@ use crate::domain::Domain;
 use crate::plan::{Destination, Task};
 use crate::quota::Share;
 
-/// Root's backup displaces one that copies less than this, in bytes a second.
+/// Root's backup displaces a backup that copies less than this, in bytes a second.
 const LEAST_RATE: u64 = 1 << 20;
-/// Root's backup displaces one that would take longer than this.
+/// Root's backup displaces a backup that would take longer than this.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
-/// The rate of a backup is not judged before it has copied for this long.
+/// How long a backup must copy before its rate is judged.
 const GRACE: Duration = Duration::from_secs(60);
 /// How often backups are judged while others wait.
 const LOOK: Duration = Duration::from_secs(5);
-/// The timeout for a reservation that is no job yet, and for the residue of an ended job.
+/// How long a caller waits for a reservation to end, or for the residue of an ended job.
 const SHORTLY: Duration = Duration::from_secs(10);
 
-/// Why a backup was ended for another one.
+/// The reason why a backup was cancelled in favour of another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Displaced {
     Slow,
-    /// The connection that started it has left, and its target is the caller's own.
+    /// The connection that started it has left the bus, and its target is not in a store.
     Orphan,
 }
 
@@ -39,14 +40,14 @@ impl fmt::Display for Displaced {
         f.write_str("root started a backup of the domain, and this one ")?;
         f.write_str(match self {
             Self::Slow => "copied less than 1 MiB a second, or would have taken longer than a day",
-            Self::Orphan => "was made for a connection that had left",
+            Self::Orphan => "was started by a client that has left the bus",
         })
     }
 }
 
 impl Jobs {
-    /// Ends the domain's backup if it must not keep one of `uid`'s waiting, and waits for its end, for as long as anything that
-    /// makes no progress is waited for. Whether the domain may be free now.
+    /// Cancels the domain's backup if it must not block a backup of user `uid`, and waits for its end until the stall
+    /// timeout. Returns whether the domain may be free now.
     async fn displace(&self, name: &str, uid: u32) -> bool {
         let Some((job, why)) = self
             .running(name)
@@ -57,11 +58,17 @@ impl Jobs {
         if job.cancel_because(why).await.is_err() {
             return false;
         }
-        tracing::warn!(job = job.id, domain = job.domain.name, started_by = job.started_by.uid, %why, "a backup is ended for another one");
+        tracing::warn!(
+            job = job.id,
+            domain = job.domain.name,
+            started_by = job.started_by.uid,
+            %why,
+            "cancelling a backup in favour of root's backup"
+        );
         tokio::time::timeout(self.patience(), job.wait()).await.is_ok()
     }
 
-    /// Waits a moment until QEMU has nothing more of the domain's ended jobs.
+    /// Waits shortly until QEMU has no objects of the domain's ended jobs.
     pub async fn nothing_left(&self, domain: &Domain) -> Result<(), Error> {
         let (name, until) = (domain.unique_name(), tokio::time::Instant::now() + SHORTLY);
         loop {
@@ -87,8 +94,8 @@ impl Jobs {
         })
     }
 
-    /// Takes the domain's only place, and one among the backups that run or in the queue. Root's backups come before those of
-    /// others; what will be over in a moment is waited for. `tried` is called when it is known whether the place was free.
+    /// Occupies the domain and a place, or joins the queue. Root's backups precede those of other users, and short
+    /// obstacles are waited for. Calls `tried` after the first attempt.
     pub async fn enter_or_displace(
         self: &Arc<Self>,
         domain: &Arc<Domain>,
@@ -110,7 +117,7 @@ impl Jobs {
                         self.lock().busy.await_root(&name);
                         let is_displaced = running.is_some() && self.displace(&name, uid).await;
                         if is_displaced {
-                            // Its end is known a moment before its place is free.
+                            // The job ends a moment before its place becomes free.
                             until = tokio::time::Instant::now() + SHORTLY;
                         }
                         running.is_none() || is_displaced
@@ -123,7 +130,7 @@ impl Jobs {
             }
             let freed = self.freed.notified();
             tokio::pin!(freed);
-            // Before the look, so that nothing is missed.
+            // Registered before the attempt, so that no notification is missed.
             freed.as_mut().enable();
             reserved = enter();
             if reserved.is_err() && tokio::time::timeout_at(until, freed).await.is_err() {
@@ -132,7 +139,7 @@ impl Jobs {
         }
     }
 
-    /// While backups wait, lets them have the places of those that crawl. Ends when none waits. One task does it.
+    /// While backups wait, gives them the places of crawling ones. One task does this, and ends when no backup waits.
     pub(super) fn watch_crawling(self: &Arc<Self>) {
         let mut table = self.lock();
         if table.queue.is_empty() || std::mem::replace(&mut table.is_watched, true) {
@@ -165,14 +172,15 @@ impl Jobs {
                 tracing::info!(
                     job = job.id,
                     domain = job.domain.name,
-                    "others start beside this backup, because it copies less than 1 MiB a second, or would take longer than a day"
+                    "other backups get the place of this one, because it copies less than 1 MiB a second, or would \
+                     take longer than a day"
                 );
             }
         }
         self.give_places();
     }
 
-    /// Takes notice when the connection that started the job has `left` the bus.
+    /// Marks the job as orphaned when the connection that started it has `left` the bus.
     pub fn watch_starter(self: &Arc<Self>, job: &Arc<Job>, left: impl Future<Output = ()> + Send + 'static) {
         let (jobs, job) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
@@ -197,7 +205,7 @@ impl Job {
         orphan.then_some(Displaced::Orphan)
     }
 
-    /// Whether it is a backup that runs, and would take very long.
+    /// Returns whether this is a running backup that would take very long.
     fn crawls(&self) -> bool {
         let status = self.status.borrow();
         if self.plan.task != Task::Backup || status.state == State::Queued || status.outcome.is_some() {
@@ -210,8 +218,9 @@ impl Job {
     }
 }
 
-/// `limit` in bytes a second, 0 for none; `left` in bytes; `copying` is what was copied and in which time, while it copies.
-/// Before QEMU copies, `left` is the virtual size, which says nothing about how long a sparse disk takes.
+/// Decides whether a backup is too slow. `limit`: bytes a second, 0 for none. `left`: remaining bytes. `copying`: the
+/// bytes copied and the time taken, once QEMU copies. Before that, `left` is the virtual size, which does not predict
+/// the duration for a sparse disk.
 fn is_slow(limit: u64, left: u64, copying: Option<(u64, Duration)>) -> bool {
     let least = LEAST_RATE.max(left / LONGEST.as_secs());
     let is_limited = (1..LEAST_RATE).contains(&limit);

@@ -1,4 +1,4 @@
-//! Why a backup could not start or did not complete.
+//! Errors of jobs: why a job could not start or did not complete.
 
 use std::time::Duration;
 
@@ -10,66 +10,68 @@ use crate::{catalog, qmp, quota, target};
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error(
-        "a backup of domain '{domain}' is queued or under way, or work on its checkpoints: wait for its end, or cancel it"
+        "domain '{domain}' is busy: a backup is queued or running, or its checkpoints are being changed. Wait for the \
+         end, or cancel the backup"
     )]
     Busy { domain: String },
-    #[error("job {id} has ended already: {outcome}")]
+    #[error("job {id} has already ended: {outcome}")]
     Ended { id: u32, outcome: &'static str },
-    #[error("the backup of job {id} is complete and is being published: it can no longer be cancelled")]
+    #[error("the backup of job {id} is complete and is being published, so it can no longer be cancelled")]
     TooLate { id: u32 },
-    #[error("job {id} is being recovered after a restart of the service: try again in a moment")]
+    #[error("job {id} is being recovered after a restart of the service. Try again in a moment")]
     Recovering { id: u32 },
     #[error("job {id} does not back up a disk '{disk}'")]
     NoSuchDisk { id: u32, disk: String },
-    #[error("the stores are being looked through already: try again when that has ended")]
+    #[error("a rescan of the stores is already running. Try again after its end")]
     Rescanning,
-    #[error("the store was exchanged for another while it was being read")]
+    #[error("another store took the place of this one during the scan. Try again")]
     Exchanged,
     #[error(
-        "QEMU still has something of job {job}, which has ended: it is removed as soon as QEMU and the storage of its target answer"
+        "QEMU still has objects of job {job}, which has ended. The service removes them as soon as QEMU and the \
+         storage of its target answer"
     )]
     Left { job: u32 },
     #[error("the service is stopping")]
     Stopping,
-    #[error("the host restarted while the backup was queued: start it again")]
+    #[error("the host restarted while the backup was queued. Start the backup again")]
     HostRestartedBefore,
     #[error(
-        "the service was restarted while the backup was queued, and the caller's open files went with it: start it again"
+        "the service restarted while the backup was queued, which closed the files that the caller had passed. \
+         Start the backup again"
     )]
     FilesGone,
-    #[error("the domain's QEMU cannot be reached any more since the backup was queued: {0}")]
+    #[error("the domain's QEMU became unreachable while the backup was queued: {0}")]
     DomainGone(&'static str),
-    #[error("the domain's disks are others than when the backup was asked for: start it again")]
+    #[error("the domain's disks changed while the backup was queued. Start the backup again")]
     OtherDisks,
     #[error("{0}")]
     NotStarted(crate::error::Error),
     #[error("{0}")]
     TooMany(#[from] quota::Exceeded),
     #[error(
-        "the domain's QEMU cannot do grouped backups of its disks: version {} or later is needed",
+        "the domain's QEMU cannot back up several disks in one transaction. Use version {} or later",
         OLDEST
     )]
     TooOld,
     #[error(
-        "QEMU cannot count the guest's writes by how long they take, which 'max-latency' needs: make the backup without it, or \
-         use QEMU 4.0 or later"
+        "QEMU has no latency histograms, which 'max-latency' requires. Omit that option, or use QEMU 4.0 or later"
     )]
     NoHistograms,
     #[error("{}", migration_text(.0))]
     Migration(Migration),
     #[error("disk '{disk}': {source}")]
     Prepare { disk: String, source: qmp::Error },
-    #[error("disk '{disk}': cannot hand its target to QEMU: {why}")]
+    #[error("disk '{disk}': cannot pass its target to QEMU: {why}")]
     Descriptor { disk: String, why: String },
-    #[error("disk '{disk}': another process writes to its target: choose one that no other process has open")]
+    #[error("disk '{disk}': another process writes to its target. Choose one that no other process has open")]
     ForeignHeader { disk: String },
     #[error("QEMU cannot start the backup: {0}")]
     Transaction(qmp::Error),
     #[error("disk '{disk}': {message}")]
     Copy { disk: String, message: String },
     #[error(
-        "disk '{disk}': {message}. The reason is probably that the file system of {target} is full, because it has {free} bytes of \
-         free space: free some, or choose another target"
+        "disk '{disk}': {message}. The file system of {target} is probably full: it has {free} bytes of free \
+         space. Free some space, or choose another target"
     )]
     ProbablyFull {
         disk: String,
@@ -77,61 +79,61 @@ pub enum Error {
         target: String,
         free: u64,
     },
-    #[error("job {id} was cancelled before the backup had begun")]
+    #[error("job {id} was cancelled before the backup began")]
     CancelledBefore { id: u32 },
     #[error("the connection to QEMU was lost during the backup: {0}")]
     Lost(qmp::Error),
-    #[error("QEMU did not let go of the targets: {0}")]
+    #[error("QEMU did not close the targets: {0}")]
     Release(String),
     #[error(
-        "the domain's QEMU does not know the backup any more: it was started again, or its block jobs were dismissed"
+        "the domain's QEMU no longer has the backup's block jobs: QEMU restarted, or another client dismissed them"
     )]
     Forgotten,
     #[error("QEMU ended before it had closed the images")]
     NotClosed,
-    #[error("the host restarted before the images were durable: start the backup again")]
+    #[error("the host restarted before the images were durable. Start the backup again")]
     HostRestarted,
-    #[error("the service was ended while the backup was being prepared")]
+    #[error("the service ended while it prepared the backup. Start the backup again")]
     Interrupted,
-    #[error("the domain's QEMU could not be reached when the service was started again: {0}")]
+    #[error("the domain's QEMU was unreachable after the restart of the service: {0}")]
     NotFound(String),
     #[error("{what} made no progress for {seconds} seconds ('stall-seconds' in the configuration)")]
     Stalled { what: &'static str, seconds: u64 },
-    #[error("the catalog cannot remember the backup: {0}")]
+    #[error("cannot read or write the catalog: {0}")]
     Catalog(String),
-    #[error("the guest's file systems cannot be frozen: {0}")]
+    #[error("cannot freeze the guest's file systems: {0}")]
     Quiesce(String),
-    #[error("disk '{disk}' was given another image while its backup was being prepared: try again")]
+    #[error("disk '{disk}' got another image during the preparation of its backup. Try again")]
     Changed { disk: String },
-    #[error("disk '{disk}' was made smaller while its backup was being prepared: try again")]
+    #[error("disk '{disk}' shrank during the preparation of its backup. Try again")]
     Resized { disk: String },
-    #[error("the domain's disks keep changing: try again")]
+    #[error("the domain's disks keep changing. Try again")]
     Unsettled,
     #[error("{0}")]
     Target(#[from] target::Error),
-    #[error("the record of the backup cannot be written: {0}")]
+    #[error("cannot write the manifest of the backup: {0}")]
     Record(String),
-    #[error("job {id} makes no backup: it has no document")]
+    #[error("job {id} is not a backup, so it has no document")]
     NoDefinition { id: u32 },
-    #[error("job {id} makes no backup: its speed cannot be limited")]
+    #[error("job {id} is not a backup, so its speed cannot be limited")]
     NoSpeed { id: u32 },
     #[error("{0}")]
     Image(Box<image::Error>),
     #[error("{first}{}", more(*.others))]
     Found { first: Box<Finding>, others: usize },
     #[error(
-        "nobody has read from the export for {seconds} seconds ('export-idle-seconds' in the configuration)"
+        "no client has read from the export for {seconds} seconds ('export-idle-seconds' in the configuration)"
     )]
     ExportIdle { seconds: u64 },
-    #[error("the service was ended meanwhile, and this with it: start it again")]
+    #[error("the service restarted during the job. Start the job again")]
     NotResumed,
-    #[error("disk '{disk}': QEMU cannot make its checkpoint: {source}")]
+    #[error("disk '{disk}': QEMU cannot create its checkpoint: {source}")]
     Checkpoint { disk: String, source: qmp::Error },
     #[error("QEMU cannot change the bitmaps of the checkpoint: {0}")]
     Bitmaps(qmp::Error),
-    #[error("the domain has no checkpoint '{name}': 'backupctl checkpoints' lists them")]
+    #[error("the domain has no checkpoint '{name}'. 'backupctl checkpoints' lists them")]
     NoSuchCheckpoint { name: String },
-    #[error("{of} {most} checkpoints without a backup, and can have no more: delete one")]
+    #[error("{of} {most} checkpoints without a backup, which is the limit. Delete one")]
     TooManyCheckpoints { of: &'static str, most: u32 },
     #[error("QEMU did not answer for {seconds} seconds ('stall-seconds' in the configuration)")]
     NoAnswer { seconds: u64 },
@@ -200,18 +202,19 @@ impl Error {
         }
     }
 
-    /// What made no progress for so long.
+    /// Returns the error for `what` that made no progress for this long.
     pub fn stalled(what: &'static str, patience: Duration) -> Self {
         let seconds = patience.as_secs();
         Self::Stalled { what, seconds }
     }
 
-    /// Whether QEMU, or what it writes to, hangs: telling it to let go could freeze the guest.
+    /// Returns whether QEMU, or the storage that it writes to, hangs. Asking QEMU to close the targets could then
+    /// freeze the guest.
     pub(super) fn hangs(&self) -> bool {
         matches!(self, Self::Stalled { .. })
     }
 
-    /// The disk that it is about, where it is about one, and what was being done.
+    /// Returns the disk that the error is about, and the failed operation.
     pub(super) fn disk(&self) -> Option<(&str, &'static str)> {
         match self {
             Self::Prepare { disk, .. }
@@ -228,12 +231,12 @@ impl Error {
     }
 }
 
-/// Why a backup that began has no images, or none yet.
+/// The reason why a backup that began is not published.
 #[derive(Debug)]
 pub(super) enum Stopped {
     Failed(Error),
     Cancelled,
-    /// The service stops; QEMU goes on, and a later process with it.
+    /// The service stops. QEMU continues, and a later instance of the service resumes the job.
     Detached,
 }
 
@@ -264,8 +267,10 @@ fn more(count: usize) -> String {
 
 fn migration_text(migration: &Migration) -> &'static str {
     match migration {
-        Migration::Left => "the domain was migrated away: back it up where it runs now",
-        Migration::Leaving | Migration::Coming => "the domain is being migrated: wait for the end of that",
+        Migration::Left => "the domain was migrated to another host. Back it up there",
+        Migration::Leaving | Migration::Coming => {
+            "the domain is being migrated. Wait for the end of the migration"
+        }
     }
 }
 

@@ -20,12 +20,12 @@ use crate::qmp::block::{
 use crate::qmp::{self, Client, Done, Event, Events, EventsError};
 use crate::target::{Media, Target};
 
-/// The names of one job's things in QEMU. Node names have at most 31 bytes.
+/// The names of one job's objects in QEMU. QEMU limits node names to 31 bytes.
 #[derive(Debug, Clone)]
 pub struct Names(String);
 
 impl Names {
-    /// `tag` is 8 characters that no other backup has.
+    /// `tag`: 8 characters that no other backup has.
     pub fn new(tag: &str) -> Self {
         Self(format!("{IN_QEMU}{tag}"))
     }
@@ -51,7 +51,7 @@ impl Names {
         format!("{}-{index}-end", self.0)
     }
 
-    /// Sorts after the node below it.
+    /// Must sort after the node below it.
     pub fn mark_slice(&self, index: usize) -> String {
         format!("{}-{index}-end-slice", self.0)
     }
@@ -70,43 +70,43 @@ impl Names {
     }
 }
 
-/// That of the job, if it has one; by its tag it is known again.
+/// Returns the job's latency histogram, if it has one. The tag identifies it.
 fn histogram(job: &Job, tag: &str) -> Option<Histogram> {
     let most = Duration::from_millis(job.plan.max_latency?.get().into());
-    // A backup's tag is 8 hexadecimal digits.
+    // The tag of a backup is 8 hexadecimal digits.
     let mark = u32::from_str_radix(tag, 16).unwrap_or(0);
     Some(Histogram::new(most, mark))
 }
 
-/// QEMU's text for the action `abort`.
+/// QEMU's error text for the action `abort`.
 const ABORTED: &str = "Transaction aborted using Abort action";
 
-/// The service makes the data durable itself, once, before it publishes: QEMU's flushes on the way only cost.
+/// The service makes the data durable itself before it publishes, so QEMU's flushes would only cost time.
 const CACHE: CacheOptions = CacheOptions {
     direct: None,
     no_flush: true,
 };
 
-/// What one job has in one QEMU.
+/// The objects of one job in one QEMU.
 pub struct Footprint {
     pub(super) domain: Arc<Domain>,
-    /// The monitor's connection; another one after it was lost.
+    /// The monitor connection; replaced after a reconnect.
     link: Mutex<Arc<Link>>,
     pub names: Names,
-    /// The descriptor sets that were passed, and over which connection.
+    /// The descriptor sets passed so far, and their connection. `None` if several connections were used.
     pub(super) passed: Mutex<Option<(Arc<Link>, BTreeSet<u64>)>>,
-    /// How long a lost monitor may take to come back.
+    /// How long the service waits for a lost monitor.
     reconnect: Duration,
-    /// Set on the guest's disks, if the backup's speed depends on how long their writes take.
+    /// The histogram to set on the guest's disks, if the backup's speed depends on the latency of their writes.
     pub histogram: Option<Histogram>,
-    /// The guest's power-off is held back until all is released.
+    /// The guest's power-off is delayed until the objects are released.
     holds_poweroff: AtomicBool,
 }
 
 impl Footprint {
-    /// What a job has, or will have, in the QEMU behind that connection.
+    /// Creates the names of a job's objects in the QEMU behind `link`. Creates nothing in QEMU.
     pub fn of(job: &Job, domain: Arc<Domain>, link: Arc<Link>, setting: &Setting) -> Self {
-        // The part of a backup's id that is unique by itself.
+        // The suffix of a backup's id is unique by itself.
         let tag = job.backup_id.rsplit('-').next().unwrap_or(&job.backup_id);
         Self {
             domain,
@@ -119,7 +119,7 @@ impl Footprint {
         }
     }
 
-    /// From here on the guest's power-off is to be let go when all is released.
+    /// Records that the release must end the hold on the guest's power-off.
     pub fn holds_poweroff(&self) {
         self.holds_poweroff.store(true, Ordering::Relaxed);
     }
@@ -140,7 +140,7 @@ impl Footprint {
         self.link().client.clone()
     }
 
-    /// Waits for the monitor's next connection after one that was lost; false if there is none.
+    /// Waits for the next connection to the monitor after a lost one. Returns false if there is none.
     pub async fn reconnect(&self) -> bool {
         let lost = self.link();
         let next = self.domain.next_link(Some(&lost), self.reconnect).await;
@@ -151,7 +151,7 @@ impl Footprint {
         found
     }
 
-    /// Has QEMU open a target's file as it is, and close it again. The node has no format: no byte is read.
+    /// Lets QEMU open a target's file unchanged, and close it again. The node has no format, so QEMU reads nothing.
     pub async fn check_target(&self, index: usize, target: &Target) -> Result<(), Error> {
         let set = self.pass(index, target).await?;
         self.open_file(index, target, set).await?;
@@ -166,8 +166,8 @@ impl Footprint {
         Ok(())
     }
 
-    /// Has QEMU prepare the transaction with targets that keep nothing, and take it back: what it refuses, such as a disk that
-    /// another job has, it refuses before anything is overwritten.
+    /// Lets QEMU prepare the transaction with `null-co` targets, and roll it back. If QEMU refuses it, for example
+    /// because another job uses a disk, nothing has been overwritten yet.
     pub async fn rehearse(
         &self,
         disks: &[DiskPlan],
@@ -189,7 +189,8 @@ impl Footprint {
                 .map_err(Error::Transaction)?;
         }
         actions.push(TransactionAction::Abort {});
-        // Not grouped, which later versions do not have for that action: no job of it begins.
+        // Not grouped, because later versions do not support `abort` in a grouped transaction. No job starts in any
+        // case.
         let refused = client.execute(Transaction::of(actions)).await;
         for node_name in &targets {
             client
@@ -204,7 +205,7 @@ impl Footprint {
         }
     }
 
-    /// Hands a target to QEMU and makes the node that the backup writes to.
+    /// Passes a target to QEMU and creates the node for the backup to write to.
     pub async fn open_target(&self, index: usize, target: &Target, disk: &DiskPlan) -> Result<(), Error> {
         let set = self.pass(index, target).await?;
         self.open_file(index, target, set).await?;
@@ -214,7 +215,7 @@ impl Footprint {
             Format::Raw => Driver::Raw {
                 file,
                 offset: None,
-                // A device may be larger than the disk, and QEMU wants equal sizes.
+                // A device may be larger than the disk, but QEMU requires equal sizes.
                 size: (target.media == Media::Block).then_some(disk.virtual_size),
             },
         };
@@ -228,7 +229,7 @@ impl Footprint {
         added.map(drop).map_err(prepare(target))
     }
 
-    /// Passes a target's descriptor; returns the number of its set.
+    /// Passes a target's descriptor. Returns the id of its descriptor set.
     async fn pass(&self, index: usize, target: &Target) -> Result<u64, Error> {
         let descriptor = target.descriptor().map_err(|error| Error::Descriptor {
             disk: target.disk.clone(),
@@ -246,7 +247,7 @@ impl Footprint {
         let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *passed {
             Some((of, sets)) if Arc::ptr_eq(of, link) => drop(sets.insert(set)),
-            // What was passed over another connection is looked for.
+            // With several connections, `release` lists the sets instead.
             Some(_) => *passed = None,
             None => *passed = Some((link.clone(), BTreeSet::from([set]))),
         }
@@ -267,9 +268,9 @@ impl Footprint {
         added.map(drop).map_err(prepare(target))
     }
 
-    /// Whether QEMU has opened the target as it was written here, and nothing else: another process with the target open can have
-    /// written a header that names another file, which QEMU opens with its rights. For all targets at once, because the reply has
-    /// every node.
+    /// Checks that QEMU has opened only the target itself. Another process with the target open could have written a
+    /// header that names a data file, and QEMU would open that file with its own rights. Checks all targets at once,
+    /// because the reply contains every node.
     pub async fn check_headers(&self, disks: &[DiskPlan]) -> Result<(), Error> {
         let nodes = self
             .client()
@@ -287,7 +288,8 @@ impl Footprint {
         }
     }
 
-    /// Waits for the event that a job has one of these statuses. `events` are from before the command that leads there.
+    /// Waits for the event that a job has one of these statuses. The caller has subscribed to `events` before the
+    /// command that causes it.
     pub(super) async fn becomes(
         &self,
         events: &mut Events,
@@ -308,7 +310,7 @@ impl Footprint {
         }
     }
 
-    /// Waits until a job has one of these statuses; nothing if it is gone.
+    /// Waits until a job has one of these statuses; `None` if QEMU does not have the job.
     pub(super) async fn reached(
         &self,
         events: &mut Events,
@@ -326,14 +328,14 @@ impl Footprint {
                 match events.next().await {
                     Ok(event) if changed(&event, job).is_some() => break,
                     Ok(_) => {}
-                    // The query tells what happened, or that the connection is gone.
+                    // The query returns the present status, or an error if the connection is closed.
                     Err(EventsError::Missed | EventsError::Closed) => break,
                 }
             }
         }
     }
 
-    /// What the domain's QEMU says of its disks now.
+    /// Returns the present disks of the domain's QEMU.
     pub async fn disks(&self) -> qmp::Result<Vec<Disk>> {
         self.link().disks().await
     }
@@ -347,7 +349,7 @@ impl Footprint {
     }
 }
 
-/// The error of a command for a target.
+/// Returns the error of a command for a target.
 fn prepare(target: &Target) -> impl Fn(qmp::Error) -> Error + Copy {
     |source| Error::Prepare {
         disk: target.disk.clone(),
@@ -355,7 +357,7 @@ fn prepare(target: &Target) -> impl Fn(qmp::Error) -> Error + Copy {
     }
 }
 
-/// The job's new status, if the event says that.
+/// Returns the job's new status, if the event reports one.
 fn changed(event: &Event, job: &str) -> Option<JobStatus> {
     match JobEvent::of(event)? {
         JobEvent::StatusChange(change) if change.id == job => Some(change.status),
@@ -368,7 +370,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_fit_into_qemu_and_are_only_our_own() {
+    fn names_fit_the_limit_of_qemu_and_identify_the_job() {
         let names = Names::new("0123abcd");
         for name in [
             names.filter_node(999),

@@ -1,4 +1,5 @@
-//! Whether the catalog is of the same generation as the stores: if not, it is an old copy, or another service wrote into them.
+//! Compares the generation of the catalog with that of each store. They differ if either is an old copy, or if another
+//! service changed the store.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ pub(super) struct Generations {
 
 struct Store {
     path: PathBuf,
-    /// Nobody compares while somebody raises.
+    /// Serialises reading and raising the generation.
     queue: Queue,
 }
 
@@ -42,22 +43,22 @@ impl Generations {
         }
     }
 
-    /// Marks that the service has changed a store. If that cannot be done now, the next look finds a difference, or none is
-    /// needed: so it is no reason for the change to fail.
+    /// Marks that the service has changed a store. A failure does not fail the change, because the next comparison then
+    /// finds a difference and the store is read again.
     pub async fn raise(&self, name: &str) {
         let Some(store) = self.stores.get(name) else {
             return;
         };
         let known = self.catalog.store_mark(name.to_owned()).await.ok().flatten();
         let raise = move |path: &Path, progress: &Progress| {
-            // It may have been unmounted just now: what is below it then gets nothing.
+            // If the store was just unmounted, the directory below the mount point must stay unchanged.
             known.map_or(Ok(()), |known| check_mark(path, &known))?;
             raise_generation(path, progress)
         };
         let (_turn, raised) = match self.in_turn(store, raise).await {
             Ok(raised) => raised,
             Err(error) => {
-                tracing::warn!(store = name, %error, "the change of a store is not marked in it");
+                tracing::warn!(store = name, %error, "cannot record the change in the store");
                 return;
             }
         };
@@ -65,11 +66,11 @@ impl Generations {
             .catalog
             .raised_generation(name.to_owned(), raised.before, raised.now);
         if let Err(error) = known.await {
-            tracing::warn!(store = name, %error, "the store's generation is not on record: it will be read again");
+            tracing::warn!(store = name, %error, "cannot record the store's generation; the store will be read again");
         }
     }
 
-    /// The generation of a store, unless the catalog is of it.
+    /// Returns the generation of a store if the catalog has another one.
     async fn difference(&self, name: &str) -> Result<Option<String>, Error> {
         let Some(store) = self.stores.get(name) else {
             return Ok(None);
@@ -79,7 +80,7 @@ impl Generations {
         Ok((found != known).then_some(found))
     }
 
-    /// The generation of a store.
+    /// Returns the generation of a store.
     pub async fn of(&self, name: &str) -> Result<String, Error> {
         match self.stores.get(name) {
             Some(store) => Ok(self.in_turn(store, |path, _| generation(path)).await?.1),
@@ -87,7 +88,7 @@ impl Generations {
         }
     }
 
-    /// Does something with a store, and keeps the turn until what is returned is dropped.
+    /// Runs work on a store. The store stays locked until the returned turn is dropped.
     async fn in_turn<T: Send + 'static>(
         &self,
         store: &Store,
@@ -103,15 +104,15 @@ impl Generations {
 }
 
 impl Jobs {
-    /// Makes sure that what is on record of a store is what the store has: before anything in it is removed or built upon, or
-    /// said to be amiss. Returns whether the record is another one now, because the store was read again.
+    /// Makes sure that the catalog matches the store. The service calls this before it removes a backup, builds upon
+    /// one, or reports one as damaged. Returns whether the records may have changed, because the store was read again.
     pub async fn settle_store(&self, name: &str) -> Result<bool, Error> {
         let generations = &self.setting.generations;
         if generations.difference(name).await?.is_none() {
             return Ok(false);
         }
         let _turn = self.rescanning.lock().await;
-        // Who had the turn before may have done it.
+        // The task that held the lock before may have read the store.
         let Some(found) = generations.difference(name).await? else {
             return Ok(true);
         };
@@ -119,12 +120,14 @@ impl Jobs {
         tracing::warn!(
             store = name,
             generation = found,
-            "the store is not as the catalog knows it: another service changed it, or the catalog or the store is an old copy; it is read again"
+            "the catalog does not match the store: another service changed the store, or one of \
+             them is an old copy. Reading the store again"
         );
         rescan::one(&self.setting, name).await
     }
 
-    /// What else has the store's path, while that is not mounted, is read in its place by nobody who was not asked to.
+    /// Fails if the store's path has another directory, for example because the store is not mounted. Only an explicit
+    /// rescan reads such a directory.
     async fn check_same_store(&self, name: &str) -> Result<(), Error> {
         let setting = &self.setting;
         let known = setting.catalog.store_mark(name.to_owned()).await?;
@@ -135,7 +138,8 @@ impl Jobs {
         Ok(watched(setting, "the store", move |_| check_mark(&path, &known)).await??)
     }
 
-    /// Looks at all stores, at the start, and reads those again that are not as the catalog knows them. Does not wait for it.
+    /// Compares all stores with the catalog at the start, and reads those again that differ. Does not wait for the
+    /// result.
     pub fn settle_stores(self: &Arc<Self>) {
         for name in self.setting.stores.keys() {
             let (jobs, name) = (self.clone(), name.clone());
@@ -144,7 +148,7 @@ impl Jobs {
                 let _needed = needed;
                 let settled = jobs.setting.stop.run_until_cancelled(jobs.settle_store(&name));
                 if let Some(Err(error)) = settled.await {
-                    tracing::warn!(store = name, %error, "it is not known whether the store is as the catalog knows it");
+                    tracing::warn!(store = name, %error, "cannot compare the store with the catalog");
                 }
             });
         }

@@ -1,12 +1,12 @@
 //! The guard: a separate process that thaws a guest if the service that froze it dies or hangs.
 //!
-//! The service starts it before it freezes: its own program, in another mode. It gets the service's own connection to the
-//! agent: the path may be another agent's by then, and QEMU serves one client at
-//! a time. It thaws when the service is gone or late, and ends. Only the end of both processes at once keeps a guest
-//! frozen, and then the next service thaws first of all. Before the service begins to freeze, it thaws nothing: such a freeze
-//! is another tool's.
+//! The service starts the guard (its own program in another mode) before it freezes. The guard inherits the service's
+//! connection to the agent, for two reasons: QEMU serves one client at a time, and the path may belong to another agent
+//! later. It thaws the guest when the service dies or exceeds a limit, and exits. A guest stays frozen only if both
+//! processes die at once; then the next instance of the service thaws it first. Before the service begins to freeze,
+//! the guard thaws nothing, because such a freeze belongs to another tool.
 //!
-//! Knows the agent and the service's end of it; nothing of jobs, domains or the bus.
+//! Knows the agent and the service's end of the connection. Must not know jobs, domains or the bus.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,20 +27,20 @@ use crate::image;
 use crate::qmp::{self, Agent};
 use crate::socket::{Address, Dialer, Purpose};
 
-/// The switch of the program that makes it a guard.
+/// The command line option that starts the guard.
 pub const SWITCH: &str = "thaw-guard";
 
-/// How long a guard may take to be there, and to leave.
+/// How long a guard may take to start, and to exit.
 const START: Duration = Duration::from_secs(5);
 const END: Duration = Duration::from_secs(2);
-/// Its watch ends so much later than the service's does: the service comes first.
+/// The guard's limits are this much longer than the service's, so that the service acts first.
 const GRACE: Duration = Duration::from_secs(1);
-/// How long it tries, and how often to connect again where the agent hung up.
+/// How long the guard tries to thaw, and how often it reconnects after the agent closed the connection.
 const LONGEST: Duration = Duration::from_secs(15);
 const TRIES: usize = 3;
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What the two say to each other after the first line.
+/// The one-byte messages between service and guard that follow the first line.
 const READY: u8 = b'r';
 const FREEZING: u8 = b'f';
 const FROZEN: u8 = b'z';
@@ -48,7 +48,7 @@ const THAWING: u8 = b't';
 const DONE: u8 = b'd';
 const ACTED: u8 = b'a';
 
-/// The orders to a guard. Not in its arguments, which other users can read.
+/// The parameters of a guard. They are not arguments, because other users can read those.
 #[derive(Serialize, Deserialize)]
 struct Orders {
     domain: String,
@@ -56,27 +56,27 @@ struct Orders {
     limits: Limits,
 }
 
-/// How long a freeze may take, at most.
+/// The limits of a freeze.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Limits {
     /// From the freeze command to the agent's answer.
     pub wait: Duration,
-    /// From then on, until the thaw command.
+    /// From that answer to the thaw command.
     pub frozen: Duration,
 }
 
-/// The service's end. Dropped, the guard thaws at once if the guest may be frozen.
+/// The service's end. If it is dropped while the guest may be frozen, the guard thaws at once.
 pub struct Guard {
     child: Child,
     control: UnixStream,
 }
 
 impl Guard {
-    /// Returns when the guard watches; it thaws by itself a little after the limits.
+    /// Starts a guard and returns when it watches. It thaws by itself shortly after the limits.
     pub async fn post(domain: &str, address: &Address, agent: &Agent, limits: Limits) -> io::Result<Self> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        // The very program that runs, though a newer one may have its name.
+        // The running program, even if its file was replaced by a newer version.
         let log = ["RUST_LOG", "JOURNAL_STREAM"].into_iter();
         let log = log.filter_map(|name| std::env::var_os(name).map(|value| (name, value)));
         let mut guard = Command::new("/proc/self/exe");
@@ -87,7 +87,7 @@ impl Guard {
             .envs(log)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::from(agent.duplicate()?))
-            // Not in the way of a terminal's signals.
+            // Keeps signals of the terminal away from the guard.
             .process_group(0);
         let child = image::start_alone(|| guard.spawn())?;
         let mut control = UnixStream::from_std(ours)?;
@@ -109,52 +109,53 @@ impl Guard {
         }
     }
 
-    /// The service is about to tell the agent to freeze: from here on the guest may be frozen.
+    /// The service is about to send the freeze command, so the guest may be frozen from now on.
     pub fn freezing(&self) {
         self.say(FREEZING);
     }
 
-    /// The agent has answered that it has frozen.
+    /// The agent has confirmed the freeze.
     pub fn frozen(&self) {
         self.say(FROZEN);
     }
 
-    /// The service thaws now: the guard does so too only if the service dies, or is much later.
+    /// The service thaws now. The guard acts only if the service dies or takes much longer.
     pub fn stand_back(&self) {
         self.say(THAWING);
     }
 
-    /// Whether it has thawed, or ended: then nobody knows whether they are frozen still.
+    /// Returns whether the guard has thawed the guest or ended. The file systems may then be thawed already.
     pub fn has_acted(&self) -> bool {
-        // As it is now, which the runtime need not have noticed yet.
+        // Reads from the socket itself, because the runtime may not have noticed the data yet.
         let heard = recv(&self.control, &mut [0; 1], RecvFlags::DONTWAIT);
         heard.map(|_| ()) != Err(Errno::AGAIN)
     }
 
-    /// They are thawed. Returns when the guard has let go of the agent.
+    /// The file systems are thawed. Returns when the guard has closed the agent's connection.
     pub async fn dismiss(mut self) {
         self.say(DONE);
         self.ended(END).await;
     }
 
-    /// Returns when a guard that acts has done what it can: two who ask at a time take each other's answers.
+    /// Waits until a guard that acts has finished. Two clients of one agent at the same time would read each other's
+    /// answers.
     pub async fn done(&mut self) {
         self.ended(LONGEST + END).await;
     }
 
     async fn ended(&mut self, patience: Duration) {
         if timeout(patience, self.child.wait()).await.is_err() {
-            tracing::warn!("a guard of a frozen guest does not end");
+            tracing::warn!("the guard of a frozen guest does not exit");
         }
     }
 
     fn say(&self, word: u8) {
-        // There is room for it, and who is not there any more need not hear it.
+        // The socket's buffer has room for one byte, and a dead guard needs no message.
         let _ = send(&self.control, &[word], SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
     }
 }
 
-/// The guard's whole life. Its standard input is the service, its standard output the agent.
+/// The main function of the guard. Its standard input is the service, its standard output the agent.
 pub fn watch() -> ExitCode {
     let watched = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -170,7 +171,7 @@ pub fn watch() -> ExitCode {
 }
 
 async fn keep_watch() -> io::Result<()> {
-    // What ends the service, or all that is left of it, is no reason to leave a guest frozen.
+    // A signal that ends the service must not end the guard, because the guest would stay frozen.
     let _ignored = ignore_signals()?;
     let mut control = BufReader::new(stream(io::stdin().as_fd().try_clone_to_owned()?)?);
     let agent = stream(io::stdout().as_fd().try_clone_to_owned()?)?;
@@ -182,12 +183,12 @@ async fn keep_watch() -> io::Result<()> {
         return Ok(());
     };
     let domain = &orders.domain;
-    tracing::warn!(domain, why, "the guest's file systems are thawed by the guard");
-    // Before it is done: a service that is only late must know. One that is gone need not.
+    tracing::warn!(domain, why, "the guard thaws the guest's file systems");
+    // Sent before the thaw, because a service that is only late must know. A dead service cannot receive it.
     let _ = control.write_u8(ACTED).await;
     let dialer = Dialer::new(orders.agent, Purpose::Agent);
     match timeout(patience, thaw(agent, &dialer, patience)).await {
-        Ok(Ok(count)) => tracing::info!(domain, count, "file systems are thawed"),
+        Ok(Ok(count)) => tracing::info!(domain, count, "file systems thawed"),
         Ok(Err(error)) => tracing::error!(domain, %error, "the guest's file systems may still be frozen"),
         Err(_) => tracing::error!(
             domain,
@@ -197,22 +198,22 @@ async fn keep_watch() -> io::Result<()> {
     Ok(())
 }
 
-/// Why the guest is to be thawed, and how long the agent may take for that; nothing where it is not.
+/// Waits for the service. Returns the reason to thaw, and the timeout of the agent; `None` if no thaw is needed.
 async fn wait(control: &mut BufReader<UnixStream>, limits: Limits) -> Option<(&'static str, Duration)> {
-    // No freeze has been sent yet: the service has no timeout, and its end needs no thaw.
+    // The service has sent no freeze yet: no limit applies, and its death needs no thaw.
     match control.read_u8().await {
         Ok(FREEZING) => {}
         _ => return None,
     }
-    // An agent does one thing at a time: it thaws when it has frozen.
+    // An agent executes one command at a time, so it thaws only after it has frozen.
     let (mut deadline, mut patience) = (Instant::now() + limits.wait + GRACE, limits.wait + LONGEST);
     let why = loop {
         match timeout_at(deadline, control.read_u8()).await {
             Ok(Ok(DONE)) => return None,
             Ok(Ok(FROZEN)) => (deadline, patience) = (Instant::now() + limits.frozen + GRACE, LONGEST),
             Ok(Ok(THAWING)) => deadline = Instant::now() + PATIENCE + GRACE,
-            Ok(Ok(_)) => break "the service talks nonsense",
-            Ok(Err(_)) => break "the service is gone, or could not thaw them",
+            Ok(Ok(_)) => break "the service sent an unknown message",
+            Ok(Err(_)) => break "the service has died or could not thaw them",
             Err(_) => break "the service is late",
         }
     };
@@ -222,7 +223,7 @@ async fn wait(control: &mut BufReader<UnixStream>, limits: Limits) -> Option<(&'
 async fn thaw(agent: UnixStream, dialer: &Dialer, patience: Duration) -> qmp::Result<u64> {
     let mut thawed = Agent::over(agent, patience).thaw().await;
     for _ in 0..TRIES {
-        // Only who hung up can be there again; who is silent has been told.
+        // Reconnect only if the agent closed the connection. A silent agent has already received the command.
         if !matches!(thawed, Err(qmp::Error::Closed(_) | qmp::Error::NotConnected(_))) {
             break;
         }
@@ -235,7 +236,7 @@ async fn thaw(agent: UnixStream, dialer: &Dialer, patience: Duration) -> qmp::Re
     thawed
 }
 
-/// SIGTERM is what systemd sends to what a dead service left, SIGABRT what it sends when the service is stuck.
+/// systemd sends SIGTERM to the remaining processes of a dead service, and SIGABRT to a hung one.
 fn ignore_signals() -> io::Result<Vec<Signal>> {
     const SIGABRT: i32 = 6;
     let kinds = [

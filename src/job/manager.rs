@@ -1,4 +1,4 @@
-//! The jobs of the service: those that run, one a domain, and those that ended lately.
+//! The table of the service's jobs: the running ones, one a domain, and the recently ended ones.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -34,18 +34,18 @@ use crate::plan::{Plan, Task};
 use crate::quota::{Quota, Share};
 use crate::target::Targets;
 
-/// How long an ended job can still be asked about, and how many at most.
+/// How long ended jobs stay in the table, and how many at most.
 const KEEP: Duration = Duration::from_secs(600);
 const KEEP_AT_MOST: u32 = 100;
 
 pub(super) const ROOT: u32 = 0;
 
-/// Why a domain cannot be backed up now.
+/// The reason why no backup of a domain can start now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refused {
-    /// Another backup is under way, or comes first.
+    /// Another backup runs or comes first.
     Taken,
-    /// QEMU still has something of that job, which has ended: its storage may hang, and a further command could freeze QEMU.
+    /// An ended job still has objects in QEMU. Its storage may hang, and a further command could freeze QEMU.
     Left { job: u32 },
 }
 
@@ -60,69 +60,69 @@ impl Refused {
     }
 }
 
-/// What every job works with.
+/// The dependencies that all jobs share.
 pub(super) struct Setting {
     pub domains: Arc<Registry>,
     pub catalog: Catalog,
     pub deadlines: Deadlines,
-    /// The boot of the host in which this process runs.
+    /// The current boot of the host.
     pub boot: BootId,
-    /// Ended jobs that the catalog keeps.
+    /// The number of ended jobs that the catalog keeps.
     pub history: u32,
     pub stores: BTreeMap<String, Store>,
-    /// The service stops: what QEMU does goes on without it.
+    /// The service stops. QEMU continues to copy without it.
     pub stop: CancellationToken,
-    /// Counts what the service must not leave before the end of.
+    /// Counts the work that must end before the service exits.
     pub activity: Activity,
-    /// Of that, what a restart of the service would end: it runs in processes of the service's own.
+    /// Counts the part of it that a restart of the service would abort, because it runs in the service's own processes.
     pub at_stake: Activity,
     pub generations: Generations,
-    /// Of the stores.
+    /// The bandwidth of the stores.
     pub bandwidth: Bandwidth,
 }
 
-/// How the work on a job ended.
+/// How the service's work on a job ended.
 pub(super) enum Ending {
-    /// With its part of a store's bandwidth, if QEMU may still copy.
+    /// The job has ended. It keeps its part of a store's bandwidth if QEMU may still copy.
     Ended(Residue, Option<Part>),
-    /// A later process of the service resumes it.
+    /// A later instance of the service resumes the job.
     Detached,
 }
 
-/// A job that has ended and left something.
+/// An ended job with residue that is not removed yet.
 struct Leftover {
     job: Arc<Job>,
     residue: Residue,
-    /// Its part of a store's bandwidth is given back when this is dropped.
+    /// Dropping this returns the job's part of a store's bandwidth.
     _part: Option<DropGuard>,
 }
 
 pub(super) struct Table {
-    /// The backups that run and those that wait.
+    /// The running and the waiting backups.
     pub queue: Queue,
-    /// Those who wait for the places.
+    /// The tasks that wait for a place.
     pub waiting: HashMap<Ticket, oneshot::Sender<Place>>,
-    /// Of the jobs that wait or run.
+    /// The tickets of the running and the waiting jobs, by job id.
     pub tickets: HashMap<u32, Ticket>,
     pub busy: Busy,
-    /// What is still to be removed of ended jobs, by the unique name of the domain: one task each works on it, in order.
+    /// The residue to remove, by the unique name of the domain. One task for each domain removes it in order.
     sweeps: HashMap<String, VecDeque<Leftover>>,
-    /// A task looks for backups that crawl while others wait.
+    /// A task watches for crawling backups while others wait.
     pub(super) is_watched: bool,
     jobs: BTreeMap<u32, Arc<Job>>,
-    /// What will forget the ended ones in time; gone with them, so that nothing is left of one that is forgotten earlier.
+    /// The expiry timers of ended jobs. Each is removed together with its job.
     forgetting: HashMap<u32, AbortHandle>,
 }
 
 impl Table {
-    /// The ended job that QEMU still has something of, by the unique name of its domain.
+    /// Returns the ended job that still has objects in the QEMU of the domain with this unique name.
     fn left_in_qemu(&self, domain: &str) -> Option<u32> {
         let mut leftovers = self.sweeps.get(domain)?.iter();
         let left = leftovers.find(|leftover| leftover.residue.in_qemu)?;
         Some(left.job.id)
     }
 
-    /// Whether that user's work on a domain may be the next one.
+    /// Fails if this user's work on the domain cannot start now.
     pub fn check_place(&self, domain: &str, uid: u32) -> Result<(), Refused> {
         match self.left_in_qemu(domain) {
             Some(job) => Err(Refused::Left { job }),
@@ -132,51 +132,51 @@ impl Table {
     }
 }
 
-/// All jobs.
 pub struct Jobs {
     table: Mutex<Table>,
     pub(super) quota: Quota,
-    /// Bytes on record of the queued ones.
+    /// Bytes that the records of queued jobs take in the catalog.
     pub(super) queued: Quota,
     pub(super) setting: Setting,
-    /// Callers that have the stores read again: one at a time.
+    /// Held by the caller that requested a rescan; a second request fails.
     asked_to_rescan: tokio::sync::Mutex<()>,
-    /// One reads a store again at a time, also without being asked.
+    /// Serialises all rescans, including those that the service starts itself.
     pub(super) rescanning: tokio::sync::Mutex<()>,
     pub(super) tasks: TaskTracker,
-    /// No queued backup starts any more: the service is about to stop.
+    /// Queued backups no longer start, because the service is about to stop.
     pub(super) closed: CancellationToken,
-    /// A domain's place, or what was left of a job in QEMU, is free.
+    /// Signals that a domain is free, or that a job's residue in QEMU is removed.
     pub(super) freed: Notify,
 }
 
-/// The right to run the only backup of a domain; given back when it is dropped.
+/// The right to run the only backup of a domain. Dropping it frees the domain.
 #[must_use]
 pub struct Reservation {
     jobs: Arc<Jobs>,
     uid: u32,
-    /// By their unique names: two where one was renamed while its backup waited, or between two processes of the service.
+    /// The domains' unique names. There are two if the domain was renamed while its backup waited, or between two
+    /// instances of the service.
     domains: Vec<(String, Hold)>,
-    /// Among the backups that run.
+    /// The ticket among the running backups.
     ticket: Option<Ticket>,
     kept: Kept,
 }
 
-/// A user's shares of the jobs, and of the caller's descriptors that a backup writes to.
+/// A user's shares of the quotas of jobs, and of the caller's descriptors that a backup writes to.
 pub(super) type Shares = Arc<(Share, Option<Arc<Share>>)>;
 
-/// What is counted from a call to the end of its backup.
+/// The quotas and counters that a job occupies from the call to its end.
 pub(super) struct Kept {
-    /// What a former process began counts for nobody.
+    /// `None` for a job that an earlier instance started: it does not count for the user's quota.
     shares: Option<Shares>,
-    /// The service does not leave before.
+    /// Keeps the service from exiting when idle.
     _use: Use,
-    /// The service does not stop before it is given back.
+    /// Keeps the service from stopping until the reservation is dropped.
     _token: TaskTrackerToken,
 }
 
 impl Reservation {
-    /// Of a domain that is the user's already.
+    /// Wraps a domain that this user already occupies.
     pub(super) fn new(
         jobs: Arc<Jobs>,
         (domain, uid): ((String, Hold), u32),
@@ -192,12 +192,12 @@ impl Reservation {
         }
     }
 
-    /// For work that may outlast the backup, on a thread that storage blocks.
+    /// Returns the shares for work on a thread that storage may block for longer than the job runs.
     pub(super) fn shares(&self) -> Option<Shares> {
         self.kept.shares.clone()
     }
 
-    /// Takes another domain's place too, whoever has it: it is the same VM, under the name that it has now.
+    /// Occupies another domain too, even if it is busy: it is the same VM under its present name.
     pub(super) fn add(&mut self, domain: &Arc<Domain>) {
         let name = domain.unique_name();
         if !self.has(&name) {
@@ -206,7 +206,7 @@ impl Reservation {
         }
     }
 
-    /// The same, unless other work on the domain is under way, or comes first.
+    /// Occupies another domain too, unless other work on it runs or comes first.
     pub(super) fn try_add(&mut self, domain: &Arc<Domain>) -> Result<(), Error> {
         let name = domain.unique_name();
         if !self.has(&name) {
@@ -223,9 +223,9 @@ impl Reservation {
     }
 }
 
-/// What is kept for a job that is being prepared.
+/// The resources that a job holds during its preparation.
 pub trait Held: Send + 'static {
-    /// Lets others have what the job would have been alone with; what counts for its user stays.
+    /// Frees the domain and the place for other jobs. The user's quota stays occupied.
     fn make_room(&mut self) {}
 }
 
@@ -243,15 +243,15 @@ impl Drop for Reservation {
     }
 }
 
-/// What an earlier process of the service left.
+/// The unfinished jobs of an earlier instance of the service.
 #[derive(Default)]
 pub struct Recovered {
     pub jobs: Vec<Arc<Job>>,
-    /// Those of them that wait for their places.
+    /// The jobs among them that wait for a place.
     pub queued: Vec<Requeued>,
 }
 
-/// All that a job needs to start.
+/// The parameters of [`Jobs::start`].
 pub struct Start {
     pub reservation: Reservation,
     pub domain: Arc<Domain>,
@@ -262,8 +262,8 @@ pub struct Start {
 }
 
 impl Jobs {
-    /// The jobs of `domains`, none of them known yet: see [`Jobs::recover`].
-    /// `activity` counts those that run, and what is still to be done of those that have ended.
+    /// Creates an empty table: [`Jobs::recover`] fills it. `activity` counts the running jobs and the unfinished
+    /// clean-up of ended ones.
     pub fn new(
         domains: Arc<Registry>,
         catalog: Catalog,
@@ -308,7 +308,8 @@ impl Jobs {
         jobs
     }
 
-    /// Thaws what a former process of the service may have left frozen; does not wait for it. Before all else that is done.
+    /// Thaws guests that an earlier instance of the service may have left frozen, and does not wait for it. The caller
+    /// calls this before anything else.
     pub async fn thaw(self: &Arc<Self>) -> Result<(), Error> {
         for record in self.setting.catalog.unsettled().await?.into_iter().flatten() {
             let jobs = self.clone();
@@ -318,8 +319,8 @@ impl Jobs {
         Ok(())
     }
 
-    /// Takes up the jobs that an earlier process of the service left, which are returned, and those that ended lately. A job
-    /// whose record cannot be read is logged, and stays as it is: a service of another version may be able to.
+    /// Recovers the jobs of an earlier instance, and returns those that had not ended. If a record cannot be read, the
+    /// service logs an error and leaves the record for another version of the service.
     pub async fn recover(self: &Arc<Self>) -> Result<Recovered, Error> {
         let keep = SignedDuration::try_from(KEEP).unwrap_or(SignedDuration::ZERO);
         let since = clock::now().checked_sub(keep).unwrap_or(Timestamp::MIN);
@@ -329,7 +330,7 @@ impl Jobs {
                     self.lock().jobs.insert(job.id, Arc::new(job));
                     self.forget_later(record.id);
                 }
-                Err(error) => tracing::error!(%error, "a job is left out of the list"),
+                Err(error) => tracing::error!(%error, "cannot read a job's record; the list omits the job"),
             }
         }
         let mut resumed = Recovered::default();
@@ -340,7 +341,7 @@ impl Jobs {
             };
             match recovered {
                 Ok(()) => {}
-                Err(error) => tracing::error!(%error, "a job is not recovered"),
+                Err(error) => tracing::error!(%error, "cannot recover a job"),
             }
         }
         Ok(resumed)
@@ -389,7 +390,7 @@ impl Jobs {
         Job::ended(record, domain, self.setting.catalog.clone())
     }
 
-    /// Has removed what may be left of an ended job. For one domain it is done in one task, in order.
+    /// Queues the removal of an ended job's residue. One task for each domain removes it in order.
     fn sweep(self: &Arc<Self>, leftover: Leftover) {
         if !leftover.residue.in_qemu && !leftover.residue.on_disk {
             return;
@@ -414,7 +415,7 @@ impl Jobs {
         });
     }
 
-    /// The next one; the first in the queue is being worked on.
+    /// Returns the first entry of the queue. It stays in the queue until its residue is removed.
     fn to_sweep(&self, domain: &str) -> Option<(Arc<Job>, Residue)> {
         let mut table = self.lock();
         let next = table.sweeps.get(domain).and_then(|queue| queue.front());
@@ -431,7 +432,7 @@ impl Jobs {
         let domain = self.setting.domains.identified_or_absent(identity);
         let plan = record::plan(&record)?;
         let journal = record::read_journal(&record)?;
-        // It runs, whether there is a place or not.
+        // The block jobs run already, so the backup counts even if no place is free.
         let claim = Claim::of(record.started_by.uid, &domain, &plan);
         let place = ((claim.domain.clone(), domain.hold()), claim.uid);
         let mut table = self.lock();
@@ -449,7 +450,7 @@ impl Jobs {
             true,
         ));
         let (boot, state) = &journal;
-        // Before another backup begins.
+        // The bandwidth must count this job before another backup begins.
         let part =
             (*boot == self.setting.boot && state.may_copy()).then(|| self.setting.bandwidth.resume(&job));
         let mut table = self.lock();
@@ -464,7 +465,7 @@ impl Jobs {
         Ok(resumed)
     }
 
-    /// Takes a backup in that is about to be made. Nothing of it exists before.
+    /// Records a new backup in the catalog. The caller has created no target yet.
     pub async fn begin(
         &self,
         domain: &Domain,
@@ -500,25 +501,25 @@ impl Jobs {
         Ok(record)
     }
 
-    /// Forgets a job that came to nothing while its targets were being made.
+    /// Removes the record of a job whose targets could not be created.
     async fn withdraw(&self, id: u32) {
         if let Err(error) = self.setting.catalog.withdraw(id).await {
-            tracing::warn!(job = id, %error, "a job that never began is still on record");
+            tracing::warn!(job = id, %error, "cannot remove the record of a job that never began");
         }
     }
 
-    /// Has the service stay for as long as the result is kept.
+    /// Keeps the service from exiting while the caller holds the result.
     pub fn need_service(&self) -> Use {
         self.setting.activity.begin()
     }
 
-    /// Counts what a restart of the service would end: restores, exports, verifications, merges, deletions. Backups go on
-    /// over a restart.
+    /// Counts the work that a restart of the service would abort: restores, exports, verifications, merges, deletions.
+    /// Backups survive a restart.
     pub fn at_stake(&self) -> &Activity {
         &self.setting.at_stake
     }
 
-    /// Does something with a store that may wait for its storage.
+    /// Runs work on a store that may block on its storage.
     pub async fn in_store<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Progress) -> T + Send + 'static,
@@ -526,18 +527,18 @@ impl Jobs {
         watched(&self.setting, "the store", work).await
     }
 
-    /// How long a domain that was connected before is waited for.
+    /// How long the service waits for a domain that was connected before.
     pub fn reconnect_patience(&self) -> Duration {
         self.setting.deadlines.reconnect()
     }
 
-    /// How long what makes no progress is waited for.
+    /// How long the service waits without progress.
     pub fn patience(&self) -> Duration {
         self.setting.deadlines.stall()
     }
 
-    /// Waits for the targets of a job that is on record, and keeps what is `held` for it until they are there or gone. A job
-    /// that comes to nothing here is withdrawn, if need be later: the thread that prepares the targets may hang.
+    /// Waits for the targets of a recorded job, and keeps `held` until the targets exist or are discarded. If this
+    /// fails, the record is withdrawn. That can happen later, because the thread that prepares the targets may hang.
     pub async fn prepared<H, T>(
         self: &Arc<Self>,
         id: u32,
@@ -561,20 +562,20 @@ impl Jobs {
         }
     }
 
-    /// Leaves a thread that hangs while it prepares targets to itself: what it makes is discarded there. Then the record of the
-    /// job is `withdrawn`, if that is not its end.
+    /// Abandons a thread that hangs while it prepares targets. When it continues, its targets are discarded, and then
+    /// the record of the job `withdrawn` is removed.
     pub(super) fn abandon<T: Send + 'static>(
         self: &Arc<Self>,
         targets: JoinHandle<error::Result<T>>,
         mut held: impl Held,
         withdrawn: Option<u32>,
     ) {
-        // Nothing of it is in QEMU.
+        // The job has no objects in QEMU yet, so another job can start.
         held.make_room();
         let jobs = self.clone();
         self.tasks.spawn(async move {
             let discarded = async {
-                // This can wait for storage, too.
+                // Dropping the targets can block on storage, too.
                 if let Ok(made) = targets.await {
                     blocking(&jobs.setting, move || drop(made)).await;
                 }
@@ -582,13 +583,13 @@ impl Jobs {
                     jobs.withdraw(id).await;
                 }
             };
-            // Otherwise the next process finds the record, and does it.
+            // If the service stops first, the next instance finds the record and removes it.
             jobs.setting.stop.run_until_cancelled(discarded).await;
             drop(held);
         });
     }
 
-    /// What the thread that prepares the targets came to; nothing if it hangs.
+    /// Returns the result of the thread that prepares the targets; `None` if it hangs.
     pub(super) async fn made<T>(
         &self,
         targets: &mut JoinHandle<error::Result<T>>,
@@ -602,20 +603,21 @@ impl Jobs {
         Error::stalled("the target", self.patience())
     }
 
-    /// A name for a backup, or a checkpoint, that sorts by time and that no other has.
+    /// Returns a unique id for a backup or a checkpoint. Ids sort by time.
     pub(super) fn new_backup_id(now: Timestamp) -> String {
         let unique = uuid::Uuid::new_v4().simple().to_string();
         format!("{}-{}", now.strftime("%Y%m%dT%H%M%SZ"), &unique[..8])
     }
 
-    /// Takes the domain's only place, for a user and with the descriptors that it passed; says at once if it is taken.
+    /// Occupies the domain for a user, together with the descriptors that the caller passed. Fails at once if the
+    /// domain is busy.
     pub fn reserve(
         self: &Arc<Self>,
         domain: &Arc<Domain>,
         uid: u32,
         descriptors: Arc<Share>,
     ) -> Result<Reservation, Error> {
-        // First, so that a stop that is not seen here waits for it.
+        // Taken before the check, so that a concurrent stop waits for this job.
         let token = self.tasks.token();
         if self.setting.stop.is_cancelled() {
             return Err(Error::Stopping);
@@ -636,7 +638,7 @@ impl Jobs {
         }
     }
 
-    /// Lets others have these domains, and the place of a backup that ran.
+    /// Frees these domains, and the place of a backup that ran.
     pub(super) fn give_back<'a>(
         self: &Arc<Self>,
         domains: impl Iterator<Item = &'a str>,
@@ -663,12 +665,12 @@ impl Jobs {
         Ok(())
     }
 
-    /// The ended job that QEMU still has something of, by the unique name of its domain.
+    /// Returns the ended job that still has objects in the QEMU of the domain with this unique name.
     pub(super) fn left_in_qemu(&self, domain: &str) -> Option<u32> {
         self.lock().left_in_qemu(domain)
     }
 
-    /// Whether a job works on the domain, or on its checkpoints.
+    /// Returns whether a job works on the domain or on its checkpoints.
     pub(super) fn is_busy(&self, domain: &Domain) -> bool {
         self.lock().busy.contains(&domain.unique_name())
     }
@@ -715,7 +717,7 @@ impl Jobs {
         driver.footprint = Some(Footprint::of(job, job.domain.clone(), link, &self.setting));
         let files = targets.files();
         driver.targets = Some(targets);
-        // Before anything is changed.
+        // Fails before anything is changed.
         let fact = match quiesce::check(&job.domain, job.plan.quiesce).await {
             Ok(()) => backup::Fact::Prepared { files },
             Err(error) => backup::Fact::Stopped(driver.verdict(error.into())),
@@ -725,7 +727,7 @@ impl Jobs {
             .await
     }
 
-    /// What is to be done when the work on a job has ended.
+    /// Follows up when the service's work on a job has ended: expiry, and removal of residue.
     pub(super) async fn after(self: &Arc<Self>, job: &Arc<Job>, ending: Ending) {
         let is_queued = job.is_queued();
         let (residue, part) = match ending {
@@ -734,14 +736,14 @@ impl Jobs {
                 let (job, domain) = (job.id, &job.domain.name);
                 match is_queued {
                     true => tracing::info!(job, domain, "the backup stays queued"),
-                    false => tracing::info!(job, domain, "the backup goes on without the service"),
+                    false => tracing::info!(job, domain, "QEMU continues the backup without the service"),
                 }
                 return;
             }
         };
         self.forget_oldest();
         self.forget_later(job.id);
-        // What hangs is removed by the thread that it hangs in, or by the next process.
+        // If the removal of files hangs, its own thread finishes it, or the next instance of the service does.
         let residue = Residue {
             on_disk: false,
             ..residue
@@ -755,8 +757,8 @@ impl Jobs {
         });
     }
 
-    /// Gives a part of a store's bandwidth back when the guard is dropped, or when QEMU has had the time in which everything
-    /// must make progress: one that never stops must not slow the others down for ever.
+    /// Returns a part of a store's bandwidth when the guard is dropped, or after the stall timeout. Without the
+    /// timeout, a copy that never stops would slow the others down for ever.
     fn give_back_later(&self, part: Part) -> DropGuard {
         let over = CancellationToken::new();
         let guard = over.clone().drop_guard();
@@ -769,10 +771,10 @@ impl Jobs {
         guard
     }
 
-    /// An ended job is kept while somebody may ask for it, but it does not keep the service from stopping.
+    /// Removes an ended job from the table after a while. The timer does not keep the service from stopping.
     fn forget_later(self: &Arc<Self>, id: u32) {
         let mut table = self.lock();
-        // Others that ended meanwhile may have had it forgotten.
+        // The table may have dropped this job already because it holds a limited number of ended jobs.
         if !table.jobs.contains_key(&id) {
             return;
         }
@@ -786,7 +788,7 @@ impl Jobs {
         table.forgetting.insert(id, forgetting.abort_handle());
     }
 
-    /// The job of that number, as long as the history goes back.
+    /// Returns the job with this id, if it is in the table or in the history.
     pub async fn find(&self, id: u32) -> Result<Option<Arc<Job>>, Error> {
         if let Some(job) = self.lock().jobs.get(&id).cloned() {
             return Ok(Some(job));
@@ -801,13 +803,13 @@ impl Jobs {
         Ok(Some(Arc::new(job)))
     }
 
-    /// The jobs that run or ended lately, by number.
+    /// Returns the running and the recently ended jobs by id.
     pub fn list(&self) -> Vec<Arc<Job>> {
         self.lock().jobs.values().cloned().collect()
     }
 
-    /// The jobs that have ended, by number, as long as the history goes back; and the domain of each, or what stands for it:
-    /// the same one for all that are of the same.
+    /// Returns the jobs of the history by id, each with its domain. A domain that no longer exists is represented by a
+    /// placeholder, the same one for all of its jobs.
     pub async fn history(&self) -> Result<Vec<(EndedJob, Arc<Domain>)>, Error> {
         let mut domains = HashMap::new();
         let mut jobs = Vec::new();
@@ -817,7 +819,7 @@ impl Jobs {
                 Entry::Vacant(entry) => match record::identity(ended.id, &ended.domain) {
                     Ok(identity) => Arc::clone(entry.insert(self.setting.domains.same_or_absent(identity))),
                     Err(error) => {
-                        tracing::error!(%error, "a job is left out of the list");
+                        tracing::error!(%error, "cannot read a job's record; the list omits the job");
                         continue;
                     }
                 },
@@ -827,16 +829,16 @@ impl Jobs {
         Ok(jobs)
     }
 
-    /// Makes the records of the backups in the stores those that the stores have. One at a time.
-    /// `adopt` has keep rules apply to all of them, whichever service made them.
+    /// Reads all stores again and updates the catalog. Rescans run one at a time. With `adopt`, keep rules apply to all
+    /// backups found, even if another service created them.
     pub async fn rescan(&self, adopt: bool) -> Result<Rescan, Error> {
         let _asked = self.asked_to_rescan.try_lock().map_err(|_| Error::Rescanning)?;
         let _turn = self.rescanning.lock().await;
         rescan::rescan(&self.setting, adopt).await
     }
 
-    /// Waits until what cannot be left has ended. What QEMU copies goes on there, and a later process of the service goes on
-    /// with it.
+    /// Waits for the work that cannot be interrupted. QEMU continues to copy, and a later instance of the service
+    /// resumes the jobs.
     pub async fn shut_down(&self) {
         self.closed.cancel();
         self.setting.stop.cancel();

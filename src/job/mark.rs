@@ -1,4 +1,4 @@
-//! Whether a store is the one that is on record, and not what else has its path while it isn't mounted.
+//! Checks that a store is the recorded one, and not another directory with its path while the store is not mounted.
 
 use std::path::Path;
 
@@ -7,7 +7,8 @@ use super::{Error, watched};
 use crate::target::{check_mark, make_mark};
 
 impl Jobs {
-    /// The mark of a store, which is the one that is on record; the first use of a store puts one there.
+    /// Returns the mark of a store, after checking it against the recorded one. The first use of a store creates and
+    /// records a mark.
     pub async fn store_mark(&self, name: &str) -> Result<Option<String>, Error> {
         let setting = &self.setting;
         let Some(store) = setting.stores.get(name) else {
@@ -22,7 +23,7 @@ impl Jobs {
     }
 }
 
-/// Puts the mark that a store has on record, whatever was there; one that has none gets one.
+/// Writes the recorded mark into a store, replacing any other. A store without a recorded mark gets a new one.
 pub(super) async fn mark(setting: &Setting, name: &str, path: &Path) -> Result<String, Error> {
     let known = setting.catalog.backups_in(name.to_owned()).await?;
     let path = path.to_owned();

@@ -1,7 +1,8 @@
-//! The state machine that runs a plan: one job a backup, from the targets' preparation in QEMU to their publication.
+//! Runs jobs: each takes one plan from the preparation of the targets in QEMU to their publication.
 //!
-//! Owns its objects in QEMU and leaves no residue. Every step that must survive is in the catalog before the next one
-//! begins, so that a later process of the service can resume. Must not know permissions or signals.
+//! A job owns its objects in QEMU and leaves no residue. The catalog records every step that must survive a restart
+//! before the next one begins, so that a later instance of the service can resume. Must not know permissions or
+//! signals.
 
 mod backup;
 mod bandwidth;
@@ -71,60 +72,60 @@ use crate::fault;
 use crate::offload::{self, Progress};
 use crate::plan::{Destination, Plan, Task};
 
-/// How long somebody who looked is taken to be looking.
+/// How long a client counts as an observer after it read the status.
 const ATTENTION: Duration = Duration::from_secs(5);
-/// How old what is shown may be, and how long what is newer is waited for.
+/// The maximum age of a shown status, and how long a reader waits for a newer one.
 const FRESH: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_millis(300);
 
-/// How far a job's end is decided. Cancelling is possible up to the point where the images get their names.
+/// How far the end of a job is decided. A job can be cancelled until its images are published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Decision {
-    /// A process that recovers the job has not looked yet whether it is published.
+    /// The service recovers the job and does not know yet whether the backup is published.
     Recovering,
     Open,
     CancelRequested,
     Publishing,
     Published,
-    /// It took too long: whatever comes of it is taken back.
+    /// Publishing took too long: the thread that publishes must undo its work.
     GivenUp,
 }
 
-/// One backup that is under way or has ended; or what is done with stored ones.
+/// A job that runs or has ended: a backup, or work on stored backups.
 #[derive(Debug)]
 pub struct Job {
     pub id: u32,
     /// The backup's name in a store.
     pub backup_id: String,
-    /// Found anew when the job leaves the queue.
+    /// Looked up again when the job leaves the queue.
     pub domain: Settled<Arc<Domain>>,
-    /// The domain's, as it was when the job started.
+    /// The UUID of the domain when the job started.
     domain_uuid: Option<Uuid>,
-    /// The user that started it.
     pub started_by: Starter,
-    /// It was found in a store: who started it is as the store says, and gives nobody a right.
+    /// The record comes from a store. Its `started_by` is what the store says, and gives nobody a right.
     imported: bool,
-    /// It ended long ago.
+    /// The job ended before the service started, and comes from the history.
     past: bool,
     pub start_time: Timestamp,
-    /// Made anew when the job leaves the queue.
+    /// Made again when the job leaves the queue.
     pub plan: Settled<Plan>,
     status: watch::Sender<Status>,
     decision: Mutex<Decision>,
     cancel: CancellationToken,
-    /// By this process of the service; for a job that was queued, from when it left the queue.
+    /// When this instance of the service started the job. For a queued job: when it left the queue.
     taken_up: Settled<Instant>,
-    /// The connection that started it has left the bus, or was one of an earlier process's.
+    /// The connection that started the job has left the bus, or belonged to an earlier instance of the service.
     is_orphan: AtomicBool,
     speed: Speed,
-    /// When somebody looked last, and when QEMU was asked last.
+    /// When a client last read the status, and when the service last queried QEMU.
     looks: watch::Sender<Option<Instant>>,
     asked: watch::Sender<Option<Instant>>,
     catalog: Catalog,
 }
 
 impl Job {
-    /// Whether it is that user's own. A number alone is no identity for ever: another user may have it by now.
+    /// Returns whether this user started the job. The uid alone does not identify a user for ever, because it may
+    /// belong to another user later.
     pub fn is_of(&self, user: &Starter) -> bool {
         if self.imported || self.past {
             return false;
@@ -133,12 +134,12 @@ impl Job {
         self.started_by.is_same(user, has_ended)
     }
 
-    /// What is known now; answers at once.
+    /// Returns the last known status without waiting.
     pub fn status(&self) -> Status {
         self.status.borrow().clone()
     }
 
-    /// Tells of every change. The last one has an outcome.
+    /// Returns a receiver of all changes. The last change sets the outcome.
     pub fn statuses(&self) -> watch::Receiver<Status> {
         self.status.subscribe()
     }
@@ -151,15 +152,15 @@ impl Job {
         }
     }
 
-    /// Asks for the end of the whole backup and returns without waiting for it. What was accepted here never ends as
-    /// completed, whatever becomes of the service.
+    /// Requests cancellation of the whole backup and does not wait for its end. After `Ok` the job never ends as
+    /// completed, even if the service restarts.
     pub async fn cancel(&self) -> Result<(), Error> {
         self.decide_to_cancel(None)?;
         self.record_cancel().await;
         Ok(())
     }
 
-    /// The same for another backup. If it is cancelled already, that is not why.
+    /// Cancels the job in favour of another backup. An earlier cancellation keeps its own reason.
     pub(super) async fn cancel_because(&self, why: Displaced) -> Result<(), Error> {
         self.decide_to_cancel(Some(why))?;
         self.record_cancel().await;
@@ -168,7 +169,7 @@ impl Job {
 
     async fn record_cancel(&self) {
         if let Err(error) = self.catalog.cancel_requested(self.id).await {
-            tracing::error!(job = self.id, %error, "that the job is cancelled is not on record");
+            tracing::error!(job = self.id, %error, "cannot record the cancellation of the job");
         }
         fault::passed("cancel requested");
     }
@@ -197,7 +198,8 @@ impl Job {
         }
     }
 
-    /// Asks for the end of one disk's block job, and so of the whole backup: disks stand or fall together.
+    /// Requests cancellation because of one disk. This cancels the whole backup, because a backup is complete or does
+    /// not exist.
     pub async fn cancel_disk(&self, disk: &str) -> Result<(), Error> {
         if !self.plan.disks.iter().any(|planned| planned.name == disk) {
             return Err(Error::NoSuchDisk {
@@ -208,7 +210,7 @@ impl Job {
         self.cancel().await
     }
 
-    /// Changes the limit of the running backup; `bytes_per_second` is for all disks together, 0 is unlimited.
+    /// Changes the speed limit of the running backup: bytes a second for all disks together; 0 removes the limit.
     pub async fn set_speed(&self, bytes_per_second: u64) -> Result<(), Error> {
         if self.plan.task != Task::Backup {
             return Err(Error::NoSpeed { id: self.id });
@@ -221,12 +223,13 @@ impl Job {
         }
         self.speed.set_own(bytes_per_second);
         if let Err(error) = self.catalog.speed_set(self.id, bytes_per_second).await {
-            tracing::warn!(job = self.id, %error, "the job's limit is not on record");
+            tracing::warn!(job = self.id, %error, "cannot record the job's speed limit");
         }
         Ok(())
     }
 
-    /// The id of the backup that it makes in a store, or reads from one; empty where it makes one elsewhere.
+    /// Returns the id of the backup that the job creates in a store or reads from one; empty if the targets are not in
+    /// a store.
     pub fn backup(&self) -> &str {
         match (self.plan.task.stored(), &self.plan.destination) {
             (Some(stored), _) => &stored.id,
@@ -235,17 +238,17 @@ impl Job {
         }
     }
 
-    /// Takes notice of somebody who hears of every change.
+    /// Registers a client that receives every change.
     pub fn look_on(&self) {
         self.looks.send_replace(Some(Instant::now()));
     }
 
-    /// Takes notice of somebody who looks, and sees to it that there is something to be seen.
+    /// Registers a client that reads the status, and waits shortly for a fresh one.
     pub async fn look(&self) {
         self.look_on();
         let fresh = |asked: &Option<Instant>| asked.is_some_and(|asked| asked.elapsed() < FRESH);
         if self.status.borrow().state == State::Running && self.status.borrow().outcome.is_none() {
-            // A QEMU that is slow to answer does not make who looks wait.
+            // A slow QEMU must not delay the reader.
             let _ = tokio::time::timeout(SOON, self.asked.subscribe().wait_for(fresh)).await;
         }
     }
@@ -254,8 +257,8 @@ impl Job {
         self.looks.borrow().is_some_and(|look| look.elapsed() < ATTENTION)
     }
 
-    /// Waits until the backup has begun, that is, until its point in time is past; for at most `patience`. Fails with what
-    /// prevented it.
+    /// Waits at most `patience` until the backup has begun, that is, until its point in time has passed. Returns the
+    /// job's error if the backup failed before.
     pub async fn begun(&self, patience: Duration) -> crate::error::Result<()> {
         let mut statuses = self.statuses();
         let begun = statuses.wait_for(|status| status.begun || status.outcome.is_some());
@@ -270,7 +273,7 @@ impl Job {
         }
     }
 
-    /// Waits for the end. Cancel-safe.
+    /// Waits for the end of the job. Cancel-safe.
     pub async fn wait(&self) -> Outcome {
         let mut statuses = self.statuses();
         let ended = statuses.wait_for(|status| status.outcome.is_some()).await;
@@ -285,7 +288,8 @@ impl Job {
         self.decision.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It is known whether an earlier process published it; until then it could not be cancelled.
+    /// Ends the recovery: `published` says whether an earlier instance published the backup. Until then nobody could
+    /// cancel it.
     fn recovered(&self, published: bool) {
         let mut decision = self.decision();
         if *decision == Decision::Recovering {
@@ -296,7 +300,7 @@ impl Job {
         }
     }
 
-    /// From here on it cannot be cancelled; false if it was before.
+    /// Forbids cancellation from now on. Returns false if the job was cancelled before.
     fn begin_publishing(&self) -> bool {
         let mut decision = self.decision();
         let open = *decision == Decision::Open;
@@ -306,7 +310,8 @@ impl Job {
         open
     }
 
-    /// The last word of what publishes: false if the job was given up meanwhile, and all is to be taken back.
+    /// Called by the thread that publishes, when it has finished. Returns false if the job was given up before: that
+    /// thread then undoes its work.
     fn published(&self) -> bool {
         let mut decision = self.decision();
         let still = *decision == Decision::Publishing;
@@ -316,7 +321,7 @@ impl Job {
         still
     }
 
-    /// The last word of who waited for it: false if it was published just now.
+    /// Called when the timeout of the publication has passed. Returns false if the backup was published just before.
     fn give_up(&self) -> bool {
         let mut decision = self.decision();
         let open = *decision != Decision::Published;
@@ -331,12 +336,12 @@ impl Job {
     }
 }
 
-/// Runs `work` on a thread that may wait for storage.
+/// Runs `work` on a thread that may block on storage.
 async fn blocking<T: Send + 'static>(setting: &Setting, work: impl FnOnce() -> T + Send + 'static) -> T {
     offload::blocking(&setting.activity, work).await
 }
 
-/// The same, for work that reports its progress: an error about `what` if it makes none.
+/// Like `blocking`, for work that reports its progress. Fails with an error about `what` if the progress stalls.
 async fn watched<T: Send + 'static>(
     setting: &Setting,
     what: &'static str,

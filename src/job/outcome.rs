@@ -1,10 +1,10 @@
-//! Derives the outcome of a job and of its disks from what stopped it.
+//! Derives the outcome of a job and of its disks from the reason why it stopped.
 
 use super::error::Stopped;
 use super::{Decision, DiskState, Error, Job, Outcome};
 use crate::error;
 
-/// Gives all disks the job's outcome, but for one that failed or had ended before.
+/// Gives the job's outcome to all disks, except those that failed or completed before an unsuccessful end.
 pub fn show_ended(job: &Job, outcome: &Outcome) {
     job.update(|status| {
         status.rate = 0;
@@ -23,7 +23,7 @@ pub fn outcome(job: &Job, ended: Result<(), Stopped>) -> Outcome {
     match ended {
         Ok(()) => Outcome::Completed,
         Err(Stopped::Cancelled | Stopped::Detached) => Outcome::Cancelled,
-        // A caller was told that it is cancelled.
+        // The service has accepted the caller's cancellation, so it must report the job as cancelled.
         Err(Stopped::Failed(error)) if error.hangs() && *job.decision() == Decision::CancelRequested => {
             Outcome::Cancelled
         }
@@ -34,7 +34,7 @@ pub fn outcome(job: &Job, ended: Result<(), Stopped>) -> Outcome {
     }
 }
 
-/// Marks the disk that an error is about, unless QEMU's verdict did so before.
+/// Marks the disk that an error is about as failed, unless QEMU's verdict already did.
 fn blame(job: &Job, error: &Error) {
     let Some((name, operation)) = error.disk() else {
         return;

@@ -1,13 +1,13 @@
-//! Rate and expected end of a job, smoothed over its last seconds.
+//! Measures the rate of a job and estimates its end, smoothed over the last seconds.
 
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 
-/// How much of the past the rate remembers.
+/// The time constant of the smoothing.
 const MEMORY: Duration = Duration::from_secs(5);
 
-/// Follows how many bytes were done when.
+/// Tracks the number of bytes done over time.
 #[derive(Debug)]
 pub struct Meter {
     first: Option<Instant>,
@@ -24,7 +24,7 @@ impl Meter {
         }
     }
 
-    /// Takes a measurement in; gives the rate in bytes a second.
+    /// Adds a measurement. Returns the rate in bytes a second.
     pub fn measure(&mut self, now: Instant, done: u64) -> u64 {
         if let Some((then, before)) = self.last {
             let seconds = now.duration_since(then).as_secs_f64();
@@ -32,7 +32,7 @@ impl Meter {
                 return self.rate();
             }
             let current = done.saturating_sub(before) as f64 / seconds;
-            // Until there is so much of a past, its plain average.
+            // Until the measurements span this time, use their plain average.
             let past = now.duration_since(*self.first.get_or_insert(then)).as_secs_f64();
             let weight = (1.0 - (-seconds / MEMORY.as_secs_f64()).exp()).max(seconds / past);
             self.rate = Some(self.rate.map_or(current, |rate| rate + weight * (current - rate)));
@@ -41,7 +41,7 @@ impl Meter {
         self.rate()
     }
 
-    /// When `remaining` bytes will be done at this rate; nothing while it stands still.
+    /// Estimates when `remaining` bytes will be done at this rate; `None` without progress.
     pub fn expected_end(&self, now: Timestamp, remaining: u64) -> Option<Timestamp> {
         let rate = self.rate.filter(|rate| *rate >= 1.0)?;
         let left = SignedDuration::try_from_secs_f64(remaining as f64 / rate).ok()?;
@@ -53,11 +53,11 @@ impl Meter {
     }
 }
 
-/// One limit for all disks, as a limit for each that still runs. 0 stays unlimited, and a limit stays one.
+/// Divides the limit of all disks among those that still run. 0 stays unlimited, and a limit never becomes 0.
 pub fn share(bytes_per_second: u64, running: usize) -> u64 {
     match bytes_per_second {
         0 => 0,
-        // QEMU's number has a sign.
+        // QEMU expects a signed 64-bit integer.
         limit => (limit / running.max(1) as u64).clamp(1, i64::MAX.unsigned_abs()),
     }
 }

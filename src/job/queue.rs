@@ -1,10 +1,11 @@
-//! The queue of backups: how many run at once, and which one is next. Pure: it starts nothing and waits for nothing.
+//! The queue of backups: decides how many run at once, and which one is next. Pure: it starts nothing and waits for
+//! nothing.
 //!
-//! Places are limited for the host, for each store, and for each user. A free place goes by turns to root and to the other
-//! users, and among these to the user with the fewest running backups. A user's own backups keep their order. If none of root's
-//! backups runs, one may run beside a full set of places.
+//! The host, each store and each user have limited places. Root and the other users take turns for a free place. Among
+//! the other users, the one with the fewest running backups comes first. A user's own backups keep their order. If none
+//! of root's backups runs, one of them may exceed the limits.
 //!
-//! A backup that crawls while others wait gives its place to them and runs on. It still counts for its user.
+//! A backup that crawls while others wait frees its place and continues to run. It still counts for its user.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -16,7 +17,7 @@ use crate::config::{Config, Limits};
 pub struct Places {
     host: usize,
     per_user: usize,
-    /// Of the stores that have a limit.
+    /// The limits of those stores that have one.
     stores: BTreeMap<String, usize>,
 }
 
@@ -38,17 +39,17 @@ impl Places {
     }
 }
 
-/// What a backup needs a place for.
+/// The resources that a backup occupies while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
     pub uid: u32,
     /// The unique name of its domain.
     pub domain: String,
-    /// Nothing where its targets are in none.
+    /// `None` if its targets are not in a store.
     pub store: Option<String>,
 }
 
-/// Names a backup that waits or runs. A domain can have two that run after a restart of the service.
+/// Identifies a waiting or running backup. After a restart of the service a domain can have two running ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ticket(u64);
 
@@ -61,27 +62,27 @@ struct Waiting {
 #[derive(Debug)]
 struct Running {
     claim: Claim,
-    /// It runs without a place. At most as many do as the host has places.
+    /// It runs without a place. The number of such backups is limited to the number of the host's places.
     crawls: bool,
 }
 
-/// How many run, and when a place was given last.
+/// The number of running backups, and a counter value of the last time a place was given.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Share {
     running: usize,
     served: u64,
 }
 
-/// Who has how many places.
+/// The occupied places.
 #[derive(Debug, Clone, Default)]
 struct Taken {
     root: Share,
-    /// All users but root together, and each of them.
+    /// All users except root together, and each user by uid.
     others: Share,
     users: HashMap<u32, Share>,
-    /// All, and root's.
+    /// For each store: the number of all places, and of root's.
     stores: HashMap<String, (usize, usize)>,
-    /// Counts the places that were given.
+    /// Counts the places given so far.
     given: u64,
 }
 
@@ -123,7 +124,7 @@ impl Taken {
         }
     }
 
-    /// Counts a backup for its user only.
+    /// Frees the place of a backup that still counts for its user.
     fn give_place(&mut self, claim: &Claim) {
         let of_user = self.user(claim.uid);
         self.give_back(claim);
@@ -152,7 +153,7 @@ impl Taken {
         }
     }
 
-    /// The place of a claim in the order: the least is next.
+    /// The rank of a claim: the lowest is next.
     fn rank(&self, claim: &Claim) -> (Share, Share) {
         match claim.uid {
             ROOT => (self.root, Share::default()),
@@ -161,16 +162,16 @@ impl Taken {
     }
 }
 
-/// The backups that run and those that wait.
+/// The running and the waiting backups.
 #[derive(Debug)]
 pub struct Queue {
     places: Places,
     taken: Taken,
-    /// In the order in which they came.
+    /// In the order of arrival.
     waiting: VecDeque<Waiting>,
     came: u64,
     running: HashMap<Ticket, Running>,
-    /// Each backup's place in the order, until something changes it.
+    /// The position of each waiting backup. Any change resets it.
     positions: Option<HashMap<Ticket, u32>>,
 }
 
@@ -208,7 +209,8 @@ impl Queue {
         self.waiting.len() < before
     }
 
-    /// Gives a place to the next backup that can have one, if there is one. `is_free` says whether the domain lets it in.
+    /// Gives a place to the next backup that can have one. `is_free` returns whether the domain of a claim is free for
+    /// its user.
     pub fn next(&mut self, is_free: impl Fn(&Claim) -> bool) -> Option<(Ticket, Claim)> {
         let can_start = |waiting: &Waiting| {
             is_free(&waiting.claim)
@@ -227,7 +229,7 @@ impl Queue {
         Some((ticket, claim))
     }
 
-    /// Counts a backup that runs already.
+    /// Adds a backup that already runs.
     pub fn resume(&mut self, claim: Claim) -> Ticket {
         let ticket = self.ticket();
         self.run(ticket, claim);
@@ -241,7 +243,7 @@ impl Queue {
         self.running.insert(ticket, running);
     }
 
-    /// Takes the place of a running backup back.
+    /// Frees the place of a running backup.
     pub fn end(&mut self, ticket: Ticket) {
         let Some(Running { claim, crawls }) = self.running.remove(&ticket) else {
             return;
@@ -254,7 +256,7 @@ impl Queue {
         self.forget_users();
     }
 
-    /// Lets others have the place of a backup, which runs on. Returns whether it had one.
+    /// Frees the place of a backup that continues to run. Returns whether it had a place.
     pub fn crawl(&mut self, ticket: Ticket) -> bool {
         let crawling = self.running.values().filter(|running| running.crawls).count();
         let Some(running) = self.running.get_mut(&ticket) else {
@@ -273,8 +275,8 @@ impl Queue {
         self.waiting.is_empty()
     }
 
-    /// Whether another backup keeps one of that user's from joining: each domain has at most one that waits, and one more of
-    /// root's.
+    /// Returns whether a waiting backup of the domain keeps this user from joining. At most one backup of each domain
+    /// waits, and one more of root's.
     pub fn keeps_out(&self, domain: &str, uid: u32) -> bool {
         match uid {
             ROOT => self.waits_as_root(domain),
@@ -287,15 +289,15 @@ impl Queue {
         waiting.any(|waiting| waiting.claim.domain == domain && waiting.claim.uid == ROOT)
     }
 
-    /// The place of a waiting backup in the order in which all would start now; 1 is the next. A backup whose store, domain or
-    /// user has no place free lets later ones pass.
+    /// Returns the position of a waiting backup in the order in which all would start now; 1 is the next. Later backups
+    /// pass one whose store, domain or user has no free place.
     pub fn position(&mut self, ticket: Ticket) -> Option<u32> {
         let (taken, waiting) = (&self.taken, &self.waiting);
         let positions = self.positions.get_or_insert_with(|| order(taken, waiting));
         positions.get(&ticket).copied()
     }
 
-    /// While somebody waits, it counts when each user was served last.
+    /// Forgets users without running backups. While backups wait, the last turn of each user decides the order.
     fn forget_users(&mut self) {
         if self.waiting.is_empty() {
             self.taken.users.retain(|_, share| share.running > 0);
@@ -303,7 +305,7 @@ impl Queue {
     }
 }
 
-/// The places in the order in which all would start now.
+/// The positions in the order in which all would start now.
 fn order(taken: &Taken, waiting: &VecDeque<Waiting>) -> HashMap<Ticket, u32> {
     let mut taken = taken.clone();
     let mut waiting: Vec<_> = waiting.iter().collect();
@@ -319,7 +321,7 @@ fn order(taken: &Taken, waiting: &VecDeque<Waiting>) -> HashMap<Ticket, u32> {
     positions
 }
 
-/// Which of the claims is first; of equals, the one that came first.
+/// Returns the index of the claim with the lowest rank; among equal ranks, the earliest.
 fn first<'a>(taken: &Taken, claims: impl Iterator<Item = Option<&'a Claim>>) -> Option<usize> {
     let ranked = claims
         .enumerate()
@@ -348,12 +350,12 @@ mod tests {
         }
     }
 
-    /// The domains that start now, in order.
+    /// Starts all backups that can start now, and returns them in order.
     fn start(queue: &mut Queue) -> Vec<Claim> {
         std::iter::from_fn(|| Some(queue.next(|_| true)?.1)).collect()
     }
 
-    /// The ticket of the domain's running backup.
+    /// Returns the ticket of the domain's running backup.
     fn running(queue: &Queue, domain: &str) -> Option<Ticket> {
         let mut running = queue.running.iter();
         let (ticket, _) = running.find(|(_, running)| running.claim.domain == domain)?;

@@ -1,7 +1,7 @@
-//! Backups that wait for their places: how one joins the queue, leaves it, and is found again after a restart.
+//! Backups that wait for a place: how a backup joins and leaves the queue, and how it is recovered after a restart.
 //!
-//! Nothing of a queued backup exists but its record. What the caller asked for, and was authorised for, is in that record and
-//! does not change. Everything else is looked at when the backup leaves the queue.
+//! A queued backup consists only of its record. The record contains the caller's request and its authorisation, and
+//! never changes. The service reads everything else when the backup leaves the queue.
 
 use std::sync::Arc;
 
@@ -25,41 +25,41 @@ use crate::plan::{Destination, Options, Plan, Requested};
 use crate::quota::Share;
 use crate::target::{Devices, Parents, Pinned, Targets};
 
-/// A request that waits.
+/// The request for a queued backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct QueuedRequest {
-    /// The document. Devices have their own names in it.
+    /// The document, with each disk under the name of its device.
     pub document: String,
     pub options: Options,
-    /// What the caller was authorised for.
+    /// The targets that the caller was authorised for.
     pub places: Vec<Requested>,
     pub pinned: Vec<Pinned>,
     pub devices: Devices,
-    /// Targets are open files of the caller's: they do not outlive this process.
+    /// The targets are open files of the caller, which do not outlive this process.
     pub passes_files: bool,
 }
 
-/// A job that an earlier process of the service left in the queue.
+/// A queued job of an earlier instance of the service.
 pub struct Requeued {
     pub job: Arc<Job>,
     line: InLine,
-    /// What its record takes. Nothing where the limits were lowered since.
+    /// The quota that its record takes. `None` if the record exceeds limits that were lowered since.
     room: Option<Share>,
-    /// An earlier process queued it.
+    /// An earlier instance queued it.
     from_record: bool,
 }
 
-/// What came of asking for a place.
+/// The result of [`Jobs::enter`].
 pub enum Entered {
     Now(Reservation),
     Later(InLine),
 }
 
-/// The right to run: the domain, and one of the places. Given back when it is dropped.
+/// The right to run: the domain, and a place. Dropping it frees both.
 pub(super) struct Place {
     jobs: Arc<Jobs>,
-    /// Nothing once a reservation has it.
+    /// `None` after a reservation has taken it over.
     held: Option<(Ticket, Claim)>,
 }
 
@@ -72,28 +72,28 @@ impl Drop for Place {
     }
 }
 
-/// A backup in the queue. It leaves the queue when this is dropped.
+/// A backup in the queue. Dropping it removes the backup from the queue.
 #[must_use]
 pub struct InLine {
     jobs: Arc<Jobs>,
     ticket: Ticket,
     place: oneshot::Receiver<Place>,
     kept: Option<Kept>,
-    /// What it needs would not outlive the service.
+    /// Present if a restart of the service would abort the backup, because the service holds the caller's files.
     _at_stake: Option<Use>,
 }
 
 impl Drop for InLine {
     fn drop(&mut self) {
         let mut table = self.jobs.lock();
-        // Else it has its place, or has given it back.
+        // Otherwise the backup has got its place already.
         if table.queue.leave(self.ticket) {
             table.tickets.retain(|_, ticket| *ticket != self.ticket);
         }
         let waiting = table.waiting.remove(&self.ticket);
         drop(table);
         drop(waiting);
-        // One of root's may have kept another one of its domain waiting.
+        // A waiting backup of root's may have blocked another user's backup of the same domain.
         self.jobs.give_places();
     }
 }
@@ -113,22 +113,22 @@ impl InLine {
     }
 }
 
-/// What a backup is to be, when it leaves the queue.
+/// The plan of a backup that leaves the queue.
 pub struct Planned {
     pub domain: Arc<Domain>,
     pub link: Arc<Link>,
     pub plan: Plan,
-    /// The bases stay until the targets hold them.
+    /// Locks the bases until the targets hold them.
     pub held: Parents,
-    /// Begins to make the targets.
+    /// Starts a thread that creates the targets.
     pub make: Box<dyn FnOnce(Plan) -> BoxFuture<'static, Making> + Send>,
 }
 
-/// The thread that makes the targets.
+/// The thread that creates the targets.
 pub struct Making(pub JoinHandle<error::Result<(Plan, Targets)>>);
 
 impl Claim {
-    /// `store` is the name of the one that its targets are in, if they are in one.
+    /// `store` is the store of the targets, if they are in one.
     pub fn new(uid: u32, domain: &Domain, store: Option<&str>) -> Self {
         Self {
             uid,
@@ -146,8 +146,8 @@ impl Claim {
 }
 
 impl Jobs {
-    /// Takes the domain's only place and one among the backups that run, or else one in the queue. Says at once if the domain
-    /// has none.
+    /// Occupies the domain and a place among the running backups, or else joins the queue. Fails at once if the domain
+    /// accepts no further backup.
     pub fn enter(
         self: &Arc<Self>,
         domain: &Arc<Domain>,
@@ -155,7 +155,7 @@ impl Jobs {
         descriptors: Arc<Share>,
         passes_files: bool,
     ) -> Result<Entered, Error> {
-        // First, so that a stop that is not seen here waits for it.
+        // Taken before the check, so that a concurrent stop waits for this backup.
         let token = self.tasks.token();
         if self.setting.stop.is_cancelled() {
             return Err(Error::Stopping);
@@ -163,7 +163,7 @@ impl Jobs {
         let share = self.quota.take(claim.uid, 1)?;
         let kept = self.keep(Some((share, Some(descriptors))), token);
         let mut table = self.lock();
-        // The same lock as for the entry: of two calls at once one is refused.
+        // Checking and joining need the same lock, so that only one of two concurrent calls succeeds.
         let free = match table.queue.keeps_out(&claim.domain, claim.uid) {
             true => Err(Refused::Taken),
             false => table.check_place(&claim.domain, claim.uid),
@@ -200,7 +200,7 @@ impl Jobs {
         }
     }
 
-    /// Gives all free places to those who are next.
+    /// Gives all free places to the next backups.
     pub(super) fn give_places(self: &Arc<Self>) {
         let mut given = Vec::new();
         let mut guard = self.lock();
@@ -217,12 +217,12 @@ impl Jobs {
         }
         drop(guard);
         for (waiting, place) in given {
-            // A place that nobody takes is given back when it is dropped, which takes the lock.
+            // Dropping an unclaimed place takes the lock again, so the guard is dropped before.
             drop(waiting.map(|waiting| waiting.send(place)));
         }
     }
 
-    /// No queued backup starts any more, and nobody waits for one to start: the service is about to stop.
+    /// Stops starting queued backups, and ends all waiting for their start: the service is about to stop.
     pub fn close_queue(&self) {
         self.closed.cancel();
     }
@@ -232,7 +232,7 @@ impl Jobs {
         self.closed.cancelled().await;
     }
 
-    /// The place of a job in the queue, from 1 on; 0 where it is in none.
+    /// Returns the position of a job in the queue, from 1 on; 0 if it does not wait.
     pub fn position(&self, id: u32) -> u32 {
         let mut table = self.lock();
         let ticket = table.tickets.get(&id).copied();
@@ -241,14 +241,14 @@ impl Jobs {
             .unwrap_or(0)
     }
 
-    /// What the caller of a queued job asked for. It is kept in the catalog only, because it can be as large as a document.
+    /// Returns the request of a queued job. Only the catalog holds it, because it can be as large as a document.
     pub async fn queued_request(&self, id: u32) -> Result<QueuedRequest, Error> {
         let record = self.setting.catalog.queued_job(id).await?;
         let (_, request) = record::queued_request(&record)?;
         Ok(request)
     }
 
-    /// Has a backup wait. `plan` is what it would be now, and `begin` makes what it will be when it leaves the queue.
+    /// Queues a backup. `plan` is provisional; `begin` makes the final plan when the backup leaves the queue.
     pub async fn queue<F>(
         self: &Arc<Self>,
         (line, domain, plan): (InLine, &Arc<Domain>, Plan),
@@ -279,7 +279,7 @@ impl Jobs {
         Ok(job)
     }
 
-    /// Has a backup wait that is on record.
+    /// Starts the wait of a backup that is already recorded.
     pub fn start_queued<F>(self: &Arc<Self>, requeued: Requeued, begin: impl FnOnce(Arc<Job>) -> F)
     where
         F: Future<Output = error::Result<Planned>> + Send + 'static,
@@ -319,7 +319,7 @@ impl Jobs {
             let mut reservation = line.reserve(&job.domain).await.ok_or(Stopped::Detached)?;
             fault::passed("left the queue");
             let planned = begin.await.map_err(Error::NotStarted)?;
-            // It may have another name by now, under which others know it.
+            // The domain may have been renamed, and other jobs know it by its new name.
             reservation.try_add(&planned.domain)?;
             Ok::<_, Stopped>((reservation, planned))
         };
@@ -366,7 +366,7 @@ impl Jobs {
         }
     }
 
-    /// Takes in a backup that is complete although its job is on record as queued.
+    /// Finds a backup that was published although the job's record still says queued.
     async fn find_published(&self, job: &Arc<Job>) -> Result<Option<Ending>, Error> {
         let found = backup::find_published(job, &self.setting).await;
         job.recovered(matches!(found, Ok(Some(_))));
@@ -387,7 +387,7 @@ impl Jobs {
         Ok(Some(driver.drive(Step::Queued, fact, None).await))
     }
 
-    /// Ends a backup before it has targets: nothing was made of one that is [`Step::Queued`].
+    /// Ends a backup before it has targets. With [`Step::Queued`] it has created no file either.
     async fn end_early(
         &self,
         job: &Arc<Job>,
@@ -400,14 +400,14 @@ impl Jobs {
         driver.drive(step, fact, reservation).await
     }
 
-    /// What the job will do is on record before anything of it is made.
+    /// Records the final plan before the job creates anything.
     async fn record_start(&self, job: &Job) -> Result<(), Error> {
         let state = record::journal(&Step::Preparing, self.setting.boot)?;
         let plan = to_text(&*job.plan)?;
         Ok(self.setting.catalog.dequeued(job.id, plan, state).await?)
     }
 
-    /// Takes a queued job of an earlier process up again, or ends it with the reason why it cannot go on.
+    /// Resumes a queued job of an earlier instance, or ends it with the reason why it cannot continue.
     pub(super) fn recover_queued(
         self: &Arc<Self>,
         record: &JobRecord,
@@ -437,14 +437,15 @@ impl Jobs {
                 };
                 let ending = match published {
                     Ok(Some(ending)) => ending,
-                    // It ends in any case: why it cannot go on says more than that its storage hangs.
+                    // The job ends in any case. The reason in `stopped` is more useful than an error about hanging
+                    // storage.
                     Ok(None) | Err(_) => jobs.end_early(&ended, Step::Queued, stopped, None).await,
                 };
                 jobs.after(&ended, ending).await;
             });
             return Ok((job, None));
         }
-        // It was within the limits when it joined; others may have joined since.
+        // The record was within the limits when the job joined. Other jobs may have taken the quota since.
         let share = self.quota.take(claim.uid, 1).ok();
         let bytes = record.plan.len() + record.state.len();
         let room = self.queued.take(claim.uid, bytes).ok();
@@ -461,7 +462,7 @@ impl Jobs {
 }
 
 impl Job {
-    /// Whether it waits for its place.
+    /// Returns whether the job waits for a place.
     pub fn is_queued(&self) -> bool {
         let status = self.status.borrow();
         status.state == State::Queued && status.outcome.is_none()

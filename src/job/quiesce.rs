@@ -1,7 +1,7 @@
 //! Freezes the guest's file systems around the point in time of a backup.
 //!
-//! Never without a guard that thaws them if this process does not. Freezes of other tools are not thawed. The frozen time
-//! is counted from the agent's answer to the freeze to its answer to the thaw.
+//! The service never freezes without a guard that thaws if this process does not. It does not thaw freezes of other
+//! tools. The frozen time is counted from the agent's answer to the freeze until its answer to the thaw.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,42 +16,42 @@ use crate::domain::{Domain, State};
 use crate::qmp::{self, Agent};
 use crate::socket::Dialer;
 
-/// How long the agent may take to answer, but for the freeze itself.
+/// How long the agent may take to answer any command except the freeze.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What QEMU's agent says of a command that it does not run at all, as that to freeze what is frozen.
+/// The error class of the agent for a disabled command, such as a second freeze while frozen.
 const DISABLED: &str = "CommandNotFound";
 
-/// The freeze of one backup, from what it needs to its end.
+/// The freeze of one backup, from its preparation to its end.
 pub struct Freeze {
     domain: Arc<Domain>,
     wanted: Quiesce,
     limits: Limits,
     held: Option<Held>,
-    /// Why there is none, though it was to be tried.
+    /// Why the guest is not frozen although the request was to try it.
     problem: Option<String>,
 }
 
-/// An agent that can freeze, or has.
+/// A connected agent and its guard.
 struct Held {
     agent: Agent,
     guard: Guard,
-    /// When it answered that it has.
+    /// When the agent confirmed the freeze.
     since: Instant,
 }
 
-/// How a freeze ended.
+/// The result of a freeze.
 pub struct Thawed {
-    /// How long it lasted, as far as is known.
+    /// How long it lasted, as far as the service knows.
     pub frozen: Duration,
-    /// Whether the file systems were frozen at the backup's point in time. An error where that is required.
+    /// Whether the file systems were frozen at the backup's point in time. An error if the request requires that.
     pub quiesced: Result<bool, Error>,
-    /// Why not, though it was to be tried.
+    /// Why they were not, although the request was to try it.
     pub problem: Option<String>,
 }
 
 impl Freeze {
-    /// Reaches the agent and posts a guard, if the plan wants a freeze. Nothing is frozen yet.
+    /// Connects to the agent and starts a guard if the plan requests a freeze. Freezes nothing yet.
     pub async fn prepare(
         domain: &Arc<Domain>,
         wanted: Option<Quiesce>,
@@ -73,12 +73,12 @@ impl Freeze {
         Ok(freeze)
     }
 
-    /// Whether the guest may be frozen from here on.
+    /// Returns whether `begin` may freeze the guest.
     pub fn may_freeze(&self) -> bool {
         self.held.is_some()
     }
 
-    /// Freezes. Where that is only to be tried, a failure is logged and survived.
+    /// Freezes the guest. If the request was only to try it, a failure is logged and is not an error.
     pub async fn begin(&mut self, cancel: &CancellationToken) -> Result<(), Stopped> {
         let Some(mut held) = self.held.take() else {
             return Ok(());
@@ -91,17 +91,17 @@ impl Freeze {
         let why = match &frozen {
             Some(Ok(count)) if *count > 0 => {
                 held.guard.frozen();
-                tracing::info!(domain = self.domain.name, count, "file systems are frozen");
+                tracing::info!(domain = self.domain.name, count, "file systems frozen");
                 self.held = Some(held);
                 return Ok(());
             }
-            Some(Ok(_)) => "the agent froze none".to_owned(),
+            Some(Ok(_)) => "the agent froze no file system".to_owned(),
             Some(Err(error)) => error.to_string(),
             None => "the backup was cancelled".to_owned(),
         };
         match &frozen {
             Some(Err(qmp::Error::Refused { class, .. })) if class == DISABLED => held.guard.dismiss().await,
-            // It may have frozen some, or all and only the answer is missing. Thawed ones stay thawed.
+            // The agent may have frozen some file systems, or all of them without an answer. Thawing twice is harmless.
             _ => drop(held.thaw(&self.domain).await),
         }
         if frozen.is_none() {
@@ -110,7 +110,8 @@ impl Freeze {
         Ok(self.fail(why)?)
     }
 
-    /// The result of what makes the backup's point in time; nothing if the freeze must end before.
+    /// Returns the result of `work`, which makes the backup's point in time. Returns `None` if the freeze must end
+    /// before.
     pub async fn during<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         match &self.held {
             Some(held) => {
@@ -121,7 +122,7 @@ impl Freeze {
         }
     }
 
-    /// Thaws. `in_time`: the point in time has been. A failure is logged, for the guest's sake.
+    /// Thaws the guest. `in_time`: the point in time has passed. Failures are logged in any case.
     pub async fn end(mut self, in_time: bool) -> Thawed {
         let Some(held) = self.held.take() else {
             return Thawed {
@@ -133,7 +134,7 @@ impl Freeze {
         let (frozen, thawed) = held.thaw(&self.domain).await;
         let why = match thawed {
             Ok(()) if in_time => {
-                tracing::info!(domain = self.domain.name, ?frozen, "file systems are thawed");
+                tracing::info!(domain = self.domain.name, ?frozen, "file systems thawed");
                 return Thawed {
                     frozen,
                     quiesced: Ok(true),
@@ -153,12 +154,12 @@ impl Freeze {
         }
     }
 
-    /// Takes note of why the guest is not quiesced: an error where it has to be.
+    /// Records why the guest is not quiesced. Returns an error if the request requires it.
     fn fail(&mut self, why: String) -> Result<(), Error> {
         tracing::warn!(
             domain = self.domain.name,
             why,
-            "the guest's file systems are not frozen at the backup's point in time, as far as is known"
+            "the guest's file systems may not have been frozen at the backup's point in time"
         );
         match self.wanted {
             Quiesce::Require => Err(Error::Quiesce(why)),
@@ -170,14 +171,15 @@ impl Freeze {
     }
 }
 
-/// The agent's words can be whatever the guest likes; the manifest keeps them.
+/// Replaces control characters and truncates, because the guest chooses the agent's error text and the manifest stores
+/// it.
 fn one_line(why: &str) -> String {
     let printable = why.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
     printable.take(512).collect()
 }
 
 impl Held {
-    /// Thaws, and returns how long they were frozen, and whether they were until now.
+    /// Thaws the guest. Returns how long the file systems were frozen, and an error if they may have thawed before.
     async fn thaw(self, domain: &Domain) -> (Duration, Result<(), String>) {
         let Self {
             mut agent,
@@ -194,13 +196,13 @@ impl Held {
         let frozen = since.elapsed();
         let early = late || guard.has_acted();
         let thawed = match thawed {
-            Ok(0) => Err("they had thawed before the instant of the backup".to_owned()),
-            Ok(_) if early => Err("they may have been thawed before, by their guard".to_owned()),
+            Ok(0) => Err("they had thawed before the backup's point in time".to_owned()),
+            Ok(_) if early => Err("the guard may have thawed them too early".to_owned()),
             Ok(_) => Ok(()),
             Err(error) => {
                 tracing::error!(domain = domain.name, %error, "the guest's file systems may still be frozen");
                 if !error.is_refusal() {
-                    // The guard goes on trying.
+                    // The guard continues to try.
                     return (frozen, Err(error.to_string()));
                 }
                 Err(error.to_string())
@@ -211,7 +213,8 @@ impl Held {
     }
 }
 
-/// Whether the guest's agent could freeze, where the backup is not made without it: asked before any target is changed.
+/// Fails if the request requires a freeze and the agent cannot freeze. The caller calls this before it changes any
+/// target.
 pub async fn check(domain: &Domain, wanted: Option<Quiesce>) -> Result<(), Error> {
     match wanted {
         Some(Quiesce::Require) => connect(domain).await.map(drop).map_err(Error::Quiesce),
@@ -219,8 +222,8 @@ pub async fn check(domain: &Domain, wanted: Option<Quiesce>) -> Result<(), Error
     }
 }
 
-/// Thaws what a former process of the service may have frozen. What is thawed stays thawed. Nobody has looked at the domain
-/// yet: an agent that cannot answer does not.
+/// Thaws a guest that an earlier instance of the service may have frozen; thawing twice is harmless. The state of the
+/// domain is not known yet, so the agent may be unable to answer.
 pub async fn thaw_again(domain: &Domain) {
     let Some(dialer) = &domain.agent else {
         return;
@@ -230,7 +233,7 @@ pub async fn thaw_again(domain: &Domain) {
         Ok(count) => tracing::info!(
             domain = domain.name,
             count,
-            "file systems are thawed, of a freeze of before"
+            "thawed file systems that an earlier instance of the service had frozen"
         ),
         Err(error) => {
             tracing::error!(domain = domain.name, %error, "the guest's file systems may still be frozen");
@@ -238,7 +241,7 @@ pub async fn thaw_again(domain: &Domain) {
     }
 }
 
-/// An agent that answers.
+/// Connects to the agent and checks that it answers.
 pub(super) async fn reach(dialer: &Dialer, patience: Duration) -> qmp::Result<Agent> {
     let stream = dialer.connect(patience).await;
     let stream = stream.map_err(|error| qmp::Error::NotConnected(error.to_string().into()))?;
@@ -249,13 +252,13 @@ async fn prepare(domain: &Domain, limits: Limits) -> Result<Held, String> {
     let (agent, dialer) = connect(domain).await?;
     let guard = Guard::post(&domain.name, dialer.address(), &agent, limits).await;
     Ok(Held {
-        guard: guard.map_err(|error| format!("nobody would thaw them if the service ended: {error}"))?,
+        guard: guard.map_err(|error| format!("cannot start the guard that would thaw them: {error}"))?,
         agent,
         since: Instant::now(),
     })
 }
 
-/// An agent that answers, and whose file systems are thawed.
+/// Connects to the agent, and fails if the file systems are frozen already.
 async fn connect(domain: &Domain) -> Result<(Agent, &Dialer), String> {
     let dialer = domain
         .agent
@@ -269,7 +272,7 @@ async fn connect(domain: &Domain) -> Result<(Agent, &Dialer), String> {
     let mut agent = reach(dialer, PATIENCE).await.map_err(|error| error.to_string())?;
     match agent.is_frozen().await {
         Ok(false) => Ok((agent, dialer)),
-        Ok(true) => Err("they are frozen already, not by this backup, and stay so".to_owned()),
+        Ok(true) => Err("another tool has frozen them".to_owned()),
         Err(error) => Err(error.to_string()),
     }
 }

@@ -1,4 +1,4 @@
-//! The records of jobs, to and from the catalog.
+//! Converts jobs to and from the catalog's records.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -19,14 +19,14 @@ use crate::domain::{Domain, Identity, Origin};
 use crate::plan::Plan;
 use crate::target;
 
-/// What may be left of a job that has ended.
+/// The residue that an ended job may have.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Residue {
     pub in_qemu: bool,
     pub on_disk: bool,
-    /// In QEMU: the guest's power-off is still held back.
+    /// In QEMU: the guest's power-off is still delayed.
     pub holds_poweroff: bool,
-    /// In QEMU: it may have paused the guest because the target failed.
+    /// In QEMU: QEMU may have paused the guest because the target failed.
     pub may_have_paused_guest: bool,
 }
 
@@ -44,15 +44,15 @@ impl Residue {
     }
 }
 
-/// How far a job is, as the catalog has it.
+/// A job's state as the catalog stores it.
 #[derive(Serialize, Deserialize)]
 struct Journal {
-    /// Goes up when an older reader would misunderstand it.
+    /// Incremented when an older reader would misunderstand the record.
     version: u32,
-    /// The boot of the host in which it was written.
+    /// The boot of the host during which the record was written.
     boot: BootId,
     state: backup::State,
-    /// Of a job that is queued.
+    /// Only for a queued job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     request: Option<QueuedRequest>,
 }
@@ -60,7 +60,7 @@ struct Journal {
 /// The version that this program writes and reads.
 const VERSION: u32 = 1;
 
-/// What every version has.
+/// The fields that all versions have.
 #[derive(Deserialize)]
 struct Versioned {
     version: u32,
@@ -70,7 +70,7 @@ pub fn journal(state: &backup::State, boot: BootId) -> Result<JobState, Error> {
     of_journal(state.clone(), None, boot)
 }
 
-/// Of a job that is queued.
+/// Returns the record of a queued job.
 pub fn queued_journal(request: QueuedRequest, boot: BootId) -> Result<JobState, Error> {
     of_journal(backup::State::Queued, Some(request), boot)
 }
@@ -87,13 +87,13 @@ fn of_journal(state: backup::State, request: Option<QueuedRequest>, boot: BootId
     Ok(JobState { step, text })
 }
 
-/// How far a job was, and in which boot that was written.
+/// Returns the state of a job, and the boot during which it was recorded.
 pub fn read_journal(record: &JobRecord) -> Result<(BootId, backup::State), Error> {
     let Journal { boot, state, .. } = whole_journal(record)?;
     Ok((boot, state))
 }
 
-/// What the caller of a queued job asked for, and in which boot.
+/// Returns the request of a queued job, and the boot during which it was recorded.
 pub fn queued_request(record: &JobRecord) -> Result<(BootId, QueuedRequest), Error> {
     let Journal { boot, request, .. } = whole_journal(record)?;
     let request = request.ok_or_else(|| unreadable(record.id, "its request is missing"))?;
@@ -139,7 +139,7 @@ pub fn identity(id: u32, domain: &DomainRecord) -> Result<Identity, Error> {
     })
 }
 
-/// What is remembered as text.
+/// Serialises a value for the catalog.
 pub fn to_text<T: Serialize>(value: &T) -> Result<String, Error> {
     serde_json::to_string(value).map_err(|error| Error::Catalog(error.to_string()))
 }
@@ -159,8 +159,7 @@ fn unreadable(id: u32, why: &str) -> Error {
 }
 
 impl Job {
-    /// A job that has not ended: new, or as an earlier process left it.
-    /// `earlier`: one that an earlier process left.
+    /// Creates a job that has not ended. `earlier`: an earlier instance of the service started it.
     pub(super) fn new(
         record: &JobRecord,
         domain: Arc<Domain>,
@@ -214,7 +213,7 @@ impl Job {
         }
     }
 
-    /// The job leaves the queue, with the plan for the domain and its disks as they are now.
+    /// Takes the job out of the queue, with a plan for the present domain and its disks.
     pub(super) fn leave_queue(&self, domain: Arc<Domain>, plan: Plan) {
         let disks = first_status(&plan, &self.backup_id).disks;
         self.domain.settle(domain);
@@ -223,7 +222,7 @@ impl Job {
         self.update(|status| (status.state, status.disks) = (State::Preparing, disks));
     }
 
-    /// Whose disks it copies: the VM with the recorded UUID, whichever has its former name now.
+    /// Returns the identity of the VM with the recorded UUID. Another VM may have its former name now.
     pub fn identity(&self) -> Identity {
         Identity {
             uuid: self.domain_uuid,
@@ -231,7 +230,7 @@ impl Job {
         }
     }
 
-    /// A job that has ended.
+    /// Creates a job that has ended.
     pub(super) fn ended(record: &JobRecord, domain: Arc<Domain>, catalog: Catalog) -> Result<Self, Error> {
         let job = Self::new(record, domain, plan(record)?, catalog, true);
         let disks: Vec<DiskStatus> = read(record.id, record.disks.as_deref())?;
@@ -249,7 +248,7 @@ impl Job {
         Ok(job)
     }
 
-    /// The outcome as it is recorded.
+    /// Returns the record of the outcome.
     pub(super) fn end_record(
         &self,
         outcome: &Outcome,

@@ -1,7 +1,7 @@
 //! Removes a job's objects from QEMU.
 //!
-//! It uses the names and QEMU's lists, not a record of what was made: so a reply that was lost with a connection, or a service
-//! that died, makes no difference.
+//! Uses the job's names and QEMU's lists, not a record of created objects. So a reply lost with a connection, or a
+//! crash of the service, makes no difference.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
@@ -20,16 +20,16 @@ use crate::qmp::block::{
 use crate::qmp::{self, Done};
 use crate::target::WIPED_HEAD;
 
-/// How long QEMU may take to end a cancelled job when it is only looked at, not listened to.
+/// How often the service polls a cancelled job until it has ended.
 const POLL: Duration = Duration::from_millis(100);
-/// How often a job that hangs is looked at.
+/// How often the service polls a job that hangs.
 const LOOK: Duration = Duration::from_secs(1);
 
 impl Footprint {
-    /// Has QEMU forget the jobs and close the images, of so many disks, that it was done with.
+    /// Dismisses the completed jobs and closes the images of `disks` disks.
     ///
-    /// An image is whole when the QEMU that wrote it has closed it, and no other can say so. It is that one as long as the
-    /// node of the file is there, which is why these stay.
+    /// Only the QEMU that wrote the image can close it. The file nodes prove that this is still that QEMU, so they stay
+    /// for now.
     pub async fn close_images(&self, disks: usize) -> Result<(), Error> {
         loop {
             match self.try_close_images(disks).await {
@@ -54,8 +54,8 @@ impl Footprint {
         Ok(whole)
     }
 
-    /// The same without a look at what QEMU has: where it has all jobs and images by their names, it is the one that wrote them.
-    /// False if it refused something.
+    /// Does the same without first listing QEMU's objects. If this QEMU has all jobs and images by name, it wrote them.
+    /// Returns false if QEMU refused a command.
     async fn try_dismiss_and_close(&self, disks: usize) -> qmp::Result<bool> {
         let client = self.client();
         for disk in 0..disks {
@@ -73,11 +73,11 @@ impl Footprint {
         Ok(true)
     }
 
-    /// Removes everything of a job whose images were closed just now: as a rule, nothing but the nodes of the files is left.
+    /// Removes the remaining objects of a job whose images have just been closed. Usually only the file nodes remain.
     pub async fn release_closed(&self, disks: usize) -> Result<(), Error> {
         match self.try_release_closed(disks).await {
             Ok(true) => Ok(()),
-            // The slow way lists what QEMU has.
+            // `release` is slower, because it lists QEMU's objects.
             Ok(false) | Err(_) => self.release().await,
         }
     }
@@ -109,7 +109,8 @@ impl Footprint {
         Ok(true)
     }
 
-    /// The descriptor sets of the job, if no earlier backup had to leave any, and if all were passed over this connection.
+    /// Returns the descriptor sets of the job. Returns `None` if an earlier backup had to leave some, or if they were
+    /// passed over several connections.
     fn passed_sets(&self) -> Option<BTreeSet<u64>> {
         let link = self.link();
         let kept = link
@@ -121,8 +122,8 @@ impl Footprint {
         (kept.is_empty() && Arc::ptr_eq(of, &link)).then(|| sets.clone())
     }
 
-    /// Has QEMU empty files that it was passed and that nobody else here has open, so that what is in them is not taken for a
-    /// backup. A device cannot be emptied: its beginning is overwritten.
+    /// Truncates files of passed descriptors through QEMU, so that their content is not mistaken for a backup. A block
+    /// device cannot be truncated, so its beginning is overwritten.
     pub async fn empty_files(&self, disks: &[usize]) -> qmp::Result<()> {
         self.end_jobs().await?;
         let nodes = self.drivers().await?;
@@ -152,7 +153,7 @@ impl Footprint {
         Ok(())
     }
 
-    /// Removes everything of this job from QEMU. Where there is no QEMU any more there is nothing to be removed.
+    /// Removes all objects of this job from QEMU. Succeeds if QEMU has ended.
     pub async fn release(&self) -> Result<(), Error> {
         loop {
             match self.try_release().await {
@@ -165,8 +166,8 @@ impl Footprint {
         }
     }
 
-    /// The same, but no job is cancelled before it makes progress: QEMU, and the guest with it, would wait for a target
-    /// that hangs.
+    /// Like `release`, but waits for each job to make progress before it is cancelled. Cancelling a job whose target
+    /// hangs would block QEMU and the guest.
     pub async fn release_gently(&self) -> Result<(), Error> {
         let mut before = Vec::new();
         loop {
@@ -184,7 +185,7 @@ impl Footprint {
         }
     }
 
-    /// After an error: whether to try again, over the next connection.
+    /// Handles an error: returns `Ok` if the caller can retry over a new connection.
     async fn survive(&self, error: qmp::Error) -> Result<(), Error> {
         match error {
             qmp::Error::Closed(_) if self.reconnect().await => Ok(()),
@@ -193,28 +194,28 @@ impl Footprint {
         }
     }
 
-    /// Ends the hold on the guest's power-off, if there is one, within `patience`. It touches no block layer: it works where
-    /// nothing else does. What failed here is tried again when all is released.
+    /// Ends the hold on the guest's power-off, if there is one, within `patience`. This does not involve the block
+    /// layer, so it works even if storage hangs. `release` repeats it after a failure.
     pub async fn let_poweroff_go(&self, patience: Duration) {
         if !self.is_holding_poweroff() {
             return;
         }
         match tokio::time::timeout(patience, poweroff::let_go(&self.link())).await {
             Ok(Ok(())) => self.poweroff_let_go(),
-            Ok(Err(error)) => tracing::warn!(%error, "cannot let the guest's power-off go yet"),
-            Err(_) => tracing::warn!("cannot let the guest's power-off go yet: QEMU does not answer"),
+            Ok(Err(error)) => tracing::warn!(%error, "cannot allow the guest to power off yet"),
+            Err(_) => tracing::warn!("cannot allow the guest to power off yet: QEMU does not answer"),
         }
     }
 
     async fn try_release(&self) -> qmp::Result<()> {
         self.end_jobs().await?;
-        // A target goes before the file below it: "…-target" sorts after "…-file".
+        // A target must be deleted before the file node below it: "…-target" sorts after "…-file".
         self.delete(self.nodes().await?.into_iter().rev()).await?;
         self.remove_descriptors().await?;
         self.restore_settings().await
     }
 
-    /// Ends the hold on the guest's power-off, and removes the histograms of its disks.
+    /// Ends the hold on the guest's power-off, and removes the latency histograms of its disks.
     async fn restore_settings(&self) -> qmp::Result<()> {
         if self.is_holding_poweroff() {
             poweroff::let_go(&self.link()).await?;
@@ -226,12 +227,12 @@ impl Footprint {
         }
     }
 
-    /// Our nodes, by name.
+    /// Returns the names of the job's nodes.
     async fn nodes(&self) -> qmp::Result<BTreeSet<String>> {
         Ok(self.drivers().await?.into_keys().collect())
     }
 
-    /// The drivers of the job's nodes.
+    /// Returns the drivers of the job's nodes, by node name.
     async fn drivers(&self) -> qmp::Result<BTreeMap<String, String>> {
         let nodes = self.client().execute(QueryNamedBlockNodes { flat: true }).await?;
         let nodes = nodes.into_iter().map(|node| (node.node_name, node.drv));
@@ -245,7 +246,7 @@ impl Footprint {
         Ok(())
     }
 
-    /// Removes our descriptor sets, and those that earlier backups had to leave over this connection.
+    /// Removes the job's descriptor sets, and those that earlier backups had to leave on this connection.
     async fn remove_descriptors(&self) -> qmp::Result<()> {
         let link = self.link();
         let kept = || {
@@ -262,7 +263,7 @@ impl Footprint {
             let fdset_id = set.fdset_id;
             link.client.execute(RemoveFd { fdset_id })
         });
-        // All at once: what had to be left can be as many as there were backups.
+        // Sent concurrently, because there may be one set for each earlier backup.
         try_join_all(removals).await?;
         let left = self.query_descriptors().await?;
         let left = left.iter().filter(|set| ours(set)).map(|set| set.fdset_id);
@@ -282,8 +283,9 @@ impl Footprint {
             .collect())
     }
 
-    /// Dismisses our jobs; cancels and waits for those that still run, which they do only if the backup was given up after
-    /// its transaction without anybody listening to them: the connection was lost, or a disk has another image.
+    /// Dismisses the job's block jobs. Cancels those that still run and waits for them. They run only if the service
+    /// gave the backup up after its transaction and stopped listening: the connection was lost, or a disk has another
+    /// image.
     async fn end_jobs(&self) -> qmp::Result<()> {
         loop {
             let own = self.own_jobs().await?;
@@ -296,7 +298,7 @@ impl Footprint {
                     JobStatus::Concluded => client.execute(JobDismiss { id }).await,
                     _ => client.execute(JobCancel { id }).await,
                 };
-                // If it is refused, the job went on; the next look tells.
+                // If QEMU refuses, the job has changed its state, and the next query shows that.
                 is_refused(done)?;
             }
             if own.iter().any(|info| info.status != JobStatus::Concluded) {
@@ -306,7 +308,7 @@ impl Footprint {
     }
 }
 
-/// Whether QEMU refused to do it; an error if that is not known.
+/// Returns whether QEMU refused the command; an error if that is unknown.
 fn is_refused(result: qmp::Result<Done>) -> qmp::Result<bool> {
     match result {
         Err(error) if error.is_refusal() => Ok(true),
@@ -314,7 +316,7 @@ fn is_refused(result: qmp::Result<Done>) -> qmp::Result<bool> {
     }
 }
 
-/// Whether a job does something that it did not do when it was looked at before, or nothing that could hang.
+/// Returns whether a job has made progress since `before`, or is in a state that cannot hang.
 fn moves(job: &JobInfo, before: &[JobInfo]) -> bool {
     let then = before.iter().find(|then| then.id == job.id);
     job.status != JobStatus::Running || then.is_some_and(|then| then.current_progress != job.current_progress)

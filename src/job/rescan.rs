@@ -1,4 +1,4 @@
-//! Making the records of the backups in the stores again, from the stores.
+//! Rebuilds the catalog's records of backups from the stores.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -16,17 +16,17 @@ use crate::offload::Progress;
 use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
 use crate::target::{self, BackupName, Replacement, Shelf};
 
-/// Texts about what could not be taken in.
+/// The maximum number of reported problems.
 const MAX_PROBLEMS: usize = 100;
-/// Backups that are read, and then taken in, at a time.
+/// The number of backups that are read and recorded at a time.
 const BATCH: usize = 50;
 
-/// What a look into the stores gave.
+/// The result of a rescan.
 #[derive(Debug, Default)]
 pub struct Rescan {
-    /// Good backups in all stores.
+    /// The number of good backups in all stores.
     pub backups: u32,
-    /// What could not be taken in, where, and why; for people, and at most 100 of them. All are in the log.
+    /// Problems with path and reason, for display: at most 100. The log has all of them.
     pub problems: Vec<String>,
 }
 
@@ -40,17 +40,17 @@ impl Rescan {
     }
 }
 
-/// A backup in a store, or what is wrong with it.
+/// A backup in a store, or the reason why it is not usable.
 struct Found {
     path: PathBuf,
     id: String,
     backup: Result<StoredBackup, String>,
 }
 
-/// Backups that are on record and were not seen yet, as (domain's directory, id).
+/// Recorded backups that the scan has not seen yet, as (domain's directory, id).
 type Missing = HashSet<(String, String)>;
 
-/// Looks through all stores. With `adopt`, keep rules apply to all that is there from now on, whichever service made it.
+/// Scans all stores. With `adopt`, keep rules apply to all backups found, even if another service created them.
 pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Error> {
     let mut rescan = Rescan::default();
     for (name, store) in &setting.stores {
@@ -67,14 +67,14 @@ pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Err
             Err(error) => return Err(error),
         }
     }
-    tracing::info!(backups = rescan.backups, "the stores were looked through");
+    tracing::info!(backups = rescan.backups, "scanned the stores");
     Ok(rescan)
 }
 
-/// Has the store that was looked through be the one that is used from now on.
+/// Marks the scanned store as the one to use from now on.
 async fn mark_as(setting: &Setting, name: &str, path: &Path, rescan: &mut Rescan) -> Result<(), Error> {
     match mark(setting, name, path).await {
-        // Its look told already that none of the backups on record is there.
+        // The scan has already reported that none of the recorded backups exists.
         Ok(_) | Err(Error::Target(target::Error::NotMounted { .. })) => Ok(()),
         Err(Error::Target(error)) => {
             rescan.problem(path, &error.to_string());
@@ -84,29 +84,26 @@ async fn mark_as(setting: &Setting, name: &str, path: &Path, rescan: &mut Rescan
     }
 }
 
-/// Looks through one store. Returns whether what is on record of it is what it has now.
+/// Scans one store. Returns whether the catalog matches the store now.
 pub(super) async fn one(setting: &Setting, name: &str) -> Result<bool, Error> {
     let Some(store) = setting.stores.get(name) else {
         return Ok(false);
     };
     let mut rescan = Rescan::default();
     let settled = look_through(setting, name, &store.path, &mut rescan).await?;
-    tracing::info!(
-        store = name,
-        backups = rescan.backups,
-        "the store was looked through"
-    );
+    tracing::info!(store = name, backups = rescan.backups, "scanned the store");
     Ok(settled)
 }
 
-/// Returns whether what is on record of the store is what it has now: not where it is empty, and may be another one.
+/// Returns whether the catalog matches the store now. It does not if the store is empty, because it may be another
+/// directory.
 async fn look_through(
     setting: &Setting,
     name: &str,
     path: &Path,
     rescan: &mut Rescan,
 ) -> Result<bool, Error> {
-    // From before the look: what comes meanwhile is neither known nor missing.
+    // Read before the scan, so that backups published during the scan count neither as known nor as missing.
     let generation = setting.generations.of(name).await?;
     let known = setting.catalog.backups_in(name.to_owned()).await?;
     let mut look = Look {
@@ -131,21 +128,21 @@ async fn look_through(
     Ok(settled)
 }
 
-/// A look through one store.
+/// A scan of one store.
 struct Look<'a> {
     store: &'a str,
     path: &'a Path,
     setting: &'a Setting,
-    /// The highest number of a job before the look.
+    /// The highest job id before the scan.
     last_number: u32,
     missing: Missing,
-    /// Backups that are there, good or not.
+    /// The number of backups found, including unusable ones.
     seen: usize,
     rescan: &'a mut Rescan,
 }
 
 impl Look<'_> {
-    /// Takes in what is there. Whether it was the same store all the time, and not taken away in the middle.
+    /// Records the backups found. Returns false if the store was replaced or unmounted during the scan.
     async fn through(&mut self) -> Result<bool, Error> {
         let path = self.path.to_owned();
         let names = self.within(move |_| {
@@ -192,8 +189,8 @@ impl Look<'_> {
         Ok(())
     }
 
-    /// Finishes what was being removed, puts back what was moved aside, and tells of what nobody will ever finish. Returns the
-    /// backups that may be back in their place.
+    /// Completes interrupted removals and replacements, and reports staging directories of unknown jobs. Returns the
+    /// backups that may have their final name again.
     async fn unfinished(&mut self, directory: &str, hidden: &[String]) -> Result<Vec<String>, Error> {
         let mut back = Vec::new();
         for name in hidden {
@@ -206,7 +203,7 @@ impl Look<'_> {
                     };
                     Replacement::settle(&path, name)
                 };
-                // Under whichever name, it is there.
+                // The backup exists, under one of the two names.
                 self.missing.remove(&(directory.to_owned(), id.to_owned()));
                 match self.within(settle).await {
                     Ok(()) => back.push(id.to_owned()),
@@ -236,7 +233,7 @@ impl Look<'_> {
                 let path = self.path.join(directory).join(name);
                 self.rescan.problem(
                     &path,
-                    "a backup that was not finished, of which nothing else is known",
+                    "the staging directory of an unknown job, which nothing will complete. Remove it",
                 );
             }
         }
@@ -259,11 +256,11 @@ impl Look<'_> {
         };
         let mut found = self.within(read).await?;
         for Found { id, .. } in &found {
-            // What is there is not gone, whatever is wrong with it.
+            // An unusable backup is not a missing one.
             self.missing.remove(&(directory.to_owned(), id.clone()));
             self.seen += 1;
         }
-        // Numbers that are new go up with time.
+        // New job ids must follow the order of time.
         found.sort_by_key(|found| found.backup.as_ref().ok().map(|backup| backup.job.start_time));
         let (mut paths, mut good) = (Vec::new(), Vec::new());
         for Found { path, backup, .. } in found {
@@ -286,7 +283,7 @@ impl Look<'_> {
                 Taken::Kept => self.rescan.backups += 1,
                 Taken::UnderWay => {}
                 Taken::NotGood(job) => {
-                    let why = format!("job {job}, which made it, did not complete: it is no good backup");
+                    let why = format!("its job {job} did not complete, so the backup is not usable");
                     self.rescan.problem(path, &why);
                 }
             }
@@ -294,7 +291,8 @@ impl Look<'_> {
         Ok(())
     }
 
-    /// Forgets what is on record and not there. False if that is all that is on record: then it may be another store.
+    /// Removes the records of missing backups. Returns false if all recorded backups are missing, because the directory
+    /// may be another store.
     async fn forget_missing(self) -> Result<bool, Error> {
         let missing: Vec<_> = self.missing.into_iter().collect();
         if missing.is_empty() {
@@ -302,7 +300,8 @@ impl Look<'_> {
         }
         if self.seen == 0 {
             let why = format!(
-                "no backup is there, where {} are on record, which stay there: is it mounted?",
+                "the store contains no backup, but the catalog records {} and keeps the records. \
+                 Check that the store is mounted",
                 missing.len()
             );
             self.rescan.problem(self.path, &why);
@@ -311,14 +310,14 @@ impl Look<'_> {
         tracing::info!(
             store = self.store,
             count = missing.len(),
-            "backups that are not in their store any more are forgotten"
+            "removed the records of backups that are no longer in the store"
         );
         let forgotten = self.setting.catalog.forget(self.store.to_owned(), missing);
         forgotten.await?;
         Ok(true)
     }
 
-    /// Reads on a thread that may wait for storage, unless that makes no progress.
+    /// Runs `read` on a thread that may block on storage. Fails if it stalls.
     async fn within<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Progress) -> Result<T, target::Error> + Send + 'static,
@@ -331,7 +330,7 @@ fn is_hidden(name: &str) -> bool {
     name.starts_with('.')
 }
 
-/// The backup of that name; nothing if it is no directory.
+/// Reads the backup with this name; `None` if it is not a directory.
 fn read(
     store: &str,
     path: &Path,
@@ -352,7 +351,7 @@ fn read(
     })
 }
 
-/// A backup in a store, or why it is none.
+/// Returns the record of a backup in a store, or the reason why it is not usable.
 fn stored_backup(
     store: &str,
     store_path: &Path,
@@ -366,20 +365,20 @@ fn stored_backup(
         .map_err(|error| error.to_string())?;
     let manifest = Manifest::parse(&bytes).map_err(|error| format!("{MANIFEST_NAME}: {error}"))?;
     if manifest.id != id {
-        return Err(format!("{MANIFEST_NAME} is that of '{}'", manifest.id));
+        return Err(format!("{MANIFEST_NAME} belongs to backup '{}'", manifest.id));
     }
     for disk in &manifest.disks {
         let size = shelf.file_size(&disk.file).map_err(|error| error.to_string())?;
         if size == 0 || (disk.format == Format::Raw && size != disk.virtual_size) {
             return Err(format!(
-                "{} has {size} bytes, which no image of the disk has",
+                "{} has {size} bytes, which is not a valid size for an image of the disk",
                 disk.file
             ));
         }
     }
     let (domain, uuid) = (&manifest.domain.name, manifest.domain.uuid);
     let identity = Identity::in_directory(directory, domain, uuid)
-        .ok_or_else(|| format!("{MANIFEST_NAME}: no domain can be called '{domain}'"))?;
+        .ok_or_else(|| format!("{MANIFEST_NAME}: '{domain}' is not a valid name of a domain"))?;
     let identity = match domains.same(&identity) {
         Some(known) => Identity {
             owner: known.owner,
@@ -437,13 +436,13 @@ fn stored_backup(
     })
 }
 
-/// What was asked for, if that is still there. A backup is good without.
+/// Returns the document of the backup's request, if the store still has it. A backup is usable without it.
 fn document(shelf: &Shelf) -> Option<Definition> {
     let (bytes, _) = shelf.read(DEFINITION_NAME, definition::MAX_BYTES).ok()?;
     definition::parse(std::str::from_utf8(&bytes).ok()?).ok()
 }
 
-/// What was done, as far as manifest and document tell.
+/// Reconstructs the plan from the manifest and the document.
 fn plan(
     (store, path, directory): (&str, &Path, &str),
     manifest: &Manifest,

@@ -1,4 +1,4 @@
-//! The running block jobs of a backup: their events, and commands to them.
+//! The running block jobs of a backup: handles their events, and sends commands to them.
 
 use std::time::{Duration, Instant};
 
@@ -17,25 +17,25 @@ use crate::clock;
 use crate::qmp::block::{BlockJobCancel, BlockJobSetSpeed, JobEvent, JobInfo, JobStatus};
 use crate::qmp::{self, Command, Done, Events, EventsError};
 
-/// How often the progress is asked for while somebody looks, and while nobody does.
+/// How often the service queries the progress: with and without an observer.
 const PROGRESS: Duration = Duration::from_millis(500);
 const UNSEEN: Duration = Duration::from_secs(10);
-/// How long QEMU may take to answer until it counts as silent; what it was told is not lost.
+/// The timeout of QEMU's answer. QEMU still executes a command that it answers late.
 const ANSWER: Duration = Duration::from_secs(5);
-/// How often it is checked at most whether the time without progress is over.
+/// The minimum interval between checks for a stall.
 const CHECK: Duration = Duration::from_secs(1);
 
-/// How QEMU answered a command for a job.
+/// QEMU's answer to a command for a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reply {
     Done,
-    /// The job ended just now.
+    /// The job has just ended.
     Ended,
-    /// QEMU does not answer. It will do it later.
+    /// QEMU does not answer. It executes the command later.
     Silent,
 }
 
-/// The running jobs, and what is to be done while they run.
+/// The running jobs, and the work to do while they run.
 pub struct Running<'a> {
     job: &'a Job,
     footprint: &'a Footprint,
@@ -44,18 +44,18 @@ pub struct Running<'a> {
     scan: Scan,
     part: &'a Part,
     latency: Option<Latency>,
-    /// Limit and number of running disks that QEMU knows; nothing if that is not known.
+    /// The limit and the number of running disks that QEMU has confirmed; `None` if unknown.
     shared: Option<(u64, usize)>,
     stall: Stall,
-    /// Whether QEMU left the last question about the jobs unanswered.
+    /// QEMU has not answered the last query of the jobs.
     silent: bool,
-    /// Whether it is certain that this QEMU has the jobs.
+    /// This QEMU is known to have the jobs.
     found: bool,
 }
 
 impl<'a> Running<'a> {
-    /// Jobs that were just started with this limit, in bytes a second, all disks together; or, without one, that QEMU may
-    /// have from before. Nothing may move for `stall` at most.
+    /// `speed` is the limit with which this process started the jobs, in bytes a second for all disks together. It is
+    /// `None` if an earlier instance started them. `stall` is the longest time without progress.
     pub fn new(
         job: &'a Job,
         footprint: &'a Footprint,
@@ -80,7 +80,7 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// Follows the jobs until QEMU has concluded all of them, over every connection that it takes.
+    /// Follows the jobs until QEMU has concluded all of them. Reconnects when the connection is lost.
     pub async fn run(&mut self, mut events: Events, stop: &CancellationToken) -> Result<(), Stopped> {
         loop {
             let followed = stop.run_until_cancelled(self.follow(&mut events)).await;
@@ -96,12 +96,12 @@ impl<'a> Running<'a> {
             }
             events = self.footprint.client().events();
             (self.shared, self.found) = (None, false);
-            // A connection that is lost again and again is no progress.
+            // Reconnecting is not progress, so that a connection that is lost repeatedly cannot prevent the timeout.
             self.check_stall()?;
         }
     }
 
-    /// Whether QEMU has all the jobs: it is the one that they were started in. Takes in how they stand.
+    /// Fails unless QEMU has all the jobs, that is, unless the jobs were started in this QEMU. Updates their progress.
     async fn find(&mut self) -> Result<(), Stopped> {
         let infos = loop {
             match self.query().await? {
@@ -120,7 +120,7 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
-    /// How the jobs stand; nothing if QEMU does not answer.
+    /// Queries the jobs; `None` if QEMU does not answer in time.
     async fn query(&mut self) -> Result<Option<Vec<JobInfo>>, Stopped> {
         let infos = match self.footprint.query_jobs_within(ANSWER).await {
             Err(qmp::Error::TimedOut { .. }) => None,
@@ -130,7 +130,8 @@ impl<'a> Running<'a> {
         Ok(infos)
     }
 
-    /// Whether there was progress since so many bytes were done. A job that another client has paused need not make any.
+    /// Resets the stall timeout if more bytes are done than `before`. A job that another client has paused need not
+    /// make progress.
     fn take_progress(&mut self, before: u64, infos: &[JobInfo]) {
         let ours = |id: &str| self.tracker.jobs().iter().any(|job| job.job == id);
         let paused = infos
@@ -173,21 +174,21 @@ impl<'a> Running<'a> {
                             self.show();
                         }
                     }
-                    // Of a closed connection this says why it was closed.
+                    // If the connection is closed, the query returns the reason.
                     Err(EventsError::Missed | EventsError::Closed) => self.ask(events).await?,
                 },
                 () = tokio::time::sleep_until((asked + pace).into()) => {
                     self.ask(events).await?;
                     asked = Instant::now();
                 }
-                // The time is checked below.
+                // `check_stall` below checks the time.
                 () = tokio::time::sleep(left) => {}
                 () = due(self.latency.as_ref()) => self.sample(events).await?,
                 () = self.job.cancel.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.cancel().await?;
                 }
-                // The senders are the job's own.
+                // The job owns the senders, so they exist as long as this runs.
                 Ok(()) = speeds.changed() => {}
                 Ok(()) = looks.changed() => {}
             }
@@ -209,7 +210,7 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// Asks how the jobs stand. That QEMU does not answer is nothing new.
+    /// Queries the jobs and updates the status. If QEMU does not answer, nothing changes.
     async fn ask(&mut self, events: &mut Events) -> Result<(), Stopped> {
         let Some((before, infos)) = self.ask_jobs(events).await? else {
             return Ok(());
@@ -230,12 +231,12 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
-    /// Takes in how the jobs stand. Returns that, and the bytes that were done before; nothing if QEMU does not answer.
+    /// Queries the jobs. Returns the bytes done before, and the answer; `None` if QEMU does not answer in time.
     async fn ask_jobs(&mut self, events: &mut Events) -> Result<Option<(u64, Vec<JobInfo>)>, Stopped> {
         let Some(infos) = self.query().await? else {
             return Ok(None);
         };
-        // What QEMU said before it answered says more than the answer.
+        // Events that arrived before the answer have more details than the answer.
         while let Some(event) = events.next_now() {
             if let Some(event) = JobEvent::of(&event) {
                 self.tracker.event(&event);
@@ -246,7 +247,7 @@ impl<'a> Running<'a> {
         Ok(Some((before, infos)))
     }
 
-    /// Has QEMU count the guest's writes, if the speed depends on them.
+    /// Sets latency histograms in QEMU if the speed depends on the guest's writes.
     async fn begin_latency(&mut self) -> Result<(), Stopped> {
         let Some(latency) = &mut self.latency else {
             return Ok(());
@@ -254,14 +255,18 @@ impl<'a> Running<'a> {
         match latency.begin(self.footprint).await {
             Err(closed @ qmp::Error::Closed(_)) => Err(closed.into()),
             Err(error) => {
-                tracing::warn!(job = self.job.id, %error, "the speed follows the mean of the guest's writes only");
+                tracing::warn!(
+                    job = self.job.id,
+                    %error,
+                    "cannot set latency histograms; the speed follows the mean latency of the guest's writes"
+                );
                 Ok(())
             }
             Ok(()) => Ok(()),
         }
     }
 
-    /// Sets the speed by how long the guest's writes take. What QEMU does not say changes nothing.
+    /// Adjusts the speed to the latency of the guest's writes. Without an answer from QEMU, nothing changes.
     async fn sample(&mut self, events: &mut Events) -> Result<(), Stopped> {
         let devices = match self.footprint.query_devices().await {
             Err(closed @ qmp::Error::Closed(_)) => return Err(closed.into()),
@@ -285,7 +290,8 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
-    /// Looks what QEMU copies, as long as it may be silent: to answer that, it reads from every image.
+    /// Checks for snapshots, within the stall timeout. QEMU's answer can be late because QEMU reads from every image
+    /// for it.
     async fn look(&mut self) -> Result<(), Stopped> {
         let (totals, left) = (self.totals(), self.stall.left(Instant::now()));
         let look = self.scan.look(self.job, self.footprint, totals);
@@ -320,8 +326,8 @@ impl<'a> Running<'a> {
         });
     }
 
-    /// Cancels one block job, and QEMU the others with it. One that has concluded already cannot be cancelled: the
-    /// next one is tried.
+    /// Cancels one block job, and QEMU cancels the others with it. A concluded job cannot be cancelled, so the next one
+    /// is tried.
     async fn cancel(&self) -> Result<(), Stopped> {
         for tracked in self.tracker.jobs() {
             let cancel = BlockJobCancel {
@@ -335,7 +341,8 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
-    /// Divides the limit among the disks that still run, whenever one of the two changes. Whether QEMU knows it.
+    /// Divides the limit among the disks that still run, whenever one of the two changes. Returns whether QEMU has
+    /// confirmed it.
     async fn share(&mut self, speed: u64) -> Result<bool, Stopped> {
         let running: Vec<_> = self
             .tracker
@@ -354,7 +361,7 @@ impl<'a> Running<'a> {
                 speed: share(speed, running.len()),
             };
             if self.send(limit).await? == Reply::Silent {
-                // The next turn of the loop repeats the command.
+                // The loop in `follow` repeats the command.
                 self.shared = None;
                 return Ok(false);
             }
@@ -377,12 +384,13 @@ impl<'a> Running<'a> {
         self.tracker.jobs().iter().map(|job| job.total).collect()
     }
 
-    /// Whether it is known that QEMU left out nothing but what the disks' own images do not have. The jobs have completed.
+    /// Returns whether QEMU is known to have omitted only data that the disks' own images do not have. The caller has
+    /// seen all jobs complete.
     pub fn is_proven(&self) -> bool {
         self.scan.is_proven(&self.totals())
     }
 
-    /// What QEMU made of the jobs, all together.
+    /// Combines the results of all jobs.
     pub fn judge(&self) -> Result<(), Stopped> {
         let verdicts = self.tracker.verdicts();
         let mut first = None;
@@ -411,7 +419,7 @@ impl<'a> Running<'a> {
     }
 }
 
-/// Waits until QEMU is to be asked how long the guest's writes take; for ever if the speed does not depend on them.
+/// Waits until the next query of the guest's write latency is due; for ever if the speed does not depend on it.
 async fn due(latency: Option<&Latency>) {
     match latency {
         Some(latency) => tokio::time::sleep_until(latency.due().into()).await,

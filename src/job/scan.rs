@@ -1,9 +1,9 @@
-//! Proves that QEMU looked for a disk's holes in the disk's own image.
+//! Proves that QEMU scanned a disk's own image for holes, and not an overlay.
 //!
-//! With `sync: top` QEMU first looks which clusters the image has, and leaves out the others. If another client makes an
-//! external snapshot meanwhile, QEMU looks at the new, empty overlay and leaves out data. It reports neither the end of its
-//! look nor the snapshot. But each cluster that it leaves out makes a job's total smaller, and nothing makes it larger again.
-//! So if the total is at the end what it was before the disks were last seen without a snapshot, nothing was left out since.
+//! With `sync: top` QEMU first scans which clusters the image has, and omits the others. If another client creates an
+//! external snapshot during the scan, QEMU scans the new, empty overlay and omits data. It reports neither the end of
+//! the scan nor the snapshot. But each omitted cluster reduces the job's total, and nothing increases it again. So if
+//! the total at the end equals the total before the last check without a snapshot, QEMU has omitted nothing since.
 
 use super::error::Stopped;
 use super::footprint::Footprint;
@@ -11,10 +11,10 @@ use super::{Error, Job};
 use crate::domain::Disk;
 use crate::qmp;
 
-/// Whether the disks were those of the plan when QEMU said `now`: no other image was above them.
+/// Fails unless `now` shows the disks of the plan without another image above them.
 pub fn check_snapshot(job: &Job, footprint: &Footprint, now: &[Disk]) -> Result<(), Stopped> {
     for (index, planned) in job.plan.disks.iter().enumerate() {
-        // By its node: a disk without an id of its own is called like its node, which is our filter just now.
+        // Compares node names: a disk without an id has the name of its node, which is the job's filter at the moment.
         let filter = footprint.names.filter_node(index);
         let mut disks = now.iter();
         if !disks.any(|disk| disk.node == planned.node || disk.node == filter) {
@@ -25,12 +25,12 @@ pub fn check_snapshot(job: &Job, footprint: &Footprint, now: &[Disk]) -> Result<
     Ok(())
 }
 
-/// What is known of the look.
+/// The evidence about the scan.
 #[derive(Debug)]
 pub struct Scan {
-    /// Whether there is one.
+    /// Whether QEMU scans any disk.
     is_made: bool,
-    /// The totals of the jobs, in bytes, just before the disks were last seen without a snapshot.
+    /// The totals of the jobs in bytes, read just before the last check that found no snapshot.
     proven: Option<Vec<u64>>,
 }
 
@@ -42,24 +42,24 @@ impl Scan {
         }
     }
 
-    /// Whether the disks have not been looked at yet: until then a snapshot fails the backup.
+    /// Returns whether the disks have not been checked yet. Until then a snapshot fails the backup.
     pub fn is_open(&self) -> bool {
         self.is_made && self.proven.is_none()
     }
 
-    /// Whether nothing was left out since the disks were last seen without a snapshot. `totals` are those of the end.
+    /// Returns whether QEMU omitted nothing since the last check without a snapshot. `totals` are the final ones.
     pub fn is_proven(&self, totals: &[u64]) -> bool {
         !self.is_made || self.proven.as_deref() == Some(totals)
     }
 
-    /// Looks at the disks if that proves something new. `totals` were asked for before. An error if there is a snapshot,
-    /// because then nothing can be proven any more.
+    /// Checks the disks if that proves something new. The caller has read `totals` before. Fails if there is a
+    /// snapshot, because nothing can be proven after that.
     pub async fn look(&mut self, job: &Job, footprint: &Footprint, totals: Vec<u64>) -> Result<(), Stopped> {
         if self.is_proven(&totals) {
             return Ok(());
         }
         match footprint.disks().await {
-            // It has much to write before it gets to answers.
+            // QEMU is busy writing. A later check may succeed.
             Err(qmp::Error::TimedOut { .. }) => return Ok(()),
             now => check_snapshot(job, footprint, &now.map_err(Error::Lost)?)?,
         }

@@ -1,12 +1,12 @@
-//! Sentinels: bitmaps that show whether a disk was made smaller since a checkpoint.
+//! Sentinels: bitmaps that show whether a disk shrank since a checkpoint.
 //!
-//! QEMU clears the cut part of every bitmap when a disk is made smaller (`hbitmap_truncate`), and growing it again hides that:
-//! the incremental backup would show old data there. So each checkpoint has a second bitmap beside it, disabled and persistent,
-//! in which only the disk's last granule is set. If that is clear, the disk was smaller.
+//! When a disk shrinks, QEMU clears the removed part of every bitmap (`hbitmap_truncate`). After the disk grows again,
+//! an incremental backup would show old data there. So each checkpoint has a second bitmap, disabled and persistent, in
+//! which only the disk's last granule is set. If that bit is clear, the disk was smaller.
 //!
-//! Only a write sets a bit, and the guest's disk is not written to. So a mirror job writes to the last granule of a node of the
-//! same size that stores nothing (`null-co`), and that node's bitmap is merged into the sentinels. Must not know the use
-//! of checkpoints.
+//! Only a write sets a bit, and the service must not write to the guest's disk. So a mirror job writes to the last
+//! granule of a node of the same size that stores nothing (`null-co`). QEMU then merges that node's bitmap into the
+//! sentinels. Must not know how checkpoints are used.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,21 +21,22 @@ use crate::qmp::block::{
     BlockdevMirror, BlockdevOptions, Driver, QueryNamedBlockNodes, TransactionAction,
 };
 
-/// What one bit of a bitmap stands for, in bytes: as small as the clusters of an incremental backup's image.
+/// The granularity of bitmaps in bytes, equal to the cluster size of an incremental backup's image.
 pub(super) const GRANULARITY: u64 = 1 << 16;
-/// The bitmap of a node that keeps nothing.
+/// The name of the bitmap on a `null-co` node.
 const MARK: &str = "end";
 
-/// The nodes whose bitmaps have the last granule set, by their size in bytes.
+/// The names of nodes whose bitmaps have the last granule set, by their size in bytes.
 pub(super) type Marks = BTreeMap<u64, String>;
 
-/// Where the last granule begins, and how long it is.
+/// Returns the start and the length of the last granule.
 fn last_granule(size: u64) -> (u64, u64) {
     let start = size.saturating_sub(1) / GRANULARITY * GRANULARITY;
     (start, size - start)
 }
 
-/// The actions of a transaction that make a checkpoint of this name and its sentinel on a disk, or neither.
+/// Returns the actions that create a checkpoint of this name and its sentinel on a disk. The caller puts them into one
+/// transaction.
 pub(super) fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Vec<TransactionAction> {
     let add = |name: &str, disabled: bool| {
         TransactionAction::BlockDirtyBitmapAdd(BlockDirtyBitmapAdd {
@@ -47,7 +48,7 @@ pub(super) fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Vec<Tran
         })
     };
     let mut actions = vec![add(name, false)];
-    // An empty disk cannot be made smaller.
+    // An empty disk cannot shrink.
     if let Some(mark) = marks.get(&disk.virtual_size) {
         let sentinel = sentinel_name(name);
         let merge = |target: &str| {
@@ -63,14 +64,14 @@ pub(super) fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Vec<Tran
         };
         actions.push(add(&sentinel, true));
         actions.push(merge(&sentinel));
-        // A cut inside a granule clears nothing: the last one is copied always.
+        // A shrink within the last granule clears no bit, so that granule is always copied.
         actions.push(merge(name));
     }
     actions
 }
 
-/// Whether no disk was made smaller since the plan was made, so that what the backup goes on from is whole. Asked when the block
-/// jobs are there: from then on QEMU refuses to resize the disks.
+/// Fails if a disk shrank since the plan was made, because the bitmap of its base is then incomplete. The caller calls
+/// this after the block jobs have started: from then on QEMU refuses to resize the disks.
 pub(super) fn check_sizes(plan: &Plan, disks: &[Disk]) -> Result<(), Error> {
     for planned in &plan.disks {
         let Mode::Since(base) = &planned.mode else {
@@ -86,7 +87,8 @@ pub(super) fn check_sizes(plan: &Plan, disks: &[Disk]) -> Result<(), Error> {
 }
 
 impl Footprint {
-    /// Makes the nodes for disks of these sizes; 0 needs none. `forget_marks` removes them, and so does `release`.
+    /// Creates a `null-co` node with a set bitmap for each of these sizes, except 0. `forget_marks` removes them, and
+    /// so does `release`.
     pub(super) async fn make_marks(&self, sizes: impl Iterator<Item = u64>) -> qmp::Result<Marks> {
         let mut marks = Marks::new();
         for size in sizes.filter(|size| *size > 0) {
@@ -105,7 +107,7 @@ impl Footprint {
         }
     }
 
-    /// Whether something is set in the bitmap of each.
+    /// Returns whether each node's bitmap has a set bit.
     async fn are_marked(&self, marks: &Marks) -> qmp::Result<bool> {
         let nodes = self.client().execute(QueryNamedBlockNodes { flat: true }).await?;
         let is_set = |node: &BlockDeviceInfo| node.dirty_bitmaps.iter().any(|bitmap| bitmap.count > 0);
@@ -120,7 +122,8 @@ impl Footprint {
     async fn make_mark(&self, index: usize, size: u64) -> qmp::Result<String> {
         let (offset, length) = last_granule(size);
         let (client, mark) = (self.client(), self.names.mark(index));
-        // Zeroes are written over what is not known to be zero: less would not be written at all.
+        // Without `read-zeroes`, QEMU writes the zeroes, because the node is not known to read as zeroes. Otherwise it
+        // would skip the write.
         let null = Driver::NullCo {
             size,
             read_zeroes: Some(false),

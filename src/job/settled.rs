@@ -3,7 +3,7 @@
 use std::ops::Deref;
 use std::sync::OnceLock;
 
-/// The value that is valid now: the last one once there is one.
+/// Dereferences to the final value if it is set, or else to the provisional one.
 #[derive(Debug)]
 pub struct Settled<T> {
     first: T,
@@ -11,7 +11,7 @@ pub struct Settled<T> {
 }
 
 impl<T> Settled<T> {
-    /// Sets the value that stays. It is set once.
+    /// Sets the final value. The caller does this once.
     pub(super) fn settle(&self, last: T) {
         let first = self.last.set(last).is_ok();
         debug_assert!(first, "a job leaves the queue once");

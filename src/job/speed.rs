@@ -1,25 +1,25 @@
-//! The speed of a backup: the least of all that limit it. The one place where that is decided.
+//! The speed of a backup: the minimum of all its limits. Only this module combines them.
 
 use tokio::sync::watch;
 
-/// What limits one backup, in bytes a second, all its disks together; 0 is no limit.
+/// The limits of one backup in bytes a second, all its disks together; 0 means unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// The document's, the call's, or that of the last `SetSpeed`.
+    /// The limit of the document or the call, or that of the last `SetSpeed`.
     pub own: u64,
-    /// Its share of the bandwidth of its store.
+    /// The backup's share of its store's bandwidth.
     pub share: u64,
-    /// What its guest's writes leave for it.
+    /// The limit that the latency of the guest's writes demands.
     pub latency: u64,
 }
 
 impl Limits {
-    /// What QEMU may copy in a second.
+    /// Returns the limit to send to QEMU.
     pub fn effective(self) -> u64 {
         least([self.own, self.share, self.latency])
     }
 
-    /// What it can make use of, whatever the others do.
+    /// Returns the limit without the share of the store's bandwidth: the most that the backup could use.
     pub fn without_share(self) -> u64 {
         least([self.own, self.latency])
     }
@@ -30,7 +30,7 @@ fn least<const N: usize>(limits: [u64; N]) -> u64 {
     limits.min().unwrap_or(0)
 }
 
-/// The limits of one backup, and those who follow them.
+/// The limits of one backup, and their observers.
 #[derive(Debug)]
 pub struct Speed(watch::Sender<Limits>);
 
@@ -46,7 +46,7 @@ impl Speed {
         *self.0.borrow()
     }
 
-    /// Tells of every change.
+    /// Returns a receiver of all changes.
     pub fn subscribe(&self) -> watch::Receiver<Limits> {
         self.0.subscribe()
     }
@@ -63,7 +63,7 @@ impl Speed {
         self.set(|limits| &mut limits.latency, latency);
     }
 
-    /// Wakes those who follow it only if it changes something.
+    /// Wakes the observers only if the value changes.
     fn set(&self, which: fn(&mut Limits) -> &mut u64, value: u64) {
         self.0
             .send_if_modified(|limits| std::mem::replace(which(limits), value) != value);

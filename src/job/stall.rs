@@ -1,23 +1,26 @@
-//! When a copy counts as stalled. Pure: it is given the time and sends no command.
+//! Decides when a copy counts as stalled. Pure: the caller passes the time, and this sends no command.
 //!
-//! Only progress starts the wait again. A changed speed, a lost connection and a QEMU that does not answer do not: a caller or a
-//! QEMU that repeats them would put the end off for ever, and the job would keep its place and its part of a store's bandwidth.
+//! Only progress resets the timeout. A changed speed, a lost connection or a QEMU that does not answer must not reset
+//! it. A caller or a QEMU that repeats them could delay the end for ever, while the job keeps its place and its part of
+//! a store's bandwidth.
 
 use std::time::{Duration, Instant};
 
-/// Bytes that QEMU copies at a time at most: under a limit, that long it may show no progress.
+/// The largest chunk that QEMU copies at a time, in bytes. Under a speed limit, QEMU may show no progress while it
+/// waits for one.
 const CHUNK: u64 = 64 << 20;
 
-/// Follows how long a copy has made no progress.
+/// Tracks how long a copy has made no progress.
 #[derive(Debug)]
 pub struct Stall {
-    /// The longest time without progress, and without an answer.
+    /// The longest time without progress, or without an answer.
     limit: Duration,
-    /// How much of `limit` the time without progress has used up. It uses up less while more time is allowed.
+    /// The part of `limit` that the time without progress has used up. While more time is allowed, it is used up more
+    /// slowly.
     spent: Duration,
-    /// Until when `spent` has been counted.
+    /// `spent` includes the time up to here.
     counted: Instant,
-    /// Since when QEMU has not confirmed a speed, whatever else it says.
+    /// Since when QEMU has not confirmed a speed, even if it answers other commands.
     unconfirmed: Option<Instant>,
     cancelled: Option<Instant>,
 }
@@ -37,12 +40,12 @@ impl Stall {
         self.limit
     }
 
-    /// The copy made progress, or is paused.
+    /// Reports that the copy made progress or is paused.
     pub fn moved(&mut self, now: Instant) {
         (self.spent, self.counted) = (Duration::ZERO, now);
     }
 
-    /// The service sends QEMU a speed. Sending it again changes nothing.
+    /// Reports that the service sends a speed to QEMU. A repeated report changes nothing.
     pub fn sends(&mut self, now: Instant) {
         self.unconfirmed.get_or_insert(now);
     }
@@ -51,13 +54,14 @@ impl Stall {
         self.unconfirmed = None;
     }
 
-    /// From here on the copy has to end; progress no longer counts.
+    /// Reports that the copy is cancelled. It must end within the limit, and progress no longer counts.
     pub fn cancel(&mut self, now: Instant) {
         self.cancelled.get_or_insert(now);
     }
 
-    /// Counts the time since it was last asked, and returns what stalled, and the time that it was allowed. `pace` is the speed
-    /// of one disk in bytes a second, 0 for no limit, or nothing while QEMU does not answer: it answers under any limit.
+    /// Counts the time since the last call. Returns the stalled part and its timeout, if one stalled. `pace` is the
+    /// speed limit of one disk in bytes a second, or 0 without a limit. It is `None` while QEMU does not answer,
+    /// because QEMU answers under any limit.
     pub fn check(&mut self, now: Instant, pace: Option<u64>) -> Option<(&'static str, Duration)> {
         let chunk = match pace {
             None | Some(0) => Duration::ZERO,
@@ -79,7 +83,7 @@ impl Stall {
         (self.spent >= self.limit).then_some(("the copying", allowed))
     }
 
-    /// How long QEMU may still take for an answer.
+    /// Returns how long QEMU may still take for an answer.
     pub fn left(&self, now: Instant) -> Duration {
         let since = |since: Option<Instant>| match since {
             Some(since) => self.limit.saturating_sub(now.saturating_duration_since(since)),

@@ -10,12 +10,12 @@ use crate::error::Error;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// It waits for its place among the backups that run; nothing of it exists.
+    /// The job waits for a place. It has created nothing but its record.
     Queued,
-    /// The targets are made ready in QEMU; nothing is copied yet.
+    /// The service prepares the targets in QEMU. QEMU copies nothing yet.
     Preparing,
     Running,
-    /// QEMU has ended; the data is made durable and gets its name, or is removed.
+    /// QEMU has finished. The service makes the data durable and publishes it, or removes it.
     Finishing,
 }
 
@@ -29,7 +29,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// The result word of the interface.
+    /// Returns the result as the D-Bus interface names it.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Completed => "completed",
@@ -45,12 +45,12 @@ pub enum DiskState {
     Queued,
     Preparing,
     Running,
-    /// All is copied; the other disks are waited for.
+    /// The disk is copied; other disks are still being copied.
     Waiting,
     Finishing,
     Completed,
     Failed {
-        /// `read`, `write`, or what else was tried.
+        /// `read`, `write`, or another failed operation.
         operation: String,
         message: String,
     },
@@ -76,28 +76,28 @@ impl DiskState {
 pub struct DiskStatus {
     pub name: String,
     pub state: DiskState,
-    /// Bytes to go through in all, and bytes gone through.
+    /// Bytes to process in total, and bytes processed.
     pub total: u64,
     pub done: u64,
-    /// Where the image is or will be, for people.
+    /// The present or future path of the image, for display.
     pub target: String,
 }
 
 #[derive(Debug, Clone)]
 pub struct Status {
     pub state: State,
-    /// The point in time is past: what is written from now on is in no image.
+    /// The point in time has passed: the images do not show later writes.
     pub begun: bool,
     pub disks: Vec<DiskStatus>,
-    /// Bytes a second, lately.
+    /// The recent speed in bytes a second.
     pub rate: u64,
-    /// When it will be done at this rate.
+    /// When the job will end at this rate.
     pub expected_end: Option<Timestamp>,
-    /// How long the guest's file systems were frozen, as far as is known.
+    /// How long the guest's file systems were frozen, as far as the service knows.
     pub frozen: Duration,
-    /// Why the guest was not quiesced, though that was to be tried.
+    /// Why quiescing the guest failed, if the request made it optional.
     pub quiesce_problem: Option<String>,
-    /// Why it was ended for another one, if it was.
+    /// Why the job was cancelled in favour of another one.
     pub displaced: Option<Displaced>,
     /// Set once, with the last change.
     pub outcome: Option<Outcome>,
@@ -126,12 +126,12 @@ impl Status {
             .fold(0, |sum, disk| sum.saturating_add(disk.done))
     }
 
-    /// For how many µs the guest's file systems were frozen.
+    /// Returns how long the guest's file systems were frozen, in µs.
     pub fn frozen_us(&self) -> u64 {
         u64::try_from(self.frozen.as_micros()).unwrap_or(u64::MAX)
     }
 
-    /// 0 to 1.
+    /// Returns the progress from 0 to 1.
     pub fn progress(&self) -> f64 {
         match self.bytes() {
             0 if self.outcome == Some(Outcome::Completed) => 1.0,

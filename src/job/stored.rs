@@ -1,6 +1,6 @@
-//! Jobs upon stored backups: restoring one, verifying some, and serving one to the caller that started the job.
+//! Jobs on stored backups: restoring one, verifying some, and exporting one to the caller.
 //!
-//! They run in a process of the service's own, so that none of them survives it: what a former service left unfinished has
+//! They run in the service's own processes, so they end with the service. After a restart an unfinished one counts as
 //! failed.
 
 use std::sync::Arc;
@@ -25,17 +25,17 @@ use crate::plan::{Plan, Stored, Task};
 use crate::quota::Share;
 use crate::target::Targets;
 
-/// How often progress is shown.
+/// How often the status is updated.
 const PROGRESS: Duration = Duration::from_millis(500);
-/// How often, in the time that an export may be idle, it is looked at.
+/// How often an export is checked within its idle timeout.
 const LOOKS_AT_IDLE: u32 = 16;
 
-/// The right to do something with stored backups; given back when it is dropped.
+/// A permit to work on stored backups. Dropping it returns it.
 #[must_use]
 pub struct Turn {
-    /// Of jobs, and of the caller's descriptors.
+    /// The shares of the quotas of jobs and of the caller's descriptors.
     _shares: (Share, Arc<Share>),
-    /// The service neither leaves, nor makes room for another version, nor stops before these are given back.
+    /// Keeps the service from exiting, from being replaced by another version, and from stopping.
     _uses: [Use; 2],
     _token: TaskTrackerToken,
 }
@@ -44,22 +44,22 @@ impl Held for Turn {}
 
 /// The work of a job on a stored backup.
 pub enum Work {
-    /// Each disk of the chain into the target at its place.
+    /// Restores each disk of the chain into the target at the same index.
     Restore(Box<(Chain, Targets)>),
     Verify(Survey),
     Export(Box<Served>),
 }
 
-/// A backup that is served until the user who started it `left` the bus.
+/// A backup that is exported until the client that started it has `left` the bus.
 pub struct Served {
     pub export: Export,
     pub left: BoxFuture<'static, ()>,
 }
 
 impl Jobs {
-    /// Counts something with stored backups as a job of that user's.
+    /// Counts work on stored backups as a job of this user.
     pub fn turn(&self, uid: u32, descriptors: Arc<Share>) -> Result<Turn, Error> {
-        // First, so that a stop that is not seen here waits for it.
+        // Taken before the check, so that a concurrent stop waits for this work.
         let token = self.tasks.token();
         if self.setting.stop.is_cancelled() {
             return Err(Error::Stopping);
@@ -134,7 +134,7 @@ impl Jobs {
             judged = &mut work => judged,
             () = setting.stop.cancelled() => {
                 cancel.cancel();
-                // What hangs goes with the process.
+                // Work that hangs ends with the process.
                 match tokio::time::timeout(setting.deadlines.stall(), work).await {
                     Ok((Ok(()), on_disk)) => (Ok(()), on_disk),
                     Ok((Err(_), on_disk)) => (Err(Error::Stopping.into()), on_disk),
@@ -149,9 +149,12 @@ impl Jobs {
         let outcome = outcome(job, judged);
         tracing::info!(job = job.id, domain = job.domain.name, mode = job.plan.mode(), outcome = ?outcome, "job ended");
         show_ended(job, &outcome);
-        // Nothing that a later process could find: what was passed went with this one.
+        // A later instance could not find the targets, because their descriptors end with this process.
         if on_disk {
-            tracing::warn!(job = job.id, "what was begun may still be at its place");
+            tracing::warn!(
+                job = job.id,
+                "the target may still contain a part of the restored data"
+            );
         }
         record_end(job, setting, &outcome).await;
         drop(turn);
@@ -159,7 +162,7 @@ impl Jobs {
         Ending::Ended(Residue::default(), None)
     }
 
-    /// Ends a job that went with a former process of the service.
+    /// Ends a job that ended with an earlier instance of the service.
     pub(super) async fn end_lost(&self, record: &JobRecord, identity: Identity) -> Result<Arc<Job>, Error> {
         let domain = self.setting.domains.identified_or_absent(identity);
         let plan = record::plan(record)?;
@@ -177,7 +180,7 @@ impl Jobs {
     }
 }
 
-/// A later process of the service comes to the same end: what is not on record as ended went with this one.
+/// If this fails, a later instance records the same outcome, because the record shows the job as unfinished.
 async fn record_end(job: &Job, setting: &Setting, outcome: &Outcome) {
     let recorded = async {
         let ended = backup::State::Ended(backup::Ended::default());
@@ -189,7 +192,7 @@ async fn record_end(job: &Job, setting: &Setting, outcome: &Outcome) {
     }
 }
 
-/// Restores all disks. Whether something may be left that was begun.
+/// Restores all disks. Returns whether a partial target may remain.
 async fn restore(
     job: &Arc<Job>,
     chain: &Chain,
@@ -214,7 +217,7 @@ async fn restore_all(
     stall: Duration,
 ) -> Result<(), Stopped> {
     let mut meter = Meter::new();
-    // What restores opens the targets anew, and locks them itself.
+    // The storage daemon opens the targets again, and locks them itself.
     targets.unlock();
     for (index, (target, planned)) in targets.iter().zip(&job.plan.disks).enumerate() {
         let disk = chain.disks().iter().find(|disk| disk.disk == planned.name);
@@ -258,7 +261,7 @@ async fn restore_all(
     Ok(())
 }
 
-/// Serves until the caller has left, somebody cancels it, or nobody has read from it for a long time.
+/// Serves the export until the caller has left the bus, the job is cancelled, or the idle timeout has passed.
 async fn serve(served: Served, cancel: &CancellationToken, setting: &Setting) -> Result<(), Stopped> {
     let Served { mut export, left } = served;
     let patience = setting.deadlines.export_idle();
@@ -280,7 +283,7 @@ async fn serve(served: Served, cancel: &CancellationToken, setting: &Setting) ->
     }
 }
 
-/// When an export was last seen to read something, and how much it had read then.
+/// The number of bytes read from an export, and when it last changed.
 struct Looked {
     read: Option<u64>,
     at: Instant,
@@ -292,8 +295,8 @@ impl Looked {
         Self { read, at }
     }
 
-    /// Whether nothing was read for so long. Where that cannot be known, the export ends after that time: it keeps a backup from
-    /// being removed.
+    /// Returns whether the idle timeout has passed since the last read. If reads are not counted, the export ends after
+    /// that time, because it keeps a backup from being removed.
     fn is_idle(&mut self, read: Option<u64>, patience: Duration) -> bool {
         if read.is_some() && read != self.read {
             *self = Self::new(read);
@@ -302,7 +305,7 @@ impl Looked {
     }
 }
 
-/// Verifies backups, and has the catalog remember what was found.
+/// Verifies backups and records the results in the catalog.
 async fn verify(
     job: &Job,
     survey: Survey,
@@ -320,7 +323,7 @@ async fn verify(
         stall: setting.deadlines.stall(),
     };
     let work = survey.verify(control, move |one: &Verified| {
-        // Heard below, as long as this runs.
+        // The receiver below exists as long as this runs.
         let _ = tell.send(one.clone());
     });
     // The backups are read one after the other.
@@ -385,12 +388,12 @@ async fn remember_verified(
                     operation: "verify".to_owned(),
                     message: words,
                 },
-                // Nothing is known of it.
+                // The result is neither good nor damaged.
                 _ => DiskState::Cancelled,
             };
         }
     });
-    // What is not there, or is what it depends on, the catalog finds itself.
+    // The catalog itself detects missing backups and damaged bases.
     let own = findings.iter().map(|finding| &finding.fault);
     let own: Vec<&Fault> = own
         .filter(|fault| !matches!(fault, Fault::LiesOnDamaged { .. }))
@@ -401,7 +404,7 @@ async fn remember_verified(
         .map(|fault| fault.to_string())
         .collect();
     if damage.is_empty() && !own.is_empty() {
-        // Nothing new is known: the next time it is looked at again.
+        // The check found neither damage nor a good backup, so the backup stays due for verification.
         return Ok(());
     }
     let key = BackupKey {
@@ -413,7 +416,7 @@ async fn remember_verified(
     Ok(setting.catalog.checked(key, damage).await?)
 }
 
-/// Shows how far it is until it has ended.
+/// Updates the job's status until `work` has ended.
 async fn follow<T>(job: &Job, meter: &mut Meter, show: impl Fn(&Job), work: impl Future<Output = T>) -> T {
     tokio::pin!(work);
     let mut pace = tokio::time::interval(PROGRESS);
@@ -448,7 +451,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_export_is_idle_after_that_time_also_where_reads_are_not_counted() {
+    fn an_export_becomes_idle_even_if_reads_are_not_counted() {
         let patience = Duration::from_secs(60);
         let mut looked = Looked::new(Some(7));
         let before = |looked: &mut Looked| looked.at = Instant::now().checked_sub(patience).unwrap();

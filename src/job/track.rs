@@ -1,16 +1,18 @@
-//! The state of each disk's block job, from QEMU's events and, if some were missed, from `query-jobs`.
+//! Tracks each disk's block job, using QEMU's events and, if some were missed, `query-jobs`.
 //!
-//! Pure. In a grouped transaction QEMU ends all jobs together: success is a COMPLETED for each; when one fails, the
-//! others are CANCELLED first and the failing one COMPLETED with an error last; when one is cancelled, all are.
+//! Pure. In a grouped transaction QEMU ends all jobs together:
+//! - Success: each job has an event COMPLETED.
+//! - One job fails: the others are CANCELLED first, then the failing one is COMPLETED with an error.
+//! - One job is cancelled: all are CANCELLED.
 
 use crate::qmp::block::{BlockJobEnd, JobEvent, JobInfo, JobStatus};
 
-/// Characters that are kept of why a disk's job failed, and of the word for what it did: a job can have 256 disks, and all of that
-/// is on record. QEMU's own are the C library's few words for an error number.
+/// The maximum lengths of QEMU's error text and operation, in characters. They bound the record of a job with up to 256
+/// disks. QEMU's own texts are short messages of the C library.
 const MOST_SAID: usize = 512;
 const MOST_OF_OPERATION: usize = 32;
 
-/// How the C library words ECANCELED: all that `query-jobs` says of a cancelled job.
+/// The C library's text for ECANCELED. `query-jobs` reports a cancelled job only by this text.
 const CANCELED: &str = "Operation canceled";
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +23,7 @@ pub enum Verdict {
         message: String,
     },
     Cancelled,
-    /// QEMU never said: another client has dismissed the job.
+    /// QEMU never reported a result, because another client dismissed the job.
     Unknown,
 }
 
@@ -63,7 +65,7 @@ impl Tracker {
         &self.0
     }
 
-    /// Bytes of all jobs, done and in all. A peer may claim any.
+    /// The bytes done of all jobs. A malicious QEMU may report any numbers, so the sum saturates.
     pub fn done(&self) -> u64 {
         self.0.iter().fold(0, |sum, job| sum.saturating_add(job.done))
     }
@@ -76,7 +78,7 @@ impl Tracker {
         self.0.iter().all(|job| job.phase == Phase::Concluded)
     }
 
-    /// Takes an event in; true if it changed something.
+    /// Processes an event. Returns whether it changed anything.
     pub fn event(&mut self, event: &JobEvent) -> bool {
         let Some(job) = self.0.iter_mut().find(|job| job.job == event.job()) else {
             return false;
@@ -109,7 +111,7 @@ impl Tracker {
         true
     }
 
-    /// Takes the whole truth in.
+    /// Processes the complete list of jobs.
     pub fn query(&mut self, infos: &[JobInfo]) {
         for job in &mut self.0 {
             let Some(info) = infos.iter().find(|info| info.id == job.job) else {
@@ -137,7 +139,7 @@ impl Tracker {
         }
     }
 
-    /// What became of each, in order.
+    /// Returns the result of each job, in order.
     pub fn verdicts(&self) -> Vec<Verdict> {
         self.0
             .iter()
@@ -243,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn missed_events_are_made_up_for_by_asking() {
+    fn a_query_makes_up_for_missed_events() {
         let mut tracker = tracker();
         tracker.query(&[
             info("a", Some(CANCELED)),
@@ -258,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_and_words_that_no_qemu_says_are_bounded() {
+    fn absurd_numbers_and_texts_are_bounded() {
         let mut tracker = tracker();
         let infos = ["a", "b"].map(|id| JobInfo {
             current_progress: u64::MAX,
@@ -273,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn jobs_of_others_change_nothing() {
+    fn other_jobs_change_nothing() {
         let mut tracker = tracker();
         assert!(!tracker.event(&JobEvent::Cancelled(end("other"))));
         assert_eq!(tracker.verdicts(), [Verdict::Unknown, Verdict::Unknown]);

@@ -1,4 +1,4 @@
-//! Starts the write-back to the device during the copying, so that less is left for the end.
+//! Starts the write-back to the device while QEMU copies, so that less remains for the end.
 
 use std::convert::Infallible;
 
@@ -6,14 +6,14 @@ use super::manager::Setting;
 use super::{Error, blocking};
 use crate::target::{Pace, Targets};
 
-/// Goes on until it is dropped, or data is lost. Whatever happens here, the data is made durable, and checked for errors, at the
-/// end.
+/// Runs until it is dropped or data is lost. This is only an optimisation: at the end the data is made durable and
+/// checked for errors in any case.
 pub(super) async fn write_back(targets: &Targets, setting: &Setting) -> Result<Infallible, Error> {
     let mut pace = Pace::default();
     loop {
         tokio::time::sleep(pace.pause()).await;
         let writeback = targets.writeback().clone();
-        // A device that can't keep up makes this wait, and it comes to its end when nobody waits for it any more.
+        // A slow device delays this call. After the future is dropped, the call ends by itself.
         let started = blocking(setting, move || writeback.start()).await;
         pace = pace.after(started.map_err(Error::Target)?);
     }

@@ -1,4 +1,4 @@
-//! Zeroes that QEMU writes into a part of a node, without a guest: a mirror job copies them from a node that reads as zeroes.
+//! Writes zeroes into a part of a node without a guest: a mirror job copies them from a node that reads as zeroes.
 
 use super::footprint::Footprint;
 use crate::qmp;
@@ -15,8 +15,8 @@ pub(super) struct Part<'a> {
 }
 
 impl Footprint {
-    /// Writes zeroes over a part of a node; `index` is one that no other such work has at the time. What is left of it where it
-    /// fails is removed by `release`.
+    /// Writes zeroes into a part of a node. The caller passes an `index` that no concurrent call uses. After a failure,
+    /// `release` removes the remaining objects.
     pub(super) async fn write_zeroes(&self, index: usize, part: Part<'_>) -> qmp::Result<()> {
         let names = &self.names;
         let (slice, source, job) = (
@@ -38,7 +38,7 @@ impl Footprint {
             let node = BlockdevOptions::named(node, driver);
             client.execute(BlockdevAdd(node)).await?;
         }
-        // It is no backup job, because those warn in QEMU's log of targets without clusters.
+        // A mirror instead of a backup job: backup jobs log warnings in QEMU about targets without clusters.
         let mut events = client.events();
         let mirror = BlockdevMirror {
             job_id: &job,
@@ -54,7 +54,7 @@ impl Footprint {
         self.becomes(&mut events, &job, &[JobStatus::Ready, JobStatus::Concluded])
             .await?;
         match client.execute(JobCancel { id: &job }).await {
-            // It has ended by itself: what it wrote will be looked at.
+            // The job has ended by itself. The caller checks its result in the bitmap.
             Err(error) if error.is_refusal() => drop(self.reached(&mut events, &job, &ended).await?),
             result => {
                 result?;

@@ -200,7 +200,7 @@ pub const FAILING: [(&str, Play, &str); 7] = [
     (
         "no-job",
         |peer| Box::pin(converse_as_machine(peer, "", Value::Null)),
-        "does not know the backup any more",
+        "no longer has the backup's block jobs",
     ),
     (
         "jobs-of-another-type",
@@ -210,7 +210,7 @@ pub const FAILING: [(&str, Play, &str); 7] = [
     (
         "sets-of-another-type",
         |peer| Box::pin(converse_as_machine(peer, "query-fdsets", json!("sets"))),
-        "does not know the backup any more",
+        "no longer has the backup's block jobs",
     ),
     (
         "hangs-up-on-descriptor",

@@ -109,7 +109,7 @@ test_a_guest_is_thawed_when_the_service_is_killed_with_it_frozen() {
     until_true "systemd to see the service killed" main_pid_is_not "$killed"
     until_true "the guest to be thawed" was_thawed
     # Not only by the next service: in the sandbox there can be a guard, and systemd lets it end.
-    until_true "the guard's line in the journal" log_has "the guest's file systems are thawed by the guard"
+    until_true "the guard's line in the journal" log_has "the guard thaws the guest's file systems"
     # The call ended with the service: the next one starts it again, and it undoes what was begun.
     until_true "the backup to be undone" is_undone
     has_nothing_of_ours web

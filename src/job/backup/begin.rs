@@ -1,4 +1,4 @@
-//! The first half of a backup: from its targets to completed block jobs.
+//! The first half of a backup: from its prepared targets to completed block jobs.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -31,15 +31,17 @@ use crate::qmp::block::{
 use crate::qmp::{self, Done, Feature};
 use crate::target::{Media, Target, Targets};
 
-/// How many parts of a disk QEMU copies at a time, up to 1 MiB each. With its default of 64 the buffers don't fit into a processor's
-/// cache, which makes copying in memory a quarter slower, and a guest's write waits for more of them where the target is slow.
+/// How many chunks of a disk QEMU copies at a time, up to 1 MiB each. QEMU's default of 64 has two drawbacks: the
+/// buffers exceed a processor's cache, which makes copying in memory a quarter slower. And a guest's write waits for
+/// more chunks if the target is slow.
 const WORKERS: u32 = 16;
-/// The most that QEMU copies at once, in bytes: less is left where it found no more space (`BLOCK_COPY_MAX_BUFFER` in block-copy.c).
+/// The largest chunk that QEMU copies, in bytes (`BLOCK_COPY_MAX_BUFFER` in block-copy.c). A target on which QEMU found
+/// no more space has less free space than this.
 const COPIED_AT_ONCE: u64 = 1 << 20;
 
 impl Driver<'_> {
-    /// Has QEMU open what existed before, makes the checkpoints' bitmaps, and asks the guest's agent whether it can freeze:
-    /// whatever refuses the backup here costs nobody the content of a file.
+    /// Lets QEMU open existing targets, creates the checkpoints' bitmaps, and connects to the guest's agent. Any
+    /// refusal happens here, before a file loses its content.
     pub(super) async fn check_targets(&mut self) -> Result<Fact, Stopped> {
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         let existing = targets
@@ -67,11 +69,11 @@ impl Driver<'_> {
         Ok(Fact::Checked)
     }
 
-    /// Empties the targets: the point of no return for existing files.
+    /// Truncates or formats the targets. From here on the content of existing files is lost.
     pub(super) async fn format(&mut self) -> Result<Fact, Stopped> {
         let mut targets = self.take_targets()?;
         let job = self.job.clone();
-        // If it comes back after the timeout, what it has is discarded there.
+        // If the thread continues after the timeout, it discards the targets.
         let format = move |progress: &Progress| {
             let formatted = targets.format(&job.plan, progress);
             (targets, formatted)
@@ -82,10 +84,10 @@ impl Driver<'_> {
         Ok(Fact::Formatted)
     }
 
-    /// Makes the targets' nodes in QEMU. What was half made is removed by its name.
+    /// Creates the targets' nodes in QEMU. After a failure, `release` finds partial ones by name.
     pub(super) async fn open_targets(&mut self) -> Result<Fact, Stopped> {
         self.job.speed.set_latency(Latency::first_limit(&self.job.plan));
-        // Before it copies: those that copy already give it their parts.
+        // The backup must join before it copies, so that running backups free bandwidth for it.
         self.part = Some(self.setting.bandwidth.join(self.job));
         let (footprint, targets) = (self.footprint()?, self.targets()?);
         let holds_poweroff = self
@@ -93,7 +95,7 @@ impl Driver<'_> {
                 for (index, (target, disk)) in targets.iter().zip(&self.job.plan.disks).enumerate() {
                     footprint.open_target(index, target, disk).await?;
                 }
-                // Nobody else can open what the service has just made in a store.
+                // Only the service can open new files in a store, so their headers need no check.
                 if !targets.in_store() {
                     footprint.check_headers(&self.job.plan.disks).await?;
                 }
@@ -107,7 +109,7 @@ impl Driver<'_> {
         })
     }
 
-    /// Prepares something in QEMU, which may be cancelled.
+    /// Runs preparations in QEMU with the stall timeout. The caller of the job can cancel them.
     async fn in_qemu<T>(&self, prepare: impl Future<Output = Result<T, Error>>) -> Result<T, Stopped> {
         let patience = self.setting.deadlines.stall();
         let prepare = tokio::time::timeout(patience, prepare);
@@ -116,14 +118,14 @@ impl Driver<'_> {
         Ok(prepared.unwrap_or_else(|_| Err(Error::stalled("the preparation of QEMU", patience)))?)
     }
 
-    /// Has QEMU begin to copy, at a point in time.
+    /// Starts the block jobs in one transaction, which defines the point in time.
     pub(super) async fn start(&mut self, holds_poweroff: bool) -> Result<Fact, Stopped> {
         let job = self.job;
         let mut freeze = self.freeze.take().ok_or(Error::Interrupted)?;
         let part = self.part.as_ref().ok_or(Error::Interrupted)?;
         let speed = part.claim();
         let (footprint, targets) = (self.footprint()?, self.targets()?);
-        // From before the transaction: its jobs can end before its reply is read.
+        // Subscribed before the transaction, because its jobs can end before its reply arrives.
         let events = footprint.client().events();
         let transaction = Transaction::grouped(self.actions(footprint, targets, speed));
         if job.cancel.is_cancelled() {
@@ -158,7 +160,7 @@ impl Driver<'_> {
         match started {
             Ok(Ok(Done)) => {}
             Ok(Err(error)) => {
-                // A transaction is atomic: QEMU wrote nothing for one that it refused.
+                // A transaction is atomic: QEMU has written nothing for a refused one.
                 if error.is_refusal() {
                     for (target, was) in targets.iter().zip(written) {
                         target.written().store(was, Ordering::Relaxed);
@@ -196,10 +198,10 @@ impl Driver<'_> {
             .collect()
     }
 
-    /// Whether what is copied from now on is the VM's own. Returns what QEMU does with the guest.
+    /// Checks that QEMU copies the VM's present data. Returns QEMU's run state.
     pub(super) async fn check_start(&self) -> Result<RunState, Stopped> {
         self.check_sources().await?;
-        // Some versions begin to copy a disk that another QEMU writes to already.
+        // Some versions of QEMU copy a disk even after a migration, while another QEMU writes to it.
         let link = self.footprint()?.link();
         let ask = || {
             let link = link.clone();
@@ -212,7 +214,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Follows the block jobs to QEMU's verdict on them, those of this process or of an earlier one.
+    /// Follows the block jobs until QEMU has concluded them. An earlier instance of the service may have started them.
     pub(super) async fn follow(&mut self) -> Result<Fact, Stopped> {
         let started = self.started.take();
         if self.part.is_none() {
@@ -234,8 +236,8 @@ impl Driver<'_> {
         if let Err(stopped) = running.judge() {
             return Err(self.explain(targets, stopped).await);
         }
-        // QEMU first looks for what an image holds. A snapshot that another client makes meanwhile turns that look to a
-        // new, empty image.
+        // QEMU first scans which clusters an image has. If another client creates a snapshot then, QEMU scans the new,
+        // empty image.
         if !running.is_proven() {
             self.check_sources().await?;
         }
@@ -243,8 +245,9 @@ impl Driver<'_> {
         Ok(Fact::Copied)
     }
 
-    /// QEMU words the reason in the language of its user, because a display sets the locale, and has no number for it. If the words
-    /// are not known and the target's file system is full, that is taken for the reason.
+    /// QEMU reports a full target only as text, without an error code. The text depends on the locale, which a display
+    /// can set. If the text is unknown and the target's file system is full, the error names that as the probable
+    /// reason.
     async fn explain(&self, targets: &Targets, stopped: Stopped) -> Stopped {
         let (disk, message) = match stopped {
             Stopped::Failed(Error::Copy { disk, message }) if !is_no_space(&message) => (disk, message),
@@ -267,8 +270,8 @@ impl Driver<'_> {
         Stopped::Failed(Error::Copy { disk, message })
     }
 
-    /// Whether what is being copied is what the guest writes to: a snapshot that another client made while the targets were
-    /// prepared has put a new image above it.
+    /// Fails unless QEMU copies the images that the guest writes to. If another client created a snapshot during the
+    /// preparation, the guest writes to a new image above them.
     async fn check_sources(&self) -> Result<(), Stopped> {
         let footprint = self.footprint()?;
         let link = footprint.link();
@@ -283,7 +286,7 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Asks QEMU, however long it takes to answer while it copies.
+    /// Queries QEMU until it answers, within the stall timeout. QEMU can be slow while it copies.
     async fn ask<T, F: Future<Output = qmp::Result<T>>>(
         &self,
         question: impl Fn() -> F,
@@ -291,7 +294,7 @@ impl Driver<'_> {
         let look = async {
             loop {
                 match question().await {
-                    // It has much to write before it gets to answers. The copying goes on meanwhile.
+                    // QEMU is busy writing, and continues to copy.
                     Err(qmp::Error::TimedOut { .. }) => {}
                     result => return result.map_err(Error::Lost),
                 }
@@ -312,13 +315,13 @@ impl Driver<'_> {
     }
 }
 
-/// As exactly as the record has it: a later process of the service reports the same.
+/// Returns the time with the precision of the record, so that a later instance of the service reports the same time.
 fn now() -> Timestamp {
     let now = clock::now();
     Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
 }
 
-/// What is copied at a time, in bytes, where the guest's writes are not to wait: a cluster of the image.
+/// The chunk size in bytes if the guest's writes must not wait long: a cluster of the image.
 const SMALL_STEP: u64 = 1 << 16;
 
 fn perf(small_steps: bool) -> BackupPerf {
@@ -337,7 +340,8 @@ fn perf(small_steps: bool) -> BackupPerf {
 fn backup(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> BlockdevBackup {
     let (sync, bitmap) = match &disk.mode {
         Mode::Since(base) => (BackupSync::Bitmap, Some(base.bitmap.clone())),
-        // A raw device is not empty before.
+        // An existing raw device may contain other data, so `top`, which skips unallocated clusters, is not safe for
+        // it.
         Mode::Full { .. }
             if disk.is_scanned() && (disk.format, target.media) != (Format::Raw, Media::Block) =>
         {
@@ -351,13 +355,13 @@ fn backup(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: 
         target: names.target_node(index),
         filter_node_name: names.filter_node(index),
         sync,
-        // It keeps what it has recorded: a later backup can start from the same checkpoint.
+        // The bitmap stays as it is, so that later backups can start from the same checkpoint.
         bitmap_mode: bitmap.is_some().then_some(BitmapSyncMode::Never),
         bitmap,
         compress: disk.compress.is_some().then_some(true),
         speed,
         auto_dismiss: false,
-        // Anything else than an error would stop the job, or let the guest's writes fail, or retry for ever.
+        // Any other policy would stop the job, fail the guest's writes, or retry for ever.
         on_source_error: OnError::Report,
         on_target_error: OnError::Report,
         x_perf: None,

@@ -1,4 +1,5 @@
-//! The loop that runs a backup: it records a state, carries out the state's action, and asks [`state::next`] what follows.
+//! The loop that runs a backup: it records a state, performs the state's action, and asks [`state::next`] for the next
+//! state.
 //!
 //! [`state::next`]: super::state::next
 
@@ -19,37 +20,37 @@ use crate::job::{self, Error, Job, Outcome, Reservation, show_ended};
 use crate::qmp::Events;
 use crate::target::{Cached, Parents, Targets};
 
-/// How often it is tried to record an outcome.
+/// The interval between attempts to record an outcome.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// One backup, for the process that works on it.
+/// One backup with the resources of the process that works on it.
 pub(in crate::job) struct Driver<'a> {
     pub(super) job: &'a Arc<Job>,
     pub(super) setting: &'a Setting,
-    /// Nothing where the domain cannot be reached.
+    /// `None` if the domain cannot be reached.
     pub(in crate::job) footprint: Option<Footprint>,
-    /// Nothing where they are with a thread that hangs.
+    /// `None` while a hung thread owns them.
     pub(in crate::job) targets: Option<Targets>,
-    /// Where this process is about to freeze the guest, or has tried to.
+    /// Present if this process is about to freeze the guest.
     pub(super) freeze: Option<Freeze>,
-    /// Of its store's bandwidth, while QEMU may copy.
+    /// The backup's part of its store's bandwidth, while QEMU may copy.
     pub(super) part: Option<Part>,
-    /// What QEMU said of its disks last, over which connection. From then on nobody else changes their checkpoints.
+    /// The last state of QEMU's disks, and its connection. After that, only this job changes their checkpoints.
     pub(super) disks: Mutex<Option<(Arc<Link>, Vec<Disk>)>>,
-    /// The transaction's events and its limit in bytes a second, where this process started it.
+    /// The events and the speed limit in bytes a second, if this process started the transaction.
     pub(super) started: Option<(Events, u64)>,
-    /// QEMU has nothing of the backup, because it is another process than the one that had.
+    /// QEMU has no objects of the backup, because the process that had them has ended.
     pub(super) qemu_is_gone: bool,
-    /// Some targets could not be looked for: something may be left of them.
+    /// The search for some targets failed, so they may still exist.
     pub(super) unknown: bool,
-    /// An earlier process began the backup.
+    /// An earlier instance of the service began the backup.
     pub(super) resumed: bool,
     pub(super) made: Option<BackupRecord>,
-    /// Work that storage blocks keeps them until it returns: each such thread counts.
+    /// The quota stays occupied until threads that block on storage return.
     pub(super) shares: Option<Shares>,
-    /// The bases stay until the backup is on record.
+    /// Locks the bases until the backup is recorded.
     pub(super) parents: Parents,
-    /// What is in memory of the published images.
+    /// The page cache of the published images.
     pub(super) cached: Cached,
 }
 
@@ -74,7 +75,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Carries the backup on until its outcome is on record and announced, or the service stops.
+    /// Runs the backup until its outcome is recorded and announced, or until the service stops.
     pub(in crate::job) async fn drive(
         mut self,
         state: State,
@@ -88,13 +89,14 @@ impl<'a> Driver<'a> {
             if state != recorded {
                 match self.record(&state).await {
                     Ok(()) => recorded = state.clone(),
-                    // It has an end, and its targets are durable or given up.
+                    // Only `record_end` returns this, when the service stops before the outcome is recorded. The targets are
+                    // durable or given up by then.
                     Err(Stopped::Detached) => {
-                        // This is the outcome, which nothing can change any more.
+                        // Ignored, because the outcome can no longer change.
                         let _ = self.detach().await;
                         return Ending::Detached;
                     }
-                    // It is undone in any case. The next process finds it as it was on record, and undoes it again.
+                    // The backup is undone in any case. A later instance finds the older record, and undoes it again.
                     Err(_) if state.verdict().is_some() => {}
                     Err(stopped) => {
                         let verdict = self.verdict(stopped);
@@ -149,7 +151,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// A state, before its action.
+    /// Records a state. The caller performs the state's action afterwards.
     async fn record(&mut self, state: &State) -> Result<(), Stopped> {
         if let State::Ended(_) = state {
             return self.record_end(state).await;
@@ -163,7 +165,8 @@ impl<'a> Driver<'a> {
             .map_err(Error::from)?)
     }
 
-    /// Nothing is announced that is not on record: a full disk is waited for.
+    /// Records the outcome, because only recorded outcomes are announced. Retries until it succeeds, for example while
+    /// the file system is full.
     async fn record_end(&mut self, state: &State) -> Result<(), Stopped> {
         let outcome = match state.verdict() {
             None => Outcome::Completed,
@@ -199,7 +202,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// What the job has come to, with the disks as they are.
+    /// Returns the outcome of the job with the present state of its disks.
     pub(in crate::job) fn verdict(&self, stopped: Stopped) -> Verdict {
         let stalled = matches!(&stopped, Stopped::Failed(error) if error.hangs());
         let outcome = job::outcome(self.job, Err(stopped));
@@ -210,13 +213,16 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Leaves the backup to a later process of the service. Fails if a write-back has failed: the kernel reports that once, and no
-    /// fsync of the later process would find it.
+    /// Leaves the backup to a later instance of the service. Fails if a write-back has failed: the kernel reports such
+    /// an error only once, so a later fsync would succeed.
     async fn detach(&mut self) -> Result<(), Error> {
         let Some(targets) = self.targets.take() else {
             return Ok(());
         };
-        tracing::debug!(job = self.job.id, "leaving the backup to a later process");
+        tracing::debug!(
+            job = self.job.id,
+            "leaving the backup to a later instance of the service"
+        );
         let failed = job::blocking(self.setting, move || match targets.close_writeback() {
             Ok(()) => {
                 drop(targets.leave());
@@ -245,7 +251,7 @@ impl<'a> Driver<'a> {
         self.targets.take().ok_or_else(|| self.stalled())
     }
 
-    /// The targets are with a thread that made no progress.
+    /// A hung thread owns the targets.
     pub(super) fn stalled(&self) -> Error {
         Error::stalled("the storage", self.setting.deadlines.stall())
     }

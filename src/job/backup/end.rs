@@ -1,4 +1,4 @@
-//! The second half of a backup: from block jobs that completed or failed to the outcome.
+//! The second half of a backup: from ended block jobs to the outcome.
 
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -17,11 +17,11 @@ use crate::offload::{self, Progress, unless_stalled};
 use crate::plan::{Destination, Place};
 use crate::target::{self, FileDigest, Targets};
 
-/// How long what hung before may take to be undone before the outcome is announced.
+/// The timeout for undoing a stalled backup before its outcome is announced.
 pub(super) const BRIEFLY: Duration = Duration::from_secs(2);
 
 impl Driver<'_> {
-    /// Has QEMU forget the jobs and close the images. Their outcome is on record.
+    /// Dismisses the jobs and closes the images in QEMU. The caller has recorded the jobs' outcome.
     pub(super) async fn close_images(&mut self) -> Result<Fact, Stopped> {
         self.show_finishing();
         let patience = self.setting.deadlines.stall();
@@ -31,8 +31,8 @@ impl Driver<'_> {
         Ok(Fact::Closed)
     }
 
-    /// Removes all that QEMU has of the backup. The guest's power-off comes first, whatever becomes of the rest. Where
-    /// something hangs QEMU is not asked for the rest: it would wait, and the guest with it.
+    /// Removes all objects of the backup from QEMU. The hold on the guest's power-off is removed first, in any case. If
+    /// the backup is stalled, the other objects stay, because QEMU and the guest would hang with it.
     pub(super) async fn release(&mut self, state: &State) -> Fact {
         self.show_finishing();
         let in_qemu = self.release_all(state).await;
@@ -42,7 +42,7 @@ impl Driver<'_> {
         Fact::Released { in_qemu }
     }
 
-    /// Returns whether QEMU may still have something.
+    /// Returns whether QEMU may still have objects of the backup.
     async fn release_all(&self, state: &State) -> bool {
         let undo = state.verdict();
         let stalled = undo.is_some_and(|verdict| verdict.stalled);
@@ -72,17 +72,18 @@ impl Driver<'_> {
                 return false;
             }
             Ok(Err(error)) => error.to_string(),
-            Err(_) => "it does not answer".to_owned(),
+            Err(_) => "QEMU does not answer".to_owned(),
         };
         tracing::warn!(
             job = self.job.id,
             why,
-            "QEMU still has something of the backup: it is removed later"
+            "QEMU still has objects of the backup; the service removes them later"
         );
         true
     }
 
-    /// A file that a caller had passed went with the earlier process; only QEMU still has it.
+    /// Empties files that the caller passed as descriptors. The service's own descriptors ended with the earlier
+    /// process, so only QEMU can do it.
     async fn empty_lost_files(&self, footprint: &Footprint) {
         let disks = self.job.plan.disks.iter().enumerate();
         let passed = disks.filter(|(_, disk)| matches!(disk.place, Place::Descriptor(_)));
@@ -99,7 +100,7 @@ impl Driver<'_> {
         tracing::warn!(
             job = self.job.id,
             why,
-            "an open file of the caller's may still have a part of the backup in it"
+            "a file that the caller passed may still contain a part of the backup"
         );
     }
 
@@ -110,7 +111,8 @@ impl Driver<'_> {
         Ok(Fact::Sealed { digests })
     }
 
-    /// Compares the images with the digests on record: the host restarted since, and its file system was recovered.
+    /// Compares the images with the recorded digests. This is necessary after a restart of the host, because its file
+    /// system was recovered.
     pub(super) async fn prove(&mut self, state: &State) -> Result<Fact, Stopped> {
         self.show_finishing();
         let State::Sealed { digests, .. } = state.clone() else {
@@ -123,8 +125,8 @@ impl Driver<'_> {
         }
     }
 
-    /// Runs work on the targets that reports its progress. However long it takes, it ends when it makes none, when the
-    /// backup is cancelled, or when the service stops.
+    /// Runs work on the targets that reports its progress. It ends early only if its progress stalls, if the backup is
+    /// cancelled, or if the service stops.
     async fn watched<T, W>(&mut self, work: W) -> Result<T, Stopped>
     where
         T: Send + 'static,
@@ -140,7 +142,7 @@ impl Driver<'_> {
         let work = blocking(self.setting, move || {
             let _shares = shares;
             let result = work(&targets, &counted, &interrupted);
-            // If nobody waits for it any more, it is discarded here.
+            // If the caller has given up, this drops the targets, which discards them.
             (targets, result)
         });
         let work = unless_stalled(|| progress.get(), self.setting.deadlines.stall(), work);
@@ -160,7 +162,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Gives everything its final name, unless the backup was cancelled up to here.
+    /// Publishes all images, unless the backup was cancelled before.
     pub(super) async fn publish(&mut self, state: &State) -> Result<Fact, Stopped> {
         self.show_finishing();
         let State::Sealed { copying, digests, .. } = state else {
@@ -195,7 +197,7 @@ impl Driver<'_> {
         Ok(Fact::Published)
     }
 
-    /// Takes in a backup that an earlier process published: its manifest says what it is.
+    /// Completes a backup that an earlier instance published. The manifest has all its properties.
     pub(super) async fn adopt(&mut self) -> Result<Fact, Stopped> {
         self.show_finishing();
         let targets = self.take_targets()?;
@@ -203,7 +205,7 @@ impl Driver<'_> {
             self.targets = Some(targets);
             return Err(Error::Interrupted.into());
         };
-        // Whatever the record says of it: the manifest was written when all was durable.
+        // The manifest was written after the data was durable, so it is right even if the job's record says less.
         self.name_all(targets, Vec::new()).await?;
         self.made = self.backup_record(published.text, published.protected);
         self.raise_generation().await;
@@ -225,7 +227,7 @@ impl Driver<'_> {
                 .collect();
             let published = targets.publish(&records, &counted).map_err(Error::Target);
             match published {
-                // It took so long that it was said to have failed: it is taken back here.
+                // The job failed with a timeout in the meantime, so this thread undoes the publication.
                 Ok(()) if !job.published() => (targets, Err(Stopped::Cancelled)),
                 Ok(()) => (targets, Ok(())),
                 Err(error) => (targets, Err(error.into())),
@@ -251,7 +253,8 @@ impl Driver<'_> {
         }
     }
 
-    /// Marks the change in the store before it is on record: in between, the next start reads the store again.
+    /// Marks the change in the store before the backup is recorded. If the service dies in between, the next start
+    /// reads the store again.
     async fn raise_generation(&self) {
         if let Some(made) = &self.made {
             self.setting.generations.raise(&made.store).await;
@@ -271,7 +274,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Removes the targets of a backup that came to nothing.
+    /// Removes the targets of a failed or cancelled backup.
     pub(super) async fn discard(&mut self, state: &State) -> Fact {
         self.show_finishing();
         let patience = match state.verdict() {
@@ -284,7 +287,7 @@ impl Driver<'_> {
         }
     }
 
-    /// After the outcome is on record: what is on record decides which checkpoints are of use.
+    /// Announces the outcome. The caller has recorded it, because the record decides which checkpoints are useful.
     pub(super) async fn announce(&mut self, state: &State, reservation: Option<Reservation>) {
         let job = self.job;
         let outcome = match state.verdict() {
@@ -293,7 +296,7 @@ impl Driver<'_> {
         };
         tracing::info!(job = job.id, domain = job.domain.name, outcome = ?outcome, "backup ended");
         drop(std::mem::take(&mut self.parents));
-        // What hangs, or still has something of this backup, is tidied by a later one.
+        // After a stall, or if QEMU still has objects of this backup, a later backup removes useless checkpoints.
         let State::Ended(ended) = state else { return };
         let stalled = ended.undone.as_ref().is_some_and(|verdict| verdict.stalled);
         if job.has_checkpoints()
@@ -303,7 +306,7 @@ impl Driver<'_> {
         {
             self.settle_checkpoints(&footprint).await;
         }
-        // Before anybody hears of the end: who waits for it may start the next one at once.
+        // Freed before the announcement, because a client may start the next backup as soon as it knows the outcome.
         drop((reservation, self.shares.take()));
         job.update(|status| status.outcome = Some(outcome));
         let cached = std::mem::take(&mut self.cached);
@@ -321,7 +324,7 @@ impl Driver<'_> {
         tracing::warn!(
             job = self.job.id,
             why,
-            "checkpoints that are of no use stay until the next backup"
+            "cannot remove useless checkpoints; the next backup tries again"
         );
     }
 
@@ -342,7 +345,7 @@ impl Driver<'_> {
     }
 }
 
-/// Removes what a failed job made; true if something may be left.
+/// Removes the targets of a failed job. Returns whether some may remain.
 pub(in crate::job) async fn discard(
     setting: &crate::job::manager::Setting,
     targets: Option<Targets>,
@@ -414,9 +417,9 @@ fn manifest(
 
 /// Resumes the guest if QEMU paused it because the target failed.
 ///
-/// A guest's write to a part that is not copied yet fails with the target (copy-before-write). By default, a device pauses
-/// the guest if the target is full (`werror=enospc`). Without the backup, the repeated write reaches the disk. If the disk
-/// itself failed, QEMU pauses the guest again.
+/// A guest's write to a part that is not copied yet fails with the target (copy-before-write). By default, a device
+/// pauses the guest if the target is full (`werror=enospc`). Without the backup, the repeated write reaches the disk. If
+/// the disk itself failed, QEMU pauses the guest again.
 pub(super) async fn resume_guest(job: &Job, footprint: &Footprint) {
     let link = footprint.link();
     let resumed = async {
@@ -430,14 +433,14 @@ pub(super) async fn resume_guest(job: &Job, footprint: &Footprint) {
         Ok(true) => tracing::warn!(
             job,
             domain,
-            "QEMU had paused the guest because the backup's target failed: it runs again"
+            "resumed the guest, which QEMU had paused because the backup's target failed"
         ),
         Ok(false) => {}
         Err(error) => tracing::warn!(
             job,
             domain,
             %error,
-            "QEMU may have paused the guest because the backup's target failed: check the VM"
+            "QEMU may have paused the guest because the backup's target failed. Check the VM"
         ),
     }
 }

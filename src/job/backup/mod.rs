@@ -1,7 +1,7 @@
 //! The backup of a domain: a journalled state machine, and the loop that runs it from targets to outcome.
 //!
-//! [`state`] has the order of the steps; [`driver`] is the loop; [`begin`] and [`end`] carry out the actions;
-//! [`resume`] is for backups of an earlier process. Must not know D-Bus or permissions.
+//! [`state`] defines the order of the steps; [`driver`] is the loop; [`begin`] and [`end`] perform the actions;
+//! [`resume`] handles backups of an earlier instance of the service. Must not know D-Bus or permissions.
 
 mod begin;
 mod driver;

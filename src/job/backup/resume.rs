@@ -1,6 +1,7 @@
-//! Crash recovery: resumes, or cleans up, a backup of an earlier process of the service.
+//! Crash recovery: resumes or cleans up a backup of an earlier instance of the service.
 //!
-//! The record has the last step; QEMU and the targets show what came after it. Only recorded targets and names are touched.
+//! The record has the last step; QEMU and the targets show any later progress. Recovery touches only recorded targets
+//! and names.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,11 +23,11 @@ use crate::job::{Error, Job, Reservation, blocking, quiesce};
 use crate::offload::Progress;
 use crate::target::{Found, TargetId, Targets};
 
-/// Which files the targets of a backup are, as far as is on record.
+/// The recorded identities of a backup's target files.
 #[derive(Debug, Default)]
 struct Known {
     files: Option<Vec<TargetId>>,
-    /// Devices may have other numbers in another boot.
+    /// Device numbers are comparable only within one boot.
     same_boot: bool,
 }
 
@@ -42,7 +43,7 @@ impl Known {
     }
 }
 
-/// Brings a job to its end that was not ended before.
+/// Resumes an unfinished job and returns how it ended.
 pub(in crate::job) async fn resume(
     job: &Arc<Job>,
     record: &JobRecord,
@@ -109,7 +110,7 @@ pub(in crate::job) async fn resume(
         .await
 }
 
-/// Finds the domain's QEMU; an error if the service stops before.
+/// Finds the domain's QEMU. Fails if the service stops before.
 async fn reach(
     job: &Arc<Job>,
     record: &JobRecord,
@@ -121,7 +122,7 @@ async fn reach(
     Ok(match setting.stop.run_until_cancelled(reach).await.ok_or(())? {
         Reach::Connected(domain, link) => {
             reservation.add(&domain);
-            // Else it was done first of all.
+            // Otherwise `thaw` has already done this.
             if may_be_frozen(record) && (job.domain.agent.is_none() || job.domain.id != domain.id) {
                 quiesce::thaw_again(&domain).await;
             }
@@ -133,7 +134,7 @@ async fn reach(
 }
 
 impl Driver<'_> {
-    /// Whether QEMU has the jobs of a transaction whose reply is not on record: it made all of them or none.
+    /// Returns the result of a transaction whose reply is not recorded. A transaction starts all of its jobs or none.
     pub(super) async fn find_jobs(&self, state: &State) -> Result<Fact, Stopped> {
         let State::Starting { not_before, .. } = state else {
             return Err(Error::Interrupted.into());
@@ -143,7 +144,7 @@ impl Driver<'_> {
             .query_jobs_within(self.setting.deadlines.stall())
             .await?;
         let there = infos.iter().any(|info| footprint.names.own(&info.id));
-        // Nobody knows whether the guest was frozen at the point in time.
+        // Without the reply, nobody knows whether the guest was frozen at the point in time.
         if !there || self.job.plan.quiesce == Some(Quiesce::Require) {
             return Err(Error::Interrupted.into());
         }
@@ -163,7 +164,7 @@ impl Driver<'_> {
     }
 }
 
-/// Whether the earlier process may have ended while the guest was frozen.
+/// Returns whether the earlier instance may have ended while the guest was frozen.
 fn may_be_frozen(record: &JobRecord) -> bool {
     matches!(
         record::read_journal(record),
@@ -171,7 +172,7 @@ fn may_be_frozen(record: &JobRecord) -> bool {
     )
 }
 
-/// Thaws a guest that was frozen when the earlier process ended, as soon as there is a process again: all else can wait.
+/// Thaws a guest that may be frozen since an earlier instance ended. The service does this before all other recovery.
 pub(in crate::job) async fn thaw(record: JobRecord, setting: &Setting) {
     if may_be_frozen(&record)
         && let Ok(identity) = record::identity(record.id, &record.domain)
@@ -182,8 +183,8 @@ pub(in crate::job) async fn thaw(record: JobRecord, setting: &Setting) {
     }
 }
 
-/// A backup that has its final name although its job is on record as queued: the catalog is an old copy. Nothing of any other
-/// queued backup exists, or nothing that counts, which is removed. An error if the storage hangs.
+/// Finds a published backup whose job is recorded as queued, because the catalog is an old copy. Removes files of any
+/// other queued backup. Fails if the storage hangs.
 pub(in crate::job) async fn find_published(
     job: &Arc<Job>,
     setting: &Setting,
@@ -204,7 +205,8 @@ pub(in crate::job) async fn find_published(
     Ok(None)
 }
 
-/// What a thread found. It is left as it is where nobody takes it any more: from then on another step of the job may use it.
+/// The targets that a thread found. If the caller has given up, dropping this leaves them unchanged, because another
+/// step of the job may use them.
 struct Untaken(Option<Targets>);
 
 impl Drop for Untaken {
@@ -225,7 +227,7 @@ async fn find_targets(job: &Arc<Job>, known: Known, setting: &Setting) -> Found 
     blocking(setting, move || find(&job, &known)).await
 }
 
-/// Removes what may be left of a job that has ended, as soon as it can be reached, and records that.
+/// Removes the residue of an ended job as soon as it can be reached, and records the removal.
 pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Setting) {
     if residue.on_disk {
         let known = match setting.catalog.ended_job(job.id).await {
@@ -242,7 +244,8 @@ pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Se
         return;
     }
     let identity = job.identity();
-    // A domain that is not known may never be again, and a process that is there when it is does this.
+    // Keeps the service running only for a known domain. An unknown domain may never return; if it does, a later
+    // instance removes the residue.
     let known = setting.domains.identified(&identity);
     let _needed = known.map(|_| setting.activity.begin());
     let free = async {
@@ -263,7 +266,7 @@ pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Se
                             return true;
                         }
                         Err(error) => {
-                            tracing::warn!(job = job.id, %error, "QEMU still has something of the backup");
+                            tracing::warn!(job = job.id, %error, "QEMU still has objects of the backup");
                             tokio::time::sleep(setting.deadlines.reconnect()).await;
                         }
                     }
@@ -277,8 +280,8 @@ pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Se
 }
 
 async fn cleared(id: u32, what: Leftover, setting: &Setting) {
-    tracing::info!(job = id, ?what, "what was left of a backup is gone");
+    tracing::info!(job = id, ?what, "removed the residue of a job");
     if let Err(error) = setting.catalog.cleared(id, what).await {
-        tracing::warn!(job = id, %error, "cannot record that nothing is left of a job");
+        tracing::warn!(job = id, %error, "cannot record the removal of a job's residue");
     }
 }

@@ -1,7 +1,7 @@
-//! The states of a backup, the facts that change them, and the action of each: a pure function.
+//! The states of a backup, the facts that change them, and the action of each state: a pure function.
 //!
-//! A process that runs a backup and one that resumes it after a crash use the same function, so there is one order of
-//! steps. A state is on record before its action is carried out. Knows no QEMU, no files and no clock.
+//! The same function drives a new backup and one that is resumed after a crash, so there is only one order of steps.
+//! The driver records a state before it performs the state's action. Must not know QEMU, files or the clock.
 
 use std::time::Duration;
 
@@ -13,19 +13,19 @@ use crate::error::Error as Failure;
 use crate::job::{DiskStatus, Error, Outcome};
 use crate::target::{FileDigest, TargetId};
 
-/// How far a backup is. What a state says is durable before its action begins.
+/// The progress of a backup. A state's claims are durable before its action begins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// It waits for its place among the backups that run; nothing of it exists.
+    /// The backup waits for a place, and has created nothing but its record.
     Queued,
-    /// The targets are being created; nothing that existed before has changed.
+    /// The service creates the targets. Existing files are unchanged.
     Preparing,
-    /// QEMU opens what existed before, and closes it again: nothing of that has changed.
+    /// QEMU opens existing targets and closes them again. Their content is unchanged.
     Checking { files: Vec<TargetId> },
-    /// The targets may be emptied and written to.
+    /// The service may truncate and write the targets.
     Writing { files: Vec<TargetId> },
-    /// QEMU may have begun to copy, not before `not_before`.
+    /// QEMU may have begun to copy, but not before `not_before`.
     Starting {
         files: Vec<TargetId>,
         not_before: Timestamp,
@@ -38,9 +38,9 @@ pub enum State {
     Running(Copying),
     /// Every block job has succeeded; QEMU still has the images open.
     Copied(Copying),
-    /// QEMU has closed the images: they are whole, but parts may be in the host's memory only.
+    /// QEMU has closed the images. They are complete, but parts may exist only in the host's page cache.
     Closed(Copying),
-    /// QEMU has been asked to remove what it had of the backup; `in_qemu` if something may be left.
+    /// The service has asked QEMU to remove the backup's objects. `in_qemu`: some may remain.
     Released { copying: Copying, in_qemu: bool },
     /// The images are durable and have these digests, in the plan's order.
     Sealed {
@@ -48,11 +48,11 @@ pub enum State {
         in_qemu: bool,
         digests: Vec<FileDigest>,
     },
-    /// The backup comes to nothing, and QEMU may still have something of it.
+    /// The backup failed or was cancelled, and QEMU may still have objects of it.
     Undoing(Undo),
-    /// QEMU has been asked to remove what it had; the targets are still there.
+    /// The service has asked QEMU to remove the objects. The targets still exist.
     Discarding { undo: Undo, in_qemu: bool },
-    /// The outcome is on record.
+    /// The outcome is recorded.
     Ended(Ended),
 }
 
@@ -64,9 +64,9 @@ pub struct Copying {
     pub point_in_time: Timestamp,
     /// The guest's file systems were frozen at the point in time.
     pub quiesced: bool,
-    /// For how many µs they were frozen, as far as is known.
+    /// How long they were frozen in µs, as far as the service knows.
     pub frozen_us: u64,
-    /// Why they were not, though that was to be tried.
+    /// Why they were not, if the request was only to try it.
     pub quiesce_problem: Option<String>,
     pub holds_poweroff: bool,
     /// The guest ran when QEMU began to copy.
@@ -74,12 +74,12 @@ pub struct Copying {
     pub guest_ran: bool,
 }
 
-/// A backup that comes to nothing.
+/// A failed or cancelled backup that is being undone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Undo {
     pub verdict: Verdict,
-    /// Nothing while no target may have been written to.
+    /// `None` if the service has written to no target.
     pub files: Option<Vec<TargetId>>,
     pub holds_poweroff: bool,
     /// The guest ran when QEMU began to copy.
@@ -89,62 +89,63 @@ pub struct Undo {
     pub quiesce_problem: Option<String>,
 }
 
-/// Why a backup comes to nothing: failed or cancelled, with the disks as they were then.
+/// Why a backup is undone: the failure or the cancellation, and the state of the disks at that time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Verdict {
     pub outcome: Outcome,
     pub disks: Vec<DiskStatus>,
-    /// QEMU or the storage makes no progress: asking QEMU to let go could freeze the guest.
+    /// QEMU or the storage makes no progress. Asking QEMU to close the targets could freeze the guest.
     pub stalled: bool,
 }
 
-/// A backup whose outcome is on record.
+/// A backup whose outcome is recorded.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Ended {
-    /// Nothing where it completed.
+    /// `None` if the backup completed.
     pub undone: Option<Verdict>,
     pub files: Option<Vec<TargetId>>,
-    /// What may be left at the end; what is left now the catalog says.
+    /// The residue at the end of the job. The catalog's own columns have the present residue.
     #[serde(skip)]
     pub in_qemu: bool,
     #[serde(skip)]
     pub on_disk: bool,
     pub holds_poweroff: bool,
-    /// The guest ran when QEMU began to copy what came to nothing.
+    /// The guest ran when QEMU began to copy a backup that later failed or was cancelled.
     #[serde(default)]
     pub guest_ran: bool,
     pub frozen_us: u64,
     pub quiesce_problem: Option<String>,
 }
 
-/// What is to be done in a state.
+/// The action of a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Action {
-    /// Find out what QEMU and the guest refuse while nothing is lost yet; make the checkpoints' bitmaps.
+    /// Let QEMU and the guest's agent refuse the backup before anything is lost, and create the checkpoints' bitmaps.
     CheckTargets,
-    /// Empty the targets: a raw one gets its size, another one an empty image. Existing content is gone from here on.
+    /// Truncate and format the targets: a raw one gets its size, a qcow2 one an empty image. This destroys existing
+    /// content.
     Format,
-    /// Make the nodes of the targets in QEMU.
+    /// Create the nodes of the targets in QEMU.
     OpenTargets,
-    /// Hold the power-off, freeze, start the transaction, thaw.
+    /// Hold the guest's power-off, freeze, start the transaction, and thaw.
     Start,
-    /// Look whether QEMU has the jobs of the transaction.
+    /// Query whether QEMU has the jobs of the transaction.
     FindJobs,
     /// Follow the block jobs until all have succeeded.
     Follow,
-    /// Dismiss the jobs and have QEMU close the images.
+    /// Dismiss the jobs and close the images in QEMU.
     CloseImages,
-    /// Remove everything of the backup from QEMU.
+    /// Remove all objects of the backup from QEMU.
     Release,
     /// Make the images durable, and compute their digests.
     Seal,
-    /// Compare the images with the digests on record.
+    /// Compare the images with the recorded digests.
     Prove,
-    /// Give the images their names.
+    /// Rename the images to their final names.
     Publish,
-    /// Take in what an earlier process published.
+    /// Complete a backup that an earlier instance published.
     Adopt,
     /// Remove the targets.
     Discard,
@@ -153,7 +154,7 @@ pub enum Action {
 }
 
 impl Action {
-    /// For tests and the log.
+    /// Returns the action's name for tests and the log.
     pub fn name(self) -> &'static str {
         match self {
             Self::CheckTargets => "check-targets",
@@ -174,22 +175,22 @@ impl Action {
     }
 }
 
-/// What an action came to, or what was found.
+/// The result of an action, or of the search after a restart.
 #[derive(Debug, Clone)]
 pub enum Fact {
-    /// The targets are there, under the names of their staging.
+    /// The targets exist in staging.
     Prepared {
         files: Vec<TargetId>,
     },
     Checked,
     Formatted,
-    /// QEMU has the targets; the point in time is not before `not_before`.
+    /// QEMU has opened the targets. The point in time is not before `not_before`.
     Opened {
         not_before: Timestamp,
         holds_poweroff: bool,
         freezes: bool,
     },
-    /// QEMU copies, or has copied, what the disks held at that time.
+    /// QEMU copies, or has copied, the disks' content of that point in time.
     Started {
         point_in_time: Timestamp,
         quiesced: bool,
@@ -205,7 +206,7 @@ pub enum Fact {
     Sealed {
         digests: Vec<FileDigest>,
     },
-    /// The images are what the digests on record say.
+    /// The images match the recorded digests.
     Proven,
     Published,
     Discarded {
@@ -214,37 +215,37 @@ pub enum Fact {
     Announced,
     /// The action failed, or the backup was cancelled.
     Stopped(Verdict),
-    /// The process is another one than the one that wrote the record.
+    /// Another instance of the service wrote the record.
     Resumed(Evidence),
 }
 
-/// What a process that resumes a backup finds.
+/// The evidence that an instance finds when it resumes a backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Evidence {
-    /// The host has not restarted since: what was written is there, durable or not.
+    /// The host has not restarted since the record. Written data still exists, durable or not.
     pub same_boot: bool,
-    /// A caller was told that the backup will not complete.
+    /// The service has accepted a cancellation, so the backup must not complete.
     pub cancel_requested: bool,
     /// The backup has its final name and a valid manifest.
     pub published: bool,
-    /// Why not all of the targets are there.
+    /// The reason why some targets are missing.
     pub lost: Option<Failure>,
     pub qemu: Reached,
-    /// The disks as far as is known.
+    /// The last known state of the disks.
     pub disks: Vec<DiskStatus>,
 }
 
-/// Whether the domain's QEMU can be asked.
+/// Whether the service has a connection to the domain's QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reached {
     Yes,
-    /// It has ended.
+    /// QEMU has ended.
     Gone,
-    /// It did not appear in time.
+    /// QEMU did not appear within the timeout.
     Late,
 }
 
-/// The next state, and what is to be done in it. Nothing to be done: the job is over.
+/// Returns the next state and its action. `None` as action means that the job is over.
 pub fn next(state: State, fact: Fact) -> (State, Option<Action>) {
     use Action::{
         Announce, CheckTargets, CloseImages, Discard, Follow, Format, OpenTargets, Publish, Release, Seal,
@@ -315,7 +316,7 @@ pub fn next(state: State, fact: Fact) -> (State, Option<Action>) {
         }
         (state, Fact::Stopped(verdict)) => undo(state, verdict),
         (state @ State::Ended(_), _) => return (state, None),
-        // No action of a state gives another fact; a backup about which nothing is certain is not called good.
+        // No action returns another fact. If one did, the backup must fail, because nothing certain is known about it.
         (state, _) => {
             let verdict = Verdict {
                 outcome: Outcome::Failed(Error::Interrupted.into()),
@@ -348,8 +349,9 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
     };
     match &state {
         State::Ended(_) => return (state, Announce),
-        // All of it was durable before it got its name, and its outcome was not announced. A record that says less is from
-        // before: an old copy of the catalog, or a failure to publish it. Others may depend on it: it is never removed.
+        // The backup was durable before it was published, but its outcome was not announced. An older record comes from
+        // an old copy of the catalog, or from a failed publication. The backup is never removed, because others may
+        // depend on it.
         _ if published => return (state, Adopt),
         State::Undoing(_) => return (state, Release),
         State::Discarding { .. } => return (state, Discard),
@@ -364,7 +366,7 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
         State::Queued | State::Preparing | State::Checking { .. } | State::Writing { .. } => {
             return fail(state, Error::Interrupted.into());
         }
-        // What was not durable is gone, and nobody can say which part of it.
+        // Data that was not durable is lost, and nobody knows which part of it.
         State::Starting { .. }
         | State::Running(_)
         | State::Copied(_)
@@ -395,13 +397,13 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
         (State::Closed(_), _) => Release,
         (State::Released { .. }, _) => Seal,
         (State::Sealed { .. }, _) if same_boot => Publish,
-        // The file system was recovered meanwhile.
+        // The host restarted, so its file system was recovered.
         _ => Prove,
     };
     (state, action)
 }
 
-/// The end of a backup that nothing was done for.
+/// The end of a backup that has created nothing.
 fn withdrawn(verdict: Verdict) -> State {
     State::Ended(Ended {
         undone: Some(verdict),
@@ -409,7 +411,7 @@ fn withdrawn(verdict: Verdict) -> State {
     })
 }
 
-/// Brings a backup to nothing: first in QEMU, which writes to the targets, then the targets.
+/// Undoes a backup: first in QEMU, which writes to the targets, then the targets.
 fn undo(state: State, verdict: Verdict) -> (State, Action) {
     use Action::{Announce, Discard, Release};
     let undo = |files, holds_poweroff| Undo {
@@ -446,14 +448,14 @@ fn undo(state: State, verdict: Verdict) -> (State, Action) {
             let undo = undo_copying(copying);
             (State::Discarding { undo, in_qemu }, Discard)
         }
-        // What undoes reports what is left; it does not fail.
+        // Undoing does not fail. It reports the residue.
         State::Undoing(undo) => (State::Undoing(undo), Release),
         State::Discarding { undo, in_qemu } => (State::Discarding { undo, in_qemu }, Discard),
         State::Ended(ended) => (State::Ended(ended), Announce),
     }
 }
 
-/// Where the record is older than the publication, QEMU may still have something of the backup.
+/// If the record is older than the publication, QEMU may still have objects of the backup.
 fn published(state: &State) -> State {
     State::Ended(Ended {
         in_qemu: match state {
@@ -484,7 +486,7 @@ fn undone(undo: Undo, in_qemu: bool, on_disk: bool) -> State {
 }
 
 impl State {
-    /// One word, for the log and the record.
+    /// Returns the state's name for the log and the record.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Queued => QUEUED,
@@ -503,7 +505,7 @@ impl State {
         }
     }
 
-    /// Which files the targets are, from the moment on at which one may have been written to.
+    /// Returns the identities of the target files, once the service may have written to one.
     pub fn files(&self) -> Option<&[TargetId]> {
         match self {
             Self::Writing { files } | Self::Starting { files, .. } => Some(files),
@@ -527,12 +529,12 @@ impl State {
         }
     }
 
-    /// Whether QEMU may be copying.
+    /// Returns whether QEMU may be copying.
     pub fn may_copy(&self) -> bool {
         matches!(self, Self::Starting { .. } | Self::Running(_) | Self::Undoing(_))
     }
 
-    /// Whether a backup came to nothing during which QEMU may have paused the guest.
+    /// Returns whether the backup failed or was cancelled, and QEMU may have paused the guest because of it.
     pub fn may_have_paused_guest(&self) -> bool {
         match self {
             Self::Ended(ended) => ended.guest_ran,
@@ -540,7 +542,7 @@ impl State {
         }
     }
 
-    /// How long the guest's file systems were frozen, as far as is known.
+    /// Returns how long the guest's file systems were frozen, as far as the service knows.
     pub fn frozen(&self) -> Duration {
         let copying = self.copying().map(|copying| copying.frozen_us);
         let undo = self.undo().map(|undo| undo.frozen_us);
@@ -550,7 +552,7 @@ impl State {
         })
     }
 
-    /// Why the guest was not quiesced, though that was to be tried.
+    /// Returns why the guest was not quiesced, if the request was only to try it.
     pub fn quiesce_problem(&self) -> Option<&str> {
         let problem = match (self, self.copying(), self.undo()) {
             (Self::Ended(ended), ..) => &ended.quiesce_problem,
@@ -561,7 +563,7 @@ impl State {
         problem.as_deref()
     }
 
-    /// From the point in time on, where all is well.
+    /// Present from the point in time on, unless the backup is undone.
     fn copying(&self) -> Option<&Copying> {
         match self {
             Self::Running(copying)
@@ -580,7 +582,7 @@ impl State {
         }
     }
 
-    /// The disks as they were when it came to nothing.
+    /// Returns why the backup failed or was cancelled, with the disks of that time.
     pub fn verdict(&self) -> Option<&Verdict> {
         match self {
             Self::Ended(ended) => ended.undone.as_ref(),

@@ -1,7 +1,8 @@
-//! Walks through the states of a backup with a model of QEMU, the storage and the host, and of their failures.
+//! Tests: walk through the states of a backup with a model of QEMU, the storage and the host, and of their failures.
 //!
-//! Every path with up to two incidents is walked, and many random ones with more. An incident is a failed action, a cancel
-//! request, and the end of the service, of QEMU or of the host, before an action or between the action and its record.
+//! The tests walk every path with up to two incidents, and many random ones with more. Incidents are a failed action, a
+//! cancellation, and the death of the service, of QEMU or of the host. A death comes before an action, or between the
+//! action and its record.
 
 use std::collections::BTreeSet;
 
@@ -17,7 +18,7 @@ enum Content {
     Before,
     /// A part of the backup, or nothing.
     Torn,
-    /// All of it, as far as the host's memory holds it.
+    /// The complete backup, at least in the page cache.
     Whole,
 }
 
@@ -47,7 +48,7 @@ struct World {
     content: Content,
     durable: bool,
     named: bool,
-    /// The named backup was found by this process, not made by it.
+    /// The model's present process found the named backup, and did not publish it.
     found: bool,
     qemu_has: bool,
     jobs: bool,
@@ -104,7 +105,7 @@ impl World {
     }
 
     fn evidence(&mut self) -> Fact {
-        // Nobody can cancel what is found published.
+        // A backup that is found published can no longer be cancelled.
         (self.found, self.publishing) = (self.named, self.named);
         let same_boot = self.record.0 == self.boot;
         Fact::Resumed(Evidence {
@@ -130,7 +131,7 @@ impl World {
                 Fact::Checked
             }
             Action::Format => {
-                assert!(state.files().is_some(), "it is known which files are written to");
+                assert!(state.files().is_some(), "the files to write to are recorded");
                 (self.content, self.durable) = (Content::Torn, false);
                 Fact::Formatted
             }
@@ -183,7 +184,7 @@ impl World {
                 Fact::Published
             }
             Action::Discard => {
-                // What was found under its final name is left; see `Targets::discard`.
+                // A backup with its final name stays; see `Targets::discard`.
                 if !self.found {
                     (self.named, self.exists) = (false, false);
                 }
@@ -203,7 +204,7 @@ impl World {
         match action {
             Action::Release => Fact::Released { in_qemu: true },
             Action::Discard => Fact::Discarded { on_disk: true },
-            // Half done: the name is given, and it is not known to be durable.
+            // Partly done: the rename happened, but is not known to be durable.
             Action::Publish if !self.cancel_requested => {
                 (self.publishing, self.named) = (true, true);
                 Fact::Stopped(failed("publish"))
@@ -225,10 +226,13 @@ impl World {
                     !self.named || ended.on_disk || self.found,
                     "a failed backup has no name"
                 );
-                assert!(!self.exists || ended.on_disk || self.found, "nothing is left");
+                assert!(!self.exists || ended.on_disk || self.found, "no file remains");
             }
         }
-        assert!(!self.qemu_has || ended.in_qemu, "nothing is left in QEMU");
+        assert!(
+            !self.qemu_has || ended.in_qemu,
+            "QEMU has no objects of the backup"
+        );
         self.announced = Some(ended);
     }
 }
@@ -265,15 +269,15 @@ fn prepared() -> Fact {
     }
 }
 
-/// Walks from where the record is to the end. `incident` says what happens at a step.
+/// Walks from the recorded state to the end. `incident` returns the incident of each step.
 fn walk(world: &mut World, first: Fact, mut incident: impl FnMut(u32) -> Option<Incident>) {
     let (mut state, mut action) = next(world.record.1.clone(), first);
     loop {
         world.steps += 1;
-        assert!(world.steps < 200, "it comes to an end");
+        assert!(world.steps < 200, "the walk ends");
         let happens = incident(world.steps);
         let Some(todo) = action else { break };
-        // Refused from the publication on.
+        // The service refuses to cancel from the publication on.
         if happens == Some(Incident::Cancel) && !world.publishing && !matches!(state, State::Ended(_)) {
             world.cancel_requested = true;
         }
@@ -310,7 +314,7 @@ fn walk(world: &mut World, first: Fact, mut incident: impl FnMut(u32) -> Option<
         };
         (state, action) = next(world.record.1.clone(), fact);
     }
-    assert!(world.announced.is_some(), "it is announced");
+    assert!(world.announced.is_some(), "the outcome is announced");
 }
 
 fn is_completed(world: &World) -> bool {
@@ -354,7 +358,7 @@ fn a_queued_backup_ends_without_anything_to_undo() {
         (Some(Action::Announce), Some(&verdict))
     );
     assert_eq!(state.files(), None);
-    // The record is old: the backup is complete.
+    // An old record of a complete backup.
     let mut world = World::new();
     walk(&mut world, prepared(), |_| None);
     (world.record, world.announced) = ((1, State::Queued), None);
@@ -364,7 +368,7 @@ fn a_queued_backup_ends_without_anything_to_undo() {
 }
 
 #[test]
-fn no_two_incidents_lose_publish_or_leave_anything() {
+fn no_two_incidents_lose_a_backup_publish_a_torn_one_or_leave_residue() {
     let (mut walks, mut completed, mut seen) = (0, 0, BTreeSet::new());
     for first in 1..30 {
         for one in INCIDENTS {
@@ -391,8 +395,8 @@ fn no_two_incidents_lose_publish_or_leave_anything() {
 }
 
 #[test]
-fn random_incidents_in_any_number_do_neither() {
-    // Knuth's MMIX generator: the same walks each time.
+fn any_number_of_random_incidents_does_neither() {
+    // Knuth's MMIX generator, so that every run has the same walks.
     let mut random = 24301_u64;
     let mut draw = |below: u64| {
         random = random
@@ -410,7 +414,7 @@ fn random_incidents_in_any_number_do_neither() {
 }
 
 #[test]
-fn any_earlier_record_of_a_completed_backup_takes_it_in() {
+fn a_published_backup_completes_from_any_earlier_record() {
     let mut done = World::new();
     walk(&mut done, prepared(), |_| None);
     for (boot, record) in done.records.clone() {
@@ -427,10 +431,10 @@ fn any_earlier_record_of_a_completed_backup_takes_it_in() {
 }
 
 #[test]
-fn what_was_not_durable_when_the_host_restarted_has_failed() {
+fn a_backup_that_was_not_durable_fails_when_the_host_restarts() {
     let mut undisturbed = World::new();
     walk(&mut undisturbed, prepared(), |_| None);
-    // Between the closing of the images and their digests, the record is good and the data need not be.
+    // After the images are closed and before they have digests, the record is durable but the data may not be.
     for cut in 1..undisturbed.steps {
         let mut world = World::new();
         walk(&mut world, prepared(), |step| {

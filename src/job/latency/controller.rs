@@ -1,36 +1,38 @@
-//! The speed that follows from how long the guest's writes take: additive increase, multiplicative decrease. Pure.
+//! Derives the speed of a backup from the latency of the guest's writes: additive increase, multiplicative decrease.
+//! Pure.
 
 use std::time::Duration;
 
 use super::window::Level;
 
-/// In bytes a second and disk: the lowest speed, so that a backup ends whatever the guest does; and the first one.
+/// The lowest and the first speed, in bytes a second for each disk. The lowest makes sure that the backup ends.
 const LOWEST: u64 = 1 << 20;
 const FIRST: u64 = 16 << 20;
 /// More than any device can do, in bytes a second.
 const HIGHEST: u64 = 1 << 40;
-/// Of the speed before the last decrease, so much is added in a second.
+/// The increase each second, as a part of the speed before the last decrease.
 const INCREASE: f64 = 0.16;
-/// Of the speed, so much is left after a decrease; and at least so much of the limit, whatever was copied.
+/// The speed after a decrease, as a part of the previous speed, and its minimum as a part of the previous limit.
 const DECREASE: f64 = 0.7;
 const LEAST_DECREASE: f64 = 0.25;
 
-/// Sets the limit of one backup, all its disks together, in bytes a second.
+/// Computes the limit of one backup, in bytes a second for all disks together.
 #[derive(Debug)]
 pub struct Controller {
     limit: u64,
     lowest: u64,
-    /// The limit before the last decrease; nothing until the writes have been late once. Until then the limit doubles.
+    /// The limit before the last decrease. `None` until writes were late for the first time: until then the limit
+    /// doubles.
     before: Option<u64>,
-    /// Writes that end now may have begun under the former limit.
+    /// The limit was just lowered. Writes that complete now may have begun before.
     settling: bool,
 }
 
-/// What came of a step.
+/// The result of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stepped {
     pub lowered: bool,
-    /// The writes are late, and the limit is the lowest already.
+    /// The writes are late although the limit is the lowest.
     pub is_hopeless: bool,
 }
 
@@ -49,8 +51,8 @@ impl Controller {
         self.limit
     }
 
-    /// Takes in how an interval was: how long it took, what the disk with the slowest writes says, if anything was written, and
-    /// how many bytes were copied.
+    /// Evaluates an interval: its duration, the level of the disk with the slowest writes (`None` without writes), and
+    /// the bytes copied.
     pub fn step(&mut self, elapsed: Duration, level: Option<Level>, copied: u64) -> Stepped {
         let seconds = elapsed.as_secs_f64().max(0.001);
         let rate = copied as f64 / seconds;
@@ -65,7 +67,7 @@ impl Controller {
                 stepped.lowered = true;
             }
             Some(Level::Late | Level::Near) => {}
-            // Where something else keeps the backup slower, a higher limit says nothing.
+            // Something else limits the backup, so a higher limit would have no effect.
             Some(Level::Fast) | None if rate * 2.0 < self.limit as f64 => {}
             Some(Level::Fast) | None => self.increase(seconds),
         }
@@ -83,7 +85,7 @@ impl Controller {
     fn increase(&mut self, seconds: f64) {
         let more = match self.before {
             None => self.limit,
-            // From above that on it is not known to be too much.
+            // Above the limit before the decrease, nothing is known to be too much, so the steps grow.
             Some(before) => (before.max(self.limit) as f64 * (INCREASE * seconds).min(1.0)) as u64,
         };
         self.limit = self.limit.saturating_add(more.max(1)).min(HIGHEST);
@@ -97,7 +99,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
     const STEP: Duration = Duration::from_millis(250);
 
-    /// A device that takes so many bytes a second, and is late with the guest's writes while it is given more.
+    /// A device with a fixed capacity in bytes a second: the guest's writes are late while it gets more.
     struct Device {
         controller: Controller,
         capacity: u64,
@@ -136,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn it_settles_near_what_the_device_takes() {
+    fn the_limit_settles_near_the_capacity_of_the_device() {
         for capacity in [3 * MIB, 20 * MIB, 700 * MIB, 9000 * MIB] {
             let mut device = Device::new(capacity);
             device.run(20);
@@ -146,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn it_recovers_when_the_device_does() {
+    fn the_limit_recovers_when_the_device_does() {
         let mut device = Device::new(400 * MIB);
         device.run(20);
         device.capacity = 5 * MIB;
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn it_never_stands_still() {
+    fn the_backup_never_stops() {
         for disks in [0, 1, 7] {
             let mut controller = Controller::new(disks);
             for _ in 0..1000 {
@@ -172,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn one_bad_moment_costs_one_decrease() {
+    fn one_burst_of_late_writes_causes_one_decrease() {
         let mut controller = Controller::new(1);
         let late = Some(Level::Late);
         assert!(controller.step(STEP, late, 4 * MIB).lowered);
@@ -190,7 +192,7 @@ mod tests {
             }
             assert_eq!(controller.limit(), FIRST);
         }
-        // Nothing written is no reason to wait.
+        // An interval without writes does not delay the increase.
         controller.step(STEP, None, FIRST / 4);
         assert_eq!(controller.limit(), 2 * FIRST);
         for _ in 0..1000 {

@@ -1,6 +1,7 @@
-//! QEMU's histograms of how long the guest's writes took: `block-latency-histogram-set` and `query-blockstats`, since QEMU 4.0.
+//! Latency histograms of the guest's writes in QEMU: `block-latency-histogram-set` and `query-blockstats`, since QEMU
+//! 4.0.
 //!
-//! QEMU can only remove all histograms of a device at once. So none is set on a device that has any.
+//! QEMU can only remove all histograms of a device at once. So the service sets none on a device that already has one.
 
 use std::time::Duration;
 
@@ -11,19 +12,19 @@ use crate::qmp::block::{
 };
 use crate::qmp::{self, Done, Feature};
 
-/// How long QEMU may take to answer until it counts as silent.
+/// The timeout of QEMU's answer.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Somebody else's histogram with more bins than this is not looked at.
+/// Histograms of other clients with more bins are ignored.
 const MOST_BINS: usize = 1024;
-/// Of latencies with an exponential distribution, the 99th percentile is so many times their mean: ln 100.
+/// The ratio of the 99th percentile to the mean for an exponential distribution: ln 100.
 const P99_OF_MEAN: f64 = 4.6;
 
-/// Whether a backup's speed can follow the latency of the guest's writes with such a QEMU.
+/// Returns whether this QEMU can report the latency of the guest's writes.
 pub fn can_follow_latency(schema: &qmp::Schema) -> bool {
     schema.has(Feature::LatencyHistograms)
 }
 
-/// The histogram of one job: what it counts apart, and a boundary by which it is known again.
+/// The histogram of one job. A boundary that no other job uses identifies it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Histogram {
     most: Duration,
@@ -31,13 +32,13 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// `most` is how long a write may take; `mark` is a number that no other job has, of 32 bits at most.
+    /// `most`: the allowed latency of a write. `mark`: a number of at most 32 bits that no other job uses.
     pub fn new(most: Duration, mark: u32) -> Self {
-        // No write takes so long: 52 days. Whole numbers of JSON are exact up to 2^53.
+        // The boundary is 52 days, longer than any write takes. JSON represents integers exactly up to 2^53.
         const MARK: u64 = 1 << 52;
         let nanoseconds = nanoseconds(most);
         let three_quarters = nanoseconds / 4 * 3;
-        // A bin ends before its boundary, which is to be in it.
+        // A bin excludes its upper boundary, which must count as in time.
         let boundaries = [three_quarters + 1, nanoseconds + 1, MARK + u64::from(mark)];
         Self { most, boundaries }
     }
@@ -52,7 +53,7 @@ fn nanoseconds(time: Duration) -> u64 {
 }
 
 impl BlockStats {
-    /// Whether it is the one with that path.
+    /// Returns whether this is the device with that QOM path.
     pub fn is(&self, path: &str) -> bool {
         self.qdev.as_deref() == Some(path)
     }
@@ -82,16 +83,16 @@ impl BlockStats {
     }
 }
 
-/// The writes of a device, as it reports them since it was created or its histogram was set.
+/// The writes of a device since it was created or its histogram was set.
 #[derive(Debug, PartialEq)]
 pub enum Reading {
-    /// By a histogram with a boundary near the allowed latency.
+    /// From a histogram with a boundary near the allowed latency.
     Counted(Counts),
-    /// All that is known is how long all of them took together.
+    /// Without such a histogram: only the total time of all writes is known.
     Summed { writes: u64, nanoseconds: u64 },
 }
 
-/// The writes of a device, by its histogram if that has a boundary near the allowed latency.
+/// Returns the writes of a device, from its histogram if that has a boundary near the allowed latency.
 pub fn reading(device: &BlockStats, histogram: &Histogram) -> Reading {
     let counted = device.stats.wr_latency_histogram.as_ref();
     match counted.and_then(|writes| writes.counts(histogram)) {
@@ -104,13 +105,13 @@ pub fn reading(device: &BlockStats, histogram: &Histogram) -> Reading {
 }
 
 impl BlockLatencyHistogramInfo {
-    /// Nothing if they do not tell late writes from others.
+    /// Returns `None` if the histogram cannot distinguish late writes from others.
     fn counts(&self, own: &Histogram) -> Option<Counts> {
         if self.bins.len() != self.boundaries.len() + 1 || self.bins.len() > MOST_BINS {
             return None;
         }
         let [three_quarters, most, _] = own.boundaries;
-        // Somebody else's may tell only these two apart.
+        // A histogram of another client may distinguish only late writes from the rest.
         let fast = match self.boundaries == own.boundaries {
             true => three_quarters,
             false => self
@@ -134,7 +135,7 @@ impl BlockLatencyHistogramInfo {
 }
 
 impl Reading {
-    /// The writes since an earlier reading; nothing if the counters were reset in between.
+    /// Returns the writes since an earlier reading; `None` if the counters were reset in between.
     pub fn since(&self, earlier: &Self, most: Duration) -> Option<Counts> {
         match (self, earlier) {
             (Self::Counted(now), Self::Counted(then)) => Some(Counts {
@@ -183,7 +184,7 @@ impl Footprint {
             if device.has_any() {
                 tracing::info!(
                     device = path,
-                    "it has a latency histogram already, which is left as it is"
+                    "the device already has a latency histogram of another client, which stays"
                 );
                 continue;
             }
@@ -191,7 +192,7 @@ impl Footprint {
                 id: path,
                 boundaries_write: Some(&histogram.boundaries),
             };
-            // A device on its way out. Until it is gone, how long its writes take on average has to do.
+            // The device is being unplugged. Until then, the mean latency of its writes is used.
             if let Some(error) = self.change_histograms(set).await? {
                 tracing::warn!(device = path, %error, "cannot count the guest's writes by how long they take");
             }
@@ -209,7 +210,8 @@ impl Footprint {
             if device.has_other_than_of_writes() {
                 tracing::warn!(
                     device = path,
-                    "somebody set other latency histograms during the backup: QEMU could only remove those as well, so all stay"
+                    "another client set latency histograms during the backup. QEMU can only remove \
+                     all of them, so the service removes none"
                 );
                 continue;
             }
@@ -218,8 +220,8 @@ impl Footprint {
                 boundaries_write: None,
             };
             if let Some(error) = self.change_histograms(remove).await? {
-                // As a rule the device is gone, and its histogram with it.
-                tracing::info!(device = path, %error, "its latency histogram is not removed");
+                // Usually the device is gone, together with its histogram.
+                tracing::info!(device = path, %error, "cannot remove the latency histogram");
             }
         }
         Ok(())
@@ -281,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn any_histogram_of_somebody_else_is_seen() {
+    fn every_histogram_of_another_client_is_seen() {
         let any = || Some(IgnoredAny);
         let none = BlockDeviceStats::default;
         let others = [
@@ -308,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn somebody_elses_histogram_is_used_where_it_tells_late_from_not_late() {
+    fn another_clients_histogram_is_used_if_it_distinguishes_late_writes() {
         let own = Histogram::new(MOST, 1);
         let useful = bins(&[1_000_000, 6_000_000, 50_000_000], &[7, 5, 3, 1]);
         assert_eq!(reading(&useful, &own), Reading::Counted(counts(12, 0, 4)));
@@ -329,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_histogram_the_mean_stands_for_the_slowest_writes() {
+    fn without_a_histogram_the_slowest_writes_are_estimated_from_the_mean() {
         let sum = |writes, milliseconds: u64| Reading::Summed {
             writes,
             nanoseconds: milliseconds * 1_000_000,

@@ -1,7 +1,7 @@
-//! The speed of a backup by how long the guest's writes take: it falls while they take longer than is allowed.
+//! Adapts the speed of a backup to the latency of the guest's writes: lowers it while they exceed the allowed latency.
 //!
-//! [`Window`] says how long most of the recent writes of a disk took; [`Controller`] makes a speed of that; [`histograms`] asks
-//! QEMU. The first two are pure. Must not know what else limits the speed.
+//! [`Window`] rates the recent writes of a disk, [`Controller`] derives a speed from that, and [`histograms`] queries
+//! QEMU. The first two are pure. Must not know the other limits of the speed.
 
 mod controller;
 mod histograms;
@@ -20,9 +20,9 @@ use crate::plan::Plan;
 use crate::qmp;
 use crate::qmp::block::BlockStats;
 
-/// How often QEMU is asked for the guest's writes.
+/// How often the service queries QEMU for the guest's writes.
 const INTERVAL: Duration = Duration::from_millis(250);
-/// For how long the writes may be slow at the lowest speed until the log says so.
+/// How long the writes may be late at the lowest speed before the service logs it.
 const HOPELESS: Duration = Duration::from_secs(60);
 
 /// Follows the guest's writes to the disks of one backup.
@@ -31,25 +31,25 @@ pub struct Latency {
     histogram: Histogram,
     controller: Controller,
     disks: Vec<Disk>,
-    /// When QEMU is to be asked next.
+    /// The time of the next query.
     due: Instant,
-    /// When QEMU answered last, and how many bytes were copied by then.
+    /// The time of QEMU's last answer, and the bytes copied by then.
     before: Option<(Instant, u64)>,
-    /// Since when the writes are slow at the lowest speed, and whether the log says so.
+    /// Since when the writes have been late at the lowest speed, and whether the service has logged it.
     slow_since: Option<Instant>,
     reported: bool,
 }
 
 #[derive(Debug)]
 struct Disk {
-    /// QEMU's path of the guest's device.
+    /// The QOM path of the guest's device.
     device: String,
     last: Option<Reading>,
     window: Window,
 }
 
 impl Latency {
-    /// Nothing if the plan sets no limit. `histogram` is that of the job.
+    /// Returns `None` if the plan sets no limit. `histogram` is the job's.
     pub fn of(plan: &Plan, histogram: Option<Histogram>) -> Option<Self> {
         let disks = plan.disks.iter().map(|disk| Disk {
             device: disk.device.clone(),
@@ -67,30 +67,30 @@ impl Latency {
         })
     }
 
-    /// The speed with which the backup begins, in bytes a second; 0 if its plan sets no limit.
+    /// Returns the first speed of the backup in bytes a second; 0 if its plan sets no limit.
     pub fn first_limit(plan: &Plan) -> u64 {
         plan.max_latency
             .map_or(0, |_| Controller::new(plan.disks.len()).limit())
     }
 
-    /// When QEMU is to be asked next.
+    /// Returns the time of the next query.
     pub fn due(&self) -> Instant {
         self.due
     }
 
-    /// Sets a histogram of the writes' latency on each disk that has none. A histogram of another client stays.
+    /// Sets a latency histogram on each disk that has none. Histograms of other clients stay.
     pub async fn begin(&mut self, footprint: &Footprint) -> qmp::Result<()> {
         let devices: Vec<&str> = self.disks.iter().map(|disk| disk.device.as_str()).collect();
         footprint.set_histograms(&self.histogram, &devices).await
     }
 
-    /// QEMU did not answer.
+    /// Postpones the query, because QEMU did not answer.
     pub fn skip(&mut self, now: Instant) {
         self.due = now + INTERVAL;
     }
 
-    /// Takes in what QEMU says of its devices, and how many bytes were copied by `now`; returns the speed, in bytes a second, all
-    /// disks together.
+    /// Evaluates QEMU's statistics of its devices, and the bytes copied by `now`. Returns the speed in bytes a second
+    /// for all disks together.
     pub fn step(&mut self, now: Instant, devices: &[BlockStats], copied: u64) -> u64 {
         self.due = now + INTERVAL;
         for disk in &mut self.disks {
@@ -108,14 +108,14 @@ impl Latency {
         let elapsed = now.saturating_duration_since(before);
         let stepped = self.controller.step(elapsed, level, copied.saturating_sub(had));
         if stepped.lowered {
-            // What was written under the former speed says nothing about this one.
+            // Writes under the former speed do not show the effect of the new one.
             self.disks.iter_mut().for_each(|disk| disk.window.clear());
         }
         self.note(now, stepped.is_hopeless);
         self.controller.limit()
     }
 
-    /// Whether the log is to say that the backup is not what makes the writes slow.
+    /// Logs once that the writes stay late even at the lowest speed.
     fn note(&mut self, now: Instant, is_hopeless: bool) {
         if !is_hopeless {
             self.slow_since = None;
@@ -126,7 +126,7 @@ impl Latency {
             self.reported = true;
             tracing::warn!(
                 most_ms = self.histogram.most().as_millis(),
-                "the guest's writes take longer than max-latency though the backup is as slow as it gets"
+                "the guest's writes exceed max-latency although the backup runs at its lowest speed"
             );
         }
     }

@@ -1,28 +1,28 @@
-//! How long nearly all recent writes of a disk took, compared with what is allowed.
+//! Compares the latency of nearly all recent writes of a disk with the allowed latency.
 
 use std::collections::VecDeque;
 
-/// So many writes say enough about one in a hundred; older ones do not count.
+/// This many writes suffice to judge the slowest one in a hundred. Older writes are ignored.
 const ENOUGH: u64 = 200;
-/// In intervals: what is older does not count in any case.
+/// The maximum number of intervals. Older ones are dropped.
 const LONGEST: usize = 8;
 
-/// Writes by how long they took.
+/// Numbers of writes by latency.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// At most three quarters of what is allowed.
+    /// At most three quarters of the allowed latency.
     pub fast: u64,
-    /// At most what is allowed.
+    /// At most the allowed latency.
     pub near: u64,
     pub late: u64,
 }
 
-/// How long 99 of 100 writes took.
+/// The level that 99 of 100 writes did not exceed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// At most three quarters of what is allowed: the backup may be faster.
+    /// At most three quarters of the allowed latency: the backup may be faster.
     Fast,
-    /// At most what is allowed.
+    /// At most the allowed latency.
     Near,
     Late,
 }
@@ -41,8 +41,8 @@ impl Window {
         self.0.clear();
     }
 
-    /// Nothing where nothing was written. It is late only if the newest interval has late writes: those of one moment count
-    /// once.
+    /// Returns `None` without writes. The level is late only if the newest interval has late writes, so that one burst
+    /// counts once.
     pub fn level(&self) -> Option<Level> {
         let mut sum = Counts::default();
         for counts in &self.0 {
@@ -100,14 +100,14 @@ mod tests {
     }
 
     #[test]
-    fn few_writes_are_judged_with_those_before_them_and_late_ones_count_once() {
+    fn few_writes_are_judged_together_with_earlier_ones_and_late_ones_count_once() {
         let before = [counts(99, 0, 0), counts(99, 0, 0)];
         assert_eq!(level(&[before[0], before[1], counts(0, 0, 1)]), Some(Level::Fast));
         assert_eq!(
             level(&[before[0], counts(0, 0, 5), counts(10, 0, 0)]),
             Some(Level::Near)
         );
-        // Nothing of a time that is past.
+        // Late writes of earlier intervals do not count again.
         let mut long = vec![counts(0, 0, 100)];
         long.extend([counts(1, 0, 0); LONGEST]);
         assert_eq!(level(&long), Some(Level::Fast));
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn it_takes_no_more_memory_the_longer_it_runs() {
+    fn the_window_has_a_bounded_size() {
         let mut window = Window::default();
         (0..1000).for_each(|_| window.push(counts(1, 1, 1)));
         assert_eq!(window.0.len(), LONGEST);

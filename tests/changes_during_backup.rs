@@ -600,7 +600,7 @@ async fn a_backup_that_cannot_be_renamed_to_its_final_name_fails() {
     let domain = scene.system.store().join("web");
     let immutable = Immutable::make(&domain);
     hold.pass();
-    assert_failed(&job, "TargetInvalid", "give its name to").await;
+    assert_failed(&job, "TargetInvalid", "publish").await;
     assert_told_as_failed(&mut scene.caller, &job).await;
     // Not even a directory has a backup's name, and what is left has no content.
     let names = fs::read_dir(&domain).unwrap();

@@ -303,7 +303,7 @@ async fn a_replaced_store_is_used_after_an_administrator_confirms_it() {
     fs::create_dir(&own).unwrap();
     fs::write(own.join("store"), "0f0e0d0c-0000-4000-8000-000000000000\n").unwrap();
     let second = Mounted::bind(&marked, &scene.path);
-    scene.refuses("its mark (.backupd/store) is another one").await;
+    scene.refuses("its mark (.backupd/store) differs").await;
     scene.rescan();
     scene.caller.complete("web", MountPoint::STORE).await;
     drop(second);

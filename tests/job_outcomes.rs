@@ -259,7 +259,7 @@ async fn a_backup_whose_file_was_replaced_has_failed_and_what_took_its_place_sta
         ("failed", format!("{OURS}TargetInvalid")),
         "{message}"
     );
-    assert!(message.contains("put in place of"), "{message}");
+    assert!(message.contains("another file replaced"), "{message}");
     assert_eq!(fs::read_link(&target).unwrap(), elsewhere);
     assert_eq!(fs::read(&elsewhere).unwrap(), b"mine");
 }

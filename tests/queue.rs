@@ -485,11 +485,11 @@ async fn a_queued_backup_writes_to_no_other_device_of_the_same_number() {
             );
             continue;
         }
-        queued.refused("another device").await;
+        queued.refused("not the same device").await;
         let (result, error, message) = wait::within("the end", queued.job.wait()).await.unwrap();
         assert_eq!(result, "failed");
         assert!(
-            error.ends_with("TargetInvalid") && message.contains("another device"),
+            error.ends_with("TargetInvalid") && message.contains("not the same device"),
             "{error}: {message}"
         );
         assert!(fs::read(&other).unwrap().iter().all(|byte| *byte == 0xbb));

@@ -287,7 +287,7 @@ async fn missing_or_unsuitable_existing_targets_are_refused() {
     let text = scene.target("text");
     fs::write(&text, "precious").unwrap();
     scene
-        .refuses_reuse(&file(&text), "TargetInvalid", &["no qcow2 image"])
+        .refuses_reuse(&file(&text), "TargetInvalid", &["not a qcow2 image"])
         .await;
     let raw = disk(&format!(
         "<driver type='raw'/><target file='{}'/>",
@@ -380,7 +380,7 @@ async fn an_existing_file_with_a_second_link_is_refused() {
         named.display()
     );
     scene
-        .refuses_reuse(&document, "TargetInvalid", &["named", "other names"])
+        .refuses_reuse(&document, "TargetInvalid", &["named", "other hard links"])
         .await;
 }
 

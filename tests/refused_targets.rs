@@ -181,7 +181,7 @@ async fn a_target_that_is_too_small_leaves_the_other_targets_unchanged() {
     let vda = format!("vda={}", large.path().display());
     let vdb = format!("vdb={}", small.path().display());
     let disks = ["--disk", &vda, "--disk", &vdb];
-    let said = "has 2097152 bytes where the disk has 8388608";
+    let said = "has 2097152 bytes, but the disk has 8388608";
     setting.assert_refused_with(&disks, said, &[&large, &small]);
     let said = "has 2097152 bytes of free space";
     let disks = [&disks[..], &["--format", "qcow2"]].concat();

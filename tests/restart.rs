@@ -473,7 +473,10 @@ async fn a_backup_into_an_open_file_fails_with_the_service_and_leaves_no_header(
         scene.system.kill_daemon();
         let (result, _, message) = found_out(&mut scene, 1).await;
         assert_eq!(result, "failed");
-        assert!(message.contains("not there any more"), "{message}");
+        assert!(
+            message.contains("disappeared while the service restarted"),
+            "{message}"
+        );
         let left = std::fs::read(&path).unwrap();
         match is_device {
             true => assert!(left[..MIB as usize].iter().all(|byte| *byte == 0), "{format}"),

@@ -103,7 +103,7 @@ fn a_device_that_is_too_small_is_refused() {
     let output = store.run("restore", FIRST, &["--disk", &disk]);
     assert_eq!(output.status, 1);
     assert!(
-        output.stderr.contains("where the disk has 67108864"),
+        output.stderr.contains("but the disk has 67108864"),
         "{}",
         output.stderr
     );
@@ -263,7 +263,7 @@ fn a_backup_under_change_is_not_read() {
         let output = store.run(command, FIRST, arguments);
         assert_eq!(output.status, 1, "{}", output.stderr);
         let said = format!("{}{}", output.stdout, output.stderr);
-        assert!(said.contains("others are just reading, changing"), "{said}");
+        assert!(said.contains("it is in use: another job or program"), "{said}");
     }
     drop(held);
     store

@@ -153,7 +153,7 @@ async fn a_job_of_an_old_catalog_touches_no_unrelated_backup() {
     let job = caller.job(job).await;
     let (result, _, message) = wait::within("the end", job.wait()).await.unwrap();
     assert_eq!(result, "failed");
-    assert!(message.contains("does not vouch for it"), "{message}");
+    assert!(message.contains("no valid manifest"), "{message}");
     assert_eq!(files_below(&system.store()), files);
     system.stop_daemon();
     system.start_daemon();

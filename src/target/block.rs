@@ -9,8 +9,9 @@ use super::device::TargetId;
 use super::{Error, Media, Publication, Target};
 use crate::path::{Trust, open_directory};
 
-/// The device's own path where `path` is a symbolic link, as most names below `/dev` are. It is followed only there, where
-/// looking never hangs and nobody but root can have made it. Nothing where it leads nowhere.
+/// Returns the device's own path if `path` is a symbolic link below `/dev`, as most names of devices are. Other links
+/// are not followed: below `/dev`, a lookup never hangs, and only root can have created the link. Returns `None` if
+/// the link leads nowhere.
 pub fn device_path(path: &Path) -> Option<PathBuf> {
     if !path.starts_with("/dev") {
         return None;
@@ -19,7 +20,8 @@ pub fn device_path(path: &Path) -> Option<PathBuf> {
     std::fs::canonicalize(path).ok()
 }
 
-/// Finds a device again that a former process had open. QEMU may still hold it for that backup alone.
+/// Finds a device that an earlier process of the service had open. QEMU may still hold it exclusively for that
+/// backup.
 pub fn find(disk: &str, path: &Path, id: TargetId) -> Result<Option<Target>, Error> {
     let label = path.display().to_string();
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
@@ -38,8 +40,8 @@ pub fn find(disk: &str, path: &Path, id: TargetId) -> Result<Option<Target>, Err
     Ok(id.is(&target).then_some(target))
 }
 
-/// Opens a device for this backup alone: the kernel refuses one that is mounted or otherwise in use. No link is followed:
-/// the caller was authorised for this path.
+/// Opens a device exclusively: the kernel refuses a device that is mounted or otherwise in use. Follows no symbolic
+/// link, because the caller was authorised for this path.
 pub fn open(disk: &str, path: &Path) -> Result<Target, Error> {
     let label = path.display().to_string();
     let missing = |errno: Errno| match errno {

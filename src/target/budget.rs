@@ -1,24 +1,26 @@
-//! How many descriptors of other users' processes are looked at, so that no user makes a look take long.
+//! Bounds how many descriptors of each user's processes the service inspects, so that no user can make a check slow.
 
 use std::collections::HashMap;
 
-/// Of one user: those beyond are not seen, so only that user's own images lose the protection of their locks.
+/// The budget of one user. Descriptors beyond it are not seen, so only that user's own images lose the protection of
+/// their locks.
 const MOST_OF_USER: usize = 64 << 10;
-/// Of all users with numbers that no account has traditionally, such as those of containers whose ranges are not known.
+/// The common budget of all users with numbers beyond the usual range of accounts, such as those of containers whose
+/// ranges are unknown.
 const MOST_OF_HIGH: usize = 256 << 10;
 const FIRST_HIGH: u32 = 1 << 16;
-/// Numbers that are another user's (subuid(5)).
+/// Subordinate numbers, which belong to another user (subuid(5)).
 const SUBORDINATES: &str = "/etc/subuid";
 
-/// The user whose budget the descriptors of a process are taken from.
+/// The user whose budget a process uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Payer {
-    /// Its processes are not counted.
+    /// Has no limit.
     Root,
     User(u32),
-    /// A user whose number no account has, and whose range is not known.
+    /// A user whose number is beyond those of accounts and in no known range.
     High(u32),
-    /// All subordinate numbers of the user in that line.
+    /// All subordinate numbers of one user, by the index of that user's first line.
     Subordinates(usize),
 }
 
@@ -27,7 +29,7 @@ struct Range {
     count: u32,
 }
 
-/// What is left.
+/// The remaining budgets.
 pub struct Budget {
     ranges: Vec<(Range, Payer)>,
     left: HashMap<Payer, usize>,
@@ -35,12 +37,12 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// Reads which numbers are subordinate. Blocks.
+    /// Reads the subordinate numbers. Blocks.
     pub fn new() -> Self {
         Self::of(&std::fs::read_to_string(SUBORDINATES).unwrap_or_default())
     }
 
-    /// A line is `USER:FIRST:COUNT`. A user can have several.
+    /// A line is `USER:FIRST:COUNT`. A user can have several lines.
     fn of(subordinates: &str) -> Self {
         let mut users = HashMap::new();
         let ranges = subordinates.lines().enumerate().filter_map(|(number, line)| {
@@ -59,9 +61,9 @@ impl Budget {
         }
     }
 
-    /// The user who started a process, if it is there. Blocks.
+    /// Returns the user who started a process, if the process exists. Blocks.
     ///
-    /// That is the real user ID: a set-user-ID program has inherited its descriptors from the user who started it.
+    /// This is the real user ID, because a set-user-ID program inherits its descriptors from the user who started it.
     pub fn payer_of(&self, process: u32) -> Option<Payer> {
         let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
         real_user(&status).map(|uid| self.payer(uid))
@@ -80,7 +82,7 @@ impl Budget {
         }
     }
 
-    /// Whether one more descriptor of this user's may be looked at.
+    /// Takes one descriptor from the budget. Returns false if the budget is spent.
     pub fn take(&mut self, payer: Payer) -> bool {
         if payer == Payer::Root {
             return true;
@@ -96,7 +98,8 @@ impl Budget {
     }
 }
 
-/// The first number of `Uid:`, of `/proc/PID/status` (proc_pid_status(5)). The kernel escapes newlines in the name before it.
+/// Parses the first number of `Uid:` in `/proc/PID/status` (proc_pid_status(5)). The kernel escapes newlines in the
+/// name before it.
 fn real_user(status: &str) -> Option<u32> {
     let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
     ids.split_whitespace().next()?.parse().ok()
@@ -116,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn subordinate_numbers_are_one_users() {
+    fn subordinate_numbers_share_the_budget_of_their_user() {
         let mut budget = Budget::of("anna:100000:65536\nbob:165536:65536\nanna:300000:10\nnonsense\n");
         assert_eq!(taken(&mut budget, 100_000..165_536, 32), MOST_OF_USER);
         assert_eq!(
@@ -128,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_user_id_program_is_paid_for_by_who_started_it() {
+    fn a_set_user_id_program_uses_the_budget_of_the_user_who_started_it() {
         let status = "Name:\tUid:\\nUid:\nUmask:\t0022\nPid:\t7\nUid:\t1000\t0\t0\t0\nGid:\t5\t5\t5\t5\n";
         assert_eq!(real_user(status), Some(1000));
         assert_eq!(real_user("Name:\ta\n"), None);
@@ -138,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn high_numbers_of_nobody_known_are_bounded_in_sum_and_take_nothing_from_accounts() {
+    fn unknown_high_numbers_share_a_budget_and_take_none_from_accounts() {
         let mut budget = Budget::of("");
         assert_eq!(taken(&mut budget, 100_000..165_536, 32), MOST_OF_HIGH);
         assert_eq!(taken(&mut budget, [200_000], 1), 0);

@@ -1,4 +1,4 @@
-//! Checks of a target before its first byte is changed.
+//! Checks a target before its first byte is changed.
 
 use rustix::io::Errno;
 
@@ -13,7 +13,7 @@ const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 const QCOW2_SIZE_OFFSET: usize = 24;
 
 pub fn source(target: &Target, around: &Around) -> Result<(), Error> {
-    // What was made just now is no source, though it may have the number of a file that somebody had open a moment ago.
+    // A new file is not a source, though it may have the inode number of a file that a VM had open a moment ago.
     let was_there = matches!(target.publication, Publication::InPlace);
     match around.sources.holder(target.id).filter(|_| was_there) {
         None => Ok(()),
@@ -25,7 +25,7 @@ pub fn source(target: &Target, around: &Around) -> Result<(), Error> {
     }
 }
 
-/// What is in a store is the store's.
+/// Refuses a target inside a store, which only the service may write.
 pub fn outside_stores(target: &Target) -> Result<(), Error> {
     if matches!(target.publication, Publication::InStore { .. }) {
         return Ok(());
@@ -47,14 +47,14 @@ pub fn outside_stores(target: &Target) -> Result<(), Error> {
     }
 }
 
-/// Checks that no QEMU has an existing target open, and keeps others out until this one has locks of its own. The service need
-/// not know the other domain: a QEMU locks each image that it opens.
+/// Checks that no QEMU has an existing target open, and locks it against others until this domain's QEMU has locks of
+/// its own. The service need not know the other domain, because QEMU locks each image that it opens.
 pub fn unused(targets: &mut [Target], around: &Around) -> Result<(), Error> {
     let mut there: Vec<_> = targets
         .iter_mut()
         .filter(|target| matches!(target.publication, Publication::InPlace))
         .collect();
-    // All are looked at before the first is locked: a lock of our own would be found.
+    // Check all targets before the first lock: the check would find the service's own lock.
     if there.is_empty() {
         return Ok(());
     }
@@ -71,7 +71,7 @@ pub fn unused(targets: &mut [Target], around: &Around) -> Result<(), Error> {
     Ok(())
 }
 
-/// Root learns who it is, and can end that.
+/// Only root gets the process, because only root can end it.
 fn locked(target: &Target, around: &Around) -> Error {
     let process = match around.for_root {
         true => user_of_image(&target.file).ok().flatten(),
@@ -86,13 +86,16 @@ fn locked(target: &Target, around: &Around) -> Error {
 
 fn not_locked(target: &Target, error: &std::io::Error) -> Error {
     let errno = Errno::from_io_error(error).unwrap_or(Errno::IO);
-    Error::io("look for locks of QEMU on", &target.label, errno).of(&target.disk)
+    Error::io("check for locks of QEMU on", &target.label, errno).of(&target.disk)
 }
 
-/// A file has one name. One that was opened by O_TMPFILE, or removed since, is gone with its last descriptor, and the backup
-/// with it. One that the caller was authorised for by its path may be another's under another name; what the caller opened
-/// itself, it was let write to. A restored disk may be nameless: the caller gives it a name when it is complete.
-pub fn names(target: &Target, place: &Place, task: &Task) -> Result<(), Error> {
+/// Checks that a file has exactly one name.
+///
+/// - A file without a name (O_TMPFILE, or unlinked) would disappear with its last descriptor. A restored disk may be
+///   nameless, because the caller links it when it is complete.
+/// - A file with several hard links may be another user's file under another name. This matters if the caller named a
+///   path; a descriptor proves that the caller may write the file.
+pub fn single_link(target: &Target, place: &Place, task: &Task) -> Result<(), Error> {
     if target.media == Media::Block {
         return Ok(());
     }
@@ -106,7 +109,7 @@ pub fn names(target: &Target, place: &Place, task: &Task) -> Result<(), Error> {
     }
 }
 
-pub fn twice(target: &Target, all: &[Target]) -> Result<(), Error> {
+pub fn distinct(target: &Target, all: &[Target]) -> Result<(), Error> {
     match all
         .iter()
         .find(|other| other.id == target.id && other.disk != target.disk)
@@ -120,11 +123,11 @@ pub fn twice(target: &Target, all: &[Target]) -> Result<(), Error> {
     }
 }
 
-/// Content that is there is replaced only if the caller said so and it is what the caller thinks it is.
+/// Checks that existing content may be replaced: the caller said so, and the file has the expected format and size.
 pub fn content(target: &Target, disk: &DiskPlan, reuse: bool) -> Result<(), Error> {
     let size = size(target)?;
     match target.media {
-        // Its size is compared with what the image takes.
+        // Another check compares its size with the size of the image.
         Media::Block => Ok(()),
         Media::Regular if !matches!(target.publication, Publication::InPlace) || size == 0 => Ok(()),
         Media::Regular if !reuse => Err(Error::Exists {
@@ -172,7 +175,7 @@ fn qcow2_virtual_size(target: &Target) -> Result<u64, Error> {
     Ok(size)
 }
 
-/// Size of what a target's descriptor is open on, in bytes; a device's too.
+/// Returns the size of a target in bytes, even of a device.
 pub fn size(target: &Target) -> Result<u64, Error> {
     rustix::fs::seek(&target.file, rustix::fs::SeekFrom::End(0))
         .map_err(|errno| Error::io("find the size of", &target.label, errno))

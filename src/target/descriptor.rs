@@ -1,4 +1,4 @@
-//! The caller's own open files. They are written with the rights with which the caller opened them.
+//! Descriptors of files that the caller has opened. The service writes them with the caller's access rights.
 
 use std::os::fd::OwnedFd;
 
@@ -6,7 +6,7 @@ use rustix::fs::OFlags;
 
 use super::{Error, Publication, Target};
 
-/// Takes the descriptor at `index` of those that came with the call.
+/// Takes the descriptor at `index` of the descriptors in the call.
 pub fn take(disk: &str, index: u32, files: &[OwnedFd]) -> Result<Target, Error> {
     let label = format!("fd:{index}");
     let passed = usize::try_from(index).ok().and_then(|index| files.get(index));

@@ -1,4 +1,5 @@
-//! The identity of a block device. A number alone is not one: the kernel gives it to another disk after a detach.
+//! The identity of a block device. Its number is not an identity, because the kernel reuses it for another disk after
+//! a detach.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,21 +13,22 @@ use super::{Error, Target};
 use crate::path::{Trust, open_directory};
 use crate::plan::{Place, Plan};
 
-/// One disk, or a partition at one place of it, as long as the host runs.
+/// Identifies one disk, or one partition at its offset, as long as the host runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DeviceId {
     number: u64,
-    /// The kernel gives each disk, and each file that a loop device is attached to, a number of its own (Linux 5.15).
+    /// The kernel gives a unique number to each disk, and to each file that is attached to a loop device (Linux
+    /// 5.15).
     diskseq: u64,
-    /// Of a partition. Another table of partitions can give its number to another part of the disk.
+    /// The start of a partition. Another partition table can give its number to another part of the disk.
     start: Option<u64>,
-    /// Of an NBD device, the process that attached it: its diskseq stays with another server.
+    /// The process that attached an NBD device. The diskseq stays the same when another server is attached.
     attached_by: Option<u64>,
 }
 
 impl DeviceId {
-    /// Nothing if the kernel has no `diskseq`, or no such device.
+    /// Returns `None` if the kernel has no `diskseq`, or no such device.
     fn of(number: u64) -> Option<Self> {
         Self::find(Path::new(DEVICES), number)
     }
@@ -56,7 +58,7 @@ fn number_in(file: &Path) -> Option<u64> {
     std::fs::read_to_string(file).ok()?.trim_end().parse().ok()
 }
 
-/// A target as the record has it.
+/// The identity of a target in the journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TargetId {
@@ -64,7 +66,7 @@ pub enum TargetId {
         device: u64,
         inode: u64,
     },
-    /// Its number: the kernel says no more of it.
+    /// A device number, if the kernel does not identify the device.
     Device(u64),
     Disk(DeviceId),
 }
@@ -86,7 +88,7 @@ impl TargetId {
         }
     }
 
-    /// Whether `target` is what the record says.
+    /// Whether `target` has this identity.
     pub(super) fn is(self, target: &Target) -> bool {
         let is_disk = match self {
             Self::Disk(disk) => target.device == Some(disk),
@@ -96,12 +98,12 @@ impl TargetId {
     }
 }
 
-/// The devices that a caller named, as they were at the call.
+/// The devices that a caller named, as they were at the time of the call.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Devices(BTreeMap<PathBuf, DeviceId>);
 
 impl Devices {
-    /// Remembers which device is at a path below `/dev`, where looking never hangs.
+    /// Stores the identity of the device at a path below `/dev`, where a lookup never hangs.
     pub fn add(&mut self, path: &Path) {
         if let Ok(stat) = look(path)
             && let Some(device) = DeviceId::of_stat(&stat)
@@ -110,7 +112,7 @@ impl Devices {
         }
     }
 
-    /// Fails if another device was opened. One that is open keeps its number.
+    /// Fails if the opened device is another one. An open device keeps its number.
     pub(super) fn check(&self, path: &Path, target: &Target) -> Result<(), Error> {
         match self.0.get(path) {
             Some(then) if target.device != Some(*then) => Err(Error::DeviceExchanged {
@@ -121,7 +123,7 @@ impl Devices {
         }
     }
 
-    /// Fails if a device of `plan` could be exchanged for another without being noticed. Blocks.
+    /// Fails if another device could replace a device of `plan` unnoticed. Blocks.
     pub fn check_known(&self, plan: &Plan) -> Result<(), Error> {
         for disk in &plan.disks {
             let Place::Block(path) = &disk.place else { continue };
@@ -170,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn another_disk_or_part_of_a_disk_of_the_same_number_is_noticed() {
+    fn another_disk_or_partition_with_the_same_number_is_noticed() {
         let sys = tempfile::tempdir().unwrap();
         let disk = sys.path().join("devices/sda");
         let part = disk.join("sda1");
@@ -180,7 +182,7 @@ mod tests {
         }
         let whole = || DeviceId::find(sys.path(), makedev(8, 0));
         let first = || DeviceId::find(sys.path(), makedev(8, 1));
-        assert_eq!(whole(), None, "an old kernel says nothing");
+        assert_eq!(whole(), None, "an old kernel has no diskseq");
         set(&disk, "diskseq", "7");
         set(&part, "partition", "1");
         set(&part, "start", "2048");

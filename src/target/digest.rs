@@ -15,22 +15,22 @@ use super::sparse::Digger;
 use crate::digest::{self, Reading, Watch, Worked};
 use crate::offload::Progress;
 
-/// How much is sent to the device at a time, in bytes, where nothing is read.
+/// How many bytes are written back at a time if nothing is read.
 const SENT: usize = 4 << 20;
-/// How many files can wait for their device while others are read.
+/// How many files can wait for write-back while others are read.
 const WAITING: usize = 4;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileDigest {
     /// In bytes.
     pub length: u64,
-    /// BLAKE3 of the file's bytes, in lower-case hexadecimal digits; of files in a store.
+    /// The BLAKE3 checksum of the file's bytes, in lower-case hexadecimal digits. Only files in a store have one.
     #[serde(default)]
     pub blake3: Option<String>,
 }
 
 impl FileDigest {
-    /// Of a file that is durable already. Nothing if it is cancelled. Blocks.
+    /// Computes the digest of a durable file. Returns `None` if it is cancelled. Blocks.
     pub fn of(
         file: &OwnedFd,
         progress: &Progress,
@@ -43,38 +43,38 @@ impl FileDigest {
     }
 }
 
-/// How a file is gone through.
+/// How a file is processed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum How {
-    /// For its checksum.
+    /// Read it for its checksum.
     Digest,
-    /// For its checksum, while what was read is sent to the device.
+    /// Read it for its checksum, and write each piece back after it was read.
     DigestAndWriteBack,
-    /// Only sent to the device.
+    /// Only write it back.
     WriteBack,
 }
 
-/// A file that is gone through.
+/// A file to process.
 #[derive(Debug)]
 pub(super) struct Run<'a> {
     file: &'a OwnedFd,
     how: How,
     length: u64,
-    /// Nothing where the content is not read.
+    /// `None` if the content is not read.
     reading: Option<Reading<'a>>,
-    /// A thread sends all of it to the device.
+    /// A thread writes all of it back.
     sent: AtomicBool,
-    /// What was written back before, up to there: it need not be sent.
+    /// The bytes up to this offset were written back before, and are skipped.
     clean: u64,
-    /// Its zeroes become holes.
+    /// Zeroes become holes.
     digs: bool,
     no_holes: AtomicBool,
 }
 
 impl<'a> Run<'a> {
-    /// Of all bytes that the file has now.
+    /// Covers all bytes that the file has now.
     pub(super) fn new(file: &'a OwnedFd, how: How) -> Result<Self, Errno> {
-        // A device has a size, too, but not one that stat(2) knows.
+        // stat(2) does not report the size of a device.
         let length = rustix::fs::seek(file, SeekFrom::End(0))?;
         Ok(Self {
             file,
@@ -92,21 +92,21 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Zeroes become holes where the content is read.
+    /// Makes holes of zeroes if the content is read.
     pub(super) fn digging(self) -> Self {
         Self { digs: true, ..self }
     }
 
-    /// Most of what is before `end` was written back already.
+    /// Most bytes before `end` were written back already.
     pub(super) fn clean_to(self, end: u64) -> Self {
         Self { clean: end, ..self }
     }
 
-    /// One thread's part of it; each piece counts as progress.
+    /// Does one thread's part of the work. Each piece counts as progress.
     ///
-    /// Writing back piece by piece leaves an fsync afterwards with no more to wait for than the device's queue, so that slow
-    /// storage shows progress and is distinguished from storage that hangs. It is advice: where the kernel does not take it, the
-    /// fsync takes longer. A piece is read before it is sent, because what is written back leaves the memory.
+    /// After write-back piece by piece, fsync waits only for the device's queue. So slow storage shows progress,
+    /// which distinguishes it from storage that hangs. Write-back is advice to the kernel: without it the fsync takes
+    /// longer. A piece is read before it is written back, because written pages leave the page cache.
     fn work(&self, progress: &Progress, cancel: &CancellationToken) -> Result<Worked, Errno> {
         let mut digger = Digger::new(self.file, &self.no_holes);
         match &self.reading {
@@ -180,8 +180,8 @@ impl Watch for Watcher<'_, '_> {
     }
 }
 
-/// Goes through files, with all processors on each file in turn. `end` gets the index of each file that was gone through, while
-/// others are read; `failed` makes an error of one's. Nothing if it is cancelled.
+/// Processes files one after another, each with all processors. `end` gets the index of each finished file while
+/// others are read. `failed` makes the error of a file. Returns `None` if it is cancelled.
 pub(super) fn go_through(
     runs: &[Run],
     end: impl Fn(usize) -> Result<(), Error> + Sync,
@@ -203,7 +203,7 @@ pub(super) fn go_through(
     let work = || {
         let worked = work();
         if worked.is_err() {
-            // The other threads' work is in vain.
+            // The result of the other threads is not needed.
             stop.cancel();
         }
         worked
@@ -215,7 +215,7 @@ pub(super) fn go_through(
     Ok(runs.iter().map(Run::digest).collect())
 }
 
-/// As many as there are processors, and some that wait for the device, but no more than there are pieces.
+/// One thread per processor, and some that wait for the device, but not more than there are pieces.
 fn threads(runs: &[Run]) -> usize {
     let waiting = runs.len().saturating_sub(1).min(WAITING - 1);
     let pieces = runs
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn each_file_has_its_own_digest_and_comes_to_its_end_once() {
+    fn each_file_has_its_own_digest_and_ends_once() {
         let (large, small) = (vec![0x5a; (9 << 20) + 3], b"abc");
         let files = [file(&large), file(small), file(b""), file(&large)];
         let total: usize = 2 * large.len() + small.len();
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_digest_is_none() {
+    fn a_cancelled_digest_returns_nothing() {
         let cancel = CancellationToken::new();
         cancel.cancel();
         let progress = Progress::default();

@@ -1,4 +1,4 @@
-//! Errors of targets.
+//! Errors of targets and stores.
 
 use std::fmt;
 
@@ -10,16 +10,18 @@ use crate::path;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error(
-        "disk '{disk}': {target} exists already: choose another name, remove it, or say 'reuse-external'"
+        "disk '{disk}': {target} exists already. Choose another name, remove it, or set 'reuse-external'"
     )]
     Exists { disk: String, target: String },
-    #[error("disk '{disk}': {target} does not exist: with 'reuse-external' the target must be there")]
+    #[error("disk '{disk}': {target} does not exist. With 'reuse-external' the target must exist")]
     Missing { disk: String, target: String },
-    #[error("{path}: the directory does not exist: create it first")]
+    #[error("{path}: the directory does not exist. Create it first")]
     NoDirectory { path: String },
     #[error("{0}")]
     Path(path::Error),
-    #[error("{path}: {why}: others than root could exchange what lies below it")]
+    #[error(
+        "{path}: {why}: users other than root could replace the files below it. Change its owner or mode"
+    )]
     Untrusted { path: String, why: String },
     #[error("disk '{disk}': {target} is not {wanted}")]
     WrongType {
@@ -27,33 +29,36 @@ pub enum Error {
         target: String,
         wanted: &'static str,
     },
-    #[error("disk '{disk}': {target} has {size} bytes where the disk has {wanted}")]
+    #[error("disk '{disk}': {target} has {size} bytes, but the disk has {wanted}")]
     WrongSize {
         disk: String,
         target: String,
         size: u64,
         wanted: u64,
     },
-    #[error("disk '{disk}': {target} holds no qcow2 image: empty it, or make it one of the disk's size")]
+    #[error(
+        "disk '{disk}': {target} is not a qcow2 image. Empty it, or create a qcow2 image of the disk's size"
+    )]
     NotQcow2 { disk: String, target: String },
     #[error("disk '{disk}': {target} is a disk of a running domain{}", Known(domain.as_deref()))]
     IsSource {
         disk: String,
         target: String,
-        /// Which one, where the caller may know.
+        /// The domain's name, if the caller may know it.
         domain: Option<String>,
     },
     #[error(
-        "disk '{disk}': {target} is open in another QEMU, qemu-img or qemu-storage-daemon{}: shut that down, or choose another target",
+        "disk '{disk}': {target} is open in another QEMU, qemu-img or qemu-storage-daemon{}. End that process, or \
+         choose another target",
         Known(by.as_deref())
     )]
     Locked {
         disk: String,
         target: String,
-        /// Who it is, where the caller may know and it can be found.
+        /// The process, if the caller may know it and the service found it.
         by: Option<String>,
     },
-    #[error("disk '{disk}': {target} is in the store {store}: choose a place outside of all stores")]
+    #[error("disk '{disk}': {target} is in the store {store}. Choose a path outside all stores")]
     InStore {
         disk: String,
         target: String,
@@ -65,43 +70,48 @@ pub enum Error {
         second: String,
         target: String,
     },
-    #[error("disk '{disk}': {target} is open {mode}: open it for reading and writing")]
+    #[error("disk '{disk}': {target} is open {mode}. Open it for reading and writing")]
     AccessMode {
         disk: String,
         target: String,
         mode: &'static str,
     },
     #[error(
-        "disk '{disk}': {target} is a file without a name, and would be gone when it is closed: give it one"
+        "disk '{disk}': {target} is a file without a name, which disappears when it is closed. Give it a name"
     )]
     Nameless { disk: String, target: String },
-    #[error("disk '{disk}': {target} has other names beside this one (hard links): use a file of its own")]
+    #[error("disk '{disk}': {target} has other hard links. Use a file with only one name")]
     Linked { disk: String, target: String },
     #[error(
-        "disk '{disk}': {target} can't be given its name without a risk of replacing another file: its file system can neither rename with RENAME_NOREPLACE nor make hard links. Choose a directory on another one, or pass an open file"
+        "disk '{disk}': {target} cannot be published without the risk of replacing another file: its file system \
+         supports neither RENAME_NOREPLACE nor hard links. Choose a directory on another file system, or pass an \
+         open file"
     )]
     Unnameable { disk: String, target: String },
     #[error("disk '{disk}': {target} is in use by the system, as a file system or otherwise")]
     DeviceInUse { disk: String, target: String },
     #[error(
-        "disk '{disk}': {target} is another device than when the backup was asked for: check which one it is, and start the backup again"
+        "disk '{disk}': {target} is not the same device as when the backup was requested. Check the device, and \
+         start the backup again"
     )]
     DeviceExchanged { disk: String, target: String },
     #[error(
-        "disk '{disk}': there is no place for a backup into {target} now, and it cannot be queued: the kernel does not identify the device (no 'diskseq' in /sys), so another one could come in its place. Try again later"
+        "disk '{disk}': a backup into {target} cannot start now, and cannot be queued: the kernel does not identify \
+         the device (no 'diskseq' in /sys), so another device could replace it. Try again later"
     )]
     Unidentified { disk: String, target: String },
-    #[error("{target} has {free} bytes of free space where the backup takes at least {needed}")]
+    #[error("{target} has {free} bytes of free space, but the backup needs at least {needed}")]
     NoSpace { target: String, needed: u64, free: u64 },
-    #[error("disk '{disk}': something else was put in place of {target} while it was being written")]
+    #[error("disk '{disk}': another file replaced {target} during the backup")]
     Replaced { disk: String, target: String },
     #[error(
-        "{target}: another file, device or directory is there than when the backup was asked for: start it again"
+        "{target}: the file, device or directory is not the same as when the backup was requested. Start the backup \
+         again"
     )]
     PlaceChanged { target: String },
-    #[error("disk '{disk}': its target is not there any more since the service was started again")]
+    #[error("disk '{disk}': its target disappeared while the service restarted")]
     Gone { disk: String },
-    #[error("disk '{disk}': its base, backup {backup}, was removed: start the backup again")]
+    #[error("disk '{disk}': its base, backup {backup}, was removed. Start the backup again")]
     NoParent { disk: String, backup: String },
     #[error("disk '{disk}': its base, backup {backup}, {why}")]
     Parent {
@@ -109,27 +119,31 @@ pub enum Error {
         backup: String,
         why: &'static str,
     },
-    #[error("{path}: others are just reading, changing or building upon it: try again when they are done")]
+    #[error("{path}: it is in use: another job or program reads, changes or builds on it. Try again later")]
     InUse { path: String },
-    #[error("{path}: is not there: is its store mounted? 'backupctl rescan' forgets backups that are gone")]
+    #[error("{path}: does not exist. Mount its store, or run 'backupctl rescan' to forget missing backups")]
     NotThere { path: String },
     #[error(
-        "{path}: it has a backup's name, and its manifest does not vouch for it ({why}): it is left as it is. Check it, and remove it by hand if it is of no use"
+        "{path}: the directory has the name of a backup, but no valid manifest ({why}). The service does not \
+         change it. Check it, and remove it if you do not need it"
     )]
     NotVouchedFor { path: String, why: String },
     #[error(
-        "{path}: is not the store that was used before: its mark (.backupd/store) {}. Mount the store, or run 'backupctl rescan' to use what is there now",
-        if *.is_marked { "is another one" } else { "is missing" }
+        "{path}: is not the store that was used before: its mark (.backupd/store) {}. Mount the store, or run \
+         'backupctl rescan' to use the present one",
+        if *.is_marked { "differs" } else { "is missing" }
     )]
     OtherStore { path: String, is_marked: bool },
     #[error(
-        "{path}: none of the {backups} backups on record is there. Mount the store; or, to begin with an empty one, make the directory .backupd in it and run 'backupctl rescan'"
+        "{path}: none of the {backups} recorded backups exists. Mount the store. To begin with an empty store, \
+         create the directory .backupd in it and run 'backupctl rescan'"
     )]
     NotMounted { path: String, backups: usize },
-    #[error("{path}: is not the backup's, and would go with it: move it away")]
+    #[error("{path}: does not belong to the backup, and would be removed with it. Move it away")]
     NotTheBackups { path: String },
     #[error(
-        "{path}: is in the lower layer of an overlay file system, which cannot rename a directory there: mount the overlay with 'redirect_dir=on', or delete the backup where the lower layer is the store"
+        "{path}: is in the lower layer of an overlay file system, which cannot rename a directory there. Mount the \
+         overlay with 'redirect_dir=on', or delete the backup from the lower layer itself"
     )]
     Immovable { path: String },
     #[error("the plan has no store")]
@@ -144,7 +158,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// A failure of the system's that is about no disk.
+    /// A system error that concerns no disk.
     pub fn system(action: &'static str, target: &str, errno: Errno) -> Self {
         Self::io(action, target, errno)
     }
@@ -158,7 +172,7 @@ impl Error {
         }
     }
 
-    /// Says whose target an error of the system is about.
+    /// Adds the disk's name to a system error.
     pub(super) fn of(mut self, name: &str) -> Self {
         if let Self::Io { disk, .. } = &mut self {
             *disk = Some(name.to_owned());
@@ -166,7 +180,7 @@ impl Error {
         self
     }
 
-    /// The disk that it is about, where it is about one.
+    /// Returns the disk that the error concerns, if any.
     pub fn disk(&self) -> Option<&str> {
         match self {
             Self::Exists { disk, .. }
@@ -199,7 +213,7 @@ impl Error {
             Self::NoSpace { .. } => Kind::NoSpace,
             Self::Io { errno, .. } => match *errno {
                 Errno::NOSPC | Errno::DQUOT => Kind::NoSpace,
-                // The storage is at fault, not what the caller named.
+                // The storage or the service failed, not the caller's input.
                 Errno::IO | Errno::NOMEM | Errno::MFILE | Errno::NFILE => Kind::Internal,
                 _ => Kind::TargetInvalid,
             },
@@ -237,7 +251,7 @@ impl Error {
     }
 }
 
-/// The disk in front of a text, where it is known.
+/// Prefixes a text with the disk, if it is known.
 struct OfDisk<'a>(Option<&'a str>);
 
 impl fmt::Display for OfDisk<'_> {
@@ -249,7 +263,7 @@ impl fmt::Display for OfDisk<'_> {
     }
 }
 
-/// What is known, in parentheses behind a text.
+/// Appends a known name in parentheses.
 struct Known<'a>(Option<&'a str>);
 
 impl fmt::Display for Known<'_> {

@@ -13,7 +13,7 @@ use super::{Error, Publication, Target, naming};
 use crate::fault::{self, Point};
 use crate::path::{Trust, open_directory};
 
-/// A file under a name that says it is partial, and the name that it gets.
+/// A file under its staging name, and the final name that it gets.
 #[derive(Debug)]
 pub struct Partial {
     directory: OwnedFd,
@@ -22,7 +22,7 @@ pub struct Partial {
     renamed: bool,
 }
 
-/// Creates a new file, readable by the service only, under a partial name beside its own.
+/// Creates a new file that only the service can read, under a staging name beside its final name.
 pub fn create(disk: &str, path: &Path, backup: &str, index: usize) -> Result<Target, Error> {
     let (directory, name) = parent(path)?;
     let label = path.display().to_string();
@@ -44,7 +44,7 @@ pub fn create(disk: &str, path: &Path, backup: &str, index: usize) -> Result<Tar
         |directory: &OwnedFd, old: &str, new: &str| naming::rename_new(directory, old.as_ref(), new.as_ref());
     if let Err(errno) = naming::try_naming(&directory, &partial, rename) {
         for name in [naming::trial_name(&partial), partial] {
-            // Empty and ours: if it can't even be removed, the returned error is the cause.
+            // The file is empty. If the service cannot remove it either, the returned error shows the cause.
             let _ = rustix::fs::unlinkat(&directory, &name, AtFlags::empty());
         }
         return Err(match naming::is_without_links(errno) {
@@ -52,7 +52,7 @@ pub fn create(disk: &str, path: &Path, backup: &str, index: usize) -> Result<Tar
                 disk: disk.to_owned(),
                 target: label,
             },
-            false => Error::io("give its name to", &label, errno),
+            false => Error::io("publish", &label, errno),
         });
     }
     let partial = Partial {
@@ -64,8 +64,8 @@ pub fn create(disk: &str, path: &Path, backup: &str, index: usize) -> Result<Tar
     Target::new(disk, label, file, Publication::Rename(partial))
 }
 
-/// Finds a file again that a former process made, under either of its names; nothing if it is not there. What somebody put
-/// in its place is not it, where it is known which file it was.
+/// Finds a file that an earlier process created, under its staging or final name. Returns `None` if it does not
+/// exist. If `id` is known, another file at that path does not count.
 pub fn find(
     disk: &str,
     path: &Path,
@@ -75,9 +75,10 @@ pub fn find(
 ) -> Result<Option<Target>, Error> {
     let (directory, name) = parent(path)?;
     let partial = partial_name(backup, index);
-    // From a process that ended while it was tried.
+    // A process that ended during the trial may have left this name.
     let _ = rustix::fs::unlinkat(&directory, naming::trial_name(&partial), AtFlags::empty());
-    // Its own name was given to it after it was known which file it is. It may have both for a moment.
+    // The service records the file's identity before it publishes the file. So without `id` only the staging name is
+    // possible. The file may have both names for a moment.
     let named = id.is_some().then_some((name.as_os_str(), true));
     let entries = named.into_iter().chain([(OsStr::new(&partial), false)]);
     for (entry, renamed) in entries {
@@ -103,7 +104,7 @@ pub fn find(
     Ok(None)
 }
 
-/// Opens what is a regular file, and never anything else: a FIFO or a device could block or act when it is opened.
+/// Opens regular files only: opening a FIFO or a device could block or have effects.
 fn open_regular(directory: &OwnedFd, name: &OsStr, label: &str) -> Result<Option<OwnedFd>, Error> {
     match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => {}
@@ -118,7 +119,7 @@ fn open_regular(directory: &OwnedFd, name: &OsStr, label: &str) -> Result<Option
     }
 }
 
-/// Opens a file that is there, to be written into.
+/// Opens an existing file for writing.
 pub fn open_existing(disk: &str, path: &Path) -> Result<Target, Error> {
     let (directory, name) = parent(path)?;
     let label = path.display().to_string();
@@ -127,7 +128,7 @@ pub fn open_existing(disk: &str, path: &Path) -> Result<Target, Error> {
         target: label,
         wanted: "a regular file",
     };
-    // A FIFO or a device could block or act when it is opened: look first, and look again at what was opened.
+    // Opening a FIFO or a device could block or have effects. So check the type before, and again after opening.
     match rustix::fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => {}
         Ok(_) => return Err(wrong_type(label)),
@@ -166,15 +167,16 @@ impl Partial {
         &self.directory
     }
 
-    /// Gives the file its own name, if nobody took it meanwhile, and makes that durable.
+    /// Gives the file its final name durably. Fails if another file has the name.
     pub fn publish(&mut self, id: FileId, disk: &str, label: &str) -> Result<(), Error> {
         if self.renamed {
-            // Where renaming is linking and unlinking, a former process may not have come to the latter.
+            // On file systems without RENAME_NOREPLACE a rename is a link and an unlink, and an earlier process may
+            // have ended in between.
             let _ = rustix::fs::unlinkat(&self.directory, &self.partial, AtFlags::empty());
         } else {
             self.rename(disk, label)?;
         }
-        // Others may be able to write to the directory.
+        // Other users may be able to write to the directory.
         let found = rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW);
         if !found.is_ok_and(|there| FileId::of(&there) == id) {
             return Err(Error::Replaced {
@@ -193,7 +195,7 @@ impl Partial {
                     disk: disk.to_owned(),
                     target: label.to_owned(),
                 },
-                errno => Error::io("give its name to", label, errno),
+                errno => Error::io("publish", label, errno),
             },
         )?;
         self.renamed = true;
@@ -201,7 +203,7 @@ impl Partial {
         Ok(())
     }
 
-    /// Removes the file, under the name that it has; what somebody put in its place stays.
+    /// Removes the file under its present name. Another file at that path stays.
     pub fn discard(&self, id: FileId) -> io::Result<()> {
         let name = if self.renamed {
             self.name.as_os_str()

@@ -1,7 +1,6 @@
-//! Finds the targets of a backup again that a former process of the service made.
+//! Finds the targets of a backup that an earlier process of the service created.
 //!
-//! The record identifies each file, from the moment on at which it could hold something of value. Other files are not
-//! touched.
+//! The journal identifies each file before the file can have data. Other files are not touched.
 
 use super::device::TargetId;
 use super::identity::FileId;
@@ -10,21 +9,24 @@ use super::{BackupName, Error, Target, Targets, Writeback, block, file, store};
 use crate::model::Format;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
 
-/// What is there of a backup's places.
+/// The targets of a backup that still exist.
 #[derive(Debug)]
 pub struct Found {
-    /// Those that are there; discarding them leaves nothing that is known.
+    /// The existing targets. Discarding them leaves no known residue.
     pub targets: Targets,
-    /// Why it is not all of them: the backup cannot go on.
+    /// The reason why a target is missing. The backup cannot resume.
     pub lost: Option<Error>,
-    /// Whether some could not even be looked for: something may be left.
+    /// Whether a lookup failed, so that residue may remain.
     pub unknown: bool,
 }
 
 impl Targets {
-    /// Looks for the targets of `plan` for the backup `backup`. `files` is what [`Targets::files`] said when they were made;
-    /// without it nothing was written yet, and they are found by names that no other backup has. In another boot a device may
-    /// have another number: in a store, where nobody else writes, a file is known by its name and inode then. Blocks.
+    /// Looks for the targets of `plan` for the backup `backup`. Blocks.
+    ///
+    /// - `files` is the result of [`Targets::files`] when they were created. Without it no data was written, and the
+    ///   targets have names that no other backup uses.
+    /// - After a reboot (`same_boot` is false) a device may have another number. A file in a store is then known by
+    ///   its name and inode, because only the service writes there.
     pub fn find(plan: &Plan, backup: &str, files: Option<&[TargetId]>, same_boot: bool) -> Found {
         let mut found = Found {
             targets: Targets {
@@ -53,10 +55,10 @@ impl Targets {
         }
         let published = found.targets.published().is_some();
         match Parents::hold(plan) {
-            // It is complete: who would remove what it depends on reads its manifest.
+            // The backup is complete, and removals read its manifest for its bases.
             _ if published => {}
             Ok(parents) => found.targets.parents = parents,
-            // It cannot go on, but what there is of it is known.
+            // The backup cannot resume, but its targets are known.
             Err(error) => found.lost = found.lost.take().or(Some(error)),
         }
         for (index, disk) in plan.disks.iter().enumerate() {
@@ -105,18 +107,20 @@ impl Targets {
                     target => Some(target?),
                 }
             }
-            // Nothing was written into what was there before.
+            // No data was written into the existing file.
             (Place::File(_), None) if plan.reuse_external => None,
             (Place::File(path), id) => file::find(&disk.name, path, backup, index, id.map(TargetId::file))?,
-            // In another boot its name and number can be those of another disk, and an incomplete backup is wiped.
+            // After a reboot, its name and number can belong to another disk, and discarding a backup wipes the
+            // device.
             (Place::Block(path), Some(id)) if same_boot => block::find(&disk.name, path, id)?,
             (Place::Block(path), Some(_)) => {
                 let target = path.display();
-                tracing::warn!(disk = disk.name, %target, "the incomplete backup on this device is left: the host restarted, and it may be another device");
+                tracing::warn!(disk = disk.name, %target, "the service does not wipe this incomplete backup, because \
+                 after the restart of the host the device may be another one");
                 None
             }
             (Place::Block(_), None) => None,
-            // It was the caller's, and went with the process that it was passed to.
+            // The descriptor belonged to the caller and was closed when the earlier process ended.
             (Place::Descriptor(_), _) => None,
         };
         let in_store = matches!(disk.place, Place::InStore { .. });
@@ -151,7 +155,7 @@ mod tests {
 
     const ID: &str = "20261123T055937Z-10ebf9b0";
 
-    /// A store with an image of a backup, in a directory of that name.
+    /// A store with a backup's image in a directory of that name.
     fn store(directory: &str, manifest: bool) -> (tempfile::TempDir, Plan) {
         let store = tempfile::tempdir().unwrap();
         let backup = store.path().join("web").join(directory);
@@ -201,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_discarded_is_what_was_not_published() {
+    fn an_unpublished_backup_is_discarded() {
         let (store, plan) = store(&format!(".{ID}.partial"), false);
         let staged: Vec<_> = store.path().join("web").read_dir().unwrap().collect();
         assert_eq!(staged.len(), 1);

@@ -1,4 +1,4 @@
-//! What a target holds before QEMU copies into it.
+//! Formats a target before QEMU copies into it.
 
 use std::os::fd::OwnedFd;
 
@@ -9,14 +9,15 @@ use crate::model::Format;
 use crate::plan::{DiskPlan, Mode};
 use crate::qcow2::Empty;
 
-/// Large clusters keep metadata small, and a full backup writes whole ones; in bytes.
+/// Large clusters keep the metadata small, and a full backup writes whole clusters. In bytes.
 const CLUSTER_SIZE: u32 = 1 << 20;
-/// An incremental backup copies whole clusters, so they are as small as a bitmap's granularity. A guest's write to a part that is not
-/// copied yet waits for a whole cluster; QEMU copies none that is smaller (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
+/// An incremental backup copies whole clusters, so they are as small as the bitmap's granularity. A guest's write to
+/// a part that is not copied yet waits for a whole cluster. QEMU never copies less
+/// (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`).
 const SMALL_CLUSTER_SIZE: u32 = 1 << 16;
 
 impl Target {
-    /// A raw device stays as it is.
+    /// Formats the target. A raw device stays unchanged.
     pub(super) fn format(&mut self, disk: &DiskPlan, small_steps: bool) -> Result<(), Error> {
         if (disk.format, self.media) == (Format::Raw, Media::Block) {
             return Ok(());
@@ -33,7 +34,7 @@ impl Target {
     }
 }
 
-/// Makes an empty disk of a file or device: a raw file gets its size, and a raw device stays as it is.
+/// Creates an empty disk in a file or device. A raw file gets its size, and a raw device stays unchanged.
 pub fn format(file: &OwnedFd, media: Media, format: Format, empty: &Empty) -> Result<(), Errno> {
     match (format, media) {
         (Format::Raw, Media::Block) => Ok(()),
@@ -51,7 +52,7 @@ pub(super) fn empty_image(disk: &DiskPlan, small_steps: bool) -> Empty {
     let (cluster_size, backing) = match &disk.mode {
         Mode::Full { .. } if small_steps => (SMALL_CLUSTER_SIZE, None),
         Mode::Full { .. } => (CLUSTER_SIZE, None),
-        // For readers of the image: QEMU gets none while it writes.
+        // For readers of the image: while QEMU writes, it has no backing image.
         Mode::Since(base) => {
             let name = base.parent().relative_path();
             (SMALL_CLUSTER_SIZE, Some((name, Format::Qcow2)))

@@ -1,5 +1,5 @@
-//! A store's generation: a mark that changes with every change of a service, so that an outdated catalog
-//! is noticed.
+//! A store's generation: a value that each service changes with every change of the store, so that an outdated
+//! catalog is noticed.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -11,20 +11,20 @@ use super::Error;
 use super::inventory::Shelf;
 use crate::offload::Progress;
 
-/// The service's own directory in a store.
+/// The service's directory in a store.
 const DIRECTORY: &str = ".backupd";
 const FILE: &str = "generation";
 const NEW_FILE: &str = "generation.new";
 const MAX_BYTES: usize = 256;
 
-/// A change of a store's generation. "" is that of a store that no service ever marked.
+/// A change of a store's generation. "" is the generation of a store that no service has written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Raised {
     pub before: String,
     pub now: String,
 }
 
-/// The generation of a store. Blocks.
+/// Returns the generation of a store. Blocks.
 pub fn generation(store: &Path) -> Result<String, Error> {
     match Shelf::of_store(store)?.below(DIRECTORY)? {
         Some(shelf) => read(&shelf),
@@ -32,7 +32,7 @@ pub fn generation(store: &Path) -> Result<String, Error> {
     }
 }
 
-/// Gives a store its next generation, durably. Each step counts as progress. Blocks.
+/// Gives a store its next generation durably. Each step counts as progress. Blocks.
 pub fn raise_generation(store: &Path, progress: &Progress) -> Result<Raised, Error> {
     let store = Shelf::of_store(store)?;
     match rustix::fs::mkdirat(store.descriptor(), DIRECTORY, Mode::RWXU) {
@@ -42,14 +42,14 @@ pub fn raise_generation(store: &Path, progress: &Progress) -> Result<Raised, Err
     }
     let shelf = store.below(DIRECTORY)?;
     let shelf = shelf.ok_or_else(|| failed(&store, "open", DIRECTORY, Errno::NOTDIR))?;
-    // Two services, also of two hosts, must not raise it at once: one would take the other's change for its own.
+    // Two services, even on two hosts, must not raise it at once: one would take the other's change for its own.
     let _locked = lock(&shelf)?;
     let before = read(&shelf)?;
     let number = before
         .split_whitespace()
         .next()
         .and_then(|word| word.parse().ok());
-    // The random part tells apart what two services counted alike, one of them in a copy of the store.
+    // The random part distinguishes equal numbers of two services, for example in a copy of the store.
     let now = format!(
         "{} {}",
         number.unwrap_or(0_u64) + 1,
@@ -87,7 +87,7 @@ fn write(shelf: &Shelf, generation: &str, progress: &Progress) -> Result<(), Err
     sync(shelf)
 }
 
-/// Until what is returned is dropped.
+/// Locks the directory until the returned descriptor is dropped.
 fn lock(shelf: &Shelf) -> Result<OwnedFd, Error> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::openat(shelf.descriptor(), ".", flags, Mode::empty())
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_generation_is_another_one_and_its_number_goes_up() {
+    fn each_generation_is_unique_and_its_number_increases() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).unwrap();
@@ -128,7 +128,7 @@ mod tests {
             first.now.starts_with("1 ") && second.now.starts_with("2 "),
             "{second:?}"
         );
-        // A copy that counts on from here is told apart.
+        // A copy that continues from here gets another generation.
         std::fs::write(path.join(".backupd/generation"), &first.now).unwrap();
         assert_ne!(
             raise_generation(path, &Progress::default()).unwrap().now,

@@ -8,8 +8,8 @@ use rustix::fs::{AtFlags, CWD, FileType, statat};
 use super::identity::{FileId, backing_files};
 use super::mark::DIRECTORY;
 
-/// The store that a directory lies in, found by the store's mark. Only the administrator's and this user's own directories
-/// count as marks: others could keep everybody from a shared directory. Blocks.
+/// Returns the store that contains a directory, found by the store's mark. A mark counts only if root or this
+/// process's user owns it, because other users could otherwise block a shared directory with a mark. Blocks.
 pub fn store_around(directory: &Path) -> Option<PathBuf> {
     let own = rustix::process::geteuid().as_raw();
     let is_store = |path: &&Path| {
@@ -22,13 +22,14 @@ pub fn store_around(directory: &Path) -> Option<PathBuf> {
     directory.ancestors().find(is_store).map(Path::to_owned)
 }
 
-/// The directory that an open file has its name in, or was made in without one. Nothing where this process cannot see it.
+/// Returns the directory of an open file, or the directory in which O_TMPFILE created it. `None` if this process
+/// cannot see it.
 pub fn directory_of(file: &OwnedFd) -> Option<PathBuf> {
     let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
     path.is_absolute().then(|| path.parent().map(Path::to_owned))?
 }
 
-/// The directories of the files that a device is made of, such as the file of a loop device.
+/// Returns the directories of the files behind a device, such as the file of a loop device.
 pub fn directories_behind(device: FileId) -> Vec<PathBuf> {
     let files = backing_files(device).into_iter();
     files
@@ -50,7 +51,7 @@ mod tests {
         for file in [&named, &nameless] {
             let directory = directory_of(file).unwrap();
             assert_eq!(directory, backup);
-            assert_eq!(store_around(&directory), None, "it has no mark");
+            assert_eq!(store_around(&directory), None, "the store has no mark");
         }
         std::fs::create_dir(store.join(DIRECTORY)).unwrap();
         assert_eq!(store_around(&backup), Some(store));

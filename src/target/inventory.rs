@@ -1,4 +1,4 @@
-//! The content of a store, for reading its backups again.
+//! The content of a store, for reading its backups.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -11,8 +11,8 @@ use super::store::{names_in, open_child};
 use super::{Error, FileId};
 use crate::path::{Trust, check_trust, open_directory};
 
-/// A directory of a store: the store's own, which has one for each domain; a domain's, which has one for each backup; or a
-/// backup's. Nothing in it is taken for what it is not: no symbolic link is followed, and no file but a regular one is read.
+/// A directory of a store: the store itself (one directory per domain), a domain's directory (one per backup), or a
+/// backup's. It follows no symbolic link, and reads only regular files.
 #[derive(Debug)]
 pub struct Shelf {
     path: PathBuf,
@@ -20,28 +20,28 @@ pub struct Shelf {
     trust: Trust,
 }
 
-/// How a backup's directory is used.
+/// The mode of a lock on a backup's directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// Read, or built upon: as it is, for as long.
+    /// For reading the backup or building on it: it does not change.
     Shared,
-    /// Changed or removed.
+    /// For changing or removing the backup.
     Exclusive,
 }
 
-/// A backup's directory that stays as it is, or is nobody else's, until this is dropped: `flock(2)` on the directory itself,
-/// which counts between programs too and ends with them.
+/// A lock on a backup's directory until it is dropped: `flock(2)` on the directory itself. It also works between
+/// programs and ends with them.
 #[derive(Debug)]
 #[must_use]
-pub struct Held(#[expect(dead_code, reason = "closing it lets go")] OwnedFd);
+pub struct Held(#[expect(dead_code, reason = "closing it unlocks")] OwnedFd);
 
 impl Shelf {
-    /// The store at `path`.
+    /// Opens the store at `path`.
     pub fn of_store(path: &Path) -> Result<Self, Error> {
         Self::open(path, Trust::Administrator)
     }
 
-    /// A store, whatever its place and owner, that this process can read.
+    /// Opens a store that this process can read, with any path and owner.
     pub fn of_users_store(path: &Path) -> Result<Self, Error> {
         Self::open(path, Trust::Named)
     }
@@ -54,7 +54,7 @@ impl Shelf {
         })
     }
 
-    /// Keeps a backup's directory as it is, or for oneself. Says at once if others have it ([`Error::InUse`]).
+    /// Locks a backup's directory. Does not wait: fails with [`Error::InUse`] if another holder conflicts.
     pub fn hold(&self, sharing: Sharing) -> Result<Held, Error> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::openat(&self.directory, ".", flags, Mode::empty())
@@ -72,7 +72,7 @@ impl Shelf {
         }
     }
 
-    /// Opens a file of it to read, if it is a regular one.
+    /// Opens a regular file in it for reading.
     pub fn open_file(&self, name: &str) -> Result<OwnedFd, Error> {
         open_file(&self.directory, &self.path, name)
     }
@@ -94,7 +94,7 @@ impl Shelf {
         Ok(FileId::of(&stat))
     }
 
-    /// The names of what it holds, sorted, but for those that could not be ours.
+    /// Returns the names of its entries, sorted. Names that the service would not create are left out.
     pub fn names(&self) -> Result<Vec<String>, Error> {
         let mut names = names_in(&self.directory).map_err(|errno| self.failed("read", errno))?;
         names.retain(|name| !name.contains('\u{fffd}'));
@@ -102,7 +102,7 @@ impl Shelf {
         Ok(names)
     }
 
-    /// What is below it under that name; nothing if that is no directory.
+    /// Opens the directory of that name in it. Returns `None` if there is no such directory.
     pub fn below(&self, name: &str) -> Result<Option<Self>, Error> {
         let path = self.path.join(name);
         let failed = |action, errno| Error::io(action, &path.display().to_string(), errno);
@@ -125,12 +125,12 @@ impl Shelf {
         }))
     }
 
-    /// The content of a file, of which no more than one byte after `at_most` is read; and when it was written.
+    /// Returns the content of a file, at most `at_most` + 1 bytes, and the file's modification time.
     pub fn read(&self, name: &str, at_most: usize) -> Result<(Vec<u8>, Timestamp), Error> {
         read_file(&self.directory, &self.path, name, at_most)
     }
 
-    /// The length of a file, in bytes.
+    /// Returns the length of a file in bytes.
     pub fn file_size(&self, name: &str) -> Result<u64, Error> {
         Ok(look_at(&self.directory, &self.path, name)?
             .st_size
@@ -178,7 +178,7 @@ fn open_file(directory: &OwnedFd, path: &Path, name: &str) -> Result<OwnedFd, Er
     }
 }
 
-/// What is there, if it is a regular file: to open a device can do something.
+/// Returns the status of a regular file. Other types fail, because opening a device can have effects.
 fn look_at(directory: &OwnedFd, path: &Path, name: &str) -> Result<Stat, Error> {
     let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
         .map_err(|errno| child_failed(path, "open", name, errno))?;
@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_reads_a_backup_keeps_it_from_who_would_change_it() {
+    fn a_reader_locks_a_backup_against_changes() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("backup")).unwrap();
         let store = Shelf::of_users_store(directory.path()).unwrap();

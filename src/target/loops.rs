@@ -1,4 +1,4 @@
-//! A look at the file of a loop device that can be anybody's, which waits for nobody's storage.
+//! Looks up the file of a loop device without waiting for its storage.
 //!
 //! Any user can have a loop device on a file system of their own (FUSE), whose server need not answer.
 
@@ -11,22 +11,22 @@ use rustix::io::Errno;
 
 use super::identity::FileId;
 
-/// The kernel gives up a look without waiting also when something else is renamed at that moment.
+/// The kernel also fails a lookup without waiting if a rename happens at that moment.
 const TRIES: usize = 8;
-/// Mounts that are looked through. There are some tens.
+/// The most mounts to read. A host has some tens.
 const MOST_MOUNTS: usize = 1 << 16;
 /// File systems whose files have another device number than their mount.
 const OWN_NUMBERS: [&str; 2] = ["btrfs", "overlay"];
 
-/// The file at `path`, the file of a loop device. `is_wanted` is called with a device number if only the storage could tell,
-/// and answers whether what is looked for is on that device: then it is waited for.
+/// Returns the file at `path`, which a loop device uses. If only the storage has the answer, the function calls
+/// `is_wanted` with the device number, and waits for the storage only if that returns true.
 ///
-/// The kernel keeps the directories of a file that is open, and so of each loop device's, in its cache: without an
-/// answer of a server, a look finds the file unless its file system wants to be asked each time.
+/// The kernel caches the directories of an open file, so of each loop device's file. So a lookup finds the file
+/// without an answer of the server, unless the file system wants to be asked each time.
 pub fn look(path: &Path, is_wanted: impl Fn(u64) -> bool) -> Option<FileId> {
     match cached(path) {
         Ok(id) => Some(id),
-        // It waits, or the kernel is older than Linux 5.12.
+        // The lookup would wait, or the kernel is older than Linux 5.12.
         Err(Errno::AGAIN | Errno::NOSYS | Errno::INVAL | Errno::PERM) => {
             let may_be = mount_of(path)
                 .is_none_or(|(device, kind)| is_wanted(device) || OWN_NUMBERS.contains(&kind.as_str()));
@@ -53,7 +53,7 @@ fn cached(path: &Path) -> Result<FileId, Errno> {
     Ok(FileId::of_statx(&stat))
 }
 
-/// The device number and the type of the file system that `path` is on, by its name alone (proc_pid_mountinfo(5)).
+/// Returns the device number and the type of the file system of `path`, by its name alone (proc_pid_mountinfo(5)).
 fn mount_of(path: &Path) -> Option<(u64, String)> {
     let mounts = BufReader::new(File::open("/proc/self/mountinfo").ok()?);
     let mut found: Option<(usize, u64, String)> = None;
@@ -62,7 +62,7 @@ fn mount_of(path: &Path) -> Option<(u64, String)> {
         let Some((point, device, kind)) = mount(&line) else {
             continue;
         };
-        // A later one hides an earlier one.
+        // A later mount hides an earlier one.
         if path.starts_with(&point) && found.as_ref().is_none_or(|(length, ..)| point.len() >= *length) {
             found = Some((point.len(), device, kind.to_owned()));
         }
@@ -70,7 +70,8 @@ fn mount_of(path: &Path) -> Option<(u64, String)> {
     found.map(|(_, device, kind)| (device, kind))
 }
 
-/// `36 35 98:0 / /mnt\040point rw,noatime master:1 - ext4 /dev/root rw`: mount point, device number and type.
+/// Parses a line such as `36 35 98:0 / /mnt\040point rw,noatime master:1 - ext4 /dev/root rw` to mount point, device
+/// number and type.
 fn mount(line: &str) -> Option<(String, u64, &str)> {
     let (mount, system) = line.split_once(" - ")?;
     let mut words = mount.split(' ').skip(2);
@@ -90,7 +91,7 @@ mod tests {
     #[test]
     fn a_file_in_the_cache_is_found_without_asking() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let found = look(file.path(), |_| panic!("nobody need be waited for"));
+        let found = look(file.path(), |_| panic!("the lookup need not wait"));
         assert_eq!(found, FileId::at(file.path()));
         assert_eq!(look(Path::new("/nonexistent"), |_| true), None);
     }

@@ -1,5 +1,5 @@
-//! A store's mark: a file that distinguishes the store from anything else at its path, such as the empty directory that a
-//! file system is mounted on.
+//! A store's mark: a file that distinguishes the store from another directory at its path, such as an empty mount
+//! point.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -10,17 +10,17 @@ use rustix::io::Errno;
 use super::inventory::Shelf;
 use super::{Error, naming};
 
-/// The service's own directory in a store.
+/// The service's directory in a store.
 pub const DIRECTORY: &str = ".backupd";
 const FILE: &str = "store";
 const MAX_BYTES: usize = 256;
 
-/// Whether the store at `path` has that mark. Blocks.
+/// Checks that the store at `path` has that mark. Blocks.
 pub fn check_mark(path: &Path, known: &str) -> Result<(), Error> {
     check_mark_of(&Shelf::of_store(path)?, known)
 }
 
-/// Whether an open store has that mark. Blocks.
+/// Checks that an open store has that mark. Blocks.
 pub fn check_mark_of(store: &Shelf, known: &str) -> Result<(), Error> {
     let found = match store.below(DIRECTORY)? {
         Some(own) => read(&own)?,
@@ -35,9 +35,10 @@ pub fn check_mark_of(store: &Shelf, known: &str) -> Result<(), Error> {
     })
 }
 
-/// The mark of the store at `path`, which gets one if it has none, durably. `known` are the backups on record there, as
-/// (domain's directory, id): if there are some and none of them is there, it may not be the store, unless it has a directory
-/// `.backupd`, which somebody made on purpose. Blocks.
+/// Returns the mark of the store at `path`, and creates one durably if there is none. Blocks.
+///
+/// `known` are the recorded backups as (domain's directory, id). If none of them exists, the path may not be the
+/// store. The function then fails unless there is a directory `.backupd`, which the administrator creates on purpose.
 pub fn make_mark(path: &Path, known: &[(String, String)]) -> Result<String, Error> {
     let store = Shelf::of_store(path)?;
     let own = match store.below(DIRECTORY)? {
@@ -62,7 +63,7 @@ pub fn make_mark(path: &Path, known: &[(String, String)]) -> Result<String, Erro
         return Ok(mark);
     }
     write(&own, &uuid::Uuid::new_v4().to_string())?;
-    // Another service may have been faster.
+    // Another service may have created the mark first.
     read(&own)?.ok_or_else(|| failed(&own, "read", FILE, Errno::NOENT))
 }
 
@@ -90,7 +91,7 @@ fn read(own: &Shelf) -> Result<Option<String>, Error> {
     }
 }
 
-/// Never over another one's.
+/// Writes the mark without replacing another one.
 fn write(own: &Shelf, mark: &str) -> Result<(), Error> {
     let new = format!("{FILE}.{}", uuid::Uuid::new_v4().simple());
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -99,7 +100,7 @@ fn write(own: &Shelf, mark: &str) -> Result<(), Error> {
     let written = write_all(file, mark).map_err(|errno| failed(own, "write", FILE, errno));
     let named = written
         .and_then(|()| give_name(own.descriptor(), &new).map_err(|errno| failed(own, "write", FILE, errno)));
-    // Gone, if it has its name.
+    // The file no longer has this name if it was renamed.
     let _ = rustix::fs::unlinkat(own.descriptor(), &new, AtFlags::empty());
     named?;
     sync(own)
@@ -115,8 +116,8 @@ fn write_all(file: OwnedFd, mark: &str) -> Result<(), Errno> {
 fn give_name(directory: &OwnedFd, new: &str) -> Result<(), Errno> {
     match naming::rename_new(directory, new.as_ref(), FILE.as_ref()) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
-        // Nothing here prevents replacing: if two services mark such a shared store at the same moment, the one whose mark
-        // was replaced notices at its next check.
+        // Without hard links a rename can replace another mark. If two services mark such a shared store at the same
+        // moment, the service whose mark was replaced notices at its next check.
         Err(errno) if naming::is_without_links(errno) => {
             rustix::fs::renameat(directory, new, directory, FILE)
         }
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_is_made_once_and_tells_stores_apart() {
+    fn a_mark_is_created_once_and_distinguishes_stores() {
         let (one, other) = (store(), store());
         let mark = make_mark(one.path(), &[]).unwrap();
         assert_eq!(make_mark(one.path(), &[]).unwrap(), mark);
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_without_the_backups_on_record_is_marked_only_if_somebody_prepared_it() {
+    fn a_directory_without_the_recorded_backups_is_marked_only_if_it_is_prepared() {
         let store = store();
         let known = [("web".to_owned(), "20260101T000000Z-00000000".to_owned())];
         let refused = make_mark(store.path(), &known);

@@ -1,8 +1,8 @@
-//! Targets for the data: prepared before a backup starts, published when it is complete, discarded otherwise.
+//! The targets of a job: prepared before it starts, published when it is complete, otherwise discarded.
 //!
-//! One module a kind. Knows files, directories and devices; not QEMU, jobs or callers. All of it blocks: call it
-//! off the runtime. A [`Targets`] discards what it has not published when it is dropped, unless it is left to a later
-//! process of the service.
+//! One module per kind of target. Knows files, directories and devices; not QEMU, jobs or callers. All functions
+//! block: call them off the runtime. Dropping a [`Targets`] discards what is not published, unless the caller leaves
+//! it to a later process of the service.
 
 mod block;
 mod budget;
@@ -70,75 +70,75 @@ use crate::fault;
 use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
 
-/// What a failed backup leaves of a block device's beginning: nothing that has a header.
+/// How many bytes at the beginning of a block device a failed backup wipes, in bytes. No header remains.
 pub const WIPED_HEAD: u64 = 1 << 20;
 
-/// Which backup of a store; both become names of directories.
+/// Identifies a backup in a store. Both parts are names of directories.
 #[derive(Debug, Clone, Copy)]
 pub struct BackupName<'a> {
     /// The domain's directory in the store.
     pub domain: &'a str,
-    /// Unique in the store, and fit for a file's name.
+    /// Unique in the store, and a valid file name.
     pub id: &'a str,
 }
 
-/// What is around a backup's targets on this host.
+/// The state of the host that the checks of targets need.
 #[derive(Debug, Default)]
 pub struct Around {
-    /// What the domains have open.
+    /// The files that the domains have open.
     pub sources: Sources,
     /// The domain's QEMU.
     pub process: Option<u32>,
-    /// Root asks, who may know who is in the way.
+    /// The caller is root and may learn which process or domain uses a target.
     pub for_root: bool,
-    /// The mark of the store, where the targets are in one.
+    /// The mark of the store, if the targets are in a store.
     pub mark: Option<String>,
     /// The devices that the caller was authorised for.
     pub devices: Devices,
-    /// What was at the paths when the backup was queued.
+    /// The files at the paths when the backup was queued.
     pub pinned: Vec<Pinned>,
 }
 
-/// What lies behind a target's descriptor.
+/// The type of a target's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Media {
     Regular,
     Block,
 }
 
-/// What becomes of the data in the end.
+/// How a target is published.
 #[derive(Debug)]
 enum Publication {
-    /// A file in the directory of a store's backup, which is renamed as a whole.
+    /// A file in the staging directory of a store, which is renamed as a whole.
     InStore { file_name: String },
-    /// A file under a partial name that gets its own.
+    /// A file under a staging name, which is renamed.
     Rename(file::Partial),
-    /// The caller's or an existing one: it is where it is.
+    /// A descriptor of the caller or an existing file, which stays in place.
     InPlace,
 }
 
-/// One disk's place, open and checked.
+/// The target of one disk, open and checked.
 #[derive(Debug)]
 pub struct Target {
     pub disk: String,
-    /// Where the data will be, for people.
+    /// The final path of the data, for messages.
     pub label: String,
     pub media: Media,
-    /// Closing it waits for its storage, so the last one who has it is somebody who may wait.
+    /// Closing it waits for its storage, so the last owner must be a thread that may block.
     file: Arc<OwnedFd>,
     id: FileId,
-    /// A block device, where the kernel identifies it.
+    /// The identity of a block device, if the kernel has one.
     device: Option<DeviceId>,
     publication: Publication,
-    /// Content that was there before may have been changed.
+    /// Existing content may have been changed.
     written: AtomicBool,
-    /// What reads as zeroes is to take no space.
+    /// Zeroes become holes.
     sparse: bool,
-    /// Keeps other QEMUs from what was there before.
+    /// Keeps other QEMUs from opening an existing target.
     lock: Option<ImageLock>,
 }
 
-/// Where a disk's data of a backup will be, for people.
+/// Returns the final path of a disk's data, for messages.
 pub fn label(plan: &Plan, disk: &DiskPlan, id: &str) -> String {
     match (&disk.place, &plan.destination) {
         (Place::InStore { file_name }, Destination::Store { path, directory, .. }) => {
@@ -152,18 +152,18 @@ pub fn label(plan: &Plan, disk: &DiskPlan, id: &str) -> String {
 }
 
 impl Target {
-    /// A descriptor of the same open file, for QEMU.
+    /// Duplicates the descriptor for QEMU.
     pub fn descriptor(&self) -> io::Result<OwnedFd> {
         Ok(rustix::io::fcntl_dupfd_cloexec(&self.file, 3)?)
     }
 }
 
-/// Durable files that nobody reads again soon. Closing them waits for their storage.
+/// Durable files that the service does not read again soon. Closing them waits for their storage.
 #[derive(Debug, Default)]
 pub struct Cached(Vec<Arc<OwnedFd>>);
 
 impl Cached {
-    /// Gives the memory to others. Blocks.
+    /// Drops their pages from the page cache. Blocks.
     pub fn release(self) {
         for file in self.0 {
             let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
@@ -171,20 +171,20 @@ impl Cached {
     }
 }
 
-/// All places of one backup.
+/// All targets of one job.
 #[derive(Debug)]
 pub struct Targets {
     targets: Vec<Target>,
     store: Option<store::Partial>,
-    /// The backing images.
+    /// The locks on the backing images.
     parents: Parents,
     writeback: Writeback,
-    /// Published, discarded, or left to a later process: nothing is to be done when it is dropped.
+    /// The targets are published, discarded, or left to a later process, so drop does nothing.
     settled: bool,
 }
 
 impl Targets {
-    /// Opens or creates every place of `plan` and checks it. No byte that was there before is changed.
+    /// Opens or creates every target of `plan` and checks it. Does not change existing content.
     ///
     /// `id` is the backup's; `files` are the descriptors of the call.
     pub fn prepare(plan: &Plan, id: &str, files: &[OwnedFd], around: &Around) -> Result<Self, Error> {
@@ -216,8 +216,8 @@ impl Targets {
         for (target, disk) in targets.targets.iter().zip(&plan.disks) {
             check::source(target, around)?;
             check::outside_stores(target)?;
-            check::twice(target, &targets.targets)?;
-            check::names(target, &disk.place, &plan.task)?;
+            check::distinct(target, &targets.targets)?;
+            check::single_link(target, &disk.place, &plan.task)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         space::check(&targets.targets, plan, around.process)?;
@@ -226,8 +226,8 @@ impl Targets {
         Ok(targets)
     }
 
-    /// Empties what was there before: the point of no return for existing files. Raw images get their size, others an empty
-    /// image. Each counts as progress.
+    /// Truncates existing content: the point of no return for existing files. A raw image gets its size; for other
+    /// formats an empty image is created. Each target counts as progress.
     pub fn format(&mut self, plan: &Plan, progress: &Progress) -> Result<(), Error> {
         let small_steps = plan.copies_in_small_steps();
         for (target, disk) in self.targets.iter_mut().zip(&plan.disks) {
@@ -244,41 +244,42 @@ impl Targets {
         self.targets.iter()
     }
 
-    /// The backup that these are, if it had its final name and its manifest when they were found: it is complete.
+    /// Returns the backup if it had its final name and its manifest when it was found. It is then complete.
     pub fn published(&self) -> Option<&Published> {
         self.store.as_ref().and_then(store::Partial::published)
     }
 
-    /// QEMU has locks of its own on all of them, and keeps these as long as it writes.
+    /// Releases the locks of the service. The caller makes sure that QEMU has opened all targets: QEMU holds its own
+    /// locks as long as it writes.
     pub fn unlock(&self) {
         let locks = self.targets.iter().filter_map(|target| target.lock.as_ref());
         locks.for_each(ImageLock::release);
     }
 
-    /// Whether the places are in a store, where a manifest belongs beside the images.
+    /// Whether the targets are in a store, where a manifest is stored beside the images.
     pub fn in_store(&self) -> bool {
         self.store.is_some()
     }
 
-    /// Which files the targets are, in the plan's order.
+    /// Returns the identities of the targets, in the plan's order.
     pub fn files(&self) -> Vec<TargetId> {
         self.targets.iter().map(TargetId::of).collect()
     }
 
-    /// Sends to the device what is written, while more is being copied. Images in a store stay in memory, because they are read
-    /// once more for their digests.
+    /// The early write-back while QEMU copies. Images in a store stay in the page cache, because the service reads
+    /// them again for their digests.
     pub fn writeback(&self) -> &Writeback {
         &self.writeback
     }
 
-    /// Lets no write-back begin any more, and waits for those that run. Fails if one has failed: no later process would have that
-    /// reported. Blocks.
+    /// Stops new write-backs and waits for running ones. Fails if one has failed, because no later process would see
+    /// that error. Blocks.
     pub fn close_writeback(&self) -> Result<(), Error> {
         (0..self.targets.len()).try_for_each(|index| self.writeback.close_target(index))
     }
 
-    /// Makes the data durable; returns the digests, in the plan's order, or nothing if it is cancelled. Nothing has its final name
-    /// yet. QEMU has let go of the targets, so no byte changes between its digest and its fsync.
+    /// Makes the data durable, before it is published. Returns the digests in the plan's order, or `None` if it is
+    /// cancelled. QEMU has closed the targets, so no byte changes between the digest and the fsync.
     pub fn seal(
         &self,
         progress: &Progress,
@@ -295,7 +296,7 @@ impl Targets {
         self.go_through(how, end, progress, cancel)
     }
 
-    /// Whether the images are what `digests` say, in the plan's order; nothing if it is cancelled.
+    /// Whether the images match `digests`, in the plan's order. `None` if it is cancelled.
     pub fn prove(
         &self,
         digests: &[FileDigest],
@@ -310,7 +311,7 @@ impl Targets {
         Ok(found.map(|found| found == digests))
     }
 
-    /// The targets have the lengths with which the copying begins.
+    /// Starts early write-back. The targets have their lengths from before the copying.
     fn set_writeback(&mut self) {
         let again = |target: &Target| self.store.as_ref()?.open_again(target);
         self.writeback = Writeback::new(&self.targets, again);
@@ -330,7 +331,7 @@ impl Targets {
         let runs = self.targets.iter().enumerate().map(|(index, target)| {
             let run = Run::new(&target.file, how).map_err(|errno| failed(index, errno))?;
             Ok::<_, Error>(match how {
-                // A qcow2 image has clusters that are mostly empty, and tables.
+                // Many clusters and tables of a qcow2 image are mostly zeroes.
                 How::DigestAndWriteBack => run.digging().clean_to(self.writeback.clean_to(index)),
                 How::Digest | How::WriteBack => run,
             })
@@ -339,9 +340,8 @@ impl Targets {
         digest::go_through(&runs, end, failed, progress, cancel)
     }
 
-    /// Gives everything its final name, durably. `records` are names and contents of the files that go beside a
-    /// store's images. What fails half-way is taken back with the rest when it is discarded. Each file
-    /// counts as progress.
+    /// Publishes all targets durably. `records` are the names and contents of the files beside a store's images.
+    /// After a failure, discarding also removes what was published. Each file counts as progress.
     pub fn publish(&mut self, records: &[(&str, &[u8])], progress: &Progress) -> Result<(), Error> {
         self.parents.check()?;
         if let Some(store) = &mut self.store {
@@ -357,20 +357,20 @@ impl Targets {
         Ok(())
     }
 
-    /// Removes what was made and makes unreadable what was written into; but not what was found [`Targets::published`], which
-    /// others may depend on. Dropping does the same. Says whether nothing is left.
-    /// Each file counts as progress.
+    /// Removes new files, and makes written existing targets unreadable. Keeps a backup that was found complete
+    /// ([`Targets::published`]), because others may depend on it. Drop does the same. Returns true if nothing
+    /// remains. Each file counts as progress.
     pub fn discard(mut self, progress: &Progress) -> bool {
         self.clear(progress)
     }
 
-    /// Its pages in memory, which are of no use to the backup any more.
+    /// Returns the files whose pages in the page cache the job does not need any more.
     pub fn cached(&self) -> Cached {
         Cached(self.targets.iter().map(|target| target.file.clone()).collect())
     }
 
-    /// Leaves everything as it is: it is published, or a later process of the service resumes it. The backing images
-    /// are not removed until the returned value is dropped.
+    /// Leaves all targets unchanged, because they are published, or a later process of the service resumes the job.
+    /// The returned value keeps the backing images locked.
     pub fn leave(mut self) -> Parents {
         self.settled = true;
         std::mem::take(&mut self.parents)
@@ -403,21 +403,21 @@ impl Targets {
         if let Some(published) = self.published() {
             tracing::warn!(
                 backup = published.manifest.id,
-                "a complete backup of an earlier time is left as it is: the catalog may be an old copy"
+                "keeping a complete backup of an unfinished job: the catalog may be an old copy"
             );
             self.store = None;
         }
         let mut clear = true;
-        // What has a backup's name is a whole backup, at any moment: the name goes first.
+        // A directory with a backup's name must always be a complete backup, so remove the name first.
         if let Some(store) = &mut self.store
             && let Err(error) = store.retract()
         {
-            tracing::error!(%error, "a backup that failed could not be taken back: do not use it");
+            tracing::error!(%error, "cannot unpublish a failed backup: do not use it");
             clear = false;
         }
         for target in &self.targets {
             if let Err(error) = target.discard(self.store.as_ref()) {
-                tracing::error!(target = target.label, %error, "a partial image could not be removed");
+                tracing::error!(target = target.label, %error, "cannot remove a partial image");
                 clear = false;
             }
             progress.add(1);
@@ -425,7 +425,7 @@ impl Targets {
         if let Some(store) = &self.store
             && let Err(error) = store.discard()
         {
-            tracing::error!(%error, "a partial backup's directory could not be removed");
+            tracing::error!(%error, "cannot remove the directory of a partial backup");
             clear = false;
         }
         clear
@@ -466,27 +466,27 @@ impl Target {
         })
     }
 
-    /// Whether it may hold something that somebody would lose if it was emptied, before the backup begins.
+    /// Whether the target existed before the backup, so that truncating it may lose data.
     pub fn has_content(&self) -> bool {
         matches!(self.publication, Publication::InPlace)
     }
 
-    /// From here on QEMU may write into it. Returns whether it was marked before.
+    /// Records that QEMU may write into the target from now on. Returns whether that was recorded before.
     pub fn mark_written(&self) -> bool {
         self.written.swap(true, Ordering::Relaxed)
     }
 
-    /// Whether earlier content may have been changed. It is set before each write.
+    /// Whether existing content may have been changed. Set before each write.
     pub fn written(&self) -> &AtomicBool {
         &self.written
     }
 
-    /// All of it was gone through.
+    /// Called after the whole file was processed.
     fn make_durable(&self, how: How) -> Result<(), Error> {
         self.fsync()?;
         if self.sparse && how == How::WriteBack {
-            // After the data is durable, or what is still on its way could be taken for a hole.
-            sparse::dig(&self.file)
+            // Only after the data is durable: before, data that is not written back could look like a hole.
+            sparse::punch_holes(&self.file)
                 .map_err(|errno| Error::io("make sparse", &self.label, errno).of(&self.disk))?;
             self.fsync()?;
         }
@@ -497,8 +497,8 @@ impl Target {
         rustix::fs::fsync(&self.file).map_err(|errno| Error::io("fsync", &self.label, errno).of(&self.disk))
     }
 
-    /// Removes the name, then the content: a descriptor that QEMU still holds would keep the space of a file that is
-    /// only unlinked, and a block device has no name to be removed.
+    /// Removes the name, then truncates the file. A descriptor that QEMU still has would keep the space of a file
+    /// that is only unlinked, and a block device has no name to remove.
     fn discard(&self, store: Option<&store::Partial>) -> io::Result<()> {
         let removed = match &self.publication {
             Publication::InStore { file_name } => store.map_or(Ok(()), |store| store.remove_file(file_name)),

@@ -1,7 +1,8 @@
 //! Renames and links, on file systems that lack some of them.
 //!
-//! NFS, sshfs and most FUSE file systems have no renaming that refuses to replace, or that exchanges; some have no hard links;
-//! and some rename a file that is removed while a program has it open, instead of removing it.
+//! - NFS, sshfs and most FUSE file systems have no rename that refuses to replace, and none that exchanges.
+//! - Some file systems have no hard links.
+//! - Some rename a file that is unlinked while a program has it open, instead of removing it.
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -11,23 +12,23 @@ use rustix::io::Errno;
 
 use super::store::names_in;
 
-/// Whether a file system said that it cannot rename like that.
+/// Whether the error means that the file system does not support the rename flags.
 pub fn is_without_flags(errno: Errno) -> bool {
     matches!(errno, Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP)
 }
 
-/// Whether a file system said that it has no hard links.
+/// Whether the error means that the file system has no hard links.
 pub fn is_without_links(errno: Errno) -> bool {
     is_without_flags(errno) || matches!(errno, Errno::PERM | Errno::MLINK)
 }
 
-/// Renames a file within a directory; never over something.
+/// Renames a file within a directory. Never replaces a file.
 pub fn rename_new(directory: &OwnedFd, old: &OsStr, new: &OsStr) -> Result<(), Errno> {
     match rustix::fs::renameat_with(directory, old, directory, new, RenameFlags::NOREPLACE) {
-        // File systems without that flag can still link without replacing.
+        // File systems without that flag can link without replacing.
         Err(errno) if is_without_flags(errno) => {
             rustix::fs::linkat(directory, old, directory, new, AtFlags::empty())?;
-            // Under both names it is published all the same.
+            // The file is published even if its old name stays.
             let _ = rustix::fs::unlinkat(directory, old, AtFlags::empty());
             Ok(())
         }
@@ -35,22 +36,22 @@ pub fn rename_new(directory: &OwnedFd, old: &OsStr, new: &OsStr) -> Result<(), E
     }
 }
 
-/// Renames a directory within another one; never over something but an empty directory.
+/// Renames a directory within its parent. Never replaces an entry except an empty directory.
 pub fn rename_directory(parent: &OwnedFd, old: &str, new: &str) -> Result<(), Errno> {
     match rustix::fs::renameat_with(parent, old, parent, new, RenameFlags::NOREPLACE) {
-        // A file system without that flag still does not replace a directory that has something in it.
+        // Even without that flag, rename(2) does not replace a directory that is not empty.
         Err(errno) if is_without_flags(errno) => rustix::fs::renameat(parent, old, parent, new),
         result => result,
     }
 }
 
-/// The second name that an entry has for a moment, while it is tried if it can have another one.
+/// The second name that an entry has for a moment during the trial of renaming.
 pub fn trial_name(entry: &str) -> String {
     format!("{entry}.try")
 }
 
-/// Whether an entry that is there can get another name, in the way in which it will get its own, and whether that can be made
-/// durable. The entry has the name that it had.
+/// Tries whether an entry can be renamed in the way in which it is published later, and whether that can be made
+/// durable. Afterwards the entry has its old name.
 pub fn try_naming(
     directory: &OwnedFd,
     entry: &str,
@@ -62,13 +63,13 @@ pub fn try_naming(
     rustix::fs::fsync(directory)
 }
 
-/// What `statfs(2)` calls overlayfs.
+/// The type of overlayfs in `statfs(2)`.
 const OVERLAYFS: i64 = 0x794c_7630;
 
-/// Whether a directory with something in it can be renamed, as far as that shows without renaming it: `EXDEV` if not.
+/// Checks whether a non-empty directory can be renamed, without renaming it. Fails with `EXDEV` if not.
 ///
-/// Without `redirect_dir`, overlayfs renames no directory of a lower layer. It looks for that before it looks at the new name, so
-/// it refuses in another way to replace a directory that is not empty where it could rename.
+/// Without `redirect_dir`, overlayfs cannot rename a directory of a lower layer. It checks that before it checks the
+/// new name. So if a rename is possible, the refusal to replace a non-empty directory has another error.
 pub fn check_movable(parent: &OwnedFd, entry: &str) -> Result<(), Errno> {
     if rustix::fs::fstatfs(parent)?.f_type != OVERLAYFS {
         return Ok(());
@@ -76,7 +77,7 @@ pub fn check_movable(parent: &OwnedFd, entry: &str) -> Result<(), Errno> {
     let full = trial_name(&format!(".{entry}"));
     let inside = format!("{full}/entry");
     let make = |name: &str| match rustix::fs::mkdirat(parent, name, Mode::RWXU) {
-        // Of a process that ended while it tried.
+        // A process that ended during the trial may have left it.
         Err(Errno::EXIST) => Ok(()),
         made => made,
     };
@@ -85,28 +86,28 @@ pub fn check_movable(parent: &OwnedFd, entry: &str) -> Result<(), Errno> {
     let tried = match rustix::fs::renameat(parent, entry, parent, &full) {
         Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
         Err(errno) => Err(errno),
-        // No kernel replaces a directory that has something in it. If one does, the entry has its name again at least.
+        // No kernel replaces a non-empty directory. If one does, restore the entry's name.
         Ok(()) => rustix::fs::renameat(parent, &full, parent, entry),
     };
     for name in [&inside, &full] {
-        // If one stays, the next trial has use for it.
+        // If one remains, the next trial uses it.
         let _ = rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR);
     }
     tried
 }
 
-/// Whether an entry is what the file system made of a file that was removed while a program had it open. It goes when that
-/// program closes it; to remove it again would only rename it again.
+/// Whether the entry is a removed file that a program has open, under the name that the file system gave it. It
+/// disappears when that program closes it; removing it would only rename it again.
 fn is_held_open(name: &str) -> bool {
     name.starts_with(".nfs") || name.starts_with(".fuse_hidden")
 }
 
-/// Whether a directory has nothing in it but what goes by itself.
+/// Whether a directory has only entries that disappear by themselves.
 pub fn is_as_good_as_empty(directory: &OwnedFd) -> bool {
     names_in(directory).is_ok_and(|names| names.iter().all(|name| is_held_open(name)))
 }
 
-/// Takes such entries out of a list.
+/// Removes such entries from a list.
 pub fn without_held_open(names: &mut Vec<String>) {
     names.retain(|name| !is_held_open(name));
 }
@@ -116,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_that_was_tried_has_its_name_and_no_other() {
+    fn an_entry_has_only_its_own_name_after_the_trial() {
         let place = tempfile::tempdir().unwrap();
         std::fs::write(place.path().join("entry"), "").unwrap();
         let directory = OwnedFd::from(std::fs::File::open(place.path()).unwrap());

@@ -1,4 +1,4 @@
-//! The backing images of a running backup: kept unchanged until the backup is published.
+//! Locks the bases of a running backup until the backup is published.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,8 @@ use super::Error;
 use super::inventory::{Held, Sharing, Shelf};
 use crate::plan::{Base, Destination, Mode, Plan};
 
-/// Those of one backup. A removal looks for dependents in the catalog, so they are held until the new backup is in it.
+/// The locked bases of one backup. A removal looks for dependents in the catalog, so the locks last until the catalog
+/// has the new backup.
 #[derive(Debug, Default)]
 #[must_use]
 pub struct Parents(Vec<Parent>);
@@ -20,12 +21,12 @@ struct Parent {
     domain: String,
     base: Base,
     length: u64,
-    /// While held, it is not removed or replaced.
+    /// While this lock is held, the base is not removed or replaced.
     _held: Held,
 }
 
 impl Parents {
-    /// Holds all of them. Their own bases need no hold: a backup with dependents is not removed.
+    /// Locks all direct bases. Their own bases need no lock, because a backup with dependents is not removed.
     pub fn hold(plan: &Plan) -> Result<Self, Error> {
         let Destination::Store { path, directory, .. } = &plan.destination else {
             return Ok(Self::default());
@@ -48,7 +49,7 @@ impl Parents {
         held.collect::<Result<_, _>>().map(Self)
     }
 
-    /// Whether they are what they were: who does not ask removes what is held, too.
+    /// Checks that the bases are unchanged, because a program that ignores the locks can remove them.
     pub fn check(&self) -> Result<(), Error> {
         self.0.iter().try_for_each(|parent| {
             let Parent { disk, base, .. } = parent;
@@ -59,12 +60,12 @@ impl Parents {
                 Ok(_) => Err(Error::Parent {
                     disk: disk.to_owned(),
                     backup: base.backup.clone(),
-                    why: "is not what it was any more",
+                    why: "was changed or replaced",
                 }),
                 Err(Error::Io {
                     errno: Errno::NOENT, ..
                 }) => Err(gone(disk, base)),
-                // Storage that does not answer says nothing about what is on it.
+                // If the storage does not answer, the state of the base is unknown.
                 Err(error) => Err(error),
             }
         })

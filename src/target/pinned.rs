@@ -1,4 +1,4 @@
-//! The identity of the places that a caller named by path, from when the backup is queued until they are open.
+//! The identities of the files at the paths that a caller named, from the queueing of the backup until they are open.
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -12,23 +12,24 @@ use super::{Error, Publication, Target};
 use crate::path::{Trust, open_directory};
 use crate::plan::{Place, Plan};
 
-/// A path, and what was there when the backup was queued.
+/// A path, and the file at it when the backup was queued.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Pinned {
     path: PathBuf,
     is_device: bool,
     directory: Inode,
-    /// Nothing where there was no file.
+    /// `None` if there was no file.
     file: Option<Inode>,
 }
 
-/// A file or directory, and when it was made. ext4 and XFS give the number of a removed one to the next.
+/// A file or directory, and its creation time, because ext4 and XFS reuse inode numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Inode {
     id: FileId,
-    /// Seconds and nanoseconds, where the file system knows them. Not of a device: its node can be made again.
+    /// Seconds and nanoseconds, if the file system has them. `None` for a device, because its node can be created
+    /// again.
     born: Option<(i64, u32)>,
 }
 
@@ -49,7 +50,7 @@ impl Inode {
     }
 }
 
-/// Looks what is at the paths of a plan; none in a store, and none of descriptors. Blocks.
+/// Records the files at the paths of a plan, except paths in a store and descriptors. Blocks.
 pub fn pin(plan: &Plan) -> Result<Vec<Pinned>, Error> {
     let paths = plan.disks.iter().filter_map(|disk| match &disk.place {
         Place::File(path) => Some((path, false)),
@@ -61,7 +62,7 @@ pub fn pin(plan: &Plan) -> Result<Vec<Pinned>, Error> {
         .collect()
 }
 
-/// Fails unless the same is there as then. A file that has come since is refused, or not, when it is opened. Blocks.
+/// Fails unless the same files are at the paths. A file that appeared since is checked when it is opened. Blocks.
 pub fn check_pinned(then: &[Pinned]) -> Result<(), Error> {
     for then in then {
         let now = Pinned::at(&then.path, then.is_device)?;
@@ -72,7 +73,8 @@ pub fn check_pinned(then: &[Pinned]) -> Result<(), Error> {
     Ok(())
 }
 
-/// The same for a target that was opened, or made, at `path`: the path may have got another meaning since it was looked at. Blocks.
+/// Checks a target that was opened or created at `path`, because the path may have changed after the previous check.
+/// Blocks.
 pub(super) fn check_opened(then: &[Pinned], path: &Path, target: &Target) -> Result<(), Error> {
     let failed = |errno| Error::io("look up", &target.label, errno);
     for then in then.iter().filter(|then| then.path == path) {
@@ -133,7 +135,7 @@ mod tests {
     use crate::target::file;
 
     #[test]
-    fn a_path_that_changes_between_the_look_and_the_opening_is_noticed() {
+    fn a_path_that_changes_between_the_check_and_the_opening_is_noticed() {
         let above = tempfile::tempdir_in("/var/tmp").unwrap();
         let (path, new) = (above.path().join("a"), above.path().join("b"));
         fs::write(&path, "").unwrap();
@@ -143,7 +145,7 @@ mod tests {
         let made = file::create("vda", &new, "1", 0).unwrap();
         check_opened(&then, &new, &made).unwrap();
 
-        // As where the inode's number is used again.
+        // Simulates a reused inode number.
         let mut reused = then.clone();
         reused[0].file.as_mut().unwrap().born = Some((1, 1));
         reused[1].directory.born = Some((1, 1));
@@ -156,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_made_again_is_another_even_with_the_same_number() {
+    fn a_recreated_file_is_another_even_with_the_same_number() {
         let above = tempfile::tempdir_in("/var/tmp").unwrap();
         let below = above.path().join("targets");
         let path = below.join("a");
@@ -170,13 +172,13 @@ mod tests {
         let now = loop {
             fs::remove_dir_all(&below).unwrap();
             let now = make();
-            // The kernel's clock for files moves only some hundred times a second.
+            // The kernel's clock for files advances only some hundred times a second.
             if now[0].directory.born != then[0].directory.born && now[0].file != then[0].file {
                 break now;
             }
         };
         assert!(check_pinned(&then).is_err());
-        // As where the numbers are used again.
+        // Simulates reused inode numbers.
         let (mut file, mut directory) = (now.clone(), now);
         file[0].file.as_mut().unwrap().born = then[0].file.unwrap().born;
         directory[0].directory.born = then[0].directory.born;
@@ -192,12 +194,12 @@ mod tests {
         let new = vec![Pinned::at(&path, false).unwrap()];
         check_pinned(&new).unwrap();
         fs::write(&path, "").unwrap();
-        // It is refused elsewhere, with a better reason.
+        // Another check refuses it, with a better reason.
         check_pinned(&new).unwrap();
         let existing = vec![Pinned::at(&path, false).unwrap()];
         check_pinned(&existing).unwrap();
         fs::rename(&path, below.join("kept")).unwrap();
-        assert!(check_pinned(&existing).is_err(), "it is gone");
+        assert!(check_pinned(&existing).is_err(), "the file was removed");
         fs::write(&path, "").unwrap();
         assert!(check_pinned(&existing).is_err(), "it is another file");
         fs::rename(&below, directory.path().join("kept")).unwrap();

@@ -1,4 +1,5 @@
-//! Protection of a stored backup from removal: a file beside its manifest, for every service and after a lost catalog.
+//! Protects a stored backup from removal: a file beside its manifest, which every service sees, even after a lost
+//! catalog.
 
 use std::path::Path;
 
@@ -9,14 +10,14 @@ use super::inventory::{Sharing, Shelf};
 use super::{BackupName, Error};
 use crate::model::PROTECTED_NAME;
 
-/// Protects a backup, or no longer, durably. Blocks.
+/// Sets or removes the protection of a backup durably. Blocks.
 pub fn protect(store: &Path, name: BackupName, protected: bool) -> Result<(), Error> {
     let domain = Shelf::of_store(store)?.below(name.domain)?;
     let backup = domain.map(|domain| domain.below(name.id)).transpose()?.flatten();
     let backup = backup.ok_or_else(|| Error::NotThere {
         path: store.join(name.domain).join(name.id).display().to_string(),
     })?;
-    // Nobody is just removing it.
+    // Fails if another process is removing the backup.
     let _held = backup.hold(Sharing::Shared)?;
     let failed = |action| {
         let path = backup.path().join(PROTECTED_NAME).display().to_string();
@@ -46,7 +47,7 @@ impl Shelf {
             Err(Errno::NOENT) => Ok(false),
             Err(errno) => {
                 let path = self.path().join(PROTECTED_NAME).display().to_string();
-                Err(Error::io("look at", &path, errno))
+                Err(Error::io("stat", &path, errno))
             }
         }
     }

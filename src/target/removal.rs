@@ -1,7 +1,8 @@
-//! Removes a backup from its store atomically: its directory is renamed to a name that marks the
-//! removal, then its files are removed, then the directory.
+//! Removes a backup from its store atomically: renames its directory to a name that marks the removal, then removes
+//! its files, then the directory.
 //!
-//! Only the backup's own files are removed: the images that its manifest names, and its records. No link is followed.
+//! Removes only the backup's own files: the images that its manifest names, and its records. Follows no symbolic
+//! link.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -16,41 +17,41 @@ use crate::fault::{self, Point};
 use crate::model::{DEFINITION_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::offload::Progress;
 
-/// What [`Stat::st_blocks`] counts in.
+/// The unit of [`Stat::st_blocks`], in bytes.
 const BLOCK: u64 = 512;
 
-/// What lies beside a backup's images; the manifest last, because it names these.
+/// The files beside a backup's images. The manifest is the last, because it names the images.
 const RECORDS: [&str; 3] = [DEFINITION_NAME, PROTECTED_NAME, MANIFEST_NAME];
 
-/// A backup's directory that no other process uses, and that is to be removed.
+/// A backup's directory that is to be removed, and that no other process uses.
 #[derive(Debug)]
 pub struct Removal {
     domain: Shelf,
     directory: Shelf,
     path: PathBuf,
     id: String,
-    /// It has the name already that says that it is being removed.
+    /// The directory has the name that marks the removal already.
     begun: bool,
-    /// What is in it. The manifest is the last: it names the others.
+    /// The files in it. The manifest is the last, because it names the others.
     files: Vec<String>,
-    /// Bytes on the disk that are free when it is gone.
+    /// The bytes that the removal frees.
     space: u64,
-    /// Nothing where one only looks.
+    /// `None` for [`Removal::space_of`], which takes no lock.
     _held: Option<Held>,
 }
 
-/// What a backup's directory is called while it is being removed.
+/// The name of a backup's directory during its removal.
 pub fn removed_name(id: &str) -> String {
     format!(".{id}.removed")
 }
 
-/// The backup whose directory has that name while it is being removed.
+/// Returns the backup of a directory with the name of a removal.
 pub fn removed_backup(name: &str) -> Option<&str> {
     name.strip_prefix('.')?.strip_suffix(".removed")
 }
 
-/// Removes the directories of removed backups in a domain's directory that were not empty at the time, because a program had
-/// files of theirs open. Those that still aren't empty stay.
+/// Removes the directories of removed backups that were not empty then, because a program had their files open.
+/// Directories that still are not empty stay.
 pub fn sweep(domain: &OwnedFd) {
     let names = names_in(domain).unwrap_or_default();
     for name in names.iter().filter(|name| removed_backup(name).is_some()) {
@@ -58,8 +59,8 @@ pub fn sweep(domain: &OwnedFd) {
     }
 }
 
-/// Resumes the removal of a backup that the catalog has no record of. Does nothing if it has not begun, or if another
-/// process is removing it. Blocks.
+/// Resumes the removal of a backup that is not in the catalog. Does nothing if the removal has not begun, or if
+/// another process does it. Blocks.
 pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Result<(), Error> {
     let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
         return Ok(());
@@ -67,7 +68,7 @@ pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Re
     let Some(directory) = domain.below(&removed_name(name.id))? else {
         return Ok(());
     };
-    // It goes last: where it is not there, neither is anything that it would name.
+    // The manifest is removed last, so without it no image is left.
     let manifest = directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES);
     let manifest = manifest.ok().and_then(|(bytes, _)| Manifest::parse(&bytes).ok());
     let images = manifest.as_ref().map(Manifest::images).unwrap_or_default();
@@ -79,13 +80,13 @@ pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Re
 }
 
 impl Removal {
-    /// Takes the directory of a backup for oneself, under either of its names; nothing if it is not there. `images` are the
-    /// files that its manifest names. Blocks.
+    /// Locks the directory of a backup exclusively, under either of its names. Returns `None` if it does not exist.
+    /// `images` are the files that its manifest names. Blocks.
     pub fn hold(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
         Self::find(store, name, images, true)
     }
 
-    /// As [`Self::hold`], of one that is to be renamed: fails if its file system could not do that.
+    /// Like [`Self::hold`], for a directory that is to be renamed. Fails if its file system cannot do that.
     pub fn hold_to_rename(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
         let held = Self::hold(store, name, images)?;
         let Some(removal) = held.as_ref().filter(|held| !held.begun) else {
@@ -100,7 +101,7 @@ impl Removal {
         }
     }
 
-    /// How many bytes would be free without it; nothing if it is not there. Takes no lock. Blocks.
+    /// Returns the bytes that its removal would free, or `None` if it does not exist. Takes no lock. Blocks.
     pub fn space_of(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<u64>, Error> {
         let found = Self::find(store, name, images, false)?;
         Ok(found.map(|found| found.space))
@@ -108,7 +109,7 @@ impl Removal {
 
     fn find(store: &Path, name: BackupName, images: &[&str], hold: bool) -> Result<Option<Self>, Error> {
         let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
-            // The service never removes that: the whole store may be elsewhere.
+            // The service never removes a domain's directory with backups, so the whole store may be missing.
             return Err(Error::NotThere {
                 path: store.join(name.domain).display().to_string(),
             });
@@ -134,7 +135,7 @@ impl Removal {
         Ok(None)
     }
 
-    /// Finds what is to go, all of which must be the backup's.
+    /// Lists the files to remove. Fails if one does not belong to the backup.
     fn take_stock(&mut self, images: &[&str]) -> Result<(), Error> {
         let mut names =
             names_in(self.directory.descriptor()).map_err(|errno| self.failed("read", "", errno))?;
@@ -160,7 +161,7 @@ impl Removal {
         Ok(())
     }
 
-    /// Nothing if it is no regular file.
+    /// Returns `None` if it is not a regular file.
     fn stat(&self, name: &str) -> Result<Option<Stat>, Error> {
         let stat = rustix::fs::statat(self.directory.descriptor(), name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|errno| self.failed("stat", name, errno))?;
@@ -168,12 +169,12 @@ impl Removal {
         Ok(regular.then_some(stat))
     }
 
-    /// Whether it was begun before, so that there is no way back.
+    /// Whether the removal has begun before, so that it cannot be undone.
     pub fn is_begun(&self) -> bool {
         self.begun
     }
 
-    /// Removes it, durably; gives the bytes that are free now. Each file counts as progress. Blocks.
+    /// Removes the backup durably, and returns the freed bytes. Each file counts as progress. Blocks.
     pub fn remove(self, progress: &Progress) -> Result<u64, Error> {
         let (domain, hidden) = (self.domain.descriptor(), removed_name(&self.id));
         let sync =
@@ -195,13 +196,13 @@ impl Removal {
         }
         match rustix::fs::unlinkat(domain, &hidden, AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => {}
-            // A program has an image open still. Nothing of the backup is left; the directory goes later.
+            // A program still has an image open. Its directory is removed later.
             Err(Errno::NOTEMPTY | Errno::EXIST)
                 if naming::is_as_good_as_empty(self.directory.descriptor()) =>
             {
                 tracing::info!(
                     directory = %self.path.display(),
-                    "a removed backup's files are still open somewhere: their space is free when they are closed"
+                    "another process has files of a removed backup open: their space is free when it closes them"
                 );
             }
             Err(errno) => return Err(self.failed("remove", "", errno)),
@@ -227,7 +228,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
-    /// A store with a backup `a` of `web`; below `/root` or wherever only root and the service's user have a hand.
+    /// A store with a backup `a` of `web`, in a directory that only root and the service's user can change.
     fn store() -> tempfile::TempDir {
         let directory = tempfile::Builder::new().tempdir_in("/var/tmp").unwrap();
         let backup = directory.path().join("web/a");
@@ -251,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backup_goes_as_a_whole_and_its_removal_can_be_resumed() {
+    fn a_backup_is_removed_as_a_whole_and_its_removal_can_be_resumed() {
         let store = store();
         let removal = hold(store.path()).unwrap().unwrap();
         assert!(!removal.is_begun());
@@ -272,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_the_backups_is_not_removed_and_neither_is_the_backup() {
+    fn a_foreign_file_keeps_a_backup_from_being_removed() {
         let store = store();
         let backup = store.path().join("web/a");
         let elsewhere = store.path().join("elsewhere");
@@ -292,7 +293,7 @@ mod tests {
         std::fs::create_dir(backup.join("vdb.qcow2")).unwrap();
         refused("vdb.qcow2");
         std::fs::remove_dir(backup.join("vdb.qcow2")).unwrap();
-        // What has another name takes as much space as before.
+        // A file with another hard link frees no space.
         std::fs::hard_link(backup.join("vda.qcow2"), store.path().join("copy")).unwrap();
         let space = hold(store.path()).unwrap().unwrap().space;
         std::fs::remove_file(store.path().join("copy")).unwrap();

@@ -1,7 +1,8 @@
-//! Putting another directory in the place of a backup's: made beside it under a hidden name, and exchanged with it as a whole.
+//! Replaces a backup's directory: the service creates a new directory under a hidden name beside it, and exchanges
+//! the two atomically.
 //!
-//! Where the file system cannot exchange, the backup's directory is moved aside first. A process that ends in between leaves
-//! it there, complete, and it is put back.
+//! If the file system cannot exchange, the backup's directory is moved aside first. If the process ends in between,
+//! the complete directory is there under another name, and a later process restores its name.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -23,7 +24,7 @@ use crate::offload::Progress;
 /// How much is copied at a time, in bytes.
 const PIECE: u64 = 1 << 20;
 
-/// The directory that is to take a backup's place. Left where it is when it is dropped: [`Replacement::clear`] removes it.
+/// The directory that replaces a backup's directory. Drop does not remove it; [`Replacement::clear`] does.
 #[derive(Debug)]
 pub struct Replacement {
     domain: Shelf,
@@ -35,18 +36,18 @@ fn hidden_name(id: &str) -> String {
     format!(".{id}.merged")
 }
 
-/// What the backup's directory is called while another one takes its place, where the two can't be exchanged.
+/// The name of the backup's directory while it is moved aside.
 fn aside_name(id: &str) -> String {
     format!(".{id}.replaced")
 }
 
-/// The backup whose directory has that name while another one takes its place.
+/// Returns the backup of a directory that was moved aside.
 pub fn replaced_backup(name: &str) -> Option<&str> {
     name.strip_prefix('.')?.strip_suffix(".replaced")
 }
 
 impl Replacement {
-    /// Makes it, empty. Blocks.
+    /// Creates an empty directory. Blocks.
     pub fn create(store: &Path, name: BackupName, progress: &Progress) -> Result<Self, Error> {
         Self::clear(store, name, progress)?;
         let domain = domain(store, name)?;
@@ -62,8 +63,8 @@ impl Replacement {
         })
     }
 
-    /// Removes one that was not put in place, or what was in that place before; durably. Nothing if there is none. Each
-    /// file counts as progress. Blocks.
+    /// Removes, durably, a replacement that was not put in place, or the replaced directory. Does nothing if there is
+    /// none. Each file counts as progress. Blocks.
     pub fn clear(store: &Path, name: BackupName, progress: &Progress) -> Result<(), Error> {
         Self::settle(store, name)?;
         let domain = domain(store, name)?;
@@ -75,8 +76,8 @@ impl Replacement {
         Ok(())
     }
 
-    /// Puts back what was moved aside for a replacement that then didn't get its place, durably. Nothing if there is no such
-    /// thing. Blocks.
+    /// Restores, durably, the name of a directory that was moved aside for an unfinished replacement. Does nothing if
+    /// there is none. Blocks.
     pub fn settle(store: &Path, name: BackupName) -> Result<(), Error> {
         let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
             return Ok(());
@@ -90,15 +91,15 @@ impl Replacement {
         sync(&domain)
     }
 
-    /// A new file of it, open for reading and writing.
+    /// Creates a file in it, open for reading and writing.
     pub fn create_file(&self, file: &str) -> Result<OwnedFd, Error> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::openat(self.directory.descriptor(), file, flags, Mode::RUSR | Mode::WUSR)
             .map_err(|errno| failed(&self.directory, "create", file, errno))
     }
 
-    /// Has it hold a file that the backup has already. Where there are no hard links, that is a copy, each piece of which counts
-    /// as progress. Nothing if it is cancelled.
+    /// Takes over a file of the backup by a hard link. Without hard links, copies it, and each piece counts as
+    /// progress. Returns `None` if it is cancelled.
     pub fn keep(
         &self,
         file: &str,
@@ -131,12 +132,12 @@ impl Replacement {
         })
     }
 
-    /// The same of a small file.
+    /// Takes over a small file.
     pub fn keep_record(&self, file: &str, progress: &Progress) -> Result<(), Error> {
         self.keep(file, progress, &CancellationToken::new()).map(drop)
     }
 
-    /// The same of a small file that the backup may have.
+    /// Takes over a small file if the backup has it.
     pub fn keep_record_if_there(&self, file: &str, progress: &Progress) -> Result<(), Error> {
         match self.keep_record(file, progress) {
             Err(Error::Io {
@@ -146,7 +147,7 @@ impl Replacement {
         }
     }
 
-    /// Writes a file, durably.
+    /// Writes a file durably.
     pub fn write(&self, file: &str, content: &[u8]) -> Result<(), Error> {
         let mut written = File::from(self.create_file(file)?);
         std::io::Write::write_all(&mut written, content)
@@ -157,7 +158,8 @@ impl Replacement {
             })
     }
 
-    /// Puts it in the backup's place, durably, if nobody else uses that. What was there has the hidden name then. Blocks.
+    /// Puts it in the backup's place durably. Fails if another process uses the backup. Afterwards the old directory
+    /// has the hidden name. Blocks.
     pub fn put(&self) -> Result<(), Error> {
         sync(&self.directory)?;
         let _held = self.current()?.hold(Sharing::Exclusive)?;
@@ -170,7 +172,8 @@ impl Replacement {
         sync(&self.domain)
     }
 
-    /// Puts it in place in two steps. Between them nothing has the backup's name: [`Self::settle`] gives it back to what had it.
+    /// Puts it in place in two steps. Between them no directory has the backup's name, and [`Self::settle`] can
+    /// restore it.
     fn move_in(&self, hidden: &str) -> Result<(), Error> {
         let (domain, aside) = (self.domain.descriptor(), aside_name(&self.id));
         let rename = |old: &str, new: &str| {
@@ -181,7 +184,7 @@ impl Replacement {
         sync(&self.domain)?;
         fault::point(Point::MergeMovedAside);
         rename(hidden, &self.id).inspect_err(|_| {
-            // If this fails too, whoever finishes the merge does it.
+            // If this fails too, the process that finishes the merge does it.
             let _ = rename(&aside, &self.id);
         })
     }
@@ -214,7 +217,7 @@ fn remove(
         progress.add(1);
     }
     match rustix::fs::unlinkat(domain.descriptor(), hidden, AtFlags::REMOVEDIR) {
-        // A program has an image open still: the directory goes later, and is in nobody's way until then.
+        // A program still has an image open, so the directory gets the name of a removal and is removed later.
         Err(Errno::NOTEMPTY | Errno::EXIST) if naming::is_as_good_as_empty(directory.descriptor()) => {
             let later = removed_name(&format!("{id}-{}", uuid::Uuid::new_v4().simple()));
             naming::rename_directory(domain.descriptor(), hidden, &later)
@@ -225,7 +228,7 @@ fn remove(
     sync(domain)
 }
 
-/// Copies a file, durably. What is written back piece by piece, the fsync at the end need not wait for.
+/// Copies a file durably. Writes back piece by piece, so that the final fsync has less to wait for.
 fn copy(
     from: &File,
     mut to: &File,
@@ -240,7 +243,7 @@ fn copy(
         let Some(copied) = NonZeroU64::new(io::copy(&mut from.take(PIECE), &mut to)?) else {
             return to.sync_all().map(Some);
         };
-        // Advice: where it is not taken, the end takes longer.
+        // Advice to the kernel: without it, the final fsync takes longer.
         let _ = rustix::fs::fadvise(to, offset, Some(copied), Advice::DontNeed);
         offset += copied.get();
         progress.add(copied.get());

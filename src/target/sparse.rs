@@ -1,7 +1,8 @@
 //! Punches holes into images, so that zeroes take no space.
 //!
-//! QEMU writes the zeroes of a raw source by reserving space for them (`FALLOC_FL_ZERO_RANGE`, without `BDRV_REQ_MAY_UNMAP`).
-//! Knows files; not what is in them.
+//! QEMU writes the zeroes of a raw source by reserving space (`FALLOC_FL_ZERO_RANGE`, without `BDRV_REQ_MAY_UNMAP`).
+//!
+//! Knows files; not their content.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,21 +10,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, fstat, seek};
 use rustix::io::Errno;
 
-/// The smallest hole, in bytes: what QEMU copies at a time into a raw image. Smaller ones would only break the file up.
+/// The smallest hole in bytes, which is QEMU's copy size for a raw image. Smaller holes would only fragment the file.
 const GRAIN: usize = 1 << 16;
 
-/// Punches a hole wherever parts of a file that are read in order have zeroes.
+/// Punches holes where parts of a file, which the caller reads in order, are zeroes.
 #[derive(Debug)]
 pub struct Digger<'a> {
     file: &'a OwnedFd,
-    /// Where the zeroes that were read last begin, in bytes.
+    /// The start of the latest run of zeroes, in bytes.
     zeroes: Option<u64>,
-    /// The file system refused, and would again.
+    /// The file system has refused to punch a hole, and would refuse again.
     refused: &'a AtomicBool,
 }
 
 impl<'a> Digger<'a> {
-    /// `refused` is shared by all that dig in the file.
+    /// All threads that punch holes in the file share `refused`.
     pub fn new(file: &'a OwnedFd, refused: &'a AtomicBool) -> Self {
         Self {
             file,
@@ -32,8 +33,8 @@ impl<'a> Digger<'a> {
         }
     }
 
-    /// Takes what was read at `offset`, which follows what was read before. Only blocks of 64 KiB that begin at a multiple of that
-    /// from `offset` count.
+    /// Takes the bytes that the caller read at `offset`, directly after the previous ones. Counts blocks of 64 KiB,
+    /// starting at `offset`.
     pub fn read(&mut self, offset: u64, bytes: &[u8]) {
         for (at, grain) in (offset..).step_by(GRAIN).zip(bytes.chunks(GRAIN)) {
             match (is_zero(grain), self.zeroes) {
@@ -47,7 +48,7 @@ impl<'a> Digger<'a> {
         }
     }
 
-    /// Takes the end of the part that is read, which is at `end`.
+    /// Ends the part, which is read up to `end`.
     pub fn end(&mut self, end: u64) {
         if let Some(start) = self.zeroes.take() {
             self.punch(start, end);
@@ -58,19 +59,19 @@ impl<'a> Digger<'a> {
         if self.refused.load(Ordering::Relaxed) {
             return;
         }
-        // A refusal costs space, not content.
+        // If the file system refuses, the image is larger, but correct.
         if let Err(errno) = punch(self.file, start, end)
             && !self.refused.swap(true, Ordering::Relaxed)
         {
-            tracing::debug!(%errno, "an image cannot be made sparse");
+            tracing::debug!(%errno, "cannot punch holes into an image");
         }
     }
 }
 
-/// Punches a hole over every range that the file system reports as one, of a durable file that the service has not read. The
-/// content does not change.
-pub fn dig(file: &OwnedFd) -> Result<(), Errno> {
-    // SEEK_HOLE passes over reserved space that was read: its zeroes are in the page cache (ext4, XFS).
+/// Punches a hole into every range of a durable file that the file system reports as a hole. This frees reserved
+/// space, and does not change the content. For files that the service has not read.
+pub fn punch_holes(file: &OwnedFd) -> Result<(), Errno> {
+    // SEEK_HOLE skips reserved space whose zeroes are in the page cache (ext4, XFS).
     fadvise(file, 0, None, Advice::DontNeed)?;
     let size = u64::try_from(fstat(file)?.st_size).unwrap_or(0);
     let mut position = 0;
@@ -78,14 +79,14 @@ pub fn dig(file: &OwnedFd) -> Result<(), Errno> {
         let hole = seek(file, SeekFrom::Hole(position))?;
         let data = match seek(file, SeekFrom::Data(hole)) {
             Ok(data) => data,
-            // No data after the hole.
+            // There is no data after the hole.
             Err(Errno::NXIO) => size,
             Err(errno) => return Err(errno),
         };
         if hole < data {
             match punch(file, hole, data) {
                 Ok(()) => {}
-                // A file system that cannot: the image is good, and as large as it is.
+                // The file system cannot punch holes. The image is correct, but larger.
                 Err(Errno::OPNOTSUPP) => return Ok(()),
                 Err(errno) => return Err(errno),
             }
@@ -104,7 +105,7 @@ fn punch(file: &OwnedFd, start: u64, end: u64) -> Result<(), Errno> {
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
-    // By words, because the compiler makes no vectors of a loop that may end at any byte.
+    // By words, because the compiler does not vectorise a loop that can end at any byte.
     let words = bytes.chunks_exact(16);
     words.remainder().iter().all(|byte| *byte == 0) && words.into_iter().all(|word| word == [0; 16])
 }
@@ -116,7 +117,7 @@ mod tests {
     const SIZE: u64 = 8 << 20;
     const DATA: u64 = 3 << 20;
 
-    /// A durable file of 8 MiB with all its space reserved, 1 MiB of data in it, and all of it read.
+    /// A durable file of 8 MiB with reserved space and 1 MiB of data, all in the page cache.
     fn reserved() -> OwnedFd {
         let file: OwnedFd = tempfile::tempfile().unwrap().into();
         fallocate(&file, FallocateFlags::empty(), 0, SIZE).unwrap();
@@ -141,10 +142,10 @@ mod tests {
     }
 
     #[test]
-    fn reserved_space_becomes_a_hole_though_somebody_has_read_it() {
+    fn reserved_space_becomes_a_hole_even_in_the_page_cache() {
         let file = reserved();
         let content = read(&file);
-        dig(&file).unwrap();
+        punch_holes(&file).unwrap();
         assert_eq!(taken(&file), 1 << 20);
         assert!(read(&file) == content);
     }
@@ -152,13 +153,13 @@ mod tests {
     #[test]
     fn zeroes_that_are_read_become_a_hole_and_the_content_stays() {
         let file = reserved();
-        // Zeroes that were written as data, and less than a grain of them, which stay.
+        // Zeroes that were written as data become a hole; zeroes of less than 64 KiB stay.
         rustix::io::pwrite(&file, &[0; 1 << 18], DATA + (1 << 18)).unwrap();
         rustix::io::pwrite(&file, &[0; 1 << 10], DATA + (1 << 19)).unwrap();
         let content = read(&file);
         let refused = AtomicBool::new(false);
         let mut digger = Digger::new(&file, &refused);
-        // In parts, the last one first.
+        // Read in parts, the last part first.
         for part in (0..8_u64).rev() {
             let (start, end) = (part << 20, (part + 1) << 20);
             for offset in (start..end).step_by(1 << 18) {
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_anywhere_is_no_zero() {
+    fn a_single_nonzero_byte_is_found_anywhere() {
         for length in [0, 1, 15, 16, 17, 100] {
             let mut bytes = vec![0; length];
             assert!(is_zero(&bytes));

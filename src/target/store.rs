@@ -1,7 +1,7 @@
-//! A store: a directory of the administrator's in which the service chooses the files.
+//! A store: a directory of the administrator in which the service chooses the file names.
 //!
 //! `<store>/<domain>/<backup id>/` has the images, `manifest.json` and the resolved document. Until the backup is
-//! complete the directory has a staging name, so that a directory with a backup's name is always a complete backup.
+//! complete, the directory has a staging name. So a directory with a backup's name is always a complete backup.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -20,10 +20,10 @@ use crate::path::{self, Trust, check_trust, open_directory};
 
 const DIRECTORY_MODE: Mode = Mode::RWXU;
 
-/// The directory of a backup that is not good yet.
+/// The staging directory of a backup.
 #[derive(Debug)]
 pub struct Partial {
-    /// Where the backup will be.
+    /// The final path of the backup.
     path: PathBuf,
     store: OwnedFd,
     domain: OwnedFd,
@@ -34,21 +34,22 @@ pub struct Partial {
     name: String,
     records: Vec<String>,
     renamed: bool,
-    /// It had its name when it was found.
+    /// The content of a backup that had its final name when it was found.
     published: Option<Published>,
 }
 
-/// What a backup that was found under its final name says of itself.
+/// The records of a backup that was found under its final name.
 #[derive(Debug, Clone)]
 pub struct Published {
     pub manifest: Manifest,
-    /// The manifest as it was written.
+    /// The text of the manifest.
     pub text: String,
-    /// Nobody removes it.
+    /// The backup is protected from removal.
     pub protected: bool,
 }
 
-/// Creates the directory of the default store, at the start of the service: the administrator made the one above it.
+/// Creates the directory of the default store at the start of the service. Its parent directory is the
+/// administrator's.
 pub fn ensure(path: &Path) -> Result<(), Error> {
     let shown = path.display().to_string();
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
@@ -59,7 +60,7 @@ pub fn ensure(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Whether it was made now.
+/// Creates a directory. Returns false if it exists already.
 fn make_directory<P: rustix::path::Arg>(parent: &OwnedFd, name: P) -> Result<bool, Errno> {
     match rustix::fs::mkdirat(parent, name, DIRECTORY_MODE) {
         Ok(()) => Ok(true),
@@ -77,12 +78,12 @@ fn partial_name(id: &str) -> String {
     format!(".{id}.partial")
 }
 
-/// The backup whose directory has that name before it is good.
+/// Returns the backup of a staging directory.
 pub fn partial_backup(name: &str) -> Option<&str> {
     name.strip_prefix('.')?.strip_suffix(".partial")
 }
 
-/// What a directory holds.
+/// Returns the names of a directory's entries.
 pub(super) fn names_in(directory: &OwnedFd) -> Result<Vec<String>, Errno> {
     let mut names = Vec::new();
     for entry in Dir::read_from(directory)? {
@@ -98,7 +99,7 @@ fn sync(directory: &OwnedFd, shown: &str) -> Result<(), Error> {
     rustix::fs::fsync(directory).map_err(|errno| Error::io("fsync the directory of", shown, errno))
 }
 
-/// The manifest of a directory that has its final name.
+/// Reads the manifest and the protection of a directory with its final name.
 fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Error> {
     let wrong = |why: String| Error::NotVouchedFor {
         path: path.display().to_string(),
@@ -107,7 +108,7 @@ fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Er
     let (bytes, _) = read_file(directory, path, MANIFEST_NAME, MAX_MANIFEST_BYTES)?;
     let manifest = Manifest::parse(&bytes).map_err(|error| wrong(error.to_string()))?;
     if manifest.id != id {
-        return Err(wrong(format!("it is that of '{}'", manifest.id)));
+        return Err(wrong(format!("it has the manifest of '{}'", manifest.id)));
     }
     Ok(Published {
         manifest,
@@ -117,7 +118,7 @@ fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Er
 }
 
 impl Partial {
-    /// Makes it, if the store has that mark.
+    /// Creates the staging directory, if the store has that mark.
     pub fn create(store_path: &Path, backup: BackupName, known: Option<&str>) -> Result<Self, Error> {
         let store = Shelf::of_store(store_path)?;
         if let Some(known) = known {
@@ -145,7 +146,7 @@ impl Partial {
             }),
             Err(error) => {
                 if domain_created {
-                    // Ours and empty, or no longer ours: then it stays.
+                    // Removes the domain's directory only if it is empty.
                     let _ = rustix::fs::unlinkat(&store, backup.domain, AtFlags::REMOVEDIR);
                 }
                 Err(error)
@@ -173,7 +174,7 @@ impl Partial {
         let shown = path.display().to_string();
         rustix::fs::mkdirat(&domain, &partial, DIRECTORY_MODE)
             .map_err(|errno| Error::io("create", &shown, errno))?;
-        // Empty and ours: if it can't even be removed, the returned error is the cause.
+        // The directory is empty. If the service cannot remove it either, the returned error shows the cause.
         let remove = |name: &str| {
             let _ = rustix::fs::unlinkat(&domain, name, AtFlags::REMOVEDIR);
         };
@@ -184,15 +185,15 @@ impl Partial {
         naming::try_naming(&domain, &partial, naming::rename_directory).map_err(|errno| {
             remove(&naming::trial_name(&partial));
             remove(&partial);
-            Error::io("give its name to", &shown, errno)
+            Error::io("publish", &shown, errno)
         })?;
         sweep(&domain);
         Ok((domain, directory, partial, path))
     }
 
-    /// Finds the directory of a backup again that a former process made, under either of its names; `images` are the names
-    /// of the files that it holds. Nothing if it is not there. Fails if it has its final name without a manifest that vouches
-    /// for it: nobody knows then whether it is a backup that others depend on.
+    /// Finds the directory of a backup that an earlier process created, under its staging or final name. `images` are
+    /// the names of its files. Returns `None` if it does not exist. Fails if it has its final name without the
+    /// backup's manifest, because it may then be another backup that others depend on.
     pub fn find(store_path: &Path, backup: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
         let store = open_directory(store_path, Trust::Administrator)?;
         let domain_path = store_path.join(backup.domain);
@@ -204,7 +205,7 @@ impl Partial {
             Err(errno) => return Err(Error::io("open", &shown, errno)),
         };
         let partial = partial_name(backup.id);
-        // From a process that ended while it was tried.
+        // A process that ended during the trial may have left this name.
         let _ = rustix::fs::unlinkat(&domain, naming::trial_name(&partial), AtFlags::REMOVEDIR);
         let path = domain_path.join(backup.id);
         for (name, renamed) in [(backup.id, true), (partial.as_str(), false)] {
@@ -225,7 +226,7 @@ impl Partial {
                 store,
                 domain,
                 domain_name: backup.domain.to_owned(),
-                // If it is empty, nobody needs it.
+                // An empty directory can be removed.
                 domain_created: true,
                 directory,
                 partial: partial.clone(),
@@ -238,13 +239,13 @@ impl Partial {
         Ok(None)
     }
 
-    /// What it says of itself, if it had its final name when it was found. Such a directory is a whole backup, whatever else is
-    /// on record, so it is never renamed or removed here.
+    /// Returns the records if the directory had its final name when it was found. It is then a complete backup, even
+    /// if the catalog disagrees, so it is never renamed or removed here.
     pub fn published(&self) -> Option<&Published> {
         self.published.as_ref()
     }
 
-    /// The image of that name, if it is there.
+    /// Opens the image of that name, if it exists.
     pub fn find_file(&self, disk: &str, file_name: &str) -> Result<Option<Target>, Error> {
         let label = self.path.join(file_name).display().to_string();
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -269,7 +270,7 @@ impl Partial {
         Target::new(disk, label, file, publication)
     }
 
-    /// The image of the target's once more, as another open file; nothing if that can't be had.
+    /// Opens the target's image again, as another open file description. Returns `None` if that fails.
     pub fn open_again(&self, target: &Target) -> Option<OwnedFd> {
         let Publication::InStore { file_name } = &target.publication else {
             return None;
@@ -288,8 +289,8 @@ impl Partial {
         )?)
     }
 
-    /// Writes the records, gives the directory its name, and makes all of that durable. What has its name already had its
-    /// records before.
+    /// Writes the records, renames the directory to its final name, and makes all of that durable. A directory with
+    /// its final name has its records already.
     pub fn publish(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
         let shown = self.path.display().to_string();
         if !self.renamed {
@@ -297,12 +298,12 @@ impl Partial {
             sync(&self.directory, &shown)?;
             fault::point(Point::BeforeRename);
             naming::rename_directory(&self.domain, &self.partial, &self.name)
-                .map_err(|errno| Error::io("give its name to", &shown, errno))?;
+                .map_err(|errno| Error::io("publish", &shown, errno))?;
             self.renamed = true;
             fault::point(Point::Renamed);
         }
         sync(&self.domain, &shown)?;
-        // Whoever made the domain's directory may not have come as far as this.
+        // The process that created the domain's directory may have ended before it synced the store.
         sync(&self.store, &shown)
     }
 
@@ -325,7 +326,7 @@ impl Partial {
         Ok(())
     }
 
-    /// Takes the name back, if it was given.
+    /// Renames a published directory to its staging name again.
     pub fn retract(&mut self) -> io::Result<()> {
         if self.renamed {
             rustix::fs::renameat(&self.domain, &self.name, &self.domain, &self.partial)?;
@@ -335,14 +336,14 @@ impl Partial {
         Ok(())
     }
 
-    /// Removes the directory; its images are gone already.
+    /// Removes the directory. The caller has removed its images.
     pub fn discard(&self) -> io::Result<()> {
         for record in &self.records {
             self.remove_file(record)?;
         }
         let name = if self.renamed { &self.name } else { &self.partial };
         match rustix::fs::unlinkat(&self.domain, name, AtFlags::REMOVEDIR) {
-            // QEMU has an image open still: the directory goes later.
+            // QEMU still has an image open, so the directory gets the name of a removal and is removed later.
             Err(Errno::NOTEMPTY | Errno::EXIST) if naming::is_as_good_as_empty(&self.directory) => {
                 naming::rename_directory(&self.domain, name, &removed_name(&self.name))?;
             }
@@ -350,7 +351,7 @@ impl Partial {
         }
         if self.domain_created {
             match rustix::fs::unlinkat(&self.store, &self.domain_name, AtFlags::REMOVEDIR) {
-                // Another backup of the same domain has come meanwhile.
+                // Another backup of the domain was created since.
                 Ok(()) | Err(Errno::NOTEMPTY | Errno::EXIST) => {}
                 Err(errno) => return Err(errno.into()),
             }

@@ -1,8 +1,7 @@
 //! Starts the write-back to the device early.
 //!
-//! The kernel keeps written data in memory for half a minute, so that the final fsync would wait for all of it.
-//! Writing it back while more is being copied does both at the same time, and bounds the dirty memory that the guest's own
-//! writes have to wait for.
+//! The kernel keeps written data in memory for half a minute, and the final fsync would wait for all of it. Early
+//! write-back runs while QEMU copies. It also bounds the dirty memory that the guest's own writes wait for.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,13 +12,13 @@ use rustix::io::Errno;
 
 use super::{Error, Media, Target};
 
-/// How much must have come since the last time to be worth a write-back, in bytes.
+/// The least new data for a write-back, in bytes.
 const ENOUGH: u64 = 16 << 20;
 /// The shortest pause between two write-backs. A fast disk copies some ten MiB in that time.
 const SOON: Duration = Duration::from_millis(20);
 /// The longest pause, when little is copied or the device is slow.
 const SELDOM: Duration = Duration::from_secs(1);
-/// A busy device has one part in so many of the time for others' fsyncs.
+/// A busy device is free of write-back for one part in this many of the time, for other programs' fsyncs.
 const REST: u32 = 8;
 
 /// How long to wait before the next write-back.
@@ -46,7 +45,7 @@ impl Pace {
     }
 }
 
-/// The targets of a backup under way. Clones are the same.
+/// The targets of a running backup. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Writeback(Arc<Vec<Early>>);
 
@@ -57,36 +56,39 @@ struct Early {
     label: String,
     media: Media,
     way: Way,
-    /// In bytes, before anything was copied into it by this process.
+    /// The length in bytes before this process copied data into it.
     length: u64,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 enum Way {
-    /// What is written back stays in memory, because it is read once more for its digest. An error of the device is reported once to
-    /// each open file (Linux' errseq_t), and an error of a server to the one fsync that asked. So an error here is kept, and is the
-    /// backup's. A target's is another open file than the one of the final fsync, which has the device's errors reported, too.
+    /// Written data stays in memory, because the service reads it again for its digest.
+    ///
+    /// The kernel reports an error of the device once to each open file description (errseq_t), and an error of a
+    /// server only to the fsync that caused it. So an error here is stored, and fails the backup. The final fsync
+    /// uses another open file description, so it sees the device's errors too.
     Keep(Arc<OwnedFd>),
-    /// What is written back leaves the memory, which is worth more to others. This reports no error, and so takes none from the
-    /// final fsync.
-    LetGo(Arc<OwnedFd>),
+    /// Written pages leave the page cache, to make room for other data. This reports no error, and so hides none from
+    /// the final fsync.
+    Evict(Arc<OwnedFd>),
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// When the last write-back began.
+    /// The file's state when the last write-back began.
     seen: Seen,
     error: Option<Errno>,
-    /// No write-back begins any more.
+    /// No further write-back begins.
     closed: bool,
 }
 
-/// How much a file held, in bytes.
+/// The size of a file, in bytes.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Seen {
     length: u64,
-    /// Allocated blocks, those that wait in memory included. A raw image has its full length from the start, and grows in these.
+    /// Allocated blocks, including those in memory. A raw image has its full length from the start, and only its
+    /// blocks grow.
     blocks: u64,
     modified: (i64, i64),
 }
@@ -108,19 +110,19 @@ impl Seen {
 
 impl Early {
     fn new(disk: &str, label: &str, media: Media, way: Way) -> Self {
-        let (Way::Keep(file) | Way::LetGo(file)) = &way;
+        let (Way::Keep(file) | Way::Evict(file)) = &way;
         Self {
             disk: disk.to_owned(),
             label: label.to_owned(),
             media,
-            // Where stat(2) fails, the first write-back fails, too.
+            // If stat(2) fails, the first write-back fails, too.
             length: fstat(file).map_or(0, |stat| Seen::of(&stat).length),
             way,
             state: Mutex::default(),
         }
     }
 
-    /// Whether there was enough to be written back.
+    /// Starts a write-back if there is enough new data. Returns whether it did.
     fn start(&self) -> Result<bool, Error> {
         let mut state = self.state();
         if state.closed {
@@ -132,8 +134,8 @@ impl Early {
                 Ok(written) => return Ok(written),
                 Err(errno) => state.error = Some(errno),
             },
-            Way::LetGo(file) => {
-                // A device does not show what it was written.
+            Way::Evict(file) => {
+                // stat(2) does not show the writes to a device.
                 if self.media == Media::Regular
                     && let Ok(stat) = fstat(file)
                 {
@@ -142,7 +144,7 @@ impl Early {
                         return Ok(false);
                     }
                 }
-                // Advice: where it is not taken, the end takes longer.
+                // Advice to the kernel: without it, the final fsync takes longer.
                 let _ = fadvise(file, 0, None, Advice::DontNeed);
                 return Ok(true);
             }
@@ -180,35 +182,35 @@ fn keep(file: &OwnedFd, seen: &mut Seen) -> Result<bool, Errno> {
 }
 
 impl Writeback {
-    /// One file. It is `kept` in memory if it is read again soon.
+    /// Writes back one file. With `kept` it stays in memory, because the caller reads it again soon.
     pub fn of_file(file: Arc<OwnedFd>, media: Media, kept: bool) -> Self {
         let way = match kept {
             true => Way::Keep(file),
-            false => Way::LetGo(file),
+            false => Way::Evict(file),
         };
         Self(Arc::new(vec![Early::new("", "", media, way)]))
     }
 
-    /// Lets no write-back begin any more, and waits for one that runs. Returns the error of any, which the kernel may not report
-    /// again. An fsync from here on has every later error reported: no thread can take it from there. Blocks.
+    /// Stops new write-backs and waits for a running one. Returns the error of any write-back, because the kernel may
+    /// not report it again. A later fsync gets every later error, because no other thread can consume it. Blocks.
     pub fn close(&self) -> Option<Errno> {
         self.0.iter().filter_map(Early::close).reduce(|first, _| first)
     }
 
-    /// `again` gives another open file of a target's, where it is to stay in memory.
+    /// `again` opens a target again if it is to stay in memory.
     pub(super) fn new(targets: &[Target], again: impl Fn(&Target) -> Option<OwnedFd>) -> Self {
         let early = targets.iter().map(|target| {
             let way = match again(target) {
                 Some(file) => Way::Keep(Arc::new(file)),
-                None => Way::LetGo(target.file.clone()),
+                None => Way::Evict(target.file.clone()),
             };
             Early::new(&target.disk, &target.label, target.media, way)
         });
         Self(Arc::new(early.collect()))
     }
 
-    /// Writes back what has come, if it is enough. Returns for how long that took; nothing if there was nothing to be done. An error
-    /// is the backup's end: something that was written is lost. Blocks.
+    /// Writes back new data, if there is enough. Returns how long that took, or `None` if there was not enough. An
+    /// error fails the backup, because written data is lost. Blocks.
     pub fn start(&self) -> Result<Option<Duration>, Error> {
         let (began, mut worked) = (Instant::now(), false);
         for early in self.0.iter() {
@@ -217,8 +219,9 @@ impl Writeback {
         Ok(worked.then(|| began.elapsed()))
     }
 
-    /// How many bytes from the beginning of the target at `index` were written back when they were all that it had. A byte may have
-    /// changed since. 0 for a file that does not grow in length: it may have been written to anywhere. Does not wait.
+    /// Returns how many bytes from the beginning of the target at `index` were written back while they were all of
+    /// its data. A byte may have changed since. 0 for a file whose length does not grow, because any part may have
+    /// been written. Does not wait.
     pub(super) fn clean_to(&self, index: usize) -> u64 {
         match self.0.get(index) {
             Some(early) if matches!(early.way, Way::Keep(_)) => {
@@ -243,7 +246,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn little_is_looked_at_seldom_and_a_slow_device_has_rests() {
+    fn little_data_is_checked_seldom_and_a_slow_device_has_pauses() {
         let mut pace = Pace::default();
         for _ in 0..10 {
             pace = pace.after(None);
@@ -258,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_not_changed_is_not_sent_again() {
+    fn unchanged_data_is_not_written_back_again() {
         let file = Arc::new(OwnedFd::from(tempfile::tempfile().unwrap()));
         let writeback = Writeback::of_file(file.clone(), Media::Regular, false);
         rustix::io::pwrite(&*file, &[1; 100], 0).unwrap();
@@ -273,11 +276,11 @@ mod tests {
     }
 
     #[test]
-    fn a_raw_image_is_written_back_as_its_blocks_come_and_no_part_of_it_is_known_to_be_clean() {
+    fn a_raw_image_is_written_back_as_its_blocks_grow_and_no_part_is_clean() {
         let file = Arc::new(OwnedFd::from(tempfile::tempfile().unwrap()));
         rustix::fs::ftruncate(&*file, 8 * ENOUGH).unwrap();
         let writeback = Writeback::of_file(file.clone(), Media::Regular, true);
-        // All of its length is new at first.
+        // At first the whole length is new.
         assert!(writeback.start().unwrap().is_some());
         for offset in [5 * ENOUGH, ENOUGH] {
             assert!(writeback.start().unwrap().is_none());
@@ -301,14 +304,14 @@ mod tests {
     }
 
     #[test]
-    fn no_write_back_begins_after_the_close_which_returns_the_error_of_an_earlier_one() {
+    fn no_write_back_begins_after_the_close_and_the_close_returns_earlier_errors() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(ENOUGH).unwrap();
         let good = Arc::new(OwnedFd::from(file.reopen().unwrap()));
         let good = Writeback::of_file(good, Media::Regular, true);
         assert_eq!(good.close(), None);
         assert!(good.start().unwrap().is_none());
-        // It can be looked at, but fdatasync(2) fails.
+        // stat(2) works on an O_PATH descriptor, but fdatasync(2) fails.
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
         let bad = rustix::fs::open(file.path(), flags, rustix::fs::Mode::empty()).unwrap();
         let bad = Writeback::of_file(Arc::new(bad), Media::Regular, true);

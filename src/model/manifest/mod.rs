@@ -32,9 +32,9 @@ pub const MAX_SEQUENCE: u64 = 1 << 53;
 
 /// A backup's record in its store.
 ///
-/// Unknown fields of the manifest, its domain and its disks are optional ones of a newer service. They are kept when the
-/// manifest is written again, so their values must not depend on the bytes of the images, which merging replaces. A field
-/// without which a reader would misread the backup is named in `requires`.
+/// Unknown fields of the manifest, its domain and its disks are optional fields of a newer version. They are kept when
+/// the manifest is written again, so their values must not depend on the bytes of the images, which a merge replaces.
+/// `requires` names fields without which a reader would misread the backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Manifest {

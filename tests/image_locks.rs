@@ -14,7 +14,7 @@ use crate::common::proxy::Proxy;
 use crate::common::storage::LoopDevice;
 use crate::common::vm::Vm;
 use crate::common::wait;
-use backupd::target::is_in_use;
+use backupd::target::{Look, is_in_use};
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
@@ -99,7 +99,7 @@ fn image(scene: &Scene, name: &str, format: &str) -> PathBuf {
 /// Waits until a program has locked what it was told to open.
 fn wait_for_lock(path: &Path) {
     wait::until("an image to be locked", || {
-        is_in_use(&open(path)).unwrap().then_some(())
+        is_in_use(&Look::Own, &open(path)).unwrap().then_some(())
     });
 }
 

@@ -48,6 +48,7 @@ mod job_outcomes;
 mod latency;
 mod limits;
 mod limits_held;
+mod look;
 mod malformed_calls;
 mod manual;
 mod merging;

@@ -38,6 +38,9 @@ struct Arguments {
     /// Thaw a guest if the service does not (internal)
     #[arg(long, hide = true)]
     thaw_guard: bool,
+    /// Answer a question of the service about open files, on standard input. For backupd-look@.service.
+    #[arg(long, hide = true)]
+    look: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +90,9 @@ fn main() -> ExitCode {
         return status;
     }
     let arguments = Arguments::parse();
+    if arguments.look {
+        return target::serve_look();
+    }
     start_log();
     abort_on_panic();
     if arguments.thaw_guard {

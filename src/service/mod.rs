@@ -29,6 +29,7 @@ use crate::domain::{self, Domain, Origin, Registration, Registry};
 use crate::error::{Error, Kind, Result};
 use crate::job::{Job, Jobs, Rescan};
 use crate::quota::{Quota, Share};
+use crate::target::Look;
 use crate::turns::Turns;
 
 /// A caller's open descriptors, and their share of the user's limit.
@@ -58,6 +59,8 @@ pub struct Service {
     /// The default bound of the latency of guest writes during a backup, in milliseconds. The call and the domain's
     /// file override it.
     max_latency: u32,
+    /// How open files of other processes are found.
+    look: Look,
     /// Limits long lists.
     lists: Turns,
 }
@@ -79,6 +82,7 @@ impl Service {
             descriptors: config.limits.of_descriptors(),
             document_bytes: config.limits.document_bytes,
             max_latency: config.max_latency,
+            look: Look::of_service(),
             lists: Turns::new(READS, LISTS_OF_A_USER),
         }
     }

@@ -269,12 +269,15 @@ impl Service {
             .collect();
         let process = domain.process();
         let id = backup_id.to_owned();
+        let look = self.look.clone();
         // The thread may outlive the call's timeout.
         let needed = self.jobs.need_service();
         tokio::task::spawn_blocking(move || {
             let _needed = needed;
+            let sources = Sources::of(&look, &holders).map_err(target::Error::from)?;
             let around = Around {
-                sources: Sources::of(&holders),
+                look,
+                sources,
                 process,
                 for_root: uid == 0,
                 mark,

@@ -2,8 +2,8 @@
 
 use rustix::io::Errno;
 
-use super::lock::user_of_image;
-use super::{Around, Error, ImageLock, Media, Opener, Publication, Target, inside, is_in_use};
+use super::lock::{NotKnown, user_of_image};
+use super::{Around, Error, ImageLock, Media, Publication, Target, inside, is_in_use};
 use crate::model::Format;
 use crate::plan::{DiskPlan, Place, Task};
 
@@ -59,7 +59,7 @@ pub fn unused(targets: &mut [Target], around: &Around) -> Result<(), Error> {
         return Ok(());
     }
     for target in &there {
-        let in_use = is_in_use(&target.file).map_err(|error| not_locked(target, &error))?;
+        let in_use = is_in_use(&around.look, &target.file).map_err(|error| not_known(target, error))?;
         if in_use {
             return Err(locked(target, around));
         }
@@ -74,13 +74,20 @@ pub fn unused(targets: &mut [Target], around: &Around) -> Result<(), Error> {
 /// Only root gets the process, because only root can end it.
 fn locked(target: &Target, around: &Around) -> Error {
     let process = match around.for_root {
-        true => user_of_image(&target.file).ok().flatten(),
+        true => user_of_image(&around.look, &target.file).ok().flatten(),
         false => None,
     };
     Error::Locked {
-        by: process.map(|process| Opener::of(process).to_string()),
+        by: process.map(|process| process.to_string()),
         disk: target.disk.clone(),
         target: target.label.clone(),
+    }
+}
+
+fn not_known(target: &Target, error: NotKnown) -> Error {
+    match error {
+        NotKnown::Locks(error) => not_locked(target, &error),
+        NotKnown::Look(error) => error.into(),
     }
 }
 

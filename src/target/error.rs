@@ -4,6 +4,7 @@ use std::fmt;
 
 use rustix::io::Errno;
 
+use super::look;
 use crate::error::Kind;
 use crate::path;
 
@@ -146,6 +147,8 @@ pub enum Error {
          overlay with 'redirect_dir=on', or delete the backup from the lower layer itself"
     )]
     Immovable { path: String },
+    #[error("cannot find out whether other VMs use what is to be overwritten, so nothing is: {why}")]
+    Unseen { why: String },
     #[error("the plan has no store")]
     NoStore,
     #[error("{}cannot {action} {target}: {errno}", OfDisk(disk.as_deref()))]
@@ -220,7 +223,7 @@ impl Error {
             Self::Parent { .. } => Kind::ChainBroken,
             Self::NoParent { .. } => Kind::CannotIncrement,
             Self::InUse { .. } | Self::Unidentified { .. } => Kind::Busy,
-            Self::NoStore => Kind::Internal,
+            Self::NoStore | Self::Unseen { .. } => Kind::Internal,
             Self::Missing { .. }
             | Self::NoDirectory { .. }
             | Self::Path(_)
@@ -271,6 +274,14 @@ impl fmt::Display for Known<'_> {
         match self.0 {
             Some(known) => write!(f, " ({known})"),
             None => Ok(()),
+        }
+    }
+}
+
+impl From<look::Error> for Error {
+    fn from(error: look::Error) -> Self {
+        Self::Unseen {
+            why: error.to_string(),
         }
     }
 }

@@ -1,15 +1,14 @@
 //! The identity of a file, independent of its name; and the files that running domains have open.
 
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
+use std::collections::hash_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, FileType, OFlags, Stat, Statx, StatxFlags, makedev};
+use rustix::fs::{AtFlags, CWD, FileType, Stat, Statx, StatxFlags, makedev};
 use serde::{Deserialize, Serialize};
 
-use super::budget::Budget;
-use super::lock::has_image_lock;
+use super::look::{self, Look, OpenFile};
 use super::loops;
 
 /// A regular file or a device, independent of links to it.
@@ -65,10 +64,27 @@ pub struct Holder {
     pub owner: Option<u32>,
 }
 
+/// What a process has open.
+struct Open {
+    by_name: HashMap<PathBuf, FileId>,
+    all: Vec<FileId>,
+}
+
+impl Open {
+    fn of(files: Vec<OpenFile>) -> Self {
+        let all = files.iter().map(|open| open.file).collect();
+        let by_name = files
+            .into_iter()
+            .filter_map(|open| Some((PathBuf::from(open.name?), open.file)));
+        Self {
+            by_name: by_name.collect(),
+            all,
+        }
+    }
+}
+
 /// Links to the directories of all block devices, by their numbers.
 pub(super) const DEVICES: &str = "/sys/dev/block";
-/// Descriptors of one process that are looked at. A QEMU has some hundreds.
-const MOST_OF_PROCESS: usize = 16 << 10;
 
 /// Files and devices that no backup may write into, and the domains whose they are.
 #[derive(Debug, Default)]
@@ -80,20 +96,26 @@ impl Sources {
     /// A path means something here only if the process has that file open, under that name. One that does not (a relative
     /// one, a link, a passed descriptor, one whose file was replaced) is answered by all its open files. So no path is walked
     /// that could lead to a server that does not answer, but where a process cannot be looked into.
-    pub fn of<'a>(holders: impl IntoIterator<Item = &'a Holder>) -> Self {
-        let mut ids = HashMap::new();
+    pub fn of<'a>(look: &Look, holders: impl IntoIterator<Item = &'a Holder>) -> Result<Self, look::Error> {
+        let (mut ids, mut session) = (HashMap::new(), look.session());
         // Many domains can be one process's.
-        let mut processes: HashMap<_, HashMap<PathBuf, FileId>> = HashMap::new();
+        let mut processes: HashMap<_, Open> = HashMap::new();
         for holder in holders {
             let domain: Arc<str> = holder.domain.as_str().into();
             let mut count = |id| {
                 ids.entry(id).or_insert_with(|| domain.clone());
             };
-            let open = holder.process.map(|process| {
-                let look = || open_files(process, holder.owner);
-                &*processes.entry((process, holder.owner)).or_insert_with(look)
-            });
-            let Some(open) = open.filter(|open| !open.is_empty()) else {
+            let open = match holder.process {
+                None => None,
+                Some(process) => Some(match processes.entry((process, holder.owner)) {
+                    Entry::Occupied(known) => &*known.into_mut(),
+                    Entry::Vacant(unknown) => {
+                        let files = session.open_files(process, holder.owner)?;
+                        unknown.insert(Open::of(files))
+                    }
+                }),
+            };
+            let Some(open) = open.filter(|open| !open.all.is_empty()) else {
                 let found = holder.files.iter().filter(|file| file.is_absolute());
                 let found = found.filter_map(|file| FileId::and_owner_at(file));
                 let counts = |owner: u32| holder.owner.is_none_or(|holder| holder == owner);
@@ -102,13 +124,13 @@ impl Sources {
                     .for_each(|(id, _)| count(id));
                 continue;
             };
-            let known = holder.files.iter().map(|file| open.get(file).copied());
+            let known = holder.files.iter().map(|file| open.by_name.get(file).copied());
             match known.collect::<Option<Vec<_>>>() {
                 Some(known) => known.into_iter().for_each(count),
-                None => open.values().copied().for_each(count),
+                None => open.all.iter().copied().for_each(count),
             }
         }
-        Self(ids)
+        Ok(Self(ids))
     }
 
     /// The domain of which writing to `id` would write to a file: `id` is one, or a disk with one as its partition, or a
@@ -127,95 +149,6 @@ impl Sources {
         let (_, domain) = devices.find(|(source, _)| is_made_of_it(**source))?;
         Some(domain)
     }
-}
-
-/// What a process has open, by the names that it was opened under; nothing if it is not that user's. What is open as a path
-/// only (`O_PATH`) can be anybody's.
-fn open_files(process: u32, owner: Option<u32>) -> HashMap<PathBuf, FileId> {
-    if owner.is_some_and(|owner| user_of(process) != Some(owner)) {
-        return HashMap::new();
-    }
-    let open = descriptors(process)
-        .take(MOST_OF_PROCESS)
-        .filter_map(|descriptor| {
-            let name = descriptor.name()?;
-            descriptor.access()?;
-            Some((name, descriptor.file()?))
-        });
-    open.collect()
-}
-
-/// The owner of a process: its effective user, or root if it has changed its user or runs a set-user-ID program.
-pub(super) fn user_of(process: u32) -> Option<u32> {
-    let metadata = std::fs::metadata(format!("/proc/{process}")).ok()?;
-    Some(metadata.uid())
-}
-
-/// An open descriptor of a process.
-pub(super) struct Descriptor {
-    /// Its links in `/proc/PID/fd` and `/proc/PID/fdinfo`.
-    link: PathBuf,
-    info: PathBuf,
-}
-
-impl Descriptor {
-    /// The name of the file that it is open on; nothing for a socket, a pipe and the like.
-    fn name(&self) -> Option<PathBuf> {
-        let name = std::fs::read_link(&self.link).ok()?;
-        name.is_absolute().then_some(name)
-    }
-
-    fn info(&self) -> Option<String> {
-        std::fs::read_to_string(&self.info).ok()
-    }
-
-    pub fn file(&self) -> Option<FileId> {
-        FileId::at(&self.link)
-    }
-
-    /// What it is open for, from the line `flags:` (proc_pid_fdinfo(5)), in octal; nothing if it is for nothing but its path.
-    pub fn access(&self) -> Option<OFlags> {
-        let info = self.info()?;
-        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
-        let flags = OFlags::from_bits_retain(u32::from_str_radix(flags.trim(), 8).ok()?);
-        (!flags.contains(OFlags::PATH)).then_some(flags & OFlags::RWMODE)
-    }
-}
-
-pub(super) fn descriptors(process: u32) -> impl Iterator<Item = Descriptor> {
-    let directory = Path::new("/proc").join(process.to_string());
-    let entries = std::fs::read_dir(directory.join("fd"));
-    let info = directory.join("fdinfo");
-    entries.into_iter().flatten().filter_map(move |entry| {
-        let entry = entry.ok()?;
-        Some(Descriptor {
-            info: info.join(entry.file_name()),
-            link: entry.path(),
-        })
-    })
-}
-
-/// A process that has QEMU's locks on one of these files, as far as this process may see. Blocks.
-pub(super) fn locker(files: &[FileId]) -> Option<u32> {
-    let mut budget = Budget::new();
-    processes().find(|process| {
-        let Some(payer) = budget.payer_of(*process) else {
-            return false;
-        };
-        descriptors(*process)
-            .take_while(|_| budget.take(payer))
-            .any(|descriptor| {
-                descriptor.name().is_some()
-                    && descriptor.file().is_some_and(|id| files.contains(&id))
-                    && descriptor.info().is_some_and(|info| has_image_lock(&info))
-            })
-    })
-}
-
-/// All that are seen here.
-pub(super) fn processes() -> impl Iterator<Item = u32> {
-    let entries = std::fs::read_dir("/proc").into_iter().flatten();
-    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
 
 /// A file or device and what shares bytes with it, as [`related`], and for files also the devices that are made of them.
@@ -363,6 +296,9 @@ fn device_at(directory: &Path) -> Option<FileId> {
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
+    use std::os::unix::fs::MetadataExt;
+
+    use rustix::fs::OFlags;
 
     use super::*;
 
@@ -417,7 +353,7 @@ mod tests {
             owner,
         };
         let id = FileId::at(path).unwrap();
-        Sources::of(&[holder]).holder(id) == Some("web")
+        Sources::of(&Look::Own, &[holder]).unwrap().holder(id) == Some("web")
     }
 
     #[test]
@@ -446,7 +382,7 @@ mod tests {
                 owner: None,
             };
             let id = FileId::at(&path).unwrap();
-            Sources::of(&[holder]).holder(id).is_some()
+            Sources::of(&Look::Own, &[holder]).unwrap().holder(id).is_some()
         };
         assert!(!unknown(Some(std::process::id())));
         let _open = std::fs::File::open(&path).unwrap();

@@ -14,7 +14,9 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use rustix::fs::{Mode, OFlags};
 
-use super::identity::{FileId, locker, paths_of, sharing};
+use super::Opener;
+use super::identity::{FileId, paths_of, sharing};
+use super::look::{self, Look};
 
 /// The first byte that means a permission in use, and how many bytes there are from it to the last of the others.
 const LOCK_BYTES: (i64, i64) = (100, 164);
@@ -54,13 +56,31 @@ impl Drop for ImageLock {
     }
 }
 
+/// Why it is not known whether an image is in use.
+#[derive(Debug, thiserror::Error)]
+pub enum NotKnown {
+    #[error("{0}")]
+    Locks(#[from] io::Error),
+    #[error("{0}")]
+    Look(#[from] look::Error),
+}
+
+impl From<NotKnown> for io::Error {
+    fn from(error: NotKnown) -> Self {
+        match error {
+            NotKnown::Locks(error) => error,
+            NotKnown::Look(error) => Self::other(error),
+        }
+    }
+}
+
 /// Whether a QEMU, `qemu-img` or `qemu-storage-daemon` has open what `file` is open on, or a device or file that shares
 /// bytes with it, such as the file of a loop device. Blocks.
 ///
 /// A descriptor that came from somebody else can be the one that was locked: it is asked by another one of its own. Of a device
 /// each node has locks of its own, so processes are looked at too; how many descriptors others have makes no difference to
 /// a file.
-pub fn is_in_use(file: &OwnedFd) -> io::Result<bool> {
+pub fn is_in_use(look: &Look, file: &OwnedFd) -> Result<bool, NotKnown> {
     if is_locked(file)? {
         return Ok(true);
     }
@@ -69,7 +89,7 @@ pub fn is_in_use(file: &OwnedFd) -> io::Result<bool> {
     {
         return Ok(true);
     }
-    let id = FileId::of(&rustix::fs::fstat(file)?);
+    let id = FileId::of(&rustix::fs::fstat(file).map_err(io::Error::from)?);
     let mut unseen = Vec::new();
     for other in sharing(id) {
         let paths = paths_of(id, other);
@@ -83,13 +103,13 @@ pub fn is_in_use(file: &OwnedFd) -> io::Result<bool> {
             unseen.push(other);
         }
     }
-    Ok(!unseen.is_empty() && locker(&unseen).is_some())
+    Ok(!unseen.is_empty() && look.session().locker(&unseen)?.is_some())
 }
 
 /// A process that has it open in that way, if one can be found. Blocks.
-pub fn user_of_image(file: &OwnedFd) -> io::Result<Option<u32>> {
-    let id = FileId::of(&rustix::fs::fstat(file)?);
-    Ok(locker(&sharing(id)))
+pub fn user_of_image(look: &Look, file: &OwnedFd) -> Result<Option<Opener>, NotKnown> {
+    let id = FileId::of(&rustix::fs::fstat(file).map_err(io::Error::from)?);
+    Ok(look.session().locker(&sharing(id))?)
 }
 
 fn open_again(file: &OwnedFd) -> io::Result<OwnedFd> {
@@ -160,9 +180,12 @@ mod tests {
         let (one, other) = (open(file.path()), open(file.path()));
         let lock = ImageLock::take(&one).unwrap().expect("nobody has it");
         assert!(ImageLock::take(&other).unwrap().is_none());
-        assert!(is_in_use(&other).unwrap());
+        assert!(is_in_use(&Look::Own, &other).unwrap());
         lock.release();
-        assert!(!is_in_use(&other).unwrap(), "a refused attempt leaves no lock");
+        assert!(
+            !is_in_use(&Look::Own, &other).unwrap(),
+            "a refused attempt leaves no lock"
+        );
         drop(ImageLock::take(&other).unwrap().expect("it was released"));
         assert!(ImageLock::take(&one).unwrap().is_some(), "dropping releases");
     }
@@ -173,9 +196,9 @@ mod tests {
         let passed = open(file.path());
         let lock = ImageLock::take(&passed).unwrap();
         assert!(!is_locked(&passed).unwrap(), "it does not see its own");
-        assert!(is_in_use(&passed).unwrap());
+        assert!(is_in_use(&Look::Own, &passed).unwrap());
         drop(lock);
-        assert!(!is_in_use(&passed).unwrap());
+        assert!(!is_in_use(&Look::Own, &passed).unwrap());
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod identity;
 mod inside;
 mod inventory;
 mod lock;
+mod look;
 mod loops;
 mod mark;
 mod naming;
@@ -44,6 +45,7 @@ pub use identity::{FileId, Holder, Sources};
 pub use inside::{directories_behind, store_around};
 pub use inventory::{Held, Sharing, Shelf};
 pub use lock::{ImageLock, is_in_use};
+pub use look::{Look, VARIABLE as LOOK_VARIABLE, serve as serve_look};
 pub use mark::{DIRECTORY as STORE_DIRECTORY, check_mark, check_mark_of, make_mark};
 pub use opener::{Opener, opener};
 pub use parents::Parents;
@@ -83,8 +85,10 @@ pub struct BackupName<'a> {
 }
 
 /// The state of the host that the checks of targets need.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Around {
+    /// The way to inspect the open files of other processes.
+    pub look: Look,
     /// The files that the domains have open.
     pub sources: Sources,
     /// The domain's QEMU.
@@ -220,7 +224,7 @@ impl Targets {
             check::single_link(target, &disk.place, &plan.task)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
-        space::check(&targets.targets, plan, around.process)?;
+        space::check(&targets.targets, plan, around)?;
         check::unused(&mut targets.targets, around)?;
         fault::passed("prepared");
         Ok(targets)

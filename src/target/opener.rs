@@ -3,14 +3,15 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
 
-use super::identity::{Behind, FileId, descriptors, processes, related, related_to, user_of};
+use super::identity::{Behind, FileId, related, related_to};
+use super::look::{descriptors, processes, program, user_of};
 
 /// A process that has a file or device open.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Opener {
     pub process: u32,
     /// Its program.
@@ -23,7 +24,7 @@ impl Opener {
     pub(super) fn of(process: u32) -> Self {
         Self {
             process,
-            name: name(process),
+            name: program(process),
             user: user_of(process),
         }
     }
@@ -54,10 +55,11 @@ pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
     };
     let mut others = processes().filter(|process| *process != std::process::id());
     let opens = |process: &u32| {
-        let reading = name(*process).starts_with("qemu");
+        let reading = program(*process).starts_with("qemu");
         let counts = |access: OFlags| reading || access != OFlags::RDONLY;
         // The access first: it costs least, and anybody can open anything as a path only.
-        descriptors(*process).any(|descriptor| {
+        let mut descriptors = descriptors(*process).into_iter().flatten();
+        descriptors.any(|descriptor| {
             descriptor.access().is_some_and(counts) && descriptor.file().is_some_and(&touches)
         })
     };
@@ -65,19 +67,9 @@ pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
     Ok(found.map(Opener::of))
 }
 
-/// The file name of its program; its own word, which it can change, where that is not shown.
-fn name(process: u32) -> String {
-    let directory = Path::new("/proc").join(process.to_string());
-    let program = std::fs::read_link(directory.join("exe")).ok();
-    let program = program.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-    program.unwrap_or_else(|| {
-        let own = std::fs::read_to_string(directory.join("comm"));
-        own.unwrap_or_default().trim_end().to_owned()
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::process::{Child, Command, Stdio};
 
     use super::*;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use backupd::names::BUS_NAME;
+use backupd::target::LOOK_VARIABLE;
 use rustix::process::Signal;
 
 use super::bus::{Bus, project_file};
@@ -55,7 +56,12 @@ impl Daemon {
     /// Like the function above, with further environment variables.
     #[track_caller]
     pub fn start_supervised(address: &str, dir: &Path, config: &Path, environment: &Environment) -> Self {
-        let command = process::bound(env!("CARGO_BIN_EXE_backupd"));
+        let service = env!("CARGO_BIN_EXE_backupd");
+        // As in its unit: with a helper, it has not the capability itself.
+        let command = match environment.iter().any(|(name, _)| name == LOOK_VARIABLE) {
+            true => process::bound_without("sys_ptrace", service),
+            false => process::bound(service),
+        };
         Self::launch(address, dir, config, command, environment)
     }
 

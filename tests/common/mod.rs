@@ -23,6 +23,7 @@ pub mod disk;
 pub mod eavesdropper;
 pub mod guest;
 pub mod hanging;
+pub mod helper;
 pub mod initramfs;
 pub mod journal;
 pub mod made;
@@ -46,6 +47,7 @@ use std::path::{Path, PathBuf};
 
 use backupd::fault;
 use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
+use backupd::target::LOOK_VARIABLE;
 use rustix::process::Signal;
 
 use activation::Activation;
@@ -84,6 +86,7 @@ pub struct Setup {
     no_polkit: bool,
     no_daemon: bool,
     activation: Option<Activation>,
+    asks_helper: bool,
 }
 
 impl Setup {
@@ -125,6 +128,12 @@ impl Setup {
         self
     }
 
+    /// A system whose service cannot look into other processes, and asks the helper: see [`helper::Helper`].
+    pub fn asking_helper(mut self) -> Self {
+        self.asks_helper = true;
+        self
+    }
+
     /// Leaves out polkit.
     pub fn without_polkit(mut self) -> Self {
         self.no_polkit = true;
@@ -158,9 +167,14 @@ impl Setup {
         };
         let polkit = (!self.no_polkit).then(|| Polkit::start(&bus, dir.path(), &self.rules));
         let journal = self.journal.then(|| Journal::start(dir.path()));
+        let mut environment = self.environment.clone();
+        if self.asks_helper {
+            let socket = helper::socket(dir.path()).display().to_string();
+            environment.push((LOOK_VARIABLE.to_owned(), socket));
+        }
         let mut system = System {
             daemon: None,
-            environment: self.environment.clone(),
+            environment,
             journal,
             polkit,
             clients: Clients::new(&bus, dir.path()),

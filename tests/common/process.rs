@@ -23,6 +23,16 @@ pub fn bound(program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
+/// A command that runs `program` as root without a capability, bound to this process's life.
+pub fn bound_without(capability: &str, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--bounding-set", "--inh-caps"].map(|set| format!("{set}=-{capability}")))
+        .args(["--pdeathsig", "KILL", "--"])
+        .arg(program);
+    command
+}
+
 /// Returns a command that runs `program` as an ordinary user without groups of the host, and dies with this process.
 pub fn bound_as(uid: u32, program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new("setpriv");

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use backupd::image;
-use backupd::target::{self, FileId, Opener};
+use backupd::target::{self, FileId, Look, Opener};
 use rustix::fs::OFlags;
 
 use super::partial::{Partial, directory};
@@ -302,7 +302,7 @@ fn open_old(path: &Path) -> Result<OwnedFd, Error> {
 fn check_unused(path: &Path, file: BorrowedFd<'_>) -> Result<(), Error> {
     let failed = Error::io("check whether a VM uses", path);
     let file = file.try_clone_to_owned();
-    let used = file.and_then(|file| match target::is_in_use(&file)? {
+    let used = file.and_then(|file| match target::is_in_use(&Look::Own, &file)? {
         true => Ok(Some(Error::UsedByQemu {
             path: path.to_owned(),
         })),

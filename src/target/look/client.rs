@@ -1,0 +1,81 @@
+//! The service's end of a connection to the helper.
+
+use std::io::{self, ErrorKind};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::Error;
+use super::protocol::{Answer, MOST_ANSWER, MOST_QUESTION, Question, Received, receive, send};
+
+/// How long the helper may be silent. It reports each second that it is at work, so this is a helper that hangs. It is shorter than
+/// the time that a call waits for its backup to begin, so that the caller gets the error.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A connection to a helper.
+#[derive(Debug)]
+pub struct Connection {
+    stream: UnixStream,
+    path: PathBuf,
+}
+
+impl Connection {
+    /// Connects to the helper at `path`, which must be root's.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let stream = connected(path).map_err(|error| failed(path, &error))?;
+        let path = path.to_owned();
+        Ok(Self { stream, path })
+    }
+
+    pub fn ask(&self, question: &Question) -> Result<Answer, Error> {
+        let failed = |error: io::Error| failed(&self.path, &error);
+        send(&self.stream, question, MOST_QUESTION).map_err(failed)?;
+        loop {
+            match receive(&self.stream, MOST_ANSWER).map_err(failed)? {
+                Received::Message(Answer::Failed(why)) => return Err(Error::Failed(why)),
+                Received::Message(answer) => return Ok(answer),
+                Received::Working => {}
+                Received::OtherVersion => return Err(Error::Version),
+            }
+        }
+    }
+}
+
+fn failed(path: &Path, error: &io::Error) -> Error {
+    let path = path.to_owned();
+    let why = match error.kind() {
+        // The socket's own limits of time (socket(7)).
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+            return Error::Stalled {
+                path,
+                seconds: PATIENCE.as_secs(),
+            };
+        }
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+            "it closed the connection".to_owned()
+        }
+        _ => error.to_string(),
+    };
+    Error::Unreachable { path, why }
+}
+
+fn connected(path: &Path) -> io::Result<UnixStream> {
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // Before connecting, which waits where nobody accepts.
+    for timeout in [Timeout::Send, Timeout::Recv] {
+        set_socket_timeout(&socket, timeout, Some(PATIENCE))?;
+    }
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    if !socket_peercred(&socket)?.uid.is_root() {
+        return Err(io::Error::other("it is not root's"));
+    }
+    Ok(UnixStream::from(socket))
+}

@@ -1,0 +1,123 @@
+//! How much of an image is data, as the file that a QEMU has open shows it: the one look that reads a file.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+/// So many pages of an image are looked at, evenly spread over its data.
+const SAMPLES: u64 = 512;
+const PAGE: u64 = 4096;
+/// A file with more pieces of data than this is not followed to its end: what was found is a lower bound too.
+const MAX_EXTENTS: usize = 1 << 16;
+
+/// Bytes of the file that a process has open under that name that are data and not zeroes, at least; 0 if it has no such file
+/// open, or that is not a regular one.
+pub fn data_at_least(process: u32, file: &Path) -> u64 {
+    open_source(process, file).map_or(0, |file| data_of(&file))
+}
+
+/// The file that a QEMU has open under that name: what it is, not what the name leads to now.
+fn open_source(process: u32, file: &Path) -> Option<OwnedFd> {
+    let entries = std::fs::read_dir(format!("/proc/{process}/fd")).ok()?;
+    let links = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let link = links
+        .into_iter()
+        .find(|link| std::fs::read_link(link).is_ok_and(|name| name == file))?;
+    let is_regular = |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    // Opening a device can do something.
+    rustix::fs::stat(&link).ok().filter(|stat| is_regular(*stat))?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    rustix::fs::open(&link, flags, Mode::empty()).ok()
+}
+
+/// Bytes of a file that are data and not zeroes, at least; an estimate that is too high once in a thousand times.
+fn data_of(file: &OwnedFd) -> u64 {
+    let Ok(extents) = extents(file) else { return 0 };
+    let total: u64 = extents.iter().map(|(_, length)| length).sum();
+    let samples = SAMPLES.min(total / PAGE);
+    if samples == 0 {
+        return 0;
+    }
+    let mut page = vec![0; PAGE as usize];
+    let mut found = 0;
+    let mut extents = extents.into_iter();
+    let (mut extent, mut passed) = (extents.next(), 0);
+    for sample in 0..samples {
+        // In the middle of its part, in bytes of data.
+        let wanted = (total / samples).saturating_mul(sample) + total / samples / 2;
+        while let Some((_, length)) = extent
+            && passed + length <= wanted
+        {
+            passed += length;
+            extent = extents.next();
+        }
+        let Some((start, _)) = extent else { break };
+        let offset = (start + wanted - passed) / PAGE * PAGE;
+        match rustix::io::pread(file, &mut page, offset) {
+            Ok(count) if page.iter().take(count).any(|byte| *byte != 0) => found += 1,
+            _ => {}
+        }
+    }
+    lower_bound(total, found, samples)
+}
+
+/// What is left of `total` when `found` of `samples` fit, less three standard deviations.
+fn lower_bound(total: u64, found: u64, samples: u64) -> u64 {
+    let (found, samples) = (found as f64, samples as f64);
+    let part = found / samples;
+    let deviation = (part * (1.0 - part) / samples).sqrt();
+    (total as f64 * (part - 3.0 * deviation).max(0.0)) as u64
+}
+
+/// Where a file has data: offsets and lengths.
+fn extents(file: &OwnedFd) -> Result<Vec<(u64, u64)>, Errno> {
+    let mut found = Vec::new();
+    let mut position = 0;
+    while found.len() < MAX_EXTENTS {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(position)) {
+            Ok(start) => start,
+            // No data after that.
+            Err(Errno::NXIO) => break,
+            Err(errno) => return Err(errno),
+        };
+        let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+        if end <= start {
+            break;
+        }
+        found.push((start, end - start));
+        position = end;
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek, Write};
+
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    fn file(pieces: &[(u64, u8, usize)]) -> OwnedFd {
+        let mut file = tempfile::tempfile().unwrap();
+        file.set_len(64 * MIB as u64).unwrap();
+        for (offset, byte, length) in pieces {
+            file.seek(std::io::SeekFrom::Start(*offset)).unwrap();
+            file.write_all(&vec![*byte; *length]).unwrap();
+        }
+        file.into()
+    }
+
+    #[test]
+    fn zeroes_and_holes_are_no_data() {
+        assert_eq!(data_of(&file(&[])), 0);
+        assert_eq!(data_of(&file(&[(0, 0, 16 * MIB)])), 0);
+        let data = data_of(&file(&[(0, 1, 8 * MIB), (32 << 20, 2, 8 * MIB)]));
+        assert_eq!(data, 16 * MIB as u64);
+        // A quarter of what is written.
+        let mixed = data_of(&file(&[(0, 0, 24 * MIB), (40 << 20, 3, 8 * MIB)]));
+        assert!((5..=8).contains(&(mixed >> 20)), "{mixed}");
+    }
+}

@@ -1,0 +1,156 @@
+//! Questions about what other processes have open, answered in this process or by a helper that has the capability for it.
+//!
+//! An answer is facts about processes, of bounded size: never a descriptor, never a file's content. A look that fails is an error,
+//! never "nothing is open". Must not know domains, plans or callers. All of it blocks.
+
+mod client;
+mod content;
+mod helper;
+mod processes;
+mod protocol;
+
+pub use helper::serve;
+pub use processes::OpenFile;
+pub(super) use processes::{descriptors, processes, program, user_of};
+
+use std::path::{Path, PathBuf};
+
+use rustix::thread::{CapabilitySet, capabilities};
+
+use super::{FileId, Opener};
+use client::Connection;
+use protocol::{Answer, Question};
+
+/// The variable that names the helper's socket. With it the process never looks by itself.
+pub const VARIABLE: &str = "BACKUPD_LOOK";
+
+/// How a process finds out what others have open.
+#[derive(Debug, Clone)]
+pub enum Look {
+    /// By itself. A program that a user runs sees that user's processes.
+    Own,
+    /// Through the helper at this socket.
+    Helper(PathBuf),
+    /// It has neither the capabilities nor a helper.
+    Unable,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "this process has not both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH. Use the units of the package, or set {VARIABLE}"
+    )]
+    Unable,
+    #[error(
+        "the helper at {} cannot be asked ({why}). Run 'systemctl restart backupd-look.socket', and try again",
+        path.display()
+    )]
+    Unreachable { path: PathBuf, why: String },
+    #[error(
+        "the helper at {} has not answered for {seconds} s. See 'journalctl -u backupd-look@*', and try again",
+        path.display()
+    )]
+    Stalled { path: PathBuf, seconds: u64 },
+    #[error(
+        "the helper is of another version of backupd than the service. Run 'systemctl restart backupd', and try again"
+    )]
+    Version,
+    #[error("the helper failed: {0}. See 'journalctl -u backupd-look@*'")]
+    Failed(String),
+    #[error(
+        "the open files of process {process} are hidden, though it is a VM's. Check the rules of the security module for backupd"
+    )]
+    Hidden { process: u32 },
+}
+
+impl Look {
+    /// The service's own way: the helper that its unit names, or else this process.
+    pub fn of_service() -> Self {
+        match std::env::var_os(VARIABLE) {
+            Some(path) => Self::Helper(path.into()),
+            None if is_able() => Self::Own,
+            None => Self::Unable,
+        }
+    }
+
+    /// For questions that follow each other.
+    pub fn session(&self) -> Session<'_> {
+        Session {
+            look: self,
+            connection: None,
+        }
+    }
+}
+
+/// Questions that one helper answers, one after the other.
+#[derive(Debug)]
+pub struct Session<'a> {
+    look: &'a Look,
+    connection: Option<Connection>,
+}
+
+impl Session<'_> {
+    /// What a process has open, if it is `owner`'s or no owner is given. Nothing of a process that has ended.
+    pub fn open_files(&mut self, process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Error> {
+        match self.ask(|| Question::OpenFiles { process, owner })? {
+            None => processes::open_files(process, owner),
+            Some(Answer::OpenFiles(files)) => Ok(files),
+            Some(_) => Err(unfit()),
+        }
+    }
+
+    /// A process that has QEMU's locks on one of these files.
+    pub fn locker(&mut self, files: &[FileId]) -> Result<Option<Opener>, Error> {
+        let question = || Question::Locker {
+            files: files.to_vec(),
+        };
+        match self.ask(question)? {
+            None => processes::locker(files, || Ok(())),
+            Some(Answer::Locker(locker)) => Ok(locker),
+            Some(_) => Err(unfit()),
+        }
+    }
+
+    /// How many bytes of the regular file that a process has open under that name are data and not zeroes, at least.
+    pub fn data_at_least(&mut self, process: u32, file: &Path) -> Result<u64, Error> {
+        let question = || Question::DataAtLeast {
+            process,
+            file: file.to_owned(),
+        };
+        match self.ask(question)? {
+            None => Ok(content::data_at_least(process, file)),
+            Some(Answer::DataAtLeast(bytes)) => Ok(bytes),
+            Some(_) => Err(unfit()),
+        }
+    }
+
+    /// The helper's answer; nothing if this process looks by itself.
+    fn ask(&mut self, question: impl FnOnce() -> Question) -> Result<Option<Answer>, Error> {
+        let path = match self.look {
+            Look::Own => return Ok(None),
+            Look::Helper(path) => path,
+            Look::Unable => return Err(Error::Unable),
+        };
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => Connection::open(path)?,
+        };
+        // After an error its next answer would be that to an earlier question.
+        let answer = connection.ask(&question())?;
+        self.connection = Some(connection);
+        Ok(Some(answer))
+    }
+}
+
+fn unfit() -> Error {
+    Error::Failed("it answered another question".to_owned())
+}
+
+/// Whether this process may look into those of all users: into their directories in `/proc`, which are their users' alone, and at
+/// what the links in these lead to (proc_pid_fd(5)).
+fn is_able() -> bool {
+    let directories = CapabilitySet::DAC_READ_SEARCH | CapabilitySet::DAC_OVERRIDE;
+    capabilities(None).is_ok_and(|sets| {
+        sets.effective.contains(CapabilitySet::SYS_PTRACE) && sets.effective.intersects(directories)
+    })
+}

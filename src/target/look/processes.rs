@@ -1,0 +1,163 @@
+//! Open files of other processes, as `/proc` shows them.
+
+use std::collections::HashSet;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
+
+use super::super::budget::Budget;
+use super::super::lock::has_image_lock;
+use super::{Error, FileId, Opener};
+
+/// Descriptors of one process that are looked at. A QEMU has some hundreds.
+const MOST_OF_PROCESS: usize = 16 << 10;
+/// Bytes of their names in all. Files beyond have no name in the answer.
+const MOST_NAMES: usize = 1 << 20;
+
+/// A file that a process has open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenFile {
+    /// The name that it was opened under, if that is text.
+    pub name: Option<String>,
+    pub file: FileId,
+}
+
+/// What a process has open; nothing if it is not that user's. What is open as a path only (`O_PATH`) can be anybody's.
+///
+/// A process that this one may not look into is an error.
+pub fn open_files(process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Error> {
+    if owner.is_some_and(|owner| user_of(process) != Some(owner)) {
+        return Ok(Vec::new());
+    }
+    let (mut files, mut names) = (Vec::new(), MOST_NAMES);
+    let may = |error: io::Error| match error.kind() {
+        ErrorKind::PermissionDenied => Err(Error::Hidden { process }),
+        // It has ended, or has closed it.
+        _ => Ok(()),
+    };
+    let found = match descriptors(process) {
+        Ok(found) => found,
+        Err(error) => return may(error).map(|()| files),
+    };
+    for descriptor in found.take(MOST_OF_PROCESS) {
+        let name = match descriptor.name() {
+            Ok(Some(name)) => name,
+            Ok(None) => continue,
+            Err(error) => {
+                may(error)?;
+                continue;
+            }
+        };
+        if descriptor.access().is_none() {
+            continue;
+        }
+        let Some(file) = descriptor.file() else { continue };
+        let name = name.into_os_string().into_string().ok();
+        let name = name.filter(|name| {
+            let left = names.checked_sub(name.len());
+            names = left.unwrap_or(names);
+            left.is_some()
+        });
+        files.push(OpenFile { name, file });
+    }
+    Ok(files)
+}
+
+/// A process that has QEMU's locks on one of these files, of those that the system lets this one look into. `at_work` is called
+/// again and again, and its error ends the look.
+pub fn locker(
+    files: &[FileId],
+    mut at_work: impl FnMut() -> Result<(), Error>,
+) -> Result<Option<Opener>, Error> {
+    let files: HashSet<FileId> = files.iter().copied().collect();
+    let mut budget = Budget::new();
+    for process in processes() {
+        let Some(payer) = budget.payer_of(process) else {
+            continue;
+        };
+        for descriptor in descriptors(process).into_iter().flatten() {
+            at_work()?;
+            if !budget.take(payer) {
+                break;
+            }
+            if descriptor.name().is_ok_and(|name| name.is_some())
+                && descriptor.file().is_some_and(|id| files.contains(&id))
+                && descriptor.info().is_some_and(|info| has_image_lock(&info))
+            {
+                return Ok(Some(Opener::of(process)));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// The owner of a process: its effective user, or root if it has changed its user or runs a set-user-ID program.
+pub fn user_of(process: u32) -> Option<u32> {
+    let metadata = std::fs::metadata(format!("/proc/{process}")).ok()?;
+    Some(metadata.uid())
+}
+
+/// The file name of its program; its own word, which it can change, where that is not shown.
+pub fn program(process: u32) -> String {
+    let directory = Path::new("/proc").join(process.to_string());
+    let program = std::fs::read_link(directory.join("exe")).ok();
+    let program = program.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    program.unwrap_or_else(|| {
+        let own = std::fs::read_to_string(directory.join("comm"));
+        own.unwrap_or_default().trim_end().to_owned()
+    })
+}
+
+/// An open descriptor of a process.
+pub struct Descriptor {
+    /// Its links in `/proc/PID/fd` and `/proc/PID/fdinfo`.
+    link: PathBuf,
+    info: PathBuf,
+}
+
+impl Descriptor {
+    /// The name of the file that it is open on; nothing for a socket, a pipe and the like.
+    fn name(&self) -> io::Result<Option<PathBuf>> {
+        let name = std::fs::read_link(&self.link)?;
+        Ok(name.is_absolute().then_some(name))
+    }
+
+    fn info(&self) -> Option<String> {
+        std::fs::read_to_string(&self.info).ok()
+    }
+
+    /// Nothing also where the file system keeps it from this process, as FUSE can do: no process writes a backup there.
+    pub fn file(&self) -> Option<FileId> {
+        FileId::at(&self.link)
+    }
+
+    /// What it is open for, from the line `flags:` (proc_pid_fdinfo(5)), in octal; nothing if it is for nothing but its path.
+    pub fn access(&self) -> Option<OFlags> {
+        let info = self.info()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        let flags = OFlags::from_bits_retain(u32::from_str_radix(flags.trim(), 8).ok()?);
+        (!flags.contains(OFlags::PATH)).then_some(flags & OFlags::RWMODE)
+    }
+}
+
+pub fn descriptors(process: u32) -> io::Result<impl Iterator<Item = Descriptor>> {
+    let directory = Path::new("/proc").join(process.to_string());
+    let entries = std::fs::read_dir(directory.join("fd"))?;
+    let info = directory.join("fdinfo");
+    Ok(entries.filter_map(move |entry| {
+        let entry = entry.ok()?;
+        Some(Descriptor {
+            info: info.join(entry.file_name()),
+            link: entry.path(),
+        })
+    }))
+}
+
+/// All that are seen here.
+pub fn processes() -> impl Iterator<Item = u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}

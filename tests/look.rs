@@ -1,0 +1,254 @@
+//! The service without CAP_SYS_PTRACE: a helper reports what other processes have open, and a look that fails is a no.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use crate::common::System;
+use crate::common::caller::{Caller, as_user, assert_completed};
+use crate::common::disk::Disk;
+use crate::common::helper::{self, Helper};
+use crate::common::process;
+use crate::common::proxies::{Options, error_name};
+use crate::common::storage::{self, LoopDevice};
+use crate::common::vm::Vm;
+use zbus::wire::Variant;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 8 * MIB;
+const INVALID: &str = "org.example.Backup1.Error.TargetInvalid";
+const INTERNAL: &str = "org.example.Backup1.Error.Internal";
+const ANNA: u32 = 1000;
+
+/// A VM that is backed up by a service that asks a helper, with one disk `vda`.
+struct Scene {
+    system: System,
+    vm: Vm,
+    caller: Caller,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let system = System::setup().asking_helper().start();
+        let vm = system.configured(system.vm("web").disk(Disk::new("vda", SIZE).fill(0, MIB, 0x11)));
+        let caller = Caller::new(&system).await;
+        Self { system, vm, caller }
+    }
+
+    fn socket(&self) -> PathBuf {
+        helper::socket(self.system.dir())
+    }
+
+    /// An image that nobody has open.
+    fn image(&self, name: &str) -> PathBuf {
+        let path = self.system.dir().join(name);
+        let mut command = process::bound("qemu-img");
+        command
+            .args(["create", "-q", "-f", "raw"])
+            .arg(&path)
+            .arg(SIZE.to_string());
+        process::run(command).expect_success();
+        path
+    }
+
+    /// A backup into an existing target is refused with an error of that name, and nothing is changed. Returns its text.
+    async fn refuses(&self, target: &Path, kind: &str, name: &str) -> String {
+        let before = fs::read(target).unwrap();
+        let residue = self.vm.residue();
+        let document = into(target, kind);
+        let started = self.caller.try_start("web", &document, &[], reuse()).await;
+        let error = started.expect_err("the backup is refused");
+        let text = error.to_string();
+        assert_eq!(error_name(&error), name, "{text}");
+        assert!(fs::read(target).unwrap() == before, "it was changed: {text}");
+        assert_eq!(self.vm.residue(), residue);
+        text
+    }
+
+    async fn completes(&self, target: &Path, kind: &str) {
+        let document = into(target, kind);
+        assert_completed(&self.caller.start_with("web", &document, &[], reuse()).await).await;
+        assert!(storage::holds(target, "raw", 0, MIB, 0x11));
+    }
+}
+
+fn reuse() -> Options<'static> {
+    Options::from([("reuse-external", Variant::from(true))])
+}
+
+/// `kind` is "file" or "dev".
+fn into(target: &Path, kind: &str) -> String {
+    let of_type = if kind == "dev" { " type='block'" } else { "" };
+    format!(
+        "<domainbackup><disks><disk name='vda'{of_type}><driver type='raw'/><target {kind}='{}'/></disk>\
+         </disks></domainbackup>",
+        target.display()
+    )
+}
+
+/// Another node of a device, as libvirt makes one for each QEMU.
+fn node_of(device: &Path, path: PathBuf) -> PathBuf {
+    let mut command = process::bound("cp");
+    command.arg("--archive").args([device, &path]);
+    process::run(command).expect_success();
+    path
+}
+
+/// A frame of the protocol.
+fn frame(version: u32, text: &str) -> Vec<u8> {
+    let length = u32::try_from(text.len()).unwrap();
+    [&length.to_le_bytes()[..], &version.to_le_bytes(), text.as_bytes()].concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_another_vm_has_open_by_another_node_is_refused() {
+    let scene = Scene::new().await;
+    let _helper = Helper::start(scene.system.dir());
+    let device = |name: &str| LoopDevice::attach(&scene.system.dir().join(name), SIZE);
+    let (theirs, free) = (device("theirs.img"), device("free.img"));
+    let node = node_of(theirs.device(), scene.system.dir().join("node"));
+    let disk = Disk::new("vda", SIZE).raw().fill(0, MIB, 0x77).at(&node);
+    let _unknown = scene.system.vm("unknown").disk(disk).start();
+    let text = scene.refuses(theirs.device(), "dev", INVALID).await;
+    assert!(
+        text.contains("open in another QEMU") && text.contains("process "),
+        "{text}"
+    );
+    scene.completes(free.device(), "dev").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_a_known_vm_has_open_is_refused_by_whatever_name() {
+    let scene = Scene::new().await;
+    let _helper = Helper::start(scene.system.dir());
+    let disk = Disk::new("vda", SIZE).raw().fill(0, MIB, 0x77);
+    let other = scene.system.configured(scene.system.vm("other").disk(disk));
+    let path = other.source_path("vda");
+    let text = scene.refuses(path, "file", INVALID).await;
+    assert!(text.contains("a disk of a running domain (other)"), "{text}");
+    // The path that QEMU reports leads to another file now.
+    let moved = scene.system.dir().join("moved");
+    fs::rename(path, &moved).unwrap();
+    fs::write(path, "").unwrap();
+    let text = scene.refuses(&moved, "file", INVALID).await;
+    assert!(text.contains("a disk of a running domain (other)"), "{text}");
+    scene.completes(&scene.image("free"), "file").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_helper_no_existing_target_is_overwritten() {
+    let scene = Scene::new().await;
+    let target = scene.image("target");
+    let device = LoopDevice::attach(&scene.system.dir().join("loop.img"), SIZE);
+    let refused = async || {
+        for (path, kind) in [(target.as_path(), "file"), (device.device(), "dev")] {
+            let text = scene.refuses(path, kind, INTERNAL).await;
+            let advice = "systemctl restart backupd-look.socket";
+            assert!(
+                text.contains("cannot find out whether other VMs") && text.contains(advice),
+                "{text}"
+            );
+        }
+    };
+    assert!(!scene.socket().exists());
+    refused().await;
+    let mut helper = Helper::start(scene.system.dir());
+    scene.completes(&target, "file").await;
+    scene.completes(device.device(), "dev").await;
+    helper.kill();
+    assert!(scene.socket().exists());
+    refused().await;
+    // No process can have a new file open.
+    let new = scene.system.dir().join("new");
+    let document = into(&new, "file");
+    let job = scene
+        .caller
+        .start_with("web", &document, &[], Options::new())
+        .await;
+    assert_completed(&job).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_helper_that_hangs_does_not_hang_the_backup() {
+    let scene = Scene::new().await;
+    let target = scene.image("target");
+    // The kernel connects, and nothing accepts.
+    let listener = UnixListener::bind(scene.socket()).unwrap();
+    let text = scene.refuses(&target, "file", INTERNAL).await;
+    assert!(text.contains("has not answered for 10 s"), "{text}");
+    drop(listener);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_helper_without_the_capability_answers_nothing() {
+    let scene = Scene::new().await;
+    let target = scene.image("target");
+    let _helper = Helper::start_without(scene.system.dir(), "sys_ptrace");
+    let text = scene.refuses(&target, "file", INTERNAL).await;
+    assert!(text.contains("has not both CAP_SYS_PTRACE and"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_cannot_be_used_refuses_the_backup() {
+    let scene = Scene::new().await;
+    let target = scene.image("target");
+    let listener = UnixListener::bind(scene.socket()).unwrap();
+    let answers = [
+        (Vec::new(), "it closed the connection"),
+        (
+            frame(1, "{\"open-files\":[]}")[..20].to_vec(),
+            "it closed the connection",
+        ),
+        (frame(2, "{\"open-files\":[]}"), "another version"),
+        (frame(1, "{\"locker\":null}"), "another question"),
+        (frame(1, "{\"failed\":\"out of order\"}"), "out of order"),
+        (frame(1, "nonsense"), "cannot be asked"),
+    ];
+    for (answer, why) in answers {
+        let listener = listener.try_clone().unwrap();
+        let answering = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut header = [0; 8];
+            stream.read_exact(&mut header).unwrap();
+            let length = u32::from_le_bytes(header[..4].try_into().unwrap());
+            let mut question = vec![0; usize::try_from(length).unwrap()];
+            stream.read_exact(&mut question).unwrap();
+            stream.write_all(&answer).unwrap();
+        });
+        let text = scene.refuses(&target, "file", INTERNAL).await;
+        assert!(text.contains(why), "{why}: {text}");
+        answering.join().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_helper_answers_root_of_its_version_only() {
+    let system = System::setup().without_daemon().start();
+    let helper = Helper::start(system.dir());
+    let process = std::process::id();
+    let question = format!("{{\"open-files\":{{\"process\":{process},\"owner\":null}}}}");
+    let ask = |uid: u32, version: u32| {
+        let socket = helper::socket(system.dir());
+        let mut stream = as_user(uid, || UnixStream::connect(socket).unwrap());
+        // The helper may have ended already.
+        let _ = stream.write_all(&frame(version, &question));
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        answer
+    };
+    let text = |answer: Vec<u8>| String::from_utf8_lossy(&answer).into_owned();
+    let answer = text(ask(0, 1));
+    assert!(answer.contains("{\"open-files\":[{"), "{answer}");
+    // A service of another version sees the helper's.
+    let answer = ask(0, 2);
+    assert_eq!(answer[4..8], 1_u32.to_le_bytes());
+    assert!(text(answer.clone()).contains("failed"), "{answer:?}");
+    assert!(ask(ANNA, 1).is_empty());
+    assert!(
+        helper.log().contains("user 1000 is not answered"),
+        "{}",
+        helper.log()
+    );
+}

@@ -144,7 +144,8 @@ install: $(BUILT)/backupd $(BUILT)/backupctl
 	    > '$(DESTDIR)$(datadir)/dbus-1/system-services/org.example.Backup1.service'
 	$(fill) systemd/backupd.service > '$(DESTDIR)$(unitdir)/backupd.service'
 	$(fill) 'systemd/backupd-backup@.service' > '$(DESTDIR)$(unitdir)/backupd-backup@.service'
-	install -D -m 644 -t '$(DESTDIR)$(unitdir)' 'systemd/backupd-backup@.timer'
+	$(fill) 'systemd/backupd-look@.service' > '$(DESTDIR)$(unitdir)/backupd-look@.service'
+	install -D -m 644 -t '$(DESTDIR)$(unitdir)' systemd/backupd-look.socket 'systemd/backupd-backup@.timer'
 	install -D -m 644 systemd/backupd.tmpfiles '$(DESTDIR)$(tmpfilesdir)/backupd.conf'
 	install -d '$(DESTDIR)$(sysconfdir)/backupd/domains.d'
 	[ -e '$(DESTDIR)$(sysconfdir)/backupd/backupd.toml' ] || \

@@ -48,6 +48,8 @@ fn install_fills_a_directory() {
             "usr/bin/backupctl",
             "usr/lib/systemd/system/backupd-backup@.service",
             "usr/lib/systemd/system/backupd-backup@.timer",
+            "usr/lib/systemd/system/backupd-look.socket",
+            "usr/lib/systemd/system/backupd-look@.service",
             "usr/lib/systemd/system/backupd.service",
             "usr/lib/tmpfiles.d/backupd.conf",
             "usr/libexec/backupd",
@@ -76,6 +78,10 @@ fn install_fills_a_directory() {
         (
             "lib/systemd/system/backupd.service",
             "ExecStart=/usr/libexec/backupd",
+        ),
+        (
+            "lib/systemd/system/backupd-look@.service",
+            "ExecStart=/usr/libexec/backupd --look",
         ),
         (
             "lib/systemd/system/backupd-backup@.service",

@@ -8,10 +8,11 @@ use std::process::Command;
 
 use crate::common::bus::project_file;
 use crate::common::{process, test_directory};
+use backupd::target::LOOK_VARIABLE;
 use serde::Deserialize;
 
 /// In tenths, as systemd-analyze counts them.
-const MOST_EXPOSURE: &str = "15";
+const MOST_EXPOSURE: &str = "13";
 
 /// One line of `systemd-analyze security`. What does not apply to the unit is neither set nor not.
 #[derive(Debug, Deserialize)]
@@ -47,11 +48,11 @@ fn analyze(arguments: &[&str], unit: &Path) -> process::Output {
     process::run(command)
 }
 
-fn keys_of_systemd_analyze() -> Vec<Key> {
+fn keys_of_systemd_analyze(unit: &str) -> Vec<Key> {
     let dir = test_directory();
     let json = analyze(
         &["security", "--offline=yes", "--json=short"],
-        &unit_in(dir.path()),
+        &installed(dir.path(), unit),
     )
     .expect_success();
     let keys: Vec<Key> = serde_json::from_str(&json).unwrap();
@@ -75,9 +76,20 @@ fn keys_of_the_sandbox() -> BTreeSet<String> {
         .collect()
 }
 
+/// The part of `systemd/README.md` below a heading.
+fn section(heading: &str) -> String {
+    let readme = read("systemd/README.md");
+    let (_, section) = readme
+        .split_once(&format!("\n## {heading}\n"))
+        .unwrap_or_else(|| panic!("there is no section {heading}"));
+    section.split("\n## ").next().unwrap().to_owned()
+}
+
 #[test]
 fn systemd_finds_nothing_wrong_with_the_unit() {
     let dir = test_directory();
+    installed(dir.path(), "backupd-look.socket");
+    installed(dir.path(), "backupd-look@.service");
     // It succeeds whatever it says. Whether manual pages are installed is not the unit's fault.
     let output = analyze(&["verify", "--man=no"], &unit_in(dir.path()));
     assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", ""));
@@ -100,32 +112,65 @@ fn systemd_finds_nothing_wrong_with_the_nightly_units() {
 }
 
 #[test]
-fn the_exposure_is_at_most_one_and_a_half() {
+fn systemd_finds_nothing_wrong_with_the_units_of_the_helper() {
+    let dir = test_directory();
+    installed(dir.path(), "backupd-look.socket");
+    installed(dir.path(), "backupd-look@.service");
+    for unit in ["backupd-look.socket", "backupd-look@1.service"] {
+        let output = analyze(&["verify", "--man=no"], &dir.path().join(unit));
+        assert_eq!(
+            (output.stdout.as_str(), output.stderr.as_str()),
+            ("", ""),
+            "{unit}"
+        );
+    }
+}
+
+#[test]
+fn the_exposure_is_at_most_one_point_three() {
     let dir = test_directory();
     let threshold = format!("--threshold={MOST_EXPOSURE}");
-    analyze(&["security", "--offline=yes", &threshold], &unit_in(dir.path())).expect_success();
+    for unit in ["backupd.service", "backupd-look@.service"] {
+        let unit = installed(dir.path(), unit);
+        analyze(&["security", "--offline=yes", &threshold], &unit).expect_success();
+    }
+}
+
+#[test]
+fn the_service_asks_at_the_socket_that_its_unit_starts() {
+    let service = read("systemd/backupd.service");
+    let socket = read("systemd/backupd-look.socket");
+    let path = socket.lines().find_map(|line| line.strip_prefix("ListenStream="));
+    let asks = format!("Environment={LOOK_VARIABLE}={}", path.unwrap());
+    let starts = ["Wants=backupd-look.socket", "After=backupd-look.socket"];
+    for line in starts.into_iter().chain([asks.as_str()]) {
+        assert!(service.lines().any(|known| known == line), "{line}");
+    }
 }
 
 #[test]
 fn the_readme_gives_a_reason_for_every_key_that_is_not_set() {
-    let readme = read("systemd/README.md");
-    let (_, not_set) = readme
-        .split_once("## Settings that would break the service")
-        .expect("the section is there");
-    let rows: Vec<&str> = not_set.lines().filter(|line| line.starts_with("| `")).collect();
-    for key in keys_of_systemd_analyze() {
-        if key.set == Some(true) {
-            continue;
+    for (unit, heading) in [
+        ("backupd.service", "Settings that would break the service"),
+        ("backupd-look@.service", "The helper"),
+    ] {
+        let section = section(heading);
+        let rows: Vec<&str> = section.lines().filter(|line| line.starts_with("| `")).collect();
+        for key in keys_of_systemd_analyze(unit) {
+            if key.set == Some(true) {
+                continue;
+            }
+            // A bar ends a table's cell.
+            let name = format!("| `{}` | ", key.name.replace('|', "\\|"));
+            let row = rows.iter().find(|row| row.starts_with(&name));
+            let row = row
+                .unwrap_or_else(|| panic!("systemd/README.md does not say why {unit} has no {}", key.name));
+            let weight = key.exposure.unwrap_or_default();
+            assert!(
+                row[name.len()..].starts_with(&weight),
+                "{row}: systemd-analyze says {weight}"
+            );
         }
-        // A bar ends a table's cell.
-        let name = format!("| `{}` | ", key.name.replace('|', "\\|"));
-        let row = rows.iter().find(|row| row.starts_with(&name));
-        let row = row.unwrap_or_else(|| panic!("systemd/README.md does not say why {} is not set", key.name));
-        let weight = key.exposure.unwrap_or_default();
-        assert!(
-            row[name.len()..].starts_with(&weight),
-            "{row}: systemd-analyze says {weight}"
-        );
     }
 }
 
@@ -161,20 +206,22 @@ fn the_readme_lists_exactly_the_keys_that_are_set() {
 
 #[test]
 fn every_capability_that_is_kept_has_its_reason() {
-    let unit = read("systemd/backupd.service");
-    let kept = unit
-        .lines()
-        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
-    let readme = read("systemd/README.md");
-    let (_, section) = readme
-        .split_once("## Capabilities")
-        .expect("the section is there");
-    let (section, _) = section.split_once("\n## ").expect("a section follows");
-    let told: Vec<&str> = section
-        .lines()
-        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
-        .collect();
-    assert_eq!(kept.unwrap().split(' ').collect::<Vec<_>>(), told);
+    for (unit, heading) in [
+        ("backupd.service", "Capabilities"),
+        ("backupd-look@.service", "The helper"),
+    ] {
+        let text = read(&format!("systemd/{unit}"));
+        let kept = text
+            .lines()
+            .find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+        let section = section(heading);
+        let told: Vec<&str> = section
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+            .filter(|name| name.starts_with("CAP_"))
+            .collect();
+        assert_eq!(kept.unwrap().split(' ').collect::<Vec<_>>(), told, "{unit}");
+    }
 }
 
 #[test]

@@ -22,13 +22,15 @@ test_installing_starts_nothing() {
     [ "$(systemctl is-enabled backupd-backup@web.timer || true)" = disabled ]
 }
 
-test_the_installed_unit_is_without_fault_and_its_exposure_at_most_one_and_a_half() {
+test_the_installed_units_are_without_fault_and_their_exposure_at_most_one_point_three() {
     local said unit
-    for unit in backupd.service backupd-backup@web.service backupd-backup@web.timer; do
+    for unit in backupd.service backupd-look.socket backupd-look@1.service backupd-backup@web.service backupd-backup@web.timer; do
         said=$(systemd-analyze verify --man=no "$unit" 2>&1)
         [ -z "$said" ] || fail "$said"
     done
-    systemd-analyze security --offline=yes --threshold=15 /usr/lib/systemd/system/backupd.service
+    for unit in backupd.service backupd-look@.service; do
+        systemd-analyze security --offline=yes --threshold=13 "/usr/lib/systemd/system/$unit"
+    done
 }
 
 test_manual_pages_completions_and_examples_are_there() {
@@ -52,6 +54,11 @@ test_the_first_call_on_the_bus_starts_the_service() {
     runs || fail "the service is $(state)"
     owns_name
     [ "$(systemctl show --property=Type --value backupd.service)" = notify ]
+}
+
+test_the_socket_of_the_helper_is_there_with_the_service_and_for_root_alone() {
+    systemctl --quiet is-active backupd-look.socket
+    [ "$(stat --format '%U %a %F' /run/backupd/look.socket)" = "root 600 socket" ]
 }
 
 test_the_state_directory_is_for_root_alone() {

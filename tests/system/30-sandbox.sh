@@ -86,6 +86,58 @@ test_a_block_device_is_a_target() {
     rm /run/web.raw
 }
 
+test_a_block_device_that_a_qemu_has_open_by_another_node_is_refused() {
+    # As under libvirt, which gives each QEMU a /dev of its own. The service does not know this machine.
+    cp --archive "$DISK" /dev/node-of-other
+    systemd-run --quiet --unit=vm-other qemu-system-x86_64 -name other -machine q35 -accel tcg -m 64 -S -display none \
+        -nodefaults -no-user-config -qmp unix:/run/vm-other,server=on,wait=off \
+        -blockdev driver=host_device,node-name=vda,filename=/dev/node-of-other -device virtio-blk-pci,drive=vda
+    until_true "QEMU's monitor" test -S /run/vm-other
+    local said before
+    before=$(sha256sum <"$DISK")
+    said=$(status_of backupctl create web --disk "vda=$DISK" --format raw 2>&1)
+    contains "$said" "status 1"
+    contains "$said" "open in another QEMU"
+    contains "$said" "process $(systemctl show --property=MainPID --value vm-other.service), qemu-system-x86_64"
+    [ "$(sha256sum <"$DISK")" = "$before" ]
+    systemctl stop vm-other.service
+    rm /dev/node-of-other
+    backupctl create web --disk "vda=$DISK" --format raw
+}
+
+test_the_service_itself_cannot_look_into_a_machine() {
+    local qemu
+    qemu=$(systemctl show --property=MainPID --value vm-web.service)
+    readlink "/proc/$qemu/fd/0"
+    in_sandbox "
+        status=0
+        if readlink /proc/$qemu/fd/0; then echo 'can look into QEMU'; status=1; fi
+        if cat /proc/$qemu/environ; then echo 'can read its memory'; status=1; fi
+        exit \$status"
+}
+
+test_without_the_helper_no_existing_target_is_overwritten() {
+    local said before
+    systemctl stop backupd-look.socket
+    [ ! -e /run/backupd/look.socket ]
+    before=$(sha256sum <"$DISK")
+    said=$(status_of backupctl create web --disk "vda=$DISK" --format raw 2>&1)
+    contains "$said" "status 1"
+    contains "$said" "cannot find out whether other VMs"
+    contains "$said" "systemctl restart backupd-look.socket"
+    [ "$(sha256sum <"$DISK")" = "$before" ]
+    backupctl create web
+    # As the error advises.
+    systemctl restart backupd-look.socket
+    backupctl create web --disk "vda=$DISK" --format raw
+}
+
+test_the_helper_leaves_nothing_behind() {
+    no_helper_runs() { [ -z "$(systemctl list-units --no-legend --all 'backupd-look@*')" ]; }
+    until_true "the helpers to have ended" no_helper_runs
+    [ -z "$(systemctl --failed --no-legend --plain)" ]
+}
+
 test_a_path_in_home_is_refused_by_name() {
     local said
     said=$(status_of backupctl create web --to /home/anna 2>&1)
@@ -167,6 +219,8 @@ test_a_program_that_reads_images_has_no_rights() {
     [ "$(engine_status Seccomp_filters)" -gt 1 ]
     [ "$(cat "/proc/$(pidof qemu-storage-daemon)/oom_score_adj")" = 1000 ]
     not contains "$(journalctl --unit backupd.service --grep Landlock)" "no Landlock"
+    # By which the service knows that the program works.
+    contains "$(in_sandbox "cat /proc/$(pidof qemu-storage-daemon)/io")" "rchar: "
     kill "$export"
     wait "$export" || true
 }

@@ -64,6 +64,7 @@ test_removal_stops_the_service_and_the_schedules_and_the_bus_forgets_it() {
     [ ! -e "/proc/$pid" ]
     not owns_name
     not can_be_started
+    [ ! -e /run/backupd/look.socket ]
     not systemctl --quiet is-active backupd-backup@web.timer
     [ "$(systemctl show --property=LoadState --value backupd.service)" = not-found ]
     [ -z "$(systemctl --failed --no-legend --plain)" ]

@@ -63,7 +63,7 @@ fn data_of(file: &OwnedFd) -> u64 {
     lower_bound(total, found, samples)
 }
 
-/// What is left of `total` when `found` of `samples` fit, less three standard deviations.
+/// The part of `total` that `found` of `samples` stand for, less three standard deviations.
 fn lower_bound(total: u64, found: u64, samples: u64) -> u64 {
     let (found, samples) = (found as f64, samples as f64);
     let part = found / samples;
@@ -71,7 +71,7 @@ fn lower_bound(total: u64, found: u64, samples: u64) -> u64 {
     (total as f64 * (part - 3.0 * deviation).max(0.0)) as u64
 }
 
-/// Where a file has data: offsets and lengths.
+/// The ranges of a file that have data: offsets and lengths, in bytes.
 fn extents(file: &OwnedFd) -> Result<Vec<(u64, u64)>, Errno> {
     let mut found = Vec::new();
     let mut position = 0;

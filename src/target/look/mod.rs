@@ -90,7 +90,7 @@ pub struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// What a process has open, if it is `owner`'s or no owner is given. Nothing of a process that has ended.
+    /// The open files of a process, if it is `owner`'s or no owner is given. None of a process that has ended.
     pub fn open_files(&mut self, process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Error> {
         match self.ask(|| Question::OpenFiles { process, owner })? {
             None => processes::open_files(process, owner),

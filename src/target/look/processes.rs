@@ -25,9 +25,8 @@ pub struct OpenFile {
     pub file: FileId,
 }
 
-/// What a process has open; nothing if it is not that user's. What is open as a path only (`O_PATH`) can be anybody's.
-///
-/// A process that this one may not look into is an error.
+/// The open files of a process; none if the process is not that user's. A descriptor that is open as a path only (`O_PATH`) does
+/// not count, because any user can open such a path. Fails if the process is hidden from this one.
 pub fn open_files(process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Error> {
     if owner.is_some_and(|owner| user_of(process) != Some(owner)) {
         return Ok(Vec::new());
@@ -134,7 +133,7 @@ impl Descriptor {
         FileId::at(&self.link)
     }
 
-    /// What it is open for, from the line `flags:` (proc_pid_fdinfo(5)), in octal; nothing if it is for nothing but its path.
+    /// The access mode, from the octal line `flags:` (proc_pid_fdinfo(5)); none for a descriptor that is open as a path only.
     pub fn access(&self) -> Option<OFlags> {
         let info = self.info()?;
         let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;

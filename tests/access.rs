@@ -1,4 +1,4 @@
-//! Who may do what, with the real polkitd and real ordinary users.
+//! Permissions of callers, with the real polkitd and real ordinary users.
 
 use crate::common::System;
 use crate::common::caller::{Caller, assert_completed};
@@ -20,7 +20,7 @@ fn machine(system: &System, name: &str) -> Vm {
     system.configured(system.vm(name).disk(disk))
 }
 
-/// `CreateBackup` by a user through `busctl`; its standard error if it is refused.
+/// `CreateBackup` by a user through `busctl`; returns its standard error if it is refused.
 fn create(system: &System, uid: u32, domain: &str, document: &str, flags: &[&str]) -> Result<(), String> {
     let call = [
         "call",
@@ -62,7 +62,7 @@ fn a_user_without_authorisation_is_denied_and_nothing_happens() {
         refused.contains("Access denied") || refused.contains("not authorised"),
         "{refused}"
     );
-    // Without the flag there is nobody to be asked, and the answer says that it would help.
+    // Without the flag polkit asks nobody, and the reply says that the flag would help.
     let refused = create(
         &system,
         USER,
@@ -212,7 +212,7 @@ async fn a_hidden_domain_replies_like_a_missing_one() {
         .busctl(USER, &["call", BUS, ROOT_PATH, BUS, "ListDomains"])
         .stdout;
     assert!(listed.contains("web") && !listed.contains("secret"), "{listed}");
-    // Its jobs are not there either.
+    // Its jobs are hidden too.
     let caller = Caller::new(&system).await;
     let job = caller.complete("secret", "").await;
     let jobs = system

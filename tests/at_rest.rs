@@ -1,4 +1,4 @@
-//! A service that nothing happens to does nothing: it waits for events, and looks for nothing again and again.
+//! An idle service does nothing: it waits for events and polls nothing.
 
 mod common;
 
@@ -14,9 +14,9 @@ use common::peer::{Imposter, Peer};
 use common::wait;
 
 const DOMAINS: usize = 200;
-/// How often a monitor is tried that is not there, before only an event has it tried again.
+/// How often the service retries an absent monitor before it waits for events only.
 const TRIES: usize = 5;
-/// How long the service is watched while it rests.
+/// How long the idle service is observed.
 const WATCHED: Duration = Duration::from_secs(5);
 
 fn monitor(directory: &Path, number: usize) -> PathBuf {
@@ -27,11 +27,11 @@ fn name(number: usize) -> String {
     format!("vm{number:03}")
 }
 
-/// How often each thread of the service went to sleep, and so was woken up.
+/// Returns how often each thread of the service went to sleep, and so was woken up.
 fn wakeups(pid: u32) -> HashMap<OsString, u64> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let of_thread = |thread: fs::DirEntry| {
-        // One that ends meanwhile is not woken up any more.
+        // A thread that ends during the scan is not woken up any more.
         let status = fs::read_to_string(thread.path().join("status")).ok()?;
         let mut lines = status.lines();
         let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
@@ -64,7 +64,7 @@ async fn absent_monitors_cost_nothing_and_are_connected_when_they_appear() {
     let (present, absent) = (system.dir().join("vms"), system.dir().join("not/yet"));
     fs::create_dir(&present).unwrap();
     for number in 0..DOMAINS {
-        // In one directory, and each in one of its own that is not there either.
+        // Some sockets share a directory, and some have a directory of their own that does not exist either.
         let monitor = match number % 2 {
             0 => monitor(&present, number),
             _ => monitor(&absent.join(number.to_string()), number),
@@ -72,7 +72,7 @@ async fn absent_monitors_cost_nothing_and_are_connected_when_they_appear() {
         let file = format!("monitor = \"{}\"\n", monitor.display());
         system.write_domain_file(&name(number), &file);
     }
-    // Somebody listened here once.
+    // A process listened here earlier.
     drop(std::os::unix::net::UnixListener::bind(monitor(&present, 4)).unwrap());
     system.start_daemon();
     wait::until("every monitor to have been tried", || {
@@ -91,11 +91,11 @@ async fn absent_monitors_cost_nothing_and_are_connected_when_they_appear() {
     for (number, directory) in [(2, present.clone()), (3, absent.join("3")), (4, present.clone())] {
         let path = monitor(&directory, number);
         fs::create_dir_all(&directory).unwrap();
-        // Nothing for the one that nobody was behind.
+        // Nothing for the monitor without a listener.
         let _ = fs::remove_file(&path);
         let machine = Imposter::listen(&path, Peer::play_qemu);
         wait_for_state(&caller, number, "running").await;
-        // The next one under the same name is another.
+        // The next socket under the same name is a new one.
         drop(machine);
         fs::remove_file(&path).unwrap();
         wait_for_state(&caller, number, "unreachable").await;

@@ -1,5 +1,5 @@
-//! The audit trail: one record in the journal for each decision on a call that changes something, which nobody's words
-//! can forge.
+//! The audit trail: one record in the journal for each decision on a call that changes something. No caller can forge
+//! a record.
 
 use std::io::{IoSlice, Write};
 use std::mem::MaybeUninit;
@@ -38,8 +38,8 @@ fn disk() -> Disk {
     Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11)
 }
 
-/// The audit's records until now, which is the end: the service is stopped, so that none is on its way. Each of them
-/// says everything exactly once and on one line.
+/// Stops the service, so that no record is in transit, and returns all audit records. Checks that each record has
+/// every field exactly once and on one line.
 #[track_caller]
 fn audited(system: &mut System) -> Vec<Record> {
     assert_eq!(system.stop_daemon(), Some(0));
@@ -58,7 +58,7 @@ fn audited(system: &mut System) -> Vec<Record> {
     records
 }
 
-/// A field, which is there at most once; "" where it is not.
+/// Returns a field that occurs at most once; "" if it is absent.
 #[track_caller]
 fn part(record: &Record, name: &str) -> String {
     let mut values = record.all(&format!("BACKUPD_{name}"));
@@ -66,7 +66,7 @@ fn part(record: &Record, name: &str) -> String {
     values.pop().unwrap_or_default()
 }
 
-/// Action, user, outcome, basis and job.
+/// Returns action, user, outcome, basis and job.
 #[track_caller]
 fn brief(records: &[Record]) -> Vec<[String; 5]> {
     let parts = ["ACTION", "UID", "OUTCOME", "BASIS", "JOB"];
@@ -95,7 +95,7 @@ fn the_journal_of_a_test_has_what_the_service_logs() {
     for record in &records {
         assert_eq!(record.one("SYSLOG_IDENTIFIER"), "backupd");
     }
-    // It starts again with the same journal.
+    // The service starts again with the same journal.
     system.start_daemon();
     assert!(system.journal().records().len() > records.len());
 }
@@ -210,7 +210,7 @@ async fn refusals_cannot_fill_the_journal_and_every_grant_is_on_record() {
     let rules = polkit::deny(USER, &["domain.export"]);
     let mut system = System::setup().rules(&rules).journal().start();
     let _vm = machine(&system, "web", disk());
-    // As long as a path may be, and six times as long when it is written out.
+    // The longest possible path, which takes six times its length when it is escaped.
     let path = format!("/tmp/{}", "\u{e0001}".repeat(900));
     let document = format!(
         "<domainbackup><disks><disk name='vda'><target file='{path}'/></disk></disks></domainbackup>"
@@ -303,7 +303,7 @@ async fn cancellations_are_recorded_for_each_target_and_bandwidths_for_each_proc
     let other = format!("{JOB}.SetSpeed");
     calls::call_on(system.clients(), ROOT, &path, &other, &["20971520"]).unwrap();
     job.cancel_disk("vda").await.unwrap();
-    // It may have ended by now.
+    // The job may have ended by now.
     let _ = job.cancel().await;
     cancelled(&root, &path).await;
     assert_eq!(system.stop_daemon(), Some(0));
@@ -334,7 +334,7 @@ async fn cancellations_are_recorded_for_each_target_and_bandwidths_for_each_proc
     let process = std::process::id().to_string();
     assert_eq!(part(speeds[0], "PID"), process);
     assert_ne!(part(speeds[2], "PID"), process);
-    // The second and third call; what is not counted yet is recorded at the end.
+    // The second and third call; calls that are not counted yet are recorded when the service stops.
     assert_eq!(
         (part(speeds[4], "PID"), part(speeds[4], "COUNT")),
         (process, "2".into())
@@ -398,7 +398,7 @@ async fn records_name_the_starter_or_the_reply_of_polkit() {
     assert_eq!(brief(&audited(&mut system)), expected);
 }
 
-/// A backup that the ordinary user starts; its object's path.
+/// Starts a backup as the ordinary user and returns its object path.
 async fn start(system: &System, root: &Caller) -> String {
     calls::create(system.clients(), USER, "web", "").unwrap();
     let jobs = root.manager.list_jobs().await.unwrap();
@@ -422,17 +422,17 @@ async fn a_target_name_cannot_forge_audit_records() {
             "<domainbackup><disks><disk name='vda'><target file=\"{path}\"/></disk></disks></domainbackup>"
         )
     };
-    // A line of its own, which no path may have.
+    // A newline, which no path may contain.
     let forged = "/tmp/x\nBACKUPD_OUTCOME=granted";
     let refusal = calls::create(system.clients(), USER, "web", &document(forged)).unwrap_err();
     assert_eq!(refusal.name, "org.example.Backup1.Error.InvalidDefinition");
-    // A detail of its own, a backslash at the end of a value, and a line separator that is no control character.
+    // A forged detail, a backslash at the end of a value, and a line separator that is not a control character.
     let paths = [
         "/tmp/x\" TARGET_KIND=\"store\" TARGET_NAME=\"default",
         "/tmp/x\\",
         "/tmp/x\u{2028}BACKUPD_OUTCOME=granted",
     ];
-    // Of one user's the second would only be counted.
+    // Two users, because the second refusal of one user would only be counted.
     let users = [USER, OTHER_USER, THIRD_USER];
     for (path, uid) in paths.iter().zip(users) {
         calls::create(system.clients(), uid, "web", &document(path)).unwrap_err();
@@ -465,7 +465,7 @@ async fn a_new_domain_name_cannot_forge_audit_records() {
     let strange = "mine\" domain_name=\"web";
     register(strange).await.unwrap();
 
-    // A name that none can have is refused before anybody is asked.
+    // An invalid name is refused before polkit is asked.
     let records = audited(&mut system);
     assert_eq!(brief(&records), [entry(REGISTER, ROOT, "granted", "polkit", "")]);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Backups that are good: what is in the images, where they are, and what is told of them.
+//! Successful backups: the contents and locations of the images, and the reports to the caller.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -17,19 +17,19 @@ use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
 
-/// A system with one machine `web` that has two disks with data.
+/// Starts a VM `web` that has two disks with data.
 fn web(system: &System) -> Vm {
     system.configured(
         system
             .vm("web")
             .disk(Disk::new("vda", 64 * MIB).fill(0, 16 * MIB, 0x11))
             .disk(Disk::new("vdb", 32 * MIB).raw().fill(8 * MIB, 4 * MIB, 0x22))
-            // Up to version 8 QEMU keeps passed descriptors while the machine is stopped.
+            // QEMU up to version 8 keeps passed descriptors while the VM is stopped.
             .running(),
     )
 }
 
-/// The directory of the only backup of `domain` in a store.
+/// Returns the directory of the only backup of `domain` in a store.
 fn only_backup(store: &Path, domain: &str) -> PathBuf {
     let mut entries = fs::read_dir(store.join(domain)).expect("the domain has backups");
     let path = entries.next().expect("there is a backup").unwrap().path();
@@ -37,7 +37,7 @@ fn only_backup(store: &Path, domain: &str) -> PathBuf {
     path
 }
 
-/// The digest of each image in the manifest is the one that `b3sum` takes of its file.
+/// Checks that the digest of each image in the manifest equals that of `b3sum`.
 fn assert_digests(backup: &Path) {
     let manifest = fs::read(backup.join("manifest.json")).unwrap();
     let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
@@ -77,7 +77,7 @@ async fn all_disks_of_a_running_machine_are_copied_into_the_default_store() {
         brief(&signals),
         [
             format!("JobStarted 1 {path}"),
-            // Its holes are not gone through; a raw image's are.
+            // The holes of a qcow2 image are not scanned; those of a raw image are.
             format!("BlockJobCompleted vda {}", 16 * MIB),
             format!("BlockJobCompleted vdb {}", 32 * MIB),
             "Completed completed".to_owned(),
@@ -129,7 +129,7 @@ async fn writes_after_the_point_in_time_are_not_in_the_images() {
     let caller = Caller::new(&system).await;
     let options = slowly(8 * MIB);
     let job = caller.start_with("web", "", &[], options).await;
-    // QEMU runs the jobs: the instant has passed.
+    // QEMU runs the jobs, so the point in time has passed.
     for _ in 0..2 {
         vm.wait_event("JOB_STATUS_CHANGE", |data| {
             data["status"] == "running" && !data["id"].as_str().unwrap().ends_with("create")
@@ -235,17 +235,17 @@ async fn the_holes_of_a_huge_disk_cost_neither_time_nor_space_nor_bandwidth() {
     });
     let mut vm = system.configured(system.vm("web").disk(disk).running());
     let mut caller = Caller::new(&system).await;
-    // With holes counted, this would take half a year.
+    // If holes counted, this would take half a year.
     let job = caller.start_with("web", "", &[], slowly(MIB)).await;
     assert_completed(&job).await;
     let signals = brief(&caller.signals_until("JobEnded").await);
-    // A cluster of the image for each.
+    // One cluster of the image for each.
     assert!(
         signals.contains(&format!("BlockJobCompleted vda {}", 3 * MIB)),
         "{signals:?}"
     );
     let image = only_backup(&system.store(), "web").join("vda.qcow2");
-    // Most of it is the table of tables.
+    // Most of it is the L1 table.
     let taken = fs::metadata(&image).unwrap().blocks() * 512;
     assert!(taken < 32 * MIB, "{taken}");
     for (offset, pattern) in data {
@@ -262,7 +262,7 @@ async fn the_holes_of_a_huge_disk_cost_neither_time_nor_space_nor_bandwidth() {
         vm.source_path("vda"),
         "qcow2"
     ));
-    // A restored image has as little.
+    // A restored image is as small.
     let restored = system.dir().join("restored.qcow2");
     let disk = format!("vda={}", restored.display());
     let output = system
@@ -274,7 +274,7 @@ async fn the_holes_of_a_huge_disk_cost_neither_time_nor_space_nor_bandwidth() {
     assert!(identical(&restored, "qcow2", vm.source_path("vda"), "qcow2"));
 }
 
-/// Of every format that QEMU writes, into every kind of target.
+/// Copies disks of every format that QEMU writes into every kind of target.
 #[tokio::test(flavor = "multi_thread")]
 async fn allocated_clusters_are_copied_and_others_become_holes() {
     for format in ["qcow2", "qed", "vmdk", "vdi", "vhdx", "parallels"] {
@@ -282,7 +282,7 @@ async fn allocated_clusters_are_copied_and_others_become_holes() {
         let disk = Disk::new("vda", 64 * MIB).format(format).fill(5 * MIB, MIB, 0x11);
         let mut vm = system.configured(system.vm("web").disk(disk.fill(63 * MIB, MIB, 0x22)).running());
         let caller = Caller::new(&system).await;
-        // What was there before is not in the backup.
+        // The old content of the target is not in the backup.
         let old = system.dir().join("device");
         fs::write(&old, vec![0xff; 64 << 20]).unwrap();
         let device = LoopDevice::attach(&old, 64 * MIB);
@@ -420,7 +420,7 @@ async fn existing_files_are_written_into_where_the_caller_says_so() {
     let options = || Options::from([("reuse-external", Variant::from(true))]);
     let job = caller.start_with("web", &text, &[], options()).await;
     assert_completed(&job).await;
-    // Once more into what is there now.
+    // Backs up again into the existing files.
     let job = caller.start_with("web", &text, &[], options()).await;
     assert_completed(&job).await;
     vm.quit();
@@ -466,7 +466,7 @@ async fn block_devices_are_written_and_may_be_larger_than_the_disk() {
     ));
     caller.complete("web", &text).await;
     assert_eq!(vm.residue(), before);
-    // And as the caller's own descriptors.
+    // Backs up into the caller's own descriptors.
     let text = document(
         "<disk name='vda' type='fd'><target fd='0'/></disk>
          <disk name='vdb' type='fd'><driver type='raw'/><target fd='1'/></disk>",
@@ -544,7 +544,7 @@ async fn progress_rate_and_end_are_signalled_during_a_backup() {
         (job.progress().await.unwrap() > 0.0 && rate > 0 && end > 0).then_some(())
     })
     .await;
-    // What vda has, and all of vdb, which is raw.
+    // The data of vda, and all of vdb, which is raw.
     assert_eq!(job.bytes().await.unwrap(), 48 * MIB);
     assert!(job.bytes_done().await.unwrap() < 48 * MIB);
     let jobs = caller.manager.list_jobs().await.unwrap();
@@ -552,7 +552,7 @@ async fn progress_rate_and_end_are_signalled_during_a_backup() {
         (jobs[0].0, jobs[0].2.as_str(), jobs[0].3.as_str()),
         (1, "web", "running")
     );
-    // The limit is one for all disks together.
+    // The limit applies to all disks together.
     let speeds: Vec<u64> = vm
         .qmp("query-block-jobs", serde_json::json!({}))
         .as_array()
@@ -597,7 +597,7 @@ async fn a_digest_is_of_the_published_file_though_the_guest_writes_all_the_time(
     let caller = Caller::new(&system).await;
     let raw = document("<disk name='vdb' ><driver type='raw'/></disk><disk name='vda'/>");
     for document in [String::new(), raw] {
-        // Slow enough for many early write-backs, while the guest's writes have areas copied out of their order.
+        // Slow enough for many early write-backs, while the guest's writes make QEMU copy areas out of order.
         let job = caller.start_with("web", &document, &[], slowly(64 * MIB)).await;
         let mut writes = 0;
         while job.state().await.unwrap() == "running" {
@@ -624,7 +624,7 @@ async fn a_cluster_that_is_mostly_empty_takes_little_of_the_store() {
     let job = caller.complete("web", "").await;
     let image = PathBuf::from(&job.disks().await.unwrap()[0].4);
     let taken = image.metadata().unwrap().blocks() * 512;
-    // The data, and tables; a cluster has 1 MiB.
+    // The data and the tables; a cluster is 1 MiB.
     assert!(taken < 8 * MIB, "{taken} bytes for 4 MiB of data");
     assert_digests(image.parent().unwrap());
     let mut vm = vm;

@@ -1,4 +1,4 @@
-//! The command-line client against the real service: what it prints, what it makes, and how it exits.
+//! The command-line client with the real service: its output, the files that it creates, and its exit status.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -287,7 +287,7 @@ fn a_waiting_backupctl_reports_the_end_after_a_service_restart() {
             "{}",
             create.log()
         );
-        wait::until("the end to be told to all", || {
+        wait::until("the end to reach all clients", || {
             all.stdout().contains("job-ended").then_some(())
         });
         all.signal(Signal::INT);

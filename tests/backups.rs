@@ -1,5 +1,5 @@
-//! The backups in the stores, as the service tells of them and `backupctl backups` shows them: real ones, and chains made by
-//! hand on top of those.
+//! Stored backups, as the service lists them and `backupctl backups` prints them: real ones, and handmade chains on
+//! top of them.
 
 use std::fs;
 use std::path::Path;
@@ -33,7 +33,7 @@ async fn list(caller: &Caller, options: &[(&'static str, &str)]) -> Vec<ListedBa
     backups
 }
 
-/// Id, kind, parent, state and problem of all backups that `caller` sees.
+/// Returns id, kind, parent, state and problem of all backups that `caller` sees.
 async fn states(caller: &Caller) -> Vec<[String; 5]> {
     let listed = list(caller, &[]).await;
     listed
@@ -116,7 +116,7 @@ async fn lists_and_objects_show_the_manifest_of_a_backup() {
         (4 * MIB, told["disks"][0]["length"].as_u64().unwrap_or(0))
     );
 
-    // The object says the same, and where the id's beginning leads is that object.
+    // The object has the same properties, and the prefix of an id finds that object.
     for name in [&id, &id[..id.len() - 2], &format!("default/{id}")] {
         assert_eq!(root.manager.get_backup(name).await.unwrap(), path, "{name}");
     }
@@ -139,7 +139,7 @@ async fn lists_and_objects_show_the_manifest_of_a_backup() {
     }
     assert_eq!(*properties["Time"], Variant::from(time));
 
-    // What is asked for is what is listed.
+    // The list contains exactly the requested backups.
     for (filter, count) in [
         (&[("store", "nightly")][..], 1),
         (&[("domain", "web")], 2),
@@ -162,7 +162,7 @@ async fn lists_and_objects_show_the_manifest_of_a_backup() {
         assert!(error_name(&refused).ends_with(error), "{refused}");
     }
 
-    // It is the same object after a restart, and the command shows what there is.
+    // The object path is the same after a restart, and the command prints the present backups.
     system.stop_daemon();
     system.start_daemon();
     let root = Caller::new(&system).await;
@@ -190,7 +190,8 @@ async fn lists_and_objects_show_the_manifest_of_a_backup() {
     );
 }
 
-/// A full backup of a machine and, on it, a chain of two and a single one. Their directories, by time.
+/// Makes a full backup of a VM, a chain of two on top of it, and a single dependent. Returns their directories by
+/// time.
 async fn chain(system: &System, root: &Caller) -> [std::path::PathBuf; 4] {
     root.complete("web", "").await;
     let [full] = directories(&system.store().join("web")).try_into().unwrap();
@@ -220,14 +221,14 @@ async fn a_chain_is_listed_as_a_tree_and_dependents_of_a_missing_base_as_damaged
     ];
     assert_eq!(states(&root).await, whole);
     let text = backupctl(&system, &["backups", "web"]);
-    // Whatever the locale of the test is.
+    // Independent of the locale of the test.
     let text = [("├─", "|-"), ("└─", "`-"), ("│ ", "| ")]
         .iter()
         .fold(text, |text, (drawn, plain)| text.replace(drawn, plain));
     let drawn: Vec<_> = text
         .lines()
         .skip(1)
-        // After the table, the list says that the made-up ones are from the future.
+        // After the table, the list reports that the handmade ones are from the future.
         .take_while(|line| !line.is_empty())
         .map(|line| {
             line.split_once("default  ")
@@ -247,7 +248,7 @@ async fn a_chain_is_listed_as_a_tree_and_dependents_of_a_missing_base_as_damaged
     ];
     assert_eq!(drawn, expected, "{text}");
 
-    // A missing image, and its dependents.
+    // An image is missing: the backup and its dependents are damaged.
     let (image, aside) = (backups[1].join("vda.qcow2"), system.dir().join("aside"));
     fs::rename(&image, &aside).unwrap();
     let base_is = |id: &str, word: &str| format!("its base {id} is {word}");
@@ -258,7 +259,7 @@ async fn a_chain_is_listed_as_a_tree_and_dependents_of_a_missing_base_as_damaged
         whole[3].clone(),
     ];
     assert_eq!(states(&root).await, missing);
-    // It is remembered where the store cannot be looked at.
+    // The damage stays on record where the store cannot be read.
     let store = system.dir().join("store-aside");
     fs::rename(system.store(), &store).unwrap();
     fs::write(system.store(), "").unwrap();
@@ -268,14 +269,14 @@ async fn a_chain_is_listed_as_a_tree_and_dependents_of_a_missing_base_as_damaged
     fs::rename(&aside, &image).unwrap();
     assert_eq!(states(&root).await, whole);
 
-    // So is what was whole.
+    // So do the good backups.
     fs::rename(system.store(), &store).unwrap();
     fs::write(system.store(), "").unwrap();
     assert_eq!(states(&root).await, whole);
     fs::remove_file(system.store()).unwrap();
     fs::rename(&store, system.store()).unwrap();
 
-    // A file of another length, a manifest that is another.
+    // A file of another length, and a changed manifest.
     fs::OpenOptions::new()
         .write(true)
         .open(&image)
@@ -297,7 +298,7 @@ async fn a_chain_is_listed_as_a_tree_and_dependents_of_a_missing_base_as_damaged
         "{text}"
     );
 
-    // A directory that is gone, until the stores are looked through.
+    // A missing directory stays listed until the stores are scanned.
     fs::remove_dir_all(&backups[0]).unwrap();
     let found = states(&root).await;
     assert_eq!(found[0], entry(0, "", "missing", "its directory is missing"));
@@ -348,7 +349,7 @@ async fn a_caller_without_the_read_right_sees_no_backup_of_the_domain() {
     assert_eq!(names(&root).await, [&*unique, "web"]);
     assert_eq!(names(&user).await, ["mine", "web"]);
     assert_eq!(names(&other).await, [""; 0]);
-    // When the domains are gone, still.
+    // It still applies when the domains are gone.
     drop((mine, vm));
     fs::remove_file(system.dir().join("etc/domains.d/web.toml")).unwrap();
     system.wait_for_no_domain("web");
@@ -356,7 +357,7 @@ async fn a_caller_without_the_read_right_sees_no_backup_of_the_domain() {
     assert_eq!(names(&user).await, ["mine", "web"]);
     assert_eq!(names(&other).await, [""; 0]);
 
-    // The same as of one that never was, byte for byte.
+    // The reply equals that for a missing backup, byte for byte.
     let web = list(&root, &[("domain", "web")]).await.remove(0);
     let refused = other.manager.get_backup(&web.1).await.unwrap_err().to_string();
     let never = other.manager.get_backup("20200101T000000Z-00000000").await;
@@ -367,7 +368,7 @@ async fn a_caller_without_the_read_right_sees_no_backup_of_the_domain() {
     );
     let prefix = other.manager.get_backup("2").await.unwrap_err();
     assert_eq!(error_name(&prefix), "org.example.Backup1.Error.NoSuchBackup");
-    // Nor does it stand in the way of the only one that somebody sees.
+    // A hidden backup does not make the prefix of a visible one ambiguous.
     let foreign = Caller::of_user(&system, crate::common::clients::THIRD_USER).await;
     assert_eq!(names(&foreign).await, ["web"]);
     assert_eq!(foreign.manager.get_backup("2").await.unwrap(), web.0);
@@ -376,7 +377,7 @@ async fn a_caller_without_the_read_right_sees_no_backup_of_the_domain() {
     assert!(several.to_string().contains(&web.1), "{several}");
 }
 
-/// As many copies of a backup, each with an id of its own.
+/// Makes so many copies of a backup, each with its own id.
 fn multiply(backup: &Path, count: usize) {
     let (domain, original) = (backup.parent().unwrap(), manifest(backup));
     for number in 0..count {
@@ -429,7 +430,7 @@ async fn a_catalog_of_the_first_version_is_brought_to_this_one() {
     let before = list(&root, &[]).await;
     system.stop_daemon();
     let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
-    // As the first version had it.
+    // The schema of the first version.
     let former = "CREATE TABLE former (store TEXT NOT NULL, domain TEXT NOT NULL, id TEXT NOT NULL, manifest TEXT NOT NULL, \
             PRIMARY KEY (store, domain, id)) STRICT;
         INSERT INTO former SELECT store, domain, id, manifest FROM backups;
@@ -462,7 +463,7 @@ async fn a_store_is_read_where_no_service_is_and_by_an_ordinary_user() {
     let backups = chain(&system, &root).await;
     let with_service: Value = serde_json::from_str(&backupctl(&system, &["backups", "--json"])).unwrap();
     system.stop_daemon();
-    // Carried away, to somebody who has no rights here.
+    // The store is copied to another host, where a user without rights reads it.
     let carried = system.dir().join("carried");
     fs::rename(system.store(), &carried).unwrap();
     let mut chown = std::process::Command::new("chown");
@@ -484,7 +485,7 @@ async fn a_store_is_read_where_no_service_is_and_by_an_ordinary_user() {
     {
         backup["path"] = Value::Null;
         backup["store"] = Value::Null;
-        // Whose rules apply only a service knows.
+        // Only a service knows which backups its rules apply to.
         backup["own"] = Value::Null;
     }
     assert_eq!(listed, expected);
@@ -506,7 +507,7 @@ async fn a_store_is_read_where_no_service_is_and_by_an_ordinary_user() {
 #[test]
 fn a_store_that_is_read_without_the_service_is_listed_in_the_order_of_making() {
     let store = Store::new();
-    // A clock that was set back: the ids are in the other order.
+    // The clock was set back, so the ids are in the opposite order.
     let made: Vec<&str> = ALL.into_iter().rev().collect();
     for (sequence, id) in made.iter().enumerate() {
         store.change_manifest(id, |manifest| manifest["sequence"] = (sequence + 1).into());

@@ -1,4 +1,4 @@
-//! The bandwidth of a store is shared by the backups that copy into it.
+//! Backups into a store share its bandwidth.
 
 use serde_json::json;
 
@@ -13,7 +13,7 @@ use zbus::wire::Variant;
 const MIB: u64 = 1 << 20;
 const INTO: &str = "<domainbackup><store name='shared'/></domainbackup>";
 
-/// A machine behind a go-between.
+/// Starts a VM behind a proxy.
 fn machine(system: &System, name: &str, disks: &[&str]) -> (Vm, Proxy) {
     let disk = |disk: &&str| Disk::new(disk, 64 * MIB).fill(0, 64 * MIB, 0x11);
     let machine = system.vm(name).running();
@@ -28,7 +28,7 @@ fn machine(system: &System, name: &str, disks: &[&str]) -> (Vm, Proxy) {
     (vm, proxy)
 }
 
-/// The speed of all block jobs of a machine together, by its QEMU.
+/// Returns the bandwidth of all block jobs of a VM together, as its QEMU reports it.
 fn speed(vm: &Vm) -> u64 {
     let jobs = vm.qmp("query-block-jobs", json!({}));
     let speeds = jobs
@@ -55,7 +55,7 @@ fn system(store: &tempfile::TempDir) -> System {
     limited(store, "4M", "")
 }
 
-/// One whose store has this bandwidth, with more of the configuration.
+/// Starts a system whose store has this bandwidth, with further configuration.
 fn limited(store: &tempfile::TempDir, bandwidth: &str, more: &str) -> System {
     let path = store.path().display();
     let store = format!("[store.shared]\npath = \"{path}\"\nbandwidth = \"{bandwidth}\"\n{more}");
@@ -75,7 +75,7 @@ async fn backups_share_the_bandwidth_of_a_store_and_redistribute_unused_shares()
     let second = full(&caller, "b").await;
     reaches(&a, 2 * MIB).await;
     reaches(&b, 2 * MIB).await;
-    // It leaves what it may not use to the others, from its beginning or later.
+    // A backup leaves its unused share to the others, from its start or later.
     let third = caller.start_with("c", INTO, &[], slowly(MIB)).await;
     reaches(&c, MIB).await;
     reaches(&a, 3 * MIB / 2).await;
@@ -92,7 +92,7 @@ async fn backups_share_the_bandwidth_of_a_store_and_redistribute_unused_shares()
     reaches(&a, 3 * MIB).await;
     cancel(&second).await;
     reaches(&a, 4 * MIB).await;
-    // No other store has a part in it.
+    // Other stores are not affected.
     let other = caller.start_with("b", "", &[], slowly(3 * MIB)).await;
     reaches(&b, 3 * MIB).await;
     assert_eq!(speed(&a), 4 * MIB);
@@ -112,7 +112,7 @@ async fn a_backup_gets_a_share_only_after_another_released_it() {
     let held = to_a.hold("block-job-set-speed", |_| true);
     let second = full(&caller, "b").await;
     held.reached();
-    // All is the first one's, as far as is known: 1, for 0 is no limit.
+    // As far as the service knows, the first backup uses everything. The second gets 1, because 0 means no limit.
     assert_eq!((speed(&a), speed(&b)), (4 * MIB, 1));
     held.pass();
     reaches(&a, 2 * MIB).await;
@@ -122,7 +122,8 @@ async fn a_backup_gets_a_share_only_after_another_released_it() {
     }
 }
 
-/// A backup by a QEMU that does not confirm speeds, which fails and is not cancelled yet, and another one. The first has had all.
+/// Runs two backups. The QEMU of the first does not confirm bandwidths; it fails and is not cancelled yet. It had the
+/// whole bandwidth.
 async fn unconfirmed(
     store: &tempfile::TempDir,
     patience: u32,
@@ -133,7 +134,7 @@ async fn unconfirmed(
     let first = full(&caller, "a").await;
     let (a, to_a) = &machines[0];
     reaches(a, MIB).await;
-    // All else is answered, and the progress is true.
+    // All other commands are answered, and the progress is true.
     to_a.lose("block-job-set-speed");
     let cancel = to_a.hold("job-cancel", |_| true);
     let second = full(&caller, "b").await;

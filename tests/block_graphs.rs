@@ -1,4 +1,4 @@
-//! Machines whose block graphs are deep or wide: they are known, and backed up with all that their disks hold.
+//! VMs with deep or wide block graphs: the service connects to them and backs up all data of their disks.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
-/// An image, above another if there is one, with a pattern at an offset.
+/// Creates an image, with a backing file if given, and a pattern at an offset.
 fn image(path: &Path, below: Option<&Path>, (offset, pattern): (u64, u8)) {
     if !path.exists() {
         let mut create = Command::new("qemu-img");
@@ -34,7 +34,8 @@ fn image(path: &Path, below: Option<&Path>, (offset, pattern): (u64, u8)) {
     }
 }
 
-/// So many images above one another; gives the path of the topmost. Some have something of their own, which `content` shows.
+/// Creates a chain of so many images and returns the path of the topmost. Some have data of their own, which is added
+/// to `content`.
 fn chain(dir: &Path, name: &str, images: usize, content: &mut [u8]) -> PathBuf {
     let path = |index: usize| dir.join(format!("{name}-{index}.qcow2"));
     for index in 0..images {
@@ -52,7 +53,7 @@ fn chain(dir: &Path, name: &str, images: usize, content: &mut [u8]) -> PathBuf {
     path(images - 1)
 }
 
-/// The path of the image that a job makes of a disk.
+/// Returns the path of the image that a job makes of a disk.
 async fn target(job: &JobProxy<'_>, disk: &str) -> PathBuf {
     let disks = job.disks().await.unwrap();
     let found = disks.iter().find(|found| found.0 == disk).unwrap();
@@ -79,7 +80,7 @@ async fn a_chain_of_two_hundred_images_is_backed_up() {
 async fn sixty_disks_of_thirty_images_are_backed_up() {
     let system = System::start();
     let mut content = vec![0; MIB as usize];
-    // The lower ones are shared, which makes them no fewer nodes.
+    // The lower ones are shared, which does not reduce the number of nodes.
     let below = chain(system.dir(), "wide", 29, &mut content);
     let mut machine = system.vm("web");
     let disks: Vec<String> = (0..60).map(|index| format!("sd{index}")).collect();
@@ -92,7 +93,7 @@ async fn sixty_disks_of_thirty_images_are_backed_up() {
     vm.write("sd59", MIB - 65536, 65536, 0x77);
     let caller = Caller::new(&system).await;
     let job = caller.start_with("web", "", &[], Options::new()).await;
-    // Sixty disks take their time on a machine that is busy.
+    // Sixty disks take a while on a busy host.
     let ended = tokio::time::timeout(4 * wait::DEADLINE, job.wait()).await;
     let (result, _, message) = ended.expect("the backup ends").unwrap();
     assert_eq!((result.as_str(), message.as_str()), ("completed", ""));
@@ -103,7 +104,7 @@ async fn sixty_disks_of_thirty_images_are_backed_up() {
     assert!(read(&target(&job, "sd59").await) == content);
 }
 
-/// A QEMU of a version that cannot tell its nodes without all that are below each.
+/// Plays a QEMU of a version that can list its nodes only with their whole backing chains.
 async fn play_old_qemu(mut peer: Peer) {
     peer.greet().await;
     while let Some(command) = peer.try_receive_at_any_time().await {

@@ -1,4 +1,4 @@
-//! The order in which the calls of one connection take effect, and in which it hears of what happens.
+//! The order in which the calls of one connection take effect, and in which signals reach it.
 
 use std::time::{Duration, Instant};
 
@@ -20,10 +20,10 @@ use zbus::message::Flags;
 use zbus::wire::DynamicType;
 
 const MIB: u64 = 1 << 20;
-/// Calls that are sent without waiting for an answer.
+/// Calls that are sent without waiting for a reply.
 const BURST: u64 = 40;
 const ROUNDS: u64 = 5;
-/// Later calls must not wait so long behind one that waits for somebody.
+/// The limit for later calls behind one that waits for a user.
 const PROMPT: Duration = Duration::from_secs(4);
 
 fn machine(system: &System) -> Vm {
@@ -51,7 +51,7 @@ fn message<B: Serialize + DynamicType>(
     message.build(body).expect("a message is made")
 }
 
-/// Sends all of them at once, then waits for an answer to a call that was sent last.
+/// Sends all messages at once, then waits for the reply to the last one.
 async fn send(caller: &Caller, messages: &[Message]) {
     for message in messages {
         caller.connection.send(message).await.unwrap();
@@ -75,7 +75,7 @@ async fn the_last_bandwidth_of_a_burst_stays() {
         send(&caller, &calls).await;
         let last = Some(round * MIB + BURST);
         wait::until("the last speed", || (speed() == last).then_some(()));
-        // Nothing else comes after it.
+        // No other signal follows.
         caller.manager.list_domains().await.unwrap();
         assert_eq!(speed(), last, "round {round}");
     }
@@ -192,7 +192,7 @@ async fn a_backup_can_be_cancelled_on_the_connection_that_waits_for_it_to_begin(
     system.write_domain_file("web", &format!("monitor = \"{}\"\n", proxy.path().display()));
     let domain = system.wait_for_domain("web");
     let mut caller = Caller::new(&system).await;
-    // Its QEMU does not get what the backup begins with.
+    // QEMU does not get the command that starts the backup.
     let held = proxy.hold("transaction", |arguments| arguments["properties"].is_object());
     let body = ("", Vec::<zbus::Fd<'_>>::new(), Options::new());
     let create = message(&domain, DOMAIN_INTERFACE, "CreateBackup", None, &body);
@@ -209,8 +209,8 @@ async fn a_backup_can_be_cancelled_on_the_connection_that_waits_for_it_to_begin(
     assert_eq!(result, "cancelled");
 }
 
-/// A subscriber about whom polkit does not answer delays all that is told: nothing that is told then may be older than what
-/// was read meanwhile.
+/// A subscriber whose check polkit does not answer delays all signals. When a signal is sent, its values must not be
+/// older than those that were read before it.
 #[tokio::test(flavor = "multi_thread")]
 async fn signalled_values_are_never_older_than_values_read_before() {
     let system = System::setup().without_polkit().start();
@@ -231,7 +231,7 @@ async fn signalled_values_are_never_older_than_values_read_before() {
         let job = root.start_with("web", "", &[], slowly(4 * MIB)).await;
         root.all_signals_until("PropertiesChanged").await;
         root.signals_so_far().await;
-        // The next change is being told.
+        // The next change is being signalled.
         let asked = || {
             let asked = authority.asked();
             asked.iter().filter(|question| question.caller == name).count()

@@ -1,6 +1,7 @@
-//! Backups that lie on earlier ones: what each of them shows, whatever becomes of the others, of the service and of QEMU.
+//! Incremental backups: what each of them restores to, after other backups were removed or the service or QEMU was
+//! killed.
 //!
-//! A test knows byte for byte what a disk held at the instant of each backup, and every backup is read by `qemu-img` alone.
+//! A test records every byte of a disk at the point in time of each backup. Only `qemu-img` reads the backups.
 
 use std::process::Command;
 
@@ -25,7 +26,7 @@ async fn a_base_under_deletion_is_skipped_unless_it_was_requested() {
     let (full, _) = scene.backup(Options::new()).await;
     scene.write("vda", MIB, MIB / 2, 0x22);
     let (second, _) = scene.backup(Options::new()).await;
-    // As a deletion holds it before anything of it goes.
+    // As a deletion locks it before it removes anything.
     let image = scene.image(&second, "vda");
     let going = std::fs::File::open(image.parent().unwrap()).unwrap();
     flock(&going, FlockOperation::LockExclusive).unwrap();
@@ -65,11 +66,11 @@ async fn each_backup_holds_only_changes_and_shows_the_whole_disk() {
     scene.check();
     scene.assert_checkpoints(&[&full, &second, &third, &fourth]);
 
-    // An increment takes what changed, and no more than some metadata beside it.
+    // An incremental image holds the changes and some metadata.
     let length = |id: &str, disk: &str| std::fs::metadata(scene.image(id, disk)).unwrap().len();
     assert!(length(&second, "vdb") < MIB / 2, "{}", length(&second, "vdb"));
     assert!(length(&third, "vdb") < MIB, "{}", length(&third, "vdb"));
-    // Each says what it is, what it lies on, and what its files are.
+    // Each manifest names its kind, its parent and its files.
     let manifest = scene.manifest(&third);
     assert_eq!(manifest["kind"], "incremental");
     let disk = &manifest["disks"][1];
@@ -80,7 +81,7 @@ async fn each_backup_holds_only_changes_and_shows_the_whole_disk() {
     assert_eq!(disk["sha256"], Value::Null);
     assert_eq!(scene.manifest(&full)["kind"], "full");
     assert_eq!(scene.manifest(&fourth)["kind"], "differential");
-    // The header says so too, so that every program finds its way.
+    // So does the header, so that every program finds the backing file.
     let mut info = Command::new("qemu-img");
     info.args(["info", "--output=json"])
         .arg(scene.image(&third, "vdb"));
@@ -145,7 +146,7 @@ async fn the_chain_stays_good_at_each_point_where_the_service_dies() {
         scene.system.start_dying_daemon(point);
         scene.system.wait_for_domain("web");
         let caller = Caller::new(&scene.system).await;
-        // It may die before it answers.
+        // The service may die before it replies.
         let _ = caller.try_start("web", "", &[], Options::new()).await;
         scene.system.wait_for_death();
         let at_the_instant = scene.now.clone();
@@ -172,7 +173,7 @@ async fn the_chain_stays_good_at_each_point_where_the_service_dies() {
                 );
             }
         }
-        // What is next goes on from the last good one, whichever that is.
+        // The next backup continues from the last good one.
         let (id, said) = scene.backup(Options::new()).await;
         assert_eq!(
             said,
@@ -188,14 +189,14 @@ async fn the_chain_stays_good_at_each_point_where_the_service_dies() {
             );
         }
         assert!(scene.vm().checkpoints("vda").len() <= 4, "{point:?}");
-        // So many images in a chain would be too many.
+        // So many images in a chain exceed the limit.
         if index % 8 == 7 {
             scene.check();
             newest = scene.backup(incremental("full")).await.0;
         }
     }
     scene.check();
-    // Each is what its record says, whoever wrote that.
+    // The manifest decides, whichever service wrote it.
     let caller = Caller::new(&scene.system).await;
     let (listed, _) = caller.manager.list_backups(Options::new()).await.unwrap();
     let damaged = listed
@@ -208,12 +209,12 @@ async fn the_chain_stays_good_at_each_point_where_the_service_dies() {
 async fn a_chain_that_cannot_continue_starts_with_a_full_backup_and_its_reason() {
     let mut scene = Recorded::new();
     let (first, _) = scene.backup(Options::new()).await;
-    // QEMU dies: what it had not written down of what was written is not known.
+    // QEMU is killed: changes that it had not saved to the bitmap are unknown.
     scene.reboot();
     scene.write("vda", 0, MIB, 0x31);
     scene.crash();
     let (second, said) = scene.backup(Options::new()).await;
-    // A record that is not whole was removed when the machine appeared again.
+    // The service removed the inconsistent bitmap when the domain connected again.
     assert_eq!(said, ["vda full no-bitmap", "vdb full no-bitmap"]);
     // A disk of another size.
     let resize = json!({ "node-name": scene.vm().node_name("vdb"), "size": 2 * SIZE });
@@ -231,13 +232,13 @@ async fn a_chain_that_cannot_continue_starts_with_a_full_backup_and_its_reason()
     scene.write("vdb", MIB, MIB, 0x32);
     let (fourth, said) = scene.backup(Options::new()).await;
     assert_eq!(said, [since(&third), "vdb full no-bitmap".to_owned()]);
-    // From then on it is as any other.
+    // From then on the chain continues as usual.
     scene.write("vdb", 3 * MIB, MIB, 0x33);
     let (_, said) = scene.backup(Options::new()).await;
     assert_eq!(said, DISKS.map(|disk| format!("{disk} incremental {fourth}")));
     scene.check();
 
-    // With a name it is an error, and nothing is touched.
+    // With an explicit base it is an error, and nothing changes.
     let caller = Caller::new(&scene.system).await;
     let before = (scene.vm().checkpoints("vda"), scene.vm().residue());
     for (since, name, words) in [
@@ -268,7 +269,7 @@ async fn a_changed_image_is_never_used_as_a_base() {
     let (first, _) = scene.backup(Options::new()).await;
     scene.write("vda", 0, MIB, 0x31);
     let (second, _) = scene.backup(Options::new()).await;
-    // The first is cut: the second, which lies on it, is no better.
+    // The first image is truncated: the second, which depends on it, is damaged too.
     let image = scene.image(&first, "vda");
     let whole = std::fs::read(&image).unwrap();
     std::fs::write(&image, &whole[..whole.len() - 1]).unwrap();
@@ -278,7 +279,7 @@ async fn a_changed_image_is_never_used_as_a_base() {
         ["vda full damaged".to_owned(), format!("vdb incremental {second}")]
     );
     std::fs::write(&image, &whole).unwrap();
-    // Somebody removes the newest: what there was before is gone on from.
+    // An administrator removes the newest: the next backup continues from the one before.
     std::fs::remove_dir_all(scene.system.store().join("web").join(&third)).unwrap();
     scene.backups.remove(&third);
     scene.write("vda", MIB, MIB, 0x32);
@@ -323,7 +324,7 @@ async fn checkpoints_are_limited_and_foreign_bitmaps_stay() {
     let newest: Vec<&str> = ids[2..].iter().map(String::as_str).collect();
     scene.assert_checkpoints(&newest);
     assert_eq!(scene.vm().residue(), before);
-    // One that is full because it was asked for is one that others go on from, too.
+    // A full backup that was requested can be a base too.
     let (full, said) = scene.backup(incremental("full")).await;
     assert_eq!(said, ["vda full requested", "vdb full requested"]);
     scene.write("vda", MIB, MIB, 0x99);
@@ -360,7 +361,7 @@ async fn a_document_chooses_the_base_of_each_disk() {
     ] {
         assert!(resolved.contains(&words), "{resolved}");
     }
-    // Each disk for itself.
+    // Each disk has its own base.
     let document = format!(
         "<domainbackup><disks><disk name='vda' incremental='{second}'/>\
          <disk name='vdb' backupmode='incremental'/></disks></domainbackup>"
@@ -375,7 +376,7 @@ async fn a_document_chooses_the_base_of_each_disk() {
         ]
     );
     scene.check();
-    // What contradicts itself, or has no place, is refused.
+    // Contradictory documents, and bases without a store, are refused.
     let full = incremental("full");
     let refused = caller.try_start("web", &document, &[], full).await.unwrap_err();
     assert_eq!(

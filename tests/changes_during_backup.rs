@@ -1,5 +1,5 @@
-//! What a backup says of itself is true also when QEMU, its monitor, its disks, the storage or the service change under
-//! it at the worst moment.
+//! Backups report the truth even when QEMU, its monitor, its disks, the storage or the service change at the worst
+//! moment.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -25,7 +25,7 @@ use zbus::wire::Variant;
 const MIB: u64 = 1 << 20;
 const OURS: &str = "org.example.Backup1.Error.";
 
-/// A system with a machine `web` that the service reaches through a go-between.
+/// A system with a VM `web` that the service reaches through a proxy.
 struct Scene {
     system: System,
     vm: Vm,
@@ -64,8 +64,8 @@ impl Scene {
         }
     }
 
-    /// Keeps the first of these commands that is about the backup itself, and not about what is made before it: its jobs
-    /// have concluded by then, and QEMU still has the images open.
+    /// Holds the first of these commands that concerns the backup itself and not its preparation: its jobs have
+    /// concluded by then, and QEMU still has the images open.
     fn hold_end(&self, command: &str) -> Hold {
         self.proxy.hold(command, |arguments| {
             let names = ["id", "node-name"].map(|key| arguments[key].as_str().unwrap_or_default());
@@ -73,7 +73,7 @@ impl Scene {
         })
     }
 
-    /// The job fails since its QEMU was lost, says nothing else to anybody, and no file is left.
+    /// Checks that the job fails because its QEMU was lost, sends no other signal, and leaves no file.
     async fn assert_lost(&mut self, job: &JobProxy<'_>) {
         assert_failed(job, "DomainUnreachable", "connection to QEMU was lost").await;
         let signals = brief(&self.caller.signals_until("JobEnded").await);
@@ -98,7 +98,7 @@ impl Scene {
     }
 }
 
-/// A system with a machine that the service knows, and a caller.
+/// Starts a VM that the service knows, and a caller.
 async fn known(system: System, vm: impl FnOnce(Builder) -> Builder) -> (System, Vm, Caller) {
     let vm = vm(system.vm("web")).running().start();
     system.domain_file("web", &vm);
@@ -126,7 +126,7 @@ fn document(disks: &str) -> String {
     format!("<domainbackup><disks>{disks}</disks></domainbackup>")
 }
 
-/// Refused as the disk of a machine.
+/// Checks that the call is refused because the target is a disk of a VM.
 async fn refuses_source(caller: &Caller, document: &str, files: &[OwnedFd]) {
     let refused = caller.try_start("web", document, files, reuse()).await;
     let refused = refused.expect_err("the backup is refused");
@@ -141,7 +141,7 @@ async fn image(job: &JobProxy<'_>, disk: usize) -> PathBuf {
     PathBuf::from(&job.disks().await.unwrap()[disk].4)
 }
 
-// The monitor's connection is lost when QEMU has said that all is well, but has not closed the images yet.
+// The monitor's connection is lost when QEMU has reported success but has not closed the images yet.
 
 #[tokio::test(flavor = "multi_thread")]
 async fn qemu_killed_before_it_closed_the_images_fails_the_backup() {
@@ -170,7 +170,7 @@ async fn a_monitor_lost_for_good_before_the_images_were_closed_fails_the_backup(
         hold.reached();
         hold.cut_for_good();
         scene.assert_lost(&job).await;
-        // The machine itself goes on.
+        // The VM itself continues.
         assert_eq!(scene.vm.qmp("query-status", json!({}))["status"], "running");
     }
 }
@@ -207,7 +207,7 @@ async fn a_running_backup_of_a_replaced_domain_blocks_backups_under_its_name() {
     let before = vm.residue();
     let monitor = format!("monitor = \"{}\"\n", vm.monitor_path().display());
     let mut images = Vec::new();
-    // It says something else, or it goes and comes.
+    // The file gets another content, or it is removed and created again.
     for (goes, text) in [
         (false, format!("{monitor}agent = \"/nowhere\"\n")),
         (true, monitor),
@@ -239,7 +239,7 @@ async fn a_running_backup_of_a_replaced_domain_blocks_backups_under_its_name() {
         assert_completed(&job).await;
         assert_eq!(vm.residue(), before);
         images.push(image(&job, 0).await);
-        // Its monitor is free now for the domain that came in its place.
+        // Its monitor is free for the domain that replaced it.
         system.wait_for_domain("web");
         let job = caller.complete("web", "").await;
         images.push(image(&job, 0).await);
@@ -284,7 +284,7 @@ async fn a_snapshot_by_another_client_just_before_the_point_in_time_fails_the_ba
     );
     assert_eq!(files_below(&scene.system.store()), [""; 0]);
     assert_eq!(scene.vm.residue(), without_ours);
-    // Tried again, it holds what the guest wrote.
+    // The next attempt contains the guest's writes.
     let job = scene.caller.complete("web", "").await;
     let image = image(&job, 0).await;
     assert!(holds(&image, "qcow2", 10 * MIB, MIB, 0x77));
@@ -325,9 +325,9 @@ async fn an_overlay_below_a_raw_node_is_copied_with_its_backing_files() {
     }
 }
 
-// Existing content.
+// Existing content of targets.
 
-/// A device of 24 MiB that is full of something.
+/// Creates a device of 24 MiB that is full of data.
 fn full_device(system: &System) -> LoopDevice {
     let file = system.dir().join("device.img");
     fs::write(&file, vec![0xa5; 24 << 20]).unwrap();
@@ -367,7 +367,7 @@ async fn a_device_is_untouched_by_a_backup_whose_guest_cannot_be_frozen() {
         assert_untouched(device.device());
         assert_eq!(vm.residue(), before);
     }
-    // With an agent that answers and refuses, QEMU has a raw target open already, and has written nothing to it.
+    // The agent refuses to freeze. QEMU has a raw target open by then, and has written nothing to it.
     let path = system.dir().join("qga");
     let _agent = Agent::start(&path, |command| match command {
         "guest-fsfreeze-freeze" => Answer::Refusal("not now"),
@@ -418,7 +418,7 @@ async fn a_device_written_by_a_cancelled_backup_has_no_image_header() {
     }
 }
 
-// What a machine has open is no target, whatever it is called and however it came there.
+// Images that a VM has open are refused as targets, under any name.
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_just_attached_to_another_vm_is_refused_as_target() {
@@ -440,7 +440,7 @@ async fn an_image_just_attached_to_another_vm_is_refused_as_target() {
         refuses_source(&caller, &text(format), &[]).await;
     }
     assert_eq!(fs::read(&added).unwrap(), vec![0x33; 16 << 20]);
-    // It is one again when it is a source no more.
+    // It is accepted again when it is no longer a source.
     other.qmp("blockdev-del", json!({ "node-name": "added" }));
     let job = caller.start_with("web", &text("raw"), &[], reuse()).await;
     assert_completed(&job).await;
@@ -490,7 +490,7 @@ async fn an_image_that_was_renamed_away_is_still_refused_as_target() {
     assert!(head.iter().all(|byte| *byte == 0x44));
 }
 
-// Limits and places in the queue.
+// Limits and slots of the queue.
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_largest_bandwidth_equals_no_limit() {
@@ -560,7 +560,7 @@ async fn a_caller_that_waited_for_the_end_can_start_the_next_backup_at_once() {
     assert_eq!(vm.residue(), before);
 }
 
-// The storage fails when all the data is there.
+// The storage fails when all data is copied.
 
 fn remount(path: &Path, options: &str) {
     let mut command = Command::new("mount");
@@ -573,12 +573,13 @@ async fn a_store_that_is_full_when_the_backup_is_recorded_fails_it() {
     let dir = crate::common::test_directory();
     let store = Tmpfs::mount(&dir.path().join("store"), 64 * MIB);
     let mut scene = Scene::of(System::setup().store("small", store.path()).start()).await;
-    // The last that is asked of QEMU; it has closed the images.
+    // The last command to QEMU; it has closed the images.
     let hold = scene.proxy.hold("query-fdsets", |_| true);
     let text = "<domainbackup><store name='small'/></domainbackup>";
     let job = scene.caller.start("web", text).await;
     hold.reached();
-    // Of inodes: the images give back the space of their zeroes before the manifest is written.
+    // The store runs out of inodes and not of bytes, because the images free the space of their zeroes before the
+    // manifest is written.
     let files = rustix::fs::statvfs(store.path()).unwrap();
     let used = files.f_files - files.f_ffree;
     remount(store.path(), &format!("nr_inodes={used}"));
@@ -602,7 +603,7 @@ async fn a_backup_that_cannot_be_renamed_to_its_final_name_fails() {
     hold.pass();
     assert_failed(&job, "TargetInvalid", "publish").await;
     assert_told_as_failed(&mut scene.caller, &job).await;
-    // Not even a directory has a backup's name, and what is left has no content.
+    // No directory has a backup's name, and the remaining files are empty.
     let names = fs::read_dir(&domain).unwrap();
     let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let named: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
@@ -646,7 +647,7 @@ async fn no_image_is_published_when_one_cannot_be_renamed() {
     assert_eq!((disks[0].1.as_str(), disks[0].5.as_str()), ("cancelled", ""));
     assert_eq!(disks[1].1, "failed");
     assert_eq!(files_below(&one), [""; 0]);
-    // What could not be removed has no backup's name, and nothing in it.
+    // Files that could not be removed have no backup's name and are empty.
     for name in files_below(&other) {
         assert_ne!(name, "b.qcow2");
         assert_eq!(fs::metadata(other.join(&name)).unwrap().len(), 0, "{name}");
@@ -655,7 +656,7 @@ async fn no_image_is_published_when_one_cannot_be_renamed() {
     drop(immutable);
 }
 
-/// No disk is told as completed, and the job as failed.
+/// Checks that no disk is reported as completed, and that the job is reported as failed.
 async fn assert_told_as_failed(caller: &mut Caller, job: &JobProxy<'_>) {
     let signals = brief(&caller.signals_until("JobEnded").await);
     for disk in ["vda", "vdb"] {
@@ -683,7 +684,7 @@ async fn assert_told_as_failed(caller: &mut Caller, job: &JobProxy<'_>) {
     }
 }
 
-// Who may not know of a machine.
+// Callers that may not know of a domain.
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_object_of_a_hidden_domain_replies_like_a_missing_path() {
@@ -726,11 +727,11 @@ async fn the_object_of_a_hidden_domain_replies_like_a_missing_path() {
     }
 }
 
-// The service is told to stop.
+// The service gets SIGTERM.
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_stopped_during_preparation_leaves_no_permanent_residue() {
-    // While QEMU is asked for its disks, which it tells or not, and when the files are there already.
+    // While QEMU is asked for its disks (with and without a reply), and when the files exist already.
     for (command, answers) in [("query-block", true), ("query-block", false), ("add-fd", true)] {
         let mut scene = Scene::new().await;
         let hold = scene.proxy.hold(command, |_| true);
@@ -743,7 +744,7 @@ async fn a_service_stopped_during_preparation_leaves_no_permanent_residue() {
         wait::until("the service to hear that it is to stop", || {
             daemon.log().contains("stopping").then_some(())
         });
-        // QEMU goes on now, or never: that does not keep the service for ever.
+        // QEMU responds now, or never: the service ends in either case.
         let kept = match answers {
             true => {
                 hold.pass();
@@ -752,7 +753,8 @@ async fn a_service_stopped_during_preparation_leaves_no_permanent_residue() {
             false => Some(hold),
         };
         assert_eq!(daemon.process().wait(), 0, "{command}");
-        // Whether it was refused, or began and is left to the next service: it has an end for the caller too.
+        // The call has a result for the caller too, whether it was refused, or had begun and is left to the next
+        // service.
         let _ = within("the call to end", calling).await.unwrap();
         drop(kept);
         let log = scene.system.daemon().log();

@@ -1,5 +1,5 @@
-//! Checkpoints with names and documents, with and without a backup: what there is of them is what is on the disks, and nothing
-//! but the service's own bitmaps is ever touched.
+//! Checkpoints with names and documents, with and without a backup. The bitmaps on the disks are the only record of
+//! them, and the service changes no other bitmaps.
 
 use crate::common::System;
 use crate::common::caller::{Caller, assert_completed, cancel};
@@ -34,7 +34,7 @@ async fn list(domain: &DomainProxy<'_>) -> Vec<ListedCheckpoint> {
     domain.list_checkpoints(Options::new()).await.unwrap()
 }
 
-/// Name, parent, whether it has a backup, and the disks with their states.
+/// Returns name, parent, whether it has a backup, and the disks with their states.
 async fn brief(domain: &DomainProxy<'_>) -> Vec<(String, String, bool, Vec<String>)> {
     let listed = list(domain).await;
     listed
@@ -61,7 +61,7 @@ fn named(name: &str) -> String {
     format!("<domaincheckpoint><name>{name}</name></domaincheckpoint>")
 }
 
-/// Only what can be backed up with a checkpoint.
+/// Only disks that can be backed up with a checkpoint.
 const DISKS: &str = "<domainbackup><disks><disk name='vda'/><disk name='vdb'/></disks></domainbackup>";
 
 async fn back_up(caller: &Caller, options: Options<'_>) -> Vec<String> {
@@ -130,7 +130,7 @@ async fn a_backups_checkpoint_is_found_by_its_name_and_deleted_without_the_backu
     assert_eq!(back_up(&caller, option("incremental", "monday")).await, since);
     let second = list(&domain).await.remove(1);
     assert_eq!((&second.0, second.1.as_str()), (&second.3, "monday"));
-    // A document finds it, too.
+    // A document finds it too.
     let text = DISKS.replace("<disks>", "<incremental>monday</incremental><disks>");
     let job = caller.complete("web", &text).await;
     assert_eq!(job.increments().await.unwrap()[0].2, id);
@@ -150,7 +150,7 @@ async fn a_backups_checkpoint_is_found_by_its_name_and_deleted_without_the_backu
         .try_start("web", DISKS, &[], option("incremental", "monday"))
         .await;
     assert_refused(refused, "CannotIncrement", "'monday'");
-    // The name is free again, and means the newest.
+    // The name is free again and now means the newest.
     back_up(&caller, option("checkpoint", &named("monday"))).await;
     let newest = list(&domain).await.pop().unwrap();
     assert_eq!(newest.0, "monday");
@@ -215,7 +215,7 @@ async fn impossible_checkpoints_are_refused_before_anything_changes() {
             text,
         );
     }
-    // What the disk cannot, and what the backup does not have.
+    // Disks that support no checkpoint, and disks that the backup does not contain.
     let raw = disks("<disk name='raw'/>");
     let all = caller.try_start("web", "", &[], option("checkpoint", &raw)).await;
     assert_refused(all, "Unsupported", "'raw'");
@@ -292,7 +292,7 @@ async fn a_checkpoint_without_a_backup_stays_until_deleted_and_is_no_base() {
     assert_eq!(brief(&domain).await[0], alone("good"));
     assert_eq!(vm.residue(), before);
 
-    // QEMU ends in order, and as in a crash: then it does not have everything, and is shown as what it is.
+    // QEMU quits, and then is killed. After the kill the bitmap is inconsistent, and the list shows that.
     vm.quit();
     assert_refused(
         domain.list_checkpoints(Options::new()).await,
@@ -322,7 +322,7 @@ async fn a_running_backup_blocks_checkpoint_changes_and_shows_no_checkpoint_of_i
     let caller = Caller::new(&system).await;
     let domain = domain(&caller).await;
     back_up(&caller, option("checkpoint", &named("monday"))).await;
-    // More than QEMU copies at once.
+    // More data than QEMU copies at once.
     vm.write("vda", 0, 4 * MIB, 0x41);
     let mut options = option("incremental", "monday");
     options.insert("bandwidth", Variant::from(1u64));
@@ -396,7 +396,8 @@ async fn checkpoints_without_a_backup_are_limited_in_number() {
     assert_eq!(list(&domain).await.len(), 64);
 }
 
-/// A user's own machine can have bitmaps that are called as another's: it learns nothing by them, and changes nothing.
+/// A user's own VM can have bitmaps with the names of another user's. The user learns nothing from them and changes
+/// nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bitmap_with_the_name_of_another_users_checkpoint_reveals_nothing() {
     let rules = polkit::allow(USER, &["service.register-domain", "domain.checkpoint"]);

@@ -1,4 +1,4 @@
-//! The programs that read images, which others wrote, reach nothing but the files that they get, whatever they try.
+//! The programs that read untrusted images have access only to the files that they receive.
 
 use std::fs::{self, File};
 use std::net::{TcpListener, UdpSocket};
@@ -29,7 +29,7 @@ const NONE: &str = "0000000000000000";
 /// Bit 1 of the mask: see capabilities(7).
 const DAC_OVERRIDE: &str = "0000000000000002";
 
-/// What a hostile program could reach, each there and open to root.
+/// Resources that a hostile program could reach. Each exists and is open to root.
 struct Surroundings {
     place: TempDir,
     device: LoopDevice,
@@ -60,7 +60,7 @@ impl Surroundings {
         }
     }
 
-    /// A program that tries to reach all of it, with these descriptors beside the standard ones.
+    /// Makes a program that tries to reach all of them, with these descriptors besides the standard ones.
     fn hostile(&self, parent: &Path, name: &str, passed: usize, writes: bool) -> StandIn {
         let victim = self.place.path().join("victim");
         fs::write(&victim, "another backup's").unwrap();
@@ -95,7 +95,7 @@ impl Surroundings {
         StandIn::compile(parent, name, &(names.concat() + &numbers + source))
     }
 
-    /// How much the program tries, all of which root reaches.
+    /// The number of attempts; all succeed as root outside the sandbox.
     #[track_caller]
     fn tries(&self, writes: bool) -> usize {
         let place = crate::common::test_directory();
@@ -119,7 +119,7 @@ impl Surroundings {
     }
 }
 
-/// What it said of itself, in the message of the job that it was started for.
+/// Checks the report of the program, which is in the message of its job.
 #[track_caller]
 fn assert_reached_nothing(message: &str, tries: usize) {
     assert!(message.contains(&format!("tried {tries}")), "{message}");
@@ -161,7 +161,7 @@ async fn failure(caller: &Caller, reply: zbus::Message) -> String {
     message
 }
 
-/// A file of a user's that nobody else may open.
+/// Creates a file of a user that no other user may open.
 fn file_of_a_user(path: &Path) -> File {
     let file = File::options()
         .read(true)
@@ -189,7 +189,7 @@ async fn a_hostile_image_program_of_the_service_reaches_nothing() {
     let reply = call(&root, &full, "Verify", &Options::new()).await;
     let message = failure(&root, reply).await;
     assert_reached_nothing(&message, around.tries(false));
-    // An image, and two targets: one of root's, and one that takes a capability to be opened again.
+    // An image, and two targets: one of root, and one that root can open again only with a capability.
     let tries = around.tries(true);
     let _engine = around.hostile(place.path(), "qemu-storage-daemon", 2, true);
     for (name, owner) in [("roots", 0), ("users", USER)] {
@@ -213,7 +213,7 @@ fn a_hostile_image_program_of_the_client_reaches_nothing() {
     };
     let tries = around.tries(false);
     assert_reached_nothing(&verify(backupctl()), tries);
-    // An ordinary user's program has that user's rights to lose.
+    // A program of an ordinary user runs with that user's rights.
     let mut chown = Command::new("chown");
     chown.args(["-R", &USER.to_string(), text(&store.path())]);
     process::run(chown).expect_success();
@@ -221,15 +221,15 @@ fn a_hostile_image_program_of_the_client_reaches_nothing() {
     assert_reached_nothing(&said, tries);
 }
 
-/// A socket as the system bus's, which does not close what connects.
+/// Listens on a socket like the system bus's and keeps its connections open.
 fn listening(directory: &Path) -> PathBuf {
     let path = directory.join("bus");
-    // It stays with the test.
+    // Stays open until the test ends.
     std::mem::forget(UnixListener::bind(&path).unwrap());
     path
 }
 
-/// A key of `/proc/PID/status`.
+/// Returns a value of `/proc/PID/status`.
 #[track_caller]
 fn status(process: Pid, key: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{}/status", process.as_raw_nonzero())).unwrap();
@@ -263,7 +263,7 @@ fn assert_confined(process: Pid, capabilities: &str) {
     assert!(!data.contains("unlimited"), "{data}");
 }
 
-/// The child of a process that runs a program of this name.
+/// Returns the child of a process that runs a program of this name.
 #[track_caller]
 fn child_of(parent: u32, name: &str) -> Pid {
     wait::until(name, || {
@@ -300,7 +300,7 @@ async fn a_storage_daemon_that_serves_has_no_rights() {
     .await;
     let engine = child_of(system.daemon().pid(), "qemu-storage-daemon");
     assert_confined(engine, NONE);
-    // It locks what it reads all the same.
+    // It locks the image that it reads all the same.
     let image = full.join("vda.qcow2");
     let write = run("qemu-io", &["-f", "qcow2", "-c", "write 0 512", text(&image)]);
     assert!(write.stderr.contains("lock"), "{}{}", write.stdout, write.stderr);

@@ -1,5 +1,5 @@
-//! The files of the system agree with each other and with the running service: the interface descriptions in `dbus/`
-//! are the contract, and what is missing from one of the other files would show only on somebody's machine.
+//! The system files agree with each other and with the running service. The interface descriptions in `dbus/` are the
+//! contract; a member that is missing from another file would fail only on a user's host.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +15,7 @@ use backupd::names::{
 };
 use zbus_xml::{ArgDirection, Interface, Node};
 
-/// Interfaces of the bus's own that callers may use, with the members the policy lets through.
+/// Interfaces of the bus that callers may use, with the members that the policy allows.
 const STANDARD_MEMBERS: [&str; 5] = [
     "org.freedesktop.DBus.Introspectable.Introspect",
     "org.freedesktop.DBus.Peer.GetMachineId",
@@ -28,7 +28,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(project_file(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-/// The shipped description of one interface.
+/// Returns the shipped description of one interface.
 fn described(interface: &str) -> Interface<'static> {
     let path = format!("dbus/{interface}.xml");
     let node = Node::from_reader(read(&path).as_bytes()).unwrap_or_else(|e| panic!("{path}: {e}"));
@@ -39,7 +39,7 @@ fn described(interface: &str) -> Interface<'static> {
     only.to_owned()
 }
 
-/// Every interface that has a file in `dbus/`.
+/// Returns every interface that has a file in `dbus/`.
 fn all_described() -> Vec<Interface<'static>> {
     let mut found: Vec<_> = fs::read_dir(project_file("dbus"))
         .unwrap()
@@ -56,7 +56,7 @@ fn all_described() -> Vec<Interface<'static>> {
     found
 }
 
-/// An attribute's value in each element of that name.
+/// Returns an attribute's value in each element of that name.
 fn attributes(text: &str, element: &str, attribute: &str) -> Vec<String> {
     let mut reader = quick_xml::Reader::from_str(text);
     let mut found = Vec::new();
@@ -77,7 +77,7 @@ fn attributes(text: &str, element: &str, attribute: &str) -> Vec<String> {
     }
 }
 
-/// The value of `KEY=` in a file of systemd's kind.
+/// Returns the value of `KEY=` in a file of systemd's format.
 #[track_caller]
 fn setting(text: &str, key: &str) -> String {
     let line = text
@@ -94,7 +94,7 @@ fn the_bus_policy_lets_through_every_method_and_nothing_else() {
     let destinations = attributes(&policy, "allow", "send_destination");
     let mut allowed = BTreeSet::new();
     for ((interface, member), destination) in interfaces.iter().zip(&members).zip(&destinations) {
-        // The line that lets root own the name is the only one without these.
+        // Only the line that lets root own the name lacks these.
         if !interface.is_empty() {
             assert_eq!(destination, BUS_NAME, "{interface}.{member}");
             assert!(
@@ -150,7 +150,7 @@ fn names_agree_across_all_system_files() {
     assert_eq!(setting(&activation, "Name"), BUS_NAME);
     assert_eq!(setting(&activation, "SystemdService"), "backupd.service");
     assert_eq!(setting(&unit, "BusName"), BUS_NAME);
-    // What the unit starts and what a bus without systemd would start is the same.
+    // The unit and a bus without systemd start the same program.
     assert_eq!(setting(&activation, "Exec"), setting(&unit, "ExecStart"));
     let described: Vec<_> = all_described()
         .iter()
@@ -167,8 +167,8 @@ fn names_agree_across_all_system_files() {
     );
 }
 
-/// An interface as lines to compare. Left out is what means nothing on the wire: order of members, comments, and what
-/// is said by default (a signal's arguments go out; changes are told unless an annotation says otherwise).
+/// Returns an interface as lines to compare. Leaves out what has no effect on the wire: the order of members,
+/// comments, and defaults (a signal's arguments are `out`; property changes are signalled without an annotation).
 fn lines(interface: &Interface<'_>) -> BTreeSet<String> {
     const CHANGES: &str = "org.freedesktop.DBus.Property.EmitsChangedSignal";
     let arguments = |arguments: &[zbus_xml::Arg<'_>], default: ArgDirection| -> String {
@@ -215,7 +215,7 @@ fn lines(interface: &Interface<'_>) -> BTreeSet<String> {
     lines
 }
 
-/// Holds an object of the running service against the description of its interface.
+/// Compares an object of the running service with the description of its interface.
 #[track_caller]
 fn assert_as_described(system: &System, object: &str, interface: &str) {
     let call = [

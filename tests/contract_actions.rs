@@ -1,6 +1,5 @@
-//! The table of permissions, the policy file and the interface descriptions say the same: polkit answers a question about
-//! an action that it does not know with an error, which is a no to everybody, and a member that the table does not have
-//! would be there for all.
+//! The table of permissions, the policy file and the interface descriptions agree. polkit replies to an unknown action
+//! with an error, which denies it to everybody. A member that is not in the table would be open to everybody.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,7 +12,7 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
-/// The actions of the policy file, by id, with the text of each of their elements.
+/// Returns the actions of the policy file by id, with the text of each of their elements.
 fn declared() -> BTreeMap<String, BTreeMap<String, String>> {
     let text = read("polkit/org.example.backup1.policy");
     let mut reader = quick_xml::Reader::from_str(&text);

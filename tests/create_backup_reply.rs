@@ -1,4 +1,4 @@
-//! The answer of CreateBackup: when it comes, the backup has begun.
+//! The reply of CreateBackup: when it arrives, the backup has begun.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ impl Drop for Load {
     }
 }
 
-/// A program that flushes its database, calls, and goes on relies on this.
+/// A program that flushes its database, calls CreateBackup and continues writing relies on this.
 #[tokio::test(flavor = "multi_thread")]
 async fn writes_after_the_reply_are_in_no_image() {
     let system = System::start();
@@ -93,6 +93,6 @@ async fn a_backup_that_cannot_start_returns_the_error_and_leaves_no_residue() {
     );
     assert_eq!(vm.residue(), before);
     assert_eq!(files_below(&system.store()), [""; 0]);
-    // The domain is free for the next one as soon as the answer is there.
+    // The domain is free for the next backup as soon as the reply is sent.
     caller.complete("web", "").await;
 }

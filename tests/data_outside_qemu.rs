@@ -1,4 +1,4 @@
-//! Data of a machine that QEMU does not read: no backup holds it, and every place where a user looks says so.
+//! Data of a VM that QEMU does not read. No backup contains it, and every output about a backup reports that.
 
 use std::fs::File;
 
@@ -16,7 +16,7 @@ use zbus::wire::Variant;
 const MIB: u64 = 1 << 20;
 const NVDIMM: &str = "/machine/peripheral-anon/device[0]";
 
-/// A machine with a disk that another program serves, and with persistent memory.
+/// Starts a VM with a vhost-user disk and with persistent memory.
 struct Scene {
     _vm: Vm,
     _server: Process,
@@ -128,7 +128,7 @@ async fn a_backup_that_must_be_complete_is_refused_for_a_vm_with_data_outside_qe
     let clients = scene.system.clients();
     let said = clients.backupctl(ROOT, &["create", "web", "--require-all-disks"]);
     assert!(!said.success() && said.stderr.contains("'vdb'"), "{said:?}");
-    // A machine that has nothing else is backed up.
+    // A VM without such data is backed up.
     let _plain = scene
         .system
         .configured(scene.system.vm("plain").disk(Disk::new("vda", MIB)));

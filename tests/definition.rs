@@ -1,7 +1,9 @@
-//! The `<domainbackup>` language, case by case: `tests/definitions/valid` holds documents beside what they are
-//! written back as, `invalid` holds documents beside the error that refuses them (its kind, then its text). The same
-//! of `<domaincheckpoint>` in `checkpoint-valid` and `checkpoint-invalid`.
-//! `UPDATE=1 cargo test --test tests definition::` rewrites the expectations; read the difference before keeping it.
+//! The `<domainbackup>` format. `tests/definitions/valid` holds documents and how each is written back. `invalid`
+//! holds documents and the error that refuses each (its kind, then its text). `checkpoint-valid` and
+//! `checkpoint-invalid` do the same for `<domaincheckpoint>`.
+//!
+//! `UPDATE=1 cargo test --test tests definition::` rewrites the expectations; review the difference before you keep
+//! it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -175,7 +177,7 @@ fn every_beginning_of_a_document_is_refused() {
     }
 }
 
-/// No reader may panic on a document, whatever became of it on its way.
+/// The parser must not panic on a damaged document.
 #[test]
 fn a_damaged_document_is_read_or_refused() {
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
@@ -399,7 +401,7 @@ fn unsupported_and_invalid_are_separate_errors() {
     assert_eq!(kind("<incrementel>c1</incrementel>"), Kind::InvalidDefinition);
 }
 
-/// A definition without the places where a document said it.
+/// Returns a definition without its positions in the document.
 fn meaning(mut definition: Definition) -> Definition {
     let store = definition.store.iter_mut().map(|store| &mut store.at);
     let disks = definition.disks.iter_mut().flatten().map(|disk| &mut disk.at);
@@ -416,7 +418,7 @@ fn meaning(mut definition: Definition) -> Definition {
     definition
 }
 
-/// The one document in which everything appears.
+/// Returns the one document with every element.
 fn everything() -> String {
     fs::read_to_string(folder("valid").join("everything.xml")).unwrap()
 }
@@ -453,7 +455,7 @@ fn folder(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// The documents of a folder, each with the file that says what is to become of it; every file has its partner.
+/// Returns the documents of a folder with their expectation files; every file must have its partner.
 fn cases(name: &str, suffix: &str) -> Vec<Case> {
     let files: BTreeSet<String> = fs::read_dir(folder(name))
         .unwrap()

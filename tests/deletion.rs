@@ -1,4 +1,4 @@
-//! Deleting backups: what goes, in which order, what stays, and what a service that dies in between leaves to the next one.
+//! Deletion of backups: which are removed, in which order, and how the next service completes an interrupted deletion.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -27,7 +27,7 @@ fn machine(system: &System) -> Vm {
     system.configured(system.vm("web").disk(disk).running())
 }
 
-/// A full backup and, on it, a chain of two. Their directories, by time.
+/// Makes a full backup and a chain of two on top of it. Returns their directories by time.
 async fn chain(system: &System, root: &Caller) -> [PathBuf; 3] {
     let before = match system.store().join("web").exists() {
         true => directories(&system.store().join("web")),
@@ -44,7 +44,7 @@ async fn chain(system: &System, root: &Caller) -> [PathBuf; 3] {
     [full, first, second]
 }
 
-/// The ids that are listed.
+/// Returns the listed ids.
 async fn listed(caller: &Caller) -> Vec<String> {
     let (backups, _) = caller.manager.list_backups(Options::new()).await.unwrap();
     backups.into_iter().map(|backup| backup.1).collect()
@@ -103,7 +103,7 @@ async fn a_backup_with_dependents_stays_and_dependents_are_deleted_first() {
     assert_eq!(freed + rest, would_free);
     assert_eq!(files_below(&system.store()), [""; 0]);
     assert_eq!(listed(&root).await, [""; 0]);
-    // Nothing comes back.
+    // Nothing reappears.
     assert_eq!(root.manager.rescan(Options::new()).await.unwrap(), (0, vec![]));
 }
 
@@ -115,7 +115,7 @@ async fn files_in_use_and_foreign_files_stay() {
     let backups = chain(&system, &root).await;
     let ids = backups.each_ref().map(|backup| id(backup));
     let before = files_below(&system.store());
-    // Somebody reads the base: none of those on it goes either.
+    // A reader has the base open: its dependents are not removed either.
     let reading = fs::File::open(&backups[0]).unwrap();
     flock(&reading, FlockOperation::LockShared).unwrap();
     let busy = delete(&root, &ids[0], &["with-dependents"]).await.unwrap_err();
@@ -148,7 +148,7 @@ async fn files_in_use_and_foreign_files_stay() {
     assert_eq!(files_below(&system.store()), before);
     assert_eq!(fs::read_to_string(&outside).unwrap(), "mine");
     assert_eq!(listed(&root).await, ids);
-    // What is not there any more is not listed any more.
+    // A missing backup is no longer listed.
     fs::remove_dir_all(&backups[2]).unwrap();
     assert_eq!(
         delete(&root, &ids[2], &[]).await.unwrap(),
@@ -186,7 +186,7 @@ async fn only_callers_with_the_delete_right_delete() {
     assert_eq!(listed(&root).await, ids[..2]);
 }
 
-/// Nothing of a removal is left, neither in the store nor on record.
+/// Checks that no residue of a removal is in the store or on record.
 fn assert_settled(system: &System, what: Point, left: usize) {
     let store = system.store().join("web");
     let hidden: Vec<_> = fs::read_dir(&store)
@@ -214,7 +214,7 @@ async fn an_interrupted_deletion_is_finished_by_the_next_service() {
         system.stop_daemon();
         system.start_dying_daemon(point);
         let root = Caller::new(&system).await;
-        // The youngest is at that point, and nothing of the others has gone.
+        // The youngest is at that point, and the others are complete.
         delete(&root, &ids[0], &["with-dependents"]).await.unwrap_err();
         system.wait_for_death();
         assert_eq!(removing(&system), 1, "{point:?}");
@@ -222,7 +222,7 @@ async fn an_interrupted_deletion_is_finished_by_the_next_service() {
         system.wait_for_domain("web");
         let root = Caller::new(&system).await;
         let left = match point {
-            // Nobody was told that it went, and nothing of it has.
+            // No signal reported the removal, and all its files are there.
             Point::RemovalRecorded => &ids[..],
             _ => &ids[..2],
         };
@@ -230,7 +230,7 @@ async fn an_interrupted_deletion_is_finished_by_the_next_service() {
             (listed(&root).await == left).then_some(())
         })
         .await;
-        // The service ends when what it works at is done.
+        // The service ends after it has finished its current work.
         system.stop_daemon();
         assert_eq!(removing(&system), 0, "{point:?}");
         assert_settled(&system, point, left.len());
@@ -304,7 +304,7 @@ async fn the_command_deletes_the_named_backups_in_any_order() {
     assert_eq!(shown["removed"].as_array().unwrap().len(), 2);
     assert!(shown["freed"].as_u64().unwrap() > 0, "{shown}");
     assert_eq!(exists(&backups), [true, false, false]);
-    // An empty id, the number of a job, and a beginning that is too short.
+    // An empty id, the number of a job, and a prefix that is too short.
     for (wanted, words) in [
         ("", "no backup ''"),
         ("1", "'1' is a job, not a backup: job 1 is about backup"),
@@ -325,7 +325,7 @@ async fn the_command_deletes_the_named_backups_in_any_order() {
     assert!(unknown.stderr.contains("backupctl backups"), "{}", unknown.stderr);
 }
 
-/// A chain of three whose last one is another domain's, which a rule speaks of by its name.
+/// Makes a chain of three whose last backup belongs to another domain, which a rule names.
 async fn shared_chain(rule: &str) -> (System, Vm, [String; 3]) {
     let user = polkit::user_name(USER);
     let rules = format!(

@@ -1,4 +1,4 @@
-//! Targets that are the caller's own open files: a backup that would be gone with its last descriptor is not begun.
+//! Targets that are the caller's open files. A backup whose file would vanish with its last descriptor is refused.
 
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -22,7 +22,8 @@ fn machine(system: &System) -> Vm {
     system.configured(system.vm("web").disk(disk).running())
 }
 
-/// The descriptor is refused for having no name, with and without `reuse-external`, and nothing happens.
+/// Checks that the descriptor is refused because its file has no name, with and without `reuse-external`, and that
+/// nothing changes.
 async fn assert_nameless(caller: &Caller, vm: &Vm, file: &OwnedFd) {
     let before = (vm.residue(), rustix::fs::fstat(file).unwrap().st_size);
     for reuse in [false, true] {
@@ -75,7 +76,7 @@ async fn a_file_whose_last_name_was_removed_is_refused() {
     };
     let file = create(&path);
     fs::remove_file(&path).unwrap();
-    // That there is a file of that name again does not help: it is another one.
+    // A new file of that name does not help: it is another file.
     let _another = create(&path);
     assert_nameless(&caller, &vm, &file).await;
 

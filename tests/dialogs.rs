@@ -1,4 +1,4 @@
-//! Password dialogs: what an ordinary user is asked, and what becomes of the call however the dialog ends.
+//! Password dialogs: their text for an ordinary user, and the result of the call for each way in which a dialog ends.
 
 use crate::common::System;
 use crate::common::caller::Caller;
@@ -17,7 +17,7 @@ const MIB: u64 = 1 << 20;
 const BACKUP: &str = "org.example.backup1.domain.backup";
 const DENIED: &str = "org.freedesktop.DBus.Error.AccessDenied";
 
-/// A machine `web`, and an agent for its users.
+/// A VM `web`, and an authentication agent for its users.
 struct Scene {
     system: System,
     vm: Vm,
@@ -38,7 +38,7 @@ impl Scene {
         }
     }
 
-    /// A user's `CreateBackup` that waits for its dialog.
+    /// Sends a user's `CreateBackup`, which waits for its dialog.
     async fn ask(&mut self, name: &str, uid: u32) -> (crate::common::process::Process, Dialog) {
         let call = create_asking(&self.system, &self.agent, name, uid, "web").await;
         let dialog = self.agent.opened().await;
@@ -77,7 +77,7 @@ async fn an_administrator_sees_the_details_and_allows_the_backup() {
         Some(call.pid().to_string().as_str()),
         "it is the caller's user who is asked"
     );
-    // Nothing is made for somebody who may not get it.
+    // The service creates nothing before the caller is authorised.
     scene.assert_nothing_happened();
     dialog.answer_as_administrator().await;
     let answer = end_of(&mut call).unwrap();
@@ -106,12 +106,12 @@ async fn a_caller_that_disconnects_closes_its_dialog_and_nothing_starts() {
     let (mut call, dialog) = scene.ask("gone", USER).await;
     call.kill();
     dialog.cancelled().await;
-    // Whether polkit still takes it or not: nobody waits for it.
+    // polkit may or may not accept the password; no caller waits for it.
     let _ = dialog.try_answer().await;
     drop(dialog);
     scene.assert_nothing_happened();
 
-    // Its user can ask again, and it is another question.
+    // The user can try again, with a new dialog.
     let (mut call, dialog) = scene.ask("again", USER).await;
     scene.assert_nothing_happened();
     dialog.answer_as_administrator().await;
@@ -122,7 +122,7 @@ async fn a_caller_that_disconnects_closes_its_dialog_and_nothing_starts() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_without_interactive_authorization_opens_no_dialog() {
     let scene = Scene::new(System::setup()).await;
-    // Through the agent, so that it would be asked if anybody were.
+    // Through the agent, so that a dialog could open.
     let arguments = [
         "call",
         "--system",
@@ -166,12 +166,12 @@ async fn the_configuration_limits_the_concurrent_dialogs_of_a_user() {
     );
     assert_eq!(scene.agent.count(), 1);
 
-    // Other users have their own.
+    // Other users have their own limit.
     let (mut other, theirs) = scene.ask("other", OTHER_USER).await;
     theirs.dismiss();
     assert_eq!(end_of(&mut other).unwrap_err().name, DENIED);
 
-    // One that is closed makes room, however it ended.
+    // A closed dialog makes room, however it ended.
     open.dismiss();
     assert_eq!(end_of(&mut first).unwrap_err().name, DENIED);
     let (mut left, dialog) = scene.ask("left", USER).await;
@@ -264,7 +264,7 @@ async fn a_dialog_names_all_backups_that_would_be_deleted() {
     assert_eq!(left.len(), 4);
 }
 
-/// The dialog names these backups, in any order, and goes on like that.
+/// Checks that the dialog names these backups, in any order, and continues with this text.
 #[track_caller]
 fn assert_named(dialog: &Dialog, ids: &[String], further: &str) {
     let message = &dialog.message;

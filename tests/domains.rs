@@ -1,4 +1,4 @@
-//! The domains that the service knows: how they come and go, what is told of them, and the names of their disks.
+//! The domains that the service knows: how they appear and disappear, their properties, and the names of their disks.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -23,13 +23,13 @@ const UNREACHABLE: &str = "org.example.Backup1.Error.DomainUnreachable";
 const NO_SUCH_DOMAIN: &str = "org.example.Backup1.Error.NoSuchDomain";
 const INVALID_ARGS: &str = "org.freedesktop.DBus.Error.InvalidArgs";
 
-/// A machine with one small disk that holds `pattern`.
+/// Starts a VM with one small disk that holds `pattern`.
 fn machine(system: &System, name: &str, pattern: u8) -> Vm {
     let disk = Disk::new("vda", 8 * MIB).fill(0, MIB, pattern);
     system.vm(name).disk(disk).start()
 }
 
-/// A domain that is known now.
+/// Returns the domain of that name.
 async fn domain(caller: &Caller, name: &str) -> DomainProxy<'static> {
     let path = caller
         .manager
@@ -48,7 +48,7 @@ async fn wait_for_state(domain: &DomainProxy<'_>, state: &str) {
     .await;
 }
 
-/// Waits until the domain of that name is the one of this machine, and connected.
+/// Waits until the domain of that name is this VM and connected.
 async fn wait_for_machine(caller: &Caller, name: &str, vm: &Vm) -> DomainProxy<'static> {
     until_async(&format!("{name} to be connected"), || async {
         let path = caller.manager.get_domain(name).await.ok()?;
@@ -69,7 +69,7 @@ async fn wait_for_no_domain(caller: &Caller, name: &str) {
     .await;
 }
 
-/// Backs up all disks; gives the images by the disks' names.
+/// Backs up all disks; returns the images by the disks' names.
 async fn back_up(caller: &Caller, domain: &str) -> BTreeMap<String, PathBuf> {
     let job = caller.complete(domain, "").await;
     let disks = job.disks().await.unwrap();
@@ -125,7 +125,7 @@ async fn every_kind_of_disk_has_its_name_and_is_backed_up_by_it() {
             &node.to_string(),
             "-device",
             "virtio-blk-pci,drive=only-a-node",
-            // No device has it: it is no disk of the guest's.
+            // No device uses it, so it is not a disk of the guest.
             "-drive",
             &idle,
         ])
@@ -138,7 +138,7 @@ async fn every_kind_of_disk_has_its_name_and_is_backed_up_by_it() {
     let web = domain(&caller, "web").await;
     let mut disks = web.disks().await.unwrap();
     disks.sort();
-    // QEMU made up the names of these nodes.
+    // QEMU generated the names of these nodes.
     for disk in &mut disks {
         if disk.1.starts_with("#block") {
             assert!(["hda", "only-a-drive"].contains(&disk.0.as_str()), "{disk:?}");
@@ -178,7 +178,7 @@ async fn every_kind_of_disk_has_its_name_and_is_backed_up_by_it() {
         images.keys().map(String::as_str).collect::<Vec<_>>(),
         ["hda", "only-a-drive", "only-a-node", "sda", "vda"]
     );
-    // One that is not writable is copied where it is named; a disk is found by its drive's and its node's name too.
+    // A read-only disk is copied only when it is named. The names of the drive and of the node find a disk too.
     let text =
         "<domainbackup><disks><disk name='vdr'/><disk name='vda-format'/><disk name='drive-hda'/></disks>
         </domainbackup>";
@@ -195,7 +195,7 @@ async fn every_kind_of_disk_has_its_name_and_is_backed_up_by_it() {
         ["hda", "vda", "vdr"]
     );
     assert_eq!(vm.residue(), before);
-    // A drive without a medium has nothing to be copied.
+    // A drive without a medium has no data to copy.
     let refused = caller
         .try_start(
             "web",
@@ -260,7 +260,7 @@ async fn a_disk_that_is_plugged_in_is_in_the_next_backup_and_one_that_is_pulled_
     .await;
 }
 
-// What is told of a domain.
+// The properties of a domain.
 
 #[tokio::test(flavor = "multi_thread")]
 async fn name_uuid_and_state_come_from_qemu() {
@@ -290,7 +290,7 @@ async fn name_uuid_and_state_come_from_qemu() {
             "paused".into()
         )]
     );
-    // By UUID, however it is written.
+    // By UUID, in any notation.
     for uuid in [
         vm.uuid().to_owned(),
         vm.uuid().to_uppercase(),
@@ -384,12 +384,12 @@ async fn an_added_changed_or_removed_domain_file_takes_effect_and_is_signalled()
     assert!(holds(&image, "qcow2", 0, MIB, 0x22));
     caller.signals_until("JobEnded").await;
     // The first QEMU's monitor is free.
-    let observer = until_async("the monitor to be let go", || async {
+    let observer = until_async("the monitor to be released", || async {
         crate::common::observer::Observer::connect(&one.monitor_path())
     });
     drop(observer.await);
 
-    // The same content once more is no change.
+    // Writing the same content again is not a change.
     system.domain_file("web", &two);
     fs::remove_file(&file).unwrap();
     let removed = caller.signals_until("DomainRemoved").await;
@@ -416,7 +416,7 @@ async fn a_caller_without_subscription_hears_of_no_domain() {
     wait_for_no_domain(&told, "web").await;
     system.domain_file("other", &vm);
     wait_for_machine(&told, "other", &vm).await;
-    // What everybody hears comes after what only some did.
+    // Public signals arrive after those for subscribers only.
     told.complete("other", "").await;
     for caller in [&mut silent, &mut told] {
         let heard = caller.signals_until("JobEnded").await;
@@ -456,7 +456,7 @@ async fn a_bad_file_is_logged_with_its_line_and_the_others_load() {
     system.wait_for_domain("late");
 
     let log = system.daemon().log();
-    // Each with its path, and with what is wrong where.
+    // Each error with its path and position.
     let logged = |name: &str, words: &[&str]| {
         let start = log.find(&format!("{name}.toml: "));
         let start = start.unwrap_or_else(|| panic!("{name} is in {log}"));
@@ -495,7 +495,7 @@ async fn a_bad_file_is_logged_with_its_line_and_the_others_load() {
         ["late", "web"]
     );
 
-    // One that is put right counts, and a good one that breaks does not any more.
+    // A corrected file takes effect, and a good file that breaks does not any more.
     fs::remove_file(bad).unwrap();
     system.write_domain_file("bad", "monitor = \"/run/bad.qmp\"\n");
     system.write_domain_file("late", "monitor =\n");
@@ -526,7 +526,7 @@ async fn a_file_in_the_first_directory_overrides_one_in_the_second() {
     wait_for_machine(&caller, "web", &two).await;
     fs::remove_file(second).unwrap();
     wait_for_no_domain(&caller, "web").await;
-    // The directory itself may go and come.
+    // The directory itself may be removed and created again.
     fs::remove_dir(system.dir().join("run/domains.d")).unwrap();
     fs::create_dir(system.dir().join("run/domains.d")).unwrap();
     let again = system.dir().join("run/domains.d/again.toml");
@@ -549,7 +549,7 @@ async fn a_backup_completes_after_its_domain_is_removed_and_leaves_nothing_in_qe
     let other = machine(&system, "other", 0x22);
     let caller = Caller::new(&system).await;
     let line = |vm: &Vm| format!("monitor = \"{}\"\n", vm.monitor_path().display());
-    // The file goes, it names another monitor, and it says something else of the same one.
+    // The file is removed, names another monitor, and changes another setting of the same one.
     for text in [
         None,
         Some(line(&other)),
@@ -623,7 +623,7 @@ async fn a_qemu_that_comes_later_and_one_that_comes_again_are_connected() {
         .unwrap_err();
     assert_eq!(error_name(&refused), UNREACHABLE);
 
-    // The same image with other data in it.
+    // The same image with other data.
     drop(vm);
     let vm = machine(&system, "web", 0x22);
     wait_for_machine(&caller, "web", &vm).await;
@@ -644,7 +644,7 @@ async fn a_monitor_that_is_not_a_qemu_is_unreachable_with_a_reason() {
     let listener = UnixListener::bind(&path).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
-            // Who is gone already does not hear it.
+            // A client that has left receives nothing.
             let _ = std::io::Write::write_all(&mut stream.unwrap(), b"SSH-2.0-OpenSSH_9.2\r\n");
         }
     });
@@ -685,7 +685,7 @@ async fn a_registered_domain_is_backed_up_over_the_passed_socket_and_goes_with_i
     );
     let mine = domain(&caller, "mine").await;
     assert_eq!(mine.inner().path().as_str(), path.as_str());
-    // What it has is known when the call answers.
+    // The domain's properties are known when the call returns.
     assert_eq!(mine.state().await.unwrap(), "paused");
     assert_eq!(mine.uuid().await.unwrap(), vm.uuid());
     assert_eq!(mine.source().await.unwrap(), "registered");
@@ -721,7 +721,7 @@ async fn a_registered_domain_is_backed_up_over_the_passed_socket_and_goes_with_i
     ));
 }
 
-/// The call fails with this error, whose text has the word in it, and nothing is kept of it.
+/// Checks that the call fails with this error, with `word` in its text, and leaves no residue.
 async fn refuses(caller: &Caller, name: &str, socket: impl Into<OwnedFd>, error: &str, word: &str) {
     let before = caller.manager.list_domains().await.unwrap();
     let refused = register(caller, name, socket)
@@ -733,12 +733,12 @@ async fn refuses(caller: &Caller, name: &str, socket: impl Into<OwnedFd>, error:
     assert_eq!(caller.manager.list_domains().await.unwrap(), before, "{refused}");
 }
 
-/// Waits until nobody holds the other end of this any more.
-async fn assert_let_go(stream: UnixStream) {
+/// Waits until the other end of this socket is closed.
+async fn assert_released(stream: UnixStream) {
     stream.set_nonblocking(true).unwrap();
     let stream = tokio::net::UnixStream::from_std(stream).unwrap();
     let mut peer = Peer::new(stream);
-    while within("the service to let go", peer.try_receive())
+    while within("the service to close the connection", peer.try_receive())
         .await
         .is_some()
     {}
@@ -813,18 +813,18 @@ async fn a_passed_socket_that_does_not_speak_qmp_is_refused_and_closed() {
     let caller = Caller::new(&system).await;
     let (ours, silent) = UnixStream::pair().unwrap();
     refuses(&caller, "mine", ours, UNREACHABLE, "did not greet").await;
-    assert_let_go(silent).await;
+    assert_released(silent).await;
 
     let (ours, garbage) = UnixStream::pair().unwrap();
     std::io::Write::write_all(&mut &garbage, b"hello\n").unwrap();
     refuses(&caller, "mine", ours, UNREACHABLE, "does not speak QMP").await;
-    assert_let_go(garbage).await;
+    assert_released(garbage).await;
 
     let (ours, gone) = UnixStream::pair().unwrap();
     drop(gone);
     refuses(&caller, "mine", ours, UNREACHABLE, "closed").await;
 
-    // One that greets well and describes itself as nothing.
+    // A peer with a correct greeting and an empty description.
     let (ours, odd) = UnixStream::pair().unwrap();
     odd.set_nonblocking(true).unwrap();
     let mut odd = Peer::new(tokio::net::UnixStream::from_std(odd).unwrap());
@@ -839,10 +839,10 @@ async fn a_passed_socket_that_does_not_speak_qmp_is_refused_and_closed() {
     });
     let refused = register(&caller, "mine", ours).await.unwrap_err();
     assert_eq!(error_name(&refused), UNREACHABLE, "{refused}");
-    within("the service to let go", odd).await.unwrap();
+    within("the service to close the connection", odd).await.unwrap();
     wait_for_no_domain(&caller, "mine").await;
 
-    // A monitor that another client has.
+    // A monitor that another client uses.
     let vm = machine(&system, "web", 1);
     system.domain_file("web", &vm);
     wait_for_machine(&caller, "web", &vm).await;
@@ -885,7 +885,7 @@ async fn an_invalid_name_or_one_in_use_is_refused() {
         "exists already",
     )
     .await;
-    // Options that nobody knows are refused too, before anything is looked at.
+    // Unknown options are refused too, before anything else is checked.
     let options = Options::from([("speed", zbus::wire::Variant::from(1u32))]);
     let stream = third.monitor_stream();
     let refused = caller
@@ -918,7 +918,7 @@ async fn a_configured_domain_has_its_name_before_a_registered_one() {
         MIB,
         0x22
     ));
-    // The registered one stays what it is, to whoever means it.
+    // The registered domain stays as it is for callers that use it.
     assert_eq!(caller.manager.get_domain(registered.uuid()).await.unwrap(), path);
     assert!(holds(
         &back_up(&caller, registered.uuid()).await["vda"],
@@ -946,7 +946,7 @@ async fn a_registered_domain_goes_with_the_connection_that_registered_it() {
     let owner = Caller::new(&system).await;
     let path = register(&owner, "mine", vm.monitor_stream()).await.unwrap();
     watcher.signals_until("DomainAdded").await;
-    // A backup that runs is brought to its end first.
+    // A running backup is completed first.
     let options = slowly(16 * MIB);
     let job = watcher.start_with("mine", "", &[], options).await;
     owner.connection.close().await.unwrap();
@@ -954,7 +954,7 @@ async fn a_registered_domain_goes_with_the_connection_that_registered_it() {
     assert!(brief(&gone).contains(&format!("DomainRemoved {path}")));
     crate::common::caller::assert_completed(&job).await;
     wait_for_no_domain(&watcher, "mine").await;
-    // Its QEMU takes another client.
+    // Its QEMU accepts another client.
     register(&watcher, "mine", vm.monitor_stream()).await.unwrap();
 }
 

@@ -1,4 +1,4 @@
-//! Disks that QEMU decrypts: a backup has them in plain text, and says so.
+//! Disks that QEMU decrypts: their backups are plain text, and the service reports that.
 
 use std::path::Path;
 use std::process::Command;
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 const MIB: u64 = 1 << 20;
 const SAID: &str = "its image is encrypted (LUKS), but this backup is not";
 
-/// Makes an encrypted image and QEMU's arguments for a disk of it.
+/// Creates an encrypted image and QEMU's arguments for a disk of it.
 fn encrypted(directory: &Path, name: &str, format: &str) -> Vec<String> {
     let (path, secret) = (directory.join(name), format!("{name}-secret"));
     let key = if format == "luks" {
@@ -32,7 +32,7 @@ fn encrypted(directory: &Path, name: &str, format: &str) -> Vec<String> {
         "file": { "driver": "file", "node-name": format!("{name}-file"), "filename": path },
     });
     if format == "luks" {
-        // Slow on purpose otherwise: what a guess of the key costs.
+        // The default is deliberately slow, to make guessing the key expensive.
         options.push_str(",iter-time=10");
         node["key-secret"] = secret.as_str().into();
     } else {
@@ -44,7 +44,7 @@ fn encrypted(directory: &Path, name: &str, format: &str) -> Vec<String> {
         create.args(["create", "-q", "-f", format, "--object", &object, "-o", &options]);
         create.arg(&path).arg("4M");
         let made = process::run(create);
-        // It measures the machine, and gives up where that is busy: "Unable to get accurate CPU usage".
+        // It measures the host's speed, and fails on a busy host: "Unable to get accurate CPU usage".
         assert!(
             made.success() || made.stderr.contains("CPU usage"),
             "{}",

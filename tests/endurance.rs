@@ -1,8 +1,7 @@
-//! A service that lives long: nothing grows with the backups that it made and the domains that it knew, and while nothing
-//! happens it sleeps.
+//! Long runs: the service does not grow with the number of its backups and domains, and an idle service sleeps.
 //!
-//! Each test has a short form, which is what runs without more, and its full length, with the figures printed as tables:
-//! `make endurance`.
+//! Each test has a short form, which is the default. `make endurance` runs it at full length and prints the figures as
+//! tables.
 
 mod common;
 #[path = "endurance/crowd.rs"]
@@ -30,14 +29,14 @@ use serde_json::json;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// How many backups are made in a row at full length; nothing for the short form.
+/// The number of backups in a row at full length; `None` for the short form.
 fn full() -> Option<usize> {
     let backups = std::env::var("BACKUPD_ENDURANCE").ok()?;
     let backups: usize = backups.parse().expect("BACKUPD_ENDURANCE is a number of backups");
     Some(backups.max(SHORT))
 }
 
-/// Has the service's memory be what it holds, not what its allocator keeps for later (mallopt(3)).
+/// Makes the allocator return free memory at once (mallopt(3)), so that the memory of the service is what it uses.
 fn frugal(setup: Setup) -> Setup {
     let tunables = [
         "arena_max=1",
@@ -50,15 +49,15 @@ fn frugal(setup: Setup) -> Setup {
     setup.environment("GLIBC_TUNABLES", &tunables.join(":"))
 }
 
-/// How long nothing is done while it is counted how often the service wakes up.
+/// How long the wakeups of the idle service are counted.
 fn idle_time() -> Duration {
     Duration::from_secs(if full().is_some() { 60 } else { 5 })
 }
 
-/// Longer than an event of a domain's is left to others that may follow it, before the domain is looked at.
+/// Longer than the service collects events of a domain before it queries the domain.
 const QUIET: Duration = Duration::from_millis(1500);
 
-/// Waits until everything that was to be done is done: no thread wakes up for a while.
+/// Waits until all work is done: no thread wakes up for a while.
 async fn rest(pid: u32) {
     wait::until_async("the service to rest", async || {
         let before = Activity::of(pid);
@@ -68,7 +67,7 @@ async fn rest(pid: u32) {
     .await;
 }
 
-/// How often the service wakes up while nothing is done, for [`idle_time`].
+/// Returns how often the idle service wakes up during [`idle_time`].
 async fn wakeups(pid: u32, what: &str) -> u64 {
     let before = Activity::of(pid);
     let time = idle_time();
@@ -85,24 +84,24 @@ async fn wakeups(pid: u32, what: &str) -> u64 {
 
 // Backups in a row.
 
-/// Ended jobs that the service remembers, and the configuration has it keep on record.
+/// The number of finished jobs that the service remembers, and that the configuration keeps on record.
 const REMEMBERED: usize = 100;
 const HISTORY: usize = 60;
-/// From when on nothing more comes that is meant to stay.
+/// The number of backups after which no permanent data is added.
 const WARM_UP: usize = 120;
 const SHORT: usize = 200;
-/// How often what is held is looked at.
+/// The interval between two samples.
 const STEP: usize = 5;
-/// What a backup may leave in memory, in bytes: the page of the catalog that its record is on.
+/// Memory that a backup may keep, in bytes: the page of the catalog with its record.
 const MOST_LEFT: u64 = 1536;
-/// What the allocator may take more or less, in KiB.
+/// Variation that the allocator may add, in KiB.
 const NOISE: u64 = 128;
 const QEMU_NOISE: u64 = 4096;
 
 /// Only the good disk.
 const GOOD: &str = "<domainbackup><disks><disk name='good'/></disks></domainbackup>";
 
-/// A machine with a small disk, and one that cannot be read.
+/// Returns a VM with a small disk, and one that cannot be read.
 fn machine(system: &System) -> Builder {
     let image = system.dir().join("bad.raw");
     fs::write(&image, vec![0x55; MIB as usize]).unwrap();
@@ -124,7 +123,7 @@ fn machine(system: &System) -> Builder {
     system.vm("web").disk(disk).extra(&extra).running()
 }
 
-/// One backup over a connection of its own, as scripts make them; most are good. Whether it was.
+/// Makes one backup over a connection of its own, as scripts do; most succeed. Returns whether it did.
 async fn back_up(system: &System, index: usize) -> bool {
     let caller = Caller::new(system).await;
     let completed = match index % 10 {
@@ -154,7 +153,7 @@ async fn back_up(system: &System, index: usize) -> bool {
         }
     };
     caller.connection.close().await.unwrap();
-    // What there is to keep of it is not what this is about, and would fill the disk.
+    // Removes the backup, which would fill the disk and is not tested here.
     let _ = fs::remove_dir_all(system.store().join("web"));
     completed
 }
@@ -182,7 +181,7 @@ async fn many_backups_in_a_row_leave_only_their_records() {
         }
         match samples.first() {
             None => rest(pid).await,
-            // What may wait is closed a moment later.
+            // Delayed work is closed a moment later.
             Some(Sample {
                 service, qemu, rules, ..
             }) => {
@@ -200,7 +199,7 @@ async fn many_backups_in_a_row_leave_only_their_records() {
     }
     sample::print(&samples);
 
-    // Halves, each by the one in its middle: a sample can come at a moment when more is needed.
+    // Compares the medians of both halves, because a sample can meet a moment with higher use.
     let late: Vec<_> = samples.iter().filter(|sample| sample.backups > WARM_UP).collect();
     let (earlier, later) = late.split_at(late.len() / 2);
     let middle = |of: fn(&Sample) -> u64, half: &[&Sample]| median(half.iter().map(|sample| of(sample)));
@@ -219,7 +218,7 @@ async fn many_backups_in_a_row_leave_only_their_records() {
         "QEMU has grown by {grown} KiB"
     );
 
-    // Nothing waits to be sent or to be read, and what is remembered is what was promised.
+    // No message waits, and the service remembers as many jobs as it should.
     for queue in ["IncomingMessages", "OutgoingMessages"] {
         wait::until_async(queue, async || {
             (on_the_bus(&system, queue).await == 0).then_some(())
@@ -246,9 +245,9 @@ async fn many_backups_in_a_row_leave_only_their_records() {
 // Many domains.
 
 const DOMAINS: usize = 200;
-/// How often the service may wake up while nothing happens: threads that are not needed any more end.
+/// How often the idle service may wake up, because threads that are not needed any more end.
 const MOST_WAKEUPS: u64 = 20;
-/// KiB that later crowds may need more than the first: the jobs that are remembered, and more threads at a time.
+/// Memory in KiB that later crowds may need beyond the first: remembered jobs, and more concurrent threads.
 const MOST_CROWD_GROWTH: u64 = 2048;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -295,7 +294,7 @@ async fn many_domains_that_come_and_go_leave_no_residue_and_idle_at_no_cost() {
                 .then_some(())
         })
         .await;
-        // And with it what is remembered of what it may see.
+        // Removes the remembered read rights of the connection too.
         root.connection.close().await.unwrap();
         rest(pid).await;
         rows.push((with, Footprint::of(pid)));
@@ -317,17 +316,18 @@ async fn many_domains_that_come_and_go_leave_no_residue_and_idle_at_no_cost() {
     let ((first, base), (last, _)) = (rows[0], rows[rows.len() - 1]);
     for (with, without) in rows {
         assert_eq!(without.descriptors, base.descriptors);
-        // Its connection, and what closes it last.
+        // Its connection, and the thread that closes it.
         assert_eq!(with.descriptors, base.descriptors + 2 * DOMAINS);
     }
-    // What the allocator got back need not be the last that it gave: what tells is that the next domains fit there.
+    // The allocator need not return the memory that it allocated last, so the test checks that the next domains fit
+    // in.
     let grown = last.memory.saturating_sub(first.memory);
     assert!(grown <= MOST_CROWD_GROWTH, "grown by {grown} KiB");
 }
 
-// One that nobody looks at.
+// A domain without subscribers.
 
-/// How long somebody who looked counts as looking, and a little more.
+/// A little longer than a read of the properties counts as interest.
 const ATTENTION: Duration = Duration::from_secs(6);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -352,10 +352,10 @@ async fn progress_without_subscribers_is_rarely_queried() {
     let time = idle_time();
     wakeups(pid, "A backup runs that nobody looks at").await;
     let heard = proxy.take_heard();
-    println!("QEMU was told {heard:?}.");
+    println!("QEMU received {heard:?}.");
     assert!(heard.len() as u64 <= time.as_secs() / 10 + 1, "{heard:?}");
 
-    // It was there to be asked for all the time.
+    // The progress could be queried all the time.
     let caller = Caller::new(&system).await;
     let job = caller.job(path.into()).await;
     assert_eq!(job.state().await.unwrap(), "running");

@@ -1,9 +1,9 @@
-//! Every error is a no, for root too: whatever becomes of polkit, nothing happens that it did not allow, every call ends,
-//! and once polkit is well again so is the service.
+//! Every error of polkit denies the call, for root too. The service does nothing that polkit did not allow, every call
+//! ends, and the service works again when polkit does.
 //!
-//! While polkit cannot be asked, every call is refused with that reason, whether what it names is there or not. The
-//! service may remember for a while that a connection could see the machine; so each call comes from a connection of its
-//! own, but where the test says otherwise.
+//! While polkit cannot be asked, every call is refused with that reason, whether its object exists or not. The service
+//! may cache for a while that a connection could see the domain. So each call uses a new connection, unless the test
+//! says otherwise.
 
 use crate::common::System;
 use crate::common::authority::{Answer, Authority};
@@ -30,23 +30,24 @@ const GETATTR: &str = "org.example.backup1.domain.getattr";
 const DENIED: &str = "org.freedesktop.DBus.Error.AccessDenied";
 const NO_SUCH_DOMAIN: &str = "org.example.Backup1.Error.NoSuchDomain";
 
-/// A machine `web`, and what was there before anybody asked for a backup of it.
+/// A VM `web`, and the state before a backup was requested.
 struct Scene {
     system: System,
     vm: Vm,
     before: Residue,
-    /// The service's process: it must be the same to the end.
+    /// The process of the service, which must stay the same until the end.
     pid: u32,
 }
 
 impl Scene {
-    /// With a polkit that lets an ordinary user back up, so that only polkit's failure refuses it.
+    /// Starts polkit with a rule that lets an ordinary user back up, so that only a failure of polkit refuses the
+    /// call.
     fn new() -> Self {
         let rules = polkit::allow(USER, &["domain.backup"]);
         Self::with(System::setup().rules(&rules).start())
     }
 
-    /// With an authority of the test's, which begins by allowing everything.
+    /// Starts the test's own authority, which allows everything at first.
     async fn with_authority() -> (Self, Authority) {
         let system = System::setup().without_polkit().start();
         let authority = Authority::start(&system, |_| Answer::Yes).await;
@@ -64,7 +65,7 @@ impl Scene {
         }
     }
 
-    /// A backup asked for by root and by an ordinary user; both must be refused. The names of the errors.
+    /// Requests a backup as root and as an ordinary user; both must be refused. Returns the names of the errors.
     #[track_caller]
     fn refused(&self) -> [String; 2] {
         [ROOT, USER].map(|uid| {
@@ -85,7 +86,7 @@ impl Scene {
         assert_eq!(self.vm.residue(), self.before);
     }
 
-    /// A working polkit again: the same service makes a backup, and has made no other.
+    /// Starts a working polkit: the same service makes a backup, and has made no other.
     async fn recovers(mut self) {
         self.system.set_rules("");
         wait::until("the machine to be seen again", || {
@@ -101,7 +102,7 @@ impl Scene {
     }
 }
 
-/// `CreateBackup` on a connection that is there already, to be waited for.
+/// Calls `CreateBackup` on an existing connection, to wait for it later.
 fn begin(caller: Caller) -> tokio::task::JoinHandle<String> {
     tokio::spawn(async move {
         let answer = caller.try_start("web", "", &[], Options::new()).await;
@@ -118,7 +119,7 @@ async fn end(call: tokio::task::JoinHandle<String>) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_polkit_there_is_no_backup() {
     let mut scene = Scene::new();
-    // This connection has been seen to see the machine.
+    // This connection has been allowed to see the domain.
     let known = Caller::new(&scene.system).await;
     known.manager.get_domain("web").await.unwrap();
     scene.system.stop_polkit();
@@ -137,7 +138,7 @@ async fn polkit_that_crashes_before_it_answers_allows_nothing() {
     let fresh = Caller::new(&scene.system).await;
     for caller in [known, fresh] {
         scene.system.freeze_polkit();
-        // The question, or what a client library wants to know of polkit before its first one.
+        // The request, or an earlier query of polkit's client library.
         let mut calls = Eavesdropper::start(&scene.system, "/org/freedesktop/PolicyKit1/Authority").await;
         let call = begin(caller);
         calls.next().await;
@@ -183,13 +184,13 @@ async fn an_action_that_polkit_does_not_know_is_allowed_to_nobody() {
     scene.recovers().await;
 }
 
-/// Looks are allowed; the backup's question gets this answer.
+/// Allows reads, and replies to the request for the backup with this answer.
 fn all_but_backup(answer: Answer) -> impl Fn(&str) -> Answer + Send + 'static {
     move |action| if action == BACKUP { answer } else { Answer::Yes }
 }
 
-/// Both users are refused with this answer to the backup's question, and with the same answer to every question, then by
-/// the error of that name.
+/// Checks that both users are refused with this reply to the backup's request, and with the error named `blind` if
+/// every request gets this reply.
 async fn refuses(answer: Answer, blind: &str) {
     let (scene, authority) = Scene::with_authority().await;
     authority.decide(all_but_backup(answer)).await;
@@ -224,8 +225,8 @@ async fn an_answer_of_the_wrong_type_allows_nothing() {
     answer.expect_err("nobody has allowed it");
     scene.assert_nothing_happened();
     authority.stop(&scene.system).await;
-    // polkit's own library may not survive it, and takes the service along: which is a no as well. Only who owns polkit's
-    // name can answer so.
+    // polkit's own library may crash and take the service with it, which denies the call as well. Only the owner of
+    // polkit's name can send such a reply.
     scene.system.kill_daemon();
     scene.system.start_daemon();
     scene.pid = scene.system.daemon().pid();
@@ -259,7 +260,7 @@ async fn an_authority_that_never_replies_allows_nothing_and_times_out() {
     scene.recovers().await;
 }
 
-/// A call that must be refused: the error's name and text.
+/// Sends a call that must be refused; returns the error's name and text.
 async fn refusal<B: Serialize + DynamicType>(
     caller: &Caller,
     (path, interface, member): (&str, &str, &str),
@@ -282,7 +283,7 @@ struct Named {
     paths: [String; 3],
 }
 
-/// What every method that asks polkit is refused with.
+/// Returns the errors of every method that asks polkit.
 async fn refusals(caller: &Caller, named: &Named) -> Vec<(String, String)> {
     let (none, [domain, job, backup]) = (Options::new, &named.paths);
     let root = |member| (ROOT_PATH, MANAGER_INTERFACE, member);
@@ -323,7 +324,7 @@ async fn refusals(caller: &Caller, named: &Named) -> Vec<(String, String)> {
     refused
 }
 
-/// Whatever is called, of what is there and of what is not: the answer is the same.
+/// Checks that every call has the same reply, for existing and for missing objects.
 async fn refuses_every_name_alike(scene: &Scene, there: &Named) {
     let missing = Named {
         domain: "never".into(),
@@ -332,7 +333,7 @@ async fn refuses_every_name_alike(scene: &Scene, there: &Named) {
         paths: ["domain/00000000000000aa", "job/77", "backup/00000000000000aa"]
             .map(|path| format!("{ROOT_PATH}/{path}")),
     };
-    // Seen before or not, it is the same as well.
+    // The reply is also the same whether the connection saw the domain before or not.
     for named in [there, &missing, there] {
         let caller = Caller::of_user(&scene.system, USER).await;
         for (name, text) in refusals(&caller, named).await {

@@ -1,5 +1,5 @@
-//! A machine that changes, is changed by others, stands still or ends while a backup of it runs. `docs/failure-modes.md`
-//! tells users what these tests show.
+//! A VM that changes, stops or ends, or that other tools change, while its backup runs. `docs/failure-modes.md`
+//! documents the results for users.
 
 use std::path::PathBuf;
 
@@ -15,11 +15,11 @@ use serde_json::{Value, json};
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
-/// The virtual sizes of `vda` and `vdb`, both full of a pattern of their own.
+/// The virtual sizes of `vda` and `vdb`, which are full of different patterns.
 const VDA: u64 = 16 * MIB;
 const VDB: u64 = 8 * MIB;
 
-/// A system with a machine `web` that runs.
+/// A system with a running VM `web`.
 struct Scene {
     system: System,
     vm: Vm,
@@ -49,7 +49,7 @@ impl Scene {
         }
     }
 
-    /// One whose monitor the service reaches through a go-between.
+    /// Starts a system in which the service reaches the monitor through a proxy.
     async fn with_proxy() -> (Self, Proxy) {
         let system = System::start();
         let vm = disks(system.vm("web")).start();
@@ -65,7 +65,7 @@ impl Scene {
         (scene, proxy)
     }
 
-    /// A backup in its middle, where it stays until it is let go on.
+    /// Starts a backup that stays in the middle until [`Scene::completes`].
     async fn begin(&self) -> JobProxy<'static> {
         self.begin_with(Options::new()).await
     }
@@ -80,7 +80,7 @@ impl Scene {
         job
     }
 
-    /// Lets the backup go on to its end, which must be good: what the disks held when it began.
+    /// Lets the backup continue to its end. It must complete with the contents at its start.
     async fn completes(&self, job: &JobProxy<'_>) {
         job.set_speed(0).await.unwrap();
         assert_completed(job).await;
@@ -90,7 +90,7 @@ impl Scene {
         }
     }
 
-    /// Whatever happened, the machine is as before and can be backed up.
+    /// Checks that the VM is as before and can be backed up.
     async fn assert_as_before(&self) {
         assert_eq!(self.vm.residue(), self.before);
         self.caller.complete("web", "").await;
@@ -108,7 +108,7 @@ impl Scene {
         .await;
     }
 
-    /// An empty image beside the machine's, as a node in its QEMU.
+    /// Adds an empty image next to the VM's as a node in its QEMU.
     fn add_node(&self, name: &str, size: u64) {
         let path = self.system.dir().join(name);
         let mut create = crate::common::process::bound("qemu-img");
@@ -188,7 +188,7 @@ async fn a_guest_that_powers_off_during_a_backup_that_is_cancelled_is_off_then()
     assert_eq!(files_below(&scene.system.store()), [""; 0]);
 }
 
-/// Somebody uses the backup's target: it cannot be removed from QEMU.
+/// Another client uses the backup's target, so it cannot be removed from QEMU.
 #[tokio::test(flavor = "multi_thread")]
 async fn residue_of_a_backup_in_qemu_does_not_block_the_power_off() {
     let mut scene = Scene::new(|machine| disks(machine).guest()).await;
@@ -256,7 +256,7 @@ async fn a_machine_that_stays_when_its_guest_powers_off_stays_after_a_backup_too
         };
         scene.domain_state(state).await;
         scene.completes(&job).await;
-        // After all that the service told it, and much more.
+        // After all events that the service must handle, and many more.
         scene.caller.complete("web", "").await;
         assert_eq!(
             scene.vm.qmp("query-status", json!({}))["status"],
@@ -276,7 +276,7 @@ async fn a_disk_that_is_unplugged_is_backed_up_to_its_end() {
     scene
         .vm
         .wait_event("DEVICE_DELETED", |data| data["device"] == "vdb");
-    // What its manager does next has to wait.
+    // The manager's next command must wait.
     let node = json!({ "node-name": "vdb-format" });
     let said = refusal(scene.vm.try_qmp("blockdev-del", node.clone()));
     assert!(said.contains("in use"), "{said}");
@@ -309,7 +309,7 @@ async fn a_drive_removed_with_its_device_fails_the_backup() {
     let (result, _, _) = within("the end of the backup", job.wait()).await.unwrap();
     assert_eq!(result, "cancelled");
     assert_eq!(files_below(&scene.system.store()), [""; 0]);
-    // The drive's own nodes go too, a moment later.
+    // QEMU removes the drive's own nodes a moment later.
     scene.before.nodes.retain(|node| node.starts_with("vda"));
     crate::common::wait::until("the drive to be gone", || {
         (scene.vm.residue().nodes == scene.before.nodes).then_some(())
@@ -411,7 +411,7 @@ async fn a_snapshot_by_another_tool_does_not_change_the_point_in_time() {
         "snapshot-file": scene.system.dir().join("overlay.qcow2"),
     });
     scene.vm.qmp("blockdev-snapshot-sync", snapshot);
-    // Into the overlay.
+    // Written into the overlay.
     scene.vm.write("vda", 0, VDA, 0x77);
     scene.completes(&job).await;
     assert!(scene.vm.residue().jobs.is_empty());
@@ -419,7 +419,7 @@ async fn a_snapshot_by_another_tool_does_not_change_the_point_in_time() {
     assert!(holds(&image(&next, "vda").await, "qcow2", 0, VDA, 0x77));
 }
 
-/// QEMU copies what a disk's image has, and looks for that in whatever image is on top at the time.
+/// QEMU copies allocated data of a disk's top image, and scans for it in the image that is on top at the time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_before_qemu_has_found_the_holes_fails_the_backup() {
     for format in ["qcow2", "raw"] {
@@ -437,7 +437,7 @@ async fn a_snapshot_before_qemu_has_found_the_holes_fails_the_backup() {
         let started = caller.start_with("web", &text, &[], slowly(MIB));
         let snapshot = tokio::task::spawn_blocking(move || {
             start.reached();
-            // What the service asks QEMU before it looks at the disks.
+            // The service's query before it examines the disks.
             let look = proxy.hold("query-jobs", |_| true);
             start.pass();
             look.reached();
@@ -475,7 +475,7 @@ async fn a_migration_fails_while_a_backup_runs_and_works_afterwards() {
     scene.completes(&job).await;
     scene.assert_as_before().await;
     assert_eq!(migrate(), "completed");
-    // Its disks are another QEMU's now.
+    // The disks belong to another QEMU now.
     let refused = scene.caller.try_start("web", "", &[], Options::new()).await;
     let refused = refused.expect_err("the backup is refused");
     assert_eq!(
@@ -500,7 +500,7 @@ async fn the_destination_of_a_migration_is_not_backed_up() {
     drop(vm);
 }
 
-// QEMU, and the way to it.
+// QEMU and the connection to it.
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_qemu_blocks_no_other_domain_and_its_backup_continues() {
@@ -522,7 +522,7 @@ async fn a_qemu_stopped_for_too_long_fails_its_backup_and_is_cleaned_up_later() 
     let mut scene = Scene::of(system, disks).await;
     let job = scene.begin().await;
     scene.vm.freeze();
-    // Copying at the limit that it began with, it might have nothing to tell for longer.
+    // A job at its initial limit might report no progress for longer.
     job.set_speed(0).await.unwrap();
     assert_failed(&job, "Stalled", "no progress for 2 seconds").await;
     scene.vm.thaw();
@@ -541,7 +541,7 @@ async fn a_qemu_stopped_for_too_long_fails_its_backup_and_is_cleaned_up_later() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_qemu_that_stops_during_a_bandwidth_change_fails_its_backup() {
-    // Longer than a change of the speed and a question about the progress are waited for.
+    // Longer than the timeouts of a bandwidth change and of a progress query.
     let system = System::setup().table("[deadlines]\nstall-seconds = 11").start();
     let mut vms = ["web", "db"].map(|name| system.configured(disks(system.vm(name))));
     let caller = Caller::new(&system).await;
@@ -570,7 +570,7 @@ async fn a_monitor_lost_and_restored_in_the_middle_does_not_affect_the_backup() 
     let job = scene.begin().await;
     for _ in 0..3 {
         let question = proxy.hold("query-jobs", |_| true);
-        // Who looks has the service ask.
+        // A read of the property makes the service query QEMU.
         job.progress().await.unwrap();
         tokio::task::spawn_blocking(move || {
             question.reached();
@@ -591,7 +591,7 @@ fn every_test_named_in_the_documentation_exists() {
     let page = std::fs::read_to_string(root.join("docs/failure-modes.md")).unwrap();
     let mut named = 0;
     for row in page.lines().filter(|line| line.starts_with("| ")) {
-        // The last one, which can be empty.
+        // The last cell, which can be empty.
         let cell = row
             .trim_end()
             .trim_end_matches('|')

@@ -1,4 +1,4 @@
-//! Stores and targets on file systems that cannot do everything: network file systems, FUSE.
+//! Stores and targets on file systems that lack features: network file systems, FUSE.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -53,7 +53,7 @@ async fn a_file_that_cannot_be_renamed_is_refused_before_anything_is_copied() {
     assert!(error.to_string().contains("hard links"), "{error}");
     assert!(files_below(storage.path()).is_empty());
     assert_eq!(vm.residue(), before);
-    // What somebody opened needs no name.
+    // A descriptor of the caller needs no name.
     let file = fs::File::options()
         .read(true)
         .write(true)
@@ -125,7 +125,7 @@ async fn a_backup_with_open_images_is_deleted_and_its_directory_follows_on_close
     assert_eq!(removed, format!(".{id}.removed"));
     let left = fs::read_dir(domain.join(&removed)).unwrap();
     assert!(left.count() > 0, "a program has an image open");
-    // A search of the store says nothing of it.
+    // A scan of the store does not report it.
     let scanned = system.clients().backupctl(ROOT, &["rescan"]);
     assert!(
         scanned.success() && !scanned.stdout.contains(&id),
@@ -143,7 +143,7 @@ async fn a_backup_with_open_images_is_deleted_and_its_directory_follows_on_close
     assert!(!domain.join(&removed).exists(), "the next backup removes it");
 }
 
-/// A directory that is mounted on another one, until it is dropped.
+/// A bind mount, which ends when this is dropped.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -156,7 +156,7 @@ impl Mounted {
 }
 
 impl Mounted {
-    /// An overlay on a directory, of which that is the lower layer.
+    /// Mounts an overlay on a directory, which is also its lower layer.
     fn overlay(on: &Path, layers: &Path) -> Self {
         let [upper, work] = ["upper", "work"].map(|name| layers.join(name));
         for layer in [&upper, &work] {
@@ -214,7 +214,7 @@ impl MountPoint {
         }
     }
 
-    /// A directory to be mounted there.
+    /// Returns a directory to mount there.
     fn disk(&self, name: &str) -> PathBuf {
         let path = self.system.dir().join(name);
         fs::create_dir(&path).unwrap();
@@ -244,7 +244,7 @@ impl MountPoint {
         deleted.stderr
     }
 
-    /// The same, where there may be none.
+    /// Returns the ids, of which there may be none.
     fn ids_so_far(&self) -> Vec<String> {
         match self.path.join("web").exists() {
             true => self.ids(),
@@ -252,7 +252,7 @@ impl MountPoint {
         }
     }
 
-    /// The directories of the backups of the VM.
+    /// Returns the directories of the VM's backups.
     fn ids(&self) -> Vec<String> {
         let entries = fs::read_dir(self.path.join("web")).unwrap();
         entries
@@ -261,7 +261,7 @@ impl MountPoint {
     }
 }
 
-/// Every entry, the service's own too.
+/// Returns every entry, the service's own too.
 fn all_below(path: &Path) -> Vec<PathBuf> {
     let mut find = Command::new("find");
     let found = process::run({
@@ -282,7 +282,7 @@ async fn an_unmounted_store_gets_no_backup() {
     scene.refuses("its mark (.backupd/store) is missing").await;
     let refused = scene.delete(&id);
     assert!(refused.contains(".backupd/store"), "{refused}");
-    // Looking for it changes nothing as long as it isn't there.
+    // A scan changes nothing while the store is not mounted.
     let scanned = scene.rescan();
     assert!(scanned.contains("Check that the store is mounted"), "{scanned}");
     scene.refuses("its mark (.backupd/store) is missing").await;
@@ -297,7 +297,7 @@ async fn a_replaced_store_is_used_after_an_administrator_confirms_it() {
     let first = Mounted::bind(&scene.disk("first"), &scene.path);
     scene.caller.complete("web", MountPoint::STORE).await;
     drop(first);
-    // One that another service uses.
+    // A store that another service uses.
     let marked = scene.disk("marked");
     let own = marked.join(".backupd");
     fs::create_dir(&own).unwrap();
@@ -307,7 +307,7 @@ async fn a_replaced_store_is_used_after_an_administrator_confirms_it() {
     scene.rescan();
     scene.caller.complete("web", MountPoint::STORE).await;
     drop(second);
-    // An empty one, which somebody prepared.
+    // An empty store, prepared by an administrator.
     let empty = scene.disk("empty");
     let _third = Mounted::bind(&empty, &scene.path);
     scene.refuses("is missing").await;
@@ -345,7 +345,7 @@ async fn a_backup_in_the_lower_layer_of_an_overlay_is_refused_before_any_other_i
         );
         assert_eq!(all_below(&scene.path), before, "{command:?}");
     }
-    // One that was made above it goes.
+    // A directory that was created above it is removed.
     let deleted = scene.system.clients().backupctl(ROOT, &["delete", &third]);
     assert!(deleted.success(), "{}", deleted.stderr);
     assert!(!scene.ids().contains(&third));
@@ -377,7 +377,7 @@ async fn a_backup_whose_store_is_not_mounted_is_not_damaged() {
     let listed = run(&["backups"]).expect_success();
     assert!(listed.contains("complete"), "{listed}");
     assert!(run(&["verify", "--all"]).expect_success().contains("1 good"));
-    // In an empty store nothing is wrong.
+    // An empty store has no problem.
     run(&["delete", &id]).expect_success();
     let alone = run(&["verify", "--all", "--from", from]).expect_success();
     assert!(alone.contains("There are no backups"), "{alone}");

@@ -1,4 +1,4 @@
-//! The fixture's own tests: what the other tests stand on, without the service.
+//! Tests of the fixture itself, without the service.
 
 use crate::common::bus::Bus;
 use crate::common::clients::{Clients, OTHER_USER, USER};
@@ -13,7 +13,7 @@ use std::path::Path;
 
 const MIB: u64 = 1 << 20;
 
-/// Asks polkit as an ordinary user, about that user itself, without interaction.
+/// Asks polkit as an ordinary user about that user, without interaction.
 fn check(clients: &Clients, uid: u32, action: &str) -> Output {
     let script = r#"exec gdbus call --system --dest org.freedesktop.PolicyKit1 \
         --object-path /org/freedesktop/PolicyKit1/Authority \
@@ -22,7 +22,7 @@ fn check(clients: &Clients, uid: u32, action: &str) -> Output {
     clients.run(uid, "sh", &["-c", script, "sh", action])
 }
 
-/// polkit's answer is `(is_authorized, is_challenge, details)`.
+/// polkit's reply is `(is_authorized, is_challenge, details)`.
 #[track_caller]
 fn assert_answer(clients: &Clients, uid: u32, action: &str, expected: &str) {
     let output = check(clients, uid, &format!("org.example.backup1.{action}"));
@@ -253,7 +253,7 @@ fn small_file_systems_and_block_devices_come_and_go() {
     assert!(storage::holds(&backing, "raw", MIB, MIB, 5));
 }
 
-/// A file that is part of no program would be tests that never run.
+/// The tests of a file that is part of no program would never run.
 #[test]
 fn every_file_of_tests_is_part_of_a_program() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,5 +1,5 @@
-//! A file that is written to can be the caller's own, who has it open, too: no header that the caller puts there has QEMU open
-//! another file for a change, or connect to anybody.
+//! A target file can belong to the caller and stay open there during the backup. No header that the caller writes
+//! into it makes QEMU write to another file or connect to a server.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -18,10 +18,10 @@ use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 16 * MIB;
-/// Each is won by the caller at nearly every try where there is something to be won.
+/// The number of attempts. If the race can be won, the caller wins almost every one.
 const TRIES: usize = 10;
 
-/// Writes a header into a file, again and again, as soon as there is something in it.
+/// Writes a header into a file again and again, as soon as the file has content.
 struct Racer {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<u64>>,
@@ -49,7 +49,7 @@ impl Racer {
         }
     }
 
-    /// How often it wrote.
+    /// Ends the thread and returns how often it wrote.
     fn end(mut self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().unwrap()
@@ -60,12 +60,12 @@ struct Scene {
     system: System,
     vm: Vm,
     victim: PathBuf,
-    /// The first bytes of an image whose data is in `victim`.
+    /// Returns the header of an image whose data file is `victim`.
     header: Vec<u8>,
 }
 
 impl Scene {
-    /// `victim` is the disk of a machine that is off; QEMU's user may write to it, and the caller may not even read it.
+    /// `victim` is the disk of a VM that is off. QEMU's user may write to it, and the caller may not even read it.
     fn new() -> Self {
         let system = System::start();
         let disk = Disk::new("vda", SIZE).fill(0, MIB, 0x11);
@@ -95,7 +95,7 @@ impl Scene {
         assert!(found.iter().all(|byte| *byte == 0x5e));
     }
 
-    /// Backs up into a file of the caller's while a thread of the caller's puts the header there.
+    /// Backs up into a file of the caller while a thread of the caller writes the header there.
     async fn race(&self, caller: &Caller, by_path: bool) {
         let target = self.system.dir().join("target");
         let mut create = crate::common::process::bound("qemu-img");
@@ -117,7 +117,7 @@ impl Scene {
         if by_path {
             options.insert("reuse-external", Variant::from(true));
         }
-        // Refused, failed or completed: the file is the caller's to spoil.
+        // The result does not matter: the caller may spoil its own file.
         if let Ok(path) = caller.try_start("web", &document, &files, options).await {
             let job = caller.job(path).await;
             crate::common::wait::until_async("the backup's end", || async {

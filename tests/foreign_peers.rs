@@ -1,5 +1,5 @@
-//! The other end of a monitor is another user's process: nothing that it does to the socket, or has open, keeps the service, or
-//! anybody else, from anything.
+//! The process at the other end of a monitor can belong to another user. Neither its use of the socket nor its open
+//! files block the service or other callers.
 
 use std::fs::File;
 use std::io::{IoSlice, Read, Write};
@@ -27,10 +27,10 @@ use zbus::wire::Variant;
 
 const EVENT: &str = "{\"event\": \"RESUME\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 2}}\r\n";
 const MIB: u64 = 1 << 20;
-/// Longer than anything in a test waits.
+/// Longer than any wait in a test.
 const LINGER: Duration = Duration::from_secs(600);
 
-/// A stand-in for a QEMU, and another descriptor of its end of the socket.
+/// Starts a stand-in for a QEMU; returns another descriptor of its end of the socket.
 fn stand_in(stream: UnixStream) -> (UnixStream, JoinHandle<()>) {
     let same = stream.try_clone().unwrap();
     stream.set_nonblocking(true).unwrap();
@@ -38,7 +38,7 @@ fn stand_in(stream: UnixStream) -> (UnixStream, JoinHandle<()>) {
     (same, tokio::spawn(Peer::new(stream).play_qemu()))
 }
 
-/// A socket whose last close waits for [`LINGER`], and its peer, which reads nothing.
+/// Returns a socket whose last close waits for [`LINGER`], and its peer, which reads nothing.
 fn lingering() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -50,7 +50,7 @@ fn lingering() -> (TcpStream, TcpStream) {
     (socket, peer)
 }
 
-/// Says something with an open file beside it.
+/// Sends a text with an open file attached.
 fn say_with(stream: &UnixStream, text: &str, file: impl AsFd) {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -65,7 +65,7 @@ fn say_with(stream: &UnixStream, text: &str, file: impl AsFd) {
     assert_eq!(sent.unwrap(), text.len());
 }
 
-/// A system with a domain `theirs` that is registered by its socket, whose other ends are returned.
+/// Starts a system with a domain `theirs`, registered by a socket, and returns the socket's other ends.
 async fn registered() -> (System, Caller, OwnedFd, UnixStream) {
     let system = System::start();
     let caller = Caller::new(&system).await;
@@ -76,7 +76,7 @@ async fn registered() -> (System, Caller, OwnedFd, UnixStream) {
     (system, caller, shared, theirs)
 }
 
-/// Others are served while the peer waits, and the service ends when it is asked to.
+/// Checks that other callers are served while the peer waits, and that the service stops on request.
 async fn assert_served(mut system: System, caller: &Caller) {
     for _ in 0..10 {
         within("an answer", caller.manager.list_domains()).await.unwrap();
@@ -138,7 +138,7 @@ async fn an_unread_descriptor_on_a_closed_connection_delays_nobody() {
     let (theirs, _play) = stand_in(within("the service to connect", accepted).await.unwrap());
     system.wait_for_domain("theirs");
     let (socket, _peer) = lingering();
-    // What comes after a line that ends the connection is not read. All of it is there before the service looks.
+    // The service does not read on after a line that ends the connection. All lines are there before it reads.
     system.daemon().process().signal(Signal::STOP);
     let mut garbage = vec![b'x'; 1 << 16];
     garbage.push(b'\n');
@@ -154,8 +154,8 @@ async fn an_unread_descriptor_on_a_closed_connection_delays_nobody() {
     assert_served(system, &caller).await;
 }
 
-/// A system on which an ordinary user has registered machines, `theirs0` and so on, that claim to have a file open which
-/// nobody knows: then all that their process has open would count. The process is this one.
+/// Starts a system on which an ordinary user has registered domains, `theirs0` and so on, that claim to have an
+/// unknown file open. Then every open file of their process would count. The process is this one.
 async fn claimed(count: usize) -> (System, Vm, Caller, Vec<StandIn>) {
     let system = System::setup()
         .rules(&polkit::allow(
@@ -192,7 +192,7 @@ async fn false_claims_of_another_users_domain_block_no_backup_or_restore() {
     let root = Caller::new(&system).await;
     let target = system.dir().join("target.qcow2");
     root.complete("web", &into_file(&target)).await;
-    // Open for writing, too: this process has no lock of QEMU's on it.
+    // Open for writing too: this process holds no lock of QEMU on it.
     let held = [
         rustix::fs::open(&target, OFlags::PATH, Mode::empty()).unwrap(),
         File::options()

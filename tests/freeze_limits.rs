@@ -1,4 +1,4 @@
-//! A freeze of the guest's file systems ends within seconds, whatever becomes of QEMU, the agent and the service.
+//! A freeze of the guest's file systems ends within seconds, even if QEMU, the agent or the service fails.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -52,7 +52,7 @@ impl Scene {
         }
     }
 
-    /// An agent that does as it is told, and tells `hear` before.
+    /// Starts an agent that executes every command, after it has passed the command to `hear`.
     fn agent(&self, mut hear: impl FnMut(&str) + Send + 'static) -> Agent {
         Agent::start(&self.system.dir().join("qga"), move |command| {
             hear(command);
@@ -79,10 +79,10 @@ fn signal(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
 }
 
-/// Returns when it stands still, with all its threads.
+/// Stops a process, and returns when all its threads are stopped.
 fn stop(pid: u32) {
     signal(pid, Signal::STOP);
-    wait::until("the process to stand still", || {
+    wait::until("the process to be stopped", || {
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
         let mut states = threads.map(|thread| {
             let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
@@ -92,7 +92,7 @@ fn stop(pid: u32) {
     });
 }
 
-/// The only child of a service: the guard of the guest that is frozen.
+/// Returns the only child of a service: the guard of the frozen guest.
 fn guard_of(service: u32) -> u32 {
     let threads = std::fs::read_dir(format!("/proc/{service}/task")).unwrap();
     let children: Vec<u32> = threads
@@ -108,7 +108,8 @@ fn guard_of(service: u32) -> u32 {
     guard
 }
 
-/// It has the log, and neither the catalog nor a target of the service: these must be let go with it.
+/// Checks that the guard has the log open, but neither the catalog nor a target, which must be closed with the
+/// service.
 fn assert_holds_nothing_of(guard: u32, directory: &Path) {
     let descriptors = std::fs::read_dir(format!("/proc/{guard}/fd")).unwrap();
     let files = descriptors.filter_map(|descriptor| std::fs::read_link(descriptor.unwrap().path()).ok());
@@ -123,7 +124,7 @@ fn assert_holds_nothing_of(guard: u32, directory: &Path) {
     assert!(environment.starts_with("RUST_LOG="), "{environment}");
 }
 
-/// Waits until the agent has been told to thaw as often as `times` says; gives all that it was told.
+/// Waits until the agent has received `times` thaw commands; returns all its commands.
 fn wait_for_thaw(agent: &Agent, times: usize) -> Vec<String> {
     wait::until("the thaw", || {
         let seen = agent.seen();
@@ -147,7 +148,7 @@ async fn a_service_that_is_killed_leaves_a_guard_that_thaws() {
     scene.system.start_dying_daemon("frozen");
     scene.system.wait_for_domain("web");
     let caller = Caller::new(&scene.system).await;
-    // It may die before it answers.
+    // The service may die before it replies.
     let _ = caller
         .try_start("web", &quiesce("require"), &[], Options::new())
         .await;
@@ -159,7 +160,7 @@ async fn a_service_that_is_killed_leaves_a_guard_that_thaws() {
     assert_eq!(backups(&scene.vm), 0, "nothing had begun");
 }
 
-/// Between the guard's start and the freeze nothing is frozen but what somebody else froze.
+/// Between the guard's start and the freeze, only another tool can have frozen the guest.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_is_killed_before_it_freezes_leaves_a_guard_that_does_not_thaw() {
     let mut scene = Scene::new().await;
@@ -172,7 +173,7 @@ async fn a_service_that_is_killed_before_it_freezes_leaves_a_guard_that_does_not
         .try_start("web", &quiesce("require"), &[], Options::new())
         .await;
     scene.system.wait_for_death();
-    // It serves one client at a time: when it answers, the guard has let go of it.
+    // The agent serves one client at a time: when it replies, the guard has disconnected.
     let mut next = UnixStream::connect(agent.path()).unwrap();
     next.write_all(b"{\"execute\": \"guest-fsfreeze-status\"}\n")
         .unwrap();
@@ -203,7 +204,7 @@ async fn a_service_that_starts_again_does_not_thaw_what_it_did_not_freeze() {
     assert!(agent.is_frozen());
 }
 
-/// What systemd does to stop it: all that belongs to the service gets the signal.
+/// systemd sends the signal to all processes of the service.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_thaws_the_guest_before_it_stops() {
     let mut scene = Scene::new().await;
@@ -221,7 +222,7 @@ async fn a_service_thaws_the_guest_before_it_stops() {
         .await;
     scene.system.wait_for_death();
     assert_eq!(agent.seen(), [FREEZE, THAW]);
-    // It was quiesced, and goes on.
+    // It was quiesced, and continues.
     scene.system.start_daemon();
     let caller = Caller::new(&scene.system).await;
     let job = caller.job(caller.manager.get_job(1).await.unwrap()).await;
@@ -231,7 +232,7 @@ async fn a_service_thaws_the_guest_before_it_stops() {
     assert_eq!(scene.vm.residue(), scene.before);
 }
 
-/// What systemd does with what a dead service left.
+/// Signals the remaining processes of a dead service, as systemd does.
 #[tokio::test(flavor = "multi_thread")]
 async fn signals_that_stop_the_service_do_not_stop_the_guard() {
     let mut scene = Scene::new().await;
@@ -255,7 +256,7 @@ async fn signals_that_stop_the_service_do_not_stop_the_guard() {
     assert_eq!(wait_for_thaw(&agent, 1), [FREEZE, THAW]);
 }
 
-/// The guard is killed too. QEMU stands still: the next service cannot even look at the machine.
+/// The guard is killed too, and QEMU is stopped, so that the next service cannot query the VM.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_next_service_thaws_first_after_service_and_guard_were_killed() {
     let mut scene = Scene::new().await;
@@ -283,7 +284,7 @@ async fn the_next_service_thaws_first_after_service_and_guard_were_killed() {
     assert_eq!(scene.vm.residue(), scene.before);
 }
 
-/// The backups that QEMU has now.
+/// Returns the backup jobs that QEMU has now.
 fn backups(vm: &Vm) -> usize {
     let jobs = vm.qmp("query-jobs", serde_json::json!({}));
     let jobs = jobs.as_array().unwrap();
@@ -327,7 +328,7 @@ async fn a_stopped_service_does_not_keep_the_guest_frozen() {
             THAW => {
                 let mut thaws = thaws.lock().unwrap();
                 *thaws += 1;
-                // It goes on when the guard has acted.
+                // It resumes after the guard has acted.
                 if *thaws == 1 {
                     signal(service, Signal::CONT);
                 }
@@ -377,7 +378,7 @@ async fn the_duration_of_a_freeze_is_reported_and_recorded() {
     );
     let log = scene.system.daemon().log();
     assert!(log.contains("file systems thawed"), "{log}");
-    // By a service that knows it from its catalog, and by one that knows it from the store.
+    // From a service that knows it from its catalog, and from one that knows it from the store.
     let path = job.inner().path().clone();
     scene.system.stop_daemon();
     scene.system.start_daemon();
@@ -385,7 +386,7 @@ async fn the_duration_of_a_freeze_is_reported_and_recorded() {
     let job = caller.job(path.clone().into()).await;
     assert_eq!(job.frozen_time().await.unwrap(), frozen);
     scene.system.stop_daemon();
-    // Closed in order, it is this file alone.
+    // A cleanly closed catalog consists of this file only.
     std::fs::remove_file(scene.system.dir().join("state/catalog.sqlite")).unwrap();
     scene.system.start_daemon();
     let caller = Caller::new(&scene.system).await;

@@ -1,4 +1,4 @@
-//! What fuzzing starts from, and what it found: every file of `tests/fuzz/corpus/TARGET` holds the target's properties.
+//! Replays the fuzzing corpus: every file of `tests/fuzz/corpus/TARGET` must hold the target's properties.
 
 #[path = "fuzz/properties.rs"]
 mod properties;
@@ -14,7 +14,7 @@ fn replay(target: &str, property: fn(&[u8])) {
     let mut files = 0;
     for entry in fs::read_dir(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display())) {
         let path = entry.unwrap().path();
-        // A test that fails shows what it printed.
+        // A failing test prints this output.
         println!("{}", path.display());
         property(&fs::read(&path).unwrap());
         files += 1;

@@ -1,7 +1,6 @@
-//! A Linux that runs, with a file system that is written to all the time and QEMU's own agent: what a backup of it holds with
-//! quiescing and without.
+//! A running Linux with QEMU's agent and a file system under constant writes: its backups with and without quiescing.
 //!
-//! Kernel, agent and shell are those of Debian packages that `tests/setup.sh` fetched; nothing of them is installed.
+//! `tests/setup.sh` fetches the kernel, agent and shell from Debian packages, and installs nothing of them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +18,7 @@ use crate::common::vm::Vm;
 use crate::common::wait;
 
 const MIB: u64 = 1 << 20;
-/// Whoever is backed up without is like after a power cut: the journal is to be gone through.
+/// Without quiescing, a backup is in the state after a power cut: the journal must be replayed.
 const UNCLEAN: &str = "needs_recovery";
 
 fn run(program: &str, arguments: &[&Path]) -> process::Output {
@@ -28,7 +27,7 @@ fn run(program: &str, arguments: &[&Path]) -> process::Output {
     process::run(command)
 }
 
-/// A root file system in memory: a shell, an agent with its libraries, modules.
+/// Returns a root file system in memory: a shell, an agent with its libraries, modules.
 fn initramfs(parts: &Path, dir: &Path) -> PathBuf {
     let initramfs = Initramfs::new(dir, &project_file("tests/guest/init.sh"));
     for name in ["sbin", "data", "var/run"] {
@@ -46,7 +45,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// Returns when the guest writes.
+    /// Boots the guest; returns when it writes.
     async fn boot() -> Self {
         let parts = parts();
         let system = System::start();
@@ -101,10 +100,10 @@ impl Scene {
         String::from_utf8_lossy(&fs::read(&self.serial).unwrap_or_default()).into_owned()
     }
 
-    /// Files that the guest has written so far.
+    /// Returns the number of files that the guest has written so far.
     fn written(&self) -> u64 {
         let said = self.said();
-        // The last line may be half there.
+        // The last line may be incomplete.
         let whole = said.rsplit_once('\n').map_or("", |(whole, _)| whole);
         let last = whole
             .lines()
@@ -113,7 +112,7 @@ impl Scene {
         last.map_or(0, |count| count.parse().unwrap())
     }
 
-    /// Waits until the guest has written some more: it is not frozen.
+    /// Waits until the guest has written more, that is, is not frozen.
     fn writes_on(&self) {
         let before = self.written();
         let began = Instant::now();
@@ -127,7 +126,7 @@ impl Scene {
         }
     }
 
-    /// Makes a backup, and restores its image; gives that and for how many µs the guest was frozen.
+    /// Makes a backup and restores its image; returns the path, and how many µs the guest was frozen.
     async fn backup(&self, document: &str) -> (PathBuf, u64) {
         let job = self.caller.complete("linux", document).await;
         let frozen = job.frozen_time().await.unwrap();
@@ -143,7 +142,7 @@ impl Scene {
     }
 }
 
-/// The features that an ext4 has, as its superblock tells them.
+/// Returns the features in the superblock of an ext4.
 fn features(image: &Path) -> String {
     let told = run("dumpe2fs", &[Path::new("-h"), image]).expect_success();
     let line = told.lines().find(|line| line.starts_with("Filesystem features:"));
@@ -154,7 +153,7 @@ fn features(image: &Path) -> String {
 async fn the_file_system_of_a_linux_is_clean_in_a_quiesced_backup_and_the_guest_writes_on() {
     let mut scene = Scene::boot().await;
 
-    // As a power cut would leave it.
+    // The state after a power cut.
     let (image, frozen) = scene.backup("").await;
     assert_eq!(frozen, 0);
     assert!(features(&image).contains(UNCLEAN), "{}", features(&image));
@@ -170,7 +169,7 @@ async fn the_file_system_of_a_linux_is_clean_in_a_quiesced_backup_and_the_guest_
     let check = run("e2fsck", &[Path::new("-fn"), &image]);
     assert_eq!(check.status, 0, "{}{}", check.stdout, check.stderr);
 
-    // And if the service is killed with the guest frozen, and nobody starts it again.
+    // The service is killed with the guest frozen, and is not started again.
     scene.system.stop_daemon();
     scene.system.start_dying_daemon("frozen");
     scene.system.wait_for_domain("linux");

@@ -27,7 +27,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// Returns when the guest writes.
+    /// Boots the guest; returns when it writes.
     fn boot() -> Self {
         let place = test_directory();
         let store = Tmpfs::mount(&place.path().join("store"), 40 * MIB);
@@ -82,7 +82,7 @@ async fn a_guest_that_a_full_target_paused_runs_again_and_loses_no_write() {
     let filler = scene.store.path().join("filler");
     for restarts in [false, true] {
         let mut caller = Caller::new(&scene.system).await;
-        // So slow that the guest's writes meet the full target first.
+        // Slow enough that the guest's writes meet the full target first.
         let mut job = caller.start_with("linux", DOCUMENT, &[], slowly(1)).await;
         fs::write(&filler, vec![1; 40 * MIB as usize]).unwrap_err();
         scene.vm.wait_event("BLOCK_IO_ERROR", |data| {
@@ -96,7 +96,7 @@ async fn a_guest_that_a_full_target_paused_runs_again_and_loses_no_write() {
             caller = Caller::new(&scene.system).await;
             job = caller.job(caller.manager.get_job(number).await.unwrap()).await;
         }
-        // Now the backup's own copying meets it, too.
+        // Now the backup's own copying fails too.
         wait::until_async("the speed to be set", || async { job.set_speed(0).await.ok() }).await;
         assert_failed(&job, "NoSpace", "No space left on device").await;
         scene.writes_on();

@@ -1,4 +1,4 @@
-//! What the service remembers of backups that ended long ago, and how it finds the backups of its stores again.
+//! The history of finished jobs, and the recovery of the catalog from the stores.
 
 use std::os::unix::fs::{chown, symlink};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ const DOCUMENT: &str = "<domainbackup><name>before-upgrade</name><description>a 
     <disk name='vdb' backup='no'/></disks></domainbackup>";
 
 fn machine(system: &System) -> Vm {
-    // Full, because a store does not know how many bytes of a disk were copied.
+    // Full, because a store does not record how many bytes of a disk were copied.
     let disks = ["vda", "vdb"].map(|name| Disk::new(name, 4 * MIB).fill(0, 4 * MIB, 0x11));
     let [first, second] = disks;
     system.configured(system.vm("web").disk(first).disk(second).running())
@@ -31,7 +31,7 @@ fn all() -> Options<'static> {
     Options::from([("ended", Variant::from(true))])
 }
 
-/// Number, domain and state of every job that `caller` sees.
+/// Returns number, domain and state of every job that `caller` sees.
 async fn listed(caller: &Caller, options: Options<'_>) -> Vec<(u32, String, String)> {
     let jobs = caller.manager.list_jobs_with(options).await.unwrap();
     jobs.into_iter()
@@ -43,7 +43,7 @@ fn entry(id: u32, state: &str) -> (u32, String, String) {
     (id, "web".into(), state.into())
 }
 
-/// Makes all jobs on record ones that ended a day ago.
+/// Changes the end of all jobs on record to a day ago.
 fn a_day_passes(system: &System) {
     let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
     let day: i64 = 24 * 3600 * 1_000_000;
@@ -51,14 +51,14 @@ fn a_day_passes(system: &System) {
     assert!(changed.unwrap() > 0);
 }
 
-/// All that a job tells, but for the object of its domain, which is another one after a restart.
+/// Returns all properties of a job except the object of its domain, which is different after a restart.
 async fn told(caller: &Caller, job: &JobProxy<'_>) -> Vec<String> {
     let properties = caller
         .properties(job.inner().path(), "org.example.Backup1.Job")
         .await;
     let mut told: Vec<_> = properties
         .into_iter()
-        // Why a disk was copied as a whole is not in the store.
+        // A store does not record why a disk was copied as a whole.
         .filter(|(name, _)| name != "Domain" && name != "Increments")
         .map(|(name, value)| format!("{name} {value:?}"))
         .collect();
@@ -91,7 +91,7 @@ async fn jobs_that_ended_long_ago_are_listed_on_request() {
     assert_eq!(listed(&user, all()).await, history);
     let job = user.job(user.manager.get_job(1).await.unwrap()).await;
     assert_eq!(told(&user, &job).await, before);
-    // Ten minutes after the end, who started it has the rights of anybody else.
+    // Ten minutes after the end, the starter has the rights of any other user.
     let late = job.cancel().await.unwrap_err();
     assert!(
         error_name(&late).ends_with("InteractiveAuthorizationRequired"),
@@ -108,13 +108,14 @@ async fn jobs_that_ended_long_ago_are_listed_on_request() {
         "org.example.Backup1.Error.JobEnded"
     );
 
-    // The next one is one more, listed once.
+    // The next one gets a new number and is listed once.
     user.complete_full("web", "").await;
     assert_eq!(listed(&user, Options::new()).await, [entry(3, "completed")]);
     let history = [history.as_slice(), &[entry(3, "completed")]].concat();
     assert_eq!(listed(&user, all()).await, history);
 
-    // Who may not read the domain sees nothing of it, and who may all of it, when the domain is gone too.
+    // A caller without the read right for the domain does not see it, and one with the right does, after the domain is
+    // gone too.
     drop(vm);
     std::fs::remove_file(system.dir().join("etc/domains.d/web.toml")).unwrap();
     system.wait_for_no_domain("web");
@@ -148,7 +149,7 @@ async fn list_filters_match_the_listed_jobs() {
     }
 }
 
-/// The directory of each backup, by time.
+/// Returns the directory of each backup, by time.
 fn backups(system: &System) -> Vec<PathBuf> {
     let directory = system.store().join("web");
     let entries = std::fs::read_dir(directory).unwrap();
@@ -157,13 +158,13 @@ fn backups(system: &System) -> Vec<PathBuf> {
     paths
 }
 
-/// Starts the service without what it knew; it reaches its machine.
+/// Starts the service without its catalog and connects it to its domain.
 fn forget_everything(system: &mut System) {
     start_anew(system);
     system.wait_for_domain("web");
 }
 
-/// Starts the service without what it knew.
+/// Starts the service without its catalog.
 fn start_anew(system: &mut System) {
     system.stop_daemon();
     for entry in std::fs::read_dir(system.dir().join("state")).unwrap() {
@@ -195,12 +196,12 @@ async fn a_lost_catalog_is_rebuilt_from_the_stores() {
     );
     let before = [told(&user, &second).await, told(&user, &third).await];
 
-    // A store without the service's mark is not read by itself when the service starts.
+    // The service does not scan a store without its mark at the start.
     std::fs::remove_dir_all(system.store().join(".backupd")).unwrap();
     forget_everything(&mut system);
     let root = Caller::new(&system).await;
     assert_eq!(listed(&root, all()).await, []);
-    // A number that was given away meanwhile stays where it is.
+    // A number that was assigned in between stays assigned.
     for _ in 0..2 {
         root.complete_full("web", "").await;
     }
@@ -218,7 +219,7 @@ async fn a_lost_catalog_is_rebuilt_from_the_stores() {
         assert_eq!(told, renumbered);
     }
 
-    // Once more changes nothing, and the next job is one more.
+    // A second scan changes nothing, and the next job gets a new number.
     assert_eq!(root.manager.rescan(Options::new()).await.unwrap(), (4, vec![]));
     assert_eq!(listed(&root, all()).await, history);
     assert_eq!(root.complete_full("web", "").await.id().await.unwrap(), 5);
@@ -258,7 +259,7 @@ async fn a_rescan_reports_bad_backups_and_removes_missing_ones_from_the_catalog(
     change_manifest(&backups[5], |manifest| manifest["version"] = json!(2));
     let domain = system.store().join("web");
     chown(&backups[7], Some(7), None).unwrap();
-    // Neither whole nor looked at.
+    // Neither complete nor examined.
     std::fs::create_dir(domain.join(".20261123T000000Z-00000000.partial")).unwrap();
     std::fs::write(domain.join("notes.txt"), "mine").unwrap();
     symlink(&backups[6], domain.join("linked")).unwrap();
@@ -290,7 +291,7 @@ async fn a_rescan_reports_bad_backups_and_removes_missing_ones_from_the_catalog(
     let output = system.clients().backupctl(USER, &["rescan", "--no-ask-password"]);
     assert_eq!(output.status, 4, "{output:?}");
     system.stop_daemon();
-    // What is there is not gone, whatever is wrong with it.
+    // An existing backup is not missing, even if it is damaged.
     let names = backups[1..]
         .iter()
         .map(|path| path.file_name().unwrap().to_str().unwrap());
@@ -298,7 +299,7 @@ async fn a_rescan_reports_bad_backups_and_removes_missing_ones_from_the_catalog(
     assert_eq!(records(&system), names);
     assert!(domain.join("notes.txt").exists());
 
-    // A store that cannot be read is not one that is empty.
+    // An unreadable store is not an empty one.
     let aside = system.dir().join("aside");
     std::fs::rename(system.store(), &aside).unwrap();
     std::fs::write(system.store(), "").unwrap();
@@ -306,7 +307,7 @@ async fn a_rescan_reports_bad_backups_and_removes_missing_ones_from_the_catalog(
     let caller = Caller::new(&system).await;
     let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
     assert_eq!((found, problems.len()), (0, 1), "{problems:#?}");
-    // Neither is one that is not mounted.
+    // Neither is an unmounted one.
     std::fs::remove_file(system.store()).unwrap();
     std::fs::create_dir(system.store()).unwrap();
     let (found, problems) = caller.manager.rescan(Options::new()).await.unwrap();
@@ -381,13 +382,13 @@ async fn a_store_from_another_host_grants_no_rights() {
         let hidden = user.manager.get_job(id).await.unwrap_err();
         assert_eq!(error_name(&hidden), "org.example.Backup1.Error.NoSuchJob");
     }
-    // Who may read everything that is not another user's own sees the other.
+    // A caller with the right to read everything except users' own domains sees the other.
     system.set_rules("");
     let user = Caller::of_user(&system, USER).await;
     assert_eq!(listed(&user, all()).await, [entry(1, "completed")]);
 }
 
-/// Changes what is on record while the service is not running.
+/// Changes the catalog while the service is stopped.
 fn change(system: &System, sql: &str) {
     let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
     assert!(catalog.execute(sql, []).unwrap() > 0, "{sql}");
@@ -426,7 +427,7 @@ async fn the_next_user_of_a_uid_has_no_rights_over_earlier_jobs() {
     assert_eq!(
         find(&system).await,
         (Err(missing), 0),
-        "only whoever may read the domain"
+        "only callers with the read right"
     );
 }
 
@@ -456,7 +457,7 @@ async fn the_next_user_of_a_uid_does_not_see_earlier_backups() {
     assert_eq!(listed(&system).await, (0, 0));
 }
 
-/// Registers the machine and backs it up. Returns the kind of the backup, and the name of its directory in the store.
+/// Registers the VM and backs it up. Returns the kind of the backup, and the name of its directory in the store.
 async fn back_up_own(system: &System, vm: &Vm) -> (Caller, String, String) {
     let user = Caller::of_user(system, USER).await;
     user.register("mine", vm.monitor_stream().into()).await.unwrap();
@@ -475,7 +476,8 @@ async fn own_domain(user: &Caller) -> DomainProxy<'static> {
     DomainProxy::new(&user.connection, path).await.unwrap()
 }
 
-/// How many backups a user sees, and whether the user sees what the checkpoint `kept` is. Its bitmap is on the disk in any case.
+/// Returns how many backups a user sees, and whether the user sees what the checkpoint `kept` is. Its bitmap is on the
+/// disk in any case.
 async fn seen(user: &Caller) -> (usize, bool) {
     let backups = user.manager.list_backups(Options::new()).await.unwrap().0;
     let domain = own_domain(user).await;
@@ -562,7 +564,7 @@ async fn a_list_sends_few_polkit_requests_for_many_foreign_domains() {
     let user = Caller::of_user(&system, USER).await;
     assert_eq!(listed(&user, all()).await.len(), 1);
     assert_eq!(authority.count(see_foreign), 1);
-    // Who sees them is asked about each, because a rule may hide one by its name.
+    // polkit is asked about each, because a rule may hide one by its name.
     authority.decide(|_| Answer::Yes).await;
     assert_eq!(listed(&user, all()).await.len(), 401);
 }

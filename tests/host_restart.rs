@@ -1,7 +1,7 @@
-//! The host goes down in the middle of a backup: what was written and not made durable is lost.
+//! A host restart in the middle of a backup: data that was written and not durable is lost.
 //!
-//! The service is ended at a point, what a power cut would take from the images is taken, and the next service runs in another
-//! boot. `make power-cuts` does the same to a whole host.
+//! The test kills the service at a point, removes from the images what a power cut would, and starts the next service
+//! in another boot. `make power-cuts` does the same to a whole host.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -23,7 +23,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// A VM, a backup of which the service died at `point`, and the end of its QEMU.
+    /// Starts a VM and a backup during which the service dies at `point`, and ends the QEMU.
     async fn cut_at(point: &str) -> Self {
         let mut system = System::start();
         let vm = system.configured(
@@ -36,7 +36,7 @@ impl Scene {
         system.start_dying_daemon(point);
         system.wait_for_domain("web");
         let caller = Caller::new(&system).await;
-        // It may die before it answers.
+        // The service may die before it replies.
         let _ = caller.try_start("web", "", &[], Options::new()).await;
         system.wait_for_death();
         let mut scene = Self { system, vm };
@@ -51,14 +51,14 @@ impl Scene {
         store.join(image.expect("the image is there"))
     }
 
-    /// What was in memory only is not in the file.
+    /// Removes a page from the file, as if it was only in memory.
     fn lose_a_page(&self) {
         let image = File::options().write(true).open(self.image()).unwrap();
         let middle = image.metadata().unwrap().len() / 2;
         image.write_all_at(&[0; 4096], middle).unwrap();
     }
 
-    /// The outcome of the job when the service has started in another boot.
+    /// Returns the outcome of the job after the service has started in another boot.
     async fn outcome_in_another_boot(&mut self) -> (String, String, String) {
         self.system.start_daemon_in_another_boot();
         let caller = Caller::new(&self.system).await;

@@ -1,5 +1,5 @@
-//! Peers that no QEMU is: whatever a monitor says, or does not, there is no panic, no hang, no memory without end, and an
-//! error that says what was wrong. `tests/qmp.rs` has the client's own rules; here are whole sessions, and the service.
+//! Peers that behave unlike any QEMU. The service neither panics nor hangs, limits its memory, and reports a precise
+//! error. `tests/qmp.rs` tests the rules of the client; this file tests whole sessions and the service.
 
 mod imposters;
 
@@ -30,12 +30,12 @@ const DOMAIN_UNREACHABLE: &str = "org.example.Backup1.Error.DomainUnreachable";
 
 // A session that is cut short.
 
-/// What was recorded between a client and QEMU 7.2: the greeting, the schema (shortened to what is used of it), a look at
-/// the disks, and the backup of one. `> ` is before what the client said, `< ` before what QEMU did.
+/// A recorded session of a client with QEMU 7.2: the greeting, the schema (only the used part), a query of the disks,
+/// and the backup of one. `> ` marks the client's lines, `< ` QEMU's.
 const SESSION: &str = include_str!("hostile/session");
 
 enum Step {
-    /// A command, and as the line that it is.
+    /// A command, and its line in the session.
     Hears(Value, &'static str),
     Says(&'static str),
 }
@@ -49,7 +49,7 @@ fn session() -> Vec<Step> {
     steps.collect()
 }
 
-/// Plays QEMU until it has said or heard so many bytes, then hangs up; tells how many it was of each.
+/// Plays QEMU until it has sent or received so many bytes, then closes the connection; returns both counts.
 async fn play(peer: Peer, steps: &[Step], says: usize, hears: usize) -> (usize, usize) {
     let mut stream = BufReader::new(peer.into_stream());
     let (mut said, mut heard) = (0, 0);
@@ -80,7 +80,7 @@ async fn play(peer: Peer, steps: &[Step], says: usize, hears: usize) -> (usize, 
     (said, heard)
 }
 
-/// What the client saw of a session.
+/// The client's view of a session.
 #[derive(Debug, Default, PartialEq)]
 struct Seen {
     replies: usize,
@@ -122,7 +122,7 @@ async fn follow(ours: tokio::net::UnixStream, steps: &[Step]) -> Seen {
             Ok(()) => seen.replies += 1,
             Err(error) => {
                 closed(&error);
-                // And so is every later one.
+                // So does every later one.
                 closed(&client.execute(raw(name, json!({}))).await.unwrap_err());
                 break;
             }
@@ -165,7 +165,7 @@ async fn a_session_cut_at_any_byte_ends_cleanly() {
         }
     }
     for says in 0..all_said {
-        // What came whole counts, and nothing else.
+        // Only complete messages count.
         let came = || lines.iter().take_while(|(end, ..)| *end <= says);
         let expected = Seen {
             replies: came().filter(|(_, reply, _)| *reply).count(),
@@ -187,7 +187,7 @@ async fn a_session_cut_at_any_byte_ends_cleanly() {
 
 // The service.
 
-/// The job of that domain, of which there is one, if its backup did not begin.
+/// Returns the only job of that domain, if its backup did not begin.
 async fn failed_job(caller: &Caller, domain: &str) -> Option<JobProxy<'static>> {
     let jobs = caller.manager.list_jobs().await.unwrap();
     let job = jobs.into_iter().find(|(_, _, name, _)| name == domain)?;
@@ -279,7 +279,7 @@ async fn a_connection_to_qemu_that_is_lost_at_any_point_costs_at_most_the_backup
     }
 }
 
-/// Memory of a process in KiB: what is held now, or the most that ever was (`VmHWM`).
+/// Returns the memory of a process in KiB: the present one, or the peak (`VmHWM`).
 fn memory(pid: u32, field: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
@@ -313,7 +313,7 @@ async fn the_service_survives_every_imposter_and_goes_on_serving_others() {
     let unreachable = UNREACHABLE.map(|(name, _, word)| {
         let caller = caller.clone();
         async move {
-            // Until it is known what is wrong with it, it is being connected, or the last connection was only closed.
+            // Until the error is known, the domain is connecting, or its last connection was closed.
             until_async(&format!("{name}: {word}"), || async {
                 let refused = caller.try_start(name, "", &[], Options::new()).await.unwrap_err();
                 let text = refused.to_string();
@@ -375,7 +375,7 @@ async fn the_machines_of_one_user_do_not_fill_the_services_memory() {
             let registering = user
                 .manager
                 .register_domain(&name, socket.as_fd().into(), Options::new());
-            // Some are refused, because they say too much, and some wait for the others.
+            // Some are refused, because they send too much, and some wait for the others.
             let registered = tokio::time::timeout(DEADLINE, registering).await;
             (playing, matches!(registered, Ok(Ok(_))), user)
         }

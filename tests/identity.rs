@@ -1,5 +1,5 @@
-//! A domain is its UUID: a renamed one keeps its backups, another one under the same name does not get them, and a service
-//! leaves alone what another one made.
+//! A domain is identified by its UUID. A renamed domain keeps its backups, another one under the same name does not
+//! get them, and a service leaves backups of other services alone.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ const FORMER: &str = "11111111-1111-4111-8111-111111111111";
 const LATTER: &str = "22222222-2222-4222-8222-222222222222";
 const NONE: &str = "00000000-0000-0000-0000-000000000000";
 
-/// A machine called `name` in a directory of its own.
+/// Starts a VM called `name` in a directory of its own.
 fn machine(system: &System, directory: &str, name: &str, uuid: &str) -> Vm {
     let builder = Builder::new(&system.dir().join(directory), name)
         .uuid(uuid)
@@ -39,7 +39,7 @@ fn rename(system: &System, vm: &Vm, from: &str, to: &str) {
     system.wait_for_domain(to);
 }
 
-/// Makes a backup of what changed, if it can; the id of the one that it was made since, or why all was copied.
+/// Makes an incremental backup if possible; returns the id of its base, or the reason for a full copy.
 async fn backup(root: &Caller, domain: &str) -> String {
     let job = root.start_with(domain, "", &[], Options::new()).await;
     assert_completed(&job).await;
@@ -67,7 +67,7 @@ fn ids_in(directory: &Path) -> Vec<String> {
         .collect()
 }
 
-/// What a prune that keeps `last` would do: id, verdict and reason.
+/// Returns the preview of a prune with `keep-last`: id, verdict and reason.
 async fn preview(caller: &Caller, domain: &str, last: u64) -> Vec<(String, String, String)> {
     let options = Options::from([
         ("keep-last", Variant::from(last)),
@@ -84,7 +84,7 @@ async fn rescan(caller: &Caller, adopt: bool) {
     assert_eq!(problems, [""; 0]);
 }
 
-/// Starts the service without what it knew.
+/// Starts the service without its catalog.
 fn lose_catalog(system: &mut System) {
     system.stop_daemon();
     for entry in fs::read_dir(system.dir().join("state")).unwrap() {
@@ -101,7 +101,7 @@ fn lose_catalog(system: &mut System) {
     system.start_daemon();
 }
 
-/// A store `nightly` that keeps so many.
+/// Creates a store `nightly` that keeps so many backups.
 fn nightly(keep_last: u32) -> (tempfile::TempDir, String, PathBuf) {
     let directory = crate::common::test_directory();
     let path = directory.path().join("nightly");
@@ -118,7 +118,7 @@ const NIGHTLY: &str = "<domainbackup><store name='nightly'/></domainbackup>";
 #[tokio::test(flavor = "multi_thread")]
 async fn another_vm_under_the_same_name_gets_no_access_to_the_former_ones_backups() {
     let (_directory, table, store) = nightly(2);
-    // Who may read "web" may read what has that name now.
+    // A caller with the read right for "web" can read the domain that has that name now.
     let rules = polkit::deny(USER, &["domain.read"]).replace(
         "return ",
         "return action.lookup('domain_name') == 'web' ? polkit.Result.YES : ",
@@ -135,7 +135,7 @@ async fn another_vm_under_the_same_name_gets_no_access_to_the_former_ones_backup
     assert_eq!(ids(&user, "").await, olds);
     former.quit();
     system.remove_domain_file("web");
-    // As long as nobody has its name, it is the one that had it.
+    // While no domain has its name, the name means its former owner.
     assert_eq!(ids(&root, "web").await, olds);
 
     let mut latter = machine(&system, "latter", "web", LATTER);
@@ -165,14 +165,14 @@ async fn another_vm_under_the_same_name_gets_no_access_to_the_former_ones_backup
         news.iter().collect::<Vec<_>>()
     );
 
-    // The former one comes back, and goes on where it was.
+    // The former domain returns and continues its chain.
     latter.quit();
     system.remove_domain_file("web");
     let _former = machine(&system, "former", "web", FORMER);
     user = Caller::of_user(&system, USER).await;
     assert_eq!(ids(&user, "").await, olds);
     root.complete_full("web", NIGHTLY).await;
-    // Its own rule counts its own.
+    // Its own rule counts only its own backups.
     crate::common::wait::until("the pruning", || {
         (ids_in(&store.join("web")).len() == 2).then_some(())
     });
@@ -198,7 +198,7 @@ async fn a_renamed_vm_keeps_its_history_and_its_chain() {
         [full.clone(), second.clone()]
     );
     assert!(!system.store().join("www").exists());
-    // What it was called when each was made is not changed.
+    // Each backup keeps the domain name of its time.
     let names: Vec<String> = list(&root, FORMER)
         .await
         .into_iter()
@@ -222,7 +222,7 @@ async fn a_renamed_vm_keeps_its_history_and_its_chain() {
     ];
     assert_eq!(preview(&root, "www", 1).await, expected);
 
-    // After a restart, and after the records were lost.
+    // After a restart, and after the loss of the catalog.
     system.stop_daemon();
     system.start_daemon();
     system.wait_for_domain("www");
@@ -285,7 +285,7 @@ async fn vms_without_a_uuid_are_distinguished_by_their_names() {
     assert_eq!(backup(&root, "three").await, "first");
     assert_eq!(ids(&root, "three").await.len(), 1);
     assert_eq!(ids_in(&system.store().join("three")).len(), 1);
-    // One that has a UUID under the name is another.
+    // A domain with a UUID under the name is another one.
     let _other = machine(&system, "other", "one", LATTER);
     assert_eq!(backup(&root, "one").await, "first");
     assert_eq!(ids_in(&system.store().join("one-22222222")).len(), 1);
@@ -318,7 +318,7 @@ async fn keep_rules_ignore_foreign_backups_until_they_are_adopted() {
     root.complete_full("web", NIGHTLY).await;
     let first = list(&root, "web").await.remove(0);
     assert!(!first.12.is_empty() && first.13);
-    // A service without its records is another one.
+    // A service without its catalog has a new identity.
     lose_catalog(&mut system);
     system.wait_for_domain("web");
     let root = Caller::new(&system).await;
@@ -393,7 +393,7 @@ async fn the_order_of_creation_counts_and_not_the_clock() {
         let text = clients.backupctl(ROOT, arguments).expect_success();
         assert!(text.contains("1 backup is from the future"), "{text}");
     }
-    // The next one goes on from the one that was made last.
+    // The next backup continues from the one that was made last.
     let newest = order[3].clone();
     assert_eq!(backup(&root, "web").await, newest);
     let numbers: Vec<Value> = directories(&system.store().join("web"))
@@ -406,7 +406,7 @@ async fn the_order_of_creation_counts_and_not_the_clock() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_of_a_store_that_keeps_no_checkpoints_takes_none_from_the_first() {
     let directory = crate::common::test_directory();
-    // The first by its name, too.
+    // The first by its name too.
     let copy = directory.path().join("archive");
     let table = format!(
         "[store.archive]\npath = \"{}\"\ncheckpoints = 0\n",
@@ -427,7 +427,7 @@ async fn a_copy_of_a_store_that_keeps_no_checkpoints_takes_none_from_the_first()
     rescan(&root, false).await;
     assert_eq!(ids(&root, "web").await.len(), 2);
     for _ in 0..2 {
-        // To both stores: at the end of each, what no store needs goes.
+        // To both stores: each backup removes bitmaps at its end that no store needs.
         vm.write("vda", 0, 64 * 1024, 0x22);
         root.complete("web", "<domainbackup><store name='archive'/></domainbackup>")
             .await;
@@ -485,7 +485,7 @@ async fn a_backup_continues_after_its_vm_was_renamed_without_a_service() {
     assert_eq!(vm.residue().jobs, [""; 0]);
 }
 
-/// A reader of a backup knows its bitmap's name, and can write to a store on removable media.
+/// A user who can read a backup knows its bitmap's name, and can write to a store on removable media.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_manifest_is_never_used_as_a_base() {
     let (_directory, table, nightly) = nightly(9);

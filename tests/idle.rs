@@ -1,5 +1,4 @@
-//! The service leaves when nobody needs it, loses no call by that, and is there again for the next one. Without anybody it
-//! does nothing at all.
+//! An idle service exits, loses no call by that, and is started by the next call. Without callers it does nothing.
 
 mod common;
 
@@ -21,9 +20,9 @@ use zbus::fdo::DBusProxy;
 use zbus::{Connection, Message};
 
 const MIB: u64 = 1 << 20;
-/// How long nobody must have needed the service of these tests.
+/// The idle time of the service in these tests.
 const IDLE: Duration = Duration::from_millis(100);
-/// Long enough to leave several times.
+/// Long enough to exit several times.
 const SEVERAL_TIMES: Duration = Duration::from_millis(500);
 
 fn idle_exit(time: Duration) -> String {
@@ -34,14 +33,14 @@ fn on_demand(activation: Activation) -> Setup {
     System::setup().config(&idle_exit(IDLE)).on_demand(activation)
 }
 
-/// The connection that owns the service's name now.
+/// Returns the connection that owns the service's name.
 async fn owner(connection: &Connection) -> Option<String> {
     let bus = DBusProxy::new(connection).await.unwrap();
     let owner = bus.get_name_owner(BUS_NAME.try_into().unwrap()).await;
     owner.ok().map(|name| name.to_string())
 }
 
-/// Fails if the service leaves; `caller` has called it just now.
+/// Fails if the service exits; `caller` has called it just now.
 async fn assert_stays(caller: &Caller) {
     let before = owner(&caller.connection).await;
     assert!(before.is_some(), "the service is there");
@@ -88,7 +87,7 @@ async fn the_service_stays_during_a_subscription() {
     let other = Caller::new(&system).await;
     other.manager.subscribe().await.unwrap();
     assert_stays(&other).await;
-    // Who has left the bus is not subscribed any more.
+    // The subscription of a client that has left the bus ends.
     drop(other);
     leaves(&system).await;
 }
@@ -165,19 +164,19 @@ async fn the_service_stays_while_a_call_is_in_flight() {
     system.write_domain_file("web", "monitor = \"/nowhere/web.qmp\"\n");
     let root = Caller::new(&system).await;
     root.manager.list_domains().await.unwrap();
-    // Polkit, which says nothing for now, is asked about this caller.
+    // polkit, which does not respond for now, is asked about this caller.
     let user = Caller::of_user(&system, USER).await;
     system.freeze_polkit();
     let asking = tokio::spawn(async move { user.manager.list_domains().await });
     assert_stays(&root).await;
     assert!(!asking.is_finished());
     tokio::task::block_in_place(|| system.stop_polkit());
-    // An answer, whichever.
+    // Any reply.
     let _ = wait::within("the answer", asking).await.unwrap();
     leaves(&system).await;
 }
 
-/// A call of `ListDomains` that has gone to the bus, whether the bus goes on or not.
+/// Sends `ListDomains` to the bus, whether the bus is stopped or not.
 async fn send_call(caller: &Caller) -> (u32, zbus::MessageStream) {
     let answers = zbus::MessageStream::from(&caller.connection);
     let call = Message::method_call(ROOT_PATH, "ListDomains")
@@ -189,7 +188,7 @@ async fn send_call(caller: &Caller) -> (u32, zbus::MessageStream) {
     (call.primary_header().serial_num().into(), answers)
 }
 
-/// Its answer, which must be a list.
+/// Checks that the reply is a list.
 async fn assert_answered((serial, mut answers): (u32, zbus::MessageStream)) {
     let answer = async {
         loop {
@@ -212,11 +211,11 @@ async fn a_call_during_the_release_of_the_name_keeps_the_service_running() {
     let caller = Caller::new(&system).await;
     let left = |system: &System| system.bus().log().matches("leaving the bus").count();
     let mut stayed = false;
-    // A machine that has other things to do may be late with stopping the bus.
+    // On a busy host the bus may be stopped too late.
     for _ in 0..20 {
         caller.manager.list_domains().await.unwrap();
         let (owner_before, left_before) = (owner(&caller.connection).await, left(&system));
-        // The bus handles the call first, and then that the name is given up.
+        // The bus handles the call first, and then the release of the name.
         system.bus_mut().freeze();
         let call = send_call(&caller).await;
         wait::until("the service to leave", || {
@@ -271,7 +270,7 @@ async fn the_service_notifies_systemd_of_its_start_and_exit() {
         .await;
     }
     assert_eq!(systemd.ends(), [0, 0]);
-    // Nothing of a watchdog, which the unit has not.
+    // No watchdog message, because the unit has no watchdog.
     let once = ["READY=1", "STOPPING=1", "BARRIER=1"];
     assert_eq!(systemd.messages(), [once, once].concat());
 }
@@ -290,13 +289,13 @@ async fn the_service_requests_a_restart_if_a_call_may_have_raced_with_its_exit()
     assert_eq!(systemd.ends()[0], 75);
 }
 
-/// Time that passes before a call: now more, now less than it takes the service to leave.
+/// Waits for a time that is sometimes longer, sometimes shorter than the service takes to exit.
 async fn pause(number: usize) {
     tokio::time::sleep(Duration::from_micros(number as u64 * 7919 % 8000)).await;
 }
 
-/// Callers at moments that have nothing to do with each other, while the service leaves and comes all the time. Every call is
-/// answered, and every backup that was accepted is made.
+/// Callers at independent moments, while the service exits and starts all the time. Every call gets a reply, and every
+/// accepted backup is made.
 async fn storm(activation: Activation) {
     const ROUNDS: usize = 200;
     const CALLERS: usize = 4;
@@ -313,7 +312,7 @@ async fn storm(activation: Activation) {
     system.domain_file("web", &vm);
     let mut managers = Vec::new();
     for _ in 0..CALLERS {
-        // Without signals: one that nobody takes would keep answers back.
+        // Without signals: unread ones would delay replies.
         managers.push(ManagerProxy::new(&system.connect().await).await.unwrap());
     }
     let mut backups = 0;
@@ -329,7 +328,7 @@ async fn storm(activation: Activation) {
                 let started = managers[0].create_backup("web", "", Vec::new(), Options::new());
                 let started = wait::within("the backup's start", started).await;
                 let (_, path) = started.expect("the backup is accepted");
-                // It may be another process that knows how it ended.
+                // Another process may report how it ended.
                 let job = JobProxy::new(managers[0].inner().connection(), path)
                     .await
                     .unwrap();
@@ -357,7 +356,7 @@ async fn storm(activation: Activation) {
     assert_eq!(names.filter(|name| !name.starts_with('.')).count(), backups);
 }
 
-/// All that was logged, whoever started the service.
+/// Returns the whole log of all services, started by the test or by the bus.
 fn logs(system: &System) -> String {
     let own = std::fs::read_to_string(system.dir().join("backupd.log")).unwrap_or_default();
     own + &system.bus().log()
@@ -373,7 +372,7 @@ async fn no_call_is_lost_when_systemd_restarts_the_idle_service() {
     storm(Activation::Systemd).await;
 }
 
-/// The watchdog's time in these tests. The service feeds it three times as often.
+/// The watchdog timeout in these tests. The service notifies three times as often.
 const WATCHDOG: Duration = Duration::from_millis(300);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -395,7 +394,7 @@ async fn the_watchdog_is_fed_only_while_calls_come_through() {
         let frozen = fed();
         system.bus_mut().freeze();
         tokio::time::sleep(5 * WATCHDOG).await;
-        // One answer may have been under way, and one meal not heard of; not the 15 of this time.
+        // One reply and one notification may be in transit, but not the 15 of this time.
         assert!(fed() <= frozen + 2, "round {round}: {frozen}, then {}", fed());
         system.bus_mut().thaw();
     }

@@ -1,4 +1,4 @@
-//! Images that somebody else has open: disks of VMs that the service does not know, and of tools.
+//! Images that other programs have open: disks of VMs that the service does not know, and files of tools.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -36,7 +36,7 @@ impl Scene {
         Self { system, vm, caller }
     }
 
-    /// No backup is written into this, whatever the caller says, and no byte of it changes.
+    /// Checks that no backup is written into this target, and that no byte of it changes.
     async fn refuses(&self, target: &Path, kind: &str, format: &str) {
         let before = fs::read(target).unwrap();
         let residue = self.vm.residue();
@@ -96,7 +96,7 @@ fn image(scene: &Scene, name: &str, format: &str) -> PathBuf {
     path
 }
 
-/// Waits until a program has locked what it was told to open.
+/// Waits until a program has locked the file that it opens.
 fn wait_for_lock(path: &Path) {
     wait::until("an image to be locked", || {
         is_in_use(&Look::Own, &open(path)).unwrap().then_some(())
@@ -203,9 +203,9 @@ async fn a_qemu_that_starts_during_preparation_cannot_open_the_target() {
         let target = image(&scene, format, format);
         for command in ["add-fd", "transaction"] {
             let held = proxy.hold(command, |_| true);
-            // By its path: the proxy is this process, and what it has open counts as its domain's.
+            // By its path: the proxy is this process, and its open files count as those of its domain.
             let document = by_path(&target, "file", format);
-            // The call is answered when the backup has begun.
+            // The call returns when the backup has begun.
             let start = scene.caller.start_with("web", &document, &[], reuse());
             let tried = tokio::task::spawn_blocking(move || {
                 held.reached();
@@ -226,7 +226,8 @@ async fn a_qemu_that_starts_during_preparation_cannot_open_the_target() {
             assert_completed(&job).await;
             assert!(crate::common::storage::holds(&target, format, 0, MIB, 0x11));
         }
-        // QEMU up to version 8 still has the descriptor, since its guest is stopped: a lock that was left would be seen.
+        // QEMU up to version 8 still has the descriptor, because its guest is stopped, so a remaining lock would be
+        // visible.
         write(&target, format).expect_success();
     }
 }

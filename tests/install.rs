@@ -1,4 +1,4 @@
-//! `make install` puts every file where the system looks for it, with its paths filled in, and needs no bus to do so.
+//! `make install` puts every file in its place, with its paths filled in, and needs no bus to do so.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,13 +18,13 @@ fn install_fills_a_directory() {
         .arg(format!("DESTDIR={}", dir.path().display()))
         .arg(format!("BUILT={}", built.display()));
     command.current_dir(project_file(""));
-    // Nobody listens there; and a make that runs this test must not hand its own settings on.
+    // No bus listens there; and a make that runs this test must not pass its own settings on.
     command
         .env("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nowhere")
         .env_remove("MAKEFLAGS");
     process::run(command).expect_success();
 
-    // The client says how many manual pages it has of its own.
+    // The list of manual pages comes from the client.
     let (pages, files): (Vec<_>, Vec<_>) = storage::files_below(dir.path())
         .into_iter()
         .partition(|file| file.contains("/man/"));

@@ -1,5 +1,5 @@
-//! What checkpoints keep people from doing with their disks, and how they get out of the way: reverting to an internal snapshot,
-//! and resizing after a crash.
+//! Checkpoints can block operations on a disk: reverting to an internal snapshot, and resizing after a crash. These
+//! tests show how the service removes the obstacles.
 
 use std::process::Command;
 
@@ -19,7 +19,7 @@ fn take_snapshot(scene: &Recorded, disk: &str) {
     scene.vm().qmp("blockdev-snapshot-internal-sync", snapshot);
 }
 
-/// Ends QEMU and has `qemu-img` revert the disk to the snapshot.
+/// Stops QEMU and reverts the disk to the snapshot with `qemu-img`.
 #[track_caller]
 fn revert(scene: &mut Recorded, disk: &str) {
     let image = scene.vm().source_path(disk).to_owned();
@@ -67,12 +67,12 @@ async fn a_backup_removes_bitmaps_that_block_the_revert_to_a_newer_snapshot() {
     take_snapshot(&scene, "vda");
     scene.write("vda", 0, MIB, 0x21);
     let (second, said) = scene.backup(Options::new()).await;
-    // What was recorded until now is good for this one.
+    // The bitmap so far is valid for this backup.
     assert_eq!(said, DISKS.map(|disk| format!("{disk} incremental {first}")));
     assert_eq!(scene.vm().checkpoints("vda"), [""; 0]);
     assert_eq!(scene.vm().sentinels("vda"), [""; 0]);
     let mut both = [&first, &second].map(|id| format!("backupd-{id}-1"));
-    // Ids that were made in the same second are in no order.
+    // Ids of the same second have no order.
     both.sort();
     assert_eq!(scene.vm().checkpoints("vdb"), both);
     scene.check();
@@ -105,7 +105,7 @@ async fn all_checkpoints_are_deleted_at_once_including_unknown_ones() {
     scene.backup(Options::new()).await;
     let domain = domain(&scene).await;
     domain.create_checkpoint("", Options::new()).await.unwrap();
-    // One of another service's, and one of somebody else's.
+    // A bitmap of another service, and one of another tool.
     for name in ["backupd-20200101T000000Z-0123abcd-0", "backupd-mine"] {
         let node = scene.vm().node_name("vda");
         let bitmap = json!({ "node": node, "name": name, "persistent": true });
@@ -130,7 +130,7 @@ async fn all_checkpoints_are_deleted_at_once_including_unknown_ones() {
         residue.bitmaps.iter().any(|name| name.ends_with("/backupd-mine")),
         "{residue:?}"
     );
-    // The backups stay, and the next one begins anew.
+    // The backups stay, and the next one is full.
     let (_, said) = scene.backup(Options::new()).await;
     assert_eq!(said, DISKS.map(|disk| format!("{disk} full no-bitmap")));
     scene.check();
@@ -142,7 +142,7 @@ async fn useless_bitmaps_are_removed_when_the_domain_connects() {
     scene.backup(Options::new()).await;
     scene.reboot();
     scene.write("vda", 0, MIB, 0x21);
-    // After this the bitmaps are inconsistent, and QEMU resizes no disk that has one.
+    // After this the bitmaps are inconsistent, and QEMU resizes no disk with an inconsistent bitmap.
     scene.crash();
     for disk in DISKS {
         assert_eq!(scene.vm().checkpoints(disk), [""; 0], "{disk}");

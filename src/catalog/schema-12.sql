@@ -1,5 +1,5 @@
--- A user is a uid and a name, because a uid may later belong to another user. Records of the domains that a user
--- registered use both; see DOMAIN_KEY in the code.
+-- A user is a uid together with a name, because the uid may later belong to another user. Records of the domains that
+-- users registered store both. This index has the expression DOMAIN_KEY of the code.
 DROP INDEX backups_by_domain;
 CREATE INDEX backups_by_domain ON backups (
     store,
@@ -7,8 +7,8 @@ CREATE INDEX backups_by_domain ON backups (
         || coalesce(':' || domain_uuid, domain_name)
 );
 
--- The name of the owner. In older records it is known only if one user of the uid is on record; otherwise it is '', and
--- the checkpoint belongs to no user.
+-- The name of the checkpoint's owner. For older checkpoints it is derived if the other records name exactly one user
+-- with that uid. Otherwise it is '', and the checkpoint belongs to no user.
 ALTER TABLE checkpoints ADD COLUMN owner_name TEXT NOT NULL DEFAULT '';
 UPDATE checkpoints SET owner_name = coalesce(
     iif(owner = 0, 'root', (SELECT iif(count(*) = 1, min(name), '') FROM (

@@ -32,7 +32,7 @@ impl Busy {
     }
 
     /// Returns whether this user's work on the domain may begin.
-    pub fn lets_in(&self, domain: &str, uid: u32) -> bool {
+    pub fn is_free_for(&self, domain: &str, uid: u32) -> bool {
         let now = Instant::now();
         let is_awaited = || self.awaited.get(domain).is_some_and(|until| *until > now);
         !self.contains(domain) && (uid == ROOT || !is_awaited())
@@ -85,14 +85,14 @@ mod tests {
     fn an_awaited_domain_is_kept_for_root_until_root_has_come() {
         let mut busy = Busy::default();
         busy.begin("web", USER);
-        assert!(!busy.lets_in("web", ROOT) && busy.lets_in("db", USER));
+        assert!(!busy.is_free_for("web", ROOT) && busy.is_free_for("db", USER));
         busy.await_root("web");
         busy.end("web", USER);
-        assert!(!busy.lets_in("web", USER) && busy.lets_in("web", ROOT));
+        assert!(!busy.is_free_for("web", USER) && busy.is_free_for("web", ROOT));
         busy.begin("web", ROOT);
         busy.await_root("web");
         busy.end("web", ROOT);
-        assert!(busy.lets_in("web", USER), "it was root's own that was in the way");
+        assert!(busy.is_free_for("web", USER), "root's own backup was in the way");
     }
 
     #[test]
@@ -104,6 +104,6 @@ mod tests {
         assert!(busy.contains("web"));
         busy.await_root("web");
         busy.end("web", USER);
-        assert!(!busy.contains("web") && !busy.lets_in("web", USER));
+        assert!(!busy.contains("web") && !busy.is_free_for("web", USER));
     }
 }

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 
-use super::footprint::Footprint;
-use super::manager::Setting;
+use super::manager::JobContext;
+use super::objects::QemuObjects;
 use super::record::domain_record;
 use super::watched;
 use super::{Error, Job, Jobs, sentinel};
@@ -29,9 +29,9 @@ use crate::qmp::block::{BlockDirtyBitmap, Transaction, TransactionAction};
 use crate::target::Shelf;
 
 /// The number of newest backups that are considered as bases. A backup that would need an older base is full.
-const LOOKED_AT: u32 = 256;
+const MAX_CANDIDATES: u32 = 256;
 /// How many checkpoints of unknown origin stay on each disk, for the service that created them.
-const UNKNOWN: usize = 16;
+const MAX_UNKNOWN: usize = 16;
 
 /// Returns the name of the bitmap that records a disk's writes since the backup's point in time. `disk` is the disk's
 /// index in the backup's plan.
@@ -48,23 +48,23 @@ fn backup_of(checkpoint: &str) -> Option<&str> {
 
 /// Returns the backups of a domain in a directory of a store, the newest first, with their usability as bases.
 pub(super) async fn earlier(
-    setting: &Setting,
+    context: &JobContext,
     (store, path): (&str, PathBuf),
     directory: &DomainDir,
     domain: &Domain,
 ) -> Result<Vec<Earlier>, Error> {
     let whose = domain_record(domain.identity());
     let (store, directory) = (store.to_owned(), directory.clone());
-    let records = setting
+    let records = context
         .catalog
-        .newest_backups(store, directory.clone(), whose, LOOKED_AT)
+        .newest_backups(store, directory.clone(), whose, MAX_CANDIDATES)
         .await?;
     if records.is_empty() {
         return Ok(Vec::new());
     }
-    let key = setting.catalog.key().clone();
+    let key = context.catalog.key().clone();
     let look = move |progress: &Progress| look(&path, &directory, &records, &key, progress);
-    watched(setting, "the store", look).await
+    watched(context, "the store", look).await
 }
 
 fn look(
@@ -132,7 +132,7 @@ fn is_whole(directory: &Shelf, disk: &model::Disk) -> bool {
     }
 }
 
-impl Footprint {
+impl QemuObjects {
     /// Creates the checkpoints of the plan. QEMU cannot add a bitmap and start the backup in one transaction, so the
     /// bitmaps come first. The next backup therefore copies the writes in between again. If QEMU refuses a bitmap, the
     /// disk is still backed up, and its next backup is full. If the request describes the checkpoint, the backup fails
@@ -164,19 +164,19 @@ impl Footprint {
     ///
     /// `kept` is the last known state of the disks. It is queried again if it comes from another QEMU, or if it shows a
     /// node of this job in place of a disk.
-    pub async fn settle_checkpoints(
+    pub async fn prune_checkpoints(
         &self,
         kept: Option<(Arc<Link>, Vec<Disk>)>,
-        setting: &Setting,
+        context: &JobContext,
     ) -> Result<(), Error> {
         let link = self.link();
         match kept {
             Some((of, disks))
                 if Arc::ptr_eq(&of, &link) && !disks.iter().any(|disk| self.names.own(&disk.node)) =>
             {
-                settle_disks(&link, &self.domain, &disks, setting).await
+                prune_bitmaps_of(&link, &self.domain, &disks, context).await
             }
-            _ => settle(&link, &self.domain, setting).await,
+            _ => prune_bitmaps(&link, &self.domain, context).await,
         }
     }
 }
@@ -199,11 +199,11 @@ fn without_checkpoint(job: &Job, disk: &DiskPlan, source: qmp::Error) -> Result<
     Ok(())
 }
 
-/// See [`Footprint::settle_checkpoints`]. The caller makes sure that nothing else changes the domain's checkpoints at
+/// See [`QemuObjects::prune_checkpoints`]. The caller makes sure that nothing else changes the domain's checkpoints at
 /// the same time.
-pub(super) async fn settle(link: &Link, domain: &Domain, setting: &Setting) -> Result<(), Error> {
+pub(super) async fn prune_bitmaps(link: &Link, domain: &Domain, context: &JobContext) -> Result<(), Error> {
     let disks = link.disks().await.map_err(Error::Lost)?;
-    settle_disks(link, domain, &disks, setting).await
+    prune_bitmaps_of(link, domain, &disks, context).await
 }
 
 impl Greeter for Jobs {
@@ -215,7 +215,7 @@ impl Greeter for Jobs {
             if self.is_busy(domain) || snapshot.migration.is_some() {
                 return;
             }
-            let settled = settle_disks(link, domain, &snapshot.disks, &self.setting);
+            let settled = prune_bitmaps_of(link, domain, &snapshot.disks, &self.context);
             if let Err(error) = settled.await {
                 tracing::warn!(
                     domain = domain.name,
@@ -227,19 +227,24 @@ impl Greeter for Jobs {
     }
 }
 
-async fn settle_disks(link: &Link, domain: &Domain, disks: &[Disk], setting: &Setting) -> Result<(), Error> {
+async fn prune_bitmaps_of(
+    link: &Link,
+    domain: &Domain,
+    disks: &[Disk],
+    context: &JobContext,
+) -> Result<(), Error> {
     let ids: BTreeSet<&str> = disks.iter().flat_map(checkpoints).map(|(id, _)| id).collect();
     let ids: Vec<String> = ids.into_iter().map(str::to_owned).collect();
     if ids.is_empty() && disks.iter().all(|disk| orphans(disk).next().is_none()) {
         return Ok(());
     }
     let key = domain_record(domain.identity()).key();
-    let standings = setting.catalog.standings(key, ids.clone()).await?;
-    let standings = standings.into_iter().map(Use::of);
-    let uses: BTreeMap<&str, Use> = ids.iter().map(String::as_str).zip(standings).collect();
+    let standings = context.catalog.standings(key, ids.clone()).await?;
+    let standings = standings.into_iter().map(CheckpointUse::of);
+    let uses: BTreeMap<&str, CheckpointUse> = ids.iter().map(String::as_str).zip(standings).collect();
     for disk in disks {
         let cleared = disk.has_snapshots && domain.checkpoints == CheckpointPolicy::Auto;
-        for name in unwanted(disk, cleared, &uses, &setting.stores) {
+        for name in unwanted(disk, cleared, &uses, &context.stores) {
             match link.client.execute(Transaction::of(removal(disk, name))).await {
                 // A block job of another client reads the bitmap, or the bitmap is gone already.
                 Err(error) if error.is_refusal() => {
@@ -286,7 +291,7 @@ pub(super) fn checkpoints(disk: &Disk) -> impl Iterator<Item = (&str, &str)> {
 
 /// The use of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Use {
+enum CheckpointUse {
     /// It can be the base for backups into these stores. There is at least one.
     Base(Vec<Order>),
     /// Somebody created it without a backup, and deletes it explicitly.
@@ -318,7 +323,7 @@ impl Order {
     }
 }
 
-impl Use {
+impl CheckpointUse {
     fn of(standing: Standing) -> Self {
         match standing {
             Standing::There(there) => match there.into_iter().map(Order::of).collect() {
@@ -338,7 +343,7 @@ impl Use {
 fn unwanted<'a>(
     disk: &'a Disk,
     cleared: bool,
-    uses: &BTreeMap<&str, Use>,
+    uses: &BTreeMap<&str, CheckpointUse>,
     stores: &BTreeMap<String, Store>,
 ) -> Vec<&'a str> {
     let mut found: Vec<(&str, &str)> = checkpoints(disk).collect();
@@ -347,15 +352,15 @@ fn unwanted<'a>(
     let (bases, mut unknown) = (needed(&found, uses, stores), 0);
     let inconsistent = |name: &str| disk.bitmap(name).is_some_and(|bitmap| bitmap.inconsistent);
     found.retain(|(id, name)| match uses.get(id) {
-        Some(Use::Alone) => false,
+        Some(CheckpointUse::Alone) => false,
         _ if inconsistent(name) => true,
-        Some(Use::Base(_)) if cleared => true,
-        Some(Use::Base(_)) => !bases.contains(id),
-        Some(Use::None) => true,
-        Some(Use::Pending) => false,
-        Some(Use::Unknown) | None => {
+        Some(CheckpointUse::Base(_)) if cleared => true,
+        Some(CheckpointUse::Base(_)) => !bases.contains(id),
+        Some(CheckpointUse::None) => true,
+        Some(CheckpointUse::Pending) => false,
+        Some(CheckpointUse::Unknown) | None => {
             unknown += 1;
-            unknown > UNKNOWN
+            unknown > MAX_UNKNOWN
         }
     });
     found
@@ -369,12 +374,12 @@ fn unwanted<'a>(
 /// keeps checkpoints. A backup in several stores is needed if one of them needs it.
 fn needed<'a>(
     found: &[(&'a str, &str)],
-    uses: &'a BTreeMap<&str, Use>,
+    uses: &'a BTreeMap<&str, CheckpointUse>,
     stores: &BTreeMap<String, Store>,
 ) -> BTreeSet<&'a str> {
     let mut orders: Vec<(&Order, &str)> = Vec::new();
     for (id, _) in found {
-        if let Some(Use::Base(of)) = uses.get(id) {
+        if let Some(CheckpointUse::Base(of)) = uses.get(id) {
             orders.extend(of.iter().map(|order| (order, *id)));
         }
     }
@@ -428,7 +433,7 @@ mod tests {
         disk
     }
 
-    fn kept(seconds: &[u32], used: impl Fn(u32) -> Use) -> Vec<u32> {
+    fn kept(seconds: &[u32], used: impl Fn(u32) -> CheckpointUse) -> Vec<u32> {
         let disk = disk(seconds);
         let ids: Vec<String> = seconds.iter().map(|second| id(*second)).collect();
         let uses = ids.iter().map(String::as_str);
@@ -478,15 +483,17 @@ mod tests {
     #[test]
     fn a_checkpoint_of_a_backup_in_two_stores_stays_while_one_of_them_needs_it() {
         // The copy of the store keeps no checkpoint.
-        let both = |second| Use::Base(vec![order(second, "none", "web"), order(second, "s", "web")]);
+        let both =
+            |second| CheckpointUse::Base(vec![order(second, "none", "web"), order(second, "s", "web")]);
         assert_eq!(kept(&[1, 2, 3, 4], both), [3, 4]);
-        let copied = |second| Use::Base(vec![order(second, "none", "web")]);
+        let copied = |second| CheckpointUse::Base(vec![order(second, "none", "web")]);
         assert_eq!(kept(&[1, 2, 3, 4], copied), [0; 0]);
     }
 
     #[test]
     fn checkpoints_of_another_domain_do_not_count_for_this_one() {
-        let two = |second| Use::Base(vec![order(second, "s", if second < 3 { "web" } else { "copy" })]);
+        let two =
+            |second| CheckpointUse::Base(vec![order(second, "s", if second < 3 { "web" } else { "copy" })]);
         assert_eq!(kept(&[1, 2, 3, 4], two), [1, 2, 3, 4]);
     }
 
@@ -506,7 +513,8 @@ mod tests {
             disk.bitmaps.push(bitmap);
         }
         let uses = BTreeMap::from(
-            [(&*id(1), Use::None), (&*id(2), Use::Alone)].map(|(id, used)| (id.to_owned(), used)),
+            [(&*id(1), CheckpointUse::None), (&*id(2), CheckpointUse::Alone)]
+                .map(|(id, used)| (id.to_owned(), used)),
         );
         let uses = uses
             .iter()
@@ -532,7 +540,11 @@ mod tests {
     fn with_internal_snapshots_only_explicit_checkpoints_stay() {
         let disk = disk(&[1, 2, 3]);
         let ids = [1, 2, 3].map(id);
-        let uses = [Use::Base(vec![order(1, "s", "web")]), Use::Alone, Use::Pending];
+        let uses = [
+            CheckpointUse::Base(vec![order(1, "s", "web")]),
+            CheckpointUse::Alone,
+            CheckpointUse::Pending,
+        ];
         let uses = ids.iter().map(String::as_str).zip(uses).collect();
         let stores = BTreeMap::from([("s".to_owned(), Store::at("/s".into()))]);
         assert_eq!(
@@ -544,20 +556,20 @@ mod tests {
 
     #[test]
     fn the_newest_of_each_store_stay_and_those_without_a_backup_go() {
-        let there = |second: u32, store: &str| Use::Base(vec![order(second, store, "web")]);
+        let there = |second: u32, store: &str| CheckpointUse::Base(vec![order(second, store, "web")]);
         assert_eq!(kept(&[1, 2, 3, 4], |second| there(second, "s")), [3, 4]);
         // Ordered by sequence number, not by name.
         assert_eq!(kept(&[1, 2, 3, 4], |second| there(9 - second, "s")), [1, 2]);
         let two_stores = |second| there(second, if second % 2 == 0 { "s" } else { "unconfigured" });
         assert_eq!(kept(&[1, 2, 3, 4, 6], two_stores), [1, 3, 4, 6]);
         let gone = |second| match second {
-            1 => Use::Pending,
-            2 => Use::None,
-            _ => Use::Unknown,
+            1 => CheckpointUse::Pending,
+            2 => CheckpointUse::None,
+            _ => CheckpointUse::Unknown,
         };
         assert_eq!(kept(&[1, 2, 3], gone), [1, 3]);
-        assert_eq!(kept(&[1, 2, 3, 4], |_| Use::Alone), [1, 2, 3, 4]);
+        assert_eq!(kept(&[1, 2, 3, 4], |_| CheckpointUse::Alone), [1, 2, 3, 4]);
         let many: Vec<u32> = (0..20).collect();
-        assert_eq!(kept(&many, |_| Use::Unknown), many[4..]);
+        assert_eq!(kept(&many, |_| CheckpointUse::Unknown), many[4..]);
     }
 }

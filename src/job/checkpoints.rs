@@ -11,9 +11,9 @@ use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 
-use super::chain::{checkpoint_name, checkpoints, earlier, own, removal, settle};
+use super::chain::{checkpoint_name, checkpoints, earlier, own, prune_bitmaps, removal};
 use super::directory::choose;
-use super::manager::Setting;
+use super::manager::JobContext;
 use super::record::domain_record;
 use super::{Error, Jobs, Reservation};
 use crate::catalog::{Begun, CheckpointRecord, Recorded};
@@ -27,11 +27,11 @@ use crate::qmp::Done;
 use crate::qmp::block::{BlockDirtyBitmapAdd, Transaction, TransactionAction};
 
 /// The maximum number of checkpoints without a backup that a domain can have.
-const MOST_ALONE: u32 = 64;
+const MAX_WITHOUT_BACKUP: u32 = 64;
 /// Only the newest checkpoints and bitmaps up to these limits are read. They protect the service against a malicious
 /// guest's QEMU; real VMs have far fewer.
-const MOST_LOOKED_AT: usize = 1024;
-const MOST_BITMAPS: usize = 16384;
+const MAX_CHECKPOINTS: usize = 1024;
+const MAX_BITMAPS: usize = 16384;
 
 /// An existing checkpoint of the domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,9 +121,9 @@ impl Jobs {
         if let Err(error) = self.settle_store(name).await {
             tracing::warn!(store = name, %error, "cannot compare the store with the catalog");
         }
-        let (directory, sequence) = choose(&self.setting, domain, name, store).await?;
+        let (directory, sequence) = choose(&self.context, domain, name, store).await?;
         let past = Past {
-            earlier: earlier(&self.setting, (name, store.path.clone()), &directory, domain).await?,
+            earlier: earlier(&self.context, (name, store.path.clone()), &directory, domain).await?,
             checkpoints: existing(&self.checkpoints(domain, disks).await?),
             records_over_snapshots: domain.checkpoints == CheckpointPolicy::Always,
         };
@@ -132,7 +132,7 @@ impl Jobs {
             store,
             directory,
             sequence,
-            service: self.setting.catalog.service(),
+            service: self.context.catalog.service(),
             past,
         })
     }
@@ -141,7 +141,7 @@ impl Jobs {
     pub async fn checkpoints(&self, domain: &Domain, disks: &[Disk]) -> Result<Vec<Checkpoint>, Error> {
         let found = on_disks(disks);
         let ids: Vec<String> = found.keys().map(|id| (*id).to_owned()).collect();
-        let catalog = &self.setting.catalog;
+        let catalog = &self.context.catalog;
         let key = domain_record(domain.identity()).key();
         let recorded = catalog.recorded(key.clone(), ids).await?;
         Ok(joined(found, recorded, catalog.checkpoints(key).await?))
@@ -219,8 +219,8 @@ impl Jobs {
         let (id, whose) = (record.id.clone(), domain_record(domain.identity()));
         let key = whose.key();
         let name = record.name.clone().unwrap_or_else(|| id.clone());
-        let catalog = &self.setting.catalog;
-        let begun = catalog.begin_checkpoint(whose, record, MOST_ALONE);
+        let catalog = &self.context.catalog;
+        let begun = catalog.begin_checkpoint(whose, record, MAX_WITHOUT_BACKUP);
         let too_many = |of, most| Err(Error::TooManyCheckpoints { of, most }.into());
         match begun.await.map_err(Error::from)? {
             Begun::Yes => {}
@@ -236,14 +236,14 @@ impl Jobs {
                 disabled: None,
             })
         });
-        let made = transaction(&link, add.collect(), &self.setting).await;
+        let made = transaction(&link, add.collect(), &self.context).await;
         let recorded = match &made {
             Ok(()) => catalog.checkpoint_made(key, id, clock::now()).await,
             // Unless QEMU refused the transaction, the bitmaps may exist. Without the record, `tidy` removes them.
             Err(_) => catalog.checkpoint_deleted(key, id).await,
         };
         let result = made.and(recorded.map_err(Error::from));
-        tidy(&link, domain, &self.setting).await;
+        tidy(&link, domain, &self.context).await;
         result?;
         tracing::info!(domain = domain.name, name, "checkpoint created");
         Ok(name)
@@ -260,12 +260,12 @@ impl Jobs {
         });
         let remove: Vec<TransactionAction> = records.flatten().collect();
         if !remove.is_empty() {
-            transaction(&link, remove, &self.setting).await?;
+            transaction(&link, remove, &self.context).await?;
         }
         let (key, id) = (domain_record(domain.identity()).key(), checkpoint.id.clone());
-        let forgotten = self.setting.catalog.checkpoint_deleted(key, id).await;
+        let forgotten = self.context.catalog.checkpoint_deleted(key, id).await;
         forgotten.map_err(Error::from)?;
-        tidy(&link, domain, &self.setting).await;
+        tidy(&link, domain, &self.context).await;
         tracing::info!(domain = domain.name, name = checkpoint.name, "checkpoint deleted");
         Ok(())
     }
@@ -281,9 +281,9 @@ impl Jobs {
             .collect();
         let count = remove.len();
         if !remove.is_empty() {
-            transaction(&link, remove, &self.setting).await?;
+            transaction(&link, remove, &self.context).await?;
         }
-        let (catalog, key) = (&self.setting.catalog, domain_record(domain.identity()).key());
+        let (catalog, key) = (&self.context.catalog, domain_record(domain.identity()).key());
         for record in catalog.checkpoints(key.clone()).await.map_err(Error::from)? {
             let forgotten = catalog.checkpoint_deleted(key.clone(), record.id).await;
             forgotten.map_err(Error::from)?;
@@ -298,8 +298,12 @@ fn existing(checkpoints: &[Checkpoint]) -> Vec<Existing> {
 }
 
 /// Runs all actions atomically, and on all disks at the same point in time.
-async fn transaction(link: &Link, actions: Vec<TransactionAction>, setting: &Setting) -> Result<(), Error> {
-    let patience = setting.deadlines.stall();
+async fn transaction(
+    link: &Link,
+    actions: Vec<TransactionAction>,
+    context: &JobContext,
+) -> Result<(), Error> {
+    let patience = context.deadlines.stall();
     let done = link.client.execute(Transaction::of(actions));
     match tokio::time::timeout(patience, done).await {
         Ok(Ok(Done)) => Ok(()),
@@ -311,8 +315,8 @@ async fn transaction(link: &Link, actions: Vec<TransactionAction>, setting: &Set
 }
 
 /// Removes useless bitmaps. If this fails, the next backup removes them.
-async fn tidy(link: &Link, domain: &Domain, setting: &Setting) {
-    let settled = tokio::time::timeout(setting.deadlines.stall(), settle(link, domain, setting));
+async fn tidy(link: &Link, domain: &Domain, context: &JobContext) {
+    let settled = tokio::time::timeout(context.deadlines.stall(), prune_bitmaps(link, domain, context));
     let why = match settled.await {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error.to_string(),
@@ -342,8 +346,8 @@ fn on_disks(disks: &[Disk]) -> BTreeMap<&str, Vec<Record>> {
         }
     }
     let bitmaps = |found: &BTreeMap<&str, Vec<Record>>| found.values().map(Vec::len).sum::<usize>();
-    let mut surplus = bitmaps(&found).saturating_sub(MOST_BITMAPS);
-    while found.len() > MOST_LOOKED_AT || surplus > 0 {
+    let mut surplus = bitmaps(&found).saturating_sub(MAX_BITMAPS);
+    while found.len() > MAX_CHECKPOINTS || surplus > 0 {
         let Some((_, oldest)) = found.pop_first() else {
             break;
         };
@@ -533,10 +537,10 @@ mod tests {
         let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
         let one = [disk("vda", &ids)];
         let found = on_disks(&one);
-        assert_eq!((found.len(), found.keys().last()), (MOST_LOOKED_AT, ids.last()));
+        assert_eq!((found.len(), found.keys().last()), (MAX_CHECKPOINTS, ids.last()));
         let many: Vec<Disk> = (0..32).map(|index| disk(&format!("vd{index}"), &ids)).collect();
         let bitmaps: usize = on_disks(&many).values().map(Vec::len).sum();
-        assert!(bitmaps <= MOST_BITMAPS && bitmaps > MOST_BITMAPS / 2, "{bitmaps}");
+        assert!(bitmaps <= MAX_BITMAPS && bitmaps > MAX_BITMAPS / 2, "{bitmaps}");
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::manager::Setting;
+use super::manager::JobContext;
 use super::record::domain_record;
 use super::{Error, watched};
 use crate::catalog::{DirectoryState, DomainRecord, Used};
@@ -19,49 +19,49 @@ use crate::target::{self, Shelf};
 
 /// Returns the directory in a store for a domain's next backup, and the backup's sequence number.
 pub(super) async fn choose(
-    setting: &Setting,
+    context: &JobContext,
     domain: &Domain,
     name: &str,
     store: &Store,
 ) -> Result<(DomainDir, u64), Error> {
     let whose = domain_record(domain.identity());
-    let look = Look {
-        setting,
+    let reader = DirectoryReader {
+        context,
         name,
         path: store.path.clone(),
     };
-    let used = setting
+    let used = context
         .catalog
         .directories(name.to_owned(), whose.clone())
         .await?;
-    if let Some(used) = own_directory(&used, domain, setting) {
-        let found = look.at(&used.directory, &whose).await?;
+    if let Some(used) = own_directory(&used, domain, context) {
+        let found = reader.at(&used.directory, &whose).await?;
         return Ok((used.directory.clone(), found.next));
     }
-    let mut candidates = candidates(domain, &whose, setting);
+    let mut candidates = candidates(domain, &whose, context);
     let last = candidates
         .pop()
         .unwrap_or_else(|| DomainDir::new(domain.unique_name()));
     for directory in candidates {
-        let found = look.at(&directory, &whose).await?;
+        let found = reader.at(&directory, &whose).await?;
         if !found.others {
             return Ok((directory, found.next));
         }
     }
     // No other domain uses a directory with the whole UUID. Even if somebody created one, chains and keep rules
     // separate its backups by domain.
-    let found = look.at(&last, &whose).await?;
+    let found = reader.at(&last, &whose).await?;
     Ok((last, found.next))
 }
 
 /// Returns the directory that the domain continues to use. That is the one used under its present name. Otherwise it is
 /// one of a former name, unless another domain with the same UUID (such as the original of a clone) has that name now.
-fn own_directory<'a>(used: &'a [Used], domain: &Domain, setting: &Setting) -> Option<&'a Used> {
+fn own_directory<'a>(used: &'a [Used], domain: &Domain, context: &JobContext) -> Option<&'a Used> {
     if let Some(named) = used.iter().find(|used| used.names.contains(&domain.name)) {
         return Some(named);
     }
     let identity = domain.identity();
-    let others: Vec<_> = setting
+    let others: Vec<_> = context
         .domains
         .list()
         .into_iter()
@@ -73,7 +73,7 @@ fn own_directory<'a>(used: &'a [Used], domain: &Domain, setting: &Setting) -> Op
                 name: name.clone(),
                 ..identity.clone()
             };
-            let known = setting.domains.same(&former);
+            let known = context.domains.same(&former);
             known.is_some_and(|known| known.name == *name && others.iter().any(|other| other.id == known.id))
         })
     };
@@ -82,9 +82,9 @@ fn own_directory<'a>(used: &'a [Used], domain: &Domain, setting: &Setting) -> Op
 
 /// Returns candidate names for a new directory, the most readable first. The caller checks that no other domain uses
 /// them, because another domain's name can contain the suffix.
-fn candidates(domain: &Domain, whose: &DomainRecord, setting: &Setting) -> Vec<DomainDir> {
+fn candidates(domain: &Domain, whose: &DomainRecord, context: &JobContext) -> Vec<DomainDir> {
     let name = domain.unique_name();
-    let unique = whose.uuid.unwrap_or(setting.catalog.service());
+    let unique = whose.uuid.unwrap_or(context.catalog.service());
     let whole = unique.to_string();
     let short = whole.split('-').next().unwrap_or_default().to_owned();
     vec![
@@ -102,15 +102,15 @@ struct Found {
     next: u64,
 }
 
-struct Look<'a> {
-    setting: &'a Setting,
+struct DirectoryReader<'a> {
+    context: &'a JobContext,
     name: &'a str,
     path: PathBuf,
 }
 
-impl Look<'_> {
+impl DirectoryReader<'_> {
     async fn at(&self, directory: &DomainDir, whose: &DomainRecord) -> Result<Found, Error> {
-        let catalog = &self.setting.catalog;
+        let catalog = &self.context.catalog;
         let state = catalog.directory(self.name.to_owned(), directory.clone()).await?;
         let DirectoryState {
             ids,
@@ -119,7 +119,7 @@ impl Look<'_> {
         } = state;
         let (path, below) = (self.path.clone(), directory.clone());
         let read = move |progress: &Progress| unknown(&path, &below, &ids, progress);
-        let manifests = watched(self.setting, "the store", read).await?;
+        let manifests = watched(self.context, "the store", read).await?;
         let (key, service) = (whose.key(), catalog.service());
         let is_whose = |manifest: &Manifest| {
             let (name, uuid) = (&manifest.domain.name, manifest.domain.uuid);

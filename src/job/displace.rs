@@ -148,7 +148,7 @@ impl Jobs {
         drop(table);
         let jobs = self.clone();
         self.tasks.spawn(async move {
-            let stop = &jobs.setting.stop;
+            let stop = &jobs.context.stop;
             while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
                 let mut table = jobs.lock();
                 if table.queue.is_empty() {
@@ -187,7 +187,7 @@ impl Jobs {
             tokio::select! {
                 () = left => job.is_orphan.store(true, Ordering::Relaxed),
                 _ = job.wait() => {}
-                () = jobs.setting.stop.cancelled() => {}
+                () = jobs.context.stop.cancelled() => {}
             }
         });
     }

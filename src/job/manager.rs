@@ -15,8 +15,8 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use super::bandwidth::{Bandwidth, Part};
 use super::boot::BootId;
 use super::busy::Busy;
-use super::footprint::Footprint;
 use super::generation::Generations;
+use super::objects::QemuObjects;
 use super::queue::{Claim, Places, Queue, Ticket};
 use super::queued::{Place, Requeued};
 use super::record::{self, Residue, to_text};
@@ -61,7 +61,7 @@ impl Refused {
 }
 
 /// The dependencies that all jobs share.
-pub(super) struct Setting {
+pub(super) struct JobContext {
     pub domains: Arc<Registry>,
     pub catalog: Catalog,
     pub deadlines: Deadlines,
@@ -90,7 +90,7 @@ pub(super) enum Ending {
 }
 
 /// An ended job with residue that is not removed yet.
-struct Leftover {
+struct Uncleaned {
     job: Arc<Job>,
     residue: Residue,
     /// Dropping this returns the job's part of a store's bandwidth.
@@ -106,7 +106,7 @@ pub(super) struct Table {
     pub tickets: HashMap<u32, Ticket>,
     pub busy: Busy,
     /// The residue to remove, by the unique name of the domain. One task for each domain removes it in order.
-    sweeps: HashMap<String, VecDeque<Leftover>>,
+    cleanups: HashMap<String, VecDeque<Uncleaned>>,
     /// A task watches for crawling backups while others wait.
     pub(super) is_watched: bool,
     jobs: BTreeMap<u32, Arc<Job>>,
@@ -117,8 +117,8 @@ pub(super) struct Table {
 impl Table {
     /// Returns the ended job that still has objects in the QEMU of the domain with this unique name.
     fn left_in_qemu(&self, domain: &str) -> Option<u32> {
-        let mut leftovers = self.sweeps.get(domain)?.iter();
-        let left = leftovers.find(|leftover| leftover.residue.in_qemu)?;
+        let mut queue = self.cleanups.get(domain)?.iter();
+        let left = queue.find(|uncleaned| uncleaned.residue.in_qemu)?;
         Some(left.job.id)
     }
 
@@ -126,7 +126,7 @@ impl Table {
     pub fn check_place(&self, domain: &str, uid: u32) -> Result<(), Refused> {
         match self.left_in_qemu(domain) {
             Some(job) => Err(Refused::Left { job }),
-            None if self.busy.lets_in(domain, uid) => Ok(()),
+            None if self.busy.is_free_for(domain, uid) => Ok(()),
             None => Err(Refused::Taken),
         }
     }
@@ -137,7 +137,7 @@ pub struct Jobs {
     pub(super) quota: Quota,
     /// Bytes that the records of queued jobs take in the catalog.
     pub(super) queued: Quota,
-    pub(super) setting: Setting,
+    pub(super) context: JobContext,
     /// Held by the caller that requested a rescan; a second request fails.
     asked_to_rescan: tokio::sync::Mutex<()>,
     /// Serialises all rescans, including those that the service starts itself.
@@ -279,7 +279,7 @@ impl Jobs {
                 waiting: HashMap::new(),
                 tickets: HashMap::new(),
                 busy: Busy::default(),
-                sweeps: HashMap::new(),
+                cleanups: HashMap::new(),
                 is_watched: false,
                 jobs: BTreeMap::new(),
                 forgetting: HashMap::new(),
@@ -287,7 +287,7 @@ impl Jobs {
             closed: CancellationToken::new(),
             asked_to_rescan: tokio::sync::Mutex::default(),
             rescanning: tokio::sync::Mutex::default(),
-            setting: Setting {
+            context: JobContext {
                 domains,
                 generations: Generations::new(catalog.clone(), config, activity.clone()),
                 catalog,
@@ -304,17 +304,17 @@ impl Jobs {
             freed: Notify::new(),
         });
         let greeter: Weak<Self> = Arc::downgrade(&jobs);
-        jobs.setting.domains.set_greeter(greeter);
+        jobs.context.domains.set_greeter(greeter);
         jobs
     }
 
     /// Thaws guests that an earlier instance of the service may have left frozen, and does not wait for it. The caller
     /// calls this before anything else.
     pub async fn thaw(self: &Arc<Self>) -> Result<(), Error> {
-        for record in self.setting.catalog.unsettled().await?.into_iter().flatten() {
+        for record in self.context.catalog.unsettled().await?.into_iter().flatten() {
             let jobs = self.clone();
             self.tasks
-                .spawn(async move { backup::thaw(record, &jobs.setting).await });
+                .spawn(async move { backup::thaw(record, &jobs.context).await });
         }
         Ok(())
     }
@@ -324,7 +324,7 @@ impl Jobs {
     pub async fn recover(self: &Arc<Self>) -> Result<Recovered, Error> {
         let keep = SignedDuration::try_from(KEEP).unwrap_or(SignedDuration::ZERO);
         let since = clock::now().checked_sub(keep).unwrap_or(Timestamp::MIN);
-        for record in self.setting.catalog.ended_since(since, KEEP_AT_MOST).await? {
+        for record in self.context.catalog.ended_since(since, KEEP_AT_MOST).await? {
             match self.ended(&record) {
                 Ok(job) => {
                     self.lock().jobs.insert(job.id, Arc::new(job));
@@ -334,7 +334,7 @@ impl Jobs {
             }
         }
         let mut resumed = Recovered::default();
-        for record in self.setting.catalog.unsettled().await? {
+        for record in self.context.catalog.unsettled().await? {
             let recovered = match record {
                 Ok(record) => self.recover_one(record, &mut resumed).await,
                 Err(error) => Err(error.into()),
@@ -360,7 +360,7 @@ impl Jobs {
                 ..of_state.unwrap_or_default()
             };
             let job = Arc::new(self.ended(&record)?);
-            self.sweep(Leftover {
+            self.clean_up(Uncleaned {
                 job,
                 residue,
                 _part: None,
@@ -386,28 +386,28 @@ impl Jobs {
 
     fn ended(&self, record: &JobRecord) -> Result<Job, Error> {
         let identity = record::identity(record.id, &record.domain)?;
-        let domain = self.setting.domains.identified_or_absent(identity);
-        Job::ended(record, domain, self.setting.catalog.clone())
+        let domain = self.context.domains.identified_or_absent(identity);
+        Job::ended(record, domain, self.context.catalog.clone())
     }
 
     /// Queues the removal of an ended job's residue. One task for each domain removes it in order.
-    fn sweep(self: &Arc<Self>, leftover: Leftover) {
-        if !leftover.residue.in_qemu && !leftover.residue.on_disk {
+    fn clean_up(self: &Arc<Self>, uncleaned: Uncleaned) {
+        if !uncleaned.residue.in_qemu && !uncleaned.residue.on_disk {
             return;
         }
-        let domain = leftover.job.domain.unique_name();
+        let domain = uncleaned.job.domain.unique_name();
         let mut table = self.lock();
-        let queue = table.sweeps.entry(domain.clone()).or_default();
-        queue.push_back(leftover);
+        let queue = table.cleanups.entry(domain.clone()).or_default();
+        queue.push_back(uncleaned);
         if queue.len() > 1 {
             return;
         }
         drop(table);
         let jobs = self.clone();
         self.tasks.spawn(async move {
-            while let Some((job, residue)) = jobs.to_sweep(&domain) {
-                backup::sweep(&job, residue, &jobs.setting).await;
-                if let Some(queue) = jobs.lock().sweeps.get_mut(&domain) {
+            while let Some((job, residue)) = jobs.next_cleanup(&domain) {
+                backup::clean_up(&job, residue, &jobs.context).await;
+                if let Some(queue) = jobs.lock().cleanups.get_mut(&domain) {
                     queue.pop_front();
                 }
                 jobs.freed.notify_waiters();
@@ -416,12 +416,12 @@ impl Jobs {
     }
 
     /// Returns the first entry of the queue. It stays in the queue until its residue is removed.
-    fn to_sweep(&self, domain: &str) -> Option<(Arc<Job>, Residue)> {
+    fn next_cleanup(&self, domain: &str) -> Option<(Arc<Job>, Residue)> {
         let mut table = self.lock();
-        let next = table.sweeps.get(domain).and_then(|queue| queue.front());
-        let next = next.map(|leftover| (leftover.job.clone(), leftover.residue));
-        if next.is_none() || self.setting.stop.is_cancelled() {
-            table.sweeps.remove(domain);
+        let next = table.cleanups.get(domain).and_then(|queue| queue.front());
+        let next = next.map(|uncleaned| (uncleaned.job.clone(), uncleaned.residue));
+        if next.is_none() || self.context.stop.is_cancelled() {
+            table.cleanups.remove(domain);
             return None;
         }
         next
@@ -429,7 +429,7 @@ impl Jobs {
 
     fn resume(self: &Arc<Self>, record: JobRecord) -> Result<Arc<Job>, Error> {
         let identity = record::identity(record.id, &record.domain)?;
-        let domain = self.setting.domains.identified_or_absent(identity);
+        let domain = self.context.domains.identified_or_absent(identity);
         let plan = record::plan(&record)?;
         let journal = record::read_journal(&record)?;
         // The block jobs run already, so the backup counts even if no place is free.
@@ -446,20 +446,20 @@ impl Jobs {
             &record,
             domain,
             plan,
-            self.setting.catalog.clone(),
+            self.context.catalog.clone(),
             true,
         ));
         let (boot, state) = &journal;
         // The bandwidth must count this job before another backup begins.
         let part =
-            (*boot == self.setting.boot && state.may_copy()).then(|| self.setting.bandwidth.resume(&job));
+            (*boot == self.context.boot && state.may_copy()).then(|| self.context.bandwidth.resume(&job));
         let mut table = self.lock();
         table.jobs.insert(job.id, job.clone());
         drop(table);
         let (jobs, resumed) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
             let has = (reservation, part);
-            let ending = backup::resume(&job, &record, journal, has, &jobs.setting).await;
+            let ending = backup::resume(&job, &record, journal, has, &jobs.context).await;
             jobs.after(&job, ending).await;
         });
         Ok(resumed)
@@ -473,7 +473,7 @@ impl Jobs {
         started_by: Starter,
         start_time: Timestamp,
     ) -> Result<JobRecord, Error> {
-        let state = record::journal(&backup::State::Preparing, self.setting.boot)?;
+        let state = record::journal(&backup::State::Preparing, self.context.boot)?;
         let new = Self::new_job(domain, plan, (started_by, start_time), state)?;
         self.take_in(new).await
     }
@@ -496,27 +496,27 @@ impl Jobs {
     }
 
     pub(super) async fn take_in(&self, new: NewJob) -> Result<JobRecord, Error> {
-        let record = self.setting.catalog.begin(new).await?;
+        let record = self.context.catalog.begin(new).await?;
         fault::passed("recorded");
         Ok(record)
     }
 
     /// Removes the record of a job whose targets could not be created.
     async fn withdraw(&self, id: u32) {
-        if let Err(error) = self.setting.catalog.withdraw(id).await {
+        if let Err(error) = self.context.catalog.withdraw(id).await {
             tracing::warn!(job = id, %error, "cannot remove the record of a job that never began");
         }
     }
 
     /// Keeps the service from exiting while the caller holds the result.
     pub fn need_service(&self) -> Use {
-        self.setting.activity.begin()
+        self.context.activity.begin()
     }
 
     /// Counts the work that a restart of the service would abort: restores, exports, verifications, merges, deletions.
     /// Backups survive a restart.
     pub fn at_stake(&self) -> &Activity {
-        &self.setting.at_stake
+        &self.context.at_stake
     }
 
     /// Runs work on a store that may block on its storage.
@@ -524,17 +524,17 @@ impl Jobs {
         &self,
         work: impl FnOnce(&Progress) -> T + Send + 'static,
     ) -> Result<T, Error> {
-        watched(&self.setting, "the store", work).await
+        watched(&self.context, "the store", work).await
     }
 
     /// How long the service waits for a domain that was connected before.
     pub fn reconnect_patience(&self) -> Duration {
-        self.setting.deadlines.reconnect()
+        self.context.deadlines.reconnect()
     }
 
     /// How long the service waits without progress.
     pub fn patience(&self) -> Duration {
-        self.setting.deadlines.stall()
+        self.context.deadlines.stall()
     }
 
     /// Waits for the targets of a recorded job, and keeps `held` until the targets exist or are discarded. If this
@@ -577,14 +577,14 @@ impl Jobs {
             let discarded = async {
                 // Dropping the targets can block on storage, too.
                 if let Ok(made) = targets.await {
-                    blocking(&jobs.setting, move || drop(made)).await;
+                    blocking(&jobs.context, move || drop(made)).await;
                 }
                 if let Some(id) = withdrawn {
                     jobs.withdraw(id).await;
                 }
             };
             // If the service stops first, the next instance finds the record and removes it.
-            jobs.setting.stop.run_until_cancelled(discarded).await;
+            jobs.context.stop.run_until_cancelled(discarded).await;
             drop(held);
         });
     }
@@ -619,7 +619,7 @@ impl Jobs {
     ) -> Result<Reservation, Error> {
         // Taken before the check, so that a concurrent stop waits for this job.
         let token = self.tasks.token();
-        if self.setting.stop.is_cancelled() {
+        if self.context.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
         let share = self.quota.take(uid, 1)?;
@@ -633,7 +633,7 @@ impl Jobs {
     pub(super) fn keep(&self, shares: Option<(Share, Option<Arc<Share>>)>, token: TaskTrackerToken) -> Kept {
         Kept {
             shares: shares.map(Arc::new),
-            _use: self.setting.activity.begin(),
+            _use: self.context.activity.begin(),
             _token: token,
         }
     }
@@ -689,7 +689,7 @@ impl Jobs {
             &record,
             domain,
             plan,
-            self.setting.catalog.clone(),
+            self.context.catalog.clone(),
             false,
         ));
         let mut table = self.lock();
@@ -713,8 +713,8 @@ impl Jobs {
         targets: Targets,
         reservation: Reservation,
     ) -> Ending {
-        let mut driver = backup::Driver::new(job, &self.setting);
-        driver.footprint = Some(Footprint::of(job, job.domain.clone(), link, &self.setting));
+        let mut driver = backup::Driver::new(job, &self.context);
+        driver.objects = Some(QemuObjects::of(job, job.domain.clone(), link, &self.context));
         let files = targets.files();
         driver.targets = Some(targets);
         // Fails before anything is changed.
@@ -748,7 +748,7 @@ impl Jobs {
             on_disk: false,
             ..residue
         };
-        self.sweep(Leftover {
+        self.clean_up(Uncleaned {
             job: job.clone(),
             residue,
             _part: part
@@ -762,7 +762,7 @@ impl Jobs {
     fn give_back_later(&self, part: Part) -> DropGuard {
         let over = CancellationToken::new();
         let guard = over.clone().drop_guard();
-        let (stop, patience) = (self.setting.stop.clone(), self.patience());
+        let (stop, patience) = (self.context.stop.clone(), self.patience());
         self.tasks.spawn(async move {
             let over = tokio::time::timeout(patience, over.cancelled());
             stop.run_until_cancelled(over).await;
@@ -780,7 +780,7 @@ impl Jobs {
         }
         let jobs = self.clone();
         let forgetting = self.tasks.spawn(async move {
-            let stop = &jobs.setting.stop;
+            let stop = &jobs.context.stop;
             if stop.run_until_cancelled(tokio::time::sleep(KEEP)).await.is_some() {
                 jobs.forget(id);
             }
@@ -793,12 +793,12 @@ impl Jobs {
         if let Some(job) = self.lock().jobs.get(&id).cloned() {
             return Ok(Some(job));
         }
-        let Some(record) = self.setting.catalog.ended_job(id).await? else {
+        let Some(record) = self.context.catalog.ended_job(id).await? else {
             return Ok(None);
         };
         let domain = record::identity(record.id, &record.domain)
-            .map(|identity| self.setting.domains.same_or_absent(identity))?;
-        let mut job = Job::ended(&record, domain, self.setting.catalog.clone())?;
+            .map(|identity| self.context.domains.same_or_absent(identity))?;
+        let mut job = Job::ended(&record, domain, self.context.catalog.clone())?;
         job.past = true;
         Ok(Some(Arc::new(job)))
     }
@@ -813,11 +813,11 @@ impl Jobs {
     pub async fn history(&self) -> Result<Vec<(EndedJob, Arc<Domain>)>, Error> {
         let mut domains = HashMap::new();
         let mut jobs = Vec::new();
-        for ended in self.setting.catalog.history().await? {
+        for ended in self.context.catalog.history().await? {
             let domain = match domains.entry(ended.domain.clone()) {
                 Entry::Occupied(entry) => Arc::clone(entry.get()),
                 Entry::Vacant(entry) => match record::identity(ended.id, &ended.domain) {
-                    Ok(identity) => Arc::clone(entry.insert(self.setting.domains.same_or_absent(identity))),
+                    Ok(identity) => Arc::clone(entry.insert(self.context.domains.same_or_absent(identity))),
                     Err(error) => {
                         tracing::error!(%error, "cannot read a job's record; the list omits the job");
                         continue;
@@ -834,14 +834,14 @@ impl Jobs {
     pub async fn rescan(&self, adopt: bool) -> Result<Rescan, Error> {
         let _asked = self.asked_to_rescan.try_lock().map_err(|_| Error::Rescanning)?;
         let _turn = self.rescanning.lock().await;
-        rescan::rescan(&self.setting, adopt).await
+        rescan::rescan(&self.context, adopt).await
     }
 
     /// Waits for the work that cannot be interrupted. QEMU continues to copy, and a later instance of the service
     /// resumes the jobs.
     pub async fn shut_down(&self) {
         self.closed.cancel();
-        self.setting.stop.cancel();
+        self.context.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::manager::{Jobs, Setting};
+use super::manager::{JobContext, Jobs};
 use super::{Error, watched};
 use crate::target::{check_mark, make_mark};
 
@@ -10,25 +10,25 @@ impl Jobs {
     /// Returns the mark of a store, after checking it against the recorded one. The first use of a store creates and
     /// records a mark.
     pub async fn store_mark(&self, name: &str) -> Result<Option<String>, Error> {
-        let setting = &self.setting;
-        let Some(store) = setting.stores.get(name) else {
+        let context = &self.context;
+        let Some(store) = context.stores.get(name) else {
             return Ok(None);
         };
-        let Some(known) = setting.catalog.store_mark(name.to_owned()).await? else {
-            return mark(setting, name, &store.path).await.map(Some);
+        let Some(known) = context.catalog.store_mark(name.to_owned()).await? else {
+            return mark(context, name, &store.path).await.map(Some);
         };
         let (path, expected) = (store.path.clone(), known.clone());
-        watched(setting, "the store", move |_| check_mark(&path, &expected)).await??;
+        watched(context, "the store", move |_| check_mark(&path, &expected)).await??;
         Ok(Some(known))
     }
 }
 
 /// Writes the recorded mark into a store, replacing any other. A store without a recorded mark gets a new one.
-pub(super) async fn mark(setting: &Setting, name: &str, path: &Path) -> Result<String, Error> {
-    let known = setting.catalog.backups_in(name.to_owned()).await?;
+pub(super) async fn mark(context: &JobContext, name: &str, path: &Path) -> Result<String, Error> {
+    let known = context.catalog.backups_in(name.to_owned()).await?;
     let path = path.to_owned();
-    let mark = watched(setting, "the store", move |_| make_mark(&path, &known)).await??;
-    setting
+    let mark = watched(context, "the store", move |_| make_mark(&path, &known)).await??;
+    context
         .catalog
         .set_store_mark(name.to_owned(), mark.clone())
         .await?;

@@ -13,14 +13,15 @@ mod checkpoints;
 mod directory;
 mod displace;
 mod error;
-mod footprint;
 mod generation;
 mod guard;
 mod latency;
 mod manager;
 mod mark;
+mod objects;
 mod outcome;
 mod progress;
+mod provisional;
 mod queue;
 mod queued;
 mod quiesce;
@@ -30,7 +31,6 @@ mod rescan;
 mod running;
 mod scan;
 mod sentinel;
-mod settled;
 mod speed;
 mod stall;
 mod status;
@@ -61,9 +61,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use manager::Setting;
+use manager::JobContext;
 use outcome::{outcome, show_ended};
-use settled::Settled;
+use provisional::Provisional;
 use speed::Speed;
 
 use crate::catalog::{Catalog, Starter};
@@ -98,7 +98,7 @@ pub struct Job {
     /// The backup's name in a store.
     pub backup_id: String,
     /// Looked up again when the job leaves the queue.
-    pub domain: Settled<Arc<Domain>>,
+    pub domain: Provisional<Arc<Domain>>,
     /// The UUID of the domain when the job started.
     domain_uuid: Option<Uuid>,
     pub started_by: Starter,
@@ -108,12 +108,12 @@ pub struct Job {
     past: bool,
     pub start_time: Timestamp,
     /// Made again when the job leaves the queue.
-    pub plan: Settled<Plan>,
+    pub plan: Provisional<Plan>,
     status: watch::Sender<Status>,
     decision: Mutex<Decision>,
     cancel: CancellationToken,
     /// When this instance of the service started the job. For a queued job: when it left the queue.
-    taken_up: Settled<Instant>,
+    taken_up: Provisional<Instant>,
     /// The connection that started the job has left the bus, or belonged to an earlier instance of the service.
     is_orphan: AtomicBool,
     speed: Speed,
@@ -337,17 +337,17 @@ impl Job {
 }
 
 /// Runs `work` on a thread that may block on storage.
-async fn blocking<T: Send + 'static>(setting: &Setting, work: impl FnOnce() -> T + Send + 'static) -> T {
-    offload::blocking(&setting.activity, work).await
+async fn blocking<T: Send + 'static>(context: &JobContext, work: impl FnOnce() -> T + Send + 'static) -> T {
+    offload::blocking(&context.activity, work).await
 }
 
 /// Like `blocking`, for work that reports its progress. Fails with an error about `what` if the progress stalls.
 async fn watched<T: Send + 'static>(
-    setting: &Setting,
+    context: &JobContext,
     what: &'static str,
     work: impl FnOnce(&Progress) -> T + Send + 'static,
 ) -> Result<T, Error> {
-    let patience = setting.deadlines.stall();
-    let done = offload::watched(&setting.activity, patience, work).await;
+    let patience = context.deadlines.stall();
+    let done = offload::watched(&context.activity, patience, work).await;
     done.ok_or_else(|| Error::stalled(what, patience))
 }

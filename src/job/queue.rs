@@ -277,7 +277,7 @@ impl Queue {
 
     /// Returns whether a waiting backup of the domain keeps this user from joining. At most one backup of each domain
     /// waits, and one more of root's.
-    pub fn keeps_out(&self, domain: &str, uid: u32) -> bool {
+    pub fn blocks(&self, domain: &str, uid: u32) -> bool {
         match uid {
             ROOT => self.waits_as_root(domain),
             _ => self.waiting.iter().any(|waiting| waiting.claim.domain == domain),
@@ -511,10 +511,10 @@ mod tests {
     fn a_domain_has_one_at_a_time_and_roots_comes_first() {
         let mut queue = queue(4, 4, &[]);
         queue.join(claim(1000, "web", "s"));
-        assert!(queue.keeps_out("web", 1000) && queue.keeps_out("web", 1001));
-        assert!(!queue.keeps_out("web", ROOT) && !queue.keeps_out("db", 1000));
+        assert!(queue.blocks("web", 1000) && queue.blocks("web", 1001));
+        assert!(!queue.blocks("web", ROOT) && !queue.blocks("db", 1000));
         queue.join(claim(ROOT, "web", "s"));
-        assert!(queue.keeps_out("web", ROOT));
+        assert!(queue.blocks("web", ROOT));
         assert_eq!(queue.next(|_| false), None);
         let (_, first) = queue.next(|_| true).unwrap();
         assert_eq!(first.uid, ROOT);

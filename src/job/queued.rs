@@ -157,14 +157,14 @@ impl Jobs {
     ) -> Result<Entered, Error> {
         // Taken before the check, so that a concurrent stop waits for this backup.
         let token = self.tasks.token();
-        if self.setting.stop.is_cancelled() {
+        if self.context.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
         let share = self.quota.take(claim.uid, 1)?;
         let kept = self.keep(Some((share, Some(descriptors))), token);
         let mut table = self.lock();
         // Checking and joining need the same lock, so that only one of two concurrent calls succeeds.
-        let free = match table.queue.keeps_out(&claim.domain, claim.uid) {
+        let free = match table.queue.blocks(&claim.domain, claim.uid) {
             true => Err(Refused::Taken),
             false => table.check_place(&claim.domain, claim.uid),
         };
@@ -196,7 +196,7 @@ impl Jobs {
             ticket,
             place,
             kept: Some(kept),
-            _at_stake: passes_files.then(|| self.setting.at_stake.begin()),
+            _at_stake: passes_files.then(|| self.context.at_stake.begin()),
         }
     }
 
@@ -207,7 +207,7 @@ impl Jobs {
         let Table {
             queue, busy, waiting, ..
         } = &mut *guard;
-        while let Some((ticket, claim)) = queue.next(|claim| busy.lets_in(&claim.domain, claim.uid)) {
+        while let Some((ticket, claim)) = queue.next(|claim| busy.is_free_for(&claim.domain, claim.uid)) {
             busy.begin(&claim.domain, claim.uid);
             let place = Place {
                 jobs: self.clone(),
@@ -243,7 +243,7 @@ impl Jobs {
 
     /// Returns the request of a queued job. Only the catalog holds it, because it can be as large as a document.
     pub async fn queued_request(&self, id: u32) -> Result<QueuedRequest, Error> {
-        let record = self.setting.catalog.queued_job(id).await?;
+        let record = self.context.catalog.queued_job(id).await?;
         let (_, request) = record::queued_request(&record)?;
         Ok(request)
     }
@@ -260,11 +260,11 @@ impl Jobs {
         F: Future<Output = error::Result<Planned>> + Send + 'static,
     {
         let uid = started.0.uid;
-        let state = record::queued_journal(request, self.setting.boot)?;
+        let state = record::queued_journal(request, self.context.boot)?;
         let new = Self::new_job(domain, &plan, started, state)?;
         let room = self.queued.take(uid, new.plan.len() + new.state.text.len())?;
         let record = self.take_in(new).await?;
-        let job = Job::new(&record, domain.clone(), plan, self.setting.catalog.clone(), false);
+        let job = Job::new(&record, domain.clone(), plan, self.context.catalog.clone(), false);
         let job = Arc::new(job);
         self.insert(job.clone());
         self.start_queued(
@@ -368,12 +368,12 @@ impl Jobs {
 
     /// Finds a backup that was published although the job's record still says queued.
     async fn find_published(&self, job: &Arc<Job>) -> Result<Option<Ending>, Error> {
-        let found = backup::find_published(job, &self.setting).await;
+        let found = backup::find_published(job, &self.context).await;
         job.recovered(matches!(found, Ok(Some(_))));
         let Some(targets) = found? else {
             return Ok(None);
         };
-        let mut driver = Driver::new(job, &self.setting);
+        let mut driver = Driver::new(job, &self.context);
         driver.targets = Some(targets);
         let evidence = Evidence {
             same_boot: true,
@@ -395,16 +395,16 @@ impl Jobs {
         stopped: Stopped,
         reservation: Option<Reservation>,
     ) -> Ending {
-        let driver = Driver::new(job, &self.setting);
+        let driver = Driver::new(job, &self.context);
         let fact = Fact::Stopped(driver.verdict(stopped));
         driver.drive(step, fact, reservation).await
     }
 
     /// Records the final plan before the job creates anything.
     async fn record_start(&self, job: &Job) -> Result<(), Error> {
-        let state = record::journal(&Step::Preparing, self.setting.boot)?;
+        let state = record::journal(&Step::Preparing, self.context.boot)?;
         let plan = to_text(&*job.plan)?;
-        Ok(self.setting.catalog.dequeued(job.id, plan, state).await?)
+        Ok(self.context.catalog.dequeued(job.id, plan, state).await?)
     }
 
     /// Resumes a queued job of an earlier instance, or ends it with the reason why it cannot continue.
@@ -416,15 +416,15 @@ impl Jobs {
         let passes_files = request.passes_files;
         drop(request);
         let identity = record::identity(record.id, &record.domain)?;
-        let domain = self.setting.domains.identified_or_absent(identity);
+        let domain = self.context.domains.identified_or_absent(identity);
         let plan = record::plan(record)?;
         let claim = Claim::of(record.started_by.uid, &domain, &plan);
-        let job = Job::new(record, domain, plan, self.setting.catalog.clone(), true);
+        let job = Job::new(record, domain, plan, self.context.catalog.clone(), true);
         let job = Arc::new(job);
         self.insert(job.clone());
         let ended = match () {
             () if record.cancel_requested => Some(Stopped::Cancelled),
-            () if boot != self.setting.boot => Some(Error::HostRestartedBefore.into()),
+            () if boot != self.context.boot => Some(Error::HostRestartedBefore.into()),
             () if passes_files => Some(Error::FilesGone.into()),
             () => None,
         };

@@ -216,9 +216,9 @@ impl Job {
     /// Takes the job out of the queue, with a plan for the present domain and its disks.
     pub(super) fn leave_queue(&self, domain: Arc<Domain>, plan: Plan) {
         let disks = first_status(&plan, &self.backup_id).disks;
-        self.domain.settle(domain);
-        self.plan.settle(plan);
-        self.taken_up.settle(Instant::now());
+        self.domain.finalise(domain);
+        self.plan.finalise(plan);
+        self.taken_up.finalise(Instant::now());
         self.update(|status| (status.state, status.disks) = (State::Preparing, disks));
     }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::future::try_join_all;
 
 use super::Error;
-use super::footprint::Footprint;
+use super::objects::QemuObjects;
 use super::zeroes::Part;
 use crate::domain::poweroff;
 use crate::qmp::block::{
@@ -25,7 +25,7 @@ const POLL: Duration = Duration::from_millis(100);
 /// How often the service polls a job that hangs.
 const LOOK: Duration = Duration::from_secs(1);
 
-impl Footprint {
+impl QemuObjects {
     /// Dismisses the completed jobs and closes the images of `disks` disks.
     ///
     /// Only the QEMU that wrote the image can close it. The file nodes prove that this is still that QEMU, so they stay
@@ -35,7 +35,7 @@ impl Footprint {
             match self.try_close_images(disks).await {
                 Ok(true) => return Ok(()),
                 Ok(false) => return Err(Error::NotClosed),
-                Err(error) => self.survive(error).await?,
+                Err(error) => self.reconnect_after(error).await?,
             }
         }
     }
@@ -158,9 +158,9 @@ impl Footprint {
         loop {
             match self.try_release().await {
                 Ok(()) => return Ok(()),
-                Err(error) => match self.survive(error).await {
+                Err(error) => match self.reconnect_after(error).await {
                     Err(Error::Lost(_)) if self.domain.is_gone() => return Ok(()),
-                    survived => survived?,
+                    reconnected => reconnected?,
                 },
             }
         }
@@ -172,21 +172,21 @@ impl Footprint {
         let mut before = Vec::new();
         loop {
             match self.own_jobs().await {
-                Ok(now) if now.iter().all(|job| moves(job, &before)) => return self.release().await,
+                Ok(now) if now.iter().all(|job| makes_progress(job, &before)) => return self.release().await,
                 Ok(now) => {
                     before = now;
                     tokio::time::sleep(LOOK).await;
                 }
-                Err(error) => match self.survive(error).await {
+                Err(error) => match self.reconnect_after(error).await {
                     Err(Error::Lost(_)) if self.domain.is_gone() => return Ok(()),
-                    survived => survived?,
+                    reconnected => reconnected?,
                 },
             }
         }
     }
 
     /// Handles an error: returns `Ok` if the caller can retry over a new connection.
-    async fn survive(&self, error: qmp::Error) -> Result<(), Error> {
+    async fn reconnect_after(&self, error: qmp::Error) -> Result<(), Error> {
         match error {
             qmp::Error::Closed(_) if self.reconnect().await => Ok(()),
             lost @ qmp::Error::Closed(_) => Err(Error::Lost(lost)),
@@ -196,12 +196,12 @@ impl Footprint {
 
     /// Ends the hold on the guest's power-off, if there is one, within `patience`. This does not involve the block
     /// layer, so it works even if storage hangs. `release` repeats it after a failure.
-    pub async fn let_poweroff_go(&self, patience: Duration) {
+    pub async fn allow_poweroff(&self, patience: Duration) {
         if !self.is_holding_poweroff() {
             return;
         }
         match tokio::time::timeout(patience, poweroff::let_go(&self.link())).await {
-            Ok(Ok(())) => self.poweroff_let_go(),
+            Ok(Ok(())) => self.forget_poweroff_hold(),
             Ok(Err(error)) => tracing::warn!(%error, "cannot allow the guest to power off yet"),
             Err(_) => tracing::warn!("cannot allow the guest to power off yet: QEMU does not answer"),
         }
@@ -219,7 +219,7 @@ impl Footprint {
     async fn restore_settings(&self) -> qmp::Result<()> {
         if self.is_holding_poweroff() {
             poweroff::let_go(&self.link()).await?;
-            self.poweroff_let_go();
+            self.forget_poweroff_hold();
         }
         match &self.histogram {
             Some(histogram) => self.remove_histograms(histogram).await,
@@ -317,7 +317,7 @@ fn is_refused(result: qmp::Result<Done>) -> qmp::Result<bool> {
 }
 
 /// Returns whether a job has made progress since `before`, or is in a state that cannot hang.
-fn moves(job: &JobInfo, before: &[JobInfo]) -> bool {
+fn makes_progress(job: &JobInfo, before: &[JobInfo]) -> bool {
     let then = before.iter().find(|then| then.id == job.id);
     job.status != JobStatus::Running || then.is_some_and(|then| then.current_progress != job.current_progress)
 }

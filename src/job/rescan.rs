@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::boot::BootId;
-use super::manager::Setting;
+use super::manager::JobContext;
 use super::mark::mark;
 use super::record::{domain_record, journal, to_text};
 use super::{DiskState, DiskStatus, Error, backup, watched};
@@ -51,15 +51,15 @@ struct Found {
 type Missing = HashSet<(String, String)>;
 
 /// Scans all stores. With `adopt`, keep rules apply to all backups found, even if another service created them.
-pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Error> {
+pub(super) async fn rescan(context: &JobContext, adopt: bool) -> Result<Rescan, Error> {
     let mut rescan = Rescan::default();
-    for (name, store) in &setting.stores {
-        match look_through(setting, name, &store.path, &mut rescan).await {
+    for (name, store) in &context.stores {
+        match scan_store(context, name, &store.path, &mut rescan).await {
             Ok(_) => {
                 if adopt {
-                    setting.catalog.adopt(name.clone()).await?;
+                    context.catalog.adopt(name.clone()).await?;
                 }
-                mark_as(setting, name, &store.path, &mut rescan).await?;
+                mark_as(context, name, &store.path, &mut rescan).await?;
             }
             Err(error @ (Error::Target(_) | Error::Stalled { .. } | Error::Exchanged)) => {
                 rescan.problem(&store.path, &error.to_string());
@@ -72,8 +72,8 @@ pub(super) async fn rescan(setting: &Setting, adopt: bool) -> Result<Rescan, Err
 }
 
 /// Marks the scanned store as the one to use from now on.
-async fn mark_as(setting: &Setting, name: &str, path: &Path, rescan: &mut Rescan) -> Result<(), Error> {
-    match mark(setting, name, path).await {
+async fn mark_as(context: &JobContext, name: &str, path: &Path, rescan: &mut Rescan) -> Result<(), Error> {
+    match mark(context, name, path).await {
         // The scan has already reported that none of the recorded backups exists.
         Ok(_) | Err(Error::Target(target::Error::NotMounted { .. })) => Ok(()),
         Err(Error::Target(error)) => {
@@ -85,42 +85,42 @@ async fn mark_as(setting: &Setting, name: &str, path: &Path, rescan: &mut Rescan
 }
 
 /// Scans one store. Returns whether the catalog matches the store now.
-pub(super) async fn one(setting: &Setting, name: &str) -> Result<bool, Error> {
-    let Some(store) = setting.stores.get(name) else {
+pub(super) async fn one(context: &JobContext, name: &str) -> Result<bool, Error> {
+    let Some(store) = context.stores.get(name) else {
         return Ok(false);
     };
     let mut rescan = Rescan::default();
-    let settled = look_through(setting, name, &store.path, &mut rescan).await?;
+    let settled = scan_store(context, name, &store.path, &mut rescan).await?;
     tracing::info!(store = name, backups = rescan.backups, "scanned the store");
     Ok(settled)
 }
 
 /// Returns whether the catalog matches the store now. It does not if the store is empty, because it may be another
 /// directory.
-async fn look_through(
-    setting: &Setting,
+async fn scan_store(
+    context: &JobContext,
     name: &str,
     path: &Path,
     rescan: &mut Rescan,
 ) -> Result<bool, Error> {
     // Read before the scan, so that backups published during the scan count neither as known nor as missing.
-    let generation = setting.generations.of(name).await?;
-    let known = setting.catalog.backups_in(name.to_owned()).await?;
-    let mut look = Look {
+    let generation = context.generations.of(name).await?;
+    let known = context.catalog.backups_in(name.to_owned()).await?;
+    let mut scan = StoreScan {
         store: name,
         path,
-        setting,
-        last_number: setting.catalog.last_number().await?,
+        context,
+        last_number: context.catalog.last_number().await?,
         missing: known.into_iter().collect(),
         seen: 0,
         rescan,
     };
-    if !look.through().await? {
+    if !scan.through().await? {
         return Err(Error::Exchanged);
     }
-    let settled = look.forget_missing().await?;
+    let settled = scan.forget_missing().await?;
     if settled {
-        setting
+        context
             .catalog
             .set_generation(name.to_owned(), generation)
             .await?;
@@ -129,10 +129,10 @@ async fn look_through(
 }
 
 /// A scan of one store.
-struct Look<'a> {
+struct StoreScan<'a> {
     store: &'a str,
     path: &'a Path,
-    setting: &'a Setting,
+    context: &'a JobContext,
     /// The highest job id before the scan.
     last_number: u32,
     missing: Missing,
@@ -141,7 +141,7 @@ struct Look<'a> {
     rescan: &'a mut Rescan,
 }
 
-impl Look<'_> {
+impl StoreScan<'_> {
     /// Records the backups found. Returns false if the store was replaced or unmounted during the scan.
     async fn through(&mut self) -> Result<bool, Error> {
         let path = self.path.to_owned();
@@ -181,7 +181,7 @@ impl Look<'_> {
             }
         }
         for ids in ids.chunks(BATCH) {
-            if self.setting.stop.is_cancelled() {
+            if self.context.stop.is_cancelled() {
                 return Err(Error::Stopping);
             }
             self.backups(directory, ids).await?;
@@ -228,7 +228,7 @@ impl Look<'_> {
                 }
             }
             if let Some(id) = target::partial_backup(name)
-                && !self.setting.catalog.knows_backup(id.to_owned()).await?
+                && !self.context.catalog.knows_backup(id.to_owned()).await?
             {
                 let path = self.path.join(directory).join(name);
                 self.rescan.problem(
@@ -243,7 +243,7 @@ impl Look<'_> {
     async fn backups(&mut self, directory: &str, ids: &[String]) -> Result<(), Error> {
         let (store, path) = (self.store.to_owned(), self.path.to_owned());
         let (name, wanted) = (directory.to_owned(), ids.to_vec());
-        let domains = self.setting.domains.clone();
+        let domains = self.context.domains.clone();
         let read = move |progress: &Progress| {
             let Some(shelf) = Shelf::of_store(&path)?.below(&name)? else {
                 return Ok(Vec::new());
@@ -272,9 +272,9 @@ impl Look<'_> {
                 Err(why) => self.rescan.problem(&path, &why),
             }
         }
-        let history = self.setting.history;
+        let history = self.context.history;
         let taken = self
-            .setting
+            .context
             .catalog
             .take_in(good, self.last_number, history)
             .await?;
@@ -312,7 +312,7 @@ impl Look<'_> {
             count = missing.len(),
             "removed the records of backups that are no longer in the store"
         );
-        let forgotten = self.setting.catalog.forget(self.store.to_owned(), missing);
+        let forgotten = self.context.catalog.forget(self.store.to_owned(), missing);
         forgotten.await?;
         Ok(true)
     }
@@ -322,7 +322,7 @@ impl Look<'_> {
         &self,
         read: impl FnOnce(&Progress) -> Result<T, target::Error> + Send + 'static,
     ) -> Result<T, Error> {
-        Ok(watched(self.setting, "the store", read).await??)
+        Ok(watched(self.context, "the store", read).await??)
     }
 }
 

@@ -6,8 +6,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::bandwidth::Part;
 use super::error::Stopped;
-use super::footprint::Footprint;
 use super::latency::Latency;
+use super::objects::QemuObjects;
 use super::progress::{Meter, share};
 use super::scan::Scan;
 use super::stall::Stall;
@@ -38,7 +38,7 @@ enum Reply {
 /// The running jobs, and the work to do while they run.
 pub struct Running<'a> {
     job: &'a Job,
-    footprint: &'a Footprint,
+    objects: &'a QemuObjects,
     tracker: Tracker,
     meter: Meter,
     scan: Scan,
@@ -58,21 +58,21 @@ impl<'a> Running<'a> {
     /// `None` if an earlier instance started them. `stall` is the longest time without progress.
     pub fn new(
         job: &'a Job,
-        footprint: &'a Footprint,
+        objects: &'a QemuObjects,
         (speed, part): (Option<u64>, &'a Part),
         stall: Duration,
     ) -> Self {
         job.speed.set_latency(Latency::first_limit(&job.plan));
         let disks = job.plan.disks.iter().enumerate();
-        let jobs = disks.map(|(index, disk)| (footprint.names.block_job(index), disk.virtual_size));
+        let jobs = disks.map(|(index, disk)| (objects.names.block_job(index), disk.virtual_size));
         Self {
             job,
-            footprint,
+            objects,
             tracker: Tracker::new(jobs),
             meter: Meter::new(),
             scan: Scan::new(job),
             part,
-            latency: Latency::of(&job.plan, footprint.histogram.clone()),
+            latency: Latency::of(&job.plan, objects.histogram.clone()),
             shared: speed.map(|speed| (speed, job.plan.disks.len())),
             stall: Stall::new(stall, Instant::now()),
             silent: false,
@@ -89,12 +89,12 @@ impl<'a> Running<'a> {
                 result => return result,
             };
             tracing::warn!(job = self.job.id, why = %lost, "the monitor was lost during a backup");
-            match stop.run_until_cancelled(self.footprint.reconnect()).await {
+            match stop.run_until_cancelled(self.objects.reconnect()).await {
                 None => return Err(Stopped::Detached),
                 Some(false) => return Err(Stopped::Failed(Error::Lost(lost))),
                 Some(true) => {}
             }
-            events = self.footprint.client().events();
+            events = self.objects.client().events();
             (self.shared, self.found) = (None, false);
             // Reconnecting is not progress, so that a connection that is lost repeatedly cannot prevent the timeout.
             self.check_stall()?;
@@ -122,7 +122,7 @@ impl<'a> Running<'a> {
 
     /// Queries the jobs; `None` if QEMU does not answer in time.
     async fn query(&mut self) -> Result<Option<Vec<JobInfo>>, Stopped> {
-        let infos = match self.footprint.query_jobs_within(ANSWER).await {
+        let infos = match self.objects.query_jobs_within(ANSWER).await {
             Err(qmp::Error::TimedOut { .. }) => None,
             infos => Some(infos?),
         };
@@ -252,7 +252,7 @@ impl<'a> Running<'a> {
         let Some(latency) = &mut self.latency else {
             return Ok(());
         };
-        match latency.begin(self.footprint).await {
+        match latency.begin(self.objects).await {
             Err(closed @ qmp::Error::Closed(_)) => Err(closed.into()),
             Err(error) => {
                 tracing::warn!(
@@ -268,7 +268,7 @@ impl<'a> Running<'a> {
 
     /// Adjusts the speed to the latency of the guest's writes. Without an answer from QEMU, nothing changes.
     async fn sample(&mut self, events: &mut Events) -> Result<(), Stopped> {
-        let devices = match self.footprint.query_devices().await {
+        let devices = match self.objects.query_devices().await {
             Err(closed @ qmp::Error::Closed(_)) => return Err(closed.into()),
             devices => devices.ok(),
         };
@@ -294,7 +294,7 @@ impl<'a> Running<'a> {
     /// for it.
     async fn look(&mut self) -> Result<(), Stopped> {
         let (totals, left) = (self.totals(), self.stall.left(Instant::now()));
-        let look = self.scan.look(self.job, self.footprint, totals);
+        let look = self.scan.look(self.job, self.objects, totals);
         let look = tokio::time::timeout(left.max(ANSWER), look);
         match self.job.cancel.run_until_cancelled(look).await {
             Some(Ok(looked)) => looked,
@@ -372,7 +372,7 @@ impl<'a> Running<'a> {
 
     /// Sends a command for a job.
     async fn send(&self, command: impl Command<Reply = Done>) -> Result<Reply, Stopped> {
-        let client = self.footprint.client();
+        let client = self.objects.client();
         match tokio::time::timeout(ANSWER, client.execute(command)).await {
             Err(_) => Ok(Reply::Silent),
             Ok(Err(error)) if error.is_refusal() => Ok(Reply::Ended),

@@ -6,16 +6,16 @@
 //! the total at the end equals the total before the last check without a snapshot, QEMU has omitted nothing since.
 
 use super::error::Stopped;
-use super::footprint::Footprint;
+use super::objects::QemuObjects;
 use super::{Error, Job};
 use crate::domain::Disk;
 use crate::qmp;
 
 /// Fails unless `now` shows the disks of the plan without another image above them.
-pub fn check_snapshot(job: &Job, footprint: &Footprint, now: &[Disk]) -> Result<(), Stopped> {
+pub fn check_snapshot(job: &Job, objects: &QemuObjects, now: &[Disk]) -> Result<(), Stopped> {
     for (index, planned) in job.plan.disks.iter().enumerate() {
         // Compares node names: a disk without an id has the name of its node, which is the job's filter at the moment.
-        let filter = footprint.names.filter_node(index);
+        let filter = objects.names.filter_node(index);
         let mut disks = now.iter();
         if !disks.any(|disk| disk.node == planned.node || disk.node == filter) {
             let disk = planned.name.clone();
@@ -54,14 +54,14 @@ impl Scan {
 
     /// Checks the disks if that proves something new. The caller has read `totals` before. Fails if there is a
     /// snapshot, because nothing can be proven after that.
-    pub async fn look(&mut self, job: &Job, footprint: &Footprint, totals: Vec<u64>) -> Result<(), Stopped> {
+    pub async fn look(&mut self, job: &Job, objects: &QemuObjects, totals: Vec<u64>) -> Result<(), Stopped> {
         if self.is_proven(&totals) {
             return Ok(());
         }
-        match footprint.disks().await {
+        match objects.disks().await {
             // QEMU is busy writing. A later check may succeed.
             Err(qmp::Error::TimedOut { .. }) => return Ok(()),
-            now => check_snapshot(job, footprint, &now.map_err(Error::Lost)?)?,
+            now => check_snapshot(job, objects, &now.map_err(Error::Lost)?)?,
         }
         self.proven = Some(totals);
         Ok(())

@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Error;
-use super::footprint::Footprint;
+use super::objects::QemuObjects;
 use super::zeroes::Part;
 use crate::domain::Disk;
 use crate::plan::{DiskPlan, Mode, Plan, sentinel_name, was_never_smaller};
@@ -86,7 +86,7 @@ pub(super) fn check_sizes(plan: &Plan, disks: &[Disk]) -> Result<(), Error> {
     Ok(())
 }
 
-impl Footprint {
+impl QemuObjects {
     /// Creates a `null-co` node with a set bitmap for each of these sizes, except 0. `forget_marks` removes them, and
     /// so does `release`.
     pub(super) async fn make_marks(&self, sizes: impl Iterator<Item = u64>) -> qmp::Result<Marks> {

@@ -12,7 +12,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::backup::{self, discard};
 use super::error::Stopped;
-use super::manager::{Ending, Held, Jobs, Setting};
+use super::manager::{Ending, Held, JobContext, Jobs};
 use super::progress::Meter;
 use super::record::{self, Residue};
 use super::{DiskState, DiskStatus, Error, Job, Outcome, State, blocking, outcome, show_ended};
@@ -28,7 +28,7 @@ use crate::target::Targets;
 /// How often the status is updated.
 const PROGRESS: Duration = Duration::from_millis(500);
 /// How often an export is checked within its idle timeout.
-const LOOKS_AT_IDLE: u32 = 16;
+const CHECKS_OF_IDLE: u32 = 16;
 
 /// A permit to work on stored backups. Dropping it returns it.
 #[must_use]
@@ -61,12 +61,12 @@ impl Jobs {
     pub fn turn(&self, uid: u32, descriptors: Arc<Share>) -> Result<Turn, Error> {
         // Taken before the check, so that a concurrent stop waits for this work.
         let token = self.tasks.token();
-        if self.setting.stop.is_cancelled() {
+        if self.context.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
         Ok(Turn {
             _shares: (self.quota.take(uid, 1)?, descriptors),
-            _uses: [self.setting.activity.begin(), self.setting.at_stake.begin()],
+            _uses: [self.context.activity.begin(), self.context.at_stake.begin()],
             _token: token,
         })
     }
@@ -83,7 +83,7 @@ impl Jobs {
             &record,
             domain,
             plan,
-            self.setting.catalog.clone(),
+            self.context.catalog.clone(),
             false,
         ));
         if let Work::Verify(survey) = &work {
@@ -116,26 +116,26 @@ impl Jobs {
     }
 
     async fn run_stored(&self, job: &Arc<Job>, work: Work, turn: Turn) -> Ending {
-        let setting = &self.setting;
+        let context = &self.context;
         job.update(|status| status.state = State::Running);
         let cancel = job.cancel.child_token();
         let work = async {
             match work {
                 Work::Restore(restored) => {
                     let (chain, targets) = *restored;
-                    restore(job, &chain, targets, &cancel, setting).await
+                    restore(job, &chain, targets, &cancel, context).await
                 }
-                Work::Verify(survey) => (verify(job, survey, &cancel, setting).await, false),
-                Work::Export(served) => (serve(*served, &cancel, setting).await, false),
+                Work::Verify(survey) => (verify(job, survey, &cancel, context).await, false),
+                Work::Export(served) => (serve(*served, &cancel, context).await, false),
             }
         };
         tokio::pin!(work);
         let (judged, on_disk) = tokio::select! {
             judged = &mut work => judged,
-            () = setting.stop.cancelled() => {
+            () = context.stop.cancelled() => {
                 cancel.cancel();
                 // Work that hangs ends with the process.
-                match tokio::time::timeout(setting.deadlines.stall(), work).await {
+                match tokio::time::timeout(context.deadlines.stall(), work).await {
                     Ok((Ok(()), on_disk)) => (Ok(()), on_disk),
                     Ok((Err(_), on_disk)) => (Err(Error::Stopping.into()), on_disk),
                     Err(_) => (Err(Error::Stopping.into()), true),
@@ -156,7 +156,7 @@ impl Jobs {
                 "the target may still contain a part of the restored data"
             );
         }
-        record_end(job, setting, &outcome).await;
+        record_end(job, context, &outcome).await;
         drop(turn);
         job.update(|status| status.outcome = Some(outcome));
         Ending::Ended(Residue::default(), None)
@@ -164,16 +164,16 @@ impl Jobs {
 
     /// Ends a job that ended with an earlier instance of the service.
     pub(super) async fn end_lost(&self, record: &JobRecord, identity: Identity) -> Result<Arc<Job>, Error> {
-        let domain = self.setting.domains.identified_or_absent(identity);
+        let domain = self.context.domains.identified_or_absent(identity);
         let plan = record::plan(record)?;
-        let job = Arc::new(Job::new(record, domain, plan, self.setting.catalog.clone(), true));
+        let job = Arc::new(Job::new(record, domain, plan, self.context.catalog.clone(), true));
         let lost = match record.cancel_requested {
             true => Stopped::Cancelled,
             false => Error::NotResumed.into(),
         };
         let outcome = outcome(&job, Err(lost));
         show_ended(&job, &outcome);
-        record_end(&job, &self.setting, &outcome).await;
+        record_end(&job, &self.context, &outcome).await;
         job.update(|status| status.outcome = Some(outcome));
         self.insert(job.clone());
         Ok(job)
@@ -181,11 +181,11 @@ impl Jobs {
 }
 
 /// If this fails, a later instance records the same outcome, because the record shows the job as unfinished.
-async fn record_end(job: &Job, setting: &Setting, outcome: &Outcome) {
+async fn record_end(job: &Job, context: &JobContext, outcome: &Outcome) {
     let recorded = async {
         let ended = backup::State::Ended(backup::Ended::default());
-        let ended = job.end_record(outcome, &ended, setting.boot)?;
-        Ok::<_, Error>(setting.catalog.end(job.id, ended, None, setting.history).await?)
+        let ended = job.end_record(outcome, &ended, context.boot)?;
+        Ok::<_, Error>(context.catalog.end(job.id, ended, None, context.history).await?)
     };
     if let Err(error) = recorded.await {
         tracing::error!(job = job.id, %error, "cannot record the outcome of a job");
@@ -198,14 +198,14 @@ async fn restore(
     chain: &Chain,
     targets: Targets,
     cancel: &CancellationToken,
-    setting: &Setting,
+    context: &JobContext,
 ) -> (Result<(), Stopped>, bool) {
-    let restored = restore_all(job, chain, &targets, cancel, setting.deadlines.stall()).await;
+    let restored = restore_all(job, chain, &targets, cancel, context.deadlines.stall()).await;
     if restored.is_ok() {
-        blocking(setting, move || drop(targets.leave())).await;
+        blocking(context, move || drop(targets.leave())).await;
         return (restored, false);
     }
-    let left = discard(setting, Some(targets), setting.deadlines.stall()).await;
+    let left = discard(context, Some(targets), context.deadlines.stall()).await;
     (restored, left)
 }
 
@@ -262,11 +262,11 @@ async fn restore_all(
 }
 
 /// Serves the export until the caller has left the bus, the job is cancelled, or the idle timeout has passed.
-async fn serve(served: Served, cancel: &CancellationToken, setting: &Setting) -> Result<(), Stopped> {
+async fn serve(served: Served, cancel: &CancellationToken, context: &JobContext) -> Result<(), Stopped> {
     let Served { mut export, left } = served;
-    let patience = setting.deadlines.export_idle();
-    let mut looked = Looked::new(export.bytes_read());
-    let mut pace = tokio::time::interval(patience / LOOKS_AT_IDLE);
+    let patience = context.deadlines.export_idle();
+    let mut last_read = LastRead::new(export.bytes_read());
+    let mut pace = tokio::time::interval(patience / CHECKS_OF_IDLE);
     tokio::pin!(left);
     loop {
         tokio::select! {
@@ -274,7 +274,7 @@ async fn serve(served: Served, cancel: &CancellationToken, setting: &Setting) ->
             () = &mut left => return Ok(()),
             error = export.ended() => return Err(stopped(error)),
             _ = pace.tick() => {
-                if looked.is_idle(export.bytes_read(), patience) {
+                if last_read.is_idle(export.bytes_read(), patience) {
                     let seconds = patience.as_secs();
                     return Err(Error::ExportIdle { seconds }.into());
                 }
@@ -284,12 +284,12 @@ async fn serve(served: Served, cancel: &CancellationToken, setting: &Setting) ->
 }
 
 /// The number of bytes read from an export, and when it last changed.
-struct Looked {
+struct LastRead {
     read: Option<u64>,
     at: Instant,
 }
 
-impl Looked {
+impl LastRead {
     fn new(read: Option<u64>) -> Self {
         let at = Instant::now();
         Self { read, at }
@@ -310,21 +310,21 @@ async fn verify(
     job: &Job,
     survey: Survey,
     cancel: &CancellationToken,
-    setting: &Setting,
+    context: &JobContext,
 ) -> Result<(), Stopped> {
     let Task::Verify(Stored { store, .. }) = &job.plan.task else {
         return Err(Error::Interrupted.into());
     };
     let progress = Progress::default();
-    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let (sender, mut results) = tokio::sync::mpsc::unbounded_channel();
     let control = Control {
         progress: &progress,
         cancel,
-        stall: setting.deadlines.stall(),
+        stall: context.deadlines.stall(),
     };
     let work = survey.verify(control, move |one: &Verified| {
         // The receiver below exists as long as this runs.
-        let _ = tell.send(one.clone());
+        let _ = sender.send(one.clone());
     });
     // The backups are read one after the other.
     let show = |job: &Job| {
@@ -341,8 +341,8 @@ async fn verify(
         });
     };
     let remember = async {
-        while let Some(verified) = told.recv().await {
-            remember_verified(job, store, &verified, setting).await?;
+        while let Some(verified) = results.recv().await {
+            remember_verified(job, store, &verified, context).await?;
         }
         Ok::<_, Error>(())
     };
@@ -370,7 +370,7 @@ async fn remember_verified(
     job: &Job,
     store: &str,
     verified: &Verified,
-    setting: &Setting,
+    context: &JobContext,
 ) -> Result<(), Error> {
     let (location, findings) = (&verified.location, &verified.findings);
     let words = findings.iter().map(|finding| match &finding.disk {
@@ -413,7 +413,7 @@ async fn remember_verified(
         id: location.id.clone(),
     };
     let damage = (!damage.is_empty()).then(|| damage.join("; "));
-    Ok(setting.catalog.checked(key, damage).await?)
+    Ok(context.catalog.checked(key, damage).await?)
 }
 
 /// Updates the job's status until `work` has ended.
@@ -453,12 +453,12 @@ mod tests {
     #[test]
     fn an_export_becomes_idle_even_if_reads_are_not_counted() {
         let patience = Duration::from_secs(60);
-        let mut looked = Looked::new(Some(7));
-        let before = |looked: &mut Looked| looked.at = Instant::now().checked_sub(patience).unwrap();
-        before(&mut looked);
-        assert!(!looked.is_idle(Some(8), patience), "it was read from");
-        assert!(!looked.is_idle(Some(8), patience));
-        before(&mut looked);
-        assert!(looked.is_idle(None, patience));
+        let mut last_read = LastRead::new(Some(7));
+        let before = |last_read: &mut LastRead| last_read.at = Instant::now().checked_sub(patience).unwrap();
+        before(&mut last_read);
+        assert!(!last_read.is_idle(Some(8), patience), "it was read from");
+        assert!(!last_read.is_idle(Some(8), patience));
+        before(&mut last_read);
+        assert!(last_read.is_idle(None, patience));
     }
 }

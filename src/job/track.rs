@@ -9,8 +9,8 @@ use crate::qmp::block::{BlockJobEnd, JobEvent, JobInfo, JobStatus};
 
 /// The maximum lengths of QEMU's error text and operation, in characters. They bound the record of a job with up to 256
 /// disks. QEMU's own texts are short messages of the C library.
-const MOST_SAID: usize = 512;
-const MOST_OF_OPERATION: usize = 32;
+const MAX_MESSAGE: usize = 512;
+const MAX_OPERATION: usize = 32;
 
 /// The C library's text for ECANCELED. `query-jobs` reports a cancelled job only by this text.
 const CANCELED: &str = "Operation canceled";
@@ -97,7 +97,7 @@ impl Tracker {
             }
             JobEvent::Error(error) => {
                 let operation = error.operation.as_ref();
-                job.operation = operation.map(|text| text.chars().take(MOST_OF_OPERATION).collect());
+                job.operation = operation.map(|text| text.chars().take(MAX_OPERATION).collect());
             }
             JobEvent::StatusChange(change) => match change.status {
                 JobStatus::Waiting | JobStatus::Pending => {
@@ -150,7 +150,7 @@ impl Tracker {
 
 impl Tracked {
     fn failed(&self, message: &str) -> Verdict {
-        let message: String = message.chars().take(MOST_SAID).collect();
+        let message: String = message.chars().take(MAX_MESSAGE).collect();
         Verdict::Failed {
             operation: self.operation.clone().unwrap_or_else(|| "copy".into()),
             message: message.replace('\0', "\u{fffd}"),
@@ -270,7 +270,7 @@ mod tests {
         tracker.query(&infos);
         assert_eq!((tracker.done(), tracker.total()), (u64::MAX, u64::MAX));
         for verdict in tracker.verdicts() {
-            assert!(matches!(verdict, Verdict::Failed { message, .. } if message.len() == MOST_SAID));
+            assert!(matches!(verdict, Verdict::Failed { message, .. } if message.len() == MAX_MESSAGE));
         }
     }
 

@@ -2,19 +2,19 @@
 
 use std::convert::Infallible;
 
-use super::manager::Setting;
+use super::manager::JobContext;
 use super::{Error, blocking};
 use crate::target::{Pace, Targets};
 
 /// Runs until it is dropped or data is lost. This is only an optimisation: at the end the data is made durable and
 /// checked for errors in any case.
-pub(super) async fn write_back(targets: &Targets, setting: &Setting) -> Result<Infallible, Error> {
+pub(super) async fn write_back(targets: &Targets, context: &JobContext) -> Result<Infallible, Error> {
     let mut pace = Pace::default();
     loop {
         tokio::time::sleep(pace.pause()).await;
         let writeback = targets.writeback().clone();
         // A slow device delays this call. After the future is dropped, the call ends by itself.
-        let started = blocking(setting, move || writeback.start()).await;
+        let started = blocking(context, move || writeback.start()).await;
         pace = pace.after(started.map_err(Error::Target)?);
     }
 }

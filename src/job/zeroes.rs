@@ -1,6 +1,6 @@
 //! Writes zeroes into a part of a node without a guest: a mirror job copies them from a node that reads as zeroes.
 
-use super::footprint::Footprint;
+use super::objects::QemuObjects;
 use crate::qmp;
 use crate::qmp::block::{
     BlockdevAdd, BlockdevDel, BlockdevMirror, BlockdevOptions, Driver, JobCancel, JobDismiss, JobStatus,
@@ -14,7 +14,7 @@ pub(super) struct Part<'a> {
     pub length: u64,
 }
 
-impl Footprint {
+impl QemuObjects {
     /// Writes zeroes into a part of a node. The caller passes an `index` that no concurrent call uses. After a failure,
     /// `release` removes the remaining objects.
     pub(super) async fn write_zeroes(&self, index: usize, part: Part<'_>) -> qmp::Result<()> {

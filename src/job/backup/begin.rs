@@ -13,9 +13,9 @@ use crate::domain::{Disk, Link, RunState, poweroff};
 use crate::error::is_no_space;
 use crate::fault;
 use crate::job::error::Stopped;
-use crate::job::footprint::{Footprint, Names};
 use crate::job::guard::Limits;
 use crate::job::latency::Latency;
+use crate::job::objects::{Names, QemuObjects};
 use crate::job::progress::share;
 use crate::job::quiesce::Freeze;
 use crate::job::running::Running;
@@ -43,7 +43,7 @@ impl Driver<'_> {
     /// Lets QEMU open existing targets, creates the checkpoints' bitmaps, and connects to the guest's agent. Any
     /// refusal happens here, before a file loses its content.
     pub(super) async fn check_targets(&mut self) -> Result<Fact, Stopped> {
-        let (footprint, targets) = (self.footprint()?, self.targets()?);
+        let (objects, targets) = (self.objects()?, self.targets()?);
         let existing = targets
             .iter()
             .enumerate()
@@ -51,19 +51,19 @@ impl Driver<'_> {
         self.in_qemu(async {
             let mut rehearse = false;
             for (index, target) in existing {
-                footprint.check_target(index, target).await?;
+                objects.check_target(index, target).await?;
                 rehearse = true;
             }
             if rehearse {
-                let actions = self.actions(footprint, targets, self.job.speed.limits().effective());
-                footprint.rehearse(&self.job.plan.disks, actions).await?;
+                let actions = self.actions(objects, targets, self.job.speed.limits().effective());
+                objects.rehearse(&self.job.plan.disks, actions).await?;
             }
-            footprint.make_checkpoints(self.job).await
+            objects.make_checkpoints(self.job).await
         })
         .await?;
         let limits = Limits {
-            wait: self.setting.deadlines.freeze_wait(),
-            frozen: self.setting.deadlines.freeze(),
+            wait: self.context.deadlines.freeze_wait(),
+            frozen: self.context.deadlines.freeze(),
         };
         self.freeze = Some(Freeze::prepare(&self.job.domain, self.job.plan.quiesce, limits).await?);
         Ok(Fact::Checked)
@@ -78,7 +78,7 @@ impl Driver<'_> {
             let formatted = targets.format(&job.plan, progress);
             (targets, formatted)
         };
-        let (targets, formatted) = watched(self.setting, "the targets", format).await?;
+        let (targets, formatted) = watched(self.context, "the targets", format).await?;
         self.targets = Some(targets);
         formatted.map_err(Error::Target)?;
         Ok(Fact::Formatted)
@@ -88,18 +88,18 @@ impl Driver<'_> {
     pub(super) async fn open_targets(&mut self) -> Result<Fact, Stopped> {
         self.job.speed.set_latency(Latency::first_limit(&self.job.plan));
         // The backup must join before it copies, so that running backups free bandwidth for it.
-        self.part = Some(self.setting.bandwidth.join(self.job));
-        let (footprint, targets) = (self.footprint()?, self.targets()?);
+        self.part = Some(self.context.bandwidth.join(self.job));
+        let (objects, targets) = (self.objects()?, self.targets()?);
         let holds_poweroff = self
             .in_qemu(async {
                 for (index, (target, disk)) in targets.iter().zip(&self.job.plan.disks).enumerate() {
-                    footprint.open_target(index, target, disk).await?;
+                    objects.open_target(index, target, disk).await?;
                 }
                 // Only the service can open new files in a store, so their headers need no check.
                 if !targets.in_store() {
-                    footprint.check_headers(&self.job.plan.disks).await?;
+                    objects.check_headers(&self.job.plan.disks).await?;
                 }
-                Ok(self.job.plan.hold_poweroff && poweroff::can_hold(&footprint.link()).await)
+                Ok(self.job.plan.hold_poweroff && poweroff::can_hold(&objects.link()).await)
             })
             .await?;
         Ok(Fact::Opened {
@@ -111,7 +111,7 @@ impl Driver<'_> {
 
     /// Runs preparations in QEMU with the stall timeout. The caller of the job can cancel them.
     async fn in_qemu<T>(&self, prepare: impl Future<Output = Result<T, Error>>) -> Result<T, Stopped> {
-        let patience = self.setting.deadlines.stall();
+        let patience = self.context.deadlines.stall();
         let prepare = tokio::time::timeout(patience, prepare);
         let prepared = self.job.cancel.run_until_cancelled(prepare).await;
         let prepared = prepared.ok_or(Stopped::Cancelled)?;
@@ -124,24 +124,24 @@ impl Driver<'_> {
         let mut freeze = self.freeze.take().ok_or(Error::Interrupted)?;
         let part = self.part.as_ref().ok_or(Error::Interrupted)?;
         let speed = part.claim();
-        let (footprint, targets) = (self.footprint()?, self.targets()?);
+        let (objects, targets) = (self.objects()?, self.targets()?);
         // Subscribed before the transaction, because its jobs can end before its reply arrives.
-        let events = footprint.client().events();
-        let transaction = Transaction::grouped(self.actions(footprint, targets, speed));
+        let events = objects.client().events();
+        let transaction = Transaction::grouped(self.actions(objects, targets, speed));
         if job.cancel.is_cancelled() {
             return Err(Stopped::Cancelled);
         }
-        let patience = self.setting.deadlines.stall();
+        let patience = self.context.deadlines.stall();
         if holds_poweroff {
-            footprint.holds_poweroff();
-            let held = tokio::time::timeout(patience, poweroff::hold(&footprint.link())).await;
+            objects.holds_poweroff();
+            let held = tokio::time::timeout(patience, poweroff::hold(&objects.link())).await;
             held.map_err(|_| Error::stalled("QEMU", patience))?
                 .map_err(Error::Lost)?;
         }
         freeze.begin(&job.cancel).await?;
         fault::passed("frozen");
         let written: Vec<bool> = targets.iter().map(Target::mark_written).collect();
-        let client = footprint.client();
+        let client = objects.client();
         let starting = async {
             let started = tokio::time::timeout(patience, client.execute(transaction)).await;
             (started, now())
@@ -184,14 +184,14 @@ impl Driver<'_> {
         })
     }
 
-    fn actions(&self, footprint: &Footprint, targets: &Targets, speed: u64) -> Vec<TransactionAction> {
+    fn actions(&self, objects: &QemuObjects, targets: &Targets, speed: u64) -> Vec<TransactionAction> {
         let disks = &self.job.plan.disks;
-        let has_workers = footprint.link().schema.has(Feature::BackupPerf);
+        let has_workers = objects.link().schema.has(Feature::BackupPerf);
         let small_steps = self.job.plan.copies_in_small_steps();
         let actions = targets.iter().zip(disks).enumerate();
         actions
             .map(|(index, (target, disk))| {
-                let mut backup = backup(&footprint.names, index, target, disk, share(speed, disks.len()));
+                let mut backup = backup(&objects.names, index, target, disk, share(speed, disks.len()));
                 backup.x_perf = has_workers.then(|| perf(small_steps));
                 TransactionAction::BlockdevBackup(backup)
             })
@@ -202,7 +202,7 @@ impl Driver<'_> {
     pub(super) async fn check_start(&self) -> Result<RunState, Stopped> {
         self.check_sources().await?;
         // Some versions of QEMU copy a disk even after a migration, while another QEMU writes to it.
-        let link = self.footprint()?.link();
+        let link = self.objects()?.link();
         let ask = || {
             let link = link.clone();
             async move { link.run_state().await }
@@ -218,20 +218,20 @@ impl Driver<'_> {
     pub(super) async fn follow(&mut self) -> Result<Fact, Stopped> {
         let started = self.started.take();
         if self.part.is_none() {
-            self.part = Some(self.setting.bandwidth.resume(self.job));
+            self.part = Some(self.context.bandwidth.resume(self.job));
         }
         let part = self.part.as_ref().ok_or(Error::Interrupted)?;
-        let (footprint, targets) = (self.footprint()?, self.targets()?);
+        let (objects, targets) = (self.objects()?, self.targets()?);
         targets.unlock();
         let (events, speed) = match started {
             Some((events, speed)) => (events, Some(speed)),
-            None => (footprint.client().events(), None),
+            None => (objects.client().events(), None),
         };
-        let mut running = Running::new(self.job, footprint, (speed, part), self.setting.deadlines.stall());
+        let mut running = Running::new(self.job, objects, (speed, part), self.context.deadlines.stall());
         running.show_running();
         tokio::select! {
-            ended = running.run(events, &self.setting.stop) => ended?,
-            failed = write_back(targets, self.setting) => match failed? {},
+            ended = running.run(events, &self.context.stop) => ended?,
+            failed = write_back(targets, self.context) => match failed? {},
         }
         if let Err(stopped) = running.judge() {
             return Err(self.explain(targets, stopped).await);
@@ -256,7 +256,7 @@ impl Driver<'_> {
         let target = targets.iter().find(|target| target.disk == disk);
         if let Some(target) = target
             && let Some(look) = target.free_space()
-            && let Ok(Ok(free)) = tokio::time::timeout(BRIEFLY, blocking(self.setting, look)).await
+            && let Ok(Ok(free)) = tokio::time::timeout(BRIEFLY, blocking(self.context, look)).await
             && free < COPIED_AT_ONCE
         {
             let target = target.label.clone();
@@ -273,14 +273,14 @@ impl Driver<'_> {
     /// Fails unless QEMU copies the images that the guest writes to. If another client created a snapshot during the
     /// preparation, the guest writes to a new image above them.
     async fn check_sources(&self) -> Result<(), Stopped> {
-        let footprint = self.footprint()?;
-        let link = footprint.link();
+        let objects = self.objects()?;
+        let link = objects.link();
         let ask = || {
             let link = link.clone();
             async move { link.disks().await }
         };
         let now = self.ask(ask).await?;
-        check_snapshot(self.job, footprint, &now)?;
+        check_snapshot(self.job, objects, &now)?;
         sentinel::check_sizes(&self.job.plan, &now)?;
         self.keep_disks(&link, now);
         Ok(())
@@ -300,11 +300,11 @@ impl Driver<'_> {
                 }
             }
         };
-        let patience = self.setting.deadlines.stall();
+        let patience = self.context.deadlines.stall();
         let now = tokio::select! {
             now = tokio::time::timeout(patience, look) => now,
             () = self.job.cancel.cancelled() => return Err(Stopped::Cancelled),
-            () = self.setting.stop.cancelled() => return Err(Stopped::Detached),
+            () = self.context.stop.cancelled() => return Err(Stopped::Detached),
         };
         Ok(now.map_err(|_| Error::stalled("QEMU", patience))??)
     }

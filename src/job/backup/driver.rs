@@ -12,8 +12,8 @@ use crate::domain::{Disk, Link};
 use crate::fault;
 use crate::job::bandwidth::Part;
 use crate::job::error::Stopped;
-use crate::job::footprint::Footprint;
-use crate::job::manager::{Ending, Setting, Shares};
+use crate::job::manager::{Ending, JobContext, Shares};
+use crate::job::objects::QemuObjects;
 use crate::job::quiesce::Freeze;
 use crate::job::record::Residue;
 use crate::job::{self, Error, Job, Outcome, Reservation, show_ended};
@@ -26,9 +26,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// One backup with the resources of the process that works on it.
 pub(in crate::job) struct Driver<'a> {
     pub(super) job: &'a Arc<Job>,
-    pub(super) setting: &'a Setting,
+    pub(super) context: &'a JobContext,
     /// `None` if the domain cannot be reached.
-    pub(in crate::job) footprint: Option<Footprint>,
+    pub(in crate::job) objects: Option<QemuObjects>,
     /// `None` while a hung thread owns them.
     pub(in crate::job) targets: Option<Targets>,
     /// Present if this process is about to freeze the guest.
@@ -55,11 +55,11 @@ pub(in crate::job) struct Driver<'a> {
 }
 
 impl<'a> Driver<'a> {
-    pub(in crate::job) fn new(job: &'a Arc<Job>, setting: &'a Setting) -> Self {
+    pub(in crate::job) fn new(job: &'a Arc<Job>, context: &'a JobContext) -> Self {
         Self {
             job,
-            setting,
-            footprint: None,
+            context,
+            objects: None,
             targets: None,
             freeze: None,
             part: None,
@@ -89,8 +89,8 @@ impl<'a> Driver<'a> {
             if state != recorded {
                 match self.record(&state).await {
                     Ok(()) => recorded = state.clone(),
-                    // Only `record_end` returns this, when the service stops before the outcome is recorded. The targets are
-                    // durable or given up by then.
+                    // Only `record_end` returns this, when the service stops before the outcome is recorded. The
+                    // targets are durable or given up by then.
                     Err(Stopped::Detached) => {
                         // Ignored, because the outcome can no longer change.
                         let _ = self.detach().await;
@@ -156,9 +156,9 @@ impl<'a> Driver<'a> {
         if let State::Ended(_) = state {
             return self.record_end(state).await;
         }
-        let state = job::record::journal(state, self.setting.boot)?;
+        let state = job::record::journal(state, self.context.boot)?;
         Ok(self
-            .setting
+            .context
             .catalog
             .reached(self.job.id, state)
             .await
@@ -173,25 +173,25 @@ impl<'a> Driver<'a> {
             Some(verdict) => verdict.outcome.clone(),
         };
         show_ended(self.job, &outcome);
-        let mut told = false;
+        let mut reported = false;
         loop {
             let recorded = async {
-                let ended = self.job.end_record(&outcome, state, self.setting.boot)?;
+                let ended = self.job.end_record(&outcome, state, self.context.boot)?;
                 let end =
-                    self.setting
+                    self.context
                         .catalog
-                        .end(self.job.id, ended, self.made.clone(), self.setting.history);
+                        .end(self.job.id, ended, self.made.clone(), self.context.history);
                 Ok::<_, Error>(end.await?)
             };
             match recorded.await {
                 Ok(()) => return Ok(()),
-                Err(error) if !told => {
-                    told = true;
+                Err(error) if !reported => {
+                    reported = true;
                     tracing::error!(job = self.job.id, %error, "cannot record the outcome of a backup: trying again");
                 }
                 Err(_) => {}
             }
-            let stop = &self.setting.stop;
+            let stop = &self.context.stop;
             if stop
                 .run_until_cancelled(tokio::time::sleep(RETRY))
                 .await
@@ -223,7 +223,7 @@ impl<'a> Driver<'a> {
             job = self.job.id,
             "leaving the backup to a later instance of the service"
         );
-        let failed = job::blocking(self.setting, move || match targets.close_writeback() {
+        let failed = job::blocking(self.context, move || match targets.close_writeback() {
             Ok(()) => {
                 drop(targets.leave());
                 None
@@ -239,8 +239,8 @@ impl<'a> Driver<'a> {
         }
     }
 
-    pub(super) fn footprint(&self) -> Result<&Footprint, Error> {
-        self.footprint.as_ref().ok_or(Error::NotClosed)
+    pub(super) fn objects(&self) -> Result<&QemuObjects, Error> {
+        self.objects.as_ref().ok_or(Error::NotClosed)
     }
 
     pub(super) fn targets(&self) -> Result<&Targets, Error> {
@@ -253,6 +253,6 @@ impl<'a> Driver<'a> {
 
     /// A hung thread owns the targets.
     pub(super) fn stalled(&self) -> Error {
-        Error::stalled("the storage", self.setting.deadlines.stall())
+        Error::stalled("the storage", self.context.deadlines.stall())
     }
 }

@@ -10,7 +10,7 @@ use super::state::{Copying, Fact, State};
 use crate::catalog::{self, BackupRecord};
 use crate::job::chain::checkpoint_name;
 use crate::job::error::Stopped;
-use crate::job::footprint::Footprint;
+use crate::job::objects::QemuObjects;
 use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown, blocking};
 use crate::model;
 use crate::offload::{self, Progress, unless_stalled};
@@ -24,8 +24,8 @@ impl Driver<'_> {
     /// Dismisses the jobs and closes the images in QEMU. The caller has recorded the jobs' outcome.
     pub(super) async fn close_images(&mut self) -> Result<Fact, Stopped> {
         self.show_finishing();
-        let patience = self.setting.deadlines.stall();
-        let closed = self.footprint()?.close_images(self.job.plan.disks.len());
+        let patience = self.context.deadlines.stall();
+        let closed = self.objects()?.close_images(self.job.plan.disks.len());
         let closed = tokio::time::timeout(patience, closed).await;
         closed.map_err(|_| Error::stalled("QEMU", patience))??;
         Ok(Fact::Closed)
@@ -46,28 +46,28 @@ impl Driver<'_> {
     async fn release_all(&self, state: &State) -> bool {
         let undo = state.verdict();
         let stalled = undo.is_some_and(|verdict| verdict.stalled);
-        let Some(footprint) = &self.footprint else {
+        let Some(objects) = &self.objects else {
             return !self.qemu_is_gone;
         };
-        footprint.let_poweroff_go(BRIEFLY).await;
+        objects.allow_poweroff(BRIEFLY).await;
         if stalled {
             return true;
         }
         if self.resumed && undo.is_some() && state.files().is_some() {
-            self.empty_lost_files(footprint).await;
+            self.empty_lost_files(objects).await;
         }
         let is_closed = matches!(state, State::Closed(_)) && !self.resumed;
         let released = async {
             match is_closed {
-                true => footprint.release_closed(self.job.plan.disks.len()).await,
-                false => footprint.release().await,
+                true => objects.release_closed(self.job.plan.disks.len()).await,
+                false => objects.release().await,
             }
         };
-        let released = tokio::time::timeout(self.setting.deadlines.stall(), released).await;
+        let released = tokio::time::timeout(self.context.deadlines.stall(), released).await;
         let why = match released {
             Ok(Ok(())) => {
                 if state.may_have_paused_guest() {
-                    resume_guest(self.job, footprint).await;
+                    resume_guest(self.job, objects).await;
                 }
                 return false;
             }
@@ -84,15 +84,15 @@ impl Driver<'_> {
 
     /// Empties files that the caller passed as descriptors. The service's own descriptors ended with the earlier
     /// process, so only QEMU can do it.
-    async fn empty_lost_files(&self, footprint: &Footprint) {
+    async fn empty_lost_files(&self, objects: &QemuObjects) {
         let disks = self.job.plan.disks.iter().enumerate();
         let passed = disks.filter(|(_, disk)| matches!(disk.place, Place::Descriptor(_)));
         let passed: Vec<usize> = passed.map(|(index, _)| index).collect();
         if passed.is_empty() {
             return;
         }
-        let emptied = footprint.empty_files(&passed);
-        let why = match tokio::time::timeout(self.setting.deadlines.stall(), emptied).await {
+        let emptied = objects.empty_files(&passed);
+        let why = match tokio::time::timeout(self.context.deadlines.stall(), emptied).await {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error.to_string(),
             Err(_) => "QEMU does not answer".to_owned(),
@@ -139,15 +139,15 @@ impl Driver<'_> {
         let _interrupt = interrupt.clone().drop_guard();
         let (counted, interrupted) = (progress.clone(), interrupt.clone());
         let shares = self.shares.clone();
-        let work = blocking(self.setting, move || {
+        let work = blocking(self.context, move || {
             let _shares = shares;
             let result = work(&targets, &counted, &interrupted);
             // If the caller has given up, this drops the targets, which discards them.
             (targets, result)
         });
-        let work = unless_stalled(|| progress.get(), self.setting.deadlines.stall(), work);
+        let work = unless_stalled(|| progress.get(), self.context.deadlines.stall(), work);
         tokio::pin!(work);
-        let stop = &self.setting.stop;
+        let stop = &self.context.stop;
         let worked = tokio::select! {
             worked = &mut work => worked,
             () = self.job.cancel.cancelled() => { interrupt.cancel(); work.await }
@@ -173,7 +173,7 @@ impl Driver<'_> {
         }
         let targets = self.take_targets()?;
         let manifest = match targets.in_store() {
-            true => manifest(self.job, copying, digests, self.setting.catalog.key()),
+            true => manifest(self.job, copying, digests, self.context.catalog.key()),
             false => Ok(Vec::new()),
         };
         let (manifest, document) = match (manifest, self.job.definition()) {
@@ -219,7 +219,7 @@ impl Driver<'_> {
     ) -> Result<(), Stopped> {
         let (job, progress) = (self.job.clone(), Progress::default());
         let (counted, shares) = (progress.clone(), self.shares.clone());
-        let work = blocking(self.setting, move || {
+        let work = blocking(self.context, move || {
             let _shares = shares;
             let records: Vec<(&str, &[u8])> = records
                 .iter()
@@ -234,7 +234,7 @@ impl Driver<'_> {
             }
         });
         tokio::pin!(work);
-        let stall = self.setting.deadlines.stall();
+        let stall = self.context.deadlines.stall();
         let (targets, published) = match unless_stalled(|| progress.get(), stall, &mut work).await {
             Some(published) => published,
             None if self.job.give_up() => return Err(self.stalled().into()),
@@ -257,7 +257,7 @@ impl Driver<'_> {
     /// reads the store again.
     async fn raise_generation(&self) {
         if let Some(made) = &self.made {
-            self.setting.generations.raise(&made.store).await;
+            self.context.generations.raise(&made.store).await;
         }
     }
 
@@ -279,9 +279,9 @@ impl Driver<'_> {
         self.show_finishing();
         let patience = match state.verdict() {
             Some(verdict) if verdict.stalled => BRIEFLY,
-            _ => self.setting.deadlines.stall(),
+            _ => self.context.deadlines.stall(),
         };
-        let left = discard(self.setting, self.targets.take(), patience).await;
+        let left = discard(self.context, self.targets.take(), patience).await;
         Fact::Discarded {
             on_disk: left || self.unknown,
         }
@@ -302,21 +302,21 @@ impl Driver<'_> {
         if job.has_checkpoints()
             && !stalled
             && !ended.in_qemu
-            && let Some(footprint) = self.footprint.take()
+            && let Some(objects) = self.objects.take()
         {
-            self.settle_checkpoints(&footprint).await;
+            self.prune_checkpoints(&objects).await;
         }
         // Freed before the announcement, because a client may start the next backup as soon as it knows the outcome.
         drop((reservation, self.shares.take()));
         job.update(|status| status.outcome = Some(outcome));
         let cached = std::mem::take(&mut self.cached);
-        blocking(self.setting, move || cached.release()).await;
+        blocking(self.context, move || cached.release()).await;
     }
 
-    async fn settle_checkpoints(&self, footprint: &Footprint) {
+    async fn prune_checkpoints(&self, objects: &QemuObjects) {
         let kept = self.disks.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let settled = footprint.settle_checkpoints(kept, self.setting);
-        let why = match tokio::time::timeout(self.setting.deadlines.stall(), settled).await {
+        let settled = objects.prune_checkpoints(kept, self.context);
+        let why = match tokio::time::timeout(self.context.deadlines.stall(), settled).await {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error.to_string(),
             Err(_) => "QEMU does not answer".to_owned(),
@@ -347,13 +347,13 @@ impl Driver<'_> {
 
 /// Removes the targets of a failed job. Returns whether some may remain.
 pub(in crate::job) async fn discard(
-    setting: &crate::job::manager::Setting,
+    context: &crate::job::manager::JobContext,
     targets: Option<Targets>,
     patience: Duration,
 ) -> bool {
     let Some(targets) = targets else { return true };
     let discard = move |progress: &Progress| targets.discard(progress);
-    !offload::watched(&setting.activity, patience, discard)
+    !offload::watched(&context.activity, patience, discard)
         .await
         .unwrap_or(false)
 }
@@ -418,10 +418,10 @@ fn manifest(
 /// Resumes the guest if QEMU paused it because the target failed.
 ///
 /// A guest's write to a part that is not copied yet fails with the target (copy-before-write). By default, a device
-/// pauses the guest if the target is full (`werror=enospc`). Without the backup, the repeated write reaches the disk. If
-/// the disk itself failed, QEMU pauses the guest again.
-pub(super) async fn resume_guest(job: &Job, footprint: &Footprint) {
-    let link = footprint.link();
+/// pauses the guest if the target is full (`werror=enospc`). Without the backup, the repeated write reaches the disk.
+/// If the disk itself failed, QEMU pauses the guest again.
+pub(super) async fn resume_guest(job: &Job, objects: &QemuObjects) {
+    let link = objects.link();
     let resumed = async {
         match link.run_state().await?.is_io_error() {
             true => link.resume_guest().await.map(|()| true),

@@ -13,5 +13,5 @@ mod walk;
 
 pub(super) use driver::Driver;
 pub(super) use end::discard;
-pub(super) use resume::{find_published, resume, sweep, thaw};
+pub(super) use resume::{clean_up, find_published, resume, thaw};
 pub(super) use state::{Ended, Evidence, Fact, Reached, State};

@@ -16,8 +16,8 @@ use crate::error;
 use crate::job::bandwidth::Part;
 use crate::job::boot::BootId;
 use crate::job::error::Stopped;
-use crate::job::footprint::Footprint;
-use crate::job::manager::{Ending, Setting};
+use crate::job::manager::{Ending, JobContext};
+use crate::job::objects::QemuObjects;
 use crate::job::record::{self, Residue};
 use crate::job::{Error, Job, Reservation, blocking, quiesce};
 use crate::offload::Progress;
@@ -32,13 +32,13 @@ struct Known {
 }
 
 impl Known {
-    fn on_record(job: &JobRecord, setting: &Setting) -> Self {
+    fn on_record(job: &JobRecord, context: &JobContext) -> Self {
         let Ok((boot, state)) = record::read_journal(job) else {
             return Self::default();
         };
         Self {
             files: state.files().map(<[TargetId]>::to_vec),
-            same_boot: boot == setting.boot,
+            same_boot: boot == context.boot,
         }
     }
 }
@@ -49,7 +49,7 @@ pub(in crate::job) async fn resume(
     record: &JobRecord,
     (boot, state): (BootId, State),
     (mut reservation, part): (Reservation, Option<Part>),
-    setting: &Setting,
+    context: &JobContext,
 ) -> Ending {
     tracing::info!(
         job = job.id,
@@ -57,14 +57,14 @@ pub(in crate::job) async fn resume(
         step = record.step,
         "resuming a backup after a restart of the service"
     );
-    let same_boot = boot == setting.boot;
+    let same_boot = boot == context.boot;
     let known = Known {
         files: state.files().map(<[TargetId]>::to_vec),
         same_boot,
     };
-    let patience = setting.deadlines.stall();
-    let found = tokio::time::timeout(patience, find_targets(job, known, setting)).await;
-    let mut driver = Driver::new(job, setting);
+    let patience = context.deadlines.stall();
+    let found = tokio::time::timeout(patience, find_targets(job, known, context)).await;
+    let mut driver = Driver::new(job, context);
     driver.resumed = true;
     driver.part = part;
     let mut evidence = Evidence {
@@ -86,14 +86,14 @@ pub(in crate::job) async fn resume(
     }
     job.recovered(evidence.published);
     if same_boot {
-        match reach(job, record, &mut reservation, setting).await {
-            Ok((reached, footprint)) => {
+        match reach(job, record, &mut reservation, context).await {
+            Ok((reached, objects)) => {
                 evidence.qemu = reached;
-                driver.footprint = footprint;
+                driver.objects = objects;
             }
             Err(()) => {
                 if let Some(targets) = driver.targets.take() {
-                    blocking(setting, move || drop(targets.leave())).await;
+                    blocking(context, move || drop(targets.leave())).await;
                 }
                 return Ending::Detached;
             }
@@ -101,9 +101,9 @@ pub(in crate::job) async fn resume(
     }
     driver.qemu_is_gone = evidence.qemu == Reached::Gone;
     if state.holds_poweroff()
-        && let Some(footprint) = &driver.footprint
+        && let Some(objects) = &driver.objects
     {
-        footprint.holds_poweroff();
+        objects.holds_poweroff();
     }
     driver
         .drive(state, Fact::Resumed(evidence), Some(reservation))
@@ -115,18 +115,18 @@ async fn reach(
     job: &Arc<Job>,
     record: &JobRecord,
     reservation: &mut Reservation,
-    setting: &Setting,
-) -> Result<(Reached, Option<Footprint>), ()> {
+    context: &JobContext,
+) -> Result<(Reached, Option<QemuObjects>), ()> {
     let identity = job.identity();
-    let reach = setting.domains.reach(&identity, setting.deadlines.reconnect());
-    Ok(match setting.stop.run_until_cancelled(reach).await.ok_or(())? {
+    let reach = context.domains.reach(&identity, context.deadlines.reconnect());
+    Ok(match context.stop.run_until_cancelled(reach).await.ok_or(())? {
         Reach::Connected(domain, link) => {
             reservation.add(&domain);
             // Otherwise `thaw` has already done this.
             if may_be_frozen(record) && (job.domain.agent.is_none() || job.domain.id != domain.id) {
                 quiesce::thaw_again(&domain).await;
             }
-            (Reached::Yes, Some(Footprint::of(job, domain, link, setting)))
+            (Reached::Yes, Some(QemuObjects::of(job, domain, link, context)))
         }
         Reach::Gone => (Reached::Gone, None),
         Reach::Late => (Reached::Late, None),
@@ -139,11 +139,9 @@ impl Driver<'_> {
         let State::Starting { not_before, .. } = state else {
             return Err(Error::Interrupted.into());
         };
-        let footprint = self.footprint()?;
-        let infos = footprint
-            .query_jobs_within(self.setting.deadlines.stall())
-            .await?;
-        let there = infos.iter().any(|info| footprint.names.own(&info.id));
+        let objects = self.objects()?;
+        let infos = objects.query_jobs_within(self.context.deadlines.stall()).await?;
+        let there = infos.iter().any(|info| objects.names.own(&info.id));
         // Without the reply, nobody knows whether the guest was frozen at the point in time.
         if !there || self.job.plan.quiesce == Some(Quiesce::Require) {
             return Err(Error::Interrupted.into());
@@ -173,13 +171,13 @@ fn may_be_frozen(record: &JobRecord) -> bool {
 }
 
 /// Thaws a guest that may be frozen since an earlier instance ended. The service does this before all other recovery.
-pub(in crate::job) async fn thaw(record: JobRecord, setting: &Setting) {
+pub(in crate::job) async fn thaw(record: JobRecord, context: &JobContext) {
     if may_be_frozen(&record)
         && let Ok(identity) = record::identity(record.id, &record.domain)
-        && let Some(domain) = setting.domains.identified(&identity)
+        && let Some(domain) = context.domains.identified(&identity)
     {
         let thawed = quiesce::thaw_again(&domain);
-        setting.stop.run_until_cancelled(thawed).await;
+        context.stop.run_until_cancelled(thawed).await;
     }
 }
 
@@ -187,12 +185,12 @@ pub(in crate::job) async fn thaw(record: JobRecord, setting: &Setting) {
 /// other queued backup. Fails if the storage hangs.
 pub(in crate::job) async fn find_published(
     job: &Arc<Job>,
-    setting: &Setting,
+    context: &JobContext,
 ) -> Result<Option<Targets>, Error> {
-    let patience = setting.deadlines.stall();
+    let patience = context.deadlines.stall();
     let sought = job.clone();
     let find = move || Untaken(Some(find(&sought, &Known::default()).targets));
-    let found = tokio::time::timeout(patience, blocking(setting, find)).await;
+    let found = tokio::time::timeout(patience, blocking(context, find)).await;
     let mut untaken = found.map_err(|_| Error::stalled("the storage", patience))?;
     let targets = untaken.0.take();
     if targets
@@ -201,7 +199,7 @@ pub(in crate::job) async fn find_published(
     {
         return Ok(targets);
     }
-    blocking(setting, move || drop(targets)).await;
+    blocking(context, move || drop(targets)).await;
     Ok(None)
 }
 
@@ -222,22 +220,22 @@ fn find(job: &Job, known: &Known) -> Found {
     Targets::find(&job.plan, &job.backup_id, files, known.same_boot)
 }
 
-async fn find_targets(job: &Arc<Job>, known: Known, setting: &Setting) -> Found {
+async fn find_targets(job: &Arc<Job>, known: Known, context: &JobContext) -> Found {
     let job = job.clone();
-    blocking(setting, move || find(&job, &known)).await
+    blocking(context, move || find(&job, &known)).await
 }
 
 /// Removes the residue of an ended job as soon as it can be reached, and records the removal.
-pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Setting) {
+pub(in crate::job) async fn clean_up(job: &Arc<Job>, residue: Residue, context: &JobContext) {
     if residue.on_disk {
-        let known = match setting.catalog.ended_job(job.id).await {
-            Ok(Some(ended)) => Known::on_record(&ended, setting),
+        let known = match context.catalog.ended_job(job.id).await {
+            Ok(Some(ended)) => Known::on_record(&ended, context),
             _ => Known::default(),
         };
-        let found = find_targets(job, known, setting).await;
+        let found = find_targets(job, known, context).await;
         let unknown = found.unknown;
-        if blocking(setting, move || found.targets.discard(&Progress::default())).await && !unknown {
-            cleared(job.id, Leftover::OnDisk, setting).await;
+        if blocking(context, move || found.targets.discard(&Progress::default())).await && !unknown {
+            cleared(job.id, Leftover::OnDisk, context).await;
         }
     }
     if !residue.in_qemu {
@@ -246,42 +244,42 @@ pub(in crate::job) async fn sweep(job: &Arc<Job>, residue: Residue, setting: &Se
     let identity = job.identity();
     // Keeps the service running only for a known domain. An unknown domain may never return; if it does, a later
     // instance removes the residue.
-    let known = setting.domains.identified(&identity);
-    let _needed = known.map(|_| setting.activity.begin());
+    let known = context.domains.identified(&identity);
+    let _needed = known.map(|_| context.activity.begin());
     let free = async {
         loop {
-            match setting.domains.reach(&identity, Duration::MAX).await {
+            match context.domains.reach(&identity, Duration::MAX).await {
                 Reach::Gone => return true,
                 Reach::Late => return false,
                 Reach::Connected(domain, link) => {
-                    let footprint = Footprint::of(job, domain, link, setting);
+                    let objects = QemuObjects::of(job, domain, link, context);
                     if residue.holds_poweroff {
-                        footprint.holds_poweroff();
+                        objects.holds_poweroff();
                     }
-                    match footprint.release_gently().await {
+                    match objects.release_gently().await {
                         Ok(()) => {
                             if residue.may_have_paused_guest {
-                                resume_guest(job, &footprint).await;
+                                resume_guest(job, &objects).await;
                             }
                             return true;
                         }
                         Err(error) => {
                             tracing::warn!(job = job.id, %error, "QEMU still has objects of the backup");
-                            tokio::time::sleep(setting.deadlines.reconnect()).await;
+                            tokio::time::sleep(context.deadlines.reconnect()).await;
                         }
                     }
                 }
             }
         }
     };
-    if setting.stop.run_until_cancelled(free).await == Some(true) {
-        cleared(job.id, Leftover::InQemu, setting).await;
+    if context.stop.run_until_cancelled(free).await == Some(true) {
+        cleared(job.id, Leftover::InQemu, context).await;
     }
 }
 
-async fn cleared(id: u32, what: Leftover, setting: &Setting) {
+async fn cleared(id: u32, what: Leftover, context: &JobContext) {
     tracing::info!(job = id, ?what, "removed the residue of a job");
-    if let Err(error) = setting.catalog.cleared(id, what).await {
+    if let Err(error) = context.catalog.cleared(id, what).await {
         tracing::warn!(job = id, %error, "cannot record the removal of a job's residue");
     }
 }

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::window::Counts;
-use crate::job::footprint::Footprint;
+use crate::job::objects::QemuObjects;
 use crate::qmp::block::{
     BlockDeviceStats, BlockLatencyHistogramInfo, BlockLatencyHistogramSet, BlockStats, QueryBlockstats,
 };
@@ -15,7 +15,7 @@ use crate::qmp::{self, Done, Feature};
 /// The timeout of QEMU's answer.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Histograms of other clients with more bins are ignored.
-const MOST_BINS: usize = 1024;
+const MAX_BINS: usize = 1024;
 /// The ratio of the 99th percentile to the mean for an exponential distribution: ln 100.
 const P99_OF_MEAN: f64 = 4.6;
 
@@ -107,7 +107,7 @@ pub fn reading(device: &BlockStats, histogram: &Histogram) -> Reading {
 impl BlockLatencyHistogramInfo {
     /// Returns `None` if the histogram cannot distinguish late writes from others.
     fn counts(&self, own: &Histogram) -> Option<Counts> {
-        if self.bins.len() != self.boundaries.len() + 1 || self.bins.len() > MOST_BINS {
+        if self.bins.len() != self.boundaries.len() + 1 || self.bins.len() > MAX_BINS {
             return None;
         }
         let [three_quarters, most, _] = own.boundaries;
@@ -166,7 +166,7 @@ impl Reading {
     }
 }
 
-impl Footprint {
+impl QemuObjects {
     pub async fn query_devices(&self) -> qmp::Result<Vec<BlockStats>> {
         self.client().execute_within(ANSWER, QueryBlockstats {}).await
     }
@@ -323,7 +323,7 @@ mod tests {
         for useless in [
             bins(&[1_000_000, 100_000_000], &[1, 2, 3]),
             bins(&[8_000_000], &[1]),
-            bins(&vec![8_000_000; MOST_BINS], &vec![0; MOST_BINS + 1]),
+            bins(&vec![8_000_000; MAX_BINS], &vec![0; MAX_BINS + 1]),
             device(BlockDeviceStats::default()),
         ] {
             assert_eq!(reading(&useless, &own), sum);

@@ -15,7 +15,7 @@ use controller::Controller;
 use histograms::{Reading, reading};
 use window::Window;
 
-use super::footprint::Footprint;
+use super::objects::QemuObjects;
 use crate::plan::Plan;
 use crate::qmp;
 use crate::qmp::block::BlockStats;
@@ -79,9 +79,9 @@ impl Latency {
     }
 
     /// Sets a latency histogram on each disk that has none. Histograms of other clients stay.
-    pub async fn begin(&mut self, footprint: &Footprint) -> qmp::Result<()> {
+    pub async fn begin(&mut self, objects: &QemuObjects) -> qmp::Result<()> {
         let devices: Vec<&str> = self.disks.iter().map(|disk| disk.device.as_str()).collect();
-        footprint.set_histograms(&self.histogram, &devices).await
+        objects.set_histograms(&self.histogram, &devices).await
     }
 
     /// Postpones the query, because QEMU did not answer.

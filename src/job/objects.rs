@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::latency::Histogram;
-use super::manager::Setting;
+use super::manager::JobContext;
 use super::{Error, Job};
 use crate::domain::{Disk, Domain, Link};
 use crate::model::Format;
@@ -88,7 +88,7 @@ const CACHE: CacheOptions = CacheOptions {
 };
 
 /// The objects of one job in one QEMU.
-pub struct Footprint {
+pub struct QemuObjects {
     pub(super) domain: Arc<Domain>,
     /// The monitor connection; replaced after a reconnect.
     link: Mutex<Arc<Link>>,
@@ -103,9 +103,9 @@ pub struct Footprint {
     holds_poweroff: AtomicBool,
 }
 
-impl Footprint {
+impl QemuObjects {
     /// Creates the names of a job's objects in the QEMU behind `link`. Creates nothing in QEMU.
-    pub fn of(job: &Job, domain: Arc<Domain>, link: Arc<Link>, setting: &Setting) -> Self {
+    pub fn of(job: &Job, domain: Arc<Domain>, link: Arc<Link>, context: &JobContext) -> Self {
         // The suffix of a backup's id is unique by itself.
         let tag = job.backup_id.rsplit('-').next().unwrap_or(&job.backup_id);
         Self {
@@ -114,7 +114,7 @@ impl Footprint {
             names: Names::new(tag),
             passed: Mutex::default(),
             histogram: histogram(job, tag),
-            reconnect: setting.deadlines.reconnect(),
+            reconnect: context.deadlines.reconnect(),
             holds_poweroff: AtomicBool::new(false),
         }
     }
@@ -128,7 +128,7 @@ impl Footprint {
         self.holds_poweroff.load(Ordering::Relaxed)
     }
 
-    pub fn poweroff_let_go(&self) {
+    pub fn forget_poweroff_hold(&self) {
         self.holds_poweroff.store(false, Ordering::Relaxed);
     }
 

@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_domain_with_two_is_free_after_both() {
+    fn a_domain_with_two_jobs_is_free_after_both() {
         let mut busy = Busy::default();
         busy.begin("web", ROOT);
         busy.begin("web", USER);

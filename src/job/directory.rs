@@ -55,7 +55,8 @@ pub(super) async fn choose(
 }
 
 /// Returns the directory that the domain continues to use. That is the one used under its present name. Otherwise it is
-/// one of a former name, unless another domain with the same UUID (such as the original of a clone) has that name now.
+/// one of a former name. Such a name does not count if another domain with the same UUID, such as the original of a
+/// clone, has it now.
 fn own_directory<'a>(used: &'a [Used], domain: &Domain, context: &JobContext) -> Option<&'a Used> {
     if let Some(named) = used.iter().find(|used| used.names.contains(&domain.name)) {
         return Some(named);

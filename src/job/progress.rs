@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn no_end_is_expected_while_nothing_moves() {
+    fn no_end_is_estimated_without_progress() {
         let mut meter = Meter::new();
         let start = Instant::now();
         meter.measure(start, 0);
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_limit_never_becomes_none() {
+    fn a_small_limit_never_becomes_unlimited() {
         assert_eq!(share(0, 3), 0);
         assert_eq!(share(9, 3), 3);
         assert_eq!(share(2, 3), 1);

@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn users_take_turns_whatever_each_has_queued_before() {
+    fn users_take_turns_regardless_of_earlier_backups() {
         let mut queue = queue(1, 1, &[]);
         for domain in ["a1", "a2", "a3", "a4"] {
             queue.join(claim(1000, domain, "s"));
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn root_has_every_other_place_and_one_beside_all() {
+    fn root_gets_every_second_place_and_one_beyond_the_limits() {
         let mut queue = queue(2, 2, &[]);
         for uid in 1000..1006 {
             queue.join(claim(uid, &format!("u{uid}"), "s"));
@@ -432,13 +432,17 @@ mod tests {
         end(&mut queue, "r1");
         assert_eq!(domains(&start(&mut queue)), "r2");
         end(&mut queue, "u1001");
-        assert_eq!(domains(&start(&mut queue)), "u1002", "root has one already");
+        assert_eq!(
+            domains(&start(&mut queue)),
+            "u1002",
+            "a backup of root already runs"
+        );
         end(&mut queue, "r2");
         assert_eq!(domains(&start(&mut queue)), "r3");
     }
 
     #[test]
-    fn a_user_has_no_more_places_than_its_own_and_a_store_no_more_than_its() {
+    fn users_and_stores_never_exceed_their_limits() {
         let mut queue = queue(8, 3, &[("slow", 1)]);
         for domain in ["a1", "a2"] {
             queue.join(claim(1000, domain, "slow"));
@@ -451,7 +455,11 @@ mod tests {
         end(&mut queue, "a1");
         assert_eq!(domains(&start(&mut queue)), "b1 a5");
         queue.join(claim(ROOT, "r1", "slow"));
-        assert_eq!(domains(&start(&mut queue)), "r1", "one of root's beside it");
+        assert_eq!(
+            domains(&start(&mut queue)),
+            "r1",
+            "one of root's runs beyond the limit"
+        );
         end(&mut queue, "b1");
         assert_eq!(domains(&start(&mut queue)), "", "the store has root's");
         end(&mut queue, "r1");
@@ -494,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn two_that_run_for_one_domain_after_a_restart_count_each_for_itself() {
+    fn two_running_backups_of_one_domain_count_separately() {
         let mut queue = queue(2, 2, &[("s", 2)]);
         let first = queue.resume(claim(1000, "web", "s"));
         let second = queue.resume(claim(ROOT, "web", "other"));
@@ -508,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn a_domain_has_one_at_a_time_and_roots_comes_first() {
+    fn a_domain_runs_one_backup_at_a_time_and_roots_comes_first() {
         let mut queue = queue(4, 4, &[]);
         queue.join(claim(1000, "web", "s"));
         assert!(queue.blocks("web", 1000) && queue.blocks("web", 1001));

@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_least_limit_counts_and_0_is_none() {
+    fn the_lowest_limit_applies_and_0_means_unlimited() {
         for ([own, share, latency], effective, without_share) in [
             ([0, 0, 0], 0, 0),
             ([5, 0, 0], 5, 5),

@@ -1,8 +1,8 @@
 //! Decides when a copy counts as stalled. Pure: the caller passes the time, and this sends no command.
 //!
 //! Only progress resets the timeout. A changed speed, a lost connection or a QEMU that does not answer must not reset
-//! it. A caller or a QEMU that repeats them could delay the end for ever, while the job keeps its place and its part of
-//! a store's bandwidth.
+//! it. Otherwise a caller or a QEMU could delay the end for ever by repeating them. The job would keep its place and
+//! its part of a store's bandwidth.
 
 use std::time::{Duration, Instant};
 
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_copy_has_its_time_from_the_cancel_and_no_more() {
+    fn the_timeout_of_a_cancelled_copy_starts_at_the_cancellation() {
         let mut clock = Clock::new();
         assert_eq!(clock.after(50_000, Some(1)), None);
         for _ in 0..9 {

@@ -395,7 +395,7 @@ fn no_two_incidents_lose_a_backup_publish_a_torn_one_or_leave_residue() {
 }
 
 #[test]
-fn any_number_of_random_incidents_does_neither() {
+fn no_number_of_random_incidents_does_either() {
     // Knuth's MMIX generator, so that every run has the same walks.
     let mut random = 24301_u64;
     let mut draw = |below: u64| {

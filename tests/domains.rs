@@ -461,7 +461,7 @@ async fn a_bad_file_is_logged_with_its_line_and_the_others_load() {
         let start = log.find(&format!("{name}.toml: "));
         let start = start.unwrap_or_else(|| panic!("{name} is in {log}"));
         let end = log[start..]
-            .find("the file is left out")
+            .find("the file is ignored")
             .expect("it says what follows");
         for word in words {
             assert!(

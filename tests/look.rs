@@ -186,7 +186,7 @@ async fn a_helper_without_the_capability_answers_nothing() {
     let target = scene.image("target");
     let _helper = Helper::start_without(scene.system.dir(), "sys_ptrace");
     let text = scene.refuses(&target, "file", INTERNAL).await;
-    assert!(text.contains("has not both CAP_SYS_PTRACE and"), "{text}");
+    assert!(text.contains("needs both CAP_SYS_PTRACE and"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

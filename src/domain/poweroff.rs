@@ -231,9 +231,12 @@ mod tests {
     impl Started {
         fn new(name: &str, option: &str) -> Self {
             let mut command = std::process::Command::new("sh");
-            command.arg0(name).args(["-c", "read wait", option]);
-            let child = command.stdin(Stdio::piped()).spawn().unwrap();
-            // `spawn` returns after the exec, so the process has its command line.
+            command.arg0(name).args(["-c", "echo; read wait", option]);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut child = command.spawn().unwrap();
+            // `spawn` can return before the kernel has set the command line. The first output proves that the program
+            // runs.
+            child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
             Self(child)
         }
 

@@ -24,8 +24,8 @@ use crate::socket::{Dialer, Purpose};
 
 /// How long a monitor that a caller passes may take to greet.
 const GREETING: Duration = Duration::from_secs(1);
-/// The longest line of a QEMU that a user registers, in bytes (some hundreds of block nodes take 1 MiB); and how many
-/// monitors of one user may send a long line at a time.
+/// The longest line of a QEMU that a user registers, in bytes: some hundreds of block nodes take 1 MiB.
+/// [`LONG_LINES`] is how many monitors of one user may send a long line at a time.
 const LONGEST_LINE: usize = 4 << 20;
 const LONG_LINES: usize = 1;
 /// The memory for the state of the domains that users register, in bytes. A usual domain takes some KiB.

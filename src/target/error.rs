@@ -147,7 +147,7 @@ pub enum Error {
          overlay with 'redirect_dir=on', or delete the backup from the lower layer itself"
     )]
     Immovable { path: String },
-    #[error("cannot find out whether other VMs use what is to be overwritten, so nothing is: {why}")]
+    #[error("cannot find out whether other VMs use the target, so nothing is overwritten: {why}")]
     Unseen { why: String },
     #[error("the plan has no store")]
     NoStore,

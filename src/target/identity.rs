@@ -1,4 +1,4 @@
-//! The identity of a file, independent of its name; and the files that running domains have open.
+//! The identity of a file, independent of its name; and the files that known domains have open.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::look::{self, Look, OpenFile};
 use super::loops;
 
-/// A regular file or a device, independent of links to it.
+/// Identifies a regular file or a device, independent of its links.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileId {
@@ -44,7 +44,7 @@ impl FileId {
         Self::and_owner_at(path).map(|(id, _)| id)
     }
 
-    /// By what is known of it here: a server that does not answer must not keep those waiting who have nothing there.
+    /// Uses cached attributes, so that a network server that hangs does not block callers that have no file there.
     fn and_owner_at(path: &Path) -> Option<(Self, u32)> {
         let known = AtFlags::STATX_DONT_SYNC;
         let found = rustix::fs::statx(CWD, path, known, StatxFlags::BASIC_STATS).ok()?;
@@ -52,19 +52,19 @@ impl FileId {
     }
 }
 
-/// A domain whose files no backup may overwrite, as far as its QEMU can be looked into or believed.
+/// A domain whose files no backup may overwrite, as far as the service can inspect or believe its QEMU.
 #[derive(Debug, Clone)]
 pub struct Holder {
-    /// What it is called.
+    /// The domain's name.
     pub domain: String,
     pub process: Option<u32>,
-    /// What it says that it has open.
+    /// The files that QEMU reports to have open.
     pub files: Vec<PathBuf>,
-    /// The user who registered it: its process and its files have to be that user's to count.
+    /// The user who registered the domain. Its process and its files count only if that user owns them.
     pub owner: Option<u32>,
 }
 
-/// What a process has open.
+/// The open files of a process.
 struct Open {
     by_name: HashMap<PathBuf, FileId>,
     all: Vec<FileId>,
@@ -83,22 +83,22 @@ impl Open {
     }
 }
 
-/// Links to the directories of all block devices, by their numbers.
+/// Has links to the directories of all block devices, by their numbers.
 pub(super) const DEVICES: &str = "/sys/dev/block";
 
-/// Files and devices that no backup may write into, and the domains whose they are.
+/// Files and devices that no backup may write to, and their domains.
 #[derive(Debug, Default)]
 pub struct Sources(HashMap<FileId, Arc<str>>);
 
 impl Sources {
-    /// Looks at what `holders` have open now.
+    /// Lists the files that `holders` have open now.
     ///
-    /// A path means something here only if the process has that file open, under that name. One that does not (a relative
-    /// one, a link, a passed descriptor, one whose file was replaced) is answered by all its open files. So no path is walked
-    /// that could lead to a server that does not answer, but where a process cannot be looked into.
+    /// A reported path counts only if the process has a file open under that name. For any other path (relative, a
+    /// link, a passed descriptor, a replaced file) all open files of the process count. So the service resolves
+    /// paths, which could lead to a server that hangs, only if it cannot inspect the process.
     pub fn of<'a>(look: &Look, holders: impl IntoIterator<Item = &'a Holder>) -> Result<Self, look::Error> {
         let (mut ids, mut session) = (HashMap::new(), look.session());
-        // Many domains can be one process's.
+        // One process can have many domains.
         let mut processes: HashMap<_, Open> = HashMap::new();
         for holder in holders {
             let domain: Arc<str> = holder.domain.as_str().into();
@@ -133,14 +133,17 @@ impl Sources {
         Ok(Self(ids))
     }
 
-    /// The domain of which writing to `id` would write to a file: `id` is one, or a disk with one as its partition, or a
-    /// partition of one, or a device made of one, or a device or file of which one is made.
+    /// Returns the domain whose file or device a write to `id` would change. The function checks whether `id`:
+    ///
+    /// - is such a file or device,
+    /// - is a disk with it as a partition, or a partition of it,
+    /// - is a device on top of it, or a device or file below it.
     pub(super) fn holder(&self, id: FileId) -> Option<&str> {
         let wanted = related(id);
         if let Some(domain) = wanted.iter().find_map(|id| self.0.get(id)) {
             return Some(domain);
         }
-        // Files only: of two partitions of one disk, either is free while the other is a source.
+        // Files only: if one partition of a disk is a source, the other partitions are free.
         let is_made_of_it = |source: FileId| {
             let mut parts = related_to(source, Behind::OfOthers(&wanted)).into_iter();
             parts.any(|part| matches!(part, FileId::File { .. }) && wanted.contains(&part))
@@ -151,7 +154,8 @@ impl Sources {
     }
 }
 
-/// A file or device and what shares bytes with it, as [`related`], and for files also the devices that are made of them.
+/// Returns a file or device and everything that shares bytes with it: [`related`] ones, and for a file the devices on
+/// top of it.
 pub(super) fn sharing(id: FileId) -> Vec<FileId> {
     let mut all = related(id);
     if all.iter().any(|id| matches!(id, FileId::File { .. })) {
@@ -169,7 +173,7 @@ pub(super) fn sharing(id: FileId) -> Vec<FileId> {
     all
 }
 
-/// Paths by which a device or file that shares bytes with `id`, or is it, can be opened here.
+/// Returns paths to open the device or file `of`, which shares bytes with `id`.
 pub(super) fn paths_of(id: FileId, of: FileId) -> Vec<PathBuf> {
     let paths = match of {
         FileId::Device(device) => Vec::from_iter(node_of(device)),
@@ -180,7 +184,7 @@ pub(super) fn paths_of(id: FileId, of: FileId) -> Vec<PathBuf> {
     paths
 }
 
-/// The device's node that the kernel has made.
+/// Returns the node of a device that the kernel has created.
 fn node_of(device: u64) -> Option<PathBuf> {
     let directory = directory_of(Path::new(DEVICES), device)?;
     let text = std::fs::read_to_string(directory.join("uevent")).ok()?;
@@ -188,8 +192,8 @@ fn node_of(device: u64) -> Option<PathBuf> {
     Some(Path::new("/dev").join(name))
 }
 
-/// A file or device, and the files and devices that share bytes with it, as `/sys/dev/block` shows them. Waits for the storage of
-/// the file of a loop device: only for what the caller's own target is, or is made of.
+/// Returns a file or device, and the files and devices that share bytes with it, from `/sys/dev/block`. For the file
+/// of a loop device it waits for the storage, but only below the caller's own target.
 pub(super) fn related(id: FileId) -> Vec<FileId> {
     related_to(id, Behind::Own)
 }
@@ -198,12 +202,12 @@ pub(super) fn related_to(id: FileId, behind: Behind) -> Vec<FileId> {
     related_in(Path::new(DEVICES), id, behind)
 }
 
-/// Whose the files of loop devices are.
+/// The owner of the files of loop devices.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Behind<'a> {
-    /// The caller's own: storage that does not answer is waited for.
+    /// The caller. Lookups wait for storage that hangs.
     Own,
-    /// Somebody's, while these are looked for: storage is waited for only if one of these is on it too.
+    /// Any user. Lookups of these files wait for storage only if one of the files is on it.
     OfOthers(&'a [FileId]),
 }
 
@@ -212,8 +216,8 @@ fn is_on(device: u64, files: &[FileId]) -> bool {
     files.any(|file| matches!(file, FileId::File { device: of, .. } if *of == device))
 }
 
-/// What is made of it, and what it is made of. What is made of the same is not related: of two logical volumes of one group, and
-/// two partitions of one disk, neither has the other's bytes.
+/// Returns the devices on top of a device, and the devices and files below it. Devices that share only a lower device
+/// are not related: two logical volumes of a group, or two partitions of a disk, share no bytes.
 fn related_in(devices: &Path, id: FileId, behind: Behind) -> Vec<FileId> {
     let made_of_it = reach(devices, id, |directory| {
         let mut others = below(&directory.join("holders"));
@@ -238,7 +242,7 @@ fn related_in(devices: &Path, id: FileId, behind: Behind) -> Vec<FileId> {
         .collect()
 }
 
-/// What is reached from a device by any number of steps, itself first; `step` is given the directory of a device.
+/// Returns the device and all devices that any number of steps reach. `step` gets the directory of a device.
 fn reach(devices: &Path, id: FileId, step: impl Fn(&Path) -> Vec<FileId>) -> Vec<FileId> {
     let (mut found, mut next) = (vec![id], 0);
     while let Some(id) = found.get(next).copied() {
@@ -256,7 +260,7 @@ fn reach(devices: &Path, id: FileId, step: impl Fn(&Path) -> Vec<FileId>) -> Vec
     found
 }
 
-/// The paths of the files that a device, or one that shares its bytes, is made of.
+/// Returns the paths of the files below a device, or below one that shares its bytes.
 pub(super) fn backing_files(id: FileId) -> Vec<PathBuf> {
     let devices = related(id).into_iter().filter_map(|id| match id {
         FileId::Device(device) => directory_of(Path::new(DEVICES), device),
@@ -265,19 +269,19 @@ pub(super) fn backing_files(id: FileId) -> Vec<PathBuf> {
     devices.filter_map(|directory| backing_file(&directory)).collect()
 }
 
-/// The directory of a device below `/sys`.
+/// Returns the directory of a device below `/sys`.
 pub(super) fn directory_of(devices: &Path, device: u64) -> Option<PathBuf> {
     let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     std::fs::canonicalize(devices.join(number)).ok()
 }
 
-/// The file of a loop device.
+/// Returns the file of a loop device.
 fn backing_file(directory: &Path) -> Option<PathBuf> {
     let file = std::fs::read_to_string(directory.join("loop/backing_file")).ok()?;
     Some(PathBuf::from(file.trim_end_matches('\n')))
 }
 
-/// The devices whose directories lie in this one.
+/// Returns the devices whose directories are in this one.
 fn below(directory: &Path) -> Vec<FileId> {
     let entries = std::fs::read_dir(directory);
     let entries = entries.into_iter().flatten();
@@ -303,7 +307,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_made_of_the_same_device_is_not_related() {
+    fn devices_on_top_of_the_same_device_are_not_related() {
         let sys = tempfile::tempdir().unwrap();
         // A disk with two partitions; the second is the physical volume of two logical ones.
         for (number, path) in [
@@ -344,7 +348,7 @@ mod tests {
         }
     }
 
-    /// Whether a file counts that a domain says it has open.
+    /// Whether a file counts that a domain reports to have open.
     fn counts(path: &Path, process: Option<u32>, owner: Option<u32>) -> bool {
         let holder = Holder {
             domain: "web".into(),
@@ -357,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_users_word_counts_for_its_own_files_and_processes() {
+    fn a_users_report_counts_for_its_own_files_and_processes() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let own = std::fs::metadata(file.path()).unwrap().uid();
         let (another, process) = (own + 1, Some(std::process::id()));
@@ -369,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_open_as_a_path_only_does_not_count() {
+    fn a_file_open_as_a_path_only_does_not_count() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let path = file.path().to_owned();
         let file = file.into_temp_path();

@@ -1,8 +1,9 @@
-//! QEMU's image locks: which files and devices any QEMU on this host has open, and a lock that keeps another one out.
+//! QEMU's image locks: shows whether any QEMU on this host has a file or device open, and locks it against other
+//! QEMUs.
 //!
-//! QEMU, `qemu-img` and `qemu-storage-daemon` put shared locks on single bytes of each image that they open (QEMU,
-//! block/file-posix.c): byte 100+n is a permission that they use, byte 200+n one that they leave to nobody else. The locks
-//! belong to the open file description, so QEMU shares those of a descriptor that it was passed.
+//! QEMU, `qemu-img` and `qemu-storage-daemon` set shared locks on single bytes of each image that they open (QEMU,
+//! block/file-posix.c). Byte 100+n is a permission that they use, byte 200+n a permission that they do not share. The
+//! locks belong to the open file description, so QEMU shares the locks of a descriptor that it received.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,19 +19,19 @@ use super::Opener;
 use super::identity::{FileId, paths_of, sharing};
 use super::look::{self, Look};
 
-/// The first byte that means a permission in use, and how many bytes there are from it to the last of the others.
+/// The first byte of the used permissions, and the number of bytes to the last of the unshared ones.
 const LOCK_BYTES: (i64, i64) = (100, 164);
-/// Byte of the permission "consistent read", left to nobody else. Every QEMU with a guest wants that permission, and none
-/// that writes a backup ever locks or unlocks this byte: our lock and those of our QEMU don't touch.
+/// The byte for not sharing the permission "consistent read". Every QEMU with a guest wants that permission. A QEMU
+/// that writes a backup never locks or unlocks this byte, so the service's lock and QEMU's locks do not interfere.
 const OURS: i64 = 200;
 
-/// Keeps every other QEMU from opening a file or device, until it is released or dropped.
+/// Keeps every other QEMU from opening a file or device until it is released or dropped.
 #[derive(Debug)]
 pub struct ImageLock(Arc<OwnedFd>);
 
 impl ImageLock {
-    /// Locks what `file` is open on; nothing if somebody else has a lock there. Where the file system has no locks, QEMU
-    /// takes none either, and neither is found.
+    /// Locks the file or device. Returns `None` if another process has a lock on it. On a file system without locks,
+    /// QEMU takes none either, and the function finds none.
     pub fn take(file: &Arc<OwnedFd>) -> io::Result<Option<Self>> {
         let lock = Self(Arc::clone(file));
         match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, OURS, 1))) {
@@ -39,13 +40,13 @@ impl ImageLock {
             Err(errno) if is_without_locks(errno) => return Ok(Some(lock)),
             Err(errno) => return Err(errno.into()),
         }
-        // After locking: of two that do so at a time, each sees the other.
+        // Check after locking, so that of two concurrent callers each sees the other.
         Ok((!is_locked(file)?).then_some(lock))
     }
 
-    /// Once QEMU has locks of its own.
+    /// Unlocks. The caller makes sure that QEMU has locks of its own.
     pub fn release(&self) {
-        // What cannot be unlocked goes with the descriptor.
+        // If unlocking fails, closing the descriptor unlocks.
         let _ = fcntl(&self.0, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, OURS, 1)));
     }
 }
@@ -56,7 +57,7 @@ impl Drop for ImageLock {
     }
 }
 
-/// Why it is not known whether an image is in use.
+/// The reason why the service does not know whether an image is in use.
 #[derive(Debug, thiserror::Error)]
 pub enum NotKnown {
     #[error("{0}")]
@@ -74,12 +75,12 @@ impl From<NotKnown> for io::Error {
     }
 }
 
-/// Whether a QEMU, `qemu-img` or `qemu-storage-daemon` has open what `file` is open on, or a device or file that shares
+/// Whether a QEMU, `qemu-img` or `qemu-storage-daemon` has the file or device open, or a file or device that shares
 /// bytes with it, such as the file of a loop device. Blocks.
 ///
-/// A descriptor that came from somebody else can be the one that was locked: it is asked by another one of its own. Of a device
-/// each node has locks of its own, so processes are looked at too; how many descriptors others have makes no difference to
-/// a file.
+/// A lock does not conflict with its own descriptor. A descriptor that a caller passed can be the locked one, so the
+/// check also opens the file again. On devices, each node has its own locks, so the check also inspects processes.
+/// For a file, the number of other processes' descriptors does not matter.
 pub fn is_in_use(look: &Look, file: &OwnedFd) -> Result<bool, NotKnown> {
     if is_locked(file)? {
         return Ok(true);
@@ -106,7 +107,7 @@ pub fn is_in_use(look: &Look, file: &OwnedFd) -> Result<bool, NotKnown> {
     Ok(!unseen.is_empty() && look.session().locker(&unseen)?.is_some())
 }
 
-/// A process that has it open in that way, if one can be found. Blocks.
+/// Returns a process that has it open in that way, if the service finds one. Blocks.
 pub fn user_of_image(look: &Look, file: &OwnedFd) -> Result<Option<Opener>, NotKnown> {
     let id = FileId::of(&rustix::fs::fstat(file).map_err(io::Error::from)?);
     Ok(look.session().locker(&sharing(id))?)
@@ -124,7 +125,7 @@ fn open_to_look(path: &Path) -> io::Result<OwnedFd> {
 /// Whether another open file description has one of QEMU's locks.
 fn is_locked(file: impl AsFd) -> io::Result<bool> {
     let (first, count) = LOCK_BYTES;
-    // As if for oneself alone: that conflicts with every lock.
+    // Query for an exclusive lock, which conflicts with every lock.
     let mut found = range(libc::F_WRLCK, first, count);
     match fcntl(file, FcntlArg::F_OFD_GETLK(&mut found)) {
         Ok(_) => Ok(i32::from(found.l_type) != libc::F_UNLCK),
@@ -146,18 +147,18 @@ fn range(kind: i32, first: i64, count: i64) -> libc::flock {
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: first,
         l_len: count,
-        // Required to be 0 by fcntl(2) for locks of an open file description.
+        // fcntl(2) requires 0 for locks of an open file description.
         l_pid: 0,
     }
 }
 
-/// Whether a descriptor has one of QEMU's locks, from its `/proc/PID/fdinfo/FD`. A line is, as in proc_pid_fdinfo(5):
-/// `lock: 1: OFDLCK ADVISORY  READ -1 fd:01:1234 100 100`.
+/// Whether a descriptor has one of QEMU's locks, from its `/proc/PID/fdinfo/FD`. A line has the form of
+/// proc_pid_fdinfo(5): `lock: 1: OFDLCK ADVISORY  READ -1 fd:01:1234 100 100`.
 pub fn has_image_lock(fdinfo: &str) -> bool {
     let (first, count) = LOCK_BYTES;
     let within = |line: &str| {
         let mut words = line.strip_prefix("lock:")?.split_ascii_whitespace().skip(1);
-        // QEMU's locks belong to its process where the kernel has no others.
+        // On a kernel without OFD locks, QEMU's locks belong to its process.
         words.next().filter(|kind| ["OFDLCK", "POSIX"].contains(kind))?;
         let start: i64 = words.nth(4)?.parse().ok()?;
         Some(start >= first && start < first + count)
@@ -178,7 +179,7 @@ mod tests {
     fn a_lock_keeps_others_out_until_it_is_released() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (one, other) = (open(file.path()), open(file.path()));
-        let lock = ImageLock::take(&one).unwrap().expect("nobody has it");
+        let lock = ImageLock::take(&one).unwrap().expect("the file is not locked");
         assert!(ImageLock::take(&other).unwrap().is_none());
         assert!(is_in_use(&Look::Own, &other).unwrap());
         lock.release();
@@ -195,7 +196,10 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let passed = open(file.path());
         let lock = ImageLock::take(&passed).unwrap();
-        assert!(!is_locked(&passed).unwrap(), "it does not see its own");
+        assert!(
+            !is_locked(&passed).unwrap(),
+            "a descriptor does not see its own lock"
+        );
         assert!(is_in_use(&Look::Own, &passed).unwrap());
         drop(lock);
         assert!(!is_in_use(&Look::Own, &passed).unwrap());

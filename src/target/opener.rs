@@ -1,4 +1,4 @@
-//! Processes that may write into what is to be replaced or overwritten.
+//! Finds processes that may write to a file or device that is to be overwritten.
 
 use std::fmt;
 use std::io;
@@ -14,9 +14,9 @@ use super::look::{descriptors, processes, program, user_of};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Opener {
     pub process: u32,
-    /// Its program.
+    /// The name of its program.
     pub name: String,
-    /// Whose it is, if it is there still.
+    /// The user of the process, if the process still exists.
     pub user: Option<u32>,
 }
 
@@ -37,15 +37,15 @@ impl fmt::Display for Opener {
     }
 }
 
-/// Another process that has open for writing what `file` is open on, or a device or file that shares bytes with it. A QEMU
-/// counts also if it reads: with `auto-read-only` it opens a disk for writing only while its guest may write, so not while
-/// it waits for a migration.
+/// Returns another process that has the file or device open for writing, or one that shares bytes with it. A QEMU
+/// also counts if it only reads. With `auto-read-only` it opens a disk for writing only while its guest may write, so
+/// not while it waits for a migration.
 ///
-/// Root sees every process of its PID namespace, others see their own. Not seen are mappings whose descriptor is closed,
-/// descriptors on their way through a socket, and other hosts. Blocks.
+/// Root sees every process of its PID namespace; others see their own. The function does not see mappings whose
+/// descriptor is closed, descriptors in flight through a socket, or other hosts. Blocks.
 pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
     let shared = related(FileId::of(&rustix::fs::fstat(file)?));
-    // Of two partitions of one disk, either is free while the other is used: below a device, only its file counts.
+    // If one partition of a disk is in use, the other partitions are free. So below a device, only its file counts.
     let touches = |open: FileId| {
         shared.contains(&open)
             || matches!(open, FileId::Device(_))
@@ -57,7 +57,7 @@ pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
     let opens = |process: &u32| {
         let reading = program(*process).starts_with("qemu");
         let counts = |access: OFlags| reading || access != OFlags::RDONLY;
-        // The access first: it costs least, and anybody can open anything as a path only.
+        // Check the access first: it is cheapest, and any user can open any file as a path only (O_PATH).
         let mut descriptors = descriptors(*process).into_iter().flatten();
         descriptors.any(|descriptor| {
             descriptor.access().is_some_and(counts) && descriptor.file().is_some_and(&touches)

@@ -1,7 +1,8 @@
-//! Whether a backup fits into the free space of its targets. Only what certainly doesn't fit is refused.
+//! Checks whether a backup fits into the free space of its targets. Refuses only a backup that certainly does not
+//! fit.
 //!
-//! QEMU knows how much space an image takes. That is an upper bound: reserved space and zeroes take none in a backup. The
-//! lower bound comes from the image's file: the part of it that the file system holds data for, as far as that isn't zeroes.
+//! QEMU reports how much space an image uses. That is an upper bound: reserved space and zeroes use none in a backup.
+//! The lower bound is the data in the image's file that is not zeroes.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -13,14 +14,14 @@ use super::{Around, Error, Media, Target};
 use crate::model::Format;
 use crate::plan::{DiskPlan, Mode, Plan, Task};
 
-/// Space that a backup takes on one file system or device, in bytes.
+/// The space that a backup needs on one file system or device, in bytes.
 #[derive(Debug, Default)]
 struct Need {
     most: u64,
     disks: Vec<(usize, u64)>,
 }
 
-/// What the targets of a plan need, compared with what is free. Blocks.
+/// Compares the space that the targets of a plan need with the free space. Blocks.
 pub fn check(targets: &[Target], plan: &Plan, around: &Around) -> Result<(), Error> {
     let (disks, bounds) = (&plan.disks, Bounds { plan, around });
     let mut systems: HashMap<u64, Need> = HashMap::new();
@@ -37,7 +38,7 @@ pub fn check(targets: &[Target], plan: &Plan, around: &Around) -> Result<(), Err
             )?;
             continue;
         }
-        // A compressed image takes less by an unknown amount.
+        // The size of a compressed image is unknown.
         if disk.compress.is_some() {
             continue;
         }
@@ -67,7 +68,8 @@ pub fn check(targets: &[Target], plan: &Plan, around: &Around) -> Result<(), Err
 }
 
 impl Target {
-    /// Returns what finds the free space of the file system that a file is on, in bytes, and blocks; nothing for a device.
+    /// Returns a function that finds the free space of the target's file system in bytes, and blocks. `None` for a
+    /// device.
     pub fn free_space(&self) -> Option<impl FnOnce() -> Result<u64, Errno> + Send + use<>> {
         let file = (self.media == Media::Regular).then(|| self.file.clone())?;
         Some(move || free_space(&file))
@@ -79,7 +81,8 @@ fn free_space(file: &OwnedFd) -> Result<u64, Errno> {
     Ok(system.f_bavail.saturating_mul(system.f_frsize))
 }
 
-/// Whether a device of `size` bytes, called `label`, takes the image of a disk, which needs `least` to `most` bytes as qcow2.
+/// Checks whether a disk's image fits on the device `label` of `size` bytes. As qcow2 it needs `least` to `most`
+/// bytes.
 fn device(
     disk: &DiskPlan,
     label: &str,
@@ -90,13 +93,13 @@ fn device(
     match disk.format {
         Format::Raw if size < disk.virtual_size => Err(super::check::wrong_size(disk, label, size)),
         Format::Raw => Ok(()),
-        // A compressed image takes less by an unknown amount.
+        // The size of a compressed image is unknown.
         Format::Qcow2 if disk.compress.is_some() => Ok(()),
         Format::Qcow2 => compare(label, size, most, least),
     }
 }
 
-/// Whether a device of `size` bytes, called `label`, takes a restored disk.
+/// Checks whether a restored disk fits on the device `label` of `size` bytes.
 pub fn device_for_restore(disk: &DiskPlan, label: &str, size: u64) -> Result<(), Error> {
     device(disk, label, size, disk.estimate, || disk.estimate)
 }
@@ -129,19 +132,20 @@ struct Bounds<'a> {
 }
 
 impl Bounds<'_> {
-    /// How long an image with so many bytes of data is. A device takes it with its tables, or not at all.
+    /// Returns the length of an image with that many bytes of data. A device must also have room for the image's
+    /// tables.
     fn in_device(&self, disk: &DiskPlan, data: u64) -> u64 {
         match self.plan.task {
-            // What is known of a stored image is its length.
+            // For a stored image, only its length is known.
             Task::Restore(_) => data,
             _ => empty_image(disk, self.plan.copies_in_small_steps()).length_with(data),
         }
     }
 
-    /// What a disk's image takes at least, in bytes; 0 where that can't be known.
+    /// Returns the least bytes that a disk's image needs, or 0 if that is unknown.
     fn least(&self, disk: &DiskPlan) -> u64 {
         if matches!(self.plan.task, Task::Restore(_)) {
-            // Stored images hold hardly any zeroes: QEMU finds them when it makes the images.
+            // Stored images have hardly any zeroes, because QEMU skips them when it creates the images.
             return disk.estimate;
         }
         let full = matches!(disk.mode, Mode::Full { .. });
@@ -152,23 +156,23 @@ impl Bounds<'_> {
         let data = self.data_at_least(disk).min(disk.virtual_size);
         match full {
             true => data,
-            // What was written to may be zeroes now, but not more of it than there are zeroes.
+            // The changed parts may be zeroes now, but at most as many bytes as the disk has zeroes.
             false => disk.estimate.saturating_sub(disk.virtual_size - data),
         }
     }
 
-    /// The bytes of the image's file that are data, as far as QEMU's open file shows them.
+    /// Returns the least bytes that are data in the image's file, as QEMU has it open.
     fn data_at_least(&self, disk: &DiskPlan) -> u64 {
         let Some((process, file)) = self.around.process.zip(disk.source.as_deref()) else {
             return 0;
         };
-        // Without it only a backup that fails later for want of space is begun.
+        // Without this number, a backup may begin that fails later for lack of space.
         self.around
             .look
             .session()
             .data_at_least(process, file)
             .unwrap_or_else(|error| {
-                tracing::warn!(disk = disk.name, %error, "the space that the backup takes is not known");
+                tracing::warn!(disk = disk.name, %error, "cannot find out how much space the backup needs");
                 0
             })
     }

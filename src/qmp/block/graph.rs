@@ -154,7 +154,9 @@ mod tests {
             "node-name": "n", "drv": "qcow2", "file": "/a.qcow2", "ro": false, "backing_file": "b.qcow2",
             "image": {
                 "virtual-size": 7, "actual-size": 5, "filename": "/a.qcow2", "snapshots": [{ "id": "1" }],
-                "format-specific": { "type": "qcow2", "data": { "compat": "1.1", "data-file": "d", "lazy-refcounts": false } },
+                "format-specific": {
+                    "type": "qcow2", "data": { "compat": "1.1", "data-file": "d", "lazy-refcounts": false },
+                },
             },
             "dirty-bitmaps": [{ "count": 65536, "recording": true, "granularity": 65536 }],
         }]);

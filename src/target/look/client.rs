@@ -11,8 +11,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use super::Error;
 use super::protocol::{Answer, MOST_ANSWER, MOST_QUESTION, Question, Received, receive, send};
 
-/// How long the helper may be silent. It reports each second that it is at work, so this is a helper that hangs. It is shorter than
-/// the time that a call waits for its backup to begin, so that the caller gets the error.
+/// How long the helper may be silent. It reports every second that it is at work, so a silent helper hangs. The time
+/// is shorter than the timeout of a call that waits for its backup to begin, so that the caller gets the error.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A connection to a helper.
@@ -23,7 +23,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects to the helper at `path`, which must be root's.
+    /// Connects to the helper at `path`, which must run as root.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let stream = connected(path).map_err(|error| failed(path, &error))?;
         let path = path.to_owned();
@@ -47,7 +47,7 @@ impl Connection {
 fn failed(path: &Path, error: &io::Error) -> Error {
     let path = path.to_owned();
     let why = match error.kind() {
-        // The socket's own limits of time (socket(7)).
+        // The timeouts of the socket (socket(7)).
         ErrorKind::WouldBlock | ErrorKind::TimedOut => {
             return Error::Stalled {
                 path,
@@ -69,13 +69,13 @@ fn connected(path: &Path) -> io::Result<UnixStream> {
         SocketFlags::CLOEXEC,
         None,
     )?;
-    // Before connecting, which waits where nobody accepts.
+    // Set them before connecting, because connect(2) waits until the helper accepts.
     for timeout in [Timeout::Send, Timeout::Recv] {
         set_socket_timeout(&socket, timeout, Some(PATIENCE))?;
     }
     connect(&socket, &SocketAddrUnix::new(path)?)?;
     if !socket_peercred(&socket)?.uid.is_root() {
-        return Err(io::Error::other("it is not root's"));
+        return Err(io::Error::other("it does not run as root"));
     }
     Ok(UnixStream::from(socket))
 }

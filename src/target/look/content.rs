@@ -1,4 +1,5 @@
-//! How much of an image is data, as the file that a QEMU has open shows it: the one look that reads a file.
+//! Estimates how much of an image is data, from the file that QEMU has open. This is the only check that reads a
+//! file.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -6,19 +7,19 @@ use std::path::Path;
 use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-/// So many pages of an image are looked at, evenly spread over its data.
+/// The number of pages to sample, evenly spread over an image's data.
 const SAMPLES: u64 = 512;
 const PAGE: u64 = 4096;
-/// A file with more pieces of data than this is not followed to its end: what was found is a lower bound too.
+/// The most extents to read. Beyond them, the result is still a lower bound.
 const MAX_EXTENTS: usize = 1 << 16;
 
-/// Bytes of the file that a process has open under that name that are data and not zeroes, at least; 0 if it has no such file
-/// open, or that is not a regular one.
+/// Returns the least bytes that are data and not zeroes in the file that a process has open under that name. Returns
+/// 0 if the process has no such file open, or it is not a regular file.
 pub fn data_at_least(process: u32, file: &Path) -> u64 {
     open_source(process, file).map_or(0, |file| data_of(&file))
 }
 
-/// The file that a QEMU has open under that name: what it is, not what the name leads to now.
+/// Opens the file that QEMU has open under that name, even if the name leads to another file now.
 fn open_source(process: u32, file: &Path) -> Option<OwnedFd> {
     let entries = std::fs::read_dir(format!("/proc/{process}/fd")).ok()?;
     let links = entries.filter_map(|entry| Some(entry.ok()?.path()));
@@ -26,13 +27,13 @@ fn open_source(process: u32, file: &Path) -> Option<OwnedFd> {
         .into_iter()
         .find(|link| std::fs::read_link(link).is_ok_and(|name| name == file))?;
     let is_regular = |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-    // Opening a device can do something.
+    // Opening a device can have effects.
     rustix::fs::stat(&link).ok().filter(|stat| is_regular(*stat))?;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     rustix::fs::open(&link, flags, Mode::empty()).ok()
 }
 
-/// Bytes of a file that are data and not zeroes, at least; an estimate that is too high once in a thousand times.
+/// Returns the least bytes of a file that are data and not zeroes. The estimate is too high once in a thousand times.
 fn data_of(file: &OwnedFd) -> u64 {
     let Ok(extents) = extents(file) else { return 0 };
     let total: u64 = extents.iter().map(|(_, length)| length).sum();
@@ -45,7 +46,7 @@ fn data_of(file: &OwnedFd) -> u64 {
     let mut extents = extents.into_iter();
     let (mut extent, mut passed) = (extents.next(), 0);
     for sample in 0..samples {
-        // In the middle of its part, in bytes of data.
+        // The middle of the sample's part, in bytes of data.
         let wanted = (total / samples).saturating_mul(sample) + total / samples / 2;
         while let Some((_, length)) = extent
             && passed + length <= wanted
@@ -63,7 +64,7 @@ fn data_of(file: &OwnedFd) -> u64 {
     lower_bound(total, found, samples)
 }
 
-/// The part of `total` that `found` of `samples` stand for, less three standard deviations.
+/// Returns the part of `total` that `found` of `samples` stand for, less three standard deviations.
 fn lower_bound(total: u64, found: u64, samples: u64) -> u64 {
     let (found, samples) = (found as f64, samples as f64);
     let part = found / samples;
@@ -71,14 +72,14 @@ fn lower_bound(total: u64, found: u64, samples: u64) -> u64 {
     (total as f64 * (part - 3.0 * deviation).max(0.0)) as u64
 }
 
-/// The ranges of a file that have data: offsets and lengths, in bytes.
+/// Returns the ranges of a file that have data: offsets and lengths, in bytes.
 fn extents(file: &OwnedFd) -> Result<Vec<(u64, u64)>, Errno> {
     let mut found = Vec::new();
     let mut position = 0;
     while found.len() < MAX_EXTENTS {
         let start = match rustix::fs::seek(file, SeekFrom::Data(position)) {
             Ok(start) => start,
-            // No data after that.
+            // There is no more data.
             Err(Errno::NXIO) => break,
             Err(errno) => return Err(errno),
         };
@@ -111,12 +112,12 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_and_holes_are_no_data() {
+    fn zeroes_and_holes_do_not_count_as_data() {
         assert_eq!(data_of(&file(&[])), 0);
         assert_eq!(data_of(&file(&[(0, 0, 16 * MIB)])), 0);
         let data = data_of(&file(&[(0, 1, 8 * MIB), (32 << 20, 2, 8 * MIB)]));
         assert_eq!(data, 16 * MIB as u64);
-        // A quarter of what is written.
+        // A quarter of the written bytes is not zero.
         let mixed = data_of(&file(&[(0, 0, 24 * MIB), (40 << 20, 3, 8 * MIB)]));
         assert!((5..=8).contains(&(mixed >> 20)), "{mixed}");
     }

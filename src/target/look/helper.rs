@@ -1,6 +1,7 @@
-//! The helper: a process that answers the questions of one connection of root's, and ends.
+//! The helper: a process that answers the questions of one connection from root, and then ends.
 //!
-//! systemd starts one for each connection (`Accept=yes`), so no helper outlives an upgrade, and one that hangs keeps no other.
+//! systemd starts one helper per connection (`Accept=yes`). So no helper outlives an upgrade, and a helper that hangs
+//! blocks no other.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
@@ -13,12 +14,12 @@ use rustix::net::sockopt::socket_peercred;
 use super::protocol::{Answer, MOST_ANSWER, MOST_QUESTION, Question, Received, receive, send, send_working};
 use super::{Error, content, is_able, processes};
 
-/// How long the service may take to ask, and to read the answer.
+/// How long the service may take to send a question, and to read the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often the helper reports that it is at work.
+/// The interval of the reports that the helper is at work.
 const REPORT: Duration = Duration::from_secs(1);
 
-/// Answers the questions that come by standard input, which is the connection.
+/// Answers the questions on standard input, which is the connection.
 pub fn serve() -> ExitCode {
     match answer_all() {
         Ok(()) => ExitCode::SUCCESS,
@@ -35,7 +36,7 @@ fn answer_all() -> io::Result<()> {
     if !peer.uid.is_root() {
         let user = peer.uid.as_raw();
         return Err(io::Error::other(format!(
-            "user {user} is not answered: only root is"
+            "cannot answer user {user}: only root may ask"
         )));
     }
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -43,7 +44,8 @@ fn answer_all() -> io::Result<()> {
     loop {
         let answer = match receive(&stream, MOST_QUESTION) {
             Ok(Received::Message(question)) => answer(question, &stream),
-            // Any answer has this version, by which the service knows. No more can be read.
+            // Every answer has this helper's version, so the service sees the difference. The helper cannot parse
+            // further questions.
             Ok(Received::OtherVersion | Received::Working) => {
                 return send(&stream, &Answer::Failed(Error::Version.to_string()), MOST_ANSWER);
             }
@@ -68,7 +70,7 @@ fn answer(question: Question, stream: &UnixStream) -> Result<Answer, Error> {
             return Ok(());
         }
         last = Instant::now();
-        // Nobody waits for the answer any more.
+        // If this fails, the service does not wait for the answer any more.
         send_working(stream).map_err(|error| Error::Failed(error.to_string()))
     };
     Ok(match question {

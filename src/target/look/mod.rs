@@ -1,7 +1,7 @@
-//! Questions about what other processes have open, answered in this process or by a helper that has the capability for it.
+//! Inspects the open files of other processes, in this process or through a helper that has the capability for it.
 //!
-//! An answer is facts about processes, of bounded size: never a descriptor, never a file's content. A look that fails is an error,
-//! never "nothing is open". Must not know domains, plans or callers. All of it blocks.
+//! An answer has facts about processes, of bounded size: never a descriptor, never a file's content. A failed check
+//! is an error, never "no file is open". Must not know domains, plans or callers. All functions block.
 
 mod client;
 mod content;
@@ -21,24 +21,26 @@ use super::{FileId, Opener};
 use client::Connection;
 use protocol::{Answer, Question};
 
-/// The variable that names the helper's socket. With it the process never looks by itself.
+/// The environment variable with the path of the helper's socket. If it is set, the process never inspects others
+/// itself.
 pub const VARIABLE: &str = "BACKUPD_LOOK";
 
-/// How a process finds out what others have open.
+/// How a process inspects the open files of other processes.
 #[derive(Debug, Clone)]
 pub enum Look {
-    /// By itself. A program that a user runs sees that user's processes.
+    /// By itself. A program that a user runs sees only that user's processes.
     Own,
     /// Through the helper at this socket.
     Helper(PathBuf),
-    /// It has neither the capabilities nor a helper.
+    /// It cannot: it has neither the capabilities nor a helper.
     Unable,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "this process has not both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH. Use the units of the package, or set {VARIABLE}"
+        "this process needs both CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH. Use the units of the package, or set \
+         {VARIABLE}"
     )]
     Unable,
     #[error(
@@ -58,13 +60,14 @@ pub enum Error {
     #[error("the helper failed: {0}. See 'journalctl -u backupd-look@*'")]
     Failed(String),
     #[error(
-        "the open files of process {process} are hidden, though it is a VM's. Check the rules of the security module for backupd"
+        "the open files of process {process} are hidden, though it is a VM's. Check the rules of the security module \
+         for backupd"
     )]
     Hidden { process: u32 },
 }
 
 impl Look {
-    /// The service's own way: the helper that its unit names, or else this process.
+    /// Returns how the service does it: through the helper that its unit names, otherwise by itself.
     pub fn of_service() -> Self {
         match std::env::var_os(VARIABLE) {
             Some(path) => Self::Helper(path.into()),
@@ -73,7 +76,7 @@ impl Look {
         }
     }
 
-    /// For questions that follow each other.
+    /// Starts a series of questions.
     pub fn session(&self) -> Session<'_> {
         Session {
             look: self,
@@ -82,7 +85,7 @@ impl Look {
     }
 }
 
-/// Questions that one helper answers, one after the other.
+/// A series of questions, which one helper answers.
 #[derive(Debug)]
 pub struct Session<'a> {
     look: &'a Look,
@@ -90,7 +93,8 @@ pub struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// The open files of a process, if it is `owner`'s or no owner is given. None of a process that has ended.
+    /// Returns the open files of a process, if `owner` owns it or is `None`. Returns none for a process that has
+    /// ended.
     pub fn open_files(&mut self, process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Error> {
         match self.ask(|| Question::OpenFiles { process, owner })? {
             None => processes::open_files(process, owner),
@@ -99,7 +103,7 @@ impl Session<'_> {
         }
     }
 
-    /// A process that has QEMU's locks on one of these files.
+    /// Returns a process that has QEMU's locks on one of these files.
     pub fn locker(&mut self, files: &[FileId]) -> Result<Option<Opener>, Error> {
         let question = || Question::Locker {
             files: files.to_vec(),
@@ -111,7 +115,8 @@ impl Session<'_> {
         }
     }
 
-    /// How many bytes of the regular file that a process has open under that name are data and not zeroes, at least.
+    /// Returns the least number of bytes that are data and not zeroes in the regular file that a process has open
+    /// under that name.
     pub fn data_at_least(&mut self, process: u32, file: &Path) -> Result<u64, Error> {
         let question = || Question::DataAtLeast {
             process,
@@ -124,7 +129,7 @@ impl Session<'_> {
         }
     }
 
-    /// The helper's answer; nothing if this process looks by itself.
+    /// Returns the helper's answer, or `None` if this process inspects others itself.
     fn ask(&mut self, question: impl FnOnce() -> Question) -> Result<Option<Answer>, Error> {
         let path = match self.look {
             Look::Own => return Ok(None),
@@ -135,7 +140,7 @@ impl Session<'_> {
             Some(connection) => connection,
             None => Connection::open(path)?,
         };
-        // After an error its next answer would be that to an earlier question.
+        // After an error, drop the connection: its next answer could be that to an earlier question.
         let answer = connection.ask(&question())?;
         self.connection = Some(connection);
         Ok(Some(answer))
@@ -146,8 +151,8 @@ fn unfit() -> Error {
     Error::Failed("it answered another question".to_owned())
 }
 
-/// Whether this process may look into those of all users: into their directories in `/proc`, which are their users' alone, and at
-/// what the links in these lead to (proc_pid_fd(5)).
+/// Whether this process may inspect the processes of all users. Their directories in `/proc` belong to their users,
+/// and reading the links in them needs a capability, too (proc_pid_fd(5)).
 fn is_able() -> bool {
     let directories = CapabilitySet::DAC_READ_SEARCH | CapabilitySet::DAC_OVERRIDE;
     capabilities(None).is_ok_and(|sets| {

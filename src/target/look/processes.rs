@@ -1,4 +1,4 @@
-//! Open files of other processes, as `/proc` shows them.
+//! Reads the open files of other processes from `/proc`.
 
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};
@@ -12,21 +12,22 @@ use super::super::budget::Budget;
 use super::super::lock::has_image_lock;
 use super::{Error, FileId, Opener};
 
-/// Descriptors of one process that are looked at. A QEMU has some hundreds.
+/// The most descriptors of one process to inspect. A QEMU has some hundreds.
 const MOST_OF_PROCESS: usize = 16 << 10;
-/// Bytes of their names in all. Files beyond have no name in the answer.
+/// The most bytes of their names in total. Further files have no name in the answer.
 const MOST_NAMES: usize = 1 << 20;
 
 /// A file that a process has open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenFile {
-    /// The name that it was opened under, if that is text.
+    /// The name under which it was opened, if the name is UTF-8.
     pub name: Option<String>,
     pub file: FileId,
 }
 
-/// The open files of a process; none if the process is not that user's. A descriptor that is open as a path only (`O_PATH`) does
-/// not count, because any user can open such a path. Fails if the process is hidden from this one.
+/// Returns the open files of a process, or none if another user owns the process. A descriptor that is open as a path
+/// only (`O_PATH`) does not count, because any user can open such a path. Fails if the process is hidden from this
+/// one.
 pub fn open_files(process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Error> {
     if owner.is_some_and(|owner| user_of(process) != Some(owner)) {
         return Ok(Vec::new());
@@ -34,7 +35,7 @@ pub fn open_files(process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Err
     let (mut files, mut names) = (Vec::new(), MOST_NAMES);
     let may = |error: io::Error| match error.kind() {
         ErrorKind::PermissionDenied => Err(Error::Hidden { process }),
-        // It has ended, or has closed it.
+        // The process has ended, or has closed the descriptor.
         _ => Ok(()),
     };
     let found = match descriptors(process) {
@@ -65,8 +66,8 @@ pub fn open_files(process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Err
     Ok(files)
 }
 
-/// A process that has QEMU's locks on one of these files, of those that the system lets this one look into. `at_work` is called
-/// again and again, and its error ends the look.
+/// Returns a process that has QEMU's locks on one of these files, if this process may inspect it. The function calls
+/// `at_work` again and again, and stops at its error.
 pub fn locker(
     files: &[FileId],
     mut at_work: impl FnMut() -> Result<(), Error>,
@@ -93,13 +94,15 @@ pub fn locker(
     Ok(None)
 }
 
-/// The owner of a process: its effective user, or root if it has changed its user or runs a set-user-ID program.
+/// Returns the owner of a process: its effective user, or root if it has changed its user or runs a set-user-ID
+/// program.
 pub fn user_of(process: u32) -> Option<u32> {
     let metadata = std::fs::metadata(format!("/proc/{process}")).ok()?;
     Some(metadata.uid())
 }
 
-/// The file name of its program; its own word, which it can change, where that is not shown.
+/// Returns the file name of its program. If the kernel does not show it, returns the process's name, which the
+/// process can change.
 pub fn program(process: u32) -> String {
     let directory = Path::new("/proc").join(process.to_string());
     let program = std::fs::read_link(directory.join("exe")).ok();
@@ -118,7 +121,7 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
-    /// The name of the file that it is open on; nothing for a socket, a pipe and the like.
+    /// Returns the name of the open file, or `None` for a socket, a pipe or the like.
     fn name(&self) -> io::Result<Option<PathBuf>> {
         let name = std::fs::read_link(&self.link)?;
         Ok(name.is_absolute().then_some(name))
@@ -128,12 +131,14 @@ impl Descriptor {
         std::fs::read_to_string(&self.info).ok()
     }
 
-    /// Nothing also where the file system keeps it from this process, as FUSE can do: no process writes a backup there.
+    /// Also returns `None` if the file system hides the file from this process, as FUSE can do. No process writes a
+    /// backup there.
     pub fn file(&self) -> Option<FileId> {
         FileId::at(&self.link)
     }
 
-    /// The access mode, from the octal line `flags:` (proc_pid_fdinfo(5)); none for a descriptor that is open as a path only.
+    /// Returns the access mode, from the octal value of `flags:` (proc_pid_fdinfo(5)), or `None` for a descriptor
+    /// that is open as a path only.
     pub fn access(&self) -> Option<OFlags> {
         let info = self.info()?;
         let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
@@ -155,7 +160,7 @@ pub fn descriptors(process: u32) -> io::Result<impl Iterator<Item = Descriptor>>
     }))
 }
 
-/// All that are seen here.
+/// Returns all visible processes.
 pub fn processes() -> impl Iterator<Item = u32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())

@@ -1,5 +1,5 @@
-//! One question and its answer on a stream: each a frame of length, version and JSON. A frame of length 0 says that the helper is
-//! still at work.
+//! A question and its answer on a stream. Each is a frame of length, version and JSON. A frame of length 0 means that
+//! the helper is still at work.
 
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{FileId, OpenFile, Opener};
 
-/// Changes whenever a question or an answer does. A service that waits for its jobs can be older than the helper.
+/// Increases with each change of a question or an answer, because a service that waits for its jobs can be older than
+/// the helper.
 const VERSION: u32 = 1;
 
 /// The most bytes of a question: a host's block devices, or a path.
@@ -37,7 +38,7 @@ pub enum Answer {
 #[derive(Debug)]
 pub enum Received<T> {
     Message(T),
-    /// The other one is at work.
+    /// The peer is at work.
     Working,
     /// A message of another version.
     OtherVersion,
@@ -54,7 +55,7 @@ pub fn send<T: Serialize>(mut stream: impl Write, message: &T, most: usize) -> i
     stream.write_all(&frame)
 }
 
-/// Says that the helper is still at work.
+/// Reports that the helper is still at work.
 pub fn send_working(mut stream: impl Write) -> io::Result<()> {
     stream.write_all(&header(0))
 }
@@ -93,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_sent_is_received() {
+    fn a_sent_message_is_received() {
         let mut stream = Vec::new();
         send_working(&mut stream).unwrap();
         send(&mut stream, &Answer::DataAtLeast(7), MOST_ANSWER).unwrap();

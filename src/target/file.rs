@@ -15,7 +15,7 @@ use crate::path::{Trust, open_directory};
 
 /// A file under its staging name, and the final name that it gets.
 #[derive(Debug)]
-pub struct Partial {
+pub struct StagedFile {
     directory: OwnedFd,
     partial: String,
     name: OsString,
@@ -55,7 +55,7 @@ pub fn create(disk: &str, path: &Path, backup: &str, index: usize) -> Result<Tar
             false => Error::io("publish", &label, errno),
         });
     }
-    let partial = Partial {
+    let partial = StagedFile {
         directory,
         partial,
         name,
@@ -93,7 +93,7 @@ pub fn find(
         let directory = directory
             .try_clone()
             .map_err(|_| Error::io("open the directory of", &label, Errno::MFILE))?;
-        let publication = Publication::Rename(Partial {
+        let publication = Publication::Rename(StagedFile {
             directory,
             partial: partial.clone(),
             name: name.clone(),
@@ -162,7 +162,7 @@ fn parent(path: &Path) -> Result<(OwnedFd, OsString), Error> {
     Ok((open_directory(parent, Trust::Named)?, name.to_owned()))
 }
 
-impl Partial {
+impl StagedFile {
     pub(super) fn directory(&self) -> &OwnedFd {
         &self.directory
     }

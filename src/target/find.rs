@@ -48,7 +48,7 @@ impl Targets {
                 Place::InStore { file_name } => Some(file_name.as_str()),
                 _ => None,
             });
-            match store::Partial::find(path, name, &images.collect::<Vec<_>>()) {
+            match store::Staging::find(path, name, &images.collect::<Vec<_>>()) {
                 Ok(partial) => found.targets.store = partial,
                 Err(error) => found.fail(error),
             }

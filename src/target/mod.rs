@@ -116,7 +116,7 @@ enum Publication {
     /// A file in the staging directory of a store, which is renamed as a whole.
     InStore { file_name: String },
     /// A file under a staging name, which is renamed.
-    Rename(file::Partial),
+    Rename(file::StagedFile),
     /// A descriptor of the caller or an existing file, which stays in place.
     InPlace,
 }
@@ -179,7 +179,7 @@ impl Cached {
 #[derive(Debug)]
 pub struct Targets {
     targets: Vec<Target>,
-    store: Option<store::Partial>,
+    store: Option<store::Staging>,
     /// The locks on the backing images.
     parents: Parents,
     writeback: Writeback,
@@ -204,7 +204,7 @@ impl Targets {
                 domain: directory.as_str(),
                 id,
             };
-            targets.store = Some(store::Partial::create(path, name, around.mark.as_deref())?);
+            targets.store = Some(store::Staging::create(path, name, around.mark.as_deref())?);
         }
         for (index, disk) in plan.disks.iter().enumerate() {
             let target = targets.open(plan, disk, index, id, files);
@@ -250,7 +250,7 @@ impl Targets {
 
     /// Returns the backup if it had its final name and its manifest when it was found. It is then complete.
     pub fn published(&self) -> Option<&Published> {
-        self.store.as_ref().and_then(store::Partial::published)
+        self.store.as_ref().and_then(store::Staging::published)
     }
 
     /// Releases the locks of the service. The caller makes sure that QEMU has opened all targets: QEMU holds its own
@@ -503,7 +503,7 @@ impl Target {
 
     /// Removes the name, then truncates the file. A descriptor that QEMU still has would keep the space of a file
     /// that is only unlinked, and a block device has no name to remove.
-    fn discard(&self, store: Option<&store::Partial>) -> io::Result<()> {
+    fn discard(&self, store: Option<&store::Staging>) -> io::Result<()> {
         let removed = match &self.publication {
             Publication::InStore { file_name } => store.map_or(Ok(()), |store| store.remove_file(file_name)),
             Publication::Rename(partial) => partial.discard(self.id),

@@ -22,7 +22,7 @@ const DIRECTORY_MODE: Mode = Mode::RWXU;
 
 /// The staging directory of a backup.
 #[derive(Debug)]
-pub struct Partial {
+pub struct Staging {
     /// The final path of the backup.
     path: PathBuf,
     store: OwnedFd,
@@ -117,7 +117,7 @@ fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Er
     })
 }
 
-impl Partial {
+impl Staging {
     /// Creates the staging directory, if the store has that mark.
     pub fn create(store_path: &Path, backup: BackupName, known: Option<&str>) -> Result<Self, Error> {
         let store = Shelf::of_store(store_path)?;

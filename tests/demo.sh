@@ -1,20 +1,20 @@
 #!/bin/bash
-# A real backup of a real virtual machine, from nothing: what `make demo` runs.
+# Backs up a real VM from scratch; `make demo` runs this.
 #
-# Builds the service, starts it on a private bus with polkit, starts a small virtual machine with two disks (no guest
-# system, no KVM), backs it up as an ordinary user while it is written to, and compares the images with the disks.
-# Everything is in one temporary directory and goes with it; DEMO_KEEP=1 keeps the directory.
+# Builds the service and starts it on a private bus with polkit. Starts a small VM with two disks (no guest system, no
+# KVM), backs it up as an ordinary user during writes, and compares the images with the disks. Everything is in one
+# temporary directory, which is removed at the end; DEMO_KEEP=1 keeps it.
 #
 # The comparison proves that both images are of one point in time, the start of the backup.
 #   vda  is overwritten during the backup: its image equals a copy of the disk from before, and not the disk after.
 #   vdb  is written before the backup, by the machine, and left alone then: its image equals the disk after.
 #
-# Then two backups of only what changed, the list of all three, a restore that is compared with the disks, a deletion.
+# Then it makes two incremental backups, lists all three, compares a restore with the disks, and deletes a backup.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly CARGO=${CARGO:-cargo} TARGET=${CARGO_TARGET_DIR:-target}
-# As slow as this, in bytes a second, so that there is something to see.
+# The bandwidth in bytes a second: slow enough to show progress.
 readonly BANDWIDTH=$((80 << 20))
 readonly DEADLINE=60
 
@@ -28,7 +28,7 @@ fail() {
 if [ "${1:-}" != --built ]; then
     tests/setup.sh
     step "Building"
-    # As the tests do, and without the optimiser: it would take five times as long, and QEMU copies the data.
+    # A debug build, as for the tests: an optimised one takes five times as long, and QEMU copies the data anyway.
     "$CARGO" build --locked
     if [ "$(id -u)" != 0 ]; then
         # A private system bus with polkit needs root, as do callers of other users.
@@ -56,7 +56,7 @@ stop() { # PID: ends one of ours and waits for it
 cleanup() {
     local status=$? started=("${pids[@]}") i log
     trap - EXIT INT TERM
-    # Interrupted is not failed.
+    # An interruption is not a failure.
     if [ "$status" != 0 ] && [ "$status" -lt 128 ]; then
         for log in "$dir"/*.log; do
             [ -s "$log" ] && printf '\n--- the end of %s\n' "$log" && tail -n 15 "$log"
@@ -80,7 +80,7 @@ chmod 755 "$dir"
 start() { # NAME COMMAND...: beside the demo, with its output in NAME.out and NAME.log; ends with this script
     local name=$1
     shift
-    # "<&0": without it, bash gives what runs in the background no standard input.
+    # "<&0": without it, bash gives a background process no standard input.
     setpriv --pdeathsig KILL -- "$@" <&0 >"$dir/$name.out" 2>"$dir/$name.log" &
     pids+=($!)
 }
@@ -129,7 +129,7 @@ domain-directories = ["$dir/domains.d"]
 [store.default]
 path = "$dir/backups"
 CONFIG
-# The build may be where other users can't go.
+# Other users may have no access to the build directory.
 install -m 755 "$TARGET/debug/backupctl" "$dir/backupctl"
 start backupd "$TARGET/debug/backupd" --config "$dir/backupd.toml"
 gdbus wait --system --timeout "$DEADLINE" org.example.Backup1
@@ -152,8 +152,8 @@ disk() { # ID: arguments for one disk
 }
 mapfile -t disks < <(disk vda && disk vdb)
 qemu=${QEMU:-qemu-system-x86_64}
-# QEMU's own monitor, for people, reads what the demo writes into this pipe. Open for both directions: neither side
-# waits for the other to open it, nor sees its end before the demo's.
+# QEMU's human monitor reads the demo's writes from this pipe. The pipe is open in both directions, so that neither
+# side waits for the other to open it, nor sees its end before the demo's.
 mkfifo "$dir/monitor.in"
 exec {monitor}<>"$dir/monitor.in"
 start qemu "$qemu" -name demo -machine q35 -accel tcg -m 64 -S -display none -nodefaults -no-user-config \
@@ -176,7 +176,7 @@ guest_write() { # DISK PATTERN OFFSET LENGTH: through the device, as a guest wou
 for i in {0..3}; do guest_write vdb $((i + 100)) "$((i * 20))M" 16M; done
 sync_monitor
 
-# One file makes the machine known. Its name is the domain's; it appears all at once.
+# One file configures the domain. Its name is the domain's, and it appears atomically.
 echo "monitor = \"$dir/demo.qmp\"" >"$dir/demo.new"
 mv "$dir/demo.new" "$dir/domains.d/demo.toml"
 knows_demo() { "$dir/backupctl" domains 2>/dev/null | grep -Eq 'demo.*(running|paused)'; }
@@ -287,7 +287,7 @@ echo "vda: without the 64 MiB that were written meanwhile, which are on the disk
 compare "$vdb" "$dir/vdb.qcow2" || fail "the image of vdb is not what the disk holds"
 echo "vdb: identical to the disk"
 
-# --- What can be done with them ---
+# --- Use of the backups ---
 
 step "The list of the backups"
 echo "$ backupctl backups demo"

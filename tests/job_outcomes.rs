@@ -1,4 +1,5 @@
-//! Backups that do not complete: cancelled, failed, or with QEMU gone. What is told is true, and nothing is left.
+//! Backups that do not complete: cancelled, failed, or with QEMU gone. The reported outcome is true, and no residue
+//! remains.
 
 use std::fs;
 
@@ -15,7 +16,7 @@ use zbus::wire::Variant;
 const MIB: u64 = 1 << 20;
 const OURS: &str = "org.example.Backup1.Error.";
 
-/// A system with a machine `web` of two disks, the second of which takes long to read.
+/// A system with a VM `web` of two disks, the second of which is slow to read.
 struct Scene {
     system: System,
     vm: Vm,
@@ -24,7 +25,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// `vdb` is read at `slow` bytes a second.
+    /// QEMU reads `vdb` at `slow` bytes a second.
     async fn new(slow: u64) -> Self {
         let system = System::start();
         let vm = system.configured(
@@ -43,7 +44,7 @@ impl Scene {
         }
     }
 
-    /// The last signals of a job, from the first disk's on.
+    /// Returns the last signals of a job, from the first disk's on.
     async fn ending(&mut self) -> Vec<Signal> {
         let mut signals = self.caller.signals_until("JobEnded").await;
         signals.retain(|signal| signal.name != "JobStarted");
@@ -88,7 +89,7 @@ async fn a_backup_is_cancelled_before_anything_is_copied() {
     let job = scene.caller.start("web", "").await;
     job.cancel().await.unwrap();
     scene.assert_cancelled(&job).await;
-    // Once more is no error: it is what the caller wanted.
+    // A second call is not an error: the job is cancelled, as requested.
     job.cancel().await.unwrap();
 }
 
@@ -143,8 +144,8 @@ async fn a_good_backup_cannot_be_cancelled_any_more() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cancellation_at_any_moment_has_the_reported_result() {
-    // Cancelling races with every step of a short backup. Whoever got "yes" sees "cancelled", and only then nothing is
-    // there; whoever got "no" finds the backup.
+    // Cancelling races with every step of a short backup. A caller that got "yes" sees "cancelled", and only then no
+    // file exists. A caller that got "no" finds the backup.
     let scene = Scene::new(1 << 30).await;
     for round in 0..24u64 {
         let job = scene.caller.start("web", "").await;
@@ -174,7 +175,7 @@ async fn a_target_that_runs_full_fails_the_backup_and_both_disks_say_so() {
         small.path().display(),
         full.path().display(),
     );
-    // Somebody else takes the space that was free at the start.
+    // Another process takes the space that was free at the start.
     let mount = |size: u64| {
         let mut command = crate::common::process::bound("mount");
         command
@@ -208,7 +209,7 @@ async fn a_target_that_runs_full_fails_the_backup_and_both_disks_say_so() {
     );
     scene.assert_nothing_left();
     assert_eq!(files_below(small.path()), [""; 0], "no partial file");
-    // QEMU is as good as before.
+    // QEMU works as before.
     fs::remove_dir_all(scene.system.store()).ok();
 }
 
@@ -234,7 +235,7 @@ async fn existing_targets_of_a_failed_backup_do_not_look_like_images() {
     assert_eq!(fs::metadata(&target).unwrap().len(), 0);
 }
 
-/// A user who can write to the directory can replace the staged image by a link before it is published.
+/// A user with write access to the directory can replace the staged image by a link before it is published.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_whose_file_was_replaced_has_failed_and_what_took_its_place_stays() {
     let scene = Scene::new(32 * MIB).await;

@@ -1,4 +1,4 @@
-//! A backup that goes slower while the guest's writes take longer than is allowed.
+//! A backup that slows down while the guest's writes take longer than allowed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ const MIB: u64 = 1 << 20;
 const MOST: u64 = 250;
 const WRITES: &str = "vda/wr";
 
-/// Options of a backup at that speed that follows the guest's writes.
+/// Returns options of a backup at that bandwidth with a latency limit.
 fn gently(bytes_per_second: u64) -> Options<'static> {
     let mut options = slowly(bytes_per_second);
     options.insert("max-latency", MOST.into());
@@ -36,11 +36,11 @@ fn system() -> (System, Vm) {
 
 fn machine(system: &System) -> crate::common::vm::Builder {
     let disk = |name| Disk::new(name, 256 * MIB).raw();
-    // An older QEMU keeps every descriptor of a stopped machine.
+    // An older QEMU keeps every descriptor of a stopped VM.
     system.vm("web").disk(disk("vda")).disk(disk("vdb")).running()
 }
 
-/// Waits until the writes of both disks are counted; returns the boundaries of each.
+/// Waits until both disks have a histogram; returns the boundaries of each.
 async fn counted(vm: &Vm) -> BTreeMap<String, Vec<u64>> {
     wait::until_async("the histograms", || async {
         Some(vm.histograms()).filter(|histograms| histograms.len() == 2)
@@ -48,7 +48,7 @@ async fn counted(vm: &Vm) -> BTreeMap<String, Vec<u64>> {
     .await
 }
 
-/// The limit of each block job, in bytes a second.
+/// Returns the limit of each block job, in bytes a second.
 fn speeds(vm: &Vm) -> Vec<u64> {
     let jobs = vm.qmp("query-block-jobs", json!({}));
     let jobs = jobs.as_array().cloned().unwrap_or_default();
@@ -63,13 +63,13 @@ async fn until_speeds(what: &str, vm: &Vm, fits: impl Fn(&u64) -> bool) {
     .await;
 }
 
-/// Waits until the service has asked how far the jobs are: it sets histograms before.
+/// Waits until the service has queried the progress of the jobs: it sets the histograms before that.
 async fn until_followed(job: &JobProxy<'_>) {
     let copied = || async { (job.bytes_done().await.unwrap() > 0).then_some(()) };
     wait::until_async("progress", copied).await;
 }
 
-/// A guest that writes all the time, until it is dropped.
+/// A guest that writes until this is dropped.
 struct Guest {
     ends: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -78,7 +78,7 @@ struct Guest {
 impl Guest {
     fn writing(vm: &Arc<Vm>, disk: &str) -> Self {
         let ends = Arc::new(AtomicBool::new(false));
-        // Of the device, as by the guest: unlike `write`, `aio_write` is counted with the device's own.
+        // Through the device, like the guest: the device's statistics include `aio_write`, but not `write`.
         let line = format!("qemu-io -d {} \"aio_write -q 0 4k\"", vm.device_path(disk));
         let (vm, stop) = (vm.clone(), ends.clone());
         let thread = std::thread::spawn(move || {
@@ -102,7 +102,8 @@ impl Drop for Guest {
     }
 }
 
-/// Lets the guest's device do so many writes a second; 0 is no limit. QEMU counts the time that they wait.
+/// Limits the guest's device to so many writes a second; 0 means unlimited. QEMU includes the waiting time in the
+/// latency.
 fn throttle(vm: &Vm, disk: &str, writes: u64) {
     let mut arguments = json!({ "id": vm.device_path(disk), "iops_wr": writes });
     for key in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd"] {
@@ -130,7 +131,7 @@ async fn the_speed_falls_while_the_guests_writes_are_slow_and_rises_again() {
     until_speeds("the lowest speed", &vm, |speed| *speed == MIB).await;
     throttle(&vm, "vdb", 0);
     until_speeds("the caller's limit again", &vm, |speed| *speed == own).await;
-    // And the caller can still change it.
+    // The caller can still change it.
     job.set_speed(MIB).await.unwrap();
     until_speeds("a lower limit", &vm, |speed| *speed == MIB / 2).await;
     drop(guest);
@@ -169,7 +170,7 @@ async fn the_histograms_are_gone_after_every_end() {
     assert_failed(&job, "QemuError", "Input/output error").await;
     assert_eq!(vm.residue(), before, "failed");
 
-    // Without the option nothing is counted.
+    // Without the option no histogram is set.
     let job = caller.start_with("web", "", &[], slowly(4 * MIB)).await;
     until_followed(&job).await;
     assert_eq!(vm.histograms(), BTreeMap::new());
@@ -187,7 +188,7 @@ async fn histograms_of_other_clients_stay_unchanged() {
             json!({ "id": vm.device_path(disk), key: boundaries }),
         );
     };
-    // By this one late writes are known; QEMU can remove the other one only together with all of that disk.
+    // This histogram shows slow writes. QEMU can remove the other one only together with all histograms of that disk.
     set("vda", "boundaries-write", &[200_000_000]);
     set("vdb", "boundaries-read", &[1_000_000, 2_000_000]);
     let before = vm.histograms();
@@ -206,7 +207,7 @@ async fn histograms_of_other_clients_stay_unchanged() {
     cancel(&job).await;
     assert_eq!(vm.histograms(), before);
 
-    // A histogram that another client sets in place of the backup's own.
+    // Another client replaces the backup's own histogram.
     set("vda", "boundaries", &[5]);
     vm.qmp(
         "block-latency-histogram-set",
@@ -324,7 +325,7 @@ async fn a_limit_out_of_bounds_is_refused_before_anything_is_touched() {
     assert!(caller.manager.list_jobs().await.unwrap().is_empty());
 }
 
-/// A QEMU that can make backups, and cannot count latencies.
+/// Plays a QEMU that can make backups, but cannot count latencies.
 async fn play(mut peer: Peer) {
     peer.greet().await;
     while let Some(command) = peer.try_receive_at_any_time().await {

@@ -1,5 +1,5 @@
-//! How much callers may make grow: each limit of the configuration binds where it is set, says its name, and what was held
-//! is given back when it ends.
+//! Limits of resources that callers can use. Each limit of the configuration applies at its value, the error names it,
+//! and resources are released when their use ends.
 
 use std::fs;
 
@@ -20,7 +20,7 @@ use zbus::wire::OwnedObjectPath;
 
 const MIB: u64 = 1 << 20;
 
-/// A machine whose backup, at the speed of [`slowly`], takes longer than any test.
+/// Starts a VM whose backup, at the bandwidth of [`slowly`], takes longer than any test.
 fn machine(system: &System, name: &str) -> Vm {
     system.configured(system.vm(name).disk(Disk::new("vda", 256 * MIB)).running())
 }
@@ -31,7 +31,7 @@ async fn try_slowly(caller: &Caller, domain: &str) -> zbus::Result<OwnedObjectPa
 
 type Waiting = JoinHandle<zbus::Result<(String, String, String)>>;
 
-/// A call of `Wait` that is on its way before anything that is called after this: a call in flight.
+/// Sends a call of `Wait` that is in flight before any later call.
 async fn wait_for(caller: &Caller, job: &OwnedObjectPath, heard: &mut Eavesdropper) -> Waiting {
     let job = caller.job(job.clone()).await;
     let waiting = tokio::spawn(async move { job.wait().await });
@@ -39,7 +39,7 @@ async fn wait_for(caller: &Caller, job: &OwnedObjectPath, heard: &mut Eavesdropp
     waiting
 }
 
-/// A caller that the service has met: what it calls is counted in the order in which it calls.
+/// Returns a caller that the service knows already: its calls are counted in order.
 async fn known(system: &System, uid: u32) -> Caller {
     let caller = Caller::of_user(system, uid).await;
     caller.manager.list_domains().await.unwrap();
@@ -63,12 +63,12 @@ async fn calls_in_flight_are_counted_over_all_connections_of_a_user_until_they_a
     let second = wait_for(&two, &path, &mut heard).await;
     assert_limit("calls-per-user", one.manager.list_domains().await);
     assert_limit("calls-per-user", two.manager.subscribe().await);
-    // Nor does another connection help.
+    // Another connection does not help either.
     let third = Caller::of_user(&system, USER).await;
     assert_limit("calls-per-user", third.manager.list_domains().await);
     other.manager.list_domains().await.unwrap();
 
-    // Root may have more than a user, but not more than there is.
+    // Root has a higher limit than a user, but not above the total.
     let mut waiting = vec![first];
     for _ in 0..3 {
         root.manager.list_domains().await.unwrap();
@@ -79,7 +79,7 @@ async fn calls_in_flight_are_counted_over_all_connections_of_a_user_until_they_a
     let stranger = Caller::of_user(&system, THIRD_USER).await;
     assert_limit("calls", stranger.manager.list_domains().await);
 
-    // A connection that leaves gives back what it held.
+    // A closed connection releases its share.
     two.connection.close().await.unwrap();
     assert!(second.await.unwrap().is_err());
     wait::until_async("room for a call", async || one.manager.list_domains().await.ok()).await;
@@ -88,7 +88,7 @@ async fn calls_in_flight_are_counted_over_all_connections_of_a_user_until_they_a
         let (result, _, _) = wait::within("the answer", waiting).await.unwrap().unwrap();
         assert_eq!(result, "cancelled");
     }
-    // As many as before, in flight together.
+    // As many calls in flight as before.
     let path = try_slowly(&root, "web").await.unwrap();
     let mut heard = Eavesdropper::start(&system, path.as_str()).await;
     let _first = wait_for(&one, &path, &mut heard).await;
@@ -156,14 +156,14 @@ async fn backups_under_way_are_counted_until_they_end() {
 
     cancel(&users).await;
     cancel(&others).await;
-    // Not with the connection that started it: a backup goes on without it.
+    // A backup continues after its starter disconnects, so it still counts.
     let left = again.start_with("a", "", &[], slowly(MIB)).await;
     let left = root.job(left.inner().path().to_owned().into()).await;
     again.connection.close().await.unwrap();
     assert_limit("jobs-per-user", try_slowly(&user, "c").await);
     cancel(&left).await;
 
-    // Root may have as many as there may be.
+    // Root may use the whole total.
     let mut jobs = Vec::new();
     for domain in ["a", "b"] {
         jobs.push(root.start_with(domain, "", &[], slowly(MIB)).await);
@@ -171,7 +171,7 @@ async fn backups_under_way_are_counted_until_they_end() {
     assert_limit("jobs", try_slowly(&user, "c").await);
     assert_limit("jobs", try_slowly(&root, "c").await);
     nothing_of_c(5).await;
-    // One that ends well gives back as one that does not.
+    // A successful backup releases its share as a failed one does.
     jobs[0].set_speed(0).await.unwrap();
     assert_completed(&jobs[0]).await;
     cancel(&user.start_with("c", "", &[], slowly(MIB)).await).await;
@@ -193,7 +193,7 @@ async fn subscriptions_are_counted_by_connection_until_they_end() {
         roots.push(Caller::new(&system).await);
     }
     one.manager.subscribe().await.unwrap();
-    // Twice is once.
+    // A second subscription of one connection does not count.
     one.manager.subscribe().await.unwrap();
     assert_limit("subscriptions-per-user", two.manager.subscribe().await);
     other.manager.subscribe().await.unwrap();
@@ -212,7 +212,7 @@ async fn subscriptions_are_counted_by_connection_until_they_end() {
     })
     .await;
 
-    // Who was refused hears nothing; the first announcement has gone to everybody when the second comes.
+    // A refused caller gets no signal. The first announcement has reached all subscribers when the second arrives.
     let mut refused = roots.pop().unwrap();
     assert_limit("subscriptions", refused.manager.subscribe().await);
     let file = system.write_domain_file("web", "monitor = \"/nowhere\"\n");
@@ -235,7 +235,7 @@ async fn a_document_that_is_longer_than_the_limit_is_refused_to_root_too() {
         let caller = Caller::of_user(&system, uid).await;
         let refused = caller.try_start("web", &document(101), &[], Options::new()).await;
         assert_limit("document-bytes", refused);
-        // The empty document is no way around it.
+        // The empty document does not bypass the limit.
         let refused = caller
             .try_start("web", &" ".repeat(101), &[], Options::new())
             .await;

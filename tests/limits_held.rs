@@ -1,4 +1,4 @@
-//! What callers hand over and the service holds: monitors of registered domains, and descriptors.
+//! Limits of resources that callers pass to the service: monitors of registered domains, and descriptors.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -18,7 +18,8 @@ use zbus::wire::OwnedObjectPath;
 
 const MIB: u64 = 1 << 20;
 
-/// `RegisterDomain` is refused because of a limit, and the service lets go of the monitor without a word to it.
+/// Checks that `RegisterDomain` is refused because of a limit, and that the service closes the monitor without writing
+/// to it.
 async fn assert_register_limit(key: &str, caller: &Caller, name: &str) {
     let (ours, mut peer) = Peer::pair();
     let ours = ours.into_std().unwrap().into();
@@ -29,14 +30,14 @@ async fn assert_register_limit(key: &str, caller: &Caller, name: &str) {
     );
 }
 
-/// A stand-in for a caller's QEMU that is registered.
+/// Registers a stand-in for a caller's QEMU.
 async fn register(caller: &Caller, name: &str) -> StandIn {
     let (socket, stand_in) = StandIn::start();
     caller.register(name, socket).await.unwrap();
     stand_in
 }
 
-/// Registers as soon as there is room again.
+/// Registers a domain as soon as the limit allows it.
 async fn register_when_possible(caller: &Caller, name: &str) -> StandIn {
     wait::until_async("room for a domain", async || {
         let (socket, stand_in) = StandIn::start();
@@ -45,7 +46,7 @@ async fn register_when_possible(caller: &Caller, name: &str) -> StandIn {
     .await
 }
 
-/// The names of all domains.
+/// Returns the names of all domains.
 async fn names(root: &Caller) -> Vec<String> {
     let domains = root.manager.list_domains().await.unwrap();
     domains.into_iter().map(|(_, name, _, _)| name).collect()
@@ -82,7 +83,7 @@ async fn registered_domains_count_until_their_qemu_or_connection_ends() {
     let others = format!("{OTHER_USER}:others");
     let of_user = |name| format!("{USER}:{name}");
     assert_eq!(names(&root).await, [&others, "root1", "root2", &of_user("users")]);
-    // Domains of the administrator's are not counted.
+    // Configured domains are not counted.
     system.write_domain_file("configured", "monitor = \"/nowhere\"\n");
     wait::until("the configured domain", || system.domain_path("configured"));
 
@@ -117,7 +118,7 @@ async fn a_registration_that_fails_is_not_counted() {
     register(&user, "mine").await;
 }
 
-/// Empty files of a caller's, open.
+/// Open empty files of a caller.
 struct Files {
     paths: Vec<PathBuf>,
     descriptors: Vec<OwnedFd>,
@@ -136,7 +137,7 @@ impl Files {
         }
     }
 
-    /// The document with as many disks.
+    /// Returns a document with as many disks.
     fn document(&self) -> String {
         let disk = |index| format!("<disk name='vd{index}' type='fd'><target fd='{index}'/></disk>");
         let disks: String = (0..self.descriptors.len()).map(disk).collect();
@@ -189,11 +190,11 @@ async fn descriptors_are_counted_while_a_backup_or_a_registered_domain_holds_the
     assert_eq!(a.residue(), before_a);
     assert_eq!(root.manager.list_jobs().await.unwrap(), []);
 
-    // What is refused for another reason holds nothing.
+    // A call that is refused for another reason holds no descriptor.
     let two = Files::new(&system, "two", 2);
     for (document, error) in [
         ("<domainbackup", "org.example.Backup1.Error.InvalidDefinition"),
-        // Into the store, which this user may not.
+        // Into the store, which this user may not use.
         ("", "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"),
     ] {
         let refused = user
@@ -227,7 +228,7 @@ async fn descriptors_are_counted_while_a_backup_or_a_registered_domain_holds_the
     assert_eq!((a.residue(), b.residue()), (before_a, before_b));
 }
 
-/// A thread that storage blocks ends when the storage answers. Until then it counts as the job that it was.
+/// A thread that waits for storage ends when the storage responds. Until then it counts as its job.
 #[tokio::test(flavor = "multi_thread")]
 async fn work_that_storage_blocks_counts_for_its_user_until_it_returns() {
     let rights = ["domain.getattr", "domain.read", "domain.backup", "domain.export"];

@@ -1,5 +1,5 @@
-//! What one caller can do to the service and to the others. These measure: the figures are what is promised, with nothing
-//! else running beside them.
+//! The effect of one caller's load on the service and on other callers. The tests measure: the limits are the
+//! documented ones, and no other test runs at the same time.
 
 mod common;
 
@@ -24,16 +24,16 @@ use zbus::{Connection, Message};
 const CALLS: usize = 50_000;
 const MOST_GROWTH_KIB: u64 = 10 << 10;
 const MOST_DELAY: Duration = Duration::from_millis(100);
-/// How much slower a flood makes the calls of others than the slowest of so many without it.
+/// The allowed slowdown of other callers' calls during a flood, relative to the slowest call without it.
 const MOST_SLOWDOWN: u32 = 10;
 const QUIET_CALLS: usize = 200;
 const DOMAINS: usize = 500;
 /// One measurement at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-/// How often something is measured before it counts as too slow.
+/// The number of attempts before a measurement counts as too slow.
 const ROUNDS: usize = 3;
 
-/// A field of `/proc/PID/status`, in KiB.
+/// Returns a field of `/proc/PID/status` in KiB.
 fn status(pid: u32, field: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = text
@@ -42,12 +42,12 @@ fn status(pid: u32, field: &str) -> u64 {
     line.unwrap().split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// Lets the kernel forget the most that a process ever had (proc(5), clear_refs).
+/// Resets the kernel's record of a process's peak memory (proc(5), clear_refs).
 fn forget_peak(pid: u32) {
     fs::write(format!("/proc/{pid}/clear_refs"), "5").unwrap();
 }
 
-/// A call of the root object, to be given its arguments.
+/// Returns a call of the root object without arguments.
 fn call(member: &'static str, no_reply: bool) -> Builder<'static> {
     let call = Message::method_call(ROOT_PATH, member)
         .destination(BUS_NAME)
@@ -63,7 +63,7 @@ async fn flood(connection: Connection, member: &'static str, no_reply: bool) {
         let call = call(member, no_reply).build(&()).unwrap();
         connection.send(&call).await.unwrap();
     }
-    // Answered after all that came before.
+    // The reply comes after everything that was sent before.
     let connected = connection.call_method(
         Some(BUS_NAME),
         ROOT_PATH,
@@ -74,7 +74,7 @@ async fn flood(connection: Connection, member: &'static str, no_reply: bool) {
     let _ = wait::within("the flood to end", connected).await;
 }
 
-/// How long a call takes.
+/// Returns the duration of a call.
 async fn delay(caller: &Caller) -> Duration {
     let asked = Instant::now();
     caller.manager.list_domains().await.unwrap();
@@ -98,12 +98,12 @@ async fn a_flood_of_calls_neither_grows_the_service_nor_keeps_others_waiting() {
     for _ in 0..QUIET_CALLS {
         quiet = quiet.max(delay(&other).await);
     }
-    // A machine that has other things to do is slow without a flood too.
+    // A busy host is slow without a flood too.
     let most = MOST_DELAY.max(quiet * MOST_SLOWDOWN);
     for (member, no_reply) in [("ListDomains", true), ("Subscribe", true), ("ListDomains", false)] {
         let mut delays = Vec::new();
         while delays.last().is_none_or(|delay| *delay > most) {
-            // What the service is to blame for happens each time; what else the machine does, does not.
+            // A fault of the service occurs in every attempt; other load on the host does not.
             assert!(
                 delays.len() < ROUNDS,
                 "another caller waited {delays:?}, and {quiet:?} before"
@@ -127,7 +127,7 @@ async fn a_flood_of_calls_neither_grows_the_service_nor_keeps_others_waiting() {
     }
 }
 
-/// How long polkit itself takes for as many questions about a connection, many at a time.
+/// Returns the time that polkit itself takes for as many concurrent requests about a connection.
 async fn polkit_alone(system: &System, subject: &Caller) -> Duration {
     let root = system.connect().await;
     let name = subject.connection.unique_name().unwrap().to_string();
@@ -201,7 +201,8 @@ async fn many_domains_are_listed_as_fast_as_polkit_answers_and_faster_from_memor
     }
 }
 
-/// A connected socket whose last close waits for a minute: it lingers, and what was sent does not leave (socket(7)).
+/// Returns a connected socket whose last close waits for a minute: it lingers, and the sent data does not leave
+/// (socket(7)).
 fn lingering() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -233,11 +234,11 @@ async fn a_slow_close_blocks_no_other_caller() {
             };
             let call = call.unwrap();
             caller.send(&call).await.unwrap();
-            // The service's is the last.
+            // The service holds the last descriptor.
             drop((call, sender));
         }
     }
-    // The deadline of this is half of what the sockets would take.
+    // The deadline is half of the time that the sockets would take.
     let other = Caller::new(&system).await;
     for _ in 0..20 {
         let answer = wait::within("another caller's answer", other.manager.get_domain("web")).await;

@@ -1,7 +1,8 @@
-//! All tests that can run in parallel, as one program. The tests are linked once, and the threads stay busy until the end.
+//! All tests that can run in parallel, as one program. The tests are linked once, and the threads stay busy until the
+//! end.
 //!
-//! `cargo test --test tests random_operations::` runs the tests of one file. Tests that measure, or that take minutes, are
-//! separate programs (`Cargo.toml`).
+//! `cargo test --test tests random_operations::` runs the tests of one file. Tests that measure, or that take minutes,
+//! are separate programs (`Cargo.toml`).
 
 mod common;
 

@@ -1,5 +1,6 @@
-//! What no library would send: descriptors that a call does not speak of, or speaks of more often than it has them. None of
-//! it costs the service more than was passed, nor anybody else a backup.
+//! Malformed calls that no library sends: with descriptors that the body does not refer to or refers to repeatedly,
+//! and with bodies that are too long. They cost the service no more than was passed, and disturb no other caller's
+//! backup.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -30,7 +31,7 @@ fn descriptors(system: &mut System) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
-/// `CreateBackup` of `web` with these indices, and an option if there is one.
+/// Returns a `CreateBackup` call for `web` with these indices and an option, if any.
 fn create(indices: &[u32], option: Option<Body>) -> Body {
     let mut body = Body::default()
         .string("web")
@@ -61,8 +62,8 @@ fn a_descriptor_referenced_ten_thousand_times_is_not_duplicated() {
     for _ in 0..50 {
         client.wait_for("the call names 10000 descriptors, but passes 1");
     }
-    assert!(most < before + 150, "{before} before, {most} meanwhile");
-    // Twice is too often as well.
+    assert!(most < before + 150, "{before} before, {most} during the calls");
+    // Two references are too many as well.
     client.send(
         CREATE,
         "ssaha{sv}",
@@ -98,7 +99,7 @@ fn descriptors_in_options_are_refused() {
             client.wait_for(word);
         }
     }
-    assert!(most < before + 150, "{before} before, {most} meanwhile");
+    assert!(most < before + 150, "{before} before, {most} during the calls");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -119,7 +120,7 @@ async fn descriptors_that_come_with_a_call_that_takes_none_are_refused_and_close
     };
     client.send(wait, "", Body::default(), &[null.as_fd(); 16]);
     client.wait_for("Wait takes no descriptors, but the call passes 16");
-    // Many at once are counted before they are looked at.
+    // Many calls at once are counted before they are read.
     for _ in 0..40 {
         client.send(wait, "", Body::default(), &[null.as_fd(); 16]);
     }

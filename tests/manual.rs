@@ -1,4 +1,4 @@
-//! The example configuration and the manual pages tell of every key, with its true default.
+//! The example configuration and the manual pages list every key with its real default.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ fn parse(text: &str) -> Result<Config, String> {
     Config::parse(text, Path::new("backupd.toml")).map_err(|error| error.to_string())
 }
 
-/// The example with its settings in force: they are commented out without a space, remarks with one.
+/// Returns the example with its settings in effect: they are commented out without a space, remarks with one.
 fn example_in_force() -> String {
     let mut text = String::new();
     for line in read("docs/backupd.toml").lines() {
@@ -28,7 +28,7 @@ fn example_in_force() -> String {
     text
 }
 
-/// The keys of a table, as the service says them when it meets one that it does not know.
+/// Returns the keys of a table, as the service lists them in the error about an unknown key.
 fn keys_of(table: &str) -> Vec<String> {
     let error = parse(&format!("{table}\nno-such-key = 1")).unwrap_err();
     let (_, expected) = error.split_once("expected ").expect("the error names the keys");
@@ -94,7 +94,7 @@ fn the_example_and_the_manual_have_every_key() {
     }
 }
 
-/// Each number in the manual's list of keys is that of the example, which is the service's.
+/// Each number in the manual's list of keys equals that of the example, which equals the service's.
 #[test]
 fn the_manual_has_the_defaults_of_the_example() {
     let example = example_in_force();
@@ -103,7 +103,7 @@ fn the_manual_has_the_defaults_of_the_example() {
     // The other ones refer to pages.
     let lines = manual.lines().filter_map(|line| line.strip_prefix(".BR "));
     for line in lines.filter(|line| line.contains('"')) {
-        // roff's quotation marks first, then those of the text.
+        // First roff's quotation marks, then those of the text.
         let words = line.replace(" \"", " ").replace("), ", ") ");
         let words = words.replace("\\(lq", "\"").replace("\\(rq", "\"");
         let mut rest = words.as_str();

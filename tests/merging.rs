@@ -1,4 +1,4 @@
-//! Deleting backups that others depend on, after making these independent.
+//! Deletion of backups with dependents, which are merged first.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -23,12 +23,12 @@ const DISKS: [&str; 2] = ["vda", "vdb"];
 
 /// A full backup, and a chain of three on it.
 struct Scene {
-    // Before all others, which use it.
+    // Dropped after all fields that use it.
     _storage: Option<Hanging>,
     system: System,
     vm: Vm,
     ids: Vec<String>,
-    /// What each image shows, by id and disk.
+    /// The content of each image, by id and disk.
     shown: BTreeMap<(String, &'static str), Vec<u8>>,
 }
 
@@ -37,7 +37,7 @@ impl Scene {
         Self::of(System::start(), None).await
     }
 
-    /// On a store whose file system cannot do everything.
+    /// Uses a store whose file system lacks features.
     async fn limited(limits: Limits) -> Self {
         let mut system = System::setup().without_daemon().start();
         let storage = Hanging::mount(&system.store(), limits);
@@ -112,7 +112,7 @@ impl Scene {
         wait::within("Delete", call).await?.body().deserialize()
     }
 
-    /// These are there and no others, each shows what it did, is as its manifest says, and is listed as complete.
+    /// Checks that exactly these backups exist, have their content, match their manifests, and are listed as complete.
     async fn assert_there(&self, ids: &[&str]) {
         let there = directories(&self.system.store().join("web"));
         let mut names: Vec<&str> = there
@@ -177,7 +177,7 @@ async fn dependents_of_a_deleted_backup_keep_their_content() {
     assert_eq!(scene.manifest(&third), before);
     let mode = scene.image(&second, "vda").metadata().unwrap().mode();
     assert_eq!(mode & 0o777, 0o600);
-    // In the middle of a chain, from the command line.
+    // In the middle of a chain, with backupctl.
     let deleted = scene
         .system
         .clients()
@@ -186,7 +186,7 @@ async fn dependents_of_a_deleted_backup_keep_their_content() {
     assert!(deleted.contains(&third), "{deleted}");
     scene.assert_there(&[&second, &fourth]).await;
     assert_eq!(scene.manifest(&fourth)["kind"], "full");
-    // What is next goes on from the newest, which has other images now.
+    // The next backup continues from the newest, which has other images now.
     let mut scene = scene;
     scene.backup(5).await;
     let fifth = scene.ids.last().unwrap().clone();
@@ -221,7 +221,7 @@ async fn dependents_keep_their_content_in_a_store_with_links_and_without_exchang
     scene.assert_there(&[&first, &third, &fourth]).await;
 }
 
-/// Deletes the oldest backup once for each point at which the service then dies.
+/// Deletes the oldest backup once for each point at which the service dies then.
 async fn dies_and_goes_on(mut scene: Scene, merge: &[Point]) {
     for point in merge.iter().copied().chain(Point::REMOVAL) {
         let oldest = scene.ids[0].clone();
@@ -230,7 +230,7 @@ async fn dies_and_goes_on(mut scene: Scene, merge: &[Point]) {
         scene.system.wait_for_domain("web");
         scene.delete(&oldest, &["merge"]).await.unwrap_err();
         scene.system.wait_for_death();
-        // What is there is good, whichever it is; but while one is moved aside, those that depend on it can't be read.
+        // Every existing backup is good. While one is moved aside, its dependents cannot be read.
         for (id, disk) in scene.shown.keys() {
             let image = scene.image(id, disk);
             if image.exists() && point != Point::MergeMovedAside {
@@ -243,7 +243,7 @@ async fn dies_and_goes_on(mut scene: Scene, merge: &[Point]) {
         }
         scene.system.start_daemon();
         scene.system.wait_for_domain("web");
-        // What was begun and can be finished is; else the call is made again.
+        // The service finishes an operation that it can finish; otherwise the caller repeats the call.
         let parent = scene.system.store().join("web");
         wait::until(&format!("what {point:?} left to be gone"), || {
             let names = std::fs::read_dir(&parent)
@@ -287,7 +287,7 @@ async fn a_backup_in_use_or_damaged_is_not_merged_and_nothing_changes() {
     assert!(damaged.to_string().contains(&second), "{damaged}");
     std::fs::write(&image, &whole).unwrap();
     scene.assert_there(&all).await;
-    // Nor does one that only its checksum tells of.
+    // Neither does one that only its checksum shows as damaged.
     let image = scene.image(&first, "vda");
     let mut whole = std::fs::read(&image).unwrap();
     let place = whole.len() - 4096;
@@ -319,7 +319,7 @@ async fn a_merge_that_is_refused_has_changed_no_dependent() {
     assert!(error_name(&refused).ends_with("Protected"), "{refused}");
     assert_eq!(images(), before);
     protect("unprotect");
-    // A file of somebody's in the backup that is to go, and in one that would get another directory.
+    // A foreign file in the backup that is deleted, and in one that would get another directory.
     for id in [&first, &second] {
         let note = scene.directory(id).join("note.txt");
         std::fs::write(&note, "mine").unwrap();
@@ -328,7 +328,7 @@ async fn a_merge_that_is_refused_has_changed_no_dependent() {
         assert_eq!(images(), before, "{id}");
         std::fs::remove_file(&note).unwrap();
     }
-    // A reader of the backup that is to go.
+    // A reader of the backup that is deleted.
     let reader = std::fs::File::open(scene.directory(&first)).unwrap();
     flock(&reader, FlockOperation::LockShared).unwrap();
     let refused = scene.delete(&first, &["merge"]).await.unwrap_err();
@@ -351,7 +351,7 @@ async fn a_new_dependent_keeps_its_base_while_others_are_merged() {
     let job = root.start_with("web", "", &[], since).await;
     let busy = scene.delete(&first, &["merge"]).await.unwrap_err();
     assert!(error_name(&busy).ends_with("Busy"), "{busy}");
-    // Nor does it where nothing is held: what is on record counts too.
+    // Recorded dependents count too, even if no lock is held.
     let (directory, aside) = (scene.directory(&first), scene.system.dir().join("aside"));
     std::fs::rename(&directory, &aside).unwrap();
     let mut copy = Command::new("cp");

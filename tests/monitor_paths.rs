@@ -1,5 +1,5 @@
-//! The paths of monitors and agents lead through directories in which other users have a hand: nobody leads the service to
-//! somebody else's socket, nor takes libvirt's from it.
+//! Paths of monitors and agents in directories that other users can change. No user can make the service connect to
+//! another user's socket, or to libvirt's.
 
 use std::fs;
 use std::os::unix::fs::{chown, symlink};
@@ -19,7 +19,7 @@ use crate::common::wait::{self, until_async};
 
 const MIB: u64 = 1 << 20;
 
-/// A directory that belongs to a user.
+/// Makes a directory that belongs to a user.
 fn directory(system: &System, name: &str, uid: u32) -> PathBuf {
     let directory = system.dir().join(name);
     fs::create_dir_all(&directory).unwrap();
@@ -27,7 +27,7 @@ fn directory(system: &System, name: &str, uid: u32) -> PathBuf {
     directory
 }
 
-/// A socket that a user has made and listens at.
+/// Creates a socket as a user and listens on it.
 fn listen_as(uid: u32, path: &Path) -> UnixListener {
     let path = path.to_owned();
     as_user(uid, move || UnixListener::bind(path).unwrap())
@@ -38,7 +38,8 @@ fn configure(system: &System, name: &str, monitor: &Path, further: &str) {
     system.write_domain_file(name, &text);
 }
 
-/// The domain is not connected to, and these words say why: to who asks for a backup, and in the log.
+/// Checks that the service does not connect to the domain, and that these words explain it to the caller and in the
+/// log.
 async fn assert_refused(system: &mut System, caller: &Caller, name: &str, words: &[&str]) {
     let told = until_async(&format!("{name}: {words:?}"), || async {
         let refused = caller.try_start(name, "", &[], Options::new()).await;
@@ -70,7 +71,7 @@ async fn a_symbolic_link_in_a_users_directory_opens_no_foreign_monitor() {
     let directory = format!("{} belongs to user {USER}", theirs.display());
     let words = [&*directory, "web.qmp: is a symbolic link", "Name the file"];
     assert_refused(&mut system, &caller, "web", &words).await;
-    // Nor a link in place of the directory.
+    // A link in place of the directory is refused too.
     let link = theirs.join("run");
     symlink(system.dir().join("mail"), &link).unwrap();
     configure(&system, "other", &link.join("service"), "");
@@ -98,7 +99,7 @@ async fn the_listening_process_belongs_to_the_sockets_owner_or_root() {
     let _own = Imposter::on(listen_as(USER, &path), Peer::play_qemu);
     configure(&system, "own", &path, "");
     system.wait_for_domain("own");
-    // As a service manager makes it.
+    // As a service manager creates it.
     let path = theirs.join("roots");
     let _roots = Imposter::listen(&path, Peer::play_qemu);
     chown(&path, Some(USER), None).unwrap();
@@ -111,7 +112,7 @@ async fn the_listening_process_belongs_to_the_sockets_owner_or_root() {
     let owner = format!("belongs to user {OTHER_USER}");
     let listener = format!("user {USER} listens there");
     assert_refused(&mut system, &caller, "anothers", &[&owner, &listener]).await;
-    // Whose other name it is, nobody can say.
+    // Nobody knows the owner of the other name.
     let path = theirs.join("linked");
     fs::hard_link(theirs.join("own"), &path).unwrap();
     configure(&system, "linked", &path, "");
@@ -191,7 +192,7 @@ async fn an_agent_is_reached_as_a_monitor_is() {
     assert_eq!(agent.seen_all(), [""; 0]);
     assert_eq!(libvirts.seen_all(), [""; 0]);
     drop(own);
-    // Through a link of root's, it is used.
+    // Through root's link it is used.
     let link = system.dir().join("link.qga");
     symlink(agent.path(), &link).unwrap();
     let text = format!("agent = \"{}\"", link.display());
@@ -215,7 +216,7 @@ async fn libvirts_own_monitor_is_never_connected_to() {
     fs::create_dir_all(&below).unwrap();
     let path = below.join("monitor.sock");
     let words = ["is libvirt's own connection", "<qemu:commandline>"];
-    // Also before it is there.
+    // Also before it exists.
     configure(&system, "web", &path, "");
     assert_refused(&mut system, &caller, "web", &words).await;
     let listener = UnixListener::bind(&path).unwrap();
@@ -264,7 +265,7 @@ async fn monitors_on_hanging_storage_delay_nobody() {
             .await
             .unwrap();
     };
-    // Connecting fails first, and then the service looks at the paths.
+    // Connecting fails first, and then the service examines the paths.
     wait::until_async("the first tries to fail", || async {
         answers().await;
         let log = std::fs::read_to_string(system.dir().join("backupd.log")).unwrap();

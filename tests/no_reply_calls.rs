@@ -1,4 +1,4 @@
-//! Calls that want no reply: they are carried out, and only the reply is not sent.
+//! Calls with the flag NO_REPLY_EXPECTED: the service executes them and sends no reply.
 
 use crate::common::System;
 use crate::common::authority::{Answer, Authority};
@@ -18,10 +18,10 @@ use zbus::message::{Flags, Type};
 use zbus::wire::DynamicType;
 
 const MIB: u64 = 1 << 20;
-/// At which a backup takes long enough to be spoken to.
+/// A bandwidth at which a backup runs long enough to be changed and cancelled.
 const SPEED: u64 = 16 * MIB;
 
-/// Sends such a call.
+/// Sends a call with the flag.
 async fn send<B: Serialize + DynamicType>(
     caller: &Caller,
     path: &str,
@@ -42,7 +42,7 @@ fn machine(system: &System) -> Vm {
     system.configured(system.vm("web").disk(Disk::new("vda", 256 * MIB)).running())
 }
 
-/// How many replies come over a connection before that to a call that is sent now.
+/// Returns the number of replies that a connection receives before that to a call that is sent now.
 async fn replies(caller: &Caller, messages: &mut MessageStream) -> usize {
     let ping = zbus::Message::method_call("/", "Ping")
         .destination(BUS_NAME)
@@ -67,13 +67,13 @@ async fn a_backup_is_made_and_its_caller_gets_no_reply() {
     let _vm = machine(&system);
     let mut caller = Caller::new(&system).await;
     let mut messages = MessageStream::from(&caller.connection);
-    // To calls that are done.
+    // The count of replies to the finished calls.
     replies(&caller, &mut messages).await;
     let files: Vec<zbus::Fd<'_>> = Vec::new();
     let body = ("web", "", files, Options::new());
     send(&caller, ROOT_PATH, MANAGER_INTERFACE, "CreateBackup", &body).await;
     caller.signals_until("JobEnded").await;
-    // A refused one gets none either.
+    // A refused call gets no reply either.
     send(&caller, ROOT_PATH, MANAGER_INTERFACE, "Rescan", &()).await;
     assert_eq!(replies(&caller, &mut messages).await, 0);
     let backups = files_below(&system.store());
@@ -106,7 +106,7 @@ async fn a_subscription_begins_and_ends() {
     subscribed.manager.subscribe().await.unwrap();
     for (caller, member) in [(&plain, "Subscribe"), (&subscribed, "Unsubscribe")] {
         send(caller, ROOT_PATH, MANAGER_INTERFACE, member, &()).await;
-        // It has been taken up when a later call is answered.
+        // When a later call is answered, the service has started on this one.
         caller.manager.list_jobs().await.unwrap();
     }
     Caller::new(&system).await.complete("web", "").await;

@@ -1,4 +1,4 @@
-//! A death of the client or of the service leaves no process of QEMU's, no lock and no partial file.
+//! A crash of the client or of the service leaves no QEMU process, no lock and no staging file.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! Domains that users register: whose they are, who sees them, and what they are called.
+//! Domains that users register: their owners, their names, and the users that see them.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,7 +29,7 @@ fn machine(system: &System, name: &str, pattern: u8) -> Vm {
     system.vm(name).disk(disk).start()
 }
 
-/// Ordinary users that may register domains.
+/// Starts a system whose ordinary users may register domains.
 fn system(further_rules: &str) -> System {
     let rules = [USER, OTHER_USER].map(|uid| polkit::allow(uid, &["service.register-domain"]));
     System::setup()
@@ -73,10 +73,10 @@ async fn a_registered_domain_is_seen_by_its_owner_and_root_only() {
         let refused = other.try_start(name, "", &[], Options::new()).await.unwrap_err();
         assert_eq!(error_name(&refused), NO_SUCH_DOMAIN);
     }
-    // Another connection of the owner's is the owner too.
+    // Another connection of the owner has the owner's rights too.
     let again = Caller::of_user(&system, USER).await;
     assert_eq!(names(&again).await, ["mine"]);
-    // What the other subscriber heard up to a backup's end says nothing of it.
+    // The signals of the other subscriber up to a backup's end do not include it.
     let job = root.complete(&unique, "").await;
     let heard = brief(&other.signals_until("JobEnded").await);
     let job = job.inner().path();
@@ -106,7 +106,7 @@ async fn a_rule_can_show_a_users_domains_to_another() {
     let other = Caller::of_user(&system, OTHER_USER).await;
     let unique = format!("{USER}:mine");
     assert_eq!(names(&other).await, [&*unique]);
-    // To see is not to have a backup made.
+    // The right to read does not include the right to back up.
     let refused = other
         .try_start(&unique, "", &[], Options::new())
         .await
@@ -134,7 +134,7 @@ async fn an_owner_exports_to_its_own_files_without_a_password_and_nothing_else()
         .await;
     assert_completed(&job).await;
     assert!(holds(&target, "qcow2", 0, MIB, 0x33));
-    // What the service would write as root, or into the administrator's space, is the administrator's to allow.
+    // Targets that the service opens as root, and the administrator's stores, need the administrator's permission.
     let file =
         "<domainbackup><disks><disk name='vda'><target file='/tmp/x.qcow2'/></disk></disks></domainbackup>";
     for document in ["", file] {
@@ -164,18 +164,18 @@ async fn the_name_of_a_hidden_domain_can_be_taken_and_shadows_nothing() {
     let root = Caller::new(&system).await;
     let owner = Caller::of_user(&system, USER).await;
     let other = Caller::of_user(&system, OTHER_USER).await;
-    // A free name and a taken one that the caller may not see are answered alike.
+    // A free name and a hidden one in use have the same reply.
     let own = register(&owner, "secret", &mine).await.unwrap();
     let theirs = register(&other, "secret", &others).await.unwrap();
     assert_eq!(owner.manager.get_domain("secret").await.unwrap(), own);
     assert_eq!(other.manager.get_domain("secret").await.unwrap(), theirs);
     let real = root.manager.get_domain("secret").await.unwrap();
     assert!(real != own && real != theirs);
-    // One's own name is taken, though.
+    // The caller's own names are in use, though.
     let refused = register(&owner, "secret", &mine).await.unwrap_err();
     assert_eq!(error_name(&refused), INVALID_ARGS);
 
-    // Nobody's backups can be taken for those of the real one.
+    // No backup of a user can pass for one of the real domain.
     owner.complete("secret", "").await;
     root.complete("secret", "").await;
     let pattern = |directory: &str| {
@@ -226,14 +226,14 @@ async fn a_name_resolves_to_no_other_domain_while_polkit_does_not_reply() {
             false => Answer::Yes,
         })
         .await;
-    // Nobody's backup of the one is made of the other.
+    // No request for one domain backs up the other.
     wait::until_async("polkit's change to be noticed", async || {
         owner.manager.get_domain("web").await.err().map(drop)
     })
     .await;
     let refused = owner.try_start("web", "", &[], Options::new()).await.unwrap_err();
     assert_eq!(error_name(&refused), ACCESS_DENIED);
-    // Hidden for certain, it is another matter.
+    // When polkit denies the read right, the name is free for the caller.
     authority
         .decide_by(move |question| match about_configured(question) {
             true => Answer::No,
@@ -247,7 +247,7 @@ async fn a_name_resolves_to_no_other_domain_while_polkit_does_not_reply() {
     authority.stop(&system).await;
 }
 
-/// A machine that has the name and the UUID of another one.
+/// Starts a VM that has the name and the UUID of another one.
 fn impostor(system: &System, of: &Vm) -> Vm {
     let builder = Builder::new(&system.dir().join("impostor"), of.name()).uuid(of.uuid());
     builder.disk(Disk::new("vda", 4 * MIB).fill(0, MIB, 0x66)).start()
@@ -280,7 +280,7 @@ async fn a_name_never_means_what_a_less_trusted_user_has_registered_under_it() {
     assert_eq!(files_below(&system.store()), before);
     let refused = ctl(&["--json", "create", "web"]);
     assert!(refused.stderr.contains(NO_SUCH_DOMAIN), "{refused:?}");
-    // To her it is her own; to root it has a name, too.
+    // For her it is her own domain; root sees it under another name.
     assert_eq!(mallory.manager.get_domain("web").await.unwrap(), path);
     ctl(&["create", &unique]).expect_success();
     let new = files_below(&system.store());
@@ -289,7 +289,7 @@ async fn a_name_never_means_what_a_less_trusted_user_has_registered_under_it() {
         !new.is_empty() && new.iter().all(|file| file.starts_with(&unique)),
         "{new:?}"
     );
-    // Every list says whose they are.
+    // Every list names the owners.
     let owner = polkit::user_name(USER);
     for list in [&["domains"][..], &["jobs", "--all"], &["backups"]] {
         let text = ctl(list).expect_success();
@@ -329,7 +329,7 @@ async fn a_uuid_means_no_other_users_domain_while_the_configured_one_is_down() {
     assert_eq!(root.manager.get_domain(&uuid).await.unwrap(), configured);
     web.kill();
     system.stop_daemon();
-    // Nobody knows its UUID now.
+    // The service does not know its UUID now.
     system.start_daemon();
     let root = Caller::new(&system).await;
     let mallory = Caller::of_user(&system, USER).await;

@@ -1,4 +1,4 @@
-//! Every member of every interface, called by every sort of user on every sort of domain, held against the table of
+//! Every member of every interface, called by every kind of user on every kind of domain, compared with the table of
 //! permissions.
 
 use std::collections::BTreeSet;
@@ -20,7 +20,7 @@ use backupd::names::{
 use zbus::wire::{OwnedObjectPath, Variant};
 
 const MIB: u64 = 1 << 20;
-/// Debian's `bin` and `sys`, nobody special either.
+/// Debian's `bin` and `sys`, which have no special rights.
 const OWNER: u32 = 2;
 const READER: u32 = 3;
 
@@ -41,10 +41,10 @@ const EVERYTHING: [&str; 14] = [
     "backup.verify",
 ];
 
-/// The backups that all others are tried on end with the first of these, and so does waiting for their ends.
+/// Backups for the other members end with the first of these, and so do the calls that wait for them.
 const LAST: [&str; 2] = ["Job.Cancel", "Job.Wait"];
 
-/// A caller and what the rules below let it do.
+/// A caller, and its rights under the rules below.
 struct Person {
     who: &'static str,
     uid: u32,
@@ -52,7 +52,7 @@ struct Person {
 }
 
 impl Person {
-    /// What polkit answers, by the rules below.
+    /// Returns polkit's reply under the rules below.
     fn has(&self, permission: Permission, domain: &Known) -> bool {
         match permission {
             _ if self.who == "root" => true,
@@ -117,7 +117,7 @@ fn rules() -> String {
 }
 
 fn slow_machine(system: &System, name: &str) -> Vm {
-    // At the speed of `SLOW` a backup of it lasts longer than the test.
+    // At the bandwidth of `SLOW` its backup takes longer than the test.
     let disk = Disk::new("vda", 256 * MIB).fill(0, 256 * MIB, 0x11);
     system.vm(name).disk(disk).start()
 }
@@ -125,7 +125,7 @@ fn slow_machine(system: &System, name: &str) -> Vm {
 /// Bytes a second.
 const SLOW: u64 = MIB;
 
-/// A domain as root's caller sees it, with a backup in the store, and one under way that root started.
+/// Returns a domain as root sees it, with a backup in the store and a running one that root started.
 async fn known(root: &Caller, path: OwnedObjectPath, name: &'static str) -> Known {
     for _ in 0..2 {
         let job = start_on(root, &path, slowly(0)).await;
@@ -156,7 +156,7 @@ async fn start_on(root: &Caller, path: &OwnedObjectPath, options: Options<'_>) -
     job
 }
 
-/// What became of a call: `ok`, or the error's name, without its prefix, and text.
+/// The result of a call: `ok`, or the error's name without its prefix, and its text.
 type Outcome = Result<(), (String, String)>;
 
 async fn call<B>(caller: &Caller, path: &str, interface: &str, member: &str, body: &B) -> Outcome
@@ -183,7 +183,7 @@ async fn get(caller: &Caller, path: &str, interface: &str, property: &str) -> Ou
     call(caller, path, "org.freedesktop.DBus.Properties", "Get", &arguments).await
 }
 
-/// Calls a member of the table about a domain with arguments that fit.
+/// Calls a member of the table about a domain with valid arguments.
 async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
     let caller = &person.caller;
     let (path, job) = (domain.path.as_str(), domain.job.as_str());
@@ -279,7 +279,7 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
     }
 }
 
-/// What the table says that becomes of it.
+/// Returns the result that the table defines.
 fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
     let needs = |permission| {
         TABLE
@@ -290,7 +290,7 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
     if FREE.contains(&member) {
         return "ok";
     }
-    // What a caller may not know of is not there.
+    // An object that the caller may not know of does not exist for it.
     let about_job = member.starts_with("Job.") || member.starts_with("Backup.");
     let about_domain = member.starts_with("Domain.");
     if about_job && !person.reads(domain) || about_domain && !person.sees(domain) {
@@ -329,12 +329,12 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
             return challenged(permission);
         }
     }
-    // Which of the two is needed is the document's to say: here, a store.
+    // The document decides which of the two is needed: here, a store.
     if needs(Permission::DomainBackup) {
         return if lacks(Permission::DomainBackup) {
             challenged(Permission::DomainBackup)
         } else {
-            // There is one already.
+            // One exists already.
             "Busy"
         };
     }
@@ -342,14 +342,14 @@ fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
         "RegisterDomain" if lacks(Permission::ServiceRegisterDomain) => {
             challenged(Permission::ServiceRegisterDomain)
         }
-        // Nobody greets at the other end of what was passed.
+        // The peer of the passed socket sends no greeting.
         "RegisterDomain" => "DomainUnreachable",
         "Job.CancelDisk" => "NoSuchDisk",
-        // There is something in its directory that is not the backup's.
+        // Its directory contains a file that does not belong to the backup.
         "Backup.Delete" => "TargetInvalid",
-        // No disk is named; the socket does not listen.
+        // The document names no disk, and the socket does not listen.
         "Backup.Restore" | "Backup.Export" => "InvalidArgs",
-        // There is a backup already.
+        // A backup exists already.
         "Domain.CreateCheckpoint" | "Domain.DeleteCheckpoint" => "Busy",
         "Domain.GetCheckpointDefinition" => "NoSuchCheckpoint",
         _ => "ok",
@@ -411,7 +411,7 @@ async fn every_member_follows_the_permission_table_for_every_kind_of_caller() {
     let mut tried = 0;
     for member in members.into_iter().chain(LAST) {
         for domain in &domains {
-            // Root last: it may do everything.
+            // Root last, because it may do everything.
             for person in people.iter().rev() {
                 let outcome = use_member(person, member, domain).await;
                 let (found, text) = outcome.err().unwrap_or_else(|| ("ok".into(), String::new()));
@@ -452,7 +452,7 @@ async fn calls_on_hidden_objects_get_the_reply_of_missing_ones() {
             .unwrap();
         let connection = &user.connection;
         let refused = connection.call_method(Some(BUS_NAME), path, Some(interface), member, &arguments);
-        // The name and the text are all that an error has.
+        // An error consists of the name and the text only.
         refused.await.unwrap_err().to_string().replace(path, "PATH")
     };
     let calls = [
@@ -477,7 +477,7 @@ async fn calls_on_hidden_objects_get_the_reply_of_missing_ones() {
         ),
     ] {
         for (interface, member) in calls {
-            // Arguments of no method: what is wrong with a call does not tell what is there either.
+            // Arguments that fit no method: the error must not reveal whether the object exists.
             for body in [
                 Variant::from(7u8),
                 Variant::from("x"),
@@ -492,7 +492,7 @@ async fn calls_on_hidden_objects_get_the_reply_of_missing_ones() {
             }
         }
     }
-    // Nor is it found by going down from the root.
+    // Introspection from the root does not find it either.
     for path in [
         "/",
         "/org",
@@ -541,6 +541,6 @@ async fn introspection_shows_no_domain_to_callers_without_the_list_right() {
         let (name, _) = call(&user, path, interface, member, &()).await.unwrap_err();
         assert_eq!(name, "AccessDenied", "{member}");
     }
-    // By its name it is there.
+    // Its name finds it.
     user.manager.get_domain("web").await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! What polkit's rules are told of a request is true, and is what is executed.
+//! The details that the service passes to polkit are true, and the service executes exactly the authorised request.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -16,7 +16,7 @@ use serde_json::json;
 const MIB: u64 = 1 << 20;
 const NEEDS_PASSWORD: &str = "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired";
 
-/// A rule that lets the ordinary user do what has these details.
+/// Returns a rule that allows the ordinary user requests with these details.
 fn rule(action: &str, details: &[(&str, &str)]) -> String {
     let user = polkit::user_name(USER);
     let details: String = details
@@ -91,7 +91,7 @@ async fn a_rule_about_disks_applies_to_every_name_of_a_disk() {
             &document_with("<disk name='vda'/><disk name='vdb' backup='no'/>"),
         )
         .await;
-    // By its node's name it is the same disk, and the rule is told which.
+    // Its node's name means the same disk, and the rule gets the disk's name.
     let nodes = vm.qmp("query-block", json!({}));
     let node = |disk: &str| {
         let entry = nodes
@@ -119,7 +119,7 @@ async fn a_disk_added_during_authorization_is_not_backed_up() {
     let (system, vm, caller) = known(&rule("backup", &[("disks", "vda,vdb")])).await;
     caller.complete("web", "").await;
     let before = files_below(&system.store());
-    // Adding a device is no event of QEMU's.
+    // QEMU sends no event when a device is added.
     let node = json!({ "driver": "null-co", "node-name": "secret", "size": MIB, "read-zeroes": true });
     vm.qmp("blockdev-add", node);
     let device = json!({ "driver": "scsi-hd", "drive": "secret", "id": "vdc", "bus": "scsi.0" });
@@ -163,7 +163,7 @@ async fn the_right_to_back_up_and_the_right_to_export_are_separate() {
         &document_with("<disk name='vda'><target file='/tmp/elsewhere.qcow2'/></disk>"),
     )
     .await;
-    // A way of writing the path that is no other path.
+    // Another spelling of the same path.
     let doubled = format!("/{}", target.display());
     let out = document_with(&format!("<disk name='vda'><target file='{doubled}'/></disk>"));
     caller.complete("web", &out).await;
@@ -187,7 +187,8 @@ async fn a_rule_about_a_device_applies_to_every_name_of_the_device() {
         ))
     };
     refused(&caller, &to(bad.device())).await;
-    // A link among the devices is asked about as the device that it leads to, and so is what is written.
+    // The service resolves a link among the devices, and polkit is asked about the resolved device, which is also the
+    // written one.
     let link = Path::new("/dev").join(format!("backupd-test-{}", std::process::id()));
     for (device, may) in [(&bad, false), (&good, true)] {
         symlink(device.device(), &link).unwrap();
@@ -199,7 +200,7 @@ async fn a_rule_about_a_device_applies_to_every_name_of_the_device() {
             outcome => panic!("{outcome:?}"),
         }
     }
-    // A link where others than root could have made it leads nowhere.
+    // A link in a directory where users other than root can create links is not followed.
     let directory = system.dir().join("of-a-user");
     std::fs::create_dir(&directory).unwrap();
     std::os::unix::fs::chown(&directory, Some(USER), None).unwrap();
@@ -228,7 +229,7 @@ async fn a_rule_about_cancelling_can_name_the_backup() {
                 outcome => panic!("{document}: {outcome:?}"),
             }
         }
-        // It is root's own, if nobody has cancelled it yet.
+        // It belongs to root, if no client has cancelled it yet.
         if !may {
             job.cancel().await.unwrap();
         }

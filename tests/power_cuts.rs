@@ -1,9 +1,9 @@
-//! Power cuts: a whole host is killed at random moments and boots again with what its disks have. After each boot every
-//! backup that is listed is complete and restores to what the disks held, every backup that was reported as completed is
-//! listed, and nothing is left of the others.
+//! Power cuts: a whole host is killed at random moments and boots again with the contents of its disks. After each
+//! boot three things hold. Every listed backup is complete and restores to the disks' contents. Every backup that was
+//! reported as completed is listed. The others leave no residue.
 //!
-//! `make power-cuts` cuts 20 times, `BACKUPD_POWER_CUTS` says how often. `BACKUPD_POWER_CUTS_SEED` chooses the steps and how
-//! long is waited before each cut.
+//! `make power-cuts` cuts 20 times; `BACKUPD_POWER_CUTS` sets another number. `BACKUPD_POWER_CUTS_SEED` chooses the
+//! steps and the time before each cut.
 
 mod common;
 #[path = "power_cuts/host.rs"]
@@ -20,12 +20,12 @@ use host::{DISK_BYTES, Host, PATIENCE, STORES};
 use ledger::{DISKS, Flight, Ledger, Listed};
 use serde_json::Value;
 
-/// How often, if nothing else is said.
+/// The default number of cuts.
 const CUTS: u64 = 3;
-/// More backups than that are made fewer, so that it does not take ever longer to restore all of them.
+/// Above this number, backups are deleted, so that restoring all of them does not take ever longer.
 const MOST_BACKUPS: usize = 4;
 
-/// What the service is asked for.
+/// The operation that the service performs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Work {
     Backup,
@@ -34,21 +34,21 @@ enum Work {
     Prune,
 }
 
-/// When the power is cut: so many milliseconds after this.
+/// The moment of the power cut: so many milliseconds after this event.
 #[derive(Clone, Copy)]
 enum Moment {
     Asked(u64),
-    /// The job got to this state.
+    /// The job has reached this state.
     State(&'static str, u64),
-    /// The caller was told the end.
+    /// The caller has received the end.
     Told(u64),
 }
 
 /// One cut, for the table.
 struct Row {
-    /// What was done, and how far it was.
+    /// The operation, and how far it was.
     phase: String,
-    /// How many backups there were, without what was being done.
+    /// The number of backups, without those of the operation.
     before: usize,
     after: usize,
     problems: Vec<String>,
@@ -69,12 +69,12 @@ impl Cuts {
         }
     }
 
-    /// Boots the host; returns when the service knows the virtual machine.
+    /// Boots the host; returns when the service knows the VM.
     fn start(&mut self) {
         self.host.boot();
         let machine = format!("start_machine {DISK_BYTES}");
         let mut order = [machine.as_str(), "start_service"];
-        // The service may find the virtual machine there, or not yet.
+        // The service may or may not find the VM already.
         if self.dice.roll(2) == 0 {
             order.reverse();
         }
@@ -84,7 +84,7 @@ impl Cuts {
         self.host.must("until_known");
     }
 
-    /// Boots the host and cuts its power while the service starts. Returns how long after the boot.
+    /// Boots the host and cuts its power while the service starts. Returns the time since the boot.
     fn start_in_vain(&mut self) -> Duration {
         self.host.boot();
         let booted = Instant::now();
@@ -95,7 +95,7 @@ impl Cuts {
         booted.elapsed()
     }
 
-    /// Some writes of the guest's, which are durable afterwards.
+    /// Writes as the guest; the writes are durable afterwards.
     fn write(&mut self) {
         for _ in 0..1 + self.dice.roll(3) {
             let disk = DISKS[self.dice.roll(2) as usize];
@@ -109,7 +109,7 @@ impl Cuts {
         }
     }
 
-    /// A command, and what it may change.
+    /// Returns a command, and the changes that it can make.
     fn prepare(&mut self, work: Work) -> (String, Flight) {
         let mut flight = Flight::default();
         let store = STORES[self.dice.roll(2) as usize];
@@ -117,7 +117,7 @@ impl Cuts {
             flight.new = Some(self.ledger.digests());
             let mode = ["full", "auto", "auto", "auto"][self.dice.roll(4) as usize];
             let mut command = format!("backupctl --json create web --store {store} --incremental {mode}");
-            // One that takes some seconds.
+            // A backup that takes some seconds.
             if self.dice.roll(2) == 0 {
                 command.push_str(" --bandwidth 4M");
             }
@@ -143,7 +143,7 @@ impl Cuts {
         (command, flight)
     }
 
-    /// Something that is finished before the power is cut. Returns the problems.
+    /// Performs an operation that finishes before the power cut. Returns the problems.
     fn finish(&mut self, work: Work) -> Vec<String> {
         let (command, mut flight) = self.prepare(work);
         let answer = self.host.run(&command);
@@ -155,8 +155,8 @@ impl Cuts {
         self.ledger.compare(&listed, flight)
     }
 
-    /// Something in the middle of which, or just after which, the power is cut. Returns what it may have changed, and how
-    /// far it was. A command that fails is a problem.
+    /// Performs an operation and cuts the power during it or just after it. Returns its possible changes, and how far
+    /// it was. A command that fails is a problem.
     fn interrupt(&mut self, work: Work, moment: Moment, problems: &mut Vec<String>) -> (Flight, String) {
         let (command, mut flight) = self.prepare(work);
         let mut until = match moment {
@@ -185,7 +185,7 @@ impl Cuts {
             let wait = match moment {
                 Moment::State(wanted, wait) if state == Some(wanted) => Some(wait),
                 Moment::Told(wait) if state == Some("completed") => Some(wait),
-                // Whatever was waited for will not come any more.
+                // The awaited event will not come any more.
                 Moment::Told(wait) | Moment::State(_, wait) if ended.is_some() => Some(wait),
                 _ => None,
             };
@@ -210,7 +210,7 @@ impl Cuts {
         listed.collect()
     }
 
-    /// The jobs that have not ended.
+    /// Returns the jobs that have not ended.
     fn unfinished(&mut self) -> Vec<String> {
         let printed = self.host.must("backupctl --json jobs --all").join("\n");
         let jobs: Vec<Value> = serde_json::from_str(&printed).expect("it prints JSON");
@@ -219,10 +219,10 @@ impl Cuts {
         jobs.map(Value::to_string).collect()
     }
 
-    /// Compares all that there is with what must be. Returns the problems.
+    /// Compares the backups with the expected ones. Returns the problems.
     fn check(&mut self, flight: Flight) -> Vec<String> {
         let mut problems = Vec::new();
-        // What is removed after the start is given time.
+        // The service removes some residue only after its start.
         let deadline = Instant::now() + PATIENCE;
         loop {
             let mut left = self.host.must("leftovers");
@@ -255,7 +255,7 @@ impl Cuts {
         problems
     }
 
-    /// Steps, a cut in the middle of the last one, boots, and a check.
+    /// Performs the steps, cuts the power in the last one, boots, and checks.
     fn cut(&mut self, number: u64) -> Row {
         let mut problems = Vec::new();
         if self.ledger.backups.len() > MOST_BACKUPS {
@@ -287,11 +287,12 @@ impl Cuts {
         }
     }
 
-    /// What is cut, and when. Most often it is the end of a backup: what it gets wrong would be listed as complete.
+    /// Chooses the operation and the moment of the cut: most often the end of a backup, where a mistake would be
+    /// listed as complete.
     fn choose(&mut self, number: u64) -> (Work, Moment) {
         let dice = &mut self.dice;
         let end = Moment::State("finishing", dice.roll(1500));
-        // The short form is about it.
+        // The short form tests that only.
         if number < 2 {
             return (Work::Backup, end);
         }
@@ -326,7 +327,7 @@ fn setting(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(
         text.parse()
-            .unwrap_or_else(|_| panic!("{name}: '{text}' is no number")),
+            .unwrap_or_else(|_| panic!("{name}: '{text}' is not a number")),
     )
 }
 

@@ -1,5 +1,5 @@
-//! Who hears what: nobody learns of a machine that it may not see from what goes over the bus, and whoever may not look any
-//! more hears no more.
+//! Signals and introspection reveal no domain to users without the right to read it. A user who loses the right
+//! receives no more signals.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -19,11 +19,11 @@ use zbus::Connection;
 const MIB: u64 = 1 << 20;
 const NO_SUCH_DOMAIN: &str = "org.example.Backup1.Error.NoSuchDomain";
 const UNKNOWN_OBJECT: &str = "org.freedesktop.DBus.Error.UnknownObject";
-/// Answers are remembered for half a minute, where nothing says that they are others now.
+/// The service remembers replies of polkit for half a minute, unless polkit signals a change.
 const AT_ONCE: Duration = Duration::from_secs(15);
 
-/// `dbus-monitor` of a user's. It asks the bus for everything; an ordinary user's, which gets no for an answer, asks for
-/// what is meant for others.
+/// `dbus-monitor` of a user. It asks the bus for all messages; if the bus refuses, as for an ordinary user, it
+/// eavesdrops with match rules.
 struct Monitor {
     process: Process,
     marker: Connection,
@@ -41,7 +41,7 @@ impl Monitor {
         monitor
     }
 
-    /// All that it heard before this word, which nobody has said yet.
+    /// Returns everything that it received before this word, which no message has contained yet.
     async fn heard(&self, word: &str) -> String {
         wait::until_async("the monitor to listen", async || {
             let (to, path) = (None::<&str>, "/marker");
@@ -60,7 +60,7 @@ async fn end(job: &JobProxy<'_>, expected: &str) {
     assert_eq!(result, expected);
 }
 
-/// Three backups of a machine: one is completed, one cancelled, and one fails, because QEMU is killed.
+/// Makes three backups of a VM: one completes, one is cancelled, and one fails, because QEMU is killed.
 async fn three_backups(caller: &Caller, domain: &str, mut vm: Vm) {
     caller.complete(domain, "").await;
     let job = caller.start_with(domain, "", &[], slowly(MIB)).await;
@@ -75,7 +75,7 @@ async fn three_backups(caller: &Caller, domain: &str, mut vm: Vm) {
     end(&job, "failed").await;
 }
 
-/// The names of signals, in order.
+/// Returns the names of signals, in order.
 fn names(signals: &[Signal]) -> Vec<&str> {
     signals.iter().map(|signal| signal.name.as_str()).collect()
 }
@@ -160,10 +160,10 @@ async fn a_monitor_of_the_whole_bus_learns_nothing_of_hidden_domains() {
     ];
     for word in words {
         assert!(!nobodys.contains(word), "{word:?} in {nobodys}");
-        // It was said.
+        // The signal was sent.
         assert!(roots.contains(word), "{word:?} in {roots}");
     }
-    // And told to those who may know.
+    // It reached the users with the right.
     let read = format!("{read:?}");
     for word in [
         "treasure",
@@ -176,7 +176,7 @@ async fn a_monitor_of_the_whole_bus_learns_nothing_of_hidden_domains() {
     }
 }
 
-/// A system with a machine `web`, and a user who subscribed.
+/// Starts a system with a VM `web`, and a user who subscribed.
 async fn with_subscriber() -> (System, Vm, Caller, Caller) {
     let system = System::start();
     let vm = system.configured(system.vm("web").disk(Disk::new("vda", 64 * MIB)).running());
@@ -186,7 +186,7 @@ async fn with_subscriber() -> (System, Vm, Caller, Caller) {
     (system, vm, root, user)
 }
 
-/// Waits until the caller sees the domain, or sees it no more.
+/// Waits until the domain is visible to the caller, or hidden.
 async fn wait_for_sight(user: &Caller, seen: bool) {
     let began = Instant::now();
     wait::until_async(&format!("the domain to be seen: {seen}"), async || {
@@ -205,7 +205,7 @@ async fn wait_for_sight(user: &Caller, seen: bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn changed_polkit_rules_apply_at_once() {
     let (system, _vm, _root, user) = with_subscriber().await;
-    // Each answer is remembered, and would be for longer than this takes.
+    // The service would remember each reply for longer than this takes.
     for _ in 0..2 {
         wait_for_sight(&user, true).await;
         assert_eq!(user.manager.list_domains().await.unwrap().len(), 1);
@@ -221,7 +221,7 @@ async fn changed_polkit_rules_apply_at_once() {
 async fn a_subscriber_without_the_read_right_hears_nothing_more() {
     let (system, _vm, root, mut user) = with_subscriber().await;
     let job = root.start_with("web", "", &[], slowly(MIB)).await;
-    // It hears of it, and may look.
+    // The user receives the signal, and has the right to read.
     user.all_signals_until("PropertiesChanged").await;
     let looked_at = user.job(job.inner().path().to_owned().into()).await;
     looked_at.state().await.unwrap();
@@ -259,21 +259,21 @@ async fn a_restarted_polkit_decides_about_subscribers() {
     root.manager.get_domain("web").await.unwrap();
     user.signals_so_far().await;
     root.complete("web", "").await;
-    // Nor that it goes.
+    // Nor that the domain is removed.
     fs::remove_file(system.dir().join("etc/domains.d/web.toml")).unwrap();
     system.wait_for_no_domain("web");
     assert_eq!(names(&user.signals_so_far().await), ["JobStarted", "JobEnded"]);
 }
 
-/// What an ordinary user that only listens hears of a machine that comes, is backed up and goes, and what one hears that
-/// subscribed.
+/// Returns the signals that an ordinary user receives about a VM that appears, is backed up and disappears: without a
+/// subscription, and with one.
 async fn heard_of_a_machine(system: System) -> [Vec<Signal>; 2] {
     let mut plain = Caller::of_user(&system, USER).await;
     let mut subscribed = Caller::of_user(&system, USER).await;
     subscribed.manager.subscribe().await.unwrap();
     let vm = system.vm("web").disk(Disk::new("vda", 64 * MIB)).start();
     let file = system.domain_file("web", &vm);
-    // That it is connected now.
+    // The signal that it is connected now.
     let mut heard = subscribed.all_signals_until("PropertiesChanged").await;
     Caller::new(&system).await.complete("web", "").await;
     heard.extend(subscribed.all_signals_until("JobEnded").await);
@@ -292,7 +292,7 @@ const ALL_OF_A_MACHINE: [&str; 6] = [
     "DomainRemoved",
 ];
 
-/// Everything there is to hear, each once.
+/// Every signal, each once.
 #[track_caller]
 fn assert_all_of_a_machine(mut heard: Vec<Signal>) {
     let changed = heard.extract_if(.., |signal| signal.name == "PropertiesChanged");

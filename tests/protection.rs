@@ -1,4 +1,4 @@
-//! What may go and what not, of those that nobody asked to be deleted: protected backups, and young ones.
+//! Protection from pruning: protected backups, and recent ones.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -64,7 +64,7 @@ fn keep_last(count: u64) -> Options<'static> {
     Options::from([("keep-last", Variant::from(count))])
 }
 
-/// Id, verdict and reason of each.
+/// Returns id, verdict and reason of each.
 async fn pruned(caller: &Caller, options: Options<'_>) -> Vec<(String, String, String)> {
     let (judged, _) = caller.manager.prune("web", options).await.unwrap();
     let judged = judged.into_iter();
@@ -92,14 +92,14 @@ async fn a_protected_backup_stays_until_it_is_not_protected_any_more() {
     described["disks"][0]["blake3"] = digest(&on_it.join("vda.qcow2")).into();
     write_manifest(&on_it, &described);
     root.manager.rescan(Options::new()).await.unwrap();
-    // Who may not delete it may not protect it either.
+    // A caller without the right to delete may not protect either.
     let user = Caller::of_user(&system, USER).await;
     let denied = protect(&user, &id(&on_it), true).await.unwrap_err();
     assert_eq!(error_name(&denied), "org.freedesktop.DBus.Error.AccessDenied");
     assert!(!is_protected(&user, &id(&on_it)).await);
 
     protect(&root, &id(&on_it), true).await.unwrap();
-    // Again, it is the same.
+    // A second call changes nothing.
     protect(&root, &id(&on_it), true).await.unwrap();
     assert!(is_protected(&user, &id(&on_it)).await);
     for (backup, options) in [
@@ -119,11 +119,12 @@ async fn a_protected_backup_stays_until_it_is_not_protected_any_more() {
         verdict(&newest, "kept", "last"),
     ];
     assert_eq!(pruned(&root, keep_last(1)).await, kept);
-    // What it depends on can still be merged into it, and it stays protected.
+    // Its base can still be merged into it, and it stays protected.
     delete(&root, &id(&old), &["merge"]).await.unwrap();
     assert!(on_it.join("protected").exists() && !old.exists());
 
-    // The store knows it, whatever becomes of the catalog, and also when it is changed there.
+    // The store records the protection, so it survives the loss of the catalog, and a change in the store takes
+    // effect.
     system.stop_daemon();
     for file in ["catalog.sqlite", "catalog.sqlite-wal"] {
         let _ = fs::remove_file(system.dir().join("state").join(file));
@@ -191,11 +192,11 @@ async fn many_backups_in_a_row_evict_no_older_ones() {
     for _ in 0..4 {
         user.complete_full("web", "").await;
     }
-    // The rules have been applied when what they never kept is gone.
+    // When unprotected old backups are gone, the rules have been applied.
     wait::until("the store to be pruned", || (!outdated.exists()).then_some(()));
     assert!(history.iter().all(|backup| backup.exists()));
     assert_eq!(backups(&system).len(), 2 + 1 + 4);
-    // By the same rules, a call is told why.
+    // A call with the same rules gets the reason.
     let mut preview = Options::from([("dry-run", Variant::from(true))]);
     let judged = pruned(&root, preview.clone()).await;
     let reasons: Vec<&str> = judged.iter().map(|(_, _, reason)| reason.as_str()).collect();
@@ -203,7 +204,7 @@ async fn many_backups_in_a_row_evict_no_older_ones() {
     assert_eq!(reasons[..2], ["last", "last"]);
     assert_eq!(reasons[2..5], young);
     assert_eq!(reasons[5..], ["last, keep-at-least", "last, keep-at-least"]);
-    // Rules that a call gives are its caller's own.
+    // Rules in a call are chosen by its caller.
     preview.insert("keep-last", Variant::from(1_u64));
     let judged = pruned(&root, preview).await;
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Pruning: by rules that a call says, and by those of a store, with real backups and some that are made up.
+//! Pruning by rules of a call and by rules of a store, with real backups and some handmade ones.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ fn rules(rules: &[(&'static str, u64)]) -> Options<'static> {
     rules.map(|(key, count)| (*key, Variant::from(*count))).collect()
 }
 
-/// Id, verdict and reason.
+/// Returns id, verdict and reason.
 fn brief(judged: &[PrunedBackup]) -> Vec<(String, String, String)> {
     let judged = judged.iter();
     judged
@@ -70,7 +70,7 @@ async fn backups_that_no_rule_keeps_are_removed_except_bases_of_kept_ones() {
     let last = rules(&[("keep-last", 2), ("keep-yearly", 1)]);
     let mut dry = last.clone();
     dry.insert("dry-run", Variant::from(true));
-    // Who may only read is told, and removes nothing.
+    // A caller with the read right only gets the preview, and removes nothing.
     let user = Caller::of_user(&system, USER).await;
     let (judged, would_free) = user.manager.prune("web", dry).await.unwrap();
     assert_eq!(brief(&judged), expected);
@@ -88,7 +88,7 @@ async fn backups_that_no_rule_keeps_are_removed_except_bases_of_kept_ones() {
     let signals = root.signals_until("BackupRemoved").await;
     assert_eq!(signals.last().unwrap().arguments, [gone.to_string()]);
 
-    // Again, there is nothing more to be done, and nobody is asked.
+    // A second call has nothing to do, and polkit is not asked.
     let (judged, freed) = user.manager.prune("", last).await.unwrap();
     assert_eq!((judged.len(), freed), (3, 0));
     for (options, error) in [
@@ -122,7 +122,7 @@ async fn a_missing_store_loses_no_backup() {
         refused.contains("is not the store that was used before"),
         "{refused}"
     );
-    // Fails if something was put below what is not the store.
+    // Fails if a file was created below a directory that is not the store.
     fs::remove_dir(system.store()).unwrap();
     fs::rename(&aside, system.store()).unwrap();
     let (judged, _) = root
@@ -142,7 +142,7 @@ fn nightly(system: &System) -> Vec<PathBuf> {
     directories(&system.dir().join("nightly/web"))
 }
 
-/// A system with a store that keeps two backups.
+/// Starts a system with a store that keeps two backups.
 fn with_rules() -> System {
     let mut system = System::setup().without_daemon().start();
     let path = system.dir().join("nightly");
@@ -173,7 +173,7 @@ async fn a_store_with_rules_is_pruned_after_each_backup_and_one_without_keeps_al
     assert_eq!(nightly(&system).len(), 2);
     let path = root.manager.get_backup(&id(&first)).await.unwrap();
     root.signals_so_far().await;
-    // One that is being read stays, and the backup is as good as ever.
+    // A backup that is being read stays and is complete.
     let reading = fs::File::open(&first).unwrap();
     flock(&reading, FlockOperation::LockShared).unwrap();
     root.complete_full("web", document).await;

@@ -1,4 +1,4 @@
-//! The QMP client: against a peer that does what no QEMU should, and against a real QEMU.
+//! The QMP client, with a peer that misbehaves and with a real QEMU.
 
 use std::fs::File;
 use std::future::Future;
@@ -25,7 +25,7 @@ use tokio::task::JoinHandle;
 
 const MIB: usize = 1 << 20;
 
-/// A client in command mode, its driver, which runs, and the peer at the other end.
+/// Returns a client in command mode, its running driver, and the peer at the other end.
 async fn connected() -> (Client, JoinHandle<Arc<str>>, Peer) {
     let (ours, peer) = Peer::pair();
     connected_over(ours, peer).await
@@ -37,7 +37,7 @@ async fn connected_over(ours: UnixStream, mut peer: Peer) -> (Client, JoinHandle
     (client, tokio::spawn(driver.run()), peer)
 }
 
-/// What opening gives against a peer that says this and then waits.
+/// Returns the error of opening a connection to a peer that sends this and then waits.
 async fn opening(said: &str) -> Error {
     let (ours, mut peer) = Peer::pair();
     let (opened, ()) = tokio::join!(
@@ -53,7 +53,7 @@ async fn ended(driver: JoinHandle<Arc<str>>) -> Arc<str> {
         .expect("it does not panic")
 }
 
-/// Does what a future does until it waits, then drops it.
+/// Polls a future until it waits, then drops it.
 async fn begin_and_drop<F: Future>(future: F) {
     let mut future = pin!(future);
     std::future::poll_fn(|context| {
@@ -199,7 +199,7 @@ async fn events_and_strange_replies_inside_the_negotiation_do_not_disturb_it() {
 
 // Lines.
 
-/// Says a line without end, up to 100 MiB, and tells how much of it could be said.
+/// Sends a line without end, up to 100 MiB, and returns how much the client read.
 async fn say_endlessly(mut stream: UnixStream) -> usize {
     let chunk = vec![b' '; 64 << 10];
     let mut said = 0;
@@ -222,7 +222,7 @@ async fn an_endless_line_is_an_error_and_takes_no_memory() {
     );
     assert!(reason.contains("without a newline"), "{reason}");
     assert_closed(&reply.unwrap_err(), "without a newline");
-    // What it had in memory, and what the socket holds.
+    // The client's buffer, and the socket's.
     assert!(
         (MAX_LINE..MAX_LINE + MIB).contains(&said),
         "{said} bytes were taken"
@@ -237,7 +237,7 @@ async fn an_endless_greeting_is_an_error_and_takes_no_memory() {
     assert!(said < MAX_LINE + MIB, "{said} bytes were taken");
 }
 
-/// A reply to `id` with exactly that many bytes before its newline.
+/// Returns a reply to `id` with exactly that many bytes before its newline.
 fn reply_of_length(id: &Value, length: usize) -> Vec<u8> {
     let frame = json!({ "return": "", "id": id }).to_string();
     let mut line = json!({ "return": "x".repeat(length - frame.len()), "id": id })
@@ -260,7 +260,7 @@ async fn a_line_of_the_greatest_length_is_read_and_a_longer_one_is_not() {
     let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
         let line = reply_of_length(&command.command["id"], MAX_LINE + 1);
-        // The driver may hang up before it has read the last of it.
+        // The driver may close the connection before it has read the end.
         let _ = peer.say_bytes(&line).await;
     });
     assert_closed(&reply.unwrap_err(), "without a newline");
@@ -299,7 +299,7 @@ async fn endlessly_nested_json_is_an_error_and_no_crash() {
         };
         peer.say(nested(100)).await;
         assert_eq!(within("the event", events.next()).await.unwrap().name, "DEEP");
-        // As a reply it is nothing that anybody reads, and the connection goes on.
+        // As a reply it has no reader, and the connection continues.
         let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
             let command = peer.receive().await;
             let data = format!("{}0{}", open.repeat(500_000), close.repeat(500_000));
@@ -356,7 +356,7 @@ async fn many_commands_at_once_answered_in_any_order_get_their_own_replies() {
         for _ in 0..count {
             received.push(peer.receive().await);
         }
-        // Back to front, and between the two ends.
+        // In reverse order, and between the two ends.
         for index in (0..count / 2).rev().chain((count / 2..count).rev()) {
             let command = &received[index];
             let number = command.command["arguments"]["number"].clone();
@@ -400,7 +400,7 @@ async fn replies_to_no_command_are_ignored() {
             peer.say(json!({ "error": { "class": "GenericError", "desc": "wrong" }, "id": id }))
                 .await;
         }
-        // QEMU answers without an id where it cannot read a command.
+        // QEMU replies without an id if it cannot parse a command.
         peer.say(json!({ "error": { "class": "GenericError", "desc": "wrong" } }))
             .await;
         peer.answer(&command, json!("right")).await;
@@ -457,7 +457,7 @@ async fn an_unknown_event_is_delivered_with_all_its_data() {
     let mut events = client.events();
     let data = json!({ "of": ["a", { "later": "QEMU" }], "number": 18_446_744_073_709_551_615_u64 });
     peer.event("NEVER_HEARD_OF", data.clone()).await;
-    // An event may have no data, and members that nobody knows yet.
+    // An event may have no data, and may have unknown members.
     peer.say(r#"{"event": "BARE", "timestamp": {}, "x-new": {"return": 1, "id": 1}}"#)
         .await;
     let event = within("the event", events.next()).await.unwrap();
@@ -482,7 +482,7 @@ async fn every_reader_gets_every_event_since_it_asked() {
     }
 }
 
-/// All events that the peer sent before have been handed out when its answer to this has come.
+/// Waits until all earlier events have been delivered: the reply to this command comes after them.
 async fn in_step(client: &Client, peer: &mut Peer) {
     let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
@@ -550,7 +550,7 @@ async fn a_lost_connection_fails_everything_that_waits_with_the_reason() {
 
 #[tokio::test]
 async fn messages_sent_before_a_hangup_still_count() {
-    // Which of the two the driver sees first, its own command or the peer's end, is open: both, often.
+    // The driver may see its own command or the peer's end first, so the test runs both orders often.
     for _ in 0..50 {
         let (client, driver, mut peer) = connected().await;
         let mut events = client.events();
@@ -597,7 +597,8 @@ async fn a_driver_that_is_dropped_fails_what_waits() {
     assert!(peer.try_receive().await.is_none());
 }
 
-/// One dialogue in which the peer hangs up after it has said `says` and has read `reads` bytes. Tells how far it came.
+/// Runs one session in which the peer closes the connection after it has sent `says` and read `reads` bytes. Returns
+/// its progress.
 async fn dialogue(says: usize, reads: usize) -> (bool, bool, usize, usize) {
     let lines = [
         format!("{GREETING}\r\n"),
@@ -663,7 +664,7 @@ async fn a_peer_that_hangs_up_at_any_byte_is_survived() {
     let greeting = GREETING.len() + 2;
     for says in 0..=all_said {
         let (opened, good, ..) = dialogue(says, usize::MAX).await;
-        // The carriage returns are no part of the messages, the newlines are.
+        // The carriage returns do not belong to the messages; the newlines do.
         assert_eq!(good, says == all_said, "{says} bytes said");
         assert!(!opened || says > greeting, "{says} bytes said");
     }
@@ -675,7 +676,7 @@ async fn a_peer_that_hangs_up_at_any_byte_is_survived() {
 
 // Writing.
 
-/// A pair whose sending end takes little at a time.
+/// Returns a pair whose sending end accepts little at a time.
 fn narrow_pair() -> (UnixStream, Peer) {
     let (ours, peer) = Peer::pair();
     rustix::net::sockopt::set_socket_send_buffer_size(&ours, 1).expect("a buffer can be small");
@@ -735,7 +736,7 @@ async fn a_command_that_is_dropped_halfway_leaves_no_half_line() {
     let (ours, peer) = narrow_pair();
     let (client, _driver, mut peer) = connected_over(ours, peer).await;
     for round in 0..5 {
-        // Too long for the socket: the driver is in its middle when the future goes.
+        // Too long for the socket: the driver is in the middle of it when the future is dropped.
         let dropped = client.execute(raw("dropped", json!({ "text": "x".repeat(100_000) })));
         tokio::select! {
             biased;
@@ -770,7 +771,7 @@ async fn a_peer_that_never_stops_talking_lets_others_have_their_turn() {
         let mut stream = peer.into_stream().into_std().unwrap();
         stream.set_nonblocking(false).unwrap();
         let (goes_on, said) = (talking.clone(), line.repeat(4000));
-        // On a thread of its own, so that it talks also while the only worker does something else.
+        // On a thread of its own, so that it sends also while the only worker is busy.
         let talker = std::thread::spawn(move || {
             while goes_on.load(Ordering::Relaxed) && stream.write_all(said.as_bytes()).is_ok() {}
         });
@@ -787,7 +788,7 @@ async fn a_peer_that_never_stops_talking_lets_others_have_their_turn() {
     }
 }
 
-// What is not answered.
+// Commands without a reply.
 
 #[tokio::test]
 async fn a_peer_that_answers_nothing_is_asked_no_more_than_so_much() {
@@ -806,7 +807,7 @@ async fn a_peer_that_answers_nothing_is_asked_no_more_than_so_much() {
             }
             other => panic!("{other:?}"),
         }
-        // Nothing of it was sent, and nothing of what waits is lost by it.
+        // No byte of it was sent, and no waiting command is lost.
         for command in &received {
             peer.answer(command, command.command["arguments"]["number"].clone())
                 .await;
@@ -823,7 +824,7 @@ async fn a_peer_that_reads_nothing_makes_nothing_grow() {
     let (ours, peer) = narrow_pair();
     let (client, driver, peer) = connected_over(ours, peer).await;
     let text = "x".repeat(MIB);
-    // As of those who wait for a while and then no longer: ten times what is queued at most.
+    // Simulates callers that time out: at most ten times the length of the queue.
     for _ in 0..40 {
         tokio::select! {
             biased;
@@ -861,7 +862,7 @@ async fn commands_that_nobody_waits_for_leave_room_for_others() {
             command = peer.receive() => received.push(command),
         }
     }
-    // Late replies are no replies to another.
+    // Late replies must not be delivered to other commands.
     let (reply, ()) = tokio::join!(client.execute(raw("last", json!({}))), async {
         let last = peer.receive().await;
         for command in &received {
@@ -881,7 +882,7 @@ async fn a_descriptor_that_nobody_waits_for_still_keeps_the_next_one_waiting() {
         _ = first => panic!("nobody answered"),
         command = peer.receive() => command,
     };
-    // So many that what nobody waits for is forgotten.
+    // So many that abandoned commands are removed from the queue.
     for _ in 0..1100 {
         let abandoned = client.execute(raw("echo", json!({})));
         tokio::select! {
@@ -903,7 +904,7 @@ async fn a_descriptor_that_nobody_waits_for_still_keeps_the_next_one_waiting() {
 
 // Descriptors.
 
-/// A file with this in it.
+/// Returns a file with this text.
 fn file_of(text: &str) -> OwnedFd {
     use std::io::Seek;
     let mut file = tempfile::tempfile().unwrap();
@@ -922,7 +923,7 @@ fn content(descriptor: OwnedFd) -> String {
 async fn a_descriptor_comes_with_the_first_byte_of_its_command_and_no_copy_is_kept() {
     let (client, _driver, mut peer) = connected().await;
     let (reader, writer) = std::io::pipe().unwrap();
-    // Lines without one lie before and after it in the socket.
+    // Lines without a descriptor are before and after it in the socket.
     let (before, added, after, ()) = tokio::join!(
         client.execute(raw("before", json!({}))),
         client.execute_with_descriptor(raw("add-fd", json!({ "opaque": "o" })), writer.into()),
@@ -983,7 +984,7 @@ async fn the_next_descriptor_is_not_sent_before_the_last_one_was_answered() {
                 assert_eq!(command.descriptors.len(), 1);
                 assert_eq!(content(command.descriptors.remove(0)), name);
                 if name == "first" {
-                    // What has no descriptor overtakes those that wait.
+                    // A command without a descriptor overtakes the waiting ones.
                     let other = peer.receive().await;
                     assert_eq!(other.name(), "other");
                     peer.answer(&other, json!({})).await;
@@ -1031,7 +1032,7 @@ async fn a_dropped_descriptor_keeps_the_others_waiting_until_it_was_answered() {
     other.unwrap();
 }
 
-/// The driver has dealt with all that it was told before, and sent no descriptor.
+/// Waits until the driver has processed all earlier input and sent no descriptor.
 async fn in_step_without_descriptors(client: &Client, peer: &mut Peer) {
     let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         let command = peer.receive().await;
@@ -1084,7 +1085,7 @@ async fn qemu_replies_refuses_and_sends_events() {
     while within("RESUME", events.next()).await.unwrap().name != "RESUME" {}
     drop(client);
     assert_eq!(&*ended(driver).await, "it was shut down");
-    // QEMU takes the next client.
+    // QEMU accepts the next client.
     let (client, _driver) = real(&vm).await;
     client.execute(raw("query-status", json!({}))).await.unwrap();
 }
@@ -1137,7 +1138,7 @@ async fn the_schema_of_qemu_lists_its_features() {
     ] {
         assert!(schema.command_takes(command, argument), "{command} {argument}");
     }
-    // An event, a type and nothing at all.
+    // An event, a type and an unknown name.
     for command in ["BLOCK_JOB_COMPLETED", "BlockdevBackup", "made-up", ""] {
         assert!(!schema.has_command(command), "{command}");
     }
@@ -1145,7 +1146,7 @@ async fn the_schema_of_qemu_lists_its_features() {
         ("transaction", "made-up"),
         ("transaction", ""),
         ("made-up", "properties"),
-        // Of a member's type, not of the command.
+        // A feature of a member's type, not of the command.
         ("transaction", "completion-mode"),
         ("query-status", "status"),
     ] {
@@ -1170,7 +1171,7 @@ async fn descriptors_that_are_passed_at_once_land_each_in_its_own_set() {
             .unwrap();
         client.execute_with_descriptor(raw("add-fd", json!({ "opaque": path })), file.into())
     });
-    // Others talk meanwhile.
+    // Other clients use QEMU at the same time.
     let others = join_all((0..40).map(|_| client.execute(raw("query-status", json!({})))));
     let (added, others) = within("the replies", async { tokio::join!(join_all(adding), others) }).await;
     assert!(others.iter().all(Result::is_ok));
@@ -1181,7 +1182,7 @@ async fn descriptors_that_are_passed_at_once_land_each_in_its_own_set() {
             sets.insert(added["fdset-id"].as_i64().unwrap()),
             "each has its own"
         );
-        // The very file, in QEMU's own table.
+        // The same file, in QEMU's own table.
         let link = std::fs::read_link(format!("/proc/{}/fd/{}", vm.pid(), added["fd"])).unwrap();
         assert_eq!(&link, path);
     }
@@ -1200,7 +1201,7 @@ async fn a_qemu_that_is_killed_fails_what_waits() {
     let mut vm = machine(dir.path());
     let (client, driver) = real(&vm).await;
     let mut events = client.events();
-    // It stays connected and does not answer.
+    // QEMU stays connected and does not reply.
     vm.freeze();
     let (reply, ()) = tokio::join!(client.execute(raw("query-status", json!({}))), async {
         tokio::task::yield_now().await;

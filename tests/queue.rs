@@ -1,4 +1,4 @@
-//! Backups beyond the places for those that run at once: their order, and what becomes of them while they wait.
+//! Backups that wait for a free slot: their order, and their outcome while they wait.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ use zbus::wire::OwnedObjectPath;
 
 const MIB: u64 = 1 << 20;
 
-/// Where so many backups run at once.
+/// Returns a setup that allows so many running backups.
 fn setup(places: usize) -> Setup {
     let rights = ["domain.getattr", "domain.read", "domain.backup", "domain.export"];
     let rules = [USER, OTHER].map(|uid| polkit::allow(uid, &rights));
@@ -27,13 +27,13 @@ fn setup(places: usize) -> Setup {
     ))
 }
 
-/// A machine whose backup, at the speed of [`slowly`], takes longer than any test.
+/// Starts a VM whose backup, at the bandwidth of [`slowly`], takes longer than any test.
 fn machine(system: &System, name: &str) -> Vm {
     let disk = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x11);
     system.configured(system.vm(name).disk(disk).running())
 }
 
-/// A backup that was queued, and its call, which waits.
+/// A queued backup, and its waiting call.
 struct Queued {
     job: JobProxy<'static>,
     call: JoinHandle<zbus::Result<(u32, OwnedObjectPath)>>,
@@ -74,7 +74,7 @@ async fn ids(caller: &Caller) -> Vec<u32> {
 }
 
 impl Queued {
-    /// The call fails for that reason, or has returned the job while it was queued.
+    /// Checks that the call fails for that reason, or that the queued job whose object it returned does.
     async fn refused(&mut self, why: &str) {
         if let Err(refused) = wait::within("the call", &mut self.call).await.unwrap() {
             assert!(refused.to_string().contains(why), "{refused}");
@@ -87,7 +87,7 @@ async fn ended(queued: Queued) {
     assert_completed(&queued.job).await;
 }
 
-/// The jobs that were completed, in the order in which they ended.
+/// Returns the completed jobs, in the order in which they ended.
 async fn completed(caller: &mut Caller, count: usize) -> Vec<u32> {
     let mut order = Vec::new();
     while order.len() < count {
@@ -133,7 +133,7 @@ async fn a_backup_without_a_free_slot_waits_and_shows_its_position() {
         json.contains("\"queue_position\":2") || json.contains("\"queue_position\": 2"),
         "{json}"
     );
-    // Nothing of it is there.
+    // The backup has created nothing.
     assert_eq!(machines[1].residue(), before);
     assert!(!system.store().join("b").exists());
     running.cancel().await.unwrap();
@@ -158,9 +158,9 @@ async fn users_take_turns_and_root_waits_for_none() {
     }
     let others = queue(&other, "d", "", Options::new()).await;
     assert_eq!(others.job.queue_position().await.unwrap(), 1);
-    // All places are the users', and one of root's runs beside them.
+    // Users have all slots, and a backup of root runs in addition.
     assert_completed(&root.start("e", "").await).await;
-    // So does one of a domain that a user's backup waits for.
+    // So does one of a domain for which a user's backup is queued.
     assert_completed(&root.start("b", "").await).await;
     let mut order = Vec::new();
     for queued in [&others, &users[0], &users[1]] {
@@ -258,7 +258,7 @@ async fn a_user_with_too_large_queued_requests_blocks_no_other_user() {
     );
     let root = Caller::new(&system).await;
     let running = root.start_with("a", "", &[], slowly(MIB)).await;
-    // It is in the request and in the plan.
+    // The name is in the request and in the plan.
     let document = format!(
         "<domainbackup><description>{}</description></domainbackup>",
         "x".repeat(4000)
@@ -269,7 +269,7 @@ async fn a_user_with_too_large_queued_requests_blocks_no_other_user() {
     assert_eq!(ids(&root).await.len(), 2, "nothing is left of it");
     let others = queue(&other, "c", &document, Options::new()).await;
     let roots = queue(&root, "d", &document, Options::new()).await;
-    // What is on record is counted again.
+    // The service counts recorded jobs again.
     let ids = [&first, &others, &roots].map(|queued| queued.job.inner().path().to_owned());
     system.kill_daemon();
     system.start_daemon();
@@ -360,7 +360,7 @@ async fn queued_backups_survive_a_restart_except_those_into_open_files() {
     let second = queue_into(&user, "c", document, &[file.into()], Options::new()).await;
     let (one, two) = (first.job.id().await.unwrap(), second.job.id().await.unwrap());
     system.stop_daemon();
-    // A call for a queued backup returns the job before it has begun.
+    // The call for a queued backup returns the job before the backup begins.
     wait::within("the call", first.call).await.unwrap().unwrap();
     system.start_daemon();
     let job = root.job(root.manager.get_job(two).await.unwrap()).await;
@@ -371,7 +371,7 @@ async fn queued_backups_survive_a_restart_except_those_into_open_files() {
     assert_eq!(job.state().await.unwrap(), "queued");
     assert_eq!(job.queue_position().await.unwrap(), 1);
     assert_eq!(job.started_by_uid().await.unwrap(), USER);
-    // Also if it was not asked to end.
+    // Also if nobody stopped it.
     system.kill_daemon();
     system.start_daemon();
     assert_eq!(job.state().await.unwrap(), "queued");
@@ -429,7 +429,7 @@ async fn a_queued_backup_runs_as_authorised_or_not_at_all() {
     changed.qmp("device_add", device);
     fs::rename(&targets, system.dir().join("kept")).unwrap();
     fs::create_dir(&targets).unwrap();
-    // ext4 and XFS give it the number of the one before.
+    // ext4 and XFS reuse the inode number of the previous file.
     fs::remove_dir(&again).unwrap();
     fs::create_dir(&again).unwrap();
     cancel(&running).await;
@@ -531,7 +531,7 @@ async fn a_backup_queries_no_other_domain() {
         (vm, proxy)
     });
     let root = Caller::new(&system).await;
-    // Also the first backup into the store, which makes it, is over.
+    // The first backup into the store, which creates it, is over too.
     for (_, proxy) in &machines {
         proxy.take_heard();
     }
@@ -545,7 +545,7 @@ async fn a_backup_queries_no_other_domain() {
     }
 }
 
-/// A machine that gets another name while its backup waits for one of two places.
+/// A VM that is renamed while its backup waits for one of two slots.
 async fn renamed(system: &System, user: &Caller) -> (Vm, [JobProxy<'static>; 2], Queued) {
     let uuid = "5c1d9d0e-0f3f-4b52-9d0a-0d6c3e1f7a11";
     let disk = Disk::new("vda", 64 * MIB).fill(0, 64 * MIB, 0x22);
@@ -572,7 +572,7 @@ async fn a_domain_renamed_during_a_queued_backup_has_one_backup_at_a_time() {
     wait::within("the call", first.call).await.unwrap().unwrap();
     assert_eq!(first.job.state().await.unwrap(), "running");
     cancel(&b).await;
-    // There is a place, which the second one would have had before it.
+    // A slot is free, and the second backup would have got it first.
     assert_completed(&user.start("c", "").await).await;
     assert_eq!(second.job.state().await.unwrap(), "queued");
     cancel(&first.job).await;

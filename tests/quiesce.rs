@@ -1,4 +1,4 @@
-//! Freezing the guest's file systems around a backup's instant, with a guest agent that the test plays.
+//! Freezing the guest's file systems around a backup's point in time, with a guest agent that the test plays.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -20,7 +20,7 @@ const UNREACHABLE: &str = "org.example.Backup1.Error.DomainUnreachable";
 const FREEZE: &str = "guest-fsfreeze-freeze";
 const THAW: &str = "guest-fsfreeze-thaw";
 
-/// A system with a machine `web` that runs and has two disks. The agent's socket is configured, and nobody is there yet.
+/// A system with a running VM `web` that has two disks. The agent's socket is configured, and no agent listens yet.
 struct Scene {
     system: System,
     vm: Arc<Vm>,
@@ -30,11 +30,11 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Self {
-        // The agent of a test answers at once, or never.
+        // The agent of a test replies at once or never.
         Self::with("freeze-wait-seconds = 3").await
     }
 
-    /// One with these deadlines.
+    /// Starts a system with these timeouts.
     async fn with(deadlines: &str) -> Self {
         let system = System::setup()
             .table(&format!("[deadlines]\n{deadlines}"))
@@ -73,7 +73,7 @@ impl Scene {
         self.caller.start("web", &quiesce(mode)).await
     }
 
-    /// A backup that is good; gives its directory and whether its manifest says that it was quiesced.
+    /// Makes a backup that completes; returns its directory and whether its manifest reports it as quiesced.
     async fn complete(&self, mode: &str) -> (PathBuf, bool) {
         let job = self.caller.complete("web", &quiesce(mode)).await;
         let image = PathBuf::from(&job.disks().await.unwrap()[0].4);
@@ -84,7 +84,7 @@ impl Scene {
         (backup, manifest["quiesced"].as_bool().unwrap())
     }
 
-    /// A backup that fails with this error, whose text has the word in it, and leaves nothing.
+    /// Makes a backup that fails with this error, with `word` in its text, and leaves no residue.
     async fn fails(&self, mode: &str, error: &str, word: &str) {
         let job = self.start(mode).await;
         let ended = within("the end of the backup", job.wait()).await.unwrap();
@@ -108,7 +108,7 @@ fn quiesce(mode: &str) -> String {
     format!("<domainbackup><quiesce mode='{mode}'/></domainbackup>")
 }
 
-/// The backups that QEMU has now, by their ids.
+/// Returns the ids of the backup jobs that QEMU has now.
 fn backups(vm: &Vm) -> Vec<String> {
     let jobs = vm.qmp("query-jobs", json!({}));
     let backups = jobs
@@ -121,10 +121,10 @@ fn backups(vm: &Vm) -> Vec<String> {
         .collect()
 }
 
-/// Commands that the agent got, each with the number of backups that QEMU had then.
+/// The commands that the agent got, each with the number of QEMU's backup jobs at that time.
 type Witnessed = Arc<Mutex<Vec<(String, usize)>>>;
 
-/// Asks QEMU for its backups at each freeze and thaw, and keeps the answers in `witnessed`.
+/// Queries QEMU's backup jobs at each freeze and thaw, and records them in `witnessed`.
 fn witness(vm: &Arc<Vm>, witnessed: &Witnessed) -> impl FnMut(&str) -> Answer + Send + 'static {
     let (record, vm) = (witnessed.clone(), vm.clone());
     move |command| {
@@ -144,7 +144,7 @@ async fn file_systems_are_frozen_before_the_instant_and_thawed_after_it() {
         let agent = scene.agent(witness(&scene.vm, &witnessed));
         let (backup, quiesced) = scene.complete(mode).await;
         assert!(quiesced, "{mode}");
-        // Before each of the two, and what is required is asked for before any target is touched, too.
+        // Before each of the two. A required freeze is also checked before any target is touched.
         let greeted = agent
             .seen_all()
             .iter()
@@ -168,7 +168,7 @@ async fn file_systems_are_frozen_before_the_instant_and_thawed_after_it() {
     }
 }
 
-/// Waits until QEMU has closed an image: it holds a lock on it until then.
+/// Waits until QEMU has closed an image, which releases its lock.
 fn closed(image: &Path) {
     crate::common::wait::until("QEMU to close its image", || {
         let mut command = std::process::Command::new("qemu-img");
@@ -210,7 +210,7 @@ async fn no_guest_is_frozen_without_a_request() {
 async fn unread_replies_to_an_earlier_client_are_discarded() {
     let scene = Scene::new().await;
     let agent = scene.agent(|command| match command {
-        // Whole lines, an answer to another's question in step, and half a line.
+        // Whole lines, a reply to another synchronisation, and half a line.
         "guest-sync-delimited" => {
             Answer::After(b"{\"return\": 1}\n{\"error\": {}}\n\xff{\"return\": 1}\n{\"retu".to_vec())
         }
@@ -223,7 +223,7 @@ async fn unread_replies_to_an_earlier_client_are_discarded() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_agent_fails_only_a_required_freeze() {
     let scene = Scene::new().await;
-    // Its socket is not there.
+    // Its socket does not exist.
     scene
         .fails_and_leaves_nothing("require", QUIESCE_FAILED, "qga")
         .await;
@@ -272,7 +272,7 @@ async fn an_agent_that_refuses_to_freeze_gets_a_thaw() {
     scene
         .fails_and_leaves_nothing("require", QUIESCE_FAILED, "failed to freeze /home: device busy")
         .await;
-    // Some may be frozen.
+    // Some file systems may be frozen.
     assert_eq!(agent.seen(), [FREEZE, THAW]);
     assert!(!scene.complete("try").await.1);
     assert_eq!(agent.seen(), [FREEZE, THAW, FREEZE, THAW]);
@@ -288,7 +288,7 @@ async fn an_agent_that_hangs_up_or_sends_garbage_fails_the_freeze() {
             Some("{\"return\": -1}\n"),
             Some("[]\n"),
         ] {
-            // An answer that does not fit the question is passed over until one does.
+            // A reply that does not match the request is skipped.
             if bad != FREEZE && nonsense.is_some_and(|said| said.starts_with(['{', '['])) {
                 continue;
             }
@@ -323,7 +323,7 @@ async fn an_agent_that_never_replies_to_the_freeze_gets_a_thaw() {
     assert_eq!(agent.seen(), [FREEZE, THAW]);
 }
 
-/// As Windows needs it (VSS).
+/// Windows (VSS) needs this.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_freeze_may_take_longer_than_the_guest_may_be_frozen() {
     let scene = Scene::with("freeze-seconds = 3\nfreeze-wait-seconds = 60").await;
@@ -353,7 +353,7 @@ async fn a_guest_frozen_by_another_tool_stays_frozen_and_the_backup_reports_the_
     let manifest: Value = serde_json::from_slice(&manifest).unwrap();
     let why = manifest["quiesce-problem"].as_str().unwrap();
     assert!(why.contains("another tool has frozen them"), "{why}");
-    // The job tells the same, to programs and to people.
+    // The job reports the same to programs and in text.
     let job = scene.caller.manager.get_job(2).await.unwrap();
     let job = scene.caller.job(job).await;
     assert_eq!(job.quiesce_problem().await.unwrap(), why);
@@ -392,7 +392,7 @@ async fn a_backup_that_is_cancelled_while_the_agent_freezes_is_thawed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_whose_guest_is_gone_is_given_up() {
     let scene = Scene::new().await;
-    // QEMU takes what is written and nobody in the guest reads it.
+    // QEMU accepts the bytes, and the guest does not read them.
     let agent = scene.agent(|_| Answer::Silence);
     scene
         .fails_and_leaves_nothing("require", QUIESCE_FAILED, "guest-sync-delimited")
@@ -407,9 +407,13 @@ async fn a_thaw_that_is_refused_or_late_is_logged_and_leaves_the_backup_unquiesc
         THAW => Answer::Refusal("thaw refused"),
         _ => Answer::Proper,
     });
-    // What is only tried is good without; what is required is not there, and they are frozen still.
+    // An optional freeze leaves a backup that is not quiesced; a required one leaves no backup. The file systems are
+    // still frozen.
     let (_, quiesced) = scene.complete("try").await;
-    assert!(!quiesced, "nobody knows whether they were frozen at the instant");
+    assert!(
+        !quiesced,
+        "the file systems may not have been frozen at the point in time"
+    );
     assert_eq!(agent.seen(), [FREEZE, THAW]);
     agent.thaw();
     let job = scene.start("require").await;
@@ -427,7 +431,8 @@ async fn a_transaction_that_qemu_refuses_still_thaws() {
     let scene = Scene::new().await;
     let vm = scene.vm.clone();
     let mut taken = false;
-    // Between the freeze and the transaction another job takes the second disk: the first one's backup is undone.
+    // Between the freeze and the transaction, another job takes the second disk: the first disk's backup is rolled
+    // back.
     let agent = scene.agent(move |command| {
         if command == FREEZE && !std::mem::replace(&mut taken, true) {
             let size = 8 * MIB;
@@ -443,7 +448,7 @@ async fn a_transaction_that_qemu_refuses_still_thaws() {
         .fails("require", QEMU_ERROR, "QEMU refused transaction")
         .await;
     assert_eq!(agent.seen(), [FREEZE, THAW]);
-    // Theirs goes on, and ours has left nothing.
+    // The other job continues, and this backup left no residue.
     assert_eq!(scene.vm.residue().jobs, ["theirs"]);
     scene
         .vm
@@ -460,7 +465,7 @@ async fn a_transaction_that_qemu_refuses_still_thaws() {
 async fn a_qemu_that_ends_while_the_guest_is_frozen_is_thawed_all_the_same() {
     let scene = Scene::new().await;
     let pid = rustix::process::Pid::from_raw(scene.vm.pid().cast_signed()).unwrap();
-    // The agent of this test outlives its machine.
+    // The agent of this test outlives its VM.
     let agent = scene.agent(move |command| {
         if command == FREEZE {
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();

@@ -1,8 +1,9 @@
-//! A random walk: a guest that writes, backups of every kind, failures of every kind, restarts, deletions and merges, other
-//! boots, old catalogs, other machines, another service and a clock that jumps, in an order that a seed decides. After every
-//! step each backup that is there shows exactly what there was at its instant, no other is listed, and nothing is left.
+//! Random operations in an order that a seed decides: guest writes, backups of every kind, failures of every kind,
+//! restarts, deletions and merges, host restarts, old catalogs, other VMs, another service and a clock that jumps.
+//! After every step each existing backup has exactly the content of its point in time, no other is listed, and no
+//! residue remains.
 //!
-//! `BACKUPD_WALK_SEED` repeats a walk, `BACKUPD_WALK_STEPS` makes it longer.
+//! `BACKUPD_WALK_SEED` repeats a sequence, `BACKUPD_WALK_STEPS` makes it longer.
 
 mod failures;
 mod host;
@@ -31,17 +32,17 @@ use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
 const SEEDS: [u64; 3] = [0x5eed, 1, 2];
-/// Of all walks together.
+/// The number of steps of all sequences together.
 const STEPS: u64 = 2000;
-/// More than that many backups are made fewer.
+/// Above this number backups are deleted.
 const MOST_BACKUPS: usize = 12;
-/// The first on a file system that can do everything, the second on one without exchange and links.
+/// The first store is on a file system with all features, the second on one without exchange and links.
 const STORES: [&str; 2] = ["walk", "poor"];
 
-/// How often each kind of step was made.
+/// The number of steps of each kind.
 type Made = BTreeMap<&'static str, u32>;
 
-/// Incidents that each walk goes through at least once.
+/// Incidents that each sequence contains at least once.
 #[derive(Debug, Clone, Copy)]
 enum Incident {
     AnotherBoot,
@@ -67,7 +68,7 @@ impl Incident {
     ];
 }
 
-/// Walks of [`STEPS`] steps contain each of these, whatever the seed.
+/// Sequences of [`STEPS`] steps contain each of these, for any seed.
 const KINDS: [&str; 22] = [
     "auto",
     "full",
@@ -95,19 +96,19 @@ const KINDS: [&str; 22] = [
 
 struct Walk {
     dice: Dice,
-    // Before all that use it.
+    // Dropped after all that use it.
     _poor: Hanging,
     scene: Recorded,
     neighbour: Neighbour,
-    /// What was in QEMU when it was started.
+    /// The objects in QEMU when it was started.
     residue: Residue,
     store: Tmpfs,
     ledger: Ledger,
     clock: Clock,
-    /// What machines hold that have the name of ours now and then, by that name.
+    /// The contents of other VMs that temporarily have the name of the tested one, by that name.
     namesakes: BTreeMap<&'static str, Vec<u8>>,
     made: Made,
-    // After all that is mounted in it.
+    // Dropped after everything that is mounted in it.
     _place: TempDir,
 }
 
@@ -147,8 +148,8 @@ impl Walk {
         *self.made.entry(kind).or_default() += 1;
     }
 
-    /// What is not as it must be, as far as it can be seen without reading images. A service that was started may still be
-    /// removing residue.
+    /// Returns the differences from the expected state that are visible without reading images. A service that was
+    /// just started may still be removing residue.
     async fn differences(&self) -> Vec<String> {
         let mut all = self.ledger.differences();
         let ours = Caller::new(&self.scene.system).await;
@@ -179,8 +180,8 @@ impl Walk {
         all
     }
 
-    /// What the service that is tested, or the neighbour's, lists wrongly. Each lists what it made itself. What the other one made
-    /// since it last read the store it need not list.
+    /// Returns the errors in the list of the tested service or of the neighbour. Each lists its own backups. It need
+    /// not list those that the other one made since its last scan of the store.
     fn mislisted(&self, listed: &[ListedBackup], by_ours: bool) -> Vec<String> {
         let mut wrong = Vec::new();
         for ListedBackup(_, id, _, _, _, store, _, _, _, state, problem, _, _, own) in listed {
@@ -202,7 +203,8 @@ impl Walk {
         wrong
     }
 
-    /// Every backup that is known is there and listed, no other is, nothing is left, and each shows what there was.
+    /// Checks that every known backup exists and is listed, that no other is, that no residue remains, and that each
+    /// has its content.
     async fn check(&mut self, context: &str) {
         let began = Instant::now();
         loop {
@@ -260,7 +262,7 @@ impl Walk {
         }
     }
 
-    /// Something that a guest does. What it discards while a backup runs QEMU may keep: what is there then is not certain.
+    /// Performs a guest operation. QEMU may keep data that is discarded during a backup, so its content is undefined.
     fn guest(&mut self, a_backup_runs: bool) {
         let disk = DISKS[self.dice.roll(2) as usize];
         let clusters = SIZE / CLUSTER;
@@ -285,7 +287,7 @@ impl Walk {
         Caller::new(&self.scene.system).await
     }
 
-    /// Mostly the one that can do everything.
+    /// Chooses a store, mostly the one with all features.
     fn any_store(&mut self) -> &'static str {
         STORES[usize::from(self.dice.roll(4) == 0)]
     }
@@ -299,7 +301,7 @@ impl Walk {
         start(caller, &self.scene.name, store, options).await
     }
 
-    /// What a job that has ended or will made, if it is good.
+    /// Records the backup of a job that has ended or will end, if it completes.
     async fn take(&mut self, job: &JobProxy<'_>, store: &'static str, disks: Content) -> bool {
         let (result, _, _) = wait::within("the end of the backup", job.wait()).await.unwrap();
         let good = result == "completed";
@@ -335,7 +337,7 @@ impl Walk {
                 );
                 what
             }
-            // Since a backup that the disks have no checkpoint of any more, or that is not there.
+            // Since a backup whose checkpoint is gone from the disks, or which does not exist.
             Err(error) => {
                 let name = crate::common::proxies::error_name(&error);
                 assert!(
@@ -347,7 +349,7 @@ impl Walk {
         }
     }
 
-    /// The client restores and verifies all of them from the stores alone.
+    /// Restores and verifies all backups with backupctl from the stores alone.
     fn restore_all(&self, to: &Path) {
         let clients = self.scene.system.clients();
         for (name, store) in &self.ledger.stores {
@@ -412,7 +414,7 @@ fn setting(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(
         text.parse()
-            .unwrap_or_else(|_| panic!("{name}: '{text}' is no number")),
+            .unwrap_or_else(|_| panic!("{name}: '{text}' is not a number")),
     )
 }
 

@@ -1,4 +1,5 @@
-//! Bad input: each has its error, says what and where, and nothing is touched: no file, no node, no job.
+//! Invalid requests: each has its own error with the cause and the place, and changes nothing: no file, no node, no
+//! job.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -17,7 +18,7 @@ const MIB: u64 = 1 << 20;
 const OURS: &str = "org.example.Backup1.Error.";
 const STANDARD: &str = "org.freedesktop.DBus.Error.";
 
-/// A system with a machine `web`: two disks with data, one read-only, one drive that is empty.
+/// A system with a VM `web`: two disks with data, one read-only disk, one empty drive.
 struct Scene {
     system: System,
     vm: Vm,
@@ -57,7 +58,7 @@ impl Scene {
         self.targets.join(name)
     }
 
-    /// The call fails with this error, whose text has all these words in it, and leaves everything as it was.
+    /// Checks that the call fails with this error, with all these words in its text, and changes nothing.
     async fn refuses(
         &self,
         document: &str,
@@ -83,7 +84,7 @@ impl Scene {
         );
     }
 
-    /// The error of a call that must fail.
+    /// Returns the error of a call that must fail.
     async fn refused(&self, domain: &str, document: &str) -> zbus::Error {
         let refused = self.caller.try_start(domain, document, &[], Options::new());
         refused.await.expect_err("the call is refused")
@@ -104,7 +105,7 @@ impl Scene {
             .await;
     }
 
-    /// Names and contents of everything that a backup could have touched.
+    /// Returns names and contents of all files that a backup could have touched.
     fn files(&self) -> Vec<(String, Vec<u8>)> {
         let mut all = Vec::new();
         for dir in [&self.targets, &self.system.store()] {
@@ -260,7 +261,7 @@ async fn an_existing_file_or_a_missing_directory_is_refused() {
     scene
         .refuses_target(&there.join("below"), "TargetInvalid", &["there", "no directory"])
         .await;
-    // A link that leads nowhere is there too.
+    // A dangling link counts as an existing file too.
     symlink("nowhere", scene.target("link")).unwrap();
     scene
         .refuses_target(&scene.target("link"), "TargetExists", &["link"])
@@ -352,7 +353,7 @@ async fn a_disk_of_a_vm_is_refused_as_target_under_any_name() {
     scene
         .refuses_reuse(&own, "TargetInvalid", &["a disk of a running domain"])
         .await;
-    // As a descriptor there is no name at all.
+    // A descriptor has no name at all.
     let document =
         "<domainbackup><disks><disk name='vda' type='fd'><target fd='0'/></disk></disks></domainbackup>";
     let files = [open(other.source_path("vda"), true, true)];
@@ -447,7 +448,7 @@ async fn block_devices_that_are_in_use_or_too_small_are_refused() {
     scene
         .refuses_document(&block(small.device(), "qcow2"), "NoSpace", &["8388608 bytes"])
         .await;
-    // The data would fit, but not the image's tables with it: header, refcounts and L1, L2 table of 1 MiB each.
+    // The data would fit, but not with the image's tables: header, refcounts, L1 and L2 table of 1 MiB each.
     let small = LoopDevice::attach(&scene.system.dir().join("tables.img"), 20 * MIB);
     scene
         .refuses_document(&block(small.device(), "qcow2"), "NoSpace", &["22020096"])
@@ -550,7 +551,7 @@ async fn a_target_with_too_little_space_is_refused() {
         .await;
 }
 
-/// Space that an image has reserved, and zeroes that it holds, take none in a backup.
+/// Reserved space and zeroes of an image need no space in a backup.
 #[tokio::test(flavor = "multi_thread")]
 async fn space_that_is_reserved_or_zero_is_not_needed_in_the_target() {
     let system = System::start();

@@ -1,4 +1,4 @@
-//! A command that is refused changes nothing of what it was to write to.
+//! A refused command changes nothing in its targets.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -20,7 +20,7 @@ const MIB: u64 = 1 << 20;
 const SIZE: u64 = 8 * MIB;
 const MARK: u8 = 0xa5;
 
-/// A device or file whose every byte is known.
+/// A device or file with known content.
 struct Marked {
     file: PathBuf,
     size: u64,
@@ -48,7 +48,7 @@ impl Marked {
         self.device.as_ref().map_or(&self.file, |device| device.device())
     }
 
-    /// What is there now; a device's content is read through the device, past no cache.
+    /// Returns the present content; a device is read through its cache.
     #[track_caller]
     fn assert_unchanged(&self, after: &str) {
         let found = fs::read(self.path()).unwrap();
@@ -87,7 +87,7 @@ async fn setting_with(disks: &[&str]) -> Setting {
 }
 
 impl Setting {
-    /// `restore` of the backup as root, through the service and without it.
+    /// Runs `restore` of the backup as root, through the service and without it.
     fn restore(&self, arguments: &[&str]) -> [(String, Output); 2] {
         let store = self.system.store();
         [None, Some(store.to_str().unwrap())].map(|from| {
@@ -99,7 +99,7 @@ impl Setting {
         })
     }
 
-    /// Neither way restores; both say so, leave the targets as they are, and make nothing.
+    /// Checks that both ways refuse, leave the targets unchanged, and create nothing.
     #[track_caller]
     fn assert_refused_with(&self, arguments: &[&str], said: &str, targets: &[&Marked]) {
         let before = files_below(self.system.dir());
@@ -136,7 +136,7 @@ async fn a_refused_restore_changes_no_byte_of_a_device() {
     setting.assert_restore_refused("vda", &small, &["--force"], 1);
     let device = Marked::device(system, "device", 2 * SIZE);
     setting.assert_restore_refused("vdx", &device, &[], 1);
-    // Of another VM that the service knows, which runs.
+    // The disk of another running VM that the service knows.
     let live = Marked::device(system, "live", SIZE);
     let other = system
         .vm("db")
@@ -147,7 +147,7 @@ async fn a_refused_restore_changes_no_byte_of_a_device() {
         setting.assert_restore_refused("vda", &live, more, 1);
     }
     other.quit();
-    // An image that lacks its end.
+    // An image without its end.
     fs::File::options()
         .write(true)
         .open(setting.full.join("vda.qcow2"))
@@ -224,7 +224,7 @@ async fn a_device_that_is_made_of_a_file_of_a_store_is_not_written() {
     let image = setting.full.join("vda.qcow2");
     let content = fs::read(&image).unwrap();
     let device = LoopDevice::attach(&image, 0);
-    // The same bytes once more.
+    // The same bytes under another name.
     let above = LoopDevice::attach(device.device(), 0);
     for device in [&device, &above] {
         let disk = format!("vda={}", device.device().display());
@@ -329,14 +329,14 @@ async fn a_refused_backup_changes_no_byte_of_its_targets() {
     }
 }
 
-/// Until QEMU and the guest have accepted the backup, an existing target holds what it held.
+/// Until QEMU and the guest have accepted the backup, an existing target keeps its content.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_fails_before_it_writes_changes_no_byte_of_its_target() {
     let mut system = System::start();
     let disk = Disk::new("vda", SIZE).fill(MIB, 4 * MIB, 0x11);
     let vm = system.vm("web").disk(disk).running().start();
     let proxy = Proxy::start(&system.dir().join("proxy"), &vm.monitor_path());
-    // Nobody answers for the guest.
+    // No agent replies for the guest.
     let agent = system.dir().join("agent");
     let domain = format!("monitor = {:?}\nagent = {agent:?}\n", proxy.path());
     system.write_domain_file("web", &domain);
@@ -362,7 +362,7 @@ async fn a_backup_that_fails_before_it_writes_changes_no_byte_of_its_target() {
     };
     let said = refused(&system, &["require"]);
     assert!(said.contains("guest"), "{said}");
-    // QEMU goes away while it opens the file.
+    // QEMU ends while it opens the file.
     let hold = proxy.hold("blockdev-add", |_| true);
     let cut = std::thread::spawn(move || {
         hold.reached();
@@ -402,7 +402,7 @@ async fn a_backup_that_fails_before_it_writes_changes_no_byte_of_its_target() {
     assert!(holds(file.path(), "raw", MIB, 4 * MIB, 0x11));
 }
 
-/// Another VM, on a raw image or device, which the service knows or does not.
+/// Starts another VM, on a raw image or device, which the service knows or does not.
 fn machine(system: &System, name: &str, image: &Path) -> Vm {
     let node = &serde_json::json!({
         "driver": "raw", "node-name": "n0",
@@ -430,7 +430,7 @@ async fn a_restore_replaces_no_image_of_a_vm_that_runs() {
         }
     }
     unknown.quit();
-    // The image that the backup is of, under the VM that the service knows.
+    // The source image of the backup, used by the VM that the service knows.
     let image = setting.vm.source_path("vda").to_owned();
     let before = fs::metadata(&image).unwrap();
     let directory = image.parent().unwrap().to_str().unwrap().to_owned();
@@ -442,7 +442,7 @@ async fn a_restore_replaces_no_image_of_a_vm_that_runs() {
     assert_eq!((before.ino(), before.mtime()), (after.ino(), after.mtime()));
 }
 
-/// A VM on a raw image or device whose QEMU holds no locks on it.
+/// Starts a VM on a raw image or device whose QEMU holds no locks on it.
 fn without_locks(system: &System, name: &str, image: &Marked, how: &str) -> Vm {
     let driver = if image.device.is_some() {
         "host_device"

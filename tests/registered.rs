@@ -1,5 +1,5 @@
-//! Registered domains whose connection ends: nothing of them is waited for, because nobody can connect to them again. And
-//! which other domains a backup asks.
+//! Registered domains whose connection ends: no client can connect to them again, so the service does not wait for
+//! them. These tests also check which other domains a backup queries.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -20,7 +20,7 @@ fn machine(system: &System, name: &str) -> Vm {
     system.vm(name).disk(disk).start()
 }
 
-/// A backup of a registered machine that is sure to be in its middle.
+/// Starts a backup of a registered domain that stays in the middle.
 async fn begin(caller: &Caller, name: &str, vm: &Vm) -> JobProxy<'static> {
     caller
         .register(name, vm.monitor_stream().into())
@@ -39,7 +39,7 @@ async fn assert_failed(job: &JobProxy<'_>) {
     assert_eq!(result, "failed");
 }
 
-/// How many jobs the catalog has, and of how many it has that something may be left in QEMU.
+/// Returns the number of jobs in the catalog, and how many of them may have residue in QEMU.
 fn rows(state: &Path) -> (u32, u32) {
     let catalog = rusqlite::Connection::open(state.join("catalog.sqlite")).unwrap();
     let count = |condition: &str| {
@@ -62,7 +62,7 @@ async fn a_registered_domain_that_ends_during_a_backup_leaves_no_open_job() {
             system.domain_path("mine").is_none().then_some(())
         });
     }
-    // Nothing keeps the service from ending, either.
+    // Nothing keeps the service from stopping either.
     assert_eq!(system.stop_daemon(), Some(0));
     assert_eq!(rows(&system.dir().join("state")), (3, 0));
 }

@@ -1,5 +1,5 @@
-//! Disks that are made smaller and larger between two backups: QEMU forgets what was recorded of what it cut off, so the next
-//! backup has to copy them whole.
+//! Disks that shrink and grow again between two backups. QEMU drops the dirty bits of the part that it cuts off, so
+//! the next backup has to copy the whole disk.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,8 +32,8 @@ fn resize_image(image: &Path, size: u64) {
     process::run(resize).expect_success();
 }
 
-/// The second half of the first disk was cut off, and reads as zeroes now; the next backup shows that and the one after it is
-/// an increment again.
+/// The second half of the first disk was cut off and reads as zeroes now. Checks that the next backup shows that and
+/// that the one after it is incremental again.
 async fn assert_noticed(mut scene: Recorded) {
     scene.now.get_mut("vda").unwrap()[MIB as usize..].fill(0);
     scene.write("vdb", 0, MIB, 0x22);
@@ -83,7 +83,7 @@ async fn a_disk_that_is_made_larger_and_as_it_was_again_goes_on_from_its_base() 
     scene.check();
 }
 
-/// A machine with one disk of this size, whose image has clusters of this size.
+/// Starts a VM with one disk of this size, whose image has clusters of this size.
 fn machine(system: &System, size: u64, cluster: u64) -> Vm {
     let image = system.dir().join("odd.qcow2");
     let mut create = Command::new("qemu-img");
@@ -102,7 +102,7 @@ async fn back_up(caller: &Caller) -> (PathBuf, String) {
     said(&job).await
 }
 
-/// The image that a job made, and how.
+/// Returns the image of a job, and its kind.
 async fn said(job: &JobProxy<'_>) -> (PathBuf, String) {
     let disks = job.disks().await.unwrap();
     let increments = job.increments().await.unwrap();
@@ -112,7 +112,7 @@ async fn said(job: &JobProxy<'_>) -> (PathBuf, String) {
     )
 }
 
-/// A disk of `size` bytes is cut to `inside`, which is in its last granule, and then to `outside`, which is not.
+/// Shrinks a disk of `size` bytes to `inside`, which is in its last granule, and then to `outside`, which is not.
 async fn cut(size: u64, inside: u64, outside: u64) {
     let system = System::start();
     let mut vm = machine(&system, size, 512);
@@ -124,7 +124,7 @@ async fn cut(size: u64, inside: u64, outside: u64) {
     resize(&vm, "vda", size);
     let (image, how) = back_up(&caller).await;
     assert_eq!(how, "incremental ");
-    // One that is cut off whole is noticed.
+    // The service notices a granule that is cut off whole.
     vm.write("vda", 0, size, 0x42);
     back_up(&caller).await;
     resize(&vm, "vda", outside);
@@ -204,7 +204,7 @@ async fn the_size_marker_bitmap_is_removed_with_its_checkpoint() {
     let newest: Vec<&str> = made.iter().skip(2).map(String::as_str).collect();
     scene.assert_checkpoints(&newest);
     assert_eq!(scene.vm().residue(), before);
-    // Beside one that somebody else removed it is of no use.
+    // Without its checkpoint, which another client removed, the marker is useless.
     let name = scene.vm().checkpoints("vda").remove(0);
     let node = scene.vm().node_name("vda");
     let remove = json!({ "node": node, "name": name });

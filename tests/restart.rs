@@ -1,7 +1,7 @@
-//! A service that dies in the middle of a backup, and the next one that goes on from there.
+//! A service that dies in the middle of a backup, and the next one, which resumes it.
 //!
-//! At every point between two steps of a backup the service is ended as if by SIGKILL. After it has started again the backup
-//! has an outcome, and everything agrees with it: what the job tells, what is in the store, what is left in QEMU.
+//! The service is killed, as if by SIGKILL, at every point between two steps of a backup. After a restart the backup
+//! has an outcome, and the job's report, the store and QEMU agree with it.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -19,18 +19,18 @@ use crate::common::wait;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-/// A device that a backup of the machine fits on, and what it holds before.
+/// A device on which a backup of the VM fits, and its content before.
 const DEVICE: usize = 48 << 20;
 const MARK: u8 = 0xa5;
 
-/// A machine that goes on while one service after the other dies.
+/// A VM that continues while one service after the other dies.
 struct Scene {
     system: System,
     vm: Vm,
     before: Residue,
 }
 
-/// What was found after the service had started again.
+/// The state after the service had started again.
 struct Row {
     point: String,
     outcome: String,
@@ -55,15 +55,15 @@ impl Scene {
         }
     }
 
-    /// Starts a backup in a service that dies at `point`, cancels it if so wanted, and starts the service again. Gives a
-    /// caller that has listened since before the start.
+    /// Starts a backup in a service that dies at `point`, cancels it if requested, and starts the service again.
+    /// Returns a caller that has received signals since before the start.
     async fn die_and_start_again(&mut self, point: &str, document: &str, cancelled: bool) -> Caller {
         println!("dies at '{point}'");
         self.system.stop_daemon();
         self.system.start_dying_daemon(point);
         self.system.wait_for_domain("web");
         let caller = Caller::new(&self.system).await;
-        // Slow enough that a backup that is to be cancelled is not over before.
+        // Slow enough that a backup is not over before it is cancelled.
         let options = slowly(if cancelled { 4 * MIB } else { 0 });
         let started = caller.try_start("web", document, &[], options).await;
         if cancelled && let Ok(path) = started {
@@ -72,7 +72,7 @@ impl Scene {
                 (job.state().await.unwrap() == "running").then_some(())
             })
             .await;
-            // It may die before it answers.
+            // The service may die before it replies.
             let _ = job.cancel().await;
         }
         self.system.wait_for_death();
@@ -82,7 +82,7 @@ impl Scene {
         caller
     }
 
-    /// The outcome of the job of that number, and how a caller that asks again hears of it.
+    /// Returns the outcome of the job of that number, and how a caller that asks again receives it.
     async fn outcome(
         &self,
         mut caller: Caller,
@@ -95,7 +95,7 @@ impl Scene {
         assert_eq!(job.state().await.unwrap(), result);
         assert_eq!(job.error_message().await.unwrap(), message);
         if ended {
-            // It had ended before, as is on record; nothing is announced twice.
+            // The job had ended before, as the record shows; no signal is repeated.
             return (result, "answer");
         }
         let signals = caller.signals_until("JobEnded").await;
@@ -105,7 +105,8 @@ impl Scene {
         (result, "answer, signal")
     }
 
-    /// Everything agrees with `outcome`: QEMU has nothing, and the place has the images, or nothing.
+    /// Checks that everything agrees with `outcome`: QEMU has no residue, and the directory has the images, or
+    /// nothing.
     fn assert_consistent(&self, point: &str, outcome: &str, directory: &Path, names: &[&str]) -> usize {
         assert_eq!(self.vm.residue(), self.before, "in QEMU, after {point:?}");
         let files = files_below(directory);
@@ -150,11 +151,12 @@ fn table(title: &str, rows: &[Row]) -> String {
     text
 }
 
-/// From here on QEMU has the backup.
+/// From this point on, QEMU has the backup.
 const BEGUN: &str = "begun";
 
 impl Scene {
-    /// All points at which the service can die while it makes such a backup; from the cancel request on if it is cancelled.
+    /// Returns all points at which the service can die during such a backup; from the cancel request on if it is
+    /// cancelled.
     async fn points(&mut self, document: &str, cancelled: bool) -> Vec<String> {
         self.system.stop_daemon();
         self.system.start_recording_daemon();
@@ -177,10 +179,10 @@ impl Scene {
     }
 }
 
-/// Once QEMU copies, it is not made again.
+/// Once QEMU copies, the backup is not restarted.
 fn expected(points: &[String], point: &str) -> &'static str {
     let place = |point: &str| points.iter().position(|known| known == point).unwrap();
-    // A checkpoint takes transactions, too. Without one, the only transaction is the one that begins the backup.
+    // A checkpoint uses transactions too. Without one, the only transaction starts the backup.
     let begins = point == "qmp transaction" && place(point) + 1 == place(BEGUN);
     match begins || place(point) >= place(BEGUN) {
         true => "completed",
@@ -188,7 +190,7 @@ fn expected(points: &[String], point: &str) -> &'static str {
     }
 }
 
-/// Whether the outcome was on record when it died.
+/// Whether the outcome was on record when the service died.
 fn has_ended(points: &[String], point: &str) -> bool {
     let place = |point: &str| points.iter().position(|known| known == point).unwrap();
     place(point) >= place("before announce")
@@ -197,7 +199,7 @@ fn has_ended(points: &[String], point: &str) -> bool {
 fn empty(directory: &Path) {
     for entry in std::fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
-        // What makes a store the one that it is stays.
+        // The file with the identity of the store stays.
         if path.ends_with(".backupd") {
             continue;
         }
@@ -345,7 +347,7 @@ async fn an_unreadable_job_record_does_not_block_the_start() {
         let caller = Caller::new(&scene.system).await;
         caller.complete("other", "").await;
         assert!(scene.system.daemon().log().contains("cannot recover a job"));
-        // A service that can read it finds it as it was.
+        // A service that can read it finds it unchanged.
         scene.system.stop_daemon();
         let catalog = rusqlite::Connection::open(scene.system.dir().join("state/catalog.sqlite")).unwrap();
         let found: String = catalog
@@ -357,7 +359,7 @@ async fn an_unreadable_job_record_does_not_block_the_start() {
     }
 }
 
-/// A backup that takes its time, of a machine that is not disturbed.
+/// Starts a slow backup of an undisturbed VM.
 async fn slow_backup(scene: &Scene) -> u32 {
     let caller = Caller::new(&scene.system).await;
     let options = slowly(2 * MIB);
@@ -369,7 +371,7 @@ async fn slow_backup(scene: &Scene) -> u32 {
     job.id().await.unwrap()
 }
 
-/// Has the backup that was found again go on at full speed, to its good end.
+/// Lets the recovered backup continue at full speed until it completes.
 async fn ends_well(mut scene: Scene, id: u32) {
     scene.system.wait_for_domain("web");
     let caller = Caller::new(&scene.system).await;
@@ -523,7 +525,7 @@ async fn a_device_that_replaced_a_target_is_not_touched() {
     }
 }
 
-/// What the next service tells of a job that it was not there for.
+/// Returns the next service's report about a job that ended while no service ran.
 async fn found_out(scene: &mut Scene, id: u32) -> (String, String, String) {
     scene.system.start_daemon();
     let caller = Caller::new(&scene.system).await;
@@ -616,7 +618,7 @@ fn an_unreadable_catalog_stops_the_service_with_advice() {
     std::fs::write(&catalog, vec![0x5a; good.len()]).unwrap();
     let config = system.config_path();
     let mut daemon = Daemon::start_unready(system.bus(), system.dir(), &config);
-    // By which systemd leaves it.
+    // systemd treats this exit status as final.
     assert_eq!(daemon.process().wait(), 78);
     let log = daemon.log();
     assert!(

@@ -1,4 +1,4 @@
-//! Stored backups, read by `backupctl` alone: restored to what they were, and exported.
+//! Stored backups, read by `backupctl` alone: restored and exported.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -34,7 +34,7 @@ fn every_point_in_time_of_a_chain_is_restored_in_either_format() {
                 identical(&image, format, &store.vda(id), "qcow2"),
                 "{id} {format}"
             );
-            // Sixty-four for the guest, some ten of them written.
+            // Sixty-four for the guest, about ten of them written.
             assert!(
                 image.metadata().unwrap().blocks() * 512 < 14 * MIB,
                 "{id} {format}"
@@ -217,7 +217,8 @@ fn a_backup_is_found_by_the_beginning_of_its_id() {
 fn an_ordinary_user_restores_what_it_can_read() {
     let store = Store::new();
     let copy = store.dir.path().join("backupctl");
-    // By a process of its own: a file that this one had open for writing while another thread forks cannot be executed.
+    // In a separate process: a file that this process had open for writing while another thread forks cannot be
+    // executed.
     run("cp", &[env!("CARGO_BIN_EXE_backupctl"), text(&copy)]).expect_success();
     let out = store.out();
     std::os::unix::fs::chown(&out, Some(65534), Some(65534)).unwrap();
@@ -237,7 +238,7 @@ fn an_ordinary_user_restores_what_it_can_read() {
     let output = restore();
     assert_eq!(
         output.status, 1,
-        "a right that is missing is no damage: {}",
+        "a missing right is not damage: {}",
         output.stderr
     );
     assert!(
@@ -332,7 +333,7 @@ fn a_header_exchanged_after_its_check_exposes_no_other_file() {
 fn an_interrupted_restore_leaves_no_residue() {
     let store = Store::new();
     let out = store.out();
-    // It never answers, so that the restore is in its middle for as long as it takes.
+    // It never responds, so the restore stays in the middle.
     let hanging = StandIn::new(store.dir.path(), "qemu-storage-daemon", HANGS);
     let mut command = backupctl();
     command

@@ -1,4 +1,4 @@
-//! A backup that its starter never lets end keeps nobody from root's.
+//! Precedence of root: a user's backup that makes almost no progress does not block a backup of root.
 
 use crate::common::System;
 use crate::common::caller::{Caller, assert_completed};
@@ -22,7 +22,7 @@ fn machine(system: &System) -> Vm {
     system.configured(system.vm("web").disk(disk).running())
 }
 
-/// A full backup that copies so many bytes a second.
+/// Starts a full backup that copies so many bytes a second.
 async fn start(caller: &Caller, document: &str, rate: u64) -> JobProxy<'static> {
     let options = Options::from([
         ("bandwidth", Variant::from(rate)),
@@ -55,12 +55,12 @@ async fn a_backup_of_root_cancels_a_users_that_is_almost_stopped() {
     );
     let root = Caller::new(&system).await;
     let held = start(&user, "", 1).await;
-    // Another user has no more right than the first.
+    // Another user has no more rights than the first.
     assert_busy(&other).await;
     assert_completed(&root.start("web", "").await).await;
     assert_displaced(&held, "less than 1 MiB a second").await;
     assert_eq!(vm.checkpoints("vda").len(), 1, "nothing is left of the other one");
-    // Root's own is not ended for another one of root's.
+    // Root's backup is not cancelled for another one of root's.
     let slow = start(&root, "", 1).await;
     assert_busy(&root).await;
     slow.cancel().await.unwrap();
@@ -112,7 +112,7 @@ async fn two_concurrent_calls_of_root_block_nobody_afterwards() {
     let user = Caller::of_user(&system, USER).await;
     let (one, other) = (Caller::new(&system).await, Caller::new(&system).await);
     let held = start(&user, "", 1).await;
-    // The one that has the place takes longer than the other one waits.
+    // The backup in the slot takes longer than the other one waits.
     let options = || Options::from([("bandwidth", Variant::from(MIB))]);
     let (first, second) = tokio::join!(
         one.try_start("web", "", &[], options()),
@@ -132,7 +132,7 @@ async fn a_backup_cancelled_by_its_starter_names_no_other_caller() {
     let _vm = machine(&system);
     let (user, root) = (Caller::of_user(&system, USER).await, Caller::new(&system).await);
     let held = start(&user, "", 1).await;
-    // It is decided, and QEMU is yet to be asked.
+    // The service has decided, and QEMU does not have the command yet.
     held.cancel().await.unwrap();
     let started = root.try_start("web", "", &[], Options::new()).await;
     let (result, _, message) = wait::within("the end", held.wait()).await.unwrap();

@@ -1,8 +1,9 @@
-//! The example rules in `docs/polkit-rules`, as they are shipped, in the real polkitd: what each grants, and what it does
-//! not. Nobody but root has a password here, so what no rule answers ends in [`PASSWORD`], and an explicit no in [`DENIED`].
+//! The shipped example rules in `docs/polkit-rules`, with the real polkitd: what each allows, and what it does not.
+//! Only root has a password here, so a request that no rule decides ends in [`PASSWORD`], and a denied one in
+//! [`DENIED`].
 //!
-//! The users and groups of the examples do not exist on the machine that tests run on; those of every Debian take their
-//! place in the text.
+//! The users and groups of the examples do not exist on the test host, so those of every Debian replace them in the
+//! text.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -21,7 +22,7 @@ use backupd::access::{Implicit, TABLE};
 use backupd::config::Limits;
 use zbus::wire::OwnedObjectPath;
 
-/// Everything in `docs/polkit-rules`.
+/// All files in `docs/polkit-rules`.
 const EXAMPLES: [&str; 8] = [
     "40-backupd-hidden-domain.rules",
     "40-backupd-operators.rules",
@@ -32,7 +33,7 @@ const EXAMPLES: [&str; 8] = [
     "50-backupd-helpdesk-sees-anna.rules",
     "50-backupd-nightly-group.rules",
 ];
-/// What rules are told of a request (see `src/service`).
+/// The details that rules get of a request (see `src/service`).
 const DETAILS: [&str; 10] = [
     "driver",
     "domain_name",
@@ -54,7 +55,7 @@ const INVALID_DEFINITION: &str = "org.example.Backup1.Error.InvalidDefinition";
 
 const MIB: u64 = 1 << 20;
 
-/// The text of an example, with other names where the tests need them.
+/// Returns the text of an example, with other names where the tests need them.
 fn example(name: &str, substitutes: &[(&str, &str)]) -> String {
     let mut text = fs::read_to_string(project_file("docs/polkit-rules").join(name)).unwrap();
     for (from, to) in substitutes {
@@ -64,7 +65,7 @@ fn example(name: &str, substitutes: &[(&str, &str)]) -> String {
     text
 }
 
-/// A user of Debian's, in the group of that user's own and in no other.
+/// A user of Debian, in the user's own group only.
 #[derive(Clone, Copy)]
 struct Account {
     name: &'static str,
@@ -83,13 +84,13 @@ const fn account(name: &'static str, uid: u32) -> Account {
 }
 
 impl Account {
-    /// A rule beside the example's.
+    /// Returns a rule next to the example's.
     fn allowed(self, action: &str) -> String {
         polkit::allow(self.uid, &[action])
     }
 }
 
-/// An ordinary user's connection, in this process.
+/// A connection of an ordinary user in this process.
 struct User {
     connection: zbus::Connection,
     manager: ManagerProxy<'static>,
@@ -103,7 +104,7 @@ impl User {
         Self { connection, manager }
     }
 
-    /// Has a backup made, to its end: `Ok` if it is good, else the name of the error.
+    /// Runs a backup to its end: `Ok` if it completes, else the name of the error.
     async fn back_up(&self, domain: &str, document: &str) -> Result<(), String> {
         let started = self
             .manager
@@ -112,7 +113,7 @@ impl User {
         self.end(started).await
     }
 
-    /// The same into an open file.
+    /// Backs up into an open file.
     async fn copy_into(&self, domain: &str, file: &OwnedFd) -> Result<(), String> {
         let files = vec![file.into()];
         let started = self
@@ -122,7 +123,7 @@ impl User {
         self.end(started).await
     }
 
-    /// Registers a machine, whose object it gives.
+    /// Registers a VM and returns its object.
     async fn register(&self, name: &str, vm: &Vm) -> Result<DomainProxy<'static>, String> {
         let socket = OwnedFd::from(vm.monitor_stream());
         let registered = self
@@ -135,7 +136,7 @@ impl User {
             .expect("a proxy is made"))
     }
 
-    /// `back_up` of a domain by its object.
+    /// Backs up a domain by its object.
     async fn back_up_this(&self, domain: &DomainProxy<'_>, document: &str) -> Result<(), String> {
         let started = domain.create_backup(document, Vec::new(), Options::new()).await;
         self.end(started).await
@@ -157,7 +158,7 @@ impl User {
         Ok(())
     }
 
-    /// Names of the domains in the list.
+    /// Returns the names of the listed domains.
     async fn listed(&self) -> Vec<String> {
         let listed = self.manager.list_domains().await.expect("domains are listed");
         listed.into_iter().map(|(_, name, _, _)| name).collect()
@@ -179,7 +180,7 @@ fn into_file(path: impl AsRef<Path>) -> String {
     )
 }
 
-/// A user's open file.
+/// Opens a file as a user.
 fn open_file(system: &System, name: &str) -> OwnedFd {
     let path = system.dir().join(name);
     let file = File::options().read(true).write(true).create_new(true).open(path);
@@ -190,7 +191,7 @@ fn machine(system: &System, name: &str) -> Vm {
     system.vm(name).disk(Disk::new("vda", MIB)).start()
 }
 
-/// A machine that the administrator configured.
+/// Starts a VM that the administrator configured.
 fn configured(system: &System, name: &str) -> Vm {
     let vm = machine(system, name);
     system.domain_file(name, &vm);
@@ -198,7 +199,7 @@ fn configured(system: &System, name: &str) -> Vm {
     vm
 }
 
-/// The same when a user has registered a machine of that name before; afterwards it could not.
+/// Configures a domain after a user has registered one of that name; afterwards the user could not.
 fn configured_after(system: &System, name: &str, own: &DomainProxy<'_>) -> Vm {
     let vm = machine(system, name);
     system.domain_file(name, &vm);
@@ -211,13 +212,13 @@ fn configured_after(system: &System, name: &str, own: &DomainProxy<'_>) -> Vm {
     vm
 }
 
-/// A configured machine without a QEMU: for what is refused before QEMU is asked.
+/// Configures a domain without a QEMU, for requests that are refused before QEMU is asked.
 fn configured_in_name_only(system: &System, name: &str) {
     system.write_domain_file(name, "monitor = \"/nowhere\"\n");
     wait::until(&format!("the domain {name}"), || system.domain_path(name));
 }
 
-/// A system with a second store, `nightly`.
+/// Starts a system with a second store, `nightly`.
 fn system_with_stores(rules: &str) -> (System, tempfile::TempDir) {
     let store = test_directory();
     let system = System::setup()
@@ -246,7 +247,7 @@ async fn a_group_backs_up_every_configured_machine_into_one_store() {
             "{domain}"
         );
     }
-    // Another store, another action, another user, a machine that is not the administrator's.
+    // Another store, another action, another user, a domain of a user.
     let file = into_file(system.dir().join("web.qcow2"));
     assert_eq!(member.back_up("web", "").await, no(PASSWORD));
     assert_eq!(member.back_up("web", &file).await, no(PASSWORD));
@@ -267,7 +268,7 @@ async fn a_user_backs_up_a_single_domain_into_the_default_store() {
     let _web = configured_after(&system, "web", &own);
     configured_in_name_only(&system, "mail");
     assert_eq!(anna.back_up("web", "").await, Ok(()));
-    // Another store, another machine, another action, another user, and a machine of the same name that is her own.
+    // Another store, domain, action or user, and a domain of the same name that is her own.
     let file = into_file(system.dir().join("web.qcow2"));
     assert_eq!(anna.back_up("web", NIGHTLY).await, no(PASSWORD));
     assert_eq!(anna.back_up("mail", "").await, no(PASSWORD));
@@ -280,7 +281,7 @@ async fn a_user_backs_up_a_single_domain_into_the_default_store() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn operators_cancel_and_slow_down_what_others_started_and_start_nothing() {
-    // Without a password they could register machines too, to show where the no ends.
+    // They could register domains too without a password, so that the test shows the limit of the denial.
     let rules = example("40-backupd-operators.rules", &[("backup-operators", "games")])
         + &OPERATOR.allowed("service.register-domain");
     let system = System::setup().rules(&rules).start();
@@ -297,12 +298,12 @@ async fn operators_cancel_and_slow_down_what_others_started_and_start_nothing() 
     allowed.set_speed(8 * MIB).await.unwrap();
     allowed.cancel().await.unwrap();
     assert_eq!(wait::within("the end", job.wait()).await.unwrap().0, "cancelled");
-    // A no, where others would be asked for a password.
+    // Denied, where others would be asked for a password.
     let file = into_file(system.dir().join("web.qcow2"));
     assert_eq!(operator.back_up("web", "").await, no(DENIED));
     assert_eq!(operator.back_up("web", &file).await, no(DENIED));
     assert_eq!(other.back_up("web", "").await, no(PASSWORD));
-    // It does not reach what polkit is not asked about.
+    // The denial does not affect calls without a polkit check.
     let own = machine(&system, "own");
     let own = operator.register("own", &own).await.unwrap();
     assert_eq!(operator.back_up_this(&own, "").await, no(DENIED));
@@ -327,7 +328,7 @@ async fn an_example_that_denies_overrides_one_that_allows() {
         yes_names.iter().all(|name| name.starts_with("50-")),
         "{yes_names:?}"
     );
-    // In polkit's order of the two files.
+    // polkit evaluates the two files in this order.
     let rules = example("40-backupd-operators.rules", &[("backup-operators", "backup")])
         + &example("50-backupd-nightly-group.rules", &[]);
     let (system, _store) = system_with_stores(&rules);
@@ -360,12 +361,12 @@ async fn a_machine_is_hidden_from_all_but_one_group() {
     let hidden = anna.manager.get_domain("vault").await.unwrap_err();
     assert_eq!(error_name(&hidden), NO_SUCH_DOMAIN);
     assert_eq!(anna.back_up("vault", "").await, no(NO_SUCH_DOMAIN));
-    // Its jobs are there for the group, and not for her.
+    // The group sees its jobs, and she does not.
     let root = Caller::new(&system).await;
     root.complete("vault", "").await;
     assert_eq!(admin.manager.list_jobs().await.unwrap().len(), 1);
     assert_eq!(anna.manager.list_jobs().await.unwrap().len(), 0);
-    // Her own of that name stays hers.
+    // Her own domain of that name stays hers.
     let own = machine(&system, "own");
     let _own = anna.register("vault", &own).await.unwrap();
     assert_eq!(anna.listed().await, ["vault", "web"]);
@@ -405,7 +406,7 @@ async fn a_user_exports_a_single_domain_into_files_below_a_directory() {
         assert_eq!(anna.back_up("web", &into_file(dir.join(file))).await, Ok(()));
         assert!(dir.join(file).exists());
     }
-    // Another place, whatever it is called, and another kind of place.
+    // Another directory, under any name, and another kind of target.
     assert_eq!(
         anna.back_up("web", &into_file(beside.join("a"))).await,
         no(PASSWORD)
@@ -423,7 +424,7 @@ async fn a_user_exports_a_single_domain_into_files_below_a_directory() {
     assert_eq!(anna.back_up("web", &device).await, no(PASSWORD));
     let open = open_file(&system, "open");
     assert_eq!(anna.copy_into("web", &open).await, no(PASSWORD));
-    // Another machine, her own of that name, another user, another action.
+    // Another domain, her own of that name, another user, another action.
     let free = into_file(dir.join("free"));
     assert_eq!(anna.back_up("mail", &free).await, no(PASSWORD));
     assert_eq!(anna.back_up_this(&own, &free).await, no(PASSWORD));
@@ -453,7 +454,7 @@ async fn a_user_exports_a_single_domain_into_her_own_files() {
     let path = into_file(system.dir().join("other.qcow2"));
     assert_eq!(anna.back_up("web", &path).await, no(PASSWORD));
     assert_eq!(anna.back_up("web", "").await, no(PASSWORD));
-    // Another user's of that name, which she sees.
+    // Another user's domain of that name, which she sees.
     let path = berts.inner().path().to_owned();
     let seen = DomainProxy::new(&anna.connection, path).await.unwrap();
     assert_eq!(seen.owner().await.unwrap(), BERT.uid);
@@ -479,7 +480,7 @@ async fn members_of_a_group_register_machines_that_are_then_theirs() {
         user.copy_into("mine", &open_file(&system, "mine.qcow2")).await,
         Ok(())
     );
-    // Nothing else comes with it.
+    // It allows nothing else.
     let other_open = open_file(&system, "web.qcow2");
     assert_eq!(user.back_up("mine", "").await, no(PASSWORD));
     assert_eq!(user.back_up("web", "").await, no(PASSWORD));
@@ -510,7 +511,7 @@ async fn members_of_a_group_see_what_one_user_registered() {
     let hidden = helper.manager.get_domain(&hidden).await.unwrap_err();
     assert_eq!(error_name(&hidden), NO_SUCH_DOMAIN);
     assert_eq!(bert.listed().await, ["berts"], "another user");
-    // To see it is no more than that.
+    // The right to see it allows nothing else.
     let open = open_file(&system, "open");
     assert_eq!(helper.copy_into(&shown, &open).await, no(PASSWORD));
     assert_eq!(helper.back_up(&shown, "").await, no(PASSWORD));
@@ -625,7 +626,7 @@ fn the_readme_names_every_action_example_and_limit() {
     assert!(readme.contains(&row), "{row}");
 }
 
-/// A rule that goes by a domain's name says whose domain it means.
+/// A rule that matches a domain's name states whose domain it means.
 #[test]
 fn an_example_that_names_a_domain_names_its_owner() {
     for name in EXAMPLES {
@@ -639,7 +640,7 @@ fn an_example_that_names_a_domain_names_its_owner() {
 #[test]
 fn no_example_is_installed() {
     let mut command = Command::new("make");
-    // It says what it would do.
+    // It prints the commands.
     command.args(["--no-print-directory", "--dry-run", "--always-make", "install"]);
     command.arg("DESTDIR=/nowhere").arg("CARGO=true");
     command

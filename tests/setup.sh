@@ -1,17 +1,17 @@
 #!/bin/sh
-# Makes sure that everything is there that the project is built and tested with, on Debian 12 or 13: installs what is
-# missing, when root, and says what it does. Quick and silent when nothing is missing.
+# Installs missing dependencies for building and testing the project on Debian 12 or 13 as root, and prints each step.
+# It is quick and silent if nothing is missing.
 #
 #   setup.sh            for building and for the tests
 #   setup.sh lint       and for the checks of 'make lint'
 #   setup.sh package    and for making the Debian package
 #   setup.sh system     and for booting a system with it
 #
-# What is looked for is programs and files, not packages, so other systems pass that have them by other names.
+# It checks for programs and files and not for packages, so other systems with different package names pass too.
 set -eu
 
 readonly what=${1:-}
-# What the Linux of tests/guest.rs and tests/power_cuts.rs is made of: from packages that are not installed on this machine.
+# The packages for the Linux of tests/guest.rs and tests/power_cuts.rs. They are unpacked and not installed.
 readonly guest=${XDG_CACHE_HOME:-/var/cache}/backupd-test-guest
 missing=
 need() { # PACKAGE DESCRIPTION: something of this package is missing
@@ -96,9 +96,9 @@ apt() { apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"; }
 [ -z "$missing" ] || echo "installing:$missing"
 apt update || echo "apt-get update failed; trying with the lists that are here" >&2
 
-# qemu-utils and qemu-system-x86 share files of one version: apt refuses a pair of different ones, or one replaces the
-# other. A machine may have a newer qemu-utils, from backports; so both are asked for by the version that the machine's
-# suite has of the emulator, and a newer one is put back to it.
+# qemu-utils and qemu-system-x86 share files of one version: apt refuses a pair of different versions, or one replaces
+# the other. A host may have a newer qemu-utils from backports. So both are requested in the version of the emulator in
+# the host's suite, which downgrades a newer one.
 case " $missing " in
 *" qemu-system-x86 "*)
     version=$(apt-cache policy qemu-system-x86 | sed -n 's/^ *Candidate: //p')
@@ -109,7 +109,7 @@ case " $missing " in
     fi
     ;;
 *" qemu-utils "*)
-    # The other way round: tools of the version of the emulator that is installed.
+    # The reverse: tools in the version of the installed emulator.
     version=$(dpkg-query -W -f '${Version}' qemu-system-x86 2>/dev/null || true)
     [ -z "$version" ] || missing="$(echo " $missing " | sed "s/ qemu-utils / qemu-utils=$version /")"
     ;;
@@ -125,8 +125,8 @@ look
 [ -z "$missing" ] || exit 1
 guest_is_there && exit 0
 
-# Debian's smallest kernel, its modules for the devices that QEMU gives it, an agent, and a shell. Its other libraries are
-# those of this machine's QEMU.
+# Debian's smallest kernel, its modules for QEMU's devices, an agent, and a shell. The other libraries are those of
+# this host's QEMU.
 mkdir -p "$(dirname "$guest")"
 new=$(mktemp -d "$guest.XXXXXX")
 mkdir -p "$new/tree" "$new/made/modules"

@@ -1,5 +1,5 @@
-//! The store is the truth: what a catalog that is an old copy does not know of, what another service made, and what was put there
-//! by hand is neither taken back nor removed from under what depends on it.
+//! The store is authoritative. An old copy of the catalog, another service's backups and handmade backups make the
+//! service neither discard a backup nor remove the base of one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ fn copy_catalog(system: &System) -> PathBuf {
     let aside = system.dir().join("aside");
     fs::create_dir(&aside).unwrap();
     for file in FILES {
-        // A service that has ended leaves no log.
+        // A stopped service leaves no write-ahead log.
         if let Err(error) = fs::copy(system.dir().join("state").join(file), aside.join(file)) {
             assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
         }
@@ -39,7 +39,7 @@ fn copy_catalog(system: &System) -> PathBuf {
     aside
 }
 
-/// Stops the service, puts the copy back, and starts it again.
+/// Stops the service, restores the copy, and starts it again.
 async fn put_back(system: &mut System, aside: &Path) -> Caller {
     system.stop_daemon();
     for file in FILES {
@@ -58,7 +58,7 @@ fn backups(system: &System) -> Vec<PathBuf> {
     directories(&system.store().join("web"))
 }
 
-/// Ids and states of what is listed.
+/// Returns ids and states of the listed backups.
 async fn listed(caller: &Caller) -> Vec<(String, String)> {
     let (backups, _) = caller.manager.list_backups(Options::new()).await.unwrap();
     let backups = backups.into_iter();
@@ -84,7 +84,7 @@ async fn refused(caller: &Caller, id: &str, options: &[&'static str], error: &st
     assert!(refused.to_string().contains(text), "{text:?} in {refused}");
 }
 
-/// What was copied of the disk.
+/// Returns the mode of the copied disk.
 async fn kind(job: &JobProxy<'_>) -> String {
     let [(_, kind, ..)] = job.increments().await.unwrap().try_into().unwrap();
     kind
@@ -101,7 +101,7 @@ fn verdicts(judged: &[PrunedBackup]) -> Vec<(String, String, String)> {
         .collect()
 }
 
-/// Starts a backup, takes a copy of the catalog while it runs, and has it completed.
+/// Starts a backup, copies the catalog while it runs, and completes it.
 async fn copied_while_running(system: &System) -> PathBuf {
     let caller = Caller::new(system).await;
     let job = caller.start_with("web", "", &[], slowly(MIB)).await;
@@ -132,7 +132,7 @@ async fn a_job_running_in_an_old_catalog_records_its_complete_backup() {
     let [backup] = backups(&system).try_into().unwrap();
     let complete = [(id(&backup), "complete".to_owned())];
     assert_eq!(listed(&caller).await, complete);
-    // The next one goes on from it.
+    // The next backup continues from it.
     let next = caller.complete("web", "").await;
     assert_eq!(kind(&next).await, "incremental");
     assert_eq!(vm.residue(), before);
@@ -178,7 +178,7 @@ async fn a_catalog_older_than_an_incremental_does_not_release_its_base() {
     let caller = put_back(&mut system, &aside).await;
     refused(&caller, &id(&full), &[], "Error.HasDependents", &id(&incremental)).await;
     assert!(full.exists() && incremental.exists());
-    // What is not known was read again, without being asked.
+    // The service scanned the unknown store without a request.
     let complete = [&full, &incremental].map(|backup| (id(backup), "complete".to_owned()));
     assert_eq!(listed(&caller).await, complete);
     let next = caller.complete("web", "").await;
@@ -255,7 +255,7 @@ async fn an_unknown_manifest_format_protects_the_files_beside_it() {
     refused(&caller, &id(&full), &[], "Error.ChainBroken", &named).await;
     refused(&caller, &id(&second), &["merge"], "Error.ChainBroken", &named).await;
     assert!(full.exists() && second.exists());
-    // It can be deleted itself, and then nothing stands in the way.
+    // It can be deleted itself, and then nothing blocks the removal.
     delete(&caller, &id(&third), &[]).await.unwrap();
     delete(&caller, &id(&full), &[]).await.unwrap();
     assert_eq!(backups(&system), [second]);
@@ -276,7 +276,7 @@ async fn two_damaged_manifests_protect_good_backups_and_not_each_other() {
     for damaged in [&second, &third, &unknown] {
         fs::write(damaged.join("manifest.json"), "{").unwrap();
     }
-    // A good one stays, whether or not anything is known to depend on it.
+    // A good backup stays, with or without known dependents.
     for good in [&full, &stranger] {
         let refused = delete(&caller, &id(good), &[]).await.unwrap_err();
         let name = error_name(&refused);
@@ -285,7 +285,7 @@ async fn two_damaged_manifests_protect_good_backups_and_not_each_other() {
             "{refused}"
         );
     }
-    // So it does with what depends on it, and with one whose manifest a newer service may understand.
+    // So do its dependents, and one whose manifest a newer service may understand.
     refused(
         &caller,
         &id(&full),
@@ -307,7 +307,7 @@ async fn two_damaged_manifests_protect_good_backups_and_not_each_other() {
     write_manifest(&second, &newer);
     refused(&caller, &id(&third), &[], "Error.Unsupported", "manifest.json").await;
     fs::write(second.join("manifest.json"), "{").unwrap();
-    // The damaged ones go, each by itself.
+    // The damaged ones can be removed, each by itself.
     delete(&caller, &id(&second), &[]).await.unwrap();
     let deleted = system.clients().backupctl(ROOT, &["delete", &id(&third)]);
     assert!(deleted.success(), "{}", deleted.stderr);
@@ -336,13 +336,13 @@ async fn a_change_of_another_service_is_noticed_before_anything_is_removed() {
     let [full, incremental] = backups(&first).try_into().unwrap();
     refused(&other, &id(&full), &[], "Error.HasDependents", &id(&incremental)).await;
     assert_eq!(listed(&other).await.len(), 2);
-    // And what that one removes, this one knows.
+    // And this service notices the removals of the other one.
     delete(&other, &id(&incremental), &[]).await.unwrap();
     delete(&one, &id(&full), &[]).await.unwrap();
     assert_eq!(listed(&one).await, []);
 }
 
-/// A store with a full backup and one that depends on it, which another service knows, too.
+/// Makes a store with a full backup and a dependent one, which another service knows too.
 async fn shared() -> (System, System, Vm, Caller) {
     let first = System::start();
     let vm = machine(&first);
@@ -366,7 +366,8 @@ async fn backups_merged_or_removed_by_another_service_are_listed_correctly() {
     delete(&one, &id(&full), &["merge"]).await.unwrap();
     let left = [(id(&incremental), "complete".to_owned())];
     assert_eq!(listed(&other).await, left);
-    // What nobody meant is, and so is all that is on record where nothing is left: it may be another store.
+    // A backup that nobody removed on purpose is listed as missing. So are all recorded ones if the store is empty,
+    // because it may be another store.
     let image = incremental.join("vda.qcow2");
     fs::File::options()
         .write(true)

@@ -1,5 +1,5 @@
-//! Storage that fails, fills up, is taken away or stops answering while a backup goes there. `docs/failure-modes.md` tells
-//! users what these tests show, together with some in `refusals`, `endings` and `truth`.
+//! Storage that fails, fills up, is removed or hangs during a backup. `docs/failure-modes.md` documents the results
+//! for users, together with tests in `refusals`, `job_outcomes` and `changes_during_backup`.
 
 use std::process::Command;
 use std::time::Duration;
@@ -19,14 +19,14 @@ use fuser::Errno;
 use rustix::process::Signal;
 
 const MIB: u64 = 1 << 20;
-/// How long nothing may move.
+/// The timeout without progress.
 const STALL: Duration = Duration::from_secs(3);
 const OURS: &str = "org.example.Backup1.Error.";
 const DOCUMENT: &str = "<domainbackup><store name='shaky'/></domainbackup>";
 
-/// A machine `web`, and a store `shaky` whose file system the test has in its hand.
+/// A VM `web`, and a store `shaky` on a file system that the test controls.
 struct Scene {
-    // Before all others, which cannot be ended while it hangs.
+    // Dropped after all others, which cannot end while it hangs.
     storage: Hanging,
     vm: Vm,
     caller: Caller,
@@ -35,7 +35,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// What hangs may do so for a few seconds, more than a loaded machine takes for a sign of life.
+    /// The storage may hang for a few seconds, which is longer than a loaded host needs to make progress.
     async fn new() -> Self {
         let place = crate::common::test_directory();
         let path = place.path().join("shaky");
@@ -53,7 +53,7 @@ impl Scene {
         }
     }
 
-    /// A backup in its middle, where it stays until it is let go on.
+    /// Starts a backup that stays in the middle until the test ends the disturbance.
     async fn begin(&self) -> JobProxy<'static> {
         let options = slowly(64 * MIB);
         let job = self.caller.start_with("web", DOCUMENT, &[], options).await;
@@ -70,7 +70,7 @@ impl Scene {
         (error_name(&error), error.to_string())
     }
 
-    /// Nothing is left anywhere, at once or as soon as the storage answers; and the next backup there is good.
+    /// Checks that no residue remains, at once or when the storage responds, and that the next backup there completes.
     async fn assert_as_before(&self) {
         until_async("nothing to be left", || async {
             let left = files_below(self.storage.path());
@@ -82,10 +82,10 @@ impl Scene {
         assert_eq!(files_below(self.storage.path()).len(), 4);
     }
 
-    /// While the storage hangs, others are served.
+    /// Checks that other callers are served while the storage hangs.
     async fn assert_others_are_served(&self) {
         assert!(self.storage.is_hanging());
-        // Little, for what it takes to become durable is not to be told from silence.
+        // Little data, because making it durable shows no progress.
         let disk = Disk::new("vda", 4 * MIB).fill(0, MIB, 0x11);
         let other = self
             .system
@@ -109,7 +109,7 @@ fn machine(system: &System, name: &str) -> crate::common::vm::Builder {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_storage_error_during_the_copy_fails_the_backup() {
-    // Of either disk: which one meets it first is chance.
+    // On either disk: it is random which one meets the error first.
     for (errno, error, text) in [
         (Errno::EIO, "QemuError", "': Input/output error"),
         (Errno::ENOSPC, "NoSpace", "': No space left on device"),
@@ -197,7 +197,7 @@ async fn a_raw_image_is_written_back_again_and_again_while_it_is_copied() {
         (job.progress().await.unwrap() > 0.0).then_some(())
     })
     .await;
-    // Only those are counted that come while data does: the preparation has some, and so has the end.
+    // Only write-backs during the copy are counted: the preparation and the end have some too.
     scene
         .storage
         .slow_down(Operation::Fsync, Duration::from_millis(1));
@@ -331,7 +331,7 @@ async fn storage_that_hangs_during_the_copy_fails_its_backup_and_delays_no_other
     scene.assert_as_before().await;
 }
 
-/// A further backup's commands would have QEMU wait for the write that hangs, and the guest with it.
+/// The commands of a further backup would make QEMU, and so the guest, wait for the write that hangs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_whose_target_hangs_is_not_backed_up_elsewhere_and_goes_on() {
     let scene = Scene::new().await;
@@ -383,7 +383,7 @@ async fn storage_that_hangs_during_fsync_fails_its_backup_in_time() {
     scene.assert_as_before().await;
 }
 
-/// A backup whose images are read again, for their digests, at 2 MB/s.
+/// Starts a backup whose images are read again at 2 MB/s for their digests.
 async fn slow_end(scene: &Scene) -> JobProxy<'static> {
     scene
         .storage
@@ -427,7 +427,7 @@ async fn storage_that_hangs_before_anything_is_copied_refuses_the_backup_in_time
     assert_eq!(name, format!("{OURS}Stalled"), "{message}");
     assert!(message.contains("no progress"), "{message}");
     scene.assert_others_are_served().await;
-    // Nothing of it is in QEMU, so the machine can be backed up elsewhere.
+    // QEMU has no residue of it, so the VM can be backed up elsewhere.
     scene.caller.complete("web", "").await;
     assert!(scene.storage.is_hanging());
     scene.storage.heal();
@@ -441,9 +441,9 @@ async fn storage_that_hangs_before_anything_is_copied_refuses_the_backup_in_time
     assert_eq!(scene.vm.residue(), scene.before);
 }
 
-// The backups that are there.
+// Existing backups.
 
-/// Id and state of each.
+/// Returns id and state of each.
 async fn listed(caller: &Caller) -> Vec<(String, String)> {
     let listing = caller.manager.list_backups(Options::new());
     let (backups, _) = within("the list", listing).await.unwrap();
@@ -468,7 +468,7 @@ async fn a_store_that_hangs_blocks_no_list_and_loses_no_backup() {
     let before = listed(caller).await;
     assert_eq!((before.len(), before[0].1.as_str()), (1, "complete"));
     scene.storage.hang(Operation::Any);
-    // The first one waits a little for the storage; it is not asked again before it has answered.
+    // The first call waits for the storage; the next ones do not, until it has responded.
     assert_eq!(listed(caller).await, before);
     assert!(scene.storage.is_hanging());
     let second = std::time::Instant::now();
@@ -527,7 +527,7 @@ async fn a_slow_deletion_that_makes_progress_has_no_timeout() {
     assert_eq!(files_below(scene.storage.path()), [""; 0]);
 }
 
-/// What would go with a backup.
+/// Previews the deletion of a backup.
 async fn preview(caller: &Caller, id: &str) -> zbus::Result<zbus::Message> {
     let path = caller.manager.get_backup(id).await?;
     let options = Options::from([("dry-run", true.into()), ("with-dependents", true.into())]);
@@ -547,7 +547,7 @@ async fn waiting_for_slow_storage_is_not_a_stall() {
     }
     let ids: Vec<String> = listed(caller).await.into_iter().map(|(id, _)| id).collect();
     let [first, second, stays] = ids.try_into().unwrap();
-    // Each step is within the limit; one change of the store takes longer, and all that waits for it longer still.
+    // Each step is within the limit; a whole change of the store takes longer, and waiting calls take longer still.
     scene
         .storage
         .slow_down(Operation::Fsync, Duration::from_millis(1800));
@@ -621,7 +621,7 @@ async fn a_catalog_without_space_is_named_as_the_reason_and_loses_nothing() {
     caller.complete("web", "").await;
     let (listed, _) = caller.manager.list_backups(Options::new()).await.unwrap();
     let id = listed[0].1.clone();
-    // As much as there is, to the last byte.
+    // All the space, to the last byte.
     let fill = state.path().join("fill");
     std::fs::write(&fill, vec![1; 2 * MIB as usize]).unwrap_err();
     for arguments in [["delete", &id], ["protect", &id]] {

@@ -1,4 +1,5 @@
-//! Stored backups through the service: restored into open files, served, verified; and what a service that ends leaves.
+//! Stored backups through the service: restored into open files, exported, verified; and the state after the service
+//! ends.
 
 use std::fs::{self, File};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -32,7 +33,7 @@ fn machine(system: &System) -> Vm {
     system.configured(disks.running())
 }
 
-/// A full backup and an incremental one on it, which is as it was but for what its manifest says of its checksum.
+/// Makes a full backup and an incremental one, and changes only the digest in the manifest of the latter.
 async fn chain(system: &System, root: &Caller) -> [PathBuf; 2] {
     root.complete("web", "").await;
     let [full] = directories(&system.store().join("web")).try_into().unwrap();
@@ -85,7 +86,7 @@ async fn restore(
     call(caller, backup, "Restore", &(targets, options)).await
 }
 
-/// The state of each listed backup, by id, and what is wrong.
+/// Returns the state of each listed backup by id, and its problem.
 async fn states(caller: &Caller) -> Vec<(String, String)> {
     let (backups, _) = caller.manager.list_backups(Options::new()).await.unwrap();
     backups.into_iter().map(|backup| (backup.9, backup.10)).collect()
@@ -232,7 +233,7 @@ async fn damage_is_reported_and_recorded_for_a_backup_and_its_dependents() {
     let [full, incremental] = chain(&system, &root).await;
     assert_completed(&job(&root, call(&root, &full, "Verify", &Options::new()).await).await).await;
 
-    // Its manifest tells of other bytes.
+    // Its manifest has the digest of other bytes.
     let verified = job(&root, call(&root, &incremental, "Verify", &Options::new()).await).await;
     let (result, name, message) = verified.wait().await.unwrap();
     assert_eq!(
@@ -251,7 +252,7 @@ async fn damage_is_reported_and_recorded_for_a_backup_and_its_dependents() {
     assert_eq!((good.as_str(), damaged.as_str()), ("complete", "damaged"));
     assert!(why.contains("checksum"), "{why}");
 
-    // No part of an image is as long as its header says any more, and no length was recorded.
+    // Every part of an image is shorter than its header states, and no length was recorded.
     let image = File::options().write(true).open(full.join("vda.qcow2")).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&image, &[0xff; 8], 40).unwrap();
     let verified = job(&root, call(&root, &full, "Verify", &Options::new()).await).await;
@@ -260,7 +261,7 @@ async fn damage_is_reported_and_recorded_for_a_backup_and_its_dependents() {
     assert!(found.iter().all(|(state, _)| state == "damaged"), "{found:?}");
 }
 
-/// A service that finds this program of QEMU's before the real one.
+/// Starts a service that finds this program instead of QEMU's.
 fn with_program(setup: Setup, name: &str, statements: &str) -> (System, StandIn, TempDir) {
     let place = crate::common::test_directory();
     let program = StandIn::new(place.path(), name, statements);
@@ -292,7 +293,7 @@ async fn an_unreadable_backup_is_not_recorded_as_damaged() {
     let output = process::run(command);
     assert_eq!(output.status, 1, "{}{}", output.stdout, output.stderr);
     assert!(output.stdout.contains("unknown"), "{}", output.stdout);
-    // Damage that is seen beside it is told and remembered all the same.
+    // Damage that is found at the same time is reported and recorded all the same.
     let mut changed = manifest(&full);
     let sum = changed["disks"][0]["blake3"].as_str().unwrap().to_owned();
     changed["disks"][0]["blake3"] = "0f".repeat(32).into();
@@ -301,7 +302,7 @@ async fn an_unreadable_backup_is_not_recorded_as_damaged() {
     let verified = job(&root, call(&root, &full, "Verify", &Options::new()).await).await;
     assert!(verified.wait().await.unwrap().1.ends_with("ChainBroken"));
     assert_eq!(states(&root).await[0].0, "damaged");
-    // The next look counts.
+    // The next verification counts.
     changed["disks"][0]["blake3"] = sum.into();
     write_manifest(&full, &changed);
     killed.remove();
@@ -394,7 +395,7 @@ async fn an_administrator_sees_and_ends_anybodys_export_which_keeps_a_backup_fro
     served.cancel().await.unwrap();
     assert_eq!(served.wait().await.unwrap().0, "cancelled");
     assert!(UnixStream::connect(&socket).is_err());
-    // The user is told.
+    // The user gets the reason.
     assert_eq!(export.wait(), 3, "{}", export.log());
     delete().await.unwrap();
 }
@@ -412,19 +413,19 @@ async fn an_export_that_nobody_reads_from_ends() {
     let listener = UnixListener::bind(&path).unwrap();
     let body = ("", zbus::Fd::from(&listener), Options::new());
     let export = job(&root, call(&root, &incremental, "Export", &body).await).await;
-    // Being connected to is not being read from.
+    // A connection without reads does not count as use.
     let _idle = UnixStream::connect(&path).unwrap();
     let (result, _, message) = wait::within("the end", export.wait()).await.unwrap();
     assert_eq!(result, "failed");
     assert!(message.contains("export-idle-seconds"), "{message}");
 }
 
-/// A service whose restores never get further than their beginning.
+/// Starts a service whose restores hang at their start.
 fn hanging() -> (System, StandIn, TempDir) {
     with_program(System::setup(), "qemu-storage-daemon", HANGS)
 }
 
-/// The limit is on standing still: how long the work takes in all does not matter.
+/// The limit applies to time without progress, not to the total time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_and_a_verification_whose_program_hangs_have_failed_as_stalled() {
     for (program, method) in [("qemu-storage-daemon", "Restore"), ("qemu-img", "Verify")] {
@@ -539,7 +540,7 @@ async fn backupctl_passes_the_users_own_files_to_the_service() {
         "{}",
         good.stdout
     );
-    // The manifest of the other tells of other bytes.
+    // The manifest of the other backup has the digest of other bytes.
     let all = run(&["verify", "--all", "--json"]);
     assert_eq!(all.status, 5, "{}", all.stderr);
     assert!(
@@ -601,7 +602,7 @@ async fn an_interrupted_backupctl_leaves_neither_a_job_nor_a_file() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_deleted_during_a_verification_is_reported_as_removed() {
-    // The first image is being checked until the others are deleted.
+    // The check of the first image takes until the others are deleted.
     let setup = System::setup();
     let (system, stopped, _place) = with_program(setup, "qemu-img", STOPS_AND_FINDS_NOTHING);
     let _vm = machine(&system);

@@ -1,4 +1,4 @@
-//! The structure that the first lines of `src/lib.rs` describe is the one that the code has.
+//! The module structure of the code is the one in the table of `src/lib.rs`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The modules in the order of the table of `lib.rs`.
+/// Returns the modules in the order of the table of `lib.rs`.
 fn layers() -> Vec<String> {
     let rows = read(&source("lib.rs"));
     let rows = rows.lines().filter_map(|line| line.strip_prefix("//! | `"));
@@ -45,7 +45,7 @@ fn first_name(path: &str) -> String {
     path[..end.unwrap_or(path.len())].to_owned()
 }
 
-/// The code of a file without its tests and comments.
+/// Returns the code of a file without its tests and comments.
 fn code_of(file: &str) -> String {
     let code = file.split("#[cfg(test)]\nmod tests {").next().unwrap();
     let lines = code
@@ -55,7 +55,7 @@ fn code_of(file: &str) -> String {
     lines.flat_map(|line| [line, "\n"]).collect()
 }
 
-/// The modules of the crate that the code of a file names.
+/// Returns the modules of the crate that the code of a file names.
 fn used_by(file: &str) -> BTreeSet<String> {
     let code = code_of(file);
     let mut used = BTreeSet::new();
@@ -121,7 +121,7 @@ fn uses_are_found_in_code_and_not_in_comments_or_tests() {
     );
 }
 
-/// The names of the commands that a file of `qmp` declares.
+/// Returns the names of the commands that a file of `qmp` declares.
 fn commands_of(code: &str) -> Vec<String> {
     let declared = code.split("command!(").skip(1);
     let names = declared.filter_map(|arguments| arguments.split(')').next()?.split('"').nth(1));

@@ -1,5 +1,5 @@
-//! The unit is without fault for systemd, its sandbox is as tight as it says, and `systemd/README.md` tells of every key.
-//! That the service works in that sandbox is what `make test-system` shows.
+//! systemd accepts the unit, its sandbox has the documented exposure, and `systemd/README.md` describes every key.
+//! `make test-system` tests the service in that sandbox.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,10 +11,10 @@ use crate::common::{process, test_directory};
 use backupd::target::LOOK_VARIABLE;
 use serde::Deserialize;
 
-/// In tenths, as systemd-analyze counts them.
+/// In tenths, as systemd-analyze counts it.
 const MOST_EXPOSURE: &str = "13";
 
-/// One line of `systemd-analyze security`. What does not apply to the unit is neither set nor not.
+/// One line of `systemd-analyze security`. A setting that does not apply to the unit is neither set nor unset.
 #[derive(Debug, Deserialize)]
 struct Key {
     name: String,
@@ -26,7 +26,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(project_file(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-/// The unit as it is installed, but for where the programs are.
+/// Writes the unit as it is installed, except for the paths of the programs.
 fn unit_in(dir: &Path) -> PathBuf {
     installed(dir, "backupd.service")
 }
@@ -60,7 +60,7 @@ fn keys_of_systemd_analyze(unit: &str) -> Vec<Key> {
     keys
 }
 
-/// The keys that the unit sets and that keep the service from something: all from the files section on, but `[Install]`'s.
+/// Returns the keys of the unit that restrict the service: all from the files section on, except those of `[Install]`.
 fn keys_of_the_sandbox() -> BTreeSet<String> {
     let unit = read("systemd/backupd.service");
     let (_, sandbox) = unit
@@ -90,7 +90,7 @@ fn systemd_finds_nothing_wrong_with_the_unit() {
     let dir = test_directory();
     installed(dir.path(), "backupd-look.socket");
     installed(dir.path(), "backupd-look@.service");
-    // It succeeds whatever it says. Whether manual pages are installed is not the unit's fault.
+    // It succeeds whatever it reports. Missing manual pages are not a fault of the unit.
     let output = analyze(&["verify", "--man=no"], &unit_in(dir.path()));
     assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", ""));
 }

@@ -1,4 +1,4 @@
-//! A service that is to make room for another version of it ends nothing that a restart would lose, and no call is lost.
+//! An upgrade restarts the service without interrupting work that a restart would lose, and loses no call.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
@@ -22,7 +22,7 @@ use zbus::wire::{OwnedObjectPath, Variant};
 
 const MIB: u64 = 1 << 20;
 
-/// A service that systemd looks after, with a VM that it knows.
+/// Starts a service under the systemd stand-in, with a VM that it knows.
 async fn supervised(bytes: u64) -> (System, Systemd, Vm, Caller) {
     let system = System::setup().on_demand(Activation::Systemd).start();
     let systemd = Systemd::start(&system, None).await;
@@ -40,7 +40,7 @@ fn service(system: &System) -> Pid {
     Pid::from_raw(owner as i32).unwrap()
 }
 
-/// What the package does after an upgrade.
+/// Signals the service as the package does after an upgrade.
 fn ask_to_make_room(service: Pid) {
     kill_process(service, Signal::USR1).unwrap();
 }
@@ -94,7 +94,7 @@ async fn a_restore_completes_before_an_upgraded_service_starts() {
     let (number, restored) = call(&root, &full, "Restore", &(targets.as_slice(), options)).await;
     storage.affected().await;
     ask_to_make_room(before);
-    // The old one serves until then, also twice asked.
+    // The old service serves until then, even after a second request.
     root.complete("web", "").await;
     ask_to_make_room(before);
     root.complete("web", "").await;
@@ -115,7 +115,7 @@ async fn a_backup_continues_during_an_upgrade() {
     let job = root.start_with("web", "", &[], slowly(16 * MIB)).await;
     let number = job.id().await.unwrap();
     ask_to_make_room(service(&system));
-    // Each is answered, by the old service or the new one.
+    // The old service or the new one answers each call.
     while systemd.ends().is_empty() {
         root.manager.list_domains().await.unwrap();
     }
@@ -145,7 +145,7 @@ async fn an_export_keeps_a_new_version_from_starting_for_a_bounded_time() {
     assert_eq!(known.state().await.unwrap(), "failed");
 }
 
-/// Verifications that begin at all moments of the way out: each is finished by the service that began it.
+/// Verifications that begin at all moments of the exit: the service that began one finishes it.
 #[tokio::test(flavor = "multi_thread")]
 async fn work_that_starts_during_an_upgrade_is_not_lost() {
     const ROUNDS: usize = 12;
@@ -162,7 +162,7 @@ async fn work_that_starts_during_an_upgrade_is_not_lost() {
         let mut begun = Vec::new();
         let mut pause = number as u64;
         while !done.load(Ordering::Relaxed) {
-            // A time at which nothing runs, between 1 and 40 ms.
+            // A pause without work, between 1 and 40 ms.
             pause = pause * 7919 % 40 + 1;
             tokio::time::sleep(Duration::from_millis(pause)).await;
             let object = manager.get_backup(&id(&full)).await.unwrap();

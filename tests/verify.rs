@@ -1,4 +1,4 @@
-//! Stored backups, verified by `backupctl` alone: what is damaged is found, with all that lies on it, and nothing else is.
+//! Stored backups, verified by `backupctl` alone: it finds exactly the damaged ones and their dependents.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -41,7 +41,7 @@ fn good_backups_pass_the_verification() {
     assert!(one.contains("has no digest"), "{one}");
 }
 
-/// The state of each backup after `verify --all`, and what is said.
+/// Returns the state of each backup after `verify --all`, and the output.
 fn verified(store: &Store) -> (Vec<(String, String)>, Output) {
     let output = run(
         env!("CARGO_BIN_EXE_backupctl"),
@@ -64,8 +64,8 @@ fn verified(store: &Store) -> (Vec<(String, String)>, Output) {
     (states, output)
 }
 
-/// Damages a store; those of `damaged` are found, nothing else, with `words` about it. Restoring the last incremental gives
-/// `status`.
+/// Damages a store and checks that exactly the backups in `damaged` are reported, with `words`. Restoring the last
+/// incremental returns `status`.
 fn damage(words: &str, damaged: &[&str], status: i32, change: impl FnOnce(&Store)) {
     let store = Store::new();
     change(&store);

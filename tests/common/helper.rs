@@ -13,10 +13,10 @@ pub fn socket(dir: &Path) -> PathBuf {
     dir.join("look")
 }
 
-/// Listens, and starts a program for each connection.
+/// Accepts connections, and starts a program for each connection.
 const ACTIVATE: &str = "systemd-socket-activate";
 
-/// Listens for the service until it is dropped.
+/// Serves the service until it is dropped.
 pub struct Helper(Process);
 
 impl Helper {
@@ -25,7 +25,7 @@ impl Helper {
         Self::launch(dir, process::bound(ACTIVATE))
     }
 
-    /// One that has not this capability, as in a unit that lost it.
+    /// Starts a helper without this capability, as from a unit that lost it.
     #[track_caller]
     pub fn start_without(dir: &Path, capability: &str) -> Self {
         Self::launch(dir, process::bound_without(capability, ACTIVATE))

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Runs a program to which the journal is a socket of the test's:
+# Runs a program with the test's socket as the journal:
 #     unshare --mount -- sh journal.sh DIR PROGRAM ARGUMENT…
-# DIR/journal/socket takes the place of journald's. A machine without systemd has no place for it: there it is made in
-# an empty /run, which the program sees instead of the machine's.
+# DIR/journal/socket replaces journald's socket. On a host without systemd, it is placed in an empty /run, which the
+# program sees instead of the host's.
 set -e
 if [ ! -d /run/systemd ]; then
     mount -t tmpfs -o mode=0755 tmpfs /run

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Starts polkitd with other actions and rules than the machine's, on the bus of DBUS_SYSTEM_BUS_ADDRESS:
+# Starts polkitd with other actions and rules than the host's, on the bus of DBUS_SYSTEM_BUS_ADDRESS:
 #     unshare --mount -- sh polkitd.sh ACTIONS RULES EMPTY
-# The three directories take the place of those that polkitd reads. All users must be able to read them.
+# The three directories replace those that polkitd reads. All users must be able to read them.
 set -e
 mount --bind "$1" /usr/share/polkit-1/actions
 mount --bind "$2" /etc/polkit-1/rules.d

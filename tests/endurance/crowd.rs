@@ -10,7 +10,7 @@ use crate::common::caller::Caller;
 use crate::common::peer::StandIn;
 use crate::common::vm::Vm;
 
-/// Domains that one connection has registered.
+/// The domains that one connection has registered.
 pub struct Crowd<'a> {
     caller: Caller,
     machines: &'a [Vm],
@@ -18,7 +18,7 @@ pub struct Crowd<'a> {
 }
 
 impl<'a> Crowd<'a> {
-    /// Registers all of them at once: these machines, and stand-ins up to this number.
+    /// Registers all of them at once: these VMs, and stand-ins up to this number.
     pub async fn register(system: &System, machines: &'a [Vm], number: usize) -> Self {
         let caller = Caller::new(system).await;
         let names = machines.iter().map(|vm| vm.name().to_owned());
@@ -31,7 +31,7 @@ impl<'a> Crowd<'a> {
             sockets.push(socket);
             stand_ins.push(stand_in);
         }
-        // As many at a time as the bus lets one connection wait for.
+        // As many at a time as the bus allows pending replies of one connection.
         stream::iter(names.iter().zip(sockets))
             .map(|(name, socket)| caller.register(name, socket))
             .buffer_unordered(64)
@@ -52,7 +52,7 @@ impl<'a> Crowd<'a> {
         self.stand_ins.iter().map(StandIn::commands).sum()
     }
 
-    /// Half of the stand-ins hang up; the rest goes with the connection that registered it.
+    /// Half of the stand-ins close their connection; the rest ends with the connection that registered it.
     pub async fn leave(mut self) {
         self.stand_ins.truncate(self.stand_ins.len() / 2);
         self.caller.connection.close().await.unwrap();

@@ -1,4 +1,4 @@
-//! What is held after so many backups, as tables.
+//! Resource use after so many backups, as tables.
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,12 +12,12 @@ use crate::common::vm::Vm;
 
 const KIB: u64 = 1 << 10;
 
-/// What the service, QEMU and the bus hold after so many backups.
+/// The resources of the service, QEMU and the bus after so many backups.
 pub struct Sample {
     pub backups: usize,
     pub service: Footprint,
     pub qemu: Footprint,
-    /// Match rules of the service's.
+    /// Match rules of the service.
     pub rules: u32,
     /// Bytes.
     pub catalog: u64,
@@ -41,7 +41,7 @@ pub fn catalog_size(system: &System) -> u64 {
     sizes.into_iter().flatten().map(|metadata| metadata.len()).sum()
 }
 
-/// What the bus counts of the service's connection.
+/// Returns a counter of the bus for the service's connection.
 pub async fn on_the_bus(system: &System, what: &str) -> u32 {
     let (bus, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
     let stats = Some("org.freedesktop.DBus.Debug.Stats");

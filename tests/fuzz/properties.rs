@@ -1,5 +1,5 @@
-//! What must hold of each parser of what others wrote, whatever the bytes: it does not panic, what it says of an error is
-//! bounded, and what it took in means the same when it is written out and read again.
+//! Properties of each parser of untrusted input, for any bytes: it does not panic, its error texts are bounded, and an
+//! accepted value survives a round trip through its text form.
 //!
 //! Shared by the fuzz targets and by the test that replays their corpora.
 
@@ -16,10 +16,10 @@ use zbus::DBusError;
 use zbus::wire::serialized::{Context, Data};
 use zbus::wire::{BE, LE};
 
-/// As long as an error's text may be, in bytes: a caller, or a line of the log, gets it.
+/// The maximum length of an error text in bytes, because it reaches callers and lines of the log.
 const MAX_TEXT: usize = 4 << 10;
 
-/// QMP: the first byte chooses how long a line may be, the second how much comes at a time.
+/// QMP: the first byte chooses the maximum length of a line, the second the size of the pieces.
 pub fn qmp(data: &[u8]) {
     let [limit, chunk, said @ ..] = data else { return };
     let (limit, chunk) = ((usize::from(*limit) + 1) * 16, usize::from(*chunk) + 1);
@@ -43,7 +43,7 @@ pub fn qmp(data: &[u8]) {
     }
     let mut expected: Vec<&[u8]> = said.split(|byte| *byte == b'\n').collect();
     let too_long = expected.iter().position(|line| line.len() > limit);
-    // What comes after the last newline is no line yet.
+    // Input after the last newline is not a line yet.
     expected.truncate(too_long.unwrap_or(expected.len().saturating_sub(1)));
     assert_eq!(got, expected);
     assert_eq!(end.is_err(), too_long.is_some());
@@ -58,7 +58,7 @@ fn message(line: &[u8]) {
             let Ok(Message::Event(again)) = Message::parse(again.as_bytes()) else {
                 panic!("an event that is said again is none: {again}");
             };
-            // Not its data: a number with a point is read as one that may be a little beside it.
+            // Without its data: a decimal number may be read as a slightly different one.
             assert_eq!(again.name, event.name);
             return;
         }
@@ -135,7 +135,7 @@ fn without_positions(mut definition: Definition) -> Definition {
     definition
 }
 
-/// The options of a call, out of a message's body: the first byte chooses the order of a number's bytes.
+/// The options of a call from a message's body: the first byte chooses the byte order.
 pub fn options(data: &[u8]) {
     let [order, body @ ..] = data else { return };
     let context = Context::new(if order % 2 == 0 { LE } else { BE }, 0);
@@ -178,7 +178,7 @@ pub fn manifest(data: &[u8]) {
     assert_eq!(again.to_json().expect("a manifest is JSON"), written);
 }
 
-/// An image's header: the first byte chooses whether it is to have a backing file.
+/// An image's header: the first byte chooses whether it must have a backing file.
 pub fn header(data: &[u8]) {
     let [has_backing, bytes @ ..] = data else { return };
     let expected = qcow2::Expected {
@@ -190,7 +190,7 @@ pub fn header(data: &[u8]) {
     match qcow2::check(&image, &expected) {
         Err(error) => assert_bounded(&error),
         Ok(()) => {
-            // No other file is opened by it: it has the size and the backing file, and no external data file.
+            // The header opens no other file: it has the expected size and backing file, and no external data file.
             assert_eq!(bytes[24..32], expected.virtual_size.to_be_bytes());
             let number = |at: usize| {
                 bytes[at..at + 4]
@@ -198,7 +198,7 @@ pub fn header(data: &[u8]) {
                     .fold(0, |number, byte| number << 8 | *byte as usize)
             };
             match &expected.backing {
-                // The length is of no name then.
+                // Without a backing file, the length does not belong to a name.
                 None => assert_eq!(bytes[8..16], [0; 8]),
                 Some((name, _)) => assert_eq!(&bytes[number(12)..][..number(16)], name.as_bytes()),
             }

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # shellcheck shell=dash
-# The first process of the Linux guest of tests/guest.rs: a disk that is written to all the time, and an agent. What it says
-# on its serial port, the test reads.
+# The first process of the Linux guest of tests/guest.rs: it writes to a disk all the time, and runs an agent. The test
+# reads its output from its serial port.
 . /boot.sh
 until [ -b /dev/vda ]; do usleep 10000; done
 mount -t ext4 /dev/vda /data
@@ -13,7 +13,7 @@ done
 port=${port%/name}
 qemu-ga -m virtio-serial -p "/dev/${port##*/}" &
 
-# Directories, files of random content, each durable before the next one: what a journal is for.
+# Directories and files of random content, each durable before the next one, so that the journal is in use.
 count=0
 while :; do
     count=$((count + 1))

@@ -1,4 +1,4 @@
-//! Imposters: what stands on a monitor's socket in place of QEMU, each with what is said of it.
+//! Imposters: peers on a monitor's socket in place of QEMU, each with the expected error.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,10 +11,10 @@ use crate::common::peer::{GREETING, Peer, schema, schema_with};
 
 const MIB: usize = 1 << 20;
 
-/// What an imposter does with a connection.
+/// The behaviour of an imposter on a connection.
 pub type Play = fn(Peer) -> BoxFuture<'static, ()>;
 
-/// The text of a reply that QEMU without disks would give.
+/// Returns the reply of a QEMU without disks.
 fn plain(command: &str) -> Value {
     match command {
         "query-uuid" => json!({ "UUID": "7d3c0f3e-52d1-4a4e-9d0c-0f8a3f5a2b10" }),
@@ -29,7 +29,7 @@ fn reply(value: &Value, id: &Value) -> String {
     format!("{}\r\n", json!({ "return": value, "id": id }))
 }
 
-/// Greets, then answers each command with what `answer` makes of its name and id, until the other end is gone.
+/// Sends the greeting, then replies to each command with `answer` of its name and id, until the other end closes.
 async fn converse(mut peer: Peer, mut answer: impl FnMut(&str, &Value) -> String) {
     if peer
         .say_bytes(format!("{GREETING}\r\n").as_bytes())
@@ -50,7 +50,7 @@ async fn converse(mut peer: Peer, mut answer: impl FnMut(&str, &Value) -> String
     }
 }
 
-/// Answers this one command with this, and the others as QEMU would.
+/// Replies to one command with this, and to the others as QEMU would.
 async fn converse_but(peer: Peer, but: &'static str, with: Value) {
     converse(peer, |name, id| {
         let value = if name == but { with.clone() } else { plain(name) };
@@ -59,12 +59,12 @@ async fn converse_but(peer: Peer, but: &'static str, with: Value) {
     .await;
 }
 
-/// Says bytes that are ready, then the same again, until the other end is gone.
+/// Sends the same bytes again and again until the other end closes.
 async fn say_again_and_again(mut peer: Peer, bytes: Vec<u8>) {
     while peer.say_bytes(&bytes).await.is_ok() {}
 }
 
-/// Those that cannot be reached, and what is said of them.
+/// Returns imposters that the service cannot use as a domain, with the expected reasons.
 pub const UNREACHABLE: [(&str, Play, &str); 12] = [
     (
         "garbage",
@@ -149,7 +149,7 @@ pub const UNREACHABLE: [(&str, Play, &str); 12] = [
     ),
 ];
 
-/// Those that a domain can be made of, however strange: what they say is what is believed of it.
+/// Returns imposters that the service accepts as domains despite strange replies; it shows what they report.
 pub const REACHABLE: [(&str, Play); 5] = [
     ("twice", |peer| {
         Box::pin(converse(peer, |name, id| reply(&plain(name), id).repeat(2)))
@@ -160,7 +160,7 @@ pub const REACHABLE: [(&str, Play); 5] = [
             format!("{noise}{}{noise}", reply(&plain(name), id))
         }))
     }),
-    // Each asks for another look.
+    // Each event requests another query.
     ("events-that-matter", |peer| {
         Box::pin(converse(peer, |name, id| {
             format!("{}{{\"event\": \"STOP\"}}\n", reply(&plain(name), id))
@@ -185,7 +185,7 @@ pub const REACHABLE: [(&str, Play); 5] = [
     }),
 ];
 
-/// Those that fail a backup on its way, and what is said of it.
+/// Returns imposters that fail a running backup, with the expected errors.
 pub const FAILING: [(&str, Play, &str); 7] = [
     (
         "no-descriptor-set",
@@ -224,7 +224,7 @@ pub const FAILING: [(&str, Play, &str); 7] = [
     ),
 ];
 
-/// A reply of a QEMU with one disk that can do all that a backup needs.
+/// Returns a reply of a QEMU with one disk and all features that a backup needs.
 fn machine(command: &str) -> Value {
     let command_entity = |name| json!({ "name": name, "meta-type": "command", "arg-type": "a" });
     match command {
@@ -262,7 +262,7 @@ async fn hang_up_on(mut peer: Peer, command: &'static str) {
     }
 }
 
-/// Until the other end hangs up.
+/// Waits until the other end closes.
 async fn within_a_while(mut stream: tokio::net::UnixStream) -> tokio::net::UnixStream {
     let _ = stream.read_u8().await;
     stream
@@ -276,7 +276,7 @@ fn filter(number: usize) -> Value {
     json!({ "node-name": number.to_string(), "drv": "throttle", "file": "", "image": { "virtual-size": 1 } })
 }
 
-/// One list that many commands share.
+/// Returns one list that many commands share.
 fn large_schema() -> Value {
     let members = vec![json!({ "name": "member" }); 5_000];
     let mut entities = vec![json!({ "name": "o", "meta-type": "object", "members": members })];
@@ -287,7 +287,7 @@ fn large_schema() -> Value {
     schema_with(Value::Array(entities))
 }
 
-/// Filters above one another without an end, behind many nodes that nobody asks about.
+/// Returns an endless stack of filters, behind many unused nodes.
 fn circle() -> Value {
     let node = |id: usize| json!({ "id": id, "name": id.to_string(), "type": "block-driver" });
     let edge = |id: usize| json!({ "parent": id, "child": (id + 1) % 2000, "name": "file" });
@@ -298,28 +298,28 @@ fn circle() -> Value {
     })
 }
 
-/// Those that fill the memory of who listens, one of each sort a turn.
+/// Returns imposters that fill the memory of their client, with each kind in turn.
 pub const FLOODS: [Play; 3] = [
     |peer| Box::pin(flood_with_events(peer)),
     |peer| Box::pin(flood_with(peer, "query-qmp-schema", &SCHEMA)),
     |peer| Box::pin(flood_with(peer, "query-named-block-nodes", &BITMAPS)),
 ];
 
-/// How many have said all that they have to say.
+/// The number of imposters that have sent everything.
 pub static FLOODED: AtomicUsize = AtomicUsize::new(0);
 
-/// Half as long as a registered domain's line may be.
+/// Half the maximum length of a line of a registered domain.
 const LONG: usize = 2 * MIB;
-/// More than anybody keeps.
+/// More than any client keeps.
 const EVENTS: usize = 1100;
 
-/// The longest that is kept: numbers, which take 16 times as much in memory as in the text.
+/// The longest value that is kept: numbers, which take 16 times as much memory as text.
 static EVENT: LazyLock<String> = LazyLock::new(|| {
     let numbers = vec!["0"; (4 << 10) / 2 - 5].join(",");
     format!("{{\"event\": \"FLOOD\", \"data\": [{numbers}]}}\n")
 });
 
-/// Commands that no QEMU has.
+/// Commands that QEMU does not have.
 static SCHEMA: LazyLock<String> = LazyLock::new(|| {
     let known = schema().to_string();
     let mut text = known.trim_end_matches(']').to_owned();
@@ -335,7 +335,7 @@ static SCHEMA: LazyLock<String> = LazyLock::new(|| {
     text
 });
 
-/// An image with as many bitmaps as there is room for.
+/// Returns an image with as many bitmaps as fit.
 static BITMAPS: LazyLock<String> = LazyLock::new(|| {
     let bitmap = "{\"name\":\"b\",\"recording\":true}";
     let bitmaps = vec![bitmap; LONG / (bitmap.len() + 1) - 10].join(",");
@@ -345,7 +345,7 @@ static BITMAPS: LazyLock<String> = LazyLock::new(|| {
     )
 });
 
-/// Says what asks for a look, and does not answer: whatever else comes meanwhile is kept for who waits.
+/// Sends events that request a query, and does not reply to it: the client keeps all other events while it waits.
 async fn flood_with_events(mut peer: Peer) {
     peer.greet().await;
     let mut looks = 0;
@@ -363,11 +363,11 @@ async fn flood_with_events(mut peer: Peer) {
         }
     }
     FLOODED.fetch_add(1, Ordering::SeqCst);
-    // It never answers, and never leaves.
+    // The peer neither replies nor closes.
     while peer.try_receive_at_any_time().await.is_some() {}
 }
 
-/// Answers one command with much, and asks for another look with each answer.
+/// Sends a large reply to one command, and an event that requests another query with each reply.
 async fn flood_with(peer: Peer, command: &'static str, with: &'static str) {
     converse(peer, move |name, id| {
         let reply = match name {

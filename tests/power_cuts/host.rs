@@ -1,8 +1,8 @@
-//! The host whose power is cut: a Linux in a QEMU, with the service, a bus, polkit and a virtual machine of its own in it.
+//! The host whose power is cut: a Linux in a QEMU, with the service, a bus, polkit and a VM.
 //!
-//! A cut is a SIGKILL of that QEMU. The Linux loses its page cache. Its disks lose what the Linux wrote and did not flush,
-//! as a disk loses the content of its write cache: each disk is a qcow2 overlay, whose new clusters nobody finds before QEMU
-//! has written the tables that name them, and it writes these when the Linux flushes.
+//! A cut is a SIGKILL of that QEMU. The Linux loses its page cache. Its disks lose unflushed writes, as a real disk
+//! loses its write cache: each disk is a qcow2 overlay, whose new clusters are unreachable until QEMU has written its
+//! tables, and it writes these when the Linux flushes.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,15 +16,15 @@ use crate::common::process::{self, Process};
 use crate::common::{vm, wait};
 
 const MIB: u64 = 1 << 20;
-/// For each command. An emulator in an emulator is slow, and the machine may have more to do.
+/// The timeout of each command. Nested emulation is slow, and the host may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(300);
-/// Bytes a second that the disks of the stores write: so slowly that a cut meets an fsync.
+/// The write bandwidth of the store disks in bytes a second: so slow that a cut can hit an fsync.
 const STORE_RATE: u64 = 6 * MIB;
 
-/// The bytes of each disk of the virtual machine in the host.
+/// The size of each disk of the VM in the host.
 pub const DISK_BYTES: u64 = 16 * MIB;
 
-/// The default one is in the state directory, the other is a file system of its own.
+/// The default store is in the state directory; the other one has its own file system.
 pub const STORES: [&str; 2] = ["default", "xfs"];
 
 const CONFIGURATION: &str = r#"
@@ -34,17 +34,17 @@ idle-exit-seconds = 0
 path = "/store"
 "#;
 
-/// The file systems, in the order in which the host finds their disks: the name of a file, what makes one, and whether a
-/// store is in it.
+/// The file systems in the order in which the host finds their disks: the name of a file, the program that creates
+/// one, and whether it contains a store.
 const DISKS: [(&str, &[&str], bool); 3] = [
     ("state", &["mke2fs", "-q", "-F", "-t", "ext4"], true),
     ("store", &["mkfs.xfs", "-q"], true),
     ("machine", &["mke2fs", "-q", "-F", "-t", "ext4"], false),
 ];
-/// Of each, in bytes. Nearly all of it is a hole.
+/// The size of each, in bytes. Most of it is a hole.
 const FILE_SYSTEM_BYTES: u64 = 512 * MIB;
 
-/// Its disks stay, over any number of boots.
+/// The host. Its disks persist over any number of boots.
 pub struct Host {
     dir: PathBuf,
     initramfs: PathBuf,
@@ -54,11 +54,11 @@ pub struct Host {
 struct Running {
     qemu: Process,
     port: UnixStream,
-    /// What came on the port and was not read as a line.
+    /// Input on the port that is not a complete line yet.
     rest: Vec<u8>,
 }
 
-/// What a command came to.
+/// The result of a command.
 #[derive(Debug)]
 pub struct Answer {
     pub status: i32,
@@ -66,7 +66,7 @@ pub struct Answer {
 }
 
 impl Host {
-    /// Makes its disks and its programs in `dir`. It does not run yet.
+    /// Creates the host's disks and programs in `dir`, and does not start it.
     #[track_caller]
     pub fn new(dir: &Path) -> Self {
         for (name, make, _) in DISKS {
@@ -84,7 +84,7 @@ impl Host {
         }
     }
 
-    /// Boots it with the disks as they are. Returns when it takes commands.
+    /// Boots the host with the present disks. Returns when it accepts commands.
     #[track_caller]
     pub fn boot(&mut self) {
         let socket = self.dir.join("port");
@@ -107,7 +107,7 @@ impl Host {
         for (name, _, has_store) in DISKS {
             let overlay = self.dir.join(format!("{name}.qcow2"));
             let mut create = Command::new("qemu-img");
-            // Small clusters: what was written and not flushed is lost in small pieces.
+            // Small clusters, so that unflushed data is lost in small pieces.
             create.args([
                 "create",
                 "-q",
@@ -125,8 +125,8 @@ impl Host {
                 true => format!(",throttling.bps-write={STORE_RATE}"),
                 false => String::new(),
             };
-            // A flush of the Linux writes the tables. That the files are not flushed, too, makes no difference here: the page
-            // cache of the machine that the test runs on is not lost.
+            // A flush of the Linux writes the tables. The files need no flush here, because the page cache of the
+            // test's own host is not lost.
             command.arg("-drive").arg(format!(
                 "file={},format=qcow2,if=none,id={name},cache=unsafe,discard=unmap{rate}",
                 overlay.display()
@@ -147,7 +147,7 @@ impl Host {
         assert_eq!((answer.status, answer.output.as_slice()), (0, [].as_slice()));
     }
 
-    /// Cuts the power: at once, whatever it does.
+    /// Cuts the power at once, in any state.
     pub fn cut(&mut self) {
         let mut running = self.running.take().expect("it runs");
         running.qemu.kill();
@@ -160,7 +160,7 @@ impl Host {
         }
     }
 
-    /// Has it begin with a command. What follows is read line by line, or as its answer.
+    /// Starts a command. Its output is read line by line, or as its result.
     #[track_caller]
     pub fn begin(&mut self, command: &str) {
         let port = &mut self.running.as_mut().expect("it runs").port;
@@ -188,7 +188,7 @@ impl Host {
         answer.output
     }
 
-    /// The rest of what a command that was begun prints, and its status.
+    /// Returns the rest of the output of a started command, and its status.
     #[track_caller]
     pub fn answer(&mut self) -> Answer {
         let mut output = Vec::new();
@@ -205,7 +205,7 @@ impl Host {
         panic!("the host does not answer: {output:?}\n{}", self.console());
     }
 
-    /// The next line that it prints, if it does before that moment.
+    /// Returns the next output line, if it comes before that moment.
     #[track_caller]
     pub fn line(&mut self, deadline: Instant) -> Option<String> {
         let running = self.running.as_mut().expect("it runs");
@@ -215,7 +215,7 @@ impl Host {
                 return Some(String::from_utf8_lossy(&line[..end]).into_owned());
             }
             let left = deadline.checked_duration_since(Instant::now())?;
-            // Nothing would mean for ever.
+            // A timeout of zero would mean no timeout.
             let left = left.max(Duration::from_millis(1));
             running.port.set_read_timeout(Some(left)).expect("it has a limit");
             let mut some = [0; 4096];
@@ -237,7 +237,7 @@ impl Host {
         self.dir.join("console")
     }
 
-    /// What the kernel and the programs in it said since it was booted.
+    /// Returns the output of the kernel and the programs since the boot.
     pub fn console(&self) -> String {
         let said = std::fs::read(self.console_path()).unwrap_or_default();
         String::from_utf8_lossy(&said).into_owned()
@@ -248,7 +248,7 @@ fn disk(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.raw"))
 }
 
-/// The programs are this machine's, and those that are tested.
+/// Builds the root file system from this host's programs and the tested ones.
 fn initramfs(dir: &Path) -> PathBuf {
     let new = Initramfs::new(dir, &project_file("tests/power_cuts/init.sh"));
     for name in ["/var/lib/backupd", "/store", "/machine", "/etc/polkit-1/rules.d"] {
@@ -285,7 +285,7 @@ fn initramfs(dir: &Path) -> PathBuf {
     new.pack()
 }
 
-/// The emulator, and what it loads: its software emulation, if that is a plugin, and the firmware.
+/// Copies the emulator and the files that it loads: its software emulation, if that is a plugin, and the firmware.
 fn emulator(new: &Initramfs) {
     let qemu = vm::qemu();
     new.program(&qemu, "/usr/bin/qemu-system-x86_64");

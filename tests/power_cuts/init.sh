@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # shellcheck shell=dash
-# The first process of the Linux of tests/power_cuts.rs: mounts the disks, starts a bus and polkit, and then runs each line
-# that comes on its second serial port. After the output of a line comes "= " and its exit status.
+# The first process of the Linux of tests/power_cuts.rs: it mounts the disks, starts a bus and polkit, and then runs
+# each line from its second serial port. After the output of a line it prints "= " and the exit status.
 . /boot.sh
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /tmp
@@ -10,9 +10,9 @@ until [ -b /dev/vdc ]; do usleep 10000; done
 
 stty -F /dev/ttyS1 raw -echo
 exec </dev/ttyS1 >/dev/ttyS1 2>&1
-# Each of these replays its journal. The default store is where the service keeps its catalog, the other is on a file system
-# of its own. Names of files are durable after a second at most, as in a backup that takes long: only then can a cut leave
-# a file that has its name and lacks its content.
+# Each mount replays its journal. The service keeps its catalog in the default store's file system; the other store has
+# its own. File names are durable after a second at most, as in a long backup: only then can a cut leave a file with
+# its name and without its content.
 mount -t ext4 -o commit=1 /dev/vda /var/lib/backupd
 mount -t xfs /dev/vdb /store
 echo 100 >/proc/sys/fs/xfs/xfssyncd_centisecs
@@ -33,7 +33,7 @@ start_service() {
     done
 }
 
-# A virtual machine without a guest, which never writes by itself. What is in its disks stays over a power cut.
+# A VM without a guest, which never writes by itself. Its disks keep their content over a power cut.
 start_machine() { # BYTES of each disk
     local bytes=$1 disk file
     mkfifo /run/qmp.in /run/qmp.out
@@ -48,7 +48,7 @@ start_machine() { # BYTES of each disk
     qemu-system-x86_64 -name web -uuid 5d3c4d2e-8f0b-4b4e-9c57-0a4c2b8f1e11 -machine q35 -accel tcg -m 16 -S \
         -display none -nodefaults -no-user-config -qmp unix:/run/monitor,server=on,wait=off \
         -chardev pipe,id=tests,path=/run/qmp -mon chardev=tests,mode=control "$@" </dev/null >/dev/null 2>/dev/ttyS0 &
-    # Open in both directions: it waits for nobody.
+    # Open in both directions, so that it does not wait for a reader.
     exec 3<>/run/qmp.in 4<>/run/qmp.out
     read -r reply <&4
     qmp '{"execute": "qmp_capabilities"}' || return
@@ -68,7 +68,7 @@ qmp() { # COMMAND: true if QEMU answers with nothing
         esac
     done
 }
-# What a guest would do: DISK COMMAND, such as "write -P 1 0 64k"
+# Writes as a guest would: DISK COMMAND, such as "write -P 1 0 64k"
 guest() {
     qmp '{"execute": "human-monitor-command", "arguments": {"command-line":
         "qemu-io -d /machine/peripheral/'"$1"'/virtio-backend \"'"$2"'\""}}'
@@ -76,21 +76,21 @@ guest() {
 until_known() {
     until backupctl domains | grep -Eq '^web +(running|paused)'; do usleep 100000; done
 }
-# Its output is no terminal's, and only printed if it fails.
+# Its output does not go to a terminal, and is printed only if it fails.
 quietly() { # COMMAND...
     "$@" >/tmp/said 2>&1 || {
         cat /tmp/said
         return 1
     }
 }
-# Prints what sha256sum(1) prints of each disk of a restored backup.
+# Prints the output of sha256sum(1) for each disk of a restored backup.
 restore() { # ID
     rm -rf /tmp/restored
     mkdir /tmp/restored
     quietly backupctl restore "$1" --to /tmp/restored --format raw || return
     (cd /tmp/restored && sha256sum -- *)
 }
-# What a backup could leave: anything in a virtual machine's directory that is not a backup's directory.
+# Prints possible residue of a backup: everything in a VM's directory except the directories of backups.
 leftovers() {
     for store in /var/lib/backupd/backups /store; do
         for path in "$store"/*/* "$store"/*/.[!.]*; do

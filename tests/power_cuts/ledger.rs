@@ -1,4 +1,4 @@
-//! What must be true after a cut, known outside the host: what each disk holds, and what each backup must restore to.
+//! The expected state after a cut, recorded outside the host: the contents of each disk and each backup.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,7 @@ use super::host::DISK_BYTES;
 
 pub const DISKS: [&str; 2] = ["vda", "vdb"];
 
-/// What sha256sum(1) prints of the restored disks.
+/// The output of sha256sum(1) for the restored disks.
 pub type Digests = Vec<String>;
 
 /// A backup in a store, as it is listed.
@@ -21,16 +21,16 @@ pub struct Listed {
     pub problem: String,
 }
 
-/// What was not finished when the power was cut, or was finished a moment before.
+/// The operation that was unfinished at the power cut, or finished just before.
 #[derive(Debug, Default)]
 pub struct Flight {
-    /// What a new backup must restore to.
+    /// The expected contents of a new backup.
     pub new: Option<Digests>,
     /// Backups that may be gone.
     pub removed: BTreeSet<String>,
-    /// It is not known which of these go.
+    /// It is unknown which of these are removed.
     pub any: bool,
-    /// The caller was told that it is done.
+    /// The caller has received the success.
     pub told: bool,
 }
 
@@ -55,7 +55,7 @@ impl Ledger {
         content[offset as usize..(offset + length) as usize].fill(pattern);
     }
 
-    /// What a backup that begins now must restore to.
+    /// Returns the expected contents of a backup that begins now.
     pub fn digests(&self) -> Digests {
         let lines = self.disks.iter().map(|(disk, content)| {
             let digest = Sha256::digest(content);
@@ -65,7 +65,7 @@ impl Ledger {
         lines.collect()
     }
 
-    /// A backup, and all that depend on it.
+    /// Returns a backup with all its dependents.
     pub fn with_dependents(&self, id: &str) -> BTreeSet<String> {
         let mut all = BTreeSet::from([id.to_owned()]);
         loop {
@@ -79,7 +79,7 @@ impl Ledger {
         }
     }
 
-    /// The backups in a store without the last one. Their ids begin with the time.
+    /// Returns the backups in a store without the last one. Their ids begin with the time.
     pub fn all_but_newest(&self, store: &str) -> BTreeSet<String> {
         let there = self.listed.iter().filter(|backup| backup.store == store);
         let mut there: BTreeSet<String> = there.map(|backup| backup.id.clone()).collect();
@@ -87,7 +87,7 @@ impl Ledger {
         there
     }
 
-    /// Compares what is listed with what must be, and takes it over. Returns the problems.
+    /// Compares the listed backups with the expected ones, and records them. Returns the problems.
     pub fn compare(&mut self, listed: &[Listed], flight: Flight) -> Vec<String> {
         let mut problems = Vec::new();
         let mut new = flight.new;

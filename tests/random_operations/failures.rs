@@ -1,4 +1,4 @@
-//! Backups that do not come to their end, or come to it after an interruption.
+//! Backups that fail, or that complete after an interruption.
 
 use std::fs::File;
 use std::io::Write;
@@ -17,7 +17,7 @@ impl Walk {
         "cancelled"
     }
 
-    /// What is too much for the store.
+    /// The size of data that does not fit in the store.
     pub async fn full_store(&mut self) -> &'static str {
         let ballast = self.store.path().join("ballast");
         let caller = self.caller().await;
@@ -26,7 +26,7 @@ impl Walk {
             .await
             .expect("the backup is accepted");
         let held = self.scene.now.clone();
-        // As much as there is room for; what the backup has by then, it has.
+        // QEMU copies until the space is used up.
         let mut file = File::create(&ballast).unwrap();
         while file.write(&[0x5a; 1 << 16]).is_ok() {}
         job.set_speed(0).await.ok();
@@ -54,7 +54,7 @@ impl Walk {
         "QEMU dies"
     }
 
-    /// What the guest flushed is there afterwards.
+    /// Kills QEMU. Data that the guest flushed is kept.
     pub fn kill_qemu(&mut self) {
         let mut vm = self.scene.vm.take().expect("the machine runs");
         DISKS.iter().for_each(|disk| vm.flush(disk));

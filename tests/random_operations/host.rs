@@ -1,4 +1,5 @@
-//! What happens to a host: it goes down and loses what was not durable, its state directory is an old copy, its clock jumps.
+//! Host events: a restart that loses data that was not durable, a state directory from an old copy, a clock that
+//! jumps.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -25,12 +26,12 @@ const NOT_DURABLE: [&str; 5] = [
     "before seal",
     "after seal",
 ];
-/// Points at which they are.
+/// Points at which the images are durable.
 const DURABLE: [&str; 4] = ["before publish", "BeforeRename", "Renamed", "after publish"];
 
 /// The catalog's files, as a backup of `/var/lib` has them.
 const FILES: [&str; 2] = ["catalog.sqlite", "catalog.sqlite-wal"];
-/// So many copies of it are kept.
+/// The number of copies that are kept.
 const COPIES: u64 = 3;
 
 const HOUR: i64 = 3600;
@@ -56,7 +57,7 @@ impl Clock {
         Timestamp::now() + SignedDuration::from_secs(self.offset)
     }
 
-    /// Forwards or back, while the service runs.
+    /// Moves the clock forwards or back while the service runs.
     pub fn jump(&mut self, dice: &mut Dice) -> &'static str {
         let offsets = [0, 0, HOUR, -HOUR, DAY, -DAY, -400 * DAY, 4000 * DAY];
         self.offset = offsets[dice.roll(offsets.len() as u64) as usize];
@@ -68,7 +69,7 @@ impl Clock {
 }
 
 impl Walk {
-    /// The host goes down at some point of a backup.
+    /// Restarts the host at some point of a backup.
     pub async fn another_boot(&mut self) -> &'static str {
         let at = self.dice.roll((NOT_DURABLE.len() + DURABLE.len()) as u64) as usize;
         let durable = at.checked_sub(NOT_DURABLE.len());
@@ -77,7 +78,7 @@ impl Walk {
         let mode = ["auto", "full"][self.dice.roll(2) as usize];
         self.start_dying_service(point);
         let (caller, held) = (self.caller().await, self.scene.now.clone());
-        // It may die before it answers.
+        // The service may die before it replies.
         let options = Options::from([("incremental", Variant::from(mode))]);
         let _ = self.start(&caller, store, options).await;
         self.host_goes_down();
@@ -91,7 +92,7 @@ impl Walk {
         "another boot"
     }
 
-    /// The host goes down at some point of a deletion.
+    /// Restarts the host at some point of a deletion.
     pub async fn another_boot_in_a_merge(&mut self) -> &'static str {
         let ours = self.ledger.of(Whose::Ours);
         if ours.is_empty() {
@@ -126,7 +127,7 @@ impl Walk {
         wait::until(&format!("what {point:?} left to be gone"), || {
             self.ledger.hidden().is_empty().then_some(())
         });
-        // What was begun and can be finished is; else the call is made again.
+        // The service finishes an operation that it can finish; otherwise the caller repeats the call.
         if let Err(error) = delete(&self.caller().await, id, "merge").await {
             let name = error_name(&error);
             assert!(name.ends_with("NoSuchBackup"), "{point:?}: {error}");
@@ -152,7 +153,7 @@ impl Walk {
         self.boot();
     }
 
-    /// Of what was being made, and was in memory only, something is not in the files.
+    /// Removes pages of an unfinished backup's images, as if they were only in memory.
     fn lose_pages(&mut self) {
         for directory in self.ledger.hidden() {
             for entry in fs::read_dir(directory).unwrap() {
@@ -186,7 +187,7 @@ impl Walk {
         self.scene.system.dir().join("state").join(file)
     }
 
-    /// Copies the catalog of a service that has ended, in the place of an earlier copy.
+    /// Copies the catalog of a stopped service over an earlier copy.
     pub fn copy_catalog(&mut self) {
         let copy = self.copies().join(self.dice.roll(COPIES).to_string());
         fs::create_dir_all(&copy).unwrap();
@@ -195,7 +196,7 @@ impl Walk {
         }
     }
 
-    /// The state directory is put back from a backup of it.
+    /// Replaces the state directory by an old copy.
     pub async fn stale_catalog(&mut self) -> &'static str {
         if !self.copies().exists() {
             self.restart();
@@ -213,7 +214,7 @@ impl Walk {
     }
 }
 
-/// Copies a file, or removes it where it isn't.
+/// Copies a file, or removes the copy if there is no original.
 fn copy_if_there(from: &Path, to: &Path) {
     let done = match from.exists() {
         true => fs::copy(from, to).map(drop),

@@ -1,4 +1,4 @@
-//! What must be in the stores: every backup, whose it is, and what it must show.
+//! The expected contents of the stores: every backup, its VM, and its disk contents.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::unix::fs::MetadataExt;
@@ -11,30 +11,30 @@ use crate::common::chain::manifest;
 use crate::common::proxies::JobProxy;
 use crate::common::recorded::read;
 
-/// What disks hold, by name.
+/// The contents of disks, by name.
 pub type Content = BTreeMap<&'static str, Vec<u8>>;
 
-/// What an image's file is, and those that it depends on: as long as this is the same, so is what the image shows.
+/// An image's file and its backing files: while this is unchanged, so is the content of the image.
 type Fingerprint = Vec<(u64, u64, i64, i64)>;
 
-/// The machine that a backup is of.
+/// The VM of a backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Whose {
     Ours,
-    /// Another one, which the same service knows under a name that ours had.
+    /// Another VM, which the same service knows under a former name of the tested one.
     Namesakes(&'static str),
-    /// One that another service knows.
+    /// A VM of another service.
     Neighbours,
 }
 
 impl Whose {
-    /// Whether it is the service that is tested that makes backups of it.
+    /// Whether the tested service makes the backups of the VM.
     pub fn is_own(self) -> bool {
         self != Self::Neighbours
     }
 }
 
-/// A good backup.
+/// A complete backup.
 pub struct Held {
     pub whose: Whose,
     pub store: &'static str,
@@ -59,13 +59,13 @@ impl Held {
         instant.parse().expect("it is a time")
     }
 
-    /// The number in the order of making.
+    /// The number in the order of creation.
     #[track_caller]
     pub fn sequence(&self) -> u64 {
         self.manifest()["sequence"].as_u64().expect("it has a number")
     }
 
-    /// The backups that it depends on.
+    /// Returns the backups that it depends on.
     pub fn parents(&self) -> BTreeSet<String> {
         let manifest = self.manifest();
         let disks = manifest["disks"].as_array().expect("it has disks").iter();
@@ -86,9 +86,9 @@ impl Held {
 pub struct Ledger {
     pub stores: BTreeMap<&'static str, PathBuf>,
     pub backups: BTreeMap<String, Held>,
-    /// Their ids, in the order in which they were made: the ids themselves decide nothing.
+    /// Ids in the order of creation; the ids themselves have no meaning.
     order: Vec<String>,
-    /// What was read already.
+    /// The images that were read already.
     checked: HashMap<PathBuf, Fingerprint>,
 }
 
@@ -102,7 +102,7 @@ impl Ledger {
         }
     }
 
-    /// Takes in what a job made.
+    /// Records the backup of a job.
     pub async fn take(&mut self, job: &JobProxy<'_>, whose: Whose, store: &'static str, disks: Content) {
         let target = PathBuf::from(&job.disks().await.unwrap()[0].4);
         let directory = target.parent().expect("an image is in a directory").to_owned();
@@ -124,7 +124,7 @@ impl Ledger {
         self.order.retain(|other| other != id);
     }
 
-    /// The backups of a machine, in the order of making.
+    /// Returns the backups of a VM in the order of creation.
     pub fn of(&self, whose: Whose) -> Vec<String> {
         let order = self.order.iter();
         order
@@ -133,7 +133,7 @@ impl Ledger {
             .collect()
     }
 
-    /// Those of them that are in a store.
+    /// Returns the VM's backups in a store.
     pub fn of_in(&self, whose: Whose, store: &str) -> Vec<String> {
         let mut ids = self.of(whose);
         ids.retain(|id| self.backups[id].store == store);
@@ -148,14 +148,14 @@ impl Ledger {
         self.backups.values().any(|held| held.parents().contains(id))
     }
 
-    /// The directories in the stores whose names begin with a dot.
+    /// Returns the directories in the stores whose names begin with a dot.
     pub fn hidden(&self) -> Vec<PathBuf> {
         let directories = self.stores.values().flat_map(|store| below(store));
         let hidden = directories.flat_map(|directory| below(&directory));
         hidden.filter(|path| name(path).starts_with('.')).collect()
     }
 
-    /// What is in the stores and is no backup's, and what is missing.
+    /// Returns the files in the stores that belong to no backup, and those that are missing.
     pub fn differences(&self) -> Vec<String> {
         let mut expected = BTreeSet::new();
         for held in self.backups.values() {
@@ -184,7 +184,7 @@ impl Ledger {
             .collect()
     }
 
-    /// Every backup shows what there was.
+    /// Checks that every backup has its content.
     pub fn check(&mut self, context: &str) {
         for held in self.backups.values() {
             for (disk, content) in &held.disks {
@@ -210,7 +210,7 @@ impl Ledger {
         }
     }
 
-    /// The files that it takes to read an image.
+    /// Returns the identity of the files that are needed to read an image.
     fn fingerprint<'a>(&'a self, mut held: &'a Held, disk: &str) -> Fingerprint {
         let mut all = Vec::new();
         loop {
@@ -224,7 +224,8 @@ impl Ledger {
     }
 }
 
-/// The entries of a directory, without what the service keeps of its own in a store; none if it is not there, or no directory.
+/// Returns the entries of a directory, without the files that the service keeps in a store for itself; none if the
+/// directory does not exist.
 fn below(directory: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     let paths = entries.map(|entry| entry.path());

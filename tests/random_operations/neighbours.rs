@@ -1,4 +1,4 @@
-//! Others: another service that uses the same stores, and another machine under a name that ours had.
+//! Neighbours: another service that uses the same stores, and another VM under a former name of the tested one.
 
 use zbus::wire::Variant;
 
@@ -12,16 +12,16 @@ use crate::common::recorded::{DISKS, Recorded, SIZE};
 use crate::common::vm::{Builder, Residue, Vm};
 use crate::common::{Setup, wait};
 
-/// What ours is called, now the one, now the other.
+/// The two names that the tested VM alternates between.
 const NAMES: [&str; 2] = ["web", "www"];
-/// Of each neighbour's and namesake's backups in a store so many stay.
+/// The number of backups that each neighbour and namesake keeps in a store.
 const FEW: u64 = 2;
 
-/// Another service on the same stores, with a machine of its own.
+/// Another service on the same stores, with a VM of its own.
 pub struct Neighbour {
     pub scene: Recorded,
     pub residue: Residue,
-    /// Its machine is a copy of ours: it has the UUID of ours.
+    /// A copy of the tested VM, with the same UUID.
     pub is_twin: bool,
 }
 
@@ -42,7 +42,7 @@ fn other(name: &str) -> &'static str {
 }
 
 impl Walk {
-    /// The neighbour makes a backup, and removes some of its own, perhaps in the middle of a backup of ours.
+    /// The neighbour makes a backup and removes some of its own, perhaps in the middle of a backup of the tested VM.
     pub async fn neighbour(&mut self) -> &'static str {
         if self.dice.roll(3) == 0 {
             let name = other(&self.neighbour.scene.name);
@@ -85,7 +85,7 @@ impl Walk {
             job.set_speed(0).await.ok();
             assert!(
                 self.take(&job, store, held).await,
-                "the neighbour is no reason to fail"
+                "the neighbour must not fail the backup"
             );
         }
         match self.neighbour.is_twin {
@@ -94,7 +94,7 @@ impl Walk {
         }
     }
 
-    /// Prunes what somebody else's machine has in a store. Nothing goes but that.
+    /// Prunes the backups of another VM in a store, and checks that no others are removed.
     async fn prune_others(&mut self, caller: &Caller, name: &str, store: &'static str, whose: Whose) {
         let theirs = self.ledger.of_in(whose, store);
         let judged = prune(caller, name, store, FEW).await;
@@ -119,7 +119,7 @@ impl Walk {
         "rename"
     }
 
-    /// Ours gets another name, and another machine the one that it had.
+    /// Renames the tested VM, and gives its old name to another VM.
     pub async fn name_reused(&mut self) -> &'static str {
         self.rename();
         let name = other(&self.scene.name);
@@ -154,7 +154,7 @@ impl Walk {
         "name reused"
     }
 
-    /// A machine of that name that the service knows.
+    /// Returns a VM of that name that the service knows.
     fn namesake(&mut self, name: &'static str) -> Vm {
         let system = &self.scene.system;
         let machine = Builder::new(&system.dir().join("namesakes"), name).running();

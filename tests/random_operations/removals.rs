@@ -11,7 +11,7 @@ use crate::common::caller::Caller;
 use crate::common::proxies::{Options, PrunedBackup};
 use crate::common::wait;
 
-/// By how much clocks may differ before a backup is from the future.
+/// The allowed difference of clocks before a backup counts as one from the future.
 const SLACK: SignedDuration = SignedDuration::from_mins(1);
 
 impl Walk {
@@ -41,7 +41,7 @@ impl Walk {
         }
     }
 
-    /// A merge in the store that cannot exchange two directories.
+    /// Merges in the store that cannot exchange two directories.
     pub async fn merge_by_moving(&mut self) -> &'static str {
         let mut made = Vec::new();
         for mode in ["full", "auto"] {
@@ -56,13 +56,13 @@ impl Walk {
         "merge"
     }
 
-    /// The newest few of a store stay, and what they depend on.
+    /// Prunes a store to the newest few backups and their bases.
     pub async fn prune(&mut self) -> &'static str {
         let (store, newest) = (self.any_store(), 1 + self.dice.roll(4));
         let mut group = self.group(store);
         let kept = self.kept(&group, newest as usize);
         group.sort_unstable();
-        // What the neighbour did is noticed before anything is judged.
+        // The service notices the neighbour's changes before it applies the rules.
         let judged = prune(&self.caller().await, &self.scene.name, store, newest).await;
         let mut ids: Vec<&str> = judged.iter().map(|judged| judged.2.as_str()).collect();
         ids.sort_unstable();
@@ -79,7 +79,7 @@ impl Walk {
         "prune"
     }
 
-    /// The backups in a store that are ours as far as their UUID tells, in the order of making.
+    /// Returns the backups in a store with the UUID of the tested VM, in the order of creation.
     fn group(&self, store: &str) -> Vec<String> {
         let is_ours = |held: &Held| {
             held.whose == Whose::Ours || self.neighbour.is_twin && held.whose == Whose::Neighbours
@@ -97,8 +97,8 @@ impl Walk {
         ids
     }
 
-    /// What a rule keeps that keeps the newest of a group: so many, and so many of those that no clock is wrong about; what
-    /// another service made; and what these depend on.
+    /// Returns the backups that a `keep-last` rule keeps: the newest of the group, as many again without those from
+    /// the future, the backups of other services, and the bases of all these.
     fn kept(&self, group: &[String], newest: usize) -> BTreeSet<String> {
         let (mut earliest, mut all, mut sound) = (self.clock.now(), 0, 0);
         let mut kept = BTreeSet::new();
@@ -129,7 +129,7 @@ impl Walk {
     }
 }
 
-/// Deletes a backup; the ids of those that are gone.
+/// Deletes a backup; returns the ids of the removed ones.
 pub async fn delete(caller: &Caller, id: &str, how: &'static str) -> zbus::Result<Vec<String>> {
     let path = caller.manager.get_backup(id).await?;
     let options = Options::from([(how, Variant::from(true))]);

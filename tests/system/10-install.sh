@@ -1,4 +1,4 @@
-# The package is installed, and the first call starts what is in it.
+# The package is installed, and the first call starts the service.
 # shellcheck shell=bash
 
 test_the_bus_is_the_one_to_test_with() {

@@ -1,4 +1,4 @@
-# Who may back up what to where, with the rules that the package brings as examples.
+# The permissions of callers, domains and targets under the example rules of the package.
 # shellcheck shell=bash
 
 readonly EXAMPLES=/usr/share/doc/backupd/examples/polkit-rules
@@ -24,7 +24,7 @@ test_a_backup_is_verified_and_restored() {
     local id
     id=$(basename "$(dirname "$(newest_image web)")")
     backupctl verify "$id"
-    # A place that the service does not see.
+    # A path that the service's sandbox hides.
     mkdir -p /root/restored
     backupctl restore "$id" --to /root/restored
     same_as_disk web /srv/vm /root/restored/vda.qcow2
@@ -39,12 +39,12 @@ test_an_ordinary_user_is_refused_without_a_rule() {
 test_an_ordinary_user_whom_a_rule_allows_makes_a_backup() {
     local rules
     for rules in 50-backupd-anna-web.rules 50-backupd-anna-export-own-files.rules; do
-        # Whole when it appears: polkit reads it at once.
+        # The file appears atomically, because polkit reads it at once.
         install -m 644 "$EXAMPLES/$rules" "/etc/polkit-1/rules.d/$rules.new"
         mv "/etc/polkit-1/rules.d/$rules.new" "/etc/polkit-1/rules.d/$rules"
     done
     allowed() { as anna backupctl create web --no-ask-password; }
-    # polkit reads the rule when it notices it.
+    # polkit reads the rule a moment after the change.
     until_true "polkit to know the rule" allowed
     same_as_disk web /srv/vm "$(newest_image web)"
 }

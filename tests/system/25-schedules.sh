@@ -1,4 +1,4 @@
-# A backup every night, by a timer for each machine.
+# Nightly backups by a timer for each VM.
 # shellcheck shell=bash
 
 readonly DROPINS=/etc/systemd/system
@@ -45,13 +45,13 @@ test_a_drop_in_says_what_else_the_backup_is_told() {
     newest=$(newest_image web)
     same_as_disk web /srv/vm "${newest%.qcow2}.raw" raw
     no_dropins
-    # What the other cases look at is a qcow2.
+    # The other cases expect a qcow2 image.
     systemctl start backupd-backup@web.service
 }
 
 test_a_backup_that_failed_is_a_failed_unit_and_starts_what_the_administrator_wants() {
     local unit
-    # The name is what was escaped.
+    # The name is the unescaped one.
     unit=$(systemd-escape --template=backupd-backup@.service 'no such-machine $HOME')
     printf '%s\n' '[Service]' 'Type=oneshot' 'ExecStart=/bin/sh -c "echo %i >/run/told-of-failure"' >"$DROPINS/tell@.service"
     dropin "$unit" '[Unit]' 'OnFailure=tell@%p.service'
@@ -68,10 +68,10 @@ test_a_night_that_was_missed_is_made_up_for() {
     local before
     before=$(backups_of web)
     systemctl stop backupd-backup@web.timer
-    # That is what is waited for, from the start of the machine on, before what was missed is made up for.
+    # The delay between the boot and the start of missed backups.
     dropin backupd-backup@web.timer '[Timer]' RandomizedDelaySec=0
     [ "$(backups_of web)" = "$before" ]
-    # As if the machine had been off since then.
+    # As if the host had been off since then.
     touch -d '3 days ago' /var/lib/systemd/timers/stamp-backupd-backup@web.timer
     systemctl start backupd-backup@web.timer
     one_more() { [ "$(backups_of web)" = $((before + 1)) ]; }

@@ -1,7 +1,7 @@
-# The sandbox is in force, and keeps nothing from working.
+# The sandbox is active, and every feature works in it.
 # shellcheck shell=bash
 
-# Runs a shell script in the service's sandbox: the installed unit's keys, with another program.
+# Runs a shell script in the service's sandbox: with the installed unit's settings and another program.
 in_sandbox() { # SCRIPT
     local unit=/run/systemd/system/backupd-probe.service
     sed -e 's/^Type=.*/Type=oneshot/' -e '/^BusName=\|^Restart\|^WatchdogSec=\|^RuntimeDirectory\|^\[Install\]\|^WantedBy=/d' \
@@ -72,7 +72,7 @@ test_what_is_mounted_later_appears_inside() {
     mount -t tmpfs tmpfs /mnt/usb
     backupctl create web --to /mnt/usb
     same_as_disk web /srv/vm /mnt/usb/vda.qcow2
-    # QEMU up to version 8 keeps a backup's files open while the machine is paused.
+    # QEMU up to version 8 keeps a backup's files open while the VM is paused.
     case $(qemu-system-x86_64 --version) in
     *"version "[78].*) umount --lazy /mnt/usb ;;
     *) umount /mnt/usb ;;
@@ -164,7 +164,7 @@ test_an_open_file_in_home_is_a_target() {
 }
 
 test_the_disk_of_a_machine_is_refused_as_target_though_it_lies_in_home() {
-    # Only the process itself can tell: the service can't look at the path.
+    # Only the process itself can check: the service cannot access the path.
     start_vm desktop anna /home/anna
     configure_vm desktop
     until_true "the service to reach the machine" knows desktop
@@ -199,7 +199,7 @@ test_another_place_takes_a_drop_in() {
     until_true "the service to reach the machine" knows web
 }
 
-# Of the service's storage daemon: a key of its status.
+# Prints a key from the status of the service's storage daemon.
 engine_status() { # KEY
     sed -n "s/^$1:[[:space:]]*//p" "/proc/$(pidof qemu-storage-daemon)/status"
 }
@@ -215,7 +215,7 @@ test_a_program_that_reads_images_has_no_rights() {
         [ "$(engine_status $set)" = 0000000000000000 ] || fail "$set is $(engine_status $set)"
     done
     [ "$(engine_status NoNewPrivs)" = 1 ]
-    # The unit's filter, and its own.
+    # The unit's filter, and the daemon's own.
     [ "$(engine_status Seccomp_filters)" -gt 1 ]
     [ "$(cat "/proc/$(pidof qemu-storage-daemon)/oom_score_adj")" = 1000 ]
     not contains "$(journalctl --unit backupd.service --grep Landlock)" "no Landlock"

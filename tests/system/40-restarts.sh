@@ -1,4 +1,4 @@
-# The service ends in the middle of a backup, and comes back knowing.
+# The service ends in the middle of a backup, and the next one resumes it.
 # shellcheck shell=bash
 
 test_a_backup_outlives_the_service_being_killed() {
@@ -34,7 +34,7 @@ test_a_backup_that_ended_while_nobody_looked_has_its_true_outcome() {
     until_true "QEMU to copy" copies web
     stop_service
     ended() { contains "$(backup_job web)" '"status": "concluded"'; }
-    # The speed is QEMU's: nobody else is there to change it.
+    # QEMU keeps the bandwidth: no service runs to change it.
     let_it_go web
     until_true "QEMU to have copied" ended
     backupctl watch "$id"
@@ -51,8 +51,8 @@ test_what_was_backed_up_is_known_after_a_restart() {
     runs
 }
 
-# Plays a guest's agent, of one guest at a time, as QEMU's socket does: it says in a file what it was told. The service is killed
-# when the guest is frozen.
+# Plays a guest's agent, for one client at a time, as QEMU's socket does: it writes the received commands to a file.
+# The service is killed while the guest is frozen.
 start_agent() { # SOCKET
     cat >/srv/vm/agent <<'EOF'
 #!/bin/bash
@@ -100,17 +100,18 @@ test_a_guest_is_thawed_when_the_service_is_killed_with_it_frozen() {
         echo 'agent = "/run/vm-web/agent"'
     } >/etc/backupd/domains.d/.web
     mv /etc/backupd/domains.d/.web /etc/backupd/domains.d/web.toml
-    # Its firmware finds nothing to boot: it runs, and still writes nothing.
+    # Its firmware finds nothing to boot: the VM runs without writing.
     contains "$(qmp web cont)" '"return": {}'
     until_true "the service to see it run" sh -c "backupctl domains | grep -Eq '^web +running'"
     killed=$(main_pid)
     contains "$(status_of backupctl create web --quiesce require 2>&1)" "status 1"
-    # The caller may see the bus name go before systemd has seen the process end, and before the guard has thawed.
+    # The caller may see the bus name disappear before systemd has noticed the end of the process, and before the guard
+    # has thawed the guest.
     until_true "systemd to see the service killed" main_pid_is_not "$killed"
     until_true "the guest to be thawed" was_thawed
-    # Not only by the next service: in the sandbox there can be a guard, and systemd lets it end.
+    # The guard works in the sandbox, and systemd lets it finish, so the thaw does not depend on the next service.
     until_true "the guard's line in the journal" log_has "the guard thaws the guest's file systems"
-    # The call ended with the service: the next one starts it again, and it undoes what was begun.
+    # The call ended with the service: the next call starts the service again, which rolls back the unfinished backup.
     until_true "the backup to be undone" is_undone
     has_nothing_of_ours web
     contains "$(qmp web stop)" '"return": {}'

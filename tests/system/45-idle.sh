@@ -1,4 +1,4 @@
-# The service ends when nobody needs it, and nobody notices.
+# The idle service exits, and callers do not notice.
 # shellcheck shell=bash
 
 readonly IDLE_DROP_IN=/run/systemd/system/backupd.service.d
@@ -40,7 +40,7 @@ test_no_call_is_lost_while_the_service_leaves() {
     local before after i starts=0
     before=$(invocation)
     for i in {1..60}; do
-        # Further and further into the time in which it leaves.
+        # At later and later moments of the exit.
         sleep "0.$(printf %03d $((i * 3)))"
         backupctl domains
         after=$(invocation)
@@ -57,7 +57,7 @@ test_the_service_stays_while_a_backup_runs_and_leaves_after_it() {
     until_true "QEMU to copy" copies web
     pid=$(main_pid)
     first=$(copied web)
-    # Seconds, in which nobody calls.
+    # Seconds without a call.
     goes_on() { [ "$(copied web)" -gt $((first + 524288)) ]; }
     until_true "QEMU to have copied more" goes_on
     [ "$(main_pid)" = "$pid" ]

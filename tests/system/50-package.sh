@@ -1,4 +1,4 @@
-# The package is upgraded and removed under the service.
+# The package is upgraded and removed while the service runs.
 # shellcheck shell=bash
 
 test_an_upgrade_restarts_the_service_and_no_backup_ends_by_it() {
@@ -19,7 +19,7 @@ test_an_upgrade_waits_for_what_it_would_end() {
     local before said id export
     before=$(main_pid)
     id=$(basename "$(dirname "$(newest_image web)")")
-    # Served until it is told to end.
+    # backupctl serves the disk until it gets SIGTERM.
     backupctl export "$id" --socket /run/export.nbd >/run/export.out 2>&1 &
     export=$!
     until_true "the disk to be served" test -S /run/export.nbd

@@ -1,7 +1,7 @@
-# What all that left in the journal.
+# The journal after all other cases.
 # shellcheck shell=bash
 
-# A backup that failed because it was to.
+# A backup that failed on purpose.
 readonly WANTED='backupd-backup@no.x20such'
 
 test_the_journal_has_no_error_of_anybody() {

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Runs inside the booted system: all cases of the files beside it, in their order, each one going on from where the one
-# before it left the machine. A case is a function test_…, and its name is the sentence that is shown.
+# Runs inside the booted system: all cases of the files in this directory, in order. Each one continues with the state
+# that the previous one left. A case is a function test_…, and its name is printed as a sentence.
 #
 #   cases.sh            all
 #   cases.sh CASE       one of them, here and now
@@ -8,7 +8,7 @@ set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 readonly here
 export LC_ALL=C.UTF-8 SYSTEMD_PAGER='' HOME=/root
-# A case waits for what happens, with bounds of its own; this one is for what hangs.
+# A case waits for events with its own timeouts; this timeout is for a case that hangs.
 readonly CASE_SECONDS=300
 
 if [ $# = 1 ]; then

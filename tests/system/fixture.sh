@@ -1,7 +1,7 @@
-# What the tests in the booted system share: users, virtual machines, waiting. Sourced by cases.sh.
+# The common parts of the tests in the booted system: users, VMs, waiting. cases.sh sources this.
 # shellcheck shell=bash
 
-# How long something may take that takes no time: a slow machine must not fail for being slow.
+# The timeout for short operations: a slow host must not fail the tests.
 readonly DEADLINE=120
 # shellcheck disable=SC2034  # the cases'
 readonly BUS=$BACKUPD_TEST_BUS DISK=$BACKUPD_TEST_DISK
@@ -53,7 +53,7 @@ stop_service() {
     runs_not || fail "the service is $(state)"
 }
 job_number() { sed -n '0,/.*"id": *\([0-9]*\).*/s//\1/p'; }
-# A backup that goes on until somebody lets it: 128 KiB a second of 16 MiB.
+# A backup that continues until it is cancelled or sped up: 128 KiB a second of 16 MiB.
 start_slow_backup() { # DOMAIN: prints the job's number
     backupctl create "$1" --detach --json --incremental full --bandwidth 128K | job_number
 }
@@ -74,7 +74,7 @@ start_vm() { # NAME USER DIRECTORY: QEMU runs as that user; its disk is in the d
     qemu-img create -q -f qcow2 "$disk" "$DISK_BYTES"
     qemu-io -f qcow2 -c 'write -q -P 7 0 8M' -c 'write -q -P 8 16M 8M' "$disk"
     chown "$user:" "$disk"
-    # Only this user may go to its sockets, which are of the mode that QEMU makes them with.
+    # Only this user has access to its sockets, whose mode follows the umask.
     systemd-run --quiet --unit="vm-$name" --uid="$user" --property=RuntimeDirectory="vm-$name" \
         --property=RuntimeDirectoryMode=0700 --property=UMask=0077 \
         qemu-system-x86_64 -name "$name" -machine q35 -accel tcg -m 64 -S -display none -nodefaults \
@@ -121,7 +121,7 @@ has_nothing_of_ours() { # NAME
     jobs=$(qmp "$1" query-jobs)
     nodes=$(qmp "$1" query-named-block-nodes)
     contains "$jobs" '"return": []'
-    # The bitmaps of checkpoints stay, on purpose.
+    # The bitmaps of checkpoints stay on purpose.
     case $nodes in *'"node-name": "backupd-'*) fail "left in QEMU: $nodes" ;; esac
 }
 same_as_disk() { # NAME DIRECTORY IMAGE [FORMAT]: the machine doesn't write, so its file can be read while it is open
@@ -129,7 +129,7 @@ same_as_disk() { # NAME DIRECTORY IMAGE [FORMAT]: the machine doesn't write, so 
 }
 newest_image() { # DOMAIN
     local newest
-    # A name tells the second only.
+    # The time in a name has a resolution of one second.
     newest=$(ls -1dt "$STORE/$1"/2* | head -n 1)
     echo "$newest/vda.qcow2"
 }

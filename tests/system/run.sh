@@ -1,11 +1,11 @@
 #!/bin/bash
-# The package in a real system: what `make test-system` runs, as root.
+# Tests the package in a real system, as root; `make test-system` runs this.
 #
 #   run.sh PACKAGE NEXT_PACKAGE     two .deb files, of one version and of a higher one
 #
-# Makes a Debian 13 tree, once: it is kept in a cache directory and never changed. Boots it in a container, with a
-# throw-away layer above it, once for each of the two buses, and in it cases.sh installs the package and uses it. The last
-# line says how many cases passed and failed.
+# Creates a Debian 13 tree once, which is kept in a cache directory and never changed. Boots it in a container with a
+# temporary layer on top, once for each of the two buses. Inside, cases.sh installs the package and uses it. The last
+# line prints how many cases passed and failed.
 #
 # BACKUPD_TEST_BUSES=dbus-broker boots with that one only, BACKUPD_TEST_SUITE=bookworm another Debian;
 # BACKUPD_TEST_CACHE=DIRECTORY keeps the tree elsewhere, BACKUPD_TEST_MIRROR=URL takes it from there.
@@ -13,7 +13,8 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 readonly here suite=${BACKUPD_TEST_SUITE:-trixie} buses=${BACKUPD_TEST_BUSES:-dbus-daemon dbus-broker}
 readonly cache=${BACKUPD_TEST_CACHE:-${XDG_CACHE_HOME:-/var/cache}/backupd-test-system}
-# Bounds for what hangs, far above what a slow machine takes: for making the tree, and for one boot with all its cases.
+# Timeouts for hanging steps, far above the time on a slow host: for creating the tree, and for one boot with all
+# cases.
 readonly TREE_SECONDS=1800 BOOT_SECONDS=1800
 
 fail() {
@@ -33,7 +34,7 @@ for system in cgroup2 overlay; do
 done
 
 mkdir -p "$cache"
-# One run at a time: a tree that is being made must not be used, nor one that is used be removed.
+# One run at a time: an unfinished tree must not be used, and a used one must not be removed.
 exec {lock}>"$cache/lock"
 flock --nonblock "$lock" || {
     echo "waiting for another run to end"
@@ -44,15 +45,15 @@ flock --nonblock "$lock" || {
 
 readonly work=$cache/work
 children=()
-# In namespaces that end with the first process in them: what is mounted there is not seen here, and what is started there
-# ends too. That process ends with this script, even if the latter is killed.
+# Runs in namespaces that end with their first process: their mounts are not visible here, and their processes end too.
+# That process ends with this script, even if the script is killed.
 contained() { # COMMAND...: in the background; $! is what to wait for
     setpriv --pdeathsig KILL -- unshare --mount --pid --fork --kill-child --mount-proc -- "$@" &
     children+=($!)
 }
 remove_remains() { # also those of a run that was killed
     rm -rf --one-file-system -- "$work" "$cache"/.#*.lck
-    # What was killed is in its control group until it is dead.
+    # A killed process stays in its control group until it is dead.
     # shellcheck disable=SC2016  # the inner shell's
     unshare --mount timeout 60 sh -euc '
         [ "$(stat --file-system --format=%T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -80,7 +81,7 @@ mkdir "$work"
 
 # --- The tree ---
 
-# Made in another way, it is another tree.
+# The tree depends on the script that creates it.
 key=$(sha256sum <"$here/tree.sh" | cut -c 1-16)
 readonly tree=$cache/$suite-$key
 if [ ! -d "$tree" ]; then
@@ -89,10 +90,10 @@ if [ ! -d "$tree" ]; then
         [ ! -d "$old" ] || rm -rf --one-file-system -- "$old"
     done
     contained timeout "$TREE_SECONDS" "$here/tree.sh" "$suite" "$tree" >"$cache/tree.log" 2>&1
-    # Signals are heard meanwhile, unlike while something runs in the foreground.
+    # bash handles signals during a wait, but not while a foreground command runs.
     wait $! || {
         tail -n 20 "$cache/tree.log" >&2
-        fail "the tree could not be made; all that was said is in $cache/tree.log"
+        fail "the tree could not be made; the whole output is in $cache/tree.log"
     }
 fi
 
@@ -112,7 +113,7 @@ result() { # STATUS SENTENCE
 echo "# lintian"
 for file in "$@"; do
     status=0
-    # Root is warned of itself.
+    # lintian warns when it runs as root.
     lintian --allow-root --fail-on error,warning "$file" >"$work/lintian" 2>&1 || status=$?
     result "$status" "lintian finds nothing wrong with ${file##*/}"
     [ "$status" = 0 ] || sed 's/^/    /' "$work/lintian"
@@ -120,7 +121,8 @@ done
 
 # --- The booted system ---
 
-# A disk for the container, which can't make one itself. Detached at once, it goes when nobody has it open any more.
+# A disk for the container, which cannot create one itself. It is detached at once, and removed when the last
+# descriptor is closed.
 truncate -s 64M "$work/disk"
 loop=$(losetup --find --show "$work/disk") || fail "there is no loop device for a block device as target"
 # shellcheck disable=SC2034  # only open
@@ -131,7 +133,7 @@ boot() { # BUS: prints what the cases say
     local bus=$1 shared=$work/$1 status=0 system ok
     mkdir -p "$shared/units"
     cp -a "$tree/etc/systemd/system/." "$here/backupd-tests.service" "$shared/units/"
-    # As "systemctl enable" does it: the alias names the one that runs.
+    # As "systemctl enable" does it: the alias names the active one.
     [ "$bus" = dbus-daemon ] || ln -s "/usr/lib/systemd/system/$bus.service" "$shared/units/dbus.service"
     cp "$here"/*.sh "$shared/"
     cp "$package" "$shared/backupd.deb"
@@ -142,7 +144,7 @@ boot() { # BUS: prints what the cases say
     contained timeout --kill-after=10 "$BOOT_SECONDS" "$here/boot.sh" "$tree" "$shared" --bind="$loop" \
         --setenv=BACKUPD_TEST_BUS="$bus" --setenv=BACKUPD_TEST_DISK="$loop" >"$shared/console" 2>&1
     system=$!
-    # Shown as it comes, to the end.
+    # Printed as it arrives, to the end.
     tail --pid="$system" --sleep-interval=0.2 --lines=+1 --follow "$shared/log" &
     children+=($!)
     wait "$system" || status=$?

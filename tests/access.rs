@@ -252,7 +252,7 @@ async fn others_hear_only_that_a_job_began_and_ended() {
         .command(USER, "gdbus", &["monitor", "--system", "--dest", BUS]);
     let monitor = crate::common::process::Process::start("gdbus-monitor", system.dir(), command);
     let monitor_says = |what: &str| {
-        wait::until(&format!("the monitor to say {what:?}"), || {
+        wait::until(&format!("the monitor to receive {what:?}"), || {
             monitor.stdout().contains(what).then_some(())
         });
     };

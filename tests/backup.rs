@@ -84,7 +84,7 @@ async fn all_disks_of_a_running_machine_are_copied_into_the_default_store() {
             format!("JobEnded 1 {path} completed"),
         ]
     );
-    assert_eq!(vm.residue(), before, "nothing of the service's stays in QEMU");
+    assert_eq!(vm.residue(), before, "the service left residue in QEMU");
 
     let backup = only_backup(&system.store(), "web");
     assert_eq!(

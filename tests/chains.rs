@@ -185,7 +185,7 @@ async fn the_chain_stays_good_at_each_point_where_the_service_dies() {
         for checkpoint in scene.vm().checkpoints("vda") {
             assert!(
                 good.iter().any(|id| checkpoint.contains(id)),
-                "{point:?}: {checkpoint} is of no good backup"
+                "{point:?}: {checkpoint} belongs to no complete backup"
             );
         }
         assert!(scene.vm().checkpoints("vda").len() <= 4, "{point:?}");

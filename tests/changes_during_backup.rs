@@ -218,13 +218,16 @@ async fn a_running_backup_of_a_replaced_domain_blocks_backups_under_its_name() {
         reaches(&job, "running").await;
         if goes {
             fs::remove_file(system.dir().join("etc/domains.d/web.toml")).unwrap();
-            until_async("the domain to go", || async { web.state().await.err() }).await;
+            until_async("the domain to be removed", || async { web.state().await.err() }).await;
             let refused = caller.try_start("web", "", &[], Options::new()).await;
             assert_eq!(error_name(&refused.unwrap_err()), format!("{OURS}NoSuchDomain"));
         }
         system.write_domain_file("web", &text);
-        until_async("the old domain to go", || async { web.state().await.err() }).await;
-        until_async("the new domain to come", || async {
+        until_async("the old domain to be removed", || async {
+            web.state().await.err()
+        })
+        .await;
+        until_async("the new domain to appear", || async {
             caller.manager.get_domain("web").await.ok()
         })
         .await;
@@ -741,7 +744,7 @@ async fn a_service_stopped_during_preparation_leaves_no_permanent_residue() {
         hold.reached();
         let daemon = scene.system.daemon();
         daemon.process().signal(Signal::TERM);
-        wait::until("the service to hear that it is to stop", || {
+        wait::until("the service to get the signal", || {
             daemon.log().contains("stopping").then_some(())
         });
         // QEMU responds now, or never: the service ends in either case.

@@ -75,7 +75,7 @@ async fn an_administrator_sees_the_details_and_allows_the_backup() {
     assert_eq!(
         subject,
         Some(call.pid().to_string().as_str()),
-        "it is the caller's user who is asked"
+        "the dialog is not the caller's user's"
     );
     // The service creates nothing before the caller is authorised.
     scene.assert_nothing_happened();
@@ -83,7 +83,7 @@ async fn an_administrator_sees_the_details_and_allows_the_backup() {
     let answer = end_of(&mut call).unwrap();
     assert!(answer.contains("/org/example/Backup1/job/1"), "{answer}");
     scene.wait_for_backup();
-    assert_eq!(scene.agent.count(), 1, "one place, one question");
+    assert_eq!(scene.agent.count(), 1, "one request for one target");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -61,7 +61,7 @@ async fn wait_for_machine(caller: &Caller, name: &str, vm: &Vm) -> DomainProxy<'
 }
 
 async fn wait_for_no_domain(caller: &Caller, name: &str) {
-    until_async(&format!("{name} to go"), || async {
+    until_async(&format!("{name} to be removed"), || async {
         let gone = caller.manager.get_domain(name).await.err()?;
         assert_eq!(error_name(&gone), NO_SUCH_DOMAIN);
         Some(())
@@ -568,7 +568,7 @@ async fn a_backup_completes_after_its_domain_is_removed_and_leaves_nothing_in_qe
             None => fs::remove_file(&file).unwrap(),
             Some(text) => drop(system.write_domain_file("web", text)),
         }
-        until_async("the domain to go", || async { web.state().await.err() }).await;
+        until_async("the domain to be removed", || async { web.state().await.err() }).await;
         job.set_speed(0).await.unwrap();
         assert_completed(&job).await;
         let image = PathBuf::from(&job.disks().await.unwrap()[0].4);

@@ -277,11 +277,7 @@ async fn many_domains_that_come_and_go_leave_no_residue_and_idle_at_no_cost() {
         if round == 1 {
             let commands = crowd.commands();
             let wakeups = wakeups(pid, &format!("{DOMAINS} domains are connected")).await;
-            assert_eq!(
-                crowd.commands(),
-                commands,
-                "domains are asked although nothing happens"
-            );
+            assert_eq!(crowd.commands(), commands, "the idle service queries domains");
             assert!(wakeups <= MOST_WAKEUPS, "{wakeups} wakeups");
         }
         crowd.leave().await;

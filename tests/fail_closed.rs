@@ -96,7 +96,7 @@ impl Scene {
         let caller = Caller::new(&self.system).await;
         let job = caller.complete("web", "").await;
         let id = job.id().await.expect("a job has a number");
-        assert_eq!(id, 1, "no other job was begun");
+        assert_eq!(id, 1, "another job was started");
         self.system.daemon().process().assert_running();
         assert_eq!(self.system.daemon().pid(), self.pid);
     }
@@ -205,7 +205,7 @@ async fn refuses(answer: Answer, blind: &str) {
     assert_eq!(
         authority.count(BACKUP),
         2,
-        "who sees no machine is not asked about"
+        "polkit was asked about a caller that sees no domain"
     );
     authority.stop(&scene.system).await;
     scene.recovers().await;

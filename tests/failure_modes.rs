@@ -156,7 +156,7 @@ async fn a_paused_vm_is_backed_up_and_can_continue() {
     scene.vm.stop();
     scene.domain_state("paused").await;
     let done = job.bytes_done().await.unwrap();
-    until_async("the backup to go on", || async {
+    until_async("the backup to continue", || async {
         (job.bytes_done().await.unwrap() > done).then_some(())
     })
     .await;
@@ -362,7 +362,11 @@ async fn a_disk_mirrored_by_another_tool_is_reported_as_busy() {
     scene.vm.qmp("blockdev-mirror", mirror);
     let job = scene.caller.start("web", "").await;
     assert_failed(&job, "QemuError", "block device is in use by block job: mirror").await;
-    assert_eq!(scene.vm.residue().jobs, ["theirs"], "theirs goes on");
+    assert_eq!(
+        scene.vm.residue().jobs,
+        ["theirs"],
+        "the other tool's job continues"
+    );
     assert_eq!(files_below(&scene.system.store()), [""; 0]);
     scene
         .vm
@@ -388,7 +392,11 @@ async fn a_disk_under_backup_cannot_be_mirrored_but_backed_up_by_other_tools() {
     });
     scene.vm.qmp("blockdev-backup", backup);
     scene.completes(&job).await;
-    assert_eq!(scene.vm.residue().jobs, ["theirs"], "theirs goes on");
+    assert_eq!(
+        scene.vm.residue().jobs,
+        ["theirs"],
+        "the other tool's job continues"
+    );
     scene
         .vm
         .qmp("block-job-set-speed", json!({ "device": "theirs", "speed": 0 }));

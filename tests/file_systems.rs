@@ -134,7 +134,7 @@ async fn a_backup_with_open_images_is_deleted_and_its_directory_follows_on_close
         scanned.stderr
     );
     drop(reader);
-    wait::until_async("the file to go", || async {
+    wait::until_async("the file to be removed", || async {
         let empty = fs::read_dir(domain.join(&removed)).map_or(true, |mut left| left.next().is_none());
         empty.then_some(())
     })

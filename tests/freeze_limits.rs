@@ -119,7 +119,7 @@ fn assert_holds_nothing_of(guard: u32, directory: &Path) {
         "{files:?}"
     );
     let command = std::fs::read_to_string(format!("/proc/{guard}/cmdline")).unwrap();
-    assert_eq!(command, "backupd\0--thaw-guard\0", "everybody can read it");
+    assert_eq!(command, "backupd\0--thaw-guard\0", "every user can read it");
     let environment = std::fs::read_to_string(format!("/proc/{guard}/environ")).unwrap();
     assert!(environment.starts_with("RUST_LOG="), "{environment}");
 }
@@ -308,7 +308,10 @@ async fn a_slow_qemu_does_not_keep_the_guest_frozen() {
         } else {
             assert_completed(&job).await;
             let manifest = manifest(&job).await;
-            assert_eq!(manifest["quiesced"], false, "the instant was after the thaw");
+            assert_eq!(
+                manifest["quiesced"], false,
+                "the point in time was after the thaw"
+            );
         }
         assert_eq!(agent.seen(), [FREEZE, THAW]);
         let frozen = job.frozen_time().await.unwrap();

@@ -366,7 +366,7 @@ async fn a_store_from_another_host_grants_no_rights() {
     user.register("mine", mine.monitor_stream().into()).await.unwrap();
     user.complete("mine", "").await;
     let seen = listed(&user, all()).await;
-    assert_eq!(seen.len(), 2, "what it started");
+    assert_eq!(seen.len(), 2, "the job that it started");
     drop((vm, mine));
     start_anew(&mut system);
     let root = Caller::new(&system).await;
@@ -376,7 +376,7 @@ async fn a_store_from_another_host_grants_no_rights() {
     assert_eq!(
         listed(&user, all()).await,
         [],
-        "what somebody of its number started"
+        "jobs of the former user of the uid are listed"
     );
     for id in [1, 2] {
         let hidden = user.manager.get_job(id).await.unwrap_err();

@@ -66,10 +66,7 @@ async fn play(peer: Peer, steps: &[Step], says: usize, hears: usize) -> (usize, 
             Step::Hears(_, expected) => {
                 let mut line = Vec::new();
                 let mut rest = (&mut stream).take((hears - heard) as u64);
-                heard += rest
-                    .read_until(b'\n', &mut line)
-                    .await
-                    .expect("the client speaks");
+                heard += rest.read_until(b'\n', &mut line).await.expect("the client sends");
                 if heard == hears {
                     break;
                 }

@@ -153,7 +153,11 @@ async fn another_vm_under_the_same_name_gets_no_access_to_the_former_ones_backup
     assert_eq!(bases, ["first", "", ""]);
     let news = ids_in(&store.join("web-22222222"));
     assert_eq!(news.len(), 3);
-    assert_eq!(ids_in(&store.join("web")), olds, "the former one's are all there");
+    assert_eq!(
+        ids_in(&store.join("web")),
+        olds,
+        "the former domain's backups are complete"
+    );
     assert_eq!(ids(&root, "web").await, news);
     assert_eq!(ids(&root, LATTER).await, news);
     assert_eq!(ids(&root, &FORMER.to_uppercase()).await, olds);
@@ -331,7 +335,7 @@ async fn keep_rules_ignore_foreign_backups_until_they_are_adopted() {
         (ids_in(&store.join("web")).len() == 2).then_some(())
     });
     let left = ids_in(&store.join("web"));
-    assert_eq!(left[0], first.1, "what another service made is there");
+    assert_eq!(left[0], first.1, "the other service's backup exists");
     let judged = preview(&root, "web", 1).await;
     assert_eq!(
         judged[0],

@@ -218,7 +218,7 @@ async fn a_call_during_the_release_of_the_name_keeps_the_service_running() {
         // The bus handles the call first, and then the release of the name.
         system.bus_mut().freeze();
         let call = send_call(&caller).await;
-        wait::until("the service to leave", || {
+        wait::until("the service to exit", || {
             (left(&system) > left_before).then_some(())
         });
         system.bus_mut().thaw();

@@ -142,7 +142,10 @@ async fn a_loop_device_whose_storage_does_not_answer_keeps_no_backup_waiting() {
     let started = scene.caller.start_with("web", &document, &[], reuse());
     let job = wait::within("the backup to begin", started).await;
     assert_completed(&job).await;
-    assert!(!storage.is_hanging(), "nobody asked it");
+    assert!(
+        !storage.is_hanging(),
+        "the service accessed the hanging file system"
+    );
     storage.heal();
     drop(theirs);
 }

@@ -268,7 +268,7 @@ async fn the_histograms_of_a_dead_service_are_removed_and_the_backup_goes_on_wit
     assert_eq!(
         vm.histograms(),
         histograms,
-        "they are the job's, not the service's"
+        "the histograms belong to the job, not to the service"
     );
     throttle(&vm, "vda", 0);
     drop(guest);

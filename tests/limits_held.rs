@@ -24,10 +24,7 @@ async fn assert_register_limit(key: &str, caller: &Caller, name: &str) {
     let (ours, mut peer) = Peer::pair();
     let ours = ours.into_std().unwrap().into();
     assert_limit(key, caller.register(name, ours).await);
-    assert!(
-        peer.try_receive().await.is_none(),
-        "nobody is left at the other end"
-    );
+    assert!(peer.try_receive().await.is_none(), "the other end is still open");
 }
 
 /// Registers a stand-in for a caller's QEMU.

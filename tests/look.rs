@@ -1,4 +1,5 @@
-//! The service without CAP_SYS_PTRACE: a helper reports what other processes have open, and a look that fails is a no.
+//! The service without CAP_SYS_PTRACE: a helper reports the open files of other processes, and a failed query refuses
+//! the target.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -21,7 +22,7 @@ const INVALID: &str = "org.example.Backup1.Error.TargetInvalid";
 const INTERNAL: &str = "org.example.Backup1.Error.Internal";
 const ANNA: u32 = 1000;
 
-/// A VM that is backed up by a service that asks a helper, with one disk `vda`.
+/// A VM with one disk `vda` that is backed up by a service with a helper.
 struct Scene {
     system: System,
     vm: Vm,
@@ -40,7 +41,7 @@ impl Scene {
         helper::socket(self.system.dir())
     }
 
-    /// An image that nobody has open.
+    /// Creates an image that no process has open.
     fn image(&self, name: &str) -> PathBuf {
         let path = self.system.dir().join(name);
         let mut command = process::bound("qemu-img");
@@ -52,7 +53,8 @@ impl Scene {
         path
     }
 
-    /// A backup into an existing target is refused with an error of that name, and nothing is changed. Returns its text.
+    /// Checks that a backup into an existing target is refused with an error of that name and changes nothing. Returns
+    /// the error text.
     async fn refuses(&self, target: &Path, kind: &str, name: &str) -> String {
         let before = fs::read(target).unwrap();
         let residue = self.vm.residue();
@@ -87,7 +89,7 @@ fn into(target: &Path, kind: &str) -> String {
     )
 }
 
-/// Another node of a device, as libvirt makes one for each QEMU.
+/// Creates another node of a device, as libvirt does for each QEMU.
 fn node_of(device: &Path, path: PathBuf) -> PathBuf {
     let mut command = process::bound("cp");
     command.arg("--archive").args([device, &path]);
@@ -95,14 +97,14 @@ fn node_of(device: &Path, path: PathBuf) -> PathBuf {
     path
 }
 
-/// A frame of the protocol.
+/// Returns a frame of the protocol.
 fn frame(version: u32, text: &str) -> Vec<u8> {
     let length = u32::try_from(text.len()).unwrap();
     [&length.to_le_bytes()[..], &version.to_le_bytes(), text.as_bytes()].concat()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_device_that_another_vm_has_open_by_another_node_is_refused() {
+async fn a_device_that_another_vm_has_open_through_another_node_is_refused() {
     let scene = Scene::new().await;
     let _helper = Helper::start(scene.system.dir());
     let device = |name: &str| LoopDevice::attach(&scene.system.dir().join(name), SIZE);
@@ -119,7 +121,7 @@ async fn a_device_that_another_vm_has_open_by_another_node_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_a_known_vm_has_open_is_refused_by_whatever_name() {
+async fn a_file_that_a_known_vm_has_open_is_refused_under_any_name() {
     let scene = Scene::new().await;
     let _helper = Helper::start(scene.system.dir());
     let disk = Disk::new("vda", SIZE).raw().fill(0, MIB, 0x77);
@@ -137,7 +139,7 @@ async fn a_file_that_a_known_vm_has_open_is_refused_by_whatever_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_the_helper_no_existing_target_is_overwritten() {
+async fn no_existing_target_is_overwritten_without_the_helper() {
     let scene = Scene::new().await;
     let target = scene.image("target");
     let device = LoopDevice::attach(&scene.system.dir().join("loop.img"), SIZE);
@@ -170,10 +172,10 @@ async fn without_the_helper_no_existing_target_is_overwritten() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_helper_that_hangs_does_not_hang_the_backup() {
+async fn a_hanging_helper_does_not_block_the_backup() {
     let scene = Scene::new().await;
     let target = scene.image("target");
-    // The kernel connects, and nothing accepts.
+    // The kernel accepts the connection, and the process does not.
     let listener = UnixListener::bind(scene.socket()).unwrap();
     let text = scene.refuses(&target, "file", INTERNAL).await;
     assert!(text.contains("has not answered for 10 s"), "{text}");
@@ -181,7 +183,7 @@ async fn a_helper_that_hangs_does_not_hang_the_backup() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_helper_without_the_capability_answers_nothing() {
+async fn a_helper_without_the_capability_replies_with_an_error() {
     let scene = Scene::new().await;
     let target = scene.image("target");
     let _helper = Helper::start_without(scene.system.dir(), "sys_ptrace");
@@ -190,7 +192,7 @@ async fn a_helper_without_the_capability_answers_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_cannot_be_used_refuses_the_backup() {
+async fn an_unusable_reply_of_the_helper_refuses_the_backup() {
     let scene = Scene::new().await;
     let target = scene.image("target");
     let listener = UnixListener::bind(scene.socket()).unwrap();
@@ -223,7 +225,7 @@ async fn an_answer_that_cannot_be_used_refuses_the_backup() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_helper_answers_root_of_its_version_only() {
+async fn the_helper_serves_only_root_and_its_own_version() {
     let system = System::setup().without_daemon().start();
     let helper = Helper::start(system.dir());
     let process = std::process::id();
@@ -241,7 +243,7 @@ async fn the_helper_answers_root_of_its_version_only() {
     let text = |answer: Vec<u8>| String::from_utf8_lossy(&answer).into_owned();
     let answer = text(ask(0, 1));
     assert!(answer.contains("{\"open-files\":[{"), "{answer}");
-    // A service of another version sees the helper's.
+    // A service of another version, as the helper sees it.
     let answer = ask(0, 2);
     assert_eq!(answer[4..8], 1_u32.to_le_bytes());
     assert!(text(answer.clone()).contains("failed"), "{answer:?}");

@@ -124,7 +124,7 @@ impl Scene {
         expected.sort_unstable();
         assert_eq!(names, expected);
         let hidden = std::fs::read_dir(self.system.store().join("web")).unwrap();
-        assert_eq!(hidden.count(), ids.len(), "nothing is left beside them");
+        assert_eq!(hidden.count(), ids.len(), "other entries remain");
         for id in ids {
             for disk in DISKS {
                 let image = self.image(id, disk);
@@ -245,7 +245,7 @@ async fn dies_and_goes_on(mut scene: Scene, merge: &[Point]) {
         scene.system.wait_for_domain("web");
         // The service finishes an operation that it can finish; otherwise the caller repeats the call.
         let parent = scene.system.store().join("web");
-        wait::until(&format!("what {point:?} left to be gone"), || {
+        wait::until(&format!("the residue after {point:?} to be removed"), || {
             let names = std::fs::read_dir(&parent)
                 .unwrap()
                 .map(|entry| entry.unwrap().file_name());

@@ -240,7 +240,7 @@ async fn a_name_resolves_to_no_other_domain_while_polkit_does_not_reply() {
             false => Answer::Yes,
         })
         .await;
-    wait::until_async("the own one to be meant", async || {
+    wait::until_async("the name to mean the caller's own domain", async || {
         (owner.manager.get_domain("web").await.ok()? == own).then_some(())
     })
     .await;

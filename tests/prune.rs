@@ -189,7 +189,7 @@ async fn a_store_with_rules_is_pruned_after_each_backup_and_one_without_keeps_al
         gone.iter().any(|signal| signal.arguments == [path.to_string()]),
         "{gone:?}"
     );
-    wait::until_async("the store to keep two", || async {
+    wait::until_async("the store to keep two backups", || async {
         (nightly(&system).len() == 2).then_some(())
     })
     .await;

@@ -225,7 +225,7 @@ async fn an_endless_line_is_an_error_and_takes_no_memory() {
     // The client's buffer, and the socket's.
     assert!(
         (MAX_LINE..MAX_LINE + MIB).contains(&said),
-        "{said} bytes were taken"
+        "the client accepted {said} bytes"
     );
 }
 
@@ -234,7 +234,7 @@ async fn an_endless_greeting_is_an_error_and_takes_no_memory() {
     let (ours, peer) = Peer::pair();
     let (opened, said) = tokio::join!(Client::open(ours, DEADLINE), say_endlessly(peer.into_stream()));
     assert_closed(&opened.map(drop).unwrap_err(), "without a newline");
-    assert!(said < MAX_LINE + MIB, "{said} bytes were taken");
+    assert!(said < MAX_LINE + MIB, "the client accepted {said} bytes");
 }
 
 /// Returns a reply to `id` with exactly that many bytes before its newline.
@@ -1180,7 +1180,7 @@ async fn descriptors_that_are_passed_at_once_land_each_in_its_own_set() {
         let added = added.unwrap();
         assert!(
             sets.insert(added["fdset-id"].as_i64().unwrap()),
-            "each has its own"
+            "two descriptors have the same set"
         );
         // The same file, in QEMU's own table.
         let link = std::fs::read_link(format!("/proc/{}/fd/{}", vm.pid(), added["fd"])).unwrap();

@@ -266,7 +266,7 @@ async fn a_user_with_too_large_queued_requests_blocks_no_other_user() {
     let limit = "queued-bytes-per-user";
     let first = queue(&user, "b", &document, Options::new()).await;
     assert_limit(limit, user.try_start("c", &document, &[], Options::new()).await);
-    assert_eq!(ids(&root).await.len(), 2, "nothing is left of it");
+    assert_eq!(ids(&root).await.len(), 2, "the backup left residue");
     let others = queue(&other, "c", &document, Options::new()).await;
     let roots = queue(&root, "d", &document, Options::new()).await;
     // The service counts recorded jobs again.

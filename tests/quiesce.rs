@@ -258,7 +258,7 @@ async fn a_machine_that_is_paused_is_not_frozen() {
     assert_eq!(
         agent.seen_all(),
         [""; 0],
-        "an agent that cannot answer is not asked"
+        "the service called an agent that cannot reply"
     );
 }
 

@@ -75,20 +75,20 @@ const KINDS: [&str; 22] = [
     "since",
     "cancelled",
     "full store",
-    "QEMU dies",
-    "service dies",
+    "QEMU killed",
+    "service killed",
     "reboot",
     "restart",
     "merge",
     "with-dependents",
     "prune",
-    "another boot",
-    "another boot in a merge",
+    "host restart",
+    "host restart during a merge",
     "stale catalog",
     "neighbour",
     "neighbour with our UUID",
     "rename",
-    "name reused",
+    "reused name",
     "clock",
     "backup without exchange and links",
     "merge without exchange and links",
@@ -333,7 +333,7 @@ impl Walk {
                 let held = self.scene.now.clone();
                 assert!(
                     self.take(&job, store, held).await,
-                    "a backup without a reason to fail is good"
+                    "a backup failed without a reason"
                 );
                 what
             }
@@ -433,7 +433,7 @@ fn every_backup_has_the_expected_content_after_every_step() {
     let walks: Vec<_> = walks.collect();
     let mut made = Made::new();
     for walk in walks {
-        for (kind, count) in walk.join().expect("the walk goes to its end") {
+        for (kind, count) in walk.join().expect("the sequence completes") {
             *made.entry(kind).or_default() += count;
         }
     }

@@ -58,7 +58,7 @@ async fn a_registered_domain_that_ends_during_a_backup_leaves_no_open_job() {
         let job = begin(&caller, "mine", &vm).await;
         vm.kill();
         assert_failed(&job).await;
-        wait::until("the domain to go", || {
+        wait::until("the domain to be removed", || {
             system.domain_path("mine").is_none().then_some(())
         });
     }
@@ -106,12 +106,15 @@ async fn a_backup_asks_other_machines_only_where_it_could_write_into_their_disks
     };
     let file = document(&format!("type='file'><target file='{}'/>", new.display()));
     caller.complete("web", &file).await;
-    assert_eq!(other.commands(), before, "a new file is nobody's disk");
+    assert_eq!(other.commands(), before, "no domain has the new file open");
     let passed = open(&system.dir().join("passed.qcow2"));
     let document = document("type='fd'><target fd='0'/>");
     let job = caller
         .start_with("web", &document, &[passed], Options::new())
         .await;
     assert_completed(&job).await;
-    assert!(other.commands() > before, "a file of the caller's may be");
+    assert!(
+        other.commands() > before,
+        "another domain may have the caller's file open"
+    );
 }

@@ -406,7 +406,7 @@ async fn a_backup_continues_after_the_service_is_stopped_and_restarted() {
     let mut scene = Scene::new();
     let id = slow_backup(&scene).await;
     assert_eq!(scene.system.stop_daemon(), Some(0));
-    assert_eq!(scene.vm.residue().jobs.len(), 2, "QEMU goes on");
+    assert_eq!(scene.vm.residue().jobs.len(), 2, "QEMU continues");
     scene.system.start_daemon();
     ends_well(scene, id).await;
 }
@@ -628,7 +628,7 @@ fn an_unreadable_catalog_stops_the_service_with_advice() {
     assert_eq!(
         std::fs::read(&catalog).unwrap(),
         vec![0x5a; good.len()],
-        "it is not replaced"
+        "the target was replaced"
     );
     std::fs::write(&catalog, good).unwrap();
     system.start_daemon();

@@ -59,7 +59,7 @@ async fn a_backup_of_root_cancels_a_users_that_is_almost_stopped() {
     assert_busy(&other).await;
     assert_completed(&root.start("web", "").await).await;
     assert_displaced(&held, "less than 1 MiB a second").await;
-    assert_eq!(vm.checkpoints("vda").len(), 1, "nothing is left of the other one");
+    assert_eq!(vm.checkpoints("vda").len(), 1, "the other backup left residue");
     // Root's backup is not cancelled for another one of root's.
     let slow = start(&root, "", 1).await;
     assert_busy(&root).await;
@@ -84,7 +84,7 @@ async fn a_users_backup_that_copies_as_it_should_is_waited_for() {
     let path = root.manager.get_job(number).await.unwrap();
     user.connection.close().await.unwrap();
     let root_starts = async || root.try_start("web", "", &[], Options::new()).await.ok();
-    let next = wait::until_async("the place to be free", root_starts).await;
+    let next = wait::until_async("the slot to be free", root_starts).await;
     let ended = root.job(path).await;
     assert_displaced(&ended, "has left the bus").await;
     assert_completed(&root.job(next).await).await;

@@ -354,7 +354,7 @@ async fn a_machine_is_hidden_from_all_but_one_group() {
     assert_eq!(
         admin.back_up("vault", "").await,
         no(PASSWORD),
-        "seeing is no more"
+        "the right to read allows nothing else"
     );
 
     assert_eq!(anna.listed().await, ["web"]);

@@ -169,7 +169,7 @@ async fn data_that_a_write_back_lost_while_the_service_stopped_is_no_backup() {
     scene.storage.affected().await;
     scene.system.daemon().process().signal(Signal::TERM);
     let mut log = String::new();
-    until_async("the service to leave the backup", || {
+    until_async("the service to detach from the backup", || {
         log = scene.system.daemon().log();
         let left = log.contains("leaving the backup to a later instance of the service");
         async move { left.then_some(()) }
@@ -431,7 +431,7 @@ async fn storage_that_hangs_before_anything_is_copied_refuses_the_backup_in_time
     scene.caller.complete("web", "").await;
     assert!(scene.storage.is_hanging());
     scene.storage.heal();
-    until_async("the machine to be free for the next", || async {
+    until_async("the domain to be free for the next backup", || async {
         let next = scene.caller.try_start("web", DOCUMENT, &[], Options::new()).await;
         assert_completed(&scene.caller.job(next.ok()?).await).await;
         Some(())

@@ -592,7 +592,7 @@ async fn an_interrupted_backupctl_leaves_neither_a_job_nor_a_file() {
     let arguments = ["restore", &id(&full), "--to", out.to_str().unwrap()];
     let mut restore = system.clients().start_backupctl("restore", 0, &arguments);
     hanging.wait_for_start();
-    assert_eq!(files_below(&out), [""; 0], "they have no names yet");
+    assert_eq!(files_below(&out), [""; 0], "the files have names already");
     restore.signal(Signal::INT);
     assert_eq!(restore.wait(), 3, "{}", restore.log());
     assert_eq!(files_below(&out), [""; 0]);

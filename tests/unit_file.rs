@@ -168,7 +168,7 @@ fn the_readme_gives_a_reason_for_every_key_that_is_not_set() {
             let weight = key.exposure.unwrap_or_default();
             assert!(
                 row[name.len()..].starts_with(&weight),
-                "{row}: systemd-analyze says {weight}"
+                "{row}: systemd-analyze prints {weight}"
             );
         }
     }

@@ -79,7 +79,7 @@ impl Guest {
     pub(super) fn wait_for_boot(&mut self) {
         let mut word = [0];
         self.0.read_exact(&mut word).expect("the guest boots");
-        assert_eq!(&word, b"R", "the guest says that it runs");
+        assert_eq!(&word, b"R", "the guest reports that it runs");
     }
 
     /// Makes the guest power the VM off.

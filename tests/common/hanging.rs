@@ -195,7 +195,7 @@ impl Hanging {
 
     /// Waits until so many operations were disturbed.
     pub async fn affected_often(&self, count: usize) {
-        wait::until_async("somebody to use the file system", || async {
+        wait::until_async("a process to use the file system", || async {
             (lock(&self.control).affected >= count).then_some(())
         })
         .await;

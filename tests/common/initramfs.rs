@@ -107,7 +107,7 @@ impl Initramfs {
         pack.args(["-euc", r#"cd "$1" && find . | "$2" cpio -o -H newc >"$3""#, "sh"])
             .args([&self.root, &self.parts.join("busybox"), &archive]);
         process::run(pack).expect_success();
-        fs::remove_dir_all(&self.root).expect("what was packed is removed");
+        fs::remove_dir_all(&self.root).expect("the unpacked files are removed");
         archive
     }
 

@@ -454,7 +454,7 @@ impl System {
     /// Waits until the service does not know the domain.
     #[track_caller]
     pub fn wait_for_no_domain(&self, name: &str) {
-        wait::until(&format!("the domain {name} to go"), || {
+        wait::until(&format!("the domain {name} to be removed"), || {
             self.domain_path(name).is_none().then_some(())
         });
     }

@@ -230,7 +230,7 @@ impl Peer {
             late_descriptors: Vec::new(),
         };
         loop {
-            let Some((byte, descriptors)) = wait::within("the other end to speak", self.byte()).await else {
+            let Some((byte, descriptors)) = wait::within("the other end to send", self.byte()).await else {
                 assert!(line.is_empty(), "half a line: {}", String::from_utf8_lossy(&line));
                 return None;
             };

@@ -238,7 +238,7 @@ impl Shared {
     }
 
     fn fate(&self, line: &[u8]) -> Fate {
-        let command: Value = serde_json::from_slice(line).expect("the service speaks JSON");
+        let command: Value = serde_json::from_slice(line).expect("the service sends JSON");
         let name = command["execute"].as_str().unwrap_or_default();
         lock(&self.heard).push(name.to_owned());
         if lock(&self.lost).contains(&name) {

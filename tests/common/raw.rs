@@ -167,7 +167,7 @@ impl Client {
     /// Waits until the bus has sent these bytes since the last call.
     #[track_caller]
     pub fn wait_for(&mut self, word: &str) {
-        let end = wait::until(&format!("the bus to say {word:?}"), || {
+        let end = wait::until(&format!("the bus to send {word:?}"), || {
             let place = |bytes: &[u8]| bytes.windows(word.len()).position(|part| part == word.as_bytes());
             if place(&self.received).is_none() {
                 let mut buffer = [0; 65536];

@@ -161,11 +161,7 @@ impl Recorded {
         for (id, disks) in &self.backups {
             for (disk, content) in disks {
                 let image = self.image(id, disk);
-                assert!(
-                    read(&image) == *content,
-                    "{} does not show what there was",
-                    image.display()
-                );
+                assert!(read(&image) == *content, "{} has wrong content", image.display());
             }
         }
     }

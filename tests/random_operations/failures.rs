@@ -48,10 +48,10 @@ impl Walk {
         self.kill_qemu();
         if let Some(job) = job {
             let held = self.scene.now.clone();
-            assert!(!self.take(&job, store, held).await, "its QEMU died");
+            assert!(!self.take(&job, store, held).await, "its QEMU was killed");
         }
         self.boot();
-        "QEMU dies"
+        "QEMU killed"
     }
 
     /// Kills QEMU. Data that the guest flushed is kept.
@@ -102,6 +102,6 @@ impl Walk {
         let job = caller.job(path).await;
         job.set_speed(0).await.ok();
         self.take(&job, store, held).await;
-        "service dies"
+        "service killed"
     }
 }

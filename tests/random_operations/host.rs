@@ -89,7 +89,7 @@ impl Walk {
         let job = self.newest_job().await;
         let good = self.take(&job, store, held).await;
         assert_eq!(good, durable.is_some(), "the host went down {point}");
-        "another boot"
+        "host restart"
     }
 
     /// Restarts the host at some point of a deletion.
@@ -124,7 +124,7 @@ impl Walk {
             self.lose_pages();
         }
         self.host_boots();
-        wait::until(&format!("what {point:?} left to be gone"), || {
+        wait::until(&format!("the residue after {point:?} to be removed"), || {
             self.ledger.hidden().is_empty().then_some(())
         });
         // The service finishes an operation that it can finish; otherwise the caller repeats the call.
@@ -133,7 +133,7 @@ impl Walk {
             assert!(name.ends_with("NoSuchBackup"), "{point:?}: {error}");
         }
         self.ledger.remove(id);
-        "another boot in a merge"
+        "host restart during a merge"
     }
 
     fn start_dying_service(&mut self, point: impl std::fmt::Display) {

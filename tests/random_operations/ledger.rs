@@ -115,7 +115,7 @@ impl Ledger {
             disks,
         };
         let before = self.backups.insert(id, held);
-        assert!(before.is_none(), "an id is given away once");
+        assert!(before.is_none(), "an id was assigned twice");
     }
 
     #[track_caller]
@@ -199,7 +199,7 @@ impl Ledger {
                     .collect();
                 assert!(
                     wrong.is_empty(),
-                    "{context}: {} does not show what there was, in {} sectors from {} to {}",
+                    "{context}: {} has wrong content, in {} sectors from {} to {}",
                     image.display(),
                     wrong.len(),
                     wrong[0],

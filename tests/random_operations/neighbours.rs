@@ -151,7 +151,7 @@ impl Walk {
         }
         vm.quit();
         self.scene.system.remove_domain_file(name);
-        "name reused"
+        "reused name"
     }
 
     /// Returns a VM of that name that the service knows.

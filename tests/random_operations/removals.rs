@@ -93,7 +93,7 @@ impl Walk {
         });
         let own = ids.iter().filter(|id| self.ledger.backups[*id].whose.is_own());
         let made = self.ledger.of_in(Whose::Ours, store);
-        assert!(own.eq(&made), "they are numbered in the order of making");
+        assert!(own.eq(&made), "the numbers are not in the order of creation");
         ids
     }
 

@@ -1,7 +1,7 @@
 # The package is installed, and the first call starts the service.
 # shellcheck shell=bash
 
-test_the_bus_is_the_one_to_test_with() {
+test_the_system_runs_the_bus_under_test() {
     local runs
     runs=$(systemctl show --property=Id --value dbus.service)
     case $BUS in
@@ -10,7 +10,7 @@ test_the_bus_is_the_one_to_test_with() {
     esac
 }
 
-test_the_package_installs_into_a_system_that_has_what_it_depends_on() {
+test_the_package_installs_with_its_dependencies() {
     dpkg --install /backupd-tests/backupd.deb
     dpkg --audit
     [ -z "$(dpkg --verify backupd)" ]
@@ -44,7 +44,7 @@ test_manual_pages_completions_and_examples_are_there() {
     [ -s /usr/share/doc/backupd/examples/polkit-rules/50-backupd-anna-web.rules ]
 }
 
-test_managers_find_the_directory_for_their_domains_before_the_service_ran() {
+test_the_directory_for_domains_exists_before_the_service_runs() {
     [ -d /run/backupd/domains.d ]
     [ ! -e /var/lib/backupd ]
 }
@@ -65,6 +65,6 @@ test_the_state_directory_is_for_root_alone() {
     [ "$(stat --format '%U %a' /var/lib/backupd)" = "root 700" ]
 }
 
-test_the_service_knows_what_polkit_says_to_whom() {
+test_polkit_has_the_actions_of_the_service() {
     pkaction --action-id org.example.backup1.domain.backup
 }

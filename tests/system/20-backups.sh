@@ -3,7 +3,7 @@
 
 readonly EXAMPLES=/usr/share/doc/backupd/examples/polkit-rules
 
-test_a_machine_whose_sockets_belong_to_another_user_is_reached() {
+test_a_vm_whose_sockets_belong_to_another_user_is_connected() {
     make_user vm
     make_user anna
     make_user bert
@@ -13,7 +13,7 @@ test_a_machine_whose_sockets_belong_to_another_user_is_reached() {
     until_true "the service to reach the machine" knows web
 }
 
-test_a_backup_by_root_is_what_the_disk_holds() {
+test_a_backup_by_root_equals_the_disk() {
     backupctl create web
     same_as_disk web /srv/vm "$(newest_image web)"
     [ "$(stat --format '%U %a' "$(newest_image web)")" = "root 600" ]

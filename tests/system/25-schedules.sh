@@ -19,14 +19,14 @@ no_dropins() {
 }
 failed_units() { systemctl --failed --no-legend --plain | cut -d ' ' -f 1; }
 
-test_a_machine_is_backed_up_every_night_when_its_timer_is_enabled() {
+test_a_vm_is_backed_up_every_night_when_its_timer_is_enabled() {
     [ -z "$(systemctl list-timers --all --no-legend 'backupd-backup@*')" ]
     systemctl enable --now backupd-backup@web.timer
     contains "$(systemctl list-timers --no-legend)" backupd-backup@web.service
     [ -L /etc/systemd/system/timers.target.wants/backupd-backup@web.timer ]
 }
 
-test_what_the_timer_starts_makes_a_backup_and_ends_with_it() {
+test_the_unit_of_the_timer_ends_with_its_backup() {
     local before
     before=$(backups_of web)
     stop_service
@@ -38,7 +38,7 @@ test_what_the_timer_starts_makes_a_backup_and_ends_with_it() {
     [ -z "$(failed_units)" ]
 }
 
-test_a_drop_in_says_what_else_the_backup_is_told() {
+test_a_drop_in_adds_options_to_the_backup() {
     local newest
     dropin backupd-backup@web.service '[Service]' 'Environment="BACKUPCTL_ARGS=--format raw --bandwidth 1G"'
     systemctl start backupd-backup@web.service
@@ -49,7 +49,7 @@ test_a_drop_in_says_what_else_the_backup_is_told() {
     systemctl start backupd-backup@web.service
 }
 
-test_a_backup_that_failed_is_a_failed_unit_and_starts_what_the_administrator_wants() {
+test_a_failed_backup_fails_its_unit_and_triggers_on_failure() {
     local unit
     # The name is the unescaped one.
     unit=$(systemd-escape --template=backupd-backup@.service 'no such-machine $HOME')
@@ -64,7 +64,7 @@ test_a_backup_that_failed_is_a_failed_unit_and_starts_what_the_administrator_wan
     systemctl reset-failed
 }
 
-test_a_night_that_was_missed_is_made_up_for() {
+test_a_missed_backup_runs_after_the_boot() {
     local before
     before=$(backups_of web)
     systemctl stop backupd-backup@web.timer
@@ -82,7 +82,7 @@ test_a_night_that_was_missed_is_made_up_for() {
     same_as_disk web /srv/vm "$(newest_image web)"
 }
 
-test_a_machine_is_not_backed_up_any_more_when_its_timer_is_disabled() {
+test_a_vm_is_not_backed_up_any_more_when_its_timer_is_disabled() {
     systemctl disable --now backupd-backup@web.timer
     [ -z "$(systemctl list-timers --all --no-legend 'backupd-backup@*')" ]
 }

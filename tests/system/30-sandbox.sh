@@ -20,7 +20,7 @@ in_sandbox() { # SCRIPT
     return "$status"
 }
 
-test_home_and_temporary_directories_are_unseen() {
+test_home_and_temporary_directories_are_hidden() {
     touch /tmp/of-others /var/tmp/of-others /root/of-root /home/anna/of-anna
     local seen
     seen=$(in_sandbox 'ls -A /home /root /run/user /tmp /var/tmp; true')
@@ -28,7 +28,7 @@ test_home_and_temporary_directories_are_unseen() {
     contains "$seen" /home
 }
 
-test_only_the_places_of_stores_can_be_written() {
+test_only_the_directories_of_stores_are_writable() {
     mkdir -p /media /srv /mnt /var/backups /opt
     in_sandbox '
         status=0
@@ -41,7 +41,7 @@ test_only_the_places_of_stores_can_be_written() {
         exit $status'
 }
 
-test_what_is_in_the_places_of_stores_cannot_be_run() {
+test_files_in_the_directories_of_stores_cannot_be_executed() {
     in_sandbox '
         status=0
         for place in /srv /mnt /media /var/backups /var/lib/backupd; do
@@ -66,7 +66,7 @@ test_block_devices_can_be_opened_and_other_devices_not() {
     rm /dev/probe-*
 }
 
-test_what_is_mounted_later_appears_inside() {
+test_later_mounts_appear_in_the_sandbox() {
     runs
     mkdir -p /mnt/usb
     mount -t tmpfs tmpfs /mnt/usb
@@ -86,7 +86,7 @@ test_a_block_device_is_a_target() {
     rm /run/web.raw
 }
 
-test_a_block_device_that_a_qemu_has_open_by_another_node_is_refused() {
+test_a_block_device_that_a_qemu_has_open_through_another_node_is_refused() {
     # As under libvirt, which gives each QEMU a /dev of its own. The service does not know this machine.
     cp --archive "$DISK" /dev/node-of-other
     systemd-run --quiet --unit=vm-other qemu-system-x86_64 -name other -machine q35 -accel tcg -m 64 -S -display none \
@@ -105,7 +105,7 @@ test_a_block_device_that_a_qemu_has_open_by_another_node_is_refused() {
     backupctl create web --disk "vda=$DISK" --format raw
 }
 
-test_the_service_itself_cannot_look_into_a_machine() {
+test_the_service_itself_cannot_inspect_a_qemu_process() {
     local qemu
     qemu=$(systemctl show --property=MainPID --value vm-web.service)
     readlink "/proc/$qemu/fd/0"
@@ -132,7 +132,7 @@ test_without_the_helper_no_existing_target_is_overwritten() {
     backupctl create web --disk "vda=$DISK" --format raw
 }
 
-test_the_helper_leaves_nothing_behind() {
+test_the_helper_leaves_no_residue() {
     no_helper_runs() { [ -z "$(systemctl list-units --no-legend --all 'backupd-look@*')" ]; }
     until_true "the helpers to have ended" no_helper_runs
     [ -z "$(systemctl --failed --no-legend --plain)" ]
@@ -147,7 +147,7 @@ test_a_path_in_home_is_refused_by_name() {
     has_nothing_of_ours web
 }
 
-test_a_path_in_tmp_is_refused_and_not_made_where_nobody_sees_it() {
+test_a_path_in_tmp_is_refused_and_not_created_in_the_private_tmp() {
     local said
     said=$(status_of backupctl create web --to /tmp 2>&1)
     contains "$said" "status 1"
@@ -163,7 +163,7 @@ test_an_open_file_in_home_is_a_target() {
     [ "$(stat --format %U /home/anna/backups/vda.qcow2)" = anna ]
 }
 
-test_the_disk_of_a_machine_is_refused_as_target_though_it_lies_in_home() {
+test_the_disk_of_a_vm_in_home_is_refused_as_target() {
     # Only the process itself can check: the service cannot access the path.
     start_vm desktop anna /home/anna
     configure_vm desktop
@@ -174,14 +174,14 @@ test_the_disk_of_a_machine_is_refused_as_target_though_it_lies_in_home() {
     contains "$said" "disk of a running"
 }
 
-test_a_machine_with_its_disk_in_home_is_backed_up() {
+test_a_vm_with_its_disk_in_home_is_backed_up() {
     backupctl create desktop
     same_as_disk desktop /home/anna "$(newest_image desktop)"
     rm /etc/backupd/domains.d/desktop.toml
     systemctl stop vm-desktop.service
 }
 
-test_another_place_takes_a_drop_in() {
+test_a_store_elsewhere_requires_a_drop_in() {
     local said
     said=$(status_of backupctl create web --to /opt 2>&1)
     contains "$said" "status 1"

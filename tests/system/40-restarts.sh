@@ -1,7 +1,7 @@
 # The service ends in the middle of a backup, and the next one resumes it.
 # shellcheck shell=bash
 
-test_a_backup_outlives_the_service_being_killed() {
+test_a_backup_continues_after_the_service_is_killed() {
     local id killed
     id=$(start_slow_backup web)
     until_true "QEMU to copy" copies web
@@ -28,7 +28,7 @@ test_a_stop_leaves_the_backup_running_in_qemu_and_the_next_call_finds_it() {
     has_nothing_of_ours web
 }
 
-test_a_backup_that_ended_while_nobody_looked_has_its_true_outcome() {
+test_a_backup_that_ended_without_a_service_has_its_true_outcome() {
     local id
     id=$(start_slow_backup web)
     until_true "QEMU to copy" copies web
@@ -42,7 +42,7 @@ test_a_backup_that_ended_while_nobody_looked_has_its_true_outcome() {
     has_nothing_of_ours web
 }
 
-test_what_was_backed_up_is_known_after_a_restart() {
+test_backups_are_listed_after_a_restart() {
     local before
     before=$(backupctl jobs --all --json)
     contains "$before" completed

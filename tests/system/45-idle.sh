@@ -23,7 +23,7 @@ copied() { # DOMAIN: how many bytes QEMU has copied
     backup_job "$1" | sed -n 's/.*"current-progress": \([0-9]*\).*/\1/p'
 }
 
-test_the_service_leaves_when_nobody_needs_it_and_the_next_call_starts_it_again() {
+test_the_idle_service_exits_and_the_next_call_starts_it() {
     leave_after 1
     backupctl domains
     local before
@@ -35,7 +35,7 @@ test_the_service_leaves_when_nobody_needs_it_and_the_next_call_starts_it_again()
     [ "$(invocation)" != "$before" ]
 }
 
-test_no_call_is_lost_while_the_service_leaves() {
+test_no_call_is_lost_while_the_service_exits() {
     leave_after 0.05
     local before after i starts=0
     before=$(invocation)
@@ -50,7 +50,7 @@ test_no_call_is_lost_while_the_service_leaves() {
     [ "$starts" -gt 5 ] || fail "it was started only $starts times: the calls never met it leaving"
 }
 
-test_the_service_stays_while_a_backup_runs_and_leaves_after_it() {
+test_the_service_stays_during_a_backup_and_exits_after_it() {
     leave_after 0.1
     local id pid first
     id=$(start_slow_backup web)
@@ -67,7 +67,7 @@ test_the_service_stays_while_a_backup_runs_and_leaves_after_it() {
     has_nothing_of_ours web
 }
 
-test_an_upgrade_of_a_service_that_has_left_starts_nothing() {
+test_an_upgrade_does_not_start_an_idle_service() {
     leave_after 0.1
     backupctl domains
     until_true "the service to leave" has_left

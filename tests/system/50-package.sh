@@ -1,7 +1,7 @@
 # The package is upgraded and removed while the service runs.
 # shellcheck shell=bash
 
-test_an_upgrade_restarts_the_service_and_no_backup_ends_by_it() {
+test_an_upgrade_restarts_the_service_and_its_backups_continue() {
     local id before
     id=$(start_slow_backup web)
     until_true "QEMU to copy" copies web
@@ -15,7 +15,7 @@ test_an_upgrade_restarts_the_service_and_no_backup_ends_by_it() {
     has_nothing_of_ours web
 }
 
-test_an_upgrade_waits_for_what_it_would_end() {
+test_an_upgrade_waits_for_exports() {
     local before said id export
     before=$(main_pid)
     id=$(basename "$(dirname "$(newest_image web)")")
@@ -36,7 +36,7 @@ test_an_upgrade_waits_for_what_it_would_end() {
     dpkg --install /backupd-tests/backupd-next.deb
 }
 
-test_an_upgrade_starts_nothing_that_did_not_run() {
+test_an_upgrade_does_not_start_a_stopped_service() {
     stop_service
     dpkg --install /backupd-tests/backupd.deb
     runs_not
@@ -44,7 +44,7 @@ test_an_upgrade_starts_nothing_that_did_not_run() {
     runs_not
 }
 
-test_an_upgrade_keeps_what_the_administrator_configured() {
+test_an_upgrade_keeps_the_configuration() {
     echo '# changed' >>/etc/backupd/backupd.toml
     dpkg --install --force-confold /backupd-tests/backupd.deb
     grep -qx '# changed' /etc/backupd/backupd.toml
@@ -54,7 +54,7 @@ test_an_upgrade_keeps_what_the_administrator_configured() {
 
 can_be_started() { busctl --system --no-legend list --activatable | grep -q '^org\.example\.Backup1 '; }
 
-test_removal_stops_the_service_and_the_schedules_and_the_bus_forgets_it() {
+test_removal_stops_the_service_and_its_timers_and_unregisters_the_name() {
     systemctl enable --now backupd-backup@web.timer
     backupctl domains
     runs
@@ -76,7 +76,7 @@ test_removal_keeps_configuration_records_and_backups() {
     same_as_disk web /srv/vm "$(newest_image web)"
 }
 
-test_the_package_comes_back_with_what_it_knew() {
+test_a_reinstalled_package_keeps_its_records() {
     dpkg --install /backupd-tests/backupd-next.deb
     until_true "the service to reach the machine" knows web
 }
@@ -92,7 +92,7 @@ test_purging_removes_the_records_and_never_a_backup() {
     [ ! -L /etc/systemd/system/timers.target.wants/backupd-backup@web.timer ]
 }
 
-test_purging_without_backups_leaves_nothing() {
+test_purging_without_backups_leaves_no_file() {
     rm -r /var/lib/backupd/backups /etc/backupd/domains.d/web.toml
     dpkg --install /backupd-tests/backupd-next.deb
     backupctl domains

@@ -4,13 +4,13 @@
 # A backup that failed on purpose.
 readonly WANTED='backupd-backup@no.x20such'
 
-test_the_journal_has_no_error_of_anybody() {
+test_the_journal_has_no_errors() {
     local errors
     errors=$(journalctl --no-pager --boot --quiet --priority=err --output=short | grep -v "$WANTED" | head -n 20 || true)
     [ -z "$errors" ] || fail "$errors"
 }
 
-test_the_journal_has_no_warning_about_the_service_but_of_the_kills() {
+test_the_journal_has_no_warnings_about_the_service_except_the_kills() {
     local warnings kill="backupd.service: Main process exited, code=killed, status=9/KILL
 backupd.service: Failed with result 'signal'."
     warnings=$(journalctl --no-pager --boot --quiet --priority=warning --output=cat --grep='backupd|Backup1' |

@@ -129,7 +129,7 @@ async fn files_in_use_and_foreign_files_stay() {
         &root,
         &ids[2],
         "Error.TargetInvalid",
-        "notes: is not the backup's",
+        "notes: does not belong to the backup",
     )
     .await;
     fs::remove_file(&notes).unwrap();
@@ -140,7 +140,7 @@ async fn files_in_use_and_foreign_files_stay() {
         &root,
         &ids[2],
         "Error.TargetInvalid",
-        "vda.qcow2: is not the backup's",
+        "vda.qcow2: does not belong to the backup",
     )
     .await;
     fs::remove_file(&image).unwrap();
@@ -258,7 +258,10 @@ async fn a_rescan_finishes_deletions_that_are_not_in_the_catalog() {
     fs::write(strange.join("mine"), "mine").unwrap();
     let (found, problems) = root.manager.rescan(Options::new()).await.unwrap();
     assert_eq!((found, problems.len()), (2, 1), "{problems:#?}");
-    assert!(problems[0].contains("mine: is not the backup's"), "{problems:#?}");
+    assert!(
+        problems[0].contains("mine: does not belong to the backup"),
+        "{problems:#?}"
+    );
     assert!(!hidden.exists() && !empty.exists() && strange.join("mine").exists());
     assert_eq!(listed(&root).await.len(), 2);
 }

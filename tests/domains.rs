@@ -793,7 +793,14 @@ async fn a_descriptor_that_is_not_a_connected_stream_socket_is_refused() {
     )
     .await;
     let (datagram, _other) = UnixDatagram::pair().unwrap();
-    refuses(&caller, "mine", datagram, INVALID_ARGS, "another kind").await;
+    refuses(
+        &caller,
+        "mine",
+        datagram,
+        INVALID_ARGS,
+        "its type is not UNIX stream",
+    )
+    .await;
     let (packet, _other) = rustix::net::socketpair(
         rustix::net::AddressFamily::UNIX,
         rustix::net::SocketType::SEQPACKET,
@@ -801,10 +808,17 @@ async fn a_descriptor_that_is_not_a_connected_stream_socket_is_refused() {
         None,
     )
     .unwrap();
-    refuses(&caller, "mine", packet, INVALID_ARGS, "another kind").await;
+    refuses(
+        &caller,
+        "mine",
+        packet,
+        INVALID_ARGS,
+        "its type is not UNIX stream",
+    )
+    .await;
     let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let tcp = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
-    refuses(&caller, "mine", tcp, INVALID_ARGS, "another kind").await;
+    refuses(&caller, "mine", tcp, INVALID_ARGS, "its type is not UNIX stream").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -128,7 +128,7 @@ async fn garbage_instead_of_a_greeting_is_refused() {
         r#"{"QMP": "#,
         "{\"QMP\": {}} trailing",
     ] {
-        assert_not_qmp(&opening(said).await, "no message");
+        assert_not_qmp(&opening(said).await, "not a QMP message");
     }
     let (ours, mut peer) = Peer::pair();
     let (opened, said) = tokio::join!(
@@ -136,7 +136,7 @@ async fn garbage_instead_of_a_greeting_is_refused() {
         peer.say_bytes(b"\xff\xfe\xc3\x28\n")
     );
     said.unwrap();
-    assert_not_qmp(&opened.map(drop).unwrap_err(), "no message");
+    assert_not_qmp(&opened.map(drop).unwrap_err(), "not a QMP message");
 }
 
 #[tokio::test]

@@ -435,8 +435,8 @@ async fn a_queued_backup_runs_as_authorised_or_not_at_all() {
     cancel(&running).await;
     for (mut queued, why) in [
         (disks, "disks changed"),
-        (paths, "another file, device or directory"),
-        (made_again, "another file, device or directory"),
+        (paths, "file, device or directory is not the same"),
+        (made_again, "file, device or directory is not the same"),
     ] {
         queued.refused(why).await;
         let (result, _, message) = wait::within("the end", queued.job.wait()).await.unwrap();

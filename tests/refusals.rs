@@ -259,7 +259,11 @@ async fn an_existing_file_or_a_missing_directory_is_refused() {
         )
         .await;
     scene
-        .refuses_target(&there.join("below"), "TargetInvalid", &["there", "no directory"])
+        .refuses_target(
+            &there.join("below"),
+            "TargetInvalid",
+            &["there", "not a directory"],
+        )
         .await;
     // A dangling link counts as an existing file too.
     symlink("nowhere", scene.target("link")).unwrap();

@@ -346,7 +346,7 @@ async fn progress_without_subscribers_is_rarely_queried() {
     tokio::time::sleep(ATTENTION).await;
     proxy.take_heard();
     let time = idle_time();
-    wakeups(pid, "A backup runs that nobody looks at").await;
+    wakeups(pid, "A backup runs without subscribers").await;
     let heard = proxy.take_heard();
     println!("QEMU received {heard:?}.");
     assert!(heard.len() as u64 <= time.as_secs() / 10 + 1, "{heard:?}");

@@ -106,7 +106,7 @@ impl Scene {
 fn begin(caller: Caller) -> tokio::task::JoinHandle<String> {
     tokio::spawn(async move {
         let answer = caller.try_start("web", "", &[], Options::new()).await;
-        error_name(&answer.expect_err("nobody has allowed it"))
+        error_name(&answer.expect_err("a call without permission must fail"))
     })
 }
 
@@ -222,7 +222,7 @@ async fn an_answer_of_the_wrong_type_allows_nothing() {
     authority.decide(all_but_backup(Answer::Garbage)).await;
     let caller = Caller::new(&scene.system).await;
     let answer = caller.try_start("web", "", &[], Options::new()).await;
-    answer.expect_err("nobody has allowed it");
+    answer.expect_err("a call without permission must fail");
     scene.assert_nothing_happened();
     authority.stop(&scene.system).await;
     // polkit's own library may crash and take the service with it, which denies the call as well. Only the owner of
@@ -298,7 +298,7 @@ async fn refusals(caller: &Caller, named: &Named) -> Vec<(String, String)> {
         refusal(caller, root("Rescan"), &(none(),)).await,
     ];
     let created = caller.try_start(&named.domain, "", &[], none()).await;
-    let created = created.expect_err("nobody has allowed it");
+    let created = created.expect_err("a call without permission must fail");
     refused.push((error_name(&created), created.to_string()));
     for member in ["CreateCheckpoint", "DeleteCheckpoint"] {
         let call = (domain.as_str(), DOMAIN_INTERFACE, member);

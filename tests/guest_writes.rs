@@ -1,6 +1,7 @@
 //! The guest of a VM whose backup's target fails while the guest writes: a Linux that writes to its disk all the time.
 //!
-//! QEMU copies a part of the disk to the target before the guest overwrites it. If that fails, so does the guest's write.
+//! QEMU copies a part of the disk to the target before the guest overwrites it. If that fails, the guest's write fails
+//! too.
 
 use std::fs;
 use std::path::PathBuf;

@@ -274,7 +274,7 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
                 .await
             }
             Some(("Backup", property)) => get(caller, &domain.backup, BACKUP_INTERFACE, property).await,
-            _ => panic!("{member} is called by nobody"),
+            _ => panic!("{member} is not called by any test"),
         },
     }
 }

@@ -557,7 +557,7 @@ async fn messages_sent_before_a_hangup_still_count() {
         let first = client.execute(raw("quit", json!({})));
         let mut first = pin!(first);
         let command = tokio::select! {
-            _ = &mut first => panic!("nobody answered"),
+            _ = &mut first => panic!("completed without a reply"),
             command = peer.receive() => command,
         };
         peer.answer(&command, json!("bye")).await;
@@ -740,7 +740,7 @@ async fn a_command_that_is_dropped_halfway_leaves_no_half_line() {
         let dropped = client.execute(raw("dropped", json!({ "text": "x".repeat(100_000) })));
         tokio::select! {
             biased;
-            _ = dropped => panic!("nobody answered"),
+            _ = dropped => panic!("completed without a reply"),
             () = async { for _ in 0..10 { tokio::task::yield_now().await } } => {}
         }
         // And one that the driver has not even seen.
@@ -828,7 +828,7 @@ async fn a_peer_that_reads_nothing_makes_nothing_grow() {
     for _ in 0..40 {
         tokio::select! {
             biased;
-            _ = client.execute(raw("echo", json!({ "text": text }))) => panic!("nobody answered, and nothing is full"),
+            _ = client.execute(raw("echo", json!({ "text": text }))) => panic!("completed without a reply or a full queue"),
             () = async { for _ in 0..10 { tokio::task::yield_now().await } } => {}
         }
     }
@@ -858,7 +858,7 @@ async fn commands_that_nobody_waits_for_leave_room_for_others() {
     for number in 0..5000 {
         let abandoned = client.execute(raw("echo", json!({ "number": number })));
         tokio::select! {
-            _ = abandoned => panic!("nobody answered"),
+            _ = abandoned => panic!("completed without a reply"),
             command = peer.receive() => received.push(command),
         }
     }
@@ -879,14 +879,14 @@ async fn a_descriptor_that_nobody_waits_for_still_keeps_the_next_one_waiting() {
     let file = || OwnedFd::from(File::open("/dev/null").unwrap());
     let first = client.execute_with_descriptor(raw("add-fd", json!({ "opaque": "first" })), file());
     let first = tokio::select! {
-        _ = first => panic!("nobody answered"),
+        _ = first => panic!("completed without a reply"),
         command = peer.receive() => command,
     };
     // So many that abandoned commands are removed from the queue.
     for _ in 0..1100 {
         let abandoned = client.execute(raw("echo", json!({})));
         tokio::select! {
-            _ = abandoned => panic!("nobody answered"),
+            _ = abandoned => panic!("completed without a reply"),
             _ = peer.receive() => {}
         }
     }
@@ -1009,7 +1009,7 @@ async fn a_dropped_descriptor_keeps_the_others_waiting_until_it_was_answered() {
     let add =
         |text: &str| client.execute_with_descriptor(raw("add-fd", json!({ "opaque": text })), file_of(text));
     let dropped = tokio::select! {
-        _ = add("dropped") => panic!("nobody answered"),
+        _ = add("dropped") => panic!("completed without a reply"),
         command = peer.receive() => command,
     };
     let (next, other, ()) = tokio::join!(add("next"), client.execute(raw("other", json!({}))), async {

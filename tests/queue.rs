@@ -371,7 +371,7 @@ async fn queued_backups_survive_a_restart_except_those_into_open_files() {
     assert_eq!(job.state().await.unwrap(), "queued");
     assert_eq!(job.queue_position().await.unwrap(), 1);
     assert_eq!(job.started_by_uid().await.unwrap(), USER);
-    // Also if nobody stopped it.
+    // Also if the service was not stopped.
     system.kill_daemon();
     system.start_daemon();
     assert_eq!(job.state().await.unwrap(), "queued");

@@ -159,7 +159,8 @@ async fn data_that_an_early_write_back_lost_is_no_backup() {
     scene.assert_as_before().await;
 }
 
-/// The storage reports an error once, to a write-back that runs when the service is stopped. The next service's fsyncs succeed.
+/// The storage reports an error once, to a write-back that runs when the service is stopped. The fsyncs of the next
+/// service succeed.
 #[tokio::test(flavor = "multi_thread")]
 async fn data_that_a_write_back_lost_while_the_service_stopped_is_no_backup() {
     let mut scene = Scene::new().await;
@@ -578,7 +579,7 @@ async fn waiting_for_slow_storage_is_not_a_stall() {
     assert!(since.elapsed() > 2 * STALL, "{:?}", since.elapsed());
     assert!(
         longest > STALL,
-        "nobody waited longer than the limit: {longest:?}"
+        "no call waited longer than the limit: {longest:?}"
     );
     scene.storage.heal();
     let left: Vec<String> = listed(caller).await.into_iter().map(|(id, _)| id).collect();

@@ -115,7 +115,7 @@ pub struct Hanging {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().expect("nobody panics inside")
+    mutex.lock().expect("no holder of the lock panics")
 }
 
 impl Hanging {

@@ -1,5 +1,6 @@
-/* A program in place of one that reads images, after a fault of its parser: it tries whatever it can do to others, and says on
- * its standard error what it reached. It is compiled with names of things that are there. */
+/* Simulates a program that reads images and was taken over through a fault of its parser. It tries to reach other
+ * resources, and prints each one that it reached on standard error. It is compiled with the names of existing
+ * resources. */
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -45,7 +46,7 @@ static int opens(const char *path, int flags)
     return file >= 0;
 }
 
-/* A file of the service's process, or of whoever started this. */
+/* A file of the process of the service, or of another parent. */
 static const char *of_parent(const char *name)
 {
     static char path[64];
@@ -73,7 +74,7 @@ static int connects_to_port(int type)
     return connects(type, (struct sockaddr *)&address, sizeof address);
 }
 
-/* Its open files beside the standard ones; gives the first. */
+/* Lists the open descriptors except the standard ones; returns the first. */
 static int files(int *first)
 {
     int count = 0;

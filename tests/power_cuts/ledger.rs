@@ -101,7 +101,7 @@ impl Ledger {
                     Some(digests) => {
                         self.backups.insert(id.clone(), digests);
                     }
-                    None => problems.push(format!("{id} is listed, and nobody asked for it")),
+                    None => problems.push(format!("{id} is listed, and was not requested")),
                 }
             } else if flight.told && !flight.any && flight.removed.contains(id) {
                 problems.push(format!("{id} is listed, and was reported as removed"));

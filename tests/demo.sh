@@ -28,7 +28,7 @@ fail() {
 if [ "${1:-}" != --built ]; then
     tests/setup.sh
     step "Building"
-    # A debug build, as for the tests: an optimised one takes five times as long, and QEMU copies the data anyway.
+    # A debug build, as for the tests: an optimised one takes five times as long to compile, and QEMU copies the data anyway.
     "$CARGO" build --locked
     if [ "$(id -u)" != 0 ]; then
         # A private system bus with polkit needs root, as do callers of other users.

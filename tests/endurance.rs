@@ -153,7 +153,7 @@ async fn back_up(system: &System, index: usize) -> bool {
         }
     };
     caller.connection.close().await.unwrap();
-    // Removes the backup, which would fill the disk and is not tested here.
+    // Later rounds do not need the backup, which would fill the disk.
     let _ = fs::remove_dir_all(system.store().join("web"));
     completed
 }

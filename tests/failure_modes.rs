@@ -419,7 +419,7 @@ async fn a_snapshot_by_another_tool_does_not_change_the_point_in_time() {
         "snapshot-file": scene.system.dir().join("overlay.qcow2"),
     });
     scene.vm.qmp("blockdev-snapshot-sync", snapshot);
-    // Written into the overlay.
+    // This write goes to the overlay.
     scene.vm.write("vda", 0, VDA, 0x77);
     scene.completes(&job).await;
     assert!(scene.vm.residue().jobs.is_empty());

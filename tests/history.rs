@@ -259,7 +259,7 @@ async fn a_rescan_reports_bad_backups_and_removes_missing_ones_from_the_catalog(
     change_manifest(&backups[5], |manifest| manifest["version"] = json!(2));
     let domain = system.store().join("web");
     chown(&backups[7], Some(7), None).unwrap();
-    // Neither complete nor examined.
+    // Entries that are not backups: a staging directory, a foreign file, a link, another directory.
     std::fs::create_dir(domain.join(".20261123T000000Z-00000000.partial")).unwrap();
     std::fs::write(domain.join("notes.txt"), "mine").unwrap();
     symlink(&backups[6], domain.join("linked")).unwrap();
@@ -327,7 +327,7 @@ async fn a_rescan_imports_no_bad_backup_and_ignores_running_ones() {
     let caller = Caller::new(&system).await;
     let failed = caller.complete_full("web", "").await;
     system.stop_daemon();
-    // As if its end could not be undone.
+    // Simulates a cancelled backup whose directory could not be removed.
     let sql = "UPDATE jobs SET result = 'cancelled'; DELETE FROM backups;";
     let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
     catalog.execute_batch(sql).unwrap();

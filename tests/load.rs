@@ -234,7 +234,7 @@ async fn a_slow_close_blocks_no_other_caller() {
             };
             let call = call.unwrap();
             caller.send(&call).await.unwrap();
-            // The service holds the last descriptor.
+            // Now the service holds the last descriptor and closes the socket.
             drop((call, sender));
         }
     }

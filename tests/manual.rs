@@ -100,7 +100,7 @@ fn the_manual_has_the_defaults_of_the_example() {
     let example = example_in_force();
     let manual = read("docs/man/backupd.toml.5").replace("\\-", "-");
     let mut seen = 0;
-    // The other ones refer to pages.
+    // Lines without a quotation mark refer to pages.
     let lines = manual.lines().filter_map(|line| line.strip_prefix(".BR "));
     for line in lines.filter(|line| line.contains('"')) {
         // First roff's quotation marks, then those of the text.

@@ -67,7 +67,7 @@ async fn a_backup_is_made_and_its_caller_gets_no_reply() {
     let _vm = machine(&system);
     let mut caller = Caller::new(&system).await;
     let mut messages = MessageStream::from(&caller.connection);
-    // The count of replies to the finished calls.
+    // Skips the replies to the finished calls.
     replies(&caller, &mut messages).await;
     let files: Vec<zbus::Fd<'_>> = Vec::new();
     let body = ("web", "", files, Options::new());

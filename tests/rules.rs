@@ -640,7 +640,7 @@ fn an_example_that_names_a_domain_names_its_owner() {
 #[test]
 fn no_example_is_installed() {
     let mut command = Command::new("make");
-    // It prints the commands.
+    // make prints the commands and does not execute them.
     command.args(["--no-print-directory", "--dry-run", "--always-make", "install"]);
     command.arg("DESTDIR=/nowhere").arg("CARGO=true");
     command

@@ -51,7 +51,7 @@ test_a_drop_in_adds_options_to_the_backup() {
 
 test_a_failed_backup_fails_its_unit_and_triggers_on_failure() {
     local unit
-    # The name is the unescaped one.
+    # The unit gets the unescaped name.
     unit=$(systemd-escape --template=backupd-backup@.service 'no such-machine $HOME')
     printf '%s\n' '[Service]' 'Type=oneshot' 'ExecStart=/bin/sh -c "echo %i >/run/told-of-failure"' >"$DROPINS/tell@.service"
     dropin "$unit" '[Unit]' 'OnFailure=tell@%p.service'
@@ -68,7 +68,7 @@ test_a_missed_backup_runs_after_the_boot() {
     local before
     before=$(backups_of web)
     systemctl stop backupd-backup@web.timer
-    # The delay between the boot and the start of missed backups.
+    # A missed backup starts after this delay, counted from the boot.
     dropin backupd-backup@web.timer '[Timer]' RandomizedDelaySec=0
     [ "$(backups_of web)" = "$before" ]
     # As if the host had been off since then.

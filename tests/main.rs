@@ -46,6 +46,7 @@ mod image_locks;
 mod install;
 mod internal_snapshots;
 mod job_outcomes;
+mod language;
 mod latency;
 mod limits;
 mod limits_held;

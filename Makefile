@@ -86,6 +86,7 @@ lint:
 	mandoc -T lint -W warning docs/man/*
 	mandoc -T lint -W error '$(CARGO_TARGET_DIR)/man'/*
 	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install --locked --version $(DENY_VERSION) --no-default-features cargo-deny
+	$(CARGO) fetch --locked
 	$(CARGO) deny --locked --offline --config .ci/deny.toml check licenses bans sources
 
 # Takes root. The tree that it boots is kept in /var/cache/backupd-test-system (tests/system/run.sh); removing that makes a

@@ -127,6 +127,37 @@ fn systemd_finds_nothing_wrong_with_the_units_of_the_helper() {
 }
 
 #[test]
+fn the_helper_may_poll_on_every_architecture() {
+    let unit = read("systemd/backupd-look@.service");
+    let filters = unit
+        .lines()
+        .filter_map(|line| line.strip_prefix("SystemCallFilter="));
+    let calls: BTreeSet<&str> = filters.flat_map(str::split_whitespace).collect();
+    // Before main, Rust's standard library aborts if it cannot poll. Architectures without poll have ppoll.
+    for call in ["poll", "ppoll", "ppoll_time64"] {
+        assert!(calls.contains(call), "{call}");
+    }
+}
+
+#[test]
+fn the_errors_of_the_helper_are_in_the_journal() {
+    let unit = read("systemd/backupd-look@.service");
+    let value = |key: &str| {
+        let mut values = unit
+            .lines()
+            .filter_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        let value = values.next().unwrap_or_else(|| panic!("{key} is not set"));
+        let levels = [
+            "emerg", "alert", "crit", "err", "warning", "notice", "info", "debug",
+        ];
+        levels.iter().position(|level| *level == value)
+    };
+    // Lines on standard error have this level.
+    let level = value("SyslogLevel").expect("a level");
+    assert!(level <= value("LogLevelMax").expect("a level"));
+}
+
+#[test]
 fn the_exposure_is_at_most_one_point_three() {
     let dir = test_directory();
     let threshold = format!("--threshold={MOST_EXPOSURE}");

@@ -49,15 +49,17 @@ pub enum Error {
     )]
     Unreachable { path: PathBuf, why: String },
     #[error(
-        "the helper at {} has not answered for {seconds} s. See 'journalctl -u backupd-look@*', and try again",
+        "the helper at {} has not answered for {seconds} s. See \"journalctl -u 'backupd-look@*'\", and try again",
         path.display()
     )]
     Stalled { path: PathBuf, seconds: u64 },
     #[error(
-        "the helper is of another version of backupd than the service. Run 'systemctl restart backupd', and try again"
+        "the helper is of another version of backupd than the service, because an upgrade waits for restores, exports \
+         or verifications. Try again when they have ended ('backupctl jobs'). 'systemctl restart backupd' ends the wait \
+         and makes them fail"
     )]
     Version,
-    #[error("the helper failed: {0}. See 'journalctl -u backupd-look@*'")]
+    #[error("the helper failed: {0}. See \"journalctl -u 'backupd-look@*'\"")]
     Failed(String),
     #[error(
         "the open files of process {process} are hidden, though it is a VM's. Check the rules of the security module \

@@ -6,7 +6,6 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use crate::common::System;
 use crate::common::caller::{Caller, as_user, assert_completed};
 use crate::common::disk::Disk;
 use crate::common::helper::{self, Helper};
@@ -14,6 +13,8 @@ use crate::common::process;
 use crate::common::proxies::{Options, error_name};
 use crate::common::storage::{self, LoopDevice};
 use crate::common::vm::Vm;
+use crate::common::{System, test_directory};
+use backupd::target::Look;
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;
@@ -95,6 +96,17 @@ fn node_of(device: &Path, path: PathBuf) -> PathBuf {
     command.arg("--archive").args([device, &path]);
     process::run(command).expect_success();
     path
+}
+
+/// Answers one question of the next connection, and closes the connection.
+fn answer_one(listener: &UnixListener, answer: &[u8]) {
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut header = [0; 8];
+    stream.read_exact(&mut header).unwrap();
+    let length = u32::from_le_bytes(header[..4].try_into().unwrap());
+    let mut question = vec![0; usize::try_from(length).unwrap()];
+    stream.read_exact(&mut question).unwrap();
+    stream.write_all(answer).unwrap();
 }
 
 /// Returns a frame of the protocol.
@@ -210,18 +222,48 @@ async fn an_unusable_reply_of_the_helper_refuses_the_backup() {
     for (answer, why) in answers {
         let listener = listener.try_clone().unwrap();
         let answering = std::thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut header = [0; 8];
-            stream.read_exact(&mut header).unwrap();
-            let length = u32::from_le_bytes(header[..4].try_into().unwrap());
-            let mut question = vec![0; usize::try_from(length).unwrap()];
-            stream.read_exact(&mut question).unwrap();
-            stream.write_all(&answer).unwrap();
+            answer_one(&listener, &answer);
         });
         let text = scene.refuses(&target, "file", INTERNAL).await;
         assert!(text.contains(why), "{why}: {text}");
         answering.join().unwrap();
     }
+}
+
+#[test]
+fn questions_continue_after_a_helper_has_ended() {
+    let dir = test_directory();
+    let socket = dir.path().join("look");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let answering = std::thread::spawn(move || {
+        for _ in 0..2 {
+            answer_one(&listener, &frame(1, "{\"open-files\":[]}"));
+        }
+    });
+    let look = Look::Helper(socket);
+    let mut session = look.session();
+    for question in 0..2 {
+        let files = session.open_files(std::process::id(), None);
+        assert!(files.is_ok_and(|files| files.is_empty()), "question {question}");
+    }
+    answering.join().unwrap();
+    assert!(session.open_files(std::process::id(), None).is_err());
+}
+
+#[test]
+fn a_series_of_questions_waits_for_a_hanging_helper_only_once() {
+    let dir = test_directory();
+    let socket = dir.path().join("look");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let look = Look::Helper(socket);
+    let mut session = look.session();
+    for _ in 0..2 {
+        let error = session.open_files(std::process::id(), None).unwrap_err();
+        assert!(error.to_string().contains("has not answered for 10 s"), "{error}");
+    }
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_ok());
+    assert!(listener.accept().is_err(), "a second connection");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -249,7 +291,7 @@ async fn the_helper_serves_only_root_and_its_own_version() {
     assert!(text(answer.clone()).contains("failed"), "{answer:?}");
     assert!(ask(ANNA, 1).is_empty());
     assert!(
-        helper.log().contains("user 1000 is not answered"),
+        helper.log().contains("cannot answer user 1000"),
         "{}",
         helper.log()
     );

@@ -4,12 +4,14 @@
 //! QEMU reports how much space an image uses. That is an upper bound: reserved space and zeroes use none in a backup.
 //! The lower bound is the data in the image's file that is not zeroes.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
 use super::format::empty_image;
+use super::look::Session;
 use super::{Around, Error, Media, Target};
 use crate::model::Format;
 use crate::plan::{DiskPlan, Mode, Plan, Task};
@@ -23,7 +25,12 @@ struct Need {
 
 /// Compares the space that the targets of a plan need with the free space. Blocks.
 pub fn check(targets: &[Target], plan: &Plan, around: &Around) -> Result<(), Error> {
-    let (disks, bounds) = (&plan.disks, Bounds { plan, around });
+    let bounds = Bounds {
+        plan,
+        process: around.process,
+        session: RefCell::new(around.look.session()),
+    };
+    let disks = &plan.disks;
     let mut systems: HashMap<u64, Need> = HashMap::new();
     for (index, (target, disk)) in targets.iter().zip(disks).enumerate() {
         if target.media == Media::Block {
@@ -128,7 +135,10 @@ fn compare(label: &str, free: u64, most: u64, least: impl FnOnce() -> u64) -> Re
 
 struct Bounds<'a> {
     plan: &'a Plan,
-    around: &'a Around,
+    /// The VM's process.
+    process: Option<u32>,
+    /// One for all disks, so that a helper that hangs delays the check once.
+    session: RefCell<Session<'a>>,
 }
 
 impl Bounds<'_> {
@@ -163,13 +173,12 @@ impl Bounds<'_> {
 
     /// Returns the least bytes that are data in the image's file, as QEMU has it open.
     fn data_at_least(&self, disk: &DiskPlan) -> u64 {
-        let Some((process, file)) = self.around.process.zip(disk.source.as_deref()) else {
+        let Some((process, file)) = self.process.zip(disk.source.as_deref()) else {
             return 0;
         };
         // Without this number, a backup may begin that fails later for lack of space.
-        self.around
-            .look
-            .session()
+        self.session
+            .borrow_mut()
             .data_at_least(process, file)
             .unwrap_or_else(|error| {
                 tracing::warn!(disk = disk.name, %error, "cannot find out how much space the backup needs");

@@ -13,7 +13,7 @@ use super::protocol::{Answer, MOST_ANSWER, MOST_QUESTION, Question, Received, re
 
 /// How long the helper may be silent. It reports every second that it is at work, so a silent helper hangs. The time
 /// is shorter than the timeout of a call that waits for its backup to begin, so that the caller gets the error.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A connection to a helper.
 #[derive(Debug)]
@@ -45,20 +45,15 @@ impl Connection {
 }
 
 fn failed(path: &Path, error: &io::Error) -> Error {
-    let path = path.to_owned();
     let why = match error.kind() {
         // The timeouts of the socket (socket(7)).
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-            return Error::Stalled {
-                path,
-                seconds: PATIENCE.as_secs(),
-            };
-        }
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => return Error::stalled(path),
         ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
             "it closed the connection".to_owned()
         }
         _ => error.to_string(),
     };
+    let path = path.to_owned();
     Error::Unreachable { path, why }
 }
 

@@ -7,6 +7,8 @@ use std::path::Path;
 use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::Error;
+
 /// The number of pages to sample, evenly spread over an image's data.
 const SAMPLES: u64 = 512;
 const PAGE: u64 = 4096;
@@ -14,9 +16,14 @@ const PAGE: u64 = 4096;
 const MAX_EXTENTS: usize = 1 << 16;
 
 /// Returns the least bytes that are data and not zeroes in the file that a process has open under that name. Returns
-/// 0 if the process has no such file open, or it is not a regular file.
-pub fn data_at_least(process: u32, file: &Path) -> u64 {
-    open_source(process, file).map_or(0, |file| data_of(&file))
+/// 0 if the process has no such file open, or it is not a regular file. The function calls `at_work` again and again,
+/// and stops at its error.
+pub fn data_at_least(
+    process: u32,
+    file: &Path,
+    at_work: impl FnMut() -> Result<(), Error>,
+) -> Result<u64, Error> {
+    open_source(process, file).map_or(Ok(0), |file| data_of(&file, at_work))
 }
 
 /// Opens the file that QEMU has open under that name, even if the name leads to another file now.
@@ -34,18 +41,21 @@ fn open_source(process: u32, file: &Path) -> Option<OwnedFd> {
 }
 
 /// Returns the least bytes of a file that are data and not zeroes. The estimate is too high once in a thousand times.
-fn data_of(file: &OwnedFd) -> u64 {
-    let Ok(extents) = extents(file) else { return 0 };
+fn data_of(file: &OwnedFd, mut at_work: impl FnMut() -> Result<(), Error>) -> Result<u64, Error> {
+    let Ok(extents) = extents(file, &mut at_work)? else {
+        return Ok(0);
+    };
     let total: u64 = extents.iter().map(|(_, length)| length).sum();
     let samples = SAMPLES.min(total / PAGE);
     if samples == 0 {
-        return 0;
+        return Ok(0);
     }
     let mut page = vec![0; PAGE as usize];
     let mut found = 0;
     let mut extents = extents.into_iter();
     let (mut extent, mut passed) = (extents.next(), 0);
     for sample in 0..samples {
+        at_work()?;
         // The middle of the sample's part, in bytes of data.
         let wanted = (total / samples).saturating_mul(sample) + total / samples / 2;
         while let Some((_, length)) = extent
@@ -61,7 +71,7 @@ fn data_of(file: &OwnedFd) -> u64 {
             _ => {}
         }
     }
-    lower_bound(total, found, samples)
+    Ok(lower_bound(total, found, samples))
 }
 
 /// Returns the part of `total` that `found` of `samples` stand for, less three standard deviations.
@@ -72,25 +82,34 @@ fn lower_bound(total: u64, found: u64, samples: u64) -> u64 {
     (total as f64 * (part - 3.0 * deviation).max(0.0)) as u64
 }
 
-/// Returns the ranges of a file that have data: offsets and lengths, in bytes.
-fn extents(file: &OwnedFd) -> Result<Vec<(u64, u64)>, Errno> {
+/// The ranges of a file that have data: offsets and lengths, in bytes.
+type Extents = Vec<(u64, u64)>;
+
+fn extents(
+    file: &OwnedFd,
+    mut at_work: impl FnMut() -> Result<(), Error>,
+) -> Result<Result<Extents, Errno>, Error> {
     let mut found = Vec::new();
     let mut position = 0;
     while found.len() < MAX_EXTENTS {
+        at_work()?;
         let start = match rustix::fs::seek(file, SeekFrom::Data(position)) {
             Ok(start) => start,
             // There is no more data.
             Err(Errno::NXIO) => break,
-            Err(errno) => return Err(errno),
+            Err(errno) => return Ok(Err(errno)),
         };
-        let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+        let end = match rustix::fs::seek(file, SeekFrom::Hole(start)) {
+            Ok(end) => end,
+            Err(errno) => return Ok(Err(errno)),
+        };
         if end <= start {
             break;
         }
         found.push((start, end - start));
         position = end;
     }
-    Ok(found)
+    Ok(Ok(found))
 }
 
 #[cfg(test)]
@@ -112,13 +131,28 @@ mod tests {
     }
 
     #[test]
+    fn a_long_read_reports_that_it_is_at_work() {
+        let file = file(&[(0, 1, MIB), (8 << 20, 2, MIB)]);
+        let mut reports = 0;
+        let count = || {
+            reports += 1;
+            Ok(())
+        };
+        data_of(&file, count).unwrap();
+        assert!(reports >= SAMPLES.min(2 * MIB as u64 / PAGE), "{reports}");
+        let stop = || Err(Error::Unable);
+        assert!(matches!(data_of(&file, stop), Err(Error::Unable)));
+    }
+
+    #[test]
     fn zeroes_and_holes_do_not_count_as_data() {
-        assert_eq!(data_of(&file(&[])), 0);
-        assert_eq!(data_of(&file(&[(0, 0, 16 * MIB)])), 0);
-        let data = data_of(&file(&[(0, 1, 8 * MIB), (32 << 20, 2, 8 * MIB)]));
+        let data_of = |pieces: &[_]| data_of(&file(pieces), || Ok(())).unwrap();
+        assert_eq!(data_of(&[]), 0);
+        assert_eq!(data_of(&[(0, 0, 16 * MIB)]), 0);
+        let data = data_of(&[(0, 1, 8 * MIB), (32 << 20, 2, 8 * MIB)]);
         assert_eq!(data, 16 * MIB as u64);
         // A quarter of the written bytes is not zero.
-        let mixed = data_of(&file(&[(0, 0, 24 * MIB), (40 << 20, 3, 8 * MIB)]));
+        let mixed = data_of(&[(0, 0, 24 * MIB), (40 << 20, 3, 8 * MIB)]);
         assert!((5..=8).contains(&(mixed >> 20)), "{mixed}");
     }
 }

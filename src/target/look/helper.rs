@@ -49,8 +49,13 @@ fn answer_all() -> io::Result<()> {
             Ok(Received::OtherVersion | Received::Working) => {
                 return send(&stream, &Answer::Failed(Error::Version.to_string()), MOST_ANSWER);
             }
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(()),
-            Err(error) => return Err(error),
+            Err(error) => {
+                return match error.kind() {
+                    // The service has no more questions, or not for some time. Then it connects again.
+                    ErrorKind::UnexpectedEof | ErrorKind::WouldBlock | ErrorKind::TimedOut => Ok(()),
+                    _ => Err(error),
+                };
+            }
         };
         let answer = answer.unwrap_or_else(|error| {
             eprintln!("{error}");
@@ -77,7 +82,7 @@ fn answer(question: Question, stream: &UnixStream) -> Result<Answer, Error> {
         Question::OpenFiles { process, owner } => Answer::OpenFiles(processes::open_files(process, owner)?),
         Question::Locker { files } => Answer::Locker(processes::locker(&files, at_work)?),
         Question::DataAtLeast { process, file } => {
-            Answer::DataAtLeast(content::data_at_least(process, &file))
+            Answer::DataAtLeast(content::data_at_least(process, &file, at_work)?)
         }
     })
 }

@@ -83,15 +83,18 @@ impl Look {
         Session {
             look: self,
             connection: None,
+            stalled: false,
         }
     }
 }
 
-/// A series of questions, which one helper answers.
+/// A series of questions. One helper answers them all, unless it ends between two of them.
 #[derive(Debug)]
 pub struct Session<'a> {
     look: &'a Look,
     connection: Option<Connection>,
+    /// A helper has hung. Further questions fail at once, so that a series of them waits only once.
+    stalled: bool,
 }
 
 impl Session<'_> {
@@ -125,7 +128,7 @@ impl Session<'_> {
             file: file.to_owned(),
         };
         match self.ask(question)? {
-            None => Ok(content::data_at_least(process, file)),
+            None => content::data_at_least(process, file, || Ok(())),
             Some(Answer::DataAtLeast(bytes)) => Ok(bytes),
             Some(_) => Err(unfit()),
         }
@@ -138,14 +141,40 @@ impl Session<'_> {
             Look::Helper(path) => path,
             Look::Unable => return Err(Error::Unable),
         };
-        let connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => Connection::open(path)?,
-        };
+        if self.stalled {
+            return Err(Error::stalled(path));
+        }
+        let question = question();
+        let answer = self.answer(path, &question);
+        self.stalled = matches!(answer, Err(Error::Stalled { .. }));
+        answer.map(Some)
+    }
+
+    fn answer(&mut self, path: &Path, question: &Question) -> Result<Answer, Error> {
         // After an error, drop the connection: its next answer could be that to an earlier question.
-        let answer = connection.ask(&question())?;
+        if let Some(connection) = self.connection.take() {
+            match connection.ask(question) {
+                // The helper waits only some seconds for the next question. This one can be asked twice.
+                Err(Error::Unreachable { .. }) => {}
+                answer => {
+                    self.connection = answer.is_ok().then_some(connection);
+                    return answer;
+                }
+            }
+        }
+        let connection = Connection::open(path)?;
+        let answer = connection.ask(question)?;
         self.connection = Some(connection);
-        Ok(Some(answer))
+        Ok(answer)
+    }
+}
+
+impl Error {
+    fn stalled(path: &Path) -> Self {
+        Self::Stalled {
+            path: path.to_owned(),
+            seconds: client::PATIENCE.as_secs(),
+        }
     }
 }
 

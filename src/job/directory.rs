@@ -7,6 +7,8 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use uuid::Uuid;
+
 use super::manager::JobContext;
 use super::record::domain_record;
 use super::{Error, watched};
@@ -120,44 +122,62 @@ impl DirectoryReader<'_> {
         } = state;
         let (path, below) = (self.path.clone(), directory.clone());
         let read = move |progress: &Progress| unknown(&path, &below, &ids, progress);
-        let manifests = watched(self.context, "the store", read).await?;
+        let found = watched(self.context, "the store", read).await?;
         let (key, service) = (whose.key(), catalog.service());
-        let is_whose = |manifest: &Manifest| {
-            let (name, uuid) = (&manifest.domain.name, manifest.domain.uuid);
-            let identity = Identity::in_directory(directory.as_str(), name, uuid);
+        let is_whose = |backup: &Unrecorded| {
+            let identity = Identity::in_directory(directory.as_str(), &backup.name, backup.uuid);
             let same = identity.is_some_and(|identity| domain_record(identity).key() == key);
             // Without a UUID, a domain of another host can have the same name.
-            same && (whose.uuid.is_some() || manifest.service == Some(service))
+            same && (whose.uuid.is_some() || backup.service == Some(service))
         };
-        let on_disk = manifests.iter().map(|manifest| manifest.sequence).max();
+        let on_disk = found.iter().map(|backup| backup.sequence).max();
         Ok(Found {
-            others: domains.iter().any(|domain| domain.key() != key) || !manifests.iter().all(is_whose),
+            others: domains.iter().any(|domain| domain.key() != key) || !found.iter().all(is_whose),
             next: (highest.max(on_disk.unwrap_or(0)) + 1).min(MAX_SEQUENCE),
         })
     }
 }
 
-/// Returns the manifests of backups that the catalog does not record. Blocks. Ignores unreadable entries: if the store
+/// A backup that the catalog does not record. It has the fields of the manifest that the choice needs, because a
+/// directory can have many large manifests.
+struct Unrecorded {
+    /// The domain's name.
+    name: String,
+    /// The domain's UUID.
+    uuid: Option<Uuid>,
+    service: Option<Uuid>,
+    sequence: u64,
+}
+
+/// Returns the backups that the catalog does not record. Blocks. Ignores unreadable entries: if the store
 /// is unusable, publishing the backup fails later with the reason.
 fn unknown(
     store: &std::path::Path,
     directory: &DomainDir,
     known: &BTreeSet<String>,
     progress: &Progress,
-) -> Vec<Manifest> {
-    let read = || -> Result<Vec<Manifest>, target::Error> {
+) -> Vec<Unrecorded> {
+    let read = || -> Result<Vec<Unrecorded>, target::Error> {
         let Some(shelf) = Shelf::of_store(store)?.below(directory.as_str())? else {
             return Ok(Vec::new());
         };
         let mut names = shelf.names()?;
         names.retain(|name| !name.starts_with('.') && !known.contains(name));
-        let manifests = names.iter().filter_map(|id| {
+        let backups = names.iter().filter_map(|id| {
             progress.add(1);
             let backup = shelf.below(id).ok().flatten()?;
             let (bytes, _) = backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES).ok()?;
-            Manifest::parse(&bytes).ok().filter(|manifest| manifest.id == *id)
+            let manifest = Manifest::parse(&bytes)
+                .ok()
+                .filter(|manifest| manifest.id == *id)?;
+            Some(Unrecorded {
+                name: manifest.domain.name,
+                uuid: manifest.domain.uuid,
+                service: manifest.service,
+                sequence: manifest.sequence,
+            })
         });
-        Ok(manifests.collect())
+        Ok(backups.collect())
     };
     read().unwrap_or_default()
 }

@@ -1,6 +1,6 @@
 //! Errors of manifests.
 
-use super::{MAX_MANIFEST_BYTES, MAX_SEQUENCE, VERSION};
+use super::{MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, MAX_SEQUENCE, VERSION};
 
 /// The reasons why bytes are not a valid manifest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -13,6 +13,10 @@ pub enum ManifestError {
     NoSuchVersion { found: u64 },
     #[error("it requires '{feature}', which this backupd does not support: a newer backupd wrote it")]
     Requires { feature: String },
+    #[error(
+        "it has {values} JSON values; the maximum is {MAX_MANIFEST_VALUES}. A newer backupd may be able to read it"
+    )]
+    TooManyValues { values: usize },
     #[error("its sequence number {found} is above {MAX_SEQUENCE}")]
     Sequence { found: u64 },
     #[error("{message}")]
@@ -30,6 +34,9 @@ pub enum ManifestError {
 impl ManifestError {
     /// Returns true if no version of the service can read it. False if a newer version may be able to.
     pub fn is_damage(&self) -> bool {
-        !matches!(self, Self::Newer { .. } | Self::Requires { .. })
+        !matches!(
+            self,
+            Self::Newer { .. } | Self::Requires { .. } | Self::TooManyValues { .. }
+        )
     }
 }

@@ -5,6 +5,7 @@
 
 mod check;
 mod error;
+mod values;
 
 use std::collections::BTreeSet;
 
@@ -15,6 +16,7 @@ use uuid::Uuid;
 use super::{Algorithm, Digest, Format, Kind, Outside};
 use crate::error::shown;
 pub use error::ManifestError;
+use values::Values;
 
 /// Names of the records beside a backup's images.
 pub const MANIFEST_NAME: &str = "manifest.json";
@@ -23,6 +25,9 @@ pub const DEFINITION_NAME: &str = "backup.xml";
 pub const PROTECTED_NAME: &str = "protected";
 /// The longest manifest that is read, in bytes. A manifest with the maximum number of disks takes a fifth of it.
 pub const MAX_MANIFEST_BYTES: usize = 1 << 20;
+/// The most JSON values in a manifest that is read, because an unknown value of two bytes takes 32 bytes of memory. A
+/// manifest with the maximum number of disks has a fifth of it.
+pub const MAX_MANIFEST_VALUES: usize = 1 << 14;
 /// Increases when the whole format changes. A single new feature that old readers must not ignore goes into `requires`.
 const VERSION: u64 = 1;
 /// The features in `requires` that this version supports.
@@ -35,6 +40,9 @@ pub const MAX_SEQUENCE: u64 = 1 << 53;
 /// Unknown fields of the manifest, its domain and its disks are optional fields of a newer version. They are kept when
 /// the manifest is written again, so their values must not depend on the bytes of the images, which a merge replaces.
 /// `requires` names fields without which a reader would misread the backup.
+///
+/// [`Checkpoint`] and [`Parent`] drop unknown fields. The proof covers the manifest as this version writes it, so a
+/// newer manifest that has such fields counts as not proven, and the next backup is a full one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Manifest {
@@ -247,6 +255,10 @@ impl Manifest {
         if let Some(feature) = requires.iter().find(unknown) {
             let feature = shown(feature);
             return Err(ManifestError::Requires { feature });
+        }
+        let Values(values) = read(bytes)?;
+        if values > MAX_MANIFEST_VALUES {
+            return Err(ManifestError::TooManyValues { values });
         }
         let manifest: Self = read(bytes)?;
         manifest.check()?;

@@ -355,3 +355,42 @@ fn a_manifest_that_is_too_long_is_not_parsed() {
     let error = Manifest::parse(format!("{{\"{}\":1}}", "x\u{1b}".repeat(4000)).as_bytes()).unwrap_err();
     assert!(error.to_string().len() < 2048, "{error}");
 }
+
+#[test]
+fn a_manifest_with_too_many_values_is_not_stored_in_memory() {
+    let values = |json: String| {
+        let extended = WRITTEN.replace("\"quiesced\"", &format!("\"later\": {json},\n  \"quiesced\""));
+        Manifest::parse(extended.as_bytes())
+    };
+    let room = MAX_MANIFEST_BYTES - 2 * WRITTEN.len();
+    let list = format!("[{}0]", "0,".repeat(room / 2));
+    let nested = format!("[{}0]", "[[]],".repeat(room / 5));
+    let map = format!("{{{}\"\":0}}", "\"\":0,".repeat(room / 5));
+    for hostile in [list, nested, map] {
+        let error = values(hostile).unwrap_err();
+        assert!(matches!(error, ManifestError::TooManyValues { .. }), "{error}");
+        assert!(!error.is_damage());
+    }
+    values(format!("[{}0]", "0,".repeat(MAX_MANIFEST_VALUES / 2))).unwrap();
+}
+
+#[test]
+fn a_manifest_with_the_maximum_number_of_disks_has_few_values() {
+    let mut large = manifest();
+    let disk = &large.disks[0];
+    let disk = |number: usize| Disk {
+        name: format!("vd{number}"),
+        file: format!("vd{number}.qcow2"),
+        length: Some(1),
+        blake3: Some("0".repeat(64)),
+        parent: Some(Parent {
+            backup: "earlier".into(),
+            file: "vda.qcow2".into(),
+        }),
+        bitmap: Some("b".into()),
+        ..disk.clone()
+    };
+    large.disks = (0..256).map(disk).collect();
+    let Values(values) = serde_json::from_slice(&large.to_json().unwrap()).unwrap();
+    assert!(values < MAX_MANIFEST_VALUES / 4, "{values}");
+}

@@ -61,6 +61,8 @@ pub enum Error {
     Monitor { name: String, source: qmp::Error },
     #[error("the monitor of '{name}' is not a connected UNIX stream socket: {why}")]
     NotASocket { name: String, why: String },
+    #[error("cannot look up the name of user {uid}: {why}. Try again")]
+    OwnerLookup { uid: u32, why: String },
 }
 
 impl Error {
@@ -77,6 +79,7 @@ impl Error {
                 Kind::InvalidArgs
             }
             Self::TooManyRegistered(_) => Kind::LimitsExceeded,
+            Self::OwnerLookup { .. } => Kind::Internal,
             Self::Monitor { source, .. } if source.is_refusal() => Kind::QemuError,
             Self::Monitor { .. } => Kind::DomainUnreachable,
         }

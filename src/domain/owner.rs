@@ -2,15 +2,29 @@
 
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::unistd::{Uid, User};
 
-/// How long a lookup may take: a user directory on the network can be slow, and the number serves as well.
+use super::Error;
+
+/// How long a lookup may take, because a user directory on the network can be slow.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Returns the user's name in polkit's rules (`subject.user`): the name, or the number if there is no name. Blocks.
+/// Returns the user's name in polkit's rules (`subject.user`): the name, or the number if there is no name or the lookup
+/// fails. Blocks.
 pub fn name(uid: u32) -> String {
-    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
-    user.map_or_else(|| uid.to_string(), |user| user.name)
+    known_name(uid).ok().flatten().unwrap_or_else(|| uid.to_string())
+}
+
+/// Returns the user's name, or `None` if no such user exists. Blocks.
+fn known_name(uid: u32) -> Result<Option<String>, Errno> {
+    let user = User::from_uid(Uid::from_raw(uid));
+    match user {
+        Ok(user) => Ok(user.map(|user| user.name)),
+        // getpwuid(3): these mean that the user was not found.
+        Err(Errno::ENOENT | Errno::ESRCH) => Ok(None),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// Numbers that systemd gives to the users of services only while these run (`DynamicUser=`), and then reuses. See
@@ -25,16 +39,31 @@ pub async fn lasting_name(uid: u32) -> Option<String> {
     if uid == 0 {
         return Some("root".to_owned());
     }
-    let name = look_up(uid).await;
-    (name != uid.to_string()).then_some(name)
+    look_up(uid).await.ok().flatten()
 }
 
-/// Looks up the name on a thread that may block. Returns the number after [`PATIENCE`].
-pub(super) async fn look_up(uid: u32) -> String {
-    let name = tokio::task::spawn_blocking(move || name(uid));
-    match tokio::time::timeout(PATIENCE, name).await {
-        Ok(Ok(name)) => name,
-        _ => uid.to_string(),
+/// Returns the user's name, or the number if no such user exists. The name is a part of the identity of the user's
+/// domains, so the number must not replace it only because the lookup failed: that would be another domain.
+pub(super) async fn identity_name(uid: u32) -> Result<String, Error> {
+    let name = look_up(uid).await;
+    let name = name.map_err(|why| Error::OwnerLookup { uid, why })?;
+    Ok(name.unwrap_or_else(|| uid.to_string()))
+}
+
+/// Looks up the name on a thread that may block. Fails with the reason, at the latest after [`PATIENCE`].
+async fn look_up(uid: u32) -> Result<Option<String>, String> {
+    within(PATIENCE, move || known_name(uid)).await
+}
+
+async fn within(
+    patience: Duration,
+    look_up: impl FnOnce() -> Result<Option<String>, Errno> + Send + 'static,
+) -> Result<Option<String>, String> {
+    let name = tokio::task::spawn_blocking(look_up);
+    match tokio::time::timeout(patience, name).await {
+        Ok(Ok(name)) => name.map_err(|errno| errno.desc().to_owned()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("no answer for {} s", patience.as_secs())),
     }
 }
 
@@ -55,5 +84,24 @@ mod tests {
         for uid in [61184, 62000, 65519, 3_999_999_999] {
             assert_eq!(lasting_name(uid).await, None, "{uid}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_failed_lookup_does_not_count_as_a_user_without_a_name() {
+        let of = |result| within(Duration::MAX, move || result);
+        assert_eq!(of(Ok(Some("ada".to_owned()))).await, Ok(Some("ada".to_owned())));
+        assert_eq!(of(Ok(None)).await, Ok(None));
+        assert_eq!(of(Err(Errno::EIO)).await, Err("I/O error".to_owned()));
+        let (answer, question) = std::sync::mpsc::channel();
+        let slow = within(Duration::ZERO, move || Ok(question.recv().ok()));
+        let error = slow.await.unwrap_err();
+        assert!(error.starts_with("no answer for"), "{error}");
+        drop(answer);
+    }
+
+    #[tokio::test]
+    async fn a_domain_of_a_user_without_a_name_has_the_number() {
+        assert_eq!(identity_name(0).await.unwrap(), "root");
+        assert_eq!(identity_name(3_999_999_999).await.unwrap(), "3999999999");
     }
 }

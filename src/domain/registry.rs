@@ -206,7 +206,7 @@ impl Registry {
             name: name.to_owned(),
             source,
         })?;
-        let owner_name = owner::look_up(uid).await;
+        let owner_name = owner::identity_name(uid).await?;
         let share = registration.share;
         let kind = EntryKind::Registered {
             sender: registration.sender.to_owned(),

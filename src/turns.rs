@@ -1,5 +1,6 @@
 //! Limits concurrent work. Each user can take only a part of all permits, so the requests of one user do not block
-//! other users. A quarter of the permits is reserved for root, because all other users together could take the rest.
+//! other users. A quarter of the permits is reserved for root, because all other users together could take the rest. Root
+//! uses that quarter first, and then free permits of the users.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,7 +25,9 @@ pub struct Turn {
 pub struct Share {
     // `None` never occurs because nothing closes the semaphore.
     own: Option<OwnedSemaphorePermit>,
-    all: Arc<Semaphore>,
+    users: Arc<Semaphore>,
+    /// Only for root.
+    reserved: Option<Arc<Semaphore>>,
 }
 
 impl Turns {
@@ -52,10 +55,8 @@ impl Turns {
     pub async fn share(&self, uid: u32) -> Share {
         Share {
             own: self.of(uid).acquire_owned().await.ok(),
-            all: match uid {
-                0 => self.root.clone(),
-                _ => self.users.clone(),
-            },
+            users: self.users.clone(),
+            reserved: (uid == 0).then(|| self.root.clone()),
         }
     }
 
@@ -73,7 +74,16 @@ impl Turns {
 impl Share {
     /// Waits for a permit of all users.
     pub async fn turn(&self) -> Option<OwnedSemaphorePermit> {
-        self.all.clone().acquire_owned().await.ok()
+        let users = self.users.clone().acquire_owned();
+        let Some(reserved) = &self.reserved else {
+            return users.await.ok();
+        };
+        let turn = tokio::select! {
+            biased;
+            turn = reserved.clone().acquire_owned() => turn,
+            turn = users => turn,
+        };
+        turn.ok()
     }
 }
 
@@ -99,6 +109,27 @@ mod tests {
         assert!(turns.take(1003).now_or_never().is_none());
         let _root = turns.take(0).now_or_never().unwrap();
         assert!(turns.take(0).now_or_never().is_none());
+    }
+
+    #[tokio::test]
+    async fn root_takes_free_permits_of_the_users_after_its_own() {
+        let turns = Turns::new(4, 5);
+        let own = turns.take(0).now_or_never().unwrap();
+        let user = turns.take(1000).now_or_never().unwrap();
+        let roots = [(); 2].map(|()| turns.take(0).now_or_never().unwrap());
+        let mut waits = Box::pin(turns.take(0));
+        assert!(waits.as_mut().now_or_never().is_none());
+        drop(user);
+        let fourth = waits.now_or_never().unwrap();
+        assert!(turns.take(1000).now_or_never().is_none());
+        drop(own);
+        assert!(
+            turns.take(1000).now_or_never().is_none(),
+            "the permit is reserved"
+        );
+        assert!(turns.take(0).now_or_never().is_some());
+        drop((roots, fourth));
+        assert!(turns.take(1000).now_or_never().is_some());
     }
 
     #[tokio::test]

@@ -110,6 +110,8 @@ pub enum Error {
          again"
     )]
     PlaceChanged { target: String },
+    #[error("{target}: it did not exist when the backup was requested. Start the backup again")]
+    PlaceAppeared { target: String },
     #[error("disk '{disk}': its target disappeared while the service restarted")]
     Gone { disk: String },
     #[error("disk '{disk}': its base, backup {backup}, was removed. Start the backup again")]
@@ -233,6 +235,7 @@ impl Error {
             | Self::NotQcow2 { .. }
             | Self::Replaced { .. }
             | Self::PlaceChanged { .. }
+            | Self::PlaceAppeared { .. }
             | Self::Gone { .. }
             | Self::NotTheBackups { .. }
             | Self::Immovable { .. }

@@ -84,7 +84,10 @@ pub(super) fn check_opened(then: &[Pinned], path: &Path, target: &Target) -> Res
             }
             Publication::InPlace => {
                 let now = Inode::of_open(&target.file).map_err(failed)?;
-                then.file.is_none_or(|then| now == then)
+                match then.file {
+                    Some(then) => now == then,
+                    None => return Err(then.appeared()),
+                }
             }
             Publication::InStore { .. } => true,
         };
@@ -96,6 +99,12 @@ pub(super) fn check_opened(then: &[Pinned], path: &Path, target: &Target) -> Res
 }
 
 impl Pinned {
+    fn appeared(&self) -> Error {
+        Error::PlaceAppeared {
+            target: self.path.display().to_string(),
+        }
+    }
+
     fn changed(&self) -> Error {
         Error::PlaceChanged {
             target: self.path.display().to_string(),
@@ -142,6 +151,14 @@ mod tests {
         let then = [&path, &new].map(|path| Pinned::at(path, false).unwrap());
         let existing = file::open_existing("vda", &path).unwrap();
         check_opened(&then, &path, &existing).unwrap();
+        assert!(
+            check_opened(&then, &new, &{
+                fs::write(&new, "").unwrap();
+                file::open_existing("vda", &new).unwrap()
+            })
+            .is_err_and(|error| error.to_string().contains("did not exist"))
+        );
+        fs::remove_file(&new).unwrap();
         let made = file::create("vda", &new, "1", 0).unwrap();
         check_opened(&then, &new, &made).unwrap();
 

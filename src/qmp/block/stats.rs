@@ -52,3 +52,27 @@ pub struct BlockLatencyHistogramSet<'a> {
 }
 
 command!(BlockLatencyHistogramSet<'_>, "block-latency-histogram-set", Done);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn each_histogram_has_the_name_that_qemu_uses() {
+        let histogram = json!({ "boundaries": [10, 50], "bins": [3, 1, 2] });
+        let of = |name: &str| {
+            let mut stats = json!({ "wr_operations": 6, "wr_total_time_ns": 120, "rd_bytes": 1 });
+            stats[name] = histogram.clone();
+            let device = json!([{ "qdev": "/machine/x", "node-name": "n", "stats": stats }]);
+            let [device] = serde_json::from_value::<[BlockStats; 1]>(device).unwrap();
+            device.stats
+        };
+        assert!(of("rd_latency_histogram").rd_latency_histogram.is_some());
+        assert!(of("flush_latency_histogram").flush_latency_histogram.is_some());
+        let zones = of("zone_append_latency_histogram");
+        assert!(zones.zone_append_latency_histogram.is_some() && zones.wr_latency_histogram.is_none());
+        let writes = of("wr_latency_histogram").wr_latency_histogram.unwrap();
+        assert_eq!((writes.boundaries, writes.bins), (vec![10, 50], vec![3, 1, 2]));
+    }
+}

@@ -22,6 +22,8 @@ pub enum Kind {
     /// A disk has no base for an incremental backup.
     CannotIncrement,
     NoSuchBackup,
+    // Records of jobs from an older version have the former name.
+    #[serde(alias = "HasDescendants")]
     HasDependents,
     Protected,
     InvalidDefinition,
@@ -91,3 +93,15 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 pub type Result<T> = std::result::Result<T, Error>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_former_name_of_a_kind_is_read() {
+        for name in ["\"HasDescendants\"", "\"HasDependents\""] {
+            assert_eq!(serde_json::from_str::<Kind>(name).unwrap(), Kind::HasDependents);
+        }
+    }
+}

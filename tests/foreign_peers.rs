@@ -239,7 +239,7 @@ async fn only_root_learns_which_process_has_a_target_open() {
     assert!(text.contains(&by) && text.contains("of user 0"), "{text}");
     let text = told(user.try_start("web", &locked, &[], reuse()).await.unwrap_err());
     assert!(
-        text.contains("open in another QEMU, qemu-img or qemu-storage-daemon:"),
+        text.contains("open in another QEMU, qemu-img or qemu-storage-daemon. "),
         "{text}"
     );
     let own = into_file(vm.source_path("vda"));

@@ -138,7 +138,10 @@ async fn a_good_backup_cannot_be_cancelled_any_more() {
     let job = scene.caller.complete("web", "").await;
     let error = job.cancel().await.unwrap_err();
     assert_eq!(error_name(&error), format!("{OURS}JobEnded"));
-    assert!(error.to_string().contains("has already ended: completed"), "{error}");
+    assert!(
+        error.to_string().contains("has already ended: completed"),
+        "{error}"
+    );
     assert_eq!(files_below(&scene.system.store()).len(), 4);
 }
 

@@ -1,6 +1,9 @@
 //! Bounds how many descriptors of each user's processes the service inspects, so that no user can make a check slow.
 
 use std::collections::HashMap;
+use std::io;
+
+use rustix::io::Errno;
 
 /// The budget of one user. Descriptors beyond it are not seen, so only that user's own images lose the protection of
 /// their locks.
@@ -61,12 +64,19 @@ impl Budget {
         }
     }
 
-    /// Returns the user who started a process, if the process exists. Blocks.
+    /// Returns the user who started a process, or `None` if the process has ended. Blocks.
     ///
     /// This is the real user ID, because a set-user-ID program inherits its descriptors from the user who started it.
-    pub fn payer_of(&self, process: u32) -> Option<Payer> {
-        let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-        real_user(&status).map(|uid| self.payer(uid))
+    pub fn payer_of(&self, process: u32) -> io::Result<Option<Payer>> {
+        // The name of a process is any bytes: the kernel cuts it in the middle of a character.
+        let status = match std::fs::read(format!("/proc/{process}/status")) {
+            Ok(status) => status,
+            Err(error) if has_ended(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let uid = real_user(&String::from_utf8_lossy(&status));
+        let uid = uid.ok_or_else(|| io::Error::other(format!("/proc/{process}/status has no user")))?;
+        Ok(Some(self.payer(uid)))
     }
 
     fn payer(&self, uid: u32) -> Payer {
@@ -96,6 +106,12 @@ impl Budget {
         self.left_of_high -= usize::from(is_high);
         true
     }
+}
+
+/// Whether an error of a file in `/proc/PID` means that the process has ended, or has closed the descriptor.
+pub fn has_ended(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::NOENT | Errno::SRCH))
 }
 
 /// Parses the first number of `Uid:` in `/proc/PID/status` (proc_pid_status(5)). The kernel escapes newlines in the
@@ -137,7 +153,23 @@ mod tests {
         assert_eq!(real_user("Name:\ta\n"), None);
         let budget = Budget::of("");
         let own = budget.payer(rustix::process::getuid().as_raw());
-        assert_eq!(budget.payer_of(std::process::id()), Some(own));
+        assert_eq!(budget.payer_of(std::process::id()).unwrap(), Some(own));
+    }
+
+    #[test]
+    fn a_process_whose_name_is_cut_within_a_character_has_its_user() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("b\u{fc}ro-rechner-\u{fc}bung");
+        std::fs::copy("/bin/sleep", &program).unwrap();
+        let mut child = std::process::Command::new(&program).arg("60").spawn().unwrap();
+        let budget = Budget::of("");
+        let found = budget.payer_of(child.id()).unwrap();
+        let name = std::fs::read(format!("/proc/{}/comm", child.id())).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(String::from_utf8(name).is_err(), "the name is cut");
+        assert_eq!(found, Some(budget.payer(rustix::process::getuid().as_raw())));
+        assert_eq!(budget.payer_of(child.id()).unwrap(), None, "it has ended");
     }
 
     #[test]

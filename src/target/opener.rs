@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
+use super::budget::has_ended;
 use super::identity::{Behind, FileId, related, related_to};
 use super::look::{descriptors, processes, program, user_of};
 
@@ -53,18 +54,35 @@ pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
                     .iter()
                     .any(|id| matches!(id, FileId::File { .. }) && shared.contains(id))
     };
-    let mut others = processes().filter(|process| *process != std::process::id());
-    let opens = |process: &u32| {
-        let reading = program(*process).starts_with("qemu");
-        let counts = |access: OFlags| reading || access != OFlags::RDONLY;
-        // Check the access first: it is cheapest, and any user can open any file as a path only (O_PATH).
-        let mut descriptors = descriptors(*process).into_iter().flatten();
-        descriptors.any(|descriptor| {
-            descriptor.access().is_some_and(counts) && descriptor.file().is_some_and(&touches)
-        })
+    for process in processes().filter(|process| *process != std::process::id()) {
+        if opens(process, &touches)? {
+            return Ok(Some(Opener::of(process)));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a process has a file for which `touches` is true open for writing, or is a QEMU and has it open at all.
+fn opens(process: u32, touches: &impl Fn(FileId) -> bool) -> io::Result<bool> {
+    let is_hidden = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied || has_ended(error);
+    let found = match descriptors(process) {
+        Ok(found) => found,
+        Err(error) if is_hidden(&error) => return Ok(false),
+        Err(error) => return Err(error),
     };
-    let found = others.find(opens);
-    Ok(found.map(Opener::of))
+    let reading = program(process).starts_with("qemu");
+    for descriptor in found {
+        // Check the access first: it is cheapest, and any user can open any file as a path only (O_PATH).
+        let access = match descriptor.access() {
+            Err(error) if is_hidden(&error) => continue,
+            access => access?,
+        };
+        let counts = access.is_some_and(|access| reading || access != OFlags::RDONLY);
+        if counts && descriptor.file().is_some_and(touches) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 #[cfg(test)]

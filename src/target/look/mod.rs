@@ -61,6 +61,8 @@ pub enum Error {
     Version,
     #[error("the helper failed: {0}. See \"journalctl -u 'backupd-look@*'\"")]
     Failed(String),
+    #[error("process {process}, of a VM, has too many open files to inspect. Close some, or restart that VM")]
+    TooMany { process: u32 },
     #[error(
         "the open files of process {process} are hidden, though it is a VM's. Check the rules of the security module \
          for backupd"

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
-use super::super::budget::Budget;
+use super::super::budget::{Budget, has_ended};
 use super::super::lock::has_image_lock;
 use super::{Error, FileId, Opener};
 
@@ -27,7 +27,8 @@ pub struct OpenFile {
 
 /// Returns the open files of a process, or none if another user owns the process. A descriptor that is open as a path
 /// only (`O_PATH`) does not count, because any user can open such a path. Fails if the process is hidden from this
-/// one.
+/// one, or has too many descriptors. Of a user's process, further descriptors are left out instead: that user must not
+/// refuse the backups of others.
 pub fn open_files(process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Error> {
     if owner.is_some_and(|owner| user_of(process) != Some(owner)) {
         return Ok(Vec::new());
@@ -35,14 +36,20 @@ pub fn open_files(process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Err
     let (mut files, mut names) = (Vec::new(), MOST_NAMES);
     let may = |error: io::Error| match error.kind() {
         ErrorKind::PermissionDenied => Err(Error::Hidden { process }),
-        // The process has ended, or has closed the descriptor.
-        _ => Ok(()),
+        _ if has_ended(&error) => Ok(()),
+        _ => Err(failed(process, &error)),
     };
     let found = match descriptors(process) {
         Ok(found) => found,
         Err(error) => return may(error).map(|()| files),
     };
-    for descriptor in found.take(MOST_OF_PROCESS) {
+    for (number, descriptor) in found.enumerate() {
+        if number == MOST_OF_PROCESS {
+            match owner {
+                Some(_) => break,
+                None => return Err(Error::TooMany { process }),
+            }
+        }
         let name = match descriptor.name() {
             Ok(Some(name)) => name,
             Ok(None) => continue,
@@ -51,8 +58,13 @@ pub fn open_files(process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Err
                 continue;
             }
         };
-        if descriptor.access().is_none() {
-            continue;
+        match descriptor.access() {
+            Ok(Some(_)) => {}
+            Ok(None) => continue,
+            Err(error) => {
+                may(error)?;
+                continue;
+            }
         }
         let Some(file) = descriptor.file() else { continue };
         let name = name.into_os_string().into_string().ok();
@@ -75,23 +87,38 @@ pub fn locker(
     let files: HashSet<FileId> = files.iter().copied().collect();
     let mut budget = Budget::new();
     for process in processes() {
-        let Some(payer) = budget.payer_of(process) else {
-            continue;
+        let payer = budget
+            .payer_of(process)
+            .map_err(|error| failed(process, &error))?;
+        let Some(payer) = payer else { continue };
+        // docs/security.md lists processes that the system hides even from this one.
+        let is_skipped = |error: &io::Error| error.kind() == ErrorKind::PermissionDenied || has_ended(error);
+        let found = match descriptors(process) {
+            Ok(found) => found,
+            Err(error) if is_skipped(&error) => continue,
+            Err(error) => return Err(failed(process, &error)),
         };
-        for descriptor in descriptors(process).into_iter().flatten() {
+        for descriptor in found {
             at_work()?;
             if !budget.take(payer) {
                 break;
             }
-            if descriptor.name().is_ok_and(|name| name.is_some())
-                && descriptor.file().is_some_and(|id| files.contains(&id))
-                && descriptor.info().is_some_and(|info| has_image_lock(&info))
-            {
-                return Ok(Some(Opener::of(process)));
+            let locks = descriptor.locks_one_of(&files);
+            match locks {
+                Ok(true) => return Ok(Some(Opener::of(process))),
+                Ok(false) => {}
+                Err(error) if is_skipped(&error) => {}
+                Err(error) => return Err(failed(process, &error)),
             }
         }
     }
     Ok(None)
+}
+
+fn failed(process: u32, error: &io::Error) -> Error {
+    Error::Failed(format!(
+        "cannot read the open files of process {process}: {error}"
+    ))
 }
 
 /// Returns the owner of a process: its effective user, or root if it has changed its user or runs a set-user-ID
@@ -108,8 +135,8 @@ pub fn program(process: u32) -> String {
     let program = std::fs::read_link(directory.join("exe")).ok();
     let program = program.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
     program.unwrap_or_else(|| {
-        let own = std::fs::read_to_string(directory.join("comm"));
-        own.unwrap_or_default().trim_end().to_owned()
+        let own = std::fs::read(directory.join("comm")).unwrap_or_default();
+        String::from_utf8_lossy(&own).trim_end().to_owned()
     })
 }
 
@@ -127,8 +154,14 @@ impl Descriptor {
         Ok(name.is_absolute().then_some(name))
     }
 
-    fn info(&self) -> Option<String> {
-        std::fs::read_to_string(&self.info).ok()
+    fn info(&self) -> io::Result<String> {
+        Ok(String::from_utf8_lossy(&std::fs::read(&self.info)?).into_owned())
+    }
+
+    fn locks_one_of(&self, files: &HashSet<FileId>) -> io::Result<bool> {
+        Ok(self.name()?.is_some()
+            && self.file().is_some_and(|id| files.contains(&id))
+            && has_image_lock(&self.info()?))
     }
 
     /// Also returns `None` if the file system hides the file from this process, as FUSE can do. No process writes a
@@ -139,11 +172,13 @@ impl Descriptor {
 
     /// Returns the access mode, from the octal value of `flags:` (proc_pid_fdinfo(5)), or `None` for a descriptor
     /// that is open as a path only.
-    pub fn access(&self) -> Option<OFlags> {
+    pub fn access(&self) -> io::Result<Option<OFlags>> {
         let info = self.info()?;
-        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
-        let flags = OFlags::from_bits_retain(u32::from_str_radix(flags.trim(), 8).ok()?);
-        (!flags.contains(OFlags::PATH)).then_some(flags & OFlags::RWMODE)
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
+        let flags = flags.ok_or_else(|| io::Error::other("fdinfo has no flags"))?;
+        let flags = OFlags::from_bits_retain(flags);
+        Ok((!flags.contains(OFlags::PATH)).then_some(flags & OFlags::RWMODE))
     }
 }
 

@@ -167,6 +167,29 @@ async fn a_qemu_that_never_ends_a_failed_backup_loses_its_share() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_failed_backup_keeps_its_share_over_a_restart_until_qemu_has_ended_it() {
+    let store = test_directory();
+    let (mut system, machines, ended, second) = unconfirmed(&store, 10).await;
+    let [(a, to_a), (b, _)] = &machines[..] else {
+        unreachable!()
+    };
+    ended.reached();
+    cancel(&second).await;
+    let again = to_a.hold("job-cancel", |_| true);
+    system.kill_daemon();
+    ended.cut();
+    system.start_daemon();
+    system.wait_for_domain("b");
+    again.reached();
+    let caller = Caller::new(&system).await;
+    let third = full(&caller, "b").await;
+    assert_eq!((speed(a), speed(b)), (MIB, 1));
+    again.pass();
+    reaches(b, MIB).await;
+    cancel(&third).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_backup_gets_a_share_after_a_restart_that_another_may_still_use() {
     let store = test_directory();
     let mut system = system(&store);

@@ -353,17 +353,22 @@ impl Jobs {
         recovered: &mut Recovered,
     ) -> Result<(), Error> {
         if record.has_ended() {
-            let of_state = record::read_journal(&record).map(|(_, state)| Residue::of(&state));
+            let journal = record::read_journal(&record);
+            let is_of_boot = journal.as_ref().is_ok_and(|(boot, _)| *boot == self.context.boot);
+            let of_state = journal.map(|(_, state)| Residue::of(&state));
             let residue = Residue {
                 in_qemu: record.left_in_qemu,
                 on_disk: record.left_on_disk,
                 ..of_state.unwrap_or_default()
             };
             let job = Arc::new(self.ended(&record)?);
+            // QEMU may still copy with the speed that it had.
+            let may_copy = residue.in_qemu && is_of_boot && job.plan.task == Task::Backup;
+            let part = may_copy.then(|| self.give_back_later(self.context.bandwidth.resume(&job)));
             self.clean_up(Uncleaned {
                 job,
                 residue,
-                _part: None,
+                _part: part,
             });
             return Ok(());
         }

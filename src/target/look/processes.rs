@@ -27,8 +27,8 @@ pub struct OpenFile {
 
 /// Returns the open files of a process, or none if another user owns the process. A descriptor that is open as a path
 /// only (`O_PATH`) does not count, because any user can open such a path. Fails if the process is hidden from this
-/// one, or has too many descriptors. Of a user's process, further descriptors are left out instead: that user must not
-/// refuse the backups of others.
+/// one, or has too many descriptors. If a user is the owner, it ignores further descriptors instead: that user must not
+/// block the backups of others.
 pub fn open_files(process: u32, owner: Option<u32>) -> Result<Vec<OpenFile>, Error> {
     if owner.is_some_and(|owner| user_of(process) != Some(owner)) {
         return Ok(Vec::new());

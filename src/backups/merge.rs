@@ -17,7 +17,7 @@ use crate::fault::{self, Point};
 use crate::image::{self, Chain, Control, Output};
 use crate::model::{
     Algorithm, DEFINITION_NAME, Digest, Disk, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest,
-    PROTECTED_NAME,
+    ManifestError, PROTECTED_NAME,
 };
 use crate::offload::{Progress, watched};
 use crate::target::{self, FileDigest, Replacement, Shelf};
@@ -128,11 +128,11 @@ impl Backups {
         if manifest.parents().is_empty() {
             manifest.kind = Kind::Full;
         }
-        let error = |error: serde_json::Error| Error::Manifest(error.to_string());
         if backup.manifest.is_proven(self.catalog.key()) {
-            manifest.prove(self.catalog.key()).map_err(error)?;
+            let proven = manifest.prove(self.catalog.key());
+            proven.map_err(|error| Error::Manifest(error.to_string()))?;
         }
-        let text = manifest.to_json().map_err(error)?;
+        let text = encode(&manifest)?;
         let written = replacement.clone();
         let write = move |progress: &Progress| {
             written.keep_record(DEFINITION_NAME, progress)?;
@@ -204,9 +204,7 @@ impl Backups {
         replacement: Arc<Replacement>,
         manifest: Manifest,
     ) -> Result<(), Error> {
-        let text = manifest
-            .to_json()
-            .map_err(|error| Error::Manifest(error.to_string()))?;
+        let text = encode(&manifest)?;
         let text = String::from_utf8_lossy(&text).into_owned();
         self.catalog.merging(key.clone(), Some(text)).await?;
         fault::point(Point::MergeRecorded);
@@ -272,6 +270,17 @@ impl Backups {
     }
 }
 
+/// Fails if no reader would accept the manifest: unknown fields of another program may be longer when the service
+/// writes them again.
+fn encode(manifest: &Manifest) -> Result<Vec<u8>, Error> {
+    let text = manifest.to_json();
+    let text = text.map_err(|error| Error::Manifest(error.to_string()))?;
+    match text.len() {
+        ..=MAX_MANIFEST_BYTES => Ok(text),
+        bytes => Err(Error::Manifest(ManifestError::TooLong { bytes }.to_string())),
+    }
+}
+
 fn duplicate(file: &OwnedFd) -> Result<OwnedFd, Error> {
     let copy = rustix::io::fcntl_dupfd_cloexec(file, 3);
     copy.map_err(|errno| {
@@ -281,4 +290,30 @@ fn duplicate(file: &OwnedFd) -> Result<OwnedFd, Error> {
             errno,
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::model::{Domain, Unknown};
+
+    #[test]
+    fn a_manifest_that_no_reader_would_accept_is_not_encoded() {
+        let domain = Domain {
+            name: "web".into(),
+            uuid: None,
+            unknown: Unknown::new(),
+        };
+        let now = Timestamp::UNIX_EPOCH;
+        let mut manifest = Manifest::new(Kind::Full, "a".into(), 1, 0, domain, now, now);
+        manifest.description = Some(String::new());
+        let least = encode(&manifest).unwrap().len();
+        manifest.description = Some("x".repeat(MAX_MANIFEST_BYTES - least));
+        assert_eq!(encode(&manifest).unwrap().len(), MAX_MANIFEST_BYTES);
+        manifest.description = Some("x".repeat(MAX_MANIFEST_BYTES - least + 1));
+        let error = encode(&manifest).unwrap_err().to_string();
+        assert!(error.contains("1048577 bytes"), "{error}");
+    }
 }

@@ -43,7 +43,7 @@ impl Identity {
     /// gets the owner [`NOBODY`], because the user with that number on this host, or today, need not be its owner.
     pub fn in_directory(directory: &str, name: &str, uuid: Option<Uuid>) -> Option<Self> {
         let owner = directory.split_once(SEPARATOR);
-        let is_registered = owner.is_some_and(|(owner, _)| owner.parse::<u32>().is_ok());
+        let is_registered = owner.is_some_and(|(owner, _)| is_number(owner));
         let (origin, owner, owner_name) = match is_registered {
             false => (Origin::Configured, 0, "root".to_owned()),
             true => (Origin::Registered, NOBODY, NOBODY.to_string()),
@@ -271,6 +271,30 @@ impl Registry {
         match wanted.is_some() && !says.is_empty() {
             true => drop(futures_util::future::select_all(says).await),
             false => std::future::pending().await,
+        }
+    }
+}
+
+/// Whether the text is a user's number as the service writes it. `parse` also accepts a sign.
+fn is_number(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u32>().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_directory_that_begins_with_a_users_number_is_of_a_registered_domain() {
+        let origin = |owner: &str| {
+            let directory = format!("{owner}{SEPARATOR}web");
+            Identity::in_directory(&directory, "web", None).unwrap().origin
+        };
+        for owner in ["0", "7", "1000", "4294967295"] {
+            assert_eq!(origin(owner), Origin::Registered, "{owner}");
+        }
+        for owner in ["+7", "-0", "", " 7", "4294967296", "seven"] {
+            assert_eq!(origin(owner), Origin::Configured, "{owner}");
         }
     }
 }

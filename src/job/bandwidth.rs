@@ -1,13 +1,14 @@
 //! Divides the bandwidth of a store among the backups that copy into it.
 //!
 //! Together they never copy more than the store's bandwidth: a backup gets more only after QEMU has confirmed that
-//! another one copies less. A backup with a lower limit of its own leaves the rest to the others. Only computes speeds,
-//! and sends no command.
+//! another one copies less. A backup with a lower limit of its own leaves the rest to the others. An ended backup that
+//! QEMU may still copy has no share. Only computes speeds, and sends no command.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Job;
+use super::speed::Speed;
 use crate::config::Store;
 use crate::plan::Destination;
 
@@ -31,11 +32,13 @@ struct Members {
 /// A backup that copies, or is about to.
 #[derive(Debug)]
 struct Member {
-    job: Arc<Job>,
+    speed: Arc<Speed>,
     /// The speed that it may use.
     granted: u64,
-    /// The speed that QEMU may still use.
+    /// The speed that QEMU may still use; 0 while QEMU cannot copy.
     in_qemu: u64,
+    /// The job has failed or was cancelled. Nothing raises its speed.
+    ended: bool,
 }
 
 impl Member {
@@ -49,7 +52,7 @@ impl Member {
 pub struct Part {
     pool: Option<Arc<Pool>>,
     number: u64,
-    job: Arc<Job>,
+    speed: Arc<Speed>,
 }
 
 impl Bandwidth {
@@ -80,9 +83,17 @@ impl Bandwidth {
             Destination::Store { name, .. } => self.0.get(name).cloned(),
             Destination::Caller => None,
         };
-        let number = pool.as_ref().map_or(0, |pool| pool.add(job, in_qemu(pool.limit)));
-        let job = job.clone();
-        Part { pool, number, job }
+        match pool {
+            Some(pool) => {
+                let in_qemu = in_qemu(pool.limit);
+                pool.add(&job.speed, in_qemu)
+            }
+            None => Part {
+                pool: None,
+                number: 0,
+                speed: job.speed.clone(),
+            },
+        }
     }
 }
 
@@ -90,19 +101,19 @@ impl Part {
     /// Returns the speed that the caller is about to send to QEMU.
     pub fn claim(&self) -> u64 {
         let Some(pool) = &self.pool else {
-            return self.job.speed.limits().effective();
+            return self.speed.limits().effective();
         };
         let mut members = pool.lock();
         // The backup's own limit may have changed.
         members.divide(pool.limit);
-        let speed = self.job.speed.limits().effective();
+        let speed = self.speed.limits().effective();
         if let Some(member) = members.by_number.get_mut(&self.number) {
             member.in_qemu = member.in_qemu.max(speed);
         }
         speed
     }
 
-    /// Reports that QEMU has confirmed the speed.
+    /// Reports that QEMU has confirmed the speed; 0: QEMU has refused to copy.
     pub fn confirm(&self, speed: u64) {
         if let Some(pool) = &self.pool {
             let mut members = pool.lock();
@@ -111,6 +122,24 @@ impl Part {
             }
             members.divide(pool.limit);
         }
+    }
+
+    /// Ends the backup's share, because its job has failed or was cancelled. Returns the part that QEMU may still use.
+    /// `None` if QEMU was never sent a speed, or has refused it.
+    pub fn end(self) -> Option<Self> {
+        let in_qemu = {
+            let mut members = self.pool.as_ref()?.lock();
+            let member = members.by_number.get_mut(&self.number)?;
+            (member.ended, member.granted) = (true, 0);
+            member.in_qemu
+        };
+        if in_qemu == 0 {
+            return None;
+        }
+        if let Some(pool) = &self.pool {
+            pool.lock().divide(pool.limit);
+        }
+        Some(self)
     }
 }
 
@@ -125,18 +154,24 @@ impl Drop for Part {
 }
 
 impl Pool {
-    fn add(&self, job: &Arc<Job>, in_qemu: u64) -> u64 {
+    fn add(self: Arc<Self>, speed: &Arc<Speed>, in_qemu: u64) -> Part {
         let mut members = self.lock();
         members.came += 1;
         let number = members.came;
         let member = Member {
-            job: job.clone(),
+            speed: speed.clone(),
             granted: 0,
             in_qemu,
+            ended: false,
         };
         members.by_number.insert(number, member);
         members.divide(self.limit);
-        number
+        drop(members);
+        Part {
+            pool: Some(self),
+            number,
+            speed: speed.clone(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Members> {
@@ -146,28 +181,37 @@ impl Pool {
 
 impl Members {
     /// Lowers speeds at once, and raises them only by what is free.
+    ///
+    /// All ended backups together count for at most half of the bandwidth. A user's own "QEMU" can let any number of
+    /// backups fail and never stop them, and ended jobs are not limited by `jobs-at-once-per-user`.
     fn divide(&mut self, limit: u64) {
-        let own: Vec<u64> = self
+        let ended = self.by_number.values().filter(|member| member.ended);
+        let ended = ended.map(|member| member.in_qemu).fold(0, u64::saturating_add);
+        let limit = limit - ended.min(limit / 2);
+        let mut members: Vec<&mut Member> = self
             .by_number
-            .values()
-            .map(|member| member.job.speed.limits().without_share())
+            .values_mut()
+            .filter(|member| !member.ended)
+            .collect();
+        let own: Vec<u64> = members
+            .iter()
+            .map(|member| member.speed.limits().without_share())
             .collect();
         let shares = shares(limit, &own);
-        for (member, share) in self.by_number.values_mut().zip(&shares) {
+        for (member, share) in members.iter_mut().zip(&shares) {
             member.granted = member.granted.min(*share);
         }
-        let in_use = self
-            .by_number
-            .values()
-            .map(Member::in_use)
+        let in_use = members
+            .iter()
+            .map(|member| member.in_use())
             .fold(0, u64::saturating_add);
         let mut free = limit.saturating_sub(in_use);
-        for (member, share) in self.by_number.values_mut().zip(&shares) {
+        for (member, share) in members.iter_mut().zip(&shares) {
             let before = member.in_use();
             member.granted = (*share).min(before.saturating_add(free));
             free -= member.in_use() - before;
             // For QEMU, 0 means unlimited.
-            member.job.speed.set_share(member.granted.max(1));
+            member.speed.set_share(member.granted.max(1));
         }
     }
 }
@@ -201,5 +245,86 @@ mod tests {
         assert_eq!(shares(100, &[30, 10, 0]), [30, 10, 60]);
         assert_eq!(shares(100, &[200]), [100]);
         assert_eq!(shares(1, &[0, 0]), [0, 1]);
+    }
+
+    /// A backup of which QEMU has confirmed the speed that it may use.
+    fn copying(pool: &Arc<Pool>) -> Part {
+        let part = pool.clone().add(&Arc::new(Speed::new(0)), 0);
+        settle(&[&part]);
+        part
+    }
+
+    /// Sends the present speeds to QEMU, which confirms them.
+    fn settle(parts: &[&Part]) {
+        // The first round lowers speeds, and the second raises others.
+        for _ in 0..2 {
+            for part in parts {
+                part.confirm(part.claim());
+            }
+        }
+    }
+
+    fn share(part: &Part) -> u64 {
+        part.speed.limits().share
+    }
+
+    fn pool() -> Arc<Pool> {
+        Arc::new(Pool {
+            limit: 100,
+            members: Mutex::default(),
+        })
+    }
+
+    #[test]
+    fn a_backup_that_fails_before_it_copies_gives_its_part_back_at_once() {
+        let pool = pool();
+        let first = copying(&pool);
+        let waiting = pool.clone().add(&Arc::new(Speed::new(0)), 0);
+        settle(&[&first]);
+        assert_eq!((share(&first), share(&waiting)), (50, 50));
+        assert!(waiting.end().is_none());
+        assert_eq!(share(&first), 100);
+        // The same if QEMU refused the transaction.
+        let refused = pool.clone().add(&Arc::new(Speed::new(0)), 0);
+        settle(&[&first]);
+        assert_eq!(refused.claim(), 50);
+        refused.confirm(0);
+        assert!(refused.end().is_none());
+        assert_eq!(share(&first), 100);
+    }
+
+    #[test]
+    fn an_ended_backup_counts_with_the_speed_that_qemu_may_still_use() {
+        let pool = pool();
+        let first = copying(&pool);
+        let (second, third) = (copying(&pool), copying(&pool));
+        settle(&[&first, &second, &third]);
+        let speeds = [&first, &second, &third].map(share);
+        assert_eq!(speeds.iter().sum::<u64>(), 100);
+        let ended = second.end().expect("QEMU may still copy");
+        let left = speeds[1];
+        settle(&[&first, &third]);
+        assert_eq!(share(&first) + share(&third) + left, 100);
+        // Not raised when another backup leaves.
+        drop(third);
+        assert_eq!((share(&first), share(&ended)), (100 - left, left));
+        drop(ended);
+        assert_eq!(share(&first), 100);
+    }
+
+    #[test]
+    fn all_ended_backups_together_take_at_most_half() {
+        let pool = pool();
+        // QEMU may still use the whole bandwidth for each.
+        let resume = || pool.clone().add(&Arc::new(Speed::new(0)), 100);
+        let ended: Vec<Part> = (0..5).filter_map(|_| resume().end()).collect();
+        assert_eq!(ended.len(), 5);
+        let running = copying(&pool);
+        assert_eq!(share(&running), 50);
+        let another = copying(&pool);
+        settle(&[&running, &another]);
+        assert_eq!((share(&running), share(&another)), (25, 25));
+        drop(ended);
+        assert_eq!((share(&running), share(&another)), (50, 50));
     }
 }

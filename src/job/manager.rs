@@ -83,7 +83,7 @@ pub(super) struct JobContext {
 
 /// How the service's work on a job ended.
 pub(super) enum Ending {
-    /// The job has ended. It keeps its part of a store's bandwidth if QEMU may still copy.
+    /// The job has ended. It keeps its part of a store's bandwidth while QEMU may still copy.
     Ended(Residue, Option<Part>),
     /// A later instance of the service resumes the job.
     Detached,
@@ -364,7 +364,8 @@ impl Jobs {
             let job = Arc::new(self.ended(&record)?);
             // QEMU may still copy with the speed that it had.
             let may_copy = residue.in_qemu && is_of_boot && job.plan.task == Task::Backup;
-            let part = may_copy.then(|| self.give_back_later(self.context.bandwidth.resume(&job)));
+            let part = may_copy.then(|| self.context.bandwidth.resume(&job));
+            let part = part.and_then(Part::end).map(|part| self.give_back_later(part));
             self.clean_up(Uncleaned {
                 job,
                 residue,
@@ -758,6 +759,7 @@ impl Jobs {
             residue,
             _part: part
                 .filter(|_| residue.in_qemu)
+                .and_then(Part::end)
                 .map(|part| self.give_back_later(part)),
         });
     }

@@ -116,7 +116,7 @@ pub struct Job {
     taken_up: Provisional<Instant>,
     /// The connection that started the job has left the bus, or belonged to an earlier instance of the service.
     is_orphan: AtomicBool,
-    speed: Speed,
+    speed: Arc<Speed>,
     /// When a client last read the status, and when the service last queried QEMU.
     looks: watch::Sender<Option<Instant>>,
     asked: watch::Sender<Option<Instant>>,

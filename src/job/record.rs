@@ -205,7 +205,7 @@ impl Job {
             cancel,
             taken_up: Instant::now().into(),
             is_orphan: AtomicBool::new(earlier),
-            speed: Speed::new(record.speed),
+            speed: Arc::new(Speed::new(record.speed)),
             looks: watch::Sender::new(None),
             asked: watch::Sender::new(None),
             catalog,

@@ -123,11 +123,9 @@ impl Driver<'_> {
         let job = self.job;
         let mut freeze = self.freeze.take().ok_or(Error::Interrupted)?;
         let part = self.part.as_ref().ok_or(Error::Interrupted)?;
-        let speed = part.claim();
         let (objects, targets) = (self.objects()?, self.targets()?);
         // Subscribed before the transaction, because its jobs can end before its reply arrives.
         let events = objects.client().events();
-        let transaction = Transaction::grouped(self.actions(objects, targets, speed));
         if job.cancel.is_cancelled() {
             return Err(Stopped::Cancelled);
         }
@@ -141,6 +139,9 @@ impl Driver<'_> {
         freeze.begin(&job.cancel).await?;
         fault::passed("frozen");
         let written: Vec<bool> = targets.iter().map(Target::mark_written).collect();
+        // From here on, a failed backup keeps its part of the bandwidth, because QEMU may copy.
+        let speed = part.claim();
+        let transaction = Transaction::grouped(self.actions(objects, targets, speed));
         let client = objects.client();
         let starting = async {
             let started = tokio::time::timeout(patience, client.execute(transaction)).await;
@@ -165,6 +166,7 @@ impl Driver<'_> {
                     for (target, was) in targets.iter().zip(written) {
                         target.written().store(was, Ordering::Relaxed);
                     }
+                    part.confirm(0);
                 }
                 return Err(Error::Transaction(error).into());
             }

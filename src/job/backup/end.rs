@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::driver::Driver;
 use super::state::{Copying, Fact, State};
 use crate::catalog::{self, BackupRecord};
+use crate::job::bandwidth::Part;
 use crate::job::chain::checkpoint_name;
 use crate::job::error::Stopped;
 use crate::job::objects::QemuObjects;
@@ -35,6 +36,7 @@ impl Driver<'_> {
     /// the backup is stalled, the other objects stay, because QEMU and the guest would hang with it.
     pub(super) async fn release(&mut self, state: &State) -> Fact {
         self.show_finishing();
+        self.part = self.part.take().and_then(Part::end);
         let in_qemu = self.release_all(state).await;
         if !in_qemu {
             self.part = None;

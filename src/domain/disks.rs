@@ -5,9 +5,8 @@
 
 use std::path::PathBuf;
 
-use super::graph::{Graph, MAX_DISKS};
-use super::outside::Devices;
-use crate::qmp::block::{BlockDeviceInfo, BlockInfo};
+use super::graph::{Graph, MAX_NAME};
+use crate::qmp::block::{BlockDeviceInfo, BlockInfo, MAX_BITMAPS};
 
 /// One drive of the guest. Without a medium, `node` is empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,7 +28,7 @@ pub struct Disk {
     pub format: String,
     pub writable: bool,
     /// The type of the device if QEMU passes the guest's SCSI commands through, so that QEMU does not see the guest's
-    /// writes.
+    /// writes. [`disks`] does not know it.
     pub passed_through: Option<&'static str>,
     /// Whether QEMU decrypts the image or a backing image (LUKS). A backup has the guest's data in plain text.
     pub encrypted: bool,
@@ -128,19 +127,21 @@ pub fn find_disk<'a>(disks: &'a [Disk], name: &str) -> DiskLookup<'a> {
     }
 }
 
-const MAX_NAME: usize = 255;
 const MAX_DEVICE: usize = 1024;
 
 /// Returns the disks of all drives, or `None` if the peer reports values that no QEMU has.
-pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph, devices: &Devices) -> Option<Vec<Disk>> {
-    if drives.len() > MAX_DISKS {
-        return None;
-    }
+pub(super) fn disks(drives: impl IntoIterator<Item = BlockInfo>, graph: &Graph) -> Option<Vec<Disk>> {
     let mut disks: Vec<Disk> = Vec::new();
+    let mut bitmaps = 0;
     for drive in drives {
-        let Some(mut disk) = disk(drive, graph, devices) else {
+        let Some(mut disk) = disk(drive, graph) else {
             continue;
         };
+        // Many drives can have the same node, and each disk copies its bitmaps.
+        bitmaps += disk.bitmaps.len();
+        if bitmaps > MAX_BITMAPS {
+            return None;
+        }
         // The device id of one disk can be the drive id of another disk.
         while disks.iter().any(|other| other.name == disk.name) && !disk.aliases.is_empty() {
             disk.name = disk.aliases.remove(0);
@@ -155,11 +156,10 @@ pub(super) fn disks(drives: Vec<BlockInfo>, graph: &Graph, devices: &Devices) ->
     disks.iter().all(named).then_some(disks)
 }
 
-fn disk(drive: BlockInfo, graph: &Graph, devices: &Devices) -> Option<Disk> {
+fn disk(drive: BlockInfo, graph: &Graph) -> Option<Disk> {
     let device = drive.qdev.as_deref().and_then(device_id).map(str::to_owned);
     // If no device uses a drive, it is not a disk of the guest.
     let qdev = drive.qdev?;
-    let passed_through = devices.passed_through(&qdev);
     let drive_id = Some(drive.device).filter(|id| !id.is_empty());
     let root = drive
         .inserted
@@ -195,7 +195,7 @@ fn disk(drive: BlockInfo, graph: &Graph, devices: &Devices) -> Option<Disk> {
         source: node.and_then(BlockDeviceInfo::source_file),
         format: node.map(|node| node.drv.clone()).unwrap_or_default(),
         writable,
-        passed_through,
+        passed_through: None,
         encrypted: node.is_some_and(|node| graph.is_encrypted(node)),
         has_backing: node.is_some_and(|node| graph.has_backing(node)),
         keeps_bitmaps: writable && node.is_some_and(BlockDeviceInfo::keeps_bitmaps),
@@ -253,7 +253,7 @@ mod tests {
             drive("", "/machine/peripheral/", Some("n")),
             drive("d", "", None),
         ];
-        let disks = disks(drives, &Graph::of(&[], None).unwrap(), &Devices::of([])).unwrap();
+        let disks = disks(drives, &Graph::of(&[], None).unwrap()).unwrap();
         let names: Vec<_> = disks.iter().map(|disk| disk.name.as_str()).collect();
         assert_eq!(names, ["n", "d"]);
     }

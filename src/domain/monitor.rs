@@ -1,6 +1,7 @@
 //! The supervised monitor of one domain: it connects, queries QEMU, follows its events, and reconnects.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
@@ -17,10 +18,7 @@ use super::presence::Presence;
 use super::retry::{After, Retry};
 use super::{Disk, Domain, Migration, PATIENCE, Snapshot, State};
 use crate::names::IN_QEMU;
-use crate::qmp::block::{
-    BlockDeviceInfo, BlockInfo, JobEvent, QueryBlock, QueryNamedBlockNodes, XDbgBlockGraph,
-    XDebugQueryBlockGraph,
-};
+use crate::qmp::block::{JobEvent, QueryBlock, QueryNamedBlockNodes, XDebugQueryBlockGraph};
 use crate::qmp::machine::{
     Cont, ObjectPropertyInfo, QomList, QueryStatus, QueryUuid, QueryVersion, VersionTriple,
 };
@@ -189,8 +187,7 @@ impl Link {
 
     /// Queries the disks only. The result does not show which disks pass the guest's commands through.
     pub async fn disks(&self) -> qmp::Result<Vec<Disk>> {
-        let (drives, nodes, edges) = blocks(self).await?;
-        disks_of(drives, &nodes, edges.as_ref(), &Devices::of([]))
+        Ok(blocks(self).await?.0)
     }
 
     /// Queries the run state.
@@ -349,12 +346,14 @@ impl RunState {
 async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
     let client = &link.client;
     let (uuid, status) = tokio::try_join!(link.uuid(), client.execute_within(PATIENCE, QueryStatus {}),)?;
-    let (drives, nodes, edges) = blocks(link).await?;
+    let (mut disks, files) = blocks(link).await?;
     let devices = Devices::of([
         (outside::PERIPHERAL, devices(client, outside::PERIPHERAL).await?),
         (outside::ANONYMOUS, devices(client, outside::ANONYMOUS).await?),
     ]);
-    let disks = disks_of(drives, &nodes, edges.as_ref(), &devices)?;
+    for disk in &mut disks {
+        disk.passed_through = devices.passed_through(&disk.device);
+    }
     Ok(Snapshot {
         uuid,
         reached: true,
@@ -362,13 +361,14 @@ async fn inspect(link: &Link) -> qmp::Result<Snapshot> {
         migration: Migration::from_run_state(&status.status),
         disks: disks.into(),
         outside: devices.outside().into(),
-        files: graph::host_files(&nodes).into(),
+        files: files.into(),
         share: None,
     })
 }
 
-/// Queries QEMU's block layer.
-async fn blocks(link: &Link) -> qmp::Result<(Vec<BlockInfo>, Vec<BlockDeviceInfo>, Option<XDbgBlockGraph>)> {
+/// Queries QEMU's block layer, and returns the disks and the host's files below all nodes. A peer may take long to
+/// reply to later commands, so the replies are not kept.
+async fn blocks(link: &Link) -> qmp::Result<(Vec<Disk>, Vec<PathBuf>)> {
     let client = &link.client;
     // One query after another: with thousands of nodes each takes a while, and every reply is progress.
     let drives = client.execute_within(GRAPH_PATIENCE, QueryBlock {}).await?;
@@ -382,22 +382,14 @@ async fn blocks(link: &Link) -> qmp::Result<(Vec<BlockInfo>, Vec<BlockDeviceInfo
         ),
         false => None,
     };
-    Ok((drives, nodes, edges))
-}
-
-fn disks_of(
-    drives: Vec<BlockInfo>,
-    nodes: &[BlockDeviceInfo],
-    edges: Option<&XDbgBlockGraph>,
-    devices: &Devices,
-) -> qmp::Result<Vec<Disk>> {
-    let graph = Graph::of(nodes, edges);
-    let disks = graph.and_then(|graph| disks::disks(drives, &graph, devices));
-    disks.ok_or_else(|| qmp::Error::NotQmp("it reports disks that no QEMU has".into()))
+    let graph = Graph::of(&nodes, edges.as_ref());
+    let disks = graph.and_then(|graph| disks::disks(drives, &graph));
+    let disks = disks.ok_or_else(|| qmp::Error::NotQmp("it reports disks that no QEMU has".into()))?;
+    Ok((disks, graph::host_files(&nodes)))
 }
 
 async fn devices(client: &Client, path: &str) -> qmp::Result<Vec<ObjectPropertyInfo>> {
-    client.execute_within(PATIENCE, QomList { path }).await
+    Ok(client.execute_within(PATIENCE, QomList { path }).await?.into())
 }
 
 impl Domain {

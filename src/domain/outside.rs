@@ -8,8 +8,6 @@ use crate::model::Outside;
 
 use crate::qmp::machine::ObjectPropertyInfo;
 
-/// The most devices to inspect; a VM has fewer.
-const MAX_DEVICES: usize = 4096;
 const MAX_NAME: usize = 255;
 /// The most devices to report; a manifest has room for them.
 const MAX_OUTSIDE: usize = 256;
@@ -38,7 +36,7 @@ pub(super) struct Devices(HashMap<String, String>);
 
 impl Devices {
     /// `lists` has each path and the reply for it.
-    pub fn of<const N: usize>(lists: [(&str, Vec<ObjectPropertyInfo>); N]) -> Self {
+    pub fn of<const N: usize>(lists: [(&str, impl IntoIterator<Item = ObjectPropertyInfo>); N]) -> Self {
         let devices = lists.into_iter().flat_map(|(path, properties)| {
             let device = move |property: ObjectPropertyInfo| {
                 let kind = property
@@ -51,7 +49,7 @@ impl Devices {
             properties.into_iter().filter_map(device)
         });
         let short = |(path, kind): &(String, String)| path.len() <= MAX_NAME && kind.len() <= MAX_NAME;
-        Self(devices.filter(short).take(MAX_DEVICES).collect())
+        Self(devices.filter(short).collect())
     }
 
     /// Returns the devices outside the block layer, sorted by name.
@@ -112,7 +110,7 @@ mod tests {
                 name: (*name).to_owned(),
                 kind: (*kind).to_owned(),
             };
-            list.iter().map(property).collect()
+            list.iter().map(property).collect::<Vec<_>>()
         };
         let named = list(&[
             ("type", "string"),

@@ -341,11 +341,11 @@ impl QemuObjects {
     }
 
     pub async fn query_jobs_within(&self, patience: Duration) -> qmp::Result<Vec<JobInfo>> {
-        self.client().execute_within(patience, QueryJobs {}).await
+        Ok(self.client().execute_within(patience, QueryJobs {}).await?.into())
     }
 
     pub async fn query_jobs(&self) -> qmp::Result<Vec<JobInfo>> {
-        self.client().execute(QueryJobs {}).await
+        Ok(self.client().execute(QueryJobs {}).await?.into())
     }
 }
 

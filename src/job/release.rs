@@ -272,7 +272,7 @@ impl QemuObjects {
     }
 
     async fn query_descriptors(&self) -> qmp::Result<Vec<FdsetInfo>> {
-        self.client().execute(QueryFdsets {}).await
+        Ok(self.client().execute(QueryFdsets {}).await?.into())
     }
 
     async fn own_jobs(&self) -> qmp::Result<Vec<JobInfo>> {

@@ -4,8 +4,8 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Done;
 use super::command::command;
+use super::{Bounded, Done};
 
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct QueryStatus {}
@@ -83,7 +83,10 @@ pub struct QomList<'a> {
     pub path: &'a str,
 }
 
-command!(QomList<'_>, "qom-list", Vec<ObjectPropertyInfo>);
+command!(QomList<'_>, "qom-list", Bounded<ObjectPropertyInfo, MAX_PROPERTIES>);
+
+/// The most properties of an object. The containers of a VM's devices have one for each device.
+const MAX_PROPERTIES: usize = 4096;
 
 #[derive(Debug, Clone, Deserialize)]
 pub struct ObjectPropertyInfo {

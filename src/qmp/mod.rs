@@ -19,6 +19,7 @@ mod events;
 #[cfg(test)]
 pub(crate) mod fake;
 mod lines;
+mod list;
 pub mod machine;
 mod message;
 mod monitor;
@@ -32,6 +33,7 @@ pub use command::{Command, Done};
 pub use driver::{Bounds, Driver};
 pub use events::{Events, EventsError};
 pub use lines::{LineTooLong, Lines};
+pub use list::Bounded;
 pub use message::{Event, Message, Refusal, words};
 pub use monitor::{Call, Monitor, Reply};
 pub use schema::{Feature, Schema};

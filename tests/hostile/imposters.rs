@@ -65,7 +65,7 @@ async fn say_again_and_again(mut peer: Peer, bytes: Vec<u8>) {
 }
 
 /// Returns imposters that the service cannot use as a domain, with the expected reasons.
-pub const UNREACHABLE: [(&str, Play, &str); 12] = [
+pub const UNREACHABLE: [(&str, Play, &str); 13] = [
     (
         "garbage",
         |peer| Box::pin(say_again_and_again(peer, b"\x00\xff\xfe!\n".to_vec())),
@@ -144,6 +144,20 @@ pub const UNREACHABLE: [(&str, Play, &str); 12] = [
                 "query-block",
                 Value::Array(vec![drive("d"); 10_000]),
             ))
+        },
+        "query-block: a list with more than 256 elements",
+    ),
+    (
+        "shared-bitmaps",
+        |peer| {
+            Box::pin(converse(peer, |name, id| {
+                let value = match name {
+                    "query-block" => Value::Array((0..256).map(|n| drive(&n.to_string())).collect()),
+                    "query-named-block-nodes" => serde_json::from_str(&BITMAPS).unwrap(),
+                    _ => plain(name),
+                };
+                reply(&value, id)
+            }))
         },
         "reports disks that no QEMU has",
     ),
@@ -299,10 +313,12 @@ fn circle() -> Value {
 }
 
 /// Returns imposters that fill the memory of their client, with each kind in turn.
-pub const FLOODS: [Play; 3] = [
+pub const FLOODS: [Play; 5] = [
     |peer| Box::pin(flood_with_events(peer)),
     |peer| Box::pin(flood_with(peer, "query-qmp-schema", &SCHEMA)),
     |peer| Box::pin(flood_with(peer, "query-named-block-nodes", &BITMAPS)),
+    |peer| Box::pin(flood_with_graph(peer, &DRIVE_LISTS, &NODE_LISTS)),
+    |peer| Box::pin(flood_with_graph(peer, "[]", &NODES)),
 ];
 
 /// The number of imposters that have sent everything.
@@ -335,15 +351,50 @@ static SCHEMA: LazyLock<String> = LazyLock::new(|| {
     text
 });
 
-/// Returns an image with as many bitmaps as fit.
+/// Returns an image with the most bitmaps.
 static BITMAPS: LazyLock<String> = LazyLock::new(|| {
     let bitmap = "{\"name\":\"b\",\"recording\":true}";
-    let bitmaps = vec![bitmap; LONG / (bitmap.len() + 1) - 10].join(",");
+    let bitmaps = vec![bitmap; 65535].join(",");
     format!(
         "[{{\"node-name\":\"0\",\"drv\":\"qcow2\",\"file\":\"/x\",\"image\":{{\"virtual-size\":1}},\
           \"dirty-bitmaps\":[{bitmaps}]}}]"
     )
 });
+
+/// Returns a list of as many equal elements as fit.
+fn as_many_as_fit(element: &str) -> String {
+    format!("[{}]", vec![element; LONG / (element.len() + 1) - 10].join(","))
+}
+
+/// Drives and nodes as lists instead of objects: short as text, large in memory.
+static DRIVE_LISTS: LazyLock<String> = LazyLock::new(|| as_many_as_fit("[\"\"]"));
+static NODE_LISTS: LazyLock<String> = LazyLock::new(|| as_many_as_fit("[\"\",\"\",\"\",[0]]"));
+
+/// The most nodes.
+static NODES: LazyLock<String> = LazyLock::new(|| {
+    let node = "{\"drv\":\"\",\"file\":\"\",\"image\":{\"virtual-size\":1}}";
+    format!("[{}]", vec![node; 16384].join(","))
+});
+
+/// Sends large lists of drives and nodes, and does not reply to the query of the graph: the client keeps both while
+/// it waits.
+async fn flood_with_graph(mut peer: Peer, drives: &str, nodes: &str) {
+    peer.greet().await;
+    let graph = json!([{ "name": "x-debug-query-block-graph", "meta-type": "command" }]);
+    while let Some(command) = peer.try_receive_at_any_time().await {
+        let id = &command.command["id"];
+        let answer = match command.name() {
+            "x-debug-query-block-graph" => continue,
+            "query-qmp-schema" => reply(&schema_with(graph.clone()), id),
+            "query-block" => format!("{{\"return\": {drives}, \"id\": {id}}}\n"),
+            "query-named-block-nodes" => format!("{{\"return\": {nodes}, \"id\": {id}}}\n"),
+            name => reply(&plain(name), id),
+        };
+        if peer.say_bytes(answer.as_bytes()).await.is_err() {
+            return;
+        }
+    }
+}
 
 /// Sends events that request a query, and does not reply to it: the client keeps all other events while it waits.
 async fn flood_with_events(mut peer: Peer) {

@@ -168,7 +168,11 @@ impl Reading {
 
 impl QemuObjects {
     pub async fn query_devices(&self) -> qmp::Result<Vec<BlockStats>> {
-        self.client().execute_within(ANSWER, QueryBlockstats {}).await
+        Ok(self
+            .client()
+            .execute_within(ANSWER, QueryBlockstats {})
+            .await?
+            .into())
     }
 
     /// Sets the histogram on those of the devices that have none.

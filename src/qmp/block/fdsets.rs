@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::qmp::Done;
 use crate::qmp::command::command;
+use crate::qmp::list::objects;
+use crate::qmp::{Bounded, Done};
 
 /// Adds the descriptor that the command passes to a new set.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -32,12 +33,16 @@ command!(RemoveFd, "remove-fd", Done);
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct QueryFdsets {}
 
-command!(QueryFdsets, "query-fdsets", Vec<FdsetInfo>);
+command!(QueryFdsets, "query-fdsets", Bounded<FdsetInfo, MAX_SETS>);
+
+/// The most descriptor sets, and the most descriptors of one. A peer that reports more is not QEMU.
+const MAX_SETS: usize = 16384;
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FdsetInfo {
     pub fdset_id: u64,
+    #[serde(deserialize_with = "objects::<_, _, MAX_SETS>")]
     pub fds: Vec<FdsetFdInfo>,
 }
 

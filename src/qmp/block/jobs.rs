@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::qmp::command::command;
-use crate::qmp::{Done, words};
+use crate::qmp::{Bounded, Done, words};
 
 /// Copies a node to another node, and then each later write.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -98,7 +98,10 @@ command!(JobDismiss<'_>, "job-dismiss", Done);
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct QueryJobs {}
 
-command!(QueryJobs, "query-jobs", Vec<JobInfo>);
+command!(QueryJobs, "query-jobs", Bounded<JobInfo, MAX_JOBS>);
+
+/// The most jobs, with the concluded ones. A peer that reports more is not QEMU.
+const MAX_JOBS: usize = 16384;
 
 /// A job of any client.
 #[derive(Debug, Clone, Deserialize)]

@@ -3,13 +3,18 @@
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use crate::qmp::Done;
+use super::graph::MAX_DRIVES;
 use crate::qmp::command::command;
+use crate::qmp::list::numbers;
+use crate::qmp::{Bounded, Done};
 
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct QueryBlockstats {}
 
-command!(QueryBlockstats, "query-blockstats", Vec<BlockStats>);
+command!(QueryBlockstats, "query-blockstats", Bounded<BlockStats, MAX_DRIVES>);
+
+/// The most bins of a histogram. A peer that reports more is not QEMU.
+const MAX_BINS: usize = 16384;
 
 /// A device's counters.
 #[derive(Debug, Default, Deserialize)]
@@ -37,7 +42,9 @@ pub struct BlockDeviceStats {
 /// Bin `n` counts the requests that took less than boundary `n`, in nanoseconds. The last bin has the rest.
 #[derive(Debug, Deserialize)]
 pub struct BlockLatencyHistogramInfo {
+    #[serde(deserialize_with = "numbers::<_, MAX_BINS>")]
     pub boundaries: Vec<u64>,
+    #[serde(deserialize_with = "numbers::<_, MAX_BINS>")]
     pub bins: Vec<u64>,
 }
 

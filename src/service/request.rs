@@ -267,7 +267,9 @@ impl Service {
                 owner: (other.origin == Origin::Registered).then_some(other.owner),
             })
             .collect();
-        let process = domain.process();
+        // A user's process can have files open that the user cannot read, or on a file system that hangs every reader.
+        let is_configured = domain.origin == Origin::Configured;
+        let process = domain.process().filter(|_| is_configured);
         let id = backup_id.to_owned();
         let look = self.look.clone();
         // The thread may outlive the call's timeout.

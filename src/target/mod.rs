@@ -91,7 +91,7 @@ pub struct Around {
     pub look: Look,
     /// The files that the domains have open.
     pub sources: Sources,
-    /// The domain's QEMU.
+    /// The process whose open images may be read to estimate the space that the backup needs: a configured domain's QEMU.
     pub process: Option<u32>,
     /// The caller is root and may learn which process or domain uses a target.
     pub for_root: bool,

@@ -10,7 +10,7 @@
 //! | `backups` | operations on stored backups: delete, merge, prune, check |
 //! | `job` | the state machine that runs a plan, its journal, and recovery |
 //! | `image` | the programs that read images (`qemu-img`, `qemu-storage-daemon`), confined: restore, export, verify |
-//! | `target` | files, devices and directories that a backup is written to: prepared, published, discarded, removed |
+//! | `targets` | files, devices and directories that a backup is written to: prepared, published, discarded, removed |
 //! | `plan` | a request with every default made explicit. Pure |
 //! | `catalog` | SQLite: jobs, their journal and history, backups, checkpoints; and the manifest in a store |
 //! | `domain` | the known virtual machines, their disks and their monitors |
@@ -61,6 +61,6 @@ pub mod service;
 pub mod size;
 pub mod socket;
 pub mod supervisor;
-pub mod target;
+pub mod targets;
 pub mod text;
 mod turns;

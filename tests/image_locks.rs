@@ -14,7 +14,7 @@ use crate::common::proxy::Proxy;
 use crate::common::storage::LoopDevice;
 use crate::common::vm::Vm;
 use crate::common::wait;
-use backupd::target::{Look, is_in_use};
+use backupd::targets::{Look, is_in_use};
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;

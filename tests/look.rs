@@ -14,7 +14,7 @@ use crate::common::proxies::{Options, error_name};
 use crate::common::storage::{self, LoopDevice};
 use crate::common::vm::Vm;
 use crate::common::{System, test_directory};
-use backupd::target::Look;
+use backupd::targets::Look;
 use zbus::wire::Variant;
 
 const MIB: u64 = 1 << 20;

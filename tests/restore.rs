@@ -14,7 +14,7 @@ use crate::common::storage::{LoopDevice, Tmpfs, files_below, holds, identical};
 use crate::common::wait;
 use backupd::image::{self, Chain, Control, Fault, Output, Progress};
 use backupd::model::Format;
-use backupd::target::{Sharing, Shelf};
+use backupd::targets::{Sharing, Shelf};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;

@@ -62,7 +62,7 @@ fn used_by(file: &str) -> BTreeSet<String> {
     for after in code.split("crate::").skip(1) {
         match after.strip_prefix('{') {
             Some(list) => {
-                // `use crate::{catalog, target::Error}`; none of ours has a list within such a list.
+                // `use crate::{catalog, targets::Error}`; none of ours has a list within such a list.
                 let list = list.split('}').next().unwrap();
                 assert!(!list.contains('{'), "a list within a list: crate::{{{list}");
                 used.extend(list.split(',').map(|item| first_name(item.trim())));

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use crate::common::bus::project_file;
 use crate::common::{process, test_directory};
-use backupd::target::LOOK_VARIABLE;
+use backupd::targets::LOOK_VARIABLE;
 use serde::Deserialize;
 
 /// In tenths, as systemd-analyze counts it.

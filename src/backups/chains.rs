@@ -11,7 +11,7 @@ use super::{Backups, Error};
 use crate::catalog::{BackupState, Link};
 use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use crate::offload::Progress;
-use crate::target::{self, Shelf};
+use crate::targets::{self, Shelf};
 
 /// The backups of a domain's directory and their dependencies.
 pub(super) struct Chains {
@@ -43,7 +43,7 @@ struct Stored {
 /// The reasons why a backup's bases are unknown.
 enum ReadError {
     Manifest(ManifestError),
-    Store(target::Error),
+    Store(targets::Error),
 }
 
 impl Chains {
@@ -163,7 +163,7 @@ impl Backups {
 }
 
 /// Reads every directory that has, or may have, a manifest. Blocks.
-fn read_domain(store: &Path, domain: &str, progress: &Progress) -> Result<Vec<Stored>, target::Error> {
+fn read_domain(store: &Path, domain: &str, progress: &Progress) -> Result<Vec<Stored>, targets::Error> {
     let Some(shelf) = Shelf::of_store(store)?.below(domain)? else {
         return Ok(Vec::new());
     };

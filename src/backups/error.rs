@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::error::Kind;
 use crate::model::ManifestError;
-use crate::{catalog, image, target};
+use crate::{catalog, image, targets};
 
 /// The number of ids that a message lists.
 const MOST_NAMED: usize = 3;
@@ -49,7 +49,7 @@ pub enum Error {
     #[error("store '{0}' is no longer configured")]
     NoStore(String),
     #[error("{0}")]
-    Target(#[from] target::Error),
+    Target(#[from] targets::Error),
     #[error("the store made no progress for {seconds} seconds ('stall-seconds' in the configuration)")]
     Stalled { seconds: u64 },
     #[error("cannot compare the store '{store}' with the catalog: {source}")]

@@ -20,7 +20,7 @@ use crate::model::{
     ManifestError, PROTECTED_NAME,
 };
 use crate::offload::{Progress, watched};
-use crate::target::{self, FileDigest, Replacement, Shelf};
+use crate::targets::{self, FileDigest, Replacement, Shelf};
 
 impl Backups {
     /// Makes the dependents of the requested backups independent, except those that are to be removed too.
@@ -284,7 +284,7 @@ fn encode(manifest: &Manifest) -> Result<Vec<u8>, Error> {
 fn duplicate(file: &OwnedFd) -> Result<OwnedFd, Error> {
     let copy = rustix::io::fcntl_dupfd_cloexec(file, 3);
     copy.map_err(|errno| {
-        Error::Target(target::Error::system(
+        Error::Target(targets::Error::system(
             "duplicate a descriptor of",
             "a new image",
             errno,

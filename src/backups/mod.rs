@@ -25,7 +25,7 @@ use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Identity, NOBODY, Origin, Registry, registered};
 use crate::job::{self, Jobs};
 use crate::offload::Queue;
-use crate::target;
+use crate::targets;
 
 pub use error::Error;
 pub use probe::PATIENCE;
@@ -239,7 +239,7 @@ impl Backups {
             return Ok(());
         };
         let path = store.path.clone();
-        self.blocking(name, move |_| target::check_mark(&path, &known))
+        self.blocking(name, move |_| targets::check_mark(&path, &known))
             .await
     }
 

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::Backups;
 use crate::catalog::{self, Backup, BackupKey, BackupState, ProbeResult};
 use crate::model::{Disk, MANIFEST_NAME, MAX_MANIFEST_BYTES};
-use crate::target::{self, Shelf};
+use crate::targets::{self, Shelf};
 
 /// How long a caller waits for the check. After that, the list shows the last known state.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -104,13 +104,13 @@ struct ProbeReport {
 /// Blocks.
 fn probe_store(path: &Path, expected: &[Expected]) -> ProbeReport {
     let store = Shelf::of_store(path);
-    let mut shelves: BTreeMap<&str, Result<Option<Shelf>, target::Error>> = BTreeMap::new();
+    let mut shelves: BTreeMap<&str, Result<Option<Shelf>, targets::Error>> = BTreeMap::new();
     let mut report = ProbeReport::default();
     for backup in expected {
         let domain = &backup.key.domain;
         let shelf = shelves.entry(domain).or_insert_with(|| match &store {
             Ok(store) => store.below(domain),
-            Err(target::Error::NoDirectory { .. }) => Ok(None),
+            Err(targets::Error::NoDirectory { .. }) => Ok(None),
             Err(error) => Err(error.clone()),
         });
         let probed = match shelf {
@@ -132,7 +132,7 @@ fn gone() -> ProbeResult {
     Some((BackupState::Missing, "its directory is missing".into()))
 }
 
-fn probe_backup(shelf: &Shelf, expected: &Expected) -> Result<ProbeResult, target::Error> {
+fn probe_backup(shelf: &Shelf, expected: &Expected) -> Result<ProbeResult, targets::Error> {
     let Some(backup) = shelf.below(&expected.key.id)? else {
         return Ok(gone());
     };
@@ -149,7 +149,7 @@ fn probe_backup(shelf: &Shelf, expected: &Expected) -> Result<ProbeResult, targe
 }
 
 /// Returns the first fault of a backup's images that is visible without reading them.
-pub(super) fn image_fault(backup: &Shelf, disks: &[Disk]) -> Result<ProbeResult, target::Error> {
+pub(super) fn image_fault(backup: &Shelf, disks: &[Disk]) -> Result<ProbeResult, targets::Error> {
     for Disk { file, length, .. } in disks {
         let size = match backup.file_size(file) {
             Ok(size) => size,
@@ -166,8 +166,8 @@ pub(super) fn image_fault(backup: &Shelf, disks: &[Disk]) -> Result<ProbeResult,
     Ok(None)
 }
 
-pub(super) fn is_absent(error: &target::Error) -> bool {
+pub(super) fn is_absent(error: &targets::Error) -> bool {
     // A directory or device with the file's name (EINVAL) counts as absent too.
     let absent = |errno: &Errno| *errno == Errno::INVAL || errno.kind() == ErrorKind::NotFound;
-    matches!(error, target::Error::Io { errno, .. } if absent(errno))
+    matches!(error, targets::Error::Io { errno, .. } if absent(errno))
 }

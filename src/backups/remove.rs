@@ -12,10 +12,10 @@ use crate::catalog::{Backup, BackupKey, Link};
 use crate::fault::{self, Point};
 use crate::offload::Progress;
 use crate::plan::{Destination, Plan};
-use crate::target::{self, BackupName, Removal, Replacement};
+use crate::targets::{self, BackupName, Removal, Replacement};
 
 /// Inspects a backup's directory, which may be missing. The arguments are the store, the backup's name and its images.
-type Find<T> = fn(&Path, BackupName, &[&str]) -> Result<Option<T>, target::Error>;
+type Find<T> = fn(&Path, BackupName, &[&str]) -> Result<Option<T>, targets::Error>;
 
 /// A request to remove backups of one domain in one store.
 #[derive(Debug, Clone)]
@@ -240,7 +240,7 @@ impl Backups {
         let key = &backup.key;
         let _turn = self.store_locks(&key.store)?.removal.lock().await;
         let (path, at) = (self.store_path(key)?, key.clone());
-        let protect = move |_: &Progress| target::protect(&path, name(&at), protected);
+        let protect = move |_: &Progress| targets::protect(&path, name(&at), protected);
         self.blocking(&key.store, protect).await?;
         self.catalog.protect(key.clone(), protected).await?;
         self.jobs.raise_generation(&key.store).await;
@@ -364,7 +364,7 @@ impl Backups {
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         store: &str,
-        work: impl FnOnce(&Progress) -> Result<T, target::Error> + Send + 'static,
+        work: impl FnOnce(&Progress) -> Result<T, targets::Error> + Send + 'static,
     ) -> Result<T, Error> {
         let (queue, patience) = (&self.store_locks(store)?.queue, self.deadlines.stall());
         match queue.watched(&self.activity, patience, work).await {

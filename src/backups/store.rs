@@ -6,7 +6,7 @@ use std::path::Path;
 use super::probe::image_fault;
 use crate::catalog::{self, BackupState, Link};
 use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
-use crate::target::{self, Shelf};
+use crate::targets::{self, Shelf};
 
 /// A backup as its store describes it.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub struct Inventory {
 }
 
 /// Reads a store at any path and with any owner. Blocks.
-pub fn read_store(path: &Path) -> Result<Inventory, target::Error> {
+pub fn read_store(path: &Path) -> Result<Inventory, targets::Error> {
     let store = Shelf::of_users_store(path)?;
     let mut inventory = Inventory::default();
     for name in visible(&store)? {
@@ -44,13 +44,13 @@ pub fn read_store(path: &Path) -> Result<Inventory, target::Error> {
     Ok(inventory)
 }
 
-fn visible(shelf: &Shelf) -> Result<Vec<String>, target::Error> {
+fn visible(shelf: &Shelf) -> Result<Vec<String>, targets::Error> {
     let mut names = shelf.names()?;
     names.retain(|name| !name.starts_with('.'));
     Ok(names)
 }
 
-fn read_domain(domain: &Shelf, problems: &mut Vec<String>) -> Result<Vec<Stored>, target::Error> {
+fn read_domain(domain: &Shelf, problems: &mut Vec<String>) -> Result<Vec<Stored>, targets::Error> {
     let mut backups = Vec::new();
     for id in visible(domain)? {
         let Some(backup) = domain.below(&id)? else {
@@ -80,7 +80,7 @@ fn read_domain(domain: &Shelf, problems: &mut Vec<String>) -> Result<Vec<Stored>
 }
 
 fn read_backup(shelf: &Shelf, id: &str) -> Result<Stored, String> {
-    let text = |error: target::Error| error.to_string();
+    let text = |error: targets::Error| error.to_string();
     let (bytes, _) = shelf.read(MANIFEST_NAME, MAX_MANIFEST_BYTES).map_err(text)?;
     let manifest = Manifest::parse(&bytes).map_err(|error| format!("{MANIFEST_NAME}: {error}"))?;
     if manifest.id != id {

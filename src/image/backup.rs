@@ -12,7 +12,7 @@ use super::{Error, Fault, Finding};
 use crate::error::shown;
 use crate::model::{self, Digest, Format, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::qcow2::{self, Expected, HeaderError};
-use crate::target::{self, Held, Sharing, Shelf};
+use crate::targets::{self, Held, Sharing, Shelf};
 
 /// The path of a backup in its store: the domain's directory, and the backup's directory in it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -119,7 +119,7 @@ impl Backup {
     /// image, if it has one. Blocks.
     pub fn image(&self, disk: &model::Disk, backing: Option<Format>) -> Result<Image, Fault> {
         let file = match self.shelf.open_file(&disk.file) {
-            Err(target::Error::Io {
+            Err(targets::Error::Io {
                 errno: Errno::NOENT, ..
             }) => {
                 return Err(Fault::NoImage {

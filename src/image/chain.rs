@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::backup::{Backup, Image};
 use super::{Error, Fault, Finding};
 use crate::model::{self, Format, Manifest};
-use crate::target::{Held, Shelf};
+use crate::targets::{Held, Shelf};
 
 /// The maximum number of images in a chain. QEMU can open more, and the service creates shorter chains.
 pub const MAX_DEPTH: usize = 64;

@@ -20,7 +20,7 @@ use crate::qmp::block::{
     CacheOptions, DetectZeroes, Discard, Driver, JobDismiss, JobStatus, MirrorSync, OnError, QueryJobs,
 };
 use crate::qmp::{Command, Done, EventsError};
-use crate::target::{Media, Pace, Writeback};
+use crate::targets::{Media, Pace, Writeback};
 
 /// How often progress is polled. The end is reported by an event.
 const LOOK: Duration = Duration::from_millis(250);
@@ -215,7 +215,7 @@ async fn format_target(chain: &OpenDisk, target: &Target<'_>, format: Format) ->
             compression: None,
             backing: None,
         };
-        let formatted = crate::target::format(&file, media, format, &empty);
+        let formatted = crate::targets::format(&file, media, format, &empty);
         formatted.map_err(|errno| Error::system(&disk, "formatted", errno))
     })
     .await

@@ -16,7 +16,7 @@ use super::{Control, Error, Fault, Finding, Progress, blocking, check};
 use crate::digest::{self, Reading, Sha256Hasher, Watch};
 use crate::model::{self, Algorithm, Digest, Format};
 use crate::qcow2::HeaderError;
-use crate::target::{Held, Shelf};
+use crate::targets::{Held, Shelf};
 
 const CHUNK: usize = 1 << 20;
 

@@ -26,7 +26,7 @@ use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Earlier, EarlierDisk, checkpoint_of_sentinel, sentinel_name};
 use crate::qmp;
 use crate::qmp::block::{BlockDirtyBitmap, Transaction, TransactionAction};
-use crate::target::Shelf;
+use crate::targets::Shelf;
 
 /// The number of newest backups that are considered as bases. A backup that would need an older base is full.
 const MAX_CANDIDATES: u32 = 256;

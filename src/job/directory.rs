@@ -17,7 +17,7 @@ use crate::config::Store;
 use crate::domain::{Domain, Identity};
 use crate::model::{DomainDir, MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest};
 use crate::offload::Progress;
-use crate::target::{self, Shelf};
+use crate::targets::{self, Shelf};
 
 /// Returns the directory in a store for a domain's next backup, and the backup's sequence number.
 pub(super) async fn choose(
@@ -157,7 +157,7 @@ fn unknown(
     known: &BTreeSet<String>,
     progress: &Progress,
 ) -> Vec<Unrecorded> {
-    let read = || -> Result<Vec<Unrecorded>, target::Error> {
+    let read = || -> Result<Vec<Unrecorded>, targets::Error> {
         let Some(shelf) = Shelf::of_store(store)?.below(directory.as_str())? else {
             return Ok(Vec::new());
         };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::domain::{Migration, OLDEST};
 use crate::error::{Kind, is_no_space};
 use crate::image::{self, Finding};
-use crate::{catalog, qmp, quota, target};
+use crate::{catalog, qmp, quota, targets};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
@@ -110,7 +110,7 @@ pub enum Error {
     #[error("the domain's disks keep changing. Try again")]
     Unsettled,
     #[error("{0}")]
-    Target(#[from] target::Error),
+    Target(#[from] targets::Error),
     #[error("cannot write the manifest of the backup: {0}")]
     Record(String),
     #[error("job {id} is not a backup, so it has no document")]

@@ -32,7 +32,7 @@ use crate::fault;
 use crate::offload::Progress;
 use crate::plan::{Plan, Task};
 use crate::quota::{Quota, Share};
-use crate::target::Targets;
+use crate::targets::Targets;
 
 /// How long ended jobs stay in the table, and how many at most.
 const KEEP: Duration = Duration::from_secs(600);

@@ -18,7 +18,7 @@ use crate::qmp::block::{
     TransactionAction, fdset_file,
 };
 use crate::qmp::{self, Client, Done, Event, Events, EventsError};
-use crate::target::{Media, Target};
+use crate::targets::{Media, Target};
 
 /// The names of one job's objects in QEMU. QEMU limits node names to 31 bytes.
 #[derive(Debug, Clone)]

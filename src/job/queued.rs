@@ -23,7 +23,7 @@ use crate::error;
 use crate::fault;
 use crate::plan::{Destination, Options, Plan, Requested};
 use crate::quota::Share;
-use crate::target::{Devices, Parents, Pinned, Targets};
+use crate::targets::{Devices, Parents, Pinned, Targets};
 
 /// The request for a queued backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

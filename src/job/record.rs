@@ -17,7 +17,7 @@ use crate::catalog::{self, Catalog, DomainRecord, Ended, JobRecord, JobState, QU
 use crate::clock;
 use crate::domain::{Domain, Identity, Origin};
 use crate::plan::Plan;
-use crate::target;
+use crate::targets;
 
 /// The residue that an ended job may have.
 #[derive(Debug, Clone, Copy, Default)]
@@ -277,7 +277,7 @@ fn first_status(plan: &Plan, backup_id: &str) -> Status {
         state: DiskState::Preparing,
         total: disk.virtual_size,
         done: 0,
-        target: target::label(plan, disk, backup_id),
+        target: targets::label(plan, disk, backup_id),
     });
     Status {
         state: State::Preparing,

@@ -18,7 +18,7 @@ use crate::qmp::block::{
     QueryNamedBlockNodes, RemoveFd,
 };
 use crate::qmp::{self, Done};
-use crate::target::WIPED_HEAD;
+use crate::targets::WIPED_HEAD;
 
 /// How often the service polls a cancelled job until it has ended.
 const POLL: Duration = Duration::from_millis(100);

@@ -14,7 +14,7 @@ use crate::domain::{Identity, Registry};
 use crate::model::{DEFINITION_NAME, DomainDir, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::offload::Progress;
 use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
-use crate::target::{self, BackupName, Replacement, Shelf};
+use crate::targets::{self, BackupName, Replacement, Shelf};
 
 /// The maximum number of reported problems.
 const MAX_PROBLEMS: usize = 100;
@@ -75,7 +75,7 @@ pub(super) async fn rescan(context: &JobContext, adopt: bool) -> Result<Rescan, 
 async fn mark_as(context: &JobContext, name: &str, path: &Path, rescan: &mut Rescan) -> Result<(), Error> {
     match mark(context, name, path).await {
         // The scan has already reported that none of the recorded backups exists.
-        Ok(_) | Err(Error::Target(target::Error::NotMounted { .. })) => Ok(()),
+        Ok(_) | Err(Error::Target(targets::Error::NotMounted { .. })) => Ok(()),
         Err(Error::Target(error)) => {
             rescan.problem(path, &error.to_string());
             Ok(())
@@ -194,7 +194,7 @@ impl StoreScan<'_> {
     async fn unfinished(&mut self, directory: &str, hidden: &[String]) -> Result<Vec<String>, Error> {
         let mut back = Vec::new();
         for name in hidden {
-            if let Some(id) = target::replaced_backup(name) {
+            if let Some(id) = targets::replaced_backup(name) {
                 let (path, domain, at) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
                 let settle = move |_: &Progress| {
                     let name = BackupName {
@@ -213,21 +213,21 @@ impl StoreScan<'_> {
                     }
                 }
             }
-            if let Some(id) = target::removed_backup(name) {
+            if let Some(id) = targets::removed_backup(name) {
                 let (path, domain, at) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
                 let finish = move |progress: &Progress| {
                     let name = BackupName {
                         domain: &domain,
                         id: &at,
                     };
-                    target::finish_removal(&path, name, progress)
+                    targets::finish_removal(&path, name, progress)
                 };
                 if let Err(error) = self.within(finish).await {
                     let path = self.path.join(directory).join(name);
                     self.rescan.problem(&path, &error.to_string());
                 }
             }
-            if let Some(id) = target::partial_backup(name)
+            if let Some(id) = targets::partial_backup(name)
                 && !self.context.catalog.knows_backup(id.to_owned()).await?
             {
                 let path = self.path.join(directory).join(name);
@@ -320,7 +320,7 @@ impl StoreScan<'_> {
     /// Runs `read` on a thread that may block on storage. Fails if it stalls.
     async fn within<T: Send + 'static>(
         &self,
-        read: impl FnOnce(&Progress) -> Result<T, target::Error> + Send + 'static,
+        read: impl FnOnce(&Progress) -> Result<T, targets::Error> + Send + 'static,
     ) -> Result<T, Error> {
         Ok(watched(self.context, "the store", read).await??)
     }

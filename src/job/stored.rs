@@ -23,7 +23,7 @@ use crate::domain::{Domain, Identity};
 use crate::image::{self, Chain, Control, Export, Fault, Output, Progress, Survey, Verified};
 use crate::plan::{Plan, Stored, Task};
 use crate::quota::Share;
-use crate::target::Targets;
+use crate::targets::Targets;
 
 /// How often the status is updated.
 const PROGRESS: Duration = Duration::from_millis(500);

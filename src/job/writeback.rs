@@ -4,7 +4,7 @@ use std::convert::Infallible;
 
 use super::manager::JobContext;
 use super::{Error, blocking};
-use crate::target::{Pace, Targets};
+use crate::targets::{Pace, Targets};
 
 /// Runs until it is dropped or data is lost. This is only an optimisation: at the end the data is made durable and
 /// checked for errors in any case.

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::job;
 use crate::offload::Progress;
 use crate::plan::{self, Incremental, Mode, Options, Plan};
-use crate::target::{self, Parents};
+use crate::targets::{self, Parents};
 
 impl Service {
     /// Makes the plan, and locks its bases against removal. If a base is removed in between and the service chose it,
@@ -67,7 +67,7 @@ impl Service {
         })
     }
 
-    async fn hold(&self, plan: Plan) -> Result<std::result::Result<(Plan, Parents), target::Error>> {
+    async fn hold(&self, plan: Plan) -> Result<std::result::Result<(Plan, Parents), targets::Error>> {
         let hold = move |_: &Progress| Parents::hold(&plan).map(|parents| (plan, parents));
         Ok(self.jobs.in_store(hold).await?)
     }

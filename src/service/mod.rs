@@ -29,7 +29,7 @@ use crate::domain::{self, Domain, Origin, Registration, Registry};
 use crate::error::{Error, Kind, Result};
 use crate::job::{Job, Jobs, Rescan};
 use crate::quota::{Quota, Share};
-use crate::target::Look;
+use crate::targets::Look;
 use crate::turns::Turns;
 
 /// A caller's open descriptors, and their share of the user's limit.

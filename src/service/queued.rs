@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::job::{self, InLine, Job, Making, Planned, QueuedRequest, Requeued};
 use crate::offload::Progress;
 use crate::plan::{self, Destination};
-use crate::target;
+use crate::targets;
 
 impl Service {
     /// Queues a request. Fails with the errors that are already known.
@@ -45,7 +45,7 @@ impl Service {
         let pin = move |_: &Progress| {
             drop(held);
             devices.check_known(&plan)?;
-            target::pin(&plan).map(|pinned| (plan, pinned, devices))
+            targets::pin(&plan).map(|pinned| (plan, pinned, devices))
         };
         let (plan, pinned, devices) = self.jobs.in_store(pin).await?.map_err(job::Error::Target)?;
         let kept = QueuedRequest {
@@ -96,7 +96,7 @@ impl Service {
         };
         let QueuedRequest { pinned, devices, .. } = request;
         let then = pinned.clone();
-        let look = move |_: &Progress| target::check_pinned(&then);
+        let look = move |_: &Progress| targets::check_pinned(&then);
         self.jobs.in_store(look).await?.map_err(job::Error::Target)?;
         let (service, uid, id) = (self.clone(), job.started_by.uid, job.backup_id.clone());
         let backed_up = domain.clone();

@@ -15,7 +15,7 @@ use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Claim, Entered, Job, Reservation, Start};
 use crate::plan::{self, CheckpointOption, Destination, Options, PlaceKind, Plan, Requested};
 use crate::qmp::Feature;
-use crate::target::{self, Around, Devices, Holder, Pinned, Sources, Targets};
+use crate::targets::{self, Around, Devices, Holder, Pinned, Sources, Targets};
 
 /// Timeout for the other domains' answers about their open files.
 const LOOK: Duration = Duration::from_millis(500);
@@ -276,7 +276,7 @@ impl Service {
         let needed = self.jobs.need_service();
         tokio::task::spawn_blocking(move || {
             let _needed = needed;
-            let sources = Sources::of(&look, &holders).map_err(target::Error::from)?;
+            let sources = Sources::of(&look, &holders).map_err(targets::Error::from)?;
             let around = Around {
                 look,
                 sources,
@@ -312,7 +312,7 @@ async fn settle_devices(mut request: Request) -> Result<Request> {
     let settled = tokio::task::spawn_blocking(move || {
         for disk in request.definition.disks.iter_mut().flatten() {
             if let Some(Target::Block(path)) = &mut disk.target
-                && let Some(device) = target::device_path(path)
+                && let Some(device) = targets::device_path(path)
             {
                 request.devices.add(&device);
                 *path = device;

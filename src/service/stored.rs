@@ -18,7 +18,7 @@ use crate::job::{self, Job, Served, Work};
 use crate::model::Format;
 use crate::offload::Progress;
 use crate::plan::{DiskPlan, Plan, Stored, Task};
-use crate::target::{self, Devices, Shelf};
+use crate::targets::{self, Devices, Shelf};
 
 /// The disks to restore, each into the descriptor at the same index.
 #[derive(Debug)]
@@ -189,9 +189,9 @@ impl Service {
             if let Some(known) = known
                 && is_absent(&store, &key)
             {
-                target::check_mark_of(&store, &known)?;
+                targets::check_mark_of(&store, &known)?;
             }
-            Ok::<_, target::Error>(work(store))
+            Ok::<_, targets::Error>(work(store))
         };
         match self.jobs.in_store(work).await? {
             Ok(done) => Ok(done?),

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use backupd::names::BUS_NAME;
-use backupd::target::LOOK_VARIABLE;
+use backupd::targets::LOOK_VARIABLE;
 use rustix::process::Signal;
 
 use super::bus::{Bus, project_file};

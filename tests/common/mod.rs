@@ -47,7 +47,7 @@ use std::path::{Path, PathBuf};
 
 use backupd::fault;
 use backupd::names::{BUS_NAME, DOMAIN_INTERFACE, MANAGER_INTERFACE, ROOT_PATH};
-use backupd::target::LOOK_VARIABLE;
+use backupd::targets::LOOK_VARIABLE;
 use rustix::process::Signal;
 
 use activation::Activation;

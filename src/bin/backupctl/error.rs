@@ -70,7 +70,7 @@ pub enum Error {
     Place(#[from] TargetError),
     /// A store cannot be read without the service.
     #[error("{0}")]
-    Store(#[from] backupd::target::Error),
+    Store(#[from] backupd::targets::Error),
     /// The given directory is not a store.
     #[error("{} contains no backup and is not a store (it has no directory .backupd): is it mounted?", .0.display())]
     NoStore(PathBuf),

@@ -29,7 +29,7 @@ use crate::qmp::block::{
     BackupPerf, BackupSync, BitmapSyncMode, BlockdevBackup, OnError, Transaction, TransactionAction,
 };
 use crate::qmp::{self, Done, Feature};
-use crate::target::{Media, Target, Targets};
+use crate::targets::{Media, Target, Targets};
 
 /// How many chunks of a disk QEMU copies at a time, up to 1 MiB each. QEMU's default of 64 has two drawbacks: the
 /// buffers exceed a processor's cache, which makes copying in memory a quarter slower. And a guest's write waits for

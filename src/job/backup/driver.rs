@@ -18,7 +18,7 @@ use crate::job::quiesce::Freeze;
 use crate::job::record::Residue;
 use crate::job::{self, Error, Job, Outcome, Reservation, show_ended};
 use crate::qmp::Events;
-use crate::target::{Cached, Parents, Targets};
+use crate::targets::{Cached, Parents, Targets};
 
 /// The interval between attempts to record an outcome.
 const RETRY: Duration = Duration::from_secs(1);

@@ -16,7 +16,7 @@ use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown, bl
 use crate::model;
 use crate::offload::{self, Progress, unless_stalled};
 use crate::plan::{Destination, Place};
-use crate::target::{self, FileDigest, Targets};
+use crate::targets::{self, FileDigest, Targets};
 
 /// The timeout for undoing a stalled backup before its outcome is announced.
 pub(super) const BRIEFLY: Duration = Duration::from_secs(2);
@@ -132,7 +132,7 @@ impl Driver<'_> {
     async fn watched<T, W>(&mut self, work: W) -> Result<T, Stopped>
     where
         T: Send + 'static,
-        W: FnOnce(&Targets, &Progress, &CancellationToken) -> Result<Option<T>, target::Error>
+        W: FnOnce(&Targets, &Progress, &CancellationToken) -> Result<Option<T>, targets::Error>
             + Send
             + 'static,
     {

@@ -21,7 +21,7 @@ use crate::job::objects::QemuObjects;
 use crate::job::record::{self, Residue};
 use crate::job::{Error, Job, Reservation, blocking, quiesce};
 use crate::offload::Progress;
-use crate::target::{Found, TargetId, Targets};
+use crate::targets::{Found, TargetId, Targets};
 
 /// The recorded identities of a backup's target files.
 #[derive(Debug, Default)]

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::catalog::QUEUED;
 use crate::error::Error as Failure;
 use crate::job::{DiskStatus, Error, Outcome};
-use crate::target::{FileDigest, TargetId};
+use crate::targets::{FileDigest, TargetId};
 
 /// The progress of a backup. A state's claims are durable before its action begins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use super::state::{Action, Ended, Evidence, Fact, Reached, State, Verdict, next};
 use crate::error::{Error, Kind};
 use crate::job::Outcome;
-use crate::target::{FileDigest, TargetId};
+use crate::targets::{FileDigest, TargetId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Content {

@@ -15,7 +15,7 @@ pub use restore_target::Error as TargetError;
 use std::path::Path;
 
 use backupd::image::{self, Chain, Location};
-use backupd::target::Shelf;
+use backupd::targets::Shelf;
 
 use crate::args::Command;
 use crate::error::{Error, Result, Status};

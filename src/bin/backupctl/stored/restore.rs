@@ -8,7 +8,7 @@ use backupd::config::Deadlines;
 use backupd::image::{self, Control, Output, Progress};
 use backupd::model::Format;
 use backupd::plan::DiskPlan;
-use backupd::target;
+use backupd::targets;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -116,7 +116,7 @@ pub fn open_targets(args: &Restore, disks: &[Wanted<'_>], id: &str) -> Result<Ve
                 format(args, target),
                 0,
             );
-            target::device_for_restore(&plan, &target.path().display().to_string(), size)?;
+            targets::device_for_restore(&plan, &target.path().display().to_string(), size)?;
         }
     }
     Ok(targets)

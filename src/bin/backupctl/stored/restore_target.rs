@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use backupd::image;
-use backupd::target::{self, FileId, Look, Opener};
+use backupd::targets::{self, FileId, Look, Opener};
 use rustix::fs::OFlags;
 
 use super::partial::{Partial, directory};
@@ -141,7 +141,7 @@ impl RestoreTarget {
             })?;
         check_unused(&path, device.as_fd())?;
         let stat = rustix::fs::fstat(&device).map_err(|errno| Error::io("stat", &path)(errno.into()))?;
-        for directory in target::directories_behind(FileId::of(&stat)) {
+        for directory in targets::directories_behind(FileId::of(&stat)) {
             check_outside(&path, directory)?;
         }
         Ok(Self {
@@ -276,7 +276,7 @@ fn check_directory(path: &Path) -> Result<(), Error> {
 
 fn check_outside(path: &Path, directory: PathBuf) -> Result<(), Error> {
     let store =
-        target::store_around(&directory).or_else(|| image::is_backup(&directory).then_some(directory));
+        targets::store_around(&directory).or_else(|| image::is_backup(&directory).then_some(directory));
     match store {
         None => Ok(()),
         Some(store) => Err(Error::InStore {
@@ -302,12 +302,12 @@ fn open_old(path: &Path) -> Result<OwnedFd, Error> {
 fn check_unused(path: &Path, file: BorrowedFd<'_>) -> Result<(), Error> {
     let failed = Error::io("check whether a VM uses", path);
     let file = file.try_clone_to_owned();
-    let used = file.and_then(|file| match target::is_in_use(&Look::Own, &file)? {
+    let used = file.and_then(|file| match targets::is_in_use(&Look::Own, &file)? {
         true => Ok(Some(Error::UsedByQemu {
             path: path.to_owned(),
         })),
         // QEMU holds no locks with `locking=off`, and around a migration.
-        false => Ok(target::opener(&file)?.map(|opener| Error::Open {
+        false => Ok(targets::opener(&file)?.map(|opener| Error::Open {
             path: path.to_owned(),
             opener,
         })),

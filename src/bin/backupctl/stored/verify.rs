@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use backupd::config::Deadlines;
 use backupd::image::{self, Control, Location, Progress, Survey, Verified};
-use backupd::target::{STORE_DIRECTORY, Shelf};
+use backupd::targets::{STORE_DIRECTORY, Shelf};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 

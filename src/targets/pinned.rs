@@ -141,7 +141,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::target::file;
+    use crate::targets::file;
 
     #[test]
     fn a_path_that_changes_between_the_check_and_the_opening_is_noticed() {

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
@@ -10,6 +12,12 @@ use serde::{Deserialize, Serialize};
 use super::budget::has_ended;
 use super::identity::{Behind, FileId, related, related_to};
 use super::look::{descriptors, processes, program, user_of};
+
+/// How long a process must have a file open to count as its user. Programs that look for a free or changed device, such
+/// as `losetup --find`, open each one for writing for a moment.
+const PASSING: Duration = Duration::from_secs(1);
+/// The time between two looks within [`PASSING`].
+const STEP: Duration = Duration::from_millis(50);
 
 /// A process that has a file or device open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,8 +46,8 @@ impl fmt::Display for Opener {
     }
 }
 
-/// Returns another process that has the file or device open for writing, or one that shares bytes with it. A QEMU
-/// also counts if it only reads. With `auto-read-only` it opens a disk for writing only while its guest may write, so
+/// Returns another process that has the file or device open for writing, or one that shares bytes with it, for longer
+/// than a moment. A QEMU also counts if it only reads. With `auto-read-only` it opens a disk for writing only while its guest may write, so
 /// not while it waits for a migration.
 ///
 /// Root sees every process of its PID namespace; others see their own. The function does not see mappings whose
@@ -54,8 +62,19 @@ pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
                     .iter()
                     .any(|id| matches!(id, FileId::File { .. }) && shared.contains(id))
     };
+    let end = Instant::now() + PASSING;
+    loop {
+        let found = first_opener(&touches)?;
+        if found.is_none() || Instant::now() >= end {
+            return Ok(found);
+        }
+        thread::sleep(STEP);
+    }
+}
+
+fn first_opener(touches: &impl Fn(FileId) -> bool) -> io::Result<Option<Opener>> {
     for process in processes().filter(|process| *process != std::process::id()) {
-        if opens(process, &touches)? {
+        if opens(process, touches)? {
             return Ok(Some(Opener::of(process)));
         }
     }
@@ -92,12 +111,12 @@ mod tests {
 
     use super::*;
 
-    /// A process with the file as its standard output or input.
-    fn sleeper(path: &Path, writes: bool) -> Child {
+    /// A process with the file as its standard output or input for that many seconds.
+    fn sleeper(path: &Path, writes: bool, seconds: &str) -> Child {
         let file = std::fs::File::options().read(!writes).write(writes).open(path);
         let file = Stdio::from(file.unwrap());
         let mut command = Command::new("sleep");
-        command.arg("60");
+        command.arg(seconds);
         match writes {
             true => command.stdout(file),
             false => command.stdin(file),
@@ -110,9 +129,9 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let passed = OwnedFd::from(file.reopen().unwrap());
         assert_eq!(opener(&passed).unwrap(), None, "its own descriptors do not count");
-        let mut reader = sleeper(file.path(), false);
+        let mut reader = sleeper(file.path(), false, "60");
         assert_eq!(opener(&passed).unwrap(), None);
-        let mut writer = sleeper(file.path(), true);
+        let mut writer = sleeper(file.path(), true, "60");
         let found = opener(&passed).unwrap().expect("it is open");
         assert_eq!(found.process, writer.id());
         for child in [&mut reader, &mut writer] {
@@ -120,5 +139,14 @@ mod tests {
             child.wait().unwrap();
         }
         assert_eq!(opener(&passed).unwrap(), None);
+    }
+
+    #[test]
+    fn a_process_that_opens_a_file_for_a_moment_is_not_its_user() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let passed = OwnedFd::from(file.reopen().unwrap());
+        let mut passing = sleeper(file.path(), true, "0.2");
+        assert_eq!(opener(&passed).unwrap(), None);
+        passing.wait().unwrap();
     }
 }

@@ -11,6 +11,7 @@ use crate::common::disk::Disk;
 use crate::common::polkit;
 use crate::common::proxies::{DomainProxy, JobProxy, Options, error_name, slowly};
 use crate::common::vm::Vm;
+use crate::common::wait;
 use serde_json::{Value, json};
 use zbus::wire::Variant;
 
@@ -531,6 +532,109 @@ async fn the_next_user_of_a_uid_continues_no_earlier_chain() {
     let image = PathBuf::from(&job.disks().await.unwrap()[0].4);
     assert!(image.starts_with(system.store().join(directory)), "its own chain");
     assert_eq!(seen(&user).await, (2, false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_without_a_name_leaves_nothing_for_the_next_user_of_the_uid() {
+    let rules = polkit::allow(
+        USER,
+        &["domain.backup", "service.register-domain", "domain.checkpoint"],
+    );
+    let mut system = System::setup().rules(&rules).without_daemon().start();
+    system.take_name(USER);
+    system.start_daemon();
+    let disk = Disk::new("vda", 4 * MIB).fill(0, 4 * MIB, 0x11);
+    let vm = system.vm("mine").disk(disk).start();
+    let user = Caller::of_user(&system, USER).await;
+    user.register("mine", vm.monitor_stream().into()).await.unwrap();
+    let domain = own_domain(&user).await;
+    let root = Caller::new(&system).await;
+    let unique = format!("{USER}:mine");
+    let refused = [
+        user.try_start("mine", "", &[], Options::new()).await.unwrap_err(),
+        root.try_start(&unique, "", &[], Options::new())
+            .await
+            .unwrap_err(),
+        domain
+            .create_checkpoint("<domaincheckpoint/>", Options::new())
+            .await
+            .unwrap_err(),
+    ];
+    for refused in refused {
+        assert_eq!(error_name(&refused), "org.example.Backup1.Error.Unsupported");
+        assert!(refused.to_string().contains("Give the user a name"), "{refused}");
+    }
+    assert_eq!(crate::common::storage::files_below(&system.store()), [""; 0]);
+
+    // A copy into the user's own file needs no record. Its running job is nobody else's, even after the registration.
+    let file = system.dir().join("mine.qcow2");
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(file)
+        .unwrap();
+    let document = "<domainbackup><bandwidth unit='KiB'>64</bandwidth><disks><disk name='vda' type='fd'><target fd='0'/></disk>\
+        </disks></domainbackup>";
+    let job = user
+        .start_with("mine", document, &[file.into()], Options::new())
+        .await;
+    let next = Caller::of_user(&system, USER).await;
+    assert_eq!(
+        listed(&next, Options::new()).await.len(),
+        1,
+        "as long as it is registered"
+    );
+    drop((job, domain));
+    user.connection.close().await.unwrap();
+    wait::until_async("the domain is removed", || async {
+        next.manager.get_domain("mine").await.err()
+    })
+    .await;
+    assert_eq!(listed(&next, all()).await, []);
+    assert_eq!(listed(&root, Options::new()).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_without_a_name_uses_nothing_that_is_recorded_under_the_uid() {
+    let rules = polkit::allow(
+        USER,
+        &["domain.backup", "service.register-domain", "domain.checkpoint"],
+    );
+    let mut system = System::setup().rules(&rules).start();
+    let vm = system.vm("mine").disk(Disk::new("vda", MIB)).start();
+    let (user, ..) = back_up_own(&system, &vm).await;
+    let kept = "<domaincheckpoint><name>kept</name></domaincheckpoint>";
+    let domain = own_domain(&user).await;
+    domain.create_checkpoint(kept, Options::new()).await.unwrap();
+    assert_eq!(seen(&user).await, (1, true));
+    drop((user, domain));
+    system.stop_daemon();
+    // As a service before this rule recorded them.
+    for table in ["backups", "jobs"] {
+        change(
+            &system,
+            &format!("UPDATE {table} SET domain_owner_name = domain_owner"),
+        );
+    }
+    let name = polkit::user_name(USER);
+    change(
+        &system,
+        &format!(
+            "UPDATE checkpoints SET owner_name = owner, domain = replace(domain, ':{name}:', ':' || owner || ':')"
+        ),
+    );
+    system.take_name(USER);
+    system.start_daemon();
+    let user = Caller::of_user(&system, USER).await;
+    user.register("mine", vm.monitor_stream().into()).await.unwrap();
+    assert_eq!(seen(&user).await, (0, false));
+    assert_eq!(listed(&user, all()).await, []);
+    let root = Caller::new(&system).await;
+    assert_eq!(
+        root.manager.list_backups(Options::new()).await.unwrap().0.len(),
+        1
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

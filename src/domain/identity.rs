@@ -30,6 +30,7 @@ pub struct Identity {
     pub name: String,
     pub origin: Origin,
     pub owner: u32,
+    /// See [`super::owner::shown_name`].
     pub owner_name: String,
     pub uuid: Option<Uuid>,
 }

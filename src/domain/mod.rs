@@ -63,6 +63,12 @@ pub enum Error {
     NotASocket { name: String, why: String },
     #[error("cannot look up the name of user {uid}: {why}. Try again")]
     OwnerLookup { uid: u32, why: String },
+    #[error(
+        "the user {uid} who registered the domain has no name, so the service could take a later user with this \
+         number for it. It makes neither backups in a store nor checkpoints of such a domain. Give the user a name, \
+         and register the domain again"
+    )]
+    OwnerWithoutName { uid: u32 },
 }
 
 impl Error {
@@ -80,6 +86,7 @@ impl Error {
             }
             Self::TooManyRegistered(_) => Kind::LimitsExceeded,
             Self::OwnerLookup { .. } => Kind::Internal,
+            Self::OwnerWithoutName { .. } => Kind::Unsupported,
             Self::Monitor { source, .. } if source.is_refusal() => Kind::QemuError,
             Self::Monitor { .. } => Kind::DomainUnreachable,
         }
@@ -226,7 +233,7 @@ pub struct Domain {
     pub origin: Origin,
     /// The user that configured or registered it.
     pub owner: u32,
-    /// The user's name in polkit's rules: the name, or the number if there is no name.
+    /// The user's name as a part of the domain's identity; see [`owner::shown_name`].
     pub owner_name: String,
     /// The guest agent's socket, if there is one.
     pub agent: Option<Dialer>,
@@ -306,6 +313,24 @@ impl Domain {
     /// Whether another user registered it.
     pub fn is_foreign(&self, uid: u32) -> bool {
         self.origin == Origin::Registered && self.owner != uid
+    }
+
+    /// The owner's name in polkit's rules: the name, or the number if there is no name.
+    pub fn shown_owner(&self) -> &str {
+        owner::shown_name(&self.owner_name)
+    }
+
+    /// Whether the same owner can be recognised after the registration has ended.
+    pub fn has_lasting_owner(&self) -> bool {
+        self.origin == Origin::Configured || owner::has_name(self.owner, &self.owner_name)
+    }
+
+    /// Refuses to make something that outlasts the registration if its owner could not be recognised later.
+    pub fn require_lasting_owner(&self) -> Result<(), Error> {
+        match self.has_lasting_owner() {
+            true => Ok(()),
+            false => Err(Error::OwnerWithoutName { uid: self.owner }),
+        }
     }
 
     /// Whether that user registered it.

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::unistd::{Uid, User};
+use uuid::Uuid;
 
-use super::Error;
+use super::{Error, SEPARATOR};
 
 /// How long a lookup may take, because a user directory on the network can be slow.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -42,12 +43,32 @@ pub async fn lasting_name(uid: u32) -> Option<String> {
     look_up(uid).await.ok().flatten()
 }
 
-/// Returns the user's name, or the number if no such user exists. The name is a part of the identity of the user's
-/// domains, so the number must not replace it only because the lookup failed: that would be another domain.
+/// Returns the name of the user who registers a domain. It is a part of the domain's identity. So a failed lookup must
+/// not count as a missing name: that would be another domain.
+///
+/// If the user has no name, the number does not identify it, because another user can have it later. The result is then
+/// `UID:REGISTRATION` (see [`shown_name`]), so that nothing on record belongs to two registrations.
 pub(super) async fn identity_name(uid: u32) -> Result<String, Error> {
+    if uid == 0 {
+        return Ok("root".to_owned());
+    }
     let name = look_up(uid).await;
     let name = name.map_err(|why| Error::OwnerLookup { uid, why })?;
-    Ok(name.unwrap_or_else(|| uid.to_string()))
+    Ok(name.unwrap_or_else(|| format!("{uid}{SEPARATOR}{}", Uuid::new_v4().simple())))
+}
+
+/// Returns the name of a domain's owner for users and for polkit's rules: without the registration, if the user has no
+/// name. No user's name has a colon (passwd(5)).
+pub fn shown_name(owner_name: &str) -> &str {
+    match owner_name.split_once(SEPARATOR) {
+        Some((uid, _registration)) => uid,
+        None => owner_name,
+    }
+}
+
+/// Whether the user had a name when it registered the domain.
+pub(super) fn has_name(uid: u32, owner_name: &str) -> bool {
+    shown_name(owner_name) != uid.to_string()
 }
 
 /// Looks up the name on a thread that may block. Fails with the reason, at the latest after [`PATIENCE`].
@@ -100,8 +121,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_domain_of_a_user_without_a_name_has_the_number() {
+    async fn two_domains_of_users_without_a_name_have_different_owners() {
         assert_eq!(identity_name(0).await.unwrap(), "root");
-        assert_eq!(identity_name(3_999_999_999).await.unwrap(), "3999999999");
+        let uid = 3_999_999_999;
+        let (first, second) = (
+            identity_name(uid).await.unwrap(),
+            identity_name(uid).await.unwrap(),
+        );
+        assert_ne!(first, second);
+        for owner in [&*first, &*second, "3999999999"] {
+            assert_eq!(shown_name(owner), "3999999999");
+            assert!(!has_name(uid, owner), "{owner}");
+        }
+        assert!(has_name(0, "root") && has_name(1000, "anna"));
     }
 }

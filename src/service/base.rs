@@ -20,7 +20,10 @@ impl Service {
     ) -> Result<(Plan, Parents)> {
         let options = &self.with_defaults(options, domain).await?;
         let mut store = match plan::store(definition, &self.stores)? {
-            Some(store) => Some(self.jobs.choose_store(domain, &snapshot.disks, store).await?),
+            Some(store) => {
+                domain.require_lasting_owner()?;
+                Some(self.jobs.choose_store(domain, &snapshot.disks, store).await?)
+            }
             None => None,
         };
         let may_choose = matches!(options.incremental, None | Some(Incremental::Auto));

@@ -45,6 +45,7 @@ impl Service {
         definition: CheckpointDefinition,
     ) -> Result<String> {
         drop(grant);
+        domain.require_lasting_owner()?;
         let reservation = self
             .jobs
             .reserve(&domain, caller.uid, self.no_descriptors(caller)?)?;

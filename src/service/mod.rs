@@ -235,7 +235,7 @@ fn details(domain: &Domain) -> Details {
     // The dialog names the owner, because a user can register a domain under the name of a configured one.
     let shown = match domain.origin {
         Origin::Configured => name.clone(),
-        Origin::Registered => format!("{name} of the user {}", domain.owner_name),
+        Origin::Registered => format!("{name} of the user {}", domain.shown_owner()),
     };
     visibility::service_details()
         .with("domain", shown)
@@ -244,5 +244,5 @@ fn details(domain: &Domain) -> Details {
             "domain_uuid",
             uuid.map(|uuid| uuid.to_string()).unwrap_or_default(),
         )
-        .with("domain_owner", &domain.owner_name)
+        .with("domain_owner", domain.shown_owner())
 }

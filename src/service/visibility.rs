@@ -110,7 +110,10 @@ impl Service {
 
     /// Whether `caller` may see `domain`, or with `all` read it.
     pub(super) async fn view(&self, caller: &Caller, domain: &Domain, all: bool) -> ReadAnswer {
-        let foreign = domain.is_foreign_to(caller.uid, caller.user.as_deref());
+        // If the owner has no name, only the registration proves the user.
+        let registered = || self.domains.get(domain.id).is_some();
+        let foreign = domain.is_foreign_to(caller.uid, caller.user.as_deref())
+            || !domain.has_lasting_owner() && !registered();
         let permissions = [
             (Permission::DomainSeeForeign, foreign),
             (Permission::DomainGetattr, true),
@@ -223,7 +226,7 @@ impl Service {
         if !domain.is_absent() || !domain.is_foreign_to(caller.uid, caller.user.as_deref()) {
             return Ok(false);
         }
-        let owner = (domain.owner, domain.owner_name.clone());
+        let owner = (domain.owner, domain.shown_owner().to_owned());
         if let Some(hides) = owners.get(&owner) {
             return Ok(*hides);
         }
@@ -231,7 +234,7 @@ impl Service {
             .with("domain", "")
             .with("domain_name", "")
             .with("domain_uuid", "")
-            .with("domain_owner", &domain.owner_name);
+            .with("domain_owner", domain.shown_owner());
         let permission = Permission::DomainSeeForeign;
         let hides = !self
             .access

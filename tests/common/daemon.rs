@@ -46,6 +46,26 @@ impl Daemon {
         daemon
     }
 
+    /// Like [`Daemon::start`], but the service sees the files in the directory `users` as those of /etc.
+    #[track_caller]
+    pub fn start_with_users(
+        bus: &Bus,
+        dir: &Path,
+        config: &Path,
+        users: &Path,
+        environment: &Environment,
+    ) -> Self {
+        let mut command = process::bound("unshare");
+        command
+            .args(["--mount", "--", "sh", "-c"])
+            .arg("cd \"$0\" && for file in *; do mount --bind $file /etc/$file || exit; done && cd / && exec \"$@\"")
+            .arg(users)
+            .arg(env!("CARGO_BIN_EXE_backupd"));
+        let mut daemon = Self::launch(bus.address(), dir, config, command, environment);
+        bus.wait_for_owner(BUS_NAME, &mut daemon.process);
+        daemon
+    }
+
     /// Starts the service without waiting: for configurations that it refuses.
     #[track_caller]
     pub fn start_unready(bus: &Bus, dir: &Path, config: &Path) -> Self {

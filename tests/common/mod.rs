@@ -175,6 +175,7 @@ impl Setup {
         let mut system = System {
             daemon: None,
             environment,
+            users: None,
             journal,
             polkit,
             clients: Clients::new(&bus, dir.path()),
@@ -211,6 +212,8 @@ pub struct System {
     daemon: Option<Daemon>,
     /// Environment variables of the service.
     environment: Environment,
+    /// The directory of the user database that the service sees instead of the host's.
+    users: Option<PathBuf>,
     journal: Option<Journal>,
     polkit: Option<Polkit>,
     clients: Clients,
@@ -273,10 +276,28 @@ impl System {
     pub fn start_daemon(&mut self) {
         self.stop_daemon();
         let (bus, dir, config) = (&self.bus, self.dir.path(), self.config_path());
-        self.daemon = Some(match &self.journal {
-            Some(journal) => Daemon::start_journaled(bus, dir, &config, journal),
-            None => Daemon::start(bus, dir, &config, &self.environment),
+        self.daemon = Some(match (&self.journal, &self.users) {
+            (Some(journal), _) => Daemon::start_journaled(bus, dir, &config, journal),
+            (None, Some(users)) => Daemon::start_with_users(bus, dir, &config, users, &self.environment),
+            (None, None) => Daemon::start(bus, dir, &config, &self.environment),
         });
+    }
+
+    /// Takes the name of a user away, for every later start of the service. The bus and polkit still know it:
+    /// dbus-daemon admits no user without a name, but other buses do.
+    #[track_caller]
+    pub fn take_name(&mut self, uid: u32) {
+        let passwd = fs::read_to_string("/etc/passwd").expect("/etc/passwd is readable");
+        let others = passwd
+            .lines()
+            .filter(|line| line.split(':').nth(2) != Some(&uid.to_string()));
+        let others: String = others.map(|line| format!("{line}\n")).collect();
+        let users = self.dir().join("users");
+        fs::create_dir_all(&users).expect("the directory is made");
+        fs::write(users.join("passwd"), others).expect("the users are written");
+        // Other sources have names for some users too, such as `nobody`.
+        fs::write(users.join("nsswitch.conf"), "passwd: files\n").expect("the source is written");
+        self.users = Some(users);
     }
 
     /// Starts the service with an order to die at this point, as if by SIGKILL.

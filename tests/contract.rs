@@ -10,19 +10,11 @@ use crate::common::caller::assert_completed;
 use crate::common::clients::ROOT;
 use crate::common::disk::Disk;
 use crate::common::proxies::{JobProxy, ManagerProxy, Options};
+use backupd::bus::METHODS;
 use backupd::names::{
     BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
 };
 use zbus_xml::{ArgDirection, Interface, Node};
-
-/// Interfaces of the bus that callers may use, with the members that the policy allows.
-const STANDARD_MEMBERS: [&str; 5] = [
-    "org.freedesktop.DBus.Introspectable.Introspect",
-    "org.freedesktop.DBus.Peer.GetMachineId",
-    "org.freedesktop.DBus.Peer.Ping",
-    "org.freedesktop.DBus.Properties.Get",
-    "org.freedesktop.DBus.Properties.GetAll",
-];
 
 fn read(path: &str) -> String {
     fs::read_to_string(project_file(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
@@ -103,15 +95,75 @@ fn the_bus_policy_lets_through_every_method_and_nothing_else() {
             );
         }
     }
-    let mut expected: BTreeSet<String> = STANDARD_MEMBERS.map(str::to_owned).into();
-    for interface in all_described() {
-        expected.extend(
-            interface
-                .methods()
-                .map(|method| format!("{}.{}", interface.name(), method.name())),
+    let rows = METHODS
+        .iter()
+        .map(|row| format!("{}.{}", row.interface, row.member));
+    assert_eq!(allowed, rows.collect());
+}
+
+#[test]
+fn every_described_method_is_in_the_table_and_no_other() {
+    let described = all_described();
+    let described = described.iter().flat_map(|interface| {
+        let methods = interface.methods();
+        methods.map(|method| (interface.name().to_string(), method.name().to_string()))
+    });
+    let ours = METHODS.iter().filter(|row| row.interface.starts_with(BUS_NAME));
+    let rows = ours.map(|row| (row.interface.to_owned(), row.member.to_owned()));
+    assert_eq!(described.collect::<BTreeSet<_>>(), rows.collect());
+}
+
+/// Returns the comment before a method's description.
+#[track_caller]
+fn comment_before<'a>(text: &'a str, member: &str) -> &'a str {
+    let (before, _) = text
+        .split_once(&format!("<method name=\"{member}\""))
+        .unwrap_or_else(|| panic!("{member} is described"));
+    let start = before.rfind("<!--").expect("a method has a comment");
+    let comment = &before[start..];
+    assert!(
+        comment.trim_end().ends_with("-->"),
+        "{member} has a comment of its own"
+    );
+    comment
+}
+
+#[test]
+fn the_description_of_a_method_names_the_actions_of_the_table_and_no_other() {
+    let mut named = 0;
+    for row in METHODS.iter().filter(|row| row.interface.starts_with(BUS_NAME)) {
+        let text = read(&format!("dbus/{}.xml", row.interface));
+        let comment = comment_before(&text, row.member);
+        // A method like another one is described there.
+        if comment.contains("As CreateBackup of the root object") || comment.contains("as for Restore") {
+            continue;
+        }
+        let visible = row.visibility.permissions().iter();
+        let visible: BTreeSet<&str> = visible.map(|permission| permission.action()).collect();
+        let needed: BTreeSet<&str> = row
+            .permissions
+            .iter()
+            .map(|permission| permission.action())
+            .collect();
+        let found: BTreeSet<&str> = comment
+            .split(|letter: char| !(letter.is_alphanumeric() || ".-".contains(letter)))
+            .map(|word| word.trim_end_matches('.'))
+            .filter(|word| word.starts_with("org.example.backup1."))
+            .collect();
+        named += found.len();
+        assert!(
+            found.is_superset(&needed),
+            "{}: {found:?}, {needed:?}",
+            row.member
         );
+        let more: Vec<_> = found
+            .difference(&needed)
+            // Subscribe itself needs none; its comment is about the signals.
+            .filter(|action| !visible.contains(*action) && row.member != "Subscribe")
+            .collect();
+        assert!(more.is_empty(), "{}: {more:?} is not in the table", row.member);
     }
-    assert_eq!(allowed, expected);
+    assert!(named > 10, "{named} actions are found");
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! Every member of every interface, called by every kind of user on every kind of domain, compared with the table of
 //! permissions.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use crate::common::System;
+use crate::common::bus::project_file;
 use crate::common::caller::{Caller, assert_completed};
 use crate::common::chain::directories;
 use crate::common::clients::{OTHER_USER, ROOT, USER};
@@ -13,7 +14,8 @@ use crate::common::polkit;
 use crate::common::proxies::{Options, error_name, slowly};
 use crate::common::vm::Vm;
 use crate::common::wait;
-use backupd::access::{FREE, Permission, TABLE};
+use backupd::access::Permission;
+use backupd::bus::{METHODS, visibility_of_properties};
 use backupd::names::{
     BACKUP_INTERFACE, BUS_NAME, DOMAIN_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH,
 };
@@ -279,15 +281,43 @@ async fn use_member(person: &Person, member: &str, domain: &Known) -> Outcome {
     }
 }
 
-/// Returns the result that the table defines.
-fn expected(person: &Person, member: &str, domain: &Known) -> &'static str {
-    let needs = |permission| {
-        TABLE
-            .iter()
-            .any(|entry| entry.permission == permission && entry.members.contains(&member))
+/// Returns the methods and properties of the service's interfaces, as `INTERFACE.MEMBER`; members of the root interface
+/// without `INTERFACE`. Each has the permissions that it can need.
+fn members() -> BTreeMap<String, Vec<Permission>> {
+    let name = |interface: &str, member: &str| {
+        let below = interface.strip_prefix(MANAGER_INTERFACE).unwrap();
+        format!("{below}.{member}").trim_start_matches('.').to_owned()
     };
+    let ours = METHODS
+        .iter()
+        .filter(|row| row.interface.starts_with(MANAGER_INTERFACE));
+    let mut members: BTreeMap<_, _> = ours
+        .map(|row| {
+            let needed = [row.visibility.permissions(), row.permissions].concat();
+            (name(row.interface, row.member), needed)
+        })
+        .collect();
+    for interface in [
+        MANAGER_INTERFACE,
+        DOMAIN_INTERFACE,
+        JOB_INTERFACE,
+        BACKUP_INTERFACE,
+    ] {
+        let text = std::fs::read(project_file(&format!("dbus/{interface}.xml"))).unwrap();
+        let node = zbus_xml::Node::from_reader(text.as_slice()).unwrap();
+        let needed = visibility_of_properties(interface).permissions();
+        for property in node.interfaces()[0].properties() {
+            members.insert(name(interface, property.name().as_str()), needed.to_vec());
+        }
+    }
+    members
+}
+
+/// Returns the result that the table defines. `needed` are the member's permissions.
+fn expected(person: &Person, member: &str, needed: &[Permission], domain: &Known) -> &'static str {
+    let needs = |permission| needed.contains(&permission);
     let lacks = |permission| needs(permission) && !person.has(permission, domain);
-    if FREE.contains(&member) {
+    if needed.is_empty() {
         return "ok";
     }
     // An object that the caller may not know of does not exist for it.
@@ -400,22 +430,18 @@ async fn every_member_follows_the_permission_table_for_every_kind_of_caller() {
             std::fs::write(directory.join("notes"), "mine").unwrap();
         }
     }
-    let members: BTreeSet<&str> = TABLE
-        .iter()
-        .flat_map(|entry| entry.members)
-        .chain(&FREE)
-        .copied()
-        .filter(|member| !LAST.contains(member))
-        .collect();
+    let members = members();
+    let first = members.keys().map(String::as_str);
+    let first = first.filter(|member| !LAST.contains(member));
     let mut wrong = Vec::new();
     let mut tried = 0;
-    for member in members.into_iter().chain(LAST) {
+    for member in first.chain(LAST) {
         for domain in &domains {
             // Root last, because it may do everything.
             for person in people.iter().rev() {
                 let outcome = use_member(person, member, domain).await;
                 let (found, text) = outcome.err().unwrap_or_else(|| ("ok".into(), String::new()));
-                let expected = expected(person, member, domain);
+                let expected = expected(person, member, &members[member], domain);
                 tried += 1;
                 if found != expected {
                     let (who, name) = (person.who, domain.name);

@@ -15,7 +15,7 @@ mod tests;
 pub use audit::{Basis, DIRECTIVE as AUDIT_DIRECTIVE, Grant};
 pub use cache::Object;
 pub use polkit::Polkit;
-pub use table::{Entry, FREE, Implicit, Permission, TABLE};
+pub use table::{Entry, Implicit, Permission, TABLE};
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;

@@ -1,7 +1,5 @@
-//! The table of permissions: polkit action, default answer, texts, and the D-Bus members that need each permission.
-//! [`Permission::DomainRead`] implies the permissions to see the domain, so the table does not repeat those.
-//!
-//! The shipped `.policy` file holds the same table for polkit. Tests compare table, policy and interface.
+//! The table of permissions: polkit action, default answer and texts. The shipped `.policy` file holds the same table
+//! for polkit, and a test compares them. The table of methods in `bus` says which call needs which permission.
 
 /// The permissions, each on one kind of object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -71,12 +69,7 @@ pub struct Entry {
     /// Shown in the password dialog.
     pub message: &'static str,
     pub implicit: Implicit,
-    /// Methods and properties that need the permission, as `INTERFACE.MEMBER`; members of the root interface without
-    /// `INTERFACE`.
-    pub members: &'static [&'static str],
 }
-
-const CREATE: &[&str] = &["CreateBackup", "Domain.CreateBackup"];
 
 /// All permissions, one row each.
 pub static TABLE: [Entry; 14] = [
@@ -86,7 +79,6 @@ pub static TABLE: [Entry; 14] = [
         description: "List virtual machines",
         message: "Authentication is required to list virtual machines",
         implicit: Implicit::Yes,
-        members: &["ListDomains"],
     },
     Entry {
         permission: Permission::ServiceRegisterDomain,
@@ -94,7 +86,6 @@ pub static TABLE: [Entry; 14] = [
         description: "Register a virtual machine with the backup service",
         message: "Authentication is required to register the virtual machine $(domain_name) for backups",
         implicit: Implicit::AdministratorKept,
-        members: &["RegisterDomain"],
     },
     Entry {
         permission: Permission::ServiceRescan,
@@ -102,7 +93,6 @@ pub static TABLE: [Entry; 14] = [
         description: "Rescan the stores for backups",
         message: "Authentication is required to rescan the stores for backups",
         implicit: Implicit::AdministratorKept,
-        members: &["Rescan"],
     },
     Entry {
         permission: Permission::DomainGetattr,
@@ -110,7 +100,6 @@ pub static TABLE: [Entry; 14] = [
         description: "See a virtual machine",
         message: "Authentication is required to see the virtual machine $(domain)",
         implicit: Implicit::Yes,
-        members: &["ListDomains", "GetDomain", "CreateBackup", "Domain.CreateBackup"],
     },
     Entry {
         permission: Permission::DomainSeeForeign,
@@ -118,7 +107,6 @@ pub static TABLE: [Entry; 14] = [
         description: "See a virtual machine that another user registered",
         message: "Authentication is required to see the virtual machine $(domain)",
         implicit: Implicit::No,
-        members: &["ListDomains", "GetDomain", "CreateBackup", "Domain.CreateBackup"],
     },
     Entry {
         permission: Permission::DomainRead,
@@ -126,70 +114,6 @@ pub static TABLE: [Entry; 14] = [
         description: "View a virtual machine's disks, jobs and backups",
         message: "Authentication is required to view the disks, jobs and backups of the virtual machine $(domain)",
         implicit: Implicit::Yes,
-        members: &[
-            "ListJobs",
-            "GetJob",
-            "Domain.Name",
-            "Domain.UUID",
-            "Domain.State",
-            "Domain.Owner",
-            "Domain.Source",
-            "Domain.Disks",
-            "Domain.Encrypted",
-            "Domain.ListCheckpoints",
-            "Domain.GetCheckpointDefinition",
-            "ListBackups",
-            "GetBackup",
-            "Prune",
-            "Backup.Delete",
-            "Backup.Protect",
-            "Backup.Restore",
-            "Backup.Export",
-            "Backup.Verify",
-            "Backup.Id",
-            "Backup.Name",
-            "Backup.Description",
-            "Backup.Domain",
-            "Backup.DomainUUID",
-            "Backup.Store",
-            "Backup.Kind",
-            "Backup.Parent",
-            "Backup.Time",
-            "Backup.State",
-            "Backup.Problem",
-            "Backup.Quiesced",
-            "Backup.QuiesceProblem",
-            "Backup.Service",
-            "Backup.Own",
-            "Backup.Protected",
-            "Backup.Disks",
-            "Job.Id",
-            "Job.Domain",
-            "Job.Mode",
-            "Job.StartedByUID",
-            "Job.StartTime",
-            "Job.Increments",
-            "Job.NotInBackup",
-            "Job.Encrypted",
-            "Job.State",
-            "Job.QueuePosition",
-            "Job.Progress",
-            "Job.Bytes",
-            "Job.BytesDone",
-            "Job.Rate",
-            "Job.ExpectedEndTime",
-            "Job.FrozenTime",
-            "Job.QuiesceProblem",
-            "Job.Backup",
-            "Job.Disks",
-            "Job.ErrorName",
-            "Job.ErrorMessage",
-            "Job.Cancel",
-            "Job.CancelDisk",
-            "Job.Wait",
-            "Job.SetSpeed",
-            "Job.GetDefinition",
-        ],
     },
     Entry {
         permission: Permission::DomainBackup,
@@ -197,7 +121,6 @@ pub static TABLE: [Entry; 14] = [
         description: "Back up a virtual machine",
         message: "Authentication is required to back up the virtual machine $(domain) into the store $(target)",
         implicit: Implicit::AdministratorKept,
-        members: CREATE,
     },
     Entry {
         permission: Permission::DomainExport,
@@ -205,7 +128,6 @@ pub static TABLE: [Entry; 14] = [
         description: "Back up a virtual machine to any target",
         message: "Authentication is required to copy the data of the virtual machine $(domain) to: $(target_kind) $(target)",
         implicit: Implicit::Administrator,
-        members: CREATE,
     },
     Entry {
         permission: Permission::DomainAbort,
@@ -213,7 +135,6 @@ pub static TABLE: [Entry; 14] = [
         description: "Cancel another user's backup of a virtual machine",
         message: "Authentication is required to cancel the backup of the virtual machine $(domain)",
         implicit: Implicit::AdministratorKept,
-        members: &["Job.Cancel", "Job.CancelDisk"],
     },
     Entry {
         permission: Permission::DomainSetSpeed,
@@ -221,7 +142,6 @@ pub static TABLE: [Entry; 14] = [
         description: "Change the speed of another user's backup of a virtual machine",
         message: "Authentication is required to change the speed of the backup of the virtual machine $(domain)",
         implicit: Implicit::AdministratorKept,
-        members: &["Job.SetSpeed"],
     },
     Entry {
         permission: Permission::DomainCheckpoint,
@@ -229,7 +149,6 @@ pub static TABLE: [Entry; 14] = [
         description: "Make and remove checkpoints of a virtual machine",
         message: "Authentication is required to make or remove checkpoints of the virtual machine $(domain)",
         implicit: Implicit::AdministratorKept,
-        members: &["Domain.CreateCheckpoint", "Domain.DeleteCheckpoint"],
     },
     Entry {
         permission: Permission::BackupDelete,
@@ -237,7 +156,6 @@ pub static TABLE: [Entry; 14] = [
         description: "Delete or protect a backup of a virtual machine",
         message: "Authentication is required to delete, protect or unprotect the backup $(backup_id) of the virtual machine $(domain) in the store $(store)",
         implicit: Implicit::Administrator,
-        members: &["Prune", "Backup.Delete", "Backup.Protect"],
     },
     Entry {
         permission: Permission::BackupRestore,
@@ -245,7 +163,6 @@ pub static TABLE: [Entry; 14] = [
         description: "Read the data of a backup of a virtual machine",
         message: "Authentication is required to read the data of the backup $(backup_id) of the virtual machine $(domain) in the store $(store)",
         implicit: Implicit::Administrator,
-        members: &["Backup.Restore", "Backup.Export"],
     },
     Entry {
         permission: Permission::BackupVerify,
@@ -253,12 +170,8 @@ pub static TABLE: [Entry; 14] = [
         description: "Verify a backup of a virtual machine",
         message: "Authentication is required to verify the backup $(backup_id) of the virtual machine $(domain) in the store $(store)",
         implicit: Implicit::AdministratorKept,
-        members: &["Backup.Verify"],
     },
 ];
-
-/// Members that every user of the bus may use, because they reveal nothing.
-pub const FREE: [&str; 3] = ["Version", "Subscribe", "Unsubscribe"];
 
 impl Permission {
     /// The row of the permission. The rows are in the order of the permissions.

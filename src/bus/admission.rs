@@ -17,8 +17,9 @@ use super::Context;
 use super::call::Call;
 use super::closer::{Closer, HeldMessage};
 use super::error::{BusError, Result};
+use super::methods::{Effect, effect_of};
 use super::peers::InFlight;
-use super::turn::{READING, Ticket};
+use super::turn::Ticket;
 use crate::activity::Activity;
 use crate::error::Kind;
 
@@ -133,12 +134,11 @@ impl Admission {
                 .spawn(async move { admission.context.send(reply).await });
             return;
         }
-        let member = header.member().map(|member| member.as_str());
-        let member = member.unwrap_or_default();
+        let effect = effect(&message);
         // The bus limits only calls that expect a reply, so others can arrive by the thousand. Without a reply, a
         // reading call has no effect and a refusal reaches nobody. So both are dropped here.
         let sender = header.sender().map(|sender| sender.as_str()).unwrap_or_default();
-        if !wants_reply(&message) && (READING.contains(&member) || !self.context.peers.has_room(sender)) {
+        if !wants_reply(&message) && (effect != Effect::Changes || !self.context.peers.has_room(sender)) {
             drop(message);
             return self.closer.close(held);
         }
@@ -154,9 +154,9 @@ impl Admission {
         match in_flight {
             Ok(in_flight) => {
                 let admission = self.clone();
-                let ticket = in_flight.peer.queue().join(member);
+                let ticket = in_flight.peer.queue().join(effect);
                 let used = self.context.activity.begin();
-                let call = (!waits_for_jobs(&message)).then(|| self.calls.begin());
+                let call = (effect != Effect::Waits).then(|| self.calls.begin());
                 self.tasks.spawn(async move {
                     admission.serve(message, in_flight, ticket).await;
                     admission.closer.close(held);
@@ -224,14 +224,14 @@ fn waits_for_others(call: &Message) -> bool {
         .primary()
         .flags()
         .contains(Flags::ALLOW_INTERACTIVE_AUTH)
-        || waits_for_jobs(call)
+        || effect(call) == Effect::Waits
 }
 
-/// Whether the call only waits for a job to end.
-fn waits_for_jobs(call: &Message) -> bool {
-    call.header()
-        .member()
-        .is_some_and(|member| member.as_str() == "Wait")
+fn effect(call: &Message) -> Effect {
+    let header = call.header();
+    let interface = header.interface().map(|interface| interface.as_str());
+    let member = header.member().map(|member| member.as_str());
+    effect_of(interface, member.unwrap_or_default())
 }
 
 fn stopping() -> BusError {

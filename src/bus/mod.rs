@@ -14,6 +14,7 @@ mod follower;
 mod job;
 mod leave;
 mod manager;
+mod methods;
 mod object;
 pub mod options;
 mod peers;
@@ -34,6 +35,7 @@ use zbus::wire::{ObjectPath, OwnedObjectPath};
 use zbus::{Connection, MatchRule, MessageStream};
 
 pub use leave::Prober;
+pub use methods::{Effect, METHODS, Method, Visibility, visibility_of_properties};
 
 use crate::activity::Activity;
 use crate::config::Config;

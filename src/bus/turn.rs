@@ -17,27 +17,10 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::methods::Effect;
+
 /// The longest duration of a turn.
 const TURN_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Methods that only read. All others count as changes.
-pub const READING: [&str; 15] = [
-    "Get",
-    "GetAll",
-    "GetBackup",
-    "GetCheckpointDefinition",
-    "GetDefinition",
-    "GetDomain",
-    "GetJob",
-    "GetMachineId",
-    "Introspect",
-    "ListBackups",
-    "ListCheckpoints",
-    "ListDomains",
-    "ListJobs",
-    "Ping",
-    "Wait",
-];
 
 /// The calls of one connection whose turns have not ended.
 #[derive(Debug, Default)]
@@ -62,12 +45,12 @@ pub struct Ticket {
 }
 
 impl CallQueue {
-    /// Queues a call of this method, in the order of arrival.
-    pub fn join(self: &Arc<Self>, member: &str) -> Ticket {
+    /// Queues a call with this effect, in the order of arrival.
+    pub fn join(self: &Arc<Self>, effect: Effect) -> Ticket {
         let mut waiting = self.lock();
         waiting.came += 1;
         let number = waiting.came;
-        if !READING.contains(&member) {
+        if effect == Effect::Changes {
             waiting.numbers.insert(number);
         }
         Ticket {
@@ -131,9 +114,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_change_waits_for_earlier_changes_but_not_for_reads() {
         let queue = Arc::new(CallQueue::default());
-        let reading = queue.join("Wait");
-        let first = queue.join("SetSpeed");
-        let (second, third) = (queue.join("SetSpeed"), queue.join("GetAll"));
+        let reading = queue.join(Effect::Waits);
+        let first = queue.join(Effect::Changes);
+        let (second, third) = (queue.join(Effect::Changes), queue.join(Effect::Reads));
         let mut waits = Box::pin(reading.run(std::future::pending::<()>()));
         assert!(waits.as_mut().now_or_never().is_none());
         first.run(std::future::ready(())).now_or_never().unwrap();
@@ -152,7 +135,7 @@ mod tests {
     async fn a_turn_ends_when_the_call_only_waits_or_takes_too_long() {
         let queue = Arc::new(CallQueue::default());
         for gives_up in [true, false] {
-            let (waits, next) = (queue.join("CreateBackup"), queue.join("Cancel"));
+            let (waits, next) = (queue.join(Effect::Changes), queue.join(Effect::Changes));
             let turn = waits.turn();
             let mut waiting = Box::pin(waits.run(std::future::pending::<()>()));
             assert!(waiting.as_mut().now_or_never().is_none());
@@ -170,7 +153,11 @@ mod tests {
     #[tokio::test]
     async fn a_dropped_call_does_not_block_later_calls() {
         let queue = Arc::new(CallQueue::default());
-        let (first, second, third) = (queue.join("Cancel"), queue.join("Cancel"), queue.join("Cancel"));
+        let (first, second, third) = (
+            queue.join(Effect::Changes),
+            queue.join(Effect::Changes),
+            queue.join(Effect::Changes),
+        );
         drop(second);
         let mut third = Box::pin(third.run(std::future::ready(())));
         assert!(

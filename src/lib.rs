@@ -13,6 +13,7 @@
 //! | `targets` | files, devices and directories that a backup is written to: prepared, published, discarded, removed |
 //! | `plan` | a request with every default made explicit. Pure |
 //! | `catalog` | SQLite: jobs, their journal and history, backups, checkpoints; and the manifest in a store |
+//! | `checkpoint` | dirty bitmaps: their owners, the bases that they give, and which to remove. Pure |
 //! | `domain` | the known virtual machines, their disks and their monitors |
 //! | `access` | authorisation: polkit, the table of permissions, the audit record |
 //! | `config` | the configuration file |
@@ -40,6 +41,7 @@ pub mod activity;
 pub mod backups;
 pub mod bus;
 pub mod catalog;
+pub mod checkpoint;
 pub mod clock;
 pub mod config;
 pub mod definition;

@@ -10,9 +10,9 @@ use super::call::{Answer, Call};
 use super::error::Result;
 use super::object::Properties;
 use super::options::{self, Dictionary};
+use crate::checkpoint::Checkpoint;
 use crate::domain::{Domain, Snapshot};
 use crate::error::{Error, Kind};
-use crate::job::Checkpoint;
 use crate::service::WhichCheckpoints;
 
 /// A disk on the bus: name, node, virtual size in bytes, format, writable, and why a backup skips it by default.
@@ -83,7 +83,11 @@ fn checkpoints(found: &[Checkpoint]) -> Vec<CheckpointTuple> {
             None => Default::default(),
         };
         let disks = checkpoint.disks.iter().map(|record| {
-            let state = if record.good { "good" } else { "inconsistent" };
+            let state = if record.is_consistent {
+                "good"
+            } else {
+                "inconsistent"
+            };
             (record.disk.clone(), record.bitmap.clone(), state.to_owned())
         });
         sent.push((

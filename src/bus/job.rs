@@ -8,9 +8,10 @@ use super::call::{Answer, Call};
 use super::error::name;
 use super::object::Properties;
 use super::{Context, domain_path};
+use crate::checkpoint::Mode;
 use crate::error::Kind;
 use crate::job::{DiskState, DiskStatus, Job, Outcome, Status};
-use crate::plan::{DiskPlan, Mode};
+use crate::plan::DiskPlan;
 
 /// A disk on the bus: name, state, bytes in total, bytes done, target, error.
 pub type DiskTuple = (String, String, u64, u64, String, String);
@@ -21,7 +22,7 @@ pub type IncrementTuple = (String, &'static str, String, &'static str);
 fn increment(disk: &DiskPlan) -> IncrementTuple {
     let (since, why) = match &disk.mode {
         Mode::Full { why } => (String::new(), why.as_str()),
-        Mode::Since(base) => (base.backup.clone(), ""),
+        Mode::Incremental(base) => (base.backup.clone(), ""),
     };
     (disk.name.clone(), disk.mode.as_str(), since, why)
 }

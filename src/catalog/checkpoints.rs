@@ -1,11 +1,10 @@
-//! The records of checkpoints: those without a backup, and those of backups.
+//! The records of checkpoints without a backup.
 
 use jiff::Timestamp;
-use rusqlite::{Connection, OptionalExtension, Row, ToSql, params};
+use rusqlite::{Connection, Row, ToSql, params};
 
-use super::jobs::DOMAIN_KEY;
 use super::{Catalog, DomainRecord, Error};
-use crate::model::Manifest;
+use crate::checkpoint::CheckpointRecord;
 
 /// How many deleted checkpoints stay on record for each domain, and for each user other than root.
 const DELETED: u32 = 64;
@@ -13,36 +12,18 @@ const DELETED: u32 = 64;
 /// can register any number of domains.
 const OF_A_USER: u32 = 1024;
 
-/// A checkpoint without a backup.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CheckpointRecord {
-    /// Part of the names of the checkpoint's bitmaps. It is never reused.
-    pub id: String,
-    pub name: Option<String>,
-    pub description: Option<String>,
-    pub time: Timestamp,
-}
-
 /// The result of recording a new checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Begun {
-    Yes,
-    TooMany { most: u32 },
-    TooManyOfOwner { most: u32 },
-}
-
-/// The meaning of the id in a bitmap's name for one domain. Does not cover checkpoints of other domains.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Recorded {
-    /// A backup in this store.
-    Backup {
-        store: String,
-        manifest: Box<Manifest>,
+pub enum NewCheckpoint {
+    Recorded,
+    /// The domain has this number of checkpoints, which is the limit.
+    DomainLimit {
+        most: u32,
     },
-    Alone(CheckpointRecord),
-    /// Its creation has not finished, or it was deleted.
-    Gone,
-    Unknown,
+    /// The domains of its owner have this number of checkpoints, which is the limit.
+    OwnerLimit {
+        most: u32,
+    },
 }
 
 impl Catalog {
@@ -53,7 +34,7 @@ impl Catalog {
         whose: DomainRecord,
         checkpoint: CheckpointRecord,
         most: u32,
-    ) -> Result<Begun, Error> {
+    ) -> Result<NewCheckpoint, Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
             let (domain, owner) = (whose.key(), (whose.owner, &whose.owner_name));
@@ -71,10 +52,10 @@ impl Catalog {
                 transaction.query_row(&sql, values, |row| row.get::<_, u32>(0))
             };
             if count(of_domain)? >= most {
-                return Ok(Begun::TooMany { most });
+                return Ok(NewCheckpoint::DomainLimit { most });
             }
             if !is_root && count(of_owner)? >= OF_A_USER {
-                return Ok(Begun::TooManyOfOwner { most: OF_A_USER });
+                return Ok(NewCheckpoint::OwnerLimit { most: OF_A_USER });
             }
             transaction.execute(
                 "INSERT INTO checkpoints (domain, id, owner, owner_name, name, description, time, state) \
@@ -90,7 +71,7 @@ impl Catalog {
                 ],
             )?;
             transaction.commit()?;
-            Ok(Begun::Yes)
+            Ok(NewCheckpoint::Recorded)
         })
         .await
     }
@@ -111,15 +92,6 @@ impl Catalog {
             .await
     }
 
-    /// Returns the meaning of these ids for the domain with this [`super::DomainRecord::key`], in their order.
-    pub async fn recorded(&self, domain: String, ids: Vec<String>) -> Result<Vec<Recorded>, Error> {
-        self.run(move |connection| {
-            let ids = ids.iter().map(|id| recorded(connection, &domain, id));
-            ids.collect()
-        })
-        .await
-    }
-
     /// Returns the domain's checkpoints without a backup.
     pub async fn checkpoints(&self, domain: String) -> Result<Vec<CheckpointRecord>, Error> {
         self.run(move |connection| {
@@ -136,37 +108,6 @@ impl Catalog {
     }
 }
 
-fn recorded(connection: &Connection, domain: &str, id: &str) -> Result<Recorded, Error> {
-    let mut alone = connection.prepare("SELECT * FROM checkpoints WHERE domain = ?1 AND id = ?2")?;
-    let mut rows = alone.query([domain, id])?;
-    if let Some(row) = rows.next()? {
-        return Ok(match row.get::<_, String>("state")?.as_str() {
-            "made" => Recorded::Alone(read(row)?),
-            _ => Recorded::Gone,
-        });
-    }
-    // Copies of the backup in several stores have the same manifest.
-    let mut stored = connection.prepare(&format!(
-        "SELECT store, manifest FROM backups WHERE {DOMAIN_KEY} = ?1 AND id = ?2 ORDER BY store LIMIT 1"
-    ))?;
-    let backup = stored.query_row([domain, id], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)));
-    if let Some((store, manifest)) = backup.optional()? {
-        // An unreadable manifest must not prevent a backup.
-        return Ok(match Manifest::parse(manifest.as_bytes()) {
-            Ok(manifest) => Recorded::Backup {
-                store,
-                manifest: Box::new(manifest),
-            },
-            Err(_) => Recorded::Unknown,
-        });
-    }
-    let sql = format!("SELECT 1 FROM jobs WHERE backup_id = ?1 AND {DOMAIN_KEY} = ?2");
-    Ok(match connection.prepare(&sql)?.exists([id, domain])? {
-        true => Recorded::Gone,
-        false => Recorded::Unknown,
-    })
-}
-
 /// Deletes the records of all deleted checkpoints that match the condition, except the newest.
 fn forget_deleted(connection: &Connection, (which, values): (&str, &[&dyn ToSql])) -> Result<(), Error> {
     let deleted = format!("FROM checkpoints WHERE {which} AND state = 'deleted'");
@@ -175,7 +116,7 @@ fn forget_deleted(connection: &Connection, (which, values): (&str, &[&dyn ToSql]
     Ok(())
 }
 
-fn read(row: &Row) -> Result<CheckpointRecord, Error> {
+pub(super) fn read(row: &Row) -> Result<CheckpointRecord, Error> {
     let id: String = row.get("id")?;
     let time = Timestamp::from_microsecond(row.get("time")?);
     let time = time.map_err(|_| Error::Statement(format!("the time of checkpoint {id}")))?;
@@ -190,6 +131,7 @@ fn read(row: &Row) -> Result<CheckpointRecord, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::{Owner, OwnerState};
 
     /// A domain without a UUID.
     fn web(source: &str, owner: u32, owner_name: &str) -> DomainRecord {
@@ -216,30 +158,36 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(&directory.path().join("c")).unwrap();
         let id = record(1).id;
+        let is_of_domain = true;
+        let own = |state| Owner { is_of_domain, state };
         let said = async |name: &str| {
-            let found = catalog.recorded(name.into(), vec![id.clone()]).await;
+            let found = catalog.bitmap_owners(name.into(), vec![id.clone()]).await;
             found.unwrap().remove(0)
         };
-        assert_eq!(said("web").await, Recorded::Unknown);
+        assert_eq!(said("web").await, Owner::UNKNOWN);
         let begun = catalog
             .begin_checkpoint(web("configured", 0, "root"), record(1), 2)
             .await;
-        assert_eq!(begun.unwrap(), Begun::Yes);
-        assert_eq!(said("web").await, Recorded::Gone);
+        assert_eq!(begun.unwrap(), NewCheckpoint::Recorded);
+        assert_eq!(said("web").await, own(OwnerState::Removed));
         assert_eq!(catalog.checkpoints("web".into()).await.unwrap(), []);
         let made = catalog.checkpoint_made("web".into(), id.clone(), record(1).time);
         made.await.unwrap();
-        assert_eq!(said("web").await, Recorded::Alone(record(1)));
-        assert_eq!(said("db").await, Recorded::Unknown);
+        assert_eq!(said("web").await, own(OwnerState::Checkpoint(record(1))));
+        let anothers = Owner {
+            is_of_domain: false,
+            state: OwnerState::Checkpoint(record(1)),
+        };
+        assert_eq!(said("db").await, anothers);
         assert_eq!(catalog.checkpoints("web".into()).await.unwrap(), [record(1)]);
         // A checkpoint of another domain is not deleted by its id.
         catalog.checkpoint_deleted("db".into(), id.clone()).await.unwrap();
-        assert_eq!(said("web").await, Recorded::Alone(record(1)));
+        assert_eq!(said("web").await, own(OwnerState::Checkpoint(record(1))));
         catalog
             .checkpoint_deleted("web".into(), id.clone())
             .await
             .unwrap();
-        assert_eq!(said("web").await, Recorded::Gone);
+        assert_eq!(said("web").await, own(OwnerState::Removed));
     }
 
     #[tokio::test]
@@ -253,22 +201,22 @@ mod tests {
             begun.unwrap()
         };
         for second in [1, 2] {
-            assert_eq!(begin(second).await, Begun::Yes);
+            assert_eq!(begin(second).await, NewCheckpoint::Recorded);
             let made = catalog.checkpoint_made(key.clone(), record(second).id, record(second).time);
             made.await.unwrap();
         }
-        assert_eq!(begin(3).await, Begun::TooMany { most: 2 });
+        assert_eq!(begin(3).await, NewCheckpoint::DomainLimit { most: 2 });
         catalog
             .checkpoint_deleted(key.clone(), record(1).id)
             .await
             .unwrap();
-        assert_eq!(begin(3).await, Begun::Yes);
+        assert_eq!(begin(3).await, NewCheckpoint::Recorded);
         // The creation of that checkpoint failed.
-        assert_eq!(begin(4).await, Begun::Yes);
+        assert_eq!(begin(4).await, NewCheckpoint::Recorded);
         // The next user of the uid has none of them.
         let next = web("registered", 1000, "bob");
         assert_eq!(catalog.checkpoints(next.key()).await.unwrap(), []);
         let begun = catalog.begin_checkpoint(next, record(5), 1).await;
-        assert_eq!(begun.unwrap(), Begun::Yes);
+        assert_eq!(begun.unwrap(), NewCheckpoint::Recorded);
     }
 }

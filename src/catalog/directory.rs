@@ -10,7 +10,7 @@ use crate::model::DomainDir;
 
 /// A directory that has backups of a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Used {
+pub struct UsedDirectory {
     pub directory: DomainDir,
     /// The domain's names when the backups were created.
     pub names: BTreeSet<String>,
@@ -29,7 +29,7 @@ pub struct DirectoryState {
 impl Catalog {
     /// Returns the directories in a store that have backups of a domain, sorted by their newest backup, newest first.
     /// Without a UUID, only backups count that this service created or adopted.
-    pub async fn directories(&self, store: String, whose: DomainRecord) -> Result<Vec<Used>, Error> {
+    pub async fn directories(&self, store: String, whose: DomainRecord) -> Result<Vec<UsedDirectory>, Error> {
         self.run(move |connection| {
             let mut select = connection.prepare(&format!(
                 "SELECT domain, domain_name FROM backups WHERE store = ?1 AND {DOMAIN_KEY} = ?2 AND \
@@ -39,12 +39,12 @@ impl Catalog {
             let rows = select.query_map([&store, &whose.key()], |row| {
                 Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
             })?;
-            let mut used: Vec<Used> = Vec::new();
+            let mut used: Vec<UsedDirectory> = Vec::new();
             for row in rows {
                 let (directory, name) = row?;
                 match used.iter_mut().find(|used| used.directory.as_str() == directory) {
                     Some(known) => drop(known.names.insert(name)),
-                    None => used.push(Used {
+                    None => used.push(UsedDirectory {
                         directory: DomainDir::new(directory),
                         names: BTreeSet::from([name]),
                     }),

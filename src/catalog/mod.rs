@@ -5,6 +5,7 @@
 //! opaque text.
 
 mod backups;
+mod bitmap_owners;
 mod chains;
 mod checkpoints;
 mod database;
@@ -18,18 +19,16 @@ mod merging;
 mod proof;
 mod record;
 mod rescan;
-mod standing;
 
 pub use backups::{Backup, BackupFilter, BackupKey, BackupRecord, BackupState, Cursor, ProbeResult};
 pub use chains::{Link, Stored, broken};
-pub use checkpoints::{Begun, CheckpointRecord, Recorded};
-pub use directory::{DirectoryState, Used};
+pub use checkpoints::NewCheckpoint;
+pub use directory::{DirectoryState, UsedDirectory};
 pub use error::Error;
 pub use history::EndedJob;
 pub use proof::Key;
 pub use record::{DomainRecord, Ended, JobRecord, JobState, Leftover, NewJob, QUEUED, Starter};
-pub use rescan::{StoredBackup, Taken};
-pub use standing::{Standing, There};
+pub use rescan::{ImportResult, StoredBackup};
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};

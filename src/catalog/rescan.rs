@@ -24,12 +24,12 @@ pub struct StoredBackup {
 
 /// The result of recording a backup from a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Taken {
-    Kept,
+pub enum ImportResult {
+    Recorded,
     /// Its job has not ended, or its residue is still being removed.
-    UnderWay,
+    Unfinished,
     /// The job with this number created it and did not complete.
-    NotGood(u32),
+    NotCompleted(u32),
 }
 
 impl Catalog {
@@ -59,7 +59,7 @@ impl Catalog {
         found: Vec<StoredBackup>,
         last: u32,
         history: u32,
-    ) -> Result<Vec<Taken>, Error> {
+    ) -> Result<Vec<ImportResult>, Error> {
         self.run(move |connection| {
             let transaction = connection.transaction()?;
             let taken = found.iter().map(|found| take_in(&transaction, found, last));
@@ -88,7 +88,7 @@ struct Maker {
     completed: bool,
 }
 
-fn take_in(connection: &Connection, found: &StoredBackup, last: u32) -> Result<Taken, Error> {
+fn take_in(connection: &Connection, found: &StoredBackup, last: u32) -> Result<ImportResult, Error> {
     let maker = connection
         .prepare(
             "SELECT id, step = 'ended' AND (result = 'completed' OR NOT left_on_disk), result IS 'completed' \
@@ -107,12 +107,12 @@ fn take_in(connection: &Connection, found: &StoredBackup, last: u32) -> Result<T
             insert_job(connection, found, last)?;
             found.job.domain.clone()
         }
-        Some(maker) if !maker.settled => return Ok(Taken::UnderWay),
-        Some(maker) if !maker.completed => return Ok(Taken::NotGood(maker.id)),
+        Some(maker) if !maker.settled => return Ok(ImportResult::Unfinished),
+        Some(maker) if !maker.completed => return Ok(ImportResult::NotCompleted(maker.id)),
         Some(maker) => domain_of(connection, maker.id)?,
     };
     keep_backup(connection, &found.backup, &domain)?;
-    Ok(Taken::Kept)
+    Ok(ImportResult::Recorded)
 }
 
 fn insert_job(connection: &Connection, found: &StoredBackup, last: u32) -> rusqlite::Result<()> {

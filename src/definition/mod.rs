@@ -43,6 +43,16 @@ pub struct Position {
     pub column: u32,
 }
 
+impl Position {
+    /// Returns the start of an error message: the position, or nothing if the value did not come from a document.
+    pub fn prefix(self) -> String {
+        match self == Self::default() {
+            true => String::new(),
+            false => format!("{self}: "),
+        }
+    }
+}
+
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "line {}, column {}", self.line, self.column)

@@ -3,9 +3,12 @@
 //!
 //! The name of a disk is the id of its device, else its drive's id, else its node's name.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::graph::{Graph, MAX_NAME};
+use crate::definition::Position;
+use crate::error::Kind;
 use crate::qmp::block::{BlockDeviceInfo, BlockInfo, MAX_BITMAPS};
 
 /// One drive of the guest. Without a medium, `node` is empty.
@@ -49,8 +52,8 @@ pub struct Disk {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bitmap {
     pub name: String,
-    /// The bitmap is recording, is persistent, and has recorded every write.
-    pub good: bool,
+    /// The bitmap is recording, is persistent, has recorded every write, and no block job uses it.
+    pub is_usable: bool,
     /// The bitmap has missed writes, for example because QEMU was killed. Nobody can use it.
     pub inconsistent: bool,
     /// The number of dirty bytes.
@@ -124,6 +127,56 @@ pub fn find_disk<'a>(disks: &'a [Disk], name: &str) -> DiskLookup<'a> {
         (Some(disk), None) => DiskLookup::Found(disk),
         (Some(_), Some(_)) => DiskLookup::Ambiguous,
         (None, _) => DiskLookup::Missing,
+    }
+}
+
+/// Finds the disks with these names of a document, in their order. Fails at the first name that has no disk, several,
+/// or the same disk as an earlier name.
+pub fn find_disks<'a, 'n>(
+    disks: &'a [Disk],
+    names: impl Iterator<Item = (&'n str, Position)>,
+) -> Result<Vec<&'a Disk>, DiskNameError> {
+    let mut first: BTreeMap<&str, &str> = BTreeMap::new();
+    let found = names.map(|(name, at)| {
+        let owned = || name.to_owned();
+        let disk = match find_disk(disks, name) {
+            DiskLookup::Found(disk) => disk,
+            DiskLookup::Missing => return Err(DiskNameError::Missing { name: owned(), at }),
+            DiskLookup::Ambiguous => return Err(DiskNameError::Ambiguous { name: owned(), at }),
+        };
+        match first.insert(&disk.name, name) {
+            Some(first) => Err(DiskNameError::Twice {
+                first: first.to_owned(),
+                name: owned(),
+                at,
+            }),
+            None => Ok(disk),
+        }
+    });
+    found.collect()
+}
+
+/// A name in a document that does not find one disk.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DiskNameError {
+    #[error("{}the domain has no disk '{name}'", at.prefix())]
+    Missing { name: String, at: Position },
+    #[error("{}'{name}' denotes several disks. Use the id of the disk's device", at.prefix())]
+    Ambiguous { name: String, at: Position },
+    #[error("{}'{name}' is the same disk as '{first}'. List each disk once", at.prefix())]
+    Twice {
+        first: String,
+        name: String,
+        at: Position,
+    },
+}
+
+impl DiskNameError {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Missing { .. } => Kind::NoSuchDisk,
+            Self::Ambiguous { .. } | Self::Twice { .. } => Kind::InvalidDefinition,
+        }
     }
 }
 

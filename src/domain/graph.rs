@@ -32,7 +32,7 @@ impl BlockDeviceInfo {
             let name = info.name.clone()?;
             Some(Bitmap {
                 name,
-                good: info.recording && info.persistent && !info.inconsistent && !info.busy,
+                is_usable: info.recording && info.persistent && !info.inconsistent && !info.busy,
                 inconsistent: info.inconsistent,
                 dirty: info.count,
             })

@@ -15,7 +15,7 @@ mod registry;
 mod retry;
 
 pub use directory::{CheckpointPolicy, Content, Directories, FileError};
-pub use disks::{Bitmap, Disk, DiskLookup, find_disk};
+pub use disks::{Bitmap, Disk, DiskNameError, find_disks};
 pub use identity::{Identity, NOBODY, Reach};
 pub use monitor::{Greeter, Link, OLDEST, Phase, RunState};
 pub use owner::name as user_name;

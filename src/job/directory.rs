@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::manager::JobContext;
 use super::record::domain_record;
 use super::{Error, watched};
-use crate::catalog::{DirectoryState, DomainRecord, Used};
+use crate::catalog::{DirectoryState, DomainRecord, UsedDirectory};
 use crate::config::Store;
 use crate::domain::{Domain, Identity};
 use crate::model::{DomainDir, MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest};
@@ -59,7 +59,11 @@ pub(super) async fn choose(
 /// Returns the directory that the domain continues to use. That is the one used under its present name. Otherwise it is
 /// one of a former name. Such a name does not count if another domain with the same UUID, such as the original of a
 /// clone, has it now.
-fn own_directory<'a>(used: &'a [Used], domain: &Domain, context: &JobContext) -> Option<&'a Used> {
+fn own_directory<'a>(
+    used: &'a [UsedDirectory],
+    domain: &Domain,
+    context: &JobContext,
+) -> Option<&'a UsedDirectory> {
     if let Some(named) = used.iter().find(|used| used.names.contains(&domain.name)) {
         return Some(named);
     }
@@ -70,7 +74,7 @@ fn own_directory<'a>(used: &'a [Used], domain: &Domain, context: &JobContext) ->
         .into_iter()
         .filter(|other| other.id != domain.id)
         .collect();
-    let is_anothers = |used: &&Used| {
+    let is_anothers = |used: &&UsedDirectory| {
         used.names.iter().any(|name| {
             let former = Identity {
                 name: name.clone(),

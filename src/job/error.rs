@@ -131,8 +131,6 @@ pub enum Error {
     Checkpoint { disk: String, source: qmp::Error },
     #[error("QEMU cannot change the bitmaps of the checkpoint: {0}")]
     Bitmaps(qmp::Error),
-    #[error("the domain has no checkpoint '{name}'. 'backupctl checkpoints' lists them")]
-    NoSuchCheckpoint { name: String },
     #[error("{of} {most} checkpoints without a backup, which is the limit. Delete one")]
     TooManyCheckpoints { of: &'static str, most: u32 },
     #[error("QEMU did not answer for {seconds} seconds ('stall-seconds' in the configuration)")]
@@ -164,7 +162,6 @@ impl Error {
             Self::TooMany(_) => Kind::LimitsExceeded,
             Self::CancelledBefore { .. } => Kind::Cancelled,
             Self::TooOld | Self::NoHistograms => Kind::Unsupported,
-            Self::NoSuchCheckpoint { .. } => Kind::NoSuchCheckpoint,
             Self::TooManyCheckpoints { .. } => Kind::LimitsExceeded,
             Self::Prepare { source, .. }
             | Self::Checkpoint { source, .. }

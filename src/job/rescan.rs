@@ -8,12 +8,13 @@ use super::manager::JobContext;
 use super::mark::mark;
 use super::record::{domain_record, journal, to_text};
 use super::{DiskState, DiskStatus, Error, backup, watched};
-use crate::catalog::{BackupRecord, NewJob, Starter, StoredBackup, Taken};
+use crate::catalog::{BackupRecord, ImportResult, NewJob, Starter, StoredBackup};
+use crate::checkpoint::{Base, FullReason, Mode};
 use crate::definition::{self, Definition};
 use crate::domain::{Identity, Registry};
 use crate::model::{DEFINITION_NAME, DomainDir, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::offload::Progress;
-use crate::plan::{Base, Destination, DiskPlan, Mode, Place, Plan, Task, Why};
+use crate::plan::{Destination, DiskPlan, Place, Plan, Task};
 use crate::targets::{self, BackupName, Replacement, Shelf};
 
 /// The maximum number of reported problems.
@@ -280,9 +281,9 @@ impl StoreScan<'_> {
             .await?;
         for (path, taken) in paths.iter().zip(taken) {
             match taken {
-                Taken::Kept => self.rescan.backups += 1,
-                Taken::UnderWay => {}
-                Taken::NotGood(job) => {
+                ImportResult::Recorded => self.rescan.backups += 1,
+                ImportResult::Unfinished => {}
+                ImportResult::NotCompleted(job) => {
                     let why = format!("its job {job} did not complete, so the backup is not usable");
                     self.rescan.problem(path, &why);
                 }
@@ -487,12 +488,14 @@ fn plan(
                     .find(|listed| listed.name == disk.name)
                     .and_then(|listed| listed.compress),
                 mode: match &disk.parent {
-                    None => Mode::Full { why: Why::Unknown },
-                    Some(parent) => Mode::Since(Base {
+                    None => Mode::Full {
+                        why: FullReason::Unknown,
+                    },
+                    Some(parent) => Mode::Incremental(Base {
                         backup: parent.backup.clone(),
                         file: parent.file.clone(),
                         bitmap: String::new(),
-                        newest: manifest.kind == Kind::Incremental,
+                        is_newest: manifest.kind == Kind::Incremental,
                     }),
                 },
                 checkpoint: disk.bitmap.is_some(),

@@ -1,29 +1,22 @@
 //! Errors of planning: disks, stores or options that do not exist or do not fit.
 
-use std::fmt;
-
-use super::{Obstacle, Why};
+use crate::checkpoint;
 use crate::definition::Position;
+use crate::domain::DiskNameError;
 use crate::error::Kind;
 use crate::model::Outside;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    #[error("{}the domain has no disk '{name}'", At(*at))]
-    NoSuchDisk { name: String, at: Position },
-    #[error("{}'{name}' denotes several disks. Use the id of the disk's device", At(*at))]
-    AmbiguousDisk { name: String, at: Position },
-    #[error("{}'{name}' is the same disk as '{first}'. List each disk once", At(*at))]
-    SameDisk {
-        first: String,
-        name: String,
-        at: Position,
-    },
-    #[error("{}disk '{name}' has no medium. Omit it", At(*at))]
+    #[error("{0}")]
+    Disk(#[from] DiskNameError),
+    #[error("{0}")]
+    Base(#[from] checkpoint::Error),
+    #[error("{}disk '{name}' has no medium. Omit it", at.prefix())]
     NoMedium { name: String, at: Position },
     #[error(
         "{}disk '{name}' cannot be backed up: QEMU passes the guest's commands through to it ({kind}). Omit it",
-        At(*at)
+        at.prefix()
     )]
     PassedThrough {
         name: String,
@@ -39,48 +32,18 @@ pub enum Error {
     NotInBackup(Vec<Outside>),
     #[error("the domain has no writable disk with a medium. List the disks in the document")]
     NothingToBackUp,
-    #[error("{}store '{name}' is not configured", At(*at))]
+    #[error("{}store '{name}' is not configured", at.prefix())]
     NoSuchStore { name: String, at: Position },
     #[error(
         "'reuse-external' applies only to targets that the caller names, because files in a store are always new"
     )]
     ReuseInStore,
-    #[error("{}target fd='{index}': the call has {count} descriptors, numbered from 0", At(*at))]
+    #[error("{}target fd='{index}': the call has {count} descriptors, numbered from 0", at.prefix())]
     NoSuchFile { index: u32, count: usize, at: Position },
     #[error("no disk uses descriptor {index} of the call. Omit it")]
     UnusedFile { index: usize },
-    #[error("{}the store has no checkpoint '{name}' of this domain. 'backupctl backups' lists them", At(*at))]
-    NoSuchCheckpoint { name: String, at: Position },
-    #[error(
-        "{}cannot back up the changes of disk '{disk}' since {since}: {}. Request a full backup, or 'auto'",
-        At(*at), why.text()
-    )]
-    CannotIncrement {
-        disk: String,
-        since: String,
-        why: Why,
-        at: Position,
-    },
     #[error("option 'checkpoint': {0}")]
-    Checkpoint(Box<Self>),
-    #[error(
-        "only a backup into a store can create a checkpoint. Omit the option, or create the checkpoint separately"
-    )]
-    CheckpointOutside,
-    #[error("the domain already has a checkpoint '{name}'. Choose another name, or delete it")]
-    CheckpointExists { name: String },
-    #[error("{}disk '{name}' is not backed up, so no later backup could start from its checkpoint", At(*at))]
-    CheckpointNotBackedUp { name: String, at: Position },
-    #[error("{}disk '{name}' cannot have a checkpoint: {why}", At(*at))]
-    NoCheckpoint {
-        name: String,
-        at: Position,
-        why: Obstacle,
-    },
-    #[error("none of the disks can have a checkpoint: it requires a writable qcow2 image of version 3")]
-    NothingRecorded,
-    #[error("none of the disks can have a checkpoint: disk '{first}': {why}")]
-    NoneRecorded { first: String, why: Obstacle },
+    Checkpoint(checkpoint::Error),
     #[error("the document and the option '{what}' differ. Use one of them")]
     Disagreement { what: &'static str },
 }
@@ -88,29 +51,13 @@ pub enum Error {
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
-            Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
+            Self::Disk(error) => error.kind(),
+            Self::Base(error) | Self::Checkpoint(error) => error.kind(),
             Self::NoSuchStore { .. } => Kind::NoSuchStore,
-            Self::NoSuchCheckpoint { .. } => Kind::NoSuchCheckpoint,
-            Self::CannotIncrement {
-                why: Why::Outside, ..
-            } => Kind::Unsupported,
-            Self::CannotIncrement {
-                why: Why::Damaged, ..
-            } => Kind::ChainBroken,
-            Self::CannotIncrement { .. } => Kind::CannotIncrement,
-            Self::Checkpoint(error) => error.kind(),
             Self::PassedThrough { .. } | Self::NotInBackup(_) => Kind::Unsupported,
-            Self::CheckpointOutside
-            | Self::NoCheckpoint { .. }
-            | Self::NothingRecorded
-            | Self::NoneRecorded { .. } => Kind::Unsupported,
-            Self::AmbiguousDisk { .. }
-            | Self::SameDisk { .. }
-            | Self::NoMedium { .. }
-            | Self::NothingToBackUp
-            | Self::CheckpointExists { .. }
-            | Self::CheckpointNotBackedUp { .. }
-            | Self::NoSuchFile { .. } => Kind::InvalidDefinition,
+            Self::NoMedium { .. } | Self::NothingToBackUp | Self::NoSuchFile { .. } => {
+                Kind::InvalidDefinition
+            }
             Self::ReuseInStore | Self::UnusedFile { .. } | Self::Disagreement { .. } => Kind::InvalidArgs,
         }
     }
@@ -132,16 +79,4 @@ fn devices(devices: &[Outside]) -> String {
         text.push(format!("{} more", devices.len() - text.len()));
     }
     text.join(", ")
-}
-
-/// Prints the position in the document before a message; nothing if the document does not contain the value.
-struct At(Position);
-
-impl fmt::Display for At {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0 == Position::default() {
-            return Ok(());
-        }
-        write!(f, "{}: ", self.0)
-    }
 }

@@ -3,19 +3,12 @@
 //! Pure: combines a document, the options of a call, the domain's disks and the configured stores, and performs no I/O.
 //! Every [`Plan`] names only disks that exist and have a medium, each with one target.
 
-mod chain;
-mod checkpoint;
 mod error;
 mod requested;
 pub mod retention;
 #[cfg(test)]
 mod tests;
 
-pub use chain::{
-    Base, BaseRequest, Earlier, EarlierDisk, Mode, Why, checkpoint_of_sentinel, sentinel_name,
-    was_never_smaller,
-};
-pub use checkpoint::{CheckpointOption, Existing, Obstacle, checkpoint};
 pub use error::Error;
 pub use requested::{PlaceKind, Requested, requested};
 
@@ -26,11 +19,14 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::checkpoint::{
+    self, BaseRequest, Candidates, CheckpointOption, FullReason, Mode, PlannedDisk, kind,
+};
 use crate::config::{DEFAULT_STORE, Store};
 use crate::definition::{
     BackupMode, CheckpointRef, Definition, DiskDefinition, Position, Quiesce, StoreRef, Target,
 };
-use crate::domain::{Disk, DiskLookup, find_disk};
+use crate::domain::{Disk, find_disks};
 use crate::model::{Checkpoint, Compression, DomainDir, Format, Kind, Outside};
 
 /// The options of a call, beside its document.
@@ -230,24 +226,7 @@ pub struct ChosenStore<'a> {
     /// The new backup's sequence number in that directory.
     pub sequence: u64,
     pub service: Uuid,
-    pub past: Past,
-}
-
-/// The domain's earlier backups and checkpoints.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Past {
-    /// The domain's backups in the requested store, newest first.
-    pub earlier: Vec<Earlier>,
-    pub checkpoints: Vec<Existing>,
-    /// The administrator allows checkpoints on disks whose images hold internal snapshots.
-    pub records_over_snapshots: bool,
-}
-
-impl Past {
-    /// Returns true if a backup may add a bitmap to the disk, provided that its image can store one.
-    fn may_record(&self, disk: &Disk) -> bool {
-        self.records_over_snapshots || !disk.has_snapshots
-    }
+    pub candidates: Candidates,
 }
 
 /// Creates the plan.
@@ -267,8 +246,8 @@ pub fn resolve(
     if options.require_all_disks && !outside.is_empty() {
         return Err(Error::NotInBackup(outside));
     }
-    let nothing = Past::default();
-    let past = store.as_ref().map_or(&nothing, |chosen| &chosen.past);
+    let nothing = Candidates::default();
+    let candidates = store.as_ref().map_or(&nothing, |chosen| &chosen.candidates);
     let settings = store.as_ref().map(|chosen| chosen.store);
     if store.is_some() && options.reuse_external {
         return Err(Error::ReuseInStore);
@@ -281,20 +260,14 @@ pub fn resolve(
         .collect();
     let planned = chosen.into_iter().map(|(disk, asked)| {
         let wanted = wanted(definition, options, asked)?;
-        disk_plan(disk, asked, settings, past, &wanted)
+        Ok((disk, disk_plan(disk, asked, settings, candidates, &wanted)?))
     });
-    let mut planned = planned.collect::<Result<Vec<_>, _>>()?;
+    let mut planned = planned.collect::<Result<Vec<(&Disk, DiskPlan)>, Error>>()?;
     let max_latency = options.max_latency.and_then(NonZeroU32::new);
-    let checkpoint = checkpoint::of_backup(
-        options.checkpoint.as_ref(),
-        settings,
-        disks,
-        &past.checkpoints,
-        &mut planned,
-    );
+    let checkpoint = checkpoint_of(options, settings, disks, candidates, &mut planned)?;
     Ok(Plan {
-        checkpoint: checkpoint.map_err(|error| Error::Checkpoint(Box::new(error)))?,
-        disks: planned,
+        checkpoint,
+        disks: planned.into_iter().map(|(_, planned)| planned).collect(),
         name: definition.name.clone(),
         description: definition.description.clone(),
         destination: match store {
@@ -318,6 +291,31 @@ pub fn resolve(
     })
 }
 
+/// Decides which disks of the backup have a checkpoint, and returns the requested name and description.
+fn checkpoint_of(
+    options: &Options,
+    store: Option<&Store>,
+    disks: &[Disk],
+    candidates: &Candidates,
+    planned: &mut [(&Disk, DiskPlan)],
+) -> Result<Option<Checkpoint>, Error> {
+    let with_checkpoint = planned.iter().map(|(disk, planned)| PlannedDisk {
+        disk,
+        format: planned.format,
+        has_checkpoint: planned.checkpoint,
+    });
+    let mut with_checkpoint: Vec<PlannedDisk> = with_checkpoint.collect();
+    let existing = &candidates.checkpoints;
+    let requested = options.checkpoint.as_ref();
+    let checkpoint = checkpoint::of_backup(requested, store, disks, existing, &mut with_checkpoint);
+    let checkpoint = checkpoint.map_err(Error::Checkpoint)?;
+    let decided: Vec<bool> = with_checkpoint.iter().map(|disk| disk.has_checkpoint).collect();
+    for ((_, planned), has_checkpoint) in planned.iter_mut().zip(decided) {
+        planned.checkpoint = has_checkpoint;
+    }
+    Ok(checkpoint)
+}
+
 /// Returns the store that a request goes to, with its name; `None` if the caller chose the targets.
 pub fn store<'a>(
     definition: &'a Definition,
@@ -339,7 +337,7 @@ pub fn store<'a>(
 impl Plan {
     /// Returns the kind of the whole backup.
     pub fn kind(&self) -> Kind {
-        chain::kind(self.disks.iter().map(|disk| &disk.mode))
+        kind(self.disks.iter().map(|disk| &disk.mode))
     }
 
     /// Returns true if QEMU copies in small steps, one at a time, so that a guest's write waits only briefly.
@@ -396,7 +394,7 @@ impl Plan {
             mode: match (&self.destination, &disk.mode) {
                 (Destination::Caller, _) => None,
                 (_, Mode::Full { .. }) => Some(BackupMode::Full),
-                (_, Mode::Since(base)) => Some(BackupMode::Incremental(Some(CheckpointRef {
+                (_, Mode::Incremental(base)) => Some(BackupMode::Incremental(Some(CheckpointRef {
                     name: base.backup.clone(),
                     at: Position::default(),
                 }))),
@@ -455,22 +453,10 @@ fn choose<'a>(definition: &'a Definition, disks: &'a [Disk]) -> Result<Chosen<'a
             Ok(all)
         };
     };
-    let mut seen: BTreeMap<&str, &DiskDefinition> = BTreeMap::new();
+    let found = find_disks(disks, listed.iter().map(|asked| (asked.name.as_str(), asked.at)))?;
     let mut chosen = Chosen::new();
-    for asked in listed {
+    for (asked, disk) in listed.iter().zip(found) {
         let (name, at) = (asked.name.clone(), asked.at);
-        let disk = match find_disk(disks, &asked.name) {
-            DiskLookup::Found(disk) => disk,
-            DiskLookup::Missing => return Err(Error::NoSuchDisk { name, at }),
-            DiskLookup::Ambiguous => return Err(Error::AmbiguousDisk { name, at }),
-        };
-        if let Some(first) = seen.insert(&disk.name, asked) {
-            return Err(Error::SameDisk {
-                first: first.name.clone(),
-                name,
-                at,
-            });
-        }
         if !asked.backup {
             continue;
         }
@@ -536,8 +522,8 @@ fn wanted(
     options: &Options,
     asked: Option<&DiskDefinition>,
 ) -> Result<BaseRequest, Error> {
-    let since = |checkpoint: &CheckpointRef| BaseRequest::Since {
-        checkpoint: checkpoint.name.clone(),
+    let since = |checkpoint: &CheckpointRef| BaseRequest::Checkpoint {
+        name: checkpoint.name.clone(),
         at: checkpoint.at,
     };
     let disagreement = Err(Error::Disagreement { what: "incremental" });
@@ -546,8 +532,8 @@ fn wanted(
         (Some(_), Some(_)) => return disagreement,
         (Some(document), None) => since(document),
         (None, Some(Incremental::Full)) => BaseRequest::Full,
-        (None, Some(Incremental::Since(name))) => BaseRequest::Since {
-            checkpoint: name.clone(),
+        (None, Some(Incremental::Since(name))) => BaseRequest::Checkpoint {
+            name: name.clone(),
             at: Position::default(),
         },
         (None, Some(Incremental::Auto) | None) => BaseRequest::Auto,
@@ -566,16 +552,16 @@ fn disk_plan(
     disk: &Disk,
     asked: Option<&DiskDefinition>,
     store: Option<&Store>,
-    past: &Past,
+    candidates: &Candidates,
     wanted: &BaseRequest,
 ) -> Result<DiskPlan, Error> {
     let format = asked.and_then(|asked| asked.format).unwrap_or(Format::Qcow2);
     let refused = match (store, format) {
-        (None, _) => Some(Why::Outside),
-        (_, Format::Raw) => Some(Why::Raw),
+        (None, _) => Some(FullReason::Outside),
+        (_, Format::Raw) => Some(FullReason::Raw),
         _ => None,
     };
-    let mode = chain::choose(disk, past, wanted, refused)?;
+    let mode = checkpoint::choose(disk, candidates, wanted, refused)?;
     let only_allocated = EXACT_FORMATS.contains(&disk.format.as_str()) && !disk.has_backing;
     let place = match asked.and_then(|asked| asked.target.as_ref()) {
         None => Place::InStore {
@@ -592,8 +578,8 @@ fn disk_plan(
     };
     let estimate = match &mode {
         Mode::Full { .. } => whole,
-        Mode::Since(base) => {
-            let bitmap = disk.bitmaps.iter().find(|bitmap| bitmap.name == base.bitmap);
+        Mode::Incremental(base) => {
+            let bitmap = disk.bitmap(&base.bitmap);
             bitmap.map_or(whole, |bitmap| bitmap.dirty)
         }
     };
@@ -610,7 +596,7 @@ fn disk_plan(
         compress: asked.and_then(|asked| asked.compress),
         checkpoint: refused.is_none()
             && disk.keeps_bitmaps
-            && past.may_record(disk)
+            && candidates.may_add_bitmap(disk)
             && store.is_some_and(|store| store.checkpoints > 0),
         mode,
         place,

@@ -30,7 +30,7 @@ fn plan_with(document: &str, options: &Options, files: usize) -> Result<Plan, Er
         directory: DomainDir::new("web"),
         sequence: 7,
         service: Uuid::nil(),
-        past: Past::default(),
+        candidates: Candidates::default(),
     });
     resolve(&definition, options, &disks(), &[], store, files)
 }
@@ -256,7 +256,12 @@ fn the_resolved_document_gives_the_same_plan() {
             .iter_mut()
             .filter(|_| document.is_empty() || document.contains("store"))
         {
-            assert_eq!(disk.mode, Mode::Full { why: Why::First });
+            assert_eq!(
+                disk.mode,
+                Mode::Full {
+                    why: FullReason::First
+                }
+            );
             disk.mode = Mode::default();
         }
         let again = plan(&first.definition().to_xml()).unwrap();

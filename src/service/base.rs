@@ -1,12 +1,13 @@
 //! Chooses the base of a new backup, and locks it against removal.
 
 use super::Service;
+use crate::checkpoint::Mode;
 use crate::definition::Definition;
 use crate::domain::{Domain, Snapshot};
 use crate::error::Result;
 use crate::job;
 use crate::offload::Progress;
-use crate::plan::{self, Incremental, Mode, Options, Plan};
+use crate::plan::{self, Incremental, Options, Plan};
 use crate::targets::{self, Parents};
 
 impl Service {
@@ -48,9 +49,9 @@ impl Service {
                 "the base is being removed, so the service chooses another one"
             );
             chosen_before = true;
-            let earlier = store.iter_mut().flat_map(|store| &mut store.past.earlier);
-            let gone = earlier.filter(|earlier| bases.contains(&earlier.id));
-            gone.flat_map(|earlier| &mut earlier.disks)
+            let candidates = store.iter_mut().flat_map(|store| &mut store.candidates.backups);
+            let gone = candidates.filter(|candidate| bases.contains(&candidate.id));
+            gone.flat_map(|candidate| &mut candidate.disks)
                 .for_each(|disk| disk.images = None);
         }
     }
@@ -78,7 +79,7 @@ impl Service {
 
 fn base(disk: &plan::DiskPlan) -> Option<String> {
     match &disk.mode {
-        Mode::Since(base) => Some(base.backup.clone()),
+        Mode::Incremental(base) => Some(base.backup.clone()),
         Mode::Full { .. } => None,
     }
 }

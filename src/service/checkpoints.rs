@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use super::{Service, details};
 use crate::access::{Caller, Grant, Permission};
+use crate::checkpoint::{self, Checkpoint};
 use crate::definition::{CheckpointDefinition, parse_checkpoint};
 use crate::domain::Domain;
 use crate::error::{Error, Kind, Result};
-use crate::job::{self, Checkpoint};
+use crate::job;
 
 /// The checkpoints to delete.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,8 +83,8 @@ impl Service {
         self.require_read(caller, domain).await?;
         let disks = domain.refresh().await?.disks;
         let checkpoints = self.jobs.checkpoints(domain, &disks).await.map_err(unreadable)?;
-        let (checkpoint, parent) = job::named(&checkpoints, name)?;
-        Ok(job::checkpoint_definition(checkpoint, parent, &disks).to_xml())
+        let (checkpoint, parent) = checkpoint::find(&checkpoints, name)?;
+        Ok(checkpoint::definition(checkpoint, parent, &disks).to_xml())
     }
 
     fn no_descriptors(&self, caller: &Caller) -> Result<Arc<crate::quota::Share>> {

@@ -8,12 +8,13 @@ use tokio::task::JoinHandle;
 
 use super::{Descriptors, Service, details, starter};
 use crate::access::{Basis, Caller, Details, Grant, Permission};
+use crate::checkpoint::CheckpointOption;
 use crate::clock;
 use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Origin, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Claim, Entered, Job, Reservation, Start};
-use crate::plan::{self, CheckpointOption, Destination, Options, PlaceKind, Plan, Requested};
+use crate::plan::{self, Destination, Options, PlaceKind, Plan, Requested};
 use crate::qmp::Feature;
 use crate::targets::{self, Around, Devices, Holder, Pinned, Sources, Targets};
 

@@ -5,8 +5,9 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 
 use super::{Error, Media, Target};
+use crate::checkpoint::Mode;
 use crate::model::Format;
-use crate::plan::{DiskPlan, Mode};
+use crate::plan::DiskPlan;
 use crate::qcow2::Empty;
 
 /// Large clusters keep the metadata small, and a full backup writes whole clusters. In bytes.
@@ -53,7 +54,7 @@ pub(super) fn empty_image(disk: &DiskPlan, small_steps: bool) -> Empty {
         Mode::Full { .. } if small_steps => (SMALL_CLUSTER_SIZE, None),
         Mode::Full { .. } => (CLUSTER_SIZE, None),
         // For readers of the image: while QEMU writes, it has no backing image.
-        Mode::Since(base) => {
+        Mode::Incremental(base) => {
             let name = base.parent().relative_path();
             (SMALL_CLUSTER_SIZE, Some((name, Format::Qcow2)))
         }

@@ -6,7 +6,8 @@ use rustix::io::Errno;
 
 use super::Error;
 use super::inventory::{Held, Sharing, Shelf};
-use crate::plan::{Base, Destination, Mode, Plan};
+use crate::checkpoint::{Base, Mode};
+use crate::plan::{Destination, Plan};
 
 /// The locked bases of one backup. A removal looks for dependents in the catalog, so the locks last until the catalog
 /// has the new backup.
@@ -32,7 +33,7 @@ impl Parents {
             return Ok(Self::default());
         };
         let based = plan.disks.iter().filter_map(|disk| match &disk.mode {
-            Mode::Since(base) => Some((disk.name.clone(), base.clone())),
+            Mode::Incremental(base) => Some((disk.name.clone(), base.clone())),
             Mode::Full { .. } => None,
         });
         let held = based.map(|(disk, base)| {

@@ -13,8 +13,9 @@ use rustix::io::Errno;
 use super::format::empty_image;
 use super::look::Session;
 use super::{Around, Error, Media, Target};
+use crate::checkpoint::Mode;
 use crate::model::Format;
-use crate::plan::{DiskPlan, Mode, Plan, Task};
+use crate::plan::{DiskPlan, Plan, Task};
 
 /// The space that a backup needs on one file system or device, in bytes.
 #[derive(Debug, Default)]

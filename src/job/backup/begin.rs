@@ -8,10 +8,12 @@ use jiff::Timestamp;
 use super::driver::Driver;
 use super::end::BRIEFLY;
 use super::state::Fact;
+use crate::checkpoint::Mode;
 use crate::clock;
 use crate::domain::{Disk, Link, RunState, poweroff};
 use crate::error::is_no_space;
 use crate::fault;
+use crate::job::checkpoint::check_sizes;
 use crate::job::error::Stopped;
 use crate::job::guard::Limits;
 use crate::job::latency::Latency;
@@ -21,10 +23,10 @@ use crate::job::quiesce::Freeze;
 use crate::job::running::Running;
 use crate::job::scan::check_snapshot;
 use crate::job::writeback::write_back;
-use crate::job::{Error, blocking, sentinel, watched};
+use crate::job::{Error, blocking, watched};
 use crate::model::Format;
 use crate::offload::Progress;
-use crate::plan::{DiskPlan, Mode};
+use crate::plan::DiskPlan;
 use crate::qmp::block::{
     BackupPerf, BackupSync, BitmapSyncMode, BlockdevBackup, OnError, Transaction, TransactionAction,
 };
@@ -283,7 +285,7 @@ impl Driver<'_> {
         };
         let now = self.ask(ask).await?;
         check_snapshot(self.job, objects, &now)?;
-        sentinel::check_sizes(&self.job.plan, &now)?;
+        check_sizes(&self.job.plan, &now)?;
         self.keep_disks(&link, now);
         Ok(())
     }
@@ -341,7 +343,7 @@ fn perf(small_steps: bool) -> BackupPerf {
 
 fn backup(names: &Names, index: usize, target: &Target, disk: &DiskPlan, speed: u64) -> BlockdevBackup {
     let (sync, bitmap) = match &disk.mode {
-        Mode::Since(base) => (BackupSync::Bitmap, Some(base.bitmap.clone())),
+        Mode::Incremental(base) => (BackupSync::Bitmap, Some(base.bitmap.clone())),
         // An existing raw device may contain other data, so `top`, which skips unallocated clusters, is not safe for
         // it.
         Mode::Full { .. }

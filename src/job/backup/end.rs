@@ -8,8 +8,8 @@ use tokio_util::sync::CancellationToken;
 use super::driver::Driver;
 use super::state::{Copying, Fact, State};
 use crate::catalog::{self, BackupRecord};
+use crate::checkpoint::bitmap_name;
 use crate::job::bandwidth::Part;
-use crate::job::chain::checkpoint_name;
 use crate::job::error::Stopped;
 use crate::job::objects::QemuObjects;
 use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown, blocking};
@@ -405,7 +405,7 @@ fn manifest(
             blake3: digest.blake3.clone(),
             sha256: None,
             parent: disk.mode.parent(),
-            bitmap: disk.checkpoint.then(|| checkpoint_name(&job.backup_id, index)),
+            bitmap: disk.checkpoint.then(|| bitmap_name(&job.backup_id, index)),
             unknown: model::Unknown::new(),
         }),
         Place::File(_) | Place::Block(_) | Place::Descriptor(_) => None,

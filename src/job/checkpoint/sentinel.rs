@@ -10,11 +10,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Error;
-use super::objects::QemuObjects;
-use super::zeroes::Part;
+use crate::checkpoint::{Mode, sentinel_name, was_never_smaller};
 use crate::domain::Disk;
-use crate::plan::{DiskPlan, Mode, Plan, sentinel_name, was_never_smaller};
+use crate::job::Error;
+use crate::job::objects::QemuObjects;
+use crate::job::zeroes::Part;
+use crate::plan::{DiskPlan, Plan};
 use crate::qmp;
 use crate::qmp::block::{
     BlockDeviceInfo, BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapMerge, BlockdevAdd, BlockdevDel,
@@ -22,12 +23,12 @@ use crate::qmp::block::{
 };
 
 /// The granularity of bitmaps in bytes, equal to the cluster size of an incremental backup's image.
-pub(super) const GRANULARITY: u64 = 1 << 16;
+pub const GRANULARITY: u64 = 1 << 16;
 /// The name of the bitmap on a `null-co` node.
 const MARK: &str = "end";
 
 /// The names of nodes whose bitmaps have the last granule set, by their size in bytes.
-pub(super) type Marks = BTreeMap<u64, String>;
+pub type Marks = BTreeMap<u64, String>;
 
 /// Returns the start and the length of the last granule.
 fn last_granule(size: u64) -> (u64, u64) {
@@ -37,7 +38,7 @@ fn last_granule(size: u64) -> (u64, u64) {
 
 /// Returns the actions that create a checkpoint of this name and its sentinel on a disk. The caller puts them into one
 /// transaction.
-pub(super) fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Vec<TransactionAction> {
+pub fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Vec<TransactionAction> {
     let add = |name: &str, disabled: bool| {
         TransactionAction::BlockDirtyBitmapAdd(BlockDirtyBitmapAdd {
             node: disk.node.clone(),
@@ -72,9 +73,9 @@ pub(super) fn checkpoint(disk: &DiskPlan, name: &str, marks: &Marks) -> Vec<Tran
 
 /// Fails if a disk shrank since the plan was made, because the bitmap of its base is then incomplete. The caller calls
 /// this after the block jobs have started: from then on QEMU refuses to resize the disks.
-pub(super) fn check_sizes(plan: &Plan, disks: &[Disk]) -> Result<(), Error> {
+pub fn check_sizes(plan: &Plan, disks: &[Disk]) -> Result<(), Error> {
     for planned in &plan.disks {
-        let Mode::Since(base) = &planned.mode else {
+        let Mode::Incremental(base) = &planned.mode else {
             continue;
         };
         let disk = disks.iter().find(|disk| disk.node == planned.node);
@@ -89,7 +90,7 @@ pub(super) fn check_sizes(plan: &Plan, disks: &[Disk]) -> Result<(), Error> {
 impl QemuObjects {
     /// Creates a `null-co` node with a set bitmap for each of these sizes, except 0. `forget_marks` removes them, and
     /// so does `release`.
-    pub(super) async fn make_marks(&self, sizes: impl Iterator<Item = u64>) -> qmp::Result<Marks> {
+    pub(in crate::job) async fn make_marks(&self, sizes: impl Iterator<Item = u64>) -> qmp::Result<Marks> {
         let mut marks = Marks::new();
         for size in sizes.filter(|size| *size > 0) {
             if !marks.contains_key(&size) {
@@ -147,7 +148,7 @@ impl QemuObjects {
         Ok(mark)
     }
 
-    pub(super) async fn forget_marks(&self, marks: Marks) -> qmp::Result<()> {
+    pub(in crate::job) async fn forget_marks(&self, marks: Marks) -> qmp::Result<()> {
         for mark in marks.into_values() {
             self.client().execute(BlockdevDel { node_name: &mark }).await?;
         }

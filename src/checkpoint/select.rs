@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DiskPlan, Error};
+use super::{Checkpoint, Error};
 use crate::config::Store;
 use crate::definition::{CheckpointDefinition, Position};
-use crate::domain::{Disk, DiskLookup, find_disk};
-use crate::model::{Checkpoint, Format};
+use crate::domain::{Disk, find_disks};
+use crate::model::{self, Format};
 
 /// The checkpoint that a call requests with its backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,21 +17,6 @@ pub enum CheckpointOption {
     /// No checkpoint.
     No,
     This(CheckpointDefinition),
-}
-
-/// A checkpoint of the domain.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Existing {
-    pub id: String,
-    /// The name, or the id if it has no name.
-    pub name: String,
-    pub has_backup: bool,
-}
-
-impl Existing {
-    pub fn is_called(&self, name: &str) -> bool {
-        self.id == name || self.name == name
-    }
 }
 
 /// The reasons why a disk cannot have a checkpoint.
@@ -53,97 +38,104 @@ pub enum Obstacle {
     Store,
 }
 
-/// Decides which disks of a backup have a checkpoint. Returns the checkpoint's name and description if the call
-/// requests one.
-pub(super) fn of_backup(
-    wanted: Option<&CheckpointOption>,
+/// A disk of a planned backup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedDisk<'a> {
+    pub disk: &'a Disk,
+    /// The format of its image in the backup.
+    pub format: Format,
+    /// The disk gets a checkpoint.
+    pub has_checkpoint: bool,
+}
+
+/// Decides which disks of a backup have a checkpoint: clears `has_checkpoint` of those that the request excludes.
+/// Returns the checkpoint's name and description if the request has any. `disks` are all disks of the domain.
+pub fn of_backup(
+    requested: Option<&CheckpointOption>,
     store: Option<&Store>,
     disks: &[Disk],
-    existing: &[Existing],
-    planned: &mut [DiskPlan],
-) -> Result<Option<Checkpoint>, Error> {
-    let definition = match wanted {
+    existing: &[Checkpoint],
+    planned: &mut [PlannedDisk],
+) -> Result<Option<model::Checkpoint>, Error> {
+    let definition = match requested {
         None => return Ok(None),
         Some(CheckpointOption::No) => {
-            planned.iter_mut().for_each(|disk| disk.checkpoint = false);
+            planned.iter_mut().for_each(|disk| disk.has_checkpoint = false);
             return Ok(None);
         }
         Some(CheckpointOption::This(definition)) => definition,
     };
-    let store = store.ok_or(Error::CheckpointOutside)?;
+    let store = store.ok_or(Error::NoStore)?;
     check_name(definition, existing)?;
-    check_any(planned, disks, store)?;
+    check_any(planned, store)?;
     if let Some(listed) = listed(definition, disks)? {
         for disk in planned.iter_mut() {
-            match listed.get(disk.name.as_str()) {
-                Some((true, at)) => require(disk, disks, store, *at)?,
-                Some((false, _)) | None => disk.checkpoint = false,
+            match listed.get(disk.disk.name.as_str()) {
+                Some((true, at)) => require(disk, store, *at)?,
+                Some((false, _)) | None => disk.has_checkpoint = false,
             }
         }
         let missing = |(name, (bitmap, at)): (&&str, &(bool, Position))| {
-            let planned = planned.iter().any(|disk| disk.name == **name);
+            let planned = planned.iter().any(|disk| disk.disk.name == **name);
             (*bitmap && !planned).then(|| ((*name).to_owned(), *at))
         };
         if let Some((name, at)) = listed.iter().find_map(missing) {
-            return Err(Error::CheckpointNotBackedUp { name, at });
+            return Err(Error::NotBackedUp { name, at });
         }
     }
-    if !planned.iter().any(|disk| disk.checkpoint) {
-        return Err(Error::NothingRecorded);
+    if !planned.iter().any(|disk| disk.has_checkpoint) {
+        return Err(Error::NoDisk);
     }
-    Ok(Some(Checkpoint {
+    Ok(Some(model::Checkpoint {
         name: definition.name.clone(),
         description: definition.description.clone(),
     }))
 }
 
-fn require(planned: &DiskPlan, disks: &[Disk], store: &Store, at: Position) -> Result<(), Error> {
-    if planned.checkpoint {
+fn require(planned: &PlannedDisk, store: &Store, at: Position) -> Result<(), Error> {
+    if planned.has_checkpoint {
         return Ok(());
     }
-    let (name, why) = (planned.name.clone(), obstacle(planned, disks, store));
-    Err(Error::NoCheckpoint { name, at, why })
+    let (name, why) = (planned.disk.name.clone(), obstacle(planned, store));
+    Err(Error::Impossible { name, at, why })
 }
 
 /// Fails if no disk can have a checkpoint. The error has the most specific reason.
-fn check_any(planned: &[DiskPlan], disks: &[Disk], store: &Store) -> Result<(), Error> {
-    if planned.iter().any(|disk| disk.checkpoint) {
+fn check_any(planned: &[PlannedDisk], store: &Store) -> Result<(), Error> {
+    if planned.iter().any(|disk| disk.has_checkpoint) {
         return Ok(());
     }
-    let obstacles = planned.iter().map(|disk| (disk, obstacle(disk, disks, store)));
+    let obstacles = planned.iter().map(|disk| (disk, obstacle(disk, store)));
     match obstacles.max_by_key(|(_, why)| *why != Obstacle::NoBitmaps) {
-        Some((disk, why)) => Err(Error::NoneRecorded {
-            first: disk.name.clone(),
+        Some((disk, why)) => Err(Error::NoDiskBecause {
+            first: disk.disk.name.clone(),
             why,
         }),
-        None => Err(Error::NothingRecorded),
+        None => Err(Error::NoDisk),
     }
 }
 
 /// The reason why this disk of a backup has no checkpoint.
-fn obstacle(planned: &DiskPlan, disks: &[Disk], store: &Store) -> Obstacle {
-    let keeps = disks
-        .iter()
-        .any(|disk| disk.name == planned.name && disk.keeps_bitmaps);
+fn obstacle(planned: &PlannedDisk, store: &Store) -> Obstacle {
     match planned.format {
         _ if store.checkpoints == 0 => Obstacle::Store,
-        _ if !keeps => Obstacle::NoBitmaps,
+        _ if !planned.disk.keeps_bitmaps => Obstacle::NoBitmaps,
         Format::Raw => Obstacle::RawTarget,
         Format::Qcow2 => Obstacle::InternalSnapshots,
     }
 }
 
 /// Returns the disks for a checkpoint without a backup.
-pub fn checkpoint<'a>(
+pub fn select<'a>(
     definition: &CheckpointDefinition,
     disks: &'a [Disk],
-    existing: &[Existing],
+    existing: &[Checkpoint],
 ) -> Result<Vec<&'a Disk>, Error> {
     check_name(definition, existing)?;
     let Some(listed) = listed(definition, disks)? else {
         let able: Vec<&Disk> = disks.iter().filter(|disk| disk.keeps_bitmaps).collect();
         return match able.is_empty() {
-            true => Err(Error::NothingRecorded),
+            true => Err(Error::NoDisk),
             false => Ok(able),
         };
     };
@@ -161,15 +153,15 @@ pub fn checkpoint<'a>(
             false => Obstacle::NoMedium,
         };
         let (name, at) = (disk.name.clone(), *at);
-        return Err(Error::NoCheckpoint { name, at, why });
+        return Err(Error::Impossible { name, at, why });
     }
     Ok(chosen)
 }
 
-fn check_name(definition: &CheckpointDefinition, existing: &[Existing]) -> Result<(), Error> {
+fn check_name(definition: &CheckpointDefinition, existing: &[Checkpoint]) -> Result<(), Error> {
     match &definition.name {
         Some(name) if existing.iter().any(|other| other.is_called(name)) => {
-            Err(Error::CheckpointExists { name: name.clone() })
+            Err(Error::Exists { name: name.clone() })
         }
         _ => Ok(()),
     }
@@ -180,25 +172,16 @@ type Listed<'a> = BTreeMap<&'a str, (bool, Position)>;
 
 /// Returns the domain's disks that a document lists.
 fn listed<'a>(definition: &CheckpointDefinition, disks: &'a [Disk]) -> Result<Option<Listed<'a>>, Error> {
-    let Some(asked) = &definition.disks else {
+    let Some(entries) = &definition.disks else {
         return Ok(None);
     };
-    let mut listed = BTreeMap::new();
-    let mut first: BTreeMap<&str, &str> = BTreeMap::new();
-    for asked in asked {
-        let (name, at) = (asked.name.clone(), asked.at);
-        let disk = match find_disk(disks, &asked.name) {
-            DiskLookup::Found(disk) => disk,
-            DiskLookup::Missing => return Err(Error::NoSuchDisk { name, at }),
-            DiskLookup::Ambiguous => return Err(Error::AmbiguousDisk { name, at }),
-        };
-        if let Some(first) = first.insert(&disk.name, &asked.name) {
-            let first = first.to_owned();
-            return Err(Error::SameDisk { first, name, at });
-        }
-        listed.insert(disk.name.as_str(), (asked.bitmap, at));
-    }
-    Ok(Some(listed))
+    let found = find_disks(disks, entries.iter().map(|entry| (entry.name.as_str(), entry.at)))?;
+    let listed = found.into_iter().zip(entries);
+    Ok(Some(
+        listed
+            .map(|(disk, entry)| (disk.name.as_str(), (entry.bitmap, entry.at)))
+            .collect(),
+    ))
 }
 
 #[cfg(test)]
@@ -219,14 +202,14 @@ mod tests {
     }
 
     fn of(document: &str) -> Result<Vec<String>, (Kind, String)> {
-        let existing = [Existing {
-            id: "20261123T055907Z-10ebf9b0".into(),
-            name: "c1".into(),
-            has_backup: true,
-        }];
+        let existing = [Checkpoint::for_test(
+            "20261123T055907Z-10ebf9b0",
+            "c1",
+            Some("default"),
+        )];
         let definition = parse_checkpoint(document).unwrap();
         let disks = disks();
-        let chosen = checkpoint(&definition, &disks, &existing);
+        let chosen = select(&definition, &disks, &existing);
         chosen
             .map(|disks| disks.iter().map(|disk| disk.name.clone()).collect())
             .map_err(|error| (error.kind(), error.to_string()))
@@ -242,8 +225,8 @@ mod tests {
         let one = with("<disk name='drive-vdb'/><disk name='vda' checkpoint='no'/>");
         assert_eq!(of(&one), Ok(vec!["vdb".into()]));
         assert_eq!(
-            checkpoint(&CheckpointDefinition::default(), &disks()[2..], &[]),
-            Err(Error::NothingRecorded)
+            select(&CheckpointDefinition::default(), &disks()[2..], &[]),
+            Err(Error::NoDisk)
         );
     }
 

@@ -26,7 +26,6 @@ pub use compare::shows_the_same;
 pub use confine::is_incomplete as is_confinement_incomplete;
 pub use error::{Error, Fault, Finding};
 pub use export::Export;
-pub use process::start_alone;
 pub use restore::{Output, restore};
 pub use tether::become_tethered;
 pub use verify::{Survey, Verified, check_sums};

@@ -8,8 +8,8 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use command_fds::CommandFdExt;
 use rustix::fs::{Mode, OFlags};
-use rustix::io::FdFlags;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Child;
 use tokio::task::JoinHandle;
@@ -74,8 +74,11 @@ impl Program {
             // Ctrl-C on a terminal is for this process, which then ends the program.
             .process_group(0)
             .kill_on_drop(true);
-        let started = tether::start(move || inherited.pass(|| command.spawn()));
-        started.map_err(failed)??.map_err(failed)
+        // Only the child makes them inheritable, so no other program that starts at the same time gets them. Dropping
+        // the command closes them here.
+        command.as_std_mut().preserved_fds(inherited.files);
+        let started = tether::start(move || command.spawn());
+        started.map_err(failed)?.map_err(failed)
     }
 }
 
@@ -84,16 +87,6 @@ impl Program {
 pub struct Inherited {
     files: Vec<OwnedFd>,
     grants: Grants,
-}
-
-/// Serialises starts: while inheritable descriptors are open, another program must not start, because it would inherit
-/// them too.
-static STARTING: Mutex<()> = Mutex::new(());
-
-/// Starts a program that inherits nothing, while no other program with inherited descriptors is being started.
-pub fn start_alone<T>(start: impl FnOnce() -> T) -> T {
-    let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-    start()
 }
 
 impl Inherited {
@@ -144,19 +137,6 @@ impl Inherited {
         let number = copy.as_raw_fd();
         self.files.push(copy);
         Ok(number)
-    }
-
-    /// Runs `start`, whose process inherits the descriptors. They are closed here afterwards.
-    fn pass<T>(self, start: impl FnOnce() -> T) -> Result<T, Error> {
-        let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-        for file in &self.files {
-            rustix::io::fcntl_setfd(file, FdFlags::empty()).map_err(|errno| Error::StorageDaemon {
-                why: format!("cannot make a descriptor inheritable: {errno}"),
-            })?;
-        }
-        let started = start();
-        drop(self);
-        Ok(started)
     }
 }
 

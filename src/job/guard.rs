@@ -23,7 +23,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::quiesce::{PATIENCE, reach};
-use crate::image;
 use crate::qmp::{self, Agent};
 use crate::socket::{Address, Dialer, Purpose};
 
@@ -89,7 +88,7 @@ impl Guard {
             .stdout(Stdio::from(agent.duplicate()?))
             // Keeps signals of the terminal away from the guard.
             .process_group(0);
-        let child = image::start_alone(|| guard.spawn())?;
+        let child = guard.spawn()?;
         let mut control = UnixStream::from_std(ours)?;
         let mut orders = serde_json::to_vec(&Orders {
             domain: domain.to_owned(),

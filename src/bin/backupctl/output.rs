@@ -6,6 +6,8 @@
 use std::io::{self, Write};
 
 use backupd::text::is_invisible;
+use comfy_table::CellAlignment;
+use comfy_table::presets::NOTHING;
 use serde_json::Value;
 
 /// Escapes control and invisible characters, as in `\n` or `\u{1b}`.
@@ -65,16 +67,17 @@ pub fn json(value: &Value) -> String {
 
 /// Text rows with headings; each column is as wide as its widest cell.
 pub struct Table {
-    rows: Vec<Vec<String>>,
+    table: comfy_table::Table,
     right: Vec<usize>,
 }
 
 impl Table {
     /// A table with these headings.
     pub fn new(headings: &[&str]) -> Self {
-        let headings = headings.iter().map(|&heading| heading.to_owned()).collect();
+        let mut table = comfy_table::Table::new();
+        table.load_style(NOTHING).set_header(headings);
         Self {
-            rows: vec![headings],
+            table,
             right: Vec::new(),
         }
     }
@@ -95,37 +98,20 @@ impl Table {
             "" => "-".to_owned(),
             cell => escape(cell),
         });
-        self.rows.push(cells.collect());
+        self.table.add_row(cells);
     }
 }
 
 impl std::fmt::Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut widths: Vec<usize> = Vec::new();
-        for row in &self.rows {
-            for (column, cell) in row.iter().enumerate() {
-                let width = cell.chars().count();
-                match widths.get_mut(column) {
-                    Some(widest) => *widest = width.max(*widest),
-                    None => widths.push(width),
-                }
+        let mut table = self.table.clone();
+        for (index, column) in table.column_iter_mut().enumerate() {
+            column.set_padding((0, 2));
+            if self.right.contains(&index) {
+                column.set_cell_alignment(CellAlignment::Right);
             }
         }
-        for row in &self.rows {
-            let mut line = String::new();
-            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                if column > 0 {
-                    line.push_str("  ");
-                }
-                if self.right.contains(&column) {
-                    line.push_str(&format!("{cell:>width$}"));
-                } else {
-                    line.push_str(&format!("{cell:<width$}"));
-                }
-            }
-            writeln!(f, "{}", line.trim_end())?;
-        }
-        Ok(())
+        writeln!(f, "{}", table.trim_fmt())
     }
 }
 
@@ -192,6 +178,17 @@ mod tests {
         assert_eq!(
             table.to_string(),
             "NAME         SIZE  STATE\nweb       1.0 GiB  running\ndatabase      5 B  -\n"
+        );
+    }
+
+    #[test]
+    fn wide_characters_count_as_two() {
+        let mut table = Table::new(&["NAME", "STATE"]);
+        table.row(["漢字", "running"]);
+        table.row(["database", "off"]);
+        assert_eq!(
+            table.to_string(),
+            "NAME      STATE\n漢字      running\ndatabase  off\n"
         );
     }
 

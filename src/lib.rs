@@ -10,18 +10,20 @@
 //! | `backups` | operations on stored backups: delete, merge, prune, check |
 //! | `job` | the state machine that runs a plan, its journal, and recovery |
 //! | `image` | the programs that read images (`qemu-img`, `qemu-storage-daemon`), confined: restore, export, verify |
-//! | `targets` | files, devices and directories that a backup is written to: prepared, published, discarded, removed |
+//! | `targets` | files and devices that a backup is written to: prepared, published, discarded |
 //! | `plan` | a request with every default made explicit. Pure |
 //! | `catalog` | SQLite: jobs, their journal and history, backups, checkpoints; and the manifest in a store |
 //! | `checkpoint` | dirty bitmaps: their owners, the bases that they give, and which to remove. Pure |
 //! | `domain` | the known virtual machines, their disks and their monitors |
 //! | `access` | authorisation: polkit, the table of permissions, the audit record |
 //! | `config` | the configuration file |
+//! | `store` | stores: staging, publishing, reading, locking, replacing and removing backups |
 //! | `qcow2` | the headers of qcow2 images |
 //! | `definition` | `<domainbackup>` and `<domaincheckpoint>` documents |
 //! | `qmp` | the QEMU Machine Protocol |
 //! | `quota` | limits for each user, and for all users |
 //! | `socket` | UNIX sockets at paths that other users can change |
+//! | `files` | identities of files, and renames that file systems support differently |
 //! | `path` | files at paths that other users can change |
 //! | `digest` | digests of files |
 //! | `model` | plain values: identifiers, formats, digests, the manifest. Pure |
@@ -49,6 +51,7 @@ pub mod digest;
 pub mod domain;
 pub mod error;
 pub mod fault;
+pub mod files;
 pub mod image;
 pub mod job;
 pub mod model;
@@ -62,6 +65,7 @@ pub mod quota;
 pub mod service;
 pub mod size;
 pub mod socket;
+pub mod store;
 pub mod supervisor;
 pub mod targets;
 pub mod text;

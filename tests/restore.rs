@@ -14,7 +14,7 @@ use crate::common::storage::{LoopDevice, Tmpfs, files_below, holds, identical};
 use crate::common::wait;
 use backupd::image::{self, Chain, Control, Fault, Output, Progress};
 use backupd::model::Format;
-use backupd::targets::{Sharing, Shelf};
+use backupd::store::{Directory, LockKind};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -257,9 +257,9 @@ fn an_ordinary_user_restores_what_it_can_read() {
 fn a_backup_under_change_is_not_read() {
     let store = Store::new();
     let out = store.out();
-    let shelf = Shelf::of_users_store(&store.path()).unwrap();
+    let shelf = Directory::of_users_store(&store.path()).unwrap();
     let shelf = shelf.below("web").unwrap().unwrap().below(FULL).unwrap().unwrap();
-    let held = shelf.hold(Sharing::Exclusive).unwrap();
+    let held = shelf.lock(LockKind::Exclusive).unwrap();
     for (command, arguments) in [("restore", ["--to", text(&out)].as_slice()), ("verify", &[])] {
         let output = store.run(command, FIRST, arguments);
         assert_eq!(output.status, 1, "{}", output.stderr);
@@ -295,7 +295,7 @@ fn a_header_exchanged_after_its_check_exposes_no_other_file() {
     )
     .expect_success();
     fs::write(&secret, vec![0x5e; SIZE as usize]).unwrap();
-    let shelf = Shelf::of_users_store(&store.path()).unwrap();
+    let shelf = Directory::of_users_store(&store.path()).unwrap();
     let domain = shelf.below("web").unwrap().unwrap();
     let chain = Chain::open(&domain, FULL, Some(&["vda"])).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();

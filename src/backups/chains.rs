@@ -11,7 +11,7 @@ use super::{Backups, Error};
 use crate::catalog::{BackupState, Link};
 use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use crate::offload::Progress;
-use crate::targets::{self, Shelf};
+use crate::store::{self, Directory};
 
 /// The backups of a domain's directory and their dependencies.
 pub(super) struct Chains {
@@ -43,7 +43,7 @@ struct Stored {
 /// The reasons why a backup's bases are unknown.
 enum ReadError {
     Manifest(ManifestError),
-    Store(targets::Error),
+    Store(store::Error),
 }
 
 impl Chains {
@@ -163,8 +163,8 @@ impl Backups {
 }
 
 /// Reads every directory that has, or may have, a manifest. Blocks.
-fn read_domain(store: &Path, domain: &str, progress: &Progress) -> Result<Vec<Stored>, targets::Error> {
-    let Some(shelf) = Shelf::of_store(store)?.below(domain)? else {
+fn read_domain(store: &Path, domain: &str, progress: &Progress) -> Result<Vec<Stored>, store::Error> {
+    let Some(shelf) = Directory::of_store(store)?.below(domain)? else {
         return Ok(Vec::new());
     };
     let mut stored = Vec::new();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::error::Kind;
 use crate::model::ManifestError;
-use crate::{catalog, image, targets};
+use crate::{catalog, image, store, targets};
 
 /// The number of ids that a message lists.
 const MOST_NAMED: usize = 3;
@@ -49,6 +49,8 @@ pub enum Error {
     #[error("store '{0}' is no longer configured")]
     NoStore(String),
     #[error("{0}")]
+    Store(#[from] store::Error),
+    #[error("{0}")]
     Target(#[from] targets::Error),
     #[error("the store made no progress for {seconds} seconds ('stall-seconds' in the configuration)")]
     Stalled { seconds: u64 },
@@ -76,6 +78,7 @@ impl Error {
             Self::Protected { .. } => Kind::Protected,
             Self::Gone(_) => Kind::NoSuchBackup,
             Self::NoStore(_) => Kind::NoSuchStore,
+            Self::Store(error) => error.kind(),
             Self::Target(error) => error.kind(),
             Self::Image(error) => error.kind(),
             Self::NotComplete { .. } => Kind::ChainBroken,

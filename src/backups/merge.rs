@@ -20,7 +20,8 @@ use crate::model::{
     ManifestError, PROTECTED_NAME,
 };
 use crate::offload::{Progress, watched};
-use crate::targets::{self, FileDigest, Replacement, Shelf};
+use crate::store::{Directory, Replacement};
+use crate::targets::{self, FileDigest};
 
 impl Backups {
     /// Makes the dependents of the requested backups independent, except those that are to be removed too.
@@ -39,7 +40,7 @@ impl Backups {
             let backup = self.complete(unwanted, id).await?;
             let (path, key) = (self.store_path(&backup.key)?, backup.key);
             let open = move |_: &Progress| {
-                let shelf = Shelf::of_store(&path)?.below(&key.domain)?;
+                let shelf = Directory::of_store(&path)?.below(&key.domain)?;
                 Ok(shelf.map(|shelf| Chain::open(&shelf, &key.id, None).map(drop)))
             };
             let opened = self.blocking(&unwanted.store, open).await?;
@@ -102,7 +103,7 @@ impl Backups {
     ) -> Result<(Arc<Replacement>, Manifest), Error> {
         let (at, key) = (path.to_owned(), backup.key.clone());
         let open = move |progress: &Progress| {
-            let shelf = Shelf::of_store(&at)?.below(&key.domain)?;
+            let shelf = Directory::of_store(&at)?.below(&key.domain)?;
             let chain = shelf.map(|shelf| Chain::open(&shelf, &key.id, None));
             Ok((chain, Replacement::create(&at, name(&key), progress)?))
         };
@@ -238,7 +239,7 @@ impl Backups {
         let (path, at) = (self.store_path(key)?, key.clone());
         let read = move |_: &Progress| {
             Replacement::settle(&path, name(&at))?;
-            let shelf = Shelf::of_store(&path)?.below(&at.domain)?;
+            let shelf = Directory::of_store(&path)?.below(&at.domain)?;
             let backup = shelf.map(|shelf| shelf.below(&at.id)).transpose()?.flatten();
             let read = backup.map(|backup| backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES));
             Ok(read.transpose()?.map(|(bytes, _)| bytes))

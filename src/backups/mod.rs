@@ -5,11 +5,11 @@
 
 mod chains;
 mod error;
+mod inventory;
 mod merge;
 mod probe;
 mod prune;
 mod remove;
-mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,13 +25,13 @@ use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Identity, NOBODY, Origin, Registry, registered};
 use crate::job::{self, Jobs};
 use crate::offload::Queue;
-use crate::targets;
+use crate::store;
 
 pub use error::Error;
+pub use inventory::{Inventory, Stored, read_store};
 pub use probe::PATIENCE;
 pub use prune::{Allowed, Group, Pruned, Verdict};
 pub use remove::{Removed, Unwanted};
-pub use store::{Inventory, Stored, read_store};
 
 /// The number of backups that are read and checked at a time.
 const BATCH: u32 = 100;
@@ -239,7 +239,7 @@ impl Backups {
             return Ok(());
         };
         let path = store.path.clone();
-        self.blocking(name, move |_| targets::check_mark(&path, &known))
+        self.blocking(name, move |_| store::check_mark(&path, &known))
             .await
     }
 
@@ -253,7 +253,7 @@ impl Backups {
         self.check_mark(store).await?;
         match self.jobs.settle_store(store).await {
             Ok(_) => Ok(()),
-            Err(job::Error::Target(error)) => Err(error.into()),
+            Err(job::Error::Store(error)) => Err(error.into()),
             Err(error) => Err(Error::Unsettled {
                 store: store.to_owned(),
                 source: Box::new(error.into()),

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::Backups;
 use crate::catalog::{self, Backup, BackupKey, BackupState, ProbeResult};
 use crate::model::{Disk, MANIFEST_NAME, MAX_MANIFEST_BYTES};
-use crate::targets::{self, Shelf};
+use crate::store::{self, Directory};
 
 /// How long a caller waits for the check. After that, the list shows the last known state.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -103,14 +103,14 @@ struct ProbeReport {
 
 /// Blocks.
 fn probe_store(path: &Path, expected: &[Expected]) -> ProbeReport {
-    let store = Shelf::of_store(path);
-    let mut shelves: BTreeMap<&str, Result<Option<Shelf>, targets::Error>> = BTreeMap::new();
+    let store = Directory::of_store(path);
+    let mut shelves: BTreeMap<&str, Result<Option<Directory>, store::Error>> = BTreeMap::new();
     let mut report = ProbeReport::default();
     for backup in expected {
         let domain = &backup.key.domain;
         let shelf = shelves.entry(domain).or_insert_with(|| match &store {
             Ok(store) => store.below(domain),
-            Err(targets::Error::NoDirectory { .. }) => Ok(None),
+            Err(store::Error::NoDirectory { .. }) => Ok(None),
             Err(error) => Err(error.clone()),
         });
         let probed = match shelf {
@@ -132,7 +132,7 @@ fn gone() -> ProbeResult {
     Some((BackupState::Missing, "its directory is missing".into()))
 }
 
-fn probe_backup(shelf: &Shelf, expected: &Expected) -> Result<ProbeResult, targets::Error> {
+fn probe_backup(shelf: &Directory, expected: &Expected) -> Result<ProbeResult, store::Error> {
     let Some(backup) = shelf.below(&expected.key.id)? else {
         return Ok(gone());
     };
@@ -149,7 +149,7 @@ fn probe_backup(shelf: &Shelf, expected: &Expected) -> Result<ProbeResult, targe
 }
 
 /// Returns the first fault of a backup's images that is visible without reading them.
-pub(super) fn image_fault(backup: &Shelf, disks: &[Disk]) -> Result<ProbeResult, targets::Error> {
+pub(super) fn image_fault(backup: &Directory, disks: &[Disk]) -> Result<ProbeResult, store::Error> {
     for Disk { file, length, .. } in disks {
         let size = match backup.file_size(file) {
             Ok(size) => size,
@@ -166,8 +166,8 @@ pub(super) fn image_fault(backup: &Shelf, disks: &[Disk]) -> Result<ProbeResult,
     Ok(None)
 }
 
-pub(super) fn is_absent(error: &targets::Error) -> bool {
+pub(super) fn is_absent(error: &store::Error) -> bool {
     // A directory or device with the file's name (EINVAL) counts as absent too.
     let absent = |errno: &Errno| *errno == Errno::INVAL || errno.kind() == ErrorKind::NotFound;
-    matches!(error, targets::Error::Io { errno, .. } if absent(errno))
+    matches!(error, store::Error::Io { errno, .. } if absent(errno))
 }

@@ -11,7 +11,7 @@ use super::{Backups, Error, Unwanted};
 use crate::catalog::{Backup, BackupFilter, BackupKey, BackupState, Cursor, DomainRecord};
 use crate::clock;
 use crate::plan::retention::{self, Candidate, Condition, Reason, Retention};
-use crate::targets::Removal;
+use crate::store::Removal;
 
 /// All backups of one domain in one store.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

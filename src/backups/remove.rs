@@ -12,10 +12,10 @@ use crate::catalog::{Backup, BackupKey, Link};
 use crate::fault::{self, Point};
 use crate::offload::Progress;
 use crate::plan::{Destination, Plan};
-use crate::targets::{self, BackupName, Removal, Replacement};
+use crate::store::{self, BackupName, Removal, Replacement};
 
 /// Inspects a backup's directory, which may be missing. The arguments are the store, the backup's name and its images.
-type Find<T> = fn(&Path, BackupName, &[&str]) -> Result<Option<T>, targets::Error>;
+type Find<T> = fn(&Path, BackupName, &[&str]) -> Result<Option<T>, store::Error>;
 
 /// A request to remove backups of one domain in one store.
 #[derive(Debug, Clone)]
@@ -140,7 +140,7 @@ impl Backups {
         let mut held = LockedBackups::default();
         for id in ids {
             let backup = self.record(unwanted, id).await?;
-            let removal = self.in_store(&backup, Removal::hold_to_rename).await?;
+            let removal = self.in_store(&backup, Removal::lock_to_rename).await?;
             held.0.push_back((backup, removal));
         }
         Ok(held)
@@ -240,7 +240,7 @@ impl Backups {
         let key = &backup.key;
         let _turn = self.store_locks(&key.store)?.removal.lock().await;
         let (path, at) = (self.store_path(key)?, key.clone());
-        let protect = move |_: &Progress| targets::protect(&path, name(&at), protected);
+        let protect = move |_: &Progress| store::protect(&path, name(&at), protected);
         self.blocking(&key.store, protect).await?;
         self.catalog.protect(key.clone(), protected).await?;
         self.jobs.raise_generation(&key.store).await;
@@ -344,7 +344,7 @@ impl Backups {
 
     /// Withdraws the removal if no file was touched yet. No caller has received a success for it.
     async fn withdraw_unless_begun(&self, backup: &Backup) -> Result<RemovalState, Error> {
-        match self.in_store(backup, Removal::hold).await? {
+        match self.in_store(backup, Removal::lock).await? {
             Some(removal) if !removal.is_begun() => {
                 self.catalog.removing(backup.key.clone(), false).await?;
                 Ok(RemovalState::NotBegun)
@@ -364,7 +364,7 @@ impl Backups {
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         store: &str,
-        work: impl FnOnce(&Progress) -> Result<T, targets::Error> + Send + 'static,
+        work: impl FnOnce(&Progress) -> Result<T, store::Error> + Send + 'static,
     ) -> Result<T, Error> {
         let (queue, patience) = (&self.store_locks(store)?.queue, self.deadlines.stall());
         match queue.watched(&self.activity, patience, work).await {

@@ -14,7 +14,7 @@ use backupd::config::{self, Config, DEFAULT_STORE};
 use backupd::domain::{Directories, Registry};
 use backupd::job::{self, Jobs};
 use backupd::service::Service;
-use backupd::{image, supervisor, targets};
+use backupd::{image, store, supervisor, targets};
 use clap::Parser;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -48,7 +48,7 @@ enum Fatal {
     #[error("{0}")]
     Config(#[from] config::Error),
     #[error("cannot use the default store: {0}")]
-    Store(#[from] targets::Error),
+    Store(#[from] store::Error),
     #[error("{0}")]
     Catalog(#[from] catalog::Error),
     #[error("cannot recover the jobs of the previous instance: {0}")]
@@ -134,7 +134,7 @@ async fn run(arguments: Arguments) -> Result<End, Fatal> {
     std::fs::create_dir_all(&config.state_directory)?;
     let catalog = Catalog::open(&config.state_directory.join(catalog::FILE_NAME))?;
     if let Some(store) = config.stores.get(DEFAULT_STORE) {
-        targets::ensure_store(&store.path)?;
+        store::ensure(&store.path)?;
     }
     let activity = Activity::default();
     let limits = &config.limits;

@@ -12,7 +12,7 @@ use super::{Error, Fault, Finding};
 use crate::error::shown;
 use crate::model::{self, Digest, Format, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::qcow2::{self, Expected, HeaderError};
-use crate::targets::{self, Held, Sharing, Shelf};
+use crate::store::{self, BackupLock, Directory, LockKind};
 
 /// The path of a backup in its store: the domain's directory, and the backup's directory in it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,7 +28,7 @@ impl std::fmt::Display for Location {
 }
 
 /// Returns all backups of a store, including incomplete ones. Blocks.
-pub fn all(store: &Shelf) -> Result<Vec<Location>, Error> {
+pub fn all(store: &Directory) -> Result<Vec<Location>, Error> {
     let mut found = Vec::new();
     let visible = |names: Vec<String>| names.into_iter().filter(|name| !name.starts_with('.'));
     for domain in visible(store.names()?) {
@@ -57,7 +57,7 @@ pub fn is_backup(directory: &Path) -> bool {
 }
 
 /// Returns the only backup whose id is `wanted` or begins with it. `DIRECTORY/ID` searches only this directory. Blocks.
-pub fn find(store: &Shelf, wanted: &str) -> Result<Location, Error> {
+pub fn find(store: &Directory, wanted: &str) -> Result<Location, Error> {
     let (domain, prefix) = match wanted.split_once('/') {
         Some((domain, prefix)) => (Some(domain), prefix),
         None => (None, wanted),
@@ -85,15 +85,15 @@ pub fn find(store: &Shelf, wanted: &str) -> Result<Location, Error> {
 #[derive(Debug)]
 pub struct Backup {
     pub manifest: Manifest,
-    shelf: Shelf,
-    held: Arc<Held>,
+    shelf: Directory,
+    held: Arc<BackupLock>,
 }
 
 impl Backup {
     /// Blocks.
-    pub fn open(domain: &Shelf, id: &str) -> Result<Self, Fault> {
+    pub fn open(domain: &Directory, id: &str) -> Result<Self, Fault> {
         let shelf = domain.below(id)?.ok_or(Fault::Missing)?;
-        let held = shelf.hold(Sharing::Shared)?;
+        let held = shelf.lock(LockKind::Shared)?;
         let (content, _) = shelf.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)?;
         let manifest = Manifest::parse(&content).map_err(Fault::Manifest)?;
         if manifest.id != id {
@@ -106,7 +106,7 @@ impl Backup {
         })
     }
 
-    pub fn held(&self) -> Arc<Held> {
+    pub fn held(&self) -> Arc<BackupLock> {
         self.held.clone()
     }
 
@@ -119,7 +119,7 @@ impl Backup {
     /// image, if it has one. Blocks.
     pub fn image(&self, disk: &model::Disk, backing: Option<Format>) -> Result<Image, Fault> {
         let file = match self.shelf.open_file(&disk.file) {
-            Err(targets::Error::Io {
+            Err(store::Error::Io {
                 errno: Errno::NOENT, ..
             }) => {
                 return Err(Fault::NoImage {

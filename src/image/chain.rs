@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::backup::{Backup, Image};
 use super::{Error, Fault, Finding};
 use crate::model::{self, Format, Manifest};
-use crate::targets::{Held, Shelf};
+use crate::store::{BackupLock, Directory};
 
 /// The maximum number of images in a chain. QEMU can open more, and the service creates shorter chains.
 pub const MAX_DEPTH: usize = 64;
@@ -34,12 +34,12 @@ pub struct OpenDisk {
     pub disk: String,
     pub(super) images: Vec<Image>,
     /// Locks that keep the open images from changing.
-    _held: Vec<Arc<Held>>,
+    _held: Vec<Arc<BackupLock>>,
 }
 
 impl Chain {
     /// Opens the backup `id` in its domain's directory with all its disks, or only the `wanted` ones. Blocks.
-    pub fn open(domain: &Shelf, id: &str, wanted: Option<&[&str]>) -> Result<Self, Error> {
+    pub fn open(domain: &Directory, id: &str, wanted: Option<&[&str]>) -> Result<Self, Error> {
         let mut links = Links::new(domain);
         let top = links.backup(id).map_err(|fault| damaged(id, None, fault))?;
         let manifest = top.manifest.clone();
@@ -122,7 +122,7 @@ fn damaged(backup: &str, disk: Option<&str>, fault: Fault) -> Error {
 
 /// The backups of one domain, each read once, for following chains.
 pub(super) struct Links<'a> {
-    domain: &'a Shelf,
+    domain: &'a Directory,
     backups: BTreeMap<String, Result<Arc<Backup>, Fault>>,
 }
 
@@ -130,7 +130,7 @@ pub(super) struct Links<'a> {
 type Link = (Arc<Backup>, model::Disk);
 
 impl<'a> Links<'a> {
-    pub fn new(domain: &'a Shelf) -> Self {
+    pub fn new(domain: &'a Directory) -> Self {
         Self {
             domain,
             backups: BTreeMap::new(),

@@ -6,7 +6,7 @@ use super::chain::MAX_DEPTH;
 use crate::error::{Kind, shown};
 use crate::model::ManifestError;
 use crate::qcow2::HeaderError;
-use crate::targets;
+use crate::store;
 
 /// A fault of a backup or one of its images.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -16,7 +16,7 @@ pub enum Fault {
     #[error("it was deleted before it could be verified")]
     Removed,
     #[error("{0}")]
-    Unreadable(Box<targets::Error>),
+    Unreadable(Box<store::Error>),
     #[error("its manifest is invalid: {0}")]
     Manifest(ManifestError),
     #[error("its manifest belongs to another backup, {}", shown(.found))]
@@ -57,7 +57,7 @@ impl Fault {
         match self {
             Self::Unreadable(error) => match **error {
                 // The path has no file or directory, or one of another type.
-                targets::Error::Io { errno, .. } => matches!(
+                store::Error::Io { errno, .. } => matches!(
                     errno,
                     Errno::NOENT | Errno::NOTDIR | Errno::ISDIR | Errno::LOOP | Errno::INVAL
                 ),
@@ -82,8 +82,8 @@ impl Fault {
     }
 }
 
-impl From<targets::Error> for Fault {
-    fn from(error: targets::Error) -> Self {
+impl From<store::Error> for Fault {
+    fn from(error: store::Error) -> Self {
         Self::Unreadable(Box::new(error))
     }
 }
@@ -126,7 +126,7 @@ pub enum Error {
     #[error("{0}")]
     Damaged(Finding),
     #[error(transparent)]
-    Target(#[from] targets::Error),
+    Store(#[from] store::Error),
     #[error(
         "backup {}: serving these disks requires {images} open images, but the limit is {most}. Name one disk",
         shown(.backup)
@@ -195,7 +195,7 @@ impl Error {
             Self::NoSuchDisk { .. } => Kind::NoSuchDisk,
             Self::NoSuchBackup { .. } => Kind::NoSuchBackup,
             Self::Ambiguous { .. } => Kind::InvalidArgs,
-            Self::Target(error) => error.kind(),
+            Self::Store(error) => error.kind(),
             Self::Damaged(finding) => finding.fault.kind(),
             Self::TooManyImages { .. } => Kind::LimitsExceeded,
             Self::NotInstalled { .. } | Self::NotStarted { .. } => Kind::Unsupported,

@@ -16,7 +16,7 @@ use super::{Control, Error, Fault, Finding, Progress, blocking, check};
 use crate::digest::{self, Reading, Sha256Hasher, Watch};
 use crate::model::{self, Algorithm, Digest, Format};
 use crate::qcow2::HeaderError;
-use crate::targets::{Held, Shelf};
+use crate::store::{BackupLock, Directory};
 
 const CHUNK: usize = 1 << 20;
 
@@ -53,7 +53,7 @@ impl Verified {
 /// The backups to verify, each after its bases.
 #[derive(Debug)]
 pub struct Survey {
-    store: Arc<Shelf>,
+    store: Arc<Directory>,
     backups: Vec<Surveyed>,
     bytes: u64,
 }
@@ -74,12 +74,12 @@ struct Look {
     findings: Vec<Finding>,
     parents: BTreeSet<String>,
     /// Keeps the backup from being removed or replaced while it is read.
-    _held: Option<Arc<Held>>,
+    _held: Option<Arc<BackupLock>>,
 }
 
 impl Survey {
     /// Finds the bases of `wanted`, and how much there is to read. Blocks.
-    pub fn new(store: Arc<Shelf>, wanted: &[Location]) -> Self {
+    pub fn new(store: Arc<Directory>, wanted: &[Location]) -> Self {
         let mut survey = Self {
             store,
             backups: Vec::new(),
@@ -212,7 +212,7 @@ impl Survey {
 }
 
 /// Checks everything except the content of the images. Blocks.
-fn look(store: &Shelf, location: &Location) -> Result<Look, Error> {
+fn look(store: &Directory, location: &Location) -> Result<Look, Error> {
     let mut look = Look {
         images: Vec::new(),
         findings: Vec::new(),

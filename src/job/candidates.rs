@@ -14,7 +14,7 @@ use crate::domain::{CheckpointPolicy, Disk, Domain};
 use crate::model::{self, DomainDir, Manifest};
 use crate::offload::Progress;
 use crate::plan::ChosenStore;
-use crate::targets::Shelf;
+use crate::store::Directory;
 
 /// The number of newest backups that are considered as bases. A backup that would need an older base is full.
 const MAX_CANDIDATES: u32 = 256;
@@ -80,7 +80,7 @@ fn look(
 ) -> Vec<Candidate> {
     // After a failure no image counts as usable, so the backup is full. If the store is not usable at all, the backup
     // fails later with the store's error.
-    let shelf = Shelf::of_store(store).and_then(|store| store.below(directory.as_str()));
+    let shelf = Directory::of_store(store).and_then(|store| store.below(directory.as_str()));
     let shelf = shelf.ok().flatten();
     let parsed = stored.iter().filter_map(|stored| {
         let manifest = Manifest::parse(stored.manifest.as_bytes()).ok()?;
@@ -128,7 +128,7 @@ fn look(
 }
 
 /// Returns whether an image exists and has its recorded length.
-fn is_whole(directory: &Shelf, disk: &model::Disk) -> bool {
+fn is_whole(directory: &Directory, disk: &model::Disk) -> bool {
     match (directory.file_size(&disk.file), disk.length) {
         (Ok(length), Some(then)) => length == then,
         (Ok(length), None) => length > 0,

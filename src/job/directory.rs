@@ -17,7 +17,7 @@ use crate::config::Store;
 use crate::domain::{Domain, Identity};
 use crate::model::{DomainDir, MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest};
 use crate::offload::Progress;
-use crate::targets::{self, Shelf};
+use crate::store::{self, Directory};
 
 /// Returns the directory in a store for a domain's next backup, and the backup's sequence number.
 pub(super) async fn choose(
@@ -161,8 +161,8 @@ fn unknown(
     known: &BTreeSet<String>,
     progress: &Progress,
 ) -> Vec<Unrecorded> {
-    let read = || -> Result<Vec<Unrecorded>, targets::Error> {
-        let Some(shelf) = Shelf::of_store(store)?.below(directory.as_str())? else {
+    let read = || -> Result<Vec<Unrecorded>, store::Error> {
+        let Some(shelf) = Directory::of_store(store)?.below(directory.as_str())? else {
             return Ok(Vec::new());
         };
         let mut names = shelf.names()?;

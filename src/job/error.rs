@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::domain::{Migration, OLDEST};
 use crate::error::{Kind, is_no_space};
 use crate::image::{self, Finding};
-use crate::{catalog, qmp, quota, targets};
+use crate::{catalog, qmp, quota, store, targets};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
@@ -110,6 +110,8 @@ pub enum Error {
     #[error("the domain's disks keep changing. Try again")]
     Unsettled,
     #[error("{0}")]
+    Store(#[from] store::Error),
+    #[error("{0}")]
     Target(#[from] targets::Error),
     #[error("cannot write the manifest of the backup: {0}")]
     Record(String),
@@ -191,6 +193,7 @@ impl Error {
             | Self::NotFound(_) => Kind::DomainUnreachable,
             Self::Stalled { .. } | Self::ExportIdle { .. } => Kind::Stalled,
             Self::Exchanged => Kind::TargetInvalid,
+            Self::Store(error) => error.kind(),
             Self::Target(error) => error.kind(),
             Self::NoDefinition { .. } | Self::NoSpeed { .. } => Kind::Unsupported,
             Self::Image(error) => error.kind(),

@@ -12,7 +12,7 @@ use crate::activity::Activity;
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::offload::{Progress, Queue, Turn};
-use crate::targets::{self, check_mark, generation, raise_generation};
+use crate::store::{self, check_mark, generation, raise_generation};
 
 /// The stores' generations.
 pub(super) struct Generations {
@@ -92,7 +92,7 @@ impl Generations {
     async fn in_turn<T: Send + 'static>(
         &self,
         store: &Store,
-        work: impl FnOnce(&Path, &Progress) -> Result<T, targets::Error> + Send + 'static,
+        work: impl FnOnce(&Path, &Progress) -> Result<T, store::Error> + Send + 'static,
     ) -> Result<(Turn, T), Error> {
         let path = store.path.clone();
         let work = move |progress: &Progress| work(&path, progress);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::manager::{JobContext, Jobs};
 use super::{Error, watched};
-use crate::targets::{check_mark, make_mark};
+use crate::store::{check_mark, make_mark};
 
 impl Jobs {
     /// Returns the mark of a store, after checking it against the recorded one. The first use of a store creates and

@@ -23,7 +23,7 @@ use crate::error;
 use crate::fault;
 use crate::plan::{Destination, Options, Plan, Requested};
 use crate::quota::Share;
-use crate::targets::{Devices, Parents, Pinned, Targets};
+use crate::targets::{Bases, Devices, Pinned, Targets};
 
 /// The request for a queued backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,7 +119,7 @@ pub struct Planned {
     pub link: Arc<Link>,
     pub plan: Plan,
     /// Locks the bases until the targets hold them.
-    pub held: Parents,
+    pub held: Bases,
     /// Starts a thread that creates the targets.
     pub make: Box<dyn FnOnce(Plan) -> BoxFuture<'static, Making> + Send>,
 }

@@ -15,7 +15,7 @@ use crate::domain::{Identity, Registry};
 use crate::model::{DEFINITION_NAME, DomainDir, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Place, Plan, Task};
-use crate::targets::{self, BackupName, Replacement, Shelf};
+use crate::store::{self, BackupName, Directory, Replacement};
 
 /// The maximum number of reported problems.
 const MAX_PROBLEMS: usize = 100;
@@ -62,7 +62,7 @@ pub(super) async fn rescan(context: &JobContext, adopt: bool) -> Result<Rescan, 
                 }
                 mark_as(context, name, &store.path, &mut rescan).await?;
             }
-            Err(error @ (Error::Target(_) | Error::Stalled { .. } | Error::Exchanged)) => {
+            Err(error @ (Error::Store(_) | Error::Stalled { .. } | Error::Exchanged)) => {
                 rescan.problem(&store.path, &error.to_string());
             }
             Err(error) => return Err(error),
@@ -76,8 +76,8 @@ pub(super) async fn rescan(context: &JobContext, adopt: bool) -> Result<Rescan, 
 async fn mark_as(context: &JobContext, name: &str, path: &Path, rescan: &mut Rescan) -> Result<(), Error> {
     match mark(context, name, path).await {
         // The scan has already reported that none of the recorded backups exists.
-        Ok(_) | Err(Error::Target(targets::Error::NotMounted { .. })) => Ok(()),
-        Err(Error::Target(error)) => {
+        Ok(_) | Err(Error::Store(store::Error::NotMounted { .. })) => Ok(()),
+        Err(Error::Store(error)) => {
             rescan.problem(path, &error.to_string());
             Ok(())
         }
@@ -147,7 +147,7 @@ impl StoreScan<'_> {
     async fn through(&mut self) -> Result<bool, Error> {
         let path = self.path.to_owned();
         let names = self.within(move |_| {
-            let store = Shelf::of_store(&path)?;
+            let store = Directory::of_store(&path)?;
             Ok((store.id()?, store.names()?))
         });
         let (before, directories) = names.await?;
@@ -155,19 +155,19 @@ impl StoreScan<'_> {
             self.domain(&directory).await?;
         }
         let path = self.path.to_owned();
-        let after = self.within(move |_| Shelf::of_store(&path)?.id());
+        let after = self.within(move |_| Directory::of_store(&path)?.id());
         Ok(after.await? == before)
     }
 
     async fn domain(&mut self, directory: &str) -> Result<(), Error> {
         let (path, name) = (self.path.to_owned(), directory.to_owned());
-        let names = self.within(move |_| match Shelf::of_store(&path)?.below(&name)? {
+        let names = self.within(move |_| match Directory::of_store(&path)?.below(&name)? {
             Some(shelf) => shelf.names(),
             None => Ok(Vec::new()),
         });
         let names = match names.await {
             Ok(names) => names,
-            Err(Error::Target(error)) => {
+            Err(Error::Store(error)) => {
                 self.rescan
                     .problem(&self.path.join(directory), &error.to_string());
                 self.missing.retain(|(of, _)| of != directory);
@@ -195,7 +195,7 @@ impl StoreScan<'_> {
     async fn unfinished(&mut self, directory: &str, hidden: &[String]) -> Result<Vec<String>, Error> {
         let mut back = Vec::new();
         for name in hidden {
-            if let Some(id) = targets::replaced_backup(name) {
+            if let Some(id) = store::replaced_backup(name) {
                 let (path, domain, at) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
                 let settle = move |_: &Progress| {
                     let name = BackupName {
@@ -214,21 +214,21 @@ impl StoreScan<'_> {
                     }
                 }
             }
-            if let Some(id) = targets::removed_backup(name) {
+            if let Some(id) = store::removed_backup(name) {
                 let (path, domain, at) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
                 let finish = move |progress: &Progress| {
                     let name = BackupName {
                         domain: &domain,
                         id: &at,
                     };
-                    targets::finish_removal(&path, name, progress)
+                    store::finish_removal(&path, name, progress)
                 };
                 if let Err(error) = self.within(finish).await {
                     let path = self.path.join(directory).join(name);
                     self.rescan.problem(&path, &error.to_string());
                 }
             }
-            if let Some(id) = targets::partial_backup(name)
+            if let Some(id) = store::staged_backup(name)
                 && !self.context.catalog.knows_backup(id.to_owned()).await?
             {
                 let path = self.path.join(directory).join(name);
@@ -246,7 +246,7 @@ impl StoreScan<'_> {
         let (name, wanted) = (directory.to_owned(), ids.to_vec());
         let domains = self.context.domains.clone();
         let read = move |progress: &Progress| {
-            let Some(shelf) = Shelf::of_store(&path)?.below(&name)? else {
+            let Some(shelf) = Directory::of_store(&path)?.below(&name)? else {
                 return Ok(Vec::new());
             };
             let read = wanted.iter().filter_map(|id| {
@@ -321,7 +321,7 @@ impl StoreScan<'_> {
     /// Runs `read` on a thread that may block on storage. Fails if it stalls.
     async fn within<T: Send + 'static>(
         &self,
-        read: impl FnOnce(&Progress) -> Result<T, targets::Error> + Send + 'static,
+        read: impl FnOnce(&Progress) -> Result<T, store::Error> + Send + 'static,
     ) -> Result<T, Error> {
         Ok(watched(self.context, "the store", read).await??)
     }
@@ -337,7 +337,7 @@ fn read(
     path: &Path,
     directory: &str,
     id: &str,
-    shelf: &Shelf,
+    shelf: &Directory,
     domains: &Registry,
 ) -> Option<Found> {
     let backup = match shelf.below(id) {
@@ -358,7 +358,7 @@ fn stored_backup(
     store_path: &Path,
     directory: &str,
     id: &str,
-    shelf: &Shelf,
+    shelf: &Directory,
     domains: &Registry,
 ) -> Result<StoredBackup, String> {
     let (bytes, end_time) = shelf
@@ -438,7 +438,7 @@ fn stored_backup(
 }
 
 /// Returns the document of the backup's request, if the store still has it. A backup is usable without it.
-fn document(shelf: &Shelf) -> Option<Definition> {
+fn document(shelf: &Directory) -> Option<Definition> {
     let (bytes, _) = shelf.read(DEFINITION_NAME, definition::MAX_BYTES).ok()?;
     definition::parse(std::str::from_utf8(&bytes).ok()?).ok()
 }

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::job;
 use crate::offload::Progress;
 use crate::plan::{self, Incremental, Options, Plan};
-use crate::targets::{self, Parents};
+use crate::targets::{self, Bases};
 
 impl Service {
     /// Makes the plan, and locks its bases against removal. If a base is removed in between and the service chose it,
@@ -18,7 +18,7 @@ impl Service {
         (definition, options, files): (&Definition, &Options, usize),
         domain: &Domain,
         snapshot: &Snapshot,
-    ) -> Result<(Plan, Parents)> {
+    ) -> Result<(Plan, Bases)> {
         let options = &self.with_defaults(options, domain).await?;
         let mut store = match plan::store(definition, &self.stores)? {
             Some(store) => {
@@ -71,8 +71,8 @@ impl Service {
         })
     }
 
-    async fn hold(&self, plan: Plan) -> Result<std::result::Result<(Plan, Parents), targets::Error>> {
-        let hold = move |_: &Progress| Parents::hold(&plan).map(|parents| (plan, parents));
+    async fn hold(&self, plan: Plan) -> Result<std::result::Result<(Plan, Bases), targets::Error>> {
+        let hold = move |_: &Progress| Bases::lock(&plan).map(|bases| (plan, bases));
         Ok(self.jobs.in_store(hold).await?)
     }
 }

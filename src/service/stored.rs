@@ -18,7 +18,8 @@ use crate::job::{self, Job, Served, Work};
 use crate::model::Format;
 use crate::offload::Progress;
 use crate::plan::{DiskPlan, Plan, Stored, Task};
-use crate::targets::{self, Devices, Shelf};
+use crate::store::{self, Directory};
+use crate::targets::Devices;
 
 /// The disks to restore, each into the descriptor at the same index.
 #[derive(Debug)]
@@ -174,7 +175,7 @@ impl Service {
     async fn in_store<T: Send + 'static>(
         &self,
         backup: &Backup,
-        work: impl FnOnce(Shelf) -> std::result::Result<T, image::Error> + Send + 'static,
+        work: impl FnOnce(Directory) -> std::result::Result<T, image::Error> + Send + 'static,
     ) -> Result<T> {
         let name = &backup.key.store;
         let store = self.backups.store(name).ok_or_else(|| {
@@ -184,14 +185,14 @@ impl Service {
         let (path, key) = (store.path.clone(), backup.key.clone());
         let known = self.backups.known_mark(name).await?;
         let work = move |_: &Progress| {
-            let store = Shelf::of_store(&path)?;
+            let store = Directory::of_store(&path)?;
             // If the store is not mounted, report that and not a missing backup.
             if let Some(known) = known
                 && is_absent(&store, &key)
             {
-                targets::check_mark_of(&store, &known)?;
+                store::check_mark_of(&store, &known)?;
             }
-            Ok::<_, targets::Error>(work(store))
+            Ok::<_, store::Error>(work(store))
         };
         match self.jobs.in_store(work).await? {
             Ok(done) => Ok(done?),
@@ -204,7 +205,7 @@ impl Service {
 }
 
 /// Whether the backup's directory does not exist. Blocks.
-fn is_absent(store: &Shelf, key: &BackupKey) -> bool {
+fn is_absent(store: &Directory, key: &BackupKey) -> bool {
     match store.below(&key.domain) {
         Ok(Some(domain)) => matches!(domain.below(&key.id), Ok(None)),
         Ok(None) => true,

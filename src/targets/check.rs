@@ -6,6 +6,7 @@ use super::lock::{NotKnown, user_of_image};
 use super::{Around, Error, ImageLock, Media, Publication, Target, inside, is_in_use};
 use crate::model::Format;
 use crate::plan::{DiskPlan, Place, Task};
+use crate::store::store_around;
 
 /// qcow2's magic and where its header has the version and the virtual size, big-endian
 /// (QEMU's `docs/interop/qcow2.txt`).
@@ -34,9 +35,7 @@ pub fn outside_stores(target: &Target) -> Result<(), Error> {
         Media::Regular => Vec::from_iter(inside::directory_of(&target.file)),
         Media::Block => inside::directories_behind(target.id),
     };
-    let store = directories
-        .iter()
-        .find_map(|directory| inside::store_around(directory));
+    let store = directories.iter().find_map(|directory| store_around(directory));
     match store {
         None => Ok(()),
         Some(store) => Err(Error::InStore {

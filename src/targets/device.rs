@@ -8,8 +8,9 @@ use rustix::fs::{FileType, Stat};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::identity::{DEVICES, FileId, directory_of};
+use super::identity::{DEVICES, directory_of};
 use super::{Error, Target};
+use crate::files::FileId;
 use crate::path::{Trust, open_directory};
 use crate::plan::{Place, Plan};
 

@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use super::look;
 use crate::error::Kind;
 use crate::path;
+use crate::store;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -122,33 +123,8 @@ pub enum Error {
         backup: String,
         why: &'static str,
     },
-    #[error("{path}: it is in use: another job or program reads, changes or builds on it. Try again later")]
-    InUse { path: String },
-    #[error("{path}: does not exist. Mount its store, or run 'backupctl rescan' to forget missing backups")]
-    NotThere { path: String },
-    #[error(
-        "{path}: the directory has the name of a backup, but no valid manifest ({why}). The service does not \
-         change it. Check it, and remove it if you do not need it"
-    )]
-    NotVouchedFor { path: String, why: String },
-    #[error(
-        "{path}: is not the store that was used before: its mark (.backupd/store) {}. Mount the store, or run \
-         'backupctl rescan' to use the present one",
-        if *.is_marked { "differs" } else { "is missing" }
-    )]
-    OtherStore { path: String, is_marked: bool },
-    #[error(
-        "{path}: none of the {backups} recorded backups exists. Mount the store. To begin with an empty store, \
-         create the directory .backupd in it and run 'backupctl rescan'"
-    )]
-    NotMounted { path: String, backups: usize },
-    #[error("{path}: does not belong to the backup, and would be removed with it. Move it away")]
-    NotTheBackups { path: String },
-    #[error(
-        "{path}: is in the lower layer of an overlay file system, which cannot rename a directory there. Mount the \
-         overlay with 'redirect_dir=on', or delete the backup from the lower layer itself"
-    )]
-    Immovable { path: String },
+    #[error("{0}")]
+    Store(store::Error),
     #[error("cannot find out whether other VMs use the target, so nothing is overwritten: {why}")]
     Unseen { why: String },
     #[error("the plan has no store")]
@@ -216,15 +192,11 @@ impl Error {
         match self {
             Self::Exists { .. } => Kind::TargetExists,
             Self::NoSpace { .. } => Kind::NoSpace,
-            Self::Io { errno, .. } => match *errno {
-                Errno::NOSPC | Errno::DQUOT => Kind::NoSpace,
-                // The storage or the service failed, not the caller's input.
-                Errno::IO | Errno::NOMEM | Errno::MFILE | Errno::NFILE => Kind::Internal,
-                _ => Kind::TargetInvalid,
-            },
+            Self::Io { errno, .. } => store::kind_of(*errno),
+            Self::Store(error) => error.kind(),
             Self::Parent { .. } => Kind::ChainBroken,
             Self::NoParent { .. } => Kind::CannotIncrement,
-            Self::InUse { .. } | Self::Unidentified { .. } => Kind::Busy,
+            Self::Unidentified { .. } => Kind::Busy,
             Self::NoStore | Self::Unseen { .. } => Kind::Internal,
             Self::Missing { .. }
             | Self::NoDirectory { .. }
@@ -237,12 +209,6 @@ impl Error {
             | Self::PlaceChanged { .. }
             | Self::PlaceAppeared { .. }
             | Self::Gone { .. }
-            | Self::NotTheBackups { .. }
-            | Self::Immovable { .. }
-            | Self::NotVouchedFor { .. }
-            | Self::NotThere { .. }
-            | Self::OtherStore { .. }
-            | Self::NotMounted { .. }
             | Self::IsSource { .. }
             | Self::Locked { .. }
             | Self::InStore { .. }
@@ -285,6 +251,18 @@ impl From<look::Error> for Error {
     fn from(error: look::Error) -> Self {
         Self::Unseen {
             why: error.to_string(),
+        }
+    }
+}
+
+impl From<store::Error> for Error {
+    fn from(error: store::Error) -> Self {
+        match error {
+            store::Error::NoDirectory { path } => Self::NoDirectory { path },
+            store::Error::Untrusted { path, why } => Self::Untrusted { path, why },
+            store::Error::Path(error) => Self::Path(error),
+            store::Error::Io { action, path, errno } => Self::io(action, &path, errno),
+            error => Self::Store(error),
         }
     }
 }

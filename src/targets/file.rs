@@ -8,9 +8,9 @@ use std::path::Path;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::identity::FileId;
-use super::{Error, Publication, Target, naming};
+use super::{Error, Publication, Target};
 use crate::fault::{self, Point};
+use crate::files::{FileId, naming};
 use crate::path::{Trust, open_directory};
 
 /// A file under its staging name, and the final name that it gets.

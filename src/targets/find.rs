@@ -2,12 +2,13 @@
 //!
 //! The journal identifies each file before the file can have data. Other files are not touched.
 
+use super::bases::Bases;
 use super::device::TargetId;
-use super::identity::FileId;
-use super::parents::Parents;
-use super::{BackupName, Error, Target, Targets, Writeback, block, file, store};
+use super::{Error, Target, Targets, Writeback, block, file};
+use crate::files::FileId;
 use crate::model::Format;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
+use crate::store::{BackupName, Staging};
 
 /// The targets of a backup that still exist.
 #[derive(Debug)]
@@ -32,7 +33,7 @@ impl Targets {
             targets: Targets {
                 targets: Vec::new(),
                 store: None,
-                parents: Parents::default(),
+                bases: Bases::default(),
                 writeback: Writeback::default(),
                 settled: false,
             },
@@ -48,16 +49,16 @@ impl Targets {
                 Place::InStore { file_name } => Some(file_name.as_str()),
                 _ => None,
             });
-            match store::Staging::find(path, name, &images.collect::<Vec<_>>()) {
+            match Staging::find(path, name, &images.collect::<Vec<_>>()) {
                 Ok(partial) => found.targets.store = partial,
-                Err(error) => found.fail(error),
+                Err(error) => found.fail(error.into()),
             }
         }
         let published = found.targets.published().is_some();
-        match Parents::hold(plan) {
+        match Bases::lock(plan) {
             // The backup is complete, and removals read its manifest for its bases.
             _ if published => {}
-            Ok(parents) => found.targets.parents = parents,
+            Ok(bases) => found.targets.bases = bases,
             // The backup cannot resume, but its targets are known.
             Err(error) => found.lost = found.lost.take().or(Some(error)),
         }
@@ -98,7 +99,11 @@ impl Targets {
     ) -> Result<Option<Target>, Error> {
         let found = match (&disk.place, id) {
             (Place::InStore { file_name }, _) => match &self.store {
-                Some(store) => store.find_file(&disk.name, file_name)?,
+                Some(store) => {
+                    let file = store.find_file(file_name)?;
+                    let target = file.map(|file| Target::in_store(&disk.name, store, file_name, file));
+                    target.transpose()?
+                }
                 None => None,
             },
             (Place::File(path), Some(_)) if plan.reuse_external => {

@@ -5,52 +5,11 @@ use std::collections::hash_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, FileType, Stat, Statx, StatxFlags, makedev};
-use serde::{Deserialize, Serialize};
+use rustix::fs::makedev;
 
 use super::look::{self, Look, OpenFile};
 use super::loops;
-
-/// Identifies a regular file or a device, independent of its links.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FileId {
-    File { device: u64, inode: u64 },
-    Device(u64),
-}
-
-impl FileId {
-    pub fn of(stat: &Stat) -> Self {
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::BlockDevice => Self::Device(stat.st_rdev),
-            _ => Self::File {
-                device: stat.st_dev,
-                inode: stat.st_ino,
-            },
-        }
-    }
-
-    pub(super) fn of_statx(stat: &Statx) -> Self {
-        match FileType::from_raw_mode(stat.stx_mode.into()) {
-            FileType::BlockDevice => Self::Device(makedev(stat.stx_rdev_major, stat.stx_rdev_minor)),
-            _ => Self::File {
-                device: makedev(stat.stx_dev_major, stat.stx_dev_minor),
-                inode: stat.stx_ino,
-            },
-        }
-    }
-
-    pub(super) fn at(path: &Path) -> Option<Self> {
-        Self::and_owner_at(path).map(|(id, _)| id)
-    }
-
-    /// Uses cached attributes, so that a network server that hangs does not block callers that have no file there.
-    fn and_owner_at(path: &Path) -> Option<(Self, u32)> {
-        let known = AtFlags::STATX_DONT_SYNC;
-        let found = rustix::fs::statx(CWD, path, known, StatxFlags::BASIC_STATS).ok()?;
-        Some((Self::of_statx(&found), found.stx_uid))
-    }
-}
+use crate::files::FileId;
 
 /// A domain whose files no backup may overwrite, as far as the service can inspect or believe its QEMU.
 #[derive(Debug, Clone)]

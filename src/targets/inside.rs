@@ -3,24 +3,8 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, statat};
-
-use super::identity::{FileId, backing_files};
-use super::mark::DIRECTORY;
-
-/// Returns the store that contains a directory, found by the store's mark. A mark counts only if root or this
-/// process's user owns it, because other users could otherwise block a shared directory with a mark. Blocks.
-pub fn store_around(directory: &Path) -> Option<PathBuf> {
-    let own = rustix::process::geteuid().as_raw();
-    let is_store = |path: &&Path| {
-        let mark = statat(CWD, path.join(DIRECTORY), AtFlags::SYMLINK_NOFOLLOW);
-        mark.is_ok_and(|mark| {
-            FileType::from_raw_mode(mark.st_mode) == FileType::Directory
-                && (mark.st_uid == 0 || mark.st_uid == own)
-        })
-    };
-    directory.ancestors().find(is_store).map(Path::to_owned)
-}
+use super::identity::backing_files;
+use crate::files::FileId;
 
 /// Returns the directory of an open file, or the directory in which O_TMPFILE created it. `None` if this process
 /// cannot see it.
@@ -40,6 +24,7 @@ pub fn directories_behind(device: FileId) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::{OWN_DIRECTORY, store_around};
 
     #[test]
     fn a_file_in_a_store_is_found_with_and_without_a_name() {
@@ -53,7 +38,7 @@ mod tests {
             assert_eq!(directory, backup);
             assert_eq!(store_around(&directory), None, "the store has no mark");
         }
-        std::fs::create_dir(store.join(DIRECTORY)).unwrap();
+        std::fs::create_dir(store.join(OWN_DIRECTORY)).unwrap();
         assert_eq!(store_around(&backup), Some(store));
         assert_eq!(store_around(dir.path()), None);
     }

@@ -16,8 +16,9 @@ use nix::libc;
 use rustix::fs::{Mode, OFlags};
 
 use super::Opener;
-use super::identity::{FileId, paths_of, sharing};
+use super::identity::{paths_of, sharing};
 use super::look::{self, Look};
+use crate::files::FileId;
 
 /// The first byte of the used permissions, and the number of bytes to the last of the unshared ones.
 const LOCK_BYTES: (i64, i64) = (100, 164);

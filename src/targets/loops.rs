@@ -6,10 +6,9 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
+use crate::files::FileId;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, makedev};
 use rustix::io::Errno;
-
-use super::identity::FileId;
 
 /// The kernel also fails a lookup without waiting if a rename happens at that moment.
 const TRIES: usize = 8;

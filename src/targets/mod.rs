@@ -4,6 +4,7 @@
 //! block: call them off the runtime. Dropping a [`Targets`] discards what is not published, unless the caller leaves
 //! it to a later process of the service.
 
+mod bases;
 mod block;
 mod budget;
 mod check;
@@ -14,47 +15,31 @@ mod error;
 mod file;
 mod find;
 mod format;
-mod generation;
 mod identity;
 mod inside;
-mod inventory;
 mod lock;
 mod look;
 mod loops;
-mod mark;
-mod naming;
 mod opener;
-mod parents;
 mod pinned;
-mod protection;
-mod removal;
-mod replacement;
 mod space;
 mod sparse;
-mod store;
 mod writeback;
 
+pub use bases::Bases;
 pub use block::device_path;
 pub use device::{Devices, TargetId};
 pub use digest::FileDigest;
 pub use error::Error;
 pub use find::Found;
 pub use format::format;
-pub use generation::{Raised, generation, raise_generation};
-pub use identity::{FileId, Holder, Sources};
-pub use inside::{directories_behind, store_around};
-pub use inventory::{Held, Sharing, Shelf};
+pub use identity::{Holder, Sources};
+pub use inside::directories_behind;
 pub use lock::{ImageLock, is_in_use};
 pub use look::{Look, VARIABLE as LOOK_VARIABLE, serve as serve_look};
-pub use mark::{DIRECTORY as STORE_DIRECTORY, check_mark, check_mark_of, make_mark};
 pub use opener::{Opener, opener};
-pub use parents::Parents;
 pub use pinned::{Pinned, check_pinned, pin};
-pub use protection::protect;
-pub use removal::{Removal, finish_removal, removed_backup, removed_name};
-pub use replacement::{Replacement, replaced_backup};
 pub use space::device_for_restore;
-pub use store::{Published, ensure as ensure_store, partial_backup};
 pub use writeback::{Pace, Writeback};
 
 use std::io;
@@ -69,20 +54,13 @@ use device::DeviceId;
 use digest::{How, Run};
 
 use crate::fault;
+use crate::files::FileId;
 use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Place, Plan};
+use crate::store::{BackupName, Published, Staging};
 
 /// How many bytes at the beginning of a block device a failed backup wipes, in bytes. No header remains.
 pub const WIPED_HEAD: u64 = 1 << 20;
-
-/// Identifies a backup in a store. Both parts are names of directories.
-#[derive(Debug, Clone, Copy)]
-pub struct BackupName<'a> {
-    /// The domain's directory in the store.
-    pub domain: &'a str,
-    /// Unique in the store, and a valid file name.
-    pub id: &'a str,
-}
 
 /// The state of the host that the checks of targets need.
 #[derive(Debug)]
@@ -179,9 +157,9 @@ impl Cached {
 #[derive(Debug)]
 pub struct Targets {
     targets: Vec<Target>,
-    store: Option<store::Staging>,
+    store: Option<Staging>,
     /// The locks on the backing images.
-    parents: Parents,
+    bases: Bases,
     writeback: Writeback,
     /// The targets are published, discarded, or left to a later process, so drop does nothing.
     settled: bool,
@@ -195,7 +173,7 @@ impl Targets {
         let mut targets = Self {
             targets: Vec::new(),
             store: None,
-            parents: Parents::hold(plan)?,
+            bases: Bases::lock(plan)?,
             writeback: Writeback::default(),
             settled: false,
         };
@@ -204,7 +182,7 @@ impl Targets {
                 domain: directory.as_str(),
                 id,
             };
-            targets.store = Some(store::Staging::create(path, name, around.mark.as_deref())?);
+            targets.store = Some(Staging::create(path, name, around.mark.as_deref())?);
         }
         for (index, disk) in plan.disks.iter().enumerate() {
             let target = targets.open(plan, disk, index, id, files);
@@ -250,7 +228,7 @@ impl Targets {
 
     /// Returns the backup if it had its final name and its manifest when it was found. It is then complete.
     pub fn published(&self) -> Option<&Published> {
-        self.store.as_ref().and_then(store::Staging::published)
+        self.store.as_ref().and_then(Staging::published)
     }
 
     /// Releases the locks of the service. The caller makes sure that QEMU has opened all targets: QEMU holds its own
@@ -317,7 +295,10 @@ impl Targets {
 
     /// Starts early write-back. The targets have their lengths from before the copying.
     fn set_writeback(&mut self) {
-        let again = |target: &Target| self.store.as_ref()?.open_again(target);
+        let again = |target: &Target| match &target.publication {
+            Publication::InStore { file_name } => self.store.as_ref()?.open_again(file_name, target.id),
+            _ => None,
+        };
         self.writeback = Writeback::new(&self.targets, again);
     }
 
@@ -347,7 +328,7 @@ impl Targets {
     /// Publishes all targets durably. `records` are the names and contents of the files beside a store's images.
     /// After a failure, discarding also removes what was published. Each file counts as progress.
     pub fn publish(&mut self, records: &[(&str, &[u8])], progress: &Progress) -> Result<(), Error> {
-        self.parents.check()?;
+        self.bases.check()?;
         if let Some(store) = &mut self.store {
             store.publish(records)?;
         }
@@ -375,9 +356,9 @@ impl Targets {
 
     /// Leaves all targets unchanged, because they are published, or a later process of the service resumes the job.
     /// The returned value keeps the backing images locked.
-    pub fn leave(mut self) -> Parents {
+    pub fn leave(mut self) -> Bases {
         self.settled = true;
-        std::mem::take(&mut self.parents)
+        std::mem::take(&mut self.bases)
     }
 
     fn open(
@@ -389,7 +370,9 @@ impl Targets {
         files: &[OwnedFd],
     ) -> Result<Target, Error> {
         match (&disk.place, &self.store) {
-            (Place::InStore { file_name }, Some(store)) => store.create_file(&disk.name, file_name),
+            (Place::InStore { file_name }, Some(store)) => {
+                Target::in_store(&disk.name, store, file_name, store.create_file(file_name)?)
+            }
             (Place::InStore { .. }, None) => Err(Error::NoStore),
             (Place::File(path), _) if plan.reuse_external => file::open_existing(&disk.name, path),
             (Place::File(path), _) => file::create(&disk.name, path, id, index),
@@ -470,6 +453,13 @@ impl Target {
         })
     }
 
+    /// An image in the staging directory of a store.
+    fn in_store(disk: &str, store: &Staging, file_name: &str, file: OwnedFd) -> Result<Self, Error> {
+        let label = store.path_of(file_name).display().to_string();
+        let file_name = file_name.to_owned();
+        Self::new(disk, label, file, Publication::InStore { file_name })
+    }
+
     /// Whether the target existed before the backup, so that truncating it may lose data.
     pub fn has_content(&self) -> bool {
         matches!(self.publication, Publication::InPlace)
@@ -503,7 +493,7 @@ impl Target {
 
     /// Removes the name, then truncates the file. A descriptor that QEMU still has would keep the space of a file
     /// that is only unlinked, and a block device has no name to remove.
-    fn discard(&self, store: Option<&store::Staging>) -> io::Result<()> {
+    fn discard(&self, store: Option<&Staging>) -> io::Result<()> {
         let removed = match &self.publication {
             Publication::InStore { file_name } => store.map_or(Ok(()), |store| store.remove_file(file_name)),
             Publication::Rename(partial) => partial.discard(self.id),

@@ -10,8 +10,9 @@ use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::budget::has_ended;
-use super::identity::{Behind, FileId, related, related_to};
+use super::identity::{Behind, related, related_to};
 use super::look::{descriptors, processes, program, user_of};
+use crate::files::FileId;
 
 /// How long a process must have a file open to count as its user. Programs that look for a free or changed device, such
 /// as `losetup --find`, open each one for writing for a moment.

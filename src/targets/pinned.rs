@@ -7,8 +7,8 @@ use rustix::fs::{AtFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::identity::FileId;
 use super::{Error, Publication, Target};
+use crate::files::FileId;
 use crate::path::{Trust, open_directory};
 use crate::plan::{Place, Plan};
 

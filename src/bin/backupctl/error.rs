@@ -70,7 +70,10 @@ pub enum Error {
     Place(#[from] TargetError),
     /// A store cannot be read without the service.
     #[error("{0}")]
-    Store(#[from] backupd::targets::Error),
+    Store(#[from] backupd::store::Error),
+    /// A disk does not fit into the device that was named for it.
+    #[error("{0}")]
+    Target(#[from] backupd::targets::Error),
     /// The given directory is not a store.
     #[error("{} contains no backup and is not a store (it has no directory .backupd): is it mounted?", .0.display())]
     NoStore(PathBuf),
@@ -148,7 +151,7 @@ impl Error {
             Self::Document(_) => "InvalidArgs",
             Self::Files(files::Error::Exists { .. }) => "FileExists",
             Self::Files(files::Error::TooMany { .. }) => "LimitsExceeded",
-            Self::Files(_) | Self::Store(_) | Self::NoStore(_) => "IOError",
+            Self::Files(_) | Self::Store(_) | Self::Target(_) | Self::NoStore(_) => "IOError",
             Self::Place(TargetError::Exists { .. } | TargetError::Partial { .. }) => "FileExists",
             Self::Place(_) => "IOError",
             Self::Image(error) => match error.kind() {

@@ -18,7 +18,7 @@ use crate::job::quiesce::Freeze;
 use crate::job::record::Residue;
 use crate::job::{self, Error, Job, Outcome, Reservation, show_ended};
 use crate::qmp::Events;
-use crate::targets::{Cached, Parents, Targets};
+use crate::targets::{Bases, Cached, Targets};
 
 /// The interval between attempts to record an outcome.
 const RETRY: Duration = Duration::from_secs(1);
@@ -49,7 +49,7 @@ pub(in crate::job) struct Driver<'a> {
     /// The quota stays occupied until threads that block on storage return.
     pub(super) shares: Option<Shares>,
     /// Locks the bases until the backup is recorded.
-    pub(super) parents: Parents,
+    pub(super) parents: Bases,
     /// The page cache of the published images.
     pub(super) cached: Cached,
 }
@@ -70,7 +70,7 @@ impl<'a> Driver<'a> {
             resumed: false,
             made: None,
             shares: None,
-            parents: Parents::default(),
+            parents: Bases::default(),
             cached: Cached::default(),
         }
     }

@@ -15,7 +15,7 @@ pub use restore_target::Error as TargetError;
 use std::path::Path;
 
 use backupd::image::{self, Chain, Location};
-use backupd::targets::Shelf;
+use backupd::store::Directory;
 
 use crate::args::Command;
 use crate::error::{Error, Result, Status};
@@ -49,11 +49,11 @@ pub fn run(command: &Command, json: bool) -> Option<Result<Status>> {
 }
 
 /// Opens the store at a path of the user's, which may be relative and lead over symbolic links.
-fn open_store(path: &Path) -> Result<Shelf> {
+fn open_store(path: &Path) -> Result<Directory> {
     let path = path
         .canonicalize()
         .map_err(|error| Error::Usage(format!("{}: {error}", path.display())))?;
-    Ok(Shelf::of_users_store(&path).map_err(image::Error::from)?)
+    Ok(Directory::of_users_store(&path).map_err(image::Error::from)?)
 }
 
 /// Whether `wanted` suffices as an id for a command that destroys data: the whole id, or at least date and time. A
@@ -65,7 +65,7 @@ pub fn identifies(wanted: &str, id: &str) -> bool {
 }
 
 /// Opens the given backup, with all or some of its disks.
-fn open_chain(store: &Shelf, backup: &str, disks: Option<&[&str]>) -> Result<(Location, Chain)> {
+fn open_chain(store: &Directory, backup: &str, disks: Option<&[&str]>) -> Result<(Location, Chain)> {
     let location = image::find(store, backup)?;
     let gone = || image::Error::NoSuchBackup {
         wanted: backup.to_owned(),

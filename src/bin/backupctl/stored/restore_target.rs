@@ -8,8 +8,10 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, Permi
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use backupd::files::FileId;
 use backupd::image;
-use backupd::targets::{self, FileId, Look, Opener};
+use backupd::store;
+use backupd::targets::{self, Look, Opener};
 use rustix::fs::OFlags;
 
 use super::partial::{Partial, directory};
@@ -275,8 +277,7 @@ fn check_directory(path: &Path) -> Result<(), Error> {
 }
 
 fn check_outside(path: &Path, directory: PathBuf) -> Result<(), Error> {
-    let store =
-        targets::store_around(&directory).or_else(|| image::is_backup(&directory).then_some(directory));
+    let store = store::store_around(&directory).or_else(|| image::is_backup(&directory).then_some(directory));
     match store {
         None => Ok(()),
         Some(store) => Err(Error::InStore {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use backupd::config::Deadlines;
 use backupd::image::{self, Control, Location, Progress, Survey, Verified};
-use backupd::targets::{STORE_DIRECTORY, Shelf};
+use backupd::store::{Directory, OWN_DIRECTORY};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -55,9 +55,9 @@ pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
 
 /// All backups of a store. A directory without backups is an error unless it is marked as a store, because its file
 /// system may not be mounted.
-fn all(store: &Shelf) -> Result<Vec<Location>> {
+fn all(store: &Directory) -> Result<Vec<Location>> {
     let found = image::all(store)?;
-    if found.is_empty() && store.below(STORE_DIRECTORY)?.is_none() {
+    if found.is_empty() && store.below(OWN_DIRECTORY)?.is_none() {
         return Err(Error::NoStore(store.path().to_owned()));
     }
     Ok(found)

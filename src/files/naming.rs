@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{AtFlags, Mode, RenameFlags};
 use rustix::io::Errno;
 
-use super::store::names_in;
+use super::names_in;
 
 /// Whether the error means that the file system does not support the rename flags.
 pub fn is_without_flags(errno: Errno) -> bool {

@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, FileType, Stat};
 use rustix::io::Errno;
 
-use super::inventory::{Held, Sharing, Shelf};
-use super::store::names_in;
-use super::{BackupName, Error, naming};
+use super::directory::{BackupLock, Directory, LockKind};
+use super::{BackupName, Error};
 use crate::fault::{self, Point};
+use crate::files::names_in;
+use crate::files::naming;
 use crate::model::{DEFINITION_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::offload::Progress;
 
@@ -26,8 +27,8 @@ const RECORDS: [&str; 3] = [DEFINITION_NAME, PROTECTED_NAME, MANIFEST_NAME];
 /// A backup's directory that is to be removed, and that no other process uses.
 #[derive(Debug)]
 pub struct Removal {
-    domain: Shelf,
-    directory: Shelf,
+    domain: Directory,
+    directory: Directory,
     path: PathBuf,
     id: String,
     /// The directory has the name that marks the removal already.
@@ -37,7 +38,7 @@ pub struct Removal {
     /// The bytes that the removal frees.
     space: u64,
     /// `None` for [`Removal::space_of`], which takes no lock.
-    _held: Option<Held>,
+    _lock: Option<BackupLock>,
 }
 
 /// The name of a backup's directory during its removal.
@@ -62,7 +63,7 @@ pub fn sweep(domain: &OwnedFd) {
 /// Resumes the removal of a backup that is not in the catalog. Does nothing if the removal has not begun, or if
 /// another process does it. Blocks.
 pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Result<(), Error> {
-    let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
+    let Some(domain) = Directory::of_store(store)?.below(name.domain)? else {
         return Ok(());
     };
     let Some(directory) = domain.below(&removed_name(name.id))? else {
@@ -72,7 +73,7 @@ pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Re
     let manifest = directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES);
     let manifest = manifest.ok().and_then(|(bytes, _)| Manifest::parse(&bytes).ok());
     let images = manifest.as_ref().map(Manifest::images).unwrap_or_default();
-    match Removal::hold(store, name, &images) {
+    match Removal::lock(store, name, &images) {
         Ok(Some(removal)) if removal.is_begun() => removal.remove(progress).map(drop),
         Ok(_) | Err(Error::InUse { .. }) => Ok(()),
         Err(error) => Err(error),
@@ -82,18 +83,18 @@ pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Re
 impl Removal {
     /// Locks the directory of a backup exclusively, under either of its names. Returns `None` if it does not exist.
     /// `images` are the files that its manifest names. Blocks.
-    pub fn hold(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
+    pub fn lock(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
         Self::find(store, name, images, true)
     }
 
-    /// Like [`Self::hold`], for a directory that is to be renamed. Fails if its file system cannot do that.
-    pub fn hold_to_rename(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
-        let held = Self::hold(store, name, images)?;
-        let Some(removal) = held.as_ref().filter(|held| !held.begun) else {
-            return Ok(held);
+    /// Like [`Self::lock`], for a directory that is to be renamed. Fails if its file system cannot do that.
+    pub fn lock_to_rename(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
+        let locked = Self::lock(store, name, images)?;
+        let Some(removal) = locked.as_ref().filter(|removal| !removal.begun) else {
+            return Ok(locked);
         };
         match naming::check_movable(removal.domain.descriptor(), &removal.id) {
-            Ok(()) => Ok(held),
+            Ok(()) => Ok(locked),
             Err(Errno::XDEV) => Err(Error::Immovable {
                 path: removal.path.display().to_string(),
             }),
@@ -107,8 +108,8 @@ impl Removal {
         Ok(found.map(|found| found.space))
     }
 
-    fn find(store: &Path, name: BackupName, images: &[&str], hold: bool) -> Result<Option<Self>, Error> {
-        let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
+    fn find(store: &Path, name: BackupName, images: &[&str], locked: bool) -> Result<Option<Self>, Error> {
+        let Some(domain) = Directory::of_store(store)?.below(name.domain)? else {
             // The service never removes a domain's directory with backups, so the whole store may be missing.
             return Err(Error::NotThere {
                 path: store.join(name.domain).display().to_string(),
@@ -118,7 +119,7 @@ impl Removal {
             let Some(directory) = domain.below(&entry)? else {
                 continue;
             };
-            let held = hold.then(|| directory.hold(Sharing::Exclusive)).transpose()?;
+            let lock = locked.then(|| directory.lock(LockKind::Exclusive)).transpose()?;
             let mut removal = Self {
                 path: directory.path().to_owned(),
                 domain,
@@ -127,7 +128,7 @@ impl Removal {
                 begun,
                 files: Vec::new(),
                 space: 0,
-                _held: held,
+                _lock: lock,
             };
             removal.take_stock(images)?;
             return Ok(Some(removal));
@@ -147,7 +148,7 @@ impl Removal {
                 false => None,
             };
             let Some(stat) = stat else {
-                return Err(Error::NotTheBackups {
+                return Err(Error::ForeignFile {
                     path: self.path.join(name).display().to_string(),
                 });
             };
@@ -248,7 +249,7 @@ mod tests {
             domain: "web",
             id: "a",
         };
-        Removal::hold(store, name, &["vda.qcow2", "vdb.qcow2"])
+        Removal::lock(store, name, &["vda.qcow2", "vdb.qcow2"])
     }
 
     #[test]
@@ -280,7 +281,7 @@ mod tests {
         std::fs::write(&elsewhere, "mine").unwrap();
         let refused = |name: &str| {
             let error = hold(store.path()).unwrap_err();
-            assert!(matches!(error, Error::NotTheBackups { .. }), "{error}");
+            assert!(matches!(error, Error::ForeignFile { .. }), "{error}");
             assert!(error.to_string().contains(name), "{error}");
             assert!(backup.join("manifest.json").exists());
         };

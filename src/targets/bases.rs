@@ -5,30 +5,30 @@ use std::path::PathBuf;
 use rustix::io::Errno;
 
 use super::Error;
-use super::inventory::{Held, Sharing, Shelf};
 use crate::checkpoint::{Base, Mode};
 use crate::plan::{Destination, Plan};
+use crate::store::{BackupLock, Directory, LockKind};
 
 /// The locked bases of one backup. A removal looks for dependents in the catalog, so the locks last until the catalog
 /// has the new backup.
 #[derive(Debug, Default)]
 #[must_use]
-pub struct Parents(Vec<Parent>);
+pub struct Bases(Vec<LockedBase>);
 
 #[derive(Debug)]
-struct Parent {
+struct LockedBase {
     disk: String,
     store: PathBuf,
     domain: String,
     base: Base,
     length: u64,
     /// While this lock is held, the base is not removed or replaced.
-    _held: Held,
+    _lock: BackupLock,
 }
 
-impl Parents {
+impl Bases {
     /// Locks all direct bases. Their own bases need no lock, because a backup with dependents is not removed.
-    pub fn hold(plan: &Plan) -> Result<Self, Error> {
+    pub fn lock(plan: &Plan) -> Result<Self, Error> {
         let Destination::Store { path, directory, .. } = &plan.destination else {
             return Ok(Self::default());
         };
@@ -36,28 +36,28 @@ impl Parents {
             Mode::Incremental(base) => Some((disk.name.clone(), base.clone())),
             Mode::Full { .. } => None,
         });
-        let held = based.map(|(disk, base)| {
-            let shelf = find(path, directory.as_str(), &disk, &base)?;
-            Ok(Parent {
-                length: shelf.file_size(&base.file)?,
-                _held: shelf.hold(Sharing::Shared)?,
+        let locked = based.map(|(disk, base)| {
+            let backup = find(path, directory.as_str(), &disk, &base)?;
+            Ok(LockedBase {
+                length: backup.file_size(&base.file)?,
+                _lock: backup.lock(LockKind::Shared)?,
                 store: path.clone(),
                 domain: directory.as_str().to_owned(),
                 disk,
                 base,
             })
         });
-        held.collect::<Result<_, _>>().map(Self)
+        locked.collect::<Result<_, _>>().map(Self)
     }
 
     /// Checks that the bases are unchanged, because a program that ignores the locks can remove them.
     pub fn check(&self) -> Result<(), Error> {
-        self.0.iter().try_for_each(|parent| {
-            let Parent { disk, base, .. } = parent;
-            let length =
-                find(&parent.store, &parent.domain, disk, base).and_then(|shelf| shelf.file_size(&base.file));
+        self.0.iter().try_for_each(|locked| {
+            let LockedBase { disk, base, .. } = locked;
+            let backup = find(&locked.store, &locked.domain, disk, base);
+            let length = backup.and_then(|backup| Ok(backup.file_size(&base.file)?));
             match length {
-                Ok(length) if length == parent.length => Ok(()),
+                Ok(length) if length == locked.length => Ok(()),
                 Ok(_) => Err(Error::Parent {
                     disk: disk.to_owned(),
                     backup: base.backup.clone(),
@@ -73,13 +73,10 @@ impl Parents {
     }
 }
 
-fn find(store: &std::path::Path, domain: &str, disk: &str, base: &Base) -> Result<Shelf, Error> {
-    let shelf = Shelf::of_store(store)?.below(domain)?;
-    let shelf = shelf
-        .map(|shelf| shelf.below(&base.backup))
-        .transpose()?
-        .flatten();
-    shelf.ok_or_else(|| gone(disk, base))
+fn find(store: &std::path::Path, domain: &str, disk: &str, base: &Base) -> Result<Directory, Error> {
+    let domain = Directory::of_store(store)?.below(domain)?;
+    let backup = domain.map(|domain| domain.below(&base.backup)).transpose()?;
+    backup.flatten().ok_or_else(|| gone(disk, base))
 }
 
 fn gone(disk: &str, base: &Base) -> Error {

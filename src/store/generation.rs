@@ -7,12 +7,10 @@ use std::path::Path;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::Error;
-use super::inventory::Shelf;
+use super::directory::Directory;
+use super::{Error, OWN_DIRECTORY};
 use crate::offload::Progress;
 
-/// The service's directory in a store.
-const DIRECTORY: &str = ".backupd";
 const FILE: &str = "generation";
 const NEW_FILE: &str = "generation.new";
 const MAX_BYTES: usize = 256;
@@ -26,7 +24,7 @@ pub struct Raised {
 
 /// Returns the generation of a store. Blocks.
 pub fn generation(store: &Path) -> Result<String, Error> {
-    match Shelf::of_store(store)?.below(DIRECTORY)? {
+    match Directory::of_store(store)?.below(OWN_DIRECTORY)? {
         Some(shelf) => read(&shelf),
         None => Ok(String::new()),
     }
@@ -34,14 +32,14 @@ pub fn generation(store: &Path) -> Result<String, Error> {
 
 /// Gives a store its next generation durably. Each step counts as progress. Blocks.
 pub fn raise_generation(store: &Path, progress: &Progress) -> Result<Raised, Error> {
-    let store = Shelf::of_store(store)?;
-    match rustix::fs::mkdirat(store.descriptor(), DIRECTORY, Mode::RWXU) {
+    let store = Directory::of_store(store)?;
+    match rustix::fs::mkdirat(store.descriptor(), OWN_DIRECTORY, Mode::RWXU) {
         Ok(()) => sync(&store)?,
         Err(Errno::EXIST) => {}
-        Err(errno) => return Err(failed(&store, "create", DIRECTORY, errno)),
+        Err(errno) => return Err(failed(&store, "create", OWN_DIRECTORY, errno)),
     }
-    let shelf = store.below(DIRECTORY)?;
-    let shelf = shelf.ok_or_else(|| failed(&store, "open", DIRECTORY, Errno::NOTDIR))?;
+    let shelf = store.below(OWN_DIRECTORY)?;
+    let shelf = shelf.ok_or_else(|| failed(&store, "open", OWN_DIRECTORY, Errno::NOTDIR))?;
     // Two services, even on two hosts, must not raise it at once: one would take the other's change for its own.
     let _locked = lock(&shelf)?;
     let before = read(&shelf)?;
@@ -60,7 +58,7 @@ pub fn raise_generation(store: &Path, progress: &Progress) -> Result<Raised, Err
     Ok(Raised { before, now })
 }
 
-fn read(shelf: &Shelf) -> Result<String, Error> {
+fn read(shelf: &Directory) -> Result<String, Error> {
     match shelf.read(FILE, MAX_BYTES) {
         Ok((bytes, _)) => Ok(String::from_utf8_lossy(&bytes).trim().to_owned()),
         Err(Error::Io {
@@ -70,7 +68,7 @@ fn read(shelf: &Shelf) -> Result<String, Error> {
     }
 }
 
-fn write(shelf: &Shelf, generation: &str, progress: &Progress) -> Result<(), Error> {
+fn write(shelf: &Directory, generation: &str, progress: &Progress) -> Result<(), Error> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(shelf.descriptor(), NEW_FILE, flags, Mode::RUSR | Mode::WUSR)
         .map_err(|errno| failed(shelf, "create", NEW_FILE, errno))?;
@@ -88,7 +86,7 @@ fn write(shelf: &Shelf, generation: &str, progress: &Progress) -> Result<(), Err
 }
 
 /// Locks the directory until the returned descriptor is dropped.
-fn lock(shelf: &Shelf) -> Result<OwnedFd, Error> {
+fn lock(shelf: &Directory) -> Result<OwnedFd, Error> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::openat(shelf.descriptor(), ".", flags, Mode::empty())
         .map_err(|errno| failed(shelf, "open", "", errno))?;
@@ -97,11 +95,11 @@ fn lock(shelf: &Shelf) -> Result<OwnedFd, Error> {
     Ok(directory)
 }
 
-fn sync(shelf: &Shelf) -> Result<(), Error> {
+fn sync(shelf: &Directory) -> Result<(), Error> {
     rustix::fs::fsync(shelf.descriptor()).map_err(|errno| failed(shelf, "fsync", "", errno))
 }
 
-fn failed(shelf: &Shelf, action: &'static str, name: &str, errno: Errno) -> Error {
+fn failed(shelf: &Directory, action: &'static str, name: &str, errno: Errno) -> Error {
     Error::io(action, &shelf.path().join(name).display().to_string(), errno)
 }
 

@@ -1,20 +1,17 @@
-//! A store: a directory of the administrator in which the service chooses the file names.
-//!
-//! `<store>/<domain>/<backup id>/` has the images, `manifest.json` and the resolved document. Until the backup is
-//! complete, the directory has a staging name. So a directory with a backup's name is always a complete backup.
+//! Staging: the directory of a backup before it has its final name; publishing and discarding it.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::identity::FileId;
-use super::inventory::{Shelf, read_file};
+use super::directory::{Directory, read_file};
 use super::removal::{removed_name, sweep};
-use super::{BackupName, Error, Publication, Target, mark, naming};
+use super::{BackupName, Error, mark};
 use crate::fault::{self, Point};
+use crate::files::{FileId, names_in, naming, open_below};
 use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
 use crate::path::{self, Trust, check_trust, open_directory};
 
@@ -69,30 +66,13 @@ fn make_directory<P: rustix::path::Arg>(parent: &OwnedFd, name: P) -> Result<boo
     }
 }
 
-pub(super) fn open_child(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(parent, name, flags, Mode::empty())
-}
-
 fn partial_name(id: &str) -> String {
     format!(".{id}.partial")
 }
 
 /// Returns the backup of a staging directory.
-pub fn partial_backup(name: &str) -> Option<&str> {
+pub fn staged_backup(name: &str) -> Option<&str> {
     name.strip_prefix('.')?.strip_suffix(".partial")
-}
-
-/// Returns the names of a directory's entries.
-pub(super) fn names_in(directory: &OwnedFd) -> Result<Vec<String>, Errno> {
-    let mut names = Vec::new();
-    for entry in Dir::read_from(directory)? {
-        let name = entry?.file_name().to_string_lossy().into_owned();
-        if name != "." && name != ".." {
-            names.push(name);
-        }
-    }
-    Ok(names)
 }
 
 fn sync(directory: &OwnedFd, shown: &str) -> Result<(), Error> {
@@ -101,7 +81,7 @@ fn sync(directory: &OwnedFd, shown: &str) -> Result<(), Error> {
 
 /// Reads the manifest and the protection of a directory with its final name.
 fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Error> {
-    let wrong = |why: String| Error::NotVouchedFor {
+    let wrong = |why: String| Error::NoManifest {
         path: path.display().to_string(),
         why,
     };
@@ -120,7 +100,7 @@ fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Er
 impl Staging {
     /// Creates the staging directory, if the store has that mark.
     pub fn create(store_path: &Path, backup: BackupName, known: Option<&str>) -> Result<Self, Error> {
-        let store = Shelf::of_store(store_path)?;
+        let store = Directory::of_store(store_path)?;
         if let Some(known) = known {
             mark::check_mark_of(&store, known)?;
         }
@@ -160,7 +140,7 @@ impl Staging {
         backup: BackupName,
     ) -> Result<(OwnedFd, OwnedFd, String, PathBuf), Error> {
         let shown = domain_path.display().to_string();
-        let domain = open_child(store, backup.domain).map_err(|errno| match errno {
+        let domain = open_below(store, backup.domain).map_err(|errno| match errno {
             Errno::LOOP | Errno::NOTDIR => path::Error::NotADirectory { path: shown.clone() }.into(),
             errno => Error::io("open", &shown, errno),
         })?;
@@ -178,7 +158,7 @@ impl Staging {
         let remove = |name: &str| {
             let _ = rustix::fs::unlinkat(&domain, name, AtFlags::REMOVEDIR);
         };
-        let directory = open_child(&domain, &partial).map_err(|errno| {
+        let directory = open_below(&domain, &partial).map_err(|errno| {
             remove(&partial);
             Error::io("open", &shown, errno)
         })?;
@@ -198,7 +178,7 @@ impl Staging {
         let store = open_directory(store_path, Trust::Administrator)?;
         let domain_path = store_path.join(backup.domain);
         let shown = domain_path.display().to_string();
-        let domain = match open_child(&store, backup.domain) {
+        let domain = match open_below(&store, backup.domain) {
             Ok(domain) => domain,
             Err(Errno::NOENT) => return Ok(None),
             Err(Errno::LOOP | Errno::NOTDIR) => return Err(path::Error::NotADirectory { path: shown }.into()),
@@ -209,7 +189,7 @@ impl Staging {
         let _ = rustix::fs::unlinkat(&domain, naming::trial_name(&partial), AtFlags::REMOVEDIR);
         let path = domain_path.join(backup.id);
         for (name, renamed) in [(backup.id, true), (partial.as_str(), false)] {
-            let directory = match open_child(&domain, name) {
+            let directory = match open_below(&domain, name) {
                 Ok(directory) => directory,
                 Err(Errno::NOENT) => continue,
                 Err(errno) => return Err(Error::io("open", &path.display().to_string(), errno)),
@@ -245,40 +225,39 @@ impl Staging {
         self.published.as_ref()
     }
 
-    /// Opens the image of that name, if it exists.
-    pub fn find_file(&self, disk: &str, file_name: &str) -> Result<Option<Target>, Error> {
-        let label = self.path.join(file_name).display().to_string();
+    /// Returns the final path of a file, for messages.
+    pub fn path_of(&self, file_name: &str) -> PathBuf {
+        self.path.join(file_name)
+    }
+
+    /// Opens the image of that name for reading and writing, if it exists.
+    pub fn find_file(&self, file_name: &str) -> Result<Option<OwnedFd>, Error> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         match rustix::fs::openat(&self.directory, file_name, flags, Mode::empty()) {
-            Ok(file) => {
-                let publication = Publication::InStore {
-                    file_name: file_name.to_owned(),
-                };
-                Target::new(disk, label, file, publication).map(Some)
-            }
+            Ok(file) => Ok(Some(file)),
             Err(Errno::NOENT) => Ok(None),
-            Err(errno) => Err(Error::io("open", &label, errno)),
+            Err(errno) => Err(Error::io("open", &self.shown(file_name), errno)),
         }
     }
 
-    pub fn create_file(&self, disk: &str, file_name: &str) -> Result<Target, Error> {
-        let label = self.path.join(file_name).display().to_string();
-        let file = self.new_file(file_name, &label)?;
-        let publication = Publication::InStore {
-            file_name: file_name.to_owned(),
-        };
-        Target::new(disk, label, file, publication)
+    /// Creates an image, open for reading and writing.
+    pub fn create_file(&self, file_name: &str) -> Result<OwnedFd, Error> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.directory, file_name, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|errno| Error::io("create", &self.shown(file_name), errno))
     }
 
-    /// Opens the target's image again, as another open file description. Returns `None` if that fails.
-    pub fn open_again(&self, target: &Target) -> Option<OwnedFd> {
-        let Publication::InStore { file_name } = &target.publication else {
-            return None;
-        };
+    /// Opens the image again for reading, as another open file description. Returns `None` if that fails, or if the
+    /// name has another file.
+    pub fn open_again(&self, file_name: &str, id: FileId) -> Option<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.directory, file_name, flags, Mode::empty()).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
-        (FileId::of(&stat) == target.id).then_some(file)
+        (FileId::of(&stat) == id).then_some(file)
+    }
+
+    fn shown(&self, file_name: &str) -> String {
+        self.path_of(file_name).display().to_string()
     }
 
     pub fn remove_file(&self, file_name: &str) -> io::Result<()> {
@@ -310,17 +289,20 @@ impl Staging {
     fn write_records(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
         for left in std::mem::take(&mut self.records) {
             rustix::fs::unlinkat(&self.directory, &left, AtFlags::empty())
-                .map_err(|errno| Error::io("remove", &self.path.join(&left).display().to_string(), errno))?;
+                .map_err(|errno| Error::io("remove", &self.shown(&left), errno))?;
         }
         for (name, content) in records {
-            let label = self.path.join(name).display().to_string();
-            let file = self.new_file(name, &label)?;
+            let file = self.create_file(name)?;
             self.records.push((*name).to_owned());
             let mut file = std::fs::File::from(file);
             io::Write::write_all(&mut file, content)
                 .and_then(|()| file.sync_all())
                 .map_err(|error| {
-                    Error::io("write", &label, Errno::from_io_error(&error).unwrap_or(Errno::IO))
+                    Error::io(
+                        "write",
+                        &self.shown(name),
+                        Errno::from_io_error(&error).unwrap_or(Errno::IO),
+                    )
                 })?;
         }
         Ok(())
@@ -357,11 +339,5 @@ impl Staging {
             }
         }
         Ok(())
-    }
-
-    fn new_file(&self, name: &str, label: &str) -> Result<OwnedFd, Error> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        rustix::fs::openat(&self.directory, name, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|errno| Error::io("create", label, errno))
     }
 }

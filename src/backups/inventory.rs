@@ -6,7 +6,7 @@ use std::path::Path;
 use super::probe::image_fault;
 use crate::catalog::{self, BackupState, Link};
 use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
-use crate::targets::{self, Shelf};
+use crate::store::{self, Directory};
 
 /// A backup as its store describes it.
 #[derive(Debug)]
@@ -29,8 +29,8 @@ pub struct Inventory {
 }
 
 /// Reads a store at any path and with any owner. Blocks.
-pub fn read_store(path: &Path) -> Result<Inventory, targets::Error> {
-    let store = Shelf::of_users_store(path)?;
+pub fn read_store(path: &Path) -> Result<Inventory, store::Error> {
+    let store = Directory::of_users_store(path)?;
     let mut inventory = Inventory::default();
     for name in visible(&store)? {
         let Some(domain) = store.below(&name)? else {
@@ -44,13 +44,13 @@ pub fn read_store(path: &Path) -> Result<Inventory, targets::Error> {
     Ok(inventory)
 }
 
-fn visible(shelf: &Shelf) -> Result<Vec<String>, targets::Error> {
+fn visible(shelf: &Directory) -> Result<Vec<String>, store::Error> {
     let mut names = shelf.names()?;
     names.retain(|name| !name.starts_with('.'));
     Ok(names)
 }
 
-fn read_domain(domain: &Shelf, problems: &mut Vec<String>) -> Result<Vec<Stored>, targets::Error> {
+fn read_domain(domain: &Directory, problems: &mut Vec<String>) -> Result<Vec<Stored>, store::Error> {
     let mut backups = Vec::new();
     for id in visible(domain)? {
         let Some(backup) = domain.below(&id)? else {
@@ -79,8 +79,8 @@ fn read_domain(domain: &Shelf, problems: &mut Vec<String>) -> Result<Vec<Stored>
     Ok(backups)
 }
 
-fn read_backup(shelf: &Shelf, id: &str) -> Result<Stored, String> {
-    let text = |error: targets::Error| error.to_string();
+fn read_backup(shelf: &Directory, id: &str) -> Result<Stored, String> {
+    let text = |error: store::Error| error.to_string();
     let (bytes, _) = shelf.read(MANIFEST_NAME, MAX_MANIFEST_BYTES).map_err(text)?;
     let manifest = Manifest::parse(&bytes).map_err(|error| format!("{MANIFEST_NAME}: {error}"))?;
     if manifest.id != id {

@@ -6,19 +6,19 @@ use std::path::Path;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::inventory::{Sharing, Shelf};
+use super::directory::{Directory, LockKind};
 use super::{BackupName, Error};
 use crate::model::PROTECTED_NAME;
 
 /// Sets or removes the protection of a backup durably. Blocks.
 pub fn protect(store: &Path, name: BackupName, protected: bool) -> Result<(), Error> {
-    let domain = Shelf::of_store(store)?.below(name.domain)?;
+    let domain = Directory::of_store(store)?.below(name.domain)?;
     let backup = domain.map(|domain| domain.below(name.id)).transpose()?.flatten();
     let backup = backup.ok_or_else(|| Error::NotThere {
         path: store.join(name.domain).join(name.id).display().to_string(),
     })?;
     // Fails if another process is removing the backup.
-    let _held = backup.hold(Sharing::Shared)?;
+    let _lock = backup.lock(LockKind::Shared)?;
     let failed = |action| {
         let path = backup.path().join(PROTECTED_NAME).display().to_string();
         move |errno| Error::io(action, &path, errno)
@@ -39,7 +39,7 @@ pub fn protect(store: &Path, name: BackupName, protected: bool) -> Result<(), Er
     rustix::fs::fsync(directory).map_err(failed("fsync the directory of"))
 }
 
-impl Shelf {
+impl Directory {
     /// Whether this backup is protected.
     pub fn is_protected(&self) -> Result<bool, Error> {
         match rustix::fs::statat(self.descriptor(), PROTECTED_NAME, AtFlags::SYMLINK_NOFOLLOW) {

@@ -7,14 +7,14 @@ use jiff::Timestamp;
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::store::{names_in, open_child};
-use super::{Error, FileId};
+use super::Error;
+use crate::files::{FileId, names_in, open_below};
 use crate::path::{Trust, check_trust, open_directory};
 
 /// A directory of a store: the store itself (one directory per domain), a domain's directory (one per backup), or a
 /// backup's. It follows no symbolic link, and reads only regular files.
 #[derive(Debug)]
-pub struct Shelf {
+pub struct Directory {
     path: PathBuf,
     directory: OwnedFd,
     trust: Trust,
@@ -22,7 +22,7 @@ pub struct Shelf {
 
 /// The mode of a lock on a backup's directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sharing {
+pub enum LockKind {
     /// For reading the backup or building on it: it does not change.
     Shared,
     /// For changing or removing the backup.
@@ -33,9 +33,9 @@ pub enum Sharing {
 /// programs and ends with them.
 #[derive(Debug)]
 #[must_use]
-pub struct Held(#[expect(dead_code, reason = "closing it unlocks")] OwnedFd);
+pub struct BackupLock(#[expect(dead_code, reason = "closing it unlocks")] OwnedFd);
 
-impl Shelf {
+impl Directory {
     /// Opens the store at `path`.
     pub fn of_store(path: &Path) -> Result<Self, Error> {
         Self::open(path, Trust::Administrator)
@@ -55,16 +55,16 @@ impl Shelf {
     }
 
     /// Locks a backup's directory. Does not wait: fails with [`Error::InUse`] if another holder conflicts.
-    pub fn hold(&self, sharing: Sharing) -> Result<Held, Error> {
+    pub fn lock(&self, sharing: LockKind) -> Result<BackupLock, Error> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::openat(&self.directory, ".", flags, Mode::empty())
             .map_err(|errno| self.failed("open", errno))?;
         let operation = match sharing {
-            Sharing::Shared => FlockOperation::NonBlockingLockShared,
-            Sharing::Exclusive => FlockOperation::NonBlockingLockExclusive,
+            LockKind::Shared => FlockOperation::NonBlockingLockShared,
+            LockKind::Exclusive => FlockOperation::NonBlockingLockExclusive,
         };
         match rustix::fs::flock(&directory, operation) {
-            Ok(()) => Ok(Held(directory)),
+            Ok(()) => Ok(BackupLock(directory)),
             Err(Errno::WOULDBLOCK) => Err(Error::InUse {
                 path: self.path.display().to_string(),
             }),
@@ -106,7 +106,7 @@ impl Shelf {
     pub fn below(&self, name: &str) -> Result<Option<Self>, Error> {
         let path = self.path.join(name);
         let failed = |action, errno| Error::io(action, &path.display().to_string(), errno);
-        let directory = match open_child(&self.directory, name) {
+        let directory = match open_below(&self.directory, name) {
             Ok(directory) => directory,
             Err(Errno::NOTDIR | Errno::LOOP | Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(failed("open", errno)),
@@ -142,7 +142,7 @@ impl Shelf {
     }
 }
 
-/// As [`Shelf::read`].
+/// As [`Directory::read`].
 pub(super) fn read_file(
     directory: &OwnedFd,
     path: &Path,
@@ -200,25 +200,28 @@ mod tests {
     fn a_reader_locks_a_backup_against_changes() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("backup")).unwrap();
-        let store = Shelf::of_users_store(directory.path()).unwrap();
+        let store = Directory::of_users_store(directory.path()).unwrap();
         let backup = || store.below("backup").unwrap().unwrap();
-        let (first, second) = (backup().hold(Sharing::Shared), backup().hold(Sharing::Shared));
+        let (first, second) = (backup().lock(LockKind::Shared), backup().lock(LockKind::Shared));
         assert!(first.is_ok() && second.is_ok());
         assert!(matches!(
-            backup().hold(Sharing::Exclusive),
+            backup().lock(LockKind::Exclusive),
             Err(Error::InUse { .. })
         ));
         drop((first, second));
-        let only = backup().hold(Sharing::Exclusive).unwrap();
-        assert!(matches!(backup().hold(Sharing::Shared), Err(Error::InUse { .. })));
+        let only = backup().lock(LockKind::Exclusive).unwrap();
+        assert!(matches!(
+            backup().lock(LockKind::Shared),
+            Err(Error::InUse { .. })
+        ));
         drop(only);
-        assert!(backup().hold(Sharing::Shared).is_ok());
+        assert!(backup().lock(LockKind::Shared).is_ok());
     }
 
     #[test]
     fn only_regular_files_are_opened() {
         let directory = tempfile::tempdir().unwrap();
-        let store = Shelf::of_users_store(directory.path()).unwrap();
+        let store = Directory::of_users_store(directory.path()).unwrap();
         std::fs::write(directory.path().join("image"), "x").unwrap();
         std::os::unix::fs::symlink("image", directory.path().join("link")).unwrap();
         std::fs::create_dir(directory.path().join("directory")).unwrap();

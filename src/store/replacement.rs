@@ -14,11 +14,12 @@ use rustix::fs::{Advice, AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
-use super::inventory::{Sharing, Shelf};
+use super::directory::{Directory, LockKind};
 use super::removal::removed_name;
-use super::store::names_in;
-use super::{BackupName, Error, naming};
+use super::{BackupName, Error};
 use crate::fault::{self, Point};
+use crate::files::names_in;
+use crate::files::naming;
 use crate::offload::Progress;
 
 /// How much is copied at a time, in bytes.
@@ -27,8 +28,8 @@ const PIECE: u64 = 1 << 20;
 /// The directory that replaces a backup's directory. Drop does not remove it; [`Replacement::clear`] does.
 #[derive(Debug)]
 pub struct Replacement {
-    domain: Shelf,
-    directory: Shelf,
+    domain: Directory,
+    directory: Directory,
     id: String,
 }
 
@@ -79,7 +80,7 @@ impl Replacement {
     /// Restores, durably, the name of a directory that was moved aside for an unfinished replacement. Does nothing if
     /// there is none. Blocks.
     pub fn settle(store: &Path, name: BackupName) -> Result<(), Error> {
-        let Some(domain) = Shelf::of_store(store)?.below(name.domain)? else {
+        let Some(domain) = Directory::of_store(store)?.below(name.domain)? else {
             return Ok(());
         };
         let aside = aside_name(name.id);
@@ -118,7 +119,7 @@ impl Replacement {
 
     fn copy(
         &self,
-        current: &Shelf,
+        current: &Directory,
         file: &str,
         progress: &Progress,
         cancel: &CancellationToken,
@@ -162,7 +163,7 @@ impl Replacement {
     /// has the hidden name. Blocks.
     pub fn put(&self) -> Result<(), Error> {
         sync(&self.directory)?;
-        let _held = self.current()?.hold(Sharing::Exclusive)?;
+        let _lock = self.current()?.lock(LockKind::Exclusive)?;
         let (domain, hidden) = (self.domain.descriptor(), hidden_name(&self.id));
         match rustix::fs::renameat_with(domain, &hidden, domain, &self.id, RenameFlags::EXCHANGE) {
             Err(errno) if naming::is_without_flags(errno) => self.move_in(&hidden)?,
@@ -189,15 +190,15 @@ impl Replacement {
         })
     }
 
-    fn current(&self) -> Result<Shelf, Error> {
+    fn current(&self) -> Result<Directory, Error> {
         let current = self.domain.below(&self.id)?;
         current.ok_or_else(|| failed(&self.domain, "open", &self.id, Errno::NOENT))
     }
 }
 
 fn remove(
-    domain: &Shelf,
-    directory: &Shelf,
+    domain: &Directory,
+    directory: &Directory,
     hidden: &str,
     id: &str,
     progress: &Progress,
@@ -208,7 +209,7 @@ fn remove(
         let stat = rustix::fs::statat(directory.descriptor(), &file, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|errno| failed(directory, "stat", &file, errno))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Error::NotTheBackups {
+            return Err(Error::ForeignFile {
                 path: directory.path().join(&file).display().to_string(),
             });
         }
@@ -250,16 +251,16 @@ fn copy(
     }
 }
 
-fn domain(store: &Path, name: BackupName) -> Result<Shelf, Error> {
-    let store = Shelf::of_store(store)?;
+fn domain(store: &Path, name: BackupName) -> Result<Directory, Error> {
+    let store = Directory::of_store(store)?;
     let domain = store.below(name.domain)?;
     domain.ok_or_else(|| failed(&store, "open", name.domain, Errno::NOENT))
 }
 
-fn sync(shelf: &Shelf) -> Result<(), Error> {
+fn sync(shelf: &Directory) -> Result<(), Error> {
     rustix::fs::fsync(shelf.descriptor()).map_err(|errno| failed(shelf, "fsync", "", errno))
 }
 
-fn failed(shelf: &Shelf, action: &'static str, name: &str, errno: Errno) -> Error {
+fn failed(shelf: &Directory, action: &'static str, name: &str, errno: Errno) -> Error {
     Error::io(action, &shelf.path().join(name).display().to_string(), errno)
 }

@@ -7,22 +7,21 @@ use std::path::Path;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::inventory::Shelf;
-use super::{Error, naming};
+use super::directory::Directory;
+use super::{Error, OWN_DIRECTORY};
+use crate::files::naming;
 
-/// The service's directory in a store.
-pub const DIRECTORY: &str = ".backupd";
 const FILE: &str = "store";
 const MAX_BYTES: usize = 256;
 
 /// Checks that the store at `path` has that mark. Blocks.
 pub fn check_mark(path: &Path, known: &str) -> Result<(), Error> {
-    check_mark_of(&Shelf::of_store(path)?, known)
+    check_mark_of(&Directory::of_store(path)?, known)
 }
 
 /// Checks that an open store has that mark. Blocks.
-pub fn check_mark_of(store: &Shelf, known: &str) -> Result<(), Error> {
-    let found = match store.below(DIRECTORY)? {
+pub fn check_mark_of(store: &Directory, known: &str) -> Result<(), Error> {
+    let found = match store.below(OWN_DIRECTORY)? {
         Some(own) => read(&own)?,
         None => None,
     };
@@ -40,17 +39,17 @@ pub fn check_mark_of(store: &Shelf, known: &str) -> Result<(), Error> {
 /// `known` are the recorded backups as (domain's directory, id). If none of them exists, the path may not be the
 /// store. The function then fails unless there is a directory `.backupd`, which the administrator creates on purpose.
 pub fn make_mark(path: &Path, known: &[(String, String)]) -> Result<String, Error> {
-    let store = Shelf::of_store(path)?;
-    let own = match store.below(DIRECTORY)? {
+    let store = Directory::of_store(path)?;
+    let own = match store.below(OWN_DIRECTORY)? {
         Some(own) => own,
         None if known.is_empty() || is_one_there(&store, known)? => {
-            match rustix::fs::mkdirat(store.descriptor(), DIRECTORY, Mode::RWXU) {
+            match rustix::fs::mkdirat(store.descriptor(), OWN_DIRECTORY, Mode::RWXU) {
                 Ok(()) | Err(Errno::EXIST) => {}
-                Err(errno) => return Err(failed(&store, "create", DIRECTORY, errno)),
+                Err(errno) => return Err(failed(&store, "create", OWN_DIRECTORY, errno)),
             }
             sync(&store)?;
-            let own = store.below(DIRECTORY)?;
-            own.ok_or_else(|| failed(&store, "open", DIRECTORY, Errno::NOTDIR))?
+            let own = store.below(OWN_DIRECTORY)?;
+            own.ok_or_else(|| failed(&store, "open", OWN_DIRECTORY, Errno::NOTDIR))?
         }
         None => {
             return Err(Error::NotMounted {
@@ -67,7 +66,7 @@ pub fn make_mark(path: &Path, known: &[(String, String)]) -> Result<String, Erro
     read(&own)?.ok_or_else(|| failed(&own, "read", FILE, Errno::NOENT))
 }
 
-fn is_one_there(store: &Shelf, known: &[(String, String)]) -> Result<bool, Error> {
+fn is_one_there(store: &Directory, known: &[(String, String)]) -> Result<bool, Error> {
     for (domain, id) in known {
         if let Some(domain) = store.below(domain)?
             && domain.below(id)?.is_some()
@@ -78,7 +77,7 @@ fn is_one_there(store: &Shelf, known: &[(String, String)]) -> Result<bool, Error
     Ok(false)
 }
 
-fn read(own: &Shelf) -> Result<Option<String>, Error> {
+fn read(own: &Directory) -> Result<Option<String>, Error> {
     match own.read(FILE, MAX_BYTES) {
         Ok((bytes, _)) => {
             let mark = String::from_utf8_lossy(&bytes).trim().to_owned();
@@ -92,7 +91,7 @@ fn read(own: &Shelf) -> Result<Option<String>, Error> {
 }
 
 /// Writes the mark without replacing another one.
-fn write(own: &Shelf, mark: &str) -> Result<(), Error> {
+fn write(own: &Directory, mark: &str) -> Result<(), Error> {
     let new = format!("{FILE}.{}", uuid::Uuid::new_v4().simple());
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(own.descriptor(), &new, flags, Mode::RUSR | Mode::WUSR)
@@ -125,11 +124,11 @@ fn give_name(directory: &OwnedFd, new: &str) -> Result<(), Errno> {
     }
 }
 
-fn sync(shelf: &Shelf) -> Result<(), Error> {
+fn sync(shelf: &Directory) -> Result<(), Error> {
     rustix::fs::fsync(shelf.descriptor()).map_err(|errno| failed(shelf, "fsync", "", errno))
 }
 
-fn failed(shelf: &Shelf, action: &'static str, name: &str, errno: Errno) -> Error {
+fn failed(shelf: &Directory, action: &'static str, name: &str, errno: Errno) -> Error {
     Error::io(action, &shelf.path().join(name).display().to_string(), errno)
 }
 
@@ -174,9 +173,9 @@ mod tests {
             "{refused:?}"
         );
         assert_eq!(std::fs::read_dir(store.path()).unwrap().count(), 0);
-        std::fs::create_dir(store.path().join(DIRECTORY)).unwrap();
+        std::fs::create_dir(store.path().join(OWN_DIRECTORY)).unwrap();
         std::fs::set_permissions(
-            store.path().join(DIRECTORY),
+            store.path().join(OWN_DIRECTORY),
             std::fs::Permissions::from_mode(0o700),
         )
         .unwrap();

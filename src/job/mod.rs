@@ -1,351 +1,43 @@
-//! Runs jobs: each takes one plan from the preparation of the targets in QEMU to their publication.
+//! Runs jobs. Each kind has a directory or a file: [`backup`], [`restore`], [`verify`], [`export`] and [`rescan`].
 //!
-//! A job owns its objects in QEMU and leaves no residue. The catalog records every step that must survive a restart
-//! before the next one begins, so that a later instance of the service can resume. Must not know permissions or
-//! signals.
+//! [`table`] has all jobs, and decides when one may work; [`handle`] is the handle of one job, with its status. A job
+//! owns its objects in QEMU and leaves no residue. The catalog records every step that must survive a restart before
+//! the next one begins, so that a later instance of the service can resume. Must not know permissions or signals.
 
 mod backup;
 mod bandwidth;
 mod boot;
-mod busy;
-mod candidates;
 mod checkpoint;
-mod directory;
-mod displace;
+mod context;
+mod ending;
 mod error;
+mod export;
+mod follow;
 mod generation;
-mod guard;
-mod latency;
-mod manager;
-mod mark;
-mod objects;
+mod handle;
+mod history;
 mod outcome;
 mod progress;
 mod provisional;
-mod queue;
-mod queued;
-mod quiesce;
+mod qemu;
 mod record;
-mod release;
+mod recover;
 mod rescan;
-mod running;
-mod scan;
+mod restore;
 mod speed;
-mod stall;
 mod status;
 mod stored;
-mod track;
-mod writeback;
-mod zeroes;
+mod table;
+mod verify;
 
+pub use backup::{Making, Planned, QueuedRequest, Requeued, Start, watch_frozen_guest};
 pub use boot::current as current_boot;
-pub use displace::Displaced;
 pub use error::Error;
-pub use guard::watch as watch_frozen_guest;
-pub use latency::can_follow_latency;
-pub use manager::{Jobs, Recovered, Reservation, Start};
-pub use queue::Claim;
-pub use queued::{Entered, InLine, Making, Planned, QueuedRequest, Requeued};
+pub use export::Served;
+pub use handle::Job;
+pub use qemu::can_follow_latency;
+pub use recover::Recovered;
 pub use rescan::Rescan;
-pub use status::{DiskState, DiskStatus, Outcome, State, Status};
-pub use stored::{Served, Turn, Work};
-
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
-use jiff::Timestamp;
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
-
-use manager::JobContext;
-use outcome::{outcome, show_ended};
-use provisional::Provisional;
-use speed::Speed;
-
-use crate::catalog::{Catalog, Starter};
-use crate::domain::Domain;
-use crate::fault;
-use crate::offload::{self, Progress};
-use crate::plan::{Destination, Plan, Task};
-
-/// How long a client counts as an observer after it read the status.
-const ATTENTION: Duration = Duration::from_secs(5);
-/// The maximum age of a shown status, and how long a reader waits for a newer one.
-const FRESH: Duration = Duration::from_secs(1);
-const SOON: Duration = Duration::from_millis(300);
-
-/// How far the end of a job is decided. A job can be cancelled until its images are published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Decision {
-    /// The service recovers the job and does not know yet whether the backup is published.
-    Recovering,
-    Open,
-    CancelRequested,
-    Publishing,
-    Published,
-    /// Publishing took too long: the thread that publishes must undo its work.
-    GivenUp,
-}
-
-/// A job that runs or has ended: a backup, or work on stored backups.
-#[derive(Debug)]
-pub struct Job {
-    pub id: u32,
-    /// The backup's name in a store.
-    pub backup_id: String,
-    /// Looked up again when the job leaves the queue.
-    pub domain: Provisional<Arc<Domain>>,
-    /// The UUID of the domain when the job started.
-    domain_uuid: Option<Uuid>,
-    pub started_by: Starter,
-    /// The record comes from a store. Its `started_by` is what the store says, and gives nobody a right.
-    imported: bool,
-    /// The job ended before the service started, and comes from the history.
-    past: bool,
-    pub start_time: Timestamp,
-    /// Made again when the job leaves the queue.
-    pub plan: Provisional<Plan>,
-    status: watch::Sender<Status>,
-    decision: Mutex<Decision>,
-    cancel: CancellationToken,
-    /// When this instance of the service started the job. For a queued job: when it left the queue.
-    taken_up: Provisional<Instant>,
-    /// The connection that started the job has left the bus, or belonged to an earlier instance of the service.
-    is_orphan: AtomicBool,
-    speed: Arc<Speed>,
-    /// When a client last read the status, and when the service last queried QEMU.
-    looks: watch::Sender<Option<Instant>>,
-    asked: watch::Sender<Option<Instant>>,
-    catalog: Catalog,
-}
-
-impl Job {
-    /// Returns whether this user started the job. The uid alone does not identify a user for ever, because it may
-    /// belong to another user later.
-    pub fn is_of(&self, user: &Starter) -> bool {
-        if self.imported || self.past {
-            return false;
-        }
-        let has_ended = self.status.borrow().outcome.is_some();
-        self.started_by.is_same(user, has_ended)
-    }
-
-    /// Returns the last known status without waiting.
-    pub fn status(&self) -> Status {
-        self.status.borrow().clone()
-    }
-
-    /// Returns a receiver of all changes. The last change sets the outcome.
-    pub fn statuses(&self) -> watch::Receiver<Status> {
-        self.status.subscribe()
-    }
-
-    /// The document with all defaults filled in. Only a backup has one.
-    pub fn definition(&self) -> Result<String, Error> {
-        match self.plan.task.stored() {
-            None => Ok(self.plan.definition().to_xml()),
-            Some(_) => Err(Error::NoDefinition { id: self.id }),
-        }
-    }
-
-    /// Requests cancellation of the whole backup and does not wait for its end. After `Ok` the job never ends as
-    /// completed, even if the service restarts.
-    pub async fn cancel(&self) -> Result<(), Error> {
-        self.decide_to_cancel(None)?;
-        self.record_cancel().await;
-        Ok(())
-    }
-
-    /// Cancels the job in favour of another backup. An earlier cancellation keeps its own reason.
-    pub(super) async fn cancel_because(&self, why: Displaced) -> Result<(), Error> {
-        self.decide_to_cancel(Some(why))?;
-        self.record_cancel().await;
-        Ok(())
-    }
-
-    async fn record_cancel(&self) {
-        if let Err(error) = self.catalog.cancel_requested(self.id).await {
-            tracing::error!(job = self.id, %error, "cannot record the cancellation of the job");
-        }
-        fault::passed("cancel requested");
-    }
-
-    fn decide_to_cancel(&self, why: Option<Displaced>) -> Result<(), Error> {
-        let mut decision = self.decision();
-        let outcome = self.status.borrow().outcome.clone();
-        match (&outcome, *decision) {
-            (Some(Outcome::Cancelled), _) | (None, Decision::CancelRequested) => Ok(()),
-            (Some(outcome), _) => Err(Error::Ended {
-                id: self.id,
-                outcome: outcome.as_str(),
-            }),
-            (None, Decision::Publishing | Decision::Published | Decision::GivenUp) => {
-                Err(Error::TooLate { id: self.id })
-            }
-            (None, Decision::Recovering) => Err(Error::Recovering { id: self.id }),
-            (None, Decision::Open) => {
-                *decision = Decision::CancelRequested;
-                if why.is_some() {
-                    self.update(|status| status.displaced = why);
-                }
-                self.cancel.cancel();
-                Ok(())
-            }
-        }
-    }
-
-    /// Requests cancellation because of one disk. This cancels the whole backup, because a backup is complete or does
-    /// not exist.
-    pub async fn cancel_disk(&self, disk: &str) -> Result<(), Error> {
-        if !self.plan.disks.iter().any(|planned| planned.name == disk) {
-            return Err(Error::NoSuchDisk {
-                id: self.id,
-                disk: disk.to_owned(),
-            });
-        }
-        self.cancel().await
-    }
-
-    /// Changes the speed limit of the running backup: bytes a second for all disks together; 0 removes the limit.
-    pub async fn set_speed(&self, bytes_per_second: u64) -> Result<(), Error> {
-        if self.plan.task != Task::Backup {
-            return Err(Error::NoSpeed { id: self.id });
-        }
-        if let Some(outcome) = &self.status.borrow().outcome {
-            return Err(Error::Ended {
-                id: self.id,
-                outcome: outcome.as_str(),
-            });
-        }
-        self.speed.set_own(bytes_per_second);
-        if let Err(error) = self.catalog.speed_set(self.id, bytes_per_second).await {
-            tracing::warn!(job = self.id, %error, "cannot record the job's speed limit");
-        }
-        Ok(())
-    }
-
-    /// Returns the id of the backup that the job creates in a store or reads from one; empty if the targets are not in
-    /// a store.
-    pub fn backup(&self) -> &str {
-        match (self.plan.task.stored(), &self.plan.destination) {
-            (Some(stored), _) => &stored.id,
-            (None, Destination::Store { .. }) => &self.backup_id,
-            (None, Destination::Caller) => "",
-        }
-    }
-
-    /// Registers a client that receives every change.
-    pub fn look_on(&self) {
-        self.looks.send_replace(Some(Instant::now()));
-    }
-
-    /// Registers a client that reads the status, and waits shortly for a fresh one.
-    pub async fn look(&self) {
-        self.look_on();
-        let fresh = |asked: &Option<Instant>| asked.is_some_and(|asked| asked.elapsed() < FRESH);
-        if self.status.borrow().state == State::Running && self.status.borrow().outcome.is_none() {
-            // A slow QEMU must not delay the reader.
-            let _ = tokio::time::timeout(SOON, self.asked.subscribe().wait_for(fresh)).await;
-        }
-    }
-
-    fn is_looked_at(&self) -> bool {
-        self.looks.borrow().is_some_and(|look| look.elapsed() < ATTENTION)
-    }
-
-    /// Waits at most `patience` until the backup has begun, that is, until its point in time has passed. Returns the
-    /// job's error if the backup failed before.
-    pub async fn begun(&self, patience: Duration) -> crate::error::Result<()> {
-        let mut statuses = self.statuses();
-        let begun = statuses.wait_for(|status| status.begun || status.outcome.is_some());
-        let Ok(Ok(status)) = tokio::time::timeout(patience, begun).await else {
-            return Ok(());
-        };
-        match &status.outcome {
-            _ if status.begun => Ok(()),
-            Some(Outcome::Failed(error)) => Err(error.clone()),
-            Some(Outcome::Cancelled) => Err(Error::CancelledBefore { id: self.id }.into()),
-            Some(Outcome::Completed) | None => Ok(()),
-        }
-    }
-
-    /// Waits for the end of the job. Cancel-safe.
-    pub async fn wait(&self) -> Outcome {
-        let mut statuses = self.statuses();
-        let ended = statuses.wait_for(|status| status.outcome.is_some()).await;
-        // The sender lives as long as this job.
-        ended
-            .ok()
-            .and_then(|status| status.outcome.clone())
-            .unwrap_or(Outcome::Cancelled)
-    }
-
-    fn decision(&self) -> MutexGuard<'_, Decision> {
-        self.decision.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Ends the recovery: `published` says whether an earlier instance published the backup. Until then nobody could
-    /// cancel it.
-    fn recovered(&self, published: bool) {
-        let mut decision = self.decision();
-        if *decision == Decision::Recovering {
-            *decision = match published {
-                true => Decision::Publishing,
-                false => Decision::Open,
-            };
-        }
-    }
-
-    /// Forbids cancellation from now on. Returns false if the job was cancelled before.
-    fn begin_publishing(&self) -> bool {
-        let mut decision = self.decision();
-        let open = *decision == Decision::Open;
-        if open {
-            *decision = Decision::Publishing;
-        }
-        open
-    }
-
-    /// Called by the thread that publishes, when it has finished. Returns false if the job was given up before: that
-    /// thread then undoes its work.
-    fn published(&self) -> bool {
-        let mut decision = self.decision();
-        let still = *decision == Decision::Publishing;
-        if still {
-            *decision = Decision::Published;
-        }
-        still
-    }
-
-    /// Called when the timeout of the publication has passed. Returns false if the backup was published just before.
-    fn give_up(&self) -> bool {
-        let mut decision = self.decision();
-        let open = *decision != Decision::Published;
-        if open && *decision != Decision::CancelRequested {
-            *decision = Decision::GivenUp;
-        }
-        open
-    }
-
-    fn update(&self, change: impl FnOnce(&mut Status)) {
-        self.status.send_modify(change);
-    }
-}
-
-/// Runs `work` on a thread that may block on storage.
-async fn blocking<T: Send + 'static>(context: &JobContext, work: impl FnOnce() -> T + Send + 'static) -> T {
-    offload::blocking(&context.activity, work).await
-}
-
-/// Like `blocking`, for work that reports its progress. Fails with an error about `what` if the progress stalls.
-async fn watched<T: Send + 'static>(
-    context: &JobContext,
-    what: &'static str,
-    work: impl FnOnce(&Progress) -> T + Send + 'static,
-) -> Result<T, Error> {
-    let patience = context.deadlines.stall();
-    let done = offload::watched(&context.activity, patience, work).await;
-    done.ok_or_else(|| Error::stalled(what, patience))
-}
+pub use status::{DiskState, DiskStatus, Displaced, Outcome, State, Status};
+pub use stored::{Turn, Work};
+pub use table::{Claim, Entered, InLine, Jobs, Reservation};

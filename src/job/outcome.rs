@@ -1,7 +1,8 @@
 //! Derives the outcome of a job and of its disks from the reason why it stopped.
 
 use super::error::Stopped;
-use super::{Decision, DiskState, Error, Job, Outcome};
+use super::handle::Decision;
+use super::{DiskState, Error, Job, Outcome};
 use crate::error;
 
 /// Gives the job's outcome to all disks, except those that failed or completed before an unsuccessful end.

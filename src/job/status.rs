@@ -1,11 +1,11 @@
 //! The public state of a job.
 
+use std::fmt;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::Displaced;
 use crate::error::Error;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +17,24 @@ pub enum State {
     Running,
     /// QEMU has finished. The service makes the data durable and publishes it, or removes it.
     Finishing,
+}
+
+/// The reason why a backup was cancelled in favour of another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Displaced {
+    Slow,
+    /// The connection that started it has left the bus, and its target is not in a store.
+    Orphan,
+}
+
+impl fmt::Display for Displaced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("root started a backup of the domain, and this one ")?;
+        f.write_str(match self {
+            Self::Slow => "copied less than 1 MiB a second, or would have taken longer than a day",
+            Self::Orphan => "was started by a client that has left the bus",
+        })
+    }
 }
 
 /// How a job ended.

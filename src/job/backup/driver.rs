@@ -6,17 +6,20 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::journal;
+use super::quiesce::Freeze;
 use super::state::{self, Action, Fact, State, Verdict};
 use crate::catalog::BackupRecord;
 use crate::domain::{Disk, Link};
 use crate::fault;
 use crate::job::bandwidth::Part;
+use crate::job::context::{JobContext, blocking};
+use crate::job::ending::Ending;
 use crate::job::error::Stopped;
-use crate::job::manager::{Ending, JobContext, Shares};
-use crate::job::objects::QemuObjects;
-use crate::job::quiesce::Freeze;
-use crate::job::record::Residue;
-use crate::job::{self, Error, Job, Outcome, Reservation, show_ended};
+use crate::job::outcome::{outcome, show_ended};
+use crate::job::qemu::QemuObjects;
+use crate::job::table::Shares;
+use crate::job::{Error, Job, Outcome, Reservation};
 use crate::qmp::Events;
 use crate::targets::{Bases, Cached, Targets};
 
@@ -121,7 +124,7 @@ impl<'a> Driver<'a> {
             fault::passed(&format!("after {}", todo.name()));
             (state, action) = state::next(state, fact);
         }
-        Ending::Ended(Residue::of(&state), self.part)
+        Ending::Ended(state.residue(), self.part)
     }
 
     async fn perform(
@@ -156,7 +159,7 @@ impl<'a> Driver<'a> {
         if let State::Ended(_) = state {
             return self.record_end(state).await;
         }
-        let state = job::record::journal(state, self.context.boot)?;
+        let state = journal::to_record(state, self.context.boot)?;
         Ok(self
             .context
             .catalog
@@ -205,7 +208,7 @@ impl<'a> Driver<'a> {
     /// Returns the outcome of the job with the present state of its disks.
     pub(in crate::job) fn verdict(&self, stopped: Stopped) -> Verdict {
         let stalled = matches!(&stopped, Stopped::Failed(error) if error.hangs());
-        let outcome = job::outcome(self.job, Err(stopped));
+        let outcome = outcome(self.job, Err(stopped));
         Verdict {
             outcome,
             disks: self.job.status().disks,
@@ -223,7 +226,7 @@ impl<'a> Driver<'a> {
             job = self.job.id,
             "leaving the backup to a later instance of the service"
         );
-        let failed = job::blocking(self.context, move || match targets.close_writeback() {
+        let failed = blocking(self.context, move || match targets.close_writeback() {
             Ok(()) => {
                 drop(targets.leave());
                 None

@@ -10,9 +10,10 @@ use super::state::{Copying, Fact, State};
 use crate::catalog::{self, BackupRecord};
 use crate::checkpoint::bitmap_name;
 use crate::job::bandwidth::Part;
+use crate::job::context::{JobContext, blocking};
 use crate::job::error::Stopped;
-use crate::job::objects::QemuObjects;
-use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown, blocking};
+use crate::job::qemu::QemuObjects;
+use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown};
 use crate::model;
 use crate::offload::{self, Progress, unless_stalled};
 use crate::plan::{Destination, Place};
@@ -349,7 +350,7 @@ impl Driver<'_> {
 
 /// Removes the targets of a failed job. Returns whether some may remain.
 pub(in crate::job) async fn discard(
-    context: &crate::job::manager::JobContext,
+    context: &JobContext,
     targets: Option<Targets>,
     patience: Duration,
 ) -> bool {

@@ -9,17 +9,18 @@ use std::time::Duration;
 use super::driver::Driver;
 use super::end::resume_guest;
 use super::state::{Evidence, Fact, Reached, State};
+use super::{journal, quiesce};
 use crate::catalog::{JobRecord, Leftover};
 use crate::definition::Quiesce;
 use crate::domain::Reach;
 use crate::error;
 use crate::job::bandwidth::Part;
 use crate::job::boot::BootId;
+use crate::job::context::{JobContext, blocking};
+use crate::job::ending::{Ending, Residue};
 use crate::job::error::Stopped;
-use crate::job::manager::{Ending, JobContext};
-use crate::job::objects::QemuObjects;
-use crate::job::record::{self, Residue};
-use crate::job::{Error, Job, Reservation, blocking, quiesce};
+use crate::job::qemu::QemuObjects;
+use crate::job::{Error, Job, Reservation, record};
 use crate::offload::Progress;
 use crate::targets::{Found, TargetId, Targets};
 
@@ -33,7 +34,7 @@ struct Known {
 
 impl Known {
     fn on_record(job: &JobRecord, context: &JobContext) -> Self {
-        let Ok((boot, state)) = record::read_journal(job) else {
+        let Ok((boot, state)) = journal::read_state(job) else {
             return Self::default();
         };
         Self {
@@ -165,7 +166,7 @@ impl Driver<'_> {
 /// Returns whether the earlier instance may have ended while the guest was frozen.
 fn may_be_frozen(record: &JobRecord) -> bool {
     matches!(
-        record::read_journal(record),
+        journal::read_state(record),
         Ok((_, State::Starting { freezes: true, .. }))
     )
 }

@@ -13,7 +13,7 @@ use crate::clock;
 use crate::definition::CheckpointDefinition;
 use crate::domain::{Disk, Domain, Link};
 use crate::error;
-use crate::job::manager::JobContext;
+use crate::job::context::JobContext;
 use crate::job::record::domain_record;
 use crate::job::{Error, Jobs, Reservation};
 use crate::qmp::Done;

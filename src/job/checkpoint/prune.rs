@@ -7,8 +7,8 @@ use futures_util::future::BoxFuture;
 
 use crate::checkpoint::{self, Owner};
 use crate::domain::{CheckpointPolicy, Disk, Domain, Greeter, Link, Snapshot};
-use crate::job::manager::JobContext;
-use crate::job::objects::QemuObjects;
+use crate::job::context::JobContext;
+use crate::job::qemu::QemuObjects;
 use crate::job::record::domain_record;
 use crate::job::{Error, Job, Jobs};
 use crate::plan::Destination;

@@ -13,8 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::checkpoint::{Mode, sentinel_name, was_never_smaller};
 use crate::domain::Disk;
 use crate::job::Error;
-use crate::job::objects::QemuObjects;
-use crate::job::zeroes::Part;
+use crate::job::qemu::{Part, QemuObjects};
 use crate::plan::{DiskPlan, Plan};
 use crate::qmp;
 use crate::qmp::block::{

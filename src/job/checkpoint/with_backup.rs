@@ -2,7 +2,7 @@
 
 use super::sentinel;
 use crate::checkpoint::bitmap_name;
-use crate::job::objects::QemuObjects;
+use crate::job::qemu::QemuObjects;
 use crate::job::{Error, Job};
 use crate::plan::DiskPlan;
 use crate::qmp;

@@ -44,6 +44,17 @@ pub struct CheckpointDisk {
     pub bitmap: bool,
 }
 
+impl CheckpointDisk {
+    /// A disk that gets a bitmap.
+    pub fn recorded(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            at: Position::default(),
+            bitmap: true,
+        }
+    }
+}
+
 impl CheckpointDefinition {
     /// The document, pretty-printed. [`parse_checkpoint`] of it returns the same value except for positions.
     pub fn to_xml(&self) -> String {

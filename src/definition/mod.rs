@@ -35,6 +35,11 @@ const MAX_DISK_NAME_BYTES: usize = 255;
 /// PATH_MAX includes the terminating NUL, which a document does not contain.
 const MAX_PATH_BYTES: usize = 4095;
 
+/// Whether a document can contain this text (XML 1.0, 2.2).
+pub fn is_representable(text: &str) -> bool {
+    text.chars().all(xml::is_legal)
+}
+
 /// A position in the document. Lines and columns count from 1, columns in characters. 0:0 means that the value did not
 /// come from a document.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

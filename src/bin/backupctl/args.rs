@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use backupd::model;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
@@ -370,12 +371,11 @@ pub enum Format {
     Raw,
 }
 
-impl Format {
-    /// The word in documents and file names.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Raw => "raw",
+impl From<Format> for model::Format {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Qcow2 => Self::Qcow2,
+            Format::Raw => Self::Raw,
         }
     }
 }
@@ -389,12 +389,11 @@ pub enum Compress {
     Zlib,
 }
 
-impl Compress {
-    /// The word in documents.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Zstd => "zstd",
-            Self::Zlib => "zlib",
+impl From<Compress> for model::Compression {
+    fn from(compress: Compress) -> Self {
+        match compress {
+            Compress::Zstd => Self::Zstd,
+            Compress::Zlib => Self::Zlib,
         }
     }
 }
@@ -582,7 +581,7 @@ mod tests {
         assert_eq!(create.disk.len(), 2);
         assert_eq!(create.bandwidth, Some(3 << 19));
         assert_eq!(create.max_latency, Some(10));
-        assert_eq!(create.compress.map(Compress::word), Some("zlib"));
+        assert_eq!(create.compress, Some(Compress::Zlib));
         assert_eq!(create.quiesce.map(Quiesce::word), Some("require"));
         assert!(create.own_files && create.detach && create.reuse_external);
     }

@@ -6,12 +6,14 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use backupd::definition::{Definition, DiskDefinition, Position, StoreRef, Target};
+use backupd::model::{self, Compression};
 use serde_json::json;
 use zbus::Variant;
 
 use crate::agent::Agent;
-use crate::args::{Compress, Create, Format};
-use crate::document::{self, Disk, Request, Target};
+use crate::args::Create;
+use crate::document;
 use crate::error::{Error, Result, Status};
 use crate::files::OwnFiles;
 use crate::follow::{Ending, Follow, OnInterrupt};
@@ -221,12 +223,13 @@ impl Prepared {
     }
 
     fn make(args: &Create, disks: &[DomainDisk]) -> Result<Self> {
-        let format = args.format.map(Format::word);
+        let format = args.format.map(model::Format::from);
+        let compress = args.compress.map(Compression::from);
         let copied = disks.iter().filter(|disk| disk.left_out.is_empty());
         let mut files: Vec<(String, PathBuf)> = Vec::new();
         if let Some(dir) = &args.to {
             for disk in copied.clone() {
-                let file = file_name(&disk.name, format.unwrap_or("qcow2"))?;
+                let file = file_name(&disk.name, format.unwrap_or(model::Format::Qcow2))?;
                 files.push((disk.name.clone(), absolute(&dir.join(file))?));
             }
             if files.is_empty() {
@@ -239,32 +242,35 @@ impl Prepared {
         for disk in &args.disk {
             files.push((disk.disk.clone(), absolute(&disk.file)?));
         }
-        let mut request = Request {
-            store: args.store.clone(),
-            format,
-            compress: args.compress.map(Compress::word),
-            disks: Vec::new(),
+        let disk = |name: &str, target| DiskDefinition {
+            // Only qcow2 supports compression.
+            format: format.or(compress.map(|_| model::Format::Qcow2)),
+            compress,
+            target,
+            ..DiskDefinition::new(name)
         };
-        for (index, (name, path)) in files.iter().enumerate() {
-            request.disks.push(Disk {
-                name: name.clone(),
-                target: match args.own_files {
-                    true => Target::Fd(index),
-                    false => target(path)?,
-                },
-            });
+        let mut listed = Vec::new();
+        for (index, (name, path)) in (0..).zip(&files) {
+            let target = match args.own_files {
+                true => Target::Fd(index),
+                false => target(path)?,
+            };
+            listed.push(disk(name, Some(target)));
         }
         if files.is_empty() {
-            request.disks = copied
-                .map(|disk| Disk {
-                    name: disk.name.clone(),
-                    target: Target::Store,
-                })
-                .collect();
+            listed = copied.map(|copied| disk(&copied.name, None)).collect();
         }
+        let definition = Definition {
+            store: args.store.clone().map(|name| StoreRef {
+                name,
+                at: Position::default(),
+            }),
+            disks: (!listed.is_empty()).then_some(listed),
+            ..Definition::default()
+        };
         Ok(Self {
             checkpoint: None,
-            document: request.document()?,
+            document: document::backup(&definition)?,
             files,
         })
     }
@@ -278,13 +284,13 @@ impl Prepared {
 }
 
 /// The file name for a disk. QEMU chooses the disk's name, so the file name must not lead out of the directory.
-pub fn file_name(disk: &str, format: &str) -> Result<String> {
+pub fn file_name(disk: &str, format: model::Format) -> Result<String> {
     if disk.is_empty() || disk.starts_with('.') || disk.contains(['/', '\0']) {
         return Err(Error::Usage(format!(
             "the name of disk \"{disk}\" cannot be a file name: use --disk to choose one"
         )));
     }
-    Ok(format!("{disk}.{format}"))
+    Ok(format!("{disk}.{}", format.as_str()))
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
@@ -293,19 +299,19 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 
 /// The document contains the path as text, and the service opens it.
 fn target(path: &Path) -> Result<Target> {
-    let Some(text) = path.to_str() else {
+    if path.to_str().is_none() {
         return Err(Error::Usage(format!(
             "{} is not valid UTF-8: use --own-files",
             path.display()
         )));
-    };
+    }
     // A path that the client cannot examine counts as a file. The service examines it itself.
     let block = path
         .metadata()
         .is_ok_and(|metadata| metadata.file_type().is_block_device());
     Ok(match block {
-        true => Target::Block(text.to_owned()),
-        false => Target::File(text.to_owned()),
+        true => Target::Block(path.to_owned()),
+        false => Target::File(path.to_owned()),
     })
 }
 
@@ -313,6 +319,7 @@ fn target(path: &Path) -> Result<Target> {
 mod tests {
     use super::*;
     use crate::args::{Cli, Command};
+    use backupd::definition;
 
     fn create(options: &str) -> Create {
         let line = format!("backupctl create web {options}");
@@ -337,57 +344,61 @@ mod tests {
         }
     }
 
-    fn document(options: &str) -> String {
+    fn made(options: &str) -> Definition {
         let disks = [
             disk("vda", "n0", true, ""),
             disk("vdb", "n1", false, "read-only"),
             disk("cd", "", true, "no-medium"),
             disk("vdc", "", true, "vhost-user-blk-pci"),
         ];
-        Prepared::make(&create(options), &disks).unwrap().document
+        let document = Prepared::make(&create(options), &disks).unwrap().document;
+        definition::parse(&document).unwrap()
+    }
+
+    /// The selected disks with their formats and targets.
+    fn disks(definition: Definition) -> Vec<(String, Option<model::Format>, Option<Target>)> {
+        let disks = definition.disks.into_iter().flatten();
+        disks.map(|disk| (disk.name, disk.format, disk.target)).collect()
     }
 
     #[test]
     fn a_directory_gets_each_writable_disk_with_a_medium() {
-        let text = document("--to /backup --format raw");
-        assert!(
-            text.contains(
-                "<disk name='vda' type='file'><driver type='raw'/><target file='/backup/vda.raw'/>"
-            )
-        );
-        assert_eq!(text.matches("<disk ").count(), 1);
+        let target = Target::File("/backup/vda.raw".into());
+        let expected = ("vda".to_owned(), Some(model::Format::Raw), Some(target));
+        assert_eq!(disks(made("--to /backup --format raw")), [expected]);
     }
 
     #[test]
     fn a_relative_path_is_made_absolute() {
-        let text = document("--disk vdb=x.qcow2");
-        let here = std::env::current_dir().unwrap();
-        assert!(
-            text.contains(&format!("file='{}/x.qcow2'", here.display())),
-            "{text}"
-        );
-        assert!(!text.contains("vda"));
+        let target = Target::File(std::env::current_dir().unwrap().join("x.qcow2"));
+        let expected = ("vdb".to_owned(), None, Some(target));
+        assert_eq!(disks(made("--disk vdb=x.qcow2")), [expected]);
     }
 
     #[test]
     fn a_format_alone_names_the_disks_and_leaves_the_files_to_the_store() {
-        assert!(document("--store s --format raw").contains("<disk name='vda'><driver type='raw'/></disk>"));
+        let definition = made("--store s --format raw");
+        assert_eq!(definition.store.as_ref().unwrap().name, "s");
+        let expected = ("vda".to_owned(), Some(model::Format::Raw), None);
+        assert_eq!(disks(definition), [expected]);
+    }
+
+    #[test]
+    fn compression_names_the_format_that_can_be_compressed() {
+        let definition = made("--compress zstd");
+        let disk = &definition.disks.as_ref().unwrap()[0];
+        assert_eq!(disk.compress, Some(Compression::Zstd));
+        assert_eq!(disk.format, Some(model::Format::Qcow2));
     }
 
     #[test]
     fn own_files_are_passed_by_index_in_order() {
-        let request = Prepared::make(&create("--own-files --disk a=/x/a --disk b=/x/b"), &[]).unwrap();
-        assert!(
-            request
-                .document
-                .contains("<disk name='a' type='fd'><target fd='0'/>")
-        );
-        assert!(
-            request
-                .document
-                .contains("<disk name='b' type='fd'><target fd='1'/>")
-        );
-        assert_eq!(request.files[1].1, Path::new("/x/b"));
+        let prepared = Prepared::make(&create("--own-files --disk a=/x/a --disk b=/x/b"), &[]).unwrap();
+        let definition = definition::parse(&prepared.document).unwrap();
+        let expected =
+            [("a", 0), ("b", 1)].map(|(name, index)| (name.to_owned(), None, Some(Target::Fd(index))));
+        assert_eq!(disks(definition), expected);
+        assert_eq!(prepared.files[1].1, Path::new("/x/b"));
     }
 
     #[test]

@@ -205,7 +205,7 @@ fn path(args: &Restore, disk: &str) -> Result<PathBuf> {
         (_, Some(given)) => Ok(given.file.clone()),
         (Some(directory), None) => {
             let format = args.format.unwrap_or(args::Format::Qcow2);
-            Ok(directory.join(file_name(disk, format.word())?))
+            Ok(directory.join(file_name(disk, format.into())?))
         }
         (None, None) => Err(Error::Usage(format!(
             "disk \"{disk}\" has no target: use --to or --disk"
@@ -216,8 +216,7 @@ fn path(args: &Restore, disk: &str) -> Result<PathBuf> {
 /// The format of the disk on this target.
 pub fn format(args: &Restore, target: &RestoreTarget) -> Format {
     match args.format {
-        Some(args::Format::Raw) => Format::Raw,
-        Some(args::Format::Qcow2) => Format::Qcow2,
+        Some(format) => format.into(),
         None if target.is_device() => Format::Raw,
         None => Format::Qcow2,
     }

@@ -34,6 +34,16 @@ pub fn descriptors(pid: u32) -> usize {
     entries(pid, "fd").len()
 }
 
+/// Returns the number of threads of a process with this name.
+#[track_caller]
+pub fn threads_named(pid: u32, name: &str) -> usize {
+    let threads = entries(pid, "task").into_iter();
+    // A thread that ends during the scan is not counted.
+    let names =
+        threads.filter_map(|thread| fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm")).ok());
+    names.filter(|found| found.trim_end() == name).count()
+}
+
 /// The activity of a process up to now.
 #[derive(Debug, Clone)]
 pub struct Activity {

@@ -60,8 +60,7 @@ pub fn print(samples: &[Sample]) {
         "\n| backups | memory of the service | its descriptors | its threads | its match rules | the catalog | memory of QEMU | its descriptors |\n\
          | --- | --- | --- | --- | --- | --- | --- | --- |"
     );
-    let every = (samples.len() / 10).max(1);
-    for sample in samples.iter().skip(every - 1).step_by(every) {
+    for sample in samples {
         let (service, qemu) = (&sample.service, &sample.qemu);
         println!(
             "| {} | {} KiB | {} | {} | {} | {} KiB | {} KiB | {} |",

@@ -99,7 +99,9 @@ fn image(scene: &Scene, name: &str, format: &str) -> PathBuf {
 /// Waits until a program has locked the file that it opens.
 fn wait_for_lock(path: &Path) {
     wait::until("an image to be locked", || {
-        is_in_use(&Look::Own, &open(path)).unwrap().then_some(())
+        is_in_use(&mut Look::Own.session(), &open(path))
+            .unwrap()
+            .then_some(())
     });
 }
 

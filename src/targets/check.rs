@@ -3,6 +3,7 @@
 use rustix::io::Errno;
 
 use super::lock::{NotKnown, user_of_image};
+use super::look::Session;
 use super::{Around, Error, ImageLock, Media, Publication, Target, inside, is_in_use};
 use crate::model::Format;
 use crate::plan::{DiskPlan, Place, Task};
@@ -57,23 +58,24 @@ pub fn unused(targets: &mut [Target], around: &Around) -> Result<(), Error> {
     if there.is_empty() {
         return Ok(());
     }
+    let mut session = around.look.session();
     for target in &there {
-        let in_use = is_in_use(&around.look, &target.file).map_err(|error| not_known(target, error))?;
+        let in_use = is_in_use(&mut session, &target.file).map_err(|error| not_known(target, error))?;
         if in_use {
-            return Err(locked(target, around));
+            return Err(locked(target, around, &mut session));
         }
     }
     for target in &mut there {
         let lock = ImageLock::take(&target.file).map_err(|error| not_locked(target, &error))?;
-        target.lock = Some(lock.ok_or_else(|| locked(target, around))?);
+        target.lock = Some(lock.ok_or_else(|| locked(target, around, &mut session))?);
     }
     Ok(())
 }
 
 /// Only root gets the process, because only root can end it.
-fn locked(target: &Target, around: &Around) -> Error {
+fn locked(target: &Target, around: &Around, session: &mut Session<'_>) -> Error {
     let process = match around.for_root {
-        true => user_of_image(&around.look, &target.file).ok().flatten(),
+        true => user_of_image(session, &target.file).ok().flatten(),
         false => None,
     };
     Error::Locked {

@@ -17,7 +17,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::Opener;
 use super::identity::{paths_of, sharing};
-use super::look::{self, Look};
+use super::look::{self, Session};
 use crate::files::FileId;
 
 /// The first byte of the used permissions, and the number of bytes to the last of the unshared ones.
@@ -82,7 +82,7 @@ impl From<NotKnown> for io::Error {
 /// A lock does not conflict with its own descriptor. A descriptor that a caller passed can be the locked one, so the
 /// check also opens the file again. On devices, each node has its own locks, so the check also inspects processes.
 /// For a file, the number of other processes' descriptors does not matter.
-pub fn is_in_use(look: &Look, file: &OwnedFd) -> Result<bool, NotKnown> {
+pub fn is_in_use(session: &mut Session<'_>, file: &OwnedFd) -> Result<bool, NotKnown> {
     if is_locked(file)? {
         return Ok(true);
     }
@@ -105,13 +105,13 @@ pub fn is_in_use(look: &Look, file: &OwnedFd) -> Result<bool, NotKnown> {
             unseen.push(other);
         }
     }
-    Ok(!unseen.is_empty() && look.session().locker(&unseen)?.is_some())
+    Ok(!unseen.is_empty() && session.locker(&unseen)?.is_some())
 }
 
 /// Returns a process that has it open in that way, if the service finds one. Blocks.
-pub fn user_of_image(look: &Look, file: &OwnedFd) -> Result<Option<Opener>, NotKnown> {
+pub fn user_of_image(session: &mut Session<'_>, file: &OwnedFd) -> Result<Option<Opener>, NotKnown> {
     let id = FileId::of(&rustix::fs::fstat(file).map_err(io::Error::from)?);
-    Ok(look.session().locker(&sharing(id))?)
+    Ok(session.locker(&sharing(id))?)
 }
 
 fn open_again(file: &OwnedFd) -> io::Result<OwnedFd> {
@@ -169,6 +169,7 @@ pub fn has_image_lock(fdinfo: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::look::Look;
     use super::*;
 
     fn open(path: &std::path::Path) -> Arc<OwnedFd> {
@@ -182,10 +183,10 @@ mod tests {
         let (one, other) = (open(file.path()), open(file.path()));
         let lock = ImageLock::take(&one).unwrap().expect("the file is not locked");
         assert!(ImageLock::take(&other).unwrap().is_none());
-        assert!(is_in_use(&Look::Own, &other).unwrap());
+        assert!(is_in_use(&mut Look::Own.session(), &other).unwrap());
         lock.release();
         assert!(
-            !is_in_use(&Look::Own, &other).unwrap(),
+            !is_in_use(&mut Look::Own.session(), &other).unwrap(),
             "a refused attempt leaves no lock"
         );
         drop(ImageLock::take(&other).unwrap().expect("it was released"));
@@ -201,9 +202,9 @@ mod tests {
             !is_locked(&passed).unwrap(),
             "a descriptor does not see its own lock"
         );
-        assert!(is_in_use(&Look::Own, &passed).unwrap());
+        assert!(is_in_use(&mut Look::Own.session(), &passed).unwrap());
         drop(lock);
-        assert!(!is_in_use(&Look::Own, &passed).unwrap());
+        assert!(!is_in_use(&mut Look::Own.session(), &passed).unwrap());
     }
 
     #[test]

@@ -52,6 +52,11 @@ impl Helper {
         self.0.log()
     }
 
+    /// Returns how many connections it has accepted.
+    pub fn connections(&self) -> usize {
+        self.log().matches("Spawned ").count()
+    }
+
     pub fn kill(&mut self) {
         self.0.kill();
     }

@@ -303,16 +303,18 @@ fn open_old(path: &Path) -> Result<OwnedFd, Error> {
 fn check_unused(path: &Path, file: BorrowedFd<'_>) -> Result<(), Error> {
     let failed = Error::io("check whether a VM uses", path);
     let file = file.try_clone_to_owned();
-    let used = file.and_then(|file| match targets::is_in_use(&Look::Own, &file)? {
-        true => Ok(Some(Error::UsedByQemu {
-            path: path.to_owned(),
-        })),
-        // QEMU holds no locks with `locking=off`, and around a migration.
-        false => Ok(targets::opener(&file)?.map(|opener| Error::Open {
-            path: path.to_owned(),
-            opener,
-        })),
-    });
+    let used = file.and_then(
+        |file| match targets::is_in_use(&mut Look::Own.session(), &file)? {
+            true => Ok(Some(Error::UsedByQemu {
+                path: path.to_owned(),
+            })),
+            // QEMU holds no locks with `locking=off`, and around a migration.
+            false => Ok(targets::opener(&file)?.map(|opener| Error::Open {
+                path: path.to_owned(),
+                opener,
+            })),
+        },
+    );
     used.map_err(failed)?.map_or(Ok(()), Err)
 }
 

@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 
 use crate::common::caller::{Caller, as_user, assert_completed};
 use crate::common::disk::Disk;
+use crate::common::hanging::{Hanging, Limits, Operation};
 use crate::common::helper::{self, Helper};
-use crate::common::process;
+use crate::common::process::{self, Process};
 use crate::common::proxies::{Options, error_name};
 use crate::common::storage::{self, LoopDevice};
 use crate::common::vm::Vm;
-use crate::common::{System, test_directory};
+use crate::common::{System, test_directory, wait};
 use backupd::targets::Look;
 use zbus::wire::Variant;
 
@@ -295,4 +296,75 @@ async fn the_helper_serves_only_root_and_its_own_version() {
         "{}",
         helper.log()
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_helper_answers_for_all_targets_of_a_backup() {
+    let scene = Scene::new().await;
+    let helper = Helper::start(scene.system.dir());
+    let disks = ["vda", "vdb"].map(|name| Disk::new(name, SIZE).fill(0, MIB, 0x11));
+    let [first, second] = disks;
+    let _two = scene
+        .system
+        .configured(scene.system.vm("two").disk(first).disk(second));
+    let devices = ["a.img", "b.img", "c.img"];
+    let devices = devices.map(|name| LoopDevice::attach(&scene.system.dir().join(name), SIZE));
+    let disk = |name: &str, device: &LoopDevice| {
+        let device = device.device().display();
+        format!("<disk name='{name}' type='block'><driver type='raw'/><target dev='{device}'/></disk>")
+    };
+    let connections = async |disks: String| {
+        let before = helper.connections();
+        let document = format!("<domainbackup><disks>{disks}</disks></domainbackup>");
+        let job = scene
+            .caller
+            .start_with("two", &document, &[], Options::new())
+            .await;
+        assert_completed(&job).await;
+        helper.connections() - before
+    };
+    let [a, b, c] = &devices;
+    let of_one = connections(disk("vda", a) + "<disk name='vdb' backup='no'/>").await;
+    assert_eq!(connections(disk("vda", b) + &disk("vdb", c)).await, of_one);
+    assert!(of_one > 0);
+}
+
+#[test]
+fn an_image_that_a_user_has_open_is_not_read_for_the_estimate() {
+    let dir = test_directory();
+    let storage = Hanging::mount(&dir.path().join("fuse"), Limits::default());
+    let path = storage.path().join("image");
+    fs::write(&path, vec![1; 16 << 20]).unwrap();
+    let has_open = |uid: u32| {
+        let mut command = process::bound("sh");
+        command
+            .args([
+                "-c",
+                "exec setpriv --reuid=$0 --clear-groups sleep infinity 9< \"$1\"",
+            ])
+            .arg(uid.to_string())
+            .arg(&path);
+        Process::start(&format!("sleep-{uid}"), dir.path(), command)
+    };
+    let (anna, root) = (has_open(ANNA), has_open(0));
+    for holder in [&anna, &root] {
+        wait::until("the program to start", || {
+            let name = fs::read_to_string(format!("/proc/{}/comm", holder.pid())).unwrap();
+            (name == "sleep\n").then_some(())
+        });
+    }
+    let data = {
+        let path = path.clone();
+        move |process| Look::Own.session().data_at_least(process, &path).unwrap()
+    };
+    assert!(data(root.pid()) > 0);
+    // A server that never answers would hang the reader for ever.
+    storage.hang(Operation::Any);
+    let (sender, found) = std::sync::mpsc::channel();
+    let process = anna.pid();
+    std::thread::spawn(move || sender.send(data(process)));
+    let found = found.recv_timeout(wait::DEADLINE);
+    assert!(!storage.is_hanging());
+    assert_eq!(found, Ok(0));
+    storage.heal();
 }

@@ -16,14 +16,28 @@ const PAGE: u64 = 4096;
 const MAX_EXTENTS: usize = 1 << 16;
 
 /// Returns the least bytes that are data and not zeroes in the file that a process has open under that name. Returns
-/// 0 if the process has no such file open, or it is not a regular file. The function calls `at_work` again and again,
-/// and stops at its error.
+/// 0 if the process is not root's, has no such file open, or it is not a regular file. The function calls `at_work`
+/// again and again, and stops at its error.
+///
+/// Only root's processes count, because other users' processes can have a file open on a file system of theirs (FUSE).
+/// If its server never answers, a read never ends: not even SIGKILL ends the reader.
 pub fn data_at_least(
     process: u32,
     file: &Path,
     at_work: impl FnMut() -> Result<(), Error>,
 ) -> Result<u64, Error> {
+    if !is_roots(process) {
+        return Ok(0);
+    }
     open_source(process, file).map_or(Ok(0), |file| data_of(&file, at_work))
+}
+
+/// Whether all user ids of a process are root's. The owner of its directory in `/proc` does not show that: it is root
+/// for each process that is not dumpable (proc(5)).
+fn is_roots(process: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    users.is_some_and(|users| users.split_ascii_whitespace().all(|user| user == "0"))
 }
 
 /// Opens the file that QEMU has open under that name, even if the name leads to another file now.

@@ -162,7 +162,7 @@ async fn a_failed_backup_keeps_its_share_until_qemu_has_ended_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_failed_before_it_copied_gives_its_share_back_at_once() {
     let store = test_directory();
-    let system = limited(&store, "4M", "[deadlines]\nstall-seconds = 600");
+    let mut system = limited(&store, "4M", "[deadlines]\nstall-seconds = 600");
     let (a, _to_a) = machine(&system, "a", &["vda"]);
     let (_b, to_b) = machine(&system, "b", &["vda"]);
     let caller = Caller::new(&system).await;
@@ -175,7 +175,15 @@ async fn a_backup_that_failed_before_it_copied_gives_its_share_back_at_once() {
     // The service cannot remove anything from this QEMU any more.
     opening.cut_for_good();
     reaches(&a, 4 * MIB).await;
-    cancel(&first).await;
+    // The next instance knows it too.
+    let (c, _to_c) = machine(&system, "c", &["vda"]);
+    system.start_daemon();
+    let third = full(&Caller::new(&system).await, "c").await;
+    reaches(&c, 2 * MIB).await;
+    reaches(&a, 2 * MIB).await;
+    for job in [first, third] {
+        cancel(&job).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

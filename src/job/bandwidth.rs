@@ -124,6 +124,16 @@ impl Part {
         }
     }
 
+    /// Returns false if QEMU was never sent a speed, or has refused to copy.
+    pub fn may_be_in_use(&self) -> bool {
+        let Some(pool) = &self.pool else { return true };
+        let members = pool.lock();
+        members
+            .by_number
+            .get(&self.number)
+            .is_some_and(|member| member.in_qemu != 0)
+    }
+
     /// Ends the backup's share, because its job has failed or was cancelled. Returns the part that QEMU may still use.
     /// `None` if QEMU was never sent a speed, or has refused it.
     pub fn end(self) -> Option<Self> {
@@ -282,13 +292,16 @@ mod tests {
         let waiting = pool.clone().add(&Arc::new(Speed::new(0)), 0);
         settle(&[&first]);
         assert_eq!((share(&first), share(&waiting)), (50, 50));
+        assert!(!waiting.may_be_in_use());
         assert!(waiting.end().is_none());
         assert_eq!(share(&first), 100);
         // The same if QEMU refused the transaction.
         let refused = pool.clone().add(&Arc::new(Speed::new(0)), 0);
         settle(&[&first]);
         assert_eq!(refused.claim(), 50);
+        assert!(refused.may_be_in_use());
         refused.confirm(0);
+        assert!(!refused.may_be_in_use());
         assert!(refused.end().is_none());
         assert_eq!(share(&first), 100);
     }

@@ -68,9 +68,9 @@ impl Jobs {
     ) -> Result<(), Error> {
         if record.has_ended() {
             let recorded = journal::read_state(&record);
-            let is_of_boot = recorded
+            let could_copy = recorded
                 .as_ref()
-                .is_ok_and(|(boot, _)| *boot == self.context.boot);
+                .is_ok_and(|(boot, state)| *boot == self.context.boot && state.may_copy());
             let of_state = recorded.map(|(_, state)| state.residue());
             let residue = Residue {
                 in_qemu: record.left_in_qemu,
@@ -79,7 +79,7 @@ impl Jobs {
             };
             let job = Arc::new(self.ended(&record)?);
             // QEMU may still copy with the speed that it had.
-            let may_copy = residue.in_qemu && is_of_boot && job.plan.task == Task::Backup;
+            let may_copy = residue.in_qemu && could_copy && job.plan.task == Task::Backup;
             let part = may_copy.then(|| self.context.bandwidth.resume(&job));
             let part = part.and_then(Part::end).map(|part| self.give_back_later(part));
             self.clean_up(Uncleaned {

@@ -208,11 +208,13 @@ impl<'a> Driver<'a> {
     /// Returns the outcome of the job with the present state of its disks.
     pub(in crate::job) fn verdict(&self, stopped: Stopped) -> Verdict {
         let stalled = matches!(&stopped, Stopped::Failed(error) if error.hangs());
+        let may_copy = self.part.as_ref().is_none_or(Part::may_be_in_use);
         let outcome = outcome(self.job, Err(stopped));
         Verdict {
             outcome,
             disks: self.job.status().disks,
             stalled,
+            may_copy,
         }
     }
 

@@ -97,6 +97,13 @@ pub struct Verdict {
     pub disks: Vec<DiskStatus>,
     /// QEMU or the storage makes no progress. Asking QEMU to close the targets could freeze the guest.
     pub stalled: bool,
+    /// QEMU may still copy: it may have begun, and not all block jobs have succeeded. Older records do not have this.
+    #[serde(default = "unknown")]
+    pub may_copy: bool,
+}
+
+fn unknown() -> bool {
+    true
 }
 
 /// A backup whose outcome is recorded.
@@ -322,6 +329,7 @@ pub fn next(state: State, fact: Fact) -> (State, Option<Action>) {
                 outcome: Outcome::Failed(Error::Interrupted.into()),
                 disks: Vec::new(),
                 stalled: false,
+                may_copy: true,
             };
             undo(state, verdict)
         }
@@ -344,6 +352,7 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
             outcome: Outcome::Failed(error),
             disks: disks.clone(),
             stalled: false,
+            may_copy: true,
         };
         undo(state, verdict)
     };
@@ -360,6 +369,7 @@ fn resume(state: State, evidence: Evidence) -> (State, Action) {
                 outcome: Outcome::Cancelled,
                 disks: disks.clone(),
                 stalled: false,
+                may_copy: true,
             };
             return undo(state, verdict);
         }
@@ -412,8 +422,10 @@ fn withdrawn(verdict: Verdict) -> State {
 }
 
 /// Undoes a backup: first in QEMU, which writes to the targets, then the targets.
-fn undo(state: State, verdict: Verdict) -> (State, Action) {
+fn undo(state: State, mut verdict: Verdict) -> (State, Action) {
     use Action::{Announce, Discard, Release};
+    // Nothing copies before the transaction, or after all block jobs have succeeded.
+    verdict.may_copy &= matches!(state, State::Starting { .. } | State::Running(_));
     let undo = |files, holds_poweroff| Undo {
         verdict: verdict.clone(),
         files,
@@ -531,7 +543,12 @@ impl State {
 
     /// Returns whether QEMU may be copying.
     pub fn may_copy(&self) -> bool {
-        matches!(self, Self::Starting { .. } | Self::Running(_) | Self::Undoing(_))
+        match self {
+            Self::Starting { .. } | Self::Running(_) => true,
+            Self::Undoing(Undo { verdict, .. }) => verdict.may_copy,
+            Self::Ended(ended) => ended.undone.as_ref().is_some_and(|verdict| verdict.may_copy),
+            _ => false,
+        }
     }
 
     /// Returns whether the backup failed or was cancelled, and QEMU may have paused the guest because of it.

@@ -252,6 +252,7 @@ fn failed(why: &str) -> Verdict {
         outcome: Outcome::Failed(Error::new(Kind::Internal, why)),
         disks: Vec::new(),
         stalled: false,
+        may_copy: true,
     }
 }
 
@@ -260,6 +261,7 @@ fn cancelled() -> Verdict {
         outcome: Outcome::Cancelled,
         disks: Vec::new(),
         stalled: false,
+        may_copy: true,
     }
 }
 
@@ -346,11 +348,47 @@ fn an_undisturbed_backup_completes_in_the_fixed_order() {
 }
 
 #[test]
+fn only_a_backup_that_fails_while_qemu_may_copy_counts_as_copying() {
+    let mut done = World::new();
+    walk(&mut done, prepared(), |_| None);
+    for (_, record) in done.records {
+        let may_copy = ["starting", "running"].contains(&record.name());
+        assert_eq!(record.may_copy(), may_copy, "{}", record.name());
+        if matches!(record, State::Ended(_)) {
+            continue;
+        }
+        let (mut state, _) = next(record.clone(), Fact::Stopped(failed("it failed")));
+        if matches!(state, State::Undoing(_)) {
+            assert_eq!(state.may_copy(), may_copy, "undoing {}", record.name());
+            (state, _) = next(state, Fact::Released { in_qemu: true });
+        }
+        if matches!(state, State::Discarding { .. }) {
+            (state, _) = next(state, Fact::Discarded { on_disk: false });
+        }
+        assert!(matches!(state, State::Ended(_)));
+        assert_eq!(state.may_copy(), may_copy, "ended after {}", record.name());
+    }
+    let refused = Verdict {
+        may_copy: false,
+        ..failed("QEMU refused the transaction")
+    };
+    let starting = State::Starting {
+        files: Vec::new(),
+        not_before: Timestamp::UNIX_EPOCH,
+        holds_poweroff: false,
+        freezes: false,
+    };
+    let (state, _) = next(starting, Fact::Stopped(refused));
+    assert!(!state.may_copy());
+}
+
+#[test]
 fn a_queued_backup_ends_without_anything_to_undo() {
     let verdict = Verdict {
         outcome: Outcome::Cancelled,
         disks: Vec::new(),
         stalled: false,
+        may_copy: false,
     };
     let (state, action) = next(State::Queued, Fact::Stopped(verdict.clone()));
     assert_eq!(

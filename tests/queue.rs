@@ -4,14 +4,16 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use crate::common::caller::{Caller, assert_completed, cancel};
+use crate::common::caller::{Caller, assert_completed, assert_failed, cancel};
 use crate::common::clients::{OTHER_USER as OTHER, ROOT, USER};
 use crate::common::disk::{Disk, Kind};
+use crate::common::hanging::{Hanging, Limits, Operation};
 use crate::common::proxies::{JobProxy, Options, assert_limit, error_name, slowly};
 use crate::common::proxy::Proxy;
 use crate::common::storage::LoopDevice;
 use crate::common::vm::Vm;
 use crate::common::{Setup, System, polkit, wait};
+use rustix::process::Signal;
 use serde_json::json;
 use tokio::task::JoinHandle;
 use zbus::wire::OwnedObjectPath;
@@ -378,6 +380,64 @@ async fn queued_backups_survive_a_restart_except_those_into_open_files() {
     let path = running.inner().path().to_owned();
     root.job(path.into()).await.cancel().await.unwrap();
     assert_completed(&job).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_whose_call_fails_because_the_service_stops_is_not_queued() {
+    let mut system = setup(1).without_daemon().start();
+    let state = Hanging::mount(&system.dir().join("state"), Limits::default());
+    system.start_daemon();
+    let _machines = ["a", "b"].map(|name| machine(&system, name));
+    let root = Caller::new(&system).await;
+    let running = root.start_with("a", "", &[], slowly(MIB)).await;
+    let before = ids(&root).await;
+    state.hang(Operation::Fsync);
+    let manager = root.manager.clone();
+    let call = tokio::spawn(async move { manager.create_backup("b", "", Vec::new(), Options::new()).await });
+    wait::until("the record to be written", || state.is_hanging().then_some(()));
+    system.daemon().process().signal(Signal::TERM);
+    let refused = wait::within("the call", call).await.unwrap().unwrap_err();
+    assert!(refused.to_string().contains("stopping"), "{refused}");
+    state.heal();
+    system.wait_for_death();
+    system.start_daemon();
+    assert_eq!(ids(&root).await, before);
+    cancel(&running).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queued_backup_does_not_wait_for_storage_that_hangs_when_files_of_it_are_removed() {
+    let stall = "[deadlines]\nstall-seconds = 2";
+    let mut system = setup(1).table(stall).without_daemon().start();
+    let storage = Hanging::mount(&system.store(), Limits::default());
+    system.start_daemon();
+    let _machines = ["a", "b"].map(|name| machine(&system, name));
+    let root = Caller::new(&system).await;
+    let document =
+        "<domainbackup><disks><disk name='vda' type='file'><target file='@'/></disk></disks></domainbackup>"
+            .replace('@', &system.dir().join("a.qcow2").display().to_string());
+    let running = root.start_with("a", &document, &[], slowly(MIB)).await;
+    let queued = queue(&root, "b", "", Options::new()).await;
+    let number = queued.job.id().await.unwrap();
+    system.kill_daemon();
+    let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
+    let select = "SELECT backup_id FROM jobs WHERE id = ?1";
+    let id: String = catalog.query_row(select, [number], |row| row.get(0)).unwrap();
+    drop(catalog);
+    // As the catalog's old copy leaves them: the backup had begun.
+    let partial = system.store().join("b").join(format!(".{id}.partial"));
+    fs::create_dir_all(&partial).unwrap();
+    fs::write(partial.join("vda.qcow2"), "").unwrap();
+    storage.hang(Operation::Remove);
+    system.start_daemon();
+    assert_failed(
+        &queued.job,
+        "Stalled",
+        "the storage made no progress for 2 seconds",
+    )
+    .await;
+    storage.heal();
+    cancel(&running).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,7 +44,7 @@ pub async fn create_backup(
     let job = service.start(authorised).await?;
     let peer = call.peer().clone();
     service.watch_starter(&job, async move { peer.disconnected().await });
-    context.follower.add_job(job.clone(), call.peer()).await;
-    service.begun(&job).await?;
+    let announced = context.follower.add_job(job.clone(), call.peer());
+    service.begun(&job, announced).await?;
     call.reply(&(job.id, job_path(job.id)))
 }

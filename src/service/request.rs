@@ -229,18 +229,23 @@ impl Service {
         self.jobs.watch_starter(job, left);
     }
 
-    /// Waits until the backup has begun: later writes of the guest are in no image. Returns the error if the job fails
-    /// before. After [`BEGIN`] it returns and leaves the job as it is. It also returns if the job is queued and the
-    /// service stops, because the next instance continues the queue.
-    pub async fn begun(&self, job: &Job) -> Result<()> {
+    /// Waits until the start of the job is `announced` and the backup has begun: later writes of the guest are in no
+    /// image. Returns the error if the job fails before. After [`BEGIN`] it returns and leaves the job as it is. It also
+    /// returns if the job is queued and the service stops, because the next instance continues the queue.
+    pub async fn begun(&self, job: &Job, announced: impl Future<Output = ()>) -> Result<()> {
         let goes_on = async {
             self.jobs.queue_is_closed().await;
             if !job.is_queued() {
                 std::future::pending::<()>().await;
             }
         };
+        let begun = async {
+            announced.await;
+            job.begun(BEGIN).await
+        };
         tokio::select! {
-            begun = job.begun(BEGIN) => begun,
+            biased;
+            begun = begun => begun,
             () = goes_on => Ok(()),
         }
     }

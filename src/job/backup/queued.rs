@@ -6,13 +6,14 @@
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::driver::Driver;
 use super::journal::QueuedRequest;
 use super::state::{Evidence, Fact, Reached, State as Step};
 use super::{journal, resume};
-use crate::catalog::{JobRecord, Starter};
+use crate::catalog::{JobRecord, NewJob, Starter};
 use crate::domain::{Domain, Link};
 use crate::error;
 use crate::fault;
@@ -71,7 +72,8 @@ impl Jobs {
         let state = journal::queued_to_record(request, self.context.boot)?;
         let new = Self::new_job(domain, &plan, started, state)?;
         let room = self.queued.take(uid, new.plan.len() + new.state.text.len())?;
-        let record = self.take_in(new).await?;
+        let record = self.record_queued(new).await?;
+        // Nothing waits from here on, so the caller gets the job.
         let job = Job::new(&record, domain.clone(), plan, self.context.catalog.clone(), false);
         let job = Arc::new(job);
         self.insert(job.clone());
@@ -85,6 +87,29 @@ impl Jobs {
             begin,
         );
         Ok(job)
+    }
+
+    /// Records a queued backup. If the call ends before it has the record, because the service stops, the record is
+    /// removed: the caller gets an error, so the next instance must not make the backup.
+    async fn record_queued(self: &Arc<Self>, new: NewJob) -> Result<JobRecord, Error> {
+        let (sender, recorded) = oneshot::channel();
+        let jobs = self.clone();
+        self.tasks.spawn(async move {
+            let (take, taken) = oneshot::channel();
+            let record = jobs.take_in(new).await;
+            let id = record.as_ref().ok().map(|record| record.id);
+            // Without a receiver, this drops `take`.
+            drop(sender.send(record.map(|record| (record, take))));
+            if let (Some(id), Err(_)) = (id, taken.await) {
+                jobs.withdraw(id).await;
+            }
+        });
+        // The task always sends.
+        let (record, take) = recorded.await.map_err(|_| Error::Stopping)??;
+        match take.send(()) {
+            Ok(()) => Ok(record),
+            Err(()) => Err(Error::Stopping),
+        }
     }
 
     /// Starts the wait of a backup that is already recorded.

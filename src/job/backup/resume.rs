@@ -16,7 +16,7 @@ use crate::domain::Reach;
 use crate::error;
 use crate::job::bandwidth::Part;
 use crate::job::boot::BootId;
-use crate::job::context::{JobContext, blocking};
+use crate::job::context::{JobContext, blocking, watched};
 use crate::job::ending::{Ending, Residue};
 use crate::job::error::Stopped;
 use crate::job::qemu::QemuObjects;
@@ -200,7 +200,9 @@ pub(in crate::job) async fn find_published(
     {
         return Ok(targets);
     }
-    blocking(context, move || drop(targets)).await;
+    // Each file counts as progress.
+    let discard = move |progress: &Progress| targets.map(|targets| targets.discard(progress));
+    watched(context, "the storage", discard).await?;
     Ok(None)
 }
 

@@ -78,7 +78,7 @@ impl Jobs {
     }
 
     /// Removes the record of a job whose targets could not be created.
-    async fn withdraw(&self, id: u32) {
+    pub(in crate::job) async fn withdraw(&self, id: u32) {
         if let Err(error) = self.context.catalog.withdraw(id).await {
             tracing::warn!(job = id, %error, "cannot remove the record of a job that never began");
         }

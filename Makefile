@@ -19,7 +19,7 @@ POWER_CUTS = 20
 
 # How long each parser is fuzzed, and which.
 FUZZ_SECONDS = 600
-FUZZ_TARGETS = qmp document options manifest header configuration
+FUZZ_TARGETS = qmp document options manifest header configuration helper
 
 DENY_VERSION = 0.20.2
 

@@ -48,6 +48,11 @@ fn a_header_that_is_taken_names_no_other_file() {
 }
 
 #[test]
+fn a_frame_of_the_helper_that_is_read_is_written_and_read_as_the_same() {
+    replay("helper", properties::helper);
+}
+
+#[test]
 fn a_configuration_that_is_read_leads_nowhere_else() {
     replay("configuration", properties::configuration);
 }

@@ -36,6 +36,7 @@ pub use format::format;
 pub use identity::{Holder, Sources};
 pub use inside::directories_behind;
 pub use lock::{ImageLock, is_in_use};
+pub use look::protocol as look_protocol;
 pub use look::{Look, VARIABLE as LOOK_VARIABLE, serve as serve_look};
 pub use opener::{Opener, opener};
 pub use pinned::{Pinned, check_pinned, pin};

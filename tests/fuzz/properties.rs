@@ -3,6 +3,7 @@
 //!
 //! Shared by the fuzz targets and by the test that replays their corpora.
 
+use std::fmt::Debug;
 use std::path::Path;
 
 use backupd::bus::options;
@@ -12,6 +13,9 @@ use backupd::domain::Content;
 use backupd::model::{Format, Manifest, ManifestError};
 use backupd::qcow2;
 use backupd::qmp::{LineTooLong, Lines, Message};
+use backupd::targets::look_protocol::{self, Answer, Question, Received};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use zbus::DBusError;
 use zbus::wire::serialized::{Context, Data};
 use zbus::wire::{BE, LE};
@@ -85,6 +89,35 @@ fn message(line: &[u8]) {
         (Ok(again), Ok(value)) => assert_eq!(again.get(), value.get()),
         (Err(again), Err(refusal)) => assert_eq!(again, refusal),
         (again, answer) => panic!("{again:?} and {answer:?}"),
+    }
+}
+
+/// Frames between the service and its helper, in both directions.
+pub fn helper(data: &[u8]) {
+    frames::<Question>(data, look_protocol::MOST_QUESTION);
+    frames::<Answer>(data, look_protocol::MOST_ANSWER);
+}
+
+fn frames<T: Debug + Serialize + DeserializeOwned>(mut data: &[u8], most: usize) {
+    loop {
+        let before = data.len();
+        match look_protocol::receive::<T>(&mut data, most) {
+            Err(error) => return assert_bounded(&error),
+            Ok(Received::Working) => assert_eq!(before - data.len(), 8),
+            // The receiver ends the connection.
+            Ok(Received::OtherVersion) => return,
+            Ok(Received::Message(message)) => {
+                let mut written = Vec::new();
+                look_protocol::send(&mut written, &message, most)
+                    .expect("it was not longer when it was read");
+                let again = look_protocol::receive::<T>(written.as_slice(), most);
+                let Ok(Received::Message(again)) = again else {
+                    panic!("a message that is sent again is none: {again:?}");
+                };
+                let value = |message: &T| serde_json::to_value(message).expect("it is JSON");
+                assert_eq!(value(&again), value(&message));
+            }
+        }
     }
 }
 

@@ -7,7 +7,7 @@ mod client;
 mod content;
 mod helper;
 mod processes;
-mod protocol;
+pub mod protocol;
 
 pub use helper::serve;
 pub use processes::OpenFile;

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -771,16 +771,25 @@ async fn a_peer_that_never_stops_talking_lets_others_have_their_turn() {
         let mut stream = peer.into_stream().into_std().unwrap();
         stream.set_nonblocking(false).unwrap();
         let (goes_on, said) = (talking.clone(), line.repeat(4000));
+        let sent = Arc::new(AtomicUsize::new(0));
+        let counted = sent.clone();
         // On a thread of its own, so that it sends also while the only worker is busy.
         let talker = std::thread::spawn(move || {
-            while goes_on.load(Ordering::Relaxed) && stream.write_all(said.as_bytes()).is_ok() {}
-        });
-        let others = tokio::spawn(async {
-            for _ in 0..100 {
-                tokio::task::yield_now().await;
+            while goes_on.load(Ordering::Relaxed) && stream.write_all(said.as_bytes()).is_ok() {
+                counted.fetch_add(said.len(), Ordering::Relaxed);
             }
         });
-        within("the others", others).await.unwrap();
+        let turns = 10;
+        let others = tokio::spawn(async move {
+            let before = sent.load(Ordering::Relaxed);
+            for _ in 0..turns {
+                tokio::task::yield_now().await;
+            }
+            sent.load(Ordering::Relaxed) - before
+        });
+        // In bytes, because a busy host makes every turn slower. Without yielding, a turn of the driver takes some MiB.
+        let between = within("the others", others).await.unwrap();
+        assert!(between < turns << 20, "{between} bytes in {turns} turns");
         drop(client);
         assert_eq!(&*ended(driver).await, "it was shut down");
         talking.store(false, Ordering::Relaxed);

@@ -11,7 +11,7 @@ use super::{Backups, Error, StoreLocks};
 use crate::catalog::{Backup, BackupKey, Link};
 use crate::fault::{self, Point};
 use crate::offload::Progress;
-use crate::plan::{Destination, Plan};
+use crate::plan::{Destination, JobSpec};
 use crate::store::{self, BackupName, Removal, Replacement};
 
 /// Inspects a backup's directory, which may be missing. The arguments are the store, the backup's name and its images.
@@ -163,10 +163,11 @@ impl Backups {
         for job in self.catalog.under_way().await? {
             // A job whose record cannot be read could depend on any of these backups.
             let job = job?;
-            let plan: Plan = serde_json::from_str(&job.plan).map_err(|error| {
+            let spec = JobSpec::from_record(&job.plan).map_err(|error| {
                 tracing::error!(job = job.id, %error, "cannot read the plan of a job");
                 Error::Catalog
             })?;
+            let JobSpec::Backup(plan) = &spec else { continue };
             let is_there = |destination: &Destination| match destination {
                 Destination::Store { name, directory, .. } => {
                     *name == unwanted.store && directory.as_str() == unwanted.domain

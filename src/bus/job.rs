@@ -55,7 +55,7 @@ impl View {
             .and_then(|end| u64::try_from(end.as_microsecond()).ok());
         Self {
             domain: domain_path(job.domain.id),
-            increments: job.plan.disks.iter().map(increment).collect(),
+            increments: disks(job).map(increment).collect(),
             not_in_backup: not_in_backup(job),
             encrypted: encrypted(job),
             state: status.state_word(),
@@ -73,9 +73,14 @@ impl View {
     }
 }
 
+/// The disks that the job backs up; none for work on stored backups.
+fn disks(job: &Job) -> impl Iterator<Item = &DiskPlan> {
+    job.plan().into_iter().flat_map(|plan| &plan.disks)
+}
+
 /// The domain's devices that are not in the backup, on the bus: name and type.
 fn not_in_backup(job: &Job) -> Vec<(String, String)> {
-    let devices = job.plan.outside.iter();
+    let devices = job.plan().into_iter().flat_map(|plan| &plan.outside);
     devices
         .map(|device| (device.name.clone(), device.kind.clone()))
         .collect()
@@ -83,7 +88,7 @@ fn not_in_backup(job: &Job) -> Vec<(String, String)> {
 
 /// The disks that QEMU decrypts for the backup.
 fn encrypted(job: &Job) -> Vec<String> {
-    let disks = job.plan.disks.iter().filter(|disk| disk.encrypted);
+    let disks = disks(job).filter(|disk| disk.encrypted);
     disks.map(|disk| disk.name.clone()).collect()
 }
 
@@ -173,7 +178,7 @@ pub async fn properties(context: &Context, job: &Job) -> Properties {
     vec![
         ("Id", Variant::from(job.id)),
         ("Domain", Variant::from(view.domain)),
-        ("Mode", Variant::from(job.plan.mode())),
+        ("Mode", Variant::from(job.spec.mode())),
         ("Backup", Variant::from(job.backup().to_owned())),
         ("StartedByUID", Variant::from(job.started_by.uid)),
         ("StartTime", Variant::from(start_time)),

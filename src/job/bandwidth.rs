@@ -79,9 +79,9 @@ impl Bandwidth {
     }
 
     fn add(&self, job: &Arc<Job>, in_qemu: impl FnOnce(u64) -> u64) -> Part {
-        let pool = match &job.plan.destination {
-            Destination::Store { name, .. } => self.0.get(name).cloned(),
-            Destination::Caller => None,
+        let pool = match job.plan().map(|plan| &plan.destination) {
+            Some(Destination::Store { name, .. }) => self.0.get(name).cloned(),
+            Some(Destination::Caller) | None => None,
         };
         match pool {
             Some(pool) => {

@@ -13,12 +13,11 @@ use uuid::Uuid;
 
 use super::provisional::Provisional;
 use super::speed::Speed;
-use super::{DiskState, DiskStatus, Displaced, Error, Outcome, State, Status};
+use super::{DiskState, Displaced, Error, Outcome, State, Status};
 use crate::catalog::{Catalog, JobRecord, QUEUED, Starter};
 use crate::domain::{Domain, Identity};
 use crate::fault;
-use crate::plan::{Destination, Plan, Task};
-use crate::targets;
+use crate::plan::{Destination, JobSpec, Plan, RestorePlan};
 
 /// How long a client counts as an observer after it read the status.
 const ATTENTION: Duration = Duration::from_secs(5);
@@ -55,8 +54,8 @@ pub struct Job {
     /// The job ended before the service started, and comes from the history.
     pub(super) past: bool,
     pub start_time: Timestamp,
-    /// Made again when the job leaves the queue.
-    pub plan: Provisional<Plan>,
+    /// For a queued backup, the plan is made again when the job leaves the queue.
+    pub spec: Provisional<JobSpec>,
     pub(super) status: watch::Sender<Status>,
     pub(super) decision: Mutex<Decision>,
     pub(super) cancel: CancellationToken,
@@ -76,12 +75,12 @@ impl Job {
     pub(super) fn new(
         record: &JobRecord,
         domain: Arc<Domain>,
-        plan: Plan,
+        spec: JobSpec,
         catalog: Catalog,
         earlier: bool,
     ) -> Self {
         let cancelled = record.cancel_requested;
-        let mut status = first_status(&plan, &record.backup_id);
+        let mut status = Status::first(&spec, &record.backup_id);
         if record.step == QUEUED {
             status.state = State::Queued;
             status
@@ -115,7 +114,7 @@ impl Job {
             looks: watch::Sender::new(None),
             asked: watch::Sender::new(None),
             catalog,
-            plan: plan.into(),
+            spec: spec.into(),
         }
     }
 
@@ -127,6 +126,11 @@ impl Job {
         }
         let has_ended = self.status.borrow().outcome.is_some();
         self.started_by.is_same(user, has_ended)
+    }
+
+    /// Returns the plan of a backup.
+    pub fn plan(&self) -> Option<&Arc<Plan>> {
+        self.spec.plan()
     }
 
     /// Returns the last known status without waiting.
@@ -141,9 +145,9 @@ impl Job {
 
     /// The document with all defaults filled in. Only a backup has one.
     pub fn definition(&self) -> Result<String, Error> {
-        match self.plan.task.stored() {
-            None => Ok(self.plan.definition().to_xml()),
-            Some(_) => Err(Error::NoDefinition { id: self.id }),
+        match self.plan() {
+            Some(plan) => Ok(plan.definition().to_xml()),
+            None => Err(Error::NoDefinition { id: self.id }),
         }
     }
 
@@ -196,7 +200,7 @@ impl Job {
     /// Requests cancellation because of one disk. This cancels the whole backup, because a backup is complete or does
     /// not exist.
     pub async fn cancel_disk(&self, disk: &str) -> Result<(), Error> {
-        if !self.plan.disks.iter().any(|planned| planned.name == disk) {
+        if !self.spec.has_disk(disk) {
             return Err(Error::NoSuchDisk {
                 id: self.id,
                 disk: disk.to_owned(),
@@ -207,7 +211,7 @@ impl Job {
 
     /// Changes the speed limit of the running backup: bytes a second for all disks together; 0 removes the limit.
     pub async fn set_speed(&self, bytes_per_second: u64) -> Result<(), Error> {
-        if self.plan.task != Task::Backup {
+        if self.plan().is_none() {
             return Err(Error::NoSpeed { id: self.id });
         }
         if let Some(outcome) = &self.status.borrow().outcome {
@@ -226,10 +230,14 @@ impl Job {
     /// Returns the id of the backup that the job creates in a store or reads from one; empty if the targets are not in
     /// a store.
     pub fn backup(&self) -> &str {
-        match (self.plan.task.stored(), &self.plan.destination) {
-            (Some(stored), _) => &stored.id,
-            (None, Destination::Store { .. }) => &self.backup_id,
-            (None, Destination::Caller) => "",
+        match &*self.spec {
+            JobSpec::Backup(plan) => match plan.destination {
+                Destination::Store { .. } => &self.backup_id,
+                Destination::Caller => "",
+            },
+            JobSpec::Restore(RestorePlan { stored, .. })
+            | JobSpec::Verify(stored)
+            | JobSpec::Export(stored) => &stored.id,
         }
     }
 
@@ -337,10 +345,11 @@ impl Job {
     }
 
     /// Takes the job out of the queue, with a plan for the present domain and its disks.
-    pub(super) fn leave_queue(&self, domain: Arc<Domain>, plan: Plan) {
-        let disks = first_status(&plan, &self.backup_id).disks;
+    pub(super) fn leave_queue(&self, domain: Arc<Domain>, plan: Arc<Plan>) {
+        let spec = JobSpec::Backup(plan);
+        let disks = Status::first(&spec, &self.backup_id).disks;
         self.domain.finalise(domain);
-        self.plan.finalise(plan);
+        self.spec.finalise(spec);
         self.taken_up.finalise(Instant::now());
         self.update(|status| (status.state, status.disks) = (State::Preparing, disks));
     }
@@ -351,26 +360,5 @@ impl Job {
             uuid: self.domain_uuid,
             ..self.domain.identity()
         }
-    }
-}
-
-fn first_status(plan: &Plan, backup_id: &str) -> Status {
-    let disks = plan.disks.iter().map(|disk| DiskStatus {
-        name: disk.name.clone(),
-        state: DiskState::Preparing,
-        total: disk.virtual_size,
-        done: 0,
-        target: targets::label(plan, disk, backup_id),
-    });
-    Status {
-        state: State::Preparing,
-        begun: false,
-        disks: disks.collect(),
-        rate: 0,
-        expected_end: None,
-        frozen: Duration::ZERO,
-        quiesce_problem: None,
-        displaced: None,
-        outcome: None,
     }
 }

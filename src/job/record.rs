@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use super::Error;
 use crate::catalog::{self, DomainRecord, JobRecord};
 use crate::domain::{Identity, Origin};
-use crate::plan::Plan;
+use crate::plan::JobSpec;
 
 pub fn domain_record(identity: Identity) -> DomainRecord {
     DomainRecord {
@@ -36,13 +36,20 @@ pub fn identity(id: u32, domain: &DomainRecord) -> Result<Identity, Error> {
     })
 }
 
+/// Serialises what a job does for the catalog.
+pub fn spec_to_text(spec: &JobSpec) -> Result<String, Error> {
+    spec.to_record()
+        .map_err(|error| Error::Catalog(error.to_string()))
+}
+
 /// Serialises a value for the catalog.
 pub fn to_text<T: Serialize>(value: &T) -> Result<String, Error> {
     serde_json::to_string(value).map_err(|error| Error::Catalog(error.to_string()))
 }
 
-pub fn plan(record: &JobRecord) -> Result<Plan, Error> {
-    read(record.id, Some(&record.plan))
+/// Returns what a recorded job does.
+pub fn spec(record: &JobRecord) -> Result<JobSpec, Error> {
+    JobSpec::from_record(&record.plan).map_err(|error| unreadable(record.id, &error.to_string()))
 }
 
 /// Parses a part of a record.

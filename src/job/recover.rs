@@ -11,7 +11,7 @@ use super::table::{KEEP, KEEP_AT_MOST};
 use super::{Error, Job, Jobs, record};
 use crate::catalog::{JobRecord, QUEUED};
 use crate::clock;
-use crate::plan::Task;
+use crate::plan::JobSpec;
 
 /// The unfinished jobs of an earlier instance of the service.
 #[derive(Default)]
@@ -79,7 +79,7 @@ impl Jobs {
             };
             let job = Arc::new(self.ended(&record)?);
             // QEMU may still copy with the speed that it had.
-            let may_copy = residue.in_qemu && could_copy && job.plan.task == Task::Backup;
+            let may_copy = residue.in_qemu && could_copy && job.plan().is_some();
             let part = may_copy.then(|| self.context.bandwidth.resume(&job));
             let part = part.and_then(Part::end).map(|part| self.give_back_later(part));
             self.clean_up(Uncleaned {
@@ -95,13 +95,15 @@ impl Jobs {
             recovered.queued.extend(requeued);
             return Ok(());
         }
-        if record::plan(&record)?.task == Task::Backup {
-            recovered.jobs.push(self.resume(record)?);
-            return Ok(());
-        }
-        let identity = record::identity(record.id, &record.domain)?;
-        let job = self.end_lost(&record, identity).await?;
-        self.forget_later(job.id);
+        let job = match record::spec(&record)? {
+            JobSpec::Backup(plan) => self.resume(record, plan)?,
+            spec @ (JobSpec::Restore(_) | JobSpec::Verify(_) | JobSpec::Export(_)) => {
+                let identity = record::identity(record.id, &record.domain)?;
+                let job = self.end_lost(&record, spec, identity).await?;
+                self.forget_later(job.id);
+                job
+            }
+        };
         recovered.jobs.push(job);
         Ok(())
     }

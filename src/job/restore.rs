@@ -12,6 +12,7 @@ use super::follow::{follow, stopped};
 use super::progress::Meter;
 use super::{DiskState, Error, Job};
 use crate::image::{self, Chain, Control, Output, Progress};
+use crate::plan::JobSpec;
 use crate::targets::Targets;
 
 /// Restores all disks. Returns whether a partial target may remain.
@@ -38,10 +39,13 @@ async fn restore_all(
     cancel: &CancellationToken,
     stall: Duration,
 ) -> Result<(), Stopped> {
+    let JobSpec::Restore(restore) = &*job.spec else {
+        return Err(Error::Interrupted.into());
+    };
     let mut meter = Meter::new();
     // The storage daemon opens the targets again, and locks them itself.
     targets.unlock();
-    for (index, (target, planned)) in targets.iter().zip(&job.plan.disks).enumerate() {
+    for (index, (target, planned)) in targets.iter().zip(&restore.disks).enumerate() {
         let disk = chain.disks().iter().find(|disk| disk.disk == planned.name);
         let disk = disk.ok_or_else(|| Error::NoSuchDisk {
             id: job.id,

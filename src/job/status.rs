@@ -7,6 +7,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::plan::JobSpec;
+use crate::targets;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
@@ -122,6 +124,21 @@ pub struct Status {
 }
 
 impl Status {
+    /// Returns the status before the job begins.
+    pub(super) fn first(spec: &JobSpec, backup_id: &str) -> Self {
+        Self {
+            state: State::Preparing,
+            begun: false,
+            disks: first_disks(spec, backup_id),
+            rate: 0,
+            expected_end: None,
+            frozen: Duration::ZERO,
+            quiesce_problem: None,
+            displaced: None,
+            outcome: None,
+        }
+    }
+
     pub fn state_word(&self) -> &'static str {
         match (&self.outcome, self.state) {
             (Some(outcome), _) => outcome.as_str(),
@@ -156,5 +173,32 @@ impl Status {
             0 => 0.0,
             bytes => (self.bytes_done() as f64 / bytes as f64).min(1.0),
         }
+    }
+}
+
+/// Returns the status of each disk before the job begins. Jobs that read stored backups add theirs when they start.
+fn first_disks(spec: &JobSpec, backup_id: &str) -> Vec<DiskStatus> {
+    let preparing = |name: &str, total: u64, target: String| DiskStatus {
+        name: name.to_owned(),
+        state: DiskState::Preparing,
+        total,
+        done: 0,
+        target,
+    };
+    match spec {
+        JobSpec::Backup(plan) => {
+            let disks = plan.disks.iter();
+            let label = |disk| targets::label(plan, disk, backup_id);
+            disks
+                .map(|disk| preparing(&disk.name, disk.virtual_size, label(disk)))
+                .collect()
+        }
+        JobSpec::Restore(restore) => {
+            let disks = restore.disks.iter().enumerate();
+            disks
+                .map(|(index, disk)| preparing(&disk.name, disk.virtual_size, format!("fd:{index}")))
+                .collect()
+        }
+        JobSpec::Verify(_) | JobSpec::Export(_) => Vec::new(),
     }
 }

@@ -13,12 +13,12 @@ use super::ending::{Ending, Residue};
 use super::error::Stopped;
 use super::outcome::{outcome, show_ended};
 use super::table::Held;
-use super::{Error, Job, Jobs, Outcome, Served, State, export, record, restore, verify};
+use super::{Error, Job, Jobs, Outcome, Served, State, export, restore, verify};
 use crate::activity::Use;
 use crate::catalog::JobRecord;
 use crate::domain::{Domain, Identity};
 use crate::image::{Chain, Survey};
-use crate::plan::Plan;
+use crate::plan::JobSpec;
 use crate::quota::Share;
 use crate::targets::Targets;
 
@@ -62,13 +62,13 @@ impl Jobs {
         self: &Arc<Self>,
         turn: Turn,
         domain: Arc<Domain>,
-        (plan, record): (Plan, JobRecord),
+        (spec, record): (JobSpec, JobRecord),
         work: Work,
     ) -> Arc<Job> {
         let job = Arc::new(Job::new(
             &record,
             domain,
-            plan,
+            spec,
             self.context.catalog.clone(),
             false,
         ));
@@ -118,7 +118,7 @@ impl Jobs {
             judged => judged,
         };
         let outcome = outcome(job, judged);
-        tracing::info!(job = job.id, domain = job.domain.name, mode = job.plan.mode(), outcome = ?outcome, "job ended");
+        tracing::info!(job = job.id, domain = job.domain.name, mode = job.spec.mode(), outcome = ?outcome, "job ended");
         show_ended(job, &outcome);
         // A later instance could not find the targets, because their descriptors end with this process.
         if on_disk {
@@ -134,13 +134,17 @@ impl Jobs {
     }
 
     /// Ends a job that ended with an earlier instance of the service.
-    pub(super) async fn end_lost(&self, record: &JobRecord, identity: Identity) -> Result<Arc<Job>, Error> {
+    pub(super) async fn end_lost(
+        &self,
+        record: &JobRecord,
+        spec: JobSpec,
+        identity: Identity,
+    ) -> Result<Arc<Job>, Error> {
         let domain = self.context.domains.identified_or_absent(identity);
-        let plan = record::plan(record)?;
         let job = Arc::new(Job::of_record(
             record,
             domain,
-            plan,
+            spec,
             self.context.catalog.clone(),
             true,
         ));

@@ -9,7 +9,7 @@ use super::progress::Meter;
 use super::{DiskState, DiskStatus, Error, Job};
 use crate::catalog::BackupKey;
 use crate::image::{Control, Fault, Progress, Survey, Verified};
-use crate::plan::{Stored, Task};
+use crate::plan::{JobSpec, Stored};
 
 /// Returns the status of the backups: one row for each.
 pub fn rows(survey: &Survey) -> Vec<DiskStatus> {
@@ -30,7 +30,7 @@ pub async fn verify(
     cancel: &CancellationToken,
     context: &JobContext,
 ) -> Result<(), Stopped> {
-    let Task::Verify(Stored { store, .. }) = &job.plan.task else {
+    let JobSpec::Verify(Stored { store, .. }) = &*job.spec else {
         return Err(Error::Interrupted.into());
     };
     let progress = Progress::default();

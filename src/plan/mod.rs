@@ -6,11 +6,13 @@
 mod error;
 mod requested;
 pub mod retention;
+mod spec;
 #[cfg(test)]
 mod tests;
 
 pub use error::Error;
 pub use requested::{PlaceKind, Requested, requested};
+pub use spec::{JobSpec, RestorePlan, RestoredDisk, Stored};
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -60,7 +62,7 @@ pub enum Incremental {
     Since(String),
 }
 
-/// A complete description of a job. Immutable. A later instance of the service reads it again.
+/// A complete description of a backup. Immutable. A later instance of the service reads it again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     pub name: Option<String>,
@@ -78,48 +80,13 @@ pub struct Plan {
     /// Name and description of the backup's checkpoint.
     #[serde(default)]
     pub checkpoint: Option<Checkpoint>,
-    /// At least one for a backup or restore; empty for verify and export.
+    /// At least one.
     pub disks: Vec<DiskPlan>,
     /// Disks of the domain that are not backed up.
     pub excluded: Vec<String>,
     /// Devices and disks of the domain whose data no backup can include.
     #[serde(default)]
     pub outside: Vec<Outside>,
-    #[serde(default)]
-    pub task: Task,
-}
-
-/// The operation of a job.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Task {
-    /// Copies the domain's disks to the targets.
-    #[default]
-    Backup,
-    /// Copies the disks of a stored backup to the targets.
-    Restore(Stored),
-    /// Reads stored backups; has no targets.
-    Verify(Stored),
-    /// Serves the disks of a stored backup; has no targets.
-    Export(Stored),
-}
-
-impl Task {
-    /// Returns the stored backup that the job reads.
-    pub fn stored(&self) -> Option<&Stored> {
-        match self {
-            Self::Backup => None,
-            Self::Restore(stored) | Self::Verify(stored) | Self::Export(stored) => Some(stored),
-        }
-    }
-}
-
-/// A backup in a store.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stored {
-    pub store: String,
-    /// The directory's name in the store.
-    pub domain: String,
-    pub id: String,
 }
 
 /// The party that chooses the targets.
@@ -168,27 +135,6 @@ pub struct DiskPlan {
     #[serde(default)]
     pub checkpoint: bool,
     pub place: Place,
-}
-
-impl DiskPlan {
-    /// A disk of a stored backup to restore into the caller's descriptor at `index`.
-    pub fn of_stored(name: &str, virtual_size: u64, estimate: u64, format: Format, index: u32) -> Self {
-        Self {
-            name: name.to_owned(),
-            node: String::new(),
-            device: String::new(),
-            virtual_size,
-            estimate,
-            source: None,
-            encrypted: false,
-            only_allocated: true,
-            format,
-            compress: None,
-            mode: Mode::default(),
-            checkpoint: false,
-            place: Place::Descriptor(index),
-        }
-    }
 }
 
 /// The target of one disk.
@@ -285,7 +231,6 @@ pub fn resolve(
         bandwidth: agreed("bandwidth", definition.bandwidth, options.bandwidth)?.unwrap_or(0),
         quiesce: agreed("quiesce", definition.quiesce, options.quiesce)?,
         hold_poweroff: !options.allow_poweroff,
-        task: Task::Backup,
         excluded,
         outside,
     })
@@ -352,35 +297,6 @@ impl Plan {
             Place::File(_) => self.reuse_external,
             Place::Block(_) | Place::Descriptor(_) => true,
         })
-    }
-
-    /// Creates the plan of a job that reads a stored backup.
-    pub fn of_stored(task: Task, disks: Vec<DiskPlan>) -> Self {
-        Self {
-            name: None,
-            description: None,
-            destination: Destination::Caller,
-            reuse_external: false,
-            bandwidth: 0,
-            max_latency: None,
-            quiesce: None,
-            hold_poweroff: false,
-            checkpoint: None,
-            disks,
-            excluded: Vec::new(),
-            outside: Vec::new(),
-            task,
-        }
-    }
-
-    /// Returns the operation in the terms of the D-Bus interface.
-    pub fn mode(&self) -> &'static str {
-        match self.task {
-            Task::Backup => "push",
-            Task::Restore(_) => "restore",
-            Task::Verify(_) => "verify",
-            Task::Export(_) => "export",
-        }
     }
 
     /// Returns the document with every default filled in. It lists every disk of the domain.

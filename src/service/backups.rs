@@ -354,7 +354,8 @@ impl Service {
 
     /// Prunes as configured after `job` has ended.
     pub fn follow(&self, job: Arc<Job>) {
-        let Destination::Store { name, directory, .. } = &job.plan.destination else {
+        let Some(Destination::Store { name, directory, .. }) = job.plan().map(|plan| &plan.destination)
+        else {
             return;
         };
         let key = BackupKey {

@@ -167,16 +167,16 @@ impl Service {
 
     /// Admits the starter of `job`, and callers with `permission` on all its targets.
     async fn control(&self, caller: &Caller, job: &Job, permission: Permission) -> Result<()> {
-        let of_stored = job.plan.task.stored().map(|stored| {
+        let of_stored = job.spec.stored().map(|stored| {
             details(&job.domain)
-                .with("mode", job.plan.mode())
+                .with("mode", job.spec.mode())
                 .with("backup_id", &stored.id)
                 .with("store", &stored.store)
         });
         let asked = match of_stored {
             Some(details) => vec![details],
             None => {
-                let places = job.plan.places();
+                let places = job.plan().map(|plan| plan.places()).unwrap_or_default();
                 let asked = places
                     .iter()
                     .map(|place| request::backup_details(&job.domain, place));

@@ -61,7 +61,7 @@ impl Service {
         let begin = |job: Arc<Job>| async move { service.begin_queued(&job, files).await };
         let job = self
             .jobs
-            .queue((line, &domain, plan), started, kept, begin)
+            .queue((line, &domain, Arc::new(plan)), started, kept, begin)
             .await?;
         self.follow(job.clone());
         for grant in grants {
@@ -101,13 +101,20 @@ impl Service {
         let (service, uid, id) = (self.clone(), job.started_by.uid, job.backup_id.clone());
         let backed_up = domain.clone();
         let make = move |plan| async move {
-            let making = service.prepare(plan, &backed_up, (uid, &id), files, (mark, devices, pinned));
+            let making = service.prepare(
+                plan,
+                &backed_up,
+                (uid, &id),
+                files,
+                (mark, devices, pinned),
+                false,
+            );
             Making(making.await)
         };
         Ok(Planned {
             domain,
             link,
-            plan,
+            plan: Arc::new(plan),
             held,
             make: Box::new(|plan| Box::pin(make(plan))),
         })

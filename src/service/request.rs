@@ -14,7 +14,7 @@ use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Origin, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Claim, Entered, Job, Reservation, Start};
-use crate::plan::{self, Destination, Options, PlaceKind, Plan, Requested};
+use crate::plan::{self, Destination, JobSpec, Options, PlaceKind, Plan, Requested};
 use crate::qmp::Feature;
 use crate::targets::{self, Around, Devices, Holder, Pinned, Sources, Targets};
 
@@ -193,9 +193,11 @@ impl Service {
             Destination::Store { name, .. } => self.jobs.store_mark(name).await?,
             Destination::Caller => None,
         };
+        let plan = Arc::new(plan);
+        let spec = JobSpec::Backup(plan.clone());
         let record = self
             .jobs
-            .begin(&domain, &plan, starter(&caller), start_time)
+            .begin(&domain, &spec, starter(&caller), start_time)
             .await?;
         let prepared = self
             .prepare(
@@ -204,6 +206,7 @@ impl Service {
                 (uid, &record.backup_id),
                 request.files.files,
                 (mark, request.devices, Vec::new()),
+                false,
             )
             .await;
         let (reservation, (plan, targets)) = self.jobs.prepared(record.id, reservation, prepared).await?;
@@ -253,12 +256,13 @@ impl Service {
     /// Starts to prepare the targets on a thread that may block.
     pub(super) async fn prepare(
         &self,
-        plan: Plan,
+        plan: Arc<Plan>,
         domain: &Domain,
         (uid, backup_id): (u32, &str),
         files: Vec<OwnedFd>,
         (mark, devices, pinned): (Option<String>, Devices, Vec<Pinned>),
-    ) -> JoinHandle<Result<(Plan, Targets)>> {
+        is_restore: bool,
+    ) -> JoinHandle<Result<(Arc<Plan>, Targets)>> {
         // No VM can have a new file open.
         let others = match plan.writes_into_existing() {
             true => self.refresh_others(domain).await,
@@ -291,6 +295,7 @@ impl Service {
                 mark,
                 devices,
                 pinned,
+                is_restore,
             };
             let targets = Targets::prepare(&plan, &id, &files, &around)?;
             Ok((plan, targets))

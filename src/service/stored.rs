@@ -17,7 +17,7 @@ use crate::image::{self, Chain, Export, Location, Survey};
 use crate::job::{self, Job, Served, Work};
 use crate::model::Format;
 use crate::offload::Progress;
-use crate::plan::{DiskPlan, Plan, Stored, Task};
+use crate::plan::{JobSpec, RestorePlan, RestoredDisk, Stored};
 use crate::store::{self, Directory};
 use crate::targets::Devices;
 
@@ -63,23 +63,28 @@ impl Service {
         let turn = self.jobs.turn(caller.uid, files.share)?;
         let chain = self.chain(backup, disks.clone()).await?;
         let domain = self.backups.domain(&backup.domain);
-        let plan = Plan::of_stored(Task::Restore(stored(backup)), disk_plans(&chain, &disks, format));
+        let restore = RestorePlan {
+            stored: stored(backup),
+            disks: restored_disks(&chain, &disks, format),
+        };
+        let spec = JobSpec::Restore(restore.clone());
         let record = self
             .jobs
-            .begin(&domain, &plan, starter(caller), clock::now())
+            .begin(&domain, &spec, starter(caller), clock::now())
             .await?;
         let prepared = self
             .prepare(
-                plan,
+                Arc::new(restore.targets()),
                 &domain,
                 (caller.uid, &record.backup_id),
                 files.files,
                 (None, Devices::default(), Vec::new()),
+                true,
             )
             .await;
-        let (turn, (plan, targets)) = self.jobs.prepared(record.id, turn, prepared).await?;
+        let (turn, (_, targets)) = self.jobs.prepared(record.id, turn, prepared).await?;
         let work = Work::Restore(Box::new((chain, targets)));
-        let job = self.jobs.start_stored(turn, domain, (plan, record), work);
+        let job = self.jobs.start_stored(turn, domain, (spec, record), work);
         grant.record(job.id);
         Ok(job)
     }
@@ -108,13 +113,13 @@ impl Service {
             .in_store(backup, move |store| Ok(Survey::new(Arc::new(store), &[location])))
             .await?;
         let domain = self.backups.domain(&backup.domain);
-        let plan = Plan::of_stored(Task::Verify(stored(backup)), Vec::new());
+        let spec = JobSpec::Verify(stored(backup));
         let record = self
             .jobs
-            .begin(&domain, &plan, starter(caller), clock::now())
+            .begin(&domain, &spec, starter(caller), clock::now())
             .await?;
         let work = Work::Verify(survey);
-        let job = self.jobs.start_stored(turn, domain, (plan, record), work);
+        let job = self.jobs.start_stored(turn, domain, (spec, record), work);
         grant.record(job.id);
         Ok(job)
     }
@@ -141,16 +146,16 @@ impl Service {
             Err(_) => return Err(job::Error::stalled("the store", self.jobs.patience()).into()),
         };
         let domain = self.backups.domain(&backup.domain);
-        let plan = Plan::of_stored(Task::Export(stored(backup)), Vec::new());
+        let spec = JobSpec::Export(stored(backup));
         let record = self
             .jobs
-            .begin(&domain, &plan, starter(caller), clock::now())
+            .begin(&domain, &spec, starter(caller), clock::now())
             .await?;
         let work = Work::Export(Box::new(Served {
             export,
             left: Box::pin(left),
         }));
-        let job = self.jobs.start_stored(turn, domain, (plan, record), work);
+        let job = self.jobs.start_stored(turn, domain, (spec, record), work);
         grant.record(job.id);
         Ok(job)
     }
@@ -221,14 +226,18 @@ fn stored(backup: &Backup) -> Stored {
     }
 }
 
-fn disk_plans(chain: &Chain, disks: &[String], format: Format) -> Vec<DiskPlan> {
+fn restored_disks(chain: &Chain, disks: &[String], format: Format) -> Vec<RestoredDisk> {
     let named = |name: &String| chain.disks().iter().find(|disk| disk.disk == *name);
-    let plans = (0..).zip(disks).filter_map(|(index, name)| {
+    let restored = disks.iter().filter_map(|name| {
         let disk = named(name)?;
-        let (size, estimate) = (disk.virtual_size(), disk.estimate());
-        Some(DiskPlan::of_stored(name, size, estimate, format, index))
+        Some(RestoredDisk {
+            name: name.clone(),
+            virtual_size: disk.virtual_size(),
+            estimate: disk.estimate(),
+            format,
+        })
     });
-    plans.collect()
+    restored.collect()
 }
 
 /// Requires a listening UNIX stream socket.

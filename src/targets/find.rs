@@ -156,7 +156,7 @@ mod tests {
     use crate::model;
     use crate::model::{DomainDir, Kind, MANIFEST_NAME, Manifest};
     use crate::offload::Progress;
-    use crate::plan::Task;
+    use crate::plan::{RestorePlan, RestoredDisk, Stored};
 
     const ID: &str = "20261123T055937Z-10ebf9b0";
 
@@ -166,11 +166,22 @@ mod tests {
         let backup = store.path().join("web").join(directory);
         std::fs::create_dir_all(&backup).unwrap();
         std::fs::write(backup.join("vda.raw"), [1; 512]).unwrap();
-        let mut disk = DiskPlan::of_stored("vda", 512, 512, Format::Raw, 0);
-        disk.place = Place::InStore {
+        let disk = RestoredDisk {
+            name: "vda".to_owned(),
+            virtual_size: 512,
+            estimate: 512,
+            format: Format::Raw,
+        };
+        let stored = Stored {
+            store: "default".to_owned(),
+            domain: "web".to_owned(),
+            id: ID.to_owned(),
+        };
+        let disks = vec![disk];
+        let mut plan = RestorePlan { stored, disks }.targets();
+        plan.disks[0].place = Place::InStore {
             file_name: "vda.raw".to_owned(),
         };
-        let mut plan = Plan::of_stored(Task::Backup, vec![disk]);
         plan.destination = Destination::Store {
             name: "default".to_owned(),
             path: store.path().to_owned(),

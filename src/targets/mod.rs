@@ -80,6 +80,8 @@ pub struct Around {
     pub devices: Devices,
     /// The files at the paths when the backup was queued.
     pub pinned: Vec<Pinned>,
+    /// The job restores a stored backup.
+    pub is_restore: bool,
 }
 
 /// The type of a target's file.
@@ -200,7 +202,7 @@ impl Targets {
             check::source(target, around)?;
             check::outside_stores(target)?;
             check::distinct(target, &targets.targets)?;
-            check::single_link(target, &disk.place, &plan.task)?;
+            check::single_link(target, &disk.place, around.is_restore)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         space::check(&targets.targets, plan, around)?;

@@ -15,7 +15,7 @@ use super::look::Session;
 use super::{Around, Error, Media, Target};
 use crate::checkpoint::Mode;
 use crate::model::Format;
-use crate::plan::{DiskPlan, Plan, Task};
+use crate::plan::{DiskPlan, Plan};
 
 /// The space that a backup needs on one file system or device, in bytes.
 #[derive(Debug, Default)]
@@ -29,6 +29,7 @@ pub fn check(targets: &[Target], plan: &Plan, around: &Around) -> Result<(), Err
     let bounds = Bounds {
         plan,
         process: around.process,
+        is_restore: around.is_restore,
         session: RefCell::new(around.look.session()),
     };
     let disks = &plan.disks;
@@ -138,6 +139,7 @@ struct Bounds<'a> {
     plan: &'a Plan,
     /// The VM's process.
     process: Option<u32>,
+    is_restore: bool,
     /// One for all disks, so that a helper that hangs delays the check once.
     session: RefCell<Session<'a>>,
 }
@@ -146,16 +148,16 @@ impl Bounds<'_> {
     /// Returns the length of an image with that many bytes of data. A device must also have room for the image's
     /// tables.
     fn in_device(&self, disk: &DiskPlan, data: u64) -> u64 {
-        match self.plan.task {
+        match self.is_restore {
             // For a stored image, only its length is known.
-            Task::Restore(_) => data,
-            _ => empty_image(disk, self.plan.copies_in_small_steps()).length_with(data),
+            true => data,
+            false => empty_image(disk, self.plan.copies_in_small_steps()).length_with(data),
         }
     }
 
     /// Returns the least bytes that a disk's image needs, or 0 if that is unknown.
     fn least(&self, disk: &DiskPlan) -> u64 {
-        if matches!(self.plan.task, Task::Restore(_)) {
+        if self.is_restore {
             // Stored images have hardly any zeroes, because QEMU skips them when it creates the images.
             return disk.estimate;
         }

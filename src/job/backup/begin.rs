@@ -59,26 +59,26 @@ impl Driver<'_> {
             }
             if rehearse {
                 let actions = self.actions(objects, targets, self.job.speed.limits().effective());
-                objects.rehearse(&self.job.plan.disks, actions).await?;
+                objects.rehearse(&self.plan.disks, actions).await?;
             }
-            objects.make_checkpoints(self.job).await
+            objects.make_checkpoints(self.job, &self.plan).await
         })
         .await?;
         let limits = Limits {
             wait: self.context.deadlines.freeze_wait(),
             frozen: self.context.deadlines.freeze(),
         };
-        self.freeze = Some(Freeze::prepare(&self.job.domain, self.job.plan.quiesce, limits).await?);
+        self.freeze = Some(Freeze::prepare(&self.job.domain, self.plan.quiesce, limits).await?);
         Ok(Fact::Checked)
     }
 
     /// Truncates or formats the targets. From here on the content of existing files is lost.
     pub(super) async fn format(&mut self) -> Result<Fact, Stopped> {
         let mut targets = self.take_targets()?;
-        let job = self.job.clone();
+        let plan = self.plan.clone();
         // If the thread continues after the timeout, it discards the targets.
         let format = move |progress: &Progress| {
-            let formatted = targets.format(&job.plan, progress);
+            let formatted = targets.format(&plan, progress);
             (targets, formatted)
         };
         let (targets, formatted) = watched(self.context, "the targets", format).await?;
@@ -89,20 +89,20 @@ impl Driver<'_> {
 
     /// Creates the targets' nodes in QEMU. After a failure, `release` finds partial ones by name.
     pub(super) async fn open_targets(&mut self) -> Result<Fact, Stopped> {
-        self.job.speed.set_latency(Latency::first_limit(&self.job.plan));
+        self.job.speed.set_latency(Latency::first_limit(&self.plan));
         // The backup must join before it copies, so that running backups free bandwidth for it.
         self.part = Some(self.context.bandwidth.join(self.job));
         let (objects, targets) = (self.objects()?, self.targets()?);
         let holds_poweroff = self
             .in_qemu(async {
-                for (index, (target, disk)) in targets.iter().zip(&self.job.plan.disks).enumerate() {
+                for (index, (target, disk)) in targets.iter().zip(&self.plan.disks).enumerate() {
                     objects.open_target(index, target, disk).await?;
                 }
                 // Only the service can open new files in a store, so their headers need no check.
                 if !targets.in_store() {
-                    objects.check_headers(&self.job.plan.disks).await?;
+                    objects.check_headers(&self.plan.disks).await?;
                 }
-                Ok(self.job.plan.hold_poweroff && poweroff::can_hold(&objects.link()).await)
+                Ok(self.plan.hold_poweroff && poweroff::can_hold(&objects.link()).await)
             })
             .await?;
         Ok(Fact::Opened {
@@ -190,9 +190,9 @@ impl Driver<'_> {
     }
 
     fn actions(&self, objects: &QemuObjects, targets: &Targets, speed: u64) -> Vec<TransactionAction> {
-        let disks = &self.job.plan.disks;
+        let disks = &self.plan.disks;
         let has_workers = objects.link().schema.has(Feature::BackupPerf);
-        let small_steps = self.job.plan.copies_in_small_steps();
+        let small_steps = self.plan.copies_in_small_steps();
         let actions = targets.iter().zip(disks).enumerate();
         actions
             .map(|(index, (target, disk))| {
@@ -232,7 +232,12 @@ impl Driver<'_> {
             Some((events, speed)) => (events, Some(speed)),
             None => (objects.client().events(), None),
         };
-        let mut running = Running::new(self.job, objects, (speed, part), self.context.deadlines.stall());
+        let mut running = Running::new(
+            (self.job, &self.plan),
+            objects,
+            (speed, part),
+            self.context.deadlines.stall(),
+        );
         running.show_running();
         tokio::select! {
             ended = running.run(events, &self.context.stop) => ended?,
@@ -285,8 +290,8 @@ impl Driver<'_> {
             async move { link.disks().await }
         };
         let now = self.ask(ask).await?;
-        check_snapshot(self.job, objects, &now)?;
-        check_sizes(&self.job.plan, &now)?;
+        check_snapshot(&self.plan, objects, &now)?;
+        check_sizes(&self.plan, &now)?;
         self.keep_disks(&link, now);
         Ok(())
     }

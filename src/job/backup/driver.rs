@@ -20,6 +20,7 @@ use crate::job::outcome::{outcome, show_ended};
 use crate::job::qemu::QemuObjects;
 use crate::job::table::Shares;
 use crate::job::{Error, Job, Outcome, Reservation};
+use crate::plan::Plan;
 use crate::qmp::Events;
 use crate::targets::{Bases, Cached, Targets};
 
@@ -29,6 +30,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// One backup with the resources of the process that works on it.
 pub(in crate::job) struct Driver<'a> {
     pub(super) job: &'a Arc<Job>,
+    pub(super) plan: Arc<Plan>,
     pub(super) context: &'a JobContext,
     /// `None` if the domain cannot be reached.
     pub(in crate::job) objects: Option<QemuObjects>,
@@ -58,9 +60,10 @@ pub(in crate::job) struct Driver<'a> {
 }
 
 impl<'a> Driver<'a> {
-    pub(in crate::job) fn new(job: &'a Arc<Job>, context: &'a JobContext) -> Self {
+    pub(in crate::job) fn new(job: &'a Arc<Job>, plan: Arc<Plan>, context: &'a JobContext) -> Self {
         Self {
             job,
+            plan,
             context,
             objects: None,
             targets: None,

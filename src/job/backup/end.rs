@@ -16,7 +16,7 @@ use crate::job::qemu::QemuObjects;
 use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown};
 use crate::model;
 use crate::offload::{self, Progress, unless_stalled};
-use crate::plan::{Destination, Place};
+use crate::plan::{Destination, Place, Plan};
 use crate::targets::{self, FileDigest, Targets};
 
 /// The timeout for undoing a stalled backup before its outcome is announced.
@@ -27,7 +27,7 @@ impl Driver<'_> {
     pub(super) async fn close_images(&mut self) -> Result<Fact, Stopped> {
         self.show_finishing();
         let patience = self.context.deadlines.stall();
-        let closed = self.objects()?.close_images(self.job.plan.disks.len());
+        let closed = self.objects()?.close_images(self.plan.disks.len());
         let closed = tokio::time::timeout(patience, closed).await;
         closed.map_err(|_| Error::stalled("QEMU", patience))??;
         Ok(Fact::Closed)
@@ -62,7 +62,7 @@ impl Driver<'_> {
         let is_closed = matches!(state, State::Closed(_)) && !self.resumed;
         let released = async {
             match is_closed {
-                true => objects.release_closed(self.job.plan.disks.len()).await,
+                true => objects.release_closed(self.plan.disks.len()).await,
                 false => objects.release().await,
             }
         };
@@ -88,7 +88,7 @@ impl Driver<'_> {
     /// Empties files that the caller passed as descriptors. The service's own descriptors ended with the earlier
     /// process, so only QEMU can do it.
     async fn empty_lost_files(&self, objects: &QemuObjects) {
-        let disks = self.job.plan.disks.iter().enumerate();
+        let disks = self.plan.disks.iter().enumerate();
         let passed = disks.filter(|(_, disk)| matches!(disk.place, Place::Descriptor(_)));
         let passed: Vec<usize> = passed.map(|(index, _)| index).collect();
         if passed.is_empty() {
@@ -176,7 +176,12 @@ impl Driver<'_> {
         }
         let targets = self.take_targets()?;
         let manifest = match targets.in_store() {
-            true => manifest(self.job, copying, digests, self.context.catalog.key()),
+            true => manifest(
+                (self.job, &self.plan),
+                copying,
+                digests,
+                self.context.catalog.key(),
+            ),
             false => Ok(Vec::new()),
         };
         let (manifest, document) = match (manifest, self.job.definition()) {
@@ -265,7 +270,7 @@ impl Driver<'_> {
     }
 
     fn backup_record(&self, manifest: String, protected: bool) -> Option<BackupRecord> {
-        match &self.job.plan.destination {
+        match &self.plan.destination {
             Destination::Store { name, directory, .. } => Some(BackupRecord {
                 id: self.job.backup_id.clone(),
                 store: name.clone(),
@@ -362,7 +367,7 @@ pub(in crate::job) async fn discard(
 }
 
 fn manifest(
-    job: &Job,
+    (job, plan): (&Job, &Plan),
     copying: &Copying,
     digests: &[FileDigest],
     key: &catalog::Key,
@@ -373,7 +378,7 @@ fn manifest(
         unknown: model::Unknown::new(),
     };
     let mut manifest = model::Manifest::new(
-        job.plan.kind(),
+        plan.kind(),
         job.backup_id.clone(),
         job.id,
         job.started_by.uid,
@@ -381,21 +386,21 @@ fn manifest(
         job.start_time,
         copying.point_in_time,
     );
-    manifest.name = job.plan.name.clone();
-    manifest.description = job.plan.description.clone();
+    manifest.name = plan.name.clone();
+    manifest.description = plan.description.clone();
     manifest.quiesced = copying.quiesced;
     manifest.frozen_us = Some(copying.frozen_us).filter(|time| *time > 0);
     manifest.quiesce_problem.clone_from(&copying.quiesce_problem);
-    manifest.checkpoint = job.plan.checkpoint.clone();
+    manifest.checkpoint = plan.checkpoint.clone();
     if let Destination::Store {
         sequence, service, ..
-    } = &job.plan.destination
+    } = &plan.destination
     {
         manifest.sequence = *sequence;
         manifest.service = Some(*service);
     }
-    manifest.not_in_backup = job.plan.outside.clone();
-    let disks = job.plan.disks.iter().zip(digests).enumerate();
+    manifest.not_in_backup = plan.outside.clone();
+    let disks = plan.disks.iter().zip(digests).enumerate();
     let in_store = disks.filter_map(|(index, (disk, digest))| match &disk.place {
         Place::InStore { file_name } => Some(model::Disk {
             name: disk.name.clone(),

@@ -12,7 +12,7 @@ use crate::job::boot::BootId;
 use crate::job::ending::Residue;
 use crate::job::record;
 use crate::job::{DiskStatus, Error, Job, Outcome, State as Shown};
-use crate::plan::{Options, Plan, Requested};
+use crate::plan::{JobSpec, Options, Requested};
 use crate::targets::{Devices, Pinned};
 
 /// The request for a queued backup.
@@ -119,11 +119,11 @@ impl Job {
     pub(in crate::job) fn of_record(
         of: &JobRecord,
         domain: Arc<Domain>,
-        plan: Plan,
+        spec: JobSpec,
         catalog: Catalog,
         earlier: bool,
     ) -> Self {
-        let job = Self::new(of, domain, plan, catalog, earlier);
+        let job = Self::new(of, domain, spec, catalog, earlier);
         if let Ok((_, state)) = read_state(of) {
             job.update(|status| {
                 status.frozen = state.frozen();
@@ -142,7 +142,7 @@ impl Job {
         domain: Arc<Domain>,
         catalog: Catalog,
     ) -> Result<Self, Error> {
-        let job = Self::of_record(of, domain, record::plan(of)?, catalog, true);
+        let job = Self::of_record(of, domain, record::spec(of)?, catalog, true);
         let disks: Vec<DiskStatus> = record::read(of.id, of.disks.as_deref())?;
         let outcome = match of.result.as_deref() {
             Some("completed") => Outcome::Completed,

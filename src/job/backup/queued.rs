@@ -21,13 +21,15 @@ use crate::job::ending::Ending;
 use crate::job::error::Stopped;
 use crate::job::table::{Claim, InLine};
 use crate::job::{Error, Job, Jobs, Reservation, record};
-use crate::plan::Plan;
+use crate::plan::{JobSpec, Plan};
 use crate::quota::Share;
 use crate::targets::{Bases, Targets};
 
 /// A queued job of an earlier instance of the service.
 pub struct Requeued {
     pub job: Arc<Job>,
+    /// Provisional until the job leaves the queue.
+    plan: Arc<Plan>,
     line: InLine,
     /// The quota that its record takes. `None` if the record exceeds limits that were lowered since.
     room: Option<Share>,
@@ -39,15 +41,15 @@ pub struct Requeued {
 pub struct Planned {
     pub domain: Arc<Domain>,
     pub link: Arc<Link>,
-    pub plan: Plan,
+    pub plan: Arc<Plan>,
     /// Locks the bases until the targets hold them.
     pub held: Bases,
     /// Starts a thread that creates the targets.
-    pub make: Box<dyn FnOnce(Plan) -> BoxFuture<'static, Making> + Send>,
+    pub make: Box<dyn FnOnce(Arc<Plan>) -> BoxFuture<'static, Making> + Send>,
 }
 
 /// The thread that creates the targets.
-pub struct Making(pub JoinHandle<error::Result<(Plan, Targets)>>);
+pub struct Making(pub JoinHandle<error::Result<(Arc<Plan>, Targets)>>);
 
 impl Jobs {
     /// Returns the request of a queued job. Only the catalog holds it, because it can be as large as a document.
@@ -60,7 +62,7 @@ impl Jobs {
     /// Queues a backup. `plan` is provisional; `begin` makes the final plan when the backup leaves the queue.
     pub async fn queue<F>(
         self: &Arc<Self>,
-        (line, domain, plan): (InLine, &Arc<Domain>, Plan),
+        (line, domain, plan): (InLine, &Arc<Domain>, Arc<Plan>),
         started: (Starter, jiff::Timestamp),
         request: QueuedRequest,
         begin: impl FnOnce(Arc<Job>) -> F,
@@ -70,16 +72,18 @@ impl Jobs {
     {
         let uid = started.0.uid;
         let state = journal::queued_to_record(request, self.context.boot)?;
-        let new = Self::new_job(domain, &plan, started, state)?;
+        let spec = JobSpec::Backup(plan.clone());
+        let new = Self::new_job(domain, &spec, started, state)?;
         let room = self.queued.take(uid, new.plan.len() + new.state.text.len())?;
         let record = self.record_queued(new).await?;
         // Nothing waits from here on, so the caller gets the job.
-        let job = Job::new(&record, domain.clone(), plan, self.context.catalog.clone(), false);
+        let job = Job::new(&record, domain.clone(), spec, self.context.catalog.clone(), false);
         let job = Arc::new(job);
         self.insert(job.clone());
         self.start_queued(
             Requeued {
                 job: job.clone(),
+                plan,
                 line,
                 room: Some(room),
                 from_record: false,
@@ -136,16 +140,21 @@ impl Jobs {
     ) -> Ending {
         let Requeued {
             job,
+            plan,
             line,
             room,
             from_record,
         } = requeued;
         let job = &job;
         if from_record {
-            match self.find_published(job).await {
+            match self.find_published(job, &plan).await {
                 Ok(None) => {}
                 Ok(Some(ending)) => return ending,
-                Err(stalled) => return self.end_early(job, Step::Queued, stalled.into(), None).await,
+                Err(stalled) => {
+                    return self
+                        .end_early((job, &plan), Step::Queued, stalled.into(), None)
+                        .await;
+                }
             }
         }
         let planned = async {
@@ -165,7 +174,7 @@ impl Jobs {
         let (reservation, planned) = match planned {
             Ok(planned) => planned,
             Err(Stopped::Detached) => return Ending::Detached,
-            Err(stopped) => return self.end_early(job, Step::Queued, stopped, None).await,
+            Err(stopped) => return self.end_early((job, &plan), Step::Queued, stopped, None).await,
         };
         let Planned {
             domain,
@@ -174,39 +183,39 @@ impl Jobs {
             held,
             make,
         } = planned;
-        job.leave_queue(domain, plan);
+        job.leave_queue(domain, plan.clone());
         if let Err(error) = self.record_start(job).await {
             return self
-                .end_early(job, Step::Queued, error.into(), Some(reservation))
+                .end_early((job, &plan), Step::Queued, error.into(), Some(reservation))
                 .await;
         }
         drop(room);
-        let Making(mut making) = make(job.plan.clone()).await;
+        let Making(mut making) = make(plan.clone()).await;
         let made = self.made(&mut making).await;
         drop(tokio::task::spawn_blocking(move || drop(held)));
         match made {
-            Some(Ok((_, targets))) => self.run(job, link, targets, reservation).await,
+            Some(Ok((_, targets))) => self.run((job, &plan), link, targets, reservation).await,
             Some(Err(error)) => {
                 let stopped = Error::NotStarted(error).into();
-                self.end_early(job, Step::Queued, stopped, Some(reservation))
+                self.end_early((job, &plan), Step::Queued, stopped, Some(reservation))
                     .await
             }
             None => {
                 self.abandon(making, reservation, None);
                 let stopped = self.target_stalled().into();
-                self.end_early(job, Step::Preparing, stopped, None).await
+                self.end_early((job, &plan), Step::Preparing, stopped, None).await
             }
         }
     }
 
     /// Finds a backup that was published although the job's record still says queued.
-    async fn find_published(&self, job: &Arc<Job>) -> Result<Option<Ending>, Error> {
-        let found = resume::find_published(job, &self.context).await;
+    async fn find_published(&self, job: &Arc<Job>, plan: &Arc<Plan>) -> Result<Option<Ending>, Error> {
+        let found = resume::find_published((job, plan), &self.context).await;
         job.recovered(matches!(found, Ok(Some(_))));
         let Some(targets) = found? else {
             return Ok(None);
         };
-        let mut driver = Driver::new(job, &self.context);
+        let mut driver = Driver::new(job, plan.clone(), &self.context);
         driver.targets = Some(targets);
         let evidence = Evidence {
             same_boot: true,
@@ -223,12 +232,12 @@ impl Jobs {
     /// Ends a backup before it has targets. With [`Step::Queued`] it has created no file either.
     async fn end_early(
         &self,
-        job: &Arc<Job>,
+        (job, plan): (&Arc<Job>, &Arc<Plan>),
         step: Step,
         stopped: Stopped,
         reservation: Option<Reservation>,
     ) -> Ending {
-        let driver = Driver::new(job, &self.context);
+        let driver = Driver::new(job, plan.clone(), &self.context);
         let fact = Fact::Stopped(driver.verdict(stopped));
         driver.drive(step, fact, reservation).await
     }
@@ -236,7 +245,7 @@ impl Jobs {
     /// Records the final plan before the job creates anything.
     async fn record_start(&self, job: &Job) -> Result<(), Error> {
         let state = journal::to_record(&Step::Preparing, self.context.boot)?;
-        let plan = record::to_text(&*job.plan)?;
+        let plan = record::spec_to_text(&job.spec)?;
         Ok(self.context.catalog.dequeued(job.id, plan, state).await?)
     }
 
@@ -250,9 +259,12 @@ impl Jobs {
         drop(request);
         let identity = record::identity(record.id, &record.domain)?;
         let domain = self.context.domains.identified_or_absent(identity);
-        let plan = record::plan(record)?;
+        let spec = record::spec(record)?;
+        let Some(plan) = spec.plan().cloned() else {
+            return Err(record::unreadable(record.id, "only a backup can be queued"));
+        };
         let claim = Claim::of(record.started_by.uid, &domain, &plan);
-        let job = Job::of_record(record, domain, plan, self.context.catalog.clone(), true);
+        let job = Job::of_record(record, domain, spec, self.context.catalog.clone(), true);
         let job = Arc::new(job);
         self.insert(job.clone());
         let ended = match () {
@@ -266,13 +278,13 @@ impl Jobs {
             self.tasks.spawn(async move {
                 let published = match stopped {
                     Stopped::Cancelled => Ok(None),
-                    _ => jobs.find_published(&ended).await,
+                    _ => jobs.find_published(&ended, &plan).await,
                 };
                 let ending = match published {
                     Ok(Some(ending)) => ending,
                     // The job ends in any case. The reason in `stopped` is more useful than an error about hanging
                     // storage.
-                    Ok(None) | Err(_) => jobs.end_early(&ended, Step::Queued, stopped, None).await,
+                    Ok(None) | Err(_) => jobs.end_early((&ended, &plan), Step::Queued, stopped, None).await,
                 };
                 jobs.after(&ended, ending).await;
             });
@@ -286,6 +298,7 @@ impl Jobs {
         let line = self.line_up(&mut self.lock(), claim, kept, false);
         let requeued = Requeued {
             job: job.clone(),
+            plan,
             line,
             room,
             from_record: true,

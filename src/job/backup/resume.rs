@@ -22,6 +22,7 @@ use crate::job::error::Stopped;
 use crate::job::qemu::QemuObjects;
 use crate::job::{Error, Job, Reservation, record};
 use crate::offload::Progress;
+use crate::plan::Plan;
 use crate::targets::{Found, TargetId, Targets};
 
 /// The recorded identities of a backup's target files.
@@ -46,7 +47,7 @@ impl Known {
 
 /// Resumes an unfinished job and returns how it ended.
 pub(in crate::job) async fn resume(
-    job: &Arc<Job>,
+    (job, plan): (&Arc<Job>, &Arc<Plan>),
     record: &JobRecord,
     (boot, state): (BootId, State),
     (mut reservation, part): (Reservation, Option<Part>),
@@ -64,8 +65,8 @@ pub(in crate::job) async fn resume(
         same_boot,
     };
     let patience = context.deadlines.stall();
-    let found = tokio::time::timeout(patience, find_targets(job, known, context)).await;
-    let mut driver = Driver::new(job, context);
+    let found = tokio::time::timeout(patience, find_targets((job, plan), known, context)).await;
+    let mut driver = Driver::new(job, plan.clone(), context);
     driver.resumed = true;
     driver.part = part;
     let mut evidence = Evidence {
@@ -87,7 +88,7 @@ pub(in crate::job) async fn resume(
     }
     job.recovered(evidence.published);
     if same_boot {
-        match reach(job, record, &mut reservation, context).await {
+        match reach((job, plan), record, &mut reservation, context).await {
             Ok((reached, objects)) => {
                 evidence.qemu = reached;
                 driver.objects = objects;
@@ -113,7 +114,7 @@ pub(in crate::job) async fn resume(
 
 /// Finds the domain's QEMU. Fails if the service stops before.
 async fn reach(
-    job: &Arc<Job>,
+    (job, plan): (&Arc<Job>, &Plan),
     record: &JobRecord,
     reservation: &mut Reservation,
     context: &JobContext,
@@ -127,7 +128,10 @@ async fn reach(
             if may_be_frozen(record) && (job.domain.agent.is_none() || job.domain.id != domain.id) {
                 quiesce::thaw_again(&domain).await;
             }
-            (Reached::Yes, Some(QemuObjects::of(job, domain, link, context)))
+            (
+                Reached::Yes,
+                Some(QemuObjects::of((job, plan), domain, link, context)),
+            )
         }
         Reach::Gone => (Reached::Gone, None),
         Reach::Late => (Reached::Late, None),
@@ -144,7 +148,7 @@ impl Driver<'_> {
         let infos = objects.query_jobs_within(self.context.deadlines.stall()).await?;
         let there = infos.iter().any(|info| objects.names.own(&info.id));
         // Without the reply, nobody knows whether the guest was frozen at the point in time.
-        if !there || self.job.plan.quiesce == Some(Quiesce::Require) {
+        if !there || self.plan.quiesce == Some(Quiesce::Require) {
             return Err(Error::Interrupted.into());
         }
         let guest_ran = self.check_start().await?.is_running();
@@ -154,7 +158,6 @@ impl Driver<'_> {
             quiesced: false,
             frozen: Duration::ZERO,
             quiesce_problem: self
-                .job
                 .plan
                 .quiesce
                 .filter(|wanted| *wanted != Quiesce::No)
@@ -185,12 +188,12 @@ pub(in crate::job) async fn thaw(record: JobRecord, context: &JobContext) {
 /// Finds a published backup whose job is recorded as queued, because the catalog is an old copy. Removes files of any
 /// other queued backup. Fails if the storage hangs.
 pub(in crate::job) async fn find_published(
-    job: &Arc<Job>,
+    (job, plan): (&Arc<Job>, &Arc<Plan>),
     context: &JobContext,
 ) -> Result<Option<Targets>, Error> {
     let patience = context.deadlines.stall();
-    let sought = job.clone();
-    let find = move || Untaken(Some(find(&sought, &Known::default()).targets));
+    let (id, plan) = (job.backup_id.clone(), plan.clone());
+    let find = move || Untaken(Some(find((&id, &plan), &Known::default()).targets));
     let found = tokio::time::timeout(patience, blocking(context, find)).await;
     let mut untaken = found.map_err(|_| Error::stalled("the storage", patience))?;
     let targets = untaken.0.take();
@@ -218,24 +221,26 @@ impl Drop for Untaken {
     }
 }
 
-fn find(job: &Job, known: &Known) -> Found {
+fn find((id, plan): (&str, &Plan), known: &Known) -> Found {
     let files = known.files.as_deref();
-    Targets::find(&job.plan, &job.backup_id, files, known.same_boot)
+    Targets::find(plan, id, files, known.same_boot)
 }
 
-async fn find_targets(job: &Arc<Job>, known: Known, context: &JobContext) -> Found {
-    let job = job.clone();
-    blocking(context, move || find(&job, &known)).await
+async fn find_targets((job, plan): (&Job, &Arc<Plan>), known: Known, context: &JobContext) -> Found {
+    let (id, plan) = (job.backup_id.clone(), plan.clone());
+    blocking(context, move || find((&id, &plan), &known)).await
 }
 
 /// Removes the residue of an ended job as soon as it can be reached, and records the removal.
 pub(in crate::job) async fn clean_up(job: &Arc<Job>, residue: Residue, context: &JobContext) {
+    // Only a backup has residue.
+    let Some(plan) = job.plan() else { return };
     if residue.on_disk {
         let known = match context.catalog.ended_job(job.id).await {
             Ok(Some(ended)) => Known::on_record(&ended, context),
             _ => Known::default(),
         };
-        let found = find_targets(job, known, context).await;
+        let found = find_targets((job, plan), known, context).await;
         let unknown = found.unknown;
         if blocking(context, move || found.targets.discard(&Progress::default())).await && !unknown {
             cleared(job.id, Leftover::OnDisk, context).await;
@@ -255,7 +260,7 @@ pub(in crate::job) async fn clean_up(job: &Arc<Job>, residue: Residue, context: 
                 Reach::Gone => return true,
                 Reach::Late => return false,
                 Reach::Connected(domain, link) => {
-                    let objects = QemuObjects::of(job, domain, link, context);
+                    let objects = QemuObjects::of((job, plan), domain, link, context);
                     if residue.holds_poweroff {
                         objects.holds_poweroff();
                     }

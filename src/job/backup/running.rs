@@ -14,6 +14,7 @@ use crate::job::error::Stopped;
 use crate::job::progress::{Meter, share};
 use crate::job::qemu::QemuObjects;
 use crate::job::{DiskState, Error, Job, State};
+use crate::plan::Plan;
 use crate::qmp::block::{BlockJobCancel, BlockJobSetSpeed, JobEvent, JobInfo, JobStatus};
 use crate::qmp::{self, Command, Done, Events, EventsError};
 
@@ -38,6 +39,7 @@ enum Reply {
 /// The running jobs, and the work to do while they run.
 pub struct Running<'a> {
     job: &'a Job,
+    plan: &'a Plan,
     objects: &'a QemuObjects,
     tracker: Tracker,
     meter: Meter,
@@ -57,23 +59,24 @@ impl<'a> Running<'a> {
     /// `speed` is the limit with which this process started the jobs, in bytes a second for all disks together. It is
     /// `None` if an earlier instance started them. `stall` is the longest time without progress.
     pub fn new(
-        job: &'a Job,
+        (job, plan): (&'a Job, &'a Plan),
         objects: &'a QemuObjects,
         (speed, part): (Option<u64>, &'a Part),
         stall: Duration,
     ) -> Self {
-        job.speed.set_latency(Latency::first_limit(&job.plan));
-        let disks = job.plan.disks.iter().enumerate();
+        job.speed.set_latency(Latency::first_limit(plan));
+        let disks = plan.disks.iter().enumerate();
         let jobs = disks.map(|(index, disk)| (objects.names.block_job(index), disk.virtual_size));
         Self {
             job,
+            plan,
             objects,
             tracker: Tracker::new(jobs),
             meter: Meter::new(),
-            scan: Scan::new(job),
+            scan: Scan::new(plan),
             part,
-            latency: Latency::of(&job.plan, objects.histogram.clone()),
-            shared: speed.map(|speed| (speed, job.plan.disks.len())),
+            latency: Latency::of(plan, objects.histogram.clone()),
+            shared: speed.map(|speed| (speed, plan.disks.len())),
             stall: Stall::new(stall, Instant::now()),
             silent: false,
             found: speed.is_some(),
@@ -294,7 +297,7 @@ impl<'a> Running<'a> {
     /// for it.
     async fn look(&mut self) -> Result<(), Stopped> {
         let (totals, left) = (self.totals(), self.stall.left(Instant::now()));
-        let look = self.scan.look(self.job, self.objects, totals);
+        let look = self.scan.look(self.plan, self.objects, totals);
         let look = tokio::time::timeout(left.max(ANSWER), look);
         match self.job.cancel.run_until_cancelled(look).await {
             Some(Ok(looked)) => looked,
@@ -403,7 +406,7 @@ impl<'a> Running<'a> {
                     };
                 });
                 first = first.or(Some(Error::Copy {
-                    disk: self.job.plan.disks[index].name.clone(),
+                    disk: self.plan.disks[index].name.clone(),
                     message: message.clone(),
                 }));
             }

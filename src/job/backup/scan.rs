@@ -6,14 +6,15 @@
 //! the total at the end equals the total before the last check without a snapshot, QEMU has omitted nothing since.
 
 use crate::domain::Disk;
+use crate::job::Error;
 use crate::job::error::Stopped;
 use crate::job::qemu::QemuObjects;
-use crate::job::{Error, Job};
+use crate::plan::Plan;
 use crate::qmp;
 
 /// Fails unless `now` shows the disks of the plan without another image above them.
-pub fn check_snapshot(job: &Job, objects: &QemuObjects, now: &[Disk]) -> Result<(), Stopped> {
-    for (index, planned) in job.plan.disks.iter().enumerate() {
+pub fn check_snapshot(plan: &Plan, objects: &QemuObjects, now: &[Disk]) -> Result<(), Stopped> {
+    for (index, planned) in plan.disks.iter().enumerate() {
         // Compares node names: a disk without an id has the name of its node, which is the job's filter at the moment.
         let filter = objects.names.filter_node(index);
         let mut disks = now.iter();
@@ -35,9 +36,9 @@ pub struct Scan {
 }
 
 impl Scan {
-    pub fn new(job: &Job) -> Self {
+    pub fn new(plan: &Plan) -> Self {
         Self {
-            is_made: job.plan.disks.iter().any(|disk| disk.is_scanned()),
+            is_made: plan.disks.iter().any(|disk| disk.is_scanned()),
             proven: None,
         }
     }
@@ -54,14 +55,19 @@ impl Scan {
 
     /// Checks the disks if that proves something new. The caller has read `totals` before. Fails if there is a
     /// snapshot, because nothing can be proven after that.
-    pub async fn look(&mut self, job: &Job, objects: &QemuObjects, totals: Vec<u64>) -> Result<(), Stopped> {
+    pub async fn look(
+        &mut self,
+        plan: &Plan,
+        objects: &QemuObjects,
+        totals: Vec<u64>,
+    ) -> Result<(), Stopped> {
         if self.is_proven(&totals) {
             return Ok(());
         }
         match objects.disks().await {
             // QEMU is busy writing. A later check may succeed.
             Err(qmp::Error::TimedOut { .. }) => return Ok(()),
-            now => check_snapshot(job, objects, &now.map_err(Error::Lost)?)?,
+            now => check_snapshot(plan, objects, &now.map_err(Error::Lost)?)?,
         }
         self.proven = Some(totals);
         Ok(())

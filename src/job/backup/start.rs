@@ -14,7 +14,7 @@ use crate::job::ending::Ending;
 use crate::job::qemu::QemuObjects;
 use crate::job::table::Claim;
 use crate::job::{Error, Job, Jobs, Reservation, record};
-use crate::plan::Plan;
+use crate::plan::{JobSpec, Plan};
 use crate::targets::Targets;
 
 /// The parameters of [`Jobs::start`].
@@ -22,28 +22,28 @@ pub struct Start {
     pub reservation: Reservation,
     pub domain: Arc<Domain>,
     pub link: Arc<Link>,
-    pub plan: Plan,
+    pub plan: Arc<Plan>,
     pub targets: Targets,
     pub record: JobRecord,
 }
 
 impl Jobs {
-    /// Records a new backup in the catalog. The caller has created no target yet.
+    /// Records a new job in the catalog. The caller has created no target yet.
     pub async fn begin(
         &self,
         domain: &Domain,
-        plan: &Plan,
+        spec: &JobSpec,
         started_by: Starter,
         start_time: Timestamp,
     ) -> Result<JobRecord, Error> {
         let state = journal::to_record(&State::Preparing, self.context.boot)?;
-        let new = Self::new_job(domain, plan, (started_by, start_time), state)?;
+        let new = Self::new_job(domain, spec, (started_by, start_time), state)?;
         self.take_in(new).await
     }
 
     pub(in crate::job) fn new_job(
         domain: &Domain,
-        plan: &Plan,
+        spec: &JobSpec,
         (started_by, start_time): (Starter, Timestamp),
         state: JobState,
     ) -> Result<NewJob, Error> {
@@ -52,8 +52,8 @@ impl Jobs {
             domain: record::domain_record(domain.identity()),
             started_by,
             start_time,
-            plan: record::to_text(plan)?,
-            speed: plan.bandwidth,
+            plan: record::spec_to_text(spec)?,
+            speed: spec.plan().map_or(0, |plan| plan.bandwidth),
             state,
         })
     }
@@ -77,7 +77,7 @@ impl Jobs {
         let job = Arc::new(Job::new(
             &record,
             domain,
-            plan,
+            JobSpec::Backup(plan.clone()),
             self.context.catalog.clone(),
             false,
         ));
@@ -89,7 +89,7 @@ impl Jobs {
         drop(table);
         let (jobs, running) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
-            let ending = jobs.run(&running, link, targets, reservation).await;
+            let ending = jobs.run((&running, &plan), link, targets, reservation).await;
             jobs.after(&running, ending).await;
         });
         job
@@ -97,27 +97,35 @@ impl Jobs {
 
     pub(in crate::job) async fn run(
         &self,
-        job: &Arc<Job>,
+        (job, plan): (&Arc<Job>, &Arc<Plan>),
         link: Arc<Link>,
         targets: Targets,
         reservation: Reservation,
     ) -> Ending {
-        let mut driver = Driver::new(job, &self.context);
-        driver.objects = Some(QemuObjects::of(job, job.domain.clone(), link, &self.context));
+        let mut driver = Driver::new(job, plan.clone(), &self.context);
+        driver.objects = Some(QemuObjects::of(
+            (job, plan),
+            job.domain.clone(),
+            link,
+            &self.context,
+        ));
         let files = targets.files();
         driver.targets = Some(targets);
         // Fails before anything is changed.
-        let fact = match quiesce::check(&job.domain, job.plan.quiesce).await {
+        let fact = match quiesce::check(&job.domain, plan.quiesce).await {
             Ok(()) => Fact::Prepared { files },
             Err(error) => Fact::Stopped(driver.verdict(error.into())),
         };
         driver.drive(State::Preparing, fact, Some(reservation)).await
     }
 
-    pub(in crate::job) fn resume(self: &Arc<Self>, record: JobRecord) -> Result<Arc<Job>, Error> {
+    pub(in crate::job) fn resume(
+        self: &Arc<Self>,
+        record: JobRecord,
+        plan: Arc<Plan>,
+    ) -> Result<Arc<Job>, Error> {
         let identity = record::identity(record.id, &record.domain)?;
         let domain = self.context.domains.identified_or_absent(identity);
-        let plan = record::plan(&record)?;
         let recorded = journal::read_state(&record)?;
         // The block jobs run already, so the backup counts even if no place is free.
         let claim = Claim::of(record.started_by.uid, &domain, &plan);
@@ -132,7 +140,7 @@ impl Jobs {
         let job = Arc::new(Job::of_record(
             &record,
             domain,
-            plan,
+            JobSpec::Backup(plan.clone()),
             self.context.catalog.clone(),
             true,
         ));
@@ -146,7 +154,7 @@ impl Jobs {
         let (jobs, resumed) = (self.clone(), job.clone());
         self.tasks.spawn(async move {
             let has = (reservation, part);
-            let ending = resume::resume(&job, &record, recorded, has, &jobs.context).await;
+            let ending = resume::resume((&job, &plan), &record, recorded, has, &jobs.context).await;
             jobs.after(&job, ending).await;
         });
         Ok(resumed)

@@ -118,6 +118,7 @@ pub fn removal(disk: &Disk, bitmap: &str) -> Vec<TransactionAction> {
 impl Job {
     /// Returns whether the end of the job can make checkpoints useless.
     pub(in crate::job) fn has_checkpoints(&self) -> bool {
-        matches!(self.plan.destination, Destination::Store { .. })
+        self.plan()
+            .is_some_and(|plan| matches!(plan.destination, Destination::Store { .. }))
     }
 }

@@ -4,7 +4,7 @@ use super::sentinel;
 use crate::checkpoint::bitmap_name;
 use crate::job::qemu::QemuObjects;
 use crate::job::{Error, Job};
-use crate::plan::DiskPlan;
+use crate::plan::{DiskPlan, Plan};
 use crate::qmp;
 use crate::qmp::block::Transaction;
 
@@ -13,8 +13,8 @@ impl QemuObjects {
     /// bitmaps come first. The next backup therefore copies the writes in between again. If QEMU refuses a bitmap, the
     /// disk is still backed up, and its next backup is full. If the request describes the checkpoint, the backup fails
     /// instead.
-    pub async fn make_checkpoints(&self, job: &Job) -> Result<(), Error> {
-        let planned = job.plan.disks.iter().enumerate();
+    pub async fn make_checkpoints(&self, job: &Job, plan: &Plan) -> Result<(), Error> {
+        let planned = plan.disks.iter().enumerate();
         let disks: Vec<(usize, &DiskPlan)> = planned.filter(|(_, disk)| disk.checkpoint).collect();
         let Some((_, first)) = disks.first() else {
             return Ok(());
@@ -23,12 +23,12 @@ impl QemuObjects {
         let marks = match self.make_marks(sizes).await {
             Ok(marks) => marks,
             // `release` removes the nodes together with the other objects.
-            Err(error) => return without_checkpoint(job, first, error),
+            Err(error) => return without_checkpoint((job, plan), first, error),
         };
         for (index, disk) in disks {
             let actions = sentinel::checkpoint(disk, &bitmap_name(&job.backup_id, index), &marks);
             if let Err(error) = self.client().execute(Transaction::of(actions)).await {
-                without_checkpoint(job, disk, error)?;
+                without_checkpoint((job, plan), disk, error)?;
             }
         }
         self.forget_marks(marks).await.map_err(Error::Lost)
@@ -36,11 +36,11 @@ impl QemuObjects {
 }
 
 /// Handles a disk on which QEMU cannot create the checkpoint.
-fn without_checkpoint(job: &Job, disk: &DiskPlan, source: qmp::Error) -> Result<(), Error> {
+fn without_checkpoint((job, plan): (&Job, &Plan), disk: &DiskPlan, source: qmp::Error) -> Result<(), Error> {
     if !source.is_refusal() {
         return Err(Error::Lost(source));
     }
-    if job.plan.checkpoint.is_some() {
+    if plan.checkpoint.is_some() {
         let disk = disk.name.clone();
         return Err(Error::Checkpoint { disk, source });
     }

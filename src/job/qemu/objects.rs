@@ -11,7 +11,7 @@ use crate::job::context::JobContext;
 use crate::job::{Error, Job};
 use crate::model::Format;
 use crate::names::IN_QEMU;
-use crate::plan::DiskPlan;
+use crate::plan::{DiskPlan, Plan};
 use crate::qmp::block::{
     AddFd, BlockdevAdd, BlockdevDel, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, Discard,
     Driver, JobEvent, JobInfo, JobStatus, QueryJobs, QueryNamedBlockNodes, RemoveFd, Transaction,
@@ -71,8 +71,8 @@ impl Names {
 }
 
 /// Returns the job's latency histogram, if it has one. The tag identifies it.
-fn histogram(job: &Job, tag: &str) -> Option<Histogram> {
-    let most = Duration::from_millis(job.plan.max_latency?.get().into());
+fn histogram(plan: &Plan, tag: &str) -> Option<Histogram> {
+    let most = Duration::from_millis(plan.max_latency?.get().into());
     // The tag of a backup is 8 hexadecimal digits.
     let mark = u32::from_str_radix(tag, 16).unwrap_or(0);
     Some(Histogram::new(most, mark))
@@ -105,7 +105,12 @@ pub struct QemuObjects {
 
 impl QemuObjects {
     /// Creates the names of a job's objects in the QEMU behind `link`. Creates nothing in QEMU.
-    pub fn of(job: &Job, domain: Arc<Domain>, link: Arc<Link>, context: &JobContext) -> Self {
+    pub fn of(
+        (job, plan): (&Job, &Plan),
+        domain: Arc<Domain>,
+        link: Arc<Link>,
+        context: &JobContext,
+    ) -> Self {
         // The suffix of a backup's id is unique by itself.
         let tag = job.backup_id.rsplit('-').next().unwrap_or(&job.backup_id);
         Self {
@@ -113,7 +118,7 @@ impl QemuObjects {
             link: Mutex::new(link),
             names: Names::new(tag),
             passed: Mutex::default(),
-            histogram: histogram(job, tag),
+            histogram: histogram(plan, tag),
             reconnect: context.deadlines.reconnect(),
             holds_poweroff: AtomicBool::new(false),
         }

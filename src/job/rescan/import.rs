@@ -1,6 +1,7 @@
 //! Turns a backup in a store into the records of the backup and of the job that created it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::catalog::{BackupRecord, NewJob, Starter, StoredBackup};
 use crate::checkpoint::{Base, FullReason, Mode};
@@ -8,10 +9,10 @@ use crate::definition::{self, Definition};
 use crate::domain::{Identity, Registry};
 use crate::job::backup::{Ended, State, journal};
 use crate::job::boot::BootId;
-use crate::job::record::{domain_record, to_text};
+use crate::job::record::{domain_record, spec_to_text, to_text};
 use crate::job::{DiskState, DiskStatus, Error};
 use crate::model::{DEFINITION_NAME, DomainDir, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
-use crate::plan::{Destination, DiskPlan, Place, Plan, Task};
+use crate::plan::{Destination, DiskPlan, JobSpec, Place, Plan};
 use crate::store::Directory;
 
 /// A backup in a store, or the reason why it is not usable.
@@ -112,7 +113,7 @@ fn stored_backup(
             },
             start_time: manifest.started,
             speed: plan.bandwidth,
-            plan: text(to_text(&plan))?,
+            plan: text(spec_to_text(&JobSpec::Backup(Arc::new(plan))))?,
             state: journal::to_record(&ended, BootId::nil()).map_err(|error| error.to_string())?,
         },
         end_time,
@@ -156,7 +157,6 @@ fn plan(
             service: manifest.service.unwrap_or_default(),
         },
         reuse_external: false,
-        task: Task::Backup,
         max_latency: None,
         bandwidth: document.and_then(|document| document.bandwidth).unwrap_or(0),
         quiesce: document.and_then(|document| document.quiesce),

@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::{Claim, Entered, Jobs, ROOT};
 use crate::domain::Domain;
 use crate::job::{Displaced, Error, Job, State};
-use crate::plan::{Destination, Task};
+use crate::plan::Destination;
 use crate::quota::Share;
 
 /// Root's backup displaces a backup that copies less than this, in bytes a second.
@@ -68,7 +68,7 @@ impl Jobs {
         let mut jobs = self.list().into_iter();
         jobs.find(|job| {
             job.domain.unique_name() == name
-                && job.plan.task == Task::Backup
+                && job.plan().is_some()
                 && job.status.borrow().state != State::Queued
                 && job.status.borrow().outcome.is_none()
         })
@@ -181,14 +181,17 @@ impl Job {
         if self.crawls() {
             return Some(Displaced::Slow);
         }
-        let orphan = self.plan.destination == Destination::Caller && self.is_orphan.load(Ordering::Relaxed);
+        let orphan = self
+            .plan()
+            .is_some_and(|plan| plan.destination == Destination::Caller)
+            && self.is_orphan.load(Ordering::Relaxed);
         orphan.then_some(Displaced::Orphan)
     }
 
     /// Returns whether this is a running backup that would take very long.
     fn crawls(&self) -> bool {
         let status = self.status.borrow();
-        if self.plan.task != Task::Backup || status.state == State::Queued || status.outcome.is_some() {
+        if self.plan().is_none() || status.state == State::Queued || status.outcome.is_some() {
             return false;
         }
         let copying =

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use backupd::config::Deadlines;
 use backupd::image::{self, Control, Output, Progress};
 use backupd::model::Format;
-use backupd::plan::DiskPlan;
+use backupd::plan;
 use backupd::targets;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -109,14 +109,13 @@ pub fn open_targets(args: &Restore, disks: &[Wanted<'_>], id: &str) -> Result<Ve
     require_whole_id(args, &targets, id)?;
     for (disk, target) in disks.iter().zip(&targets) {
         if let Some(size) = target.device_size()? {
-            let plan = DiskPlan::of_stored(
-                disk.name,
-                disk.virtual_size,
-                disk.estimate,
-                format(args, target),
-                0,
-            );
-            targets::device_for_restore(&plan, &target.path().display().to_string(), size)?;
+            let restored = plan::RestoredDisk {
+                name: disk.name.to_owned(),
+                virtual_size: disk.virtual_size,
+                estimate: disk.estimate,
+                format: format(args, target),
+            };
+            targets::device_for_restore(&restored.target(0), &target.path().display().to_string(), size)?;
         }
     }
     Ok(targets)

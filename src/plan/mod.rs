@@ -11,7 +11,7 @@ mod spec;
 mod tests;
 
 pub use error::Error;
-pub use requested::{PlaceKind, Requested, requested};
+pub use requested::{Requested, TargetKind, requested};
 pub use spec::{JobSpec, RestorePlan, RestoredDisk, Stored};
 
 use std::collections::BTreeMap;
@@ -134,12 +134,14 @@ pub struct DiskPlan {
     /// Record changes from this backup on, so that a later backup can start from it.
     #[serde(default)]
     pub checkpoint: bool,
-    pub place: Place,
+    /// The name in records is older.
+    #[serde(rename = "place")]
+    pub target: TargetPlan,
 }
 
 /// The target of one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Place {
+pub enum TargetPlan {
     /// A file of this name in the backup's directory in a store.
     InStore {
         file_name: String,
@@ -292,10 +294,10 @@ impl Plan {
 
     /// Returns true if the plan writes to an existing target, which another domain may have open.
     pub fn writes_into_existing(&self) -> bool {
-        self.disks.iter().any(|disk| match disk.place {
-            Place::InStore { .. } => false,
-            Place::File(_) => self.reuse_external,
-            Place::Block(_) | Place::Descriptor(_) => true,
+        self.disks.iter().any(|disk| match disk.target {
+            TargetPlan::InStore { .. } => false,
+            TargetPlan::File(_) => self.reuse_external,
+            TargetPlan::Block(_) | TargetPlan::Descriptor(_) => true,
         })
     }
 
@@ -315,11 +317,11 @@ impl Plan {
                     at: Position::default(),
                 }))),
             },
-            target: match &disk.place {
-                Place::InStore { .. } => None,
-                Place::File(path) => Some(Target::File(path.clone())),
-                Place::Block(path) => Some(Target::Block(path.clone())),
-                Place::Descriptor(index) => Some(Target::Fd(*index)),
+            target: match &disk.target {
+                TargetPlan::InStore { .. } => None,
+                TargetPlan::File(path) => Some(Target::File(path.clone())),
+                TargetPlan::Block(path) => Some(Target::Block(path.clone())),
+                TargetPlan::Descriptor(index) => Some(Target::Fd(*index)),
             },
         });
         let excluded = self.excluded.iter().map(DiskDefinition::left_out);
@@ -479,13 +481,13 @@ fn disk_plan(
     };
     let mode = checkpoint::choose(disk, candidates, wanted, refused)?;
     let only_allocated = EXACT_FORMATS.contains(&disk.format.as_str()) && !disk.has_backing;
-    let place = match asked.and_then(|asked| asked.target.as_ref()) {
-        None => Place::InStore {
+    let target = match asked.and_then(|asked| asked.target.as_ref()) {
+        None => TargetPlan::InStore {
             file_name: format!("{}.{}", file_stem(&disk.name), format.as_str()),
         },
-        Some(Target::File(path)) => Place::File(path.clone()),
-        Some(Target::Block(path)) => Place::Block(path.clone()),
-        Some(Target::Fd(index)) => Place::Descriptor(*index),
+        Some(Target::File(path)) => TargetPlan::File(path.clone()),
+        Some(Target::Block(path)) => TargetPlan::Block(path.clone()),
+        Some(Target::Fd(index)) => TargetPlan::Descriptor(*index),
     };
     // In other cases QEMU allocates space in a raw target for zeroes too.
     let whole = match format == Format::Raw && !only_allocated {
@@ -515,7 +517,7 @@ fn disk_plan(
             && candidates.may_add_bitmap(disk)
             && store.is_some_and(|store| store.checkpoints > 0),
         mode,
-        place,
+        target,
     })
 }
 

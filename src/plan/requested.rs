@@ -8,14 +8,14 @@ use std::ptr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Destination, Place, Plan, choose, selected, store_name};
+use super::{Destination, Plan, TargetPlan, choose, selected, store_name};
 use crate::definition::{Definition, DiskDefinition, Target};
 use crate::domain::Disk;
 
 /// A target that a request names, with the disks that go there, as the authority is asked about it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Requested {
-    pub kind: PlaceKind,
+    pub kind: TargetKind,
     /// The store's name or the path; empty for the caller's descriptors.
     pub target: String,
     /// The domain's disks; empty if the document does not match the known disks.
@@ -25,7 +25,7 @@ pub struct Requested {
 /// The kind of a target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum PlaceKind {
+pub enum TargetKind {
     /// A store, which the administrator configured.
     Store,
     /// A new or existing file, by path.
@@ -36,7 +36,7 @@ pub enum PlaceKind {
     Fd,
 }
 
-impl PlaceKind {
+impl TargetKind {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Store => "store",
@@ -57,9 +57,9 @@ pub fn requested(definition: &Definition, disks: &[Disk]) -> Vec<Requested> {
     };
     let named = selected(definition).filter_map(|asked| {
         let place = match asked.target.as_ref()? {
-            Target::File(path) => (PlaceKind::File, normal(path)),
-            Target::Block(path) => (PlaceKind::Block, normal(path)),
-            Target::Fd(_) => (PlaceKind::Fd, String::new()),
+            Target::File(path) => (TargetKind::File, normal(path)),
+            Target::Block(path) => (TargetKind::Block, normal(path)),
+            Target::Fd(_) => (TargetKind::Fd, String::new()),
         };
         Some((place, name_of(asked)))
     });
@@ -68,15 +68,15 @@ pub fn requested(definition: &Definition, disks: &[Disk]) -> Vec<Requested> {
         return places;
     }
     vec![Requested {
-        kind: PlaceKind::Store,
+        kind: TargetKind::Store,
         target: store_name(definition).0.to_owned(),
         disks: chosen.iter().map(|(disk, _)| disk.name.clone()).collect(),
     }]
 }
 
 /// Groups the disks by target.
-fn grouped(disks: impl Iterator<Item = ((PlaceKind, String), Option<String>)>) -> Vec<Requested> {
-    let mut places: BTreeMap<(PlaceKind, String), Vec<String>> = BTreeMap::new();
+fn grouped(disks: impl Iterator<Item = ((TargetKind, String), Option<String>)>) -> Vec<Requested> {
+    let mut places: BTreeMap<(TargetKind, String), Vec<String>> = BTreeMap::new();
     for (place, disk) in disks {
         places.entry(place).or_default().extend(disk);
     }
@@ -94,17 +94,17 @@ fn normal(path: &Path) -> String {
 
 impl Plan {
     /// Returns the distinct targets with their disks, as the authority was asked about them.
-    pub fn places(&self) -> Vec<Requested> {
+    pub fn requested(&self) -> Vec<Requested> {
         let store = match &self.destination {
             Destination::Store { name, .. } => name.clone(),
             Destination::Caller => String::new(),
         };
         grouped(self.disks.iter().map(|disk| {
-            let place = match &disk.place {
-                Place::InStore { .. } => (PlaceKind::Store, store.clone()),
-                Place::File(path) => (PlaceKind::File, normal(path)),
-                Place::Block(path) => (PlaceKind::Block, normal(path)),
-                Place::Descriptor(_) => (PlaceKind::Fd, String::new()),
+            let place = match &disk.target {
+                TargetPlan::InStore { .. } => (TargetKind::Store, store.clone()),
+                TargetPlan::File(path) => (TargetKind::File, normal(path)),
+                TargetPlan::Block(path) => (TargetKind::Block, normal(path)),
+                TargetPlan::Descriptor(_) => (TargetKind::Fd, String::new()),
             };
             (place, Some(disk.name.clone()))
         }))

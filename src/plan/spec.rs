@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Destination, DiskPlan, Place, Plan};
+use super::{Destination, DiskPlan, Plan, TargetPlan};
 use crate::checkpoint::Mode;
 use crate::model::Format;
 
@@ -166,7 +166,7 @@ impl RestoredDisk {
             compress: None,
             mode: Mode::default(),
             checkpoint: false,
-            place: Place::Descriptor(index),
+            target: TargetPlan::Descriptor(index),
         }
     }
 }

@@ -107,8 +107,8 @@ fn the_default_is_every_writable_disk_with_a_medium_into_the_default_store() {
         }
     );
     assert_eq!(
-        plan.disks[0].place,
-        Place::InStore {
+        plan.disks[0].target,
+        TargetPlan::InStore {
             file_name: "vda.qcow2".into()
         }
     );
@@ -119,8 +119,8 @@ fn a_list_selects_only_its_disks() {
     let plan = plan(&in_disks("<disk name='vdb'><driver type='raw'/></disk>")).unwrap();
     assert_eq!(plan.disks.len(), 1);
     assert_eq!(
-        plan.disks[0].place,
-        Place::InStore {
+        plan.disks[0].target,
+        TargetPlan::InStore {
             file_name: "vdb.raw".into()
         }
     );
@@ -318,7 +318,7 @@ fn a_plan_has_exactly_the_requested_targets() {
             text => definition::parse(text).unwrap(),
         };
         let plan = plan_with(document, &Options::default(), files).unwrap();
-        assert_eq!(plan.places(), requested(&definition, &disks()), "{document}");
+        assert_eq!(plan.requested(), requested(&definition, &disks()), "{document}");
     }
 }
 

@@ -176,7 +176,7 @@ impl Service {
         let asked = match of_stored {
             Some(details) => vec![details],
             None => {
-                let places = job.plan().map(|plan| plan.places()).unwrap_or_default();
+                let places = job.plan().map(|plan| plan.requested()).unwrap_or_default();
                 let asked = places
                     .iter()
                     .map(|place| request::backup_details(&job.domain, place));

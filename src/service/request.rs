@@ -14,7 +14,7 @@ use crate::definition::{self, Definition, Target};
 use crate::domain::{Domain, Link, Origin, Snapshot};
 use crate::error::{Error, Kind, Result, shown};
 use crate::job::{self, Claim, Entered, Job, Reservation, Start};
-use crate::plan::{self, Destination, JobSpec, Options, PlaceKind, Plan, Requested};
+use crate::plan::{self, Destination, JobSpec, Options, Plan, Requested, TargetKind};
 use crate::qmp::Feature;
 use crate::targets::{self, Around, Devices, Holder, Pinned, Sources, Targets};
 
@@ -144,11 +144,11 @@ impl Service {
     async fn ask(&self, caller: &Caller, domain: &Domain, place: &Requested) -> Result<Grant> {
         let details = backup_details(domain, place);
         let permission = match place.kind {
-            PlaceKind::Store => Permission::DomainBackup,
-            PlaceKind::File | PlaceKind::Block | PlaceKind::Fd => Permission::DomainExport,
+            TargetKind::Store => Permission::DomainBackup,
+            TargetKind::File | TargetKind::Block | TargetKind::Fd => Permission::DomainExport,
         };
         // The user who passed the monitor can read all the VM's data without the service.
-        if place.kind == PlaceKind::Fd && domain.is_own(caller.uid) {
+        if place.kind == TargetKind::Fd && domain.is_own(caller.uid) {
             return Ok(self.access.implied(caller, permission, &details, Basis::Owner));
         }
         Ok(self.access.require(caller, permission, &details, None).await?)

@@ -6,7 +6,7 @@ use super::lock::{NotKnown, user_of_image};
 use super::look::Session;
 use super::{Around, Error, ImageLock, Media, Publication, Target, inside, is_in_use};
 use crate::model::Format;
-use crate::plan::{DiskPlan, Place};
+use crate::plan::{DiskPlan, TargetPlan};
 use crate::store::store_around;
 
 /// qcow2's magic and where its header has the version and the virtual size, big-endian
@@ -103,16 +103,16 @@ fn not_locked(target: &Target, error: &std::io::Error) -> Error {
 ///   nameless, because the caller links it when it is complete.
 /// - A file with several hard links may be another user's file under another name. This matters if the caller named a
 ///   path; a descriptor proves that the caller may write the file.
-pub fn single_link(target: &Target, place: &Place, is_restore: bool) -> Result<(), Error> {
+pub fn single_link(target: &Target, planned: &TargetPlan, is_restore: bool) -> Result<(), Error> {
     if target.media == Media::Block {
         return Ok(());
     }
     let (disk, label) = (target.disk.clone(), target.label.clone());
     let stat = rustix::fs::fstat(&target.file).map_err(|errno| Error::io("stat", &label, errno))?;
-    match (stat.st_nlink, place) {
+    match (stat.st_nlink, planned) {
         (0, _) if is_restore => Ok(()),
         (0, _) => Err(Error::Nameless { disk, target: label }),
-        (2.., Place::File(_)) => Err(Error::Linked { disk, target: label }),
+        (2.., TargetPlan::File(_)) => Err(Error::Linked { disk, target: label }),
         _ => Ok(()),
     }
 }

@@ -12,7 +12,7 @@ use super::identity::{DEVICES, directory_of};
 use super::{Error, Target};
 use crate::files::FileId;
 use crate::path::{Trust, open_directory};
-use crate::plan::{Place, Plan};
+use crate::plan::{Plan, TargetPlan};
 
 /// Identifies one disk, or one partition at its offset, as long as the host runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,7 +127,9 @@ impl Devices {
     /// Fails if another device could replace a device of `plan` unnoticed. Blocks.
     pub fn check_known(&self, plan: &Plan) -> Result<(), Error> {
         for disk in &plan.disks {
-            let Place::Block(path) = &disk.place else { continue };
+            let TargetPlan::Block(path) = &disk.target else {
+                continue;
+            };
             if self.0.contains_key(path) {
                 continue;
             }

@@ -7,7 +7,7 @@ use super::device::TargetId;
 use super::{Error, Target, Targets, Writeback, block, file};
 use crate::files::FileId;
 use crate::model::Format;
-use crate::plan::{Destination, DiskPlan, Place, Plan};
+use crate::plan::{Destination, DiskPlan, Plan, TargetPlan};
 use crate::store::{BackupName, Staging};
 
 /// The targets of a backup that still exist.
@@ -45,8 +45,8 @@ impl Targets {
                 domain: directory.as_str(),
                 id: backup,
             };
-            let images = plan.disks.iter().filter_map(|disk| match &disk.place {
-                Place::InStore { file_name } => Some(file_name.as_str()),
+            let images = plan.disks.iter().filter_map(|disk| match &disk.target {
+                TargetPlan::InStore { file_name } => Some(file_name.as_str()),
                 _ => None,
             });
             match Staging::find(path, name, &images.collect::<Vec<_>>()) {
@@ -63,7 +63,7 @@ impl Targets {
             Err(error) => found.lost = found.lost.take().or(Some(error)),
         }
         for (index, disk) in plan.disks.iter().enumerate() {
-            if published && matches!(disk.place, Place::InStore { .. }) {
+            if published && matches!(disk.target, TargetPlan::InStore { .. }) {
                 continue;
             }
             let id = files.and_then(|files| files.get(index).copied());
@@ -97,8 +97,8 @@ impl Targets {
         id: Option<TargetId>,
         same_boot: bool,
     ) -> Result<Option<Target>, Error> {
-        let found = match (&disk.place, id) {
-            (Place::InStore { file_name }, _) => match &self.store {
+        let found = match (&disk.target, id) {
+            (TargetPlan::InStore { file_name }, _) => match &self.store {
                 Some(store) => {
                     let file = store.find_file(file_name)?;
                     let target = file.map(|file| Target::in_store(&disk.name, store, file_name, file));
@@ -106,29 +106,31 @@ impl Targets {
                 }
                 None => None,
             },
-            (Place::File(path), Some(_)) if plan.reuse_external => {
+            (TargetPlan::File(path), Some(_)) if plan.reuse_external => {
                 match file::open_existing(&disk.name, path) {
                     Err(Error::Missing { .. } | Error::WrongType { .. }) => None,
                     target => Some(target?),
                 }
             }
             // No data was written into the existing file.
-            (Place::File(_), None) if plan.reuse_external => None,
-            (Place::File(path), id) => file::find(&disk.name, path, backup, index, id.map(TargetId::file))?,
+            (TargetPlan::File(_), None) if plan.reuse_external => None,
+            (TargetPlan::File(path), id) => {
+                file::find(&disk.name, path, backup, index, id.map(TargetId::file))?
+            }
             // After a reboot, its name and number can belong to another disk, and discarding a backup wipes the
             // device.
-            (Place::Block(path), Some(id)) if same_boot => block::find(&disk.name, path, id)?,
-            (Place::Block(path), Some(_)) => {
+            (TargetPlan::Block(path), Some(id)) if same_boot => block::find(&disk.name, path, id)?,
+            (TargetPlan::Block(path), Some(_)) => {
                 let target = path.display();
                 tracing::warn!(disk = disk.name, %target, "the service does not wipe this incomplete backup, because \
                  after the restart of the host the device may be another one");
                 None
             }
-            (Place::Block(_), None) => None,
+            (TargetPlan::Block(_), None) => None,
             // The descriptor belonged to the caller and was closed when the earlier process ended.
-            (Place::Descriptor(_), _) => None,
+            (TargetPlan::Descriptor(_), _) => None,
         };
-        let in_store = matches!(disk.place, Place::InStore { .. });
+        let in_store = matches!(disk.target, TargetPlan::InStore { .. });
         let same = |target: &Target, id: TargetId| match (target.id, id) {
             (FileId::File { inode: now, .. }, TargetId::File { inode: then, .. })
                 if in_store && !same_boot =>
@@ -179,7 +181,7 @@ mod tests {
         };
         let disks = vec![disk];
         let mut plan = RestorePlan { stored, disks }.targets();
-        plan.disks[0].place = Place::InStore {
+        plan.disks[0].target = TargetPlan::InStore {
             file_name: "vda.raw".to_owned(),
         };
         plan.destination = Destination::Store {

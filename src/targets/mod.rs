@@ -57,7 +57,7 @@ use digest::{How, Run};
 use crate::fault;
 use crate::files::FileId;
 use crate::offload::Progress;
-use crate::plan::{Destination, DiskPlan, Place, Plan};
+use crate::plan::{Destination, DiskPlan, Plan, TargetPlan};
 use crate::store::{BackupName, Published, Staging};
 
 /// How many bytes at the beginning of a block device a failed backup wipes, in bytes. No header remains.
@@ -125,14 +125,14 @@ pub struct Target {
 
 /// Returns the final path of a disk's data, for messages.
 pub fn label(plan: &Plan, disk: &DiskPlan, id: &str) -> String {
-    match (&disk.place, &plan.destination) {
-        (Place::InStore { file_name }, Destination::Store { path, directory, .. }) => {
+    match (&disk.target, &plan.destination) {
+        (TargetPlan::InStore { file_name }, Destination::Store { path, directory, .. }) => {
             let file = path.join(directory.as_str()).join(id).join(file_name);
             file.display().to_string()
         }
-        (Place::InStore { file_name }, Destination::Caller) => file_name.clone(),
-        (Place::File(path) | Place::Block(path), _) => path.display().to_string(),
-        (Place::Descriptor(index), _) => format!("fd:{index}"),
+        (TargetPlan::InStore { file_name }, Destination::Caller) => file_name.clone(),
+        (TargetPlan::File(path) | TargetPlan::Block(path), _) => path.display().to_string(),
+        (TargetPlan::Descriptor(index), _) => format!("fd:{index}"),
     }
 }
 
@@ -190,10 +190,10 @@ impl Targets {
         for (index, disk) in plan.disks.iter().enumerate() {
             let target = targets.open(plan, disk, index, id, files);
             let target = target.map_err(|error| error.of(&disk.name))?;
-            if let Place::Block(path) = &disk.place {
+            if let TargetPlan::Block(path) = &disk.target {
                 around.devices.check(path, &target)?;
             }
-            if let Place::File(path) | Place::Block(path) = &disk.place {
+            if let TargetPlan::File(path) | TargetPlan::Block(path) = &disk.target {
                 pinned::check_opened(&around.pinned, path, &target)?;
             }
             targets.targets.push(target);
@@ -202,7 +202,7 @@ impl Targets {
             check::source(target, around)?;
             check::outside_stores(target)?;
             check::distinct(target, &targets.targets)?;
-            check::single_link(target, &disk.place, around.is_restore)?;
+            check::single_link(target, &disk.target, around.is_restore)?;
             check::content(target, disk, plan.reuse_external).map_err(|error| error.of(&disk.name))?;
         }
         space::check(&targets.targets, plan, around)?;
@@ -372,15 +372,15 @@ impl Targets {
         id: &str,
         files: &[OwnedFd],
     ) -> Result<Target, Error> {
-        match (&disk.place, &self.store) {
-            (Place::InStore { file_name }, Some(store)) => {
+        match (&disk.target, &self.store) {
+            (TargetPlan::InStore { file_name }, Some(store)) => {
                 Target::in_store(&disk.name, store, file_name, store.create_file(file_name)?)
             }
-            (Place::InStore { .. }, None) => Err(Error::NoStore),
-            (Place::File(path), _) if plan.reuse_external => file::open_existing(&disk.name, path),
-            (Place::File(path), _) => file::create(&disk.name, path, id, index),
-            (Place::Block(path), _) => block::open(&disk.name, path),
-            (Place::Descriptor(index), _) => descriptor::take(&disk.name, *index, files),
+            (TargetPlan::InStore { .. }, None) => Err(Error::NoStore),
+            (TargetPlan::File(path), _) if plan.reuse_external => file::open_existing(&disk.name, path),
+            (TargetPlan::File(path), _) => file::create(&disk.name, path, id, index),
+            (TargetPlan::Block(path), _) => block::open(&disk.name, path),
+            (TargetPlan::Descriptor(index), _) => descriptor::take(&disk.name, *index, files),
         }
     }
 }

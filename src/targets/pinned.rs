@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{Error, Publication, Target};
 use crate::files::FileId;
 use crate::path::{Trust, open_directory};
-use crate::plan::{Place, Plan};
+use crate::plan::{Plan, TargetPlan};
 
 /// A path, and the file at it when the backup was queued.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,10 +52,10 @@ impl Inode {
 
 /// Records the files at the paths of a plan, except paths in a store and descriptors. Blocks.
 pub fn pin(plan: &Plan) -> Result<Vec<Pinned>, Error> {
-    let paths = plan.disks.iter().filter_map(|disk| match &disk.place {
-        Place::File(path) => Some((path, false)),
-        Place::Block(path) => Some((path, true)),
-        Place::InStore { .. } | Place::Descriptor(_) => None,
+    let paths = plan.disks.iter().filter_map(|disk| match &disk.target {
+        TargetPlan::File(path) => Some((path, false)),
+        TargetPlan::Block(path) => Some((path, true)),
+        TargetPlan::InStore { .. } | TargetPlan::Descriptor(_) => None,
     });
     paths
         .map(|(path, is_device)| Pinned::at(path, is_device))

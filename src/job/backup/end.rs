@@ -16,7 +16,7 @@ use crate::job::qemu::QemuObjects;
 use crate::job::{DiskState, Error, Job, Outcome, Reservation, State as Shown};
 use crate::model;
 use crate::offload::{self, Progress, unless_stalled};
-use crate::plan::{Destination, Place, Plan};
+use crate::plan::{Destination, Plan, TargetPlan};
 use crate::targets::{self, FileDigest, Targets};
 
 /// The timeout for undoing a stalled backup before its outcome is announced.
@@ -89,7 +89,7 @@ impl Driver<'_> {
     /// process, so only QEMU can do it.
     async fn empty_lost_files(&self, objects: &QemuObjects) {
         let disks = self.plan.disks.iter().enumerate();
-        let passed = disks.filter(|(_, disk)| matches!(disk.place, Place::Descriptor(_)));
+        let passed = disks.filter(|(_, disk)| matches!(disk.target, TargetPlan::Descriptor(_)));
         let passed: Vec<usize> = passed.map(|(index, _)| index).collect();
         if passed.is_empty() {
             return;
@@ -401,8 +401,8 @@ fn manifest(
     }
     manifest.not_in_backup = plan.outside.clone();
     let disks = plan.disks.iter().zip(digests).enumerate();
-    let in_store = disks.filter_map(|(index, (disk, digest))| match &disk.place {
-        Place::InStore { file_name } => Some(model::Disk {
+    let in_store = disks.filter_map(|(index, (disk, digest))| match &disk.target {
+        TargetPlan::InStore { file_name } => Some(model::Disk {
             name: disk.name.clone(),
             file: file_name.clone(),
             format: disk.format,
@@ -414,7 +414,7 @@ fn manifest(
             bitmap: disk.checkpoint.then(|| bitmap_name(&job.backup_id, index)),
             unknown: model::Unknown::new(),
         }),
-        Place::File(_) | Place::Block(_) | Place::Descriptor(_) => None,
+        TargetPlan::File(_) | TargetPlan::Block(_) | TargetPlan::Descriptor(_) => None,
     });
     manifest.disks = in_store.collect();
     manifest

@@ -12,7 +12,7 @@ use crate::job::boot::BootId;
 use crate::job::record::{domain_record, spec_to_text, to_text};
 use crate::job::{DiskState, DiskStatus, Error};
 use crate::model::{DEFINITION_NAME, DomainDir, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
-use crate::plan::{Destination, DiskPlan, JobSpec, Place, Plan};
+use crate::plan::{Destination, DiskPlan, JobSpec, Plan, TargetPlan};
 use crate::store::Directory;
 
 /// A backup in a store, or the reason why it is not usable.
@@ -189,7 +189,7 @@ fn plan(
                     }),
                 },
                 checkpoint: disk.bitmap.is_some(),
-                place: Place::InStore {
+                target: TargetPlan::InStore {
                     file_name: disk.file.clone(),
                 },
             })

@@ -132,6 +132,13 @@ test_without_the_helper_no_existing_target_is_overwritten() {
     backupctl create web --disk "vda=$DISK" --format raw
 }
 
+test_an_error_of_the_helper_reaches_the_journal() {
+    # The length of the question, which is too long, and the version of the protocol.
+    printf '\377\377\377\377\1\0\0\0' | socat -t "$DEADLINE" - UNIX-CONNECT:/run/backupd/look.socket
+    helper_log_has() { journalctl --unit='backupd-look@*' --priority=warning -o cat | grep -Fx "$1"; }
+    until_true "the helper's line in the journal" helper_log_has "4294967295 bytes, more than 1048576"
+}
+
 test_the_helper_leaves_no_residue() {
     no_helper_runs() { [ -z "$(systemctl list-units --no-legend --all 'backupd-look@*')" ]; }
     until_true "the helpers to have ended" no_helper_runs

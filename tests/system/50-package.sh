@@ -52,6 +52,32 @@ test_an_upgrade_keeps_the_configuration() {
     [ -e /etc/backupd/domains.d/web.toml ]
 }
 
+test_an_upgrade_from_a_version_without_the_helper_starts_the_helper() {
+    local old=/root/old unit=/root/old/usr/lib/systemd/system before accepted
+    dpkg-deb --raw-extract /backupd-tests/backupd.deb "$old"
+    sed -i 's/^Version: .*/Version: 0.0.1/' "$old/DEBIAN/control"
+    rm "$unit/backupd-look.socket" "$unit/backupd-look@.service"
+    # Without the helper, the service needs the helper's capability.
+    sed -i -e '/look\.socket/d' -e 's/^CapabilityBoundingSet=.*/& CAP_SYS_PTRACE/' "$unit/backupd.service"
+    dpkg-deb --build -Znone "$old" "$old.deb"
+    stop_service
+    systemctl stop backupd-look.socket
+    dpkg --install "$old.deb"
+    rm -r "$old" "$old.deb"
+    backupctl domains
+    [ "$(systemctl show --property=LoadState --value backupd-look.socket)" = not-found ]
+    not contains "$(systemctl show --property=Environment backupd.service)" BACKUPD_LOOK
+    before=$(main_pid)
+    dpkg --install /backupd-tests/backupd-next.deb
+    another() { runs && [ "$(main_pid)" != "$before" ]; }
+    until_true "the new service to run" another
+    systemctl --quiet is-active backupd-look.socket
+    until_true "the service to reach the VM" knows web
+    accepted=$(systemctl show --property=NAccepted --value backupd-look.socket)
+    backupctl create web --disk "vda=$DISK" --format raw
+    [ "$(systemctl show --property=NAccepted --value backupd-look.socket)" -gt "$accepted" ]
+}
+
 can_be_started() { busctl --system --no-legend list --activatable | grep -q '^org\.example\.Backup1 '; }
 
 test_removal_stops_the_service_and_its_timers_and_unregisters_the_name() {

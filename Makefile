@@ -81,10 +81,10 @@ test: setup
 lint:
 	@tests/setup.sh lint
 	grep -rlE --exclude-dir=target '^#!.*\<(ba)?sh$$' .ci tests systemd | xargs shellcheck -x -P SCRIPTDIR -S warning
-	@mkdir -p '$(CARGO_TARGET_DIR)/man'
+	@rm -rf '$(CARGO_TARGET_DIR)/man'
 	$(CARGO) run --locked --quiet --bin backupctl -- man '$(CARGO_TARGET_DIR)/man'
 	mandoc -T lint -W warning docs/man/*
-	mandoc -T lint -W error '$(CARGO_TARGET_DIR)/man'/*
+	mandoc -T lint -W error '$(CARGO_TARGET_DIR)'/man/man*/*
 	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install --locked --version $(DENY_VERSION) --no-default-features cargo-deny
 	$(CARGO) fetch --locked
 	$(CARGO) deny --locked --offline --config .ci/deny.toml check licenses bans sources
@@ -153,9 +153,9 @@ install: $(BUILT)/backupd $(BUILT)/backupctl
 	    install -m 644 docs/backupd.toml '$(DESTDIR)$(sysconfdir)/backupd/backupd.toml'
 	install -D -m 644 -t '$(DESTDIR)$(datadir)/man/man8' docs/man/backupd.8
 	install -D -m 644 -t '$(DESTDIR)$(datadir)/man/man5' docs/man/backupd.toml.5
-	install -d '$(DESTDIR)$(datadir)/man/man1' '$(DESTDIR)$(datadir)/bash-completion/completions' \
+	install -d '$(DESTDIR)$(datadir)/bash-completion/completions' \
 	    '$(DESTDIR)$(datadir)/zsh/vendor-completions' '$(DESTDIR)$(datadir)/fish/vendor_completions.d'
-	$(BUILT)/backupctl man '$(DESTDIR)$(datadir)/man/man1'
+	$(BUILT)/backupctl man '$(DESTDIR)$(datadir)/man'
 	$(BUILT)/backupctl completions bash > '$(DESTDIR)$(datadir)/bash-completion/completions/backupctl'
 	$(BUILT)/backupctl completions zsh > '$(DESTDIR)$(datadir)/zsh/vendor-completions/_backupctl'
 	$(BUILT)/backupctl completions fish > '$(DESTDIR)$(datadir)/fish/vendor_completions.d/backupctl.fish'

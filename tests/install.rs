@@ -38,6 +38,8 @@ fn install_fills_a_directory() {
         others,
         [
             "usr/share/man/man5/backupd.toml.5",
+            "usr/share/man/man5/domainbackup.5",
+            "usr/share/man/man5/domaincheckpoint.5",
             "usr/share/man/man8/backupd.8"
         ]
     );

@@ -1,27 +1,30 @@
 //! The attributes of a tag, and the XML declaration, which has the same syntax. As [`super::xml`], it knows XML and no
-//! words of the language.
+//! words of the language but those of [`super::grammar`].
 
 use std::borrow::Cow;
 
 use quick_xml::events::attributes::{AttrError, Attributes};
 
 use super::Error;
+use super::grammar::{self, Element, ElementAttribute};
 use super::xml::{Tag, Xml, is_space};
 
 /// An attribute with its parsed value: references resolved, white space normalised.
 pub(super) struct Attribute<'a> {
-    pub name: &'static str,
+    /// Its row in the grammar.
+    pub row: &'static ElementAttribute,
     pub value: Cow<'a, str>,
     pub offset: usize,
 }
 
 impl<'a> Xml<'a> {
-    /// The attributes of a tag, in the order of `known`.
+    /// The attributes of a tag, in the order of the element's rows.
     pub fn attributes<const N: usize>(
         &self,
         tag: &Tag<'a>,
-        known: &'static [&'static str; N],
+        element: &'static Element,
     ) -> Result<[Option<Attribute<'a>>; N], Error> {
+        debug_assert_eq!(N, element.attributes.len(), "<{}>", element.name);
         let mut found = [const { None }; N];
         for attribute in Attributes::new(tag.content, tag.name.len()) {
             let attribute = attribute.map_err(|error| self.bad_attribute(tag, &error))?;
@@ -30,15 +33,16 @@ impl<'a> Xml<'a> {
             if !self.text[..offset].ends_with(is_space) {
                 return Err(self.malformed(offset, "white space is missing before an attribute"));
             }
-            let Some(index) = known.iter().position(|name| *name == key) else {
-                return Err(self.unknown_attribute(offset, key, tag, known));
+            let mut rows = found.iter_mut().zip(element.attributes);
+            let Some((place, row)) = rows.find(|(_, row)| row.name == key) else {
+                return Err(self.unknown_attribute(offset, key, tag, element));
             };
             // Always borrowed, because the iterator returns slices of its input.
             let Cow::Borrowed(raw) = attribute.value else {
                 return Err(self.malformed(offset, "unreadable attribute"));
             };
-            found[index] = Some(Attribute {
-                name: known[index],
+            *place = Some(Attribute {
+                row,
                 value: self.value(raw)?,
                 offset,
             });
@@ -54,7 +58,7 @@ impl<'a> Xml<'a> {
                 "the XML declaration is not at the beginning of the document",
             ));
         }
-        let [version, encoding, standalone] = self.attributes(tag, &["version", "encoding", "standalone"])?;
+        let [version, encoding, standalone] = self.attributes(tag, &grammar::DECLARATION)?;
         let Some(version) = version else {
             return Err(self.malformed(tag.offset, "the XML declaration lacks version='1.0'"));
         };
@@ -81,24 +85,17 @@ impl<'a> Xml<'a> {
         }
     }
 
-    fn unknown_attribute(
-        &self,
-        offset: usize,
-        key: &str,
-        tag: &Tag<'_>,
-        known: &'static [&'static str],
-    ) -> Error {
+    fn unknown_attribute(&self, offset: usize, key: &str, tag: &Tag<'_>, element: &'static Element) -> Error {
         let at = self.at(offset);
         let name = key.to_owned();
         if name == "xmlns" || name.contains(':') {
             return Error::Namespaced { at, name };
         }
-        let element = tag.name.to_owned();
         Error::UnknownAttribute {
             at,
             name,
-            element,
-            known,
+            element: tag.name.to_owned(),
+            known: element.attribute_names(),
         }
     }
 

@@ -8,13 +8,11 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 
 use super::disk::disk_name;
-use super::parse::{Seen, description, name, require, unknown_word, unsupported};
+use super::grammar::{CHECKPOINT_DISK, CHECKPOINT_DISKS, DOMAINCHECKPOINT, PARENT};
+use super::parse::{Seen, description, name, no_attributes, require, unknown_word, unsupported};
 use super::xml::{Tag, Xml, trim};
 use super::{Error, Feature, MAX_BYTES, MAX_DISKS, Position, write};
 use crate::model::is_reserved;
-
-const ROOT: &str = "domaincheckpoint";
-const CHILDREN: &[&str] = &["name", "description", "creationTime", "parent", "disks"];
 
 /// A checkpoint as a caller describes it. `None` means that the document leaves it to the service.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,19 +66,19 @@ pub fn parse_checkpoint(text: &str) -> Result<CheckpointDefinition, Error> {
         return Err(Error::TooLarge { bytes: text.len() });
     }
     let mut xml = Xml::new(text)?;
-    let root = xml.root(ROOT)?;
-    let [] = xml.attributes(&root, &[])?;
+    let root = xml.root(DOMAINCHECKPOINT.name)?;
+    no_attributes(&xml, &root)?;
     let mut definition = CheckpointDefinition::default();
     let mut seen = Seen::default();
     while let Some(tag) = xml.child(&root)? {
-        seen.once(&xml, ROOT, CHILDREN, &tag)?;
+        seen.once(&xml, &DOMAINCHECKPOINT, &tag)?;
         match tag.name {
             "name" => definition.name = Some(own_name(&mut xml, &tag)?),
             "description" => definition.description = Some(description(&mut xml, &tag)?),
             "creationTime" => definition.creation_time = Some(creation_time(&mut xml, &tag)?),
             "parent" => definition.parent = Some(parent(&mut xml, &tag)?),
             "disks" => definition.disks = Some(disks(&mut xml, &tag)?),
-            _ => return Err(xml.unknown_element(&tag, &root, CHILDREN)),
+            _ => return Err(xml.unknown_element(&tag, &root, DOMAINCHECKPOINT.child_names())),
         }
     }
     xml.finish()?;
@@ -99,7 +97,7 @@ fn own_name<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
 }
 
 fn creation_time<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<u64, Error> {
-    let [] = xml.attributes(tag, &[])?;
+    no_attributes(xml, tag)?;
     let content = xml.content(tag)?;
     let value = trim(&content).to_owned();
     let digits = value.bytes().all(|byte| byte.is_ascii_digit());
@@ -113,14 +111,14 @@ fn creation_time<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<u64, Error> {
 }
 
 fn parent<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
-    let [] = xml.attributes(tag, &[])?;
+    no_attributes(xml, tag)?;
     let mut parent = None;
     let mut seen = Seen::default();
     while let Some(child) = xml.child(tag)? {
-        seen.once(xml, "parent", &["name"], &child)?;
+        seen.once(xml, &PARENT, &child)?;
         match child.name {
             "name" => parent = Some(name(xml, &child, "a checkpoint")?),
-            _ => return Err(xml.unknown_element(&child, tag, &["name"])),
+            _ => return Err(xml.unknown_element(&child, tag, PARENT.child_names())),
         }
     }
     parent.ok_or_else(|| Error::MissingElement {
@@ -131,12 +129,12 @@ fn parent<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
 }
 
 fn disks<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<Vec<CheckpointDisk>, Error> {
-    let [] = xml.attributes(tag, &[])?;
+    no_attributes(xml, tag)?;
     let mut list: Vec<CheckpointDisk> = Vec::new();
     let mut names = HashMap::new();
     while let Some(child) = xml.child(tag)? {
         if child.name != "disk" {
-            return Err(xml.unknown_element(&child, tag, &["disk"]));
+            return Err(xml.unknown_element(&child, tag, CHECKPOINT_DISKS.child_names()));
         }
         if list.len() == MAX_DISKS {
             return Err(Error::TooManyDisks {
@@ -163,14 +161,14 @@ fn disks<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<Vec<CheckpointDisk>, Er
 
 fn disk<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<CheckpointDisk, Error> {
     let at = xml.at(tag.offset);
-    let [name, checkpoint, bitmap] = xml.attributes(tag, &["name", "checkpoint", "bitmap"])?;
-    let name = disk_name(xml, require(xml, name, tag, "disk", "name")?)?;
+    let [name, checkpoint, bitmap] = xml.attributes(tag, &CHECKPOINT_DISK)?;
+    let name = disk_name(xml, require(xml, name, tag, &CHECKPOINT_DISK, "name")?)?;
     let recorded = match &checkpoint {
         None => true,
         Some(checkpoint) => match &*checkpoint.value {
             "bitmap" => true,
             "no" => false,
-            _ => return Err(unknown_word(xml, "disk", checkpoint, &["no", "bitmap"])),
+            _ => return Err(unknown_word(xml, &CHECKPOINT_DISK, checkpoint)),
         },
     };
     if let Some(bitmap) = bitmap {

@@ -6,14 +6,12 @@
 use std::collections::HashMap;
 
 use super::attribute::Attribute;
-use super::parse::{Seen, checkpoint, number, require, unknown_word, unsupported};
+use super::grammar::{self, DISK};
+use super::parse::{Seen, checkpoint, no_attributes, number, require, unknown_word, unsupported};
 use super::target::{TargetKey, TargetKind, target};
 use super::xml::{Tag, Xml};
 use super::{BackupMode, DiskDefinition, Error, Feature, MAX_DISK_NAME_BYTES, MAX_DISKS, Position, Target};
 use crate::model::{Compression, Format};
-
-const DISKS_CHILDREN: &[&str] = &["disk"];
-const DISK_CHILDREN: &[&str] = &["driver", "target"];
 
 /// The disks of a document, and facts that other elements must agree with.
 pub(super) struct Disks {
@@ -23,7 +21,7 @@ pub(super) struct Disks {
 }
 
 pub(super) fn disks<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<Disks, Error> {
-    let [] = xml.attributes(tag, &[])?;
+    no_attributes(xml, tag)?;
     let mut list: Vec<DiskDefinition> = Vec::new();
     let mut names = HashMap::new();
     let mut targets: HashMap<TargetKey, (String, Position)> = HashMap::new();
@@ -31,7 +29,7 @@ pub(super) fn disks<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<Disks, Error
 
     while let Some(child) = xml.child(tag)? {
         if child.name != "disk" {
-            return Err(xml.unknown_element(&child, tag, DISKS_CHILDREN));
+            return Err(xml.unknown_element(&child, tag, grammar::DISKS.child_names()));
         }
         if list.len() == MAX_DISKS {
             return Err(Error::TooManyDisks {
@@ -90,26 +88,14 @@ fn disk<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<(DiskDefinition, Option<
         incremental,
         exportname,
         exportbitmap,
-    ] = xml.attributes(
-        tag,
-        &[
-            "name",
-            "backup",
-            "type",
-            "backupmode",
-            "index",
-            "incremental",
-            "exportname",
-            "exportbitmap",
-        ],
-    )?;
-    let name = disk_name(xml, require(xml, name, tag, "disk", "name")?)?;
+    ] = xml.attributes(tag, &DISK)?;
+    let name = disk_name(xml, require(xml, name, tag, &DISK, "name")?)?;
     let selected = match &backup {
         None => true,
         Some(backup) => match &*backup.value {
             "yes" => true,
             "no" => false,
-            _ => return Err(unknown_word(xml, "disk", backup, &["yes", "no"])),
+            _ => return Err(unknown_word(xml, &DISK, backup)),
         },
     };
     if !selected {
@@ -134,7 +120,7 @@ fn disk<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<(DiskDefinition, Option<
     }
     if let Some(index) = index {
         // libvirt writes `index` into its output and ignores it in its input.
-        number(xml, "disk", &index)?;
+        number(xml, &DISK, &index)?;
     }
     let kind = match &kind {
         None => TargetKind::File,
@@ -146,7 +132,7 @@ fn disk<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<(DiskDefinition, Option<
             None if kind.value == "network" => {
                 return Err(unsupported(xml, kind.offset, Feature::NetworkTarget));
             }
-            None => return Err(unknown_word(xml, "disk", kind, TargetKind::WORDS)),
+            None => return Err(unknown_word(xml, &DISK, kind)),
         },
     };
 
@@ -183,7 +169,7 @@ fn mode(
         Some(mode) => match &*mode.value {
             "full" => true,
             "incremental" => false,
-            _ => return Err(unknown_word(xml, "disk", mode, &["full", "incremental"])),
+            _ => return Err(unknown_word(xml, &DISK, mode)),
         },
     };
     match (full, incremental) {
@@ -229,10 +215,10 @@ fn children<'a>(xml: &mut Xml<'a>, disk: &Tag<'a>, kind: Option<TargetKind>) -> 
     let mut children = Children::default();
     let mut seen = Seen::default();
     while let Some(tag) = xml.child(disk)? {
-        seen.once(xml, "disk", &["driver", "target", "scratch"], &tag)?;
+        seen.once(xml, &DISK, &tag)?;
         match (tag.name, kind) {
             ("driver", _) => {
-                let [format, compress] = xml.attributes(&tag, &["type", "compress"])?;
+                let [format, compress] = xml.attributes(&tag, &grammar::DRIVER)?;
                 if kind.is_some() {
                     (children.format, children.compress) = driver(xml, format, compress)?;
                 }
@@ -245,7 +231,7 @@ fn children<'a>(xml: &mut Xml<'a>, disk: &Tag<'a>, kind: Option<TargetKind>) -> 
                     what: "<scratch>",
                 });
             }
-            _ => return Err(xml.unknown_element(&tag, disk, DISK_CHILDREN)),
+            _ => return Err(xml.unknown_element(&tag, disk, DISK.child_names())),
         }
     }
     Ok(children)
@@ -270,7 +256,7 @@ fn driver(
         return Ok((format, None));
     };
     let Some(compress) = Compression::from_word(&word.value) else {
-        return Err(unknown_word(xml, "driver", &word, Compression::WORDS));
+        return Err(unknown_word(xml, &grammar::DRIVER, &word));
     };
     if format == Some(Format::Raw) {
         return Err(Error::CompressedRaw {

@@ -63,7 +63,7 @@ pub enum Error {
         at: Position,
         name: String,
         parent: String,
-        known: &'static [&'static str],
+        known: Vec<&'static str>,
     },
     #[error(
         "{at}: unknown attribute '{}' of <{element}>, which takes {}",
@@ -73,7 +73,7 @@ pub enum Error {
         at: Position,
         name: String,
         element: String,
-        known: &'static [&'static str],
+        known: Vec<&'static str>,
     },
     #[error("{at}: a second <{name}> in <{parent}>; the first is at {first}")]
     DuplicateElement {

@@ -12,6 +12,7 @@ mod attribute;
 mod checkpoint;
 mod disk;
 mod error;
+pub mod grammar;
 mod parse;
 mod target;
 mod write;

@@ -3,22 +3,10 @@
 
 use super::attribute::Attribute;
 use super::disk;
+use super::grammar::{self, DOMAINBACKUP, Element};
 use super::xml::{Tag, Xml, trim};
 use super::{CheckpointRef, Definition, Error, Feature, MAX_BYTES, Quiesce, StoreRef};
 use crate::model::{MAX_DESCRIPTION_BYTES, is_valid_name};
-
-const ROOT: &str = "domainbackup";
-const CHILDREN: &[&str] = &[
-    "name",
-    "description",
-    "store",
-    "bandwidth",
-    "quiesce",
-    "incremental",
-    "disks",
-];
-const MODES: &[&str] = &["push"];
-const UNITS: &[&str] = &["bytes", "KB", "KiB", "MB", "MiB", "GB", "GiB", "TB", "TiB"];
 
 /// Parses a document. An empty document is an error here; the caller decides whether it means the defaults.
 pub fn parse(text: &str) -> Result<Definition, Error> {
@@ -26,19 +14,19 @@ pub fn parse(text: &str) -> Result<Definition, Error> {
         return Err(Error::TooLarge { bytes: text.len() });
     }
     let mut xml = Xml::new(text)?;
-    let root = xml.root(ROOT)?;
+    let root = xml.root(DOMAINBACKUP.name)?;
     let definition = domainbackup(&mut xml, &root)?;
     xml.finish()?;
     Ok(definition)
 }
 
 fn domainbackup<'a>(xml: &mut Xml<'a>, root: &Tag<'a>) -> Result<Definition, Error> {
-    let [mode] = xml.attributes(root, &["mode"])?;
+    let [mode] = xml.attributes(root, &DOMAINBACKUP)?;
     if let Some(mode) = mode {
         match &*mode.value {
             "push" => {}
             "pull" => return Err(unsupported(xml, mode.offset, Feature::Pull)),
-            _ => return Err(unknown_word(xml, ROOT, &mode, MODES)),
+            _ => return Err(unknown_word(xml, &DOMAINBACKUP, &mode)),
         }
     }
 
@@ -46,7 +34,7 @@ fn domainbackup<'a>(xml: &mut Xml<'a>, root: &Tag<'a>) -> Result<Definition, Err
     let mut seen = Seen::default();
     let mut target = None;
     while let Some(tag) = xml.child(root)? {
-        seen.once(xml, ROOT, CHILDREN, &tag)?;
+        seen.once(xml, &DOMAINBACKUP, &tag)?;
         match tag.name {
             "name" => definition.name = Some(name(xml, &tag, "the backup")?),
             "description" => definition.description = Some(description(xml, &tag)?),
@@ -65,7 +53,7 @@ fn domainbackup<'a>(xml: &mut Xml<'a>, root: &Tag<'a>) -> Result<Definition, Err
                     what: "<server>",
                 });
             }
-            _ => return Err(xml.unknown_element(&tag, root, CHILDREN)),
+            _ => return Err(xml.unknown_element(&tag, root, DOMAINBACKUP.child_names())),
         }
     }
     if let (Some(store), Some(at)) = (&definition.store, target) {
@@ -75,7 +63,7 @@ fn domainbackup<'a>(xml: &mut Xml<'a>, root: &Tag<'a>) -> Result<Definition, Err
 }
 
 pub(super) fn name<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>, what: &'static str) -> Result<String, Error> {
-    let [] = xml.attributes(tag, &[])?;
+    no_attributes(xml, tag)?;
     let name = xml.content(tag)?;
     if !is_valid_name(&name) {
         return Err(Error::InvalidName {
@@ -88,7 +76,7 @@ pub(super) fn name<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>, what: &'static str) -> 
 }
 
 fn incremental<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<CheckpointRef, Error> {
-    let [] = xml.attributes(tag, &[])?;
+    no_attributes(xml, tag)?;
     let content = xml.content(tag)?;
     checkpoint(xml, trim(&content), tag.offset)
 }
@@ -107,7 +95,7 @@ pub(super) fn checkpoint(xml: &Xml<'_>, name: &str, offset: usize) -> Result<Che
 }
 
 pub(super) fn description<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String, Error> {
-    let [] = xml.attributes(tag, &[])?;
+    no_attributes(xml, tag)?;
     let description = xml.content(tag)?;
     if description.len() > MAX_DESCRIPTION_BYTES {
         return Err(Error::TooLong {
@@ -121,8 +109,8 @@ pub(super) fn description<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<String
 }
 
 fn store<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<StoreRef, Error> {
-    let [name] = xml.attributes(tag, &["name"])?;
-    let name = require(xml, name, tag, "store", "name")?;
+    let [name] = xml.attributes(tag, &grammar::STORE)?;
+    let name = require(xml, name, tag, &grammar::STORE, "name")?;
     if !is_valid_name(&name.value) {
         return Err(Error::InvalidName {
             at: xml.at(name.offset),
@@ -138,22 +126,22 @@ fn store<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<StoreRef, Error> {
 }
 
 fn quiesce<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<Quiesce, Error> {
-    let [mode] = xml.attributes(tag, &["mode"])?;
-    let mode = require(xml, mode, tag, "quiesce", "mode")?;
+    let [mode] = xml.attributes(tag, &grammar::QUIESCE)?;
+    let mode = require(xml, mode, tag, &grammar::QUIESCE, "mode")?;
     let Some(quiesce) = Quiesce::from_word(&mode.value) else {
-        return Err(unknown_word(xml, "quiesce", &mode, Quiesce::WORDS));
+        return Err(unknown_word(xml, &grammar::QUIESCE, &mode));
     };
     xml.no_content(tag)?;
     Ok(quiesce)
 }
 
 fn bandwidth<'a>(xml: &mut Xml<'a>, tag: &Tag<'a>) -> Result<u64, Error> {
-    let [unit] = xml.attributes(tag, &["unit"])?;
+    let [unit] = xml.attributes(tag, &grammar::BANDWIDTH)?;
     let scale = match &unit {
         None => 1,
         Some(unit) => match scale(&unit.value) {
             Some(scale) => scale,
-            None => return Err(unknown_word(xml, "bandwidth", unit, UNITS)),
+            None => return Err(unknown_word(xml, &grammar::BANDWIDTH, unit)),
         },
     };
     let content = xml.content(tag)?;
@@ -190,15 +178,10 @@ fn scale(unit: &str) -> Option<u64> {
 pub(super) struct Seen(Vec<(&'static str, usize)>);
 
 impl Seen {
-    /// Refuses a second child of the same name, if `names` contains it.
-    pub fn once(
-        &mut self,
-        xml: &Xml<'_>,
-        parent: &'static str,
-        names: &'static [&'static str],
-        tag: &Tag<'_>,
-    ) -> Result<(), Error> {
-        let Some(name) = names.iter().find(|name| **name == tag.name).copied() else {
+    /// Refuses a second child of the same name, if the parent takes it.
+    pub fn once(&mut self, xml: &Xml<'_>, parent: &'static Element, tag: &Tag<'_>) -> Result<(), Error> {
+        let child = parent.children().iter().find(|child| child.name == tag.name);
+        let Some(name) = child.map(|child| child.name) else {
             return Ok(());
         };
         if let Some((_, first)) = self.0.iter().find(|(word, _)| *word == name) {
@@ -206,12 +189,18 @@ impl Seen {
                 first: xml.at(*first),
                 at: xml.at(tag.offset),
                 name,
-                parent,
+                parent: parent.name,
             });
         }
         self.0.push((name, tag.offset));
         Ok(())
     }
+}
+
+/// Refuses attributes of an element that takes none.
+pub(super) fn no_attributes<'a>(xml: &Xml<'a>, tag: &Tag<'a>) -> Result<(), Error> {
+    let [] = xml.attributes(tag, &grammar::BARE)?;
+    Ok(())
 }
 
 pub(super) fn unsupported(xml: &Xml<'_>, offset: usize, feature: Feature) -> Error {
@@ -221,18 +210,13 @@ pub(super) fn unsupported(xml: &Xml<'_>, offset: usize, feature: Feature) -> Err
     }
 }
 
-pub(super) fn unknown_word(
-    xml: &Xml<'_>,
-    element: &'static str,
-    attribute: &Attribute<'_>,
-    known: &'static [&'static str],
-) -> Error {
+pub(super) fn unknown_word(xml: &Xml<'_>, element: &'static Element, attribute: &Attribute<'_>) -> Error {
     Error::UnknownWord {
         at: xml.at(attribute.offset),
-        element,
-        attribute: attribute.name,
+        element: element.name,
+        attribute: attribute.row.name,
         word: attribute.value.clone().into_owned(),
-        known,
+        known: attribute.row.words(),
     }
 }
 
@@ -240,25 +224,29 @@ pub(super) fn require<'a>(
     xml: &Xml<'_>,
     attribute: Option<Attribute<'a>>,
     tag: &Tag<'_>,
-    element: &'static str,
+    element: &'static Element,
     name: &'static str,
 ) -> Result<Attribute<'a>, Error> {
     attribute.ok_or_else(|| Error::MissingAttribute {
         at: xml.at(tag.offset),
-        element,
+        element: element.name,
         attribute: name,
     })
 }
 
 /// Accepts digits only; `u32::from_str` would accept a sign too.
-pub(super) fn number(xml: &Xml<'_>, element: &'static str, attribute: &Attribute<'_>) -> Result<u32, Error> {
+pub(super) fn number(
+    xml: &Xml<'_>,
+    element: &'static Element,
+    attribute: &Attribute<'_>,
+) -> Result<u32, Error> {
     let digits = attribute.value.bytes().all(|byte| byte.is_ascii_digit());
     match attribute.value.parse() {
         Ok(number) if digits => Ok(number),
         _ => Err(Error::NotANumber {
             at: xml.at(attribute.offset),
-            element,
-            attribute: attribute.name,
+            element: element.name,
+            attribute: attribute.row.name,
             value: attribute.value.clone().into_owned(),
         }),
     }

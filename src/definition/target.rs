@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::attribute::Attribute;
+use super::grammar::TARGET;
 use super::parse::{number, require, unsupported};
 use super::xml::{Tag, Xml};
 use super::{Error, Feature, MAX_PATH_BYTES, PathProblem, Position, Target};
@@ -38,7 +39,7 @@ pub(super) fn target<'a>(
     kind: Option<TargetKind>,
 ) -> Result<Option<(Target, Position)>, Error> {
     let at = xml.at(tag.offset);
-    let attributes = xml.attributes(tag, &["file", "dev", "fd"])?;
+    let attributes = xml.attributes(tag, &TARGET)?;
     let target = match kind {
         None => None,
         Some(kind) => Some((place(xml, tag, kind, attributes)?, at)),
@@ -48,7 +49,7 @@ pub(super) fn target<'a>(
         Some(child) => Err(match child.name {
             "seclabel" => unsupported(xml, child.offset, Feature::SecurityLabel),
             "encryption" => unsupported(xml, child.offset, Feature::Encryption),
-            _ => xml.unknown_element(&child, tag, &[]),
+            _ => xml.unknown_element(&child, tag, TARGET.child_names()),
         }),
     }
 }
@@ -61,21 +62,21 @@ fn place(
 ) -> Result<Target, Error> {
     let mut wanted = None;
     for attribute in attributes.into_iter().flatten() {
-        if attribute.name != kind.attribute() {
+        if attribute.row.name != kind.attribute() {
             return Err(Error::TargetAttribute {
                 at: xml.at(attribute.offset),
-                found: attribute.name,
+                found: attribute.row.name,
                 wanted: kind.attribute(),
                 kind: kind.word(),
             });
         }
         wanted = Some(attribute);
     }
-    let place = require(xml, wanted, tag, "target", kind.attribute())?;
+    let place = require(xml, wanted, tag, &TARGET, kind.attribute())?;
     Ok(match kind {
         TargetKind::File => Target::File(path(xml, place)?),
         TargetKind::Block => Target::Block(path(xml, place)?),
-        TargetKind::Fd => Target::Fd(number(xml, "target", &place)?),
+        TargetKind::Fd => Target::Fd(number(xml, &TARGET, &place)?),
     })
 }
 

@@ -123,7 +123,7 @@ impl<'a> Xml<'a> {
         if root.name == wanted {
             return Ok(root);
         }
-        Err(match self.unknown_element(&root, &root, &[]) {
+        Err(match self.unknown_element(&root, &root, Vec::new()) {
             Error::UnknownElement { at, name, .. } => Error::WrongRoot { at, name, wanted },
             malformed => malformed,
         })
@@ -180,7 +180,7 @@ impl<'a> Xml<'a> {
     /// Reads to the end of an element that takes no content.
     pub fn no_content(&mut self, tag: &Tag<'_>) -> Result<(), Error> {
         match self.child(tag)? {
-            Some(child) => Err(self.unknown_element(&child, tag, &[])),
+            Some(child) => Err(self.unknown_element(&child, tag, Vec::new())),
             None => Ok(()),
         }
     }
@@ -192,14 +192,14 @@ impl<'a> Xml<'a> {
             match self.next()? {
                 Node::Text { text, .. } => content.push_str(&text),
                 Node::Close => return Ok(content),
-                Node::Open(child) => return Err(self.unknown_element(&child, tag, &[])),
+                Node::Open(child) => return Err(self.unknown_element(&child, tag, Vec::new())),
                 Node::End => return Err(self.unclosed(tag)),
             }
         }
     }
 
     /// The error for an element that its parent does not take.
-    pub fn unknown_element(&self, tag: &Tag<'_>, parent: &Tag<'_>, known: &'static [&'static str]) -> Error {
+    pub fn unknown_element(&self, tag: &Tag<'_>, parent: &Tag<'_>, known: Vec<&'static str>) -> Error {
         let at = self.at(tag.offset);
         let name = tag.name.to_owned();
         match name {

@@ -35,7 +35,7 @@ test_the_installed_units_are_without_fault_and_their_exposure_at_most_one_point_
 
 test_manual_pages_completions_and_examples_are_there() {
     local page
-    for page in man1/backupctl.1 man1/backupctl-create.1 man5/backupd.toml.5 man8/backupd.8; do
+    for page in man1/backupctl.1 man1/backupctl-create.1 man5/backupd.toml.5 man5/domainbackup.5 man8/backupd.8; do
         contains "$(gzip -dc "/usr/share/man/$page.gz")" .TH
     done
     bash -n /usr/share/bash-completion/completions/backupctl

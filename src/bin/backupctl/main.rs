@@ -12,6 +12,7 @@ mod checkpoints;
 mod create;
 mod delete;
 mod document;
+mod document_pages;
 mod error;
 mod files;
 mod follow;

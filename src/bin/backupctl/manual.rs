@@ -10,7 +10,7 @@ use clap_mangen::Man;
 
 use crate::args::Cli;
 use crate::error::Result;
-use crate::output;
+use crate::{document_pages, output};
 
 /// Prints the completions for a shell.
 pub fn completions(shell: Shell) -> Result<()> {
@@ -19,9 +19,13 @@ pub fn completions(shell: Shell) -> Result<()> {
     Ok(output::print(&String::from_utf8_lossy(&script))?)
 }
 
-/// Writes a page for the program and one for each command.
+/// Writes a page for the program, one for each command, and one for each kind of document, each into the directory of
+/// its section.
 pub fn pages(dir: &Path) -> Result<()> {
-    for (name, page) in all_pages()? {
+    for (name, page) in all_pages()?.into_iter().chain(document_pages::pages()) {
+        let section = name.rsplit('.').next().unwrap_or_default();
+        let dir = dir.join(format!("man{section}"));
+        fs::create_dir_all(&dir)?;
         fs::write(dir.join(name), page)?;
     }
     Ok(())
@@ -94,12 +98,12 @@ fn page(command: &clap::Command, name: &str) -> io::Result<Vec<u8>> {
 }
 
 /// Escapes backslashes and hyphens for roff.
-fn roff(text: &str) -> String {
+pub fn roff(text: &str) -> String {
     text.replace('\\', "\\e").replace('-', "\\-")
 }
 
 /// Escapes a line for roff, including a dot at its start.
-fn quoted(line: &str) -> String {
+pub fn quoted(line: &str) -> String {
     format!("\\&{}", roff(line))
 }
 

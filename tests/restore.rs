@@ -14,10 +14,14 @@ use crate::common::storage::{LoopDevice, Tmpfs, files_below, holds, identical};
 use crate::common::wait;
 use backupd::image::{self, Chain, Control, Fault, Output, Progress};
 use backupd::model::Format;
-use backupd::store::{Directory, LockKind};
+use backupd::store::{self, BackupName, LockKind};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
+
+fn name(id: &str) -> BackupName<'_> {
+    BackupName { domain: "web", id }
+}
 
 #[test]
 fn every_point_in_time_of_a_chain_is_restored_in_either_format() {
@@ -257,9 +261,9 @@ fn an_ordinary_user_restores_what_it_can_read() {
 fn a_backup_under_change_is_not_read() {
     let store = Store::new();
     let out = store.out();
-    let shelf = Directory::of_users_store(&store.path()).unwrap();
-    let shelf = shelf.below("web").unwrap().unwrap().below(FULL).unwrap().unwrap();
-    let held = shelf.lock(LockKind::Exclusive).unwrap();
+    let opened = store::open_users(&store.path()).unwrap();
+    let backup = opened.open(name(FULL)).unwrap().unwrap();
+    let held = backup.lock(LockKind::Exclusive).unwrap();
     for (command, arguments) in [("restore", ["--to", text(&out)].as_slice()), ("verify", &[])] {
         let output = store.run(command, FIRST, arguments);
         assert_eq!(output.status, 1, "{}", output.stderr);
@@ -295,9 +299,8 @@ fn a_header_exchanged_after_its_check_exposes_no_other_file() {
     )
     .expect_success();
     fs::write(&secret, vec![0x5e; SIZE as usize]).unwrap();
-    let shelf = Directory::of_users_store(&store.path()).unwrap();
-    let domain = shelf.below("web").unwrap().unwrap();
-    let chain = Chain::open(&domain, FULL, Some(&["vda"])).unwrap();
+    let opened = store::open_users(&store.path()).unwrap();
+    let chain = Chain::open(&*opened, name(FULL), Some(&["vda"])).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let disk = runtime.block_on(chain.disks()[0].open()).unwrap();
     write_at(&store.vda(FULL), 0, &fs::read(&made).unwrap());

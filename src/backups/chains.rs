@@ -1,17 +1,11 @@
-//! Reads the dependencies between the backups of a domain's directory from the store itself.
-//!
-//! The catalog may be stale, and others may have written to the store: another host's service, a newer version, a user
-//! with `cp`. So the service reads every manifest there before it removes or merges a backup.
+//! The dependencies between the backups of a domain's directory, from the store and the catalog.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
-use super::probe::is_absent;
 use super::{Backups, Error};
 use crate::catalog::{BackupState, Link};
-use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use crate::offload::Progress;
-use crate::store::{self, Directory};
+use crate::store::{self, Dependencies, Store, Unreadable};
 
 /// The backups of a domain's directory and their dependencies.
 pub(super) struct Chains {
@@ -22,28 +16,13 @@ pub(super) struct Chains {
     /// Backups that the store marks as protected.
     protected: BTreeSet<String>,
     /// Backups by id whose manifest cannot be read or parsed. Only the catalog may know their bases.
-    unreadable: BTreeMap<String, Unreadable>,
+    unreadable: BTreeMap<String, UnknownBases>,
 }
 
-struct Unreadable {
+struct UnknownBases {
     why: Error,
     /// The manifest is damaged, so neither a retry nor a newer version can parse it.
     is_damaged: bool,
-}
-
-/// One backup's directory as its manifest describes it.
-struct Stored {
-    id: String,
-    /// The manifest's path, for messages.
-    path: String,
-    parents: Result<Vec<String>, ReadError>,
-    protected: bool,
-}
-
-/// The reasons why a backup's bases are unknown.
-enum ReadError {
-    Manifest(ManifestError),
-    Store(store::Error),
 }
 
 impl Chains {
@@ -110,33 +89,37 @@ impl Backups {
     /// Returns the dependencies in a domain's directory. The store's manifests take precedence; the catalog supplements
     /// those that cannot be parsed.
     pub(super) async fn chains(&self, store: &str, domain: &str) -> Result<Chains, Error> {
-        let (path, directory) = (self.path_of(store)?, domain.to_owned());
-        let read = move |progress: &Progress| read_domain(&path, &directory, progress);
-        let stored = self.blocking(store, read).await?;
+        let directory = domain.to_owned();
+        let read =
+            move |store: &dyn Store, progress: &Progress| store::dependencies(store, &directory, progress);
+        let found = self.in_store(store, read).await?;
         let recorded = self.catalog.links(store.to_owned(), domain.to_owned()).await?;
         let mut links: BTreeMap<String, Link> =
             recorded.into_iter().map(|link| (link.id.clone(), link)).collect();
         let (mut unknown, mut protected) = (BTreeSet::new(), BTreeSet::new());
         let mut unreadable = BTreeMap::new();
-        for stored in stored {
-            let Stored {
-                id, path, parents, ..
-            } = stored;
-            if stored.protected {
+        for Dependencies {
+            id,
+            manifest,
+            bases,
+            protected: is_protected,
+        } in found
+        {
+            if is_protected {
                 protected.insert(id.clone());
             }
-            let parents = match parents {
-                Ok(parents) => parents,
-                Err(ReadError::Manifest(why)) => {
+            let parents = match bases {
+                Ok(bases) => bases,
+                Err(Unreadable::Manifest(why)) => {
                     let is_damaged = why.is_damage();
-                    let why = Error::Unreadable { path, why };
-                    unreadable.insert(id, Unreadable { why, is_damaged });
+                    let why = Error::Unreadable { path: manifest, why };
+                    unreadable.insert(id, UnknownBases { why, is_damaged });
                     continue;
                 }
-                Err(ReadError::Store(error)) => {
+                Err(Unreadable::Store(error)) => {
                     let why = error.into();
                     let is_damaged = false;
-                    unreadable.insert(id, Unreadable { why, is_damaged });
+                    unreadable.insert(id, UnknownBases { why, is_damaged });
                     continue;
                 }
             };
@@ -160,43 +143,4 @@ impl Backups {
             unreadable,
         })
     }
-}
-
-/// Reads every directory that has, or may have, a manifest. Blocks.
-fn read_domain(store: &Path, domain: &str, progress: &Progress) -> Result<Vec<Stored>, store::Error> {
-    let Some(shelf) = Directory::of_store(store)?.below(domain)? else {
-        return Ok(Vec::new());
-    };
-    let mut stored = Vec::new();
-    // Hidden directories are in staging or being removed. A job in staging holds locks on its bases.
-    for id in shelf.names()?.into_iter().filter(|name| !name.starts_with('.')) {
-        let (parents, protected) = match shelf.below(&id) {
-            Ok(None) => continue,
-            Ok(Some(backup)) => {
-                let protected = backup.is_protected()?;
-                match backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) {
-                    // No longer a backup; only the catalog may know its content.
-                    Err(error) if is_absent(&error) && !protected => continue,
-                    Err(error) if is_absent(&error) => (Ok(Vec::new()), protected),
-                    Err(error) => (Err(ReadError::Store(error)), protected),
-                    Ok((bytes, _)) => (parents(&bytes), protected),
-                }
-            }
-            Err(error) => (Err(ReadError::Store(error)), false),
-        };
-        let path = shelf.path().join(&id).join(MANIFEST_NAME).display().to_string();
-        progress.add(1);
-        stored.push(Stored {
-            id,
-            path,
-            parents,
-            protected,
-        });
-    }
-    Ok(stored)
-}
-
-fn parents(manifest: &[u8]) -> Result<Vec<String>, ReadError> {
-    let manifest = Manifest::parse(manifest).map_err(ReadError::Manifest)?;
-    Ok(manifest.parents().into_iter().map(str::to_owned).collect())
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use super::probe::image_fault;
 use crate::catalog::{self, BackupState, Link};
-use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
-use crate::store::{self, Directory};
+use crate::model::{MANIFEST_NAME, Manifest};
+use crate::store::{self, BackupName, OpenBackup, Store};
 
 /// A backup as its store describes it.
 #[derive(Debug)]
@@ -30,13 +30,10 @@ pub struct Inventory {
 
 /// Reads a store at any path and with any owner. Blocks.
 pub fn read_store(path: &Path) -> Result<Inventory, store::Error> {
-    let store = Directory::of_users_store(path)?;
+    let store = store::open_users(path)?;
     let mut inventory = Inventory::default();
-    for name in visible(&store)? {
-        let Some(domain) = store.below(&name)? else {
-            continue;
-        };
-        match read_domain(&domain, &mut inventory.problems) {
+    for domain in store.domains()? {
+        match read_domain(&*store, &domain, &mut inventory.problems) {
             Ok(backups) => inventory.backups.extend(backups),
             Err(error) => inventory.problems.push(error.to_string()),
         }
@@ -44,21 +41,19 @@ pub fn read_store(path: &Path) -> Result<Inventory, store::Error> {
     Ok(inventory)
 }
 
-fn visible(shelf: &Directory) -> Result<Vec<String>, store::Error> {
-    let mut names = shelf.names()?;
-    names.retain(|name| !name.starts_with('.'));
-    Ok(names)
-}
-
-fn read_domain(domain: &Directory, problems: &mut Vec<String>) -> Result<Vec<Stored>, store::Error> {
+fn read_domain(
+    store: &dyn Store,
+    domain: &str,
+    problems: &mut Vec<String>,
+) -> Result<Vec<Stored>, store::Error> {
     let mut backups = Vec::new();
-    for id in visible(domain)? {
-        let Some(backup) = domain.below(&id)? else {
+    for id in store.entries(domain)?.backups {
+        let Some(backup) = store.open(BackupName { domain, id: &id })? else {
             continue;
         };
-        match read_backup(&backup, &id) {
+        match read_backup(&*backup, &id) {
             Ok(stored) => backups.push(stored),
-            Err(why) => problems.push(format!("{}: {why}", backup.path().display())),
+            Err(why) => problems.push(format!("{}: {why}", backup.location().display())),
         }
     }
     // By sequence number, because an id has a resolution of one second.
@@ -79,20 +74,20 @@ fn read_domain(domain: &Directory, problems: &mut Vec<String>) -> Result<Vec<Sto
     Ok(backups)
 }
 
-fn read_backup(shelf: &Directory, id: &str) -> Result<Stored, String> {
+fn read_backup(backup: &dyn OpenBackup, id: &str) -> Result<Stored, String> {
     let text = |error: store::Error| error.to_string();
-    let (bytes, _) = shelf.read(MANIFEST_NAME, MAX_MANIFEST_BYTES).map_err(text)?;
+    let (bytes, _) = backup.read_manifest().map_err(text)?;
     let manifest = Manifest::parse(&bytes).map_err(|error| format!("{MANIFEST_NAME}: {error}"))?;
     if manifest.id != id {
         return Err(format!("{MANIFEST_NAME} belongs to backup '{}'", manifest.id));
     }
-    let fault = image_fault(shelf, &manifest.disks).map_err(text)?;
+    let fault = image_fault(backup, &manifest.disks).map_err(text)?;
     let (state, problem) = fault.unwrap_or((BackupState::Complete, String::new()));
     Ok(Stored {
         manifest,
         state,
         problem,
-        protected: shelf.is_protected().map_err(text)?,
+        protected: backup.is_protected().map_err(text)?,
     })
 }
 

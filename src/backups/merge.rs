@@ -20,7 +20,7 @@ use crate::model::{
     ManifestError, PROTECTED_NAME,
 };
 use crate::offload::{Progress, watched};
-use crate::store::{Directory, Replacement};
+use crate::store::{Replacement, Store};
 use crate::targets::{self, FileDigest};
 
 impl Backups {
@@ -38,13 +38,10 @@ impl Backups {
         let dependents = self.dependents(unwanted).await?;
         for id in &dependents {
             let backup = self.complete(unwanted, id).await?;
-            let (path, key) = (self.store_path(&backup.key)?, backup.key);
-            let open = move |_: &Progress| {
-                let shelf = Directory::of_store(&path)?.below(&key.domain)?;
-                Ok(shelf.map(|shelf| Chain::open(&shelf, &key.id, None).map(drop)))
-            };
-            let opened = self.blocking(&unwanted.store, open).await?;
-            opened.ok_or_else(|| Error::Gone(id.clone()))??;
+            let key = backup.key;
+            let open =
+                move |store: &dyn Store, _: &Progress| Ok(Chain::open(store, name(&key), None).map(drop));
+            self.in_store(&unwanted.store, open).await??;
         }
         Ok(dependents)
     }
@@ -75,12 +72,11 @@ impl Backups {
     }
 
     async fn merge_one(&self, backup: Backup, gone: &BTreeSet<String>) -> Result<(), Error> {
-        let path = self.store_path(&backup.key)?;
         // Recorded first, so that the next start cleans up if the service ends in between.
         self.catalog
             .merging(backup.key.clone(), Some(String::new()))
             .await?;
-        let merged = self.make_merged(&backup, &path, gone).await;
+        let merged = self.make_merged(&backup, gone).await;
         let put = match merged {
             Ok((replacement, manifest)) => self.put_merged(&backup.key, replacement, manifest).await,
             Err(error) => Err(error),
@@ -98,18 +94,15 @@ impl Backups {
     async fn make_merged(
         &self,
         backup: &Backup,
-        path: &std::path::Path,
         gone: &BTreeSet<String>,
-    ) -> Result<(Arc<Replacement>, Manifest), Error> {
-        let (at, key) = (path.to_owned(), backup.key.clone());
-        let open = move |progress: &Progress| {
-            let shelf = Directory::of_store(&at)?.below(&key.domain)?;
-            let chain = shelf.map(|shelf| Chain::open(&shelf, &key.id, None));
-            Ok((chain, Replacement::create(&at, name(&key), progress)?))
+    ) -> Result<(Arc<dyn Replacement>, Manifest), Error> {
+        let key = backup.key.clone();
+        let open = move |store: &dyn Store, progress: &Progress| {
+            let chain = Chain::open(store, name(&key), None);
+            Ok((chain, store.replace(name(&key), progress)?))
         };
-        let (chain, replacement) = self.blocking(&backup.key.store, open).await?;
-        let chain = chain.ok_or_else(|| Error::Gone(backup.key.id.clone()))??;
-        let replacement = Arc::new(replacement);
+        let (chain, replacement) = self.in_store(&backup.key.store, open).await?;
+        let (chain, replacement) = (chain?, Arc::<dyn Replacement>::from(replacement));
         let mut manifest = backup.manifest.clone();
         for disk in &mut manifest.disks {
             let loses_base = disk
@@ -149,14 +142,14 @@ impl Backups {
         &self,
         store: &str,
         chain: &Chain,
-        replacement: &Arc<Replacement>,
+        replacement: &Arc<dyn Replacement>,
         disk: &mut Disk,
     ) -> Result<(), Error> {
         let Some(images) = chain.disks().iter().find(|images| images.disk == disk.name) else {
             return Err(Error::Gone(chain.manifest.id.clone()));
         };
         let (made, file) = (replacement.clone(), disk.file.clone());
-        let target = self.blocking(store, move |_| made.create_file(&file)).await?;
+        let target = self.blocking(store, move |_| made.create_image(&file)).await?;
         let target = Arc::new(target);
         let copy = duplicate(&target)?;
         let images = &images.open().await?;
@@ -202,7 +195,7 @@ impl Backups {
     async fn put_merged(
         &self,
         key: &BackupKey,
-        replacement: Arc<Replacement>,
+        replacement: Arc<dyn Replacement>,
         manifest: Manifest,
     ) -> Result<(), Error> {
         let text = encode(&manifest)?;
@@ -236,15 +229,14 @@ impl Backups {
 
     /// Compares the record with the manifest in the store, and removes the files in staging.
     async fn finish_merge(&self, key: &BackupKey) -> Result<(), Error> {
-        let (path, at) = (self.store_path(key)?, key.clone());
-        let read = move |_: &Progress| {
-            Replacement::settle(&path, name(&at))?;
-            let shelf = Directory::of_store(&path)?.below(&at.domain)?;
-            let backup = shelf.map(|shelf| shelf.below(&at.id)).transpose()?.flatten();
-            let read = backup.map(|backup| backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES));
+        let at = key.clone();
+        let read = move |store: &dyn Store, _: &Progress| {
+            store.settle_replacement(name(&at))?;
+            let backup = store.open(name(&at))?;
+            let read = backup.map(|backup| backup.read_manifest());
             Ok(read.transpose()?.map(|(bytes, _)| bytes))
         };
-        let found = self.blocking(&key.store, read).await?;
+        let found = self.in_store(&key.store, read).await?;
         let is_new = match (self.catalog.being_merged(key.clone()).await?, found) {
             (Some(new), Some(found)) => new.as_bytes() == found,
             _ => false,
@@ -252,14 +244,11 @@ impl Backups {
         if is_new {
             self.put_on_record(key).await?;
         }
-        let (path, at) = (self.store_path(key)?, key.clone());
-        let clear = move |progress: &Progress| Replacement::clear(&path, name(&at), progress);
-        self.blocking(&key.store, clear).await?;
+        let at = key.clone();
+        let clear =
+            move |store: &dyn Store, progress: &Progress| store.clear_replacement(name(&at), progress);
+        self.in_store(&key.store, clear).await?;
         Ok(self.catalog.merging(key.clone(), None).await?)
-    }
-
-    pub(super) fn store_path(&self, key: &BackupKey) -> Result<PathBuf, Error> {
-        self.path_of(&key.store)
     }
 
     pub(super) fn path_of(&self, store: &str) -> Result<PathBuf, Error> {

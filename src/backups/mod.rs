@@ -25,7 +25,6 @@ use crate::config::{Config, Deadlines, Store};
 use crate::domain::{Domain, Identity, NOBODY, Origin, Registry, registered};
 use crate::job::{self, Jobs};
 use crate::offload::Queue;
-use crate::store;
 
 pub use error::Error;
 pub use inventory::{Inventory, Stored, read_store};
@@ -234,12 +233,10 @@ impl Backups {
 
     /// Checks that a store is the one used before. While a file system is not mounted, another directory has its path.
     pub(super) async fn check_mark(&self, name: &str) -> Result<(), Error> {
-        let store = self.store(name).ok_or_else(|| Error::NoStore(name.to_owned()))?;
         let Some(known) = self.known_mark(name).await? else {
             return Ok(());
         };
-        let path = store.path.clone();
-        self.blocking(name, move |_| store::check_mark(&path, &known))
+        self.in_store(name, move |store, _| store.check_mark(&known))
             .await
     }
 

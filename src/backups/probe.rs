@@ -1,17 +1,16 @@
 //! Checks that backups still exist unchanged, without reading their images.
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::io::Errno;
 use tokio::time::Instant;
 
 use super::Backups;
+use super::remove::name;
 use crate::catalog::{self, Backup, BackupKey, BackupState, ProbeResult};
-use crate::model::{Disk, MANIFEST_NAME, MAX_MANIFEST_BYTES};
-use crate::store::{self, Directory};
+use crate::model::{Disk, MANIFEST_NAME};
+use crate::store::{self, OpenBackup, Store};
 
 /// How long a caller waits for the check. After that, the list shows the last known state.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -103,22 +102,15 @@ struct ProbeReport {
 
 /// Blocks.
 fn probe_store(path: &Path, expected: &[Expected]) -> ProbeReport {
-    let store = Directory::of_store(path);
-    let mut shelves: BTreeMap<&str, Result<Option<Directory>, store::Error>> = BTreeMap::new();
+    let store = store::open(path);
     let mut report = ProbeReport::default();
     for backup in expected {
-        let domain = &backup.key.domain;
-        let shelf = shelves.entry(domain).or_insert_with(|| match &store {
-            Ok(store) => store.below(domain),
-            Err(store::Error::NoDirectory { .. }) => Ok(None),
-            Err(error) => Err(error.clone()),
-        });
-        let probed = match shelf {
-            Ok(Some(shelf)) => probe_backup(shelf, backup),
-            Ok(None) => Ok(gone()),
-            // The state of an unreachable backup is unknown.
-            Err(_) => continue,
+        let probed = match &store {
+            Ok(store) => probe_backup(&**store, backup),
+            Err(store::Error::NoDirectory { .. }) => Ok(gone()),
+            Err(_) => break,
         };
+        // The state of an unreachable backup is unknown.
         let Ok(probed) = probed else { continue };
         report.faulty |= probed.is_some();
         if probed != backup.probed {
@@ -132,28 +124,28 @@ fn gone() -> ProbeResult {
     Some((BackupState::Missing, "its directory is missing".into()))
 }
 
-fn probe_backup(shelf: &Directory, expected: &Expected) -> Result<ProbeResult, store::Error> {
-    let Some(backup) = shelf.below(&expected.key.id)? else {
+fn probe_backup(store: &dyn Store, expected: &Expected) -> Result<ProbeResult, store::Error> {
+    let Some(backup) = store.open(name(&expected.key))? else {
         return Ok(gone());
     };
-    if let Some(fault) = image_fault(&backup, &expected.disks)? {
+    if let Some(fault) = image_fault(&*backup, &expected.disks)? {
         return Ok(Some(fault));
     }
-    let problem = match backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) {
+    let problem = match backup.read_manifest() {
         Ok((bytes, _)) if bytes == expected.text.as_bytes() => return Ok(None),
         Ok(_) => format!("{MANIFEST_NAME} has changed. Run 'backupctl rescan' to read it again"),
-        Err(error) if is_absent(&error) => format!("{MANIFEST_NAME} is missing"),
+        Err(error) if error.is_absent() => format!("{MANIFEST_NAME} is missing"),
         Err(error) => return Err(error),
     };
     Ok(Some((BackupState::Damaged, problem)))
 }
 
 /// Returns the first fault of a backup's images that is visible without reading them.
-pub(super) fn image_fault(backup: &Directory, disks: &[Disk]) -> Result<ProbeResult, store::Error> {
+pub(super) fn image_fault(backup: &dyn OpenBackup, disks: &[Disk]) -> Result<ProbeResult, store::Error> {
     for Disk { file, length, .. } in disks {
-        let size = match backup.file_size(file) {
+        let size = match backup.size_of(file) {
             Ok(size) => size,
-            Err(error) if is_absent(&error) => {
+            Err(error) if error.is_absent() => {
                 return Ok(Some((BackupState::Missing, format!("{file} is missing"))));
             }
             Err(error) => return Err(error),
@@ -164,10 +156,4 @@ pub(super) fn image_fault(backup: &Directory, disks: &[Disk]) -> Result<ProbeRes
         }
     }
     Ok(None)
-}
-
-pub(super) fn is_absent(error: &store::Error) -> bool {
-    // A directory or device with the file's name (EINVAL) counts as absent too.
-    let absent = |errno: &Errno| *errno == Errno::INVAL || errno.kind() == ErrorKind::NotFound;
-    matches!(error, store::Error::Io { errno, .. } if absent(errno))
 }

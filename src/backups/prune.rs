@@ -7,11 +7,11 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use tokio::time::Instant;
 
+use super::remove::space_of;
 use super::{Backups, Error, Unwanted};
 use crate::catalog::{Backup, BackupFilter, BackupKey, BackupState, Cursor, DomainRecord};
 use crate::clock;
 use crate::plan::retention::{self, Candidate, Condition, Reason, Retention};
-use crate::store::Removal;
 
 /// All backups of one domain in one store.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -111,7 +111,7 @@ impl Backups {
             };
             let freed = match allowed {
                 Allowed::Nothing => {
-                    let space = self.in_store(&judged.backup, Removal::space_of).await;
+                    let space = self.inspect(&judged.backup, space_of).await;
                     space.map(Option::unwrap_or_default)
                 }
                 Allowed::Only(_) | Allowed::AllBut(_) => {

@@ -4,7 +4,6 @@
 //! last. If the service ends in between, the next start completes the removal.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::path::Path;
 use std::sync::Arc;
 
 use super::{Backups, Error, StoreLocks};
@@ -12,10 +11,13 @@ use crate::catalog::{Backup, BackupKey, Link};
 use crate::fault::{self, Point};
 use crate::offload::Progress;
 use crate::plan::{Destination, JobSpec};
-use crate::store::{self, BackupName, Removal, Replacement};
+use crate::store::{self, BackupName, Removal, Store};
 
-/// Inspects a backup's directory, which may be missing. The arguments are the store, the backup's name and its images.
-type Find<T> = fn(&Path, BackupName, &[&str]) -> Result<Option<T>, store::Error>;
+/// Inspects a backup, which may be missing. The arguments are the store, the backup's name and its images.
+type Find<T> = fn(&dyn Store, BackupName<'_>, &[&str]) -> Result<Option<T>, store::Error>;
+
+/// A backup that is locked for its removal.
+type LockedBackup = Box<dyn Removal>;
 
 /// A request to remove backups of one domain in one store.
 #[derive(Debug, Clone)]
@@ -59,7 +61,7 @@ pub struct Removed {
 
 /// Whether the removal of a backup has begun, and its remaining files.
 enum RemovalState {
-    Begun(Option<Removal>),
+    Begun(Option<LockedBackup>),
     NotBegun,
 }
 
@@ -100,7 +102,7 @@ impl Backups {
             self.merge(unwanted).await?;
         }
         let order = self.order(unwanted, false).await?;
-        let mut held = self.hold(unwanted, &order).await?;
+        let mut locked = self.lock(unwanted, &order).await?;
         // A job locks its base, so from here on these backups get no new dependents.
         let again = self.order(unwanted, false).await?;
         if let Some(other) = again.iter().find(|id| !order.contains(id)) {
@@ -112,7 +114,7 @@ impl Backups {
         }
         self.check_running(unwanted, &order).await?;
         let mut removed = Removed::default();
-        while let Some((backup, removal)) = held.0.pop_front() {
+        while let Some((backup, removal)) = locked.0.pop_front() {
             let gone = match self.stop.is_cancelled() {
                 true => Err(Error::Stopping),
                 false => self.remove_one(&backup, removal).await,
@@ -136,14 +138,14 @@ impl Backups {
     }
 
     /// Locks the directories of these backups. Fails if one is in use, has foreign files or cannot be renamed.
-    async fn hold(&self, unwanted: &Unwanted, ids: &[String]) -> Result<LockedBackups, Error> {
-        let mut held = LockedBackups::default();
+    async fn lock(&self, unwanted: &Unwanted, ids: &[String]) -> Result<LockedBackups, Error> {
+        let mut locked = LockedBackups::default();
         for id in ids {
             let backup = self.record(unwanted, id).await?;
-            let removal = self.in_store(&backup, Removal::lock_to_rename).await?;
-            held.0.push_back((backup, removal));
+            let removal = self.inspect(&backup, lock_to_remove).await?;
+            locked.0.push_back((backup, removal));
         }
-        Ok(held)
+        Ok(locked)
     }
 
     /// Runs every check that can refuse a merge before anything changes. A later refusal would have rewritten
@@ -153,7 +155,7 @@ impl Backups {
         self.check_running(unwanted, &order).await?;
         let dependents = self.mergeable(unwanted).await?;
         let all = [order, dependents].concat();
-        drop(self.hold(unwanted, &all).await?);
+        drop(self.lock(unwanted, &all).await?);
         Ok(())
     }
 
@@ -207,7 +209,7 @@ impl Backups {
         let mut removed = Removed::default();
         for id in order {
             let backup = self.record(unwanted, &id).await?;
-            let space = self.in_store(&backup, Removal::space_of).await?;
+            let space = self.inspect(&backup, space_of).await?;
             removed.freed += space.unwrap_or(0);
             removed.ids.push(id);
         }
@@ -240,9 +242,9 @@ impl Backups {
     pub async fn protect(&self, backup: &Backup, protected: bool) -> Result<(), Error> {
         let key = &backup.key;
         let _turn = self.store_locks(&key.store)?.removal.lock().await;
-        let (path, at) = (self.store_path(key)?, key.clone());
-        let protect = move |_: &Progress| store::protect(&path, name(&at), protected);
-        self.blocking(&key.store, protect).await?;
+        let at = key.clone();
+        let protect = move |store: &dyn Store, _: &Progress| store.protect(name(&at), protected);
+        self.in_store(&key.store, protect).await?;
         self.catalog.protect(key.clone(), protected).await?;
         self.jobs.raise_generation(&key.store).await;
         tracing::info!(
@@ -264,35 +266,30 @@ impl Backups {
         found.ok_or_else(|| Error::Gone(id.to_owned()))
     }
 
-    /// Inspects a backup's directory; `None` if it is missing.
-    pub(super) async fn in_store<T: Send + 'static>(
+    /// Inspects a backup; `None` if it is missing.
+    pub(super) async fn inspect<T: Send + 'static>(
         &self,
         backup: &Backup,
         find: Find<T>,
     ) -> Result<Option<T>, Error> {
-        let store = self.stores.get(&backup.key.store);
-        let path = store
-            .ok_or_else(|| Error::NoStore(backup.key.store.clone()))?
-            .path
-            .clone();
         let (key, manifest) = (backup.key.clone(), backup.manifest.clone());
-        let find = move |_: &Progress| find(&path, name(&key), &manifest.images());
-        self.blocking(&backup.key.store, find).await
+        let find = move |store: &dyn Store, _: &Progress| find(store, name(&key), &manifest.images());
+        self.in_store(&backup.key.store, find).await
     }
 
-    async fn remove_one(&self, backup: &Backup, removal: Option<Removal>) -> Result<u64, Error> {
+    async fn remove_one(&self, backup: &Backup, removal: Option<LockedBackup>) -> Result<u64, Error> {
         let key = &backup.key;
         self.catalog.removing(key.clone(), true).await?;
         fault::point(Point::RemovalRecorded);
         let freed = match removal {
             Some(removal) => {
-                let (path, at) = (self.store_path(key)?, key.clone());
-                let remove = move |progress: &Progress| {
+                let at = key.clone();
+                let remove = move |store: &dyn Store, progress: &Progress| {
                     // Files that an interrupted merge left.
-                    Replacement::clear(&path, name(&at), progress)?;
-                    removal.remove(progress)
+                    store.clear_replacement(name(&at), progress)?;
+                    store::remove(removal, progress)
                 };
-                match self.blocking(&key.store, remove).await {
+                match self.in_store(&key.store, remove).await {
                     Ok(freed) => freed,
                     Err(error) => {
                         // Withdraws the record if no file was touched. If that fails, the next start decides.
@@ -345,7 +342,7 @@ impl Backups {
 
     /// Withdraws the removal if no file was touched yet. No caller has received a success for it.
     async fn withdraw_unless_begun(&self, backup: &Backup) -> Result<RemovalState, Error> {
-        match self.in_store(backup, Removal::lock).await? {
+        match self.inspect(backup, lock).await? {
             Some(removal) if !removal.is_begun() => {
                 self.catalog.removing(backup.key.clone(), false).await?;
                 Ok(RemovalState::NotBegun)
@@ -358,6 +355,17 @@ impl Backups {
         self.store_locks
             .get(store)
             .ok_or_else(|| Error::NoStore(store.to_owned()))
+    }
+
+    /// Opens a store and runs blocking work in it. As [`Self::blocking`].
+    pub(super) async fn in_store<T: Send + 'static>(
+        &self,
+        store: &str,
+        work: impl FnOnce(&dyn Store, &Progress) -> Result<T, store::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let path = self.path_of(store)?;
+        let work = move |progress: &Progress| work(&*store::open(&path)?, progress);
+        self.blocking(store, work).await
     }
 
     /// Runs blocking work in a store. Only other work in the same store waits for it. The service keeps running until
@@ -377,16 +385,43 @@ impl Backups {
 
 /// Backups and their locked directories, if these exist. Releasing the locks can block on storage.
 #[derive(Default)]
-struct LockedBackups(VecDeque<(Backup, Option<Removal>)>);
+struct LockedBackups(VecDeque<(Backup, Option<LockedBackup>)>);
 
 impl Drop for LockedBackups {
     fn drop(&mut self) {
-        let held = std::mem::take(&mut self.0);
-        if !held.is_empty() {
+        let locked = std::mem::take(&mut self.0);
+        if !locked.is_empty() {
             // No caller waits for it.
-            drop(tokio::task::spawn_blocking(move || drop(held)));
+            drop(tokio::task::spawn_blocking(move || drop(locked)));
         }
     }
+}
+
+/// Locks a backup, and checks that its removal is possible.
+fn lock_to_remove(
+    store: &dyn Store,
+    name: BackupName<'_>,
+    images: &[&str],
+) -> Result<Option<LockedBackup>, store::Error> {
+    let locked = store.lock_for_removal(name, images)?;
+    locked.as_ref().map_or(Ok(()), |locked| locked.check_possible())?;
+    Ok(locked)
+}
+
+fn lock(
+    store: &dyn Store,
+    name: BackupName<'_>,
+    images: &[&str],
+) -> Result<Option<LockedBackup>, store::Error> {
+    store.lock_for_removal(name, images)
+}
+
+pub(super) fn space_of(
+    store: &dyn Store,
+    name: BackupName<'_>,
+    images: &[&str],
+) -> Result<Option<u64>, store::Error> {
+    store.space_of(name, images)
 }
 
 pub(super) fn name(key: &BackupKey) -> BackupName<'_> {

@@ -1,4 +1,4 @@
-//! The generation of each store that the catalog's records describe. See `store::generation`.
+//! The generation of each store that the catalog's records describe. See `store::Store::generation`.
 
 use rusqlite::{OptionalExtension, params};
 

@@ -1,4 +1,4 @@
-//! The marks of the stores that were used. See `store::make_mark`.
+//! The marks of the stores that were used. See `store::Store::make_mark`.
 
 use rusqlite::{OptionalExtension, params};
 

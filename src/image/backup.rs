@@ -6,19 +6,26 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::io::Errno;
-
 use super::{Error, Fault, Finding};
 use crate::error::shown;
 use crate::model::{self, Digest, Format, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
 use crate::qcow2::{self, Expected, HeaderError};
-use crate::store::{self, BackupLock, Directory, LockKind};
+use crate::store::{BackupLock, BackupName, LockKind, OpenBackup, Store};
 
 /// The path of a backup in its store: the domain's directory, and the backup's directory in it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Location {
     pub domain: String,
     pub id: String,
+}
+
+impl Location {
+    pub fn name(&self) -> BackupName<'_> {
+        BackupName {
+            domain: &self.domain,
+            id: &self.id,
+        }
+    }
 }
 
 impl std::fmt::Display for Location {
@@ -28,19 +35,16 @@ impl std::fmt::Display for Location {
 }
 
 /// Returns all backups of a store, including incomplete ones. Blocks.
-pub fn all(store: &Directory) -> Result<Vec<Location>, Error> {
+pub fn all(store: &dyn Store) -> Result<Vec<Location>, Error> {
     let mut found = Vec::new();
-    let visible = |names: Vec<String>| names.into_iter().filter(|name| !name.starts_with('.'));
-    for domain in visible(store.names()?) {
-        let Some(shelf) = store.below(&domain)? else {
-            continue;
-        };
-        for id in visible(shelf.names()?) {
-            if shelf.below(&id)?.is_some() {
-                found.push(Location {
-                    domain: domain.clone(),
-                    id,
-                });
+    for domain in store.domains()? {
+        for id in store.entries(&domain)?.backups {
+            let location = Location {
+                domain: domain.clone(),
+                id,
+            };
+            if store.open(location.name())?.is_some() {
+                found.push(location);
             }
         }
     }
@@ -57,7 +61,7 @@ pub fn is_backup(directory: &Path) -> bool {
 }
 
 /// Returns the only backup whose id is `wanted` or begins with it. `DIRECTORY/ID` searches only this directory. Blocks.
-pub fn find(store: &Directory, wanted: &str) -> Result<Location, Error> {
+pub fn find(store: &dyn Store, wanted: &str) -> Result<Location, Error> {
     let (domain, prefix) = match wanted.split_once('/') {
         Some((domain, prefix)) => (Some(domain), prefix),
         None => (None, wanted),
@@ -76,52 +80,51 @@ pub fn find(store: &Directory, wanted: &str) -> Result<Location, Error> {
         }),
         _ => Err(Error::NoSuchBackup {
             wanted: wanted.to_owned(),
-            store: store.path().display().to_string(),
+            store: store.location().display().to_string(),
         }),
     }
 }
 
-/// A backup that cannot change while this exists, because its directory is locked.
+/// A backup that cannot change while this exists, because it is locked.
 #[derive(Debug)]
 pub struct Backup {
     pub manifest: Manifest,
-    shelf: Directory,
-    held: Arc<BackupLock>,
+    opened: Box<dyn OpenBackup>,
+    lock: Arc<BackupLock>,
 }
 
 impl Backup {
     /// Blocks.
-    pub fn open(domain: &Directory, id: &str) -> Result<Self, Fault> {
-        let shelf = domain.below(id)?.ok_or(Fault::Missing)?;
-        let held = shelf.lock(LockKind::Shared)?;
-        let (content, _) = shelf.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)?;
+    pub fn open(store: &dyn Store, name: BackupName<'_>) -> Result<Self, Fault> {
+        let opened = store.open(name)?.ok_or(Fault::Missing)?;
+        let lock = opened.lock(LockKind::Shared)?;
+        let (content, _) = opened.read_manifest()?;
         let manifest = Manifest::parse(&content).map_err(Fault::Manifest)?;
-        if manifest.id != id {
+        if manifest.id != name.id {
             return Err(Fault::OtherId { found: manifest.id });
         }
         Ok(Self {
             manifest,
-            shelf,
-            held: Arc::new(held),
+            opened,
+            lock: Arc::new(lock),
         })
     }
 
-    pub fn held(&self) -> Arc<BackupLock> {
-        self.held.clone()
+    /// Returns the lock, which a reader of its images keeps.
+    pub fn lock(&self) -> Arc<BackupLock> {
+        self.lock.clone()
     }
 
     /// The length of an image's file, if it exists.
     pub fn file_size(&self, disk: &model::Disk) -> Option<u64> {
-        self.shelf.file_size(&disk.file).ok()
+        self.opened.size_of(&disk.file).ok()
     }
 
     /// Opens an image and compares its length and header with the manifests. `backing` is the format of its backing
     /// image, if it has one. Blocks.
     pub fn image(&self, disk: &model::Disk, backing: Option<Format>) -> Result<Image, Fault> {
-        let file = match self.shelf.open_file(&disk.file) {
-            Err(store::Error::Io {
-                errno: Errno::NOENT, ..
-            }) => {
+        let file = match self.opened.open_image(&disk.file) {
+            Err(error) if error.is_not_found() => {
                 return Err(Fault::NoImage {
                     file: disk.file.clone(),
                 });

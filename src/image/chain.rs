@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::backup::{Backup, Image};
 use super::{Error, Fault, Finding};
 use crate::model::{self, Format, Manifest};
-use crate::store::{BackupLock, Directory};
+use crate::store::{BackupLock, BackupName, Store};
 
 /// The maximum number of images in a chain. QEMU can open more, and the service creates shorter chains.
 pub const MAX_DEPTH: usize = 64;
@@ -34,13 +34,13 @@ pub struct OpenDisk {
     pub disk: String,
     pub(super) images: Vec<Image>,
     /// Locks that keep the open images from changing.
-    _held: Vec<Arc<BackupLock>>,
+    _locks: Vec<Arc<BackupLock>>,
 }
 
 impl Chain {
-    /// Opens the backup `id` in its domain's directory with all its disks, or only the `wanted` ones. Blocks.
-    pub fn open(domain: &Directory, id: &str, wanted: Option<&[&str]>) -> Result<Self, Error> {
-        let mut links = Links::new(domain);
+    /// Opens a backup with all its disks, or only the `wanted` ones. Blocks.
+    pub fn open(store: &dyn Store, name: BackupName<'_>, wanted: Option<&[&str]>) -> Result<Self, Error> {
+        let (id, mut links) = (name.id, Links::new(store, name.domain));
         let top = links.backup(id).map_err(|fault| damaged(id, None, fault))?;
         let manifest = top.manifest.clone();
         let has = |name: &str| manifest.disks.iter().any(|disk| disk.name == name);
@@ -91,16 +91,16 @@ impl DiskChain {
 
     /// Blocks.
     fn open_now(&self) -> Result<OpenDisk, Error> {
-        let (mut images, mut held) = (Vec::new(), Vec::new());
+        let (mut images, mut locks) = (Vec::new(), Vec::new());
         for ((backup, disk), backing) in &self.links {
             let image = backup.image(disk, *backing);
             images.push(image.map_err(|fault| damaged(&backup.manifest.id, Some(&disk.name), fault))?);
-            held.push(backup.held());
+            locks.push(backup.lock());
         }
         Ok(OpenDisk {
             disk: self.disk.clone(),
             images,
-            _held: held,
+            _locks: locks,
         })
     }
 }
@@ -122,7 +122,8 @@ fn damaged(backup: &str, disk: Option<&str>, fault: Fault) -> Error {
 
 /// The backups of one domain, each read once, for following chains.
 pub(super) struct Links<'a> {
-    domain: &'a Directory,
+    store: &'a dyn Store,
+    domain: &'a str,
     backups: BTreeMap<String, Result<Arc<Backup>, Fault>>,
 }
 
@@ -130,8 +131,9 @@ pub(super) struct Links<'a> {
 type Link = (Arc<Backup>, model::Disk);
 
 impl<'a> Links<'a> {
-    pub fn new(domain: &'a Directory) -> Self {
+    pub fn new(store: &'a dyn Store, domain: &'a str) -> Self {
         Self {
+            store,
             domain,
             backups: BTreeMap::new(),
         }
@@ -141,7 +143,11 @@ impl<'a> Links<'a> {
         if let Some(known) = self.backups.get(id) {
             return known.clone();
         }
-        let backup = Backup::open(self.domain, id).map(Arc::new);
+        let name = BackupName {
+            domain: self.domain,
+            id,
+        };
+        let backup = Backup::open(self.store, name).map(Arc::new);
         self.backups.insert(id.to_owned(), backup.clone());
         backup
     }

@@ -16,7 +16,7 @@ use super::{Control, Error, Fault, Finding, Progress, blocking, check};
 use crate::digest::{self, Reading, Sha256Hasher, Watch};
 use crate::model::{self, Algorithm, Digest, Format};
 use crate::qcow2::HeaderError;
-use crate::store::{BackupLock, Directory};
+use crate::store::{BackupLock, BackupName, Store};
 
 const CHUNK: usize = 1 << 20;
 
@@ -53,7 +53,7 @@ impl Verified {
 /// The backups to verify, each after its bases.
 #[derive(Debug)]
 pub struct Survey {
-    store: Arc<Directory>,
+    store: Arc<dyn Store>,
     backups: Vec<Surveyed>,
     bytes: u64,
 }
@@ -74,12 +74,12 @@ struct Look {
     findings: Vec<Finding>,
     parents: BTreeSet<String>,
     /// Keeps the backup from being removed or replaced while it is read.
-    _held: Option<Arc<BackupLock>>,
+    _lock: Option<Arc<BackupLock>>,
 }
 
 impl Survey {
     /// Finds the bases of `wanted`, and how much there is to read. Blocks.
-    pub fn new(store: Arc<Directory>, wanted: &[Location]) -> Self {
+    pub fn new(store: Arc<dyn Store>, wanted: &[Location]) -> Self {
         let mut survey = Self {
             store,
             backups: Vec::new(),
@@ -99,9 +99,7 @@ impl Survey {
         while let Some((location, after)) = ahead.pop() {
             if let Some(bytes) = after {
                 self.bytes += bytes;
-                let domain = self.store.below(&location.domain).ok().flatten();
-                let there =
-                    domain.is_some_and(|domain| domain.below(&location.id).is_ok_and(|it| it.is_some()));
+                let there = self.is_there(location.name());
                 self.backups.push(Surveyed {
                     location,
                     bytes,
@@ -112,12 +110,8 @@ impl Survey {
             if !seen.insert(location.clone()) {
                 continue;
             }
-            let domain = self.store.below(&location.domain).ok().flatten();
-            let backup = domain.and_then(|domain| {
-                let backup = Links::new(&domain).backup(&location.id).ok()?;
-                Some((domain, backup))
-            });
-            let Some((domain, backup)) = backup else {
+            let backup = Links::new(&*self.store, &location.domain).backup(&location.id);
+            let Ok(backup) = backup else {
                 ahead.push((location, Some(0)));
                 continue;
             };
@@ -129,16 +123,19 @@ impl Survey {
                 .sum();
             ahead.push((location.clone(), Some(bytes)));
             for parent in manifest.parents() {
-                let there = domain.below(parent).is_ok_and(|shelf| shelf.is_some());
-                if there {
-                    let parent = Location {
-                        domain: location.domain.clone(),
-                        id: parent.to_owned(),
-                    };
+                let parent = Location {
+                    domain: location.domain.clone(),
+                    id: parent.to_owned(),
+                };
+                if self.is_there(parent.name()) {
                     ahead.push((parent, None));
                 }
             }
         }
+    }
+
+    fn is_there(&self, name: BackupName<'_>) -> bool {
+        self.store.open(name).is_ok_and(|backup| backup.is_some())
     }
 
     /// Returns the backups in the order of verification, with the bytes to read of each.
@@ -164,7 +161,7 @@ impl Survey {
         let mut all: Vec<Verified> = Vec::new();
         for Surveyed { location, there, .. } in self.backups {
             let (store, place) = (self.store.clone(), location.clone());
-            let mut look = blocking(move || look(&store, &place)).await?;
+            let mut look = blocking(move || look(&*store, &place)).await?;
             for finding in look.findings.iter_mut().filter(|_| there) {
                 // The directory existed a moment ago, so a user or a keep rule deleted it. An accident at this moment
                 // is improbable.
@@ -212,23 +209,19 @@ impl Survey {
 }
 
 /// Checks everything except the content of the images. Blocks.
-fn look(store: &Directory, location: &Location) -> Result<Look, Error> {
+fn look(store: &dyn Store, location: &Location) -> Result<Look, Error> {
     let mut look = Look {
         images: Vec::new(),
         findings: Vec::new(),
         parents: BTreeSet::new(),
-        _held: None,
+        _lock: None,
     };
     let found = |disk: Option<&model::Disk>, fault| Finding {
         backup: location.id.clone(),
         disk: disk.map(|disk| disk.name.clone()),
         fault,
     };
-    let Some(domain) = store.below(&location.domain)? else {
-        look.findings.push(found(None, Fault::Missing));
-        return Ok(look);
-    };
-    let mut links = Links::new(&domain);
+    let mut links = Links::new(store, &location.domain);
     let backup = match links.backup(&location.id) {
         Ok(backup) => backup,
         Err(fault) => {
@@ -236,7 +229,7 @@ fn look(store: &Directory, location: &Location) -> Result<Look, Error> {
             return Ok(look);
         }
     };
-    look._held = Some(backup.held());
+    look._lock = Some(backup.lock());
     look.parents = backup.manifest.parents().into_iter().map(str::to_owned).collect();
     for disk in &backup.manifest.disks {
         // The bases are checked separately. Here only the length of the chain counts.

@@ -2,7 +2,7 @@
 //! changed the store.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Error;
@@ -10,7 +10,7 @@ use crate::activity::Activity;
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::offload::{Progress, Queue, Turn};
-use crate::store::{self, check_mark, generation, raise_generation};
+use crate::store;
 
 /// The stores' generations.
 pub(super) struct Generations {
@@ -48,10 +48,10 @@ impl Generations {
             return;
         };
         let known = self.catalog.store_mark(name.to_owned()).await.ok().flatten();
-        let raise = move |path: &Path, progress: &Progress| {
+        let raise = move |store: &dyn store::Store, progress: &Progress| {
             // If the store was just unmounted, the directory below the mount point must stay unchanged.
-            known.map_or(Ok(()), |known| check_mark(path, &known))?;
-            raise_generation(path, progress)
+            known.map_or(Ok(()), |known| store.check_mark(&known))?;
+            store.raise_generation(progress)
         };
         let (_turn, raised) = match self.in_turn(store, raise).await {
             Ok(raised) => raised,
@@ -73,7 +73,7 @@ impl Generations {
         let Some(store) = self.stores.get(name) else {
             return Ok(None);
         };
-        let (_turn, found) = self.in_turn(store, |path, _| generation(path)).await?;
+        let (_turn, found) = self.in_turn(store, |store, _| store.generation()).await?;
         let known = self.catalog.generation(name.to_owned()).await?;
         Ok((found != known).then_some(found))
     }
@@ -81,7 +81,7 @@ impl Generations {
     /// Returns the generation of a store.
     pub async fn of(&self, name: &str) -> Result<String, Error> {
         match self.stores.get(name) {
-            Some(store) => Ok(self.in_turn(store, |path, _| generation(path)).await?.1),
+            Some(store) => Ok(self.in_turn(store, |store, _| store.generation()).await?.1),
             None => Ok(String::new()),
         }
     }
@@ -90,10 +90,10 @@ impl Generations {
     async fn in_turn<T: Send + 'static>(
         &self,
         store: &Store,
-        work: impl FnOnce(&Path, &Progress) -> Result<T, store::Error> + Send + 'static,
+        work: impl FnOnce(&dyn store::Store, &Progress) -> Result<T, store::Error> + Send + 'static,
     ) -> Result<(Turn, T), Error> {
         let path = store.path.clone();
-        let work = move |progress: &Progress| work(&path, progress);
+        let work = move |progress: &Progress| work(&*store::open(&path)?, progress);
         match store.queue.watched(&self.activity, self.patience, work).await {
             Some((turn, done)) => Ok((turn, done?)),
             None => Err(Error::stalled("the store", self.patience)),

@@ -18,7 +18,7 @@ use crate::job::{self, Job, Served, Work};
 use crate::model::Format;
 use crate::offload::Progress;
 use crate::plan::{JobSpec, RestorePlan, RestoredDisk, Stored};
-use crate::store::{self, Directory};
+use crate::store::{self, BackupName, Store};
 use crate::targets::Devices;
 
 /// The disks to restore, each into the descriptor at the same index.
@@ -110,7 +110,9 @@ impl Service {
             id: backup.key.id.clone(),
         };
         let survey = self
-            .in_store(backup, move |store| Ok(Survey::new(Arc::new(store), &[location])))
+            .in_store(backup, move |store| {
+                Ok(Survey::new(Arc::from(store), &[location]))
+            })
             .await?;
         let domain = self.backups.domain(&backup.domain);
         let spec = JobSpec::Verify(stored(backup));
@@ -162,16 +164,11 @@ impl Service {
 
     /// The images of the named disks; without names, of all disks.
     async fn chain(&self, backup: &Backup, disks: Vec<String>) -> Result<Chain> {
-        let (domain, id) = (backup.key.domain.clone(), backup.key.id.clone());
+        let key = backup.key.clone();
         self.in_store(backup, move |store| {
             let disks: Vec<&str> = disks.iter().map(String::as_str).collect();
             let wanted = (!disks.is_empty()).then_some(disks.as_slice());
-            let gone = || image::Error::NoSuchBackup {
-                wanted: id.clone(),
-                store: shown(&store.path().display().to_string()),
-            };
-            let domain = store.below(&domain)?.ok_or_else(gone)?;
-            Chain::open(&domain, &id, wanted)
+            Chain::open(&*store, name(&key), wanted)
         })
         .await
     }
@@ -180,41 +177,39 @@ impl Service {
     async fn in_store<T: Send + 'static>(
         &self,
         backup: &Backup,
-        work: impl FnOnce(Directory) -> std::result::Result<T, image::Error> + Send + 'static,
+        work: impl FnOnce(Box<dyn Store>) -> std::result::Result<T, image::Error> + Send + 'static,
     ) -> Result<T> {
-        let name = &backup.key.store;
-        let store = self.backups.store(name).ok_or_else(|| {
-            let text = format!("store '{}' is not configured any more", shown(name));
+        let store_name = &backup.key.store;
+        let store = self.backups.store(store_name).ok_or_else(|| {
+            let text = format!("store '{}' is not configured any more", shown(store_name));
             Error::new(Kind::NoSuchStore, text)
         })?;
         let (path, key) = (store.path.clone(), backup.key.clone());
-        let known = self.backups.known_mark(name).await?;
+        let known = self.backups.known_mark(store_name).await?;
         let work = move |_: &Progress| {
-            let store = Directory::of_store(&path)?;
+            let store = store::open(&path)?;
             // If the store is not mounted, report that and not a missing backup.
             if let Some(known) = known
-                && is_absent(&store, &key)
+                && matches!(store.open(name(&key)), Ok(None))
             {
-                store::check_mark_of(&store, &known)?;
+                store.check_mark(&known)?;
             }
             Ok::<_, store::Error>(work(store))
         };
         match self.jobs.in_store(work).await? {
             Ok(done) => Ok(done?),
             Err(error) => {
-                let text = format!("store '{}': {error}", shown(name));
+                let text = format!("store '{}': {error}", shown(store_name));
                 Err(Error::new(error.kind(), text))
             }
         }
     }
 }
 
-/// Whether the backup's directory does not exist. Blocks.
-fn is_absent(store: &Directory, key: &BackupKey) -> bool {
-    match store.below(&key.domain) {
-        Ok(Some(domain)) => matches!(domain.below(&key.id), Ok(None)),
-        Ok(None) => true,
-        Err(_) => false,
+fn name(key: &BackupKey) -> BackupName<'_> {
+    BackupName {
+        domain: &key.domain,
+        id: &key.id,
     }
 }
 

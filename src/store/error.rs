@@ -64,6 +64,11 @@ impl Error {
         matches!(self, Self::Io { errno, .. } if *errno == Errno::NOENT)
     }
 
+    /// Whether no regular file has the name. A directory or device with that name counts as absent too.
+    pub fn is_absent(&self) -> bool {
+        matches!(self, Self::Io { errno, .. } if *errno == Errno::NOENT || *errno == Errno::INVAL)
+    }
+
     pub fn kind(&self) -> Kind {
         match self {
             Self::Io { errno, .. } => kind_of(*errno),

@@ -1,13 +1,13 @@
 //! Locks the bases of a running backup until the backup is published.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
 use super::Error;
 use crate::checkpoint::{Base, Mode};
 use crate::plan::{Destination, Plan};
-use crate::store::{BackupLock, Directory, LockKind};
+use crate::store::{self, BackupLock, BackupName, LockKind, OpenBackup};
 
 /// The locked bases of one backup. A removal looks for dependents in the catalog, so the locks last until the catalog
 /// has the new backup.
@@ -39,7 +39,7 @@ impl Bases {
         let locked = based.map(|(disk, base)| {
             let backup = find(path, directory.as_str(), &disk, &base)?;
             Ok(LockedBase {
-                length: backup.file_size(&base.file)?,
+                length: backup.size_of(&base.file)?,
                 _lock: backup.lock(LockKind::Shared)?,
                 store: path.clone(),
                 domain: directory.as_str().to_owned(),
@@ -55,7 +55,7 @@ impl Bases {
         self.0.iter().try_for_each(|locked| {
             let LockedBase { disk, base, .. } = locked;
             let backup = find(&locked.store, &locked.domain, disk, base);
-            let length = backup.and_then(|backup| Ok(backup.file_size(&base.file)?));
+            let length = backup.and_then(|backup| Ok(backup.size_of(&base.file)?));
             match length {
                 Ok(length) if length == locked.length => Ok(()),
                 Ok(_) => Err(Error::Parent {
@@ -73,10 +73,10 @@ impl Bases {
     }
 }
 
-fn find(store: &std::path::Path, domain: &str, disk: &str, base: &Base) -> Result<Directory, Error> {
-    let domain = Directory::of_store(store)?.below(domain)?;
-    let backup = domain.map(|domain| domain.below(&base.backup)).transpose()?;
-    backup.flatten().ok_or_else(|| gone(disk, base))
+fn find(store: &Path, domain: &str, disk: &str, base: &Base) -> Result<Box<dyn OpenBackup>, Error> {
+    let id = &base.backup;
+    let backup = store::open(store)?.open(BackupName { domain, id })?;
+    backup.ok_or_else(|| gone(disk, base))
 }
 
 fn gone(disk: &str, base: &Base) -> Error {

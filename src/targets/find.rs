@@ -8,7 +8,7 @@ use super::{Error, Target, Targets, Writeback, block, file};
 use crate::files::FileId;
 use crate::model::Format;
 use crate::plan::{Destination, DiskPlan, Plan, TargetPlan};
-use crate::store::{BackupName, Staging};
+use crate::store::{self, BackupName};
 
 /// The targets of a backup that still exist.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ impl Targets {
         let mut found = Found {
             targets: Targets {
                 targets: Vec::new(),
-                store: None,
+                staging: None,
                 bases: Bases::default(),
                 writeback: Writeback::default(),
                 settled: false,
@@ -49,8 +49,9 @@ impl Targets {
                 TargetPlan::InStore { file_name } => Some(file_name.as_str()),
                 _ => None,
             });
-            match Staging::find(path, name, &images.collect::<Vec<_>>()) {
-                Ok(partial) => found.targets.store = partial,
+            let images = images.collect::<Vec<_>>();
+            match store::open(path).and_then(|store| store.find_staging(name, &images)) {
+                Ok(staging) => found.targets.staging = staging,
                 Err(error) => found.fail(error.into()),
             }
         }
@@ -98,10 +99,10 @@ impl Targets {
         same_boot: bool,
     ) -> Result<Option<Target>, Error> {
         let found = match (&disk.target, id) {
-            (TargetPlan::InStore { file_name }, _) => match &self.store {
-                Some(store) => {
-                    let file = store.find_file(file_name)?;
-                    let target = file.map(|file| Target::in_store(&disk.name, store, file_name, file));
+            (TargetPlan::InStore { file_name }, _) => match &self.staging {
+                Some(staging) => {
+                    let file = staging.find_image(file_name)?;
+                    let target = file.map(|file| Target::in_store(&disk.name, &**staging, file_name, file));
                     target.transpose()?
                 }
                 None => None,

@@ -24,7 +24,7 @@ pub fn directories_behind(device: FileId) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{OWN_DIRECTORY, store_around};
+    use crate::store::store_around;
 
     #[test]
     fn a_file_in_a_store_is_found_with_and_without_a_name() {
@@ -38,7 +38,7 @@ mod tests {
             assert_eq!(directory, backup);
             assert_eq!(store_around(&directory), None, "the store has no mark");
         }
-        std::fs::create_dir(store.join(OWN_DIRECTORY)).unwrap();
+        std::fs::create_dir(store.join(".backupd")).unwrap();
         assert_eq!(store_around(&backup), Some(store));
         assert_eq!(store_around(dir.path()), None);
     }

@@ -58,7 +58,7 @@ use crate::fault;
 use crate::files::FileId;
 use crate::offload::Progress;
 use crate::plan::{Destination, DiskPlan, Plan, TargetPlan};
-use crate::store::{BackupName, Published, Staging};
+use crate::store::{self, BackupName, Published, Staging};
 
 /// How many bytes at the beginning of a block device a failed backup wipes, in bytes. No header remains.
 pub const WIPED_HEAD: u64 = 1 << 20;
@@ -127,7 +127,8 @@ pub struct Target {
 pub fn label(plan: &Plan, disk: &DiskPlan, id: &str) -> String {
     match (&disk.target, &plan.destination) {
         (TargetPlan::InStore { file_name }, Destination::Store { path, directory, .. }) => {
-            let file = path.join(directory.as_str()).join(id).join(file_name);
+            let domain = directory.as_str();
+            let file = store::location_of(path, BackupName { domain, id }, file_name);
             file.display().to_string()
         }
         (TargetPlan::InStore { file_name }, Destination::Caller) => file_name.clone(),
@@ -160,7 +161,7 @@ impl Cached {
 #[derive(Debug)]
 pub struct Targets {
     targets: Vec<Target>,
-    store: Option<Staging>,
+    staging: Option<Box<dyn Staging>>,
     /// The locks on the backing images.
     bases: Bases,
     writeback: Writeback,
@@ -175,7 +176,7 @@ impl Targets {
     pub fn prepare(plan: &Plan, id: &str, files: &[OwnedFd], around: &Around) -> Result<Self, Error> {
         let mut targets = Self {
             targets: Vec::new(),
-            store: None,
+            staging: None,
             bases: Bases::lock(plan)?,
             writeback: Writeback::default(),
             settled: false,
@@ -185,7 +186,11 @@ impl Targets {
                 domain: directory.as_str(),
                 id,
             };
-            targets.store = Some(Staging::create(path, name, around.mark.as_deref())?);
+            let store = store::open(path)?;
+            if let Some(mark) = &around.mark {
+                store.check_mark(mark)?;
+            }
+            targets.staging = Some(store.stage(name)?);
         }
         for (index, disk) in plan.disks.iter().enumerate() {
             let target = targets.open(plan, disk, index, id, files);
@@ -231,7 +236,7 @@ impl Targets {
 
     /// Returns the backup if it had its final name and its manifest when it was found. It is then complete.
     pub fn published(&self) -> Option<&Published> {
-        self.store.as_ref().and_then(Staging::published)
+        self.staging.as_ref()?.published()
     }
 
     /// Releases the locks of the service. The caller makes sure that QEMU has opened all targets: QEMU holds its own
@@ -243,7 +248,7 @@ impl Targets {
 
     /// Whether the targets are in a store, where a manifest is stored beside the images.
     pub fn in_store(&self) -> bool {
-        self.store.is_some()
+        self.staging.is_some()
     }
 
     /// Returns the identities of the targets, in the plan's order.
@@ -299,7 +304,7 @@ impl Targets {
     /// Starts early write-back. The targets have their lengths from before the copying.
     fn set_writeback(&mut self) {
         let again = |target: &Target| match &target.publication {
-            Publication::InStore { file_name } => self.store.as_ref()?.open_again(file_name, target.id),
+            Publication::InStore { file_name } => self.staging.as_ref()?.open_again(file_name, target.id),
             _ => None,
         };
         self.writeback = Writeback::new(&self.targets, again);
@@ -332,8 +337,8 @@ impl Targets {
     /// After a failure, discarding also removes what was published. Each file counts as progress.
     pub fn publish(&mut self, records: &[(&str, &[u8])], progress: &Progress) -> Result<(), Error> {
         self.bases.check()?;
-        if let Some(store) = &mut self.store {
-            store.publish(records)?;
+        if let Some(staging) = &mut self.staging {
+            staging.publish(records)?;
         }
         for target in &mut self.targets {
             progress.add(1);
@@ -372,9 +377,10 @@ impl Targets {
         id: &str,
         files: &[OwnedFd],
     ) -> Result<Target, Error> {
-        match (&disk.target, &self.store) {
-            (TargetPlan::InStore { file_name }, Some(store)) => {
-                Target::in_store(&disk.name, store, file_name, store.create_file(file_name)?)
+        match (&disk.target, &self.staging) {
+            (TargetPlan::InStore { file_name }, Some(staging)) => {
+                let file = staging.create_image(file_name)?;
+                Target::in_store(&disk.name, &**staging, file_name, file)
             }
             (TargetPlan::InStore { .. }, None) => Err(Error::NoStore),
             (TargetPlan::File(path), _) if plan.reuse_external => file::open_existing(&disk.name, path),
@@ -395,25 +401,25 @@ impl Targets {
                 backup = published.manifest.id,
                 "keeping a complete backup of an unfinished job: the catalog may be an old copy"
             );
-            self.store = None;
+            self.staging = None;
         }
         let mut clear = true;
         // A directory with a backup's name must always be a complete backup, so remove the name first.
-        if let Some(store) = &mut self.store
-            && let Err(error) = store.retract()
+        if let Some(staging) = &mut self.staging
+            && let Err(error) = staging.retract()
         {
             tracing::error!(%error, "cannot unpublish a failed backup: do not use it");
             clear = false;
         }
         for target in &self.targets {
-            if let Err(error) = target.discard(self.store.as_ref()) {
+            if let Err(error) = target.discard(self.staging.as_deref()) {
                 tracing::error!(target = target.label, %error, "cannot remove a partial image");
                 clear = false;
             }
             progress.add(1);
         }
-        if let Some(store) = &self.store
-            && let Err(error) = store.discard()
+        if let Some(staging) = &self.staging
+            && let Err(error) = staging.discard()
         {
             tracing::error!(%error, "cannot remove the directory of a partial backup");
             clear = false;
@@ -457,8 +463,8 @@ impl Target {
     }
 
     /// An image in the staging directory of a store.
-    fn in_store(disk: &str, store: &Staging, file_name: &str, file: OwnedFd) -> Result<Self, Error> {
-        let label = store.path_of(file_name).display().to_string();
+    fn in_store(disk: &str, staging: &dyn Staging, file_name: &str, file: OwnedFd) -> Result<Self, Error> {
+        let label = staging.location_of(file_name).display().to_string();
         let file_name = file_name.to_owned();
         Self::new(disk, label, file, Publication::InStore { file_name })
     }
@@ -496,9 +502,11 @@ impl Target {
 
     /// Removes the name, then truncates the file. A descriptor that QEMU still has would keep the space of a file
     /// that is only unlinked, and a block device has no name to remove.
-    fn discard(&self, store: Option<&Staging>) -> io::Result<()> {
+    fn discard(&self, staging: Option<&dyn Staging>) -> io::Result<()> {
         let removed = match &self.publication {
-            Publication::InStore { file_name } => store.map_or(Ok(()), |store| store.remove_file(file_name)),
+            Publication::InStore { file_name } => staging
+                .map_or(Ok(()), |staging| staging.remove_image(file_name))
+                .map_err(io::Error::other),
             Publication::Rename(partial) => partial.discard(self.id),
             Publication::InPlace => Ok(()),
         };

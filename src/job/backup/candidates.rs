@@ -14,7 +14,7 @@ use crate::job::{Error, Jobs};
 use crate::model::{self, DomainDir, Manifest};
 use crate::offload::Progress;
 use crate::plan::ChosenStore;
-use crate::store::Directory;
+use crate::store::{self, BackupName, OpenBackup};
 
 /// The number of newest backups that are considered as bases. A backup that would need an older base is full.
 const MAX_CANDIDATES: u32 = 256;
@@ -80,8 +80,7 @@ fn look(
 ) -> Vec<Candidate> {
     // After a failure no image counts as usable, so the backup is full. If the store is not usable at all, the backup
     // fails later with the store's error.
-    let shelf = Directory::of_store(store).and_then(|store| store.below(directory.as_str()));
-    let shelf = shelf.ok().flatten();
+    let store = store::open(store).ok();
     let parsed = stored.iter().filter_map(|stored| {
         let manifest = Manifest::parse(stored.manifest.as_bytes()).ok()?;
         Some((manifest, stored.damaged))
@@ -91,13 +90,13 @@ fn look(
     let mut images: HashMap<(String, String), u32> = HashMap::new();
     let mut candidates: Vec<Candidate> = Vec::new();
     for (manifest, damaged) in &manifests {
-        let directory = shelf
-            .as_ref()
-            .and_then(|shelf| shelf.below(&manifest.id).ok().flatten());
+        let name = BackupName {
+            domain: directory.as_str(),
+            id: &manifest.id,
+        };
+        let opened = store.as_ref().and_then(|store| store.open(name).ok().flatten());
         let disks = manifest.disks.iter().map(|disk| {
-            let there = directory
-                .as_ref()
-                .is_some_and(|directory| is_whole(directory, disk));
+            let there = opened.as_ref().is_some_and(|backup| is_whole(&**backup, disk));
             let below = match &disk.parent {
                 None => Some(0),
                 Some(parent) => images.get(&(parent.backup.clone(), parent.file.clone())).copied(),
@@ -128,8 +127,8 @@ fn look(
 }
 
 /// Returns whether an image exists and has its recorded length.
-fn is_whole(directory: &Directory, disk: &model::Disk) -> bool {
-    match (directory.file_size(&disk.file), disk.length) {
+fn is_whole(backup: &dyn OpenBackup, disk: &model::Disk) -> bool {
+    match (backup.size_of(&disk.file), disk.length) {
         (Ok(length), Some(then)) => length == then,
         (Ok(length), None) => length > 0,
         (Err(_), _) => false,

@@ -15,9 +15,9 @@ use crate::domain::{Domain, Identity};
 use crate::job::Error;
 use crate::job::context::{JobContext, watched};
 use crate::job::record::domain_record;
-use crate::model::{DomainDir, MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_SEQUENCE, Manifest};
+use crate::model::{DomainDir, MAX_SEQUENCE, Manifest};
 use crate::offload::Progress;
-use crate::store::{self, Directory};
+use crate::store::{self, BackupName};
 
 /// Returns the directory in a store for a domain's next backup, and the backup's sequence number.
 pub(in crate::job) async fn choose(
@@ -162,15 +162,13 @@ fn unknown(
     progress: &Progress,
 ) -> Vec<Unrecorded> {
     let read = || -> Result<Vec<Unrecorded>, store::Error> {
-        let Some(shelf) = Directory::of_store(store)?.below(directory.as_str())? else {
-            return Ok(Vec::new());
-        };
-        let mut names = shelf.names()?;
-        names.retain(|name| !name.starts_with('.') && !known.contains(name));
-        let backups = names.iter().filter_map(|id| {
+        let (store, domain) = (store::open(store)?, directory.as_str());
+        let mut ids = store.entries(domain)?.backups;
+        ids.retain(|id| !known.contains(id));
+        let backups = ids.iter().filter_map(|id| {
             progress.add(1);
-            let backup = shelf.below(id).ok().flatten()?;
-            let (bytes, _) = backup.read(MANIFEST_NAME, MAX_MANIFEST_BYTES).ok()?;
+            let backup = store.open(BackupName { domain, id }).ok().flatten()?;
+            let (bytes, _) = backup.read_manifest().ok()?;
             let manifest = Manifest::parse(&bytes)
                 .ok()
                 .filter(|manifest| manifest.id == *id)?;

@@ -11,9 +11,9 @@ use crate::job::backup::{Ended, State, journal};
 use crate::job::boot::BootId;
 use crate::job::record::{domain_record, spec_to_text, to_text};
 use crate::job::{DiskState, DiskStatus, Error};
-use crate::model::{DEFINITION_NAME, DomainDir, Format, Kind, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest};
+use crate::model::{DEFINITION_NAME, DomainDir, Format, Kind, MANIFEST_NAME, Manifest};
 use crate::plan::{Destination, DiskPlan, JobSpec, Plan, TargetPlan};
-use crate::store::Directory;
+use crate::store::{BackupName, OpenBackup, Store};
 
 /// A backup in a store, or the reason why it is not usable.
 pub struct Found {
@@ -22,45 +22,37 @@ pub struct Found {
     pub backup: Result<StoredBackup, String>,
 }
 
-/// Reads the backup with this name; `None` if it is not a directory.
-pub fn read(
-    store: &str,
-    path: &Path,
-    directory: &str,
-    id: &str,
-    shelf: &Directory,
-    domains: &Registry,
-) -> Option<Found> {
-    let backup = match shelf.below(id) {
-        Ok(Some(backup)) => stored_backup(store, path, directory, id, &backup, domains),
+/// Reads the backup with this name; `None` if it does not exist. `store` is the store's name.
+pub fn read(store: &str, opened: &dyn Store, name: BackupName<'_>, domains: &Registry) -> Option<Found> {
+    let backup = match opened.open(name) {
+        Ok(Some(backup)) => stored_backup((store, opened.location()), name, &*backup, domains),
         Ok(None) => return None,
         Err(error) => Err(error.to_string()),
     };
     Some(Found {
-        path: shelf.path().join(id),
-        id: id.to_owned(),
+        path: opened.location().join(name.domain).join(name.id),
+        id: name.id.to_owned(),
         backup,
     })
 }
 
 /// Returns the record of a backup in a store, or the reason why it is not usable.
 fn stored_backup(
-    store: &str,
-    store_path: &Path,
-    directory: &str,
-    id: &str,
-    shelf: &Directory,
+    (store, store_path): (&str, &Path),
+    BackupName {
+        domain: directory,
+        id,
+    }: BackupName<'_>,
+    backup: &dyn OpenBackup,
     domains: &Registry,
 ) -> Result<StoredBackup, String> {
-    let (bytes, end_time) = shelf
-        .read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
-        .map_err(|error| error.to_string())?;
+    let (bytes, end_time) = backup.read_manifest().map_err(|error| error.to_string())?;
     let manifest = Manifest::parse(&bytes).map_err(|error| format!("{MANIFEST_NAME}: {error}"))?;
     if manifest.id != id {
         return Err(format!("{MANIFEST_NAME} belongs to backup '{}'", manifest.id));
     }
     for disk in &manifest.disks {
-        let size = shelf.file_size(&disk.file).map_err(|error| error.to_string())?;
+        let size = backup.size_of(&disk.file).map_err(|error| error.to_string())?;
         if size == 0 || (disk.format == Format::Raw && size != disk.virtual_size) {
             return Err(format!(
                 "{} has {size} bytes, which is not a valid size for an image of the disk",
@@ -82,7 +74,7 @@ fn stored_backup(
     let plan = plan(
         (store, store_path, directory),
         &manifest,
-        document(shelf).as_ref(),
+        document(backup).as_ref(),
     );
     let disks: Vec<DiskStatus> = manifest
         .disks
@@ -92,7 +84,7 @@ fn stored_backup(
             state: DiskState::Completed,
             total: disk.virtual_size,
             done: disk.virtual_size,
-            target: shelf.path().join(&disk.file).display().to_string(),
+            target: backup.location().join(&disk.file).display().to_string(),
         })
         .collect();
     let ended = State::Ended(Ended {
@@ -123,14 +115,14 @@ fn stored_backup(
             store: store.to_owned(),
             domain: directory.to_owned(),
             manifest: String::from_utf8_lossy(&bytes).into_owned(),
-            protected: shelf.is_protected().map_err(|error| error.to_string())?,
+            protected: backup.is_protected().map_err(|error| error.to_string())?,
         },
     })
 }
 
 /// Returns the document of the backup's request, if the store still has it. A backup is usable without it.
-fn document(shelf: &Directory) -> Option<Definition> {
-    let (bytes, _) = shelf.read(DEFINITION_NAME, definition::MAX_BYTES).ok()?;
+fn document(backup: &dyn OpenBackup) -> Option<Definition> {
+    let (bytes, _) = backup.read(DEFINITION_NAME, definition::MAX_BYTES).ok()?;
     definition::parse(std::str::from_utf8(&bytes).ok()?).ok()
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::job::context::{JobContext, watched};
 use crate::job::{Error, Jobs};
-use crate::store::{check_mark, make_mark};
+use crate::store;
 
 impl Jobs {
     /// Returns the mark of a store, after checking it against the recorded one. The first use of a store creates and
@@ -18,7 +18,10 @@ impl Jobs {
             return mark(context, name, &store.path).await.map(Some);
         };
         let (path, expected) = (store.path.clone(), known.clone());
-        watched(context, "the store", move |_| check_mark(&path, &expected)).await??;
+        watched(context, "the store", move |_| {
+            store::open(&path)?.check_mark(&expected)
+        })
+        .await??;
         Ok(Some(known))
     }
 }
@@ -27,7 +30,10 @@ impl Jobs {
 pub async fn mark(context: &JobContext, name: &str, path: &Path) -> Result<String, Error> {
     let known = context.catalog.backups_in(name.to_owned()).await?;
     let path = path.to_owned();
-    let mark = watched(context, "the store", move |_| make_mark(&path, &known)).await??;
+    let mark = watched(context, "the store", move |_| {
+        store::open(&path)?.make_mark(&known)
+    })
+    .await??;
     context
         .catalog
         .set_store_mark(name.to_owned(), mark.clone())

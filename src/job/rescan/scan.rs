@@ -9,7 +9,7 @@ use crate::catalog::ImportResult;
 use crate::job::context::{JobContext, watched};
 use crate::job::{Error, Jobs};
 use crate::offload::Progress;
-use crate::store::{self, BackupName, Directory, Replacement};
+use crate::store::{self, BackupName, Operation, Store, Unfinished};
 
 /// The maximum number of reported problems.
 const MAX_PROBLEMS: usize = 100;
@@ -132,28 +132,18 @@ struct StoreScan<'a> {
 impl StoreScan<'_> {
     /// Records the backups found. Returns false if the store was replaced or unmounted during the scan.
     async fn through(&mut self) -> Result<bool, Error> {
-        let path = self.path.to_owned();
-        let names = self.within(move |_| {
-            let store = Directory::of_store(&path)?;
-            Ok((store.id()?, store.names()?))
-        });
-        let (before, directories) = names.await?;
-        for directory in directories.into_iter().filter(|name| !is_hidden(name)) {
+        let before = self.within(|store, _| Ok((store.identity()?, store.domains()?)));
+        let (before, directories) = before.await?;
+        for directory in directories {
             self.domain(&directory).await?;
         }
-        let path = self.path.to_owned();
-        let after = self.within(move |_| Directory::of_store(&path)?.id());
-        Ok(after.await? == before)
+        Ok(self.within(|store, _| store.identity()).await? == before)
     }
 
     async fn domain(&mut self, directory: &str) -> Result<(), Error> {
-        let (path, name) = (self.path.to_owned(), directory.to_owned());
-        let names = self.within(move |_| match Directory::of_store(&path)?.below(&name)? {
-            Some(shelf) => shelf.names(),
-            None => Ok(Vec::new()),
-        });
-        let names = match names.await {
-            Ok(names) => names,
+        let domain = directory.to_owned();
+        let entries = match self.within(move |store, _| store.entries(&domain)).await {
+            Ok(entries) => entries,
             Err(Error::Store(error)) => {
                 self.rescan
                     .problem(&self.path.join(directory), &error.to_string());
@@ -162,8 +152,8 @@ impl StoreScan<'_> {
             }
             Err(error) => return Err(error),
         };
-        let (hidden, mut ids): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| is_hidden(name));
-        for id in self.unfinished(directory, &hidden).await? {
+        let mut ids = entries.backups;
+        for id in self.finish(directory, entries.unfinished).await? {
             if !ids.contains(&id) {
                 ids.push(id);
             }
@@ -178,67 +168,50 @@ impl StoreScan<'_> {
     }
 
     /// Completes interrupted removals and replacements, and reports staging directories of unknown jobs. Returns the
-    /// backups that may have their final name again.
-    async fn unfinished(&mut self, directory: &str, hidden: &[String]) -> Result<Vec<String>, Error> {
+    /// backups that may be published again.
+    async fn finish(&mut self, directory: &str, unfinished: Vec<Unfinished>) -> Result<Vec<String>, Error> {
         let mut back = Vec::new();
-        for name in hidden {
-            if let Some(id) = store::replaced_backup(name) {
-                let (path, domain, at) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
-                let settle = move |_: &Progress| {
-                    let name = BackupName {
-                        domain: &domain,
-                        id: &at,
+        for Unfinished { id, operation, entry } in unfinished {
+            let (domain, at) = (directory.to_owned(), id.clone());
+            let finished = match operation {
+                Operation::Replacement => {
+                    // The backup exists, under one of the two names.
+                    self.missing.remove(&(directory.to_owned(), id.clone()));
+                    let settled = self.within(move |store, _| store.settle_replacement(name(&domain, &at)));
+                    settled.await.map(|()| back.push(id))
+                }
+                Operation::Removal => {
+                    let finish = move |store: &dyn Store, progress: &Progress| {
+                        store.finish_removal(name(&domain, &at), progress)
                     };
-                    Replacement::settle(&path, name)
-                };
-                // The backup exists, under one of the two names.
-                self.missing.remove(&(directory.to_owned(), id.to_owned()));
-                match self.within(settle).await {
-                    Ok(()) => back.push(id.to_owned()),
-                    Err(error) => {
-                        let path = self.path.join(directory).join(name);
-                        self.rescan.problem(&path, &error.to_string());
+                    self.within(finish).await
+                }
+                Operation::Staging => match self.context.catalog.knows_backup(id).await? {
+                    true => Ok(()),
+                    false => {
+                        self.rescan.problem(
+                            &self.path.join(directory).join(&entry),
+                            "the staging directory of an unknown job, which nothing will complete. Remove it",
+                        );
+                        Ok(())
                     }
-                }
-            }
-            if let Some(id) = store::removed_backup(name) {
-                let (path, domain, at) = (self.path.to_owned(), directory.to_owned(), id.to_owned());
-                let finish = move |progress: &Progress| {
-                    let name = BackupName {
-                        domain: &domain,
-                        id: &at,
-                    };
-                    store::finish_removal(&path, name, progress)
-                };
-                if let Err(error) = self.within(finish).await {
-                    let path = self.path.join(directory).join(name);
-                    self.rescan.problem(&path, &error.to_string());
-                }
-            }
-            if let Some(id) = store::staged_backup(name)
-                && !self.context.catalog.knows_backup(id.to_owned()).await?
-            {
-                let path = self.path.join(directory).join(name);
-                self.rescan.problem(
-                    &path,
-                    "the staging directory of an unknown job, which nothing will complete. Remove it",
-                );
+                },
+            };
+            if let Err(error) = finished {
+                let path = self.path.join(directory).join(&entry);
+                self.rescan.problem(&path, &error.to_string());
             }
         }
         Ok(back)
     }
 
     async fn backups(&mut self, directory: &str, ids: &[String]) -> Result<(), Error> {
-        let (store, path) = (self.store.to_owned(), self.path.to_owned());
-        let (name, wanted) = (directory.to_owned(), ids.to_vec());
-        let domains = self.context.domains.clone();
-        let read = move |progress: &Progress| {
-            let Some(shelf) = Directory::of_store(&path)?.below(&name)? else {
-                return Ok(Vec::new());
-            };
+        let (store, wanted) = (self.store.to_owned(), ids.to_vec());
+        let (domain, domains) = (directory.to_owned(), self.context.domains.clone());
+        let read = move |opened: &dyn Store, progress: &Progress| {
             let read = wanted.iter().filter_map(|id| {
                 progress.add(1);
-                read(&store, &path, &name, id, &shelf, &domains)
+                read(&store, opened, name(&domain, id), &domains)
             });
             Ok(read.collect::<Vec<_>>())
         };
@@ -305,17 +278,19 @@ impl StoreScan<'_> {
         Ok(true)
     }
 
-    /// Runs `read` on a thread that may block on storage. Fails if it stalls.
+    /// Opens the store and runs `read` on a thread that may block on storage. Fails if it stalls.
     async fn within<T: Send + 'static>(
         &self,
-        read: impl FnOnce(&Progress) -> Result<T, store::Error> + Send + 'static,
+        read: impl FnOnce(&dyn Store, &Progress) -> Result<T, store::Error> + Send + 'static,
     ) -> Result<T, Error> {
+        let path = self.path.to_owned();
+        let read = move |progress: &Progress| read(&*store::open(&path)?, progress);
         Ok(watched(self.context, "the store", read).await??)
     }
 }
 
-fn is_hidden(name: &str) -> bool {
-    name.starts_with('.')
+fn name<'a>(domain: &'a str, id: &'a str) -> BackupName<'a> {
+    BackupName { domain, id }
 }
 
 impl Jobs {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::scan;
 use crate::job::context::watched;
 use crate::job::{Error, Jobs};
-use crate::store::check_mark;
+use crate::store;
 
 impl Jobs {
     /// Makes sure that the catalog matches the store. The service calls this before it removes a backup, builds upon
@@ -39,7 +39,10 @@ impl Jobs {
             return Ok(());
         };
         let path = store.path.clone();
-        Ok(watched(context, "the store", move |_| check_mark(&path, &known)).await??)
+        Ok(watched(context, "the store", move |_| {
+            store::open(&path)?.check_mark(&known)
+        })
+        .await??)
     }
 
     /// Compares all stores with the catalog at the start, and reads those again that differ. Does not wait for the

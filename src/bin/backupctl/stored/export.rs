@@ -50,7 +50,7 @@ pub async fn run(args: &Export, from: &Path, json: bool) -> Result<Status> {
     let store = open_store(from)?;
     let wanted: Vec<&str> = args.disk.iter().map(String::as_str).collect();
     let wanted = (!wanted.is_empty()).then_some(wanted.as_slice());
-    let (_, chain) = open_chain(&store, &args.backup, wanted)?;
+    let (_, chain) = open_chain(&*store, &args.backup, wanted)?;
     let (socket, listener) = listen(&args.socket)?;
     let mut export = tokio::select! {
         export = image::Export::start(chain, listener) => export?,

@@ -15,7 +15,7 @@ pub use restore_target::Error as TargetError;
 use std::path::Path;
 
 use backupd::image::{self, Chain, Location};
-use backupd::store::Directory;
+use backupd::store::{self, Store};
 
 use crate::args::Command;
 use crate::error::{Error, Result, Status};
@@ -49,11 +49,11 @@ pub fn run(command: &Command, json: bool) -> Option<Result<Status>> {
 }
 
 /// Opens the store at a path of the user's, which may be relative and lead over symbolic links.
-fn open_store(path: &Path) -> Result<Directory> {
+fn open_store(path: &Path) -> Result<Box<dyn Store>> {
     let path = path
         .canonicalize()
         .map_err(|error| Error::Usage(format!("{}: {error}", path.display())))?;
-    Ok(Directory::of_users_store(&path).map_err(image::Error::from)?)
+    Ok(store::open_users(&path).map_err(image::Error::from)?)
 }
 
 /// Whether `wanted` suffices as an id for a command that destroys data: the whole id, or at least date and time. A
@@ -65,13 +65,8 @@ pub fn identifies(wanted: &str, id: &str) -> bool {
 }
 
 /// Opens the given backup, with all or some of its disks.
-fn open_chain(store: &Directory, backup: &str, disks: Option<&[&str]>) -> Result<(Location, Chain)> {
+fn open_chain(store: &dyn Store, backup: &str, disks: Option<&[&str]>) -> Result<(Location, Chain)> {
     let location = image::find(store, backup)?;
-    let gone = || image::Error::NoSuchBackup {
-        wanted: backup.to_owned(),
-        store: store.path().display().to_string(),
-    };
-    let domain = store.below(&location.domain).map_err(image::Error::from)?;
-    let chain = Chain::open(&domain.ok_or_else(gone)?, &location.id, disks)?;
+    let chain = Chain::open(store, location.name(), disks)?;
     Ok((location, chain))
 }

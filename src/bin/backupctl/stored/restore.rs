@@ -33,7 +33,7 @@ pub async fn run(args: &Restore, from: &Path, json: bool) -> Result<Status> {
         return Err(Error::Usage("a disk is given twice".to_owned()));
     }
     let wanted = (!wanted.is_empty()).then_some(wanted.as_slice());
-    let (location, chain) = open_chain(&store, &args.backup, wanted)?;
+    let (location, chain) = open_chain(&*store, &args.backup, wanted)?;
     let disks = chain.disks().iter().map(|disk| Wanted {
         name: &disk.disk,
         virtual_size: disk.virtual_size(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use backupd::config::Deadlines;
 use backupd::image::{self, Control, Location, Progress, Survey, Verified};
-use backupd::store::{Directory, OWN_DIRECTORY};
+use backupd::store::Store;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -22,12 +22,12 @@ pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
     let mut interrupts = Interrupts::catch().map_err(Error::Setup)?;
     let store = open_store(from)?;
     let wanted = match &args.backup {
-        Some(backup) => vec![image::find(&store, backup)?],
-        None => all(&store)?,
+        Some(backup) => vec![image::find(&*store, backup)?],
+        None => all(&*store)?,
     };
     let (progress, cancel) = (Progress::default(), CancellationToken::new());
     let mut show = Show::choose(json);
-    let survey = Survey::new(Arc::new(store), &wanted);
+    let survey = Survey::new(Arc::from(store), &wanted);
     let control = Control {
         progress: &progress,
         cancel: &cancel,
@@ -55,10 +55,10 @@ pub async fn run(args: &Verify, from: &Path, json: bool) -> Result<Status> {
 
 /// All backups of a store. A directory without backups is an error unless it is marked as a store, because its file
 /// system may not be mounted.
-fn all(store: &Directory) -> Result<Vec<Location>> {
+fn all(store: &dyn Store) -> Result<Vec<Location>> {
     let found = image::all(store)?;
-    if found.is_empty() && store.below(OWN_DIRECTORY)?.is_none() {
-        return Err(Error::NoStore(store.path().to_owned()));
+    if found.is_empty() && !store.is_used()? {
+        return Err(Error::NoStore(store.location().to_owned()));
     }
     Ok(found)
 }

@@ -5,12 +5,13 @@
 //! link.
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rustix::fs::{AtFlags, FileType, Stat};
 use rustix::io::Errno;
 
-use super::directory::{BackupLock, Directory, LockKind};
+use super::super::{BackupLock, LockKind, OpenBackup, Removal};
+use super::directory::Directory;
 use super::{BackupName, Error};
 use crate::fault::{self, Point};
 use crate::files::names_in;
@@ -26,7 +27,7 @@ const RECORDS: [&str; 3] = [DEFINITION_NAME, PROTECTED_NAME, MANIFEST_NAME];
 
 /// A backup's directory that is to be removed, and that no other process uses.
 #[derive(Debug)]
-pub struct Removal {
+pub struct DirectoryRemoval {
     domain: Directory,
     directory: Directory,
     path: PathBuf,
@@ -37,7 +38,7 @@ pub struct Removal {
     files: Vec<String>,
     /// The bytes that the removal frees.
     space: u64,
-    /// `None` for [`Removal::space_of`], which takes no lock.
+    /// `None` for [`DirectoryRemoval::space_of`], which takes no lock.
     _lock: Option<BackupLock>,
 }
 
@@ -62,8 +63,8 @@ pub fn sweep(domain: &OwnedFd) {
 
 /// Resumes the removal of a backup that is not in the catalog. Does nothing if the removal has not begun, or if
 /// another process does it. Blocks.
-pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Result<(), Error> {
-    let Some(domain) = Directory::of_store(store)?.below(name.domain)? else {
+pub fn finish(store: &Directory, name: BackupName<'_>, progress: &Progress) -> Result<(), Error> {
+    let Some(domain) = store.below(name.domain)? else {
         return Ok(());
     };
     let Some(directory) = domain.below(&removed_name(name.id))? else {
@@ -73,46 +74,36 @@ pub fn finish_removal(store: &Path, name: BackupName, progress: &Progress) -> Re
     let manifest = directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES);
     let manifest = manifest.ok().and_then(|(bytes, _)| Manifest::parse(&bytes).ok());
     let images = manifest.as_ref().map(Manifest::images).unwrap_or_default();
-    match Removal::lock(store, name, &images) {
-        Ok(Some(removal)) if removal.is_begun() => removal.remove(progress).map(drop),
+    match DirectoryRemoval::lock(store, name, &images) {
+        Ok(Some(removal)) if removal.begun => Box::new(removal).finish(progress).map(drop),
         Ok(_) | Err(Error::InUse { .. }) => Ok(()),
         Err(error) => Err(error),
     }
 }
 
-impl Removal {
+impl DirectoryRemoval {
     /// Locks the directory of a backup exclusively, under either of its names. Returns `None` if it does not exist.
     /// `images` are the files that its manifest names. Blocks.
-    pub fn lock(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
+    pub fn lock(store: &Directory, name: BackupName<'_>, images: &[&str]) -> Result<Option<Self>, Error> {
         Self::find(store, name, images, true)
     }
 
-    /// Like [`Self::lock`], for a directory that is to be renamed. Fails if its file system cannot do that.
-    pub fn lock_to_rename(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
-        let locked = Self::lock(store, name, images)?;
-        let Some(removal) = locked.as_ref().filter(|removal| !removal.begun) else {
-            return Ok(locked);
-        };
-        match naming::check_movable(removal.domain.descriptor(), &removal.id) {
-            Ok(()) => Ok(locked),
-            Err(Errno::XDEV) => Err(Error::Immovable {
-                path: removal.path.display().to_string(),
-            }),
-            Err(errno) => Err(removal.failed("rename", "", errno)),
-        }
-    }
-
     /// Returns the bytes that its removal would free, or `None` if it does not exist. Takes no lock. Blocks.
-    pub fn space_of(store: &Path, name: BackupName, images: &[&str]) -> Result<Option<u64>, Error> {
+    pub fn space_of(store: &Directory, name: BackupName<'_>, images: &[&str]) -> Result<Option<u64>, Error> {
         let found = Self::find(store, name, images, false)?;
         Ok(found.map(|found| found.space))
     }
 
-    fn find(store: &Path, name: BackupName, images: &[&str], locked: bool) -> Result<Option<Self>, Error> {
-        let Some(domain) = Directory::of_store(store)?.below(name.domain)? else {
+    fn find(
+        store: &Directory,
+        name: BackupName<'_>,
+        images: &[&str],
+        locked: bool,
+    ) -> Result<Option<Self>, Error> {
+        let Some(domain) = store.below(name.domain)? else {
             // The service never removes a domain's directory with backups, so the whole store may be missing.
             return Err(Error::NotThere {
-                path: store.join(name.domain).display().to_string(),
+                path: store.path().join(name.domain).display().to_string(),
             });
         };
         for (entry, begun) in [(removed_name(name.id), true), (name.id.to_owned(), false)] {
@@ -170,22 +161,57 @@ impl Removal {
         Ok(regular.then_some(stat))
     }
 
-    /// Whether the removal has begun before, so that it cannot be undone.
-    pub fn is_begun(&self) -> bool {
+    fn sync_domain(&self) -> Result<(), Error> {
+        rustix::fs::fsync(self.domain.descriptor())
+            .map_err(|errno| self.failed("fsync the directory of", "", errno))
+    }
+
+    fn failed(&self, action: &'static str, name: &str, errno: Errno) -> Error {
+        let path = match name {
+            "" => self.path.clone(),
+            name => self.path.join(name),
+        };
+        Error::io(action, &path.display().to_string(), errno)
+    }
+}
+
+impl Removal for DirectoryRemoval {
+    fn is_begun(&self) -> bool {
         self.begun
     }
 
-    /// Removes the backup durably, and returns the freed bytes. Each file counts as progress. Blocks.
-    pub fn remove(self, progress: &Progress) -> Result<u64, Error> {
-        let (domain, hidden) = (self.domain.descriptor(), removed_name(&self.id));
-        let sync =
-            || rustix::fs::fsync(domain).map_err(|errno| self.failed("fsync the directory of", "", errno));
-        if !self.begun {
-            naming::rename_directory(domain, &self.id, &hidden)
-                .map_err(|errno| self.failed("rename", "", errno))?;
-            sync()?;
-            progress.add(1);
+    fn space(&self) -> u64 {
+        self.space
+    }
+
+    fn check_possible(&self) -> Result<(), Error> {
+        if self.begun {
+            return Ok(());
         }
+        match naming::check_movable(self.domain.descriptor(), &self.id) {
+            Ok(()) => Ok(()),
+            Err(Errno::XDEV) => Err(Error::Immovable {
+                path: self.path.display().to_string(),
+            }),
+            Err(errno) => Err(self.failed("rename", "", errno)),
+        }
+    }
+
+    /// Renames the directory.
+    fn begin(&mut self, progress: &Progress) -> Result<(), Error> {
+        if self.begun {
+            return Ok(());
+        }
+        let (domain, hidden) = (self.domain.descriptor(), removed_name(&self.id));
+        naming::rename_directory(domain, &self.id, &hidden)
+            .map_err(|errno| self.failed("rename", "", errno))?;
+        self.begun = true;
+        self.sync_domain()?;
+        progress.add(1);
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>, progress: &Progress) -> Result<u64, Error> {
         fault::point(Point::RemovalRenamed);
         for (index, name) in self.files.iter().enumerate() {
             rustix::fs::unlinkat(self.directory.descriptor(), name, AtFlags::empty())
@@ -195,7 +221,8 @@ impl Removal {
                 fault::point(Point::RemovalBegun);
             }
         }
-        match rustix::fs::unlinkat(domain, &hidden, AtFlags::REMOVEDIR) {
+        let domain = self.domain.descriptor();
+        match rustix::fs::unlinkat(domain, removed_name(&self.id), AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => {}
             // A program still has an image open. Its directory is removed later.
             Err(Errno::NOTEMPTY | Errno::EXIST)
@@ -210,24 +237,19 @@ impl Removal {
         }
         progress.add(1);
         sweep(domain);
-        sync()?;
+        self.sync_domain()?;
         fault::point(Point::RemovalEmptied);
         Ok(self.space)
-    }
-
-    fn failed(&self, action: &'static str, name: &str, errno: Errno) -> Error {
-        let path = match name {
-            "" => self.path.clone(),
-            name => self.path.join(name),
-        };
-        Error::io(action, &path.display().to_string(), errno)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::path::Path;
+
+    use super::*;
+    use crate::store::remove;
 
     /// A store with a backup `a` of `web`, in a directory that only root and the service's user can change.
     fn store() -> tempfile::TempDir {
@@ -244,33 +266,33 @@ mod tests {
         directory
     }
 
-    fn hold(store: &Path) -> Result<Option<Removal>, Error> {
+    fn lock(store: &Path) -> Result<Option<Box<dyn Removal>>, Error> {
         let name = BackupName {
             domain: "web",
             id: "a",
         };
-        Removal::lock(store, name, &["vda.qcow2", "vdb.qcow2"])
+        crate::store::open(store)?.lock_for_removal(name, &["vda.qcow2", "vdb.qcow2"])
     }
 
     #[test]
     fn a_backup_is_removed_as_a_whole_and_its_removal_can_be_resumed() {
         let store = store();
-        let removal = hold(store.path()).unwrap().unwrap();
+        let removal = lock(store.path()).unwrap().unwrap();
         assert!(!removal.is_begun());
-        assert!(matches!(hold(store.path()), Err(Error::InUse { .. })));
-        assert!(removal.remove(&Progress::default()).unwrap() > 0);
-        assert!(hold(store.path()).unwrap().is_none());
+        assert!(matches!(lock(store.path()), Err(Error::InUse { .. })));
+        assert!(remove(removal, &Progress::default()).unwrap() > 0);
+        assert!(lock(store.path()).unwrap().is_none());
         let hidden = store.path().join("web/.a.removed");
         std::fs::create_dir(&hidden).unwrap();
         std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(0o700)).unwrap();
         std::fs::write(hidden.join("manifest.json"), "x").unwrap();
-        let removal = hold(store.path()).unwrap().unwrap();
+        let removal = lock(store.path()).unwrap().unwrap();
         assert!(removal.is_begun());
-        removal.remove(&Progress::default()).unwrap();
+        remove(removal, &Progress::default()).unwrap();
         assert_eq!(std::fs::read_dir(store.path().join("web")).unwrap().count(), 0);
         assert_eq!(removed_backup(".a.removed"), Some("a"));
         std::fs::remove_dir(store.path().join("web")).unwrap();
-        assert!(matches!(hold(store.path()), Err(Error::NotThere { .. })));
+        assert!(matches!(lock(store.path()), Err(Error::NotThere { .. })));
     }
 
     #[test]
@@ -280,7 +302,7 @@ mod tests {
         let elsewhere = store.path().join("elsewhere");
         std::fs::write(&elsewhere, "mine").unwrap();
         let refused = |name: &str| {
-            let error = hold(store.path()).unwrap_err();
+            let error = lock(store.path()).unwrap_err();
             assert!(matches!(error, Error::ForeignFile { .. }), "{error}");
             assert!(error.to_string().contains(name), "{error}");
             assert!(backup.join("manifest.json").exists());
@@ -296,8 +318,8 @@ mod tests {
         std::fs::remove_dir(backup.join("vdb.qcow2")).unwrap();
         // A file with another hard link frees no space.
         std::fs::hard_link(backup.join("vda.qcow2"), store.path().join("copy")).unwrap();
-        let space = hold(store.path()).unwrap().unwrap().space;
+        let space = lock(store.path()).unwrap().unwrap().space();
         std::fs::remove_file(store.path().join("copy")).unwrap();
-        assert!(hold(store.path()).unwrap().unwrap().space > space);
+        assert!(lock(store.path()).unwrap().unwrap().space() > space);
     }
 }

@@ -2,7 +2,6 @@
 //! point.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
@@ -14,46 +13,31 @@ use crate::files::naming;
 const FILE: &str = "store";
 const MAX_BYTES: usize = 256;
 
-/// Checks that the store at `path` has that mark. Blocks.
-pub fn check_mark(path: &Path, known: &str) -> Result<(), Error> {
-    check_mark_of(&Directory::of_store(path)?, known)
-}
-
-/// Checks that an open store has that mark. Blocks.
-pub fn check_mark_of(store: &Directory, known: &str) -> Result<(), Error> {
-    let found = match store.below(OWN_DIRECTORY)? {
-        Some(own) => read(&own)?,
-        None => None,
-    };
-    if found.as_deref() == Some(known) {
-        return Ok(());
+/// Returns the mark, if the store has one.
+pub fn of(store: &Directory) -> Result<Option<String>, Error> {
+    match store.below(OWN_DIRECTORY)? {
+        Some(own) => read(&own),
+        None => Ok(None),
     }
-    Err(Error::OtherStore {
-        path: store.path().display().to_string(),
-        is_marked: found.is_some(),
-    })
 }
 
-/// Returns the mark of the store at `path`, and creates one durably if there is none. Blocks.
-///
-/// `known` are the recorded backups as (domain's directory, id). If none of them exists, the path may not be the
-/// store. The function then fails unless there is a directory `.backupd`, which the administrator creates on purpose.
-pub fn make_mark(path: &Path, known: &[(String, String)]) -> Result<String, Error> {
-    let store = Directory::of_store(path)?;
+/// Returns the mark, and creates one durably if there is none. The administrator prepares a store with a directory
+/// `.backupd`.
+pub fn make(store: &Directory, known: &[(String, String)]) -> Result<String, Error> {
     let own = match store.below(OWN_DIRECTORY)? {
         Some(own) => own,
-        None if known.is_empty() || is_one_there(&store, known)? => {
+        None if known.is_empty() || is_one_there(store, known)? => {
             match rustix::fs::mkdirat(store.descriptor(), OWN_DIRECTORY, Mode::RWXU) {
                 Ok(()) | Err(Errno::EXIST) => {}
-                Err(errno) => return Err(failed(&store, "create", OWN_DIRECTORY, errno)),
+                Err(errno) => return Err(failed(store, "create", OWN_DIRECTORY, errno)),
             }
-            sync(&store)?;
+            sync(store)?;
             let own = store.below(OWN_DIRECTORY)?;
-            own.ok_or_else(|| failed(&store, "open", OWN_DIRECTORY, Errno::NOTDIR))?
+            own.ok_or_else(|| failed(store, "open", OWN_DIRECTORY, Errno::NOTDIR))?
         }
         None => {
             return Err(Error::NotMounted {
-                path: path.display().to_string(),
+                path: store.path().display().to_string(),
                 backups: known.len(),
             });
         }
@@ -137,6 +121,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::store::open;
 
     fn store() -> tempfile::TempDir {
         let store = tempfile::tempdir().unwrap();
@@ -147,16 +132,16 @@ mod tests {
     #[test]
     fn a_mark_is_created_once_and_distinguishes_stores() {
         let (one, other) = (store(), store());
-        let mark = make_mark(one.path(), &[]).unwrap();
-        assert_eq!(make_mark(one.path(), &[]).unwrap(), mark);
-        assert!(check_mark(one.path(), &mark).is_ok());
-        let unmarked = check_mark(other.path(), &mark);
+        let mark = open(one.path()).unwrap().make_mark(&[]).unwrap();
+        assert_eq!(open(one.path()).unwrap().make_mark(&[]).unwrap(), mark);
+        assert!(open(one.path()).unwrap().check_mark(&mark).is_ok());
+        let unmarked = open(other.path()).unwrap().check_mark(&mark);
         assert!(
             matches!(unmarked, Err(Error::OtherStore { is_marked: false, .. })),
             "{unmarked:?}"
         );
-        assert_ne!(make_mark(other.path(), &[]).unwrap(), mark);
-        let another = check_mark(other.path(), &mark);
+        assert_ne!(open(other.path()).unwrap().make_mark(&[]).unwrap(), mark);
+        let another = open(other.path()).unwrap().check_mark(&mark);
         assert!(
             matches!(another, Err(Error::OtherStore { is_marked: true, .. })),
             "{another:?}"
@@ -167,7 +152,7 @@ mod tests {
     fn a_directory_without_the_recorded_backups_is_marked_only_if_it_is_prepared() {
         let store = store();
         let known = [("web".to_owned(), "20260101T000000Z-00000000".to_owned())];
-        let refused = make_mark(store.path(), &known);
+        let refused = open(store.path()).unwrap().make_mark(&known);
         assert!(
             matches!(refused, Err(Error::NotMounted { backups: 1, .. })),
             "{refused:?}"
@@ -179,6 +164,6 @@ mod tests {
             std::fs::Permissions::from_mode(0o700),
         )
         .unwrap();
-        assert!(make_mark(store.path(), &known).is_ok());
+        assert!(open(store.path()).unwrap().make_mark(&known).is_ok());
     }
 }

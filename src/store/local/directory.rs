@@ -1,4 +1,4 @@
-//! The content of a store, for reading its backups.
+//! A directory of a store, open for reading.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,8 @@ use jiff::Timestamp;
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::Error;
+use super::super::{BackupLock, LockKind, OpenBackup};
+use super::{Error, protection};
 use crate::files::{FileId, names_in, open_below};
 use crate::path::{Trust, check_trust, open_directory};
 
@@ -19,21 +20,6 @@ pub struct Directory {
     directory: OwnedFd,
     trust: Trust,
 }
-
-/// The mode of a lock on a backup's directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LockKind {
-    /// For reading the backup or building on it: it does not change.
-    Shared,
-    /// For changing or removing the backup.
-    Exclusive,
-}
-
-/// A lock on a backup's directory until it is dropped: `flock(2)` on the directory itself. It also works between
-/// programs and ends with them.
-#[derive(Debug)]
-#[must_use]
-pub struct BackupLock(#[expect(dead_code, reason = "closing it unlocks")] OwnedFd);
 
 impl Directory {
     /// Opens the store at `path`.
@@ -54,35 +40,13 @@ impl Directory {
         })
     }
 
-    /// Locks a backup's directory. Does not wait: fails with [`Error::InUse`] if another holder conflicts.
-    pub fn lock(&self, sharing: LockKind) -> Result<BackupLock, Error> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = rustix::fs::openat(&self.directory, ".", flags, Mode::empty())
-            .map_err(|errno| self.failed("open", errno))?;
-        let operation = match sharing {
-            LockKind::Shared => FlockOperation::NonBlockingLockShared,
-            LockKind::Exclusive => FlockOperation::NonBlockingLockExclusive,
-        };
-        match rustix::fs::flock(&directory, operation) {
-            Ok(()) => Ok(BackupLock(directory)),
-            Err(Errno::WOULDBLOCK) => Err(Error::InUse {
-                path: self.path.display().to_string(),
-            }),
-            Err(errno) => Err(self.failed("lock", errno)),
-        }
-    }
-
-    /// Opens a regular file in it for reading.
-    pub fn open_file(&self, name: &str) -> Result<OwnedFd, Error> {
-        open_file(&self.directory, &self.path, name)
-    }
-
-    pub(super) fn into_descriptor(self) -> OwnedFd {
-        self.directory
-    }
-
-    pub(super) fn descriptor(&self) -> &OwnedFd {
+    pub fn descriptor(&self) -> &OwnedFd {
         &self.directory
+    }
+
+    /// Duplicates the descriptor.
+    pub fn duplicate(&self) -> Result<OwnedFd, Error> {
+        rustix::io::fcntl_dupfd_cloexec(&self.directory, 3).map_err(|errno| self.failed("open", errno))
     }
 
     pub fn path(&self) -> &Path {
@@ -130,20 +94,54 @@ impl Directory {
         read_file(&self.directory, &self.path, name, at_most)
     }
 
-    /// Returns the length of a file in bytes.
-    pub fn file_size(&self, name: &str) -> Result<u64, Error> {
-        Ok(look_at(&self.directory, &self.path, name)?
-            .st_size
-            .cast_unsigned())
-    }
-
     fn failed(&self, action: &'static str, errno: Errno) -> Error {
         Error::io(action, &self.path.display().to_string(), errno)
     }
 }
 
+impl OpenBackup for Directory {
+    fn location(&self) -> &Path {
+        &self.path
+    }
+
+    fn read(&self, file: &str, at_most: usize) -> Result<(Vec<u8>, Timestamp), Error> {
+        read_file(&self.directory, &self.path, file, at_most)
+    }
+
+    fn size_of(&self, file: &str) -> Result<u64, Error> {
+        let stat = look_at(&self.directory, &self.path, file)?;
+        Ok(stat.st_size.cast_unsigned())
+    }
+
+    fn open_image(&self, file: &str) -> Result<OwnedFd, Error> {
+        open_file(&self.directory, &self.path, file)
+    }
+
+    fn is_protected(&self) -> Result<bool, Error> {
+        protection::is_protected(self)
+    }
+
+    /// `flock(2)` on the directory itself works between programs, and ends with them.
+    fn lock(&self, kind: LockKind) -> Result<BackupLock, Error> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(&self.directory, ".", flags, Mode::empty())
+            .map_err(|errno| self.failed("open", errno))?;
+        let operation = match kind {
+            LockKind::Shared => FlockOperation::NonBlockingLockShared,
+            LockKind::Exclusive => FlockOperation::NonBlockingLockExclusive,
+        };
+        match rustix::fs::flock(&directory, operation) {
+            Ok(()) => Ok(BackupLock(Box::new(directory))),
+            Err(Errno::WOULDBLOCK) => Err(Error::InUse {
+                path: self.path.display().to_string(),
+            }),
+            Err(errno) => Err(self.failed("lock", errno)),
+        }
+    }
+}
+
 /// As [`Directory::read`].
-pub(super) fn read_file(
+pub fn read_file(
     directory: &OwnedFd,
     path: &Path,
     name: &str,
@@ -225,9 +223,9 @@ mod tests {
         std::fs::write(directory.path().join("image"), "x").unwrap();
         std::os::unix::fs::symlink("image", directory.path().join("link")).unwrap();
         std::fs::create_dir(directory.path().join("directory")).unwrap();
-        assert!(store.open_file("image").is_ok());
+        assert!(store.open_image("image").is_ok());
         for other in ["link", "directory", "missing"] {
-            assert!(store.open_file(other).is_err(), "{other}");
+            assert!(store.open_image(other).is_err(), "{other}");
         }
     }
 }

@@ -8,13 +8,13 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use rustix::fs::{Advice, AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
-use super::directory::{Directory, LockKind};
+use super::super::{LockKind, OpenBackup, Replacement};
+use super::directory::Directory;
 use super::removal::removed_name;
 use super::{BackupName, Error};
 use crate::fault::{self, Point};
@@ -25,9 +25,9 @@ use crate::offload::Progress;
 /// How much is copied at a time, in bytes.
 const PIECE: u64 = 1 << 20;
 
-/// The directory that replaces a backup's directory. Drop does not remove it; [`Replacement::clear`] does.
+/// The directory that replaces a backup's directory. Drop does not remove it.
 #[derive(Debug)]
-pub struct Replacement {
+pub struct DirectoryReplacement {
     domain: Directory,
     directory: Directory,
     id: String,
@@ -47,10 +47,10 @@ pub fn replaced_backup(name: &str) -> Option<&str> {
     name.strip_prefix('.')?.strip_suffix(".replaced")
 }
 
-impl Replacement {
+impl DirectoryReplacement {
     /// Creates an empty directory. Blocks.
-    pub fn create(store: &Path, name: BackupName, progress: &Progress) -> Result<Self, Error> {
-        Self::clear(store, name, progress)?;
+    pub fn create(store: &Directory, name: BackupName<'_>, progress: &Progress) -> Result<Self, Error> {
+        clear(store, name, progress)?;
         let domain = domain(store, name)?;
         let hidden = hidden_name(name.id);
         rustix::fs::mkdirat(domain.descriptor(), &hidden, Mode::RWXU)
@@ -64,59 +64,6 @@ impl Replacement {
         })
     }
 
-    /// Removes, durably, a replacement that was not put in place, or the replaced directory. Does nothing if there is
-    /// none. Each file counts as progress. Blocks.
-    pub fn clear(store: &Path, name: BackupName, progress: &Progress) -> Result<(), Error> {
-        Self::settle(store, name)?;
-        let domain = domain(store, name)?;
-        for hidden in [hidden_name(name.id), aside_name(name.id)] {
-            if let Some(directory) = domain.below(&hidden)? {
-                remove(&domain, &directory, &hidden, name.id, progress)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Restores, durably, the name of a directory that was moved aside for an unfinished replacement. Does nothing if
-    /// there is none. Blocks.
-    pub fn settle(store: &Path, name: BackupName) -> Result<(), Error> {
-        let Some(domain) = Directory::of_store(store)?.below(name.domain)? else {
-            return Ok(());
-        };
-        let aside = aside_name(name.id);
-        if domain.below(&aside)?.is_none() || domain.below(name.id)?.is_some() {
-            return Ok(());
-        }
-        naming::rename_directory(domain.descriptor(), &aside, name.id)
-            .map_err(|errno| failed(&domain, "rename", &aside, errno))?;
-        sync(&domain)
-    }
-
-    /// Creates a file in it, open for reading and writing.
-    pub fn create_file(&self, file: &str) -> Result<OwnedFd, Error> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        rustix::fs::openat(self.directory.descriptor(), file, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|errno| failed(&self.directory, "create", file, errno))
-    }
-
-    /// Takes over a file of the backup by a hard link. Without hard links, copies it, and each piece counts as
-    /// progress. Returns `None` if it is cancelled.
-    pub fn keep(
-        &self,
-        file: &str,
-        progress: &Progress,
-        cancel: &CancellationToken,
-    ) -> Result<Option<()>, Error> {
-        let current = self.current()?;
-        let (from, to) = (current.descriptor(), self.directory.descriptor());
-        match rustix::fs::linkat(from, file, to, file, AtFlags::empty()) {
-            Err(errno) if naming::is_without_links(errno) => self.copy(&current, file, progress, cancel),
-            result => result
-                .map(Some)
-                .map_err(|errno| failed(&self.directory, "link", file, errno)),
-        }
-    }
-
     fn copy(
         &self,
         current: &Directory,
@@ -124,8 +71,8 @@ impl Replacement {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Option<()>, Error> {
-        let from = File::from(current.open_file(file)?);
-        let to = File::from(self.create_file(file)?);
+        let from = File::from(current.open_image(file)?);
+        let to = File::from(self.create_image(file)?);
         let copied = copy(&from, &to, progress, cancel);
         copied.map_err(|error| {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
@@ -133,47 +80,7 @@ impl Replacement {
         })
     }
 
-    /// Takes over a small file.
-    pub fn keep_record(&self, file: &str, progress: &Progress) -> Result<(), Error> {
-        self.keep(file, progress, &CancellationToken::new()).map(drop)
-    }
-
-    /// Takes over a small file if the backup has it.
-    pub fn keep_record_if_there(&self, file: &str, progress: &Progress) -> Result<(), Error> {
-        match self.keep_record(file, progress) {
-            Err(Error::Io {
-                errno: Errno::NOENT, ..
-            }) => Ok(()),
-            kept => kept,
-        }
-    }
-
-    /// Writes a file durably.
-    pub fn write(&self, file: &str, content: &[u8]) -> Result<(), Error> {
-        let mut written = File::from(self.create_file(file)?);
-        std::io::Write::write_all(&mut written, content)
-            .and_then(|()| written.sync_all())
-            .map_err(|error| {
-                let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
-                failed(&self.directory, "write", file, errno)
-            })
-    }
-
-    /// Puts it in the backup's place durably. Fails if another process uses the backup. Afterwards the old directory
-    /// has the hidden name. Blocks.
-    pub fn put(&self) -> Result<(), Error> {
-        sync(&self.directory)?;
-        let _lock = self.current()?.lock(LockKind::Exclusive)?;
-        let (domain, hidden) = (self.domain.descriptor(), hidden_name(&self.id));
-        match rustix::fs::renameat_with(domain, &hidden, domain, &self.id, RenameFlags::EXCHANGE) {
-            Err(errno) if naming::is_without_flags(errno) => self.move_in(&hidden)?,
-            result => result.map_err(|errno| failed(&self.domain, "exchange", &self.id, errno))?,
-        }
-        fault::point(Point::MergeExchanged);
-        sync(&self.domain)
-    }
-
-    /// Puts it in place in two steps. Between them no directory has the backup's name, and [`Self::settle`] can
+    /// Puts it in place in two steps. Between them no directory has the backup's name, and [`settle`] can
     /// restore it.
     fn move_in(&self, hidden: &str) -> Result<(), Error> {
         let (domain, aside) = (self.domain.descriptor(), aside_name(&self.id));
@@ -194,6 +101,81 @@ impl Replacement {
         let current = self.domain.below(&self.id)?;
         current.ok_or_else(|| failed(&self.domain, "open", &self.id, Errno::NOENT))
     }
+}
+
+impl Replacement for DirectoryReplacement {
+    /// Creates a file in it, open for reading and writing.
+    fn create_image(&self, file: &str) -> Result<OwnedFd, Error> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(self.directory.descriptor(), file, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|errno| failed(&self.directory, "create", file, errno))
+    }
+
+    /// Takes over a file of the backup by a hard link. Without hard links, copies it, and each piece counts as
+    /// progress. Returns `None` if it is cancelled.
+    fn keep(&self, file: &str, progress: &Progress, cancel: &CancellationToken) -> Result<Option<()>, Error> {
+        let current = self.current()?;
+        let (from, to) = (current.descriptor(), self.directory.descriptor());
+        match rustix::fs::linkat(from, file, to, file, AtFlags::empty()) {
+            Err(errno) if naming::is_without_links(errno) => self.copy(&current, file, progress, cancel),
+            result => result
+                .map(Some)
+                .map_err(|errno| failed(&self.directory, "link", file, errno)),
+        }
+    }
+
+    /// Writes a file durably.
+    fn write(&self, file: &str, content: &[u8]) -> Result<(), Error> {
+        let mut written = File::from(self.create_image(file)?);
+        std::io::Write::write_all(&mut written, content)
+            .and_then(|()| written.sync_all())
+            .map_err(|error| {
+                let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+                failed(&self.directory, "write", file, errno)
+            })
+    }
+
+    /// Puts it in the backup's place durably. Fails if another process uses the backup. Afterwards the old directory
+    /// has the hidden name. Blocks.
+    fn put(&self) -> Result<(), Error> {
+        sync(&self.directory)?;
+        let _lock = self.current()?.lock(LockKind::Exclusive)?;
+        let (domain, hidden) = (self.domain.descriptor(), hidden_name(&self.id));
+        match rustix::fs::renameat_with(domain, &hidden, domain, &self.id, RenameFlags::EXCHANGE) {
+            Err(errno) if naming::is_without_flags(errno) => self.move_in(&hidden)?,
+            result => result.map_err(|errno| failed(&self.domain, "exchange", &self.id, errno))?,
+        }
+        fault::point(Point::MergeExchanged);
+        sync(&self.domain)
+    }
+}
+
+/// Removes, durably, a replacement that was not put in place, or the replaced directory. Does nothing if there is
+/// none. Each file counts as progress. Blocks.
+pub fn clear(store: &Directory, name: BackupName<'_>, progress: &Progress) -> Result<(), Error> {
+    settle(store, name)?;
+    let domain = domain(store, name)?;
+    for hidden in [hidden_name(name.id), aside_name(name.id)] {
+        if let Some(directory) = domain.below(&hidden)? {
+            remove(&domain, &directory, &hidden, name.id, progress)?;
+        }
+    }
+    Ok(())
+}
+
+/// Restores, durably, the name of a directory that was moved aside for an unfinished replacement. Does nothing if
+/// there is none. Blocks.
+pub fn settle(store: &Directory, name: BackupName<'_>) -> Result<(), Error> {
+    let Some(domain) = store.below(name.domain)? else {
+        return Ok(());
+    };
+    let aside = aside_name(name.id);
+    if domain.below(&aside)?.is_none() || domain.below(name.id)?.is_some() {
+        return Ok(());
+    }
+    naming::rename_directory(domain.descriptor(), &aside, name.id)
+        .map_err(|errno| failed(&domain, "rename", &aside, errno))?;
+    sync(&domain)
 }
 
 fn remove(
@@ -251,10 +233,9 @@ fn copy(
     }
 }
 
-fn domain(store: &Path, name: BackupName) -> Result<Directory, Error> {
-    let store = Directory::of_store(store)?;
+fn domain(store: &Directory, name: BackupName<'_>) -> Result<Directory, Error> {
     let domain = store.below(name.domain)?;
-    domain.ok_or_else(|| failed(&store, "open", name.domain, Errno::NOENT))
+    domain.ok_or_else(|| failed(store, "open", name.domain, Errno::NOENT))
 }
 
 fn sync(shelf: &Directory) -> Result<(), Error> {

@@ -1,22 +1,16 @@
 //! Protects a stored backup from removal: a file beside its manifest, which every service sees, even after a lost
 //! catalog.
 
-use std::path::Path;
-
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::directory::{Directory, LockKind};
-use super::{BackupName, Error};
+use super::super::{LockKind, OpenBackup};
+use super::Error;
+use super::directory::Directory;
 use crate::model::PROTECTED_NAME;
 
 /// Sets or removes the protection of a backup durably. Blocks.
-pub fn protect(store: &Path, name: BackupName, protected: bool) -> Result<(), Error> {
-    let domain = Directory::of_store(store)?.below(name.domain)?;
-    let backup = domain.map(|domain| domain.below(name.id)).transpose()?.flatten();
-    let backup = backup.ok_or_else(|| Error::NotThere {
-        path: store.join(name.domain).join(name.id).display().to_string(),
-    })?;
+pub fn protect(backup: &Directory, protected: bool) -> Result<(), Error> {
     // Fails if another process is removing the backup.
     let _lock = backup.lock(LockKind::Shared)?;
     let failed = |action| {
@@ -39,16 +33,14 @@ pub fn protect(store: &Path, name: BackupName, protected: bool) -> Result<(), Er
     rustix::fs::fsync(directory).map_err(failed("fsync the directory of"))
 }
 
-impl Directory {
-    /// Whether this backup is protected.
-    pub fn is_protected(&self) -> Result<bool, Error> {
-        match rustix::fs::statat(self.descriptor(), PROTECTED_NAME, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(_) => Ok(true),
-            Err(Errno::NOENT) => Ok(false),
-            Err(errno) => {
-                let path = self.path().join(PROTECTED_NAME).display().to_string();
-                Err(Error::io("stat", &path, errno))
-            }
+/// Whether a backup is protected.
+pub fn is_protected(backup: &Directory) -> Result<bool, Error> {
+    match rustix::fs::statat(backup.descriptor(), PROTECTED_NAME, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(_) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(errno) => {
+            let path = backup.path().join(PROTECTED_NAME).display().to_string();
+            Err(Error::io("stat", &path, errno))
         }
     }
 }

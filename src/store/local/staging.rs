@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::super::{Published, Staging};
 use super::directory::{Directory, read_file};
 use super::removal::{removed_name, sweep};
-use super::{BackupName, Error, mark};
+use super::{BackupName, Error};
 use crate::fault::{self, Point};
 use crate::files::{FileId, names_in, naming, open_below};
 use crate::model::{MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, PROTECTED_NAME};
@@ -19,7 +20,7 @@ const DIRECTORY_MODE: Mode = Mode::RWXU;
 
 /// The staging directory of a backup.
 #[derive(Debug)]
-pub struct Staging {
+pub struct StagingDirectory {
     /// The final path of the backup.
     path: PathBuf,
     store: OwnedFd,
@@ -33,16 +34,6 @@ pub struct Staging {
     renamed: bool,
     /// The content of a backup that had its final name when it was found.
     published: Option<Published>,
-}
-
-/// The records of a backup that was found under its final name.
-#[derive(Debug, Clone)]
-pub struct Published {
-    pub manifest: Manifest,
-    /// The text of the manifest.
-    pub text: String,
-    /// The backup is protected from removal.
-    pub protected: bool,
 }
 
 /// Creates the directory of the default store at the start of the service. Its parent directory is the
@@ -97,15 +88,11 @@ fn published(directory: &OwnedFd, path: &Path, id: &str) -> Result<Published, Er
     })
 }
 
-impl Staging {
-    /// Creates the staging directory, if the store has that mark.
-    pub fn create(store_path: &Path, backup: BackupName, known: Option<&str>) -> Result<Self, Error> {
-        let store = Directory::of_store(store_path)?;
-        if let Some(known) = known {
-            mark::check_mark_of(&store, known)?;
-        }
-        let store = store.into_descriptor();
-        let domain_path = store_path.join(backup.domain);
+impl StagingDirectory {
+    /// Creates the staging directory.
+    pub fn create(store: &Directory, backup: BackupName<'_>) -> Result<Self, Error> {
+        let domain_path = store.path().join(backup.domain);
+        let store = store.duplicate()?;
         let shown = domain_path.display().to_string();
         let domain_created =
             make_directory(&store, backup.domain).map_err(|errno| Error::io("create", &shown, errno))?;
@@ -174,9 +161,9 @@ impl Staging {
     /// Finds the directory of a backup that an earlier process created, under its staging or final name. `images` are
     /// the names of its files. Returns `None` if it does not exist. Fails if it has its final name without the
     /// backup's manifest, because it may then be another backup that others depend on.
-    pub fn find(store_path: &Path, backup: BackupName, images: &[&str]) -> Result<Option<Self>, Error> {
-        let store = open_directory(store_path, Trust::Administrator)?;
-        let domain_path = store_path.join(backup.domain);
+    pub fn find(store: &Directory, backup: BackupName<'_>, images: &[&str]) -> Result<Option<Self>, Error> {
+        let domain_path = store.path().join(backup.domain);
+        let store = store.duplicate()?;
         let shown = domain_path.display().to_string();
         let domain = match open_below(&store, backup.domain) {
             Ok(domain) => domain,
@@ -219,58 +206,68 @@ impl Staging {
         Ok(None)
     }
 
-    /// Returns the records if the directory had its final name when it was found. It is then a complete backup, even
-    /// if the catalog disagrees, so it is never renamed or removed here.
-    pub fn published(&self) -> Option<&Published> {
-        self.published.as_ref()
+    fn shown(&self, file: &str) -> String {
+        self.path.join(file).display().to_string()
     }
 
-    /// Returns the final path of a file, for messages.
-    pub fn path_of(&self, file_name: &str) -> PathBuf {
-        self.path.join(file_name)
+    fn write_records(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
+        for left in std::mem::take(&mut self.records) {
+            rustix::fs::unlinkat(&self.directory, &left, AtFlags::empty())
+                .map_err(|errno| Error::io("remove", &self.shown(&left), errno))?;
+        }
+        for (name, content) in records {
+            let file = self.create_image(name)?;
+            self.records.push((*name).to_owned());
+            let mut file = std::fs::File::from(file);
+            io::Write::write_all(&mut file, content)
+                .and_then(|()| file.sync_all())
+                .map_err(|error| {
+                    Error::io(
+                        "write",
+                        &self.shown(name),
+                        Errno::from_io_error(&error).unwrap_or(Errno::IO),
+                    )
+                })?;
+        }
+        Ok(())
+    }
+}
+
+impl Staging for StagingDirectory {
+    fn location_of(&self, file: &str) -> PathBuf {
+        self.path.join(file)
     }
 
-    /// Opens the image of that name for reading and writing, if it exists.
-    pub fn find_file(&self, file_name: &str) -> Result<Option<OwnedFd>, Error> {
+    fn create_image(&self, file: &str) -> Result<OwnedFd, Error> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.directory, file, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|errno| Error::io("create", &self.shown(file), errno))
+    }
+
+    fn find_image(&self, file: &str) -> Result<Option<OwnedFd>, Error> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        match rustix::fs::openat(&self.directory, file_name, flags, Mode::empty()) {
+        match rustix::fs::openat(&self.directory, file, flags, Mode::empty()) {
             Ok(file) => Ok(Some(file)),
             Err(Errno::NOENT) => Ok(None),
-            Err(errno) => Err(Error::io("open", &self.shown(file_name), errno)),
+            Err(errno) => Err(Error::io("open", &self.shown(file), errno)),
         }
     }
 
-    /// Creates an image, open for reading and writing.
-    pub fn create_file(&self, file_name: &str) -> Result<OwnedFd, Error> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        rustix::fs::openat(&self.directory, file_name, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|errno| Error::io("create", &self.shown(file_name), errno))
-    }
-
-    /// Opens the image again for reading, as another open file description. Returns `None` if that fails, or if the
-    /// name has another file.
-    pub fn open_again(&self, file_name: &str, id: FileId) -> Option<OwnedFd> {
+    fn open_again(&self, file: &str, id: FileId) -> Option<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.directory, file_name, flags, Mode::empty()).ok()?;
+        let file = rustix::fs::openat(&self.directory, file, flags, Mode::empty()).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
         (FileId::of(&stat) == id).then_some(file)
     }
 
-    fn shown(&self, file_name: &str) -> String {
-        self.path_of(file_name).display().to_string()
-    }
-
-    pub fn remove_file(&self, file_name: &str) -> io::Result<()> {
-        Ok(rustix::fs::unlinkat(
-            &self.directory,
-            file_name,
-            AtFlags::empty(),
-        )?)
+    fn remove_image(&self, file: &str) -> Result<(), Error> {
+        rustix::fs::unlinkat(&self.directory, file, AtFlags::empty())
+            .map_err(|errno| Error::io("remove", &self.shown(file), errno))
     }
 
     /// Writes the records, renames the directory to its final name, and makes all of that durable. A directory with
     /// its final name has its records already.
-    pub fn publish(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
+    fn publish(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
         let shown = self.path.display().to_string();
         if !self.renamed {
             self.write_records(records)?;
@@ -286,58 +283,44 @@ impl Staging {
         sync(&self.store, &shown)
     }
 
-    fn write_records(&mut self, records: &[(&str, &[u8])]) -> Result<(), Error> {
-        for left in std::mem::take(&mut self.records) {
-            rustix::fs::unlinkat(&self.directory, &left, AtFlags::empty())
-                .map_err(|errno| Error::io("remove", &self.shown(&left), errno))?;
-        }
-        for (name, content) in records {
-            let file = self.create_file(name)?;
-            self.records.push((*name).to_owned());
-            let mut file = std::fs::File::from(file);
-            io::Write::write_all(&mut file, content)
-                .and_then(|()| file.sync_all())
-                .map_err(|error| {
-                    Error::io(
-                        "write",
-                        &self.shown(name),
-                        Errno::from_io_error(&error).unwrap_or(Errno::IO),
-                    )
-                })?;
-        }
-        Ok(())
-    }
-
     /// Renames a published directory to its staging name again.
-    pub fn retract(&mut self) -> io::Result<()> {
+    fn retract(&mut self) -> Result<(), Error> {
         if self.renamed {
-            rustix::fs::renameat(&self.domain, &self.name, &self.domain, &self.partial)?;
+            let shown = self.path.display().to_string();
+            rustix::fs::renameat(&self.domain, &self.name, &self.domain, &self.partial)
+                .map_err(|errno| Error::io("rename", &shown, errno))?;
             self.renamed = false;
-            rustix::fs::fsync(&self.domain)?;
+            sync(&self.domain, &shown)?;
         }
         Ok(())
     }
 
-    /// Removes the directory. The caller has removed its images.
-    pub fn discard(&self) -> io::Result<()> {
+    /// Removes the directory.
+    fn discard(&self) -> Result<(), Error> {
         for record in &self.records {
-            self.remove_file(record)?;
+            self.remove_image(record)?;
         }
         let name = if self.renamed { &self.name } else { &self.partial };
-        match rustix::fs::unlinkat(&self.domain, name, AtFlags::REMOVEDIR) {
+        let removed = match rustix::fs::unlinkat(&self.domain, name, AtFlags::REMOVEDIR) {
             // QEMU still has an image open, so the directory gets the name of a removal and is removed later.
             Err(Errno::NOTEMPTY | Errno::EXIST) if naming::is_as_good_as_empty(&self.directory) => {
-                naming::rename_directory(&self.domain, name, &removed_name(&self.name))?;
+                naming::rename_directory(&self.domain, name, &removed_name(&self.name))
             }
-            result => result?,
-        }
+            removed => removed,
+        };
+        let failed = |errno| Error::io("remove", &self.path.display().to_string(), errno);
+        removed.map_err(failed)?;
         if self.domain_created {
             match rustix::fs::unlinkat(&self.store, &self.domain_name, AtFlags::REMOVEDIR) {
                 // Another backup of the domain was created since.
                 Ok(()) | Err(Errno::NOTEMPTY | Errno::EXIST) => {}
-                Err(errno) => return Err(errno.into()),
+                Err(errno) => return Err(failed(errno)),
             }
         }
         Ok(())
+    }
+
+    fn published(&self) -> Option<&Published> {
+        self.published.as_ref()
     }
 }

@@ -2,44 +2,35 @@
 //! catalog is noticed.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::directory::Directory;
-use super::{Error, OWN_DIRECTORY};
+use super::{Error, OWN_DIRECTORY, Raised};
 use crate::offload::Progress;
 
 const FILE: &str = "generation";
 const NEW_FILE: &str = "generation.new";
 const MAX_BYTES: usize = 256;
 
-/// A change of a store's generation. "" is the generation of a store that no service has written.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Raised {
-    pub before: String,
-    pub now: String,
-}
-
-/// Returns the generation of a store. Blocks.
-pub fn generation(store: &Path) -> Result<String, Error> {
-    match Directory::of_store(store)?.below(OWN_DIRECTORY)? {
+/// Returns the generation of a store.
+pub fn of(store: &Directory) -> Result<String, Error> {
+    match store.below(OWN_DIRECTORY)? {
         Some(shelf) => read(&shelf),
         None => Ok(String::new()),
     }
 }
 
-/// Gives a store its next generation durably. Each step counts as progress. Blocks.
-pub fn raise_generation(store: &Path, progress: &Progress) -> Result<Raised, Error> {
-    let store = Directory::of_store(store)?;
+/// Gives a store its next generation durably. Each step counts as progress.
+pub fn raise(store: &Directory, progress: &Progress) -> Result<Raised, Error> {
     match rustix::fs::mkdirat(store.descriptor(), OWN_DIRECTORY, Mode::RWXU) {
-        Ok(()) => sync(&store)?,
+        Ok(()) => sync(store)?,
         Err(Errno::EXIST) => {}
-        Err(errno) => return Err(failed(&store, "create", OWN_DIRECTORY, errno)),
+        Err(errno) => return Err(failed(store, "create", OWN_DIRECTORY, errno)),
     }
     let shelf = store.below(OWN_DIRECTORY)?;
-    let shelf = shelf.ok_or_else(|| failed(&store, "open", OWN_DIRECTORY, Errno::NOTDIR))?;
+    let shelf = shelf.ok_or_else(|| failed(store, "open", OWN_DIRECTORY, Errno::NOTDIR))?;
     // Two services, even on two hosts, must not raise it at once: one would take the other's change for its own.
     let _locked = lock(&shelf)?;
     let before = read(&shelf)?;
@@ -114,13 +105,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).unwrap();
-        assert_eq!(generation(path).unwrap(), "");
-        let first = raise_generation(path, &Progress::default()).unwrap();
+        let store = Directory::of_store(path).unwrap();
+        assert_eq!(of(&store).unwrap(), "");
+        let first = raise(&store, &Progress::default()).unwrap();
         assert_eq!(
-            (first.before.as_str(), generation(path).unwrap()),
+            (first.before.as_str(), of(&store).unwrap()),
             ("", first.now.clone())
         );
-        let second = raise_generation(path, &Progress::default()).unwrap();
+        let second = raise(&store, &Progress::default()).unwrap();
         assert_eq!(second.before, first.now);
         assert!(
             first.now.starts_with("1 ") && second.now.starts_with("2 "),
@@ -128,16 +120,8 @@ mod tests {
         );
         // A copy that continues from here gets another generation.
         std::fs::write(path.join(".backupd/generation"), &first.now).unwrap();
-        assert_ne!(
-            raise_generation(path, &Progress::default()).unwrap().now,
-            second.now
-        );
+        assert_ne!(raise(&store, &Progress::default()).unwrap().now, second.now);
         std::fs::write(path.join(".backupd/generation"), "nonsense").unwrap();
-        assert!(
-            raise_generation(path, &Progress::default())
-                .unwrap()
-                .now
-                .starts_with("1 ")
-        );
+        assert!(raise(&store, &Progress::default()).unwrap().now.starts_with("1 "));
     }
 }

@@ -160,7 +160,8 @@ mod tests {
     fn a_process_whose_name_is_cut_within_a_character_has_its_user() {
         let directory = tempfile::tempdir().unwrap();
         let program = directory.path().join("b\u{fc}ro-rechner-\u{fc}bung");
-        std::fs::copy("/bin/sleep", &program).unwrap();
+        // A link, because a copy could still be open for writing in a child that another test forks (ETXTBSY).
+        std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
         let mut child = std::process::Command::new(&program).arg("60").spawn().unwrap();
         let budget = Budget::of("");
         let found = budget.payer_of(child.id()).unwrap();

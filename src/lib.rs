@@ -1,7 +1,7 @@
 //! backupd: backs up running QEMU virtual machines for callers on the system bus.
 //!
 //! One library, two programs: `backupd` (the service) and `backupctl` (its command line). A call enters at the top of
-//! this table and moves down. A module uses only modules further down; `tests/structure.rs` checks that.
+//! this table and moves down. A module uses only modules further down; `tests/project/structure.rs` checks that.
 //!
 //! | module | is |
 //! | --- | --- |

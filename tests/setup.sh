@@ -11,7 +11,7 @@
 set -eu
 
 readonly what=${1:-}
-# The packages for the Linux of tests/guest.rs and tests/power_cuts.rs. They are unpacked and not installed.
+# The packages for the Linux of tests/freeze/guest.rs and tests/power_cuts.rs. They are unpacked and not installed.
 readonly guest=${XDG_CACHE_HOME:-/var/cache}/backupd-test-guest
 missing=
 need() { # PACKAGE DESCRIPTION: something of this package is missing
@@ -133,7 +133,7 @@ mkdir -p "$new/tree" "$new/made/modules"
 kernel=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[^ ]*\)$/\1/p' | head -n 1)
 if ! (cd "$new" && apt download "${kernel:-linux-image-cloud-amd64}" qemu-guest-agent busybox-static); then
     rm -rf -- "$new"
-    echo "a kernel, an agent and a shell for a Linux guest could not be had: tests/guest.rs and tests/power_cuts.rs will fail" >&2
+    echo "a kernel, an agent and a shell for a Linux guest could not be had: tests/freeze/guest.rs and tests/power_cuts.rs will fail" >&2
     exit 0
 fi
 for package in "$new"/*.deb; do dpkg -x "$package" "$new/tree"; done

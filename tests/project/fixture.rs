@@ -9,7 +9,7 @@ use crate::common::storage::{self, LoopDevice, Tmpfs};
 use crate::common::vm::Builder;
 use crate::common::{System, test_directory};
 use serde_json::json;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const MIB: u64 = 1 << 20;
 
@@ -253,26 +253,56 @@ fn small_file_systems_and_block_devices_come_and_go() {
     assert!(storage::holds(&backing, "raw", MIB, MIB, 5));
 }
 
+/// Directories of modules that the programs share or include.
+const PARTS: [&str; 4] = ["common", "endurance", "fuzz", "power_cuts"];
+
+/// Returns the Rust files and the directories in a directory.
+fn entries(directory: &Path) -> (Vec<PathBuf>, Vec<PathBuf>) {
+    let entries = std::fs::read_dir(directory).unwrap();
+    let (directories, files): (Vec<_>, Vec<_>) = entries
+        .map(|entry| entry.unwrap().path())
+        .partition(|path| path.is_dir());
+    let is_rust = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "rs");
+    (files.into_iter().filter(is_rust).collect(), directories)
+}
+
+fn stem(path: &Path) -> &str {
+    path.file_stem().unwrap().to_str().unwrap()
+}
+
 /// The tests of a file that is part of no program would never run.
 #[test]
 fn every_file_of_tests_is_part_of_a_program() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let manifest = std::fs::read_to_string(root.join("Cargo.toml")).unwrap();
     let modules = std::fs::read_to_string(root.join("tests/main.rs")).unwrap();
-    let mut found = 0;
-    for entry in std::fs::read_dir(root.join("tests")).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_none_or(|extension| extension != "rs") {
-            continue;
-        }
-        found += 1;
-        let name = path.file_stem().unwrap().to_str().unwrap();
-        let program = format!("path = \"tests/{name}.rs\"");
-        let module = format!("mod {name};");
+    let (programs, directories) = entries(&root.join("tests"));
+    for program in programs {
+        let path = format!("path = \"tests/{}.rs\"", stem(&program));
         assert!(
-            manifest.contains(&program) || modules.lines().any(|line| line == module),
-            "tests/{name}.rs is neither a module of tests/main.rs nor a program of Cargo.toml"
+            manifest.contains(&path),
+            "{} is no program of Cargo.toml",
+            program.display()
         );
     }
-    assert!(found > 30, "{found} files are found");
+    let mut found = 0;
+    for directory in directories {
+        let (files, _) = entries(&directory);
+        if PARTS.contains(&stem(&directory)) || files.is_empty() {
+            continue;
+        }
+        let block = modules.split_once(&format!("\nmod {} {{\n", stem(&directory)));
+        let (_, block) = block.unwrap_or_else(|| panic!("{} is not in tests/main.rs", directory.display()));
+        let block = block.split("\n}").next().unwrap();
+        for file in files {
+            found += 1;
+            let module = format!("mod {};", stem(&file));
+            assert!(
+                block.lines().any(|line| line.trim() == module),
+                "{} is not in tests/main.rs",
+                file.display()
+            );
+        }
+    }
+    assert!(found > 70, "{found} files are found");
 }

@@ -593,6 +593,17 @@ async fn a_monitor_lost_and_restored_in_the_middle_does_not_affect_the_backup() 
 
 // The page for users.
 
+/// Whether the file of tests has that test. The page names the file without its directory.
+fn has_test(root: &std::path::Path, file: &str, name: &str) -> bool {
+    let directories = std::fs::read_dir(root.join("tests")).unwrap();
+    let codes = directories.filter_map(|directory| {
+        std::fs::read_to_string(directory.unwrap().path().join(format!("{file}.rs"))).ok()
+    });
+    codes
+        .into_iter()
+        .any(|code| code.contains(&format!("fn {name}()")))
+}
+
 #[test]
 fn every_test_named_in_the_documentation_exists() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -619,8 +630,7 @@ fn every_test_named_in_the_documentation_exists() {
             let Some(name) = name.strip_suffix('`') else {
                 continue;
             };
-            let code = std::fs::read_to_string(root.join(format!("tests/{file}.rs"))).unwrap();
-            assert!(code.contains(&format!("fn {name}()")), "{file}: {name}");
+            assert!(has_test(root, file, name), "{file}: {name}");
             named += 1;
         }
     }

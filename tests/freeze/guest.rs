@@ -29,7 +29,7 @@ fn run(program: &str, arguments: &[&Path]) -> process::Output {
 
 /// Returns a root file system in memory: a shell, an agent with its libraries, modules.
 fn initramfs(parts: &Path, dir: &Path) -> PathBuf {
-    let initramfs = Initramfs::new(dir, &project_file("tests/guest/init.sh"));
+    let initramfs = Initramfs::new(dir, &project_file("tests/freeze/guest-init.sh"));
     for name in ["sbin", "data", "var/run"] {
         initramfs.directory(name);
     }

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # shellcheck shell=dash
-# The first process of the Linux guest of tests/guest_writes.rs: it writes to its disk all the time, from the end of
+# The first process of the Linux guest of tests/push/guest_writes.rs: it writes to its disk all the time, from the end of
 # the first 20 MiB to the start, each block durable before the next one, and reports the result on its serial port.
 . /boot.sh
 until [ -b /dev/vda ]; do usleep 10000; done

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # shellcheck shell=dash
-# The first process of the Linux guest of tests/guest.rs: it writes to a disk all the time, and runs an agent. The test
+# The first process of the Linux guest of tests/freeze/guest.rs: it writes to a disk all the time, and runs an agent. The test
 # reads its output from its serial port.
 . /boot.sh
 until [ -b /dev/vda ]; do usleep 10000; done

@@ -1,6 +1,6 @@
 //! Replays the fuzzing corpus: every file of `tests/fuzz/corpus/TARGET` must hold the target's properties.
 
-#[path = "fuzz/properties.rs"]
+#[path = "../fuzz/properties.rs"]
 mod properties;
 
 use std::fs;

@@ -34,7 +34,7 @@ impl Scene {
         let store = Tmpfs::mount(&place.path().join("store"), 40 * MIB);
         let system = System::setup().store("small", store.path()).start();
         let dir = system.dir().to_owned();
-        let archive = Initramfs::new(&dir, &project_file("tests/guest/writer.sh")).pack();
+        let archive = Initramfs::new(&dir, &project_file("tests/push/guest-writer.sh")).pack();
         let serial = dir.join("serial");
         let kernel = parts().join("vmlinuz").display().to_string();
         let vm = system

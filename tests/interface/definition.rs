@@ -1,4 +1,4 @@
-//! The `<domainbackup>` format. `tests/definitions/valid` holds documents and how each is written back. `invalid`
+//! The `<domainbackup>` format. `tests/interface/definitions/valid` holds documents and how each is written back. `invalid`
 //! holds documents and the error that refuses each (its kind, then its text). `checkpoint-valid` and
 //! `checkpoint-invalid` do the same for `<domaincheckpoint>`.
 //!
@@ -451,7 +451,7 @@ fn updating() -> bool {
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/definitions")
+        .join("tests/interface/definitions")
         .join(name)
 }
 

@@ -1,5 +1,5 @@
 //! Peers that behave unlike any QEMU. The service neither panics nor hangs, limits its memory, and reports a precise
-//! error. `tests/qmp.rs` tests the rules of the client; this file tests whole sessions and the service.
+//! error. `tests/peers/qmp.rs` tests the rules of the client; this file tests whole sessions and the service.
 
 mod imposters;
 

@@ -185,6 +185,12 @@ impl Link {
         Ok(snapshot)
     }
 
+    /// The user that registered the domain, or else the user of the process at the other end.
+    pub fn user(&self) -> Option<u32> {
+        let registrant = self.memory.as_ref().map(|(_, uid)| *uid);
+        registrant.or_else(|| self.client.user())
+    }
+
     /// Queries the disks only. The result does not show which disks pass the guest's commands through.
     pub async fn disks(&self) -> qmp::Result<Vec<Disk>> {
         Ok(blocks(self).await?.0)

@@ -5,8 +5,12 @@
 //!
 //! Knows the command line, the command and the run state; not jobs.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+
+use tokio::sync::Semaphore;
 
 use super::Link;
 use crate::qmp::machine::{QueryStatus, Quit, SetAction, ShutdownAction};
@@ -14,6 +18,9 @@ use crate::qmp::{self, Feature};
 
 /// The longest command line that Linux allows.
 const MAX_COMMAND_LINE: u64 = 6 << 20;
+
+/// How many command lines of one user's processes are read at a time.
+const READS: usize = 8;
 
 /// The actions at the guest's end that the command line sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,10 +91,38 @@ async fn ending(link: &Link) -> Option<Actions> {
         return None;
     }
     let pid = link.client.process()?;
-    // Reading this file of /proc can wait for a process that is busy with its memory.
-    let read = tokio::task::spawn_blocking(move || command_line(pid));
+    let line = for_user(link.user(), move || command_line(pid)).await?;
     // QEMU has ended, or the service may not read its command line.
-    actions(&read.await.ok()?.ok()?)
+    actions(&line.ok()?)
+}
+
+/// Runs `read` on a thread that may block: reading a command line can wait for a process that is busy with its memory.
+/// It waits for ever if the memory is mapped from a file system (FUSE) whose server never answers. So a user's reads can
+/// block only [`READS`] threads, and further ones wait. `None` if `read` panics.
+async fn for_user<T: Send + 'static>(
+    user: Option<u32>,
+    read: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    // Never closed.
+    let turn = turns_of(user).acquire_owned().await.ok()?;
+    // The thread keeps the turn, even if this future is dropped.
+    let read = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        read()
+    });
+    read.await.ok()
+}
+
+fn turns_of(user: Option<u32>) -> Arc<Semaphore> {
+    static TURNS: LazyLock<Mutex<HashMap<Option<u32>, Weak<Semaphore>>>> = LazyLock::new(Mutex::default);
+    let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
+    turns.retain(|_, turns| turns.strong_count() > 0);
+    let known = turns.get(&user).and_then(Weak::upgrade);
+    known.unwrap_or_else(|| {
+        let new = Arc::new(Semaphore::new(READS));
+        turns.insert(user, Arc::downgrade(&new));
+        new
+    })
 }
 
 fn command_line(pid: u32) -> io::Result<Vec<u8>> {
@@ -146,12 +181,41 @@ fn is_qemu(program: &str) -> bool {
 mod tests {
     use std::os::unix::process::CommandExt;
     use std::process::Stdio;
-    use std::sync::Arc;
+
+    use futures_util::FutureExt;
 
     use super::*;
     use crate::qmp::fake::Fake;
     use crate::qmp::machine::StatusInfo;
     use crate::qmp::{Done, Schema};
+
+    #[tokio::test]
+    async fn reads_that_never_end_block_few_threads_of_one_user() {
+        let [user, other] = [Some(3_999_999_998), Some(3_999_999_999)];
+        let (end, ends) = std::sync::mpsc::channel::<()>();
+        let ends = Arc::new(Mutex::new(ends));
+        let (begin, mut begun) = tokio::sync::mpsc::unbounded_channel();
+        let hang = || {
+            let (begin, ends) = (begin.clone(), ends.clone());
+            for_user(user, move || {
+                begin.send(()).unwrap();
+                ends.lock().unwrap().recv().unwrap_err()
+            })
+        };
+        for _ in 0..READS {
+            // The job is cancelled, and the thread stays.
+            let read = tokio::spawn(hang());
+            begun.recv().await.unwrap();
+            read.abort();
+            assert!(read.await.unwrap_err().is_cancelled());
+        }
+        let mut further = Box::pin(hang());
+        assert!(further.as_mut().now_or_never().is_none());
+        assert_eq!(for_user(other, || 7).await, Some(7));
+        assert!(begun.try_recv().is_err(), "a further read");
+        drop(end);
+        assert!(further.await.is_some());
+    }
 
     fn of(line: &str) -> Option<Actions> {
         let mut bytes: Vec<u8> = line

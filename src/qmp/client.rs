@@ -53,6 +53,11 @@ impl Client {
         self.0.process()
     }
 
+    /// See [`Monitor::user`].
+    pub fn user(&self) -> Option<u32> {
+        self.0.user()
+    }
+
     /// Executes a command. Cancel-safe: if the future is dropped, the command was either sent whole or not at all.
     pub async fn execute<C: Command>(&self, command: C) -> Result<C::Reply> {
         self.run(command, None).await

@@ -36,6 +36,7 @@ pub(super) struct Connection {
     /// Why the connection ended, once it has.
     ended: Arc<OnceLock<Arc<str>>>,
     process: Option<u32>,
+    user: Option<u32>,
 }
 
 impl Connection {
@@ -44,7 +45,7 @@ impl Connection {
         stream: UnixStream,
         patience: Duration,
     ) -> Result<(Self, Driver)> {
-        let process = peer(&stream);
+        let (process, user) = peer(&stream);
         let mut wire = Wire::new(stream, bounds.longest);
         tokio::time::timeout(patience, greet(&mut wire))
             .await
@@ -58,6 +59,7 @@ impl Connection {
             next_id: AtomicU64::new(1),
             ended: ended.clone(),
             process,
+            user,
         };
         Ok((connection, Driver::new((wire, bounds), receiver, speaker, ended)))
     }
@@ -101,11 +103,20 @@ impl Monitor for Connection {
     fn process(&self) -> Option<u32> {
         self.process
     }
+
+    fn user(&self) -> Option<u32> {
+        self.user
+    }
 }
 
-fn peer(stream: &UnixStream) -> Option<u32> {
-    let pid = stream.peer_cred().ok()?.pid()?;
-    u32::try_from(pid).ok().filter(|pid| *pid != 0)
+/// Returns the process at the other end and its user.
+fn peer(stream: &UnixStream) -> (Option<u32>, Option<u32>) {
+    let peer = stream.peer_cred().ok();
+    let process = peer.and_then(|peer| u32::try_from(peer.pid()?).ok());
+    (
+        process.filter(|process| *process != 0),
+        peer.map(|peer| peer.uid()),
+    )
 }
 
 fn line(command: &str, arguments: &RawValue, id: u64) -> Vec<u8> {

@@ -98,4 +98,8 @@ impl Monitor for Fake {
     fn process(&self) -> Option<u32> {
         self.process
     }
+
+    fn user(&self) -> Option<u32> {
+        self.process.map(|_| 0)
+    }
 }

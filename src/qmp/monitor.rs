@@ -25,6 +25,9 @@ pub trait Monitor: fmt::Debug + Send + Sync {
     /// Returns the process at the other end if this host knows it: QEMU, or the program that opened the socket for
     /// QEMU.
     fn process(&self) -> Option<u32>;
+
+    /// Returns the user of that process. The kernel recorded it when the socket was opened.
+    fn user(&self) -> Option<u32>;
 }
 
 /// A command, ready to be sent.

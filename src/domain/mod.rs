@@ -378,6 +378,15 @@ impl Domain {
         }
     }
 
+    /// The same process, if root listens there. Otherwise another user chose it, whatever user it runs as now: it can
+    /// execute a set-user-ID program and keep its open files.
+    pub fn process_of_root(&self) -> Option<u32> {
+        match &*self.phase.borrow() {
+            Phase::Up(link) if link.client.user() == Some(0) => link.client.process(),
+            _ => None,
+        }
+    }
+
     /// Returns the monitor's next connection after `lost`, or any connection without `lost`. Returns `None` if there
     /// is none within `patience`, or if QEMU has ended.
     pub async fn next_link(&self, lost: Option<&Arc<Link>>, patience: Duration) -> Option<Arc<Link>> {

@@ -279,7 +279,7 @@ impl Service {
             .collect();
         // A user's process can have files open that the user cannot read, or on a file system that hangs every reader.
         let is_configured = domain.origin == Origin::Configured;
-        let process = domain.process().filter(|_| is_configured);
+        let process = domain.process_of_root().filter(|_| is_configured);
         let id = backup_id.to_owned();
         let look = self.look.clone();
         // The thread may outlive the call's timeout.

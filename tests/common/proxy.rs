@@ -71,8 +71,14 @@ impl Proxy {
     /// Listens on `path`, and forwards one connection at a time to `monitor`.
     #[track_caller]
     pub fn start(path: &Path, monitor: &Path) -> Self {
+        let listener = UnixListener::bind(path).expect("the proxy's socket is made");
+        Self::on(listener, path, monitor)
+    }
+
+    /// As [`Proxy::start`], on a socket that listens on `path`.
+    pub fn on(listener: UnixListener, path: &Path, monitor: &Path) -> Self {
         let shared = Arc::new(Shared {
-            listener: UnixListener::bind(path).expect("the proxy's socket is made"),
+            listener,
             points: Mutex::default(),
             lost: Mutex::default(),
             translation: Mutex::default(),

@@ -12,6 +12,7 @@ use crate::common::hanging::{Hanging, Limits, Operation};
 use crate::common::helper::{self, Helper};
 use crate::common::process::{self, Process};
 use crate::common::proxies::{Options, error_name};
+use crate::common::proxy::Proxy;
 use crate::common::storage::{self, LoopDevice};
 use crate::common::vm::Vm;
 use crate::common::{System, test_directory, wait};
@@ -367,4 +368,40 @@ fn an_image_that_a_user_has_open_is_not_read_for_the_estimate() {
     assert!(!storage.is_hanging());
     assert_eq!(found, Ok(0));
     storage.heal();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_file_is_read_for_the_estimate_if_a_user_listens_at_the_monitor() {
+    let system = System::start();
+    let disk = Disk::new("vda", SIZE).raw().fill(0, 4 * MIB, 0x11);
+    let vm = system.configured(system.vm("web").disk(disk));
+    let caller = Caller::new(&system).await;
+    let small = storage::Tmpfs::mount(&system.dir().join("small"), MIB);
+    let refusal = async |domain: &str, target: &str| {
+        let document = format!(
+            "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+            small.path().join(target).display()
+        );
+        let started = caller.try_start(domain, &document, &[], Options::new()).await;
+        started.err().map(|error| error.to_string()).unwrap_or_default()
+    };
+    let estimated = |text: &str| text.contains("bytes of free space");
+    let text = refusal("web", "a").await;
+    assert!(estimated(&text), "{text}");
+
+    // A user's process has listened at the monitor, and runs as root now: it has executed a set-user-ID program.
+    let _open = fs::File::open(vm.source_path("vda")).unwrap();
+    let directory = system.dir().join("anna");
+    fs::create_dir(&directory).unwrap();
+    std::os::unix::fs::chown(&directory, Some(ANNA), None).unwrap();
+    let path = directory.join("monitor");
+    let listening = path.clone();
+    let listener = as_user(ANNA, || UnixListener::bind(listening).unwrap());
+    let proxy = Proxy::on(listener, &path, &vm.monitor_path());
+    system.remove_domain_file("web");
+    system.write_domain_file("anna", &format!("monitor = \"{}\"\n", path.display()));
+    system.wait_for_domain("anna");
+    let text = refusal("anna", "b").await;
+    assert!(!estimated(&text), "{text}");
+    drop(proxy);
 }

@@ -54,7 +54,7 @@ help:
 	@echo "make test-system"
 	@echo "                the package in a booted Debian 13, with each of both buses; as root"
 	@echo "make bench      how fast it is, and how fast others are"
-	@echo "make endurance  1,000 backups in a row, many domains, and nothing at all: what the service holds and does; 10 minutes"
+	@echo "make endurance  1,000 backups in a row, many domains, and nothing at all: what the service holds and does; 12 minutes"
 	@echo "make power-cuts a host in an emulator is killed 20 times, and its backups are restored; 20 minutes; as root"
 	@echo "make fuzz       random input for what reads others' bytes; FUZZ_SECONDS=600 for each, FUZZ_TARGETS='qmp options'"
 	@echo "make build      both programs, optimised"

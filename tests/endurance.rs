@@ -270,11 +270,24 @@ const DOMAINS: usize = 200;
 const MOST_WAKEUPS: u64 = 20;
 /// Memory in KiB that later crowds may need beyond the first: remembered jobs, and more concurrent threads.
 const MOST_CROWD_GROWTH: u64 = 2048;
+/// The rounds at full length, and the VMs that each backs up.
+const ROUNDS: usize = 20;
+const MACHINES: usize = 10;
+/// After these rounds, the service remembers as many jobs as it may, and each of them has all its checkpoints.
+const FULL_AFTER: usize = REMEMBERED / MACHINES + CHECKPOINTS;
+/// The default of `checkpoints` in docs/backupd.toml.
+const CHECKPOINTS: usize = 4;
+/// Memory in KiB that the rounds after those may add: the stacks of a few more threads.
+const MOST_STEADY_GROWTH: u64 = 256;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_domains_that_come_and_go_leave_no_residue_and_idle_at_no_cost() {
     let mut system = frugal(System::setup()).start();
-    let (rounds, machines) = if full().is_some() { (10, 10) } else { (3, 2) };
+    let (rounds, machines) = if full().is_some() {
+        (ROUNDS, MACHINES)
+    } else {
+        (3, 2)
+    };
     let machines: Vec<_> = (0..machines)
         .map(|index| {
             let disk = Disk::new("vda", 16 * MIB).fill(0, MIB, 0x11);
@@ -330,7 +343,14 @@ async fn many_domains_that_come_and_go_leave_no_residue_and_idle_at_no_cost() {
             with.memory, with.descriptors, without.memory, without.descriptors
         );
     }
-    let ((first, base), (last, _)) = (rows[0], rows[rows.len() - 1]);
+    let ((first, base), (last, end)) = (rows[0], rows[rows.len() - 1]);
+    if let Some((_, steady)) = rows.get(FULL_AFTER - 1) {
+        let grown = end.memory.saturating_sub(steady.memory);
+        assert!(
+            grown <= MOST_STEADY_GROWTH,
+            "grown by {grown} KiB after round {FULL_AFTER}"
+        );
+    }
     for (with, without) in rows {
         assert_eq!(without.descriptors, base.descriptors);
         // Its connection, and the thread that closes it.

@@ -86,15 +86,16 @@ impl<'a> Lookup<'a> {
     /// Returns the owner if there are backups with this id.
     fn backups(&mut self, domain: &str, id: &str) -> Result<Option<Owner>, Error> {
         let mut rows = self.backups.query([id, domain])?;
-        let (mut backups, mut of_domain) = (Vec::new(), None);
+        let (mut backups, mut of_domain, mut has_unreadable) = (Vec::new(), None, false);
         while let Some(row) = rows.next()? {
-            let is_of_domain: bool = row.get(3)?;
-            of_domain.get_or_insert(is_of_domain);
             let manifest: String = row.get(2)?;
-            // An unreadable manifest must not prevent a backup.
+            // An unreadable manifest must not prevent a backup, or hide the readable copies.
             let Ok(manifest) = Manifest::parse(manifest.as_bytes()) else {
-                return Ok(Some(Owner::UNKNOWN));
+                has_unreadable = true;
+                continue;
             };
+            // The rows of the domain come first.
+            of_domain.get_or_insert(row.get(3)?);
             backups.push(Backup {
                 store: row.get(0)?,
                 directory: row.get(1)?,
@@ -103,7 +104,131 @@ impl<'a> Lookup<'a> {
                 checkpoint: manifest.checkpoint,
             });
         }
-        let state = OwnerState::Backups(backups);
-        Ok(of_domain.map(|is_of_domain| Owner { is_of_domain, state }))
+        Ok(match of_domain {
+            Some(is_of_domain) => Some(Owner {
+                is_of_domain,
+                state: OwnerState::Backups {
+                    backups,
+                    has_unreadable,
+                },
+            }),
+            None => has_unreadable.then_some(Owner::UNKNOWN),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::catalog::backups::keep_backup;
+    use crate::catalog::{BackupRecord, DomainRecord};
+    use crate::model::{self, Disk, Domain, Format, Kind, Unknown};
+
+    const ID: &str = "20261123T055901Z-10ebf9b0";
+
+    /// A domain without a UUID, configured by the administrator.
+    fn domain(name: &str) -> DomainRecord {
+        DomainRecord {
+            name: name.into(),
+            source: "configured".into(),
+            owner: 0,
+            owner_name: "root".into(),
+            uuid: None,
+        }
+    }
+
+    /// Records the backup of a domain in a store, with a checkpoint named after the store.
+    async fn keep(catalog: &Catalog, of: &str, store: &str) {
+        let now = Timestamp::UNIX_EPOCH;
+        let whose = Domain {
+            name: of.into(),
+            uuid: None,
+            unknown: Unknown::new(),
+        };
+        let mut manifest = Manifest::new(Kind::Full, ID.into(), 1, 0, whose, now, now);
+        manifest.disks.push(Disk {
+            name: "vda".into(),
+            file: "vda.qcow2".into(),
+            format: Format::Qcow2,
+            virtual_size: 1 << 20,
+            length: None,
+            blake3: None,
+            sha256: None,
+            parent: None,
+            bitmap: None,
+            unknown: Unknown::new(),
+        });
+        manifest.checkpoint = Some(model::Checkpoint {
+            name: Some(format!("in-{store}")),
+            description: None,
+        });
+        let record = BackupRecord {
+            id: ID.into(),
+            store: store.into(),
+            domain: of.into(),
+            manifest: String::from_utf8(manifest.to_json().unwrap()).unwrap(),
+            protected: false,
+        };
+        let whose = domain(of);
+        let kept = catalog.run(move |connection| keep_backup(connection, &record, &whose));
+        kept.await.unwrap();
+    }
+
+    async fn damage(catalog: &Catalog, store: &'static str) {
+        let sql = "UPDATE backups SET manifest = '{}' WHERE store = ?1";
+        catalog
+            .change(sql, move |statement| statement.execute([store]))
+            .await
+            .unwrap();
+    }
+
+    /// Returns whether the owner is of the domain `web`, the names of its checkpoint in each copy, and whether there
+    /// are unreadable copies.
+    async fn owner(catalog: &Catalog) -> (bool, Vec<String>, bool) {
+        let found = catalog.bitmap_owners(domain("web").key(), vec![ID.into()]).await;
+        let Owner { is_of_domain, state } = found.unwrap().remove(0);
+        let OwnerState::Backups {
+            backups,
+            has_unreadable,
+        } = state
+        else {
+            panic!("{state:?}");
+        };
+        let names = backups.into_iter().map(|backup| backup.checkpoint?.name);
+        (is_of_domain, names.flatten().collect(), has_unreadable)
+    }
+
+    #[tokio::test]
+    async fn a_damaged_copy_does_not_hide_the_readable_ones() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&directory.path().join("c")).unwrap();
+        let names = |stores: &[&str]| stores.iter().map(|store| format!("in-{store}")).collect();
+        for store in ["a", "b", "c"] {
+            keep(&catalog, "web", store).await;
+        }
+        keep(&catalog, "copy", "0").await;
+        assert_eq!(owner(&catalog).await, (true, names(&["a", "b", "c", "0"]), false));
+        damage(&catalog, "b").await;
+        assert_eq!(owner(&catalog).await, (true, names(&["a", "c", "0"]), true));
+        damage(&catalog, "a").await;
+        assert_eq!(owner(&catalog).await, (true, names(&["c", "0"]), true));
+        // The remaining copy is another domain's, whose names are not for callers of this one.
+        damage(&catalog, "c").await;
+        assert_eq!(owner(&catalog).await, (false, names(&["0"]), true));
+        damage(&catalog, "0").await;
+        let found = catalog.bitmap_owners(domain("web").key(), vec![ID.into()]).await;
+        assert_eq!(found.unwrap(), [Owner::UNKNOWN]);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_copy_of_another_domain_does_not_hide_the_domains_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&directory.path().join("c")).unwrap();
+        keep(&catalog, "web", "s").await;
+        keep(&catalog, "copy", "another").await;
+        damage(&catalog, "another").await;
+        assert_eq!(owner(&catalog).await, (true, vec!["in-s".into()], true));
     }
 }

@@ -154,7 +154,8 @@ fn of_owner(id: &str, owner: Owner, disks: Vec<BitmapOnDisk>) -> Option<Checkpoi
     };
     match state {
         OwnerState::Checkpoint(record) => Some(of_record(record, disks)),
-        OwnerState::Backups(backups) => {
+        // Those of the domain come first.
+        OwnerState::Backups { backups, .. } => {
             let backup = backups.into_iter().next()?;
             let checkpoint = backup.checkpoint.unwrap_or_default();
             Some(Checkpoint {
@@ -236,13 +237,16 @@ mod tests {
             name: Some(name.into()),
             description: None,
         });
-        own(OwnerState::Backups(vec![Backup {
-            store: "default".into(),
-            directory: "web".into(),
-            sequence: 1,
-            time: at(second),
-            checkpoint,
-        }]))
+        own(OwnerState::Backups {
+            backups: vec![Backup {
+                store: "default".into(),
+                directory: "web".into(),
+                sequence: 1,
+                time: at(second),
+                checkpoint,
+            }],
+            has_unreadable: false,
+        })
     }
 
     #[test]

@@ -17,15 +17,21 @@ pub struct CheckpointRecord {
 /// The owner of the bitmaps with one id on a domain's disks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Owner {
-    /// False if the record belongs to another domain, which used the same image or is the same VM under another name.
+    /// False if all readable records belong to another domain, which used the same image or is the same VM under
+    /// another name.
     pub is_of_domain: bool,
     pub state: OwnerState,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OwnerState {
-    /// At least one backup exists, and those of the domain come first. A copy of a store has the same ids.
-    Backups(Vec<Backup>),
+    /// At least one backup exists. A copy of a store has the same ids.
+    Backups {
+        /// The backups with a readable manifest, at least one. Those of the domain come first.
+        backups: Vec<Backup>,
+        /// There are others, whose manifest cannot be read. One of them may need the bitmaps.
+        has_unreadable: bool,
+    },
     /// A checkpoint without a backup. Only a caller deletes it.
     Checkpoint(CheckpointRecord),
     /// The job of the backup has not ended, or the checkpoint is being created.

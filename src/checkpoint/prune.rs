@@ -7,7 +7,8 @@ use super::{Backup, Owner, OwnerState, bitmaps, orphans};
 use crate::config::Store;
 use crate::domain::Disk;
 
-/// How many bitmaps of unknown origin stay on each disk, for the service that created them.
+/// How many bitmaps of unknown origin stay on each disk, for the service that created them. Those of a backup with an
+/// unreadable copy are among them, because that copy may need its bitmap.
 const MAX_UNKNOWN: usize = 16;
 
 /// Returns the bitmaps of a disk that no later backup will start from. These belong to failed or removed backups, or
@@ -29,10 +30,13 @@ pub fn useless<'a>(
     found.retain(|(id, name)| match owners.get(id).map(|owner| &owner.state) {
         Some(OwnerState::Checkpoint(_)) => false,
         _ if inconsistent(name) => true,
-        Some(OwnerState::Backups(_)) => clear_backups || !bases.contains(id),
+        Some(OwnerState::Backups {
+            has_unreadable: false,
+            ..
+        }) => clear_backups || !bases.contains(id),
         Some(OwnerState::Removed) => true,
         Some(OwnerState::Pending) => false,
-        Some(OwnerState::Unknown) | None => {
+        Some(OwnerState::Backups { .. } | OwnerState::Unknown) | None => {
             unknown += 1;
             unknown > MAX_UNKNOWN
         }
@@ -45,7 +49,8 @@ pub fn useless<'a>(
 }
 
 /// Returns the backups that serve as bases for the next ones: for each directory, as many of the newest as the store
-/// keeps checkpoints. A backup in several stores is needed if one of them needs it.
+/// keeps checkpoints. A backup in several stores is needed if one of them needs it. Backups with an unreadable copy do
+/// not count.
 fn needed<'a>(
     found: &[(&'a str, &str)],
     owners: &'a BTreeMap<&str, Owner>,
@@ -53,7 +58,11 @@ fn needed<'a>(
 ) -> BTreeSet<&'a str> {
     let mut backups: Vec<(&Backup, &str)> = Vec::new();
     for (id, _) in found {
-        if let Some(OwnerState::Backups(of)) = owners.get(id).map(|owner| &owner.state) {
+        if let Some(OwnerState::Backups {
+            backups: of,
+            has_unreadable: false,
+        }) = owners.get(id).map(|owner| &owner.state)
+        {
             backups.extend(of.iter().map(|backup| (backup, *id)));
         }
     }
@@ -142,6 +151,13 @@ mod tests {
         }
     }
 
+    fn backups(backups: impl IntoIterator<Item = Backup>) -> OwnerState {
+        OwnerState::Backups {
+            backups: backups.into_iter().collect(),
+            has_unreadable: false,
+        }
+    }
+
     /// A checkpoint without a backup.
     fn alone() -> OwnerState {
         OwnerState::Checkpoint(CheckpointRecord {
@@ -155,17 +171,15 @@ mod tests {
     #[test]
     fn a_checkpoint_of_a_backup_in_two_stores_stays_while_one_of_them_needs_it() {
         // The copy of the store keeps no checkpoint.
-        let both =
-            |second| OwnerState::Backups(vec![backup(second, "none", "web"), backup(second, "s", "web")]);
+        let both = |second| backups([backup(second, "none", "web"), backup(second, "s", "web")]);
         assert_eq!(kept(&[1, 2, 3, 4], both), [3, 4]);
-        let copied = |second| OwnerState::Backups(vec![backup(second, "none", "web")]);
+        let copied = |second| backups([backup(second, "none", "web")]);
         assert_eq!(kept(&[1, 2, 3, 4], copied), [0; 0]);
     }
 
     #[test]
     fn checkpoints_of_another_domain_do_not_count_for_this_one() {
-        let two =
-            |second| OwnerState::Backups(vec![backup(second, "s", if second < 3 { "web" } else { "copy" })]);
+        let two = |second| backups([backup(second, "s", if second < 3 { "web" } else { "copy" })]);
         assert_eq!(kept(&[1, 2, 3, 4], two), [1, 2, 3, 4]);
     }
 
@@ -202,11 +216,7 @@ mod tests {
     fn with_internal_snapshots_only_explicit_checkpoints_stay() {
         let disk = disk(&[1, 2, 3]);
         let ids = [1, 2, 3].map(id);
-        let states = [
-            OwnerState::Backups(vec![backup(1, "s", "web")]),
-            alone(),
-            OwnerState::Pending,
-        ];
+        let states = [backups([backup(1, "s", "web")]), alone(), OwnerState::Pending];
         let owners = ids.iter().map(String::as_str).zip(states.map(owner)).collect();
         let stores = BTreeMap::from([("s".to_owned(), Store::at("/s".into()))]);
         assert_eq!(useless(&disk, true, &owners, &stores), [bitmap_name(&ids[0], 0)]);
@@ -215,7 +225,7 @@ mod tests {
 
     #[test]
     fn the_newest_of_each_store_stay_and_those_without_a_backup_go() {
-        let there = |second: u32, store: &str| OwnerState::Backups(vec![backup(second, store, "web")]);
+        let there = |second: u32, store: &str| backups([backup(second, store, "web")]);
         assert_eq!(kept(&[1, 2, 3, 4], |second| there(second, "s")), [3, 4]);
         // Ordered by sequence number, not by name.
         assert_eq!(kept(&[1, 2, 3, 4], |second| there(9 - second, "s")), [1, 2]);
@@ -230,5 +240,17 @@ mod tests {
         assert_eq!(kept(&[1, 2, 3, 4], |_| alone()), [1, 2, 3, 4]);
         let many: Vec<u32> = (0..20).collect();
         assert_eq!(kept(&many, |_| OwnerState::Unknown), many[4..]);
+    }
+
+    #[test]
+    fn checkpoints_of_a_backup_with_an_unreadable_copy_stay_up_to_the_bound_for_unknown_ones() {
+        let copied = |second, has_unreadable| OwnerState::Backups {
+            backups: vec![backup(second, "none", "web")],
+            has_unreadable,
+        };
+        // The store of the readable copy keeps no checkpoint, but the one of the other copy may.
+        assert_eq!(kept(&[1, 2, 3], |second| copied(second, second == 2)), [2]);
+        let many: Vec<u32> = (0..20).collect();
+        assert_eq!(kept(&many, |second| copied(second, true)), many[4..]);
     }
 }

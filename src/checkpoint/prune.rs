@@ -13,7 +13,7 @@ const MAX_UNKNOWN: usize = 16;
 
 /// Returns the bitmaps of a disk that no later backup will start from. These belong to failed or removed backups, or
 /// exceed the number that their store keeps. Inconsistent bitmaps are among them, because they also prevent resizing of
-/// the disk. With `clear_backups`, those of all backups are among them, because the image has internal snapshots.
+/// the disk; only those of checkpoints without a backup stay, until a caller deletes them. With `clear_backups`, those of all backups are among them, because the image has internal snapshots.
 ///
 /// `owners` are the owners by id.
 pub fn useless<'a>(

@@ -1,7 +1,7 @@
 //! The grammar of the documents: a row for each element and attribute, with the words that it takes and its meaning.
 //!
-//! The parser reads attributes and refuses unknown names and words by these rows. The errors list them, and the manual
-//! pages domainbackup(5) and domaincheckpoint(5) consist of them.
+//! The parser finds attributes by these rows, the errors list their names and words, and the manual pages
+//! domainbackup(5) and domaincheckpoint(5) consist of them. The meaning of a word is in the parser; a test compares.
 
 /// An element.
 #[derive(Debug)]
@@ -159,7 +159,8 @@ pub(super) static BANDWIDTH: Element = Element {
     attributes: &[optional(
         "unit",
         Value::Words(&["bytes", "KB", "KiB", "MB", "MiB", "GB", "GiB", "TB", "TiB"]),
-        "The unit of the number; bytes without it. KiB is 1024, KB is 1000.",
+        "The unit of the number; bytes without it. KiB is 1024, KB is 1000. Also PB, PiB, EB and EiB, in any case. A \
+         letter alone is the binary unit.",
     )],
     ..element(
         "bandwidth",
@@ -337,3 +338,92 @@ pub(super) static DECLARATION: Element = Element {
 
 /// An element without attributes, for the parser.
 pub(super) static BARE: Element = element("", Content::Nothing, "");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::definition::{Error, parse, parse_checkpoint};
+
+    /// A value that any attribute or text accepts in form.
+    const ANY: &str = "1";
+
+    fn tag(element: &Element, given: &[(&str, &str)]) -> String {
+        let attributes = given.iter().map(|(name, value)| format!(" {name}='{value}'"));
+        format!("<{}{}>", element.name, attributes.collect::<String>())
+    }
+
+    /// Returns the required attributes of an element.
+    fn needed(element: &Element) -> Vec<(&'static str, &'static str)> {
+        let required = element.attributes.iter().filter(|row| row.is_required);
+        required
+            .map(|row| (row.name, row.words().first().copied().unwrap_or(ANY)))
+            .collect()
+    }
+
+    /// Returns a document with one element, which has these attributes, below the elements that contain it.
+    fn document(above: &[&Element], element: &Element, given: &[(&str, &str)]) -> String {
+        let mut open: String = above
+            .iter()
+            .map(|element| tag(element, &needed(element)))
+            .collect();
+        open += &tag(element, given);
+        if matches!(element.content, Content::Text(_)) {
+            open += ANY;
+        }
+        let close = above.iter().chain([&element]).rev();
+        open + &close
+            .map(|element| format!("</{}>", element.name))
+            .collect::<String>()
+    }
+
+    fn check(above: &[&'static Element], element: &'static Element, count: &mut usize) {
+        let root = above.first().copied().unwrap_or(element);
+        let error = |document: &str| match root.name {
+            "domainbackup" => parse(document).err(),
+            _ => parse_checkpoint(document).err(),
+        };
+        let needed = needed(element);
+        for row in element.attributes {
+            let mut without = needed.clone();
+            without.retain(|(name, _)| *name != row.name);
+            let document_without = document(above, element, &without);
+            let missing = error(&document_without);
+            let is_missing =
+                matches!(&missing, Some(Error::MissingAttribute { attribute, .. }) if *attribute == row.name);
+            assert!(is_missing || !row.is_required, "{document_without}: {missing:?}");
+            let words = match row.words() {
+                [] => &[ANY],
+                words => words,
+            };
+            for word in words {
+                *count += 1;
+                let given = [&without[..], &[(row.name, *word)]].concat();
+                let document = document(above, element, &given);
+                let error = error(&document);
+                let is_unknown = matches!(
+                    error,
+                    Some(
+                        Error::UnknownWord { .. }
+                            | Error::UnknownAttribute { .. }
+                            | Error::UnknownElement { .. }
+                    )
+                );
+                assert!(!is_unknown, "{document}: {error:?}");
+            }
+        }
+        let plain = document(above, element, &needed);
+        let unknown = matches!(error(&plain), Some(Error::UnknownElement { .. }));
+        assert!(!unknown, "{plain}");
+        for child in element.children() {
+            check(&[above, &[element]].concat(), child, count);
+        }
+    }
+
+    #[test]
+    fn the_parser_takes_every_element_attribute_and_word_of_the_rows() {
+        let mut count = 0;
+        check(&[], &DOMAINBACKUP, &mut count);
+        check(&[], &DOMAINCHECKPOINT, &mut count);
+        assert!(count > 30, "{count} words");
+    }
+}

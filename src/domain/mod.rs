@@ -17,7 +17,7 @@ mod retry;
 pub use directory::{CheckpointPolicy, Content, Directories, FileError};
 pub use disks::{Bitmap, Disk, DiskNameError, find_disks};
 pub use identity::{Identity, NOBODY, Reach};
-pub use monitor::{Greeter, Link, OLDEST, Phase, RunState};
+pub use monitor::{Link, OLDEST, OnConnect, Phase, RunState};
 pub use owner::name as user_name;
 pub use registry::{Change, Registration, Registry};
 

@@ -55,19 +55,26 @@ pub struct Link {
 }
 
 /// Inspects a domain's disks when its monitor has connected, before any other code can use the monitor.
-pub trait Greeter: Send + Sync {
-    fn greet<'a>(&'a self, domain: &'a Domain, link: &'a Link, snapshot: &'a Snapshot) -> BoxFuture<'a, ()>;
+pub trait OnConnect: Send + Sync {
+    fn connected<'a>(
+        &'a self,
+        domain: &'a Domain,
+        link: &'a Link,
+        snapshot: &'a Snapshot,
+    ) -> BoxFuture<'a, ()>;
 }
 
-/// The greeter, once it is set.
-pub(super) type Greeters = watch::Sender<Option<Weak<dyn Greeter>>>;
+/// The code to call when a monitor has connected, once it is set.
+pub(super) type OnConnectSlot = watch::Sender<Option<Weak<dyn OnConnect>>>;
 
-async fn greet(greeters: &Greeters, domain: &Domain, link: &Link, snapshot: &Snapshot) {
-    let mut known = greeters.subscribe();
-    let greeter = known.wait_for(Option::is_some).await;
-    let greeter = greeter.ok().and_then(|greeter| greeter.as_ref()?.upgrade());
-    if let Some(greeter) = greeter {
-        greeter.greet(domain, link, snapshot).await;
+async fn tell_connected(slot: &OnConnectSlot, domain: &Domain, link: &Link, snapshot: &Snapshot) {
+    let mut known = slot.subscribe();
+    let on_connect = known.wait_for(Option::is_some).await;
+    let on_connect = on_connect
+        .ok()
+        .and_then(|on_connect| on_connect.as_ref()?.upgrade());
+    if let Some(on_connect) = on_connect {
+        on_connect.connected(domain, link, snapshot).await;
     }
 }
 
@@ -90,7 +97,7 @@ pub(super) async fn supervise(
     domain: Arc<Domain>,
     monitor: Dialer,
     presence: Presence,
-    greeters: Arc<Greeters>,
+    slot: Arc<OnConnectSlot>,
     stop: CancellationToken,
 ) {
     let path = &monitor.address().path;
@@ -102,7 +109,7 @@ pub(super) async fn supervise(
         let attempt = stop.run_until_cancelled(async {
             let (link, driver) = Box::pin(connect(&monitor)).await?;
             retry = Retry::new(&presence, path);
-            Ok::<_, ConnectError>(Box::pin(serve(&domain, link, driver, &greeters)).await)
+            Ok::<_, ConnectError>(Box::pin(serve(&domain, link, driver, &slot)).await)
         });
         let (why, after): (Arc<str>, After) = match attempt.await {
             None => return domain.down("the service is disconnecting it", false),
@@ -128,10 +135,10 @@ pub(super) async fn serve_once(
     domain: Arc<Domain>,
     link: Link,
     driver: Driver,
-    greeters: Arc<Greeters>,
+    slot: Arc<OnConnectSlot>,
     stop: CancellationToken,
 ) {
-    let serving = serve(&domain, link, driver, &greeters);
+    let serving = serve(&domain, link, driver, &slot);
     let ended = stop.run_until_cancelled(serving).await;
     // The service cannot connect to it again, so code that waits for it must see that it has ended.
     domain.down(
@@ -229,7 +236,7 @@ impl Link {
 }
 
 /// Runs the connection: queries QEMU first, then follows its events. Returns the reason of its end.
-async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greeters) -> Arc<str> {
+async fn serve(domain: &Domain, mut link: Link, driver: Driver, slot: &OnConnectSlot) -> Arc<str> {
     let work = async {
         let mut events = link.client.events();
         link.schema = Box::pin(schema(&link)).await?;
@@ -238,8 +245,8 @@ async fn serve(domain: &Domain, mut link: Link, driver: Driver, greeters: &Greet
             .await
             .map_err(|error| error.to_string())?;
         domain.snapshot.send_modify(|snapshot| snapshot.uuid = first.uuid);
-        // A greeter that hangs does not delay the domain: the next backup meets the same problem.
-        let _ = tokio::time::timeout(PATIENCE, Box::pin(greet(greeters, domain, &link, &first))).await;
+        // A on_connect that hangs does not delay the domain: the next backup meets the same problem.
+        let _ = tokio::time::timeout(PATIENCE, Box::pin(tell_connected(slot, domain, &link, &first))).await;
         domain.snapshot.send_replace(first);
         let link = Arc::new(link);
         tracing::info!(domain = domain.name, "monitor is up");

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use super::directory::{DomainFile, Watch};
-use super::monitor::{self, Greeter, Greeters, Link};
+use super::monitor::{self, Link, OnConnect, OnConnectSlot};
 use super::presence::Presence;
 use super::{Directories, Domain, Error, Identity, Origin, Phase, check_new_name, owner};
 use crate::qmp::{Bounds, Client};
@@ -87,7 +87,7 @@ pub struct Registry {
     /// Permits for long lines, by user.
     turns: Mutex<HashMap<u32, Weak<Semaphore>>>,
     presence: Presence,
-    greeters: Arc<Greeters>,
+    slot: Arc<OnConnectSlot>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -102,7 +102,7 @@ impl Registry {
             memory: Quota::new("monitor-memory", MEMORY),
             turns: Mutex::default(),
             presence: presence.clone(),
-            greeters: Arc::new(Greeters::new(None)),
+            slot: Arc::new(OnConnectSlot::new(None)),
             domains: Mutex::default(),
             absent: Mutex::default(),
             changes: broadcast::Sender::new(CHANGES),
@@ -120,8 +120,8 @@ impl Registry {
     }
 
     /// Sets the code that inspects the disks of each domain when it connects. Until then, no domain connects.
-    pub fn set_greeter(&self, greeter: Weak<dyn Greeter>) {
-        self.greeters.send_replace(Some(greeter));
+    pub fn set_on_connect(&self, on_connect: Weak<dyn OnConnect>) {
+        self.slot.send_replace(Some(on_connect));
     }
 
     /// Reports the changes from now on.
@@ -222,8 +222,8 @@ impl Registry {
         let served = domain.clone();
         self.tasks.spawn(async move {
             let memory = Some((registry.memory.clone(), uid));
-            let (link, greeters) = (Link::new(client, memory), registry.greeters.clone());
-            monitor::serve_once(served.clone(), link, driver, greeters, stop).await;
+            let (link, slot) = (Link::new(client, memory), registry.slot.clone());
+            monitor::serve_once(served.clone(), link, driver, slot, stop).await;
             registry.remove(|entry| entry.domain.id == served.id);
             // The quota counts until here, because a backup may have kept the monitor after the domain was removed.
             drop((place, share));
@@ -332,14 +332,9 @@ impl Registry {
             let owner = (file.owner, file.owner_name.clone());
             let monitor = Dialer::new(file.monitor.clone(), Purpose::Monitor);
             let (domain, stop) = self.add(&mut domains, &name, owner, EntryKind::Configured(file));
-            let (presence, greeters) = (self.presence.clone(), self.greeters.clone());
-            self.tasks.spawn(monitor::supervise(
-                domain.clone(),
-                monitor,
-                presence,
-                greeters,
-                stop,
-            ));
+            let (presence, slot) = (self.presence.clone(), self.slot.clone());
+            self.tasks
+                .spawn(monitor::supervise(domain.clone(), monitor, presence, slot, stop));
             come.push(domain);
         }
         drop(domains);

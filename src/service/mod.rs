@@ -1,6 +1,7 @@
 //! Handles requests, from the caller's arguments to a running job.
 //!
-//! Calls `definition`, `access`, `plan`, `target` and `job` in this order. Knows no D-Bus: the bus maps messages to
+//! For a backup it calls `definition`, `access` and `plan` in this order, then `job`, which records the job before it
+//! prepares the targets. Knows no D-Bus: the bus maps messages to
 //! these calls and their results to replies.
 
 mod backups;

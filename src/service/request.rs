@@ -131,7 +131,7 @@ impl Service {
     /// The disks as QEMU reports them, if they can be backed up.
     pub(super) async fn ask_qemu(&self, domain: &Domain) -> Result<(Arc<Link>, Snapshot)> {
         // Before any query: a target that hangs can freeze QEMU when QEMU queries it.
-        self.jobs.nothing_left(domain).await?;
+        self.jobs.wait_until_qemu_has_no_residue(domain).await?;
         let link = domain.link().await?;
         check_features(&link)?;
         let snapshot = domain.refresh().await?;

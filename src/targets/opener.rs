@@ -47,9 +47,9 @@ impl fmt::Display for Opener {
     }
 }
 
-/// Returns another process that has the file or device open for writing, or one that shares bytes with it, for longer
-/// than a moment. A QEMU also counts if it only reads. With `auto-read-only` it opens a disk for writing only while its guest may write, so
-/// not while it waits for a migration.
+/// Returns another process that has the file or device open for writing, or one that shares bytes with it. A process
+/// that closes it within [`PASSING`] does not count. A QEMU also counts if it only reads. With `auto-read-only` it opens
+/// a disk for writing only while its guest may write, so not while it waits for a migration.
 ///
 /// Root sees every process of its PID namespace; others see their own. The function does not see mappings whose
 /// descriptor is closed, descriptors in flight through a socket, or other hosts. Blocks.
@@ -63,23 +63,24 @@ pub fn opener(file: &OwnedFd) -> io::Result<Option<Opener>> {
                     .iter()
                     .any(|id| matches!(id, FileId::File { .. }) && shared.contains(id))
     };
-    let end = Instant::now() + PASSING;
-    loop {
-        let found = first_opener(&touches)?;
-        if found.is_none() || Instant::now() >= end {
-            return Ok(found);
-        }
-        thread::sleep(STEP);
-    }
-}
-
-fn first_opener(touches: &impl Fn(FileId) -> bool) -> io::Result<Option<Opener>> {
+    let mut found = Vec::new();
     for process in processes().filter(|process| *process != std::process::id()) {
-        if opens(process, touches)? {
-            return Ok(Some(Opener::of(process)));
+        if opens(process, &touches)? {
+            found.push(process);
         }
     }
-    Ok(None)
+    let end = Instant::now() + PASSING;
+    while !found.is_empty() && Instant::now() < end {
+        thread::sleep(STEP);
+        let mut still = Vec::new();
+        for process in found {
+            if opens(process, &touches)? {
+                still.push(process);
+            }
+        }
+        found = still;
+    }
+    Ok(found.first().map(|process| Opener::of(*process)))
 }
 
 /// Whether a process has a file for which `touches` is true open for writing, or is a QEMU and has it open at all.

@@ -78,6 +78,25 @@ fn setting(text: &str, key: &str) -> String {
     line.unwrap_or_else(|| panic!("{key}= is there")).to_owned()
 }
 
+/// Members of the standard interfaces that callers may use.
+const STANDARD_MEMBERS: [&str; 5] = [
+    "org.freedesktop.DBus.Introspectable.Introspect",
+    "org.freedesktop.DBus.Peer.GetMachineId",
+    "org.freedesktop.DBus.Peer.Ping",
+    "org.freedesktop.DBus.Properties.Get",
+    "org.freedesktop.DBus.Properties.GetAll",
+];
+
+#[test]
+fn of_the_standard_interfaces_only_reading_methods_are_in_the_table() {
+    let standard = METHODS.iter().filter(|row| !row.interface.starts_with(BUS_NAME));
+    let rows = standard.map(|row| format!("{}.{}", row.interface, row.member));
+    assert_eq!(
+        rows.collect::<BTreeSet<_>>(),
+        STANDARD_MEMBERS.map(str::to_owned).into()
+    );
+}
+
 #[test]
 fn the_bus_policy_lets_through_every_method_and_nothing_else() {
     let policy = read("dbus/org.example.Backup1.conf");

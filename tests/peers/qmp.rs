@@ -779,7 +779,7 @@ async fn a_peer_that_never_stops_talking_lets_others_have_their_turn() {
                 counted.fetch_add(said.len(), Ordering::Relaxed);
             }
         });
-        let turns = 10;
+        let turns = 100;
         let others = tokio::spawn(async move {
             let before = sent.load(Ordering::Relaxed);
             for _ in 0..turns {

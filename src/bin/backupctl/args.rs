@@ -169,7 +169,7 @@ pub enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
-    /// Write the manual pages into a directory
+    /// Write the manual pages into man1 and man5 of a directory
     #[command(hide = true)]
     Man {
         /// The directory

@@ -117,7 +117,7 @@ fn read_bounded(from: impl Read) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use backupd::definition::{DiskDefinition, Position, StoreRef, parse_checkpoint};
+    use backupd::definition::{DiskDefinition, Position, StoreRef, parse, parse_checkpoint};
 
     fn into(store: &str, disks: Vec<DiskDefinition>) -> Definition {
         Definition {
@@ -153,6 +153,28 @@ mod tests {
         assert_eq!(read.name.as_deref(), Some("before-upgrade"));
         assert_eq!(read.description.as_deref(), Some(description));
         assert_eq!(read.disks.unwrap()[0].name, "a&'\"");
+    }
+
+    #[test]
+    fn each_kind_of_target_is_read_back_by_the_service_as_it_is() {
+        let name = "a&b<c>'d'\"e\"\u{e9}]]>";
+        for target in [
+            Some(Target::File(format!("/{name}").into())),
+            Some(Target::Block("/dev/b".into())),
+            Some(Target::Fd(0)),
+            None,
+        ] {
+            let disk = DiskDefinition {
+                target,
+                ..DiskDefinition::new(name)
+            };
+            let definition = Definition {
+                disks: Some(vec![disk.clone()]),
+                ..Definition::default()
+            };
+            let read = parse(&backup(&definition).unwrap()).unwrap().disks.unwrap();
+            assert_eq!((&read[0].name, &read[0].target), (&disk.name, &disk.target));
+        }
     }
 
     #[test]

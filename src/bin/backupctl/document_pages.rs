@@ -118,20 +118,30 @@ mod tests {
 
     #[test]
     fn a_page_names_every_element_and_attribute() {
-        let [(_, backup), (_, checkpoint)] = pages();
-        let backup = String::from_utf8(backup).unwrap();
-        for name in [
-            "<domainbackup><disks><disk><driver>",
-            "backupmode",
-            "zstd",
-            "require",
-        ] {
-            assert!(backup.contains(name), "{name}:\n{backup}");
+        let mut count = 0;
+        for (root, (_, page)) in [&DOMAINBACKUP, &DOMAINCHECKPOINT].into_iter().zip(pages()) {
+            count += assert_in(root, "", &String::from_utf8(page).unwrap());
         }
-        assert!(
-            String::from_utf8(checkpoint)
-                .unwrap()
-                .contains("<domaincheckpoint><disks><disk>")
-        );
+        assert!(count > 30, "{count} names");
+    }
+
+    /// Returns how many names were found.
+    fn assert_in(element: &Element, above: &str, page: &str) -> usize {
+        let path = format!("{above}<{}>", element.name);
+        assert!(page.contains(&format!("\\fB{}\\fR", quoted(&path))), "{path}");
+        let mut count = 1;
+        for attribute in element.attributes {
+            assert!(
+                page.contains(&quoted(attribute.name)),
+                "{path}: {}",
+                attribute.name
+            );
+            for word in attribute.words() {
+                assert!(page.contains(word), "{path}: {}='{word}'", attribute.name);
+            }
+            count += 1;
+        }
+        let children = element.children().iter();
+        count + children.map(|child| assert_in(child, &path, page)).sum::<usize>()
     }
 }

@@ -21,7 +21,8 @@ pub enum State {
     Queued,
     /// The service creates the targets. Existing files are unchanged.
     Preparing,
-    /// QEMU opens existing targets and closes them again. Their content is unchanged.
+    /// QEMU opens existing targets and closes them again, and gets the bitmaps of the checkpoints. The content of the
+    /// targets is unchanged.
     Checking { files: Vec<TargetId> },
     /// The service may truncate and write the targets.
     Writing { files: Vec<TargetId> },

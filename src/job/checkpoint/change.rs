@@ -125,7 +125,8 @@ impl Jobs {
         let made = transaction(&link, add.collect(), &self.context).await;
         let recorded = match &made {
             Ok(()) => catalog.checkpoint_made(key, id, clock::now()).await,
-            // Unless QEMU refused the transaction, the bitmaps may exist. Without the record, `tidy` removes them.
+            // Unless QEMU refused the transaction, the bitmaps may exist. `tidy` removes those of a
+            // checkpoint that is recorded as deleted.
             Err(_) => catalog.checkpoint_deleted(key, id).await,
         };
         let result = made.and(recorded.map_err(Error::from));

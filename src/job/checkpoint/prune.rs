@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 
 use crate::checkpoint::{self, Owner};
-use crate::domain::{CheckpointPolicy, Disk, Domain, Greeter, Link, Snapshot};
+use crate::domain::{CheckpointPolicy, Disk, Domain, Link, OnConnect, Snapshot};
 use crate::job::context::JobContext;
 use crate::job::qemu::QemuObjects;
 use crate::job::record::domain_record;
@@ -17,7 +17,7 @@ use crate::qmp::block::{BlockDirtyBitmap, Transaction, TransactionAction};
 impl QemuObjects {
     /// Removes checkpoints that no later backup will use as a base. These are checkpoints of failed or removed backups,
     /// and those beyond the number that their store keeps. Inconsistent ones are removed too, because they also prevent
-    /// resizing of the disk.
+    /// resizing of the disk, except those of checkpoints without a backup.
     ///
     /// `kept` is the last known state of the disks. It is queried again if it comes from another QEMU, or if it shows a
     /// node of this job in place of a disk.
@@ -45,10 +45,15 @@ pub async fn prune_bitmaps(link: &Link, domain: &Domain, context: &JobContext) -
     prune_bitmaps_of(link, domain, &disks, context).await
 }
 
-impl Greeter for Jobs {
+impl OnConnect for Jobs {
     /// Removes useless checkpoints, and those that prevent resizing or reverting the disks, when a QEMU connects: the
     /// domain's next backup may be far away. If a job works on the domain, the job does this at its end.
-    fn greet<'a>(&'a self, domain: &'a Domain, link: &'a Link, snapshot: &'a Snapshot) -> BoxFuture<'a, ()> {
+    fn connected<'a>(
+        &'a self,
+        domain: &'a Domain,
+        link: &'a Link,
+        snapshot: &'a Snapshot,
+    ) -> BoxFuture<'a, ()> {
         Box::pin(async move {
             // During an incoming migration, the source QEMU still owns the disks.
             if self.is_busy(domain) || snapshot.migration.is_some() {

@@ -9,8 +9,8 @@ use crate::qmp;
 use crate::qmp::block::Transaction;
 
 impl QemuObjects {
-    /// Creates the checkpoints of the plan. QEMU cannot add a bitmap and start the backup in one transaction, so the
-    /// bitmaps come first. The next backup therefore copies the writes in between again. If QEMU refuses a bitmap, the
+    /// Creates the checkpoints of the plan. QEMU refuses `block-dirty-bitmap-add` in a grouped transaction
+    /// (`ActionCompletionMode` in qapi/transaction.json), so the bitmaps come first. The next backup therefore copies the writes in between again. If QEMU refuses a bitmap, the
     /// disk is still backed up, and its next backup is full. If the request describes the checkpoint, the backup fails
     /// instead.
     pub async fn make_checkpoints(&self, job: &Job, plan: &Plan) -> Result<(), Error> {

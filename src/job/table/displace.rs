@@ -1,5 +1,5 @@
-//! Crawling backups: root's backup cancels a slow one that blocks the domain, and waiting backups get the places of
-//! slow ones.
+//! The entry of a backup: it gets its domain and a place now, waits for them, or displaces a slow backup that blocks
+//! them.
 //!
 //! A domain has one backup at a time, and the host a limited number. A user, or a malicious QEMU, could start a backup
 //! that never ends.
@@ -49,7 +49,7 @@ impl Jobs {
     }
 
     /// Waits shortly until QEMU has no objects of the domain's ended jobs.
-    pub async fn nothing_left(&self, domain: &Domain) -> Result<(), Error> {
+    pub async fn wait_until_qemu_has_no_residue(&self, domain: &Domain) -> Result<(), Error> {
         let (name, until) = (domain.unique_name(), tokio::time::Instant::now() + SHORTLY);
         loop {
             let freed = self.freed.notified();

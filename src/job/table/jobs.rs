@@ -155,8 +155,8 @@ impl Jobs {
             tasks: TaskTracker::new(),
             freed: Notify::new(),
         });
-        let greeter: Weak<Self> = Arc::downgrade(&jobs);
-        jobs.context.domains.set_greeter(greeter);
+        let on_connect: Weak<Self> = Arc::downgrade(&jobs);
+        jobs.context.domains.set_on_connect(on_connect);
         jobs
     }
 

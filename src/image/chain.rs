@@ -38,10 +38,17 @@ pub struct OpenDisk {
 }
 
 impl Chain {
-    /// Opens a backup with all its disks, or only the `wanted` ones. Blocks.
+    /// Opens a backup with all its disks, or only the `wanted` ones. Fails with [`Error::NoSuchBackup`] if the backup
+    /// itself does not exist, and with [`Error::Damaged`] if one of its bases does not. Blocks.
     pub fn open(store: &dyn Store, name: BackupName<'_>, wanted: Option<&[&str]>) -> Result<Self, Error> {
         let (id, mut links) = (name.id, Links::new(store, name.domain));
-        let top = links.backup(id).map_err(|fault| damaged(id, None, fault))?;
+        let top = links.backup(id).map_err(|fault| match fault {
+            Fault::Missing => Error::NoSuchBackup {
+                wanted: id.to_owned(),
+                store: store.location().display().to_string(),
+            },
+            fault => damaged(id, None, fault),
+        })?;
         let manifest = top.manifest.clone();
         let has = |name: &str| manifest.disks.iter().any(|disk| disk.name == name);
         if let Some(missing) = wanted.unwrap_or_default().iter().find(|name| !has(name)) {
@@ -237,4 +244,25 @@ pub(super) fn for_each_link(
         next = below;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+    use crate::store::memory::MemoryStore;
+
+    #[test]
+    fn a_backup_that_does_not_exist_is_not_a_broken_chain() {
+        let name = BackupName {
+            domain: "web",
+            id: "20261123T055901Z-10ebf9b0",
+        };
+        let error = Chain::open(&MemoryStore::default(), name, None).unwrap_err();
+        assert_eq!(error.kind(), Kind::NoSuchBackup, "{error}");
+        assert_eq!(
+            error.to_string(),
+            "no backup '20261123T055901Z-10ebf9b0' in memory:"
+        );
+    }
 }

@@ -109,7 +109,7 @@ impl std::fmt::Display for Finding {
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    #[error("no backup '{}' in {store}", shown(.wanted))]
+    #[error("no backup '{}' in {}", shown(.wanted), shown(.store))]
     NoSuchBackup { wanted: String, store: String },
     #[error("'{}' matches {first} and {second}. Use a longer prefix", shown(.wanted))]
     Ambiguous {

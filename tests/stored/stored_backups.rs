@@ -222,6 +222,8 @@ async fn an_impossible_restore_is_refused_and_writes_nothing() {
     .await;
     fs::rename(full.join("vda.qcow2"), full.join("gone")).unwrap();
     refused(&root, &[("vda", &file)], "raw", "ChainBroken").await;
+    fs::rename(system.store().join("web"), system.store().join("moved")).unwrap();
+    refused(&root, &[("vda", &file)], "raw", "NoSuchBackup").await;
     assert_eq!(path.metadata().unwrap().len(), 0);
 }
 

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::super::{BackupLock, LockKind, OpenBackup};
 use super::{Error, protection};
-use crate::files::{FileId, names_in, open_below};
+use crate::files::{names_in, open_below};
 use crate::path::{Trust, check_trust, open_directory};
 
 /// A directory of a store: the store itself (one directory per domain), a domain's directory (one per backup), or a
@@ -53,9 +53,10 @@ impl Directory {
         &self.path
     }
 
-    pub fn id(&self) -> Result<FileId, Error> {
+    /// Returns its device and inode, which stay the same if it is renamed.
+    pub fn identity(&self) -> Result<String, Error> {
         let stat = rustix::fs::fstat(&self.directory).map_err(|errno| self.failed("stat", errno))?;
-        Ok(FileId::of(&stat))
+        Ok(format!("{}:{}", stat.st_dev, stat.st_ino))
     }
 
     /// Returns the names of its entries, sorted. Names that the service would not create are left out.

@@ -17,7 +17,7 @@ const MAX_BYTES: usize = 256;
 /// Returns the generation of a store.
 pub fn of(store: &Directory) -> Result<String, Error> {
     match store.below(OWN_DIRECTORY)? {
-        Some(shelf) => read(&shelf),
+        Some(own) => read(&own),
         None => Ok(String::new()),
     }
 }
@@ -29,11 +29,11 @@ pub fn raise(store: &Directory, progress: &Progress) -> Result<Raised, Error> {
         Err(Errno::EXIST) => {}
         Err(errno) => return Err(failed(store, "create", OWN_DIRECTORY, errno)),
     }
-    let shelf = store.below(OWN_DIRECTORY)?;
-    let shelf = shelf.ok_or_else(|| failed(store, "open", OWN_DIRECTORY, Errno::NOTDIR))?;
+    let own = store.below(OWN_DIRECTORY)?;
+    let own = own.ok_or_else(|| failed(store, "open", OWN_DIRECTORY, Errno::NOTDIR))?;
     // Two services, even on two hosts, must not raise it at once: one would take the other's change for its own.
-    let _locked = lock(&shelf)?;
-    let before = read(&shelf)?;
+    let _locked = lock(&own)?;
+    let before = read(&own)?;
     let number = before
         .split_whitespace()
         .next()
@@ -45,12 +45,12 @@ pub fn raise(store: &Directory, progress: &Progress) -> Result<Raised, Error> {
         uuid::Uuid::new_v4().simple()
     );
     progress.add(1);
-    write(&shelf, &now, progress)?;
+    write(&own, &now, progress)?;
     Ok(Raised { before, now })
 }
 
-fn read(shelf: &Directory) -> Result<String, Error> {
-    match shelf.read(FILE, MAX_BYTES) {
+fn read(directory: &Directory) -> Result<String, Error> {
+    match directory.read(FILE, MAX_BYTES) {
         Ok((bytes, _)) => Ok(String::from_utf8_lossy(&bytes).trim().to_owned()),
         Err(Error::Io {
             errno: Errno::NOENT, ..
@@ -59,39 +59,39 @@ fn read(shelf: &Directory) -> Result<String, Error> {
     }
 }
 
-fn write(shelf: &Directory, generation: &str, progress: &Progress) -> Result<(), Error> {
+fn write(directory: &Directory, generation: &str, progress: &Progress) -> Result<(), Error> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(shelf.descriptor(), NEW_FILE, flags, Mode::RUSR | Mode::WUSR)
-        .map_err(|errno| failed(shelf, "create", NEW_FILE, errno))?;
+    let file = rustix::fs::openat(directory.descriptor(), NEW_FILE, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|errno| failed(directory, "create", NEW_FILE, errno))?;
     let mut file = std::fs::File::from(file);
     std::io::Write::write_all(&mut file, format!("{generation}\n").as_bytes())
         .and_then(|()| file.sync_all())
         .map_err(|error| {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
-            failed(shelf, "write", NEW_FILE, errno)
+            failed(directory, "write", NEW_FILE, errno)
         })?;
     progress.add(1);
-    rustix::fs::renameat(shelf.descriptor(), NEW_FILE, shelf.descriptor(), FILE)
-        .map_err(|errno| failed(shelf, "rename", NEW_FILE, errno))?;
-    sync(shelf)
+    rustix::fs::renameat(directory.descriptor(), NEW_FILE, directory.descriptor(), FILE)
+        .map_err(|errno| failed(directory, "rename", NEW_FILE, errno))?;
+    sync(directory)
 }
 
 /// Locks the directory until the returned descriptor is dropped.
-fn lock(shelf: &Directory) -> Result<OwnedFd, Error> {
+fn lock(directory: &Directory) -> Result<OwnedFd, Error> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::openat(shelf.descriptor(), ".", flags, Mode::empty())
-        .map_err(|errno| failed(shelf, "open", "", errno))?;
-    rustix::fs::flock(&directory, FlockOperation::LockExclusive)
-        .map_err(|errno| failed(shelf, "lock", "", errno))?;
-    Ok(directory)
+    let locked = rustix::fs::openat(directory.descriptor(), ".", flags, Mode::empty())
+        .map_err(|errno| failed(directory, "open", "", errno))?;
+    rustix::fs::flock(&locked, FlockOperation::LockExclusive)
+        .map_err(|errno| failed(directory, "lock", "", errno))?;
+    Ok(locked)
 }
 
-fn sync(shelf: &Directory) -> Result<(), Error> {
-    rustix::fs::fsync(shelf.descriptor()).map_err(|errno| failed(shelf, "fsync", "", errno))
+fn sync(directory: &Directory) -> Result<(), Error> {
+    rustix::fs::fsync(directory.descriptor()).map_err(|errno| failed(directory, "fsync", "", errno))
 }
 
-fn failed(shelf: &Directory, action: &'static str, name: &str, errno: Errno) -> Error {
-    Error::io(action, &shelf.path().join(name).display().to_string(), errno)
+fn failed(directory: &Directory, action: &'static str, name: &str, errno: Errno) -> Error {
+    Error::io(action, &directory.path().join(name).display().to_string(), errno)
 }
 
 #[cfg(test)]

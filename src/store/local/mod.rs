@@ -57,7 +57,7 @@ impl Store for LocalDirectory {
     }
 
     fn identity(&self) -> Result<String, Error> {
-        Ok(format!("{:?}", self.0.id()?))
+        self.0.identity()
     }
 
     fn domains(&self) -> Result<Vec<String>, Error> {

@@ -238,10 +238,10 @@ fn domain(store: &Directory, name: BackupName<'_>) -> Result<Directory, Error> {
     domain.ok_or_else(|| failed(store, "open", name.domain, Errno::NOENT))
 }
 
-fn sync(shelf: &Directory) -> Result<(), Error> {
-    rustix::fs::fsync(shelf.descriptor()).map_err(|errno| failed(shelf, "fsync", "", errno))
+fn sync(directory: &Directory) -> Result<(), Error> {
+    rustix::fs::fsync(directory.descriptor()).map_err(|errno| failed(directory, "fsync", "", errno))
 }
 
-fn failed(shelf: &Directory, action: &'static str, name: &str, errno: Errno) -> Error {
-    Error::io(action, &shelf.path().join(name).display().to_string(), errno)
+fn failed(directory: &Directory, action: &'static str, name: &str, errno: Errno) -> Error {
+    Error::io(action, &directory.path().join(name).display().to_string(), errno)
 }

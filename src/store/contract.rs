@@ -203,6 +203,33 @@ fn a_backup_is_removed_with_its_files() {
 }
 
 #[test]
+fn a_removal_fails_if_the_domain_has_no_directory() {
+    with_each_kind(|kind, open| {
+        let is_not_there = |error: Option<Error>| {
+            let is_named = |path: &str| path.ends_with(DOMAIN);
+            matches!(&error, Some(Error::NotThere { path }) if is_named(path))
+        };
+        let is_refused = || {
+            let locked = open().lock_for_removal(name("a"), &IMAGES);
+            is_not_there(locked.err()) && is_not_there(open().space_of(name("a"), &IMAGES).err())
+        };
+        assert!(is_refused(), "{kind}");
+        publish(&*open(), "b", None);
+        assert!(
+            open().lock_for_removal(name("a"), &IMAGES).unwrap().is_none(),
+            "{kind}"
+        );
+        assert_eq!(open().space_of(name("a"), &IMAGES), Ok(None), "{kind}");
+        let staging = open().find_staging(name("b"), &IMAGES).unwrap();
+        let mut staging = staging.unwrap();
+        staging.retract().unwrap();
+        staging.remove_image(IMAGE).unwrap();
+        staging.discard().unwrap();
+        assert!(is_refused(), "{kind}");
+    });
+}
+
+#[test]
 fn a_foreign_file_keeps_a_backup_from_being_removed() {
     with_each_kind(|kind, open| {
         publish(&*open(), "a", None);

@@ -7,7 +7,7 @@
 //! Rules for each implementation; `contract.rs` tests them:
 //! - A backup is published as a whole: until then [`Store::open`] does not return it.
 //! - No removal or replacement has an effect while another handle holds a lock on the backup.
-//! - If the process ends during a change, a later process completes or undoes the change ([`Store::unfinished`]).
+//! - If the process ends during a change, a later process completes or undoes the change ([`Entries::unfinished`]).
 //!
 //! Some operations return descriptors, because QEMU and `qemu-img` read and write through them:
 //! [`OpenBackup::open_image`], [`Staging::create_image`], [`Staging::find_image`] and [`Replacement::create_image`]. An
@@ -76,11 +76,6 @@ pub trait Store: Debug + Send + Sync {
     /// Returns the entries of a domain's directory. Empty if it does not exist.
     fn entries(&self, domain: &str) -> Result<Entries, Error>;
 
-    /// Returns the changes in a domain's directory that did not end, or are under way.
-    fn unfinished(&self, domain: &str) -> Result<Vec<Unfinished>, Error> {
-        Ok(self.entries(domain)?.unfinished)
-    }
-
     /// Opens a published backup. Returns `None` if it does not exist.
     fn open(&self, name: BackupName<'_>) -> Result<Option<Box<dyn OpenBackup>>, Error>;
 
@@ -93,7 +88,8 @@ pub trait Store: Debug + Send + Sync {
     fn find_staging(&self, name: BackupName<'_>, images: &[&str]) -> Result<Option<Box<dyn Staging>>, Error>;
 
     /// Locks a backup for its removal, also if the removal has begun. `images` are the files that its manifest names.
-    /// Returns `None` if it does not exist. Fails with [`Error::InUse`] if another handle holds a lock, and with
+    /// Returns `None` if it does not exist. Fails with [`Error::NotThere`] if the domain has no directory, because the
+    /// store may not be mounted. Fails with [`Error::InUse`] if another handle holds a lock, and with
     /// [`Error::ForeignFile`] if the removal would remove other files.
     fn lock_for_removal(
         &self,
@@ -101,7 +97,8 @@ pub trait Store: Debug + Send + Sync {
         images: &[&str],
     ) -> Result<Option<Box<dyn Removal>>, Error>;
 
-    /// Returns the bytes that the removal would free, or `None` if the backup does not exist. Takes no lock.
+    /// Returns the bytes that the removal would free, or `None` if the backup does not exist. Takes no lock. Fails as
+    /// [`Self::lock_for_removal`].
     fn space_of(&self, name: BackupName<'_>, images: &[&str]) -> Result<Option<u64>, Error>;
 
     /// Completes a removal that an earlier process began. Does nothing if it has not begun, or if another process does

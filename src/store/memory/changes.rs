@@ -83,6 +83,11 @@ impl Staging for Staged {
 
     fn discard(&self) -> Result<(), Error> {
         self.handle.with(|stored| stored.staged = None);
+        let (domain, _) = &self.handle.key;
+        let mut state = self.handle.store.state();
+        if !state.backups.keys().any(|(of, _)| of == domain) {
+            state.domains.remove(domain);
+        }
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 mod changes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -29,6 +29,8 @@ pub(crate) struct MemoryStore(Arc<Mutex<State>>);
 struct State {
     mark: Option<String>,
     generation: u64,
+    /// The directories of domains. One exists from the first backup on, even if its backups were removed.
+    domains: BTreeSet<String>,
     /// By domain's directory and id.
     backups: BTreeMap<(String, String), Stored>,
 }
@@ -151,14 +153,7 @@ impl Store for MemoryStore {
     }
 
     fn domains(&self) -> Result<Vec<String>, Error> {
-        let mut domains: Vec<_> = self
-            .state()
-            .backups
-            .keys()
-            .map(|(domain, _)| domain.clone())
-            .collect();
-        domains.dedup();
-        Ok(domains)
+        Ok(self.state().domains.iter().cloned().collect())
     }
 
     fn entries(&self, domain: &str) -> Result<Entries, Error> {
@@ -201,6 +196,7 @@ impl Store for MemoryStore {
                 true
             }
         });
+        self.state().domains.insert(name.domain.to_owned());
         match is_new {
             true => Ok(Box::new(Staged {
                 handle,
@@ -254,6 +250,11 @@ impl Store for MemoryStore {
 
     fn space_of(&self, name: BackupName<'_>, images: &[&str]) -> Result<Option<u64>, Error> {
         let handle = self.handle(name);
+        if !self.state().domains.contains(name.domain) {
+            return Err(Error::NotThere {
+                path: self.location().join(name.domain).display().to_string(),
+            });
+        }
         let files = handle.with(|stored| stored.removed.clone().or_else(|| stored.published.clone()));
         let Some(files) = files else {
             return Ok(None);
@@ -326,17 +327,22 @@ impl Store for MemoryStore {
     }
 
     fn generation(&self) -> Result<String, Error> {
-        Ok(match self.state().generation {
-            0 => String::new(),
-            number => number.to_string(),
-        })
+        Ok(generation(self.state().generation))
     }
 
     fn raise_generation(&self, _progress: &Progress) -> Result<Raised, Error> {
-        let before = self.generation()?;
-        self.state().generation += 1;
-        let now = self.generation()?;
+        let mut state = self.state();
+        let before = generation(state.generation);
+        state.generation += 1;
+        let now = generation(state.generation);
         Ok(Raised { before, now })
+    }
+}
+
+fn generation(number: u64) -> String {
+    match number {
+        0 => String::new(),
+        number => number.to_string(),
     }
 }
 

@@ -64,9 +64,7 @@ pub enum Error {
     #[error("cannot look up the name of user {uid}: {why}. Try again")]
     OwnerLookup { uid: u32, why: String },
     #[error(
-        "the user {uid} who registered the domain has no name, so the service could take a later user with this \
-         number for it. It makes neither backups in a store nor checkpoints of such a domain. Give the user a name, \
-         and register the domain again"
+        "user {uid} has no name: a later user can get this number. Give the user a name, and register the domain again"
     )]
     OwnerWithoutName { uid: u32 },
 }

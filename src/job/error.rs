@@ -44,6 +44,11 @@ pub enum Error {
     DomainGone(&'static str),
     #[error("the domain's disks changed while the backup was queued. Start the backup again")]
     OtherDisks,
+    #[error(
+        "cannot remove the incomplete images {targets}: the service's log has the reason. Check the storage, and start \
+         the backup again"
+    )]
+    NotRemoved { targets: String },
     #[error("{0}")]
     NotStarted(crate::error::Error),
     #[error("{0}")]
@@ -198,7 +203,7 @@ impl Error {
             Self::NoDefinition { .. } | Self::NoSpeed { .. } => Kind::Unsupported,
             Self::Image(error) => error.kind(),
             Self::Found { first, .. } => first.fault.kind(),
-            Self::Record(_) | Self::Catalog(_) => Kind::Internal,
+            Self::NotRemoved { .. } | Self::Record(_) | Self::Catalog(_) => Kind::Internal,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::common::caller::{Caller, assert_completed, assert_failed, cancel};
 use crate::common::clients::{OTHER_USER as OTHER, ROOT, USER};
@@ -13,6 +13,7 @@ use crate::common::proxy::Proxy;
 use crate::common::storage::LoopDevice;
 use crate::common::vm::Vm;
 use crate::common::{Setup, System, polkit, wait};
+use fuser::Errno;
 use rustix::process::Signal;
 use serde_json::json;
 use tokio::task::JoinHandle;
@@ -405,39 +406,92 @@ async fn a_backup_whose_call_fails_because_the_service_stops_is_not_queued() {
     cancel(&running).await;
 }
 
+/// A stopped service, and a queued backup whose files exist, as if the catalog were an old copy.
+struct Begun {
+    _machines: [Vm; 2],
+    queued: Queued,
+    running: JobProxy<'static>,
+    /// The staging directory of the queued backup, in the storage.
+    partial: PathBuf,
+    storage: Hanging,
+    system: System,
+}
+
+impl Begun {
+    async fn new() -> Self {
+        let stall = "[deadlines]\nstall-seconds = 2";
+        let mut system = setup(1).table(stall).without_daemon().start();
+        let storage = Hanging::mount(&system.store(), Limits::default());
+        system.start_daemon();
+        let machines = ["a", "b"].map(|name| machine(&system, name));
+        let root = Caller::new(&system).await;
+        let document =
+            "<domainbackup><disks><disk name='vda' type='file'><target file='@'/></disk></disks></domainbackup>"
+                .replace('@', &system.dir().join("a.qcow2").display().to_string());
+        let running = root.start_with("a", &document, &[], slowly(MIB)).await;
+        let queued = queue(&root, "b", "", Options::new()).await;
+        let number = queued.job.id().await.unwrap();
+        system.kill_daemon();
+        let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
+        let select = "SELECT backup_id FROM jobs WHERE id = ?1";
+        let id: String = catalog.query_row(select, [number], |row| row.get(0)).unwrap();
+        let partial = system.store().join("b").join(format!(".{id}.partial"));
+        fs::create_dir_all(&partial).unwrap();
+        fs::write(partial.join("vda.qcow2"), "").unwrap();
+        Self {
+            _machines: machines,
+            queued,
+            running,
+            partial,
+            storage,
+            system,
+        }
+    }
+
+    /// Kills the service, and checks that the next instance removes the files from the healed storage.
+    fn assert_removed_later(&mut self) {
+        assert!(self.partial.exists());
+        self.system.daemon().process().signal(Signal::KILL);
+        // A thread that waits for the storage dies when that answers.
+        self.storage.heal();
+        self.system.wait_for_death();
+        assert!(self.partial.exists());
+        self.system.start_daemon();
+        let partial = &self.partial;
+        wait::until("the removal", || (!partial.exists()).then_some(()));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_queued_backup_does_not_wait_for_storage_that_hangs_when_files_of_it_are_removed() {
-    let stall = "[deadlines]\nstall-seconds = 2";
-    let mut system = setup(1).table(stall).without_daemon().start();
-    let storage = Hanging::mount(&system.store(), Limits::default());
-    system.start_daemon();
-    let _machines = ["a", "b"].map(|name| machine(&system, name));
-    let root = Caller::new(&system).await;
-    let document =
-        "<domainbackup><disks><disk name='vda' type='file'><target file='@'/></disk></disks></domainbackup>"
-            .replace('@', &system.dir().join("a.qcow2").display().to_string());
-    let running = root.start_with("a", &document, &[], slowly(MIB)).await;
-    let queued = queue(&root, "b", "", Options::new()).await;
-    let number = queued.job.id().await.unwrap();
-    system.kill_daemon();
-    let catalog = rusqlite::Connection::open(system.dir().join("state/catalog.sqlite")).unwrap();
-    let select = "SELECT backup_id FROM jobs WHERE id = ?1";
-    let id: String = catalog.query_row(select, [number], |row| row.get(0)).unwrap();
-    drop(catalog);
-    // As the catalog's old copy leaves them: the backup had begun.
-    let partial = system.store().join("b").join(format!(".{id}.partial"));
-    fs::create_dir_all(&partial).unwrap();
-    fs::write(partial.join("vda.qcow2"), "").unwrap();
-    storage.hang(Operation::Remove);
-    system.start_daemon();
-    assert_failed(
-        &queued.job,
-        "Stalled",
-        "the storage made no progress for 2 seconds",
-    )
-    .await;
-    storage.heal();
-    cancel(&running).await;
+    let mut begun = Begun::new().await;
+    begun.storage.hang(Operation::Remove);
+    begun.system.start_daemon();
+    let why = "the storage made no progress for 2 seconds";
+    assert_failed(&begun.queued.job, "Stalled", why).await;
+    begun.assert_removed_later();
+    cancel(&begun.running).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queued_backup_whose_files_cannot_be_removed_fails_and_they_are_removed_later() {
+    let mut begun = Begun::new().await;
+    begun.storage.fail(Operation::Remove, Errno::EIO);
+    begun.system.start_daemon();
+    let store = begun.system.store().join("b");
+    let why = format!("cannot remove the incomplete images {}", store.display());
+    assert_failed(&begun.queued.job, "Internal", &why).await;
+    begun.assert_removed_later();
+    cancel(&begun.running).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_of_a_queued_backup_that_a_host_restart_ended_are_removed_once_the_storage_answers() {
+    let mut begun = Begun::new().await;
+    begun.storage.hang(Operation::Remove);
+    begun.system.start_daemon_in_another_boot();
+    assert_failed(&begun.queued.job, "Busy", "host restarted").await;
+    begun.assert_removed_later();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -150,9 +150,10 @@ impl Jobs {
             match self.find_published(job, &plan).await {
                 Ok(None) => {}
                 Ok(Some(ending)) => return ending,
-                Err(stalled) => {
+                // Files of it may remain.
+                Err(error) => {
                     return self
-                        .end_early((job, &plan), Step::Queued, stalled.into(), None)
+                        .end_early((job, &plan), Step::Preparing, error.into(), None)
                         .await;
                 }
             }
@@ -229,7 +230,8 @@ impl Jobs {
         Ok(Some(driver.drive(Step::Queued, fact, None).await))
     }
 
-    /// Ends a backup before it has targets. With [`Step::Queued`] it has created no file either.
+    /// Ends a backup that has no targets. With [`Step::Queued`] no file of it exists. With [`Step::Preparing`] files
+    /// may exist, and the record makes the next instance of the service remove them.
     async fn end_early(
         &self,
         (job, plan): (&Arc<Job>, &Arc<Plan>),
@@ -282,9 +284,12 @@ impl Jobs {
                 };
                 let ending = match published {
                     Ok(Some(ending)) => ending,
-                    // The job ends in any case. The reason in `stopped` is more useful than an error about hanging
-                    // storage.
-                    Ok(None) | Err(_) => jobs.end_early((&ended, &plan), Step::Queued, stopped, None).await,
+                    Ok(None) => jobs.end_early((&ended, &plan), Step::Queued, stopped, None).await,
+                    // Files of it may remain. The reason in `stopped` is more useful than an error about the storage.
+                    Err(_) => {
+                        jobs.end_early((&ended, &plan), Step::Preparing, stopped, None)
+                            .await
+                    }
                 };
                 jobs.after(&ended, ending).await;
             });

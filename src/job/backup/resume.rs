@@ -23,7 +23,7 @@ use crate::job::qemu::QemuObjects;
 use crate::job::{Error, Job, Reservation, record};
 use crate::offload::Progress;
 use crate::plan::Plan;
-use crate::targets::{Found, TargetId, Targets};
+use crate::targets::{Found, TargetId, Targets, label};
 
 /// The recorded identities of a backup's target files.
 #[derive(Debug, Default)]
@@ -186,14 +186,14 @@ pub(in crate::job) async fn thaw(record: JobRecord, context: &JobContext) {
 }
 
 /// Finds a published backup whose job is recorded as queued, because the catalog is an old copy. Removes files of any
-/// other queued backup. Fails if the storage hangs.
+/// other queued backup. Fails if files may remain, because the storage hangs or refuses the removal.
 pub(in crate::job) async fn find_published(
     (job, plan): (&Arc<Job>, &Arc<Plan>),
     context: &JobContext,
 ) -> Result<Option<Targets>, Error> {
     let patience = context.deadlines.stall();
-    let (id, plan) = (job.backup_id.clone(), plan.clone());
-    let find = move || Untaken(Some(find((&id, &plan), &Known::default()).targets));
+    let (id, planned) = (job.backup_id.clone(), plan.clone());
+    let find = move || Untaken(Some(find((&id, &planned), &Known::default()).targets));
     let found = tokio::time::timeout(patience, blocking(context, find)).await;
     let mut untaken = found.map_err(|_| Error::stalled("the storage", patience))?;
     let targets = untaken.0.take();
@@ -205,8 +205,15 @@ pub(in crate::job) async fn find_published(
     }
     // Each file counts as progress.
     let discard = move |progress: &Progress| targets.map(|targets| targets.discard(progress));
-    watched(context, "the storage", discard).await?;
-    Ok(None)
+    match watched(context, "the storage", discard).await? {
+        Some(false) => {
+            let targets = plan.disks.iter().map(|disk| label(plan, disk, &job.backup_id));
+            Err(Error::NotRemoved {
+                targets: targets.collect::<Vec<_>>().join(", "),
+            })
+        }
+        Some(true) | None => Ok(None),
+    }
 }
 
 /// The targets that a thread found. If the caller has given up, dropping this leaves them unchanged, because another

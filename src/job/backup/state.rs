@@ -99,11 +99,11 @@ pub struct Verdict {
     /// QEMU or the storage makes no progress. Asking QEMU to close the targets could freeze the guest.
     pub stalled: bool,
     /// QEMU may still copy: it may have begun, and not all block jobs have succeeded. Older records do not have this.
-    #[serde(default = "unknown")]
+    #[serde(default = "may_copy_unless_recorded")]
     pub may_copy: bool,
 }
 
-fn unknown() -> bool {
+fn may_copy_unless_recorded() -> bool {
     true
 }
 

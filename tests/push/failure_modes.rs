@@ -595,10 +595,12 @@ async fn a_monitor_lost_and_restored_in_the_middle_does_not_affect_the_backup() 
 
 /// Whether the file of tests has that test. The page names the file without its directory.
 fn has_test(root: &std::path::Path, file: &str, name: &str) -> bool {
-    let directories = std::fs::read_dir(root.join("tests")).unwrap();
-    let codes = directories.filter_map(|directory| {
-        std::fs::read_to_string(directory.unwrap().path().join(format!("{file}.rs"))).ok()
-    });
+    let tests = root.join("tests");
+    let directories = std::fs::read_dir(&tests).unwrap();
+    let directories = directories.map(|directory| directory.unwrap().path());
+    let codes = directories
+        .chain([tests])
+        .filter_map(|directory| std::fs::read_to_string(directory.join(format!("{file}.rs"))).ok());
     codes
         .into_iter()
         .any(|code| code.contains(&format!("fn {name}()")))

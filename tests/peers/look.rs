@@ -359,15 +359,15 @@ fn an_image_that_a_user_has_open_is_not_read_for_the_estimate() {
         move |process| Look::Own.session().data_at_least(process, &path).unwrap()
     };
     assert!(data(root.pid()) > 0);
-    // A server that never answers would hang the reader for ever.
+    // A server that never answers would hang the reader, and nothing would be found. Programs of other tests, which look
+    // at all processes, may hang there too.
     storage.hang(Operation::Any);
     let (sender, found) = std::sync::mpsc::channel();
     let process = anna.pid();
     std::thread::spawn(move || sender.send(data(process)));
     let found = found.recv_timeout(wait::DEADLINE);
-    assert!(!storage.is_hanging());
-    assert_eq!(found, Ok(0));
     storage.heal();
+    assert_eq!(found, Ok(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]

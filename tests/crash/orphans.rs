@@ -22,8 +22,10 @@ fn a_client_that_dies_leaves_no_process_and_no_file() {
             let store = Store::new();
             let hanging = StandIn::new(store.dir.path(), program, HANGS);
             let out = store.out();
-            let mut client = backupctl();
+            // The shell that runs the tests may ignore SIGHUP (nohup), and the client would ignore it, too.
+            let mut client = process::bound("env");
             client
+                .args(["--default-signal=HUP", env!("CARGO_BIN_EXE_backupctl")])
                 .args([command, FIRST, "--from", text(&store.path())])
                 .env("PATH", hanging.path());
             if command == "restore" {
